@@ -1,0 +1,289 @@
+"""The command line: parse, call one function, print. Nothing here knows what a stage does.
+
+A command is a dataclass of `jax_selftrain.config` and the function it is handed to, which is imported only once the
+command is known. tyro turns the dataclass into flags and help; the words of a flag become a value by the rules of
+`jax_selftrain.settings`, the same as in a YAML file, so that both complain in the same one sentence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
+
+from jax_selftrain import __version__, config, settings
+from jax_selftrain.errors import InputError, SelftrainError
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    options: type
+    """The dataclass that holds its flags."""
+    function: str
+    """`module:name` of what it calls."""
+    required: tuple[str, ...] = ()
+    positionals: tuple[tuple[str, str], ...] = ()
+    """(name shown, field) of what may be given without a flag, in order."""
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command(config.DemoConfig, "jax_selftrain.study:demo", ("out",)),
+    "convert": Command(
+        config.ConvertConfig, "jax_selftrain.hub:convert", ("source", "out"), (("SRC", "source"), ("DST", "out"))
+    ),
+    "import": Command(
+        config.ImportConfig, "jax_selftrain.corpus:import_text", ("source", "model", "out"), (("SRC", "source"),)
+    ),
+    "export": Command(
+        config.ExportConfig, "jax_selftrain.corpus:export", ("corpus", "out"), (("CORPUS", "corpus"), ("DST", "out"))
+    ),
+    "sample": Command(config.SampleConfig, "jax_selftrain.sampling:sample", ("model", "out")),
+    "train": Command(config.TrainConfig, "jax_selftrain.training:train", ("model", "corpus", "out")),
+    "score": Command(config.ScoreConfig, "jax_selftrain.scoring:score", ("model", "out")),
+    "extract": Command(config.ExtractConfig, "jax_selftrain.scoring:extract", ("model", "sequences", "out")),
+    "run": Command(config.RunConfig, "jax_selftrain.study:run", ("model", "out")),
+    "report": Command(config.ReportConfig, "jax_selftrain.study:report", ("folder",), (("DIR", "folder"),)),
+}
+
+_INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
+_HELP = frozenset({"-h", "--help"})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (0, 2, 75, 130, 143). A defect of ours keeps its traceback."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    program = "jax-selftrain"
+    try:
+        if not words or words[0] in _HELP:
+            print(_overview(), file=sys.stdout if words else sys.stderr)
+            return 0 if words else InputError.exit_code
+        if words[0] == "--version":
+            print(f"jax-selftrain {__version__}")
+            return 0
+        if words[0] not in COMMANDS:
+            hint = settings.nearest(words[0], COMMANDS) or f"; the commands are {', '.join(COMMANDS)}"
+            raise InputError(f"unknown command `{words[0]}`{hint}")
+        name = words[0]
+        program = f"jax-selftrain {name}"
+        options = parse(name, words[1:])
+        module, function = COMMANDS[name].function.split(":")
+        result = getattr(import_module(module), function)(options.folder if name == "report" else options)
+        if _is_first_process():
+            print(summary(name, options, result))
+        return 0
+    except SelftrainError as error:
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def parse(name: str, words: Sequence[str]) -> Any:
+    """The options of command `name`: the defaults, under the file that `--config` names, under the flags.
+
+    Prints the help and raises SystemExit(0) for `--help`. Raises InputError for whatever cannot be understood and
+    for required options that are missing.
+    """
+    import tyro
+
+    command = COMMANDS[name]
+    file, words = _take_config(words)
+    if _HELP.isdisjoint(words):
+        _check_flags(words, {leaf.flag: leaf for leaf in settings.leaves(command.options)})
+    base = settings.load(command.options, file) if file else command.options()
+    view = _view(command.options, command.required)
+    usage = " ".join(["jax-selftrain", name, *(f"[{shown}]" for shown, _ in command.positionals)])
+    given, bare = tyro.cli(view, prog=usage, args=words, default=_recast(base, view), return_unknown_args=True)
+    options = _recast(given, command.options)
+    options = dataclasses.replace(options, **_positionals(command, bare, words))
+    settings.require(options, *command.required)
+    return options
+
+
+def summary(name: str, options: Any, result: Any) -> str:
+    """What a person wants to know when a command is done, in a few lines."""
+    if name in ("sample", "import"):
+        return f"{options.out}: {len(result):,} documents, {result.manifest['tokens']:,} tokens"
+    if name == "train":
+        return f"model: {Path(result) / 'model'}"
+    if name == "score":
+        measured = {**result.get("tasks", {}), **result.get("texts", {})}
+        return "\n".join(
+            [*(_measure(label, numbers) for label, numbers in measured.items()), f"written: {options.out}"]
+        )
+    if name == "extract":
+        shown = ("n", "exact_match", "exact_match_stderr", "token_accuracy", "token_accuracy_stderr")
+        parts = {"all": result, **{part: result[part] for part in ("held_out", "partial", "seen") if part in result}}
+        lines = [_measure(part, {key: numbers.get(key) for key in shown}) for part, numbers in parts.items()]
+        return "\n".join([*lines, f"written: {options.out}"])
+    if name in ("demo", "run", "report"):
+        return f"report: {Path(options.folder if name == 'report' else options.out) / 'report.html'}"
+    return f"written: {result}"
+
+
+def _measure(label: str, numbers: Mapping[str, Any]) -> str:
+    shown = []
+    for key, value in numbers.items():
+        if isinstance(value, int | float) and not isinstance(value, bool) and not key.endswith("_stderr"):
+            error = numbers.get(f"{key}_stderr")
+            text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+            shown.append(f"{key} {text}" + (f" ± {error:.2g}" if isinstance(error, float) else ""))
+    return f"{label:<24} {'   '.join(shown)}"
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [
+        f"  {name:<{width}}{(command.options.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()
+    ]
+    return "\n".join(
+        [
+            "usage: jax-selftrain COMMAND [options]",
+            "",
+            "Can a language model get better by training on text it sampled from itself, and whose text?",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`jax-selftrain COMMAND --help` lists the options; each may also stand in a YAML file given by --config.",
+        ]
+    )
+
+
+def _is_first_process() -> bool:
+    jax = sys.modules.get("jax")
+    # Asking for the process index would start the devices, which a command without a model has no need of.
+    return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+# ---------------------------------------------------------------- words
+
+
+def _take_config(words: Sequence[str]) -> tuple[str, list[str]]:
+    """(the file named by `--config` or "", the other words)."""
+    file, rest, pending = "", [], False
+    for word in words:
+        if pending or word.startswith("--config="):
+            file, pending = word.removeprefix("--config="), False
+            if not file or (word.startswith("-") and not word.startswith("--config=")):
+                raise InputError("--config needs a value: the YAML file to read")
+        elif word == "--config":
+            if file:
+                raise InputError("--config is given twice; one file holds all options")
+            pending = True
+        else:
+            rest.append(word)
+    if pending:
+        raise InputError("--config needs a value: the YAML file to read")
+    return file, rest
+
+
+def _check_flags(words: Sequence[str], leaves: Mapping[str, settings.Field]) -> None:
+    """Refuse unknown flags, flags given twice and flags without their value, in one sentence each."""
+    seen: set[str] = set()
+    waiting = ""
+    for word in [*words, "--"]:
+        if word.startswith("-") and word != "-" and not re.match(r"-\.?\d", word):
+            if waiting:
+                raise InputError(f"{waiting} needs a value: {settings.describe(leaves[waiting].type)}")
+            if word == "--":
+                return
+            flag, equals, _ = word.partition("=")
+            flag = flag.replace("_", "-")
+            if flag not in leaves:
+                raise InputError(
+                    f"unknown option `{flag}`{settings.nearest(flag, leaves) or '; --help lists them all'}"
+                )
+            if flag in seen:
+                several = "; give it all its values at once" if leaves[flag].many else ""
+                raise InputError(f"{flag} is given twice{several}")
+            seen.add(flag)
+            waiting = "" if equals or leaves[flag].many else flag
+        else:
+            waiting = ""
+
+
+def _positionals(command: Command, bare: Sequence[str], words: Sequence[str]) -> dict[str, str]:
+    if len(bare) > len(command.positionals):
+        raise InputError(f"unexpected argument `{bare[len(command.positionals)]}`; options start with `--`")
+    named = {word.partition("=")[0].replace("_", "-") for word in words}
+    values = {}
+    for (shown, field), word in zip(command.positionals, bare, strict=False):
+        if settings.flag(field) in named:
+            raise InputError(f"{shown} is given twice, as `{word}` and with {settings.flag(field)}")
+        values[field] = word
+    return values
+
+
+# ---------------------------------------------------------------- what tyro is shown
+
+
+def _view(options: type, required: Sequence[str], prefix: tuple[str, ...] = ()) -> type:
+    """The dataclass as tyro is to see it: a subclass, for its docstrings, whose every leaf is parsed by `settings`."""
+    from tyro.conf import FlagConversionOff, arg
+    from tyro.constructors import PrimitiveConstructorSpec
+
+    hints = get_type_hints(options)
+    fields: list[tuple[str, Any, Any]] = []
+    for field in dataclasses.fields(options):
+        path, tp = (*prefix, field.name), hints[field.name]
+        if dataclasses.is_dataclass(tp):
+            section = _view(cast(type, tp), (), path)
+            fields.append((field.name, section, dataclasses.field(default_factory=section)))
+            continue
+        leaf = settings.Field(path, tp, field.default)
+        spec: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
+            nargs="*" if leaf.many else 1,
+            metavar=_metavar(tp),
+            instance_from_str=partial(_parse, leaf),
+            is_instance=lambda value: True,
+            str_from_instance=_words,
+        )
+        note = arg(help_behavior_hint=partial(_hint, required=field.name in required))
+        fields.append((field.name, Annotated[tp, spec, FlagConversionOff, note], field))
+    if not prefix:
+        note = arg(metavar="FILE.yaml", help="Read options from this file; flags win over it.", help_behavior_hint="")
+        fields.append(("config", Annotated[str, note], ""))
+    return dataclasses.make_dataclass(
+        options.__name__, fields, bases=(options,), frozen=True, namespace={"__doc__": options.__doc__}
+    )
+
+
+def _recast(value: Any, cls: Any) -> Any:
+    """The same settings as an instance of `cls`, from a dataclass to its view or back."""
+    hints = get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls) if hasattr(value, field.name)]
+    parts = {name: getattr(value, name) for name in names}
+    return cls(
+        **{name: _recast(part, hints[name]) if dataclasses.is_dataclass(part) else part for name, part in parts.items()}
+    )
+
+
+def _parse(leaf: settings.Field, words: list[str]) -> Any:
+    return settings.parse(leaf.type, words, where=leaf.flag)
+
+
+def _words(value: Any) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, tuple) else [str(value)]
+
+
+def _hint(default: str, *, required: bool) -> str:
+    if default in ("''", "", "None", "()"):
+        return "(required)" if required else "(default: unset)"
+    return f"(default: {default})"
+
+
+def _metavar(tp: Any) -> str:
+    """What stands for a value in the help: `INT`, `{flax,hf}`, `[TEXT ...]`."""
+    inner = next((arg for arg in get_args(tp) if arg is not type(None)), tp) if type(None) in get_args(tp) else tp
+    if get_origin(inner) is Literal:
+        return "{" + ",".join(map(str, get_args(inner))) + "}"
+    if get_origin(inner) is tuple:
+        return f"[{_metavar(get_args(inner)[0])} ...]"
+    return {int: "INT", float: "FLOAT", bool: "{true,false}"}.get(inner, "TEXT")

@@ -1,0 +1,268 @@
+"""Every knob of every stage, as frozen dataclasses: one page that reads like the lab notebook.
+
+A field's docstring is its `--help` text; a field's name is its flag (`max_tokens` ↔ `--max-tokens`) and its key in
+a YAML file. `jax_selftrain.settings` reads and writes these strictly. Nothing here imports JAX, so that
+`jax-selftrain --help` answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Preset = Literal["replicated", "fsdp", "tensor"]
+DType = Literal["float32", "bfloat16"]
+Packing = Literal["masked", "packed", "single"]
+Schedule = Literal["constant", "cosine", "linear"]
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Draw texts from a model, starting from the BOS token alone, into a corpus folder."""
+
+    model: str = ""
+    """The source: a Hugging Face folder, a hub id, a model folder of ours, or a run folder."""
+    out: str = ""
+    """The corpus folder to fill; running the same command again completes it."""
+    samples: int = 1024
+    """How many samples to draw (sample ids 0 … samples−1)."""
+    max_tokens: int = 256
+    """Length limit of a sample in tokens, the start token not counted."""
+    temperature: float = 1.0
+    """Softmax temperature (> 0)."""
+    top_k: int = 0
+    """Keep only the k most probable tokens (0: all)."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probability reaches p (1: all)."""
+    min_p: float = 0.0
+    """Drop tokens less probable than this share of the most probable one (0: none)."""
+    stop_ids: tuple[int, ...] | None = None
+    """Token ids that end a sample; unset: the union of what tokenizer, config and generation config call EOS."""
+    start_id: int | None = None
+    """The token every sample starts from; unset: the tokenizer's BOS, else the config's, else EOS."""
+    seed: int = 0
+    """Seed of the random words; token t of sample i depends on (seed, i, t) alone."""
+    batch_size: int = 64
+    """Rows decoded together on each replica."""
+    samples_per_shard: int = 1024
+    """Samples in one Parquet shard, the unit of work, restart and repair."""
+    mesh: str = ""
+    """Device mesh, for instance `data=4,model=2`; unset: all devices on `data`."""
+    preset: Preset = "tensor"
+    """How parameters lie on the mesh."""
+    dtype: DType = "float32"
+    """Type of parameters, cache and matmul operands."""
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Make a corpus of real text from a JSONL file, a `datasets` data set, or a TFDS folder."""
+
+    source: str = ""
+    """`FILE.jsonl`, `tfds:FOLDER`, `datasets:NAME` or a folder that `datasets.load_from_disk` opens."""
+    model: str = ""
+    """The model (or tokenizer folder) whose tokenizer turns text into tokens."""
+    out: str = ""
+    """The corpus folder to write."""
+    text_field: str = "text"
+    """Name of the field that holds the text."""
+    split: str = "train"
+    """Split to read, where the source has splits."""
+    limit: int | None = None
+    """Take only the first so many documents."""
+    max_tokens: int | None = None
+    """Cut documents after so many tokens (they then count as ended by length)."""
+    start_id: int | None = None
+    """The token every document starts from; unset: the tokenizer's BOS, else the config's, else EOS."""
+    stop_id: int | None = None
+    """The token appended to every document that is not cut; unset: the tokenizer's EOS, else the model's first stop id."""
+    samples_per_shard: int = 1024
+    """Documents in one Parquet shard."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a corpus in another library's format."""
+
+    corpus: str = ""
+    """The corpus folder to read."""
+    out: str = ""
+    """The folder to write."""
+    format: Literal["tfds", "jsonl"] = "tfds"
+    """`tfds` (opened by `tfds.builder_from_directory`) or `jsonl`."""
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Turn a Hugging Face folder into a model folder of ours, or back."""
+
+    source: str = ""
+    """The model to read."""
+    out: str = ""
+    """The folder to write."""
+    format: Literal["flax", "hf"] = "flax"
+    """Format to write."""
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
+    """Type of the exported weights; `keep` gives every tensor the type it came with."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a model on a corpus; the result is itself a model (`RUN/model`)."""
+
+    model: str = ""
+    """The student before training. With `--init scratch` only its config and tokenizer are read."""
+    corpus: str = ""
+    """The corpus folder to train on."""
+    out: str = ""
+    """The run folder; running the same command again resumes it."""
+    init: Literal["pretrained", "scratch"] = "pretrained"
+    """Start from the model's weights, or from a fresh random initialisation of its architecture."""
+    steps: int | None = None
+    """Optimiser steps; unset: one pass over the corpus."""
+    batch_size: int = 32
+    """Rows per optimiser step, over all devices."""
+    seq_len: int = 256
+    """Loss positions in a row."""
+    packing: Packing = "masked"
+    """`masked`: documents share rows but do not see each other; `packed`: attention crosses documents, as Pythia was
+    trained; `single`: one document a row."""
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    schedule: Schedule = "constant"
+    """Shape of the learning rate after warmup."""
+    final_learning_rate: float = 0.0
+    """Where a cosine or linear schedule ends."""
+    warmup_ratio: float = 0.05
+    """Share of the steps over which the learning rate rises linearly from zero."""
+    beta1: float = 0.9
+    """Adam's first moment decay."""
+    beta2: float = 0.95
+    """Adam's second moment decay."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, applied to matrices only."""
+    clip_norm: float = 1.0
+    """Clip the global gradient norm to this (0: never)."""
+    grad_accum: int = 1
+    """Micro-batches per step."""
+    remat: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations: less memory, about a third more
+    work."""
+    checkpoint_every: int | None = None
+    """Save a checkpoint every so many steps; unset: about ten times per run."""
+    keep: int = 2
+    """How many of the latest checkpoints to keep."""
+    log_every: int = 1
+    """Write metrics every so many steps."""
+    seed: int = 0
+    """Seed of the initialisation and of the order of the rows."""
+    mesh: str = ""
+    """Device mesh, for instance `data=4,model=2`; unset: all devices on `data`."""
+    preset: Preset = "fsdp"
+    """How parameters and optimiser state lie on the mesh."""
+    dtype: DType = "float32"
+    """Type of the matmul operands; master weights are always float32."""
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Score a model by likelihood: tasks and the perplexity of texts."""
+
+    model: str = ""
+    """The model to score."""
+    tasks: tuple[str, ...] = ()
+    """Local JSONL task files (also BLiMP's, ARC's and LAMBADA's own columns: `blimp:FILE`, `arc:FILE`, `lambada:FILE`)."""
+    texts: tuple[str, ...] = ()
+    """JSONL files with a `text` field, scored as documents (perplexity)."""
+    out: str = ""
+    """The JSON file to write; per-request results go to `FILE.requests.parquet` beside it."""
+    limit: int | None = None
+    """Use only the first so many documents of each task."""
+    text_limit: int | None = None
+    """Use only the first so many documents of each text file."""
+    text_max_tokens: int | None = None
+    """Score only the first so many tokens of each document of a text file."""
+    batch_tokens: int = 8192
+    """Token positions in one device batch."""
+    mesh: str = ""
+    """Device mesh, for instance `data=4,model=2`; unset: all devices on `data`."""
+    preset: Preset = "tensor"
+    """How parameters lie on the mesh."""
+    dtype: DType = "float32"
+    """Type of parameters and matmul operands."""
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """Measure verbatim memorisation: does the model reproduce the suffix of a known sequence from its prefix?"""
+
+    model: str = ""
+    """The model to examine."""
+    sequences: str = ""
+    """The extraction set: `.npy` int array [N, ≥prefix+suffix], or JSONL with `tokens` or `text`."""
+    out: str = ""
+    """The JSON file to write."""
+    prefix: int = 32
+    """Tokens given."""
+    suffix: int = 32
+    """Tokens that must be reproduced."""
+    corpus: str = ""
+    """The corpus trained on: splits the sequences into held-out, partial and seen."""
+    overlap: int = 16
+    """Consecutive tokens shared with the suffix from which a sequence no longer counts as held out."""
+    limit: int | None = None
+    """Use only the first so many sequences."""
+    batch_tokens: int = 8192
+    """Token positions in one device batch."""
+    mesh: str = ""
+    """Device mesh, for instance `data=4,model=2`; unset: all devices on `data`."""
+    preset: Preset = "tensor"
+    """How parameters lie on the mesh."""
+    dtype: DType = "float32"
+    """Type of parameters and matmul operands."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One self-training round: sample, train, measure before and after, report."""
+
+    model: str = ""
+    """The base: the model that is trained and, unless `source` is set, the one that is sampled."""
+    source: str = ""
+    """The model to sample from; unset: the base itself."""
+    out: str = ""
+    """The folder of the round; running the same command again completes it."""
+    title: str = ""
+    """Headline of the report; unset: made from the model's name."""
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    """How the corpus is drawn (`model` and `out` are the round's)."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How the student is trained (`model`, `corpus` and `out` are the round's)."""
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    """Capability, before and after (`model` and `out` are the round's)."""
+    extract: ExtractConfig = field(default_factory=ExtractConfig)
+    """Memorisation, before and after (`model`, `corpus` and `out` are the round's); skipped without `sequences`."""
+    mesh: str = ""
+    """Device mesh of every stage that names none itself."""
+    dtype: DType | None = None
+    """Type for every stage; unset: each stage's own."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Make `report.html` from what is in a run folder."""
+
+    folder: str = ""
+    """The folder that `run` filled."""
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The whole story on a CPU in minutes, without any download."""
+
+    out: str = "selftrain-demo"
+    """Folder for everything the demo makes."""
+    seed: int = 0
+    """Seed of the demo's text, models and samples."""

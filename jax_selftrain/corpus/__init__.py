@@ -1,0 +1,41 @@
+"""Corpora: Parquet shards and their manifest, text in and out, training rows, exact overlap."""
+
+from jax_selftrain.corpus.exports import export
+from jax_selftrain.corpus.imports import import_text
+from jax_selftrain.corpus.ngrams import NgramIndex
+from jax_selftrain.corpus.reader import Corpus, open_corpus
+from jax_selftrain.corpus.rows import Rows, batch_indices, build_rows, pack
+from jax_selftrain.corpus.schema import FINISH_REASONS, SCHEMA, Sample
+from jax_selftrain.corpus.shards import (
+    begin_corpus,
+    finish_corpus,
+    missing_shards,
+    read_records,
+    shard_count,
+    shard_ids,
+    shard_name,
+    write_shard,
+)
+
+__all__ = [
+    "FINISH_REASONS",
+    "SCHEMA",
+    "Corpus",
+    "NgramIndex",
+    "Rows",
+    "Sample",
+    "batch_indices",
+    "begin_corpus",
+    "build_rows",
+    "export",
+    "finish_corpus",
+    "import_text",
+    "missing_shards",
+    "open_corpus",
+    "pack",
+    "read_records",
+    "shard_count",
+    "shard_ids",
+    "shard_name",
+    "write_shard",
+]

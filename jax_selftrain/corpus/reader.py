@@ -1,0 +1,145 @@
+"""Reading a corpus: nothing is believed before its checksum is checked, and one shard at a time is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from jax_selftrain import storage
+from jax_selftrain.corpus import shards
+from jax_selftrain.corpus.schema import FINISH_REASONS, SCHEMA, Sample, to_samples
+from jax_selftrain.errors import InputError
+
+_BATCH_ROWS = 1024
+_TYPES = {"start_id": int, "stop_ids": list, "samples": int, "samples_per_shard": int, "tokens": int, "shards": list}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A whole, checked corpus folder."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    """`corpus.json`."""
+
+    def __len__(self) -> int:
+        return self.manifest["samples"]
+
+    @property
+    def start_id(self) -> int:
+        """The token that every document starts from; it is not in the documents' `tokens`."""
+        return self.manifest["start_id"]
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end a document."""
+        return tuple(self.manifest["stop_ids"])
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in all documents, start ids not counted."""
+        return self.manifest["tokens"]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the manifest, hence of every byte of every shard."""
+        return storage.fingerprint(self.manifest)
+
+    def documents(self) -> Iterator[Sample]:
+        """The samples in the order of their ids, read as they are asked for."""
+        for batch in self._batches(SCHEMA.names):
+            yield from to_samples(batch)
+
+    def token_arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All tokens in memory, at 4 bytes each.
+
+        Returns:
+            tokens int32 [n_tokens], documents one after the other; offsets int64 [N+1], document d being
+            tokens[offsets[d]:offsets[d+1]]; finish reasons uint8 [N], indices into `FINISH_REASONS`.
+        """
+        flat = np.empty(self.n_tokens, np.int32)
+        offsets = np.zeros(len(self) + 1, np.int64)
+        reasons = np.empty(len(self), np.uint8)
+        row = 0
+        for batch in self._batches(["tokens", "finish_reason"]):
+            lists = batch.column("tokens")
+            ends = offsets[row] + np.cumsum(pc.list_value_length(lists).to_numpy(), dtype=np.int64)
+            offsets[row + 1 : row + 1 + len(ends)] = ends
+            flat[offsets[row] : ends[-1]] = lists.flatten().to_numpy()
+            codes = pc.index_in(batch.column("finish_reason"), pa.array(FINISH_REASONS))
+            reasons[row : row + len(ends)] = codes.to_numpy()
+            row += len(ends)
+        return flat, offsets, reasons
+
+    def _batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        for shard in self.manifest["shards"]:
+            with pq.ParquetFile(self.folder / shard["file"]) as file:
+                if not file.schema_arrow.equals(SCHEMA):
+                    raise InputError(f"{self.folder / shard['file']}: its columns are not those of a corpus")
+                for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
+                    if batch.num_rows:
+                        yield batch
+
+
+def open_corpus(folder: storage.PathLike, *, tokenizer_fingerprint: str | None = None) -> Corpus:
+    """Open a corpus folder after checking its manifest and the SHA-256 of every shard.
+
+    Args:
+        folder: the corpus folder.
+        tokenizer_fingerprint: of the tokenizer whose ids the reader expects (`hub.tokenizer_fingerprint`); unset: any.
+
+    Raises:
+        InputError: no such folder, not a corpus, incomplete (says how much is missing), empty, made with another
+            tokenizer, or a shard is missing or damaged (names it, and how to get it back).
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such corpus folder; make it with `jax-selftrain sample`")
+    if not (folder / shards.MANIFEST).is_file():
+        if (folder / shards.REQUEST).exists() or any(folder.glob("shard-*.parquet")):
+            raise InputError(shards.unfinished(folder))
+        raise InputError(
+            f"{folder}: not a corpus folder (it has no {shards.MANIFEST}); give the folder that was sampled"
+        )
+    manifest = storage.read_json(folder / shards.MANIFEST)
+    _check_manifest(folder / shards.MANIFEST, manifest)
+    if tokenizer_fingerprint is not None and manifest["tokenizer_fingerprint"] != tokenizer_fingerprint:
+        raise InputError(
+            f"{folder}: its tokens come from another tokenizer (corpus {manifest['tokenizer_fingerprint'][:8]}…, model "
+            f"{tokenizer_fingerprint[:8]}…); export its text and import it with the model's own tokenizer"
+        )
+    shards.check_shards(folder, manifest["shards"])
+    return Corpus(folder, manifest)
+
+
+def _check_manifest(path: Path, manifest: Any) -> None:
+    if not isinstance(manifest, dict) or manifest.get("format") != shards.FORMAT:
+        raise InputError(f"{path}: not the manifest of a corpus")
+    if manifest.get("version") != shards.VERSION:
+        raise InputError(
+            f"{path}: corpus format {manifest.get('version')!r}, this program reads {shards.VERSION}; use its version"
+        )
+    remedy = f"delete {path.name} and run the command that made it again"
+    for key in (*shards.GIVEN_KEYS, "tokens", "shards"):
+        if key not in manifest:
+            raise InputError(f"{path}: {key!r} is missing; {remedy}")
+        if not isinstance(manifest[key], _TYPES.get(key, object)):
+            raise InputError(f"{path}: {key!r} is damaged; {remedy}")
+    listed, total = manifest["shards"], manifest["samples"]
+    if not all(isinstance(shard, dict) and shard.keys() >= set(shards.SHARD_KEYS) for shard in listed):
+        raise InputError(f"{path}: its list of shards is damaged; {remedy}")
+    if not listed or total < 1:
+        raise InputError(f"{path.parent}: the corpus is empty; sample or import at least one document")
+    counts = [(shard["rows"], shard["tokens"]) for shard in listed]
+    if (sum(rows for rows, _ in counts), sum(tokens for _, tokens in counts)) != (total, manifest["tokens"]):
+        raise InputError(
+            f"{path}: its shards do not add up to its {total} samples and {manifest['tokens']} tokens; {remedy}"
+        )

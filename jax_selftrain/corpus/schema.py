@@ -1,0 +1,73 @@
+"""What a corpus is made of: the Parquet schema of its shards and one sample of it.
+
+`tokens` is authoritative; `text` is there for people and for tokenizers other than the source's. A token list holds
+the stop id when it was drawn (or, for imported text, appended) and never the start id, which `corpus.json` names once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.int64()),
+        ("tokens", pa.list_(pa.int32())),
+        ("text", pa.string()),
+        ("logprob", pa.float32()),
+        ("finish_reason", pa.string()),
+    ]
+)
+
+FINISH_REASONS = ("length", "stop")
+"""Why a sample ended; its index here is its code in `Corpus.token_arrays`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One text of a corpus."""
+
+    sample_id: int
+    tokens: np.ndarray
+    """int32 [length]: without the start id, with the stop id if there was one."""
+    text: str
+    logprob: float
+    """Sum over tokens of log p under the source at temperature 1, in nats; nan where no source drew it (null)."""
+    finish_reason: str
+    """`stop` or `length`."""
+
+
+def to_table(samples: Sequence[Sample]) -> pa.Table:
+    """The samples as an Arrow table of `SCHEMA`. Raises ValueError for a sample that the schema cannot hold."""
+    for sample in samples:
+        if sample.finish_reason not in FINISH_REASONS:
+            raise ValueError(f"sample {sample.sample_id}: unknown finish_reason {sample.finish_reason!r}")
+        if sample.tokens.ndim != 1 or not np.issubdtype(sample.tokens.dtype, np.integer):
+            raise ValueError(f"sample {sample.sample_id}: tokens must be a vector of integers")
+    offsets = np.zeros(len(samples) + 1, np.int32)
+    np.cumsum([len(sample.tokens) for sample in samples], out=offsets[1:])
+    flat = np.concatenate([np.empty(0, np.int32), *(sample.tokens for sample in samples)]).astype(np.int32)
+    logprobs = np.array([sample.logprob for sample in samples], np.float32)
+    columns = {
+        "sample_id": pa.array([sample.sample_id for sample in samples], pa.int64()),
+        "tokens": pa.ListArray.from_arrays(offsets, flat),
+        "text": pa.array([sample.text for sample in samples], pa.string()),
+        "logprob": pa.array(logprobs, mask=np.isnan(logprobs)),
+        "finish_reason": pa.array([sample.finish_reason for sample in samples], pa.string()),
+    }
+    return pa.table(columns, schema=SCHEMA)
+
+
+def to_samples(batch: pa.RecordBatch) -> Iterator[Sample]:
+    """The samples of an Arrow batch of `SCHEMA`, in order."""
+    lists = batch.column("tokens")
+    bounds = lists.offsets.to_numpy()
+    flat = lists.values.to_numpy()
+    logprobs = batch.column("logprob").to_numpy(zero_copy_only=False)  # nulls become nan
+    ids, texts, reasons = (batch.column(name).to_pylist() for name in ("sample_id", "text", "finish_reason"))
+    for row, (sample_id, text, reason) in enumerate(zip(ids, texts, reasons, strict=True)):
+        tokens = flat[bounds[row] : bounds[row + 1]]
+        yield Sample(sample_id, tokens, text, float(logprobs[row]), reason)

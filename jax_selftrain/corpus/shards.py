@@ -1,0 +1,274 @@
+"""Writing a corpus: shards one by one, in any order, by any process; then the manifest that makes them a corpus.
+
+A shard holds a fixed range of sample ids and is the unit of work, of restart and of repair: its Parquet file is
+committed first, its record (`records/shard-000000.json`) second, and it exists when both do. Parquet bytes are a
+function of the samples and the pyarrow version alone (fixed codec, format version and row groups; Parquet itself
+keeps no time). `corpus.json` is assembled from the records and copies only what every mesh and every restart agree
+on; what one process has to tell about its own shard (mesh, seconds) stays in the record.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from jax_selftrain import storage
+from jax_selftrain.corpus.schema import Sample, to_table
+from jax_selftrain.errors import InputError
+
+FORMAT = "jax-selftrain corpus"
+VERSION = 1
+MANIFEST = "corpus.json"
+REQUEST = "request.json"
+REMEDY = "delete the shard and run the same command to regenerate it"
+
+_ROW_GROUP = 1024
+SHARD_KEYS = ("file", "sha256", "bytes", "rows", "tokens", "mismatches")
+GIVEN_KEYS = (
+    "kind",
+    "source",
+    "tokenizer_fingerprint",
+    "start_id",
+    "stop_ids",
+    "policy",
+    "seed",
+    "samples",
+    "samples_per_shard",
+)
+"""Keys of `corpus.json` that whoever makes the corpus knows; the others are added from the records."""
+
+
+# Makes `datasets.load_dataset(FOLDER)` read the shards and nothing else, here and on the hub.
+_CARD = """\
+---
+configs:
+- config_name: default
+  data_files: shard-*.parquet
+---
+{samples} texts ({kind}); what they are and where they come from is in `corpus.json`.
+"""
+
+
+def shard_name(index: int) -> str:
+    """File name of a shard: `shard-000000.parquet`."""
+    return f"shard-{index:06d}.parquet"
+
+
+def shard_ids(index: int, samples: int, samples_per_shard: int) -> range:
+    """The sample ids that shard `index` of a corpus of `samples` samples holds."""
+    return range(index * samples_per_shard, min((index + 1) * samples_per_shard, samples))
+
+
+def shard_count(samples: int, samples_per_shard: int) -> int:
+    """How many shards `samples` samples fill."""
+    return math.ceil(samples / samples_per_shard)
+
+
+def begin_corpus(folder: storage.PathLike, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Start a corpus or go on with the same one: what is asked for is kept in `request.json`.
+
+    Args:
+        folder: the corpus folder; made when missing.
+        request: plain data that decides the corpus' content (source, tokenizer, policy, seed, …; nothing about meshes
+            or time). With `samples` and `samples_per_shard`, an unfinished corpus can say how much of it is missing.
+
+    Returns:
+        The request that the folder was begun with. It may differ from this one in `source.ref` alone: models and files
+        may be moved, their fingerprint says what they are.
+
+    Raises:
+        InputError: the folder was begun with another request; the message names the first difference.
+    """
+    folder = Path(folder)
+    storage.clean_leftovers(folder)
+    storage.clean_leftovers(folder / "records")
+    path = folder / REQUEST
+    if path.exists():
+        before = storage.read_json(path)
+        difference = _first_difference(before, dict(request))
+        if difference:
+            raise InputError(
+                f"{folder}: was begun with {difference[0]} = {difference[1]!r}, this command asks for "
+                f"{difference[2]!r}; choose another place for it, or delete the folder to start over"
+            )
+        return before
+    if (folder / MANIFEST).exists() or any(folder.glob("shard-*.parquet")):
+        raise InputError(f"{folder}: holds shards but no {REQUEST} that says what they are; choose another place")
+    storage.write_json(path, dict(request))
+    return dict(request)
+
+
+def write_shard(
+    folder: storage.PathLike, index: int, samples: Sequence[Sample], record: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Commit one shard and then its record.
+
+    Args:
+        folder: the corpus folder.
+        index: number of the shard.
+        samples: its samples, sample ids ascending without gaps.
+        record: plain data to keep about the making of this shard; `mismatches` (samples whose re-encoded text differs
+            from their tokens) also enters `corpus.json`.
+
+    Returns:
+        The record as written: `record` and file, sha256, bytes, rows, tokens, first_sample_id.
+
+    Raises:
+        ValueError: no samples, or ids with gaps.
+        InputError: the disk is full or not writable; nothing half-written stays.
+    """
+    if not samples:
+        raise ValueError(f"shard {index} has no samples")
+    first = samples[0].sample_id
+    if [sample.sample_id for sample in samples] != list(range(first, first + len(samples))):
+        raise ValueError(f"shard {index}: sample ids are not consecutive")
+    folder = Path(folder)
+    path = folder / shard_name(index)
+    _record_path(folder, index).unlink(missing_ok=True)  # a record never speaks of bytes it has not seen
+    with storage.commit_file(path) as aside:
+        pq.write_table(
+            to_table(samples),
+            aside,
+            version="2.6",
+            data_page_version="1.0",
+            compression="zstd",
+            compression_level=3,
+            use_dictionary=["finish_reason"],
+            row_group_size=_ROW_GROUP,
+        )
+    written = {
+        **record,
+        "file": path.name,
+        "sha256": storage.sha256_file(path),
+        "bytes": path.stat().st_size,
+        "rows": len(samples),
+        "tokens": sum(len(sample.tokens) for sample in samples),
+        "first_sample_id": first,
+    }
+    storage.write_json(_record_path(folder, index), written)
+    return written
+
+
+def read_records(folder: storage.PathLike) -> dict[int, dict[str, Any]]:
+    """{shard index: record} of the shards committed so far. Raises InputError naming a damaged record."""
+    folder = Path(folder)
+    records = {}
+    for path in sorted(folder.glob("records/shard-*.json")):
+        record = storage.read_json(path)
+        if not isinstance(record, dict) or not {"file", "sha256", "bytes", "rows", "tokens"} <= record.keys():
+            raise InputError(f"{path}: not the record of a shard; {REMEDY}")
+        index = int(path.stem.removeprefix("shard-"))
+        if (folder / shard_name(index)).exists():
+            records[index] = record
+    return records
+
+
+def missing_shards(folder: storage.PathLike, n_shards: int) -> list[int]:
+    """Which of the shards 0 … n_shards−1 have yet to be made (a deleted one counts), ascending."""
+    folder = Path(folder)
+    return [
+        index
+        for index in range(n_shards)
+        if not ((folder / shard_name(index)).exists() and _record_path(folder, index).exists())
+    ]
+
+
+def finish_corpus(folder: storage.PathLike, manifest: Mapping[str, Any]) -> None:
+    """Check every shard against its record and commit `corpus.json`.
+
+    Args:
+        folder: the corpus folder, all shards written.
+        manifest: kind ("sampled" or "imported"), source {ref, fingerprint}, tokenizer_fingerprint, start_id, stop_ids,
+            policy, seed, samples, samples_per_shard; any further plain data is kept.
+
+    Raises:
+        InputError: no samples; a shard is missing, damaged or does not belong.
+        ValueError: a key of the manifest is missing.
+    """
+    folder = Path(folder)
+    if absent := [key for key in GIVEN_KEYS if key not in manifest]:
+        raise ValueError(f"the manifest lacks {absent}")
+    samples, per_shard = manifest["samples"], manifest["samples_per_shard"]
+    if samples < 1:
+        raise InputError(f"{folder}: the corpus would be empty; give it at least one document")
+    n_shards = shard_count(samples, per_shard)
+    if missing := missing_shards(folder, n_shards):
+        raise InputError(_incomplete(folder, missing, n_shards))
+    records = read_records(folder)
+    expected = {shard_name(index) for index in range(n_shards)}
+    if strays := sorted(path.name for path in folder.glob("shard-*.parquet") if path.name not in expected):
+        raise InputError(f"{folder / strays[0]}: does not belong to this corpus of {n_shards} shards; delete it")
+    for index in range(n_shards):
+        ids = shard_ids(index, samples, per_shard)
+        found = (records[index].get("first_sample_id"), records[index]["rows"])
+        if found != (ids.start, len(ids)):
+            raise InputError(
+                f"{folder / shard_name(index)}: holds {found[1]} samples from id {found[0]} where this corpus has "
+                f"{len(ids)} from id {ids.start}; {REMEDY}"
+            )
+    shards = [{"mismatches": 0} | records[index] for index in range(n_shards)]
+    check_shards(folder, shards)
+    storage.write_text(folder / "README.md", _CARD.format(**manifest))
+    storage.write_json(
+        folder / MANIFEST,
+        {
+            **manifest,
+            "format": FORMAT,
+            "version": VERSION,
+            "tokens": sum(shard["tokens"] for shard in shards),
+            "retokenisation_mismatches": sum(shard["mismatches"] for shard in shards),
+            "shards": [{key: shard[key] for key in SHARD_KEYS} for shard in shards],
+        },
+    )
+
+
+def check_shards(folder: storage.PathLike, shards: Sequence[Mapping[str, Any]]) -> None:
+    """Hash every shard. Raises InputError naming the first one missing or damaged and how to get it back."""
+    folder = Path(folder)
+    if gone := [index for index, shard in enumerate(shards) if not (folder / shard["file"]).is_file()]:
+        raise InputError(_incomplete(folder, gone, len(shards)))
+    storage.check_files(folder, {shard["file"]: shard for shard in shards}, remedy=REMEDY)
+
+
+def unfinished(folder: storage.PathLike) -> str:
+    """The sentence for a corpus folder without `corpus.json`: what is missing, as far as it can be known."""
+    folder = Path(folder)
+    request = storage.read_json(folder / REQUEST) if (folder / REQUEST).exists() else {}
+    samples, per_shard = request.get("samples"), request.get("samples_per_shard")
+    if samples and per_shard:
+        n_shards = shard_count(samples, per_shard)
+        if missing := missing_shards(folder, n_shards):
+            return _incomplete(folder, missing, n_shards)
+    there = len(read_records(folder))
+    return (
+        f"{folder}: incomplete corpus, {there} shards are there but {MANIFEST} is missing; "
+        "run the command that makes it again to complete it"
+    )
+
+
+def _incomplete(folder: Path, missing: Sequence[int], n_shards: int) -> str:
+    verb = "is" if len(missing) == 1 else "are"
+    names = ", ".join(shard_name(index) for index in missing[:3]) + (", …" if len(missing) > 3 else "")
+    return (
+        f"{folder}: incomplete corpus, {len(missing)} of {n_shards} shards {verb} missing ({names}); "
+        "run the command that makes it again to complete it"
+    )
+
+
+def _record_path(folder: Path, index: int) -> Path:
+    return folder / "records" / f"shard-{index:06d}.json"
+
+
+def _first_difference(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            path = f"{name}.{key}" if name else key
+            if path != "source.ref" and (found := _first_difference(before.get(key), now.get(key), path)):
+                return found
+        return None
+    before, now = ([*value] if isinstance(value, tuple) else value for value in (before, now))
+    return None if before == now else (name, before, now)

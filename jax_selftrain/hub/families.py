@@ -1,0 +1,232 @@
+"""Families as data: one table per family says where each Hugging Face tensor lies in our parameter tree.
+
+A row is (names, path, pattern). The pattern describes one layer's tensor in the notation of einops: what stands in
+parentheses is fused into one dimension of the file, and the right-hand side is our layout without the leading layer
+dimension. `2of3` is a slot: of a dimension of three, this row is the third entry (GPT-NeoX fuses query, key and value
+as (heads, 3, head width)). Reading, writing, shapes and the inverse all follow from the pattern, so that a family has
+no code of its own. Adding a family = one table here, one reader in `hf_config`, one parity case.
+
+Letters: D width, G key/value heads, R queries per key/value head, K head width, F MLP width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from math import prod
+
+import numpy as np
+
+from jax_selftrain.models import DecoderConfig
+
+Box = tuple[slice, ...]
+"""Bounds along each dimension of an array; a slice here always has start, stop and no step."""
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """How the dimensions of a tensor in a file map to those of one layer of our array."""
+
+    text: str
+
+    @cached_property
+    def fused(self) -> tuple[tuple[str, ...], ...]:
+        """For each dimension in the file, the axes that are fused in it: (("g", "2of3", "k"), ("d",))."""
+        left = self.text.split("->")[0]
+        return tuple(tuple((fused or single).split()) for fused, single in re.findall(r"\(([^)]*)\)|(\S+)", left))
+
+    @cached_property
+    def axes(self) -> tuple[str, ...]:
+        """Axes of our layout: ("d", "g", "k")."""
+        return tuple(self.text.split("->")[1].split())
+
+    @property
+    def _flat(self) -> tuple[str, ...]:
+        return tuple(axis for group in self.fused for axis in group)
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        """Transposition from the file's axes, slots left out, to ours."""
+        named = [axis for axis in self._flat if "of" not in axis]
+        return tuple(named.index(axis) for axis in self.axes)
+
+    def file_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Shape of the tensor in the file."""
+        return tuple(prod(_size(axis, sizes) for axis in group) for group in self.fused)
+
+    def file_parts(self, box: Box, sizes: Mapping[str, int]) -> list[list[tuple[int, int]]]:
+        """For each dimension in the file, the runs (start, stop) that hold `box` of our layer, in order."""
+        bounds = {axis: (part.start, part.stop) for axis, part in zip(self.axes, box, strict=True)}
+        return [_runs([_bounds(a, bounds) for a in group], [_size(a, sizes) for a in group]) for group in self.fused]
+
+    def to_ours(self, part: np.ndarray, box: Box) -> np.ndarray:
+        """Bring what `file_parts` selected (concatenated) into our layout: a view of shape `box`."""
+        extents = {axis: bound.stop - bound.start for axis, bound in zip(self.axes, box, strict=True)}
+        named = [extents[axis] for axis in self._flat if "of" not in axis]
+        return part.reshape(named).transpose(self._order)
+
+    def write(self, layer: np.ndarray, tensor: np.ndarray, sizes: Mapping[str, int]) -> None:
+        """Inverse: put one layer of ours where it belongs in a tensor of the file's shape."""
+        spread = tensor.reshape([_size(axis, sizes) for axis in self._flat])
+        where = tuple(int(axis.split("of")[0]) if "of" in axis else slice(None) for axis in self._flat)
+        spread[where] = layer.transpose(np.argsort(self._order))
+
+
+def _size(axis: str, sizes: Mapping[str, int]) -> int:
+    return int(axis.split("of")[1]) if "of" in axis else sizes[axis]
+
+
+def _bounds(axis: str, bounds: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+    if "of" not in axis:
+        return bounds[axis]
+    slot = int(axis.split("of")[0])
+    return slot, slot + 1
+
+
+def _runs(bounds: list[tuple[int, int]], sizes: list[int]) -> list[tuple[int, int]]:
+    """Contiguous ranges of the fused dimension that make up a box of its axes."""
+    last = max((i for i, (b, n) in enumerate(zip(bounds, sizes, strict=True)) if b != (0, n)), default=0)
+    tail = prod(sizes[last + 1 :])
+    start, stop = bounds[last]
+    runs = []
+    for index in product(*(range(*b) for b in bounds[:last])):
+        offset = 0
+        for i, n in zip(index, sizes, strict=False):
+            offset = offset * n + i
+        offset *= sizes[last]
+        runs.append(((offset + start) * tail, (offset + stop) * tail))
+    return runs
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor (of each layer, where the name has `{}`) and its place."""
+
+    names: tuple[str, ...]
+    """Names it goes by in files; the first is what a new file gets."""
+    path: str
+    pattern: Pattern
+
+    @property
+    def stacked(self) -> bool:
+        """Whether every layer has one."""
+        return self.path.startswith("layers/")
+
+
+@dataclass(frozen=True)
+class Family:
+    """The tensors of one Hugging Face `model_type`."""
+
+    model_type: str
+    rows: tuple[Row, ...]
+    legacy: tuple[str, ...]
+    """Regular expressions of buffers in old files that hold no parameters: causal masks, rotary frequencies."""
+    tied_head: tuple[str, ...]
+    """Names of the output projection; with tied embeddings such a tensor is a copy and is dropped."""
+
+
+def sizes_of(config: DecoderConfig) -> dict[str, int]:
+    """Sizes of the pattern's letters."""
+    return {
+        "d": config.hidden_size,
+        "g": config.num_kv_heads,
+        "r": config.q_per_kv,
+        "k": config.head_dim,
+        "f": config.intermediate_size,
+        "v": config.vocab_size,
+    }
+
+
+def _rows(prefix: str, table: str) -> tuple[Row, ...]:
+    rows = []
+    for line in table.strip().splitlines():
+        names, path, pattern = (part.strip() for part in line.split("|"))
+        full = tuple(name.replace("~", prefix) for name in names.split(" or "))
+        rows.append(Row(full, path, Pattern(pattern)))
+    return tuple(rows)
+
+
+_GPT_NEOX = Family(
+    "gpt_neox",
+    _rows(
+        "gpt_neox.layers.{}",
+        """
+        gpt_neox.embed_in.weight                | embed/embedding         | v d -> v d
+        ~.input_layernorm.weight                | layers/attn_norm/scale  | d -> d
+        ~.input_layernorm.bias                  | layers/attn_norm/bias   | d -> d
+        ~.post_attention_layernorm.weight       | layers/mlp_norm/scale   | d -> d
+        ~.post_attention_layernorm.bias         | layers/mlp_norm/bias    | d -> d
+        ~.attention.query_key_value.weight      | layers/attn/q/kernel    | (g r 0of3 k) d -> d g r k
+        ~.attention.query_key_value.weight      | layers/attn/k/kernel    | (g 1of3 k) d -> d g k
+        ~.attention.query_key_value.weight      | layers/attn/v/kernel    | (g 2of3 k) d -> d g k
+        ~.attention.query_key_value.bias        | layers/attn/q/bias      | (g r 0of3 k) -> g r k
+        ~.attention.query_key_value.bias        | layers/attn/k/bias      | (g 1of3 k) -> g k
+        ~.attention.query_key_value.bias        | layers/attn/v/bias      | (g 2of3 k) -> g k
+        ~.attention.dense.weight                | layers/attn/o/kernel    | d (g r k) -> g r k d
+        ~.attention.dense.bias                  | layers/attn/o/bias      | d -> d
+        ~.mlp.dense_h_to_4h.weight              | layers/mlp/up/kernel    | f d -> d f
+        ~.mlp.dense_h_to_4h.bias                | layers/mlp/up/bias      | f -> f
+        ~.mlp.dense_4h_to_h.weight              | layers/mlp/down/kernel  | d f -> f d
+        ~.mlp.dense_4h_to_h.bias                | layers/mlp/down/bias    | d -> d
+        gpt_neox.final_layer_norm.weight        | final_norm/scale        | d -> d
+        gpt_neox.final_layer_norm.bias          | final_norm/bias         | d -> d
+        embed_out.weight or lm_head.weight      | head/kernel             | v d -> d v
+        """,
+    ),
+    legacy=(
+        r"gpt_neox\.layers\.\d+\.attention\.bias",
+        r"gpt_neox\.layers\.\d+\.attention\.masked_bias",
+        r"gpt_neox\.layers\.\d+\.attention\.rotary_emb\.inv_freq",
+        r"gpt_neox\.rotary_emb\.inv_freq",
+    ),
+    tied_head=("embed_out.weight", "lm_head.weight"),
+)
+
+_LLAMA_ROWS = _rows(
+    "model.layers.{}",
+    """
+    model.embed_tokens.weight               | embed/embedding         | v d -> v d
+    ~.input_layernorm.weight                | layers/attn_norm/scale  | d -> d
+    ~.post_attention_layernorm.weight       | layers/mlp_norm/scale   | d -> d
+    ~.self_attn.q_proj.weight               | layers/attn/q/kernel    | (g r k) d -> d g r k
+    ~.self_attn.k_proj.weight               | layers/attn/k/kernel    | (g k) d -> d g k
+    ~.self_attn.v_proj.weight               | layers/attn/v/kernel    | (g k) d -> d g k
+    ~.self_attn.q_proj.bias                 | layers/attn/q/bias      | (g r k) -> g r k
+    ~.self_attn.k_proj.bias                 | layers/attn/k/bias      | (g k) -> g k
+    ~.self_attn.v_proj.bias                 | layers/attn/v/bias      | (g k) -> g k
+    ~.self_attn.o_proj.weight               | layers/attn/o/kernel    | d (g r k) -> g r k d
+    ~.self_attn.o_proj.bias                 | layers/attn/o/bias      | d -> d
+    ~.mlp.gate_proj.weight                  | layers/mlp/gate/kernel  | f d -> d f
+    ~.mlp.gate_proj.bias                    | layers/mlp/gate/bias    | f -> f
+    ~.mlp.up_proj.weight                    | layers/mlp/up/kernel    | f d -> d f
+    ~.mlp.up_proj.bias                      | layers/mlp/up/bias      | f -> f
+    ~.mlp.down_proj.weight                  | layers/mlp/down/kernel  | d f -> f d
+    ~.mlp.down_proj.bias                    | layers/mlp/down/bias    | d -> d
+    model.norm.weight                       | final_norm/scale        | d -> d
+    lm_head.weight                          | head/kernel             | v d -> d v
+    """,
+)
+
+_QK_NORM_ROWS = _rows(
+    "model.layers.{}",
+    """
+    ~.self_attn.q_norm.weight               | layers/attn/q_norm/scale | k -> k
+    ~.self_attn.k_norm.weight               | layers/attn/k_norm/scale | k -> k
+    """,
+)
+
+_LLAMA_LEGACY = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq")
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        _GPT_NEOX,
+        Family("llama", _LLAMA_ROWS, _LLAMA_LEGACY, tied_head=("lm_head.weight",)),
+        Family("qwen2", _LLAMA_ROWS, _LLAMA_LEGACY, tied_head=("lm_head.weight",)),
+        Family("qwen3", _LLAMA_ROWS + _QK_NORM_ROWS, _LLAMA_LEGACY, tied_head=("lm_head.weight",)),
+    )
+}
+"""Every family we know, by the `model_type` of its config.json."""

@@ -1,0 +1,408 @@
+"""Raw `config.json` → `DecoderConfig`: every key is understood, known not to matter, or refused by name.
+
+A key that nobody reads is how a model comes out subtly wrong, so reading is accounting (the idea is penzai's): each
+reader *takes* the keys it handles; what is left must be in `_IGNORED` (keys that do not change the logits of a causal
+language model in evaluation) or in `_OFF` (features we lack, at the one value that means "not used"). Everything else
+is an error that names key and value. Defaults of absent keys are those of transformers' config classes, since
+`save_pretrained` may leave a default out; the sizes themselves must be there.
+
+Both schemas of rotary settings are read: transformers 4 (`rope_theta`, `rope_scaling`; GPT-NeoX `rotary_emb_base`,
+`rotary_pct`) and 5 (`rope_parameters`). Dropout probabilities are ignored: they act in torch's train mode only, and
+training here uses none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from jax_selftrain.errors import InputError
+from jax_selftrain.hub.families import FAMILIES
+from jax_selftrain.models import DecoderConfig, RopeConfig
+
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+}
+
+_IGNORED = {
+    "provenance, storage, task heads of other classes, how transformers runs": """
+        architectures transformers_version dtype torch_dtype _name_or_path name_or_path _commit_hash tokenizer_class
+        id2label label2id num_labels problem_type task_specific_params finetuning_task gradient_checkpointing use_cache
+        output_attentions output_hidden_states return_dict use_return_dict torchscript pretraining_tp is_decoder
+        attn_implementation _attn_implementation _attn_implementation_autoset _experts_implementation
+        tie_last_hidden_states keys_to_ignore_at_inference chunk_size_feed_forward use_bfloat16 tf_legacy_loss""",
+    "token ids: no part of the forward pass; `tokens.special_tokens` reads them": """
+        bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id unk_token_id""",
+    "dropout, see the module's docstring": """
+        attention_dropout hidden_dropout classifier_dropout resid_pdrop embd_pdrop attention_probs_dropout_prob""",
+    "settings of generate() that old configs carry; sampling here has a policy of its own": """
+        max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k
+        top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+        bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id
+        forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
+        begin_suppress_tokens max_new_tokens prefix""",
+}
+_IGNORED_KEYS = frozenset(key for keys in _IGNORED.values() for key in keys.split())
+
+_OFF: dict[str, tuple[Any, ...]] = {
+    "quantization_config": (None,),
+    "auto_map": (None,),
+    "per_layer_config": (None, {}),
+    "pruned_heads": (None, {}),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "cross_attention_hidden_size": (None,),
+    "tie_encoder_decoder": (False, None),
+    "is_causal": (True, None),
+}
+
+_ROPE_KEYS = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {
+        *("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
+        *("mscale", "mscale_all_dim", "truncate"),
+    },
+}
+
+_ROPE_REFUSED = {
+    "dynamic": "dynamic NTK: its cached and its full forward pass disagree in transformers itself",
+    "longrope": "its frequencies depend on the length of the input",
+    "su": "longrope: its frequencies depend on the length of the input",
+}
+
+
+def parse_config(raw: Mapping[str, Any], where: str) -> DecoderConfig:
+    """Translate a Hugging Face config.
+
+    Args:
+      raw: the content of config.json.
+      where: the file, for messages.
+
+    Raises:
+      InputError: the architecture is unknown, or a key is missing, unknown, contradictory or out of range.
+    """
+    if not isinstance(raw, Mapping):
+        raise InputError(f"{where}: is not a JSON object; it should be the config.json of a Hugging Face model")
+    keys = _Keys(raw, where)
+    family = keys.take("model_type", str, None)
+    if family not in _READERS:
+        raise InputError(
+            f"{where}: model_type {family!r} is not supported; the architectures known here are {', '.join(_READERS)}"
+        )
+    config = _READERS[family](keys)
+    keys.finish()
+    return config
+
+
+class _Keys:
+    """The raw config and which of its keys have been taken."""
+
+    def __init__(self, raw: Mapping[str, Any], where: str):
+        self._raw, self.where, self._taken = raw, where, set[str]()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._raw
+
+    def take(self, key: str, kind: type | tuple[type, ...], default: Any) -> Any:
+        """Value of a key, `default` if absent or null. A number that is not a `kind` is refused (bool is not int)."""
+        self._taken.add(key)
+        value = self._raw.get(key)
+        if value is None:
+            return default
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            self.refuse(key, f"should be {' or '.join(k.__name__ for k in kinds)}")
+        return value
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """A positive whole number; required unless there is a default."""
+        value = self.take(key, int, default)
+        if value is None:
+            raise InputError(f"{self.where}: {key} is missing; it cannot be guessed")
+        if value < 1:
+            self.refuse(key, "should be at least 1")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        """A positive finite number."""
+        value = self.take(key, (int, float), default)
+        if not (math.isfinite(value) and value > 0):
+            self.refuse(key, "should be a positive number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """true or false."""
+        return self.take(key, bool, default)
+
+    def activation(self, default: str) -> Any:
+        """`hidden_act` under our name."""
+        name = self.take("hidden_act", str, default)
+        if name not in _ACTIVATIONS:
+            self.refuse("hidden_act", f"is not supported; known are {', '.join(_ACTIVATIONS)}")
+        return _ACTIVATIONS[name]
+
+    def refuse(self, key: str, why: str) -> NoReturn:
+        """Raise InputError about a key."""
+        raise InputError(f"{self.where}: {key} = {self._raw.get(key)!r} {why}")
+
+    def finish(self) -> None:
+        """Raise InputError about any key that nobody took."""
+        for key, value in self._raw.items():
+            if key in self._taken or key in _IGNORED_KEYS or (key in _OFF and value in _OFF[key]):
+                continue
+            self.refuse(key, "is not supported: ignoring it could change the model's output")
+
+
+# ---------------------------------------------------------------- families
+
+
+def _gpt_neox(keys: _Keys) -> DecoderConfig:
+    heads, width = keys.size("num_attention_heads"), keys.size("hidden_size")
+    head_dim = _default_head_dim(keys, width, heads)
+    bias = keys.flag("attention_bias", True)
+    positions = keys.size("max_position_embeddings", 2048)
+    rope, fraction = _rope(keys, positions, theta_key="rotary_emb_base", fraction_key="rotary_pct", fraction=0.25)
+    rotary_dim = int(head_dim * fraction)
+    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+        raise InputError(
+            f"{keys.where}: a rotary fraction of {fraction} of heads of width {head_dim} rotates {rotary_dim} "
+            "dimensions; it should be an even number of at least 2 and at most the width"
+        )
+    return DecoderConfig(
+        vocab_size=keys.size("vocab_size"),
+        hidden_size=width,
+        num_layers=keys.size("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=head_dim,
+        intermediate_size=keys.size("intermediate_size"),
+        max_positions=positions,
+        norm="layernorm",
+        norm_eps=keys.number("layer_norm_eps", 1e-5),
+        activation=keys.activation("gelu"),
+        gated_mlp=False,
+        parallel_residual=keys.flag("use_parallel_residual", True),
+        rotary_dim=rotary_dim,
+        rope=rope,
+        qkv_bias=bias,
+        out_bias=bias,
+        mlp_bias=True,
+        qk_norm=False,
+        tied=keys.flag("tie_word_embeddings", False),
+        initializer_range=keys.number("initializer_range", 0.02),
+    )
+
+
+def _llama(keys: _Keys) -> DecoderConfig:
+    bias = keys.flag("attention_bias", False)
+    return _llama_like(keys, qkv_bias=bias, out_bias=bias, mlp_bias=keys.flag("mlp_bias", False))
+
+
+def _qwen2(keys: _Keys) -> DecoderConfig:
+    return _llama_like(keys, qkv_bias=True, out_bias=False, windows=True)
+
+
+def _qwen3(keys: _Keys) -> DecoderConfig:
+    bias = keys.flag("attention_bias", False)
+    return _llama_like(keys, qkv_bias=bias, out_bias=bias, qk_norm=True, windows=True, head_dim=128)
+
+
+def _llama_like(
+    keys: _Keys,
+    *,
+    qkv_bias: bool,
+    out_bias: bool,
+    mlp_bias: bool = False,
+    qk_norm: bool = False,
+    windows: bool = False,
+    head_dim: int | None = None,
+) -> DecoderConfig:
+    heads, width = keys.size("num_attention_heads"), keys.size("hidden_size")
+    # Qwen's classes default to 32 key/value heads, which only ever fits a model that says so: absent means all heads.
+    kv_heads = keys.size("num_key_value_heads", heads)
+    if heads % kv_heads:
+        keys.refuse("num_key_value_heads", f"does not divide num_attention_heads = {heads}")
+    given = keys.take("head_dim", int, head_dim)
+    head_dim = _default_head_dim(keys, width, heads) if given is None else keys.size("head_dim", given)
+    if head_dim % 2:
+        raise InputError(f"{keys.where}: heads of odd width {head_dim} cannot be rotated; head_dim should be even")
+    layers = keys.size("num_hidden_layers")
+    positions = keys.size("max_position_embeddings", 32768 if windows else 2048)
+    rope, fraction = _rope(keys, positions, theta_key="rope_theta", fraction_key="partial_rotary_factor", fraction=1.0)
+    if fraction != 1.0:
+        raise InputError(
+            f"{keys.where}: partial_rotary_factor = {fraction} is not supported for this family, whose own code in "
+            "transformers does not follow it consistently"
+        )
+    return DecoderConfig(
+        vocab_size=keys.size("vocab_size"),
+        hidden_size=width,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=keys.size("intermediate_size"),
+        max_positions=positions,
+        norm="rmsnorm",
+        norm_eps=keys.number("rms_norm_eps", 1e-6),
+        activation=keys.activation("silu"),
+        gated_mlp=True,
+        parallel_residual=False,
+        rotary_dim=head_dim,
+        rope=rope,
+        qkv_bias=qkv_bias,
+        out_bias=out_bias,
+        mlp_bias=mlp_bias,
+        qk_norm=qk_norm,
+        tied=keys.flag("tie_word_embeddings", False),
+        sliding_window=_windows(keys, layers, windows),
+        initializer_range=keys.number("initializer_range", 0.02),
+    )
+
+
+_READERS: dict[str, Callable[[_Keys], DecoderConfig]] = {
+    "gpt_neox": _gpt_neox,
+    "llama": _llama,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+}
+if _READERS.keys() != FAMILIES.keys():
+    raise RuntimeError("every family needs both a tensor table and a config reader")
+
+
+def _default_head_dim(keys: _Keys, width: int, heads: int) -> int:
+    if width % heads:
+        keys.refuse("hidden_size", f"is not a multiple of num_attention_heads = {heads}")
+    return width // heads
+
+
+def _windows(keys: _Keys, layers: int, followed: bool) -> tuple[int | None, ...] | None:
+    """Sliding windows of Qwen: `layer_types`, else layers from `max_window_layers` on, if they are switched on."""
+    types = keys.take("layer_types", list, None)
+    if not followed:
+        if types is not None and set(types) != {"full_attention"}:
+            keys.refuse("layer_types", "is not followed by this family's own code in transformers")
+        return None
+    used = keys.flag("use_sliding_window", False)
+    window = keys.take("sliding_window", int, 4096 if "sliding_window" not in keys else None)
+    first = keys.take("max_window_layers", int, 28)
+    on = used and window is not None
+    if on and window < 1:
+        keys.refuse("sliding_window", "should be at least 1")
+    if types is None:
+        types = ["sliding_attention" if on and i >= first else "full_attention" for i in range(layers)]
+    if len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
+        keys.refuse("layer_types", f"should name full_attention or sliding_attention for each of {layers} layers")
+    if "sliding_attention" not in types:
+        return None
+    if not on:
+        keys.refuse("layer_types", "asks for windows, but use_sliding_window is not true or sliding_window unset")
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+# ---------------------------------------------------------------- rotary embeddings
+
+
+def _rope(
+    keys: _Keys, positions: int, *, theta_key: str, fraction_key: str, fraction: float
+) -> tuple[RopeConfig, float]:
+    """Rotary settings and the fraction of a head that is rotated, from either schema."""
+    scaling, parameters = keys.take("rope_scaling", dict, None), keys.take("rope_parameters", dict, None)
+    if scaling and parameters:
+        keys.refuse("rope_scaling", "stands beside rope_parameters; keep one of the two")
+    given = dict(scaling or parameters or {})
+    where = f"{keys.where}: {'rope_scaling' if scaling else 'rope_parameters'}"
+    theta = _agreed(keys, given, "rope_theta", {theta_key, "rope_theta"}, 10_000.0)
+    fraction = _agreed(keys, given, "partial_rotary_factor", {fraction_key, "partial_rotary_factor"}, fraction)
+
+    names = {given.pop(key) for key in ("rope_type", "type") if given.get(key) is not None}
+    if len(names) > 1:
+        raise InputError(f"{where}: rope_type and type disagree ({', '.join(sorted(map(repr, names)))})")
+    kind = names.pop() if names else "default"
+    if kind not in _ROPE_KEYS:
+        why = _ROPE_REFUSED.get(kind, f"known are {', '.join(_ROPE_KEYS)}")
+        raise InputError(f"{where}: rope type {kind!r} is not supported ({why})")
+    for key, value in given.items():
+        if key not in _ROPE_KEYS[kind] and value is not None:
+            raise InputError(f"{where}: {key} = {value!r} is not known for rope type {kind!r}")
+    if kind == "default":
+        return RopeConfig(theta=theta), fraction
+
+    def number(key: str, default: float | None) -> float:
+        value = given.get(key, default)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+            raise InputError(f"{where}: {key} = {value!r} should be a positive number for rope type {kind!r}")
+        return float(value)
+
+    if kind == "linear":
+        return RopeConfig(theta=theta, kind="linear", factor=number("factor", None)), fraction
+    # Some configs hold the length before extension beside the rotary settings; transformers then prefers that one.
+    outside = keys.take("original_max_position_embeddings", int, None)
+    original = number("original_max_position_embeddings", outside or positions)
+    if outside not in (None, original):
+        keys.refuse("original_max_position_embeddings", f"contradicts {original:.0f} in the rotary settings")
+    if kind == "llama3":
+        low, high = number("low_freq_factor", None), number("high_freq_factor", None)
+        if low >= high:
+            raise InputError(f"{where}: low_freq_factor = {low} should be below high_freq_factor = {high}")
+        factor = number("factor", None)
+        rope = RopeConfig(
+            theta=theta,
+            kind="llama3",
+            factor=factor,
+            low_freq_factor=low,
+            high_freq_factor=high,
+            original_max_position=int(original),
+        )
+        return rope, fraction
+    factor, truncate = number("factor", positions / original), given.get("truncate", True)
+    if truncate not in (True, False, None):
+        raise InputError(f"{where}: truncate = {truncate!r} should be true or false")
+    if given.get("attention_factor") is not None:
+        scale: float | None = number("attention_factor", None)
+    elif given.get("mscale") and given.get("mscale_all_dim"):
+        scale = _mscale(factor, number("mscale", None)) / _mscale(factor, number("mscale_all_dim", None))
+    else:
+        scale = None if factor > 1 else 1.0
+    rope = RopeConfig(
+        theta=theta,
+        kind="yarn",
+        factor=factor,
+        original_max_position=int(original),
+        beta_fast=number("beta_fast", 32.0),
+        beta_slow=number("beta_slow", 1.0),
+        attention_factor=scale,
+        truncate=bool(truncate),
+    )
+    return rope, fraction
+
+
+def _agreed(keys: _Keys, given: dict[str, Any], inside: str, outside: set[str], default: float) -> float:
+    """A number that may stand inside the rotary settings or beside them; wherever it stands twice, it must agree."""
+    stated = [key for key in sorted(outside) if keys.take(key, (int, float), None) is not None]
+    found = {key: keys.number(key, default) for key in stated}
+    nested = given.pop(inside, None)
+    if nested is not None:
+        if isinstance(nested, bool) or not isinstance(nested, int | float) or not nested > 0:
+            raise InputError(f"{keys.where}: rope_parameters: {inside} = {nested!r} should be a positive number")
+        found[f"rope_parameters.{inside}"] = float(nested)
+    if len(set(found.values())) > 1:
+        values = ", ".join(f"{key} = {value}" for key, value in found.items())
+        raise InputError(f"{keys.where}: {values} contradict each other; keep the right one")
+    return next(iter(found.values()), default)
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0

@@ -1,0 +1,247 @@
+"""Models in memory: `load_model`, what it returns, and `convert` between the two kinds of model folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float, Int
+
+from jax_selftrain import settings, storage
+from jax_selftrain.config import ConvertConfig
+from jax_selftrain.errors import InputError
+from jax_selftrain.hub import checkpoint
+from jax_selftrain.hub.binding import family_leaves
+from jax_selftrain.hub.families import FAMILIES
+from jax_selftrain.hub.folder import (
+    CONFIG,
+    PARAMS,
+    Ref,
+    is_ours,
+    known_tensors,
+    read_config,
+    read_record,
+    read_special_tokens,
+    resolve,
+    save_model,
+    with_dtype,
+    write_companions,
+)
+from jax_selftrain.hub.safetensors_io import load_params, open_weights, save_weights
+from jax_selftrain.hub.tokens import SpecialTokens, has_tokenizer, read_tokenizer
+from jax_selftrain.hub.trees import flatten, unflatten
+from jax_selftrain.mesh import Layout, make_layout, make_mesh, place
+from jax_selftrain.models import DecoderConfig, Params, abstract_params, axis_sizes, forward, param_shardings, project
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model came from, and what is needed to write it as it was."""
+
+    ref: str
+    path: Path
+    """The resolved folder."""
+    raw: Mapping[str, Any]
+    """Content of config.json."""
+    tensors: Mapping[str, str]
+    """Type of every tensor by Hugging Face name: "float32", "bfloat16" or "float16"."""
+    dropped: tuple[str, ...]
+    """Tensors that were left out: legacy buffers, copies of tied embeddings."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model on a mesh, ready to be sampled, scored or trained."""
+
+    config: DecoderConfig
+    params: Params = field(repr=False)
+    """Nested dict of arrays, see `jax_selftrain.models`; placed by `param_shardings(config, layout)`."""
+    layout: Layout
+    tokenizer: Any = field(repr=False)
+    """A transformers tokenizer, or None where the model has none."""
+    special: SpecialTokens
+    source: ModelSource = field(repr=False)
+    compute_dtype: jnp.dtype
+    """Type of parameters and matmul operands."""
+
+    def logits(self, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T V"]:
+        """Logits of the next token at every position, in fp32 on the host.
+
+        Args:
+          tokens: ids [B, T], all rows of one length.
+
+        Raises:
+          InputError: an id is outside the vocabulary, or T is longer than the model's positions.
+        """
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+            raise InputError(f"tokens should be whole numbers [batch, time], not {tokens.dtype} {tokens.shape}")
+        if tokens.shape[1] > self.config.max_positions:
+            raise InputError(
+                f"{self.source.ref}: {tokens.shape[1]} tokens are more than the model's {self.config.max_positions} "
+                "positions; cut the sequences"
+            )
+        if tokens.size and not (tokens.min() >= 0 and tokens.max() < self.config.vocab_size):
+            raise InputError(
+                f"{self.source.ref}: token ids run from {tokens.min()} to {tokens.max()}, but the model knows 0 to "
+                f"{self.config.vocab_size - 1}; were they made with another tokenizer?"
+            )
+        rows = len(tokens)
+        padded = np.zeros((-(-rows // self.layout.data) * self.layout.data, tokens.shape[1]), np.int32)
+        padded[:rows] = tokens
+        with jax.set_mesh(self.layout.mesh):
+            batch = place(self.layout, padded, ("batch", None))
+            return np.asarray(_logits(self.config, self.layout, self.compute_dtype, self.params, batch))[:rows]
+
+    def save_pretrained(self, folder: Ref) -> Path:
+        """Write a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` opens, tokenizer included.
+
+        Every tensor gets the type it came with, or the type of the parameters where that is narrower (a model loaded
+        in bf16 is written in bf16).
+        """
+        types = {name: _narrower(kind, self.compute_dtype.name) for name, kind in self.source.tensors.items()}
+        raw = self.source.raw if types == self.source.tensors else with_dtype(self.source.raw, set(types.values()))
+        return _save_hf(Path(folder), self.config, raw, self.params, types, self.source.path)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _logits(config: DecoderConfig, layout: Layout, dtype: jnp.dtype, params: Params, tokens: jax.Array) -> jax.Array:
+    hidden = forward(config, layout, params, tokens, compute_dtype=dtype)
+    logits = project(config, layout, params, hidden, compute_dtype=dtype)
+    return jax.reshard(logits, layout.sharding((None, None, None)))
+
+
+def load_model(
+    ref: Ref, mesh: Mesh | str | None = None, dtype: str = "float32", *, preset: str = "tensor"
+) -> LoadedModel:
+    """Load a model onto a mesh.
+
+    Args:
+      ref: a Hugging Face folder, a hub id (`org/name`, `org/name@revision`), a model folder of ours, or a RUN folder.
+      mesh: a mesh from `make_mesh`, its description (`data=4,model=2`), or None for all devices on `data`.
+      dtype: `float32` or `bfloat16`: what parameters are cast to, and the type of matmul operands.
+      preset: how parameters lie on the mesh: `replicated`, `fsdp` or `tensor`.
+
+    Raises:
+      InputError: the reference, the config, the weights or the tokenizer cannot be used; says which and why.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"--dtype {dtype!r} is unknown; choose float32 or bfloat16")
+    path = resolve(ref)
+    config, raw = read_config(path)
+    mesh = mesh if isinstance(mesh, Mesh) else make_mesh(mesh or "")
+    layout = make_layout(preset, mesh, axis_sizes(config))
+    tokenizer = read_tokenizer(path) if has_tokenizer(path) else None
+    special = read_special_tokens(path, raw, tokenizer, config.vocab_size)
+    params, source = _read_params(str(ref), path, config, raw, layout, np.dtype(dtype))
+    return LoadedModel(config, params, layout, tokenizer, special, source, np.dtype(dtype))
+
+
+def with_params(ref: Ref, params: Params, layout: Layout) -> LoadedModel:
+    """A model with the config and tokenizer of `ref` and other weights: fresh ones, or those of a step in training.
+
+    Args:
+      ref: any model, or a folder that has only config.json and a tokenizer.
+      params: all of one type, which becomes `compute_dtype`; placed by `param_shardings(config, layout)`.
+      layout: of `params`.
+
+    Raises:
+      InputError: config or tokenizer of `ref` cannot be used.
+    """
+    path = resolve(ref)
+    config, raw = read_config(path)
+    tokenizer = read_tokenizer(path) if has_tokenizer(path) else None
+    special = read_special_tokens(path, raw, tokenizer, config.vocab_size)
+    arrays = flatten(params)
+    dtype = np.dtype(next(iter(arrays.values())).dtype)
+    leaves = family_leaves(FAMILIES[raw["model_type"]], config, known_tensors(path))
+    tensors = {name: dtype.name for leaf in leaves for name in leaf.names}
+    source = ModelSource(str(ref), path, with_dtype(raw, {dtype.name}), tensors, ())
+    return LoadedModel(config, params, layout, tokenizer, special, source, dtype)
+
+
+def convert(config: ConvertConfig) -> Path:
+    """Write a model as a model folder of ours (`format: flax`) or as a Hugging Face folder (`hf`).
+
+    Raises:
+      InputError: the model cannot be read, or the folder exists already or cannot be written.
+    """
+    settings.require(config, "source", "out")
+    path, out = resolve(config.source), Path(config.out)
+    decoder, raw = read_config(path)
+    layout = make_layout("replicated", make_mesh("", [_conversion_device()]), axis_sizes(decoder))
+    kept = config.dtype == "keep"
+    dtype = None if kept else np.dtype(config.dtype)
+    params, source = _read_params(config.source, path, decoder, raw, layout, dtype)
+    tensors = dict(source.tensors) if kept else dict.fromkeys(source.tensors, config.dtype)
+    raw = raw if kept else with_dtype(raw, {config.dtype})
+    if config.format == "hf":
+        return _save_hf(out, decoder, raw, params, tensors, path)
+    save_model(
+        out,
+        raw,
+        params,
+        source_ref=config.source,
+        metadata={"made_by": "convert", "dtype": config.dtype},
+        tensors=tensors,
+        dropped=source.dropped,
+    )
+    return out
+
+
+def _conversion_device() -> jax.Device:
+    """A CPU where there is one beside the accelerator: a conversion computes nothing and wants memory only."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS names the accelerator alone
+        return jax.local_devices()[0]
+
+
+def _read_params(
+    ref: str, path: Path, config: DecoderConfig, raw: Mapping[str, Any], layout: Layout, dtype: np.dtype | None
+) -> tuple[Params, ModelSource]:
+    """Parameters in `dtype` (None: as they are stored), from either kind of folder."""
+    if not is_ours(path):
+        with open_weights(path) as reader:
+            params, binding = load_params(reader, FAMILIES[raw["model_type"]], config, layout, dtype)
+        return params, ModelSource(ref, path, raw, binding.tensors, binding.dropped)
+    record = read_record(path)
+    shardings, shapes = flatten(param_shardings(config, layout)), flatten(abstract_params(config))
+    if record["dtypes"].keys() != shapes.keys():
+        raise InputError(f"{path}: model.json and {CONFIG} do not describe the same model; make the folder again")
+    abstract = {
+        name: jax.ShapeDtypeStruct(leaf.shape, dtype or np.dtype(record["dtypes"][name]), sharding=shardings[name])
+        for name, leaf in shapes.items()
+    }
+    params = checkpoint.load_tree(path / PARAMS, unflatten(abstract))
+    with jax.set_mesh(layout.mesh):
+        finite = {name: bool(jnp.isfinite(array).all()) for name, array in flatten(params).items()}
+    broken = [name for name, good in finite.items() if not good]
+    if broken:
+        raise InputError(f"{path}: {broken[0]} holds NaN or infinity; the model is broken, so use another one")
+    return params, ModelSource(ref, path, raw, record["tensors"], tuple(record["dropped"]))
+
+
+def _save_hf(
+    folder: Path,
+    config: DecoderConfig,
+    raw: Mapping[str, Any],
+    params: Params,
+    tensors: Mapping[str, str],
+    source: Path,
+) -> Path:
+    with storage.commit_folder(folder) as aside:
+        write_companions(aside, raw, source)
+        save_weights(aside, FAMILIES[raw["model_type"]], config, params, tensors)
+    return folder
+
+
+def _narrower(one: str, other: str) -> str:
+    return one if np.dtype(one).itemsize <= np.dtype(other).itemsize else other

@@ -1,0 +1,256 @@
+"""Hugging Face weights in and out, as a stream: only the bytes that this process's shards need are read.
+
+Loading walks over our parameters, one stacked array at a time. For each device of this process it works out which
+part of each layer's tensor the device holds, reads those slices from the (memory-mapped) files, casts them into one
+host buffer, hands the buffer to the device and forgets it: the host never holds more than one device's part of one
+array beside what is on the devices. Writing gathers the tensors of one output file at a time.
+
+Every tensor of a file must be in the family's table or on its list of legacy buffers, have the right shape, be fp32,
+bf16 or fp16, and be finite; everything the table asks for must be there. Pickle checkpoints are refused unread.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jax_selftrain import storage
+from jax_selftrain.errors import InputError
+from jax_selftrain.hub.binding import DTYPES, Binding, Leaf, TensorInfo, TensorReader, bind, family_leaves
+from jax_selftrain.hub.families import Box, Family, Pattern, sizes_of
+from jax_selftrain.hub.trees import flatten, host_array, host_layer, unflatten
+from jax_selftrain.mesh import Layout
+from jax_selftrain.models import DecoderConfig, Params, param_shardings
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5 * 10**9
+"""Weights above this size are written as several files with an index, as Hugging Face does."""
+
+_EXPONENT_BITS = {"float32": 0x7F80_0000, "bfloat16": 0x7F80, "float16": 0x7C00}
+
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclass(frozen=True)
+class SafetensorsReader:
+    """Open safetensors files of one model."""
+
+    folder: Path
+    tensors: Mapping[str, TensorInfo]
+    handles: Mapping[str, Any]
+
+    def read(self, name: str, bounds: tuple[slice, ...]) -> np.ndarray:
+        """The given slices of a tensor, in the file's type; copies those bytes only."""
+        return self.handles[self.tensors[name].file].get_slice(name)[bounds]
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files of a Hugging Face folder, from the single file or the index.
+
+    Raises:
+      InputError: there are none; for a pickle checkpoint, says how to convert it.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS]
+    if (folder / INDEX).is_file():
+        index = storage.read_json(folder / INDEX)
+        files = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(files, dict) or not files or not all(isinstance(f, str) for f in files.values()):
+            raise InputError(f"{folder / INDEX}: has no weight_map of tensor names to files; download it again")
+        for file in files.values():
+            if Path(file).name != file or not (folder / file).is_file():
+                raise InputError(f"{folder / file}: the index names this file, but it is not there; download it again")
+        return sorted(set(files.values()))
+    pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
+    if pickled:
+        raise InputError(
+            f"{folder / pickled[0]}: a pickle checkpoint can run any code when it is opened and is not read here; "
+            'convert it once where you trust it, with torch installed: python -c "from transformers import '
+            f"AutoModelForCausalLM as M; M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\", "
+            "and copy the tokenizer files beside the result"
+        )
+    raise InputError(f"{folder}: holds no weights ({WEIGHTS} or {INDEX}); download them or name another folder")
+
+
+@contextmanager
+def open_weights(folder: Path) -> Iterator[SafetensorsReader]:
+    """Open all weights of a Hugging Face folder and read their headers.
+
+    Raises:
+      InputError: a file is missing, truncated or not safetensors, or two files hold the same tensor.
+    """
+    with ExitStack() as stack:
+        handles: dict[str, Any] = {}
+        tensors: dict[str, TensorInfo] = {}
+        for file in weight_files(folder):
+            try:
+                handle = stack.enter_context(safe_open(folder / file, framework="numpy"))
+            except (SafetensorError, OSError) as error:
+                raise InputError(
+                    f"{folder / file}: not a whole safetensors file ({error}); download or copy it again"
+                ) from error
+            handles[file] = handle
+            for name in handle.offset_keys():
+                if name in tensors:
+                    raise InputError(f"{folder}: tensor {name} is in both {tensors[name].file} and {file}; keep one")
+                header = handle.get_slice(name)
+                tensors[name] = TensorInfo(file, header.get_dtype(), tuple(header.get_shape()))
+        yield SafetensorsReader(folder, tensors, handles)
+
+
+# ---------------------------------------------------------------- in
+
+
+def load_params(
+    reader: TensorReader, family: Family, config: DecoderConfig, layout: Layout, dtype: np.dtype | None = None
+) -> tuple[Params, Binding]:
+    """Read the weights of a checkpoint onto a mesh.
+
+    Args:
+      reader: of the checkpoint.
+      layout: where every parameter goes.
+      dtype: type of all parameters; None keeps each array in the type that holds its tensors exactly.
+
+    Returns:
+      Parameters (see `jax_selftrain.models`), and what was found in the checkpoint.
+
+    Raises:
+      InputError: the checkpoint does not fit the config (see `bind`), or a weight is NaN or infinite.
+    """
+    binding = bind(reader, family, config)
+    sizes, shardings = sizes_of(config), flatten(param_shardings(config, layout))
+    loaded = {
+        leaf.path: _load_leaf(reader, leaf, sizes, shardings[leaf.path], dtype or binding.stored_dtype(leaf))
+        for leaf in binding.leaves
+    }
+    return unflatten(loaded), binding
+
+
+def _load_leaf(
+    reader: TensorReader, leaf: Leaf, sizes: Mapping[str, int], sharding: jax.sharding.Sharding, dtype: np.dtype
+) -> jax.Array:
+    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        bounds = tuple(part.indices(n)[:2] for part, n in zip(index or (), leaf.shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
+    arrays = []
+    for bounds, devices in holders.items():
+        box = tuple(slice(*b) for b in bounds)
+        host = np.empty([b.stop - b.start for b in box], dtype)
+        if leaf.stacked:
+            for row, layer in enumerate(range(box[0].start, box[0].stop)):
+                host[row] = _read_box(reader, leaf.names[layer], leaf.pattern, box[1:], sizes)
+        else:
+            host[...] = _read_box(reader, leaf.names[0], leaf.pattern, box, sizes)
+        # No aliasing: on CPU the device would otherwise keep the host buffer, shared between devices.
+        arrays += [jax.device_put(host, device, may_alias=False) for device in devices]
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
+
+
+def _read_box(reader: TensorReader, name: str, pattern: Pattern, box: Box, sizes: Mapping[str, int]) -> np.ndarray:
+    parts = pattern.file_parts(box, sizes)
+    if all(len(runs) == 1 for runs in parts):
+        data = reader.read(name, tuple(slice(*runs[0]) for runs in parts))
+    else:
+        offsets = [np.cumsum([0] + [stop - start for start, stop in runs]) for runs in parts]
+        data = np.empty([int(offset[-1]) for offset in offsets], DTYPES[reader.tensors[name].dtype])
+        for pieces in product(*(range(len(runs)) for runs in parts)):
+            here = tuple(slice(offset[i], offset[i + 1]) for offset, i in zip(offsets, pieces, strict=True))
+            data[here] = reader.read(name, tuple(slice(*runs[i]) for runs, i in zip(parts, pieces, strict=True)))
+    if not is_finite(data):
+        raise InputError(
+            f"{reader.folder / reader.tensors[name].file}: tensor {name} holds NaN or infinity; the model is broken, "
+            "so use another checkpoint (fp16 is known to overflow in small Pythia models)"
+        )
+    return pattern.to_ours(data, box)
+
+
+def is_finite(values: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite: no exponent has all its bits set."""
+    mask = _EXPONENT_BITS[values.dtype.name]
+    bits = np.ascontiguousarray(values).view(f"u{values.itemsize}")
+    return not values.size or int((bits & mask).max()) != mask
+
+
+# ---------------------------------------------------------------- out
+
+
+def save_weights(
+    folder: Path,
+    family: Family,
+    config: DecoderConfig,
+    params: Params,
+    tensors: Mapping[str, str],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write parameters as Hugging Face safetensors into `folder` (which the caller commits).
+
+    Args:
+      params: host or device arrays; all their shards must be on this machine.
+      tensors: type of every tensor to write, by name: {"lm_head.weight": "bfloat16", …}.
+      max_shard_bytes: above this the weights are split over several files with an index.
+    """
+    leaves, sizes, arrays = family_leaves(family, config, tensors), sizes_of(config), flatten(params)
+    sources: dict[str, list[tuple[Leaf, int]]] = {}
+    for leaf in leaves:
+        for layer, name in enumerate(leaf.names):
+            sources.setdefault(name, []).append((leaf, layer))
+    if sources.keys() != tensors.keys():
+        wrong = sorted(sources.keys() ^ tensors.keys())[0]
+        raise ValueError(f"tensor {wrong} is either not in the model or has no type given")
+
+    def assemble(name: str) -> np.ndarray:
+        shape = sources[name][0][0].pattern.file_shape(sizes)
+        tensor = np.empty(shape, np.dtype(tensors[name]))
+        for leaf, layer in sources[name]:
+            array = arrays[leaf.path]
+            leaf.pattern.write(host_layer(array, layer) if leaf.stacked else host_array(array), tensor, sizes)
+        return tensor
+
+    def bytes_of(name: str) -> int:
+        shape = sources[name][0][0].pattern.file_shape(sizes)
+        return int(np.prod(shape)) * np.dtype(tensors[name]).itemsize
+
+    files = _plan_files(_in_layer_order(sources), bytes_of, max_shard_bytes)
+    for file, names in files.items():
+        save_file({name: assemble(name) for name in names}, folder / file, metadata={"format": "pt"})
+    if len(files) > 1:
+        weight_map = {name: file for file, names in files.items() for name in names}
+        total = sum(bytes_of(name) for name in weight_map)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _in_layer_order(sources: Mapping[str, list[tuple[Leaf, int]]]) -> list[str]:
+    """Embedding first, then layer by layer, then the rest, so that a file holds neighbouring layers."""
+
+    def position(name: str) -> tuple[int, int]:
+        leaf, layer = sources[name][0]
+        return (1, layer) if leaf.stacked else (0 if leaf.path.startswith("embed") else 2, 0)
+
+    return sorted(sources, key=position)
+
+
+def _plan_files(names: Sequence[str], bytes_of: Callable[[str], int], limit: int) -> dict[str, list[str]]:
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name in names:
+        if groups[-1] and filled + bytes_of(name) > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += bytes_of(name)
+    if len(groups) == 1:
+        return {WEIGHTS: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}

@@ -1,0 +1,62 @@
+"""Small helpers on parameter trees: nested dicts as flat ones, and device arrays brought to the host piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_selftrain.errors import InputError
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"layers/attn/q/kernel": leaf, …} of a nested dict, in sorted order."""
+    flat: dict[str, Any] = {}
+    for key in sorted(tree):
+        value, path = tree[key], f"{prefix}{key}"
+        flat |= flatten(value, f"{path}/") if isinstance(value, Mapping) else {path: value}
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = value
+    return tree
+
+
+def host_layer(array: jax.Array | np.ndarray, layer: int) -> np.ndarray:
+    """One layer of a stacked array, on the host; moves that layer only."""
+    if isinstance(array, np.ndarray):
+        return array[layer]
+    out = np.empty(array.shape[1:], array.dtype)
+    for shard in _own_shards(array):
+        start = shard.index[0].indices(array.shape[0])[0]
+        out[shard.index[1:]] = np.asarray(shard.data[layer - start])
+    return out
+
+
+def host_array(array: jax.Array | np.ndarray) -> np.ndarray:
+    """A whole array on the host."""
+    if isinstance(array, np.ndarray):
+        return array
+    out = np.empty(array.shape, array.dtype)
+    for shard in _own_shards(array):
+        out[shard.index] = np.asarray(shard.data)
+    return out
+
+
+def _own_shards(array: jax.Array) -> list[jax.Shard]:
+    if not array.is_fully_addressable:
+        raise InputError(
+            "these weights lie on several machines; save them as a model folder and write the Hugging Face folder from "
+            "one machine with: jax-selftrain convert MODEL OUT --format hf"
+        )
+    return [shard for shard in array.addressable_shards if shard.replica_id == 0]

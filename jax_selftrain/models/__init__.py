@@ -1,0 +1,33 @@
+"""ONE decoder for every family: its configuration, parameters, forward pass and decoding step."""
+
+from jax_selftrain.models.cache import PAGE, Cache, decode_step, flush_page, grow_cache, init_cache
+from jax_selftrain.models.config import DecoderConfig, RopeConfig, axis_sizes
+from jax_selftrain.models.decoder import forward, project
+from jax_selftrain.models.parameters import (
+    Decoder,
+    Params,
+    abstract_params,
+    init_params,
+    param_axes,
+    param_shardings,
+)
+
+__all__ = [
+    "PAGE",
+    "Cache",
+    "Decoder",
+    "DecoderConfig",
+    "Params",
+    "RopeConfig",
+    "abstract_params",
+    "axis_sizes",
+    "decode_step",
+    "flush_page",
+    "forward",
+    "grow_cache",
+    "init_cache",
+    "init_params",
+    "param_axes",
+    "param_shardings",
+    "project",
+]

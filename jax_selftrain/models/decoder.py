@@ -1,0 +1,102 @@
+"""The forward pass: one decoder for every family, scanned over layers.
+
+Pure functions of (config, layout, params, inputs); config and layout are hashable and static under `jax.jit`. Call
+inside `jax.set_mesh(layout.mesh)`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jax_selftrain.mesh import Layout
+from jax_selftrain.models.config import DecoderConfig
+from jax_selftrain.models.layers import (
+    accumulation_dtype,
+    block,
+    contract,
+    normalise,
+    rotary_tables,
+    scan_inputs,
+    softmax_of,
+    used,
+)
+from jax_selftrain.models.parameters import Params
+
+
+def embed(
+    layout: Layout, params: Params, tokens: Int[Array, "B T"], dtype: jax.typing.DTypeLike
+) -> Float[Array, "B T D"]:
+    """Rows of the embedding, in the type of the residual stream."""
+    table = jax.reshard(params["embed"]["embedding"], layout.gathered(("vocab", "embed")))
+    return table.at[tokens].get(out_sharding=layout.sharding(("batch", None, None))).astype(dtype)
+
+
+def forward(
+    config: DecoderConfig,
+    layout: Layout,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    *,
+    positions: Int[Array, "B T"] | None = None,
+    segments: Int[Array, "B T"] | None = None,
+    compute_dtype: jax.typing.DTypeLike = jnp.float32,
+    remat: bool = False,
+) -> Float[Array, "B T D"]:
+    """Causal forward pass up to and including the final norm.
+
+    Args:
+      config, layout: static.
+      params: as `param_shardings(config, layout)` places them.
+      tokens: token ids, sharded on `batch`.
+      positions: rotary position of each token; default 0 … T−1.
+      segments: document number of each token; a token sees only its own document. Default: one document a row.
+      compute_dtype: type of the matmul operands.
+      remat: recompute each layer in the backward pass instead of keeping its activations.
+
+    Returns:
+      Hidden states in fp32 (fp64 for fp64 compute).
+    """
+    dtype = accumulation_dtype(compute_dtype)
+    length = tokens.shape[1]
+    index = jnp.arange(length, dtype=jnp.int32)
+    if positions is None:
+        positions = jnp.broadcast_to(index, (1, length))
+    distance = index[:, None] - index[None, :]
+    visible = (distance >= 0)[None]
+    if segments is not None:
+        visible = visible & (segments[:, :, None] == segments[:, None, :])
+    rotary = rotary_tables(config, positions, dtype)
+
+    def layer(x: jax.Array, inputs: dict) -> tuple[jax.Array, None]:
+        seen = visible & (distance < inputs["window"]) if "window" in inputs else visible
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+            scores = contract("btgrk,bsgk->bgrts", q, k, compute_dtype)
+            probabilities = softmax_of(scores, seen[:, None, None], head_dim=config.head_dim)
+            return contract("bgrts,bsgk->btgrk", probabilities, v, compute_dtype), None
+
+        return block(config, layout, inputs["weights"], x, rotary, attend, compute_dtype)
+
+    x = embed(layout, params, tokens, dtype)
+    x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, scan_inputs(config, params))
+    return normalise(config, layout, x, params["final_norm"])
+
+
+def project(
+    config: DecoderConfig,
+    layout: Layout,
+    params: Params,
+    hidden: Float[Array, "*lead D"],
+    *,
+    compute_dtype: jax.typing.DTypeLike = jnp.float32,
+) -> Float[Array, "*lead V"]:
+    """Logits in fp32. The first dimension of `hidden` is the batch; V lies on `model` under tensor parallelism."""
+    leading = "btsuw"[: hidden.ndim - 1]
+    out = layout.sharding(("batch", *([None] * (hidden.ndim - 2)), "vocab"))
+    if config.tied:
+        kernel = used(layout, params["embed"]["embedding"], ("vocab", "embed"), compute_dtype)
+        return contract(f"{leading}d,vd->{leading}v", hidden, kernel, compute_dtype, out)
+    kernel = used(layout, params["head"]["kernel"], ("embed", "vocab"), compute_dtype)
+    return contract(f"{leading}d,dv->{leading}v", hidden, kernel, compute_dtype, out)

@@ -1,0 +1,239 @@
+"""The block of a decoder, as pure functions of weights and activations.
+
+Numerics (one rule for every family): the residual stream, norms, rotary tables, softmax and logits are fp32 always;
+`compute_dtype` is the type of matmul *operands* only, accumulated in fp32; fp32 operands use the highest precision on
+every device. With fp64 parameters everything is fp64, which reference tests use.
+
+Weights arrive as they are stored and are gathered along `embed` where they are used, so that fsdp gathers one layer
+at a time inside the scan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jax_selftrain.mesh import Axes, Layout
+from jax_selftrain.models.config import DecoderConfig, RopeConfig
+from jax_selftrain.models.parameters import Params
+
+State = TypeVar("State")
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+}
+
+
+def accumulation_dtype(compute_dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """The type of everything that is not a matmul operand: fp32, or fp64 where operands are fp64."""
+    return jnp.promote_types(compute_dtype, jnp.float32)
+
+
+def contract(
+    equation: str,
+    x: jax.Array,
+    w: jax.Array,
+    compute_dtype: jax.typing.DTypeLike,
+    out: jax.sharding.NamedSharding | None = None,
+) -> jax.Array:
+    """An einsum of two operands cast to `compute_dtype`, accumulated and returned in fp32 (fp64 for fp64)."""
+    return jnp.einsum(
+        equation,
+        x.astype(compute_dtype),
+        w.astype(compute_dtype),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=accumulation_dtype(compute_dtype),
+        out_sharding=out,
+    )
+
+
+def used(layout: Layout, weight: jax.Array, axes: Axes, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """A stored parameter, cast and then gathered along `embed`."""
+    return jax.reshard(weight.astype(dtype), layout.gathered(axes))
+
+
+def normalise(config: DecoderConfig, layout: Layout, x: jax.Array, weights: Params) -> jax.Array:
+    """LayerNorm or RMSNorm over the last dimension, in the type of `x` (fp32).
+
+    Args:
+      x: [..., D].
+      weights: `scale` [D] and, for LayerNorm, `bias` [D].
+    """
+    if config.norm == "layernorm":
+        centred = x - jnp.mean(x, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        x = centred * jax.lax.rsqrt(variance + config.norm_eps)
+        return x * used(layout, weights["scale"], ("embed",), x.dtype) + used(
+            layout, weights["bias"], ("embed",), x.dtype
+        )
+    return rms(x, used(layout, weights["scale"], ("embed",), x.dtype), config.norm_eps)
+
+
+def rms(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x²) + eps) · scale over the last dimension."""
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps) * scale
+
+
+def rope_frequencies(rope: RopeConfig, rotary_dim: int) -> tuple[np.ndarray, float]:
+    """Angle per position of each rotated pair, and the scale of the rotated vectors.
+
+    Returns:
+      Frequencies [rotary_dim/2] in radians per position (fp64), and the attention factor (1 except for yarn).
+    """
+    exponents = np.arange(0, rotary_dim, 2, dtype=np.float64) / max(rotary_dim, 1)
+    frequencies = rope.theta**-exponents
+    if rope.kind == "linear":
+        return frequencies / rope.factor, 1.0
+    if rope.kind == "llama3":
+        wavelengths = 2 * math.pi / frequencies
+        ratio = rope.original_max_position / wavelengths
+        smooth = (ratio - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        smooth = np.clip(smooth, 0.0, 1.0)
+        return (1 - smooth) * frequencies / rope.factor + smooth * frequencies, 1.0
+    if rope.kind == "yarn":
+
+        def dimension_of(rotations: float) -> float:
+            span = math.log(rope.original_max_position / (rotations * 2 * math.pi))
+            return rotary_dim * span / (2 * math.log(rope.theta))
+
+        low, high = dimension_of(rope.beta_fast), dimension_of(rope.beta_slow)
+        if rope.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, rotary_dim - 1)
+        span = high - low if high != low else 0.001
+        interpolated = np.clip((np.arange(rotary_dim // 2, dtype=np.float64) - low) / span, 0.0, 1.0)
+        scale = rope.attention_factor if rope.attention_factor is not None else 0.1 * math.log(rope.factor) + 1.0
+        return frequencies / rope.factor * interpolated + frequencies * (1 - interpolated), scale
+    return frequencies, 1.0
+
+
+class Rotary(NamedTuple):
+    """Cosines and sines [B, T, rotary_dim/2] of every position, scaled by the attention factor."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def rotary_tables(config: DecoderConfig, positions: Int[Array, "B T"], dtype: jax.typing.DTypeLike) -> Rotary:
+    """The rotation of each position, shared by all layers."""
+    frequencies, scale = rope_frequencies(config.rope, config.rotary_dim)
+    angles = positions[..., None].astype(dtype) * jnp.asarray(frequencies, dtype)
+    return Rotary(jnp.cos(angles) * scale, jnp.sin(angles) * scale)
+
+
+def rotate(x: jax.Array, rotary: Rotary) -> jax.Array:
+    """Rotate the first `rotary_dim` dimensions of heads: x [B, T, (heads…), K], pairs (i, i + rotary_dim/2)."""
+    half = rotary.cos.shape[-1]
+    if not half:
+        return x
+    heads = tuple(range(2, x.ndim - 1))
+    cos, sin = jnp.expand_dims(rotary.cos, heads), jnp.expand_dims(rotary.sin, heads)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, State]]
+"""(q [B,T,G,R,K], k [B,T,G,K], v [B,T,G,K]) → context [B,T,G,R,K] and whatever state it keeps (a cache, nothing)."""
+
+
+def block(
+    config: DecoderConfig,
+    layout: Layout,
+    weights: Params,
+    x: Float[Array, "B T D"],
+    rotary: Rotary,
+    attend: Attend[State],
+    compute_dtype: jax.typing.DTypeLike,
+) -> tuple[Float[Array, "B T D"], State]:
+    """One layer. How queries meet keys (a causal mask, a cache) is the caller's `attend`."""
+    q, k, v = _queries_keys_values(
+        config, layout, weights["attn"], normalise(config, layout, x, weights["attn_norm"]), compute_dtype
+    )
+    context, state = attend(rotate(q, rotary), rotate(k, rotary), v)
+    attention = _dense(
+        layout,
+        weights["attn"]["o"],
+        context,
+        "btgrk,grkd->btd",
+        ("kv_heads", "q_per_kv", "head_dim", "embed"),
+        1,
+        compute_dtype,
+    )
+    if config.parallel_residual:
+        return x + attention + _mlp(config, layout, weights, x, compute_dtype), state
+    x = x + attention
+    return x + _mlp(config, layout, weights, x, compute_dtype), state
+
+
+def _queries_keys_values(
+    config: DecoderConfig, layout: Layout, weights: Params, x: jax.Array, compute_dtype: jax.typing.DTypeLike
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    queries, keys = ("embed", "kv_heads", "q_per_kv", "head_dim"), ("embed", "kv_heads", "head_dim")
+    q = _dense(layout, weights["q"], x, "btd,dgrk->btgrk", queries, 3, compute_dtype)
+    k = _dense(layout, weights["k"], x, "btd,dgk->btgk", keys, 2, compute_dtype)
+    v = _dense(layout, weights["v"], x, "btd,dgk->btgk", keys, 2, compute_dtype)
+    if config.qk_norm:
+        q = rms(q, weights["q_norm"]["scale"].astype(q.dtype), config.norm_eps)
+        k = rms(k, weights["k_norm"]["scale"].astype(k.dtype), config.norm_eps)
+    return q, k, v
+
+
+def _mlp(
+    config: DecoderConfig, layout: Layout, weights: Params, x: jax.Array, compute_dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    x = normalise(config, layout, x, weights["mlp_norm"])
+    weights = weights["mlp"]
+    act = ACTIVATIONS[config.activation]
+    hidden = _dense(layout, weights["up"], x, "btd,df->btf", ("embed", "mlp"), 1, compute_dtype)
+    if config.gated_mlp:
+        hidden = act(_dense(layout, weights["gate"], x, "btd,df->btf", ("embed", "mlp"), 1, compute_dtype)) * hidden
+    else:
+        hidden = act(hidden)
+    return _dense(layout, weights["down"], hidden, "btf,fd->btd", ("mlp", "embed"), 1, compute_dtype)
+
+
+def _dense(
+    layout: Layout,
+    weights: Params,
+    x: jax.Array,
+    equation: str,
+    axes: Axes,
+    outputs: int,
+    compute_dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+    """x · kernel + bias; `axes` are the kernel's, of which the last `outputs` are the result's."""
+    kept = axes[-outputs:]
+    activation = tuple(None if axis == "embed" else axis for axis in kept)
+    out = layout.sharding(("batch", None, *activation))
+    y = contract(equation, x, used(layout, weights["kernel"], axes, compute_dtype), compute_dtype, out)
+    if "bias" in weights:
+        y = y + used(layout, weights["bias"], kept, y.dtype)
+    return y
+
+
+def softmax_of(scores: jax.Array, visible: jax.Array, *, head_dim: int) -> jax.Array:
+    """Attention probabilities over the last dimension: scaled by K^-½, hidden positions at exactly zero."""
+    scores = jnp.where(visible, scores * head_dim**-0.5, jnp.finfo(scores.dtype).min)
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def layer_windows(config: DecoderConfig) -> np.ndarray | None:
+    """Sliding window of each layer [L] int32 (a full layer gets one longer than any sequence), or None without any."""
+    if config.sliding_window is None:
+        return None
+    return np.array([np.iinfo(np.int32).max if w is None else w for w in config.sliding_window], np.int32)
+
+
+def scan_inputs(config: DecoderConfig, params: Params) -> dict[str, Any]:
+    """What the scan over layers walks along: the stacked weights and, where there are any, the windows."""
+    windows = layer_windows(config)
+    return {"weights": params["layers"]} | ({} if windows is None else {"window": jnp.asarray(windows)})

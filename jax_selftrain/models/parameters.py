@@ -1,0 +1,170 @@
+"""Parameters, declared once: shape, logical axes and initialiser of each, as Flax NNX modules.
+
+Every parameter of a block carries a leading layer dimension `[L, …]`, so that the forward pass scans over layers and
+compile time does not grow with depth. A module made here is abstract: it declares and holds no memory. `nnx.split`
+of it gives the nested dict that all pure functions take; shapes, shardings and random initialisation derive from the
+same declaration.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jax_selftrain.mesh import Layout
+from jax_selftrain.models.config import DecoderConfig
+
+Params = dict[str, Any]
+"""Nested dict of arrays; the one parameter layout of the project (see `Decoder`)."""
+
+Init = Literal["normal", "ones", "zeros"]
+
+
+def _declare(dimensions: dict[str, int], init: Init) -> nnx.Param:
+    """A parameter whose dimensions are named by their logical axes."""
+    shape = jax.ShapeDtypeStruct(tuple(dimensions.values()), jnp.float32)
+    return nnx.Param(shape, axes=tuple(dimensions), init=init)
+
+
+class Norm(nnx.Module):
+    """LayerNorm (scale and bias) or RMSNorm (scale)."""
+
+    def __init__(self, dimensions: dict[str, int], *, bias: bool):
+        self.scale = _declare(dimensions, "ones")
+        if bias:
+            self.bias = _declare(dimensions, "zeros")
+
+
+class Dense(nnx.Module):
+    """A linear map with any number of input and output dimensions; its bias has the output's."""
+
+    def __init__(self, kernel: dict[str, int], bias: dict[str, int] | None):
+        self.kernel = _declare(kernel, "normal")
+        if bias is not None:
+            self.bias = _declare(bias, "zeros")
+
+
+class Attention(nnx.Module):
+    """Projections of grouped-query attention; head h of Hugging Face is (g, r) with h = g·R + r."""
+
+    def __init__(self, config: DecoderConfig):
+        layers, embed = {"layers": config.num_layers}, {"embed": config.hidden_size}
+        keys = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
+        queries = {"kv_heads": config.num_kv_heads, "q_per_kv": config.q_per_kv, "head_dim": config.head_dim}
+        self.q = Dense(layers | embed | queries, layers | queries if config.qkv_bias else None)
+        self.k = Dense(layers | embed | keys, layers | keys if config.qkv_bias else None)
+        self.v = Dense(layers | embed | keys, layers | keys if config.qkv_bias else None)
+        self.o = Dense(layers | queries | embed, layers | embed if config.out_bias else None)
+        if config.qk_norm:
+            self.q_norm = Norm(layers | {"head_dim": config.head_dim}, bias=False)
+            self.k_norm = Norm(layers | {"head_dim": config.head_dim}, bias=False)
+
+
+class MLP(nnx.Module):
+    """Two matrices, or three when gated."""
+
+    def __init__(self, config: DecoderConfig):
+        layers, embed = {"layers": config.num_layers}, {"embed": config.hidden_size}
+        mlp = {"mlp": config.intermediate_size}
+        if config.gated_mlp:
+            self.gate = Dense(layers | embed | mlp, layers | mlp if config.mlp_bias else None)
+        self.up = Dense(layers | embed | mlp, layers | mlp if config.mlp_bias else None)
+        self.down = Dense(layers | mlp | embed, layers | embed if config.mlp_bias else None)
+
+
+class Layers(nnx.Module):
+    """All blocks, stacked."""
+
+    def __init__(self, config: DecoderConfig):
+        width = {"layers": config.num_layers, "embed": config.hidden_size}
+        self.attn_norm = Norm(width, bias=config.norm == "layernorm")
+        self.attn = Attention(config)
+        self.mlp_norm = Norm(width, bias=config.norm == "layernorm")
+        self.mlp = MLP(config)
+
+
+class Embedding(nnx.Module):
+    """Token embedding `[V, D]`."""
+
+    def __init__(self, config: DecoderConfig):
+        self.embedding = _declare({"vocab": config.vocab_size, "embed": config.hidden_size}, "normal")
+
+
+class Decoder(nnx.Module):
+    """The parameters of a decoder: `embed`, `layers`, `final_norm` and, unless tied, `head`."""
+
+    def __init__(self, config: DecoderConfig):
+        self.embed = Embedding(config)
+        self.layers = Layers(config)
+        self.final_norm = Norm({"embed": config.hidden_size}, bias=config.norm == "layernorm")
+        if not config.tied:
+            self.head = Dense({"embed": config.hidden_size, "vocab": config.vocab_size}, None)
+
+
+def _declared(config: DecoderConfig) -> list[tuple[tuple[str, ...], Any]]:
+    return list(nnx.to_flat_state(nnx.split(Decoder(config))[1]))
+
+
+def _nested(leaves: dict[tuple[str, ...], Any]) -> Params:
+    tree: Params = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def abstract_params(config: DecoderConfig, dtype: jax.typing.DTypeLike = jnp.float32) -> Params:
+    """Shapes of all parameters, as `jax.ShapeDtypeStruct` without shardings."""
+    return _nested(
+        {path: jax.ShapeDtypeStruct(declared.get_value().shape, dtype) for path, declared in _declared(config)}
+    )
+
+
+def param_axes(config: DecoderConfig) -> Params:
+    """Logical axes of all parameters: the same nested dict with a tuple of names at every leaf."""
+    return _nested({path: declared.get_metadata("axes") for path, declared in _declared(config)})
+
+
+def param_shardings(config: DecoderConfig, layout: Layout) -> Params:
+    """`NamedSharding` of every parameter as stored."""
+    return jax.tree.map(layout.sharding, param_axes(config), is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def init_params(config: DecoderConfig, seed: int, layout: Layout) -> Params:
+    """Fresh fp32 parameters: matrices normal with `initializer_range`, norms one, biases zero.
+
+    The numbers are a pure function of (seed, name, layer): the same on every mesh, platform and version of JAX. Each
+    device's part is drawn on its host, a layer at a time.
+    """
+
+    def fill(path: tuple[str, ...], declared: Any) -> jax.Array:
+        shape, axes = declared.get_value().shape, declared.get_metadata("axes")
+        init: Init = declared.get_metadata("init")
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            index = (slice(None),) * len(shape) if index is None else index
+            if init != "normal":
+                return np.full(shape, float(init == "ones"), np.float32)[index]
+            if axes[0] != "layers":
+                return _normal(seed, path, 0, shape, config.initializer_range)[index]
+            layers = range(*index[0].indices(shape[0]))
+            drawn = [_normal(seed, path, layer, shape[1:], config.initializer_range)[index[1:]] for layer in layers]
+            return np.stack(drawn)
+
+        return jax.make_array_from_callback(shape, layout.sharding(axes), part)
+
+    return _nested({path: fill(path, declared) for path, declared in _declared(config)})
+
+
+def _normal(seed: int, path: tuple[str, ...], layer: int, shape: tuple[int, ...], std: float) -> np.ndarray:
+    name = zlib.crc32("/".join(path).encode())
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(name, layer))))
+    return np.float32(std) * generator.standard_normal(math.prod(shape), np.float32).reshape(shape)

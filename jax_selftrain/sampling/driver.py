@@ -1,0 +1,301 @@
+"""Filling a corpus folder: shard by shard, by any number of processes, from wherever the last attempt ended.
+
+A shard is drawn in batches of one fixed shape: (rows per replica) × (replicas) samples, consecutive ids, replica after
+replica; the last batch is filled up with dummies that are dropped. Each device thus runs the same program on its rows
+however many replicas there are, and whatever is left to do. Processes share nothing but the folder: each works on a
+mesh of its own devices, claims shards by lease, and whoever finds all shards whole writes `corpus.json`, whose bytes
+do not depend on who it was. Nothing is written before the first shard has been drawn, so that a model that cannot be
+sampled leaves no trace.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jax_selftrain import hub, settings, storage
+from jax_selftrain.config import SampleConfig
+from jax_selftrain.corpus import (
+    Corpus,
+    Sample,
+    begin_corpus,
+    finish_corpus,
+    missing_shards,
+    open_corpus,
+    shard_count,
+    shard_ids,
+    shard_name,
+    write_shard,
+)
+from jax_selftrain.corpus.shards import REQUEST
+from jax_selftrain.errors import InputError, Stopped
+from jax_selftrain.hub import LoadedModel
+from jax_selftrain.mesh import make_layout, make_mesh
+from jax_selftrain.models import Params, abstract_params, axis_sizes, param_shardings
+from jax_selftrain.sampling.decode import (
+    Architecture,
+    DecodeState,
+    architecture_of,
+    capacities,
+    decode,
+    decode_segment,
+    initial_state,
+)
+from jax_selftrain.sampling.detokenise import detokenise
+from jax_selftrain.sampling.policy import Policy, check_sample_config, make_policy
+from jax_selftrain.sampling.words import sample_keys
+
+POLL_SECONDS = 1.0
+"""How often to look whether a shard that another process works on has been finished or given up."""
+
+
+def sample(config: SampleConfig) -> Corpus:
+    """Draw `config.samples` texts from a model into a corpus folder; the same command again completes it.
+
+    Only missing shards are drawn. Several processes, on one machine or many, may run the same command on a shared
+    folder: they divide the shards among them.
+
+    Raises:
+      InputError: an option or the model cannot be used (its logits are NaN, say), or the folder holds another corpus:
+        source, tokenizer, type, policy, seed or number of samples differ. Another mesh or batch is allowed.
+      Stopped: SIGTERM came; whole shards stay.
+    """
+    settings.require(config, "model", "out")
+    check_sample_config(config)
+    out = Path(config.out)
+    policy = _policy(config)
+    request = _request(config, policy)
+    if (out / REQUEST).exists():
+        request["source"]["ref"] = _first_ref(out, request)
+        begin_corpus(out, request)
+    n_shards = shard_count(config.samples, config.samples_per_shard)
+    if missing_shards(out, n_shards):
+        mesh = make_mesh(config.mesh, devices=jax.local_devices())
+        model = hub.load_model(config.model, mesh, config.dtype, preset=config.preset)
+        with _leaving_no_empty_folder(out), _stop_requests() as stop, _progress_bar(config.samples) as progress:
+            _fill(_Job(config, out, policy, request, model, stop, progress), n_shards)
+    finish_corpus(out, request)
+    return open_corpus(out)
+
+
+def program(
+    config: SampleConfig, mesh: Mesh
+) -> tuple[Callable[..., DecodeState], tuple[Params, Any, DecodeState], tuple[int, ...]]:
+    """What sampling runs at its largest cache, to be compiled here or ahead of time for another machine.
+
+    Returns:
+      (function, abstract (params, keys, state) with shardings, indices of the donated arguments), for
+      `jax.jit(function, donate_argnums=donation).lower(*arguments)` inside `jax.set_mesh(mesh)`.
+
+    Raises:
+      InputError: an option cannot be used, the model's config cannot be read, or the mesh does not divide the model.
+    """
+    check_sample_config(config)
+    policy = _policy(config)
+    model, _ = hub.read_config(config.model)
+    layout = make_layout(config.preset, mesh, axis_sizes(model))
+    architecture = Architecture(model, layout, config.dtype)
+    rows = config.batch_size * layout.data
+    params = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract_params(model, config.dtype),
+        param_shardings(model, layout),
+    )
+    keys = jax.ShapeDtypeStruct((rows, 2), jnp.uint32, sharding=layout.sharding(("batch", None)))
+    done = jax.ShapeDtypeStruct((rows,), bool, sharding=layout.sharding(("batch",)))
+    capacity = capacities(policy.max_tokens)[-1]
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(partial(initial_state, architecture, policy, rows, capacity), done)
+    return partial(decode_segment, architecture, policy), (params, keys, state), (2,)
+
+
+@dataclass(frozen=True)
+class _Job:
+    config: SampleConfig
+    out: Path
+    policy: Policy
+    request: dict[str, Any]
+    model: LoadedModel
+    stop_requested: Callable[[], bool]
+    progress: Callable[[int], None]
+    """Told the number of samples whenever some have been drawn."""
+
+
+def _policy(config: SampleConfig) -> Policy:
+    model, _ = hub.read_config(config.model)
+    special = hub.special_tokens(config.model)
+    return make_policy(
+        config,
+        start_id=special.start_id,
+        stop_ids=special.stop_ids,
+        vocab_size=model.vocab_size,
+        tokenizer_length=special.tokenizer_length,
+        max_positions=model.max_positions,
+    )
+
+
+def _request(config: SampleConfig, policy: Policy) -> dict[str, Any]:
+    """Everything that decides what is in the corpus; `corpus.json` says it again."""
+    return {
+        "kind": "sampled",
+        "source": {"ref": config.model, "fingerprint": hub.model_fingerprint(config.model), "dtype": config.dtype},
+        "tokenizer_fingerprint": hub.tokenizer_fingerprint(config.model),
+        "start_id": policy.start_id,
+        "stop_ids": list(policy.stop_ids),
+        "policy": {name: getattr(policy, name) for name in ("max_tokens", "temperature", "top_k", "top_p", "min_p")},
+        "seed": config.seed,
+        "samples": config.samples,
+        "samples_per_shard": config.samples_per_shard,
+    }
+
+
+def _first_ref(out: Path, request: dict[str, Any]) -> str:
+    """The name under which the source was first given, if it is the same source: models may be moved."""
+    source = storage.read_json(out / REQUEST).get("source", {})
+    return source["ref"] if source.get("fingerprint") == request["source"]["fingerprint"] else request["source"]["ref"]
+
+
+def _fill(job: _Job, n_shards: int) -> None:
+    """Draw shards until none is missing, leaving those that others have claimed to them while they live."""
+    records = job.out / "records"
+    records.mkdir(parents=True, exist_ok=True)
+    while missing := missing_shards(job.out, n_shards):
+        found_work = False
+        for index in missing:
+            name = Path(shard_name(index)).stem
+            with storage.lease(records / f"{name}.lease") as held:
+                if held and not (records / f"{name}.json").exists():
+                    _make_shard(job, index)
+                    found_work = True
+        if not found_work:
+            _check_stop(job)
+            time.sleep(POLL_SECONDS)
+
+
+def _make_shard(job: _Job, index: int) -> None:
+    config, began = job.config, time.time()
+    ids = np.asarray(shard_ids(index, config.samples, config.samples_per_shard), np.int64)
+    batch = config.batch_size * job.model.layout.data
+    samples = []
+    for first in range(0, len(ids), batch):
+        _check_stop(job)
+        samples += _draw_batch(job, ids[first : first + batch], batch)
+        job.progress(min(batch, len(ids) - first))
+    drawn = time.time()
+    texts, mismatches = detokenise(job.model.tokenizer, [s.tokens for s in samples], stop_ids=job.policy.stop_ids)
+    samples = [replace(sample, text=text) for sample, text in zip(samples, texts, strict=True)]
+    begin_corpus(job.out, job.request)
+    if not (job.out / "config.yaml").exists():
+        settings.save(job.out / "config.yaml", _resolved(config, job.policy))
+    record = write_shard(job.out, index, samples, {"mismatches": mismatches, **_circumstances(job)})
+    timing = {
+        "began": began,
+        "seconds": time.time() - began,
+        "decode_seconds": drawn - began,
+        "tokens_per_second": record["tokens"] / (drawn - began),
+        "process": jax.process_index(),
+    }
+    storage.write_json(job.out / "timings" / f"{Path(record['file']).stem}.json", timing)
+
+
+def _draw_batch(job: _Job, ids: np.ndarray, batch: int) -> list[Sample]:
+    """The samples of up to `batch` ids, without text."""
+    padded = np.concatenate([ids, np.full(batch - len(ids), ids[-1])])
+    keys = sample_keys(job.config.seed, padded)
+    drawn = decode(architecture_of(job.model), job.policy, job.model.params, keys, np.arange(batch) < len(ids))
+    if not drawn.finite[: len(ids)].all():
+        bad = ids[np.argmin(drawn.finite[: len(ids)])]
+        raise InputError(
+            f"{job.config.model}: its logits are NaN or infinite at {job.config.dtype} (seen in sample {bad}), so it "
+            "cannot be sampled; check its weights, or use another --dtype"
+        )
+    return [
+        Sample(
+            sample_id=int(sample_id),
+            tokens=drawn.tokens[row, : drawn.lengths[row]],
+            text="",
+            logprob=float(drawn.logprobs[row]),
+            finish_reason="stop" if drawn.stopped[row] else "length",
+        )
+        for row, sample_id in enumerate(ids)
+    ]
+
+
+def _resolved(config: SampleConfig, policy: Policy) -> SampleConfig:
+    return replace(config, start_id=policy.start_id, stop_ids=policy.stop_ids)
+
+
+def _circumstances(job: _Job) -> dict[str, Any]:
+    """What a bitwise repetition of a shard would need beside the request."""
+    mesh = job.model.layout.mesh
+    return {
+        "mesh": dict(mesh.shape),
+        "preset": job.config.preset,
+        "rows_per_replica": job.config.batch_size,
+        "device": mesh.devices.flat[0].device_kind,
+        "xla_flags": {name: os.environ[name] for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") if name in os.environ},
+        "versions": storage.versions(),
+    }
+
+
+def _check_stop(job: _Job) -> None:
+    if job.stop_requested():
+        raise Stopped(f"{job.out}: stopped; the shards that are whole stay, run the same command again to go on")
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """While inside, SIGTERM is a request: yields a function that tells whether one came.
+
+    Signals reach the main thread only, so that sampling in another thread is simply not told.
+    """
+    requested = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield requested.is_set
+        return
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: requested.set())
+    try:
+        yield requested.is_set
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def _leaving_no_empty_folder(out: Path) -> Iterator[None]:
+    """If nothing was written after all, take back the folders that were made for it."""
+    made = [folder for folder in (out / "records", out) if not folder.exists()]
+    try:
+        yield
+    finally:
+        for folder in made:
+            if not any(folder.iterdir()):
+                folder.rmdir()
+
+
+@contextmanager
+def _progress_bar(samples: int) -> Iterator[Callable[[int], None]]:
+    """A bar on process 0 when standard error is a terminal; yields how to advance it."""
+    if jax.process_index() or not sys.stderr.isatty():
+        yield lambda drawn: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TextColumn("samples"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("sampling", total=samples)
+        yield lambda drawn: bar.advance(task, drawn)

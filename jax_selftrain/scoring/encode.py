@@ -1,0 +1,90 @@
+"""From text to requests, by the rules of lm-evaluation-harness, so that results can be compared with published ones.
+
+Read from lm-eval 0.4.13 (`TemplateLM._encode_pair`, `TemplateLM.loglikelihood`, `HFLM.tok_encode`,
+`HFLM.prefix_token_id`, `utils.get_rolling_token_windows`), and followed here:
+
+- Trailing white space of a context moves to the continuation. Then context and context + continuation are encoded,
+  and the continuation's tokens are what the second has beyond the *length* of the first.
+- Whether a BOS token is prepended: `add_bos_token` is unset by default, which leaves it to the tokenizer. Llama's
+  post-processor prepends BOS, Pythia's prepends nothing. A text that already starts with the written-out prefix token
+  (`<s>…`) gets none.
+- An empty context becomes the prefix token: the tokenizer's BOS, else its EOS; the continuation is then encoded
+  without special tokens. A continuation that itself starts with the prefix token gives that token as its context.
+
+Where the harness would fail (a context of white space only, with a tokenizer that prepends nothing), the prefix token
+stands in for the empty context, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jax_selftrain import hub
+from jax_selftrain.errors import InputError
+from jax_selftrain.scoring.likelihood import Request
+
+
+def prefix_token(model: hub.LoadedModel) -> int:
+    """The token that stands for an empty context: the tokenizer's BOS, else its EOS, else the model's start id.
+
+    Raises:
+      InputError: there is none of these.
+    """
+    tokenizer = model.tokenizer
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, model.special.start_id):
+        if token is not None:
+            return int(token)
+    raise InputError("the tokenizer has neither a BOS nor an EOS token, so texts without context cannot be scored")
+
+
+def encode(tokenizer: Any, prefix: int, text: str) -> list[int]:
+    """Token ids of a text as `HFLM.tok_encode` gives them: with the tokenizer's own special tokens, BOS never twice."""
+    if text.startswith(tokenizer.decode(prefix)):
+        return list(tokenizer.encode(text, add_special_tokens=False))
+    return list(tokenizer.encode(text))
+
+
+def encode_pair(tokenizer: Any, prefix: int, context: str, continuation: str) -> Request:
+    """Token ids of a context and its continuation; see the module's rules.
+
+    Args:
+      tokenizer: a transformers tokenizer.
+      prefix: from `prefix_token`.
+      context: may be empty.
+      continuation: appended as it stands, so that a separating space belongs to it.
+
+    Returns:
+      A request. Its continuation is empty where the text has no token of its own beyond the context's.
+    """
+    if not context:
+        tokens = list(tokenizer.encode(continuation, add_special_tokens=False))
+        if tokens[:1] == [prefix]:
+            return Request(tokens[:1], tokens[1:])
+        return Request([prefix], tokens)
+    stripped = context.rstrip()
+    whole = encode(tokenizer, prefix, context + continuation)
+    before = encode(tokenizer, prefix, stripped)
+    if not before:
+        return Request([prefix], whole)
+    return Request(before, whole[len(before) :])
+
+
+def rolling_windows(tokens: Sequence[int], start: int, max_positions: int) -> Iterator[Request]:
+    """Requests that together predict every token of a text of any length once, the first from the start token.
+
+    A window predicts up to `max_positions` tokens; those after the first see one token before what they predict, and
+    the last reaches back as far as the model allows (`get_rolling_token_windows` with `context_len=1`).
+
+    Args:
+      tokens: the text, start token not included.
+      start: the token before the first.
+      max_positions: longest input of the model.
+    """
+    whole = [start, *tokens]
+    predicted = 0
+    while predicted < len(tokens):
+        end = min(predicted + max_positions, len(tokens))
+        first = max(0, end - max_positions)
+        yield Request(whole[first : predicted + 1], whole[predicted + 1 : end + 1])
+        predicted = end

@@ -1,0 +1,180 @@
+"""The `score` stage: tasks and texts in, one JSON file and one table of requests out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from jax_selftrain import hub, settings, storage
+from jax_selftrain.config import ScoreConfig
+from jax_selftrain.errors import InputError
+from jax_selftrain.scoring.encode import encode_pair, prefix_token, rolling_windows
+from jax_selftrain.scoring.files import result_files, write_results
+from jax_selftrain.scoring.likelihood import Likelihood, Request, loglikelihoods
+from jax_selftrain.scoring.tasks import Task, load_tasks, task_metrics
+from jax_selftrain.scoring.texts import TextFile, encode_text, load_texts, text_metrics
+
+REQUESTS = pa.schema(
+    [
+        ("task", pa.string()),
+        ("doc", pa.int64()),
+        ("choice", pa.int32()),
+        ("loglikelihood", pa.float64()),
+        ("is_greedy", pa.bool_()),
+        ("tokens", pa.int32()),
+    ]
+)
+"""One row per request, in task, document, choice order; texts come after tasks, their windows being the choices."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured."""
+
+    tasks: dict[str, dict[str, Any]]
+    texts: dict[str, dict[str, Any]]
+    requests: pa.Table
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request and where it belongs."""
+
+    task: str
+    doc: int
+    choice: int
+    request: Request
+
+
+def score(config: ScoreConfig) -> dict[str, Any]:
+    """Score a model and write `FILE.json`, `FILE.requests.parquet`, `FILE.config.yaml` and `FILE.timings.json`.
+
+    Running it again gives the same bytes (but for the timings).
+
+    Returns:
+      What stands in `FILE.json`: `model`, `tasks` and `texts` by name, `fingerprints`, `versions`.
+
+    Raises:
+      InputError: nothing to score, an input that cannot be read or does not fit the model, NaN.
+    """
+    settings.require(config, "model", "out")
+    check_batch(
+        config.batch_tokens, limit=config.limit, text_limit=config.text_limit, text_max_tokens=config.text_max_tokens
+    )
+    if not config.tasks and not config.texts:
+        raise InputError("nothing to score: name task files with --tasks, or text files with --texts")
+    result_files(config.out)
+    started = time.monotonic()
+    tasks, texts = load_tasks(config.tasks, config.limit), load_texts(config.texts, config.text_limit)
+    named: list[Task | TextFile] = [*tasks, *texts]
+    files = {file.name: file.path for file in named}
+    if len(files) < len(named):
+        repeated = Counter(file.name for file in named).most_common(1)[0][0]
+        raise InputError(f"two files to score are named {repeated!r}; rename one of them")
+    model = hub.load_model(config.model, config.mesh, config.dtype, preset=config.preset)
+    if model.tokenizer is None:
+        raise InputError(f"{config.model}: has no tokenizer, so texts cannot be scored; add tokenizer.json")
+    loaded = time.monotonic()
+    evaluation = evaluate(model, tasks, texts, text_max_tokens=config.text_max_tokens, batch_tokens=config.batch_tokens)
+    result = {
+        "model": config.model,
+        "tasks": evaluation.tasks,
+        "texts": evaluation.texts,
+        "fingerprints": {
+            "model": hub.model_fingerprint(config.model),
+            "tokenizer": hub.tokenizer_fingerprint(config.model),
+            "files": {name: storage.sha256_file(path) for name, path in files.items()},
+        },
+        "versions": storage.versions(),
+    }
+    timings = {"load_seconds": loaded - started, "score_seconds": time.monotonic() - loaded}
+    write_results(config.out, config, result, evaluation.requests, "requests", timings)
+    return result
+
+
+def evaluate(
+    model: hub.LoadedModel,
+    tasks: Sequence[Task] = (),
+    texts: Sequence[TextFile] = (),
+    *,
+    text_max_tokens: int | None = None,
+    batch_tokens: int = 8192,
+) -> Evaluation:
+    """Score a model in memory on tasks and texts.
+
+    Args:
+      model: with a tokenizer.
+      tasks: from `load_tasks`.
+      texts: from `load_texts`.
+      text_max_tokens: score only the first so many tokens of each text.
+      batch_tokens: token positions in one device batch.
+
+    Raises:
+      InputError: a request does not fit the model, or its log-likelihood is not a finite number.
+    """
+    start = model.special.start_id
+    if texts and start is None:
+        raise InputError("the model names no BOS or EOS token, so there is nothing that texts could start from")
+    documents = {
+        text.name: [encode_text(model.tokenizer, document, text_max_tokens) for document in text.documents]
+        for text in texts
+    }
+    asked = [item for task in tasks for item in _ask_task(model, task)]
+    for name, encoded in documents.items():
+        for doc, document in enumerate(encoded):
+            windows = rolling_windows(document.tokens, start or 0, model.config.max_positions)
+            asked += [_Asked(name, doc, window, request) for window, request in enumerate(windows)]
+    answers = loglikelihoods(model, [item.request for item in asked], batch_tokens=batch_tokens)
+    grouped: dict[str, dict[int, list[Likelihood]]] = {}
+    for item, answer in zip(asked, answers, strict=True):
+        if not math.isfinite(answer.loglikelihood):
+            raise InputError(
+                f"the log-likelihood of {item.task}, document {item.doc}, choice {item.choice} is "
+                f"{answer.loglikelihood}: the model's weights are damaged or overflow in this --dtype; check them, or "
+                "try float32"
+            )
+        grouped.setdefault(item.task, {}).setdefault(item.doc, []).append(answer)
+    columns = [
+        [item.task for item in asked],
+        [item.doc for item in asked],
+        [item.choice for item in asked],
+        [answer.loglikelihood for answer in answers],
+        [answer.is_greedy for answer in answers],
+        [answer.tokens for answer in answers],
+    ]
+    return Evaluation(
+        tasks={task.name: task_metrics(task, list(grouped[task.name].values())) for task in tasks},
+        texts={
+            name: text_metrics([encoded[doc] for doc in grouped[name]], list(grouped[name].values()))
+            for name, encoded in documents.items()
+        },
+        requests=pa.Table.from_arrays(
+            [pa.array(column, field.type) for column, field in zip(columns, REQUESTS, strict=True)], schema=REQUESTS
+        ),
+    )
+
+
+def check_batch(batch_tokens: int, **limits: int | None) -> None:
+    """Refuse counts below one. Raises InputError naming the flag."""
+    for name, value in {"batch_tokens": batch_tokens, **limits}.items():
+        if value is not None and value < 1:
+            raise InputError(f"{settings.flag(name)} is {value}; it must be at least 1")
+
+
+def _ask_task(model: hub.LoadedModel, task: Task) -> Iterator[_Asked]:
+    prefix = prefix_token(model)
+    for doc, question in enumerate(task.questions):
+        for choice, continuation in enumerate(question.continuations):
+            request = encode_pair(model.tokenizer, prefix, question.context, continuation)
+            if not request.continuation:
+                raise InputError(
+                    f"{task.path}: choice {choice} of question {doc} ({continuation!r}) has no token of its own after "
+                    "its context; give it a text that changes the tokens"
+                )
+            yield _Asked(task.name, doc, choice, request)

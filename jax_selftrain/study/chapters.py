@@ -1,0 +1,370 @@
+"""The chapters of a round's report: prose, figures and tables, made from `results.json` and nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from html import escape
+from typing import Any
+
+import yaml
+
+from jax_selftrain.study import figures
+from jax_selftrain.study.statistics import Estimate
+from jax_selftrain.study.summary import cannot_show
+from jax_selftrain.study.tables import Column, Table, number
+
+Results = Mapping[str, Any]
+_SIDES = ("before", "after", "change")
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """One chapter of the page, and those of its tables and figures that are also files."""
+
+    title: str
+    html: str
+    tables: tuple[Table, ...] = ()
+    figures: Mapping[str, str] = field(default_factory=dict)
+    """SVG text by name."""
+
+
+def chapters(results: Results) -> list[Chapter]:
+    """The chapters that these results have something to say in, in their order."""
+    written = (
+        _texts(results),
+        _tasks(results),
+        _extraction(results),
+        _corpus(results),
+        _examples(results),
+        _training(results),
+        _limits(results),
+        _provenance(results),
+    )
+    return [chapter for chapter in written if chapter is not None]
+
+
+def _texts(results: Results) -> Chapter | None:
+    if not results["texts"]:
+        return None
+    rows = tuple(
+        (
+            name,
+            text["documents"],
+            text["tokens"],
+            *(_estimate(text["nll"][key]) for key in ("before", "after")),
+            _estimate(text["nll"]["before"], exp=True),
+            _estimate(text["nll"]["after"], exp=True),
+            _estimate(text["nll"]["change"]),
+            text["documents_better"],
+            text["documents_worse"],
+        )
+        for name, text in results["texts"].items()
+    )
+    columns = (
+        Column("text", "text"),
+        Column("documents", "documents"),
+        Column("tokens", "tokens"),
+        Column("nll_before", "nats per token, before", 4),
+        Column("nll_after", "after", 4),
+        Column("perplexity_before", "perplexity, before", 3),
+        Column("perplexity_after", "after", 3),
+        Column("nll_change", "change (nats per token)", 4, signed=True),
+        Column("documents_better", "documents better"),
+        Column("documents_worse", "worse"),
+    )
+    table = Table("texts", "Perplexity of texts that were not trained on in this round", columns, rows)
+    note = (
+        "Each document is predicted from the start token on. Lower is better. Intervals take the document as the unit, "
+        "since tokens of one text are not independent; the change is paired by document."
+    )
+    return Chapter("Perplexity", table.to_html() + _note(note), (table,))
+
+
+def _tasks(results: Results) -> Chapter | None:
+    tasks, macro = results["tasks"], results["macro"]
+    if not tasks:
+        return None
+    labels = [*(["all tasks, averaged"] if macro else []), *tasks]
+    shares = [*([macro["accuracy"]] if macro else []), *(task["accuracy"] for task in tasks.values())]
+    svg = figures.before_and_after(
+        "tasks",
+        labels,
+        *([_estimate(share[key], scale=100) for share in shares] for key in _SIDES),
+        value_label="accuracy (%)",
+        change_label="change (points)",
+        marks=[*([None] if macro else []), *(_percent(task["chance"]) for task in tasks.values())],
+        mark_label="guessing",
+    )
+    columns = (
+        Column("task", "task"),
+        Column("n", "questions"),
+        _points("chance", "guessing %"),
+        _points("accuracy_before", "accuracy %, before"),
+        _points("accuracy_after", "after"),
+        _points("accuracy_change", "change (points)", signed=True),
+        Column("lost", "right → wrong"),
+        Column("gained", "wrong → right"),
+        Column("mcnemar_p", "McNemar p", 3),
+        Column("q", "q", 3),
+        Column("log_odds_change", "change of log-odds (nats)", 3, signed=True),
+    )
+    rows = [
+        (
+            name,
+            task["n"],
+            task["chance"],
+            *(_estimate(task["accuracy"][key]) for key in _SIDES),
+            task["flips"]["lost"],
+            task["flips"]["gained"],
+            task["flips"]["mcnemar_p"],
+            task["flips"]["q"],
+            _estimate((task.get("log_odds") or task["word_loglikelihood"])["change"]),
+        )
+        for name, task in tasks.items()
+    ]
+    if macro:
+        for title, kind in (("chance-normalised average", "chance_normalised"), ("average of the tasks", "accuracy")):
+            average = (_estimate(macro[kind][key]) for key in _SIDES)
+            rows.insert(0, (title, macro["n"], None, *average, None, None, None, None, None))
+    table = Table("tasks", "Tasks scored by likelihood", columns, tuple(rows), totals=2 if macro else 0)
+    note = (
+        "A question counts as right when the right choice is the most probable one. The change is paired by question. "
+        "McNemar's exact p asks whether right → wrong and wrong → right are equally likely; q is p after Benjamini and "
+        f"Hochberg's correction over the {len(tasks)} tasks. Log-odds: log-probability of the right choice against the "
+        "others together (for last-word tasks: of the word itself), a finer measure than right or wrong. The average "
+        "weighs tasks equally; chance-normalised means (accuracy − guessing) / (1 − guessing)."
+    )
+    html = (
+        _figure(svg, "Accuracy before and after, and the paired change, with 95 % intervals.")
+        + table.to_html()
+        + _note(note)
+    )
+    return Chapter("Capability", html, (table,), {"tasks": svg})
+
+
+def _extraction(results: Results) -> Chapter | None:
+    found = results["extraction"]
+    if not found:
+        return None
+    names = {
+        "all": "all sequences",
+        "held_out": f"held out (under {found['overlap']} tokens of the suffix in the corpus)",
+        "partial": "partial",
+        "seen": "seen (the whole suffix stands in the corpus)",
+    }
+    parts = {names[name]: part for name, part in found["classes"].items()}
+    blocks, tables, drawn = [], [], {}
+    by_class = _extraction_table("extraction", "Verbatim extraction, by overlap with the corpus", "class", parts)
+    tables.append(by_class)
+    if found["groups"]:
+        tables.append(_extraction_table("extraction_groups", "The same, by group of the set", "group", found["groups"]))
+        shown = {"all sequences": parts["all sequences"], **found["groups"]}
+    else:
+        shown = {names[name].split(" (")[0]: part for name, part in found["classes"].items() if part}
+    drawn["extraction"] = figures.before_and_after(
+        "extraction",
+        list(shown),
+        *([_estimate(part["exact_match"][key], scale=100) for part in shown.values()] for key in _SIDES),
+        value_label="exact match (%)",
+        change_label="change (points)",
+    )
+    draws, at_half = _discoverable(found["discoverable"], 0.5)
+    before, after = ([100 * entry[side]["value"] for entry in at_half] for side in ("before", "after"))
+    drawn["discoverable"] = figures.discoverability("discoverable", draws, before, after, "0.5")
+    tables.append(_discoverable_table(found))
+    blocks += [
+        f"<p>Of each sequence the first {found['prefix']} tokens are given. <em>Exact match</em>: the greedy "
+        f"continuation is the next {found['suffix']} tokens, all of them. <em>log p<sub>z</sub></em>: the "
+        "log-probability of those tokens, which can stay high when a small drift breaks the greedy path; the two are "
+        "to be read together.</p>",
+        _figure(drawn["extraction"], "Exact match before and after, and the paired change, with 95 % intervals."),
+        by_class.to_html(),
+        *(table.to_html() for table in tables[1:-1]),
+        _note(
+            "Kept: reproduced before and after; lost: only before; gained: only after; never: neither. The classes "
+            "come from what the model happened to write, and it writes what it memorised best: they are a selected "
+            "split, and a difference between them is not the effect of being seen. Classes under 50 are descriptive "
+            "only. Where the set was chosen because the base reproduces it, a fall is partly regression to the mean."
+        ),
+        _figure(
+            drawn["discoverable"],
+            f"Share of the {found['n']:,} sequences that n independent draws at temperature 1 from their prefix "
+            "contain with probability at least 0.5.",
+        ),
+        tables[-1].to_html(),
+    ]
+    return Chapter("Verbatim memorisation", "\n".join(blocks), tuple(tables), drawn)
+
+
+def _extraction_table(name: str, caption: str, key: str, parts: Mapping[str, Any]) -> Table:
+    columns = (
+        Column(key, key),
+        Column("n", "n"),
+        _points("exact_match_before", "exact match %, before"),
+        _points("exact_match_after", "after"),
+        _points("exact_match_change", "change (points)", signed=True),
+        Column("kept", "kept"),
+        Column("lost", "lost"),
+        Column("gained", "gained"),
+        Column("never", "never"),
+        Column("logprob_before", "log p_z, before", 2),
+        Column("logprob_after", "after", 2),
+        Column("logprob_change", "change", 2, signed=True),
+    )
+    rows = tuple(
+        (
+            label,
+            part["n"],
+            *(_estimate(part["exact_match"][key]) for key in _SIDES),
+            *(part["flips"][key] for key in ("kept", "lost", "gained", "never")),
+            *(_estimate(part["logprob"][key]) for key in _SIDES),
+        )
+        if part
+        else (label, 0, *(None,) * 10)
+        for label, part in parts.items()
+    )
+    return Table(name, caption, columns, rows, totals=1 if key == "class" else 0)
+
+
+def _discoverable(entries: Mapping[str, Any], p: float) -> tuple[list[int], list[Any]]:
+    chosen = {int(key.split("@")[0]): entry for key, entry in entries.items() if float(key.split("@")[1]) == p}
+    return list(chosen), list(chosen.values())
+
+
+def _discoverable_table(found: Mapping[str, Any]) -> Table:
+    columns = (
+        Column("draws", "draws n"),
+        Column("p", "with probability ≥", 1),
+        Column("sequences", "sequences"),
+        _points("before", "found %, before"),
+        _points("after", "after"),
+        _points("change", "change (points)", signed=True),
+    )
+    rows = tuple(
+        (
+            int(key.split("@")[0]),
+            float(key.split("@")[1]),
+            found["n"],
+            *(_estimate(entry[side]) for side in _SIDES),
+        )
+        for key, entry in found["discoverable"].items()
+    )
+    return Table("discoverable", "(n, p)-discoverable extraction: 1 − (1 − p_z)ⁿ ≥ p", columns, rows)
+
+
+def _training(results: Results) -> Chapter:
+    training, curve = results["training"], results["training"]["curve"]
+    svg = figures.training_curve("training", curve["step"], curve["loss"], curve["learning_rate"])
+    columns = tuple(Column(key, key, 6) for key in ("step", "loss", "learning_rate", "grad_norm"))
+    table = Table("training", "Training log", columns, tuple(zip(*(curve[c.key] for c in columns), strict=True)))
+    text = (
+        f"{training['steps']:,} steps over {training['rows']:,} rows. The loss is that of each step's own batch before "
+        "the step. Text drawn from a model at temperature 1, without truncation, gives in expectation no gradient at "
+        "that same model: a level curve is what to expect of a single pass."
+    )
+    return Chapter("Training", f"<p>{text}</p>" + _figure(svg, "Each logged step."), (table,), {"training": svg})
+
+
+def _corpus(results: Results) -> Chapter:
+    corpus = results["corpus"]
+    edges, counts = corpus["length_histogram"]["edges"], corpus["length_histogram"]
+    svg = figures.length_histogram("lengths", edges, counts["stop"], counts["length"])
+    n = corpus["samples"]
+    rows: list[tuple[Any, ...]] = [
+        ("samples", n, n, ""),
+        ("tokens", corpus["tokens"], n, "the start token not counted, a drawn stop token counted"),
+        ("tokens in a sample", _estimate(corpus["length"]), n, ""),
+        ("ended by a stop token", _estimate(corpus["stopped"]), n, "share; the others were cut at the length limit"),
+        ("−log p per token", _estimate(corpus["surprise_per_token"]), n, _surprise_note(corpus["policy"])),
+        ("entropy of single tokens", corpus["unigram_entropy"], n, "nats; of the corpus' token frequencies"),
+        *(
+            (f"distinct {gram}-grams", counts["distinct"] / max(1, counts["total"]), counts["total"], "share of all")
+            for gram, counts in corpus["distinct"].items()
+        ),
+        ("exact repeats", corpus["repeated_samples"], n, "samples whose tokens are those of an earlier sample"),
+        ("text re-encodes differently", corpus["retokenisation_mismatches"], n, "samples; tokens are authoritative"),
+    ]
+    columns = (Column("what", "what"), Column("value", "value", 3), Column("n", "of n"), Column("note", "note"))
+    table = Table("corpus", "The corpus", columns, tuple(rows))
+    html = _figure(svg, f"Lengths of the {n:,} samples, and what ended them.") + table.to_html()
+    return Chapter("What the source wrote", html, (table,), {"lengths": svg})
+
+
+def _surprise_note(policy: Mapping[str, Any]) -> str:
+    plain = (policy["temperature"], policy["top_k"], policy["top_p"], policy["min_p"]) == (1, 0, 1, 0)
+    entropy = "nats; at this policy an estimate of the source's own entropy" if plain else "nats"
+    return f"{entropy}, under the source at temperature 1"
+
+
+def _examples(results: Results) -> Chapter:
+    shown = []
+    for sample in results["corpus"]["examples"]:
+        end = "ended by a stop token" if sample["finish_reason"] == "stop" else "cut at the length limit"
+        surprise = number(-sample["logprob"] / sample["tokens"])
+        label = f"sample {sample['sample_id']:,} · {sample['tokens']:,} tokens · {end} · {surprise} nats per token"
+        text = escape(sample["text"]) or "<em>(no text)</em>"
+        shown.append(f'<div class="sample"><p class="label">{label}</p><p class="words">{text}</p></div>')
+    note = _note("Drawn by a hash of the seed and the sample ids, before anybody looked.")
+    return Chapter(f"{len(shown)} of its samples, drawn at random", note + "\n".join(shown))
+
+
+def _limits(results: Results) -> Chapter:
+    items = "\n".join(f"<li>{text}</li>" for text in cannot_show(results))
+    return Chapter("What this cannot show", f"<ul>\n{items}\n</ul>")
+
+
+def _provenance(results: Results) -> Chapter:
+    config = yaml.safe_dump(results["config"], sort_keys=False, allow_unicode=True, width=100)
+    marks = results["fingerprints"]
+    flat = {key: value for key, value in marks.items() if isinstance(value, str)} | marks.get("files", {})
+    prints = Table(
+        "fingerprints",
+        "Fingerprints (SHA-256)",
+        (Column("what", "what"), Column("sha256", "SHA-256")),
+        tuple(flat.items()),
+    )
+    stages = results["versions"]
+    packages = sorted({package for versions in stages.values() for package in versions})
+    versions = Table(
+        "versions",
+        "Versions" if len(set(map(str, stages.values()))) == 1 else "Versions (they differ between the stages)",
+        (Column("package", "package"), *(Column(stage, stage) for stage in stages)),
+        tuple((package, *(of.get(package, "") for of in stages.values())) for package in packages),
+    )
+    html = (
+        "<p>The command, the whole of its configuration, and what went in. Wall-clock times stand apart in "
+        "<code>timings.json</code>; every table above is also a CSV file in <code>tables/</code>.</p>\n"
+        "<pre>jax-selftrain run --config config.yaml --out DIR    # this round; again: resumes it\n"
+        "jax-selftrain report DIR                            # this page</pre>\n"
+        f"<h3>config.yaml</h3>\n<pre>{escape(config)}</pre>\n{versions.to_html()}\n{prints.to_html()}"
+    )
+    return Chapter("What was run", html, (prints, versions))
+
+
+# Small pieces ---------------------------------------------------------------------------------------------------
+
+
+def _estimate(entry: Mapping[str, Any], *, scale: float = 1.0, exp: bool = False) -> Estimate:
+    def shown(number: float) -> float:
+        return math.exp(number) if exp else number * scale
+
+    low, high = (None if entry[end] is None else shown(entry[end]) for end in ("low", "high"))
+    return Estimate(shown(entry["value"]), low, high, entry["n"])
+
+
+def _points(key: str, head: str, *, signed: bool = False) -> Column:
+    return Column(key, head, digits=1, scale=100, signed=signed)
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+def _figure(svg: str, caption: str) -> str:
+    return f"<figure>\n{svg}<figcaption>{escape(caption)}</figcaption>\n</figure>\n"
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>\n'

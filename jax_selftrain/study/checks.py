@@ -1,0 +1,104 @@
+"""What can be known to be wrong with a round before it starts: said at once, not after hours of sampling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+
+from jax_selftrain import hub, sampling, scoring, settings, training
+from jax_selftrain.config import ExtractConfig, RunConfig, ScoreConfig, TrainConfig
+from jax_selftrain.errors import InputError
+from jax_selftrain.mesh import make_mesh
+from jax_selftrain.scoring.score import check_batch
+from jax_selftrain.scoring.sequences import load_sequences
+from jax_selftrain.study.plan import Plan, make_plan
+
+_OWNED = {
+    "sample": ("model", "out"),
+    "train": ("model", "corpus", "out"),
+    "score": ("model", "out"),
+    "extract": ("model", "corpus", "out"),
+}
+"""Options of the stages that the round itself decides."""
+
+
+def check_round(config: RunConfig) -> None:
+    """Read configs, tokenizers, tasks, texts and sequences of all stages; load no weights and write nothing.
+
+    Raises:
+        InputError: the first thing that is missing, unreadable or does not fit.
+    """
+    settings.require(config, "model", "out")
+    _refuse_owned(config)
+    if not (config.score.tasks or config.score.texts or config.extract.sequences):
+        raise InputError("nothing to measure: set score.tasks, score.texts or extract.sequences")
+    _check_tokenizers(config)
+    plan = make_plan(config)
+    sampling.program(plan.sample, make_mesh(plan.sample.mesh, devices=jax.local_devices()))
+    _check_training(plan.train)
+    if config.score.tasks or config.score.texts:
+        _check_scoring(plan.score_base)
+    if config.extract.sequences:
+        _check_extraction(plan)
+
+
+def _refuse_owned(config: RunConfig) -> None:
+    for section, names in _OWNED.items():
+        for name in names:
+            if getattr(getattr(config, section), name):
+                top = "source" if (section, name) == ("sample", "model") else "model" if name == "model" else "out"
+                raise InputError(f"{section}.{name} is decided by the round; leave it out, and set `{top}` at the top")
+
+
+def _check_tokenizers(config: RunConfig) -> None:
+    hub.model_fingerprint(config.model)
+    student = hub.tokenizer_fingerprint(config.model)
+    if not config.source:
+        return
+    hub.model_fingerprint(config.source)
+    if hub.tokenizer_fingerprint(config.source) != student:
+        raise InputError(
+            f"{config.source} and {config.model} have different tokenizers, and a corpus cannot be carried from one to "
+            "the other yet; choose a source with the student's tokenizer"
+        )
+
+
+def _check_training(config: TrainConfig) -> None:
+    model, _ = hub.read_config(config.model)
+    if config.seq_len > model.max_positions:
+        raise InputError(
+            f"train.seq_len {config.seq_len}: {config.model} has only {model.max_positions} positions; shorten the rows"
+        )
+    training.program(config, make_mesh(config.mesh))
+
+
+def _check_scoring(config: ScoreConfig) -> None:
+    limits = {"limit": config.limit, "text_limit": config.text_limit, "text_max_tokens": config.text_max_tokens}
+    check_batch(config.batch_tokens, **limits)
+    tasks, texts = scoring.load_tasks(config.tasks, config.limit), scoring.load_texts(config.texts, config.text_limit)
+    names = [task.name for task in tasks] + [text.name for text in texts]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two files to score are named {name!r}; rename one of them")
+    scoring.program(config, make_mesh(config.mesh))
+
+
+def _check_extraction(plan: Plan) -> None:
+    config: ExtractConfig = plan.extract_base
+    check_batch(
+        config.batch_tokens, prefix=config.prefix, suffix=config.suffix, overlap=config.overlap, limit=config.limit
+    )
+    model, _ = hub.read_config(config.model)
+    if config.prefix + config.suffix > model.max_positions:
+        raise InputError(
+            f"extract.prefix {config.prefix} + extract.suffix {config.suffix} is longer than the {model.max_positions} "
+            f"positions of {config.model}; shorten one of them"
+        )
+    load_sequences(
+        Path(config.sequences),
+        config.prefix + config.suffix,
+        vocab_size=model.vocab_size,
+        limit=config.limit,
+        tokenizer=lambda: hub.load_tokenizer(config.model),
+    )

@@ -1,0 +1,226 @@
+"""The whole story on a CPU in minutes, without any download: a little world, a model that reads it, and one round.
+
+`OUT/world` holds the text, the questions, the probes and a blank Pythia-shaped model (a GPT-NeoX config and a tokenizer
+trained on the text); `OUT/reading` the text as a corpus; `OUT/base` the model after one pass over it. The base then
+goes through `study.run` in `OUT` itself: it writes texts from its start token alone, is trained on them, and is
+measured before and after. Every part is made by the same functions as a real study, and is as restartable.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from jax_selftrain import storage
+from jax_selftrain.config import (
+    DemoConfig,
+    ExtractConfig,
+    ImportConfig,
+    RunConfig,
+    SampleConfig,
+    ScoreConfig,
+    TrainConfig,
+)
+from jax_selftrain.corpus import import_text
+from jax_selftrain.errors import InputError
+from jax_selftrain.study.round import run
+from jax_selftrain.study.world import Probe, World, WorldConfig, make_world
+from jax_selftrain.training import train
+
+START = "<|endoftext|>"
+"""Begins and ends every document, as in Pythia's tokenizer."""
+TITLE = "A model of a little world, trained on its own text"
+
+
+@dataclass(frozen=True)
+class DemoScale:
+    """How much is read, written and measured; the defaults fit two CPU cores and a few minutes."""
+
+    world: WorldConfig = field(default_factory=WorldConfig)
+    """Its seed is the demo's."""
+    vocabulary: int = 640
+    width: int = 128
+    layers: int = 3
+    heads: int = 4
+    row: int = 128
+    """Loss positions in a training row, and the longest sample."""
+    batch: int = 16
+    learning_rate: float = 3e-3
+    """Peak rate of the base's training, which falls to a tenth; that tenth is the rate of the self-training."""
+    samples: int = 1024
+    prefix: int = 16
+    suffix: int = 16
+    overlap: int = 8
+
+
+def demo(config: DemoConfig, scale: DemoScale | None = None) -> Path:
+    """Make the world, train the base on it, and do one self-training round in `config.out`; again: complete it.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        InputError: the folder holds something else, or cannot be written.
+    """
+    scale = scale or DemoScale()
+    scale = replace(scale, world=replace(scale.world, seed=config.seed))
+    out = Path(config.out)
+    _say("writing a little world")
+    _write_world(out / "world", scale)
+    _say("teaching it to a small model")
+    base = _teach(out, scale)
+    _say("one round: sample, train on the samples, measure before and after")
+    run(_round(out, base, scale))
+    return out / "report.html"
+
+
+def _teach(out: Path, scale: DemoScale) -> Path:
+    blank, reading, base = out / "world" / "blank", out / "reading", out / "base"
+    import_text(ImportConfig(source=str(out / "world" / "documents.jsonl"), model=str(blank), out=str(reading)))
+    return train(
+        TrainConfig(
+            model=str(blank),
+            corpus=str(reading),
+            out=str(base),
+            init="scratch",
+            batch_size=scale.batch,
+            seq_len=scale.row,
+            learning_rate=scale.learning_rate,
+            schedule="cosine",
+            final_learning_rate=scale.learning_rate / 10,
+            weight_decay=0.1,
+            log_every=10,
+            seed=scale.world.seed,
+        )
+    )
+
+
+def _round(out: Path, base: Path, scale: DemoScale) -> RunConfig:
+    world = out / "world"
+    return RunConfig(
+        model=str(base),
+        out=str(out),
+        title=TITLE,
+        sample=SampleConfig(samples=scale.samples, max_tokens=scale.row, seed=scale.world.seed),
+        train=TrainConfig(
+            batch_size=scale.batch, seq_len=scale.row, learning_rate=scale.learning_rate / 10, seed=scale.world.seed
+        ),
+        score=ScoreConfig(
+            tasks=tuple(str(world / "tasks" / f"{name}.jsonl") for name in ("facts", "agreement", "sums")),
+            texts=(str(world / "heldout.jsonl"),),
+        ),
+        extract=ExtractConfig(
+            sequences=str(world / "probes.jsonl"), prefix=scale.prefix, suffix=scale.suffix, overlap=scale.overlap
+        ),
+    )
+
+
+# The world on disk ----------------------------------------------------------------------------------------------
+
+
+def _write_world(folder: Path, scale: DemoScale) -> None:
+    # Through JSON, so that what is compared is what is read back (tuples become lists).
+    wanted = json.loads(json.dumps({"format": "jax-selftrain demo", "version": 1, "scale": asdict(scale)}))
+    if folder.exists():
+        if not (folder / "world.json").exists():
+            raise InputError(f"{folder}: is there already but is no world of a demo; choose another --out")
+        if storage.read_json(folder / "world.json") != wanted:
+            raise InputError(f"{folder}: is the world of another demo (other seed or version); choose another --out")
+        return
+    world = make_world(scale.world)
+    with storage.commit_folder(folder) as aside:
+        _write_jsonl(aside / "documents.jsonl", ({"text": text} for text in world.documents))
+        _write_jsonl(aside / "heldout.jsonl", ({"text": text} for text in world.heldout))
+        for name, questions in world.tasks.items():
+            _write_jsonl(aside / "tasks" / f"{name}.jsonl", (asdict(question) for question in questions))
+        tokenizer = _train_tokenizer(world, scale.vocabulary)
+        _write_blank_model(aside / "blank", tokenizer, scale)
+        _write_jsonl(aside / "probes.jsonl", _sequences(world.probes, tokenizer, scale.prefix + scale.suffix))
+        storage.write_json(aside / "world.json", wanted)
+
+
+def _train_tokenizer(world: World, vocabulary: int) -> Any:
+    """A byte-level BPE tokenizer of the world's language.
+
+    It never sees a probe: if it did, often-shown probes would be spelt with fewer tokens than rare ones.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    probes = {probe.text for probe in world.probes}
+    lines = [line for document in world.documents for line in document.split("\n") if line not in probes]
+    tokenizer = Tokenizer(models.BPE())
+    # Single digits, as arithmetic wants them.
+    pieces = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pieces)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[START],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["\n".join(lines[i : i + 100]) for i in range(0, len(lines), 100)], trainer)
+    return tokenizer
+
+
+def _write_blank_model(folder: Path, tokenizer: Any, scale: DemoScale) -> None:
+    """A Pythia in small, as far as it can be without weights: config and tokenizer in Hugging Face's layout."""
+    from transformers import PreTrainedTokenizerFast
+
+    marks = {"bos_token": START, "eos_token": START, "unk_token": START}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marks).save_pretrained(folder)
+    (start,) = tokenizer.encode(START).ids
+    config = {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "model_type": "gpt_neox",
+        "vocab_size": tokenizer.get_vocab_size(),
+        "hidden_size": scale.width,
+        "num_hidden_layers": scale.layers,
+        "num_attention_heads": scale.heads,
+        "intermediate_size": 4 * scale.width,
+        "max_position_embeddings": 2 * scale.row,
+        "hidden_act": "gelu",
+        "rotary_pct": 0.25,
+        "rotary_emb_base": 10000,
+        "use_parallel_residual": True,
+        "layer_norm_eps": 1e-5,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": False,
+        "bos_token_id": start,
+        "eos_token_id": start,
+    }
+    storage.write_json(folder / "config.json", config)
+
+
+def _sequences(probes: Sequence[Probe], tokenizer: Any, length: int) -> Iterable[Mapping[str, Any]]:
+    """The extraction set: probes and their twins with the token that stands before them in the text.
+
+    A group is a number of copies; the twins, which stand nowhere, are the last one.
+    """
+    (start,) = tokenizer.encode(START).ids
+    (newline,) = tokenizer.encode("\n").ids
+    for shown in (True, False):
+        for probe in probes:
+            text = probe.text if shown else probe.twin
+            tokens = [start if probe.placement == "start" else newline, *tokenizer.encode(text).ids]
+            if len(tokens) < length:
+                raise ValueError(f"a probe has only {len(tokens)} of {length} tokens: give probes more words")
+            group = f"shown {probe.copies}×" if shown else "never shown"
+            yield {"tokens": tokens[:length], "group": group, "text": text}
+
+
+def _write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _say(text: str) -> None:
+    """Tell a person at a terminal what is going on."""
+    if sys.stderr.isatty():
+        print(f"jax-selftrain demo: {text}", file=sys.stderr, flush=True)

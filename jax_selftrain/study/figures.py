@@ -1,0 +1,176 @@
+"""The report's figures, as SVG text that is the same bytes for the same numbers.
+
+matplotlib's SVGs carry a date, random ids and a library version; all three are removed here (a fixed hash salt, no
+metadata), and ids get the figure's name as prefix so that several figures can stand in one page. Text stays text and
+takes the page's font. Before is always a hollow grey mark and after a filled blue one: the pair stays apart in black
+and white and for colour-blind readers (colours from Okabe and Ito's palette).
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from jax_selftrain.study.statistics import Estimate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BEFORE, AFTER, ACCENT, INK, RULE = "#6b7680", "#0072b2", "#d55e00", "#24303a", "#d5dbe0"
+_STYLE: Mapping[str, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9.5,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e9edf0",
+    "grid.linewidth": 0.8,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+
+def before_and_after(
+    name: str,
+    labels: Sequence[str],
+    before: Sequence[Estimate],
+    after: Sequence[Estimate],
+    change: Sequence[Estimate],
+    *,
+    value_label: str,
+    change_label: str,
+    marks: Sequence[float | None] | None = None,
+    mark_label: str = "",
+) -> str:
+    """Two panels, a row per label: the values before and after, and their paired change, all with intervals.
+
+    `marks` are reference values (for instance the accuracy of guessing), one per label or None.
+    """
+
+    def paint(figure: Figure) -> None:
+        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+        rows = [-float(i) for i in range(len(labels))]
+        for i, row in enumerate(rows):
+            _whisker(left, before[i], row + 0.13, BEFORE, filled=False, label="before" if i == 0 else None)
+            _whisker(left, after[i], row - 0.13, AFTER, filled=True, label="after" if i == 0 else None)
+            _whisker(right, change[i], row, INK, filled=True)
+        points = [(mark, row) for mark, row in zip(marks or (), rows, strict=False) if mark is not None]
+        if points:
+            left.scatter(*zip(*points, strict=True), marker="|", s=90, color=ACCENT, label=mark_label, zorder=1)
+        left.set_yticks(rows, labels)
+        left.set_ylim(rows[-1] - 0.6, 0.6)
+        left.set_xlabel(value_label)
+        right.axvline(0, color=ACCENT, linewidth=1, zorder=0)
+        right.set_xlabel(change_label)
+        for axes in (left, right):
+            axes.tick_params(axis="y", length=0)
+        _legend_above(left)
+
+    return _svg(name, 0.95 + 0.36 * len(labels), paint)
+
+
+def training_curve(name: str, steps: Sequence[int], loss: Sequence[float], rate: Sequence[float]) -> str:
+    """Training loss (nats per token) and learning rate at each logged step."""
+
+    def paint(figure: Figure) -> None:
+        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+        mark = "." if len(steps) < 40 else None
+        left.plot(steps, loss, color=AFTER, linewidth=1.3, marker=mark)
+        left.set(xlabel="optimiser step", ylabel="loss on the corpus\n(nats per token)")
+        right.plot(steps, rate, color=INK, linewidth=1.3, marker=mark)
+        right.set(xlabel="optimiser step", ylabel="learning rate")
+        right.set_ylim(bottom=0)
+        right.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+
+    return _svg(name, 2.7, paint)
+
+
+def length_histogram(name: str, edges: Sequence[float], stopped: Sequence[int], cut: Sequence[int]) -> str:
+    """How long the samples are: those that a stop token ended, and on top of them those that the limit cut."""
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        widths = [right - left for left, right in pairwise(edges)]
+        bars = partial(axes.bar, edges[:-1], width=widths, align="edge", edgecolor="white", linewidth=0.4)
+        bars(stopped, color=AFTER, label="ended by a stop token")
+        bars(cut, bottom=stopped, color="#e69f00", hatch="////", label="cut at the limit")
+        axes.set(xlabel="tokens in a sample", ylabel="samples")
+        axes.grid(axis="x", visible=False)
+        _legend_above(axes)
+
+    return _svg(name, 2.5, paint)
+
+
+def discoverability(name: str, draws: Sequence[int], before: Sequence[float], after: Sequence[float], p: str) -> str:
+    """Percentage of sequences that n independent draws produce with probability at least p, against n."""
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.plot(draws, before, color=BEFORE, marker="o", markerfacecolor="white", markersize=5, label="before")
+        axes.plot(draws, after, color=AFTER, marker="o", markersize=5, label="after")
+        axes.set_xscale("log")
+        axes.set(xlabel="draws n", ylabel=f"% found with\nprobability ≥ {p}")
+        axes.set_ylim(bottom=0)
+        _legend_above(axes)
+
+    return _svg(name, 2.6, paint)
+
+
+def _svg(name: str, height: float, paint: Callable[[Figure], None], *, width: float = 7.6) -> str:
+    """Paint a figure of this size (inches) under the report's style, whatever the user's own matplotlib style is."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        settings: Any = {**_STYLE, "svg.hashsalt": name}
+        matplotlib.rcParams.update(settings)
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasSVG(figure)
+        paint(figure)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    return _embeddable(text.getvalue(), name)
+
+
+def _embeddable(svg: str, name: str) -> str:
+    """The `<svg>` element alone, with ids of its own, without metadata, scaling with the page."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
+    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
+    svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg)
+    return svg.strip() + "\n"
+
+
+def _whisker(
+    axes: Axes, estimate: Estimate, row: float, colour: str, *, filled: bool, label: str | None = None
+) -> None:
+    if estimate.low is not None and estimate.high is not None:
+        axes.plot([estimate.low, estimate.high], [row, row], color=colour, linewidth=1.5, solid_capstyle="round")
+    face = colour if filled else "white"
+    axes.plot([estimate.value], [row], "o", color=colour, markerfacecolor=face, markersize=5.5, label=label)
+
+
+def _legend_above(axes: Axes) -> None:
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=3, borderaxespad=0.1, handletextpad=0.3)

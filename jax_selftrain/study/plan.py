@@ -1,0 +1,40 @@
+"""The options of each stage of a round, with the round's models, folders, mesh and type filled in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jax_selftrain.config import ExtractConfig, RunConfig, SampleConfig, ScoreConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every stage of one round is called with."""
+
+    sample: SampleConfig
+    train: TrainConfig
+    score_base: ScoreConfig
+    score_student: ScoreConfig
+    extract_base: ExtractConfig
+    extract_student: ExtractConfig
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Hand the round's options down to its stages; a stage's own mesh wins over the round's, the round's dtype wins."""
+    out = Path(config.out)
+
+    def shared(section: Any) -> dict[str, Any]:
+        return {"mesh": section.mesh or config.mesh, "dtype": config.dtype or section.dtype}
+
+    base, student, corpus = config.model, str(out / "train"), str(out / "corpus")
+    score, extract = replace(config.score, **shared(config.score)), replace(config.extract, **shared(config.extract))
+    return Plan(
+        sample=replace(config.sample, model=config.source or base, out=corpus, **shared(config.sample)),
+        train=replace(config.train, model=base, corpus=corpus, out=student, **shared(config.train)),
+        score_base=replace(score, model=base, out=str(out / "score" / "base.json")),
+        score_student=replace(score, model=student, out=str(out / "score" / "student.json")),
+        extract_base=replace(extract, model=base, corpus=corpus, out=str(out / "extract" / "base.json")),
+        extract_student=replace(extract, model=student, corpus=corpus, out=str(out / "extract" / "student.json")),
+    )

@@ -1,0 +1,413 @@
+"""What one round found, as plain data: `results.json`, from which the report is made and nothing else.
+
+Nothing is measured here. The per-request tables that the scoring stage wrote for the base and for the student are laid
+side by side, row by row, and turned into paired differences; the corpus and the training log are summarised. The same
+files give the same bytes: no clock, no folder names of the round, no machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from scipy import stats
+
+from jax_selftrain import hub, settings, storage
+from jax_selftrain.config import RunConfig
+from jax_selftrain.corpus import FINISH_REASONS, Corpus, open_corpus
+from jax_selftrain.errors import InputError
+from jax_selftrain.scoring import Task, discoverable, load_tasks
+from jax_selftrain.scoring.files import read_jsonl
+from jax_selftrain.study import statistics
+
+FORMAT = "jax-selftrain results"
+VERSION = 1
+EXAMPLES = 6
+"""Samples shown in the report."""
+DIVERSITY_TOKENS = 2**22
+"""Distinct n-grams are counted over at most so many tokens: the number depends on how much text is looked at."""
+
+_STOP = FINISH_REASONS.index("stop")
+
+Arrays = dict[str, np.ndarray]
+Pair = tuple[np.ndarray, np.ndarray]
+"""What the base and what the student did on the same items."""
+
+
+def collect(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """Everything that the finished stages in `folder` have to say, with paired differences and intervals.
+
+    Raises:
+        InputError: a stage's output is missing or damaged, or base and student were not asked the same.
+    """
+    corpus = open_corpus(folder / "corpus")
+    training = storage.read_json(folder / "train" / "run.json")
+    options = settings.to_dict(config)
+    del options["out"]
+    found: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "title": config.title or default_title(config),
+        "config": options,
+        "base": {"ref": config.model, **_architecture(config.model), "fingerprint": training["model"]["fingerprint"]},
+        "source": {"is_base": not config.source, **corpus.manifest["source"]},
+        "corpus": describe_corpus(corpus),
+        "training": _training(folder / "train", training),
+        "texts": {},
+        "tasks": {},
+        "macro": None,
+        "extraction": None,
+        "identical": True,
+        "fingerprints": {"corpus": corpus.fingerprint, "tokenizer": corpus.manifest["tokenizer_fingerprint"]},
+        "versions": {"training": training["versions"]},
+    }
+    if config.score.tasks or config.score.texts:
+        base, student = (storage.read_json(folder / "score" / f"{who}.json") for who in ("base", "student"))
+        found["versions"] |= {"scoring the base": base["versions"], "scoring the student": student["versions"]}
+        found["fingerprints"] |= {
+            "base": base["fingerprints"]["model"],
+            "student": student["fingerprints"]["model"],
+            "files": base["fingerprints"]["files"],
+        }
+        before, after = (_requests(folder / "score" / f"{who}.requests.parquet") for who in ("base", "student"))
+        _require_same(before, after, ("task", "doc", "choice", "tokens"), folder / "score")
+        found["identical"] &= np.array_equal(before["loglikelihood"], after["loglikelihood"])
+        tasks = load_tasks(config.score.tasks, config.score.limit)
+        outcomes = {task.name: _compare_answers(task, before, after) for task in tasks}
+        found["tasks"] = compare_tasks(tasks, outcomes)
+        found["macro"] = compare_macro(tasks, outcomes) if len(tasks) > 1 else None
+        found["texts"] = {
+            name: compare_text(_of_task(before, name), _of_task(after, name), base["texts"][name])
+            for name in base["texts"]
+        }
+    if config.extract.sequences:
+        base, student = (storage.read_json(folder / "extract" / f"{who}.json") for who in ("base", "student"))
+        found["fingerprints"] |= {
+            "base": base["fingerprints"]["model"],
+            "student": student["fingerprints"]["model"],
+            "sequences": base["fingerprints"]["sequences"],
+        }
+        found["versions"] |= {"extraction": student["versions"]}
+        before, after = (_requests(folder / "extract" / f"{who}.sequences.parquet") for who in ("base", "student"))
+        _require_same(before, after, ("sequence", "overlap", "class"), folder / "extract")
+        found["identical"] &= np.array_equal(before["logprob"], after["logprob"])
+        found["extraction"] = {
+            "prefix": config.extract.prefix,
+            "suffix": config.extract.suffix,
+            "overlap": config.extract.overlap,
+            **compare_extraction(before, after, _groups(config, before["sequence"].size)),
+        }
+    return found
+
+
+def default_title(config: RunConfig) -> str:
+    """Headline of a round that was given none."""
+    student = Path(config.model).name
+    if not config.source:
+        return f"{student}, trained on its own text"
+    return f"{student}, trained on text by {Path(config.source).name}"
+
+
+# Tasks and texts ------------------------------------------------------------------------------------------------
+
+
+def compare_tasks(tasks: Sequence[Task], outcomes: Mapping[str, Mapping[str, Pair]]) -> dict:
+    """Each task before and after; p-values also after Benjamini and Hochberg's correction over the tasks."""
+    found: dict[str, Any] = {}
+    for task in tasks:
+        mine = outcomes[task.name]
+        right = mine["right"]
+        found[task.name] = {
+            "kind": task.kind,
+            "n": len(task.questions),
+            "chance": _chance(task),
+            "accuracy": _shares(*right),
+            "flips": asdict(statistics.flips(*right)),
+            **{name: _means(*mine[name]) for name in ("log_odds", "word_loglikelihood") if name in mine},
+            **({"accuracy_norm": _shares(*mine["right_normed"])} if "right_normed" in mine else {}),
+        }
+    if found:
+        adjusted = stats.false_discovery_control([entry["flips"]["mcnemar_p"] for entry in found.values()])
+        for entry, q in zip(found.values(), adjusted, strict=True):
+            entry["flips"]["q"] = float(q)
+    return found
+
+
+def compare_macro(tasks: Sequence[Task], outcomes: Mapping[str, Mapping[str, Pair]]) -> dict:
+    """Accuracy averaged over tasks, plain and chance-normalised: (accuracy − chance) / (1 − chance)."""
+    pairs = [outcomes[task.name]["right"] for task in tasks]
+    chances = [_chance(task) or 0.0 for task in tasks]
+    normed = [
+        tuple((np.asarray(side, np.float64) - chance) / (1 - chance) for side in pair)
+        for pair, chance in zip(pairs, chances, strict=True)
+    ]
+    return {
+        "tasks": len(tasks),
+        "n": sum(len(task.questions) for task in tasks),
+        "accuracy": {
+            "before": asdict(statistics.macro_mean([before for before, _ in pairs])),
+            "after": asdict(statistics.macro_mean([after for _, after in pairs])),
+            "change": asdict(statistics.macro_share_change(pairs)),
+        },
+        "chance_normalised": {
+            "before": asdict(statistics.macro_mean([before for before, _ in normed])),
+            "after": asdict(statistics.macro_mean([after for _, after in normed])),
+            "change": asdict(statistics.macro_share_change(pairs, scales=[1 / (1 - chance) for chance in chances])),
+        },
+    }
+
+
+def compare_text(before: Arrays, after: Arrays, counts: Mapping[str, Any]) -> dict[str, Any]:
+    """A text file's nats per token before and after, documents being the units; `counts` is the base's summary."""
+    documents = before["doc"]
+    n = int(documents[-1]) + 1
+    tokens = np.bincount(documents, before["tokens"], n)
+    old, new = (-np.bincount(documents, side["loglikelihood"], n) for side in (before, after))
+    return {
+        "documents": n,
+        "tokens": int(tokens.sum()),
+        "bytes": counts["bytes"],
+        "nll": {
+            "before": asdict(statistics.ratio(old, tokens)),
+            "after": asdict(statistics.ratio(new, tokens)),
+            "change": asdict(statistics.ratio_change(old, new, tokens)),
+        },
+        "documents_better": int((new < old).sum()),
+        "documents_worse": int((new > old).sum()),
+    }
+
+
+def _compare_answers(task: Task, before: Arrays, after: Arrays) -> dict[str, Pair]:
+    """Per question of a task, for base and student: right or not, and how clearly."""
+    old, new = (_answers(task, _of_task(side, task.name)) for side in (before, after))
+    return {name: (old[name], new[name]) for name in old}
+
+
+def _answers(task: Task, rows: Arrays) -> Arrays:
+    if task.kind == "last_word":
+        return {"right": rows["is_greedy"], "word_loglikelihood": rows["loglikelihood"]}
+    right, right_normed, log_odds = [], [], []
+    bounds = np.cumsum([0, *(len(question.continuations) for question in task.questions)])
+    if bounds[-1] != rows["loglikelihood"].size:
+        raise InputError(f"{task.path}: has changed since it was scored; start the round anew with another --out")
+    for question, (start, stop) in zip(task.questions, pairwise(bounds), strict=True):
+        scores = rows["loglikelihood"][start:stop]
+        right.append(int(np.argmax(scores)) == question.answer)
+        right_normed.append(int(np.argmax(scores / np.array(question.lengths))) == question.answer)
+        others = np.delete(scores, question.answer)
+        log_odds.append(scores[question.answer] - np.logaddexp.reduce(others))
+    return {"right": np.array(right), "right_normed": np.array(right_normed), "log_odds": np.array(log_odds)}
+
+
+def _chance(task: Task) -> float | None:
+    """Expected accuracy of guessing; None where there is nothing to choose from."""
+    if task.kind == "last_word":
+        return None
+    return float(np.mean([1 / len(question.continuations) for question in task.questions]))
+
+
+# Extraction -----------------------------------------------------------------------------------------------------
+
+
+def compare_extraction(before: Arrays, after: Arrays, groups: Sequence[str] | None) -> dict[str, Any]:
+    """All sequences, and by class and (where the set names them) by group: exact match, p_z, token accuracy."""
+    everything = np.ones(before["sequence"].size, bool)
+    parts = {"all": everything}
+    parts |= {name: before["class"] == name for name in ("held_out", "partial", "seen")}
+    rows = {name: _compare_sequences(before, after, members) for name, members in parts.items()}
+    found: dict[str, Any] = {"n": everything.size, "classes": rows, "groups": None}
+    if groups is not None:
+        of_group = np.array(groups)
+        found["groups"] = {name: _compare_sequences(before, after, of_group == name) for name in dict.fromkeys(groups)}
+    old, new = (discoverable(side["logprob"]) for side in (before, after))
+    found["discoverable"] = {
+        key: {**_shares(old[key], new[key]), "flips": asdict(statistics.flips(old[key], new[key]))} for key in old
+    }
+    return found
+
+
+def _compare_sequences(before: Arrays, after: Arrays, members: np.ndarray) -> dict[str, Any] | None:
+    """None where a class is empty."""
+    if not members.any():
+        return None
+    exact = before["exact_match"][members], after["exact_match"][members]
+    return {
+        "n": int(members.sum()),
+        "exact_match": _shares(*exact),
+        "flips": asdict(statistics.flips(*exact)),
+        **{
+            name: _means(before[name][members], after[name][members])
+            for name in ("token_accuracy", "teacher_forced_accuracy", "logprob")
+        },
+    }
+
+
+def _groups(config: RunConfig, n: int) -> list[str] | None:
+    """The `group` column of a JSONL extraction set, if every line has one."""
+    path = Path(config.extract.sequences)
+    if path.suffix == ".npy":
+        return None
+    groups = [row.get("group") for _, row in read_jsonl(path, config.extract.limit)]
+    if len(groups) != n:
+        raise InputError(f"{path}: has changed since it was examined; start the round anew with another --out")
+    return [str(group) for group in groups] if all(group is not None for group in groups) else None
+
+
+# Corpus and training --------------------------------------------------------------------------------------------
+
+
+def describe_corpus(corpus: Corpus) -> dict[str, Any]:
+    """Lengths, endings, diversity and probability of a corpus, and some of its samples drawn by a hash of their ids."""
+    tokens, offsets, reasons = corpus.token_arrays()
+    lengths = np.diff(offsets)
+    stopped = reasons == _STOP
+    seed = corpus.manifest["seed"]
+    shown = set(_drawn_by_hash(len(corpus), EXAMPLES, seed))
+    logprobs, examples = np.empty(len(corpus)), []
+    for place, sample in enumerate(corpus.documents()):
+        logprobs[place] = sample.logprob
+        if sample.sample_id in shown:
+            examples.append(
+                {
+                    "sample_id": sample.sample_id,
+                    "text": sample.text,
+                    "tokens": len(sample.tokens),
+                    "finish_reason": sample.finish_reason,
+                    "logprob": float(sample.logprob),
+                }
+            )
+    edges = _length_edges(int(lengths.max()))
+    documents = [tokens[start:stop].tobytes() for start, stop in pairwise(offsets)]
+    return {
+        "kind": corpus.manifest["kind"],
+        "samples": len(corpus),
+        "tokens": corpus.n_tokens,
+        "policy": corpus.manifest["policy"],
+        "seed": seed,
+        "stopped": asdict(statistics.share(stopped)),
+        "length": asdict(statistics.mean(lengths)),
+        "length_histogram": {
+            "edges": edges,
+            "stop": np.histogram(lengths[stopped], edges)[0].tolist(),
+            "length": np.histogram(lengths[~stopped], edges)[0].tolist(),
+        },
+        "surprise_per_token": asdict(statistics.ratio(-logprobs, lengths)),
+        "unigram_entropy": _unigram_entropy(tokens),
+        "distinct": distinct_ngrams(tokens[:DIVERSITY_TOKENS], offsets),
+        "repeated_samples": len(documents) - len(set(documents)),
+        "retokenisation_mismatches": corpus.manifest["retokenisation_mismatches"],
+        "examples": sorted(examples, key=lambda example: example["sample_id"]),
+    }
+
+
+def distinct_ngrams(tokens: np.ndarray, offsets: np.ndarray, longest: int = 4) -> dict[str, dict[str, int]]:
+    """How many different n-grams there are among all n-grams that lie within one document, n = 1 … `longest`.
+
+    Args:
+        tokens: int [N], documents one after the other (possibly cut at the end).
+        offsets: int [documents + 1], where each document begins and ends.
+    """
+    document = np.searchsorted(offsets, np.arange(tokens.size), side="right")
+    found: dict[str, dict[str, int]] = {}
+    names = np.zeros(tokens.size, np.int64)  # names[i]: number of the n-gram that begins at i, within its n
+    for n in range(1, longest + 1):
+        count = tokens.size - n + 1
+        if count < 1:
+            break
+        grams = names[:count] * (int(tokens.max()) + 1) + tokens[n - 1 :]
+        names = np.unique(grams, return_inverse=True)[1]
+        inside = document[:count] == document[n - 1 :]
+        found[str(n)] = {"distinct": int(np.unique(names[inside]).size), "total": int(inside.sum())}
+    return found
+
+
+def _training(run: Path, description: Mapping[str, Any]) -> dict[str, Any]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {
+        "steps": description["steps"],
+        "rows": description["rows"],
+        "targets": sum(int(line["tokens"]) for line in lines) if len(lines) == description["steps"] else None,
+        "curve": {key: [line[key] for line in lines] for key in ("step", "loss", "learning_rate", "grad_norm")},
+    }
+
+
+def _architecture(ref: str) -> dict[str, Any]:
+    from jax_selftrain.models import abstract_params
+
+    config, raw = hub.read_config(ref)
+    shapes = _leaves(abstract_params(config))
+    return {
+        "family": raw["model_type"],
+        "parameters": sum(prod(leaf.shape) for leaf in shapes),
+        "layers": config.num_layers,
+        "width": config.hidden_size,
+        "vocabulary": config.vocab_size,
+    }
+
+
+def _leaves(tree: Any) -> list[Any]:
+    if isinstance(tree, Mapping):
+        return [leaf for value in tree.values() for leaf in _leaves(value)]
+    return [tree]
+
+
+def _length_edges(longest: int) -> list[int]:
+    """Edges of about 32 bins of equal whole width that cover 1 … `longest`."""
+    width = max(1, -(-longest // 32))
+    return list(range(0, longest + width + 1, width))
+
+
+def _unigram_entropy(tokens: np.ndarray) -> float:
+    counts = np.unique(tokens, return_counts=True)[1]
+    return float(stats.entropy(counts))
+
+
+def _drawn_by_hash(n: int, k: int, seed: int | None) -> list[int]:
+    """k of the ids 0 … n−1, the same for everybody and chosen by nobody."""
+    return sorted(range(n), key=lambda i: hashlib.sha256(f"shown in the report {seed} {i}".encode()).digest())[:k]
+
+
+# Tables of requests ---------------------------------------------------------------------------------------------
+
+
+def _requests(path: Path) -> Arrays:
+    try:
+        table = pq.read_table(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); delete it and run the same command again") from None
+    return {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
+
+
+def _of_task(rows: Arrays, name: str) -> Arrays:
+    members = rows["task"] == name
+    return {key: values[members] for key, values in rows.items()}
+
+
+def _require_same(before: Arrays, after: Arrays, keys: Sequence[str], folder: Path) -> None:
+    for key in keys:
+        if not np.array_equal(before[key], after[key]):
+            raise InputError(f"{folder}: base and student were not asked the same ({key} differs); delete this folder")
+
+
+def _shares(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
+    return {
+        "before": asdict(statistics.share(before)),
+        "after": asdict(statistics.share(after)),
+        "change": asdict(statistics.share_change(before, after)),
+    }
+
+
+def _means(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
+    return {
+        "before": asdict(statistics.mean(before)),
+        "after": asdict(statistics.mean(after)),
+        "change": asdict(statistics.mean_change(before, after)),
+    }

@@ -1,0 +1,243 @@
+"""One self-training round: sample → train → measure before and after → report, restartable at any point.
+
+A round is a folder, and each stage fills a part of it:
+
+| part | stage | made from |
+|---|---|---|
+| `score/base.json` | score the base | base, task and text files |
+| `corpus/` | sample the source | source |
+| `train/` | train the student | base, corpus |
+| `score/student.json` | score the student | student, task and text files |
+| `extract/base.json`, `extract/student.json` | extraction, if asked for | model, corpus, extraction set |
+| `results.json`, then `report.html`, `figures/`, `tables/` | lay side by side | all of these |
+
+The base is scored first: it is cheap, and whatever is wrong with a task shows before hours of sampling. A finished
+stage leaves a note in `stages/` that names what it was made from and what it made, both by SHA-256; run again, the
+round skips stages whose note still holds, refuses to go on where inputs have changed, and lets unfinished stages
+resume by their own means. `results.json` and the report hold no clock and no place; wall-clock is in `timings.json`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jax_selftrain import hub, settings, storage
+from jax_selftrain.config import ExtractConfig, RunConfig, ScoreConfig
+from jax_selftrain.corpus import open_corpus
+from jax_selftrain.errors import InputError, UnavailableError
+from jax_selftrain.sampling import sample
+from jax_selftrain.scoring import extract, score
+from jax_selftrain.study.checks import check_round
+from jax_selftrain.study.plan import make_plan
+from jax_selftrain.study.report import report
+from jax_selftrain.study.results import collect
+from jax_selftrain.training import train
+
+CHANGEABLE = ("out", "title", "mesh", "preset", "remat", "checkpoint_every", "keep", "log_every", "sample.batch_size")
+"""Options, by name or by section and name, that may differ between the launches of one round: they decide where and
+how fast it is computed, and change its numbers by rounding at most."""
+
+
+@dataclass(frozen=True)
+class _Stage:
+    name: str
+    inputs: Callable[[], Mapping[str, str]]
+    """Fingerprint of everything the stage reads; asked for when the stages before are done."""
+    run: Callable[[], object]
+    outputs: Callable[[], Mapping[str, str]]
+    """Fingerprint of what it made; an InputError or OSError means that it is not there or not whole."""
+
+
+def run(config: RunConfig) -> Path:
+    """Do one self-training round in `config.out`, or complete it.
+
+    Returns:
+        The folder, which holds `results.json` and `report.html`.
+
+    Raises:
+        InputError: something cannot be used, is missing, or the folder holds another round (says what differs).
+        UnavailableError: another process works in this folder.
+    """
+    check_round(config)
+    folder = Path(config.out)
+    _refuse_other_round(config, folder)
+    with _claim(folder):
+        if jax.process_index() == 0:
+            settings.save(folder / "config.yaml", config)
+        for stage in _stages(config, folder):
+            _complete(stage, folder)
+        if jax.process_index() == 0:
+            storage.write_json(folder / "results.json", collect(config, folder))
+            report(folder)
+    return folder
+
+
+# Stages ---------------------------------------------------------------------------------------------------------
+
+
+def _stages(config: RunConfig, folder: Path) -> Iterator[_Stage]:
+    plan = make_plan(config)
+    corpus = {"corpus": lambda: open_corpus(folder / "corpus").fingerprint}
+    scored = bool(config.score.tasks or config.score.texts)
+    if scored:
+        yield _scoring_stage("score-base", plan.score_base)
+    yield _Stage(
+        "sample",
+        lambda: _model_marks(plan.sample.model),
+        lambda: sample(plan.sample),
+        lambda: {"corpus": corpus["corpus"]()},
+    )
+    yield _Stage(
+        "train",
+        lambda: {**_model_marks(plan.train.model), "corpus": corpus["corpus"]()},
+        lambda: train(plan.train),
+        lambda: {
+            "model": hub.model_fingerprint(plan.train.out),
+            "metrics": storage.sha256_file(folder / "train" / "metrics.jsonl"),
+        },
+    )
+    if scored:
+        yield _scoring_stage("score-student", plan.score_student)
+    if config.extract.sequences:
+        for name, options in (("extract-base", plan.extract_base), ("extract-student", plan.extract_student)):
+            yield _extraction_stage(name, options, corpus["corpus"])
+
+
+def _scoring_stage(name: str, options: ScoreConfig) -> _Stage:
+    out = Path(options.out)
+    return _Stage(
+        name,
+        lambda: {**_model_marks(options.model), **_file_marks(options)},
+        lambda: score(options),
+        lambda: _files(out, out.with_name(f"{out.stem}.requests.parquet")),
+    )
+
+
+def _extraction_stage(name: str, options: ExtractConfig, corpus: Callable[[], str]) -> _Stage:
+    out = Path(options.out)
+    return _Stage(
+        name,
+        lambda: {
+            **_model_marks(options.model),
+            "corpus": corpus(),
+            options.sequences: storage.sha256_file(options.sequences),
+        },
+        lambda: extract(options),
+        lambda: _files(out, out.with_name(f"{out.stem}.sequences.parquet")),
+    )
+
+
+def _model_marks(ref: str) -> dict[str, str]:
+    return {"model": hub.model_fingerprint(ref), "tokenizer": hub.tokenizer_fingerprint(ref)}
+
+
+def _file_marks(options: ScoreConfig) -> dict[str, str]:
+    paths = [reference.partition(":")[2] if ":" in reference else reference for reference in options.tasks]
+    marks = {}
+    for path in map(Path, [*paths, *options.texts]):
+        for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
+            marks[str(file)] = storage.sha256_file(file)
+    return marks
+
+
+def _files(*paths: Path) -> dict[str, str]:
+    return {path.name: storage.sha256_file(path) for path in paths}
+
+
+def _complete(stage: _Stage, folder: Path) -> None:
+    """Run a stage unless its note says that it is done; note what it made of what."""
+    path, inputs = folder / "stages" / f"{stage.name}.json", dict(stage.inputs())
+    if _agreed(path.exists() and _is_done(stage, path, inputs)):
+        return
+    started = time.monotonic()
+    stage.run()
+    if jax.process_index() == 0:
+        storage.write_json(path, {"inputs": inputs, "outputs": dict(stage.outputs())})
+        _add_time(folder / "timings.json", stage.name, time.monotonic() - started)
+
+
+def _is_done(stage: _Stage, path: Path, inputs: Mapping[str, str]) -> bool:
+    """Whether the note at `path` speaks of these inputs (else it is an error) and its outputs are still there."""
+    note = storage.read_json(path)
+    if not isinstance(note, dict) or not all(isinstance(note.get(part), dict) for part in ("inputs", "outputs")):
+        raise InputError(f"{path}: is damaged; delete it and run the same command again")
+    earlier = note["inputs"]
+    for name in sorted(earlier.keys() | inputs.keys()):
+        if earlier.get(name) != inputs.get(name):
+            raise InputError(
+                f"{path.parent.parent}: {stage.name} was done with another {name} (fingerprint "
+                f"{str(earlier.get(name))[:8]}…, now {str(inputs.get(name))[:8]}…); put the earlier one back, or "
+                "choose another --out"
+            )
+    try:
+        return dict(stage.outputs()) == note["outputs"]
+    except FileNotFoundError:
+        return False
+
+
+def _agreed(decision: bool) -> bool:
+    """What process 0 decided, on every process."""
+    if jax.process_count() == 1:
+        return decision
+    return bool(multihost_utils.broadcast_one_to_all(np.array(decision)))
+
+
+def _add_time(path: Path, stage: str, seconds: float) -> None:
+    timings = storage.read_json(path) if path.exists() else {}
+    storage.write_json(path, timings | {stage: timings.get(stage, 0.0) + seconds})
+
+
+# The folder -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _claim(folder: Path) -> Iterator[None]:
+    """Keep other processes out of the folder while this one (with its peers) works in it."""
+    if jax.process_index() != 0:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {folder}: cannot be made ({error.strerror}); choose another place") from error
+    storage.clean_leftovers(folder)
+    with storage.lease(folder / ".lease") as ours:
+        if not ours:
+            raise UnavailableError(
+                f"{folder}: another process works on this round; wait for it, or choose another --out"
+            )
+        yield
+
+
+def _refuse_other_round(config: RunConfig, folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder}: is a file; give a folder")
+    path = folder / "config.yaml"
+    if not path.exists():
+        others = [part for part in ("corpus", "train", "score", "extract", "stages") if (folder / part).exists()]
+        if others:
+            raise InputError(f"--out {folder}: holds {others[0]}/ but no config.yaml of a round; choose another folder")
+        return
+    earlier, now = (_flat(settings.to_dict(one)) for one in (settings.load(RunConfig, path), config))
+    for name in now:
+        if earlier[name] != now[name] and not {name, name.rpartition(".")[2]} & set(CHANGEABLE):
+            raise InputError(
+                f"{folder}: holds a round with {name} = {earlier[name]!r}, this one asks for {now[name]!r}; repeat the "
+                "earlier options, or choose another --out"
+            )
+
+
+def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat

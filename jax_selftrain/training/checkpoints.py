@@ -1,0 +1,205 @@
+"""Checkpoints of a run: `steps/NNNNNN/{model/, optimizer/, step.json}`, each committed whole by one rename.
+
+`model/` is a model folder like any other, so every checkpoint can be scored, sampled from or exported. `step.json`
+holds the data position and the digests of the two manifests, which in turn hold the digests of every file: one chain
+from one small file to every byte (Orbax by itself restored a flipped byte without a word).
+
+Saving blocks only for the copy from device to host; writing, hashing and renaming happen on a background thread, one
+save at a time. What goes wrong there is raised by the next save or at the end of the run, never dropped.
+
+A damaged checkpoint is refused by name, not skipped: whether to fall back to the one before is for a person to decide,
+since it may cost hours and the damage says something about the disk.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jax_selftrain import hub, storage
+from jax_selftrain.errors import InputError
+from jax_selftrain.hub import checkpoint
+from jax_selftrain.mesh import Layout
+from jax_selftrain.training.step import TrainState
+
+FORMAT = 1
+MANIFESTS = ("model/model.json", "optimizer/manifest.json")
+"""Files of a checkpoint that vouch for all others."""
+
+SaveModel = Callable[[Path, Any, int], None]
+"""Writes host parameters of a step as a model folder: (folder, params, step)."""
+
+
+class Checkpointer:
+    """Writes the checkpoints of one run, in the background; use as a context manager."""
+
+    def __init__(self, run: Path, *, save_model: SaveModel, identity: str, keep: int):
+        """Save under `run/steps`, keeping the latest `keep`; `identity` is the fingerprint of what the run is."""
+        self._steps, self._save_model, self._identity, self._keep = run / "steps", save_model, identity, keep
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, state: TrainState) -> None:
+        """Copy the state to the host and have it written; waits for the save before, and raises what went wrong there.
+
+        Raises:
+          InputError: a value of the state is not finite: such a state is never saved.
+        """
+        self.wait()
+        step = int(state.step)
+        broken = first_not_finite(state.params, state.optimizer)
+        if broken is not None:
+            raise InputError(
+                f"{self._steps}: {broken} holds NaN or infinity after step {step}; nothing of it was saved"
+            )
+        on_host = to_host(state)
+        if not jax.process_index():
+            self._pending = self._executor.submit(self._write, step, on_host)
+
+    def wait(self) -> None:
+        """Return when the latest save is whole on disk; raises what went wrong with it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()  # also when leaving by an error: the save under way is good, and its failure must be heard
+        finally:
+            self._executor.shutdown()
+
+    def _write(self, step: int, state: TrainState) -> None:
+        with storage.commit_folder(folder_of(self._steps, step)) as aside:
+            self._save_model(aside / "model", state.params, step)
+            checkpoint.save_tree(aside / "optimizer", _optimizer_tree(state))
+            record = {
+                "format": FORMAT,
+                "step": step,
+                "batches": step,
+                "run": self._identity,
+                "manifests": {name: _entry(aside / name) for name in MANIFESTS},
+            }
+            storage.write_json(aside / "step.json", {**record, "fingerprint": storage.fingerprint(record)})
+        for folder in saved(self._steps)[: -self._keep]:
+            _discard(folder)
+
+
+def restore(folder: Path, *, layout: Layout, preset: str, abstract: TrainState, identity: str) -> TrainState:
+    """Read a checkpoint onto the mesh, verifying every byte.
+
+    Args:
+      folder: from `newest`.
+      layout, preset: where the parameters go; may differ from those that wrote it.
+      abstract: shapes and shardings of the state (`step.abstract_state`).
+      identity: fingerprint of what the run is.
+
+    Raises:
+      InputError: something in it is missing, truncated, changed, or of another run; says what to delete.
+    """
+    try:
+        record = _read_record(folder, identity)
+        model = hub.load_model(folder / "model", layout.mesh, "float32", preset=preset)
+        rest = checkpoint.load_tree(folder / "optimizer", _optimizer_tree(abstract))
+    except InputError as error:
+        earlier = [other for other in saved(folder.parent) if other < folder]
+        back = f"{earlier[-1].name}, the checkpoint before it" if earlier else "the start, as no other is left"
+        raise InputError(f"{error}; to fall back to {back}, delete {folder} and run the same command again") from error
+    if int(rest["step"]) != record["step"]:
+        raise InputError(f"{folder}: its optimizer is of step {int(rest['step'])}; delete {folder} and run again")
+    return TrainState(step=rest["step"], params=model.params, optimizer=rest["optimizer"])
+
+
+def newest(run: Path) -> Path | None:
+    """The latest checkpoint of a run, or None."""
+    folders = saved(run / "steps")
+    return folders[-1] if folders else None
+
+
+def saved(steps: Path) -> list[Path]:
+    """All checkpoints, in order of their steps. What stands under such a name was committed whole."""
+    folders = steps.iterdir() if steps.is_dir() else ()
+    return sorted((f for f in folders if re.fullmatch(r"\d{6,}", f.name)), key=lambda f: int(f.name))
+
+
+def folder_of(steps: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands."""
+    return steps / f"{step:06d}"
+
+
+def clean(run: Path) -> None:
+    """Remove what a killed process left half written or half deleted. Only the holder of the run's lease may."""
+    storage.clean_leftovers(run)
+    storage.clean_leftovers(run / "steps")
+    for folder in (run / "steps").glob(f"{_DISCARDED}*"):
+        shutil.rmtree(folder)
+
+
+def to_host(tree: Any) -> Any:
+    """A copy of the tree as numpy arrays; where it lies on several processes, each gets all of it.
+
+    Truly a copy: on a CPU `np.asarray` may give a view of the device buffer, which the next, donated step reuses.
+    """
+    if jax.process_count() > 1:
+        tree = multihost_utils.process_allgather(tree, tiled=True)
+    return jax.tree.map(lambda leaf: np.array(leaf, copy=True), jax.device_get(tree))
+
+
+def first_not_finite(*trees: Any) -> str | None:
+    """Path of the first floating-point array that holds NaN or infinity, or None."""
+    paths, leaves = zip(*jax.tree_util.tree_flatten_with_path(trees)[0], strict=True)
+    finite = jax.device_get(_all_finite(leaves))
+    broken = [
+        jax.tree_util.keystr(path[1:], simple=True, separator="/")
+        for path, ok in zip(paths, finite, strict=True)
+        if not ok
+    ]
+    return broken[0] if broken else None
+
+
+@jax.jit
+def _all_finite(leaves: tuple[jax.Array, ...]) -> list[jax.Array]:
+    return [jnp.isfinite(leaf).all() for leaf in leaves]
+
+
+_DISCARDED = ".discarded-"
+
+
+def _discard(folder: Path) -> None:
+    """Delete a checkpoint such that a kill on the way leaves no folder that looks like one."""
+    hidden = folder.with_name(_DISCARDED + folder.name)
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"sha256": storage.sha256_file(path), "bytes": path.stat().st_size}
+
+
+def _optimizer_tree(state: TrainState) -> dict[str, Any]:
+    return {"step": state.step, "optimizer": state.optimizer}
+
+
+def _read_record(folder: Path, identity: str) -> dict[str, Any]:
+    record = storage.read_json(folder / "step.json")
+    content = {key: value for key, value in record.items() if key != "fingerprint"}
+    if record.get("fingerprint") != storage.fingerprint(content) or content.get("format") != FORMAT:
+        raise InputError(f"{folder / 'step.json'}: the file is damaged: it does not match its own fingerprint")
+    if content["run"] != identity:
+        raise InputError(f"{folder}: this checkpoint was made by another run")
+    storage.check_files(folder, content["manifests"], remedy="the checkpoint is damaged")
+    return content

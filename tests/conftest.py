@@ -1,0 +1,48 @@
+"""What every test shares: a CPU with eight simulated devices, and the real data where it is to be had.
+
+Environment variables must be set before JAX is imported, and subprocesses inherit them.
+"""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_SELFTRAIN_TEST_PLATFORM", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from models_factory import write_tiny_hf_model
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data (a trained model, tokenizers, benchmarks) named by JAX_SELFTRAIN_DATA."""
+    value = os.environ.get("JAX_SELFTRAIN_DATA")
+    if not value:
+        pytest.skip("JAX_SELFTRAIN_DATA is not set: this test needs the real model and texts")
+    return Path(value).resolve()
+
+
+@pytest.fixture(scope="session")
+def stories260k(data_dir: Path) -> Path:
+    """The really trained 260,032-parameter Llama in Hugging Face layout."""
+    return data_dir / "stories260k"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_model(family="llama", **overrides)` → a Hugging Face folder with random weights and a real tokenizer."""
+    made: dict[str, Path] = {}
+
+    def make(family: str = "llama", **overrides) -> Path:
+        key = repr((family, sorted(overrides.items())))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("tiny") / family
+            write_tiny_hf_model(folder, family, **overrides)
+            made[key] = folder
+        return made[key]
+
+    return make

@@ -1,0 +1,77 @@
+"""Small corpora of given documents, written through the public functions."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jax_selftrain
+from jax_selftrain.corpus import Corpus, Sample, finish_corpus, open_corpus, shard_count, shard_ids, write_shard
+
+MakeCorpus = Callable[..., Corpus]
+
+
+def make_samples(documents: Sequence[Sequence[int]], ids: range) -> list[Sample]:
+    return [
+        Sample(
+            sample_id=i,
+            tokens=np.array(documents[i], np.int32),
+            text=f"té {i} " + " ".join(map(str, documents[i])),
+            logprob=-0.5 * i if i % 3 else float("nan"),
+            finish_reason="stop" if i % 2 else "length",
+        )
+        for i in ids
+    ]
+
+
+def make_manifest(samples: int, per_shard: int, **changes) -> dict:
+    return {
+        "kind": "sampled",
+        "source": {"ref": "model", "fingerprint": "f" * 64},
+        "tokenizer_fingerprint": "a" * 64,
+        "start_id": 1,
+        "stop_ids": [2],
+        "policy": {"temperature": 1.0},
+        "seed": 0,
+        "samples": samples,
+        "samples_per_shard": per_shard,
+        **changes,
+    }
+
+
+@pytest.fixture(scope="session")
+def make_corpus() -> MakeCorpus:
+    """`make_corpus(folder, documents, per_shard=4, **manifest)` writes the token lists as a corpus and opens it."""
+
+    def make(folder: Path, documents: Sequence[Sequence[int]], per_shard: int = 4, **changes) -> Corpus:
+        for index in range(shard_count(len(documents), per_shard)):
+            samples = make_samples(documents, shard_ids(index, len(documents), per_shard))
+            write_shard(folder, index, samples, {"mismatches": index, "mesh": "1x1"})
+        finish_corpus(folder, make_manifest(len(documents), per_shard, **changes))
+        return open_corpus(folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def documents() -> list[list[int]]:
+    """Ten token lists of lengths 1 … 40."""
+    rng = np.random.Generator(np.random.Philox(7))
+    return [rng.integers(3, 500, size).tolist() for size in rng.integers(1, 41, 10)]
+
+
+@pytest.fixture(scope="session")
+def start_python() -> Callable[..., subprocess.Popen]:
+    """`start_python(script, *arguments)` starts a Python process that imports the same package as the tests."""
+
+    def start(script: str, *arguments: object) -> subprocess.Popen:
+        package = Path(jax_selftrain.__file__).resolve().parents[1]
+        paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+        return subprocess.Popen([sys.executable, "-c", script, *map(str, arguments)], env=environment)
+
+    return start

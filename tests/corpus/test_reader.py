@@ -1,0 +1,160 @@
+"""A corpus is opened whole and undamaged, for the right tokenizer, or refused in one sentence that says what to do."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jax_selftrain.corpus import FINISH_REASONS, begin_corpus, open_corpus, write_shard
+from jax_selftrain.errors import InputError
+
+
+@pytest.fixture
+def corpus(tmp_path, make_corpus, documents):
+    return make_corpus(tmp_path / "corpus", documents)
+
+
+def test_token_arrays_are_the_documents_end_to_end(corpus, documents):
+    flat, offsets, reasons = corpus.token_arrays()
+    assert (flat.dtype, offsets.dtype) == (np.int32, np.int64)
+    assert [flat[a:b].tolist() for a, b in pairwise(offsets)] == documents
+    assert [FINISH_REASONS[code] for code in reasons] == [s.finish_reason for s in corpus.documents()]
+    assert len(corpus) == len(documents)
+    assert corpus.n_tokens == len(flat)
+
+
+def test_documents_without_tokens_are_read_back(tmp_path, make_corpus):
+    corpus = make_corpus(tmp_path / "c", [[], [3], [], []], per_shard=2)
+    assert corpus.token_arrays()[1].tolist() == [0, 0, 1, 1, 1]
+    assert [s.tokens.tolist() for s in corpus.documents()] == [[], [3], [], []]
+
+
+def test_more_rows_than_a_read_batch_keep_their_order(tmp_path, make_corpus):
+    documents = [[i, i + 1][: 1 + i % 2] for i in range(2600)]
+    corpus = make_corpus(tmp_path / "c", documents, per_shard=2500)
+    flat, offsets, _ = corpus.token_arrays()
+    assert flat.tolist() == [token for document in documents for token in document]
+    assert [s.tokens.tolist() for s in corpus.documents()] == documents
+    assert offsets[-1] == len(flat)
+
+
+def test_a_flipped_byte_is_refused_naming_shard_and_remedy(corpus):
+    path = corpus.folder / "shard-000001.parquet"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+    expected = corpus.manifest["shards"][1]["sha256"]
+    with pytest.raises(InputError) as caught:
+        open_corpus(corpus.folder)
+    message = str(caught.value)
+    assert message.startswith(str(path))
+    assert f"expected {expected[:8]}…, found " in message
+    assert message.endswith("delete the shard and run the same command to regenerate it")
+
+
+def test_a_truncated_shard_is_refused(corpus):
+    path = corpus.folder / "shard-000000.parquet"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(InputError, match=r"shard-000000.parquet: the file is truncated"):
+        open_corpus(corpus.folder)
+
+
+def test_a_deleted_shard_is_counted_and_named(corpus):
+    (corpus.folder / "shard-000002.parquet").unlink()
+    with pytest.raises(InputError, match=r"1 of 3 shards is missing \(shard-000002.parquet\)"):
+        open_corpus(corpus.folder)
+
+
+def test_an_unfinished_corpus_says_how_much_is_missing(corpus):
+    (corpus.folder / "corpus.json").unlink()
+    begun = {key: corpus.manifest[key] for key in ("samples", "samples_per_shard")}
+    (corpus.folder / "request.json").write_text(json.dumps(begun))
+    with pytest.raises(InputError, match=r"incomplete corpus, 3 shards are there but corpus.json is missing"):
+        open_corpus(corpus.folder)
+    (corpus.folder / "shard-000001.parquet").unlink()
+    with pytest.raises(InputError, match=r"incomplete corpus, 1 of 3 shards is missing \(shard-000001.parquet\)"):
+        open_corpus(corpus.folder)
+
+
+def test_a_corpus_only_begun_is_incomplete(tmp_path):
+    begin_corpus(tmp_path / "c", {"samples": 9, "samples_per_shard": 2})
+    with pytest.raises(InputError, match="5 of 5 shards are missing"):
+        open_corpus(tmp_path / "c")
+
+
+def test_shards_without_any_manifest_are_incomplete(tmp_path, corpus):
+    write_shard(tmp_path / "c", 0, list(corpus.documents()), {})
+    with pytest.raises(InputError, match="incomplete corpus, 1 shards"):
+        open_corpus(tmp_path / "c")
+
+
+def test_the_wrong_tokenizer_is_refused(corpus):
+    assert open_corpus(corpus.folder, tokenizer_fingerprint="a" * 64).fingerprint == corpus.fingerprint
+    with pytest.raises(InputError, match=r"another tokenizer \(corpus aaaaaaaa…, model bbbbbbbb…\)"):
+        open_corpus(corpus.folder, tokenizer_fingerprint="b" * 64)
+
+
+def test_a_missing_or_foreign_folder_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no such corpus folder"):
+        open_corpus(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="not a corpus folder"):
+        open_corpus(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "other"}, "not the manifest of a corpus"),
+        ({"version": 99}, "corpus format 99"),
+        ({"samples": 0, "shards": [], "tokens": 0}, "the corpus is empty"),
+        ({"samples": 11}, "do not add up"),
+        ({"shards": [{"file": "x"}]}, "list of shards is damaged"),
+        ({"shards": None}, "'shards' is damaged"),
+        ({"start_id": "one"}, "'start_id' is damaged"),
+    ],
+)
+def test_a_damaged_manifest_is_refused(corpus, change, message):
+    path = corpus.folder / "corpus.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(InputError, match=message):
+        open_corpus(corpus.folder)
+
+
+def test_a_manifest_without_a_key_or_without_json_is_refused(corpus):
+    path = corpus.folder / "corpus.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in manifest.items() if key != "start_id"}))
+    with pytest.raises(InputError, match="'start_id' is missing"):
+        open_corpus(corpus.folder)
+    path.write_text(json.dumps(manifest)[:-20])
+    with pytest.raises(InputError, match="not valid JSON"):
+        open_corpus(corpus.folder)
+
+
+def test_a_manifest_cannot_point_outside_its_folder(tmp_path, corpus):
+    outside = tmp_path / "outside.parquet"
+    outside.write_bytes(Path(corpus.folder, "shard-000000.parquet").read_bytes())
+    path = corpus.folder / "corpus.json"
+    manifest = json.loads(path.read_text())
+    manifest["shards"][0]["file"] = "../outside.parquet"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="outside the folder"):
+        open_corpus(corpus.folder)
+
+
+def test_the_datasets_library_opens_the_shards(corpus, documents, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    files = str(corpus.folder / "shard-*.parquet")
+    dataset = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    assert dataset["tokens"][:] == documents
+    assert dataset.features["tokens"] == datasets.List(datasets.Value("int32"))
+    assert dataset[0]["logprob"] is None
+    assert dataset.column_names == ["sample_id", "tokens", "text", "logprob", "finish_reason"]
+
+
+def test_the_datasets_library_opens_the_folder_as_it_stands(corpus, documents, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    dataset = datasets.load_dataset(str(corpus.folder), split="train", cache_dir=str(tmp_path / "cache"))
+    assert dataset["tokens"][:] == documents

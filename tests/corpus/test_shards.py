@@ -1,0 +1,212 @@
+"""Shards and manifests: whole or not at all, the same bytes whoever writes them, and never silently wrong."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jax_selftrain.corpus import (
+    SCHEMA,
+    Sample,
+    begin_corpus,
+    finish_corpus,
+    missing_shards,
+    open_corpus,
+    read_records,
+    shard_count,
+    shard_ids,
+    write_shard,
+)
+from jax_selftrain.errors import InputError
+
+REQUEST = {
+    "kind": "sampled",
+    "source": {"ref": "model", "fingerprint": "f" * 64},
+    "tokenizer_fingerprint": "a" * 64,
+    "start_id": 1,
+    "stop_ids": [2],
+    "policy": {"temperature": 1.0, "top_k": 0},
+    "seed": 0,
+    "samples": 10,
+    "samples_per_shard": 4,
+}
+
+
+def sample(sample_id: int, length: int = 5) -> Sample:
+    tokens = np.random.Generator(np.random.Philox(sample_id)).integers(0, 50_000, length).astype(np.int32)
+    return Sample(sample_id, tokens, f"text {sample_id}", -1.5, "stop")
+
+
+def write_all(folder: Path, order=None) -> None:
+    n_shards = shard_count(REQUEST["samples"], REQUEST["samples_per_shard"])
+    for index in order or range(n_shards):
+        write_shard(folder, index, [sample(i) for i in shard_ids(index, 10, 4)], {"mismatches": 0, "seconds": index})
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_shard_holds_exactly_the_samples_given(tmp_path, make_corpus, documents):
+    corpus = make_corpus(tmp_path / "c", documents)
+    read = list(corpus.documents())
+    assert [s.sample_id for s in read] == list(range(len(documents)))
+    assert [s.tokens.tolist() for s in read] == documents
+    assert all(s.tokens.dtype == np.int32 for s in read)
+    assert [s.finish_reason for s in read] == ["stop" if i % 2 else "length" for i in range(len(documents))]
+    assert [s.text[:4] for s in read] == [f"té {i}" for i in range(len(documents))]
+    assert [s.logprob for s in read if s.sample_id % 3] == [-0.5 * i for i in range(len(documents)) if i % 3]
+
+
+def test_a_missing_logprob_is_null_in_the_file_and_nan_in_memory(tmp_path, make_corpus, documents):
+    corpus = make_corpus(tmp_path / "c", documents)
+    column = pq.read_table(corpus.folder / "shard-000000.parquet").column("logprob")
+    assert [value is None for value in column.to_pylist()] == [i % 3 == 0 for i in range(4)]
+    assert [np.isnan(s.logprob) for s in corpus.documents()] == [i % 3 == 0 for i in range(len(documents))]
+
+
+def test_the_columns_are_those_of_the_interface(tmp_path):
+    write_shard(tmp_path, 0, [sample(0)], {})
+    schema = pq.read_schema(tmp_path / "shard-000000.parquet")
+    assert schema.equals(SCHEMA)
+    assert schema.field("tokens").type == pa.list_(pa.int32())
+
+
+def test_bytes_do_not_depend_on_order_of_writing_or_on_earlier_writes(tmp_path):
+    for name, order in (("a", [0, 1, 2]), ("b", [2, 0, 1])):
+        write_all(tmp_path / name, order)
+        finish_corpus(tmp_path / name, REQUEST)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    write_all(tmp_path / "b", [1])
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_the_manifest_copies_nothing_that_a_restart_or_mesh_could_change(tmp_path):
+    write_all(tmp_path)
+    finish_corpus(tmp_path, REQUEST)
+    manifest = json.loads((tmp_path / "corpus.json").read_text())
+    assert manifest["samples"] == 10
+    assert manifest["tokens"] == 50
+    assert manifest["retokenisation_mismatches"] == 0
+    assert [shard["rows"] for shard in manifest["shards"]] == [4, 4, 2]
+    assert set(manifest["shards"][0]) == {"file", "sha256", "bytes", "rows", "tokens", "mismatches"}
+    assert read_records(tmp_path)[2]["seconds"] == 2
+
+
+def test_missing_shards_are_those_without_file_or_record(tmp_path):
+    write_all(tmp_path, [0, 2])
+    assert missing_shards(tmp_path, 3) == [1]
+    (tmp_path / "shard-000002.parquet").unlink()
+    (tmp_path / "records" / "shard-000000.json").unlink()
+    assert missing_shards(tmp_path, 3) == [0, 1, 2]
+
+
+def test_finishing_refuses_an_incomplete_corpus_and_says_how_much_is_missing(tmp_path):
+    write_all(tmp_path, [0])
+    with pytest.raises(InputError, match=r"2 of 3 shards are missing \(shard-000001.parquet, shard-000002.parquet\)"):
+        finish_corpus(tmp_path, REQUEST)
+    assert not (tmp_path / "corpus.json").exists()
+
+
+def test_finishing_refuses_a_damaged_shard(tmp_path):
+    write_all(tmp_path)
+    flip_byte(tmp_path / "shard-000001.parquet")
+    with pytest.raises(InputError, match=r"shard-000001.parquet.*delete the shard and run the same command"):
+        finish_corpus(tmp_path, REQUEST)
+
+
+def test_finishing_refuses_shards_that_do_not_belong(tmp_path):
+    write_all(tmp_path)
+    write_shard(tmp_path, 7, [sample(28)], {})
+    with pytest.raises(InputError, match=r"shard-000007.parquet: does not belong"):
+        finish_corpus(tmp_path, REQUEST)
+
+
+def test_finishing_refuses_a_shard_of_other_sample_ids(tmp_path):
+    write_all(tmp_path)
+    write_shard(tmp_path, 1, [sample(i) for i in range(5, 9)], {})
+    with pytest.raises(InputError, match=r"shard-000001.parquet: holds 4 samples from id 5"):
+        finish_corpus(tmp_path, REQUEST)
+
+
+def test_an_empty_corpus_is_refused(tmp_path):
+    with pytest.raises(InputError, match="empty"):
+        finish_corpus(tmp_path, {**REQUEST, "samples": 0})
+
+
+def test_a_folder_belongs_to_the_request_it_was_begun_with(tmp_path):
+    begin_corpus(tmp_path, REQUEST)
+    begin_corpus(tmp_path, REQUEST)
+    other = {**REQUEST, "policy": {"temperature": 0.7, "top_k": 0}}
+    with pytest.raises(InputError, match=r"policy.temperature = 1.0, this command asks for 0.7"):
+        begin_corpus(tmp_path, other)
+
+
+def test_a_source_may_be_moved_while_its_fingerprint_stays(tmp_path):
+    begin_corpus(tmp_path, REQUEST)
+    moved = {**REQUEST, "source": {"ref": "elsewhere", "fingerprint": "f" * 64}}
+    assert begin_corpus(tmp_path, moved) == REQUEST
+    with pytest.raises(InputError, match=r"source.fingerprint = 'ffff"):
+        begin_corpus(tmp_path, {**moved, "source": {"ref": "model", "fingerprint": "0" * 64}})
+
+
+def test_a_request_given_with_tuples_is_the_same_after_a_restart(tmp_path):
+    request = {**REQUEST, "stop_ids": (2,)}
+    begin_corpus(tmp_path, request)
+    begin_corpus(tmp_path, request)
+
+
+@pytest.mark.parametrize("bad", [[], [sample(0), sample(2)]])
+def test_a_shard_needs_consecutive_samples(tmp_path, bad):
+    with pytest.raises(ValueError, match="shard 0"):
+        write_shard(tmp_path, 0, bad, {})
+    assert not list(tmp_path.iterdir())
+
+
+# A corpus of three shards, the middle one large enough to be caught while it is being written.
+WRITER = f"""
+import sys
+import numpy as np
+from jax_selftrain.corpus import Sample, begin_corpus, finish_corpus, missing_shards, shard_ids, write_shard
+
+request = {REQUEST | {"samples": 30, "samples_per_shard": 10}}
+folder = sys.argv[1]
+begin_corpus(folder, request)
+for index in missing_shards(folder, 3):
+    length = 200_000 if index == 1 else 10
+    rngs = {{i: np.random.Generator(np.random.Philox(i)) for i in shard_ids(index, 30, 10)}}
+    tokens = {{i: rng.integers(0, 50_000, length).astype(np.int32) for i, rng in rngs.items()}}
+    write_shard(folder, index, [Sample(i, tokens[i], f"text {{i}}", -1.5, "stop") for i in tokens], {{"mismatches": 0}})
+finish_corpus(folder, request)
+"""
+
+
+def test_kill_9_while_a_shard_is_written_then_the_same_command_gives_the_same_bytes(tmp_path, start_python):
+    killed = start_python(WRITER, tmp_path / "killed")
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "killed").glob(".shard-000001*")):
+        assert killed.poll() is None, "the writer ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert list((tmp_path / "killed").glob(".shard-000001*"))
+    assert missing_shards(tmp_path / "killed", 3) == [1, 2]
+    with pytest.raises(InputError, match="2 of 3 shards are missing"):
+        open_corpus(tmp_path / "killed")
+
+    assert start_python(WRITER, tmp_path / "killed").wait() == 0
+    assert start_python(WRITER, tmp_path / "undisturbed").wait() == 0
+    assert files(tmp_path / "killed") == files(tmp_path / "undisturbed")
+
+
+def flip_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))

@@ -1,0 +1,290 @@
+"""Small real models for tests, written without torch: random weights, a true config and a true tokenizer.
+
+The folders that `write_tiny_hf_model` makes are ordinary Hugging Face folders (config.json, model.safetensors,
+tokenizer.json …): `transformers.AutoModelForCausalLM` opens them, and so must we. Tensor names and shapes are written
+down here independently of `jax_selftrain.hub`, so that a mistake there cannot hide itself. Norm scales and biases are
+drawn away from their usual 1 and 0: a forward pass that forgets one of them gives other logits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+Family = Literal["gpt_neox", "llama", "qwen2", "qwen3"]
+FAMILIES: tuple[Family, ...] = ("gpt_neox", "llama", "qwen2", "qwen3")
+WeightType = Literal["float32", "bfloat16", "float16", "mixed"]
+
+UNK, BOS, EOS = "<unk>", "<s>", "</s>"
+UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
+_ROPE_KEYS = {"rope_parameters", "rope_theta", "rope_scaling", "rotary_pct", "rotary_emb_base", "partial_rotary_factor"}
+
+
+def tiny_config(family: Family, *, vocab_size: int = 512, **overrides: Any) -> dict[str, Any]:
+    """Raw `config.json` of a small model (D 64, L 2, H 4, K 16, F 96 (NeoX 128), 1024 positions).
+
+    `overrides` are raw config keys. Giving any rotary key replaces the family's whole default rotary schema, so that
+    both transformers 4 (`rope_theta`, `rope_scaling`, `rotary_pct`) and 5 (`rope_parameters`) can be written.
+    """
+    common: dict[str, Any] = {
+        "model_type": family,
+        "vocab_size": vocab_size,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 1024,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": EOS_ID,
+        "tie_word_embeddings": False,
+    }
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
+    if family == "gpt_neox":
+        own = {
+            "architectures": ["GPTNeoXForCausalLM"],
+            "intermediate_size": 128,
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-5,
+            "use_parallel_residual": True,
+            "attention_bias": True,
+        }
+        rope["partial_rotary_factor"] = 0.25
+    else:
+        own = {
+            "architectures": [{"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family] + "ForCausalLM"],
+            "intermediate_size": 96,
+            "num_key_value_heads": 2,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-6,
+        }
+        if family == "llama":
+            own |= {"attention_bias": False, "mlp_bias": False}
+        if family == "qwen3":
+            own |= {"attention_bias": False, "head_dim": 16}
+    schema = {} if _ROPE_KEYS & overrides.keys() else {"rope_parameters": rope}
+    return common | own | schema | overrides
+
+
+def tiny_tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that transformers saves for a (raw) config."""
+    family = config["model_type"]
+    width, heads, vocab = config["hidden_size"], config["num_attention_heads"], config["vocab_size"]
+    mlp = config["intermediate_size"]
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def linear(name: str, out: int, into: int, bias: bool) -> None:
+        shapes[f"{name}.weight"] = (out, into)
+        if bias:
+            shapes[f"{name}.bias"] = (out,)
+
+    if family == "gpt_neox":
+        shapes["gpt_neox.embed_in.weight"] = (vocab, width)
+        bias = config.get("attention_bias", True)
+        for i in range(config["num_hidden_layers"]):
+            layer = f"gpt_neox.layers.{i}"
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                shapes[f"{layer}.{norm}.weight"] = shapes[f"{layer}.{norm}.bias"] = (width,)
+            linear(f"{layer}.attention.query_key_value", 3 * width, width, bias)
+            linear(f"{layer}.attention.dense", width, width, bias)
+            linear(f"{layer}.mlp.dense_h_to_4h", mlp, width, True)
+            linear(f"{layer}.mlp.dense_4h_to_h", width, mlp, True)
+        shapes["gpt_neox.final_layer_norm.weight"] = shapes["gpt_neox.final_layer_norm.bias"] = (width,)
+        if not config["tie_word_embeddings"]:
+            shapes["embed_out.weight"] = (vocab, width)
+        return shapes
+
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or width // heads
+    attention_bias = bool(config.get("attention_bias", False))
+    qkv_bias = True if family == "qwen2" else attention_bias
+    out_bias = False if family == "qwen2" else attention_bias
+    mlp_bias = family == "llama" and bool(config.get("mlp_bias", False))
+    shapes["model.embed_tokens.weight"] = (vocab, width)
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        shapes[f"{layer}.input_layernorm.weight"] = shapes[f"{layer}.post_attention_layernorm.weight"] = (width,)
+        linear(f"{layer}.self_attn.q_proj", heads * head_dim, width, qkv_bias)
+        linear(f"{layer}.self_attn.k_proj", kv_heads * head_dim, width, qkv_bias)
+        linear(f"{layer}.self_attn.v_proj", kv_heads * head_dim, width, qkv_bias)
+        linear(f"{layer}.self_attn.o_proj", width, heads * head_dim, out_bias)
+        if family == "qwen3":
+            shapes[f"{layer}.self_attn.q_norm.weight"] = shapes[f"{layer}.self_attn.k_norm.weight"] = (head_dim,)
+        linear(f"{layer}.mlp.gate_proj", mlp, width, mlp_bias)
+        linear(f"{layer}.mlp.up_proj", mlp, width, mlp_bias)
+        linear(f"{layer}.mlp.down_proj", width, mlp, mlp_bias)
+    shapes["model.norm.weight"] = (width,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (vocab, width)
+    return shapes
+
+
+def tiny_weights(config: Mapping[str, Any], seed: int = 0, dtype: WeightType = "float32") -> dict[str, np.ndarray]:
+    """Random tensors for a (raw) config, the same on every platform and numpy version.
+
+    Matrices keep their input's variance, so that every part of a layer matters to the logits (whose standard
+    deviation comes out between 1 and 3). `mixed` gives the tensors float32, bfloat16 and float16 in turn.
+    """
+    width = config["hidden_size"]
+    bits = np.random.Philox(seed)
+    types = [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)]
+    one_type = {"float32": types[0], "bfloat16": types[1], "float16": types[2]}
+    weights = {}
+    for n, (name, shape) in enumerate(sorted(tiny_tensor_shapes(config).items())):
+        draw = _nearly_normal(bits, shape)
+        if name.endswith(("embed_tokens.weight", "embed_in.weight")):
+            draw *= 2.0 / np.sqrt(width)
+        elif len(shape) == 2:
+            draw /= np.sqrt(shape[1])
+        else:
+            draw *= 0.2
+            if name.endswith("norm.weight"):
+                draw += 1.0
+        weights[name] = draw.astype(types[n % 3] if dtype == "mixed" else one_type[dtype])
+    return weights
+
+
+def _nearly_normal(bits: np.random.Philox, shape: tuple[int, ...]) -> np.ndarray:
+    """Zero mean, unit variance: each value the sum of four 16-bit uniforms.
+
+    numpy promises the raw bits of a generator for ever, but not its normal variates; golden logits need the same
+    weights on every machine.
+    """
+    raw = np.asarray(bits.random_raw(int(np.prod(shape))), dtype="<u8").view("<u2").reshape(-1, 4)
+    centred = raw.sum(axis=1, dtype=np.int64) - 2 * 65535
+    return (centred / np.sqrt((65536.0**2 - 1) / 3)).astype(np.float32).reshape(shape)
+
+
+def write_tiny_hf_model(
+    folder: str | Path,
+    family: Family,
+    *,
+    vocab_size: int = 512,
+    seed: int = 0,
+    tokenizer: bool = True,
+    tokenizer_size: int | None = None,
+    dtype: WeightType = "float32",
+    legacy_buffers: bool = False,
+    max_shard_bytes: int | None = None,
+    **overrides: Any,
+) -> Path:
+    """Write a small random model as a Hugging Face folder and return the folder.
+
+    Args:
+        vocab_size: rows of the embedding.
+        tokenizer: also write a byte-level BPE tokenizer trained on `tiny_texts` (`<unk>` 0, `<s>` 1 = BOS, `</s>` 2 =
+            EOS) and a generation_config.json.
+        tokenizer_size: entries of the tokenizer; unset: `vocab_size`. A smaller one leaves padded rows, as Pythia has.
+        dtype: type of the weights; `mixed` takes turns over the tensors.
+        legacy_buffers: GPT-NeoX only: add the `attention.bias`, `attention.masked_bias` and `rotary_emb.inv_freq`
+            tensors that old checkpoints hold.
+        max_shard_bytes: split the weights into several files of at most about this size, with an index.
+        overrides: raw config keys, see `tiny_config`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = tiny_config(family, vocab_size=vocab_size, **overrides)
+    weights = tiny_weights(config, seed, dtype)
+    if legacy_buffers:
+        weights |= _neox_legacy_buffers(config)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_safetensors(folder, weights, max_shard_bytes)
+    if tokenizer:
+        write_tiny_tokenizer(folder, tokenizer_size or vocab_size)
+        ids = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]}
+        (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+    return folder
+
+
+def write_safetensors(folder: Path, weights: Mapping[str, np.ndarray], max_shard_bytes: int | None = None) -> None:
+    """`model.safetensors`, or `model-0000i-of-0000n.safetensors` with `model.safetensors.index.json`."""
+    metadata = {"format": "pt"}
+    if max_shard_bytes is None:
+        save_file(dict(weights), folder / "model.safetensors", metadata=metadata)
+        return
+    shards: list[dict[str, np.ndarray]] = [{}]
+    for name, value in weights.items():
+        if shards[-1] and sum(v.nbytes for v in shards[-1].values()) + value.nbytes > max_shard_bytes:
+            shards.append({})
+        shards[-1][name] = value
+    weight_map = {}
+    for i, shard in enumerate(shards, start=1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata=metadata)
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(v.nbytes for v in weights.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def tiny_texts(n: int, seed: int = 0) -> Iterator[str]:
+    """`n` short procedurally generated stories, the same for the same seed."""
+    rng = np.random.Generator(np.random.Philox(seed))
+    syllables = ["ka", "lo", "mi", "ren", "tu", "sa", "vo", "bel", "dri", "fa", "gon", "hu", "jin", "pa", "quo", "zel"]
+    creatures = ["fox", "bear", "girl", "boy", "owl", "cat", "frog", "king"]
+    things = ["ball", "stone", "book", "apple", "lamp", "boat", "hat", "key"]
+    colours = ["red", "blue", "green", "small", "big", "old", "bright", "soft"]
+    places = ["river", "forest", "park", "house", "hill", "garden", "castle", "lake"]
+
+    def pick(words: list[str]) -> str:
+        return words[int(rng.integers(len(words)))]
+
+    for _ in range(n):
+        name = "".join(pick(syllables) for _ in range(int(rng.integers(2, 4)))).capitalize()
+        thing, friend = pick(things), "".join(pick(syllables) for _ in range(2)).capitalize()
+        yield (
+            f"Once there was a {pick(colours)} {pick(creatures)} named {name}. "
+            f"{name} found a {pick(colours)} {thing} near the {pick(places)}. "
+            f'"Is this your {thing}?" asked {name}. "No," said {friend} the {pick(creatures)}, "but I have '
+            f'{int(rng.integers(2, 100))} more." They went to the {pick(places)} and were happy.'
+        )
+
+
+def write_tiny_tokenizer(folder: str | Path, size: int) -> None:
+    """Train a byte-level BPE of exactly `size` entries on `tiny_texts` and save it so that AutoTokenizer opens it.
+
+    From 320 entries on every byte has a token; smaller tokenizers know only the characters of the texts.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[UNK, BOS, EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()) if size >= 320 else [],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(tiny_texts(400), trainer)
+    if tokenizer.get_vocab_size() != size:
+        raise ValueError(f"the test texts give a tokenizer of {tokenizer.get_vocab_size()} entries, not {size}")
+    folder = Path(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "TokenizersBackend",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "unk_token": UNK,
+        "pad_token": EOS,  # unset, transformers' Qwen2 class would add a token of its own past the vocabulary
+        "model_max_length": 1024,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _neox_legacy_buffers(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    positions, head_dim = config["max_position_embeddings"], config["hidden_size"] // config["num_attention_heads"]
+    buffers = {}
+    for i in range(config["num_hidden_layers"]):
+        attention = f"gpt_neox.layers.{i}.attention"
+        buffers[f"{attention}.bias"] = np.tril(np.ones((1, 1, positions, positions), dtype=bool))
+        buffers[f"{attention}.masked_bias"] = np.array(-1e9, dtype=np.float32)
+        buffers[f"{attention}.rotary_emb.inv_freq"] = np.ones(head_dim // 8, dtype=np.float32)
+    return buffers

@@ -1,0 +1,85 @@
+"""Every variant of every family that a Hugging Face config can express and we claim to follow.
+
+Each case is (family, raw config keys). Windows, rotary lengths and the number of positions are chosen so that within
+528 positions every branch is met: unscaled, blended and scaled frequencies, queries beyond their window.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from models_factory import Family
+
+VOCABULARY, ROWS, POSITIONS = 512, 2, 528
+
+_LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+    "rope_type": "llama3",
+}
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 256}
+
+CASES: dict[str, tuple[Family, dict[str, Any]]] = {
+    # GPT-NeoX; Pythia is the first
+    "neox": ("gpt_neox", {"rotary_pct": 0.25, "rotary_emb_base": 10000}),
+    "neox-sequential": ("gpt_neox", {"use_parallel_residual": False, "rotary_pct": 1.0, "layer_norm_eps": 1e-3}),
+    "neox-tied": ("gpt_neox", {"tie_word_embeddings": True}),
+    "neox-no-attention-bias": ("gpt_neox", {"attention_bias": False, "hidden_act": "gelu_new"}),
+    "neox-gelu-fast": ("gpt_neox", {"hidden_act": "gelu_fast", "num_attention_heads": 2, "rotary_emb_base": 50000}),
+    "neox-linear": ("gpt_neox", {"rope_scaling": {"type": "linear", "factor": 2.0}, "rotary_pct": 0.5}),
+    "neox-yarn": ("gpt_neox", {"rope_parameters": _YARN | {"partial_rotary_factor": 0.5}}),
+    # Llama 1, 2, 3
+    "llama-mha": ("llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-3}),
+    "llama-gqa": ("llama", {"num_key_value_heads": 2, "rope_theta": 500000.0}),
+    "llama-mqa": ("llama", {"num_key_value_heads": 1}),
+    "llama-attention-bias": ("llama", {"attention_bias": True}),
+    "llama-mlp-bias": ("llama", {"mlp_bias": True, "hidden_act": "relu"}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"}),
+    "llama-head-dim": ("llama", {"head_dim": 32}),
+    "llama-linear": ("llama", {"rope_theta": 10000.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "llama3-v4": ("llama", {"rope_theta": 500000.0, "rope_scaling": _LLAMA3}),
+    "llama3-v5": ("llama", {"rope_parameters": _LLAMA3 | {"rope_theta": 10000.0}}),
+    "llama-yarn": ("llama", {"rope_parameters": _YARN}),
+    "llama-yarn-factor": ("llama", {"rope_parameters": _YARN | {"attention_factor": 0.8, "beta_fast": 16.0}}),
+    "llama-yarn-mscale": ("llama", {"rope_parameters": _YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}}),
+    "llama-yarn-untruncated": ("llama", {"rope_parameters": _YARN | {"truncate": False, "beta_slow": 2.0}}),
+    # Qwen2, Qwen2.5
+    "qwen2": ("qwen2", {"rope_theta": 1000000.0}),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "qwen2-window": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1, "num_hidden_layers": 3},
+    ),
+    "qwen2-layer-types": (
+        "qwen2",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 100,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "qwen2-yarn": (
+        "qwen2",
+        {
+            "rope_theta": 1000000.0,
+            "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256},
+        },
+    ),
+    # Qwen3
+    "qwen3": ("qwen3", {"rope_theta": 1000000.0}),
+    "qwen3-tied": ("qwen3", {"tie_word_embeddings": True, "head_dim": 32}),
+    "qwen3-attention-bias": ("qwen3", {"attention_bias": True, "num_key_value_heads": 4}),
+    "qwen3-window": (
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1, "num_hidden_layers": 3},
+    ),
+}
+
+
+def case_tokens() -> np.ndarray:
+    """The input of every case: ids [ROWS, POSITIONS], the same on every machine."""
+    raw = np.random.Philox(7).random_raw(ROWS * POSITIONS)
+    return (np.asarray(raw) % VOCABULARY).astype(np.int64).reshape(ROWS, POSITIONS)

@@ -1,0 +1,275 @@
+"""The command line says what is wrong in one sentence, with the exit code that scripts rely on."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import jax_selftrain
+from jax_selftrain import cli, config, errors
+from jax_selftrain.config import RunConfig, SampleConfig
+
+ROOT = Path(jax_selftrain.__file__).parents[1]
+
+
+def command(*words: object, code: str = "") -> subprocess.CompletedProcess[str]:
+    """`jax-selftrain WORDS` in a process of its own; `code` is run before."""
+    start = ["-m", "jax_selftrain"]
+    if code:
+        start = ["-c", textwrap.dedent(code) + "\nimport sys; from jax_selftrain.cli import main; sys.exit(main())"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    return subprocess.run(
+        [sys.executable, *start, *map(str, words)], capture_output=True, text=True, env=env, check=False
+    )
+
+
+def parse(name: str, line: str) -> Any:
+    return cli.parse(name, line.split())
+
+
+@pytest.fixture
+def refuse(capsys):
+    """Run a command that must fail; returns its one line on stderr."""
+
+    def refuse(*words: object, code: int = 2) -> str:
+        assert cli.main([str(word) for word in words]) == code
+        output, error = capsys.readouterr()
+        assert output == ""
+        assert error.endswith("\n")
+        assert error.count("\n") == 1
+        return error.strip()
+
+    return refuse
+
+
+def test_help_imports_nothing_heavy():
+    heavy = {"jax", "jaxlib", "numpy", "transformers", "torch", "flax", "pyarrow", "datasets", "matplotlib"}
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys\nimport jax_selftrain.cli as cli\n"
+            "cli.main(['--help'])\n"
+            "try:\n    cli.main(['sample', '--help'])\nexcept SystemExit as error:\n    assert error.code == 0\n"
+            f"print('heavy:', sorted({heavy} & set(sys.modules)))",
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    assert run.stdout.splitlines()[-1] == "heavy: []"
+
+
+def test_the_overview_lists_every_command_with_its_purpose():
+    run = command("--help")
+    assert run.returncode == 0
+    for name, entry in cli.COMMANDS.items():
+        assert any(
+            line.split() == [name, *(entry.options.__doc__ or "").splitlines()[0].split()]
+            for line in run.stdout.splitlines()
+        ), name
+    assert command("--version").stdout.strip() == f"jax-selftrain {jax_selftrain.__version__}"
+    assert command().returncode == 2
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_a_command_lists_its_flags_with_their_docstrings(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(name, ["--help"])
+    assert stop.value.code == 0
+    output, error = capsys.readouterr()
+    assert error == ""
+    for flag in ["--config", *(leaf.flag for leaf in cli.settings.leaves(cli.COMMANDS[name].options))]:
+        assert f"{flag} " in output
+    assert output.startswith(f"usage: jax-selftrain {name} ")
+    assert (cli.COMMANDS[name].options.__doc__ or "")[:40] in output
+    for shown, _ in cli.COMMANDS[name].positionals:
+        assert f"[{shown}]" in output.splitlines()[0]
+
+
+def test_every_field_has_a_docstring(capsys):
+    for name, entry in cli.COMMANDS.items():
+        with pytest.raises(SystemExit):
+            cli.parse(name, ["--help"])
+        text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        for leaf in cli.settings.leaves(entry.options):
+            after = text.split(f"{leaf.flag} ", 1)[1]
+            after = after.split("] ", 1)[1] if after.startswith("[") else after.split(" ", 1)[1]
+            assert not after.startswith(("(", "--", "╰")), (name, leaf.flag, after[:40])
+
+
+def test_flags_reach_the_fields():
+    assert parse("sample", "--model m --out=o --samples 3 --top-p .5 --stop-ids 1 2 --seed -5") == (
+        SampleConfig(model="m", out="o", samples=3, top_p=0.5, stop_ids=(1, 2), seed=-5)
+    )
+    assert type(cli.parse("sample", ["--model", "m", "--out", "o"])) is SampleConfig
+    meshed = parse("sample", "--model m --out o --mesh data=4,model=2 --max_tokens 7 --dtype=bfloat16")
+    assert (meshed.mesh, meshed.max_tokens, meshed.dtype) == ("data=4,model=2", 7, "bfloat16")
+
+
+def test_flags_of_a_section_reach_its_fields():
+    run = parse("run", "--model m --out o --sample.samples 100 --train.learning-rate 1e-4 --score.tasks a b")
+    assert run == RunConfig(
+        model="m",
+        out="o",
+        sample=SampleConfig(samples=100),
+        train=config.TrainConfig(learning_rate=1e-4),
+        score=config.ScoreConfig(tasks=("a", "b")),
+    )
+    assert type(run.sample) is SampleConfig
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["a b --format hf", "--format hf a b", "a --format hf b", "--dtype keep a --format hf b", "a --out b --format hf"],
+)
+def test_positionals_may_stand_anywhere(words):
+    assert parse("convert", words) == config.ConvertConfig(source="a", out="b", format="hf")
+
+
+def test_a_file_gives_the_defaults_and_flags_win(tmp_path):
+    (tmp_path / "c.yaml").write_text("model: m\nout: o\nsamples: 5\ntop-k: 3\nstop_ids: [1]\nstart_id: 4\n")
+    file = ["--config", str(tmp_path / "c.yaml")]
+    expected = SampleConfig(model="m", out="o", samples=5, top_k=3, stop_ids=(1,), start_id=4)
+    assert cli.parse("sample", file) == expected
+    changed = cli.parse("sample", [f"--config={tmp_path / 'c.yaml'}", "--samples", "6", "--start-id", "none"])
+    assert changed == SampleConfig(model="m", out="o", samples=6, top_k=3, stop_ids=(1,))
+    (tmp_path / "run.yaml").write_text("model: m\ntrain: {learning_rate: 1e-3, steps: 4}\n")
+    run = cli.parse("run", ["--config", str(tmp_path / "run.yaml"), "--out", "o", "--train.steps", "9"])
+    assert (run.train.learning_rate, run.train.steps) == (1e-3, 9)
+
+
+def test_help_shows_the_defaults_of_the_file(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("samples: 77\n")
+    with pytest.raises(SystemExit):
+        cli.parse("sample", ["--config", str(tmp_path / "c.yaml"), "--help"])
+    assert "(default: 77)" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("sampel", "jax-selftrain: error: unknown command `sampel`; did you mean `sample`?"),
+        ("sample --sampels 3", "jax-selftrain sample: error: unknown option `--sampels`; did you mean `--samples`?"),
+        ("sample -n 3", "jax-selftrain sample: error: unknown option `-n`; --help lists them all"),
+        ("run --learning-rate 3", "unknown option `--learning-rate`; did you mean `--train.learning-rate`?"),
+        ("sample --samples many", "--samples: expected a whole number, found 'many'"),
+        ("sample --samples 1.5", "--samples: expected a whole number, found '1.5'"),
+        ("sample --temperature nan", "--temperature: expected a finite number, found 'nan'"),
+        ("sample --preset fspd", "--preset: expected one of replicated, fsdp, tensor, found 'fspd'"),
+        ("run --train.packing pack", "--train.packing: expected one of masked, packed, single, found 'pack'"),
+        ("sample --stop-ids 1 x", "--stop-ids: expected a whole number, found 'x'"),
+        ("sample --samples", "--samples needs a value: a whole number"),
+        ("sample --samples --seed 3", "--samples needs a value: a whole number"),
+        ("sample --seed 1 --seed 2", "--seed is given twice"),
+        ("score --tasks a --tasks b", "--tasks is given twice; give it all its values at once"),
+        ("sample --model m", "`out` is required: pass --out, or set `out` in the configuration file"),
+        ("sample m --out o", "unexpected argument `m`; options start with `--`"),
+        ("convert a b c", "unexpected argument `c`"),
+        ("convert a b --source c", "SRC is given twice, as `a` and with --source"),
+        ("report", "`folder` is required"),
+        ("sample --config", "--config needs a value: the YAML file to read"),
+        ("sample --config --out o", "--config needs a value: the YAML file to read"),
+        ("sample --config a.yaml --config b.yaml", "--config is given twice"),
+        ("sample --config nowhere.yaml", "nowhere.yaml: no such file"),
+    ],
+)
+def test_a_mistake_is_one_sentence(refuse, words, message):
+    assert message in refuse(*words.split())
+
+
+def test_a_mistake_in_the_file_is_one_sentence(refuse, tmp_path):
+    (tmp_path / "c.yaml").write_text("model: m\ntrain:\n  learning_rte: 1e-4\n")
+    assert refuse("run", "--config", tmp_path / "c.yaml") == (
+        f"jax-selftrain run: error: {tmp_path / 'c.yaml'}: unknown key `train.learning_rte`; "
+        "did you mean `train.learning_rate`?"
+    )
+
+
+STAGE = """
+    import sys, types
+    from jax_selftrain import errors
+    stage = types.ModuleType("jax_selftrain.sampling")  # stands where the stage would: the command line is under test
+    def sample(options):
+        raise {error}
+    stage.sample = sample
+    sys.modules["jax_selftrain.sampling"] = stage
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.InputError("the disk is full"), 2),
+        (errors.UnavailableError("a peer\nwas lost"), 75),
+        (errors.Stopped("stopped at step 3; run the same command to go on"), 143),
+    ],
+)
+def test_how_a_stage_ends_is_the_exit_code(error, code):
+    run = command("sample", "--model", "m", "--out", "o", code=STAGE.format(error=f"errors.{error!r}"))
+    assert run.returncode == code
+    assert run.stderr == f"jax-selftrain sample: error: {' '.join(str(error).split())}\n"
+
+
+def test_a_defect_keeps_its_traceback():
+    run = command("sample", "--model", "m", "--out", "o", code=STAGE.format(error="RuntimeError('a defect')"))
+    assert run.returncode == 1
+    assert run.stderr.startswith("Traceback")
+    assert "RuntimeError: a defect" in run.stderr
+
+
+def test_ctrl_c_is_no_traceback():
+    interrupt = f"__import__('os').kill(__import__('os').getpid(), {int(signal.SIGINT)})"
+    code = STAGE.format(error="SystemExit(1)").replace(
+        "raise SystemExit(1)", f"{interrupt}; __import__('time').sleep(9)"
+    )
+    run = command("sample", "--model", "m", "--out", "o", code=code)
+    assert run.returncode == 130
+    assert run.stderr == "jax-selftrain sample: interrupted\n"
+
+
+def test_results_are_told_in_a_line_each():
+    measured = {"acc": 0.5125, "acc_stderr": 0.0112, "acc_norm": 0.25, "n": 1234, "interval": [0.1, 0.2]}
+    told = cli.summary("score", config.ScoreConfig(out="s.json"), {"tasks": {"blimp": measured}, "texts": {}})
+    assert [line.split() for line in told.splitlines()] == [
+        ["blimp", "acc", "0.5125", "±", "0.011", "acc_norm", "0.25", "n", "1,234"],
+        ["written:", "s.json"],
+    ]
+    part = {"n": 3, "exact_match": None, "discoverable": {"1@0.5": 1.0}, "logprob": -1.0}
+    told = cli.summary("extract", config.ExtractConfig(out="e.json"), {**part, "held_out": part})
+    assert [line.split() for line in told.splitlines()] == [
+        ["all", "n", "3"],
+        ["held_out", "n", "3"],
+        ["written:", "e.json"],
+    ]
+    assert cli.summary("train", config.TrainConfig(out="r"), Path("r")) == "model: r/model"
+    assert cli.summary("report", config.ReportConfig(folder="r"), None) == "report: r/report.html"
+    assert cli.summary("export", config.ExportConfig(out="x"), Path("x")) == "written: x"
+
+
+def test_every_command_calls_something_that_exists():
+    for entry in cli.COMMANDS.values():
+        module, function = entry.function.split(":")
+        assert callable(getattr(import_module(module), function))
+
+
+def test_the_package_offers_its_stages_lazily():
+    run = subprocess.run(
+        [sys.executable, "-c", "import sys, jax_selftrain\nassert 'jax' not in sys.modules\nprint(dir(jax_selftrain))"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    for name in ("load_model", "sample", "train", "score", "extract", "run"):
+        assert f"'{name}'" in run.stdout
+        assert callable(getattr(jax_selftrain, name))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = jax_selftrain.nothing

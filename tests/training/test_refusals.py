@@ -1,0 +1,170 @@
+"""What cannot be trained on or resumed from is refused in one sentence, before anything is written."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models_factory import tiny_texts
+from safetensors.numpy import load_file, save_file
+
+from jax_selftrain import storage
+from jax_selftrain.config import ImportConfig, TrainConfig
+from jax_selftrain.corpus import import_text
+from jax_selftrain.errors import InputError, UnavailableError
+from jax_selftrain.hub import LoadedModel
+from jax_selftrain.training import Hook, train
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"batch_size": 7}, "--batch-size 7 .* must be a multiple of 2"),
+        ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
+        ({"seq_len": 4096}, "only 1024 positions"),
+        ({"learning_rate": -1.0}, "--learning-rate -1.0: must be 0 or more"),
+        ({"warmup_ratio": 2.0}, "--warmup-ratio"),
+        ({"beta2": 1.0}, "--beta2"),
+        ({"steps": 0}, "--steps 0: must be at least 1"),
+        ({"corpus": "nowhere"}, "nowhere"),
+        ({"model": "nowhere"}, "nowhere"),
+        ({"mesh": "data=64"}, "64 devices"),
+        ({"corpus": ""}, "--corpus"),
+    ],
+)
+def test_impossible_options_are_refused_before_anything_is_written(
+    change: dict, said: str, options: Callable[..., TrainConfig]
+):
+    config = options(**change)
+    with pytest.raises(InputError, match=said) as caught:
+        train(config)
+    assert "\n" not in str(caught.value)
+    assert not Path(config.out).exists()
+
+
+def test_corpus_of_another_tokenizer_is_refused(tiny_model, options: Callable[..., TrainConfig]):
+    with pytest.raises(InputError, match="another tokenizer"):
+        train(options(model=str(tiny_model("llama", vocab_size=400, hidden_size=32))))
+
+
+def test_token_ids_beyond_the_model_are_refused(tiny_model, options: Callable[..., TrainConfig], tmp_path: Path):
+    full = tiny_model("llama", vocab_size=340, hidden_size=32)
+    source = tmp_path / "texts.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny_texts(5)))
+    import_text(ImportConfig(source=str(source), model=str(full), out=str(tmp_path / "corpus")))
+    cut = tiny_model("llama", vocab_size=330, tokenizer_size=340, hidden_size=32)  # same tokenizer, fewer rows
+    with pytest.raises(InputError, match=r"holds token id 33\d, but .* has only 330 tokens"):
+        train(options(model=str(cut), corpus=str(tmp_path / "corpus")))
+
+
+def test_folder_that_is_no_run_is_left_alone(options: Callable[..., TrainConfig], corpus_folder: Path):
+    before = storage.hash_folder(corpus_folder)
+    with pytest.raises(InputError, match="is not a run folder"):
+        train(options(out=str(corpus_folder)))
+    assert storage.hash_folder(corpus_folder) == before
+
+
+def test_two_processes_in_one_folder_are_refused(options: Callable[..., TrainConfig]):
+    def train_again(step: int, model: LoadedModel) -> None:
+        with pytest.raises(UnavailableError, match="another process is training there"):
+            train(options())
+
+    train(options(steps=1), hooks=[Hook(train_again, steps=(1,))])
+
+
+def test_weights_with_nan_are_refused_by_name(small_model: Path, tmp_path: Path, options: Callable[..., TrainConfig]):
+    broken = shutil.copytree(small_model, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = np.nan
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="NaN"):
+        train(options(model=str(broken)))
+
+
+def test_diverging_run_stops_at_its_step_and_keeps_what_was_good(options: Callable[..., TrainConfig]):
+    config = options(learning_rate=1e30, warmup_ratio=0.0, steps=8, checkpoint_every=1, keep=10)
+    with pytest.raises(InputError, match=r"(loss|grad_norm|NaN).*step \d") as caught:
+        train(config)
+    assert "nothing of it was saved" in str(caught.value)
+    run = Path(config.out)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    assert not (run / "model").exists()
+    with pytest.raises(InputError, match="nothing of it was saved"):
+        train(config)  # it says so again, instead of going on from a broken state
+
+
+# ---------------------------------------------------------------- damaged checkpoints
+
+
+@pytest.fixture
+def interrupted(options: Callable[..., TrainConfig]) -> Path:
+    """A run that ended after step 5, with checkpoints of steps 2 and 4."""
+
+    def stop(step: int, model: LoadedModel) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(options(), hooks=[Hook(stop, steps=(5,))])
+    return Path(options().out)
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def largest(folder: Path) -> Path:
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "flipped byte in the weights": lambda checkpoint: flip_a_byte(largest(checkpoint / "model" / "params")),
+    "flipped byte in the moments": lambda checkpoint: flip_a_byte(largest(checkpoint / "optimizer")),
+    "truncated moments": lambda checkpoint: largest(checkpoint / "optimizer").write_bytes(b"short"),
+    "missing moments": lambda checkpoint: largest(checkpoint / "optimizer").unlink(),
+    "missing manifest": lambda checkpoint: (checkpoint / "optimizer" / "manifest.json").unlink(),
+    "missing model": lambda checkpoint: shutil.rmtree(checkpoint / "model"),
+    "edited config": lambda checkpoint: flip_a_byte(checkpoint / "model" / "config.json"),
+    "edited step": lambda checkpoint: (checkpoint / "step.json").write_text(
+        (checkpoint / "step.json").read_text().replace('"step": 4', '"step": 3')
+    ),
+    "missing step": lambda checkpoint: (checkpoint / "step.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_checkpoint_is_refused_by_name(damage: str, interrupted: Path, options: Callable[..., TrainConfig]):
+    newest = interrupted / "steps" / "000004"
+    DAMAGE[damage](newest)
+    with pytest.raises(InputError) as caught:
+        train(options())
+    message = str(caught.value)
+    assert str(newest) in message
+    assert f"to fall back to 000002, the checkpoint before it, delete {newest}" in message
+    assert newest.exists()
+    assert not (interrupted / "model").exists()
+
+
+def test_after_deleting_the_damaged_checkpoint_the_run_falls_back(
+    interrupted: Path, options: Callable[..., TrainConfig]
+):
+    shutil.rmtree(interrupted / "steps" / "000004")
+    run = train(options())
+    launches = [json.loads(line) for line in (run / "launches.jsonl").read_text().splitlines()]
+    assert [launch["from_step"] for launch in launches] == [0, 2]
+
+
+def test_save_that_fails_in_the_background_is_heard(options: Callable[..., TrainConfig]):
+    """A file stands where step 2's checkpoint should go: the write fails on its thread, the run must say so."""
+
+    def block(step: int, model: LoadedModel) -> None:
+        (Path(options().out) / "steps").mkdir(exist_ok=True)
+        (Path(options().out) / "steps" / "000002").write_text("in the way")
+
+    with pytest.raises(InputError, match="000002"):
+        train(options(), hooks=[Hook(block, steps=(1,))])
+    assert not (Path(options().out) / "model").exists()

@@ -1,0 +1,152 @@
+"""The step: AdamW against an independent reference, meshes, gradient accumulation, where the state lies."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_selftrain.config import TrainConfig
+from jax_selftrain.corpus import Rows, open_corpus, pack
+from jax_selftrain.errors import InputError
+from jax_selftrain.hub import load_model
+from jax_selftrain.mesh import make_mesh
+from jax_selftrain.training import TrainState, loss_sums, program
+from jax_selftrain.training.data import load_batch
+from jax_selftrain.training.optimizer import make_optimizer
+from jax_selftrain.training.step import init_state, make_step
+
+
+@pytest.fixture(scope="module")
+def rows(corpus_folder: Path) -> Rows:
+    return pack(open_corpus(corpus_folder), 48, "masked")
+
+
+def run_steps(config: TrainConfig, rows: Rows, n: int) -> tuple[TrainState, list[dict[str, float]]]:
+    """`n` steps as the training loop takes them."""
+    mesh = make_mesh(config.mesh)
+    model = load_model(config.model, mesh, preset=config.preset)
+    with jax.set_mesh(mesh):
+        function, _, donation = program(config, mesh)
+        step = jax.jit(function, donate_argnums=donation)
+        state = init_state(make_optimizer(config, config.steps or 1), model.params)
+        history = []
+        for i in range(n):
+            state, metrics = step(state, load_batch(config, model.layout, rows, i))
+            history.append({name: float(value) for name, value in metrics.items()})
+    return state, history
+
+
+def test_ten_steps_equal_adamw_written_out_in_numpy(options: Callable[..., TrainConfig], rows: Rows):
+    """In fp64, where nothing is hidden by rounding; Adam's formulas as Loshchilov & Hutter print them (algorithm 2)."""
+    changes = {"dtype": "float64"}  # not offered to users: `highest` fp32 is what devices have
+    config = dataclasses.replace(
+        options(mesh="data=1", steps=10, learning_rate=0.01, schedule="cosine", final_learning_rate=0.001),
+        weight_decay=0.1, clip_norm=0.5, grad_accum=2, warmup_ratio=0.2, **changes,
+    )  # fmt: skip
+    base = load_model(config.model, "data=1")
+    with jax.enable_x64(True), jax.set_mesh(base.layout.mesh):
+        params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), base.params)
+        state = init_state(make_optimizer(config, 10), params)
+        step = jax.jit(make_step(config, base.config, base.layout, 10))
+
+        def mean_loss(params: dict, batch) -> jax.Array:
+            sums = loss_sums(base.config, base.layout, params, batch, compute_dtype=jnp.float64)
+            return sums.loss / sums.weight
+
+        gradient_of = jax.jit(jax.grad(mean_loss))
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        expected = [np.array(leaf) for leaf in jax.tree.leaves(params)]
+        start = [leaf.copy() for leaf in expected]
+        first, second = [np.zeros_like(p) for p in expected], [np.zeros_like(p) for p in expected]
+        clipped = 0
+        for n in range(10):
+            batch = load_batch(config, base.layout, rows, n)
+            state, metrics = step(state, batch)
+
+            whole = type(batch)(*(leaf.reshape(8, -1) for leaf in batch))  # both micro-batches as one
+            gradient = gradient_of(jax.tree.unflatten(jax.tree.structure(params), expected), whole)
+            leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(gradient)]
+            norm = np.sqrt(sum(np.sum(leaf**2) for leaf in leaves))
+            assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-9)
+            clipped += norm > 0.5
+            progress = (n + 1 - 2) / 8
+            rate = 0.01 * (n + 1) / 2 if n < 2 else 0.001 + 0.009 * (1 + np.cos(np.pi * progress)) / 2
+            assert float(metrics["learning_rate"]) == pytest.approx(rate, rel=1e-6)  # schedules are fp32
+            rate = float(metrics["learning_rate"])
+            for i, leaf in enumerate(leaves):
+                leaf = leaf * min(1, 0.5 / norm)
+                first[i] = 0.9 * first[i] + 0.1 * leaf
+                second[i] = 0.95 * second[i] + 0.05 * leaf**2
+                update = first[i] / (1 - 0.9 ** (n + 1)) / (np.sqrt(second[i] / (1 - 0.95 ** (n + 1))) + 1e-8)
+                decay = 0.1 if paths[i][-1].key in ("kernel", "embedding") else 0.0
+                expected[i] = expected[i] - rate * (update + decay * expected[i])
+        assert clipped, "clipping was exercised"
+        for path, found, wanted, before in zip(paths, jax.tree.leaves(state.params), expected, start, strict=True):
+            # Relative to how far the weights moved. optax keeps 1 − βⁿ in fp32 (6e-8), the rest is fp64.
+            error = np.linalg.norm(np.asarray(found) - wanted) / np.linalg.norm(wanted - before)
+            assert error < 1e-6, jax.tree_util.keystr(path)
+
+
+def test_loss_curve_is_the_same_on_every_mesh(options: Callable[..., TrainConfig], rows: Rows):
+    layouts = [("data=1", "fsdp"), ("data=4", "fsdp"), ("data=2,model=2", "fsdp"), ("model=4", "tensor")]
+    curves = {}
+    for mesh, preset in layouts:
+        _, history = run_steps(options(mesh=mesh, preset=preset), rows, 5)
+        curves[mesh] = [entry["loss"] for entry in history]
+    for mesh, curve in curves.items():
+        # fp32 sums in another order (1e-7), amplified a little by five Adam steps.
+        np.testing.assert_allclose(curve, curves["data=1"], rtol=1e-5, err_msg=mesh)
+    assert curves["data=1"][-1] != curves["data=1"][0]
+
+
+def test_accumulated_micro_batches_equal_one_batch(options: Callable[..., TrainConfig], rows: Rows):
+    uneven = rows.weights.copy()
+    uneven[::3, 5:] = 0  # micro-batches with different numbers of targets: a mean of means would differ
+    rows = dataclasses.replace(rows, weights=uneven)
+    (one, one_history), (four, four_history) = (
+        run_steps(options(mesh="data=2", grad_accum=grad_accum), rows, 4) for grad_accum in (1, 4)
+    )
+    assert [h["tokens"] for h in one_history] == [h["tokens"] for h in four_history]
+    np.testing.assert_allclose([h["loss"] for h in one_history], [h["loss"] for h in four_history], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(one.optimizer), jax.tree.leaves(four.optimizer), strict=True):
+        # Moments are linear and quadratic in the gradient: fp32 rounding of sums in another order.
+        assert np.linalg.norm(np.asarray(a) - np.asarray(b)) <= 1e-4 * np.linalg.norm(np.asarray(a)) + 1e-12
+
+
+def test_parameters_and_both_moments_are_sharded_alike(options: Callable[..., TrainConfig], rows: Rows):
+    state, _ = run_steps(options(mesh="data=2,model=2", preset="fsdp"), rows, 1)
+    adam = next(
+        part
+        for part in jax.tree.leaves(state.optimizer, is_leaf=lambda leaf: hasattr(leaf, "mu"))
+        if hasattr(part, "mu")
+    )
+    for moments in (adam.mu, adam.nu):
+        jax.tree.map(lambda p, m: np.testing.assert_equal(m.sharding, p.sharding), state.params, moments)
+    kernel = adam.mu["layers"]["mlp"]["up"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4, "each device holds a quarter, not a copy"
+    assert adam.nu["embed"]["embedding"].addressable_shards[0].data.size == adam.nu["embed"]["embedding"].size // 4
+
+
+def test_program_compiles_from_shapes_alone_and_donates_the_state(options: Callable[..., TrainConfig]):
+    mesh = make_mesh("data=2,model=2")
+    function, arguments, donation = program(options(steps=None), mesh)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(function, donate_argnums=donation).lower(*arguments).compile()
+    state_bytes = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * 4 for leaf in jax.tree.leaves(arguments[0]))
+    assert compiled.memory_analysis().alias_size_in_bytes >= state_bytes
+    assert jax.tree.map(lambda leaf: leaf.sharding, arguments[0]) == compiled.input_shardings[0][0]
+
+
+def test_master_weights_stay_float32_under_bfloat16_compute(options: Callable[..., TrainConfig], rows: Rows):
+    state, history = run_steps(options(dtype="bfloat16", remat=True), rows, 2)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    assert all(np.isfinite(entry["loss"]) for entry in history)
+
+
+def test_batch_that_does_not_divide_is_refused_with_the_sizes_that_do(options: Callable[..., TrainConfig]):
+    with pytest.raises(InputError, match=r"must be a multiple of 6, for instance 6, 12, 18"):
+        program(options(batch_size=8, grad_accum=3), make_mesh("data=2"))

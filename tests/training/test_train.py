@@ -1,0 +1,203 @@
+"""The run: exact resumption, learning-rate zero, hooks, records, finished runs."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jax_selftrain import settings, storage
+from jax_selftrain.config import ImportConfig, TrainConfig
+from jax_selftrain.corpus import import_text
+from jax_selftrain.errors import InputError
+from jax_selftrain.hub import LoadedModel, load_model
+from jax_selftrain.training import Hook, train
+
+
+def weights(folder: Path | str) -> dict[str, bytes]:
+    """The bits of every parameter of a model."""
+    params = load_model(folder, "data=1").params
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf).tobytes()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+class Interruption(Exception):
+    """Stands for whatever ends a run in the middle."""
+
+
+def interrupt(step: int, model: LoadedModel) -> None:
+    raise Interruption
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_model: Path, corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that `options()` describes, never interrupted."""
+    config = TrainConfig(
+        model=str(small_model), corpus=str(corpus_folder), out=str(tmp_path_factory.mktemp("undisturbed") / "run"),
+        steps=6, batch_size=8, seq_len=48, learning_rate=1e-3, checkpoint_every=2, mesh="data=2",
+    )  # fmt: skip
+    return train(config)
+
+
+def test_run_folder_holds_model_checkpoints_and_records(undisturbed: Path, small_model: Path):
+    assert {path.name for path in undisturbed.iterdir()} == {
+        "config.yaml", "run.json", "rows", "metrics.jsonl", "timings.jsonl", "launches.jsonl", "tensorboard", "steps",
+        "model",
+    }  # fmt: skip
+    assert sorted(path.name for path in (undisturbed / "steps").iterdir()) == ["000004", "000006"], "keeps two"
+    assert weights(undisturbed) == weights(undisturbed / "steps" / "000006" / "model") != weights(small_model)
+    assert settings.load(TrainConfig, undisturbed / "config.yaml").steps == 6
+    record = storage.read_json(undisturbed / "run.json")
+    assert {"jax", "optax", "python"} <= record["versions"].keys()
+    assert len(record["model"]["fingerprint"]) == len(record["corpus"]["fingerprint"]) == 64
+    lines = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert {tuple(line) for line in lines} == {("step", "loss", "grad_norm", "learning_rate", "tokens")}
+    assert all(
+        json.loads(line)["tokens_per_second"] > 0 for line in (undisturbed / "timings.jsonl").read_text().splitlines()
+    )
+    assert list((undisturbed / "tensorboard").glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 6])
+def test_interrupted_run_ends_with_the_same_bits(step: int, undisturbed: Path, options: Callable[..., TrainConfig]):
+    with pytest.raises(Interruption):
+        train(options(), hooks=[Hook(interrupt, steps=(step,))])
+    run = train(options())
+    assert weights(run) == weights(undisturbed)
+    assert (run / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+
+
+def test_interrupted_run_goes_on_on_another_mesh(undisturbed: Path, options: Callable[..., TrainConfig]):
+    with pytest.raises(Interruption):
+        train(options(), hooks=[Hook(interrupt, steps=(3,))])
+    run = train(options(mesh="data=2,model=2", preset="tensor"))
+    # fp32 sums in another order from step 3 on.
+    np.testing.assert_allclose(losses(run), losses(undisturbed), rtol=1e-5)
+    launches = [json.loads(line) for line in (run / "launches.jsonl").read_text().splitlines()]
+    assert [(launch["from_step"], launch["mesh"]) for launch in launches] == [
+        (0, {"data": 2, "model": 1}),
+        (2, {"data": 2, "model": 2}),
+    ]
+
+
+def test_finished_run_is_left_alone(
+    undisturbed: Path, options: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
+):
+    before = storage.hash_folder(undisturbed)
+    assert train(options(out=str(undisturbed))) == undisturbed
+    assert "finished already" in capsys.readouterr().out
+    assert storage.hash_folder(undisturbed) == before
+
+
+def test_lost_final_model_is_made_again_from_the_last_checkpoint(options: Callable[..., TrainConfig]):
+    run = train(options(steps=2))
+    before = weights(run)
+    (run / "model").rename(run / "moved")
+    assert weights(train(options(steps=2))) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"learning_rate": 2e-3}, r"started with --learning-rate 0\.001, not 0\.002"),
+        ({"seed": 1}, "started with --seed 0, not 1"),
+        ({"packing": "single"}, "started with --packing masked, not single"),
+        ({"steps": 7}, "started with --steps 6, not 7"),
+    ],
+)
+def test_other_options_in_the_same_folder_are_refused(
+    change: dict, said: str, undisturbed: Path, options: Callable[..., TrainConfig]
+):
+    before = storage.hash_folder(undisturbed)
+    with pytest.raises(InputError, match=said):
+        train(options(out=str(undisturbed), **change))
+    assert storage.hash_folder(undisturbed) == before
+
+
+def test_other_model_or_corpus_in_the_same_folder_is_refused(
+    undisturbed: Path, options: Callable[..., TrainConfig], small_model: Path, corpus_folder: Path, tmp_path: Path
+):
+    with pytest.raises(InputError, match="started with another model"):
+        train(options(out=str(undisturbed), model=str(undisturbed)))
+    (tmp_path / "other.jsonl").write_text('{"text": "Something else."}\n')
+    import_text(ImportConfig(source=str(tmp_path / "other.jsonl"), model=str(small_model), out=str(tmp_path / "other")))
+    with pytest.raises(InputError, match="started with another corpus"):
+        train(options(out=str(undisturbed), corpus=str(tmp_path / "other")))
+
+
+def test_learning_rate_zero_leaves_every_bit(small_model: Path, options: Callable[..., TrainConfig]):
+    run = train(options(learning_rate=0.0, weight_decay=0.1, steps=2))
+    assert weights(run) == weights(small_model)
+
+
+def test_model_learns(tiny_model, corpus_folder: Path, options: Callable[..., TrainConfig]):
+    """Sixty sentences of one mould: far below the ln 320 = 5.8 nats of a uniform guess after sixty steps."""
+    model = tiny_model("gpt_neox", hidden_size=32, intermediate_size=64, num_hidden_layers=1, vocab_size=320)
+    run = train(options(model=str(model), init="scratch", steps=60, learning_rate=1e-2, checkpoint_every=60))
+    curve = losses(run)
+    assert curve[0] == pytest.approx(np.log(320), abs=0.2), "a fresh model knows nothing"
+    assert np.mean(curve[-5:]) < 3.0
+
+
+def test_fresh_initialisation_needs_no_weights_and_follows_the_seed(
+    tmp_path: Path, small_model: Path, options: Callable[..., TrainConfig]
+):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (bare / name).write_bytes((small_model / name).read_bytes())
+    made = [
+        weights(train(options(model=str(bare), init="scratch", steps=1, seed=seed, out=str(tmp_path / out))))
+        for seed, out in ((0, "a"), (0, "b"), (1, "c"))
+    ]
+    assert made[0] == made[1] != made[2]
+
+
+def test_steps_default_to_one_epoch(options: Callable[..., TrainConfig]):
+    run = train(options(steps=None, checkpoint_every=None, batch_size=32))
+    record = storage.read_json(run / "run.json")
+    assert record["steps"] == -(-record["rows"] // 32) == len(losses(run))
+    assert train(options(steps=None, checkpoint_every=None, batch_size=32)) == run, "found finished"
+
+
+def test_corpus_smaller_than_a_batch_is_repeated(options: Callable[..., TrainConfig]):
+    run = train(options(batch_size=128, steps=1))
+    assert storage.read_json(run / "run.json")["rows"] < 128
+    assert len(losses(run)) == 1
+
+
+def test_hooks_are_called_at_their_steps_with_the_model_of_that_step(options: Callable[..., TrainConfig]):
+    seen: dict[int, np.ndarray] = {}
+    logits: list[np.ndarray] = []
+
+    def remember(step: int, model: LoadedModel) -> None:
+        seen[step] = np.array(model.params["final_norm"]["scale"])
+        logits.append(np.asarray(model.logits(np.array([[1, 5, 9]], np.int32))))
+
+    run = train(options(), hooks=[Hook(remember, steps=(0, 3), every=2)])
+    assert sorted(seen) == [0, 2, 3, 4, 6]
+    final = load_model(run, "data=1")
+    np.testing.assert_array_equal(seen[6], np.asarray(final.params["final_norm"]["scale"]))
+    assert not np.array_equal(seen[3], seen[4])
+    # A 2-device and a 1-device program: rounding in another order.
+    np.testing.assert_allclose(logits[-1], np.asarray(final.logits(np.array([[1, 5, 9]], np.int32))), atol=1e-4)
+
+
+def test_metrics_are_written_every_so_many_steps_and_at_the_end(options: Callable[..., TrainConfig]):
+    run = train(options(steps=5, log_every=2))
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [2, 4, 5]
+
+
+def test_options_survive_their_yaml(undisturbed: Path, options: Callable[..., TrainConfig]):
+    saved = settings.load(TrainConfig, undisturbed / "config.yaml")
+    assert saved == dataclasses.replace(options(), out=str(undisturbed))
