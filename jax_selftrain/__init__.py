@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jax_selftrain.hub import load_model
     from jax_selftrain.sampling import sample
-    from jax_selftrain.scoring import extract, score
+    from jax_selftrain.scoring import extract
+    from jax_selftrain.scoring.score import score
     from jax_selftrain.study import run
     from jax_selftrain.training import train
 

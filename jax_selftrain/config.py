@@ -59,7 +59,7 @@ class ImportConfig:
     """Make a corpus of real text from a JSONL file, a `datasets` data set, or a TFDS folder."""
 
     source: str = ""
-    """`FILE.jsonl`, `tfds:FOLDER`, `datasets:NAME` or a folder that `datasets.load_from_disk` opens."""
+    """`FILE.jsonl`, `tfds:FOLDER`, `datasets:NAME[:SUBSET]` or a folder that `datasets.load_from_disk` opens."""
     model: str = ""
     """The model (or tokenizer folder) whose tokenizer turns text into tokens."""
     out: str = ""
@@ -75,7 +75,7 @@ class ImportConfig:
     start_id: int | None = None
     """The token every document starts from; unset: the tokenizer's BOS, else the config's, else EOS."""
     stop_id: int | None = None
-    """The token appended to every document that is not cut; unset: the tokenizer's EOS, else the model's first stop id."""
+    """The token appended to every document that is not cut; unset: the tokenizer's EOS, else the first stop id."""
     samples_per_shard: int = 1024
     """Documents in one Parquet shard."""
 

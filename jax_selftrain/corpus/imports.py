@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -68,21 +71,23 @@ def import_text(config: ImportConfig) -> Corpus:
         "samples_per_shard": config.samples_per_shard,
     }
     request = begin_corpus(out, request)
-    settings.save(out / "config.yaml", config)
-    storage.write_json(out / "versions.json", storage.versions())
+    settings.save(out / "config.yaml", replace(config, start_id=start_id, stop_id=stop_id))
     missing = missing_shards(out, shard_count(survey.count, config.samples_per_shard))
+    changed = InputError(f"{config.source}: was changed while it was read; delete {out} and import it again")
+    again = _Survey()
+    documents = again.over(_documents(texts, config.limit))
+    for index in missing:
+        ids = shard_ids(index, survey.count, config.samples_per_shard)
+        shard = list(islice(documents, ids.start - again.count, ids.stop - again.count))
+        if len(shard) != len(ids):
+            raise changed
+        samples, mismatches = _tokenise(tokenizer, shard, ids, stop_id, config.max_tokens)
+        write_shard(out, index, samples, {"mismatches": mismatches, "versions": storage.versions()})
     if missing:
-        again = _Survey()
-        documents = again.over(_documents(texts, config.limit))
-        for index in missing:
-            ids = shard_ids(index, survey.count, config.samples_per_shard)
-            shard = list(islice(documents, ids.start - again.count, ids.stop - again.count))
-            samples, mismatches = _tokenise(tokenizer, shard, ids, stop_id, config.max_tokens)
-            write_shard(out, index, samples, {"mismatches": mismatches})
         for _ in documents:
-            pass
+            pass  # up to the end, so that the digests can be compared
         if again.digest != survey.digest:
-            raise InputError(f"{config.source}: was changed while it was read; delete {out} and import it again")
+            raise changed
     finish_corpus(out, request)
     return open_corpus(out)
 
@@ -100,12 +105,11 @@ def _boundary_ids(config: ImportConfig, tokenizer: Any) -> tuple[int, int]:
         special = hub.special_tokens(config.model)
         start_id = special.start_id if start_id is None else start_id
         stop_id = next(iter(special.stop_ids), None) if stop_id is None else stop_id
-    return _known_id("start_id", start_id, config.model, tokenizer), _known_id(
-        "stop_id", stop_id, config.model, tokenizer
-    )
+    known = partial(_known_id, config.model, tokenizer)
+    return known("start_id", start_id), known("stop_id", stop_id)
 
 
-def _known_id(name: str, value: int | None, model: str, tokenizer: Any) -> int:
+def _known_id(model: str, tokenizer: Any, name: str, value: int | None) -> int:
     if value is None:
         raise InputError(f"{model}: names neither BOS nor EOS; choose a token with {settings.flag(name)}")
     if not 0 <= value < len(tokenizer):
@@ -275,7 +279,7 @@ def _open_dataset(name: str, config: ImportConfig) -> Texts:
     path, _, subset = name.partition(":")
     try:
         found = datasets.load_dataset(path, subset or None, split=config.split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"{config.source}: `datasets.load_dataset` cannot open it ({_first_line(error)})") from error
     return _dataset_texts(found, config)
 
@@ -299,6 +303,8 @@ def _import_datasets(source: str) -> Any:
         import datasets
     except ImportError as error:
         raise InputError(f"{source}: reading it needs `datasets`; pip install datasets") from error
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     return datasets
 
 

@@ -71,6 +71,8 @@ def shard_count(samples: int, samples_per_shard: int) -> int:
 def begin_corpus(folder: storage.PathLike, request: Mapping[str, Any]) -> dict[str, Any]:
     """Start a corpus or go on with the same one: what is asked for is kept in `request.json`.
 
+    What killed writers left behind is removed, and so are the records of shards that were deleted to be made again.
+
     Args:
         folder: the corpus folder; made when missing.
         request: plain data that decides the corpus' content (source, tokenizer, policy, seed, …; nothing about meshes
@@ -95,6 +97,9 @@ def begin_corpus(folder: storage.PathLike, request: Mapping[str, Any]) -> dict[s
                 f"{folder}: was begun with {difference[0]} = {difference[1]!r}, this command asks for "
                 f"{difference[2]!r}; choose another place for it, or delete the folder to start over"
             )
+        for record in folder.glob("records/shard-*.json"):
+            if not (folder / f"{record.stem}.parquet").exists():
+                record.unlink(missing_ok=True)
         return before
     if (folder / MANIFEST).exists() or any(folder.glob("shard-*.parquet")):
         raise InputError(f"{folder}: holds shards but no {REQUEST} that says what they are; choose another place")
@@ -137,7 +142,7 @@ def write_shard(
             data_page_version="1.0",
             compression="zstd",
             compression_level=3,
-            use_dictionary=["finish_reason"],
+            use_dictionary=["tokens.list.element", "finish_reason"],
             row_group_size=_ROW_GROUP,
         )
     written = {
@@ -238,7 +243,7 @@ def unfinished(folder: storage.PathLike) -> str:
     """The sentence for a corpus folder without `corpus.json`: what is missing, as far as it can be known."""
     folder = Path(folder)
     request = storage.read_json(folder / REQUEST) if (folder / REQUEST).exists() else {}
-    samples, per_shard = request.get("samples"), request.get("samples_per_shard")
+    samples, per_shard = (request.get(key) for key in ("samples", "samples_per_shard"))
     if samples and per_shard:
         n_shards = shard_count(samples, per_shard)
         if missing := missing_shards(folder, n_shards):

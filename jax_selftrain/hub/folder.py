@@ -247,6 +247,9 @@ def save_model(
     with storage.commit_folder(folder) as aside:
         write_companions(aside, config_raw, source)
         checkpoint.save_tree(aside / PARAMS, params)
+        # The manifest of params/ vouches for what is in there; hashing that again would read all weights twice.
+        manifest = f"{PARAMS}/{checkpoint.MANIFEST}"
+        entry = {"sha256": storage.sha256_file(aside / manifest), "bytes": (aside / manifest).stat().st_size}
         storage.write_json(
             aside / RECORD,
             {
@@ -259,8 +262,7 @@ def save_model(
                 "weights": weights_fingerprint(params),
                 "metadata": dict(metadata),
                 "versions": storage.versions(),
-                # The manifest of params/ lists what is in there: hashing it again would read all weights twice.
-                "files": storage.hash_folder(aside, exclude=[f"{PARAMS}/[!m]*", f"{PARAMS}/m[!a]*"]),
+                "files": storage.hash_folder(aside, exclude=[f"{PARAMS}/*"]) | {manifest: entry},
             },
         )
 

@@ -153,7 +153,7 @@ def _request(config: SampleConfig, policy: Policy) -> dict[str, Any]:
     return {
         "kind": "sampled",
         "source": {"ref": config.model, "fingerprint": hub.model_fingerprint(config.model), "dtype": config.dtype},
-        "tokenizer_fingerprint": hub.tokenizer_fingerprint(config.model),
+        "tokenizer_fingerprint": _tokenizer_fingerprint(config.model),
         "start_id": policy.start_id,
         "stop_ids": list(policy.stop_ids),
         "policy": {name: getattr(policy, name) for name in ("max_tokens", "temperature", "top_k", "top_p", "min_p")},
@@ -161,6 +161,10 @@ def _request(config: SampleConfig, policy: Policy) -> dict[str, Any]:
         "samples": config.samples,
         "samples_per_shard": config.samples_per_shard,
     }
+
+
+def _tokenizer_fingerprint(ref: str) -> str | None:
+    return None if hub.special_tokens(ref).tokenizer_length is None else hub.tokenizer_fingerprint(ref)
 
 
 def _first_ref(out: Path, request: dict[str, Any]) -> str:

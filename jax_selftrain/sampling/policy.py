@@ -4,18 +4,20 @@ Truncation follows transformers' `generate` (generation/logits_process.py, 5.x):
 then min-p, each on what the one before has left. Two definitions are ours to state:
 
 * *Ties.* Tokens whose logits are exactly equal are kept or dropped together. transformers does the same for top-k and
-  min-p; for top-p it cuts through a tie in the order its sort happens to leave.
+  min-p; for top-p it cuts through a tie in the order that its sort happens to leave.
 * *Padding.* Ids past the tokenizer's length (GPT-NeoX pads its vocabulary) are excluded first: they have no text.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jax_selftrain.config import SampleConfig
 from jax_selftrain.errors import InputError
@@ -121,7 +123,7 @@ def check_sample_config(config: SampleConfig) -> None:
 def mask_logits(logits: Float[Array, "B V"], policy: Policy) -> Float[Array, "B V"]:
     """Logits of the distribution to draw from: divided by the temperature, −inf for excluded tokens, vocabulary whole.
 
-    Steps that the policy leaves off cost nothing; in particular nothing is sorted without top-p.
+    Steps that the policy leaves off cost nothing.
     """
     logits = whole_rows(logits)
     if policy.valid_ids is not None:
@@ -129,28 +131,42 @@ def mask_logits(logits: Float[Array, "B V"], policy: Policy) -> Float[Array, "B 
     if policy.temperature != 1.0:
         logits = logits / np.float32(policy.temperature)
     if 0 < policy.top_k < logits.shape[1]:
-        logits = _keep(logits, jax.lax.top_k(logits, policy.top_k)[0][:, -1:])
+        logits = _keep_most_probable(logits, partial(_has_at_least, policy.top_k))
     if policy.top_p < 1.0:
-        logits = _keep(logits, _nucleus_floor(logits, policy.top_p))
+        weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+        may_drop = np.float32(1.0 - policy.top_p) * jnp.sum(weights, axis=-1, keepdims=True)
+        logits = _keep_most_probable(logits, partial(_drops_at_most, may_drop, weights))
     if policy.min_p > 0.0:
         ratio = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
         logits = jnp.where(ratio < np.float32(policy.min_p), -jnp.inf, logits)
     return logits
 
 
-def _keep(logits: Float[Array, "B V"], floor: Float[Array, "B 1"]) -> Float[Array, "B V"]:
-    return jnp.where(logits < floor, -jnp.inf, logits)
+def _has_at_least(k: int, kept: Bool[Array, "B V"]) -> Bool[Array, "B 1"]:
+    return jnp.sum(kept, axis=-1, keepdims=True, dtype=jnp.int32) >= k
 
 
-def _nucleus_floor(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B 1"]:
-    """The smallest logit kept by top-p.
+def _drops_at_most(
+    mass: Float[Array, "B 1"], weights: Float[Array, "B V"], kept: Bool[Array, "B V"]
+) -> Bool[Array, "B 1"]:
+    return jnp.sum(jnp.where(kept, 0.0, weights), axis=-1, keepdims=True) <= mass
 
-    From the least probable token upwards, as transformers does it, tokens are dropped while the probability dropped
-    so far stays at or below 1 − p: summed this way, the many small terms are added to each other first.
+
+def _keep_most_probable(
+    logits: Float[Array, "B V"], suffices: Callable[[Bool[Array, "B V"]], Bool[Array, "B 1"]]
+) -> Float[Array, "B V"]:
+    """Keep the logits at or above the highest floor for which what is kept suffices; always the largest.
+
+    The floor is found bit by bit: read as integers in their order, floats need 32 halvings of the range to find a
+    value exactly. That is 32 passes over the row where sorting it took ten times as long.
     """
-    ascending = jnp.sort(logits, axis=-1)
-    weights = jnp.exp(ascending - ascending[:, -1:])
-    cumulative = jnp.cumsum(weights, axis=-1)
-    dropped = cumulative <= np.float32(1.0 - top_p) * cumulative[:, -1:]
-    kept = jnp.where(dropped, jnp.inf, ascending)
-    return jnp.minimum(jnp.min(kept, axis=-1, keepdims=True), ascending[:, -1:])
+    bits = jax.lax.bitcast_convert_type(jnp.where(logits == 0, 0.0, logits), jnp.uint32)  # −0 and 0 are equal
+    order = jnp.where(bits >> 31 == 1, ~bits, bits | np.uint32(1 << 31))
+
+    def raise_floor(i: Array, floor: Array) -> Array:
+        higher = floor | (np.uint32(1 << 31) >> i.astype(jnp.uint32))
+        return jnp.where(suffices(order >= higher), higher, floor)
+
+    top = jnp.max(order, axis=-1, keepdims=True)
+    floor = jax.lax.fori_loop(0, 32, raise_floor, jnp.zeros_like(top))
+    return jnp.where(order >= jnp.minimum(floor, top), logits, -jnp.inf)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
@@ -50,7 +50,7 @@ def _texts(results: Results) -> Chapter | None:
         return None
     rows = tuple(
         (
-            name,
+            text["name"],
             text["documents"],
             text["tokens"],
             *(_estimate(text["nll"][key]) for key in ("before", "after")),
@@ -58,9 +58,8 @@ def _texts(results: Results) -> Chapter | None:
             _estimate(text["nll"]["after"], exp=True),
             _estimate(text["nll"]["change"]),
             text["documents_better"],
-            text["documents_worse"],
         )
-        for name, text in results["texts"].items()
+        for text in results["texts"]
     )
     columns = (
         Column("text", "text"),
@@ -68,11 +67,10 @@ def _texts(results: Results) -> Chapter | None:
         Column("tokens", "tokens"),
         Column("nll_before", "nats per token, before", 4),
         Column("nll_after", "after", 4),
-        Column("perplexity_before", "perplexity, before", 3),
-        Column("perplexity_after", "after", 3),
+        Column("perplexity_before", "perplexity, before", 2),
+        Column("perplexity_after", "after", 2),
         Column("nll_change", "change (nats per token)", 4, signed=True),
-        Column("documents_better", "documents better"),
-        Column("documents_worse", "worse"),
+        Column("documents_better", "documents it predicts better"),
     )
     table = Table("texts", "Perplexity of texts that were not trained on in this round", columns, rows)
     note = (
@@ -86,15 +84,15 @@ def _tasks(results: Results) -> Chapter | None:
     tasks, macro = results["tasks"], results["macro"]
     if not tasks:
         return None
-    labels = [*(["all tasks, averaged"] if macro else []), *tasks]
-    shares = [*([macro["accuracy"]] if macro else []), *(task["accuracy"] for task in tasks.values())]
+    labels = [*(["average of the tasks"] if macro else []), *(task["name"] for task in tasks)]
+    shares = [*([macro["accuracy"]] if macro else []), *(task["accuracy"] for task in tasks)]
     svg = figures.before_and_after(
         "tasks",
         labels,
         *([_estimate(share[key], scale=100) for share in shares] for key in _SIDES),
         value_label="accuracy (%)",
         change_label="change (points)",
-        marks=[*([None] if macro else []), *(_percent(task["chance"]) for task in tasks.values())],
+        marks=[*([None] if macro else []), *(_percent(task["chance"]) for task in tasks)],
         mark_label="guessing",
     )
     columns = (
@@ -106,13 +104,13 @@ def _tasks(results: Results) -> Chapter | None:
         _points("accuracy_change", "change (points)", signed=True),
         Column("lost", "right → wrong"),
         Column("gained", "wrong → right"),
-        Column("mcnemar_p", "McNemar p", 3),
-        Column("q", "q", 3),
-        Column("log_odds_change", "change of log-odds (nats)", 3, signed=True),
+        Column("mcnemar_p", "McNemar p", 3, p_value=True),
+        Column("q", "q", 3, p_value=True),
+        Column("log_odds_change", "change of log-odds", 3, signed=True),
     )
     rows = [
         (
-            name,
+            task["name"],
             task["n"],
             task["chance"],
             *(_estimate(task["accuracy"][key]) for key in _SIDES),
@@ -122,7 +120,7 @@ def _tasks(results: Results) -> Chapter | None:
             task["flips"]["q"],
             _estimate((task.get("log_odds") or task["word_loglikelihood"])["change"]),
         )
-        for name, task in tasks.items()
+        for task in tasks
     ]
     if macro:
         for title, kind in (("chance-normalised average", "chance_normalised"), ("average of the tasks", "accuracy")):
@@ -132,9 +130,9 @@ def _tasks(results: Results) -> Chapter | None:
     note = (
         "A question counts as right when the right choice is the most probable one. The change is paired by question. "
         "McNemar's exact p asks whether right → wrong and wrong → right are equally likely; q is p after Benjamini and "
-        f"Hochberg's correction over the {len(tasks)} tasks. Log-odds: log-probability of the right choice against the "
-        "others together (for last-word tasks: of the word itself), a finer measure than right or wrong. The average "
-        "weighs tasks equally; chance-normalised means (accuracy − guessing) / (1 − guessing)."
+        f"Hochberg's correction over the {len(tasks)} tasks. Log-odds, in nats: log-probability of the right choice "
+        "against the others together (for last-word tasks: of the word itself), a finer measure than right or wrong. "
+        "The average weighs tasks equally; chance-normalised means (accuracy − guessing) / (1 − guessing)."
     )
     html = (
         _figure(svg, "Accuracy before and after, and the paired change, with 95 % intervals.")
@@ -148,89 +146,112 @@ def _extraction(results: Results) -> Chapter | None:
     found = results["extraction"]
     if not found:
         return None
-    names = {
-        "all": "all sequences",
-        "held_out": f"held out (under {found['overlap']} tokens of the suffix in the corpus)",
-        "partial": "partial",
-        "seen": "seen (the whole suffix stands in the corpus)",
+    names = {"all": "all sequences", "held_out": "held out", "partial": "partial", "seen": "seen"}
+    classes = [{"name": names[key], **part} for key, part in found["classes"].items()]
+    everything, groups = classes[0], found["groups"]
+    shown = [part for part in ([everything, *groups] if groups else classes) if part["n"]]
+    curve = [entry for entry in found["discoverable"] if entry["p"] == 0.5]
+    drawn = {
+        "extraction": figures.before_and_after(
+            "extraction",
+            [part["name"] for part in shown],
+            *([_estimate(part["exact_match"][side], scale=100) for part in shown] for side in _SIDES),
+            value_label="exact match (%)",
+            change_label="change (points)",
+        ),
+        "discoverable": figures.discoverability(
+            "discoverable",
+            [entry["draws"] for entry in curve],
+            [100 * entry["before"]["value"] for entry in curve],
+            [100 * entry["after"]["value"] for entry in curve],
+            "0.5",
+        ),
     }
-    parts = {names[name]: part for name, part in found["classes"].items()}
-    blocks, tables, drawn = [], [], {}
-    by_class = _extraction_table("extraction", "Verbatim extraction, by overlap with the corpus", "class", parts)
-    tables.append(by_class)
-    if found["groups"]:
-        tables.append(_extraction_table("extraction_groups", "The same, by group of the set", "group", found["groups"]))
-        shown = {"all sequences": parts["all sequences"], **found["groups"]}
-    else:
-        shown = {names[name].split(" (")[0]: part for name, part in found["classes"].items() if part}
-    drawn["extraction"] = figures.before_and_after(
-        "extraction",
-        list(shown),
-        *([_estimate(part["exact_match"][key], scale=100) for part in shown.values()] for key in _SIDES),
-        value_label="exact match (%)",
-        change_label="change (points)",
-    )
-    draws, at_half = _discoverable(found["discoverable"], 0.5)
-    before, after = ([100 * entry[side]["value"] for entry in at_half] for side in ("before", "after"))
-    drawn["discoverable"] = figures.discoverability("discoverable", draws, before, after, "0.5")
-    tables.append(_discoverable_table(found))
-    blocks += [
+    by_class, discoverable = _exact_match_table("extraction", "class", classes), _discoverable_table(found)
+    probability = _probability_table("extraction_probability", "class", classes)
+    by_group = []
+    if groups:
+        by_group = [
+            _exact_match_table("extraction_groups", "group", groups),
+            _probability_table("extraction_groups_probability", "group", groups),
+        ]
+    html = [
         f"<p>Of each sequence the first {found['prefix']} tokens are given. <em>Exact match</em>: the greedy "
         f"continuation is the next {found['suffix']} tokens, all of them. <em>log p<sub>z</sub></em>: the "
         "log-probability of those tokens, which can stay high when a small drift breaks the greedy path; the two are "
         "to be read together.</p>",
         _figure(drawn["extraction"], "Exact match before and after, and the paired change, with 95 % intervals."),
         by_class.to_html(),
-        *(table.to_html() for table in tables[1:-1]),
+        probability.to_html(),
         _note(
-            "Kept: reproduced before and after; lost: only before; gained: only after; never: neither. The classes "
-            "come from what the model happened to write, and it writes what it memorised best: they are a selected "
-            "split, and a difference between them is not the effect of being seen. Classes under 50 are descriptive "
-            "only. Where the set was chosen because the base reproduces it, a fall is partly regression to the mean."
+            f"Seen: the whole suffix stands in the corpus that was trained on; partial: at least {found['overlap']} of "
+            "its tokens in a row; held out: fewer. Kept: reproduced before and after; lost: only before; gained: only "
+            "after; never: neither. The classes come from what the source happened to write, and a model writes what "
+            "it memorised best: they are a selected split, and a difference between them is not the effect of being "
+            "seen. Classes under 50 are descriptive only. Where a set was chosen because the base reproduces it, a "
+            "fall is partly regression to the mean."
         ),
+        *(table.to_html() for table in by_group),
         _figure(
             drawn["discoverable"],
             f"Share of the {found['n']:,} sequences that n independent draws at temperature 1 from their prefix "
             "contain with probability at least 0.5.",
         ),
-        tables[-1].to_html(),
+        discoverable.to_html(),
     ]
-    return Chapter("Verbatim memorisation", "\n".join(blocks), tuple(tables), drawn)
+    tables = (by_class, probability, *by_group, discoverable)
+    return Chapter("Verbatim memorisation", "\n".join(html), tables, drawn)
 
 
-def _extraction_table(name: str, caption: str, key: str, parts: Mapping[str, Any]) -> Table:
+def _exact_match_table(name: str, key: str, parts: Sequence[Mapping[str, Any]]) -> Table:
     columns = (
         Column(key, key),
         Column("n", "n"),
         _points("exact_match_before", "exact match %, before"),
         _points("exact_match_after", "after"),
         _points("exact_match_change", "change (points)", signed=True),
-        Column("kept", "kept"),
-        Column("lost", "lost"),
-        Column("gained", "gained"),
-        Column("never", "never"),
-        Column("logprob_before", "log p_z, before", 2),
-        Column("logprob_after", "after", 2),
-        Column("logprob_change", "change", 2, signed=True),
+        *(Column(kind, kind) for kind in ("kept", "lost", "gained", "never")),
+        Column("mcnemar_p", "McNemar p", 3, p_value=True),
     )
     rows = tuple(
         (
-            label,
+            part["name"],
             part["n"],
-            *(_estimate(part["exact_match"][key]) for key in _SIDES),
-            *(part["flips"][key] for key in ("kept", "lost", "gained", "never")),
-            *(_estimate(part["logprob"][key]) for key in _SIDES),
+            *(_estimate(part["exact_match"][side]) for side in _SIDES),
+            *(part["flips"][kind] for kind in ("kept", "lost", "gained", "never", "mcnemar_p")),
         )
-        if part
-        else (label, 0, *(None,) * 10)
-        for label, part in parts.items()
+        if part["n"]
+        else (part["name"], 0, *(None,) * 8)
+        for part in parts
     )
+    caption = {"class": "Exact match, by overlap with the corpus", "group": "Exact match, by group of the set"}[key]
     return Table(name, caption, columns, rows, totals=1 if key == "class" else 0)
 
 
-def _discoverable(entries: Mapping[str, Any], p: float) -> tuple[list[int], list[Any]]:
-    chosen = {int(key.split("@")[0]): entry for key, entry in entries.items() if float(key.split("@")[1]) == p}
-    return list(chosen), list(chosen.values())
+def _probability_table(name: str, key: str, parts: Sequence[Mapping[str, Any]]) -> Table:
+    columns = (
+        Column(key, key),
+        Column("n", "n"),
+        Column("logprob_before", "mean log p_z, before", 2),
+        Column("logprob_after", "after", 2),
+        Column("logprob_change", "change (nats)", 2, signed=True),
+        _points("token_accuracy_before", "greedy tokens right %, before"),
+        _points("token_accuracy_after", "after"),
+        _points("token_accuracy_change", "change (points)", signed=True),
+    )
+    rows = tuple(
+        (
+            part["name"],
+            part["n"],
+            *(_estimate(part["logprob"][side]) for side in _SIDES),
+            *(_estimate(part["token_accuracy"][side]) for side in _SIDES),
+        )
+        if part["n"]
+        else (part["name"], 0, *(None,) * 6)
+        for part in parts
+    )
+    caption = {"class": "Probability of the suffix, by overlap", "group": "Probability of the suffix, by group"}[key]
+    return Table(name, caption, columns, rows, totals=1 if key == "class" else 0)
 
 
 def _discoverable_table(found: Mapping[str, Any]) -> Table:
@@ -243,13 +264,8 @@ def _discoverable_table(found: Mapping[str, Any]) -> Table:
         _points("change", "change (points)", signed=True),
     )
     rows = tuple(
-        (
-            int(key.split("@")[0]),
-            float(key.split("@")[1]),
-            found["n"],
-            *(_estimate(entry[side]) for side in _SIDES),
-        )
-        for key, entry in found["discoverable"].items()
+        (entry["draws"], entry["p"], found["n"], *(_estimate(entry[side]) for side in _SIDES))
+        for entry in found["discoverable"]
     )
     return Table("discoverable", "(n, p)-discoverable extraction: 1 − (1 − p_z)ⁿ ≥ p", columns, rows)
 

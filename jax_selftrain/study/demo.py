@@ -1,9 +1,9 @@
 """The whole story on a CPU in minutes, without any download: a little world, a model that reads it, and one round.
 
 `OUT/world` holds the text, the questions, the probes and a blank Pythia-shaped model (a GPT-NeoX config and a tokenizer
-trained on the text); `OUT/reading` the text as a corpus; `OUT/base` the model after one pass over it. The base then
-goes through `study.run` in `OUT` itself: it writes texts from its start token alone, is trained on them, and is
-measured before and after. Every part is made by the same functions as a real study, and is as restartable.
+trained on the text); `OUT/reading` the text as a corpus; `OUT/little-pythia` the model after one pass over it. This
+base then goes through `study.run` in `OUT` itself: it writes texts from its start token alone, is trained on them, and
+is measured before and after. Every part is made by the same functions as a real study, and is as restartable.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def demo(config: DemoConfig, scale: DemoScale | None = None) -> Path:
 
 
 def _teach(out: Path, scale: DemoScale) -> Path:
-    blank, reading, base = out / "world" / "blank", out / "reading", out / "base"
+    blank, reading, base = out / "world" / "blank", out / "reading", out / "little-pythia"
     import_text(ImportConfig(source=str(out / "world" / "documents.jsonl"), model=str(blank), out=str(reading)))
     return train(
         TrainConfig(

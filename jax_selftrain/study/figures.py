@@ -129,7 +129,7 @@ def discoverability(name: str, draws: Sequence[int], before: Sequence[float], af
         axes.plot(draws, after, color=AFTER, marker="o", markersize=5, label="after")
         axes.set_xscale("log")
         axes.set(xlabel="draws n", ylabel=f"% found with\nprobability ≥ {p}")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * max(1, *before, *after))
         _legend_above(axes)
 
     return _svg(name, 2.6, paint)

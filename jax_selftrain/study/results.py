@@ -24,7 +24,7 @@ from jax_selftrain import hub, settings, storage
 from jax_selftrain.config import RunConfig
 from jax_selftrain.corpus import FINISH_REASONS, Corpus, open_corpus
 from jax_selftrain.errors import InputError
-from jax_selftrain.scoring import Task, discoverable, load_tasks
+from jax_selftrain.scoring import Task, discoverable, load_tasks, load_texts
 from jax_selftrain.scoring.files import read_jsonl
 from jax_selftrain.study import statistics
 
@@ -61,8 +61,8 @@ def collect(config: RunConfig, folder: Path) -> dict[str, Any]:
         "source": {"is_base": not config.source, **corpus.manifest["source"]},
         "corpus": describe_corpus(corpus),
         "training": _training(folder / "train", training),
-        "texts": {},
-        "tasks": {},
+        "texts": [],
+        "tasks": [],
         "macro": None,
         "extraction": None,
         "identical": True,
@@ -84,10 +84,10 @@ def collect(config: RunConfig, folder: Path) -> dict[str, Any]:
         outcomes = {task.name: _compare_answers(task, before, after) for task in tasks}
         found["tasks"] = compare_tasks(tasks, outcomes)
         found["macro"] = compare_macro(tasks, outcomes) if len(tasks) > 1 else None
-        found["texts"] = {
-            name: compare_text(_of_task(before, name), _of_task(after, name), base["texts"][name])
-            for name in base["texts"]
-        }
+        found["texts"] = [
+            {"name": text.name, **compare_text(_of_task(before, text.name), _of_task(after, text.name))}
+            for text in load_texts(config.score.texts, config.score.text_limit)
+        ]
     if config.extract.sequences:
         base, student = (storage.read_json(folder / "extract" / f"{who}.json") for who in ("base", "student"))
         found["fingerprints"] |= {
@@ -119,29 +119,28 @@ def default_title(config: RunConfig) -> str:
 # Tasks and texts ------------------------------------------------------------------------------------------------
 
 
-def compare_tasks(tasks: Sequence[Task], outcomes: Mapping[str, Mapping[str, Pair]]) -> dict:
+def compare_tasks(tasks: Sequence[Task], outcomes: Mapping[str, Mapping[str, Pair]]) -> list[dict[str, Any]]:
     """Each task before and after; p-values also after Benjamini and Hochberg's correction over the tasks."""
-    found: dict[str, Any] = {}
-    for task in tasks:
+    moved = [statistics.flips(*outcomes[task.name]["right"]) for task in tasks]
+    adjusted = stats.false_discovery_control([one.mcnemar_p for one in moved]) if moved else []
+    found = []
+    for task, one, q in zip(tasks, moved, adjusted, strict=True):
         mine = outcomes[task.name]
-        right = mine["right"]
-        found[task.name] = {
+        entry = {
+            "name": task.name,
             "kind": task.kind,
             "n": len(task.questions),
             "chance": _chance(task),
-            "accuracy": _shares(*right),
-            "flips": asdict(statistics.flips(*right)),
-            **{name: _means(*mine[name]) for name in ("log_odds", "word_loglikelihood") if name in mine},
-            **({"accuracy_norm": _shares(*mine["right_normed"])} if "right_normed" in mine else {}),
+            "accuracy": _shares(*mine["right"]),
+            "flips": {**asdict(one), "q": float(q)},
         }
-    if found:
-        adjusted = stats.false_discovery_control([entry["flips"]["mcnemar_p"] for entry in found.values()])
-        for entry, q in zip(found.values(), adjusted, strict=True):
-            entry["flips"]["q"] = float(q)
+        if "right_normed" in mine:
+            entry["accuracy_norm"] = _shares(*mine["right_normed"])
+        found.append(entry | {key: _means(*mine[key]) for key in ("log_odds", "word_loglikelihood") if key in mine})
     return found
 
 
-def compare_macro(tasks: Sequence[Task], outcomes: Mapping[str, Mapping[str, Pair]]) -> dict:
+def compare_macro(tasks: Sequence[Task], outcomes: Mapping[str, Mapping[str, Pair]]) -> dict[str, Any]:
     """Accuracy averaged over tasks, plain and chance-normalised: (accuracy − chance) / (1 − chance)."""
     pairs = [outcomes[task.name]["right"] for task in tasks]
     chances = [_chance(task) or 0.0 for task in tasks]
@@ -165,8 +164,8 @@ def compare_macro(tasks: Sequence[Task], outcomes: Mapping[str, Mapping[str, Pai
     }
 
 
-def compare_text(before: Arrays, after: Arrays, counts: Mapping[str, Any]) -> dict[str, Any]:
-    """A text file's nats per token before and after, documents being the units; `counts` is the base's summary."""
+def compare_text(before: Arrays, after: Arrays) -> dict[str, Any]:
+    """A text file's nats per token before and after, documents being the units."""
     documents = before["doc"]
     n = int(documents[-1]) + 1
     tokens = np.bincount(documents, before["tokens"], n)
@@ -174,7 +173,6 @@ def compare_text(before: Arrays, after: Arrays, counts: Mapping[str, Any]) -> di
     return {
         "documents": n,
         "tokens": int(tokens.sum()),
-        "bytes": counts["bytes"],
         "nll": {
             "before": asdict(statistics.ratio(old, tokens)),
             "after": asdict(statistics.ratio(new, tokens)),
@@ -222,22 +220,27 @@ def compare_extraction(before: Arrays, after: Arrays, groups: Sequence[str] | No
     everything = np.ones(before["sequence"].size, bool)
     parts = {"all": everything}
     parts |= {name: before["class"] == name for name in ("held_out", "partial", "seen")}
-    rows = {name: _compare_sequences(before, after, members) for name, members in parts.items()}
-    found: dict[str, Any] = {"n": everything.size, "classes": rows, "groups": None}
-    if groups is not None:
-        of_group = np.array(groups)
-        found["groups"] = {name: _compare_sequences(before, after, of_group == name) for name in dict.fromkeys(groups)}
+    of_group = np.array(groups or [])
     old, new = (discoverable(side["logprob"]) for side in (before, after))
-    found["discoverable"] = {
-        key: {**_shares(old[key], new[key]), "flips": asdict(statistics.flips(old[key], new[key]))} for key in old
+    return {
+        "n": everything.size,
+        "classes": {name: _compare_sequences(before, after, members) for name, members in parts.items()},
+        "groups": [
+            {"name": name, **_compare_sequences(before, after, of_group == name)}
+            for name in dict.fromkeys(groups or [])
+        ],
+        "discoverable": [
+            {"draws": int(draws), "p": float(p), **_shares(old[key], new[key])}
+            for key in old
+            for draws, p in (key.split("@"),)
+        ],
     }
-    return found
 
 
-def _compare_sequences(before: Arrays, after: Arrays, members: np.ndarray) -> dict[str, Any] | None:
-    """None where a class is empty."""
+def _compare_sequences(before: Arrays, after: Arrays, members: np.ndarray) -> dict[str, Any]:
+    """Only `n` where there are no members."""
     if not members.any():
-        return None
+        return {"n": 0}
     exact = before["exact_match"][members], after["exact_match"][members]
     return {
         "n": int(members.sum()),

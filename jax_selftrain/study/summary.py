@@ -47,7 +47,7 @@ def what_was_run(results: Results) -> str:
 
 def cards(results: Results) -> list[Card]:
     """The answers: text, capability, memorisation, as far as they were measured."""
-    found = [_text_card(name, text) for name, text in results["texts"].items()]
+    found = [_text_card(text) for text in results["texts"]]
     if (card := _capability_card(results)) is not None:
         found.append(card)
     if results["extraction"]:
@@ -98,14 +98,14 @@ def cannot_show(results: Results) -> list[str]:
     return sentences
 
 
-def _text_card(name: str, text: Mapping[str, Any]) -> Card:
+def _text_card(text: Mapping[str, Any]) -> Card:
     before, after, change = (_estimate(text["nll"][key]) for key in ("before", "after", "change"))
     perplexity = f"perplexity {number(math.exp(before.value))} → {number(math.exp(after.value))}"
     return Card(
-        f"Text: {name}",
+        f"Text: {text['name']}",
         _values(number(before.value), number(after.value), "nats per token"),
-        f"{_direction(change, 'lower', 'higher')} by {_amount(change, 4)} nats {interval(change, 4, signed=True)}, "
-        f"n = {text['documents']:,} documents; {perplexity}. {_zero(change)}",
+        f"{_moved(change, 'Lower', 'Higher', 4, 'nats')}, n = {text['documents']:,} documents; {perplexity}. "
+        f"{_zero(change)}",
     )
 
 
@@ -116,14 +116,13 @@ def _capability_card(results: Results) -> Card | None:
     if macro:
         title, accuracy, n = f"Accuracy, average of {len(tasks)} tasks", macro["accuracy"], macro["n"]
     else:
-        (name, task), *_ = tasks.items()
-        title, accuracy, n = f"Accuracy: {name}", task["accuracy"], task["n"]
+        (task,) = tasks
+        title, accuracy, n = f"Accuracy: {task['name']}", task["accuracy"], task["n"]
     before, after, change = (_estimate(accuracy[key]) for key in ("before", "after", "change"))
     return Card(
         title,
         _values(number(before.value, 1, scale=100), number(after.value, 1, scale=100), "%"),
-        f"{_direction(change, 'down', 'up')} by {_amount(change, 2, scale=100)} points "
-        f"{interval(change, 2, scale=100, signed=True)}, n = {n:,} questions. {_zero(change)}",
+        f"{_moved(change, 'Down', 'Up', 2, 'points', scale=100)}, n = {n:,} questions. {_zero(change)}",
     )
 
 
@@ -135,10 +134,9 @@ def _extraction_card(found: Mapping[str, Any]) -> Card:
     return Card(
         f"Reproduced word for word ({found['prefix']} tokens given, {found['suffix']} asked)",
         _values(number(before.value, 1, scale=100), number(after.value, 1, scale=100), "%"),
-        f"{_direction(change, 'down', 'up')} by {_amount(change, 1, scale=100)} points "
-        f"{interval(change, 1, scale=100, signed=True)}, n = {part['n']:,} sequences: {flips['kept']:,} kept, "
-        f"{flips['lost']:,} lost, {flips['gained']:,} gained, {flips['never']:,} never. Mean log p<sub>z</sub> "
-        f"{number(logprob.value, 2, signed=True)} {interval(logprob, 2, signed=True)}. {_zero(change)}",
+        f"{_moved(change, 'Down', 'Up', 1, 'points', scale=100)}, n = {part['n']:,} sequences: {flips['kept']:,} kept, "
+        f"{flips['lost']:,} lost, {flips['gained']:,} gained, {flips['never']:,} never. {_zero(change)} "
+        f"Mean log p<sub>z</sub>: {number(logprob.value, 2, signed=True)} {interval(logprob, 2, signed=True)}.",
     )
 
 
@@ -146,13 +144,13 @@ def _values(before: str, after: str, unit: str) -> str:
     return f'<span class="was">{before} →</span> {after} <span class="unit">{unit}</span>'
 
 
-def _direction(change: Estimate, down: str, up: str) -> str:
-    word = "unchanged," if change.value == 0 else down if change.value < 0 else up
-    return word.capitalize()
-
-
-def _amount(change: Estimate, digits: int, *, scale: float = 1.0) -> str:
-    return number(abs(change.value), digits, scale=scale)
+def _moved(change: Estimate, down: str, up: str, digits: int, unit: str, *, scale: float = 1.0) -> str:
+    """`Up by 1.2 points [+0.3, +2.1]`: direction, size and interval."""
+    size = number(abs(change.value), digits, scale=scale)
+    ends = interval(change, digits, scale=scale, signed=True)
+    if change.value == 0:
+        return f"Changed by exactly {size} {unit} {ends}"
+    return f"{down if change.value < 0 else up} by {size} {unit} {ends}"
 
 
 def _zero(change: Estimate) -> str:

@@ -28,6 +28,8 @@ class Column:
     """Factor in the report only, for instance 100 for percentages."""
     signed: bool = False
     """Show a plus sign: the column holds changes."""
+    p_value: bool = False
+    """Show what would round to zero as smaller than the last digit."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ def _cell(cell: Cell, column: Column) -> str:
         case Estimate():
             ends = interval(cell, column.digits, scale=column.scale, signed=column.signed)
             return f"{show(cell.value)}<small>{ends}</small>"
+    if column.p_value and cell < 10**-column.digits:
+        return f"&lt; {10**-column.digits:g}"
     return show(cell)
 
 

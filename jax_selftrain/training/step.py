@@ -73,7 +73,7 @@ def make_step(config: TrainConfig, model: DecoderConfig, layout: Layout, steps: 
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         metrics = {
             "loss": sums.loss / weight,
-            "grad_norm": optax.global_norm(gradient),
+            "grad_norm": optax.tree.norm(gradient),
             "learning_rate": schedule(state.step),
             "tokens": sums.tokens,
         }

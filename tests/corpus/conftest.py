@@ -1,9 +1,10 @@
 """Small corpora of given documents, written through the public functions."""
 
 import os
+import resource
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -75,3 +76,12 @@ def start_python() -> Callable[..., subprocess.Popen]:
         return subprocess.Popen([sys.executable, "-c", script, *map(str, arguments)], env=environment)
 
     return start
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file of this process can grow past 64 KiB: to a writer the same as a disk that fills up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,20 +50,22 @@ def test_text_goes_out_by_tfds_and_comes_back(tmp_path, corpus, tiny_model):
     pytest.importorskip("tensorflow_datasets")
     pytest.importorskip("array_record")
     export(ExportConfig(str(corpus.folder), str(tmp_path / "out"), "tfds"))
-    model, source = str(tiny_model("llama")), f"tfds:{tmp_path / 'out'}"
-    back = import_text(ImportConfig(source, model, str(tmp_path / "back")))
+    source = f"tfds:{tmp_path / 'out'}"
+    config = ImportConfig(source, str(tiny_model("llama")), str(tmp_path / "back"))
+    back = import_text(config)
     assert [s.text for s in back.documents()] == [s.text for s in corpus.documents()]
-    first_three = import_text(ImportConfig(source, model, str(tmp_path / "three"), split="train[:3]"))
+    first_three = import_text(replace(config, out=str(tmp_path / "three"), split="train[:3]"))
     assert [s.text for s in first_three.documents()] == [s.text for s in corpus.documents()][:3]
-    for changes, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"split": "test"}, r"has no split 'test' \(it has: train\)"),
         ({"split": "train[:x]"}, "'train\\[:x\\]'"),
         ({"text_field": "body"}, "has no field 'body'"),
         ({"text_field": "tokens"}, "row 0: the text field holds ndarray"),
         ({"source": str(tmp_path / "out")}, f"is a TFDS folder; write {source}"),
-    ):
+    ]
+    for changes, message in cases:
         with pytest.raises(InputError, match=message):
-            import_text(ImportConfig(**({"source": source, "model": model, "out": str(tmp_path / "x")} | changes)))
+            import_text(replace(config, **{"out": str(tmp_path / "x"), **changes}))
     assert not (tmp_path / "x").exists()
 
 
@@ -89,6 +93,7 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path, corpus)
         export(ExportConfig(str(corpus.folder), str(tmp_path / "taken"), "jsonl"))
     with pytest.raises(InputError, match="no such corpus"):
         export(ExportConfig(str(tmp_path / "nowhere"), str(tmp_path / "out"), "jsonl"))
+    unknown: dict[str, Any] = {"format": "csv"}
     with pytest.raises(InputError, match="--format csv: choose one of tfds, jsonl"):
-        export(ExportConfig(str(corpus.folder), str(tmp_path / "out"), "csv"))
+        export(replace(ExportConfig(str(corpus.folder), str(tmp_path / "out")), **unknown))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus", "taken"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from models_factory import BOS_ID, EOS_ID, tiny_texts
 
-from jax_selftrain import hub
+from jax_selftrain import hub, settings
 from jax_selftrain.config import ImportConfig
 from jax_selftrain.corpus import import_text, open_corpus
 from jax_selftrain.errors import InputError
@@ -56,8 +56,9 @@ def test_documents_are_the_tokenised_texts_with_the_stop_id(tmp_path, model, tok
     assert (corpus.manifest["kind"], corpus.start_id, corpus.stop_ids) == ("imported", BOS_ID, (EOS_ID,))
     assert corpus.manifest["tokenizer_fingerprint"] == hub.tokenizer_fingerprint(model)
     assert [shard["rows"] for shard in corpus.manifest["shards"]] == [4, 4, 1]
-    assert (tmp_path / "c" / "config.yaml").exists()
-    assert (tmp_path / "c" / "versions.json").exists()
+    resolved = settings.load(ImportConfig, tmp_path / "c" / "config.yaml")
+    assert (resolved.source, resolved.start_id, resolved.stop_id) == (source, BOS_ID, EOS_ID)
+    assert "pyarrow" in json.loads((tmp_path / "c" / "records" / "shard-000000.json").read_text())["versions"]
 
 
 def test_special_strings_in_text_are_plain_text(tmp_path, model, tokenizer):
@@ -131,7 +132,7 @@ def test_the_batches_of_the_tokenizer_leave_no_mark(tmp_path, model, monkeypatch
 
 
 def test_kill_9_while_importing_then_the_same_command_gives_the_same_bytes(tmp_path, model, start_python):
-    source = write_jsonl(tmp_path / "t.jsonl", [{"text": text} for text in stories(120)])
+    source = write_jsonl(tmp_path / "t.jsonl", [{"text": text} for text in stories(40)])
     killed = tmp_path / "killed"
     script = f"""
 import sys
@@ -151,8 +152,8 @@ import_text(ImportConfig({source!r}, {model!r}, sys.argv[1], samples_per_shard=1
         return {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in killed.glob("shard-*")}
 
     before = committed()
-    assert 3 <= len(before) < 120
-    with pytest.raises(InputError, match=r"of 120 shards are missing"):
+    assert 3 <= len(before) < 40
+    with pytest.raises(InputError, match=r"of 40 shards are missing"):
         open_corpus(killed)
 
     def finish(name: str) -> dict[str, bytes]:

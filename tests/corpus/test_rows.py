@@ -33,7 +33,7 @@ def pieces_of(documents, seq_len):
 
 def best_fit_decreasing(sizes, capacity):
     """Free slots of the rows after placing each size, largest first, where the least room is left over."""
-    rows = []
+    rows: list[int] = []
     for size in sorted(sizes, reverse=True):
         fitting = [i for i, free in enumerate(rows) if free >= size]
         if fitting:
@@ -45,7 +45,8 @@ def best_fit_decreasing(sizes, capacity):
 
 def packed_rows(documents, seq_len):
     """(tokens, segments, positions, weights) of the one-stream packing as nested lists."""
-    stream, weights = [], []
+    stream: list[int] = []
+    weights: list[float] = []
     for document in filter(None, documents):
         if not stream or stream[-1] != START:
             stream, weights = [*stream, START], [*weights, 0.0]
@@ -117,7 +118,7 @@ def test_masked_predicts_every_token_once_in_whole_documents_wherever_they_fit(m
     found = segments_of(rows)
     assert Counter(tuple(tokens) for _, _, tokens in found) == Counter(map(tuple, expected))
     free = best_fit_decreasing(map(len, expected), seq_len + 1)
-    used = Counter()
+    used: Counter[int] = Counter()
     for row, _, tokens in found:
         used[row] += len(tokens)
     assert sorted(seq_len + 1 - size for size in used.values()) == sorted(free)
@@ -235,6 +236,13 @@ def test_rows_are_built_once_and_again_only_when_foreign_or_damaged(tmp_path, ma
     np.testing.assert_array_equal(build_rows(other, folder, 16, "masked").tokens, pack(other, 16, "masked").tokens)
     assert build_rows(other, folder, 8, "masked").tokens.shape[1] == 9
     assert build_rows(other, folder, 8, "single").statistics["packing"] == "single"
+
+
+def test_on_a_full_disk_no_rows_are_left(tmp_path, make_corpus, full_disk):
+    corpus = make_corpus(tmp_path / "c", [[5] * 100] * 100)
+    with pytest.raises(InputError, match="rows: cannot be written"):
+        build_rows(corpus, tmp_path / "rows", 1000, "single")
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
 # ---------------------------------------------------------------- batches

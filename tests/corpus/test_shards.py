@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +26,7 @@ from jax_selftrain.corpus import (
 )
 from jax_selftrain.errors import InputError
 
-REQUEST = {
+REQUEST: dict[str, Any] = {
     "kind": "sampled",
     "source": {"ref": "model", "fingerprint": "f" * 64},
     "tokenizer_fingerprint": "a" * 64,
@@ -44,8 +45,7 @@ def sample(sample_id: int, length: int = 5) -> Sample:
 
 
 def write_all(folder: Path, order=None) -> None:
-    n_shards = shard_count(REQUEST["samples"], REQUEST["samples_per_shard"])
-    for index in order or range(n_shards):
+    for index in order or range(shard_count(10, 4)):
         write_shard(folder, index, [sample(i) for i in shard_ids(index, 10, 4)], {"mismatches": 0, "seconds": index})
 
 
@@ -105,6 +105,15 @@ def test_missing_shards_are_those_without_file_or_record(tmp_path):
     (tmp_path / "shard-000002.parquet").unlink()
     (tmp_path / "records" / "shard-000000.json").unlink()
     assert missing_shards(tmp_path, 3) == [0, 1, 2]
+
+
+def test_going_on_with_a_corpus_forgets_the_records_of_deleted_shards(tmp_path):
+    begin_corpus(tmp_path, REQUEST)
+    write_all(tmp_path)
+    (tmp_path / "shard-000001.parquet").unlink()
+    begin_corpus(tmp_path, REQUEST)
+    assert sorted(read_records(tmp_path)) == [0, 2]
+    assert not (tmp_path / "records" / "shard-000001.json").exists()
 
 
 def test_finishing_refuses_an_incomplete_corpus_and_says_how_much_is_missing(tmp_path):
@@ -167,6 +176,13 @@ def test_a_shard_needs_consecutive_samples(tmp_path, bad):
     with pytest.raises(ValueError, match="shard 0"):
         write_shard(tmp_path, 0, bad, {})
     assert not list(tmp_path.iterdir())
+
+
+def test_on_a_full_disk_the_shard_is_named_and_nothing_of_it_stays(tmp_path, full_disk):
+    write_shard(tmp_path, 0, [sample(0)], {})
+    with pytest.raises(InputError, match=r"shard-000001.parquet: cannot be written"):
+        write_shard(tmp_path, 1, [sample(1, length=100_000)], {})
+    assert sorted(files(tmp_path)) == ["records/shard-000000.json", "shard-000000.parquet"]
 
 
 # A corpus of three shards, the middle one large enough to be caught while it is being written.

@@ -68,8 +68,7 @@ def test_logits_and_parameters_are_the_same_on_any_mesh(config, spec, preset):
 
 
 @pytest.mark.parametrize("config", [LLAMA, NEOX, MQA], ids=["gqa", "neox", "mqa"])
-@pytest.mark.parametrize("spec", ["data=1", "data=2,model=2"])
-@pytest.mark.parametrize("ragged", [False, True], ids=["lockstep", "per-row"])
+@pytest.mark.parametrize(("spec", "ragged"), [("data=1", False), ("data=2,model=2", True)], ids=["lockstep", "per-row"])
 def test_token_by_token_equals_all_at_once(config, spec, ragged):
     rows, length = 4, 2 * PAGE + 9
     layout, tokens = layout_of(config, spec), tokens_of(4, 2 * PAGE + 9)

@@ -75,15 +75,19 @@ def test_padding_ids_are_excluded_before_anything_else():
     np.testing.assert_array_equal(got[:, :150], expected)
 
 
-def test_a_plain_policy_changes_nothing_and_sorts_nothing():
+def test_steps_that_are_off_cost_nothing():
     logits = jnp.asarray(_logits())
     np.testing.assert_array_equal(mask_logits(logits, PLAIN), logits)
-    for policy, sorts in ((PLAIN, False), (replace(PLAIN, temperature=0.5, min_p=0.1), False), (SORTING, True)):
-        text = jax.jit(mask_logits, static_argnums=1).lower(logits, policy).as_text()
-        assert ("sort" in text) == sorts
+    for options, searches in (({}, 0), ({"temperature": 0.5, "min_p": 0.1}, 0), ({"top_k": 9, "top_p": 0.9}, 2)):
+        text = jax.jit(mask_logits, static_argnums=1).lower(logits, replace(PLAIN, **options)).as_text()
+        assert text.count("stablehlo.while") == searches
+        assert "sort" not in text
 
 
-SORTING = replace(PLAIN, top_p=0.9)
+def test_zero_and_minus_zero_are_equal():
+    logits = jnp.array([[0.0, -0.0, -1.0, 0.0]], jnp.float32)
+    got = np.asarray(mask_logits(logits, replace(PLAIN, top_k=1)))
+    np.testing.assert_array_equal(np.isfinite(got), [[True, True, False, True]])
 
 
 def test_truncation_is_the_same_on_any_mesh():

@@ -36,9 +36,9 @@ def random_sequences():
 
 @pytest.fixture
 def options(tmp_path, tiny_model):
-    def make(sequences, **changes) -> ExtractConfig:
+    def make(array, **changes) -> ExtractConfig:
         file = tmp_path / "sequences.npy"
-        np.save(file, sequences)
+        np.save(file, array)
         given = {
             "model": str(tiny_model()),
             "sequences": str(file),
@@ -192,7 +192,7 @@ def test_extract_writes_what_it_returns_and_again_the_same_bytes(tmp_path, optio
 
 
 def test_sequences_come_as_tokens_or_text_too(tmp_path, tiny_model, options, model):
-    text = "Once there was a big fox named Kalo. Kalo found a red ball near the river."
+    text = "Once there was a big fox named Kalo. Kalo found a red ball near the river. " * 2
     tokens = model.tokenizer.encode(text, add_special_tokens=False)[: PREFIX + SUFFIX]
     file = tmp_path / "set.jsonl"
     file.write_text(json.dumps({"tokens": tokens}) + "\n" + json.dumps({"text": text}) + "\n")
@@ -215,7 +215,7 @@ def test_sequences_come_as_tokens_or_text_too(tmp_path, tiny_model, options, mod
         (np.full((2, 32), 2**40), {}, "outside the model's vocabulary"),
         (np.full((2, 32), -1), {}, "token id -1"),
         (np.array([[{}] * 32], dtype=object), {}, "without pickled objects"),
-        (np.zeros((2, 2000), np.int32), {"prefix": 1000}, r"longer than the 1024 positions"),
+        (np.zeros((2, 2000), np.int32), {"prefix": 1001}, r"longer than the 1024 positions"),
         (np.zeros((2, 32), np.int32), {"suffix": 0}, "--suffix is 0"),
         (np.zeros((2, 32), np.int32), {"sequences": "nothing.npy"}, "no such file"),
         (np.zeros((2, 32), np.int32), {"corpus": "nowhere"}, "nowhere"),

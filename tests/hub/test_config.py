@@ -1,0 +1,171 @@
+"""Raw configs in both schemas, and the refusal of everything that is not understood."""
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from models_factory import FAMILIES, tiny_config
+from parity_cases import CASES
+
+from jax_selftrain.errors import InputError
+from jax_selftrain.hub.hf_config import parse_config
+from jax_selftrain.models import RopeConfig
+
+PYTHIA_70M = {
+    # config.json of EleutherAI/pythia-70m, as published (transformers 4)
+    "architectures": ["GPTNeoXForCausalLM"],
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "hidden_act": "gelu",
+    "hidden_size": 512,
+    "initializer_range": 0.02,
+    "intermediate_size": 2048,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 2048,
+    "model_type": "gpt_neox",
+    "num_attention_heads": 8,
+    "num_hidden_layers": 6,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 0.25,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.24.0",
+    "use_cache": True,
+    "use_parallel_residual": True,
+    "vocab_size": 50304,
+}
+
+
+def test_pythia_config_is_read():
+    config = parse_config(PYTHIA_70M, "config.json")
+    assert (config.head_dim, config.rotary_dim, config.num_kv_heads) == (64, 16, 8)
+    assert config.parallel_residual
+    assert config.qkv_bias
+    assert config.out_bias
+    assert config.mlp_bias
+    assert not config.tied
+    assert config.rope == RopeConfig(theta=10000.0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_rotary_schemas_mean_the_same(family: str):
+    fraction = {"rotary_pct": 0.5, "rotary_emb_base": 30000} if family == "gpt_neox" else {"rope_theta": 30000}
+    old = tiny_config(family, **fraction, rope_scaling={"type": "linear", "factor": 2})
+    new_rope = {"rope_type": "linear", "rope_theta": 30000.0, "factor": 2.0}
+    if family == "gpt_neox":
+        new_rope["partial_rotary_factor"] = 0.5
+    new = tiny_config(family, rope_parameters=new_rope)
+    assert parse_config(old, "old") == parse_config(new, "new")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_absent_keys_take_the_defaults_of_transformers(family: str):
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("transformers' config classes need torch to write themselves out")
+    from transformers import AutoConfig
+
+    sizes = {"hidden_size": 256, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64}
+    raw = {"model_type": family, "vocab_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 128, **sizes}
+    if family == "gpt_neox":
+        del raw["num_key_value_heads"]
+    written_out = json.loads(AutoConfig.for_model(**raw).to_json_string(use_diff=False))
+    assert parse_config(raw, "sparse") == parse_config(written_out, "complete")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_transformers_writes_back_means_the_same(case: str, tmp_path: Path):
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("transformers' config classes need torch to write themselves out")
+    from transformers import AutoConfig
+
+    family, overrides = CASES[case]
+    raw = tiny_config(family, **overrides)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert parse_config(again, "again") == parse_config(raw, "raw")
+
+
+def test_qwen_windows_start_at_max_window_layers():
+    window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "num_hidden_layers": 3}
+    assert parse_config(tiny_config("qwen2", **window), "c").sliding_window == (None, 8, 8)
+    off = tiny_config("qwen2", **{**window, "use_sliding_window": False})
+    assert parse_config(off, "c").sliding_window is None
+
+
+def test_yarn_without_factor_extends_to_all_positions():
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": None, "original_max_position_embeddings": 256}
+    stated = rope | {"factor": 4.0}
+    assert parse_config(tiny_config("llama", rope_parameters=rope), "c") == parse_config(
+        tiny_config("llama", rope_parameters=stated), "c"
+    )
+
+
+def test_dropout_does_not_matter_in_evaluation():
+    plain = parse_config(tiny_config("gpt_neox"), "c")
+    assert parse_config(tiny_config("gpt_neox", hidden_dropout=0.1, attention_dropout=0.1), "c") == plain
+
+
+REFUSED = {
+    "unknown architecture": ("llama", {"model_type": "mamba"}, ["model_type", "'mamba'", "gpt_neox"]),
+    "unknown key": ("llama", {"logit_softcapping": 30.0}, ["logit_softcapping", "30.0"]),
+    "dynamic NTK": ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["'dynamic'", "NTK"]),
+    "longrope": ("llama", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, ["'longrope'"]),
+    "unknown rope": ("qwen2", {"rope_scaling": {"type": "mrope", "mrope_section": [1]}}, ["'mrope'"]),
+    "stray rope key": ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0, "alpha": 1}}, ["alpha"]),
+    "rope without factor": ("llama", {"rope_scaling": {"type": "linear"}}, ["factor", "None"]),
+    "nested rope": ("qwen3", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["full_attention"]),
+    "contradicting theta": ("llama", {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e4}}, ["contradict"]),
+    "two rope schemas": (
+        "llama",
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
+        ["rope_scaling", "rope_parameters"],
+    ),
+    "llama3 out of order": (
+        "llama",
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}},
+        ["low_freq_factor", "high_freq_factor"],
+    ),
+    "activation": ("gpt_neox", {"hidden_act": "mish"}, ["hidden_act", "'mish'"]),
+    "quantised": ("llama", {"quantization_config": {"bits": 4}}, ["quantization_config"]),
+    "custom code": ("llama", {"auto_map": {"AutoModel": "x.Y"}}, ["auto_map"]),
+    "cross attention": ("llama", {"add_cross_attention": True}, ["add_cross_attention"]),
+    "not causal": ("llama", {"is_causal": False}, ["is_causal"]),
+    "missing size": ("llama", {"hidden_size": None}, ["hidden_size", "missing"]),
+    "wrong type": ("llama", {"num_hidden_layers": "2"}, ["num_hidden_layers", "'2'", "int"]),
+    "flag as number": ("llama", {"tie_word_embeddings": 1}, ["tie_word_embeddings", "bool"]),
+    "zero layers": ("llama", {"num_hidden_layers": 0}, ["num_hidden_layers", "at least 1"]),
+    "negative eps": ("llama", {"rms_norm_eps": -1.0}, ["rms_norm_eps", "positive"]),
+    "heads do not divide": ("gpt_neox", {"num_attention_heads": 7}, ["hidden_size", "num_attention_heads"]),
+    "kv heads do not divide": ("llama", {"num_key_value_heads": 3}, ["num_key_value_heads"]),
+    "odd rotary": ("gpt_neox", {"rotary_pct": 0.2}, ["rotary fraction", "even"]),
+    "partial rotary llama": ("llama", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+    "window types off": (
+        "qwen2",
+        {"layer_types": ["sliding_attention", "full_attention"]},
+        ["layer_types", "use_sliding_window"],
+    ),
+    "other layer types": ("qwen3", {"layer_types": ["linear_attention"] * 2}, ["layer_types"]),
+    "llama windows": ("llama", {"layer_types": ["sliding_attention"] * 2}, ["layer_types"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_understood_is_refused_by_name(case: str):
+    family, overrides, words = REFUSED[case]
+    with pytest.raises(InputError) as caught:
+        parse_config(tiny_config(family, **overrides), "some/config.json")
+    message = str(caught.value)
+    assert message.startswith("some/config.json")
+    for word in words:
+        assert word in message
+    assert "\n" not in message
+
+
+def test_features_switched_off_are_accepted():
+    off = {"quantization_config": None, "is_encoder_decoder": False, "pruned_heads": {}, "tie_encoder_decoder": False}
+    plain = parse_config(tiny_config("qwen3"), "c")
+    assert parse_config(tiny_config("qwen3", **off), "c") == plain
+    assert parse_config(tiny_config("qwen3", initializer_range=0.1), "c") == replace(plain, initializer_range=0.1)

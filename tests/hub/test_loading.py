@@ -1,0 +1,138 @@
+"""Loading onto a mesh: any mesh gives the same model, and nothing is read or held twice."""
+
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models_factory import FAMILIES, tiny_weights, write_tiny_hf_model
+from parity_cases import case_tokens
+
+from jax_selftrain import hub
+from jax_selftrain.config import ConvertConfig
+from jax_selftrain.errors import InputError
+from jax_selftrain.hub.binding import TensorInfo
+from jax_selftrain.hub.families import FAMILIES as TABLES
+from jax_selftrain.hub.safetensors_io import SafetensorsReader, load_params, open_weights
+from jax_selftrain.mesh import make_layout, make_mesh
+from jax_selftrain.models import axis_sizes, param_shardings
+from jax_selftrain.storage import read_json
+
+
+class CountingReader:
+    """Counts the bytes that go through a real reader."""
+
+    def __init__(self, reader: SafetensorsReader):
+        self._reader, self.bytes = reader, 0
+
+    @property
+    def folder(self) -> Path:
+        return self._reader.folder
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        return dict(self._reader.tensors)
+
+    def read(self, name: str, bounds: tuple[slice, ...]) -> np.ndarray:
+        data = self._reader.read(name, bounds)
+        self.bytes += data.nbytes
+        return data
+
+
+def leaves(tree) -> list:
+    return jax.tree.leaves(tree)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "preset"), [("data=2,model=4", "tensor"), ("data=4,model=2", "fsdp"), ("data=8", "fsdp")]
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_are_the_same_on_any_mesh(family: str, mesh: str, preset: str, tiny_model: Callable[..., Path]):
+    folder = tiny_model(family, dtype="mixed")
+    one, many = hub.load_model(folder, "data=1"), hub.load_model(folder, mesh, preset=preset)
+    shardings = leaves(param_shardings(many.config, many.layout))
+    for here, there, sharding in zip(leaves(one.params), leaves(many.params), shardings, strict=True):
+        assert there.sharding == sharding
+        np.testing.assert_array_equal(np.asarray(here), np.asarray(there))
+
+
+@pytest.mark.parametrize(
+    ("family", "mesh", "preset"), [("gpt_neox", "data=2,model=4", "tensor"), ("qwen3", "data=4,model=2", "fsdp")]
+)
+def test_logits_are_the_same_on_eight_devices(family: str, mesh: str, preset: str, tiny_model: Callable[..., Path]):
+    folder = tiny_model(family)
+    tokens = case_tokens()[:, :64]
+    one, many = hub.load_model(folder, "data=1"), hub.load_model(folder, mesh, preset=preset)
+    # Sums run in another order over the devices: fp32 rounding, see REFERENCES in the parity test.
+    np.testing.assert_allclose(many.logits(tokens), one.logits(tokens), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "preset"), [("data=1", "tensor"), ("data=2,model=4", "replicated"), ("data=2,model=4", "fsdp")]
+)
+def test_every_byte_is_read_once(mesh: str, preset: str, tiny_model: Callable[..., Path]):
+    folder = tiny_model("gpt_neox")
+    config, _ = hub.read_config(folder)
+    layout = make_layout(preset, make_mesh(mesh), axis_sizes(config))
+    with open_weights(folder) as reader:
+        counting = CountingReader(reader)
+        load_params(counting, TABLES["gpt_neox"], config, layout)
+    assert counting.bytes == sum(value.nbytes for value in tiny_weights(read_json(folder / "config.json")).values())
+
+
+def test_the_host_never_holds_a_second_copy(tmp_path: Path):
+    folder = write_tiny_hf_model(
+        tmp_path, "llama", tokenizer=False, num_hidden_layers=8, hidden_size=256, intermediate_size=512, head_dim=64
+    )
+    config, _ = hub.read_config(folder)
+    layout = make_layout("tensor", make_mesh("model=2"), axis_sizes(config))
+    with open_weights(folder) as reader:
+        tracemalloc.start()
+        params, _ = load_params(reader, TABLES["llama"], config, layout)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    sizes = [array.nbytes for array in leaves(params)]
+    # The largest array's share of one device, one layer's tensor, and room for Python's own objects.
+    assert peak < max(sizes) / 2 + max(sizes) / 8 + 200_000 < sum(sizes) / 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_are_cast_on_loading_from_either_kind_of_folder(dtype: str, tmp_path: Path):
+    folder = write_tiny_hf_model(tmp_path / "hf", "llama", tokenizer=False, dtype="mixed")
+    hub.convert(ConvertConfig(source=str(folder), out=str(tmp_path / "ours")))
+    expected = tiny_weights(read_json(folder / "config.json"), dtype="mixed")["model.norm.weight"]
+    for ref in (folder, tmp_path / "ours"):
+        model = hub.load_model(ref, "data=2,model=2", dtype)
+        assert {array.dtype for array in leaves(model.params)} == {jnp.dtype(dtype)}
+        assert model.compute_dtype == jnp.dtype(dtype)
+        scale = np.asarray(model.params["final_norm"]["scale"])
+        np.testing.assert_array_equal(scale, expected.astype(np.float32).astype(jnp.dtype(dtype)))
+    with pytest.raises(InputError, match="float16"):
+        hub.load_model(folder, "data=1", "float16")
+
+
+def test_our_folder_loads_onto_any_mesh(tmp_path: Path, tiny_model: Callable[..., Path]):
+    hub.convert(ConvertConfig(source=str(tiny_model("gpt_neox")), out=str(tmp_path / "ours")))
+    direct = leaves(hub.load_model(tiny_model("gpt_neox"), "data=1").params)
+    for mesh, preset in (("data=2,model=4", "fsdp"), ("model=2", "tensor"), ("data=8", "replicated")):
+        model = hub.load_model(tmp_path / "ours", mesh, preset=preset)
+        for here, there in zip(direct, leaves(model.params), strict=True):
+            np.testing.assert_array_equal(np.asarray(here), np.asarray(there))
+
+
+def test_logits_take_any_number_of_rows_and_refuse_what_does_not_fit(tiny_model: Callable[..., Path]):
+    model = hub.load_model(tiny_model("llama", max_position_embeddings=64), "data=4,model=2")
+    tokens = case_tokens()[:1, :64].repeat(3, axis=0)
+    logits = model.logits(tokens)
+    assert logits.shape == (3, 64, 512)
+    assert logits.dtype == np.float32
+    np.testing.assert_array_equal(logits[0], logits[2])
+    with pytest.raises(InputError, match="65 tokens are more than the model's 64"):
+        model.logits(np.zeros((1, 65), int))
+    with pytest.raises(InputError, match="0 to 511"):
+        model.logits(np.full((1, 4), 512))
+    with pytest.raises(InputError, match="whole numbers"):
+        model.logits(np.zeros((1, 4)))

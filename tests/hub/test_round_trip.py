@@ -1,0 +1,162 @@
+"""Hugging Face → ours → Hugging Face: the same tensors to the last bit, and a folder that transformers opens."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from models_factory import FAMILIES, tiny_weights, write_tiny_hf_model
+from safetensors.numpy import load_file
+
+from jax_selftrain import hub
+from jax_selftrain.config import ConvertConfig
+from jax_selftrain.hub import safetensors_io
+from jax_selftrain.storage import read_json
+
+
+def tensors_of(folder: Path) -> dict[str, np.ndarray]:
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: value for file in files for name, value in load_file(file).items()}
+
+
+def assert_same_tensors(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert ours[name].dtype == value.dtype, name
+        assert ours[name].shape == value.shape, name
+        assert ours[name].tobytes() == value.tobytes(), name
+
+
+def there_and_back(source: Path, tmp_path: Path) -> Path:
+    hub.convert(ConvertConfig(source=str(source), out=str(tmp_path / "ours")))
+    return hub.convert(ConvertConfig(source=str(tmp_path / "ours"), out=str(tmp_path / "back"), format="hf"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip_is_bitwise(family: str, dtype: str, tmp_path: Path):
+    source = write_tiny_hf_model(tmp_path / "hf", family, dtype=dtype, max_shard_bytes=100_000, tokenizer=False)
+    assert len(list(source.glob("*.safetensors"))) > 2
+    assert_same_tensors(tensors_of(there_and_back(source, tmp_path)), tensors_of(source))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_types_stay_narrow_on_disk(dtype: str, tmp_path: Path):
+    source = write_tiny_hf_model(tmp_path / "hf", "llama", dtype=dtype, torch_dtype=dtype)
+    back = there_and_back(source, tmp_path)
+    assert_same_tensors(tensors_of(back), tensors_of(source))
+    assert set(read_json(tmp_path / "ours" / "model.json")["dtypes"].values()) == {dtype}
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (back / name).read_bytes() == (source / name).read_bytes(), name
+
+
+def test_padded_vocabulary_rows_are_kept(tmp_path: Path):
+    source = write_tiny_hf_model(tmp_path / "hf", "gpt_neox", vocab_size=512, tokenizer_size=400)
+    back = tensors_of(there_and_back(source, tmp_path))
+    assert back["gpt_neox.embed_in.weight"].shape[0] == back["embed_out.weight"].shape[0] == 512
+    assert_same_tensors(back, tensors_of(source))
+    assert hub.load_model(back_folder := tmp_path / "back", "data=1").special.tokenizer_length == 400, back_folder
+
+
+def test_legacy_buffers_are_dropped_and_listed(tmp_path: Path):
+    source = write_tiny_hf_model(tmp_path / "hf", "gpt_neox", legacy_buffers=True, tokenizer=False)
+    back = tensors_of(there_and_back(source, tmp_path))
+    listed = read_json(tmp_path / "ours" / "model.json")["dropped"]
+    buffers = ("bias", "masked_bias", "rotary_emb.inv_freq")
+    assert listed == sorted(f"gpt_neox.layers.{i}.attention.{buffer}" for i in range(2) for buffer in buffers)
+    assert_same_tensors(back, {k: v for k, v in tensors_of(source).items() if k not in listed})
+
+
+def test_the_copy_of_a_tied_embedding_is_dropped_and_listed(tmp_path: Path):
+    source = write_tiny_hf_model(tmp_path / "hf", "llama", tie_word_embeddings=True, tokenizer=False)
+    weights = tensors_of(source)
+    safetensors_io.save_file(
+        weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}, source / "model.safetensors"
+    )
+    assert_same_tensors(tensors_of(there_and_back(source, tmp_path)), weights)
+    assert read_json(tmp_path / "ours" / "model.json")["dropped"] == ["lm_head.weight"]
+
+
+def test_a_tensor_keeps_the_name_it_came_with(tmp_path: Path):
+    source = write_tiny_hf_model(tmp_path / "hf", "gpt_neox", tokenizer=False)
+    weights = tensors_of(source)
+    weights["lm_head.weight"] = weights.pop("embed_out.weight")  # as transformers 5 names it in new models
+    safetensors_io.save_file(weights, source / "model.safetensors")
+    assert_same_tensors(tensors_of(there_and_back(source, tmp_path)), weights)
+
+
+def test_large_weights_are_split_with_an_index(tmp_path: Path, tiny_model: Callable[..., Path]):
+    model = hub.load_model(tiny_model("qwen3"), "data=1")
+    family = safetensors_io.FAMILIES["qwen3"] if hasattr(safetensors_io, "FAMILIES") else None
+    from jax_selftrain.hub.families import FAMILIES as TABLES
+
+    family = family or TABLES["qwen3"]
+    safetensors_io.save_weights(
+        tmp_path, family, model.config, model.params, model.source.tensors, max_shard_bytes=150_000
+    )
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    assert len(files) > 2
+    for name, file in index["weight_map"].items():
+        assert name in load_file(tmp_path / file)
+    assert index["metadata"]["total_size"] == sum(v.nbytes for v in tensors_of(tmp_path).values())
+    assert_same_tensors(tensors_of(tmp_path), tensors_of(tiny_model("qwen3")))
+
+
+def test_trained_weights_are_exported_in_fp32(tmp_path: Path):
+    source = write_tiny_hf_model(tmp_path / "hf", "gpt_neox", dtype="float16", torch_dtype="float16")
+    model = hub.load_model(source, "data=2,model=2", preset="fsdp")
+    with jax.set_mesh(model.layout.mesh):
+        params = jax.tree.map(lambda x: x * 1.0001, model.params)
+    _, raw = hub.read_config(source)
+    hub.save_model(tmp_path / "ours", raw, params, source_ref=source, metadata={"step": 7})
+    back = hub.convert(ConvertConfig(source=str(tmp_path / "ours"), out=str(tmp_path / "back"), format="hf"))
+    assert {value.dtype for value in tensors_of(back).values()} == {np.dtype(np.float32)}
+    assert tensors_of(back).keys() == tensors_of(source).keys()
+    assert read_json(back / "config.json")["torch_dtype"] == "float32"  # else transformers would round to fp16
+    expected = np.asarray(params["embed"]["embedding"])
+    np.testing.assert_array_equal(tensors_of(back)["gpt_neox.embed_in.weight"], expected)
+
+
+def test_conversion_casts_when_asked(tmp_path: Path):
+    source = write_tiny_hf_model(tmp_path / "hf", "llama", tokenizer=False, dtype="float32")
+    out = hub.convert(ConvertConfig(source=str(source), out=str(tmp_path / "out"), format="hf", dtype="bfloat16"))
+    expected = tiny_weights(read_json(source / "config.json"), dtype="bfloat16")
+    assert_same_tensors(tensors_of(out), expected)
+
+
+def test_save_pretrained_writes_what_was_loaded(tmp_path: Path):
+    source = write_tiny_hf_model(tmp_path / "hf", "qwen2", dtype="mixed")
+    exact = hub.load_model(source, "data=2,model=2").save_pretrained(tmp_path / "exact")
+    assert_same_tensors(tensors_of(exact), tensors_of(source))
+    rounded = hub.load_model(source, "data=1", "bfloat16").save_pretrained(tmp_path / "rounded")
+    assert {str(v.dtype) for v in tensors_of(rounded).values()} == {"bfloat16", "float16"}
+
+
+def test_a_model_with_other_weights_is_saved_under_the_same_names(tmp_path: Path):
+    source = write_tiny_hf_model(tmp_path / "hf", "gpt_neox", dtype="float16")
+    base = hub.load_model(source, "data=1")
+    model = hub.with_params(source, base.params, base.layout)
+    assert set(model.source.tensors.values()) == {"float32"}
+    saved = tensors_of(model.save_pretrained(tmp_path / "out"))
+    assert saved.keys() == tensors_of(source).keys()
+    assert replace(base, params=model.params).special == model.special
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_opens_an_export_with_equal_logits(family: str, tmp_path: Path):
+    from hub.make_golden import transformers_logits
+    from transformers import AutoTokenizer
+
+    source = write_tiny_hf_model(tmp_path / "hf", family)
+    back = there_and_back(source, tmp_path)
+    tokens = np.arange(64).reshape(2, 32)
+    np.testing.assert_array_equal(transformers_logits(back, tokens), transformers_logits(source, tokens))
+    text = "Once there was a fox."
+    assert AutoTokenizer.from_pretrained(back).encode(text) == AutoTokenizer.from_pretrained(source).encode(text)

@@ -1,0 +1,65 @@
+"""A round small enough to run in seconds, on a real model with random weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from models_factory import tiny_texts
+
+from jax_selftrain.config import ExtractConfig, RunConfig, SampleConfig, ScoreConfig, TrainConfig
+from jax_selftrain.study import run
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Task, text and sequence files by name."""
+    folder = tmp_path_factory.mktemp("inputs")
+    texts = list(tiny_texts(40, seed=1))
+    rng = np.random.default_rng(0)
+    choices = [
+        {"context": text[:30], "choices": [" fox", " bear", " owl"], "answer": i % 3} for i, text in enumerate(texts)
+    ]
+    words = [{"context": text[:40], "continuation": text[40:44]} for text in texts[:25]]
+    tokens = [{"tokens": rng.integers(3, 512, 20).tolist(), "group": "often" if i % 2 else "rarely"} for i in range(30)]
+    return {
+        "choices": write_jsonl(folder / "animals.jsonl", choices),
+        "words": write_jsonl(folder / "words.jsonl", words),
+        "texts": write_jsonl(folder / "stories.jsonl", [{"text": text} for text in texts[:30]]),
+        "sequences": write_jsonl(folder / "sequences.jsonl", tokens),
+    }
+
+
+@pytest.fixture(scope="session")
+def options(tiny_model: Callable[..., Path], inputs: dict[str, str]) -> Callable[..., RunConfig]:
+    """`options(out, **changes)`: the small round, all stages on one device."""
+
+    def make(out: Path, **changes: Any) -> RunConfig:
+        config = RunConfig(
+            model=str(tiny_model("llama")),
+            out=str(out),
+            mesh="data=1",
+            sample=SampleConfig(samples=40, max_tokens=24, batch_size=8, samples_per_shard=16, seed=3),
+            train=TrainConfig(batch_size=4, seq_len=32, learning_rate=1e-2, checkpoint_every=4),
+            score=ScoreConfig(tasks=(inputs["choices"], inputs["words"]), texts=(inputs["texts"],), batch_tokens=1024),
+            extract=ExtractConfig(sequences=inputs["sequences"], prefix=12, suffix=8, overlap=4, batch_tokens=1024),
+        )
+        return replace(config, **changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finished(options: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished small round; tests must not change it."""
+    return run(options(tmp_path_factory.mktemp("round") / "out"))
