@@ -8,6 +8,7 @@ command is known. tyro turns the dataclass into flags and help; the words of a f
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0, 2, 75, 130, 143). A defect of ours keeps its traceback."""
     words = list(sys.argv[1:] if argv is None else argv)
     program = "jax-selftrain"
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traceback of an error that it also raises
     try:
         if not words or words[0] in _HELP:
             print(_overview(), file=sys.stdout if words else sys.stderr)

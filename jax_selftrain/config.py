@@ -173,7 +173,7 @@ class ScoreConfig:
     model: str = ""
     """The model to score."""
     tasks: tuple[str, ...] = ()
-    """Local JSONL task files (also BLiMP's, ARC's and LAMBADA's own columns: `blimp:FILE`, `arc:FILE`, `lambada:FILE`)."""
+    """Local JSONL task files; `blimp:FILE`, `arc:FILE` and `lambada:FILE` read the published columns of those sets."""
     texts: tuple[str, ...] = ()
     """JSONL files with a `text` field, scored as documents (perplexity)."""
     out: str = ""

@@ -153,6 +153,7 @@ def _more(names: Sequence[str]) -> str:
 
 
 def _equal(reader: TensorReader, one: str, other: str, rows: int = 4096) -> bool:
-    blocks = (slice(start, start + rows) for start in range(0, reader.tensors[one].shape[0], rows))
-    whole = slice(0, reader.tensors[one].shape[1])
+    height, width = reader.tensors[one].shape
+    blocks = (slice(start, min(start + rows, height)) for start in range(0, height, rows))
+    whole = slice(0, width)
     return all(np.array_equal(reader.read(one, (b, whole)), reader.read(other, (b, whole))) for b in blocks)

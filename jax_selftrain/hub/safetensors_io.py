@@ -152,8 +152,9 @@ def _load_leaf(
                 host[row] = _read_box(reader, leaf.names[layer], leaf.pattern, box[1:], sizes)
         else:
             host[...] = _read_box(reader, leaf.names[0], leaf.pattern, box, sizes)
-        # No aliasing: on CPU the device would otherwise keep the host buffer, shared between devices.
-        arrays += [jax.device_put(host, device, may_alias=False) for device in devices]
+        # No aliasing: on CPU the devices would otherwise keep, and share, the host buffer. Waiting keeps the number of
+        # host buffers at one.
+        arrays += jax.block_until_ready([jax.device_put(host, device, may_alias=False) for device in devices])
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
 
 

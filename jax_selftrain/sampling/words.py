@@ -75,4 +75,7 @@ def random_words(seed: int, sample_ids: Sequence[int] | np.ndarray, step: int, n
     Args:
       seed: 0 … 2⁶⁴−1; sample_ids: B integers; step: index of the token in its sample, from 0; n: words wanted.
     """
-    return np.asarray(jax.device_get(token_words(jnp.asarray(sample_keys(seed, sample_ids)), step, n)))
+    return np.asarray(_token_words(sample_keys(seed, sample_ids), step, n))
+
+
+_token_words = jax.jit(token_words, static_argnums=2)

@@ -20,6 +20,9 @@ import jax
 from jax_selftrain import storage
 from jax_selftrain.errors import InputError
 
+METRICS = ("loss", "grad_norm", "learning_rate", "tokens")
+"""What `metrics.jsonl` says of a step: nats per target, gradient norm before clipping, rate used, number of targets."""
+
 
 class RunRecords:
     """Metrics, timings, TensorBoard and progress bar of one run folder."""
@@ -48,7 +51,8 @@ class RunRecords:
         timing = {"step": step, "time": time.time(), "seconds": now - self._since, "tokens_per_second": rate}
         self._since, self._tokens = now, 0
         try:
-            self._metrics.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
+            line = {"step": step, **{name: metrics[name] for name in METRICS}}
+            self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
             self._timings.write(json.dumps(timing) + "\n")
         except OSError as error:
             raise _unwritable(self._path, error) from error

@@ -14,8 +14,10 @@ from jax_selftrain.hub import checkpoint
 from jax_selftrain.mesh import make_mesh
 
 
-def abstract_like(tree, mesh, spec=PartitionSpec()):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), tree)
+def abstract_like(tree, mesh):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec())), tree
+    )
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ from scipy import stats
 from jax_selftrain.mesh import make_mesh
 from jax_selftrain.sampling.draw import draw as draw_unjitted
 from jax_selftrain.sampling.draw import draw_margin, tree_path, tree_widths
-from jax_selftrain.sampling.words import sample_keys, token_words
+from jax_selftrain.sampling.words import random_words
 
 draw = jax.jit(draw_unjitted)
 
 
 def _words(rows: int, vocab_size: int, seed: int = 0) -> np.ndarray:
-    return np.asarray(token_words(jnp.asarray(sample_keys(seed, np.arange(rows))), 0, len(tree_widths(vocab_size))))
+    return random_words(seed, np.arange(rows), 0, len(tree_widths(vocab_size)))
 
 
 def _logits(rows: int, vocab_size: int, scale: float, seed: int = 0) -> np.ndarray:

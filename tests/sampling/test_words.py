@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.extend.random import threefry_2x32
 
-from jax_selftrain.sampling.words import MAX_SEED, random_words, sample_keys, threefry2x32, token_words
+from jax_selftrain.sampling.words import MAX_SEED, random_words, sample_keys, threefry2x32
 
 # Random123's kat_vectors, "threefry2x32 20": counter, key, answer.
 KNOWN_ANSWERS = [
@@ -85,6 +85,6 @@ def test_all_of_seed_and_sample_id_counts():
 
 def test_words_are_uniform():
     """Top four bits of 2·10⁵ words: chi-square with 15 degrees of freedom stays below its 1 − 10⁻⁶ quantile, 57.3."""
-    words = np.asarray(token_words(jnp.asarray(sample_keys(0, np.arange(50_000))), 0, 4))
+    words = random_words(0, np.arange(50_000), 0, 4)
     counts = np.bincount((words >> 28).ravel(), minlength=16)
     assert np.sum((counts - words.size / 16) ** 2) / (words.size / 16) < 57.3

@@ -30,7 +30,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     choices = [
         {"context": text[:30], "choices": [" fox", " bear", " owl"], "answer": i % 3} for i, text in enumerate(texts)
     ]
-    words = [{"context": text[:40], "continuation": text[40:44]} for text in texts[:25]]
+    words = [{"context": text.split(" named")[0], "continuation": " named"} for text in texts[:25]]
     tokens = [{"tokens": rng.integers(3, 512, 20).tolist(), "group": "often" if i % 2 else "rarely"} for i in range(30)]
     return {
         "choices": write_jsonl(folder / "animals.jsonl", choices),

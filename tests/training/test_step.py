@@ -133,7 +133,7 @@ def test_parameters_and_both_moments_are_sharded_alike(options: Callable[..., Tr
 
 def test_program_compiles_from_shapes_alone_and_donates_the_state(options: Callable[..., TrainConfig]):
     mesh = make_mesh("data=2,model=2")
-    function, arguments, donation = program(options(steps=None), mesh)
+    function, arguments, donation = program(options(), mesh)
     with jax.set_mesh(mesh):
         compiled = jax.jit(function, donate_argnums=donation).lower(*arguments).compile()
     state_bytes = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * 4 for leaf in jax.tree.leaves(arguments[0]))

@@ -100,10 +100,10 @@ def test_finished_run_is_left_alone(
 
 
 def test_lost_final_model_is_made_again_from_the_last_checkpoint(options: Callable[..., TrainConfig]):
-    run = train(options(steps=2))
+    run = train(options())
     before = weights(run)
     (run / "model").rename(run / "moved")
-    assert weights(train(options(steps=2))) == before
+    assert weights(train(options())) == before
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_other_model_or_corpus_in_the_same_folder_is_refused(
 
 
 def test_learning_rate_zero_leaves_every_bit(small_model: Path, options: Callable[..., TrainConfig]):
-    run = train(options(learning_rate=0.0, weight_decay=0.1, steps=2))
+    run = train(options(learning_rate=0.0, weight_decay=0.1))
     assert weights(run) == weights(small_model)
 
 
@@ -163,17 +163,17 @@ def test_fresh_initialisation_needs_no_weights_and_follows_the_seed(
     assert made[0] == made[1] != made[2]
 
 
-def test_steps_default_to_one_epoch(options: Callable[..., TrainConfig]):
-    run = train(options(steps=None, checkpoint_every=None, batch_size=32))
+def test_steps_default_to_one_epoch_and_a_small_corpus_is_repeated_within_a_batch(
+    options: Callable[..., TrainConfig], small_model: Path, tmp_path: Path
+):
+    source = tmp_path / "few.jsonl"
+    source.write_text('{"text": "Once upon a time."}\n{"text": "There was a fox, and it was red."}\n')
+    import_text(ImportConfig(source=str(source), model=str(small_model), out=str(tmp_path / "few")))
+    config = options(steps=None, checkpoint_every=None, corpus=str(tmp_path / "few"), packing="single")
+    run = train(config)
     record = storage.read_json(run / "run.json")
-    assert record["steps"] == -(-record["rows"] // 32) == len(losses(run))
-    assert train(options(steps=None, checkpoint_every=None, batch_size=32)) == run, "found finished"
-
-
-def test_corpus_smaller_than_a_batch_is_repeated(options: Callable[..., TrainConfig]):
-    run = train(options(batch_size=128, steps=1))
-    assert storage.read_json(run / "run.json")["rows"] < 128
-    assert len(losses(run)) == 1
+    assert (record["rows"], record["steps"], len(losses(run))) == (2, 1, 1), "eight rows a step, of which there are two"
+    assert train(config) == run, "found finished"
 
 
 def test_hooks_are_called_at_their_steps_with_the_model_of_that_step(options: Callable[..., TrainConfig]):
@@ -194,8 +194,8 @@ def test_hooks_are_called_at_their_steps_with_the_model_of_that_step(options: Ca
 
 
 def test_metrics_are_written_every_so_many_steps_and_at_the_end(options: Callable[..., TrainConfig]):
-    run = train(options(steps=5, log_every=2))
-    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [2, 4, 5]
+    run = train(options(log_every=4))
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [4, 6]
 
 
 def test_options_survive_their_yaml(undisturbed: Path, options: Callable[..., TrainConfig]):
