@@ -1,9 +1,9 @@
 """Hugging Face weights in and out, as a stream: only the bytes that this process's shards need are read.
 
 Loading walks over our parameters, one stacked array at a time. For each device of this process it works out which
-part of each layer's tensor the device holds, reads those slices from the (memory-mapped) files, casts them into one
-host buffer, hands the buffer to the device and forgets it: the host never holds more than one device's part of one
-array beside what is on the devices. Writing gathers the tensors of one output file at a time.
+part of each layer's tensor the device holds, reads those slices from the (memory-mapped) files, casts them into a
+host buffer and hands that to the device: the host never holds more than one device's part of one array beside what is
+on the devices. Writing gathers the tensors of one output file at a time.
 
 Every tensor of a file must be in the family's table or on its list of legacy buffers, have the right shape, be fp32,
 bf16 or fp16, and be finite; everything the table asks for must be there. Pickle checkpoints are refused unread.
@@ -152,9 +152,9 @@ def _load_leaf(
                 host[row] = _read_box(reader, leaf.names[layer], leaf.pattern, box[1:], sizes)
         else:
             host[...] = _read_box(reader, leaf.names[0], leaf.pattern, box, sizes)
-        # No aliasing: on CPU the devices would otherwise keep, and share, the host buffer. Waiting keeps the number of
-        # host buffers at one.
-        arrays += jax.block_until_ready([jax.device_put(host, device, may_alias=False) for device in devices])
+        # A CPU device may adopt the buffer as it stands (hence a fresh one each time); an accelerator copies it, and
+        # waiting for that keeps the buffers from piling up.
+        arrays += jax.block_until_ready([jax.device_put(host, device) for device in devices])
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
 
 

@@ -188,6 +188,9 @@ def _fill(job: _Job, n_shards: int) -> None:
         if not found_work:
             _check_stop(job)
             time.sleep(POLL_SECONDS)
+    for left in records.glob("*.lease"):  # of a process killed between finishing its shard and giving back its lease
+        with storage.lease(left):
+            pass
 
 
 def _make_shard(job: _Job, index: int) -> None:

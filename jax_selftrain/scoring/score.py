@@ -172,9 +172,12 @@ def _ask_task(model: hub.LoadedModel, task: Task) -> Iterator[_Asked]:
     for doc, question in enumerate(task.questions):
         for choice, continuation in enumerate(question.continuations):
             request = encode_pair(model.tokenizer, prefix, question.context, continuation)
+            where = f"{task.path}: choice {choice} of question {doc}"
             if not request.continuation:
+                raise InputError(f"{where} ({continuation!r}) has no token of its own after its context; lengthen it")
+            if len(request.continuation) > model.config.max_positions:
                 raise InputError(
-                    f"{task.path}: choice {choice} of question {doc} ({continuation!r}) has no token of its own after "
-                    "its context; give it a text that changes the tokens"
+                    f"{where} has {len(request.continuation)} tokens, more than the {model.config.max_positions} "
+                    "positions of the model; shorten it, or leave the question out"
                 )
             yield _Asked(task.name, doc, choice, request)

@@ -54,7 +54,7 @@ class _Stage:
     """Fingerprint of everything the stage reads; asked for when the stages before are done."""
     run: Callable[[], object]
     outputs: Callable[[], Mapping[str, str]]
-    """Fingerprint of what it made; an InputError or OSError means that it is not there or not whole."""
+    """Fingerprint of what it made; FileNotFoundError or InputError: it is not there, or not whole."""
 
 
 def run(config: RunConfig) -> Path:
@@ -180,7 +180,8 @@ def _is_done(stage: _Stage, path: Path, inputs: Mapping[str, str]) -> bool:
             )
     try:
         return dict(stage.outputs()) == note["outputs"]
-    except FileNotFoundError:
+    except (FileNotFoundError, InputError):
+        # The stage itself knows best what to do about its output: complete it, or name what is damaged.
         return False
 
 

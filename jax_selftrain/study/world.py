@@ -60,7 +60,7 @@ class WorldConfig:
 
     seed: int = 0
     """Seed of everything in the world."""
-    people: int = 126
+    people: int = 70
     """Invented people; each has a home, a job, a pet and a meal."""
     fact_exposures: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     """Facts stand in the text this many times, in equal shares."""
@@ -70,13 +70,13 @@ class WorldConfig:
     """Probes (and as many twins) for each number of copies."""
     probe_words: int = 20
     """Nonsense words in one probe."""
-    agreement_lines: int = 20_000
+    agreement_lines: int = 14_000
     """Sentences in the text that show subject-verb agreement."""
-    sum_lines: int = 25_000
+    sum_lines: int = 24_000
     """Sums in the text."""
-    largest_addend: int = 39
+    largest_addend: int = 29
     """Sums add two numbers from 0 to this one."""
-    items_per_task: int = 400
+    items_per_task: int = 240
     """Questions on agreement and on sums (facts: one question for each fact)."""
     heldout_documents: int = 300
     """Documents of the same kinds that do not belong to the text."""
@@ -217,6 +217,8 @@ def _fact_questions(config: WorldConfig, facts: list[Fact]) -> Iterator[Question
 # head and the verb; only the head decides the verb's form.
 
 _Subject = tuple[tuple[str, bool], ...]
+_KINDS = ((1, False), (1, True), (2, False), (2, True))
+"""(phrases, whether the last noun opposes the head)."""
 
 
 def _draw_subject(rng: random.Random) -> _Subject:
@@ -230,21 +232,20 @@ def _subject_text(subject: _Subject, rng: random.Random) -> str:
 
 
 def _asked_subjects(config: WorldConfig) -> list[_Subject]:
-    """Subjects of the questions; where there are phrases, their last noun is of the other number than the head."""
+    """Subjects of the questions; of those with phrases, every second ends with a noun of the other number than its head."""
     rng = _stream(config, "asked subjects")
-    found: dict[_Subject, None] = {}
     # There are only 28 bare subjects, and the text must show most of them: a handful is asked about.
-    wanted = {
-        1: 6,
-        2: (config.items_per_task - 6) // 2,
-        3: config.items_per_task - 6 - (config.items_per_task - 6) // 2,
-    }
+    bare = min(6, config.items_per_task)
+    rest = config.items_per_task - bare
+    wanted = {(1, False): bare}
+    wanted |= {(1 + phrases, opposed): (rest + place) // 4 for place, (phrases, opposed) in enumerate(_KINDS)}
+    found: dict[_Subject, None] = {}
     while any(wanted.values()):
         subject = _draw_subject(rng)
-        opposed = len(subject) == 1 or subject[-1][1] != subject[0][1]
-        if opposed and wanted[len(subject)] and subject not in found:
+        kind = len(subject), subject[-1][1] != subject[0][1]
+        if wanted[kind] and subject not in found:
             found[subject] = None
-            wanted[len(subject)] -= 1
+            wanted[kind] -= 1
     return list(found)
 
 

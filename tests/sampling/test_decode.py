@@ -135,7 +135,7 @@ def _chi_square(counts: np.ndarray, p: np.ndarray) -> float:
 # ---------------------------------------------------------------- log-probabilities and ends
 
 ENDING = Policy(start_id=1, stop_ids=(5, 77, 123), max_tokens=70)
-"""Three of two hundred ids stop a sample: about two thirds of the samples end early, and the others outgrow the first cache."""
+"""Three of two hundred ids stop a sample: about two thirds end early, and the others outgrow the first cache."""
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ def edge_requests(tokens: np.ndarray, positions: int) -> list[Request]:
 
 def reference(folder, requests, positions):
     """`HFLM._loglikelihood_tokens` of lm-eval 0.4.13, one request at a time, in torch."""
-    torch = pytest.importorskip("torch")
+    import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -69,6 +69,7 @@ def load(tiny_model):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loglikelihoods_equal_those_of_transformers(load, tiny_model, family):
+    pytest.importorskip("torch")
     model = load(family)
     requests = edge_requests(np.random.default_rng(1).integers(0, 512, 2 * POSITIONS + 129), POSITIONS)
     found = loglikelihoods(model, requests, batch_tokens=BATCH)
@@ -81,6 +82,7 @@ def test_loglikelihoods_equal_those_of_transformers(load, tiny_model, family):
 
 
 def test_loglikelihoods_of_a_trained_model_equal_those_of_transformers(data_dir, stories260k):
+    pytest.importorskip("torch")
     model = hub.load_model(stories260k, "data=1")
     stories = (json.loads(line)["text"] for line in (data_dir / "tinystories/heldout.jsonl").open())
     tokens = np.array([1, *itertools.chain.from_iterable(map(model.tokenizer.encode, itertools.islice(stories, 10)))])
@@ -120,8 +122,9 @@ def test_a_request_is_scored_alike_in_any_company(load):
 
 
 def test_few_shapes_serve_all_lengths():
-    assert bucket_lengths(2048) == [32, 64, 128, 256, 512, 1024, 2048]
-    assert bucket_lengths(POSITIONS) == [32, 64, 128, 256, 512, 640]
+    assert bucket_lengths(2048) == [32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
+    assert bucket_lengths(POSITIONS) == [32, 48, 64, 96, 128, 192, 256, 384, 512, 640]
+    assert bucket_lengths(32) == [32]
     assert bucket_lengths(20) == [20]
 
 

@@ -130,6 +130,14 @@ def test_a_task_and_a_text_file_of_one_name_are_refused(tmp_path, tiny_model, fi
         score(config(tmp_path, tiny_model, files, tasks=(twin,)))
 
 
+def test_a_choice_longer_than_the_model_is_refused_by_place(tmp_path, tiny_model):
+    model = hub.load_model(tiny_model(), "data=1")
+    long = "xyzw" * 1024
+    file = write(tmp_path / "long.jsonl", [{"context": "a", "choices": [" b", long], "answer": 0}])
+    with pytest.raises(InputError, match=r"long\.jsonl: choice 1 of question 0 has \d+ tokens, more than the 1024"):
+        evaluate(model, load_tasks([file]))
+
+
 def test_out_must_not_be_a_folder(tmp_path, tiny_model, files):
     with pytest.raises(InputError, match="is a folder"):
         score(config(tmp_path, tiny_model, files, out=str(tmp_path)))
@@ -158,9 +166,9 @@ def torch_nll(stories260k):
 
 def test_blimp_accuracy_of_a_trained_model_equals_an_independent_one(data_dir, stories_model, torch_nll):
     file = data_dir / "benchmarks/blimp/anaphor_gender_agreement.jsonl"
-    found = evaluate(stories_model, load_tasks([str(file)], limit=150)).tasks["anaphor_gender_agreement"]
+    found = evaluate(stories_model, load_tasks([str(file)], limit=60)).tasks["anaphor_gender_agreement"]
     right = []
-    for line in file.read_text().splitlines()[:150]:
+    for line in file.read_text().splitlines()[:60]:
         row = json.loads(line)
         good, bad = (
             torch_nll([1, *stories_model.tokenizer.encode(" " + row[key], add_special_tokens=False)])
@@ -168,7 +176,7 @@ def test_blimp_accuracy_of_a_trained_model_equals_an_independent_one(data_dir, s
         )
         right.append(good < bad)
     assert found["acc"] == np.mean(right)
-    assert found["acc_stderr"] == pytest.approx(np.std(right, ddof=1) / np.sqrt(150))
+    assert found["acc_stderr"] == pytest.approx(np.std(right, ddof=1) / np.sqrt(60))
 
 
 def test_perplexity_of_a_trained_model_equals_an_independent_one(data_dir, stories_model, torch_nll):
@@ -185,10 +193,11 @@ def test_perplexity_of_a_trained_model_equals_an_independent_one(data_dir, stori
 
 @pytest.mark.slow
 def test_stories260k_has_its_known_loss(data_dir, stories_model):
-    """The data's README states 1.272 nats per token on 400 held-out stories, first 320 tokens.
+    """The data's README states 1.272 nats per token on 400 held-out stories (first 320 tokens), not on which.
 
-    Start token, then 320 scored tokens, the mean over all tokens: that gives 1.2725 on the first 400 stories of
-    `train.jsonl`, which are validation-split stories too and so held out from this model.
+    Start token, then up to 320 scored tokens, the mean over all tokens: that gives 1.2725 on the first 400 stories of
+    `train.jsonl`, which come from the validation split, too, and so are held out from this model. (The same on the
+    first 400 of `heldout.jsonl` gives 1.2850; the standard error of either, over stories, is 0.010.)
     """
     (file,) = load_texts([str(data_dir / "tinystories/train.jsonl")], 400)
     found = evaluate(stories_model, texts=[file], text_max_tokens=320).texts["train"]

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from models_factory import tiny_texts
+from training_runs import run_options
 
 from jax_selftrain.config import ImportConfig, TrainConfig
 from jax_selftrain.corpus import import_text
@@ -55,21 +57,4 @@ def corpus_folder(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture
 def options(small_model: Path, corpus_folder: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
     """`options(**changes)` → a run of a few steps on two devices into `tmp_path/run`."""
-
-    def make(**changes) -> TrainConfig:
-        return TrainConfig(
-            **{
-                "model": str(small_model),
-                "corpus": str(corpus_folder),
-                "out": str(tmp_path / "run"),
-                "steps": 6,
-                "batch_size": 8,
-                "seq_len": 48,
-                "learning_rate": 1e-3,
-                "checkpoint_every": 2,
-                "mesh": "data=2",
-                **changes,
-            }
-        )
-
-    return make
+    return partial(run_options, (small_model, corpus_folder, tmp_path / "run"))

@@ -10,14 +10,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
+from training_runs import weights
 
 from jax_selftrain import settings
 from jax_selftrain.config import TrainConfig
 from jax_selftrain.errors import Stopped
-from jax_selftrain.hub import load_model
 from jax_selftrain.training import train
 
 PROGRAM = """
@@ -44,14 +42,6 @@ def wait_for_lines(path: Path, count: int, process: subprocess.Popen[str]) -> No
     """Until `path` has `count` lines (or the process ended by itself)."""
     while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < count):
         time.sleep(0.005)
-
-
-def weights(run: Path) -> dict[str, bytes]:
-    params = load_model(run, "data=1").params
-    return {
-        jax.tree_util.keystr(path): np.asarray(leaf).tobytes()
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
 
 
 @pytest.mark.slow

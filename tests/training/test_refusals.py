@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from models_factory import tiny_texts
 from safetensors.numpy import load_file, save_file
+from training_runs import run_options
 
 from jax_selftrain import storage
 from jax_selftrain.config import ImportConfig, TrainConfig
@@ -99,16 +100,23 @@ def test_diverging_run_stops_at_its_step_and_keeps_what_was_good(options: Callab
 # ---------------------------------------------------------------- damaged checkpoints
 
 
-@pytest.fixture
-def interrupted(options: Callable[..., TrainConfig]) -> Path:
-    """A run that ended after step 5, with checkpoints of steps 2 and 4."""
+@pytest.fixture(scope="module")
+def interrupted_run(small_model: Path, corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that `options()` describes, ended after step 5, with checkpoints of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("interrupted") / "run"
 
     def stop(step: int, model: LoadedModel) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(options(), hooks=[Hook(stop, steps=(5,))])
-    return Path(options().out)
+        train(run_options((small_model, corpus_folder, folder)), hooks=[Hook(stop, steps=(5,))])
+    return folder
+
+
+@pytest.fixture
+def interrupted(interrupted_run: Path, options: Callable[..., TrainConfig]) -> Path:
+    """A copy of it, where `options()` looks for it."""
+    return Path(shutil.copytree(interrupted_run, options().out))
 
 
 def flip_a_byte(path: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def run_steps(config: TrainConfig, rows: Rows, n: int) -> tuple[TrainState, list
 
 def test_ten_steps_equal_adamw_written_out_in_numpy(options: Callable[..., TrainConfig], rows: Rows):
     """In fp64, where nothing is hidden by rounding; Adam's formulas as Loshchilov & Hutter print them (algorithm 2)."""
-    changes = {"dtype": "float64"}  # not offered to users: `highest` fp32 is what devices have
+    changes: dict[str, Any] = {"dtype": "float64"}  # not offered to users: `highest` fp32 is what devices have
     config = dataclasses.replace(
         options(mesh="data=1", steps=10, learning_rate=0.01, schedule="cosine", final_learning_rate=0.001),
         weight_decay=0.1, clip_norm=0.5, grad_accum=2, warmup_ratio=0.2, **changes,
@@ -137,7 +138,9 @@ def test_program_compiles_from_shapes_alone_and_donates_the_state(options: Calla
     with jax.set_mesh(mesh):
         compiled = jax.jit(function, donate_argnums=donation).lower(*arguments).compile()
     state_bytes = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * 4 for leaf in jax.tree.leaves(arguments[0]))
-    assert compiled.memory_analysis().alias_size_in_bytes >= state_bytes
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.alias_size_in_bytes >= state_bytes
     assert jax.tree.map(lambda leaf: leaf.sharding, arguments[0]) == compiled.input_shardings[0][0]
 
 

@@ -5,9 +5,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from training_runs import run_options, weights
 
 from jax_selftrain import settings, storage
 from jax_selftrain.config import ImportConfig, TrainConfig
@@ -15,15 +15,6 @@ from jax_selftrain.corpus import import_text
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import LoadedModel, load_model
 from jax_selftrain.training import Hook, train
-
-
-def weights(folder: Path | str) -> dict[str, bytes]:
-    """The bits of every parameter of a model."""
-    params = load_model(folder, "data=1").params
-    return {
-        jax.tree_util.keystr(path): np.asarray(leaf).tobytes()
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
 
 
 def losses(run: Path) -> list[float]:
@@ -41,11 +32,8 @@ def interrupt(step: int, model: LoadedModel) -> None:
 @pytest.fixture(scope="module")
 def undisturbed(small_model: Path, corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that `options()` describes, never interrupted."""
-    config = TrainConfig(
-        model=str(small_model), corpus=str(corpus_folder), out=str(tmp_path_factory.mktemp("undisturbed") / "run"),
-        steps=6, batch_size=8, seq_len=48, learning_rate=1e-3, checkpoint_every=2, mesh="data=2",
-    )  # fmt: skip
-    return train(config)
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    return train(run_options((small_model, corpus_folder, folder)))
 
 
 def test_run_folder_holds_model_checkpoints_and_records(undisturbed: Path, small_model: Path):

@@ -1,0 +1,55 @@
+"""Several processes share a model: each reads its own part, and they save and restore together or alone."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models_factory import tiny_weights, write_tiny_hf_model
+
+from jax_selftrain import hub
+from jax_selftrain.config import ConvertConfig
+from jax_selftrain.hub.checkpoint import MANIFEST
+from jax_selftrain.hub.digest import weights_fingerprint
+from jax_selftrain.storage import read_json
+
+
+@pytest.mark.slow
+def test_two_processes_read_half_each_and_save_together(tmp_path: Path):
+    folder = write_tiny_hf_model(tmp_path / "hf", "gpt_neox", tokenizer=False)
+    hub.convert(ConvertConfig(source=str(folder), out=str(tmp_path / "ours")))
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        coordinator = f"localhost:{probe.getsockname()[1]}"
+    script = Path(__file__).with_name("two_processes.py")
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    command = [sys.executable, str(script), coordinator]
+    processes = [
+        subprocess.Popen(
+            [*command, str(index), str(tmp_path)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for index in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=240)[0].decode() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+
+    expected = weights_fingerprint(hub.load_model(folder, "data=1").params)
+    total = sum(value.nbytes for value in tiny_weights(read_json(folder / "config.json")).values())
+    for index in range(2):
+        seen = read_json(tmp_path / f"seen-{index}.json")
+        assert seen["devices"] == 8
+        assert seen["fingerprint"] == seen["restored"] == expected
+        # fsdp divides everything that has a width; biases of heads and MLP are divided over `model`, within a process.
+        assert total / 2 <= seen["read"] < total / 2 + 0.02 * total
+    assert read_json(tmp_path / "seen-1.json")["alone"] == expected
+    for name in ("together", "alone"):
+        assert (tmp_path / name / MANIFEST).is_file()

@@ -1,0 +1,188 @@
+"""Weights that cannot be trusted are refused by name, in one sentence, and nothing half-written is left."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from models_factory import write_safetensors, write_tiny_hf_model
+from safetensors.numpy import load_file
+
+from jax_selftrain import hub
+from jax_selftrain.config import ConvertConfig
+from jax_selftrain.errors import InputError
+from jax_selftrain.hub.safetensors_io import is_finite
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_tiny_hf_model(tmp_path / "model", "llama", tokenizer=False)
+
+
+def refused(folder: Path, *words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        hub.load_model(folder, "data=1")
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in (str(folder), *words):
+        assert word in message, message
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    write_safetensors(folder, weights)
+
+
+def test_truncated_safetensors(folder: Path):
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    for size in (len(content) - 1, len(content) // 2, 100, 7, 0):
+        path.write_bytes(content[:size])
+        refused(folder, "model.safetensors", "not a whole safetensors file")
+
+
+def test_a_file_that_is_no_safetensors(folder: Path):
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1 oid sha256:0 size 1")
+    refused(folder, "model.safetensors", "not a whole safetensors file")
+
+
+def test_pickle_is_refused_with_the_way_out(folder: Path):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    refused(folder, "pytorch_model.bin", "pickle", "save_pretrained", "AutoModelForCausalLM")
+
+
+def test_no_weights_at_all(folder: Path):
+    (folder / "model.safetensors").unlink()
+    refused(folder, "holds no weights")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_nan_and_infinity_are_named(folder: Path, value: float, dtype):
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def poison(weights: dict[str, np.ndarray]) -> None:
+        weights[name] = weights[name].astype(dtype)
+        weights[name][5, 7] = value
+
+    rewrite(folder, poison)
+    refused(folder, name, "NaN or infinity")
+
+
+def test_nan_in_our_own_folder_is_named(folder: Path, tmp_path: Path):
+    model = hub.load_model(folder, "data=1")
+    broken = np.array(model.params["final_norm"]["scale"])
+    broken[3] = np.nan
+    params = {**model.params, "final_norm": {"scale": broken}}
+    hub.save_model(tmp_path / "ours", model.source.raw, params, source_ref=folder, metadata={})
+    refused(tmp_path / "ours", "final_norm/scale", "NaN")
+
+
+def test_unknown_missing_and_misshapen_tensors(folder: Path):
+    rewrite(folder, lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": np.zeros(64, np.float32)}))
+    refused(folder, "model.layers.0.self_attn.q_proj.bias", "not known")
+    rewrite(folder, lambda w: [w.pop("model.layers.0.self_attn.q_proj.bias"), w.pop("model.norm.weight")])
+    refused(folder, "model.norm.weight", "missing")
+    rewrite(folder, lambda w: w.update({"model.norm.weight": np.ones(63, np.float32)}))
+    refused(folder, "model.norm.weight", "(63,)", "(64,)")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "code"), [(np.int8, "I8"), (np.float64, "F64"), (ml_dtypes.float8_e4m3fn, "F8_E4M3")]
+)
+def test_other_types_are_refused(folder: Path, dtype, code: str):
+    rewrite(folder, lambda w: w.update({"model.norm.weight": w["model.norm.weight"].astype(dtype)}))
+    refused(folder, "model.norm.weight", code)
+
+
+def test_tied_embeddings_that_differ(tmp_path: Path):
+    folder = write_tiny_hf_model(tmp_path / "tied", "gpt_neox", tie_word_embeddings=True, tokenizer=False)
+    rewrite(folder, lambda w: w.update({"embed_out.weight": w["gpt_neox.embed_in.weight"] + 1}))
+    refused(folder, "embed_out.weight", "tie_word_embeddings")
+
+
+def test_legacy_buffers_are_no_excuse_for_other_names(tmp_path: Path):
+    folder = write_tiny_hf_model(tmp_path / "m", "gpt_neox", legacy_buffers=True, tokenizer=False)
+    hub.load_model(folder, "data=1")
+    rewrite(folder, lambda w: w.update({"gpt_neox.layers.0.attention.rope.bias": np.zeros(2, np.float32)}))
+    refused(folder, "gpt_neox.layers.0.attention.rope.bias", "not known")
+
+
+def test_damaged_indexes(tmp_path: Path):
+    folder = write_tiny_hf_model(tmp_path / "m", "llama", tokenizer=False, max_shard_bytes=100_000)
+    index = folder / "model.safetensors.index.json"
+    content = index.read_text()
+    shards = sorted(folder.glob("model-*.safetensors"))
+    shards[0].rename(folder / "kept")
+    refused(folder, shards[0].name, "not there")
+    (folder / "kept").rename(shards[0])
+    shards[1].write_bytes(shards[0].read_bytes())
+    refused(folder, "is in both", shards[0].name, shards[1].name)
+    index.write_text("{")
+    refused(folder, index.name, "not valid JSON")
+    index.write_text('{"weight_map": {}}')
+    refused(folder, index.name, "weight_map")
+    escaping = json.loads(content)
+    escaping["weight_map"] = dict.fromkeys(escaping["weight_map"], "../../etc/passwd")
+    index.write_text(json.dumps(escaping))
+    refused(folder, "passwd", "not there")
+
+
+def test_damage_in_our_own_folder_is_named(folder: Path, tmp_path: Path):
+    ours = hub.convert(ConvertConfig(source=str(folder), out=str(tmp_path / "ours")))
+    for path in sorted(p for p in ours.rglob("*") if p.is_file() and p.stat().st_size):
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        refused(ours, path.name)
+        path.write_bytes(content)
+    path = ours / "config.json"
+    path.write_text(path.read_text().replace("10000.0", "20000.0"))
+    refused(ours, "config.json", "checksum differs")
+
+
+def test_a_failed_conversion_leaves_nothing(folder: Path, tmp_path: Path):
+    rewrite(folder, lambda w: w["lm_head.weight"].fill(np.nan))
+    for format_ in ("flax", "hf"):
+        with pytest.raises(InputError, match=r"lm_head\.weight"):
+            hub.convert(ConvertConfig(source=str(folder), out=str(tmp_path / "out"), format=format_))
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_nothing_is_overwritten(folder: Path, tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("precious")
+    for format_ in ("flax", "hf"):
+        with pytest.raises(InputError, match="already exists"):
+            hub.convert(ConvertConfig(source=str(folder), out=str(tmp_path / "out"), format=format_))
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_code_in_a_model_folder_is_never_run(tmp_path: Path):
+    folder = write_tiny_hf_model(tmp_path / "m", "llama")
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    try:
+        hub.load_model(folder, "data=1")
+    except InputError as error:
+        assert str(folder) in str(error)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_damaged_tokenizer_is_refused(tmp_path: Path):
+    folder = write_tiny_hf_model(tmp_path / "m", "llama")
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    refused(folder, "tokenizer cannot be opened")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_is_finite_agrees_with_numpy_on_every_kind_of_number(dtype):
+    numbers = np.array([0.0, -0.0, 1e-7, 6e-8, -65504.0, 1.0], np.float32).astype(dtype)
+    assert is_finite(numbers)
+    for bad in (np.nan, np.inf, -np.inf):
+        assert not is_finite(np.append(numbers, np.array(bad, dtype)).reshape(1, -1))
+    assert is_finite(np.zeros((0, 3), dtype))

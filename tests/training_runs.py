@@ -1,0 +1,33 @@
+"""What the tests of training share: the options of a small run, and the bits of its result."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_selftrain.config import TrainConfig
+from jax_selftrain.hub import load_model
+
+
+def run_options(at: tuple[Path, Path, Path], **changes: Any) -> TrainConfig:
+    """A run of a few steps on two devices; `at` is (model, corpus, run folder)."""
+    model, corpus, out = at
+    values: dict[str, Any] = {
+        "model": str(model),
+        "corpus": str(corpus),
+        "out": str(out),
+        "steps": 6,
+        "batch_size": 8,
+        "seq_len": 48,
+        "learning_rate": 1e-3,
+        "checkpoint_every": 2,
+        "mesh": "data=2",
+    }
+    return TrainConfig(**{**values, **changes})
+
+
+def weights(model: Path | str) -> dict[str, bytes]:
+    """The bits of every parameter of a model."""
+    leaves = jax.tree_util.tree_leaves_with_path(load_model(model, "data=1").params)
+    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
