@@ -213,7 +213,7 @@ def write_safetensors(folder: Path, weights: Mapping[str, np.ndarray], max_shard
         if shards[-1] and sum(v.nbytes for v in shards[-1].values()) + value.nbytes > max_shard_bytes:
             shards.append({})
         shards[-1][name] = value
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, start=1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / file, metadata=metadata)

@@ -6,12 +6,17 @@ Each case is (family, raw config keys). Windows, rotary lengths and the number o
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from models_factory import Family
 
 VOCABULARY, ROWS, POSITIONS = 512, 2, 528
+
+GOLDEN = Path(__file__).parent / "hub" / "golden" / "logits.npz"
+GOLDEN_IDS = np.arange(5, VOCABULARY, 73)
+GOLDEN_ROW = 1
 
 _LLAMA3 = {
     "factor": 8.0,
@@ -83,3 +88,21 @@ def case_tokens() -> np.ndarray:
     """The input of every case: ids [ROWS, POSITIONS], the same on every machine."""
     raw = np.random.Philox(7).random_raw(ROWS * POSITIONS)
     return (np.asarray(raw) % VOCABULARY).astype(np.int64).reshape(ROWS, POSITIONS)
+
+
+def transformers_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    """fp32 logits [B, T, V] of transformers' eager implementation."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        return model.eval()(torch.tensor(tokens)).logits.numpy()
+
+
+def golden_part(logits: np.ndarray) -> np.ndarray:
+    """What is kept of logits [B, T, V]: [T, len(GOLDEN_IDS) + 1] fp32, the last column being the log-sum-exp."""
+    row = logits[GOLDEN_ROW].astype(np.float64)
+    top = row.max(axis=-1, keepdims=True)
+    total = top + np.log(np.exp(row - top).sum(axis=-1, keepdims=True))
+    return np.concatenate([row[:, GOLDEN_IDS], total], axis=-1).astype(np.float32)

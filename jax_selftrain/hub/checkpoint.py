@@ -1,17 +1,16 @@
 """Trees of arrays on disk: Orbax writes and reads them, a SHA-256 manifest tells whether they are still the same.
 
 The only module that knows Orbax (its `v1` API), so that a change there ends here. Orbax by itself restored a flipped
-byte without a word; hence `manifest.json`, written last, lists the digest of every file, and reading checks them all
-before a single array is restored. A tree without a manifest was never finished and is refused.
+byte without a word; hence `manifest.json`, written last, lists every array and the digest of every file, and reading
+checks them all before a single array is restored. A tree without a manifest was never finished and is refused.
 
-Arrays are stored independently of the mesh that held them and are restored onto any other. Where all arrays of a tree
-lie on one process (replica meshes, host arrays), no other process is waited for; a tree that spans processes is saved
-and loaded by all of them together.
+Arrays are stored independently of the mesh that held them and are restored onto any other. In a program of several
+processes Orbax saves with all of them together, whatever the arrays lie on; loading onto devices of one process (a
+replica mesh) waits for no other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,7 +47,7 @@ def save_tree(folder: str | Path, tree: Any) -> None:
     """Write a tree of device or host arrays into a new folder, with its manifest.
 
     Args:
-      folder: must not exist; for a tree that spans processes, on a file system that all of them see.
+      folder: must not exist. Several processes all pass the same one, on a file system that all of them see.
       tree: any pytree of jax or numpy arrays.
 
     Raises:
@@ -67,15 +66,14 @@ def save_tree_async(folder: str | Path, tree: Any) -> PendingSave:
     folder = Path(folder).absolute()
     if folder.exists():
         raise InputError(f"{folder}: already exists; remove it or choose another place")
-    tree = jax.tree.map(_supported, tree)
-    with _context(tree):
-        response = ocp.save_async(folder, tree)
+    arrays = {path: {"shape": list(x.shape), "dtype": np.dtype(x.dtype).name} for path, x in _named(tree).items()}
+    response = ocp.save_async(folder, jax.tree.map(_supported, tree))
 
     def finish() -> None:
         response.result()
-        if _is_writer(tree):
-            files = storage.hash_folder(folder)
-            storage.write_json(folder / MANIFEST, {"format": _FORMAT, "version": _VERSION, "files": files})
+        if jax.process_index() == 0:
+            content = {"format": _FORMAT, "version": _VERSION, "arrays": arrays, "files": storage.hash_folder(folder)}
+            storage.write_json(folder / MANIFEST, content)
 
     executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save_tree")
     future = executor.submit(finish)
@@ -97,26 +95,39 @@ def load_tree(folder: str | Path, abstract: Tree, *, remedy: str = "make it agai
         arrays that `abstract` asks for.
     """
     folder = Path(folder).absolute()
-    check_tree(folder, remedy=remedy)
+    manifest = check_tree(folder, remedy=remedy)
+    saved = {path: tuple(entry["shape"]) for path, entry in manifest["arrays"].items()}
+    asked = {path: tuple(leaf.shape) for path, leaf in _named(abstract).items()}
+    for path in sorted(saved.keys() | asked.keys()):
+        if saved.get(path) != asked.get(path):
+            raise InputError(
+                f"{folder}: {path} has shape {saved.get(path, 'none')}, but {asked.get(path, 'none')} is asked for, "
+                f"so it was saved from another model or optimiser; {remedy}"
+            )
     with _context(abstract):
-        try:
-            return ocp.load(folder, abstract)
-        except (ValueError, KeyError, TypeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(f"{folder}: does not hold the arrays that are asked for ({reason}); {remedy}") from error
+        return ocp.load(folder, abstract)
 
 
-def check_tree(folder: Path, *, remedy: str) -> None:
-    """Compare every file of a saved tree with its manifest; see `load_tree` for what is raised."""
+def check_tree(folder: Path, *, remedy: str) -> dict[str, Any]:
+    """Compare every file of a saved tree with its manifest, and return that; see `load_tree` for what is raised."""
     path = folder / MANIFEST
     if not path.is_file():
         raise InputError(f"{folder}: has no {MANIFEST}, so it is not a tree of ours or was never finished; {remedy}")
     manifest = storage.read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT or not manifest.get("files"):
+    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise InputError(f"{path}: not the manifest of a saved tree; {remedy}")
     if manifest.get("version") != _VERSION:
         raise InputError(f"{path}: format version {manifest.get('version')!r} is not {_VERSION}; use a newer release")
+    if not manifest.get("files") or not isinstance(manifest.get("arrays"), dict):
+        raise InputError(f"{path}: lists no files or no arrays; {remedy}")
     storage.check_files(folder, manifest["files"], remedy=remedy)
+    return manifest
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Leaves by their path in the tree, for instance `mu/layers/attn/q/kernel`."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def _supported(leaf: Any) -> Any:
@@ -124,25 +135,14 @@ def _supported(leaf: Any) -> Any:
     return np.asarray(leaf) if isinstance(leaf, np.generic) else leaf
 
 
-def _processes(tree: Any) -> set[int]:
-    """The processes that hold parts of a tree; host arrays are this one's."""
-    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree)]
-    devices = {device for sharding in shardings if sharding is not None for device in sharding.device_set}
-    return {device.process_index for device in devices} or {jax.process_index()}
-
-
-def _is_writer(tree: Any) -> bool:
-    return jax.process_index() == min(_processes(tree))
-
-
-def _context(tree: Any) -> ocp.Context:
-    processes = _processes(tree)
-    if jax.process_count() == 1 or len(processes) == jax.process_count():
-        return ocp.Context()
-    primary = min(processes)
-    options: Mapping[str, Any] = {
-        "primary_host": primary,
-        "active_processes": processes,
-        "barrier_sync_key_prefix": f"process-{primary}",
-    }
-    return ocp.Context(multiprocessing_options=ocp.options.MultiprocessingOptions(**options))
+def _context(abstract: Any) -> ocp.Context:
+    """Which processes take part in a load: those that hold a part of its result."""
+    context = ocp.Context()
+    leaves = jax.tree.leaves(abstract)
+    processes = {device.process_index for leaf in leaves for device in leaf.sharding.device_set}
+    if len(processes) < jax.process_count():
+        primary = min(processes)
+        context.multiprocessing.primary_host = primary
+        context.multiprocessing.active_processes = processes
+        context.multiprocessing.barrier_sync_key_prefix = f"process-{primary}"
+    return context

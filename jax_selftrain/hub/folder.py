@@ -26,6 +26,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jax_selftrain import storage
@@ -36,6 +37,7 @@ from jax_selftrain.hub.digest import weights_fingerprint
 from jax_selftrain.hub.families import FAMILIES
 from jax_selftrain.hub.hf_config import parse_config
 from jax_selftrain.hub.safetensors_io import INDEX, WEIGHTS, open_weights, weight_files
+from jax_selftrain.hub.together import commit_together
 from jax_selftrain.hub.trees import flatten
 from jax_selftrain.models import DecoderConfig, Params, abstract_params
 
@@ -220,10 +222,12 @@ def save_model(
 ) -> None:
     """Write a model folder of ours; it appears under its name only when it is whole.
 
+    In a program of several processes, all of them call this together.
+
     Args:
       folder: must not exist, or be empty.
       config_raw: content of config.json.
-      params: device or host arrays, all on this process.
+      params: device or host arrays.
       source_ref: the model whose tokenizer and generation config belong to this one.
       metadata: plain data to record in model.json.
       tensors: type in which each tensor is to be exported, by Hugging Face name; for weights that are as they came.
@@ -244,9 +248,12 @@ def save_model(
         leaves = family_leaves(FAMILIES[config_raw["model_type"]], config, known)
         tensors = {name: dtypes[leaf.path] for leaf in leaves for name in leaf.names}
         config_raw = with_dtype(config_raw, set(tensors.values()))
-    with storage.commit_folder(folder) as aside:
-        write_companions(aside, config_raw, source)
+    identity = weights_fingerprint(params)
+    with commit_together(folder) as aside:
         checkpoint.save_tree(aside / PARAMS, params)
+        if jax.process_index():
+            return
+        write_companions(aside, config_raw, source)
         # The manifest of params/ vouches for what is in there; hashing that again would read all weights twice.
         manifest = f"{PARAMS}/{checkpoint.MANIFEST}"
         entry = {"sha256": storage.sha256_file(aside / manifest), "bytes": (aside / manifest).stat().st_size}
@@ -259,7 +266,7 @@ def save_model(
                 "tensors": dict(tensors),
                 "dropped": sorted(dropped),
                 "dtypes": dtypes,
-                "weights": weights_fingerprint(params),
+                "weights": identity,
                 "metadata": dict(metadata),
                 "versions": storage.versions(),
                 "files": storage.hash_folder(aside, exclude=[f"{PARAMS}/*"]) | {manifest: entry},

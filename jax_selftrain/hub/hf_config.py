@@ -39,11 +39,13 @@ _IGNORED = {
         id2label label2id num_labels problem_type task_specific_params finetuning_task gradient_checkpointing use_cache
         output_attentions output_hidden_states return_dict use_return_dict torchscript pretraining_tp is_decoder
         attn_implementation _attn_implementation _attn_implementation_autoset _experts_implementation
-        tie_last_hidden_states keys_to_ignore_at_inference chunk_size_feed_forward use_bfloat16 tf_legacy_loss""",
+        tie_last_hidden_states keys_to_ignore_at_inference chunk_size_feed_forward use_bfloat16 tf_legacy_loss
+        is_llama_config transformers.js_config unsloth_fixed unsloth_version max_sequence_length""",
     "token ids: no part of the forward pass; `tokens.special_tokens` reads them": """
         bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id unk_token_id""",
     "dropout, see the module's docstring": """
-        attention_dropout hidden_dropout classifier_dropout resid_pdrop embd_pdrop attention_probs_dropout_prob""",
+        attention_dropout hidden_dropout classifier_dropout resid_pdrop embd_pdrop attention_probs_dropout_prob
+        hidden_dropout_prob""",
     "settings of generate() that old configs carry; sampling here has a policy of its own": """
         max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k
         top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
@@ -63,6 +65,8 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "cross_attention_hidden_size": (None,),
     "tie_encoder_decoder": (False, None),
     "is_causal": (True, None),
+    "use_mrope": (False, None),
+    "rope_interleaved": (False, None),
 }
 
 _ROPE_KEYS = {

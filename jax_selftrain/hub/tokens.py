@@ -44,6 +44,12 @@ def read_tokenizer(folder: Path) -> Any:
     """
     if not has_tokenizer(folder):
         raise InputError(f"{folder}: holds no tokenizer ({', '.join(_VOCABULARIES)}); copy its files there")
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file() and "auto_map" in storage.read_json(settings):
+        raise InputError(
+            f"{settings}: auto_map asks for code of the folder's own, which is never run here; save the tokenizer as a "
+            "standard fast tokenizer (tokenizer.json) with the software that it belongs to"
+        )
     from transformers import AutoTokenizer
 
     try:

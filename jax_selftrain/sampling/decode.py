@@ -35,7 +35,7 @@ from jax_selftrain.models import (
     init_cache,
     project,
 )
-from jax_selftrain.sampling.draw import draw, tree_widths, whole_rows
+from jax_selftrain.sampling.draw import draw, take, tree_widths, whole_rows
 from jax_selftrain.sampling.policy import Policy, mask_logits
 from jax_selftrain.sampling.words import token_words
 
@@ -191,7 +191,7 @@ def decode_segment(
         logits = logits_of(architecture, params, hidden)
         log_total = jax.nn.logsumexp(logits, axis=-1)
         token = draw(mask_logits(logits, policy), token_words(keys, position, levels))
-        logprob = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - log_total
+        logprob = take(logits, token) - log_total
         active, finite = ~before.done, jnp.isfinite(log_total)
         stop = jnp.zeros_like(active)
         for stop_id in policy.stop_ids:

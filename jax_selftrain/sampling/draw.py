@@ -65,12 +65,12 @@ def draw(logits: Float[Array, "B V"], words: UInt32[Array, "B n"]) -> Int[Array,
     values = jnp.where(below_max < _NEGLIGIBLE, 0.0, jnp.exp(below_max))
     tree = []
     for width in reversed(widths):
-        tree.insert(0, _siblings(values, width))
+        tree.insert(0, _filled_up(values, RADIX * width))
         values = _sum_of_16(tree[0])
     node = jnp.zeros_like(words[:, 0], dtype=jnp.int32)
     for level, width in enumerate(widths):
-        children = jnp.take_along_axis(tree[level], node[:, None, None], axis=2)[:, :, 0]
-        node = node + width * _pick(children, words[:, level])
+        children = node[:, None] + width * jnp.arange(RADIX, dtype=jnp.int32)
+        node = node + width * _pick(take(tree[level], children), words[:, level])
     return node
 
 
@@ -82,17 +82,22 @@ def whole_rows(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
     return logits
 
 
-def _siblings(values: Float[Array, "B N"], width: int) -> Float[Array, "B 16 M"]:
-    """Sixteen children for each of `width` parents, zeros where there are none."""
-    rows, n = values.shape
-    return jnp.pad(values, ((0, 0), (0, RADIX * width - n))).reshape(rows, RADIX, width)
+def take(values: Float[Array, "B N"], indices: Int[Array, "B *k"]) -> Float[Array, "B *k"]:
+    """values[b, indices[b]] for every row (`take_along_axis` cannot do it for a sharded batch of one row)."""
+    return jax.vmap(lambda row, index: row.at[index].get(mode="promise_in_bounds"))(values, indices)
 
 
-def _sum_of_16(nodes: Float[Array, "B 16 M"]) -> Float[Array, "B M"]:
-    """Sums of siblings: halves added to each other, four times."""
-    for half in (8, 4, 2, 1):
+def _filled_up(values: Float[Array, "B N"], n: int) -> Float[Array, "B n"]:
+    """Zeros where a level lacks nodes."""
+    return jnp.pad(values, ((0, 0), (0, n - values.shape[1])))
+
+
+def _sum_of_16(nodes: Float[Array, "B 16*M"]) -> Float[Array, "B M"]:
+    """Sums of siblings (a level's width apart): halves of the level added to each other, four times."""
+    for _ in range(4):
+        half = nodes.shape[1] // 2
         nodes = nodes[:, :half] + nodes[:, half:]
-    return nodes[:, 0]
+    return nodes
 
 
 def _pick(children: Float[Array, "B 16"], word: UInt32[Array, " B"]) -> Int[Array, " B"]:

@@ -44,11 +44,13 @@ class DemoScale:
     """Its seed is the demo's."""
     vocabulary: int = 640
     width: int = 128
-    layers: int = 3
+    layers: int = 2
     heads: int = 4
     row: int = 128
     """Loss positions in a training row, and the longest sample."""
-    batch: int = 16
+    batch: int = 8
+    passes: int = 3
+    """How often the base reads the text."""
     learning_rate: float = 3e-3
     """Peak rate of the base's training, which falls to a tenth; that tenth is the rate of the self-training."""
     samples: int = 1024
@@ -80,13 +82,16 @@ def demo(config: DemoConfig, scale: DemoScale | None = None) -> Path:
 
 def _teach(out: Path, scale: DemoScale) -> Path:
     blank, reading, base = out / "world" / "blank", out / "reading", out / "little-pythia"
-    import_text(ImportConfig(source=str(out / "world" / "documents.jsonl"), model=str(blank), out=str(reading)))
+    corpus = import_text(
+        ImportConfig(source=str(out / "world" / "documents.jsonl"), model=str(blank), out=str(reading))
+    )
     return train(
         TrainConfig(
             model=str(blank),
             corpus=str(reading),
             out=str(base),
             init="scratch",
+            steps=round(scale.passes * corpus.n_tokens / (scale.batch * scale.row)),
             batch_size=scale.batch,
             seq_len=scale.row,
             learning_rate=scale.learning_rate,

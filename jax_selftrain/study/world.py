@@ -70,9 +70,9 @@ class WorldConfig:
     """Probes (and as many twins) for each number of copies."""
     probe_words: int = 20
     """Nonsense words in one probe."""
-    agreement_lines: int = 14_000
+    agreement_lines: int = 8_000
     """Sentences in the text that show subject-verb agreement."""
-    sum_lines: int = 24_000
+    sum_lines: int = 20_000
     """Sums in the text."""
     largest_addend: int = 29
     """Sums add two numbers from 0 to this one."""
@@ -136,7 +136,7 @@ def make_world(config: WorldConfig) -> World:
     documents = _documents(config, "documents", [fact_lines, agreement_lines, sum_lines])
     documents = _with_probes(config, documents, probes)
 
-    third = max(1, config.heldout_documents // 3) * 8
+    third = max(1, config.heldout_documents // 3) * 6
     heldout_facts = [_fact_line(facts[i % len(facts)], i) for i in range(len(facts) * 2)]
     _stream(config, "held-out facts").shuffle(heldout_facts)
     heldout = _documents(
@@ -232,7 +232,7 @@ def _subject_text(subject: _Subject, rng: random.Random) -> str:
 
 
 def _asked_subjects(config: WorldConfig) -> list[_Subject]:
-    """Subjects of the questions; of those with phrases, every second ends with a noun of the other number than its head."""
+    """Subjects of the questions; where phrases follow, the last noun opposes the head in number in every second."""
     rng = _stream(config, "asked subjects")
     # There are only 28 bare subjects, and the text must show most of them: a handful is asked about.
     bare = min(6, config.items_per_task)
@@ -293,9 +293,8 @@ def _sum_lines(config: WorldConfig, part: str, count: int, asked: list[tuple[int
 def _sum_questions(config: WorldConfig, asked: list[tuple[int, int]]) -> Iterator[Question]:
     rng = _stream(config, "sum questions")
     for a, b in asked:
-        # Near misses: a slip in the last digit, or in the carry.
-        near = [a + b + slip for slip in (-10, -2, -1, 1, 2, 10) if a + b + slip >= 0]
-        choices = [a + b, *rng.sample(near, 3)]
+        wrong = [a + b + slip for slip in range(-15, 16) if slip and a + b + slip >= 0]
+        choices = [a + b, *rng.sample(wrong, 3)]
         rng.shuffle(choices)
         # The full stop belongs to the choice: without it "3" would be a beginning of "34".
         yield Question(f"{a} + {b} =", tuple(f" {choice}." for choice in choices), choices.index(a + b))
@@ -323,13 +322,13 @@ def _probes(config: WorldConfig) -> list[Probe]:
 
 
 def _documents(config: WorldConfig, part: str, kinds: list[list[str]]) -> list[str]:
-    """Group the lines of each kind, in the order given, into documents of 5 to 9 lines; shuffle the documents."""
+    """Group the lines of each kind, in the order given, into documents of 3 to 7 lines; shuffle the documents."""
     rng = _stream(config, part)
     documents = []
     for lines in kinds:
         at = 0
         while at < len(lines):
-            size = rng.randint(5, 9)
+            size = rng.randint(3, 7)
             documents.append("\n".join(lines[at : at + size]))
             at += size
     rng.shuffle(documents)

@@ -10,37 +10,16 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from models_factory import write_tiny_hf_model
-from parity_cases import CASES, VOCABULARY, case_tokens
-
-GOLDEN = Path(__file__).parent / "golden" / "logits.npz"
-GOLDEN_IDS = np.arange(5, VOCABULARY, 73)
-GOLDEN_ROW = 1
-
-
-def transformers_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    """fp32 logits [B, T, V] of transformers' eager implementation."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    with torch.no_grad():
-        return model.eval()(torch.tensor(tokens)).logits.numpy()
-
-
-def golden_part(logits: np.ndarray) -> np.ndarray:
-    """What is kept of logits [B, T, V]: [T, len(GOLDEN_IDS) + 1] fp32, the last column being the log-sum-exp."""
-    row = logits[GOLDEN_ROW].astype(np.float64)
-    top = row.max(axis=-1, keepdims=True)
-    total = top + np.log(np.exp(row - top).sum(axis=-1, keepdims=True))
-    return np.concatenate([row[:, GOLDEN_IDS], total], axis=-1).astype(np.float32)
+from parity_cases import CASES, GOLDEN, case_tokens, golden_part, transformers_logits
 
 
 def main() -> None:
     """Compute and write all cases."""
-    parts = {}
+    parts: dict[str, Any] = {}
     for name, (family, overrides) in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
             write_tiny_hf_model(folder, family, tokenizer=False, **overrides)

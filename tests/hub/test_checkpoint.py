@@ -50,7 +50,7 @@ def test_optimiser_state_keeps_its_structure(tmp_path: Path):
     state = optax.adamw(1e-3).init({"w": jnp.ones((4, 4))})
     checkpoint.save_tree(tmp_path / "t", state)
     loaded = checkpoint.load_tree(tmp_path / "t", abstract_like(state, make_mesh("data=1")))
-    assert jax.tree.structure(loaded) == jax.tree.structure(state)
+    assert str(jax.tree.structure(loaded)) == str(jax.tree.structure(state))
 
 
 def test_donating_right_after_an_asynchronous_save_does_not_change_what_is_saved(tmp_path: Path):
@@ -116,8 +116,8 @@ def test_a_tree_of_another_shape_is_refused(tree: dict, tmp_path: Path):
     whole = abstract_like(tree, mesh)
     fewer = {k: v for k, v in whole.items() if k != "host"}
     wider = whole | {"matrix": jax.ShapeDtypeStruct((8, 9), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))}
-    for other in (fewer, whole | {"more": whole["host"]}, wider):
-        with pytest.raises(InputError, match="does not hold the arrays"):
+    for other, named in ((fewer, "host"), (whole | {"more": whole["host"]}, "more"), (wider, r"matrix.*\(8, 9\)")):
+        with pytest.raises(InputError, match=f"/t: {named}"):
             checkpoint.load_tree(tmp_path / "t", other)
     with pytest.raises(InputError, match="already exists"):
         checkpoint.save_tree(tmp_path / "t", tree)

@@ -1,45 +1,149 @@
 """Raw configs in both schemas, and the refusal of everything that is not understood."""
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
 import pytest
-from models_factory import FAMILIES, tiny_config
+from models_factory import FAMILIES, Family, tiny_config
 from parity_cases import CASES
 
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub.hf_config import parse_config
-from jax_selftrain.models import RopeConfig
+from jax_selftrain.models import RopeConfig, abstract_params
 
-PYTHIA_70M = {
-    # config.json of EleutherAI/pythia-70m, as published (transformers 4)
-    "architectures": ["GPTNeoXForCausalLM"],
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "hidden_act": "gelu",
-    "hidden_size": 512,
-    "initializer_range": 0.02,
-    "intermediate_size": 2048,
-    "layer_norm_eps": 1e-05,
-    "max_position_embeddings": 2048,
-    "model_type": "gpt_neox",
-    "num_attention_heads": 8,
-    "num_hidden_layers": 6,
-    "rotary_emb_base": 10000,
-    "rotary_pct": 0.25,
-    "tie_word_embeddings": False,
-    "torch_dtype": "float16",
-    "transformers_version": "4.24.0",
-    "use_cache": True,
-    "use_parallel_residual": True,
-    "vocab_size": 50304,
+# config.json of models as their makers published them
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "pythia-70m": {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "hidden_act": "gelu",
+        "hidden_size": 512,
+        "initializer_range": 0.02,
+        "intermediate_size": 2048,
+        "layer_norm_eps": 1e-05,
+        "max_position_embeddings": 2048,
+        "model_type": "gpt_neox",
+        "num_attention_heads": 8,
+        "num_hidden_layers": 6,
+        "rotary_emb_base": 10000,
+        "rotary_pct": 0.25,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "transformers_version": "4.24.0",
+        "use_cache": True,
+        "use_parallel_residual": True,
+        "vocab_size": 50304,
+    },
+    "llama-3.2-1b": {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 16,
+        "num_key_value_heads": 8,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "factor": 32.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.45.0.dev0",
+        "use_cache": True,
+        "vocab_size": 128256,
+    },
+    "qwen2.5-0.5b": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151643,
+        "hidden_act": "silu",
+        "hidden_size": 896,
+        "initializer_range": 0.02,
+        "intermediate_size": 4864,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 24,
+        "model_type": "qwen2",
+        "num_attention_heads": 14,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.40.1",
+        "use_cache": True,
+        "use_mrope": False,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+    "qwen3-0.6b": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151643,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 1024,
+        "initializer_range": 0.02,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 28,
+        "model_type": "qwen3",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+}
+PARAMETERS = {
+    "pythia-70m": 70_426_624,
+    "llama-3.2-1b": 1_235_814_400,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen3-0.6b": 596_049_920,
 }
 
 
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_published_configs_have_the_published_number_of_parameters(model: str):
+    config = parse_config(PUBLISHED[model], "config.json")
+    sizes = [int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract_params(config))]
+    assert sum(sizes) == PARAMETERS[model]
+
+
 def test_pythia_config_is_read():
-    config = parse_config(PYTHIA_70M, "config.json")
+    config = parse_config(PUBLISHED["pythia-70m"], "config.json")
     assert (config.head_dim, config.rotary_dim, config.num_kv_heads) == (64, 16, 8)
     assert config.parallel_residual
     assert config.qkv_bias
@@ -50,10 +154,12 @@ def test_pythia_config_is_read():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_both_rotary_schemas_mean_the_same(family: str):
-    fraction = {"rotary_pct": 0.5, "rotary_emb_base": 30000} if family == "gpt_neox" else {"rope_theta": 30000}
+def test_both_rotary_schemas_mean_the_same(family: Family):
+    fraction: dict[str, Any] = (
+        {"rotary_pct": 0.5, "rotary_emb_base": 30000} if family == "gpt_neox" else {"rope_theta": 30000}
+    )
     old = tiny_config(family, **fraction, rope_scaling={"type": "linear", "factor": 2})
-    new_rope = {"rope_type": "linear", "rope_theta": 30000.0, "factor": 2.0}
+    new_rope: dict[str, Any] = {"rope_type": "linear", "rope_theta": 30000.0, "factor": 2.0}
     if family == "gpt_neox":
         new_rope["partial_rotary_factor"] = 0.5
     new = tiny_config(family, rope_parameters=new_rope)
@@ -61,9 +167,7 @@ def test_both_rotary_schemas_mean_the_same(family: str):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_absent_keys_take_the_defaults_of_transformers(family: str):
-    if importlib.util.find_spec("torch") is None:
-        pytest.skip("transformers' config classes need torch to write themselves out")
+def test_absent_keys_take_the_defaults_of_transformers(family: Family):
     from transformers import AutoConfig
 
     sizes = {"hidden_size": 256, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64}
@@ -76,8 +180,6 @@ def test_absent_keys_take_the_defaults_of_transformers(family: str):
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_transformers_writes_back_means_the_same(case: str, tmp_path: Path):
-    if importlib.util.find_spec("torch") is None:
-        pytest.skip("transformers' config classes need torch to write themselves out")
     from transformers import AutoConfig
 
     family, overrides = CASES[case]
@@ -108,7 +210,7 @@ def test_dropout_does_not_matter_in_evaluation():
     assert parse_config(tiny_config("gpt_neox", hidden_dropout=0.1, attention_dropout=0.1), "c") == plain
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[Family, dict[str, Any], list[str]]] = {
     "unknown architecture": ("llama", {"model_type": "mamba"}, ["model_type", "'mamba'", "gpt_neox"]),
     "unknown key": ("llama", {"logit_softcapping": 30.0}, ["logit_softcapping", "30.0"]),
     "dynamic NTK": ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["'dynamic'", "NTK"]),
@@ -165,7 +267,12 @@ def test_what_is_not_understood_is_refused_by_name(case: str):
 
 
 def test_features_switched_off_are_accepted():
-    off = {"quantization_config": None, "is_encoder_decoder": False, "pruned_heads": {}, "tie_encoder_decoder": False}
+    off: dict[str, Any] = {
+        "quantization_config": None,
+        "is_encoder_decoder": False,
+        "pruned_heads": {},
+        "tie_encoder_decoder": False,
+    }
     plain = parse_config(tiny_config("qwen3"), "c")
     assert parse_config(tiny_config("qwen3", **off), "c") == plain
     assert parse_config(tiny_config("qwen3", initializer_range=0.1), "c") == replace(plain, initializer_range=0.1)

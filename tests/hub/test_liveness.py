@@ -1,6 +1,7 @@
 """Every field of a config is read by the code it is meant for: perturb it, and something that matters changes."""
 
 from dataclasses import fields, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ BASE = DecoderConfig(
 )
 TOKENS = np.arange(64).reshape(1, 64) % 32
 
-FIELDS = {
+FIELDS: dict[str, Any] = {
     "vocab_size": 48,
     "hidden_size": 24,
     "num_layers": 3,
@@ -72,7 +73,7 @@ LLAMA3 = RopeConfig(theta=100.0, kind="llama3", factor=4.0, original_max_positio
 YARN = RopeConfig(
     theta=100.0, kind="yarn", factor=4.0, original_max_position=48, beta_fast=6.0, beta_slow=1.5, truncate=False
 )
-ROPE_FIELDS = {
+ROPE_FIELDS: dict[str, tuple[RopeConfig, dict[str, Any]]] = {
     "theta": (RopeConfig(), {"theta": 50.0}),
     "kind": (RopeConfig(factor=2.0), {"kind": "linear"}),
     "factor": (RopeConfig(kind="linear", factor=2.0), {"factor": 3.0}),
@@ -115,7 +116,7 @@ def test_a_config_field_changes_parameters_or_output(field: str, layout: Layout,
         assert np.std(fresh) < 0.75 * np.std(params["head"]["kernel"])
         return
     before, after = abstract_params(BASE), abstract_params(changed)
-    if jax.tree.structure(before) != jax.tree.structure(after) or before != after:
+    if before != after:
         return
     assert np.abs(logits(changed, layout, params) - logits(BASE, layout, params)).max() > 1e-4
 

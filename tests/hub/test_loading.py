@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +103,7 @@ class MemoryReader(CountingReader):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc to see memory use")
 def test_the_host_never_holds_a_second_copy(tmp_path: Path):
-    sizes = {"num_hidden_layers": 8, "hidden_size": 256, "intermediate_size": 1024, "head_dim": 64}
+    sizes: dict[str, Any] = {"num_hidden_layers": 8, "hidden_size": 256, "intermediate_size": 1024, "head_dim": 64}
     folder = write_tiny_hf_model(tmp_path, "llama", tokenizer=False, dtype="bfloat16", **sizes)
     config, _ = hub.read_config(folder)
     layout = make_layout("tensor", make_mesh("model=2"), axis_sizes(config))

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hub.make_golden import GOLDEN, golden_part, transformers_logits
 from models_factory import write_tiny_hf_model
-from parity_cases import CASES, case_tokens
+from parity_cases import CASES, GOLDEN, case_tokens, golden_part, transformers_logits
 
 from jax_selftrain import hub
 

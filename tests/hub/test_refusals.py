@@ -30,7 +30,7 @@ def refused(folder: Path, *words: str) -> None:
         assert word in message, message
 
 
-def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
     weights = load_file(folder / "model.safetensors")
     change(weights)
     write_safetensors(folder, weights)
@@ -166,10 +166,7 @@ def test_code_in_a_model_folder_is_never_run(tmp_path: Path):
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    try:
-        hub.load_model(folder, "data=1")
-    except InputError as error:
-        assert str(folder) in str(error)
+    refused(folder, "auto_map", "never run")
     assert not (tmp_path / "ran").exists()
 
 

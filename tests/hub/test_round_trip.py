@@ -3,18 +3,19 @@
 import importlib.util
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from models_factory import FAMILIES, tiny_weights, write_tiny_hf_model
-from safetensors.numpy import load_file
+from models_factory import FAMILIES, Family, WeightType, tiny_weights, write_tiny_hf_model
+from parity_cases import transformers_logits
+from safetensors.numpy import load_file, save_file
 
 from jax_selftrain import hub
 from jax_selftrain.config import ConvertConfig
 from jax_selftrain.hub import safetensors_io
+from jax_selftrain.hub.families import FAMILIES as TABLES
 from jax_selftrain.storage import read_json
 
 
@@ -38,14 +39,14 @@ def there_and_back(source: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("dtype", ["float32", "mixed"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_round_trip_is_bitwise(family: str, dtype: str, tmp_path: Path):
+def test_round_trip_is_bitwise(family: Family, dtype: WeightType, tmp_path: Path):
     source = write_tiny_hf_model(tmp_path / "hf", family, dtype=dtype, max_shard_bytes=100_000, tokenizer=False)
     assert len(list(source.glob("*.safetensors"))) > 2
     assert_same_tensors(tensors_of(there_and_back(source, tmp_path)), tensors_of(source))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_narrow_types_stay_narrow_on_disk(dtype: str, tmp_path: Path):
+def test_narrow_types_stay_narrow_on_disk(dtype: WeightType, tmp_path: Path):
     source = write_tiny_hf_model(tmp_path / "hf", "llama", dtype=dtype, torch_dtype=dtype)
     back = there_and_back(source, tmp_path)
     assert_same_tensors(tensors_of(back), tensors_of(source))
@@ -59,7 +60,7 @@ def test_padded_vocabulary_rows_are_kept(tmp_path: Path):
     back = tensors_of(there_and_back(source, tmp_path))
     assert back["gpt_neox.embed_in.weight"].shape[0] == back["embed_out.weight"].shape[0] == 512
     assert_same_tensors(back, tensors_of(source))
-    assert hub.load_model(back_folder := tmp_path / "back", "data=1").special.tokenizer_length == 400, back_folder
+    assert hub.special_tokens(tmp_path / "back").tokenizer_length == 400
 
 
 def test_legacy_buffers_are_dropped_and_listed(tmp_path: Path):
@@ -74,9 +75,7 @@ def test_legacy_buffers_are_dropped_and_listed(tmp_path: Path):
 def test_the_copy_of_a_tied_embedding_is_dropped_and_listed(tmp_path: Path):
     source = write_tiny_hf_model(tmp_path / "hf", "llama", tie_word_embeddings=True, tokenizer=False)
     weights = tensors_of(source)
-    safetensors_io.save_file(
-        weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}, source / "model.safetensors"
-    )
+    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}, source / "model.safetensors")
     assert_same_tensors(tensors_of(there_and_back(source, tmp_path)), weights)
     assert read_json(tmp_path / "ours" / "model.json")["dropped"] == ["lm_head.weight"]
 
@@ -85,18 +84,14 @@ def test_a_tensor_keeps_the_name_it_came_with(tmp_path: Path):
     source = write_tiny_hf_model(tmp_path / "hf", "gpt_neox", tokenizer=False)
     weights = tensors_of(source)
     weights["lm_head.weight"] = weights.pop("embed_out.weight")  # as transformers 5 names it in new models
-    safetensors_io.save_file(weights, source / "model.safetensors")
+    save_file(weights, source / "model.safetensors")
     assert_same_tensors(tensors_of(there_and_back(source, tmp_path)), weights)
 
 
 def test_large_weights_are_split_with_an_index(tmp_path: Path, tiny_model: Callable[..., Path]):
     model = hub.load_model(tiny_model("qwen3"), "data=1")
-    family = safetensors_io.FAMILIES["qwen3"] if hasattr(safetensors_io, "FAMILIES") else None
-    from jax_selftrain.hub.families import FAMILIES as TABLES
-
-    family = family or TABLES["qwen3"]
     safetensors_io.save_weights(
-        tmp_path, family, model.config, model.params, model.source.tensors, max_shard_bytes=150_000
+        tmp_path, TABLES["qwen3"], model.config, model.params, model.source.tensors, max_shard_bytes=150_000
     )
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
@@ -145,13 +140,12 @@ def test_a_model_with_other_weights_is_saved_under_the_same_names(tmp_path: Path
     assert set(model.source.tensors.values()) == {"float32"}
     saved = tensors_of(model.save_pretrained(tmp_path / "out"))
     assert saved.keys() == tensors_of(source).keys()
-    assert replace(base, params=model.params).special == model.special
+    assert model.special == base.special
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_opens_an_export_with_equal_logits(family: str, tmp_path: Path):
-    from hub.make_golden import transformers_logits
+def test_transformers_opens_an_export_with_equal_logits(family: Family, tmp_path: Path):
     from transformers import AutoTokenizer
 
     source = write_tiny_hf_model(tmp_path / "hf", family)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jax_selftrain import hub
-from jax_selftrain.hub import checkpoint
+from jax_selftrain.errors import InputError
 from jax_selftrain.hub.digest import weights_fingerprint
 from jax_selftrain.hub.families import FAMILIES
 from jax_selftrain.hub.safetensors_io import SafetensorsReader, load_params, open_weights
-from jax_selftrain.hub.trees import flatten, unflatten
 from jax_selftrain.mesh import make_layout, make_mesh
 from jax_selftrain.models import axis_sizes
 
@@ -32,7 +32,7 @@ class CountingReader:
 def main(coordinator: str, index: int, work: Path) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(coordinator, num_processes=2, process_id=index)
-    seen = {"devices": jax.device_count()}
+    seen: dict[str, int | str] = {"devices": jax.device_count()}
 
     config, raw = hub.read_config(work / "hf")
     layout = make_layout("fsdp", make_mesh("data=4,model=2"), axis_sizes(config))
@@ -42,19 +42,19 @@ def main(coordinator: str, index: int, work: Path) -> None:
     seen["read"] = counting.bytes
     seen["fingerprint"] = weights_fingerprint(params)
 
-    checkpoint.save_tree(work / "together", params)
-    jax.experimental.multihost_utils.sync_global_devices("saved")
-    turned = make_layout("tensor", make_mesh("data=8"), axis_sizes(config))
-    shardings = flatten(hub.load.param_shardings(config, turned))
-    abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=shardings[k]) for k, v in flatten(params).items()}
-    seen["restored"] = weights_fingerprint(checkpoint.load_tree(work / "together", unflatten(abstract)))
+    hub.save_model(work / "together", raw, params, source_ref=work / "hf", metadata={})
+    seen["restored"] = weights_fingerprint(hub.load_model(work / "together", make_mesh("data=2,model=4")).params)
+    try:
+        hub.save_model(work / "together", raw, params, source_ref=work / "hf", metadata={})
+    except InputError as error:
+        seen["refused"] = str(error)
 
     if index == 1:  # alone, on its own devices: must not wait for the other process
-        own = hub.load_model(work / "ours", make_mesh("model=2", jax.local_devices()))
-        seen["alone"] = weights_fingerprint(own.params)
-        checkpoint.save_tree(work / "alone", own.params)
+        seen["alone"] = weights_fingerprint(
+            hub.load_model(work / "ours", make_mesh("model=2", jax.local_devices())).params
+        )
     (work / f"seen-{index}.json").write_text(json.dumps(seen))
-    jax.experimental.multihost_utils.sync_global_devices("done")
+    multihost_utils.sync_global_devices("done")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Extraction where the truth is planted: greedy paths, overlaps of known length, probabilities summed by hand."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -39,7 +40,7 @@ def options(tmp_path, tiny_model):
     def make(array, **changes) -> ExtractConfig:
         file = tmp_path / "sequences.npy"
         np.save(file, array)
-        given = {
+        given: dict[str, Any] = {
             "model": str(tiny_model()),
             "sequences": str(file),
             "out": str(tmp_path / "out" / "extraction.json"),
