@@ -67,7 +67,10 @@ def save_tree_async(folder: str | Path, tree: Any) -> PendingSave:
     if folder.exists():
         raise InputError(f"{folder}: already exists; remove it or choose another place")
     arrays = {path: {"shape": list(x.shape), "dtype": np.dtype(x.dtype).name} for path, x in _named(tree).items()}
-    response = ocp.save_async(folder, jax.tree.map(_supported, tree))
+    context = ocp.Context()
+    context.array.saving.use_compression = False  # float weights shrink by 8 % for 2 to 5 times the processor time
+    with context:
+        response = ocp.save_async(folder, jax.tree.map(_supported, tree))
 
     def finish() -> None:
         response.result()

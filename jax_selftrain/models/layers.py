@@ -86,19 +86,23 @@ def rms(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 def rope_frequencies(rope: RopeConfig, rotary_dim: int) -> tuple[np.ndarray, float]:
     """Angle per position of each rotated pair, and the scale of the rotated vectors.
 
+    Every step is rounded to fp32 where transformers rounds it: a frequency's last bit, times a position of thousands,
+    is an angle off by 1e-4, and a model has been trained with the rounded ones.
+
     Returns:
-      Frequencies [rotary_dim/2] in radians per position (fp64), and the attention factor (1 except for yarn).
+      Frequencies [rotary_dim/2] in radians per position (fp32), and the attention factor (1 except for yarn).
     """
-    exponents = np.arange(0, rotary_dim, 2, dtype=np.float64) / max(rotary_dim, 1)
-    frequencies = rope.theta**-exponents
+    f32 = np.float32
+    exponents = np.arange(0, rotary_dim, 2, dtype=f32) / f32(max(rotary_dim, 1))
+    powers = np.power(float(rope.theta), exponents.astype(np.float64)).astype(f32)
+    frequencies = f32(1) / powers
     if rope.kind == "linear":
-        return frequencies / rope.factor, 1.0
+        return frequencies / f32(rope.factor), 1.0
     if rope.kind == "llama3":
-        wavelengths = 2 * math.pi / frequencies
-        ratio = rope.original_max_position / wavelengths
-        smooth = (ratio - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        smooth = np.clip(smooth, 0.0, 1.0)
-        return (1 - smooth) * frequencies / rope.factor + smooth * frequencies, 1.0
+        ratio = f32(rope.original_max_position) / (f32(2 * math.pi) / frequencies)
+        smooth = (ratio - f32(rope.low_freq_factor)) / f32(rope.high_freq_factor - rope.low_freq_factor)
+        smooth = np.clip(smooth, f32(0), f32(1))
+        return (1 - smooth) * frequencies / f32(rope.factor) + smooth * frequencies, 1.0
     if rope.kind == "yarn":
 
         def dimension_of(rotations: float) -> float:
@@ -110,9 +114,10 @@ def rope_frequencies(rope: RopeConfig, rotary_dim: int) -> tuple[np.ndarray, flo
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, rotary_dim - 1)
         span = high - low if high != low else 0.001
-        interpolated = np.clip((np.arange(rotary_dim // 2, dtype=np.float64) - low) / span, 0.0, 1.0)
+        ramp = (np.arange(rotary_dim // 2, dtype=f32) - f32(low)) / f32(span)
+        kept = 1 - np.clip(ramp, f32(0), f32(1))
         scale = rope.attention_factor if rope.attention_factor is not None else 0.1 * math.log(rope.factor) + 1.0
-        return frequencies / rope.factor * interpolated + frequencies * (1 - interpolated), scale
+        return f32(1) / (f32(rope.factor) * powers) * (1 - kept) + frequencies * kept, scale
     return frequencies, 1.0
 
 

@@ -112,7 +112,7 @@ def architecture_of(model: LoadedModel) -> Architecture:
 def capacities(steps: int) -> tuple[int, ...]:
     """Cache capacities of the successive segments that decode so many tokens."""
     needed = -(-steps // PAGE) * PAGE
-    growing = []
+    growing: list[int] = []
     while (capacity := FIRST_CAPACITY << len(growing)) < needed:
         growing.append(capacity)
     return (*growing, needed)

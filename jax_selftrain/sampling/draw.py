@@ -63,9 +63,10 @@ def draw(logits: Float[Array, "B V"], words: UInt32[Array, "B n"]) -> Int[Array,
         raise ValueError(f"{words.shape[1]} words for a tree of {len(widths)} levels over {logits.shape[1]} tokens")
     below_max = logits - jnp.max(logits, axis=-1, keepdims=True)
     values = jnp.where(below_max < _NEGLIGIBLE, 0.0, jnp.exp(below_max))
-    tree = []
+    tree: list[Array] = []
     for width in reversed(widths):
-        tree.insert(0, _filled_up(values, RADIX * width))
+        # Each level is kept: fused into its readers, XLA would take the exponentials again for the sums of each.
+        tree.insert(0, jax.lax.optimization_barrier(_filled_up(values, RADIX * width)))
         values = _sum_of_16(tree[0])
     node = jnp.zeros_like(words[:, 0], dtype=jnp.int32)
     for level, width in enumerate(widths):
@@ -82,7 +83,7 @@ def whole_rows(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
     return logits
 
 
-def take(values: Float[Array, "B N"], indices: Int[Array, "B *k"]) -> Float[Array, "B *k"]:
+def take(values: Float[Array, "B N"], indices: Int[Array, "B ..."]) -> Float[Array, "B ..."]:
     """values[b, indices[b]] for every row (`take_along_axis` cannot do it for a sharded batch of one row)."""
     return jax.vmap(lambda row, index: row.at[index].get(mode="promise_in_bounds"))(values, indices)
 

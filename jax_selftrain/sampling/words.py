@@ -15,11 +15,14 @@ versions; a corpus must be the same after an upgrade.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, UInt32
+
+Word = TypeVar("Word", jax.Array, np.ndarray)
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
@@ -28,14 +31,14 @@ MAX_SEED = 2**64 - 1
 """Largest seed (and sample id): both are 64-bit counters."""
 
 
-def threefry2x32(key: tuple[Array, Array], counter: tuple[Array, Array]) -> tuple[Array, Array]:
+def threefry2x32(key: tuple[Word, Word], counter: tuple[Word, Word]) -> tuple[Word, Word]:
     """The threefry-2x32 block function with 20 rounds, elementwise.
 
     Args:
       key: two uint32 arrays; counter: two uint32 arrays; all four broadcast together.
 
     Returns:
-      Two uint32 arrays of the broadcast shape.
+      Two uint32 arrays of the broadcast shape, on the host or the device as the inputs are.
     """
     schedule = (key[0], key[1], key[0] ^ key[1] ^ _PARITY)
     x0, x1 = counter[0] + schedule[0], counter[1] + schedule[1]

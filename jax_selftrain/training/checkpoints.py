@@ -154,9 +154,12 @@ def to_host(tree: Any) -> Any:
 
     Truly a copy: on a CPU `np.asarray` may give a view of the device buffer, which the next, donated step reuses.
     """
-    if jax.process_count() > 1:
-        tree = multihost_utils.process_allgather(tree, tiled=True)
-    return jax.tree.map(lambda leaf: np.array(leaf, copy=True), jax.device_get(tree))
+
+    def copy(leaf: jax.Array) -> np.ndarray:
+        # One array after the other: a device then holds one whole array at most, and collectives keep their order.
+        return np.array(leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True))
+
+    return jax.tree.map(copy, tree)
 
 
 def first_not_finite(*trees: Any) -> str | None:

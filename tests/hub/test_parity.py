@@ -60,6 +60,16 @@ def test_every_golden_case_is_compared():
 
 
 @needs_torch
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
+def test_logits_stay_equal_far_out(theta: float, tmp_path: Path):
+    # A frequency's rounding error grows with the position: 2048 is where Pythia's contexts end.
+    folder = write_tiny_hf_model(tmp_path, "llama", tokenizer=False, rope_theta=theta, max_position_embeddings=2048)
+    tokens = np.resize(case_tokens(), (1, 2048))
+    ours = hub.load_model(folder, "data=1").logits(tokens)
+    np.testing.assert_allclose(ours, transformers_logits(folder, tokens), rtol=0, atol=TOLERANCE)
+
+
+@needs_torch
 def test_stories260k_logits_equal_transformers(stories260k: Path):
     tokens = np.random.default_rng(0).integers(0, 512, size=(2, 512))
     ours = hub.load_model(stories260k, "data=1").logits(tokens)

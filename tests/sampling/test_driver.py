@@ -264,11 +264,14 @@ def test_the_program_compiles_from_shapes_alone(config):
     function, arguments, donation = program(config, mesh)
     with jax.set_mesh(mesh):
         compiled = jax.jit(function, donate_argnums=donation).lower(*arguments).compile()
-    out = compiled.out_avals if hasattr(compiled, "out_avals") else jax.tree.leaves(compiled.out_info)
-    assert len(jax.tree.leaves(out)) == len(jax.tree.leaves(arguments[2]))
-    cache = arguments[2].cache.k
-    assert cache.shape == (2, 32, 2, 16, 16)
-    assert compiled.memory_analysis().alias_size_in_bytes >= 2 * cache.size * 4 // 4
+    state, cache = arguments[2], arguments[2].cache.k
+    assert [leaf.shape for leaf in jax.tree.leaves(compiled.out_info)] == [
+        leaf.shape for leaf in jax.tree.leaves(state)
+    ]
+    assert (cache.shape, jax.typeof(cache).sharding.spec[:4]) == ((2, 32, 2, 16, 16), (None, None, "model", "data"))
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.alias_size_in_bytes >= 2 * cache.size * 4 // 4, "keys and values are copied"
 
 
 def test_an_opened_corpus_is_the_returned_one(undisturbed):

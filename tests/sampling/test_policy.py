@@ -1,6 +1,7 @@
 """The sampling policy: transformers' order and semantics of truncation, and what is refused."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,8 +79,9 @@ def test_padding_ids_are_excluded_before_anything_else():
 def test_steps_that_are_off_cost_nothing():
     logits = jnp.asarray(_logits())
     np.testing.assert_array_equal(mask_logits(logits, PLAIN), logits)
-    for options, searches in (({}, 0), ({"temperature": 0.5, "min_p": 0.1}, 0), ({"top_k": 9, "top_p": 0.9}, 2)):
-        text = jax.jit(mask_logits, static_argnums=1).lower(logits, replace(PLAIN, **options)).as_text()
+    cooler, both = replace(PLAIN, temperature=0.5, min_p=0.1), replace(PLAIN, top_k=9, top_p=0.9)
+    for policy, searches in ((PLAIN, 0), (cooler, 0), (both, 2)):
+        text = jax.jit(mask_logits, static_argnums=1).lower(logits, policy).as_text()
         assert text.count("stablehlo.while") == searches
         assert "sort" not in text
 
@@ -128,8 +130,14 @@ def test_impossible_options_are_refused(options, message):
     assert "\n" not in str(error.value)
 
 
-def _policy(config: SampleConfig, **model):
-    defaults = {"start_id": 1, "stop_ids": (2,), "vocab_size": 100, "tokenizer_length": 90, "max_positions": 64}
+def _policy(config: SampleConfig, **model: Any) -> Policy:
+    defaults: dict[str, Any] = {
+        "start_id": 1,
+        "stop_ids": (2,),
+        "vocab_size": 100,
+        "tokenizer_length": 90,
+        "max_positions": 64,
+    }
     return make_policy(config, **(defaults | model))
 
 

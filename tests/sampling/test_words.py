@@ -68,12 +68,9 @@ def test_words_depend_on_seed_sample_and_step_alone():
 
 def test_words_do_not_follow_jax_prng_flags():
     before = random_words(1, [3], 2, 4)
-    flag = jax.config.jax_threefry_partitionable
-    jax.config.update("jax_threefry_partitionable", not flag)
-    try:
-        np.testing.assert_array_equal(random_words(1, [3], 2, 4), before)
-    finally:
-        jax.config.update("jax_threefry_partitionable", flag)
+    for partitionable in (False, True):
+        with jax.threefry_partitionable(partitionable), jax.default_prng_impl("rbg"):
+            np.testing.assert_array_equal(random_words(1, [3], 2, 4), before)
 
 
 def test_all_of_seed_and_sample_id_counts():
