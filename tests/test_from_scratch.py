@@ -97,6 +97,6 @@ def check_export(out: Path) -> float:
 
 if __name__ == "__main__":
     data = Path(os.environ["JAX_SELFTRAIN_DATA"])
-    result = from_scratch(Path(sys.argv[1]), data, vocabulary=2048, steps=400, samples=1024, length=256, limit=400)
+    result = from_scratch(Path(sys.argv[1]), data, vocabulary=2048, steps=250, samples=1024, length=256, limit=400)
     print(json.dumps({name: scores["texts"] for name, scores in result.items()}, indent=2))
     print("largest difference from transformers' logits:", check_export(Path(sys.argv[1])))

@@ -1,5 +1,6 @@
 """What the tests of training share: the options of a small run, and the bits of its result."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -31,3 +32,8 @@ def weights(model: Path | str) -> dict[str, bytes]:
     """The bits of every parameter of a model."""
     leaves = jax.tree_util.tree_leaves_with_path(load_model(model, "data=1").params)
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
+
+
+def losses(run: Path) -> list[float]:
+    """The loss of every step."""
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]

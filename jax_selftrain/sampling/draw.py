@@ -66,12 +66,13 @@ def draw(logits: Float[Array, "B V"], words: UInt32[Array, "B n"]) -> Int[Array,
     tree: list[Array] = []
     for width in reversed(widths):
         # Each level is kept: fused into its readers, XLA would take the exponentials again for the sums of each.
-        tree.insert(0, jax.lax.optimization_barrier(_filled_up(values, RADIX * width)))
+        level_nodes = jax.lax.optimization_barrier(_filled_up(values, RADIX * width))
+        tree.insert(0, _beside(logits, level_nodes))
         values = _sum_of_16(tree[0])
-    node = jnp.zeros_like(words[:, 0], dtype=jnp.int32)
+    node = _beside(logits, jnp.zeros(logits.shape[0], jnp.int32))
     for level, width in enumerate(widths):
-        children = node[:, None] + width * jnp.arange(RADIX, dtype=jnp.int32)
-        node = node + width * _pick(take(tree[level], children), words[:, level])
+        picked = _pick(_children(tree[level], node, width), words[:, level])
+        node = _beside(logits, node + width * picked)
     return node
 
 
@@ -83,9 +84,20 @@ def whole_rows(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
     return logits
 
 
-def take(values: Float[Array, "B N"], indices: Int[Array, "B ..."]) -> Float[Array, "B ..."]:
-    """values[b, indices[b]] for every row (`take_along_axis` cannot do it for a sharded batch of one row)."""
-    return jax.vmap(lambda row, index: row.at[index].get(mode="promise_in_bounds"))(values, indices)
+def _beside(rows: Array, values: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+    """The values, with their batch on the mesh axis of `rows` (JAX lets go of the axis where the batch is one row)."""
+    axis = jax.typeof(rows).sharding.spec[0]
+    return values if axis is None else jax.reshard(values, PartitionSpec(axis, *[None] * (values.ndim - 1)))
+
+
+def take(values: Float[Array, "B N"], index: Int[Array, " B"]) -> Float[Array, " B"]:
+    """values[b, index[b]] for every row (`take_along_axis` cannot do it for a sharded batch of one row)."""
+    return jax.vmap(lambda row, i: row.at[i].get(mode="promise_in_bounds"))(values, index)
+
+
+def _children(nodes: Float[Array, "B N"], parent: Int[Array, " B"], width: int) -> Float[Array, "B 16"]:
+    order = width * jnp.arange(RADIX, dtype=jnp.int32)
+    return jax.vmap(lambda row, i: row.at[i + order].get(mode="promise_in_bounds"))(nodes, parent)
 
 
 def _filled_up(values: Float[Array, "B N"], n: int) -> Float[Array, "B n"]:

@@ -77,11 +77,14 @@ def sample(config: SampleConfig) -> Corpus:
     settings.require(config, "model", "out")
     check_sample_config(config)
     out = Path(config.out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file; give a folder")
     policy = _policy(config)
     request = _request(config, policy)
     if (out / REQUEST).exists():
         request["source"]["ref"] = _first_ref(out, request)
         begin_corpus(out, request)
+        storage.clean_leftovers(out / "timings")
     n_shards = shard_count(config.samples, config.samples_per_shard)
     if missing_shards(out, n_shards):
         mesh = make_mesh(config.mesh, devices=jax.local_devices())
@@ -182,7 +185,7 @@ def _fill(job: _Job, n_shards: int) -> None:
         for index in missing:
             name = Path(shard_name(index)).stem
             with storage.lease(records / f"{name}.lease") as held:
-                if held and not (records / f"{name}.json").exists():
+                if held and index in missing_shards(job.out, n_shards):
                     _make_shard(job, index)
                     found_work = True
         if not found_work:

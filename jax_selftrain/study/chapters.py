@@ -179,7 +179,8 @@ def _extraction(results: Results) -> Chapter | None:
         f"<p>Of each sequence the first {found['prefix']} tokens are given. <em>Exact match</em>: the greedy "
         f"continuation is the next {found['suffix']} tokens, all of them. <em>log p<sub>z</sub></em>: the "
         "log-probability of those tokens, which can stay high when a small drift breaks the greedy path; the two are "
-        "to be read together.</p>",
+        "to be read together. Whether the sequences were in the base's training data is for whoever brought the set to "
+        "say; on text that was not, these numbers show how predictable it is.</p>",
         _figure(drawn["extraction"], "Exact match before and after, and the paired change, with 95 % intervals."),
         by_class.to_html(),
         probability.to_html(),
@@ -296,7 +297,12 @@ def _corpus(results: Results) -> Chapter:
         ("−log p per token", _estimate(corpus["surprise_per_token"]), n, _surprise_note(corpus["policy"])),
         ("entropy of single tokens", corpus["unigram_entropy"], n, "nats; of the corpus' token frequencies"),
         *(
-            (f"distinct {gram}-grams", counts["distinct"] / max(1, counts["total"]), counts["total"], "share of all")
+            (
+                f"distinct {gram}-grams",
+                counts["distinct"] / max(1, counts["total"]),
+                counts["total"],
+                f"share; {counts['distinct']:,} different ones",
+            )
             for gram, counts in corpus["distinct"].items()
         ),
         ("exact repeats", corpus["repeated_samples"], n, "samples whose tokens are those of an earlier sample"),
@@ -309,9 +315,9 @@ def _corpus(results: Results) -> Chapter:
 
 
 def _surprise_note(policy: Mapping[str, Any]) -> str:
+    note = "nats, under the source at temperature 1"
     plain = (policy["temperature"], policy["top_k"], policy["top_p"], policy["min_p"]) == (1, 0, 1, 0)
-    entropy = "nats; at this policy an estimate of the source's own entropy" if plain else "nats"
-    return f"{entropy}, under the source at temperature 1"
+    return f"{note}; drawn at this very policy, it estimates the source's entropy" if plain else note
 
 
 def _examples(results: Results) -> Chapter:

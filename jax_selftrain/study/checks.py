@@ -13,6 +13,7 @@ from jax_selftrain.mesh import make_mesh
 from jax_selftrain.scoring.score import check_batch
 from jax_selftrain.scoring.sequences import load_sequences
 from jax_selftrain.study.plan import Plan, make_plan
+from jax_selftrain.training.run_folder import check_ranges
 
 _OWNED = {
     "sample": ("model", "out"),
@@ -65,6 +66,7 @@ def _check_tokenizers(config: RunConfig) -> None:
 
 
 def _check_training(config: TrainConfig) -> None:
+    check_ranges(config)
     model, _ = hub.read_config(config.model)
     if config.seq_len > model.max_positions:
         raise InputError(

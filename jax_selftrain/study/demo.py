@@ -57,6 +57,8 @@ class DemoScale:
     prefix: int = 16
     suffix: int = 16
     overlap: int = 8
+    mesh: str = ""
+    """Device mesh; unset: all devices on `data`."""
 
 
 def demo(config: DemoConfig, scale: DemoScale | None = None) -> Path:
@@ -99,6 +101,7 @@ def _teach(out: Path, scale: DemoScale) -> Path:
             final_learning_rate=scale.learning_rate / 10,
             weight_decay=0.1,
             log_every=10,
+            mesh=scale.mesh,
             seed=scale.world.seed,
         )
     )
@@ -110,6 +113,7 @@ def _round(out: Path, base: Path, scale: DemoScale) -> RunConfig:
         model=str(base),
         out=str(out),
         title=TITLE,
+        mesh=scale.mesh,
         sample=SampleConfig(samples=scale.samples, max_tokens=scale.row, seed=scale.world.seed),
         train=TrainConfig(
             batch_size=scale.batch, seq_len=scale.row, learning_rate=scale.learning_rate / 10, seed=scale.world.seed

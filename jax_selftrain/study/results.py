@@ -362,10 +362,10 @@ def _leaves(tree: Any) -> list[Any]:
     return [tree]
 
 
-def _length_edges(longest: int) -> list[int]:
-    """Edges of about 32 bins of equal whole width that cover 1 … `longest`."""
+def _length_edges(longest: int) -> list[float]:
+    """Edges, between whole numbers, of up to 32 equally wide bins that cover 1 … `longest`."""
     width = max(1, -(-longest // 32))
-    return list(range(0, longest + width + 1, width))
+    return [0.5 + width * i for i in range(-(-longest // width) + 1)]
 
 
 def _unigram_entropy(tokens: np.ndarray) -> float:

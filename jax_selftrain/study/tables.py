@@ -92,7 +92,7 @@ def _cell(cell: Cell, column: Column) -> str:
         case None:
             return "–"
         case str():
-            return escape(cell)
+            return escape(cell).replace("_", "_<wbr>")
         case int():
             return f"{cell:,}"
         case Estimate():

@@ -5,7 +5,9 @@ holds the data position and the digests of the two manifests, which in turn hold
 from one small file to every byte (Orbax by itself restored a flipped byte without a word).
 
 Saving blocks only for the copy from device to host; writing, hashing and renaming happen on a background thread, one
-save at a time. What goes wrong there is raised by the next save or at the end of the run, never dropped.
+save at a time. What goes wrong there is raised by the next save or at the end of the run, never dropped. Several
+processes write together and in the foreground: their saving is collective, and collectives of a second thread would
+interleave with those of the training step.
 
 A damaged checkpoint is refused by name, not skipped: whether to fall back to the one before is for a person to decide,
 since it may cost hours and the damage says something about the disk.
@@ -24,11 +26,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jax_selftrain import hub, storage
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import checkpoint
+from jax_selftrain.hub.together import commit_together
 from jax_selftrain.mesh import Layout
 from jax_selftrain.training.step import TrainState
 
@@ -37,7 +39,7 @@ MANIFESTS = ("model/model.json", "optimizer/manifest.json")
 """Files of a checkpoint that vouch for all others."""
 
 SaveModel = Callable[[Path, Any, int], None]
-"""Writes host parameters of a step as a model folder: (folder, params, step)."""
+"""Writes the parameters of a step as a model folder: (folder, host or device arrays, step)."""
 
 
 class Checkpointer:
@@ -62,9 +64,10 @@ class Checkpointer:
             raise InputError(
                 f"{self._steps}: {broken} holds NaN or infinity after step {step}; nothing of it was saved"
             )
-        on_host = to_host(state)
-        if not jax.process_index():
-            self._pending = self._executor.submit(self._write, step, on_host)
+        if jax.process_count() > 1:
+            self._write(step, state)
+        else:
+            self._pending = self._executor.submit(self._write, step, _to_host(state))
 
     def wait(self) -> None:
         """Return when the latest save is whole on disk; raises what went wrong with it."""
@@ -84,19 +87,24 @@ class Checkpointer:
             self._executor.shutdown()
 
     def _write(self, step: int, state: TrainState) -> None:
-        with storage.commit_folder(folder_of(self._steps, step)) as aside:
+        with commit_together(folder_of(self._steps, step)) as aside:
             self._save_model(aside / "model", state.params, step)
             checkpoint.save_tree(aside / "optimizer", _optimizer_tree(state))
-            record = {
-                "format": FORMAT,
-                "step": step,
-                "batches": step,
-                "run": self._identity,
-                "manifests": {name: _entry(aside / name) for name in MANIFESTS},
-            }
-            storage.write_json(aside / "step.json", {**record, "fingerprint": storage.fingerprint(record)})
-        for folder in saved(self._steps)[: -self._keep]:
-            _discard(folder)
+            if not jax.process_index():
+                self._write_record(aside, step)
+        if not jax.process_index():
+            for folder in saved(self._steps)[: -self._keep]:
+                _discard(folder)
+
+    def _write_record(self, folder: Path, step: int) -> None:
+        record = {
+            "format": FORMAT,
+            "step": step,
+            "batches": step,
+            "run": self._identity,
+            "manifests": {name: _entry(folder / name) for name in MANIFESTS},
+        }
+        storage.write_json(folder / "step.json", {**record, "fingerprint": storage.fingerprint(record)})
 
 
 def restore(folder: Path, *, layout: Layout, preset: str, abstract: TrainState, identity: str) -> TrainState:
@@ -149,19 +157,6 @@ def clean(run: Path) -> None:
         shutil.rmtree(folder)
 
 
-def to_host(tree: Any) -> Any:
-    """A copy of the tree as numpy arrays; where it lies on several processes, each gets all of it.
-
-    Truly a copy: on a CPU `np.asarray` may give a view of the device buffer, which the next, donated step reuses.
-    """
-
-    def copy(leaf: jax.Array) -> np.ndarray:
-        # One array after the other: a device then holds one whole array at most, and collectives keep their order.
-        return np.array(leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True))
-
-    return jax.tree.map(copy, tree)
-
-
 def first_not_finite(*trees: Any) -> str | None:
     """Path of the first floating-point array that holds NaN or infinity, or None."""
     paths, leaves = zip(*jax.tree_util.tree_flatten_with_path(trees)[0], strict=True)
@@ -187,6 +182,14 @@ def _discard(folder: Path) -> None:
     hidden = folder.with_name(_DISCARDED + folder.name)
     folder.rename(hidden)
     shutil.rmtree(hidden)
+
+
+def _to_host(tree: Any) -> Any:
+    """A copy of the tree as numpy arrays.
+
+    Truly a copy: on a CPU `device_get` may give a view of the device buffer, which the next, donated step reuses.
+    """
+    return jax.tree.map(lambda leaf: np.array(leaf, copy=True), jax.device_get(tree))
 
 
 def _entry(path: Path) -> dict[str, Any]:

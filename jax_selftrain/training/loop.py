@@ -122,10 +122,7 @@ def _train(run: Run, hooks: Sequence[Hook]) -> None:
                 checkpointer.wait()
                 raise Stopped(f"{run.folder}: stopped and saved after step {step} of {steps}; run again to go on")
         checkpointer.wait()
-        params = checkpoints.to_host(state.params)
-        if not jax.process_index():
-            save_model(run.folder / "model", params, steps)
-        barrier("the final model is written")
+        save_model(run.folder / "model", state.params, steps)
 
 
 def _begin(run: Run, abstract: TrainState) -> TrainState:

@@ -74,7 +74,7 @@ def read_inputs(config: TrainConfig) -> Inputs:
       InputError: an option is out of range, a file is missing or damaged, or model, corpus, batch and mesh do not fit.
     """
     settings.require(config, "model", "corpus", "out")
-    _check_ranges(config)
+    check_ranges(config)
     model, raw_config = hub.read_config(config.model)
     layout = make_layout(config.preset, make_mesh(config.mesh), axis_sizes(model))
     abstract_batch(config, layout)  # refuses a batch that does not divide
@@ -226,7 +226,9 @@ def _check_token_ids(config: TrainConfig, corpus: Corpus, vocab_size: int) -> No
         )
 
 
-def _check_ranges(config: TrainConfig) -> None:
+def check_ranges(config: TrainConfig) -> None:
+    """Refuse options that are out of range whatever the model and corpus. Raises InputError naming the first."""
+
     def positive(value: float) -> bool:
         return 0 < value < math.inf
 

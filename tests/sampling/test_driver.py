@@ -265,9 +265,8 @@ def test_the_program_compiles_from_shapes_alone(config):
     with jax.set_mesh(mesh):
         compiled = jax.jit(function, donate_argnums=donation).lower(*arguments).compile()
     state, cache = arguments[2], arguments[2].cache.k
-    assert [leaf.shape for leaf in jax.tree.leaves(compiled.out_info)] == [
-        leaf.shape for leaf in jax.tree.leaves(state)
-    ]
+    shapes = [[leaf.shape for leaf in jax.tree.leaves(tree)] for tree in (compiled.out_info, state)]
+    assert shapes[0] == shapes[1]
     assert (cache.shape, jax.typeof(cache).sharding.spec[:4]) == ((2, 32, 2, 16, 16), (None, None, "model", "data"))
     memory = compiled.memory_analysis()
     assert memory is not None

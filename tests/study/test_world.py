@@ -108,7 +108,7 @@ def test_subjects_asked_about_stand_nowhere_and_verbs_agree(world: World) -> Non
         phrases.append(len(nouns) - 1)
         assert (nouns[0] in plurals) == (question.answer == 1)
         assert re.search(rf"(^|\n){question.context} [a-z]+s? (today|again|slowly|at|in|all)", text) is None
-    assert Counter(phrases) == {0: 6, 1: 27, 2: 27}
+    assert Counter(phrases) == {0: 6, 1: 26, 2: 28}  # 54 over four kinds: 13, 13, 14, 14
     singular, plural = world.tasks["agreement"][0].choices
     assert singular == f"{plural}s"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training_runs import run_options, weights
+from training_runs import losses, run_options, weights
 
 from jax_selftrain import settings, storage
 from jax_selftrain.config import ImportConfig, TrainConfig
@@ -15,10 +15,6 @@ from jax_selftrain.corpus import import_text
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import LoadedModel, load_model
 from jax_selftrain.training import Hook, train
-
-
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 class Interruption(Exception):

@@ -1,0 +1,105 @@
+"""Every configuration we ship loads strictly and says what its comments say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+from jax_selftrain import settings
+from jax_selftrain.config import RunConfig
+from jax_selftrain.errors import InputError
+from jax_selftrain.hub.hf_config import parse_config
+from jax_selftrain.mesh import make_layout
+from jax_selftrain.models import axis_sizes
+
+FOLDER = Path(__file__).parents[2] / "configs"
+CONFIGS = sorted(FOLDER.glob("*.yaml"))
+PYTHIA = {  # layers, width, heads, vocabulary rows, final learning rate: EleutherAI/pythia, models/*/*.yml
+    "14m": (6, 128, 4, 50304, 1e-4),
+    "31m": (6, 256, 8, 50304, 1e-4),
+    "70m": (6, 512, 8, 50304, 1e-4),
+    "160m": (12, 768, 12, 50304, 6e-5),
+    "410m": (24, 1024, 16, 50304, 3e-5),
+    "1b": (16, 2048, 8, 50304, 2.5e-5),
+    "1.4b": (24, 2048, 16, 50304, 2e-5),
+    "2.8b": (32, 2560, 32, 50304, 1.6e-5),
+    "6.9b": (32, 4096, 32, 50432, 1.2e-5),
+    "12b": (36, 5120, 40, 50688, 1.2e-5),
+}
+
+
+def load(path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    monkeypatch.setenv("JAX_SELFTRAIN_DATA", "/data")
+    return settings.load(RunConfig, path)
+
+
+def test_there_is_one_for_every_pythia_and_one_for_the_stories() -> None:
+    assert {path.stem for path in CONFIGS} == {"stories260k", *(f"pythia-{size}" for size in PYTHIA)}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_loads_and_is_consistent(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load(path, monkeypatch)
+    assert (config.out, config.source, config.mesh) == ("", "", ""), "it must fit any machine and any place"
+    assert not any(
+        (config.sample.model, config.sample.out, config.train.corpus, config.score.model, config.extract.model)
+    )
+    # The fixed recipe: the model's own distribution, one pass, warmup then constant, no weight decay, a pilot's seed.
+    assert (config.sample.temperature, config.sample.top_k, config.sample.top_p, config.sample.min_p) == (1, 0, 1, 0)
+    assert (config.train.steps, config.train.schedule, config.train.warmup_ratio) == (None, "constant", 0.05)
+    assert (config.train.weight_decay, config.train.packing) == (0.0, "masked")
+    assert 0 <= config.sample.seed == config.train.seed <= 9
+    assert config.train.seq_len <= config.sample.max_tokens
+    assert config.train.batch_size % 4 == 0
+    assert config.score.tasks
+    assert config.score.texts
+    assert all("/data/" in file for file in (*config.score.tasks, *config.score.texts))
+
+
+@pytest.mark.parametrize("size", PYTHIA)
+def test_a_pythia_trains_at_its_own_final_rate_and_divides_as_hinted(
+    size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = FOLDER / f"pythia-{size}.yaml"
+    config, text = load(path, monkeypatch), path.read_text()
+    layers, width, heads, vocabulary, rate = PYTHIA[size]
+    assert config.model == f"EleutherAI/pythia-{size}"
+    assert config.train.learning_rate == rate
+    assert f"(L {layers}, D {width})" in text
+    assert max(config.sample.max_tokens, config.train.seq_len) <= 2048
+    assert config.dtype == ("float32" if size.endswith("m") else "bfloat16")
+    raw = {
+        "model_type": "gpt_neox",
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * width,
+        "max_position_embeddings": 2048,
+        "rotary_pct": 0.25,
+    }
+    hint = re.search(r"^# mesh: data=(\d+),model=(\d+)$", text, re.MULTILINE)
+    data, model = map(int, hint.groups()) if hint else (1, 1)
+    axes = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.sharding.AbstractMesh((data, model), ("data", "model"), axis_types=axes)
+    for preset in {config.sample.preset, config.train.preset, config.score.preset}:
+        make_layout(preset, mesh, axis_sizes(parse_config(raw, "config.json")))
+    assert config.train.batch_size % data == 0
+
+
+def test_the_stories_round_is_the_one_that_was_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load(FOLDER / "stories260k.yaml", monkeypatch)
+    assert (config.sample.samples, config.sample.max_tokens, config.sample.stop_ids) == (2048, 256, (1, 2))
+    assert (config.score.text_limit, config.score.text_max_tokens) == (400, 320)
+    assert sum(task.startswith("blimp:") for task in config.score.tasks) == 8
+    assert config.extract.sequences == "/data/tinystories/train.jsonl"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_an_unset_data_folder_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JAX_SELFTRAIN_DATA", raising=False)
+    with pytest.raises(InputError, match="JAX_SELFTRAIN_DATA"):
+        settings.load(RunConfig, path)

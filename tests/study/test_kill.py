@@ -1,0 +1,66 @@
+"""A round killed at any moment and started again ends with the bytes of a round that nobody disturbed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jax_selftrain import settings
+from jax_selftrain.config import RunConfig
+
+PROGRAM = """
+import sys
+from jax_selftrain import settings
+from jax_selftrain.config import RunConfig
+from jax_selftrain.study import run
+run(settings.load(RunConfig, sys.argv[1]))
+"""
+
+MOMENTS = (
+    "score/base.json",
+    "corpus/shard-000000.parquet",
+    "train/steps",
+    "stages/train.json",
+    "extract/base.json",
+)
+"""A kill comes a random moment after each of these has appeared: while a stage works, or between stages."""
+
+
+def start(config: RunConfig, folder: Path) -> subprocess.Popen[str]:
+    settings.save(folder / "round.yaml", config)
+    # Five starts compile the same programs: they share what they have compiled.
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    command = [sys.executable, "-c", PROGRAM, str(folder / "round.yaml")]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **cache})
+
+
+@pytest.mark.slow
+def test_killed_rounds_end_with_the_same_bytes(
+    finished: Path, options: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config, moments, kills = options(tmp_path / "out"), random.Random(7), 0
+    for appears in MOMENTS:
+        process = start(config, tmp_path)
+        while process.poll() is None and not (tmp_path / "out" / appears).exists():
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.3))
+        process.kill()
+        _, said = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), said
+        kills += process.returncode != 0
+    assert kills >= 3, "the moments come too late for this machine"
+    process = start(config, tmp_path)
+    _, said = process.communicate()
+    assert process.returncode == 0, said
+    for name in ("results.json", "report.html"):
+        assert (tmp_path / "out" / name).read_bytes() == (finished / name).read_bytes()
+    left = [path for path in (tmp_path / "out").rglob(".*") if path.name != ".lease"]
+    assert not left, "nothing half-written is left behind"
