@@ -11,6 +11,10 @@ from jax_selftrain.config import TrainConfig
 from jax_selftrain.hub import load_model
 
 
+class Interruption(Exception):
+    """Stands for whatever ends a run in the middle."""
+
+
 def run_options(at: tuple[Path, Path, Path], **changes: Any) -> TrainConfig:
     """A run of a few steps on two devices; `at` is (model, corpus, run folder)."""
     model, corpus, out = at

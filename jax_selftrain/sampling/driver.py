@@ -183,9 +183,10 @@ def _fill(job: _Job, n_shards: int) -> None:
     while missing := missing_shards(job.out, n_shards):
         found_work = False
         for index in missing:
-            name = Path(shard_name(index)).stem
-            with storage.lease(records / f"{name}.lease") as held:
-                if held and index in missing_shards(job.out, n_shards):
+            shard = job.out / shard_name(index)
+            with storage.lease(records / f"{shard.stem}.lease") as held:
+                whole = shard.exists() and (records / f"{shard.stem}.json").exists()  # made by another meanwhile
+                if held and not whole:
                     _make_shard(job, index)
                     found_work = True
         if not found_work:

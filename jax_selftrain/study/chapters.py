@@ -10,7 +10,10 @@ from typing import Any
 
 import yaml
 
+from jax_selftrain import settings
+from jax_selftrain.config import RunConfig
 from jax_selftrain.study import figures
+from jax_selftrain.study.plan import ROUND_DECIDES
 from jax_selftrain.study.statistics import Estimate
 from jax_selftrain.study.summary import cannot_show
 from jax_selftrain.study.tables import Column, Table, number
@@ -338,7 +341,7 @@ def _limits(results: Results) -> Chapter:
 
 
 def _provenance(results: Results) -> Chapter:
-    config = yaml.safe_dump(results["config"], sort_keys=False, allow_unicode=True, width=100)
+    config = yaml.safe_dump(_written_config(results["config"]), sort_keys=False, allow_unicode=True, width=100)
     marks = results["fingerprints"]
     flat = {key: value for key, value in marks.items() if isinstance(value, str)} | marks.get("files", {})
     prints = Table(
@@ -363,6 +366,16 @@ def _provenance(results: Results) -> Chapter:
         f"<h3>config.yaml</h3>\n<pre>{escape(config)}</pre>\n{versions.to_html()}\n{prints.to_html()}"
     )
     return Chapter("What was run", html, (prints, versions))
+
+
+def _written_config(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options in the order of their dataclass, without the folders and models that the round fills in itself."""
+    ordered = settings.to_dict(settings.from_dict(RunConfig, options, where="results.json"))
+    for section, names in ROUND_DECIDES.items():
+        for name in names:
+            del ordered[section][name]
+    del ordered["out"]
+    return ordered
 
 
 # Small pieces ---------------------------------------------------------------------------------------------------

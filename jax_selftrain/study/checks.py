@@ -12,16 +12,8 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.mesh import make_mesh
 from jax_selftrain.scoring.score import check_batch
 from jax_selftrain.scoring.sequences import load_sequences
-from jax_selftrain.study.plan import Plan, make_plan
+from jax_selftrain.study.plan import ROUND_DECIDES, Plan, make_plan
 from jax_selftrain.training.run_folder import check_ranges
-
-_OWNED = {
-    "sample": ("model", "out"),
-    "train": ("model", "corpus", "out"),
-    "score": ("model", "out"),
-    "extract": ("model", "corpus", "out"),
-}
-"""Options of the stages that the round itself decides."""
 
 
 def check_round(config: RunConfig) -> None:
@@ -31,7 +23,7 @@ def check_round(config: RunConfig) -> None:
         InputError: the first thing that is missing, unreadable or does not fit.
     """
     settings.require(config, "model", "out")
-    _refuse_owned(config)
+    _refuse_decided(config)
     if not (config.score.tasks or config.score.texts or config.extract.sequences):
         raise InputError("nothing to measure: set score.tasks, score.texts or extract.sequences")
     _check_tokenizers(config)
@@ -44,8 +36,8 @@ def check_round(config: RunConfig) -> None:
         _check_extraction(plan)
 
 
-def _refuse_owned(config: RunConfig) -> None:
-    for section, names in _OWNED.items():
+def _refuse_decided(config: RunConfig) -> None:
+    for section, names in ROUND_DECIDES.items():
         for name in names:
             if getattr(getattr(config, section), name):
                 top = "source" if (section, name) == ("sample", "model") else "model" if name == "model" else "out"

@@ -74,7 +74,7 @@ def demo(config: DemoConfig, scale: DemoScale | None = None) -> Path:
     scale = replace(scale, world=replace(scale.world, seed=config.seed))
     out = Path(config.out)
     _say("writing a little world")
-    _write_world(out / "world", scale)
+    write_world(out / "world", scale)
     _say("teaching it to a small model")
     base = _teach(out, scale)
     _say("one round: sample, train on the samples, measure before and after")
@@ -131,7 +131,12 @@ def _round(out: Path, base: Path, scale: DemoScale) -> RunConfig:
 # The world on disk ----------------------------------------------------------------------------------------------
 
 
-def _write_world(folder: Path, scale: DemoScale) -> None:
+def write_world(folder: Path, scale: DemoScale) -> None:
+    """Write the world's text, questions, probes and blank model into `folder`, or find just them there.
+
+    Raises:
+        InputError: the folder holds something else.
+    """
     # Through JSON, so that what is compared is what is read back (tuples become lists).
     wanted = json.loads(json.dumps({"format": "jax-selftrain demo", "version": 1, "scale": asdict(scale)}))
     if folder.exists():

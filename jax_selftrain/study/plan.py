@@ -8,6 +8,14 @@ from typing import Any
 
 from jax_selftrain.config import ExtractConfig, RunConfig, SampleConfig, ScoreConfig, TrainConfig
 
+ROUND_DECIDES = {
+    "sample": ("model", "out"),
+    "train": ("model", "corpus", "out"),
+    "score": ("model", "out"),
+    "extract": ("model", "corpus", "out"),
+}
+"""Options of the stages that are the round's: setting them in its configuration is an error."""
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -224,14 +224,23 @@ def test_a_moved_model_and_another_mesh_and_batch_are_allowed(config, undisturbe
     ] == [8, 8, 4]
 
 
-def test_a_model_with_nan_weights_is_refused_and_leaves_no_trace(config, tmp_path):
+@pytest.mark.parametrize(
+    ("tensor", "value", "named"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", np.nan, "model.layers.1.mlp.up_proj.weight holds NaN"),
+        ("lm_head.weight", 3e38, "its logits are NaN or infinite at float32"),
+    ],
+    ids=["NaN weight", "logits overflow"],
+)
+def test_a_broken_model_is_refused_and_leaves_no_trace(config, tmp_path, tensor, value, named):
     broken = tmp_path / "broken"
     shutil.copytree(config.model, broken)
     weights = load_file(broken / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = np.nan
+    weights[tensor][3] = value
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match="NaN") as error:
+    with pytest.raises(InputError) as error:
         sample(replace(config, model=str(broken), out=str(tmp_path / "corpus")))
+    assert named in str(error.value)
     assert str(broken) in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "corpus").exists()

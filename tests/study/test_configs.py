@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import cast
 
 import jax
 import pytest
@@ -84,7 +85,8 @@ def test_a_pythia_trains_at_its_own_final_rate_and_divides_as_hinted(
     hint = re.search(r"^# mesh: data=(\d+),model=(\d+)$", text, re.MULTILINE)
     data, model = map(int, hint.groups()) if hint else (1, 1)
     axes = (jax.sharding.AxisType.Explicit,) * 2
-    mesh = jax.sharding.AbstractMesh((data, model), ("data", "model"), axis_types=axes)
+    # Rules and sizes need no devices, so that a pod's mesh can be checked here.
+    mesh = cast(jax.sharding.Mesh, jax.sharding.AbstractMesh((data, model), ("data", "model"), axis_types=axes))
     for preset in {config.sample.preset, config.train.preset, config.score.preset}:
         make_layout(preset, mesh, axis_sizes(parse_config(raw, "config.json")))
     assert config.train.batch_size % data == 0

@@ -15,7 +15,7 @@ from jax_selftrain.corpus import import_text
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import load_tokenizer, read_config
 from jax_selftrain.study import demo
-from jax_selftrain.study.demo import DemoScale
+from jax_selftrain.study.demo import DemoScale, write_world
 from jax_selftrain.study.world import WorldConfig
 
 TINY = DemoScale(
@@ -117,7 +117,5 @@ def test_the_blank_model_is_a_pythia_in_small(made: Path) -> None:
 
 
 def test_the_same_seed_writes_the_same_world(made: Path, tmp_path: Path) -> None:
-    from jax_selftrain.study.demo import _write_world
-
-    _write_world(tmp_path / "world", replace(TINY, world=replace(TINY.world, seed=0)))
+    write_world(tmp_path / "world", replace(TINY, world=replace(TINY.world, seed=0)))
     assert storage.hash_folder(tmp_path / "world") == storage.hash_folder(made / "world")

@@ -26,7 +26,11 @@ class Page(HTMLParser):
 
     def __init__(self, page: str):
         super().__init__()
-        self.text, self.open, self.links, self.tags, self.ids = "", [], [], set(), []
+        self.text = ""
+        self.open: list[str] = []
+        self.links: list[str | None] = []
+        self.tags: set[str] = set()
+        self.ids: list[str | None] = []
         self.feed(page)
         self.close()
 
@@ -81,7 +85,7 @@ def test_the_page_is_well_formed_and_stands_alone(page: Page, finished: Path) ->
 
 def test_ids_are_unique_and_every_reference_has_its_target(page: Page) -> None:
     assert len(set(page.ids)) == len(page.ids)
-    assert {link.removeprefix("#") for link in page.links} <= set(page.ids)
+    assert {str(link).removeprefix("#") for link in page.links} <= set(page.ids)
 
 
 def test_the_first_screen_answers_in_words(page: Page, results: dict[str, Any]) -> None:
@@ -141,7 +145,12 @@ def test_the_samples_shown_are_those_of_the_corpus(page: Page, results: dict[str
 
 
 def test_provenance_and_limits_are_told(page: Page, results: dict[str, Any]) -> None:
-    for words in ("What this cannot show", "jax-selftrain run --config config.yaml --out DIR", "learning_rate: 0.01"):
+    for words in (
+        "What this cannot show",
+        "jax-selftrain run --config config.yaml --out DIR",
+        "learning_rate: 0.01",
+        "config.yaml",
+    ):
         assert words in page.text
     for mark in ("base", "student", "corpus", "tokenizer", "sequences"):
         assert results["fingerprints"][mark] in page.text

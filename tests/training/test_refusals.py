@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from models_factory import tiny_texts
 from safetensors.numpy import load_file, save_file
-from training_runs import run_options
+from training_runs import Interruption, run_options
 
 from jax_selftrain import storage
 from jax_selftrain.config import ImportConfig, TrainConfig
@@ -72,7 +72,7 @@ def test_two_processes_in_one_folder_are_refused(options: Callable[..., TrainCon
         with pytest.raises(UnavailableError, match="another process is training there"):
             train(options())
 
-    train(options(steps=1), hooks=[Hook(train_again, steps=(1,))])
+    train(options(), hooks=[Hook(train_again, steps=(1,))])
 
 
 def test_weights_with_nan_are_refused_by_name(small_model: Path, tmp_path: Path, options: Callable[..., TrainConfig]):
@@ -106,9 +106,9 @@ def interrupted_run(small_model: Path, corpus_folder: Path, tmp_path_factory: py
     folder = tmp_path_factory.mktemp("interrupted") / "run"
 
     def stop(step: int, model: LoadedModel) -> None:
-        raise KeyboardInterrupt
+        raise Interruption
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interruption):
         train(run_options((small_model, corpus_folder, folder)), hooks=[Hook(stop, steps=(5,))])
     return folder
 
