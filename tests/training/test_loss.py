@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from jax_selftrain.corpus import open_corpus, pack
 from jax_selftrain.hub import LoadedModel, load_model
 from jax_selftrain.mesh import make_layout, make_mesh
 from jax_selftrain.models import DecoderConfig, RopeConfig, axis_sizes
-from jax_selftrain.training import Batch, loss_sums
+from jax_selftrain.training import Batch, LossSums, loss_sums
 from jax_selftrain.training.loss import LOGITS_BYTES, chunk_length, token_nll
 
 
@@ -27,9 +28,9 @@ def rows_on_device(model: LoadedModel, tokens: np.ndarray, weights: np.ndarray, 
     return Batch(*(jax.device_put(array, sharding) for array in (tokens, segments, positions, weights)))
 
 
-def total_loss(model: LoadedModel, batch: Batch) -> float:
+def sums_of(model: LoadedModel, batch: Batch, **options: Any) -> LossSums:
     with jax.set_mesh(model.layout.mesh):
-        return float(loss_sums(model.config, model.layout, model.params, batch).loss)
+        return jax.jit(partial(loss_sums, model.config, model.layout, **options))(model.params, batch)
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
@@ -70,9 +71,8 @@ def test_masked_row_costs_what_its_documents_cost_one_by_one(small_model: Path, 
     corpus = open_corpus(corpus_folder)
     rows = pack(corpus, 120, "masked")
     assert rows.segments.max() >= 3, "several documents share a row"
-    together = total_loss(
-        model, rows_on_device(model, rows.tokens, rows.weights, segments=rows.segments, positions=rows.positions)
-    )
+    packed = rows_on_device(model, rows.tokens, rows.weights, segments=rows.segments, positions=rows.positions)
+    together = float(sums_of(model, packed).loss)
 
     documents = [np.append(corpus.start_id, sample.tokens).astype(np.int32) for sample in corpus.documents()]
     longest = max(len(document) for document in documents)
@@ -80,7 +80,7 @@ def test_masked_row_costs_what_its_documents_cost_one_by_one(small_model: Path, 
     for row, document in enumerate(documents):
         tokens[row, : len(document)] = document
         weights[row, : len(document) - 1] = 1  # causal: the padding behind a document cannot be seen from it
-    apart = total_loss(model, rows_on_device(model, tokens, weights))
+    apart = float(sums_of(model, rows_on_device(model, tokens, weights)).loss)
     # Sums of about 2,000 fp32 terms in another order.
     assert together == pytest.approx(apart, rel=1e-5)
 
@@ -91,9 +91,8 @@ def test_slices_of_positions_add_up_to_the_whole(small_model: Path):
     batch = rows_on_device(
         model, rng.integers(0, 320, (4, 23)).astype(np.int32), rng.uniform(0, 1, (4, 22)).astype(np.float32)
     )
-    with jax.set_mesh(model.layout.mesh):
-        whole, sliced = (loss_sums(model.config, model.layout, model.params, batch, chunk=chunk) for chunk in (22, 5))
-        logits = np.asarray(model.logits(np.asarray(batch.tokens[:, :-1])))
+    whole, sliced = (sums_of(model, batch, chunk=chunk) for chunk in (22, 5))
+    logits = np.asarray(model.logits(np.asarray(batch.tokens[:, :-1])))
     assert float(sliced.loss) == pytest.approx(float(whole.loss), rel=1e-6)  # the same terms in another order
     assert (float(sliced.weight), int(sliced.tokens)) == (float(whole.weight), int(whole.tokens))
     expected = np.sum(np.asarray(token_nll(jnp.asarray(logits), batch.tokens[:, 1:])) * np.asarray(batch.weights))
@@ -143,8 +142,7 @@ def test_bfloat16_operands_change_the_loss_by_their_rounding_only(small_model: P
     model = load_model(small_model, "data=1")
     tokens = np.random.default_rng(2).integers(0, 320, (4, 33)).astype(np.int32)
     batch = rows_on_device(model, tokens, np.ones((4, 32), np.float32))
-    with jax.set_mesh(model.layout.mesh):
-        exact = float(loss_sums(model.config, model.layout, model.params, batch).loss)
-        rounded = float(loss_sums(model.config, model.layout, model.params, batch, compute_dtype=jnp.bfloat16).loss)
+    exact = float(sums_of(model, batch).loss)
+    rounded = float(sums_of(model, batch, compute_dtype=jnp.bfloat16).loss)
     assert rounded != exact
     assert rounded == pytest.approx(exact, rel=1e-2)  # bfloat16 keeps 8 bits: 4e-3 per operand
