@@ -230,7 +230,9 @@ def test_ctrl_c_is_no_traceback():
     code = STAGE.format(error="SystemExit(1)").replace(
         "raise SystemExit(1)", f"{interrupt}; __import__('time').sleep(9)"
     )
-    run = command("sample", "--model", "m", "--out", "o", code=code)
+    # as a terminal starts it: a process started in the background inherits an ignored SIGINT
+    listening = "    import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    run = command("sample", "--model", "m", "--out", "o", code=f"{listening}\n{code}")
     assert run.returncode == 130
     assert run.stderr == "jax-selftrain sample: interrupted\n"
 

@@ -122,10 +122,10 @@ def restore(folder: Path, *, layout: Layout, preset: str, abstract: TrainState, 
     try:
         record = _read_record(folder, identity)
         model = hub.load_model(folder / "model", layout.mesh, "float32", preset=preset)
-        rest = checkpoint.load_tree(folder / "optimizer", _optimizer_tree(abstract))
+        rest = checkpoint.load_tree(folder / "optimizer", _optimizer_tree(abstract), remedy=_DAMAGED)
     except InputError as error:
         earlier = [other for other in saved(folder.parent) if other < folder]
-        back = f"{earlier[-1].name}, the checkpoint before it" if earlier else "the start, as no other is left"
+        back = f"step {int(earlier[-1].name)}" if earlier else "the start, as no other checkpoint is left"
         raise InputError(f"{error}; to fall back to {back}, delete {folder} and run the same command again") from error
     if int(rest["step"]) != record["step"]:
         raise InputError(f"{folder}: its optimizer is of step {int(rest['step'])}; delete {folder} and run again")
@@ -175,6 +175,7 @@ def _all_finite(leaves: tuple[jax.Array, ...]) -> list[jax.Array]:
 
 
 _DISCARDED = ".discarded-"
+_DAMAGED = "the checkpoint is damaged"
 
 
 def _discard(folder: Path) -> None:
@@ -207,5 +208,5 @@ def _read_record(folder: Path, identity: str) -> dict[str, Any]:
         raise InputError(f"{folder / 'step.json'}: the file is damaged: it does not match its own fingerprint")
     if content["run"] != identity:
         raise InputError(f"{folder}: this checkpoint was made by another run")
-    storage.check_files(folder, content["manifests"], remedy="the checkpoint is damaged")
+    storage.check_files(folder, content["manifests"], remedy=_DAMAGED)
     return content

@@ -152,7 +152,7 @@ def test_damaged_checkpoint_is_refused_by_name(damage: str, interrupted: Path, o
         train(options())
     message = str(caught.value)
     assert str(newest) in message
-    assert f"to fall back to 000002, the checkpoint before it, delete {newest}" in message
+    assert f"to fall back to step 2, delete {newest} and run the same command again" in message
     assert newest.exists()
     assert not (interrupted / "model").exists()
 
