@@ -41,6 +41,17 @@ def undisturbed(config, tmp_path_factory):
     return sample(replace(config, out=str(tmp_path_factory.mktemp("undisturbed") / "corpus")))
 
 
+@pytest.fixture(scope="module", params=["tiny", "stories260k"])
+def promised(request, config, undisturbed, tmp_path_factory) -> tuple[SampleConfig, Path]:
+    """What DESIGN §3.4 promises to be repeated bitwise: a request, and the corpus of one undisturbed process."""
+    if request.param == "tiny":
+        return config, undisturbed.folder
+    model = request.getfixturevalue("stories260k")
+    real = replace(config, model=str(model), max_tokens=96)
+    folder = tmp_path_factory.mktemp("stories260k") / "corpus"
+    return real, sample(replace(real, out=str(folder))).folder
+
+
 def _content(folder: Path) -> dict[str, str]:
     """Checksums of all that a corpus promises to be: its shards and manifest."""
     return {path.name: storage.sha256_file(path) for path in [*folder.glob("shard-*.parquet"), folder / "corpus.json"]}
@@ -105,8 +116,9 @@ sample(settings.load(SampleConfig, sys.argv[1]))
 """
 
 
-def test_a_killed_process_leaves_nothing_that_changes_the_corpus(config, undisturbed, tmp_path):
+def test_a_killed_process_leaves_nothing_that_changes_the_corpus(promised, tmp_path):
     """SIGKILL after the first shard, then the same command again."""
+    config, undisturbed = promised
     config = replace(config, out=str(tmp_path / "corpus"))
     settings.save(tmp_path / "sample.yaml", config)
     process = subprocess.Popen([sys.executable, "-c", _SAMPLE_IN_A_PROCESS, str(tmp_path / "sample.yaml")])
@@ -120,7 +132,7 @@ def test_a_killed_process_leaves_nothing_that_changes_the_corpus(config, undistu
         process.wait()
     assert not (tmp_path / "corpus" / "corpus.json").exists()
     sample(config)
-    assert _content(tmp_path / "corpus") == _content(undisturbed.folder)
+    assert _content(tmp_path / "corpus") == _content(undisturbed)
     assert not list((tmp_path / "corpus").rglob("*.lease"))
     assert not list((tmp_path / "corpus").rglob(".*"))
 
@@ -165,12 +177,13 @@ def test_a_deleted_shard_is_made_again_and_only_that(undisturbed, config, tmp_pa
     assert [path.stat().st_mtime_ns for path in kept] == before
 
 
-def test_the_corpus_is_the_same_for_any_number_of_replicas(config, undisturbed, tmp_path):
+def test_the_corpus_is_the_same_for_any_number_of_replicas(promised, tmp_path):
     """Rows per replica stay 8: bitwise the same files, though the batches are 8, 16, 32 and 64 samples."""
+    config, undisturbed = promised
     for replicas in (2, 4, 8):
         folder = tmp_path / str(replicas)
         sample(replace(config, out=str(folder), mesh=f"data={replicas},model=1"))
-        assert _content(folder) == _content(undisturbed.folder)
+        assert _content(folder) == _content(undisturbed)
 
 
 def test_shards_do_not_change_samples(config, undisturbed, tmp_path):

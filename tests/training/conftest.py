@@ -1,41 +1,16 @@
 """A tiny corpus, and run options that fit it."""
 
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from models_factory import tiny_texts
 from training_runs import run_options
 
 from jax_selftrain.config import ImportConfig, TrainConfig
 from jax_selftrain.corpus import import_text
-
-
-@pytest.fixture(scope="package", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compiled programs are kept on disk meanwhile: most runs here, killed processes too, are of the same program."""
-    basetemp = tmp_path_factory.getbasetemp()
-    shared = basetemp.parent if "PYTEST_XDIST_WORKER" in os.environ else basetemp  # by the workers of one session
-    settings = {
-        "jax_compilation_cache_dir": str(shared / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in settings.items():
-            jax.config.update(name, value)
-            environment.setenv(name.upper(), str(value))
-        compilation_cache.reset_cache()
-        yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")
