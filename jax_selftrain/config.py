@@ -44,6 +44,9 @@ class SampleConfig:
     """Seed of the random words; token t of sample i depends on (seed, i, t) alone."""
     batch_size: int = 64
     """Rows decoded together on each replica."""
+    decode_schedule: Literal["refill", "lockstep"] = "refill"
+    """`refill`: a row whose sample has ended takes the shard's next one; `lockstep`: rows start and end together.
+    Both draw the same samples."""
     samples_per_shard: int = 1024
     """Samples in one Parquet shard, the unit of work, restart and repair."""
     mesh: str = ""
@@ -52,6 +55,8 @@ class SampleConfig:
     """How parameters lie on the mesh."""
     dtype: DType = "float32"
     """Type of parameters, cache and matmul operands."""
+    cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
+    """Type of cached keys and values; unset: `dtype`. `int8` keeps one scale per token and head."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """ONE decoder for every family: its configuration, parameters, forward pass and decoding step."""
 
-from jax_selftrain.models.cache import PAGE, Cache, decode_step, flush_page, grow_cache, init_cache
+from jax_selftrain.models.cache import PAGE, Cache, decode_step, filled_blocks, flush_page, init_cache
 from jax_selftrain.models.config import DecoderConfig, RopeConfig, axis_sizes
 from jax_selftrain.models.decoder import forward, project
 from jax_selftrain.models.parameters import (
@@ -22,9 +22,9 @@ __all__ = [
     "abstract_params",
     "axis_sizes",
     "decode_step",
+    "filled_blocks",
     "flush_page",
     "forward",
-    "grow_cache",
     "init_cache",
     "init_params",
     "param_axes",

@@ -1,17 +1,20 @@
-"""The decode loop: all rows in lockstep from the start token, one page of 32 tokens after another.
+"""The decode loop: rows that draw sample after sample, one page of 32 tokens at a time.
 
-BOS-only sampling makes this simple. Every row starts at position 0 with the same token, so no row waits for a prefill
-and all rows share one cache offset. A page is a `lax.scan` over `models.decode_step`; at its end the page is flushed
-behind the settled cache. Within a segment of fixed cache capacity a `lax.while_loop` runs pages until the capacity is
-used up or every row has ended; between segments the cache doubles. So attention never reads much more than has been
-written, and a handful of programs serves any length.
+BOS-only sampling makes this simple. Every sample starts at position 0 with the same token, so none waits for a prefill,
+and all rows share one offset in the page. A page is a `lax.scan` over `models.decode_step`. At its end, on each replica
+by itself, every row's page is flushed behind its settled cache and into its sample's line of the output, and rows whose
+sample has ended take the next one of the replica's queue. A `lax.while_loop` runs pages; one program serves samples of
+any length, and with a queue no longer than the rows (*lockstep*: nothing to refill with) as well as with a whole shard
+queued up (*refill*).
 
-A row's result depends on its key and the parameters alone: rows meet only in "has every row ended", which decides how
-many more pages run, not what is in them. What is drawn after a row's end is never looked at.
+A sample depends on its key and the parameters alone: not on the row it is drawn in, its neighbours, or when it started.
+Rows meet only in how many blocks of the cache are read and how many pages are run, and neither changes a bit of a row
+(see `models.cache`). What is drawn between a sample's end and the end of its page is never looked at.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,17 +33,21 @@ from jax_selftrain.models import (
     DecoderConfig,
     Params,
     decode_step,
+    filled_blocks,
     flush_page,
-    grow_cache,
     init_cache,
     project,
 )
-from jax_selftrain.sampling.draw import draw, take, tree_widths, whole_rows
+from jax_selftrain.sampling.draw import draw, log_probability, tree_widths, whole_rows
 from jax_selftrain.sampling.policy import Policy, mask_logits
 from jax_selftrain.sampling.words import token_words
 
-FIRST_CAPACITY = 64
-"""Settled slots of the first segment; each further segment has twice as many, the last just enough."""
+BLOCK = {"cpu": 64}
+"""Slots of a settled block: on a CPU small enough to stay in the cache of a core."""
+ACCELERATOR_BLOCK = 256
+
+REPORT_SECONDS = 1.0
+"""About how often the host looks at the loop."""
 
 
 @dataclass(frozen=True)
@@ -50,178 +57,265 @@ class Architecture:
     config: DecoderConfig
     layout: Layout
     compute_dtype: str
-    """Type of matmul operands and cache."""
+    """Type of matmul operands."""
+    cache_dtype: str | None = None
+    """Type of settled keys and values: a float type or int8; None: that of matmul operands."""
+
+    @property
+    def block(self) -> int:
+        return BLOCK.get(self.layout.mesh.devices.flat[0].platform, ACCELERATOR_BLOCK)
+
+    def init_cache(self, rows: int, capacity: int) -> Cache:
+        """An empty cache with room for `capacity` settled tokens in each of `rows` rows (over all replicas)."""
+        block = min(self.block, -(-capacity // PAGE) * PAGE)
+        dtypes = {"dtype": self.compute_dtype, "settled_dtype": self.cache_dtype}
+        return init_cache(self.config, self.layout, rows, capacity, block=block, **dtypes)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["done", "stopped", "finite", "length"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["keys", "count"], meta_fields=[])
 @dataclass(frozen=True)
-class Progress:
-    """How far each row has come."""
+class Queue:
+    """The samples to draw: each replica has Q places, of which the first `count` hold one."""
 
-    done: Bool[Array, " B"]
-    """Rows that have ended (or never counted)."""
-    stopped: Bool[Array, " B"]
-    """Rows that ended by a stop id."""
-    finite: Bool[Array, " B"]
-    """False for rows whose logits gave no distribution (NaN or +inf)."""
-    length: Int32[Array, " B"]
-    """Tokens drawn, the stop id included."""
+    keys: UInt32[Array, "R*Q 2"]
+    """From `words.sample_keys`."""
+    count: Int32[Array, " R"]
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["cache", "pages", "token", "progress", "tokens", "logprobs"],
+    data_fields=["place", "key", "token", "settled", "length", "done", "stopped", "finite"],
     meta_fields=[],
+)
+@dataclass(frozen=True)
+class Rows:
+    """What each row of the batch is busy with."""
+
+    place: Int32[Array, " B"]
+    """Its sample's place in the replica's queue; Q: none."""
+    key: UInt32[Array, "B 2"]
+    token: Int32[Array, " B"]
+    """Fed next."""
+    settled: Int32[Array, " B"]
+    """Tokens fed before this page."""
+    length: Int32[Array, " B"]
+    """Tokens drawn, the stop id included."""
+    done: Bool[Array, " B"]
+    """The sample has ended (or there is none)."""
+    stopped: Bool[Array, " B"]
+    """It ended by a stop id."""
+    finite: Bool[Array, " B"]
+    """False where logits gave no distribution (NaN or +inf)."""
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["tokens", "logprobs", "policy_logprobs", "length", "stopped", "finite"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class Samples:
+    """What has been drawn, by place in the queue. Each replica has one place more, for rows without a sample."""
+
+    tokens: Int32[Array, "R*(Q+1) T"]
+    """0 after a sample's end; T is the length limit rounded up to whole pages."""
+    logprobs: Float32[Array, "R*(Q+1) T"]
+    """Log-probability of each token at temperature 1 over the whole vocabulary, 0 after a sample's end."""
+    policy_logprobs: Float32[Array, "R*(Q+1) T"]
+    """Log-probability of each token under the policy."""
+    length: Int32[Array, " R*(Q+1)"]
+    stopped: Bool[Array, " R*(Q+1)"]
+    finite: Bool[Array, " R*(Q+1)"]
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["cache", "rows", "following", "samples", "pages"], meta_fields=[]
 )
 @dataclass(frozen=True)
 class DecodeState:
     """Everything between two pages."""
 
     cache: Cache
+    rows: Rows
+    following: Int32[Array, " R"]
+    """The next place of each replica's queue."""
+    samples: Samples
     pages: Int32[Array, ""]
-    """Pages filled so far."""
-    token: Int32[Array, " B"]
-    """What each row is fed next."""
-    progress: Progress
-    tokens: Int32[Array, "T B"]
-    """Tokens drawn, 0 after a row's end; T is the length limit rounded up to whole pages."""
-    logprobs: Float32[Array, "T B"]
-    """Log-probability of each at temperature 1 over the whole vocabulary, 0 after a row's end."""
+    """Pages run so far."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Samples on the host, in the order of their rows."""
+    """Samples on the host, in the order of their keys."""
 
-    tokens: Int32[np.ndarray, "B T"]
-    """0 after a row's end."""
-    lengths: Int32[np.ndarray, " B"]
-    logprobs: Float32[np.ndarray, " B"]
-    """Sum over a row's tokens of their log-probability at temperature 1 over the whole, unmasked vocabulary."""
-    stopped: Bool[np.ndarray, " B"]
+    tokens: Int32[np.ndarray, "N T"]
+    """0 after a sample's end."""
+    lengths: Int32[np.ndarray, " N"]
+    logprobs: Float32[np.ndarray, " N"]
+    """Sum over a sample's tokens of their log-probability at temperature 1 over the whole, unmasked vocabulary."""
+    policy_logprobs: Float32[np.ndarray, " N"]
+    """The same under the policy, over what it leaves of the vocabulary."""
+    stopped: Bool[np.ndarray, " N"]
     """Ended by a stop id; the others by length."""
-    finite: Bool[np.ndarray, " B"]
-    """False where the model's logits were NaN or +inf: the row is meaningless."""
+    finite: Bool[np.ndarray, " N"]
+    """False where the model's logits were NaN or +inf: the sample is meaningless."""
+    slots: int
+    """Tokens that the rows could have drawn in the time: rows × steps."""
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the rows' steps whose token is part of a sample."""
+        return float(self.lengths.sum()) / max(self.slots, 1)
 
 
-def architecture_of(model: LoadedModel) -> Architecture:
+def architecture_of(model: LoadedModel, cache_dtype: str | None = None) -> Architecture:
     """The architecture of a loaded model, as it was loaded."""
-    return Architecture(model.config, model.layout, np.dtype(model.compute_dtype).name)
-
-
-def capacities(steps: int) -> tuple[int, ...]:
-    """Cache capacities of the successive segments that decode so many tokens."""
-    needed = -(-steps // PAGE) * PAGE
-    growing: list[int] = []
-    while (capacity := FIRST_CAPACITY << len(growing)) < needed:
-        growing.append(capacity)
-    return (*growing, needed)
+    return Architecture(model.config, model.layout, np.dtype(model.compute_dtype).name, cache_dtype)
 
 
 def decode(
     architecture: Architecture,
     policy: Policy,
     params: Params,
-    keys: UInt32[np.ndarray, "B 2"],
-    active: Bool[np.ndarray, " B"],
+    keys: UInt32[np.ndarray, "N 2"],
+    *,
+    rows: int,
+    queue: int | None = None,
+    report: Callable[[int], None] = lambda ended: None,
 ) -> Drawn:
-    """Draw one sample per row.
+    """Draw one sample per key.
 
     Args:
       params: on the mesh of `architecture.layout`.
-      keys: from `words.sample_keys`; B is a multiple of the mesh's `data` axis.
-      active: rows that count. The others are dummies that keep the shape; their results mean nothing.
+      keys: from `words.sample_keys`, at least one.
+      rows: of one replica's batch.
+      queue: places of each replica's queue, at least N / replicas rounded up (the default). A shape: calls that agree
+        in it share a compiled program.
+      report: told about once a second how many samples have ended so far; what it raises ends the call.
     """
     layout = architecture.layout
+    share, more = divmod(len(keys), layout.data)
+    counts = np.full(layout.data, share, np.int32) + (np.arange(layout.data) < more)
+    queue = int(counts[0]) if queue is None else queue
+    queued = np.zeros((layout.data, queue, 2), np.uint32)
+    for mine, part in zip(queued, np.split(keys, np.cumsum(counts)[:-1]), strict=True):
+        mine[: len(part)] = part
     with jax.set_mesh(layout.mesh):
-        keys_there = place(layout, keys, ("batch", None))
-        segments = capacities(policy.max_tokens)
-        state = _start(architecture, policy, len(keys), segments[0], place(layout, ~active, ("batch",)))
-        for capacity in segments:
-            if capacity > state.cache.capacity:
-                if bool(jnp.all(state.progress.done)):
-                    break
-                state = replace(state, cache=_grow(layout, state.cache, capacity))
-            state = _decode_segment(architecture, policy, params, keys_there, state)
-    progress = jax.device_get(state.progress)
-    logprobs = np.asarray(jax.device_get(state.logprobs), np.float64).sum(axis=0).astype(np.float32)
+        there = Queue(place(layout, queued.reshape(-1, 2), ("batch", None)), place(layout, counts, ("batch",)))
+        state = _begin(architecture, policy, rows * layout.data, there)
+        state, steps = _run(architecture, policy, params, there, state, report)
+    samples = jax.device_get(state.samples)
+    order = np.concatenate([r * (queue + 1) + np.arange(n) for r, n in enumerate(counts)])
     return Drawn(
-        tokens=np.ascontiguousarray(jax.device_get(state.tokens).T[:, : policy.max_tokens]),
-        lengths=progress.length,
-        logprobs=logprobs,
-        stopped=progress.stopped,
-        finite=progress.finite,
+        tokens=np.ascontiguousarray(samples.tokens[order, : policy.max_tokens]),
+        lengths=samples.length[order],
+        logprobs=samples.logprobs[order].sum(axis=1, dtype=np.float64).astype(np.float32),
+        policy_logprobs=samples.policy_logprobs[order].sum(axis=1, dtype=np.float64).astype(np.float32),
+        stopped=samples.stopped[order],
+        finite=samples.finite[order],
+        slots=steps * rows * layout.data,
     )
 
 
-def initial_state(
-    architecture: Architecture, policy: Policy, rows: int, capacity: int, done: Bool[Array, " B"]
-) -> DecodeState:
-    """The state before the first token, with room for `capacity` settled tokens per row."""
+def _run(
+    architecture: Architecture,
+    policy: Policy,
+    params: Params,
+    queue: Queue,
+    state: DecodeState,
+    report: Callable[[int], None],
+) -> tuple[DecodeState, int]:
+    """Run pages until every sample has ended; the state, and how many steps that were."""
+    pages = 1
+    while True:
+        began = time.perf_counter()
+        state = _decode_pages(architecture, policy, params, queue, state, np.int32(pages))
+        busy, ended, run = jax.device_get(_progress(state))
+        report(int(ended))
+        if not busy:
+            return state, int(run) * PAGE
+        if time.perf_counter() - began < REPORT_SECONDS / 2:
+            pages *= 2
+
+
+def initial_state(architecture: Architecture, policy: Policy, rows: int, queue: Queue) -> DecodeState:
+    """The state before the first token: every row has taken a sample, if there were enough."""
     layout = architecture.layout
-    batch, steps = layout.sharding(("batch",)), layout.sharding((None, "batch"))
-    length = capacities(policy.max_tokens)[-1]
-
-    def full(value: bool | int, dtype: jax.typing.DTypeLike) -> jax.Array:
-        return jax.reshard(jnp.full((rows,), value, dtype), batch)
-
-    return DecodeState(
-        cache=init_cache(architecture.config, layout, rows, capacity, architecture.compute_dtype),
-        pages=jnp.zeros((), jnp.int32),
-        token=full(policy.start_id, jnp.int32),
-        progress=Progress(done=done, stopped=full(False, bool), finite=full(True, bool), length=full(0, jnp.int32)),
-        tokens=jnp.zeros((length, rows), jnp.int32, out_sharding=steps),
-        logprobs=jnp.zeros((length, rows), jnp.float32, out_sharding=steps),
+    batch, line = layout.sharding(("batch",)), layout.sharding(("batch", None))
+    places = len(queue.keys) + layout.data
+    length = -(-policy.max_tokens // PAGE) * PAGE
+    zeros = partial(jnp.zeros, out_sharding=batch)
+    idle = Rows(
+        place=jnp.full((rows,), len(queue.keys) // layout.data, jnp.int32, out_sharding=batch),
+        key=jnp.zeros((rows, 2), jnp.uint32, out_sharding=line),
+        token=zeros((rows,), jnp.int32),
+        settled=zeros((rows,), jnp.int32),
+        length=zeros((rows,), jnp.int32),
+        done=jnp.ones((rows,), bool, out_sharding=batch),
+        stopped=zeros((rows,), bool),
+        finite=jnp.ones((rows,), bool, out_sharding=batch),
     )
+    samples = Samples(
+        tokens=jnp.zeros((places, length), jnp.int32, out_sharding=line),
+        logprobs=jnp.zeros((places, length), jnp.float32, out_sharding=line),
+        policy_logprobs=jnp.zeros((places, length), jnp.float32, out_sharding=line),
+        length=zeros((places,), jnp.int32),
+        stopped=zeros((places,), bool),
+        finite=jnp.ones((places,), bool, out_sharding=batch),
+    )
+    cache = architecture.init_cache(rows, length)
+    refilled, following = _on_each_replica(layout, _refill, policy)(idle, zeros((layout.data,), jnp.int32), queue)
+    return DecodeState(cache, refilled, following, samples, jnp.zeros((), jnp.int32))
 
 
-def decode_segment(
-    architecture: Architecture, policy: Policy, params: Params, keys: UInt32[Array, "B 2"], state: DecodeState
+def decode_pages(
+    architecture: Architecture,
+    policy: Policy,
+    params: Params,
+    queue: Queue,
+    state: DecodeState,
+    pages: Int32[Array, ""],
 ) -> DecodeState:
-    """Run pages until the cache is full or every row has ended: the program that sampling spends its time in.
+    """Run up to so many pages, or until every sample has ended: the program that sampling spends its time in.
 
     Args:
       architecture, policy: static.
-      keys: from `words.sample_keys`, sharded on the batch.
       state: its buffers are given up to the result's (donated).
     """
-    levels = len(tree_widths(architecture.config.vocab_size))
+    layout, levels = architecture.layout, len(tree_widths(architecture.config.vocab_size))
 
-    def advance(hidden: jax.Array, position: jax.Array, before: Progress) -> tuple[jax.Array, Progress, Any]:
+    def advance(hidden: jax.Array, position: jax.Array, before: Rows) -> tuple[jax.Array, Rows, Any]:
         logits = logits_of(architecture, params, hidden)
-        log_total = jax.nn.logsumexp(logits, axis=-1)
-        token = draw(mask_logits(logits, policy), token_words(keys, position, levels))
-        logprob = take(logits, token) - log_total
-        active, finite = ~before.done, jnp.isfinite(log_total)
+        token, policy_logprob = draw(mask_logits(logits, policy), token_words(before.key, position, levels))
+        logprob, finite = log_probability(logits, token)
+        active = ~before.done
         stop = jnp.zeros_like(active)
         for stop_id in policy.stop_ids:
             stop = stop | (token == stop_id)
         length = before.length + active
-        after = Progress(
+        after = replace(
+            before,
+            length=length,
             done=before.done | stop | ~finite | (length >= policy.max_tokens),
             stopped=before.stopped | (active & stop),
             finite=before.finite & (finite | before.done),
-            length=length,
         )
-        return token, after, (jnp.where(active, token, 0), jnp.where(active, logprob, 0.0))
+        out = tuple(jnp.where(active, x, 0) for x in (token, logprob, policy_logprob))
+        return token, after, out
 
     def unfinished(state: DecodeState) -> jax.Array:
-        return (state.pages < state.cache.capacity // PAGE) & ~jnp.all(state.progress.done)
+        return (state.pages < last) & ~jnp.all(state.rows.done)
 
     def page(state: DecodeState) -> DecodeState:
-        cache, token, progress, (tokens, logprobs) = decode_page(
-            architecture, params, state.cache, state.pages, state.token, state.progress, advance
+        cache, token, rows, drawn = decode_page(
+            architecture, params, state.cache, state.rows.settled, state.rows.token, state.rows, advance
         )
-        start = (state.pages * PAGE, jnp.int32(0))
-        return DecodeState(
-            cache=cache,
-            pages=state.pages + 1,
-            token=token,
-            progress=progress,
-            tokens=jax.lax.dynamic_update_slice(state.tokens, tokens, start),
-            logprobs=jax.lax.dynamic_update_slice(state.logprobs, logprobs, start),
+        rows, following, samples = _on_each_replica(layout, _turn, policy)(
+            replace(rows, token=token), state.following, queue, state.samples, drawn
         )
+        return DecodeState(cache, rows, following, samples, state.pages + 1)
 
+    last = state.pages + pages
     return jax.lax.while_loop(unfinished, page, state)
 
 
@@ -229,41 +323,43 @@ def decode_page(
     architecture: Architecture,
     params: Params,
     cache: Cache,
-    pages: jax.Array,
+    settled: jax.Array,
     token: jax.Array,
     carry: Any,
     advance: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any, Any]],
 ) -> tuple[Cache, jax.Array, Any, Any]:
-    """Decode PAGE steps behind `pages` full pages, and flush them.
+    """Decode PAGE steps behind the `settled` tokens [B] of each row, and flush them.
 
     Args:
       token: [B], fed first.
-      advance: (hidden [B, D], position, carry) → (next token [B], carry, out).
+      advance: (hidden [B, D], position [B], carry) → (next token [B], carry, out).
 
     Returns:
       The cache with one more settled page, the next token, the carry, and the PAGE outs stacked.
     """
-    settled = pages * PAGE
+    blocks = filled_blocks(cache, settled)
 
     def step(state: tuple, offset: jax.Array) -> tuple[tuple, Any]:
-        cache, token, carry = state
+        (page_k, page_v), token, carry = state
         position = settled + offset
-        hidden, cache = decode_step(
+        hidden, stepped = decode_step(
             architecture.config,
             architecture.layout,
             params,
-            cache,
+            cache.with_page(page_k, page_v),
             token,
-            position + jnp.zeros_like(token),
+            position,
             settled,
+            blocks,
             offset,
             compute_dtype=architecture.compute_dtype,
         )
         token, carry, out = advance(hidden, position, carry)
-        return (cache, token, carry), out
+        return ((stepped.page_k, stepped.page_v), token, carry), out
 
-    (cache, token, carry), outs = jax.lax.scan(step, (cache, token, carry), jnp.arange(PAGE, dtype=jnp.int32))
-    return flush_page(architecture.layout, cache, settled), token, carry, outs
+    begin = ((cache.page_k, cache.page_v), token, carry)
+    (page, token, carry), outs = jax.lax.scan(step, begin, jnp.arange(PAGE, dtype=jnp.int32))
+    return flush_page(architecture.layout, cache.with_page(*page), settled), token, carry, outs
 
 
 def logits_of(architecture: Architecture, params: Params, hidden: jax.Array) -> jax.Array:
@@ -272,6 +368,77 @@ def logits_of(architecture: Architecture, params: Params, hidden: jax.Array) -> 
     return whole_rows(project(config, layout, params, hidden, compute_dtype=dtype))
 
 
-_decode_segment = jax.jit(decode_segment, static_argnums=(0, 1), donate_argnums=(4,))
-_start = jax.jit(initial_state, static_argnums=(0, 1, 2, 3))
-_grow = jax.jit(grow_cache, static_argnums=(0, 2))
+# ---------------------------------------------------------------- between two pages, on one replica
+
+
+def _turn(
+    policy: Policy, rows: Rows, following: jax.Array, queue: Queue, samples: Samples, drawn: tuple[jax.Array, ...]
+) -> tuple[Rows, jax.Array, Samples]:
+    """Put down what the page gave, and let rows whose sample has ended take the next."""
+
+    def line(b: jax.Array, into: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        at = rows.place[b], rows.settled[b]
+        return tuple(
+            jax.lax.dynamic_update_slice(old, jax.lax.dynamic_slice_in_dim(new, b, 1, axis=1).T, at)
+            for old, new in zip(into, drawn, strict=True)
+        )
+
+    lines = (samples.tokens, samples.logprobs, samples.policy_logprobs)
+    lines = jax.lax.fori_loop(0, len(rows.place), line, lines)
+    samples = Samples(
+        *lines,
+        length=samples.length.at[rows.place].set(rows.length),
+        stopped=samples.stopped.at[rows.place].set(rows.stopped),
+        finite=samples.finite.at[rows.place].set(rows.finite),
+    )
+    rows, following = _refill(policy, replace(rows, settled=rows.settled + PAGE), following, queue)
+    return rows, following, samples
+
+
+def _refill(policy: Policy, rows: Rows, following: jax.Array, queue: Queue) -> tuple[Rows, jax.Array]:
+    """Rows that are done take the next samples in the order of rows; those for which none is left stay idle."""
+    idle = jnp.int32(len(queue.keys))
+    candidate = following + jnp.cumsum(rows.done, dtype=jnp.int32) - 1
+    taken = rows.done & (candidate < queue.count)
+    there = jnp.where(rows.done, jnp.where(taken, candidate, idle), rows.place)
+
+    def fresh(value: jax.typing.ArrayLike, old: jax.Array) -> jax.Array:
+        return jnp.where(rows.done, value, old)
+
+    refilled = Rows(
+        place=there,
+        key=queue.keys.at[there].get(mode="clip"),
+        token=fresh(policy.start_id, rows.token),
+        settled=fresh(0, rows.settled),
+        length=fresh(0, rows.length),
+        done=rows.done & ~taken,
+        stopped=rows.stopped & ~rows.done,
+        finite=rows.finite | rows.done,
+    )
+    return refilled, following + jnp.sum(taken, dtype=jnp.int32)
+
+
+def _on_each_replica(layout: Layout, function: Callable, policy: Policy) -> Callable:
+    """`function(policy, rows, …)` on each replica's own part of arrays whose first axis is the batch.
+
+    (`drawn`, the last argument of `_turn`, has the batch second.)
+    """
+    first, second = layout.spec(("batch",)), layout.spec((None, "batch"))
+    specs = (first, first, first, first, second)
+
+    def apply(*arguments: Any) -> Any:
+        mapped = jax.shard_map(partial(function, policy), in_specs=specs[: len(arguments)], out_specs=first)
+        return mapped(*arguments)
+
+    return apply
+
+
+def _progress_of(state: DecodeState) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """How many rows are busy, how many samples have ended, and how many pages were run."""
+    busy = jnp.sum(~state.rows.done)
+    return busy, jnp.sum(state.following) - busy, state.pages
+
+
+_begin = jax.jit(initial_state, static_argnums=(0, 1, 2))
+_decode_pages = jax.jit(decode_pages, static_argnums=(0, 1), donate_argnums=(4,))
+_progress = jax.jit(_progress_of)

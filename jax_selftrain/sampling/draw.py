@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 RADIX = 16
 _NEGLIGIBLE = -80.0
@@ -46,7 +46,7 @@ def tree_path(tokens: Int[np.ndarray, " N"], vocab_size: int) -> Int[np.ndarray,
     return np.stack(path, axis=-1)
 
 
-def draw(logits: Float[Array, "B V"], words: UInt32[Array, "B n"]) -> Int[Array, " B"]:
+def draw(logits: Float[Array, "B V"], words: UInt32[Array, "B n"]) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Draw one token per row with probability softmax(logits).
 
     Args:
@@ -55,7 +55,8 @@ def draw(logits: Float[Array, "B V"], words: UInt32[Array, "B n"]) -> Int[Array,
       words: independent random words, n = len(tree_widths(V)), the root's first.
 
     Returns:
-      Token ids, int32. A token of zero weight is never returned. A row with NaN returns an unspecified id.
+      Token ids, int32, and the logarithms of the probabilities they were drawn with. A token of zero weight is never
+      returned. A row with NaN returns an unspecified id.
     """
     logits = whole_rows(logits)
     widths = tree_widths(logits.shape[1])
@@ -73,7 +74,15 @@ def draw(logits: Float[Array, "B V"], words: UInt32[Array, "B n"]) -> Int[Array,
     for level, width in enumerate(widths):
         picked = _pick(_children(tree[level], node, width), words[:, level])
         node = _beside(logits, node + width * picked)
-    return node
+    return node, jnp.log(take(tree[-1], node) / values[:, 0])
+
+
+def log_probability(
+    logits: Float[Array, "B V"], token: Int[Array, " B"]
+) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
+    """The log-probability of one token per row under softmax(logits), and whether the row is a distribution at all."""
+    log_total = jax.nn.logsumexp(logits, axis=-1)
+    return take(logits, token) - log_total, jnp.isfinite(log_total)
 
 
 def whole_rows(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:

@@ -1,8 +1,8 @@
 """Filling a corpus folder: shard by shard, by any number of processes, from wherever the last attempt ended.
 
-A shard is drawn in batches of one fixed shape: (rows per replica) × (replicas) samples, consecutive ids, replica after
-replica; the last batch is filled up with dummies that are dropped. Each device thus runs the same program on its rows
-however many replicas there are, and whatever is left to do. Processes share nothing but the folder: each works on a
+A shard is drawn by a loop of one fixed shape, (rows per replica) × (replicas), whose rows take sample after sample until
+none is left (see `sampling.decode`). Each device thus runs the same program on its rows however many replicas there
+are, and whatever is left to do. While a shard is detokenised, hashed and written, the next one is drawn. Processes share nothing but the folder: each works on a
 mesh of its own devices, claims shards by lease, and whoever finds all shards whole writes `corpus.json`, whose bytes
 do not depend on who it was. Nothing is written before the first shard has been drawn, so that a model that cannot be
 sampled leaves no trace.
@@ -16,7 +16,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -49,10 +50,11 @@ from jax_selftrain.models import Params, abstract_params, axis_sizes, param_shar
 from jax_selftrain.sampling.decode import (
     Architecture,
     DecodeState,
+    Drawn,
+    Queue,
     architecture_of,
-    capacities,
     decode,
-    decode_segment,
+    decode_pages,
     initial_state,
 )
 from jax_selftrain.sampling.detokenise import detokenise
@@ -97,11 +99,11 @@ def sample(config: SampleConfig) -> Corpus:
 
 def program(
     config: SampleConfig, mesh: Mesh
-) -> tuple[Callable[..., DecodeState], tuple[Params, Any, DecodeState], tuple[int, ...]]:
-    """What sampling runs at its largest cache, to be compiled here or ahead of time for another machine.
+) -> tuple[Callable[..., DecodeState], tuple[Params, Queue, DecodeState, Any], tuple[int, ...]]:
+    """What sampling runs, to be compiled here or ahead of time for another machine.
 
     Returns:
-      (function, abstract (params, keys, state) with shardings, indices of the donated arguments), for
+      (function, abstract (params, queue, state, pages) with shardings, indices of the donated arguments), for
       `jax.jit(function, donate_argnums=donation).lower(*arguments)` inside `jax.set_mesh(mesh)`.
 
     Raises:
@@ -111,19 +113,29 @@ def program(
     policy = _policy(config)
     model, _ = hub.read_config(config.model)
     layout = make_layout(config.preset, mesh, axis_sizes(model))
-    architecture = Architecture(model, layout, config.dtype)
+    architecture = Architecture(model, layout, config.dtype, config.cache_dtype)
     rows = config.batch_size * layout.data
     params = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract_params(model, config.dtype),
         param_shardings(model, layout),
     )
-    keys = jax.ShapeDtypeStruct((rows, 2), jnp.uint32, sharding=layout.sharding(("batch", None)))
-    done = jax.ShapeDtypeStruct((rows,), bool, sharding=layout.sharding(("batch",)))
-    capacity = capacities(policy.max_tokens)[-1]
+    places = _queue_places(config, layout.data) * layout.data
+    queue = Queue(
+        jax.ShapeDtypeStruct((places, 2), jnp.uint32, sharding=layout.sharding(("batch", None))),
+        jax.ShapeDtypeStruct((layout.data,), jnp.int32, sharding=layout.sharding(("batch",))),
+    )
     with jax.set_mesh(mesh):
-        state = jax.eval_shape(partial(initial_state, architecture, policy, rows, capacity), done)
-    return partial(decode_segment, architecture, policy), (params, keys, state), (2,)
+        state = jax.eval_shape(partial(initial_state, architecture, policy, rows), queue)
+    pages = jax.ShapeDtypeStruct((), jnp.int32)
+    return partial(decode_pages, architecture, policy), (params, queue, state, pages), (2,)
+
+
+def _queue_places(config: SampleConfig, replicas: int) -> int:
+    """Samples that one call of the loop draws on each replica: a batch in lockstep, else its share of a shard."""
+    if config.decode_schedule == "lockstep":
+        return config.batch_size
+    return -(-min(config.samples, config.samples_per_shard) // replicas)
 
 
 @dataclass(frozen=True)
@@ -153,9 +165,10 @@ def _policy(config: SampleConfig) -> Policy:
 
 def _request(config: SampleConfig, policy: Policy) -> dict[str, Any]:
     """Everything that decides what is in the corpus; `corpus.json` says it again."""
+    types = {"dtype": config.dtype} | ({} if config.cache_dtype is None else {"cache_dtype": config.cache_dtype})
     return {
         "kind": "sampled",
-        "source": {"ref": config.model, "fingerprint": hub.model_fingerprint(config.model), "dtype": config.dtype},
+        "source": {"ref": config.model, "fingerprint": hub.model_fingerprint(config.model)} | types,
         "tokenizer_fingerprint": _tokenizer_fingerprint(config.model),
         "start_id": policy.start_id,
         "stop_ids": list(policy.stop_ids),
@@ -177,73 +190,104 @@ def _first_ref(out: Path, request: dict[str, Any]) -> str:
 
 
 def _fill(job: _Job, n_shards: int) -> None:
-    """Draw shards until none is missing, leaving those that others have claimed to them while they live."""
+    """Draw shards until none is missing, leaving those that others have claimed to them while they live.
+
+    A thread writes each shard while the next one is drawn; its lease is held until it is written.
+    """
     records = job.out / "records"
     records.mkdir(parents=True, exist_ok=True)
-    while missing := missing_shards(job.out, n_shards):
-        found_work = False
-        for index in missing:
-            shard = job.out / shard_name(index)
-            with storage.lease(records / f"{shard.stem}.lease") as held:
-                whole = shard.exists() and (records / f"{shard.stem}.json").exists()  # made by another meanwhile
-                if held and not whole:
-                    _make_shard(job, index)
-                    found_work = True
-        if not found_work:
-            _check_stop(job)
-            time.sleep(POLL_SECONDS)
+    with ThreadPoolExecutor(1, "write shards") as writer:
+        while missing := missing_shards(job.out, n_shards):
+            found_work, written = False, writer.submit(lambda: None)
+            for index in missing:
+                shard = job.out / shard_name(index)
+                with ExitStack() as claim:
+                    held = claim.enter_context(storage.lease(records / f"{shard.stem}.lease"))
+                    whole = shard.exists() and (records / f"{shard.stem}.json").exists()  # by another meanwhile
+                    if held and not whole:
+                        found_work = True
+                        began = time.time()
+                        drawn = _draw_shard(job, index)
+                        written.result()
+                        written = writer.submit(_write_shard, job, index, drawn, began, claim.pop_all())
+            written.result()
+            if not found_work:
+                _check_stop(job)
+                time.sleep(POLL_SECONDS)
     for left in records.glob("*.lease"):  # of a process killed between finishing its shard and giving back its lease
         with storage.lease(left):
             pass
 
 
-def _make_shard(job: _Job, index: int) -> None:
-    config, began = job.config, time.time()
+def _draw_shard(job: _Job, index: int) -> list[Drawn]:
+    """The samples of a shard, in the batches they were drawn in.
+
+    Raises:
+      InputError: the model's logits are no distribution.
+      Stopped: SIGTERM came.
+    """
+    config, replicas = job.config, job.model.layout.data
     ids = np.asarray(shard_ids(index, config.samples, config.samples_per_shard), np.int64)
-    batch = config.batch_size * job.model.layout.data
-    samples = []
-    for first in range(0, len(ids), batch):
-        _check_stop(job)
-        samples += _draw_batch(job, ids[first : first + batch], batch)
-        job.progress(min(batch, len(ids) - first))
-    drawn = time.time()
-    texts, mismatches = detokenise(job.model.tokenizer, [s.tokens for s in samples], stop_ids=job.policy.stop_ids)
-    samples = [replace(sample, text=text) for sample, text in zip(samples, texts, strict=True)]
-    begin_corpus(job.out, job.request)
-    if not (job.out / "config.yaml").exists():
-        settings.save(job.out / "config.yaml", _resolved(config, job.policy))
-    record = write_shard(job.out, index, samples, {"mismatches": mismatches, **_circumstances(job)})
-    timing = {
-        "began": began,
-        "seconds": time.time() - began,
-        "decode_seconds": drawn - began,
-        "tokens_per_second": record["tokens"] / (drawn - began),
-        "process": jax.process_index(),
-    }
-    storage.write_json(job.out / "timings" / f"{Path(record['file']).stem}.json", timing)
+    places = _queue_places(config, replicas)
+    batches = []
+    for first in range(0, len(ids), places * replicas):
+        part, ended = ids[first : first + places * replicas], 0
+
+        def report(now: int) -> None:
+            nonlocal ended
+            _check_stop(job)
+            job.progress(now - ended)
+            ended = now
+
+        drawn = decode(
+            architecture_of(job.model, config.cache_dtype),
+            job.policy,
+            job.model.params,
+            sample_keys(config.seed, part),
+            rows=config.batch_size,
+            queue=places,
+            report=report,
+        )
+        if not drawn.finite.all():
+            raise InputError(
+                f"{config.model}: its logits are NaN or infinite at {config.dtype} (seen in sample "
+                f"{part[np.argmin(drawn.finite)]}), so it cannot be sampled; check its weights, or use another --dtype"
+            )
+        batches.append(drawn)
+    return batches
 
 
-def _draw_batch(job: _Job, ids: np.ndarray, batch: int) -> list[Sample]:
-    """The samples of up to `batch` ids, without text."""
-    padded = np.concatenate([ids, np.full(batch - len(ids), ids[-1])])
-    keys = sample_keys(job.config.seed, padded)
-    drawn = decode(architecture_of(job.model), job.policy, job.model.params, keys, np.arange(batch) < len(ids))
-    if not drawn.finite[: len(ids)].all():
-        bad = ids[np.argmin(drawn.finite[: len(ids)])]
-        raise InputError(
-            f"{job.config.model}: its logits are NaN or infinite at {job.config.dtype} (seen in sample {bad}), so it "
-            "cannot be sampled; check its weights, or use another --dtype"
-        )
-    return [
-        Sample(
-            sample_id=int(sample_id),
-            tokens=drawn.tokens[row, : drawn.lengths[row]],
-            text="",
-            logprob=float(drawn.logprobs[row]),
-            finish_reason="stop" if drawn.stopped[row] else "length",
-        )
-        for row, sample_id in enumerate(ids)
-    ]
+def _write_shard(job: _Job, index: int, batches: list[Drawn], began: float, claim: ExitStack) -> None:
+    """Detokenise, commit and give back the claim."""
+    drawn_in = time.time() - began
+    with claim:
+        rows = [(batch, row) for batch in batches for row in range(len(batch.lengths))]
+        tokens = [batch.tokens[row, : batch.lengths[row]] for batch, row in rows]
+        texts, mismatches = detokenise(job.model.tokenizer, tokens, stop_ids=job.policy.stop_ids)
+        ids = shard_ids(index, job.config.samples, job.config.samples_per_shard)
+        samples = [
+            Sample(
+                sample_id=sample_id,
+                tokens=drawn_tokens,
+                text=text,
+                logprob=float(batch.logprobs[row]),
+                finish_reason="stop" if batch.stopped[row] else "length",
+            )
+            for sample_id, drawn_tokens, text, (batch, row) in zip(ids, tokens, texts, rows, strict=True)
+        ]
+        begin_corpus(job.out, job.request)
+        if not (job.out / "config.yaml").exists():
+            settings.save(job.out / "config.yaml", _resolved(job.config, job.policy))
+        record = write_shard(job.out, index, samples, {"mismatches": mismatches, **_circumstances(job)})
+        timing = {
+            "began": began,
+            "seconds": time.time() - began,
+            "decode_seconds": drawn_in,
+            "tokens_per_second": record["tokens"] / drawn_in,
+            "utilisation": record["tokens"] / sum(batch.slots for batch in batches),
+            "process": jax.process_index(),
+        }
+        storage.write_json(job.out / "timings" / f"{Path(record['file']).stem}.json", timing)
 
 
 def _resolved(config: SampleConfig, policy: Policy) -> SampleConfig:
@@ -257,6 +301,7 @@ def _circumstances(job: _Job) -> dict[str, Any]:
         "mesh": dict(mesh.shape),
         "preset": job.config.preset,
         "rows_per_replica": job.config.batch_size,
+        "decode_schedule": job.config.decode_schedule,
         "device": mesh.devices.flat[0].device_kind,
         "xla_flags": {name: os.environ[name] for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") if name in os.environ},
         "versions": storage.versions(),

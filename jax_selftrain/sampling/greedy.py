@@ -16,8 +16,8 @@ from jaxtyping import Array, Int32
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import LoadedModel
 from jax_selftrain.mesh import place
-from jax_selftrain.models import PAGE, Cache, Params, grow_cache, init_cache
-from jax_selftrain.sampling.decode import Architecture, architecture_of, capacities, decode_page, logits_of
+from jax_selftrain.models import PAGE, Cache, Params
+from jax_selftrain.sampling.decode import Architecture, architecture_of, decode_page, logits_of
 
 
 def greedy_continue(
@@ -49,56 +49,38 @@ def greedy_continue(
 
 
 def _continue_batch(model: LoadedModel, tokens: np.ndarray, n: int) -> np.ndarray:
-    architecture, (rows, prefix) = architecture_of(model), tokens.shape
-    layout = model.layout
+    prefix, layout = tokens.shape[1], model.layout
     with jax.set_mesh(layout.mesh):
-        segments = capacities(prefix + n - 1)
         forced = place(layout, np.ascontiguousarray(tokens.T), (None, "batch"))
-        cache = _empty(architecture, rows, segments[0])
-        token, outs, settled = forced[0], [], 0
-        for capacity in segments:
-            if capacity > cache.capacity:
-                cache = _grow(layout, cache, capacity)
-            pages = (settled // PAGE, capacity // PAGE)
-            cache, token, out = _segment(architecture, pages, model.params, forced, cache, token)
-            outs.append(jax.device_get(out))
-            settled = capacity
-    return np.concatenate(outs)[prefix - 1 : prefix - 1 + n].T
+        following = jax.device_get(
+            _continue(architecture_of(model), -(-(prefix + n - 1) // PAGE), model.params, forced)
+        )
+    return following[prefix - 1 : prefix - 1 + n].T
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4,))
-def _segment(
-    architecture: Architecture,
-    pages: tuple[int, int],
-    params: Params,
-    forced: Int32[Array, "P B"],
-    cache: Cache,
-    token: Int32[Array, " B"],
-) -> tuple[Cache, Int32[Array, " B"], Int32[Array, "S B"]]:
-    """Run pages `pages[0]` … `pages[1]`−1; the last output is the token that followed each step."""
+@partial(jax.jit, static_argnums=(0, 1))
+def _continue(
+    architecture: Architecture, pages: int, params: Params, forced: Int32[Array, "P B"]
+) -> Int32[Array, "S B"]:
+    """The token that followed each of the steps of so many pages: given while there are any, then the most probable."""
     prefix = forced.shape[0]
 
-    def advance(hidden: jax.Array, position: jax.Array, carry: None) -> tuple[jax.Array, None, jax.Array]:
+    def advance(hidden: jax.Array, position: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         def given() -> jax.Array:
-            return jax.lax.dynamic_index_in_dim(forced, position + 1, 0, keepdims=False)
+            return jax.lax.dynamic_index_in_dim(forced, index + 1, 0, keepdims=False)
 
         def most_probable() -> jax.Array:
             return jnp.argmax(logits_of(architecture, params, hidden), axis=-1).astype(jnp.int32)
 
-        token = jax.lax.cond(position + 1 < prefix, given, most_probable)
-        return token, carry, token
+        token = jax.lax.cond(index + 1 < prefix, given, most_probable)
+        return token, index + 1, token
 
-    def page(state: tuple[Cache, jax.Array], index: jax.Array) -> tuple[tuple[Cache, jax.Array], jax.Array]:
-        cache, token, _, outs = decode_page(architecture, params, state[0], index, state[1], None, advance)
-        return (cache, token), outs
+    def page(state: tuple[Cache, jax.Array, jax.Array, jax.Array], _: None) -> tuple[tuple, jax.Array]:
+        cache, settled, token, index = state
+        cache, token, index, outs = decode_page(architecture, params, cache, settled, token, index, advance)
+        return (cache, settled + PAGE, token, index), outs
 
-    (cache, token), outs = jax.lax.scan(page, (cache, token), jnp.arange(*pages, dtype=jnp.int32))
-    return cache, token, outs.reshape(-1, token.shape[0])
-
-
-def _init(architecture: Architecture, rows: int, capacity: int) -> Cache:
-    return init_cache(architecture.config, architecture.layout, rows, capacity, architecture.compute_dtype)
-
-
-_empty = jax.jit(_init, static_argnums=(0, 1, 2))
-_grow = jax.jit(grow_cache, static_argnums=(0, 2))
+    cache = architecture.init_cache(forced.shape[1], pages * PAGE)
+    begin = (cache, jnp.zeros_like(forced[0]), forced[0], jnp.int32(0))
+    _, outs = jax.lax.scan(page, begin, length=pages)
+    return outs.reshape(-1, forced.shape[1])

@@ -65,10 +65,10 @@ def sample_keys(seed: int, sample_ids: Sequence[int] | np.ndarray) -> UInt32[np.
     return np.stack(threefry2x32(key, counter), axis=-1)
 
 
-def token_words(keys: UInt32[Array, "B 2"], step: Int[Array, ""] | int, n: int) -> UInt32[Array, "B n"]:
+def token_words(keys: UInt32[Array, "B 2"], step: Int[Array, " B"], n: int) -> UInt32[Array, "B n"]:
     """The n words behind token `step` of each sample (in a jitted program; `keys` from `sample_keys`)."""
-    counter = jnp.asarray(step).astype(jnp.uint32), jnp.arange((n + 1) // 2, dtype=jnp.uint32)
-    x0, x1 = threefry2x32((keys[:, :1], keys[:, 1:]), counter)
+    pairs = jnp.arange((n + 1) // 2, dtype=jnp.uint32)[None]
+    x0, x1 = threefry2x32((keys[:, :1], keys[:, 1:]), (step[:, None].astype(jnp.uint32), pairs))
     return jnp.stack((x0, x1), axis=-1).reshape(keys.shape[0], -1)[:, :n]
 
 
@@ -78,7 +78,8 @@ def random_words(seed: int, sample_ids: Sequence[int] | np.ndarray, step: int, n
     Args:
       seed: 0 … 2⁶⁴−1; sample_ids: B integers; step: index of the token in its sample, from 0; n: words wanted.
     """
-    return np.asarray(_token_words(sample_keys(seed, sample_ids), step, n))
+    keys = sample_keys(seed, sample_ids)
+    return np.asarray(_token_words(keys, np.full(len(keys), step, np.int32), n))
 
 
 _token_words = jax.jit(token_words, static_argnums=2)

@@ -11,7 +11,7 @@ from scipy import stats
 
 from jax_selftrain.mesh import make_layout, make_mesh
 from jax_selftrain.models import PAGE, DecoderConfig, RopeConfig, axis_sizes, forward, init_params, project
-from jax_selftrain.sampling.decode import FIRST_CAPACITY, Architecture, capacities, decode
+from jax_selftrain.sampling.decode import Architecture, decode
 from jax_selftrain.sampling.policy import Policy, mask_logits
 from jax_selftrain.sampling.words import sample_keys
 
@@ -51,9 +51,9 @@ class Model:
         with jax.set_mesh(layout.mesh):
             self.params["head"]["kernel"] = self.params["head"]["kernel"] * sharpness
 
-    def draw(self, policy: Policy, ids: np.ndarray, seed: int = 0, active: np.ndarray | None = None):
-        active = np.ones(len(ids), bool) if active is None else active
-        return decode(self.architecture, policy, self.params, sample_keys(seed, ids), active)
+    def draw(self, policy: Policy, ids: np.ndarray, seed: int = 0, rows: int | None = None, **options):
+        rows = len(ids) // self.architecture.layout.data if rows is None else rows
+        return decode(self.architecture, policy, self.params, sample_keys(seed, ids), rows=rows, **options)
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Of the full forward pass [B, T, V]: the reference that shares no cache, page or loop with decoding."""
@@ -135,7 +135,7 @@ def _chi_square(counts: np.ndarray, p: np.ndarray) -> float:
 # ---------------------------------------------------------------- log-probabilities and ends
 
 ENDING = Policy(start_id=1, stop_ids=(5, 77, 123), max_tokens=70)
-"""Three of two hundred ids stop a sample: about two thirds end early, and the others outgrow the first cache."""
+"""Three of two hundred ids stop a sample: about two thirds end early, and the others fill more than two pages."""
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +173,7 @@ def test_a_stop_id_drawn_last_of_all_still_counts_as_a_stop(model, drawn):
 
 
 def test_a_lower_length_limit_cuts_the_same_samples(model, drawn):
-    """64 tokens fill the first cache exactly; 32 are one page."""
-    for limit in (1, PAGE, FIRST_CAPACITY):
+    for limit in (1, PAGE, 2 * PAGE):
         cut = model.draw(replace(ENDING, max_tokens=limit), np.arange(64))
         np.testing.assert_array_equal(cut.tokens, drawn.tokens[:, :limit])
         np.testing.assert_array_equal(cut.lengths, np.minimum(drawn.lengths, limit))
@@ -198,15 +197,70 @@ def test_padding_ids_are_never_drawn(model):
 # ---------------------------------------------------------------- rows
 
 
-def test_a_row_is_the_same_whatever_the_other_rows_are(model, drawn):
-    """Other companions, another place in the batch, companions that do not count: bitwise the same."""
+FIELDS = ("tokens", "lengths", "logprobs", "policy_logprobs", "stopped")
+
+
+def test_a_sample_is_the_same_in_any_row_and_whatever_the_others_are(model, drawn):
+    """Other companions, another place in the batch: bitwise the same."""
     order = np.random.default_rng(0).permutation(64)
     shuffled = model.draw(ENDING, order)
-    half = np.where(np.arange(64) % 2, 1000 + np.arange(64), np.arange(64))
-    mixed = model.draw(ENDING, half, active=np.arange(64) % 2 == 0)
-    for name in ("tokens", "lengths", "logprobs", "stopped"):
+    others = model.draw(ENDING, np.where(np.arange(64) % 2, 1000 + np.arange(64), np.arange(64)))
+    for name in FIELDS:
         np.testing.assert_array_equal(getattr(shuffled, name), getattr(drawn, name)[order])
-        np.testing.assert_array_equal(getattr(mixed, name)[::2], getattr(drawn, name)[::2])
+        np.testing.assert_array_equal(getattr(others, name)[::2], getattr(drawn, name)[::2])
+
+
+@pytest.mark.parametrize(("spec", "rows"), [("data=1,model=1", 16), ("data=2,model=1", 16), ("data=4,model=1", 16)])
+def test_refilled_rows_draw_the_samples_of_lockstep(spec, rows):
+    """Bitwise, though samples start at different times, in different rows, beside different neighbours."""
+    model, ids = small_model(spec), np.arange(150)
+    replicas = model.architecture.layout.data
+    lockstep = [
+        model.draw(ENDING, part, rows=rows, queue=rows)
+        for part in np.split(ids, range(16 * replicas, 150, 16 * replicas))
+    ]
+    refilled = model.draw(ENDING, ids, rows=rows)
+    for name in FIELDS:
+        expected = np.concatenate([getattr(batch, name) for batch in lockstep])
+        np.testing.assert_array_equal(getattr(refilled, name), expected)
+    assert refilled.slots < sum(batch.slots for batch in lockstep)
+    assert refilled.utilisation == refilled.lengths.sum() / refilled.slots
+
+
+@pytest.mark.parametrize("queue", [8, 11, 64])
+def test_rows_without_a_sample_change_nothing(model, drawn, queue):
+    """Fewer samples than rows, or than places in the queue; more samples than rows, to the last row."""
+    few = model.draw(ENDING, np.arange(8), rows=64, queue=queue)
+    for name in FIELDS:
+        np.testing.assert_array_equal(getattr(few, name), getattr(drawn, name)[:8])
+
+
+def test_progress_is_reported_and_may_end_the_drawing(model):
+    told: list[int] = []
+    model.draw(ENDING, np.arange(64), rows=16, report=told.append)
+    assert told == sorted(told)
+    assert told[-1] == 64
+
+    def stop(ended: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.draw(ENDING, np.arange(64), rows=16, report=stop)
+
+
+def test_log_probabilities_under_the_policy(model):
+    """Those of the masked, sharpened distribution: at temperature 1 with nothing excluded, the model's own."""
+    plain = model.draw(ENDING, np.arange(64))
+    np.testing.assert_allclose(plain.policy_logprobs, plain.logprobs, atol=1e-4)
+    policy = replace(ENDING, temperature=0.7, top_k=50, valid_ids=190)
+    drawn = model.draw(policy, np.arange(64))
+    inputs = np.concatenate([np.full((64, 1), ENDING.start_id), drawn.tokens[:, :-1]], axis=1)
+    masked = np.asarray(mask_logits(jnp.asarray(model.logits(inputs).reshape(-1, CONFIG.vocab_size)), policy))
+    logprobs = _log_softmax(masked).reshape(64, -1, CONFIG.vocab_size)
+    logprobs = np.take_along_axis(logprobs, drawn.tokens[:, :, None], axis=2)[:, :, 0]
+    counted = np.arange(drawn.tokens.shape[1]) < drawn.lengths[:, None]
+    expected = np.where(counted, logprobs, 0).sum(axis=1)
+    np.testing.assert_allclose(drawn.policy_logprobs, expected, atol=1e-4)
 
 
 def test_another_seed_gives_other_samples(model, drawn):
@@ -221,11 +275,3 @@ def test_logits_that_are_no_distribution_are_noticed(drawn):
     broken.params["head"]["kernel"] = jax.device_put(kernel, broken.params["head"]["kernel"].sharding)
     assert not broken.draw(ENDING, np.arange(64)).finite.any()
     assert drawn.finite.all()
-
-
-@pytest.mark.parametrize(
-    ("steps", "expected"),
-    [(1, (32,)), (32, (32,)), (33, (64,)), (65, (64, 96)), (256, (64, 128, 256)), (257, (64, 128, 256, 288))],
-)
-def test_cache_capacities_double_and_end_at_what_is_needed(steps, expected):
-    assert capacities(steps) == expected

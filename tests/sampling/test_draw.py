@@ -4,14 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import special, stats
 
 from jax_selftrain.mesh import make_mesh
 from jax_selftrain.sampling.draw import draw as draw_unjitted
 from jax_selftrain.sampling.draw import draw_margin, tree_path, tree_widths
 from jax_selftrain.sampling.words import random_words
 
-draw = jax.jit(draw_unjitted)
+_draw = jax.jit(draw_unjitted)
+
+
+def draw(logits, words):
+    return _draw(logits, words)[0]
 
 
 def _words(rows: int, vocab_size: int, seed: int = 0) -> np.ndarray:
@@ -20,6 +24,14 @@ def _words(rows: int, vocab_size: int, seed: int = 0) -> np.ndarray:
 
 def _logits(rows: int, vocab_size: int, scale: float, seed: int = 0) -> np.ndarray:
     return scale * np.random.default_rng(seed).standard_normal((rows, vocab_size), dtype=np.float32)
+
+
+@pytest.mark.parametrize("vocab_size", [5, 512, 50304])
+def test_a_token_comes_with_the_probability_it_was_drawn_with(vocab_size):
+    logits, words = _logits(64, vocab_size, 3.0), _words(64, vocab_size)
+    tokens, found = _draw(logits, words)
+    expected = special.log_softmax(logits.astype(np.float64), axis=1)
+    np.testing.assert_allclose(found, expected[np.arange(64), tokens], atol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The promise about a really trained model: the same samples on any mesh and in any batch, but for rounding ties."""
 
-from dataclasses import dataclass
 from functools import cache, partial
 
 import jax
@@ -10,9 +9,10 @@ import pytest
 
 from jax_selftrain.hub import LoadedModel, load_model
 from jax_selftrain.mesh import make_layout, make_mesh, place
-from jax_selftrain.models import PAGE, axis_sizes, forward, init_cache, project
+from jax_selftrain.models import PAGE, axis_sizes, forward, project
 from jax_selftrain.sampling import (
     Architecture,
+    Drawn,
     Policy,
     architecture_of,
     decode,
@@ -34,27 +34,15 @@ def load(stories260k):
     return cache(lambda spec: load_model(stories260k, spec))
 
 
-@dataclass(frozen=True)
-class Samples:
-    tokens: np.ndarray
-    lengths: np.ndarray
-    logprobs: np.ndarray
-    stopped: np.ndarray
-
-
-def _sample(model: LoadedModel, rows: int, samples: int, policy: Policy) -> Samples:
-    """Samples 0 … samples−1 in batches of `rows` per replica, the last one filled up with dummies."""
-    batch, found = rows * model.layout.data, []
-    for first in range(0, samples, batch):
-        ids = np.arange(first, first + batch)
-        found.append(decode(architecture_of(model), policy, model.params, sample_keys(SEED, ids), ids < samples))
-        assert found[-1].finite.all()
-    names = ("tokens", "lengths", "logprobs", "stopped")
-    return Samples(*(np.concatenate([getattr(batch, name) for batch in found])[:samples] for name in names))
+def _sample(model: LoadedModel, rows: int, samples: int, policy: Policy) -> Drawn:
+    """Samples 0 … samples−1 by `rows` rows per replica."""
+    drawn = decode(architecture_of(model), policy, model.params, sample_keys(SEED, np.arange(samples)), rows=rows)
+    assert drawn.finite.all()
+    return drawn
 
 
 @pytest.fixture(scope="module")
-def reference(load) -> Samples:
+def reference(load) -> Drawn:
     """One device, 64 rows."""
     return _sample(load("data=1,model=1"), 64, SAMPLES, POLICY)
 
@@ -182,14 +170,15 @@ def _logit_noise(model: LoadedModel, tokens: np.ndarray) -> float:
 def _decode_logits(architecture: Architecture, params, fed: jax.Array) -> jax.Array:
     """Logits [T, B, V] of the decode loop when its next token is not drawn but given (T whole pages)."""
     steps, rows = fed.shape
-    cache = init_cache(architecture.config, architecture.layout, rows, steps)
+    cache, settled, token, outs = architecture.init_cache(rows, steps), jnp.zeros_like(fed[0]), fed[0], []
 
-    def advance(hidden, position, carry):
-        following = jax.lax.dynamic_index_in_dim(fed, position + 1, 0, keepdims=False)
-        return following, carry, logits_of(architecture, params, hidden)
+    def advance(hidden, position, index):
+        following = jax.lax.dynamic_index_in_dim(fed, index + 1, 0, keepdims=False)
+        return following, index + 1, logits_of(architecture, params, hidden)
 
-    token, outs = fed[0], []
     for page in range(steps // PAGE):
-        cache, token, _, out = decode_page(architecture, params, cache, jnp.int32(page), token, None, advance)
+        begin = jnp.int32(page * PAGE)
+        cache, token, _, out = decode_page(architecture, params, cache, settled, token, begin, advance)
+        settled = settled + PAGE
         outs.append(out)
     return jnp.concatenate(outs)
