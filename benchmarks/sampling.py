@@ -1,70 +1,329 @@
-"""Tokens per second of BOS-only sampling, ours beside transformers' `generate`, in one process and in turns.
+"""Tokens per second of BOS-only sampling beside transformers' `generate` and the roofline, measured in one run.
 
-    python benchmarks/sampling.py --model DIR [--rows 64] [--tokens 128] [--rounds 3]
+    python benchmarks/sampling.py [--cases pythia-70m:32x256 gqa:32x256] [--dtype float32] [--rounds 3] [--out FILE.md]
 
-Same weights, type (fp32), policy (temperature 1, no truncation, no stop id, so that both draw every token) and threads.
-The two take turns, so that a machine whose speed drifts slows both; the median of the rounds is shown. Our time covers
-the decode loop and the copy to the host; compilation and warm-up of either side are not counted.
+A case is SHAPE:ROWSxTOKENS. Weights are random: speed does not depend on them. All contestants have the same weights'
+shapes, type, policy (temperature 1, nothing excluded, no stop id, so that every token is drawn), rows, tokens and
+threads. They take turns, so that a machine whose speed drifts slows all of them; medians of the rounds are shown.
+Compilation and warm-up are not counted; our time covers the decode loop and the copy to the host.
+
+* *peer*: transformers' `generate` with its key/value cache. On an accelerator also with a static cache and
+  `torch.compile`, where that works. Without torch the column stays empty.
+* *roofline*: on a CPU the bare chain of the same weight products, layer after layer, with nothing between them, plus a
+  read of what the cache holds on average; on an accelerator the time to read weights and cache once at the bandwidth
+  of a large copy measured here.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import platform
 import statistics
+import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads must not spin while it is our turn
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jax_selftrain import hub
+from jax_selftrain.mesh import make_layout, make_mesh
+from jax_selftrain.models import DecoderConfig, axis_sizes, init_params
+from jax_selftrain.sampling import Architecture, DecodeLoop, Policy, sample_keys
+from jax_selftrain.sampling.decode_loop import compiler_options
 
-def ours(model_ref: str, rows: int, tokens: int):
-    from jax_selftrain import load_model
-    from jax_selftrain.sampling.decode import architecture_of, decode
-    from jax_selftrain.sampling.policy import Policy
-    from jax_selftrain.sampling.words import sample_keys
+NEOX: dict[str, Any] = {
+    "architectures": ["GPTNeoXForCausalLM"],
+    "model_type": "gpt_neox",
+    "vocab_size": 50304,
+    "rotary_pct": 0.25,
+    "rotary_emb_base": 10000,
+    "max_position_embeddings": 2048,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+    "use_parallel_residual": True,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 
-    model = load_model(model_ref, mesh="data=1")
-    policy = Policy(
-        start_id=model.special.start_id or 0, stop_ids=(), max_tokens=tokens, valid_ids=model.config.vocab_size
-    )
-    keys = sample_keys(0, np.arange(rows))
-    return lambda: decode(architecture_of(model), policy, model.params, keys, np.ones(rows, bool))
+
+def neox(layers: int, width: int, heads: int) -> dict[str, Any]:
+    sizes = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads}
+    return NEOX | sizes | {"intermediate_size": 4 * width}
 
 
-def theirs(model_ref: str, rows: int, tokens: int):
+SHAPES: dict[str, dict[str, Any]] = {
+    "pythia-14m": neox(6, 128, 4),
+    "pythia-70m": neox(6, 512, 8),
+    "pythia-410m": neox(24, 1024, 16),
+    "pythia-1b": neox(16, 2048, 8),
+    "pythia-2.8b": neox(32, 2560, 32),
+    "gqa": {  # eight query heads on two key/value heads; about the size of Pythia-70m
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 512,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "intermediate_size": 1536,
+        "max_position_embeddings": 2048,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: str
+    rows: int
+    tokens: int
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        shape, _, size = text.partition(":")
+        rows, _, tokens = size.partition("x")
+        if shape not in SHAPES or not rows.isdigit() or not tokens.isdigit():
+            raise SystemExit(f"{text}: not SHAPE:ROWSxTOKENS with a shape of {', '.join(SHAPES)}")
+        return cls(shape, int(rows), int(tokens))
+
+
+def folder_of(shape: str) -> Path:
+    folder = Path(tempfile.mkdtemp())
+    (folder / "config.json").write_text(json.dumps(SHAPES[shape]))
+    return folder
+
+
+# ---------------------------------------------------------------- contestants
+
+
+def ours(case: Case, config: DecoderConfig, dtype: str, cache_dtype: str | None) -> Callable[[], Any]:
+    layout = make_layout("tensor", make_mesh("data=1,model=1"), axis_sizes(config))
+    architecture = Architecture(config, layout, dtype, cache_dtype)
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), init_params(config, 0, layout))
+    policy = Policy(start_id=0, stop_ids=(), max_tokens=case.tokens)
+    loop, keys = DecodeLoop(architecture, policy, params, rows=case.rows), sample_keys(0, np.arange(case.rows))
+    return lambda: loop.draw(keys)
+
+
+def theirs(case: Case, dtype: str, *, compiled: bool = False) -> Callable[[], Any]:
+    """transformers' `generate`; raises ImportError without torch."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(model_ref, dtype=torch.float32)
-    start = torch.full((rows, 1), model.config.bos_token_id)
-    wanted = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": True, "temperature": 1.0, "top_k": 0}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = AutoConfig.from_pretrained(folder_of(case.shape))
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).to(device).eval()
+    start = torch.full((case.rows, 1), config.bos_token_id, device=device)
+    options: dict[str, Any] = {"max_new_tokens": case.tokens, "min_new_tokens": case.tokens}
+    options |= {"do_sample": True, "temperature": 1.0, "top_k": 0, "pad_token_id": 0}
+    if compiled:
+        options["cache_implementation"] = "static"
 
     def run() -> None:
         with torch.no_grad():
-            model.generate(start, attention_mask=torch.ones_like(start), pad_token_id=0, **wanted)
+            found = model.generate(start, attention_mask=torch.ones_like(start), **options)
+        assert found.shape == (case.rows, 1 + case.tokens)
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     return run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-    given = (options.model, options.rows, options.tokens)
-    contestants = {"jax_selftrain": ours(*given), "transformers": theirs(*given)}
+def mean_cache_bytes(case: Case, config: DecoderConfig, dtype: str) -> int:
+    """Of keys and values that a step reads, averaged over the steps."""
+    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+    return case.rows * per_token * (case.tokens + 1) // 2
+
+
+def bare_chain(case: Case, config: DecoderConfig, dtype: str) -> Callable[[], Any]:
+    """The weight products of `tokens` steps and nothing else, then as many reads of the mean cache."""
+    width, inner, layers = config.hidden_size, config.num_heads * config.head_dim, config.num_layers
+    key = jax.random.key(0)
+
+    def weight(*shape: int) -> jax.Array:
+        return 0.02 * jax.random.normal(key, shape, dtype)
+
+    keys_width = config.num_kv_heads * config.head_dim
+    weights = {
+        "q": weight(layers, width, inner),
+        "k": weight(layers, width, keys_width),
+        "v": weight(layers, width, keys_width),
+        "o": weight(layers, inner, width),
+        "up": weight(layers, width, config.intermediate_size),
+        "down": weight(layers, config.intermediate_size, width),
+    }
+    if config.gated_mlp:
+        weights["gate"] = weight(layers, width, config.intermediate_size)
+    head, x = weight(width, config.vocab_size), weight(case.rows, width)
+    read = mean_cache_bytes(case, config, dtype) // jnp.dtype(dtype).itemsize // 4096
+    cache, vector = weight(max(read, 1), 4096), weight(4096)
+
+    def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.dot(a, b, precision="highest")
+
+    def layer(x: jax.Array, w: dict[str, jax.Array]) -> tuple[jax.Array, None]:
+        attention = dot(x, w["q"])
+        attention = attention.at[:, :keys_width].add(dot(x, w["k"]) + dot(x, w["v"]))
+        hidden = dot(x, w["up"])
+        if "gate" in w:
+            hidden = hidden * dot(x, w["gate"])
+        return x + dot(attention, w["o"]) + dot(hidden, w["down"]), None
+
+    def step(carry: tuple[jax.Array, jax.Array], _: None) -> tuple[tuple[jax.Array, jax.Array], None]:
+        x, vector = carry
+        x, _ = jax.lax.scan(layer, x, weights)
+        x = 0.01 * x + dot(x, head)[:, :width]
+        return (x, vector + dot(cache, vector)[0]), None
+
+    def chain(x: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.lax.scan(step, (x, vector), length=case.tokens)[0]
+
+    run = jax.jit(chain, compiler_options=compiler_options())  # what helps us helps it too
+    return lambda: jax.block_until_ready(run(x, vector))
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read and written, of scaling a large array."""
+    large = jnp.ones((1 << 28,), jnp.float32)
+    scale = jax.jit(lambda x: x * 1.0001)
+    jax.block_until_ready(scale(large))
+    began = time.perf_counter()
+    for _ in range(10):
+        out = scale(large)
+    jax.block_until_ready(out)
+    return 10 * 2 * large.nbytes / (time.perf_counter() - began)
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def taking_turns(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median seconds of each."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(options.rounds + 1):  # the first round compiles and warms up
+    for turn in range(rounds + 1):  # the first compiles and warms up
         for name, run in contestants.items():
             began = time.perf_counter()
             run()
             if turn:
                 seconds[name].append(time.perf_counter() - began)
-    speed = {name: options.rows * options.tokens / statistics.median(times) for name, times in seconds.items()}
-    for name, value in speed.items():
-        print(f"{name:<16}{value:>12,.0f} tokens/s")
-    print(f"{'ratio':<16}{speed['jax_selftrain'] / speed['transformers']:>12.2f}")
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def measure(case: Case, dtype: str, cache_dtype: str | None, rounds: int) -> dict[str, Any]:
+    """One row of the table: tokens per second of everybody."""
+    config, _ = hub.read_config(str(folder_of(case.shape)))
+    on_cpu = jax.default_backend() == "cpu"
+    contestants = {"ours": ours(case, config, dtype, cache_dtype)}
+    notes = []
+    if on_cpu:
+        contestants["roofline"] = bare_chain(case, config, dtype)
+    peers = [("transformers", False)] if on_cpu else [("transformers", False), ("transformers, compiled", True)]
+    for name, compiled in peers:
+        try:
+            peer = theirs(case, dtype, compiled=compiled)
+            peer()
+        except ImportError as error:
+            notes.append(f"{name}: {error}")
+        except Exception as error:  # whatever a peer fails with on this machine is a note, not our failure
+            notes.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
+        else:
+            contestants[name] = peer
+    seconds = taking_turns(contestants, rounds)
+    if not on_cpu:
+        sizes = [leaf.size for leaf in jax.tree.leaves(hub_params(config))]
+        moved = sum(sizes) * jnp.dtype(dtype).itemsize + mean_cache_bytes(case, config, cache_dtype or dtype)
+        seconds["roofline"] = case.tokens * moved / copy_bandwidth()
+    speed = {name: case.rows * case.tokens / value for name, value in seconds.items()}
+    return {"case": case, "speed": speed, "notes": notes}
+
+
+def hub_params(config: DecoderConfig) -> Any:
+    """What a step reads of the weights, as shapes: all but the embedding (of which it reads a row per sample)."""
+    from jax_selftrain.models import abstract_params
+
+    params = dict(abstract_params(config))
+    if not config.tied:
+        del params["embed"]
+    return params
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| shape | rows × tokens | ours, tokens/s | transformers | ratio | roofline | share of it |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        case, speed = row["case"], row["speed"]
+        peers = [value for name, value in speed.items() if name.startswith("transformers")]
+        peer, ratio = (f"{max(peers):,.0f}", f"{speed['ours'] / max(peers):.2f}") if peers else ("—", "—")
+        lines.append(
+            f"| {case.shape} | {case.rows} × {case.tokens} | {speed['ours']:,.0f} | {peer} | {ratio} "
+            f"| {speed['roofline']:,.0f} | {100 * speed['ours'] / speed['roofline']:.0f} % |"
+        )
+    notes = [f"* {note}" for row in rows for note in row["notes"]]
+    return "\n".join([*lines, "", *notes]).rstrip() + "\n"
+
+
+def circumstances(dtype: str, cache_dtype: str | None, rounds: int) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    def installed(name: str) -> str:
+        try:
+            return f"{name} {version(name)}"
+        except PackageNotFoundError:
+            return f"no {name}"
+
+    device = jax.devices()[0]
+    kind = f"{cpu_name()}, {os.cpu_count()} logical cores" if device.platform == "cpu" else device.device_kind
+    versions = ", ".join(installed(name) for name in ("jax", "jaxlib", "torch", "transformers"))
+    cache = f", cache {cache_dtype}" if cache_dtype else ""
+    return f"{kind}; {dtype}{cache}; Python {platform.python_version()}, {versions}; median of {rounds} rounds.\n"
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def main() -> None:
+    on_cpu = jax.default_backend() == "cpu"
+    cases = ["pythia-70m:32x256", "pythia-70m:128x256", "gqa:32x256"]
+    if not on_cpu:
+        shapes = ("pythia-410m", "pythia-1b", "pythia-2.8b")
+        cases = [f"{shape}:{rows}x512" for shape in shapes for rows in (64, 128, 256)]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--cases", nargs="+", default=cases, metavar="SHAPE:ROWSxTOKENS")
+    parser.add_argument("--dtype", default="float32" if on_cpu else "bfloat16")
+    parser.add_argument("--cache-dtype", default=None)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="write the table here too (Markdown)")
+    options = parser.parse_args()
+    given = (options.dtype, options.cache_dtype, options.rounds)
+    rows = []
+    for case in map(Case.parse, options.cases):
+        rows.append(measure(case, *given))
+        print(table(rows[-1:]), flush=True)
+    text = circumstances(*given) + "\n" + table(rows)
+    print(text)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text("# BOS-only sampling\n\n" + text)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Corpora: Parquet shards and their manifest, text in and out, training rows, exact overlap."""
+"""Corpora: Parquet shards and their manifest, statistics, text in and out, training rows, exact overlap."""
 
 from jax_selftrain.corpus.exports import export
 from jax_selftrain.corpus.imports import import_text
@@ -16,6 +16,7 @@ from jax_selftrain.corpus.shards import (
     shard_name,
     write_shard,
 )
+from jax_selftrain.corpus.statistics import corpus_statistics
 
 __all__ = [
     "FINISH_REASONS",
@@ -27,6 +28,7 @@ __all__ = [
     "batch_indices",
     "begin_corpus",
     "build_rows",
+    "corpus_statistics",
     "export",
     "finish_corpus",
     "import_text",

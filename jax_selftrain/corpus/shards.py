@@ -4,7 +4,8 @@ A shard holds a fixed range of sample ids and is the unit of work, of restart an
 committed first, its record (`records/shard-000000.json`) second, and it exists when both do. Parquet bytes are a
 function of the samples and the pyarrow version alone (fixed codec, format version and row groups; Parquet itself
 keeps no time). `corpus.json` is assembled from the records and copies only what every mesh and every restart agree
-on; what one process has to tell about its own shard (mesh, seconds) stays in the record.
+on, and says what the samples are like; what one process has to tell about its own shard (mesh, seconds) stays in the
+record.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 
 from jax_selftrain import storage
 from jax_selftrain.corpus.schema import Sample, to_table
+from jax_selftrain.corpus.statistics import corpus_statistics
 from jax_selftrain.errors import InputError
 
 FORMAT = "jax-selftrain corpus"
@@ -117,7 +119,8 @@ def write_shard(
         index: number of the shard.
         samples: its samples, sample ids ascending without gaps.
         record: plain data to keep about the making of this shard; `mismatches` (samples whose re-encoded text differs
-            from their tokens) also enters `corpus.json`.
+            from their tokens) also enters `corpus.json`, and so does, in its `statistics`, `policy_logprob` (sum over
+            the samples of their log-probability under the policy that drew them, in nats; nobody's: absent).
 
     Returns:
         The record as written: `record` and file, sha256, bytes, rows, tokens, first_sample_id.
@@ -183,7 +186,7 @@ def missing_shards(folder: storage.PathLike, n_shards: int) -> list[int]:
 
 
 def finish_corpus(folder: storage.PathLike, manifest: Mapping[str, Any]) -> None:
-    """Check every shard against its record and commit `corpus.json`.
+    """Check every shard against its record, measure the samples (`corpus_statistics`) and commit `corpus.json`.
 
     Args:
         folder: the corpus folder, all shards written.
@@ -226,6 +229,7 @@ def finish_corpus(folder: storage.PathLike, manifest: Mapping[str, Any]) -> None
             "version": VERSION,
             "tokens": sum(shard["tokens"] for shard in shards),
             "retokenisation_mismatches": sum(shard["mismatches"] for shard in shards),
+            "statistics": corpus_statistics(folder, shards),
             "shards": [{key: shard[key] for key in SHARD_KEYS} for shard in shards],
         },
     )

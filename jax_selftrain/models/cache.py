@@ -185,8 +185,8 @@ def flush_page(layout: Layout, cache: Cache, settled: Int[Array, " B"]) -> Cache
 
     @partial(jax.shard_map, in_specs=(specs, layout.spec(("batch",))), out_specs=specs)
     def flush(cache: Cache, settled: jax.Array) -> Cache:
-        k, k_scale = _quantised(cache.page_k, cache.k)
-        v, v_scale = _quantised(cache.page_v, cache.v)
+        new_k, new_k_scale = _quantised(cache.page_k, cache.k)
+        new_v, new_v_scale = _quantised(cache.page_v, cache.v)
 
         def row(b: jax.Array, into: tuple) -> tuple:
             start = jax.lax.dynamic_index_in_dim(settled, b, keepdims=False)
@@ -196,10 +196,11 @@ def flush_page(layout: Layout, cache: Cache, settled: Int[Array, " B"]) -> Cache
                 mine = jax.lax.dynamic_slice_in_dim(page, b, 1, axis=1)[:, None]
                 return jax.lax.dynamic_update_slice(old, mine, at[: old.ndim])
 
-            return jax.tree.map(written, into, (k, v, k_scale, v_scale))
+            return jax.tree.map(written, into, (new_k, new_v, new_k_scale, new_v_scale))
 
-        whole = jax.lax.fori_loop(0, settled.shape[0], row, (cache.k, cache.v, cache.k_scale, cache.v_scale))
-        return Cache(*whole, cache.page_k, cache.page_v)
+        whole = (cache.k, cache.v, cache.k_scale, cache.v_scale)
+        k, v, k_scale, v_scale = jax.lax.fori_loop(0, settled.shape[0], row, whole)
+        return Cache(k, v, k_scale, v_scale, cache.page_k, cache.page_v)
 
     return flush(cache, settled)
 

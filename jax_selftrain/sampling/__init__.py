@@ -1,6 +1,6 @@
 """From a model to a corpus: random words by identity, the token draw, the decode loop, the driver that fills it."""
 
-from jax_selftrain.sampling.decode import Architecture, Drawn, architecture_of, decode
+from jax_selftrain.sampling.decode_loop import Architecture, DecodeLoop, Drawn, architecture_of, decode
 from jax_selftrain.sampling.draw import draw, draw_margin, tree_path, tree_widths
 from jax_selftrain.sampling.driver import program, sample
 from jax_selftrain.sampling.greedy import greedy_continue
@@ -9,6 +9,7 @@ from jax_selftrain.sampling.words import random_words, sample_keys
 
 __all__ = [
     "Architecture",
+    "DecodeLoop",
     "Drawn",
     "Policy",
     "architecture_of",

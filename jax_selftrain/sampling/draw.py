@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 
 RADIX = 16
 _NEGLIGIBLE = -80.0
@@ -55,14 +55,16 @@ def draw(logits: Float[Array, "B V"], words: UInt32[Array, "B n"]) -> tuple[Int[
       words: independent random words, n = len(tree_widths(V)), the root's first.
 
     Returns:
-      Token ids, int32, and the logarithms of the probabilities they were drawn with. A token of zero weight is never
-      returned. A row with NaN returns an unspecified id.
+      Token ids, int32, and log Σ exp(logits) of each row as the tree has it. A token of zero weight is never returned.
+      A row that is no distribution (NaN, +inf, or nothing finite) returns an unspecified id and a total that is not
+      finite.
     """
     logits = whole_rows(logits)
     widths = tree_widths(logits.shape[1])
     if words.shape[1] != len(widths):
         raise ValueError(f"{words.shape[1]} words for a tree of {len(widths)} levels over {logits.shape[1]} tokens")
-    below_max = logits - jnp.max(logits, axis=-1, keepdims=True)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    below_max = logits - top
     values = jnp.where(below_max < _NEGLIGIBLE, 0.0, jnp.exp(below_max))
     tree: list[Array] = []
     for width in reversed(widths):
@@ -74,15 +76,7 @@ def draw(logits: Float[Array, "B V"], words: UInt32[Array, "B n"]) -> tuple[Int[
     for level, width in enumerate(widths):
         picked = _pick(_children(tree[level], node, width), words[:, level])
         node = _beside(logits, node + width * picked)
-    return node, jnp.log(take(tree[-1], node) / values[:, 0])
-
-
-def log_probability(
-    logits: Float[Array, "B V"], token: Int[Array, " B"]
-) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
-    """The log-probability of one token per row under softmax(logits), and whether the row is a distribution at all."""
-    log_total = jax.nn.logsumexp(logits, axis=-1)
-    return take(logits, token) - log_total, jnp.isfinite(log_total)
+    return node, top[:, 0] + jnp.log(values[:, 0])
 
 
 def whole_rows(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:

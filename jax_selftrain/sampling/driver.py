@@ -1,15 +1,16 @@
 """Filling a corpus folder: shard by shard, by any number of processes, from wherever the last attempt ended.
 
-A shard is drawn by a loop of one fixed shape, (rows per replica) × (replicas), whose rows take sample after sample until
-none is left (see `sampling.decode`). Each device thus runs the same program on its rows however many replicas there
-are, and whatever is left to do. While a shard is detokenised, hashed and written, the next one is drawn. Processes share nothing but the folder: each works on a
-mesh of its own devices, claims shards by lease, and whoever finds all shards whole writes `corpus.json`, whose bytes
-do not depend on who it was. Nothing is written before the first shard has been drawn, so that a model that cannot be
-sampled leaves no trace.
+A shard is drawn by a loop of one fixed shape, (rows per replica) × (replicas), whose rows take sample after sample
+until none is left (see `sampling.decode_loop`). Each device thus runs the same program on its rows however many
+replicas there are, and whatever is left to do. While a shard is detokenised, hashed and written, the next is drawn.
+Processes share nothing but the folder: each works on a mesh of its own devices, claims shards by lease, and whoever
+finds all shards whole writes `corpus.json`, whose bytes do not depend on who it was. Nothing is written before the
+first shard has been drawn, so that a model that cannot be sampled leaves no trace.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -47,14 +48,15 @@ from jax_selftrain.errors import InputError, Stopped
 from jax_selftrain.hub import LoadedModel
 from jax_selftrain.mesh import make_layout, make_mesh
 from jax_selftrain.models import Params, abstract_params, axis_sizes, param_shardings
-from jax_selftrain.sampling.decode import (
+from jax_selftrain.sampling.decode_loop import (
     Architecture,
+    DecodeLoop,
     DecodeState,
     Drawn,
     Queue,
     architecture_of,
-    decode,
     decode_pages,
+    empty_cache,
     initial_state,
 )
 from jax_selftrain.sampling.detokenise import detokenise
@@ -121,12 +123,12 @@ def program(
         param_shardings(model, layout),
     )
     places = _queue_places(config, layout.data) * layout.data
-    queue = Queue(
-        jax.ShapeDtypeStruct((places, 2), jnp.uint32, sharding=layout.sharding(("batch", None))),
-        jax.ShapeDtypeStruct((layout.data,), jnp.int32, sharding=layout.sharding(("batch",))),
-    )
+    keys: Any = jax.ShapeDtypeStruct((places, 2), jnp.uint32, sharding=layout.sharding(("batch", None)))
+    count: Any = jax.ShapeDtypeStruct((layout.data,), jnp.int32, sharding=layout.sharding(("batch",)))
+    queue = Queue(keys, count)
     with jax.set_mesh(mesh):
-        state = jax.eval_shape(partial(initial_state, architecture, policy, rows), queue)
+        cache = jax.eval_shape(partial(empty_cache, architecture, policy, rows))
+        state = jax.eval_shape(partial(initial_state, architecture, policy, rows), queue, cache)
     pages = jax.ShapeDtypeStruct((), jnp.int32)
     return partial(decode_pages, architecture, policy), (params, queue, state, pages), (2,)
 
@@ -196,6 +198,9 @@ def _fill(job: _Job, n_shards: int) -> None:
     """
     records = job.out / "records"
     records.mkdir(parents=True, exist_ok=True)
+    config, architecture = job.config, architecture_of(job.model, job.config.cache_dtype)
+    places = _queue_places(config, architecture.layout.data)
+    loop = DecodeLoop(architecture, job.policy, job.model.params, rows=config.batch_size, queue=places)
     with ThreadPoolExecutor(1, "write shards") as writer:
         while missing := missing_shards(job.out, n_shards):
             found_work, written = False, writer.submit(lambda: None)
@@ -207,7 +212,7 @@ def _fill(job: _Job, n_shards: int) -> None:
                     if held and not whole:
                         found_work = True
                         began = time.time()
-                        drawn = _draw_shard(job, index)
+                        drawn = _draw_shard(job, loop, index)
                         written.result()
                         written = writer.submit(_write_shard, job, index, drawn, began, claim.pop_all())
             written.result()
@@ -219,19 +224,18 @@ def _fill(job: _Job, n_shards: int) -> None:
             pass
 
 
-def _draw_shard(job: _Job, index: int) -> list[Drawn]:
+def _draw_shard(job: _Job, loop: DecodeLoop, index: int) -> list[Drawn]:
     """The samples of a shard, in the batches they were drawn in.
 
     Raises:
       InputError: the model's logits are no distribution.
       Stopped: SIGTERM came.
     """
-    config, replicas = job.config, job.model.layout.data
+    config, room = job.config, loop.queue * loop.architecture.layout.data
     ids = np.asarray(shard_ids(index, config.samples, config.samples_per_shard), np.int64)
-    places = _queue_places(config, replicas)
     batches = []
-    for first in range(0, len(ids), places * replicas):
-        part, ended = ids[first : first + places * replicas], 0
+    for first in range(0, len(ids), room):
+        part, ended = ids[first : first + room], 0
 
         def report(now: int) -> None:
             nonlocal ended
@@ -239,15 +243,7 @@ def _draw_shard(job: _Job, index: int) -> list[Drawn]:
             job.progress(now - ended)
             ended = now
 
-        drawn = decode(
-            architecture_of(job.model, config.cache_dtype),
-            job.policy,
-            job.model.params,
-            sample_keys(config.seed, part),
-            rows=config.batch_size,
-            queue=places,
-            report=report,
-        )
+        drawn = loop.draw(sample_keys(config.seed, part), report=report)
         if not drawn.finite.all():
             raise InputError(
                 f"{config.model}: its logits are NaN or infinite at {config.dtype} (seen in sample "
@@ -278,7 +274,9 @@ def _write_shard(job: _Job, index: int, batches: list[Drawn], began: float, clai
         begin_corpus(job.out, job.request)
         if not (job.out / "config.yaml").exists():
             settings.save(job.out / "config.yaml", _resolved(job.config, job.policy))
-        record = write_shard(job.out, index, samples, {"mismatches": mismatches, **_circumstances(job)})
+        policy_logprob = math.fsum(float(x) for batch in batches for x in batch.policy_logprobs)
+        given = {"mismatches": mismatches, "policy_logprob": policy_logprob, **_circumstances(job)}
+        record = write_shard(job.out, index, samples, given)
         timing = {
             "began": began,
             "seconds": time.time() - began,

@@ -17,7 +17,7 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.hub import LoadedModel
 from jax_selftrain.mesh import place
 from jax_selftrain.models import PAGE, Cache, Params
-from jax_selftrain.sampling.decode import Architecture, architecture_of, decode_page, logits_of
+from jax_selftrain.sampling.decode_loop import Architecture, architecture_of, decode_page, logits_of
 
 
 def greedy_continue(

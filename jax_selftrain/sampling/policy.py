@@ -45,6 +45,11 @@ class Policy:
     valid_ids: int | None = None
     """Only ids below this may be drawn; None: all."""
 
+    @property
+    def reshapes(self) -> bool:
+        """Whether tokens that may be drawn have other odds than the model gives them."""
+        return self.temperature != 1.0 or self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
 
 def make_policy(
     config: SampleConfig,
@@ -140,6 +145,21 @@ def mask_logits(logits: Float[Array, "B V"], policy: Policy) -> Float[Array, "B 
         ratio = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
         logits = jnp.where(ratio < np.float32(policy.min_p), -jnp.inf, logits)
     return logits
+
+
+def log_total(logits: Float[Array, "B V"], policy: Policy, masked_total: Float[Array, " B"]) -> Float[Array, " B"]:
+    """log Σ exp(logits) over the whole vocabulary at temperature 1, not finite where the row is no distribution.
+
+    Args:
+      logits: as the model gave them, vocabulary whole.
+      masked_total: the same of `mask_logits(logits, policy)`: it saves another pass where the policy does nothing but
+        exclude padding.
+    """
+    if policy.reshapes:
+        return jax.nn.logsumexp(logits, axis=-1)
+    if policy.valid_ids is None or policy.valid_ids >= logits.shape[1]:
+        return masked_total
+    return jnp.logaddexp(masked_total, jax.nn.logsumexp(logits[:, policy.valid_ids :], axis=-1))
 
 
 def _has_at_least(k: int, kept: Bool[Array, "B V"]) -> Bool[Array, "B 1"]:

@@ -11,7 +11,7 @@ from scipy import stats
 
 from jax_selftrain.mesh import make_layout, make_mesh
 from jax_selftrain.models import PAGE, DecoderConfig, RopeConfig, axis_sizes, forward, init_params, project
-from jax_selftrain.sampling.decode import Architecture, decode
+from jax_selftrain.sampling.decode_loop import Architecture, decode
 from jax_selftrain.sampling.policy import Policy, mask_logits
 from jax_selftrain.sampling.words import sample_keys
 

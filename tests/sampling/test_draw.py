@@ -27,11 +27,13 @@ def _logits(rows: int, vocab_size: int, scale: float, seed: int = 0) -> np.ndarr
 
 
 @pytest.mark.parametrize("vocab_size", [5, 512, 50304])
-def test_a_token_comes_with_the_probability_it_was_drawn_with(vocab_size):
+def test_a_draw_tells_the_sum_that_probabilities_are_shares_of(vocab_size):
     logits, words = _logits(64, vocab_size, 3.0), _words(64, vocab_size)
-    tokens, found = _draw(logits, words)
-    expected = special.log_softmax(logits.astype(np.float64), axis=1)
-    np.testing.assert_allclose(found, expected[np.arange(64), tokens], atol=2e-5)
+    expected = special.logsumexp(logits.astype(np.float64), axis=1)
+    np.testing.assert_allclose(_draw(logits, words)[1], expected, rtol=1e-6)
+    for value in (np.nan, np.inf):
+        logits[3, 2] = value
+        assert np.isfinite(_draw(logits, words)[1]).tolist() == [row != 3 for row in range(64)]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from jax_selftrain.sampling import (
     tree_path,
     tree_widths,
 )
-from jax_selftrain.sampling.decode import decode_page, logits_of
+from jax_selftrain.sampling.decode_loop import decode_page, logits_of
 
 SEED, SAMPLES, TOKENS = 17, 256, 128
 POLICY = Policy(start_id=1, stop_ids=(1, 2), max_tokens=TOKENS)

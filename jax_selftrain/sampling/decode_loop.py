@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -38,8 +38,8 @@ from jax_selftrain.models import (
     init_cache,
     project,
 )
-from jax_selftrain.sampling.draw import draw, log_probability, tree_widths, whole_rows
-from jax_selftrain.sampling.policy import Policy, mask_logits
+from jax_selftrain.sampling.draw import draw, take, tree_widths, whole_rows
+from jax_selftrain.sampling.policy import Policy, log_total, mask_logits
 from jax_selftrain.sampling.words import token_words
 
 BLOCK = {"cpu": 64}
@@ -68,8 +68,10 @@ class Architecture:
     def init_cache(self, rows: int, capacity: int) -> Cache:
         """An empty cache with room for `capacity` settled tokens in each of `rows` rows (over all replicas)."""
         block = min(self.block, -(-capacity // PAGE) * PAGE)
-        dtypes = {"dtype": self.compute_dtype, "settled_dtype": self.cache_dtype}
-        return init_cache(self.config, self.layout, rows, capacity, block=block, **dtypes)
+        settled = self.cache_dtype or self.compute_dtype
+        return init_cache(
+            self.config, self.layout, rows, capacity, self.compute_dtype, settled_dtype=settled, block=block
+        )
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["keys", "count"], meta_fields=[])
@@ -173,6 +175,74 @@ def architecture_of(model: LoadedModel, cache_dtype: str | None = None) -> Archi
     return Architecture(model.config, model.layout, np.dtype(model.compute_dtype).name, cache_dtype)
 
 
+class DecodeLoop:
+    """The loop for samples of one model and policy, with the memory it works in."""
+
+    def __init__(
+        self, architecture: Architecture, policy: Policy, params: Params, *, rows: int, queue: int | None = None
+    ):
+        """
+        Args:
+          params: on the mesh of `architecture.layout`.
+          rows: of one replica's batch.
+          queue: samples that one call of `draw` can draw on each replica; more than `rows` of them refill rows whose
+            sample has ended. Default: `rows`, so that there is nothing to refill with (lockstep).
+        """
+        self.architecture, self.policy, self.params = architecture, policy, params
+        self.rows, self.queue = rows, rows if queue is None else queue
+        self._cache: Cache | None = None
+
+    def draw(self, keys: UInt32[np.ndarray, "N 2"], *, report: Callable[[int], None] = lambda ended: None) -> Drawn:
+        """Draw one sample per key.
+
+        Args:
+          keys: from `words.sample_keys`; 1 … queue × replicas of them. Replicas take equal shares, in order.
+          report: told about once a second how many samples have ended so far; what it raises ends the call.
+        """
+        layout = self.architecture.layout
+        share, more = divmod(len(keys), layout.data)
+        counts = np.full(layout.data, share, np.int32) + (np.arange(layout.data) < more)
+        if not 0 < len(keys) <= self.queue * layout.data:
+            raise ValueError(f"{len(keys)} samples do not fit in {layout.data} queues of {self.queue}")
+        queued = np.zeros((layout.data, self.queue, 2), np.uint32)
+        for mine, part in zip(queued, np.split(keys, np.cumsum(counts)[:-1]), strict=True):
+            mine[: len(part)] = part
+        with jax.set_mesh(layout.mesh):
+            queue = Queue(place(layout, queued.reshape(-1, 2), ("batch", None)), place(layout, counts, ("batch",)))
+            state, pages = self._run(queue, report)
+        samples = jax.device_get(state.samples)
+        order = np.concatenate([r * (self.queue + 1) + np.arange(n) for r, n in enumerate(counts)])
+        drawn = Drawn(
+            tokens=np.ascontiguousarray(samples.tokens[order, : self.policy.max_tokens]),
+            lengths=samples.length[order],
+            logprobs=samples.logprobs[order].sum(axis=1, dtype=np.float64).astype(np.float32),
+            policy_logprobs=samples.policy_logprobs[order].sum(axis=1, dtype=np.float64).astype(np.float32),
+            stopped=samples.stopped[order],
+            finite=samples.finite[order],
+            slots=pages * PAGE * self.rows * layout.data,
+        )
+        if drawn.finite.all():  # NaN in a stale slot would spread: its weight is 0, but 0 · NaN is NaN
+            self._cache = state.cache
+        return drawn
+
+    def _run(self, queue: Queue, report: Callable[[int], None]) -> tuple[DecodeState, int]:
+        """Run pages until every sample has ended; the state, and how many pages that were."""
+        given, rows, programs = (self.architecture, self.policy), self.rows * self.architecture.layout.data, _programs()
+        cache, self._cache = self._cache, None
+        if cache is None:
+            cache = programs.empty_cache(*given, rows)
+        state, pages = programs.begin(*given, rows, queue, cache), 1
+        while True:
+            began = time.perf_counter()
+            state = programs.run(*given, self.params, queue, state, np.int32(pages))
+            busy, ended, run = jax.device_get(programs.progress(state))
+            report(int(ended))
+            if not busy:
+                return state, int(run)
+            if time.perf_counter() - began < REPORT_SECONDS / 2:
+                pages *= 2
+
+
 def decode(
     architecture: Architecture,
     policy: Policy,
@@ -183,67 +253,26 @@ def decode(
     queue: int | None = None,
     report: Callable[[int], None] = lambda ended: None,
 ) -> Drawn:
-    """Draw one sample per key.
+    """`DecodeLoop.draw`, once; the queue takes all samples by default."""
+    places = -(-len(keys) // architecture.layout.data) if queue is None else queue
+    return DecodeLoop(architecture, policy, params, rows=rows, queue=places).draw(keys, report=report)
+
+
+def empty_cache(architecture: Architecture, policy: Policy, rows: int) -> Cache:
+    """A cache for samples of the policy's length, in `rows` rows over all replicas."""
+    return architecture.init_cache(rows, _line(policy))
+
+
+def initial_state(architecture: Architecture, policy: Policy, rows: int, queue: Queue, cache: Cache) -> DecodeState:
+    """The state before the first token: every row has taken a sample, if there were enough.
 
     Args:
-      params: on the mesh of `architecture.layout`.
-      keys: from `words.sample_keys`, at least one.
-      rows: of one replica's batch.
-      queue: places of each replica's queue, at least N / replicas rounded up (the default). A shape: calls that agree
-        in it share a compiled program.
-      report: told about once a second how many samples have ended so far; what it raises ends the call.
+      cache: from `empty_cache`, or of a loop of the same shape that has ended (what it holds is finite and unseen).
     """
-    layout = architecture.layout
-    share, more = divmod(len(keys), layout.data)
-    counts = np.full(layout.data, share, np.int32) + (np.arange(layout.data) < more)
-    queue = int(counts[0]) if queue is None else queue
-    queued = np.zeros((layout.data, queue, 2), np.uint32)
-    for mine, part in zip(queued, np.split(keys, np.cumsum(counts)[:-1]), strict=True):
-        mine[: len(part)] = part
-    with jax.set_mesh(layout.mesh):
-        there = Queue(place(layout, queued.reshape(-1, 2), ("batch", None)), place(layout, counts, ("batch",)))
-        state = _begin(architecture, policy, rows * layout.data, there)
-        state, steps = _run(architecture, policy, params, there, state, report)
-    samples = jax.device_get(state.samples)
-    order = np.concatenate([r * (queue + 1) + np.arange(n) for r, n in enumerate(counts)])
-    return Drawn(
-        tokens=np.ascontiguousarray(samples.tokens[order, : policy.max_tokens]),
-        lengths=samples.length[order],
-        logprobs=samples.logprobs[order].sum(axis=1, dtype=np.float64).astype(np.float32),
-        policy_logprobs=samples.policy_logprobs[order].sum(axis=1, dtype=np.float64).astype(np.float32),
-        stopped=samples.stopped[order],
-        finite=samples.finite[order],
-        slots=steps * rows * layout.data,
-    )
-
-
-def _run(
-    architecture: Architecture,
-    policy: Policy,
-    params: Params,
-    queue: Queue,
-    state: DecodeState,
-    report: Callable[[int], None],
-) -> tuple[DecodeState, int]:
-    """Run pages until every sample has ended; the state, and how many steps that were."""
-    pages = 1
-    while True:
-        began = time.perf_counter()
-        state = _decode_pages(architecture, policy, params, queue, state, np.int32(pages))
-        busy, ended, run = jax.device_get(_progress(state))
-        report(int(ended))
-        if not busy:
-            return state, int(run) * PAGE
-        if time.perf_counter() - began < REPORT_SECONDS / 2:
-            pages *= 2
-
-
-def initial_state(architecture: Architecture, policy: Policy, rows: int, queue: Queue) -> DecodeState:
-    """The state before the first token: every row has taken a sample, if there were enough."""
     layout = architecture.layout
     batch, line = layout.sharding(("batch",)), layout.sharding(("batch", None))
     places = len(queue.keys) + layout.data
-    length = -(-policy.max_tokens // PAGE) * PAGE
+    length = _line(policy)
     zeros = partial(jnp.zeros, out_sharding=batch)
     idle = Rows(
         place=jnp.full((rows,), len(queue.keys) // layout.data, jnp.int32, out_sharding=batch),
@@ -263,7 +292,6 @@ def initial_state(architecture: Architecture, policy: Policy, rows: int, queue: 
         stopped=zeros((places,), bool),
         finite=jnp.ones((places,), bool, out_sharding=batch),
     )
-    cache = architecture.init_cache(rows, length)
     refilled, following = _on_each_replica(layout, _refill, policy)(idle, zeros((layout.data,), jnp.int32), queue)
     return DecodeState(cache, refilled, following, samples, jnp.zeros((), jnp.int32))
 
@@ -286,8 +314,10 @@ def decode_pages(
 
     def advance(hidden: jax.Array, position: jax.Array, before: Rows) -> tuple[jax.Array, Rows, Any]:
         logits = logits_of(architecture, params, hidden)
-        token, policy_logprob = draw(mask_logits(logits, policy), token_words(before.key, position, levels))
-        logprob, finite = log_probability(logits, token)
+        masked = mask_logits(logits, policy)
+        token, masked_total = draw(masked, token_words(before.key, position, levels))
+        total = log_total(logits, policy, masked_total)
+        finite = jnp.isfinite(total)
         active = ~before.done
         stop = jnp.zeros_like(active)
         for stop_id in policy.stop_ids:
@@ -300,8 +330,8 @@ def decode_pages(
             stopped=before.stopped | (active & stop),
             finite=before.finite & (finite | before.done),
         )
-        out = tuple(jnp.where(active, x, 0) for x in (token, logprob, policy_logprob))
-        return token, after, out
+        drawn = (token, take(logits, token) - total, take(masked, token) - masked_total)
+        return token, after, tuple(jnp.where(active, x, 0) for x in drawn)
 
     def unfinished(state: DecodeState) -> jax.Array:
         return (state.pages < last) & ~jnp.all(state.rows.done)
@@ -384,9 +414,11 @@ def _turn(
         )
 
     lines = (samples.tokens, samples.logprobs, samples.policy_logprobs)
-    lines = jax.lax.fori_loop(0, len(rows.place), line, lines)
+    tokens, logprobs, policy_logprobs = jax.lax.fori_loop(0, len(rows.place), line, lines)
     samples = Samples(
-        *lines,
+        tokens=tokens,
+        logprobs=logprobs,
+        policy_logprobs=policy_logprobs,
         length=samples.length.at[rows.place].set(rows.length),
         stopped=samples.stopped.at[rows.place].set(rows.stopped),
         finite=samples.finite.at[rows.place].set(rows.finite),
@@ -439,6 +471,35 @@ def _progress_of(state: DecodeState) -> tuple[jax.Array, jax.Array, jax.Array]:
     return busy, jnp.sum(state.following) - busy, state.pages
 
 
-_begin = jax.jit(initial_state, static_argnums=(0, 1, 2))
-_decode_pages = jax.jit(decode_pages, static_argnums=(0, 1), donate_argnums=(4,))
-_progress = jax.jit(_progress_of)
+def _line(policy: Policy) -> int:
+    """T: the length limit in whole pages."""
+    return -(-policy.max_tokens // PAGE) * PAGE
+
+
+@dataclass(frozen=True)
+class _Programs:
+    """The functions above, compiled."""
+
+    empty_cache: Callable[..., Cache]
+    begin: Callable[..., DecodeState]
+    run: Callable[..., DecodeState]
+    progress: Callable[[DecodeState], tuple[jax.Array, jax.Array, jax.Array]]
+
+
+@cache
+def _programs() -> _Programs:
+    return _Programs(
+        empty_cache=jax.jit(empty_cache, static_argnums=(0, 1, 2)),
+        begin=jax.jit(initial_state, static_argnums=(0, 1, 2), donate_argnums=(4,)),
+        run=jax.jit(decode_pages, static_argnums=(0, 1), donate_argnums=(4,), compiler_options=compiler_options()),
+        progress=jax.jit(_progress_of),
+    )
+
+
+def compiler_options() -> dict[str, bool]:
+    """For `jax.jit` of the loop on this process's default devices.
+
+    On a CPU, XLA may run independent operations of a step at once. They are few and small beside the products, which
+    use all cores anyway: one after the other took a seventh less time (2 cores, the shape of Pythia-70m).
+    """
+    return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if jax.default_backend() == "cpu" else {}
