@@ -8,7 +8,10 @@ command is known. tyro turns the dataclass into flags and help; the words of a f
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
+import os
+import platform
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -73,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = words[0]
         program = f"jax-selftrain {name}"
         options = parse(name, words[1:])
+        _keep_compiled_programs()
         module, function = COMMANDS[name].function.split(":")
         result = getattr(import_module(module), function)(options.folder if name == "report" else options)
         if _is_first_process():
@@ -84,6 +88,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return _INTERRUPTED
+
+
+def _keep_compiled_programs() -> None:
+    """Keep what XLA compiles in the user's cache folder, unless JAX's own variables say otherwise.
+
+    Programs are compiled for the processor at hand, and a home may be shared by several kinds: each has a folder.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "jax_selftrain" / f"compiled-{_processor()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return  # a home that cannot be written to: compile each time
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 << 30))
+
+
+def _processor() -> str:
+    """A name for the processor's kind and what it can do."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    kind = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    return hashlib.sha256("\n".join([platform.machine(), *kind]).encode()).hexdigest()[:8]
 
 
 def parse(name: str, words: Sequence[str]) -> Any:

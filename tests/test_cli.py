@@ -275,3 +275,25 @@ def test_the_package_offers_its_stages_lazily():
         assert callable(getattr(jax_selftrain, name))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = jax_selftrain.nothing
+
+
+def test_compiled_programs_are_kept_for_the_next_command(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run = command("sample", "--model", tiny_model(), "--out", tmp_path / "corpus", "--samples", 2, "--max-tokens", 4)
+    assert run.returncode == 0, run.stderr
+    (folder,) = (tmp_path / "cache" / "jax_selftrain").iterdir()
+    assert any("decode_pages" in path.name for path in folder.iterdir())
+
+
+def test_a_cache_folder_of_the_users_choice_is_respected_and_a_read_only_home_is_no_obstacle(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "chosen")
+    cli._keep_compiled_programs()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "chosen"
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    cli._keep_compiled_programs()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ

@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jax
@@ -40,11 +40,22 @@ from jax_selftrain.models import (
 )
 from jax_selftrain.sampling.draw import draw, take, tree_widths, whole_rows
 from jax_selftrain.sampling.policy import Policy, log_total, mask_logits
+from jax_selftrain.sampling.schedule import (
+    DecodeState,
+    Queue,
+    Rows,
+    initial_state,
+    line_length,
+    on_each_replica,
+    progress_of,
+    turn,
+)
 from jax_selftrain.sampling.words import token_words
 
-BLOCK = {"cpu": 64}
-"""Slots of a settled block: on a CPU small enough to stay in the cache of a core."""
-ACCELERATOR_BLOCK = 256
+BLOCK = 256
+"""Slots of a settled block on an accelerator."""
+CPU_BLOCK_BYTES = 4 << 20
+"""On a CPU a block's keys are copied before they are used: few enough to stay in its cache meanwhile."""
 
 REPORT_SECONDS = 1.0
 """About how often the host looks at the loop."""
@@ -61,89 +72,32 @@ class Architecture:
     cache_dtype: str | None = None
     """Type of settled keys and values: a float type or int8; None: that of matmul operands."""
 
-    @property
-    def block(self) -> int:
-        return BLOCK.get(self.layout.mesh.devices.flat[0].platform, ACCELERATOR_BLOCK)
-
     def init_cache(self, rows: int, capacity: int) -> Cache:
         """An empty cache with room for `capacity` settled tokens in each of `rows` rows (over all replicas)."""
-        block = min(self.block, -(-capacity // PAGE) * PAGE)
+        block = min(self._block(rows), -(-capacity // PAGE) * PAGE)
         settled = self.cache_dtype or self.compute_dtype
         return init_cache(
             self.config, self.layout, rows, capacity, self.compute_dtype, settled_dtype=settled, block=block
         )
 
+    def _block(self, rows: int) -> int:
+        """Slots of a settled block; a power of two of them, so that growing lengths share their boundaries."""
+        if self.layout.mesh.devices.flat[0].platform != "cpu":
+            return BLOCK
+        slot = rows // self.layout.data * self.config.num_kv_heads * self.config.head_dim * 4
+        return next((block for block in (128, 64) if block * slot <= CPU_BLOCK_BYTES), PAGE)
 
-@partial(jax.tree_util.register_dataclass, data_fields=["keys", "count"], meta_fields=[])
+
 @dataclass(frozen=True)
-class Queue:
-    """The samples to draw: each replica has Q places, of which the first `count` hold one."""
+class Tally:
+    """How far a call of `DecodeLoop.draw` has come."""
 
-    keys: UInt32[Array, "R*Q 2"]
-    """From `words.sample_keys`."""
-    count: Int32[Array, " R"]
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["place", "key", "token", "settled", "length", "done", "stopped", "finite"],
-    meta_fields=[],
-)
-@dataclass(frozen=True)
-class Rows:
-    """What each row of the batch is busy with."""
-
-    place: Int32[Array, " B"]
-    """Its sample's place in the replica's queue; Q: none."""
-    key: UInt32[Array, "B 2"]
-    token: Int32[Array, " B"]
-    """Fed next."""
-    settled: Int32[Array, " B"]
-    """Tokens fed before this page."""
-    length: Int32[Array, " B"]
-    """Tokens drawn, the stop id included."""
-    done: Bool[Array, " B"]
-    """The sample has ended (or there is none)."""
-    stopped: Bool[Array, " B"]
-    """It ended by a stop id."""
-    finite: Bool[Array, " B"]
-    """False where logits gave no distribution (NaN or +inf)."""
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["tokens", "logprobs", "policy_logprobs", "length", "stopped", "finite"],
-    meta_fields=[],
-)
-@dataclass(frozen=True)
-class Samples:
-    """What has been drawn, by place in the queue. Each replica has one place more, for rows without a sample."""
-
-    tokens: Int32[Array, "R*(Q+1) T"]
-    """0 after a sample's end; T is the length limit rounded up to whole pages."""
-    logprobs: Float32[Array, "R*(Q+1) T"]
-    """Log-probability of each token at temperature 1 over the whole vocabulary, 0 after a sample's end."""
-    policy_logprobs: Float32[Array, "R*(Q+1) T"]
-    """Log-probability of each token under the policy."""
-    length: Int32[Array, " R*(Q+1)"]
-    stopped: Bool[Array, " R*(Q+1)"]
-    finite: Bool[Array, " R*(Q+1)"]
-
-
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["cache", "rows", "following", "samples", "pages"], meta_fields=[]
-)
-@dataclass(frozen=True)
-class DecodeState:
-    """Everything between two pages."""
-
-    cache: Cache
-    rows: Rows
-    following: Int32[Array, " R"]
-    """The next place of each replica's queue."""
-    samples: Samples
-    pages: Int32[Array, ""]
-    """Pages run so far."""
+    ended: int
+    """Samples that have ended."""
+    tokens: int
+    """Tokens drawn, those of samples that have not ended included."""
+    slots: int
+    """Tokens that the rows could have drawn in the time: rows × steps."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +116,7 @@ class Drawn:
     finite: Bool[np.ndarray, " N"]
     """False where the model's logits were NaN or +inf: the sample is meaningless."""
     slots: int
-    """Tokens that the rows could have drawn in the time: rows × steps."""
+    """As in `Tally`."""
 
     @property
     def utilisation(self) -> float:
@@ -192,12 +146,12 @@ class DecodeLoop:
         self.rows, self.queue = rows, rows if queue is None else queue
         self._cache: Cache | None = None
 
-    def draw(self, keys: UInt32[np.ndarray, "N 2"], *, report: Callable[[int], None] = lambda ended: None) -> Drawn:
+    def draw(self, keys: UInt32[np.ndarray, "N 2"], *, report: Callable[[Tally], None] = lambda tally: None) -> Drawn:
         """Draw one sample per key.
 
         Args:
           keys: from `words.sample_keys`; 1 … queue × replicas of them. Replicas take equal shares, in order.
-          report: told about once a second how many samples have ended so far; what it raises ends the call.
+          report: told about once a second how far the call has come; what it raises ends it.
         """
         layout = self.architecture.layout
         share, more = divmod(len(keys), layout.data)
@@ -209,7 +163,7 @@ class DecodeLoop:
             mine[: len(part)] = part
         with jax.set_mesh(layout.mesh):
             queue = Queue(place(layout, queued.reshape(-1, 2), ("batch", None)), place(layout, counts, ("batch",)))
-            state, pages = self._run(queue, report)
+            state, slots = self._run(queue, report)
         samples = jax.device_get(state.samples)
         order = np.concatenate([r * (self.queue + 1) + np.arange(n) for r, n in enumerate(counts)])
         drawn = Drawn(
@@ -219,26 +173,28 @@ class DecodeLoop:
             policy_logprobs=samples.policy_logprobs[order].sum(axis=1, dtype=np.float64).astype(np.float32),
             stopped=samples.stopped[order],
             finite=samples.finite[order],
-            slots=pages * PAGE * self.rows * layout.data,
+            slots=slots,
         )
         if drawn.finite.all():  # NaN in a stale slot would spread: its weight is 0, but 0 · NaN is NaN
             self._cache = state.cache
         return drawn
 
-    def _run(self, queue: Queue, report: Callable[[int], None]) -> tuple[DecodeState, int]:
-        """Run pages until every sample has ended; the state, and how many pages that were."""
-        given, rows, programs = (self.architecture, self.policy), self.rows * self.architecture.layout.data, _programs()
+    def _run(self, queue: Queue, report: Callable[[Tally], None]) -> tuple[DecodeState, int]:
+        """Run pages until every sample has ended; the state, and how many tokens the rows could have drawn."""
+        programs, architecture, policy = _programs(), self.architecture, self.policy
+        rows = self.rows * architecture.layout.data
         cache, self._cache = self._cache, None
         if cache is None:
-            cache = programs.empty_cache(*given, rows)
-        state, pages = programs.begin(*given, rows, queue, cache), 1
+            cache = programs.empty_cache(architecture, policy, rows)
+        state, pages = programs.begin(architecture.layout, policy, rows, queue, cache), 1
         while True:
             began = time.perf_counter()
-            state = programs.run(*given, self.params, queue, state, np.int32(pages))
-            busy, ended, run = jax.device_get(programs.progress(state))
-            report(int(ended))
+            state = programs.run(architecture, policy, self.params, queue, state, np.int32(pages))
+            busy, ended, tokens, run = (int(x) for x in jax.device_get(programs.progress(state)))
+            tally = Tally(ended, tokens, run * PAGE * rows)
+            report(tally)
             if not busy:
-                return state, int(run)
+                return state, tally.slots
             if time.perf_counter() - began < REPORT_SECONDS / 2:
                 pages *= 2
 
@@ -251,7 +207,7 @@ def decode(
     *,
     rows: int,
     queue: int | None = None,
-    report: Callable[[int], None] = lambda ended: None,
+    report: Callable[[Tally], None] = lambda tally: None,
 ) -> Drawn:
     """`DecodeLoop.draw`, once; the queue takes all samples by default."""
     places = -(-len(keys) // architecture.layout.data) if queue is None else queue
@@ -260,40 +216,7 @@ def decode(
 
 def empty_cache(architecture: Architecture, policy: Policy, rows: int) -> Cache:
     """A cache for samples of the policy's length, in `rows` rows over all replicas."""
-    return architecture.init_cache(rows, _line(policy))
-
-
-def initial_state(architecture: Architecture, policy: Policy, rows: int, queue: Queue, cache: Cache) -> DecodeState:
-    """The state before the first token: every row has taken a sample, if there were enough.
-
-    Args:
-      cache: from `empty_cache`, or of a loop of the same shape that has ended (what it holds is finite and unseen).
-    """
-    layout = architecture.layout
-    batch, line = layout.sharding(("batch",)), layout.sharding(("batch", None))
-    places = len(queue.keys) + layout.data
-    length = _line(policy)
-    zeros = partial(jnp.zeros, out_sharding=batch)
-    idle = Rows(
-        place=jnp.full((rows,), len(queue.keys) // layout.data, jnp.int32, out_sharding=batch),
-        key=jnp.zeros((rows, 2), jnp.uint32, out_sharding=line),
-        token=zeros((rows,), jnp.int32),
-        settled=zeros((rows,), jnp.int32),
-        length=zeros((rows,), jnp.int32),
-        done=jnp.ones((rows,), bool, out_sharding=batch),
-        stopped=zeros((rows,), bool),
-        finite=jnp.ones((rows,), bool, out_sharding=batch),
-    )
-    samples = Samples(
-        tokens=jnp.zeros((places, length), jnp.int32, out_sharding=line),
-        logprobs=jnp.zeros((places, length), jnp.float32, out_sharding=line),
-        policy_logprobs=jnp.zeros((places, length), jnp.float32, out_sharding=line),
-        length=zeros((places,), jnp.int32),
-        stopped=zeros((places,), bool),
-        finite=jnp.ones((places,), bool, out_sharding=batch),
-    )
-    refilled, following = _on_each_replica(layout, _refill, policy)(idle, zeros((layout.data,), jnp.int32), queue)
-    return DecodeState(cache, refilled, following, samples, jnp.zeros((), jnp.int32))
+    return architecture.init_cache(rows, line_length(policy))
 
 
 def decode_pages(
@@ -340,7 +263,7 @@ def decode_pages(
         cache, token, rows, drawn = decode_page(
             architecture, params, state.cache, state.rows.settled, state.rows.token, state.rows, advance
         )
-        rows, following, samples = _on_each_replica(layout, _turn, policy)(
+        rows, following, samples = on_each_replica(layout, turn, policy)(
             replace(rows, token=token), state.following, queue, state.samples, drawn
         )
         return DecodeState(cache, rows, following, samples, state.pages + 1)
@@ -398,84 +321,6 @@ def logits_of(architecture: Architecture, params: Params, hidden: jax.Array) -> 
     return whole_rows(project(config, layout, params, hidden, compute_dtype=dtype))
 
 
-# ---------------------------------------------------------------- between two pages, on one replica
-
-
-def _turn(
-    policy: Policy, rows: Rows, following: jax.Array, queue: Queue, samples: Samples, drawn: tuple[jax.Array, ...]
-) -> tuple[Rows, jax.Array, Samples]:
-    """Put down what the page gave, and let rows whose sample has ended take the next."""
-
-    def line(b: jax.Array, into: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        at = rows.place[b], rows.settled[b]
-        return tuple(
-            jax.lax.dynamic_update_slice(old, jax.lax.dynamic_slice_in_dim(new, b, 1, axis=1).T, at)
-            for old, new in zip(into, drawn, strict=True)
-        )
-
-    lines = (samples.tokens, samples.logprobs, samples.policy_logprobs)
-    tokens, logprobs, policy_logprobs = jax.lax.fori_loop(0, len(rows.place), line, lines)
-    samples = Samples(
-        tokens=tokens,
-        logprobs=logprobs,
-        policy_logprobs=policy_logprobs,
-        length=samples.length.at[rows.place].set(rows.length),
-        stopped=samples.stopped.at[rows.place].set(rows.stopped),
-        finite=samples.finite.at[rows.place].set(rows.finite),
-    )
-    rows, following = _refill(policy, replace(rows, settled=rows.settled + PAGE), following, queue)
-    return rows, following, samples
-
-
-def _refill(policy: Policy, rows: Rows, following: jax.Array, queue: Queue) -> tuple[Rows, jax.Array]:
-    """Rows that are done take the next samples in the order of rows; those for which none is left stay idle."""
-    idle = jnp.int32(len(queue.keys))
-    candidate = following + jnp.cumsum(rows.done, dtype=jnp.int32) - 1
-    taken = rows.done & (candidate < queue.count)
-    there = jnp.where(rows.done, jnp.where(taken, candidate, idle), rows.place)
-
-    def fresh(value: jax.typing.ArrayLike, old: jax.Array) -> jax.Array:
-        return jnp.where(rows.done, value, old)
-
-    refilled = Rows(
-        place=there,
-        key=queue.keys.at[there].get(mode="clip"),
-        token=fresh(policy.start_id, rows.token),
-        settled=fresh(0, rows.settled),
-        length=fresh(0, rows.length),
-        done=rows.done & ~taken,
-        stopped=rows.stopped & ~rows.done,
-        finite=rows.finite | rows.done,
-    )
-    return refilled, following + jnp.sum(taken, dtype=jnp.int32)
-
-
-def _on_each_replica(layout: Layout, function: Callable, policy: Policy) -> Callable:
-    """`function(policy, rows, …)` on each replica's own part of arrays whose first axis is the batch.
-
-    (`drawn`, the last argument of `_turn`, has the batch second.)
-    """
-    first, second = layout.spec(("batch",)), layout.spec((None, "batch"))
-    specs = (first, first, first, first, second)
-
-    def apply(*arguments: Any) -> Any:
-        mapped = jax.shard_map(partial(function, policy), in_specs=specs[: len(arguments)], out_specs=first)
-        return mapped(*arguments)
-
-    return apply
-
-
-def _progress_of(state: DecodeState) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """How many rows are busy, how many samples have ended, and how many pages were run."""
-    busy = jnp.sum(~state.rows.done)
-    return busy, jnp.sum(state.following) - busy, state.pages
-
-
-def _line(policy: Policy) -> int:
-    """T: the length limit in whole pages."""
-    return -(-policy.max_tokens // PAGE) * PAGE
-
-
 @dataclass(frozen=True)
 class _Programs:
     """The functions above, compiled."""
@@ -483,7 +328,7 @@ class _Programs:
     empty_cache: Callable[..., Cache]
     begin: Callable[..., DecodeState]
     run: Callable[..., DecodeState]
-    progress: Callable[[DecodeState], tuple[jax.Array, jax.Array, jax.Array]]
+    progress: Callable[[DecodeState], tuple[jax.Array, ...]]
 
 
 @cache
@@ -492,7 +337,7 @@ def _programs() -> _Programs:
         empty_cache=jax.jit(empty_cache, static_argnums=(0, 1, 2)),
         begin=jax.jit(initial_state, static_argnums=(0, 1, 2), donate_argnums=(4,)),
         run=jax.jit(decode_pages, static_argnums=(0, 1), donate_argnums=(4,), compiler_options=compiler_options()),
-        progress=jax.jit(_progress_of),
+        progress=jax.jit(progress_of),
     )
 
 

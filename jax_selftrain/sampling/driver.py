@@ -51,16 +51,15 @@ from jax_selftrain.models import Params, abstract_params, axis_sizes, param_shar
 from jax_selftrain.sampling.decode_loop import (
     Architecture,
     DecodeLoop,
-    DecodeState,
     Drawn,
-    Queue,
+    Tally,
     architecture_of,
     decode_pages,
     empty_cache,
-    initial_state,
 )
 from jax_selftrain.sampling.detokenise import detokenise
 from jax_selftrain.sampling.policy import Policy, check_sample_config, make_policy
+from jax_selftrain.sampling.schedule import DecodeState, Queue, initial_state
 from jax_selftrain.sampling.words import sample_keys
 
 POLL_SECONDS = 1.0
@@ -128,7 +127,7 @@ def program(
     queue = Queue(keys, count)
     with jax.set_mesh(mesh):
         cache = jax.eval_shape(partial(empty_cache, architecture, policy, rows))
-        state = jax.eval_shape(partial(initial_state, architecture, policy, rows), queue, cache)
+        state = jax.eval_shape(partial(initial_state, layout, policy, rows), queue, cache)
     pages = jax.ShapeDtypeStruct((), jnp.int32)
     return partial(decode_pages, architecture, policy), (params, queue, state, pages), (2,)
 
@@ -148,8 +147,8 @@ class _Job:
     request: dict[str, Any]
     model: LoadedModel
     stop_requested: Callable[[], bool]
-    progress: Callable[[int], None]
-    """Told the number of samples whenever some have been drawn."""
+    progress: Callable[[Tally], None]
+    """Told what has been drawn since it was last told."""
 
 
 def _policy(config: SampleConfig) -> Policy:
@@ -235,13 +234,13 @@ def _draw_shard(job: _Job, loop: DecodeLoop, index: int) -> list[Drawn]:
     ids = np.asarray(shard_ids(index, config.samples, config.samples_per_shard), np.int64)
     batches = []
     for first in range(0, len(ids), room):
-        part, ended = ids[first : first + room], 0
+        part, before = ids[first : first + room], Tally(0, 0, 0)
 
-        def report(now: int) -> None:
-            nonlocal ended
+        def report(now: Tally) -> None:
+            nonlocal before
             _check_stop(job)
-            job.progress(now - ended)
-            ended = now
+            job.progress(Tally(now.ended - before.ended, now.tokens - before.tokens, now.slots - before.slots))
+            before = now
 
         drawn = loop.draw(sample_keys(config.seed, part), report=report)
         if not drawn.finite.all():
@@ -341,15 +340,30 @@ def _leaving_no_empty_folder(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _progress_bar(samples: int) -> Iterator[Callable[[int], None]]:
+def _progress_bar(samples: int) -> Iterator[Callable[[Tally], None]]:
     """A bar on process 0 when standard error is a terminal; yields how to advance it."""
     if jax.process_index() or not sys.stderr.isatty():
-        yield lambda drawn: None
+        yield lambda more: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TextColumn("samples"), TimeRemainingColumn())
+    columns = (
+        TextColumn("sampling"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("samples, {task.fields[speed]}"),
+        TimeRemainingColumn(),
+    )
+    began, tokens, slots = time.monotonic(), 0, 0
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("sampling", total=samples)
-        yield lambda drawn: bar.advance(task, drawn)
+        task = bar.add_task("sampling", total=samples, speed="compiling")
+
+        def advance(more: Tally) -> None:
+            nonlocal tokens, slots
+            tokens, slots = tokens + more.tokens, slots + more.slots
+            busy = 100 * tokens / max(slots, 1)
+            speed = f"{tokens / (time.monotonic() - began):,.0f} tokens/s, {busy:.0f} % of rows busy"
+            bar.update(task, advance=more.ended, speed=speed)
+
+        yield advance

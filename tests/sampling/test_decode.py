@@ -1,5 +1,6 @@
 """The decode loop: the right distribution, the right log-probabilities, the right ends, and rows that stay apart."""
 
+import re
 from dataclasses import replace
 from functools import cache, partial
 
@@ -11,8 +12,9 @@ from scipy import stats
 
 from jax_selftrain.mesh import make_layout, make_mesh
 from jax_selftrain.models import PAGE, DecoderConfig, RopeConfig, axis_sizes, forward, init_params, project
-from jax_selftrain.sampling.decode_loop import Architecture, decode
+from jax_selftrain.sampling.decode_loop import Architecture, DecodeLoop, Tally, decode, decode_pages, empty_cache
 from jax_selftrain.sampling.policy import Policy, mask_logits
+from jax_selftrain.sampling.schedule import Queue, initial_state
 from jax_selftrain.sampling.words import sample_keys
 
 CONFIG = DecoderConfig(
@@ -236,12 +238,14 @@ def test_rows_without_a_sample_change_nothing(model, drawn, queue):
 
 
 def test_progress_is_reported_and_may_end_the_drawing(model):
-    told: list[int] = []
-    model.draw(ENDING, np.arange(64), rows=16, report=told.append)
-    assert told == sorted(told)
-    assert told[-1] == 64
+    told: list[Tally] = []
+    drawn = model.draw(ENDING, np.arange(64), rows=16, report=told.append)
+    for name in ("ended", "tokens", "slots"):
+        assert [getattr(tally, name) for tally in told] == sorted(getattr(tally, name) for tally in told)
+    assert told[-1] == Tally(64, int(drawn.lengths.sum()), drawn.slots)
+    assert len(told) > 2
 
-    def stop(ended: int) -> None:
+    def stop(tally: Tally) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -275,3 +279,66 @@ def test_logits_that_are_no_distribution_are_noticed(drawn):
     broken.params["head"]["kernel"] = jax.device_put(kernel, broken.params["head"]["kernel"].sharding)
     assert not broken.draw(ENDING, np.arange(64)).finite.any()
     assert drawn.finite.all()
+
+
+# ---------------------------------------------------------------- the compiled program
+
+
+def _compiled_text(layers: int = 2, rows: int = 16, tokens: int = 256) -> str:
+    config = replace(CONFIG, num_layers=layers)
+    layout = make_layout("tensor", make_mesh("data=1,model=1"), axis_sizes(config))
+    architecture, policy = Architecture(config, layout, "float32"), replace(ENDING, max_tokens=tokens)
+    params, queue = init_params(config, 0, layout), Queue(jnp.zeros((rows, 2), jnp.uint32), jnp.array([rows]))
+    with jax.set_mesh(layout.mesh):
+        cache = jax.eval_shape(partial(empty_cache, architecture, policy, rows))
+        state = jax.eval_shape(partial(initial_state, layout, policy, rows), queue, cache)
+        run = jax.jit(partial(decode_pages, architecture, policy), donate_argnums=(2,))
+        return run.lower(params, queue, state, jnp.int32(1)).compile().as_text()
+
+
+def _sizes(text: str, operations: str) -> list[int]:
+    """Elements that each of the operations makes."""
+    found = re.findall(rf"= \w+\[([\d,]+)\]\S* (?:{operations})\(", text)
+    return [int(np.prod([int(n) for n in shape.split(",")])) for shape in found]
+
+
+def test_no_step_copies_the_cache():
+    """Neither a copy nor a transposition of the settled part, nor of one layer's; what is read is read by block."""
+    text = _compiled_text()
+    one_layer = 16 * 256 * CONFIG.num_kv_heads * CONFIG.head_dim
+    assert max(_sizes(text, "dynamic-update-slice")) == 2 * one_layer, "the whole settled part is updated in place"
+    assert max(_sizes(text, "copy|transpose|concatenate|gather")) < one_layer
+    assert max(_sizes(text, "dynamic-slice")) <= one_layer // 4, "a block is a quarter of 256 slots"
+
+
+def test_the_program_does_not_grow_with_depth_or_length():
+    lines = [len(_compiled_text(*sizes).splitlines()) for sizes in ((2,), (24,), (2, 16, 2048))]
+    assert max(lines) <= 1.02 * lines[0]
+
+
+def test_a_loop_keeps_its_memory_and_its_programs(model, drawn):
+    """Drawing again compiles nothing and uses the same cache, whose old contents do not show."""
+    loop = DecodeLoop(model.architecture, ENDING, model.params, rows=16, queue=64)
+    loop.draw(sample_keys(5, np.arange(64)))
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
+    try:
+        again = loop.draw(sample_keys(0, np.arange(64)))
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert not [event for event in compiled if "compile" in event]
+    for name in FIELDS:
+        np.testing.assert_array_equal(getattr(again, name), getattr(drawn, name))
+
+
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])
+def test_keys_and_values_in_fewer_bits_draw_nearly_the_same(model, drawn, cache_dtype):
+    """The first page is exact; after it the log-probabilities of what is drawn stay the model's, but for rounding."""
+    architecture = replace(model.architecture, cache_dtype=cache_dtype)
+    found = decode(architecture, ENDING, model.params, sample_keys(0, np.arange(64)), rows=64)
+    np.testing.assert_array_equal(found.tokens[:, :PAGE], drawn.tokens[:, :PAGE])
+    inputs = np.concatenate([np.full((64, 1), ENDING.start_id), found.tokens[:, :-1]], axis=1)
+    logprobs = np.take_along_axis(_log_softmax(model.logits(inputs)), found.tokens[:, :, None], axis=2)[:, :, 0]
+    exact = np.where(np.arange(found.tokens.shape[1]) < found.lengths[:, None], logprobs, 0).sum(axis=1)
+    error = np.abs(found.logprobs - exact) / found.lengths
+    assert 1e-6 < error.max() < 0.05

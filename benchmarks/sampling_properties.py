@@ -1,0 +1,266 @@
+"""What the sampler promises besides speed, measured: compilation, utilisation, memory, cost by length, partings.
+
+    python benchmarks/sampling_properties.py compilation|utilisation|memory|length|partings|cache [--model DIR]
+
+All but `compilation`, `length` and half of `partings` need a trained model whose texts end by themselves: `--model`, by
+default `stories260k` in the folder that JAX_SELFTRAIN_DATA names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_selftrain import hub
+from jax_selftrain.config import SampleConfig
+from jax_selftrain.mesh import make_layout, make_mesh, place
+from jax_selftrain.models import PAGE, DecoderConfig, Params, axis_sizes, forward, init_params, project
+from jax_selftrain.sampling import Architecture, DecodeLoop, Drawn, Policy, architecture_of, sample, sample_keys
+from jax_selftrain.sampling.decode_loop import decode_page, logits_of
+
+SHAPE_70M: dict[str, Any] = {
+    "architectures": ["GPTNeoXForCausalLM"],
+    "model_type": "gpt_neox",
+    "vocab_size": 50304,
+    "hidden_size": 512,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "intermediate_size": 2048,
+    "rotary_pct": 0.25,
+    "rotary_emb_base": 10000,
+    "max_position_embeddings": 2048,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+    "use_parallel_residual": True,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+def config_of(raw: dict[str, Any]) -> DecoderConfig:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(raw))
+        return hub.read_config(folder)[0]
+
+
+def random_model(config: DecoderConfig, spec: str = "data=1,model=1") -> tuple[Architecture, Params]:
+    layout = make_layout("tensor", make_mesh(spec), axis_sizes(config))
+    return Architecture(config, layout, "float32"), init_params(config, 0, layout)
+
+
+def compilation(_: str) -> None:
+    """Seconds of the first call (tracing, compiling, one page) by depth, and programs compiled by length."""
+    config = config_of(SHAPE_70M | {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 512})
+    policy, keys = Policy(start_id=0, stop_ids=(), max_tokens=32), sample_keys(0, np.arange(8))
+    for layers in (6, 36, 6, 36):
+        architecture, params = random_model(replace(config, num_layers=layers))
+        jax.clear_caches()
+        began = time.perf_counter()
+        DecodeLoop(architecture, policy, params, rows=8).draw(keys)
+        first = time.perf_counter() - began
+        began = time.perf_counter()
+        DecodeLoop(architecture, policy, params, rows=8).draw(keys)
+        print(f"{layers} layers: {first - (time.perf_counter() - began):.2f} s to trace and compile")
+    architecture, params = random_model(config)
+    for tokens in (20, 256, 2048):
+        jax.clear_caches()
+        loop = DecodeLoop(architecture, replace(policy, max_tokens=tokens), params, rows=8)
+        print(f"{tokens} tokens: {_compilations(loop, keys)} programs compiled")
+
+
+def _compilations(loop: DecodeLoop, keys: np.ndarray) -> int:
+    counted: list[str] = []
+
+    def count(event: str, seconds: float, **_: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            counted.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    loop.draw(keys)
+    jax.monitoring.clear_event_listeners()
+    return len(counted)
+
+
+def utilisation(ref: str) -> None:
+    """Share of the rows' steps whose token is part of a sample, 2,048 samples of at most 512 tokens, by schedule."""
+    model = hub.load_model(ref, "data=1,model=1")
+    policy = Policy(start_id=1, stop_ids=(1, 2), max_tokens=512)
+    keys, results = sample_keys(0, np.arange(2048)), {}
+    for name, queue in (("refill", 2048), ("lockstep", 64)):
+        loop = DecodeLoop(architecture_of(model), policy, model.params, rows=64, queue=queue)
+        loop.draw(keys[:64])
+        began = time.perf_counter()
+        batches = [loop.draw(keys[i : i + queue]) for i in range(0, 2048, queue)]
+        seconds = time.perf_counter() - began
+        tokens = sum(int(batch.lengths.sum()) for batch in batches)
+        slots = sum(batch.slots for batch in batches)
+        results[name] = np.concatenate([batch.tokens for batch in batches])
+        stopped = np.mean(np.concatenate([batch.stopped for batch in batches]))
+        print(
+            f"{name}: utilisation {100 * tokens / slots:.1f} %, {tokens / seconds:,.0f} tokens/s, "
+            f"mean length {tokens / 2048:.0f}, {100 * stopped:.0f} % ended by a stop id"
+        )
+    print("same tokens:", np.array_equal(results["refill"], results["lockstep"]))
+
+
+def memory(ref: str) -> None:
+    """Largest resident memory of a process that fills a corpus with 10,000 or 100,000 samples of up to 16 tokens."""
+    for samples in (10_000, 100_000):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [
+                sys.executable,
+                __file__,
+                "memory-of",
+                "--model",
+                ref,
+                "--samples",
+                str(samples),
+                "--out",
+                folder,
+            ]
+            print(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
+
+
+def memory_of(ref: str, samples: int, out: str) -> None:
+    config = SampleConfig(model=ref, out=f"{out}/corpus", samples=samples, max_tokens=16, batch_size=256)
+    began = time.perf_counter()
+    corpus = sample(replace(config, mesh="data=1,model=1"))
+    seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    tokens = corpus.manifest["tokens"]
+    print(f"{samples:,} samples, {tokens:,} tokens, {seconds:.0f} s: peak resident memory {peak:.0f} MiB")
+
+
+def length(_: str) -> None:
+    """Milliseconds a step by position, 32 rows of the shape of Pythia-70m: the cost of what lies behind."""
+    architecture, params = random_model(config_of(SHAPE_70M))
+    policy = Policy(start_id=0, stop_ids=(), max_tokens=1024)
+    steps: list[tuple[int, float]] = []
+    last = time.perf_counter()
+
+    def report(tally: Any) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        steps.append((tally.slots // 32, now - last))
+        last = now
+
+    loop = DecodeLoop(architecture, policy, params, rows=32)
+    loop.draw(sample_keys(0, np.arange(32)))
+    steps.clear()
+    last = time.perf_counter()
+    loop.draw(sample_keys(0, np.arange(32)), report=report)
+    before = 0
+    for position, seconds in steps:
+        print(f"positions {before}–{position}: {1000 * seconds / (position - before):.1f} ms a step")
+        before = position
+
+
+def partings(ref: str) -> None:
+    """Samples that part between programs of other shapes, per token."""
+    found = {}
+    for spec, rows in (("data=1,model=1", 64), ("data=1,model=1", 16), ("data=1,model=1", 7), ("data=1,model=2", 64)):
+        model = hub.load_model(ref, spec)
+        policy = Policy(start_id=1, stop_ids=(1, 2), max_tokens=256)
+        found[spec, rows] = _draw(architecture_of(model), policy, model.params, 2048, rows)
+    _print_partings("V = 512 (trained)", found)
+    config, found = config_of(SHAPE_70M), {}
+    for spec, rows in (("data=1,model=1", 32), ("data=1,model=1", 16), ("data=1,model=2", 32)):
+        architecture, params = random_model(config, spec)
+        with jax.set_mesh(architecture.layout.mesh):
+            params["head"]["kernel"] = params["head"]["kernel"] * 8.0  # logits of a spread like a trained model's
+        policy = Policy(start_id=0, stop_ids=(), max_tokens=128)
+        found[spec, rows] = _draw(architecture, policy, params, 512, rows)
+        drawn = found[spec, rows]
+        print(f"entropy {-drawn.policy_logprobs.sum() / drawn.lengths.sum():.2f} nats a token")
+    _print_partings("V = 50304 (random, head × 8)", found)
+
+
+def cache(ref: str) -> None:
+    """Log-likelihood per token of 256 samples of 256 tokens when keys and values are kept in fewer bits."""
+    model = hub.load_model(ref, "data=1,model=1")
+    architecture, layout = architecture_of(model), model.layout
+    policy = Policy(start_id=1, stop_ids=(), max_tokens=256)
+    tokens = _draw(architecture, policy, model.params, 256, 64).tokens
+    fed = np.concatenate([np.full((256, 1), 1), tokens[:, :-1]], axis=1).astype(np.int32)
+
+    def log_likelihoods(logits: jax.Array, wanted: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), wanted[..., None], axis=-1)[..., 0]
+
+    @partial(jax.jit, static_argnums=0)
+    def decoded(architecture: Architecture, params: Params, fed: jax.Array, wanted: jax.Array) -> jax.Array:
+        """[T, B]: of each wanted token after the tokens fed [T, B] before it, through the decode loop's own steps."""
+
+        def advance(hidden: jax.Array, position: jax.Array, index: jax.Array) -> tuple:
+            given = jax.lax.dynamic_index_in_dim(wanted, index, 0, keepdims=False)
+            return given, index + 1, log_likelihoods(logits_of(architecture, params, hidden), given)
+
+        def page(state: tuple, _: None) -> tuple[tuple, jax.Array]:
+            cache, settled, token, index = state
+            cache, token, index, out = decode_page(architecture, params, cache, settled, token, index, advance)
+            return (cache, settled + PAGE, token, index), out
+
+        begin = (architecture.init_cache(fed.shape[1], len(fed)), jnp.zeros_like(fed[0]), fed[0], jnp.int32(0))
+        return jax.lax.scan(page, begin, length=len(fed) // PAGE)[1].reshape(fed.shape)
+
+    with jax.set_mesh(layout.mesh):
+        there = [place(layout, np.ascontiguousarray(x.T), (None, "batch")) for x in (fed, tokens)]
+        hidden = forward(model.config, layout, model.params, place(layout, fed, ("batch", None)))
+        logits = project(model.config, layout, model.params, hidden)
+        exact = np.asarray(log_likelihoods(logits, jnp.asarray(tokens)), np.float64).T
+        for dtype in ("float32", "bfloat16", "int8"):
+            found = np.asarray(decoded(replace(architecture, cache_dtype=dtype), model.params, *there), np.float64)
+            error = found - exact
+            print(
+                f"cache {dtype}: {found.mean():.6f} nats a token (full forward {exact.mean():.6f}), mean difference "
+                f"{error.mean():+.1e}, rms {np.sqrt(np.mean(error**2)):.1e}, largest {np.abs(error).max():.1e}"
+            )
+
+
+def _draw(architecture: Architecture, policy: Policy, params: Params, samples: int, rows: int) -> Drawn:
+    loop = DecodeLoop(architecture, policy, params, rows=rows, queue=samples)
+    return loop.draw(sample_keys(0, np.arange(samples)))
+
+
+def _print_partings(name: str, found: dict[tuple[str, int], Drawn]) -> None:
+    (first, reference), *others = found.items()
+    for other, drawn in others:
+        differs = drawn.tokens != reference.tokens
+        parted = differs.any(axis=1)
+        compared = int(np.where(parted, differs.argmax(axis=1) + 1, reference.lengths).sum())
+        print(f"{name}: {first} and {other}: {parted.sum()} partings in {compared:,} tokens compared")
+
+
+def main() -> None:
+    measurements = {f.__name__: f for f in (compilation, utilisation, memory, length, partings, cache)}
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", nargs="+", choices=[*measurements, "memory-of"])
+    parser.add_argument("--model", default=os.path.join(os.environ.get("JAX_SELFTRAIN_DATA", ""), "stories260k"))
+    parser.add_argument("--samples", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--out", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.what == ["memory-of"]:
+        return memory_of(options.model, options.samples, options.out)
+    for name in options.what:
+        print(f"# {measurements[name].__doc__}", flush=True)
+        measurements[name](options.model)
+
+
+if __name__ == "__main__":
+    main()
