@@ -12,9 +12,8 @@ import argparse
 import json
 import os
 import resource
-import subprocess
-import sys
 import tempfile
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -33,6 +32,7 @@ from jax_selftrain.mesh import make_layout, make_mesh, place
 from jax_selftrain.models import PAGE, DecoderConfig, Params, axis_sizes, forward, init_params, project
 from jax_selftrain.sampling import Architecture, DecodeLoop, Drawn, Policy, architecture_of, sample, sample_keys
 from jax_selftrain.sampling.decode_loop import decode_page, logits_of
+from jax_selftrain.sampling.draw import take
 
 SHAPE_70M: dict[str, Any] = {
     "architectures": ["GPTNeoXForCausalLM"],
@@ -121,31 +121,30 @@ def utilisation(ref: str) -> None:
 
 
 def memory(ref: str) -> None:
-    """Largest resident memory of a process that fills a corpus with 10,000 or 100,000 samples of up to 16 tokens."""
-    for samples in (10_000, 100_000):
-        with tempfile.TemporaryDirectory() as folder:
-            command = [
-                sys.executable,
-                __file__,
-                "memory-of",
-                "--model",
-                ref,
-                "--samples",
-                str(samples),
-                "--out",
-                folder,
-            ]
-            print(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
+    """Resident memory of a process that fills a corpus with 100,000 samples of up to 16 tokens, as it goes."""
+    seen: dict[int, float] = {}
+    ended = threading.Event()
+
+    def watch(folder: Path) -> None:
+        while not ended.wait(0.2):
+            written = 1024 * len(list(folder.glob("shard-*.parquet")))
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            seen.setdefault(written, pages * resource.getpagesize() / 2**20)
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = SampleConfig(model=ref, out=f"{folder}/corpus", samples=100_000, max_tokens=16, batch_size=256)
+        watcher = threading.Thread(target=watch, args=(Path(config.out),))
+        watcher.start()
+        sample(replace(config, mesh="data=1,model=1"))
+        ended.set()
+        watcher.join()
+    for wanted in (10_000, 30_000, 50_000, 70_000, 100_000):
+        written = min(seen, key=partial(_distance, wanted))
+        print(f"{written:,} samples written: {seen[written]:.0f} MiB")
 
 
-def memory_of(ref: str, samples: int, out: str) -> None:
-    config = SampleConfig(model=ref, out=f"{out}/corpus", samples=samples, max_tokens=16, batch_size=256)
-    began = time.perf_counter()
-    corpus = sample(replace(config, mesh="data=1,model=1"))
-    seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    tokens = corpus.manifest["tokens"]
-    print(f"{samples:,} samples, {tokens:,} tokens, {seconds:.0f} s: peak resident memory {peak:.0f} MiB")
+def _distance(a: int, b: int) -> int:
+    return abs(a - b)
 
 
 def length(_: str) -> None:
@@ -201,7 +200,7 @@ def cache(ref: str) -> None:
     fed = np.concatenate([np.full((256, 1), 1), tokens[:, :-1]], axis=1).astype(np.int32)
 
     def log_likelihoods(logits: jax.Array, wanted: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(jax.nn.log_softmax(logits), wanted[..., None], axis=-1)[..., 0]
+        return take(jax.nn.log_softmax(logits), wanted)
 
     @partial(jax.jit, static_argnums=0)
     def decoded(architecture: Architecture, params: Params, fed: jax.Array, wanted: jax.Array) -> jax.Array:
@@ -223,7 +222,8 @@ def cache(ref: str) -> None:
         there = [place(layout, np.ascontiguousarray(x.T), (None, "batch")) for x in (fed, tokens)]
         hidden = forward(model.config, layout, model.params, place(layout, fed, ("batch", None)))
         logits = project(model.config, layout, model.params, hidden)
-        exact = np.asarray(log_likelihoods(logits, jnp.asarray(tokens)), np.float64).T
+        logprobs = np.asarray(jax.nn.log_softmax(jax.device_get(logits)), np.float64)
+        exact = np.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0].T
         for dtype in ("float32", "bfloat16", "int8"):
             found = np.asarray(decoded(replace(architecture, cache_dtype=dtype), model.params, *there), np.float64)
             error = found - exact
@@ -250,13 +250,9 @@ def _print_partings(name: str, found: dict[tuple[str, int], Drawn]) -> None:
 def main() -> None:
     measurements = {f.__name__: f for f in (compilation, utilisation, memory, length, partings, cache)}
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", nargs="+", choices=[*measurements, "memory-of"])
+    parser.add_argument("what", nargs="+", choices=list(measurements))
     parser.add_argument("--model", default=os.path.join(os.environ.get("JAX_SELFTRAIN_DATA", ""), "stories260k"))
-    parser.add_argument("--samples", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--out", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.what == ["memory-of"]:
-        return memory_of(options.model, options.samples, options.out)
     for name in options.what:
         print(f"# {measurements[name].__doc__}", flush=True)
         measurements[name](options.model)

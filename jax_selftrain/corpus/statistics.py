@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from jax_selftrain import storage
 
-DISTINCT_TOKENS = 1 << 20
+DISTINCT_TOKENS = 1 << 18
 """Most tokens that distinct-n is measured on."""
 DISTINCT_ORDERS = (1, 2, 3, 4)
 
@@ -55,8 +55,8 @@ def corpus_statistics(folder: storage.PathLike, shards: Sequence[Mapping[str, An
           sum of its tokens', so that the numerator is unbiased and no distribution need be kept.
         - distinct {tokens, 1, 2, 3, 4}: different n-grams / n-grams, none across the end of a sample (distinct-n,
           Li et al. 2016, arXiv:1510.03055). It falls as a text grows, so that corpora compare only at one size: it is
-          measured on the first whole samples that have at most 2^20 tokens together. `tokens` says how many they
-          have; much fewer than 2^20 mean a corpus too small for the comparison.
+          measured on the first whole samples that have at most 2^18 tokens together. `tokens` says how many they
+          have; much fewer than 2^18 mean a corpus too small for the comparison.
         - duplicates: share of the samples whose tokens are those of an earlier sample.
     """
     samples = sum(shard["rows"] for shard in shards)
