@@ -17,11 +17,9 @@ Compilation and warm-up are not counted; our time covers the decode loop and the
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,58 +31,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads must not 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from shapes import SHAPES, folder_of
 
 from jax_selftrain import hub
 from jax_selftrain.mesh import make_layout, make_mesh
-from jax_selftrain.models import DecoderConfig, axis_sizes, init_params
+from jax_selftrain.models import DecoderConfig, abstract_params, axis_sizes, init_params
 from jax_selftrain.sampling import Architecture, DecodeLoop, Policy, sample_keys
 from jax_selftrain.sampling.decode_loop import compiler_options
-
-NEOX: dict[str, Any] = {
-    "architectures": ["GPTNeoXForCausalLM"],
-    "model_type": "gpt_neox",
-    "vocab_size": 50304,
-    "rotary_pct": 0.25,
-    "rotary_emb_base": 10000,
-    "max_position_embeddings": 2048,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-5,
-    "use_parallel_residual": True,
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
-
-
-def neox(layers: int, width: int, heads: int) -> dict[str, Any]:
-    sizes = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads}
-    return NEOX | sizes | {"intermediate_size": 4 * width}
-
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "pythia-14m": neox(6, 128, 4),
-    "pythia-70m": neox(6, 512, 8),
-    "pythia-410m": neox(24, 1024, 16),
-    "pythia-1b": neox(16, 2048, 8),
-    "pythia-2.8b": neox(32, 2560, 32),
-    "gqa": {  # eight query heads on two key/value heads; about the size of Pythia-70m
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": 32000,
-        "hidden_size": 512,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "intermediate_size": 1536,
-        "max_position_embeddings": 2048,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -100,12 +53,6 @@ class Case:
         if shape not in SHAPES or not rows.isdigit() or not tokens.isdigit():
             raise SystemExit(f"{text}: not SHAPE:ROWSxTOKENS with a shape of {', '.join(SHAPES)}")
         return cls(shape, int(rows), int(tokens))
-
-
-def folder_of(shape: str) -> Path:
-    folder = Path(tempfile.mkdtemp())
-    (folder / "config.json").write_text(json.dumps(SHAPES[shape]))
-    return folder
 
 
 # ---------------------------------------------------------------- contestants
@@ -126,7 +73,7 @@ def theirs(case: Case, dtype: str, *, compiled: bool = False) -> Callable[[], An
     from transformers import AutoConfig, AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = AutoConfig.from_pretrained(folder_of(case.shape))
+    config = AutoConfig.from_pretrained(folder_of(SHAPES[case.shape]))
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).to(device).eval()
     start = torch.full((case.rows, 1), config.bos_token_id, device=device)
     options: dict[str, Any] = {"max_new_tokens": case.tokens, "min_new_tokens": case.tokens}
@@ -226,7 +173,7 @@ def taking_turns(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict
 
 def measure(case: Case, dtype: str, cache_dtype: str | None, rounds: int) -> dict[str, Any]:
     """One row of the table: tokens per second of everybody."""
-    config, _ = hub.read_config(str(folder_of(case.shape)))
+    config, _ = hub.read_config(folder_of(SHAPES[case.shape]))
     on_cpu = jax.default_backend() == "cpu"
     contestants = {"ours": ours(case, config, dtype, cache_dtype)}
     notes = []
@@ -239,23 +186,21 @@ def measure(case: Case, dtype: str, cache_dtype: str | None, rounds: int) -> dic
             peer()
         except ImportError as error:
             notes.append(f"{name}: {error}")
-        except Exception as error:  # whatever a peer fails with on this machine is a note, not our failure
+        except RuntimeError as error:  # out of memory, or torch.compile cannot do it here: a note in the table
             notes.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
         else:
             contestants[name] = peer
     seconds = taking_turns(contestants, rounds)
     if not on_cpu:
-        sizes = [leaf.size for leaf in jax.tree.leaves(hub_params(config))]
+        sizes = [leaf.size for leaf in jax.tree.leaves(read_params(config))]
         moved = sum(sizes) * jnp.dtype(dtype).itemsize + mean_cache_bytes(case, config, cache_dtype or dtype)
         seconds["roofline"] = case.tokens * moved / copy_bandwidth()
     speed = {name: case.rows * case.tokens / value for name, value in seconds.items()}
     return {"case": case, "speed": speed, "notes": notes}
 
 
-def hub_params(config: DecoderConfig) -> Any:
+def read_params(config: DecoderConfig) -> Any:
     """What a step reads of the weights, as shapes: all but the embedding (of which it reads a row per sample)."""
-    from jax_selftrain.models import abstract_params
-
     params = dict(abstract_params(config))
     if not config.tied:
         del params["embed"]

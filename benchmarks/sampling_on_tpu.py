@@ -12,57 +12,35 @@ import os
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
 
-import json
+import math
 import re
-import tempfile
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental import topologies
 from jax.sharding import AxisType
+from shapes import SHAPES, folder_of
 
 from jax_selftrain.config import SampleConfig
 from jax_selftrain.sampling import program
 
-CASES = [  # name, layers, width, heads, vocabulary, topology, data, model, rows per replica, length limit
-    ("pythia-1b", 16, 2048, 8, 50304, "v5e:4x4", 16, 1, 64, 1024),
-    ("pythia-12b", 36, 5120, 40, 50688, "v5e:8x8", 8, 8, 32, 1024),
+CASES = [  # shape, topology, data, model, rows per replica, length limit
+    ("pythia-1b", "v5e:4x4", 16, 1, 64, 1024),
+    ("pythia-12b", "v5e:8x8", 8, 8, 32, 1024),
 ]
 BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1, "s8": 1}
 COLLECTIVE = re.compile(r" (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(")
 COPY = re.compile(r"= (\w+)\[([\d,]+)\]\S* (?:copy|transpose)\(")
 
 
-def compiled(layers: int, width: int, heads: int, vocabulary: int, topology: str, *rest: int) -> Any:
-    data, model, rows, tokens = rest
-    raw = {
-        "architectures": ["GPTNeoXForCausalLM"],
-        "model_type": "gpt_neox",
-        "vocab_size": vocabulary,
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": 4 * width,
-        "rotary_pct": 0.25,
-        "rotary_emb_base": 10000,
-        "max_position_embeddings": 2048,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-5,
-        "use_parallel_residual": True,
-        "tie_word_embeddings": False,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    }
+def compiled(shape: str, topology: str, data: int, model: int, rows: int, tokens: int) -> Any:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = jax.make_mesh((data, model), ("data", "model"), devices=devices, axis_types=(AxisType.Explicit,) * 2)
     samples = 16 * rows * data
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(raw))
-        sizes = {"samples": samples, "samples_per_shard": samples, "max_tokens": tokens, "batch_size": rows}
-        config = SampleConfig(model=folder, dtype="bfloat16", **sizes)
-        function, arguments, donation = program(config, mesh)
+    sizes = {"samples": samples, "samples_per_shard": samples, "max_tokens": tokens, "batch_size": rows}
+    config = SampleConfig(model=folder_of(SHAPES[shape]), dtype="bfloat16", **sizes)
+    function, arguments, donation = program(config, mesh)
     with jax.set_mesh(mesh):
         return jax.jit(function, donate_argnums=donation).lower(*arguments).compile()
 
@@ -91,27 +69,21 @@ def by_depth(text: str) -> dict[int, list[str]]:
 
 
 def main() -> None:
-    for name, layers, width, heads, vocabulary, topology, *rest in CASES:
-        program = compiled(layers, width, heads, vocabulary, topology, *rest)
+    for shape, topology, data, model, rows, tokens in CASES:
+        program = compiled(shape, topology, data, model, rows, tokens)
         memory, depths = program.memory_analysis(), by_depth(program.as_text())
-        data, model, rows, tokens = rest
         arguments, temporary = memory.argument_size_in_bytes / 2**30, memory.temp_size_in_bytes / 2**30
-        print(f"{name} on {topology}, data={data} model={model}, {rows} rows per replica, {tokens} tokens, bf16:")
+        print(f"{shape} on {topology}, data={data} model={model}, {rows} rows per replica, {tokens} tokens, bf16:")
         print(f"  per chip {arguments:.2f} GiB weights, cache and samples + {temporary:.2f} GiB temporaries")
         for depth in sorted(depths):
             kinds = Counter(match[1] for line in depths[depth] if (match := COLLECTIVE.search(line)))
             sizes = [
-                BYTES.get(match[1], 4) * product(match[2]) for line in depths[depth] if (match := COPY.search(line))
+                BYTES.get(match[1], 4) * math.prod(map(int, match[2].split(",")))
+                for line in depths[depth]
+                if (match := COPY.search(line))
             ]
             largest = max(sizes, default=0) / 2**20
             print(f"  depth {depth}: collectives {dict(kinds) or 'none'}; largest copy {largest:.1f} MiB")
-
-
-def product(dimensions: str) -> int:
-    result = 1
-    for dimension in dimensions.split(","):
-        result *= int(dimension)
-    return result
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ default `stories260k` in the folder that JAX_SELFTRAIN_DATA names.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import tempfile
@@ -25,6 +24,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 import jax
 import jax.numpy as jnp
 import numpy as np
+from shapes import SHAPES, folder_of, neox
 
 from jax_selftrain import hub
 from jax_selftrain.config import SampleConfig
@@ -34,31 +34,6 @@ from jax_selftrain.sampling import Architecture, DecodeLoop, Drawn, Policy, arch
 from jax_selftrain.sampling.decode_loop import decode_page, logits_of
 from jax_selftrain.sampling.draw import take
 
-SHAPE_70M: dict[str, Any] = {
-    "architectures": ["GPTNeoXForCausalLM"],
-    "model_type": "gpt_neox",
-    "vocab_size": 50304,
-    "hidden_size": 512,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "intermediate_size": 2048,
-    "rotary_pct": 0.25,
-    "rotary_emb_base": 10000,
-    "max_position_embeddings": 2048,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-5,
-    "use_parallel_residual": True,
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
-
-
-def config_of(raw: dict[str, Any]) -> DecoderConfig:
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(raw))
-        return hub.read_config(folder)[0]
-
 
 def random_model(config: DecoderConfig, spec: str = "data=1,model=1") -> tuple[Architecture, Params]:
     layout = make_layout("tensor", make_mesh(spec), axis_sizes(config))
@@ -67,7 +42,7 @@ def random_model(config: DecoderConfig, spec: str = "data=1,model=1") -> tuple[A
 
 def compilation(_: str) -> None:
     """Seconds of the first call (tracing, compiling, one page) by depth, and programs compiled by length."""
-    config = config_of(SHAPE_70M | {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 512})
+    config, _ = hub.read_config(folder_of(neox(6, 128, 8, vocabulary=512)))
     policy, keys = Policy(start_id=0, stop_ids=(), max_tokens=32), sample_keys(0, np.arange(8))
     for layers in (6, 36, 6, 36):
         architecture, params = random_model(replace(config, num_layers=layers))
@@ -149,7 +124,8 @@ def _distance(a: int, b: int) -> int:
 
 def length(_: str) -> None:
     """Milliseconds a step by position, 32 rows of the shape of Pythia-70m: the cost of what lies behind."""
-    architecture, params = random_model(config_of(SHAPE_70M))
+    config, _ = hub.read_config(folder_of(SHAPES["pythia-70m"]))
+    architecture, params = random_model(config)
     policy = Policy(start_id=0, stop_ids=(), max_tokens=1024)
     steps: list[tuple[int, float]] = []
     last = time.perf_counter()
@@ -179,7 +155,8 @@ def partings(ref: str) -> None:
         policy = Policy(start_id=1, stop_ids=(1, 2), max_tokens=256)
         found[spec, rows] = _draw(architecture_of(model), policy, model.params, 2048, rows)
     _print_partings("V = 512 (trained)", found)
-    config, found = config_of(SHAPE_70M), {}
+    config, _ = hub.read_config(folder_of(SHAPES["pythia-70m"]))
+    found = {}
     for spec, rows in (("data=1,model=1", 32), ("data=1,model=1", 16), ("data=1,model=2", 32)):
         architecture, params = random_model(config, spec)
         with jax.set_mesh(architecture.layout.mesh):

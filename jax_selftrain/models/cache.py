@@ -251,13 +251,12 @@ def _joined(a: _Softmax, b: _Softmax) -> _Softmax:
 def _settled(cache: Cache, layer: jax.Array, n: jax.Array) -> _Keyed:
     """Block `n` of one layer."""
 
-    def read(whole: jax.Array | None) -> jax.Array | None:
-        if whole is None:
-            return None
+    def read(whole: jax.Array) -> jax.Array:
         rest = whole.shape[2:]
         return jax.lax.dynamic_slice(whole, (layer, n, *[0] * len(rest)), (1, 1, *rest))[0, 0]
 
-    return _Keyed(read(cache.k), read(cache.v), read(cache.k_scale), read(cache.v_scale))  # type: ignore[arg-type]
+    k_scale, v_scale = jax.tree.map(read, (cache.k_scale, cache.v_scale))  # None stays None
+    return _Keyed(read(cache.k), read(cache.v), k_scale, v_scale)
 
 
 def _quantised(page: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array | None]:
