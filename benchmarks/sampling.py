@@ -4,7 +4,8 @@
 
 A case is SHAPE:ROWSxTOKENS. Weights are random: speed does not depend on them. All contestants have the same weights'
 shapes, type, policy (temperature 1, nothing excluded, no stop id, so that every token is drawn), rows, tokens and
-threads. They take turns, so that a machine whose speed drifts slows all of them; medians of the rounds are shown.
+threads. They take turns, so that a machine whose speed drifts slows all of them; shown are medians over the rounds, of
+speeds and of each round's ratios (with their range).
 Compilation and warm-up are not counted; our time covers the decode loop and the copy to the host.
 
 * *peer*: transformers' `generate` with its key/value cache. On an accelerator also with a static cache and
@@ -159,8 +160,8 @@ def copy_bandwidth() -> float:
 # ---------------------------------------------------------------- measuring
 
 
-def taking_turns(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each."""
+def taking_turns(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each, round by round."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(rounds + 1):  # the first compiles and warms up
         for name, run in contestants.items():
@@ -168,7 +169,7 @@ def taking_turns(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict
             run()
             if turn:
                 seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    return seconds
 
 
 def measure(case: Case, dtype: str, cache_dtype: str | None, rounds: int) -> dict[str, Any]:
@@ -194,8 +195,8 @@ def measure(case: Case, dtype: str, cache_dtype: str | None, rounds: int) -> dic
     if not on_cpu:
         sizes = [leaf.size for leaf in jax.tree.leaves(read_params(config))]
         moved = sum(sizes) * jnp.dtype(dtype).itemsize + mean_cache_bytes(case, config, cache_dtype or dtype)
-        seconds["roofline"] = case.tokens * moved / copy_bandwidth()
-    speed = {name: case.rows * case.tokens / value for name, value in seconds.items()}
+        seconds["roofline"] = [case.tokens * moved / copy_bandwidth()] * rounds
+    speed = {name: [case.rows * case.tokens / value for value in values] for name, values in seconds.items()}
     return {"case": case, "speed": speed, "notes": notes}
 
 
@@ -214,11 +215,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         case, speed = row["case"], row["speed"]
-        peers = [value for name, value in speed.items() if name.startswith("transformers")]
-        peer, ratio = (f"{max(peers):,.0f}", f"{speed['ours'] / max(peers):.2f}") if peers else ("—", "—")
+        middle = {name: statistics.median(values) for name, values in speed.items()}
+        peer = max((name for name in speed if name.startswith("transformers")), key=middle.__getitem__, default=None)
+        beside, ratio = "—", "—"
+        if peer is not None:
+            ratios = [a / b for a, b in zip(speed["ours"], speed[peer], strict=True)]
+            beside = f"{middle[peer]:,.0f}"
+            ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+        share = statistics.median(a / b for a, b in zip(speed["ours"], speed["roofline"], strict=True))
         lines.append(
-            f"| {case.shape} | {case.rows} × {case.tokens} | {speed['ours']:,.0f} | {peer} | {ratio} "
-            f"| {speed['roofline']:,.0f} | {100 * speed['ours'] / speed['roofline']:.0f} % |"
+            f"| {case.shape} | {case.rows} × {case.tokens} | {middle['ours']:,.0f} | {beside} | {ratio} "
+            f"| {middle['roofline']:,.0f} | {100 * share:.0f} % |"
         )
     notes = [f"* {note}" for row in rows for note in row["notes"]]
     return "\n".join([*lines, "", *notes]).rstrip() + "\n"

@@ -14,6 +14,8 @@ Preset = Literal["replicated", "fsdp", "tensor"]
 DType = Literal["float32", "bfloat16"]
 Packing = Literal["masked", "packed", "single"]
 Schedule = Literal["constant", "cosine", "linear"]
+Remat = Literal["none", "dots", "full"]
+Attention = Literal["auto", "plain"]
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,10 @@ class TrainConfig:
     """The student before training. With `--init scratch` only its config and tokenizer are read."""
     corpus: str = ""
     """The corpus folder to train on."""
+    mix: tuple[str, ...] = ()
+    """Other corpora to mix in, each as `FOLDER=SHARE` with its share of the rows; the rest are of the corpus itself."""
+    max_epochs: float | None = None
+    """Refuse a run that would pass over any of its corpora more often than this."""
     out: str = ""
     """The run folder; running the same command again resumes it."""
     init: Literal["pretrained", "scratch"] = "pretrained"
@@ -148,17 +154,58 @@ class TrainConfig:
     """Adam's epsilon."""
     weight_decay: float = 0.0
     """Decoupled weight decay, applied to matrices only."""
+    decay_embeddings: bool = True
+    """Whether weight decay applies to the embedding too, as in Pythia's training."""
     clip_norm: float = 1.0
     """Clip the global gradient norm to this (0: never)."""
     grad_accum: int = 1
     """Micro-batches per step."""
-    remat: bool = False
-    """Recompute each layer in the backward pass instead of keeping its activations: less memory, about a third more
-    work."""
+    z_loss: float = 0.0
+    """Weight of the squared log-partition Σ (log Z)² beside the loss, against drifting logits (0: off)."""
+    kl_weight: float = 0.0
+    """Weight of KL(base ‖ student) at every target, the self-distillation penalty (0: off; the base is kept in memory
+    otherwise)."""
+    ema_decay: float = 0.0
+    """Decay per step of an exponential moving average of the weights, which is then what the run delivers (0: off)."""
+    lora_rank: int = 0
+    """Train low-rank adapters of this rank instead of the weights (0: off); the run delivers the merged model."""
+    lora_alpha: float = 16.0
+    """Adapters count with lora_alpha / lora_rank."""
+    lora_targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    """Matrices that get adapters, of every layer."""
+    param_dtype: DType = "float32"
+    """Type in which weights and Adam's moments are kept between steps; updates are computed in float32."""
+    stochastic_rounding: bool = False
+    """Round updated bfloat16 weights up or down at random, so that small updates count on average."""
+    remat: Remat = "none"
+    """What the backward pass computes again instead of keeping it: nothing; `dots`: all but the products with weights;
+    `full`: each layer from its input (least memory, about a third more work)."""
+    attention: Attention = "auto"
+    """`auto`: a fused kernel where there is one (bfloat16 on GPU and TPU); `plain`: the written-out form."""
     checkpoint_every: int | None = None
     """Save a checkpoint every so many steps; unset: about ten times per run."""
     keep: int = 2
     """How many of the latest checkpoints to keep."""
+    keep_every: int | None = None
+    """Keep the checkpoints of every so many steps for good."""
+    eval_every: int | None = None
+    """Evaluate every so many steps, before the first and after the last (`eval_texts`, `eval_tasks`,
+    `eval_sequences`) into `curve.jsonl`."""
+    eval_texts: tuple[str, ...] = ()
+    """JSONL files with a `text` field whose loss is measured on the way."""
+    eval_tasks: tuple[str, ...] = ()
+    """Task files, as `score` reads them, measured on the way."""
+    eval_sequences: str = ""
+    """An extraction set, as `extract` reads it, measured on the way."""
+    eval_limit: int | None = None
+    """Use only the first so many documents of each file that is measured on the way."""
+    stop_metric: str = ""
+    """Stop early on this measure of `curve.jsonl` (for instance `heldout/nll`) and deliver the best model; unset:
+    train to the end."""
+    patience: int = 3
+    """Evaluations without improvement after which training stops."""
+    wandb: str = ""
+    """Weights & Biases project to log to as well; needs the package `wandb`."""
     log_every: int = 1
     """Write metrics every so many steps."""
     seed: int = 0

@@ -6,10 +6,14 @@ inside `jax.set_mesh(layout.mesh)`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jax_selftrain.config import Remat
 from jax_selftrain.mesh import Layout
 from jax_selftrain.models.config import DecoderConfig
 from jax_selftrain.models.layers import (
@@ -23,6 +27,12 @@ from jax_selftrain.models.layers import (
     used,
 )
 from jax_selftrain.models.parameters import Params
+
+_REMATERIALISED: dict[Remat, Callable[[Callable], Callable]] = {
+    "none": lambda layer: layer,
+    "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "full": jax.checkpoint,
+}
 
 
 def embed(
@@ -42,7 +52,7 @@ def forward(
     positions: Int[Array, "B T"] | None = None,
     segments: Int[Array, "B T"] | None = None,
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
-    remat: bool = False,
+    remat: Remat = "none",
 ) -> Float[Array, "B T D"]:
     """Causal forward pass up to and including the final norm.
 
@@ -53,7 +63,8 @@ def forward(
       positions: rotary position of each token; default 0 … T−1.
       segments: document number of each token; a token sees only its own document. Default: one document a row.
       compute_dtype: type of the matmul operands.
-      remat: recompute each layer in the backward pass instead of keeping its activations.
+      remat: what the backward pass computes again: nothing, all but the products with weights (`dots`), or each layer
+        from its input (`full`).
 
     Returns:
       Hidden states in fp32 (fp64 for fp64 compute).
@@ -80,7 +91,7 @@ def forward(
         return block(config, layout, inputs["weights"], x, rotary, attend, compute_dtype)
 
     x = embed(layout, params, tokens, dtype)
-    x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, scan_inputs(config, params))
+    x, _ = jax.lax.scan(_REMATERIALISED[remat](layer), x, scan_inputs(config, params))
     return normalise(config, layout, x, params["final_norm"])
 
 

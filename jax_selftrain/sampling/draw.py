@@ -65,7 +65,8 @@ def draw(logits: Float[Array, "B V"], words: UInt32[Array, "B n"]) -> tuple[Int[
         raise ValueError(f"{words.shape[1]} words for a tree of {len(widths)} levels over {logits.shape[1]} tokens")
     top = jnp.max(logits, axis=-1, keepdims=True)
     below_max = logits - top
-    values = jnp.where(below_max < _NEGLIGIBLE, 0.0, jnp.exp(below_max))
+    # In this order XLA takes the exponentials in one pass; selecting among them afterwards took a pass of its own.
+    values = jnp.exp(jnp.where(below_max < _NEGLIGIBLE, -jnp.inf, below_max))
     tree: list[Array] = []
     for width in reversed(widths):
         # Each level is kept: fused into its readers, XLA would take the exponentials again for the sums of each.

@@ -40,9 +40,10 @@ from jax_selftrain.study.checks import check_round
 from jax_selftrain.study.plan import make_plan
 from jax_selftrain.study.report import report
 from jax_selftrain.study.results import collect
+from jax_selftrain.training import CHANGEABLE as TRAINING_CHANGEABLE
 from jax_selftrain.training import train
 
-CHANGEABLE = ("out", "title", "mesh", "preset", "remat", "checkpoint_every", "keep", "log_every", "sample.batch_size")
+CHANGEABLE = ("out", "title", "sample.batch_size", *TRAINING_CHANGEABLE)
 """Options, by name or by section and name, that may differ between the launches of one round: they decide where and
 how fast it is computed, and change its numbers by rounding at most."""
 

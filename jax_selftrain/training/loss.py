@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jax_selftrain.config import Remat
 from jax_selftrain.mesh import Layout
 from jax_selftrain.models import DecoderConfig, Params, forward, param_axes, project
 
@@ -64,7 +65,7 @@ def loss_sums(
     batch: Batch,
     *,
     compute_dtype: DTypeLike = jnp.float32,
-    remat: bool = False,
+    remat: Remat = "none",
     chunk: int | None = None,
 ) -> LossSums:
     """Score a batch under teacher forcing.
@@ -73,7 +74,7 @@ def loss_sums(
       config, layout, params: the model; params in float32.
       batch: rows of T positions.
       compute_dtype: type of the matmul operands; logits and softmax are float32 always (float64 for float64).
-      remat: recompute each layer in the backward pass instead of keeping its activations.
+      remat: as in `models.forward`.
       chunk: positions projected together; unset: `chunk_length`.
 
     Returns:

@@ -29,7 +29,7 @@ from jax_selftrain.training.step import abstract_batch
 
 FORMAT = 1
 
-CHANGEABLE = ("mesh", "preset", "remat", "checkpoint_every", "keep", "log_every")
+CHANGEABLE = ("mesh", "preset", "remat", "attention", "checkpoint_every", "keep", "keep_every", "log_every", "wandb")
 """Options that may differ between the launches of one run: the results they give differ by rounding at most."""
 
 _BY_FINGERPRINT = ("model", "corpus", "out")
@@ -243,15 +243,24 @@ def check_ranges(config: TrainConfig) -> None:
 
     rules: dict[str, tuple[Callable[[float], bool], str]] = {
         **dict.fromkeys(
-            ("steps", "batch_size", "seq_len", "grad_accum", "checkpoint_every", "keep", "log_every"),
+            ("steps", "batch_size", "seq_len", "grad_accum", "checkpoint_every", "keep", "keep_every", "log_every"),
             (positive, "at least 1"),
         ),
         **dict.fromkeys(
-            ("learning_rate", "final_learning_rate", "weight_decay", "clip_norm"), (not_negative, "0 or more")
+            ("eval_every", "eval_limit", "patience"),
+            (positive, "at least 1"),
         ),
-        **dict.fromkeys(("beta1", "beta2"), (below_one, "in [0, 1)")),
+        **dict.fromkeys(
+            ("learning_rate", "final_learning_rate", "weight_decay", "clip_norm"),
+            (not_negative, "0 or more"),
+        ),
+        **dict.fromkeys(
+            ("z_loss", "kl_weight", "lora_rank", "lora_alpha"),
+            (not_negative, "0 or more"),
+        ),
+        **dict.fromkeys(("beta1", "beta2", "ema_decay"), (below_one, "in [0, 1)")),
         "warmup_ratio": (share, "in [0, 1]"),
-        "eps": (positive, "more than 0"),
+        **dict.fromkeys(("eps", "max_epochs"), (positive, "more than 0")),
     }
     for name, (holds, wanted) in rules.items():
         value = getattr(config, name)
