@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_selftrain.errors import InputError
 
@@ -67,7 +67,7 @@ def make_mesh(spec: str = "", devices: Sequence[jax.Device] | None = None) -> Me
 class Layout:
     """A mesh and the rules table that places logical axes on it. Hashable: it can be a static argument of a jit."""
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     rules: tuple[tuple[str, str | None], ...]
 
     def spec(self, axes: Axes) -> PartitionSpec:
@@ -93,6 +93,11 @@ class Layout:
     def gathered(self, axes: Axes) -> NamedSharding:
         """The sharding in which a parameter is *used*: as stored, but whole along `embed` (fsdp gathers it)."""
         return self.sharding(tuple(None if axis == "embed" else axis for axis in axes))
+
+    def on_one_replica(self) -> Layout:
+        """The layout inside a `jax.shard_map` over `data`: the same, without that axis."""
+        rules = tuple((axis, None if placed == "data" else placed) for axis, placed in self.rules)
+        return Layout(jax.sharding.get_abstract_mesh(), rules)
 
     @property
     def data(self) -> int:

@@ -3,6 +3,7 @@
 from jax_selftrain.models.cache import PAGE, Cache, decode_step, filled_blocks, flush_page, init_cache
 from jax_selftrain.models.config import DecoderConfig, RopeConfig, axis_sizes
 from jax_selftrain.models.decoder import forward, project
+from jax_selftrain.models.layers import accumulation_dtype
 from jax_selftrain.models.parameters import (
     Decoder,
     Params,
@@ -20,6 +21,7 @@ __all__ = [
     "Params",
     "RopeConfig",
     "abstract_params",
+    "accumulation_dtype",
     "axis_sizes",
     "decode_step",
     "filled_blocks",

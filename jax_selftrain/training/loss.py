@@ -1,29 +1,36 @@
-"""Weighted next-token cross-entropy that never holds the logits of a whole batch.
+"""Weighted next-token cross-entropy, fused with the projection to the vocabulary: the logits of a batch never exist.
 
 At V = 50k the logits are the largest array of a training step by far: `[B, T, V]` in float32 is 13 GB for 32 rows of
-2048 tokens. The projection to the vocabulary is therefore done for one slice of positions after another (`lax.scan`),
-and `jax.checkpoint` makes the backward pass project again instead of keeping the logits. The price is one more
-projection; memory stays under `LOGITS_BYTES` per device whatever the batch.
+2048 tokens. One slice of positions after another is projected, and its gradient with respect to the hidden states and
+the output matrix is taken at once, while its logits are there: the backward pass then only scales what it finds. So
+each slice is projected once (recomputing the logits in the backward pass would project twice), and memory stays under
+a few times `LOGITS_BYTES` per device whatever the batch.
 
-The sum of the weighted losses and the sum of the weights' magnitudes are returned apart: sums of micro-batches add up
-exactly to those of the batch, means do not. Weights may be negative (the sign-flip arm of a study), hence |w|.
+Each replica does this for its own rows and adds up its own gradient of the output matrix; replicas meet once, at the
+end. (Written as one program over the mesh, they would add up that matrix, the largest of all, for every slice.)
+
+The sums of the weighted losses and of the weights' magnitudes are returned apart: sums of micro-batches add up exactly
+to those of the batch, means do not. Weights may be negative (the sign-flip arm of a study), hence |w|.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jax_selftrain.config import Remat
+from jax_selftrain.config import Attention, Remat
 from jax_selftrain.mesh import Layout
 from jax_selftrain.models import DecoderConfig, Params, forward, param_axes, project
 
-LOGITS_BYTES = 2**28
-"""Most bytes of float32 logits that one device holds at once."""
+LOGITS_BYTES = 2**25
+"""Most bytes of float32 logits that one device holds at once (several copies of a slice live while its gradient is
+taken)."""
 
 
 class Batch(NamedTuple):
@@ -39,7 +46,7 @@ class Batch(NamedTuple):
 
 
 class LossSums(NamedTuple):
-    """What a batch contributes to the loss; contributions of several batches may be added."""
+    """What a batch contributes; contributions of several batches may be added."""
 
     loss: Float[Array, ""]
     """Σ w · negative log-likelihood, in nats."""
@@ -47,6 +54,25 @@ class LossSums(NamedTuple):
     """Σ |w|."""
     tokens: Int[Array, ""]
     """Number of targets (w ≠ 0)."""
+    z: Float[Array, ""]
+    """Σ |w| · (log Z)², Z the sum of exp(logits)."""
+    kl: Float[Array, ""]
+    """Σ |w| · KL(base ‖ student) in nats, over the whole vocabulary at each target; 0 without a base."""
+
+    @classmethod
+    def zero(cls, dtype: DTypeLike = jnp.float32) -> LossSums:
+        """Of no batch at all."""
+        nothing = jnp.zeros((), dtype)
+        return cls(nothing, nothing, jnp.zeros((), jnp.int32), nothing, nothing)
+
+
+class Penalties(NamedTuple):
+    """Weights of what is minimised beside the loss. Static."""
+
+    z_loss: float = 0.0
+    """Of (log Z)² (PaLM, arXiv:2204.02311, §5)."""
+    kl: float = 0.0
+    """Of KL(base ‖ student)."""
 
 
 def chunk_length(config: DecoderConfig, layout: Layout, rows: int, length: int) -> int:
@@ -58,65 +84,215 @@ def chunk_length(config: DecoderConfig, layout: Layout, rows: int, length: int) 
     return -(-length // chunks)
 
 
-def loss_sums(
+def objective(
     config: DecoderConfig,
     layout: Layout,
     params: Params,
     batch: Batch,
     *,
+    base: Params | None = None,
+    penalties: Penalties | None = None,
     compute_dtype: DTypeLike = jnp.float32,
     remat: Remat = "none",
+    attention: Attention = "plain",
     chunk: int | None = None,
-) -> LossSums:
+) -> tuple[Float[Array, ""], LossSums]:
     """Score a batch under teacher forcing.
 
     Args:
-      config, layout, params: the model; params in float32.
+      config, layout, params: the model.
       batch: rows of T positions.
+      base: the model to stay close to, of the same config; needed where `penalties.kl` is not 0.
+      penalties: what is added to the loss; default: nothing.
       compute_dtype: type of the matmul operands; logits and softmax are float32 always (float64 for float64).
-      remat: as in `models.forward`.
+      remat, attention: as in `models.forward`.
       chunk: positions projected together; unset: `chunk_length`.
 
     Returns:
-      Sums over the batch: scalars.
+      What is to be minimised, Σ w · nll + z_loss · Σ |w| (log Z)² + kl · Σ |w| KL, differentiable with respect to
+      `params` (once: there is no second derivative), and the sums it is made of, which are not.
     """
     tokens, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
     rows, length = tokens.shape
     chunk = chunk_length(config, layout, rows, length) if chunk is None else chunk
-    hidden = forward(
-        config,
-        layout,
-        params,
-        tokens,
-        positions=batch.positions,
-        segments=batch.segments,
-        compute_dtype=compute_dtype,
-        remat=remat,
-    )
+    dtype, penalties = jnp.dtype(compute_dtype), penalties or Penalties()
+
+    def hidden_of(params: Params) -> Float[Array, "B T D"]:
+        return forward(
+            config,
+            layout,
+            params,
+            tokens,
+            positions=batch.positions,
+            segments=batch.segments,
+            compute_dtype=dtype,
+            remat=remat,
+            attention=attention,
+        )
+
+    rest = _Rest(targets, batch.weights)
+    if penalties.kl:
+        if base is None:
+            raise ValueError("a penalty on KL(base ‖ student) needs the base")
+        frozen = jax.lax.stop_gradient(base)
+        rest = rest._replace(base_output=_gathered_output(config, layout, frozen), base_hidden=hidden_of(frozen))
+    head = _Head(config, layout, penalties, dtype, chunk)
     output = _gathered_output(config, layout, params)
+    whole, parts = _head_loss(head, output, hidden_of(params), rest)
+    weight, tokens = jnp.sum(jnp.abs(batch.weights)), jnp.sum(batch.weights != 0, dtype=jnp.int32)
+    return whole, LossSums(parts.loss, weight, tokens, parts.z, parts.kl)
 
-    @jax.checkpoint
-    def add_chunk(total: Float[Array, ""], piece: tuple[Array, Array, Array]) -> tuple[Float[Array, ""], None]:
-        hidden, targets, weights = piece
-        nll = token_nll(project(config, layout, output, hidden, compute_dtype=compute_dtype), targets)
-        return total + jnp.sum(weights * nll), None
 
-    pieces = tuple(_chunked(array, chunk) for array in (hidden, targets, batch.weights))
-    loss, _ = jax.lax.scan(add_chunk, jnp.zeros((), hidden.dtype), pieces)
-    return LossSums(
-        loss=loss,
-        weight=jnp.sum(jnp.abs(batch.weights)),
-        tokens=jnp.sum(batch.weights != 0, dtype=jnp.int32),
-    )
+class _Parts(NamedTuple):
+    """What the objective is made of; as in `LossSums`."""
+
+    loss: Float[Array, ""]
+    z: Float[Array, ""]
+    kl: Float[Array, ""]
+
+
+_Total = tuple[Float[Array, ""], _Parts]
+
+
+class _Head(NamedTuple):
+    """What the loss above the hidden states depends on beside arrays: static."""
+
+    config: DecoderConfig
+    layout: Layout
+    penalties: Penalties
+    compute_dtype: Any
+    chunk: int
+
+
+class _Rest(NamedTuple):
+    """What the loss needs and no gradient is taken of."""
+
+    targets: Int[Array, "B T"]
+    weights: Float[Array, "B T"]
+    base_output: Float[Array, ...] | None = None
+    """Output matrix and …"""
+    base_hidden: Float[Array, "B T D"] | None = None
+    """… hidden states of the base."""
+
+    def beside(self, base_output: Array | None) -> _Rest:
+        """The same with the output matrix of the base, which is not sliced."""
+        return self._replace(base_output=base_output)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _head_loss(head: _Head, output: Float[Array, ...], hidden: Float[Array, "B T D"], rest: _Rest) -> _Total:
+    """The objective from the hidden states and the gathered output matrix."""
+
+    def local(layout: Layout, output: Array, hidden: Array, rest: _Rest) -> _Total:
+        def add(total: _Total, piece: tuple[Array, _Rest]) -> tuple[_Total, None]:
+            found = _slice_loss(head, layout, output, piece[0], piece[1].beside(rest.base_output))
+            return jax.tree.map(jnp.add, total, found), None
+
+        return _stacked(jax.lax.scan(add, _nothing(hidden), _slices(head, hidden, rest))[0])
+
+    return _summed(_on_each_replica(head, local, output, hidden, rest))
+
+
+def _head_loss_forward(head: _Head, output: Array, hidden: Array, rest: _Rest) -> tuple[_Total, tuple[Array, Array]]:
+    def local(layout: Layout, output: Array, hidden: Array, rest: _Rest) -> tuple:
+        slice_gradient = jax.value_and_grad(partial(_slice_loss, head, layout), argnums=(0, 1), has_aux=True)
+
+        def add(carry: tuple[_Total, Array], piece: tuple[Array, _Rest]) -> tuple[tuple[_Total, Array], Array]:
+            found, (d_slice, d_hidden) = slice_gradient(output, piece[0], piece[1].beside(rest.base_output))
+            return jax.tree.map(jnp.add, carry, (found, d_slice)), d_hidden
+
+        begin = (_nothing(hidden), jnp.zeros_like(output))
+        (total, d_output), d_hidden = jax.lax.scan(add, begin, _slices(head, hidden, rest))
+        return _stacked((total, d_output)), _unsliced(d_hidden, hidden.shape[1])
+
+    sums, d_hidden = _on_each_replica(head, local, output, hidden, rest)
+    total, d_output = _summed(sums)
+    return total, (d_output, d_hidden)
+
+
+def _head_loss_backward(head: _Head, gradients: tuple[Array, Array], cotangents: _Total) -> tuple[Array, Array, None]:
+    d_output, d_hidden = (cotangents[0] * gradient for gradient in gradients)
+    return d_output, d_hidden, None
+
+
+_head_loss.defvjp(_head_loss_forward, _head_loss_backward)
+
+
+def _slice_loss(head: _Head, layout: Layout, output: Array, hidden: Float[Array, "B C D"], rest: _Rest) -> _Total:
+    """The objective of C positions of each row, whose logits exist here alone."""
+    logits = _logits(head, layout, output, hidden)
+    log_total = jax.nn.logsumexp(logits, axis=-1)
+    loss = jnp.sum(rest.weights * (log_total - _at_target(logits, rest.targets)))
+    magnitude = jnp.abs(rest.weights)
+    z = jnp.sum(magnitude * jnp.square(log_total))
+    kl = jnp.zeros_like(loss)
+    if rest.base_output is not None and rest.base_hidden is not None:
+        expected = jax.nn.log_softmax(_logits(head, layout, rest.base_output, rest.base_hidden), axis=-1)
+        behind = expected - (logits - log_total[..., None])
+        kl = jnp.sum(magnitude * jnp.sum(jnp.exp(expected) * behind, axis=-1))
+    whole = loss
+    if head.penalties.z_loss:
+        whole = whole + head.penalties.z_loss * z
+    if head.penalties.kl:
+        whole = whole + head.penalties.kl * kl
+    return whole, _Parts(loss, z, kl)
+
+
+def _logits(head: _Head, layout: Layout, output: Array, hidden: Float[Array, "B C D"]) -> Float[Array, "B C V"]:
+    group, name = _output_name(head.config)
+    return project(head.config, layout, {group: {name: output}}, hidden, compute_dtype=head.compute_dtype)
 
 
 def token_nll(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
-    """Negative log-likelihood of each target, in nats.
+    """Negative log-likelihood of each target, in nats."""
+    return jax.nn.logsumexp(logits, axis=-1) - _at_target(logits, targets)
 
-    The target's logit is picked by comparison, not by a gather: V may be sharded, and the comparison fuses.
-    """
+
+def _at_target(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
+    """The target's logit, picked by comparison, not by a gather: V may be sharded, and the comparison fuses."""
     is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
-    return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    return jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+
+
+def _on_each_replica(head: _Head, function: Any, output: Array, hidden: Array, rest: _Rest) -> Any:
+    """Call `function(layout, output, hidden, rest)` with each replica's own rows; `model` stays an ordinary axis.
+
+    What it returns has replicas, or rows, along its first dimension.
+    """
+    rows = PartitionSpec("data")
+    specs = (PartitionSpec(), rows, _Rest(rows, rows, PartitionSpec(), rows))
+
+    @partial(jax.shard_map, in_specs=specs, out_specs=rows, axis_names={"data"})
+    def mapped(output: Array, hidden: Array, rest: _Rest) -> Any:
+        own = jax.tree.map(_varying, (output, rest.base_output))
+        return function(head.layout.on_one_replica(), own[0], hidden, rest._replace(base_output=own[1]))
+
+    return mapped(output, hidden, rest)
+
+
+def _stacked(tree: Any) -> Any:
+    """With a dimension for the replicas."""
+    return jax.tree.map(lambda leaf: leaf[None], tree)
+
+
+def _summed(tree: Any) -> Any:
+    """Over the replicas. (Outside the `shard_map`: XLA 0.10 cannot add over one of several axes inside.)"""
+    return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), tree)
+
+
+def _varying(array: Array) -> Array:
+    """The same value, from here on each replica's own (what is differentiated stays its own, too)."""
+    return jax.lax.pcast(array, "data", to="varying")
+
+
+def _nothing(hidden: Array) -> _Total:
+    zero = _varying(jnp.zeros((), hidden.dtype))
+    return zero, _Parts(zero, zero, zero)
+
+
+def _slices(head: _Head, hidden: Array, rest: _Rest) -> tuple[Array, _Rest]:
+    """Everything that has positions, cut into slices of them."""
+    return jax.tree.map(partial(_chunked, chunk=head.chunk), (hidden, rest.beside(None)))
 
 
 def _chunked(array: Array, chunk: int) -> Array:
@@ -128,11 +304,20 @@ def _chunked(array: Array, chunk: int) -> Array:
     return jnp.moveaxis(pieces, 1, 0)
 
 
-def _gathered_output(config: DecoderConfig, layout: Layout, params: Params) -> Params:
-    """The parameters with the output matrix gathered along `embed`: once, not once per chunk of positions.
+def _unsliced(pieces: Array, length: int) -> Array:
+    """What `_chunked` cut, whole again."""
+    whole = jnp.moveaxis(pieces, 0, 1)
+    return whole.reshape(whole.shape[0], -1, *whole.shape[3:])[:, :length]
 
-    It stays in float32, so that the gradients of the chunks add up in float32 whatever the compute type.
+
+def _output_name(config: DecoderConfig) -> tuple[str, str]:
+    return ("embed", "embedding") if config.tied else ("head", "kernel")
+
+
+def _gathered_output(config: DecoderConfig, layout: Layout, params: Params) -> Array:
+    """The output matrix gathered along `embed`: once, not once per slice of positions.
+
+    It keeps its type, so that the gradients of the slices add up in float32 whatever the compute type.
     """
-    group, name = ("embed", "embedding") if config.tied else ("head", "kernel")
-    axes = param_axes(config)[group][name]
-    return {**params, group: {name: jax.reshard(params[group][name], layout.gathered(axes))}}
+    group, name = _output_name(config)
+    return jax.reshard(params[group][name], layout.gathered(param_axes(config)[group][name]))

@@ -19,8 +19,8 @@ from jax_selftrain import hub
 from jax_selftrain.config import TrainConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.mesh import Layout, make_layout
-from jax_selftrain.models import DecoderConfig, Params, abstract_params, axis_sizes, param_shardings
-from jax_selftrain.training.loss import Batch, LossSums, loss_sums
+from jax_selftrain.models import DecoderConfig, Params, abstract_params, accumulation_dtype, axis_sizes, param_shardings
+from jax_selftrain.training.loss import Batch, LossSums, objective
 from jax_selftrain.training.optimizer import apply_updates, make_optimizer, make_schedule
 
 Metrics = dict[str, jax.Array]
@@ -57,17 +57,15 @@ def make_step(config: TrainConfig, model: DecoderConfig, layout: Layout, steps: 
     compute_dtype = jnp.dtype(config.dtype)
 
     def micro_loss(params: Params, batch: Batch) -> tuple[jax.Array, LossSums]:
-        sums = loss_sums(model, layout, params, batch, compute_dtype=compute_dtype, remat=config.remat)
-        return sums.loss, sums
+        return objective(model, layout, params, batch, compute_dtype=compute_dtype, remat=config.remat)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         def accumulate(carry: tuple[Params, LossSums], micro: Batch) -> tuple[tuple[Params, LossSums], None]:
             gradient, sums = jax.grad(micro_loss, has_aux=True)(state.params, micro)
             return jax.tree.map(jnp.add, carry, (gradient, sums)), None
 
-        nothing = LossSums(jnp.zeros(()), jnp.zeros(()), jnp.zeros((), jnp.int32))
         zeros = jax.tree.map(jnp.zeros_like, state.params)
-        (gradient, sums), _ = jax.lax.scan(accumulate, (zeros, nothing), batch)
+        (gradient, sums), _ = jax.lax.scan(accumulate, (zeros, LossSums.zero(accumulation_dtype(compute_dtype))), batch)
         weight = jnp.where(sums.weight > 0, sums.weight, 1.0)  # a batch of padding alone teaches nothing
         gradient = jax.tree.map(lambda g: g / weight, gradient)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)

@@ -15,7 +15,7 @@ from jax_selftrain.corpus import open_corpus, pack
 from jax_selftrain.hub import LoadedModel, load_model
 from jax_selftrain.mesh import make_layout, make_mesh
 from jax_selftrain.models import DecoderConfig, RopeConfig, axis_sizes
-from jax_selftrain.training import Batch, LossSums, loss_sums
+from jax_selftrain.training import Batch, LossSums, objective
 from jax_selftrain.training.loss import LOGITS_BYTES, chunk_length, token_nll
 
 
@@ -30,7 +30,7 @@ def rows_on_device(model: LoadedModel, tokens: np.ndarray, weights: np.ndarray, 
 
 def sums_of(model: LoadedModel, batch: Batch, **options: Any) -> LossSums:
     with jax.set_mesh(model.layout.mesh):
-        return jax.jit(partial(loss_sums, model.config, model.layout, **options))(model.params, batch)
+        return jax.jit(partial(objective, model.config, model.layout, **options))(model.params, batch)[1]
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
@@ -51,9 +51,9 @@ def test_gradient_equals_torchs(family: str, tiny_model, tmp_path: Path):
     model = load_model(folder, "data=1")
     batch = rows_on_device(model, tokens, weights)
     with jax.set_mesh(model.layout.mesh):
-        gradient = jax.jit(
-            jax.grad(lambda params: loss_sums(model.config, model.layout, params, batch, chunk=10).loss)
-        )(model.params)
+        gradient = jax.jit(jax.grad(lambda params: objective(model.config, model.layout, params, batch, chunk=10)[0]))(
+            model.params
+        )
     # A gradient has the shapes of the parameters, so the hub's export can bring it into torch's layout.
     dataclasses.replace(model, params=gradient).save_pretrained(tmp_path / "gradient")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "gradient", dtype=torch.float32)
@@ -104,7 +104,7 @@ def test_logits_of_a_whole_batch_never_exist(small_model: Path):
     batch = rows_on_device(model, np.zeros((4, 65), np.int32), np.ones((4, 64), np.float32))
 
     def loss(params: dict, batch: Batch) -> jax.Array:
-        return loss_sums(model.config, model.layout, params, batch, chunk=8).loss
+        return objective(model.config, model.layout, params, batch, chunk=8)[0]
 
     with jax.set_mesh(model.layout.mesh):
         jaxpr = jax.make_jaxpr(jax.grad(loss))(model.params, batch)

@@ -15,7 +15,7 @@ from jax_selftrain.corpus import Rows, open_corpus, pack
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import load_model
 from jax_selftrain.mesh import make_mesh
-from jax_selftrain.training import TrainState, loss_sums, program
+from jax_selftrain.training import TrainState, objective, program
 from jax_selftrain.training.data import load_batch
 from jax_selftrain.training.optimizer import make_optimizer
 from jax_selftrain.training.step import init_state, make_step
@@ -56,8 +56,8 @@ def test_ten_steps_equal_adamw_written_out_in_numpy(options: Callable[..., Train
 
         def mean_loss(params: dict, batch) -> jax.Array:
             only = jax.tree.map(lambda leaf: leaf[0], batch)  # of one micro-batch
-            sums = loss_sums(base.config, base.layout, params, only, compute_dtype=jnp.float64)
-            return sums.loss / sums.weight
+            loss, sums = objective(base.config, base.layout, params, only, compute_dtype=jnp.float64)
+            return loss / sums.weight
 
         gradient_of = jax.jit(jax.grad(mean_loss))
         paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
