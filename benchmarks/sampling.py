@@ -19,11 +19,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,29 +30,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads must not 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from measuring import Case, circumstances, taking_turns
 from shapes import SHAPES, folder_of
 
 from jax_selftrain import hub
-from jax_selftrain.mesh import make_layout, make_mesh
+from jax_selftrain.mesh import compiler_options, make_layout, make_mesh
 from jax_selftrain.models import DecoderConfig, abstract_params, axis_sizes, init_params
 from jax_selftrain.sampling import Architecture, DecodeLoop, Policy, sample_keys
-from jax_selftrain.sampling.decode_loop import compiler_options
-
-
-@dataclass(frozen=True)
-class Case:
-    shape: str
-    rows: int
-    tokens: int
-
-    @classmethod
-    def parse(cls, text: str) -> Case:
-        shape, _, size = text.partition(":")
-        rows, _, tokens = size.partition("x")
-        if shape not in SHAPES or not rows.isdigit() or not tokens.isdigit():
-            raise SystemExit(f"{text}: not SHAPE:ROWSxTOKENS with a shape of {', '.join(SHAPES)}")
-        return cls(shape, int(rows), int(tokens))
-
 
 # ---------------------------------------------------------------- contestants
 
@@ -160,18 +142,6 @@ def copy_bandwidth() -> float:
 # ---------------------------------------------------------------- measuring
 
 
-def taking_turns(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, round by round."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(rounds + 1):  # the first compiles and warms up
-        for name, run in contestants.items():
-            began = time.perf_counter()
-            run()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
 def measure(case: Case, dtype: str, cache_dtype: str | None, rounds: int) -> dict[str, Any]:
     """One row of the table: tokens per second of everybody."""
     config, _ = hub.read_config(folder_of(SHAPES[case.shape]))
@@ -231,28 +201,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", *notes]).rstrip() + "\n"
 
 
-def circumstances(dtype: str, cache_dtype: str | None, rounds: int) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    def installed(name: str) -> str:
-        try:
-            return f"{name} {version(name)}"
-        except PackageNotFoundError:
-            return f"no {name}"
-
-    device = jax.devices()[0]
-    kind = f"{cpu_name()}, {os.cpu_count()} logical cores" if device.platform == "cpu" else device.device_kind
-    versions = ", ".join(installed(name) for name in ("jax", "jaxlib", "torch", "transformers"))
-    cache = f", cache {cache_dtype}" if cache_dtype else ""
-    return f"{kind}; {dtype}{cache}; Python {platform.python_version()}, {versions}; median of {rounds} rounds.\n"
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def main() -> None:
     on_cpu = jax.default_backend() == "cpu"
     cases = ["pythia-70m:32x256", "pythia-70m:128x256", "gqa:32x256"]
@@ -271,7 +219,8 @@ def main() -> None:
     for case in map(Case.parse, options.cases):
         rows.append(measure(case, *given))
         print(table(rows[-1:]), flush=True)
-    text = circumstances(*given) + "\n" + table(rows)
+    cache = f", cache {options.cache_dtype}" if options.cache_dtype else ""
+    text = circumstances(options.dtype + cache, options.rounds) + "\n" + table(rows)
     print(text)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -33,6 +33,7 @@ def neox(layers: int, width: int, heads: int, vocabulary: int = 50304) -> dict[s
 SHAPES: dict[str, dict[str, Any]] = {
     "pythia-14m": neox(6, 128, 4),
     "pythia-70m": neox(6, 512, 8),
+    "pythia-160m": neox(12, 768, 12),
     "pythia-410m": neox(24, 1024, 16),
     "pythia-1b": neox(16, 2048, 8),
     "pythia-2.8b": neox(32, 2560, 32),

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jax_selftrain.config import Attention, Remat
 from jax_selftrain.mesh import Layout
+from jax_selftrain.models.attention import attention_over
 from jax_selftrain.models.config import DecoderConfig
 from jax_selftrain.models.layers import (
     accumulation_dtype,
@@ -23,7 +24,6 @@ from jax_selftrain.models.layers import (
     normalise,
     rotary_tables,
     scan_inputs,
-    softmax_of,
     used,
 )
 from jax_selftrain.models.parameters import Params
@@ -85,9 +85,7 @@ def forward(
         seen = visible & (distance < inputs["window"]) if "window" in inputs else visible
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-            scores = contract("btgrk,bsgk->bgrts", q, k, compute_dtype)
-            probabilities = softmax_of(scores, seen[:, None, None], head_dim=config.head_dim)
-            return contract("bgrts,bsgk->btgrk", probabilities, v, compute_dtype), None
+            return attention_over(q, k, v, seen, compute_dtype), None
 
         return block(config, layout, inputs["weights"], x, rotary, attend, compute_dtype)
 

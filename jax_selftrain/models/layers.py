@@ -225,12 +225,6 @@ def _dense(
     return y
 
 
-def softmax_of(scores: jax.Array, visible: jax.Array, *, head_dim: int) -> jax.Array:
-    """Attention probabilities over the last dimension: scaled by K^-½, hidden positions at exactly zero."""
-    scores = jnp.where(visible, scores * head_dim**-0.5, jnp.finfo(scores.dtype).min)
-    return jax.nn.softmax(scores, axis=-1)
-
-
 def layer_windows(config: DecoderConfig) -> np.ndarray | None:
     """Sliding window of each layer [L] int32 (a full layer gets one longer than any sequence), or None without any."""
     if config.sliding_window is None:

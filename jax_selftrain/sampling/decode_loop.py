@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from jax_selftrain.hub import LoadedModel
-from jax_selftrain.mesh import Layout, place
+from jax_selftrain.mesh import Layout, compiler_options, place
 from jax_selftrain.models import (
     PAGE,
     Cache,
@@ -339,12 +339,3 @@ def _programs() -> _Programs:
         run=jax.jit(decode_pages, static_argnums=(0, 1), donate_argnums=(4,), compiler_options=compiler_options()),
         progress=jax.jit(progress_of),
     )
-
-
-def compiler_options() -> dict[str, bool]:
-    """For `jax.jit` of the loop on this process's default devices.
-
-    On a CPU, XLA may run independent operations of a step at once. They are few and small beside the products, which
-    use all cores anyway: one after the other took a seventh less time (2 cores, the shape of Pythia-70m).
-    """
-    return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if jax.default_backend() == "cpu" else {}

@@ -199,15 +199,15 @@ def _head_loss_forward(head: _Head, output: Array, hidden: Array, rest: _Rest) -
 
         def add(carry: tuple[_Total, Array], piece: tuple[Array, _Rest]) -> tuple[tuple[_Total, Array], Array]:
             found, (d_slice, d_hidden) = slice_gradient(output, piece[0], piece[1].beside(rest.base_output))
-            return jax.tree.map(jnp.add, carry, (found, d_slice)), d_hidden
+            return jax.tree.map(jnp.add, carry, (found, d_slice.astype(hidden.dtype))), d_hidden
 
-        begin = (_nothing(hidden), jnp.zeros_like(output))
+        begin = (_nothing(hidden), jnp.zeros_like(output, hidden.dtype))
         (total, d_output), d_hidden = jax.lax.scan(add, begin, _slices(head, hidden, rest))
         return _stacked((total, d_output)), _unsliced(d_hidden, hidden.shape[1])
 
     sums, d_hidden = _on_each_replica(head, local, output, hidden, rest)
     total, d_output = _summed(sums)
-    return total, (d_output, d_hidden)
+    return total, (d_output.astype(output.dtype), d_hidden)
 
 
 def _head_loss_backward(head: _Head, gradients: tuple[Array, Array], cotangents: _Total) -> tuple[Array, Array, None]:
@@ -317,7 +317,7 @@ def _output_name(config: DecoderConfig) -> tuple[str, str]:
 def _gathered_output(config: DecoderConfig, layout: Layout, params: Params) -> Array:
     """The output matrix gathered along `embed`: once, not once per slice of positions.
 
-    It keeps its type, so that the gradients of the slices add up in float32 whatever the compute type.
+    It keeps its type: cast to the compute type here, its gradients would be, too, before they have been added up.
     """
     group, name = _output_name(config)
     return jax.reshard(params[group][name], layout.gathered(param_axes(config)[group][name]))

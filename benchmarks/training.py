@@ -1,0 +1,190 @@
+"""Tokens per second of a training step beside transformers + torch and the roofline, measured in one run.
+
+    python benchmarks/training.py [--cases pythia-70m:8x512] [--dtype float32] [--remat none] [--rounds 3] [--out FILE.md]
+
+A case is SHAPE:ROWSxTOKENS. Weights and tokens are random: speed does not depend on them. Both train all weights with
+AdamW, clipping by the global norm, float32 master weights, every position a target; torch's AdamW is the fused one. The
+contestants take turns, so that a machine whose speed drifts slows both; shown are medians over the rounds, of speeds
+and of each round's ratios (with their range). Compilation and warm-up are not counted.
+
+* *peer*: the loss of transformers' model (its default attention), `backward`, `clip_grad_norm_`, `AdamW.step`. On an
+  accelerator under `torch.autocast` where the dtype is bfloat16, plain and with `torch.compile`, where that works.
+* *roofline*: the model's FLOP/s (`training.flops`: three times the forward products, whatever is computed again) over
+  what products of large square matrices reach here in the same run; on an accelerator also over the device's peak
+  (MFU).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads must not spin while it is our turn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from measuring import Case, circumstances, taking_turns
+from shapes import SHAPES, folder_of
+
+from jax_selftrain import hub
+from jax_selftrain.config import TrainConfig
+from jax_selftrain.mesh import compiler_options, make_layout, make_mesh
+from jax_selftrain.models import DecoderConfig, axis_sizes, init_params
+from jax_selftrain.training import Batch, program
+from jax_selftrain.training.flops import speed_of
+from jax_selftrain.training.optimizer import make_optimizer
+from jax_selftrain.training.step import init_state
+
+
+def train_config(case: Case, dtype: Any, remat: Any) -> TrainConfig:
+    return TrainConfig(
+        model=folder_of(SHAPES[case.shape]),
+        batch_size=case.rows,
+        seq_len=case.tokens,
+        steps=1000,
+        dtype=dtype,
+        remat=remat,
+    )
+
+
+def ours(case: Case, config: DecoderConfig, dtype: str, remat: str) -> Callable[[], Any]:
+    """A call trains one step."""
+    mesh, train = make_mesh("data=1,model=1"), train_config(case, dtype, remat)
+    layout = make_layout(train.preset, mesh, axis_sizes(config))
+    function, (_, batch), donation = program(train, mesh)
+    step = jax.jit(function, donate_argnums=donation, compiler_options=compiler_options())
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, config.vocab_size, batch.tokens.shape, np.int32)
+    ones = np.ones(batch.segments.shape, np.int32)
+    positions = np.broadcast_to(np.arange(case.tokens, dtype=np.int32), ones.shape)
+    arrays = Batch(tokens, ones, positions, ones.astype(np.float32))
+    placed = jax.tree.map(lambda array, like: jax.device_put(array, like.sharding), arrays, batch)
+    with jax.set_mesh(mesh):
+        state = init_state(make_optimizer(train, 1000), init_params(config, 0, layout))
+
+    def run() -> None:
+        nonlocal state
+        with jax.set_mesh(mesh):
+            state, metrics = step(state, placed)
+        assert np.isfinite(float(metrics["loss"]))
+
+    return run
+
+
+def theirs(case: Case, dtype: str, *, compiled: bool = False) -> Callable[[], Any]:
+    """The same with transformers and torch; raises ImportError without torch."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = AutoConfig.from_pretrained(folder_of(SHAPES[case.shape]))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    tokens = torch.randint(0, config.vocab_size, (case.rows, case.tokens + 1), device=device)
+    forward = torch.compile(model) if compiled else model
+
+    def run() -> None:
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+            logits = forward(tokens[:, :-1]).logits
+            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        assert np.isfinite(loss.item())
+
+    return run
+
+
+def product_flops(dtype: str) -> float:
+    """FLOP/s of large square products in one program."""
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    a = jnp.ones((size, size), dtype) / size
+
+    def chain(a: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, 4, lambda _, x: jnp.dot(x, a, precision="highest"), a)
+
+    run = jax.jit(chain)
+    jax.block_until_ready(run(a))
+    best = 0.0
+    for _ in range(3):
+        began = time.perf_counter()
+        jax.block_until_ready(run(a))
+        best = max(best, 4 * 2 * size**3 / (time.perf_counter() - began))
+    return best
+
+
+def measure(case: Case, dtype: str, remat: str, rounds: int) -> str:
+    """One row of the table."""
+    config, _ = hub.read_config(folder_of(SHAPES[case.shape]))
+    contestants, notes = {"ours": ours(case, config, dtype, remat)}, []
+    compiled = [False] if jax.default_backend() == "cpu" else [False, True]
+    for with_compile in compiled:
+        name = "transformers, compiled" if with_compile else "transformers"
+        try:
+            peer = theirs(case, dtype, compiled=with_compile)
+            peer()
+        except ImportError as error:
+            notes.append(f"* {name}: {error}")
+        except RuntimeError as error:  # out of memory, or torch.compile cannot do it here: a note under the table
+            notes.append(f"* {name}: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
+        else:
+            contestants[name] = peer
+    seconds = taking_turns(contestants, rounds)
+    tokens = case.rows * case.tokens
+    speed = {name: [tokens / value for value in values] for name, values in seconds.items()}
+    middle = {name: statistics.median(values) for name, values in speed.items()}
+    peer_name = max((name for name in speed if name != "ours"), key=middle.__getitem__, default=None)
+    beside, ratio = "—", "—"
+    if peer_name is not None:
+        ratios = [a / b for a, b in zip(speed["ours"], speed[peer_name], strict=True)]
+        beside = f"{middle[peer_name]:,.0f}"
+        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+    achieved = speed_of(train_config(case, dtype, remat), config, make_mesh("data=1,model=1")).of(middle["ours"])
+    flops, reached = achieved["flops_per_second"], product_flops(dtype)
+    mfu = f"{100 * achieved['mfu']:.0f} %" if "mfu" in achieved else "—"
+    row = (
+        f"| {case.shape} | {case.rows} × {case.tokens} | {middle['ours']:,.0f} | {beside} | {ratio} "
+        f"| {flops / 1e12:.3g} | {reached / 1e12:.3g} | {100 * flops / reached:.0f} % | {mfu} |"
+    )
+    return "\n".join([row, *notes])
+
+
+HEADER = (
+    "| shape | rows × tokens | ours, tokens/s | transformers | ratio | model TFLOP/s | of products | share | MFU |\n"
+    "|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def main() -> None:
+    on_cpu = jax.default_backend() == "cpu"
+    cases = ["pythia-70m:8x512"]
+    if not on_cpu:
+        cases = [f"{shape}:{rows}x2048" for shape, rows in (("pythia-160m", 16), ("pythia-410m", 8), ("pythia-1b", 8))]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--cases", nargs="+", default=cases, metavar="SHAPE:ROWSxTOKENS")
+    parser.add_argument("--dtype", default="float32" if on_cpu else "bfloat16")
+    parser.add_argument("--remat", default="none" if on_cpu else "dots")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="write the table here too (Markdown)")
+    options = parser.parse_args()
+    rows = []
+    for case in map(Case.parse, options.cases):
+        rows.append(measure(case, options.dtype, options.remat, options.rounds))
+        print(HEADER, rows[-1], sep="\n", flush=True)
+    setting = circumstances(f"{options.dtype}, remat {options.remat}", options.rounds)
+    text = "\n".join([setting, HEADER, *rows]) + "\n"
+    print(text)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text("# A training step\n\n" + text)
+
+
+if __name__ == "__main__":
+    main()
