@@ -215,11 +215,22 @@ def _dense(
     outputs: int,
     compute_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """x · kernel + bias; `axes` are the kernel's, of which the last `outputs` are the result's."""
+    """x · kernel + bias; `axes` are the kernel's, of which the last `outputs` are the result's.
+
+    Where there are low-rank factors `lora_a` [inputs…, r] and `lora_b` [r, outputs…] (LoRA, arXiv:2106.09685), their
+    product counts as part of the kernel.
+    """
     kept = axes[-outputs:]
     activation = tuple(None if axis == "embed" else axis for axis in kept)
     out = layout.sharding(("batch", None, *activation))
     y = contract(equation, x, used(layout, weights["kernel"], axes, compute_dtype), compute_dtype, out)
+    if "lora_a" in weights:
+        given, kernel, result = equation.replace("->", ",").split(",")
+        taken, made = kernel[:-outputs], kernel[-outputs:]
+        a = used(layout, weights["lora_a"], (*axes[:-outputs], None), compute_dtype)
+        b = used(layout, weights["lora_b"], (None, *kept), compute_dtype)
+        low = contract(f"{given},{taken}z->btz", x, a, compute_dtype, layout.sharding(("batch", None, None)))
+        y = y + contract(f"btz,z{made}->{result}", low, b, compute_dtype, out)
     if "bias" in weights:
         y = y + used(layout, weights["bias"], kept, y.dtype)
     return y
