@@ -1,11 +1,11 @@
 """Several corpora in one endless sequence of rows, each with its share of every stretch of it.
 
 Which corpus the row at a place comes from is decided by counting alone. Of the first k places the first corpus has
-⌊s·k + ½⌋, s being its share; of the k' places it leaves, the second has ⌊s'·k' + ½⌋, s' being its share of what is left;
-and so on, the last corpus taking the rest (Bresenham's line, once per corpus). So a batch is found without walking from
-the start, in time proportional to its own size, and each corpus is spread as evenly as whole rows allow: of any prefix
-the first has its share within ½ row, corpus i (0, 1, …) within (i + 1) / 2. Shares are exact fractions and counts are
-Python's integers; nothing is rounded however long the run.
+⌊s·k + ½⌋, s being its share; of the k' places it leaves, the second has ⌊s'·k' + ½⌋, s' being its share of what is
+left; and so on, the last corpus taking the rest (Bresenham's line, once per corpus). So a batch is found without
+walking from the start, in time proportional to its own size, and each corpus is spread as evenly as whole rows allow:
+of any prefix the first has its share within ½ row, corpus i (0, 1, …) within (i + 1) / 2 rows. Shares are exact
+fractions and counts are Python's integers; nothing is rounded however long the run.
 """
 
 from __future__ import annotations
