@@ -297,6 +297,32 @@ def negative_learning_rate(p: Place) -> Case:
     return p.train("--learning-rate", -1), "learning-rate"
 
 
+def mix_without_a_share(p: Place) -> Case:
+    return p.train("--mix", p.sound.corpus), "FOLDER=SHARE"
+
+
+def mix_with_shares_of_everything(p: Place) -> Case:
+    return p.train("--mix", "a=0.5", "b=0.5"), "sum to 1"
+
+
+def missing_mixed_corpus(p: Place) -> Case:
+    return p.train("--mix", f"{p.folder / 'no-corpus'}=0.1"), "no-corpus"
+
+
+def corrupted_shard_of_a_mixed_corpus(p: Place) -> Case:
+    corpus = p.corpus()
+    flip_byte(corpus / "shard-000000.parquet")
+    return p.train("--mix", f"{corpus}=0.1"), f"{corpus}/shard-000000.parquet"
+
+
+def corpus_mixed_with_itself(p: Place) -> Case:
+    return p.train("--mix", f"{p.sound.corpus}/=0.1"), "the same corpus"
+
+
+def no_epochs_at_all(p: Place) -> Case:
+    return p.train("--max-epochs", 0), "max-epochs"
+
+
 def missing_task_file(p: Place) -> Case:
     return p.score("--tasks", p.folder / "no-task.jsonl"), "no-task.jsonl"
 
@@ -359,9 +385,11 @@ CASES = (
     more_devices_than_there_are, mesh_that_does_not_divide, temperature_zero, samples_longer_than_the_model,
     stop_id_outside_the_vocabulary, out_is_a_file, corrupted_shard, missing_shard, corpus_without_manifest,
     wrong_tokenizer, empty_corpus, malformed_json_line, rows_longer_than_the_model, batch_that_does_not_divide,
-    negative_learning_rate, missing_task_file, malformed_task_line, answer_that_is_no_choice, nothing_to_score,
-    pickled_sequences, sequences_of_floats, sequences_too_short, sequences_outside_the_vocabulary,
-    sequences_longer_than_the_model, round_that_sets_what_is_its_own, round_with_a_missing_task, report_of_nothing,
+    negative_learning_rate, mix_without_a_share, mix_with_shares_of_everything, missing_mixed_corpus,
+    corrupted_shard_of_a_mixed_corpus, corpus_mixed_with_itself, no_epochs_at_all, missing_task_file,
+    malformed_task_line, answer_that_is_no_choice, nothing_to_score, pickled_sequences, sequences_of_floats,
+    sequences_too_short, sequences_outside_the_vocabulary, sequences_longer_than_the_model,
+    round_that_sets_what_is_its_own, round_with_a_missing_task, report_of_nothing,
 )  # fmt: skip
 
 
