@@ -126,8 +126,8 @@ class MergeConfig:
     out: str = ""
     """The model folder to write; running the same command again finds it there."""
     mesh: str = ""
-    """Device mesh to compute on, for instance `data=4,model=2`; unset: one device, the host's processor if JAX may use
-    it."""
+    """Device mesh to compute on, for instance `data=4,model=2`; unset: one device, the host's processor where JAX has
+    it, or all devices of several processes."""
     preset: Preset = "fsdp"
     """How parameters lie on the mesh."""
 

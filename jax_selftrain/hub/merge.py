@@ -65,7 +65,8 @@ def merge(config: MergeConfig) -> Path:
         if not jax.process_index():
             print(f"{out}: this merge is there already; nothing to do")
         return out
-    mesh = make_mesh(config.mesh) if config.mesh else make_mesh("", [host_device()])
+    alone = not config.mesh and jax.process_count() == 1
+    mesh = make_mesh("", [host_device()]) if alone else make_mesh(config.mesh)
     layout = make_layout(config.preset, mesh, axis_sizes(base))
     with jax.set_mesh(mesh):
         sides = [_stored_params(ref, layout) for ref in (config.base, config.student)]
