@@ -4,6 +4,10 @@ import dataclasses
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -14,7 +18,7 @@ import pytest
 from models_factory import tiny_texts
 from training_runs import Interruption, run_options, weights
 
-from jax_selftrain import storage
+from jax_selftrain import settings, storage
 from jax_selftrain.config import ImportConfig, TrainConfig
 from jax_selftrain.corpus import Mixture, batch_indices, import_text, open_corpus, pack
 from jax_selftrain.errors import InputError
@@ -153,6 +157,24 @@ def test_interrupted_mixed_run_ends_with_the_same_bits(step: int, undisturbed: P
     run = train(mixed())
     assert weights(run) == weights(undisturbed)
     assert (run / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_mixed_run_ends_with_the_same_bits(mixed: Callable[..., TrainConfig], tmp_path: Path):
+    undisturbed = train(mixed(out=str(tmp_path / "undisturbed"), steps=20))
+    config = mixed(steps=20)
+    metrics = Path(config.out) / "metrics.jsonl"
+    settings.save(tmp_path / "train.yaml", config)
+    command = [sys.executable, "-m", "jax_selftrain", "train", "--config", str(tmp_path / "train.yaml")]
+    for lines in (1, 9):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < lines):
+            time.sleep(0.005)
+        process.kill()
+        _, said = process.communicate()
+        assert process.returncode == -signal.SIGKILL, said
+    assert weights(train(config)) == weights(undisturbed)
+    assert metrics.read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
 
 
 def test_corpora_may_move_and_their_rows_be_lost_while_a_run_waits(
