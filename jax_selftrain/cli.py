@@ -48,6 +48,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "sample": Command(config.SampleConfig, "jax_selftrain.sampling:sample", ("model", "out")),
     "train": Command(config.TrainConfig, "jax_selftrain.training:train", ("model", "corpus", "out")),
+    "merge": Command(config.MergeConfig, "jax_selftrain.hub:merge", ("base", "student", "weight", "out")),
     "score": Command(config.ScoreConfig, "jax_selftrain.scoring:score", ("model", "out")),
     "extract": Command(config.ExtractConfig, "jax_selftrain.scoring:extract", ("model", "sequences", "out")),
     "run": Command(config.RunConfig, "jax_selftrain.study:run", ("model", "out")),

@@ -114,6 +114,25 @@ class ConvertConfig:
 
 
 @dataclass(frozen=True)
+class MergeConfig:
+    """Take a point on the line through two models' parameters: base + weight · (student − base)."""
+
+    base: str = ""
+    """The model at weight 0; the result has its tokenizer and config."""
+    student: str = ""
+    """The model at weight 1: of the same architecture and tokenizer."""
+    weight: float | None = None
+    """Between 0 and 1 the mean of both; above 1 beyond the student, below 0 away from it."""
+    out: str = ""
+    """The model folder to write; running the same command again finds it there."""
+    mesh: str = ""
+    """Device mesh to compute on, for instance `data=4,model=2`; unset: one device, the host's processor where JAX has
+    it, or all devices of several processes."""
+    preset: Preset = "fsdp"
+    """How parameters lie on the mesh."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Train a model on a corpus; the result is itself a model (`RUN/model`)."""
 

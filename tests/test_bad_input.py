@@ -76,6 +76,9 @@ class Place:
         length = () if "--seq-len" in more else ("--seq-len", 16)
         return ["train", *where, "--batch-size", 8, *length, *more]
 
+    def merge(self, student: Path, weight: object) -> list[object]:
+        return ["merge", "--base", self.sound.model, "--student", student, "--weight", weight, "--out", self.out]
+
     def score(self, *more: object) -> list[object]:
         return ["score", "--model", self.sound.model, "--out", self.out, *more]
 
@@ -297,6 +300,54 @@ def negative_learning_rate(p: Place) -> Case:
     return p.train("--learning-rate", -1), "learning-rate"
 
 
+def mix_without_a_share(p: Place) -> Case:
+    return p.train("--mix", p.sound.corpus), "FOLDER=SHARE"
+
+
+def mix_with_shares_of_everything(p: Place) -> Case:
+    return p.train("--mix", "a=0.5", "b=0.5"), "sum to 1"
+
+
+def missing_mixed_corpus(p: Place) -> Case:
+    return p.train("--mix", f"{p.folder / 'no-corpus'}=0.1"), "no-corpus"
+
+
+def corrupted_shard_of_a_mixed_corpus(p: Place) -> Case:
+    corpus = p.corpus()
+    flip_byte(corpus / "shard-000000.parquet")
+    return p.train("--mix", f"{corpus}=0.1"), f"{corpus}/shard-000000.parquet"
+
+
+def corpus_mixed_with_itself(p: Place) -> Case:
+    return p.train("--mix", f"{p.sound.corpus}/=0.1"), "the same corpus"
+
+
+def no_epochs_at_all(p: Place) -> Case:
+    return p.train("--max-epochs", 0), "max-epochs"
+
+
+def merge_of_other_tokenizers(p: Place) -> Case:
+    model = p.model()
+    shutil.copyfile(p.sound.other / "tokenizer.json", model / "tokenizer.json")
+    return p.merge(model, 0.5), "another tokenizer"
+
+
+def merge_of_other_architectures(p: Place) -> Case:
+    return p.merge(p.sound.other, 0.5), "vocab_size 160"
+
+
+def merge_of_nothing(p: Place) -> Case:
+    return p.merge(p.folder / "no-model", 0.5), "no-model"
+
+
+def merge_with_nan_weights(p: Place) -> Case:
+    return p.merge(change_weights(p.model(), nan_weight), 0.5), "model.norm.weight"
+
+
+def merge_by_no_number(p: Place) -> Case:
+    return p.merge(p.sound.model, "nan"), "--weight"
+
+
 def missing_task_file(p: Place) -> Case:
     return p.score("--tasks", p.folder / "no-task.jsonl"), "no-task.jsonl"
 
@@ -359,9 +410,12 @@ CASES = (
     more_devices_than_there_are, mesh_that_does_not_divide, temperature_zero, samples_longer_than_the_model,
     stop_id_outside_the_vocabulary, out_is_a_file, corrupted_shard, missing_shard, corpus_without_manifest,
     wrong_tokenizer, empty_corpus, malformed_json_line, rows_longer_than_the_model, batch_that_does_not_divide,
-    negative_learning_rate, missing_task_file, malformed_task_line, answer_that_is_no_choice, nothing_to_score,
-    pickled_sequences, sequences_of_floats, sequences_too_short, sequences_outside_the_vocabulary,
-    sequences_longer_than_the_model, round_that_sets_what_is_its_own, round_with_a_missing_task, report_of_nothing,
+    negative_learning_rate, mix_without_a_share, mix_with_shares_of_everything, missing_mixed_corpus,
+    corrupted_shard_of_a_mixed_corpus, corpus_mixed_with_itself, no_epochs_at_all, merge_of_other_tokenizers,
+    merge_of_other_architectures, merge_of_nothing, merge_with_nan_weights, merge_by_no_number, missing_task_file,
+    malformed_task_line, answer_that_is_no_choice, nothing_to_score, pickled_sequences, sequences_of_floats,
+    sequences_too_short, sequences_outside_the_vocabulary, sequences_longer_than_the_model,
+    round_that_sets_what_is_its_own, round_with_a_missing_task, report_of_nothing,
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from jax_selftrain.corpus.exports import export
 from jax_selftrain.corpus.imports import import_text
+from jax_selftrain.corpus.mixture import Mixture, read_mix
 from jax_selftrain.corpus.ngrams import NgramIndex
 from jax_selftrain.corpus.reader import Corpus, open_corpus
 from jax_selftrain.corpus.rows import Rows, batch_indices, build_rows, pack
@@ -22,6 +23,7 @@ __all__ = [
     "FINISH_REASONS",
     "SCHEMA",
     "Corpus",
+    "Mixture",
     "NgramIndex",
     "Rows",
     "Sample",
@@ -35,6 +37,7 @@ __all__ = [
     "missing_shards",
     "open_corpus",
     "pack",
+    "read_mix",
     "read_records",
     "shard_count",
     "shard_ids",

@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -114,20 +114,39 @@ def batch_indices(n_rows: int, batch_size: int, seed: int, n: int) -> np.ndarray
     """
     if n_rows < 1 or batch_size < 1 or n < 0:
         raise ValueError(f"batch {n} of {batch_size} rows out of {n_rows} does not exist")
-    places = np.arange(n * batch_size, (n + 1) * batch_size)
-    epochs, within = np.divmod(places, n_rows)
-    indices = np.empty(batch_size, np.int64)
-    for epoch in np.unique(epochs):
+    return visited_rows(n_rows, seed, np.arange(n * batch_size, (n + 1) * batch_size))
+
+
+def visited_rows(n_rows: int, seed: int, visits: np.ndarray, *, corpus: int = 0) -> np.ndarray:
+    """Which rows the given visits go to, in the endless sequence of epochs, each a permutation of all rows.
+
+    Args:
+        n_rows: rows of the corpus.
+        seed: of the run.
+        visits: int64 [N], numbers (from 0) of visits to this corpus.
+        corpus: which of a run's corpora this is; each has orders of its own.
+
+    Returns:
+        int64 [N].
+    """
+    epochs, within = np.divmod(visits, n_rows)
+    rows = np.empty(len(visits), np.int64)
+    for epoch in np.unique(epochs).tolist():
         chosen = epochs == epoch
-        indices[chosen] = _epoch_order(n_rows, seed, int(epoch))[within[chosen]]
-    return indices
+        rows[chosen] = _orders(corpus)(n_rows, seed, epoch)[within[chosen]]
+    return rows
 
 
-@lru_cache(maxsize=4)
-def _epoch_order(n_rows: int, seed: int, epoch: int) -> np.ndarray:
+@cache
+def _orders(corpus: int) -> Callable[[int, int, int], np.ndarray]:
+    """`_epoch_order` of a corpus, remembering the latest two: a batch may span two epochs of each corpus."""
+    return lru_cache(maxsize=2)(partial(_epoch_order, corpus))
+
+
+def _epoch_order(corpus: int, n_rows: int, seed: int, epoch: int) -> np.ndarray:
     # Sorting raw Philox words, because numpy guarantees the bit stream for good but not what
     # `Generator.permutation` makes of it (NEP 19).
-    words = np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64)).random_raw(n_rows)
+    words = np.random.Philox(key=np.array([seed % 2**64, (corpus << 32) + epoch], np.uint64)).random_raw(n_rows)
     return np.argsort(words, kind="stable")
 
 

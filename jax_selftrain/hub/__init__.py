@@ -10,6 +10,7 @@ from jax_selftrain.hub.folder import (
     tokenizer_fingerprint,
 )
 from jax_selftrain.hub.load import LoadedModel, ModelSource, convert, load_model, with_params
+from jax_selftrain.hub.merge import merge
 from jax_selftrain.hub.tokens import SpecialTokens
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "convert",
     "load_model",
     "load_tokenizer",
+    "merge",
     "model_fingerprint",
     "read_config",
     "resolve",

@@ -140,7 +140,7 @@ def load_model(
     layout = make_layout(preset, mesh, axis_sizes(config))
     tokenizer = read_tokenizer(path) if has_tokenizer(path) else None
     special = read_special_tokens(path, raw, tokenizer, config.vocab_size)
-    params, source = _read_params(str(ref), path, config, raw, layout, np.dtype(dtype))
+    params, source = read_params(str(ref), path, config, raw, layout, np.dtype(dtype))
     return LoadedModel(config, params, layout, tokenizer, special, source, np.dtype(dtype))
 
 
@@ -176,10 +176,10 @@ def convert(config: ConvertConfig) -> Path:
     settings.require(config, "source", "out")
     path, out = resolve(config.source), Path(config.out)
     decoder, raw = read_config(path)
-    layout = make_layout("replicated", make_mesh("", [_conversion_device()]), axis_sizes(decoder))
+    layout = make_layout("replicated", make_mesh("", [host_device()]), axis_sizes(decoder))
     kept = config.dtype == "keep"
     dtype = None if kept else np.dtype(config.dtype)
-    params, source = _read_params(config.source, path, decoder, raw, layout, dtype)
+    params, source = read_params(config.source, path, decoder, raw, layout, dtype)
     tensors = dict(source.tensors) if kept else dict.fromkeys(source.tensors, config.dtype)
     raw = raw if kept else with_dtype(raw, {config.dtype})
     if config.format == "hf":
@@ -196,15 +196,15 @@ def convert(config: ConvertConfig) -> Path:
     return out
 
 
-def _conversion_device() -> jax.Device:
-    """A CPU where there is one beside the accelerator: a conversion computes nothing and wants memory only."""
+def host_device() -> jax.Device:
+    """A CPU where there is one beside the accelerator, for work that computes next to nothing and wants memory only."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS names the accelerator alone
         return jax.local_devices()[0]
 
 
-def _read_params(
+def read_params(
     ref: str, path: Path, config: DecoderConfig, raw: Mapping[str, Any], layout: Layout, dtype: np.dtype | None
 ) -> tuple[Params, ModelSource]:
     """Parameters in `dtype` (None: as they are stored), from either kind of folder."""

@@ -8,6 +8,7 @@ import jax
 
 from jax_selftrain import hub, sampling, scoring, settings, training
 from jax_selftrain.config import ExtractConfig, RunConfig, ScoreConfig, TrainConfig
+from jax_selftrain.corpus import open_corpus, read_mix
 from jax_selftrain.errors import InputError
 from jax_selftrain.mesh import make_mesh
 from jax_selftrain.scoring.score import check_batch
@@ -64,6 +65,8 @@ def _check_training(config: TrainConfig) -> None:
         raise InputError(
             f"train.seq_len {config.seq_len}: {config.model} has only {model.max_positions} positions; shorten the rows"
         )
+    for folder, _ in read_mix(config.mix):
+        open_corpus(folder, tokenizer_fingerprint=hub.tokenizer_fingerprint(config.model))
     training.program(config, make_mesh(config.mesh))
 
 

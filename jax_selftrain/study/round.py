@@ -31,8 +31,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jax_selftrain import hub, settings, storage
-from jax_selftrain.config import ExtractConfig, RunConfig, ScoreConfig
-from jax_selftrain.corpus import open_corpus
+from jax_selftrain.config import ExtractConfig, RunConfig, ScoreConfig, TrainConfig
+from jax_selftrain.corpus import open_corpus, read_mix
 from jax_selftrain.errors import InputError, UnavailableError
 from jax_selftrain.sampling import sample
 from jax_selftrain.scoring import extract, score
@@ -99,7 +99,7 @@ def _stages(config: RunConfig, folder: Path) -> Iterator[_Stage]:
     )
     yield _Stage(
         "train",
-        lambda: {**_model_marks(plan.train.model), "corpus": corpus["corpus"]()},
+        lambda: {**_model_marks(plan.train.model), "corpus": corpus["corpus"](), **_mix_marks(plan.train)},
         lambda: train(plan.train),
         lambda: {
             "model": hub.model_fingerprint(plan.train.out),
@@ -139,6 +139,10 @@ def _extraction_stage(name: str, options: ExtractConfig, corpus: Callable[[], st
 
 def _model_marks(ref: str) -> dict[str, str]:
     return {"model": hub.model_fingerprint(ref), "tokenizer": hub.tokenizer_fingerprint(ref)}
+
+
+def _mix_marks(options: TrainConfig) -> dict[str, str]:
+    return {f"mixed corpus {folder}": open_corpus(folder).fingerprint for folder, _ in read_mix(options.mix)}
 
 
 def _file_marks(options: ScoreConfig) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """What a run is, and whether a run folder is that run: everything that can be refused is refused here, before training.
 
-A run is determined by the base's weights, the corpus, and the options that change the arithmetic (`run.json` holds the
+A run is determined by the base's weights, the corpora, and the options that change the arithmetic (`run.json` holds the
 fingerprints and options). The mesh, the checkpoint interval and their like may change from launch to launch; each
 launch is recorded in `launches.jsonl`.
 """
@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jax_selftrain import hub, settings, storage
-from jax_selftrain.config import Packing, TrainConfig
-from jax_selftrain.corpus import Corpus, Rows, build_rows, open_corpus
+from jax_selftrain.config import TrainConfig
+from jax_selftrain.corpus import Corpus, Mixture, build_rows, open_corpus, read_mix
 from jax_selftrain.errors import InputError, UnavailableError
 from jax_selftrain.mesh import Layout, make_layout, make_mesh
 from jax_selftrain.models import DecoderConfig, axis_sizes
@@ -29,10 +31,13 @@ from jax_selftrain.training.step import abstract_batch
 
 FORMAT = 1
 
-CHANGEABLE = ("mesh", "preset", "remat", "attention", "checkpoint_every", "keep", "keep_every", "log_every", "wandb")
+CHANGEABLE = (
+    "mesh", "preset", "remat", "attention", "checkpoint_every", "keep", "keep_every", "log_every", "wandb",
+    "max_epochs",
+)  # fmt: skip
 """Options that may differ between the launches of one run: the results they give differ by rounding at most."""
 
-_BY_FINGERPRINT = ("model", "corpus", "out")
+_BY_FINGERPRINT = ("model", "corpus", "mix", "out")
 """Options that are compared by content, not by name: a folder may have been moved."""
 
 
@@ -44,9 +49,12 @@ class Inputs:
     model: DecoderConfig
     raw_config: dict[str, Any]
     layout: Layout
-    corpus: Corpus
+    corpora: tuple[Corpus, ...]
+    """The corpus, then those that are mixed in."""
+    shares: tuple[Fraction, ...]
+    """Share of the rows that come from each of them."""
     fingerprints: dict[str, str]
-    """Of `model` (weights; for a fresh initialisation its config), `tokenizer` and `corpus`."""
+    """Of `model` (weights; for a fresh initialisation its config), `tokenizer`, `corpus`, and `mix` if there is one."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class Run:
     config: TrainConfig
     """As given, with `steps` and `checkpoint_every` resolved."""
     inputs: Inputs
-    rows: Rows
+    rows: Mixture
     identity: str
     """Fingerprint of everything that determines the result."""
 
@@ -84,11 +92,17 @@ def read_inputs(config: TrainConfig) -> Inputs:
             f"give at most --seq-len {model.max_positions}"
         )
     tokenizer = hub.tokenizer_fingerprint(config.model)
-    corpus = open_corpus(config.corpus, tokenizer_fingerprint=tokenizer)
-    _check_token_ids(config, corpus, model.vocab_size)
+    mix = read_mix(config.mix)
+    folders = [config.corpus, *(folder for folder, _ in mix)]
+    corpora = tuple(_open_corpus(config, folder, tokenizer, model.vocab_size) for folder in folders)
+    _refuse_doubled(corpora)
+    shares = tuple(share for _, share in mix)
     weights = storage.fingerprint(raw_config) if config.init == "scratch" else hub.model_fingerprint(config.model)
-    fingerprints = {"model": weights, "tokenizer": tokenizer, "corpus": corpus.fingerprint}
-    return Inputs(config, model, raw_config, layout, corpus, fingerprints)
+    fingerprints = {"model": weights, "tokenizer": tokenizer, "corpus": corpora[0].fingerprint}
+    if mix:
+        marks = [[str(share), corpus.fingerprint] for share, corpus in zip(shares, corpora[1:], strict=True)]
+        fingerprints["mix"] = storage.fingerprint(marks)
+    return Inputs(config, model, raw_config, layout, corpora, (1 - sum(shares, Fraction(0)), *shares), fingerprints)
 
 
 @contextmanager
@@ -102,7 +116,7 @@ def claim(inputs: Inputs) -> Iterator[Run]:
     folder = Path(inputs.config.out)
     if jax.process_index():
         barrier("run folder is ready")
-        yield _recognise(folder, inputs, build_rows(inputs.corpus, folder / "rows", *_row_shape(inputs.config)))
+        yield _recognise(folder, inputs)
         return
     _refuse_foreign(folder)
     try:
@@ -114,8 +128,7 @@ def claim(inputs: Inputs) -> Iterator[Run]:
             raise UnavailableError(f"{folder}: another process is training there; wait for it, or choose another --out")
         if (folder / "run.json").exists():
             _refuse_other_run(folder, inputs)
-        rows = build_rows(inputs.corpus, folder / "rows", *_row_shape(inputs.config))
-        run = _recognise(folder, inputs, rows)
+        run = _recognise(folder, inputs)
         if not (folder / "run.json").exists():
             settings.save(folder / "config.yaml", run.config)
             storage.write_json(folder / "run.json", _description(run))
@@ -129,17 +142,38 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def _row_shape(config: TrainConfig) -> tuple[int, Packing]:
-    return config.seq_len, config.packing
-
-
-def _recognise(folder: Path, inputs: Inputs, rows: Rows) -> Run:
+def _recognise(folder: Path, inputs: Inputs) -> Run:
     config = inputs.config
-    steps = config.steps or math.ceil(len(rows.tokens) / config.batch_size)
+    places = [folder / "rows", *(folder / f"rows-{n}" for n in range(1, len(inputs.corpora)))]
+    parts = [
+        build_rows(corpus, place, config.seq_len, config.packing)
+        for corpus, place in zip(inputs.corpora, places, strict=True)
+    ]
+    rows = Mixture(tuple(parts), inputs.shares)
+    steps = config.steps or rows.steps_of_one_pass(config.batch_size)
     every = config.checkpoint_every or math.ceil(steps / 10)
     config = dataclasses.replace(config, steps=steps, checkpoint_every=every)
+    _check_epochs(config, inputs.corpora, rows, steps)
     identity = storage.fingerprint({**inputs.fingerprints, "options": _settled(config)})
     return Run(folder, config, inputs, rows, identity)
+
+
+def _check_epochs(config: TrainConfig, corpora: tuple[Corpus, ...], rows: Mixture, steps: int) -> None:
+    """Refuse a run that visits the rows of a corpus more often than the user wants."""
+    if config.max_epochs is None:
+        return
+    limit = Fraction(str(config.max_epochs))
+    epochs, visited = rows.epochs(steps * config.batch_size), rows.visits([steps * config.batch_size])[:, 0]
+    most = epochs.index(max(epochs))
+    if epochs[most] <= limit:
+        return
+    within = rows.steps_within(limit, config.batch_size, steps)
+    remedy = f"give at most --steps {within}" if within else "not even one step keeps it: give a smaller --batch-size"
+    raise InputError(
+        f"{corpora[most].folder}: {steps} steps of {config.batch_size} rows would visit its {len(rows.parts[most])} "
+        f"rows {visited[most]} times ({float(epochs[most]):.4g} epochs), more than --max-epochs {config.max_epochs:g} "
+        f"allows; {remedy}"
+    )
 
 
 def _settled(config: TrainConfig) -> dict[str, Any]:
@@ -149,23 +183,37 @@ def _settled(config: TrainConfig) -> dict[str, Any]:
 
 
 def _description(run: Run) -> dict[str, Any]:
-    config, corpus, fingerprints = run.config, run.inputs.corpus.manifest, run.inputs.fingerprints
+    config, fingerprints = run.config, run.inputs.fingerprints
+    main, *mixed = _described_corpora(run)
     return {
         "format": FORMAT,
         "versions": storage.versions(),
         "model": {"ref": config.model, "init": config.init, "fingerprint": fingerprints["model"]},
         "tokenizer_fingerprint": fingerprints["tokenizer"],
-        "corpus": {
-            "ref": config.corpus,
-            "fingerprint": fingerprints["corpus"],
-            "samples": corpus["samples"],
-            "tokens": corpus["tokens"],
-        },
-        "rows": len(run.rows.tokens),
+        "corpus": main,
+        "mix": mixed,
+        "rows": len(run.rows.parts[0]),
         "steps": config.steps,
         "options": _settled(config),
         "identity": run.identity,
     }
+
+
+def _described_corpora(run: Run) -> list[dict[str, Any]]:
+    inputs, total = run.inputs, (run.config.steps or 1) * run.config.batch_size
+    parts = zip(inputs.corpora, inputs.shares, run.rows.parts, run.rows.epochs(total), strict=True)
+    return [
+        {
+            "ref": str(corpus.folder),
+            "fingerprint": corpus.fingerprint,
+            "samples": corpus.manifest["samples"],
+            "tokens": corpus.manifest["tokens"],
+            "share": str(share),
+            "rows": len(rows),
+            "epochs": float(epochs),
+        }
+        for corpus, share, rows, epochs in parts
+    ]
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -174,9 +222,8 @@ def _refuse_foreign(folder: Path) -> None:
         raise InputError(f"--out {folder}: is a file; give a folder")
     if not folder.exists() or (folder / "run.json").exists():
         return
-    others = sorted(
-        p.name for p in folder.iterdir() if not p.name.startswith(".") and p.name not in ("rows", "config.yaml")
-    )
+    ours = re.compile(r"\..*|rows(-\d+)?|config\.yaml")
+    others = sorted(path.name for path in folder.iterdir() if not ours.fullmatch(path.name))
     if others:
         raise InputError(
             f"--out {folder}: holds {others[0]} but no run.json, so it is not a run folder; choose another"
@@ -191,7 +238,10 @@ def _refuse_other_run(folder: Path, inputs: Inputs) -> None:
         options, format_version = before["options"], before["format"]
         tokenizer = before["tokenizer_fingerprint"]
         marks = {name: entry["fingerprint"] for name, entry in earlier.items()}
-    except (KeyError, TypeError) as error:
+        mixed = [
+            (str(entry["ref"]), Fraction(entry["share"]), str(entry["fingerprint"])) for entry in before.get("mix", [])
+        ]
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder / 'run.json'}: is damaged (no {error}); choose another --out") from error
     if format_version != FORMAT:
         raise InputError(f"{folder}: has run format {format_version}, not {FORMAT}; choose another --out")
@@ -202,6 +252,7 @@ def _refuse_other_run(folder: Path, inputs: Inputs) -> None:
         if now.get(name) != options.get(name):
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{folder}: was started with {flag} {options.get(name)}, not {now.get(name)}; {remedy}")
+    _refuse_other_mix(folder, mixed, inputs, remedy)
     marks["tokenizer"] = tokenizer
     for name, mark in marks.items():
         found = inputs.fingerprints[name]
@@ -211,19 +262,52 @@ def _refuse_other_run(folder: Path, inputs: Inputs) -> None:
             )
 
 
-def _check_token_ids(config: TrainConfig, corpus: Corpus, vocab_size: int) -> None:
+def _refuse_other_mix(folder: Path, before: list[tuple[str, Fraction, str]], inputs: Inputs, remedy: str) -> None:
+    """Corpora are compared by share and content, not by name; `before` is (name, share, fingerprint) of each."""
+    parts = zip(inputs.corpora, inputs.shares, strict=True)
+    now = [(str(corpus.folder), share, corpus.fingerprint) for corpus, share in parts][1:]
+    if [entry[1:] for entry in before] == [entry[1:] for entry in now]:
+        return
+    if [entry[:2] for entry in before] != [entry[:2] for entry in now]:
+        raise InputError(f"{folder}: was started with {_spelled(before)}, not {_spelled(now)}; {remedy}")
+    for (name, _, mark), (_, _, found) in zip(before, now, strict=True):
+        if mark != found:
+            raise InputError(
+                f"{folder}: was started with another content of the mixed corpus {name} (fingerprint {mark[:8]}…, now "
+                f"{found[:8]}…); {remedy}"
+            )
+
+
+def _spelled(mix: list[tuple[str, Fraction, str]]) -> str:
+    entries = [f"{name}={float(share):g}" for name, share, _ in mix]
+    return " ".join(["--mix", *entries]) if entries else "no --mix"
+
+
+def _open_corpus(config: TrainConfig, folder: str, tokenizer: str, vocab_size: int) -> Corpus:
+    """A corpus that the model can be trained on: of its tokenizer, and every id a token of the model."""
+    corpus = open_corpus(folder, tokenizer_fingerprint=tokenizer)
     tokens, offsets, _ = corpus.token_arrays()
     if corpus.start_id >= vocab_size:
-        raise InputError(
-            f"{config.corpus}: its start id {corpus.start_id} is no token of {config.model} ({vocab_size})"
-        )
+        raise InputError(f"{folder}: its start id {corpus.start_id} is no token of {config.model} ({vocab_size})")
     bad = np.flatnonzero((tokens >= vocab_size) | (tokens < 0))
     if bad.size:
         document = int(np.searchsorted(offsets, bad[0], side="right")) - 1
         raise InputError(
-            f"{config.corpus}: document {document} holds token id {tokens[bad[0]]}, but {config.model} has only "
+            f"{folder}: document {document} holds token id {tokens[bad[0]]}, but {config.model} has only "
             f"{vocab_size} tokens; use the corpus with a model of its own tokenizer"
         )
+    return corpus
+
+
+def _refuse_doubled(corpora: tuple[Corpus, ...]) -> None:
+    seen: dict[str, Corpus] = {}
+    for corpus in corpora:
+        twin = seen.setdefault(corpus.fingerprint, corpus)
+        if twin is not corpus:
+            raise InputError(
+                f"--mix {corpus.folder}: holds the same corpus as {twin.folder}; give each corpus once, with its whole "
+                "share"
+            )
 
 
 def check_ranges(config: TrainConfig) -> None:

@@ -10,15 +10,17 @@ import pytest
 from models_factory import tiny_weights, write_tiny_hf_model
 
 from jax_selftrain import hub
-from jax_selftrain.config import ConvertConfig
+from jax_selftrain.config import ConvertConfig, MergeConfig
 from jax_selftrain.hub.digest import weights_fingerprint
 from jax_selftrain.storage import read_json
 
 
 @pytest.mark.slow
-def test_two_processes_read_half_each_and_save_together(tmp_path: Path):
+def test_two_processes_read_half_each_and_save_and_merge_together(tmp_path: Path):
     folder = write_tiny_hf_model(tmp_path / "hf", "gpt_neox", tokenizer=False)
     hub.convert(ConvertConfig(source=str(folder), out=str(tmp_path / "ours")))
+    student = write_tiny_hf_model(tmp_path / "student", "gpt_neox", tokenizer=False, seed=1)
+    merged = hub.merge(MergeConfig(base=str(folder), student=str(student), weight=0.5, out=str(tmp_path / "one")))
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         coordinator = f"localhost:{probe.getsockname()[1]}"
@@ -50,5 +52,6 @@ def test_two_processes_read_half_each_and_save_together(tmp_path: Path):
         # fsdp divides everything that has a width; biases of heads and MLP are divided over `model`, within a process.
         assert total / 2 <= seen["read"] < total / 2 + 0.02 * total
         assert "already exists" in seen["refused"]
+        assert seen["merged"] == hub.model_fingerprint(merged)
     assert read_json(tmp_path / "seen-1.json")["alone"] == expected
     assert weights_fingerprint(hub.load_model(tmp_path / "together", "data=1").params) == expected

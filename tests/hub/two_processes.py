@@ -9,6 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jax_selftrain import hub
+from jax_selftrain.config import MergeConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub.digest import weights_fingerprint
 from jax_selftrain.hub.families import FAMILIES
@@ -48,6 +49,10 @@ def main(coordinator: str, index: int, work: Path) -> None:
         hub.save_model(work / "together", raw, params, source_ref=work / "hf", metadata={})
     except InputError as error:
         seen["refused"] = str(error)
+
+    merge = MergeConfig(base=str(work / "hf"), student=str(work / "student"), weight=0.5, out=str(work / "merged"))
+    hub.merge(merge)
+    seen["merged"] = hub.model_fingerprint(hub.merge(merge))  # the second time it is there
 
     if index == 1:  # alone, on its own devices: must not wait for the other process
         seen["alone"] = weights_fingerprint(

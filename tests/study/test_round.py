@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from jax_selftrain import settings, storage
-from jax_selftrain.config import RunConfig
-from jax_selftrain.corpus import open_corpus
+from jax_selftrain.config import ImportConfig, RunConfig
+from jax_selftrain.corpus import import_text, open_corpus
 from jax_selftrain.errors import InputError
 from jax_selftrain.study import run
 
@@ -229,6 +229,20 @@ def test_a_changed_input_is_refused_by_name(
         run(config)
 
 
+def test_a_changed_mixed_corpus_is_refused_by_name(options: Options, inputs: dict[str, str], tmp_path: Path) -> None:
+    config, mixed = options(tmp_path / "out"), tmp_path / "mixed"
+    config = replace(config, score=replace(config.score, tasks=()), extract=replace(config.extract, sequences=""))
+    config = replace(config, train=replace(config.train, mix=(f"{mixed}=0.2",)))
+    text = ImportConfig(source=inputs["texts"], model=config.model, out=str(mixed))
+    import_text(text)
+    run(config)
+    assert storage.read_json(tmp_path / "out" / "train" / "run.json")["mix"][0]["share"] == "1/5"
+    shutil.rmtree(mixed)
+    import_text(replace(text, limit=3))
+    with pytest.raises(InputError, match=f"train was done with another mixed corpus {mixed}"):
+        run(config)
+
+
 def test_a_damaged_shard_is_named(finished: Path, options: Options, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
@@ -297,6 +311,8 @@ def test_what_the_round_decides_may_not_be_set(options: Options, tmp_path: Path,
         ("train", {"learning_rate": -1.0}, "learning-rate"),
         ("train", {"batch_size": 3, "mesh": "data=2"}, "batch"),
         ("train", {"mesh": "data=3,model=5"}, "mesh"),
+        ("train", {"mix": ("missing=0.1",)}, "missing: no such corpus folder"),
+        ("train", {"mix": ("missing",)}, "FOLDER=SHARE"),
     ],
 )
 def test_bad_input_is_found_before_sampling(

@@ -21,15 +21,26 @@ def small_model(tiny_model) -> Path:
     )
 
 
+def make_corpus(folder: Path, model: Path, texts: list[str]) -> Path:
+    """A corpus of these texts in the tokens of `model`, at `folder/corpus`."""
+    source = folder / "texts.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    import_text(ImportConfig(source=str(source), model=str(model), out=str(folder / "corpus")))
+    return folder / "corpus"
+
+
 @pytest.fixture(scope="session")
 def corpus_folder(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixty beginnings of stories, in the tokens of `small_model`."""
-    folder = tmp_path_factory.mktemp("corpus")
-    source = folder / "texts.jsonl"
     texts = [text[: 40 + 37 * i % 80] for i, text in enumerate(tiny_texts(60, seed=7))]  # of many lengths
-    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    import_text(ImportConfig(source=str(source), model=str(small_model), out=str(folder / "corpus")))
-    return folder / "corpus"
+    return make_corpus(tmp_path_factory.mktemp("corpus"), small_model, texts)
+
+
+@pytest.fixture(scope="session")
+def other_corpus(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The beginnings of twelve other stories, to be mixed in."""
+    texts = [text[:90] for text in tiny_texts(12, seed=8)]
+    return make_corpus(tmp_path_factory.mktemp("other"), small_model, texts)
 
 
 @pytest.fixture

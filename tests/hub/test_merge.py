@@ -1,0 +1,219 @@
+"""Merging: exact at both ends, the line in between and beyond, one sentence for what does not belong together."""
+
+import dataclasses
+import importlib.util
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from models_factory import FAMILIES, Family, write_tiny_hf_model
+from parity_cases import CASES, transformers_logits
+from safetensors.numpy import load_file, save_file
+
+from jax_selftrain import cli, hub, storage
+from jax_selftrain.config import ConvertConfig, MergeConfig
+from jax_selftrain.errors import InputError
+
+
+def params_of(model: Path) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(hub.load_model(model, "data=1").params)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def bits_of(model: Path) -> dict[str, bytes]:
+    return {name: value.tobytes() for name, value in params_of(model).items()}
+
+
+def pair(folder: Path, family: Family, **changes: Any) -> tuple[Path, Path]:
+    """A base and a student that differ in every weight."""
+    base = write_tiny_hf_model(folder / "base", family, seed=1, **changes)
+    return base, write_tiny_hf_model(folder / "student", family, seed=2, **changes)
+
+
+def options(at: tuple[Path, Path], out: Path, weight: float, **changes: Any) -> MergeConfig:
+    return MergeConfig(base=str(at[0]), student=str(at[1]), weight=weight, out=str(out), **changes)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return pair(tmp_path_factory.mktemp("models"), "llama")
+
+
+@pytest.fixture(scope="module")
+def merged(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Away from the student, as Neon does."""
+    return hub.merge(options(models, tmp_path_factory.mktemp("merged") / "out", -0.5))
+
+
+# ---------------------------------------------------------------- what it computes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_ends_are_the_models_themselves_to_the_last_bit(family: Family, dtype, tmp_path: Path):
+    base, student = pair(tmp_path, family, tokenizer=False, dtype=dtype)
+    for weight, model in ((0.0, base), (1.0, student)):
+        out = hub.merge(options((base, student), tmp_path / str(weight), weight))
+        assert bits_of(out) == bits_of(model)
+
+
+@pytest.mark.parametrize("case", ["neox", "neox-tied", "llama-gqa", "llama-tied", "qwen2-window", "qwen3"])
+@pytest.mark.parametrize("weight", [-1.5, 0.3, 2.0])
+def test_every_parameter_lies_on_the_line(case: str, weight: float, tmp_path: Path):
+    family, changes = CASES[case]
+    base, student = pair(tmp_path, family, tokenizer=False, **changes)
+    found = params_of(hub.merge(options((base, student), tmp_path / "out", weight)))
+    first, second = params_of(base), params_of(student)
+    for name, value in found.items():
+        b, s = first[name].astype(np.float64), second[name].astype(np.float64)
+        # One rounding each of difference, weight, product and sum.
+        room = 2.0**-24 * (3.1 * np.abs(weight * (s - b)) + np.abs(b + weight * (s - b))) + 1e-37
+        assert (np.abs(value - (b + weight * (s - b))) <= room).all(), name
+
+
+def test_what_the_two_agree_in_stays_for_every_weight(tmp_path: Path):
+    base = write_tiny_hf_model(tmp_path / "base", "gpt_neox", tokenizer=False)
+    student = Path(shutil.copytree(base, tmp_path / "student"))
+    weights = load_file(student / "model.safetensors")
+    weights["gpt_neox.layers.1.mlp.dense_h_to_4h.weight"] *= 1.5
+    save_file(weights, student / "model.safetensors", metadata={"format": "pt"})
+    first, found = params_of(base), params_of(hub.merge(options((base, student), tmp_path / "out", 0.1)))
+    assert {name for name in found if not np.array_equal(found[name], first[name])} == {
+        "['layers']['mlp']['up']['kernel']"
+    }
+
+
+@pytest.mark.parametrize(("mesh", "preset"), [("data=4,model=2", "fsdp"), ("data=2,model=2", "tensor")])
+def test_the_mesh_changes_no_bit(mesh: str, preset: str, models: tuple[Path, Path], merged: Path, tmp_path: Path):
+    out = hub.merge(options(models, tmp_path / "out", -0.5, mesh=mesh, preset=preset))
+    assert bits_of(out) == bits_of(merged)
+    assert hub.model_fingerprint(out) == hub.model_fingerprint(merged)
+
+
+def test_weight_is_a_coordinate_on_the_line(models: tuple[Path, Path], merged: Path, tmp_path: Path):
+    """From −0.5 a third of the way to the student (1.0) is the base (0.0)."""
+    back = params_of(hub.merge(options((merged, models[1]), tmp_path / "out", 1 / 3)))
+    for name, value in params_of(models[0]).items():
+        np.testing.assert_allclose(back[name], value, atol=2e-6)  # a few roundings of values up to about 10
+
+
+# ---------------------------------------------------------------- what it writes
+
+
+def test_result_is_a_float32_model_that_says_what_it_was_made_of(models: tuple[Path, Path], merged: Path):
+    record = storage.read_json(merged / "model.json")
+    assert record["metadata"] == {
+        "made_by": "merge",
+        "weight": -0.5,
+        "base": {"ref": str(models[0]), "fingerprint": hub.model_fingerprint(models[0])},
+        "student": {"ref": str(models[1]), "fingerprint": hub.model_fingerprint(models[1])},
+    }
+    assert set(record["dtypes"].values()) == set(record["tensors"].values()) == {"float32"}
+    assert hub.tokenizer_fingerprint(merged) == hub.tokenizer_fingerprint(models[0])
+    assert hub.special_tokens(merged) == hub.special_tokens(models[0])
+
+
+def test_narrow_models_give_a_float32_result(tmp_path: Path):
+    at = pair(tmp_path, "gpt_neox", dtype="float16", torch_dtype="float16", tokenizer=False)
+    out = hub.merge(options(at, tmp_path / "out", 0.5))
+    assert set(storage.read_json(out / "model.json")["dtypes"].values()) == {"float32"}
+    assert storage.read_json(out / "config.json")["torch_dtype"] == "float32"
+
+
+def test_folders_of_ours_and_of_hugging_face_merge_alike(models: tuple[Path, Path], merged: Path, tmp_path: Path):
+    ours = hub.convert(ConvertConfig(source=str(models[1]), out=str(tmp_path / "ours")))
+    assert bits_of(hub.merge(options((models[0], ours), tmp_path / "out", -0.5))) == bits_of(merged)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_opens_an_exported_merge_with_our_logits(family: Family, tmp_path: Path):
+    at = pair(tmp_path, family)
+    out = hub.merge(options(at, tmp_path / "out", 0.25))
+    hf = hub.convert(ConvertConfig(source=str(out), out=str(tmp_path / "hf"), format="hf"))
+    tokens = np.arange(5, 69).reshape(2, 32)
+    expected = hub.load_model(out, "data=1").logits(tokens)
+    np.testing.assert_allclose(transformers_logits(hf, tokens), expected, atol=1e-4)  # as for every model
+
+
+def test_the_same_merge_again_is_recognised_and_left_alone(
+    models: tuple[Path, Path], merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    before = {path: path.stat().st_mtime_ns for path in merged.rglob("*")}
+    moved = tuple(Path(shutil.copytree(model, tmp_path / model.name)) for model in models)
+    assert hub.merge(options((moved[0], moved[1]), merged, -0.5)) == merged
+    assert "nothing to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in merged.rglob("*")} == before
+
+
+def test_the_command_takes_weights_below_zero(models: tuple[Path, Path], merged: Path, tmp_path: Path, capsys):
+    words = ["merge", "--base", models[0], "--student", models[1], "--weight", "-0.5", "--out", tmp_path / "out"]
+    assert cli.main([str(word) for word in words]) == 0
+    assert f"written: {tmp_path / 'out'}" in capsys.readouterr().out
+    assert bits_of(tmp_path / "out") == bits_of(merged)
+
+
+# ---------------------------------------------------------------- what it refuses
+
+
+def test_another_merge_in_the_same_place_is_refused(models: tuple[Path, Path], merged: Path, tmp_path: Path):
+    before = storage.hash_folder(merged)
+    with pytest.raises(InputError, match=r"holds a merge with --weight -0\.5, not 0\.5"):
+        hub.merge(options(models, merged, 0.5))
+    with pytest.raises(InputError, match="holds a merge with another student"):
+        hub.merge(options((models[0], models[0]), merged, -0.5))
+    with pytest.raises(InputError, match="already exists"):
+        hub.merge(options(models, models[0], 0.5))
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(InputError, match="already exists"):
+        hub.merge(options(models, tmp_path / "file", 0.5))
+    assert storage.hash_folder(merged) == before
+
+
+def test_a_damaged_result_is_not_taken_for_done(models: tuple[Path, Path], merged: Path, tmp_path: Path):
+    copy = Path(shutil.copytree(merged, tmp_path / "copy"))
+    largest = max((path for path in (copy / "params").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    with pytest.raises(InputError, match=rf"{largest.name}: checksum differs.* remove the folder"):
+        hub.merge(options(models, copy, -0.5))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 32, "head_dim": 16}, "has hidden_size 32, but .* has 64"),
+        ({"num_hidden_layers": 3}, "has num_layers 3, but .* has 2"),
+        ({"tie_word_embeddings": True}, "has tied True, but .* has False"),
+        ({"rope_theta": 500000.0}, r"has rope/theta 500000\.0, but .* has 10000\.0"),
+        ({"vocab_size": 400}, "has vocab_size 400, but .* has 512"),
+    ],
+)
+def test_other_architectures_are_refused_by_the_field_that_differs(
+    changes: dict[str, Any], message: str, models: tuple[Path, Path], tiny_model: Callable[..., Path], tmp_path: Path
+):
+    with pytest.raises(InputError, match=message):
+        hub.merge(options((models[0], tiny_model("llama", **changes)), tmp_path / "out", 0.5))
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_tokenizers_are_refused(models: tuple[Path, Path], tiny_model: Callable[..., Path], tmp_path: Path):
+    for other in (tiny_model("llama", tokenizer_size=400), tiny_model("llama", tokenizer=False)):
+        with pytest.raises(InputError, match=r"has another tokenizer \(\w+"):
+            hub.merge(options((models[0], other), tmp_path / "out", 0.5))
+
+
+def test_results_that_are_not_finite_are_refused_by_name(models: tuple[Path, Path], tmp_path: Path):
+    with pytest.raises(InputError, match=r"--weight 3e\+38: embed/embedding would be infinite"):
+        hub.merge(options(models, tmp_path / "out", 3e38))
+    for weight in (1e39, float("nan"), float("-inf")):
+        with pytest.raises(InputError, match="must be a finite number"):
+            hub.merge(options(models, tmp_path / "out", weight))
+    with pytest.raises(InputError, match="`weight` is required"):
+        hub.merge(dataclasses.replace(options(models, tmp_path / "out", 0.5), weight=None))
+    assert not (tmp_path / "out").exists()
