@@ -38,7 +38,6 @@ from jax_selftrain.mesh import compiler_options, make_layout, make_mesh
 from jax_selftrain.models import DecoderConfig, axis_sizes, init_params
 from jax_selftrain.training import Batch, program
 from jax_selftrain.training.flops import speed_of
-from jax_selftrain.training.optimizer import make_optimizer
 from jax_selftrain.training.step import init_state
 
 
@@ -66,7 +65,7 @@ def ours(case: Case, config: DecoderConfig, dtype: str, remat: str) -> Callable[
     arrays = Batch(tokens, ones, positions, ones.astype(np.float32))
     placed = jax.tree.map(lambda array, like: jax.device_put(array, like.sharding), arrays, batch)
     with jax.set_mesh(mesh):
-        state = init_state(make_optimizer(train, 1000), init_params(config, 0, layout))
+        state = init_state(train, config, layout, init_params(config, 0, layout), 1000)
 
     def run() -> None:
         nonlocal state

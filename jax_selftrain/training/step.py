@@ -1,13 +1,15 @@
 """One training step: a pure function of (state, batch), the same on one device and on a pod.
 
-Parameters and Adam's moments are float32 and share one layout; the gradient of a step is the sum over its micro-batches
-of *unnormalised* gradients, divided once by the total weight, so that accumulation equals one big batch even when
-micro-batches hold different numbers of targets (the usual mean of means does not).
+Parameters and Adam's moments share one layout and are kept in `param_dtype`; updates are computed in float32. The
+gradient of a step is the sum over its micro-batches of *unnormalised* gradients, divided once by the total weight, so
+that accumulation equals one big batch even when micro-batches hold different numbers of targets (the usual mean of
+means does not).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +22,9 @@ from jax_selftrain.config import TrainConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.mesh import Layout, make_layout
 from jax_selftrain.models import DecoderConfig, Params, abstract_params, accumulation_dtype, axis_sizes, param_shardings
-from jax_selftrain.training.loss import Batch, LossSums, objective
-from jax_selftrain.training.optimizer import apply_updates, make_optimizer, make_schedule
+from jax_selftrain.training.lora import abstract_adapters, init_adapters, merged, with_adapters
+from jax_selftrain.training.loss import Batch, LossSums, Penalties, objective
+from jax_selftrain.training.optimizer import apply_updates, make_optimizer, make_schedule, rounded
 
 Metrics = dict[str, jax.Array]
 """`loss` (nats per target), `grad_norm` (before clipping), `learning_rate`, `tokens` (targets): scalars."""
@@ -33,21 +36,56 @@ class TrainState(NamedTuple):
     step: jax.Array
     """Updates done, int32 scalar."""
     params: Params
+    """What is trained: the weights, or their adapters (`lora.init_adapters`)."""
     optimizer: optax.OptState
+    average: Params | None = None
+    """Moving average of `params` in float32, where asked for."""
+    base: Params | None = None
+    """The student before training, where adapters stand on it or the loss looks back at it; never changed."""
 
 
 StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def init_state(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
-    """The state before the first step. Under explicit axes the moments inherit the parameters' shardings."""
+def init_state(config: TrainConfig, model: DecoderConfig, layout: Layout, params: Params, steps: int = 1) -> TrainState:
+    """The state before the first step; moments lie as their parameters do.
 
-    @jax.jit
-    def fresh(params: Params) -> tuple[jax.Array, optax.OptState]:
-        return jnp.zeros((), jnp.int32), optimizer.init(params)
+    Args:
+      config: the run's options.
+      model, layout: where adapters are to lie.
+      params: the student before training, float32.
+      steps: of the run; only the learning rate depends on it.
+    """
+    trained = init_adapters(config, model, layout) if config.lora_rank else params
 
-    step, moments = fresh(params)
-    return TrainState(step, params, moments)
+    return jax.jit(_fresh, static_argnums=(0, 1))(config, steps, trained, params)
+
+
+def _fresh(config: TrainConfig, steps: int, trained: Params, params: Params) -> TrainState:
+    average = jax.tree.map(jnp.copy, trained) if config.ema_decay else None
+    base = jax.tree.map(jnp.copy, rounded(params, config.param_dtype, None)) if needs_base(config) else None
+    stored = rounded(trained, config.param_dtype, None)
+    moments = make_optimizer(config, steps).init(stored)
+    return TrainState(jnp.zeros((), jnp.int32), stored, moments, average, base)
+
+
+def needs_base(config: TrainConfig) -> bool:
+    """Whether training keeps the student before training."""
+    return bool(config.lora_rank or config.kl_weight)
+
+
+def delivered(config: TrainConfig, state: TrainState) -> Params:
+    """The model that a run would deliver at this state: averaged where asked, adapters added up, float32."""
+    params = state.params if state.average is None else state.average
+    if not config.lora_rank and not config.ema_decay and config.param_dtype == "float32":
+        return params
+    return _deliver(config, params, state.base)
+
+
+@partial(jax.jit, static_argnums=0)
+def _deliver(config: TrainConfig, params: Params, base: Params | None) -> Params:
+    params, base = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (params, base))
+    return merged(config, base, params) if config.lora_rank and base is not None else params
 
 
 def make_step(config: TrainConfig, model: DecoderConfig, layout: Layout, steps: int) -> StepFunction:
@@ -55,29 +93,57 @@ def make_step(config: TrainConfig, model: DecoderConfig, layout: Layout, steps: 
     optimizer = make_optimizer(config, steps)
     schedule = make_schedule(config, steps)
     compute_dtype = jnp.dtype(config.dtype)
+    penalties = Penalties(config.z_loss, config.kl_weight)
 
-    def micro_loss(params: Params, batch: Batch) -> tuple[jax.Array, LossSums]:
-        return objective(model, layout, params, batch, compute_dtype=compute_dtype, remat=config.remat)
+    def micro_loss(trained: Params, base: Params | None, batch: Batch) -> tuple[jax.Array, LossSums]:
+        params = trained if base is None or not config.lora_rank else with_adapters(config, base, trained)
+        return objective(
+            model,
+            layout,
+            params,
+            batch,
+            base=base if config.kl_weight else None,
+            penalties=penalties,
+            compute_dtype=compute_dtype,
+            remat=config.remat,
+            attention=config.attention,
+        )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        def accumulate(carry: tuple[Params, LossSums], micro: Batch) -> tuple[tuple[Params, LossSums], None]:
-            gradient, sums = jax.grad(micro_loss, has_aux=True)(state.params, micro)
-            return jax.tree.map(jnp.add, carry, (gradient, sums)), None
+        wide = accumulation_dtype(compute_dtype)
 
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        (gradient, sums), _ = jax.lax.scan(accumulate, (zeros, LossSums.zero(accumulation_dtype(compute_dtype))), batch)
+        def accumulate(carry: tuple[Params, LossSums], micro: Batch) -> tuple[tuple[Params, LossSums], None]:
+            found = jax.grad(micro_loss, has_aux=True)(state.params, state.base, micro)
+            return jax.tree.map(lambda total, part: total + part.astype(total.dtype), carry, found), None
+
+        zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, wide), state.params)
+        (gradient, sums), _ = jax.lax.scan(accumulate, (zeros, LossSums.zero(wide)), batch)
         weight = jnp.where(sums.weight > 0, sums.weight, 1.0)  # a batch of padding alone teaches nothing
         gradient = jax.tree.map(lambda g: g / weight, gradient)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+        params, moments = _widened((state.params, state.optimizer), wide)
+        updates, moments = optimizer.update(gradient, moments, params)
+        params = apply_updates(params, updates)
+        average = state.average
+        if average is not None:
+            average = jax.tree.map(lambda a, p: a + (1 - config.ema_decay) * (p - a), average, params)
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step) if config.stochastic_rounding else None
+        params, moments = rounded((params, moments), config.param_dtype, key)
         metrics = {
             "loss": sums.loss / weight,
             "grad_norm": optax.tree.norm(gradient),
             "learning_rate": schedule(state.step),
             "tokens": sums.tokens,
         }
-        return TrainState(state.step + 1, apply_updates(state.params, updates), optimizer_state), metrics
+        metrics |= {"kl": sums.kl / weight} if config.kl_weight else {}
+        metrics |= {"squared_log_z": sums.z / weight} if config.z_loss else {}
+        return TrainState(state.step + 1, params, moments, average, state.base), metrics
 
     return train_step
+
+
+def _widened(tree: Any, dtype: jnp.dtype) -> Any:
+    """Floating-point leaves in the type that updates are computed in."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
 
 
 def abstract_state(config: TrainConfig, model: DecoderConfig, layout: Layout, steps: int) -> TrainState:
@@ -87,8 +153,9 @@ def abstract_state(config: TrainConfig, model: DecoderConfig, layout: Layout, st
         abstract_params(model),
         param_shardings(model, layout),
     )
+    adapters = abstract_adapters(config, model, layout) if config.lora_rank else None
     with jax.set_mesh(layout.mesh):
-        state = jax.eval_shape(lambda p: init_state(make_optimizer(config, steps), p), params)
+        state = jax.eval_shape(partial(_fresh, config, steps), params if adapters is None else adapters, params)
 
     def concrete(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec

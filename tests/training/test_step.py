@@ -17,7 +17,6 @@ from jax_selftrain.hub import load_model
 from jax_selftrain.mesh import make_mesh
 from jax_selftrain.training import TrainState, objective, program
 from jax_selftrain.training.data import load_batch
-from jax_selftrain.training.optimizer import make_optimizer
 from jax_selftrain.training.step import init_state, make_step
 
 
@@ -33,7 +32,7 @@ def run_steps(config: TrainConfig, rows: Rows, n: int) -> tuple[TrainState, list
     with jax.set_mesh(mesh):
         function, _, donation = program(config, mesh)
         step = jax.jit(function, donate_argnums=donation)
-        state = init_state(make_optimizer(config, config.steps or 1), model.params)
+        state = init_state(config, model.config, model.layout, model.params, config.steps or 1)
         history = []
         for i in range(n):
             state, metrics = step(state, load_batch(config, model.layout, rows, i))
@@ -51,7 +50,7 @@ def test_ten_steps_equal_adamw_written_out_in_numpy(options: Callable[..., Train
     base = load_model(config.model, "data=1")
     with jax.enable_x64(True), jax.set_mesh(base.layout.mesh):
         params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), base.params)
-        state = init_state(make_optimizer(config, 10), params)
+        state = init_state(config, base.config, base.layout, params, 10)
         step = jax.jit(make_step(config, base.config, base.layout, 10))
 
         def mean_loss(params: dict, batch) -> jax.Array:
