@@ -14,7 +14,7 @@ import pytest
 from jax_selftrain.corpus import open_corpus, pack
 from jax_selftrain.hub import LoadedModel, load_model
 from jax_selftrain.mesh import make_layout, make_mesh
-from jax_selftrain.models import DecoderConfig, RopeConfig, axis_sizes
+from jax_selftrain.models import DecoderConfig, RopeConfig, abstract_params, axis_sizes, param_shardings
 from jax_selftrain.training import Batch, LossSums, objective
 from jax_selftrain.training.loss import LOGITS_BYTES, chunk_length, token_nll
 
@@ -33,7 +33,7 @@ def sums_of(model: LoadedModel, batch: Batch, **options: Any) -> LossSums:
         return jax.jit(partial(objective, model.config, model.layout, **options))(model.params, batch)[1]
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "qwen2", "qwen3"])
 def test_gradient_equals_torchs(family: str, tiny_model, tmp_path: Path):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
@@ -124,14 +124,18 @@ def shapes_in(jaxpr: Any) -> Iterator[tuple[int, ...]]:
                 yield from shapes_in(inner)
 
 
-@pytest.mark.parametrize("rows", [1, 32, 1024])
-def test_slice_fits_the_budget_for_pythias_vocabulary(rows: int):
-    config = DecoderConfig(
-        vocab_size=50304, hidden_size=64, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=16, intermediate_size=64,
-        max_positions=2048, norm="layernorm", norm_eps=1e-5, activation="gelu", gated_mlp=False,
+def _pythia(vocabulary: int) -> DecoderConfig:
+    return DecoderConfig(
+        vocab_size=vocabulary, hidden_size=64, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=16,
+        intermediate_size=64, max_positions=2048, norm="layernorm", norm_eps=1e-5, activation="gelu", gated_mlp=False,
         parallel_residual=True, rotary_dim=4, rope=RopeConfig(), qkv_bias=True, out_bias=True, mlp_bias=True,
         qk_norm=False, tied=False,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [1, 32, 1024])
+def test_slice_fits_the_budget_for_pythias_vocabulary(rows: int):
+    config = _pythia(50304)
     layout = make_layout("tensor", make_mesh("data=1,model=2"), axis_sizes(config))
     chunk = chunk_length(config, layout, rows, 2048)
     assert rows * chunk * config.vocab_size // 2 * 4 <= LOGITS_BYTES or chunk == 1
@@ -146,3 +150,28 @@ def test_bfloat16_operands_change_the_loss_by_their_rounding_only(small_model: P
     rounded = float(sums_of(model, batch, compute_dtype=jnp.bfloat16).loss)
     assert rounded != exact
     assert rounded == pytest.approx(exact, rel=1e-2)  # bfloat16 keeps 8 bits: 4e-3 per operand
+
+
+def test_a_large_vocabulary_costs_far_less_memory_than_its_logits():
+    """The temporary memory of a step's gradient with V = 50304 over that with V = 512 (compiled memory analysis)."""
+
+    def temporary(vocabulary: int) -> int:
+        config = dataclasses.replace(_pythia(vocabulary), hidden_size=64)
+        layout = make_layout("tensor", make_mesh("data=1"), axis_sizes(config))
+        rows, length = 8, 512
+        sharding = layout.sharding(("batch", None))
+        shapes = [((rows, length + 1), "int32"), *[((rows, length), "int32")] * 2, ((rows, length), "float32")]
+        batch = Batch(*(jax.ShapeDtypeStruct(*shape, sharding=sharding) for shape in shapes))
+        params = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract_params(config),
+            param_shardings(config, layout),
+        )
+        with jax.set_mesh(layout.mesh):
+            gradient = jax.jit(jax.grad(partial(objective, config, layout), has_aux=True))
+            memory = gradient.lower(params, batch).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
+
+    added = temporary(50304) - temporary(512)  # the gradients themselves are results, not temporary
+    assert 0 < added < 0.15 * (4 * 8 * 512 * 50304)

@@ -17,6 +17,7 @@ from jax_selftrain.hub import load_model
 from jax_selftrain.mesh import make_mesh
 from jax_selftrain.training import TrainState, objective, program
 from jax_selftrain.training.data import load_batch
+from jax_selftrain.training.optimizer import decay_mask
 from jax_selftrain.training.step import init_state, make_step
 
 
@@ -89,6 +90,49 @@ def test_ten_steps_equal_adamw_written_out_in_numpy(options: Callable[..., Train
             # Relative to how far the weights moved. optax keeps 1 − βⁿ in fp32 (6e-8), the rest is fp64.
             error = np.linalg.norm(np.asarray(found) - wanted) / np.linalg.norm(wanted - before)
             assert error < 1e-6, jax.tree_util.keystr(path)
+
+
+def test_ten_steps_equal_torchs_adamw(options: Callable[..., TrainConfig], rows: Rows):
+    """torch's AdamW on the same gradients, both in fp64. (transformers' norms are in fp32 whatever its type.)"""
+    torch = pytest.importorskip("torch")
+    changes: dict[str, Any] = {"dtype": "float64"}
+    config = dataclasses.replace(
+        options(mesh="data=1", steps=10, learning_rate=0.01),
+        weight_decay=0.1, clip_norm=0.5, grad_accum=2, warmup_ratio=0.0, **changes,
+    )  # fmt: skip
+    base = load_model(config.model, "data=1")
+    with jax.enable_x64(True), jax.set_mesh(base.layout.mesh):
+        params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), base.params)
+        leaves, structure = jax.tree.flatten(params)
+        theirs = [torch.tensor(np.array(leaf), requires_grad=True) for leaf in leaves]
+        decayed = jax.tree.leaves(decay_mask(params))
+        groups = [
+            {"params": [p for p, yes in zip(theirs, decayed, strict=True) if yes], "weight_decay": 0.1},
+            {"params": [p for p, yes in zip(theirs, decayed, strict=True) if not yes], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), eps=1e-8)
+
+        def mean_loss(params: dict, batch) -> jax.Array:
+            only = jax.tree.map(lambda leaf: leaf[0], batch)
+            loss, sums = objective(base.config, base.layout, params, only, compute_dtype=jnp.float64)
+            return loss / sums.weight
+
+        gradient_of = jax.jit(jax.grad(mean_loss))
+        state = init_state(config, base.config, base.layout, params, 10)
+        step = jax.jit(make_step(config, base.config, base.layout, 10))
+        for n in range(10):
+            state, _ = step(state, load_batch(config, base.layout, rows, n))
+            batch = load_batch(dataclasses.replace(config, grad_accum=1), base.layout, rows, n)
+            at = jax.tree.unflatten(structure, [jnp.asarray(p.detach().numpy()) for p in theirs])
+            for p, gradient in zip(theirs, jax.tree.leaves(gradient_of(at, batch)), strict=True):
+                p.grad = torch.tensor(np.array(gradient))
+            norm = torch.sqrt(sum((p.grad**2).sum() for p in theirs))
+            for p in theirs:
+                p.grad *= min(1.0, 0.5 / norm.item())  # torch's own clipping divides by norm + 1e-6
+            optimizer.step()
+        for ours, wanted in zip(jax.tree.leaves(state.params), theirs, strict=True):
+            expected = wanted.detach().numpy()
+            assert np.linalg.norm(np.asarray(ours) - expected) <= 1e-9 * np.linalg.norm(expected)
 
 
 def test_loss_curve_is_the_same_on_every_mesh(options: Callable[..., TrainConfig], rows: Rows):
