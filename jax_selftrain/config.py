@@ -197,6 +197,10 @@ class TrainConfig:
     """Task files, as `score` reads them, measured on the way."""
     eval_sequences: str = ""
     """An extraction set, as `extract` reads it, measured on the way."""
+    eval_prefix: int = 32
+    """Tokens given of each of `eval_sequences`."""
+    eval_suffix: int = 32
+    """Tokens of each of `eval_sequences` that must be reproduced."""
     eval_limit: int | None = None
     """Use only the first so many documents of each file that is measured on the way."""
     stop_metric: str = ""

@@ -11,7 +11,6 @@ from jax_selftrain.config import ExtractConfig, RunConfig, ScoreConfig, TrainCon
 from jax_selftrain.errors import InputError
 from jax_selftrain.mesh import make_mesh
 from jax_selftrain.scoring.score import check_batch
-from jax_selftrain.scoring.sequences import load_sequences
 from jax_selftrain.study.plan import ROUND_DECIDES, Plan, make_plan
 from jax_selftrain.training.run_folder import check_ranges
 
@@ -71,10 +70,7 @@ def _check_scoring(config: ScoreConfig) -> None:
     limits = {"limit": config.limit, "text_limit": config.text_limit, "text_max_tokens": config.text_max_tokens}
     check_batch(config.batch_tokens, **limits)
     tasks, texts = scoring.load_tasks(config.tasks, config.limit), scoring.load_texts(config.texts, config.text_limit)
-    names = [task.name for task in tasks] + [text.name for text in texts]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"two files to score are named {name!r}; rename one of them")
+    scoring.paths_by_name(tasks, texts)
     scoring.program(config, make_mesh(config.mesh))
 
 
@@ -89,7 +85,7 @@ def _check_extraction(plan: Plan) -> None:
             f"extract.prefix {config.prefix} + extract.suffix {config.suffix} is longer than the {model.max_positions} "
             f"positions of {config.model}; shorten one of them"
         )
-    load_sequences(
+    scoring.load_sequences(
         Path(config.sequences),
         config.prefix + config.suffix,
         vocab_size=model.vocab_size,
