@@ -11,8 +11,8 @@ from jax_selftrain.config import ExtractConfig, RunConfig, ScoreConfig, TrainCon
 from jax_selftrain.errors import InputError
 from jax_selftrain.mesh import make_mesh
 from jax_selftrain.scoring.score import check_batch
+from jax_selftrain.study.evaluate import evaluation_hooks
 from jax_selftrain.study.plan import ROUND_DECIDES, Plan, make_plan
-from jax_selftrain.training.run_folder import check_ranges
 
 
 def check_round(config: RunConfig) -> None:
@@ -57,13 +57,15 @@ def _check_tokenizers(config: RunConfig) -> None:
 
 
 def _check_training(config: TrainConfig) -> None:
-    check_ranges(config)
+    training.check_ranges(config)
     model, _ = hub.read_config(config.model)
     if config.seq_len > model.max_positions:
         raise InputError(
             f"train.seq_len {config.seq_len}: {config.model} has only {model.max_positions} positions; shorten the rows"
         )
     training.program(config, make_mesh(config.mesh))
+    training.check_hooks(config, evaluation_hooks(config))
+    training.check_tracking(config.wandb)
 
 
 def _check_scoring(config: ScoreConfig) -> None:

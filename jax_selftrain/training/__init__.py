@@ -1,8 +1,22 @@
 """Training: loss, step, checkpoints, and the run that resumes exactly."""
 
-from jax_selftrain.training.loop import Hook, train
+from jax_selftrain.training.hooks import Hook, check_hooks
+from jax_selftrain.training.loop import train
 from jax_selftrain.training.loss import Batch, LossSums, loss_sums
-from jax_selftrain.training.run_folder import CHANGEABLE
+from jax_selftrain.training.run_folder import CHANGEABLE, check_ranges
 from jax_selftrain.training.step import TrainState, program
+from jax_selftrain.training.tracking import check_tracking
 
-__all__ = ["CHANGEABLE", "Batch", "Hook", "LossSums", "TrainState", "loss_sums", "program", "train"]
+__all__ = [
+    "CHANGEABLE",
+    "Batch",
+    "Hook",
+    "LossSums",
+    "TrainState",
+    "check_hooks",
+    "check_ranges",
+    "check_tracking",
+    "loss_sums",
+    "program",
+    "train",
+]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from jax_selftrain.corpus import Corpus, Rows, build_rows, open_corpus
 from jax_selftrain.errors import InputError, UnavailableError
 from jax_selftrain.mesh import Layout, make_layout, make_mesh
 from jax_selftrain.models import DecoderConfig, axis_sizes
+from jax_selftrain.training.hooks import check_evaluation
 from jax_selftrain.training.step import abstract_batch
 
 FORMAT = 1
@@ -32,7 +33,7 @@ FORMAT = 1
 CHANGEABLE = ("mesh", "preset", "remat", "attention", "checkpoint_every", "keep", "keep_every", "log_every", "wandb")
 """Options that may differ between the launches of one run: the results they give differ by rounding at most."""
 
-_BY_FINGERPRINT = ("model", "corpus", "out")
+_BY_FINGERPRINT = ("model", "corpus", "out", "eval_texts", "eval_tasks", "eval_sequences")
 """Options that are compared by content, not by name: a folder may have been moved."""
 
 
@@ -46,7 +47,10 @@ class Inputs:
     layout: Layout
     corpus: Corpus
     fingerprints: dict[str, str]
-    """Of `model` (weights; for a fresh initialisation its config), `tokenizer` and `corpus`."""
+    """Of `model` (weights; for a fresh initialisation its config), `tokenizer`, `corpus` and, where something is
+    measured on the way, `evaluation`."""
+    evaluation: Sequence[Mapping[str, Any]] = ()
+    """What is measured on the way: `Hook.measured`."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,12 @@ class Run:
         return (self.folder / "model").exists()
 
 
-def read_inputs(config: TrainConfig) -> Inputs:
+def read_inputs(config: TrainConfig, evaluation: Sequence[Mapping[str, Any]] = ()) -> Inputs:
     """Open and check everything that a run reads; nothing is written.
+
+    Args:
+      config: the run's options.
+      evaluation: what its hooks measure.
 
     Raises:
       InputError: an option is out of range, a file is missing or damaged, or model, corpus, batch and mesh do not fit.
@@ -88,7 +96,9 @@ def read_inputs(config: TrainConfig) -> Inputs:
     _check_token_ids(config, corpus, model.vocab_size)
     weights = storage.fingerprint(raw_config) if config.init == "scratch" else hub.model_fingerprint(config.model)
     fingerprints = {"model": weights, "tokenizer": tokenizer, "corpus": corpus.fingerprint}
-    return Inputs(config, model, raw_config, layout, corpus, fingerprints)
+    if evaluation:
+        fingerprints["evaluation"] = storage.fingerprint(evaluation)
+    return Inputs(config, model, raw_config, layout, corpus, fingerprints, evaluation)
 
 
 @contextmanager
@@ -150,6 +160,7 @@ def _settled(config: TrainConfig) -> dict[str, Any]:
 
 def _description(run: Run) -> dict[str, Any]:
     config, corpus, fingerprints = run.config, run.inputs.corpus.manifest, run.inputs.fingerprints
+    evaluation = {"fingerprint": fingerprints.get("evaluation"), "measured": list(run.inputs.evaluation)}
     return {
         "format": FORMAT,
         "versions": storage.versions(),
@@ -164,6 +175,7 @@ def _description(run: Run) -> dict[str, Any]:
         "rows": len(run.rows.tokens),
         "steps": config.steps,
         "options": _settled(config),
+        **({"evaluation": evaluation} if run.inputs.evaluation else {}),
         "identity": run.identity,
     }
 
@@ -188,6 +200,8 @@ def _refuse_other_run(folder: Path, inputs: Inputs) -> None:
     before = storage.read_json(folder / "run.json")
     try:
         earlier = {"model": before["model"], "corpus": before["corpus"]}
+        if inputs.evaluation:
+            earlier["evaluation"] = before.get("evaluation", {"fingerprint": None})
         options, format_version = before["options"], before["format"]
         tokenizer = before["tokenizer_fingerprint"]
         marks = {name: entry["fingerprint"] for name, entry in earlier.items()}
@@ -247,7 +261,7 @@ def check_ranges(config: TrainConfig) -> None:
             (positive, "at least 1"),
         ),
         **dict.fromkeys(
-            ("eval_every", "eval_limit", "patience"),
+            ("eval_every", "eval_limit", "eval_prefix", "eval_suffix", "patience"),
             (positive, "at least 1"),
         ),
         **dict.fromkeys(
@@ -266,3 +280,4 @@ def check_ranges(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and not holds(value):
             raise InputError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
+    check_evaluation(config)
