@@ -13,7 +13,7 @@ KINDS = {
     "nll": ("texts", "nats per token", 1),
     "acc": ("tasks", "accuracy (%)", 100),
     "exact_match": ("sequences", "exact match (%)", 100),
-    "log_pz": ("sequences", "mean log p_z (nats)", 1),
+    "log_pz": ("sequences", "log p_z (nats)", 1),
 }
 """By the last part of a measure's name: what it is measured on, the label of its axis, the scale there."""
 
@@ -68,6 +68,7 @@ def curve_chapter(results: Mapping[str, Any]) -> Chapter | None:
             best=best,
         )
         caption = "One point per evaluation, from before the first step (hollow) to after the last (filled). "
+        caption += "Ringed: the step whose model was delivered. " if stopped else ""
         html.append(framed(drawn["capability_memorisation"], caption + counted + "."))
     drawn["evaluations"] = figures.curves(
         "evaluations",

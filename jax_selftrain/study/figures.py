@@ -114,14 +114,17 @@ def curves(name: str, steps: Sequence[int], panels: Sequence[tuple[str, Series]]
 
     def paint(figure: Figure) -> None:
         for axes, (label, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            if len(lines) > len(_PALETTE):
+                for _, values in lines:
+                    axes.plot(steps, values, color=BEFORE, linewidth=0.6)
+                mean = [sum(at) / len(lines) for at in zip(*(values for _, values in lines), strict=True)]
+                lines = [(f"average of {len(lines)}", mean)]
             for i, (file, values) in enumerate(lines):
-                colour = _PALETTE[i % len(_PALETTE)]
-                axes.plot(steps, values, color=colour, marker="o", markersize=3, linewidth=1.3, label=file)
+                axes.plot(steps, values, color=_PALETTE[i], marker="o", markersize=3, linewidth=1.3, label=file)
             if best is not None:
                 axes.axvline(steps[best], color=ACCENT, linewidth=1, zorder=0)
             axes.set(xlabel="optimiser step", title=label)
-            if len(lines) > 1:
-                axes.legend(fontsize=7.5)
+            axes.legend(fontsize=7.5)
 
     return _svg(name, 2.6, paint)
 
@@ -146,8 +149,8 @@ def paths(
                 if best is not None:
                     axes.plot(place[best], height[best], "o", color=ACCENT, markerfacecolor="none", markersize=10)
             axes.set(xlabel=x_label, ylabel=label)
-            if len(horizontal) > 1:
-                axes.legend(fontsize=7.5)
+            axes.locator_params(axis="x", nbins=5)
+            axes.legend(fontsize=7.5)
 
     return _svg(name, 2.9, paint)
 
