@@ -297,6 +297,28 @@ def negative_learning_rate(p: Place) -> Case:
     return p.train("--learning-rate", -1), "learning-rate"
 
 
+def evaluation_without_an_interval(p: Place) -> Case:
+    return p.train("--eval-texts", p.sound.texts), "--eval-every"
+
+
+def nothing_to_evaluate(p: Place) -> Case:
+    return p.train("--eval-every", 2), "nothing to evaluate"
+
+
+def missing_file_to_evaluate(p: Place) -> Case:
+    return p.train("--eval-every", 2, "--eval-texts", p.folder / "gone.jsonl"), "gone.jsonl"
+
+
+def malformed_task_to_evaluate(p: Place) -> Case:
+    task = p.file("task.jsonl", '{"context": "a", "choices": ["b", "c"], "answer": 2}\n')
+    return p.train("--eval-every", 2, "--eval-tasks", task), "task.jsonl:1"
+
+
+def stopping_on_what_is_not_measured(p: Place) -> Case:
+    words = ("--eval-every", 2, "--eval-texts", p.sound.texts, "--stop-metric", "heldout/nll")
+    return p.train(*words), "this run can stop on texts/nll"
+
+
 def missing_task_file(p: Place) -> Case:
     return p.score("--tasks", p.folder / "no-task.jsonl"), "no-task.jsonl"
 
@@ -359,7 +381,9 @@ CASES = (
     more_devices_than_there_are, mesh_that_does_not_divide, temperature_zero, samples_longer_than_the_model,
     stop_id_outside_the_vocabulary, out_is_a_file, corrupted_shard, missing_shard, corpus_without_manifest,
     wrong_tokenizer, empty_corpus, malformed_json_line, rows_longer_than_the_model, batch_that_does_not_divide,
-    negative_learning_rate, missing_task_file, malformed_task_line, answer_that_is_no_choice, nothing_to_score,
+    negative_learning_rate, evaluation_without_an_interval, nothing_to_evaluate, missing_file_to_evaluate,
+    malformed_task_to_evaluate, stopping_on_what_is_not_measured,
+    missing_task_file, malformed_task_line, answer_that_is_no_choice, nothing_to_score,
     pickled_sequences, sequences_of_floats, sequences_too_short, sequences_outside_the_vocabulary,
     sequences_longer_than_the_model, round_that_sets_what_is_its_own, round_with_a_missing_task, report_of_nothing,
 )  # fmt: skip

@@ -18,10 +18,18 @@ class Tracker:
     """One run at W&B."""
 
     def __init__(self, project: str, run: Path, *, identity: str, config: Mapping[str, Any]):
-        """Begin or resume it; `identity` is the run's fingerprint, `config` what to show beside it."""
-        self._run = _package().init(
-            project=project, id=identity[:32], resume="allow", name=run.name, dir=str(run), config=dict(config)
-        )
+        """Begin or resume it; `identity` is the run's fingerprint, `config` what to show beside it.
+
+        Raises:
+          InputError: W&B refuses, for instance because nobody is logged in.
+        """
+        wandb = _package()
+        try:
+            self._run = wandb.init(
+                project=project, id=identity[:32], resume="allow", name=run.name, dir=str(run), config=dict(config)
+            )
+        except wandb.Error as error:
+            raise InputError(f"--wandb {project}: {error}; mend this, or leave the option out") from error
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers of a step, by name."""

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from jax_selftrain import cli, storage
+from jax_selftrain import cli, settings, storage
 from jax_selftrain.config import ExtractConfig, ImportConfig, RunConfig, ScoreConfig, TrainConfig
 from jax_selftrain.corpus import import_text
 from jax_selftrain.errors import InputError
@@ -164,6 +169,52 @@ def test_the_command_line_evaluates_and_stops_early(
     assert lines[-1]["step"] == best + 2, "a learning rate of 3 soon makes it worse"
     metadata = storage.read_json(tmp_path / "run" / "model" / "model.json")["metadata"]
     assert metadata["early_stopping"]["best_step"] == metadata["step"] == best
+
+
+TWO_PROCESSES = """
+import sys
+import jax
+from jax_selftrain import settings
+from jax_selftrain.config import TrainConfig
+from jax_selftrain.study import train
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
+train(settings.load(TrainConfig, sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_measure_together_and_agree_when_to_stop(training: TrainConfig, tmp_path: Path) -> None:
+    config = replace(
+        training, mesh="data=2", learning_rate=1.0, steps=6, eval_every=1, checkpoint_every=6, eval_limit=8
+    )
+    config = replace(config, eval_tasks=config.eval_tasks[:1], eval_sequences="", stop_metric="animals/acc", patience=1)
+    alone, together = (replace(config, out=str(tmp_path / name)) for name in ("alone", "together"))
+    train(alone)
+    settings.save(tmp_path / "train.yaml", together)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    flags = re.sub(r"(?<=device_count=)\d+", "1", os.environ["XLA_FLAGS"])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, str(tmp_path / "train.yaml"), coordinator, str(index)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "XLA_FLAGS": flags},
+        )
+        for index in range(2)
+    ]
+    said = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    lines = curve(Path(together.out))
+    # Gloo adds in another order than one process does, and a learning rate of 1 amplifies the rounding: the first step.
+    for measured, expected in zip(lines[:2], curve(Path(alone.out))[:2], strict=True):
+        assert measured == pytest.approx(expected, rel=1e-3)
+    metadata = storage.read_json(Path(together.out) / "model" / "model.json")["metadata"]
+    best = max(lines, key=lambda line: line["animals/acc"])["step"]
+    assert metadata["early_stopping"]["best_step"] == best
+    assert metadata["early_stopping"]["trained_steps"] == lines[-1]["step"]
 
 
 # ---------------------------------------------------------------- the round
