@@ -187,16 +187,16 @@ class TrainConfig:
     keep: int = 2
     """How many of the latest checkpoints to keep."""
     keep_every: int | None = None
-    """Keep the checkpoints of every so many steps for good."""
+    """Save a checkpoint every so many steps that stays for good."""
     eval_every: int | None = None
     """Evaluate every so many steps, before the first and after the last (`eval_texts`, `eval_tasks`,
     `eval_sequences`) into `curve.jsonl`."""
     eval_texts: tuple[str, ...] = ()
-    """JSONL files with a `text` field whose loss is measured on the way."""
+    """JSONL files with a `text` field whose loss is measured on the way (`NAME/nll`, NAME being the file's)."""
     eval_tasks: tuple[str, ...] = ()
-    """Task files, as `score` reads them, measured on the way."""
+    """Task files, as `score` reads them, measured on the way (`NAME/acc`)."""
     eval_sequences: str = ""
-    """An extraction set, as `extract` reads it, measured on the way."""
+    """An extraction set, as `extract` reads it, measured on the way (`NAME/exact_match`, `NAME/log_pz`)."""
     eval_prefix: int = 32
     """Tokens given of each of `eval_sequences`."""
     eval_suffix: int = 32
@@ -204,8 +204,8 @@ class TrainConfig:
     eval_limit: int | None = None
     """Use only the first so many documents of each file that is measured on the way."""
     stop_metric: str = ""
-    """Stop early on this measure of `curve.jsonl` (for instance `heldout/nll`) and deliver the best model; unset:
-    train to the end."""
+    """Stop early on this measure of `curve.jsonl` (for instance `heldout/nll`: lower is better; of acc, exact_match and
+    log_pz higher) and deliver the best model; unset: train to the end."""
     patience: int = 3
     """Evaluations without improvement after which training stops."""
     wandb: str = ""

@@ -84,7 +84,7 @@ def _train(run: Run, hooks: Sequence[Hook]) -> None:
     state = _begin(run, abstract)
     first = int(state.step)
     done = first if resumed else NOTHING_DONE
-    stopping = _early_stopping(run, done)
+    stopping = _early_stopping(run, hooks, done)
     model = hub.with_params(config.model, state.params, layout)
     checkpointer_of = partial(Checkpointer, run.folder, save_model=_model_writer(run), identity=run.identity)
     with (
@@ -141,18 +141,33 @@ def _checkpoint_due(config: TrainConfig, step: int) -> bool:
     return step == config.steps or any(every and step % every == 0 for every in intervals)
 
 
-def _early_stopping(run: Run, done: int) -> EarlyStopping:
-    """As it stood after step `done`, from the curve up to there."""
+def _early_stopping(run: Run, hooks: Sequence[Hook], done: int) -> EarlyStopping:
+    """As it stood after step `done`, from the curve up to there as process 0 reads it."""
     config = run.config
     stopping = EarlyStopping(config.stop_metric, config.patience)
     if config.stop_metric:
         curve = [] if jax.process_index() else read_curve(run.folder, done)
+        lost = from_process_0("" if jax.process_index() else _lost_step(run, hooks, done, curve))
+        if lost:
+            raise InputError(
+                f"{run.folder / 'curve.jsonl'}: its line of step {lost} is gone, and early stopping goes by it; put "
+                f"the file back, or delete {run.folder / 'steps'} to train from the start"
+            )
         for i in range(int(from_process_0(str(len(curve))))):
             line = _agreed(config, curve[i] if curve else {})
             stopping.see(int(line["step"]), line)
     if stopping.best is not None:
         checkpoints.require_best(checkpoints.folder_of(run.folder / "steps", stopping.best))
     return stopping
+
+
+def _lost_step(run: Run, hooks: Sequence[Hook], done: int, curve: Sequence[Mapping[str, float]]) -> str:
+    """The first step up to `done` that was measured and has no line, or nothing."""
+    metric, last = run.config.stop_metric, run.config.steps or 1
+    there = {line["step"] for line in curve if metric in line}
+    measuring = [hook for hook in hooks if metric in hook.measures]
+    steps = (step for step in range(done + 1) if any(hook.due(step, last) for hook in measuring))
+    return next((str(step) for step in steps if step not in there), "")
 
 
 def _agreed(config: TrainConfig, line: Mapping[str, float]) -> dict[str, float]:

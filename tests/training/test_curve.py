@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from training_runs import Interruption, run_options, weights
+from training_runs import Interruption, losses, run_options, weights
 
 from jax_selftrain import storage
 from jax_selftrain.config import TrainConfig
@@ -86,6 +86,16 @@ def test_interrupted_run_has_the_bytes_of_an_undisturbed_curve(step: int, option
     run = train(config, hooks=[measuring(first_scale)])
     assert (run / "curve.jsonl").read_bytes() == (undisturbed / "curve.jsonl").read_bytes()
     assert weights(run) == weights(undisturbed)
+
+
+def test_interrupted_run_goes_on_on_another_mesh_along_the_same_curve(options: Options, undisturbed: Path):
+    with pytest.raises(Interruption):
+        train(options(**EVALUATED), hooks=[measuring(first_scale), Hook(interrupt, steps=(3,))])
+    run = train(options(**EVALUATED, mesh="data=4,model=2", preset="replicated"), hooks=[measuring(first_scale)])
+    assert curve(run)[:2] == curve(undisturbed)[:2]
+    measured, expected = ([line["probe/nll"] for line in curve(one)] for one in (run, undisturbed))
+    np.testing.assert_allclose(measured, expected, rtol=1e-5)  # fp32 sums in another order from step 3 on
+    np.testing.assert_allclose(losses(run), losses(undisturbed), rtol=1e-5)
 
 
 def test_lines_after_the_restored_step_are_dropped_even_if_the_last_is_torn(options: Options):
@@ -235,6 +245,16 @@ def test_a_lost_best_checkpoint_is_named(options: Options):
     shutil.rmtree(run / "model")
     shutil.rmtree(run / "steps" / "000002")
     with pytest.raises(InputError, match=r"000002: the checkpoint of the best step is gone"):
+        train(config, hooks=[measuring(falls_and_rises)])
+
+
+def test_a_lost_line_of_the_curve_is_named(options: Options):
+    config = options(**EVALUATED, steps=40, stop_metric="probe/nll", patience=2)
+    run = train(config, hooks=[measuring(falls_and_rises)])
+    shutil.rmtree(run / "model")
+    lines = (run / "curve.jsonl").read_text().splitlines(keepends=True)
+    (run / "curve.jsonl").write_text("".join([*lines[:1], "{", *lines[2:]]))
+    with pytest.raises(InputError, match=r"curve\.jsonl: its line of step 2 is gone"):
         train(config, hooks=[measuring(falls_and_rises)])
 
 
