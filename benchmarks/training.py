@@ -1,6 +1,6 @@
 """Tokens per second of a training step beside transformers + torch and the roofline, measured in one run.
 
-    python benchmarks/training.py [--cases pythia-70m:8x512] [--dtype float32] [--remat none] [--rounds 3] [--out FILE.md]
+    python benchmarks/training.py [--cases pythia-70m:8x512] [--dtype float32] [--remat none] [--rounds 3]
 
 A case is SHAPE:ROWSxTOKENS. Weights and tokens are random: speed does not depend on them. Both train all weights with
 AdamW, clipping by the global norm, float32 master weights, every position a target; torch's AdamW is the fused one. The

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from jax_selftrain.sampling import sample
     from jax_selftrain.scoring import extract
     from jax_selftrain.scoring.score import score
-    from jax_selftrain.study import run
-    from jax_selftrain.training import train
+    from jax_selftrain.study import run, train
 
 __version__ = "0.1.0"
 
@@ -27,7 +26,7 @@ _ROOMS = {
     "run": "study",
     "sample": "sampling",
     "score": "scoring",
-    "train": "training",
+    "train": "study",
 }
 
 

@@ -47,7 +47,7 @@ COMMANDS: dict[str, Command] = {
         config.ExportConfig, "jax_selftrain.corpus:export", ("corpus", "out"), (("CORPUS", "corpus"), ("DST", "out"))
     ),
     "sample": Command(config.SampleConfig, "jax_selftrain.sampling:sample", ("model", "out")),
-    "train": Command(config.TrainConfig, "jax_selftrain.training:train", ("model", "corpus", "out")),
+    "train": Command(config.TrainConfig, "jax_selftrain.study:train", ("model", "corpus", "out")),
     "merge": Command(config.MergeConfig, "jax_selftrain.hub:merge", ("base", "student", "weight", "out")),
     "score": Command(config.ScoreConfig, "jax_selftrain.scoring:score", ("model", "out")),
     "extract": Command(config.ExtractConfig, "jax_selftrain.scoring:extract", ("model", "sequences", "out")),

@@ -15,7 +15,6 @@ DType = Literal["float32", "bfloat16"]
 Packing = Literal["masked", "packed", "single"]
 Schedule = Literal["constant", "cosine", "linear"]
 Remat = Literal["none", "dots", "full"]
-Attention = Literal["auto", "plain"]
 
 
 @dataclass(frozen=True)
@@ -199,28 +198,30 @@ class TrainConfig:
     remat: Remat = "none"
     """What the backward pass computes again instead of keeping it: nothing; `dots`: all but the products with weights;
     `full`: each layer from its input (least memory, about a third more work)."""
-    attention: Attention = "auto"
-    """`auto`: a fused kernel where there is one (bfloat16 on GPU and TPU); `plain`: the written-out form."""
     checkpoint_every: int | None = None
     """Save a checkpoint every so many steps; unset: about ten times per run."""
     keep: int = 2
     """How many of the latest checkpoints to keep."""
     keep_every: int | None = None
-    """Keep the checkpoints of every so many steps for good."""
+    """Save a checkpoint every so many steps that stays for good."""
     eval_every: int | None = None
     """Evaluate every so many steps, before the first and after the last (`eval_texts`, `eval_tasks`,
     `eval_sequences`) into `curve.jsonl`."""
     eval_texts: tuple[str, ...] = ()
-    """JSONL files with a `text` field whose loss is measured on the way."""
+    """JSONL files with a `text` field whose loss is measured on the way (`NAME/nll`, NAME being the file's)."""
     eval_tasks: tuple[str, ...] = ()
-    """Task files, as `score` reads them, measured on the way."""
+    """Task files, as `score` reads them, measured on the way (`NAME/acc`)."""
     eval_sequences: str = ""
-    """An extraction set, as `extract` reads it, measured on the way."""
+    """An extraction set, as `extract` reads it, measured on the way (`NAME/exact_match`, `NAME/log_pz`)."""
+    eval_prefix: int = 32
+    """Tokens given of each of `eval_sequences`."""
+    eval_suffix: int = 32
+    """Tokens of each of `eval_sequences` that must be reproduced."""
     eval_limit: int | None = None
     """Use only the first so many documents of each file that is measured on the way."""
     stop_metric: str = ""
-    """Stop early on this measure of `curve.jsonl` (for instance `heldout/nll`) and deliver the best model; unset:
-    train to the end."""
+    """Stop early on this measure of `curve.jsonl` (for instance `heldout/nll`: lower is better; of acc, exact_match and
+    log_pz higher) and deliver the best model; unset: train to the end."""
     patience: int = 3
     """Evaluations without improvement after which training stops."""
     wandb: str = ""

@@ -21,10 +21,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_selftrain.errors import InputError
 
@@ -67,7 +68,7 @@ def make_mesh(spec: str = "", devices: Sequence[jax.Device] | None = None) -> Me
 class Layout:
     """A mesh and the rules table that places logical axes on it. Hashable: it can be a static argument of a jit."""
 
-    mesh: Mesh | AbstractMesh
+    mesh: Mesh
     rules: tuple[tuple[str, str | None], ...]
 
     def spec(self, axes: Axes) -> PartitionSpec:
@@ -97,7 +98,7 @@ class Layout:
     def on_one_replica(self) -> Layout:
         """The layout inside a `jax.shard_map` over `data`: the same, without that axis."""
         rules = tuple((axis, None if placed == "data" else placed) for axis, placed in self.rules)
-        return Layout(jax.sharding.get_abstract_mesh(), rules)
+        return Layout(cast(Mesh, jax.sharding.get_abstract_mesh()), rules)  # it serves shardings as well as a Mesh does
 
     @property
     def data(self) -> int:

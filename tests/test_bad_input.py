@@ -348,6 +348,28 @@ def merge_by_no_number(p: Place) -> Case:
     return p.merge(p.sound.model, "nan"), "--weight"
 
 
+def evaluation_without_an_interval(p: Place) -> Case:
+    return p.train("--eval-texts", p.sound.texts), "--eval-every"
+
+
+def nothing_to_evaluate(p: Place) -> Case:
+    return p.train("--eval-every", 2), "nothing to evaluate"
+
+
+def missing_file_to_evaluate(p: Place) -> Case:
+    return p.train("--eval-every", 2, "--eval-texts", p.folder / "gone.jsonl"), "gone.jsonl"
+
+
+def malformed_task_to_evaluate(p: Place) -> Case:
+    task = p.file("task.jsonl", '{"context": "a", "choices": ["b", "c"], "answer": 2}\n')
+    return p.train("--eval-every", 2, "--eval-tasks", task), "task.jsonl:1"
+
+
+def stopping_on_what_is_not_measured(p: Place) -> Case:
+    words = ("--eval-every", 2, "--eval-texts", p.sound.texts, "--stop-metric", "heldout/nll")
+    return p.train(*words), "this run can stop on texts/nll"
+
+
 def missing_task_file(p: Place) -> Case:
     return p.score("--tasks", p.folder / "no-task.jsonl"), "no-task.jsonl"
 
@@ -412,10 +434,12 @@ CASES = (
     wrong_tokenizer, empty_corpus, malformed_json_line, rows_longer_than_the_model, batch_that_does_not_divide,
     negative_learning_rate, mix_without_a_share, mix_with_shares_of_everything, missing_mixed_corpus,
     corrupted_shard_of_a_mixed_corpus, corpus_mixed_with_itself, no_epochs_at_all, merge_of_other_tokenizers,
-    merge_of_other_architectures, merge_of_nothing, merge_with_nan_weights, merge_by_no_number, missing_task_file,
-    malformed_task_line, answer_that_is_no_choice, nothing_to_score, pickled_sequences, sequences_of_floats,
-    sequences_too_short, sequences_outside_the_vocabulary, sequences_longer_than_the_model,
-    round_that_sets_what_is_its_own, round_with_a_missing_task, report_of_nothing,
+    merge_of_other_architectures, merge_of_nothing, merge_with_nan_weights, merge_by_no_number,
+    evaluation_without_an_interval, nothing_to_evaluate, missing_file_to_evaluate,
+    malformed_task_to_evaluate, stopping_on_what_is_not_measured,
+    missing_task_file, malformed_task_line, answer_that_is_no_choice, nothing_to_score,
+    pickled_sequences, sequences_of_floats, sequences_too_short, sequences_outside_the_vocabulary,
+    sequences_longer_than_the_model, round_that_sets_what_is_its_own, round_with_a_missing_task, report_of_nothing,
 )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """What the tests of training share: the options of a small run, and the bits of its result."""
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import jax
 import numpy as np
 
 from jax_selftrain.config import TrainConfig
-from jax_selftrain.hub import load_model
+from jax_selftrain.hub import LoadedModel, load_model
+from jax_selftrain.training import Hook
 
 
 class Interruption(Exception):
@@ -41,3 +43,13 @@ def weights(model: Path | str) -> dict[str, bytes]:
 def losses(run: Path) -> list[float]:
     """The loss of every step."""
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def _erratic(step: int, model: LoadedModel) -> dict[str, float]:
+    """A number in [0, 1) that another last bit of the weights changes altogether."""
+    return {"probe/loss": zlib.crc32(np.asarray(model.params["layers"]["mlp"]["up"]["kernel"]).tobytes()) / 2**32}
+
+
+def probe(every: int) -> Hook:
+    """Measures `probe/loss`, which is best at a step that nobody can foresee."""
+    return Hook(_erratic, every=every, ends=True, measures=("probe/loss",), measured={"probe": "weights"})

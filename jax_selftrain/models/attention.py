@@ -25,7 +25,8 @@ def attention_over(
     """The written-out form, the reference: softmax(q kᵀ / √K) v over the visible positions.
 
     Weights are divided by their sum after they have met the values, so that the backward pass has no sum over [T, S]
-    either; and no array of that shape is kept for it: the weights, not their product with the values, are computed again.
+    either; and no array of that shape is kept for it: the weights, not their product with the values, are computed
+    again.
     """
     scores = contract("btgrk,bsgk->bgrts", q * q.shape[-1] ** -0.5, k, compute_dtype)
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(scores.dtype).min)

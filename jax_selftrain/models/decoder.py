@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jax_selftrain.config import Attention, Remat
+from jax_selftrain.config import Remat
 from jax_selftrain.mesh import Layout
 from jax_selftrain.models.attention import attention_over
 from jax_selftrain.models.config import DecoderConfig
@@ -53,7 +53,6 @@ def forward(
     segments: Int[Array, "B T"] | None = None,
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
     remat: Remat = "none",
-    attention: Attention = "plain",
 ) -> Float[Array, "B T D"]:
     """Causal forward pass up to and including the final norm.
 

@@ -18,14 +18,28 @@ stands in for the empty context, too.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from jax_selftrain import hub
 from jax_selftrain.errors import InputError
+from jax_selftrain.models import DecoderConfig
 from jax_selftrain.scoring.likelihood import Request
 
 
-def prefix_token(model: hub.LoadedModel) -> int:
+class Reader(Protocol):
+    """What it takes to turn text into requests: a model (`hub.LoadedModel`), or one without its weights."""
+
+    @property
+    def config(self) -> DecoderConfig: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    @property
+    def special(self) -> hub.SpecialTokens: ...
+
+
+def prefix_token(model: Reader) -> int:
     """The token that stands for an empty context: the tokenizer's BOS, else its EOS, else the model's start id.
 
     Raises:

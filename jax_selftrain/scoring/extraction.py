@@ -119,6 +119,25 @@ def measure(
     Raises:
       InputError: a log-probability is not a finite number.
     """
+    forced = teacher_forced(model, sequences, prefix, batch_tokens=batch_tokens)
+    exact, suffixes = forced["exact_match"], sequences[:, prefix:]
+    # Where every teacher-forced argmax is right, the free-running continuation is the suffix: only the rest is decoded.
+    free_running = suffixes.copy()
+    rows = batch_rows(model.layout, sequences.shape[1], batch_tokens) // model.layout.data
+    free_running[~exact] = greedy_continue(model, sequences[~exact, :prefix], suffixes.shape[1], batch_size=rows)
+    return {
+        "exact_match": exact,
+        "matched_tokens": forced["matched_tokens"],
+        "token_accuracy": (free_running == suffixes).mean(axis=1),
+        "teacher_forced_accuracy": forced["teacher_forced_accuracy"],
+        "logprob": forced["logprob"],
+    }
+
+
+def teacher_forced(
+    model: hub.LoadedModel, sequences: np.ndarray, prefix: int, *, batch_tokens: int = 8192
+) -> dict[str, np.ndarray]:
+    """What one teacher-forced pass tells: all that `measure` returns but `token_accuracy`, which has to be decoded."""
     suffixes = sequences[:, prefix:]
     scores = token_scores(model, [(row[:prefix], row[prefix:]) for row in sequences], batch_tokens=batch_tokens)
     logprob = np.stack([answer.logprobs for answer in scores]).sum(axis=1, dtype=np.float64)
@@ -130,14 +149,9 @@ def measure(
         )
     hits = np.stack([answer.greedy for answer in scores]) == suffixes
     exact = hits.all(axis=1)
-    # Where every teacher-forced argmax is right, the free-running continuation is the suffix: only the rest is decoded.
-    free_running = suffixes.copy()
-    rows = batch_rows(model.layout, sequences.shape[1], batch_tokens) // model.layout.data
-    free_running[~exact] = greedy_continue(model, sequences[~exact, :prefix], suffixes.shape[1], batch_size=rows)
     return {
         "exact_match": exact,
         "matched_tokens": np.where(exact, suffixes.shape[1], np.argmin(hits, axis=1)),
-        "token_accuracy": (free_running == suffixes).mean(axis=1),
         "teacher_forced_accuracy": hits.mean(axis=1),
         "logprob": logprob,
     }

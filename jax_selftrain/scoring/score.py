@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -14,11 +15,11 @@ import pyarrow as pa
 from jax_selftrain import hub, settings, storage
 from jax_selftrain.config import ScoreConfig
 from jax_selftrain.errors import InputError
-from jax_selftrain.scoring.encode import encode_pair, prefix_token, rolling_windows
+from jax_selftrain.scoring.encode import Reader, encode_pair, prefix_token, rolling_windows
 from jax_selftrain.scoring.files import result_files, write_results
 from jax_selftrain.scoring.likelihood import Likelihood, Request, loglikelihoods
 from jax_selftrain.scoring.tasks import Task, load_tasks, task_metrics
-from jax_selftrain.scoring.texts import TextFile, encode_text, load_texts, text_metrics
+from jax_selftrain.scoring.texts import TextFile, TextTokens, encode_text, load_texts, text_metrics
 
 REQUESTS = pa.schema(
     [
@@ -43,13 +44,23 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class Asked:
     """A request and where it belongs."""
 
     task: str
     doc: int
     choice: int
     request: Request
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tasks and texts in the tokens of one model: read once, answered as often as there are weights to ask."""
+
+    tasks: tuple[Task, ...]
+    texts: Mapping[str, Sequence[TextTokens]]
+    """The documents of each text file, by its name."""
+    asked: tuple[Asked, ...]
 
 
 def score(config: ScoreConfig) -> dict[str, Any]:
@@ -72,11 +83,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     result_files(config.out)
     started = time.monotonic()
     tasks, texts = load_tasks(config.tasks, config.limit), load_texts(config.texts, config.text_limit)
-    named: list[Task | TextFile] = [*tasks, *texts]
-    files = {file.name: file.path for file in named}
-    if len(files) < len(named):
-        repeated = Counter(file.name for file in named).most_common(1)[0][0]
-        raise InputError(f"two files to score are named {repeated!r}; rename one of them")
+    files = paths_by_name(tasks, texts)
     model = hub.load_model(config.model, config.mesh, config.dtype, preset=config.preset)
     if model.tokenizer is None:
         raise InputError(f"{config.model}: has no tokenizer, so texts cannot be scored; add tokenizer.json")
@@ -118,6 +125,17 @@ def evaluate(
     Raises:
       InputError: a request does not fit the model, or its log-likelihood is not a finite number.
     """
+    return answer(model, prepare(model, tasks, texts, text_max_tokens=text_max_tokens), batch_tokens=batch_tokens)
+
+
+def prepare(
+    model: Reader, tasks: Sequence[Task] = (), texts: Sequence[TextFile] = (), *, text_max_tokens: int | None = None
+) -> Prepared:
+    """Turn tasks and texts into requests to a model; `answer` puts them to it.
+
+    Raises:
+      InputError: a request does not fit the model.
+    """
     start = model.special.start_id
     if texts and start is None:
         raise InputError("the model names no BOS or EOS token, so there is nothing that texts could start from")
@@ -129,35 +147,55 @@ def evaluate(
     for name, encoded in documents.items():
         for doc, document in enumerate(encoded):
             windows = rolling_windows(document.tokens, start or 0, model.config.max_positions)
-            asked += [_Asked(name, doc, window, request) for window, request in enumerate(windows)]
+            asked += [Asked(name, doc, window, request) for window, request in enumerate(windows)]
+    return Prepared(tuple(tasks), documents, tuple(asked))
+
+
+def answer(model: hub.LoadedModel, prepared: Prepared, *, batch_tokens: int = 8192) -> Evaluation:
+    """Put prepared requests to a model in memory.
+
+    Raises:
+      InputError: a log-likelihood is not a finite number.
+    """
+    asked = prepared.asked
     answers = loglikelihoods(model, [item.request for item in asked], batch_tokens=batch_tokens)
     grouped: dict[str, dict[int, list[Likelihood]]] = {}
-    for item, answer in zip(asked, answers, strict=True):
-        if not math.isfinite(answer.loglikelihood):
+    for item, likelihood in zip(asked, answers, strict=True):
+        if not math.isfinite(likelihood.loglikelihood):
             raise InputError(
                 f"the log-likelihood of {item.task}, document {item.doc}, choice {item.choice} is "
-                f"{answer.loglikelihood}: the model's weights are damaged or overflow in this --dtype; check them, or "
-                "try float32"
+                f"{likelihood.loglikelihood}: the model's weights are damaged or overflow in this --dtype; check them, "
+                "or try float32"
             )
-        grouped.setdefault(item.task, {}).setdefault(item.doc, []).append(answer)
+        grouped.setdefault(item.task, {}).setdefault(item.doc, []).append(likelihood)
     columns = [
         [item.task for item in asked],
         [item.doc for item in asked],
         [item.choice for item in asked],
-        [answer.loglikelihood for answer in answers],
-        [answer.is_greedy for answer in answers],
-        [answer.tokens for answer in answers],
+        [likelihood.loglikelihood for likelihood in answers],
+        [likelihood.is_greedy for likelihood in answers],
+        [likelihood.tokens for likelihood in answers],
     ]
     return Evaluation(
-        tasks={task.name: task_metrics(task, list(grouped[task.name].values())) for task in tasks},
+        tasks={task.name: task_metrics(task, list(grouped[task.name].values())) for task in prepared.tasks},
         texts={
             name: text_metrics([encoded[doc] for doc in grouped[name]], list(grouped[name].values()))
-            for name, encoded in documents.items()
+            for name, encoded in prepared.texts.items()
         },
         requests=pa.Table.from_arrays(
             [pa.array(column, field.type) for column, field in zip(columns, REQUESTS, strict=True)], schema=REQUESTS
         ),
     )
+
+
+def paths_by_name(tasks: Sequence[Task], texts: Sequence[TextFile]) -> dict[str, Path]:
+    """The file of each task and text. Raises InputError naming two of one name, since results go by name."""
+    named: list[Task | TextFile] = [*tasks, *texts]
+    files = {file.name: file.path for file in named}
+    if len(files) < len(named):
+        repeated = Counter(file.name for file in named).most_common(1)[0][0]
+        raise InputError(f"two files to score are named {repeated!r}; rename one of them")
+    return files
 
 
 def check_batch(batch_tokens: int, **limits: int | None) -> None:
@@ -167,7 +205,7 @@ def check_batch(batch_tokens: int, **limits: int | None) -> None:
             raise InputError(f"{settings.flag(name)} is {value}; it must be at least 1")
 
 
-def _ask_task(model: hub.LoadedModel, task: Task) -> Iterator[_Asked]:
+def _ask_task(model: Reader, task: Task) -> Iterator[Asked]:
     prefix = prefix_token(model)
     for doc, question in enumerate(task.questions):
         for choice, continuation in enumerate(question.continuations):
@@ -180,4 +218,4 @@ def _ask_task(model: hub.LoadedModel, task: Task) -> Iterator[_Asked]:
                     f"{where} has {len(request.continuation)} tokens, more than the {model.config.max_positions} "
                     "positions of the model; shorten it, or leave the question out"
                 )
-            yield _Asked(task.name, doc, choice, request)
+            yield Asked(task.name, doc, choice, request)

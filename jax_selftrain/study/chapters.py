@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
@@ -13,6 +12,8 @@ import yaml
 from jax_selftrain import settings
 from jax_selftrain.config import RunConfig
 from jax_selftrain.study import figures
+from jax_selftrain.study.curve import curve_chapter
+from jax_selftrain.study.page import Chapter, framed, remark
 from jax_selftrain.study.plan import ROUND_DECIDES
 from jax_selftrain.study.statistics import Estimate
 from jax_selftrain.study.summary import cannot_show
@@ -22,23 +23,13 @@ Results = Mapping[str, Any]
 _SIDES = ("before", "after", "change")
 
 
-@dataclass(frozen=True)
-class Chapter:
-    """One chapter of the page, and those of its tables and figures that are also files."""
-
-    title: str
-    html: str
-    tables: tuple[Table, ...] = ()
-    figures: Mapping[str, str] = field(default_factory=dict)
-    """SVG text by name."""
-
-
 def chapters(results: Results) -> list[Chapter]:
     """The chapters that these results have something to say in, in their order."""
     written = (
         _texts(results),
         _tasks(results),
         _extraction(results),
+        curve_chapter(results),
         _corpus(results),
         _examples(results),
         _training(results),
@@ -80,7 +71,7 @@ def _texts(results: Results) -> Chapter | None:
         "Each document is predicted from the start token on. Lower is better. Intervals take the document as the unit, "
         "since tokens of one text are not independent; the change is paired by document."
     )
-    return Chapter("Perplexity", table.to_html() + _note(note), (table,))
+    return Chapter("Perplexity", table.to_html() + remark(note), (table,))
 
 
 def _tasks(results: Results) -> Chapter | None:
@@ -138,9 +129,9 @@ def _tasks(results: Results) -> Chapter | None:
         "The average weighs tasks equally; chance-normalised means (accuracy − guessing) / (1 − guessing)."
     )
     html = (
-        _figure(svg, "Accuracy before and after, and the paired change, with 95 % intervals.")
+        framed(svg, "Accuracy before and after, and the paired change, with 95 % intervals.")
         + table.to_html()
-        + _note(note)
+        + remark(note)
     )
     return Chapter("Capability", html, (table,), {"tasks": svg})
 
@@ -184,10 +175,10 @@ def _extraction(results: Results) -> Chapter | None:
         "log-probability of those tokens, which can stay high when a small drift breaks the greedy path; the two are "
         "to be read together. Whether the sequences were in the base's training data is for whoever brought the set to "
         "say; on text that was not, these numbers show how predictable it is.</p>",
-        _figure(drawn["extraction"], "Exact match before and after, and the paired change, with 95 % intervals."),
+        framed(drawn["extraction"], "Exact match before and after, and the paired change, with 95 % intervals."),
         by_class.to_html(),
         probability.to_html(),
-        _note(
+        remark(
             f"Seen: the whole suffix stands in the corpus that was trained on; partial: at least {found['overlap']} of "
             "its tokens in a row; held out: fewer. Kept: reproduced before and after; lost: only before; gained: only "
             "after; never: neither. The classes come from what the source happened to write, and a model writes what "
@@ -196,7 +187,7 @@ def _extraction(results: Results) -> Chapter | None:
             "fall is partly regression to the mean."
         ),
         *(table.to_html() for table in by_group),
-        _figure(
+        framed(
             drawn["discoverable"],
             f"Share of the {found['n']:,} sequences that n independent draws at temperature 1 from their prefix "
             "contain with probability at least 0.5.",
@@ -284,7 +275,7 @@ def _training(results: Results) -> Chapter:
         "the step. Text drawn from a model at temperature 1, without truncation, gives in expectation no gradient at "
         "that same model: a level curve is what to expect of a single pass."
     )
-    return Chapter("Training", f"<p>{text}</p>" + _figure(svg, "Each logged step."), (table,), {"training": svg})
+    return Chapter("Training", f"<p>{text}</p>" + framed(svg, "Each logged step."), (table,), {"training": svg})
 
 
 def _corpus(results: Results) -> Chapter:
@@ -313,7 +304,7 @@ def _corpus(results: Results) -> Chapter:
     ]
     columns = (Column("what", "what"), Column("value", "value", 3), Column("n", "of n"), Column("note", "note"))
     table = Table("corpus", "The corpus", columns, tuple(rows))
-    html = _figure(svg, f"Lengths of the {n:,} samples, and what ended them.") + table.to_html()
+    html = framed(svg, f"Lengths of the {n:,} samples, and what ended them.") + table.to_html()
     return Chapter("What the source wrote", html, (table,), {"lengths": svg})
 
 
@@ -331,7 +322,7 @@ def _examples(results: Results) -> Chapter:
         label = f"sample {sample['sample_id']:,} · {sample['tokens']:,} tokens · {end} · {surprise} nats per token"
         text = escape(sample["text"]) or "<em>(no text)</em>"
         shown.append(f'<div class="sample"><p class="label">{label}</p><p class="words">{text}</p></div>')
-    note = _note("Drawn by a hash of the seed and the sample ids, before anybody looked.")
+    note = remark("Drawn by a hash of the seed and the sample ids, before anybody looked.")
     return Chapter(f"{len(shown)} of its samples, drawn at random", note + "\n".join(shown))
 
 
@@ -395,11 +386,3 @@ def _points(key: str, head: str, *, signed: bool = False) -> Column:
 
 def _percent(value: float | None) -> float | None:
     return None if value is None else 100 * value
-
-
-def _figure(svg: str, caption: str) -> str:
-    return f"<figure>\n{svg}<figcaption>{escape(caption)}</figcaption>\n</figure>\n"
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>\n'

@@ -12,9 +12,8 @@ from jax_selftrain.corpus import open_corpus, read_mix
 from jax_selftrain.errors import InputError
 from jax_selftrain.mesh import make_mesh
 from jax_selftrain.scoring.score import check_batch
-from jax_selftrain.scoring.sequences import load_sequences
+from jax_selftrain.study.evaluate import evaluation_hooks
 from jax_selftrain.study.plan import ROUND_DECIDES, Plan, make_plan
-from jax_selftrain.training.run_folder import check_ranges
 
 
 def check_round(config: RunConfig) -> None:
@@ -59,7 +58,7 @@ def _check_tokenizers(config: RunConfig) -> None:
 
 
 def _check_training(config: TrainConfig) -> None:
-    check_ranges(config)
+    training.check_ranges(config)
     model, _ = hub.read_config(config.model)
     if config.seq_len > model.max_positions:
         raise InputError(
@@ -68,16 +67,15 @@ def _check_training(config: TrainConfig) -> None:
     for folder, _ in read_mix(config.mix):
         open_corpus(folder, tokenizer_fingerprint=hub.tokenizer_fingerprint(config.model))
     training.program(config, make_mesh(config.mesh))
+    training.check_hooks(config, evaluation_hooks(config))
+    training.check_tracking(config.wandb)
 
 
 def _check_scoring(config: ScoreConfig) -> None:
     limits = {"limit": config.limit, "text_limit": config.text_limit, "text_max_tokens": config.text_max_tokens}
     check_batch(config.batch_tokens, **limits)
     tasks, texts = scoring.load_tasks(config.tasks, config.limit), scoring.load_texts(config.texts, config.text_limit)
-    names = [task.name for task in tasks] + [text.name for text in texts]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"two files to score are named {name!r}; rename one of them")
+    scoring.paths_by_name(tasks, texts)
     scoring.program(config, make_mesh(config.mesh))
 
 
@@ -92,7 +90,7 @@ def _check_extraction(plan: Plan) -> None:
             f"extract.prefix {config.prefix} + extract.suffix {config.suffix} is longer than the {model.max_positions} "
             f"positions of {config.model}; shorten one of them"
         )
-    load_sequences(
+    scoring.load_sequences(
         Path(config.sequences),
         config.prefix + config.suffix,
         vocab_size=model.vocab_size,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_PALETTE = ("#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#24303a")
 BEFORE, AFTER, ACCENT, INK, RULE = "#6b7680", "#0072b2", "#d55e00", "#24303a", "#d5dbe0"
 _STYLE: Mapping[str, Any] = {
     "svg.fonttype": "none",
@@ -102,6 +103,56 @@ def training_curve(name: str, steps: Sequence[int], loss: Sequence[float], rate:
         right.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
 
     return _svg(name, 2.7, paint)
+
+
+Series = Sequence[tuple[str, Sequence[float]]]
+"""Labelled rows of values."""
+
+
+def curves(name: str, steps: Sequence[int], panels: Sequence[tuple[str, Series]], *, best: int | None = None) -> str:
+    """One panel per kind of measure (axis label, lines by file) against the step; `best` is the place of one step."""
+
+    def paint(figure: Figure) -> None:
+        for axes, (label, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            if len(lines) > len(_PALETTE):
+                for _, values in lines:
+                    axes.plot(steps, values, color=BEFORE, linewidth=0.6)
+                mean = [sum(at) / len(lines) for at in zip(*(values for _, values in lines), strict=True)]
+                lines = [(f"average of {len(lines)}", mean)]
+            for i, (file, values) in enumerate(lines):
+                axes.plot(steps, values, color=_PALETTE[i], marker="o", markersize=3, linewidth=1.3, label=file)
+            if best is not None:
+                axes.axvline(steps[best], color=ACCENT, linewidth=1, zorder=0)
+            axes.set(xlabel="optimiser step", title=label)
+            axes.legend(fontsize=7.5)
+
+    return _svg(name, 2.6, paint)
+
+
+def paths(
+    name: str, steps: Sequence[int], horizontal: Series, vertical: Series, *, x_label: str, best: int | None = None
+) -> str:
+    """One panel per vertical measure: its path over training against each horizontal one, with some steps named."""
+
+    def paint(figure: Figure) -> None:
+        named = sorted({0, len(steps) // 2, len(steps) - 1, *([] if best is None else [best])})
+        for axes, (label, height) in zip(figure.subplots(1, len(vertical), squeeze=False)[0], vertical, strict=True):
+            for i, (file, place) in enumerate(horizontal):
+                colour = _PALETTE[i % len(_PALETTE)]
+                axes.plot(place, height, color=colour, marker=".", linewidth=1.1, label=file)
+                axes.plot(place[:1], height[:1], "o", color=colour, markerfacecolor="white", markersize=6.5)
+                axes.plot(place[-1:], height[-1:], "o", color=colour, markersize=6.5)
+                for at in named:
+                    axes.annotate(
+                        f"{steps[at]:,}", (place[at], height[at]), (4, 4), textcoords="offset points", fontsize=7.5
+                    )
+                if best is not None:
+                    axes.plot(place[best], height[best], "o", color=ACCENT, markerfacecolor="none", markersize=10)
+            axes.set(xlabel=x_label, ylabel=label)
+            axes.locator_params(axis="x", nbins=5)
+            axes.legend(fontsize=7.5)
+
+    return _svg(name, 2.9, paint)
 
 
 def length_histogram(name: str, edges: Sequence[float], stopped: Sequence[int], cut: Sequence[int]) -> str:

@@ -30,7 +30,10 @@ class Plan:
 
 
 def make_plan(config: RunConfig) -> Plan:
-    """Hand the round's options down to its stages; a stage's own mesh wins over the round's, the round's dtype wins."""
+    """Hand the round's options down to its stages; a stage's own mesh wins over the round's, the round's dtype wins.
+
+    Where training evaluates on the way and names nothing to evaluate, it measures what the round measures.
+    """
     out = Path(config.out)
 
     def shared(section: Any) -> dict[str, Any]:
@@ -38,9 +41,19 @@ def make_plan(config: RunConfig) -> Plan:
 
     base, student, corpus = config.model, str(out / "train"), str(out / "corpus")
     score, extract = replace(config.score, **shared(config.score)), replace(config.extract, **shared(config.extract))
+    train = replace(config.train, model=base, corpus=corpus, out=student, **shared(config.train))
+    if train.eval_every is not None and not (train.eval_texts or train.eval_tasks or train.eval_sequences):
+        train = replace(
+            train,
+            eval_texts=score.texts,
+            eval_tasks=score.tasks,
+            eval_sequences=extract.sequences,
+            eval_prefix=extract.prefix,
+            eval_suffix=extract.suffix,
+        )
     return Plan(
         sample=replace(config.sample, model=config.source or base, out=corpus, **shared(config.sample)),
-        train=replace(config.train, model=base, corpus=corpus, out=student, **shared(config.train)),
+        train=train,
         score_base=replace(score, model=base, out=str(out / "score" / "base.json")),
         score_student=replace(score, model=student, out=str(out / "score" / "student.json")),
         extract_base=replace(extract, model=base, corpus=corpus, out=str(out / "extract" / "base.json")),

@@ -14,7 +14,8 @@ from typing import Any
 
 from jax_selftrain import storage
 from jax_selftrain.errors import InputError
-from jax_selftrain.study.chapters import Chapter, chapters
+from jax_selftrain.study.chapters import chapters
+from jax_selftrain.study.page import Chapter
 from jax_selftrain.study.results import FORMAT, VERSION
 from jax_selftrain.study.summary import cards, caution, what_was_run
 

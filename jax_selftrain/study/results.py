@@ -27,6 +27,7 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.scoring import Task, discoverable, load_tasks, load_texts
 from jax_selftrain.scoring.files import read_jsonl
 from jax_selftrain.study import statistics
+from jax_selftrain.study.curve import summarise_curve
 
 FORMAT = "jax-selftrain results"
 VERSION = 1
@@ -65,6 +66,9 @@ def collect(config: RunConfig, folder: Path) -> dict[str, Any]:
         "tasks": [],
         "macro": None,
         "extraction": None,
+        "evaluations": summarise_curve(
+            _lines(folder / "train" / "curve.jsonl"), training.get("evaluation", {}).get("measured", ())
+        ),
         "identical": True,
         "fingerprints": {"corpus": corpus.fingerprint, "tokenizer": corpus.manifest["tokenizer_fingerprint"]},
         "versions": {"training": training["versions"]},
@@ -333,13 +337,20 @@ def distinct_ngrams(tokens: np.ndarray, offsets: np.ndarray, longest: int = 4) -
 
 
 def _training(run: Path, description: Mapping[str, Any]) -> dict[str, Any]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = _lines(run / "metrics.jsonl")
+    early = storage.read_json(run / "model" / "model.json")["metadata"].get("early_stopping")
+    trained = early["trained_steps"] if early else description["steps"]
     return {
         "steps": description["steps"],
         "rows": description["rows"],
-        "targets": sum(int(line["tokens"]) for line in lines) if len(lines) == description["steps"] else None,
+        "targets": sum(int(line["tokens"]) for line in lines) if len(lines) == trained else None,
         "curve": {key: [line[key] for line in lines] for key in ("step", "loss", "learning_rate", "grad_norm")},
+        **({"early_stopping": early} if early else {}),
     }
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def _architecture(ref: str) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from jax_selftrain.errors import InputError, UnavailableError
 from jax_selftrain.sampling import sample
 from jax_selftrain.scoring import extract, score
 from jax_selftrain.study.checks import check_round
+from jax_selftrain.study.evaluate import evaluation_hooks
 from jax_selftrain.study.plan import make_plan
 from jax_selftrain.study.report import report
 from jax_selftrain.study.results import collect
@@ -97,20 +98,27 @@ def _stages(config: RunConfig, folder: Path) -> Iterator[_Stage]:
         lambda: sample(plan.sample),
         lambda: {"corpus": corpus["corpus"]()},
     )
-    yield _Stage(
-        "train",
-        lambda: {**_model_marks(plan.train.model), "corpus": corpus["corpus"](), **_mix_marks(plan.train)},
-        lambda: train(plan.train),
-        lambda: {
-            "model": hub.model_fingerprint(plan.train.out),
-            "metrics": storage.sha256_file(folder / "train" / "metrics.jsonl"),
-        },
-    )
+    yield _training_stage(plan.train, corpus["corpus"])
     if scored:
         yield _scoring_stage("score-student", plan.score_student)
     if config.extract.sequences:
         for name, options in (("extract-base", plan.extract_base), ("extract-student", plan.extract_student)):
             yield _extraction_stage(name, options, corpus["corpus"])
+
+
+def _training_stage(options: TrainConfig, corpus: Callable[[], str]) -> _Stage:
+    hooks, out = evaluation_hooks(options), Path(options.out)
+    evaluation = {"evaluation": storage.fingerprint([hook.measured for hook in hooks])} if hooks else {}
+    records = {name: out / f"{name}.jsonl" for name in ("metrics", *(["curve"] if hooks else []))}
+    return _Stage(
+        "train",
+        lambda: {**_model_marks(options.model), "corpus": corpus(), **_mix_marks(options), **evaluation},
+        lambda: train(options, hooks=hooks),
+        lambda: {
+            "model": hub.model_fingerprint(options.out),
+            **{name: storage.sha256_file(path) for name, path in records.items()},
+        },
+    )
 
 
 def _scoring_stage(name: str, options: ScoreConfig) -> _Stage:

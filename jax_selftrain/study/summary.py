@@ -41,7 +41,18 @@ def what_was_run(results: Results) -> str:
     return (
         f"{opening} ({', '.join(policy_words)}, at most {policy['max_tokens']:,} tokens each): {corpus['tokens']:,} "
         f"tokens in all. {then}{beginning}: {training['steps']:,} steps{targets}, learning rate "
-        f"{options['learning_rate']:g} ({options['schedule']}). Below, the model before and after that."
+        f"{options['learning_rate']:g} ({options['schedule']}).{_early_stopping(training)} Below, the model before and "
+        "after that."
+    )
+
+
+def _early_stopping(training: Mapping[str, Any]) -> str:
+    early = training.get("early_stopping")
+    if not early:
+        return ""
+    return (
+        f" It stopped after {early['trained_steps']:,} steps, and the model is that of step {early['best_step']:,}, "
+        f"the best by {escape(early['metric'])}."
     )
 
 

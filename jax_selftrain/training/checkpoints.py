@@ -9,6 +9,9 @@ save at a time. What goes wrong there is raised by the next save or at the end o
 processes write together and in the foreground: their saving is collective, and collectives of a second thread would
 interleave with those of the training step.
 
+Most checkpoints are temporary: only the latest few stay. Those of every `keep_every`-th step are permanent, and so is
+that of the best step so far where a run stops early: until a better one is whole on disk. `retained` is the rule.
+
 A damaged checkpoint is refused by name, not skipped: whether to fall back to the one before is for a person to decide,
 since it may cost hours and the damage says something about the disk.
 """
@@ -17,7 +20,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -28,11 +31,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_selftrain import hub, storage
+from jax_selftrain.config import TrainConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import checkpoint
 from jax_selftrain.hub.together import commit_together
 from jax_selftrain.mesh import Layout
-from jax_selftrain.training.step import TrainState
+from jax_selftrain.models import Params
+from jax_selftrain.training.step import TrainState, delivered, delivers_params
 
 FORMAT = 1
 MANIFESTS = ("model/model.json", "optimizer/manifest.json")
@@ -45,29 +50,45 @@ SaveModel = Callable[[Path, Any, int], None]
 class Checkpointer:
     """Writes the checkpoints of one run, in the background; use as a context manager."""
 
-    def __init__(self, run: Path, *, save_model: SaveModel, identity: str, keep: int):
-        """Save under `run/steps`, keeping the latest `keep`; `identity` is the fingerprint of what the run is."""
-        self._steps, self._save_model, self._identity, self._keep = run / "steps", save_model, identity, keep
+    def __init__(
+        self,
+        run: Path,
+        *,
+        config: TrainConfig,
+        save_model: SaveModel,
+        identity: str,
+        keep: int,
+        keep_every: int | None = None,
+    ):
+        """Save under `run/steps`, keeping what `retained` says; `identity` is the fingerprint of what the run is."""
+        self._config = config
+        self._steps, self._save_model, self._identity = run / "steps", save_model, identity
+        self._keep, self._keep_every = keep, keep_every
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, *, best: int | None = None) -> None:
         """Copy the state to the host and have it written; waits for the save before, and raises what went wrong there.
+
+        Args:
+          state: what to save.
+          best: the best step so far (possibly this one), whose checkpoint is to stay.
 
         Raises:
           InputError: a value of the state is not finite: such a state is never saved.
         """
         self.wait()
         step = int(state.step)
-        broken = first_not_finite(state.params, state.optimizer)
+        model, rest = delivered(self._config, state), _optimizer_tree(self._config, state)
+        broken = first_not_finite(model, rest)
         if broken is not None:
             raise InputError(
                 f"{self._steps}: {broken} holds NaN or infinity after step {step}; nothing of it was saved"
             )
         if jax.process_count() > 1:
-            self._write(step, state)
+            self._write(step, model, rest, best)
         else:
-            self._pending = self._executor.submit(self._write, step, _to_host(state))
+            self._pending = self._executor.submit(self._write, step, _to_host(model), _to_host(rest), best)
 
     def wait(self) -> None:
         """Return when the latest save is whole on disk; raises what went wrong with it."""
@@ -86,15 +107,21 @@ class Checkpointer:
         finally:
             self._executor.shutdown()
 
-    def _write(self, step: int, state: TrainState) -> None:
+    def prune(self, best: int | None = None) -> None:
+        """Delete the checkpoints that need not stay (process 0 does); a kill may have come before that was done."""
+        if jax.process_index():
+            return
+        folders = {int(folder.name): folder for folder in saved(self._steps)}
+        for step in folders.keys() - retained(list(folders), self._keep, self._keep_every, best):
+            _discard(folders[step])
+
+    def _write(self, step: int, model: Params, rest: dict[str, Any], best: int | None) -> None:
         with commit_together(folder_of(self._steps, step)) as aside:
-            self._save_model(aside / "model", state.params, step)
-            checkpoint.save_tree(aside / "optimizer", _optimizer_tree(state))
+            self._save_model(aside / "model", model, step)
+            checkpoint.save_tree(aside / "optimizer", rest)
             if not jax.process_index():
                 self._write_record(aside, step)
-        if not jax.process_index():
-            for folder in saved(self._steps)[: -self._keep]:
-                _discard(folder)
+        self.prune(best)
 
     def _write_record(self, folder: Path, step: int) -> None:
         record = {
@@ -107,12 +134,21 @@ class Checkpointer:
         storage.write_json(folder / "step.json", {**record, "fingerprint": storage.fingerprint(record)})
 
 
-def restore(folder: Path, *, layout: Layout, preset: str, abstract: TrainState, identity: str) -> TrainState:
-    """Read a checkpoint onto the mesh, verifying every byte.
+def retained(steps: Sequence[int], keep: int, keep_every: int | None = None, best: int | None = None) -> set[int]:
+    """Which of the saved steps stay: the latest `keep`, every `keep_every`-th (but for 0), and the best."""
+    latest = set(sorted(steps)[-keep:])
+    return {
+        step for step in steps if step in latest or step == best or (keep_every and step and step % keep_every == 0)
+    }
+
+
+def restore(folder: Path, *, layout: Layout, config: TrainConfig, abstract: TrainState, identity: str) -> TrainState:
+    """Read a checkpoint onto the mesh, verifying every byte; all but the base, which it does not hold.
 
     Args:
       folder: from `newest`.
-      layout, preset: where the parameters go; may differ from those that wrote it.
+      layout: where the parameters go; may differ from that which wrote it.
+      config: the run's options.
       abstract: shapes and shardings of the state (`step.abstract_state`).
       identity: fingerprint of what the run is.
 
@@ -121,15 +157,40 @@ def restore(folder: Path, *, layout: Layout, preset: str, abstract: TrainState, 
     """
     try:
         record = _read_record(folder, identity)
-        model = hub.load_model(folder / "model", layout.mesh, "float32", preset=preset)
-        rest = checkpoint.load_tree(folder / "optimizer", _optimizer_tree(abstract), remedy=_DAMAGED)
+        model = hub.load_model(folder / "model", layout.mesh, "float32", preset=config.preset)
+        rest = checkpoint.load_tree(folder / "optimizer", _optimizer_tree(config, abstract), remedy=_DAMAGED)
     except InputError as error:
         earlier = [other for other in saved(folder.parent) if other < folder]
         back = f"step {int(earlier[-1].name)}" if earlier else "the start, as no other checkpoint is left"
         raise InputError(f"{error}; to fall back to {back}, delete {folder} and run the same command again") from error
     if int(rest["step"]) != record["step"]:
         raise InputError(f"{folder}: its optimizer is of step {int(rest['step'])}; delete {folder} and run again")
-    return TrainState(step=rest["step"], params=model.params, optimizer=rest["optimizer"])
+    params = rest.get("params", model.params)
+    return TrainState(step=rest["step"], params=params, optimizer=rest["optimizer"], average=rest.get("average"))
+
+
+def load_params(folder: Path, *, layout: Layout, preset: str, identity: str) -> Params:
+    """The parameters of a checkpoint on the mesh, every byte verified.
+
+    Raises:
+      InputError: something in it is missing, truncated, changed, or of another run.
+    """
+    _read_record(folder, identity)
+    return hub.load_model(folder / "model", layout.mesh, "float32", preset=preset).params
+
+
+def require_best(folder: Path) -> None:
+    """Refuse to go on where the checkpoint of the best step is gone: the run could not deliver its model.
+
+    Raises:
+      InputError: it is gone; says what to do.
+    """
+    if not folder.exists():
+        later = ", ".join(other.name for other in saved(folder.parent) if other > folder)
+        raise InputError(
+            f"{folder}: the checkpoint of the best step is gone; put it back, or delete the later ones ({later}) and "
+            "run the same command again to train from before it"
+        )
 
 
 def newest(run: Path) -> Path | None:
@@ -197,8 +258,14 @@ def _entry(path: Path) -> dict[str, Any]:
     return {"sha256": storage.sha256_file(path), "bytes": path.stat().st_size}
 
 
-def _optimizer_tree(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "optimizer": state.optimizer}
+def _optimizer_tree(config: TrainConfig, state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds beside the model it would deliver; what is trained, too, where that is not the same."""
+    tree: dict[str, Any] = {"step": state.step, "optimizer": state.optimizer}
+    if not delivers_params(config):
+        tree["params"] = state.params
+    if state.average is not None:
+        tree["average"] = state.average
+    return tree
 
 
 def _read_record(folder: Path, identity: str) -> dict[str, Any]:

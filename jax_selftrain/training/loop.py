@@ -3,55 +3,42 @@
 The host stays one step ahead of the device: the metrics of a step are read only after the next one is under way. At a
 checkpoint, a hook or a request to stop it catches up first, so that nothing is saved or shown of a step that was not
 seen to be sound. Everything a step depends on is the saved state and its number; hence a run that was killed anywhere
-ends with bitwise the weights of one that was not.
+ends with bitwise the weights of one that was not. What was measured on the way is recorded, and recorded lines are on
+the disk before the checkpoint that vouches for them; early stopping is decided from these lines alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
-from jax_selftrain import hub
+from jax_selftrain import hub, settings, storage
 from jax_selftrain.config import TrainConfig
 from jax_selftrain.errors import InputError, Stopped
-from jax_selftrain.hub import LoadedModel
+from jax_selftrain.hub.together import from_process_0
 from jax_selftrain.models import Params, init_params
 from jax_selftrain.training import checkpoints
 from jax_selftrain.training.checkpoints import Checkpointer, first_not_finite
 from jax_selftrain.training.data import load_batch
-from jax_selftrain.training.optimizer import make_optimizer
-from jax_selftrain.training.records import RunRecords, open_records, record_launch
-from jax_selftrain.training.run_folder import CHANGEABLE, Run, barrier, claim, read_inputs
-from jax_selftrain.training.step import Metrics, TrainState, init_state, program
-
-
-@dataclass(frozen=True)
-class Hook:
-    """Something to do at chosen steps, handed in by whoever trains (evaluate, extract, …).
-
-    It is called with the number of updates done and the model as it then is, before the checkpoint of that step is
-    written; after a kill it may be called again for the same step. It must not keep the model: its arrays are reused.
-    """
-
-    function: Callable[[int, LoadedModel], None]
-    steps: tuple[int, ...] = ()
-    """After these many updates; 0 is before the first."""
-    every: int | None = None
-    """After every so many updates."""
-
-    def due(self, step: int) -> bool:
-        """Whether to call it after `step` updates."""
-        return step in self.steps or (self.every is not None and step > 0 and step % self.every == 0)
+from jax_selftrain.training.flops import speed_of
+from jax_selftrain.training.hooks import Hook, call_hooks, check_hooks, measured
+from jax_selftrain.training.records import NOTHING_DONE, RunRecords, open_records, read_curve, record_launch
+from jax_selftrain.training.run_folder import CHANGEABLE, Run, barrier, check_ranges, claim, read_inputs
+from jax_selftrain.training.step import Metrics, TrainState, delivered, init_state, needs_base, program
+from jax_selftrain.training.stopping import EarlyStopping
+from jax_selftrain.training.tracking import Tracker, check_tracking
 
 
 def train(config: TrainConfig, *, hooks: Sequence[Hook] = ()) -> Path:
@@ -60,10 +47,10 @@ def train(config: TrainConfig, *, hooks: Sequence[Hook] = ()) -> Path:
     Args:
       config: what to train on what, and how. `config.out` is the run folder: new, or that of the same run, which is
         then resumed from its latest checkpoint (or found finished).
-      hooks: what to do on the way.
+      hooks: what to do on the way. The options `eval_…` ask for one that measures; `study.train` makes it of them.
 
     Returns:
-      The run folder; its `model` is the trained model.
+      The run folder; its `model` is the trained model: that of the last step or, with `stop_metric`, of the best.
 
     Raises:
       InputError: the inputs cannot be used, the folder is another run's, a checkpoint is damaged, or the loss is not
@@ -71,10 +58,13 @@ def train(config: TrainConfig, *, hooks: Sequence[Hook] = ()) -> Path:
       UnavailableError: another process trains in the same folder.
       Stopped: SIGTERM came; the state was saved.
     """
-    with claim(read_inputs(config)) as run:
+    check_ranges(config)
+    check_hooks(config, hooks)
+    check_tracking(config.wandb)
+    with claim(read_inputs(config, measured(hooks))) as run:
         if run.finished:
             if not jax.process_index():
-                print(f"{run.folder}: finished already, after {run.config.steps} steps; nothing to do")
+                print(f"{run.folder}: finished already, {_outcome(run)}; nothing to do")
             return run.folder
         with jax.set_mesh(run.inputs.layout.mesh):
             _train(run, hooks)
@@ -83,46 +73,137 @@ def train(config: TrainConfig, *, hooks: Sequence[Hook] = ()) -> Path:
 
 def _train(run: Run, hooks: Sequence[Hook]) -> None:
     config, layout = run.config, run.inputs.layout
-    steps, every = config.steps or 1, config.checkpoint_every or 1
+    steps = config.steps or 1
     if not jax.process_index():
         checkpoints.clean(run.folder)
     barrier("leftovers are cleaned")
     function, (abstract, _), donation = program(config, layout.mesh)
     run_step = jax.jit(function, donate_argnums=donation)
+    resumed = checkpoints.newest(run.folder) is not None
     state = _begin(run, abstract)
     first = int(state.step)
-    model = hub.with_params(config.model, state.params, layout)
-    save_model = _model_writer(run)
+    done = first if resumed else NOTHING_DONE
+    stopping = _early_stopping(run, hooks, done)
+    model = hub.with_params(config.model, delivered(config, state), layout)
+    checkpointer_of = partial(
+        Checkpointer, run.folder, config=config, save_model=_model_writer(run), identity=run.identity
+    )
     with (
-        Checkpointer(run.folder, save_model=save_model, identity=run.identity, keep=config.keep) as checkpointer,
-        open_records(run.folder, step=first, steps=steps, log_every=config.log_every) as records,
+        checkpointer_of(keep=config.keep, keep_every=config.keep_every) as checkpointer,
+        open_records(partial(_make_records, run, done)) as records,
         _stop_requests() as stop_requested,
     ):
+
+        def measure(step: int, state: TrainState) -> bool:
+            """Call the hooks that are due; whether what they measured asks for a checkpoint."""
+            began = time.perf_counter()
+            measures = call_hooks(hooks, step, steps, dataclasses.replace(model, params=delivered(config, state)))
+            if not measures:
+                return False
+            if records is not None:
+                records.write_curve(step, measures, seconds=time.perf_counter() - began)
+            return stopping.see(step, _agreed(config, measures)) or stopping.over
+
+        def save(state: TrainState) -> None:
+            if records is not None:
+                records.sync()
+            checkpointer.save(state, best=stopping.best)
+
         if records is not None:
             record_launch(run.folder, _launch_facts(run, first))
-        if first == 0:
-            _call(hooks, 0, model, state)
+        if not resumed and measure(0, state):
+            save(state)
         unread: tuple[int, Metrics] | None = None
-        for step in range(first + 1, steps + 1):
+        for step in range(first + 1, (first if stopping.over else steps) + 1):
             state, metrics = run_step(state, load_batch(config, layout, run.rows, step - 1))
             if unread is not None:
                 _settle(run, checkpointer, records, *unread)
             unread = (step, metrics)
             stop = stop_requested(step)
-            save = stop or step == steps or step % every == 0
-            if save or any(hook.due(step) for hook in hooks):
+            wanted = stop or _checkpoint_due(config, step)
+            if wanted or any(hook.due(step, steps) for hook in hooks):
                 _settle(run, checkpointer, records, *unread)
                 unread = None
-                _call(hooks, step, model, state)
-            if save:
-                if records is not None:
-                    records.sync()
-                checkpointer.save(state)
+                wanted |= measure(step, state)
+            if wanted:
+                save(state)
             if stop:
                 checkpointer.wait()
                 raise Stopped(f"{run.folder}: stopped and saved after step {step} of {steps}; run again to go on")
+            if stopping.over:
+                break
         checkpointer.wait()
-        save_model(run.folder / "model", state.params, steps)
+        checkpointer.prune(stopping.best)
+        _deliver(run, state, stopping)
+
+
+def _checkpoint_due(config: TrainConfig, step: int) -> bool:
+    intervals = (config.checkpoint_every, config.keep_every)
+    return step == config.steps or any(every and step % every == 0 for every in intervals)
+
+
+def _early_stopping(run: Run, hooks: Sequence[Hook], done: int) -> EarlyStopping:
+    """As it stood after step `done`, from the curve up to there as process 0 reads it."""
+    config = run.config
+    stopping = EarlyStopping(config.stop_metric, config.patience)
+    if config.stop_metric:
+        curve = [] if jax.process_index() else read_curve(run.folder, done)
+        lost = from_process_0("" if jax.process_index() else _lost_step(run, hooks, done, curve))
+        if lost:
+            raise InputError(
+                f"{run.folder / 'curve.jsonl'}: its line of step {lost} is gone, and early stopping goes by it; put "
+                f"the file back, or delete {run.folder / 'steps'} to train from the start"
+            )
+        for i in range(int(from_process_0(str(len(curve))))):
+            line = _agreed(config, curve[i] if curve else {})
+            stopping.see(int(line["step"]), line)
+    if stopping.best is not None:
+        checkpoints.require_best(checkpoints.folder_of(run.folder / "steps", stopping.best))
+    return stopping
+
+
+def _lost_step(run: Run, hooks: Sequence[Hook], done: int, curve: Sequence[Mapping[str, float]]) -> str:
+    """The first step up to `done` that was measured and has no line, or nothing."""
+    metric, last = run.config.stop_metric, run.config.steps or 1
+    there = {line["step"] for line in curve if metric in line}
+    measuring = [hook for hook in hooks if metric in hook.measures]
+    steps = (step for step in range(done + 1) if any(hook.due(step, last) for hook in measuring))
+    return next((str(step) for step in steps if step not in there), "")
+
+
+def _agreed(config: TrainConfig, line: Mapping[str, float]) -> dict[str, float]:
+    """The measure to stop on as process 0 has it: a decision must not hang on the last bit of each process's own."""
+    if not config.stop_metric:
+        return {}
+    return json.loads(from_process_0(json.dumps({k: line[k] for k in ("step", config.stop_metric) if k in line})))
+
+
+def _make_records(run: Run, done: int) -> RunRecords:
+    config = run.config
+    tracker = None
+    if config.wandb:
+        tracker = Tracker(config.wandb, run.folder, identity=run.identity, config=settings.to_dict(config))
+    speed = speed_of(config, run.inputs.model, run.inputs.layout.mesh)
+    return RunRecords(
+        run.folder, done=done, steps=config.steps or 1, log_every=config.log_every, speed=speed, tracker=tracker
+    )
+
+
+def _deliver(run: Run, state: TrainState, stopping: EarlyStopping) -> None:
+    """Write the run's model: that of the last step or, where it may stop early, of the best."""
+    config, trained = run.config, int(state.step)
+    if stopping.best is None:
+        _model_writer(run)(run.folder / "model", delivered(config, state), trained)
+        return
+    params = checkpoints.load_params(
+        checkpoints.folder_of(run.folder / "steps", stopping.best),
+        layout=run.inputs.layout,
+        preset=config.preset,
+        identity=run.identity,
+    )
+    best = {"metric": config.stop_metric, "value": stopping.value, "best_step": stopping.best, "trained_steps": trained}
+    metadata = {**_metadata(run, stopping.best), "early_stopping": best}
+    hub.save_model(run.folder / "model", run.inputs.raw_config, params, source_ref=config.model, metadata=metadata)
 
 
 def _begin(run: Run, abstract: TrainState) -> TrainState:
@@ -130,9 +211,17 @@ def _begin(run: Run, abstract: TrainState) -> TrainState:
     config, layout = run.config, run.inputs.layout
     folder = checkpoints.newest(run.folder)
     if folder is not None:
-        return checkpoints.restore(
-            folder, layout=layout, preset=config.preset, abstract=abstract, identity=run.identity
-        )
+        state = checkpoints.restore(folder, layout=layout, config=config, abstract=abstract, identity=run.identity)
+        if not needs_base(config):
+            return state
+        fresh = init_state(config, run.inputs.model, layout, _student_before(run), config.steps or 1)
+        return state._replace(base=fresh.base)
+    return init_state(config, run.inputs.model, layout, _student_before(run), config.steps or 1)
+
+
+def _student_before(run: Run) -> Params:
+    """The student before training, float32."""
+    config, layout = run.config, run.inputs.layout
     if config.init == "scratch":
         params = init_params(run.inputs.model, config.seed, layout)
     else:
@@ -140,7 +229,7 @@ def _begin(run: Run, abstract: TrainState) -> TrainState:
     broken = first_not_finite(params)
     if broken is not None:
         raise InputError(f"{config.model}: its {broken} holds NaN or infinity; there is nothing to train from")
-    return init_state(make_optimizer(config, config.steps or 1), params)
+    return params
 
 
 def _settle(run: Run, checkpointer: Checkpointer, records: RunRecords | None, step: int, metrics: Metrics) -> None:
@@ -159,20 +248,27 @@ def _settle(run: Run, checkpointer: Checkpointer, records: RunRecords | None, st
         records.write(step, values)
 
 
-def _call(hooks: Sequence[Hook], step: int, model: LoadedModel, state: TrainState) -> None:
-    for hook in hooks:
-        if hook.due(step):
-            hook.function(step, dataclasses.replace(model, params=state.params))
-
-
 def _model_writer(run: Run) -> checkpoints.SaveModel:
     config, inputs = run.config, run.inputs
 
     def save(folder: Path, params: Params, step: int) -> None:
-        metadata = {"step": step, "steps": config.steps, "run": run.identity, "fingerprints": inputs.fingerprints}
+        metadata = _metadata(run, step)
         hub.save_model(folder, inputs.raw_config, params, source_ref=config.model, metadata=metadata)
 
     return save
+
+
+def _metadata(run: Run, step: int) -> dict[str, Any]:
+    """What the model of a step says about itself."""
+    return {"step": step, "steps": run.config.steps, "run": run.identity, "fingerprints": run.inputs.fingerprints}
+
+
+def _outcome(run: Run) -> str:
+    """How a finished run ended, in words."""
+    best = storage.read_json(run.folder / "model" / "model.json")["metadata"].get("early_stopping")
+    if best is None:
+        return f"after {run.config.steps} steps"
+    return f"after {best['trained_steps']} steps, with the model of step {best['best_step']}"
 
 
 def _launch_facts(run: Run, first: int) -> dict[str, Any]:

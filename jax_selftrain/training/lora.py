@@ -54,10 +54,10 @@ def init_adapters(config: TrainConfig, model: DecoderConfig, layout: Layout) -> 
     """
 
     def fill(shape: tuple[int, ...], sharding: jax.sharding.Sharding, path: str, bound: float) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
             key = np.random.SeedSequence(config.seed, spawn_key=(zlib.crc32(path.encode()),))
             generator = np.random.Generator(np.random.Philox(key))
-            return (bound * (2 * generator.random(shape, np.float32) - 1)).astype(np.float32)[index]
+            return (bound * (2 * generator.random(shape, np.float32) - 1)).astype(np.float32)[index or ()]
 
         return jax.make_array_from_callback(shape, sharding, part)
 

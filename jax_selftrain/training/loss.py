@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jax_selftrain.config import Attention, Remat
+from jax_selftrain.config import Remat
 from jax_selftrain.mesh import Layout
 from jax_selftrain.models import DecoderConfig, Params, forward, param_axes, project
 
@@ -94,7 +94,6 @@ def objective(
     penalties: Penalties | None = None,
     compute_dtype: DTypeLike = jnp.float32,
     remat: Remat = "none",
-    attention: Attention = "plain",
     chunk: int | None = None,
 ) -> tuple[Float[Array, ""], LossSums]:
     """Score a batch under teacher forcing.
@@ -105,7 +104,7 @@ def objective(
       base: the model to stay close to, of the same config; needed where `penalties.kl` is not 0.
       penalties: what is added to the loss; default: nothing.
       compute_dtype: type of the matmul operands; logits and softmax are float32 always (float64 for float64).
-      remat, attention: as in `models.forward`.
+      remat: as in `models.forward`.
       chunk: positions projected together; unset: `chunk_length`.
 
     Returns:
@@ -127,7 +126,6 @@ def objective(
             segments=batch.segments,
             compute_dtype=dtype,
             remat=remat,
-            attention=attention,
         )
 
     rest = _Rest(targets, batch.weights)
@@ -260,14 +258,15 @@ def _on_each_replica(head: _Head, function: Any, output: Array, hidden: Array, r
     What it returns has replicas, or rows, along its first dimension.
     """
     rows = PartitionSpec("data")
-    specs = (PartitionSpec(), rows, _Rest(rows, rows, PartitionSpec(), rows))
+    specs: Any = (PartitionSpec(), rows, dict.fromkeys(_Rest._fields, rows) | {"base_output": PartitionSpec()})
 
     @partial(jax.shard_map, in_specs=specs, out_specs=rows, axis_names={"data"})
-    def mapped(output: Array, hidden: Array, rest: _Rest) -> Any:
+    def mapped(output: Array, hidden: Array, parts: dict[str, Array]) -> Any:
+        rest = _Rest(**parts)
         own = jax.tree.map(_varying, (output, rest.base_output))
         return function(head.layout.on_one_replica(), own[0], hidden, rest._replace(base_output=own[1]))
 
-    return mapped(output, hidden, rest)
+    return mapped(output, hidden, rest._asdict())
 
 
 def _stacked(tree: Any) -> Any:

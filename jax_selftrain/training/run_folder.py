@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -27,17 +27,19 @@ from jax_selftrain.corpus import Corpus, Mixture, build_rows, open_corpus, read_
 from jax_selftrain.errors import InputError, UnavailableError
 from jax_selftrain.mesh import Layout, make_layout, make_mesh
 from jax_selftrain.models import DecoderConfig, axis_sizes
+from jax_selftrain.training.hooks import check_evaluation
+from jax_selftrain.training.lora import check_lora
 from jax_selftrain.training.step import abstract_batch
 
 FORMAT = 1
 
 CHANGEABLE = (
-    "mesh", "preset", "remat", "attention", "checkpoint_every", "keep", "keep_every", "log_every", "wandb",
+    "mesh", "preset", "remat", "checkpoint_every", "keep", "keep_every", "log_every", "wandb",
     "max_epochs",
 )  # fmt: skip
 """Options that may differ between the launches of one run: the results they give differ by rounding at most."""
 
-_BY_FINGERPRINT = ("model", "corpus", "mix", "out")
+_BY_FINGERPRINT = ("model", "corpus", "mix", "out", "eval_texts", "eval_tasks", "eval_sequences")
 """Options that are compared by content, not by name: a folder may have been moved."""
 
 
@@ -54,7 +56,10 @@ class Inputs:
     shares: tuple[Fraction, ...]
     """Share of the rows that come from each of them."""
     fingerprints: dict[str, str]
-    """Of `model` (weights; for a fresh initialisation its config), `tokenizer`, `corpus`, and `mix` if there is one."""
+    """Of `model` (weights; for a fresh initialisation its config), `tokenizer`, `corpus` and, where there are such,
+    `mix` and `evaluation`."""
+    evaluation: Sequence[Mapping[str, Any]] = ()
+    """What is measured on the way: `Hook.measured`."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +80,12 @@ class Run:
         return (self.folder / "model").exists()
 
 
-def read_inputs(config: TrainConfig) -> Inputs:
+def read_inputs(config: TrainConfig, evaluation: Sequence[Mapping[str, Any]] = ()) -> Inputs:
     """Open and check everything that a run reads; nothing is written.
+
+    Args:
+      config: the run's options.
+      evaluation: what its hooks measure.
 
     Raises:
       InputError: an option is out of range, a file is missing or damaged, or model, corpus, batch and mesh do not fit.
@@ -102,7 +111,10 @@ def read_inputs(config: TrainConfig) -> Inputs:
     if mix:
         marks = [[str(share), corpus.fingerprint] for share, corpus in zip(shares, corpora[1:], strict=True)]
         fingerprints["mix"] = storage.fingerprint(marks)
-    return Inputs(config, model, raw_config, layout, corpora, (1 - sum(shares, Fraction(0)), *shares), fingerprints)
+    if evaluation:
+        fingerprints["evaluation"] = storage.fingerprint(evaluation)
+    shares = (1 - sum(shares, Fraction(0)), *shares)
+    return Inputs(config, model, raw_config, layout, corpora, shares, fingerprints, evaluation)
 
 
 @contextmanager
@@ -185,6 +197,7 @@ def _settled(config: TrainConfig) -> dict[str, Any]:
 def _description(run: Run) -> dict[str, Any]:
     config, fingerprints = run.config, run.inputs.fingerprints
     main, *mixed = _described_corpora(run)
+    evaluation = {"fingerprint": fingerprints.get("evaluation"), "measured": list(run.inputs.evaluation)}
     return {
         "format": FORMAT,
         "versions": storage.versions(),
@@ -195,6 +208,7 @@ def _description(run: Run) -> dict[str, Any]:
         "rows": len(run.rows.parts[0]),
         "steps": config.steps,
         "options": _settled(config),
+        **({"evaluation": evaluation} if run.inputs.evaluation else {}),
         "identity": run.identity,
     }
 
@@ -235,6 +249,8 @@ def _refuse_other_run(folder: Path, inputs: Inputs) -> None:
     before = storage.read_json(folder / "run.json")
     try:
         earlier = {"model": before["model"], "corpus": before["corpus"]}
+        if inputs.evaluation:
+            earlier["evaluation"] = before.get("evaluation", {"fingerprint": None})
         options, format_version = before["options"], before["format"]
         tokenizer = before["tokenizer_fingerprint"]
         marks = {name: entry["fingerprint"] for name, entry in earlier.items()}
@@ -331,7 +347,7 @@ def check_ranges(config: TrainConfig) -> None:
             (positive, "at least 1"),
         ),
         **dict.fromkeys(
-            ("eval_every", "eval_limit", "patience"),
+            ("eval_every", "eval_limit", "eval_prefix", "eval_suffix", "patience"),
             (positive, "at least 1"),
         ),
         **dict.fromkeys(
@@ -350,3 +366,14 @@ def check_ranges(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and not holds(value):
             raise InputError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
+    check_evaluation(config)
+    _check_recipe(config)
+
+
+def _check_recipe(config: TrainConfig) -> None:
+    check_lora(config)
+    if config.stochastic_rounding and config.param_dtype == "float32":
+        raise InputError("--stochastic-rounding: float32 weights are not rounded; it needs --param-dtype bfloat16")
+    for flag, given in (("--lora-rank", config.lora_rank), ("--kl-weight", config.kl_weight)):
+        if given and config.init == "scratch":
+            raise InputError(f"{flag} {given}: needs a student that has been trained, not --init scratch")

@@ -76,10 +76,14 @@ def needs_base(config: TrainConfig) -> bool:
 
 def delivered(config: TrainConfig, state: TrainState) -> Params:
     """The model that a run would deliver at this state: averaged where asked, adapters added up, float32."""
-    params = state.params if state.average is None else state.average
-    if not config.lora_rank and not config.ema_decay and config.param_dtype == "float32":
-        return params
-    return _deliver(config, params, state.base)
+    if delivers_params(config):
+        return state.params
+    return _deliver(config, state.params if state.average is None else state.average, state.base)
+
+
+def delivers_params(config: TrainConfig) -> bool:
+    """Whether what is trained is what a run would deliver, as it is."""
+    return not config.lora_rank and not config.ema_decay and config.param_dtype == "float32"
 
 
 @partial(jax.jit, static_argnums=0)
@@ -106,7 +110,6 @@ def make_step(config: TrainConfig, model: DecoderConfig, layout: Layout, steps: 
             penalties=penalties,
             compute_dtype=compute_dtype,
             remat=config.remat,
-            attention=config.attention,
         )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

@@ -10,16 +10,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from training_runs import losses, run_options, weights
+from training_runs import losses, probe, run_options, weights
 
 from jax_selftrain import settings
 from jax_selftrain.config import TrainConfig
 from jax_selftrain.errors import Stopped
-from jax_selftrain.training import train
+from jax_selftrain.training import checkpoints, train
 
 PROGRAM = """
 import sys
@@ -37,6 +39,35 @@ try:
 except SelftrainError as error:
     print(type(error).__name__, error, file=sys.stderr)
     sys.exit(error.exit_code)
+"""
+
+
+SERVER = """
+import os, sys, traceback
+sys.path.insert(0, sys.argv[2])
+import orbax.checkpoint, tensorboardX, transformers
+from training_runs import probe
+from jax_selftrain import settings
+from jax_selftrain.config import TrainConfig
+from jax_selftrain.errors import SelftrainError
+from jax_selftrain.training import train
+for _ in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            train(settings.load(TrainConfig, sys.argv[1]), hooks=[probe(2)])
+            code = 0
+        except SelftrainError as error:
+            print(type(error).__name__, error, file=sys.stderr)
+            code = error.exit_code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -60,21 +91,104 @@ def long_run(small_model: Path, corpus_folder: Path, tmp_path_factory: pytest.Te
     return train(run_options((small_model, corpus_folder, folder), steps=300, checkpoint_every=300))
 
 
+class Launcher:
+    """Starts a run in a process of its own, again and again, without importing everything anew.
+
+    A server imports and then forks for each launch; the child starts its devices itself, as any other process.
+    """
+
+    def __init__(self, config: TrainConfig, folder: Path):
+        settings.save(folder / "train.yaml", config)
+        self._run = Path(config.out)
+        self._said = (folder / "said.txt").open("w")
+        tests = str(Path(__file__).parents[1])
+        command = [sys.executable, "-c", SERVER, str(folder / "train.yaml"), tests]
+        pipe, environment = subprocess.PIPE, {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        self._server = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._said, text=True, env=environment)
+
+    def __enter__(self) -> "Launcher":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.kill()
+        self._server.wait()
+        self._said.close()
+
+    def launch_and_signal(self, number: int, ready: Callable[[], bool], delay: float) -> int:
+        """Launch; once it is `ready`, wait for `delay` seconds and send the signal. Returns the exit code."""
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write("launch\n")
+        self._server.stdin.flush()
+        child = int(self._server.stdout.readline())
+        while not ready() and Path(f"/proc/{child}").exists():
+            time.sleep(0.002)
+        time.sleep(delay)
+        with suppress(ProcessLookupError):  # it ended before: the exit code tells
+            os.kill(child, number)
+        return int(self._server.stdout.readline())
+
+
+def lines_in(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+KINDS = ("start",) * 2 + ("compile",) * 2 + ("steps",) * 3 + ("saving",) * 3
+"""What a launch is doing when it is killed."""
+
+
+def moment(kind: str, chance: random.Random, run: Path) -> tuple[Callable[[], bool], float]:
+    """A random moment of the next launch: what to wait for, and seconds to wait after that."""
+    launches, ahead = lines_in(run / "launches.jsonl"), chance.randrange(1, 6)
+    before: list[int] = []
+
+    def under_way() -> bool:
+        """From when on records are written: they have been cut back to the restored step by then."""
+        return lines_in(run / "launches.jsonl") > launches
+
+    def steps_are_done() -> bool:
+        if not before and under_way():
+            before.append(lines_in(run / "metrics.jsonl"))
+        return bool(before) and lines_in(run / "metrics.jsonl") >= before[0] + ahead
+
+    if kind == "start":  # reading inputs, restoring
+        return lambda: True, chance.uniform(0, 1)
+    if kind == "compile":  # of the step, and the evaluation of step 0
+        return under_way, chance.uniform(0, 0.5)
+    if kind == "steps":
+        return steps_are_done, chance.uniform(0, 0.1)
+    return lambda: steps_are_done() and any((run / "steps").glob(".*")), chance.uniform(0, 0.03)
+
+
 @pytest.mark.slow
-def test_killed_run_ends_with_the_same_bits(options: Callable[..., TrainConfig], tmp_path: Path):
-    undisturbed = train(options(out=str(tmp_path / "undisturbed"), steps=20))
-    config = options(steps=20)
-    run, moments = Path(config.out), random.Random(20)
-    for lines in (1, 7, 13):  # then at a random moment of the step or of the checkpoint being written behind it
-        process = start(config, tmp_path)
-        wait_for_lines(run / "metrics.jsonl", lines, process)
-        time.sleep(moments.uniform(0, 0.2))
-        process.kill()
-        _, said = process.communicate()
-        assert process.returncode == -signal.SIGKILL, said
-    train(config)
+def test_run_killed_at_ten_random_moments_ends_with_the_same_bits(
+    small_model: Path, corpus_folder: Path, tmp_path: Path
+):
+    """SIGKILL ten times and SIGTERM once, with an evaluation, a best checkpoint and permanent ones."""
+    seed = int(os.environ.get("JAX_SELFTRAIN_TEST_SEED") or random.SystemRandom().randrange(2**32))
+    print(f"JAX_SELFTRAIN_TEST_SEED={seed}")
+    changes: dict[str, Any] = {
+        "steps": 40, "checkpoint_every": 4, "keep_every": 14, "eval_every": 2, "eval_texts": ("probe.jsonl",),
+        "stop_metric": "probe/loss", "patience": 1000,
+    }  # fmt: skip
+    at = (small_model, corpus_folder)
+    undisturbed = train(run_options((*at, tmp_path / "undisturbed"), **changes), hooks=[probe(2)])
+    config = run_options((*at, tmp_path / "killed"), **changes)
+    run, chance = Path(config.out), random.Random(seed)
+    with Launcher(config, tmp_path) as launcher:
+        for kind in chance.sample((*KINDS, "SIGTERM"), len(KINDS) + 1):
+            ready, delay = moment("steps" if kind == "SIGTERM" else kind, chance, run)
+            code = launcher.launch_and_signal(signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL, ready, delay)
+            print(f"{kind}: {lines_in(run / 'metrics.jsonl')} steps logged")
+            expected = Stopped.exit_code if kind == "SIGTERM" else -signal.SIGKILL
+            assert code == expected, (tmp_path / "said.txt").read_text()
+    train(config, hooks=[probe(2)])
     assert weights(run) == weights(undisturbed)
-    assert (run / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+    for name in ("metrics.jsonl", "curve.jsonl"):
+        assert (run / name).read_bytes() == (undisturbed / name).read_bytes()
+    assert [path.name for path in checkpoints.saved(run / "steps")] == [
+        path.name for path in checkpoints.saved(undisturbed / "steps")
+    ]
     hidden = [path for folder in (run, run / "steps") for path in folder.iterdir() if path.name.startswith(".")]
     assert not hidden, "nothing half-written is left behind"
 

@@ -1,0 +1,160 @@
+"""Evaluation on the way: what a training run measures of itself every so many steps.
+
+Training and scoring do not know each other; here they meet. The files that `eval_texts`, `eval_tasks` and
+`eval_sequences` name are read, checked and turned into tokens once, before anything else; the hook that comes of it
+puts them to the model in memory whenever training asks.
+
+| file | measures | what they are |
+|---|---|---|
+| a text file | `NAME/nll` | nats per token |
+| a task file | `NAME/acc` | share of questions answered rightly |
+| an extraction set | `NAME/exact_match` | share of suffixes that the model continues its prefixes with, greedily |
+| | `NAME/log_pz` | mean log-probability of the suffix, nats |
+
+NAME is the file's name without its ending.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_selftrain import hub, scoring, settings, storage, training
+from jax_selftrain.config import TrainConfig
+from jax_selftrain.errors import InputError
+from jax_selftrain.hub import LoadedModel
+from jax_selftrain.models import DecoderConfig
+from jax_selftrain.training import Hook
+
+
+def train(config: TrainConfig, *, hooks: Sequence[Hook] = ()) -> Path:
+    """Train a model on a corpus, evaluating it on the way if `config.eval_every` is set; see `training.train`."""
+    return training.train(config, hooks=[*evaluation_hooks(config), *hooks])
+
+
+def evaluation_hooks(config: TrainConfig) -> list[Hook]:
+    """The hook that measures what `config` asks for; none where it asks for nothing.
+
+    Raises:
+      InputError: options that do not belong together, a file that cannot be read, or that does not fit the model.
+    """
+    settings.require(config, "model")
+    training.check_ranges(config)
+    if config.eval_every is None:
+        return []
+    yardsticks = _read(config)
+    return [
+        Hook(
+            function=yardsticks.measure,
+            every=config.eval_every,
+            ends=True,
+            measures=yardsticks.names(),
+            measured=yardsticks.describe(),
+        )
+    ]
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A model without its weights."""
+
+    config: DecoderConfig
+    tokenizer: Any
+    special: hub.SpecialTokens
+
+
+@dataclass(frozen=True)
+class _Yardsticks:
+    """Everything that is measured, read and in tokens."""
+
+    tasks: Sequence[scoring.Task]
+    texts: Sequence[scoring.TextFile]
+    prepared: scoring.Prepared
+    sequences: Mapping[str, np.ndarray]
+    """int32 [N, prefix + suffix] by name: one set, or none."""
+    prefix: int
+    dtype: np.dtype
+    """Type of the matmul operands: that of the training."""
+
+    def names(self) -> tuple[str, ...]:
+        return (
+            *(f"{text.name}/nll" for text in self.texts),
+            *(f"{task.name}/acc" for task in self.tasks),
+            *(f"{name}/{measure}" for name in self.sequences for measure in ("exact_match", "log_pz")),
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Numbers of documents, questions and sequences, each with a fingerprint of what is asked."""
+        return {
+            "texts": {
+                text.name: {"n": len(text.documents), "fingerprint": storage.fingerprint(text.documents)}
+                for text in self.texts
+            },
+            "tasks": {
+                task.name: {
+                    "n": len(task.questions),
+                    "fingerprint": storage.fingerprint([task.kind, *map(asdict, task.questions)]),
+                }
+                for task in self.tasks
+            },
+            "sequences": {
+                name: {
+                    "n": len(rows),
+                    "prefix": self.prefix,
+                    "suffix": rows.shape[1] - self.prefix,
+                    "fingerprint": hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest(),
+                }
+                for name, rows in self.sequences.items()
+            },
+        }
+
+    def measure(self, step: int, model: LoadedModel) -> dict[str, float]:
+        """The hook's function: all measures of a model in memory, in the order of `names`."""
+        model = replace(model, compute_dtype=self.dtype)
+        found = scoring.answer(model, self.prepared)
+        measures = {f"{text.name}/nll": found.texts[text.name]["nll"] for text in self.texts}
+        measures |= {f"{task.name}/acc": found.tasks[task.name]["acc"] for task in self.tasks}
+        for name, rows in self.sequences.items():
+            forced = scoring.teacher_forced(model, rows, self.prefix)
+            measures[f"{name}/exact_match"] = float(forced["exact_match"].mean())
+            measures[f"{name}/log_pz"] = float(forced["logprob"].mean())
+        return measures
+
+
+def _read(config: TrainConfig) -> _Yardsticks:
+    decoder, _ = hub.read_config(config.model)
+    tasks = scoring.load_tasks(config.eval_tasks, config.eval_limit)
+    texts = scoring.load_texts(config.eval_texts, config.eval_limit)
+    scoring.paths_by_name(tasks, texts)
+    prepared = scoring.Prepared((), {}, ())
+    if tasks or texts:
+        reader = _Reader(decoder, hub.load_tokenizer(config.model), hub.special_tokens(config.model))
+        prepared = scoring.prepare(reader, tasks, texts)
+    return _Yardsticks(
+        tasks, texts, prepared, _read_sequences(config, decoder), config.eval_prefix, np.dtype(config.dtype)
+    )
+
+
+def _read_sequences(config: TrainConfig, decoder: DecoderConfig) -> dict[str, np.ndarray]:
+    if not config.eval_sequences:
+        return {}
+    length = config.eval_prefix + config.eval_suffix
+    if length > decoder.max_positions:
+        raise InputError(
+            f"--eval-prefix {config.eval_prefix} + --eval-suffix {config.eval_suffix} is longer than the "
+            f"{decoder.max_positions} positions of {config.model}; shorten one of them"
+        )
+    path = Path(config.eval_sequences)
+    rows = scoring.load_sequences(
+        path,
+        length,
+        vocab_size=decoder.vocab_size,
+        limit=config.eval_limit,
+        tokenizer=lambda: hub.load_tokenizer(config.model),
+    )
+    return {path.stem: rows}

@@ -1,0 +1,279 @@
+"""What is measured on the way is recorded exactly once per step, survives kills, and can end a run early."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from training_runs import Interruption, losses, run_options, weights
+
+from jax_selftrain import storage
+from jax_selftrain.config import TrainConfig
+from jax_selftrain.errors import InputError
+from jax_selftrain.hub import LoadedModel
+from jax_selftrain.training import Hook, train
+from jax_selftrain.training.checkpoints import retained
+from jax_selftrain.training.stopping import EarlyStopping
+
+Options = Callable[..., TrainConfig]
+EVALUATED: dict[str, Any] = {"eval_every": 2, "eval_texts": ("handed in by a hook.jsonl",)}
+
+
+def first_scale(step: int, model: LoadedModel) -> dict[str, float]:
+    """A number that depends on every bit of a parameter."""
+    return {"probe/nll": float(np.asarray(model.params["final_norm"]["scale"], np.float64).sum())}
+
+
+def falls_and_rises(step: int, model: LoadedModel) -> dict[str, float]:
+    """Best after two steps."""
+    return {"probe/nll": abs(step - 2) / 7}
+
+
+def measuring(function: Callable[[int, LoadedModel], Mapping[str, float]], **changes: Any) -> Hook:
+    options: dict[str, Any] = {"every": 2, "ends": True, "measures": ("probe/nll",), "measured": {"probe": "as it is"}}
+    return Hook(function, **{**options, **changes})
+
+
+def curve(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "curve.jsonl").read_text().splitlines()]
+
+
+def steps_of(run: Path) -> list[int]:
+    return sorted(int(path.name) for path in (run / "steps").iterdir())
+
+
+def test_the_curve_has_a_line_before_the_first_step_every_so_many_and_after_the_last(options: Options):
+    run = train(options(**EVALUATED, steps=5), hooks=[measuring(first_scale)])
+    assert [line["step"] for line in curve(run)] == [0, 2, 4, 5]
+    assert {tuple(line) for line in curve(run)} == {("step", "probe/nll")}
+    assert len({line["probe/nll"] for line in curve(run)}) == 4, "each from the model of its own step"
+    assert storage.read_json(run / "run.json")["evaluation"]["measured"] == [{"probe": "as it is"}]
+
+
+def test_hooks_of_the_same_step_share_a_line_and_not_a_name(options: Options):
+    one = Hook(lambda step, model: {"a": 1.0}, steps=(1, 2))
+    two = Hook(lambda step, model: {"b": 2.0}, steps=(2,))
+    run = train(options(steps=2), hooks=[one, two, Hook(lambda step, model: None, steps=(1,))])
+    assert curve(run) == [{"step": 1, "a": 1.0}, {"step": 2, "a": 1.0, "b": 2.0}]
+    with pytest.raises(ValueError, match="two hooks measure 'a'"):
+        train(options(steps=2, out=str(run) + "2"), hooks=[one, one])
+
+
+def test_a_measure_that_is_not_finite_is_refused(options: Options):
+    with pytest.raises(InputError, match="probe is nan after step 1"):
+        train(options(), hooks=[Hook(lambda step, model: {"probe": float("nan")}, steps=(1,))])
+
+
+def interrupt(step: int, model: LoadedModel) -> None:
+    raise Interruption
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_model: Path, corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that `options(**EVALUATED)` describes, never interrupted."""
+    config = run_options((small_model, corpus_folder, tmp_path_factory.mktemp("undisturbed") / "run"), **EVALUATED)
+    return train(config, hooks=[measuring(first_scale)])
+
+
+@pytest.mark.parametrize("step", [0, 3, 4, 6])
+def test_interrupted_run_has_the_bytes_of_an_undisturbed_curve(step: int, options: Options, undisturbed: Path):
+    config = options(**EVALUATED)
+    with pytest.raises(Interruption):
+        train(config, hooks=[measuring(first_scale), Hook(interrupt, steps=(step,))])
+    run = train(config, hooks=[measuring(first_scale)])
+    assert (run / "curve.jsonl").read_bytes() == (undisturbed / "curve.jsonl").read_bytes()
+    assert weights(run) == weights(undisturbed)
+
+
+def test_interrupted_run_goes_on_on_another_mesh_along_the_same_curve(options: Options, undisturbed: Path):
+    with pytest.raises(Interruption):
+        train(options(**EVALUATED), hooks=[measuring(first_scale), Hook(interrupt, steps=(3,))])
+    run = train(options(**EVALUATED, mesh="data=4,model=2", preset="replicated"), hooks=[measuring(first_scale)])
+    assert curve(run)[:2] == curve(undisturbed)[:2]
+    measured, expected = ([line["probe/nll"] for line in curve(one)] for one in (run, undisturbed))
+    np.testing.assert_allclose(measured, expected, rtol=1e-5)  # fp32 sums in another order from step 3 on
+    np.testing.assert_allclose(losses(run), losses(undisturbed), rtol=1e-5)
+
+
+def test_lines_after_the_restored_step_are_dropped_even_if_the_last_is_torn(options: Options):
+    config = options(**EVALUATED)
+
+    def tear(step: int, model: LoadedModel) -> None:
+        with (Path(config.out) / "curve.jsonl").open("a") as file:
+            file.write('{"step": 5, "probe/nll": 1.0}\n{"step": 6, "pro')
+        raise Interruption
+
+    with pytest.raises(Interruption):
+        train(config, hooks=[measuring(first_scale), Hook(tear, steps=(5,))])
+    assert [line["step"] for line in curve(train(config, hooks=[measuring(first_scale)]))] == [0, 2, 4, 6]
+
+
+def test_a_run_that_goes_on_must_measure_the_same(options: Options):
+    config = options(**EVALUATED)
+    train(config, hooks=[measuring(first_scale)])
+    with pytest.raises(InputError, match="started with another evaluation"):
+        train(config, hooks=[measuring(first_scale, measured={"probe": "another"})])
+    with pytest.raises(InputError, match="started with --eval-every 2, not 3"):
+        train(options(**{**EVALUATED, "eval_every": 3}), hooks=[measuring(first_scale)])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"eval_texts": ("a.jsonl",)}, "--eval-texts needs --eval-every"),
+        ({"eval_limit": 3}, "--eval-limit needs --eval-every"),
+        ({"stop_metric": "probe/nll"}, "--stop-metric needs --eval-every"),
+        ({"eval_every": 2}, "--eval-every 2: nothing to evaluate"),
+        ({**EVALUATED, "eval_every": 0}, "--eval-every 0: must be at least 1"),
+        ({**EVALUATED, "stop_metric": "probe/nill"}, "this run can stop on probe/nll"),
+        ({**EVALUATED, "stop_metric": "probe/unknown"}, "this run can stop on probe/nll"),
+        ({**EVALUATED, "patience": 0}, "--patience 0: must be at least 1"),
+        ({"keep_every": 0}, "--keep-every 0: must be at least 1"),
+    ],
+)
+def test_options_that_do_not_belong_together_are_refused(change: dict, said: str, options: Options):
+    config = options(**change)
+    hook = measuring(first_scale, measures=("probe/nll", "probe/unknown"))
+    with pytest.raises(InputError, match=said) as caught:
+        train(config, hooks=[hook])
+    assert "\n" not in str(caught.value)
+    assert not Path(config.out).exists()
+
+
+def test_an_evaluation_that_nobody_makes_is_refused(options: Options):
+    with pytest.raises(InputError, match="nothing measures"):
+        train(options(**EVALUATED))
+
+
+# ---------------------------------------------------------------- checkpoints that stay
+
+
+@pytest.mark.parametrize(
+    ("keep", "keep_every", "best", "stay"),
+    [
+        (2, None, None, {10, 12}),
+        (1, 4, None, {4, 8, 12}),
+        (1, None, 6, {6, 12}),
+        (2, 5, 0, {0, 10, 12}),
+        (20, None, None, {0, 2, 4, 6, 8, 10, 12}),
+    ],
+)
+def test_which_checkpoints_stay(keep: int, keep_every: int | None, best: int | None, stay: set[int]):
+    assert retained([0, 2, 4, 6, 8, 10, 12], keep, keep_every, best) == stay
+
+
+def test_every_so_manyth_checkpoint_is_kept_for_good(options: Options):
+    run = train(options(steps=9, checkpoint_every=4, keep_every=3, keep=1))
+    assert steps_of(run) == [3, 6, 9], "3 and 9 are no multiples of 4: they are saved in order to be kept"
+
+
+# ---------------------------------------------------------------- early stopping
+
+
+STOPPING: dict[str, Any] = {
+    **EVALUATED, "steps": 40, "stop_metric": "probe/nll", "patience": 3, "checkpoint_every": 3, "keep": 1
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stopped_early(small_model: Path, corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that `options(**STOPPING)` describes, never interrupted."""
+    config = run_options((small_model, corpus_folder, tmp_path_factory.mktemp("stopped") / "run"), **STOPPING)
+    return train(config, hooks=[measuring(falls_and_rises)])
+
+
+def test_a_run_stops_when_patience_runs_out_and_delivers_the_best_model(stopped_early: Path):
+    run = stopped_early
+    assert [line["step"] for line in curve(run)] == [0, 2, 4, 6, 8], "best at 2; 4, 6 and 8 are no better"
+    assert steps_of(run) == [2, 8], "the best and the latest"
+    assert weights(run) == weights(run / "steps" / "000002" / "model") != weights(run / "steps" / "000008" / "model")
+    metadata = storage.read_json(run / "model" / "model.json")["metadata"]
+    assert metadata["step"] == 2
+    assert metadata["early_stopping"] == {"metric": "probe/nll", "value": 0.0, "best_step": 2, "trained_steps": 8}
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 8
+
+
+def test_a_run_that_reaches_its_end_delivers_the_best_model_too(options: Options, capsys: pytest.CaptureFixture[str]):
+    config = options(**EVALUATED, stop_metric="probe/nll", patience=9)
+    run = train(config, hooks=[measuring(falls_and_rises)])
+    assert [line["step"] for line in curve(run)] == [0, 2, 4, 6]
+    assert weights(run) == weights(run / "steps" / "000002" / "model")
+    assert train(config, hooks=[measuring(falls_and_rises)]) == run
+    assert "finished already, after 6 steps, with the model of step 2" in capsys.readouterr().out
+
+
+def test_the_model_before_training_may_be_the_best(options: Options, small_model: Path):
+    config = options(**EVALUATED, stop_metric="probe/nll", patience=1)
+    run = train(config, hooks=[measuring(lambda step, model: {"probe/nll": float(step)})])
+    assert weights(run) == weights(small_model)
+    assert steps_of(run) == [0, 2]
+
+
+@pytest.mark.parametrize("step", [0, 2, 5, 8])
+def test_an_interrupted_run_stops_at_the_same_step_with_the_same_model(
+    step: int, options: Options, stopped_early: Path
+):
+    config = options(**STOPPING)
+    with pytest.raises(Interruption):
+        train(config, hooks=[measuring(falls_and_rises), Hook(interrupt, steps=(step,))])
+    run = train(config, hooks=[measuring(falls_and_rises)])
+    assert weights(run) == weights(stopped_early)
+    for name in ("curve.jsonl", "metrics.jsonl"):
+        assert (run / name).read_bytes() == (stopped_early / name).read_bytes()
+    assert steps_of(run) == steps_of(stopped_early)
+
+
+def test_a_run_killed_before_its_model_was_written_delivers_it_without_training(options: Options):
+    config = options(**EVALUATED, steps=40, stop_metric="probe/nll", patience=2)
+    run = train(config, hooks=[measuring(falls_and_rises)])
+    expected, lines = weights(run), (run / "metrics.jsonl").read_bytes()
+    shutil.rmtree(run / "model")
+
+    def refuse(step: int, model: LoadedModel) -> dict[str, float]:
+        raise AssertionError("nothing is left to be measured")
+
+    assert weights(train(config, hooks=[measuring(refuse)])) == expected
+    assert (run / "metrics.jsonl").read_bytes() == lines
+
+
+def test_a_lost_best_checkpoint_is_named(options: Options):
+    config = options(**EVALUATED, steps=40, stop_metric="probe/nll", patience=2)
+    run = train(config, hooks=[measuring(falls_and_rises)])
+    shutil.rmtree(run / "model")
+    shutil.rmtree(run / "steps" / "000002")
+    with pytest.raises(InputError, match=r"000002: the checkpoint of the best step is gone"):
+        train(config, hooks=[measuring(falls_and_rises)])
+
+
+def test_a_lost_line_of_the_curve_is_named(options: Options):
+    config = options(**EVALUATED, steps=40, stop_metric="probe/nll", patience=2)
+    run = train(config, hooks=[measuring(falls_and_rises)])
+    shutil.rmtree(run / "model")
+    lines = (run / "curve.jsonl").read_text().splitlines(keepends=True)
+    (run / "curve.jsonl").write_text("".join([*lines[:1], "{", *lines[2:]]))
+    with pytest.raises(InputError, match=r"curve\.jsonl: its line of step 2 is gone"):
+        train(config, hooks=[measuring(falls_and_rises)])
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "best", "over"),
+    [
+        ("a/nll", [3.0, 2.0, 2.0, 2.5], 1, True),
+        ("a/nll", [3.0, 2.0, 2.5, 1.0], 3, False),
+        ("a/perplexity", [1.0, 2.0], 0, False),
+        ("a/acc", [0.1, 0.4, 0.4, 0.2], 1, True),
+        ("a/exact_match", [0.5, 0.6, 0.7], 2, False),
+        ("a/log_pz", [-9.0, -3.0, -4.0, -5.0], 1, True),
+    ],
+)
+def test_the_first_of_the_best_counts_and_the_name_tells_the_direction(
+    metric: str, values: list[float], best: int, over: bool
+):
+    stopping = EarlyStopping(metric, patience=2)
+    for step, value in enumerate(values):
+        stopping.see(step, {metric: value})
+        stopping.see(step, {"something/else": -value})
+    assert (stopping.best, stopping.value, stopping.over) == (best, values[best], over)

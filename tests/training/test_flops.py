@@ -1,0 +1,75 @@
+"""Arithmetic per token, counted by hand for two small models, and the share of the hardware's."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from jax_selftrain.config import TrainConfig
+from jax_selftrain.mesh import make_mesh
+from jax_selftrain.models import DecoderConfig, RopeConfig
+from jax_selftrain.training import train
+from jax_selftrain.training.flops import PEAK_FLOPS, Speed, flops_per_token, matmul_weights, speed_of
+
+NEOX = DecoderConfig(
+    vocab_size=100, hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=4, intermediate_size=64,
+    max_positions=128, norm="layernorm", norm_eps=1e-5, activation="gelu", gated_mlp=False, parallel_residual=True,
+    rotary_dim=2, rope=RopeConfig(), qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=False, tied=False,
+)  # fmt: skip
+GATED = replace(
+    NEOX, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=8, intermediate_size=40, gated_mlp=True, qkv_bias=False,
+    out_bias=False, mlp_bias=False, norm="rmsnorm", qk_norm=True, parallel_residual=False, tied=True,
+)  # fmt: skip
+
+
+def test_a_neox_block_has_four_square_matrices_and_two_wide_ones():
+    per_layer = 4 * 16 * 16 + 2 * 16 * 64
+    assert matmul_weights(NEOX) == 3 * per_layer + 16 * 100, "biases, norms and the embedding lookup do not count"
+    assert flops_per_token(NEOX, 32) == 6 * (3 * 3072 + 1600) + 12 * 3 * 4 * 4 * 32 == 83_328
+
+
+def test_a_gated_block_with_grouped_queries_has_narrow_keys_and_three_wide_matrices():
+    attention = 16 * 6 * 8 + 2 * 16 * 2 * 8 + 6 * 8 * 16  # q; k and v of two heads; o
+    mlp = 3 * 16 * 40
+    assert matmul_weights(GATED) == 2 * (attention + mlp) + 100 * 16, "a tied embedding counts as output projection"
+    assert flops_per_token(GATED, 10) == 6 * (2 * 3968 + 1600) + 12 * 2 * 6 * 8 * 10 == 68_736
+
+
+def test_attention_grows_with_the_row_and_nothing_else_does():
+    assert flops_per_token(NEOX, 64) - flops_per_token(NEOX, 32) == 12 * 3 * 16 * 32
+
+
+def test_utilisation_is_the_share_of_the_peak_and_absent_where_that_is_unknown():
+    assert Speed(flops_per_token=1000, peak=4e6).of(1000.0) == {"flops_per_second": 1e6, "mfu": 0.25}
+    assert Speed(flops_per_token=1000, peak=None).of(1000.0) == {"flops_per_second": 1e6}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_cpu_and_a_run_in_float32_have_no_peak(dtype):
+    speed = speed_of(TrainConfig(dtype=dtype, seq_len=32), NEOX, make_mesh("data=2"))
+    assert speed == Speed(83_328, None)
+
+
+def test_peaks_are_of_all_devices_of_the_mesh(monkeypatch: pytest.MonkeyPatch):
+    mesh = make_mesh("data=4")
+    monkeypatch.setitem(PEAK_FLOPS, mesh.devices.flat[0].device_kind, 1e12)
+    assert speed_of(TrainConfig(dtype="bfloat16"), NEOX, mesh).peak == 4e12
+    assert speed_of(TrainConfig(dtype="float32"), NEOX, mesh).peak is None
+
+
+def test_the_log_of_a_run_tells_its_throughput(options: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch):
+    config = options(steps=3)
+    kind = make_mesh(config.mesh).devices.flat[0].device_kind
+    for dtype, keys in (("float32", {"flops_per_second"}), ("bfloat16", {"flops_per_second", "mfu"})):
+        monkeypatch.setitem(PEAK_FLOPS, kind, 1e12)
+        run = train(replace(config, dtype=dtype, out=f"{config.out}-{dtype}"))
+        lines = [json.loads(line) for line in (run / "timings.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2, 3]
+        for line in lines:
+            assert set(line) == {"step", "time", "seconds", "tokens_per_second", *keys}
+            per_token = line["flops_per_second"] / line["tokens_per_second"]
+            assert math.isclose(per_token, 6 * (4 * 32 * 32 + 3 * 32 * 48 + 32 * 320) + 12 * 32 * 48, rel_tol=1e-12)
+            assert line.get("mfu", line["flops_per_second"] / 2e12) == pytest.approx(line["flops_per_second"] / 2e12)
+        assert "flops_per_second" not in (run / "metrics.jsonl").read_text()
