@@ -11,6 +11,7 @@ replica mesh) waits for no other.
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,7 +74,11 @@ def save_tree_async(folder: str | Path, tree: Any) -> PendingSave:
         response = ocp.save_async(folder, jax.tree.map(_supported, tree))
 
     def finish() -> None:
-        response.result()
+        try:
+            response.result()
+        except BaseException:
+            _await_writers(folder.parent)
+            raise
         if jax.process_index() == 0:
             content = {"format": _FORMAT, "version": _VERSION, "arrays": arrays, "files": storage.hash_folder(folder)}
             storage.write_json(folder / MANIFEST, content)
@@ -82,6 +87,20 @@ def save_tree_async(folder: str | Path, tree: Any) -> PendingSave:
     future = executor.submit(finish)
     executor.shutdown(wait=False)
     return PendingSave(future)
+
+
+def _await_writers(folder: Path, quiet: float = 0.5, longest: float = 30.0) -> None:
+    """Wait until nothing in the folder has changed for a while, so that whoever removes it removes everything.
+
+    Orbax raises at the first file that cannot be written, while its other threads still write theirs; there is no
+    handle on them.
+    """
+    seen, since, began = None, time.monotonic(), time.monotonic()
+    while time.monotonic() - since < quiet and time.monotonic() - began < longest:
+        found = sorted(str(path) for path in folder.rglob("*"))
+        if found != seen:
+            seen, since = found, time.monotonic()
+        time.sleep(0.05)
 
 
 def load_tree(folder: str | Path, abstract: Tree, *, remedy: str = "make it again, or restore it from a copy") -> Tree:
