@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
 from shapes import SHAPES
 
 
@@ -43,6 +45,12 @@ def taking_turns(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict
             if turn:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
+
+
+def tpu_mesh(topology: str, data: int, model: int) -> Mesh:
+    """A mesh over the chips of a TPU topology (`v5e:4x4`) to compile for; needs libtpu, no TPU."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    return jax.make_mesh((data, model), ("data", "model"), devices=devices, axis_types=(AxisType.Explicit,) * 2)
 
 
 def circumstances(setting: str, rounds: int) -> str:

@@ -18,8 +18,7 @@ from collections import Counter
 from typing import Any
 
 import jax
-from jax.experimental import topologies
-from jax.sharding import AxisType
+from measuring import tpu_mesh
 from shapes import SHAPES, folder_of
 
 from jax_selftrain.config import SampleConfig
@@ -35,8 +34,7 @@ COPY = re.compile(r"= (\w+)\[([\d,]+)\]\S* (?:copy|transpose)\(")
 
 
 def compiled(shape: str, topology: str, data: int, model: int, rows: int, tokens: int) -> Any:
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = jax.make_mesh((data, model), ("data", "model"), devices=devices, axis_types=(AxisType.Explicit,) * 2)
+    mesh = tpu_mesh(topology, data, model)
     samples = 16 * rows * data
     sizes = {"samples": samples, "samples_per_shard": samples, "max_tokens": tokens, "batch_size": rows}
     config = SampleConfig(model=folder_of(SHAPES[shape]), dtype="bfloat16", **sizes)

@@ -28,6 +28,7 @@ from jax_selftrain import hub, settings, storage
 from jax_selftrain.config import TrainConfig
 from jax_selftrain.errors import InputError, Stopped
 from jax_selftrain.hub.together import from_process_0
+from jax_selftrain.mesh import compiler_options
 from jax_selftrain.models import Params, init_params
 from jax_selftrain.training import checkpoints
 from jax_selftrain.training.checkpoints import Checkpointer, first_not_finite
@@ -78,7 +79,7 @@ def _train(run: Run, hooks: Sequence[Hook]) -> None:
         checkpoints.clean(run.folder)
     barrier("leftovers are cleaned")
     function, (abstract, _), donation = program(config, layout.mesh)
-    run_step = jax.jit(function, donate_argnums=donation)
+    run_step = jax.jit(function, donate_argnums=donation, compiler_options=compiler_options())
     resumed = checkpoints.newest(run.folder) is not None
     state = _begin(run, abstract)
     first = int(state.step)

@@ -28,7 +28,7 @@ from jax_selftrain.config import Remat
 from jax_selftrain.mesh import Layout
 from jax_selftrain.models import DecoderConfig, Params, forward, param_axes, project
 
-LOGITS_BYTES = 2**25
+LOGITS_BYTES = 2**26
 """Most bytes of float32 logits that one device holds at once (several copies of a slice live while its gradient is
 taken)."""
 
