@@ -37,7 +37,7 @@ from jax_selftrain.training.flops import speed_of
 from jax_selftrain.training.hooks import Hook, call_hooks, check_hooks, measured
 from jax_selftrain.training.records import NOTHING_DONE, RunRecords, open_records, read_curve, record_launch
 from jax_selftrain.training.run_folder import CHANGEABLE, Run, barrier, check_ranges, claim, read_inputs
-from jax_selftrain.training.step import Metrics, TrainState, delivered, init_state, needs_base, program
+from jax_selftrain.training.step import Metrics, TrainState, base_of, delivered, init_state, needs_base, program
 from jax_selftrain.training.stopping import EarlyStopping
 from jax_selftrain.training.tracking import Tracker, check_tracking
 
@@ -213,10 +213,7 @@ def _begin(run: Run, abstract: TrainState) -> TrainState:
     folder = checkpoints.newest(run.folder)
     if folder is not None:
         state = checkpoints.restore(folder, layout=layout, config=config, abstract=abstract, identity=run.identity)
-        if not needs_base(config):
-            return state
-        fresh = init_state(config, run.inputs.model, layout, _student_before(run), config.steps or 1)
-        return state._replace(base=fresh.base)
+        return state._replace(base=base_of(config, _student_before(run))) if needs_base(config) else state
     return init_state(config, run.inputs.model, layout, _student_before(run), config.steps or 1)
 
 

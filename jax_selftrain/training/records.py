@@ -24,7 +24,8 @@ from jax_selftrain.training.flops import Speed
 from jax_selftrain.training.tracking import Tracker
 
 METRICS = ("loss", "grad_norm", "learning_rate", "tokens")
-"""What `metrics.jsonl` says of a step: nats per target, gradient norm before clipping, rate used, number of targets."""
+"""What `metrics.jsonl` says of every step: nats per target, gradient norm before clipping, rate used, number of targets.
+What is added to the loss follows where there is any (`kl`, `squared_log_z`: means over the targets)."""
 
 
 NOTHING_DONE = -1
@@ -74,7 +75,8 @@ class RunRecords:
         speed = {"tokens_per_second": rate, **self._speed.of(rate)}
         timing = {"step": step, "time": time.time(), "seconds": now - self._since, **speed}
         self._since, self._tokens = now, 0
-        line = {"step": step, **{name: metrics[name] for name in METRICS}}
+        names = (*METRICS, *sorted(metrics.keys() - set(METRICS)))
+        line = {"step": step, **{name: metrics[name] for name in names}}
         self._append(self._metrics, line)
         self._append(self._timings, timing)
         if self._progress is not None:

@@ -63,10 +63,16 @@ def init_state(config: TrainConfig, model: DecoderConfig, layout: Layout, params
 
 def _fresh(config: TrainConfig, steps: int, trained: Params, params: Params) -> TrainState:
     average = jax.tree.map(jnp.copy, trained) if config.ema_decay else None
-    base = jax.tree.map(jnp.copy, rounded(params, config.param_dtype, None)) if needs_base(config) else None
+    base = base_of(config, params) if needs_base(config) else None
     stored = rounded(trained, config.param_dtype, None)
     moments = make_optimizer(config, steps).init(stored)
     return TrainState(jnp.zeros((), jnp.int32), stored, moments, average, base)
+
+
+@partial(jax.jit, static_argnums=0)
+def base_of(config: TrainConfig, params: Params) -> Params:
+    """The student before training as the state holds it: a copy, in the type of the weights."""
+    return jax.tree.map(jnp.copy, rounded(params, config.param_dtype, None))
 
 
 def needs_base(config: TrainConfig) -> bool:

@@ -1,5 +1,6 @@
 """What may be trained beside all weights by the plain loss: adapters, averages, penalties, bfloat16 weights."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -237,3 +238,5 @@ def test_stopped_run_of_each_recipe_ends_with_the_same_bits(recipe: dict[str, An
     assert weights(whole / "model") == weights(resumed / "model")
     assert (whole / "metrics.jsonl").read_bytes() == (resumed / "metrics.jsonl").read_bytes()
     assert weights(whole / "model") != weights(options().model)
+    logged = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
+    assert ("kl" in logged) == ("kl_weight" in recipe)
