@@ -24,7 +24,7 @@ from jax_selftrain.training.flops import Speed
 from jax_selftrain.training.tracking import Tracker
 
 METRICS = ("loss", "grad_norm", "learning_rate", "tokens")
-"""What `metrics.jsonl` says of every step: nats per target, gradient norm before clipping, rate used, number of targets.
+"""What `metrics.jsonl` says of every step: nats per target, gradient norm before clipping, rate, number of targets.
 What is added to the loss follows where there is any (`kl`, `squared_log_z`: means over the targets)."""
 
 
