@@ -370,6 +370,18 @@ def stopping_on_what_is_not_measured(p: Place) -> Case:
     return p.train(*words), "this run can stop on texts/nll"
 
 
+def adapter_on_no_matrix(p: Place) -> Case:
+    return p.train("--lora-rank", 2, "--lora-targets", "qkv"), "--lora-targets qkv"
+
+
+def rounding_of_what_is_not_rounded(p: Place) -> Case:
+    return p.train("--stochastic-rounding", "true"), "--param-dtype bfloat16"
+
+
+def penalty_without_a_base(p: Place) -> Case:
+    return p.train("--kl-weight", 0.5, "--init", "scratch"), "--kl-weight"
+
+
 def missing_task_file(p: Place) -> Case:
     return p.score("--tasks", p.folder / "no-task.jsonl"), "no-task.jsonl"
 
@@ -437,6 +449,7 @@ CASES = (
     merge_of_other_architectures, merge_of_nothing, merge_with_nan_weights, merge_by_no_number,
     evaluation_without_an_interval, nothing_to_evaluate, missing_file_to_evaluate,
     malformed_task_to_evaluate, stopping_on_what_is_not_measured,
+    adapter_on_no_matrix, rounding_of_what_is_not_rounded, penalty_without_a_base,
     missing_task_file, malformed_task_line, answer_that_is_no_choice, nothing_to_score,
     pickled_sequences, sequences_of_floats, sequences_too_short, sequences_outside_the_vocabulary,
     sequences_longer_than_the_model, round_that_sets_what_is_its_own, round_with_a_missing_task, report_of_nothing,
