@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -45,6 +46,37 @@ def taking_turns(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict
             if turn:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
+
+
+def with_peers(
+    contestants: dict[str, Callable[[], Any]], make: Callable[[bool], Callable[[], Any]], compiled: Sequence[bool]
+) -> list[str]:
+    """Add transformers, plain or with `torch.compile` (`make(compiled)`), where it runs; notes on where it does not.
+
+    A peer that cannot be imported, runs out of memory or cannot be compiled is a note under the table.
+    """
+    notes = []
+    for with_compile in compiled:
+        name = "transformers, compiled" if with_compile else "transformers"
+        try:
+            peer = make(with_compile)
+            peer()
+        except (ImportError, RuntimeError) as error:
+            notes.append(f"* {name}: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
+        else:
+            contestants[name] = peer
+    return notes
+
+
+def beside_peers(speed: dict[str, list[float]]) -> str:
+    """Three cells of a table: our median speed, the fastest peer's, and the ratio round by round (median, range)."""
+    middle = {name: statistics.median(values) for name, values in speed.items()}
+    peer = max((name for name in speed if name.startswith("transformers")), key=middle.__getitem__, default=None)
+    if peer is None:
+        return f"{middle['ours']:,.0f} | — | —"
+    ratios = [a / b for a, b in zip(speed["ours"], speed[peer], strict=True)]
+    spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+    return f"{middle['ours']:,.0f} | {middle[peer]:,.0f} | {spread}"
 
 
 def tpu_mesh(topology: str, data: int, model: int) -> Mesh:

@@ -30,7 +30,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads must not 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measuring import Case, circumstances, taking_turns
+from measuring import Case, beside_peers, circumstances, taking_turns, with_peers
 from shapes import SHAPES, folder_of
 
 from jax_selftrain import hub
@@ -147,20 +147,11 @@ def measure(case: Case, dtype: str, cache_dtype: str | None, rounds: int) -> dic
     config, _ = hub.read_config(folder_of(SHAPES[case.shape]))
     on_cpu = jax.default_backend() == "cpu"
     contestants = {"ours": ours(case, config, dtype, cache_dtype)}
-    notes = []
     if on_cpu:
         contestants["roofline"] = bare_chain(case, config, dtype)
-    peers = [("transformers", False)] if on_cpu else [("transformers", False), ("transformers, compiled", True)]
-    for name, compiled in peers:
-        try:
-            peer = theirs(case, dtype, compiled=compiled)
-            peer()
-        except ImportError as error:
-            notes.append(f"{name}: {error}")
-        except RuntimeError as error:  # out of memory, or torch.compile cannot do it here: a note in the table
-            notes.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
-        else:
-            contestants[name] = peer
+    notes = with_peers(
+        contestants, lambda compiled: theirs(case, dtype, compiled=compiled), [False] if on_cpu else [False, True]
+    )
     seconds = taking_turns(contestants, rounds)
     if not on_cpu:
         sizes = [leaf.size for leaf in jax.tree.leaves(read_params(config))]
@@ -185,19 +176,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         case, speed = row["case"], row["speed"]
-        middle = {name: statistics.median(values) for name, values in speed.items()}
-        peer = max((name for name in speed if name.startswith("transformers")), key=middle.__getitem__, default=None)
-        beside, ratio = "—", "—"
-        if peer is not None:
-            ratios = [a / b for a, b in zip(speed["ours"], speed[peer], strict=True)]
-            beside = f"{middle[peer]:,.0f}"
-            ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
         share = statistics.median(a / b for a, b in zip(speed["ours"], speed["roofline"], strict=True))
         lines.append(
-            f"| {case.shape} | {case.rows} × {case.tokens} | {middle['ours']:,.0f} | {beside} | {ratio} "
-            f"| {middle['roofline']:,.0f} | {100 * share:.0f} % |"
+            f"| {case.shape} | {case.rows} × {case.tokens} | {beside_peers(speed)} "
+            f"| {statistics.median(speed['roofline']):,.0f} | {100 * share:.0f} % |"
         )
-    notes = [f"* {note}" for row in rows for note in row["notes"]]
+    notes = [note for row in rows for note in row["notes"]]
     return "\n".join([*lines, "", *notes]).rstrip() + "\n"
 
 

@@ -29,7 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads must not 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measuring import Case, circumstances, taking_turns
+from measuring import Case, beside_peers, circumstances, taking_turns, with_peers
 from shapes import SHAPES, folder_of
 
 from jax_selftrain import hub
@@ -122,34 +122,19 @@ def product_flops(dtype: str) -> float:
 def measure(case: Case, dtype: str, remat: str, rounds: int) -> str:
     """One row of the table."""
     config, _ = hub.read_config(folder_of(SHAPES[case.shape]))
-    contestants, notes = {"ours": ours(case, config, dtype, remat)}, []
-    compiled = [False] if jax.default_backend() == "cpu" else [False, True]
-    for with_compile in compiled:
-        name = "transformers, compiled" if with_compile else "transformers"
-        try:
-            peer = theirs(case, dtype, compiled=with_compile)
-            peer()
-        except ImportError as error:
-            notes.append(f"* {name}: {error}")
-        except RuntimeError as error:  # out of memory, or torch.compile cannot do it here: a note under the table
-            notes.append(f"* {name}: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
-        else:
-            contestants[name] = peer
+    contestants = {"ours": ours(case, config, dtype, remat)}
+    on_cpu = jax.default_backend() == "cpu"
+    notes = with_peers(
+        contestants, lambda compiled: theirs(case, dtype, compiled=compiled), [False] if on_cpu else [False, True]
+    )
     seconds = taking_turns(contestants, rounds)
-    tokens = case.rows * case.tokens
-    speed = {name: [tokens / value for value in values] for name, values in seconds.items()}
-    middle = {name: statistics.median(values) for name, values in speed.items()}
-    peer_name = max((name for name in speed if name != "ours"), key=middle.__getitem__, default=None)
-    beside, ratio = "—", "—"
-    if peer_name is not None:
-        ratios = [a / b for a, b in zip(speed["ours"], speed[peer_name], strict=True)]
-        beside = f"{middle[peer_name]:,.0f}"
-        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
-    achieved = speed_of(train_config(case, dtype, remat), config, make_mesh("data=1,model=1")).of(middle["ours"])
+    speed = {name: [case.rows * case.tokens / value for value in values] for name, values in seconds.items()}
+    middle = statistics.median(speed["ours"])
+    achieved = speed_of(train_config(case, dtype, remat), config, make_mesh("data=1,model=1")).of(middle)
     flops, reached = achieved["flops_per_second"], product_flops(dtype)
     mfu = f"{100 * achieved['mfu']:.0f} %" if "mfu" in achieved else "—"
     row = (
-        f"| {case.shape} | {case.rows} × {case.tokens} | {middle['ours']:,.0f} | {beside} | {ratio} "
+        f"| {case.shape} | {case.rows} × {case.tokens} | {beside_peers(speed)} "
         f"| {flops / 1e12:.3g} | {reached / 1e12:.3g} | {100 * flops / reached:.0f} % | {mfu} |"
     )
     return "\n".join([row, *notes])

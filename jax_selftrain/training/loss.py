@@ -137,8 +137,8 @@ def objective(
     head = _Head(config, layout, penalties, dtype, chunk)
     output = _gathered_output(config, layout, params)
     whole, parts = _head_loss(head, output, hidden_of(params), rest)
-    weight, tokens = jnp.sum(jnp.abs(batch.weights)), jnp.sum(batch.weights != 0, dtype=jnp.int32)
-    return whole, LossSums(parts.loss, weight, tokens, parts.z, parts.kl)
+    weight, count = jnp.sum(jnp.abs(batch.weights)), jnp.sum(batch.weights != 0, dtype=jnp.int32)
+    return whole, LossSums(parts.loss, weight, count, parts.z, parts.kl)
 
 
 class _Parts(NamedTuple):

@@ -184,6 +184,18 @@ def test_rematerialisation_changes_nothing_but_memory():
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(np.asarray(b)).max())
 
 
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_nothing_of_the_size_of_the_scores_is_kept_for_the_backward_pass(remat: str):
+    layout = layout_of(LLAMA)
+    params = init_params(LLAMA, 0, layout)
+    with jax.set_mesh(layout.mesh):
+        tokens = place(layout, tokens_of(1, 96), ("batch", None))
+        _, backward = jax.vjp(lambda p: forward(LLAMA, layout, p, tokens, remat=remat), params)
+    kept = [leaf.size for leaf in jax.tree.leaves(backward) if 96 in leaf.shape]
+    assert kept, "activations are kept"
+    assert not [leaf.shape for leaf in jax.tree.leaves(backward) if leaf.ndim > 3 and leaf.shape[-2:] == (96, 96)]
+
+
 def test_gradients_lie_where_their_parameters_lie():
     layout = layout_of(NEOX, "data=2,model=2", "fsdp")
     params = init_params(NEOX, 0, layout)

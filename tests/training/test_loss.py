@@ -1,6 +1,7 @@
 """The loss: its gradients against torch, its segment masks, its memory."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -150,6 +151,23 @@ def test_bfloat16_operands_change_the_loss_by_their_rounding_only(small_model: P
     rounded = float(sums_of(model, batch, compute_dtype=jnp.bfloat16).loss)
     assert rounded != exact
     assert rounded == pytest.approx(exact, rel=1e-2)  # bfloat16 keeps 8 bits: 4e-3 per operand
+
+
+def test_replicas_add_up_the_output_matrix_once_and_not_for_every_slice(small_model: Path):
+    model = load_model(small_model, "data=4", preset="replicated")
+    batch = rows_on_device(model, np.zeros((4, 65), np.int32), np.ones((4, 64), np.float32))
+    with jax.set_mesh(model.layout.mesh):
+        gradient = jax.jit(jax.grad(partial(objective, model.config, model.layout, chunk=8), has_aux=True))
+        text = gradient.lower(model.params, batch).compile().as_text()
+    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
+    found, inside = [], ""
+    for line in text.splitlines():
+        if heading := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            inside = heading[1]
+        elif (reduced := re.search(r"= (.*) all-reduce(?:-start)?\(", line)) and "320" in reduced[1]:
+            found.append(inside)
+    assert found, "the output matrix is added up somewhere"
+    assert not bodies & set(found)
 
 
 def test_a_large_vocabulary_costs_far_less_memory_than_its_logits():
