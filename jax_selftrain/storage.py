@@ -114,14 +114,15 @@ def check_files(
 def commit_file(path: PathLike) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to write; on success it is fsynced and renamed to `path` in one step.
 
-    Missing parent folders are made. On any exception the temporary file is removed and `path` stays as it was.
-    Raises InputError naming `path` when the disk is full or the place cannot be written.
+    Missing parent folders are made. On any exception the temporary file is removed and `path` stays as it was; what a
+    killed process left aside of it goes with the next commit. Raises InputError naming `path` when the disk is full or the place cannot be written.
     """
     target = _writable_target(path)
     aside = _aside(target, "tmp")
     with _explained(target, aside):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
+            clean_leftovers(target.parent, target.name)
             yield aside
             _fsync(aside)
             os.replace(aside, target)
@@ -141,6 +142,7 @@ def commit_folder(path: PathLike, *, replace: bool = False) -> Iterator[Path]:
     target = _writable_target(path)
     aside, retired = _aside(target, "tmp"), _aside(target, "old")
     occupied = f"{target}: already exists; remove it or choose another place"
+    clean_leftovers(target.parent, target.name)
     if target.exists() and not replace and (not target.is_dir() or any(target.iterdir())):
         raise InputError(occupied)
     with _explained(target, aside):
@@ -199,15 +201,17 @@ def read_json(path: PathLike) -> Any:
         raise InputError(f"{path}: not valid JSON ({error}); the file is damaged or of another kind") from error
 
 
-def clean_leftovers(folder: PathLike) -> None:
+def clean_leftovers(folder: PathLike, name: str = "") -> None:
     """Remove from `folder` what killed processes were writing aside when they died; others' live work is left alone.
+
+    With `name`, only what was to become `folder / name`.
 
     A folder that was being replaced when its writer died is put back under its own name.
     """
     folder = Path(folder)
     for path in folder.glob(".*") if folder.is_dir() else ():
         match = _ASIDE_NAME.fullmatch(path.name)
-        if match is None:
+        if match is None or (name and match["name"] != name):
             continue
         holder = _Process("", match["scope"], int(match["pid"]), int(match["started"]))
         alive = _is_alive(holder)

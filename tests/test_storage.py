@@ -110,8 +110,9 @@ def test_a_folder_filled_by_somebody_else_meanwhile_is_kept(tmp_path):
     assert os.listdir(tmp_path) == ["f"]
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["cleaned", "committed again"])
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_kill_in_the_middle_of_a_commit_leaves_nothing_that_reads_as_whole(tmp_path, kind):
+def test_kill_in_the_middle_of_a_commit_leaves_nothing_that_reads_as_whole(tmp_path, kind, again):
     process = start(
         """
         import sys, time
@@ -130,8 +131,12 @@ def test_kill_in_the_middle_of_a_commit_leaves_nothing_that_reads_as_whole(tmp_p
     assert len(os.listdir(tmp_path)) == 1, "the work of a living process is not a leftover"
     kill(process)
     assert not (tmp_path / "result").exists()
-    storage.clean_leftovers(tmp_path)
-    assert os.listdir(tmp_path) == []
+    if again:
+        with (storage.commit_file if kind == "file" else storage.commit_folder)(tmp_path / "result") as aside:
+            (aside if kind == "file" else aside / "x").write_text("all of it")
+    else:
+        storage.clean_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == ["result"] * again
 
 
 def test_a_reader_never_sees_a_mixture_while_a_file_is_rewritten_and_its_writer_killed(tmp_path):
