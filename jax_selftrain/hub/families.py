@@ -159,21 +159,21 @@ _GPT_NEOX = Family(
         ~.input_layernorm.bias                  | layers/attn_norm/bias   | d -> d
         ~.post_attention_layernorm.weight       | layers/mlp_norm/scale   | d -> d
         ~.post_attention_layernorm.bias         | layers/mlp_norm/bias    | d -> d
-        ~.attention.query_key_value.weight      | layers/attn/q/kernel    | (g r 0of3 k) d -> d g r k
-        ~.attention.query_key_value.weight      | layers/attn/k/kernel    | (g 1of3 k) d -> d g k
-        ~.attention.query_key_value.weight      | layers/attn/v/kernel    | (g 2of3 k) d -> d g k
+        ~.attention.query_key_value.weight      | layers/attn/q/kernel    | (g r 0of3 k) d -> g r k d
+        ~.attention.query_key_value.weight      | layers/attn/k/kernel    | (g 1of3 k) d -> g k d
+        ~.attention.query_key_value.weight      | layers/attn/v/kernel    | (g 2of3 k) d -> g k d
         ~.attention.query_key_value.bias        | layers/attn/q/bias      | (g r 0of3 k) -> g r k
         ~.attention.query_key_value.bias        | layers/attn/k/bias      | (g 1of3 k) -> g k
         ~.attention.query_key_value.bias        | layers/attn/v/bias      | (g 2of3 k) -> g k
-        ~.attention.dense.weight                | layers/attn/o/kernel    | d (g r k) -> g r k d
+        ~.attention.dense.weight                | layers/attn/o/kernel    | d (g r k) -> d g r k
         ~.attention.dense.bias                  | layers/attn/o/bias      | d -> d
-        ~.mlp.dense_h_to_4h.weight              | layers/mlp/up/kernel    | f d -> d f
+        ~.mlp.dense_h_to_4h.weight              | layers/mlp/up/kernel    | f d -> f d
         ~.mlp.dense_h_to_4h.bias                | layers/mlp/up/bias      | f -> f
-        ~.mlp.dense_4h_to_h.weight              | layers/mlp/down/kernel  | d f -> f d
+        ~.mlp.dense_4h_to_h.weight              | layers/mlp/down/kernel  | d f -> d f
         ~.mlp.dense_4h_to_h.bias                | layers/mlp/down/bias    | d -> d
         gpt_neox.final_layer_norm.weight        | final_norm/scale        | d -> d
         gpt_neox.final_layer_norm.bias          | final_norm/bias         | d -> d
-        embed_out.weight or lm_head.weight      | head/kernel             | v d -> d v
+        embed_out.weight or lm_head.weight      | head/kernel             | v d -> v d
         """,
     ),
     legacy=(
@@ -191,22 +191,22 @@ _LLAMA_ROWS = _rows(
     model.embed_tokens.weight               | embed/embedding         | v d -> v d
     ~.input_layernorm.weight                | layers/attn_norm/scale  | d -> d
     ~.post_attention_layernorm.weight       | layers/mlp_norm/scale   | d -> d
-    ~.self_attn.q_proj.weight               | layers/attn/q/kernel    | (g r k) d -> d g r k
-    ~.self_attn.k_proj.weight               | layers/attn/k/kernel    | (g k) d -> d g k
-    ~.self_attn.v_proj.weight               | layers/attn/v/kernel    | (g k) d -> d g k
+    ~.self_attn.q_proj.weight               | layers/attn/q/kernel    | (g r k) d -> g r k d
+    ~.self_attn.k_proj.weight               | layers/attn/k/kernel    | (g k) d -> g k d
+    ~.self_attn.v_proj.weight               | layers/attn/v/kernel    | (g k) d -> g k d
     ~.self_attn.q_proj.bias                 | layers/attn/q/bias      | (g r k) -> g r k
     ~.self_attn.k_proj.bias                 | layers/attn/k/bias      | (g k) -> g k
     ~.self_attn.v_proj.bias                 | layers/attn/v/bias      | (g k) -> g k
-    ~.self_attn.o_proj.weight               | layers/attn/o/kernel    | d (g r k) -> g r k d
+    ~.self_attn.o_proj.weight               | layers/attn/o/kernel    | d (g r k) -> d g r k
     ~.self_attn.o_proj.bias                 | layers/attn/o/bias      | d -> d
-    ~.mlp.gate_proj.weight                  | layers/mlp/gate/kernel  | f d -> d f
+    ~.mlp.gate_proj.weight                  | layers/mlp/gate/kernel  | f d -> f d
     ~.mlp.gate_proj.bias                    | layers/mlp/gate/bias    | f -> f
-    ~.mlp.up_proj.weight                    | layers/mlp/up/kernel    | f d -> d f
+    ~.mlp.up_proj.weight                    | layers/mlp/up/kernel    | f d -> f d
     ~.mlp.up_proj.bias                      | layers/mlp/up/bias      | f -> f
-    ~.mlp.down_proj.weight                  | layers/mlp/down/kernel  | d f -> f d
+    ~.mlp.down_proj.weight                  | layers/mlp/down/kernel  | d f -> d f
     ~.mlp.down_proj.bias                    | layers/mlp/down/bias    | d -> d
     model.norm.weight                       | final_norm/scale        | d -> d
-    lm_head.weight                          | head/kernel             | v d -> d v
+    lm_head.weight                          | head/kernel             | v d -> v d
     """,
 )
 

@@ -20,11 +20,10 @@ from jax_selftrain.models.config import DecoderConfig
 from jax_selftrain.models.layers import (
     accumulation_dtype,
     block,
-    contract,
+    linear,
     normalise,
     rotary_tables,
     scan_inputs,
-    used,
 )
 from jax_selftrain.models.parameters import Params
 
@@ -102,10 +101,5 @@ def project(
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Float[Array, "*lead V"]:
     """Logits in fp32. The first dimension of `hidden` is the batch; V lies on `model` under tensor parallelism."""
-    leading = "btsuw"[: hidden.ndim - 1]
-    out = layout.sharding(("batch", *([None] * (hidden.ndim - 2)), "vocab"))
-    if config.tied:
-        kernel = used(layout, params["embed"]["embedding"], ("vocab", "embed"), compute_dtype)
-        return contract(f"{leading}d,vd->{leading}v", hidden, kernel, compute_dtype, out)
-    kernel = used(layout, params["head"]["kernel"], ("embed", "vocab"), compute_dtype)
-    return contract(f"{leading}d,dv->{leading}v", hidden, kernel, compute_dtype, out)
+    kernel = params["embed"]["embedding"] if config.tied else params["head"]["kernel"]
+    return linear(layout, kernel, ("vocab", "embed"), 1, hidden, compute_dtype)

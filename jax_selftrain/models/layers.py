@@ -56,6 +56,39 @@ def contract(
     )
 
 
+_LETTERS = {"embed": "d", "kv_heads": "g", "q_per_kv": "r", "head_dim": "k", "mlp": "f", "vocab": "v"}
+"""Of the axes of kernels, in einsums."""
+
+
+def linear(
+    layout: Layout, kernel: jax.Array, axes: Axes, outputs: int, x: jax.Array, compute_dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """kernel · x in fp32 (fp64 for fp64).
+
+    The kernel is the first operand: XLA's products on a CPU read their first operand where it lies and rearrange the
+    second one beforehand, which for the few tokens of a decode step took longer than multiplying.
+
+    Args:
+      kernel: [outputs…, inputs…] as stored; `axes` names its dimensions, of which the first `outputs` are the result's.
+      x: [batch…, inputs…].
+
+    Returns:
+      [batch…, outputs…].
+    """
+    letters = "".join(_LETTERS[axis] for axis in axes if axis is not None)
+    made, taken = letters[:outputs], letters[outputs:]
+    leading = "btsuw"[: x.ndim - len(taken)]
+    kept = tuple(None if axis == "embed" else axis for axis in axes[:outputs])
+    y = contract(
+        f"{letters},{leading}{taken}->{made}{leading}",
+        used(layout, kernel, axes, compute_dtype),
+        x,
+        compute_dtype,
+        layout.sharding((*kept, "batch", *[None] * (len(leading) - 1))),
+    )
+    return jnp.moveaxis(y, range(outputs), range(-outputs, 0))
+
+
 def used(layout: Layout, weight: jax.Array, axes: Axes, dtype: jax.typing.DTypeLike) -> jax.Array:
     """A stored parameter, cast and then gathered along `embed`."""
     return jax.reshard(weight.astype(dtype), layout.gathered(axes))
@@ -164,15 +197,8 @@ def block(
         config, layout, weights["attn"], normalise(config, layout, x, weights["attn_norm"]), compute_dtype
     )
     context, state = attend(rotate(q, rotary), rotate(k, rotary), v)
-    attention = _dense(
-        layout,
-        weights["attn"]["o"],
-        context,
-        "btgrk,grkd->btd",
-        ("kv_heads", "q_per_kv", "head_dim", "embed"),
-        1,
-        compute_dtype,
-    )
+    axes = ("embed", "kv_heads", "q_per_kv", "head_dim")
+    attention = _dense(layout, weights["attn"]["o"], axes, 1, context, compute_dtype)
     if config.parallel_residual:
         return x + attention + _mlp(config, layout, weights, x, compute_dtype), state
     x = x + attention
@@ -182,10 +208,10 @@ def block(
 def _queries_keys_values(
     config: DecoderConfig, layout: Layout, weights: Params, x: jax.Array, compute_dtype: jax.typing.DTypeLike
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    queries, keys = ("embed", "kv_heads", "q_per_kv", "head_dim"), ("embed", "kv_heads", "head_dim")
-    q = _dense(layout, weights["q"], x, "btd,dgrk->btgrk", queries, 3, compute_dtype)
-    k = _dense(layout, weights["k"], x, "btd,dgk->btgk", keys, 2, compute_dtype)
-    v = _dense(layout, weights["v"], x, "btd,dgk->btgk", keys, 2, compute_dtype)
+    queries, keys = ("kv_heads", "q_per_kv", "head_dim", "embed"), ("kv_heads", "head_dim", "embed")
+    q = _dense(layout, weights["q"], queries, 3, x, compute_dtype)
+    k = _dense(layout, weights["k"], keys, 2, x, compute_dtype)
+    v = _dense(layout, weights["v"], keys, 2, x, compute_dtype)
     if config.qk_norm:
         q = rms(q, weights["q_norm"]["scale"].astype(q.dtype), config.norm_eps)
         k = rms(k, weights["k_norm"]["scale"].astype(k.dtype), config.norm_eps)
@@ -198,39 +224,31 @@ def _mlp(
     x = normalise(config, layout, x, weights["mlp_norm"])
     weights = weights["mlp"]
     act = ACTIVATIONS[config.activation]
-    hidden = _dense(layout, weights["up"], x, "btd,df->btf", ("embed", "mlp"), 1, compute_dtype)
+    hidden = _dense(layout, weights["up"], ("mlp", "embed"), 1, x, compute_dtype)
     if config.gated_mlp:
-        hidden = act(_dense(layout, weights["gate"], x, "btd,df->btf", ("embed", "mlp"), 1, compute_dtype)) * hidden
+        hidden = act(_dense(layout, weights["gate"], ("mlp", "embed"), 1, x, compute_dtype)) * hidden
     else:
         hidden = act(hidden)
-    return _dense(layout, weights["down"], hidden, "btf,fd->btd", ("mlp", "embed"), 1, compute_dtype)
+    return _dense(layout, weights["down"], ("embed", "mlp"), 1, hidden, compute_dtype)
 
 
 def _dense(
-    layout: Layout,
-    weights: Params,
-    x: jax.Array,
-    equation: str,
-    axes: Axes,
-    outputs: int,
-    compute_dtype: jax.typing.DTypeLike,
+    layout: Layout, weights: Params, axes: Axes, outputs: int, x: jax.Array, compute_dtype: jax.typing.DTypeLike
 ) -> jax.Array:
-    """x · kernel + bias; `axes` are the kernel's, of which the last `outputs` are the result's.
+    """kernel · x + bias; arguments as of `linear`.
 
     Where there are low-rank factors `lora_a` [inputs…, r] and `lora_b` [r, outputs…] (LoRA, arXiv:2106.09685), their
     product counts as part of the kernel.
     """
-    kept = axes[-outputs:]
-    activation = tuple(None if axis == "embed" else axis for axis in kept)
-    out = layout.sharding(("batch", None, *activation))
-    y = contract(equation, x, used(layout, weights["kernel"], axes, compute_dtype), compute_dtype, out)
+    y = linear(layout, weights["kernel"], axes, outputs, x, compute_dtype)
+    kept = axes[:outputs]
     if "lora_a" in weights:
-        given, kernel, result = equation.replace("->", ",").split(",")
-        taken, made = kernel[:-outputs], kernel[-outputs:]
-        a = used(layout, weights["lora_a"], (*axes[:-outputs], None), compute_dtype)
+        letters = "".join(_LETTERS[axis] for axis in axes if axis is not None)
+        made, taken = letters[:outputs], letters[outputs:]
+        a = used(layout, weights["lora_a"], (*axes[outputs:], None), compute_dtype)
         b = used(layout, weights["lora_b"], (None, *kept), compute_dtype)
-        low = contract(f"{given},{taken}z->btz", x, a, compute_dtype, layout.sharding(("batch", None, None)))
-        y = y + contract(f"btz,z{made}->{result}", low, b, compute_dtype, out)
+        low = contract(f"bt{taken},{taken}z->btz", x, a, compute_dtype, layout.sharding(("batch", None, None)))
+        y = y + contract(f"btz,z{made}->bt{made}", low, b, compute_dtype, jax.typeof(y).sharding)
     if "bias" in weights:
         y = y + used(layout, weights["bias"], kept, y.dtype)
     return y

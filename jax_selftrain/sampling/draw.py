@@ -63,21 +63,22 @@ def draw(logits: Float[Array, "B V"], words: UInt32[Array, "B n"]) -> tuple[Int[
     widths = tree_widths(logits.shape[1])
     if words.shape[1] != len(widths):
         raise ValueError(f"{words.shape[1]} words for a tree of {len(widths)} levels over {logits.shape[1]} tokens")
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    below_max = logits - top
+    columns = logits.T
+    top = jnp.max(columns, axis=0)
+    below_max = columns - top
     # In this order XLA takes the exponentials in one pass; selecting among them afterwards took a pass of its own.
     values = jnp.exp(jnp.where(below_max < _NEGLIGIBLE, -jnp.inf, below_max))
     tree: list[Array] = []
     for width in reversed(widths):
         # Each level is kept: fused into its readers, XLA would take the exponentials again for the sums of each.
         level_nodes = jax.lax.optimization_barrier(_filled_up(values, RADIX * width))
-        tree.insert(0, _beside(logits, level_nodes))
+        tree.insert(0, _beside(logits, level_nodes, batch=1))
         values = _sum_of_16(tree[0])
     node = _beside(logits, jnp.zeros(logits.shape[0], jnp.int32))
     for level, width in enumerate(widths):
         picked = _pick(_children(tree[level], node, width), words[:, level])
         node = _beside(logits, node + width * picked)
-    return node, top[:, 0] + jnp.log(values[:, 0])
+    return node, top + jnp.log(values[0])
 
 
 def whole_rows(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
@@ -88,10 +89,12 @@ def whole_rows(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
     return logits
 
 
-def _beside(rows: Array, values: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
-    """The values, with their batch on the mesh axis of `rows` (JAX lets go of the axis where the batch is one row)."""
+def _beside(rows: Array, values: Array, batch: int = 0) -> Array:
+    """The values, with their dimension `batch` on the mesh axis of `rows` (JAX lets go of the axis where the batch is
+    one row)."""
     axis = jax.typeof(rows).sharding.spec[0]
-    return values if axis is None else jax.reshard(values, PartitionSpec(axis, *[None] * (values.ndim - 1)))
+    spec = [axis if dimension == batch else None for dimension in range(values.ndim)]
+    return values if axis is None else jax.reshard(values, PartitionSpec(*spec))
 
 
 def take(values: Float[Array, "B N"], index: Int[Array, " B"]) -> Float[Array, " B"]:
@@ -99,21 +102,22 @@ def take(values: Float[Array, "B N"], index: Int[Array, " B"]) -> Float[Array, "
     return jax.vmap(lambda row, i: row.at[i].get(mode="promise_in_bounds"))(values, index)
 
 
-def _children(nodes: Float[Array, "B N"], parent: Int[Array, " B"], width: int) -> Float[Array, "B 16"]:
+def _children(nodes: Float[Array, "N B"], parent: Int[Array, " B"], width: int) -> Float[Array, "B 16"]:
     order = width * jnp.arange(RADIX, dtype=jnp.int32)
-    return jax.vmap(lambda row, i: row.at[i + order].get(mode="promise_in_bounds"))(nodes, parent)
+    pick = jax.vmap(lambda column, i: column.at[i + order].get(mode="promise_in_bounds"), in_axes=(1, 0))
+    return pick(nodes, parent)
 
 
-def _filled_up(values: Float[Array, "B N"], n: int) -> Float[Array, "B n"]:
+def _filled_up(values: Float[Array, "N B"], n: int) -> Float[Array, "n B"]:
     """Zeros where a level lacks nodes."""
-    return jnp.pad(values, ((0, 0), (0, n - values.shape[1])))
+    return jnp.pad(values, ((0, n - values.shape[0]), (0, 0)))
 
 
-def _sum_of_16(nodes: Float[Array, "B 16*M"]) -> Float[Array, "B M"]:
+def _sum_of_16(nodes: Float[Array, "16*M B"]) -> Float[Array, "M B"]:
     """Sums of siblings (a level's width apart): halves of the level added to each other, four times."""
     for _ in range(4):
-        half = nodes.shape[1] // 2
-        nodes = nodes[:, :half] + nodes[:, half:]
+        half = nodes.shape[0] // 2
+        nodes = nodes[:half] + nodes[half:]
     return nodes
 
 

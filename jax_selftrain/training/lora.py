@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685): a table of paths, and what stands at them.
 
-An adapter of a kernel W [L, inputs…, outputs…] is a pair A [L, inputs…, r], B [L, r, outputs…]; the model then uses
+An adapter of a kernel W [L, outputs…, inputs…] is a pair A [L, inputs…, r], B [L, r, outputs…]; the model then uses
 W + (alpha / r) · A B. Its tree mirrors that of the parameters, with `lora_a` and `lora_b` where the kernel stands. The
 forward pass multiplies by the factors one after the other; the sum is only formed to deliver a model.
 """
@@ -29,7 +29,7 @@ OUTPUTS = {
     ("mlp", "up"): 1,
     ("mlp", "down"): 1,
 }
-"""Where adapters may stand in a layer, and how many of the kernel's last dimensions are outputs."""
+"""Where adapters may stand in a layer, and how many of the kernel's first dimensions (after the layers') are outputs."""
 
 
 def check_lora(config: TrainConfig) -> None:
@@ -101,10 +101,10 @@ def merged(config: TrainConfig, base: Params, adapters: Params) -> Params:
 
 
 def _product(pair: Params, kernel: jax.Array) -> jax.Array:
-    """A · B of every layer [L, inputs…, outputs…], where the kernel lies."""
+    """A · B of every layer as [L, outputs…, inputs…], where the kernel lies."""
     a, b = pair["lora_a"], pair["lora_b"]
     inputs, outputs = "dgrk"[: a.ndim - 2], "xyzw"[: b.ndim - 2]
-    equation = f"l{inputs}s,ls{outputs}->l{inputs}{outputs}"
+    equation = f"l{inputs}s,ls{outputs}->l{outputs}{inputs}"
     precision = jax.lax.Precision.HIGHEST
     return jnp.einsum(equation, a, b, precision=precision, out_sharding=jax.typeof(kernel).sharding)
 
@@ -124,6 +124,6 @@ def _adapters(
 
         yield (
             (group, name),
-            struct((*shape[:-outputs], config.lora_rank), (*along[:-outputs], None)),
-            struct((shape[0], config.lora_rank, *shape[-outputs:]), (along[0], None, *along[-outputs:])),
+            struct((shape[0], *shape[1 + outputs :], config.lora_rank), (along[0], *along[1 + outputs :], None)),
+            struct((shape[0], config.lora_rank, *shape[1 : 1 + outputs]), (along[0], None, *along[1 : 1 + outputs])),
         )

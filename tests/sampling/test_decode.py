@@ -88,7 +88,7 @@ def model() -> Model:
 # ---------------------------------------------------------------- distribution
 
 
-@pytest.mark.parametrize("sharpness", [0.3, 2.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize("sharpness", [0.45, 2.0], ids=["flat", "peaked"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -275,7 +275,7 @@ def test_another_seed_gives_other_samples(model, drawn):
 def test_logits_that_are_no_distribution_are_noticed(drawn):
     broken = Model()
     kernel = np.asarray(broken.params["head"]["kernel"]).copy()
-    kernel[3, 150] = np.nan
+    kernel[150, 3] = np.nan
     broken.params["head"]["kernel"] = jax.device_put(kernel, broken.params["head"]["kernel"].sharding)
     assert not broken.draw(ENDING, np.arange(64)).finite.any()
     assert drawn.finite.all()
