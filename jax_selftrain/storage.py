@@ -115,7 +115,9 @@ def commit_file(path: PathLike) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to write; on success it is fsynced and renamed to `path` in one step.
 
     Missing parent folders are made. On any exception the temporary file is removed and `path` stays as it was; what a
-    killed process left aside of it goes with the next commit. Raises InputError naming `path` when the disk is full or the place cannot be written.
+    killed process left aside of it goes with the next commit.
+
+    Raises InputError naming `path` when the disk is full or the place cannot be written.
     """
     target = _writable_target(path)
     aside = _aside(target, "tmp")

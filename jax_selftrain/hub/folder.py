@@ -5,7 +5,7 @@ A model folder of ours holds `config.json`, tokenizer files and `generation_conf
 
 | key | meaning |
 |---|---|
-| `format`, `version` | "jax_selftrain.model", 1 |
+| `format`, `version` | "jax_selftrain.model", 2 |
 | `source` | reference and fingerprint of the model that this one was made from |
 | `tensors` | type in which each tensor is exported, by its Hugging Face name |
 | `dropped` | tensors of the source that were left out: legacy buffers, copies of tied embeddings |
@@ -42,7 +42,7 @@ from jax_selftrain.hub.trees import flatten
 from jax_selftrain.models import DecoderConfig, Params, abstract_params
 
 CONFIG, RECORD, PARAMS = "config.json", "model.json", "params"
-_FORMAT, _VERSION = "jax_selftrain.model", 1
+_FORMAT, _VERSION = "jax_selftrain.model", 2  # 1 had the inputs of kernels before their outputs
 _REMEDY = "restore the model folder from a copy, or make it again"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w.-]+)?")
 
@@ -132,7 +132,12 @@ def read_record(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("format") != _FORMAT:
         raise InputError(f"{where}: is not the record of a model folder; {_REMEDY}")
     if record.get("version") != _VERSION:
-        raise InputError(f"{where}: format version {record.get('version')!r} is not {_VERSION}; use a newer release")
+        remedy = (
+            "convert the model again from its Hugging Face folder"
+            if record.get("version") == 1
+            else "use a newer release"
+        )
+        raise InputError(f"{where}: format version {record.get('version')!r} is not {_VERSION}; {remedy}")
     parts = {"source": dict, "tensors": dict, "dropped": list, "dtypes": dict, "weights": str, "files": dict}
     wrong = [key for key, kind in parts.items() if not isinstance(record.get(key), kind)]
     if wrong:

@@ -1,4 +1,11 @@
-"""Attention over whole rows, for training and scoring."""
+"""Attention over whole rows, for training and scoring: written out, or as one fused kernel.
+
+The written-out form runs everywhere and is the reference. On a TPU, bfloat16 training takes JAX's own splash attention
+(`jax.experimental.pallas.ops.tpu.splash_attention`), a flash kernel (arXiv:2205.14135) that knows causal masks,
+documents and grouped queries: scores never leave the chip's fast memory, and tiles that no query may see are skipped.
+It multiplies in bfloat16 and keeps the softmax in fp32, as the written-out form does; fp32 operands are left to the
+latter, since the kernel's products would round them to bfloat16.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +14,63 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from jax_selftrain.mesh import Layout
+from jax_selftrain.models.config import DecoderConfig
 from jax_selftrain.models.layers import contract
+
+TILES = (512, 256, 128)
+"""Sides of a kernel's tiles, in tokens; the largest that divides the row is taken."""
+
+
+def fuses(config: DecoderConfig, layout: Layout, length: int, compute_dtype: jax.typing.DTypeLike) -> bool:
+    """Whether there is a fused kernel for rows of `length` tokens: on a TPU, in bfloat16, without sliding windows."""
+    return (
+        layout.mesh.devices.flat[0].platform == "tpu"
+        and jnp.dtype(compute_dtype) == jnp.bfloat16
+        and config.sliding_window is None
+        and length % TILES[-1] == 0
+    )
+
+
+def fused_attention(
+    layout: Layout,
+    q: Float[Array, "B T G R K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G K"],
+    segments: Int[Array, "B T"] | None,
+    compute_dtype: jax.typing.DTypeLike,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "B T G R K"]:
+    """Causal attention within each document (`segments`; None: one document a row) by a kernel for TPUs.
+
+    Each device attends with its own heads over its own rows. `interpret` runs the kernel step by step on any device,
+    for tests.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    length = q.shape[1]
+    tile = next(tile for tile in TILES if length % tile == 0)
+    tiles = splash.BlockSizes(*[tile] * 8)
+    queries, keys = ("batch", None, "kv_heads", "q_per_kv", None), ("batch", None, "kv_heads", None)
+    specs = layout.spec(queries), layout.spec(keys), layout.spec(keys), layout.spec(("batch", None))
+
+    # The kernel says nothing about which mesh axes its outputs vary over, so that JAX cannot check it.
+    @partial(jax.shard_map, in_specs=specs, out_specs=specs[0], check_vma=False)
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+        heads = q.shape[2] * q.shape[3]
+        mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
+        kernel = splash.make_splash_mha_single_device(mask, block_sizes=tiles, interpret=interpret)
+        by_head = jnp.moveaxis(q.reshape(*q.shape[:2], heads, -1), 1, 2), jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+        context = jax.vmap(kernel)(*by_head, splash.SegmentIds(segments, segments))
+        return jnp.moveaxis(context, 2, 1).reshape(q.shape)
+
+    if segments is None:
+        segments = jax.reshard(jnp.zeros(q.shape[:2], jnp.int32), specs[3])
+    operands = (x.astype(compute_dtype) for x in (q * q.shape[-1] ** -0.5, k, v))
+    return attend(*operands, segments).astype(q.dtype)
 
 
 @partial(

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jax_selftrain.config import Remat
 from jax_selftrain.mesh import Layout
-from jax_selftrain.models.attention import attention_over
+from jax_selftrain.models.attention import attention_over, fused_attention, fuses
 from jax_selftrain.models.config import DecoderConfig
 from jax_selftrain.models.layers import (
     accumulation_dtype,
@@ -78,11 +78,14 @@ def forward(
     if segments is not None:
         visible = visible & (segments[:, :, None] == segments[:, None, :])
     rotary = rotary_tables(config, positions, dtype)
+    fused = fuses(config, layout, length, compute_dtype)
 
     def layer(x: jax.Array, inputs: dict) -> tuple[jax.Array, None]:
         seen = visible & (distance < inputs["window"]) if "window" in inputs else visible
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+            if fused:
+                return fused_attention(layout, q, k, v, segments, compute_dtype), None
             return attention_over(q, k, v, seen, compute_dtype), None
 
         return block(config, layout, inputs["weights"], x, rotary, attend, compute_dtype)

@@ -29,7 +29,7 @@ OUTPUTS = {
     ("mlp", "up"): 1,
     ("mlp", "down"): 1,
 }
-"""Where adapters may stand in a layer, and how many of the kernel's first dimensions (after the layers') are outputs."""
+"""Where adapters may stand in a layer, and how many dimensions of the kernel, after the layers', are outputs."""
 
 
 def check_lora(config: TrainConfig) -> None:

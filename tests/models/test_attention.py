@@ -1,0 +1,68 @@
+"""The fused kernel for TPUs computes what the written-out form computes. (Here its steps are interpreted on a CPU.)"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_selftrain.mesh import Layout, make_layout, make_mesh, place
+from jax_selftrain.models.attention import attention_over, fused_attention
+
+B, T, G, R, K = 2, 256, 2, 4, 64
+AXES = (("batch", None, "kv_heads", "q_per_kv", None), ("batch", None, "kv_heads", None), ("batch", None))
+
+
+def layout_of(spec: str) -> Layout:
+    sizes = {"embed": 64, "vocab": 64, "mlp": 64, "kv_heads": G, "q_per_kv": R}
+    return make_layout("tensor", make_mesh(spec), sizes)
+
+
+def operands() -> tuple[np.ndarray, ...]:
+    random = np.random.default_rng(0)
+    q, k, v = (random.standard_normal(shape, np.float32) for shape in ((B, T, G, R, K), (B, T, G, K), (B, T, G, K)))
+    edges = random.integers(1, T, (B, 3, 1))
+    segments = (np.arange(T) >= edges).sum(axis=1).astype(np.int32)
+    return q, k, v, segments
+
+
+def written_out(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+    visible = jnp.tril(jnp.ones((T, T), bool)) & (segments[:, :, None] == segments[:, None, :])
+    return attention_over(q, k, v, visible, jnp.bfloat16)
+
+
+def value_and_gradients(layout: Layout, attention, segmented: bool) -> tuple[np.ndarray, ...]:
+    def value(q, k, v, segments):
+        context = attention(q, k, v, segments)
+        weights = jnp.sin(jnp.arange(context.size, dtype=jnp.float32)).reshape(context.shape)
+        return jnp.sum(context * jax.reshard(weights, jax.typeof(context).sharding)), context
+
+    q, k, v, segments = operands()
+    with jax.set_mesh(layout.mesh):
+        arrays = [
+            place(layout, array, axes) for array, axes in zip((q, k, v), (AXES[0], AXES[1], AXES[1]), strict=True)
+        ]
+        documents = place(layout, segments if segmented else np.zeros_like(segments), AXES[2])
+        gradients, context = jax.jit(jax.grad(value, argnums=(0, 1, 2), has_aux=True))(*arrays, documents)
+    return tuple(np.asarray(array) for array in (context, *gradients))
+
+
+@pytest.mark.parametrize("segmented", [True, False], ids=["documents", "one document"])
+@pytest.mark.parametrize("spec", ["data=1,model=1", "data=2,model=2", "data=1,model=4"])
+def test_fused_attention_is_the_written_out_form(spec: str, segmented: bool):
+    layout = layout_of(spec)
+    fused = partial(fused_attention, layout, compute_dtype=jnp.bfloat16, interpret=True)
+    expected = value_and_gradients(layout, written_out, segmented)
+    found = value_and_gradients(layout, fused, segmented)
+    for one, other in zip(found, expected, strict=True):
+        # Both round operands to bfloat16, 8 bits, but at other places of the computation.
+        np.testing.assert_allclose(one, other, atol=2.0**-6 * np.abs(expected[0]).max(), rtol=2.0**-5)
+
+
+def test_documents_matter_to_the_comparison():
+    layout = layout_of("data=1,model=1")
+    whole, cut = (value_and_gradients(layout, written_out, segmented)[0] for segmented in (False, True))
+    assert np.abs(whole - cut).max() > 0.5
