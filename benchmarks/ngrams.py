@@ -54,14 +54,15 @@ def main() -> None:
             busy = (time.process_time() - busy) / given.rounds
             hits = found.length >= given.length
             exact = (found.length == given.length) & (found.begin == 7) & wanted
+            speed = f"{given.tokens / np.median(seconds):,.0f} | {given.tokens / busy:,.0f}"
             print(
-                f"| {shortest} | {given.tokens / np.median(seconds):,.0f} | {given.tokens / busy:,.0f} | {wanted.sum()} | {exact.sum()} | "
+                f"| {shortest} | {speed} | {wanted.sum()} | {exact.sum()} | "
                 f"{(hits & ~wanted).sum()} | {peak_memory():,.0f} MiB | {before:,.0f} MiB |"
             )
 
 
 def plant(queries: np.ndarray, tokens: int, length: int, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Write a text to a file; its documents' offsets, and which queries (bool [N]) have a run of `length` tokens in it."""
+    """Write a text to a file; its documents' offsets, and which queries (bool [N]) have a run of that length in it."""
     rng = np.random.default_rng(1)
     flat = (rng.zipf(1.2, tokens) % VOCABULARY).astype(np.int32)
     long = 3 * PIECE // 2
