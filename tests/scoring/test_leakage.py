@@ -103,9 +103,7 @@ def test_a_training_text_as_text_as_a_corpus_and_in_another_tokenizer(tmp_path, 
         words = ["--corpus", corpus, "--texts", str(source), "--out", str(out), "--length", str(length)]
         assert cli.main(["leakage", *words, "--tokenizer", str(model)]) == 0
         found.append(json.loads(out.read_text()))
-        rows = pq.read_table(
-            tmp_path / f"{source.name.removesuffix('.jsonl')}.json".replace(".json", ".samples.parquet")
-        )
+        rows = pq.read_table(tmp_path / f"{source.name}.samples.parquet")
         assert [row["document"] for row in rows.to_pylist()][1::2] == [1, 2, 3]
     assert [result["leaks"] for result in found] == [found[0]["leaks"]] * 3
     assert found[0]["leaks"] >= 3
