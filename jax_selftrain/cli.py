@@ -154,7 +154,8 @@ def summary(name: str, options: Any, result: Any) -> str:
         )
     if name == "extract":
         shown = ("n", "exact_match", "exact_match_stderr", "token_accuracy", "token_accuracy_stderr")
-        parts = {"all": result, **{part: result[part] for part in ("held_out", "partial", "seen") if part in result}}
+        groups = ("held_out", "partial", "seen", "controls", "baseline")
+        parts = {"all": result, **{part: result[part] for part in groups if part in result}}
         lines = [_measure(part, {key: numbers.get(key) for key in shown}) for part, numbers in parts.items()]
         return "\n".join([*lines, f"written: {options.out}"])
     if name == "leakage":
