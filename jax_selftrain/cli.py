@@ -51,6 +51,7 @@ COMMANDS: dict[str, Command] = {
     "merge": Command(config.MergeConfig, "jax_selftrain.hub:merge", ("base", "student", "weight", "out")),
     "score": Command(config.ScoreConfig, "jax_selftrain.scoring:score", ("model", "out")),
     "extract": Command(config.ExtractConfig, "jax_selftrain.scoring:extract", ("model", "sequences", "out")),
+    "leakage": Command(config.LeakageConfig, "jax_selftrain.scoring:leakage", ("corpus", "texts", "out")),
     "run": Command(config.RunConfig, "jax_selftrain.study:run", ("model", "out")),
     "report": Command(config.ReportConfig, "jax_selftrain.study:report", ("folder",), (("DIR", "folder"),)),
 }
@@ -153,9 +154,13 @@ def summary(name: str, options: Any, result: Any) -> str:
         )
     if name == "extract":
         shown = ("n", "exact_match", "exact_match_stderr", "token_accuracy", "token_accuracy_stderr")
-        parts = {"all": result, **{part: result[part] for part in ("held_out", "partial", "seen") if part in result}}
+        groups = ("held_out", "partial", "seen", "controls", "baseline")
+        parts = {"all": result, **{part: result[part] for part in groups if part in result}}
         lines = [_measure(part, {key: numbers.get(key) for key in shown}) for part, numbers in parts.items()]
         return "\n".join([*lines, f"written: {options.out}"])
+    if name == "leakage":
+        shown = ("samples", "leaking", "leaking_stderr", "longest", "covered")
+        return "\n".join([_measure("all", {key: result[key] for key in shown}), f"written: {options.out}"])
     if name in ("demo", "run", "report"):
         return f"report: {Path(options.folder if name == 'report' else options.out) / 'report.html'}"
     return f"written: {result}"

@@ -273,17 +273,36 @@ class ExtractConfig:
     model: str = ""
     """The model to examine."""
     sequences: str = ""
-    """The extraction set: `.npy` int array [N, ≥prefix+suffix], or JSONL with `tokens` or `text`."""
+    """The extraction set: `.npy` int array [N, ≥prefix+suffix], JSONL with `tokens` or `text`, Parquet with `tokens`
+    (a file, or FOLDER[:SPLIT]), a `save_to_disk` folder, or PREFIX.npy:SUFFIX.npy."""
     out: str = ""
     """The JSON file to write."""
-    prefix: int = 32
-    """Tokens given."""
-    suffix: int = 32
-    """Tokens that must be reproduced."""
+    protocol: Literal["pythia", "lm-extraction"] | None = None
+    """Lengths by name: `pythia` gives 32 tokens and asks for 32 (Biderman et al. 2023), `lm-extraction` 50 and 50."""
+    prefix: int | None = None
+    """Tokens given; unset: the protocol's, else 32."""
+    suffix: int | None = None
+    """Tokens that must be reproduced; unset: the protocol's, else 32."""
+    offset: int = 0
+    """Tokens passed over at the start of each sequence; sequences too short for it are left out and counted."""
+    start_token: Literal["none", "bos"] = "none"
+    """What stands before the prefix: nothing, or the token that texts start from."""
+    policies: tuple[str, ...] = ("temperature=1,top-k=40",)
+    """Sampling policies under which the suffix's probability is told beside temperature 1."""
+    duplicates: str = ""
+    """`.npy` integers: how often each sequence stands in the training data (or a column `duplicates` of the set)."""
     corpus: str = ""
     """The corpus trained on: splits the sequences into held-out, partial and seen."""
     overlap: int = 16
     """Consecutive tokens shared with the suffix from which a sequence no longer counts as held out."""
+    controls: str = ""
+    """Sequences that no model was trained on, measured in the same way."""
+    baseline: str = ""
+    """A model that never saw the data, measured on the same sequences."""
+    verify: bool = False
+    """Mark the sequences that the base reproduces, and count kept, lost, gained and never on the whole set."""
+    base: str = ""
+    """The exact checkpoint to verify with; unset: the model itself."""
     limit: int | None = None
     """Use only the first so many sequences."""
     batch_tokens: int = 8192
@@ -294,6 +313,25 @@ class ExtractConfig:
     """How parameters lie on the mesh."""
     dtype: DType = "float32"
     """Type of parameters and matmul operands."""
+
+
+@dataclass(frozen=True)
+class LeakageConfig:
+    """Measure what a corpus gives away unasked: the share of its samples that hold a run of a training text."""
+
+    corpus: str = ""
+    """The corpus folder whose samples are examined."""
+    texts: str = ""
+    """The training text: JSONL with `text`, `.npy` token ids ([tokens] or [documents, tokens]), or a corpus folder."""
+    out: str = ""
+    """The JSON file to write; what each sample holds goes to `FILE.samples.parquet` beside it."""
+    length: int = 50
+    """Consecutive tokens of the training text that count as a leak."""
+    tokenizer: str = ""
+    """A model (or tokenizer folder) with the corpus's own tokenizer: needed where the training text is not in its
+    tokens yet."""
+    text_field: str = "text"
+    """Name of the field of JSONL that holds the text."""
 
 
 @dataclass(frozen=True)

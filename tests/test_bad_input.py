@@ -87,6 +87,9 @@ class Place:
         lengths = () if "--prefix" in more else ("--prefix", 8, "--suffix", 8)
         return ["extract", *where, *lengths, *more]
 
+    def leakage(self, texts: Path, *more: object) -> list[object]:
+        return ["leakage", "--corpus", self.sound.corpus, "--texts", texts, "--out", self.out, *more]
+
 
 def rewrite(path: Path, change: Callable[[dict], object]) -> None:
     content = json.loads(path.read_text())
@@ -419,6 +422,94 @@ def sequences_longer_than_the_model(p: Place) -> Case:
     return p.extract(npy(p, np.ones((4, 100), np.int32)), "--prefix", 40, "--suffix", 40), "64"
 
 
+def sequences_longer_than_the_model_behind_bos(p: Place) -> Case:
+    words = ("--prefix", 32, "--suffix", 32, "--start-token", "bos")
+    return p.extract(npy(p, np.ones((4, 64), np.int32)), *words), "start token"
+
+
+def lengths_that_contradict_the_protocol(p: Place) -> Case:
+    return p.extract(npy(p, np.ones((4, 64), np.int32)), "--protocol", "pythia"), "--prefix 8 contradicts"
+
+
+def unknown_protocol(p: Place) -> Case:
+    return p.extract(npy(p, np.ones((4, 64), np.int32)), "--protocol", "pythias"), "pythia"
+
+
+def offset_beyond_all_sequences(p: Place) -> Case:
+    return p.extract(npy(p, np.ones((4, 20), np.int32)), "--offset", 5), "--offset 5"
+
+
+def negative_offset(p: Place) -> Case:
+    return p.extract(npy(p, np.ones((4, 20), np.int32)), "--offset", -1), "--offset"
+
+
+def policy_that_is_none(p: Place) -> Case:
+    return p.extract(npy(p, np.ones((4, 16), np.int32)), "--policies", "topk=40"), "--policies topk=40"
+
+
+def base_that_verifies_nothing(p: Place) -> Case:
+    return p.extract(npy(p, np.ones((4, 16), np.int32)), "--base", p.sound.model), "--verify"
+
+
+def baseline_with_another_tokenizer(p: Place) -> Case:
+    return p.extract(npy(p, np.ones((4, 16), np.int32)), "--baseline", p.sound.other), "--baseline"
+
+
+def missing_controls(p: Place) -> Case:
+    return p.extract(npy(p, np.ones((4, 16), np.int32)), "--controls", p.folder / "gone.npy"), "gone.npy"
+
+
+def too_few_duplicates(p: Place) -> Case:
+    np.save(p.folder / "copies.npy", np.ones(3, np.int32))
+    return p.extract(npy(p, np.ones((4, 16), np.int32)), "--duplicates", p.folder / "copies.npy"), "copies.npy"
+
+
+def sequences_too_short_in_parquet(p: Place) -> Case:
+    return p.extract(p.sound.corpus / "shard-000000.parquet", "--prefix", 60, "--suffix", 4), "fewer than prefix"
+
+
+def parquet_that_is_none(p: Place) -> Case:
+    return p.extract(p.file("rows.parquet", b"PAR1 and nothing more")), "rows.parquet"
+
+
+def folder_without_sequences(p: Place) -> Case:
+    (p.folder / "nothing").mkdir()
+    return p.extract(p.folder / "nothing"), "nothing"
+
+
+def half_a_pair_of_sequences(p: Place) -> Case:
+    return p.extract(Path(f"{npy(p, np.ones((4, 16), np.int32))}:{p.folder / 'suffix.npy'}")), "suffix.npy"
+
+
+def leakage_of_text_without_a_tokenizer(p: Place) -> Case:
+    return p.leakage(p.sound.texts), "--tokenizer"
+
+
+def leakage_by_another_tokenizer(p: Place) -> Case:
+    return p.leakage(p.sound.texts, "--tokenizer", p.sound.other), "--tokenizer"
+
+
+def leakage_of_a_missing_text(p: Place) -> Case:
+    return p.leakage(p.folder / "gone.jsonl"), "gone.jsonl"
+
+
+def leakage_of_no_length(p: Place) -> Case:
+    return p.leakage(p.sound.corpus, "--length", 0), "--length"
+
+
+def leakage_of_text_under_another_name(p: Place) -> Case:
+    texts = p.file("texts.jsonl", '{"text": "fine"}\n{"story": "not"}\n')
+    return p.leakage(texts, "--tokenizer", p.sound.model), "texts.jsonl:2"
+
+
+def leakage_of_what_is_no_token(p: Place) -> Case:
+    return p.leakage(npy(p, np.array([3, -1]))), "sequences.npy"
+
+
+def leakage_of_pickled_tokens(p: Place) -> Case:
+    return p.leakage(npy(p, np.array([{}], dtype=object))), "sequences.npy"
+
+
 def round_that_sets_what_is_its_own(p: Place) -> Case:
     yaml = f"model: {p.sound.model}\nsample: {{model: elsewhere}}\nscore: {{texts: [{p.sound.texts}]}}\n"
     return ["run", "--config", p.file("run.yaml", yaml), "--out", p.out], "sample.model"
@@ -452,7 +543,13 @@ CASES = (
     adapter_on_no_matrix, rounding_of_what_is_not_rounded, penalty_without_a_base,
     missing_task_file, malformed_task_line, answer_that_is_no_choice, nothing_to_score,
     pickled_sequences, sequences_of_floats, sequences_too_short, sequences_outside_the_vocabulary,
-    sequences_longer_than_the_model, round_that_sets_what_is_its_own, round_with_a_missing_task, report_of_nothing,
+    sequences_longer_than_the_model, sequences_longer_than_the_model_behind_bos, lengths_that_contradict_the_protocol,
+    unknown_protocol, offset_beyond_all_sequences, negative_offset, policy_that_is_none, base_that_verifies_nothing,
+    baseline_with_another_tokenizer, missing_controls, too_few_duplicates, sequences_too_short_in_parquet,
+    parquet_that_is_none, folder_without_sequences, half_a_pair_of_sequences, leakage_of_text_without_a_tokenizer,
+    leakage_by_another_tokenizer, leakage_of_a_missing_text, leakage_of_no_length, leakage_of_text_under_another_name,
+    leakage_of_what_is_no_token, leakage_of_pickled_tokens,
+    round_that_sets_what_is_its_own, round_with_a_missing_task, report_of_nothing,
 )  # fmt: skip
 
 

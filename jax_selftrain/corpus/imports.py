@@ -166,8 +166,8 @@ def _tokenise(
     """Samples of the texts, and how many of them would be tokenised differently if read back from their own text."""
     samples: list[Sample] = []
     cut: list[int] = []
-    for first, last in _batches(texts):
-        encoding = _encode(tokenizer, texts[first:last])
+    for first, last in text_batches(texts):
+        encoding = encode_texts(tokenizer, texts[first:last])
         for place, (text, tokens) in enumerate(zip(texts[first:last], encoding["input_ids"], strict=True)):
             sample_id, reason = ids[first + place], "stop"
             if max_tokens is not None and len(tokens) >= max_tokens:
@@ -179,15 +179,16 @@ def _tokenise(
             samples.append(Sample(sample_id, np.array(tokens, np.int32), text, float("nan"), reason))
     shortened = [samples[place] for place in cut]
     mismatches = 0
-    for first, last in _batches([sample.text for sample in shortened]):
-        again = _encode(tokenizer, [sample.text for sample in shortened[first:last]])["input_ids"]
+    for first, last in text_batches([sample.text for sample in shortened]):
+        again = encode_texts(tokenizer, [sample.text for sample in shortened[first:last]])["input_ids"]
         mismatches += sum(
             tokens != sample.tokens.tolist() for tokens, sample in zip(again, shortened[first:last], strict=True)
         )
     return samples, mismatches
 
 
-def _encode(tokenizer: Any, texts: Sequence[str]) -> Any:
+def encode_texts(tokenizer: Any, texts: Sequence[str]) -> Any:
+    """Tokens of texts as they stand: nothing is added, and special strings are plain text."""
     return tokenizer(
         list(texts),
         add_special_tokens=False,
@@ -198,7 +199,7 @@ def _encode(tokenizer: Any, texts: Sequence[str]) -> Any:
     )
 
 
-def _batches(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
+def text_batches(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Ranges of texts that together have about `_ENCODE_CHARACTERS` characters."""
     first = total = 0
     for place, text in enumerate(texts):

@@ -1,121 +1,227 @@
-"""Verbatim overlap, exactly: how many consecutive tokens of a query occur, in that order, in some document.
+"""Verbatim overlap, exactly: how many consecutive tokens of a query occur, in that order, in some document of a text.
 
-A suffix array (Manber & Myers 1993) over all documents, each ended by a separator that sorts before and equals no
-token, so that no match crosses the edge of a document. It is built by prefix doubling on the suffixes that are still
-tied (Larsson & Sadakane 2007), and searched for all queries at once, each query's binary search carrying the lengths it
-already matched at both ends of its interval. No hashes: what is counted as an overlap is one, and none is missed.
+The queries are indexed and the text, which may be far larger than memory, streams by. Of each of its places a hash of
+the next `shortest` tokens is looked up among those of the queries; nearly all places end there. What is left is looked
+up in a suffix array of the queries, token by token: a hash only ever saves work, so that what is counted as an overlap
+is one and none is missed. A place of the text falls between two neighbours of the array, and what it shares with them
+is handed on from neighbour to neighbour by the length that these share (min along the way, max over ways): so each
+place of each query learns its longest match, however often text and queries repeat themselves.
+
+Time is that of hashing, a few passes over the text for every `QUERY_BLOCK` tokens of queries; memory that of one such
+block and one piece of the text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 
-_SEPARATOR = -1  # ends a document
-_QUERY_END = -2  # ends a query; differs from every entry of the text, so that comparisons stop there
-_QUERY_BLOCK = 1 << 18  # query tokens searched at once: bounds the memory of a search to some tens of MB
+from jax_selftrain.corpus.documents import Documents
+from jax_selftrain.corpus.suffixes import SEPARATOR, STOP, SuffixArray
+
+QUERY_BLOCK = 1 << 21
+"""Query tokens indexed at once; each further block is another pass over the text."""
+PIECE = 1 << 18
+"""Tokens of the text looked at together: their hashes stay in the processor's cache."""
+_ODD = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93))
 
 
 @dataclass(frozen=True, eq=False)
-class NgramIndex:
-    """Index of a set of documents; 12 bytes a token, about 50 while it is being built."""
+class Overlaps:
+    """What Q queries share with a text; int64 [Q] each."""
 
-    text: np.ndarray
-    """int32: the documents' tokens, a separator after each document."""
-    order: np.ndarray
-    """int64 or int32 [tokens]: places in `text` of all tokens, sorted by what follows up to the end of the document."""
-
-    @classmethod
-    def build(cls, tokens: np.ndarray, offsets: np.ndarray) -> NgramIndex:
-        """Index the documents tokens[offsets[d]:offsets[d+1]] (as `Corpus.token_arrays` gives them).
-
-        Args:
-            tokens: integer [sum of lengths], none negative.
-            offsets: integer [N+1], ascending from 0.
-        """
-        tokens, offsets = np.asarray(tokens), np.asarray(offsets, np.int64)
-        if len(tokens) and tokens.min() < 0:
-            raise ValueError("token ids must not be negative")
-        text = np.insert(tokens.astype(np.int32), offsets[1:], _SEPARATOR)
-        order = _sort_suffixes(text)
-        return cls(text, order.astype(np.int32) if len(text) < 2**31 else order)
-
-    def longest_overlap(self, queries: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
-        """Length of the longest run of consecutive tokens of each query that occurs in one document.
-
-        Args:
-            queries: integer [Q, S], or Q vectors of any lengths; negative ids never match.
-
-        Returns:
-            int64 [Q].
-        """
-        lengths = np.array([len(query) for query in queries], np.int64)
-        longest = np.zeros(len(lengths), np.int64)
-        block_of = np.cumsum(lengths) // _QUERY_BLOCK
-        for block in np.unique(block_of).tolist():
-            members = np.flatnonzero(block_of == block)
-            runs = self.matches(np.concatenate([queries[member] for member in members.tolist()]), lengths[members])
-            np.maximum.at(longest, np.repeat(members, lengths[members]), runs)
-        return longest
-
-    def matches(self, flat: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Matching statistics: for each place of each query, how many tokens from there on occur in one document.
-
-        Args:
-            flat: integer [sum of lengths], the queries one after the other.
-            lengths: integer [Q].
-
-        Returns:
-            int64 [sum of lengths].
-        """
-        flat = np.asarray(flat)
-        ends = np.cumsum(lengths)
-        sought = np.insert(np.where(flat < 0, _QUERY_END, flat).astype(np.int32), ends, _QUERY_END)
-        begin = np.arange(len(flat)) + np.repeat(np.arange(len(lengths)), lengths)
-        # Invariant: order[low] sorts before the query's suffix, order[high] does not; they agree on *_match tokens.
-        low, high = np.full(len(flat), -1), np.full(len(flat), len(self.order))
-        low_match, high_match = np.zeros(len(flat), np.int64), np.zeros(len(flat), np.int64)
-        open_ = np.flatnonzero(high - low > 1)
-        while open_.size:
-            middle = (low[open_] + high[open_]) // 2
-            place = self.order[middle].astype(np.int64)
-            match = np.minimum(low_match[open_], high_match[open_])
-            growing = np.arange(open_.size)
-            while growing.size:
-                same = self.text[place[growing] + match[growing]] == sought[begin[open_[growing]] + match[growing]]
-                growing = growing[same]
-                match[growing] += 1
-            before = self.text[place + match] < sought[begin[open_] + match]
-            left, right = open_[before], open_[~before]
-            low[left], low_match[left] = middle[before], match[before]
-            high[right], high_match[right] = middle[~before], match[~before]
-            open_ = open_[high[open_] - low[open_] > 1]
-        # The suffix that agrees longest is a neighbour of the place where the query would stand.
-        return np.maximum(low_match, high_match)
+    length: np.ndarray
+    """Tokens of the longest run that occurs in one document; 0 if that is shorter than was asked for."""
+    begin: np.ndarray
+    """Where in the query it begins; −1 if there is none."""
+    document: np.ndarray
+    """A document in which it occurs, by its number in the text; −1 if there is none."""
+    place: np.ndarray
+    """Where in that document; −1 if there is none."""
+    covered: np.ndarray
+    """Tokens of the query that lie in any run of at least the length that was asked for."""
 
 
-def _sort_suffixes(text: np.ndarray) -> np.ndarray:
-    """Places of the tokens in `text`, sorted by the tokens from there to the next separator."""
-    places = np.flatnonzero(text != _SEPARATOR)
-    order = places[np.argsort(text[places], kind="stable")]
-    separators = np.flatnonzero(text == _SEPARATOR)
-    # rank[p]: first slot in `order` of the suffixes that agree with p's on the tokens compared; separators come first.
-    rank = np.full(len(text), -1, np.int64)
-    slots, key = np.arange(len(order)), text[order].astype(np.int64)
-    compared = 1
-    while slots.size:
-        members = order[slots]
-        is_head = np.append(True, key[1:] != key[:-1])
-        rank[members] = slots[np.maximum.accumulate(np.where(is_head, np.arange(len(slots)), 0))]
-        tied = ~(is_head & np.append(is_head[1:], True))
-        slots, members = slots[tied], members[tied]
-        # Suffixes that agree up to a separator are equal for good; ties with one have all got it, at the same distance.
-        unfinished = separators[np.searchsorted(separators, members)] - members >= compared
-        slots, members = slots[unfinished], members[unfinished]
-        key = rank[members] * (len(order) + 1) + rank[members + compared] + 1
-        arranged = np.argsort(key, kind="stable")
-        order[slots], key = members[arranged], key[arranged]
-        compared *= 2
-    return order
+def find_overlaps(queries: Documents, text: Documents, *, shortest: int = 1) -> Overlaps:
+    """The longest run of consecutive tokens of each query that occurs in one document of a text.
+
+    Args:
+        queries: token ids of 0 and more; the text is read once for every `QUERY_BLOCK` tokens of them.
+        text: the same of any size.
+        shortest: runs of fewer tokens do not count; the longer, the faster.
+
+    Raises:
+        ValueError: `shortest` is below 1, or a token id is negative or beyond 32 bits.
+    """
+    if shortest < 1:
+        raise ValueError(f"a run of {shortest} tokens is no run")
+    found = []
+    for block in _pieces(queries, QUERY_BLOCK):
+        index = _Index(block, shortest)
+        for piece in _pieces(text, PIECE, split_with=int(block.lengths.max())):
+            index.look_up(piece)
+        found.append(index.overlaps())
+    if not found:
+        return Overlaps(*[np.zeros(0, np.int64)] * 5)
+    return Overlaps(*(np.concatenate([getattr(part, f.name) for part in found]) for f in fields(Overlaps)))
+
+
+class _Piece(NamedTuple):
+    """Whole documents, or a part of one."""
+
+    tokens: np.ndarray
+    """int32, end to end."""
+    lengths: np.ndarray
+    document: int
+    """Number of the first."""
+    place: int
+    """Where in it the piece begins."""
+
+    def ended_by(self, mark: int) -> np.ndarray:
+        """The tokens with a mark after each document."""
+        return np.insert(self.tokens, np.cumsum(self.lengths), mark)
+
+
+def _pieces(documents: Documents, size: int, *, split_with: int | None = None) -> Iterator[_Piece]:
+    """Documents in pieces of about `size` tokens; longer ones by themselves.
+
+    With `split_with` long documents are cut, each part being followed by so many tokens of the next: a run of no more
+    than these lies whole in the part that it begins in.
+    """
+    number = 0
+    for flat, lengths in documents.token_batches():
+        ends = np.cumsum(lengths, dtype=np.int64)
+        first = 0
+        while first < len(ends):
+            begin = int(ends[first] - lengths[first])
+            last = max(first + 1, int(np.searchsorted(ends, begin + size, side="right")))
+            whole = int(ends[last - 1]) - begin
+            step = whole if split_with is None or whole <= size else size
+            for at in range(0, whole, step) if whole else [0]:
+                part = slice(begin + at, begin + min(at + step + (split_with or 0), whole))
+                inside = lengths[first:last] if step == whole else np.array([part.stop - part.start])
+                yield _Piece(_checked(flat[part]), inside, number + first, at)
+            first = last
+        number += len(lengths)
+
+
+def _checked(tokens: np.ndarray) -> np.ndarray:
+    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < 2**31:
+        raise ValueError("token ids must not be negative, nor beyond 32 bits")
+    return np.ascontiguousarray(tokens, np.int32)
+
+
+class _Index:
+    """A block of queries, and the longest match that every place of them has found so far."""
+
+    def __init__(self, queries: _Piece, shortest: int) -> None:
+        self._lengths, self._shortest = queries.lengths, shortest
+        self._suffixes = SuffixArray.build(queries.ended_by(SEPARATOR))
+        self._known = np.unique(_hashes(self._suffixes.text, shortest))
+        bits = min(26, max(16, 5 + len(self._known).bit_length()))
+        self._shift = np.uint64(64 - bits)
+        self._maybe = np.zeros(1 << bits, bool)  # one look into a few MB settles nearly every place
+        self._maybe[self._known >> self._shift] = True
+        slots = len(self._suffixes.order)
+        self._match, self._document, self._place = (np.zeros(slots, np.int64) for _ in range(3))
+
+    def look_up(self, piece: _Piece) -> None:
+        """Let every place of a piece of the text leave its mark at its two neighbours in the array."""
+        sought = piece.ended_by(STOP)
+        begin = self._candidates(sought)
+        if not len(begin):
+            return
+        low, low_match, high_match = self._suffixes.insert(sought, begin)
+        slot, match = np.concatenate([low, low + 1]), np.concatenate([low_match, high_match])
+        begin = np.concatenate([begin, begin])
+        better = np.flatnonzero(match >= self._shortest)
+        better = better[match[better] > self._match[slot[better]]]
+        # Of several marks on one slot the last one stays: the longest, and of equals the first in the text.
+        better = better[np.lexsort((-begin[better], match[better]))]
+        slot, begin = slot[better], begin[better]
+        ends = np.cumsum(piece.lengths + 1)
+        document = np.searchsorted(ends, begin, side="right")
+        self._match[slot] = match[better]
+        self._document[slot] = piece.document + document
+        self._place[slot] = begin - (ends[document] - piece.lengths[document] - 1) + piece.place
+
+    def overlaps(self) -> Overlaps:
+        """What has been found, by query."""
+        match, source = self._shared_among_neighbours()
+        text, order = self._suffixes.text, self._suffixes.order
+        run, slot_of = np.zeros(len(text), np.int64), np.zeros(len(text), np.int64)
+        run[order], slot_of[order] = match, source
+        starts = np.cumsum(self._lengths + 1) - self._lengths - 1
+        longest = np.maximum.reduceat(run, starts)
+        query = np.repeat(np.arange(len(starts)), self._lengths + 1)
+        best = np.flatnonzero(run == longest[query])
+        best = best[np.unique(query[best], return_index=True)[1]]
+        place = np.arange(len(text))
+        covered = np.maximum.accumulate(place + run) > place
+        none = longest == 0
+        return Overlaps(
+            length=longest,
+            begin=np.where(none, -1, best - starts),
+            document=np.where(none, -1, self._document[slot_of[best]]) if len(order) else np.full(len(none), -1),
+            place=np.where(none, -1, self._place[slot_of[best]]) if len(order) else np.full(len(none), -1),
+            covered=np.add.reduceat(covered.astype(np.int64), starts),
+        )
+
+    def _candidates(self, sought: np.ndarray) -> np.ndarray:
+        """Places whose next tokens have a hash that occurs among the queries."""
+        hashes = _hashes(sought, self._shortest)
+        places = np.flatnonzero(self._maybe[hashes >> self._shift])
+        wanted = hashes[places]
+        nearest = np.searchsorted(self._known, wanted)
+        return places[self._known[np.minimum(nearest, len(self._known) - 1)] == wanted]
+
+    def _shared_among_neighbours(self) -> tuple[np.ndarray, np.ndarray]:
+        """The longest match of each slot, its own or a neighbour's as far as both agree, and the slot it came from."""
+        shared = self._suffixes.common_prefixes()
+        shared[shared < self._shortest] = 0
+        match, source = self._match.copy(), np.arange(len(shared))
+        _hand_on(match, source, shared)
+        _hand_on(match[::-1], source[::-1], np.append(shared[1:], 0)[::-1])
+        return match, source
+
+
+def _hand_on(match: np.ndarray, source: np.ndarray, shared: np.ndarray) -> None:
+    """match[k] = max over j ≤ k of min(match[j], shared[j+1], …, shared[k]), and whose match it was; in place.
+
+    A scan by doubling: after step i each slot has heard from the 2^i before it.
+    """
+    reach = shared.copy()
+    step = 1
+    while step < len(match) and reach.any():
+        heard = np.minimum(match[:-step], reach[step:])
+        better = heard > match[step:]
+        passed = source[:-step][better]
+        match[step:][better] = heard[better]
+        source[step:][better] = passed
+        reach[step:] = np.minimum(reach[step:], reach[:-step])
+        reach[:step] = 0
+        step *= 2
+
+
+def _hashes(tokens: np.ndarray, n: int) -> np.ndarray:
+    """A hash of the n tokens from each place on; uint64 [max(0, len − n + 1)].
+
+    Windows of twice the width are made of two beside each other, the last ones of two that overlap.
+    """
+    if len(tokens) < n:
+        return np.zeros(0, np.uint64)
+    hashes = tokens.astype(np.uint64)
+    hashes *= _ODD[0]
+    hashes ^= hashes >> np.uint64(32)
+    width = 1
+    while width < n:
+        step = min(width, n - width)
+        wider = hashes[:-step] * _ODD[1]
+        wider += hashes[step:]
+        wider ^= wider >> np.uint64(29)
+        hashes, width = wider, width + step
+    hashes *= _ODD[0]  # the top bits, by which hashes are looked up, then depend on all others
+    return hashes

@@ -79,6 +79,17 @@ class Corpus:
             row += len(ends)
         return flat, offsets, reasons
 
+    def token_batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The documents in the order of their ids, a thousand at a time: tokens int32 end to end, and lengths int64."""
+        for batch in self._batches(["tokens"]):
+            lists = batch.column("tokens")
+            yield lists.flatten().to_numpy(), pc.list_value_length(lists).to_numpy().astype(np.int64)
+
+    def texts(self) -> Iterator[str]:
+        """The documents' texts in the order of their ids, read as they are asked for."""
+        for batch in self._batches(["text"]):
+            yield from batch.column("text").to_pylist()
+
     def _batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
         for shard in self.manifest["shards"]:
             with pq.ParquetFile(self.folder / shard["file"]) as file:

@@ -4,7 +4,7 @@ from jax_selftrain.sampling.decode_loop import Architecture, DecodeLoop, Drawn, 
 from jax_selftrain.sampling.draw import draw, draw_margin, tree_path, tree_widths
 from jax_selftrain.sampling.driver import program, sample
 from jax_selftrain.sampling.greedy import greedy_continue
-from jax_selftrain.sampling.policy import Policy, make_policy, mask_logits
+from jax_selftrain.sampling.policy import Policy, check_sample_config, make_policy, mask_logits
 from jax_selftrain.sampling.words import random_words, sample_keys
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Drawn",
     "Policy",
     "architecture_of",
+    "check_sample_config",
     "decode",
     "draw",
     "draw_margin",

@@ -1,14 +1,19 @@
 """What a model can do and what it remembers, measured by likelihood: tasks, texts, extraction."""
 
-from jax_selftrain.scoring.extraction import classify, discoverable, extract, measure, summarise, teacher_forced
+from jax_selftrain.scoring.extraction import extract, extraction_fingerprints, read_sets, summarise, window_of
+from jax_selftrain.scoring.leakage import leakage
 from jax_selftrain.scoring.likelihood import Likelihood, Request, TokenScores, loglikelihoods, program, token_scores
+from jax_selftrain.scoring.memorisation import flip_rate, measure, teacher_forced, transitions
+from jax_selftrain.scoring.overlap import classify
+from jax_selftrain.scoring.policies import discoverable, read_policies
 from jax_selftrain.scoring.score import Evaluation, Prepared, answer, evaluate, paths_by_name, prepare, score
-from jax_selftrain.scoring.sequences import load_sequences
+from jax_selftrain.scoring.sequences import ExtractionSet, Window, load_sequences, sequences_fingerprint
 from jax_selftrain.scoring.tasks import Question, Task, load_tasks, task_metrics
 from jax_selftrain.scoring.texts import TextFile, load_texts
 
 __all__ = [
     "Evaluation",
+    "ExtractionSet",
     "Likelihood",
     "Prepared",
     "Question",
@@ -16,11 +21,15 @@ __all__ = [
     "Task",
     "TextFile",
     "TokenScores",
+    "Window",
     "answer",
     "classify",
     "discoverable",
     "evaluate",
     "extract",
+    "extraction_fingerprints",
+    "flip_rate",
+    "leakage",
     "load_sequences",
     "load_tasks",
     "load_texts",
@@ -29,9 +38,14 @@ __all__ = [
     "paths_by_name",
     "prepare",
     "program",
+    "read_policies",
+    "read_sets",
     "score",
+    "sequences_fingerprint",
     "summarise",
     "task_metrics",
     "teacher_forced",
     "token_scores",
+    "transitions",
+    "window_of",
 ]

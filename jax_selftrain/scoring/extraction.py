@@ -1,173 +1,218 @@
 """Extraction: does a model reproduce the suffix of a known sequence from its prefix?
 
-Two numbers from one teacher-forced pass, since either alone misleads. *Exact match*: the greedy continuation of the
-prefix is the suffix, which holds iff at every place of the suffix the most probable token, given the true tokens
-before it, is the true one; no decoding is needed to know. *p_z*: the probability of the suffix under sampling at
-temperature 1. A sequence is (n, p)-discoverable if n independent samples contain the suffix with probability at least
-p, 1 − (1 − p_z)^n ≥ p (Hayes et al., arXiv:2410.19482). Greedy exact match also measures how fragile a path is: a
-model can lose it to a little noise while the suffix stays almost as probable.
+Two numbers, since either alone misleads. *Exact match*: the greedy continuation of the prefix is the suffix. *p_z*: the
+probability of the suffix under sampling. Exact match also measures how fragile a path is: a model can lose it to a
+little noise while the suffix stays almost as probable. Beside them stand what they must be compared with: sequences
+that nobody was trained on (`controls`), a model that never saw the data (`baseline`), and the checkpoint the set was
+selected on (`verification`).
 
-p_z is the probability of this one tokenisation of the text. Token rows are used exactly as they stand; no start token
-is put before them.
-
-Given the corpus that was trained on, sequences fall into classes by the longest run of consecutive tokens of their
-*suffix* that occurs in one document: `held_out` (shorter than `overlap`), `seen` (all of it), `partial` (between).
-What a model emits is what it memorised best, so this is a selected split: compare classes with care.
+Token rows are used exactly as they stand. A start token is put before them only if asked for, since a format that
+training did not have looks like forgetting.
 """
 
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from jax_selftrain import hub, settings, storage
 from jax_selftrain.config import ExtractConfig
-from jax_selftrain.corpus import NgramIndex, open_corpus
+from jax_selftrain.corpus import open_corpus
 from jax_selftrain.errors import InputError
-from jax_selftrain.sampling import greedy_continue
 from jax_selftrain.scoring.files import result_files, write_results
-from jax_selftrain.scoring.likelihood import batch_rows, token_scores
+from jax_selftrain.scoring.memorisation import measure, transitions
 from jax_selftrain.scoring.metrics import mean_and_stderr, wilson_interval
+from jax_selftrain.scoring.overlap import CLASSES, THRESHOLDS, Seen, classify, columns, duplicate_buckets, find_seen
+from jax_selftrain.scoring.policies import (
+    NamedPolicy,
+    column,
+    discoverable_shares,
+    read_policies,
+    summarise_policy,
+)
 from jax_selftrain.scoring.score import check_batch
-from jax_selftrain.scoring.sequences import load_sequences
+from jax_selftrain.scoring.sequences import ExtractionSet, Window, load_sequences, sequences_fingerprint
 
-CLASSES = ("held_out", "partial", "seen")
-TRIES = (1, 10, 100, 1_000, 10_000)
-PROBABILITIES = (0.1, 0.5, 0.9)
+PROTOCOLS = {"pythia": (32, 32), "lm-extraction": (50, 50)}
+"""(prefix, suffix): Biderman et al. 2023 (arXiv:2304.11158); google-research/lm-extraction-benchmark."""
+LENGTHS = (32, 32)
+"""Where neither flags nor a protocol say otherwise."""
 
 
 def extract(config: ExtractConfig) -> dict[str, Any]:
     """Measure extraction; write `FILE.json`, `FILE.sequences.parquet`, `FILE.config.yaml`, `FILE.timings.json`.
 
     Returns:
-      What stands in `FILE.json`: the summary of all sequences (see `summarise`); with a corpus, under `held_out`,
-      `partial` and `seen`, those of its classes; `model`, `fingerprints`, `versions`.
+      What stands in `FILE.json`: the summary of all sequences (see `summarise`) and
+
+      - with a corpus: under `held_out`, `partial`, `seen` those of its classes, under `thresholds` exact match of the
+        classes at other thresholds, `matched_on`;
+      - with duplicates: under `duplicates` the summaries by how often sequences were shown;
+      - with `controls`, `baseline`, `verify`: `controls` and `baseline` with summaries of their own, `verification`;
+      - `protocol`, `prefix`, `suffix`, `offset`, `start_token`, `left_out`, `model`, `fingerprints`, `versions`.
 
     Raises:
       InputError: an input that cannot be read, or sequences that do not fit the model or the request; NaN.
     """
     settings.require(config, "model", "sequences", "out")
-    check_batch(
-        config.batch_tokens, prefix=config.prefix, suffix=config.suffix, overlap=config.overlap, limit=config.limit
-    )
-    result_files(config.out)
     started = time.monotonic()
-    decoder, _ = hub.read_config(config.model)
-    if config.prefix + config.suffix > decoder.max_positions:
-        raise InputError(
-            f"--prefix {config.prefix} + --suffix {config.suffix} is longer than the {decoder.max_positions} positions "
-            f"of {config.model}; shorten one of them"
-        )
-    sequences = load_sequences(
-        Path(config.sequences),
-        config.prefix + config.suffix,
-        vocab_size=decoder.vocab_size,
-        limit=config.limit,
-        tokenizer=lambda: hub.load_tokenizer(config.model),
-    )
-    fingerprints = {
-        "model": hub.model_fingerprint(config.model),
-        "tokenizer": hub.tokenizer_fingerprint(config.model),
-        "sequences": storage.sha256_file(config.sequences),
-    }
-    overlaps = None
+    found, controls = read_sets(config)
+    result_files(config.out)
+    policies = read_policies(config.policies)
+    fingerprints = extraction_fingerprints(config)
+    window, start = window_of(config), _start_of(config)
+    seen = None
     if config.corpus:
-        corpus = open_corpus(config.corpus, tokenizer_fingerprint=fingerprints["tokenizer"])
+        corpus = open_corpus(config.corpus)
         fingerprints["corpus"] = corpus.fingerprint
-        tokens, offsets, _ = corpus.token_arrays()
-        overlaps = NgramIndex.build(tokens, offsets).longest_overlap(sequences[:, config.prefix :])
-    model = hub.load_model(config.model, config.mesh, config.dtype, preset=config.preset)
-    loaded = time.monotonic()
-    measured = measure(model, sequences, config.prefix, batch_tokens=config.batch_tokens)
+        seen = find_seen(corpus, config.model, found.tokens[:, window.prefix :], config.overlap)
+    loading = time.monotonic()
+
+    def examine(model: str, sets: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
+        """Measure sets of sequences by a model, which does not outlive it."""
+        loaded = hub.load_model(model, config.mesh, config.dtype, preset=config.preset)
+        prefix = window.prefix + len(start)
+        rows = [np.concatenate([np.tile(start, (len(tokens), 1)), tokens], axis=1) for tokens in sets]
+        return [measure(loaded, part, prefix, policies=policies, batch_tokens=config.batch_tokens) for part in rows]
+
+    measured, *of_controls = examine(config.model, [found.tokens, *([controls.tokens] if controls else [])])
     result: dict[str, Any] = {
         "model": config.model,
-        "prefix": config.prefix,
-        "suffix": config.suffix,
-        **summarise(measured, np.ones(len(sequences), bool)),
+        "protocol": config.protocol,
+        "prefix": window.prefix,
+        "suffix": window.suffix,
+        "offset": window.offset,
+        "start_token": config.start_token,
+        "left_out": found.left_out,
+        **_summaries(measured, found, seen, window, config.overlap, policies),
         "fingerprints": fingerprints,
         "versions": storage.versions(),
     }
-    if overlaps is not None:
-        classes = classify(overlaps, config.suffix, config.overlap)
-        result |= {name: summarise(measured, classes == name) for name in CLASSES} | {"overlap": config.overlap}
-        measured |= {"overlap": overlaps, "class": classes}
-    timings = {"load_seconds": loaded - started, "score_seconds": time.monotonic() - loaded}
-    write_results(config.out, config, result, _table(measured), "sequences", timings)
+    if seen:
+        result |= {"overlap": config.overlap, "matched_on": seen.matched_on}
+        measured |= columns(seen, window.suffix, config.overlap)
+    if controls:
+        everything = np.ones(len(controls.tokens), bool)
+        result["controls"] = {
+            **summarise(of_controls[0], everything, policies),
+            "sequences": config.controls,
+            "left_out": controls.left_out,
+        }
+    if config.baseline:
+        (baseline,) = examine(config.baseline, [found.tokens])
+        result["baseline"] = {
+            "model": config.baseline,
+            **_summaries(baseline, found, seen, window, config.overlap, policies),
+        }
+        measured |= {f"baseline {name}": baseline[name] for name in ("exact_match", "logprob")}
+    if config.verify:
+        verified = examine(config.base, [found.tokens])[0]["exact_match"] if config.base else measured["exact_match"]
+        result["verification"] = {
+            "base": config.base or config.model,
+            "verified": int(verified.sum()),
+            **transitions(verified, measured["exact_match"]),
+        }
+        measured["verified"] = verified
+    timings = {"prepare_seconds": loading - started, "score_seconds": time.monotonic() - loading}
+    if controls:
+        _write_table(config.out, "controls", _table(of_controls[0], controls))
+    write_results(config.out, config, result, _table(measured, found), "sequences", timings)
     return result
 
 
-def measure(
-    model: hub.LoadedModel, sequences: np.ndarray, prefix: int, *, batch_tokens: int = 8192
-) -> dict[str, np.ndarray]:
-    """Extraction of each of N sequences by a model in memory.
-
-    Args:
-      model: from `hub.load_model`.
-      sequences: integer [N, prefix + suffix].
-      prefix: tokens given; the rest is the suffix.
-      batch_tokens: token positions in one device batch.
-
-    Returns:
-      Arrays [N]: `exact_match` (bool), `matched_tokens` (length of the longest common prefix of suffix and greedy
-      continuation), `token_accuracy` (share of the suffix that the free-running greedy continuation has at its
-      place), `teacher_forced_accuracy` (the same, each token predicted from the true ones), `logprob` (log p_z, nats).
+def window_of(config: ExtractConfig) -> Window:
+    """Prefix, suffix and offset that the options ask for.
 
     Raises:
-      InputError: a log-probability is not a finite number.
+      InputError: a length contradicts the named protocol: a result must not bear the name of what it is not.
     """
-    forced = teacher_forced(model, sequences, prefix, batch_tokens=batch_tokens)
-    exact, suffixes = forced["exact_match"], sequences[:, prefix:]
-    # Where every teacher-forced argmax is right, the free-running continuation is the suffix: only the rest is decoded.
-    free_running = suffixes.copy()
-    rows = batch_rows(model.layout, sequences.shape[1], batch_tokens) // model.layout.data
-    free_running[~exact] = greedy_continue(model, sequences[~exact, :prefix], suffixes.shape[1], batch_size=rows)
-    return {
-        "exact_match": exact,
-        "matched_tokens": forced["matched_tokens"],
-        "token_accuracy": (free_running == suffixes).mean(axis=1),
-        "teacher_forced_accuracy": forced["teacher_forced_accuracy"],
-        "logprob": forced["logprob"],
-    }
+    named = PROTOCOLS[config.protocol] if config.protocol else None
+    lengths = {}
+    for name, own in zip(("prefix", "suffix"), named or LENGTHS, strict=True):
+        given = getattr(config, name)
+        if named and given not in (None, own):
+            raise InputError(
+                f"--{name} {given} contradicts --protocol {config.protocol}, whose {name} has {own} tokens; drop one "
+                "of them"
+            )
+        lengths[name] = own if given is None else given
+    return Window(**lengths, offset=config.offset)
 
 
-def teacher_forced(
-    model: hub.LoadedModel, sequences: np.ndarray, prefix: int, *, batch_tokens: int = 8192
-) -> dict[str, np.ndarray]:
-    """What one teacher-forced pass tells: all that `measure` returns but `token_accuracy`, which has to be decoded."""
-    suffixes = sequences[:, prefix:]
-    scores = token_scores(model, [(row[:prefix], row[prefix:]) for row in sequences], batch_tokens=batch_tokens)
-    logprob = np.stack([answer.logprobs for answer in scores]).sum(axis=1, dtype=np.float64)
-    if not np.isfinite(logprob).all():
-        bad = int(np.flatnonzero(~np.isfinite(logprob))[0])
-        raise InputError(
-            f"the log-probability of sequence {bad} is {logprob[bad]}: the model's weights are damaged or overflow in "
-            "this --dtype; check them, or try float32"
+def read_sets(config: ExtractConfig) -> tuple[ExtractionSet, ExtractionSet | None]:
+    """The extraction set and its controls, after every check that needs no weights.
+
+    Raises:
+      InputError: an impossible option, or a set that cannot be read or does not fit the model.
+    """
+    window = window_of(config)
+    check_batch(
+        config.batch_tokens, prefix=window.prefix, suffix=window.suffix, overlap=config.overlap, limit=config.limit
+    )
+    if config.offset < 0:
+        raise InputError(f"--offset is {config.offset}; it must be at least 0")
+    if config.base and not config.verify:
+        raise InputError(f"--base {config.base} is only read with --verify true; set it, or drop --base")
+    read_policies(config.policies)
+    models = {name: ref for name in ("model", "baseline", "base") if (ref := getattr(config, name))}
+    decoders = {ref: hub.read_config(ref)[0] for ref in models.values()}
+    start = _start_of(config)
+    for ref, decoder in decoders.items():
+        if window.length + len(start) > decoder.max_positions:
+            before = " + the start token" if start else ""
+            raise InputError(
+                f"--prefix {window.prefix} + --suffix {window.suffix}{before} is longer than the "
+                f"{decoder.max_positions} positions of {ref}; shorten one of them"
+            )
+    for option, other in models.items():
+        if option != "model" and hub.tokenizer_fingerprint(other) != hub.tokenizer_fingerprint(config.model):
+            raise InputError(
+                f"--{option} {other}: has another tokenizer than {config.model}, so the same tokens are another text "
+                "to it; choose a model with the same"
+            )
+
+    def read(reference: str, duplicates: str) -> ExtractionSet:
+        return load_sequences(
+            reference,
+            window,
+            vocab_size=min(decoder.vocab_size for decoder in decoders.values()),
+            limit=config.limit,
+            tokenizer=lambda: hub.load_tokenizer(config.model),
+            duplicates=duplicates,
         )
-    hits = np.stack([answer.greedy for answer in scores]) == suffixes
-    exact = hits.all(axis=1)
-    return {
-        "exact_match": exact,
-        "matched_tokens": np.where(exact, suffixes.shape[1], np.argmin(hits, axis=1)),
-        "teacher_forced_accuracy": hits.mean(axis=1),
-        "logprob": logprob,
+
+    return read(config.sequences, config.duplicates), read(config.controls, "") if config.controls else None
+
+
+def extraction_fingerprints(config: ExtractConfig) -> dict[str, str]:
+    """Fingerprints of everything that extraction reads but the corpus."""
+    found = {
+        "model": hub.model_fingerprint(config.model),
+        "tokenizer": hub.tokenizer_fingerprint(config.model),
+        "sequences": sequences_fingerprint(config.sequences),
     }
+    found |= {name: hub.model_fingerprint(ref) for name in ("baseline", "base") if (ref := getattr(config, name))}
+    if config.controls:
+        found["controls"] = sequences_fingerprint(config.controls)
+    if config.duplicates:
+        found["duplicates"] = storage.sha256_file(config.duplicates)
+    return found
 
 
-def classify(overlaps: np.ndarray, suffix: int, overlap: int) -> np.ndarray:
-    """Class [N] of each sequence, from its longest overlap with the corpus in tokens: `held_out`, `partial`, `seen`."""
-    return np.where(overlaps >= suffix, "seen", np.where(overlaps >= overlap, "partial", "held_out"))
-
-
-def summarise(measured: dict[str, np.ndarray], members: np.ndarray) -> dict[str, Any]:
+def summarise(
+    measured: Mapping[str, np.ndarray], members: np.ndarray, policies: tuple[NamedPolicy, ...] = ()
+) -> dict[str, Any]:
     """Means over the sequences in `members` (bool [N]) of what `measure` returned, with standard errors.
 
     Returns:
       `n`; `exact_match` with its Wilson 95 % interval; `token_accuracy`, `teacher_forced_accuracy`, `matched_tokens`,
-      `logprob`; `discoverable` by "n@p". Standard errors are under `…_stderr`. All but `n` are None where n is 0.
+      `logprob`; `discoverable` by "n@p", at temperature 1; `policies`: `summarise_policy` of each. Standard errors are
+      under `…_stderr`. Means are None where n is 0.
     """
     n = int(members.sum())
     exact = measured["exact_match"][members]
@@ -175,34 +220,75 @@ def summarise(measured: dict[str, np.ndarray], members: np.ndarray) -> dict[str,
     for name in ("exact_match", "token_accuracy", "teacher_forced_accuracy", "matched_tokens", "logprob"):
         value, stderr = mean_and_stderr(measured[name][members]) if n else (None, None)
         result |= {name: value, f"{name}_stderr": stderr}
-    found = discoverable(measured["logprob"][members])
-    shares = {key: mean_and_stderr(flags) if n else (None, None) for key, flags in found.items()}
-    result["discoverable"] = {key: value for key, (value, _) in shares.items()}
-    result["discoverable_stderr"] = {key: stderr for key, (_, stderr) in shares.items()}
+    result |= discoverable_shares(measured["logprob"][members])
+    if policies:
+        result["policies"] = {named.name: summarise_policy(measured[column(named)][members]) for named in policies}
     return result
 
 
-def discoverable(logprob: np.ndarray) -> dict[str, np.ndarray]:
-    """Whether n samples at temperature 1 contain each suffix with probability ≥ p, as bool [N] by "n@p".
+def _summaries(
+    measured: Mapping[str, np.ndarray],
+    found: ExtractionSet,
+    seen: Seen | None,
+    window: Window,
+    overlap: int,
+    policies: tuple[NamedPolicy, ...],
+) -> dict[str, Any]:
+    """All sequences, the classes of a corpus, and the buckets of duplicates."""
+    result = summarise(measured, np.ones(len(found.tokens), bool), policies)
+    if seen:
+        length = seen.overlaps.length
+        classes = classify(length, window.suffix, overlap)
+        result |= {name: summarise(measured, classes == name, policies) for name in CLASSES}
+        result["thresholds"] = {
+            str(threshold): {
+                name: _briefly(measured, classify(length, window.suffix, threshold) == name) for name in CLASSES
+            }
+            for threshold in THRESHOLDS
+        }
+    if found.duplicates is not None:
+        buckets = duplicate_buckets(found.duplicates)
+        result["duplicates"] = {name: summarise(measured, members, policies) for name, members in buckets.items()}
+    return result
 
-    1 − (1 − p_z)^n ≥ p is asked as n·log1p(−p_z) ≤ log1p(−p), which keeps its meaning for p_z far below the spacing
-    of floating-point numbers near 1.
-    """
-    with np.errstate(divide="ignore"):  # p_z = 1 gives −inf, as it should
-        log_miss = np.log1p(-np.exp(np.minimum(logprob, 0.0)))
-    return {f"{n}@{p}": n * log_miss <= np.log1p(-p) for n in TRIES for p in PROBABILITIES}
+
+def _briefly(measured: Mapping[str, np.ndarray], members: np.ndarray) -> dict[str, Any]:
+    whole = summarise(measured, members)
+    return {name: whole[name] for name in ("n", "exact_match", "exact_match_interval", "logprob")}
 
 
-def _table(measured: dict[str, np.ndarray]) -> pa.Table:
+def _start_of(config: ExtractConfig) -> list[int]:
+    """The tokens put before each prefix: none or one."""
+    if config.start_token == "none":
+        return []
+    start = hub.special_tokens(config.model).start_id
+    if start is None:
+        raise InputError(f"{config.model}: names no BOS or EOS token to start from; leave out --start-token bos")
+    return [start]
+
+
+def _table(measured: Mapping[str, np.ndarray], found: ExtractionSet) -> pa.Table:
     types = {
         "exact_match": pa.bool_(),
+        "verified": pa.bool_(),
+        "baseline exact_match": pa.bool_(),
         "matched_tokens": pa.int32(),
-        "token_accuracy": pa.float64(),
-        "teacher_forced_accuracy": pa.float64(),
-        "logprob": pa.float64(),
         "overlap": pa.int32(),
+        "document": pa.int64(),
         "class": pa.string(),
     }
-    columns = {name: pa.array(values, types[name]) for name, values in measured.items()}
-    index = pa.array(np.arange(len(measured["logprob"])), pa.int64())
-    return pa.table({"sequence": index, **columns})
+    given = {"sequence": np.arange(len(found.tokens)), "index": found.index}
+    if found.duplicates is not None:
+        given["duplicates"] = found.duplicates
+    counted = {name: pa.array(values, pa.int64()) for name, values in given.items()}
+    return pa.table(
+        counted | {name: pa.array(values, types.get(name, pa.float64())) for name, values in measured.items()}
+    )
+
+
+def _write_table(out: str, name: str, table: pa.Table) -> None:
+    import jax
+
+    if jax.process_index() == 0:
+        with storage.commit_file(result_files(out, f"{name}.parquet")[1]) as aside:
+            pq.write_table(table, aside, compression="zstd")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jax
 
 from jax_selftrain import hub, sampling, scoring, settings, training
-from jax_selftrain.config import ExtractConfig, RunConfig, ScoreConfig, TrainConfig
+from jax_selftrain.config import RunConfig, ScoreConfig, TrainConfig
 from jax_selftrain.corpus import open_corpus, read_mix
 from jax_selftrain.errors import InputError
 from jax_selftrain.mesh import make_mesh
@@ -80,20 +78,4 @@ def _check_scoring(config: ScoreConfig) -> None:
 
 
 def _check_extraction(plan: Plan) -> None:
-    config: ExtractConfig = plan.extract_base
-    check_batch(
-        config.batch_tokens, prefix=config.prefix, suffix=config.suffix, overlap=config.overlap, limit=config.limit
-    )
-    model, _ = hub.read_config(config.model)
-    if config.prefix + config.suffix > model.max_positions:
-        raise InputError(
-            f"extract.prefix {config.prefix} + extract.suffix {config.suffix} is longer than the {model.max_positions} "
-            f"positions of {config.model}; shorten one of them"
-        )
-    scoring.load_sequences(
-        Path(config.sequences),
-        config.prefix + config.suffix,
-        vocab_size=model.vocab_size,
-        limit=config.limit,
-        tokenizer=lambda: hub.load_tokenizer(config.model),
-    )
+    scoring.read_sets(plan.extract_base)

@@ -143,8 +143,8 @@ def _read(config: TrainConfig) -> _Yardsticks:
 def _read_sequences(config: TrainConfig, decoder: DecoderConfig) -> dict[str, np.ndarray]:
     if not config.eval_sequences:
         return {}
-    length = config.eval_prefix + config.eval_suffix
-    if length > decoder.max_positions:
+    window = scoring.Window(config.eval_prefix, config.eval_suffix)
+    if window.length > decoder.max_positions:
         raise InputError(
             f"--eval-prefix {config.eval_prefix} + --eval-suffix {config.eval_suffix} is longer than the "
             f"{decoder.max_positions} positions of {config.model}; shorten one of them"
@@ -152,9 +152,9 @@ def _read_sequences(config: TrainConfig, decoder: DecoderConfig) -> dict[str, np
     path = Path(config.eval_sequences)
     rows = scoring.load_sequences(
         path,
-        length,
+        window,
         vocab_size=decoder.vocab_size,
         limit=config.eval_limit,
         tokenizer=lambda: hub.load_tokenizer(config.model),
     )
-    return {path.stem: rows}
+    return {path.stem: rows.tokens}

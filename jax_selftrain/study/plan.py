@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from jax_selftrain import scoring
 from jax_selftrain.config import ExtractConfig, RunConfig, SampleConfig, ScoreConfig, TrainConfig
 
 ROUND_DECIDES = {
@@ -41,6 +42,7 @@ def make_plan(config: RunConfig) -> Plan:
 
     base, student, corpus = config.model, str(out / "train"), str(out / "corpus")
     score, extract = replace(config.score, **shared(config.score)), replace(config.extract, **shared(config.extract))
+    window = scoring.window_of(extract)
     train = replace(config.train, model=base, corpus=corpus, out=student, **shared(config.train))
     if train.eval_every is not None and not (train.eval_texts or train.eval_tasks or train.eval_sequences):
         train = replace(
@@ -48,8 +50,8 @@ def make_plan(config: RunConfig) -> Plan:
             eval_texts=score.texts,
             eval_tasks=score.tasks,
             eval_sequences=extract.sequences,
-            eval_prefix=extract.prefix,
-            eval_suffix=extract.suffix,
+            eval_prefix=window.prefix,
+            eval_suffix=window.suffix,
         )
     return Plan(
         sample=replace(config.sample, model=config.source or base, out=corpus, **shared(config.sample)),
@@ -57,5 +59,11 @@ def make_plan(config: RunConfig) -> Plan:
         score_base=replace(score, model=base, out=str(out / "score" / "base.json")),
         score_student=replace(score, model=student, out=str(out / "score" / "student.json")),
         extract_base=replace(extract, model=base, corpus=corpus, out=str(out / "extract" / "base.json")),
-        extract_student=replace(extract, model=student, corpus=corpus, out=str(out / "extract" / "student.json")),
+        extract_student=replace(
+            extract,
+            model=student,
+            corpus=corpus,
+            out=str(out / "extract" / "student.json"),
+            base=extract.base or (base if extract.verify else ""),
+        ),
     )

@@ -104,8 +104,8 @@ def collect(config: RunConfig, folder: Path) -> dict[str, Any]:
         _require_same(before, after, ("sequence", "overlap", "class"), folder / "extract")
         found["identical"] &= np.array_equal(before["logprob"], after["logprob"])
         found["extraction"] = {
-            "prefix": config.extract.prefix,
-            "suffix": config.extract.suffix,
+            "prefix": base["prefix"],
+            "suffix": base["suffix"],
             "overlap": config.extract.overlap,
             **compare_extraction(before, after, _groups(config, before["sequence"].size)),
         }
@@ -260,7 +260,7 @@ def _compare_sequences(before: Arrays, after: Arrays, members: np.ndarray) -> di
 def _groups(config: RunConfig, n: int) -> list[str] | None:
     """The `group` column of a JSONL extraction set, if every line has one."""
     path = Path(config.extract.sequences)
-    if path.suffix == ".npy":
+    if not path.is_file() or path.suffix in (".npy", ".parquet") or config.extract.offset:
         return None
     groups = [row.get("group") for _, row in read_jsonl(path, config.extract.limit)]
     if len(groups) != n:

@@ -35,7 +35,7 @@ from jax_selftrain.config import ExtractConfig, RunConfig, ScoreConfig, TrainCon
 from jax_selftrain.corpus import open_corpus, read_mix
 from jax_selftrain.errors import InputError, UnavailableError
 from jax_selftrain.sampling import sample
-from jax_selftrain.scoring import extract, score
+from jax_selftrain.scoring import extract, extraction_fingerprints, score
 from jax_selftrain.study.checks import check_round
 from jax_selftrain.study.evaluate import evaluation_hooks
 from jax_selftrain.study.plan import make_plan
@@ -136,9 +136,8 @@ def _extraction_stage(name: str, options: ExtractConfig, corpus: Callable[[], st
     return _Stage(
         name,
         lambda: {
-            **_model_marks(options.model),
             "corpus": corpus(),
-            options.sequences: storage.sha256_file(options.sequences),
+            **extraction_fingerprints(options),
         },
         lambda: extract(options),
         lambda: _files(out, out.with_name(f"{out.stem}.sequences.parquet")),

@@ -6,15 +6,27 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from models_factory import tiny_texts
 
 from jax_selftrain import hub
-from jax_selftrain.config import ExtractConfig
-from jax_selftrain.corpus import Sample, finish_corpus, write_shard
+from jax_selftrain.config import ExtractConfig, ImportConfig
+from jax_selftrain.corpus import Sample, finish_corpus, import_text, write_shard
 from jax_selftrain.errors import InputError
 from jax_selftrain.sampling import greedy_continue
-from jax_selftrain.scoring import classify, discoverable, extract, measure, summarise
+from jax_selftrain.scoring import (
+    classify,
+    extract,
+    flip_rate,
+    measure,
+    read_policies,
+    summarise,
+    teacher_forced,
+    transitions,
+    window_of,
+)
 
 PREFIX, SUFFIX = 8, 24
+CLASSES = ("held_out", "partial", "seen")
 BATCH = 1024
 
 
@@ -100,21 +112,6 @@ def test_p_z_is_the_product_of_the_suffix_probabilities(model, greedy_paths, ran
     np.testing.assert_allclose(np.exp(measured["logprob"]), products, rtol=1e-4)  # 24 factors, each right to 1e-6
 
 
-def test_discoverable_follows_the_definition_and_survives_tiny_probabilities():
-    p_z = np.array([0.0, 1e-5, 1e-3, 0.05, 0.5, 0.95, 1.0])
-    with np.errstate(divide="ignore"):
-        found = discoverable(np.log(p_z))
-    for key, flags in found.items():
-        n, p = key.split("@")
-        assert flags.tolist() == (1 - (1 - p_z) ** int(n) >= float(p)).tolist(), key
-    assert set(found) >= {"1@0.5", "1@0.1", "10000@0.9"}
-    # 1 − p_z is 1 in floating point here, and yet 10^4 tries find it with probability 10^4·p_z.
-    assert not discoverable(np.array([np.log(1e-6)]))["10000@0.1"].any()
-    assert discoverable(np.array([np.log(1.06e-5)]))["10000@0.1"].all()  # log1p(−0.1)/10^4 = −1.0536e-5
-    assert not discoverable(np.array([np.log(1.05e-5)]))["10000@0.1"].any()
-    assert not discoverable(np.array([-1e4]))["10000@0.1"].any()
-
-
 def test_classes_by_overlap():
     found = classify(np.array([0, 15, 16, 23, 24]), 24, 16)
     assert found.tolist() == ["held_out", "held_out", "partial", "partial", "seen"]
@@ -180,6 +177,124 @@ def test_planted_overlaps_of_15_16_17_tokens_are_classed(tmp_path, tiny_model, o
     assert result["exact_match_stderr"] == pytest.approx(np.sqrt(0.25 / 7))
 
 
+def test_all_thresholds_are_shown_and_places_of_overlaps_told(tmp_path, tiny_model, options, random_sequences):
+    planted = [7, 8, 15, 16, 20, 24]
+    rows = zip(random_sequences[:6], planted, strict=True)
+    documents = [np.concatenate([[2, 2], row[PREFIX : PREFIX + n]]) for row, n in rows]
+    corpus = make_corpus(tmp_path / "corpus", tiny_model(), documents[::-1])
+    result = extract(options(random_sequences[:6], corpus=corpus, overlap=20))
+    assert (result["overlap"], result["matched_on"]) == (20, "tokens")
+    counts = {t: [part[name]["n"] for name in CLASSES] for t, part in result["thresholds"].items()}
+    assert counts == {"8": [1, 4, 1], "16": [3, 2, 1], "32": [5, 0, 1]}
+    assert [result[name]["n"] for name in CLASSES] == [4, 1, 1]
+    table = pq.read_table(tmp_path / "out" / "extraction.sequences.parquet").to_pydict()
+    assert table["overlap"] == [0, 8, 15, 16, 20, 24]  # runs below the least threshold do not count
+    assert table["document"] == [-1, 4, 3, 2, 1, 0]
+
+
+def test_a_corpus_of_another_tokenizer_is_matched_on_its_text(tmp_path, tiny_model, options, model):
+    """The same stories, imported by another tokenizer: their tokens share nothing, their text does."""
+    stories = list(tiny_texts(6, seed=5))
+    texts = tmp_path / "stories.jsonl"
+    texts.write_text("".join(json.dumps({"text": story}) + "\n" for story in stories[:3]))
+    other = tiny_model(vocab_size=400)
+    import_text(ImportConfig(source=str(texts), model=str(other), out=str(tmp_path / "corpus")))
+    encoded = [model.tokenizer.encode(story, add_special_tokens=False) for story in stories]
+    sequences = np.array([tokens[8 : 8 + PREFIX + SUFFIX] for tokens in encoded])
+    result = extract(options(sequences, corpus=str(tmp_path / "corpus")))
+    assert result["matched_on"] == "text"
+    table = pq.read_table(tmp_path / "out" / "extraction.sequences.parquet").to_pydict()
+    assert table["class"][:3] == ["seen"] * 3
+    assert table["document"][:3] == [0, 1, 2]
+    assert "seen" not in table["class"][3:]
+
+
+def test_controls_baseline_and_verification_stand_beside_the_result(
+    tmp_path, tiny_model, options, greedy_paths, random_sequences
+):
+    other = str(tiny_model(seed=1))
+    sequences = np.concatenate([greedy_paths[:6], random_sequences[:2]])
+    np.save(tmp_path / "controls.npy", random_sequences[:10])
+    beside = {"controls": str(tmp_path / "controls.npy"), "baseline": other, "verify": True}
+    result = extract(options(sequences, **beside))
+    assert (result["exact_match"], result["controls"]["exact_match"], result["controls"]["n"]) == (0.75, 0.0, 10)
+    assert (result["baseline"]["exact_match"], result["baseline"]["n"]) == (0.0, 8)
+    assert result["baseline"]["logprob"] < result["logprob"]
+    # Without a base the model verifies itself: what it reproduces is kept, and the others are not dropped.
+    own = {"base": str(tiny_model()), "verified": 6, "kept": 6, "lost": 0, "gained": 0, "never": 2}
+    assert result["verification"] == own
+    assert set(result["controls"]["discoverable"]) == set(result["discoverable"])
+    assert pq.read_table(tmp_path / "out" / "extraction.controls.parquet").num_rows == 10
+    # The other model, verified by the first: all that the base knew is lost.
+    result = extract(options(sequences, model=other, verify=True, base=str(tiny_model())))
+    assert result["verification"] == own | {"kept": 0, "lost": 6}
+    table = pq.read_table(tmp_path / "out" / "extraction.sequences.parquet").to_pydict()
+    assert table["verified"] == [True] * 6 + [False] * 2
+    assert not any(table["exact_match"])
+
+
+def test_duplicates_give_buckets(tmp_path, options, greedy_paths, random_sequences):
+    sequences = np.concatenate([greedy_paths[:4], random_sequences[:4]])
+    np.save(tmp_path / "copies.npy", np.array([1, 3, 4, 9, 0, 1, 2, 300]))
+    result = extract(options(sequences, duplicates=str(tmp_path / "copies.npy")))
+    buckets = {name: (part["n"], part["exact_match"]) for name, part in result["duplicates"].items()}
+    assert buckets == {
+        "0": (1, 0.0), "1": (2, 0.5), "2": (1, 0.0), "3-4": (2, 1.0), "9-16": (1, 1.0), "257-512": (1, 0.0),
+    }  # fmt: skip
+    assert result["duplicates"]["1"]["policies"]["temperature=1,top-k=40"]["p_z"] is not None
+
+
+def test_a_start_token_and_an_offset_move_the_window(tmp_path, options, model, greedy_paths):
+    """What is memorised without BOS and from one place need not come with it, or from another place."""
+    padded = np.concatenate([np.full((32, 3), 9), greedy_paths], axis=1)
+    assert extract(options(padded, offset=3))["exact_match"] == 1.0
+    assert extract(options(padded))["exact_match"] < 0.2
+    with_bos = extract(options(greedy_paths, start_token="bos"))
+    started = np.concatenate([np.full((32, 1), 1), greedy_paths], axis=1)  # BOS is 1
+    direct = measure(model, started, PREFIX + 1, batch_tokens=BATCH)
+    assert with_bos["logprob"] == pytest.approx(direct["logprob"].mean(), abs=1e-5)
+    assert with_bos["exact_match"] == direct["exact_match"].mean() < 1.0
+    assert (with_bos["prefix"], with_bos["start_token"]) == (PREFIX, "bos")
+
+
+def test_protocols_are_names_of_lengths(options):
+    array = np.zeros((1, 1))
+    unset = {"prefix": None, "suffix": None}
+    assert window_of(options(array, **unset)).length == 64
+    assert window_of(options(array, **unset, protocol="lm-extraction")).prefix == 50
+    assert window_of(options(array, prefix=50, suffix=None, protocol="lm-extraction")).length == 100
+    with pytest.raises(InputError, match="--suffix 40 contradicts --protocol lm-extraction, whose suffix has 50"):
+        window_of(options(array, prefix=None, suffix=40, protocol="lm-extraction"))
+
+
+def test_the_flip_rate_of_a_model_against_itself_is_zero_across_batches_and_small_in_bfloat16(
+    model, tiny_model, greedy_paths, random_sequences
+):
+    sequences = np.concatenate([greedy_paths, random_sequences])
+    first = teacher_forced(model, sequences, PREFIX, batch_tokens=BATCH)
+    for batch_tokens in (32, 200):
+        again = teacher_forced(model, sequences, PREFIX, batch_tokens=batch_tokens)
+        assert flip_rate(first, again) == 0.0
+    rounded = teacher_forced(hub.load_model(tiny_model(), "data=1", "bfloat16"), sequences, PREFIX, batch_tokens=BATCH)
+    flips = np.count_nonzero(first["exact_match"] != rounded["exact_match"])
+    assert flip_rate(first, rounded) == flips / 64
+    assert 0 < flips <= 32  # greedy paths of a random model are fragile; random sequences cannot flip
+    moved = transitions(first["exact_match"], rounded["exact_match"])
+    assert moved == {"kept": 32 - flips, "lost": flips, "gained": 0, "never": 32}
+
+
+@pytest.mark.parametrize("mesh", ["data=4", "data=2,model=2"])
+def test_measures_do_not_depend_on_the_mesh(model, tiny_model, greedy_paths, random_sequences, mesh):
+    sequences = np.concatenate([greedy_paths[:9], random_sequences[:8]])
+    policies = read_policies(["temperature=1,top-k=40", "temperature=0.7,top-p=0.9"])
+    alone = teacher_forced(model, sequences, PREFIX, policies=policies, batch_tokens=BATCH)
+    spread = teacher_forced(
+        hub.load_model(tiny_model(), mesh), sequences, PREFIX, policies=policies, batch_tokens=BATCH
+    )
+    for name, values in alone.items():
+        np.testing.assert_allclose(spread[name], values, atol=2e-5, err_msg=name)  # 24 fp32 roundings of 1e-6
+
+
 def test_extract_writes_what_it_returns_and_again_the_same_bytes(tmp_path, options, random_sequences):
     config = options(random_sequences)
     result = extract(config)
@@ -190,19 +305,6 @@ def test_extract_writes_what_it_returns_and_again_the_same_bytes(tmp_path, optio
     before = [(folder / name).read_bytes() for name in names]
     extract(config)
     assert [(folder / name).read_bytes() for name in names] == before
-
-
-def test_sequences_come_as_tokens_or_text_too(tmp_path, tiny_model, options, model):
-    text = "Once there was a big fox named Kalo. Kalo found a red ball near the river. " * 2
-    tokens = model.tokenizer.encode(text, add_special_tokens=False)[: PREFIX + SUFFIX]
-    file = tmp_path / "set.jsonl"
-    file.write_text(json.dumps({"tokens": tokens}) + "\n" + json.dumps({"text": text}) + "\n")
-    extract(options(np.zeros((1, 1)), sequences=str(file), limit=2))
-    table = pq.read_table(tmp_path / "out" / "extraction.sequences.parquet").to_pydict()
-    assert table["logprob"][0] == table["logprob"][1]
-    direct = extract(options(np.array([tokens, tokens]), limit=1))
-    assert direct["n"] == 1
-    assert direct["logprob"] == pytest.approx(table["logprob"][0])
 
 
 @pytest.mark.parametrize(
@@ -226,15 +328,3 @@ def test_unusable_input_is_refused_and_nothing_written(tmp_path, options, array,
     with pytest.raises(InputError, match=message):
         extract(options(array, **changes))
     assert not (tmp_path / "out").exists()
-
-
-def test_unusable_jsonl_is_refused_with_its_line(tmp_path, options):
-    for line, message in (
-        ({"tokens": [3] * 31}, "set.jsonl:1: 31 tokens, fewer"),
-        ({"tokens": ["a"] * 32}, "whole numbers"),
-        ({"tokens": [2**40] * 32}, "32 bits"),
-        ({"story": "a"}, "neither `tokens` nor `text`"),
-    ):
-        (tmp_path / "set.jsonl").write_text(json.dumps(line) + "\n")
-        with pytest.raises(InputError, match=message):
-            extract(options(np.zeros((1, 1)), sequences=str(tmp_path / "set.jsonl")))

@@ -1,0 +1,90 @@
+"""The exact n-gram index: speed, memory, and what it finds of planted overlaps.
+
+A text of skewed random tokens (Zipf, the vocabulary of Pythia) is written to a file and mapped into memory. Half of the
+queries are planted in it, each with one run of exactly `--length` tokens, among them runs across the places where the
+search cuts the text; the other half, and as many runs that are one token too short, must not be found. What is timed is
+everything that a caller waits for: indexing the queries and streaming the text through them.
+
+    python benchmarks/ngrams.py --tokens 20000000
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from measuring import circumstances
+
+from jax_selftrain.corpus import TokenArrays, find_overlaps, map_to_disk
+from jax_selftrain.corpus.ngrams import PIECE
+
+VOCABULARY = 50_277
+DOCUMENT = 500  # tokens; documents of one piece and a half are among them
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--tokens", type=int, default=20_000_000)
+    options.add_argument("--queries", type=int, default=4000)
+    options.add_argument("--length", type=int, default=50)
+    options.add_argument("--rounds", type=int, default=3)
+    given = options.parse_args()
+    queries = np.random.default_rng(0).integers(0, VOCABULARY, (given.queries, given.length + 14)).astype(np.int32)
+    with tempfile.TemporaryDirectory() as folder:
+        with ProcessPoolExecutor(1, get_context("spawn")) as elsewhere:  # its memory is not the search's
+            offsets, wanted = elsewhere.submit(plant, queries, given.tokens, given.length, Path(folder)).result()
+        text = TokenArrays(np.memmap(Path(folder, "tokens.bin"), np.int32, "r"), offsets)
+        print(circumstances(f"{given.tokens:,} tokens, {given.queries:,} queries of {queries.shape[1]}", given.rounds))
+        print(
+            "| least run counted | tokens/s | tokens per CPU second | planted | found | false | peak memory | before |"
+        )
+        print("|---|---|---|---|---|---|---|---|")
+        for shortest in (given.length, 32, 16, 8):
+            before, seconds, busy = peak_memory(), [], time.process_time()
+            for _ in range(given.rounds):
+                began = time.perf_counter()
+                found = find_overlaps(TokenArrays.of(queries), text, shortest=shortest)
+                seconds.append(time.perf_counter() - began)
+            busy = (time.process_time() - busy) / given.rounds
+            hits = found.length >= given.length
+            exact = (found.length == given.length) & (found.begin == 7) & wanted
+            speed = f"{given.tokens / np.median(seconds):,.0f} | {given.tokens / busy:,.0f}"
+            print(
+                f"| {shortest} | {speed} | {wanted.sum()} | {exact.sum()} | "
+                f"{(hits & ~wanted).sum()} | {peak_memory():,.0f} MiB | {before:,.0f} MiB |"
+            )
+
+
+def plant(queries: np.ndarray, tokens: int, length: int, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Write a text to a file; its documents' offsets, and which queries (bool [N]) have a run of that length in it."""
+    rng = np.random.default_rng(1)
+    flat = (rng.zipf(1.2, tokens) % VOCABULARY).astype(np.int32)
+    long = 3 * PIECE // 2
+    ends = np.append(np.arange(long, tokens // 2, long), np.arange(tokens // 2, tokens, DOCUMENT))
+    offsets = np.unique(np.concatenate([[0], ends, [tokens]]))
+    wanted = np.arange(len(queries)) < len(queries) // 2
+    near_misses = np.arange(len(queries)) >= len(queries) * 3 // 4
+    places = np.sort(rng.choice((tokens - 2 * length) // (2 * length), wanted.sum() + near_misses.sum(), replace=False))
+    places = rng.permutation(places * 2 * length)
+    for place, row in zip(places.tolist(), np.flatnonzero(wanted | near_misses).tolist(), strict=True):
+        end = int(offsets[np.searchsorted(offsets, place, side="right")])
+        place = min(place, end - length)  # whole within its document
+        flat[place : place + length] = queries[row, 7 : 7 + length]
+        if near_misses[row]:
+            flat[place + length // 2] = (flat[place + length // 2] + 1) % VOCABULARY
+    map_to_disk(TokenArrays(flat, offsets), folder)
+    return offsets, wanted
+
+
+def peak_memory() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+if __name__ == "__main__":
+    main()
