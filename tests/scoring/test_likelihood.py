@@ -14,7 +14,8 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.mesh import make_layout, make_mesh
 from jax_selftrain.models import axis_sizes
 from jax_selftrain.scoring import Request, loglikelihoods, program, token_scores
-from jax_selftrain.scoring.likelihood import batch_program, bucket_lengths, logprobs_and_argmax
+from jax_selftrain.scoring.likelihood import batch_program, logprobs_and_argmax
+from jax_selftrain.scoring.trees import bucket_lengths
 
 FAMILIES = ("gpt_neox", "llama")
 POSITIONS = 640
