@@ -257,7 +257,7 @@ class ScoreConfig:
     text_max_tokens: int | None = None
     """Score only the first so many tokens of each document of a text file."""
     batch_tokens: int | None = None
-    """Token positions in one device batch, over the whole mesh; unset: 1024 per replica on a CPU, 8192 elsewhere."""
+    """Token positions in one device batch, over the whole mesh; unset: 512 per replica on a CPU, 8192 elsewhere."""
     mesh: str = ""
     """Device mesh, for instance `data=4,model=2`; unset: all devices on `data`."""
     preset: Preset = "tensor"

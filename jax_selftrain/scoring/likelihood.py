@@ -94,7 +94,7 @@ def loglikelihoods(model: hub.LoadedModel, requests: Requests, *, batch_tokens: 
     Args:
       model: from `hub.load_model`.
       requests: pairs of token ids (context, continuation), both non-empty.
-      batch_tokens: token positions in one device batch, over the whole mesh; None: 1024 per replica on a CPU, 8192
+      batch_tokens: token positions in one device batch, over the whole mesh; None: 512 per replica on a CPU, 8192
         elsewhere.
 
     Returns:
