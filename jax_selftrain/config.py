@@ -256,8 +256,8 @@ class ScoreConfig:
     """Use only the first so many documents of each text file."""
     text_max_tokens: int | None = None
     """Score only the first so many tokens of each document of a text file."""
-    batch_tokens: int = 8192
-    """Token positions in one device batch."""
+    batch_tokens: int | None = None
+    """Token positions in one device batch, over the whole mesh; unset: 512 per replica on a CPU, 8192 elsewhere."""
     mesh: str = ""
     """Device mesh, for instance `data=4,model=2`; unset: all devices on `data`."""
     preset: Preset = "tensor"

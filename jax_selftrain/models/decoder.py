@@ -50,6 +50,7 @@ def forward(
     *,
     positions: Int[Array, "B T"] | None = None,
     segments: Int[Array, "B T"] | None = None,
+    branches: Int[Array, "B T"] | None = None,
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
     remat: Remat = "none",
 ) -> Float[Array, "B T D"]:
@@ -61,6 +62,9 @@ def forward(
       tokens: token ids, sharded on `batch`.
       positions: rotary position of each token; default 0 … T−1.
       segments: document number of each token; a token sees only its own document. Default: one document a row.
+      branches: for a row that forks into several continuations of one beginning: 0 for a token of the beginning, which
+        all that come after it see, else the number of its continuation, which no other one sees. Needs `positions`,
+        which go on from the beginning in each; windows are then measured in them.
       compute_dtype: type of the matmul operands.
       remat: what the backward pass computes again: nothing, all but the products with weights (`dots`), or each layer
         from its input (`full`).
@@ -77,6 +81,9 @@ def forward(
     visible = (distance >= 0)[None]
     if segments is not None:
         visible = visible & (segments[:, :, None] == segments[:, None, :])
+    if branches is not None:
+        visible = visible & ((branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :]))
+        distance = positions[:, :, None] - positions[:, None, :]
     rotary = rotary_tables(config, positions, dtype)
     fused = fuses(config, layout, length, compute_dtype)
 

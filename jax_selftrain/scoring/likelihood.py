@@ -1,12 +1,18 @@
 """The likelihood engine: log p(continuation | context) of many token sequences at once.
 
-Three things make it cheap. (1) Only continuation positions are projected to the vocabulary: their hidden states are
-gathered on the device that holds them and go through the output matrix in chunks, so that no `[B, T, V]` ever exists.
-(2) Inputs are padded to one of a few lengths, each with a fixed number of rows: a handful of programs serves any task.
-(3) The longest come first: if memory is short, it is short at once.
+Four things make it cheap. (1) What requests have in common is computed once: choices share the context of their
+question, and identical requests are one (see `scoring.trees`). (2) Only the positions that predict something asked for
+are projected to the vocabulary: each device gathers their hidden states in a pool, whatever batch they come from, and
+a full pool goes through the output matrix in chunks, so that no `[B, T, V]` ever exists. (3) Rows are padded to one of
+a few lengths, each with a fixed number of rows: one program for each length that occurs, and one for the pool, serve
+any task. (4) The device has the next unit to work on before the results of the last are awaited.
 
 Padding stands to the right of the text, where under the causal mask no real position can see it. Since a length has
-*one* batch shape, the number a request gets does not depend on which other requests are scored with it.
+*one* batch shape and the pool one chunk, the number that a request gets does not depend, to the bit, on which other
+requests are scored with it, nor on their order – except on those that it shares a row with: which are computed together
+changes where a token stands, and so in which order sums over positions are rounded. Another batch size or mesh changes
+the rounding, too. All these are the same numbers up to fp32 rounding, and the same requests, batch size and mesh give
+the same bits.
 
 Inputs longer than the model lose tokens on the left, as in lm-evaluation-harness 0.4.13
 (`HFLM._loglikelihood_tokens`): input = (context + continuation)[-(max_positions + 1):][:-1].
@@ -14,9 +20,8 @@ Inputs longer than the model lose tokens on the left, as in lm-evaluation-harnes
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +34,7 @@ from jaxtyping import Array, Float, Int
 from jax_selftrain import hub
 from jax_selftrain.config import ScoreConfig
 from jax_selftrain.errors import InputError
-from jax_selftrain.mesh import Layout, make_layout, place
+from jax_selftrain.mesh import Layout, compiler_options, make_layout, place
 from jax_selftrain.models import (
     DecoderConfig,
     Params,
@@ -39,13 +44,7 @@ from jax_selftrain.models import (
     param_shardings,
     project,
 )
-
-SHORTEST = 32
-"""Inputs shorter than this are padded to it."""
-CHUNK = 512
-"""Positions that one device projects together: at V = 50k their fp32 logits take 100 MB."""
-IN_FLIGHT = 2
-"""Batches handed to the device before the first result is awaited, so that it never idles."""
+from jax_selftrain.scoring.trees import CHUNK, TARGETS, Asked, Batch, Unit, batch_rows, plan, pool_places
 
 
 class Request(NamedTuple):
@@ -75,31 +74,28 @@ class Likelihood(NamedTuple):
     """Length of the continuation."""
 
 
-class _Batch(NamedTuple):
-    members: list[int]
-    """Indices of the requests that fill the first rows."""
-    tokens: np.ndarray
-    """[B, T] int32."""
-    slots: np.ndarray
-    """[S, P] int32: per device along `data`, where in its own B/S·T positions the continuations are predicted."""
-    targets: np.ndarray
-    """[S, P] int32: the tokens predicted there."""
-    counts: list[int]
-    """Continuation tokens of each member."""
+Requests = Sequence[Request | tuple[Sequence[int], Sequence[int]]]
 
 
-def loglikelihoods(
-    model: hub.LoadedModel,
-    requests: Sequence[Request | tuple[Sequence[int], Sequence[int]]],
-    *,
-    batch_tokens: int = 8192,
-) -> list[Likelihood]:
+class _Pool(NamedTuple):
+    """What a unit leaves on the devices."""
+
+    logprobs: jax.Array
+    """[S, N, TARGETS]."""
+    greedy: jax.Array
+    """[S, N]."""
+    first: list[np.ndarray]
+    """Per batch, the place of each of its rows: [rows, 2] (device, first place there)."""
+
+
+def loglikelihoods(model: hub.LoadedModel, requests: Requests, *, batch_tokens: int | None = None) -> list[Likelihood]:
     """Log-likelihood of each continuation given its context.
 
     Args:
       model: from `hub.load_model`.
       requests: pairs of token ids (context, continuation), both non-empty.
-      batch_tokens: token positions in one device batch, over the whole mesh.
+      batch_tokens: token positions in one device batch, over the whole mesh; None: 512 per replica on a CPU, 8192
+        elsewhere.
 
     Returns:
       One `Likelihood` per request, in their order. NaN log-likelihoods are passed on, for the caller to name.
@@ -107,57 +103,186 @@ def loglikelihoods(
     Raises:
       InputError: a request is empty, has ids outside the vocabulary, or a continuation longer than the model.
     """
-    return [
-        Likelihood(
-            float(np.sum(scores.logprobs, dtype=np.float64)),
-            bool(np.array_equal(scores.greedy, np.asarray(request[1]))),
-            len(scores.logprobs),
-        )
-        for request, scores in zip(requests, token_scores(model, requests, batch_tokens=batch_tokens), strict=True)
+    distinct, which = distinct_requests(model.config, requests)
+    answers = [
+        summed(asked, scores) for asked, scores in zip(distinct, _scores(model, distinct, batch_tokens), strict=True)
     ]
+    return [answers[index] for index in which]
 
 
-def token_scores(
-    model: hub.LoadedModel,
-    requests: Sequence[Request | tuple[Sequence[int], Sequence[int]]],
-    *,
-    batch_tokens: int = 8192,
-) -> list[TokenScores]:
+def token_scores(model: hub.LoadedModel, requests: Requests, *, batch_tokens: int | None = None) -> list[TokenScores]:
     """As `loglikelihoods`, but token by token."""
-    checked = [_checked(model.config, i, *request) for i, request in enumerate(requests)]
-    results: list[TokenScores | None] = [None] * len(checked)
-    pending: deque[tuple[_Batch, Any]] = deque()
-
-    def settle() -> None:
-        batch, (logprobs, greedy) = pending.popleft()
-        for index, scores in zip(batch.members, _split(batch, np.asarray(logprobs), np.asarray(greedy)), strict=True):
-            results[index] = scores
-
-    with jax.set_mesh(model.layout.mesh):
-        for length, members in _with_progress(_plan(model.config, model.layout, checked, batch_tokens)):
-            batch = _padded_batch(
-                model.layout, checked, members, batch_rows(model.layout, length, batch_tokens), length
-            )
-            pending.append((batch, _run(model, batch)))
-            if len(pending) > IN_FLIGHT:
-                settle()
-        while pending:
-            settle()
-    return [scores for scores in results if scores is not None]
+    distinct, which = distinct_requests(model.config, requests)
+    scores = _scores(model, distinct, batch_tokens)
+    return [scores[index] for index in which]
 
 
-def bucket_lengths(max_positions: int) -> list[int]:
-    """The input lengths that are compiled for: 2^k and 1½·2^k below the model's longest, and that one.
+def summed(asked: Asked, scores: TokenScores) -> Likelihood:
+    """The answer to a request from those to its tokens."""
+    return Likelihood(
+        float(np.sum(scores.logprobs, dtype=np.float64)),
+        bool(np.array_equal(scores.greedy, asked.tokens[-asked.count :])),
+        asked.count,
+    )
 
-    Steps of a factor 1½ at most: padding to powers of two alone made stories of 320 tokens twice as slow.
+
+def distinct_requests(config: DecoderConfig, requests: Requests) -> tuple[list[Asked], list[int]]:
+    """The different ones among requests, and which of them each request is.
+
+    Raises:
+      InputError: a request cannot be answered; names it by number.
     """
-    powers = [SHORTEST << k for k in range(max_positions.bit_length())]
-    return [*sorted(n for power in powers for n in (power, power * 3 // 2) if n < max_positions), max_positions]
+    found: dict[tuple[bytes, int], int] = {}
+    distinct: list[Asked] = []
+    which: list[int] = []
+    for index, request in enumerate(requests):
+        asked = _checked(config, index, *request)
+        number = found.setdefault(asked.key, len(distinct))
+        if number == len(distinct):
+            distinct.append(asked)
+        which.append(number)
+    return distinct, which
 
 
-def batch_rows(layout: Layout, length: int, batch_tokens: int) -> int:
-    """Rows of a batch of inputs of this length: about `batch_tokens` positions, and a multiple of the data axis."""
-    return max(1, batch_tokens // (length * layout.data)) * layout.data
+def _scores(model: hub.LoadedModel, distinct: Sequence[Asked], batch_tokens: int | None) -> list[TokenScores]:
+    units = plan(model.layout, distinct, model.config.max_positions, batch_tokens)
+    results: dict[int, TokenScores] = {}
+    for _, scores in run_units(model, with_progress(units), batch_tokens):
+        results |= scores
+    return [results[index] for index in range(len(distinct))]
+
+
+def run_units(
+    model: hub.LoadedModel, units: Iterable[Unit], batch_tokens: int | None
+) -> Iterator[tuple[Unit, dict[int, TokenScores]]]:
+    """Score units one after the other; each is asked for before the last one's results are handed over.
+
+    Args:
+      model: all processes that its mesh spans must come here with the same units.
+      units: from `plan`, any of them.
+      batch_tokens: as they were planned with.
+
+    Yields:
+      A unit, and the scores of the requests in it by their index.
+    """
+    layout, config = model.layout, model.config
+    shape = (layout.data, pool_places(layout, config.max_positions, batch_tokens), config.hidden_size)
+    running: tuple[Unit, _Pool] | None = None
+    with jax.set_mesh(layout.mesh):
+        pool = jnp.zeros(shape, jnp.float32, out_sharding=layout.sharding(("batch", None, None)))
+    for unit in units:
+        with jax.set_mesh(layout.mesh):
+            pool, results = _dispatch(model, pool, unit, batch_tokens)
+        if running is not None:
+            yield running[0], _answers(*running)
+        running = unit, results
+    if running is not None:
+        yield running[0], _answers(*running)
+
+
+def fill_pool(
+    config: DecoderConfig,
+    layout: Layout,
+    compute_dtype: DTypeLike,
+    params: Params,
+    pool: Float[Array, "S N D"],
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    branches: Int[Array, "B T"],
+    slots: Int[Array, "S N"],
+) -> Float[Array, "S N D"]:
+    """Compute one padded batch; S devices along `data` hold B/S rows each.
+
+    Args:
+      config, layout, compute_dtype: static.
+      params: the model.
+      pool: hidden states so far, N places on each device.
+      tokens: rows, padded on the right.
+      positions, branches: see `models.forward`.
+      slots: for each place of the pool, which of the B/S·T positions of the same device goes there; −1: none.
+
+    Returns:
+      The pool with the hidden states of this batch.
+    """
+    hidden = forward(
+        config, layout, params, tokens, positions=positions, branches=branches, compute_dtype=compute_dtype
+    )
+    hidden = jnp.reshape(hidden, (layout.data, -1, hidden.shape[-1]), out_sharding=pool_sharding(layout))
+    data = PartitionSpec("data")
+
+    # A gather across all rows would move hidden states between devices; each device needs only its own.
+    @partial(jax.shard_map, in_specs=(data, data, data), out_specs=data)
+    def put(rows: Array, at: Array, before: Array) -> Array:
+        taken = jnp.take_along_axis(rows, jnp.maximum(at, 0)[..., None], axis=1)
+        return jnp.where((at >= 0)[..., None], taken.astype(before.dtype), before)
+
+    return put(hidden, slots, pool)
+
+
+def score_pool(
+    config: DecoderConfig,
+    layout: Layout,
+    compute_dtype: DTypeLike,
+    params: Params,
+    pool: Float[Array, "S N D"],
+    targets: Int[Array, "S N M"],
+    chunks: Int[Array, ""],
+) -> tuple[Float[Array, "S N M"], Int[Array, "S N"]]:
+    """Project a pool to the vocabulary.
+
+    Args:
+      config, layout, compute_dtype: static.
+      params: the model.
+      pool: from `fill_pool`.
+      targets: tokens asked for at each place.
+      chunks: how many chunks of `CHUNK` places are in use on the fullest device.
+
+    Returns:
+      Log-probability of each target (nats, fp32) and the most probable token at each place, whole on every device.
+    """
+    replicated = PartitionSpec()
+
+    def score_chunk(i: Array, done: tuple[Array, Array]) -> tuple[Array, Array]:
+        hidden, wanted = (jax.lax.dynamic_slice_in_dim(array, i * CHUNK, CHUNK, axis=1) for array in (pool, targets))
+        new = logprobs_and_argmax(layout, project(config, layout, params, hidden, compute_dtype=compute_dtype), wanted)
+        logprobs, greedy = (
+            jax.lax.dynamic_update_slice_in_dim(old, part, i * CHUNK, axis=1)
+            for old, part in zip(done, new, strict=True)
+        )
+        return logprobs, greedy
+
+    nothing = (jnp.zeros_like(targets, jnp.float32), jnp.zeros_like(targets[..., 0]))
+    logprobs, greedy = jax.lax.fori_loop(0, chunks, score_chunk, nothing)
+    return jax.reshard(logprobs, replicated), jax.reshard(greedy, replicated)
+
+
+def logprobs_and_argmax(
+    layout: Layout, logits: Float[Array, "S C V"], targets: Int[Array, "S C M"]
+) -> tuple[Float[Array, "S C M"], Int[Array, "S C"]]:
+    """Log-softmax at the targets, and the argmax (the lowest id among equals).
+
+    Each device works on the logits that it holds; of a vocabulary that lies on several, they exchange only what they
+    found. (Written as masked sums over V this took three times as long on a CPU.)
+    """
+    vocab = layout.spec(("vocab",))[0]
+    data = PartitionSpec("data")
+
+    @partial(jax.shard_map, in_specs=(PartitionSpec("data", None, vocab), data), out_specs=(data, data))
+    def measure(logits: Array, targets: Array) -> tuple[Array, Array]:
+        size = logits.shape[-1]
+        offset = jax.lax.axis_index(vocab) * size if vocab else 0
+        over_devices = (lambda reduce, x: reduce(x, vocab)) if vocab else (lambda reduce, x: x)
+        own_best = jnp.max(logits, axis=-1)
+        best = over_devices(jax.lax.pmax, own_best)
+        total = over_devices(jax.lax.psum, jnp.sum(jnp.exp(logits - best[..., None]), axis=-1))
+        here = targets - offset
+        found = jnp.take_along_axis(logits, jnp.clip(here, 0, size - 1), axis=-1)
+        found = over_devices(jax.lax.psum, jnp.where((here >= 0) & (here < size), found, 0.0))
+        top = jnp.argmax(logits, axis=-1).astype(jnp.int32) + offset
+        top = over_devices(jax.lax.pmin, jnp.where(own_best == best, top, np.iinfo(np.int32).max))
+        return found - best[..., None] - jnp.log(total)[..., None], top
+
+    return measure(logits, targets)
 
 
 def score_batch(
@@ -165,98 +290,116 @@ def score_batch(
     layout: Layout,
     compute_dtype: DTypeLike,
     params: Params,
+    pool: Float[Array, "S N D"],
     tokens: Int[Array, "B T"],
-    slots: Int[Array, "S P"],
-    targets: Int[Array, "S P"],
+    positions: Int[Array, "B T"],
+    branches: Int[Array, "B T"],
+    slots: Int[Array, "S N"],
+    targets: Int[Array, "S N M"],
     chunks: Int[Array, ""],
-) -> tuple[Float[Array, "S P"], Int[Array, "S P"]]:
-    """Score the continuation positions of one padded batch; S devices along `data` hold B/S rows each.
-
-    Args:
-      config, layout, compute_dtype: static.
-      params: the model.
-      tokens: inputs, padded on the right.
-      slots: positions to score, as indices into the B/S·T positions of the same device.
-      targets: the token predicted at each of them.
-      chunks: how many chunks of `CHUNK` slots are in use on the fullest device.
-
-    Returns:
-      Log-probability of each target (nats, fp32) and the most probable token there, whole on every device.
-    """
-    hidden = forward(config, layout, params, tokens, compute_dtype=compute_dtype)
-    own = layout.sharding(("batch", None, None))
-    hidden = jnp.reshape(hidden, (layout.data, -1, hidden.shape[-1]), out_sharding=own)
-    size = _chunk_size(slots.shape[1])
-    data, replicated = PartitionSpec("data"), PartitionSpec()
-    # A gather across all rows would move hidden states between devices; each device needs only its own.
-    gather = jax.shard_map(
-        lambda rows, index: jnp.take_along_axis(rows, index[..., None], axis=1), in_specs=(data, data), out_specs=data
-    )
-
-    def score_chunk(i: Array, done: tuple[Array, Array]) -> tuple[Array, Array]:
-        at = jax.lax.dynamic_slice_in_dim(slots, i * size, size, axis=1)
-        wanted = jax.lax.dynamic_slice_in_dim(targets, i * size, size, axis=1)
-        logits = project(config, layout, params, gather(hidden, at), compute_dtype=compute_dtype)
-        new = logprobs_and_argmax(logits, wanted)
-        logprobs, greedy = (
-            jax.lax.dynamic_update_slice_in_dim(old, part, i * size, axis=1)
-            for old, part in zip(done, new, strict=True)
-        )
-        return logprobs, greedy
-
-    nothing = (jnp.zeros_like(targets, jnp.float32), jnp.zeros_like(targets))
-    logprobs, greedy = jax.lax.fori_loop(0, chunks, score_chunk, nothing)
-    return jax.reshard(logprobs, replicated), jax.reshard(greedy, replicated)
+) -> tuple[Float[Array, "S N M"], Int[Array, "S N"]]:
+    """`fill_pool`, then `score_pool`: a unit of one batch in one program."""
+    pool = fill_pool(config, layout, compute_dtype, params, pool, tokens, positions, branches, slots)
+    return score_pool(config, layout, compute_dtype, params, pool, targets, chunks)
 
 
 def batch_program(
-    config: DecoderConfig, layout: Layout, dtype: DTypeLike, batch_tokens: int, length: int
+    config: DecoderConfig, layout: Layout, dtype: DTypeLike, batch_tokens: int | None, length: int
 ) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
-    """The computation for inputs of one length: function, abstract arguments with shardings, donated arguments."""
-    rows = batch_rows(layout, length, batch_tokens)
-    shardings = param_shardings(config, layout)
+    """The computation for rows of one length: function, abstract arguments with shardings, donated arguments."""
+    rows, places = batch_rows(layout, length, batch_tokens), pool_places(layout, config.max_positions, batch_tokens)
     params = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract_params(config, dtype),
-        shardings,
+        param_shardings(config, layout),
     )
-    per_device = layout.sharding(("batch", None))
-    slots = jax.ShapeDtypeStruct((layout.data, _slots(layout, rows, length)), jnp.int32, sharding=per_device)
-    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=per_device)
+    shapes: list[tuple[tuple[int, ...], Any]] = [
+        ((layout.data, places, config.hidden_size), jnp.float32),
+        *[((rows, length), jnp.int32)] * 3,
+        ((layout.data, places), jnp.int32),
+        ((layout.data, places, TARGETS), jnp.int32),
+    ]
+    arrays = [
+        jax.ShapeDtypeStruct(shape, kind, sharding=layout.sharding(("batch", *[None] * (len(shape) - 1))))
+        for shape, kind in shapes
+    ]
     chunks = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.sharding(()))
-    return partial(score_batch, config, layout, dtype), (params, tokens, slots, slots, chunks), ()
+    return partial(score_batch, config, layout, dtype), (params, *arrays, chunks), (1,)
 
 
 def program(config: ScoreConfig, mesh: Mesh) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
-    """The stage's largest computation: a batch of the longest inputs. Reads the model's config, not its weights."""
+    """The stage's largest computation: a batch of the longest rows, and the pool that it fills.
+
+    The stage runs the two one after the other, compiled apart. Reads the model's config, not its weights.
+    """
     decoder, _ = hub.read_config(config.model)
     layout = make_layout(config.preset, mesh, axis_sizes(decoder))
     return batch_program(decoder, layout, jnp.dtype(config.dtype), config.batch_tokens, decoder.max_positions)
 
 
-_score_batch = jax.jit(score_batch, static_argnums=(0, 1, 2))
+def pool_sharding(layout: Layout) -> jax.sharding.NamedSharding:
+    """Of hidden states [S, N, D]."""
+    return layout.sharding(("batch", None, None))
 
 
-def _run(model: hub.LoadedModel, batch: _Batch) -> tuple[jax.Array, jax.Array]:
-    layout = model.layout
-    longest = max(int(np.count_nonzero(row >= 0)) for row in batch.slots)
-    size = _chunk_size(batch.slots.shape[1])
-    arrays = (
-        place(layout, array, axes)
-        for array, axes in (
-            (batch.tokens, ("batch", None)),
-            (np.maximum(batch.slots, 0), ("batch", None)),
-            (batch.targets, ("batch", None)),
-            (np.asarray(-(-longest // size), np.int32), ()),
-        )
-    )
-    return _score_batch(model.config, layout, model.compute_dtype, model.params, *arrays)
+@cache
+def _compiled() -> tuple[Callable[..., jax.Array], Callable[..., tuple[jax.Array, jax.Array]]]:
+    def compiled(function: Callable[..., Any], donated: tuple[int, ...]) -> Callable[..., Any]:
+        return jax.jit(function, static_argnums=(0, 1, 2), donate_argnums=donated, compiler_options=compiler_options())
+
+    return compiled(fill_pool, (4,)), compiled(score_pool, ())
 
 
-def _checked(
-    config: DecoderConfig, index: int, context: Sequence[int], continuation: Sequence[int]
-) -> tuple[np.ndarray, int]:
-    """Input and target tokens in one array (the last one is a target only), and how many are targets."""
+def _dispatch(model: hub.LoadedModel, pool: jax.Array, unit: Unit, batch_tokens: int | None) -> tuple[jax.Array, _Pool]:
+    """Hand a unit to the devices without waiting for them."""
+    layout, static = model.layout, (model.config, model.layout, model.compute_dtype)
+    fill, score = _compiled()
+    targets = np.zeros((*pool.shape[:2], TARGETS), np.int32)
+    filled, first = [0] * layout.data, []
+    for batch in unit.batches:
+        arrays, places = _arrays(layout, batch, batch_rows(layout, batch.length, batch_tokens), targets, filled)
+        first.append(places)
+        pool = fill(*static, model.params, pool, *(place(layout, array, ("batch", None)) for array in arrays))
+    wanted = place(layout, targets, ("batch", None, None))
+    chunks = place(layout, np.asarray(-(-max(filled) // CHUNK), np.int32), ())
+    return pool, _Pool(*score(*static, model.params, pool, wanted, chunks), first)
+
+
+def _arrays(
+    layout: Layout, batch: Batch, rows: int, targets: np.ndarray, filled: list[int]
+) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """Tokens, positions, branches and slots of a batch, and where in the pool each row's places begin.
+
+    What is asked for goes into `targets`, and `filled` is moved on.
+    """
+    tokens, positions, branches = (np.zeros((rows, batch.length), np.int32) for _ in range(3))
+    slots = np.full(targets.shape[:2], -1, np.int32)
+    places = np.zeros((len(batch.rows), 2), np.int64)
+    for number, row in enumerate(batch.rows):
+        device, own = divmod(number, rows // layout.data)
+        n, begin = len(row.tokens), filled[device]
+        end = begin + len(row.slots)
+        tokens[number, :n], positions[number, :n], branches[number, :n] = row.tokens, row.positions, row.branches
+        slots[device, begin:end] = own * batch.length + row.slots
+        targets[device, begin:end] = row.targets
+        places[number] = device, begin
+        filled[device] = end
+    return (tokens, positions, branches, slots), places
+
+
+def _answers(unit: Unit, pool: _Pool) -> dict[int, TokenScores]:
+    """Wait for a unit, and give each request its part of the pool."""
+    logprobs, greedy = np.asarray(pool.logprobs), np.asarray(pool.greedy)
+    found = {}
+    for batch, places in zip(unit.batches, pool.first, strict=True):
+        for row, (device, begin) in zip(batch.rows, places, strict=True):
+            for member, at in zip(row.members, row.answers, strict=True):
+                here, target = begin + at[:, 0], at[:, 1]
+                found[member] = TokenScores(logprobs[device, here, target], greedy[device, here])
+    return found
+
+
+def _checked(config: DecoderConfig, index: int, context: Sequence[int], continuation: Sequence[int]) -> Asked:
     if not len(context) or not len(continuation):
         raise InputError(f"request {index}: context and continuation must each have at least one token")
     whole = np.concatenate([np.asarray(context, np.int64), np.asarray(continuation, np.int64)])
@@ -270,85 +413,15 @@ def _checked(
             f"request {index}: token id {whole.max() if whole.min() >= 0 else whole.min()} is not in the model's "
             f"vocabulary of {config.vocab_size}; is the tokenizer this model's own?"
         )
-    return whole[-(config.max_positions + 1) :].astype(np.int32), len(continuation)
+    return Asked(whole[-(config.max_positions + 1) :].astype(np.int32), len(continuation))
 
 
-def _plan(
-    config: DecoderConfig, layout: Layout, requests: Sequence[tuple[np.ndarray, int]], batch_tokens: int
-) -> list[tuple[int, list[int]]]:
-    """The batches, longest first: padded length, and the indices of the requests in it."""
-    buckets = bucket_lengths(config.max_positions)
-    lengths = np.array([len(whole) - 1 for whole, _ in requests], np.int64)
-    padded = np.array(buckets)[np.searchsorted(buckets, lengths)]
-    order = np.argsort(-lengths, kind="stable")
-    plan = []
-    for length in reversed(buckets):
-        members = order[padded[order] == length].tolist()
-        rows = batch_rows(layout, length, batch_tokens)
-        plan += [(length, members[start : start + rows]) for start in range(0, len(members), rows)]
-    return plan
-
-
-def _with_progress(plan: list[tuple[int, list[int]]]) -> Iterable[tuple[int, list[int]]]:
-    """The batches, behind a progress bar on process 0 of a terminal."""
+def with_progress(units: Sequence[Unit]) -> Iterable[Unit]:
+    """The units, behind a progress bar on process 0 of a terminal."""
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)
     return track(
-        plan, "scoring", console=console, transient=True, disable=not console.is_terminal or jax.process_index() != 0
+        units, "scoring", console=console, transient=True, disable=not console.is_terminal or jax.process_index() != 0
     )
-
-
-def _padded_batch(
-    layout: Layout, requests: Sequence[tuple[np.ndarray, int]], members: list[int], rows: int, length: int
-) -> _Batch:
-    tokens = np.zeros((rows, length), np.int32)
-    slots = np.full((layout.data, _slots(layout, rows, length)), -1, np.int32)
-    targets = np.zeros_like(slots)
-    rows_each = rows // layout.data
-    filled = [0] * layout.data
-    for row, index in enumerate(members):
-        whole, count = requests[index]
-        device, own_row = divmod(row, rows_each)
-        tokens[row, : len(whole) - 1] = whole[:-1]
-        first = own_row * length + len(whole) - 1 - count
-        here = slice(filled[device], filled[device] + count)
-        slots[device, here] = np.arange(first, first + count)
-        targets[device, here] = whole[-count:]
-        filled[device] += count
-    return _Batch(members, tokens, slots, targets, [requests[index][1] for index in members])
-
-
-def _split(batch: _Batch, logprobs: np.ndarray, greedy: np.ndarray) -> Iterator[TokenScores]:
-    """Cut the results of a batch into those of its members, which lie one after the other on each device."""
-    used = batch.slots >= 0
-    ends = np.cumsum(batch.counts)[:-1]
-    for scores, best in zip(np.split(logprobs[used], ends), np.split(greedy[used], ends), strict=True):
-        yield TokenScores(scores, best)
-
-
-def _chunk_size(slots: int) -> int:
-    return min(CHUNK, slots)
-
-
-def _slots(layout: Layout, rows: int, length: int) -> int:
-    """P: enough places for every position of a device's rows, in whole chunks."""
-    positions = rows // layout.data * length
-    size = _chunk_size(positions)
-    return -(-positions // size) * size
-
-
-def logprobs_and_argmax(
-    logits: Float[Array, "S C V"], targets: Int[Array, "S C"]
-) -> tuple[Float[Array, "S C"], Int[Array, "S C"]]:
-    """Log-softmax at the targets, and the argmax.
-
-    Written with reductions over V alone, which may be sharded, where gathers and `argmax` would move the logits.
-    """
-    ids = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits.shape[-1]), 2)
-    best = jnp.max(logits, axis=-1)
-    target_logits = jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1)
-    log_sum = jnp.log(jnp.sum(jnp.exp(logits - best[..., None]), axis=-1))
-    argmax = jnp.min(jnp.where(logits == best[..., None], ids, logits.shape[-1]), axis=-1)
-    return target_logits - best - log_sum, argmax

@@ -1,4 +1,10 @@
-"""The `score` stage: tasks and texts in, one JSON file and one table of requests out."""
+"""The `score` stage: tasks and texts in, one JSON file and one table of requests out.
+
+While it goes on, answers are kept in `FILE.parts/` (see `scoring.parts`): after an interruption, however rude, the same
+command scores only what is missing and writes the same bytes. Another model, task, batch or mesh scores everything
+anew. Of several processes each works on a mesh of its own devices where the mesh fits on them, and on its share of the
+requests; all of them need to see the folder of FILE.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import pyarrow as pa
+from jax.sharding import Mesh
 
 from jax_selftrain import hub, settings, storage
 from jax_selftrain.config import ScoreConfig
 from jax_selftrain.errors import InputError
+from jax_selftrain.mesh import make_mesh, parse_mesh
 from jax_selftrain.scoring.encode import Reader, encode_pair, prefix_token, rolling_windows
 from jax_selftrain.scoring.files import result_files, write_results
 from jax_selftrain.scoring.likelihood import Likelihood, Request, loglikelihoods
+from jax_selftrain.scoring.parts import Parts, loglikelihoods_in_parts
 from jax_selftrain.scoring.tasks import Task, load_tasks, task_metrics
 from jax_selftrain.scoring.texts import TextFile, TextTokens, encode_text, load_texts, text_metrics
 
@@ -80,29 +90,45 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     )
     if not config.tasks and not config.texts:
         raise InputError("nothing to score: name task files with --tasks, or text files with --texts")
-    result_files(config.out)
+    _, folder = result_files(config.out, "parts")
     started = time.monotonic()
     tasks, texts = load_tasks(config.tasks, config.limit), load_texts(config.texts, config.text_limit)
     files = paths_by_name(tasks, texts)
-    model = hub.load_model(config.model, config.mesh, config.dtype, preset=config.preset)
+    model = hub.load_model(config.model, scoring_mesh(config.mesh), config.dtype, preset=config.preset)
     if model.tokenizer is None:
         raise InputError(f"{config.model}: has no tokenizer, so texts cannot be scored; add tokenizer.json")
     loaded = time.monotonic()
-    evaluation = evaluate(model, tasks, texts, text_max_tokens=config.text_max_tokens, batch_tokens=config.batch_tokens)
+    fingerprints = {
+        "model": hub.model_fingerprint(config.model),
+        "tokenizer": hub.tokenizer_fingerprint(config.model),
+    }
+    parts = Parts(folder, fingerprints)
+    try:
+        evaluation = evaluate(
+            model, tasks, texts, text_max_tokens=config.text_max_tokens, batch_tokens=config.batch_tokens, parts=parts
+        )
+    except InputError:  # the model cannot be scored: nothing of it is worth keeping
+        parts.discard()
+        raise
     result = {
         "model": config.model,
         "tasks": evaluation.tasks,
         "texts": evaluation.texts,
-        "fingerprints": {
-            "model": hub.model_fingerprint(config.model),
-            "tokenizer": hub.tokenizer_fingerprint(config.model),
-            "files": {name: storage.sha256_file(path) for name, path in files.items()},
-        },
+        "fingerprints": {**fingerprints, "files": {name: storage.sha256_file(path) for name, path in files.items()}},
         "versions": storage.versions(),
     }
-    timings = {"load_seconds": loaded - started, "score_seconds": time.monotonic() - loaded}
+    timings = {"load_seconds": loaded - started, "score_seconds": time.monotonic() - loaded, **parts.tally()}
     write_results(config.out, config, result, evaluation.requests, "requests", timings)
+    parts.discard()
     return result
+
+
+def scoring_mesh(spec: str) -> Mesh:
+    """The mesh that `--mesh` describes: on this process's devices where it fits on them, so that no process waits for
+    another, else on those of all processes."""
+    local = jax.local_devices()
+    shape = parse_mesh(spec, len(local))
+    return make_mesh(spec, local if shape["data"] * shape["model"] <= len(local) else None)
 
 
 def evaluate(
@@ -111,7 +137,8 @@ def evaluate(
     texts: Sequence[TextFile] = (),
     *,
     text_max_tokens: int | None = None,
-    batch_tokens: int = 8192,
+    batch_tokens: int | None = None,
+    parts: Parts | None = None,
 ) -> Evaluation:
     """Score a model in memory on tasks and texts.
 
@@ -120,12 +147,14 @@ def evaluate(
       tasks: from `load_tasks`.
       texts: from `load_texts`.
       text_max_tokens: score only the first so many tokens of each text.
-      batch_tokens: token positions in one device batch.
+      batch_tokens: token positions in one device batch; None: see `loglikelihoods`.
+      parts: where answers are kept until all are there, so that an interruption loses little.
 
     Raises:
       InputError: a request does not fit the model, or its log-likelihood is not a finite number.
     """
-    return answer(model, prepare(model, tasks, texts, text_max_tokens=text_max_tokens), batch_tokens=batch_tokens)
+    prepared = prepare(model, tasks, texts, text_max_tokens=text_max_tokens)
+    return answer(model, prepared, batch_tokens=batch_tokens, parts=parts)
 
 
 def prepare(
@@ -151,14 +180,20 @@ def prepare(
     return Prepared(tuple(tasks), documents, tuple(asked))
 
 
-def answer(model: hub.LoadedModel, prepared: Prepared, *, batch_tokens: int = 8192) -> Evaluation:
-    """Put prepared requests to a model in memory.
+def answer(
+    model: hub.LoadedModel, prepared: Prepared, *, batch_tokens: int | None = None, parts: Parts | None = None
+) -> Evaluation:
+    """Put prepared requests to a model in memory; `batch_tokens` and `parts` as in `evaluate`.
 
     Raises:
       InputError: a log-likelihood is not a finite number.
     """
     asked = prepared.asked
-    answers = loglikelihoods(model, [item.request for item in asked], batch_tokens=batch_tokens)
+    requests = [item.request for item in asked]
+    if parts is None:
+        answers = loglikelihoods(model, requests, batch_tokens=batch_tokens)
+    else:
+        answers = loglikelihoods_in_parts(model, requests, parts, batch_tokens=batch_tokens)
     grouped: dict[str, dict[int, list[Likelihood]]] = {}
     for item, likelihood in zip(asked, answers, strict=True):
         if not math.isfinite(likelihood.loglikelihood):
@@ -198,7 +233,7 @@ def paths_by_name(tasks: Sequence[Task], texts: Sequence[TextFile]) -> dict[str,
     return files
 
 
-def check_batch(batch_tokens: int, **limits: int | None) -> None:
+def check_batch(batch_tokens: int | None, **limits: int | None) -> None:
     """Refuse counts below one. Raises InputError naming the flag."""
     for name, value in {"batch_tokens": batch_tokens, **limits}.items():
         if value is not None and value < 1:

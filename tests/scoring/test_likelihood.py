@@ -11,10 +11,11 @@ import pytest
 from jax_selftrain import hub
 from jax_selftrain.config import ScoreConfig
 from jax_selftrain.errors import InputError
-from jax_selftrain.mesh import make_layout, make_mesh
+from jax_selftrain.mesh import make_layout, make_mesh, place
 from jax_selftrain.models import axis_sizes
 from jax_selftrain.scoring import Request, loglikelihoods, program, token_scores
-from jax_selftrain.scoring.likelihood import batch_program, bucket_lengths, logprobs_and_argmax
+from jax_selftrain.scoring.likelihood import batch_program, distinct_requests, logprobs_and_argmax
+from jax_selftrain.scoring.trees import CHUNK, TARGETS, UNIT_BATCHES, Asked, bucket_lengths, plan
 
 FAMILIES = ("gpt_neox", "llama")
 POSITIONS = 640
@@ -122,11 +123,110 @@ def test_a_request_is_scored_alike_in_any_company(load):
     assert loglikelihoods(load(), [], batch_tokens=BATCH) == []
 
 
+# ---------------------------------------------------------------- requests that begin alike
+
+
+def questions(n: int, seed: int = 3) -> list[Request]:
+    """Questions of four choices, one of them a single token and one the beginning of another; then stray ones."""
+    rng = np.random.default_rng(seed)
+    requests = []
+    for _ in range(n):
+        context = rng.integers(0, 512, int(rng.integers(5, 40))).tolist()
+        long = rng.integers(0, 512, 6).tolist()
+        choices = [long, long[:3], rng.integers(0, 512, 1).tolist(), rng.integers(0, 512, 4).tolist()]
+        requests += [Request(context, choice) for choice in choices]
+        requests.append(Request([*context, *long[:2]], long[2:]))  # the same text, cut elsewhere
+    return requests
+
+
+def planned(requests, max_positions=POSITIONS, batch_tokens=BATCH):
+    layout = make_layout(
+        "tensor", make_mesh("data=1"), {"embed": 1, "vocab": 1, "mlp": 1, "kv_heads": 1, "q_per_kv": 1}
+    )
+    asked = [Asked(np.array([*c, *k], np.int32), len(k)) for c, k in requests]
+    return plan(layout, asked, max_positions, batch_tokens)
+
+
+@pytest.mark.parametrize(
+    ("family", "mesh", "overrides"),
+    [
+        ("gpt_neox", "data=1", {}),
+        ("llama", "data=2,model=2", {}),
+        ("qwen2", "data=1", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}),
+    ],
+)
+def test_choices_of_a_question_are_scored_as_if_each_stood_alone(tiny_model, family, mesh, overrides):
+    model = hub.load_model(tiny_model(family, max_position_embeddings=128, **overrides), mesh)
+    requests = questions(6)
+    for request, answer in zip(requests, token_scores(model, requests, batch_tokens=BATCH), strict=True):
+        whole = np.array([[*request.context, *request.continuation]], np.int32)
+        n = len(request.continuation)
+        logits = np.asarray(model.logits(whole[:, :-1]))[0, -n:]
+        expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(n), whole[0, -n:]]
+        np.testing.assert_allclose(answer.logprobs, expected, atol=2e-5)  # rounding noise of fp32 logits is about 1e-6
+        np.testing.assert_array_equal(answer.greedy, logits.argmax(-1))
+
+
+def test_a_context_is_computed_once_and_a_shared_prediction_projected_once():
+    context, tails = list(range(40)), [[100, 101, 102], [200, 201], [300], [400]]
+    ((batch,),) = (unit.batches for unit in planned([(context, tail) for tail in tails]))
+    (row,) = batch.rows
+    assert row.tokens.tolist() == [*context, 100, 101, 200]
+    assert row.positions.tolist() == [*range(40), 40, 41, 40]
+    assert row.branches.tolist() == [0] * 40 + [1, 1, 2]
+    assert row.slots.tolist() == [39, 40, 41, 42]  # all four first tokens are predicted at the context's last
+    assert sorted(row.targets[0].tolist()) == [100, 200, 300, 400]
+    five = planned([(context, [token]) for token in range(100, 101 + TARGETS)])
+    assert five[0].batches[0].rows[0].slots.tolist() == [39, 39]
+
+
+def test_the_same_request_is_computed_once(load):
+    model, (request, other) = load(), random_requests(2, 512, 64)
+    answers = loglikelihoods(model, [request, other, request, request], batch_tokens=BATCH)
+    assert answers[0] == answers[2] == answers[3] != answers[1]
+    assert [len(distinct_requests(model.config, asked)[0]) for asked in ([request] * 3, [request, other])] == [1, 2]
+
+
+def test_rows_are_shared_only_where_that_saves_a_third_and_never_grow_without_end():
+    def rows(requests, **options):
+        return [row for unit in planned(requests, **options) for batch in unit.batches for row in batch.rows]
+
+    strangers = [([0, token], list(range(10))) for token in range(1, 9)]
+    assert len(rows(strangers)) == 8  # one token of eleven in common
+    many = [(list(range(60)), [100 + i, *range(20)]) for i in range(100)]
+    assert max(len(row.tokens) for row in rows(many)) <= 256
+    examples = [(list(range(300)), [400 + i, *range(20)]) for i in range(20)]
+    assert max(len(row.tokens) for row in rows(examples)) > 500  # long ones may double
+    assert all(len(row.tokens) <= 340 for row in rows(examples, max_positions=340))
+    assert sorted(member for row in rows(many) for member in row.members) == list(range(100))
+
+
+def test_units_bound_what_an_interruption_costs_and_the_longest_come_first():
+    units = planned(random_requests(200, 512, 300), batch_tokens=640)
+    lengths = [batch.length for unit in units for batch in unit.batches]
+    assert len(units) > 2
+    assert lengths == sorted(lengths, reverse=True)
+    assert max(len(unit.batches) for unit in units) <= UNIT_BATCHES
+    room = -(-POSITIONS // CHUNK) * CHUNK
+    assert all(sum(len(row.slots) for batch in unit.batches for row in batch.rows) <= room for unit in units)
+
+
+def test_choices_score_alike_in_any_order_and_company(load):
+    requests = questions(5)
+    everyone = loglikelihoods(load(), requests, batch_tokens=BATCH)
+    assert loglikelihoods(load(), requests[::-1], batch_tokens=BATCH) == everyone[::-1]
+    assert loglikelihoods(load(), requests[:5], batch_tokens=BATCH) == everyone[:5]  # the bits of one question
+    alone = loglikelihoods(load(), requests[1:2], batch_tokens=BATCH)[0]
+    assert alone.loglikelihood == pytest.approx(everyone[1].loglikelihood, abs=1e-5)  # a row of its own: rounding
+
+
 def test_few_shapes_serve_all_lengths():
-    assert bucket_lengths(2048) == [32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
-    assert bucket_lengths(POSITIONS) == [32, 48, 64, 96, 128, 192, 256, 384, 512, 640]
-    assert bucket_lengths(32) == [32]
-    assert bucket_lengths(20) == [20]
+    short = [16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512]
+    assert bucket_lengths(POSITIONS) == [*short, 640]
+    assert bucket_lengths(2048) == [*short, 640, 768, 896, 1024, 1280, 1536, 1792, 2048]
+    assert bucket_lengths(32) == [16, 24, 32]
+    assert bucket_lengths(20) == [16, 20]
+    assert bucket_lengths(5) == [5]
 
 
 def test_greedy_means_that_every_token_is_the_most_probable(load):
@@ -141,11 +241,18 @@ def test_greedy_means_that_every_token_is_the_most_probable(load):
     assert scores.greedy.tolist() == tokens[3:]  # the last token itself does not change what is predicted there
 
 
-def test_equal_logits_are_won_by_the_lowest_id_and_great_ones_stay_finite():
-    logits = jnp.array([[[0.0, 5.0, 5.0, -jnp.inf], [3e4, -3e4, 0.0, 3e4]]])
-    logprobs, best = logprobs_and_argmax(logits, jnp.array([[2, 1]]))
+@pytest.mark.parametrize(("mesh", "preset"), [("data=1", "tensor"), ("model=4", "tensor"), ("model=4", "replicated")])
+def test_equal_logits_are_won_by_the_lowest_id_and_great_ones_stay_finite(load, mesh, preset):
+    layout = load("llama", mesh, preset).layout
+    values = [[0.0, 5.0, 5.0, -jnp.inf, 1.0, 5.0, 5.0, 2.0], [3e4, -3e4, 0.0, 3e4, 3e4, 0.0, -3e4, 3e4]]
+    targets = [[2, 0, 7], [1, 0, 4]]
+    with jax.set_mesh(layout.mesh):
+        logits = place(layout, np.array([values], np.float32), ("batch", None, "vocab"))
+        wanted = place(layout, np.array([targets], np.int32), ("batch", None, None))
+        logprobs, best = jax.jit(logprobs_and_argmax, static_argnums=0)(layout, logits, wanted)
     assert best.tolist() == [[1, 0]]
-    np.testing.assert_allclose(logprobs, jax.nn.log_softmax(logits)[0, [0, 1], [2, 1]][None], rtol=1e-6)
+    expected = jax.nn.log_softmax(jnp.array(values))[jnp.array([[0], [1]]), jnp.array(targets)]
+    np.testing.assert_allclose(np.asarray(logprobs)[0], expected, rtol=1e-6)
 
 
 def test_requests_that_no_model_can_answer_are_refused(load):
@@ -183,4 +290,4 @@ def test_the_engine_runs_the_program_that_it_plans(load):
     assert make_layout("tensor", model.layout.mesh, axis_sizes(model.config)) == model.layout
     with jax.set_mesh(model.layout.mesh):
         logprobs, greedy = jax.eval_shape(function, *arguments)
-    assert logprobs.shape == greedy.shape == arguments[2].shape
+    assert (logprobs.shape, greedy.shape) == (arguments[6].shape, arguments[5].shape)

@@ -1,6 +1,15 @@
 """The score stage end to end: numbers against independent computations, files, refusals."""
 
 import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from models_factory import tiny_texts
 
-from jax_selftrain import hub
+from jax_selftrain import hub, settings
 from jax_selftrain.config import ScoreConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.scoring import evaluate, load_tasks, load_texts, score
@@ -154,6 +163,127 @@ def test_bfloat16_scores_differ_little(tmp_path, tiny_model, files):
 def test_out_must_not_be_a_folder(tmp_path, tiny_model, files):
     with pytest.raises(InputError, match="is a folder"):
         score(config(tmp_path, tiny_model, files, out=str(tmp_path)))
+
+
+# ---------------------------------------------------------------- interruptions and several processes
+
+
+SCORE = """
+import sys, time
+from pathlib import Path
+import jax
+from jax_selftrain import settings
+from jax_selftrain.config import ScoreConfig
+from jax_selftrain.scoring import score
+config = settings.load(ScoreConfig, sys.argv[1])
+if len(sys.argv) > 2:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
+    parts = Path(config.out).with_suffix(".parts")
+    while sys.argv[3] == "0" and not list(parts.glob("*/*.parquet")):
+        time.sleep(0.01)  # so that process 1 has scored something that process 0 gathers
+score(config)
+"""
+
+
+@pytest.fixture
+def many(tmp_path, tiny_model):
+    """A task of about ten units; `many(name)` is the configuration that scores it into NAME.json."""
+    texts = list(tiny_texts(160, seed=9))
+    rows = [{"context": f"{i} {text[:30]}", "continuation": text[30:40]} for i, text in enumerate(texts)]
+    task = write(tmp_path / "many.jsonl", rows)
+
+    def options(name: str) -> ScoreConfig:
+        out = str(tmp_path / f"{name}.json")
+        return ScoreConfig(model=str(tiny_model()), tasks=(task,), out=out, batch_tokens=16, mesh="data=1")
+
+    return options
+
+
+def start(options: ScoreConfig, *words: str, **environment: str) -> subprocess.Popen:
+    file = Path(options.out).with_suffix(".yaml")
+    settings.save(file, options)
+    command = [sys.executable, "-c", SCORE, str(file), *words]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
+
+
+def results(options: ScoreConfig) -> list[bytes]:
+    return [Path(options.out).with_suffix(suffix).read_bytes() for suffix in (".json", ".requests.parquet")]
+
+
+def timings(options: ScoreConfig) -> dict[str, Any]:
+    return json.loads(Path(options.out).with_suffix(".timings.json").read_text())
+
+
+def killed_on_the_way(options: ScoreConfig) -> list[Path]:
+    """What is left of a scoring that was killed after its first unit."""
+    parts = Path(options.out).with_suffix(".parts")
+    process = start(options)
+    while process.poll() is None and not list(parts.glob("*/*.parquet")):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, process.communicate()[1]
+    assert not Path(options.out).exists()
+    return sorted(parts.glob("*/*.parquet"))
+
+
+def test_a_killed_scoring_goes_on_where_it_was_and_writes_the_same_bytes(many):
+    whole, broken = many("whole"), many("broken")
+    score(whole)
+    left = killed_on_the_way(broken)
+    kept = sum(pq.read_metadata(part).num_rows for part in left)
+    score(broken)
+    assert results(broken) == results(whole)
+    spent = timings(broken)
+    assert spent["requests"] == spent["distinct_requests"] == timings(whole)["scored_requests"] == 160
+    assert 0 < kept < 160
+    assert spent["scored_requests"] == 160 - kept
+    assert not Path(broken.out).with_suffix(".parts").exists()
+
+
+def test_answers_of_another_model_or_task_are_not_taken_for_these(many, tiny_model):
+    broken = many("broken")
+    killed_on_the_way(broken)
+    other = replace(broken, model=str(tiny_model("gpt_neox")))
+    score(other)
+    assert timings(other)["scored_requests"] == 160
+    again = replace(many("again"), model=other.model)
+    score(again)
+    assert results(other) == results(again)
+    killed_on_the_way(many("fewer"))
+    fewer = replace(many("fewer"), limit=150)
+    score(fewer)
+    assert timings(fewer)["scored_requests"] == 150
+
+
+def test_a_damaged_part_is_named(many):
+    broken = many("broken")
+    part = killed_on_the_way(broken)[0]
+    data = bytearray(part.read_bytes())
+    for at in range(4, 60):  # the first pages lie behind four bytes of magic
+        data[at] ^= 0xFF
+    part.write_bytes(data)
+    with pytest.raises(InputError, match=r"part-\d+\.parquet: .*delete it and run the same command again"):
+        score(broken)
+
+
+@pytest.mark.slow
+def test_two_processes_divide_the_requests_and_write_the_bytes_of_one(many):
+    alone, together = many("alone"), replace(many("together"), mesh="")
+    score(alone)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    flags = re.sub(r"(?<=device_count=)\d+", "1", os.environ["XLA_FLAGS"])
+    processes = [start(together, coordinator, str(index), XLA_FLAGS=flags) for index in range(2)]
+    said = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert results(together) == results(alone)
+    spent, units = timings(together), timings(alone)["units_of_process"]["0"]
+    assert spent["units_of_process"]["1"] >= 1
+    assert sum(spent["units_of_process"].values()) == units
+    assert spent["scored_requests"] < 160
+    assert not Path(together.out).with_suffix(".parts").exists()
 
 
 @pytest.fixture(scope="module")

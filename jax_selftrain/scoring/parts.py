@@ -1,0 +1,213 @@
+"""Likelihoods that survive an interruption, scored by any number of processes.
+
+As in sampling, the unit of work is claimed, computed and committed whole. Every process makes the same list of units
+from the same requests (see `scoring.trees`), claims those that are missing by lease, and commits their answers as a
+Parquet file; when none is missing, each reads them all. So a restart scores only what is missing, hosts with a mesh of
+their own divide the work among them without waiting for each other, and a dead peer costs its unfinished unit. A unit
+gives the same bits whoever computes it and whenever.
+
+Everything that decides the answers – the requests, the model, its type, the batch and the mesh, the versions of the
+libraries – is hashed into the name of the folder in which the files lie: those of another model or task are never
+read. They are removed with all others once the results are written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jax.experimental import multihost_utils
+
+from jax_selftrain import hub, storage
+from jax_selftrain.errors import InputError
+from jax_selftrain.scoring.likelihood import (
+    Likelihood,
+    Requests,
+    TokenScores,
+    distinct_requests,
+    run_units,
+    summed,
+    with_progress,
+)
+from jax_selftrain.scoring.trees import Asked, Unit, default_batch_tokens, plan
+
+POLL_SECONDS = 0.5
+"""How often to look whether a unit that another process works on has been finished or given up."""
+
+_PART = pa.schema([("request", pa.int64()), ("loglikelihood", pa.float64()), ("is_greedy", pa.bool_())])
+_PROCESS = b"process"
+
+
+@dataclass
+class Parts:
+    """A folder of answers, and what this process has done for it."""
+
+    folder: Path
+    """Removed by `discard`; it may hold nothing else."""
+    identity: Mapping[str, Any]
+    """What decides the answers beside the requests and how they are computed: fingerprints of model and tokenizer."""
+    asked: int = 0
+    """Requests so far."""
+    distinct: int = 0
+    """Different ones among them."""
+    scored: int = 0
+    """Of these, those that this process has computed."""
+    units: Counter[str] = field(default_factory=Counter)
+    """Units by the number of the process that computed them, be it in an earlier attempt."""
+
+    def tally(self) -> dict[str, Any]:
+        """The counts, as plain data."""
+        return {
+            "requests": self.asked,
+            "distinct_requests": self.distinct,
+            "scored_requests": self.scored,
+            "units_of_process": dict(sorted(self.units.items())),
+        }
+
+    def discard(self) -> None:
+        """Remove the folder; once every process has read what it needs, where there are several."""
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"read {self.folder}")
+        if jax.process_index() == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)  # what could not be removed is in nobody's way
+
+
+def loglikelihoods_in_parts(
+    model: hub.LoadedModel, requests: Requests, parts: Parts, *, batch_tokens: int | None = None
+) -> list[Likelihood]:
+    """As `loglikelihoods`, but what has been scored is kept in `parts`, and what is there is not scored again.
+
+    Several processes may share the folder. Those whose meshes are their own divide the units among them; those that
+    share one mesh compute each unit together.
+
+    Raises:
+      InputError: a request cannot be answered, or a file in the folder is damaged.
+    """
+    distinct, which = distinct_requests(model.config, requests)
+    units = plan(model.layout, distinct, model.config.max_positions, batch_tokens)
+    folder = parts.folder / _name(model, distinct, parts.identity, batch_tokens)
+    if units:
+        folder.mkdir(parents=True, exist_ok=True)
+        storage.clean_leftovers(folder)
+    parts.asked += len(requests)
+    parts.distinct += len(distinct)
+    together = any(device.process_index != jax.process_index() for device in model.layout.mesh.devices.flat)
+    score = _score_together if together else _score_claimed
+    for unit, scores in score(model, units, folder, batch_tokens):
+        parts.scored += len(scores)
+        if not together or jax.process_index() == 0:
+            _write(_part(folder, unit), distinct, scores)
+    if together:
+        multihost_utils.sync_global_devices(f"scored {folder}")
+    answers: dict[int, Likelihood] = {}
+    for unit in units:
+        found, process = _read(_part(folder, unit), distinct, unit)
+        answers |= found
+        parts.units[process] += 1
+    return [answers[index] for index in which]
+
+
+def _score_claimed(
+    model: hub.LoadedModel, units: Sequence[Unit], folder: Path, batch_tokens: int | None
+) -> Iterator[tuple[Unit, dict[int, TokenScores]]]:
+    """The units that this process gets hold of, each claimed until the consumer has written it; ends when all are."""
+    while missing := [unit for unit in units if not _part(folder, unit).exists()]:
+        scored = False
+        with ExitStack() as claims:
+            held: dict[int, ExitStack] = {}
+            for unit, scores in run_units(model, _claimed(missing, folder, claims, held), batch_tokens):
+                scored = True
+                yield unit, scores
+                held.pop(unit.index).close()
+        if not scored:
+            time.sleep(POLL_SECONDS)
+
+
+def _claimed(missing: Sequence[Unit], folder: Path, claims: ExitStack, held: dict[int, ExitStack]) -> Iterator[Unit]:
+    """Those of the missing units that nobody else works on; their claims go to `held`, and end with `claims`."""
+    for unit in with_progress(missing):
+        with ExitStack() as claim:
+            mine = claim.enter_context(storage.lease(_part(folder, unit).with_suffix(".lease")))
+            if mine and not _part(folder, unit).exists():  # it may have been finished since `missing` was looked up
+                held[unit.index] = claims.enter_context(claim.pop_all())
+                yield unit
+
+
+def _score_together(
+    model: hub.LoadedModel, units: Sequence[Unit], folder: Path, batch_tokens: int | None
+) -> Iterator[tuple[Unit, dict[int, TokenScores]]]:
+    """The units that process 0 finds missing, on a mesh that spans processes: all must do the same."""
+    missing = np.array([not _part(folder, unit).exists() for unit in units])
+    missing = np.asarray(multihost_utils.broadcast_one_to_all(missing))
+    chosen = [unit for unit, absent in zip(units, missing, strict=True) if absent]
+    return run_units(model, with_progress(chosen), batch_tokens)
+
+
+def _name(
+    model: hub.LoadedModel, distinct: Sequence[Asked], identity: Mapping[str, Any], batch_tokens: int | None
+) -> str:
+    """Of the folder for just these answers."""
+    asked = hashlib.sha256()
+    for request in distinct:
+        tokens, count = request.key
+        asked.update(len(tokens).to_bytes(8, "big") + count.to_bytes(8, "big") + tokens)
+    layout = model.layout
+    return storage.fingerprint(
+        {
+            "identity": dict(identity),
+            "requests": asked.hexdigest(),
+            "dtype": model.compute_dtype.name,
+            "batch_tokens": batch_tokens or default_batch_tokens(layout),
+            "mesh": dict(layout.mesh.shape),
+            "rules": dict(layout.rules),
+            "device": layout.mesh.devices.flat[0].device_kind,
+            "versions": storage.versions(),
+        }
+    )[:16]
+
+
+def _part(folder: Path, unit: Unit) -> Path:
+    return folder / f"part-{unit.index:06d}.parquet"
+
+
+def _write(path: Path, distinct: Sequence[Asked], scores: Mapping[int, TokenScores]) -> None:
+    answers = {index: summed(distinct[index], scores[index]) for index in sorted(scores)}
+    columns = [
+        list(answers),
+        [answer.loglikelihood for answer in answers.values()],
+        [answer.is_greedy for answer in answers.values()],
+    ]
+    schema = _PART.with_metadata({_PROCESS: str(jax.process_index()).encode()})
+    arrays = [pa.array(column, kind.type) for column, kind in zip(columns, _PART, strict=True)]
+    with storage.commit_file(path) as aside:
+        pq.write_table(pa.Table.from_arrays(arrays, schema=schema), aside, write_page_checksum=True)
+
+
+def _read(path: Path, distinct: Sequence[Asked], unit: Unit) -> tuple[dict[int, Likelihood], str]:
+    """The answers of a unit, and the number of the process that computed them."""
+    remedy = "delete it and run the same command again, which scores it anew"
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())}); {remedy}") from error
+    members = sorted(unit.members)
+    if not table.schema.equals(_PART) or table.column("request").to_pylist() != members:
+        raise InputError(f"{path}: does not hold the answers of its unit; {remedy}")
+    answers = {
+        index: Likelihood(value, greedy, distinct[index].count)
+        for index, value, greedy in zip(
+            members, table.column("loglikelihood").to_pylist(), table.column("is_greedy").to_pylist(), strict=True
+        )
+    }
+    return answers, (table.schema.metadata or {}).get(_PROCESS, b"?").decode()
