@@ -1,5 +1,6 @@
 """What a model can do and what it remembers, measured by likelihood: tasks, texts, extraction."""
 
+from jax_selftrain.scoring.documents import Documents, Scored, load_scored, split_of
 from jax_selftrain.scoring.extraction import classify, discoverable, extract, measure, summarise, teacher_forced
 from jax_selftrain.scoring.likelihood import Likelihood, Request, TokenScores, loglikelihoods, program, token_scores
 from jax_selftrain.scoring.score import Evaluation, Prepared, answer, evaluate, paths_by_name, prepare, score
@@ -8,11 +9,13 @@ from jax_selftrain.scoring.tasks import Question, Task, load_tasks, task_metrics
 from jax_selftrain.scoring.texts import TextFile, load_texts
 
 __all__ = [
+    "Documents",
     "Evaluation",
     "Likelihood",
     "Prepared",
     "Question",
     "Request",
+    "Scored",
     "Task",
     "TextFile",
     "TokenScores",
@@ -21,6 +24,7 @@ __all__ = [
     "discoverable",
     "evaluate",
     "extract",
+    "load_scored",
     "load_sequences",
     "load_tasks",
     "load_texts",
@@ -30,6 +34,7 @@ __all__ = [
     "prepare",
     "program",
     "score",
+    "split_of",
     "summarise",
     "task_metrics",
     "teacher_forced",

@@ -15,6 +15,7 @@ import pyarrow as pa
 from jax_selftrain import hub, settings, storage
 from jax_selftrain.config import ScoreConfig
 from jax_selftrain.errors import InputError
+from jax_selftrain.scoring.documents import table_fingerprint, tabulate, write_documents
 from jax_selftrain.scoring.encode import Reader, encode_pair, prefix_token, rolling_windows
 from jax_selftrain.scoring.files import result_files, write_results
 from jax_selftrain.scoring.likelihood import Likelihood, Request, loglikelihoods
@@ -64,7 +65,8 @@ class Prepared:
 
 
 def score(config: ScoreConfig) -> dict[str, Any]:
-    """Score a model and write `FILE.json`, `FILE.requests.parquet`, `FILE.config.yaml` and `FILE.timings.json`.
+    """Score a model and write `FILE.json`, `FILE.requests.parquet`, `FILE.documents.parquet`, `FILE.config.yaml` and
+    `FILE.timings.json`.
 
     Running it again gives the same bytes (but for the timings).
 
@@ -88,7 +90,9 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     if model.tokenizer is None:
         raise InputError(f"{config.model}: has no tokenizer, so texts cannot be scored; add tokenizer.json")
     loaded = time.monotonic()
-    evaluation = evaluate(model, tasks, texts, text_max_tokens=config.text_max_tokens, batch_tokens=config.batch_tokens)
+    prepared = prepare(model, tasks, texts, text_max_tokens=config.text_max_tokens)
+    evaluation = answer(model, prepared, batch_tokens=config.batch_tokens)
+    documents = tabulate(prepared.tasks, prepared.texts, evaluation.requests)
     result = {
         "model": config.model,
         "tasks": evaluation.tasks,
@@ -96,11 +100,13 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         "fingerprints": {
             "model": hub.model_fingerprint(config.model),
             "tokenizer": hub.tokenizer_fingerprint(config.model),
+            "documents": table_fingerprint(documents),
             "files": {name: storage.sha256_file(path) for name, path in files.items()},
         },
         "versions": storage.versions(),
     }
     timings = {"load_seconds": loaded - started, "score_seconds": time.monotonic() - loaded}
+    write_documents(config.out, documents)
     write_results(config.out, config, result, evaluation.requests, "requests", timings)
     return result
 
