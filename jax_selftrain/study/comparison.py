@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from jax_selftrain.scoring import Scored, load_scored
 from jax_selftrain.scoring.files import result_files
 from jax_selftrain.scoring.metrics import mean_and_stderr, ratio_and_stderr
 from jax_selftrain.study import statistics
-from jax_selftrain.study.noninferiority import benjamini_hochberg, decide, holm, judge, standing
+from jax_selftrain.study.noninferiority import Judgement, benjamini_hochberg, decide, holm, judge, judge_share, standing
 from jax_selftrain.study.pairs import Interval, Pair, describe_task, describe_text, side_by_side
 from jax_selftrain.study.statistics import Effect, Estimate
 
@@ -200,9 +200,9 @@ def _compare_pair(config: CompareConfig, whole: Mapping[str, Pair], why_not: Map
     effects = {name: _effect(pair, identical) for name, pair in tasks.items()}
     entries = [
         {
-            **_task(pair, bootstrapped),
+            **_task(pair, effects[name], bootstrapped),
             "not_eligible": why_not[name] or None,
-            "non_inferiority": asdict(judge(effects[name], config.margin_task / 100)),
+            "non_inferiority": asdict(_judge_task(effects[name], pair, config.margin_task / 100)),
         }
         for name, pair in tasks.items()
     ]
@@ -223,6 +223,11 @@ def _effect(pair: Pair, identical: bool) -> Effect:
     return statistics.share_effect(*pair.right, pair.clusters)
 
 
+def _judge_task(effect: Effect, pair: Pair, margin: float) -> Judgement:
+    moved = statistics.flips(*pair.right)
+    return judge_share(effect, moved.lost, moved.gained, margin)
+
+
 def _bootstrapped(
     numerators: np.ndarray,
     denominators: np.ndarray | None,
@@ -234,8 +239,9 @@ def _bootstrapped(
     return statistics.bootstrap(numerators, denominators, clusters, resamples=resamples, seed=seed)
 
 
-def _task(pair: Pair, bootstrapped: Interval) -> dict[str, Any]:
+def _task(pair: Pair, effect: Effect, bootstrapped: Interval) -> dict[str, Any]:
     entry = describe_task(pair, bootstrapped)
+    entry["accuracy"]["change"] = asdict(effect.estimate())
     old, new = (right.astype(np.int64) for right in pair.right)
     entry["clusters"] = None
     entry["p"] = entry["flips"]["mcnemar_p"]
@@ -301,7 +307,11 @@ def _macro(
     """Chance-normalised accuracy over the eligible tasks; None where there is none."""
     if not names:
         return None
-    effect = statistics.macro_effect([effects[name] for name in names], [_scale(pairs[name]) for name in names])
+    scales = [_scale(pairs[name]) for name in names]
+    effect = statistics.macro_effect([effects[name] for name in names], scales)
+    judgement = judge(effect, margin)
+    if len(names) == 1:  # the average of one task is that task, whose rule minds rare flips
+        judgement = _scaled(_judge_task(effects[names[0]], pairs[names[0]], margin / scales[0]), scales[0])
     before, after = (np.mean([_normalised(pairs[name], side) for name in names]) for side in (0, 1))
     return {
         "tasks": list(names),
@@ -309,8 +319,13 @@ def _macro(
         "before": float(before),
         "after": float(after),
         "change": asdict(effect.estimate()),
-        "non_inferiority": asdict(judge(effect, margin)),
+        "non_inferiority": asdict(judgement),
     }
+
+
+def _scaled(judgement: Judgement, scale: float) -> Judgement:
+    ends = {name: getattr(judgement, name) for name in ("margin", "lower", "upper")}
+    return replace(judgement, **{name: None if end is None else end * scale for name, end in ends.items()})
 
 
 def _scale(pair: Pair) -> float:
@@ -334,10 +349,14 @@ def _compare_seeds(
     tasks = [{"name": name, **_over_seeds(values, config.margin_task / 100)} for name, values in changes.items()]
     _adjust(tasks, config.primary)
     eligible = [name for name in changes if not any(reasons[name] for reasons in why_not)]
-    macro = None
+    macro: dict[str, Any] | None = None
     if eligible:
         scaled = np.array([np.array(changes[name]) * _scale(seeds[0][name]) for name in eligible])
-        macro = {"tasks": eligible, **_over_seeds(scaled.mean(0).tolist(), config.margin_macro / 100)}
+        macro = {"tasks": list(eligible), **_over_seeds(scaled.mean(0).tolist(), config.margin_macro / 100)}
+    for entry in [*tasks, *([macro] if macro else [])]:
+        rule = entry["non_inferiority"]
+        headline = standing(len(seeds)) == "headline"
+        entry["verdict"] = rule.get("verdict_adjusted", rule["verdict"]) if headline else None
     return {
         "speaks_of": SPEAKS_OF_A_RECIPE,
         "seeds": len(seeds),
