@@ -249,7 +249,8 @@ class ScoreConfig:
     texts: tuple[str, ...] = ()
     """JSONL files with a `text` field, scored as documents (perplexity)."""
     out: str = ""
-    """The JSON file to write; per-request results go to `FILE.requests.parquet` beside it."""
+    """The JSON file to write; per-request results go to `FILE.requests.parquet` beside it, what was
+    right to `FILE.documents.parquet`."""
     limit: int | None = None
     """Use only the first so many documents of each task."""
     text_limit: int | None = None

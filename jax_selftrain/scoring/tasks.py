@@ -13,6 +13,8 @@ one space between context and choice, also before a BLiMP sentence, whose contex
 | `piqa:` | goal, sol1, sol2; label, or a file of labels `NAME-labels.lst` beside it | Question: goal⏎Answer: | ␣sol |
 | `lambada:` | text | all but the last word | ␣last word |
 
+Any row may have a `cluster`: a text that it shares with the questions it is not independent of (an entity, a template).
+
 `acc_norm` divides by the length of the choice in *characters*, its separating space not counted, as the harness's
 code does (`len(choice)`; its `acc_bytes` is another metric).
 """

@@ -324,8 +324,8 @@ def _macro(
 
 
 def _scaled(judgement: Judgement, scale: float) -> Judgement:
-    ends = {name: getattr(judgement, name) for name in ("margin", "lower", "upper")}
-    return replace(judgement, **{name: None if end is None else end * scale for name, end in ends.items()})
+    lower, upper = (None if end is None else end * scale for end in (judgement.lower, judgement.upper))
+    return replace(judgement, margin=judgement.margin * scale, lower=lower, upper=upper)
 
 
 def _scale(pair: Pair) -> float:
