@@ -31,7 +31,7 @@ from jax_selftrain.scoring.metrics import mean_and_stderr, ratio_and_stderr
 from jax_selftrain.study import statistics
 from jax_selftrain.study.noninferiority import Judgement, benjamini_hochberg, decide, holm, judge, judge_share, standing
 from jax_selftrain.study.pairs import Interval, Pair, describe_task, describe_text, side_by_side
-from jax_selftrain.study.statistics import Effect, Estimate
+from jax_selftrain.study.statistics import Effect
 
 FORMAT = "jax-selftrain comparison"
 VERSION = 1
@@ -66,6 +66,9 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     for other in bases[1:]:
         side_by_side(bases[0], other)
     _check_names(config, pairs[0])
+    path, config_file = result_files(config.out, "config.yaml")
+    models = [[one.fingerprint("model") for one in both] for both in zip(bases, students, strict=True)]
+    declaration = _declaration(config, models, path)
     eligible = [_eligibility(pair) for pair in pairs]
     entries = [
         {**_who(base, student), **_compare_pair(config, pair, fit)}
@@ -74,12 +77,11 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     result: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
+        "declaration": declaration,
         "pairs": entries,
         "recipe": _compare_seeds(config, pairs, eligible) if len(pairs) > 1 else None,
         "versions": storage.versions(),
     }
-    path, config_file = result_files(config.out, "config.yaml")
-    result["declaration"] = _declaration(config, entries, path)
     settings.save(config_file, config)
     storage.write_json(path, result)
     return result
@@ -136,8 +138,8 @@ def _check_names(config: CompareConfig, pairs: Mapping[str, Pair]) -> None:
             )
 
 
-def _declaration(config: CompareConfig, pairs: Sequence[Mapping[str, Any]], path: Path) -> dict[str, Any]:
-    """What was declared, and whether `FILE.json` already held these models' comparison under another declaration."""
+def _declaration(config: CompareConfig, models: Sequence[Sequence[str]], path: Path) -> dict[str, Any]:
+    """What is declared, and whether `FILE.json` already holds these models' comparison under another declaration."""
     declared = {
         "margin_macro": config.margin_macro / 100,
         "margin_task": config.margin_task / 100,
@@ -150,14 +152,14 @@ def _declaration(config: CompareConfig, pairs: Sequence[Mapping[str, Any]], path
     earlier = storage.read_json(path)
     if not isinstance(earlier, dict) or earlier.get("format") != FORMAT:
         raise InputError(f"--out {path}: is there already and holds something else; choose another name")
-    if [_models(pair) for pair in earlier["pairs"]] != [_models(pair) for pair in pairs]:
-        return now
-    before = earlier["declaration"]
-    return now | {"post_hoc": before["post_hoc"] or before["fingerprint"] != now["fingerprint"]}
-
-
-def _models(pair: Mapping[str, Any]) -> list[str]:
-    return [pair[side]["fingerprint"] for side in ("base", "student")]
+    try:
+        compared = [[pair[side]["fingerprint"] for side in ("base", "student")] for pair in earlier["pairs"]]
+        changed = (
+            bool(earlier["declaration"]["post_hoc"]) or earlier["declaration"]["fingerprint"] != now["fingerprint"]
+        )
+    except (KeyError, TypeError):
+        raise InputError(f"--out {path}: is a damaged comparison; delete it and run the same command again") from None
+    return now | {"post_hoc": changed and compared == models}
 
 
 # One pair -------------------------------------------------------------------------------------------------------
@@ -195,7 +197,7 @@ def _why_not(pair: Pair) -> str:
 def _compare_pair(config: CompareConfig, whole: Mapping[str, Pair], why_not: Mapping[str, str]) -> dict[str, Any]:
     identical = all(pair.identical() for pair in whole.values())
     pairs = {name: pair.part(config.split) for name, pair in whole.items()}
-    bootstrapped = partial(_bootstrapped, resamples=config.resamples, seed=config.seed)
+    bootstrapped = partial(statistics.bootstrap, resamples=config.resamples, seed=config.seed)
     tasks = {name: pair for name, pair in pairs.items() if name in why_not}
     effects = {name: _effect(pair, identical) for name, pair in tasks.items()}
     entries = [
@@ -226,17 +228,6 @@ def _effect(pair: Pair, identical: bool) -> Effect:
 def _judge_task(effect: Effect, pair: Pair, margin: float) -> Judgement:
     moved = statistics.flips(*pair.right)
     return judge_share(effect, moved.lost, moved.gained, margin)
-
-
-def _bootstrapped(
-    numerators: np.ndarray,
-    denominators: np.ndarray | None,
-    clusters: np.ndarray | None,
-    *,
-    resamples: int,
-    seed: int,
-) -> Estimate:
-    return statistics.bootstrap(numerators, denominators, clusters, resamples=resamples, seed=seed)
 
 
 def _task(pair: Pair, effect: Effect, bootstrapped: Interval) -> dict[str, Any]:
@@ -346,13 +337,19 @@ def _compare_seeds(
     """The same changes, one per pair, over seeds. The macro average is over tasks that every base makes eligible."""
     seeds = [{name: pair.part(config.split) for name, pair in pairs.items()} for pairs in whole]
     changes = {name: [_accuracy_change(pairs[name]) for pairs in seeds] for name in why_not[0]}
-    tasks = [{"name": name, **_over_seeds(values, config.margin_task / 100)} for name, values in changes.items()]
+    same = all(pair.identical() for pairs in whole for pair in pairs.values())
+    steps = {name: 0.0 if same else 1 / seeds[0][name].before.n for name in changes}
+    tasks = [
+        {"name": name, **_over_seeds(values, config.margin_task / 100, steps[name])} for name, values in changes.items()
+    ]
     _adjust(tasks, config.primary)
     eligible = [name for name in changes if not any(reasons[name] for reasons in why_not)]
     macro: dict[str, Any] | None = None
     if eligible:
-        scaled = np.array([np.array(changes[name]) * _scale(seeds[0][name]) for name in eligible])
-        macro = {"tasks": list(eligible), **_over_seeds(scaled.mean(0).tolist(), config.margin_macro / 100)}
+        scales = np.array([_scale(seeds[0][name]) for name in eligible])
+        averages = scales @ np.array([changes[name] for name in eligible]) / len(eligible)
+        step = float(np.linalg.norm(scales * [steps[name] for name in eligible])) / len(eligible)
+        macro = {"tasks": list(eligible), **_over_seeds(averages.tolist(), config.margin_macro / 100, step)}
     for entry in [*tasks, *([macro] if macro else [])]:
         rule = entry["non_inferiority"]
         headline = standing(len(seeds)) == "headline"
@@ -371,9 +368,14 @@ def _compare_seeds(
     }
 
 
-def _over_seeds(changes: Sequence[float], margin: float | None) -> dict[str, Any]:
-    """Mean change by Student's t; p-value and rule only where there are seeds enough to explore."""
+def _over_seeds(changes: Sequence[float], margin: float | None, step: float = 0.0) -> dict[str, Any]:
+    """Mean change by Student's t; p-value and rule only where there are seeds enough to explore.
+
+    Accuracies move in steps of one question, so seeds may agree by rounding alone: the standard deviation over seeds
+    is never taken to be less than that of rounding to the step, step / √12.
+    """
     effect = statistics.mean_effect(changes)
+    effect = replace(effect, error=max(effect.error, step / np.sqrt(12 * len(changes))))
     enough = standing(len(changes)) != "none"
     return {
         "changes": list(changes),

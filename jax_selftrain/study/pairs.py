@@ -17,8 +17,8 @@ from jax_selftrain.scoring.documents import Documents, Scored, Split
 from jax_selftrain.study import statistics
 from jax_selftrain.study.statistics import Estimate
 
-Optional = np.ndarray | None
-Interval = Callable[[np.ndarray, Optional, Optional], Estimate]
+OptionalArray = np.ndarray | None
+Interval = Callable[[np.ndarray, OptionalArray, OptionalArray], Estimate]
 """(numerators, denominators or None for a mean, clusters or None) → estimate."""
 
 
@@ -83,7 +83,7 @@ def side_by_side(base: Scored, student: Scored) -> dict[str, Pair]:
     return pairs
 
 
-def linearised(numerators: np.ndarray, denominators: Optional, clusters: Optional) -> Estimate:
+def linearised(numerators: np.ndarray, denominators: OptionalArray, clusters: OptionalArray) -> Estimate:
     """Mean by Student's t, ratio by linearisation, the cluster being the unit where there are clusters."""
     if denominators is None and clusters is None:
         return statistics.mean(numerators)
@@ -129,7 +129,7 @@ def describe_text(pair: Pair, interval: Interval = linearised) -> dict[str, Any]
     }
 
 
-def shares(before: np.ndarray, after: np.ndarray, clusters: Optional = None) -> dict[str, Any]:
+def shares(before: np.ndarray, after: np.ndarray, clusters: OptionalArray = None) -> dict[str, Any]:
     """Share of yes before and after, and its change."""
     levels = [
         statistics.share(side) if clusters is None else linearised(side.astype(np.float64), None, clusters)
@@ -142,8 +142,8 @@ def shares(before: np.ndarray, after: np.ndarray, clusters: Optional = None) -> 
 def rates(
     before: np.ndarray,
     after: np.ndarray,
-    denominators: Optional = None,
-    clusters: Optional = None,
+    denominators: OptionalArray = None,
+    clusters: OptionalArray = None,
     interval: Interval = linearised,
 ) -> dict[str, Any]:
     """Mean, or sum over the sum of denominators, before and after, and its change."""

@@ -362,6 +362,16 @@ def test_five_seeds_speak_of_the_recipe(seeds: Any, run: Any) -> None:
     assert "over 5 seeds (headline)" in comparison_table(result)
 
 
+def test_seeds_that_agree_by_rounding_are_not_called_certain(seeds: Any, run: Any) -> None:
+    base, students = seeds([5, 5, 5, 5, 5])
+    names = [json.loads(Path(student).read_text()) for student in students]
+    assert len({one["fingerprints"]["model"] for one in names}) == 5
+    task = run(base, students)["recipe"]["tasks"][0]
+    assert task["changes"] == [0.0] * 5
+    half = stats.t.ppf(0.975, 4) / 1000 / np.sqrt(12 * 5)
+    assert (task["change"]["low"], task["change"]["high"]) == (pytest.approx(-half), pytest.approx(half))
+
+
 def test_three_seeds_explore_and_two_say_nothing(seeds: Any, run: Any) -> None:
     base, students = seeds([9, 12, 7])
     three = run(base, students)["recipe"]
@@ -457,4 +467,7 @@ def test_another_kind_of_file_is_not_overwritten(fabricate: Fabricate, run: Any,
     base = fabricate("base", t=answers(50, 35))
     (tmp_path / "notes.json").write_text("{}")
     with pytest.raises(InputError, match=r"notes\.json: is there already and holds something else"):
+        run(base, base, out=str(tmp_path / "notes.json"))
+    (tmp_path / "notes.json").write_text('{"format": "jax-selftrain comparison"}')
+    with pytest.raises(InputError, match=r"notes\.json: is a damaged comparison"):
         run(base, base, out=str(tmp_path / "notes.json"))
