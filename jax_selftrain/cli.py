@@ -50,6 +50,12 @@ COMMANDS: dict[str, Command] = {
     "train": Command(config.TrainConfig, "jax_selftrain.study:train", ("model", "corpus", "out")),
     "merge": Command(config.MergeConfig, "jax_selftrain.hub:merge", ("base", "student", "weight", "out")),
     "score": Command(config.ScoreConfig, "jax_selftrain.scoring:score", ("model", "out")),
+    "compare": Command(
+        config.CompareConfig,
+        "jax_selftrain.study:compare",
+        ("base", "student", "out"),
+        (("BASE.json", "base"), ("STUDENT.json", "student")),
+    ),
     "extract": Command(config.ExtractConfig, "jax_selftrain.scoring:extract", ("model", "sequences", "out")),
     "leakage": Command(config.LeakageConfig, "jax_selftrain.scoring:leakage", ("corpus", "texts", "out")),
     "run": Command(config.RunConfig, "jax_selftrain.study:run", ("model", "out")),
@@ -152,6 +158,10 @@ def summary(name: str, options: Any, result: Any) -> str:
         return "\n".join(
             [*(_measure(label, numbers) for label, numbers in measured.items()), f"written: {options.out}"]
         )
+    if name == "compare":
+        from jax_selftrain.study import comparison_table
+
+        return "\n".join([comparison_table(result), f"written: {options.out}"])
     if name == "extract":
         shown = ("n", "exact_match", "exact_match_stderr", "token_accuracy", "token_accuracy_stderr")
         groups = ("held_out", "partial", "seen", "controls", "baseline")
@@ -248,7 +258,7 @@ def _check_flags(words: Sequence[str], leaves: Mapping[str, settings.Field]) -> 
             waiting = ""
 
 
-def _positionals(command: Command, bare: Sequence[str], words: Sequence[str]) -> dict[str, str]:
+def _positionals(command: Command, bare: Sequence[str], words: Sequence[str]) -> dict[str, Any]:
     if len(bare) > len(command.positionals):
         raise InputError(f"unexpected argument `{bare[len(command.positionals)]}`; options start with `--`")
     named = {word.partition("=")[0].replace("_", "-") for word in words}
@@ -256,7 +266,7 @@ def _positionals(command: Command, bare: Sequence[str], words: Sequence[str]) ->
     for (shown, field), word in zip(command.positionals, bare, strict=False):
         if settings.flag(field) in named:
             raise InputError(f"{shown} is given twice, as `{word}` and with {settings.flag(field)}")
-        values[field] = word
+        values[field] = settings.parse(get_type_hints(command.options)[field], [word], where=shown)
     return values
 
 

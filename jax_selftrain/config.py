@@ -249,7 +249,8 @@ class ScoreConfig:
     texts: tuple[str, ...] = ()
     """JSONL files with a `text` field, scored as documents (perplexity)."""
     out: str = ""
-    """The JSON file to write; per-request results go to `FILE.requests.parquet` beside it."""
+    """The JSON file to write; per-request results go to `FILE.requests.parquet` beside it, what was
+    right to `FILE.documents.parquet`."""
     limit: int | None = None
     """Use only the first so many documents of each task."""
     text_limit: int | None = None
@@ -264,6 +265,31 @@ class ScoreConfig:
     """How parameters lie on the mesh."""
     dtype: DType = "float32"
     """Type of parameters and matmul operands."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Compare scored models on the same requests: what changed, and what is preserved within a margin."""
+
+    base: tuple[str, ...] = ()
+    """`FILE.json` of the model before (what `score` wrote); one for all students, or one for each."""
+    student: tuple[str, ...] = ()
+    """`FILE.json` of the model after; several: one per seed, in the order of `base`."""
+    out: str = ""
+    """The JSON file to write."""
+    margin_macro: float = 1.0
+    """Points of chance-normalised macro accuracy that may be lost and still count as preserved; declared beforehand."""
+    margin_task: float = 2.0
+    """Points of one task's accuracy that may be lost and still count as preserved; declared beforehand."""
+    primary: tuple[str, ...] = ()
+    """Tasks declared beforehand to carry claims (Holm's correction); all others are exploratory (Benjamini and
+    Hochberg's)."""
+    split: Literal["all", "dev", "test"] = "all"
+    """Which items to compare: all, the 30 % for choosing (`dev`) or the rest (`test`), by the hash of their content."""
+    resamples: int = 9999
+    """Bootstrap resamples."""
+    seed: int = 0
+    """Seed of the bootstrap."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ class Sound:
     """A model with another tokenizer."""
     corpus: Path
     texts: Path
+    scores: Path
+    """A folder with `base.json` and `student.json`, two results of `score`."""
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,13 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Sound:
     texts = folder / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": f"The cat number {i} sat on the mat."}) + "\n" for i in range(20)))
     assert cli.main(["import", str(texts), "--model", str(model), "--out", str(folder / "corpus")]) == 0
-    return Sound(model, other, folder / "corpus", texts)
+    task = folder / "task.jsonl"
+    task.write_text('{"context": "The cat", "choices": [" sat on", " mat number"], "answer": 0}\n' * 4)
+    scoring = ["score", "--tasks", str(task), "--mesh", "data=1", "--batch-tokens", "512"]
+    student = write_tiny_hf_model(folder / "student", "llama", seed=1, vocab_size=128, max_position_embeddings=64)
+    for name, scored in (("base", model), ("student", student)):
+        assert cli.main([*scoring, "--model", str(scored), "--out", str(folder / "scores" / f"{name}.json")]) == 0
+    return Sound(model, other, folder / "corpus", texts, folder / "scores")
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,13 @@ class Place:
 
     def score(self, *more: object) -> list[object]:
         return ["score", "--model", self.sound.model, "--out", self.out, *more]
+
+    def scores(self) -> Path:
+        """A copy of two results of `score`, to be damaged."""
+        return Path(shutil.copytree(self.sound.scores, self.folder / "scores"))
+
+    def compare(self, scores: Path, *more: object, student: str = "student.json") -> list[object]:
+        return ["compare", scores / "base.json", scores / student, "--out", self.out, *more]
 
     def extract(self, sequences: Path, *more: object) -> list[object]:
         where = ("--model", self.sound.model, "--sequences", sequences, "--out", self.out)
@@ -402,6 +417,73 @@ def nothing_to_score(p: Place) -> Case:
     return p.score(), "tasks"
 
 
+def comparison_with_a_missing_result(p: Place) -> Case:
+    return p.compare(p.sound.scores, student="gone.json"), "gone.json"
+
+
+def comparison_with_something_else(p: Place) -> Case:
+    return p.compare(p.sound.scores, student="student.timings.json"), "is not a result of `jax-selftrain score`"
+
+
+def comparison_without_documents(p: Place) -> Case:
+    scores = p.scores()
+    (scores / "student.documents.parquet").unlink()
+    return p.compare(scores), "student.documents.parquet"
+
+
+def comparison_of_cut_documents(p: Place) -> Case:
+    scores = p.scores()
+    file = scores / "student.documents.parquet"
+    file.write_bytes(file.read_bytes()[:-40])
+    return p.compare(scores), "student.documents.parquet"
+
+
+def comparison_of_documents_of_another_result(p: Place) -> Case:
+    scores = p.scores()
+    shutil.copy(scores / "base.documents.parquet", scores / "student.documents.parquet")
+    return p.compare(scores), "student.documents.parquet: does not hold what student.json says"
+
+
+def comparison_over_other_files(p: Place) -> Case:
+    scores = p.scores()
+    rewrite(scores / "student.json", lambda result: result["fingerprints"]["files"].update(task="0" * 64))
+    return p.compare(scores), "task was another file"
+
+
+def comparison_over_other_tasks(p: Place) -> Case:
+    scores = p.scores()
+    options = ["--tasks", p.sound.texts.with_name("task.jsonl"), "--texts", p.sound.texts, "--text-limit", 1]
+    scoring = ["score", "--model", p.sound.model, "--out", scores / "more.json", "--mesh", "data=1", *options]
+    assert cli.main([str(word) for word in scoring]) == 0
+    return p.compare(scores, student="more.json"), "base.json: texts was not scored"
+
+
+def comparison_without_a_margin(p: Place) -> Case:
+    return p.compare(p.sound.scores, "--margin-task", 0), "--margin-task is 0"
+
+
+def comparison_by_an_unknown_task(p: Place) -> Case:
+    return p.compare(p.sound.scores, "--primary", "tusk"), "did you mean `task`"
+
+
+def comparison_that_cannot_be_paired(p: Place) -> Case:
+    files = [p.sound.scores / "base.json"] * 2
+    students = [p.sound.scores / "student.json"] * 3
+    return ["compare", "--base", *files, "--student", *students, "--out", p.out], "cannot be paired"
+
+
+def comparison_of_one_student_twice(p: Place) -> Case:
+    students = [p.sound.scores / "student.json"] * 2
+    return [
+        "compare",
+        p.sound.scores / "base.json",
+        "--student",
+        *students,
+        "--out",
+        p.out,
+    ], "one checkpoint is one seed"
+
+
 def pickled_sequences(p: Place) -> Case:
     return p.extract(npy(p, np.array([[1, 2], None], dtype=object))), "sequences.npy"
 
@@ -542,6 +624,10 @@ CASES = (
     malformed_task_to_evaluate, stopping_on_what_is_not_measured,
     adapter_on_no_matrix, rounding_of_what_is_not_rounded, penalty_without_a_base,
     missing_task_file, malformed_task_line, answer_that_is_no_choice, nothing_to_score,
+    comparison_with_a_missing_result, comparison_with_something_else, comparison_without_documents,
+    comparison_of_cut_documents, comparison_of_documents_of_another_result, comparison_over_other_files,
+    comparison_over_other_tasks, comparison_without_a_margin, comparison_by_an_unknown_task,
+    comparison_that_cannot_be_paired, comparison_of_one_student_twice,
     pickled_sequences, sequences_of_floats, sequences_too_short, sequences_outside_the_vocabulary,
     sequences_longer_than_the_model, sequences_longer_than_the_model_behind_bos, lengths_that_contradict_the_protocol,
     unknown_protocol, offset_beyond_all_sequences, negative_offset, policy_that_is_none, base_that_verifies_nothing,

@@ -134,6 +134,13 @@ def test_positionals_may_stand_anywhere(words):
     assert parse("convert", words) == config.ConvertConfig(source="a", out="b", format="hf")
 
 
+def test_a_positional_is_the_one_value_of_a_list():
+    expected = config.CompareConfig(base=("a.json",), student=("b.json",), out="o", margin_task=3.0)
+    assert parse("compare", "a.json b.json --out o --margin-task 3") == expected
+    several = parse("compare", "a.json --student b.json c.json --out o")
+    assert (several.base, several.student) == (("a.json",), ("b.json", "c.json"))
+
+
 def test_a_file_gives_the_defaults_and_flags_win(tmp_path):
     (tmp_path / "c.yaml").write_text("model: m\nout: o\nsamples: 5\ntop-k: 3\nstop_ids: [1]\nstart_id: 4\n")
     file = ["--config", str(tmp_path / "c.yaml")]

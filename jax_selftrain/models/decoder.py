@@ -85,7 +85,7 @@ def forward(
         visible = visible & ((branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :]))
         distance = positions[:, :, None] - positions[:, None, :]
     rotary = rotary_tables(config, positions, dtype)
-    fused = fuses(config, layout, length, compute_dtype)
+    fused = branches is None and fuses(config, layout, length, compute_dtype)
 
     def layer(x: jax.Array, inputs: dict) -> tuple[jax.Array, None]:
         seen = visible & (distance < inputs["window"]) if "window" in inputs else visible

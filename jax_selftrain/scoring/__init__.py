@@ -1,5 +1,6 @@
 """What a model can do and what it remembers, measured by likelihood: tasks, texts, extraction."""
 
+from jax_selftrain.scoring.documents import Documents, Scored, load_scored, split_of
 from jax_selftrain.scoring.extraction import extract, extraction_fingerprints, read_sets, summarise, window_of
 from jax_selftrain.scoring.leakage import leakage
 from jax_selftrain.scoring.likelihood import Likelihood, Request, TokenScores, loglikelihoods, program, token_scores
@@ -12,12 +13,14 @@ from jax_selftrain.scoring.tasks import Question, Task, load_tasks, task_metrics
 from jax_selftrain.scoring.texts import TextFile, load_texts
 
 __all__ = [
+    "Documents",
     "Evaluation",
     "ExtractionSet",
     "Likelihood",
     "Prepared",
     "Question",
     "Request",
+    "Scored",
     "Task",
     "TextFile",
     "TokenScores",
@@ -30,6 +33,7 @@ __all__ = [
     "extraction_fingerprints",
     "flip_rate",
     "leakage",
+    "load_scored",
     "load_sequences",
     "load_tasks",
     "load_texts",
@@ -42,6 +46,7 @@ __all__ = [
     "read_sets",
     "score",
     "sequences_fingerprint",
+    "split_of",
     "summarise",
     "task_metrics",
     "teacher_forced",

@@ -24,6 +24,7 @@ from jax_selftrain import hub, settings, storage
 from jax_selftrain.config import ScoreConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.mesh import make_mesh, parse_mesh
+from jax_selftrain.scoring.documents import table_fingerprint, tabulate, write_documents
 from jax_selftrain.scoring.encode import Reader, encode_pair, prefix_token, rolling_windows
 from jax_selftrain.scoring.files import result_files, write_results
 from jax_selftrain.scoring.likelihood import Likelihood, Request, loglikelihoods
@@ -74,7 +75,8 @@ class Prepared:
 
 
 def score(config: ScoreConfig) -> dict[str, Any]:
-    """Score a model and write `FILE.json`, `FILE.requests.parquet`, `FILE.config.yaml` and `FILE.timings.json`.
+    """Score a model and write `FILE.json`, `FILE.requests.parquet`, `FILE.documents.parquet`, `FILE.config.yaml` and
+    `FILE.timings.json`.
 
     Running it again gives the same bytes (but for the timings).
 
@@ -104,20 +106,25 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     }
     parts = Parts(folder, fingerprints)
     try:
-        evaluation = evaluate(
-            model, tasks, texts, text_max_tokens=config.text_max_tokens, batch_tokens=config.batch_tokens, parts=parts
-        )
+        prepared = prepare(model, tasks, texts, text_max_tokens=config.text_max_tokens)
+        evaluation = answer(model, prepared, batch_tokens=config.batch_tokens, parts=parts)
     except InputError:  # the model cannot be scored: nothing of it is worth keeping
         parts.discard()
         raise
+    documents = tabulate(prepared.tasks, prepared.texts, evaluation.requests)
     result = {
         "model": config.model,
         "tasks": evaluation.tasks,
         "texts": evaluation.texts,
-        "fingerprints": {**fingerprints, "files": {name: storage.sha256_file(path) for name, path in files.items()}},
+        "fingerprints": {
+            **fingerprints,
+            "documents": table_fingerprint(documents),
+            "files": {name: storage.sha256_file(path) for name, path in files.items()},
+        },
         "versions": storage.versions(),
     }
     timings = {"load_seconds": loaded - started, "score_seconds": time.monotonic() - loaded, **parts.tally()}
+    write_documents(config.out, documents)
     write_results(config.out, config, result, evaluation.requests, "requests", timings)
     parts.discard()
     return result

@@ -13,6 +13,8 @@ one space between context and choice, also before a BLiMP sentence, whose contex
 | `piqa:` | goal, sol1, sol2; label, or a file of labels `NAME-labels.lst` beside it | Question: goal⏎Answer: | ␣sol |
 | `lambada:` | text | all but the last word | ␣last word |
 
+Any row may have a `cluster`: a text that it shares with the questions it is not independent of (an entity, a template).
+
 `acc_norm` divides by the length of the choice in *characters*, its separating space not counted, as the harness's
 code does (`len(choice)`; its `acc_bytes` is another metric).
 """
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +48,8 @@ class Question:
     """Index of the right choice."""
     lengths: tuple[int, ...]
     """Characters of each choice, by which `acc_norm` divides."""
+    cluster: str | None = None
+    """What other questions share with this one (an entity, a template), which are then not independent of it."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,7 @@ def _load_task(path: Path, layout: str | None, limit: int | None) -> Task:
         except (TypeError, AttributeError, ValueError) as error:
             raise InputError(f"{where}: cannot be read as {layout}: {error}") from None
         _check(question, where)
-        questions.append(question)
+        questions.append(replace(question, cluster=_cluster(row, where)))
     kind: Literal["choice", "last_word"] = "last_word" if layout in ("last_word", "lambada") else "choice"
     return Task(path.name.removesuffix(".jsonl"), path, kind, tuple(questions))
 
@@ -179,6 +183,14 @@ def _check(question: Question, where: str) -> None:
         raise InputError(
             f"{where}: answer {question.answer} is outside the {len(question.continuations)} choices (counted from 0)"
         )
+
+
+def _cluster(row: Row, where: str) -> str | None:
+    """The optional column `cluster` of any layout."""
+    label = row.get("cluster")
+    if label is not None and not (is_text(label) and label):
+        raise InputError(f"{where}: the cluster must be a text or null, not {label!r}")
+    return label
 
 
 def _joined(context: str, choices: Sequence[str], answer: int, delimiter: str) -> Question:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from jax_selftrain.errors import InputError
+from jax_selftrain.scoring.documents import item_of
 from jax_selftrain.scoring.files import is_text, read_jsonl
 from jax_selftrain.scoring.likelihood import Likelihood
 from jax_selftrain.scoring.metrics import exp_and_stderr, ratio_and_stderr
@@ -40,6 +41,8 @@ class TextTokens:
     """UTF-8 bytes of that part."""
     words: int
     """Pieces between white space, counted as lm-evaluation-harness does."""
+    item: str
+    """Hash of the whole document."""
 
 
 def load_texts(paths: Sequence[str], limit: int | None = None) -> list[TextFile]:
@@ -53,6 +56,7 @@ def load_texts(paths: Sequence[str], limit: int | None = None) -> list[TextFile]
 
 def encode_text(tokenizer: Any, text: str, max_tokens: int | None = None) -> TextTokens:
     """Token ids of a document without special tokens, cut after `max_tokens`."""
+    item = item_of("", [text])
     encoding = tokenizer(
         text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
     )
@@ -60,7 +64,7 @@ def encode_text(tokenizer: Any, text: str, max_tokens: int | None = None) -> Tex
     if max_tokens is not None and len(tokens) > max_tokens:
         tokens = tokens[:max_tokens]
         text = text[: encoding["offset_mapping"][max_tokens - 1][1]]
-    return TextTokens(tuple(tokens), len(text.encode()), len(re.split(r"\s+", text)))
+    return TextTokens(tuple(tokens), len(text.encode()), len(re.split(r"\s+", text)), item)
 
 
 def text_metrics(documents: Sequence[TextTokens], answers: Sequence[Sequence[Likelihood]]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The study: one self-training round with its report, the statistics behind it, and a little world to try it on."""
 
+from jax_selftrain.study.comparison import compare
+from jax_selftrain.study.comparison_table import comparison_table
 from jax_selftrain.study.demo import demo
 from jax_selftrain.study.evaluate import evaluation_hooks, train
 from jax_selftrain.study.report import report
@@ -7,4 +9,16 @@ from jax_selftrain.study.results import collect
 from jax_selftrain.study.round import run
 from jax_selftrain.study.world import World, WorldConfig, make_world
 
-__all__ = ["World", "WorldConfig", "collect", "demo", "evaluation_hooks", "make_world", "report", "run", "train"]
+__all__ = [
+    "World",
+    "WorldConfig",
+    "collect",
+    "compare",
+    "comparison_table",
+    "demo",
+    "evaluation_hooks",
+    "make_world",
+    "report",
+    "run",
+    "train",
+]

@@ -24,10 +24,12 @@ from jax_selftrain import hub, settings, storage
 from jax_selftrain.config import RunConfig
 from jax_selftrain.corpus import FINISH_REASONS, Corpus, open_corpus
 from jax_selftrain.errors import InputError
-from jax_selftrain.scoring import Task, discoverable, load_tasks, load_texts
+from jax_selftrain.scoring import discoverable, load_scored
 from jax_selftrain.scoring.files import read_jsonl
 from jax_selftrain.study import statistics
 from jax_selftrain.study.curve import summarise_curve
+from jax_selftrain.study.noninferiority import benjamini_hochberg
+from jax_selftrain.study.pairs import Pair, describe_task, describe_text, rates, shares, side_by_side
 
 FORMAT = "jax-selftrain results"
 VERSION = 1
@@ -39,8 +41,6 @@ DIVERSITY_TOKENS = 2**22
 _STOP = FINISH_REASONS.index("stop")
 
 Arrays = dict[str, np.ndarray]
-Pair = tuple[np.ndarray, np.ndarray]
-"""What the base and what the student did on the same items."""
 
 
 def collect(config: RunConfig, folder: Path) -> dict[str, Any]:
@@ -74,24 +74,22 @@ def collect(config: RunConfig, folder: Path) -> dict[str, Any]:
         "versions": {"training": training["versions"]},
     }
     if config.score.tasks or config.score.texts:
-        base, student = (storage.read_json(folder / "score" / f"{who}.json") for who in ("base", "student"))
-        found["versions"] |= {"scoring the base": base["versions"], "scoring the student": student["versions"]}
-        found["fingerprints"] |= {
-            "base": base["fingerprints"]["model"],
-            "student": student["fingerprints"]["model"],
-            "files": base["fingerprints"]["files"],
+        base, student = (load_scored(str(folder / "score" / f"{who}.json")) for who in ("base", "student"))
+        found["versions"] |= {
+            "scoring the base": base.result["versions"],
+            "scoring the student": student.result["versions"],
         }
-        before, after = (_requests(folder / "score" / f"{who}.requests.parquet") for who in ("base", "student"))
-        _require_same(before, after, ("task", "doc", "choice", "tokens"), folder / "score")
-        found["identical"] &= np.array_equal(before["loglikelihood"], after["loglikelihood"])
-        tasks = load_tasks(config.score.tasks, config.score.limit)
-        outcomes = {task.name: _compare_answers(task, before, after) for task in tasks}
-        found["tasks"] = compare_tasks(tasks, outcomes)
-        found["macro"] = compare_macro(tasks, outcomes) if len(tasks) > 1 else None
-        found["texts"] = [
-            {"name": text.name, **compare_text(_of_task(before, text.name), _of_task(after, text.name))}
-            for text in load_texts(config.score.texts, config.score.text_limit)
-        ]
+        found["fingerprints"] |= {
+            "base": base.fingerprint("model"),
+            "student": student.fingerprint("model"),
+            "files": base.result["fingerprints"]["files"],
+        }
+        pairs = side_by_side(base, student)
+        found["identical"] &= all(pair.identical() for pair in pairs.values())
+        tasks = [pair for pair in pairs.values() if pair.before.kind != "text"]
+        found["tasks"] = compare_tasks(tasks)
+        found["macro"] = compare_macro(tasks) if len(tasks) > 1 else None
+        found["texts"] = [describe_text(pair) for pair in pairs.values() if pair.before.kind == "text"]
     if config.extract.sequences:
         base, student = (storage.read_json(folder / "extract" / f"{who}.json") for who in ("base", "student"))
         found["fingerprints"] |= {
@@ -123,97 +121,33 @@ def default_title(config: RunConfig) -> str:
 # Tasks and texts ------------------------------------------------------------------------------------------------
 
 
-def compare_tasks(tasks: Sequence[Task], outcomes: Mapping[str, Mapping[str, Pair]]) -> list[dict[str, Any]]:
+def compare_tasks(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     """Each task before and after; p-values also after Benjamini and Hochberg's correction over the tasks."""
-    moved = [statistics.flips(*outcomes[task.name]["right"]) for task in tasks]
-    adjusted = stats.false_discovery_control([one.mcnemar_p for one in moved]) if moved else []
-    found = []
-    for task, one, q in zip(tasks, moved, adjusted, strict=True):
-        mine = outcomes[task.name]
-        entry = {
-            "name": task.name,
-            "kind": task.kind,
-            "n": len(task.questions),
-            "chance": _chance(task),
-            "accuracy": _shares(*mine["right"]),
-            "flips": {**asdict(one), "q": float(q)},
-        }
-        if "right_normed" in mine:
-            entry["accuracy_norm"] = _shares(*mine["right_normed"])
-        found.append(entry | {key: _means(*mine[key]) for key in ("log_odds", "word_loglikelihood") if key in mine})
-    return found
+    entries = [describe_task(pair) for pair in pairs]
+    adjusted = benjamini_hochberg([entry["flips"]["mcnemar_p"] for entry in entries])
+    return [entry | {"flips": {**entry["flips"], "q": q}} for entry, q in zip(entries, adjusted, strict=True)]
 
 
-def compare_macro(tasks: Sequence[Task], outcomes: Mapping[str, Mapping[str, Pair]]) -> dict[str, Any]:
+def compare_macro(pairs: Sequence[Pair]) -> dict[str, Any]:
     """Accuracy averaged over tasks, plain and chance-normalised: (accuracy − chance) / (1 − chance)."""
-    pairs = [outcomes[task.name]["right"] for task in tasks]
-    chances = [_chance(task) or 0.0 for task in tasks]
-    normed = [
-        tuple((np.asarray(side, np.float64) - chance) / (1 - chance) for side in pair)
-        for pair, chance in zip(pairs, chances, strict=True)
-    ]
+    chances = np.array([pair.before.chance or 0.0 for pair in pairs])
+    effects = [statistics.share_effect(*pair.right, pair.clusters) for pair in pairs]
+    levels = [[pair.right[side].astype(np.float64) for pair in pairs] for side in (0, 1)]
+    normed = [[(right - chance) / (1 - chance) for right, chance in zip(side, chances, strict=True)] for side in levels]
     return {
-        "tasks": len(tasks),
-        "n": sum(len(task.questions) for task in tasks),
+        "tasks": len(pairs),
+        "n": sum(pair.before.n for pair in pairs),
         "accuracy": {
-            "before": asdict(statistics.macro_mean([before for before, _ in pairs])),
-            "after": asdict(statistics.macro_mean([after for _, after in pairs])),
-            "change": asdict(statistics.macro_share_change(pairs)),
+            "before": asdict(statistics.macro_mean(levels[0])),
+            "after": asdict(statistics.macro_mean(levels[1])),
+            "change": asdict(statistics.macro_effect(effects).estimate()),
         },
         "chance_normalised": {
-            "before": asdict(statistics.macro_mean([before for before, _ in normed])),
-            "after": asdict(statistics.macro_mean([after for _, after in normed])),
-            "change": asdict(statistics.macro_share_change(pairs, scales=[1 / (1 - chance) for chance in chances])),
+            "before": asdict(statistics.macro_mean(normed[0])),
+            "after": asdict(statistics.macro_mean(normed[1])),
+            "change": asdict(statistics.macro_effect(effects, 1 / (1 - chances)).estimate()),
         },
     }
-
-
-def compare_text(before: Arrays, after: Arrays) -> dict[str, Any]:
-    """A text file's nats per token before and after, documents being the units."""
-    documents = before["doc"]
-    n = int(documents[-1]) + 1
-    tokens = np.bincount(documents, before["tokens"], n)
-    old, new = (-np.bincount(documents, side["loglikelihood"], n) for side in (before, after))
-    return {
-        "documents": n,
-        "tokens": int(tokens.sum()),
-        "nll": {
-            "before": asdict(statistics.ratio(old, tokens)),
-            "after": asdict(statistics.ratio(new, tokens)),
-            "change": asdict(statistics.ratio_change(old, new, tokens)),
-        },
-        "documents_better": int((new < old).sum()),
-        "documents_worse": int((new > old).sum()),
-    }
-
-
-def _compare_answers(task: Task, before: Arrays, after: Arrays) -> dict[str, Pair]:
-    """Per question of a task, for base and student: right or not, and how clearly."""
-    old, new = (_answers(task, _of_task(side, task.name)) for side in (before, after))
-    return {name: (old[name], new[name]) for name in old}
-
-
-def _answers(task: Task, rows: Arrays) -> Arrays:
-    if task.kind == "last_word":
-        return {"right": rows["is_greedy"], "word_loglikelihood": rows["loglikelihood"]}
-    right, right_normed, log_odds = [], [], []
-    bounds = np.cumsum([0, *(len(question.continuations) for question in task.questions)])
-    if bounds[-1] != rows["loglikelihood"].size:
-        raise InputError(f"{task.path}: has changed since it was scored; start the round anew with another --out")
-    for question, (start, stop) in zip(task.questions, pairwise(bounds), strict=True):
-        scores = rows["loglikelihood"][start:stop]
-        right.append(int(np.argmax(scores)) == question.answer)
-        right_normed.append(int(np.argmax(scores / np.array(question.lengths))) == question.answer)
-        others = np.delete(scores, question.answer)
-        log_odds.append(scores[question.answer] - np.logaddexp.reduce(others))
-    return {"right": np.array(right), "right_normed": np.array(right_normed), "log_odds": np.array(log_odds)}
-
-
-def _chance(task: Task) -> float | None:
-    """Expected accuracy of guessing; None where there is nothing to choose from."""
-    if task.kind == "last_word":
-        return None
-    return float(np.mean([1 / len(question.continuations) for question in task.questions]))
 
 
 # Extraction -----------------------------------------------------------------------------------------------------
@@ -234,7 +168,7 @@ def compare_extraction(before: Arrays, after: Arrays, groups: Sequence[str] | No
             for name in dict.fromkeys(groups or [])
         ],
         "discoverable": [
-            {"draws": int(draws), "p": float(p), **_shares(old[key], new[key])}
+            {"draws": int(draws), "p": float(p), **shares(old[key], new[key])}
             for key in old
             for draws, p in (key.split("@"),)
         ],
@@ -248,10 +182,10 @@ def _compare_sequences(before: Arrays, after: Arrays, members: np.ndarray) -> di
     exact = before["exact_match"][members], after["exact_match"][members]
     return {
         "n": int(members.sum()),
-        "exact_match": _shares(*exact),
+        "exact_match": shares(*exact),
         "flips": asdict(statistics.flips(*exact)),
         **{
-            name: _means(before[name][members], after[name][members])
+            name: rates(before[name][members], after[name][members])
             for name in ("token_accuracy", "teacher_forced_accuracy", "logprob")
         },
     }
@@ -400,28 +334,7 @@ def _requests(path: Path) -> Arrays:
     return {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
 
 
-def _of_task(rows: Arrays, name: str) -> Arrays:
-    members = rows["task"] == name
-    return {key: values[members] for key, values in rows.items()}
-
-
 def _require_same(before: Arrays, after: Arrays, keys: Sequence[str], folder: Path) -> None:
     for key in keys:
         if not np.array_equal(before[key], after[key]):
             raise InputError(f"{folder}: base and student were not asked the same ({key} differs); delete this folder")
-
-
-def _shares(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
-    return {
-        "before": asdict(statistics.share(before)),
-        "after": asdict(statistics.share(after)),
-        "change": asdict(statistics.share_change(before, after)),
-    }
-
-
-def _means(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
-    return {
-        "before": asdict(statistics.mean(before)),
-        "after": asdict(statistics.mean(after)),
-        "change": asdict(statistics.mean_change(before, after)),
-    }

@@ -36,6 +36,7 @@ from jax_selftrain.corpus import open_corpus, read_mix
 from jax_selftrain.errors import InputError, UnavailableError
 from jax_selftrain.sampling import sample
 from jax_selftrain.scoring import extract, extraction_fingerprints, score
+from jax_selftrain.scoring.files import result_files
 from jax_selftrain.study.checks import check_round
 from jax_selftrain.study.evaluate import evaluation_hooks
 from jax_selftrain.study.plan import make_plan
@@ -127,7 +128,7 @@ def _scoring_stage(name: str, options: ScoreConfig) -> _Stage:
         name,
         lambda: {**_model_marks(options.model), **_file_marks(options)},
         lambda: score(options),
-        lambda: _files(out, out.with_name(f"{out.stem}.requests.parquet")),
+        lambda: _files(out, *result_files(str(out), "requests.parquet", "documents.parquet")[1:]),
     )
 
 

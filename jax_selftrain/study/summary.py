@@ -87,7 +87,7 @@ def cannot_show(results: Results) -> list[str]:
         "<strong>What caused a change.</strong> Training on any text moves a model. It takes control arms at equal "
         "steps and learning rate: real text, shuffled text, weight noise of the same size, a sign-flipped loss.",
         "<strong>That nothing changed.</strong> An interval that includes zero is no evidence of absence; preservation "
-        "needs a margin fixed beforehand.",
+        "needs a margin fixed beforehand (<code>jax-selftrain compare</code>).",
         "<strong>Whose text is best.</strong> One source and one student cannot tell a source that suits this student "
         "from one that is simply better.",
     ]

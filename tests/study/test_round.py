@@ -172,6 +172,7 @@ def test_learning_rate_zero_changes_exactly_nothing(options: Options, tmp_path: 
     [
         "score/base.json",
         "score/student.requests.parquet",
+        "score/base.documents.parquet",
         "corpus/corpus.json",
         "train/model/model.json",
         "extract/student.json",

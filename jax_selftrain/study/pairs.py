@@ -1,0 +1,161 @@
+"""Two models' answers to the same documents, laid side by side: levels before and after, and the paired change.
+
+Used by the report of a round and by `compare`, which differ in how the interval of a mean is made: by Student's t and
+the linearised ratio in the one, by the bootstrap in the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jax_selftrain.errors import InputError
+from jax_selftrain.scoring.documents import Documents, Scored, Split
+from jax_selftrain.study import statistics
+from jax_selftrain.study.statistics import Estimate
+
+OptionalArray = np.ndarray | None
+Interval = Callable[[np.ndarray, OptionalArray, OptionalArray], Estimate]
+"""(numerators, denominators or None for a mean, clusters or None) → estimate."""
+
+
+class Pair(NamedTuple):
+    """The same documents as the base and as the student answered them."""
+
+    before: Documents
+    after: Documents
+
+    @property
+    def clusters(self) -> np.ndarray | None:
+        return self.before.cluster
+
+    @property
+    def right(self) -> tuple[np.ndarray, np.ndarray]:
+        """Whether each document of a task was answered rightly, bool [n], before and after."""
+        return _both(self, "acc")
+
+    def identical(self) -> bool:
+        """Whether all answers are bitwise the same."""
+        return np.array_equal(self.before.loglikelihood, self.after.loglikelihood) and all(
+            getattr(self.before, name) is None or np.array_equal(*_both(self, name))
+            for name in ("acc", "acc_norm", "log_odds")
+        )
+
+    def part(self, split: Split) -> Pair:
+        """The documents of one half of the split, or all of them."""
+        return Pair(self.before.part(split), self.after.part(split))
+
+
+def side_by_side(base: Scored, student: Scored) -> dict[str, Pair]:
+    """Tasks and texts of two results by name.
+
+    Raises:
+      InputError: the two were not asked the same (says what differs).
+    """
+    where = f"{base.path} and {student.path}"
+    for one, other in ((base, student), (student, base)):
+        for name in one.documents:
+            if name not in other.documents:
+                raise InputError(
+                    f"{other.path}: {name} was not scored, as it was in {one.path}; score both on the same"
+                )
+    pairs = {name: Pair(documents, student.documents[name]) for name, documents in base.documents.items()}
+    for name, (before, after) in pairs.items():
+        files = [scored.result["fingerprints"]["files"][name] for scored in (base, student)]
+        if files[0] != files[1]:
+            raise InputError(
+                f"{where}: {name} was another file ({files[0][:8]}… and {files[1][:8]}…); score both on the same file"
+            )
+        if before.n != after.n:
+            raise InputError(
+                f"{where}: {name} has {before.n:,} and {after.n:,} documents; score both with the same limit"
+            )
+        if not np.array_equal(before.item, after.item) or before.kind != after.kind:
+            raise InputError(f"{where}: {name} holds other questions although its file is the same; score both again")
+        if not np.array_equal(before.bytes, after.bytes):
+            raise InputError(
+                f"{where}: other parts of the texts of {name} were scored; score both with the same --text-max-tokens, "
+                "or, where their tokenizers differ, without it"
+            )
+    return pairs
+
+
+def linearised(numerators: np.ndarray, denominators: OptionalArray, clusters: OptionalArray) -> Estimate:
+    """Mean by Student's t, ratio by linearisation, the cluster being the unit where there are clusters."""
+    if denominators is None and clusters is None:
+        return statistics.mean(numerators)
+    below = np.ones(numerators.size) if denominators is None else denominators
+    if clusters is None:
+        return statistics.ratio(numerators, below)
+    return statistics.ratio(statistics.sum_by_cluster(numerators, clusters), statistics.sum_by_cluster(below, clusters))
+
+
+def describe_task(pair: Pair, interval: Interval = linearised) -> dict[str, Any]:
+    """Accuracy and log-odds of a task before and after; `interval` makes the intervals of changes that are means."""
+    before, clusters = pair.before, pair.clusters
+    entry: dict[str, Any] = {
+        "name": before.name,
+        "kind": before.kind,
+        "n": before.n,
+        "chance": before.chance,
+        "accuracy": shares(*pair.right, clusters),
+        "flips": asdict(statistics.flips(*pair.right)),
+    }
+    if before.kind == "last_word":
+        return entry | {"word_loglikelihood": rates(*_both(pair, "loglikelihood"), None, clusters, interval)}
+    return entry | {
+        "accuracy_norm": shares(*_both(pair, "acc_norm"), clusters),
+        "log_odds": rates(*_both(pair, "log_odds"), None, clusters, interval),
+    }
+
+
+def describe_text(pair: Pair, interval: Interval = linearised) -> dict[str, Any]:
+    """A text file's nats per token and bits per byte before and after; per token None where tokenizers differ."""
+    before, after = pair
+    old, new = -before.loglikelihood, -after.loglikelihood
+    same_tokens = np.array_equal(before.tokens, after.tokens)
+    return {
+        "name": before.name,
+        "documents": before.n,
+        "tokens": int(before.tokens.sum()) if same_tokens else None,
+        "bytes": int(before.bytes.sum()),
+        "nll": rates(old, new, before.tokens, None, interval) if same_tokens else None,
+        "bits_per_byte": rates(old / np.log(2), new / np.log(2), before.bytes, None, interval),
+        "documents_better": int((new < old).sum()),
+        "documents_worse": int((new > old).sum()),
+    }
+
+
+def shares(before: np.ndarray, after: np.ndarray, clusters: OptionalArray = None) -> dict[str, Any]:
+    """Share of yes before and after, and its change."""
+    levels = [
+        statistics.share(side) if clusters is None else linearised(side.astype(np.float64), None, clusters)
+        for side in (before, after)
+    ]
+    change = statistics.share_change(before, after, clusters)
+    return {"before": asdict(levels[0]), "after": asdict(levels[1]), "change": asdict(change)}
+
+
+def rates(
+    before: np.ndarray,
+    after: np.ndarray,
+    denominators: OptionalArray = None,
+    clusters: OptionalArray = None,
+    interval: Interval = linearised,
+) -> dict[str, Any]:
+    """Mean, or sum over the sum of denominators, before and after, and its change."""
+    return {
+        "before": asdict(linearised(before, denominators, clusters)),
+        "after": asdict(linearised(after, denominators, clusters)),
+        "change": asdict(interval(after - before, denominators, clusters)),
+    }
+
+
+def _both(pair: Pair, name: str) -> tuple[np.ndarray, np.ndarray]:
+    before, after = (getattr(side, name) for side in pair)
+    if before is None or after is None:
+        raise ValueError(f"{pair.before.name} is a {pair.before.kind} file and has no {name}")
+    return before, after
