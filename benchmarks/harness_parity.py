@@ -1,4 +1,4 @@
-"""Whether every request gets the log-likelihood that lm-evaluation-harness's own Hugging Face backend gives it, in fp32.
+"""Whether every request gets the log-likelihood that lm-evaluation-harness's Hugging Face backend gives it, in fp32.
 
     JAX_SELFTRAIN_DATA=… python benchmarks/harness_parity.py [--models stories260k pythia-14m] [--limit N]
 

@@ -245,7 +245,7 @@ class ScoreConfig:
     model: str = ""
     """The model to score."""
     tasks: tuple[str, ...] = ()
-    """Local JSONL task files (`blimp:FILE`, `arc:FILE`, `piqa:FILE` and `lambada:FILE` read published columns), names of
+    """Local JSONL task files (`blimp:FILE`, `arc:FILE`, `piqa:FILE`, `lambada:FILE` read published columns), names of
     lm-evaluation-harness tasks, or a suite: `pythia`, `quick`, `blimp`."""
     num_fewshot: int | None = None
     """Solved examples before each question of a named task; unset: what the task says, else none."""

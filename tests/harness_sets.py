@@ -13,11 +13,17 @@ from models_factory import write_tiny_hf_model
 CHOICE = {"doc_to_text": "{{context}}", "doc_to_choice": "{{choices}}", "doc_to_target": "answer"}
 LAST_WORD = {"doc_to_text": "{{context}}", "doc_to_target": "{{continuation}}"}
 
+_METRICS = {
+    "acc": {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+    "acc_norm": {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True},
+    "perplexity": {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+}
+
 
 def task(name: str, file: Path, kind: str, columns: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     """A task of the harness over one JSONL file; what `datasets` makes of it lies beside it."""
     metrics = {"multiple_choice": ["acc", "acc_norm"], "loglikelihood": ["perplexity", "acc"]}.get(kind)
-    listed = {} if metrics is None else {"metric_list": [{"metric": metric} for metric in metrics]}
+    listed = {} if metrics is None else {"metric_list": [_METRICS[metric] for metric in metrics]}
     return {
         "task": name,
         "dataset_path": "json",

@@ -171,8 +171,8 @@ class HarnessLM(TemplateLM):
             request = encode_pair(self.tokenizer, self.prefix_token_id, context, continuation)
             if not 1 <= len(request.continuation) <= self.max_length:
                 raise InputError(
-                    f"{_place(instance)}: {continuation[:60]!r} has {len(request.continuation)} tokens of its own behind "
-                    f"its context; the model can be asked for 1 to {self.max_length}"
+                    f"{_place(instance)}: {continuation[:60]!r} has {len(request.continuation)} tokens of its own "
+                    f"behind its context; the model can be asked for 1 to {self.max_length}"
                 )
             asked.append(request)
         answers = self._answers(asked, [_place(instance) for instance in requests])

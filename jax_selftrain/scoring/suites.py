@@ -282,8 +282,8 @@ def _load_name(manager: TaskManager, name: str) -> TaskDict:
             raise InputError(f"task {task} cannot be set up ({reason})") from error
         if data in _LOCAL:
             raise InputError(
-                f"task {task}: its data files cannot be read ({reason}); correct data_files in its YAML file (paths are "
-                "relative to where the command is run)"
+                f"task {task}: its data files cannot be read ({reason}); correct data_files in its YAML file (paths "
+                "are relative to where the command is run)"
             ) from error
         raise InputError(
             f"task {task}: its data set {data} cannot be fetched ({reason}); run once where there is a network, after "
