@@ -18,7 +18,8 @@ strings are looked for in the last few tokens, as its `MultiTokenEOSCriteria` do
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jax_selftrain import hub, settings
@@ -48,6 +49,10 @@ MAX_GEN_TOKS = 256
 _GENERATION = frozenset({"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "min_p"})
 
 
+Ask = Callable[[Sequence[Request]], list[Likelihood]]
+"""What puts requests to a model: one answer each, in their order."""
+
+
 class Answered(NamedTuple):
     """One request of a task and what came of it."""
 
@@ -74,6 +79,7 @@ class HarnessLM(TemplateLM):
         max_batch_size: int | None = None,
         device: str | None = None,
         seed: int = 0,
+        ask: Ask | None = None,
     ):
         """
         Args:
@@ -85,6 +91,8 @@ class HarnessLM(TemplateLM):
             follows from `batch_tokens`.)
           max_batch_size, device: what the harness hands to every model; only None is possible for `device`.
           seed: of generation with `do_sample`.
+          ask: answers requests in place of `likelihood.loglikelihoods`, for instance through files that outlive an
+            interruption.
 
         Raises:
           InputError: an argument is impossible, or the model cannot be loaded or has no tokenizer.
@@ -97,6 +105,7 @@ class HarnessLM(TemplateLM):
         self.seed = seed
         self.batch_size = _rows(batch_size)
         self._batching = {} if batch_tokens is None else {"batch_tokens": batch_tokens}
+        self._ask: Ask = ask or partial(loglikelihoods, self.model, **self._batching)
         self.answered: list[Answered] | None = None
         """Set to a list to have every answer noted there."""
 
@@ -255,7 +264,7 @@ class HarnessLM(TemplateLM):
         return list(self.tokenizer.encode(text, add_special_tokens=special)) or [self.prefix_token_id]
 
     def _answers(self, asked: Sequence[Request], where: Sequence[str]) -> list[Likelihood]:
-        answers = loglikelihoods(self.model, asked, **self._batching)
+        answers = self._ask(asked)
         for place, answer in zip(where, answers, strict=True):
             if not math.isfinite(answer.loglikelihood):
                 raise InputError(

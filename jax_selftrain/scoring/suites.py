@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks.manager import TaskDict
 
-    from jax_selftrain.scoring.harness import Answered
+    from jax_selftrain.scoring.harness import Answered, Ask
 
 SUITES: dict[str, tuple[str, ...]] = {
     "pythia": ("lambada_openai", "piqa", "winogrande", "wsc", "arc_easy", "arc_challenge", "sciq", "logiqa"),
@@ -114,6 +114,8 @@ def open_tasks(
             raise InputError(
                 f"a file to score and a task of lm-evaluation-harness are both named {name!r}; rename the file"
             )
+        if getattr(task, "MULTIMODAL", False):
+            raise InputError(f"task {name} shows images or plays sounds, of which models here know nothing")
         if getattr(task, "UNSAFE_CODE", False):
             raise InputError(f"task {name} runs code that a model has written, which is never done here")
         said = task.get_config("num_fewshot")
@@ -124,7 +126,12 @@ def open_tasks(
 
 
 def evaluate_tasks(
-    model: hub.LoadedModel, tasks: HarnessTasks, *, limit: int | None = None, batch_tokens: int | None = None
+    model: hub.LoadedModel,
+    tasks: HarnessTasks,
+    *,
+    limit: int | None = None,
+    batch_tokens: int | None = None,
+    ask: Ask | None = None,
 ) -> HarnessEvaluation:
     """Put the tasks to a model in memory.
 
@@ -133,6 +140,7 @@ def evaluate_tasks(
       tasks: from `open_tasks`; they remember what they were asked, so open them anew for another model.
       limit: use only the first so many documents of each.
       batch_tokens: token positions in one device batch; None: the engine's default.
+      ask: answers requests in place of `likelihood.loglikelihoods`.
 
     Raises:
       InputError: a request does not fit the model, or its log-likelihood is not a finite number.
@@ -141,7 +149,7 @@ def evaluate_tasks(
 
     from jax_selftrain.scoring.harness import HarnessLM
 
-    lm = HarnessLM(model, batch_tokens=batch_tokens)
+    lm = HarnessLM(model, batch_tokens=batch_tokens, ask=ask)
     lm.answered = []
     _seed()
     with _in_one_process(), redirect_stdout(sys.stderr):  # the harness prints its progress where results belong
