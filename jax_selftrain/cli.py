@@ -154,7 +154,7 @@ def summary(name: str, options: Any, result: Any) -> str:
     if name == "train":
         return f"model: {Path(result) / 'model'}"
     if name == "score":
-        measured = {**result.get("tasks", {}), **result.get("texts", {})}
+        measured = {**result.get("tasks", {}), **result.get("groups", {}), **result.get("texts", {})}
         return "\n".join(
             [*(_measure(label, numbers) for label, numbers in measured.items()), f"written: {options.out}"]
         )

@@ -245,7 +245,12 @@ class ScoreConfig:
     model: str = ""
     """The model to score."""
     tasks: tuple[str, ...] = ()
-    """Local JSONL task files; `blimp:FILE`, `arc:FILE` and `lambada:FILE` read the published columns of those sets."""
+    """Local JSONL task files (`blimp:FILE`, `arc:FILE`, `piqa:FILE`, `lambada:FILE` read published columns), names of
+    lm-evaluation-harness tasks, or a suite: `pythia`, `quick`, `blimp`."""
+    num_fewshot: int | None = None
+    """Solved examples before each question of a named task; unset: what the task says, else none."""
+    task_folder: str = ""
+    """Folder of further lm-evaluation-harness tasks (YAML files), which can then be named, too."""
     texts: tuple[str, ...] = ()
     """JSONL files with a `text` field, scored as documents (perplexity)."""
     out: str = ""

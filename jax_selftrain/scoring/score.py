@@ -29,6 +29,7 @@ from jax_selftrain.scoring.encode import Reader, encode_pair, prefix_token, roll
 from jax_selftrain.scoring.files import result_files, write_results
 from jax_selftrain.scoring.likelihood import Likelihood, Request, loglikelihoods
 from jax_selftrain.scoring.parts import Parts, loglikelihoods_in_parts
+from jax_selftrain.scoring.suites import evaluate_tasks, open_tasks, split_names, write_generations
 from jax_selftrain.scoring.tasks import Task, load_tasks, task_metrics
 from jax_selftrain.scoring.texts import TextFile, TextTokens, encode_text, load_texts, text_metrics
 
@@ -42,7 +43,8 @@ REQUESTS = pa.schema(
         ("tokens", pa.int32()),
     ]
 )
-"""One row per request, in task, document, choice order; texts come after tasks, their windows being the choices."""
+"""One row per request, in task, document, choice order; texts come after tasks, their windows being the choices. Last
+come named tasks of lm-evaluation-harness."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,10 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         raise InputError("nothing to score: name task files with --tasks, or text files with --texts")
     _, folder = result_files(config.out, "parts")
     started = time.monotonic()
-    tasks, texts = load_tasks(config.tasks, config.limit), load_texts(config.texts, config.text_limit)
+    references, names = split_names(config.tasks)
+    tasks, texts = load_tasks(references, config.limit), load_texts(config.texts, config.text_limit)
     files = paths_by_name(tasks, texts)
+    named = open_tasks(names, files, folder=config.task_folder, num_fewshot=config.num_fewshot) if names else None
     model = hub.load_model(config.model, scoring_mesh(config.mesh), config.dtype, preset=config.preset)
     if model.tokenizer is None:
         raise InputError(f"{config.model}: has no tokenizer, so texts cannot be scored; add tokenizer.json")
@@ -123,9 +127,15 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         },
         "versions": storage.versions(),
     }
+    requests = evaluation.requests
+    if named is not None:
+        found = evaluate_tasks(model, named, limit=config.limit, batch_tokens=config.batch_tokens)
+        result |= {"tasks": evaluation.tasks | found.tasks, "groups": found.groups, "harness": found.provenance}
+        requests = pa.concat_tables([requests, pa.Table.from_pylist(found.rows, schema=REQUESTS)])
+        write_generations(config.out, found.generations)
     timings = {"load_seconds": loaded - started, "score_seconds": time.monotonic() - loaded, **parts.tally()}
     write_documents(config.out, documents)
-    write_results(config.out, config, result, evaluation.requests, "requests", timings)
+    write_results(config.out, config, result, requests, "requests", timings)
     parts.discard()
     return result
 

@@ -128,8 +128,8 @@ def _resolve(reference: str) -> list[tuple[Path, str | None]]:
         return [(path, layout)]
     if layout is None and "/" not in reference and not path.suffix:
         raise InputError(
-            f"task {reference!r} is not a file: task names of lm-evaluation-harness are not understood by this "
-            "version, give a local JSONL file (BLiMP's, ARC's, PIQA's and LAMBADA's own columns can be read)"
+            f"task {reference!r} is not a file: names of lm-evaluation-harness tasks are understood by `score` alone, "
+            "give a local JSONL file (BLiMP's, ARC's, PIQA's and LAMBADA's own columns can be read)"
         )
     raise InputError(f"task {reference}: no such file")
 

@@ -121,7 +121,7 @@ def test_nan_names_the_request_and_writes_nothing(tmp_path, tiny_model, files):
     ("changes", "message"),
     [
         ({"tasks": (), "texts": ()}, "nothing to score"),
-        ({"tasks": ("hellaswag",)}, "lm-evaluation-harness"),
+        ({"tasks": ("hellaswag.jsonl",)}, r"task hellaswag\.jsonl: no such file"),
         ({"texts": ("nowhere.jsonl",)}, r"nowhere\.jsonl: no such file"),
         ({"out": ""}, "`out` is required"),
         ({"batch_tokens": 0}, "--batch-tokens is 0"),

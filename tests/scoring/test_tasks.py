@@ -143,7 +143,7 @@ def test_a_later_line_of_another_layout_is_named(tmp_path):
 
 
 def test_missing_files_and_harness_task_names_are_told_apart(tmp_path):
-    with pytest.raises(InputError, match=r"lm-evaluation-harness are not understood by this version"):
+    with pytest.raises(InputError, match="names of lm-evaluation-harness tasks are understood by `score` alone"):
         load_tasks(["arc_easy"])
     with pytest.raises(InputError, match="no such file"):
         load_tasks([str(tmp_path / "nothing.jsonl")])
