@@ -162,6 +162,12 @@ def tabulate(tasks: Sequence[Task], texts: Mapping[str, Sequence[TextTokens]], r
     )
 
 
+def log_odds(loglikelihoods: Sequence[float] | np.ndarray, right: int) -> float:
+    """Of one choice against all others, in nats."""
+    scores = np.asarray(loglikelihoods, np.float64)
+    return float(scores[right] - np.logaddexp.reduce(np.delete(scores, right)))
+
+
 def write_documents(out: str, table: pa.Table) -> None:
     """Commit the table of documents that belongs to the result `out`, from process 0."""
     if jax.process_index() != 0:
@@ -229,7 +235,7 @@ def _judge_choice(question: Question, rows: Mapping[str, np.ndarray]) -> tuple[A
         int(np.argmax(scores)) == answer,
         int(np.argmax(scores / np.array(question.lengths))) == answer,
         float(scores[answer]),
-        float(scores[answer] - np.logaddexp.reduce(np.delete(scores, answer))),
+        log_odds(scores, answer),
     )
 
 

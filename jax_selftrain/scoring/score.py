@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,27 +110,32 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         "tokenizer": hub.tokenizer_fingerprint(config.model),
     }
     parts = Parts(folder, fingerprints)
+    ask = partial(loglikelihoods_in_parts, model, parts=parts, batch_tokens=config.batch_tokens)
     try:
         prepared = prepare(model, tasks, texts, text_max_tokens=config.text_max_tokens)
         evaluation = answer(model, prepared, batch_tokens=config.batch_tokens, parts=parts)
+        found = None if named is None else evaluate_tasks(model, named, limit=config.limit, ask=ask)
     except InputError:  # the model cannot be scored: nothing of it is worth keeping
         parts.discard()
         raise
     documents = tabulate(prepared.tasks, prepared.texts, evaluation.requests)
-    result = {
+    sources = {name: storage.sha256_file(path) for name, path in files.items()}
+    if found is not None:
+        documents = pa.concat_tables([documents, found.documents])
+        sources |= {name: facts["requests"] for name, facts in found.provenance["tasks"].items()}
+    result: dict[str, Any] = {
         "model": config.model,
         "tasks": evaluation.tasks,
         "texts": evaluation.texts,
         "fingerprints": {
             **fingerprints,
             "documents": table_fingerprint(documents),
-            "files": {name: storage.sha256_file(path) for name, path in files.items()},
+            "files": sources,
         },
         "versions": storage.versions(),
     }
     requests = evaluation.requests
-    if named is not None:
-        found = evaluate_tasks(model, named, limit=config.limit, batch_tokens=config.batch_tokens)
+    if found is not None:
         result |= {"tasks": evaluation.tasks | found.tasks, "groups": found.groups, "harness": found.provenance}
         requests = pa.concat_tables([requests, pa.Table.from_pylist(found.rows, schema=REQUESTS)])
         write_generations(config.out, found.generations)

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from jax_selftrain import hub, settings, storage
 from jax_selftrain.errors import InputError
 from jax_selftrain.scoring.files import result_files
+from jax_selftrain.scoring.harness_documents import tabulate_answers
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -72,6 +73,8 @@ class HarnessEvaluation:
     """`version` of the harness; per task its `version`, `num_fewshot` and a fingerprint of what was asked."""
     rows: list[dict[str, Any]]
     """Of `score.REQUESTS`, in task, document, choice order."""
+    documents: pa.Table
+    """How the right answer of each document fared (`documents.DOCUMENTS`)."""
     generations: pa.Table
     """Texts that were generated; no rows where no task asks for any."""
 
@@ -153,7 +156,7 @@ def evaluate_tasks(
     lm.answered = []
     _seed()
     with _in_one_process(), redirect_stdout(sys.stderr):  # the harness prints its progress where results belong
-        found = evaluate(lm, tasks.loaded, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=False)
+        found = evaluate(lm, tasks.loaded, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=True)
     if found is None:
         raise AssertionError("the harness returns results on rank 0, which is the only one")
     order = {name: place for place, name in enumerate(tasks.loaded["tasks"])}
@@ -177,6 +180,7 @@ def evaluate_tasks(
             },
         },
         rows=list(_likelihood_rows(answered)),
+        documents=tabulate_answers(tasks.loaded["tasks"], answered, found["samples"]),
         generations=pa.Table.from_pylist(list(_generation_rows(answered)), schema=GENERATIONS),
     )
 

@@ -16,6 +16,7 @@ from jax_selftrain import cli, hub
 from jax_selftrain.config import ScoreConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.scoring import score
+from jax_selftrain.scoring.documents import load_scored
 from jax_selftrain.scoring.score import REQUESTS
 from jax_selftrain.scoring.suites import SUITES, split_names
 
@@ -268,7 +269,9 @@ def test_named_tasks_and_local_files_stand_in_one_result(tmp_path, tiny_model, l
     by_task = {name: [row for row in rows if row["task"] == name] for name in result["tasks"] | result["texts"]}
     assert [(r["doc"], r["choice"]) for r in by_task["my_choices"]] == [(d, c) for d in range(12) for c in (0, 1)]
     for mine, harness in zip(by_task["local_choices"], by_task["my_choices"], strict=True):
-        assert {**harness, "task": "local_choices"} == mine
+        # Both are the same request, which may share its row with others: equal but for rounding.
+        same = {"task": "local_choices", "loglikelihood": pytest.approx(mine["loglikelihood"], rel=1e-5)}
+        assert mine == {**harness, **same}
     windows = [(row["doc"], row["choice"]) for row in by_task["my_texts"]]
     assert windows == sorted(windows)
     assert max(choice for _, choice in windows) > 0  # a text longer than the model
@@ -281,6 +284,21 @@ def test_named_tasks_and_local_files_stand_in_one_result(tmp_path, tiny_model, l
     before = {name: (folder / name).read_bytes() for name in names}
     score(options)
     assert {name: (folder / name).read_bytes() for name in names} == before
+
+
+def test_documents_of_named_tasks_can_be_compared(tmp_path, tiny_model, local):
+    options = options_for(tmp_path, tiny_model, local)
+    result = score(options)
+    scored = load_scored(options.out)
+    assert list(scored.documents) == ["local_choices", "local_texts", "my_choices", "my_words"]
+    own, named = scored.documents["local_choices"], scored.documents["my_choices"]
+    for column in ("choices", "acc", "acc_norm", "loglikelihood", "log_odds", "tokens", "bytes"):
+        # Both are the same requests, which may share rows with others: equal but for rounding.
+        np.testing.assert_allclose(getattr(own, column), getattr(named, column), rtol=1e-5, err_msg=column)
+    words = scored.documents["my_words"]
+    assert words.kind == "last_word"
+    assert words.acc.mean() == result["tasks"]["my_words"]["acc"]
+    assert len({*named.item, *words.item}) == named.n + words.n
 
 
 def test_few_shots_come_before_each_question_and_limits_hold(tmp_path, tiny_model, local):
