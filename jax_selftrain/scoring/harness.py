@@ -35,7 +35,7 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 except ModuleNotFoundError as missing:
-    if missing.name != "lm_eval":
+    if (missing.name or "").partition(".")[0] != "lm_eval":
         raise
     raise InputError(
         "tasks of lm-evaluation-harness need the package lm-eval: pip install 'jax-selftrain[harness]'"
