@@ -90,16 +90,16 @@ def bare_chain(case: Case, config: DecoderConfig, dtype: str) -> Callable[[], An
 
     keys_width = config.num_kv_heads * config.head_dim
     weights = {
-        "q": weight(layers, width, inner),
-        "k": weight(layers, width, keys_width),
-        "v": weight(layers, width, keys_width),
-        "o": weight(layers, inner, width),
-        "up": weight(layers, width, config.intermediate_size),
-        "down": weight(layers, config.intermediate_size, width),
+        "q": weight(layers, inner, width),
+        "k": weight(layers, keys_width, width),
+        "v": weight(layers, keys_width, width),
+        "o": weight(layers, width, inner),
+        "up": weight(layers, config.intermediate_size, width),
+        "down": weight(layers, width, config.intermediate_size),
     }
     if config.gated_mlp:
-        weights["gate"] = weight(layers, width, config.intermediate_size)
-    head, x = weight(width, config.vocab_size), weight(case.rows, width)
+        weights["gate"] = weight(layers, config.intermediate_size, width)
+    head, x = weight(config.vocab_size, width), weight(width, case.rows)  # a column is a row of the batch
     read = mean_cache_bytes(case, config, dtype) // jnp.dtype(dtype).itemsize // 4096
     cache, vector = weight(max(read, 1), 4096), weight(4096)
 
@@ -107,17 +107,17 @@ def bare_chain(case: Case, config: DecoderConfig, dtype: str) -> Callable[[], An
         return jnp.dot(a, b, precision="highest")
 
     def layer(x: jax.Array, w: dict[str, jax.Array]) -> tuple[jax.Array, None]:
-        attention = dot(x, w["q"])
-        attention = attention.at[:, :keys_width].add(dot(x, w["k"]) + dot(x, w["v"]))
-        hidden = dot(x, w["up"])
+        attention = dot(w["q"], x)
+        attention = attention.at[:keys_width].add(dot(w["k"], x) + dot(w["v"], x))
+        hidden = dot(w["up"], x)
         if "gate" in w:
-            hidden = hidden * dot(x, w["gate"])
-        return x + dot(attention, w["o"]) + dot(hidden, w["down"]), None
+            hidden = hidden * dot(w["gate"], x)
+        return x + dot(w["o"], attention) + dot(w["down"], hidden), None
 
     def step(carry: tuple[jax.Array, jax.Array], _: None) -> tuple[tuple[jax.Array, jax.Array], None]:
         x, vector = carry
         x, _ = jax.lax.scan(layer, x, weights)
-        x = 0.01 * x + dot(x, head)[:, :width]
+        x = 0.01 * x + dot(head, x)[:width]
         return (x, vector + dot(cache, vector)[0]), None
 
     def chain(x: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -53,7 +53,7 @@ def fused_attention(
 
     length = q.shape[1]
     tile = next(tile for tile in TILES if length % tile == 0)
-    tiles = splash.BlockSizes(*[tile] * 8)
+    tiles = splash.BlockSizes(tile, tile, tile, tile, tile, tile, tile, tile)  # forward; backward of keys; of queries
     queries, keys = ("batch", None, "kv_heads", "q_per_kv", None), ("batch", None, "kv_heads", None)
     specs = layout.spec(queries), layout.spec(keys), layout.spec(keys), layout.spec(("batch", None))
 
