@@ -27,6 +27,9 @@ from jax_selftrain.sampling.draw import draw, tree_widths
 from jax_selftrain.sampling.policy import Policy, mask_logits
 from jax_selftrain.sampling.words import sample_keys, token_words
 
+PROMPT_TOKENS = 8192
+"""Of prompts that go through one forward pass on a replica, unless said otherwise."""
+
 Finished = Callable[[Sequence[int]], bool]
 """Whether a continuation (all its tokens so far, at least one) ends with its last token."""
 
@@ -69,7 +72,7 @@ def continue_until(
     draws: Draws | None = None,
     ids: Sequence[int] | None = None,
     batch_size: int = 64,
-    batch_tokens: int = 8192,
+    batch_tokens: int = PROMPT_TOKENS,
 ) -> list[list[int]]:
     """Continue each prompt until it is finished or has `max_tokens` more tokens.
 

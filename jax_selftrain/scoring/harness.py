@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jax_selftrain import hub, settings
 from jax_selftrain.config import SampleConfig
 from jax_selftrain.errors import InputError
-from jax_selftrain.sampling.continuation import Draws, continue_until
+from jax_selftrain.sampling.continuation import PROMPT_TOKENS, Draws, continue_until
 from jax_selftrain.sampling.policy import make_policy
 from jax_selftrain.scoring.encode import encode, encode_pair, prefix_token, rolling_windows
 from jax_selftrain.scoring.likelihood import Likelihood, Request, loglikelihoods
@@ -104,8 +104,8 @@ class HarnessLM(TemplateLM):
         self.tokenizer = self.model.tokenizer
         self.seed = seed
         self.batch_size = _rows(batch_size)
-        self._batching = {} if batch_tokens is None else {"batch_tokens": batch_tokens}
-        self._ask: Ask = ask or partial(loglikelihoods, self.model, **self._batching)
+        self._batch_tokens = batch_tokens
+        self._ask: Ask = ask or partial(loglikelihoods, self.model, batch_tokens=batch_tokens)
         self.answered: list[Answered] | None = None
         """Set to a list to have every answer noted there."""
 
@@ -253,7 +253,7 @@ class HarnessLM(TemplateLM):
             draws=_draws(self.model, options, self.seed, where),
             ids=ids,
             batch_size=self.batch_size,
-            **self._batching,
+            batch_tokens=self._batch_tokens or PROMPT_TOKENS,
         )
         return [postprocess_generated_text(self.tok_decode(tokens), until, None) for tokens in written]
 
