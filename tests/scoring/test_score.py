@@ -179,6 +179,7 @@ config = settings.load(ScoreConfig, sys.argv[1])
 if len(sys.argv) > 2:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
+    jax.devices()  # the processes tell each other of their devices here, and wait for each other once
     parts = Path(config.out).with_suffix(".parts")
     while sys.argv[3] == "0" and not list(parts.glob("*/*.parquet")):
         time.sleep(0.01)  # so that process 1 has scored something that process 0 gathers
