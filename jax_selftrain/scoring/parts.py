@@ -76,11 +76,20 @@ class Parts:
         }
 
     def discard(self) -> None:
-        """Remove the folder; once every process has read what it needs, where there are several."""
+        """Remove the folder. All processes must come here; process 0 waits until each has read what it needs.
+
+        They tell each other by files: a collective gives up after half a minute, and a last unit can take longer.
+        """
         if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"read {self.folder}")
+            storage.write_text(self.mark(jax.process_index()), "")
         if jax.process_index() == 0:
+            while not all(self.mark(index).exists() for index in range(1, jax.process_count())):
+                time.sleep(POLL_SECONDS)
             shutil.rmtree(self.folder, ignore_errors=True)  # what could not be removed is in nobody's way
+
+    def mark(self, process: int) -> Path:
+        """The file that says that a process has read what it needs."""
+        return self.folder / f"read-by-{process}"
 
 
 def loglikelihoods_in_parts(
@@ -97,6 +106,7 @@ def loglikelihoods_in_parts(
     distinct, which = distinct_requests(model.config, requests)
     units = plan(model.layout, distinct, model.config.max_positions, batch_tokens)
     folder = parts.folder / _name(model, distinct, parts.identity, batch_tokens)
+    parts.mark(jax.process_index()).unlink(missing_ok=True)  # of an attempt that was interrupted at its very end
     if units:
         folder.mkdir(parents=True, exist_ok=True)
         storage.clean_leftovers(folder)
