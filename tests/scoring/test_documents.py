@@ -113,7 +113,8 @@ def scored(tmp_path_factory, tiny_model):
     words = write(folder / "a_word.jsonl", [{"context": s[:40], "continuation": s[40:50]} for s in stories])
     texts = write(folder / "stories.jsonl", [{"text": s} for s in stories])
     out = str(folder / "result.json")
-    score(ScoreConfig(str(tiny_model()), (task, words), (texts,), out, batch_tokens=2048, mesh="data=1"))
+    options = {"tasks": (task, words), "texts": (texts,), "out": out}
+    score(ScoreConfig(str(tiny_model()), **options, batch_tokens=2048, mesh="data=1"))
     return Path(out)
 
 

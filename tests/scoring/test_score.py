@@ -58,7 +58,8 @@ def test_score_writes_what_it_returns_and_again_the_same_bytes(tmp_path, tiny_mo
     options = config(tmp_path, tiny_model, files)
     result = score(options)
     folder = tmp_path / "results"
-    names = {"scores.json", "scores.requests.parquet", "scores.config.yaml", "scores.timings.json"}
+    names = {"scores.json", "scores.config.yaml", "scores.timings.json"}
+    names |= {"scores.requests.parquet", "scores.documents.parquet"}
     assert {path.name for path in folder.iterdir()} == names
     assert json.loads((folder / "scores.json").read_text()) == result
     assert result["model"] == options.model
@@ -120,7 +121,7 @@ def test_nan_names_the_request_and_writes_nothing(tmp_path, tiny_model, files):
     ("changes", "message"),
     [
         ({"tasks": (), "texts": ()}, "nothing to score"),
-        ({"tasks": ("hellaswag",)}, "lm-evaluation-harness"),
+        ({"tasks": ("hellaswag.jsonl",)}, r"task hellaswag\.jsonl: no such file"),
         ({"texts": ("nowhere.jsonl",)}, r"nowhere\.jsonl: no such file"),
         ({"out": ""}, "`out` is required"),
         ({"batch_tokens": 0}, "--batch-tokens is 0"),
@@ -179,7 +180,7 @@ config = settings.load(ScoreConfig, sys.argv[1])
 if len(sys.argv) > 2:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
-    jax.devices()  # the processes tell each other of their devices here, and wait for each other once
+    jax.local_devices()  # processes wait for each other where their devices start
     parts = Path(config.out).with_suffix(".parts")
     while sys.argv[3] == "0" and not list(parts.glob("*/*.parquet")):
         time.sleep(0.01)  # so that process 1 has scored something that process 0 gathers

@@ -113,7 +113,8 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = (write(folder / "stories.jsonl", [{"text": s} for s in stories[:12]]),)
     for seed, name in enumerate(("base", "student")):
         model = str(write_tiny_hf_model(folder / f"model-{name}", "llama", seed=seed))
-        score(ScoreConfig(model, tasks, texts, str(folder / f"{name}.json"), batch_tokens=2048, mesh="data=1"))
+        options = {"tasks": tasks, "texts": texts, "out": str(folder / f"{name}.json")}
+        score(ScoreConfig(model, **options, batch_tokens=2048, mesh="data=1"))
     return folder
 
 
