@@ -65,28 +65,29 @@ def linear(
 ) -> jax.Array:
     """kernel · x in fp32 (fp64 for fp64).
 
-    The kernel is the first operand: XLA's products on a CPU read their first operand where it lies and rearrange the
-    second one beforehand, which for the few tokens of a decode step took longer than multiplying.
+    XLA's products on a CPU read their first operand where it lies and rearrange the second one beforehand. With one
+    token a row, in decoding, rearranging the kernel would take longer than multiplying: there it comes first. With many
+    tokens it comes second, since gradients then find their operands as they lie.
 
     Args:
       kernel: [outputs…, inputs…] as stored; `axes` names its dimensions, of which the first `outputs` are the result's.
-      x: [batch…, inputs…].
+      x: [batch, …, inputs…].
 
     Returns:
-      [batch…, outputs…].
+      [batch, …, outputs…].
     """
     letters = "".join(_LETTERS[axis] for axis in axes if axis is not None)
     made, taken = letters[:outputs], letters[outputs:]
     leading = "btsuw"[: x.ndim - len(taken)]
     kept = tuple(None if axis == "embed" else axis for axis in axes[:outputs])
-    y = contract(
-        f"{letters},{leading}{taken}->{made}{leading}",
-        used(layout, kernel, axes, compute_dtype),
-        x,
-        compute_dtype,
-        layout.sharding((*kept, "batch", *[None] * (len(leading) - 1))),
-    )
-    return jnp.moveaxis(y, range(outputs), range(-outputs, 0))
+    rows = ("batch", *[None] * (len(leading) - 1))
+    kernel = used(layout, kernel, axes, compute_dtype)
+    if len(leading) == 2 and x.shape[1] == 1:
+        equation, out = f"{letters},{leading}{taken}->{made}{leading}", layout.sharding((*kept, *rows))
+        y = contract(equation, kernel, x, compute_dtype, out)
+        return jnp.moveaxis(y, range(outputs), range(-outputs, 0))
+    equation, out = f"{leading}{taken},{letters}->{leading}{made}", layout.sharding((*rows, *kept))
+    return contract(equation, x, kernel, compute_dtype, out)
 
 
 def used(layout: Layout, weight: jax.Array, axes: Axes, dtype: jax.typing.DTypeLike) -> jax.Array:
