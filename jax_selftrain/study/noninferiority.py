@@ -1,8 +1,8 @@
 """When a capability counts as preserved: a rule over one-sided limits, never over prose.
 
-*Preserved* is a statement of non-inferiority (PROTOCOL of the study; Piaggio et al., JAMA 308, 2012): the loss is
-smaller than a margin that was declared beforehand. That two intervals overlap, or that a difference is not
-significant, says nothing of the kind: few items make every difference insignificant.
+*Preserved* is a statement of non-inferiority (Piaggio et al., JAMA 308, 2012): the loss is smaller than a
+margin that was declared beforehand. That two intervals overlap, or that a difference is not significant, says nothing
+of the kind: few items make every difference insignificant.
 
 | one-sided 95 % limits of the change | verdict |
 |---|---|

@@ -228,7 +228,7 @@ def mcnemar(lost: int, gained: int) -> tuple[float, float]:
     below = float(special.bdtr(fewer - 1, discordant, 0.5)) if fewer else 0.0
     if lost == gained:
         return 1.0, 1.0 - (up_to - below) / 2
-    return 2 * up_to, up_to + below
+    return min(1.0, 2 * up_to), up_to + below  # where they differ by one, half the tail is .5 but for rounding
 
 
 def sign_flip(differences: ArrayLike) -> tuple[float, float]:

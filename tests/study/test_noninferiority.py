@@ -70,6 +70,15 @@ def test_mid_p_counts_the_outcome_itself_by_half() -> None:
     assert statistics.mcnemar(1, 7) == (pytest.approx(0.0703, abs=5e-5), pytest.approx(0.0391, abs=5e-5))
 
 
+def test_no_p_value_passes_one_by_rounding() -> None:
+    for fewer in range(400):
+        p, mid_p = statistics.mcnemar(fewer, fewer + 1)
+        assert 0 < mid_p < p <= 1
+        assert p == pytest.approx(1)
+        assert holm([p, p]) == pytest.approx([1, 1])
+        assert benjamini_hochberg([p, p]) == pytest.approx([1, 1])
+
+
 def test_flipping_signs_of_single_items_is_mcnemars_test() -> None:
     for lost, gained in [(0, 0), (1, 7), (5, 5), (30, 44)]:
         p, mid_p = statistics.sign_flip([-1] * lost + [1] * gained + [0] * 9)
