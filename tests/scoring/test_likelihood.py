@@ -241,7 +241,7 @@ def test_greedy_means_that_every_token_is_the_most_probable(load):
     assert scores.greedy.tolist() == tokens[3:]  # the last token itself does not change what is predicted there
 
 
-@pytest.mark.parametrize(("mesh", "preset"), [("data=1", "tensor"), ("model=4", "tensor"), ("model=4", "replicated")])
+@pytest.mark.parametrize(("mesh", "preset"), [("data=1", "tensor"), ("model=2", "tensor"), ("model=2", "replicated")])
 def test_equal_logits_are_won_by_the_lowest_id_and_great_ones_stay_finite(load, mesh, preset):
     layout = load("llama", mesh, preset).layout
     values = [[0.0, 5.0, 5.0, -jnp.inf, 1.0, 5.0, 5.0, 2.0], [3e4, -3e4, 0.0, 3e4, 3e4, 0.0, -3e4, 3e4]]
