@@ -324,7 +324,7 @@ def batch_program(
         for shape, kind in shapes
     ]
     chunks = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.sharding(()))
-    return partial(score_batch, config, layout, dtype), (params, *arrays, chunks), (1,)
+    return partial(score_batch, config, layout, dtype), (params, *arrays, chunks), ()
 
 
 def program(config: ScoreConfig, mesh: Mesh) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
