@@ -44,7 +44,7 @@ from jax_selftrain import hub
 from jax_selftrain.mesh import compiler_options
 from jax_selftrain.models import forward
 from jax_selftrain.scoring import load_tasks, loglikelihoods
-from jax_selftrain.scoring.encode import encode_pair, prefix_token
+from jax_selftrain.scoring.encode import encode_pairs, prefix_token
 from jax_selftrain.scoring.likelihood import distinct_requests
 from jax_selftrain.scoring.trees import batch_rows, plan
 
@@ -76,7 +76,7 @@ def model_folder(shape: str, tokenizer: Path) -> str:
 
 def ours(model: hub.LoadedModel, texts: Texts, batch_tokens: int | None) -> Answers:
     prefix = prefix_token(model)
-    requests = [encode_pair(model.tokenizer, prefix, *pair) for pair in texts]
+    requests = encode_pairs(model.tokenizer, prefix, texts)
     return [
         (answer.loglikelihood, answer.is_greedy)
         for answer in loglikelihoods(model, requests, batch_tokens=batch_tokens)
@@ -99,8 +99,8 @@ def harness(folder: str, batch_size: int) -> Any:
 def plain(model: hub.LoadedModel, texts: Texts, batch_tokens: int | None) -> tuple[Callable[[], None], str]:
     """A forward pass over the rows of the plan, and what the plan is like in words."""
     prefix = prefix_token(model)
-    asked, _ = distinct_requests(model.config, [encode_pair(model.tokenizer, prefix, *pair) for pair in texts])
-    units = plan(model.layout, asked, model.config.max_positions, batch_tokens)
+    asked, _ = distinct_requests(model.config, encode_pairs(model.tokenizer, prefix, texts))
+    units = plan(model.layout, asked, model.config.max_positions, model.config.hidden_size, batch_tokens)
     batches = [batch for unit in units for batch in unit.batches]
     shapes = [(batch_rows(model.layout, batch.length, batch_tokens), batch.length) for batch in batches]
     run = jax.jit(

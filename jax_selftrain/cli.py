@@ -59,6 +59,7 @@ COMMANDS: dict[str, Command] = {
     "extract": Command(config.ExtractConfig, "jax_selftrain.scoring:extract", ("model", "sequences", "out")),
     "leakage": Command(config.LeakageConfig, "jax_selftrain.scoring:leakage", ("corpus", "texts", "out")),
     "run": Command(config.RunConfig, "jax_selftrain.study:run", ("model", "out")),
+    "study": Command(config.StudyConfig, "jax_selftrain.study:study", ("out",)),
     "report": Command(config.ReportConfig, "jax_selftrain.study:report", ("folder",), (("DIR", "folder"),)),
 }
 
@@ -171,7 +172,9 @@ def summary(name: str, options: Any, result: Any) -> str:
     if name == "leakage":
         shown = ("samples", "leaking", "leaking_stderr", "longest", "covered")
         return "\n".join([_measure("all", {key: result[key] for key in shown}), f"written: {options.out}"])
-    if name in ("demo", "run", "report"):
+    if name == "study" and options.dry_run:
+        return f"nothing was done; without --dry-run true, the study goes to {options.out}"
+    if name in ("demo", "run", "study", "report"):
         return f"report: {Path(options.folder if name == 'report' else options.out) / 'report.html'}"
     return f"written: {result}"
 

@@ -180,6 +180,8 @@ class TrainConfig:
     """Micro-batches per step."""
     z_loss: float = 0.0
     """Weight of the squared log-partition Σ (log Z)² beside the loss, against drifting logits (0: off)."""
+    sign_flip: bool = False
+    """Multiply the loss of each document by +1 or −1 at random: training without any direction, as a control."""
     kl_weight: float = 0.0
     """Weight of KL(base ‖ student) at every target, the self-distillation penalty (0: off; the base is kept in memory
     otherwise)."""
@@ -392,6 +394,103 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class ModelConfig:
+    """A model of a study, and what it has in common with others."""
+
+    name: str
+    """What it is called in the study."""
+    model: str
+    """The model itself, as everywhere."""
+    lineage: str = ""
+    """Models of one lineage are at home with each other's text; unset: its own name."""
+    data: str = ""
+    """What it was pre-trained on, for the design table; as are the following."""
+    data_order: str = ""
+    """Order of that data."""
+    initialisation: str = ""
+    """Seed of its first weights."""
+    tokenizer: str = ""
+    """Its tokenizer."""
+    architecture: str = ""
+    """Its architecture."""
+    size: str = ""
+    """Its size."""
+
+
+@dataclass(frozen=True)
+class ArmConfig:
+    """A treatment of each student beside the matrix of sources; what it does not name is as in every cell."""
+
+    name: str
+    """What it is called in the report."""
+    kind: Literal["self", "text", "shuffled", "noise", "extrapolated", "generations"] = "self"
+    """`self`: the student's own text. `text`: real text. `shuffled`: own text, tokens in random order. `noise`: no
+    training, but weight noise as large as its change. `extrapolated`: base + weight · (self-trained − base).
+    `generations`: self-training over and over."""
+    students: tuple[str, ...] = ()
+    """Students that get it; unset: all."""
+    text: str = ""
+    """For `text`: what `jax-selftrain import` reads."""
+    weight: float | None = None
+    """For `extrapolated`: below 0 away from the self-trained model, above 1 beyond it."""
+    generations: int = 2
+    """For `generations`: how many."""
+    mode: Literal["replaced", "accumulated", "fresh"] = "replaced"
+    """For `generations`: the base is trained on the latest corpus alone, on all corpora so far, or the latest model
+    goes on with a new one."""
+    native: bool = False
+    """Keep the sampled tokens, instead of carrying them through text."""
+    temperature: float | None = None
+    """Instead of the study's; as are the following."""
+    top_k: int | None = None
+    """Keep only the k most probable tokens."""
+    top_p: float | None = None
+    """Keep the smallest set of tokens whose probability reaches p."""
+    min_p: float | None = None
+    """Drop tokens less probable than this share of the most probable one."""
+    learning_rate: float | None = None
+    """Peak learning rate."""
+    packing: Packing | None = None
+    """How documents share rows."""
+    sign_flip: bool = False
+    """Multiply the loss of each document by +1 or −1 at random."""
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Who learns from whom: a matrix of sources and students with control arms, restartable, with a report."""
+
+    out: str = ""
+    """The folder of the study; running the same command again completes it, and several processes may share it."""
+    title: str = ""
+    """Headline of the report."""
+    models: tuple[ModelConfig, ...] = ()
+    """The models."""
+    students: tuple[str, ...] = ()
+    """Models that are trained; unset: all."""
+    sources: tuple[str, ...] = ()
+    """Models whose text they are trained on; unset: the students."""
+    arms: tuple[ArmConfig, ...] = ()
+    """Treatments beside the matrix."""
+    seeds: tuple[int, ...] = (0,)
+    """Each draws corpora and an order of its own. 0 to 9 are for pilots, those that are reported begin at 100."""
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    """How corpora are drawn (`model`, `out` and `seed` are the study's)."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The one recipe of all cells (`model`, `corpus`, `out` and `seed` are the study's; `steps` is required)."""
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    """Capability of every model (`model` and `out` are the study's)."""
+    extract: ExtractConfig = field(default_factory=ExtractConfig)
+    """Memorisation of every model (`model`, `corpus` and `out` are the study's); skipped without `sequences`."""
+    mesh: str = ""
+    """Device mesh of every stage that names none itself."""
+    dtype: DType | None = None
+    """Type for every stage; unset: each stage's own."""
+    dry_run: bool = False
+    """Print what would be done, and do nothing."""
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     """Make `report.html` from what is in a run folder."""
 
@@ -407,3 +506,7 @@ class DemoConfig:
     """Folder for everything the demo makes."""
     seed: int = 0
     """Seed of the demo's text, models and samples."""
+    study: bool = False
+    """Do the crossover study of six models instead of one round (about an hour on two cores)."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of that study."""

@@ -1,5 +1,6 @@
 """Corpora: Parquet shards and their manifest, statistics, text in and out, training rows, exact overlap."""
 
+from jax_selftrain.corpus.derive import retokenise, shuffle
 from jax_selftrain.corpus.documents import Documents, EncodedTexts, TokenArrays, map_to_disk
 from jax_selftrain.corpus.exports import export
 from jax_selftrain.corpus.imports import import_text
@@ -45,8 +46,10 @@ __all__ = [
     "pack",
     "read_mix",
     "read_records",
+    "retokenise",
     "shard_count",
     "shard_ids",
     "shard_name",
+    "shuffle",
     "write_shard",
 ]

@@ -11,12 +11,14 @@ from jax_selftrain.hub.folder import (
 )
 from jax_selftrain.hub.load import LoadedModel, ModelSource, convert, load_model, with_params
 from jax_selftrain.hub.merge import merge
+from jax_selftrain.hub.noise import add_noise
 from jax_selftrain.hub.tokens import SpecialTokens
 
 __all__ = [
     "LoadedModel",
     "ModelSource",
     "SpecialTokens",
+    "add_noise",
     "convert",
     "load_model",
     "load_tokenizer",

@@ -51,9 +51,8 @@ def merge(config: MergeConfig) -> Path:
     weight = config.weight if config.weight is not None else math.nan
     if not abs(weight) <= float(np.finfo(np.float32).max):
         raise InputError(f"--weight {weight}: must be a finite number within the range of float32")
-    (base, raw), (student, _) = read_config(config.base), read_config(config.student)
-    _check_architectures(config, base, student)
-    _check_tokenizers(config)
+    base, raw = read_config(config.base)
+    check_alike(config.base, config.student)
     metadata = {
         "made_by": "merge",
         "weight": weight,
@@ -69,13 +68,13 @@ def merge(config: MergeConfig) -> Path:
     mesh = make_mesh("", [host_device()]) if alone else make_mesh(config.mesh)
     layout = make_layout(config.preset, mesh, axis_sizes(base))
     with jax.set_mesh(mesh):
-        sides = [_stored_params(ref, layout) for ref in (config.base, config.student)]
+        sides = [stored_params(ref, layout) for ref in (config.base, config.student)]
         params = _on_the_line(sides[0], sides[1], weight)
         save_model(out, raw, params, source_ref=config.base, metadata=metadata)
     return out
 
 
-def _stored_params(ref: str, layout: Layout) -> dict[str, jax.Array]:
+def stored_params(ref: str, layout: Layout) -> dict[str, jax.Array]:
     """Parameters by path, each in the type that it is stored in."""
     path = resolve(ref)
     config, raw = read_config(path)
@@ -100,33 +99,31 @@ def _merged(base: jax.Array, student: jax.Array, weight: jax.Array) -> jax.Array
     return jnp.where(weight == 0, base, jnp.where(weight == 1, student, between))
 
 
-def _check_architectures(config: MergeConfig, base: DecoderConfig, student: DecoderConfig) -> None:
-    expected, found = _fields(base), _fields(student)
+def check_alike(base: str, student: str) -> None:
+    """Raise InputError, saying in what, where two models differ in architecture or tokenizer."""
+    expected, found = (_fields(read_config(ref)[0]) for ref in (base, student))
     for name, value in expected.items():
         if found[name] != value:
             raise InputError(
-                f"{config.student}: has {name} {found[name]}, but {config.base} has {value}; only models of one "
-                "architecture can be merged"
+                f"{student}: has {name} {found[name]}, but {base} has {value}; only models of one architecture can be "
+                "merged"
             )
+    marks = []
+    for ref in (base, student):
+        path = resolve(ref)
+        marks.append(tokens.fingerprint_of(path) if tokens.has_tokenizer(path) else None)
+    if marks[0] != marks[1]:
+        shown = [f"{mark[:8]}…" if mark else "none" for mark in marks]
+        raise InputError(
+            f"{student}: has another tokenizer ({shown[1]}) than {base} ({shown[0]}); only models with the same tokens "
+            "can be merged"
+        )
 
 
 def _fields(config: DecoderConfig) -> dict[str, Any]:
     """{"hidden_size": 64, "rope/theta": 10000.0, …}"""
     fields = flatten(dataclasses.asdict(config))
     return {name: value for name, value in fields.items() if name not in _ONLY_FOR_TRAINING}
-
-
-def _check_tokenizers(config: MergeConfig) -> None:
-    marks = []
-    for ref in (config.base, config.student):
-        path = resolve(ref)
-        marks.append(tokens.fingerprint_of(path) if tokens.has_tokenizer(path) else None)
-    if marks[0] != marks[1]:
-        shown = [f"{mark[:8]}…" if mark else "none" for mark in marks]
-        raise InputError(
-            f"{config.student}: has another tokenizer ({shown[1]}) than {config.base} ({shown[0]}); only models with "
-            "the same tokens can be merged"
-        )
 
 
 def _is_done(out: Path, wanted: Mapping[str, Any]) -> bool:

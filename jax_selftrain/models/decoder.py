@@ -24,6 +24,7 @@ from jax_selftrain.models.layers import (
     normalise,
     rotary_tables,
     scan_inputs,
+    taken,
 )
 from jax_selftrain.models.parameters import Params
 
@@ -51,9 +52,10 @@ def forward(
     positions: Int[Array, "B T"] | None = None,
     segments: Int[Array, "B T"] | None = None,
     branches: Int[Array, "B T"] | None = None,
+    at: Int[Array, "B Q"] | None = None,
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
     remat: Remat = "none",
-) -> Float[Array, "B T D"]:
+) -> Float[Array, "B T D"] | Float[Array, "B Q D"]:
     """Causal forward pass up to and including the final norm.
 
     Args:
@@ -65,12 +67,13 @@ def forward(
       branches: for a row that forks into several continuations of one beginning: 0 for a token of the beginning, which
         all that come after it see, else the number of its continuation, which no other one sees. Needs `positions`,
         which go on from the beginning in each; windows are then measured in them.
+      at: places in each row: the last layer asks its queries, and computes everything behind them, at these alone.
       compute_dtype: type of the matmul operands.
       remat: what the backward pass computes again: nothing, all but the products with weights (`dots`), or each layer
         from its input (`full`).
 
     Returns:
-      Hidden states in fp32 (fp64 for fp64 compute).
+      Hidden states in fp32 (fp64 for fp64 compute), of all positions or of those at `at`.
     """
     dtype = accumulation_dtype(compute_dtype)
     length = tokens.shape[1]
@@ -85,21 +88,36 @@ def forward(
         visible = visible & ((branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :]))
         distance = positions[:, :, None] - positions[:, None, :]
     rotary = rotary_tables(config, positions, dtype)
-    fused = branches is None and fuses(config, layout, length, compute_dtype)
+    fused = branches is None and at is None and fuses(config, layout, length, compute_dtype)
 
-    def layer(x: jax.Array, inputs: dict) -> tuple[jax.Array, None]:
+    def layer(x: jax.Array, inputs: dict, queries: jax.Array | None = None) -> tuple[jax.Array, None]:
         seen = visible & (distance < inputs["window"]) if "window" in inputs else visible
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
             if fused:
                 return fused_attention(layout, q, k, v, segments, compute_dtype), None
-            return attention_over(q, k, v, seen, compute_dtype), None
+            visible_to_them = seen if queries is None else taken(layout, seen, queries)
+            return attention_over(q, k, v, visible_to_them, compute_dtype), None
 
-        return block(config, layout, inputs["weights"], x, rotary, attend, compute_dtype)
+        return block(config, layout, inputs["weights"], x, rotary, attend, compute_dtype, at=queries)
 
     x = embed(layout, params, tokens, dtype)
-    x, _ = jax.lax.scan(_REMATERIALISED[remat](layer), x, scan_inputs(config, params))
+    inputs = scan_inputs(config, params)
+    if at is None:
+        x, _ = jax.lax.scan(_REMATERIALISED[remat](layer), x, inputs)
+    else:
+        # Slices of the stacked weights, as inputs of a scan, would be copies.
+        def layer_at(x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
+            return layer(x, _layer_of(inputs, index))
+
+        x, _ = jax.lax.scan(layer_at, x, jnp.arange(config.num_layers - 1))
+        x, _ = layer(x, _layer_of(inputs, config.num_layers - 1), at)
     return normalise(config, layout, x, params["final_norm"])
+
+
+def _layer_of(inputs: dict, index: jax.Array | int) -> dict:
+    """What the scan over layers gives to layer `index`."""
+    return jax.tree.map(lambda stacked: jax.lax.dynamic_index_in_dim(stacked, index, keepdims=False), inputs)
 
 
 def project(

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jax_selftrain.mesh import Axes, Layout
 from jax_selftrain.models.config import DecoderConfig, RopeConfig
@@ -192,12 +193,19 @@ def block(
     rotary: Rotary,
     attend: Attend[State],
     compute_dtype: jax.typing.DTypeLike,
-) -> tuple[Float[Array, "B T D"], State]:
-    """One layer. How queries meet keys (a causal mask, a cache) is the caller's `attend`."""
-    q, k, v = _queries_keys_values(
-        config, layout, weights["attn"], normalise(config, layout, x, weights["attn_norm"]), compute_dtype
-    )
-    context, state = attend(rotate(q, rotary), rotate(k, rotary), v)
+    at: Int[Array, "B Q"] | None = None,
+) -> tuple[Float[Array, "B T D"] | Float[Array, "B Q D"], State]:
+    """One layer. How queries meet keys (a causal mask, a cache) is the caller's `attend`.
+
+    With `at`, only the queries at these places of each row are asked, and the result is that of these places.
+    """
+    normed = normalise(config, layout, x, weights["attn_norm"])
+    k, v = _keys_values(config, layout, weights["attn"], normed, compute_dtype)
+    k = rotate(k, rotary)
+    if at is not None:
+        x, normed, rotary = (jax.tree.map(lambda part: taken(layout, part, at), part) for part in (x, normed, rotary))
+    q = rotate(_queries(config, layout, weights["attn"], normed, compute_dtype), rotary)
+    context, state = attend(q, k, v)
     axes = ("embed", "kv_heads", "q_per_kv", "head_dim")
     attention = _dense(layout, weights["attn"]["o"], axes, 1, context, compute_dtype)
     if config.parallel_residual:
@@ -206,17 +214,35 @@ def block(
     return x + _mlp(config, layout, weights, x, compute_dtype), state
 
 
-def _queries_keys_values(
+def taken(layout: Layout, x: Shaped[Array, "#B T ..."], at: Int[Array, "B Q"]) -> Shaped[Array, "B Q ..."]:
+    """x[b, at[b, q]]: the rows of each batch element that are named; every device takes from its own."""
+    data = layout.spec(("batch",))
+    x = jnp.broadcast_to(
+        x, (at.shape[0], *x.shape[1:]), out_sharding=layout.sharding(("batch", *[None] * (x.ndim - 1)))
+    )
+
+    @partial(jax.shard_map, in_specs=(data, data), out_specs=data)
+    def take(x: jax.Array, at: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, jnp.expand_dims(at, range(2, x.ndim)), axis=1)
+
+    return take(x, at)
+
+
+def _queries(
     config: DecoderConfig, layout: Layout, weights: Params, x: jax.Array, compute_dtype: jax.typing.DTypeLike
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    queries, keys = ("kv_heads", "q_per_kv", "head_dim", "embed"), ("kv_heads", "head_dim", "embed")
-    q = _dense(layout, weights["q"], queries, 3, x, compute_dtype)
-    k = _dense(layout, weights["k"], keys, 2, x, compute_dtype)
-    v = _dense(layout, weights["v"], keys, 2, x, compute_dtype)
+) -> jax.Array:
+    q = _dense(layout, weights["q"], ("kv_heads", "q_per_kv", "head_dim", "embed"), 3, x, compute_dtype)
+    return rms(q, weights["q_norm"]["scale"].astype(q.dtype), config.norm_eps) if config.qk_norm else q
+
+
+def _keys_values(
+    config: DecoderConfig, layout: Layout, weights: Params, x: jax.Array, compute_dtype: jax.typing.DTypeLike
+) -> tuple[jax.Array, jax.Array]:
+    axes = ("kv_heads", "head_dim", "embed")
+    k = _dense(layout, weights["k"], axes, 2, x, compute_dtype)
     if config.qk_norm:
-        q = rms(q, weights["q_norm"]["scale"].astype(q.dtype), config.norm_eps)
         k = rms(k, weights["k_norm"]["scale"].astype(k.dtype), config.norm_eps)
-    return q, k, v
+    return k, _dense(layout, weights["v"], axes, 2, x, compute_dtype)
 
 
 def _mlp(

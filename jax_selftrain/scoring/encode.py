@@ -60,28 +60,56 @@ def encode(tokenizer: Any, prefix: int, text: str) -> list[int]:
 
 
 def encode_pair(tokenizer: Any, prefix: int, context: str, continuation: str) -> Request:
-    """Token ids of a context and its continuation; see the module's rules.
+    """Token ids of a context and its continuation; see `encode_pairs`."""
+    (request,) = encode_pairs(tokenizer, prefix, [(context, continuation)])
+    return request
+
+
+def encode_pairs(tokenizer: Any, prefix: int, pairs: Sequence[tuple[str, str]]) -> list[Request]:
+    """Token ids of contexts and their continuations; see the module's rules.
+
+    Every different text is encoded once, and all together: one by one took a twentieth of the time of scoring.
 
     Args:
       tokenizer: a transformers tokenizer.
       prefix: from `prefix_token`.
-      context: may be empty.
-      continuation: appended as it stands, so that a separating space belongs to it.
+      pairs: context (may be empty) and continuation, appended as it stands, so that a separating space belongs to it.
 
     Returns:
-      A request. Its continuation is empty where the text has no token of its own beyond the context's.
+      A request for each pair. Its continuation is empty where the text has no token of its own beyond the context's.
     """
-    if not context:
-        tokens = list(tokenizer.encode(continuation, add_special_tokens=False))
-        if tokens[:1] == [prefix]:
-            return Request(tokens[:1], tokens[1:])
-        return Request([prefix], tokens)
-    stripped = context.rstrip()
-    whole = encode(tokenizer, prefix, context + continuation)
-    before = encode(tokenizer, prefix, stripped)
-    if not before:
-        return Request([prefix], whole)
-    return Request(before, whole[len(before) :])
+    written_out = tokenizer.decode(prefix)
+    plain: dict[str, list[int]] = {}
+    special: dict[str, list[int]] = {}
+
+    def with_special(text: str) -> dict[str, list[int]]:
+        return plain if text.startswith(written_out) else special
+
+    for context, continuation in pairs:
+        if context:
+            for text in (context + continuation, context.rstrip()):
+                with_special(text)[text] = []
+        else:
+            plain[continuation] = []
+    for texts, add in ((plain, False), (special, True)):
+        if texts:
+            found = tokenizer(
+                list(texts),
+                add_special_tokens=add,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )
+            texts.update(zip(texts, found["input_ids"], strict=True))
+
+    def request(context: str, continuation: str) -> Request:
+        if not context:
+            tokens = plain[continuation]
+            return Request(tokens[:1], tokens[1:]) if tokens[:1] == [prefix] else Request([prefix], tokens)
+        whole, before = (with_special(text)[text] for text in (context + continuation, context.rstrip()))
+        return Request(before, whole[len(before) :]) if before else Request([prefix], whole)
+
+    return [request(*pair) for pair in pairs]
 
 
 def rolling_windows(tokens: Sequence[int], start: int, max_positions: int) -> Iterator[Request]:

@@ -27,7 +27,7 @@ from jax_selftrain.config import SampleConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.sampling.continuation import PROMPT_TOKENS, Draws, continue_until
 from jax_selftrain.sampling.policy import make_policy
-from jax_selftrain.scoring.encode import encode, encode_pair, prefix_token, rolling_windows
+from jax_selftrain.scoring.encode import encode, encode_pairs, prefix_token, rolling_windows
 from jax_selftrain.scoring.likelihood import Likelihood, Request, loglikelihoods
 
 try:
@@ -174,16 +174,13 @@ class HarnessLM(TemplateLM):
         Raises:
           InputError: a continuation has no token of its own, is longer than the model, or gets NaN.
         """
-        asked = []
-        for instance in requests:
-            context, continuation = instance.args
-            request = encode_pair(self.tokenizer, self.prefix_token_id, context, continuation)
+        asked = encode_pairs(self.tokenizer, self.prefix_token_id, [instance.args for instance in requests])
+        for instance, request in zip(requests, asked, strict=True):
             if not 1 <= len(request.continuation) <= self.max_length:
                 raise InputError(
-                    f"{_place(instance)}: {continuation[:60]!r} has {len(request.continuation)} tokens of its own "
+                    f"{_place(instance)}: {instance.args[1][:60]!r} has {len(request.continuation)} tokens of its own "
                     f"behind its context; the model can be asked for 1 to {self.max_length}"
                 )
-            asked.append(request)
         answers = self._answers(asked, [_place(instance) for instance in requests])
         for instance, answer in zip(requests, answers, strict=True):
             self._note(Answered(instance, [answer]))

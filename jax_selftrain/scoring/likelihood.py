@@ -2,17 +2,16 @@
 
 Four things make it cheap. (1) What requests have in common is computed once: choices share the context of their
 question, and identical requests are one (see `scoring.trees`). (2) Only the positions that predict something asked for
-are projected to the vocabulary: each device gathers their hidden states in a pool, whatever batch they come from, and
-a full pool goes through the output matrix in chunks, so that no `[B, T, V]` ever exists. (3) Rows are padded to one of
-a few lengths, each with a fixed number of rows: one program for each length that occurs, and one for the pool, serve
-any task. (4) The device has the next unit to work on before the results of the last are awaited.
+go through the last layer's queries and MLP, and only they are projected to the vocabulary: each device gathers their
+hidden states in a pool, whatever batch they come from, and a full pool goes through the output matrix in chunks, so
+that no `[B, T, V]` ever exists. (3) Rows are padded to one of a few lengths, each with a fixed number of rows, and
+short requests stand side by side in one row: a few programs serve any task. (4) The device has the next unit to work
+on before the results of the last are awaited.
 
-Padding stands to the right of the text, where under the causal mask no real position can see it. Since a length has
-*one* batch shape and the pool one chunk, the number that a request gets does not depend, to the bit, on which other
-requests are scored with it, nor on their order – except on those that it shares a row with: which are computed together
-changes where a token stands, and so in which order sums over positions are rounded. Another batch size or mesh changes
-the rounding, too. All these are the same numbers up to fp32 rounding, and the same requests, batch size and mesh give
-the same bits.
+Padding stands to the right of the text, where under the causal mask no real position can see it. The same requests,
+batch size and mesh give the same bits, in whatever order they are asked. Which other requests are scored with one
+decides where it stands in a row, and so in which order sums over positions are rounded; so do batch size and mesh.
+All these are the same numbers up to fp32 rounding.
 
 Inputs longer than the model lose tokens on the left, as in lm-evaluation-harness 0.4.13
 (`HFLM._loglikelihood_tokens`): input = (context + continuation)[-(max_positions + 1):][:-1].
@@ -145,7 +144,7 @@ def distinct_requests(config: DecoderConfig, requests: Requests) -> tuple[list[A
 
 
 def _scores(model: hub.LoadedModel, distinct: Sequence[Asked], batch_tokens: int | None) -> list[TokenScores]:
-    units = plan(model.layout, distinct, model.config.max_positions, batch_tokens)
+    units = plan(model.layout, distinct, model.config.max_positions, model.config.hidden_size, batch_tokens)
     results: dict[int, TokenScores] = {}
     for _, scores in run_units(model, with_progress(units), batch_tokens):
         results |= scores
@@ -188,7 +187,9 @@ def fill_pool(
     pool: Float[Array, "S N D"],
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
     branches: Int[Array, "B T"],
+    at: Int[Array, "B Q"],
     slots: Int[Array, "S N"],
 ) -> Float[Array, "S N D"]:
     """Compute one padded batch; S devices along `data` hold B/S rows each.
@@ -198,14 +199,23 @@ def fill_pool(
       params: the model.
       pool: hidden states so far, N places on each device.
       tokens: rows, padded on the right.
-      positions, branches: see `models.forward`.
-      slots: for each place of the pool, which of the B/S·T positions of the same device goes there; −1: none.
+      positions, segments, branches: see `models.forward`.
+      at: the positions of each row that the last layer computes.
+      slots: for each place of the pool, which of those B/S·Q positions of the same device goes there; −1: none.
 
     Returns:
       The pool with the hidden states of this batch.
     """
     hidden = forward(
-        config, layout, params, tokens, positions=positions, branches=branches, compute_dtype=compute_dtype
+        config,
+        layout,
+        params,
+        tokens,
+        positions=positions,
+        segments=segments,
+        branches=branches,
+        at=at,
+        compute_dtype=compute_dtype,
     )
     hidden = jnp.reshape(hidden, (layout.data, -1, hidden.shape[-1]), out_sharding=pool_sharding(layout))
     data = PartitionSpec("data")
@@ -293,20 +303,23 @@ def score_batch(
     pool: Float[Array, "S N D"],
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
     branches: Int[Array, "B T"],
+    at: Int[Array, "B Q"],
     slots: Int[Array, "S N"],
     targets: Int[Array, "S N M"],
     chunks: Int[Array, ""],
 ) -> tuple[Float[Array, "S N M"], Int[Array, "S N"]]:
     """`fill_pool`, then `score_pool`: a unit of one batch in one program."""
-    pool = fill_pool(config, layout, compute_dtype, params, pool, tokens, positions, branches, slots)
+    pool = fill_pool(config, layout, compute_dtype, params, pool, tokens, positions, segments, branches, at, slots)
     return score_pool(config, layout, compute_dtype, params, pool, targets, chunks)
 
 
 def batch_program(
     config: DecoderConfig, layout: Layout, dtype: DTypeLike, batch_tokens: int | None, length: int
 ) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
-    """The computation for rows of one length: function, abstract arguments with shardings, donated arguments."""
+    """The computation for rows of one length that are asked about at every position: function, abstract arguments with
+    shardings, donated arguments."""
     rows, places = batch_rows(layout, length, batch_tokens), pool_places(layout, config.max_positions, batch_tokens)
     params = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -315,7 +328,7 @@ def batch_program(
     )
     shapes: list[tuple[tuple[int, ...], Any]] = [
         ((layout.data, places, config.hidden_size), jnp.float32),
-        *[((rows, length), jnp.int32)] * 3,
+        *[((rows, length), jnp.int32)] * 5,
         ((layout.data, places), jnp.int32),
         ((layout.data, places, TARGETS), jnp.int32),
     ]
@@ -368,23 +381,29 @@ def _dispatch(model: hub.LoadedModel, pool: jax.Array, unit: Unit, batch_tokens:
 def _arrays(
     layout: Layout, batch: Batch, rows: int, targets: np.ndarray, filled: list[int]
 ) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """Tokens, positions, branches and slots of a batch, and where in the pool each row's places begin.
+    """The arguments of `fill_pool` for a batch, and where in the pool each row's places begin.
 
     What is asked for goes into `targets`, and `filled` is moved on.
     """
-    tokens, positions, branches = (np.zeros((rows, batch.length), np.int32) for _ in range(3))
+    tokens, positions, segments, branches = (np.zeros((rows, batch.length), np.int32) for _ in range(4))
+    at = np.zeros((rows, batch.asked), np.int32)
     slots = np.full(targets.shape[:2], -1, np.int32)
     places = np.zeros((len(batch.rows), 2), np.int64)
     for number, row in enumerate(batch.rows):
         device, own = divmod(number, rows // layout.data)
-        n, begin = len(row.tokens), filled[device]
-        end = begin + len(row.slots)
-        tokens[number, :n], positions[number, :n], branches[number, :n] = row.tokens, row.positions, row.branches
-        slots[device, begin:end] = own * batch.length + row.slots
-        targets[device, begin:end] = row.targets
+        n, begin, count = len(row.tokens), filled[device], len(row.slots)
+        for array, values in zip(
+            (tokens, positions, segments, branches),
+            (row.tokens, row.positions, row.segments, row.branches),
+            strict=True,
+        ):
+            array[number, :n] = values
+        at[number, :count] = row.slots
+        slots[device, begin : begin + count] = own * batch.asked + np.arange(count)
+        targets[device, begin : begin + count] = row.targets
         places[number] = device, begin
-        filled[device] = end
-    return (tokens, positions, branches, slots), places
+        filled[device] = begin + count
+    return (tokens, positions, segments, branches, at, slots), places
 
 
 def _answers(unit: Unit, pool: _Pool) -> dict[int, TokenScores]:

@@ -104,7 +104,7 @@ def loglikelihoods_in_parts(
       InputError: a request cannot be answered, or a file in the folder is damaged.
     """
     distinct, which = distinct_requests(model.config, requests)
-    units = plan(model.layout, distinct, model.config.max_positions, batch_tokens)
+    units = plan(model.layout, distinct, model.config.max_positions, model.config.hidden_size, batch_tokens)
     folder = parts.folder / _name(model, distinct, parts.identity, batch_tokens)
     parts.mark(jax.process_index()).unlink(missing_ok=True)  # of an attempt that was interrupted at its very end
     if units:

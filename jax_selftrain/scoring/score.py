@@ -26,7 +26,7 @@ from jax_selftrain.config import ScoreConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.mesh import make_mesh, parse_mesh
 from jax_selftrain.scoring.documents import table_fingerprint, tabulate, write_documents
-from jax_selftrain.scoring.encode import Reader, encode_pair, prefix_token, rolling_windows
+from jax_selftrain.scoring.encode import Reader, encode_pairs, prefix_token, rolling_windows
 from jax_selftrain.scoring.files import result_files, write_results
 from jax_selftrain.scoring.likelihood import Likelihood, Request, loglikelihoods
 from jax_selftrain.scoring.parts import Parts, loglikelihoods_in_parts
@@ -264,10 +264,11 @@ def check_batch(batch_tokens: int | None, **limits: int | None) -> None:
 
 
 def _ask_task(model: Reader, task: Task) -> Iterator[Asked]:
-    prefix = prefix_token(model)
+    pairs = [(question.context, continuation) for question in task.questions for continuation in question.continuations]
+    requests = iter(encode_pairs(model.tokenizer, prefix_token(model), pairs))
     for doc, question in enumerate(task.questions):
         for choice, continuation in enumerate(question.continuations):
-            request = encode_pair(model.tokenizer, prefix, question.context, continuation)
+            request = next(requests)
             where = f"{task.path}: choice {choice} of question {doc}"
             if not request.continuation:
                 raise InputError(f"{where} ({continuation!r}) has no token of its own after its context; lengthen it")

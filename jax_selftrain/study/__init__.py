@@ -1,9 +1,10 @@
-"""The study: one self-training round with its report, the statistics behind it, and a little world to try it on."""
+"""The study: self-training rounds, the matrix of sources and students, their statistics and reports, a little world."""
 
 from jax_selftrain.study.comparison import compare
 from jax_selftrain.study.comparison_table import comparison_table
 from jax_selftrain.study.demo import demo
 from jax_selftrain.study.evaluate import evaluation_hooks, train
+from jax_selftrain.study.matrix import study
 from jax_selftrain.study.report import report
 from jax_selftrain.study.results import collect
 from jax_selftrain.study.round import run
@@ -20,5 +21,6 @@ __all__ = [
     "make_world",
     "report",
     "run",
+    "study",
     "train",
 ]

@@ -27,12 +27,13 @@ from jax_selftrain.config import (
 )
 from jax_selftrain.corpus import import_text
 from jax_selftrain.errors import InputError
+from jax_selftrain.study.blank import START, train_tokenizer, write_blank_model, write_jsonl
+from jax_selftrain.study.matrix import study
+from jax_selftrain.study.microworld import MicroScale, micro_study
 from jax_selftrain.study.round import run
-from jax_selftrain.study.world import Probe, World, WorldConfig, make_world
+from jax_selftrain.study.world import Probe, WorldConfig, make_world
 from jax_selftrain.training import train
 
-START = "<|endoftext|>"
-"""Begins and ends every document, as in Pythia's tokenizer."""
 TITLE = "A model of a little world, trained on its own text"
 
 
@@ -61,8 +62,11 @@ class DemoScale:
     """Device mesh; unset: all devices on `data`."""
 
 
-def demo(config: DemoConfig, scale: DemoScale | None = None) -> Path:
+def demo(config: DemoConfig, scale: DemoScale | None = None, micro: MicroScale | None = None) -> Path:
     """Make the world, train the base on it, and do one self-training round in `config.out`; again: complete it.
+
+    With `config.study`, the crossover study of six models instead (`study.microworld`). `scale` and `micro` are for
+    tests.
 
     Returns:
         The path of the report.
@@ -70,6 +74,10 @@ def demo(config: DemoConfig, scale: DemoScale | None = None) -> Path:
     Raises:
         InputError: the folder holds something else, or cannot be written.
     """
+    if config.study:
+        _say("writing two little worlds, and teaching them to six small models")
+        study(micro_study(Path(config.out), micro or MicroScale(), config.seeds))
+        return Path(config.out) / "report.html"
     scale = scale or DemoScale()
     scale = replace(scale, world=replace(scale.world, seed=config.seed))
     out = Path(config.out)
@@ -147,67 +155,21 @@ def write_world(folder: Path, scale: DemoScale) -> None:
         return
     world = make_world(scale.world)
     with storage.commit_folder(folder) as aside:
-        _write_jsonl(aside / "documents.jsonl", ({"text": text} for text in world.documents))
-        _write_jsonl(aside / "heldout.jsonl", ({"text": text} for text in world.heldout))
+        write_jsonl(aside / "documents.jsonl", ({"text": text} for text in world.documents))
+        write_jsonl(aside / "heldout.jsonl", ({"text": text} for text in world.heldout))
         for name, questions in world.tasks.items():
-            _write_jsonl(aside / "tasks" / f"{name}.jsonl", (asdict(question) for question in questions))
-        tokenizer = _train_tokenizer(world, scale.vocabulary)
-        _write_blank_model(aside / "blank", tokenizer, scale)
-        _write_jsonl(aside / "probes.jsonl", _sequences(world.probes, tokenizer, scale.prefix + scale.suffix))
+            write_jsonl(aside / "tasks" / f"{name}.jsonl", (asdict(question) for question in questions))
+        tokenizer = train_tokenizer([world], scale.vocabulary)
+        write_blank_model(
+            aside / "blank",
+            tokenizer,
+            width=scale.width,
+            layers=scale.layers,
+            heads=scale.heads,
+            positions=2 * scale.row,
+        )
+        write_jsonl(aside / "probes.jsonl", _sequences(world.probes, tokenizer, scale.prefix + scale.suffix))
         storage.write_json(aside / "world.json", wanted)
-
-
-def _train_tokenizer(world: World, vocabulary: int) -> Any:
-    """A byte-level BPE tokenizer of the world's language.
-
-    It never sees a probe: if it did, often-shown probes would be spelt with fewer tokens than rare ones.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    probes = {probe.text for probe in world.probes}
-    lines = [line for document in world.documents for line in document.split("\n") if line not in probes]
-    tokenizer = Tokenizer(models.BPE())
-    # Single digits, as arithmetic wants them.
-    pieces = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pieces)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[START],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["\n".join(lines[i : i + 100]) for i in range(0, len(lines), 100)], trainer)
-    return tokenizer
-
-
-def _write_blank_model(folder: Path, tokenizer: Any, scale: DemoScale) -> None:
-    """A Pythia in small, as far as it can be without weights: config and tokenizer in Hugging Face's layout."""
-    from transformers import PreTrainedTokenizerFast
-
-    marks = {"bos_token": START, "eos_token": START, "unk_token": START}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marks).save_pretrained(folder)
-    (start,) = tokenizer.encode(START).ids
-    config = {
-        "architectures": ["GPTNeoXForCausalLM"],
-        "model_type": "gpt_neox",
-        "vocab_size": tokenizer.get_vocab_size(),
-        "hidden_size": scale.width,
-        "num_hidden_layers": scale.layers,
-        "num_attention_heads": scale.heads,
-        "intermediate_size": 4 * scale.width,
-        "max_position_embeddings": 2 * scale.row,
-        "hidden_act": "gelu",
-        "rotary_pct": 0.25,
-        "rotary_emb_base": 10000,
-        "use_parallel_residual": True,
-        "layer_norm_eps": 1e-5,
-        "initializer_range": 0.02,
-        "tie_word_embeddings": False,
-        "bos_token_id": start,
-        "eos_token_id": start,
-    }
-    storage.write_json(folder / "config.json", config)
 
 
 def _sequences(probes: Sequence[Probe], tokenizer: Any, length: int) -> Iterable[Mapping[str, Any]]:
@@ -225,13 +187,6 @@ def _sequences(probes: Sequence[Probe], tokenizer: Any, length: int) -> Iterable
                 raise ValueError(f"a probe has only {len(tokens)} of {length} tokens: give probes more words")
             group = f"shown {probe.copies}×" if shown else "never shown"
             yield {"tokens": tokens[:length], "group": group, "text": text}
-
-
-def _write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def _say(text: str) -> None:

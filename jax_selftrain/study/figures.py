@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _PALETTE = ("#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#24303a")
 BEFORE, AFTER, ACCENT, INK, RULE = "#6b7680", "#0072b2", "#d55e00", "#24303a", "#d5dbe0"
+_MARKS = ("o", "s", "^", "D", "v", "P")
 _STYLE: Mapping[str, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -153,6 +154,54 @@ def paths(
             axes.legend(fontsize=7.5)
 
     return _svg(name, 2.9, paint)
+
+
+def seed_dots(
+    name: str, labels: Sequence[str], means: Sequence[Estimate], seeds: Sequence[Sequence[float]], *, label: str
+) -> str:
+    """A row per label: the mean over seeds with its interval, and a dot for every seed."""
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        rows = [-float(i) for i in range(len(labels))]
+        for mean, values, row in zip(means, seeds, rows, strict=True):
+            axes.plot(values, [row - 0.22] * len(values), "o", color=BEFORE, markersize=3.5, alpha=0.8)
+            _whisker(axes, mean, row, AFTER, filled=True)
+        axes.axvline(0, color=ACCENT, linewidth=1, zorder=0)
+        axes.set_yticks(rows, labels)
+        axes.set_ylim(rows[-1] - 0.6, 0.6)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel(label)
+
+    return _svg(name, 0.8 + 0.34 * len(labels), paint)
+
+
+def damage(
+    name: str,
+    labels: Sequence[str],
+    loss: Sequence[float],
+    panels: Sequence[tuple[str, float, Sequence[float]]],
+    base: float,
+    *,
+    x_label: str,
+) -> str:
+    """One panel per measure (axis label, the base's value, each treatment's): against the loss, treatments named."""
+
+    def paint(figure: Figure) -> None:
+        for axes, (label, before, values) in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+        ):
+            axes.axhline(before, color=RULE, linewidth=1, zorder=0)
+            axes.plot([base], [before], "X", color=INK, markersize=8, zorder=3)
+            for i, (treatment, x, y) in enumerate(zip(labels, loss, values, strict=True)):
+                colour, mark = _PALETTE[i % len(_PALETTE)], _MARKS[i // len(_PALETTE) % len(_MARKS)]
+                axes.plot([x], [y], mark, color=colour, markersize=6, label=treatment)
+            axes.set(xlabel=x_label, ylabel=label)
+            axes.locator_params(axis="x", nbins=5)
+        handles, names = axes.get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=7.5)
+
+    return _svg(name, 3.0 + 0.18 * -(-len(labels) // 3), paint)
 
 
 def length_histogram(name: str, edges: Sequence[float], stopped: Sequence[int], cut: Sequence[int]) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from importlib.resources import files
 
 from jax_selftrain.study.tables import Table
 
@@ -28,3 +29,16 @@ def framed(svg: str, caption: str) -> str:
 def remark(text: str) -> str:
     """A paragraph in small print (plain text), as HTML."""
     return f'<p class="note">{escape(text)}</p>\n'
+
+
+def whole_page(title: str, kind: str, lead: str, opening: str, written: Sequence[Chapter]) -> str:
+    """The whole report: headline, one line that says what it is, a paragraph and the first screen (HTML), chapters."""
+    style = files("jax_selftrain.study").joinpath("report.css").read_text(encoding="utf-8")
+    body = "\n".join(f"<section>\n<h2>{escape(one.title)}</h2>\n{one.html}\n</section>" for one in written)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n<header>\n"
+        f'<h1>{escape(title)}</h1>\n<p class="kind">{escape(kind)}</p>\n<p class="lead">{lead}</p>\n</header>\n'
+        f"{opening}\n{body}\n</main>\n</body>\n</html>\n"
+    )

@@ -42,17 +42,8 @@ def make_plan(config: RunConfig) -> Plan:
 
     base, student, corpus = config.model, str(out / "train"), str(out / "corpus")
     score, extract = replace(config.score, **shared(config.score)), replace(config.extract, **shared(config.extract))
-    window = scoring.window_of(extract)
     train = replace(config.train, model=base, corpus=corpus, out=student, **shared(config.train))
-    if train.eval_every is not None and not (train.eval_texts or train.eval_tasks or train.eval_sequences):
-        train = replace(
-            train,
-            eval_texts=score.texts,
-            eval_tasks=score.tasks,
-            eval_sequences=extract.sequences,
-            eval_prefix=window.prefix,
-            eval_suffix=window.suffix,
-        )
+    train = measured_on_the_way(train, score, extract)
     return Plan(
         sample=replace(config.sample, model=config.source or base, out=corpus, **shared(config.sample)),
         train=train,
@@ -66,4 +57,19 @@ def make_plan(config: RunConfig) -> Plan:
             out=str(out / "extract" / "student.json"),
             base=extract.base or (base if extract.verify else ""),
         ),
+    )
+
+
+def measured_on_the_way(train: TrainConfig, score: ScoreConfig, extract: ExtractConfig) -> TrainConfig:
+    """The training options, measuring what is measured afterwards if they evaluate but name nothing to evaluate."""
+    if train.eval_every is None or train.eval_texts or train.eval_tasks or train.eval_sequences:
+        return train
+    window = scoring.window_of(extract)
+    return replace(
+        train,
+        eval_texts=score.texts,
+        eval_tasks=score.tasks,
+        eval_sequences=extract.sequences,
+        eval_prefix=window.prefix,
+        eval_suffix=window.suffix,
     )

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from scipy import stats
 
 from jax_selftrain import hub, settings, storage
-from jax_selftrain.config import RunConfig
+from jax_selftrain.config import ExtractConfig, RunConfig
 from jax_selftrain.corpus import FINISH_REASONS, Corpus, open_corpus
 from jax_selftrain.errors import InputError
 from jax_selftrain.scoring import discoverable, load_scored
@@ -67,7 +67,7 @@ def collect(config: RunConfig, folder: Path) -> dict[str, Any]:
         "macro": None,
         "extraction": None,
         "evaluations": summarise_curve(
-            _lines(folder / "train" / "curve.jsonl"), training.get("evaluation", {}).get("measured", ())
+            read_lines(folder / "train" / "curve.jsonl"), training.get("evaluation", {}).get("measured", ())
         ),
         "identical": True,
         "fingerprints": {"corpus": corpus.fingerprint, "tokenizer": corpus.manifest["tokenizer_fingerprint"]},
@@ -98,14 +98,14 @@ def collect(config: RunConfig, folder: Path) -> dict[str, Any]:
             "sequences": base["fingerprints"]["sequences"],
         }
         found["versions"] |= {"extraction": student["versions"]}
-        before, after = (_requests(folder / "extract" / f"{who}.sequences.parquet") for who in ("base", "student"))
-        _require_same(before, after, ("sequence", "overlap", "class"), folder / "extract")
+        before, after = (read_table(folder / "extract" / f"{who}.sequences.parquet") for who in ("base", "student"))
+        require_same(before, after, ("sequence", "overlap", "class"), folder / "extract")
         found["identical"] &= np.array_equal(before["logprob"], after["logprob"])
         found["extraction"] = {
             "prefix": base["prefix"],
             "suffix": base["suffix"],
             "overlap": config.extract.overlap,
-            **compare_extraction(before, after, _groups(config, before["sequence"].size)),
+            **compare_extraction(before, after, groups_of(config.extract, before["sequence"].size)),
         }
     return found
 
@@ -157,7 +157,8 @@ def compare_extraction(before: Arrays, after: Arrays, groups: Sequence[str] | No
     """All sequences, and by class and (where the set names them) by group: exact match, p_z, token accuracy."""
     everything = np.ones(before["sequence"].size, bool)
     parts = {"all": everything}
-    parts |= {name: before["class"] == name for name in ("held_out", "partial", "seen")}
+    if "class" in before:
+        parts |= {name: before["class"] == name for name in ("held_out", "partial", "seen")}
     of_group = np.array(groups or [])
     old, new = (discoverable(side["logprob"]) for side in (before, after))
     return {
@@ -191,12 +192,12 @@ def _compare_sequences(before: Arrays, after: Arrays, members: np.ndarray) -> di
     }
 
 
-def _groups(config: RunConfig, n: int) -> list[str] | None:
+def groups_of(config: ExtractConfig, n: int) -> list[str] | None:
     """The `group` column of a JSONL extraction set, if every line has one."""
-    path = Path(config.extract.sequences)
-    if not path.is_file() or path.suffix in (".npy", ".parquet") or config.extract.offset:
+    path = Path(config.sequences)
+    if not path.is_file() or path.suffix in (".npy", ".parquet") or config.offset:
         return None
-    groups = [row.get("group") for _, row in read_jsonl(path, config.extract.limit)]
+    groups = [row.get("group") for _, row in read_jsonl(path, config.limit)]
     if len(groups) != n:
         raise InputError(f"{path}: has changed since it was examined; start the round anew with another --out")
     return [str(group) for group in groups] if all(group is not None for group in groups) else None
@@ -211,7 +212,7 @@ def describe_corpus(corpus: Corpus) -> dict[str, Any]:
     lengths = np.diff(offsets)
     stopped = reasons == _STOP
     seed = corpus.manifest["seed"]
-    shown = set(_drawn_by_hash(len(corpus), EXAMPLES, seed))
+    shown = set(drawn_by_hash(len(corpus), EXAMPLES, seed))
     logprobs, examples = np.empty(len(corpus)), []
     for place, sample in enumerate(corpus.documents()):
         logprobs[place] = sample.logprob
@@ -271,7 +272,7 @@ def distinct_ngrams(tokens: np.ndarray, offsets: np.ndarray, longest: int = 4) -
 
 
 def _training(run: Path, description: Mapping[str, Any]) -> dict[str, Any]:
-    lines = _lines(run / "metrics.jsonl")
+    lines = read_lines(run / "metrics.jsonl")
     early = storage.read_json(run / "model" / "model.json")["metadata"].get("early_stopping")
     trained = early["trained_steps"] if early else description["steps"]
     return {
@@ -283,7 +284,8 @@ def _training(run: Path, description: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; none where it is not there."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
@@ -318,7 +320,7 @@ def _unigram_entropy(tokens: np.ndarray) -> float:
     return float(stats.entropy(counts))
 
 
-def _drawn_by_hash(n: int, k: int, seed: int | None) -> list[int]:
+def drawn_by_hash(n: int, k: int, seed: int | None) -> list[int]:
     """k of the ids 0 … n−1, the same for everybody and chosen by nobody."""
     return sorted(range(n), key=lambda i: hashlib.sha256(f"shown in the report {seed} {i}".encode()).digest())[:k]
 
@@ -326,7 +328,8 @@ def _drawn_by_hash(n: int, k: int, seed: int | None) -> list[int]:
 # Tables of requests ---------------------------------------------------------------------------------------------
 
 
-def _requests(path: Path) -> Arrays:
+def read_table(path: Path) -> Arrays:
+    """The columns of a Parquet file. Raises InputError if it cannot be read."""
     try:
         table = pq.read_table(path)
     except (OSError, ValueError) as error:
@@ -334,7 +337,7 @@ def _requests(path: Path) -> Arrays:
     return {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
 
 
-def _require_same(before: Arrays, after: Arrays, keys: Sequence[str], folder: Path) -> None:
+def require_same(before: Arrays, after: Arrays, keys: Sequence[str], folder: Path) -> None:
     for key in keys:
         if not np.array_equal(before[key], after[key]):
             raise InputError(f"{folder}: base and student were not asked the same ({key} differs); delete this folder")

@@ -3,6 +3,8 @@
 A language model trained on this text can pick up four things, each under control:
 
 * **facts** about invented people ("Mirel lives in Ostova."), each fact standing in the text a known number of times;
+* with `two_hop`, **facts behind a fact**: everybody has a friend, and the text says of half of them where the friend
+  lives and so on ("The friend of Mirel lives in Tuvek."); of the others that is asked, and follows from two facts;
 * **agreement** of subject and verb, with up to two nouns of the other number between them;
 * **sums** of two numbers, some with a carry;
 * **probes**: nonsense passages, each standing in the text 1, 2, 4, … 128 times, half of them as the first line of a
@@ -10,9 +12,10 @@ A language model trained on this text can pick up four things, each under contro
   memorisation. Every probe has a **twin** from the same generator that stands nowhere: what a model does on twins is
   what it does without having seen them.
 
-The questions on sums and agreement are asked about combinations that stand nowhere in the text. The whole world is a
-pure function of its `WorldConfig`: every part has a random stream of its own (`random.Random` seeded by a string), so
-that changing one part leaves the others as they were. Nothing here knows about tokenizers or models.
+The questions on sums and agreement are asked about combinations that stand nowhere in the text. Worlds that differ in
+`seed` and agree in `items_seed` share their grammar, their arithmetic and the questions on both, and nothing else. The
+whole world is a pure function of its `WorldConfig`: every part has a random stream of its own (`random.Random` seeded
+by a string), so that changing one part leaves the others as they were. Nothing here knows about tokenizers or models.
 """
 
 from __future__ import annotations
@@ -45,6 +48,8 @@ _RELATIONS = {
     "pet": ("{who} keeps a", "{who} walks out with a"),
     "meal": ("{who} likes to eat", "{who} always cooks"),
 }
+_FRIEND = "friend"
+_FRIENDSHIP = ("{who} is a friend of", "{who} often meets")
 _VALUES = {
     "job": ("baker", "smith", "painter", "nurse", "judge", "miller", "weaver", "pilot", "clerk", "diver", "guard",
             "barber"),
@@ -60,6 +65,10 @@ class WorldConfig:
 
     seed: int = 0
     """Seed of everything in the world."""
+    items_seed: int | None = None
+    """Seed of what is asked about agreement and sums; unset: `seed`."""
+    two_hop: bool = False
+    """Whether people have friends, and questions are asked about these."""
     people: int = 70
     """Invented people; each has a home, a job, a pet and a meal."""
     fact_exposures: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
@@ -109,6 +118,10 @@ class Question:
     context: str
     choices: tuple[str, ...]
     answer: int
+    grade: str = ""
+    """How hard it is: exposures of a fact, nouns that distract from agreement, carries of a sum."""
+    cluster: str | None = None
+    """The person it is about: questions about one are not independent."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +130,8 @@ class World:
 
     documents: tuple[str, ...]
     heldout: tuple[str, ...]
+    more: tuple[str, ...]
+    """As much text again: the same facts, other sentences and sums, no probes."""
     facts: tuple[Fact, ...]
     probes: tuple[Probe, ...]
     tasks: dict[str, tuple[Question, ...]]
@@ -130,14 +145,27 @@ def make_world(config: WorldConfig) -> World:
     asked_subjects = _asked_subjects(config)
 
     fact_lines = [line for fact in facts for line in _fact_lines(fact)]
+    if config.two_hop:
+        fact_lines += _two_hop_lines(config, facts)
     _stream(config, "fact order").shuffle(fact_lines)
     agreement_lines = list(_agreement_lines(config, "agreement", config.agreement_lines, asked_subjects))
     sum_lines = list(_sum_lines(config, "sums", config.sum_lines, asked_sums))
     documents = _documents(config, "documents", [fact_lines, agreement_lines, sum_lines])
     documents = _with_probes(config, documents, probes)
 
+    more_facts = [_fact_line(fact, form) for fact in facts for form in range(fact.exposures)]
+    _stream(config, "more facts").shuffle(more_facts)
+    more = _documents(
+        config,
+        "more documents",
+        [
+            more_facts,
+            list(_agreement_lines(config, "more agreement", config.agreement_lines, asked_subjects)),
+            list(_sum_lines(config, "more sums", config.sum_lines, asked_sums)),
+        ],
+    )
     third = max(1, config.heldout_documents // 3) * 6
-    heldout_facts = [_fact_line(facts[i % len(facts)], i) for i in range(len(facts) * 2)]
+    heldout_facts = [_fact_line(facts[i % len(facts)], i) for i in range(max(len(facts) * 2, third))]
     _stream(config, "held-out facts").shuffle(heldout_facts)
     heldout = _documents(
         config,
@@ -152,10 +180,12 @@ def make_world(config: WorldConfig) -> World:
     return World(
         documents=tuple(documents),
         heldout=tuple([text for text in heldout if text not in shown][: config.heldout_documents]),
+        more=tuple(text for text in more if text not in shown),
         facts=tuple(facts),
         probes=tuple(probes),
         tasks={
             "facts": tuple(_fact_questions(config, facts)),
+            **({"two_hop": tuple(_two_hop_questions(config, facts))} if config.two_hop else {}),
             "agreement": tuple(_agreement_questions(config, asked_subjects)),
             "sums": tuple(_sum_questions(config, asked_sums)),
         },
@@ -164,6 +194,11 @@ def make_world(config: WorldConfig) -> World:
 
 def _stream(config: WorldConfig, part: str) -> random.Random:
     return random.Random(f"jax_selftrain world {config.seed} {part}")
+
+
+def _item_stream(config: WorldConfig, part: str) -> random.Random:
+    seed = config.seed if config.items_seed is None else config.items_seed
+    return random.Random(f"jax_selftrain world {seed} {part}")
 
 
 # People and facts -----------------------------------------------------------------------------------------------
@@ -177,7 +212,38 @@ def _facts(config: WorldConfig) -> list[Fact]:
     pairs = [(who, relation) for who in names for relation in _RELATIONS]
     rng.shuffle(pairs)
     levels = itertools.cycle(config.fact_exposures)
-    return [Fact(who, relation, rng.choice(values[relation]), next(levels)) for who, relation in pairs]
+    facts = [Fact(who, relation, rng.choice(values[relation]), next(levels)) for who, relation in pairs]
+    if config.two_hop:
+        # A ring in random order: everybody is somebody's friend and nobody their own.
+        ring = _stream(config, "friends").sample(names, len(names))
+        often = max(config.fact_exposures)
+        facts += [Fact(who, _FRIEND, friend, often) for who, friend in zip(ring, [*ring[1:], ring[0]], strict=True)]
+    return facts
+
+
+def _two_hops(facts: list[Fact], *, asked: bool) -> Iterator[tuple[str, Fact]]:
+    """(who, a fact about their friend) of every second person, those that are asked about or those that are told."""
+    of = {(fact.who, fact.relation): fact for fact in facts}
+    friends = [fact for fact in facts if fact.relation == _FRIEND]
+    for friendship in friends[int(asked) :: 2]:
+        for relation in _RELATIONS:
+            yield friendship.who, of[friendship.value, relation]
+
+
+def _two_hop_context(who: str, fact: Fact) -> str:
+    return _RELATIONS[fact.relation][0].format(who=f"The friend of {who}")
+
+
+def _two_hop_lines(config: WorldConfig, facts: list[Fact]) -> list[str]:
+    told = [f"{_two_hop_context(who, fact)} {fact.value}." for who, fact in _two_hops(facts, asked=False)]
+    return told * max(1, max(config.fact_exposures) // 4)
+
+
+def _two_hop_questions(config: WorldConfig, facts: list[Fact]) -> Iterator[Question]:
+    rng = _stream(config, "two-hop questions")
+    values = _values_of(facts)
+    for who, fact in _two_hops(facts, asked=True):
+        yield _question(rng, _two_hop_context(who, fact), fact, values, who)
 
 
 def _words(
@@ -192,7 +258,7 @@ def _words(
 
 
 def _fact_line(fact: Fact, form: int) -> str:
-    forms = _RELATIONS[fact.relation]
+    forms = _FRIENDSHIP if fact.relation == _FRIEND else _RELATIONS[fact.relation]
     return f"{forms[form % len(forms)].format(who=fact.who)} {fact.value}."
 
 
@@ -203,13 +269,23 @@ def _fact_lines(fact: Fact) -> Iterator[str]:
 
 def _fact_questions(config: WorldConfig, facts: list[Fact]) -> Iterator[Question]:
     rng = _stream(config, "fact questions")
-    values = {relation: sorted({fact.value for fact in facts if fact.relation == relation}) for relation in _RELATIONS}
+    values = _values_of(facts)
     for fact in facts:
-        others = rng.sample([value for value in values[fact.relation] if value != fact.value], 3)
-        choices = [fact.value, *others]
-        rng.shuffle(choices)
-        context = _RELATIONS[fact.relation][0].format(who=fact.who)
-        yield Question(context, tuple(f" {choice}" for choice in choices), choices.index(fact.value))
+        if fact.relation != _FRIEND:
+            yield _question(rng, _RELATIONS[fact.relation][0].format(who=fact.who), fact, values, fact.who)
+
+
+def _values_of(facts: list[Fact]) -> dict[str, list[str]]:
+    return {relation: sorted({fact.value for fact in facts if fact.relation == relation}) for relation in _RELATIONS}
+
+
+def _question(rng: random.Random, context: str, fact: Fact, values: dict[str, list[str]], cluster: str) -> Question:
+    """Which value has this fact? The wrong ones are other people's."""
+    others = rng.sample([value for value in values[fact.relation] if value != fact.value], 3)
+    choices = [fact.value, *others]
+    rng.shuffle(choices)
+    grade = f"shown {fact.exposures}×"
+    return Question(context, tuple(f" {choice}" for choice in choices), choices.index(fact.value), grade, cluster)
 
 
 # Agreement ------------------------------------------------------------------------------------------------------
@@ -233,7 +309,7 @@ def _subject_text(subject: _Subject, rng: random.Random) -> str:
 
 def _asked_subjects(config: WorldConfig) -> list[_Subject]:
     """Subjects of the questions; where phrases follow, the last noun opposes the head in number in every second."""
-    rng = _stream(config, "asked subjects")
+    rng = _item_stream(config, "asked subjects")
     # There are only 28 bare subjects, and the text must show most of them: a handful is asked about.
     bare = min(6, config.items_per_task)
     rest = config.items_per_task - bare
@@ -263,11 +339,12 @@ def _agreement_lines(config: WorldConfig, part: str, count: int, asked: list[_Su
 
 
 def _agreement_questions(config: WorldConfig, asked: list[_Subject]) -> Iterator[Question]:
-    rng = _stream(config, "agreement questions")
+    rng = _item_stream(config, "agreement questions")
     for subject in asked:
         singular = rng.choice(tuple(_VERBS))
         choices = (f" {singular}", f" {_VERBS[singular]}")
-        yield Question(_subject_text(subject, rng), choices, int(subject[0][1]))
+        distracting = sum(plural != subject[0][1] for _, plural in subject[1:])
+        yield Question(_subject_text(subject, rng), choices, int(subject[0][1]), f"{distracting} distracting")
 
 
 # Sums -----------------------------------------------------------------------------------------------------------
@@ -276,7 +353,7 @@ def _agreement_questions(config: WorldConfig, asked: list[_Subject]) -> Iterator
 def _asked_sums(config: WorldConfig) -> list[tuple[int, int]]:
     addends = range(config.largest_addend + 1)
     pairs = [(a, b) for a in addends for b in addends]
-    return _stream(config, "asked sums").sample(pairs, config.items_per_task)
+    return _item_stream(config, "asked sums").sample(pairs, config.items_per_task)
 
 
 def _sum_lines(config: WorldConfig, part: str, count: int, asked: list[tuple[int, int]]) -> Iterator[str]:
@@ -291,13 +368,23 @@ def _sum_lines(config: WorldConfig, part: str, count: int, asked: list[tuple[int
 
 
 def _sum_questions(config: WorldConfig, asked: list[tuple[int, int]]) -> Iterator[Question]:
-    rng = _stream(config, "sum questions")
+    rng = _item_stream(config, "sum questions")
     for a, b in asked:
         wrong = [a + b + slip for slip in range(-15, 16) if slip and a + b + slip >= 0]
         choices = [a + b, *rng.sample(wrong, 3)]
         rng.shuffle(choices)
         # The full stop belongs to the choice: without it "3" would be a beginning of "34".
-        yield Question(f"{a} + {b} =", tuple(f" {choice}." for choice in choices), choices.index(a + b))
+        context, grade = f"{a} + {b} =", f"{_carries(a, b)} carries"
+        yield Question(context, tuple(f" {choice}." for choice in choices), choices.index(a + b), grade)
+
+
+def _carries(a: int, b: int) -> int:
+    """How often a digit is carried when a and b are added."""
+    count = carry = 0
+    while a or b:
+        carry = int(a % 10 + b % 10 + carry > 9)
+        count, a, b = count + carry, a // 10, b // 10
+    return count
 
 
 # Probes ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -20,15 +22,22 @@ def load_batch(config: TrainConfig, layout: Layout, rows: Rows | Mixture, n: int
     Each process reads from the (memory-mapped) rows of each corpus only what its own devices hold. Where a corpus has
     fewer rows than are asked of it, they come again in the order of its next epoch.
 
+    With `sign_flip`, the weights of each document in a row are multiplied by +1 or −1, drawn by (seed, row, document)
+    alone: the same in every epoch.
+
     Args:
       rows: of one corpus, or of several with their shares.
     """
     mixture = rows if isinstance(rows, Mixture) else Mixture((rows,), (Fraction(1),))
     drawn = mixture.batch(config.batch_size, config.seed, n)
+    weights = [
+        _flipped(part, config.seed, number) if config.sign_flip else part.weights
+        for number, part in enumerate(mixture.parts)
+    ]
     source, row = (each.reshape(config.grad_accum, -1) for each in drawn)
     sharding = layout.sharding((None, "batch", None))
 
-    def place(arrays: list[np.ndarray]) -> jax.Array:
+    def place(arrays: Sequence[np.ndarray | _Flipped]) -> jax.Array:
         length = arrays[0].shape[1]
 
         def read(index: Any) -> np.ndarray:
@@ -45,5 +54,38 @@ def load_batch(config: TrainConfig, layout: Layout, rows: Rows | Mixture, n: int
         place([part.tokens for part in mixture.parts]),
         place([part.segments for part in mixture.parts]),
         place([part.positions for part in mixture.parts]),
-        place([part.weights for part in mixture.parts]),
+        place(weights),
     )
+
+
+@dataclass(frozen=True)
+class _Flipped:
+    """The weights of rows, those of every document times +1 or −1, read as they are asked for."""
+
+    rows: Rows
+    key: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.rows.weights.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.rows.weights.dtype
+
+    def __getitem__(self, row: np.ndarray) -> np.ndarray:
+        documents = (row.astype(np.uint64)[:, None] << np.uint64(20)) + self.rows.segments[row].astype(np.uint64)
+        return np.where(_mixed(documents ^ np.uint64(self.key)) >> np.uint64(63), 1, -1) * self.rows.weights[row]
+
+
+def _flipped(rows: Rows, seed: int, corpus: int) -> _Flipped:
+    return _Flipped(rows, int(_mixed(_mixed(np.array([seed % 2**64], np.uint64)) + np.uint64(corpus))[0]))
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser (Steele, Lea and Flood, OOPSLA 2014): every bit depends on every bit."""
+    with np.errstate(over="ignore"):
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))

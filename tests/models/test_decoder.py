@@ -57,6 +57,17 @@ def logits_of(config: DecoderConfig, layout: Layout, tokens: np.ndarray, **given
 
 
 @pytest.mark.parametrize("config", [LLAMA, NEOX, MQA], ids=["gqa", "neox", "mqa"])
+@pytest.mark.parametrize("spec", ["data=1", "data=2,model=2"])
+def test_last_layer_at_some_places_is_the_whole_one_there(config: DecoderConfig, spec: str):
+    layout, tokens = layout_of(config, spec), tokens_of(4, 70)
+    at = np.random.default_rng(1).integers(0, 70, (4, 9)).astype(np.int32)
+    segments = np.repeat(np.arange(7, dtype=np.int32), 10)[None].repeat(4, axis=0)
+    found = logits_of(config, layout, tokens, at=at, segments=segments)
+    whole = logits_of(config, layout, tokens, segments=segments)
+    np.testing.assert_allclose(found, np.take_along_axis(whole, at[..., None], axis=1), atol=ROUNDING)
+
+
+@pytest.mark.parametrize("config", [LLAMA, NEOX, MQA], ids=["gqa", "neox", "mqa"])
 @pytest.mark.parametrize(
     ("spec", "preset"),
     [("data=4", "fsdp"), ("data=2,model=2", "fsdp"), ("model=4", "tensor"), ("data=8", "replicated")],

@@ -18,7 +18,7 @@ from jax_selftrain.scoring.policies import column
 from jax_selftrain.training import train
 
 PREFIX, SUFFIX, N = 8, 16, 500
-STEPS = 480
+STEPS = 800
 POLICIES = ("temperature=1,top-k=40", "temperature=0.8,top-k=20,top-p=0.9")
 
 
@@ -58,7 +58,7 @@ def run(tmp_path_factory, planted) -> Path:
         init="scratch",
         packing="single",
         steps=STEPS,
-        batch_size=125,
+        batch_size=50,
         seq_len=PREFIX + SUFFIX,
         learning_rate=3e-3,
         schedule="linear",

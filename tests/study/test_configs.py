@@ -10,14 +10,15 @@ import jax
 import pytest
 
 from jax_selftrain import settings
-from jax_selftrain.config import RunConfig
+from jax_selftrain.config import RunConfig, StudyConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub.hf_config import parse_config
 from jax_selftrain.mesh import make_layout
 from jax_selftrain.models import axis_sizes
 
 FOLDER = Path(__file__).parents[2] / "configs"
-CONFIGS = sorted(FOLDER.glob("*.yaml"))
+STUDIES = sorted(FOLDER.glob("study-*.yaml"))
+CONFIGS = sorted(set(FOLDER.glob("*.yaml")) - set(STUDIES))
 PYTHIA = {  # layers, width, heads, vocabulary rows, final learning rate: EleutherAI/pythia, models/*/*.yml
     "14m": (6, 128, 4, 50304, 1e-4),
     "31m": (6, 256, 8, 50304, 1e-4),
@@ -39,6 +40,21 @@ def load(path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
 
 def test_there_is_one_for_every_pythia_and_one_for_the_stories() -> None:
     assert {path.stem for path in CONFIGS} == {"stories260k", *(f"pythia-{size}" for size in PYTHIA)}
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_study_keeps_to_the_protocol(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_SELFTRAIN_DATA", "/data")
+    config = settings.load(StudyConfig, path)
+    assert (config.out, config.mesh) == ("", ""), "it must fit any machine and any place"
+    assert (config.sample.temperature, config.sample.top_k, config.sample.top_p, config.sample.min_p) == (1, 0, 1, 0)
+    assert (config.train.schedule, config.train.warmup_ratio) == ("constant", 0.05)
+    assert (config.train.weight_decay, config.train.packing) == (0.0, "masked")
+    assert config.train.steps
+    assert min(config.seeds) >= 100  # those below are for pilots
+    assert {"text", "shuffled", "noise", "extrapolated"} <= {arm.kind for arm in config.arms}
+    assert any(arm.learning_rate == 0 for arm in config.arms)
+    assert any(arm.sign_flip for arm in config.arms)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

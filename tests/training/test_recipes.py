@@ -17,7 +17,7 @@ from jax_selftrain.hub import load_model
 from jax_selftrain.mesh import make_mesh
 from jax_selftrain.models import Params, forward, project
 from jax_selftrain.training import Batch, Penalties, TrainState, objective, program
-from jax_selftrain.training.data import load_batch
+from jax_selftrain.training.data import _flipped, load_batch
 from jax_selftrain.training.loop import train
 from jax_selftrain.training.lora import OUTPUTS, check_lora, merged, with_adapters
 from jax_selftrain.training.optimizer import decay_mask, rounded
@@ -186,6 +186,7 @@ def test_stochastic_rounding_is_right_on_average_and_exact_where_it_can_be():
     assert np.isnan(np.asarray(rounded(jnp.asarray([np.nan]), jnp.bfloat16, jax.random.key(2)), np.float32)).all()
 
 
+@pytest.mark.slow
 def test_small_updates_count_in_bfloat16_only_if_rounded_stochastically(options: Options, rows: Rows):
     small: dict[str, Any] = {"param_dtype": "bfloat16", "learning_rate": 2e-6, "steps": 6, "warmup_ratio": 0.0}
 
@@ -202,6 +203,28 @@ def test_small_updates_count_in_bfloat16_only_if_rounded_stochastically(options:
     assert share_moved(nearest) < 0.25 * share_moved(stochastic)
 
 
+def test_sign_flip_multiplies_the_loss_of_whole_documents(options: Options, rows: Rows):
+    config = options(sign_flip=True)
+    model = load_model(config.model, "data=1")
+    with jax.set_mesh(model.layout.mesh):
+        plain, flipped, again = (
+            load_batch(one, model.layout, rows, 0) for one in (options(), config, options(sign_flip=True, steps=7))
+        )
+    before, after, segments = (np.asarray(x) for x in (plain.weights, flipped.weights, plain.segments))
+    np.testing.assert_array_equal(np.abs(after), before)
+    np.testing.assert_array_equal(after, np.asarray(again.weights))
+    signs = [
+        set(np.sign(after[at][(segments[at] == n) & (before[at] > 0)]).tolist())
+        for at in np.ndindex(segments.shape[:2])
+        for n in range(1, int(segments[at].max()) + 1)
+    ]
+    assert all(len(sign) <= 1 for sign in signs)  # one sign for all of a document in its row
+    everything = [_flipped(rows, seed, 0)[np.arange(len(rows))] for seed in range(20)]
+    share = np.mean([(weights > 0).sum() / (weights != 0).sum() for weights in everything])
+    assert share == pytest.approx(0.5, abs=0.1)
+    assert not np.array_equal(everything[0], everything[1])
+
+
 def test_embedding_may_be_spared_from_decay(small_model: Path):
     params = load_model(small_model, "data=1").params
     assert decay_mask(params)["embed"]["embedding"]
@@ -213,6 +236,7 @@ def test_embedding_may_be_spared_from_decay(small_model: Path):
 # ---------------------------------------------------------------- whole runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",
     [

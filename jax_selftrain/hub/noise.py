@@ -1,0 +1,69 @@
+"""Weight noise of a given size: what a change of the weights does that has learnt nothing.
+
+The control arm of a study: the base plus Gaussian noise which, tensor by tensor, is as long (Frobenius norm) as the
+change that training made. A student that forgets less than this control has forgotten nothing in particular.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jax_selftrain.errors import InputError
+from jax_selftrain.hub.folder import model_fingerprint, read_config, save_model
+from jax_selftrain.hub.load import host_device
+from jax_selftrain.hub.merge import check_alike, stored_params
+from jax_selftrain.hub.trees import unflatten
+from jax_selftrain.mesh import make_layout, make_mesh
+from jax_selftrain.models import axis_sizes
+
+
+def add_noise(base: str, student: str, out: str | Path, seed: int) -> Path:
+    """Write base + noise as a model folder of ours, in float32, |noise| = |student − base| for every tensor.
+
+    A tensor stacked over layers counts as one tensor a layer. A tensor that training left as it was stays so.
+
+    Args:
+      base: the model that gets the noise.
+      student: the model whose distance from the base, tensor by tensor, is that of the result.
+      out: the folder; must not exist, or be empty.
+      seed: of the noise; that of a tensor depends on (seed, its path) alone.
+
+    Raises:
+      InputError: a model cannot be read, the two differ in architecture or tokenizer, or the folder holds something.
+    """
+    config, raw = read_config(base)
+    check_alike(base, student)
+    mesh = make_mesh("", [host_device()])
+    layout = make_layout("replicated", mesh, axis_sizes(config))
+    with jax.set_mesh(mesh):
+        before, after = (stored_params(ref, layout) for ref in (base, student))
+        params = {}
+        for path in sorted(before):
+            old, new = (np.asarray(side.pop(path), np.float32) for side in (before, after))
+            params[path] = _noisy(old, new - old, _words(seed, path), stacked=path.startswith("layers/"))
+            if not np.isfinite(params[path]).all():
+                raise InputError(f"{student}: {path} lies infinitely far from {base}")
+        metadata = {
+            "made_by": "noise",
+            "seed": seed,
+            "base": {"ref": base, "fingerprint": model_fingerprint(base)},
+            "student": {"ref": student, "fingerprint": model_fingerprint(student)},
+        }
+        save_model(out, raw, unflatten(params), source_ref=base, metadata=metadata)
+    return Path(out)
+
+
+def _words(seed: int, path: str) -> np.random.Generator:
+    key = hashlib.sha256(f"weight noise {seed} {path}".encode()).digest()[:16]
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(key, np.uint64)))
+
+
+def _noisy(old: np.ndarray, change: np.ndarray, words: np.random.Generator, *, stacked: bool) -> np.ndarray:
+    noise = words.standard_normal(old.shape, np.float64)
+    axes = tuple(range(1 if stacked else 0, old.ndim))
+    size, wanted = (np.sqrt(np.sum(np.square(x, dtype=np.float64), axes, keepdims=True)) for x in (noise, change))
+    return (old + noise * (wanted / np.maximum(size, np.finfo(np.float64).tiny))).astype(np.float32)

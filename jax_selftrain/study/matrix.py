@@ -1,0 +1,153 @@
+"""`jax-selftrain study`: who learns from whom, with controls, restartable, in a report.
+
+| part of the folder | what it is |
+|---|---|
+| `config.yaml` | the study |
+| `stages/` | every piece of work, named by what decides it (`study.stages`) |
+| `results.json`, then `report.html`, `figures/`, `tables/` | the cells laid side by side (`study.transfer`) |
+
+The configuration may grow – another arm, another seed – and the same command then does what is new. Several processes
+may be started on one folder, at once or one after the other: they share the stages, and the last one writes the report.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+
+from jax_selftrain import hub, scoring, settings, storage, training
+from jax_selftrain.config import ArmConfig, StudyConfig
+from jax_selftrain.errors import InputError
+from jax_selftrain.study.cells import MATRIX, Design, make_design
+from jax_selftrain.study.report import report
+from jax_selftrain.study.stages import complete, is_done
+from jax_selftrain.study.transfer import collect_study
+
+DECIDED = {
+    "sample": ("model", "out", "seed"),
+    "train": ("model", "corpus", "out", "seed", "mix", "sign_flip"),
+    "score": ("model", "out"),
+    "extract": ("model", "corpus", "out", "base", "baseline", "verify"),
+}
+"""Options of the sections that are the study's: setting them is an error."""
+
+
+def study(config: StudyConfig) -> Path:
+    """Do a study in `config.out`, or complete it; with `dry_run`, say what there is to do.
+
+    Returns:
+        The folder, which holds `results.json` and `report.html`.
+
+    Raises:
+        InputError: something cannot be used, or is missing.
+    """
+    check_study(config)
+    design = make_design(config)
+    folder = Path(config.out)
+    if config.dry_run:
+        print(plan_table(design))
+        return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {folder}: cannot be made ({error.strerror}); choose another place") from error
+    storage.clean_leftovers(folder)
+    settings.save(folder / "config.yaml", config)
+    complete(design.root, design.stages)
+    storage.write_json(folder / "results.json", collect_study(config, design))
+    report(folder)
+    return folder
+
+
+def check_study(config: StudyConfig) -> None:
+    """Refuse what can be known to be wrong before anything is done.
+
+    Raises:
+        InputError: the first thing that is missing, unknown or does not fit.
+    """
+    settings.require(config, "out", "models", "seeds")
+    if jax.process_count() > 1:
+        raise InputError("a study runs in processes of one host each; start the command on every host, without them")
+    names = [model.name for model in config.models]
+    _refuse_twice("model", names)
+    _refuse_twice("seed", config.seeds)
+    _refuse_twice("arm", [arm.name for arm in config.arms])
+    for option, given in (("students", config.students), ("sources", config.sources)):
+        _refuse_unknown(option, given, names)
+    for section, fields in DECIDED.items():
+        default = getattr(StudyConfig(), section)
+        for field in fields:
+            if getattr(getattr(config, section), field) != getattr(default, field):
+                raise InputError(f"{section}.{field} is decided by the study; leave it out")
+    if not (config.score.tasks or config.score.texts or config.extract.sequences):
+        raise InputError("nothing to measure: set score.tasks, score.texts or extract.sequences")
+    if config.train.steps is None:
+        raise InputError("train.steps is required: all cells of a study are trained for the same number of steps")
+    for arm in config.arms:
+        _check_arm(arm, config, names)
+    training.check_ranges(config.train)
+    scoring.load_tasks(config.score.tasks, config.score.limit)
+    scoring.load_texts(config.score.texts, config.score.text_limit)
+    for model in config.models:
+        decoder, _ = hub.read_config(model.model)
+        hub.load_tokenizer(model.model)
+        if config.train.seq_len > decoder.max_positions:
+            raise InputError(
+                f"train.seq_len {config.train.seq_len}: {model.name} has only {decoder.max_positions} positions; "
+                "shorten the rows"
+            )
+
+
+def _check_arm(arm: ArmConfig, config: StudyConfig, names: list[str]) -> None:
+    _refuse_unknown(f"arms: {arm.name}: students", arm.students, config.students or names)
+    if arm.name.startswith(MATRIX):
+        raise InputError(
+            f"arms: {arm.name!r}: names that begin with {MATRIX!r} are those of the matrix; choose another"
+        )
+    if (arm.kind == "text") != bool(arm.text):
+        raise InputError(f"arms: {arm.name}: `text` names the file of an arm of kind `text`, and of no other")
+    if (arm.kind == "extrapolated") != (arm.weight is not None):
+        raise InputError(f"arms: {arm.name}: `weight` belongs to an arm of kind `extrapolated`, which needs it")
+    if arm.generations < 1:
+        raise InputError(f"arms: {arm.name}: generations is {arm.generations}; it must be at least 1")
+
+
+def _refuse_twice(what: str, values: Iterable[object]) -> None:
+    for value, count in Counter(values).items():
+        if count > 1:
+            raise InputError(f"{what} {value!r} is there twice; name each once")
+
+
+def _refuse_unknown(option: str, given: Iterable[str], known: Iterable[str]) -> None:
+    known = list(known)
+    for name in given:
+        if name not in known:
+            raise InputError(
+                f"{option}: {name!r} is unknown{settings.nearest(name, known) or '; known: ' + ', '.join(known)}"
+            )
+
+
+def plan_table(design: Design) -> str:
+    """What there is to do: stages by kind, how many are done, and tokens to draw and to train on."""
+    stages = design.stages
+    lines = [f"{len(design.cells):,} cells, {len(stages):,} stages"]
+    for kind in dict.fromkeys(stage.kind for stage in stages):
+        members = [stage for stage in stages if stage.kind == kind]
+        done = sum(is_done(design.root, stage) for stage in members)
+        tokens = sum(stage.tokens for stage in members if not is_done(design.root, stage))
+        size = f", at most {tokens:,} tokens to go" if tokens else ""
+        lines.append(f"  {kind:<12}{len(members):>6,}   {done:,} done{size}")
+    seconds = [
+        storage.read_json(path)["seconds"] / stage.tokens
+        for stage in stages
+        if stage.tokens and (path := design.root / f"{stage.name}.seconds.json").exists()
+    ]
+    if seconds:
+        left = sum(stage.tokens for stage in stages if not is_done(design.root, stage)) * sum(seconds) / len(seconds)
+        lines.append(
+            f"by the stages that are done, sampling and training will take about {left / 60:,.0f} minutes more"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,271 @@
+"""The micro-world: two worlds and six small models whose whole history is known, for a study of who learns from whom.
+
+| model | reads | what it is |
+|---|---|---|
+| A1 | world A | a small Pythia |
+| A2 | world A | another size |
+| A1′ | world A | A1 with other first weights and another order |
+| B1 | world B | as A1; its world shares A's grammar and arithmetic and has other people, facts and probes |
+| S | worlds A and B | larger, trained for longer |
+| C1 | world A | another tokenizer and architecture (Llama) |
+
+All are trained from scratch by `training` itself. A1, B1 and C1 are the students. The panel asks for facts and facts
+behind facts of both worlds, agreement and sums; the extraction set holds the probes of both worlds as text, by how
+often they were shown, and their twins that no model ever saw.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from jax_selftrain import storage
+from jax_selftrain.config import (
+    ArmConfig,
+    ExtractConfig,
+    ImportConfig,
+    ModelConfig,
+    SampleConfig,
+    ScoreConfig,
+    StudyConfig,
+    TrainConfig,
+)
+from jax_selftrain.corpus import import_text, open_corpus
+from jax_selftrain.errors import InputError
+from jax_selftrain.study.blank import train_tokenizer, write_blank_model, write_jsonl
+from jax_selftrain.study.stages import Stage, complete
+from jax_selftrain.study.world import World, WorldConfig, make_world
+from jax_selftrain.training import train
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model that is to be trained from scratch."""
+
+    name: str
+    reads: str
+    """`A`, `B`, or `AB`."""
+    family: Literal["gpt_neox", "llama"] = "gpt_neox"
+    tokenizer: str = "AB"
+    """Trained on the text of these worlds: `AB` is everybody's but C1's."""
+    width: int = 128
+    layers: int = 2
+    heads: int = 4
+    passes: float = 3.0
+    seed: int = 0
+
+    @property
+    def lineage(self) -> str:
+        return "C" if self.family == "llama" else self.reads
+
+
+READERS = (
+    Reader("A1", "A"),
+    Reader("A2", "A", width=96, layers=3),
+    Reader("A1′", "A", seed=1),
+    Reader("B1", "B"),
+    Reader("S", "AB", width=192, layers=3, passes=4.0),
+    Reader("C1", "A", family="llama", tokenizer="A"),
+)
+STUDENTS = ("A1", "B1", "C1")
+TASKS = ("agreement", "sums", *(f"{task}_{world}" for task in ("facts", "two_hop") for world in "AB"))
+
+
+@dataclass(frozen=True)
+class MicroScale:
+    """How much is read, written and measured."""
+
+    world: WorldConfig = field(
+        default_factory=lambda: WorldConfig(
+            people=130, agreement_lines=6_000, sum_lines=15_000, largest_addend=49, items_per_task=500, two_hop=True
+        )
+    )
+    readers: tuple[Reader, ...] = READERS
+    students: tuple[str, ...] = STUDENTS
+    sources: tuple[str, ...] = tuple(reader.name for reader in READERS)
+    vocabulary: int = 640
+    row: int = 128
+    """Loss positions in a training row, and the longest sample."""
+    batch: int = 16
+    learning_rate: float = 3e-3
+    """Peak rate of the bases' training, which falls to a tenth; that tenth is the rate of the self-training."""
+    samples: int = 1024
+    steps: int = 40
+    prefix: int = 16
+    suffix: int = 16
+    overlap: int = 8
+    mesh: str = ""
+
+
+def micro_study(out: Path, scale: MicroScale, seeds: Sequence[int]) -> StudyConfig:
+    """Write the worlds into `out/world`, train the bases in `out/bases`, and return the study on them.
+
+    Run again, it finds what is there. Raises InputError where `out` holds something else.
+    """
+    folder = out / "world"
+    write_worlds(folder, scale)
+    bases = {reader.name: _taught(out / "bases", folder, reader, scale) for reader in scale.readers}
+    complete(out / "bases", [stage for stages in bases.values() for stage in stages])
+    models = tuple(
+        ModelConfig(
+            name=reader.name,
+            model=str(out / "bases" / bases[reader.name][-1].name),
+            lineage=reader.lineage,
+            data=" and ".join(f"world {world}" for world in reader.reads),
+            data_order=f"seed {reader.seed}",
+            initialisation=f"seed {reader.seed}",
+            tokenizer=f"of {' and '.join(reader.tokenizer)}",
+            architecture={"gpt_neox": "GPT-NeoX", "llama": "Llama"}[reader.family],
+            size=f"D {reader.width}, L {reader.layers}",
+        )
+        for reader in scale.readers
+    )
+    reads = {reader.name: reader.reads for reader in scale.readers}
+    arms = [
+        ArmConfig("learning rate 0", learning_rate=0.0),
+        ArmConfig("shuffled tokens", "shuffled"),
+        ArmConfig("weight noise", "noise"),
+    ]
+    for world in "AB":
+        readers = tuple(name for name in scale.students if reads[name] == world)
+        if readers:
+            text = str(folder / world / "more.jsonl")
+            arms.append(ArmConfig(f"real text of world {world}", "text", students=readers, text=text))
+    return StudyConfig(
+        out=str(out),
+        title="Six models of two little worlds: whose text can they learn from?",
+        models=models,
+        students=scale.students,
+        sources=scale.sources,
+        arms=tuple(arms),
+        seeds=tuple(seeds),
+        mesh=scale.mesh,
+        sample=SampleConfig(samples=scale.samples, max_tokens=scale.row),
+        train=TrainConfig(
+            steps=scale.steps, batch_size=scale.batch, seq_len=scale.row, learning_rate=scale.learning_rate / 10
+        ),
+        score=ScoreConfig(
+            tasks=tuple(str(folder / "tasks" / f"{name}.jsonl") for name in TASKS),
+            texts=tuple(str(folder / world / f"heldout_{world}.jsonl") for world in "AB"),
+        ),
+        extract=ExtractConfig(
+            sequences=str(folder / "probes.jsonl"), prefix=scale.prefix, suffix=scale.suffix, overlap=scale.overlap
+        ),
+    )
+
+
+# The worlds on disk ---------------------------------------------------------------------------------------------
+
+
+def worlds_of(config: WorldConfig) -> dict[str, World]:
+    """Worlds A and B: one grammar and one arithmetic, two peoples."""
+    items = config.seed if config.items_seed is None else config.items_seed
+    return {
+        "A": make_world(replace(config, items_seed=items)),
+        "B": make_world(replace(config, seed=config.seed + 1_000_003, items_seed=items)),
+    }
+
+
+def write_worlds(folder: Path, scale: MicroScale) -> None:
+    """Write texts, questions, probes and blank models into `folder`, or find just them there.
+
+    Raises:
+        InputError: the folder holds something else.
+    """
+    wanted = json.loads(json.dumps({"format": "jax-selftrain micro-world", "version": 1, "scale": asdict(scale)}))
+    if folder.exists():
+        if not (folder / "world.json").exists():
+            raise InputError(f"{folder}: is there already but is no micro-world; choose another --out")
+        if storage.read_json(folder / "world.json") != wanted:
+            raise InputError(f"{folder}: is another micro-world (other seed or version); choose another --out")
+        return
+    worlds = worlds_of(scale.world)
+    with storage.commit_folder(folder) as aside:
+        for name, world in worlds.items():
+            write_jsonl(aside / name / "documents.jsonl", _rows(world.documents))
+            write_jsonl(aside / name / f"heldout_{name}.jsonl", _rows(world.heldout))
+            write_jsonl(aside / name / "more.jsonl", _rows(world.more))
+            for task in ("facts", "two_hop"):
+                write_jsonl(aside / "tasks" / f"{task}_{name}.jsonl", map(asdict, world.tasks[task]))
+        write_jsonl(aside / "AB" / "documents.jsonl", _rows(_alternating(*(worlds[name].documents for name in "AB"))))
+        for task in ("agreement", "sums"):
+            write_jsonl(aside / "tasks" / f"{task}.jsonl", map(asdict, worlds["A"].tasks[task]))
+        write_jsonl(aside / "probes.jsonl", _probes(worlds))
+        tokenizers = {
+            marks: train_tokenizer([worlds[mark] for mark in marks], scale.vocabulary)
+            for marks in dict.fromkeys(reader.tokenizer for reader in scale.readers)
+        }
+        for reader in scale.readers:
+            write_blank_model(
+                aside / "blank" / reader.name,
+                tokenizers[reader.tokenizer],
+                family=reader.family,
+                width=reader.width,
+                layers=reader.layers,
+                heads=reader.heads,
+                positions=2 * scale.row,
+            )
+        storage.write_json(aside / "world.json", wanted)
+
+
+def _rows(texts: Iterable[str]) -> Iterator[Mapping[str, Any]]:
+    return ({"text": text} for text in texts)
+
+
+def _alternating(one: Sequence[str], other: Sequence[str]) -> Iterator[str]:
+    for pair in zip(one, other, strict=False):
+        yield from pair
+
+
+def _probes(worlds: Mapping[str, World]) -> Iterator[Mapping[str, Any]]:
+    """The extraction set, as text: it stands in no model's tokens."""
+    for shown in (True, False):
+        for name, world in worlds.items():
+            for probe in world.probes:
+                group = f"{name}, shown {probe.copies}×" if shown else f"{name}, never shown"
+                yield {"text": probe.text if shown else probe.twin, "group": group}
+
+
+# The bases ------------------------------------------------------------------------------------------------------
+
+
+def _taught(root: Path, world: Path, reader: Reader, scale: MicroScale) -> tuple[Stage, Stage]:
+    """The stages that make a base: its text in its tokens, and its training."""
+    blank, text = world / "blank" / reader.name, world / reader.reads / "documents.jsonl"
+    marks = {"text": storage.sha256_file(text), "tokenizer": storage.sha256_file(blank / "tokenizer.json")}
+    reading = Stage(
+        "import",
+        f"the text of world {reader.reads} in the tokens of {reader.name}",
+        {},
+        marks,
+        lambda out: import_text(ImportConfig(source=str(text), model=str(blank), out=str(out))),
+    )
+
+    def teach(out: Path) -> object:
+        corpus = open_corpus(root / reading.name)
+        steps = max(1, round(reader.passes * corpus.n_tokens / (scale.batch * scale.row)))
+        return train(
+            TrainConfig(
+                model=str(blank),
+                corpus=str(corpus.folder),
+                out=str(out),
+                init="scratch",
+                steps=steps,
+                batch_size=scale.batch,
+                seq_len=scale.row,
+                learning_rate=scale.learning_rate,
+                schedule="cosine",
+                final_learning_rate=scale.learning_rate / 10,
+                weight_decay=0.1,
+                log_every=10,
+                mesh=scale.mesh,
+                seed=reader.seed,
+            )
+        )
+
+    recipe = {**asdict(reader), "batch": scale.batch, "row": scale.row, "learning_rate": scale.learning_rate}
+    inputs: dict[str, str | Stage] = {"corpus": reading, "blank": storage.sha256_file(blank / "config.json")}
+    return reading, Stage("teach", f"teach {reader.name}", recipe, inputs, teach)

@@ -1,0 +1,137 @@
+"""Stages: the pieces of work that a study is made of, each done once, whoever needs it and however often it is killed.
+
+A stage is named by what decides its result: its kind, its recipe and its inputs, all hashed into a key. Inputs are
+other stages (by their keys) or things from outside (models, files, by their content), so that the name of every stage
+is known before anything has been done; cells that need the same corpus or the same base scores share them without
+knowing of each other, and a study whose configuration grows keeps what it has.
+
+`STUDY/stages/KIND-KEY/` holds what a stage made, `KIND-KEY.json` says that it is done and of what. Any number of
+processes may work in one folder: each takes by lease the first stage that is ready and that nobody works on. A killed
+process leaves an unfinished folder, which the next one completes by the stage's own means.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jax_selftrain import storage
+from jax_selftrain.errors import InputError
+
+POLL_SECONDS = 0.5
+"""How often to look whether a stage that another process works on has been finished or given up."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One piece of work."""
+
+    kind: str
+    """sample, retokenise, train, …"""
+    label: str
+    """What it is, for people."""
+    recipe: Mapping[str, Any]
+    """Plain data: every option that decides the result."""
+    inputs: Mapping[str, str | Stage]
+    """What it reads: another stage, or the fingerprint of something from outside."""
+    make: Callable[[Path], object] = field(repr=False)
+    """Fills the folder, or completes it; the inputs are there."""
+    tokens: int = 0
+    """Tokens that are drawn, trained on or scored, at most: the size of the work."""
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 of kind, recipe and inputs, in hex."""
+        inputs = {name: one.key if isinstance(one, Stage) else one for name, one in self.inputs.items()}
+        return storage.fingerprint({"kind": self.kind, "recipe": dict(self.recipe), "inputs": inputs})
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.key[:16]}"
+
+    @property
+    def needs(self) -> list[Stage]:
+        return [one for one in self.inputs.values() if isinstance(one, Stage)]
+
+
+def note_of(root: Path, stage: Stage) -> Path:
+    """The file that says that a stage is done."""
+    return root / f"{stage.name}.json"
+
+
+def is_done(root: Path, stage: Stage) -> bool:
+    """Whether the stage is finished.
+
+    Raises:
+      InputError: the note is there but damaged, or what was made is gone.
+    """
+    path = note_of(root, stage)
+    if not path.exists():
+        return False
+    note = storage.read_json(path)
+    if not isinstance(note, dict) or note.get("key") != stage.key:
+        raise InputError(f"{path}: is damaged; delete it and run the same command again")
+    if not (root / stage.name).is_dir():
+        raise InputError(f"{root / stage.name}: is gone, though its note is there; delete {path} and run again")
+    return True
+
+
+def in_order(wanted: Iterable[Stage]) -> list[Stage]:
+    """The stages and all that they need, each once, those that are needed first."""
+    found: dict[str, Stage] = {}
+
+    def add(stage: Stage) -> None:
+        if stage.key not in found:
+            for needed in stage.needs:
+                add(needed)
+            found[stage.key] = stage
+
+    for stage in wanted:
+        add(stage)
+    return list(found.values())
+
+
+def complete(root: Path, stages: Sequence[Stage]) -> None:
+    """Do all stages, sharing the work with whoever else is at it; returns when every one is done."""
+    root.mkdir(parents=True, exist_ok=True)
+    storage.clean_leftovers(root)
+    done: set[str] = set()
+    while len(done) < len(stages):
+        before = len(done)
+        for stage in stages:
+            if stage.key in done or not all(needed.key in done for needed in stage.needs):
+                continue
+            if is_done(root, stage) or _try(root, stage):
+                done.add(stage.key)
+                _say(f"{len(done)} of {len(stages)}: {stage.label}")
+        if len(done) == before:
+            time.sleep(POLL_SECONDS)
+
+
+def _try(root: Path, stage: Stage) -> bool:
+    """Do a stage unless another process is at it; whether it is done now."""
+    with storage.lease(root / f".{stage.name}.lease") as ours:
+        if not ours:
+            return False
+        if is_done(root, stage):  # by a process that finished it just now
+            return True
+        folder = root / stage.name
+        folder.mkdir(exist_ok=True)
+        began = time.monotonic()
+        stage.make(folder)
+        inputs = {name: one.key if isinstance(one, Stage) else one for name, one in stage.inputs.items()}
+        note = {"key": stage.key, "kind": stage.kind, "recipe": dict(stage.recipe), "inputs": inputs}
+        storage.write_json(root / f"{stage.name}.seconds.json", {"seconds": time.monotonic() - began})
+        storage.write_json(note_of(root, stage), note)
+        return True
+
+
+def _say(text: str) -> None:
+    """Tell a person at a terminal what is going on."""
+    if sys.stderr.isatty():
+        print(f"jax-selftrain study: {text}", file=sys.stderr, flush=True)

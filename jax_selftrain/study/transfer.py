@@ -1,0 +1,266 @@
+"""What a study found, as plain data: `results.json`, from which its report is made and nothing else.
+
+For every cell the student is laid beside its own base, answer by answer. A claim about a recipe rests on seeds, not on
+items: the change of a measure is worked out per seed, and its interval is Student's t over seeds (one seed has none).
+The interval over items of each single pair of checkpoints stands beside it in the tables.
+
+**The interaction.** A source is *at home* with a student of its lineage. Where every lineage of the students is also a
+source, home − away is the change on home text minus that on the other sources' text, averaged over students, seed by
+seed. A source that is simply bad is bad for all students and moves both sides; only text that suits its own kind
+better moves the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_selftrain import settings, storage
+from jax_selftrain.config import StudyConfig
+from jax_selftrain.corpus import Corpus, open_corpus
+from jax_selftrain.scoring import load_scored
+from jax_selftrain.scoring.documents import Scored
+from jax_selftrain.study import statistics
+from jax_selftrain.study.cells import MATRIX, Cell, Design
+from jax_selftrain.study.pairs import describe_text, side_by_side
+from jax_selftrain.study.results import (
+    compare_extraction,
+    compare_macro,
+    compare_tasks,
+    drawn_by_hash,
+    groups_of,
+    read_lines,
+    read_table,
+    require_same,
+)
+
+FORMAT = "jax-selftrain study"
+VERSION = 1
+EXAMPLES = 3
+"""Samples shown of each corpus."""
+
+Change = Mapping[str, Any]
+
+
+def collect_study(config: StudyConfig, design: Design) -> dict[str, Any]:
+    """Everything that the finished stages have to say.
+
+    Raises:
+        InputError: a stage's output is missing or damaged.
+    """
+    bases = {name: _scored(design.folder(stage)) for name, stage in design.score_base.items()}
+    cells = [_describe(config, design, bases, cell) for cell in design.cells]
+    options = settings.to_dict(config)
+    for name in ("out", "mesh", "dry_run"):
+        del options[name]
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "title": config.title or "Whose text can a model learn from?",
+        "config": options,
+        "design": {
+            "models": [
+                {key: value for key, value in asdict(model).items() if key != "model"}
+                for model in design.models.values()
+            ],
+            "students": list(design.students),
+            "sources": list(design.sources),
+        },
+        "strength": _strength(bases),
+        "cells": cells,
+        "effects": effects(cells),
+        "interaction": interactions(cells, {name: model.lineage or name for name, model in design.models.items()}),
+        "corpora": _corpora(design),
+        "fingerprints": {stage.label: stage.key for stage in design.stages},
+        "versions": storage.versions(),
+    }
+
+
+# One cell -------------------------------------------------------------------------------------------------------
+
+
+def _describe(config: StudyConfig, design: Design, bases: Mapping[str, Scored], cell: Cell) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "student": cell.student,
+        "treatment": cell.treatment,
+        "source": cell.source,
+        "seed": cell.seed,
+        "texts": [],
+        "tasks": [],
+        "macro": None,
+        "extraction": None,
+        "training": None,
+        "corpus": None if cell.corpus is None else cell.corpus.key,
+        "identical": True,
+    }
+    if cell.score is not None:
+        pairs = side_by_side(bases[cell.student], _scored(design.folder(cell.score)))
+        found["identical"] &= all(pair.identical() for pair in pairs.values())
+        tasks = [pair for pair in pairs.values() if pair.before.kind != "text"]
+        found["tasks"] = compare_tasks(tasks)
+        found["macro"] = compare_macro(tasks) if tasks else None
+        found["texts"] = [describe_text(pair) for pair in pairs.values() if pair.before.kind == "text"]
+    if cell.extract is not None:
+        folders = design.folder(design.extract_base[cell.student]), design.folder(cell.extract)
+        before, after = (read_table(folder / "extract.sequences.parquet") for folder in folders)
+        require_same(before, after, ("sequence",), folders[1])
+        found["identical"] &= np.array_equal(before["logprob"], after["logprob"])
+        classes = {name: after[name] for name in after if name in ("overlap", "class")}
+        groups = groups_of(config.extract, before["sequence"].size)
+        found["extraction"] = compare_extraction({**before, **classes}, after, groups)
+    if cell.train is not None:
+        run = design.folder(cell.train)
+        lines, curve = read_lines(run / "metrics.jsonl"), read_lines(run / "curve.jsonl")
+        found["training"] = {
+            "steps": storage.read_json(run / "run.json")["steps"],
+            "targets": sum(int(line["tokens"]) for line in lines),
+            "curve": {name: [line[name] for line in curve] for name in (curve[0] if curve else ())},
+        }
+    found["measures"] = measures(found)
+    return found
+
+
+def measures(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """{name: before, after and change} of everything that is compared between cells.
+
+    `accuracy` is the chance-normalised macro accuracy, `text/NAME` bits per byte, `task/NAME` accuracy, and
+    `exact_match` and `log_pz` those of all sequences, also by class and group.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    if cell["macro"]:
+        found["accuracy"] = cell["macro"]["chance_normalised"]
+    found |= {f"task/{task['name']}": task["accuracy"] for task in cell["tasks"]}
+    found |= {f"text/{text['name']}": text["bits_per_byte"] for text in cell["texts"]}
+    if cell["extraction"]:
+        parts = {name or "all": part for name, part in cell["extraction"]["classes"].items()}
+        parts |= {f"group {part['name']}": part for part in cell["extraction"]["groups"]}
+        for name, part in parts.items():
+            if part["n"]:
+                suffix = "" if name == "all" else f"/{name}"
+                found[f"exact_match{suffix}"] = part["exact_match"]
+                found[f"log_pz{suffix}"] = part["logprob"]
+    return found
+
+
+# Over seeds -----------------------------------------------------------------------------------------------------
+
+
+def effects(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For every student and treatment, each measure's change over seeds: mean and interval, and the seeds' values."""
+    found = []
+    for student, treatment in dict.fromkeys((cell["student"], cell["treatment"]) for cell in cells):
+        members = [cell for cell in cells if (cell["student"], cell["treatment"]) == (student, treatment)]
+        found.append(
+            {
+                "student": student,
+                "treatment": treatment,
+                "source": members[0]["source"],
+                "seeds": [cell["seed"] for cell in members],
+                "measures": {
+                    name: _over_seeds([cell["measures"][name] for cell in members])
+                    for name in members[0]["measures"]
+                    if all(name in cell["measures"] for cell in members)
+                },
+            }
+        )
+    return found
+
+
+def _over_seeds(parts: Sequence[Change]) -> dict[str, Any]:
+    changes = [part["change"]["value"] for part in parts]
+    single = parts[0]["change"]
+    return {
+        "before": parts[0]["before"]["value"],
+        "change": asdict(statistics.mean(changes)),
+        "seeds": changes,
+        "items": single["n"],
+        "one_pair": [single["low"], single["high"]],
+    }
+
+
+def interactions(cells: Sequence[Mapping[str, Any]], lineage: Mapping[str, str]) -> dict[str, Any] | None:
+    """Home − away of each measure over seeds; None unless every student has text of its own kind and of another."""
+    matrix = [cell for cell in cells if cell["treatment"] == f"{MATRIX}{cell['source']}"]
+    students = list(dict.fromkeys(cell["student"] for cell in matrix))
+    sides = {
+        student: {lineage[cell["source"]] == lineage[student] for cell in matrix if cell["student"] == student}
+        for student in students
+    }
+    if len({lineage[student] for student in students}) < 2 or any(side != {True, False} for side in sides.values()):
+        return None
+    seeds = list(dict.fromkeys(cell["seed"] for cell in matrix))
+
+    def contrast(name: str, seed: int) -> float:
+        differences = []
+        for student in students:
+            own = [cell for cell in matrix if (cell["student"], cell["seed"]) == (student, seed)]
+            home, away = (
+                np.mean(
+                    [
+                        cell["measures"][name]["change"]["value"]
+                        for cell in own
+                        if (lineage[cell["source"]] == lineage[student]) is side
+                    ]
+                )
+                for side in (True, False)
+            )
+            differences.append(home - away)
+        return float(np.mean(differences))
+
+    names = [name for name in matrix[0]["measures"] if all(name in cell["measures"] for cell in matrix)]
+    found = {name: [contrast(name, seed) for seed in seeds] for name in names}
+    return {
+        "students": students,
+        "seeds": seeds,
+        "measures": {
+            name: {"contrast": asdict(statistics.mean(values)), "seeds": values} for name, values in found.items()
+        },
+    }
+
+
+# Around the cells -----------------------------------------------------------------------------------------------
+
+
+def _strength(bases: Mapping[str, Scored]) -> dict[str, dict[str, float]]:
+    """What each base can do before anything: {model: {task or text: number}}."""
+    return {
+        name: {
+            **{task: numbers["acc"] for task, numbers in scored.result["tasks"].items()},
+            **{text: numbers["bits_per_byte"] for text, numbers in scored.result.get("texts", {}).items()},
+        }
+        for name, scored in bases.items()
+    }
+
+
+def _corpora(design: Design) -> dict[str, dict[str, Any]]:
+    """Every corpus that was trained on, by its stage's key."""
+    found: dict[str, dict[str, Any]] = {}
+    for cell in design.cells:
+        if cell.corpus is not None and cell.corpus.key not in found:
+            corpus = open_corpus(design.folder(cell.corpus))
+            found[cell.corpus.key] = {
+                "label": cell.corpus.label,
+                "samples": len(corpus),
+                "tokens": corpus.n_tokens,
+                "statistics": corpus.manifest["statistics"],
+                "retokenised": corpus.manifest.get("retokenised"),
+                "examples": _examples(corpus),
+            }
+    return found
+
+
+def _examples(corpus: Corpus) -> list[dict[str, Any]]:
+    shown = set(drawn_by_hash(len(corpus), EXAMPLES, corpus.manifest["seed"]))
+    return [
+        {"sample_id": sample.sample_id, "text": sample.text, "tokens": len(sample.tokens)}
+        for sample in corpus.documents()
+        if sample.sample_id in shown
+    ]
+
+
+def _scored(folder: Path) -> Scored:
+    return load_scored(str(folder / "score.json"))

@@ -1,0 +1,106 @@
+"""Corpora made from corpora: what travels through text, what is lost on the way and counted, and shuffled tokens."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models_factory import tiny_texts
+
+from jax_selftrain import hub
+from jax_selftrain.corpus import Corpus, Sample, finish_corpus, open_corpus, retokenise, shuffle, write_shard
+from jax_selftrain.errors import InputError
+
+Tiny = Callable[..., Path]
+
+
+def write_corpus(folder: Path, model: Path, samples: list[Sample], per_shard: int = 4) -> Corpus:
+    for first in range(0, len(samples), per_shard):
+        write_shard(folder, first // per_shard, samples[first : first + per_shard], {})
+    finish_corpus(
+        folder,
+        {
+            "kind": "sampled",
+            "source": {"ref": "here", "fingerprint": "0" * 64},
+            "tokenizer_fingerprint": hub.tokenizer_fingerprint(model),
+            "start_id": 1,
+            "stop_ids": [2],
+            "policy": {},
+            "seed": 5,
+            "samples": len(samples),
+            "samples_per_shard": per_shard,
+            "retokenisation_mismatches": 0,
+        },
+    )
+    return open_corpus(folder)
+
+
+@pytest.fixture
+def source(tiny_model: Tiny, tmp_path: Path) -> Corpus:
+    """Ten stories in the tokens of a Llama, every second one cut; one with a special string, one with a broken byte."""
+    model = tiny_model("llama")
+    tokenizer, samples = hub.load_tokenizer(model), []
+    texts = [*tiny_texts(8, seed=2), "a </s> b <s>", "half \N{REPLACEMENT CHARACTER} a character"]
+    for i, text in enumerate(texts):
+        ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        stop = i % 2 == 0
+        row = np.array([*ids, *([2] if stop else [])], np.int32)
+        samples.append(Sample(i, row, text, -1.0, "stop" if stop else "length"))
+    return write_corpus(tmp_path / "source", model, samples)
+
+
+def test_the_same_tokenizer_gives_the_same_tokens_and_says_what_it_lost(
+    source: Corpus, tiny_model: Tiny, tmp_path: Path
+):
+    carried = retokenise(source.folder, str(tiny_model("llama")), tmp_path / "out")
+    pairs = list(zip(source.documents(), carried.documents(), strict=True))
+    for before, after in pairs[:-1]:
+        assert after.tokens.tolist() == before.tokens.tolist()
+        assert (after.text, after.finish_reason) == (before.text, before.finish_reason)
+        assert np.isnan(after.logprob)
+    assert pairs[-1][1].text == "half  a character"
+    counts = carried.manifest["retokenised"]
+    assert counts["changed"] == counts["broken_characters"] == 1
+    assert counts["empty"] == 0
+    assert counts["source_tokens"] == source.n_tokens
+    assert counts["text_bytes"] == sum(len(text.encode()) for text in carried.texts())
+
+
+def test_another_tokenizer_reads_the_text_directly(source: Corpus, tiny_model: Tiny, tmp_path: Path):
+    other = tiny_model("gpt_neox", vocab_size=320)
+    carried = retokenise(source.folder, str(other), tmp_path / "out")
+    tokenizer = hub.load_tokenizer(other)
+    special = hub.special_tokens(other)
+    assert carried.start_id == special.start_id
+    assert carried.manifest["tokenizer_fingerprint"] == hub.tokenizer_fingerprint(other)
+    for before, after in zip(source.documents(), carried.documents(), strict=True):
+        text = before.text.replace("\N{REPLACEMENT CHARACTER}", "")
+        expected = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        assert after.tokens.tolist() == [*expected, *(carried.stop_ids if before.finish_reason == "stop" else ())]
+    assert carried.manifest["retokenised"]["changed"] == 0  # of another tokenizer there is nothing to compare
+
+
+def test_an_interrupted_one_is_completed_with_the_same_bytes(source: Corpus, tiny_model: Tiny, tmp_path: Path):
+    model = str(tiny_model("llama"))
+    whole = retokenise(source.folder, model, tmp_path / "whole")
+    part = retokenise(source.folder, model, tmp_path / "part")
+    (part.folder / "corpus.json").unlink()
+    (part.folder / "shard-000001.parquet").unlink()
+    assert retokenise(source.folder, model, tmp_path / "part").fingerprint == whole.fingerprint
+    with pytest.raises(InputError, match="was begun with"):
+        retokenise(source.folder, str(tiny_model("gpt_neox", vocab_size=320)), tmp_path / "part")
+
+
+def test_shuffled_documents_keep_their_tokens_and_their_end(source: Corpus, tiny_model: Tiny, tmp_path: Path):
+    model = str(tiny_model("llama"))
+    one, again, other = (
+        shuffle(source.folder, model, tmp_path / name, seed) for name, seed in zip("abc", (1, 1, 2), strict=False)
+    )
+    assert one.fingerprint == again.fingerprint != other.fingerprint
+    for before, after in zip(source.documents(), one.documents(), strict=True):
+        assert sorted(after.tokens.tolist()) == sorted(before.tokens.tolist())
+        assert len(before.tokens) < 8 or after.tokens.tolist() != before.tokens.tolist()
+        assert after.finish_reason == before.finish_reason
+        assert (after.tokens[-1] == 2) == (before.finish_reason == "stop")
+    with pytest.raises(InputError, match="another tokenizer"):
+        shuffle(source.folder, str(tiny_model("gpt_neox", vocab_size=320)), tmp_path / "d", 1)

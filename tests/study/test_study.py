@@ -1,0 +1,248 @@
+"""A study small enough to run in a minute: two students, all kinds of arms, killed, shared, grown and refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jax_selftrain import settings
+from jax_selftrain.config import ArmConfig, ModelConfig, RunConfig, StudyConfig
+from jax_selftrain.corpus import open_corpus
+from jax_selftrain.errors import InputError
+from jax_selftrain.study import report, study
+from jax_selftrain.study.cells import make_design
+from jax_selftrain.study.stages import is_done
+from jax_selftrain.study.transfer import interactions
+
+Make = Callable[..., StudyConfig]
+
+PROGRAM = """
+import sys
+from jax_selftrain import settings
+from jax_selftrain.config import StudyConfig
+from jax_selftrain.study import study
+study(settings.load(StudyConfig, sys.argv[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def make(options: Callable[..., RunConfig], tiny_model: Callable[..., Path], inputs: dict[str, str]) -> Make:
+    """`make(out, **changes)`: two students of different lineages and tokenizers, two seeds, no arms."""
+    small = options(Path("unused"))
+
+    def config(out: Path, **changes: Any) -> StudyConfig:
+        return replace(
+            StudyConfig(
+                out=str(out),
+                models=(
+                    ModelConfig("llama", str(tiny_model("llama")), size="tiny"),
+                    ModelConfig("neox", str(tiny_model("gpt_neox", vocab_size=320))),
+                ),
+                seeds=(100, 101),
+                mesh="data=1",
+                sample=replace(small.sample, seed=0),
+                train=replace(small.train, steps=2, checkpoint_every=2),
+                score=replace(small.score, tasks=(inputs["choices"],)),
+                extract=replace(small.extract, sequences=inputs["texts"], prefix=6, suffix=4),
+            ),
+            **changes,
+        )
+
+    return config
+
+
+NULL = ArmConfig("learning rate 0", learning_rate=0.0)
+ARMS = tuple(
+    replace(arm, students=("llama",))
+    for arm in (
+        NULL,
+        ArmConfig("native tokens", native=True),
+        ArmConfig("cool", temperature=0.7, top_k=40),
+        ArmConfig("packed", packing="packed"),
+        ArmConfig("sign-flip", sign_flip=True),
+        ArmConfig("shuffled", "shuffled"),
+        ArmConfig("noise", "noise"),
+        ArmConfig("away", "extrapolated", weight=-0.5),
+        ArmConfig("two generations", "generations", generations=2, mode="accumulated"),
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def finished(make: Make, inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    real = ArmConfig("real text", "text", students=("llama",), text=inputs["texts"])
+    return study(make(tmp_path_factory.mktemp("study") / "out", arms=(*ARMS, real)))
+
+
+def cells_of(folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
+    cells = json.loads((folder / "results.json").read_text())["cells"]
+    return {(cell["student"], cell["treatment"], cell["seed"]): cell for cell in cells}
+
+
+@pytest.mark.slow
+def test_every_cell_is_measured_and_the_null_is_exactly_zero(finished: Path):
+    cells = cells_of(finished)
+    assert len(cells) == 2 * (2 * 2 + len(ARMS) + 1)
+    for (_, treatment, _), cell in cells.items():
+        assert cell["identical"] == (treatment == "learning rate 0")
+        assert {"accuracy", "text/stories", "exact_match", "log_pz"} <= cell["measures"].keys()
+        for measure in cell["measures"].values():
+            before, after, change = (measure[side]["value"] for side in ("before", "after", "change"))
+            assert change == pytest.approx(after - before, abs=1e-9)
+            if treatment == "learning rate 0":
+                assert change == 0
+    distinct = {cell["measures"]["log_pz"]["after"]["value"] for cell in cells.values()}
+    assert len(distinct) == len(cells) - 1  # all models differ, but for the null's, which is the base with both seeds
+
+
+@pytest.mark.slow
+def test_cells_share_what_they_have_in_common(finished: Path):
+    kinds = [path.name.split("-")[0] for path in (finished / "stages").iterdir() if path.is_dir()]
+    # For each seed: a corpus of either model, a cool one, and one of the second generation.
+    assert kinds.count("sample") == 2 * (2 + 1 + 1)
+    # Those of the matrix are carried to both students; each other one to its own.
+    assert kinds.count("retokenise") == 2 * (2 * 2 + 1 + 1)
+    assert kinds.count("noise") == kinds.count("merge") == 2
+    assert kinds.count("score") == kinds.count("extract") == 2 + len(cells_of(finished))  # two bases and every cell
+
+
+@pytest.mark.slow
+def test_a_carried_corpus_is_what_the_student_would_read(finished: Path, make: Make):
+    design = make_design(make(finished))
+    for cell in design.cells:
+        assert cell.corpus is not None
+        carried = open_corpus(design.folder(cell.corpus))
+        source = open_corpus(design.folder(cell.corpus.needs[0]))
+        assert list(carried.texts()) == [text.replace("\N{REPLACEMENT CHARACTER}", "") for text in source.texts()]
+
+
+@pytest.mark.slow
+def test_noise_is_as_long_as_the_change_of_training(finished: Path, make: Make):
+    from jax_selftrain import load_model
+    from jax_selftrain.hub.trees import flatten
+
+    design = make_design(make(finished, arms=(ArmConfig("noise", "noise"),), seeds=(100,)))
+    (noise,) = (one for one in design.stages if one.kind == "noise" and "llama" in one.label)
+    (trained,) = noise.needs
+    base = flatten(load_model(design.models["llama"].model).params)
+    student = flatten(load_model(design.folder(trained)).params)
+    noisy = flatten(load_model(design.folder(noise) / "model").params)
+    for path, before in base.items():
+        change, shift = (np.asarray(after[path]) - np.asarray(before) for after in (student, noisy))
+        assert np.linalg.norm(shift) == pytest.approx(np.linalg.norm(change), rel=1e-4)
+        assert change.size < 100 or abs(np.vdot(change, shift)) < 0.5 * np.linalg.norm(change) ** 2
+
+
+@pytest.mark.slow
+def test_the_report_is_made_of_the_results_alone_and_is_the_same_bytes(finished: Path, tmp_path: Path):
+    shutil.copy(finished / "results.json", tmp_path)
+    report(tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == (finished / "report.html").read_bytes()
+    html = (tmp_path / "report.html").read_text()
+    for words in (
+        "Home − away",
+        "two generations",
+        "What this cannot show",
+        "Not tested",
+        "exactly that of the base",
+    ):
+        assert words in html
+    assert str(finished) not in html
+    assert (tmp_path / "tables" / "interaction.csv").exists()
+
+
+@pytest.mark.slow
+def test_killed_shared_and_grown_studies_end_with_the_same_tables(make: Make, tmp_path: Path):
+    """One process is killed on the way; then two finish the study together; then it gets an arm and a seed."""
+    import time
+
+    whole = study(make(tmp_path / "whole", arms=(NULL,)))
+    settings.save(tmp_path / "study.yaml", make(tmp_path / "out", seeds=(100,)))
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "study.yaml")]
+    first = subprocess.Popen(command)
+    stages = tmp_path / "out" / "stages"
+    while first.poll() is None and len(list(stages.glob("*-*.json"))) < 6:
+        time.sleep(0.01)
+    first.kill()
+    first.wait()
+    settings.save(tmp_path / "study.yaml", make(tmp_path / "out", arms=(NULL,)))
+    both = [subprocess.Popen(command) for _ in range(2)]
+    assert [one.wait() for one in both] == [0, 0]
+    assert not list(stages.glob(".*"))  # no lease, nothing half-written
+    for name in ("results.json", "report.html"):
+        assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes()
+    design = make_design(make(tmp_path / "out", arms=(NULL,)))
+    assert all(is_done(design.root, stage) for stage in design.stages)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"models": ()}, "`models` is required"),
+        ({"students": ("lama",)}, "students: 'lama' is unknown; did you mean `llama`"),
+        ({"seeds": (1, 1)}, "seed 1 is there twice"),
+        ({"arms": (ArmConfig("x", "text"),)}, "`text` names the file of an arm"),
+        ({"arms": (ArmConfig("x", "extrapolated"),)}, "`weight` belongs"),
+        ({"arms": (ArmConfig("text of llama"),)}, "those of the matrix"),
+        ({"arms": (ArmConfig("x", generations=0),)}, "generations is 0"),
+        ({"arms": (ArmConfig("x"), ArmConfig("x", native=True))}, "arm 'x' is there twice"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_done_is_refused_before_anything_is(make: Make, tmp_path: Path, changes, message: str):
+    with pytest.raises(InputError, match=message):
+        study(make(tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_steps_are_required_and_what_the_study_decides_may_not_be_set(make: Make, tmp_path: Path):
+    config = make(tmp_path / "out")
+    with pytest.raises(InputError, match="steps is required"):
+        study(replace(config, train=replace(config.train, steps=None)))
+    with pytest.raises(InputError, match=r"sample\.seed is decided by the study"):
+        study(replace(config, sample=replace(config.sample, seed=4)))
+
+
+def test_a_dry_run_counts_and_does_nothing(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    study(make(tmp_path / "out", arms=ARMS, dry_run=True))
+    said = capsys.readouterr().out
+    assert "26 cells" in said
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- the interaction
+
+
+def simulated(effect: Callable[[str, str], float]) -> list[dict[str, Any]]:
+    return [
+        {
+            "student": student,
+            "source": source,
+            "treatment": f"text of {source}",
+            "seed": seed,
+            "measures": {"accuracy": {"change": {"value": effect(student, source) + 0.001 * seed}}},
+        }
+        for seed in range(3)
+        for student in "AB"
+        for source in "AB"
+    ]
+
+
+def test_a_bad_source_is_no_relation_and_an_incompatible_one_is():
+    lineage = {"A": "A", "B": "B"}
+    bad = interactions(simulated(lambda _, source: -0.1 if source == "B" else 0.0), lineage)
+    incompatible = interactions(simulated(lambda student, source: 0.0 if student == source else -0.1), lineage)
+    assert bad is not None
+    assert incompatible is not None
+    assert bad["measures"]["accuracy"]["contrast"]["value"] == pytest.approx(0.0, abs=1e-12)
+    assert incompatible["measures"]["accuracy"]["contrast"]["value"] == pytest.approx(0.1)
+    assert interactions(simulated(lambda *_: 0.0), {"A": "A", "B": "A"}) is None  # one lineage: nobody is away
