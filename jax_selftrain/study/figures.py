@@ -204,6 +204,30 @@ def damage(
     return _svg(name, 3.0 + 0.18 * -(-len(labels) // 3), paint)
 
 
+def trajectories(
+    name: str,
+    labels: Sequence[str],
+    panels: Sequence[tuple[str, str, Sequence[tuple[Sequence[float], Sequence[float]]]]],
+) -> str:
+    """One panel per pair of measures (both axis labels, a path for each label): from the hollow start to the end."""
+
+    def paint(figure: Figure) -> None:
+        for axes, (x_label, y_label, lines) in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+        ):
+            for i, (treatment, (x, y)) in enumerate(zip(labels, lines, strict=True)):
+                colour, mark = _PALETTE[i % len(_PALETTE)], _MARKS[i // len(_PALETTE) % len(_MARKS)]
+                axes.plot(x, y, color=colour, linewidth=1, alpha=0.8)
+                axes.plot(x[-1:], y[-1:], mark, color=colour, markersize=5.5, label=treatment)
+                axes.plot(x[:1], y[:1], "o", color=INK, markerfacecolor="white", markersize=6, zorder=3)
+            axes.set(xlabel=x_label, ylabel=y_label)
+            axes.locator_params(axis="x", nbins=4)
+        handles, names = axes.get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=7.5)
+
+    return _svg(name, 2.8 + 0.18 * -(-len(labels) // 3), paint)
+
+
 def length_histogram(name: str, edges: Sequence[float], stopped: Sequence[int], cut: Sequence[int]) -> str:
     """How long the samples are: those that a stop token ended, and on top of them those that the limit cut."""
 

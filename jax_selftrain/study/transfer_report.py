@@ -302,11 +302,50 @@ def _key_figure(results: Results) -> Chapter | None:
                 f"over seeds); the cross is the base. n = {at['exact_match'][0]['items']:,} sequences.",
             )
         )
+        paths = _paths(results, student)
+        if paths is not None:
+            key = f"trajectories_{_slug(student)}"
+            drawn[key] = figures.trajectories(key, *paths)
+            html.append(
+                framed(
+                    drawn[key],
+                    f"{student}: the same over training (means over seeds), from before the first step (hollow) to after "
+                    "the last.",
+                )
+            )
     note = (
         "A student that lies as low as the controls at its loss has forgotten nothing in particular: weight noise "
         "breaks verbatim paths, too. Forgetting that counts lies below the controls at equal loss, in both panels."
     )
     return Chapter("Memorisation against damage", "\n".join([*html, remark(note)]), (), drawn)
+
+
+def _paths(results: Results, student: str) -> tuple[list[str], list[Any]] | None:
+    """What every treatment's evaluations on the way say, averaged over seeds; None where nothing was measured."""
+    curves: dict[str, list[Mapping[str, Sequence[float]]]] = {}
+    for cell in results["cells"]:
+        if cell["student"] == student and cell["training"] and cell["training"]["curve"]:
+            curves.setdefault(cell["treatment"], []).append(cell["training"]["curve"])
+    if not curves:
+        return None
+    names = list(next(iter(curves.values()))[0])
+
+    def kind(ending: str) -> list[str]:
+        return [name for name in names if name.endswith(f"/{ending}")]
+
+    def path(treatment: str, measures: Sequence[str], scale: float) -> list[float]:
+        values = [curve[name] for curve in curves[treatment] for name in measures]
+        return [scale * sum(at) / len(at) for at in zip(*values, strict=True)]
+
+    x = [(kind("nll")[:1], "loss on text (nats per token)", 1.0), (kind("acc"), "accuracy, mean of tasks (%)", 100.0)]
+    y = [(kind("exact_match"), "exact match (%)", 100.0), (kind("log_pz"), "log p_z (nats)", 1.0)]
+    panels = [
+        (x_label, y_label, [(path(one, across, a), path(one, up, b)) for one in curves])
+        for across, x_label, a in x
+        for up, y_label, b in y
+        if across and up
+    ]
+    return (list(curves), panels[:3]) if panels else None
 
 
 def _memorisation(results: Results) -> Chapter | None:

@@ -1,0 +1,120 @@
+"""Two worlds with one grammar, and models of them that go through a study."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jax_selftrain import storage
+from jax_selftrain.config import DemoConfig
+from jax_selftrain.errors import InputError
+from jax_selftrain.hub import load_tokenizer, read_config
+from jax_selftrain.study import demo
+from jax_selftrain.study.microworld import TASKS, MicroScale, Reader, worlds_of, write_worlds
+from jax_selftrain.study.world import World, WorldConfig
+
+SMALL = WorldConfig(
+    people=16, probe_copies=(1, 8), probes_per_level=3, agreement_lines=300, sum_lines=300, items_per_task=30,
+    heldout_documents=30, two_hop=True,
+)  # fmt: skip
+TINY = MicroScale(
+    world=SMALL,
+    readers=(
+        Reader("A1", "A", width=32, layers=1, heads=2, passes=0.5),
+        Reader("B1", "B", width=32, layers=1, heads=2, passes=0.5),
+        Reader("C1", "A", family="llama", tokenizer="A", width=32, layers=1, heads=2, passes=0.5),
+    ),
+    students=("A1",),
+    sources=("A1", "C1"),
+    vocabulary=400,
+    samples=24,
+    steps=1,
+    batch=4,
+    mesh="data=1",
+)
+
+
+@pytest.fixture(scope="module")
+def worlds() -> dict[str, World]:
+    return worlds_of(SMALL)
+
+
+def test_both_worlds_have_one_grammar_and_two_peoples(worlds: dict[str, World]) -> None:
+    a, b = worlds["A"], worlds["B"]
+    for task in ("agreement", "sums"):
+        assert a.tasks[task] == b.tasks[task]
+    assert not {fact.who for fact in a.facts} & {fact.who for fact in b.facts}
+    assert not {probe.text for probe in a.probes} & {probe.text for probe in b.probes}
+    assert len(set(a.documents) & set(b.documents)) < 0.02 * len(a.documents)  # a few lone sums
+    text = "\n".join([*b.documents, *b.more])
+    for question in a.tasks["sums"]:
+        assert f"\n{question.context} " not in text  # what is asked of both stands in neither
+
+
+def test_facts_behind_facts_are_true_and_stand_nowhere(worlds: dict[str, World]) -> None:
+    world = worlds["A"]
+    of = {(fact.who, fact.relation): fact.value for fact in world.facts}
+    text = "\n".join([*world.documents, *world.heldout, *world.more])
+    told = set(re.findall(r"The friend of (\w+) ", text))
+    asked = set()
+    for question in world.tasks["two_hop"]:
+        who = question.context.split()[3]
+        asked.add(who)
+        friend = of[who, "friend"]
+        assert question.choices[question.answer].strip() in {of[friend, r] for r in ("home", "job", "pet", "meal")}
+        assert question.cluster == who
+        assert question.context not in text
+    assert asked
+    assert told
+    assert not asked & told
+    assert asked | told == {fact.who for fact in world.facts}
+    assert all(of[who, "friend"] != who for who in asked | told)
+
+
+def test_questions_are_graded(worlds: dict[str, World]) -> None:
+    tasks = worlds["A"].tasks
+    for question in tasks["sums"]:
+        a, b = (int(number) for number in re.findall(r"\d+", question.context))
+        carries = int(a % 10 + b % 10 > 9)
+        carries += int(a // 10 + b // 10 + carries > 9)
+        assert question.grade == f"{carries} carries"
+    assert {question.grade for question in tasks["facts"]} == {f"shown {n}×" for n in SMALL.fact_exposures}
+    assert {"0 distracting", "1 distracting"} <= {question.grade for question in tasks["agreement"]}
+
+
+def test_more_text_is_of_the_same_world_without_its_probes(worlds: dict[str, World]) -> None:
+    for world in worlds.values():
+        more = "\n".join(world.more)
+        assert not set(world.more) & set(world.documents)
+        assert len(more) > 0.7 * sum(map(len, world.documents))
+        assert not any(probe.text in more or probe.twin in more for probe in world.probes)
+        for fact in world.facts:
+            assert re.search(rf"{fact.who} .*{fact.value}\.", more)
+
+
+@pytest.mark.slow
+def test_the_study_of_the_worlds_runs_from_nothing_to_a_report(tmp_path: Path) -> None:
+    config = DemoConfig(out=str(tmp_path / "out"), study=True, seeds=(0,))
+    assert demo(config, micro=TINY) == tmp_path / "out" / "report.html"
+    results = storage.read_json(tmp_path / "out" / "results.json")
+    assert {cell["treatment"] for cell in results["cells"]} == {
+        *("text of A1", "text of C1"),
+        *("learning rate 0", "shuffled tokens", "weight noise", "real text of world A"),
+    }
+    groups = {f"group {world}, {shown}" for world in "AB" for shown in ("shown 1×", "shown 8×", "never shown")}
+    for cell in results["cells"]:
+        names = cell["measures"].keys()
+        assert {f"task/{task}" for task in TASKS} <= names
+        assert {f"exact_match/{group}" for group in groups} <= names
+    blank = tmp_path / "out" / "world" / "blank"
+    assert read_config(blank / "C1")[1]["model_type"] == "llama"
+    vocabularies = {name: load_tokenizer(blank / name).get_vocab() for name in ("A1", "B1", "C1")}
+    assert vocabularies["A1"] == vocabularies["B1"] != vocabularies["C1"]
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    demo(config, micro=TINY)
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+    with pytest.raises(InputError, match="another micro-world"):
+        write_worlds(tmp_path / "out" / "world", replace(TINY, samples=25))
