@@ -229,8 +229,8 @@ class _Builder:
         options = ImportConfig(source=arm.text, model=student.ref)
         return Stage(
             "import",
-            f"import {arm.text} for {student.label}",
-            {"source": arm.text},
+            f"import {Path(arm.text).name} in the tokens of {student.label}",
+            {},
             {"text": self.files.text(arm.text), "tokenizer": student.tokenizer},
             lambda out: corpora.import_text(replace(options, out=str(out))),
         )
@@ -276,33 +276,35 @@ class _Builder:
             lambda out: train(replace(options, out=str(out))),
             (options.steps or 0) * options.batch_size * options.seq_len,
         )
-        return replace(start, ref=str(self.root / stage.name), mark=stage, label=f"{start.label} trained")
+        label = f"{start.label} after {arm.name or 'its own text'}, seed {seed}"
+        return replace(start, ref=str(self.root / stage.name), mark=stage, label=label)
 
     def _noise(self, base: Model, trained: Model, seed: int) -> Model:
         stage = Stage(
             "noise",
-            f"add noise to {base.label}, seed {seed}",
+            f"{base.label} with noise, seed {seed}",
             {"seed": seed},
             {"base": base.mark, "student": trained.mark},
             lambda out: _once(out, lambda folder: hub.add_noise(base.ref, trained.ref, folder, seed)),
         )
-        return replace(base, ref=str(self.root / stage.name / "model"), mark=stage, label=f"{base.label} with noise")
+        return replace(base, ref=str(self.root / stage.name / "model"), mark=stage, label=stage.label)
 
     def _merge(self, base: Model, trained: Model, arm: ArmConfig) -> Model:
         options = MergeConfig(base=base.ref, student=trained.ref, weight=arm.weight)
         stage = Stage(
             "merge",
-            f"merge {base.label} and its student at {arm.weight}",
+            f"{base.label} merged with {trained.label} at {arm.weight}",
             {"weight": arm.weight},
             {"base": base.mark, "student": trained.mark},
             lambda out: _once(out, lambda folder: hub.merge(replace(options, out=str(folder)))),
         )
-        label = f"{base.label} merged at {arm.weight}"
-        return replace(base, ref=str(self.root / stage.name / "model"), mark=stage, label=label)
+        return replace(base, ref=str(self.root / stage.name / "model"), mark=stage, label=stage.label)
 
     def _score(self, model: Model) -> Stage:
         options = replace(self.config.score, model=model.ref, **self._shared(self.config.score))
-        files = {f"file {path}": self.files.measured(path) for path in (*options.tasks, *options.texts)}
+        # By name and content, not by place: a study may be moved with its files.
+        references = (*options.tasks, *options.texts)
+        files = {f"{n}: {Path(path).name}": self.files.measured(path) for n, path in enumerate(references)}
         return Stage(
             "score",
             f"score {model.label}",

@@ -204,11 +204,11 @@ def damage(
     return _svg(name, 3.0 + 0.18 * -(-len(labels) // 3), paint)
 
 
-def trajectories(
-    name: str,
-    labels: Sequence[str],
-    panels: Sequence[tuple[str, str, Sequence[tuple[Sequence[float], Sequence[float]]]]],
-) -> str:
+Path = tuple[Sequence[float], Sequence[float]]
+"""Points of a line: horizontal, vertical."""
+
+
+def trajectories(name: str, labels: Sequence[str], panels: Sequence[tuple[str, str, Sequence[Path]]]) -> str:
     """One panel per pair of measures (both axis labels, a path for each label): from the hollow start to the end."""
 
     def paint(figure: Figure) -> None:

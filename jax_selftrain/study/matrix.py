@@ -12,6 +12,7 @@ may be started on one folder, at once or one after the other: they share the sta
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,9 +22,10 @@ import jax
 from jax_selftrain import hub, scoring, settings, storage, training
 from jax_selftrain.config import ArmConfig, StudyConfig
 from jax_selftrain.errors import InputError
+from jax_selftrain.scoring.files import read_jsonl
 from jax_selftrain.study.cells import MATRIX, Design, make_design
 from jax_selftrain.study.report import report
-from jax_selftrain.study.stages import complete, is_done
+from jax_selftrain.study.stages import POLL_SECONDS, complete, is_done
 from jax_selftrain.study.transfer import collect_study
 
 DECIDED = {
@@ -57,9 +59,13 @@ def study(config: StudyConfig) -> Path:
     storage.clean_leftovers(folder)
     settings.save(folder / "config.yaml", config)
     complete(design.root, design.stages)
-    storage.write_json(folder / "results.json", collect_study(config, design))
-    report(folder)
-    return folder
+    while True:  # whoever else has finished this very study writes the same
+        with storage.lease(folder / ".report.lease") as ours:
+            if ours:
+                storage.write_json(folder / "results.json", collect_study(config, design))
+                report(folder)
+                return folder
+        time.sleep(POLL_SECONDS)
 
 
 def check_study(config: StudyConfig) -> None:
@@ -91,14 +97,27 @@ def check_study(config: StudyConfig) -> None:
     training.check_ranges(config.train)
     scoring.load_tasks(config.score.tasks, config.score.limit)
     scoring.load_texts(config.score.texts, config.score.text_limit)
+    tokenizers = {model.name: hub.tokenizer_fingerprint(model.model) for model in config.models}
+    if config.extract.sequences and len({tokenizers[name] for name in config.students or names}) > 1:
+        _require_text(config.extract.sequences)
     for model in config.models:
         decoder, _ = hub.read_config(model.model)
-        hub.load_tokenizer(model.model)
         if config.train.seq_len > decoder.max_positions:
             raise InputError(
                 f"train.seq_len {config.train.seq_len}: {model.name} has only {decoder.max_positions} positions; "
                 "shorten the rows"
             )
+
+
+def _require_text(sequences: str) -> None:
+    """Refuse token ids where they would be another text to another student."""
+    path = Path(sequences)
+    rows = read_jsonl(path, 1) if path.suffix == ".jsonl" else ()
+    if not any("text" in row and "tokens" not in row for _, row in rows):
+        raise InputError(
+            f"extract.sequences {sequences}: the students have different tokenizers, to which token ids are different "
+            "texts; give JSONL with `text`"
+        )
 
 
 def _check_arm(arm: ArmConfig, config: StudyConfig, names: list[str]) -> None:

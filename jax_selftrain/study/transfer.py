@@ -75,7 +75,7 @@ def collect_study(config: StudyConfig, design: Design) -> dict[str, Any]:
         "effects": effects(cells),
         "interaction": interactions(cells, {name: model.lineage or name for name, model in design.models.items()}),
         "corpora": _corpora(design),
-        "fingerprints": {stage.label: stage.key for stage in design.stages},
+        "stages": [{"label": stage.label, "key": stage.key} for stage in design.stages],
         "versions": storage.versions(),
     }
 
@@ -229,7 +229,7 @@ def _strength(bases: Mapping[str, Scored]) -> dict[str, dict[str, float]]:
     """What each base can do before anything: {model: {task or text: number}}."""
     return {
         name: {
-            **{task: numbers["acc"] for task, numbers in scored.result["tasks"].items()},
+            **{task: numbers["acc"] for task, numbers in scored.result["tasks"].items() if "acc" in numbers},
             **{text: numbers["bits_per_byte"] for text, numbers in scored.result.get("texts", {}).items()},
         }
         for name, scored in bases.items()

@@ -309,8 +309,8 @@ def _key_figure(results: Results) -> Chapter | None:
             html.append(
                 framed(
                     drawn[key],
-                    f"{student}: the same over training (means over seeds), from before the first step (hollow) to after "
-                    "the last.",
+                    f"{student}: the same over training (means over seeds), from before the first step (hollow) to "
+                    "after the last.",
                 )
             )
     note = (
@@ -447,7 +447,7 @@ def _limits() -> Chapter:
 
 
 def _provenance(results: Results) -> Chapter:
-    rows = tuple((label, key[:16]) for label, key in results["fingerprints"].items())
+    rows = tuple((stage["label"], stage["key"][:16]) for stage in results["stages"])
     table = Table("stages", "Stages and their keys", (Column("stage", "stage"), Column("key", "key")), rows)
     shown = {key: value for key, value in results["config"].items() if key != "models"}
     options = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=100)

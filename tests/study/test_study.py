@@ -6,8 +6,10 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,8 @@ ARMS = tuple(
 @pytest.fixture(scope="module")
 def finished(make: Make, inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     real = ArmConfig("real text", "text", students=("llama",), text=inputs["texts"])
-    return study(make(tmp_path_factory.mktemp("study") / "out", arms=(*ARMS, real)))
+    config = make(tmp_path_factory.mktemp("study") / "out", arms=(*ARMS, real), seeds=(100,))
+    return study(replace(config, train=replace(config.train, eval_every=1, eval_limit=8)))
 
 
 def cells_of(folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
@@ -91,7 +94,7 @@ def cells_of(folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
 @pytest.mark.slow
 def test_every_cell_is_measured_and_the_null_is_exactly_zero(finished: Path):
     cells = cells_of(finished)
-    assert len(cells) == 2 * (2 * 2 + len(ARMS) + 1)
+    assert len(cells) == 2 * 2 + len(ARMS) + 1
     for (_, treatment, _), cell in cells.items():
         assert cell["identical"] == (treatment == "learning rate 0")
         assert {"accuracy", "text/stories", "exact_match", "log_pz"} <= cell["measures"].keys()
@@ -101,37 +104,38 @@ def test_every_cell_is_measured_and_the_null_is_exactly_zero(finished: Path):
             if treatment == "learning rate 0":
                 assert change == 0
     distinct = {cell["measures"]["log_pz"]["after"]["value"] for cell in cells.values()}
-    assert len(distinct) == len(cells) - 1  # all models differ, but for the null's, which is the base with both seeds
+    assert len(distinct) == len(cells)  # no two cells are the same model
 
 
 @pytest.mark.slow
 def test_cells_share_what_they_have_in_common(finished: Path):
     kinds = [path.name.split("-")[0] for path in (finished / "stages").iterdir() if path.is_dir()]
-    # For each seed: a corpus of either model, a cool one, and one of the second generation.
-    assert kinds.count("sample") == 2 * (2 + 1 + 1)
+    # A corpus of either model, a cool one, and one of the second generation.
+    assert kinds.count("sample") == 2 + 1 + 1
     # Those of the matrix are carried to both students; each other one to its own.
-    assert kinds.count("retokenise") == 2 * (2 * 2 + 1 + 1)
-    assert kinds.count("noise") == kinds.count("merge") == 2
+    assert kinds.count("retokenise") == 2 * 2 + 1 + 1
+    assert kinds.count("noise") == kinds.count("merge") == 1
     assert kinds.count("score") == kinds.count("extract") == 2 + len(cells_of(finished))  # two bases and every cell
 
 
 @pytest.mark.slow
-def test_a_carried_corpus_is_what_the_student_would_read(finished: Path, make: Make):
-    design = make_design(make(finished))
+def test_a_carried_corpus_is_what_the_student_would_read(finished: Path):
+    design = make_design(settings.load(StudyConfig, finished / "config.yaml"))
     for cell in design.cells:
-        assert cell.corpus is not None
+        if cell.corpus is None or cell.corpus.kind != "retokenise":
+            continue
         carried = open_corpus(design.folder(cell.corpus))
         source = open_corpus(design.folder(cell.corpus.needs[0]))
         assert list(carried.texts()) == [text.replace("\N{REPLACEMENT CHARACTER}", "") for text in source.texts()]
 
 
 @pytest.mark.slow
-def test_noise_is_as_long_as_the_change_of_training(finished: Path, make: Make):
+def test_noise_is_as_long_as_the_change_of_training(finished: Path):
     from jax_selftrain import load_model
     from jax_selftrain.hub.trees import flatten
 
-    design = make_design(make(finished, arms=(ArmConfig("noise", "noise"),), seeds=(100,)))
-    (noise,) = (one for one in design.stages if one.kind == "noise" and "llama" in one.label)
+    design = make_design(settings.load(StudyConfig, finished / "config.yaml"))
+    noise = next(one for one in design.stages if one.kind == "noise")
     (trained,) = noise.needs
     base = flatten(load_model(design.models["llama"].model).params)
     student = flatten(load_model(design.folder(trained)).params)
@@ -158,15 +162,15 @@ def test_the_report_is_made_of_the_results_alone_and_is_the_same_bytes(finished:
         assert words in html
     assert str(finished) not in html
     assert (tmp_path / "tables" / "interaction.csv").exists()
+    assert (tmp_path / "figures" / "trajectories_llama.svg").exists()
 
 
 @pytest.mark.slow
 def test_killed_shared_and_grown_studies_end_with_the_same_tables(make: Make, tmp_path: Path):
     """One process is killed on the way; then two finish the study together; then it gets an arm and a seed."""
-    import time
-
-    whole = study(make(tmp_path / "whole", arms=(NULL,)))
-    settings.save(tmp_path / "study.yaml", make(tmp_path / "out", seeds=(100,)))
+    small = partial(make, students=("llama",), sources=("llama", "neox"))
+    whole = study(small(tmp_path / "whole", arms=(NULL,)))
+    settings.save(tmp_path / "study.yaml", small(tmp_path / "out", seeds=(100,)))
     command = [sys.executable, "-c", PROGRAM, str(tmp_path / "study.yaml")]
     first = subprocess.Popen(command)
     stages = tmp_path / "out" / "stages"
@@ -174,13 +178,13 @@ def test_killed_shared_and_grown_studies_end_with_the_same_tables(make: Make, tm
         time.sleep(0.01)
     first.kill()
     first.wait()
-    settings.save(tmp_path / "study.yaml", make(tmp_path / "out", arms=(NULL,)))
+    settings.save(tmp_path / "study.yaml", small(tmp_path / "out", arms=(NULL,)))
     both = [subprocess.Popen(command) for _ in range(2)]
     assert [one.wait() for one in both] == [0, 0]
     assert not list(stages.glob(".*"))  # no lease, nothing half-written
     for name in ("results.json", "report.html"):
         assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes()
-    design = make_design(make(tmp_path / "out", arms=(NULL,)))
+    design = make_design(small(tmp_path / "out", arms=(NULL,)))
     assert all(is_done(design.root, stage) for stage in design.stages)
 
 
@@ -204,12 +208,16 @@ def test_what_cannot_be_done_is_refused_before_anything_is(make: Make, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-def test_steps_are_required_and_what_the_study_decides_may_not_be_set(make: Make, tmp_path: Path):
+def test_steps_are_required_and_what_the_study_decides_may_not_be_set(
+    make: Make, inputs: dict[str, str], tmp_path: Path
+):
     config = make(tmp_path / "out")
     with pytest.raises(InputError, match="steps is required"):
         study(replace(config, train=replace(config.train, steps=None)))
     with pytest.raises(InputError, match=r"sample\.seed is decided by the study"):
         study(replace(config, sample=replace(config.sample, seed=4)))
+    with pytest.raises(InputError, match="different tokenizers"):
+        study(replace(config, extract=replace(config.extract, sequences=inputs["sequences"])))
 
 
 def test_a_dry_run_counts_and_does_nothing(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
