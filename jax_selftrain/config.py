@@ -397,9 +397,9 @@ class RunConfig:
 class ModelConfig:
     """A model of a study, and what it has in common with others."""
 
-    name: str
+    name: str = ""
     """What it is called in the study."""
-    model: str
+    model: str = ""
     """The model itself, as everywhere."""
     lineage: str = ""
     """Models of one lineage are at home with each other's text; unset: its own name."""
@@ -421,7 +421,7 @@ class ModelConfig:
 class ArmConfig:
     """A treatment of each student beside the matrix of sources; what it does not name is as in every cell."""
 
-    name: str
+    name: str = ""
     """What it is called in the report."""
     kind: Literal["self", "text", "shuffled", "noise", "extrapolated", "generations"] = "self"
     """`self`: the student's own text. `text`: real text. `shuffled`: own text, tokens in random order. `noise`: no

@@ -77,6 +77,13 @@ def check_study(config: StudyConfig) -> None:
     settings.require(config, "out", "models", "seeds")
     if jax.process_count() > 1:
         raise InputError("a study runs in processes of one host each; start the command on every host, without them")
+    for model in config.models:
+        if not (model.name and model.model):
+            raise InputError(
+                f"models: every one needs `name` and `model` ({model.name or model.model or 'one has neither'})"
+            )
+    if not all(arm.name for arm in config.arms):
+        raise InputError("arms: every one needs a `name`")
     names = [model.name for model in config.models]
     _refuse_twice("model", names)
     _refuse_twice("seed", config.seeds)

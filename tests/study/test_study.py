@@ -192,6 +192,8 @@ def test_killed_shared_and_grown_studies_end_with_the_same_tables(make: Make, tm
     ("changes", "message"),
     [
         ({"models": ()}, "`models` is required"),
+        ({"models": (ModelConfig("a"),)}, "every one needs `name` and `model`"),
+        ({"arms": (ArmConfig(),)}, "arms: every one needs a `name`"),
         ({"students": ("lama",)}, "students: 'lama' is unknown; did you mean `llama`"),
         ({"seeds": (1, 1)}, "seed 1 is there twice"),
         ({"arms": (ArmConfig("x", "text"),)}, "`text` names the file of an arm"),
