@@ -457,6 +457,29 @@ class ArmConfig:
 
 
 @dataclass(frozen=True)
+class ClaimConfig:
+    """A claim that is declared before the first run."""
+
+    name: str = ""
+    """What it is called in the report."""
+    treatment: str = ""
+    """`text of SOURCE`, the name of an arm, or `home - away`: the interaction of the matrix."""
+    student: str = ""
+    """Whose change it speaks of (`home - away` speaks of all)."""
+    against: str = ""
+    """Another treatment of the student, from whose change the difference is taken; unset: the base."""
+    measure: str = "accuracy"
+    """`accuracy` (chance-normalised, of all tasks), `task/NAME`, `text/NAME` (bits per byte), `exact_match` or
+    `log_pz`, of all sequences or of a class or group (`exact_match/held_out`)."""
+    direction: Literal["raises", "lowers", "preserves"] = "raises"
+    """What is claimed of the measure's change."""
+    margin: float | None = None
+    """For `preserves`: the loss that still counts as none, in the measure's own unit (0.01: one point of accuracy)."""
+    primary: bool = True
+    """One of at most three that are tested under Holm's correction; the others are exploratory."""
+
+
+@dataclass(frozen=True)
 class StudyConfig:
     """Who learns from whom: a matrix of sources and students with control arms, restartable, with a report."""
 
@@ -472,6 +495,12 @@ class StudyConfig:
     """Models whose text they are trained on; unset: the students."""
     arms: tuple[ArmConfig, ...] = ()
     """Treatments beside the matrix."""
+    claims: tuple[ClaimConfig, ...] = ()
+    """What is claimed beforehand; frozen at the first run."""
+    assay_raises: tuple[str, ...] = ()
+    """Arms that must raise a capability before a claim about it is judged: real text."""
+    assay_lowers: tuple[str, ...] = ()
+    """Arms that must lower it: shuffled text."""
     seeds: tuple[int, ...] = (0,)
     """Each draws corpora and an order of its own. 0 to 9 are for pilots, those that are reported begin at 100."""
     sample: SampleConfig = field(default_factory=SampleConfig)

@@ -3,6 +3,7 @@
 | part of the folder | what it is |
 |---|---|
 | `config.yaml` | the study |
+| `claims.json` | what was claimed at the first run (`study.claims`) |
 | `stages/` | every piece of work, named by what decides it (`study.stages`) |
 | `results.json`, then `report.html`, `figures/`, `tables/` | the cells laid side by side (`study.transfer`) |
 
@@ -24,6 +25,7 @@ from jax_selftrain.config import ArmConfig, StudyConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.scoring.files import read_jsonl
 from jax_selftrain.study.cells import MATRIX, Design, make_design
+from jax_selftrain.study.claims import check_claims, freeze
 from jax_selftrain.study.report import report
 from jax_selftrain.study.stages import POLL_SECONDS, complete, is_done
 from jax_selftrain.study.transfer import collect_study
@@ -58,11 +60,12 @@ def study(config: StudyConfig) -> Path:
         raise InputError(f"--out {folder}: cannot be made ({error.strerror}); choose another place") from error
     storage.clean_leftovers(folder)
     settings.save(folder / "config.yaml", config)
+    post_hoc = freeze(folder, config.claims)
     complete(design.root, design.stages)
     while True:  # whoever else has finished this very study writes the same
         with storage.lease(folder / ".report.lease") as ours:
             if ours:
-                storage.write_json(folder / "results.json", collect_study(config, design))
+                storage.write_json(folder / "results.json", collect_study(config, design, post_hoc))
                 report(folder)
                 return folder
         time.sleep(POLL_SECONDS)
@@ -101,6 +104,9 @@ def check_study(config: StudyConfig) -> None:
         raise InputError("train.steps is required: all cells of a study are trained for the same number of steps")
     for arm in config.arms:
         _check_arm(arm, config, names)
+    check_claims(config)
+    for option in ("assay_raises", "assay_lowers"):
+        _refuse_unknown(option, getattr(config, option), [arm.name for arm in config.arms])
     training.check_ranges(config.train)
     scoring.load_tasks(config.score.tasks, config.score.limit)
     scoring.load_texts(config.score.texts, config.score.text_limit)

@@ -26,6 +26,7 @@ from jax_selftrain.scoring import load_scored
 from jax_selftrain.scoring.documents import Scored
 from jax_selftrain.study import statistics
 from jax_selftrain.study.cells import MATRIX, Cell, Design
+from jax_selftrain.study.claims import verdicts
 from jax_selftrain.study.pairs import describe_text, side_by_side
 from jax_selftrain.study.results import (
     compare_extraction,
@@ -46,14 +47,15 @@ EXAMPLES = 3
 Change = Mapping[str, Any]
 
 
-def collect_study(config: StudyConfig, design: Design) -> dict[str, Any]:
-    """Everything that the finished stages have to say.
+def collect_study(config: StudyConfig, design: Design, post_hoc: Sequence[str] = ()) -> dict[str, Any]:
+    """Everything that the finished stages have to say; `post_hoc` names claims that were not declared at the first run.
 
     Raises:
         InputError: a stage's output is missing or damaged.
     """
     bases = {name: _scored(design.folder(stage)) for name, stage in design.score_base.items()}
     cells = [_describe(config, design, bases, cell) for cell in design.cells]
+    crossed = interactions(cells, {name: model.lineage or name for name, model in design.models.items()})
     options = settings.to_dict(config)
     for name in ("out", "mesh", "dry_run"):
         del options[name]
@@ -73,7 +75,8 @@ def collect_study(config: StudyConfig, design: Design) -> dict[str, Any]:
         "strength": _strength(bases),
         "cells": cells,
         "effects": effects(cells),
-        "interaction": interactions(cells, {name: model.lineage or name for name, model in design.models.items()}),
+        "interaction": crossed,
+        "verdicts": verdicts(config, cells, crossed, post_hoc),
         "corpora": _corpora(design),
         "stages": [{"label": stage.label, "key": stage.key} for stage in design.stages],
         "versions": storage.versions(),

@@ -8,6 +8,7 @@ none, the report says so instead of judging.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -77,6 +78,8 @@ def main_measure(results: Results) -> str:
 
 def _cards(results: Results) -> Iterator[tuple[str, str, str]]:
     main = main_measure(results)
+    for one in results["verdicts"]:
+        yield f"{one['name']} ({_standing(one)})", one["verdict"], _sentence(one)
     for student in results["design"]["students"]:
         own = _find(results["effects"], student, f"text of {student}")
         if own is not None:
@@ -91,6 +94,11 @@ def _cards(results: Results) -> Iterator[tuple[str, str, str]]:
         )
 
 
+def _sentence(one: Mapping[str, Any]) -> str:
+    told = f"Claimed: {escape(_claimed(one))}. {escape(one['reason'])}"
+    return told[:1].upper() + told[1:]
+
+
 def _told(measure: Mapping[str, Any], name: str) -> tuple[str, str]:
     change = _estimate(measure["change"])
     over = f"95 % interval over {change.n} seeds: {_interval(change, name)}. {_zero(change)}"
@@ -103,7 +111,12 @@ def _told(measure: Mapping[str, Any], name: str) -> tuple[str, str]:
 
 def _caution(results: Results) -> str:
     seeds = len(results["config"]["seeds"])
+    judged = results["verdicts"]
     standing = "No claims were declared beforehand, so that there are no verdicts: everything here is exploratory."
+    if judged:
+        counted = Counter(one["verdict"] for one in judged)
+        standing = f"{len(judged)} claim{'s' if len(judged) > 1 else ''}: {', '.join(f'{n} {verdict}' for verdict, n in counted.items())}."
+        standing += " Everything else is exploratory."
     if seeds < _HEADLINE_SEEDS:
         standing += f" With {seeds} seed{'s' if seeds > 1 else ''}, no claim could be a headline (that takes five)."
     pilots = any(seed < 100 for seed in results["config"]["seeds"])
@@ -115,14 +128,58 @@ def _caution(results: Results) -> str:
 
 def _verdicts(results: Results) -> Chapter:
     identical = [cell for cell in results["cells"] if cell["identical"]]
-    text = (
-        "<p>Not tested: the configuration declares no claims. A verdict needs an estimand, a margin and a test that "
-        "were fixed before the first run.</p>"
-    )
+    tables: list[Table] = []
+    if not results["verdicts"]:
+        text = (
+            "<p>Not tested: the configuration declares no claims. A verdict needs an estimand, a margin and a test "
+            "that were fixed before the first run.</p>"
+        )
+    else:
+        columns = (
+            Column("claim", "claim"),
+            Column("verdict", "verdict"),
+            Column("reason", "because"),
+            Column("effect", "effect", 4, signed=True),
+            Column("margin", "margin", 4),
+            Column("seeds", "seeds"),
+            Column("p_adjusted", "p, corrected", 3, p_value=True),
+            Column("standing", "standing"),
+        )
+        rows = tuple(
+            (
+                f"{one['name']}: {_claimed(one)}",
+                one["verdict"],
+                one["reason"],
+                _estimate(one["effect"]) if one["effect"] else None,
+                one["margin"],
+                one["seeds"],
+                one["p_adjusted"],
+                _standing(one),
+            )
+            for one in results["verdicts"]
+        )
+        tables.append(Table("verdicts", "Claims and what the rule says of them", columns, rows))
+        note = (
+            "Effects in the measure's own unit (0.01 is one point of accuracy), with 95 % intervals over seeds. "
+            "One-sided tests at .05, under Holm's correction for primary claims and Benjamini and Hochberg's for the others."
+        )
+        text = tables[0].to_html() + remark(note)
     if identical:
         names = ", ".join(f"{cell['student']}, {cell['treatment']}, seed {cell['seed']}" for cell in identical)
         text += f"<p>Every measured number is exactly that of the base in: {escape(names)}.</p>"
-    return Chapter("Verdicts", text)
+    return Chapter("Verdicts", text, tuple(tables))
+
+
+def _standing(one: Mapping[str, Any]) -> str:
+    return one["standing"] + (", post hoc" if one["post_hoc"] else "")
+
+
+def _claimed(one: Mapping[str, Any]) -> str:
+    """The claim in words."""
+    who = f" of {one['student']}" if one["student"] else ""
+    against = f" more than {one['against']}" if one["against"] else ""
+    within = f" within {one['margin']:g}" if one["margin"] is not None else ""
+    return f"{one['treatment']} {one['direction']} {one['measure']}{who}{against}{within}"
 
 
 def _design(results: Results) -> Chapter:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from jax_selftrain import settings
-from jax_selftrain.config import ArmConfig, ModelConfig, RunConfig, StudyConfig
+from jax_selftrain.config import ArmConfig, ClaimConfig, ModelConfig, RunConfig, StudyConfig
 from jax_selftrain.corpus import open_corpus
 from jax_selftrain.errors import InputError
 from jax_selftrain.study import report, study
@@ -79,10 +79,13 @@ ARMS = tuple(
 )
 
 
+CLAIM = ClaimConfig("own text keeps", "text of llama", "llama", direction="preserves", margin=0.01)
+
+
 @pytest.fixture(scope="module")
 def finished(make: Make, inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     real = ArmConfig("real text", "text", students=("llama",), text=inputs["texts"])
-    config = make(tmp_path_factory.mktemp("study") / "out", arms=(*ARMS, real), seeds=(100,))
+    config = make(tmp_path_factory.mktemp("study") / "out", arms=(*ARMS, real), claims=(CLAIM,), seeds=(100,))
     return study(replace(config, train=replace(config.train, eval_every=1, eval_limit=8)))
 
 
@@ -156,7 +159,9 @@ def test_the_report_is_made_of_the_results_alone_and_is_the_same_bytes(finished:
         "Home − away",
         "two generations",
         "What this cannot show",
-        "Not tested",
+        "own text keeps (primary)",
+        "1 claim: 1 not tested",
+        "1 seed; a verdict needs 5.",
         "exactly that of the base",
     ):
         assert words in html
@@ -193,6 +198,8 @@ def test_killed_shared_and_grown_studies_end_with_the_same_tables(make: Make, tm
     [
         ({"models": ()}, "`models` is required"),
         ({"models": (ModelConfig("a"),)}, "every one needs `name` and `model`"),
+        ({"claims": (ClaimConfig("x", "text of llama"),)}, "`student` is required"),
+        ({"assay_raises": ("real",)}, "assay_raises: 'real' is unknown"),
         ({"arms": (ArmConfig(),)}, "arms: every one needs a `name`"),
         ({"students": ("lama",)}, "students: 'lama' is unknown; did you mean `llama`"),
         ({"seeds": (1, 1)}, "seed 1 is there twice"),
