@@ -115,7 +115,8 @@ def _caution(results: Results) -> str:
     standing = "No claims were declared beforehand, so that there are no verdicts: everything here is exploratory."
     if judged:
         counted = Counter(one["verdict"] for one in judged)
-        standing = f"{len(judged)} claim{'s' if len(judged) > 1 else ''}: {', '.join(f'{n} {verdict}' for verdict, n in counted.items())}."
+        told = ", ".join(f"{n} {verdict}" for verdict, n in counted.items())
+        standing = f"{len(judged)} claim{'s' if len(judged) > 1 else ''}: {told}."
         standing += " Everything else is exploratory."
     if seeds < _HEADLINE_SEEDS:
         standing += f" With {seeds} seed{'s' if seeds > 1 else ''}, no claim could be a headline (that takes five)."
@@ -161,7 +162,7 @@ def _verdicts(results: Results) -> Chapter:
         tables.append(Table("verdicts", "Claims and what the rule says of them", columns, rows))
         note = (
             "Effects in the measure's own unit (0.01 is one point of accuracy), with 95 % intervals over seeds. "
-            "One-sided tests at .05, under Holm's correction for primary claims and Benjamini and Hochberg's for the others."
+            "One-sided tests at .05, under Holm's correction for primary claims, Benjamini and Hochberg's for the others."
         )
         text = tables[0].to_html() + remark(note)
     if identical:
