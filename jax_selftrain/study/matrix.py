@@ -26,6 +26,7 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.scoring.files import read_jsonl
 from jax_selftrain.study.cells import MATRIX, Design, make_design
 from jax_selftrain.study.claims import check_claims, freeze
+from jax_selftrain.study.plan import measured_on_the_way
 from jax_selftrain.study.report import report
 from jax_selftrain.study.stages import POLL_SECONDS, complete, is_done
 from jax_selftrain.study.transfer import collect_study
@@ -107,7 +108,7 @@ def check_study(config: StudyConfig) -> None:
     check_claims(config)
     for option in ("assay_raises", "assay_lowers"):
         _refuse_unknown(option, getattr(config, option), [arm.name for arm in config.arms])
-    training.check_ranges(config.train)
+    training.check_ranges(measured_on_the_way(config.train, config.score, config.extract))
     scoring.load_tasks(config.score.tasks, config.score.limit)
     scoring.load_texts(config.score.texts, config.score.text_limit)
     tokenizers = {model.name: hub.tokenizer_fingerprint(model.model) for model in config.models}

@@ -162,7 +162,7 @@ def _verdicts(results: Results) -> Chapter:
         tables.append(Table("verdicts", "Claims and what the rule says of them", columns, rows))
         note = (
             "Effects in the measure's own unit (0.01 is one point of accuracy), with 95 % intervals over seeds. "
-            "One-sided tests at .05, under Holm's correction for primary claims, Benjamini and Hochberg's for the others."
+            "One-sided tests at .05, corrected by Holm's method where primary, else by Benjamini and Hochberg's."
         )
         text = tables[0].to_html() + remark(note)
     if identical:
