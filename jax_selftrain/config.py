@@ -401,6 +401,9 @@ class ModelConfig:
     """What it is called in the study."""
     model: str = ""
     """The model itself, as everywhere."""
+    stop_ids: tuple[int, ...] | None = None
+    """Token ids that end its texts, the first of which ends every document that it is trained on; unset: the sampler's
+    own rule, and the tokenizer's EOS."""
     lineage: str = ""
     """Models of one lineage are at home with each other's text; unset: its own name."""
     data: str = ""

@@ -44,13 +44,15 @@ _COUNTS = ("changed", "broken_characters", "empty", "source_tokens", "text_bytes
 _NOT_DRAWN = float("nan")
 
 
-def retokenise(corpus: storage.PathLike, model: str, out: storage.PathLike) -> Corpus:
+def retokenise(corpus: storage.PathLike, model: str, out: storage.PathLike, *, stop_id: int | None = None) -> Corpus:
     """The texts of a corpus in the tokens of a model; running it again completes it or finds it whole.
 
     Args:
         corpus: a corpus folder.
         model: the model, or tokenizer folder, whose tokens are wanted.
         out: the corpus folder to write. It has the same documents in the same order, none left out.
+        stop_id: the token that ends a text for the model; unset: the tokenizer's EOS, else the first that its configs
+            call EOS. (Some models end texts with another: stories260K with BOS.)
 
     Raises:
         InputError: a folder cannot be read or written, the model names no BOS or EOS, or `out` holds another corpus.
@@ -58,7 +60,8 @@ def retokenise(corpus: storage.PathLike, model: str, out: storage.PathLike) -> C
     from jax_selftrain import hub  # it loads JAX and transformers, which reading a corpus does not need
 
     source, tokenizer, special = open_corpus(corpus), hub.load_tokenizer(model), hub.special_tokens(model)
-    stop_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else next(iter(special.stop_ids), None)
+    if stop_id is None:
+        stop_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else next(iter(special.stop_ids), None)
     start_id = special.start_id
     if start_id is None or stop_id is None:
         raise InputError(f"{model}: names neither BOS nor EOS, so that no document can begin and end in its tokens")

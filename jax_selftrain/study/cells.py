@@ -52,6 +52,8 @@ class Model:
     label: str
     tokenizer: str
     """Fingerprint of its tokenizer; training leaves that as it is."""
+    stop_ids: tuple[int, ...] | None
+    """What ends its texts; None: what the sampler and the tokenizer say."""
     home: str
     """The model of the study that it was made from; its tokenizer can be opened there before anything is done."""
 
@@ -192,8 +194,8 @@ class _Builder:
         return student, written[-1], student.mark
 
     def _base(self, name: str) -> Model:
-        ref = self.models[name].model
-        return Model(ref, self.files.model(ref), name, self.files.tokenizer(ref), ref)
+        ref, stop_ids = self.models[name].model, self.models[name].stop_ids
+        return Model(ref, self.files.model(ref), name, self.files.tokenizer(ref), stop_ids, ref)
 
     # ------------------------------------------------------------ stages
 
@@ -204,6 +206,7 @@ class _Builder:
             self.config.sample,
             model=source.ref,
             seed=seed,
+            stop_ids=source.stop_ids,
             **self._shared(self.config.sample),
             **{name: value for name, value in changes.items() if value is not None},
         )
@@ -220,17 +223,17 @@ class _Builder:
         return Stage(
             "retokenise",
             f"carry text of {source.label}, seed {seed}, to the tokens of {student.label}",
-            {},
+            {"stop_id": _stop_id(student)},
             {"corpus": drawn, "tokenizer": student.tokenizer},
-            lambda out: corpora.retokenise(self.root / drawn.name, student.home, out),
+            lambda out: corpora.retokenise(self.root / drawn.name, student.home, out, stop_id=_stop_id(student)),
         )
 
     def _text(self, student: Model, arm: ArmConfig) -> Stage:
-        options = ImportConfig(source=arm.text, model=student.ref)
+        options = ImportConfig(source=arm.text, model=student.ref, stop_id=_stop_id(student))
         return Stage(
             "import",
             f"import {Path(arm.text).name} in the tokens of {student.label}",
-            {},
+            {"stop_id": options.stop_id},
             {"text": self.files.text(arm.text), "tokenizer": student.tokenizer},
             lambda out: corpora.import_text(replace(options, out=str(out))),
         )
@@ -331,6 +334,11 @@ class _Builder:
 
     def _shared(self, section: Any) -> dict[str, Any]:
         return {"mesh": section.mesh or self.config.mesh, "dtype": self.config.dtype or section.dtype}
+
+
+def _stop_id(student: Model) -> int | None:
+    """The token that ends documents for a student; None: its tokenizer's EOS."""
+    return student.stop_ids[0] if student.stop_ids else None
 
 
 def _once(folder: Path, make: Callable[[Path], object]) -> None:

@@ -32,12 +32,24 @@ from jax_selftrain.study.stages import POLL_SECONDS, complete, is_done
 from jax_selftrain.study.transfer import collect_study
 
 DECIDED = {
-    "sample": ("model", "out", "seed"),
+    "sample": ("model", "out", "seed", "stop_ids", "start_id"),
     "train": ("model", "corpus", "out", "seed", "mix", "sign_flip"),
     "score": ("model", "out"),
     "extract": ("model", "corpus", "out", "base", "baseline", "verify"),
 }
 """Options of the sections that are the study's: setting them is an error."""
+
+_SAMPLING = ("native", "temperature", "top_k", "top_p", "min_p")
+_TRAINING = ("learning_rate", "packing", "sign_flip")
+_FIXED: dict[str, tuple[str, ...]] = {
+    "self": ("generations", "mode"),
+    "shuffled": ("generations", "mode"),
+    "text": ("generations", "mode", *_SAMPLING),
+    "noise": ("generations", "mode", *_SAMPLING, *_TRAINING),
+    "extrapolated": ("generations", "mode", *_SAMPLING, *_TRAINING),
+    "generations": (),
+}
+"""Options that mean nothing to an arm of each kind."""
 
 
 def study(config: StudyConfig) -> Path:
@@ -144,6 +156,10 @@ def _check_arm(arm: ArmConfig, config: StudyConfig, names: list[str]) -> None:
         raise InputError(f"arms: {arm.name}: `text` names the file of an arm of kind `text`, and of no other")
     if (arm.kind == "extrapolated") != (arm.weight is not None):
         raise InputError(f"arms: {arm.name}: `weight` belongs to an arm of kind `extrapolated`, which needs it")
+    default, fixed = ArmConfig(), _FIXED[arm.kind]
+    for field in fixed:
+        if getattr(arm, field) != getattr(default, field):
+            raise InputError(f"arms: {arm.name}: `{field}` means nothing to an arm of kind `{arm.kind}`; leave it out")
     if arm.generations < 1:
         raise InputError(f"arms: {arm.name}: generations is {arm.generations}; it must be at least 1")
 

@@ -80,6 +80,13 @@ def test_another_tokenizer_reads_the_text_directly(source: Corpus, tiny_model: T
     assert carried.manifest["retokenised"]["changed"] == 0  # of another tokenizer there is nothing to compare
 
 
+def test_a_model_may_end_its_texts_with_another_token(source: Corpus, tiny_model: Tiny, tmp_path: Path):
+    carried = retokenise(source.folder, str(tiny_model("llama")), tmp_path / "out", stop_id=1)
+    assert carried.stop_ids == (1,)
+    for sample in carried.documents():
+        assert (sample.tokens[-1] == 1) == (sample.finish_reason == "stop")
+
+
 def test_an_interrupted_one_is_completed_with_the_same_bytes(source: Corpus, tiny_model: Tiny, tmp_path: Path):
     model = str(tiny_model("llama"))
     whole = retokenise(source.folder, model, tmp_path / "whole")

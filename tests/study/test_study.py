@@ -206,7 +206,12 @@ def test_killed_shared_and_grown_studies_end_with_the_same_tables(make: Make, tm
         ({"arms": (ArmConfig("x", "text"),)}, "`text` names the file of an arm"),
         ({"arms": (ArmConfig("x", "extrapolated"),)}, "`weight` belongs"),
         ({"arms": (ArmConfig("text of llama"),)}, "those of the matrix"),
-        ({"arms": (ArmConfig("x", generations=0),)}, "generations is 0"),
+        ({"arms": (ArmConfig("x", "generations", generations=0),)}, "generations is 0"),
+        (
+            {"arms": (ArmConfig("x", "noise", temperature=0.5),)},
+            "`temperature` means nothing to an arm of kind `noise`",
+        ),
+        ({"arms": (ArmConfig("x", mode="fresh"),)}, "`mode` means nothing"),
         ({"arms": (ArmConfig("x"), ArmConfig("x", native=True))}, "arm 'x' is there twice"),
     ],
     ids=str,
@@ -227,6 +232,18 @@ def test_steps_are_required_and_what_the_study_decides_may_not_be_set(
         study(replace(config, sample=replace(config.sample, seed=4)))
     with pytest.raises(InputError, match="different tokenizers"):
         study(replace(config, extract=replace(config.extract, sequences=inputs["sequences"])))
+
+
+def test_what_ends_a_text_is_each_models_own(make: Make, tmp_path: Path):
+    config = make(tmp_path / "out")
+    models = (replace(config.models[0], stop_ids=(7, 2)), config.models[1])
+    design = make_design(replace(config, models=models))
+    recipes = {(one.kind, one.label): one.recipe for one in design.stages}
+    assert recipes["sample", "sample llama, seed 100"]["stop_ids"] == [7, 2]
+    assert recipes["sample", "sample neox, seed 100"]["stop_ids"] is None
+    carried = {label: recipe["stop_id"] for (kind, label), recipe in recipes.items() if kind == "retokenise"}
+    assert {stop for label, stop in carried.items() if label.endswith("tokens of llama")} == {7}
+    assert {stop for label, stop in carried.items() if label.endswith("tokens of neox")} == {None}
 
 
 def test_a_dry_run_counts_and_does_nothing(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
