@@ -539,6 +539,6 @@ class DemoConfig:
     seed: int = 0
     """Seed of the demo's text, models and samples."""
     study: bool = False
-    """Do the crossover study of six models instead of one round (about an hour on two cores)."""
+    """Do the crossover study of six models instead of one round; takes much longer."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of that study."""
