@@ -26,9 +26,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
 
 from jax_selftrain import hub
 from jax_selftrain.config import ScoreConfig
@@ -36,13 +35,11 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.mesh import Layout, compiler_options, make_layout, place
 from jax_selftrain.models import (
     DecoderConfig,
-    Params,
     abstract_params,
     axis_sizes,
-    forward,
     param_shardings,
-    project,
 )
+from jax_selftrain.scoring.pool import fill_pool, score_batch, score_pool
 from jax_selftrain.scoring.trees import CHUNK, TARGETS, Asked, Batch, Unit, batch_rows, plan, pool_places
 
 
@@ -179,142 +176,6 @@ def run_units(
         yield running[0], _answers(*running)
 
 
-def fill_pool(
-    config: DecoderConfig,
-    layout: Layout,
-    compute_dtype: DTypeLike,
-    params: Params,
-    pool: Float[Array, "S N D"],
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    segments: Int[Array, "B T"],
-    branches: Int[Array, "B T"],
-    at: Int[Array, "B Q"],
-    slots: Int[Array, "S N"],
-) -> Float[Array, "S N D"]:
-    """Compute one padded batch; S devices along `data` hold B/S rows each.
-
-    Args:
-      config, layout, compute_dtype: static.
-      params: the model.
-      pool: hidden states so far, N places on each device.
-      tokens: rows, padded on the right.
-      positions, segments, branches: see `models.forward`.
-      at: the positions of each row that the last layer computes.
-      slots: for each place of the pool, which of those B/S·Q positions of the same device goes there; −1: none.
-
-    Returns:
-      The pool with the hidden states of this batch.
-    """
-    hidden = forward(
-        config,
-        layout,
-        params,
-        tokens,
-        positions=positions,
-        segments=segments,
-        branches=branches,
-        at=at,
-        compute_dtype=compute_dtype,
-    )
-    hidden = jnp.reshape(hidden, (layout.data, -1, hidden.shape[-1]), out_sharding=pool_sharding(layout))
-    data = PartitionSpec("data")
-
-    # A gather across all rows would move hidden states between devices; each device needs only its own.
-    @partial(jax.shard_map, in_specs=(data, data, data), out_specs=data)
-    def put(rows: Array, at: Array, before: Array) -> Array:
-        taken = jnp.take_along_axis(rows, jnp.maximum(at, 0)[..., None], axis=1)
-        return jnp.where((at >= 0)[..., None], taken.astype(before.dtype), before)
-
-    return put(hidden, slots, pool)
-
-
-def score_pool(
-    config: DecoderConfig,
-    layout: Layout,
-    compute_dtype: DTypeLike,
-    params: Params,
-    pool: Float[Array, "S N D"],
-    targets: Int[Array, "S N M"],
-    chunks: Int[Array, ""],
-) -> tuple[Float[Array, "S N M"], Int[Array, "S N"]]:
-    """Project a pool to the vocabulary.
-
-    Args:
-      config, layout, compute_dtype: static.
-      params: the model.
-      pool: from `fill_pool`.
-      targets: tokens asked for at each place.
-      chunks: how many chunks of `CHUNK` places are in use on the fullest device.
-
-    Returns:
-      Log-probability of each target (nats, fp32) and the most probable token at each place, whole on every device.
-    """
-    replicated = PartitionSpec()
-
-    def score_chunk(i: Array, done: tuple[Array, Array]) -> tuple[Array, Array]:
-        hidden, wanted = (jax.lax.dynamic_slice_in_dim(array, i * CHUNK, CHUNK, axis=1) for array in (pool, targets))
-        new = logprobs_and_argmax(layout, project(config, layout, params, hidden, compute_dtype=compute_dtype), wanted)
-        logprobs, greedy = (
-            jax.lax.dynamic_update_slice_in_dim(old, part, i * CHUNK, axis=1)
-            for old, part in zip(done, new, strict=True)
-        )
-        return logprobs, greedy
-
-    nothing = (jnp.zeros_like(targets, jnp.float32), jnp.zeros_like(targets[..., 0]))
-    logprobs, greedy = jax.lax.fori_loop(0, chunks, score_chunk, nothing)
-    return jax.reshard(logprobs, replicated), jax.reshard(greedy, replicated)
-
-
-def logprobs_and_argmax(
-    layout: Layout, logits: Float[Array, "S C V"], targets: Int[Array, "S C M"]
-) -> tuple[Float[Array, "S C M"], Int[Array, "S C"]]:
-    """Log-softmax at the targets, and the argmax (the lowest id among equals).
-
-    Each device works on the logits that it holds; of a vocabulary that lies on several, they exchange only what they
-    found. (Written as masked sums over V this took three times as long on a CPU.)
-    """
-    vocab = layout.spec(("vocab",))[0]
-    data = PartitionSpec("data")
-
-    @partial(jax.shard_map, in_specs=(PartitionSpec("data", None, vocab), data), out_specs=(data, data))
-    def measure(logits: Array, targets: Array) -> tuple[Array, Array]:
-        size = logits.shape[-1]
-        offset = jax.lax.axis_index(vocab) * size if vocab else 0
-        over_devices = (lambda reduce, x: reduce(x, vocab)) if vocab else (lambda reduce, x: x)
-        own_best = jnp.max(logits, axis=-1)
-        best = over_devices(jax.lax.pmax, own_best)
-        total = over_devices(jax.lax.psum, jnp.sum(jnp.exp(logits - best[..., None]), axis=-1))
-        here = targets - offset
-        found = jnp.take_along_axis(logits, jnp.clip(here, 0, size - 1), axis=-1)
-        found = over_devices(jax.lax.psum, jnp.where((here >= 0) & (here < size), found, 0.0))
-        top = jnp.argmax(logits, axis=-1).astype(jnp.int32) + offset
-        top = over_devices(jax.lax.pmin, jnp.where(own_best == best, top, np.iinfo(np.int32).max))
-        return found - best[..., None] - jnp.log(total)[..., None], top
-
-    return measure(logits, targets)
-
-
-def score_batch(
-    config: DecoderConfig,
-    layout: Layout,
-    compute_dtype: DTypeLike,
-    params: Params,
-    pool: Float[Array, "S N D"],
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    segments: Int[Array, "B T"],
-    branches: Int[Array, "B T"],
-    at: Int[Array, "B Q"],
-    slots: Int[Array, "S N"],
-    targets: Int[Array, "S N M"],
-    chunks: Int[Array, ""],
-) -> tuple[Float[Array, "S N M"], Int[Array, "S N"]]:
-    """`fill_pool`, then `score_pool`: a unit of one batch in one program."""
-    pool = fill_pool(config, layout, compute_dtype, params, pool, tokens, positions, segments, branches, at, slots)
-    return score_pool(config, layout, compute_dtype, params, pool, targets, chunks)
-
-
 def batch_program(
     config: DecoderConfig, layout: Layout, dtype: DTypeLike, batch_tokens: int | None, length: int
 ) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
@@ -348,11 +209,6 @@ def program(config: ScoreConfig, mesh: Mesh) -> tuple[Callable[..., Any], tuple[
     decoder, _ = hub.read_config(config.model)
     layout = make_layout(config.preset, mesh, axis_sizes(decoder))
     return batch_program(decoder, layout, jnp.dtype(config.dtype), config.batch_tokens, decoder.max_positions)
-
-
-def pool_sharding(layout: Layout) -> jax.sharding.NamedSharding:
-    """Of hidden states [S, N, D]."""
-    return layout.sharding(("batch", None, None))
 
 
 @cache

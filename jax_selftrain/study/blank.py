@@ -8,10 +8,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jax_selftrain import storage
+from jax_selftrain.errors import InputError
 from jax_selftrain.study.world import World
 
 START = "<|endoftext|>"
 """Begins and ends every document, as in Pythia's tokenizer."""
+
+
+def is_written(folder: Path, wanted: Mapping[str, Any], what: str) -> bool:
+    """Whether a folder holds just the world that its `world.json` is to describe.
+
+    Raises:
+        InputError: it holds something else; `what` is the kind of thing it should be the world of.
+    """
+    if not folder.exists():
+        return False
+    if not (folder / "world.json").exists():
+        raise InputError(f"{folder}: is there already but is no world of a {what}; choose another --out")
+    # Through JSON, so that what is compared is what is read back (tuples become lists).
+    if storage.read_json(folder / "world.json") != json.loads(json.dumps(wanted)):
+        raise InputError(f"{folder}: is the world of another {what} (other seed or version); choose another --out")
+    return True
 
 
 def train_tokenizer(worlds: Sequence[World], vocabulary: int) -> Any:

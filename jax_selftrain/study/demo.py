@@ -8,7 +8,6 @@ is measured before and after. Every part is made by the same functions as a real
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,8 +25,7 @@ from jax_selftrain.config import (
     TrainConfig,
 )
 from jax_selftrain.corpus import import_text
-from jax_selftrain.errors import InputError
-from jax_selftrain.study.blank import START, train_tokenizer, write_blank_model, write_jsonl
+from jax_selftrain.study.blank import START, is_written, train_tokenizer, write_blank_model, write_jsonl
 from jax_selftrain.study.matrix import study
 from jax_selftrain.study.microworld import MicroScale, micro_study
 from jax_selftrain.study.round import run
@@ -145,13 +143,8 @@ def write_world(folder: Path, scale: DemoScale) -> None:
     Raises:
         InputError: the folder holds something else.
     """
-    # Through JSON, so that what is compared is what is read back (tuples become lists).
-    wanted = json.loads(json.dumps({"format": "jax-selftrain demo", "version": 1, "scale": asdict(scale)}))
-    if folder.exists():
-        if not (folder / "world.json").exists():
-            raise InputError(f"{folder}: is there already but is no world of a demo; choose another --out")
-        if storage.read_json(folder / "world.json") != wanted:
-            raise InputError(f"{folder}: is the world of another demo (other seed or version); choose another --out")
+    wanted = {"format": "jax-selftrain demo", "version": 1, "scale": asdict(scale)}
+    if is_written(folder, wanted, "demo"):
         return
     world = make_world(scale.world)
     with storage.commit_folder(folder) as aside:

@@ -16,7 +16,6 @@ often they were shown, and their twins that no model ever saw.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -34,8 +33,7 @@ from jax_selftrain.config import (
     TrainConfig,
 )
 from jax_selftrain.corpus import import_text, open_corpus
-from jax_selftrain.errors import InputError
-from jax_selftrain.study.blank import train_tokenizer, write_blank_model, write_jsonl
+from jax_selftrain.study.blank import is_written, train_tokenizer, write_blank_model, write_jsonl
 from jax_selftrain.study.stages import Stage, complete
 from jax_selftrain.study.world import World, WorldConfig, make_world
 from jax_selftrain.training import train
@@ -175,12 +173,8 @@ def write_worlds(folder: Path, scale: MicroScale) -> None:
     Raises:
         InputError: the folder holds something else.
     """
-    wanted = json.loads(json.dumps({"format": "jax-selftrain micro-world", "version": 1, "scale": asdict(scale)}))
-    if folder.exists():
-        if not (folder / "world.json").exists():
-            raise InputError(f"{folder}: is there already but is no micro-world; choose another --out")
-        if storage.read_json(folder / "world.json") != wanted:
-            raise InputError(f"{folder}: is another micro-world (other seed or version); choose another --out")
+    wanted = {"format": "jax-selftrain micro-world", "version": 1, "scale": asdict(scale)}
+    if is_written(folder, wanted, "micro-world"):
         return
     worlds = worlds_of(scale.world)
     with storage.commit_folder(folder) as aside:

@@ -14,7 +14,8 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.mesh import make_layout, make_mesh, place
 from jax_selftrain.models import axis_sizes
 from jax_selftrain.scoring import Request, loglikelihoods, program, token_scores
-from jax_selftrain.scoring.likelihood import batch_program, distinct_requests, logprobs_and_argmax
+from jax_selftrain.scoring.likelihood import batch_program, distinct_requests
+from jax_selftrain.scoring.pool import logprobs_and_argmax
 from jax_selftrain.scoring.trees import (
     CHUNK,
     LENGTHS,

@@ -1,0 +1,82 @@
+"""How the measures of a study (`transfer.measures`) are named, scaled and rounded for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jax_selftrain.study.statistics import Estimate
+from jax_selftrain.study.tables import interval, number
+
+POINTS = "points"
+
+
+def main_measure(results: Mapping[str, Any]) -> str:
+    """What the matrix is told in: chance-normalised accuracy, else the first text, else exact match."""
+    names = list(results["cells"][0]["measures"])
+    return next(
+        (name for name in ("accuracy", *(n for n in names if n.startswith("text/"))) if name in names), names[0]
+    )
+
+
+def is_plain(measure: str) -> bool:
+    """Not one of a class or group of sequences."""
+    return not measure.startswith(("exact_match/", "log_pz/"))
+
+
+def scale_of(measure: str) -> float:
+    """Factor from the measure's own unit to the one shown: percentage points of shares."""
+    return 100.0 if measure.startswith(("accuracy", "task/", "exact_match")) else 1.0
+
+
+def digits_of(measure: str) -> int:
+    """Decimals shown."""
+    return 2 if scale_of(measure) == 100.0 else 4
+
+
+def label_of(measure: str) -> str:
+    """Name and unit of a measure (`transfer.measures`) for people."""
+    kind, _, name = measure.partition("/")
+    return {
+        "accuracy": "chance-normalised macro accuracy (points)",
+        "task": f"{name} (points)",
+        "text": f"{name} (bits per byte)",
+        "exact_match": f"exact match{', ' + name if name else ''} (points)",
+        "log_pz": f"log p_z{', ' + name if name else ''} (nats)",
+    }[kind]
+
+
+def slug(name: str) -> str:
+    """A name as part of a file name."""
+    return "".join(letter if letter.isalnum() else "_" for letter in name)
+
+
+def estimate_of(entry: Mapping[str, Any]) -> Estimate:
+    """An estimate as it stands in `results.json`."""
+    return Estimate(entry["value"], entry["low"], entry["high"], entry["n"])
+
+
+def scaled(estimate: Estimate, measure: str) -> Estimate:
+    """In the unit that is shown."""
+    scale = scale_of(measure)
+    low, high = (None if end is None else scale * end for end in (estimate.low, estimate.high))
+    return Estimate(scale * estimate.value, low, high, estimate.n)
+
+
+def signed(estimate: Estimate, measure: str) -> str:
+    """A change with its sign and unit (HTML)."""
+    unit = POINTS if scale_of(measure) == 100.0 else ""
+    value = number(scale_of(measure) * estimate.value, digits_of(measure), signed=True)
+    return f'{value} <span class="unit">{unit}</span>'
+
+
+def interval_of(estimate: Estimate, measure: str) -> str:
+    """Its interval in the unit that is shown."""
+    return interval(scaled(estimate, measure), digits_of(measure), signed=True)
+
+
+def about_zero(change: Estimate) -> str:
+    """Whether the interval includes zero, as a sentence; empty where there is none."""
+    if change.low is None or change.high is None:
+        return ""
+    return "The interval includes zero." if change.low <= 0 <= change.high else "The interval excludes zero."

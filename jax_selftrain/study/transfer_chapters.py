@@ -1,0 +1,390 @@
+"""The chapters of a study's report, made from `results.json` and nothing else: prose, figures and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import yaml
+
+from jax_selftrain.study import figures
+from jax_selftrain.study.measures import (
+    digits_of,
+    estimate_of,
+    is_plain,
+    label_of,
+    main_measure,
+    scale_of,
+    scaled,
+    slug,
+)
+from jax_selftrain.study.page import Chapter, framed, remark
+from jax_selftrain.study.tables import Column, Table
+
+Results = Mapping[str, Any]
+Effects = Sequence[Mapping[str, Any]]
+
+
+def chapters_of_study(results: Results) -> list[Chapter]:
+    """The chapters that these results have something to say in, in their order."""
+    written = (
+        _design(results),
+        _matrix(results),
+        _capability(results),
+        _key_figure(results),
+        _memorisation(results),
+        _drift(results),
+        _samples(results),
+        _limits(),
+        _provenance(results),
+    )
+    return [chapter for chapter in written if chapter is not None]
+
+
+def _design(results: Results) -> Chapter:
+    axes = ("lineage", "data", "data_order", "initialisation", "tokenizer", "architecture", "size")
+    strengths = results["strength"]
+    measured = list(dict.fromkeys(name for one in strengths.values() for name in one))
+    design = results["design"]
+    rows = tuple(
+        (
+            model["name"],
+            " and ".join(
+                role
+                for role, names in (("source", design["sources"]), ("student", design["students"]))
+                if model["name"] in names
+            ),
+            *(model[axis] or ("itself" if axis == "lineage" else "not said") for axis in axes),
+            *(strengths.get(model["name"], {}).get(name) for name in measured),
+        )
+        for model in design["models"]
+    )
+    columns = (
+        Column("model", "model"),
+        Column("role", "role"),
+        *(Column(axis, axis.replace("_", " ")) for axis in axes),
+        *(Column(name, name) for name in measured),
+    )
+    table = Table("models", "The models, and what they can do before anything", columns, rows)
+    cells = results["cells"]
+    budget = Table(
+        "budget",
+        "What each cell was trained on",
+        (
+            Column("student", "student"),
+            Column("treatment", "treatment"),
+            Column("seed", "seed"),
+            Column("steps", "steps"),
+            Column("targets", "tokens predicted"),
+            Column("samples", "documents in the corpus"),
+            Column("tokens", "its tokens"),
+        ),
+        tuple(
+            (
+                cell["student"],
+                cell["treatment"],
+                str(cell["seed"]),
+                cell["training"]["steps"] if cell["training"] else 0,
+                cell["training"]["targets"] if cell["training"] else 0,
+                *(
+                    results["corpora"][cell["corpus"]][name] if cell["corpus"] else None
+                    for name in ("samples", "tokens")
+                ),
+            )
+            for cell in cells
+        ),
+    )
+    note = (
+        "Accuracy on tasks, bits per byte on texts. Steps, batch and learning rate are the same for all but where an "
+    )
+    note += "arm says otherwise; tokens differ by how well documents fill rows."
+    return Chapter("Design", table.to_html() + budget.to_html() + remark(note), (table, budget))
+
+
+def _matrix(results: Results) -> Chapter:
+    main = main_measure(results)
+    matrix = [one for one in results["effects"] if one["treatment"] == f"text of {one['source']}"]
+    rows = tuple(
+        (
+            one["student"],
+            one["source"],
+            len(one["seeds"]),
+            *(scaled(estimate_of(one["measures"][name]["change"]), name) for name in one["measures"] if is_plain(name)),
+        )
+        for one in matrix
+    )
+    names = [name for name in matrix[0]["measures"] if is_plain(name)]
+    columns = (
+        Column("student", "student"),
+        Column("source", "source"),
+        Column("seeds", "seeds"),
+        *(Column(name, label_of(name), digits_of(name), signed=True) for name in names),
+    )
+    table = Table("matrix", "Change of each student, by whose text it was trained on", columns, rows)
+    svg = figures.seed_dots(
+        "matrix",
+        [f"{one['student']} on text of {one['source']}" for one in matrix],
+        [scaled(estimate_of(one["measures"][main]["change"]), main) for one in matrix],
+        [[scale_of(main) * value for value in one["measures"][main]["seeds"]] for one in matrix],
+        label=f"change: {label_of(main)}",
+    )
+    html = [framed(svg, "Mean over seeds with its 95 % interval (Student's t over seeds); a dot for every seed.")]
+    tables = [table]
+    found = results["interaction"]
+    if found is None:
+        html.append(
+            remark(
+                "No interaction: it takes at least two lineages of students, each with text of its own kind and of "
+                "another. Without it a source that suits a student cannot be told from one that is simply better."
+            )
+        )
+    else:
+        contrasts = Table(
+            "interaction",
+            "Home − away, averaged over students",
+            (
+                Column("measure", "measure"),
+                Column("contrast", "home − away", 3, signed=True),
+                Column("seeds", "seeds"),
+            ),
+            tuple(
+                (label_of(name), scaled(estimate_of(found["measures"][name]["contrast"]), name), len(found["seeds"]))
+                for name in found["measures"]
+                if is_plain(name)
+            ),
+        )
+        tables.append(contrasts)
+        html.append(contrasts.to_html())
+    return Chapter(
+        "Whose text a student can learn from", "\n".join([*html, table.to_html()]), tuple(tables), {"matrix": svg}
+    )
+
+
+def _capability(results: Results) -> Chapter | None:
+    names = [name for name in results["cells"][0]["measures"] if name == "accuracy" or name.startswith("task/")]
+    if not names:
+        return None
+    drawn, html, tables = {}, [], []
+    for student in results["design"]["students"]:
+        of = [one for one in results["effects"] if one["student"] == student]
+        drawn[f"capability_{slug(student)}"] = svg = figures.seed_dots(
+            f"capability_{slug(student)}",
+            [one["treatment"] for one in of],
+            [scaled(estimate_of(one["measures"]["accuracy"]["change"]), "accuracy") for one in of],
+            [[100 * value for value in one["measures"]["accuracy"]["seeds"]] for one in of],
+            label="change: chance-normalised macro accuracy (points)",
+        )
+        html.append(framed(svg, f"{student}: all treatments, with a dot for every seed."))
+        tables.append(_effect_table(f"capability_{slug(student)}", f"{student}: accuracy by task", of, names))
+        html.append(tables[-1].to_html())
+    note = (
+        "Chance-normalised means (accuracy − guessing) / (1 − guessing), averaged over tasks with equal weight. "
+        "Intervals are over seeds; where there is one seed there is none."
+    )
+    return Chapter("Capability by task and arm", "\n".join([*html, remark(note)]), tuple(tables), drawn)
+
+
+def _key_figure(results: Results) -> Chapter | None:
+    names = list(results["cells"][0]["measures"])
+    texts = [name for name in names if name.startswith("text/")]
+    if not texts or "exact_match" not in names:
+        return None
+    loss = texts[0]
+    drawn, html = {}, []
+    for student in results["design"]["students"]:
+        of = [one for one in results["effects"] if one["student"] == student]
+        at = {name: [one["measures"][name] for one in of] for name in (loss, "exact_match", "log_pz")}
+        base = {name: scale_of(name) * parts[0]["before"] for name, parts in at.items()}
+        key = f"key_{slug(student)}"
+        drawn[key] = figures.damage(
+            key,
+            [one["treatment"] for one in of],
+            [base[loss] + scale_of(loss) * part["change"]["value"] for part in at[loss]],
+            [
+                (
+                    label_of(name),
+                    base[name],
+                    [base[name] + scale_of(name) * part["change"]["value"] for part in at[name]],
+                )
+                for name in ("exact_match", "log_pz")
+            ],
+            base[loss],
+            x_label=label_of(loss),
+        )
+        html.append(
+            framed(
+                drawn[key],
+                f"{student}: memorisation against loss on {loss.removeprefix('text/')} after every treatment (means "
+                f"over seeds); the cross is the base. n = {at['exact_match'][0]['items']:,} sequences.",
+            )
+        )
+        paths = _paths(results, student)
+        if paths is not None:
+            key = f"trajectories_{slug(student)}"
+            drawn[key] = figures.trajectories(key, *paths)
+            html.append(
+                framed(
+                    drawn[key],
+                    f"{student}: the same over training (means over seeds), from before the first step (hollow) to "
+                    "after the last.",
+                )
+            )
+    note = (
+        "A student that lies as low as the controls at its loss has forgotten nothing in particular: weight noise "
+        "breaks verbatim paths, too. Forgetting that counts lies below the controls at equal loss, in both panels."
+    )
+    return Chapter("Memorisation against damage", "\n".join([*html, remark(note)]), (), drawn)
+
+
+def _paths(results: Results, student: str) -> tuple[list[str], list[Any]] | None:
+    """What every treatment's evaluations on the way say, averaged over seeds; None where nothing was measured."""
+    curves: dict[str, list[Mapping[str, Sequence[float]]]] = {}
+    for cell in results["cells"]:
+        if cell["student"] == student and cell["training"] and cell["training"]["curve"]:
+            curves.setdefault(cell["treatment"], []).append(cell["training"]["curve"])
+    if not curves:
+        return None
+    names = list(next(iter(curves.values()))[0])
+
+    def kind(ending: str) -> list[str]:
+        return [name for name in names if name.endswith(f"/{ending}")]
+
+    def path(treatment: str, measures: Sequence[str], scale: float) -> list[float]:
+        values = [curve[name] for curve in curves[treatment] for name in measures]
+        return [scale * sum(at) / len(at) for at in zip(*values, strict=True)]
+
+    x = [(kind("nll")[:1], "loss on text (nats per token)", 1.0), (kind("acc"), "accuracy, mean of tasks (%)", 100.0)]
+    y = [(kind("exact_match"), "exact match (%)", 100.0), (kind("log_pz"), "log p_z (nats)", 1.0)]
+    panels = [
+        (x_label, y_label, [(path(one, across, a), path(one, up, b)) for one in curves])
+        for across, x_label, a in x
+        for up, y_label, b in y
+        if across and up
+    ]
+    return (list(curves), panels[:3]) if panels else None
+
+
+def _memorisation(results: Results) -> Chapter | None:
+    names = [name for name in results["cells"][0]["measures"] if name.startswith(("exact_match", "log_pz"))]
+    common = [name for name in names if all(name in one["measures"] for one in results["effects"] if one["source"])]
+    if not common:
+        return None
+    html, tables = [], []
+    for student in results["design"]["students"]:
+        of = [one for one in results["effects"] if one["student"] == student]
+        tables.append(_effect_table(f"memorisation_{slug(student)}", f"{student}: memorisation", of, common))
+        html.append(tables[-1].to_html())
+        flips = tuple(
+            (
+                cell["treatment"],
+                str(cell["seed"]),
+                cell["extraction"]["n"],
+                *(cell["extraction"]["classes"]["all"]["flips"][kind] for kind in ("kept", "lost", "gained", "never")),
+            )
+            for cell in results["cells"]
+            if cell["student"] == student
+        )
+        counted = (Column(kind, kind) for kind in ("kept", "lost", "gained", "never"))
+        columns = (Column("treatment", "treatment"), Column("seed", "seed"), Column("n", "n"), *counted)
+        tables.append(
+            Table(f"flips_{slug(student)}", f"{student}: sequences reproduced before and after", columns, flips)
+        )
+        html.append(tables[-1].to_html())
+    note = (
+        "Held-out, partial and seen are selected by what the source wrote: a difference between them is not the effect "
+        "of being seen. p_z is the probability of one tokenisation of the suffix."
+    )
+    return Chapter("Memorisation by class and group", "\n".join([*html, remark(note)]), tuple(tables))
+
+
+def _drift(results: Results) -> Chapter:
+    rows = []
+    for corpus in results["corpora"].values():
+        found, lost = corpus["statistics"], corpus["retokenised"] or {}
+        rows.append(
+            (
+                corpus["label"],
+                corpus["samples"],
+                corpus["tokens"],
+                found["length"]["mean"],
+                found["stopped"],
+                found["entropy_per_token"],
+                found["distinct"]["2"],
+                found["duplicates"],
+                lost.get("changed"),
+                lost.get("broken_characters"),
+                corpus["tokens"] / lost["text_bytes"] if lost.get("text_bytes") else None,
+            )
+        )
+    columns = (
+        Column("corpus", "corpus"),
+        Column("documents", "documents"),
+        Column("tokens", "tokens"),
+        Column("length", "mean length", 1),
+        Column("stopped", "share ended by a stop id"),
+        Column("entropy", "entropy per token (nats)"),
+        Column("distinct_2", "distinct-2"),
+        Column("duplicates", "duplicates"),
+        Column("changed", "documents with other tokens after the way through text"),
+        Column("broken", "broken characters dropped"),
+        Column("tokens_per_byte", "tokens per byte"),
+    )
+    table = Table("corpora", "The corpora", columns, tuple(rows))
+    return Chapter("What was trained on", table.to_html(), (table,))
+
+
+def _samples(results: Results) -> Chapter:
+    shown = []
+    for corpus in results["corpora"].values():
+        shown.append(f"<h3>{escape(corpus['label'])}</h3>")
+        for sample in corpus["examples"]:
+            label = f"document {sample['sample_id']:,} · {sample['tokens']:,} tokens"
+            shown.append(
+                f'<div class="sample"><p class="label">{label}</p>\n<p class="words">{escape(sample["text"])}</p></div>'
+            )
+    note = "Chosen by a hash of their numbers, by nobody."
+    return Chapter("Samples", remark(note) + "\n".join(shown))
+
+
+def _limits() -> Chapter:
+    sentences = (
+        "<strong>Other recipes.</strong> One learning rate, one budget, the last step; another recipe may turn out "
+        "otherwise.",
+        "<strong>That nothing changed.</strong> An interval that includes zero is no evidence of absence; preservation "
+        "needs a margin declared beforehand (<code>jax-selftrain compare</code>).",
+        "<strong>A relation</strong> between a source and a student, unless the interaction is there: one student "
+        "cannot tell text that suits it from text that is simply better.",
+        "<strong>Forgetting,</strong> unless memorisation falls below the control arms at equal damage and "
+        "p<sub>z</sub> falls with it.",
+        "<strong>The effect of being seen.</strong> The classes are selected by what a source wrote.",
+        "<strong>Other models.</strong> Seeds vary corpora and order; the bases are what they are.",
+    )
+    return Chapter("What this cannot show", "<ul>\n" + "\n".join(f"<li>{one}</li>" for one in sentences) + "\n</ul>")
+
+
+def _provenance(results: Results) -> Chapter:
+    rows = tuple((stage["label"], stage["key"][:16]) for stage in results["stages"])
+    table = Table("stages", "Stages and their keys", (Column("stage", "stage"), Column("key", "key")), rows)
+    shown = {key: value for key, value in results["config"].items() if key != "models"}
+    options = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=100)
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    html = f"<pre>{escape(options)}</pre>\n{remark(versions)}{table.to_html()}"
+    return Chapter("How it was made", html, (table,))
+
+
+def _effect_table(name: str, caption: str, effects: Effects, measures: Sequence[str]) -> Table:
+    rows = tuple(
+        (
+            one["treatment"],
+            len(one["seeds"]),
+            *(
+                scaled(estimate_of(one["measures"][measure]["change"]), measure) if measure in one["measures"] else None
+                for measure in measures
+            ),
+        )
+        for one in effects
+    )
+    changes = (Column(measure, label_of(measure), digits_of(measure), signed=True) for measure in measures)
+    columns = (Column("treatment", "treatment"), Column("seeds", "seeds"), *changes)
+    return Table(name, f"{caption}, change", columns, rows)
