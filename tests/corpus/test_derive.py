@@ -5,34 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from corpus_factory import write_sampled_corpus
 from models_factory import tiny_texts
 
 from jax_selftrain import hub
-from jax_selftrain.corpus import Corpus, Sample, finish_corpus, open_corpus, retokenise, shuffle, write_shard
+from jax_selftrain.corpus import Corpus, Sample, retokenise, shuffle
 from jax_selftrain.errors import InputError
 
 Tiny = Callable[..., Path]
-
-
-def write_corpus(folder: Path, model: Path, samples: list[Sample], per_shard: int = 4) -> Corpus:
-    for first in range(0, len(samples), per_shard):
-        write_shard(folder, first // per_shard, samples[first : first + per_shard], {})
-    finish_corpus(
-        folder,
-        {
-            "kind": "sampled",
-            "source": {"ref": "here", "fingerprint": "0" * 64},
-            "tokenizer_fingerprint": hub.tokenizer_fingerprint(model),
-            "start_id": 1,
-            "stop_ids": [2],
-            "policy": {},
-            "seed": 5,
-            "samples": len(samples),
-            "samples_per_shard": per_shard,
-            "retokenisation_mismatches": 0,
-        },
-    )
-    return open_corpus(folder)
 
 
 @pytest.fixture
@@ -46,7 +26,7 @@ def source(tiny_model: Tiny, tmp_path: Path) -> Corpus:
         stop = i % 2 == 0
         row = np.array([*ids, *([2] if stop else [])], np.int32)
         samples.append(Sample(i, row, text, -1.0, "stop" if stop else "length"))
-    return write_corpus(tmp_path / "source", model, samples)
+    return write_sampled_corpus(tmp_path / "source", model, samples, per_shard=4, seed=5)
 
 
 def test_the_same_tokenizer_gives_the_same_tokens_and_says_what_it_lost(

@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from corpus_factory import write_sampled_corpus
 from models_factory import tiny_texts
 
 from jax_selftrain import cli, hub
 from jax_selftrain.config import ImportConfig, LeakageConfig
-from jax_selftrain.corpus import Sample, finish_corpus, import_text, ngrams, write_shard
+from jax_selftrain.corpus import Sample, import_text, ngrams
 from jax_selftrain.errors import InputError
 from jax_selftrain.scoring import leakage
 from jax_selftrain.scoring.metrics import wilson_interval
@@ -20,25 +21,7 @@ def write_corpus(folder, model, documents):
         Sample(sample_id, np.asarray(tokens, np.int32), "", -1.0, "length")
         for sample_id, tokens in enumerate(documents)
     ]
-    half = len(samples) // 2
-    for shard in range(2):
-        write_shard(folder, shard, samples[shard * half : (shard + 1) * half], {})
-    finish_corpus(
-        folder,
-        {
-            "kind": "sampled",
-            "source": {"ref": "here", "fingerprint": "0" * 64},
-            "tokenizer_fingerprint": hub.tokenizer_fingerprint(model),
-            "start_id": 1,
-            "stop_ids": [2],
-            "policy": {},
-            "seed": 0,
-            "samples": len(samples),
-            "samples_per_shard": half,
-            "retokenisation_mismatches": 0,
-        },
-    )
-    return str(folder)
+    return str(write_sampled_corpus(folder, model, samples, per_shard=len(samples) // 2).folder)
 
 
 @pytest.fixture

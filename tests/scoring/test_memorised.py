@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from corpus_factory import write_sampled_corpus
 from models_factory import write_tiny_hf_model
 
 from jax_selftrain import hub
 from jax_selftrain.config import ExtractConfig, TrainConfig
-from jax_selftrain.corpus import Sample, finish_corpus, write_shard
+from jax_selftrain.corpus import Sample
 from jax_selftrain.scoring import extract, measure, read_policies
 from jax_selftrain.scoring.policies import column
 from jax_selftrain.training import train
@@ -35,22 +36,7 @@ def run(tmp_path_factory, planted) -> Path:
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "max_position_embeddings": 64}
     model = write_tiny_hf_model(folder / "model", "llama", vocab_size=320, **shape)
     samples = [Sample(i, row, "", float("nan"), "length") for i, row in enumerate(planted[0])]
-    write_shard(folder / "corpus", 0, samples, {})
-    finish_corpus(
-        folder / "corpus",
-        {
-            "kind": "sampled",
-            "source": {"ref": "here", "fingerprint": "0" * 64},
-            "tokenizer_fingerprint": hub.tokenizer_fingerprint(model),
-            "start_id": 1,
-            "stop_ids": [2],
-            "policy": {},
-            "seed": 0,
-            "samples": N,
-            "samples_per_shard": N,
-            "retokenisation_mismatches": 0,
-        },
-    )
+    write_sampled_corpus(folder / "corpus", model, samples)
     config = TrainConfig(
         model=str(model),
         corpus=str(folder / "corpus"),
