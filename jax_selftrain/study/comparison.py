@@ -27,16 +27,13 @@ from jax_selftrain.config import CompareConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.scoring import Scored, load_scored
 from jax_selftrain.scoring.files import result_files
-from jax_selftrain.scoring.metrics import mean_and_stderr, ratio_and_stderr
 from jax_selftrain.study import statistics
 from jax_selftrain.study.noninferiority import Judgement, benjamini_hochberg, decide, holm, judge, judge_share, standing
-from jax_selftrain.study.pairs import Interval, Pair, describe_task, describe_text, side_by_side
+from jax_selftrain.study.pairs import Interval, Pair, describe_task, describe_text, side_by_side, why_not_eligible
 from jax_selftrain.study.statistics import Effect
 
 FORMAT = "jax-selftrain comparison"
 VERSION = 1
-ABOVE_CHANCE, CEILING = 4.0, 0.95
-"""A task is eligible for the macro average if the base is more than 4 standard errors above chance and below 95 %."""
 SPEAKS_OF_ONE_PAIR = (
     "This speaks of one pair of checkpoints, over documents like these; not of a recipe. Seeds of one recipe differ, "
     "too: with a spread of 0.5 or 1 point McNemar's test calls 12 or 29 % of pairs significant where nothing was done."
@@ -178,20 +175,7 @@ def _who(base: Scored, student: Scored) -> dict[str, Any]:
 
 def _eligibility(pairs: Mapping[str, Pair]) -> dict[str, str]:
     """Why each task does not count in the macro average, or an empty string: by the base alone, over all its items."""
-    return {name: _why_not(pair) for name, pair in pairs.items() if pair.before.kind != "text"}
-
-
-def _why_not(pair: Pair) -> str:
-    right = pair.right[0].astype(np.float64)
-    value, error = mean_and_stderr(right)
-    if pair.clusters is not None and error is not None:
-        sums, sizes = (statistics.sum_by_cluster(values, pair.clusters) for values in (right, np.ones_like(right)))
-        clustered = ratio_and_stderr(sums, sizes)[1]
-        error = None if clustered is None else max(error, clustered)
-    chance = pair.before.chance or 0.0
-    if error is None or value <= chance + ABOVE_CHANCE * error:
-        return "the base is not 4 standard errors above chance"
-    return "the base is at 95 % or above" if value >= CEILING else ""
+    return {name: why_not_eligible(pair) for name, pair in pairs.items() if pair.before.kind != "text"}
 
 
 def _compare_pair(config: CompareConfig, whole: Mapping[str, Pair], why_not: Mapping[str, str]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax_selftrain.study.statistics import Estimate
@@ -11,9 +11,14 @@ from jax_selftrain.study.tables import interval, number
 POINTS = "points"
 
 
+def common_measures(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Measures that all of some cells (or effects) have, in the order of the first."""
+    return [name for name in cells[0]["measures"] if all(name in cell["measures"] for cell in cells)]
+
+
 def main_measure(results: Mapping[str, Any]) -> str:
     """What the matrix is told in: chance-normalised accuracy, else the first text, else exact match."""
-    names = list(results["cells"][0]["measures"])
+    names = common_measures(results["cells"])
     return next(
         (name for name in ("accuracy", *(n for n in names if n.startswith("text/"))) if name in names), names[0]
     )

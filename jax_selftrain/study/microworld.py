@@ -9,15 +9,17 @@
 | S | worlds A and B | larger, twice as much text |
 | C1 | world A | another tokenizer and architecture (Llama) |
 
-All are trained from scratch by `training` itself. A1, B1 and C1 are the students. The panel asks for facts and facts
-behind facts of both worlds, agreement and sums; the extraction set holds the probes of both worlds as text, by how
-often they were shown, and their twins that no model ever saw.
+All are trained from scratch by `training` itself. A1, B1 and C1 are the students. The panel asks for facts (and facts
+behind facts) of each world, agreement and sums; the extraction set holds the probes of each world as text, by how often
+they were shown, and their twins that no model ever saw. `CROSSOVER` is that study; `ROUND` is A1 alone with the arms
+that tell what its own text does from what any training does.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +35,7 @@ from jax_selftrain.config import (
     TrainConfig,
 )
 from jax_selftrain.corpus import import_text, open_corpus
-from jax_selftrain.study.blank import is_written, train_tokenizer, write_blank_model, write_jsonl
+from jax_selftrain.study.blank import START, is_written, train_tokenizer, write_blank_model, write_jsonl
 from jax_selftrain.study.stages import Stage, complete
 from jax_selftrain.study.world import World, WorldConfig, make_world
 from jax_selftrain.training import train
@@ -52,7 +54,7 @@ class Reader:
     width: int = 128
     layers: int = 2
     heads: int = 4
-    passes: float = 3.0
+    passes: float = 1.3
     seed: int = 0
 
     @property
@@ -65,37 +67,67 @@ READERS = (
     Reader("A2", "A", width=96, layers=3),
     Reader("A1′", "A", seed=1),
     Reader("B1", "B"),
-    Reader("S", "AB", width=192, layers=3, passes=2.0),
+    Reader("S", "AB", width=160, layers=3),
     Reader("C1", "A", family="llama", tokenizer="A"),
 )
-STUDENTS = ("A1", "B1", "C1")
-TASKS = ("agreement", "sums", *(f"{task}_{world}" for task in ("facts", "two_hop") for world in "AB"))
 
 
 @dataclass(frozen=True)
 class MicroScale:
     """How much is read, written and measured."""
 
-    world: WorldConfig = field(
-        default_factory=lambda: WorldConfig(
-            people=130, agreement_lines=6_000, sum_lines=15_000, largest_addend=49, items_per_task=500, two_hop=True
-        )
-    )
-    readers: tuple[Reader, ...] = READERS
-    students: tuple[str, ...] = STUDENTS
-    sources: tuple[str, ...] = tuple(reader.name for reader in READERS)
+    title: str
+    world: WorldConfig
+    readers: tuple[Reader, ...]
+    students: tuple[str, ...]
+    sources: tuple[str, ...]
     vocabulary: int = 640
     row: int = 128
     """Loss positions in a training row, and the longest sample."""
-    batch: int = 16
+    batch: int = 4
     learning_rate: float = 3e-3
-    """Peak rate of the bases' training, which falls to a tenth; that tenth is the rate of the self-training."""
-    samples: int = 1024
-    steps: int = 40
-    prefix: int = 16
-    suffix: int = 16
+    """Peak rate of the bases' training, which falls to a quarter; with that quarter the self-training goes on."""
+    samples: int = 2304
+    steps: int = 120
+    eval_every: int = 40
+    eval_limit: int = 120
+    """Questions, documents and sequences of each file that are measured on the way."""
+    prefix: int = 24
+    suffix: int = 8
     overlap: int = 8
     mesh: str = ""
+
+    @property
+    def marks(self) -> str:
+        """The worlds that somebody reads."""
+        return "".join(sorted({mark for reader in self.readers for mark in reader.reads}))
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the task files: what all worlds share, then what each has for itself."""
+        own = ("facts", "two_hop") if self.world.two_hop else ("facts",)
+        return ("agreement", "sums", *(f"{task}_{mark}" for task in own for mark in self.marks))
+
+
+ROUND = MicroScale(
+    title="A model of a little world, trained on its own text",
+    world=WorldConfig(),
+    readers=(Reader("A1", "A", tokenizer="A", passes=2.1),),
+    students=("A1",),
+    sources=("A1",),
+)
+CROSSOVER = MicroScale(
+    title="Six models of two little worlds: whose text can they learn from?",
+    world=WorldConfig(
+        people=170, two_hop=True, agreement_lines=8_000, sum_lines=30_000, probes_per_level=100, probe_words=8
+    ),
+    readers=READERS,
+    students=("A1", "B1", "C1"),
+    sources=tuple(reader.name for reader in READERS),
+    prefix=16,
+    steps=80,
+    samples=1536,
+)
 
 
 def micro_study(out: Path, scale: MicroScale, seeds: Sequence[int]) -> StudyConfig:
@@ -127,14 +159,14 @@ def micro_study(out: Path, scale: MicroScale, seeds: Sequence[int]) -> StudyConf
         ArmConfig("shuffled tokens", "shuffled"),
         ArmConfig("weight noise", "noise"),
     ]
-    for world in "AB":
+    for world in scale.marks:
         readers = tuple(name for name in scale.students if reads[name] == world)
         if readers:
             text = str(folder / world / "more.jsonl")
             arms.append(ArmConfig(f"real text of world {world}", "text", students=readers, text=text))
     return StudyConfig(
         out=str(out),
-        title="Six models of two little worlds: whose text can they learn from?",
+        title=scale.title,
         models=models,
         students=scale.students,
         sources=scale.sources,
@@ -143,11 +175,16 @@ def micro_study(out: Path, scale: MicroScale, seeds: Sequence[int]) -> StudyConf
         mesh=scale.mesh,
         sample=SampleConfig(samples=scale.samples, max_tokens=scale.row),
         train=TrainConfig(
-            steps=scale.steps, batch_size=scale.batch, seq_len=scale.row, learning_rate=scale.learning_rate / 10
+            steps=scale.steps,
+            batch_size=scale.batch,
+            seq_len=scale.row,
+            learning_rate=scale.learning_rate / 4,
+            eval_every=scale.eval_every,
+            eval_limit=scale.eval_limit,
         ),
         score=ScoreConfig(
-            tasks=tuple(str(folder / "tasks" / f"{name}.jsonl") for name in TASKS),
-            texts=tuple(str(folder / world / f"heldout_{world}.jsonl") for world in "AB"),
+            tasks=tuple(str(folder / "tasks" / f"{name}.jsonl") for name in scale.tasks),
+            texts=tuple(str(folder / world / f"heldout_{world}.jsonl") for world in scale.marks),
         ),
         extract=ExtractConfig(
             sequences=str(folder / "probes.jsonl"), prefix=scale.prefix, suffix=scale.suffix, overlap=scale.overlap
@@ -176,17 +213,18 @@ def write_worlds(folder: Path, scale: MicroScale) -> None:
     wanted = {"format": "jax-selftrain micro-world", "version": 1, "scale": asdict(scale)}
     if is_written(folder, wanted, "micro-world"):
         return
-    worlds = worlds_of(scale.world)
+    worlds = {mark: world for mark, world in worlds_of(scale.world).items() if mark in scale.marks}
     with storage.commit_folder(folder) as aside:
         for name, world in worlds.items():
             write_jsonl(aside / name / "documents.jsonl", _rows(world.documents))
             write_jsonl(aside / name / f"heldout_{name}.jsonl", _rows(world.heldout))
             write_jsonl(aside / name / "more.jsonl", _rows(world.more))
-            for task in ("facts", "two_hop"):
-                write_jsonl(aside / "tasks" / f"{task}_{name}.jsonl", map(asdict, world.tasks[task]))
-        write_jsonl(aside / "AB" / "documents.jsonl", _rows(_alternating(*(worlds[name].documents for name in "AB"))))
-        for task in ("agreement", "sums"):
-            write_jsonl(aside / "tasks" / f"{task}.jsonl", map(asdict, worlds["A"].tasks[task]))
+        if any(reader.reads == "AB" for reader in scale.readers):
+            mixed = _alternating(worlds["A"].documents, worlds["B"].documents)
+            write_jsonl(aside / "AB" / "documents.jsonl", _rows(mixed))
+        for task in scale.tasks:
+            kind, _, mark = task.rpartition("_") if task[-1] in scale.marks else (task, "", scale.marks[0])
+            write_jsonl(aside / "tasks" / f"{task}.jsonl", map(asdict, worlds[mark].tasks[kind]))
         write_jsonl(aside / "probes.jsonl", _probes(worlds))
         tokenizers = {
             marks: train_tokenizer([worlds[mark] for mark in marks], scale.vocabulary)
@@ -215,12 +253,18 @@ def _alternating(one: Sequence[str], other: Sequence[str]) -> Iterator[str]:
 
 
 def _probes(worlds: Mapping[str, World]) -> Iterator[Mapping[str, Any]]:
-    """The extraction set, as text: it stands in no model's tokens."""
+    """The extraction set, as text: each probe and each twin after what stands before it in a document.
+
+    That is the start, or the start and a line; this line is one of the held-out text. A group is a number of copies in
+    a world.
+    """
     for shown in (True, False):
         for name, world in worlds.items():
-            for probe in world.probes:
+            lines = itertools.cycle(text.partition("\n")[0] for text in world.heldout)
+            for probe, line in zip(world.probes, lines, strict=False):
                 group = f"{name}, shown {probe.copies}×" if shown else f"{name}, never shown"
-                yield {"text": probe.text if shown else probe.twin, "group": group}
+                before = START if probe.placement == "start" else f"{START}{line}\n"
+                yield {"text": before + (probe.text if shown else probe.twin), "group": group}
 
 
 # The bases ------------------------------------------------------------------------------------------------------
@@ -252,7 +296,7 @@ def _taught(root: Path, world: Path, reader: Reader, scale: MicroScale) -> tuple
                 seq_len=scale.row,
                 learning_rate=scale.learning_rate,
                 schedule="cosine",
-                final_learning_rate=scale.learning_rate / 10,
+                final_learning_rate=scale.learning_rate / 4,
                 weight_decay=0.1,
                 log_every=10,
                 mesh=scale.mesh,

@@ -14,12 +14,17 @@ import numpy as np
 
 from jax_selftrain.errors import InputError
 from jax_selftrain.scoring.documents import Documents, Scored, Split
+from jax_selftrain.scoring.metrics import mean_and_stderr, ratio_and_stderr
 from jax_selftrain.study import statistics
 from jax_selftrain.study.statistics import Estimate
 
 OptionalArray = np.ndarray | None
 Interval = Callable[[np.ndarray, OptionalArray, OptionalArray], Estimate]
 """(numerators, denominators or None for a mean, clusters or None) → estimate."""
+
+
+ABOVE_CHANCE, CEILING = 4.0, 0.95
+"""A task is eligible for the macro average if the base is more than 4 standard errors above chance and below 95 %."""
 
 
 class Pair(NamedTuple):
@@ -81,6 +86,23 @@ def side_by_side(base: Scored, student: Scored) -> dict[str, Pair]:
                 "or, where their tokenizers differ, without it"
             )
     return pairs
+
+
+def why_not_eligible(pair: Pair) -> str:
+    """Why a task does not count in the macro average, or an empty string: by the base alone, over all its items.
+
+    Where the questions come in clusters, these are the unit of the standard error, which is never below that of items.
+    """
+    right = pair.right[0].astype(np.float64)
+    value, error = mean_and_stderr(right)
+    if pair.clusters is not None and error is not None:
+        sums, sizes = (statistics.sum_by_cluster(values, pair.clusters) for values in (right, np.ones_like(right)))
+        clustered = ratio_and_stderr(sums, sizes)[1]
+        error = None if clustered is None else max(error, clustered)
+    chance = pair.before.chance or 0.0
+    if error is None or value <= chance + ABOVE_CHANCE * error:
+        return "the base is not 4 standard errors above chance"
+    return "the base is at 95 % or above" if value >= CEILING else ""
 
 
 def linearised(numerators: np.ndarray, denominators: OptionalArray, clusters: OptionalArray) -> Estimate:

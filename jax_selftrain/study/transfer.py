@@ -27,7 +27,8 @@ from jax_selftrain.scoring.documents import Scored
 from jax_selftrain.study import statistics
 from jax_selftrain.study.cells import MATRIX, Cell, Design
 from jax_selftrain.study.claims import verdicts
-from jax_selftrain.study.pairs import describe_text, side_by_side
+from jax_selftrain.study.measures import common_measures
+from jax_selftrain.study.pairs import describe_text, side_by_side, why_not_eligible
 from jax_selftrain.study.results import (
     compare_extraction,
     compare_macro,
@@ -104,8 +105,11 @@ def _describe(config: StudyConfig, design: Design, bases: Mapping[str, Scored], 
         pairs = side_by_side(bases[cell.student], _scored(design.folder(cell.score)))
         found["identical"] &= all(pair.identical() for pair in pairs.values())
         tasks = [pair for pair in pairs.values() if pair.before.kind != "text"]
-        found["tasks"] = compare_tasks(tasks)
-        found["macro"] = compare_macro(tasks) if tasks else None
+        why_not = [why_not_eligible(pair) for pair in tasks]
+        described = zip(compare_tasks(tasks), why_not, strict=True)
+        found["tasks"] = [entry | {"not_eligible": reason or None} for entry, reason in described]
+        eligible = [pair for pair, reason in zip(tasks, why_not, strict=True) if not reason]
+        found["macro"] = compare_macro(eligible) if eligible else None
         found["texts"] = [describe_text(pair) for pair in pairs.values() if pair.before.kind == "text"]
     if cell.extract is not None:
         folders = design.folder(design.extract_base[cell.student]), design.folder(cell.extract)
@@ -130,8 +134,9 @@ def _describe(config: StudyConfig, design: Design, bases: Mapping[str, Scored], 
 def measures(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """{name: before, after and change} of everything that is compared between cells.
 
-    `accuracy` is the chance-normalised macro accuracy, `text/NAME` bits per byte, `task/NAME` accuracy, and
-    `exact_match` and `log_pz` those of all sequences, also by class and group.
+    `accuracy` is the chance-normalised macro accuracy over the tasks that are eligible by the base
+    (`pairs.why_not_eligible`; where none is, there is no such measure), `text/NAME` bits per byte, `task/NAME`
+    accuracy, and `exact_match` and `log_pz` those of all sequences, also by class and group.
     """
     found: dict[str, dict[str, Any]] = {}
     if cell["macro"]:
@@ -164,9 +169,7 @@ def effects(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "source": members[0]["source"],
                 "seeds": [cell["seed"] for cell in members],
                 "measures": {
-                    name: _over_seeds([cell["measures"][name] for cell in members])
-                    for name in members[0]["measures"]
-                    if all(name in cell["measures"] for cell in members)
+                    name: _over_seeds([cell["measures"][name] for cell in members]) for name in common_measures(members)
                 },
             }
         )
@@ -214,7 +217,7 @@ def interactions(cells: Sequence[Mapping[str, Any]], lineage: Mapping[str, str])
             differences.append(home - away)
         return float(np.mean(differences))
 
-    names = [name for name in matrix[0]["measures"] if all(name in cell["measures"] for cell in matrix)]
+    names = common_measures(matrix)
     found = {name: [contrast(name, seed) for seed in seeds] for name in names}
     return {
         "students": students,

@@ -10,6 +10,7 @@ import yaml
 
 from jax_selftrain.study import figures
 from jax_selftrain.study.measures import (
+    common_measures,
     digits_of,
     estimate_of,
     is_plain,
@@ -105,16 +106,16 @@ def _design(results: Results) -> Chapter:
 def _matrix(results: Results) -> Chapter:
     main = main_measure(results)
     matrix = [one for one in results["effects"] if one["treatment"] == f"text of {one['source']}"]
+    names = [name for name in common_measures(matrix) if is_plain(name)]
     rows = tuple(
         (
             one["student"],
             one["source"],
             len(one["seeds"]),
-            *(scaled(estimate_of(one["measures"][name]["change"]), name) for name in one["measures"] if is_plain(name)),
+            *(scaled(estimate_of(one["measures"][name]["change"]), name) for name in names),
         )
         for one in matrix
     )
-    names = [name for name in matrix[0]["measures"] if is_plain(name)]
     columns = (
         Column("student", "student"),
         Column("source", "source"),
@@ -162,31 +163,62 @@ def _matrix(results: Results) -> Chapter:
 
 
 def _capability(results: Results) -> Chapter | None:
-    names = [name for name in results["cells"][0]["measures"] if name == "accuracy" or name.startswith("task/")]
-    if not names:
+    cells = results["cells"]
+    if not cells[0]["tasks"]:
         return None
     drawn, html, tables = {}, [], []
     for student in results["design"]["students"]:
         of = [one for one in results["effects"] if one["student"] == student]
-        drawn[f"capability_{slug(student)}"] = svg = figures.seed_dots(
-            f"capability_{slug(student)}",
-            [one["treatment"] for one in of],
-            [scaled(estimate_of(one["measures"]["accuracy"]["change"]), "accuracy") for one in of],
-            [[100 * value for value in one["measures"]["accuracy"]["seeds"]] for one in of],
-            label="change: chance-normalised macro accuracy (points)",
-        )
-        html.append(framed(svg, f"{student}: all treatments, with a dot for every seed."))
-        tables.append(_effect_table(f"capability_{slug(student)}", f"{student}: accuracy by task", of, names))
+        tables.append(_panel(student, next(cell for cell in cells if cell["student"] == student)))
+        html.append(tables[-1].to_html())
+        names = common_measures(of)
+        if "accuracy" in names:
+            drawn[f"capability_{slug(student)}"] = svg = figures.seed_dots(
+                f"capability_{slug(student)}",
+                [one["treatment"] for one in of],
+                [scaled(estimate_of(one["measures"]["accuracy"]["change"]), "accuracy") for one in of],
+                [[100 * value for value in one["measures"]["accuracy"]["seeds"]] for one in of],
+                label="change: chance-normalised macro accuracy (points)",
+            )
+            html.append(framed(svg, f"{student}: all treatments, with a dot for every seed."))
+        shown = [name for name in names if name == "accuracy" or name.startswith("task/")]
+        tables.append(_effect_table(f"capability_{slug(student)}", f"{student}: accuracy by task", of, shown))
         html.append(tables[-1].to_html())
     note = (
-        "Chance-normalised means (accuracy − guessing) / (1 − guessing), averaged over tasks with equal weight. "
-        "Intervals are over seeds; where there is one seed there is none."
+        "Chance-normalised means (accuracy − guessing) / (1 − guessing), averaged with equal weight over the tasks "
+        "that are eligible: those in which the base, before anything, is above guessing by four standard errors and "
+        "below 95 %. Intervals are over seeds; where there is one seed there is none."
     )
     return Chapter("Capability by task and arm", "\n".join([*html, remark(note)]), tuple(tables), drawn)
 
 
+def _panel(student: str, cell: Mapping[str, Any]) -> Table:
+    """What a base can do of each task before anything."""
+    columns = (
+        Column("task", "task"),
+        Column("n", "items"),
+        Column("chance", "guessing (%)", 1),
+        Column("accuracy", "base (%)", 1),
+        Column("chance_normalised", "chance-normalised (%)", 1),
+        Column("eligible", "eligible"),
+    )
+    rows = tuple(
+        (
+            task["name"],
+            task["n"],
+            100 * chance,
+            100 * base,
+            100 * (base - chance) / (1 - chance),
+            task["not_eligible"] or "yes",
+        )
+        for task in cell["tasks"]
+        for chance, base in [(task["chance"] or 0.0, task["accuracy"]["before"]["value"])]
+    )
+    return Table(f"panel_{slug(student)}", f"{student}: the panel before anything", columns, rows)
+
+
 def _key_figure(results: Results) -> Chapter | None:
-    names = list(results["cells"][0]["measures"])
+    names = common_measures(results["cells"])
     texts = [name for name in names if name.startswith("text/")]
     if not texts or "exact_match" not in names:
         return None
@@ -266,8 +298,8 @@ def _paths(results: Results, student: str) -> tuple[list[str], list[Any]] | None
 
 
 def _memorisation(results: Results) -> Chapter | None:
-    names = [name for name in results["cells"][0]["measures"] if name.startswith(("exact_match", "log_pz"))]
-    common = [name for name in names if all(name in one["measures"] for one in results["effects"] if one["source"])]
+    sourced = [one for one in results["effects"] if one["source"]]
+    common = [name for name in common_measures(sourced) if name.startswith(("exact_match", "log_pz"))]
     if not common:
         return None
     html, tables = [], []

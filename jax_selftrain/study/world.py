@@ -3,8 +3,9 @@
 A language model trained on this text can pick up four things, each under control:
 
 * **facts** about invented people ("Mirel lives in Ostova."), each fact standing in the text a known number of times;
-* with `two_hop`, **facts behind a fact**: everybody has a friend, and the text says of half of them where the friend
-  lives and so on ("The friend of Mirel lives in Tuvek."); of the others that is asked, and follows from two facts;
+* with `two_hop`, **facts behind a fact**: everybody has a friend, and the text says of a quarter of them where the
+  friend lives and so on ("The friend of Mirel lives in Tuvek."); of the others that is asked, and follows from two
+  facts;
 * **agreement** of subject and verb, with up to two nouns of the other number between them;
 * **sums** of two numbers, some with a carry;
 * **probes**: nonsense passages, each standing in the text 1, 2, 4, … 128 times, half of them as the first line of a
@@ -69,7 +70,7 @@ class WorldConfig:
     """Seed of what is asked about agreement and sums; unset: `seed`."""
     two_hop: bool = False
     """Whether people have friends, and questions are asked about these."""
-    people: int = 70
+    people: int = 130
     """Invented people; each has a home, a job, a pet and a meal."""
     fact_exposures: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     """Facts stand in the text this many times, in equal shares."""
@@ -77,15 +78,15 @@ class WorldConfig:
     """Probes stand in the text this many times, in equal shares."""
     probes_per_level: int = 16
     """Probes (and as many twins) for each number of copies."""
-    probe_words: int = 20
+    probe_words: int = 11
     """Nonsense words in one probe."""
-    agreement_lines: int = 8_000
+    agreement_lines: int = 5_000
     """Sentences in the text that show subject-verb agreement."""
     sum_lines: int = 20_000
     """Sums in the text."""
-    largest_addend: int = 29
+    largest_addend: int = 39
     """Sums add two numbers from 0 to this one."""
-    items_per_task: int = 240
+    items_per_task: int = 500
     """Questions on agreement and on sums (facts: one question for each fact)."""
     heldout_documents: int = 300
     """Documents of the same kinds that do not belong to the text."""
@@ -222,12 +223,13 @@ def _facts(config: WorldConfig) -> list[Fact]:
 
 
 def _two_hops(facts: list[Fact], *, asked: bool) -> Iterator[tuple[str, Fact]]:
-    """(who, a fact about their friend) of every second person, those that are asked about or those that are told."""
+    """(who, a fact about their friend): of every fourth person it is told, of the others it is asked."""
     of = {(fact.who, fact.relation): fact for fact in facts}
     friends = [fact for fact in facts if fact.relation == _FRIEND]
-    for friendship in friends[int(asked) :: 2]:
-        for relation in _RELATIONS:
-            yield friendship.who, of[friendship.value, relation]
+    for number, friendship in enumerate(friends):
+        if (number % 4 != 0) is asked:
+            for relation in _RELATIONS:
+                yield friendship.who, of[friendship.value, relation]
 
 
 def _two_hop_context(who: str, fact: Fact) -> str:
@@ -293,8 +295,8 @@ def _question(rng: random.Random, context: str, fact: Fact, values: dict[str, li
 # head and the verb; only the head decides the verb's form.
 
 _Subject = tuple[tuple[str, bool], ...]
-_KINDS = ((1, False), (1, True), (2, False), (2, True))
-"""(phrases, whether the last noun opposes the head)."""
+_KINDS = {(1, False): 3, (1, True): 1, (2, False): 3, (2, True): 1}
+"""How often each kind of subject is asked about: (phrases, whether the last noun opposes the head)."""
 
 
 def _draw_subject(rng: random.Random) -> _Subject:
@@ -308,13 +310,18 @@ def _subject_text(subject: _Subject, rng: random.Random) -> str:
 
 
 def _asked_subjects(config: WorldConfig) -> list[_Subject]:
-    """Subjects of the questions; where phrases follow, the last noun opposes the head in number in every second."""
+    """Subjects of the questions, some of whose last nouns oppose the head in number.
+
+    Whoever takes the last noun for the subject is right about most and wrong about these: there is something to learn.
+    """
     rng = _item_stream(config, "asked subjects")
     # There are only 28 bare subjects, and the text must show most of them: a handful is asked about.
     bare = min(6, config.items_per_task)
-    rest = config.items_per_task - bare
     wanted = {(1, False): bare}
-    wanted |= {(1 + phrases, opposed): (rest + place) // 4 for place, (phrases, opposed) in enumerate(_KINDS)}
+    kinds = itertools.cycle([kind for kind, times in _KINDS.items() for _ in range(times)])
+    for phrases, opposed in itertools.islice(kinds, config.items_per_task - bare):
+        key = (1 + phrases, opposed)
+        wanted[key] = wanted.get(key, 0) + 1
     found: dict[_Subject, None] = {}
     while any(wanted.values()):
         subject = _draw_subject(rng)
@@ -370,7 +377,7 @@ def _sum_lines(config: WorldConfig, part: str, count: int, asked: list[tuple[int
 def _sum_questions(config: WorldConfig, asked: list[tuple[int, int]]) -> Iterator[Question]:
     rng = _item_stream(config, "sum questions")
     for a, b in asked:
-        wrong = [a + b + slip for slip in range(-15, 16) if slip and a + b + slip >= 0]
+        wrong = [a + b + slip for slip in range(-30, 31) if slip and a + b + slip >= 0]
         choices = [a + b, *rng.sample(wrong, 3)]
         rng.shuffle(choices)
         # The full stop belongs to the choice: without it "3" would be a beginning of "34".
@@ -409,13 +416,13 @@ def _probes(config: WorldConfig) -> list[Probe]:
 
 
 def _documents(config: WorldConfig, part: str, kinds: list[list[str]]) -> list[str]:
-    """Group the lines of each kind, in the order given, into documents of 3 to 7 lines; shuffle the documents."""
+    """Group the lines of each kind, in the order given, into documents of 1 to 4 lines; shuffle the documents."""
     rng = _stream(config, part)
     documents = []
     for lines in kinds:
         at = 0
         while at < len(lines):
-            size = rng.randint(3, 7)
+            size = rng.randint(1, 4)
             documents.append("\n".join(lines[at : at + size]))
             at += size
     rng.shuffle(documents)
@@ -423,15 +430,18 @@ def _documents(config: WorldConfig, part: str, kinds: list[list[str]]) -> list[s
 
 
 def _with_probes(config: WorldConfig, documents: list[str], probes: list[Probe]) -> list[str]:
-    """Put every copy of every probe into a document of its own, as its first line or after its first lines."""
+    """Put every copy of every probe into a document: as its first line, or after its first lines.
+
+    A document has at most one of each kind.
+    """
     rng = _stream(config, "probe places")
-    copies = [probe for probe in probes for _ in range(probe.copies)]
-    if len(copies) > len(documents):
-        raise ValueError(f"{len(copies)} copies of probes do not fit into {len(documents)} documents, one in each")
-    places = rng.sample(range(len(documents)), len(copies))
-    for probe, place in zip(copies, places, strict=True):
-        lines = documents[place].split("\n")
-        # Near the beginning also when inside: a training row that cuts a long document then cuts it after the probe.
-        at = 0 if probe.placement == "start" else rng.randint(1, min(3, len(lines)))
-        documents[place] = "\n".join([*lines[:at], probe.text, *lines[at:]])
+    for placement in ("inside", "start"):
+        copies = [probe for probe in probes if probe.placement == placement for _ in range(probe.copies)]
+        if len(copies) > len(documents):
+            raise ValueError(f"{len(copies)} copies of probes do not fit into {len(documents)} documents, one in each")
+        for probe, place in zip(copies, rng.sample(range(len(documents)), len(copies)), strict=True):
+            lines = documents[place].split("\n")
+            # Near the beginning also when inside: a training row that cuts a long document cuts it after the probe.
+            at = 0 if placement == "start" else rng.randint(1, min(3, len(lines)))
+            documents[place] = "\n".join([*lines[:at], probe.text, *lines[at:]])
     return documents

@@ -1,4 +1,4 @@
-"""The demo in small: a world is written, a model learns it, one round is run on it; again: nothing is done twice."""
+"""The demo in small: a world is written, a model learns it, goes through one round with its arms; again: nothing."""
 
 from __future__ import annotations
 
@@ -7,35 +7,32 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jax_selftrain import storage
-from jax_selftrain.config import DemoConfig, ImportConfig
-from jax_selftrain.corpus import import_text
+from jax_selftrain.config import DemoConfig
+from jax_selftrain.corpus import open_corpus
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import load_tokenizer, read_config
 from jax_selftrain.study import demo
-from jax_selftrain.study.demo import DemoScale, write_world
+from jax_selftrain.study.microworld import ROUND, Reader, write_worlds
 from jax_selftrain.study.world import WorldConfig
 
-TINY = DemoScale(
+TINY = replace(
+    ROUND,
     world=WorldConfig(
-        people=14,
-        probe_copies=(1, 2, 8),
-        probes_per_level=4,
-        agreement_lines=400,
-        sum_lines=400,
-        items_per_task=40,
-        heldout_documents=20,
+        people=14, probe_copies=(1, 2, 8), probes_per_level=4, agreement_lines=400, sum_lines=400, largest_addend=29,
+        items_per_task=40, heldout_documents=40,
     ),
+    readers=(Reader("A1", "A", tokenizer="A", width=32, layers=1, heads=2),),
     vocabulary=400,
-    width=32,
-    layers=1,
-    heads=2,
-    passes=1,
-    samples=32,
+    samples=48,
+    steps=2,
+    eval_every=1,
+    eval_limit=10,
     mesh="data=1",
-)
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -45,30 +42,42 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_demo_ends_with_a_report(made: Path) -> None:
+def only(folder: Path, pattern: str) -> Path:
+    (found,) = (path for path in folder.glob(pattern) if path.is_dir())
+    return found
+
+
+def test_a_demo_ends_with_a_report_of_all_its_arms(made: Path) -> None:
     results = storage.read_json(made / "results.json")
-    assert [task["name"] for task in results["tasks"]] == ["facts", "agreement", "sums"]
-    groups = [group["name"] for group in results["extraction"]["groups"]]
-    assert groups == ["shown 1×", "shown 2×", "shown 8×", "never shown"]
-    assert results["base"]["family"] == "gpt_neox"
-    assert "A model of a little world" in (made / "report.html").read_text(encoding="utf-8")
+    treatments = [cell["treatment"] for cell in results["cells"]]
+    assert treatments == ["text of A1", "learning rate 0", "shuffled tokens", "weight noise", "real text of world A"]
+    for cell in results["cells"]:
+        assert [task["name"] for task in cell["tasks"]] == ["agreement", "sums", "facts_A"]
+        groups = [group["name"] for group in cell["extraction"]["groups"]]
+        assert groups == ["A, shown 1×", "A, shown 2×", "A, shown 8×", "A, never shown"]
+    page = (made / "report.html").read_text(encoding="utf-8")
+    assert "A model of a little world" in page
+    assert "everything here is exploratory" in page
+    key = (made / "figures" / "trajectories_A1.svg").read_text(encoding="utf-8")
+    assert all(treatment in key for treatment in treatments if treatment != "weight noise")  # noise is not trained
+    assert all(treatment in (made / "figures" / "key_A1.svg").read_text() for treatment in treatments)
+
+
+def test_learning_rate_0_changes_nothing_at_all(made: Path) -> None:
+    cells = {cell["treatment"]: cell for cell in storage.read_json(made / "results.json")["cells"]}
+    assert [name for name, cell in cells.items() if cell["identical"]] == ["learning rate 0"]
+    assert {measure["change"]["value"] for measure in cells["learning rate 0"]["measures"].values()} == {0.0}
 
 
 def test_the_base_learnt_something_from_the_text(made: Path) -> None:
-    losses = [json.loads(line)["loss"] for line in (made / "little-pythia" / "metrics.jsonl").read_text().splitlines()]
+    lines = (only(made / "bases", "teach-*") / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
     assert losses[-1] < losses[0] - 0.5
 
 
 def test_a_second_start_finds_everything_done(made: Path) -> None:
-    work = (
-        "reading/*.parquet",
-        "little-pythia/model/**/*",
-        "corpus/*.parquet",
-        "train/model/**/*",
-        "score/*",
-        "extract/*",
-    )
-    written = {path: path.stat().st_mtime_ns for pattern in ("world/**/*", *work) for path in made.glob(pattern)}
+    work = ("world/**/*", "bases/*/*.parquet", "bases/*/model/**/*", "stages/*/*")
+    written = {path: path.stat().st_mtime_ns for pattern in work for path in made.glob(pattern)}
     page = (made / "report.html").read_bytes()
     demo(DemoConfig(out=str(made), seed=0), TINY)
     assert {path: path.stat().st_mtime_ns for path in written} == written
@@ -76,38 +85,44 @@ def test_a_second_start_finds_everything_done(made: Path) -> None:
 
 
 def test_another_seed_needs_another_folder(made: Path) -> None:
-    with pytest.raises(InputError, match="another demo"):
+    with pytest.raises(InputError, match="another micro-world"):
         demo(DemoConfig(out=str(made), seed=1), TINY)
 
 
 def test_a_folder_that_is_in_the_way_is_refused(tmp_path: Path) -> None:
     (tmp_path / "world").mkdir()
-    with pytest.raises(InputError, match="no world of a demo"):
+    with pytest.raises(InputError, match="no world of a micro-world"):
         demo(DemoConfig(out=str(tmp_path)), TINY)
 
 
 def test_the_extraction_set_stands_in_the_tokens_as_often_as_it_says(made: Path) -> None:
-    corpus = import_text(
-        ImportConfig(
-            source=str(made / "world" / "documents.jsonl"),
-            model=str(made / "world" / "blank"),
-            out=str(made / "reading"),
+    corpus = open_corpus(only(made / "bases", "import-*"))
+    tokenizer = load_tokenizer(made / "world" / "blank" / "A1")
+    documents = [np.array([corpus.start_id, *document.tokens]) for document in corpus.documents()]
+    rows = [json.loads(line) for line in (made / "world" / "probes.jsonl").read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        tokens = tokenizer.encode(row["text"], add_special_tokens=False)
+        assert tokens[0] == corpus.start_id
+        line, _, inside = row["text"].partition("\n")
+        # One that begins a document is asked with the start before it, the others after the line that stands there.
+        passage = tokenizer.encode("\n" + inside, add_special_tokens=False) if inside else tokens
+        assert tokens[-len(passage) :] == passage
+        assert len(tokens) >= TINY.prefix + TINY.suffix
+        assert len(passage) > TINY.suffix + 4  # the suffix belongs to the probe, and the prefix says which
+        count = sum(
+            np.array_equal(document[at : at + len(passage)], passage)
+            for document in documents
+            for at in range(len(document) - len(passage) + 1)
         )
-    )
-    length = TINY.prefix + TINY.suffix
-    counts: Counter[tuple[int, ...]] = Counter()
-    for document in corpus.documents():
-        tokens = (corpus.start_id, *document.tokens.tolist())
-        counts.update(tokens[i : i + length] for i in range(len(tokens) - length + 1))
-    lines = (made / "world" / "probes.jsonl").read_text(encoding="utf-8").splitlines()
-    found = [(counts[tuple(row["tokens"])], row["group"]) for row in map(json.loads, lines)]
-    assert all(group == (f"shown {count}×" if count else "never shown") for count, group in found)
-    assert Counter(group for _, group in found)["never shown"] == len(found) / 2
+        assert row["group"] == (f"A, shown {count}×" if count else "A, never shown")
+        assert line.startswith("<|endoftext|>")
+    assert Counter(row["group"] for row in rows)["A, never shown"] == len(rows) / 2
 
 
 def test_the_blank_model_is_a_pythia_in_small(made: Path) -> None:
-    config, raw = read_config(made / "little-pythia")
-    tokenizer = load_tokenizer(made / "little-pythia")
+    base = only(made / "bases", "teach-*")
+    config, raw = read_config(base)
+    tokenizer = load_tokenizer(base)
     assert raw["model_type"] == "gpt_neox"
     assert (config.num_layers, config.hidden_size, config.vocab_size) == (1, 32, len(tokenizer))
     assert tokenizer.bos_token_id == tokenizer.eos_token_id == raw["bos_token_id"] == 0
@@ -117,5 +132,5 @@ def test_the_blank_model_is_a_pythia_in_small(made: Path) -> None:
 
 
 def test_the_same_seed_writes_the_same_world(made: Path, tmp_path: Path) -> None:
-    write_world(tmp_path / "world", replace(TINY, world=replace(TINY.world, seed=0)))
+    write_worlds(tmp_path / "world", replace(TINY, world=replace(TINY.world, seed=0)))
     assert storage.hash_folder(tmp_path / "world") == storage.hash_folder(made / "world")

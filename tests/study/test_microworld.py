@@ -13,14 +13,15 @@ from jax_selftrain.config import DemoConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import load_tokenizer, read_config
 from jax_selftrain.study import demo
-from jax_selftrain.study.microworld import TASKS, MicroScale, Reader, worlds_of, write_worlds
+from jax_selftrain.study.microworld import CROSSOVER, Reader, worlds_of, write_worlds
 from jax_selftrain.study.world import World, WorldConfig
 
 SMALL = WorldConfig(
     people=16, probe_copies=(1, 8), probes_per_level=3, agreement_lines=300, sum_lines=300, items_per_task=30,
     heldout_documents=30, two_hop=True,
 )  # fmt: skip
-TINY = MicroScale(
+TINY = replace(
+    CROSSOVER,
     world=SMALL,
     readers=(
         Reader("A1", "A", width=32, layers=1, heads=2, passes=0.5),
@@ -32,7 +33,8 @@ TINY = MicroScale(
     vocabulary=400,
     samples=24,
     steps=1,
-    batch=4,
+    eval_every=1,
+    eval_limit=8,
     mesh="data=1",
 )
 
@@ -98,7 +100,7 @@ def test_more_text_is_of_the_same_world_without_its_probes(worlds: dict[str, Wor
 @pytest.mark.slow
 def test_the_study_of_the_worlds_runs_from_nothing_to_a_report(tmp_path: Path) -> None:
     config = DemoConfig(out=str(tmp_path / "out"), study=True, seeds=(0,))
-    assert demo(config, micro=TINY) == tmp_path / "out" / "report.html"
+    assert demo(config, TINY) == tmp_path / "out" / "report.html"
     results = storage.read_json(tmp_path / "out" / "results.json")
     assert {cell["treatment"] for cell in results["cells"]} == {
         *("text of A1", "text of C1"),
@@ -107,14 +109,14 @@ def test_the_study_of_the_worlds_runs_from_nothing_to_a_report(tmp_path: Path) -
     groups = {f"group {world}, {shown}" for world in "AB" for shown in ("shown 1×", "shown 8×", "never shown")}
     for cell in results["cells"]:
         names = cell["measures"].keys()
-        assert {f"task/{task}" for task in TASKS} <= names
+        assert {f"task/{task}" for task in TINY.tasks} <= names
         assert {f"exact_match/{group}" for group in groups} <= names
     blank = tmp_path / "out" / "world" / "blank"
     assert read_config(blank / "C1")[1]["model_type"] == "llama"
     vocabularies = {name: load_tokenizer(blank / name).get_vocab() for name in ("A1", "B1", "C1")}
     assert vocabularies["A1"] == vocabularies["B1"] != vocabularies["C1"]
     before = (tmp_path / "out" / "results.json").read_bytes()
-    demo(config, micro=TINY)
+    demo(config, TINY)
     assert (tmp_path / "out" / "results.json").read_bytes() == before
     with pytest.raises(InputError, match="another micro-world"):
         write_worlds(tmp_path / "out" / "world", replace(TINY, samples=25))

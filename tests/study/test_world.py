@@ -11,7 +11,13 @@ import pytest
 from jax_selftrain.study.world import World, WorldConfig, make_world
 
 SMALL = WorldConfig(
-    people=14, probes_per_level=4, agreement_lines=4000, sum_lines=4000, items_per_task=60, heldout_documents=60
+    people=14,
+    probes_per_level=4,
+    agreement_lines=4000,
+    sum_lines=4000,
+    largest_addend=29,
+    items_per_task=60,
+    heldout_documents=60,
 )
 
 
@@ -102,13 +108,15 @@ def test_subjects_asked_about_stand_nowhere_and_verbs_agree(world: World) -> Non
     text = "\n".join([*world.documents, *world.heldout])
     plurals = {"dogs", "cats", "birds", "horses", "boys", "girls", "farmers", "kings", "teachers", "sailors", "goats"}
     plurals |= {"children", "women", "mice"}
-    phrases = []
+    phrases, opposed = [], []
     for question in world.tasks["agreement"]:
         nouns = re.split(r" (?:near|behind|with|beside) the ", question.context.removeprefix("The "))
         phrases.append(len(nouns) - 1)
+        opposed.append((nouns[-1] in plurals) != (nouns[0] in plurals))
         assert (nouns[0] in plurals) == (question.answer == 1)
         assert re.search(rf"(^|\n){question.context} [a-z]+s? (today|again|slowly|at|in|all)", text) is None
-    assert Counter(phrases) == {0: 6, 1: 26, 2: 28}  # 54 over four kinds: 13, 13, 14, 14
+    assert Counter(phrases) == {0: 6, 1: 28, 2: 26}
+    assert sum(opposed) == 13  # of 54 in groups of eight, the fourth and the last
     singular, plural = world.tasks["agreement"][0].choices
     assert singular == f"{plural}s"
 
