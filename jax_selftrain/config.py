@@ -514,6 +514,9 @@ class StudyConfig:
     """Capability of every model (`model` and `out` are the study's)."""
     extract: ExtractConfig = field(default_factory=ExtractConfig)
     """Memorisation of every model (`model`, `corpus` and `out` are the study's); skipped without `sequences`."""
+    proxy_documents: int = 256
+    """Documents of each corpus of the matrix whose likelihood under student and source is taken beforehand, where there
+    are several sources (`study.proxies`); 0: none."""
     mesh: str = ""
     """Device mesh of every stage that names none itself."""
     dtype: DType | None = None

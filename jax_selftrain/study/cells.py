@@ -33,6 +33,7 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.sampling import sample
 from jax_selftrain.study.evaluate import train
 from jax_selftrain.study.plan import measured_on_the_way
+from jax_selftrain.study.proxies import measure_corpus
 from jax_selftrain.study.stages import Stage, in_order
 
 MATRIX = "text of "
@@ -74,6 +75,8 @@ class Cell:
     """None where nothing was trained."""
     score: Stage | None
     extract: Stage | None
+    proxies: tuple[Stage, Stage] | None = None
+    """What the corpus is to the student before training, and to the source as it was drawn; of the matrix alone."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,8 @@ class Design:
         """Everything that is to be done, in an order in which it can be."""
         wanted: list[Stage] = [*self.score_base.values(), *self.extract_base.values()]
         for cell in self.cells:
-            wanted += [one for one in (cell.corpus, cell.train, cell.score, cell.extract) if one is not None]
+            parts = (cell.corpus, cell.train, cell.score, cell.extract, *(cell.proxies or ()))
+            wanted += [one for one in parts if one is not None]
         return in_order(wanted)
 
     def folder(self, stage: Stage) -> Path:
@@ -175,6 +179,7 @@ class _Builder:
             trained,
             self._score(after) if self._scored else None,
             self._extract(after, corpus) if self.config.extract.sequences else None,
+            self._proxies(base, teacher, corpus, seed) if treatment == f"{MATRIX}{source}" else None,
         )
 
     @property
@@ -330,6 +335,28 @@ class _Builder:
                 **({} if corpus is None else {"corpus": corpus}),
             },
             lambda out: scoring.extract(replace(options, out=str(out / "extract.json"))),
+        )
+
+    def _proxies(self, student: Model, source: Model, corpus: Stage | None, seed: int) -> tuple[Stage, Stage] | None:
+        if len(self.sources) < 2 or not self.config.proxy_documents or corpus is None:
+            return None
+        drawn = self._own(source, student, ArmConfig("", native=True), seed)
+        return self._proxy(student, corpus), self._proxy(source, drawn)
+
+    def _proxy(self, reader: Model, corpus: Stage) -> Stage:
+        options = replace(self.config.score, **self._shared(self.config.score))
+        documents = self.config.proxy_documents
+        return Stage(
+            "proxies",
+            f"what {corpus.label} is to {reader.label}",
+            {"documents": documents, "dtype": options.dtype, "limit": options.limit},
+            {
+                "corpus": corpus,
+                "model": reader.mark,
+                "tokenizer": reader.tokenizer,
+                **{f"task {n}": self.files.measured(path) for n, path in enumerate(options.tasks)},
+            },
+            lambda out: measure_corpus(self.root / corpus.name, reader.ref, options, out, documents=documents),
         )
 
     def _shared(self, section: Any) -> dict[str, Any]:

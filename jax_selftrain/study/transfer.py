@@ -27,8 +27,10 @@ from jax_selftrain.scoring.documents import Scored
 from jax_selftrain.study import statistics
 from jax_selftrain.study.cells import MATRIX, Cell, Design
 from jax_selftrain.study.claims import verdicts
-from jax_selftrain.study.measures import common_measures
+from jax_selftrain.study.measures import common_measures, main_measure
 from jax_selftrain.study.pairs import describe_text, side_by_side, why_not_eligible
+from jax_selftrain.study.proxies import DIRECTIONS, of_cell
+from jax_selftrain.study.proxy_relation import arrays_of, relate, reliability
 from jax_selftrain.study.results import (
     compare_extraction,
     compare_macro,
@@ -41,7 +43,7 @@ from jax_selftrain.study.results import (
 )
 
 FORMAT = "jax-selftrain study"
-VERSION = 1
+VERSION = 2
 EXAMPLES = 3
 """Samples shown of each corpus."""
 
@@ -78,6 +80,7 @@ def collect_study(config: StudyConfig, design: Design, post_hoc: Sequence[str] =
         "effects": effects(cells),
         "interaction": crossed,
         "verdicts": verdicts(config, cells, crossed, post_hoc),
+        "proxies": _proxies(cells, design, bases),
         "corpora": _corpora(design),
         "stages": [{"label": stage.label, "key": stage.key} for stage in design.stages],
         "versions": storage.versions(),
@@ -127,6 +130,10 @@ def _describe(config: StudyConfig, design: Design, bases: Mapping[str, Scored], 
             "targets": sum(int(line["tokens"]) for line in lines),
             "curve": {name: [line[name] for line in curve] for name in (curve[0] if curve else ())},
         }
+    found["proxies"] = None
+    if cell.proxies is not None and cell.corpus is not None:
+        student, source = (storage.read_json(design.folder(stage) / "proxies.json") for stage in cell.proxies)
+        found["proxies"] = of_cell(student, source, open_corpus(design.folder(cell.corpus)))
     found["measures"] = measures(found)
     return found
 
@@ -239,6 +246,28 @@ def _strength(bases: Mapping[str, Scored]) -> dict[str, dict[str, float]]:
             **{text: numbers["bits_per_byte"] for text, numbers in scored.result.get("texts", {}).items()},
         }
         for name, scored in bases.items()
+    }
+
+
+def _proxies(cells: Sequence[Mapping[str, Any]], design: Design, bases: Mapping[str, Scored]) -> dict[str, Any] | None:
+    """What the proxies of the matrix have to do with the gain; None where they were not measured."""
+    matrix = [cell for cell in cells if cell["proxies"] is not None]
+    if not matrix:
+        return None
+    measure = main_measure({"cells": matrix})
+    values, gains, own = arrays_of(matrix, design.students, design.sources, measure)
+    if measure.startswith("text/"):
+        gains = -gains  # fewer bits per byte are a gain
+    tasks = [
+        [documents.acc.mean() for documents in bases[name].documents.values() if documents.acc is not None]
+        for name in design.sources
+        if name in bases
+    ]
+    strength = np.mean(tasks, axis=1) if tasks and tasks[0] else None
+    return {
+        "measure": measure,
+        "relations": relate(values, gains, strength, own=own, directions=DIRECTIONS),
+        "reliability": reliability(gains),
     }
 
 

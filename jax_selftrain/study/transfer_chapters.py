@@ -21,6 +21,7 @@ from jax_selftrain.study.measures import (
     slug,
 )
 from jax_selftrain.study.page import Chapter, framed, remark
+from jax_selftrain.study.proxy_chapter import proxy_chapter
 from jax_selftrain.study.tables import Column, Table
 
 Results = Mapping[str, Any]
@@ -35,6 +36,7 @@ def chapters_of_study(results: Results) -> list[Chapter]:
         _capability(results),
         _key_figure(results),
         _memorisation(results),
+        proxy_chapter(results),
         _drift(results),
         _samples(results),
         _limits(),

@@ -18,7 +18,7 @@ import pytest
 
 from jax_selftrain import settings
 from jax_selftrain.config import ArmConfig, ClaimConfig, ModelConfig, RunConfig, StudyConfig
-from jax_selftrain.corpus import open_corpus
+from jax_selftrain.corpus import Corpus, open_corpus
 from jax_selftrain.errors import InputError
 from jax_selftrain.study import report, study
 from jax_selftrain.study.cells import make_design
@@ -79,7 +79,9 @@ ARMS = tuple(
 )
 
 
-CLAIM = ClaimConfig("own text keeps", "text of llama", "llama", direction="preserves", margin=0.01)
+CLAIM = ClaimConfig(
+    "own text keeps", "text of llama", "llama", measure="task/animals", direction="preserves", margin=0.01
+)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +102,9 @@ def test_every_cell_is_measured_and_the_null_is_exactly_zero(finished: Path):
     assert len(cells) == 2 * 2 + len(ARMS) + 1
     for (_, treatment, _), cell in cells.items():
         assert cell["identical"] == (treatment == "learning rate 0")
-        assert {"accuracy", "text/stories", "exact_match", "log_pz"} <= cell["measures"].keys()
+        assert {"task/animals", "text/stories", "exact_match", "log_pz"} <= cell["measures"].keys()
+        fit = [task for task in cell["tasks"] if task["not_eligible"] is None]
+        assert ("accuracy" in cell["measures"]) == bool(fit)  # a task in which the base guesses counts for nothing
         for measure in cell["measures"].values():
             before, after, change = (measure[side]["value"] for side in ("before", "after", "change"))
             assert change == pytest.approx(after - before, abs=1e-9)
@@ -117,6 +121,8 @@ def test_cells_share_what_they_have_in_common(finished: Path):
     assert kinds.count("sample") == 2 + 1 + 1
     # Those of the matrix are carried to both students; each other one to its own.
     assert kinds.count("retokenise") == 2 * 2 + 1 + 1
+    # What each of the matrix is to its student, and what each of the two that were drawn is to its source.
+    assert kinds.count("proxies") == 2 * 2 + 2
     assert kinds.count("noise") == kinds.count("merge") == 1
     assert kinds.count("score") == kinds.count("extract") == 2 + len(cells_of(finished))  # two bases and every cell
 
@@ -163,6 +169,7 @@ def test_the_report_is_made_of_the_results_alone_and_is_the_same_bytes(finished:
         "1 claim: 1 not tested",
         "1 seed; a verdict needs 5.",
         "exactly that of the base",
+        "Could it be known beforehand?",
     ):
         assert words in html
     assert str(finished) not in html
@@ -280,3 +287,38 @@ def test_a_bad_source_is_no_relation_and_an_incompatible_one_is():
     assert bad["measures"]["accuracy"]["contrast"]["value"] == pytest.approx(0.0, abs=1e-12)
     assert incompatible["measures"]["accuracy"]["contrast"]["value"] == pytest.approx(0.1)
     assert interactions(simulated(lambda *_: 0.0), {"A": "A", "B": "A"}) is None  # one lineage: nobody is away
+
+
+@pytest.mark.slow
+def test_proxies_are_what_another_way_of_counting_gives(finished: Path):
+    """Log-likelihoods from plain logits."""
+    from jax_selftrain import load_model
+    from jax_selftrain.study.results import drawn_by_hash
+
+    design = make_design(settings.load(StudyConfig, finished / "config.yaml"))
+    matrix = [cell for cell in cells_of(finished).values() if cell["proxies"]]
+    found = {(cell["student"], cell["source"]): cell["proxies"] for cell in matrix}
+    assert len(found) == len(matrix) == 4
+
+    def nats_per_byte(name: str, corpus: Corpus) -> float:
+        model = load_model(design.models[name].model, "data=1")
+        chosen = set(drawn_by_hash(len(corpus), 256, 0))
+        samples = [one for one in corpus.documents() if one.sample_id in chosen and len(one.tokens)]
+        rows = np.zeros((len(samples), 1 + max(len(one.tokens) for one in samples)), np.int32)
+        for row, sample in zip(rows, samples, strict=True):
+            row[: 1 + len(sample.tokens)] = [corpus.start_id, *sample.tokens]
+        logits = np.asarray(model.logits(rows), np.float64)[:, :-1]
+        logprobs = np.take_along_axis(logits, rows[:, 1:, None], -1)[..., 0] - np.log(np.exp(logits).sum(-1))
+        nats = sum(row[: len(sample.tokens)].sum() for row, sample in zip(logprobs, samples, strict=True))
+        return float(nats) / sum(len(sample.text.encode()) for sample in samples)
+
+    for cell in design.cells:
+        if cell.proxies is not None and cell.corpus is not None:
+            proxies = found[cell.student, cell.source]
+            own = nats_per_byte(cell.student, open_corpus(design.folder(cell.corpus)))
+            others = nats_per_byte(cell.source, open_corpus(design.folder(cell.corpus.needs[0])))
+            assert proxies["loglikelihood_per_byte"] == pytest.approx(own, rel=1e-4)
+            assert proxies["gap_per_byte"] == pytest.approx(own - others, rel=1e-3, abs=1e-6)
+            assert 0 < proxies["compression"] < 1.5
+            assert 0 <= proxies["similarity"] <= 1
+            assert 0 <= proxies["self_bleu"] <= 100

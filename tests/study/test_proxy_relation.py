@@ -1,0 +1,105 @@
+"""What is known of simulated matrices is what the rule says of them."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from jax_selftrain.study.proxy_relation import _tested, relate, reliability
+
+
+def matrix(rng: np.random.Generator, students: int, sources: int, link: float) -> tuple[np.ndarray, np.ndarray]:
+    """Proxies and gains that share nothing but `link`; both have effects of sources and of students."""
+    shared = rng.normal(size=sources)
+    proxy = shared + rng.normal(size=(students, 1)) + 0.5 * rng.normal(size=(students, sources))
+    gain = rng.normal(size=sources) + rng.normal(size=(students, 1)) + 0.5 * rng.normal(size=(students, sources))
+    return proxy, gain + link * shared
+
+
+def naive_p(proxy: np.ndarray, gain: np.ndarray) -> float:
+    """A test over cells as if they were independent draws."""
+    centred = (values - values.mean(axis=1, keepdims=True) for values in (proxy, gain))
+    return float(stats.spearmanr(*(values.ravel() for values in centred)).pvalue)
+
+
+def test_unrelated_proxies_are_called_related_no_more_often_than_agreed() -> None:
+    rng, hits, naive, runs = np.random.default_rng(0), 0, 0, 300
+    for _ in range(runs):
+        proxy, gain = matrix(rng, 3, 6, 0.0)
+        hits += _tested(proxy, gain)[1] <= 0.05
+        naive += naive_p(proxy, gain) <= 0.05
+    assert hits / runs < 0.05 + 2.6 * np.sqrt(0.05 * 0.95 / runs)
+    assert naive / runs > 0.15  # the test that forgets who shares what
+
+
+def test_a_strong_relation_is_found() -> None:
+    rng = np.random.default_rng(1)
+    found = [
+        relate({"good": proxy}, gain[None], rng.normal(size=8))[0]
+        for proxy, gain in (matrix(rng, 4, 8, 3.0) for _ in range(20))
+    ]
+    assert sum(one["verdict"] == "related" for one in found) >= 16
+    assert np.mean([one["regret"] for one in found]) < 0.5 * np.mean([one["random_regret"] for one in found])
+
+
+def test_a_proxy_that_only_follows_the_size_of_the_source_is_not_called_related() -> None:
+    rng, verdicts = np.random.default_rng(2), []
+    for _ in range(40):
+        size = np.arange(8.0)
+        proxy = size + 0.8 * rng.normal(size=(4, 8))
+        gain = size + 0.8 * rng.normal(size=(4, 8))
+        found = relate({"size in disguise": proxy}, gain[None], size)[0]
+        assert found["p"] <= 0.05
+        unasked = relate({"size in disguise": proxy}, gain[None])[0]
+        assert unasked["verdict"] == "related"  # to whom strength is not known
+        verdicts.append(found["verdict"])
+    assert verdicts.count("related") <= 5
+
+
+def test_absence_takes_many_sources() -> None:
+    rng = np.random.default_rng(3)
+    few = [
+        relate({"none": proxy}, gain[None])[0]["verdict"] for proxy, gain in (matrix(rng, 3, 6, 0) for _ in range(20))
+    ]
+    assert "unrelated" not in few
+    many = []
+    for _ in range(20):
+        proxy, gain = matrix(rng, 2, 90, 0.0)
+        many.append(relate({"none": proxy}, gain[None])[0]["verdict"])
+    assert many.count("unrelated") >= 14
+    assert many.count("related") <= 3
+
+
+def test_the_correlation_is_that_of_ranks_within_students() -> None:
+    rng = np.random.default_rng(4)
+    proxy, gain = rng.normal(size=(1, 7)), rng.normal(size=(1, 7))
+    r, p = _tested(proxy, gain)
+    reference = stats.spearmanr(proxy[0], gain[0]).statistic
+    assert r == pytest.approx(reference)
+    values = [
+        abs(stats.spearmanr(proxy[0], gain[0][list(order)]).statistic) for order in itertools.permutations(range(7))
+    ]
+    assert p == pytest.approx(np.mean(np.array(values) >= abs(reference) - 1e-9))
+
+
+def test_students_levels_do_not_matter_and_holes_are_left_out() -> None:
+    rng = np.random.default_rng(5)
+    proxy, gain = matrix(rng, 3, 6, 1.0)
+    assert _tested(proxy, gain) == _tested(proxy + np.array([[5], [-9], [0]]), gain * [[1], [4], [2]])
+    with_hole = proxy.copy()
+    with_hole[0] = np.nan
+    assert _tested(with_hole, gain)[0] == pytest.approx(_tested(proxy[1:], gain[1:])[0])
+    assert _tested(np.ones((3, 6)), gain) == (None, None)
+    assert relate({"two sources": proxy[:, :2]}, gain[None, :, :2])[0]["verdict"] == "cannot tell"
+
+
+def test_reliability_is_that_of_the_mean_of_seeds() -> None:
+    rng = np.random.default_rng(6)
+    true = rng.normal(size=(3, 200))
+    noisy = [true + rng.normal(size=(4, 3, 200)) for _ in range(2)]
+    expected = np.corrcoef(*((one.mean(0) - one.mean((0, 2))[:, None]).ravel() for one in noisy))[0, 1]
+    assert reliability(noisy[0]) == pytest.approx(expected, abs=0.05)
+    assert reliability(noisy[0][:1]) is None
