@@ -84,7 +84,7 @@ def verdicts(
     config: StudyConfig, cells: Cells, interaction: Mapping[str, Any] | None, post_hoc: Sequence[str]
 ) -> list[dict[str, Any]]:
     """What the rule says of each claim: verdict, reason in one sentence, effect, p-values, seeds."""
-    differences = [_differences(claim, cells, interaction) for claim in config.claims]
+    differences = [differences_of(claim, cells, interaction) for claim in config.claims]
     effects = [_effect(values) if len(values) > 1 else None for values in differences]
     tests = [_tests(claim, effect) for claim, effect in zip(config.claims, effects, strict=True)]
     primary = [claim.primary and claim.name not in post_hoc for claim in config.claims]
@@ -116,7 +116,7 @@ def verdicts(
     return found
 
 
-def _differences(claim: ClaimConfig, cells: Cells, interaction: Mapping[str, Any] | None) -> list[float]:
+def differences_of(claim: ClaimConfig, cells: Cells, interaction: Mapping[str, Any] | None) -> list[float]:
     """The estimand of each seed; empty where a cell or the measure is missing for any of them."""
     if claim.treatment == INTERACTION:
         found = (interaction or {"measures": {}})["measures"].get(claim.measure)

@@ -27,6 +27,7 @@ from jax_selftrain.scoring.files import read_jsonl
 from jax_selftrain.study.cells import MATRIX, Design, make_design
 from jax_selftrain.study.claims import check_claims, freeze
 from jax_selftrain.study.plan import measured_on_the_way
+from jax_selftrain.study.power import power_lines
 from jax_selftrain.study.report import report
 from jax_selftrain.study.stages import POLL_SECONDS, complete, is_done
 from jax_selftrain.study.transfer import collect_study
@@ -53,7 +54,7 @@ _FIXED: dict[str, tuple[str, ...]] = {
 
 
 def study(config: StudyConfig) -> Path:
-    """Do a study in `config.out`, or complete it; with `dry_run`, say what there is to do.
+    """Do a study in `config.out`, or complete it; with `dry_run`, say what there is to do and what it can find.
 
     Returns:
         The folder, which holds `results.json` and `report.html`.
@@ -65,7 +66,9 @@ def study(config: StudyConfig) -> Path:
     design = make_design(config)
     folder = Path(config.out)
     if config.dry_run:
-        print(plan_table(design))
+        earlier = folder / "results.json"
+        found = storage.read_json(earlier) if earlier.exists() else None
+        print("\n".join([plan_table(design), *power_lines(config, found)]))
         return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -41,6 +41,7 @@ from jax_selftrain.study.results import (
     read_table,
     require_same,
 )
+from jax_selftrain.study.swap import naive_difference, swap_effect
 
 FORMAT = "jax-selftrain study"
 VERSION = 2
@@ -80,6 +81,7 @@ def collect_study(config: StudyConfig, design: Design, post_hoc: Sequence[str] =
         "effects": effects(cells),
         "interaction": crossed,
         "verdicts": verdicts(config, cells, crossed, post_hoc),
+        "swaps": _swaps(design),
         "proxies": _proxies(cells, design, bases),
         "corpora": _corpora(design),
         "stages": [{"label": stage.label, "key": stage.key} for stage in design.stages],
@@ -247,6 +249,28 @@ def _strength(bases: Mapping[str, Scored]) -> dict[str, dict[str, float]]:
         }
         for name, scored in bases.items()
     }
+
+
+def _swaps(design: Design) -> list[dict[str, Any]]:
+    """The effect of being seen on every student whose corpora, one for each seed, hold different sequences."""
+    found = []
+    for student, treatment in dict.fromkeys((cell.student, cell.treatment) for cell in design.cells):
+        tables = [
+            read_table(design.folder(cell.extract) / "extract.sequences.parquet")
+            for cell in design.cells
+            if (cell.student, cell.treatment) == (student, treatment) and cell.extract is not None
+        ]
+        if len(tables) < 2 or not all("class" in table for table in tables):
+            continue
+        classes = [table["class"] for table in tables]
+        for measure, column in (("exact_match", "exact_match"), ("log_pz", "logprob")):
+            outcomes = [table[column] for table in tables]
+            effect = swap_effect(outcomes, classes)
+            if effect is not None:
+                naive = naive_difference(outcomes, classes)
+                entry = {"student": student, "treatment": treatment, "measure": measure, "seeds": len(tables)}
+                found.append(entry | {"effect": asdict(effect), "naive": naive})
+    return found
 
 
 def _proxies(cells: Sequence[Mapping[str, Any]], design: Design, bases: Mapping[str, Scored]) -> dict[str, Any] | None:

@@ -325,11 +325,41 @@ def _memorisation(results: Results) -> Chapter | None:
             Table(f"flips_{slug(student)}", f"{student}: sequences reproduced before and after", columns, flips)
         )
         html.append(tables[-1].to_html())
+    if results["swaps"]:
+        tables.append(_swapped(results["swaps"]))
+        html.append(tables[-1].to_html())
     note = (
         "Held-out, partial and seen are selected by what the source wrote: a difference between them is not the effect "
-        "of being seen. p_z is the probability of one tokenisation of the suffix."
+        "of being seen. Where seeds drew different corpora, that effect is estimated by comparing the same sequences "
+        "between students that saw them and students that did not (both ways, so that a better student is no effect); "
+        "its interval is over sequences. p_z is the probability of one tokenisation of the suffix."
     )
     return Chapter("Memorisation by class and group", "\n".join([*html, remark(note)]), tuple(tables))
+
+
+def _swapped(swaps: Sequence[Mapping[str, Any]]) -> Table:
+    columns = (
+        Column("student", "student"),
+        Column("treatment", "treatment"),
+        Column("measure", "measure"),
+        Column("effect", "effect of being seen", 3, signed=True),
+        Column("naive", "seen − held-out", 3, signed=True),
+        Column("n", "sequences"),
+        Column("seeds", "seeds"),
+    )
+    rows = tuple(
+        (
+            one["student"],
+            one["treatment"],
+            label_of(one["measure"]),
+            scaled(estimate_of(one["effect"]), one["measure"]),
+            None if one["naive"] is None else scale_of(one["measure"]) * one["naive"],
+            one["effect"]["n"],
+            one["seeds"],
+        )
+        for one in swaps
+    )
+    return Table("swaps", "What being seen does, by swapped corpora", columns, rows)
 
 
 def _drift(results: Results) -> Chapter:
