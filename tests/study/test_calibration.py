@@ -1,0 +1,117 @@
+"""Intervals cover what they should in simulated studies, and the methods that forget who shares what do not.
+
+Items differ in difficulty and come in entities; entities react to training each in their way; seeds draw students that
+are better or worse; sources are good or bad for everybody, students learn more or less from anything. The functions
+under test are those that the reports use. `python tests/study/test_calibration.py 40000` does it at full size.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jax_selftrain.study import statistics
+from jax_selftrain.study.statistics import Estimate
+from jax_selftrain.study.transfer import effects, interactions
+
+STUDIES = 3_000
+SEEDS = 5
+RECIPE = 0.02
+"""The true change of accuracy."""
+
+
+def covers(estimate: Estimate, truth: float) -> bool:
+    assert estimate.low is not None
+    assert estimate.high is not None
+    return estimate.low <= truth <= estimate.high
+
+
+def cell(student: str, source: str, seed: int, change: Estimate) -> dict[str, Any]:
+    measure = {"before": {"value": 0.5}, "change": vars(change) if hasattr(change, "__dict__") else change._asdict()}
+    measures = {"accuracy": measure}
+    return {"student": student, "treatment": f"text of {source}", "source": source, "seed": seed, "measures": measures}
+
+
+def estimate_of(entry: dict[str, Any]) -> Estimate:
+    return Estimate(entry["value"], entry["low"], entry["high"], entry["n"])
+
+
+def recipe_coverage(rng: np.random.Generator, studies: int) -> dict[str, float]:
+    """Of a recipe's effect on one base and its items: over seeds, and as if one pair, or all items, told it."""
+    items, found = 1000, {"t over seeds": 0, "one pair's items": 0, "all items of all seeds": 0}
+    for _ in range(studies):
+        p = rng.uniform(0.25, 0.75, items)
+        before = rng.random(items) < p
+        better = rng.normal(0, 0.03, (SEEDS, 1))
+        after = rng.random((SEEDS, items)) < p + RECIPE + better
+        truth = float(p.mean() + RECIPE - before.mean())
+        pairs = [statistics.share_change(before, one) for one in after]
+        (effect,) = effects([cell("a", "a", seed, pair) for seed, pair in enumerate(pairs)])
+        found["t over seeds"] += covers(estimate_of(effect["measures"]["accuracy"]["change"]), truth)
+        found["one pair's items"] += covers(pairs[0], truth)
+        pooled = statistics.share_change(np.tile(before, SEEDS), after.ravel())
+        found["all items of all seeds"] += covers(pooled, truth)
+    return {name: hits / studies for name, hits in found.items()}
+
+
+def pair_coverage(rng: np.random.Generator, studies: int) -> dict[str, float]:
+    """Of one pair's change over items of which these are a sample: with and without regard to entities."""
+    entities, each, found = 100, 8, {"entities as units": 0, "items as units": 0}
+    labels = np.repeat(np.arange(entities), each)
+    for _ in range(studies):
+        p = rng.uniform(0.3, 0.6, entities)[labels]
+        reacts = rng.uniform(-0.25, 0.25, entities)[labels]
+        before, after = rng.random(labels.size) < p, rng.random(labels.size) < p + RECIPE + reacts
+        found["entities as units"] += covers(statistics.share_change(before, after, labels), RECIPE)
+        found["items as units"] += covers(statistics.share_change(before, after), RECIPE)
+    return {name: hits / studies for name, hits in found.items()}
+
+
+def interaction_coverage(rng: np.random.Generator, studies: int) -> dict[str, float]:
+    """Of home − away among good and bad sources and quick and slow students, with a true relation and without one."""
+    names, found = ("a", "b", "c"), {}
+    for relation in (0.0, 0.02):
+        hits = 0
+        for _ in range(studies):
+            source, student = rng.normal(0, 0.05, (2, 3))
+            cells = []
+            for seed in range(SEEDS):
+                noise = rng.normal(0, 0.01, (3, 3))
+                for i, reader in enumerate(names):
+                    for j, writer in enumerate(names):
+                        change = student[i] + source[j] + noise[i, j] + relation * (i == j)
+                        cells.append(cell(reader, writer, seed, Estimate(float(change), None, None, 1)))
+            crossed = interactions(cells, {name: name for name in names})
+            assert crossed is not None
+            hits += covers(estimate_of(crossed["measures"]["accuracy"]["contrast"]), relation)
+        found[f"home − away, relation {relation:g}"] = hits / studies
+    return found
+
+
+def test_a_recipe_is_judged_by_its_seeds() -> None:
+    found = recipe_coverage(np.random.default_rng(1), STUDIES)
+    assert 0.94 <= found["t over seeds"] <= 0.96
+    assert found["one pair's items"] < 0.9
+    assert found["all items of all seeds"] < 0.9
+
+
+def test_questions_about_one_entity_are_one_observation() -> None:
+    found = pair_coverage(np.random.default_rng(2), STUDIES)
+    assert 0.94 <= found["entities as units"] <= 0.96
+    assert found["items as units"] < 0.93
+
+
+@pytest.mark.slow
+def test_bad_sources_and_slow_students_are_no_relation() -> None:
+    found = interaction_coverage(np.random.default_rng(3), 3 * STUDIES)
+    assert all(0.94 <= share <= 0.96 for share in found.values()), found
+
+
+if __name__ == "__main__":
+    size = int(sys.argv[1]) if len(sys.argv) > 1 else STUDIES
+    for simulate in (recipe_coverage, pair_coverage, interaction_coverage):
+        for name, share in simulate(np.random.default_rng(0), size).items():
+            print(f"{name}: {share:.4f}")
