@@ -1,14 +1,14 @@
 """The study: self-training rounds, the matrix of sources and students, their statistics and reports, a little world."""
 
 from jax_selftrain.study.comparison import compare
-from jax_selftrain.study.comparison_table import comparison_table
-from jax_selftrain.study.demo import demo
 from jax_selftrain.study.evaluate import evaluation_hooks, train
 from jax_selftrain.study.matrix import study
-from jax_selftrain.study.report import report
+from jax_selftrain.study.reports.comparison_table import comparison_table
+from jax_selftrain.study.reports.report import report
 from jax_selftrain.study.results import collect
 from jax_selftrain.study.round import run
-from jax_selftrain.study.world import World, WorldConfig, make_world
+from jax_selftrain.study.worlds.demo import demo
+from jax_selftrain.study.worlds.world import World, WorldConfig, make_world
 
 __all__ = [
     "World",

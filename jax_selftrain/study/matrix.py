@@ -28,7 +28,7 @@ from jax_selftrain.study.cells import MATRIX, Design, make_design
 from jax_selftrain.study.claims import check_claims, freeze
 from jax_selftrain.study.plan import measured_on_the_way
 from jax_selftrain.study.power import power_lines
-from jax_selftrain.study.report import report
+from jax_selftrain.study.reports.report import report
 from jax_selftrain.study.stages import POLL_SECONDS, complete, is_done
 from jax_selftrain.study.transfer import collect_study
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jax_selftrain.study.reports.tables import interval, number
 from jax_selftrain.study.statistics import Estimate
-from jax_selftrain.study.tables import interval, number
 
 POINTS = "points"
 

@@ -27,9 +27,9 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.scoring import discoverable, load_scored
 from jax_selftrain.scoring.files import read_jsonl
 from jax_selftrain.study import statistics
-from jax_selftrain.study.curve import summarise_curve
 from jax_selftrain.study.noninferiority import benjamini_hochberg
 from jax_selftrain.study.pairs import Pair, describe_task, describe_text, rates, shares, side_by_side
+from jax_selftrain.study.reports.curve import summarise_curve
 
 FORMAT = "jax-selftrain results"
 VERSION = 1

@@ -40,7 +40,7 @@ from jax_selftrain.scoring.files import result_files
 from jax_selftrain.study.checks import check_round
 from jax_selftrain.study.evaluate import evaluation_hooks
 from jax_selftrain.study.plan import make_plan
-from jax_selftrain.study.report import report
+from jax_selftrain.study.reports.report import report
 from jax_selftrain.study.results import collect
 from jax_selftrain.training import CHANGEABLE as TRAINING_CHANGEABLE
 from jax_selftrain.training import train

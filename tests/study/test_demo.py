@@ -16,8 +16,8 @@ from jax_selftrain.corpus import open_corpus
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import load_tokenizer, read_config
 from jax_selftrain.study import demo
-from jax_selftrain.study.microworld import ROUND, Reader, write_worlds
-from jax_selftrain.study.world import WorldConfig
+from jax_selftrain.study.worlds.microworld import ROUND, Reader, write_worlds
+from jax_selftrain.study.worlds.world import WorldConfig
 
 TINY = replace(
     ROUND,

@@ -15,8 +15,8 @@ import pytest
 from jax_selftrain import storage
 from jax_selftrain.errors import InputError
 from jax_selftrain.study import report
+from jax_selftrain.study.reports.tables import Column, Table, interval, number
 from jax_selftrain.study.statistics import Estimate
-from jax_selftrain.study.tables import Column, Table, interval, number
 
 VOID = {"meta", "br", "wbr", "path", "use", "rect", "line"}
 

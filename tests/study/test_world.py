@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from jax_selftrain.study.world import World, WorldConfig, make_world
+from jax_selftrain.study.worlds.world import World, WorldConfig, make_world
 
 SMALL = WorldConfig(
     people=14,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from html import escape
 from importlib.resources import files
 
-from jax_selftrain.study.tables import Table
+from jax_selftrain.study.reports.tables import Table
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def remark(text: str) -> str:
 
 def whole_page(title: str, kind: str, lead: str, opening: str, written: Sequence[Chapter]) -> str:
     """The whole report: headline, one line that says what it is, a paragraph and the first screen (HTML), chapters."""
-    style = files("jax_selftrain.study").joinpath("report.css").read_text(encoding="utf-8")
+    style = files("jax_selftrain.study.reports").joinpath("report.css").read_text(encoding="utf-8")
     body = "\n".join(f"<section>\n<h2>{escape(one.title)}</h2>\n{one.html}\n</section>" for one in written)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jax_selftrain.config import DemoConfig
 from jax_selftrain.study.matrix import study
-from jax_selftrain.study.microworld import CROSSOVER, ROUND, MicroScale, micro_study
+from jax_selftrain.study.worlds.microworld import CROSSOVER, ROUND, MicroScale, micro_study
 
 
 def demo(config: DemoConfig, scale: MicroScale | None = None) -> Path:

@@ -11,13 +11,13 @@ import yaml
 
 from jax_selftrain import settings
 from jax_selftrain.config import RunConfig
-from jax_selftrain.study import figures
-from jax_selftrain.study.curve import curve_chapter
-from jax_selftrain.study.page import Chapter, framed, remark
 from jax_selftrain.study.plan import ROUND_DECIDES
+from jax_selftrain.study.reports import figures
+from jax_selftrain.study.reports.curve import curve_chapter
+from jax_selftrain.study.reports.page import Chapter, framed, remark
+from jax_selftrain.study.reports.summary import cannot_show
+from jax_selftrain.study.reports.tables import Column, Table, number
 from jax_selftrain.study.statistics import Estimate
-from jax_selftrain.study.summary import cannot_show
-from jax_selftrain.study.tables import Column, Table, number
 
 Results = Mapping[str, Any]
 _SIDES = ("before", "after", "change")

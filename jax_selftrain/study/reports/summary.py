@@ -9,8 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from jax_selftrain.study.reports.tables import interval, number
 from jax_selftrain.study.statistics import Estimate
-from jax_selftrain.study.tables import interval, number
 
 Results = Mapping[str, Any]
 

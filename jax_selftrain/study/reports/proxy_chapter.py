@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_selftrain.study.measures import digits_of, label_of, scale_of
-from jax_selftrain.study.page import Chapter, remark
+from jax_selftrain.study.reports.page import Chapter, remark
+from jax_selftrain.study.reports.tables import Column, Table
 from jax_selftrain.study.statistics import Estimate
-from jax_selftrain.study.tables import Column, Table
 
 
 def proxy_chapter(results: Mapping[str, Any]) -> Chapter | None:

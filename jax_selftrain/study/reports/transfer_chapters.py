@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
 import yaml
 
-from jax_selftrain.study import figures
 from jax_selftrain.study.measures import (
     common_measures,
     digits_of,
@@ -20,12 +19,14 @@ from jax_selftrain.study.measures import (
     scaled,
     slug,
 )
-from jax_selftrain.study.page import Chapter, framed, remark
-from jax_selftrain.study.proxy_chapter import proxy_chapter
-from jax_selftrain.study.tables import Column, Table
+from jax_selftrain.study.reports import figures
+from jax_selftrain.study.reports.effects import effect_table
+from jax_selftrain.study.reports.memorisation_chapters import key_figure, memorisation
+from jax_selftrain.study.reports.page import Chapter, framed, remark
+from jax_selftrain.study.reports.proxy_chapter import proxy_chapter
+from jax_selftrain.study.reports.tables import Column, Table
 
 Results = Mapping[str, Any]
-Effects = Sequence[Mapping[str, Any]]
 
 
 def chapters_of_study(results: Results) -> list[Chapter]:
@@ -34,8 +35,8 @@ def chapters_of_study(results: Results) -> list[Chapter]:
         _design(results),
         _matrix(results),
         _capability(results),
-        _key_figure(results),
-        _memorisation(results),
+        key_figure(results),
+        memorisation(results),
         proxy_chapter(results),
         _drift(results),
         _samples(results),
@@ -184,7 +185,7 @@ def _capability(results: Results) -> Chapter | None:
             )
             html.append(framed(svg, f"{student}: all treatments, with a dot for every seed."))
         shown = [name for name in names if name == "accuracy" or name.startswith("task/")]
-        tables.append(_effect_table(f"capability_{slug(student)}", f"{student}: accuracy by task", of, shown))
+        tables.append(effect_table(f"capability_{slug(student)}", f"{student}: accuracy by task", of, shown))
         html.append(tables[-1].to_html())
     note = (
         "Chance-normalised means (accuracy − guessing) / (1 − guessing), averaged with equal weight over the tasks "
@@ -217,149 +218,6 @@ def _panel(student: str, cell: Mapping[str, Any]) -> Table:
         for chance, base in [(task["chance"] or 0.0, task["accuracy"]["before"]["value"])]
     )
     return Table(f"panel_{slug(student)}", f"{student}: the panel before anything", columns, rows)
-
-
-def _key_figure(results: Results) -> Chapter | None:
-    names = common_measures(results["cells"])
-    texts = [name for name in names if name.startswith("text/")]
-    if not texts or "exact_match" not in names:
-        return None
-    loss = texts[0]
-    drawn, html = {}, []
-    for student in results["design"]["students"]:
-        of = [one for one in results["effects"] if one["student"] == student]
-        at = {name: [one["measures"][name] for one in of] for name in (loss, "exact_match", "log_pz")}
-        base = {name: scale_of(name) * parts[0]["before"] for name, parts in at.items()}
-        key = f"key_{slug(student)}"
-        drawn[key] = figures.damage(
-            key,
-            [one["treatment"] for one in of],
-            [base[loss] + scale_of(loss) * part["change"]["value"] for part in at[loss]],
-            [
-                (
-                    label_of(name),
-                    base[name],
-                    [base[name] + scale_of(name) * part["change"]["value"] for part in at[name]],
-                )
-                for name in ("exact_match", "log_pz")
-            ],
-            base[loss],
-            x_label=label_of(loss),
-        )
-        html.append(
-            framed(
-                drawn[key],
-                f"{student}: memorisation against loss on {loss.removeprefix('text/')} after every treatment (means "
-                f"over seeds); the cross is the base. n = {at['exact_match'][0]['items']:,} sequences.",
-            )
-        )
-        paths = _paths(results, student)
-        if paths is not None:
-            key = f"trajectories_{slug(student)}"
-            drawn[key] = figures.trajectories(key, *paths)
-            html.append(
-                framed(
-                    drawn[key],
-                    f"{student}: the same over training (means over seeds), from before the first step (hollow) to "
-                    "after the last.",
-                )
-            )
-    note = (
-        "A student that lies as low as the controls at its loss has forgotten nothing in particular: weight noise "
-        "breaks verbatim paths, too. Forgetting that counts lies below the controls at equal loss, in both panels."
-    )
-    return Chapter("Memorisation against damage", "\n".join([*html, remark(note)]), (), drawn)
-
-
-def _paths(results: Results, student: str) -> tuple[list[str], list[Any]] | None:
-    """What every treatment's evaluations on the way say, averaged over seeds; None where nothing was measured."""
-    curves: dict[str, list[Mapping[str, Sequence[float]]]] = {}
-    for cell in results["cells"]:
-        if cell["student"] == student and cell["training"] and cell["training"]["curve"]:
-            curves.setdefault(cell["treatment"], []).append(cell["training"]["curve"])
-    if not curves:
-        return None
-    names = list(next(iter(curves.values()))[0])
-
-    def kind(ending: str) -> list[str]:
-        return [name for name in names if name.endswith(f"/{ending}")]
-
-    def path(treatment: str, measures: Sequence[str], scale: float) -> list[float]:
-        values = [curve[name] for curve in curves[treatment] for name in measures]
-        return [scale * sum(at) / len(at) for at in zip(*values, strict=True)]
-
-    x = [(kind("nll")[:1], "loss on text (nats per token)", 1.0), (kind("acc"), "accuracy, mean of tasks (%)", 100.0)]
-    y = [(kind("exact_match"), "exact match (%)", 100.0), (kind("log_pz"), "log p_z (nats)", 1.0)]
-    panels = [
-        (x_label, y_label, [(path(one, across, a), path(one, up, b)) for one in curves])
-        for across, x_label, a in x
-        for up, y_label, b in y
-        if across and up
-    ]
-    return (list(curves), panels[:3]) if panels else None
-
-
-def _memorisation(results: Results) -> Chapter | None:
-    sourced = [one for one in results["effects"] if one["source"]]
-    common = [name for name in common_measures(sourced) if name.startswith(("exact_match", "log_pz"))]
-    if not common:
-        return None
-    html, tables = [], []
-    for student in results["design"]["students"]:
-        of = [one for one in results["effects"] if one["student"] == student]
-        tables.append(_effect_table(f"memorisation_{slug(student)}", f"{student}: memorisation", of, common))
-        html.append(tables[-1].to_html())
-        flips = tuple(
-            (
-                cell["treatment"],
-                str(cell["seed"]),
-                cell["extraction"]["n"],
-                *(cell["extraction"]["classes"]["all"]["flips"][kind] for kind in ("kept", "lost", "gained", "never")),
-            )
-            for cell in results["cells"]
-            if cell["student"] == student
-        )
-        counted = (Column(kind, kind) for kind in ("kept", "lost", "gained", "never"))
-        columns = (Column("treatment", "treatment"), Column("seed", "seed"), Column("n", "n"), *counted)
-        tables.append(
-            Table(f"flips_{slug(student)}", f"{student}: sequences reproduced before and after", columns, flips)
-        )
-        html.append(tables[-1].to_html())
-    if results["swaps"]:
-        tables.append(_swapped(results["swaps"]))
-        html.append(tables[-1].to_html())
-    note = (
-        "Held-out, partial and seen are selected by what the source wrote: a difference between them is not the effect "
-        "of being seen. Where seeds drew different corpora, that effect is estimated by comparing the same sequences "
-        "between students that saw them and students that did not (both ways, so that a better student is no effect); "
-        "its interval is over sequences. p_z is the probability of one tokenisation of the suffix."
-    )
-    return Chapter("Memorisation by class and group", "\n".join([*html, remark(note)]), tuple(tables))
-
-
-def _swapped(swaps: Sequence[Mapping[str, Any]]) -> Table:
-    columns = (
-        Column("student", "student"),
-        Column("treatment", "treatment"),
-        Column("measure", "measure"),
-        Column("effect", "effect of being seen", 3, signed=True),
-        Column("naive", "seen − held-out", 3, signed=True),
-        Column("n", "sequences"),
-        Column("seeds", "seeds"),
-    )
-    rows = tuple(
-        (
-            one["student"],
-            one["treatment"],
-            label_of(one["measure"]),
-            scaled(estimate_of(one["effect"]), one["measure"]),
-            None if one["naive"] is None else scale_of(one["measure"]) * one["naive"],
-            one["effect"]["n"],
-            one["seeds"],
-        )
-        for one in swaps
-    )
-    return Table("swaps", "What being seen does, by swapped corpora", columns, rows)
 
 
 def _drift(results: Results) -> Chapter:
@@ -435,20 +293,3 @@ def _provenance(results: Results) -> Chapter:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     html = f"<pre>{escape(options)}</pre>\n{remark(versions)}{table.to_html()}"
     return Chapter("How it was made", html, (table,))
-
-
-def _effect_table(name: str, caption: str, effects: Effects, measures: Sequence[str]) -> Table:
-    rows = tuple(
-        (
-            one["treatment"],
-            len(one["seeds"]),
-            *(
-                scaled(estimate_of(one["measures"][measure]["change"]), measure) if measure in one["measures"] else None
-                for measure in measures
-            ),
-        )
-        for one in effects
-    )
-    changes = (Column(measure, label_of(measure), digits_of(measure), signed=True) for measure in measures)
-    columns = (Column("treatment", "treatment"), Column("seeds", "seeds"), *changes)
-    return Table(name, f"{caption}, change", columns, rows)

@@ -14,11 +14,11 @@ from typing import Any
 from jax_selftrain import storage
 from jax_selftrain.errors import InputError
 from jax_selftrain.study import transfer
-from jax_selftrain.study.chapters import chapters
-from jax_selftrain.study.page import Chapter, whole_page
+from jax_selftrain.study.reports.chapters import chapters
+from jax_selftrain.study.reports.page import Chapter, whole_page
+from jax_selftrain.study.reports.summary import cards, caution, what_was_run
+from jax_selftrain.study.reports.transfer_report import transfer_chapters, transfer_page
 from jax_selftrain.study.results import FORMAT, VERSION
-from jax_selftrain.study.summary import cards, caution, what_was_run
-from jax_selftrain.study.transfer_report import transfer_chapters, transfer_page
 
 
 def report(folder: storage.PathLike) -> Path:

@@ -22,10 +22,10 @@ from jax_selftrain.study.measures import (
     signed,
 )
 from jax_selftrain.study.noninferiority import HEADLINE
-from jax_selftrain.study.page import Chapter, remark, whole_page
+from jax_selftrain.study.reports.page import Chapter, remark, whole_page
+from jax_selftrain.study.reports.tables import Column, Table
+from jax_selftrain.study.reports.transfer_chapters import chapters_of_study
 from jax_selftrain.study.statistics import Estimate
-from jax_selftrain.study.tables import Column, Table
-from jax_selftrain.study.transfer_chapters import chapters_of_study
 
 Results = Mapping[str, Any]
 Effects = Sequence[Mapping[str, Any]]

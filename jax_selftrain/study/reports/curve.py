@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jax_selftrain.study import figures
-from jax_selftrain.study.page import Chapter, framed, remark
-from jax_selftrain.study.tables import Column, Table
+from jax_selftrain.study.reports import figures
+from jax_selftrain.study.reports.page import Chapter, framed, remark
+from jax_selftrain.study.reports.tables import Column, Table
 
 KINDS = {
     "nll": ("texts", "nats per token", 1),

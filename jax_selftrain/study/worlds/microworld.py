@@ -35,9 +35,9 @@ from jax_selftrain.config import (
     TrainConfig,
 )
 from jax_selftrain.corpus import import_text, open_corpus
-from jax_selftrain.study.blank import START, is_written, train_tokenizer, write_blank_model, write_jsonl
 from jax_selftrain.study.stages import Stage, complete
-from jax_selftrain.study.world import World, WorldConfig, make_world
+from jax_selftrain.study.worlds.blank import START, is_written, train_tokenizer, write_blank_model, write_jsonl
+from jax_selftrain.study.worlds.world import World, WorldConfig, make_world
 from jax_selftrain.training import train
 
 
