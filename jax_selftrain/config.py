@@ -435,7 +435,8 @@ class ArmConfig:
     text: str = ""
     """For `text`: what `jax-selftrain import` reads."""
     weight: float | None = None
-    """For `extrapolated`: below 0 away from the self-trained model, above 1 beyond it."""
+    """For `extrapolated`: below 0 away from the self-trained model, above 1 beyond it. For `noise`: how many times as
+    large as the change of training; unset: 1."""
     generations: int = 2
     """For `generations`: how many."""
     mode: Literal["replaced", "accumulated", "fresh"] = "replaced"

@@ -21,14 +21,14 @@ from jax_selftrain.mesh import make_layout, make_mesh
 from jax_selftrain.models import axis_sizes
 
 
-def add_noise(base: str, student: str, out: str | Path, seed: int) -> Path:
-    """Write base + noise as a model folder of ours, in float32, |noise| = |student − base| for every tensor.
+def add_noise(base: str, student: str, out: str | Path, seed: int, weight: float = 1.0) -> Path:
+    """Write base + noise as a model folder of ours, in float32, |noise| = weight · |student − base| for every tensor.
 
     A tensor stacked over layers counts as one tensor a layer. A tensor that training left as it was stays so.
 
     Args:
       base: the model that gets the noise.
-      student: the model whose distance from the base, tensor by tensor, is that of the result.
+      student: the model whose distance from the base, tensor by tensor, times `weight` is that of the result.
       out: the folder; must not exist, or be empty.
       seed: of the noise; that of a tensor depends on (seed, its path) alone.
 
@@ -44,12 +44,13 @@ def add_noise(base: str, student: str, out: str | Path, seed: int) -> Path:
         params = {}
         for path in sorted(before):
             old, new = (np.asarray(side.pop(path), np.float32) for side in (before, after))
-            params[path] = _noisy(old, new - old, _words(seed, path), stacked=path.startswith("layers/"))
+            params[path] = _noisy(old, weight * (new - old), _words(seed, path), stacked=path.startswith("layers/"))
             if not np.isfinite(params[path]).all():
                 raise InputError(f"{student}: {path} lies infinitely far from {base}")
         metadata = {
             "made_by": "noise",
             "seed": seed,
+            "weight": weight,
             "base": {"ref": base, "fingerprint": model_fingerprint(base)},
             "student": {"ref": student, "fingerprint": model_fingerprint(student)},
         }

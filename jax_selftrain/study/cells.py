@@ -161,7 +161,7 @@ class _Builder:
         elif arm.kind in ("noise", "extrapolated"):
             corpus = self._own(base, base, ArmConfig(""), seed)
             usual = self._train(base, [corpus], ArmConfig(""), seed)
-            after = self._noise(base, usual, seed) if arm.kind == "noise" else self._merge(base, usual, arm)
+            after = self._noise(base, usual, arm, seed) if arm.kind == "noise" else self._merge(base, usual, arm)
             if arm.kind == "noise":
                 corpus = None
         else:
@@ -287,13 +287,14 @@ class _Builder:
         label = f"{start.label} after {arm.name or 'its own text'}, seed {seed}"
         return replace(start, ref=str(self.root / stage.name), mark=stage, label=label)
 
-    def _noise(self, base: Model, trained: Model, seed: int) -> Model:
+    def _noise(self, base: Model, trained: Model, arm: ArmConfig, seed: int) -> Model:
+        weight = 1.0 if arm.weight is None else arm.weight
         stage = Stage(
             "noise",
-            f"{base.label} with noise, seed {seed}",
-            {"seed": seed},
+            f"{base.label} with noise of {weight:g} times the change, seed {seed}",
+            {"seed": seed} | ({} if weight == 1 else {"weight": weight}),
             {"base": base.mark, "student": trained.mark},
-            lambda out: _once(out, lambda folder: hub.add_noise(base.ref, trained.ref, folder, seed)),
+            lambda out: _once(out, lambda folder: hub.add_noise(base.ref, trained.ref, folder, seed, weight)),
         )
         return replace(base, ref=str(self.root / stage.name / "model"), mark=stage, label=stage.label)
 

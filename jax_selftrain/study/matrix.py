@@ -13,6 +13,7 @@ may be started on one folder, at once or one after the other: they share the sta
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -157,8 +158,12 @@ def _check_arm(arm: ArmConfig, config: StudyConfig, names: list[str]) -> None:
         )
     if (arm.kind == "text") != bool(arm.text):
         raise InputError(f"arms: {arm.name}: `text` names the file of an arm of kind `text`, and of no other")
-    if (arm.kind == "extrapolated") != (arm.weight is not None):
-        raise InputError(f"arms: {arm.name}: `weight` belongs to an arm of kind `extrapolated`, which needs it")
+    if arm.kind == "extrapolated" and arm.weight is None:
+        raise InputError(f"arms: {arm.name}: an arm of kind `extrapolated` needs its `weight`")
+    if arm.kind not in ("extrapolated", "noise") and arm.weight is not None:
+        raise InputError(f"arms: {arm.name}: `weight` belongs to arms of kind `extrapolated` and `noise` alone")
+    if arm.kind == "noise" and arm.weight is not None and not 0 < arm.weight < math.inf:
+        raise InputError(f"arms: {arm.name}: the weight of noise is {arm.weight}; it must be a positive number")
     default, fixed = ArmConfig(), _FIXED[arm.kind]
     for field in fixed:
         if getattr(arm, field) != getattr(default, field):

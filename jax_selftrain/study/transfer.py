@@ -27,6 +27,7 @@ from jax_selftrain.scoring.documents import Scored
 from jax_selftrain.study import statistics
 from jax_selftrain.study.cells import MATRIX, Cell, Design
 from jax_selftrain.study.claims import verdicts
+from jax_selftrain.study.decoupling import decoupling
 from jax_selftrain.study.measures import common_measures, main_measure
 from jax_selftrain.study.pairs import describe_text, side_by_side, why_not_eligible
 from jax_selftrain.study.proxies import DIRECTIONS, of_cell
@@ -82,6 +83,7 @@ def collect_study(config: StudyConfig, design: Design, post_hoc: Sequence[str] =
         "interaction": crossed,
         "verdicts": verdicts(config, cells, crossed, post_hoc),
         "swaps": _swaps(design),
+        "decoupling": decoupling(cells, [arm.name for arm in config.arms if arm.kind == "noise"]),
         "proxies": _proxies(cells, design, bases),
         "corpora": _corpora(design),
         "stages": [{"label": stage.label, "key": stage.key} for stage in design.stages],

@@ -104,7 +104,7 @@ def test_the_study_of_the_worlds_runs_from_nothing_to_a_report(tmp_path: Path) -
     results = storage.read_json(tmp_path / "out" / "results.json")
     assert {cell["treatment"] for cell in results["cells"]} == {
         *("text of A1", "text of C1"),
-        *("learning rate 0", "shuffled tokens", "weight noise", "real text of world A"),
+        *("learning rate 0", "shuffled tokens", "weight noise", "weight noise ×4", "real text of world A"),
     }
     groups = {f"group {world}, {shown}" for world in "AB" for shown in ("shown 1×", "shown 8×", "never shown")}
     for cell in results["cells"]:

@@ -170,6 +170,7 @@ def test_the_report_is_made_of_the_results_alone_and_is_the_same_bytes(finished:
         "1 seed; a verdict needs 5.",
         "exactly that of the base",
         "Could it be known beforehand?",
+        "Forgotten in particular, or merely damaged?",
     ):
         assert words in html
     assert str(finished) not in html
@@ -211,7 +212,9 @@ def test_killed_shared_and_grown_studies_end_with_the_same_tables(make: Make, tm
         ({"students": ("lama",)}, "students: 'lama' is unknown; did you mean `llama`"),
         ({"seeds": (1, 1)}, "seed 1 is there twice"),
         ({"arms": (ArmConfig("x", "text"),)}, "`text` names the file of an arm"),
-        ({"arms": (ArmConfig("x", "extrapolated"),)}, "`weight` belongs"),
+        ({"arms": (ArmConfig("x", "extrapolated"),)}, "needs its `weight`"),
+        ({"arms": (ArmConfig("x", weight=2.0),)}, "`weight` belongs"),
+        ({"arms": (ArmConfig("x", "noise", weight=-1.0),)}, "must be a positive number"),
         ({"arms": (ArmConfig("text of llama"),)}, "those of the matrix"),
         ({"arms": (ArmConfig("x", "generations", generations=0),)}, "generations is 0"),
         (

@@ -59,11 +59,43 @@ def key_figure(results: Results) -> Chapter | None:
                     "after the last.",
                 )
             )
+    tables = (_decoupled(results["decoupling"]),)
+    html.append(tables[0].to_html())
     note = (
         "A student that lies as low as the controls at its loss has forgotten nothing in particular: weight noise "
-        "breaks verbatim paths, too. Forgetting that counts lies below the controls at equal loss, in both panels."
+        "breaks verbatim paths, too. Forgetting that counts lies below the controls at equal loss, in both panels. The rule: "
+        "over five seeds or more, exact match and log p_z both lie below those of the least damaged arm of noise whose "
+        "loss is not below the student's, and log p_z has fallen (one-sided t, .05 each)."
     )
-    return Chapter("Memorisation against damage", "\n".join([*html, remark(note)]), (), drawn)
+    return Chapter("Memorisation against damage", "\n".join([*html, remark(note)]), tables, drawn)
+
+
+def _decoupled(found: Sequence[Mapping[str, Any]]) -> Table:
+    columns = (
+        Column("student", "student"),
+        Column("treatment", "treatment"),
+        Column("verdict", "decoupled?"),
+        Column("reason", "because"),
+        Column("controls", "beside"),
+        Column("exact_match", f"{label_of('exact_match')} − control's", 2, signed=True),
+        Column("log_pz", f"{label_of('log_pz')} − control's", 3, signed=True),
+        Column("log_pz_change", f"change: {label_of('log_pz')}", 3, signed=True),
+    )
+    rows = tuple(
+        (
+            one["student"],
+            one["treatment"],
+            one["verdict"],
+            one["reason"],
+            ", ".join(one["controls"]),
+            *(
+                None if one[name] is None else scaled(estimate_of(one[name]), measure)
+                for name, measure in (("exact_match", "exact_match"), ("log_pz", "log_pz"), ("log_pz_change", "log_pz"))
+            ),
+        )
+        for one in found
+    )
+    return Table("decoupling", "Forgotten in particular, or merely damaged?", columns, rows)
 
 
 def _paths(results: Results, student: str) -> tuple[list[str], list[Any]] | None:

@@ -158,6 +158,7 @@ def micro_study(out: Path, scale: MicroScale, seeds: Sequence[int]) -> StudyConf
         ArmConfig("learning rate 0", learning_rate=0.0),
         ArmConfig("shuffled tokens", "shuffled"),
         ArmConfig("weight noise", "noise"),
+        ArmConfig("weight noise ×4", "noise", weight=4.0),
     ]
     for world in scale.marks:
         readers = tuple(name for name in scale.students if reads[name] == world)

@@ -1,0 +1,89 @@
+"""Has a student forgotten verbatim text in particular, or is it merely damaged?
+
+Greedy reproduction is fragile: noise in the weights that teaches nothing breaks most of it. A loss of exact match means
+forgetting only where it is more than noise of at least the same damage does. Seed by seed, the student is laid beside
+the control (an arm of kind `noise`) with the smallest held-out loss that is not below its own: at least as damaged,
+never less, so that a student which is nothing but damaged does not come out below it. It is called **decoupled** if
+over seeds (one-sided t, each at .05) exact match lies below that control's, log p_z lies below that control's, and log
+p_z has fallen. Fewer than five seeds, or no control that is damaged enough: **not tested**.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from scipy import stats
+
+from jax_selftrain.study import statistics
+from jax_selftrain.study.noninferiority import HEADLINE, LEVEL
+
+Cells = Sequence[Mapping[str, Any]]
+
+DECOUPLED, NOT_SHOWN, NOT_TESTED = "decoupled", "not shown", "not tested"
+
+
+def decoupling(cells: Cells, controls: Sequence[str]) -> list[dict[str, Any]]:
+    """For every student and every treatment that is no control: the verdict, its reason, and the three differences.
+
+    Args:
+        cells: those of `results.json`, with `measures`; loss is that of the first text.
+        controls: names of the arms of noise.
+    """
+    found = []
+    for student, treatment in dict.fromkeys((cell["student"], cell["treatment"]) for cell in cells):
+        if treatment not in controls:
+            own = [cell for cell in cells if cell["student"] == student]
+            found.append({"student": student, "treatment": treatment, **_judge(own, treatment, controls)})
+    return found
+
+
+def _judge(cells: Cells, treatment: str, controls: Sequence[str]) -> dict[str, Any]:
+    members = [cell for cell in cells if cell["treatment"] == treatment]
+    texts = [name for name in members[0]["measures"] if name.startswith("text/")]
+    if not texts or "exact_match" not in members[0]["measures"]:
+        return _verdict(NOT_TESTED, "there is no held-out text, or no sequences.")
+    differences: dict[str, list[float]] = {"exact_match": [], "log_pz": [], "log_pz_change": []}
+    beside = []
+    for cell in members:
+        noisy = [one for one in cells if one["treatment"] in controls and one["seed"] == cell["seed"]]
+        worse = [one for one in noisy if _after(one, texts[0]) >= _after(cell, texts[0])]
+        if not worse:
+            return _verdict(NOT_TESTED, f"no control is as damaged as it is with seed {cell['seed']}.")
+        control = min(worse, key=lambda one: _after(one, texts[0]))
+        beside.append(control["treatment"])
+        for measure in ("exact_match", "log_pz"):
+            differences[measure].append(_after(cell, measure) - _after(control, measure))
+        differences["log_pz_change"].append(cell["measures"]["log_pz"]["change"]["value"])
+    estimates = {name: statistics.mean(values) for name, values in differences.items()}
+    told = {name: asdict(estimate) for name, estimate in estimates.items()} | {"controls": list(dict.fromkeys(beside))}
+    if len(members) < HEADLINE:
+        return _verdict(NOT_TESTED, f"{len(members)} seed{'s' * (len(members) > 1)}; it takes {HEADLINE}.") | told
+    names = {
+        "exact_match": "exact match is not below the control's",
+        "log_pz": "log p_z is not below the control's",
+        "log_pz_change": "log p_z has not fallen",
+    }
+    failed = [text for name, text in names.items() if _p_below(differences[name]) > LEVEL]
+    if failed:
+        return _verdict(NOT_SHOWN, f"{' and '.join(failed)}.") | told
+    return _verdict(DECOUPLED, "extraction lies below the controls at no less damage, and p_z falls.") | told
+
+
+def _verdict(verdict: str, reason: str) -> dict[str, Any]:
+    empty = {"exact_match": None, "log_pz": None, "log_pz_change": None, "controls": []}
+    return {"verdict": verdict, "reason": reason, **empty}
+
+
+def _after(cell: Mapping[str, Any], measure: str) -> float:
+    return float(cell["measures"][measure]["after"]["value"])
+
+
+def _p_below(values: Sequence[float]) -> float:
+    """One-sided p of a mean below zero; values that all agree have no spread to test against."""
+    if max(values) - min(values) < 1e-12:
+        return 0.0 if values[0] < -1e-12 else 1.0
+    p = float(stats.ttest_1samp(values, 0.0, alternative="less").pvalue)
+    return 1.0 if math.isnan(p) else p

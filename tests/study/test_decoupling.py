@@ -1,0 +1,82 @@
+"""A student that is nothing but damaged is never called decoupled; one that truly forgets is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jax_selftrain.study.decoupling import decoupling
+
+SEEDS = range(100, 105)
+CONTROLS = ("noise ×1", "noise ×3", "noise ×9")
+BASE = {"text/stories": 0.9, "exact_match": 0.6, "log_pz": -4.0}
+
+
+def damaged(rng: np.random.Generator, loss: float, forgets: float = 0.0) -> dict[str, float]:
+    """What noise of some loss leaves: greedy reproduction falls steeply, and at first faster than it falls later."""
+    extra = loss - BASE["text/stories"]
+    exact = BASE["exact_match"] * np.exp(-extra / 0.05) - forgets + 0.01 * rng.normal()
+    nats = BASE["log_pz"] - 30 * extra - 10 * forgets + 0.1 * rng.normal()
+    return {"text/stories": loss, "exact_match": float(exact), "log_pz": float(nats)}
+
+
+def cell(treatment: str, seed: int, after: dict[str, float]) -> dict[str, Any]:
+    measures = {name: {"after": {"value": v}, "change": {"value": v - BASE[name]}} for name, v in after.items()}
+    return {"student": "a", "treatment": treatment, "seed": seed, "measures": measures}
+
+
+def study_of(rng: np.random.Generator, forgets: float, own: float = 0.93) -> list[dict[str, Any]]:
+    cells = []
+    for seed in SEEDS:
+        for name, loss in zip(CONTROLS, (0.91, 0.94, 1.1), strict=True):
+            cells.append(cell(name, seed, damaged(rng, loss + 0.002 * rng.normal())))
+        cells.append(cell("text of a", seed, damaged(rng, own + 0.002 * rng.normal(), forgets)))
+    return cells
+
+
+def verdict(cells: list[dict[str, Any]]) -> str:
+    (found,) = decoupling(cells, CONTROLS)
+    return str(found["verdict"])
+
+
+@pytest.mark.parametrize("own", [0.905, 0.91, 0.925, 0.94, 1.0])
+def test_a_noise_only_student_is_not_called_decoupled_wherever_it_lies(own: float) -> None:
+    rng = np.random.default_rng(0)
+    verdicts = [verdict(study_of(rng, 0.0, own)) for _ in range(200)]
+    assert verdicts.count("decoupled") <= 4  # each of the three tests alone would allow ten
+
+
+def test_a_student_that_truly_forgets_is_called_so() -> None:
+    rng = np.random.default_rng(1)
+    assert [verdict(study_of(rng, 0.2)) for _ in range(50)].count("decoupled") >= 48
+
+
+def test_lost_paths_without_falling_probability_are_no_forgetting() -> None:
+    rng, cells = np.random.default_rng(2), []
+    for one in study_of(rng, 0.2):
+        if one["treatment"] == "text of a":
+            level = -3.5 + 0.1 * rng.normal()
+            one["measures"]["log_pz"] = {"after": {"value": level}, "change": {"value": level + 4.0}}
+        cells.append(one)
+    (found,) = decoupling(cells, CONTROLS)
+    assert found["verdict"] == "not shown"
+    assert "log p_z has not fallen" in found["reason"]
+
+
+def test_it_takes_five_seeds_and_a_control_that_is_damaged_enough() -> None:
+    rng = np.random.default_rng(3)
+    cells = study_of(rng, 0.2)
+    (found,) = decoupling([one for one in cells if one["seed"] < 104], CONTROLS)
+    assert (found["verdict"], found["reason"]) == ("not tested", "4 seeds; it takes 5.")
+    assert found["exact_match"]["value"] < 0
+    (found,) = decoupling(study_of(rng, 0.0, own=1.5), CONTROLS)
+    assert (found["verdict"], found["reason"]) == ("not tested", "no control is as damaged as it is with seed 100.")
+    (found,) = decoupling(cells, ())[:1]
+    assert found["verdict"] == "not tested"
+
+
+def test_the_control_is_the_least_damaged_of_those_that_are_no_less_damaged() -> None:
+    (found,) = decoupling(study_of(np.random.default_rng(4), 0.0), CONTROLS)
+    assert found["controls"] == ["noise ×3"]
