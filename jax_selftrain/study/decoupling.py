@@ -73,7 +73,7 @@ def _judge(cells: Cells, treatment: str, controls: Sequence[str]) -> dict[str, A
 
 
 def _verdict(verdict: str, reason: str) -> dict[str, Any]:
-    empty = {"exact_match": None, "log_pz": None, "log_pz_change": None, "controls": []}
+    empty: dict[str, Any] = {"exact_match": None, "log_pz": None, "log_pz_change": None, "controls": []}
     return {"verdict": verdict, "reason": reason, **empty}
 
 
