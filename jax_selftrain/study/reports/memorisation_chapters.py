@@ -64,8 +64,8 @@ def key_figure(results: Results) -> Chapter | None:
     note = (
         "A student that lies as low as the controls at its loss has forgotten nothing in particular: weight noise "
         "breaks verbatim paths, too. Forgetting that counts lies below the controls at equal loss, in both panels. "
-        "The rule: over five seeds or more, exact match and log p_z both lie below those of the least damaged arm of noise whose "
-        "loss is not below the student's, and log p_z has fallen (one-sided t, .05 each)."
+        "The rule: over five seeds or more, exact match and log p_z both lie below those of the least damaged arm "
+        "of noise whose loss is not below the student's, and log p_z has fallen (one-sided t, .05 each)."
     )
     return Chapter("Memorisation against damage", "\n".join([*html, remark(note)]), tables, drawn)
 
