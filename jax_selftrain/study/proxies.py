@@ -66,7 +66,7 @@ def measure_corpus(corpus: Path, model: str, score: ScoreConfig, out: Path, *, d
             "bytes": sum(len(text.encode()) for text in texts),
             "compression": _compression(texts),
             "self_bleu": self_bleu(texts[:BLEU_DOCUMENTS]),
-            "similarity": similarity(texts, _asked(score)),
+            "similarity": similarity(texts, questions_of(score)),
         },
     )
 
@@ -86,7 +86,7 @@ def of_cell(student: Mapping[str, Any], source: Mapping[str, Any], corpus: Corpu
     }
 
 
-def _asked(score: ScoreConfig) -> list[str]:
+def questions_of(score: ScoreConfig) -> list[str]:
     """What the tasks ask, each question with its right answer."""
     return [
         question.context + question.continuations[question.answer]

@@ -27,10 +27,11 @@ from jax_selftrain.scoring.documents import Scored
 from jax_selftrain.study import statistics
 from jax_selftrain.study.cells import MATRIX, Cell, Design
 from jax_selftrain.study.claims import verdicts
+from jax_selftrain.study.contamination import contamination
 from jax_selftrain.study.decoupling import decoupling
 from jax_selftrain.study.measures import common_measures, main_measure
 from jax_selftrain.study.pairs import describe_text, side_by_side, why_not_eligible
-from jax_selftrain.study.proxies import DIRECTIONS, of_cell
+from jax_selftrain.study.proxies import DIRECTIONS, of_cell, questions_of
 from jax_selftrain.study.proxy_relation import arrays_of, relate, reliability
 from jax_selftrain.study.results import (
     compare_extraction,
@@ -85,7 +86,7 @@ def collect_study(config: StudyConfig, design: Design, post_hoc: Sequence[str] =
         "swaps": _swaps(design),
         "decoupling": decoupling(cells, [arm.name for arm in config.arms if arm.kind == "noise"]),
         "proxies": _proxies(cells, design, bases),
-        "corpora": _corpora(design),
+        "corpora": _corpora(design, questions_of(config.score)),
         "stages": [{"label": stage.label, "key": stage.key} for stage in design.stages],
         "versions": storage.versions(),
     }
@@ -297,7 +298,7 @@ def _proxies(cells: Sequence[Mapping[str, Any]], design: Design, bases: Mapping[
     }
 
 
-def _corpora(design: Design) -> dict[str, dict[str, Any]]:
+def _corpora(design: Design, asked: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Every corpus that was trained on, by its stage's key."""
     found: dict[str, dict[str, Any]] = {}
     for cell in design.cells:
@@ -308,6 +309,7 @@ def _corpora(design: Design) -> dict[str, dict[str, Any]]:
                 "samples": len(corpus),
                 "tokens": corpus.n_tokens,
                 "statistics": corpus.manifest["statistics"],
+                "contamination": contamination(corpus.texts(), asked),
                 "retokenised": corpus.manifest.get("retokenised"),
                 "examples": _examples(corpus),
             }
