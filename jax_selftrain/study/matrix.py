@@ -16,8 +16,9 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -31,7 +32,7 @@ from jax_selftrain.study.plan import measured_on_the_way
 from jax_selftrain.study.power import power_lines
 from jax_selftrain.study.reports.report import report
 from jax_selftrain.study.stages import POLL_SECONDS, complete, is_done
-from jax_selftrain.study.transfer import collect_study
+from jax_selftrain.study.transfer import FORMAT, collect_study
 
 DECIDED = {
     "sample": ("model", "out", "seed", "stop_ids", "start_id"),
@@ -67,9 +68,7 @@ def study(config: StudyConfig) -> Path:
     design = make_design(config)
     folder = Path(config.out)
     if config.dry_run:
-        earlier = folder / "results.json"
-        found = storage.read_json(earlier) if earlier.exists() else None
-        print("\n".join([plan_table(design), *power_lines(config, found)]))
+        print("\n".join([plan_table(design), *power_lines(config, _earlier(folder))]))
         return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -185,6 +184,15 @@ def _refuse_unknown(option: str, given: Iterable[str], known: Iterable[str]) -> 
             raise InputError(
                 f"{option}: {name!r} is unknown{settings.nearest(name, known) or '; known: ' + ', '.join(known)}"
             )
+
+
+def _earlier(folder: Path) -> Mapping[str, Any] | None:
+    """The results of the study so far: what a plan may learn from. Raises InputError if they cannot be read."""
+    path = folder / "results.json"
+    found = storage.read_json(path) if path.exists() else None
+    if found is not None and not (isinstance(found, dict) and found.get("format") == FORMAT):
+        raise InputError(f"{path}: holds no results of a study; choose another --out")
+    return found
 
 
 def plan_table(design: Design) -> str:
