@@ -25,6 +25,8 @@ from jax_selftrain.scoring.metrics import CONFIDENCE
 from jax_selftrain.study.statistics import Estimate
 
 SEEN, HELD_OUT = "seen", "held_out"
+DESCRIPTIVE = 50
+"""Of fewer sequences there is a number but no interval."""
 
 
 def swap_effect(outcomes: Sequence[np.ndarray], classes: Sequence[np.ndarray]) -> Estimate | None:
@@ -35,8 +37,8 @@ def swap_effect(outcomes: Sequence[np.ndarray], classes: Sequence[np.ndarray]) -
         classes: for each seed, whether its corpus holds the sequence: `seen`, `partial` or `held_out`, [N].
 
     Returns:
-        The estimate with a normal interval; `n` counts the sequences that some pair compares. None where no pair of
-        seeds has sequences both ways.
+        The estimate with a normal interval (none below 50 sequences); `n` counts the sequences that some pair compares.
+        None where no pair of seeds has sequences both ways.
     """
     values = [np.asarray(one, np.float64) for one in outcomes]
     total, pairs = 0.0, 0
@@ -55,9 +57,11 @@ def swap_effect(outcomes: Sequence[np.ndarray], classes: Sequence[np.ndarray]) -
     if not pairs:
         return None
     n = int(used.sum())
+    value = total / pairs
+    if n < DESCRIPTIVE:
+        return Estimate(value, None, None, n)
     error = math.sqrt(float(np.sum(influence**2))) / pairs * math.sqrt(n / max(n - 1, 1))
     half = float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * error
-    value = total / pairs
     return Estimate(value, value - half, value + half, n)
 
 
