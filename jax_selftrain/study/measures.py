@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jax_selftrain.study.reports.tables import interval, number
@@ -59,6 +60,20 @@ def slug(name: str) -> str:
 def estimate_of(entry: Mapping[str, Any]) -> Estimate:
     """An estimate as it stands in `results.json`."""
     return Estimate(entry["value"], entry["low"], entry["high"], entry["n"])
+
+
+def change_of(entry: Mapping[str, Any]) -> Estimate:
+    """The change of one treatment (an entry of `effects`): its interval is over seeds, of one seed over the items."""
+    change = estimate_of(entry["change"])
+    if change.n > 1:
+        return change
+    low, high = entry["one_pair"]
+    return Estimate(change.value, low, high, entry["items"])
+
+
+def in_natural_order(names: Iterable[str]) -> list[str]:
+    """Sorted as people count: 2× before 16×."""
+    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
 def scaled(estimate: Estimate, measure: str) -> Estimate:

@@ -55,7 +55,7 @@ def test_a_demo_ends_with_a_report_of_all_its_arms(made: Path) -> None:
     for cell in results["cells"]:
         assert [task["name"] for task in cell["tasks"]] == ["agreement", "sums", "facts_A"]
         groups = [group["name"] for group in cell["extraction"]["groups"]]
-        assert groups == ["A, shown 1×", "A, shown 2×", "A, shown 8×", "A, never shown"]
+        assert set(groups) == {"A, shown 1×", "A, shown 2×", "A, shown 8×", "A, never shown"}
     page = (made / "report.html").read_text(encoding="utf-8")
     assert "A model of a little world" in page
     assert "everything here is exploratory" in page

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jax_selftrain.study.measures import common_measures, estimate_of, label_of, scale_of, scaled, slug
+from jax_selftrain.study.measures import (
+    common_measures,
+    estimate_of,
+    in_natural_order,
+    label_of,
+    scale_of,
+    scaled,
+    slug,
+)
 from jax_selftrain.study.reports import figures
 from jax_selftrain.study.reports.effects import effect_table
 from jax_selftrain.study.reports.page import Chapter, framed, remark
@@ -128,7 +136,7 @@ def _paths(results: Results, student: str) -> tuple[list[str], list[Any]] | None
 
 def memorisation(results: Results) -> Chapter | None:
     sourced = [one for one in results["effects"] if one["source"]]
-    common = [name for name in common_measures(sourced) if name.startswith(("exact_match", "log_pz"))]
+    common = in_natural_order(name for name in common_measures(sourced) if name.startswith(("exact_match", "log_pz")))
     if not common:
         return None
     html, tables = [], []

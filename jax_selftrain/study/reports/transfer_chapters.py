@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from jax_selftrain.study.measures import (
+    change_of,
     common_measures,
     digits_of,
     estimate_of,
@@ -20,7 +21,7 @@ from jax_selftrain.study.measures import (
     slug,
 )
 from jax_selftrain.study.reports import figures
-from jax_selftrain.study.reports.effects import effect_table
+from jax_selftrain.study.reports.effects import ONE_SEED, effect_table
 from jax_selftrain.study.reports.memorisation_chapters import key_figure, memorisation
 from jax_selftrain.study.reports.page import Chapter, framed, remark
 from jax_selftrain.study.reports.proxy_chapter import proxy_chapter
@@ -115,7 +116,7 @@ def _matrix(results: Results) -> Chapter:
             one["student"],
             one["source"],
             len(one["seeds"]),
-            *(scaled(estimate_of(one["measures"][name]["change"]), name) for name in names),
+            *(scaled(change_of(one["measures"][name]), name) for name in names),
         )
         for one in matrix
     )
@@ -190,7 +191,7 @@ def _capability(results: Results) -> Chapter | None:
     note = (
         "Chance-normalised means (accuracy − guessing) / (1 − guessing), averaged with equal weight over the tasks "
         "that are eligible: those in which the base, before anything, is above guessing by four standard errors and "
-        "below 95 %. Intervals are over seeds; where there is one seed there is none."
+        f"below 95 %. {ONE_SEED}"
     )
     return Chapter("Capability by task and arm", "\n".join([*html, remark(note)]), tuple(tables), drawn)
 

@@ -34,10 +34,14 @@ Effects = Sequence[Mapping[str, Any]]
 def transfer_page(results: Results, written: Sequence[Chapter]) -> str:
     """The HTML of a study's report."""
     design, seeds = results["design"], results["config"]["seeds"]
-    kind = (
-        f"{len(design['sources'])} sources, {len(design['students'])} students, {len(results['config']['arms'])} arms, "
-        f"{len(seeds)} seeds: {len(results['cells'])} cells."
-    )
+    counts = {
+        "source": design["sources"],
+        "student": design["students"],
+        "arm": results["config"]["arms"],
+        "seed": seeds,
+    }
+    told = ", ".join(f"{len(members)} {name}{'s' * (len(members) != 1)}" for name, members in counts.items())
+    kind = f"{told}: {len(results['cells'])} cell{'s' * (len(results['cells']) != 1)}."
     train = results["config"]["train"]
     lead = (
         f"Every student was trained for {train['steps']:,} steps of {train['batch_size']:,} rows on text that a source "

@@ -18,6 +18,7 @@ that tell what its own text does from what any training does.
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -253,19 +254,22 @@ def _alternating(one: Sequence[str], other: Sequence[str]) -> Iterator[str]:
         yield from pair
 
 
-def _probes(worlds: Mapping[str, World]) -> Iterator[Mapping[str, Any]]:
+def _probes(worlds: Mapping[str, World]) -> list[Mapping[str, Any]]:
     """The extraction set, as text: each probe and each twin after what stands before it in a document.
 
     That is the start, or the start and a line; this line is one of the held-out text. A group is a number of copies in
-    a world.
+    a world. The order is random, so that the first few are as good as any.
     """
+    found: list[Mapping[str, Any]] = []
     for shown in (True, False):
         for name, world in worlds.items():
             lines = itertools.cycle(text.partition("\n")[0] for text in world.heldout)
             for probe, line in zip(world.probes, lines, strict=False):
                 group = f"{name}, shown {probe.copies}×" if shown else f"{name}, never shown"
                 before = START if probe.placement == "start" else f"{START}{line}\n"
-                yield {"text": before + (probe.text if shown else probe.twin), "group": group}
+                found.append({"text": before + (probe.text if shown else probe.twin), "group": group})
+    random.Random(f"jax_selftrain probes of {' '.join(worlds)}").shuffle(found)
+    return found
 
 
 # The bases ------------------------------------------------------------------------------------------------------
