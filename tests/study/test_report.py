@@ -15,7 +15,7 @@ import pytest
 from jax_selftrain import storage
 from jax_selftrain.errors import InputError
 from jax_selftrain.study import report
-from jax_selftrain.study.reports.tables import Column, Table, interval, number
+from jax_selftrain.study.reports.tables import Column, Level, Table, interval, number
 from jax_selftrain.study.statistics import Estimate
 
 VOID = {"meta", "br", "wbr", "path", "use", "rect", "line"}
@@ -226,3 +226,12 @@ def test_a_table_without_interval_says_so() -> None:
     assert "no interval from one" in table.to_html()
     assert "&lt; 0.001" in table.to_html()
     assert table.to_csv() == "a,a_low,a_high,p\n1.0,,,1e-09\n"
+
+
+def test_a_level_among_changes_has_no_plus_sign_and_is_a_number_in_the_csv() -> None:
+    column = Column("change", "change", 1, signed=True)
+    table = Table("t", "t", (column,), ((Level(12.34),), (1.0,), (Estimate(-2.0, -3.0, -1.0, 5),)))
+    html = table.to_html()
+    assert "<td>12.3</td>" in html
+    assert "<td>+1.0</td>" in html
+    assert table.to_csv().splitlines() == ["change,change_low,change_high", "12.34,,", "1.0,,", "-2.0,-3.0,-1.0"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax_selftrain.study.measures import change_of, digits_of, label_of, scale_of, scaled
-from jax_selftrain.study.reports.tables import Column, Table, number
+from jax_selftrain.study.reports.tables import Column, Level, Table
 
 Effects = Sequence[Mapping[str, Any]]
 
@@ -17,7 +17,7 @@ ONE_SEED = "Intervals are over seeds; with one seed, in brackets, over the items
 def effect_table(name: str, caption: str, effects: Effects, measures: Sequence[str]) -> Table:
     """What one student could do before, then the change by each of its treatments."""
     base = {measure: one["measures"][measure]["before"] for one in effects for measure in one["measures"]}
-    before = tuple(number(scale_of(one) * base[one], digits_of(one)) if one in base else None for one in measures)
+    before = tuple(Level(scale_of(one) * base[one]) if one in base else None for one in measures)
     rows = tuple(
         (
             one["treatment"],

@@ -14,6 +14,10 @@ from jax_selftrain.study.statistics import Estimate
 Cell = str | int | float | Estimate | None
 
 
+class Level(float):
+    """A number that stands in a column of changes and is none: shown without a plus sign."""
+
+
 @dataclass(frozen=True)
 class Column:
     """How one column is named and rounded."""
@@ -87,7 +91,8 @@ def interval(estimate: Estimate, digits: int = 3, *, scale: float = 1.0, signed:
 
 
 def _cell(cell: Cell, column: Column) -> str:
-    show = partial(number, digits=column.digits, scale=column.scale, signed=column.signed)
+    signed = column.signed and not isinstance(cell, Level)
+    show = partial(number, digits=column.digits, scale=column.scale, signed=signed)
     match cell:
         case None:
             return "–"
