@@ -8,6 +8,7 @@ under test are those that the reports use. `python tests/study/test_calibration.
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ def covers(estimate: Estimate, truth: float) -> bool:
 
 
 def cell(student: str, source: str, seed: int, change: Estimate) -> dict[str, Any]:
-    measure = {"before": {"value": 0.5}, "change": vars(change) if hasattr(change, "__dict__") else change._asdict()}
+    measure = {"before": {"value": 0.5}, "change": asdict(change)}
     measures = {"accuracy": measure}
     return {"student": student, "treatment": f"text of {source}", "source": source, "seed": seed, "measures": measures}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from jax_selftrain.study.statistics import Estimate
 from jax_selftrain.study.swap import naive_difference, swap_effect
 
 
@@ -56,6 +57,6 @@ def test_partial_overlap_counts_for_neither_side_and_two_ways_are_needed() -> No
     one_way = [np.array(["seen", "seen"]), np.array(["held_out", "seen"])]
     assert swap_effect([np.zeros(2), np.ones(2)], one_way) is None
     few = [np.array(["seen"] * 9 + ["held_out"] * 9), np.array(["held_out"] * 9 + ["seen"] * 9)]
-    assert swap_effect([np.arange(18.0), np.zeros(18)], few) == (-4.5, None, None, 18)
+    assert swap_effect([np.arange(18.0), np.zeros(18)], few) == Estimate(-4.5, None, None, 18)
     assert naive_difference([np.array([1.0, 0.0])], [np.array(["seen", "held_out"])]) == 1.0
     assert naive_difference([np.zeros(3)], [np.array(["seen"] * 3)]) is None
