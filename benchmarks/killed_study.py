@@ -57,13 +57,14 @@ def outcome(study: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def main() -> None:
-    own, _, command = " ".join(sys.argv[1:]).partition(" -- ")
+    given = sys.argv[1:]
+    split = given.index("--") if "--" in given else len(given)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    options = parser.parse_args(own.split())
-    words = command.split() or ["demo", "--study", "true"]
+    options = parser.parse_args(given[:split])
+    words = given[split + 1 :] or ["demo", "--study", "true"]
 
     whole, killed = options.out / "undisturbed", options.out / "killed"
     began = time.monotonic()

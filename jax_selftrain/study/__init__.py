@@ -8,7 +8,8 @@ from jax_selftrain.study.reports.report import report
 from jax_selftrain.study.results import collect
 from jax_selftrain.study.round import run
 from jax_selftrain.study.worlds.demo import demo
-from jax_selftrain.study.worlds.world import World, WorldConfig, make_world
+from jax_selftrain.study.worlds.parts import World, WorldConfig
+from jax_selftrain.study.worlds.world import make_world
 
 __all__ = [
     "World",

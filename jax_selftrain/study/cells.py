@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_selftrain import corpus as corpora
-from jax_selftrain import hub, scoring, settings, storage
+from jax_selftrain import hub, scoring, settings
 from jax_selftrain.config import (
     ArmConfig,
     ExtractConfig,
@@ -32,6 +32,7 @@ from jax_selftrain.config import (
 from jax_selftrain.errors import InputError
 from jax_selftrain.sampling import sample
 from jax_selftrain.study.evaluate import train
+from jax_selftrain.study.fingerprints import Fingerprints
 from jax_selftrain.study.plan import measured_on_the_way
 from jax_selftrain.study.proxies import measure_corpus
 from jax_selftrain.study.stages import Stage, in_order
@@ -120,7 +121,7 @@ class _Builder:
         self.models = {model.name: model for model in config.models}
         self.students = config.students or tuple(self.models)
         self.sources = config.sources or self.students
-        self.files = _Fingerprints()
+        self.files = Fingerprints()
 
     def design(self) -> Design:
         config = self.config
@@ -383,33 +384,3 @@ def _recipe(options: SampleConfig | TrainConfig | ScoreConfig | ExtractConfig, *
 def _derived(seed: int, generation: int) -> int:
     """A seed of its own for each generation."""
     return int.from_bytes(hashlib.sha256(f"generation {generation} of seed {seed}".encode()).digest()[:4])
-
-
-class _Fingerprints:
-    """Fingerprints of what comes from outside, each worked out once."""
-
-    def __init__(self) -> None:
-        self._found: dict[tuple[str, str], str] = {}
-
-    def _once(self, kind: str, ref: str, find: Callable[[str], str]) -> str:
-        if (kind, ref) not in self._found:
-            self._found[kind, ref] = find(ref)
-        return self._found[kind, ref]
-
-    def model(self, ref: str) -> str:
-        return self._once("model", ref, hub.model_fingerprint)
-
-    def tokenizer(self, ref: str) -> str:
-        return self._once("tokenizer", ref, hub.tokenizer_fingerprint)
-
-    def text(self, source: str) -> str:
-        """Of a JSONL file by its bytes; of what another library opens, by its name: its import hashes the texts."""
-        return self._once("text", source, lambda ref: storage.sha256_file(ref) if Path(ref).is_file() else ref)
-
-    def measured(self, reference: str) -> str:
-        """Of a task file (`LAYOUT:FILE`), a text file or an extraction set; of a named task, its name."""
-        path = Path(reference.partition(":")[2] if ":" in reference else reference)
-        if path.is_dir():
-            files = sorted(path.rglob("*.jsonl"))
-            return storage.fingerprint([self._once("file", str(file), storage.sha256_file) for file in files])
-        return self._once("file", str(path), storage.sha256_file) if path.is_file() else reference

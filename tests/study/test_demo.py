@@ -17,7 +17,7 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.hub import load_tokenizer, read_config
 from jax_selftrain.study import demo
 from jax_selftrain.study.worlds.microworld import ROUND, Reader, write_worlds
-from jax_selftrain.study.worlds.world import WorldConfig
+from jax_selftrain.study.worlds.parts import WorldConfig
 
 TINY = replace(
     ROUND,

@@ -14,7 +14,7 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.hub import load_tokenizer, read_config
 from jax_selftrain.study import demo
 from jax_selftrain.study.worlds.microworld import CROSSOVER, Reader, worlds_of, write_worlds
-from jax_selftrain.study.worlds.world import World, WorldConfig
+from jax_selftrain.study.worlds.parts import World, WorldConfig
 
 SMALL = WorldConfig(
     people=16, probe_copies=(1, 8), probes_per_level=3, agreement_lines=300, sum_lines=300, items_per_task=30,

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from jax_selftrain.study.worlds.world import World, WorldConfig, make_world
+from jax_selftrain.study.worlds.parts import World, WorldConfig
+from jax_selftrain.study.worlds.world import make_world
 
 SMALL = WorldConfig(
     people=14,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jax_selftrain.study.measures import change_of, digits_of, label_of, scale_of, scaled
+from jax_selftrain.study.measures import scale_of
+from jax_selftrain.study.reports.shown import change_of, digits_of, label_of, scaled
 from jax_selftrain.study.reports.tables import Column, Level, Table
 
 Effects = Sequence[Mapping[str, Any]]

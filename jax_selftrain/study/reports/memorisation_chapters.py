@@ -5,18 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jax_selftrain.study.measures import (
-    common_measures,
-    estimate_of,
-    in_natural_order,
-    label_of,
-    scale_of,
-    scaled,
-    slug,
-)
+from jax_selftrain.study.measures import common_measures, scale_of
 from jax_selftrain.study.reports import figures
 from jax_selftrain.study.reports.effects import effect_table
 from jax_selftrain.study.reports.page import Chapter, framed, remark
+from jax_selftrain.study.reports.shown import estimate_of, in_natural_order, label_of, scaled, slug
 from jax_selftrain.study.reports.tables import Column, Table
 
 Results = Mapping[str, Any]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jax_selftrain.study.measures import digits_of, label_of, scale_of
+from jax_selftrain.study.measures import scale_of
 from jax_selftrain.study.reports.page import Chapter, remark
+from jax_selftrain.study.reports.shown import digits_of, label_of
 from jax_selftrain.study.reports.tables import Column, Table
 from jax_selftrain.study.statistics import Estimate
 

@@ -13,16 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from jax_selftrain.study.measures import (
-    about_zero,
-    estimate_of,
-    interval_of,
-    label_of,
-    main_measure,
-    signed,
-)
+from jax_selftrain.study.measures import main_measure
 from jax_selftrain.study.noninferiority import HEADLINE
 from jax_selftrain.study.reports.page import Chapter, remark, whole_page
+from jax_selftrain.study.reports.shown import about_zero, estimate_of, interval_of, label_of, signed
 from jax_selftrain.study.reports.tables import Column, Table
 from jax_selftrain.study.reports.transfer_chapters import chapters_of_study
 from jax_selftrain.study.statistics import Estimate

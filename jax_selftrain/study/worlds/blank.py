@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from jax_selftrain import storage
 from jax_selftrain.errors import InputError
-from jax_selftrain.study.worlds.world import World
+from jax_selftrain.study.worlds.parts import World
 
 START = "<|endoftext|>"
 """Begins and ends every document, as in Pythia's tokenizer."""

@@ -38,7 +38,8 @@ from jax_selftrain.config import (
 from jax_selftrain.corpus import import_text, open_corpus
 from jax_selftrain.study.stages import Stage, complete
 from jax_selftrain.study.worlds.blank import START, is_written, train_tokenizer, write_blank_model, write_jsonl
-from jax_selftrain.study.worlds.world import World, WorldConfig, make_world
+from jax_selftrain.study.worlds.parts import World, WorldConfig
+from jax_selftrain.study.worlds.world import make_world
 from jax_selftrain.training import train
 
 
