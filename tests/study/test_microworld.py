@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from jax_selftrain.config import DemoConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import load_tokenizer, read_config
 from jax_selftrain.study import demo
-from jax_selftrain.study.worlds.microworld import CROSSOVER, Reader, worlds_of, write_worlds
+from jax_selftrain.study.worlds.microworld import CROSSOVER, ROUND, MicroScale, Reader, worlds_of, write_worlds
 from jax_selftrain.study.worlds.parts import World, WorldConfig
 
 SMALL = WorldConfig(
@@ -120,3 +121,23 @@ def test_the_study_of_the_worlds_runs_from_nothing_to_a_report(tmp_path: Path) -
     assert (tmp_path / "out" / "results.json").read_bytes() == before
     with pytest.raises(InputError, match="another micro-world"):
         write_worlds(tmp_path / "out" / "world", replace(TINY, samples=25))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [ROUND, CROSSOVER], ids=["round", "crossover"])
+def test_what_is_asked_for_is_the_probe_and_the_prefix_says_which(scale: MicroScale, tmp_path: Path) -> None:
+    """At full size, in every tokenizer: the suffix lies in the probe, and no other probe begins like it."""
+    write_worlds(tmp_path / "world", scale)
+    rows = [json.loads(line) for line in (tmp_path / "world" / "probes.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * len(scale.marks) * 8 * scale.world.probes_per_level
+    for reader in {reader.tokenizer: reader for reader in scale.readers}.values():
+        tokenizer = load_tokenizer(tmp_path / "world" / "blank" / reader.name)
+        beginnings = set()
+        for row in rows:
+            tokens = tokenizer.encode(row["text"], add_special_tokens=False)
+            assert len(tokens) >= scale.prefix + scale.suffix
+            line, _, inside = row["text"].partition("\n")
+            before = len(tokenizer.encode(f"{line}\n", add_special_tokens=False)) if inside else 1
+            assert scale.prefix - before >= 6
+            beginnings.add(tuple(tokens[before : scale.prefix]))
+        assert len(beginnings) == len(rows)

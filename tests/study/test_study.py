@@ -73,6 +73,7 @@ ARMS = tuple(
         ArmConfig("sign-flip", sign_flip=True),
         ArmConfig("shuffled", "shuffled"),
         ArmConfig("noise", "noise"),
+        ArmConfig("noise ×3", "noise", weight=3.0),
         ArmConfig("away", "extrapolated", weight=-0.5),
         ArmConfig("two generations", "generations", generations=2, mode="accumulated"),
     )
@@ -123,7 +124,7 @@ def test_cells_share_what_they_have_in_common(finished: Path):
     assert kinds.count("retokenise") == 2 * 2 + 1 + 1
     # What each of the matrix is to its student, and what each of the two that were drawn is to its source.
     assert kinds.count("proxies") == 2 * 2 + 2
-    assert kinds.count("noise") == kinds.count("merge") == 1
+    assert (kinds.count("noise"), kinds.count("merge")) == (2, 1)
     assert kinds.count("score") == kinds.count("extract") == 2 + len(cells_of(finished))  # two bases and every cell
 
 
@@ -144,15 +145,19 @@ def test_noise_is_as_long_as_the_change_of_training(finished: Path):
     from jax_selftrain.hub.trees import flatten
 
     design = make_design(settings.load(StudyConfig, finished / "config.yaml"))
-    noise = next(one for one in design.stages if one.kind == "noise")
-    (trained,) = noise.needs
-    base = flatten(load_model(design.models["llama"].model).params)
-    student = flatten(load_model(design.folder(trained)).params)
-    noisy = flatten(load_model(design.folder(noise) / "model").params)
-    for path, before in base.items():
-        change, shift = (np.asarray(after[path]) - np.asarray(before) for after in (student, noisy))
-        assert np.linalg.norm(shift) == pytest.approx(np.linalg.norm(change), rel=1e-4)
-        assert change.size < 100 or abs(np.vdot(change, shift)) < 0.5 * np.linalg.norm(change) ** 2
+    weights = set()
+    for noise in (one for one in design.stages if one.kind == "noise"):
+        weight = noise.recipe.get("weight", 1.0)
+        weights.add(weight)
+        (trained,) = noise.needs
+        base = flatten(load_model(design.models["llama"].model).params)
+        student = flatten(load_model(design.folder(trained)).params)
+        noisy = flatten(load_model(design.folder(noise) / "model").params)
+        for path, before in base.items():
+            change, shift = (np.asarray(after[path]) - np.asarray(before) for after in (student, noisy))
+            assert np.linalg.norm(shift) == pytest.approx(weight * np.linalg.norm(change), rel=1e-4)
+            assert change.size < 100 or abs(np.vdot(change, shift)) < 0.5 * weight * np.linalg.norm(change) ** 2
+    assert weights == {1.0, 3.0}
 
 
 @pytest.mark.slow

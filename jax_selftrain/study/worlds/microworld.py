@@ -121,12 +121,12 @@ ROUND = MicroScale(
 CROSSOVER = MicroScale(
     title="Six models of two little worlds: whose text can they learn from?",
     world=WorldConfig(
-        people=170, two_hop=True, agreement_lines=8_000, sum_lines=30_000, probes_per_level=100, probe_words=8
+        people=170, two_hop=True, agreement_lines=8_000, sum_lines=30_000, probes_per_level=100, probe_words=10
     ),
     readers=READERS,
     students=("A1", "B1", "C1"),
     sources=tuple(reader.name for reader in READERS),
-    prefix=16,
+    prefix=20,
     steps=80,
     samples=1536,
 )
@@ -258,13 +258,14 @@ def _alternating(one: Sequence[str], other: Sequence[str]) -> Iterator[str]:
 def _probes(worlds: Mapping[str, World]) -> list[Mapping[str, Any]]:
     """The extraction set, as text: each probe and each twin after what stands before it in a document.
 
-    That is the start, or the start and a line; this line is one of the held-out text. A group is a number of copies in
+    That is the start, or the start and a line: a sum of the held-out text, short, so that the prefix ends well inside
+    the probe. A group is a number of copies in
     a world. The order is random, so that the first few are as good as any.
     """
     found: list[Mapping[str, Any]] = []
     for shown in (True, False):
         for name, world in worlds.items():
-            lines = itertools.cycle(text.partition("\n")[0] for text in world.heldout)
+            lines = itertools.cycle(line for text in world.heldout for line in text.split("\n") if " = " in line)
             for probe, line in zip(world.probes, lines, strict=False):
                 group = f"{name}, shown {probe.copies}×" if shown else f"{name}, never shown"
                 before = START if probe.placement == "start" else f"{START}{line}\n"

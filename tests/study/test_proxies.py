@@ -1,0 +1,44 @@
+"""The proxies that are read off the texts: extremes whose value is known, and an order that must hold."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from jax_selftrain.study.proxies import _compression, self_bleu, similarity
+
+WORDS = [f"w{number}" for number in range(400)]
+
+
+def texts(seed: int, words: list[str], count: int = 12) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(words, 20)) for _ in range(count)]
+
+
+def test_similarity_is_one_for_the_same_texts_and_zero_without_a_common_word() -> None:
+    corpus = texts(0, WORDS[:200])
+    assert similarity(corpus, corpus) == pytest.approx(1.0)
+    assert similarity(corpus, texts(1, WORDS[200:])) == 0.0
+    near, far = similarity(corpus, texts(2, WORDS[:200])), similarity(corpus, texts(3, WORDS[100:300]))
+    assert near is not None
+    assert far is not None
+    assert 0 < far < near < 1
+    assert similarity(corpus, []) is None
+    assert similarity(["  "], corpus) is None
+
+
+def test_self_bleu_is_100_for_copies_and_falls_with_diversity() -> None:
+    assert self_bleu(["one and the same sentence of some words"] * 3) == pytest.approx(100.0)
+    narrow, wide = self_bleu(texts(0, WORDS[:5])), self_bleu(texts(0, WORDS))
+    assert narrow is not None
+    assert wide is not None
+    assert wide < 20 < narrow
+    assert self_bleu(["alone"]) is None
+
+
+def test_repetition_compresses() -> None:
+    copies, diverse = _compression(["the same words again"] * 50), _compression(texts(0, WORDS, 50))
+    assert copies is not None
+    assert diverse is not None
+    assert copies < 0.1 < diverse
+    assert _compression([]) is None
