@@ -264,7 +264,7 @@ def test_what_ends_a_text_is_each_models_own(make: Make, tmp_path: Path):
 def test_a_dry_run_counts_and_does_nothing(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     study(make(tmp_path / "out", arms=ARMS, dry_run=True))
     said = capsys.readouterr().out
-    assert "26 cells" in said
+    assert "28 cells" in said  # four of the matrix and ten arms, each with two seeds
     assert not (tmp_path / "out").exists()
 
 
