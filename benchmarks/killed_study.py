@@ -63,13 +63,14 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seconds", type=float, help="of an undisturbed run, where that was finished before")
     options = parser.parse_args(given[:split])
     words = given[split + 1 :] or ["demo", "--study", "true"]
 
     whole, killed = options.out / "undisturbed", options.out / "killed"
     began = time.monotonic()
     finish(start(whole, words))
-    seconds = time.monotonic() - began
+    seconds = options.seconds or time.monotonic() - began
     print(f"undisturbed: {seconds:.0f} s on {os.cpu_count()} cores, jax {jax.__version__}", flush=True)
 
     moments, kills = random.Random(options.seed), 0

@@ -318,8 +318,12 @@ class ExtractConfig:
     """Tokens that must be reproduced; unset: the protocol's, else 32."""
     offset: int = 0
     """Tokens passed over at the start of each sequence; sequences too short for it are left out and counted."""
+    random_offset: bool = False
+    """Pass over a number of further tokens that is drawn for each sequence, by hash, from what its length allows."""
     start_token: Literal["none", "bos"] = "none"
     """What stands before the prefix: nothing, or the token that texts start from."""
+    free_running: bool = True
+    """Decode what is no exact match, too, for `token_accuracy`: most of the work. A study never does."""
     policies: tuple[str, ...] = ("temperature=1,top-k=40",)
     """Sampling policies under which the suffix's probability is told beside temperature 1."""
     duplicates: str = ""
@@ -426,10 +430,11 @@ class ArmConfig:
 
     name: str = ""
     """What it is called in the report."""
-    kind: Literal["self", "text", "shuffled", "noise", "extrapolated", "generations"] = "self"
-    """`self`: the student's own text. `text`: real text. `shuffled`: own text, tokens in random order. `noise`: no
-    training, but weight noise as large as its change. `extrapolated`: base + weight · (self-trained − base).
-    `generations`: self-training over and over."""
+    kind: Literal["self", "text", "shuffled", "scrubbed", "companion", "noise", "extrapolated", "generations"] = "self"
+    """`self`: the student's own text. `text`: real text. `shuffled`: own text, tokens in random order. `scrubbed`: own
+    text without the samples that hold a piece of the held-out half of the extraction set; `companion`: without as many
+    others. `noise`: no training, but weight noise as large as its change. `extrapolated`: base + weight ·
+    (self-trained − base). `generations`: self-training over and over."""
     students: tuple[str, ...] = ()
     """Students that get it; unset: all."""
     text: str = ""
@@ -484,6 +489,45 @@ class ClaimConfig:
 
 
 @dataclass(frozen=True)
+class FormatConfig:
+    """Another way to ask for the sequences of a study; what it does not name is as in its `extract`."""
+
+    name: str = ""
+    """What it is called in the report."""
+    prefix: int | None = None
+    """Tokens given."""
+    suffix: int | None = None
+    """Tokens that must be reproduced."""
+    offset: int | None = None
+    """Tokens passed over at the start of each sequence."""
+    random_offset: bool | None = None
+    """Pass over a number of further tokens, drawn for each sequence."""
+    start_token: Literal["none", "bos"] | None = None
+    """What stands before the prefix."""
+
+
+@dataclass(frozen=True)
+class MemorisationConfig:
+    """What tells forgetting from damage and from a change of format, beside the extraction itself."""
+
+    formats: tuple[FormatConfig, ...] = ()
+    """Other ways to ask: what is lost in one format alone has not been forgotten."""
+    never_trained: str = ""
+    """JSONL with a `text` field that no model was trained on. The base's own greedy continuations of it are a path of
+    no memory: how many of them a student leaves, beside sequences that were as probable, is the price of damage."""
+    never_trained_sequences: int = 1000
+    """How many of them, at most."""
+    relearn_text: str = ""
+    """What `jax-selftrain import` reads: text that has nothing to do with the sequences. Every student, and the base,
+    is trained on it for a moment and asked again: what comes back was not forgotten."""
+    relearn_steps: int = 50
+    """How long that moment is."""
+    again: bool = True
+    """Measure each base again in another batch size and in the other dtype: what flips between is the floor under every
+    change."""
+
+
+@dataclass(frozen=True)
 class StudyConfig:
     """Who learns from whom: a matrix of sources and students with control arms, restartable, with a report."""
 
@@ -515,6 +559,8 @@ class StudyConfig:
     """Capability of every model (`model` and `out` are the study's)."""
     extract: ExtractConfig = field(default_factory=ExtractConfig)
     """Memorisation of every model (`model`, `corpus` and `out` are the study's); skipped without `sequences`."""
+    memorisation: MemorisationConfig = field(default_factory=MemorisationConfig)
+    """What is asked beside it; only with `extract.sequences`."""
     proxy_documents: int = 256
     """Documents of each corpus of the matrix whose likelihood under student and source is taken beforehand, where there
     are several sources (`study.proxies`); 0: none."""

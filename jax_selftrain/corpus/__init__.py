@@ -9,6 +9,7 @@ from jax_selftrain.corpus.ngrams import Overlaps, find_overlaps
 from jax_selftrain.corpus.reader import Corpus, open_corpus
 from jax_selftrain.corpus.rows import Rows, batch_indices, build_rows, pack
 from jax_selftrain.corpus.schema import FINISH_REASONS, SCHEMA, Sample
+from jax_selftrain.corpus.scrub import drop_others, scrub
 from jax_selftrain.corpus.shards import (
     begin_corpus,
     finish_corpus,
@@ -36,6 +37,7 @@ __all__ = [
     "begin_corpus",
     "build_rows",
     "corpus_statistics",
+    "drop_others",
     "export",
     "find_overlaps",
     "finish_corpus",
@@ -47,6 +49,7 @@ __all__ = [
     "read_mix",
     "read_records",
     "retokenise",
+    "scrub",
     "shard_count",
     "shard_ids",
     "shard_name",

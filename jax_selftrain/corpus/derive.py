@@ -14,7 +14,8 @@ the tokenizer is the same), broken characters dropped, documents left empty, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def retokenise(corpus: storage.PathLike, model: str, out: storage.PathLike, *, s
         return converted, counts
 
     described = {"tokenizer_fingerprint": mark, "start_id": start_id, "stop_ids": [stop_id]}
-    return _derive(source, Path(out), "retokenised", described, {}, convert)
+    return derive(source, Path(out), "retokenised", described, {}, convert)
 
 
 def shuffle(corpus: storage.PathLike, model: str, out: storage.PathLike, seed: int) -> Corpus:
@@ -118,19 +119,24 @@ def shuffle(corpus: storage.PathLike, model: str, out: storage.PathLike, seed: i
         return converted, {}
 
     described = {key: source.manifest[key] for key in ("tokenizer_fingerprint", "start_id", "stop_ids")}
-    return _derive(source, Path(out), "shuffled", described, {"shuffle_seed": seed}, convert)
+    return derive(source, Path(out), "shuffled", described, {"shuffle_seed": seed}, convert)
 
 
-def _derive(
+def derive(
     source: Corpus,
     out: Path,
     kind: str,
     described: Mapping[str, Any],
     policy: Mapping[str, Any],
     convert: Callable[[list[Sample]], tuple[list[Sample], dict[str, int]]],
+    kept: np.ndarray | None = None,
 ) -> Corpus:
-    """Write the missing shards of a corpus made document by document from another one; counts go to `corpus.json`."""
-    samples, per_shard = source.manifest["samples"], source.manifest["samples_per_shard"]
+    """Write the missing shards of a corpus made document by document from another one; counts go to `corpus.json`.
+
+    With `kept`, ascending sample ids of the source, only those documents are carried over, and numbered anew.
+    """
+    ids = range(len(source)) if kept is None else kept.tolist()
+    samples, per_shard = len(ids), source.manifest["samples_per_shard"]
     request = begin_corpus(
         out,
         {
@@ -143,18 +149,32 @@ def _derive(
             **described,
         },
     )
-    missing, documents = missing_shards(out, shard_count(samples, per_shard)), source.documents()
+    missing = missing_shards(out, shard_count(samples, per_shard))
+    chosen = _chosen(source, ids)
     at = 0
     for index in missing:
-        ids = shard_ids(index, samples, per_shard)
-        shard = list(islice(documents, ids.start - at, ids.stop - at))
-        at = ids.stop
+        numbers = shard_ids(index, samples, per_shard)
+        shard = [
+            replace(sample, sample_id=number)
+            for number, sample in zip(numbers, islice(chosen, numbers.start - at, numbers.stop - at), strict=True)
+        ]
+        at = numbers.stop
         converted, counts = convert(shard)
         write_shard(out, index, converted, {**counts, "versions": storage.versions()})
     if missing or not (out / MANIFEST).exists():
         totals = _totals(out) if kind == "retokenised" else {}
         finish_corpus(out, {**request, **({"retokenised": totals} if totals else {})})
     return open_corpus(out)
+
+
+def _chosen(source: Corpus, ids: Sequence[int]) -> Iterator[Sample]:
+    """The samples with these ids, which ascend."""
+    wanted = iter(ids)
+    next_id = next(wanted, None)
+    for sample in source.documents():
+        if sample.sample_id == next_id:
+            yield sample
+            next_id = next(wanted, None)
 
 
 def _totals(out: Path) -> dict[str, int]:

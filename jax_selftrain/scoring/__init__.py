@@ -1,14 +1,20 @@
 """What a model can do and what it remembers, measured by likelihood: tasks, texts, extraction."""
 
 from jax_selftrain.scoring.documents import Documents, Scored, load_scored, split_of
-from jax_selftrain.scoring.extraction import extract, extraction_fingerprints, read_sets, summarise, window_of
+from jax_selftrain.scoring.extraction import extract, extraction_fingerprints, read_sets, start_of, summarise, window_of
 from jax_selftrain.scoring.leakage import leakage
 from jax_selftrain.scoring.likelihood import Likelihood, Request, TokenScores, loglikelihoods, program, token_scores
 from jax_selftrain.scoring.memorisation import flip_rate, measure, teacher_forced, transitions
 from jax_selftrain.scoring.overlap import classify
 from jax_selftrain.scoring.policies import discoverable, read_policies
 from jax_selftrain.scoring.score import Evaluation, Prepared, answer, evaluate, paths_by_name, prepare, score
-from jax_selftrain.scoring.sequences import ExtractionSet, Window, load_sequences, sequences_fingerprint
+from jax_selftrain.scoring.sequences import (
+    ExtractionSet,
+    Window,
+    assigned_to_h,
+    load_sequences,
+    sequences_fingerprint,
+)
 from jax_selftrain.scoring.tasks import Question, Task, load_tasks, task_metrics
 from jax_selftrain.scoring.texts import TextFile, load_texts
 
@@ -26,6 +32,7 @@ __all__ = [
     "TokenScores",
     "Window",
     "answer",
+    "assigned_to_h",
     "classify",
     "discoverable",
     "evaluate",
@@ -47,6 +54,7 @@ __all__ = [
     "score",
     "sequences_fingerprint",
     "split_of",
+    "start_of",
     "summarise",
     "task_metrics",
     "teacher_forced",

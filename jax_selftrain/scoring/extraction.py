@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,8 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
         classes at other thresholds, `matched_on`;
       - with duplicates: under `duplicates` the summaries by how often sequences were shown;
       - with `controls`, `baseline`, `verify`: `controls` and `baseline` with summaries of their own, `verification`;
-      - `protocol`, `prefix`, `suffix`, `offset`, `start_token`, `left_out`, `model`, `fingerprints`, `versions`.
+      - `protocol`, `prefix`, `suffix`, `offset`, `random_offset`, `start_token`, `left_out`, `model`, `fingerprints`,
+        `versions`.
 
     Raises:
       InputError: an input that cannot be read, or sequences that do not fit the model or the request; NaN.
@@ -65,7 +67,7 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
     result_files(config.out)
     policies = read_policies(config.policies)
     fingerprints = extraction_fingerprints(config)
-    window, start = window_of(config), _start_of(config)
+    window, start = window_of(config), start_of(config)
     seen = None
     if config.corpus:
         corpus = open_corpus(config.corpus)
@@ -78,7 +80,14 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
         loaded = hub.load_model(model, config.mesh, config.dtype, preset=config.preset)
         prefix = window.prefix + len(start)
         rows = [np.concatenate([np.tile(start, (len(tokens), 1)), tokens], axis=1) for tokens in sets]
-        return [measure(loaded, part, prefix, policies=policies, batch_tokens=config.batch_tokens) for part in rows]
+        put = partial(
+            measure,
+            prefix=prefix,
+            policies=policies,
+            batch_tokens=config.batch_tokens,
+            free_running=config.free_running,
+        )
+        return [put(loaded, part) for part in rows]
 
     measured, *of_controls = examine(config.model, [found.tokens, *([controls.tokens] if controls else [])])
     result: dict[str, Any] = {
@@ -87,6 +96,7 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
         "prefix": window.prefix,
         "suffix": window.suffix,
         "offset": window.offset,
+        "random_offset": window.at_random,
         "start_token": config.start_token,
         "left_out": found.left_out,
         **_summaries(measured, found, seen, window, config.overlap, policies),
@@ -141,7 +151,7 @@ def window_of(config: ExtractConfig) -> Window:
                 "of them"
             )
         lengths[name] = own if given is None else given
-    return Window(**lengths, offset=config.offset)
+    return Window(**lengths, offset=config.offset, at_random=config.random_offset)
 
 
 def read_sets(config: ExtractConfig) -> tuple[ExtractionSet, ExtractionSet | None]:
@@ -161,7 +171,7 @@ def read_sets(config: ExtractConfig) -> tuple[ExtractionSet, ExtractionSet | Non
     read_policies(config.policies)
     models = {name: ref for name in ("model", "baseline", "base") if (ref := getattr(config, name))}
     decoders = {ref: hub.read_config(ref)[0] for ref in models.values()}
-    start = _start_of(config)
+    start = start_of(config)
     for ref, decoder in decoders.items():
         if window.length + len(start) > decoder.max_positions:
             before = " + the start token" if start else ""
@@ -189,6 +199,16 @@ def read_sets(config: ExtractConfig) -> tuple[ExtractionSet, ExtractionSet | Non
     return read(config.sequences, config.duplicates), read(config.controls, "") if config.controls else None
 
 
+def start_of(config: ExtractConfig) -> list[int]:
+    """The tokens put before each prefix: none or one."""
+    if config.start_token == "none":
+        return []
+    start = hub.special_tokens(config.model).start_id
+    if start is None:
+        raise InputError(f"{config.model}: names no BOS or EOS token to start from; leave out --start-token bos")
+    return [start]
+
+
 def extraction_fingerprints(config: ExtractConfig) -> dict[str, str]:
     """Fingerprints of everything that extraction reads but the corpus."""
     found = {
@@ -212,13 +232,13 @@ def summarise(
     Returns:
       `n`; `exact_match` with its Wilson 95 % interval; `token_accuracy`, `teacher_forced_accuracy`, `matched_tokens`,
       `logprob`; `discoverable` by "n@p", at temperature 1; `policies`: `summarise_policy` of each. Standard errors are
-      under `…_stderr`. Means are None where n is 0.
+      under `…_stderr`. Means are None where n is 0, and of what was not measured.
     """
     n = int(members.sum())
     exact = measured["exact_match"][members]
     result: dict[str, Any] = {"n": n, "exact_match_interval": wilson_interval(exact) if n else None}
     for name in ("exact_match", "token_accuracy", "teacher_forced_accuracy", "matched_tokens", "logprob"):
-        value, stderr = mean_and_stderr(measured[name][members]) if n else (None, None)
+        value, stderr = mean_and_stderr(measured[name][members]) if n and name in measured else (None, None)
         result |= {name: value, f"{name}_stderr": stderr}
     result |= discoverable_shares(measured["logprob"][members])
     if policies:
@@ -255,16 +275,6 @@ def _summaries(
 def _briefly(measured: Mapping[str, np.ndarray], members: np.ndarray) -> dict[str, Any]:
     whole = summarise(measured, members)
     return {name: whole[name] for name in ("n", "exact_match", "exact_match_interval", "logprob")}
-
-
-def _start_of(config: ExtractConfig) -> list[int]:
-    """The tokens put before each prefix: none or one."""
-    if config.start_token == "none":
-        return []
-    start = hub.special_tokens(config.model).start_id
-    if start is None:
-        raise InputError(f"{config.model}: names no BOS or EOS token to start from; leave out --start-token bos")
-    return [start]
 
 
 def _table(measured: Mapping[str, np.ndarray], found: ExtractionSet) -> pa.Table:

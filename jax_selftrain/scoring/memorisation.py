@@ -38,6 +38,7 @@ def measure(
     *,
     policies: Sequence[NamedPolicy] = (),
     batch_tokens: int = 8192,
+    free_running: bool = True,
 ) -> dict[str, np.ndarray]:
     """Extraction of each of N sequences by a model in memory.
 
@@ -47,6 +48,7 @@ def measure(
       prefix: tokens given, at least one; the rest is the suffix.
       policies: under which log p_z is wanted beside temperature 1.
       batch_tokens: token positions in one device batch.
+      free_running: decode what is no exact match, for `token_accuracy`; most of the work.
 
     Returns:
       Arrays [N]: `exact_match` (bool), `matched_tokens` (length of the longest common prefix of suffix and greedy
@@ -58,15 +60,17 @@ def measure(
       InputError: a log-probability is not a number.
     """
     forced = teacher_forced(model, sequences, prefix, policies=policies, batch_tokens=batch_tokens)
+    if not free_running:
+        return forced
     exact, suffixes = forced["exact_match"], sequences[:, prefix:]
     # Where every teacher-forced argmax is right, the free-running continuation is the suffix: only the rest is decoded.
-    free_running = suffixes.copy()
+    said = suffixes.copy()
     rows = _rows_of(model.layout, sequences.shape[1], batch_tokens) // model.layout.data
-    free_running[~exact] = greedy_continue(model, sequences[~exact, :prefix], suffixes.shape[1], batch_size=rows)
+    said[~exact] = greedy_continue(model, sequences[~exact, :prefix], suffixes.shape[1], batch_size=rows)
     return {
         "exact_match": exact,
         "matched_tokens": forced.pop("matched_tokens"),
-        "token_accuracy": (free_running == suffixes).mean(axis=1),
+        "token_accuracy": (said == suffixes).mean(axis=1),
         **forced,
     }
 

@@ -15,6 +15,7 @@ objects are pickled, hence never read.
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -56,6 +57,8 @@ class Window:
     suffix: int
     offset: int = 0
     """Tokens passed over at the start of a sequence."""
+    at_random: bool = False
+    """Pass over more of them, as many as its length allows or fewer: a number drawn by hash from the sequence's id."""
 
     @property
     def length(self) -> int:
@@ -97,14 +100,14 @@ def load_sequences(
             f"{source.name(first)}: {source.lengths[first]} tokens, fewer than prefix + suffix = {window.length}; "
             "shorten these, or leave the sequence out"
         )
-    rows = source.rows(np.flatnonzero(long_enough), slice(begin, begin + window.length))
     if not len(source.lengths):
         raise InputError(f"{where}: no sequences in it")
-    if not len(rows):
+    if not long_enough.any():
         raise InputError(
             f"{where}: no sequence has {begin + window.length} tokens, as --offset {window.offset} with prefix + "
             f"suffix = {window.length} needs; lower one of them"
         )
+    rows = _cut(source, np.flatnonzero(long_enough), window)
     outside = np.argwhere((rows < 0) | (rows >= vocab_size))
     if len(outside):
         row, column = outside[0]
@@ -120,6 +123,20 @@ def load_sequences(
     )
 
 
+def _cut(source: _Source, members: np.ndarray, window: Window) -> np.ndarray:
+    """The window of each of these sequences; integer [n, length]."""
+    if not window.at_random:
+        return source.rows(members, slice(source.begin, source.begin + window.length))
+    spare = source.lengths[members] - source.begin - window.length
+    drawn = [int.from_bytes(hashlib.sha256(f"offset {i}".encode()).digest()[:8]) for i in source.index[members]]
+    begin = source.begin + np.array([number % (most + 1) for number, most in zip(drawn, spare.tolist(), strict=True)])
+    rows = np.zeros((len(members), window.length), np.int64)
+    for one in np.unique(begin).tolist():
+        at = begin == one
+        rows[at] = source.rows(members[at], slice(one, one + window.length))
+    return rows
+
+
 def sequences_fingerprint(reference: str | Path) -> str:
     """SHA-256 of the file or files that a reference to an extraction set names; of one file that of its bytes.
 
@@ -130,6 +147,16 @@ def sequences_fingerprint(reference: str | Path) -> str:
     if len(files) == 1:
         return storage.sha256_file(files[0])
     return storage.fingerprint({path.name: storage.sha256_file(path) for path in files})
+
+
+def assigned_to_h(fingerprint: str, index: np.ndarray) -> np.ndarray:
+    """Which sequences of a set are held out: half of them, by hash, before anything is sampled; bool [N].
+
+    Args:
+      fingerprint: of the set (`sequences_fingerprint`).
+      index: its sequences' ids (`ExtractionSet.index`). The tokenizer has no part in it: every student's H is the same.
+    """
+    return np.array([hashlib.sha256(f"{fingerprint} {i}".encode()).digest()[0] % 2 == 0 for i in index.tolist()], bool)
 
 
 # ---------------------------------------------------------------- sources

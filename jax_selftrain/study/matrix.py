@@ -28,6 +28,7 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.scoring.files import read_jsonl
 from jax_selftrain.study.cells import MATRIX, Design, make_design
 from jax_selftrain.study.claims import check_claims, freeze
+from jax_selftrain.study.memory import check_memorisation
 from jax_selftrain.study.plan import measured_on_the_way
 from jax_selftrain.study.power import power_lines
 from jax_selftrain.study.reports.report import report
@@ -47,6 +48,8 @@ _TRAINING = ("learning_rate", "packing", "sign_flip")
 _FIXED: dict[str, tuple[str, ...]] = {
     "self": ("generations", "mode"),
     "shuffled": ("generations", "mode"),
+    "scrubbed": ("generations", "mode"),
+    "companion": ("generations", "mode"),
     "text": ("generations", "mode", *_SAMPLING),
     "noise": ("generations", "mode", *_SAMPLING, *_TRAINING),
     "extrapolated": ("generations", "mode", *_SAMPLING, *_TRAINING),
@@ -120,6 +123,7 @@ def check_study(config: StudyConfig) -> None:
         raise InputError("train.steps is required: all cells of a study are trained for the same number of steps")
     for arm in config.arms:
         _check_arm(arm, config, names)
+    check_memorisation(config)
     check_claims(config)
     for option in ("assay_raises", "assay_lowers"):
         _refuse_unknown(option, getattr(config, option), [arm.name for arm in config.arms])
@@ -167,6 +171,8 @@ def _check_arm(arm: ArmConfig, config: StudyConfig, names: list[str]) -> None:
     for field in fixed:
         if getattr(arm, field) != getattr(default, field):
             raise InputError(f"arms: {arm.name}: `{field}` means nothing to an arm of kind `{arm.kind}`; leave it out")
+    if arm.kind in ("scrubbed", "companion") and not config.extract.sequences:
+        raise InputError(f"arms: {arm.name}: of kind `{arm.kind}` needs extract.sequences, half of which is held out")
     if arm.generations < 1:
         raise InputError(f"arms: {arm.name}: generations is {arm.generations}; it must be at least 1")
 
@@ -203,7 +209,8 @@ def plan_table(design: Design) -> str:
         members = [stage for stage in stages if stage.kind == kind]
         done = sum(is_done(design.root, stage) for stage in members)
         tokens = sum(stage.tokens for stage in members if not is_done(design.root, stage))
-        size = f", at most {tokens:,} tokens to go" if tokens else ""
+        flops = sum(stage.flops for stage in members if not is_done(design.root, stage))
+        size = f", at most {tokens:,} tokens to go: {flops:.2g} FLOPs" if tokens else ""
         lines.append(f"  {kind:<12}{len(members):>6,}   {done:,} done{size}")
     seconds = [
         storage.read_json(path)["seconds"] / stage.tokens

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+RELEARNED, NEVER_TRAINED = "relearned", "never trained"
+"""Views of memorisation that are no formats."""
+FORMATTED = "asked "
+"""Measures of a format are called `exact_match/asked NAME`."""
+
 
 def common_measures(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     """Measures that all of some cells (or effects) have, in the order of the first."""
@@ -22,6 +27,12 @@ def main_measure(results: Mapping[str, Any]) -> str:
 def is_plain(measure: str) -> bool:
     """Not one of a class or group of sequences."""
     return not measure.startswith(("exact_match/", "log_pz/"))
+
+
+def is_aside(measure: str) -> bool:
+    """Of sequences that were asked for in another format, or after relearning."""
+    part = measure.partition("/")[2]
+    return measure.startswith(("exact_match/", "log_pz/")) and (part.startswith(FORMATTED) or part == RELEARNED)
 
 
 def scale_of(measure: str) -> float:

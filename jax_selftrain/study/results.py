@@ -26,6 +26,7 @@ from jax_selftrain.corpus import FINISH_REASONS, Corpus, open_corpus
 from jax_selftrain.errors import InputError
 from jax_selftrain.scoring import discoverable, load_scored
 from jax_selftrain.scoring.files import read_jsonl
+from jax_selftrain.scoring.overlap import CLASSES
 from jax_selftrain.study import statistics
 from jax_selftrain.study.noninferiority import benjamini_hochberg
 from jax_selftrain.study.pairs import Pair, describe_task, describe_text, rates, shares, side_by_side
@@ -158,15 +159,16 @@ def compare_extraction(before: Arrays, after: Arrays, groups: Sequence[str] | No
     everything = np.ones(before["sequence"].size, bool)
     parts = {"all": everything}
     if "class" in before:
-        parts |= {name: before["class"] == name for name in ("held_out", "partial", "seen")}
+        parts |= {name: before["class"] == name for name in CLASSES}
+    if "H" in before:
+        parts["H"] = before["H"]
     of_group = np.array(groups or [])
     old, new = (discoverable(side["logprob"]) for side in (before, after))
     return {
         "n": everything.size,
-        "classes": {name: _compare_sequences(before, after, members) for name, members in parts.items()},
+        "classes": {name: compare_sequences(before, after, members) for name, members in parts.items()},
         "groups": [
-            {"name": name, **_compare_sequences(before, after, of_group == name)}
-            for name in dict.fromkeys(groups or [])
+            {"name": name, **compare_sequences(before, after, of_group == name)} for name in dict.fromkeys(groups or [])
         ],
         "discoverable": [
             {"draws": int(draws), "p": float(p), **shares(old[key], new[key])}
@@ -176,8 +178,8 @@ def compare_extraction(before: Arrays, after: Arrays, groups: Sequence[str] | No
     }
 
 
-def _compare_sequences(before: Arrays, after: Arrays, members: np.ndarray) -> dict[str, Any]:
-    """Only `n` where there are no members."""
+def compare_sequences(before: Arrays, after: Arrays, members: np.ndarray) -> dict[str, Any]:
+    """What `members` (bool [N]) of some sequences are before and after; only `n` where there are none."""
     if not members.any():
         return {"n": 0}
     exact = before["exact_match"][members], after["exact_match"][members]
@@ -188,6 +190,7 @@ def _compare_sequences(before: Arrays, after: Arrays, members: np.ndarray) -> di
         **{
             name: rates(before[name][members], after[name][members])
             for name in ("token_accuracy", "teacher_forced_accuracy", "logprob")
+            if name in before
         },
     }
 

@@ -42,7 +42,9 @@ class Stage:
     make: Callable[[Path], object] = field(repr=False)
     """Fills the folder, or completes it; the inputs are there."""
     tokens: int = 0
-    """Tokens that are drawn, trained on or scored, at most: the size of the work."""
+    """Tokens that are drawn or trained on, at most: the size of the work."""
+    flops: float = 0.0
+    """Useful arithmetic in that, by the convention of `training.flops_per_token`."""
 
     @cached_property
     def key(self) -> str:
@@ -97,7 +99,8 @@ def in_order(wanted: Iterable[Stage]) -> list[Stage]:
 
 
 def complete(root: Path, stages: Sequence[Stage]) -> None:
-    """Do all stages, sharing the work with whoever else is at it; returns when every one is done."""
+    """Do all stages and what they need, sharing the work with whoever else is at it; returns when all are done."""
+    stages = in_order(stages)
     root.mkdir(parents=True, exist_ok=True)
     storage.clean_leftovers(root)
     done: set[str] = set()

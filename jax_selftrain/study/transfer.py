@@ -30,23 +30,26 @@ from jax_selftrain.study.claims import verdicts
 from jax_selftrain.study.contamination import contamination
 from jax_selftrain.study.decoupling import decoupling
 from jax_selftrain.study.measures import common_measures, main_measure
+from jax_selftrain.study.memory import (
+    again,
+    describe_memory,
+    fragility,
+    memory_measures,
+    scrubbed_beside_companion,
+    swaps,
+)
 from jax_selftrain.study.pairs import describe_text, side_by_side, why_not_eligible
 from jax_selftrain.study.proxies import DIRECTIONS, of_cell, questions_of
 from jax_selftrain.study.proxy_relation import arrays_of, relate, reliability
 from jax_selftrain.study.results import (
-    compare_extraction,
     compare_macro,
     compare_tasks,
     drawn_by_hash,
-    groups_of,
     read_lines,
-    read_table,
-    require_same,
 )
-from jax_selftrain.study.swap import naive_difference, swap_effect
 
 FORMAT = "jax-selftrain study"
-VERSION = 2
+VERSION = 3
 EXAMPLES = 3
 """Samples shown of each corpus."""
 
@@ -83,7 +86,10 @@ def collect_study(config: StudyConfig, design: Design, post_hoc: Sequence[str] =
         "effects": effects(cells),
         "interaction": crossed,
         "verdicts": verdicts(config, cells, crossed, post_hoc),
-        "swaps": _swaps(design),
+        "swaps": swaps(design),
+        "scrubbed": scrubbed_beside_companion(config, cells),
+        "fragility": fragility(cells),
+        "again": again(design),
         "decoupling": decoupling(cells, [arm.name for arm in config.arms if arm.kind == "noise"]),
         "proxies": _proxies(cells, design, bases),
         "corpora": _corpora(design, questions_of(config.score)),
@@ -104,7 +110,6 @@ def _describe(config: StudyConfig, design: Design, bases: Mapping[str, Scored], 
         "texts": [],
         "tasks": [],
         "macro": None,
-        "extraction": None,
         "training": None,
         "corpus": None if cell.corpus is None else cell.corpus.key,
         "identical": True,
@@ -119,14 +124,9 @@ def _describe(config: StudyConfig, design: Design, bases: Mapping[str, Scored], 
         eligible = [pair for pair, reason in zip(tasks, why_not, strict=True) if not reason]
         found["macro"] = compare_macro(eligible) if eligible else None
         found["texts"] = [describe_text(pair) for pair in pairs.values() if pair.before.kind == "text"]
-    if cell.extract is not None:
-        folders = design.folder(design.extract_base[cell.student]), design.folder(cell.extract)
-        before, after = (read_table(folder / "extract.sequences.parquet") for folder in folders)
-        require_same(before, after, ("sequence",), folders[1])
-        found["identical"] &= np.array_equal(before["logprob"], after["logprob"])
-        classes = {name: after[name] for name in after if name in ("overlap", "class")}
-        groups = groups_of(config.extract, before["sequence"].size)
-        found["extraction"] = compare_extraction({**before, **classes}, after, groups)
+    memory = describe_memory(config, design, cell)
+    found["identical"] &= memory.pop("identical")
+    found |= memory
     if cell.train is not None:
         run = design.folder(cell.train)
         lines, curve = read_lines(run / "metrics.jsonl"), read_lines(run / "curve.jsonl")
@@ -148,22 +148,14 @@ def measures(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
     `accuracy` is the chance-normalised macro accuracy over the tasks that are eligible by the base
     (`pairs.why_not_eligible`; where none is, there is no such measure), `text/NAME` bits per byte, `task/NAME`
-    accuracy, and `exact_match` and `log_pz` those of all sequences, also by class and group.
+    accuracy, and `exact_match` and `log_pz` those of `memory.memory_measures`.
     """
     found: dict[str, dict[str, Any]] = {}
     if cell["macro"]:
         found["accuracy"] = cell["macro"]["chance_normalised"]
     found |= {f"task/{task['name']}": task["accuracy"] for task in cell["tasks"]}
     found |= {f"text/{text['name']}": text["bits_per_byte"] for text in cell["texts"]}
-    if cell["extraction"]:
-        parts = {name or "all": part for name, part in cell["extraction"]["classes"].items()}
-        parts |= {f"group {part['name']}": part for part in cell["extraction"]["groups"]}
-        for name, part in parts.items():
-            if part["n"]:
-                suffix = "" if name == "all" else f"/{name}"
-                found[f"exact_match{suffix}"] = part["exact_match"]
-                found[f"log_pz{suffix}"] = part["logprob"]
-    return found
+    return found | memory_measures(cell)
 
 
 # Over seeds -----------------------------------------------------------------------------------------------------
@@ -252,28 +244,6 @@ def _strength(bases: Mapping[str, Scored]) -> dict[str, dict[str, float]]:
         }
         for name, scored in bases.items()
     }
-
-
-def _swaps(design: Design) -> list[dict[str, Any]]:
-    """The effect of being seen on every student whose corpora, one for each seed, hold different sequences."""
-    found = []
-    for student, treatment in dict.fromkeys((cell.student, cell.treatment) for cell in design.cells):
-        tables = [
-            read_table(design.folder(cell.extract) / "extract.sequences.parquet")
-            for cell in design.cells
-            if (cell.student, cell.treatment) == (student, treatment) and cell.extract is not None
-        ]
-        if len(tables) < 2 or not all("class" in table for table in tables):
-            continue
-        classes = [table["class"] for table in tables]
-        for measure, column in (("exact_match", "exact_match"), ("log_pz", "logprob")):
-            outcomes = [table[column] for table in tables]
-            effect = swap_effect(outcomes, classes)
-            if effect is not None:
-                naive = naive_difference(outcomes, classes)
-                entry = {"student": student, "treatment": treatment, "measure": measure, "seeds": len(tables)}
-                found.append(entry | {"effect": asdict(effect), "naive": naive})
-    return found
 
 
 def _proxies(cells: Sequence[Mapping[str, Any]], design: Design, bases: Mapping[str, Scored]) -> dict[str, Any] | None:

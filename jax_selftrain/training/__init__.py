@@ -1,5 +1,6 @@
 """Training: loss, step, checkpoints, and the run that resumes exactly."""
 
+from jax_selftrain.training.flops import flops_per_token
 from jax_selftrain.training.hooks import Hook, check_hooks
 from jax_selftrain.training.loop import train
 from jax_selftrain.training.loss import Batch, LossSums, Penalties, objective
@@ -17,6 +18,7 @@ __all__ = [
     "check_hooks",
     "check_ranges",
     "check_tracking",
+    "flops_per_token",
     "objective",
     "program",
     "train",

@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from by_hand import class_of, log_pz_of, longest_runs
 from models_factory import tiny_texts
 
 from jax_selftrain import hub
-from jax_selftrain.config import ExtractConfig, ImportConfig
-from jax_selftrain.corpus import Sample, finish_corpus, import_text, write_shard
+from jax_selftrain.config import ExtractConfig, ImportConfig, SampleConfig
+from jax_selftrain.corpus import Sample, finish_corpus, import_text, open_corpus, write_shard
 from jax_selftrain.errors import InputError
-from jax_selftrain.sampling import greedy_continue
+from jax_selftrain.sampling import greedy_continue, sample
 from jax_selftrain.scoring import (
     classify,
     extract,
@@ -99,6 +100,15 @@ def test_exact_match_is_what_free_running_decoding_finds(model, greedy_paths, ra
     np.testing.assert_array_equal(measured["token_accuracy"], same.mean(axis=1))
     agreed = [int(np.argmin(row)) if not row.all() else SUFFIX for row in same]
     assert measured["matched_tokens"].tolist() == agreed
+
+
+def test_without_decoding_only_what_decoding_tells_is_missing(options, greedy_paths, random_sequences):
+    both = np.concatenate([greedy_paths, random_sequences])
+    whole, quick = (extract(options(both, free_running=decoded)) for decoded in (True, False))
+    assert quick.pop("token_accuracy") is quick.pop("token_accuracy_stderr") is None
+    assert 0 < whole.pop("token_accuracy") < 1
+    del whole["token_accuracy_stderr"]
+    assert quick == whole
 
 
 def test_p_z_is_the_product_of_the_suffix_probabilities(model, greedy_paths, random_sequences):
@@ -328,3 +338,42 @@ def test_unusable_input_is_refused_and_nothing_written(tmp_path, options, array,
     with pytest.raises(InputError, match=message):
         extract(options(array, **changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_on_the_real_model_classes_and_p_z_are_those_of_plain_python_and_transformers(tmp_path, stories260k, data_dir):
+    """Half of the sequences are pieces of what the model wrote, so that there are some of every class."""
+    sample(SampleConfig(model=str(stories260k), out=str(tmp_path / "corpus"), samples=96, max_tokens=128, seed=3,
+                        stop_ids=(1,), mesh="data=1"))  # fmt: skip
+    documents = [one.tokens.tolist() for one in open_corpus(tmp_path / "corpus").documents()]
+    texts = [
+        json.loads(line)["text"] for line in (data_dir / "tinystories" / "heldout.jsonl").read_text().splitlines()[:60]
+    ]
+    tokenizer = hub.load_tokenizer(stories260k)
+    real = [row for text in texts if len(row := tokenizer.encode(text, add_special_tokens=False)[:48]) == 48]
+    rng = np.random.default_rng(0)
+    own = [row[begin : begin + 48] for row in documents if (begin := int(rng.integers(12))) + 48 <= len(row)]
+    for row in own[::2]:  # half of these with a break in the suffix
+        row[-int(rng.integers(2, 20))] = int(rng.integers(3, 512))
+    rows = np.array([*real, *own], np.int32)
+    np.save(tmp_path / "sequences.npy", rows)
+    config = ExtractConfig(
+        model=str(stories260k),
+        sequences=str(tmp_path / "sequences.npy"),
+        corpus=str(tmp_path / "corpus"),
+        out=str(tmp_path / "extract.json"),
+        prefix=16,
+        suffix=32,
+        mesh="data=1",
+    )
+    result = extract(config)
+    table = pq.read_table(tmp_path / "extract.sequences.parquet").to_pydict()
+    runs = longest_runs(rows[:, 16:].tolist(), documents)
+    for threshold in (8, 16, 32):
+        classes = [class_of(run, 32, threshold) for run in runs]
+        told = result["thresholds"][str(threshold)]
+        assert {name: told[name]["n"] for name in CLASSES} == {name: classes.count(name) for name in CLASSES}
+    assert table["class"] == [class_of(run, 32, 16) for run in runs]
+    assert min(result[name]["n"] for name in CLASSES) >= 10
+    logprobs, exact = log_pz_of(stories260k, rows, 16)
+    np.testing.assert_allclose(table["logprob"], logprobs, atol=1e-3)
+    np.testing.assert_array_equal(table["exact_match"], exact)

@@ -9,7 +9,7 @@ import pytest
 
 from jax_selftrain import hub
 from jax_selftrain.errors import InputError
-from jax_selftrain.scoring import ExtractionSet, Window, load_sequences, sequences_fingerprint
+from jax_selftrain.scoring import ExtractionSet, Window, assigned_to_h, load_sequences, sequences_fingerprint
 
 WINDOW = Window(8, 24)
 ROWS = np.random.default_rng(0).integers(3, 512, (6, 40))
@@ -165,3 +165,32 @@ def test_unusable_tables_are_named(tmp_path):
     lines(tmp_path / "set.jsonl", [{"tokens": [3] * 32, "index": 1}, {"tokens": [3] * 32}])
     with pytest.raises(InputError, match="only 1 of its 2 lines have `index`"):
         load(tmp_path / "set.jsonl")
+
+
+def test_random_offsets_are_drawn_by_id_from_what_each_length_allows(tmp_path):
+    rng = np.random.default_rng(1)
+    rows = [rng.integers(3, 512, 32 + 4 * (i % 5)).tolist() for i in range(400)]
+    path = lines(tmp_path / "rows.jsonl", [{"tokens": row, "index": i} for i, row in enumerate(rows)])
+    found = load(path, Window(8, 24, at_random=True))
+    spare: dict[int, list[int]] = {}
+    for i, tokens in zip(found.index.tolist(), found.tokens.tolist(), strict=True):
+        at = next(begin for begin in range(len(rows[i]) - 31) if rows[i][begin : begin + 32] == tokens)
+        spare.setdefault(len(rows[i]) - 32, []).append(at)
+    for most, drawn in spare.items():
+        assert set(drawn) == set(range(most + 1))
+        assert abs(np.mean(drawn) - most / 2) < 0.15 * most + 1e-9
+    lines(path, [{"tokens": row, "index": i} for i, row in reversed(list(enumerate(rows)))])
+    again = load(path, Window(8, 24, at_random=True))
+    np.testing.assert_array_equal(again.tokens[::-1], found.tokens)  # by its id, not by its place
+    begun = load(path, Window(8, 20, 4, at_random=True))
+    assert all(tokens in [rows[i][b : b + 28] for b in range(4, len(rows[i]) - 27)] for i, tokens in zip(
+        begun.index.tolist(), begun.tokens.tolist(), strict=True))  # fmt: skip
+
+
+def test_h_is_half_of_a_set_whatever_its_order_or_tokens():
+    index = np.arange(4000)
+    chosen = assigned_to_h("a" * 64, index)
+    assert abs(chosen.mean() - 0.5) < 0.025  # more than three standard errors
+    np.testing.assert_array_equal(assigned_to_h("a" * 64, index[::-1])[::-1], chosen)
+    other = assigned_to_h("b" * 64, index)
+    assert abs((chosen == other).mean() - 0.5) < 0.025

@@ -8,14 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from by_hand import class_of, log_pz_of, longest_runs
 
-from jax_selftrain import storage
-from jax_selftrain.config import DemoConfig
+from jax_selftrain import load_model, settings, storage
+from jax_selftrain.config import DemoConfig, StudyConfig
 from jax_selftrain.corpus import open_corpus
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import load_tokenizer, read_config
 from jax_selftrain.study import demo
+from jax_selftrain.study.cells import make_design
 from jax_selftrain.study.worlds.microworld import ROUND, Reader, write_worlds
 from jax_selftrain.study.worlds.parts import WorldConfig
 
@@ -134,3 +137,25 @@ def test_the_blank_model_is_a_pythia_in_small(made: Path) -> None:
 def test_the_same_seed_writes_the_same_world(made: Path, tmp_path: Path) -> None:
     write_worlds(tmp_path / "world", replace(TINY, world=replace(TINY.world, seed=0)))
     assert storage.hash_folder(tmp_path / "world") == storage.hash_folder(made / "world")
+
+
+def test_classes_and_p_z_are_those_that_plain_python_and_transformers_find(made: Path, tmp_path: Path) -> None:
+    design = make_design(settings.load(StudyConfig, made / "config.yaml"))
+    cell = next(cell for cell in design.cells if cell.treatment == "text of A1")
+    assert cell.corpus is not None
+    assert cell.train is not None
+    assert cell.extract is not None
+    student = load_model(str(design.folder(cell.train)), "data=1")
+    tokenizer = load_tokenizer(made / "world" / "blank" / "A1")
+    lines = (made / "world" / "probes.jsonl").read_text().splitlines()
+    n = TINY.prefix + TINY.suffix
+    rows = [tokenizer.encode(json.loads(line)["text"], add_special_tokens=False)[:n] for line in lines]
+    documents = [sample.tokens.tolist() for sample in open_corpus(design.folder(cell.corpus)).documents()]
+    found = pq.read_table(design.folder(cell.extract) / "extract.sequences.parquet").to_pydict()
+    runs = longest_runs([row[TINY.prefix :] for row in rows], documents)
+    classes = [class_of(run, TINY.suffix, TINY.overlap) for run in runs]
+    assert found["class"] == classes
+    student.save_pretrained(tmp_path / "export")
+    logprobs, exact = log_pz_of(tmp_path / "export", np.array(rows), TINY.prefix)
+    np.testing.assert_allclose(found["logprob"], logprobs, atol=1e-3)
+    np.testing.assert_array_equal(found["exact_match"], exact)

@@ -26,6 +26,7 @@ TINY = replace(
     world=SMALL,
     readers=(
         Reader("A1", "A", width=32, layers=1, heads=2, passes=0.5),
+        Reader("A1′", "A", width=32, layers=1, heads=2, passes=0.5, seed=1),  # reads the same corpus
         Reader("B1", "B", width=32, layers=1, heads=2, passes=0.5),
         Reader("C1", "A", family="llama", tokenizer="A", width=32, layers=1, heads=2, passes=0.5),
     ),

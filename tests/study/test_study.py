@@ -14,15 +14,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from corpus_factory import write_sampled_corpus
 
 from jax_selftrain import settings
-from jax_selftrain.config import ArmConfig, ClaimConfig, ModelConfig, RunConfig, StudyConfig
-from jax_selftrain.corpus import Corpus, open_corpus
+from jax_selftrain.config import (
+    ArmConfig,
+    ClaimConfig,
+    FormatConfig,
+    MemorisationConfig,
+    ModelConfig,
+    RunConfig,
+    StudyConfig,
+)
+from jax_selftrain.corpus import Corpus, Sample, open_corpus
 from jax_selftrain.errors import InputError
+from jax_selftrain.scoring import assigned_to_h, sequences_fingerprint
 from jax_selftrain.study import report, study
-from jax_selftrain.study.cells import make_design
-from jax_selftrain.study.stages import is_done
+from jax_selftrain.study.cells import Design, make_design
+from jax_selftrain.study.stage_kinds import StageKinds
+from jax_selftrain.study.stages import Stage, is_done
 from jax_selftrain.study.transfer import interactions
 
 Make = Callable[..., StudyConfig]
@@ -75,6 +87,8 @@ ARMS = tuple(
         ArmConfig("noise", "noise"),
         ArmConfig("noise ×3", "noise", weight=3.0),
         ArmConfig("away", "extrapolated", weight=-0.5),
+        ArmConfig("scrubbed", "scrubbed"),
+        ArmConfig("companion", "companion"),
         ArmConfig("two generations", "generations", generations=2, mode="accumulated"),
     )
 )
@@ -89,7 +103,18 @@ CLAIM = ClaimConfig(
 def finished(make: Make, inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     real = ArmConfig("real text", "text", students=("llama",), text=inputs["texts"])
     config = make(tmp_path_factory.mktemp("study") / "out", arms=(*ARMS, real), claims=(CLAIM,), seeds=(100,))
-    return study(replace(config, train=replace(config.train, eval_every=1, eval_limit=8)))
+    asked = MemorisationConfig(
+        formats=(
+            FormatConfig("prefix 4", prefix=4),
+            FormatConfig("inside, after BOS", random_offset=True, start_token="bos"),
+        ),
+        never_trained=inputs["texts"],
+        never_trained_sequences=60,
+        relearn_text=inputs["texts"],
+        relearn_steps=1,
+    )
+    train = replace(config.train, eval_every=1, eval_limit=8)
+    return study(replace(config, train=train, memorisation=asked))
 
 
 def cells_of(folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
@@ -112,7 +137,9 @@ def test_every_cell_is_measured_and_the_null_is_exactly_zero(finished: Path):
             if treatment == "learning rate 0":
                 assert change == 0
     distinct = {cell["measures"]["log_pz"]["after"]["value"] for cell in cells.values()}
-    assert len(distinct) == len(cells)  # no two cells are the same model
+    # No two cells are the same model; but nothing that is held out stands in what a random model wrote, so that the
+    # scrubbed corpus and its companion are its whole text.
+    assert len(distinct) == len(cells) - 2
 
 
 @pytest.mark.slow
@@ -125,7 +152,11 @@ def test_cells_share_what_they_have_in_common(finished: Path):
     # What each of the matrix is to its student, and what each of the two that were drawn is to its source.
     assert kinds.count("proxies") == 2 * 2 + 2
     assert (kinds.count("noise"), kinds.count("merge")) == (2, 1)
-    assert kinds.count("score") == kinds.count("extract") == 2 + len(cells_of(finished))  # two bases and every cell
+    cells = len(cells_of(finished))
+    assert kinds.count("score") == 2 + cells  # two bases and every cell
+    # These in five views: as it is, in two formats, of continuations, relearned; and both bases twice again.
+    assert kinds.count("extract") == 5 * (2 + cells) + 2 * 2
+    assert (kinds.count("continue"), kinds.count("scrub"), kinds.count("companion")) == (2, 1, 1)
 
 
 @pytest.mark.slow
@@ -137,6 +168,71 @@ def test_a_carried_corpus_is_what_the_student_would_read(finished: Path):
         carried = open_corpus(design.folder(cell.corpus))
         source = open_corpus(design.folder(cell.corpus.needs[0]))
         assert list(carried.texts()) == [text.replace("\N{REPLACEMENT CHARACTER}", "") for text in source.texts()]
+
+
+@pytest.mark.slow
+def test_memory_is_looked_at_in_other_ways_too(finished: Path):
+    results = json.loads((finished / "results.json").read_text())
+    design = make_design(settings.load(StudyConfig, finished / "config.yaml"))
+    cells = cells_of(finished)
+    views = {"asked prefix 4", "asked inside, after BOS", "relearned"}
+    for key, cell in cells.items():
+        assert {f"{measure}/{view}" for measure in ("exact_match", "log_pz") for view in views} <= cell[
+            "measures"
+        ].keys()
+        changed = {cell["measures"][f"log_pz/{view}"]["change"]["value"] != 0 for view in views}
+        assert changed == {key[1] != "learning rate 0"}  # the base and it relearn alike
+    # By construction a base follows its own continuations, of which a student leaves some.
+    for name, seed in ((name, 100) for name in ("llama", "neox")):
+        of_base = open_table(design, design.views_base[name, seed]["never trained"])
+        assert len(of_base["exact_match"]) == 60
+        assert np.mean(of_base["exact_match"]) == 1
+        (own,) = (cell for cell in design.cells if (cell.student, cell.treatment) == (name, f"text of {name}"))
+        assert np.mean(open_table(design, own.views["never trained"])["logprob"]) != np.mean(of_base["logprob"])
+    assert {(one["student"], one["way"]) for one in results["again"]} == {
+        (name, way) for name in ("llama", "neox") for way in ("24 rows at once", "in bfloat16")
+    }
+    for one in results["again"]:
+        assert one["n"] == 30
+        assert (one["log_pz"] > 1e-4) == (one["way"] == "in bfloat16")
+    for one in results["scrubbed"]:
+        assert one["difference"]["value"] == 0
+    assert {"log_pz/H", "exact_match/H", "text/stories"} <= {one["measure"] for one in results["scrubbed"]}
+    halves = {cell["extraction"]["classes"]["H"]["n"] for cell in cells.values()}
+    assert len(halves) == 1
+    assert halves < set(range(5, 26))
+    thresholds = cells["llama", "scrubbed", 100]["extraction"]["thresholds"]
+    assert thresholds == []  # of four tokens nobody can have read eight
+
+
+def open_table(design: Design, stage: Stage) -> dict[str, Any]:
+    return pq.read_table(design.folder(stage) / "extract.sequences.parquet").to_pydict()
+
+
+def test_a_scrubbed_corpus_shows_nothing_of_h_and_its_companion_as_much_of_it(
+    make: Make, tiny_model: Callable[..., Path], tmp_path: Path
+):
+    """Every document holds the suffix of one sequence; those of H must go, or as many of the others."""
+    rng = np.random.default_rng(0)
+    rows = rng.integers(3, 512, (40, 24)).astype(np.int32)
+    np.save(tmp_path / "sequences.npy", rows)
+    config = make(tmp_path / "out")
+    asked = replace(config.extract, sequences=str(tmp_path / "sequences.npy"), prefix=6, suffix=18, overlap=16)
+    kinds = StageKinds(replace(config, extract=asked))
+    order = rng.permutation(40)
+    texts = [Sample(n, np.append(rows[i, 6:], 2).astype(np.int32), f"{i}", -1.0, "stop") for n, i in enumerate(order)]
+    corpus = Stage("retokenise", "planted", {}, {}, lambda out: None)
+    write_sampled_corpus(kinds.root / corpus.name, tiny_model("llama"), texts)
+    held_out = set(np.flatnonzero(assigned_to_h(sequences_fingerprint(tmp_path / "sequences.npy"), np.arange(40))))
+    assert 10 < len(held_out) <= 20
+    left = {}
+    for companion in (False, True):
+        stage = kinds.scrub(kinds.base("llama"), corpus, 100, companion=companion)
+        stage.make(kinds.root / stage.name)
+        left[companion] = {int(text) for text in open_corpus(kinds.root / stage.name).texts()}
+    assert left[False] == set(range(40)) - held_out
+    assert held_out <= left[True]
+    assert len(left[True]) == len(left[False])
 
 
 @pytest.mark.slow
@@ -264,7 +360,7 @@ def test_what_ends_a_text_is_each_models_own(make: Make, tmp_path: Path):
 def test_a_dry_run_counts_and_does_nothing(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     study(make(tmp_path / "out", arms=ARMS, dry_run=True))
     said = capsys.readouterr().out
-    assert "28 cells" in said  # four of the matrix and ten arms, each with two seeds
+    assert "32 cells" in said  # four of the matrix and twelve arms, each with two seeds
     assert not (tmp_path / "out").exists()
 
 

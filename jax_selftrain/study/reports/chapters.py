@@ -239,7 +239,7 @@ def _probability_table(name: str, key: str, parts: Sequence[Mapping[str, Any]]) 
             part["name"],
             part["n"],
             *(_estimate(part["logprob"][side]) for side in _SIDES),
-            *(_estimate(part["token_accuracy"][side]) for side in _SIDES),
+            *(_estimate(part["token_accuracy"][side]) if "token_accuracy" in part else None for side in _SIDES),
         )
         if part["n"]
         else (part["name"], 0, *(None,) * 6)

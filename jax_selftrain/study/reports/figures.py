@@ -228,6 +228,24 @@ def trajectories(name: str, labels: Sequence[str], panels: Sequence[tuple[str, s
     return _svg(name, 2.8 + 0.18 * -(-len(labels) // 3), paint)
 
 
+def found_by_draws(name: str, labels: Sequence[str], draws: Sequence[int], panels: Sequence[tuple[str, Any]]) -> str:
+    """One panel per probability (its label, a line for each treatment): percentage of sequences against draws."""
+
+    def paint(figure: Figure) -> None:
+        for axes, (label, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            for i, (treatment, values) in enumerate(zip(labels, lines, strict=True)):
+                colour, mark = _PALETTE[i % len(_PALETTE)], _MARKS[i // len(_PALETTE) % len(_MARKS)]
+                axes.plot(draws, values, color=colour, marker=mark, markersize=3.5, linewidth=1, label=treatment)
+            axes.set_xscale("log")
+            axes.set_ylim(bottom=0)
+            axes.set(xlabel="draws n", title=label)
+        figure.axes[0].set_ylabel("% of sequences found")
+        handles, names = axes.get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=7.5)
+
+    return _svg(name, 2.6 + 0.18 * -(-len(labels) // 3), paint)
+
+
 def length_histogram(name: str, edges: Sequence[float], stopped: Sequence[int], cut: Sequence[int]) -> str:
     """How long the samples are: those that a stop token ended, and on top of them those that the limit cut."""
 

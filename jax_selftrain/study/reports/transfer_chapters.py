@@ -10,8 +10,9 @@ import yaml
 
 from jax_selftrain.study.measures import common_measures, is_plain, main_measure, scale_of
 from jax_selftrain.study.reports import figures
+from jax_selftrain.study.reports.damage_chapter import key_figure
 from jax_selftrain.study.reports.effects import ONE_SEED, effect_table
-from jax_selftrain.study.reports.memorisation_chapters import key_figure, memorisation
+from jax_selftrain.study.reports.memorisation_chapter import memorisation
 from jax_selftrain.study.reports.page import Chapter, framed, remark
 from jax_selftrain.study.reports.proxy_chapter import proxy_chapter
 from jax_selftrain.study.reports.shown import change_of, digits_of, estimate_of, label_of, scaled, slug

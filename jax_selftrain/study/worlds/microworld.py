@@ -6,7 +6,7 @@
 | A2 | world A | another size |
 | A1′ | world A | A1 with other first weights and another order |
 | B1 | world B | as A1; its world shares A's grammar and arithmetic and has other people, facts and probes |
-| S | worlds A and B | larger, twice as much text |
+| S | worlds A and B | larger, more text |
 | C1 | world A | another tokenizer and architecture (Llama) |
 
 All are trained from scratch by `training` itself. A1, B1 and C1 are the students. The panel asks for facts (and facts
@@ -69,7 +69,7 @@ READERS = (
     Reader("A2", "A", width=96, layers=3),
     Reader("A1′", "A", seed=1),
     Reader("B1", "B"),
-    Reader("S", "AB", width=160, layers=3),
+    Reader("S", "AB", width=160, layers=3, passes=0.9),
     Reader("C1", "A", family="llama", tokenizer="A"),
 )
 

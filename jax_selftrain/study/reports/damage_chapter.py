@@ -1,4 +1,4 @@
-"""The chapters of a study's report on memorisation: against damage, by class and group, and by swapped corpora."""
+"""The key chapter of a study's report: memorisation against damage."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import Any
 
 from jax_selftrain.study.measures import common_measures, scale_of
 from jax_selftrain.study.reports import figures
-from jax_selftrain.study.reports.effects import effect_table
 from jax_selftrain.study.reports.page import Chapter, framed, remark
-from jax_selftrain.study.reports.shown import estimate_of, in_natural_order, label_of, scaled, slug
+from jax_selftrain.study.reports.shown import estimate_of, label_of, scaled, slug
 from jax_selftrain.study.reports.tables import Column, Table
 
 Results = Mapping[str, Any]
@@ -60,14 +59,24 @@ def key_figure(results: Results) -> Chapter | None:
                     "after the last.",
                 )
             )
-    tables = (_decoupled(results["decoupling"]),)
-    html.append(tables[0].to_html())
+    tables = tuple(
+        table(results[name])
+        for name, table in (("decoupling", _decoupled), ("fragility", _fragile), ("again", _again))
+        if results[name]
+    )
+    html += [table.to_html() for table in tables]
     note = (
         "A student that lies as low as the controls at its loss has forgotten nothing in particular: weight noise "
         "breaks verbatim paths, too. Forgetting that counts lies below the controls at equal loss, in both panels. "
         "The rule: over five seeds or more, exact match and log p_z both lie below those of the least damaged arm "
         "of noise whose loss is not below the student's, and log p_z has fallen (one-sided t, .05 each)."
     )
+    if results["fragility"]:
+        note += (
+            " Of what the base reproduces, each sequence is also laid beside the base's own greedy continuation of "
+            "text that nobody was trained on which was as probable to it (within 0.25 nats of log p_z): such a path is "
+            "left by damage alone."
+        )
     return Chapter("Memorisation against damage", "\n".join([*html, remark(note)]), tables, drawn)
 
 
@@ -127,64 +136,45 @@ def _paths(results: Results, student: str) -> tuple[list[str], list[Any]] | None
     return (list(curves), panels[:3]) if panels else None
 
 
-def memorisation(results: Results) -> Chapter | None:
-    sourced = [one for one in results["effects"] if one["source"]]
-    common = in_natural_order(name for name in common_measures(sourced) if name.startswith(("exact_match", "log_pz")))
-    if not common:
-        return None
-    html, tables = [], []
-    for student in results["design"]["students"]:
-        of = [one for one in results["effects"] if one["student"] == student]
-        tables.append(effect_table(f"memorisation_{slug(student)}", f"{student}: memorisation", of, common))
-        html.append(tables[-1].to_html())
-        flips = tuple(
-            (
-                cell["treatment"],
-                str(cell["seed"]),
-                cell["extraction"]["n"],
-                *(cell["extraction"]["classes"]["all"]["flips"][kind] for kind in ("kept", "lost", "gained", "never")),
-            )
-            for cell in results["cells"]
-            if cell["student"] == student
-        )
-        counted = (Column(kind, kind) for kind in ("kept", "lost", "gained", "never"))
-        columns = (Column("treatment", "treatment"), Column("seed", "seed"), Column("n", "n"), *counted)
-        tables.append(
-            Table(f"flips_{slug(student)}", f"{student}: sequences reproduced before and after", columns, flips)
-        )
-        html.append(tables[-1].to_html())
-    if results["swaps"]:
-        tables.append(_swapped(results["swaps"]))
-        html.append(tables[-1].to_html())
-    note = (
-        "Held-out, partial and seen are selected by what the source wrote: a difference between them is not the effect "
-        "of being seen. Where seeds drew different corpora, that effect is estimated by comparing the same sequences "
-        "between students that saw them and students that did not (both ways, so that a better student is no effect); "
-        "its interval is over sequences. p_z is the probability of one tokenisation of the suffix."
-    )
-    return Chapter("Memorisation by class and group", "\n".join([*html, remark(note)]), tuple(tables))
-
-
-def _swapped(swaps: Sequence[Mapping[str, Any]]) -> Table:
+def _fragile(found: Sequence[Mapping[str, Any]]) -> Table:
     columns = (
         Column("student", "student"),
         Column("treatment", "treatment"),
-        Column("measure", "measure"),
-        Column("effect", "effect of being seen", 3, signed=True),
-        Column("naive", "seen − held-out", 3, signed=True),
+        Column("kept", "kept of what the base reproduces (%)", 1),
+        Column("kept_never_trained", "kept of continuations as probable (%)", 1),
+        Column("difference", "difference (points)", 1, signed=True),
+        Column("log_pz", "change of log p_z, difference (nats)", 3, signed=True),
         Column("n", "sequences"),
+        Column("left_out", "without a counterpart"),
+        Column("counterparts", "continuations"),
         Column("seeds", "seeds"),
     )
     rows = tuple(
         (
             one["student"],
             one["treatment"],
-            label_of(one["measure"]),
-            scaled(estimate_of(one["effect"]), one["measure"]),
-            None if one["naive"] is None else scale_of(one["measure"]) * one["naive"],
-            one["effect"]["n"],
+            *(
+                scaled(estimate_of(one["exact_match"][side]), "exact_match")
+                for side in ("sequences", "never_trained", "difference")
+            ),
+            estimate_of(one["log_pz"]["difference"]),
+            one["n"],
+            one["left_out"],
+            one["counterparts"],
             one["seeds"],
         )
-        for one in swaps
+        for one in found
     )
-    return Table("swaps", "What being seen does, by swapped corpora", columns, rows)
+    return Table("fragility", "What is left of memory beside what is left of paths that are none", columns, rows)
+
+
+def _again(found: Sequence[Mapping[str, Any]]) -> Table:
+    columns = (
+        Column("student", "base"),
+        Column("way", "measured again"),
+        Column("flips", "exact matches that flip (%)", 2),
+        Column("log_pz", "mean |difference| of log p_z (nats)", 6),
+        Column("n", "sequences"),
+    )
+    rows = tuple((one["student"], one["way"], 100 * one["flips"], one["log_pz"], one["n"]) for one in found)
+    return Table("again", "The same model twice: the floor under every change", columns, rows)

@@ -1,0 +1,180 @@
+"""The chapter of a study's report on memorisation: by class, group and format, without what is held out, by swaps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax_selftrain.study.measures import common_measures, is_aside, scale_of
+from jax_selftrain.study.reports import figures
+from jax_selftrain.study.reports.effects import effect_table
+from jax_selftrain.study.reports.page import Chapter, framed, remark
+from jax_selftrain.study.reports.shown import digits_of, estimate_of, in_natural_order, label_of, scaled, slug
+from jax_selftrain.study.reports.tables import Column, Table
+
+Results = Mapping[str, Any]
+
+
+def memorisation(results: Results) -> Chapter | None:
+    sourced = [one for one in results["effects"] if one["source"]]
+    common = in_natural_order(name for name in common_measures(sourced) if name.startswith(("exact_match", "log_pz")))
+    if not common:
+        return None
+    plain, aside = ([name for name in common if is_aside(name) is other] for other in (False, True))
+    html: list[str] = []
+    tables: list[Table] = []
+    drawn: dict[str, str] = {}
+
+    def show(table: Table) -> None:
+        tables.append(table)
+        html.append(table.to_html())
+
+    for student in results["design"]["students"]:
+        key = slug(student)
+        of = [one for one in results["effects"] if one["student"] == student]
+        cells = [cell for cell in results["cells"] if cell["student"] == student]
+        show(effect_table(f"memorisation_{key}", f"{student}: memorisation", of, plain))
+        if aside:
+            show(effect_table(f"views_{key}", f"{student}: in other formats, and after relearning", of, aside))
+        show(_flips(student, cells))
+        thresholds = _thresholds(student, cells)
+        if thresholds.rows:
+            show(thresholds)
+        drawn[f"draws_{key}"] = _draws(f"draws_{key}", cells)
+        html.append(
+            framed(
+                drawn[f"draws_{key}"],
+                f"{student}: share of the {cells[0]['extraction']['n']:,} sequences that n independent draws at "
+                "temperature 1 contain with at least that probability (means over seeds).",
+            )
+        )
+    for name, table in (("scrubbed", _scrubbed), ("swaps", _swapped)):
+        if results[name]:
+            show(table(results[name]))
+    note = (
+        "Held-out, partial and seen are selected by what the source wrote: a difference between them is not the effect "
+        "of being seen. Where seeds drew different corpora, that effect is estimated by comparing the same sequences "
+        "between students that saw them and students that did not (both ways, so that a better student is no effect); "
+        "its interval is over sequences. H is half of the set, assigned by hash before anything was sampled; a "
+        "scrubbed corpus shows nothing of it, and its companion lacks as much other text. p_z is the probability of "
+        "one tokenisation of the suffix."
+    )
+    return Chapter("Memorisation by class and group", "\n".join([*html, remark(note)]), tuple(tables), drawn)
+
+
+def _flips(student: str, cells: Sequence[Results]) -> Table:
+    kinds = ("kept", "lost", "gained", "never")
+    rows = tuple(
+        (
+            cell["treatment"],
+            str(cell["seed"]),
+            cell["extraction"]["n"],
+            *(cell["extraction"]["classes"]["all"]["flips"][kind] for kind in kinds),
+        )
+        for cell in cells
+    )
+    counted = (Column(kind, kind) for kind in kinds)
+    columns = (Column("treatment", "treatment"), Column("seed", "seed"), Column("n", "n"), *counted)
+    return Table(f"flips_{slug(student)}", f"{student}: sequences reproduced before and after", columns, rows)
+
+
+def _thresholds(student: str, cells: Sequence[Results]) -> Table:
+    """What the corpus showed, by other lengths of overlap; each cell by itself."""
+    columns = (
+        Column("treatment", "treatment"),
+        Column("seed", "seed"),
+        Column("threshold", "tokens in a row"),
+        Column("class", "class"),
+        Column("n", "n"),
+        *(
+            Column(name, f"change: {label_of(name)}", digits_of(name), signed=True)
+            for name in ("exact_match", "log_pz")
+        ),
+    )
+    rows = tuple(
+        (
+            cell["treatment"],
+            str(cell["seed"]),
+            part["threshold"],
+            part["class"].replace("_", " "),
+            part["n"],
+            *(
+                scaled(estimate_of(part[name]["change"]), measure)
+                for name, measure in (("exact_match", "exact_match"), ("logprob", "log_pz"))
+            ),
+        )
+        for cell in cells
+        for part in cell["extraction"].get("thresholds", ())
+        if part["n"]
+    )
+    caption = f"{student}: classes by how many tokens in a row the corpus showed"
+    return Table(f"thresholds_{slug(student)}", caption, columns, rows)
+
+
+def _draws(name: str, cells: Sequence[Results]) -> str:
+    def line(members: Sequence[Results], p: float, side: str) -> list[float]:
+        curves = [[100 * e[side]["value"] for e in c["extraction"]["discoverable"] if e["p"] == p] for c in members]
+        return [sum(at) / len(at) for at in zip(*curves, strict=True)]
+
+    entries = cells[0]["extraction"]["discoverable"]
+    treatments = list(dict.fromkeys(cell["treatment"] for cell in cells))
+    panels = [
+        (
+            f"probability ≥ {p:g}",
+            [
+                line(cells[:1], p, "before"),
+                *(line([c for c in cells if c["treatment"] == one], p, "after") for one in treatments),
+            ],
+        )
+        for p in dict.fromkeys(entry["p"] for entry in entries)
+    ]
+    draws = [entry["draws"] for entry in entries if entry["p"] == entries[0]["p"]]
+    return figures.found_by_draws(name, ["before", *treatments], draws, panels)
+
+
+def _scrubbed(found: Sequence[Mapping[str, Any]]) -> Table:
+    columns = (
+        Column("student", "student"),
+        Column("arms", "arms"),
+        Column("measure", "measure"),
+        Column("difference", "scrubbed − companion", 4, signed=True),
+        Column("n", "items"),
+        Column("seeds", "seeds"),
+    )
+    rows = tuple(
+        (
+            one["student"],
+            f"{one['scrubbed']} − {one['companion']}",
+            label_of(one["measure"]),
+            scaled(estimate_of(one["difference"]), one["measure"]),
+            one["n"],
+            len(one["seeds"]),
+        )
+        for one in found
+    )
+    return Table("scrubbed", "Without the held-out half, beside without as much other text", columns, rows)
+
+
+def _swapped(swaps: Sequence[Mapping[str, Any]]) -> Table:
+    columns = (
+        Column("student", "student"),
+        Column("treatment", "treatment"),
+        Column("measure", "measure"),
+        Column("effect", "effect of being seen", 3, signed=True),
+        Column("naive", "seen − held-out", 3, signed=True),
+        Column("n", "sequences"),
+        Column("seeds", "seeds"),
+    )
+    rows = tuple(
+        (
+            one["student"],
+            one["treatment"],
+            label_of(one["measure"]),
+            scaled(estimate_of(one["effect"]), one["measure"]),
+            None if one["naive"] is None else scale_of(one["measure"]) * one["naive"],
+            one["effect"]["n"],
+            one["seeds"],
+        )
+        for one in swaps
+    )
+    return Table("swaps", "What being seen does, by swapped corpora", columns, rows)

@@ -1,0 +1,18 @@
+"""Stages: each is done once, whoever needs it."""
+
+from pathlib import Path
+
+from jax_selftrain.study.stages import Stage, complete
+
+
+def test_a_stage_that_is_named_twice_is_done_once_and_the_work_ends(tmp_path: Path):
+    done: list[str] = []
+    text = Stage("import", "text", {}, {"text": "a"}, lambda out: done.append("text"))
+    models = [
+        Stage("teach", f"model {seed}", {"seed": seed}, {"corpus": text}, lambda out, seed=seed: done.append(f"{seed}"))
+        for seed in (0, 1)
+    ]
+    complete(tmp_path, [text, models[0], text, models[1]])
+    assert done == ["text", "0", "1"]
+    complete(tmp_path, [models[1]])  # what it needs is found done
+    assert done == ["text", "0", "1"]
