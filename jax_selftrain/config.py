@@ -478,8 +478,9 @@ class ClaimConfig:
     against: str = ""
     """Another treatment of the student, from whose change the difference is taken; unset: the base."""
     measure: str = "accuracy"
-    """`accuracy` (chance-normalised, of all tasks), `task/NAME`, `text/NAME` (bits per byte), `exact_match` or
-    `log_pz`, of all sequences or of a class or group (`exact_match/held_out`)."""
+    """`accuracy` (chance-normalised, of the eligible tasks), `task/NAME`, `log_odds` of the right choice (of these, or
+    `log_odds/NAME`), `text/NAME` (bits per byte), `exact_match` or `log_pz`, of all sequences or of a class, group or
+    view (`exact_match/held_out`, `exact_match/H`, `log_pz/asked FORMAT`, `log_pz/relearned`)."""
     direction: Literal["raises", "lowers", "preserves"] = "raises"
     """What is claimed of the measure's change."""
     margin: float | None = None

@@ -164,7 +164,7 @@ def _decide(
         return "not tested", "the study has no such cells or no such measure."
     if seeds < HEADLINE or effect is None:
         return "not tested", f"{seeds} seed{'s' if seeds > 1 else ''}; a verdict needs {HEADLINE}."
-    if claim.measure.startswith(("accuracy", "task/")) and (failed := _insensitive(config, claim, cells)):
+    if claim.measure.startswith(("accuracy", "task/", "log_odds")) and (failed := _insensitive(config, claim, cells)):
         return "assay insensitive", failed
     words = f"p = {p:.3g} after correction over {seeds} seeds"
     if p < LEVEL:

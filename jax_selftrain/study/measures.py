@@ -25,8 +25,8 @@ def main_measure(results: Mapping[str, Any]) -> str:
 
 
 def is_plain(measure: str) -> bool:
-    """Not one of a class or group of sequences."""
-    return not measure.startswith(("exact_match/", "log_pz/"))
+    """Not one of a class or group of sequences, nor the log-odds of one task."""
+    return not measure.startswith(("exact_match/", "log_pz/", "log_odds/"))
 
 
 def is_aside(measure: str) -> bool:

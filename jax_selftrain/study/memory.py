@@ -175,7 +175,9 @@ def scrubbed_beside_companion(config: StudyConfig, cells: Cells) -> list[dict[st
                 continue
             sides = [list(of[arm].values()) for arm in (scrubbed, companion)]
             for measure in sides[0][0]:
-                if all(measure in one for side in sides for one in side) and not measure.startswith("task/"):
+                if all(measure in one for side in sides for one in side) and not measure.startswith(
+                    ("task/", "log_odds/")
+                ):
                     seeds = [
                         one[measure]["after"]["value"] - other[measure]["after"]["value"]
                         for one, other in zip(*sides, strict=True)

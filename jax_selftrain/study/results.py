@@ -130,7 +130,8 @@ def compare_tasks(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
 
 
 def compare_macro(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Accuracy averaged over tasks, plain and chance-normalised: (accuracy − chance) / (1 − chance)."""
+    """Averages over tasks: accuracy, plain and chance-normalised ((accuracy − chance) / (1 − chance)), and log-odds of
+    the right choice, over the tasks that have choices (None where none has)."""
     chances = np.array([pair.before.chance or 0.0 for pair in pairs])
     effects = [statistics.share_effect(*pair.right, pair.clusters) for pair in pairs]
     levels = [[pair.right[side].astype(np.float64) for pair in pairs] for side in (0, 1)]
@@ -148,7 +149,24 @@ def compare_macro(pairs: Sequence[Pair]) -> dict[str, Any]:
             "after": asdict(statistics.macro_mean(normed[1])),
             "change": asdict(statistics.macro_effect(effects, 1 / (1 - chances)).estimate()),
         },
+        "log_odds": _macro_log_odds(pairs),
     }
+
+
+def _macro_log_odds(pairs: Sequence[Pair]) -> dict[str, Any] | None:
+    both = [
+        (old, new)
+        for before, after in pairs
+        if (old := before.log_odds) is not None and (new := after.log_odds) is not None
+    ]
+    if not both:
+        return None
+    sides = {
+        "before": [old for old, _ in both],
+        "after": [new for _, new in both],
+        "change": [new - old for old, new in both],
+    }
+    return {side: asdict(statistics.macro_mean(values)) for side, values in sides.items()}
 
 
 # Extraction -----------------------------------------------------------------------------------------------------

@@ -147,13 +147,17 @@ def measures(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """{name: before, after and change} of everything that is compared between cells.
 
     `accuracy` is the chance-normalised macro accuracy over the tasks that are eligible by the base
-    (`pairs.why_not_eligible`; where none is, there is no such measure), `text/NAME` bits per byte, `task/NAME`
-    accuracy, and `exact_match` and `log_pz` those of `memory.memory_measures`.
+    (`pairs.why_not_eligible`; where none is, there is no such measure), `log_odds` those of the right choice over the
+    same, `task/NAME` and `log_odds/NAME` those of each task, `text/NAME` bits per byte, and `exact_match` and `log_pz`
+    those of `memory.memory_measures`.
     """
     found: dict[str, dict[str, Any]] = {}
     if cell["macro"]:
         found["accuracy"] = cell["macro"]["chance_normalised"]
+        if cell["macro"]["log_odds"]:
+            found["log_odds"] = cell["macro"]["log_odds"]
     found |= {f"task/{task['name']}": task["accuracy"] for task in cell["tasks"]}
+    found |= {f"log_odds/{task['name']}": task["log_odds"] for task in cell["tasks"] if "log_odds" in task}
     found |= {f"text/{text['name']}": text["bits_per_byte"] for text in cell["texts"]}
     return found | memory_measures(cell)
 

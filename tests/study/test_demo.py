@@ -159,3 +159,18 @@ def test_classes_and_p_z_are_those_that_plain_python_and_transformers_find(made:
     logprobs, exact = log_pz_of(tmp_path / "export", np.array(rows), TINY.prefix)
     np.testing.assert_allclose(found["logprob"], logprobs, atol=1e-3)
     np.testing.assert_array_equal(found["exact_match"], exact)
+
+
+def test_log_odds_are_those_of_the_questions(made: Path) -> None:
+    design = make_design(settings.load(StudyConfig, made / "config.yaml"))
+    cells = storage.read_json(made / "results.json")["cells"]
+    for planned, told in zip(design.cells, cells, strict=True):
+        assert planned.score is not None
+        table = pq.read_table(design.folder(planned.score) / "score.documents.parquet").to_pandas()
+        means = table.groupby("task")["log_odds"].mean()
+        for task in told["tasks"]:
+            assert told["measures"][f"log_odds/{task['name']}"]["after"]["value"] == pytest.approx(means[task["name"]])
+        eligible = [task["name"] for task in told["tasks"] if task["not_eligible"] is None]
+        assert ("log_odds" in told["measures"]) == bool(eligible)
+        if eligible:
+            assert told["measures"]["log_odds"]["after"]["value"] == pytest.approx(means[eligible].mean())

@@ -128,7 +128,7 @@ def test_every_cell_is_measured_and_the_null_is_exactly_zero(finished: Path):
     assert len(cells) == 2 * 2 + len(ARMS) + 1
     for (_, treatment, _), cell in cells.items():
         assert cell["identical"] == (treatment == "learning rate 0")
-        assert {"task/animals", "text/stories", "exact_match", "log_pz"} <= cell["measures"].keys()
+        assert {"task/animals", "log_odds/animals", "text/stories", "exact_match", "log_pz"} <= cell["measures"].keys()
         fit = [task for task in cell["tasks"] if task["not_eligible"] is None]
         assert ("accuracy" in cell["measures"]) == bool(fit)  # a task in which the base guesses counts for nothing
         for measure in cell["measures"].values():

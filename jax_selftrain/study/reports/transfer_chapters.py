@@ -177,8 +177,15 @@ def _capability(results: Results) -> Chapter | None:
             )
             html.append(framed(svg, f"{student}: all treatments, with a dot for every seed."))
         shown = [name for name in names if name == "accuracy" or name.startswith("task/")]
-        tables.append(effect_table(f"capability_{slug(student)}", f"{student}: accuracy by task", of, shown))
-        html.append(tables[-1].to_html())
+        odds = [name for name in names if name.startswith("log_odds")]
+        by_task = (
+            ("capability", "accuracy by task", shown),
+            ("log_odds", "log-odds of the right choice by task", odds),
+        )
+        for name, caption, measured in by_task:
+            if measured:
+                tables.append(effect_table(f"{name}_{slug(student)}", f"{student}: {caption}", of, measured))
+                html.append(tables[-1].to_html())
     note = (
         "Chance-normalised means (accuracy − guessing) / (1 − guessing), averaged with equal weight over the tasks "
         "that are eligible: those in which the base, before anything, is above guessing by four standard errors and "
