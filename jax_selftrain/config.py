@@ -214,7 +214,7 @@ class TrainConfig:
     eval_tasks: tuple[str, ...] = ()
     """Task files, as `score` reads them, measured on the way (`NAME/acc`)."""
     eval_sequences: str = ""
-    """An extraction set, as `extract` reads it, measured on the way (`NAME/exact_match`, `NAME/log_pz`)."""
+    """An extraction set, as `extract` reads it, measured on the way (`NAME/exact_match`, `NAME/log_pz`, `NAME/pz`)."""
     eval_prefix: int = 32
     """Tokens given of each of `eval_sequences`."""
     eval_suffix: int = 32
@@ -222,8 +222,8 @@ class TrainConfig:
     eval_limit: int | None = None
     """Use only the first so many documents of each file that is measured on the way."""
     stop_metric: str = ""
-    """Stop early on this measure of `curve.jsonl` (for instance `heldout/nll`: lower is better; of acc, exact_match and
-    log_pz higher) and deliver the best model; unset: train to the end."""
+    """Stop early on this measure of `curve.jsonl` (for instance `heldout/nll`: lower is better; of acc, exact_match,
+    log_pz and pz higher) and deliver the best model; unset: train to the end."""
     patience: int = 3
     """Evaluations without improvement after which training stops."""
     wandb: str = ""
@@ -479,8 +479,8 @@ class ClaimConfig:
     """Another treatment of the student, from whose change the difference is taken; unset: the base."""
     measure: str = "accuracy"
     """`accuracy` (chance-normalised, of the eligible tasks), `task/NAME`, `log_odds` of the right choice (of these, or
-    `log_odds/NAME`), `text/NAME` (bits per byte), `exact_match` or `log_pz`, of all sequences or of a class, group or
-    view (`exact_match/held_out`, `exact_match/H`, `log_pz/asked FORMAT`, `log_pz/relearned`)."""
+    `log_odds/NAME`), `text/NAME` (bits per byte), `exact_match`, `log_pz` or `pz` (its mean), of all sequences or of a
+    class, group or view (`exact_match/held_out`, `exact_match/H`, `log_pz/asked FORMAT`, `log_pz/relearned`)."""
     direction: Literal["raises", "lowers", "preserves"] = "raises"
     """What is claimed of the measure's change."""
     margin: float | None = None

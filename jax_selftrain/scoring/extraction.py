@@ -231,14 +231,16 @@ def summarise(
 
     Returns:
       `n`; `exact_match` with its Wilson 95 % interval; `token_accuracy`, `teacher_forced_accuracy`, `matched_tokens`,
-      `logprob`; `discoverable` by "n@p", at temperature 1; `policies`: `summarise_policy` of each. Standard errors are
+      `logprob` (the mean of log p_z, which hopeless sequences decide) and `pz` (that of p_z: the share that one draw
+      says); `discoverable` by "n@p", at temperature 1; `policies`: `summarise_policy` of each. Standard errors are
       under `…_stderr`. Means are None where n is 0, and of what was not measured.
     """
     n = int(members.sum())
     exact = measured["exact_match"][members]
     result: dict[str, Any] = {"n": n, "exact_match_interval": wilson_interval(exact) if n else None}
-    for name in ("exact_match", "token_accuracy", "teacher_forced_accuracy", "matched_tokens", "logprob"):
-        value, stderr = mean_and_stderr(measured[name][members]) if n and name in measured else (None, None)
+    values = {**measured, "pz": np.exp(measured["logprob"])}
+    for name in ("exact_match", "token_accuracy", "teacher_forced_accuracy", "matched_tokens", "logprob", "pz"):
+        value, stderr = mean_and_stderr(values[name][members]) if n and name in values else (None, None)
         result |= {name: value, f"{name}_stderr": stderr}
     result |= discoverable_shares(measured["logprob"][members])
     if policies:

@@ -4,8 +4,9 @@ Greedy reproduction is fragile: noise in the weights that teaches nothing breaks
 forgetting only where it is more than noise of at least the same damage does. Seed by seed, the student is laid beside
 the control (an arm of kind `noise`) with the smallest held-out loss that is not below its own: at least as damaged,
 never less, so that a student which is nothing but damaged does not come out below it. It is called **decoupled** if
-over seeds (one-sided t, each at .05) exact match lies below that control's, log p_z lies below that control's, and log
-p_z has fallen. Fewer than five seeds, or no control that is damaged enough: **not tested**.
+over seeds (one-sided t, each at .05) exact match lies below that control's, mean p_z lies below that control's, and
+mean p_z has fallen. (The mean of log p_z would be decided by sequences that were never memorised.) Damage is told on
+the text that the base predicts best. Fewer than five seeds, or no control that is damaged enough: **not tested**.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 from scipy import stats
 
 from jax_selftrain.study import statistics
+from jax_selftrain.study.measures import own_text
 from jax_selftrain.study.noninferiority import HEADLINE, LEVEL
 
 Cells = Sequence[Mapping[str, Any]]
@@ -29,7 +31,7 @@ def decoupling(cells: Cells, controls: Sequence[str]) -> list[dict[str, Any]]:
     """For every student and every treatment that is no control: the verdict, its reason, and the three differences.
 
     Args:
-        cells: those of `results.json`, with `measures`; loss is that of the first text.
+        cells: those of `results.json`, with `measures`.
         controls: names of the arms of noise.
     """
     found = []
@@ -42,29 +44,29 @@ def decoupling(cells: Cells, controls: Sequence[str]) -> list[dict[str, Any]]:
 
 def _judge(cells: Cells, treatment: str, controls: Sequence[str]) -> dict[str, Any]:
     members = [cell for cell in cells if cell["treatment"] == treatment]
-    texts = [name for name in members[0]["measures"] if name.startswith("text/")]
-    if not texts or "exact_match" not in members[0]["measures"]:
+    loss = own_text({name: measure["before"]["value"] for name, measure in members[0]["measures"].items()})
+    if loss is None or "exact_match" not in members[0]["measures"]:
         return _verdict(NOT_TESTED, "there is no held-out text, or no sequences.")
-    differences: dict[str, list[float]] = {"exact_match": [], "log_pz": [], "log_pz_change": []}
+    differences: dict[str, list[float]] = {"exact_match": [], "pz": [], "pz_change": []}
     beside = []
     for cell in members:
         noisy = [one for one in cells if one["treatment"] in controls and one["seed"] == cell["seed"]]
-        worse = [one for one in noisy if _after(one, texts[0]) >= _after(cell, texts[0])]
+        worse = [one for one in noisy if _after(one, loss) >= _after(cell, loss)]
         if not worse:
             return _verdict(NOT_TESTED, f"no control is as damaged as it is with seed {cell['seed']}.")
-        control = min(worse, key=lambda one: _after(one, texts[0]))
+        control = min(worse, key=lambda one: _after(one, loss))
         beside.append(control["treatment"])
-        for measure in ("exact_match", "log_pz"):
+        for measure in ("exact_match", "pz"):
             differences[measure].append(_after(cell, measure) - _after(control, measure))
-        differences["log_pz_change"].append(cell["measures"]["log_pz"]["change"]["value"])
+        differences["pz_change"].append(cell["measures"]["pz"]["change"]["value"])
     estimates = {name: statistics.mean(values) for name, values in differences.items()}
     told = {name: asdict(estimate) for name, estimate in estimates.items()} | {"controls": list(dict.fromkeys(beside))}
     if len(members) < HEADLINE:
         return _verdict(NOT_TESTED, f"{len(members)} seed{'s' * (len(members) > 1)}; it takes {HEADLINE}.") | told
     names = {
         "exact_match": "exact match is not below the control's",
-        "log_pz": "log p_z is not below the control's",
-        "log_pz_change": "log p_z has not fallen",
+        "pz": "mean p_z is not below the control's",
+        "pz_change": "mean p_z has not fallen",
     }
     failed = [text for name, text in names.items() if _p_below(differences[name]) > LEVEL]
     if failed:
@@ -73,7 +75,7 @@ def _judge(cells: Cells, treatment: str, controls: Sequence[str]) -> dict[str, A
 
 
 def _verdict(verdict: str, reason: str) -> dict[str, Any]:
-    empty: dict[str, Any] = {"exact_match": None, "log_pz": None, "log_pz_change": None, "controls": []}
+    empty: dict[str, Any] = {"exact_match": None, "pz": None, "pz_change": None, "controls": []}
     return {"verdict": verdict, "reason": reason, **empty}
 
 

@@ -10,6 +10,7 @@ puts them to the model in memory whenever training asks.
 | a task file | `NAME/acc` | share of questions answered rightly |
 | an extraction set | `NAME/exact_match` | share of suffixes that the model continues its prefixes with, greedily |
 | | `NAME/log_pz` | mean log-probability of the suffix, nats |
+| | `NAME/pz` | mean probability of the suffix |
 
 NAME is the file's name without its ending.
 """
@@ -85,7 +86,7 @@ class _Yardsticks:
         return (
             *(f"{text.name}/nll" for text in self.texts),
             *(f"{task.name}/acc" for task in self.tasks),
-            *(f"{name}/{measure}" for name in self.sequences for measure in ("exact_match", "log_pz")),
+            *(f"{name}/{measure}" for name in self.sequences for measure in ("exact_match", "log_pz", "pz")),
         )
 
     def describe(self) -> dict[str, Any]:
@@ -123,6 +124,7 @@ class _Yardsticks:
             forced = scoring.teacher_forced(model, rows, self.prefix)
             measures[f"{name}/exact_match"] = float(forced["exact_match"].mean())
             measures[f"{name}/log_pz"] = float(forced["logprob"].mean())
+            measures[f"{name}/pz"] = float(np.exp(forced["logprob"]).mean())
         return measures
 
 

@@ -24,9 +24,15 @@ def main_measure(results: Mapping[str, Any]) -> str:
     )
 
 
+def own_text(levels: Mapping[str, float]) -> str | None:
+    """Of a base's levels by measure, the text that it predicts best: damage to a student is told on that one."""
+    texts = [name for name in levels if name.startswith("text/")]
+    return min(texts, key=lambda name: levels[name]) if texts else None
+
+
 def is_plain(measure: str) -> bool:
     """Not one of a class or group of sequences, nor the log-odds of one task."""
-    return not measure.startswith(("exact_match/", "log_pz/", "log_odds/"))
+    return not measure.startswith(("exact_match/", "log_pz/", "pz/", "log_odds/"))
 
 
 def is_aside(measure: str) -> bool:
@@ -37,4 +43,4 @@ def is_aside(measure: str) -> bool:
 
 def scale_of(measure: str) -> float:
     """Factor from the measure's own unit to the one shown: percentage points of shares."""
-    return 100.0 if measure.startswith(("accuracy", "task/", "exact_match")) else 1.0
+    return 100.0 if measure.startswith(("accuracy", "task/", "exact_match", "pz")) else 1.0

@@ -119,7 +119,10 @@ def _by_threshold(before: Arrays, after: Arrays, suffix: int) -> list[dict[str, 
 
 
 def memory_measures(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """`exact_match` and `log_pz` of a described cell: of all sequences, and `/NAME` of each class, group and view."""
+    """`exact_match` and `log_pz` of a described cell: of all sequences, and `/NAME` of each class, group and view.
+
+    `pz`, the mean of p_z, is told of all sequences, of H and of the classes.
+    """
     extraction = cell["extraction"]
     if not extraction:
         return {}
@@ -132,6 +135,8 @@ def memory_measures(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             suffix = f"/{name}" if name else ""
             found[f"exact_match{suffix}"] = part["exact_match"]
             found[f"log_pz{suffix}"] = part["logprob"]
+            if name in ("", H, *CLASSES):
+                found[f"pz{suffix}"] = part["pz"]
     return found
 
 

@@ -197,19 +197,25 @@ def compare_extraction(before: Arrays, after: Arrays, groups: Sequence[str] | No
 
 
 def compare_sequences(before: Arrays, after: Arrays, members: np.ndarray) -> dict[str, Any]:
-    """What `members` (bool [N]) of some sequences are before and after; only `n` where there are none."""
+    """What `members` (bool [N]) of some sequences are before and after; only `n` where there are none.
+
+    `logprob` is the mean of log p_z, which sequences that are hopeless dominate; `pz` that of p_z: the share that one
+    draw says.
+    """
     if not members.any():
         return {"n": 0}
-    exact = before["exact_match"][members], after["exact_match"][members]
+    old, new = ({name: side[name][members] for name in side} for side in (before, after))
+    exact = old["exact_match"], new["exact_match"]
     return {
         "n": int(members.sum()),
         "exact_match": shares(*exact),
         "flips": asdict(statistics.flips(*exact)),
         **{
-            name: rates(before[name][members], after[name][members])
+            name: rates(old[name], new[name])
             for name in ("token_accuracy", "teacher_forced_accuracy", "logprob")
-            if name in before
+            if name in old
         },
+        "pz": rates(np.exp(old["logprob"]), np.exp(new["logprob"])),
     }
 
 

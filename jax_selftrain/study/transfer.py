@@ -148,8 +148,8 @@ def measures(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
     `accuracy` is the chance-normalised macro accuracy over the tasks that are eligible by the base
     (`pairs.why_not_eligible`; where none is, there is no such measure), `log_odds` those of the right choice over the
-    same, `task/NAME` and `log_odds/NAME` those of each task, `text/NAME` bits per byte, and `exact_match` and `log_pz`
-    those of `memory.memory_measures`.
+    same, `task/NAME` and `log_odds/NAME` those of each task, `text/NAME` bits per byte, and those of
+    `memory.memory_measures`.
     """
     found: dict[str, dict[str, Any]] = {}
     if cell["macro"]:

@@ -18,6 +18,7 @@ LOWER_IS_BETTER = {
     "acc_norm": False,
     "exact_match": False,
     "log_pz": False,
+    "pz": False,
 }
 """By the last part of a measure's name, after the `/`."""
 

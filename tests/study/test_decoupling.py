@@ -11,19 +11,22 @@ from jax_selftrain.study.decoupling import decoupling
 
 SEEDS = range(100, 105)
 CONTROLS = ("noise ×1", "noise ×3", "noise ×9")
-BASE = {"text/stories": 0.9, "exact_match": 0.6, "log_pz": -4.0}
+BASE = {"text/stories": 0.9, "exact_match": 0.6, "pz": 0.5}
 
 
 def damaged(rng: np.random.Generator, loss: float, forgets: float = 0.0) -> dict[str, float]:
     """What noise of some loss leaves: greedy reproduction falls steeply, and at first faster than it falls later."""
     extra = loss - BASE["text/stories"]
     exact = BASE["exact_match"] * np.exp(-extra / 0.05) - forgets + 0.01 * rng.normal()
-    nats = BASE["log_pz"] - 30 * extra - 10 * forgets + 0.1 * rng.normal()
-    return {"text/stories": loss, "exact_match": float(exact), "log_pz": float(nats)}
+    said = BASE["pz"] - 2 * extra - 0.7 * forgets + 0.01 * rng.normal()
+    return {"text/stories": loss, "exact_match": float(exact), "pz": float(said)}
 
 
 def cell(treatment: str, seed: int, after: dict[str, float]) -> dict[str, Any]:
-    measures = {name: {"after": {"value": v}, "change": {"value": v - BASE[name]}} for name, v in after.items()}
+    measures = {
+        name: {"before": {"value": BASE[name]}, "after": {"value": v}, "change": {"value": v - BASE[name]}}
+        for name, v in after.items()
+    }
     return {"student": "a", "treatment": treatment, "seed": seed, "measures": measures}
 
 
@@ -57,12 +60,12 @@ def test_lost_paths_without_falling_probability_are_no_forgetting() -> None:
     rng, cells = np.random.default_rng(2), []
     for one in study_of(rng, 0.2):
         if one["treatment"] == "text of a":
-            level = -3.5 + 0.1 * rng.normal()
-            one["measures"]["log_pz"] = {"after": {"value": level}, "change": {"value": level + 4.0}}
+            level = 0.55 + 0.01 * rng.normal()
+            one["measures"]["pz"] |= {"after": {"value": level}, "change": {"value": level - BASE["pz"]}}
         cells.append(one)
     (found,) = decoupling(cells, CONTROLS)
     assert found["verdict"] == "not shown"
-    assert "log p_z has not fallen" in found["reason"]
+    assert "mean p_z has not fallen" in found["reason"]
 
 
 def test_it_takes_five_seeds_and_a_control_that_is_damaged_enough() -> None:
@@ -79,4 +82,15 @@ def test_it_takes_five_seeds_and_a_control_that_is_damaged_enough() -> None:
 
 def test_the_control_is_the_least_damaged_of_those_that_are_no_less_damaged() -> None:
     (found,) = decoupling(study_of(np.random.default_rng(4), 0.0), CONTROLS)
+    assert found["controls"] == ["noise ×3"]
+
+
+def test_damage_is_told_on_the_text_that_the_base_predicts_best() -> None:
+    """Another world's text, of which the student read, comes first and grows easier: no measure of damage."""
+    cells = study_of(np.random.default_rng(5), 0.0)
+    for one in cells:
+        level = 1.0 if one["treatment"] == "text of a" else 2.0
+        foreign = {"before": {"value": 2.0}, "after": {"value": level}, "change": {"value": level - 2.0}}
+        one["measures"] = {"text/foreign": foreign, **one["measures"]}
+    (found,) = decoupling(cells, CONTROLS)
     assert found["controls"] == ["noise ×3"]

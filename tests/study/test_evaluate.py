@@ -22,7 +22,7 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.scoring import extract, score
 from jax_selftrain.study import run, train
 
-MEASURES = ("stories/nll", "animals/acc", "words/acc", "sequences/exact_match", "sequences/log_pz")
+MEASURES = ("stories/nll", "animals/acc", "words/acc", "sequences/exact_match", "sequences/log_pz", "sequences/pz")
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +98,7 @@ def test_the_curve_says_what_score_and_extract_say_of_each_checkpoint(
             "words/acc": scored["tasks"]["words"]["acc"],
             "sequences/exact_match": extracted["exact_match"],
             "sequences/log_pz": extracted["logprob"],
+            "sequences/pz": extracted["pz"],
         }
         assert list(line) == list(expected)
         assert line == pytest.approx(expected, rel=1e-6)  # parameters under another preset: fp32 sums, reordered

@@ -14,6 +14,7 @@ KINDS = {
     "acc": ("tasks", "accuracy (%)", 100),
     "exact_match": ("sequences", "exact match (%)", 100),
     "log_pz": ("sequences", "log p_z (nats)", 1),
+    "pz": ("sequences", "mean p_z (%)", 100),
 }
 """By the last part of a measure's name: what it is measured on, the label of its axis, the scale there."""
 
@@ -73,7 +74,11 @@ def curve_chapter(results: Mapping[str, Any]) -> Chapter | None:
     drawn["evaluations"] = figures.curves(
         "evaluations",
         steps,
-        [(KINDS[kind][1], [(_file(one), _scaled(one)) for one in of]) for kind, of in of_kind.items() if of],
+        [
+            (KINDS[kind][1], [(_file(one), _scaled(one)) for one in of])
+            for kind, of in of_kind.items()
+            if of and kind != "pz"
+        ],
         best=best,
     )
     html.append(framed(drawn["evaluations"], f"Each evaluation, by optimiser step. {counted}."))
@@ -83,7 +88,8 @@ def curve_chapter(results: Mapping[str, Any]) -> Chapter | None:
     note = (
         "Points of one curve are measured on the same documents and sequences, so that their differences are surer "
         "than the numbers themselves; the intervals of the whole change stand in the chapters above. exact_match "
-        "and acc are shares of 1; nll is in nats per token, log_pz in nats per suffix."
+        "and acc are shares of 1, pz is the mean probability of a suffix; nll is in nats per token, log_pz in nats per "
+        "suffix."
     )
     if stopped:
         note += (

@@ -17,7 +17,9 @@ Results = Mapping[str, Any]
 
 def memorisation(results: Results) -> Chapter | None:
     sourced = [one for one in results["effects"] if one["source"]]
-    common = in_natural_order(name for name in common_measures(sourced) if name.startswith(("exact_match", "log_pz")))
+    common = in_natural_order(
+        name for name in common_measures(sourced) if name.startswith(("exact_match", "log_pz", "pz"))
+    )
     if not common:
         return None
     plain, aside = ([name for name in common if is_aside(name) is other] for other in (False, True))

@@ -27,6 +27,7 @@ def label_of(measure: str) -> str:
         "log_odds": f"log-odds of the right choice{', ' + name if name else ''} (nats)",
         "text": f"{name} (bits per byte)",
         "exact_match": f"exact match{', ' + name if name else ''} (points)",
+        "pz": f"mean p_z{', ' + name if name else ''} (points)",
         "log_pz": f"log p_z{', ' + name if name else ''} (nats)",
     }[kind]
 

@@ -63,39 +63,38 @@ def _design(results: Results) -> Chapter:
         *(Column(name, name) for name in measured),
     )
     table = Table("models", "The models, and what they can do before anything", columns, rows)
-    cells = results["cells"]
-    budget = Table(
-        "budget",
-        "What each cell was trained on",
-        (
-            Column("student", "student"),
-            Column("treatment", "treatment"),
-            Column("seed", "seed"),
-            Column("steps", "steps"),
-            Column("targets", "tokens predicted"),
-            Column("samples", "documents in the corpus"),
-            Column("tokens", "its tokens"),
-        ),
-        tuple(
-            (
-                cell["student"],
-                cell["treatment"],
-                str(cell["seed"]),
-                cell["training"]["steps"] if cell["training"] else 0,
-                cell["training"]["targets"] if cell["training"] else 0,
-                *(
-                    results["corpora"][cell["corpus"]][name] if cell["corpus"] else None
-                    for name in ("samples", "tokens")
-                ),
-            )
-            for cell in cells
-        ),
-    )
+    budget = _budget(results)
     note = (
         "Accuracy on tasks, bits per byte on texts. Steps, batch and learning rate are the same for all but where an "
     )
     note += "arm says otherwise; tokens differ by how well documents fill rows."
     return Chapter("Design", table.to_html() + budget.to_html() + remark(note), (table, budget))
+
+
+def _budget(results: Results) -> Table:
+    """Of every student and treatment, the means over seeds."""
+    corpora = results["corpora"]
+    rows = []
+    for one in results["effects"]:
+        key = one["student"], one["treatment"]
+        cells = [cell for cell in results["cells"] if (cell["student"], cell["treatment"]) == key]
+        trained = [cell["training"] for cell in cells if cell["training"]]
+        read = [corpora[cell["corpus"]] for cell in cells if cell["corpus"]]
+        values = (
+            *([part[name] for part in trained] for name in ("steps", "targets")),
+            *([part[name] for part in read] for name in ("samples", "tokens")),
+        )
+        rows.append((*key, len(cells), *(round(sum(found) / len(found)) if found else None for found in values)))
+    columns = (
+        Column("student", "student"),
+        Column("treatment", "treatment"),
+        Column("seeds", "seeds"),
+        Column("steps", "steps"),
+        Column("targets", "tokens predicted"),
+        Column("samples", "documents in the corpus"),
+        Column("tokens", "its tokens"),
+    )
+    return Table("budget", "What each student was trained on, means over seeds", columns, tuple(rows))
 
 
 def _matrix(results: Results) -> Chapter:

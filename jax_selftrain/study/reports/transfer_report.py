@@ -153,7 +153,10 @@ def _verdicts(results: Results) -> Chapter:
         )
         text = tables[0].to_html() + remark(note)
     if identical:
-        names = ", ".join(f"{cell['student']}, {cell['treatment']}, seed {cell['seed']}" for cell in identical)
+        seeds: dict[tuple[str, str], list[str]] = {}
+        for cell in identical:
+            seeds.setdefault((cell["student"], cell["treatment"]), []).append(str(cell["seed"]))
+        names = "; ".join(f"{student}, {treatment}, seed {', '.join(of)}" for (student, treatment), of in seeds.items())
         text += f"<p>Every measured number is exactly that of the base in: {escape(names)}.</p>"
     return Chapter("Verdicts", text, tuple(tables))
 
