@@ -27,6 +27,7 @@ from typing import Any, Literal
 from jax_selftrain import storage
 from jax_selftrain.config import (
     ArmConfig,
+    ClaimConfig,
     ExtractConfig,
     ImportConfig,
     ModelConfig,
@@ -36,11 +37,16 @@ from jax_selftrain.config import (
     TrainConfig,
 )
 from jax_selftrain.corpus import import_text, open_corpus
+from jax_selftrain.study.cells import MATRIX
+from jax_selftrain.study.claims import INTERACTION
 from jax_selftrain.study.stages import Stage, complete
 from jax_selftrain.study.worlds.blank import START, is_written, train_tokenizer, write_blank_model, write_jsonl
 from jax_selftrain.study.worlds.parts import World, WorldConfig
 from jax_selftrain.study.worlds.world import make_world
 from jax_selftrain.training import train
+
+SHUFFLED, NOISE = "shuffled tokens", "weight noise"
+"""Arms that claims speak of."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,8 @@ class MicroScale:
     readers: tuple[Reader, ...]
     students: tuple[str, ...]
     sources: tuple[str, ...]
+    claims: tuple[ClaimConfig, ...] = ()
+    """What is claimed before anything is run; judged where there are five seeds."""
     vocabulary: int = 640
     row: int = 128
     """Loss positions in a training row, and the longest sample."""
@@ -126,6 +134,18 @@ CROSSOVER = MicroScale(
     readers=READERS,
     students=("A1", "B1", "C1"),
     sources=tuple(reader.name for reader in READERS),
+    claims=(
+        ClaimConfig("its own kind's text suits a model better", INTERACTION),
+        ClaimConfig("its own text keeps what A1 can do", f"{MATRIX}A1", "A1", direction="preserves", margin=0.02),
+        ClaimConfig(
+            "its own text takes more of A1's memory than noise does",
+            f"{MATRIX}A1",
+            "A1",
+            against=NOISE,
+            measure="pz",
+            direction="lowers",
+        ),
+    ),
     prefix=20,
     steps=80,
     samples=1536,
@@ -158,15 +178,17 @@ def micro_study(out: Path, scale: MicroScale, seeds: Sequence[int]) -> StudyConf
     reads = {reader.name: reader.reads for reader in scale.readers}
     arms = [
         ArmConfig("learning rate 0", learning_rate=0.0),
-        ArmConfig("shuffled tokens", "shuffled"),
-        ArmConfig("weight noise", "noise"),
+        ArmConfig(SHUFFLED, "shuffled"),
+        ArmConfig(NOISE, "noise"),
         ArmConfig("weight noise ×4", "noise", weight=4.0),
     ]
+    real: list[str] = []
     for world in scale.marks:
         readers = tuple(name for name in scale.students if reads[name] == world)
         if readers:
             text = str(folder / world / "more.jsonl")
-            arms.append(ArmConfig(f"real text of world {world}", "text", students=readers, text=text))
+            real.append(f"real text of world {world}")
+            arms.append(ArmConfig(real[-1], "text", students=readers, text=text))
     return StudyConfig(
         out=str(out),
         title=scale.title,
@@ -174,6 +196,9 @@ def micro_study(out: Path, scale: MicroScale, seeds: Sequence[int]) -> StudyConf
         students=scale.students,
         sources=scale.sources,
         arms=tuple(arms),
+        claims=scale.claims,
+        assay_raises=tuple(real),
+        assay_lowers=(SHUFFLED,),
         seeds=tuple(seeds),
         mesh=scale.mesh,
         sample=SampleConfig(samples=scale.samples, max_tokens=scale.row),
