@@ -139,6 +139,20 @@ def test_only_what_can_help_is_done_again(cloud: Cloud, code: int, again: bool) 
     assert ("starting the command again" in ended.stdout) == again
 
 
+def test_a_worker_that_is_still_at_it_is_waited_for(cloud: Cloud) -> None:
+    """Of two workers the first ends at once with 75; the second a moment later; then both start again."""
+    cloud.environment["FAKE_WORKERS"] = "2"
+    for script in ("create", "setup"):
+        assert cloud.script(script).returncode == 0
+    job = 'f=been-${HOME##*/}; [ -e $f ] && exit 0; touch $f; [ $f = been-worker0 ] || sleep 2; echo "$f"; exit 75'
+    assert cloud.script("run", "--", "bash", "-c", job).returncode == 0
+    ended = cloud.script("resume")
+    assert ended.returncode == 0
+    assert ended.stdout.splitlines() == ["pod-1: starting the command again", "pod-1: done"]
+    assert cloud.script("status").stdout == "pod-1: ACTIVE\n0\n0\n"
+    assert cloud.script("logs", "all").stdout.split() == ["been-worker0", "been-worker1"]
+
+
 def test_a_dry_run_prints_every_call_and_makes_none(cloud: Cloud, tmp_path: Path) -> None:
     words = {"run": ("--", "true"), "fetch": (str(tmp_path / "back"),)}
     (cloud.config.parent / ".pod-1.job").write_text("true ")
