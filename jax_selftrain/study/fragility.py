@@ -27,7 +27,7 @@ CALIPER = 0.25
 """Nats of log p_z within which a continuation is as probable as a sequence; those that have none so near are left out
 and counted."""
 FEWEST = 50
-"""Of fewer sequences on either side nothing is said."""
+"""Where fewer sequences have a counterpart, nothing is said of them."""
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -69,7 +69,7 @@ def _pieces(documents: Sequence[np.ndarray], length: int) -> Iterator[np.ndarray
                 yield document[begin : begin + length]
 
 
-def beside_as_probable(memory: tuple[Arrays, Arrays], never: tuple[Arrays, Arrays]) -> dict[str, Any] | None:
+def beside_as_probable(memory: tuple[Arrays, Arrays], never: tuple[Arrays, Arrays]) -> dict[str, Any]:
     """What becomes of the sequences that a base reproduces, and of continuations that were as probable to it.
 
     Args:
@@ -79,7 +79,7 @@ def beside_as_probable(memory: tuple[Arrays, Arrays], never: tuple[Arrays, Array
     Returns:
         `n`: sequences that have a counterpart; `left_out`: those that have none; `counterparts`: how many different
         ones; for `exact_match` (the share that is kept) and `log_pz` (its change): `sequences`, `never_trained` and
-        their `difference`. None where either side has fewer than `FEWEST`.
+        their `difference`, or None where fewer than `FEWEST` sequences have a counterpart.
     """
     sides = []
     for before, after in (memory, never):
@@ -88,20 +88,20 @@ def beside_as_probable(memory: tuple[Arrays, Arrays], never: tuple[Arrays, Array
         kept = np.asarray(after["exact_match"], np.float64)[followed]
         sides.append((logprob, kept, np.asarray(after["logprob"], np.float64)[followed] - logprob))
     (logprob, *outcomes), (other, *others) = sides
-    if min(len(logprob), len(other)) < FEWEST:
-        return None
+    if len(other) < 2 or not len(logprob):
+        return {"n": 0, "left_out": len(logprob), "counterparts": 0, "exact_match": None, "log_pz": None}
     order = np.argsort(other, kind="stable")
     right = np.clip(np.searchsorted(other[order], logprob), 1, len(order) - 1)
     nearer_left = logprob - other[order][right - 1] <= other[order][right] - logprob
     nearest = order[np.where(nearer_left, right - 1, right)]
     near = np.abs(other[nearest] - logprob) <= CALIPER
-    if near.sum() < FEWEST:
-        return None
     found: dict[str, Any] = {
         "n": int(near.sum()),
         "left_out": int((~near).sum()),
         "counterparts": len(np.unique(nearest[near])),
     }
+    if found["n"] < FEWEST:
+        return found | {"exact_match": None, "log_pz": None}
     for name, own, control in zip(("exact_match", "log_pz"), outcomes, others, strict=True):
         sequences, never_trained = float(own[near].mean()), float(control[nearest[near]].mean())
         found[name] = {

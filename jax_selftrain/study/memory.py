@@ -28,7 +28,7 @@ from jax_selftrain.scoring.overlap import CLASSES, THRESHOLDS
 from jax_selftrain.study import statistics
 from jax_selftrain.study.cells import Cell, Design
 from jax_selftrain.study.fragility import beside_as_probable
-from jax_selftrain.study.measures import FORMATTED, NEVER_TRAINED, RELEARNED
+from jax_selftrain.study.measures import FORMATTED, NEVER_TRAINED, RELEARNED, is_aside, is_plain
 from jax_selftrain.study.results import (
     Arrays,
     compare_extraction,
@@ -180,24 +180,25 @@ def scrubbed_beside_companion(config: StudyConfig, cells: Cells) -> list[dict[st
                 continue
             sides = [list(of[arm].values()) for arm in (scrubbed, companion)]
             for measure in sides[0][0]:
-                if all(measure in one for side in sides for one in side) and not measure.startswith(
-                    ("task/", "log_odds/")
-                ):
-                    seeds = [
-                        one[measure]["after"]["value"] - other[measure]["after"]["value"]
-                        for one, other in zip(*sides, strict=True)
-                    ]
-                    found.append(
-                        {
-                            "student": student,
-                            "scrubbed": scrubbed,
-                            "companion": companion,
-                            "measure": measure,
-                            "difference": asdict(statistics.mean(seeds)),
-                            "seeds": seeds,
-                            "n": sides[0][0][measure]["change"]["n"],
-                        }
-                    )
+                if not all(measure in one for side in sides for one in side):
+                    continue
+                if not (is_plain(measure) or is_aside(measure) or measure.endswith(f"/{H}")):
+                    continue
+                seeds = [
+                    one[measure]["after"]["value"] - other[measure]["after"]["value"]
+                    for one, other in zip(*sides, strict=True)
+                ]
+                found.append(
+                    {
+                        "student": student,
+                        "scrubbed": scrubbed,
+                        "companion": companion,
+                        "measure": measure,
+                        "difference": asdict(statistics.mean(seeds)),
+                        "seeds": seeds,
+                        "n": sides[0][0][measure]["change"]["n"],
+                    }
+                )
     return found
 
 
@@ -234,8 +235,9 @@ def fragility(cells: Cells) -> list[dict[str, Any]]:
     found = []
     for student, treatment in dict.fromkeys((cell["student"], cell["treatment"]) for cell in cells):
         members = [c["fragility"] for c in cells if (c["student"], c["treatment"]) == (student, treatment)]
-        if not members or any(one is None for one in members):
+        if any(one is None for one in members):
             continue
+        told = all(one["exact_match"] for one in members)
         found.append(
             {
                 "student": student,
@@ -249,6 +251,8 @@ def fragility(cells: Cells) -> list[dict[str, Any]]:
                         side: asdict(statistics.mean([one[measure][side] for one in members]))
                         for side in ("sequences", "never_trained", "difference")
                     }
+                    if told
+                    else None
                     for measure in ("exact_match", "log_pz")
                 },
             }

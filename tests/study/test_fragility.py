@@ -30,7 +30,6 @@ def sides(forgotten: float, damage: float = 0.3) -> tuple:
 def test_damage_alone_takes_as_much_of_memory_as_of_anything_as_probable():
     memory, never = sides(forgotten=0.0)
     found = beside_as_probable(memory, never)
-    assert found is not None
     assert found["exact_match"]["difference"] == pytest.approx(0.0, abs=0.03)
     assert found["log_pz"]["difference"] == pytest.approx(0.0, abs=0.01)
     naive = memory[1]["exact_match"][memory[0]["exact_match"]].mean() - never[1]["exact_match"].mean()
@@ -40,18 +39,22 @@ def test_damage_alone_takes_as_much_of_memory_as_of_anything_as_probable():
 
 def test_what_has_been_forgotten_is_lost_beyond_that():
     found = beside_as_probable(*sides(forgotten=0.25))
-    assert found is not None
     kept = found["exact_match"]
     assert kept["sequences"] / kept["never_trained"] == pytest.approx(0.75, abs=0.04)
     assert found["log_pz"]["difference"] == pytest.approx(-0.25, abs=0.01)
 
 
-def test_what_has_no_counterpart_is_left_out_and_too_few_say_nothing():
+def test_what_has_no_counterpart_is_left_out_and_of_too_few_nothing_is_said():
     memory, never = sides(forgotten=0.0)
+    followed = memory[0]["exact_match"].sum()
     apart = tuple({**side, "logprob": side["logprob"] - 1.0} for side in never)
     found = beside_as_probable(memory, apart)
-    assert found is not None
-    assert found["left_out"] > found["n"]
-    gone = tuple({name: values[: FEWEST - 1] for name, values in side.items()} for side in never)
-    assert beside_as_probable(memory, gone) is None
-    assert beside_as_probable(memory, tuple({**s, "logprob": s["logprob"] - 99.0} for s in never)) is None
+    assert found["left_out"] > found["n"] > FEWEST
+    assert found["exact_match"] is not None
+    far = beside_as_probable(memory, tuple({**side, "logprob": side["logprob"] - 99.0} for side in never))
+    one = beside_as_probable(memory, tuple({name: values[:1] for name, values in side.items()} for side in never))
+    for nothing in (far, one):
+        assert (nothing["n"], nothing["left_out"]) == (0, followed)
+        assert nothing["exact_match"] is nothing["log_pz"] is None
+    few = tuple({name: values[: FEWEST - 1] for name, values in side.items()} for side in memory)
+    assert beside_as_probable(few, never)["exact_match"] is None

@@ -76,7 +76,7 @@ def key_figure(results: Results) -> Chapter | None:
         note += (
             " Of what the base reproduces, each sequence is also laid beside the base's own greedy continuation of "
             "text that nobody was trained on which was as probable to it (within 0.25 nats of log p_z): such a path is "
-            "left by damage alone."
+            "left by damage alone. Nothing is said where fewer than 50 sequences have such a counterpart."
         )
     return Chapter("Memorisation against damage", "\n".join([*html, remark(note)]), tables, drawn)
 
@@ -157,10 +157,10 @@ def _fragile(found: Sequence[Mapping[str, Any]]) -> Table:
             one["student"],
             one["treatment"],
             *(
-                scaled(estimate_of(one["exact_match"][side]), "exact_match")
+                scaled(estimate_of(one["exact_match"][side]), "exact_match") if one["exact_match"] else None
                 for side in ("sequences", "never_trained", "difference")
             ),
-            estimate_of(one["log_pz"]["difference"]),
+            estimate_of(one["log_pz"]["difference"]) if one["log_pz"] else None,
             one["n"],
             one["left_out"],
             one["counterparts"],
