@@ -241,7 +241,7 @@ def test_a_round_measures_on_the_way_what_it_measures_before_and_after(
     assert found["step"] == [line["step"] for line in lines]
     assert [measure["name"] for measure in found["measures"]] == list(MEASURES)
     assert found["measures"][0]["values"] == [line["stories/nll"] for line in lines]
-    assert [measure["n"] for measure in found["measures"]] == [30, 40, 25, 30, 30]
+    assert [measure["n"] for measure in found["measures"]] == [30, 40, 25, 30, 30, 30]
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "Capability against memorisation over training" in page
     for name in ("evaluations", "capability_memorisation"):
