@@ -52,6 +52,7 @@ def merged(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
 # ---------------------------------------------------------------- what it computes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "mixed"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_ends_are_the_models_themselves_to_the_last_bit(family: Family, dtype, tmp_path: Path):
@@ -61,6 +62,7 @@ def test_both_ends_are_the_models_themselves_to_the_last_bit(family: Family, dty
         assert bits_of(out) == bits_of(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["neox", "neox-tied", "llama-gqa", "llama-tied", "qwen2-window", "qwen3"])
 @pytest.mark.parametrize("weight", [-1.5, 0.3, 2.0])
 def test_every_parameter_lies_on_the_line(case: str, weight: float, tmp_path: Path):

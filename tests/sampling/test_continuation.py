@@ -65,6 +65,7 @@ def test_neighbours_and_batches_do_not_matter(model):
     assert together == alone
 
 
+@pytest.mark.slow
 def test_draws_follow_the_policy_and_depend_on_seed_and_number_alone(model):
     policy = Policy(start_id=1, stop_ids=(), max_tokens=1, temperature=0.7, top_k=4)
     (prompt,) = prompts([37])

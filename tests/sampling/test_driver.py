@@ -116,6 +116,7 @@ sample(settings.load(SampleConfig, sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_nothing_that_changes_the_corpus(promised, tmp_path):
     """SIGKILL after the first shard, then the same command again."""
     config, undisturbed = promised

@@ -120,6 +120,7 @@ def test_any_mesh_gives_the_same_likelihoods(load, mesh, preset):
         np.testing.assert_array_equal(a.greedy, b.greedy)
 
 
+@pytest.mark.slow
 def test_batch_size_does_not_matter(load):
     requests = random_requests(40, 512, 64)
     large = np.array([answer.loglikelihood for answer in loglikelihoods(load(), requests, batch_tokens=4096)])

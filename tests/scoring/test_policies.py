@@ -76,6 +76,7 @@ def test_a_suffix_that_a_policy_cannot_say_has_probability_zero(model):
 DRAWS = 40_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "word", ["temperature=1", "temperature=0.3", "temperature=0.6,top-k=5", "temperature=0.5,top-p=0.7"]
 )

@@ -229,6 +229,7 @@ def killed_on_the_way(options: ScoreConfig) -> list[Path]:
     return sorted(parts.glob("*/*.parquet"))
 
 
+@pytest.mark.slow
 def test_a_killed_scoring_goes_on_where_it_was_and_writes_the_same_bytes(many):
     whole, broken = many("whole"), many("broken")
     score(whole)
@@ -243,6 +244,7 @@ def test_a_killed_scoring_goes_on_where_it_was_and_writes_the_same_bytes(many):
     assert not Path(broken.out).with_suffix(".parts").exists()
 
 
+@pytest.mark.slow
 def test_answers_of_another_model_or_task_are_not_taken_for_these(many, tiny_model):
     broken = many("broken")
     killed_on_the_way(broken)

@@ -22,6 +22,8 @@ from jax_selftrain.study.cells import make_design
 from jax_selftrain.study.worlds.microworld import ROUND, Reader, write_worlds
 from jax_selftrain.study.worlds.parts import WorldConfig
 
+pytestmark = pytest.mark.slow
+
 TINY = replace(
     ROUND,
     world=WorldConfig(

@@ -156,6 +156,7 @@ def test_two_files_of_one_name_are_refused(training: TrainConfig, inputs: dict[s
         train(replace(training, out=str(tmp_path / "out"), eval_texts=(str(twin),)))
 
 
+@pytest.mark.slow
 def test_the_command_line_evaluates_and_stops_early(
     training: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

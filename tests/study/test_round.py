@@ -167,6 +167,7 @@ def test_learning_rate_zero_changes_exactly_nothing(options: Options, tmp_path: 
     assert "exactly the same before and after" in (tmp_path / "null" / "report.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lost",
     [
@@ -230,6 +231,7 @@ def test_a_changed_input_is_refused_by_name(
         run(config)
 
 
+@pytest.mark.slow
 def test_a_changed_mixed_corpus_is_refused_by_name(options: Options, inputs: dict[str, str], tmp_path: Path) -> None:
     config, mixed = options(tmp_path / "out"), tmp_path / "mixed"
     config = replace(config, score=replace(config.score, tasks=()), extract=replace(config.extract, sequences=""))

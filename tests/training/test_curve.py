@@ -78,6 +78,7 @@ def undisturbed(small_model: Path, corpus_folder: Path, tmp_path_factory: pytest
     return train(config, hooks=[measuring(first_scale)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [0, 3, 4, 6])
 def test_interrupted_run_has_the_bytes_of_an_undisturbed_curve(step: int, options: Options, undisturbed: Path):
     config = options(**EVALUATED)
@@ -88,6 +89,7 @@ def test_interrupted_run_has_the_bytes_of_an_undisturbed_curve(step: int, option
     assert weights(run) == weights(undisturbed)
 
 
+@pytest.mark.slow
 def test_interrupted_run_goes_on_on_another_mesh_along_the_same_curve(options: Options, undisturbed: Path):
     with pytest.raises(Interruption):
         train(options(**EVALUATED), hooks=[measuring(first_scale), Hook(interrupt, steps=(3,))])

@@ -94,6 +94,7 @@ def test_objective_and_gradient_equal_those_written_out_over_whole_logits(
     close(gradient, wanted, 1e-4)
 
 
+@pytest.mark.slow
 def test_penalty_holds_the_student_back(options: Options, rows: Rows):
     runs = {weight: trained(options(kl_weight=weight, learning_rate=0.01, steps=8), rows, 8) for weight in (0.0, 20.0)}
 
@@ -236,6 +237,7 @@ def test_embedding_may_be_spared_from_decay(small_model: Path):
 # ---------------------------------------------------------------- whole runs
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",

@@ -57,6 +57,7 @@ def test_interrupted_run_ends_with_the_same_bits(step: int, undisturbed: Path, o
     assert (run / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_interrupted_run_goes_on_on_another_mesh(undisturbed: Path, options: Callable[..., TrainConfig]):
     with pytest.raises(Interruption):
         train(options(), hooks=[Hook(interrupt, steps=(3,))])
@@ -120,6 +121,7 @@ def test_learning_rate_zero_leaves_every_bit(small_model: Path, options: Callabl
     assert weights(run) == weights(small_model)
 
 
+@pytest.mark.slow
 def test_model_learns(tiny_model, corpus_folder: Path, options: Callable[..., TrainConfig]):
     """Sixty sentences of one mould: far below the ln 320 = 5.8 nats of a uniform guess after sixty steps."""
     model = tiny_model("gpt_neox", hidden_size=32, intermediate_size=64, num_hidden_layers=1, vocab_size=320)
