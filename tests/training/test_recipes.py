@@ -238,7 +238,6 @@ def test_embedding_may_be_spared_from_decay(small_model: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",
     [
