@@ -66,6 +66,10 @@ def note_of(root: Path, stage: Stage) -> Path:
     return root / f"{stage.name}.json"
 
 
+def _lease_of(root: Path, stage: Stage) -> Path:
+    return root / f".{stage.name}.lease"
+
+
 def is_done(root: Path, stage: Stage) -> bool:
     """Whether the stage is finished.
 
@@ -114,11 +118,15 @@ def complete(root: Path, stages: Sequence[Stage]) -> None:
                 _say(f"{len(done)} of {len(stages)}: {stage.label}")
         if len(done) == before:
             time.sleep(POLL_SECONDS)
+    for stage in stages:
+        if _lease_of(root, stage).exists():  # left by one that was killed when its work was done
+            with storage.lease(_lease_of(root, stage)):
+                pass
 
 
 def _try(root: Path, stage: Stage) -> bool:
     """Do a stage unless another process is at it; whether it is done now."""
-    with storage.lease(root / f".{stage.name}.lease") as ours:
+    with storage.lease(_lease_of(root, stage)) as ours:
         if not ours:
             return False
         if is_done(root, stage):  # by a process that finished it just now
