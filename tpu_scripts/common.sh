@@ -3,7 +3,7 @@
 
 set -euo pipefail
 
-readonly KEYS="PROJECT ZONE TYPE NAME RUNTIME TIER RESERVATION INSTALL BUCKET POLL_SECONDS"
+readonly KEYS="PROJECT ZONE TYPE NAME RUNTIME TIER INSTALL BUCKET POLL_SECONDS"
 # shellcheck disable=SC2016 # expanded on the workers
 readonly PLACE='$HOME/selftrain'
 
@@ -67,12 +67,12 @@ read_config() { # KEY=value lines, nothing of which is executed
   TIER=${TIER:-spot}
   POLL_SECONDS=${POLL_SECONDS:-30}
   BUCKET=${BUCKET:-}
-  RESERVATION=${RESERVATION:-}
   # shellcheck disable=SC2016 # expanded on the workers
   INSTALL=${INSTALL:-'python3 -m venv $HOME/selftrain/venv && $HOME/selftrain/venv/bin/pip install -q "jax-selftrain[tpu]"'}
   [[ $NAME =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || die "$CONFIG: NAME $NAME: small letters, digits and dashes only"
   [[ $TIER =~ ^(spot|reserved|on-demand)$ ]] || die "$CONFIG: TIER is $TIER; it must be spot, reserved or on-demand"
   [[ -z $BUCKET || $BUCKET == gs://* ]] || die "$CONFIG: BUCKET $BUCKET: must begin with gs://"
+  # shellcheck disable=SC2034 # read by run and resume
   JOB=$(dirname "$CONFIG")/.$NAME.job
 }
 
@@ -106,16 +106,24 @@ on_workers() { # WORKER COMMAND: over ssh
   call compute tpus tpu-vm ssh "$NAME" --project="$PROJECT" --zone="$ZONE" --worker="$1" --command="$2"
 }
 
-state() { # of the queued resource; ABSENT where there is none
-  gcloud compute tpus queued-resources describe "$NAME" --project="$PROJECT" --zone="$ZONE" \
-    --format='value(state.state)' 2>/dev/null || echo ABSENT
+state() { # of the queued resource; ABSENT where there is none, UNKNOWN (and what gcloud says) where it cannot be asked
+  local said
+  if said=$(gcloud compute tpus queued-resources describe "$NAME" --project="$PROJECT" --zone="$ZONE" \
+    --format='value(state.state)' 2>&1); then
+    tail -n 1 <<<"$said"
+  elif [[ $said == *NOT_FOUND* ]]; then
+    echo ABSENT
+  else
+    echo "$said" >&2
+    echo UNKNOWN
+  fi
 }
 
 request() { # ask for the slice
   local -a tier=()
   case $TIER in
     spot) tier=(--spot) ;;
-    reserved) tier=(--reserved ${RESERVATION:+--reservation="$RESERVATION"}) ;;
+    reserved) tier=(--reserved) ;;
   esac
   queued create --node-id="$NAME" --accelerator-type="$TYPE" --runtime-version="$RUNTIME" "${tier[@]}"
 }
@@ -125,7 +133,7 @@ wait_until_granted() { # asks again whenever the request has failed or the slice
     request
     return
   fi
-  local now before=
+  local now before='' failed=0
   while true; do
     now=$(state)
     [[ $now == "$before" ]] || echo "$NAME: $now"
@@ -134,21 +142,26 @@ wait_until_granted() { # asks again whenever the request has failed or the slice
       ACTIVE) return ;;
       ABSENT) request ;;
       FAILED | SUSPENDED) queued delete --force --quiet ;;
-      *) sleep "$POLL_SECONDS" ;;
+      UNKNOWN) ((++failed < 10)) || die "gcloud failed ten times; see above" ;;
     esac
+    [[ $now == ABSENT ]] || sleep "$POLL_SECONDS"
   done
 }
 
 install() { # the same on all workers; a bucket is mounted where the results are to outlive the slice
-  local mount=true
-  [[ -z $BUCKET ]] || mount="mkdir -p $PLACE/out && (mountpoint -q $PLACE/out || gcsfuse --implicit-dirs ${BUCKET#gs://} $PLACE/out)"
+  local mount=true bucket=${BUCKET#gs://}
+  local folder=${bucket#"${bucket%%/*}"}
+  folder=${folder#/}
+  if [[ -n $BUCKET ]]; then
+    mount="(mountpoint -q $PLACE/out || gcsfuse --implicit-dirs ${folder:+--only-dir $folder} ${bucket%%/*} $PLACE/out)"
+  fi
   on_workers all "mkdir -p $PLACE/out && $mount && $INSTALL"
 }
 
-start() { # the job of $JOB, detached, on all workers; its exit code is kept
+start() { # a command, quoted as for a shell: detached, on all workers; its exit code is kept
   local script
   script="PATH=\$HOME/selftrain/venv/bin:\$PATH
-$(<"$JOB") >>log 2>&1
+$1 >>log 2>&1
 echo \$? >exit.new && mv exit.new exit"
   on_workers all "cd $PLACE && rm -f exit && printf '%s\n' $(printf '%q' "$script") >job.sh && { setsid nohup bash job.sh </dev/null >/dev/null 2>&1 & echo \$! >pid; }"
 }

@@ -25,6 +25,16 @@ def looks() -> int | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def fault() -> bool:
+    """Whether this call fails as without a network: the first `FAKE_FAULTS` that are made."""
+    path = PLACE / "faults"
+    made = int(path.read_text()) if path.exists() else 0
+    if made >= int(os.environ.get("FAKE_FAULTS", "0")):
+        return False
+    path.write_text(str(made + 1))
+    return True
+
+
 def main(words: list[str]) -> int:
     with (PLACE / "calls.jsonl").open("a") as calls:
         calls.write(json.dumps(words) + "\n")
@@ -43,6 +53,9 @@ def main(words: list[str]) -> int:
         assert {"--node-id", "--accelerator-type", "--runtime-version"} <= flags.keys()
         (PLACE / "resource.json").write_text("0")
         return 0
+    if verb == ("queued-resources", "describe") and fault():
+        print("no network", file=sys.stderr)
+        return 1
     found = looks()
     if found is None:
         print("NOT_FOUND", file=sys.stderr)

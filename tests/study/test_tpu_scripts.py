@@ -46,11 +46,14 @@ class Cloud:
 @pytest.fixture
 def cloud(tmp_path: Path) -> Cloud:
     place, programs = tmp_path / "cloud", tmp_path / "bin"
-    (place / "bucket").mkdir(parents=True)
+    bucket = place / "bucket"
+    bucket.mkdir(parents=True)
     programs.mkdir()
     scripts = {
         "gcloud": f'exec {sys.executable} {FAKE} "$@"',
-        "gcsfuse": f'rmdir "${{@: -1}}" && ln -s {place / "bucket"} "${{@: -1}}"',
+        # `gcsfuse --implicit-dirs --only-dir FOLDER BUCKET MOUNT`; what is mounted is a link
+        "gcsfuse": f"""[[ "$*" == "--implicit-dirs --only-dir a/b bucket "* ]] && rmdir "$5" && ln -s {bucket} "$5" """,
+        "mountpoint": '[ -L "$2" ]',
         "jax-selftrain": f'exec {sys.executable} -m jax_selftrain "$@"',
     }
     for name, text in scripts.items():
@@ -58,7 +61,7 @@ def cloud(tmp_path: Path) -> Cloud:
         (programs / name).chmod(0o755)
     config = tmp_path / "pod.env"
     config.write_text(
-        "# a comment\nPROJECT=p\nZONE=z\nTYPE=v5litepod-4\nNAME=pod-1\nPOLL_SECONDS=0.2\nBUCKET=gs://bucket\n"
+        "# a comment\nPROJECT=p\nZONE=z\nTYPE=v5litepod-4\nNAME=pod-1\nPOLL_SECONDS=0.2\nBUCKET=gs://bucket/a/b\n"
         f"INSTALL=mkdir -p $HOME/selftrain/venv && ln -sfn {programs} $HOME/selftrain/venv/bin\n"
     )
     environment = {
@@ -139,6 +142,34 @@ def test_only_what_can_help_is_done_again(cloud: Cloud, code: int, again: bool) 
     assert ("starting the command again" in ended.stdout) == again
 
 
+def test_what_gcloud_cannot_say_now_is_neither_absent_nor_taken_away(cloud: Cloud) -> None:
+    """Three times it fails as without a network: nothing is asked for twice, and the command runs to its end."""
+    for script in ("create", "setup"):
+        assert cloud.script(script).returncode == 0
+    assert cloud.script("run", "--", "sleep", "1").returncode == 0
+    cloud.environment["FAKE_FAULTS"] = "3"
+    ended = cloud.script("resume")
+    assert (ended.returncode, ended.stdout) == (0, "pod-1: done\n")
+    assert ended.stderr.count("no network") == 3
+    assert sum("create" in call for call in cloud.calls()) == 1
+    cloud.environment["FAKE_FAULTS"] = "99"
+    (cloud.place / "faults").unlink()
+    stuck = cloud.script("create")
+    assert (stuck.returncode, "gcloud failed ten times" in stuck.stderr) == (2, True)
+
+
+def test_what_cannot_be_set_up_is_not_tried_for_ever(cloud: Cloud) -> None:
+    for script in ("create", "setup"):
+        assert cloud.script(script).returncode == 0
+    assert cloud.script("run", "--", "bash", "-c", "exit 75").returncode == 0
+    with cloud.config.open("a") as file:
+        file.write("INSTALL=false\n")
+    ended = cloud.script("resume")
+    assert ended.returncode == 2
+    assert ended.stdout.count("could not be set up; looking again") == 4
+    assert "five times in a row" in ended.stderr
+
+
 def test_a_worker_that_is_still_at_it_is_waited_for(cloud: Cloud) -> None:
     """Of two workers the first ends at once with 75; the second a moment later; then both start again."""
     cloud.environment["FAKE_WORKERS"] = "2"
@@ -187,7 +218,7 @@ def test_a_config_that_cannot_be_is_refused(cloud: Cloud, line: str, message: st
 
 
 def test_what_is_missing_is_said_and_nothing_in_a_config_is_executed(cloud: Cloud, tmp_path: Path) -> None:
-    cloud.config.write_text(cloud.config.read_text() + f"RESERVATION=$(touch {tmp_path / 'executed'})\n")
+    cloud.config.write_text(cloud.config.read_text() + f"RUNTIME=$(touch {tmp_path / 'executed'})\n")
     assert cloud.script("create", "--dry-run").returncode == 0
     assert not (tmp_path / "executed").exists()
     assert "nothing to run" in cloud.script("run").stderr
