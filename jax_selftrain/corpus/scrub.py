@@ -36,7 +36,7 @@ def scrub(corpus: storage.PathLike, sequences: np.ndarray, out: storage.PathLike
     sharing = _sharing(source, sequences, length)
     if sharing.all():
         raise InputError(f"{corpus}: every document shares {length} tokens with a held-out sequence; nothing is left")
-    return _without(source, out, "scrubbed", sharing, {"length": length, "seed": None}, sequences)
+    return _without(source, out, "scrubbed", sharing, {"length": length}, sequences)
 
 
 def drop_others(
@@ -91,11 +91,11 @@ def _without(
     out: storage.PathLike,
     kind: str,
     dropped: np.ndarray,
-    how: dict[str, int | None],
+    how: dict[str, int],
     sequences: np.ndarray,
 ) -> Corpus:
     mark = storage.fingerprint(np.asarray(sequences, np.int64).tolist())
-    policy = {f"{kind} {name}": value for name, value in how.items() if value is not None}
+    policy = {f"{kind} {name}": value for name, value in how.items()}
     described = {key: source.manifest[key] for key in ("tokenizer_fingerprint", "start_id", "stop_ids")}
     return derive(
         source,

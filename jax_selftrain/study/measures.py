@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+H = "H"
+"""What measures of the held-out half of the sequences are called: `exact_match/H`."""
 RELEARNED, NEVER_TRAINED = "relearned", "never trained"
 """Views of memorisation that are no formats."""
 FORMATTED = "asked "

@@ -28,7 +28,7 @@ from jax_selftrain.scoring.overlap import CLASSES, THRESHOLDS
 from jax_selftrain.study import statistics
 from jax_selftrain.study.cells import Cell, Design
 from jax_selftrain.study.fragility import beside_as_probable
-from jax_selftrain.study.measures import FORMATTED, NEVER_TRAINED, RELEARNED, is_aside, is_plain
+from jax_selftrain.study.measures import FORMATTED, NEVER_TRAINED, RELEARNED, H, is_aside, is_plain
 from jax_selftrain.study.results import (
     Arrays,
     compare_extraction,
@@ -40,8 +40,6 @@ from jax_selftrain.study.results import (
 from jax_selftrain.study.stage_kinds import FORMAT
 from jax_selftrain.study.stages import Stage
 from jax_selftrain.study.swap import naive_difference, swap_effect
-
-H = "H"
 
 Cells = Sequence[Mapping[str, Any]]
 
@@ -70,8 +68,8 @@ def check_memorisation(config: StudyConfig) -> None:
             raise InputError(f"memorisation.{name} is {getattr(asked, name)}; it must be at least 1")
     if asked.never_trained:
         scoring.load_texts([asked.never_trained])
-    if asked.relearn_text and not Path(asked.relearn_text.rpartition(":")[2]).exists():
-        raise InputError(f"memorisation.relearn_text {asked.relearn_text}: no such file or folder")
+    if asked.relearn_text.endswith(".jsonl") and not Path(asked.relearn_text).is_file():
+        raise InputError(f"memorisation.relearn_text {asked.relearn_text}: no such file")
 
 
 # One cell -------------------------------------------------------------------------------------------------------

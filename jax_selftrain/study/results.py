@@ -28,6 +28,7 @@ from jax_selftrain.scoring import discoverable, load_scored
 from jax_selftrain.scoring.files import read_jsonl
 from jax_selftrain.scoring.overlap import CLASSES
 from jax_selftrain.study import statistics
+from jax_selftrain.study.measures import H
 from jax_selftrain.study.noninferiority import benjamini_hochberg
 from jax_selftrain.study.pairs import Pair, describe_task, describe_text, rates, shares, side_by_side
 from jax_selftrain.study.reports.curve import summarise_curve
@@ -178,8 +179,8 @@ def compare_extraction(before: Arrays, after: Arrays, groups: Sequence[str] | No
     parts = {"all": everything}
     if "class" in before:
         parts |= {name: before["class"] == name for name in CLASSES}
-    if "H" in before:
-        parts["H"] = before["H"]
+    if H in before:
+        parts[H] = before[H]
     of_group = np.array(groups or [])
     old, new = (discoverable(side["logprob"]) for side in (before, after))
     return {

@@ -293,7 +293,8 @@ class StageKinds:
         return Stage(
             "continue",
             f"continue {Path(texts).name} by {base.label}",
-            _recipe(options, *_NOT_THE_WINDOW) | {"sequences": n, "start_token": options.start_token},
+            _recipe(options, *_NOT_THE_WINDOW)
+            | {"sequences": n, "start_token": options.start_token, "dtype": options.dtype},
             {"model": base.mark, "tokenizer": base.tokenizer, "texts": self.files.measured(texts)},
             lambda out: write_continuations(options, texts, n, out),
         )

@@ -17,6 +17,7 @@ from jax_selftrain.config import DemoConfig, StudyConfig
 from jax_selftrain.corpus import open_corpus
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import load_tokenizer, read_config
+from jax_selftrain.scoring.overlap import CLASSES
 from jax_selftrain.study import demo
 from jax_selftrain.study.cells import make_design
 from jax_selftrain.study.worlds.microworld import ROUND, Reader, write_worlds
@@ -67,6 +68,17 @@ def test_a_demo_ends_with_a_report_of_all_its_arms(made: Path) -> None:
     key = (made / "figures" / "trajectories_A1.svg").read_text(encoding="utf-8")
     assert all(treatment in key for treatment in treatments if "noise" not in treatment)  # noise is not trained
     assert all(treatment in (made / "figures" / "key_A1.svg").read_text() for treatment in treatments)
+
+
+def test_classes_by_thresholds_are_those_of_the_one_that_was_chosen(made: Path) -> None:
+    """Of suffixes of eight tokens only the threshold of eight can be told, which is the demo's own."""
+    assert TINY.overlap == TINY.suffix == 8
+    for cell in storage.read_json(made / "results.json")["cells"]:
+        if cell["corpus"]:
+            found = {part["class"]: part["n"] for part in cell["extraction"]["thresholds"]}
+            assert {part["threshold"] for part in cell["extraction"]["thresholds"]} == {8}
+            assert found == {name: cell["extraction"]["classes"][name]["n"] for name in CLASSES}
+    assert (made / "tables" / "thresholds_A1.csv").exists()
 
 
 def test_learning_rate_0_changes_nothing_at_all(made: Path) -> None:

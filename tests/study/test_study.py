@@ -22,6 +22,7 @@ from jax_selftrain import settings
 from jax_selftrain.config import (
     ArmConfig,
     ClaimConfig,
+    ExtractConfig,
     FormatConfig,
     MemorisationConfig,
     ModelConfig,
@@ -33,6 +34,7 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.scoring import assigned_to_h, sequences_fingerprint
 from jax_selftrain.study import report, study
 from jax_selftrain.study.cells import Design, make_design
+from jax_selftrain.study.matrix import check_study
 from jax_selftrain.study.stage_kinds import StageKinds
 from jax_selftrain.study.stages import Stage, is_done
 from jax_selftrain.study.transfer import interactions
@@ -323,6 +325,15 @@ def test_killed_shared_and_grown_studies_end_with_the_same_tables(make: Make, tm
             "`temperature` means nothing to an arm of kind `noise`",
         ),
         ({"arms": (ArmConfig("x", mode="fresh"),)}, "`mode` means nothing"),
+        ({"arms": (ArmConfig("x", "scrubbed"),), "extract": ExtractConfig()}, "needs extract.sequences"),
+        ({"memorisation": MemorisationConfig(relearn_steps=2), "extract": ExtractConfig()}, "is asked about"),
+        ({"memorisation": MemorisationConfig(relearn_steps=0)}, "relearn_steps is 0"),
+        ({"memorisation": MemorisationConfig(never_trained_sequences=0)}, "never_trained_sequences is 0"),
+        ({"memorisation": MemorisationConfig(never_trained="none.jsonl")}, "none.jsonl"),
+        ({"memorisation": MemorisationConfig(relearn_text="none.jsonl")}, "none.jsonl: no such file"),
+        ({"memorisation": MemorisationConfig((FormatConfig(prefix=4),))}, "a `name` of its own"),
+        ({"memorisation": MemorisationConfig((FormatConfig("relearned", prefix=4),))}, "a `name` of its own"),
+        ({"memorisation": MemorisationConfig((FormatConfig("as ever"),))}, "as ever: changes nothing"),
         ({"arms": (ArmConfig("x"), ArmConfig("x", native=True))}, "arm 'x' is there twice"),
     ],
     ids=str,
@@ -355,6 +366,24 @@ def test_what_ends_a_text_is_each_models_own(make: Make, tmp_path: Path):
     carried = {label: recipe["stop_id"] for (kind, label), recipe in recipes.items() if kind == "retokenise"}
     assert {stop for label, stop in carried.items() if label.endswith("tokens of llama")} == {7}
     assert {stop for label, stop in carried.items() if label.endswith("tokens of neox")} == {None}
+
+
+def test_what_decides_a_continuation_is_in_its_name_and_a_named_data_set_may_be_relearned(
+    make: Make, inputs: dict[str, str], tmp_path: Path
+):
+    asked = MemorisationConfig(never_trained=inputs["texts"], relearn_text="datasets:none/of-these")
+    config = make(tmp_path / "out", memorisation=asked)
+    check_study(config)
+
+    def keys(**changes: Any) -> set[str]:
+        kinds = StageKinds(replace(config, extract=replace(config.extract, **changes)))
+        return {kinds.continuations(kinds.base(name)).key for name in ("llama", "neox")}
+
+    plain = keys()
+    changes: tuple[dict[str, Any], ...] = ({"dtype": "bfloat16"}, {"prefix": 5}, {"suffix": 5}, {"start_token": "bos"})
+    assert len(plain) == 2
+    assert len(plain.union(*(keys(**one) for one in changes))) == 2 * (1 + len(changes))
+    assert keys(batch_tokens=512, mesh="data=2") == plain  # rounding, at most
 
 
 def test_a_dry_run_counts_and_does_nothing(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -204,6 +204,8 @@ def damage(
     return _svg(name, 3.0 + 0.18 * -(-len(labels) // 3), paint)
 
 
+Lines = Sequence[Sequence[float]]
+"""A line for each label."""
 Path = tuple[Sequence[float], Sequence[float]]
 """Points of a line: horizontal, vertical."""
 
@@ -228,7 +230,7 @@ def trajectories(name: str, labels: Sequence[str], panels: Sequence[tuple[str, s
     return _svg(name, 2.8 + 0.18 * -(-len(labels) // 3), paint)
 
 
-def found_by_draws(name: str, labels: Sequence[str], draws: Sequence[int], panels: Sequence[tuple[str, Any]]) -> str:
+def found_by_draws(name: str, labels: Sequence[str], draws: Sequence[int], panels: Sequence[tuple[str, Lines]]) -> str:
     """One panel per probability (its label, a line for each treatment): percentage of sequences against draws."""
 
     def paint(figure: Figure) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jax_selftrain.study import statistics
 from jax_selftrain.study.measures import common_measures, is_aside, scale_of
 from jax_selftrain.study.reports import figures
 from jax_selftrain.study.reports.effects import effect_table
@@ -81,33 +82,39 @@ def _flips(student: str, cells: Sequence[Results]) -> Table:
 
 
 def _thresholds(student: str, cells: Sequence[Results]) -> Table:
-    """What the corpus showed, by other lengths of overlap; each cell by itself."""
-    columns = (
-        Column("treatment", "treatment"),
-        Column("seed", "seed"),
-        Column("threshold", "tokens in a row"),
-        Column("class", "class"),
-        Column("n", "n"),
-        *(
-            Column(name, f"change: {label_of(name)}", digits_of(name), signed=True)
-            for name in ("exact_match", "log_pz")
-        ),
-    )
+    """What the corpus showed, by other lengths of overlap; over the seeds in which the class has members."""
+    measures = (("exact_match", "exact_match"), ("logprob", "log_pz"))
+    found: dict[tuple[str, int, str], list[Results]] = {}
+    for cell in cells:
+        for part in cell["extraction"].get("thresholds", ()):
+            if part["n"]:
+                found.setdefault((cell["treatment"], part["threshold"], part["class"]), []).append(part)
     rows = tuple(
         (
-            cell["treatment"],
-            str(cell["seed"]),
-            part["threshold"],
-            part["class"].replace("_", " "),
-            part["n"],
+            treatment,
+            threshold,
+            name.replace("_", " "),
+            len(parts),
+            round(sum(part["n"] for part in parts) / len(parts)),
             *(
-                scaled(estimate_of(part[name]["change"]), measure)
-                for name, measure in (("exact_match", "exact_match"), ("logprob", "log_pz"))
+                scaled(
+                    statistics.mean([part[key]["change"]["value"] for part in parts])
+                    if len(parts) > 1
+                    else estimate_of(parts[0][key]["change"]),
+                    measure,
+                )
+                for key, measure in measures
             ),
         )
-        for cell in cells
-        for part in cell["extraction"].get("thresholds", ())
-        if part["n"]
+        for (treatment, threshold, name), parts in found.items()
+    )
+    columns = (
+        Column("treatment", "treatment"),
+        Column("threshold", "tokens in a row"),
+        Column("class", "class"),
+        Column("seeds", "seeds"),
+        Column("n", "sequences"),
+        *(Column(one, f"change: {label_of(one)}", digits_of(one), signed=True) for _, one in measures),
     )
     caption = f"{student}: classes by how many tokens in a row the corpus showed"
     return Table(f"thresholds_{slug(student)}", caption, columns, rows)
