@@ -1,0 +1,62 @@
+"""Every knob, as frozen dataclasses, to be read like the lab notebook: of each stage, then of what is made of them.
+
+A field's docstring is its `--help` text; a field's name is its flag (`max_tokens` ↔ `--max-tokens`) and its key in
+a YAML file. `jax_selftrain.settings` reads and writes these strictly. Nothing here imports JAX, so that
+`jax-selftrain --help` answers at once.
+"""
+
+from jax_selftrain.config.stages import (
+    CompareConfig,
+    ConvertConfig,
+    DType,
+    ExportConfig,
+    ExtractConfig,
+    ImportConfig,
+    LeakageConfig,
+    MergeConfig,
+    Packing,
+    Preset,
+    Remat,
+    SampleConfig,
+    Schedule,
+    ScoreConfig,
+    TrainConfig,
+)
+from jax_selftrain.config.studies import (
+    ArmConfig,
+    ClaimConfig,
+    DemoConfig,
+    FormatConfig,
+    MemorisationConfig,
+    ModelConfig,
+    ReportConfig,
+    RunConfig,
+    StudyConfig,
+)
+
+__all__ = [
+    "ArmConfig",
+    "ClaimConfig",
+    "CompareConfig",
+    "ConvertConfig",
+    "DType",
+    "DemoConfig",
+    "ExportConfig",
+    "ExtractConfig",
+    "FormatConfig",
+    "ImportConfig",
+    "LeakageConfig",
+    "MemorisationConfig",
+    "MergeConfig",
+    "ModelConfig",
+    "Packing",
+    "Preset",
+    "Remat",
+    "ReportConfig",
+    "RunConfig",
+    "SampleConfig",
+    "Schedule",
+    "ScoreConfig",
+    "StudyConfig",
+    "TrainConfig",
+]
