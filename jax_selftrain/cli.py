@@ -15,6 +15,7 @@ import platform
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type
 
 from jax_selftrain import __version__, config, settings
 from jax_selftrain.errors import InputError, SelftrainError
+from jax_selftrain.processes import ProcessesConfig, finish, together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +65,21 @@ COMMANDS: dict[str, Command] = {
     "report": Command(config.ReportConfig, "jax_selftrain.study:report", ("folder",), (("DIR", "folder"),)),
 }
 
+TOGETHER = ("convert", "sample", "train", "merge", "score", "extract", "run")
+"""Commands that several processes can do together: they take the flags of `ProcessesConfig`, too."""
+
 _INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 _HELP = frozenset({"-h", "--help"})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0, 2, 75, 130, 143). A defect of ours keeps its traceback."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    code = _main(list(sys.argv[1:] if argv is None else argv))
+    finish(code)
+    return code
+
+
+def _main(words: list[str]) -> int:
     program = "jax-selftrain"
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traceback of an error that it also raises
     try:
@@ -84,12 +94,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"unknown command `{words[0]}`{hint}")
         name = words[0]
         program = f"jax-selftrain {name}"
-        options = parse(name, words[1:])
+        options, processes = parse_all(name, words[1:])
         _keep_compiled_programs()
         module, function = COMMANDS[name].function.split(":")
-        result = getattr(import_module(module), function)(options.folder if name == "report" else options)
-        if _is_first_process():
-            print(summary(name, options, result))
+        with together(processes, program=program) if name in TOGETHER else nullcontext():
+            result = getattr(import_module(module), function)(options.folder if name == "report" else options)
+            if _is_first_process():
+                print(summary(name, options, result))
         return 0
     except SelftrainError as error:
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -127,7 +138,13 @@ def _processor() -> str:
 
 
 def parse(name: str, words: Sequence[str]) -> Any:
-    """The options of command `name`: the defaults, under the file that `--config` names, under the flags.
+    """The options of command `name`; see `parse_all`."""
+    return parse_all(name, words)[0]
+
+
+def parse_all(name: str, words: Sequence[str]) -> tuple[Any, ProcessesConfig]:
+    """The options of command `name` – the defaults, under the file that `--config` names, under the flags – and the
+    flags about several processes, which are of this start alone and so stand in no file.
 
     Prints the help and raises SystemExit(0) for `--help`. Raises InputError for whatever cannot be understood and
     for required options that are missing.
@@ -136,16 +153,18 @@ def parse(name: str, words: Sequence[str]) -> Any:
 
     command = COMMANDS[name]
     file, words = _take_config(words)
+    shared = {leaf.flag: leaf for leaf in settings.leaves(ProcessesConfig)} if name in TOGETHER else {}
     if _HELP.isdisjoint(words):
-        _check_flags(words, {leaf.flag: leaf for leaf in settings.leaves(command.options)})
+        _check_flags(words, {leaf.flag: leaf for leaf in settings.leaves(command.options)} | shared)
+    processes, words = _take_processes(words, shared)
     base = settings.load(command.options, file) if file else command.options()
-    view = _view(command.options, command.required)
+    view = _view(command.options, command.required, shared=name in TOGETHER)
     usage = " ".join(["jax-selftrain", name, *(f"[{shown}]" for shown, _ in command.positionals)])
     given, bare = tyro.cli(view, prog=usage, args=words, default=_recast(base, view), return_unknown_args=True)
     options = _recast(given, command.options)
     options = dataclasses.replace(options, **_positionals(command, bare, words))
     settings.require(options, *command.required)
-    return options
+    return options, processes
 
 
 def summary(name: str, options: Any, result: Any) -> str:
@@ -236,6 +255,21 @@ def _take_config(words: Sequence[str]) -> tuple[str, list[str]]:
     return file, rest
 
 
+def _take_processes(words: Sequence[str], leaves: Mapping[str, settings.Field]) -> tuple[ProcessesConfig, list[str]]:
+    """(the flags about several processes, the other words)."""
+    found: dict[str, Any] = {}
+    rest: list[str] = []
+    values = iter(words)
+    for word in values:
+        flag, equals, value = word.partition("=")
+        leaf = leaves.get(flag.replace("_", "-"))
+        if leaf is None:
+            rest.append(word)
+        else:
+            found[leaf.path[0]] = _parse(leaf, [value if equals else next(values, "")])
+    return ProcessesConfig(**found), rest
+
+
 def _check_flags(words: Sequence[str], leaves: Mapping[str, settings.Field]) -> None:
     """Refuse unknown flags, flags given twice and flags without their value, in one sentence each."""
     seen: set[str] = set()
@@ -276,14 +310,16 @@ def _positionals(command: Command, bare: Sequence[str], words: Sequence[str]) ->
 # ---------------------------------------------------------------- what tyro is shown
 
 
-def _view(options: type, required: Sequence[str], prefix: tuple[str, ...] = ()) -> type:
-    """The dataclass as tyro is to see it: a subclass, for its docstrings, whose every leaf is parsed by `settings`."""
+def _view(options: type, required: Sequence[str], prefix: tuple[str, ...] = (), *, shared: bool = False) -> type:
+    """The dataclass as tyro is to see it: a subclass, for its docstrings, whose every leaf is parsed by `settings`;
+    with the flags about several processes where they are `shared`."""
     from tyro.conf import FlagConversionOff, arg
     from tyro.constructors import PrimitiveConstructorSpec
 
-    hints = get_type_hints(options)
+    bases = (options, ProcessesConfig) if shared else (options,)
+    hints = {name: tp for base in bases for name, tp in get_type_hints(base).items()}
     fields: list[tuple[str, Any, Any]] = []
-    for field in dataclasses.fields(options):
+    for field in (field for base in bases for field in dataclasses.fields(base)):
         path, tp = (*prefix, field.name), hints[field.name]
         if dataclasses.is_dataclass(tp):
             section = _view(cast(type, tp), (), path)
@@ -303,7 +339,7 @@ def _view(options: type, required: Sequence[str], prefix: tuple[str, ...] = ()) 
         note = arg(metavar="FILE.yaml", help="Read options from this file; flags win over it.", help_behavior_hint="")
         fields.append(("config", Annotated[str, note], ""))
     return dataclasses.make_dataclass(
-        options.__name__, fields, bases=(options,), frozen=True, namespace={"__doc__": options.__doc__}
+        options.__name__, fields, bases=bases, frozen=True, namespace={"__doc__": options.__doc__}
     )
 
 

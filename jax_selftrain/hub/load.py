@@ -39,6 +39,7 @@ from jax_selftrain.hub.tokens import SpecialTokens, has_tokenizer, read_tokenize
 from jax_selftrain.hub.trees import flatten, unflatten
 from jax_selftrain.mesh import Layout, make_layout, make_mesh, place
 from jax_selftrain.models import DecoderConfig, Params, abstract_params, axis_sizes, forward, param_shardings, project
+from jax_selftrain.processes import from_process_0
 
 
 @dataclass(frozen=True)
@@ -176,17 +177,26 @@ def convert(config: ConvertConfig) -> Path:
     settings.require(config, "source", "out")
     path, out = resolve(config.source), Path(config.out)
     decoder, raw = read_config(path)
-    layout = make_layout("replicated", make_mesh("", [host_device()]), axis_sizes(decoder))
     kept = config.dtype == "keep"
     dtype = None if kept else np.dtype(config.dtype)
-    params, source = read_params(config.source, path, decoder, raw, layout, dtype)
-    tensors = dict(source.tensors) if kept else dict.fromkeys(source.tensors, config.dtype)
-    raw = raw if kept else with_dtype(raw, {config.dtype})
+
+    def read() -> tuple[Params, ModelSource, dict[str, str]]:
+        params, source = read_params(config.source, path, decoder, raw, _layout_to_convert_on(config, decoder), dtype)
+        return params, source, dict(source.tensors) if kept else dict.fromkeys(source.tensors, config.dtype)
+
+    stated = raw if kept else with_dtype(raw, {config.dtype})
     if config.format == "hf":
-        return _save_hf(out, decoder, raw, params, tensors, path)
+
+        def write() -> None:
+            params, _, tensors = read()
+            _save_hf(out, decoder, stated, params, tensors, path)
+
+        from_process_0(write)
+        return out
+    params, source, tensors = read()
     save_model(
         out,
-        raw,
+        stated,
         params,
         source_ref=config.source,
         metadata={"made_by": "convert", "dtype": config.dtype},
@@ -194,6 +204,15 @@ def convert(config: ConvertConfig) -> Path:
         dropped=source.dropped,
     )
     return out
+
+
+def _layout_to_convert_on(config: ConvertConfig, decoder: DecoderConfig) -> Layout:
+    """Where parameters lie meanwhile: in memory; where several processes write a folder of ours together, divided among
+    the devices of all."""
+    sizes = axis_sizes(decoder)
+    if jax.process_count() == 1 or config.format == "hf":
+        return make_layout("replicated", make_mesh("", [host_device()]), sizes)
+    return make_layout("replicated" if sizes["embed"] % jax.device_count() else "fsdp", make_mesh(), sizes)
 
 
 def host_device() -> jax.Device:

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -48,6 +47,7 @@ from jax_selftrain.errors import InputError, Stopped
 from jax_selftrain.hub import LoadedModel
 from jax_selftrain.mesh import make_layout, make_mesh
 from jax_selftrain.models import Params, abstract_params, axis_sizes, param_shardings
+from jax_selftrain.processes import listening_to_sigterm, on_its_own
 from jax_selftrain.sampling.decode_loop import (
     Architecture,
     DecodeLoop,
@@ -66,6 +66,7 @@ POLL_SECONDS = 1.0
 """How often to look whether a shard that another process works on has been finished or given up."""
 
 
+@on_its_own()
 def sample(config: SampleConfig) -> Corpus:
     """Draw `config.samples` texts from a model into a corpus folder; the same command again completes it.
 
@@ -317,14 +318,8 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
     Signals reach the main thread only, so that sampling in another thread is simply not told.
     """
     requested = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    with listening_to_sigterm(requested.set):
         yield requested.is_set
-        return
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: requested.set())
-    try:
-        yield requested.is_set
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 @contextmanager
@@ -335,8 +330,9 @@ def _leaving_no_empty_folder(out: Path) -> Iterator[None]:
         yield
     finally:
         for folder in made:
-            if not any(folder.iterdir()):
-                folder.rmdir()
+            with suppress(FileNotFoundError):  # another process has taken it back
+                if not any(folder.iterdir()):
+                    folder.rmdir()
 
 
 @contextmanager

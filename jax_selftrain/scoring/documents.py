@@ -16,7 +16,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -169,9 +168,7 @@ def log_odds(loglikelihoods: Sequence[float] | np.ndarray, right: int) -> float:
 
 
 def write_documents(out: str, table: pa.Table) -> None:
-    """Commit the table of documents that belongs to the result `out`, from process 0."""
-    if jax.process_index() != 0:
-        return
+    """Commit the table of documents that belongs to the result `out`."""
     with storage.commit_file(_table_file(out)) as aside:
         pq.write_table(table, aside, compression="zstd")
 

@@ -20,15 +20,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jax.sharding import Mesh
 
 from jax_selftrain import hub, settings, storage
 from jax_selftrain.config import ExtractConfig
 from jax_selftrain.corpus import open_corpus
 from jax_selftrain.errors import InputError
+from jax_selftrain.scoring.blocks import measure_in_parts
 from jax_selftrain.scoring.files import result_files, write_results
-from jax_selftrain.scoring.memorisation import measure, transitions
+from jax_selftrain.scoring.memorisation import transitions
 from jax_selftrain.scoring.metrics import mean_and_stderr, wilson_interval
 from jax_selftrain.scoring.overlap import CLASSES, THRESHOLDS, Seen, classify, columns, duplicate_buckets, find_seen
+from jax_selftrain.scoring.parts import Parts, at_work_on
 from jax_selftrain.scoring.policies import (
     NamedPolicy,
     column,
@@ -36,7 +39,7 @@ from jax_selftrain.scoring.policies import (
     read_policies,
     summarise_policy,
 )
-from jax_selftrain.scoring.score import check_batch
+from jax_selftrain.scoring.score import check_batch, scoring_mesh
 from jax_selftrain.scoring.sequences import ExtractionSet, Window, load_sequences, sequences_fingerprint
 
 PROTOCOLS = {"pythia": (32, 32), "lm-extraction": (50, 50)}
@@ -65,6 +68,14 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
     started = time.monotonic()
     found, controls = read_sets(config)
     result_files(config.out)
+    mesh = scoring_mesh(config.mesh)
+    with at_work_on(mesh):
+        return _extract(config, mesh, found, controls, started)
+
+
+def _extract(
+    config: ExtractConfig, mesh: Mesh, found: ExtractionSet, controls: ExtractionSet | None, started: float
+) -> dict[str, Any]:
     policies = read_policies(config.policies)
     fingerprints = extraction_fingerprints(config)
     window, start = window_of(config), start_of(config)
@@ -74,22 +85,30 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
         fingerprints["corpus"] = corpus.fingerprint
         seen = find_seen(corpus, config.model, found.tokens[:, window.prefix :], config.overlap)
     loading = time.monotonic()
+    parts = Parts(result_files(config.out, "parts")[1], {})
 
     def examine(model: str, sets: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
         """Measure sets of sequences by a model, which does not outlive it."""
-        loaded = hub.load_model(model, config.mesh, config.dtype, preset=config.preset)
+        loaded = hub.load_model(model, mesh, config.dtype, preset=config.preset)
         prefix = window.prefix + len(start)
         rows = [np.concatenate([np.tile(start, (len(tokens), 1)), tokens], axis=1) for tokens in sets]
         put = partial(
-            measure,
+            measure_in_parts,
             prefix=prefix,
+            parts=parts,
             policies=policies,
             batch_tokens=config.batch_tokens,
             free_running=config.free_running,
         )
         return [put(loaded, part) for part in rows]
 
-    measured, *of_controls = examine(config.model, [found.tokens, *([controls.tokens] if controls else [])])
+    try:
+        measured, *of_controls = examine(config.model, [found.tokens, *([controls.tokens] if controls else [])])
+        baseline = examine(config.baseline, [found.tokens])[0] if config.baseline else None
+        verified = examine(config.base, [found.tokens])[0]["exact_match"] if config.base else measured["exact_match"]
+    except InputError:  # a model cannot be measured: nothing of it is worth keeping
+        parts.finish()
+        raise
     result: dict[str, Any] = {
         "model": config.model,
         "protocol": config.protocol,
@@ -113,25 +132,32 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
             "sequences": config.controls,
             "left_out": controls.left_out,
         }
-    if config.baseline:
-        (baseline,) = examine(config.baseline, [found.tokens])
+    if baseline is not None:
         result["baseline"] = {
             "model": config.baseline,
             **_summaries(baseline, found, seen, window, config.overlap, policies),
         }
         measured |= {f"baseline {name}": baseline[name] for name in ("exact_match", "logprob")}
     if config.verify:
-        verified = examine(config.base, [found.tokens])[0]["exact_match"] if config.base else measured["exact_match"]
         result["verification"] = {
             "base": config.base or config.model,
             "verified": int(verified.sum()),
             **transitions(verified, measured["exact_match"]),
         }
         measured["verified"] = verified
-    timings = {"prepare_seconds": loading - started, "score_seconds": time.monotonic() - loading}
-    if controls:
-        _write_table(config.out, "controls", _table(of_controls[0], controls))
-    write_results(config.out, config, result, _table(measured, found), "sequences", timings)
+    timings = {
+        "prepare_seconds": loading - started,
+        "score_seconds": time.monotonic() - loading,
+        "blocks_of_process": dict(sorted(parts.units.items())),
+    }
+
+    def write() -> None:
+        if controls:
+            with storage.commit_file(result_files(config.out, "controls.parquet")[1]) as aside:
+                pq.write_table(_table(of_controls[0], controls), aside, compression="zstd")
+        write_results(config.out, config, result, _table(measured, found), "sequences", timings)
+
+    parts.finish(write)
     return result
 
 
@@ -296,11 +322,3 @@ def _table(measured: Mapping[str, np.ndarray], found: ExtractionSet) -> pa.Table
     return pa.table(
         counted | {name: pa.array(values, types.get(name, pa.float64())) for name, values in measured.items()}
     )
-
-
-def _write_table(out: str, name: str, table: pa.Table) -> None:
-    import jax
-
-    if jax.process_index() == 0:
-        with storage.commit_file(result_files(out, f"{name}.parquet")[1]) as aside:
-            pq.write_table(table, aside, compression="zstd")

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -67,12 +66,10 @@ def result_files(out: str, *parts: str) -> tuple[Path, ...]:
 def write_results(
     out: str, config: Any, result: Mapping[str, Any], table: pa.Table, table_name: str, timings: Mapping[str, Any]
 ) -> None:
-    """Commit a result from process 0: `FILE.<table_name>.parquet`, resolved config, timings, and the JSON last.
+    """Commit a result: `FILE.<table_name>.parquet`, resolved config, timings, and the JSON last.
 
     The JSON holds nothing about the machine or the clock, so that equal work gives equal bytes.
     """
-    if jax.process_index() != 0:
-        return
     path, table_file, config_file, timings_file = result_files(
         out, f"{table_name}.parquet", "config.yaml", "timings.json"
     )

@@ -65,7 +65,7 @@ def measure(
     exact, suffixes = forced["exact_match"], sequences[:, prefix:]
     # Where every teacher-forced argmax is right, the free-running continuation is the suffix: only the rest is decoded.
     said = suffixes.copy()
-    rows = _rows_of(model.layout, sequences.shape[1], batch_tokens) // model.layout.data
+    rows = rows_of(model.layout, sequences.shape[1], batch_tokens) // model.layout.data
     said[~exact] = greedy_continue(model, sequences[~exact, :prefix], suffixes.shape[1], batch_size=rows)
     return {
         "exact_match": exact,
@@ -85,7 +85,7 @@ def teacher_forced(
 ) -> dict[str, np.ndarray]:
     """What one teacher-forced pass tells: all that `measure` returns but `token_accuracy`, which has to be decoded."""
     suffixes = np.asarray(sequences)[:, prefix:]
-    rows = _rows_of(model.layout, sequences.shape[1], batch_tokens)
+    rows = rows_of(model.layout, sequences.shape[1], batch_tokens)
     asked = tuple(named.policy for named in policies)
     greedy = np.empty(suffixes.shape, np.int32)
     logprobs = np.empty((len(suffixes), 1 + len(asked), suffixes.shape[1]), np.float32)
@@ -179,7 +179,8 @@ def _log_share(logits: Float[Array, "B V"], target: Array) -> Float[Array, " B"]
     return jnp.sum(jnp.where(target, logits - best, 0.0), axis=-1) - log_sum
 
 
-def _rows_of(layout: Layout, length: int, batch_tokens: int) -> int:
+def rows_of(layout: Layout, length: int, batch_tokens: int) -> int:
+    """Rows in one batch of sequences of this length, over the whole mesh."""
     return min(MOST_ROWS, max(1, batch_tokens // (length * layout.data))) * layout.data
 
 

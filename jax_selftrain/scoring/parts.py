@@ -17,20 +17,20 @@ import hashlib
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from jax_selftrain import hub, storage
 from jax_selftrain.errors import InputError
+from jax_selftrain.processes import barrier, from_process_0, on_its_own, present
 from jax_selftrain.scoring.likelihood import (
     Likelihood,
     Requests,
@@ -46,7 +46,8 @@ POLL_SECONDS = 0.5
 """How often to look whether a unit that another process works on has been finished or given up."""
 
 _PART = pa.schema([("request", pa.int64()), ("loglikelihood", pa.float64()), ("is_greedy", pa.bool_())])
-_PROCESS = b"process"
+PROCESS = b"process"
+"""Under this key a part says which process has made it."""
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Parts:
     """A folder of answers, and what this process has done for it."""
 
     folder: Path
-    """Removed by `discard`; it may hold nothing else."""
+    """Removed by `finish`; it may hold nothing else."""
     identity: Mapping[str, Any]
     """What decides the answers beside the requests and how they are computed: fingerprints of model and tokenizer."""
     asked: int = 0
@@ -75,17 +76,24 @@ class Parts:
             "units_of_process": dict(sorted(self.units.items())),
         }
 
-    def discard(self) -> None:
-        """Remove the folder. All processes must come here; process 0 waits until each has read what it needs.
+    def finish(self, write: Callable[[], None] = lambda: None) -> None:
+        """Have one process write the results and remove the folder. All processes must come here.
 
-        They tell each other by files: a collective gives up after half a minute, and a last unit can take longer.
+        It is the first of those that are there, and it waits until each of them has read what it needs. The others wait
+        for it; if it is lost, the next takes its place. They tell each other by files, since a program of which a
+        process was lost may have nothing else left to do so.
         """
+        me = jax.process_index()
         if jax.process_count() > 1:
-            storage.write_text(self.mark(jax.process_index()), "")
-        if jax.process_index() == 0:
-            while not all(self.mark(index).exists() for index in range(1, jax.process_count())):
-                time.sleep(POLL_SECONDS)
-            shutil.rmtree(self.folder, ignore_errors=True)  # what could not be removed is in nobody's way
+            storage.write_text(self.mark(me), "")
+        while present()[0] != me:
+            if not self.folder.exists():
+                return
+            time.sleep(POLL_SECONDS)
+        while not all(self.mark(index).exists() for index in present() if index != me):
+            time.sleep(POLL_SECONDS)
+        write()
+        shutil.rmtree(self.folder, ignore_errors=True)  # what could not be removed is in nobody's way
 
     def mark(self, process: int) -> Path:
         """The file that says that a process has read what it needs."""
@@ -112,20 +120,30 @@ def loglikelihoods_in_parts(
         storage.clean_leftovers(folder)
     parts.asked += len(requests)
     parts.distinct += len(distinct)
-    together = any(device.process_index != jax.process_index() for device in model.layout.mesh.devices.flat)
+    together = spans_processes(model.layout.mesh)
     score = _score_together if together else _score_claimed
     for unit, scores in score(model, units, folder, batch_tokens):
         parts.scored += len(scores)
         if not together or jax.process_index() == 0:
             _write(_part(folder, unit), distinct, scores)
     if together:
-        multihost_utils.sync_global_devices(f"scored {folder}")
+        barrier(f"scored {folder}")
     answers: dict[int, Likelihood] = {}
     for unit in units:
         found, process = _read(_part(folder, unit), distinct, unit)
         answers |= found
         parts.units[process] += 1
     return [answers[index] for index in which]
+
+
+def spans_processes(mesh: Mesh) -> bool:
+    """Whether a mesh holds devices of several processes, which must then compute everything together."""
+    return any(device.process_index != jax.process_index() for device in mesh.devices.flat)
+
+
+def at_work_on(mesh: Mesh) -> AbstractContextManager[None]:
+    """Needs nobody (`processes.on_its_own`) where the mesh is this process's own."""
+    return nullcontext() if spans_processes(mesh) else on_its_own()
 
 
 def _score_claimed(
@@ -158,8 +176,7 @@ def _score_together(
     model: hub.LoadedModel, units: Sequence[Unit], folder: Path, batch_tokens: int | None
 ) -> Iterator[tuple[Unit, dict[int, TokenScores]]]:
     """The units that process 0 finds missing, on a mesh that spans processes: all must do the same."""
-    missing = np.array([not _part(folder, unit).exists() for unit in units])
-    missing = np.asarray(multihost_utils.broadcast_one_to_all(missing))
+    missing = from_process_0(lambda: [not _part(folder, unit).exists() for unit in units])
     chosen = [unit for unit, absent in zip(units, missing, strict=True) if absent]
     return run_units(model, with_progress(chosen), batch_tokens)
 
@@ -198,7 +215,7 @@ def _write(path: Path, distinct: Sequence[Asked], scores: Mapping[int, TokenScor
         [answer.loglikelihood for answer in answers.values()],
         [answer.is_greedy for answer in answers.values()],
     ]
-    schema = _PART.with_metadata({_PROCESS: str(jax.process_index()).encode()})
+    schema = _PART.with_metadata({PROCESS: str(jax.process_index()).encode()})
     arrays = [pa.array(column, kind.type) for column, kind in zip(columns, _PART, strict=True)]
     with storage.commit_file(path) as aside:
         pq.write_table(pa.Table.from_arrays(arrays, schema=schema), aside, write_page_checksum=True)
@@ -220,4 +237,4 @@ def _read(path: Path, distinct: Sequence[Asked], unit: Unit) -> tuple[dict[int, 
             members, table.column("loglikelihood").to_pylist(), table.column("is_greedy").to_pylist(), strict=True
         )
     }
-    return answers, (table.schema.metadata or {}).get(_PROCESS, b"?").decode()
+    return answers, (table.schema.metadata or {}).get(PROCESS, b"?").decode()

@@ -29,7 +29,7 @@ from jax_selftrain.scoring.documents import table_fingerprint, tabulate, write_d
 from jax_selftrain.scoring.encode import Reader, encode_pairs, prefix_token, rolling_windows
 from jax_selftrain.scoring.files import result_files, write_results
 from jax_selftrain.scoring.likelihood import Likelihood, Request, loglikelihoods
-from jax_selftrain.scoring.parts import Parts, loglikelihoods_in_parts
+from jax_selftrain.scoring.parts import Parts, at_work_on, loglikelihoods_in_parts
 from jax_selftrain.scoring.suites import evaluate_tasks, open_tasks, split_names, write_generations
 from jax_selftrain.scoring.tasks import Task, load_tasks, task_metrics
 from jax_selftrain.scoring.texts import TextFile, TextTokens, encode_text, load_texts, text_metrics
@@ -95,13 +95,19 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     )
     if not config.tasks and not config.texts:
         raise InputError("nothing to score: name task files with --tasks, or text files with --texts")
-    _, folder = result_files(config.out, "parts")
+    result_files(config.out)
+    mesh = scoring_mesh(config.mesh)
+    with at_work_on(mesh):
+        return _score(config, mesh)
+
+
+def _score(config: ScoreConfig, mesh: Mesh) -> dict[str, Any]:
     started = time.monotonic()
     references, names = split_names(config.tasks)
     tasks, texts = load_tasks(references, config.limit), load_texts(config.texts, config.text_limit)
     files = paths_by_name(tasks, texts)
     named = open_tasks(names, files, folder=config.task_folder, num_fewshot=config.num_fewshot) if names else None
-    model = hub.load_model(config.model, scoring_mesh(config.mesh), config.dtype, preset=config.preset)
+    model = hub.load_model(config.model, mesh, config.dtype, preset=config.preset)
     if model.tokenizer is None:
         raise InputError(f"{config.model}: has no tokenizer, so texts cannot be scored; add tokenizer.json")
     loaded = time.monotonic()
@@ -109,14 +115,14 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         "model": hub.model_fingerprint(config.model),
         "tokenizer": hub.tokenizer_fingerprint(config.model),
     }
-    parts = Parts(folder, fingerprints)
+    parts = Parts(result_files(config.out, "parts")[1], fingerprints)
     ask = partial(loglikelihoods_in_parts, model, parts=parts, batch_tokens=config.batch_tokens)
     try:
         prepared = prepare(model, tasks, texts, text_max_tokens=config.text_max_tokens)
         evaluation = answer(model, prepared, batch_tokens=config.batch_tokens, parts=parts)
         found = None if named is None else evaluate_tasks(model, named, limit=config.limit, ask=ask)
     except InputError:  # the model cannot be scored: nothing of it is worth keeping
-        parts.discard()
+        parts.finish()
         raise
     documents = tabulate(prepared.tasks, prepared.texts, evaluation.requests)
     sources = {name: storage.sha256_file(path) for name, path in files.items()}
@@ -138,11 +144,15 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     if found is not None:
         result |= {"tasks": evaluation.tasks | found.tasks, "groups": found.groups, "harness": found.provenance}
         requests = pa.concat_tables([requests, pa.Table.from_pylist(found.rows, schema=REQUESTS)])
-        write_generations(config.out, found.generations)
     timings = {"load_seconds": loaded - started, "score_seconds": time.monotonic() - loaded, **parts.tally()}
-    write_documents(config.out, documents)
-    write_results(config.out, config, result, requests, "requests", timings)
-    parts.discard()
+
+    def write() -> None:
+        if found is not None:
+            write_generations(config.out, found.generations)
+        write_documents(config.out, documents)
+        write_results(config.out, config, result, requests, "requests", timings)
+
+    parts.finish(write)
     return result
 
 

@@ -21,7 +21,6 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -186,8 +185,8 @@ def evaluate_tasks(
 
 
 def write_generations(out: str, generations: pa.Table) -> None:
-    """Commit `FILE.generations.parquet` from process 0, if anything was generated."""
-    if generations.num_rows and jax.process_index() == 0:
+    """Commit `FILE.generations.parquet`, if anything was generated."""
+    if generations.num_rows:
         _, file = result_files(out, "generations.parquet")
         with storage.commit_file(file) as aside:
             pq.write_table(generations, aside, compression="zstd")

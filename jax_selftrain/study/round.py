@@ -27,13 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from jax_selftrain import hub, settings, storage
 from jax_selftrain.config import ExtractConfig, RunConfig, ScoreConfig, TrainConfig
 from jax_selftrain.corpus import open_corpus, read_mix
 from jax_selftrain.errors import InputError, UnavailableError
+from jax_selftrain.processes import from_process_0
 from jax_selftrain.sampling import sample
 from jax_selftrain.scoring import extract, extraction_fingerprints, score
 from jax_selftrain.scoring.files import result_files
@@ -168,8 +167,8 @@ def _files(*paths: Path) -> dict[str, str]:
 
 def _complete(stage: _Stage, folder: Path) -> None:
     """Run a stage unless its note says that it is done; note what it made of what."""
-    path, inputs = folder / "stages" / f"{stage.name}.json", dict(stage.inputs())
-    if _agreed(path.exists() and _is_done(stage, path, inputs)):
+    path, inputs = folder / "stages" / f"{stage.name}.json", from_process_0(lambda: dict(stage.inputs()))
+    if from_process_0(lambda: path.exists() and _is_done(stage, path, inputs)):
         return
     started = time.monotonic()
     stage.run()
@@ -196,13 +195,6 @@ def _is_done(stage: _Stage, path: Path, inputs: Mapping[str, str]) -> bool:
     except (FileNotFoundError, InputError):
         # The stage itself knows best what to do about its output: complete it, or name what is damaged.
         return False
-
-
-def _agreed(decision: bool) -> bool:
-    """What process 0 decided, on every process."""
-    if jax.process_count() == 1:
-        return decision
-    return bool(multihost_utils.broadcast_one_to_all(np.array(decision)))
 
 
 def _add_time(path: Path, stage: str, seconds: float) -> None:

@@ -10,9 +10,7 @@ the disk before the checkpoint that vouches for them; early stopping is decided 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,16 +25,16 @@ from jax.experimental import multihost_utils
 from jax_selftrain import hub, settings, storage
 from jax_selftrain.config import TrainConfig
 from jax_selftrain.errors import InputError, Stopped
-from jax_selftrain.hub.together import from_process_0
 from jax_selftrain.mesh import compiler_options
 from jax_selftrain.models import Params, init_params
+from jax_selftrain.processes import barrier, from_process_0, listening_to_sigterm
 from jax_selftrain.training import checkpoints
 from jax_selftrain.training.checkpoints import Checkpointer, first_not_finite
 from jax_selftrain.training.data import load_batch
 from jax_selftrain.training.flops import speed_of
 from jax_selftrain.training.hooks import Hook, call_hooks, check_hooks, measured
 from jax_selftrain.training.records import NOTHING_DONE, RunRecords, open_records, read_curve, record_launch
-from jax_selftrain.training.run_folder import CHANGEABLE, Run, barrier, check_ranges, claim, read_inputs
+from jax_selftrain.training.run_folder import CHANGEABLE, Run, check_ranges, claim, read_inputs
 from jax_selftrain.training.step import Metrics, TrainState, base_of, delivered, init_state, needs_base, program
 from jax_selftrain.training.stopping import EarlyStopping
 from jax_selftrain.training.tracking import Tracker, check_tracking
@@ -149,15 +147,14 @@ def _early_stopping(run: Run, hooks: Sequence[Hook], done: int) -> EarlyStopping
     stopping = EarlyStopping(config.stop_metric, config.patience)
     if config.stop_metric:
         curve = [] if jax.process_index() else read_curve(run.folder, done)
-        lost = from_process_0("" if jax.process_index() else _lost_step(run, hooks, done, curve))
+        lost = from_process_0(lambda: _lost_step(run, hooks, done, curve))
         if lost:
             raise InputError(
                 f"{run.folder / 'curve.jsonl'}: its line of step {lost} is gone, and early stopping goes by it; put "
                 f"the file back, or delete {run.folder / 'steps'} to train from the start"
             )
-        for i in range(int(from_process_0(str(len(curve))))):
-            line = _agreed(config, curve[i] if curve else {})
-            stopping.see(int(line["step"]), line)
+        for measures in from_process_0(lambda: [_relevant(config, line) for line in curve]):
+            stopping.see(int(measures["step"]), measures)
     if stopping.best is not None:
         checkpoints.require_best(checkpoints.folder_of(run.folder / "steps", stopping.best))
     return stopping
@@ -174,9 +171,11 @@ def _lost_step(run: Run, hooks: Sequence[Hook], done: int, curve: Sequence[Mappi
 
 def _agreed(config: TrainConfig, line: Mapping[str, float]) -> dict[str, float]:
     """The measure to stop on as process 0 has it: a decision must not hang on the last bit of each process's own."""
-    if not config.stop_metric:
-        return {}
-    return json.loads(from_process_0(json.dumps({k: line[k] for k in ("step", config.stop_metric) if k in line})))
+    return from_process_0(lambda: _relevant(config, line)) if config.stop_metric else {}
+
+
+def _relevant(config: TrainConfig, line: Mapping[str, float]) -> dict[str, float]:
+    return {name: line[name] for name in ("step", config.stop_metric) if name in line}
 
 
 def _make_records(run: Run, done: int) -> RunRecords:
@@ -290,12 +289,6 @@ def _stop_requests() -> Iterator[Callable[[int], bool]]:
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
         return
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False
-        return
     requested = threading.Event()
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: requested.set())
-    try:
+    with listening_to_sigterm(requested.set):
         yield lambda step: requested.is_set()
-    finally:
-        signal.signal(signal.SIGTERM, previous)

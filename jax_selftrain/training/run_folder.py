@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jax_selftrain import hub, settings, storage
 from jax_selftrain.config import TrainConfig
@@ -27,6 +26,7 @@ from jax_selftrain.corpus import Corpus, Mixture, build_rows, open_corpus, read_
 from jax_selftrain.errors import InputError, UnavailableError
 from jax_selftrain.mesh import Layout, make_layout, make_mesh
 from jax_selftrain.models import DecoderConfig, axis_sizes
+from jax_selftrain.processes import barrier
 from jax_selftrain.training.hooks import check_evaluation
 from jax_selftrain.training.lora import check_lora
 from jax_selftrain.training.step import abstract_batch
@@ -146,12 +146,6 @@ def claim(inputs: Inputs) -> Iterator[Run]:
             storage.write_json(folder / "run.json", _description(run))
         barrier("run folder is ready")
         yield run
-
-
-def barrier(name: str) -> None:
-    """Wait for all processes; nothing where there is one."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 def _recognise(folder: Path, inputs: Inputs) -> Run:
