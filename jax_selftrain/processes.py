@@ -32,7 +32,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NoReturn
 
 from jax_selftrain.errors import InputError, SelftrainError, Stopped, UnavailableError
@@ -138,23 +138,31 @@ class _Group:
                 raise departure.error()
 
     def end(self, departure: _Departure) -> NoReturn:
-        """End this process at once, whatever its other threads are waiting for."""
+        """End this process, whatever its other threads are waiting for."""
         print(f"{self.program}: error: {departure.said}", file=sys.stderr)
+        self.say_goodbye(departure)
         _exit(departure.code)
 
     def leave(self, code: int, said: str = "") -> None:
-        """Say good-bye to the others. Process 0 leaves last, since they hang on it."""
+        """End what this process has to do with the others."""
         import jax
 
-        self.leaving = code
-        if self.index and not self.coordinator_answers():
+        self.say_goodbye(_Departure(code, said))
+        if self.index == 0 or self.coordinator_answers():
+            jax.distributed.shutdown()
+
+    def say_goodbye(self, departure: _Departure) -> None:
+        """Tell the others how this process ends. Process 0 waits for theirs, since they hang on it."""
+        self.leaving = departure.code
+        if self.client is None or (self.index and not self.coordinator_answers()):
             return
-        self.client.key_value_set(f"{_DEPARTURES}/{self.index}", json.dumps({"code": code, "said": said}))
-        if self.index == 0:
-            deadline = time.monotonic() + (LEAVING_SECONDS if code else BARRIER_SECONDS)
-            while len(self.gone) < self.count - 1 and time.monotonic() < deadline:
-                time.sleep(0.05)
-        jax.distributed.shutdown()
+        self.client.key_value_set(f"{_DEPARTURES}/{self.index}", json.dumps(asdict(departure)))
+        deadline = time.monotonic() + (LEAVING_SECONDS if departure.code else BARRIER_SECONDS)
+        while self.index == 0 and time.monotonic() < deadline:
+            said = {int(key.rpartition("/")[2]) for key, _ in self.client.key_value_dir_get(_DEPARTURES)}
+            if len(said | self.gone.keys() | {0}) == self.count:
+                return
+            time.sleep(0.05)
 
     def coordinator_answers(self) -> bool:
         """Whether somebody listens where process 0 should."""

@@ -1,0 +1,170 @@
+"""A round by several real processes: the same corpus and report as by one, and what happens when one of them dies."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from process_group import ends, kill_when, start
+
+from jax_selftrain import settings, storage
+from jax_selftrain.config import ExtractConfig, RunConfig
+
+pytestmark = pytest.mark.slow
+
+Words = Callable[[Path], list[object]]
+
+
+@pytest.fixture(scope="module")
+def words(options: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Words:
+    """`words(out)`: the small round on all devices, ten shards of four samples, as a command line."""
+    file = tmp_path_factory.mktemp("together") / "run.yaml"
+    config = options(Path("out"), mesh="")
+    config = replace(
+        config,
+        sample=replace(config.sample, batch_size=2, samples_per_shard=4),
+        train=replace(config.train, batch_size=8, steps=6),
+        score=replace(config.score, batch_tokens=128),
+        extract=replace(config.extract, batch_tokens=64),
+    )
+    settings.save(file, config)
+    return lambda out: ["run", "--config", file, "--out", out]
+
+
+@pytest.fixture(scope="module")
+def alone(words: Words, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The round of one process."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    codes, said = ends(start(words(out), 1))
+    assert codes == [0], said
+    return out
+
+
+def corpus_of(folder: Path) -> dict[str, bytes]:
+    files = [folder / "corpus.json", *sorted(folder.glob("shard-*.parquet"))]
+    return {path.name: path.read_bytes() for path in files}
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def losses_of(folder: Path) -> list[float]:
+    return [line["loss"] for line in lines_of(folder / "train" / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_round_of_several_processes_is_that_of_one(words: Words, alone: Path, tmp_path: Path, processes: int) -> None:
+    out = tmp_path / "out"
+    began = time.monotonic()
+    codes, said = ends(start(words(out), processes))
+    print("took", time.monotonic() - began, said)
+    assert codes == [0] * processes, said
+    assert corpus_of(out / "corpus") == corpus_of(alone / "corpus")
+    # Gloo adds in another order than one process does.
+    np.testing.assert_allclose(losses_of(out), losses_of(alone), rtol=1e-5)
+    for name in ("score/base.json", "score/base.requests.parquet", "extract/base.json"):
+        assert (out / name).read_bytes() == (alone / name).read_bytes(), name
+    assert storage.read_json(out / "train" / "launches.jsonl")["processes"] == processes
+    assert len(list(out.rglob("report.html"))) == 1
+    assert not list(out.rglob(".*"))
+    assert not list(out.rglob("*.parts"))
+
+
+SOON = ("--heartbeat-timeout", 10)
+"""Seconds after which a silent process counts as lost, in place of half a minute."""
+
+
+def holds_a_lease(process: subprocess.Popen[str], folder: Path) -> bool:
+    """Whether a process works on a part of what lies below a folder."""
+    held = []
+    for path in folder.rglob("*.lease"):
+        with suppress(FileNotFoundError, ValueError):  # given back, or being written
+            held.append(json.loads(path.read_text())["pid"])
+    return process.pid in held
+
+
+def sentence(said: str) -> str:
+    """The last line of what a process said."""
+    return said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("processes", "victim"), [(4, 2), (2, 0)])
+def test_a_process_killed_in_training_ends_the_others_with_one_sentence(
+    alone: Path, tmp_path: Path, processes: int, victim: int
+) -> None:
+    config = settings.load(RunConfig, alone / "config.yaml")
+    options = replace(config.train, model=config.model, corpus=str(alone / "corpus"), steps=5000, max_epochs=None)
+    settings.save(tmp_path / "train.yaml", options)
+    run = tmp_path / "run"
+    group = start(["train", "--config", tmp_path / "train.yaml", "--out", run], processes, *SOON)
+    when = kill_when(group, victim, lambda: len(lines_of(run / "metrics.jsonl")) > 2)
+    codes, said = ends(group, 60)
+    print("ended after", time.monotonic() - when, said)
+    assert codes == [-signal.SIGKILL if index == victim else 75 for index in range(processes)], said
+    for index in set(range(processes)) - {victim}:
+        assert re.match(
+            f"jax-selftrain train: error: process {victim} of {processes}.* was lost; .*run the same command again",
+            sentence(said[index]),
+        )
+
+
+def test_the_others_complete_the_corpus_when_the_first_is_killed(alone: Path, words: Words, tmp_path: Path) -> None:
+    config = settings.load(RunConfig, alone / "config.yaml")
+    settings.save(tmp_path / "sample.yaml", replace(config.sample, model=config.model))
+    out = tmp_path / "corpus"
+    group = start(["sample", "--config", tmp_path / "sample.yaml", "--out", out], 2, *SOON)
+    kill_when(group, 0, lambda: holds_a_lease(group[0], out))
+    codes, said = ends(group)
+    print(said)
+    assert codes == [-signal.SIGKILL, 0], said
+    assert corpus_of(out) == corpus_of(alone / "corpus")
+    assert not list(out.rglob("*.lease"))
+
+
+@pytest.mark.parametrize("stage", ["score", "extract"])
+def test_the_others_measure_what_the_first_was_killed_at(alone: Path, tmp_path: Path, stage: str) -> None:
+    config = settings.load(RunConfig, alone / "config.yaml")
+    options = replace(getattr(config, stage), model=config.model)
+    if isinstance(options, ExtractConfig):
+        options = replace(options, corpus=str(alone / "corpus"))
+    settings.save(tmp_path / "options.yaml", options)
+    out = tmp_path / "base.json"
+    group = start([stage, "--config", tmp_path / "options.yaml", "--out", out], 2, *SOON)
+    kill_when(group, 0, lambda: holds_a_lease(group[0], tmp_path))
+    codes, said = ends(group)
+    print(said)
+    assert codes == [-signal.SIGKILL, 0], said
+    assert out.read_bytes() == (alone / stage / "base.json").read_bytes()
+    assert not list(tmp_path.rglob("*.parts"))
+
+
+def test_a_round_that_loses_a_process_in_sampling_completes_the_corpus_and_goes_on_when_started_again(
+    alone: Path, words: Words, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    group = start(words(out), 2, *SOON)
+    kill_when(group, 1, lambda: holds_a_lease(group[1], out / "corpus"))
+    codes, said = ends(group)
+    print(said)
+    assert codes == [75, -signal.SIGKILL], said
+    assert re.match(
+        "jax-selftrain run: error: process 1 of 2 was lost; .*run the same command again", sentence(said[0])
+    )
+    assert corpus_of(out / "corpus") == corpus_of(alone / "corpus")
+    assert not (out / "train" / "model").exists()
+    codes, said = ends(start(words(out), 2))
+    assert codes == [0, 0], said
+    assert corpus_of(out / "corpus") == corpus_of(alone / "corpus")
+    np.testing.assert_allclose(losses_of(out), losses_of(alone), rtol=1e-5)
+    assert (out / "report.html").exists()
