@@ -62,6 +62,10 @@ GPUS = {
     "b200": Chip("NVIDIA B200", "gpu", 180 * 10**9, 8000e9, 900e9, 75 / 2250),
 }
 CARDS_PER_HOST = 8
+CHIPS_OF_ONE_HOST = {"v4": {4: (2, 2, 1)}, "v5p": {4: (2, 2, 1)}} | {
+    generation: {1: (1, 1, 1), 4: (2, 2, 1), 8: (2, 4, 1)} for generation in ("v5e", "v6e")
+}
+"""Slices that one machine holds, and how its chips lie."""
 EXAMPLES = "v5e:4x4, v4:2x2x4, v5p:2x2x2, v6e:4x4 (TPU slices), h100:8 or h100:4x8 (GPUs)"
 
 
@@ -105,8 +109,10 @@ def machine_of(name: str) -> Machine:
     chips = 1
     for size in sizes:
         chips *= size
-    on_host = 4 if generation in TPUS else CARDS_PER_HOST  # TPU machines of slices of several hosts have four chips
-    per_host = sizes[-1] if generation in GPUS and len(sizes) == 2 else min(chips, on_host)
+    if generation in TPUS:  # machines of slices of several hosts have four chips each
+        per_host = chips if chips in CHIPS_OF_ONE_HOST[generation] else 4
+    else:
+        per_host = sizes[-1] if len(sizes) == 2 else min(chips, CARDS_PER_HOST)
     if chips % per_host:
         raise InputError(f"--topology {name}: {chips} chips are no whole number of hosts of {per_host}")
     return Machine(name, known[generation], chips, per_host)
@@ -120,14 +126,16 @@ def devices_of(machine: Machine) -> Sequence[Any]:
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks a metadata server that is only there on a TPU
     generation = machine.name.partition(":")[0]
-    one_device_a_chip = {"chip_config_name": "megacore"} if generation == "v4" else {}
+    options: dict[str, Any] = {"chips_per_host_bounds": CHIPS_OF_ONE_HOST[generation][machine.chips_per_host]}
+    if generation == "v4":
+        options["chip_config_name"] = "megacore"  # both cores of a chip as one device
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=machine.name, **one_device_a_chip)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        if "libtpu" in str(error) and "topology" not in str(error).lower():
+        described = topologies.get_topology_desc(platform="tpu", topology_name=machine.name, **options)
+    except RuntimeError as error:
+        if "not installed" in str(error):
             raise InputError(
-                "compiling for a TPU needs libtpu: pip install 'jax-selftrain[tpu]' (no TPU is needed), or leave "
-                "--compile out to plan by arithmetic"
+                "compiling for a TPU needs libtpu: pip install 'jax-selftrain[tpu]' (no TPU is needed), or use "
+                "--compile false to plan by arithmetic"
             ) from error
         raise InputError(
             f"--topology {machine.name}: libtpu knows no such slice ({str(error).splitlines()[0][:200]}); "

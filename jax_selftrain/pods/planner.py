@@ -47,7 +47,7 @@ class Memory:
     outputs: int
     """Results, predicted; those that take their arguments' place (donated) included."""
     reused: int
-    """Outputs in place of arguments."""
+    """Outputs in place of arguments: those donated, or, where it was compiled, what the compiler made of it."""
     temporaries: int
     """From the compiler, or estimated."""
     code: int
@@ -148,6 +148,7 @@ def _measured(memory: Memory, compiled: Any) -> Memory:
     found = compiled.memory_analysis()
     return replace(
         memory,
+        reused=found.alias_size_in_bytes,
         temporaries=found.temp_size_in_bytes,
         code=found.generated_code_size_in_bytes,
         compiled_arguments=found.argument_size_in_bytes,
