@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
 from shapes import SHAPES
 
 
@@ -77,12 +75,6 @@ def beside_peers(speed: dict[str, list[float]]) -> str:
     ratios = [a / b for a, b in zip(speed["ours"], speed[peer], strict=True)]
     spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
     return f"{middle['ours']:,.0f} | {middle[peer]:,.0f} | {spread}"
-
-
-def tpu_mesh(topology: str, data: int, model: int) -> Mesh:
-    """A mesh over the chips of a TPU topology (`v5e:4x4`) to compile for; needs libtpu, no TPU."""
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    return jax.make_mesh((data, model), ("data", "model"), devices=devices, axis_types=(AxisType.Explicit,) * 2)
 
 
 def circumstances(setting: str, rounds: int) -> str:

@@ -24,12 +24,13 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 import jax
 import jax.numpy as jnp
 import numpy as np
-from shapes import SHAPES, folder_of, neox
+from shapes import SHAPES, folder_of
 
 from jax_selftrain import hub
 from jax_selftrain.config import SampleConfig
 from jax_selftrain.mesh import make_layout, make_mesh, place
 from jax_selftrain.models import PAGE, DecoderConfig, Params, axis_sizes, forward, init_params, project
+from jax_selftrain.pods import neox_config
 from jax_selftrain.sampling import Architecture, DecodeLoop, Drawn, Policy, architecture_of, sample, sample_keys
 from jax_selftrain.sampling.decode_loop import decode_page, logits_of
 from jax_selftrain.sampling.draw import take
@@ -42,7 +43,7 @@ def random_model(config: DecoderConfig, spec: str = "data=1,model=1") -> tuple[A
 
 def compilation(_: str) -> None:
     """Seconds of the first call (tracing, compiling, one page) by depth, and programs compiled by length."""
-    config, _ = hub.read_config(folder_of(neox(6, 128, 8, vocabulary=512)))
+    config, _ = hub.read_config(folder_of(neox_config(6, 128, 8, vocabulary=512)))
     policy, keys = Policy(start_id=0, stop_ids=(), max_tokens=32), sample_keys(0, np.arange(8))
     for layers in (6, 36, 6, 36):
         architecture, params = random_model(replace(config, num_layers=layers))

@@ -62,6 +62,7 @@ COMMANDS: dict[str, Command] = {
     "leakage": Command(config.LeakageConfig, "jax_selftrain.scoring:leakage", ("corpus", "texts", "out")),
     "run": Command(config.RunConfig, "jax_selftrain.study:run", ("model", "out")),
     "study": Command(config.StudyConfig, "jax_selftrain.study:study", ("out",)),
+    "plan": Command(config.PlanConfig, "jax_selftrain.pods:plan", ("model", "topology")),
     "report": Command(config.ReportConfig, "jax_selftrain.study:report", ("folder",), (("DIR", "folder"),)),
 }
 
@@ -191,6 +192,10 @@ def summary(name: str, options: Any, result: Any) -> str:
     if name == "leakage":
         shown = ("samples", "leaking", "leaking_stderr", "longest", "covered")
         return "\n".join([_measure("all", {key: result[key] for key in shown}), f"written: {options.out}"])
+    if name == "plan":
+        from jax_selftrain.pods import table
+
+        return "\n".join([table(result), *([f"written: {options.out}"] if options.out else [])])
     if name == "study" and options.dry_run:
         return f"nothing was done; without --dry-run true, the study goes to {options.out}"
     if name in ("demo", "run", "study", "report"):

@@ -20,12 +20,13 @@ such a table. Parameters, optimiser state, cache and batches all take their shar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from jax_selftrain.errors import InputError
 
@@ -160,6 +161,16 @@ def _describe(sizes: Mapping[str, int]) -> str:
 
 def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
+
+
+def platform_of(mesh: Mesh | AbstractMesh) -> str:
+    """`cpu`, `gpu` or `tpu`: where programs over a mesh run, also one that has a shape and no devices (`pods`)."""
+    return mesh.abstract_device.platform if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform
+
+
+def using(mesh: Mesh | AbstractMesh) -> AbstractContextManager[Any]:
+    """While inside, arrays without a sharding of their own are of this mesh; without devices, to be traced."""
+    return use_abstract_mesh(mesh) if isinstance(mesh, AbstractMesh) else jax.set_mesh(mesh)
 
 
 def place(layout: Layout, array: np.ndarray, axes: Axes) -> jax.Array:

@@ -3,13 +3,12 @@
 
 set -euo pipefail
 
-readonly KEYS="PROJECT ZONE TYPE NAME RUNTIME TIER INSTALL BUCKET POLL_SECONDS"
+readonly KEYS="PROJECT ZONE TYPE NAME RUNTIME TIER INSTALL BUCKET POLL_SECONDS CLUSTER IMAGE STORAGE RESTARTS"
 # shellcheck disable=SC2016 # expanded on the workers
 readonly PLACE='$HOME/selftrain'
 
 CONFIG=pod.env
 DRY_RUN=false
-# shellcheck disable=SC2034 # read by delete
 YES=false
 REST=()
 
@@ -33,10 +32,7 @@ parse() { # the flags that all scripts have; the rest stays in REST
         shift
         ;;
       --dry-run) DRY_RUN=true ;;
-      --yes)
-        # shellcheck disable=SC2034
-        YES=true
-        ;;
+      --yes) YES=true ;;
       --)
         shift
         REST+=("$@")
@@ -84,6 +80,14 @@ runtime_of() { # the software that Google names for each generation
     v2-* | v3-* | v4-*) echo tpu-ubuntu2204-base ;;
     *) die "$CONFIG: TYPE $1 is unknown (v4-…, v5litepod-…, v5p-…, v6e-…); name its software with RUNTIME" ;;
   esac
+}
+
+confirm() { # WHERE: before something is deleted
+  if ! $YES && ! $DRY_RUN; then
+    local typed
+    read -r -p "Delete $NAME $1? Type its name: " typed
+    [[ $typed == "$NAME" ]] || die "nothing was deleted"
+  fi
 }
 
 call() { # gcloud, or what would be called

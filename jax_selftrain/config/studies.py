@@ -35,6 +35,25 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class PlanConfig(RunConfig):
+    """What stages of a round take on a TPU slice or on GPUs: memory, time and chip-hours, known before there is one."""
+
+    out: str = ""
+    """A JSON file for the whole plan; unset: only the table is printed."""
+    topology: tuple[str, ...] = ()
+    """Machines: TPU slices (`v5e:4x4`, `v4:2x2x4`, `v5p:2x2x2`, `v6e:4x4`) or GPUs (`h100:8`, or `h100:4x8` for four
+    hosts of eight)."""
+    stage: tuple[str, ...] = ("sample", "train", "score")
+    """Which of `sample`, `train` and `score`."""
+    compile: bool = True
+    """Compile for TPU slices, which needs libtpu and no TPU; false: estimate, as for GPUs."""
+    search: bool = False
+    """Try shapes of the mesh and batch sizes, and rank those that fit."""
+    score_tokens: int | None = None
+    """Tokens that are to be scored, for the chip-hours of `score`."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A model of a study, and what it has in common with others."""
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_selftrain.mesh import Layout
+from jax_selftrain.mesh import Layout, platform_of
 from jax_selftrain.models.config import DecoderConfig
 from jax_selftrain.models.layers import contract
 
@@ -27,7 +27,7 @@ TILES = (512, 256, 128)
 def fuses(config: DecoderConfig, layout: Layout, length: int, compute_dtype: jax.typing.DTypeLike) -> bool:
     """Whether there is a fused kernel for rows of `length` tokens: on a TPU, in bfloat16, without sliding windows."""
     return (
-        layout.mesh.devices.flat[0].platform == "tpu"
+        platform_of(layout.mesh) == "tpu"
         and jnp.dtype(compute_dtype) == jnp.bfloat16
         and config.sliding_window is None
         and length % TILES[-1] == 0

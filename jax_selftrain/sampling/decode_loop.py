@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from jax_selftrain.hub import LoadedModel
-from jax_selftrain.mesh import Layout, compiler_options, place
+from jax_selftrain.mesh import Layout, compiler_options, place, platform_of
 from jax_selftrain.models import (
     PAGE,
     Cache,
@@ -82,7 +82,7 @@ class Architecture:
 
     def _block(self, rows: int) -> int:
         """Slots of a settled block; a power of two of them, so that growing lengths share their boundaries."""
-        if self.layout.mesh.devices.flat[0].platform != "cpu":
+        if platform_of(self.layout.mesh) != "cpu":
             return BLOCK
         slot = rows // self.layout.data * self.config.num_kv_heads * self.config.head_dim * 4
         return next((block for block in (128, 64) if block * slot <= CPU_BLOCK_BYTES), PAGE)

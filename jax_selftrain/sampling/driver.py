@@ -45,7 +45,7 @@ from jax_selftrain.corpus import (
 from jax_selftrain.corpus.shards import REQUEST
 from jax_selftrain.errors import InputError, Stopped
 from jax_selftrain.hub import LoadedModel
-from jax_selftrain.mesh import make_layout, make_mesh
+from jax_selftrain.mesh import make_layout, make_mesh, using
 from jax_selftrain.models import Params, abstract_params, axis_sizes, param_shardings
 from jax_selftrain.processes import listening_to_sigterm, on_its_own
 from jax_selftrain.sampling.decode_loop import (
@@ -126,7 +126,7 @@ def program(
     keys: Any = jax.ShapeDtypeStruct((places, 2), jnp.uint32, sharding=layout.sharding(("batch", None)))
     count: Any = jax.ShapeDtypeStruct((layout.data,), jnp.int32, sharding=layout.sharding(("batch",)))
     queue = Queue(keys, count)
-    with jax.set_mesh(mesh):
+    with using(mesh):
         cache = jax.eval_shape(partial(empty_cache, architecture, policy, rows))
         state = jax.eval_shape(partial(initial_state, layout, policy, rows), queue, cache)
     pages = jax.ShapeDtypeStruct((), jnp.int32)

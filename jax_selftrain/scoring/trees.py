@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jax_selftrain.mesh import Layout
+from jax_selftrain.mesh import Layout, platform_of
 
 PACKED = (128, 256, 512, 1024)
 """Lengths of rows that are tried for several trees side by side."""
@@ -129,7 +129,7 @@ def default_batch_tokens(layout: Layout) -> int:
 
     On a CPU a token cost least in batches of 512 and as much in larger ones (the shape of Pythia-70m).
     """
-    return (512 if layout.mesh.devices.flat[0].platform == "cpu" else 8192) * layout.data
+    return (512 if platform_of(layout.mesh) == "cpu" else 8192) * layout.data
 
 
 def batch_rows(layout: Layout, length: int, batch_tokens: int | None) -> int:

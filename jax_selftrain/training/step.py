@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_selftrain import hub
 from jax_selftrain.config import TrainConfig
 from jax_selftrain.errors import InputError
-from jax_selftrain.mesh import Layout, make_layout
+from jax_selftrain.mesh import Layout, make_layout, using
 from jax_selftrain.models import DecoderConfig, Params, abstract_params, accumulation_dtype, axis_sizes, param_shardings
 from jax_selftrain.training.lora import abstract_adapters, init_adapters, merged, with_adapters
 from jax_selftrain.training.loss import Batch, LossSums, Penalties, objective
@@ -163,7 +163,7 @@ def abstract_state(config: TrainConfig, model: DecoderConfig, layout: Layout, st
         param_shardings(model, layout),
     )
     adapters = abstract_adapters(config, model, layout) if config.lora_rank else None
-    with jax.set_mesh(layout.mesh):
+    with using(layout.mesh):
         state = jax.eval_shape(partial(_fresh, config, steps), params if adapters is None else adapters, params)
 
     def concrete(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -35,6 +35,9 @@ NEOX = dataclasses.replace(
     qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=False, tied=False, sliding_window=(40, None),
 )  # fmt: skip
 MQA = dataclasses.replace(LLAMA, num_kv_heads=1)
+slow = pytest.mark.slow
+FAMILIES = [pytest.param(LLAMA, id="gqa"), pytest.param(NEOX, id="neox"), pytest.param(MQA, id="mqa", marks=slow)]
+MESHES = [pytest.param("data=1", marks=slow), "data=2,model=2"]
 
 ROUNDING = 2e-5
 """Logits here are of order 1–10; fp32 sums of a few hundred terms in another order move them by some 1e-6."""
@@ -56,8 +59,8 @@ def logits_of(config: DecoderConfig, layout: Layout, tokens: np.ndarray, **given
         return np.asarray(run(params, place(layout, tokens, ("batch", None)), given))
 
 
-@pytest.mark.parametrize("config", [LLAMA, NEOX, MQA], ids=["gqa", "neox", "mqa"])
-@pytest.mark.parametrize("spec", ["data=1", "data=2,model=2"])
+@pytest.mark.parametrize("config", FAMILIES)
+@pytest.mark.parametrize("spec", MESHES)
 def test_last_layer_at_some_places_is_the_whole_one_there(config: DecoderConfig, spec: str):
     layout, tokens = layout_of(config, spec), tokens_of(4, 70)
     at = np.random.default_rng(1).integers(0, 70, (4, 9)).astype(np.int32)
@@ -67,7 +70,7 @@ def test_last_layer_at_some_places_is_the_whole_one_there(config: DecoderConfig,
     np.testing.assert_allclose(found, np.take_along_axis(whole, at[..., None], axis=1), atol=ROUNDING)
 
 
-@pytest.mark.parametrize("config", [LLAMA, NEOX, MQA], ids=["gqa", "neox", "mqa"])
+@pytest.mark.parametrize("config", FAMILIES)
 @pytest.mark.parametrize(
     ("spec", "preset"),
     [("data=4", "fsdp"), ("data=2,model=2", "fsdp"), ("model=4", "tensor"), ("data=8", "replicated")],
@@ -115,8 +118,8 @@ class Decoding:
         return np.concatenate([self.page(tokens[:, t : t + PAGE]) for t in range(0, tokens.shape[1], PAGE)], axis=1)
 
 
-@pytest.mark.parametrize("config", [LLAMA, NEOX, MQA], ids=["gqa", "neox", "mqa"])
-@pytest.mark.parametrize("spec", ["data=1", "data=2,model=2"])
+@pytest.mark.parametrize("config", FAMILIES)
+@pytest.mark.parametrize("spec", MESHES)
 @pytest.mark.parametrize("block", [PAGE, 2 * PAGE])
 def test_token_by_token_equals_all_at_once(config, spec, block):
     layout, tokens = layout_of(config, spec), tokens_of(4, 3 * PAGE + 9)

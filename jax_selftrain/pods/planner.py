@@ -1,0 +1,286 @@
+"""What a stage takes on a machine, before the machine is there: memory, time, tokens and chip-hours.
+
+For a TPU slice the very program that the stage would run is compiled for it by libtpu, on any computer; memory for
+temporaries and code, traffic and collectives are read from what the compiler made. Arguments and results follow from
+shapes and shardings, floating-point operations from the program's trace; both are predicted, and where the program was
+compiled the prediction of memory stands beside the compiler's number. Without a compiler (GPUs, `--compile false`) the
+rest is estimated (`pods.arithmetic`) and marked so.
+
+Time is that of the roofline: the longest of computing at the chip's peak, moving the traffic at its memory's bandwidth,
+and receiving what collectives send. No program reaches it; it is what to compare a measurement with, and a lower bound
+on chip-hours.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+from jax.errors import JaxRuntimeError
+
+from jax_selftrain import hub, settings, storage
+from jax_selftrain.config import PlanConfig, SampleConfig, TrainConfig
+from jax_selftrain.errors import InputError
+from jax_selftrain.mesh import using
+from jax_selftrain.models import DecoderConfig
+from jax_selftrain.pods import arithmetic
+from jax_selftrain.pods.compiled import Collective, CompiledText
+from jax_selftrain.pods.hardware import GIB, Machine, machine_of
+from jax_selftrain.pods.known import model_folder
+from jax_selftrain.pods.search import candidates
+from jax_selftrain.pods.stages import StageConfig, Work, config_of, work_of
+from jax_selftrain.pods.traced import flops
+
+STAGES = ("sample", "train", "score")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each chip."""
+
+    arguments: int
+    """Parameters, state, batch: predicted from shapes and shardings."""
+    outputs: int
+    """Results, predicted; those that take their arguments' place (donated) included."""
+    reused: int
+    """Outputs in place of arguments: those donated, or, where it was compiled, what the compiler made of it."""
+    temporaries: int
+    """From the compiler, or estimated."""
+    code: int
+    """The program itself, from the compiler; 0 where it was not compiled."""
+    compiled_arguments: int | None = None
+    """What the compiler says of `arguments`."""
+    compiled_outputs: int | None = None
+    """What the compiler says of `outputs`."""
+
+    @property
+    def total(self) -> int:
+        """What a chip must hold at once."""
+        return self.arguments + self.outputs - self.reused + self.temporaries + self.code
+
+
+def plan(config: PlanConfig) -> dict[str, Any]:
+    """Plan stages of a model on machines.
+
+    Returns:
+      `{"model": …, "rows": [one for each stage, machine and, in a search, setting]}`; see `row_of`.
+
+    Raises:
+      InputError: options, machine, mesh or model do not go together, or libtpu is missing.
+    """
+    settings.require(config, "model", "topology")
+    for stage in config.stage:
+        if stage not in STAGES:
+            hint = settings.nearest(stage, STAGES) or f"; choose of {', '.join(STAGES)}"
+            raise InputError(f"--stage {stage}: there is no such stage{hint}")
+    jax.config.update("jax_platforms", "cpu")  # a plan computes nothing, and a TPU that is there may be busy
+    machines = [machine_of(name) for name in config.topology]
+    rows = []
+    for stage in config.stage or STAGES:
+        ref = config.source or config.model if stage == "sample" else config.model
+        with model_folder(ref) as folder:
+            for machine in machines:
+                rows += _rows(config, stage, machine, folder)
+    result = {"model": config.model, "versions": storage.versions(), "rows": rows}
+    if config.out:
+        storage.write_json(config.out, result)
+    return result
+
+
+def _rows(config: PlanConfig, stage: str, machine: Machine, folder: str) -> list[dict[str, Any]]:
+    chosen = config_of(config, stage, folder)
+    model, _ = hub.read_config(folder)
+    if not config.search:
+        return [row_of(config, stage, machine, chosen, model)]
+    found: list[dict[str, Any]] = []
+    for settings_of_one_mesh in candidates(chosen, machine, model):
+        for setting in settings_of_one_mesh:  # from small to large
+            row = row_of(config, stage, machine, setting, model)
+            found.append(row)
+            if not row["fits"]:
+                break
+    return sorted(found, key=lambda row: (not row["fits"], -row["tokens_per_second"]))
+
+
+def row_of(
+    config: PlanConfig, stage: str, machine: Machine, setting: StageConfig, model: DecoderConfig
+) -> dict[str, Any]:
+    """One program on one machine; all numbers are per chip but for tokens and chip-hours.
+
+    Raises:
+      InputError: see `plan`.
+    """
+    compiles = config.compile and machine.chip.platform == "tpu"
+    work = work_of(config, stage, machine, setting, real=compiles)
+    with using(work.mesh):
+        traced = jax.jit(work.function, donate_argnums=work.donation).trace(*work.arguments)
+    operations = flops(traced.jaxpr, work.dynamic_turns)
+    donated = [leaf for index in work.donation for leaf in jax.tree.leaves(work.arguments[index])]
+    memory = Memory(
+        arguments=arithmetic.size_of(work.arguments, work),
+        outputs=arithmetic.size_of(traced.jaxpr.out_avals, work),
+        reused=arithmetic.size_of(donated, work),
+        temporaries=arithmetic.temporaries(work, model),
+        code=0,
+    )
+    traffic, exchanged = arithmetic.traffic(work, model), arithmetic.collectives(work, model)
+    seconds, too_large = None, ""
+    if compiles:
+        began = time.perf_counter()
+        try:
+            with using(work.mesh):
+                compiled = traced.lower().compile()
+        except JaxRuntimeError as error:
+            too_large = _too_large(error)
+        else:
+            memory = _measured(memory, compiled)
+            text = CompiledText(compiled.as_text(), work.dynamic_turns)
+            traffic, exchanged = text.traffic, text.collectives()
+        seconds = time.perf_counter() - began
+    return _row(work, memory, operations, traffic, exchanged, too_large, seconds)
+
+
+def _measured(memory: Memory, compiled: Any) -> Memory:
+    found = compiled.memory_analysis()
+    return replace(
+        memory,
+        reused=found.alias_size_in_bytes,
+        temporaries=found.temp_size_in_bytes,
+        code=found.generated_code_size_in_bytes,
+        compiled_arguments=found.argument_size_in_bytes,
+        compiled_outputs=found.output_size_in_bytes,
+    )
+
+
+def _too_large(error: JaxRuntimeError) -> str:
+    """What the compiler says of a program that does not fit. Any other failure of its is raised again."""
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" not in text:
+        raise error
+    used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) (\w+)", text)
+    return f"the compiler needs {used[1]}iB of {used[2]}iB {used[3]}" if used else "the compiler finds no room for it"
+
+
+def _row(
+    work: Work,
+    memory: Memory,
+    operations: float,
+    traffic: float,
+    exchanged: list[Collective],
+    too_large: str,
+    compile_seconds: float | None,
+) -> dict[str, Any]:
+    chip, compiled = work.machine.chip, memory.compiled_arguments is not None
+    parts = {
+        "compute": operations / chip.flops(work.config.dtype),
+        "memory": traffic / chip.bandwidth,
+        "network": sum(one.received for one in exchanged) / chip.network,
+    }
+    limit = max(parts, key=parts.__getitem__)
+    speed = work.tokens * work.meshes / parts[limit]
+    hours = None if work.total is None else work.total / speed * work.machine.chips / 3600
+    return {
+        "stage": work.stage,
+        "topology": work.machine.name,
+        "chips": work.machine.chips,
+        "mesh": dict(work.mesh_shape),
+        "meshes": work.meshes,
+        "setting": _setting(work.config),
+        "unit": work.unit,
+        "assumption": work.assumption,
+        "compiled": compiled,
+        "compile_seconds": compile_seconds,
+        "memory": {
+            "arguments": memory.arguments,
+            "outputs": memory.outputs,
+            "reused": memory.reused,
+            "temporaries": memory.temporaries,
+            "code": memory.code,
+            "total": memory.total,
+            "of": chip.memory,
+            "compiled_arguments": memory.compiled_arguments,
+            "compiled_outputs": memory.compiled_outputs,
+        },
+        "fits": not too_large and memory.total <= chip.memory,
+        "too_large": too_large,
+        "flops": operations,
+        "traffic": traffic,
+        "collectives": [
+            {"kind": one.kind, "chips": one.chips, "runs": one.runs, "bytes": one.bytes, "received": one.received}
+            for one in exchanged
+        ],
+        "seconds": parts,
+        "limit": limit,
+        "tokens_per_second": speed,
+        "tokens": work.total,
+        "chip_hours": hours,
+    }
+
+
+def _setting(config: StageConfig) -> dict[str, Any]:
+    """The options that decide memory and time."""
+    names = ["dtype", "preset"]
+    if isinstance(config, SampleConfig):
+        names += ["batch_size", "max_tokens", "decode_schedule", "cache_dtype"]
+    elif isinstance(config, TrainConfig):
+        names += ["batch_size", "grad_accum", "seq_len", "remat", "param_dtype"]
+    else:
+        names += ["batch_tokens"]
+    return {name: getattr(config, name) for name in names}
+
+
+_HEADS = (
+    *("stage", "machine", "mesh", "setting", "arguments", "temporaries", "in all", "fits"),
+    *("TFLOP", "traffic", "received", "limit", "tokens/s ≤", "tokens", "chip-hours ≥"),
+)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The plan as Markdown, and what it takes for granted."""
+    lines = [f"| {' | '.join(_HEADS)} |", "|" + "---|" * len(_HEADS)]
+    notes: dict[str, None] = {}
+    for row in result["rows"]:
+        lines.append(f"| {' | '.join(_cells(row))} |")
+        notes.update(dict.fromkeys(_notes(row)))
+    return "\n".join([*lines, "", *(f"* {note}" for note in notes)])
+
+
+def _cells(row: dict[str, Any]) -> Iterator[str]:
+    memory, sign = row["memory"], "" if row["compiled"] else "~"
+    yield row["stage"]
+    yield row["topology"]
+    shape = ",".join(f"{axis}={size}" for axis, size in row["mesh"].items())
+    yield shape + (f" × {row['meshes']}" if row["meshes"] > 1 else "")
+    yield ", ".join(f"{name} {value}" for name, value in row["setting"].items() if value is not None)
+    yield _gib(memory["arguments"])
+    yield sign + _gib(memory["temporaries"])
+    yield f"{sign}{_gib(memory['total'])} of {_gib(memory['of'])}"
+    yield "yes" if row["fits"] else "NO"
+    yield f"{row['flops'] / 1e12:,.3g}"
+    yield f"{sign}{_gib(row['traffic'])}"
+    received = sum(one["received"] for one in row["collectives"])
+    yield f"{sign}{_gib(received)}" if received else "—"
+    yield row["limit"]
+    yield f"{row['tokens_per_second']:,.3g}" if row["tokens_per_second"] < 1000 else f"{row['tokens_per_second']:,.0f}"
+    yield "—" if row["tokens"] is None else f"{row['tokens']:,}"
+    yield "—" if row["chip_hours"] is None else f"{row['chip_hours']:,.3g}"
+
+
+def _notes(row: dict[str, Any]) -> Iterator[str]:
+    yield (
+        "memory, traffic and what is received: GiB on each chip, as is TFLOP, for one execution of the program; "
+        "speed and chip-hours: at the roofline, which no program reaches"
+    )
+    yield f"{row['stage']}: one execution is {row['unit']}" + (f"; {row['assumption']}" if row["assumption"] else "")
+    if not row["compiled"]:
+        yield "~: estimated by formula, not compiled; arguments and TFLOP are exact"
+    if row["too_large"]:
+        yield f"{row['stage']} on {row['topology']}: {row['too_large']}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.2f}" if size >= 0.005 * GIB else f"{size / GIB:.1g}"

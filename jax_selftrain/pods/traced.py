@@ -1,0 +1,121 @@
+"""What a program asks of each chip, read from its trace: floating-point operations and the bytes of its arguments.
+
+Axes of a mesh are explicit here, so that every array in a trace says how it lies on the chips: an operation's share on
+one chip follows from the shapes alone, before anything is compiled.
+
+Only matrix products count as work, 2 · m · n · k operations each: all else of a decoder is below a hundredth of
+them. Loops count as often as they turn. A fused kernel counts for all its tiles, also those that it will skip.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+
+
+def flops(program: core.ClosedJaxpr, dynamic_turns: Sequence[float] = ()) -> float:
+    """Floating-point operations of matrix products on each chip.
+
+    Args:
+      program: a trace over a mesh with explicit axes (`jax.jit(…).trace(…).jaxpr`).
+      dynamic_turns: turns of the `while` loops, by how many of them stand around one.
+
+    Raises:
+      ValueError: a `while` stands deeper than that, or a product is of a kind that is not known (a defect of ours).
+    """
+    return _flops(program.jaxpr, tuple(dynamic_turns), 0)
+
+
+def _flops(jaxpr: core.Jaxpr, turns: tuple[float, ...], depth: int) -> float:
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, parameters = equation.primitive.name, equation.params
+        if name == "dot_general":
+            total += _of_product(equation)
+        elif name in ("conv_general_dilated", "ragged_dot", "ragged_dot_general"):
+            raise ValueError(f"operations of {name} are not counted yet")
+        elif name == "while":
+            if depth >= len(turns):
+                raise ValueError("nobody says how often a loop turns")
+            inner = parameters["body_jaxpr"].jaxpr, parameters["cond_jaxpr"].jaxpr
+            total += turns[depth] * sum(_flops(part, turns, depth + 1) for part in inner)
+        elif name == "scan":
+            total += parameters["length"] * _flops(parameters["jaxpr"].jaxpr, turns, depth)
+        elif name == "cond":
+            total += max(_flops(branch.jaxpr, turns, depth) for branch in parameters["branches"])
+        elif name == "pallas_call":
+            tiles = math.prod(parameters["grid_mapping"].grid)
+            total += tiles * _flops(parameters["jaxpr"], turns, depth)
+        else:
+            total += sum(_flops(inner, turns, depth) for inner in _inside(parameters.values()))
+    return total
+
+
+def _of_product(equation: Any) -> float:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left, result = _local_shape(equation.invars[0].aval), _local_shape(equation.outvars[0].aval)
+    return 2.0 * math.prod(result) * math.prod(left[dimension] for dimension in contracted)
+
+
+def _inside(values: Iterable[Any]) -> Iterator[core.Jaxpr]:
+    for value in values:
+        if isinstance(value, core.ClosedJaxpr):
+            yield value.jaxpr
+        elif isinstance(value, core.Jaxpr):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _inside(value)
+
+
+def _local_shape(aval: Any) -> tuple[int, ...]:
+    """The part of an array that one chip holds."""
+    sharding = getattr(aval, "sharding", None)
+    if sharding is None:
+        return tuple(aval.shape)
+    sizes, local = sharding.mesh.shape, []
+    for size, axes in zip(aval.shape, [*sharding.spec, *[None] * len(aval.shape)], strict=False):
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        local.append(size // math.prod(sizes[name] for name in names))
+    return tuple(local)
+
+
+def bytes_on_a_chip(arrays: Any, *, tiled: bool) -> int:
+    """Bytes that a tree of (abstract) arrays takes on each chip.
+
+    Args:
+      tiled: as a TPU stores them, in tiles of 8 × 128 elements that are filled up.
+    """
+    return sum(_bytes_of(leaf, tiled) for leaf in jax.tree.leaves(arrays))
+
+
+def _bytes_of(leaf: Any, tiled: bool) -> int:
+    shape = _local_shape(leaf)
+    return (_tiled(shape) if tiled else math.prod(shape)) * np.dtype(leaf.dtype).itemsize
+
+
+def _tiled(shape: tuple[int, ...]) -> int:
+    """Elements with padding: the compiler lays the two dimensions along a tile that waste least."""
+    if len(shape) < 2:
+        size = math.prod(shape)
+        return _up(size, 1024 if size >= 1024 else 128)
+    best = min(
+        _up(across, 128) * _rows(down) * math.prod(shape) // (across * down)
+        for i, across in enumerate(shape)
+        for j, down in enumerate(shape)
+        if i != j
+    )
+    return best
+
+
+def _rows(size: int) -> int:
+    """Of a dimension along the short side of tiles, which are lower where there is little to hold."""
+    return _up(size, 8) if size > 4 else 1 << (size - 1).bit_length()
+
+
+def _up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit

@@ -1,0 +1,34 @@
+"""The text of compiled programs, by one that is written by hand in the form that libtpu prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jax_selftrain.pods.compiled import CompiledText
+
+TEXT = Path(__file__).with_name("two_loops.hlo").read_text()
+"""A loop of six turns around a loop whose turns are a value; 4 chips. In fast memory: S(1)."""
+
+
+def test_loops_run_as_often_as_their_conditions_and_the_caller_say():
+    text = CompiledText(TEXT, dynamic_turns=(2.5,))
+    assert text.runs == {"main": 1, "layer": 6, "block": 15}
+    with pytest.raises(ValueError, match="how often the loop inner turns"):
+        _ = CompiledText(TEXT).runs
+
+
+def test_traffic_is_what_main_memory_sees():
+    slice_read = 512 * 512 * 2 + 4  # of one layer, into fast memory, and which layer
+    scatter = 512 * 512 * 4 + 128 * 512 * 4
+    copied = 8 * 128 * 4  # from main memory into fast memory
+    assert CompiledText(TEXT, (2.5,)).traffic == 6 * (slice_read + scatter) + 15 * copied
+
+
+def test_collectives_are_told_by_kind_with_what_each_chip_receives():
+    gather, scatter = CompiledText(TEXT, (2.5,)).collectives()
+    assert (gather.kind, gather.chips, gather.runs) == ("all-gather", 4, 6)
+    assert gather.bytes == 6 * 4 * 512 * 512 * 2
+    assert gather.received == gather.bytes * 3 / 4
+    assert (scatter.kind, scatter.runs, scatter.bytes) == ("reduce-scatter", 6, 6 * 512 * 512 * 4)

@@ -1,0 +1,128 @@
+"""`jax-selftrain plan`: tables from any machine, by formula and, where libtpu is installed, by compiling."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jax_selftrain.config import PlanConfig, SampleConfig, TrainConfig
+from jax_selftrain.errors import InputError
+from jax_selftrain.pods import plan, table
+from jax_selftrain.pods.hardware import machine_of
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'jax-selftrain[tpu]'"
+)
+SAMPLE = SampleConfig(samples=256, max_tokens=64, batch_size=8, dtype="bfloat16")
+TRAIN = TrainConfig(batch_size=16, seq_len=128, steps=10, dtype="bfloat16", remat="full")
+
+
+def rows_of(**options: Any) -> list[dict[str, Any]]:
+    return plan(PlanConfig(sample=SAMPLE, train=TRAIN, **options))["rows"]
+
+
+def test_the_machines_have_the_chips_and_hosts_that_their_names_say():
+    machines = [machine_of(name) for name in ("v5e:2x2", "v5e:2x4", "v5e:4x4", "v4:2x2x4", "h100:8", "h100:4x8")]
+    assert [(m.chips, m.hosts) for m in machines] == [(4, 1), (8, 1), (16, 4), (16, 4), (8, 1), (32, 4)]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"topology": ("v5x:4x4",)}, "v5x"),
+        ({"topology": ("v5e:4x4x4",)}, "no size of a v5e"),
+        ({"topology": ("v5e",)}, "no size of a v5e"),
+        ({"topology": ("h100:12",)}, "no whole number of hosts"),
+        ({"model": "pythia-1.5b"}, "did you mean `pythia-1.4b`|pythia-1b"),
+        ({"stage": ("smaple",)}, "sample"),
+        ({"mesh": "data=8,model=1", "stage": ("sample",)}, "one host of v5e:4x4 has 4"),
+        ({"mesh": "model=3", "stage": ("sample",), "compile": False}, "does not divide"),
+        ({"score_tokens": None, "topology": ()}, "--topology"),
+    ],
+)
+def test_a_mistake_is_told_in_one_sentence(options: dict[str, Any], says: str):
+    given: dict[str, Any] = {"model": "pythia-70m", "topology": ("v5e:4x4",), "compile": False} | options
+    with pytest.raises(InputError, match=says):
+        rows_of(**given)
+
+
+def test_gpus_are_planned_by_arithmetic_and_say_so():
+    result = plan(PlanConfig(model="pythia-410m", topology=("h100:8",), sample=SAMPLE, train=TRAIN, score_tokens=10**6))
+    assert [row["stage"] for row in result["rows"]] == ["sample", "train", "score"]
+    for row in result["rows"]:
+        assert row["fits"]
+        assert not row["compiled"]
+        assert row["chip_hours"] > 0
+    # weights, gradients' moments: parameters, m and v in float32, divided by eight; the batch is small beside them
+    state = 3 * 4 * 405_334_016 / 8
+    assert result["rows"][1]["memory"]["arguments"] == pytest.approx(state, rel=0.01)
+    assert "estimated by formula" in table(result)
+
+
+def test_a_model_that_is_too_large_does_not_fit():
+    (row,) = rows_of(model="pythia-12b", topology=("v5e:2x2",), stage=("train",), compile=False)
+    assert not row["fits"]
+
+
+def test_a_search_ranks_what_fits_and_keeps_the_recipe():
+    rows = rows_of(model="pythia-2.8b", topology=("v5e:4x4",), stage=("train",), compile=False, search=True)
+    assert {row["setting"]["batch_size"] for row in rows} == {16}
+    assert len({tuple(row["mesh"].values()) for row in rows}) > 1
+    fitting = [row["tokens_per_second"] for row in rows if row["fits"]]
+    assert fitting == sorted(fitting, reverse=True)
+    assert all(row["fits"] for row in rows[: len(fitting)])
+
+
+def test_the_command_prints_a_table_and_writes_the_plan(tmp_path: Path):
+    out = tmp_path / "plan.json"
+    words = ["plan", "--model", "pythia-14m", "--topology", "h100:8", "--stage", "sample", "--out", str(out)]
+    done = subprocess.run(
+        [sys.executable, "-m", "jax_selftrain", *words], capture_output=True, text=True, env={**os.environ}, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "| sample | h100:8 | data=8,model=1 |" in done.stdout
+    assert json.loads(out.read_text())["rows"][0]["topology"] == "h100:8"
+
+
+@needs_libtpu
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v4:2x2x1"])
+def test_every_stage_compiles_for_a_pod_and_needs_the_memory_that_was_predicted(topology: str):
+    rows = rows_of(model="pythia-14m", topology=(topology,))
+    assert [row["stage"] for row in rows] == ["sample", "train", "score"]
+    for row in rows:
+        memory = row["memory"]
+        assert row["compiled"]
+        assert row["fits"]
+        assert memory["arguments"] == pytest.approx(memory["compiled_arguments"], rel=0.02)
+        assert memory["outputs"] == pytest.approx(memory["compiled_outputs"], rel=0.02)
+        assert memory["temporaries"] > 0
+        assert row["traffic"] > 0
+
+
+@needs_libtpu
+def test_sampling_by_data_exchanges_nothing_but_whether_all_are_done():
+    (row,) = rows_of(model="pythia-14m", topology=("v5e:2x2",), stage=("sample",))
+    assert sum(one["bytes"] for one in row["collectives"]) <= 16  # a number, once a page
+
+
+@needs_libtpu
+def test_training_by_data_exchanges_what_the_formula_says():
+    from jax_selftrain import hub
+    from jax_selftrain.pods import arithmetic
+    from jax_selftrain.pods.known import model_folder
+    from jax_selftrain.pods.stages import config_of, work_of
+
+    options = PlanConfig(model="pythia-14m", topology=("v5e:2x2",), train=TRAIN, stage=("train",))
+    (row,) = plan(options)["rows"]
+    with model_folder("pythia-14m") as folder:
+        work = work_of(options, "train", machine_of("v5e:2x2"), config_of(options, "train", folder), real=False)
+        expected = arithmetic.collectives(work, hub.read_config(folder)[0])
+    found = sum(one["received"] for one in row["collectives"])
+    assert found == pytest.approx(sum(one.received for one in expected), rel=0.05)
