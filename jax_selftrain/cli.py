@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type
 
 from jax_selftrain import __version__, config, settings
 from jax_selftrain.errors import InputError, SelftrainError
-from jax_selftrain.processes import ProcessesConfig, finish, together
+from jax_selftrain.processes import ProcessesConfig, finish, present, together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +235,7 @@ def _overview() -> str:
 def _is_first_process() -> bool:
     jax = sys.modules.get("jax")
     # Asking for the process index would start the devices, which a command without a model has no need of.
-    return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
+    return jax is None or not jax.distributed.is_initialized() or jax.process_index() == present()[0]
 
 
 # ---------------------------------------------------------------- words

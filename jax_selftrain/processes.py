@@ -33,9 +33,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NoReturn
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from jax_selftrain.errors import InputError, SelftrainError, Stopped, UnavailableError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 BARRIER_SECONDS = 3600.0
 """How long processes wait for one that lives but does not come."""
@@ -456,8 +460,9 @@ def from_process_0(find: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def on_its_own() -> Iterator[None]:
-    """Work that needs no other process: the loss of one does not end it, but what needs everybody afterwards.
+def on_its_own(mesh: Mesh) -> Iterator[None]:
+    """Work on a mesh of this process's devices, which needs no other process: the loss of one does not end it, but what
+    needs everybody afterwards.
 
     SIGTERM, which in a program of several processes is otherwise a notice to all of them, stops this one.
     """
@@ -468,12 +473,31 @@ def on_its_own() -> Iterator[None]:
     def stop() -> None:
         raise Stopped(f"stopped; {_AGAIN}")
 
+    _introduce(mesh)
     _group.alone += 1
     try:
         with listening_to_sigterm(stop):
             yield
     finally:
         _group.alone -= 1
+
+
+def _introduce(mesh: Mesh) -> None:
+    """Have the devices of a mesh meet along each of its axes.
+
+    On CPUs even those of one process meet through the coordination service the first time, which later may be gone.
+    """
+    import jax
+    import numpy as np
+    from jax.sharding import PartitionSpec
+
+    if mesh.devices.flat[0].platform != "cpu":
+        return
+    for axes in (*mesh.axis_names, mesh.axis_names):
+        count = jax.shard_map(
+            partial(jax.lax.psum, axis_name=axes), mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec()
+        )
+        jax.block_until_ready(jax.jit(count)(np.ones((), np.float32)))
 
 
 def present() -> list[int]:

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -66,7 +66,6 @@ POLL_SECONDS = 1.0
 """How often to look whether a shard that another process works on has been finished or given up."""
 
 
-@on_its_own()
 def sample(config: SampleConfig) -> Corpus:
     """Draw `config.samples` texts from a model into a corpus folder; the same command again completes it.
 
@@ -80,6 +79,11 @@ def sample(config: SampleConfig) -> Corpus:
     """
     settings.require(config, "model", "out")
     check_sample_config(config)
+    with on_its_own(make_mesh(config.mesh, jax.local_devices())) if jax.process_count() > 1 else nullcontext():
+        return _sample(config)
+
+
+def _sample(config: SampleConfig) -> Corpus:
     out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; give a folder")

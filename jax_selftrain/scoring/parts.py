@@ -143,7 +143,7 @@ def spans_processes(mesh: Mesh) -> bool:
 
 def at_work_on(mesh: Mesh) -> AbstractContextManager[None]:
     """Needs nobody (`processes.on_its_own`) where the mesh is this process's own."""
-    return nullcontext() if spans_processes(mesh) else on_its_own()
+    return nullcontext() if spans_processes(mesh) else on_its_own(mesh)
 
 
 def _score_claimed(
