@@ -154,9 +154,7 @@ def test_who_cannot_meet_the_others_says_so_within_the_time_limit() -> None:
         assert re.fullmatch(f"jax-selftrain sample: error: .*{message}.*", text.splitlines()[-1]), text
 
 
-def test_one_process_starts_no_client_of_a_service(
-    tiny_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_one_process_starts_no_client_of_a_service(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     """Whatever else there is in the environment of a single machine."""
     code = """
 import sys, jax

@@ -12,11 +12,11 @@ from models_factory import tiny_weights, write_tiny_hf_model
 from jax_selftrain import hub
 from jax_selftrain.config import ConvertConfig, MergeConfig
 from jax_selftrain.hub.digest import weights_fingerprint
-from jax_selftrain.storage import read_json
+from jax_selftrain.storage import read_json, sha256_file
 
 
 @pytest.mark.slow
-def test_two_processes_read_half_each_and_save_and_merge_together(tmp_path: Path):
+def test_two_processes_read_half_each_and_save_merge_and_convert_together(tmp_path: Path):
     folder = write_tiny_hf_model(tmp_path / "hf", "gpt_neox", tokenizer=False)
     hub.convert(ConvertConfig(source=str(folder), out=str(tmp_path / "ours")))
     student = write_tiny_hf_model(tmp_path / "student", "gpt_neox", tokenizer=False, seed=1)
@@ -55,3 +55,5 @@ def test_two_processes_read_half_each_and_save_and_merge_together(tmp_path: Path
         assert seen["merged"] == hub.model_fingerprint(merged)
     assert read_json(tmp_path / "seen-1.json")["alone"] == expected
     assert weights_fingerprint(hub.load_model(tmp_path / "together", "data=1").params) == expected
+    assert hub.model_fingerprint(tmp_path / "converted") == hub.model_fingerprint(tmp_path / "ours")
+    assert sha256_file(tmp_path / "exported" / "model.safetensors") == sha256_file(folder / "model.safetensors")

@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jax_selftrain import hub
-from jax_selftrain.config import MergeConfig
+from jax_selftrain.config import ConvertConfig, MergeConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub.digest import weights_fingerprint
 from jax_selftrain.hub.families import FAMILIES
@@ -53,6 +53,9 @@ def main(coordinator: str, index: int, work: Path) -> None:
     merge = MergeConfig(base=str(work / "hf"), student=str(work / "student"), weight=0.5, out=str(work / "merged"))
     hub.merge(merge)
     seen["merged"] = hub.model_fingerprint(hub.merge(merge))  # the second time it is there
+
+    hub.convert(ConvertConfig(source=str(work / "hf"), out=str(work / "converted")))
+    hub.convert(ConvertConfig(source=str(work / "converted"), out=str(work / "exported"), format="hf"))
 
     if index == 1:  # alone, on its own devices: must not wait for the other process
         seen["alone"] = weights_fingerprint(

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from process_group import ends, start
 
 from jax_selftrain import cli, settings, storage
 from jax_selftrain.config import ExtractConfig, ImportConfig, RunConfig, ScoreConfig, TrainConfig
@@ -173,18 +169,6 @@ def test_the_command_line_evaluates_and_stops_early(
     assert metadata["early_stopping"]["best_step"] == metadata["step"] == best
 
 
-TWO_PROCESSES = """
-import sys
-import jax
-from jax_selftrain import settings
-from jax_selftrain.config import TrainConfig
-from jax_selftrain.study import train
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
-train(settings.load(TrainConfig, sys.argv[1]))
-"""
-
-
 @pytest.mark.slow
 def test_two_processes_measure_together_and_agree_when_to_stop(training: TrainConfig, tmp_path: Path) -> None:
     config = replace(
@@ -194,21 +178,8 @@ def test_two_processes_measure_together_and_agree_when_to_stop(training: TrainCo
     alone, together = (replace(config, out=str(tmp_path / name)) for name in ("alone", "together"))
     train(alone)
     settings.save(tmp_path / "train.yaml", together)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        coordinator = f"localhost:{free.getsockname()[1]}"
-    flags = re.sub(r"(?<=device_count=)\d+", "1", os.environ["XLA_FLAGS"])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, str(tmp_path / "train.yaml"), coordinator, str(index)],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "XLA_FLAGS": flags},
-        )
-        for index in range(2)
-    ]
-    said = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    codes, said = ends(start(["train", "--config", tmp_path / "train.yaml"], 2, devices=1))
+    assert codes == [0, 0], said
     lines = curve(Path(together.out))
     # Gloo adds in another order than one process does, and a learning rate of 1 amplifies the rounding: the first step.
     for measured, expected in zip(lines[:2], curve(Path(alone.out))[:2], strict=True):

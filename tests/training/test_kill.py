@@ -3,18 +3,17 @@
 import json
 import os
 import random
-import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import process_group
 import pytest
 from training_runs import losses, probe, run_options, weights
 
@@ -25,15 +24,10 @@ from jax_selftrain.training import checkpoints, train
 
 PROGRAM = """
 import sys
-import jax
 from jax_selftrain import settings
 from jax_selftrain.config import TrainConfig
 from jax_selftrain.errors import SelftrainError
 from jax_selftrain.training import train
-if len(sys.argv) > 2:
-    coordinator, processes, index = sys.argv[2:]
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(coordinator, int(processes), int(index))
 try:
     train(settings.load(TrainConfig, sys.argv[1]))
 except SelftrainError as error:
@@ -71,11 +65,10 @@ for _ in sys.stdin:
 """
 
 
-def start(config: TrainConfig, folder: Path, *arguments: str, devices: int = 8) -> subprocess.Popen[str]:
+def start(config: TrainConfig, folder: Path) -> subprocess.Popen[str]:
     settings.save(folder / "train.yaml", config)
-    command: Sequence[str] = [sys.executable, "-c", PROGRAM, str(folder / "train.yaml"), *arguments]
-    flags = re.sub(r"(?<=device_count=)\d+", str(devices), os.environ["XLA_FLAGS"])
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "XLA_FLAGS": flags})
+    command = [sys.executable, "-c", PROGRAM, str(folder / "train.yaml")]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_lines(path: Path, count: int, process: subprocess.Popen[str]) -> None:
@@ -222,14 +215,12 @@ def test_sigterm_to_one_of_two_processes_stops_both_and_one_process_can_go_on(
     """As on a pod: each process holds half of the mesh, a preempted host takes the others with it."""
     config = options(steps=300, checkpoint_every=300, mesh="data=2")
     run = Path(config.out)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        coordinator = f"localhost:{free.getsockname()[1]}"
-    processes = [start(config, tmp_path, coordinator, "2", str(index), devices=1) for index in range(2)]
+    settings.save(tmp_path / "train.yaml", config)
+    processes = process_group.start(["train", "--config", tmp_path / "train.yaml"], 2, devices=1)
     wait_for_lines(run / "metrics.jsonl", 2, processes[0])
     processes[0].send_signal(signal.SIGTERM)
-    said = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [Stopped.exit_code] * 2, said
+    codes, said = process_group.ends(processes)
+    assert codes == [Stopped.exit_code] * 2, said
     (checkpoint,) = (run / "steps").iterdir()
     assert all(f"stopped and saved after step {int(checkpoint.name)} of 300" in text for text in said)
 
