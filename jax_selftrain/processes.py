@@ -6,8 +6,8 @@ service, and arrays on a mesh of all devices are computed together. What is adde
 *Start.* `--coordinator`, `--num-processes` and `--process-id`, or JAX's own detection of Cloud TPU, GKE, Slurm and Open
 MPI. Without any of them nothing is started: one process, as ever.
 
-*Waiting.* Barriers and messages go through the coordination service, not through collectives of the devices: those of
-Gloo give up after half a minute, and those of a TPU never do.
+*Waiting.* Barriers and messages go through the coordination service, not through collectives of the devices: these have
+no time limit that could be set, and keep the devices busy.
 
 *Loss.* JAX would answer the loss of any process by aborting all others. Here its `jax_enable_recoverability` is set, so
 that it does nothing, and a thread asks the service every second who is still there. Work that needs everybody ends with
