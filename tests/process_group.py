@@ -68,8 +68,8 @@ def kill_when(
     """SIGKILL one of the processes as soon as it is `ready`; returns when that was."""
     deadline = time.monotonic() + seconds
     while not ready():
-        assert time.monotonic() < deadline, "it never came to the moment of the kill"
-        assert all(process.poll() is None for process in processes), ends(processes)
+        if time.monotonic() > deadline or any(process.poll() is not None for process in processes):
+            raise AssertionError(f"it never came to the moment of the kill: {ends(processes, 5)}")
         time.sleep(0.01)
     processes[victim].send_signal(signal.SIGKILL)
     return time.monotonic()

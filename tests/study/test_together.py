@@ -34,8 +34,8 @@ def words(options: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFa
         config,
         sample=replace(config.sample, batch_size=2, samples_per_shard=4),
         train=replace(config.train, batch_size=8, steps=6),
-        score=replace(config.score, batch_tokens=128),
-        extract=replace(config.extract, batch_tokens=64),
+        score=replace(config.score, tasks=config.score.tasks[:1], texts=(), batch_tokens=128),
+        extract=replace(config.extract, batch_tokens=64, free_running=False),
     )
     settings.save(file, config)
     return lambda out: ["run", "--config", file, "--out", out]
@@ -66,9 +66,7 @@ def losses_of(folder: Path) -> list[float]:
 @pytest.mark.parametrize("processes", [2, 4])
 def test_a_round_of_several_processes_is_that_of_one(words: Words, alone: Path, tmp_path: Path, processes: int) -> None:
     out = tmp_path / "out"
-    began = time.monotonic()
     codes, said = ends(start(words(out), processes))
-    print("took", time.monotonic() - began, said)
     assert codes == [0] * processes, said
     assert corpus_of(out / "corpus") == corpus_of(alone / "corpus")
     # Gloo adds in another order than one process does.
@@ -99,18 +97,20 @@ def sentence(said: str) -> str:
     return said.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("processes", "victim"), [(4, 2), (2, 0)])
+@pytest.mark.parametrize(("processes", "victim"), [(3, 1), (2, 0)])
 def test_a_process_killed_in_training_ends_the_others_with_one_sentence(
     alone: Path, tmp_path: Path, processes: int, victim: int
 ) -> None:
     config = settings.load(RunConfig, alone / "config.yaml")
-    options = replace(config.train, model=config.model, corpus=str(alone / "corpus"), steps=5000, max_epochs=None)
+    options = replace(
+        config.train, model=config.model, corpus=str(alone / "corpus"), steps=5000, batch_size=12, preset="replicated"
+    )
     settings.save(tmp_path / "train.yaml", options)
     run = tmp_path / "run"
     group = start(["train", "--config", tmp_path / "train.yaml", "--out", run], processes, *SOON)
     when = kill_when(group, victim, lambda: len(lines_of(run / "metrics.jsonl")) > 2)
     codes, said = ends(group, 60)
-    print("ended after", time.monotonic() - when, said)
+    assert time.monotonic() - when < 60
     assert codes == [-signal.SIGKILL if index == victim else 75 for index in range(processes)], said
     for index in set(range(processes)) - {victim}:
         assert re.match(
@@ -126,7 +126,6 @@ def test_the_others_complete_the_corpus_when_the_first_is_killed(alone: Path, wo
     group = start(["sample", "--config", tmp_path / "sample.yaml", "--out", out], 2, *SOON)
     kill_when(group, 0, lambda: holds_a_lease(group[0], out))
     codes, said = ends(group)
-    print(said)
     assert codes == [-signal.SIGKILL, 0], said
     assert corpus_of(out) == corpus_of(alone / "corpus")
     assert not list(out.rglob("*.lease"))
@@ -143,7 +142,6 @@ def test_the_others_measure_what_the_first_was_killed_at(alone: Path, tmp_path: 
     group = start([stage, "--config", tmp_path / "options.yaml", "--out", out], 2, *SOON)
     kill_when(group, 0, lambda: holds_a_lease(group[0], tmp_path))
     codes, said = ends(group)
-    print(said)
     assert codes == [-signal.SIGKILL, 0], said
     assert out.read_bytes() == (alone / stage / "base.json").read_bytes()
     assert not list(tmp_path.rglob("*.parts"))
@@ -156,7 +154,6 @@ def test_a_round_that_loses_a_process_in_sampling_completes_the_corpus_and_goes_
     group = start(words(out), 2, *SOON)
     kill_when(group, 1, lambda: holds_a_lease(group[1], out / "corpus"))
     codes, said = ends(group)
-    print(said)
     assert codes == [75, -signal.SIGKILL], said
     assert re.match(
         "jax-selftrain run: error: process 1 of 2 was lost; .*run the same command again", sentence(said[0])
