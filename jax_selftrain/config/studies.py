@@ -221,6 +221,9 @@ class StudyConfig:
     proxy_documents: int = 256
     """Documents of each corpus of the matrix whose likelihood under student and source is taken beforehand, where there
     are several sources (`study.proxies`); 0: none."""
+    embedding_model: str = ""
+    """A decoder that was trained to embed texts (Qwen3-Embedding, say): the likeness of each corpus to what the tasks
+    ask is taken by its vectors, too; unset: by TF-IDF alone."""
     mesh: str = ""
     """Device mesh of every stage that names none itself."""
     dtype: DType | None = None

@@ -84,6 +84,8 @@ def family_leaves(family: Family, config: DecoderConfig, known: Mapping[str, Any
 
 def _choose(row: Row, layer: int, known: Mapping[str, Any]) -> str:
     names = [name.format(layer) for name in row.names]
+    # A checkpoint of the body alone, as embedding models come, leaves the body's own name out.
+    names += [name.removeprefix("model.").removeprefix("gpt_neox.") for name in names]
     return next((name for name in names if name in known), names[0])
 
 

@@ -83,6 +83,14 @@ class Machine:
         """Processes of a job on it."""
         return self.chips // self.chips_per_host
 
+    def one_host(self) -> Machine:
+        """The slice that is one of its hosts alone: what is compiled for where hosts work side by side."""
+        generation = self.name.partition(":")[0]
+        if generation in GPUS:
+            return machine_of(f"{generation}:{self.chips_per_host}")
+        sizes = CHIPS_OF_ONE_HOST[generation][self.chips_per_host]
+        return machine_of(f"{generation}:{'x'.join(map(str, sizes[: 2 if generation in ('v5e', 'v6e') else 3]))}")
+
     @property
     def abstract_device(self) -> AbstractDevice:
         """What stands for a chip in a mesh without devices."""

@@ -69,8 +69,10 @@ def work_of(plan: PlanConfig, stage: str, machine: Machine, config: StageConfig,
     if size > available:
         whose = "one host of" if alone and available < machine.chips else ""
         raise InputError(f"--mesh {config.mesh}: needs {size} chips, but {whose} {machine.name} has {available}")
-    mesh = _mesh(machine, shape, alone and not together) if real else _abstract_mesh(machine, shape)
-    meshes = machine.hosts if alone and not together else 1
+    on_hosts = alone and not together
+    slice_of = machine.one_host() if on_hosts else machine
+    mesh = _mesh(slice_of, shape) if real else _abstract_mesh(slice_of, shape)
+    meshes = machine.hosts if on_hosts else 1
     common = {"stage": stage, "machine": machine, "config": config, "mesh_shape": shape, "mesh": mesh, "meshes": meshes}
     if isinstance(config, SampleConfig):
         return _sampling(config, mesh, common)
@@ -142,11 +144,8 @@ def config_of(plan: PlanConfig, stage: str, model: str) -> StageConfig:
     return replace(section, model=model, mesh=section.mesh or plan.mesh, dtype=plan.dtype or section.dtype)
 
 
-def _mesh(machine: Machine, shape: dict[str, int], on_one_host: bool) -> Mesh:
-    devices = devices_of(machine)
-    if on_one_host:
-        devices = [device for device in devices if device.process_index == devices[0].process_index]
-    return make_mesh(",".join(f"{axis}={size}" for axis, size in shape.items()), devices)
+def _mesh(machine: Machine, shape: dict[str, int]) -> Mesh:
+    return make_mesh(",".join(f"{axis}={size}" for axis, size in shape.items()), devices_of(machine))
 
 
 def _abstract_mesh(machine: Machine, shape: dict[str, int]) -> AbstractMesh:

@@ -1,6 +1,7 @@
 """What a model can do and what it remembers, measured by likelihood: tasks, texts, extraction."""
 
 from jax_selftrain.scoring.documents import Documents, Scored, load_scored, split_of
+from jax_selftrain.scoring.embeddings import embed_texts
 from jax_selftrain.scoring.extraction import extract, extraction_fingerprints, read_sets, start_of, summarise, window_of
 from jax_selftrain.scoring.leakage import leakage
 from jax_selftrain.scoring.likelihood import Likelihood, Request, TokenScores, loglikelihoods, program, token_scores
@@ -35,6 +36,7 @@ __all__ = [
     "assigned_to_h",
     "classify",
     "discoverable",
+    "embed_texts",
     "evaluate",
     "extract",
     "extraction_fingerprints",

@@ -5,6 +5,7 @@
 | `loglikelihood_per_token`, `_per_byte` | mean log-likelihood of the text under the student before training, nats |
 | `gap_per_byte` | that per byte, minus the source's own of what it wrote: how strange the text is to this reader |
 | `similarity` | cosine of the mean TF-IDF vectors of the corpus and of what the tasks ask (words and pairs of words) |
+| `semantic_similarity` | cosine of the mean vectors that an embedding model gives both, where one is named |
 | `distinct_2` | different pairs of neighbouring tokens in the corpus, as a share of all |
 | `compression` | size after zlib at level 9, as a share of the size before |
 | `self_bleu` | mean BLEU of a document against the others: the lower, the more diverse |
@@ -32,6 +33,7 @@ DIRECTIONS = {
     "loglikelihood_per_byte": 1,
     "gap_per_byte": 1,
     "similarity": 1,
+    "semantic_similarity": 1,
     "distinct_2": 1,
     "compression": 1,
     "self_bleu": -1,
@@ -42,13 +44,16 @@ BLEU_DOCUMENTS = 64
 """Documents whose BLEU against one another is taken: every pair is compared."""
 
 
-def measure_corpus(corpus: Path, model: str, score: ScoreConfig, out: Path, *, documents: int) -> None:
+def measure_corpus(
+    corpus: Path, model: str, score: ScoreConfig, out: Path, *, documents: int, embedder: str = ""
+) -> None:
     """Write `out/proxies.json`: what the text is to a model in whose tokens the corpus stands.
 
-    `score` says where and in what type likelihoods are computed, and by its tasks what will be asked.
+    `score` says where and in what type likelihoods are computed, and by its tasks what will be asked; `embedder` is a
+    model that turns texts into vectors (`scoring.embed_texts`).
 
     Raises:
-        InputError: the corpus or the model cannot be read.
+        InputError: the corpus or one of the models cannot be read.
     """
     opened = open_corpus(corpus, tokenizer_fingerprint=hub.tokenizer_fingerprint(model))
     chosen = set(drawn_by_hash(len(opened), documents, 0))
@@ -57,18 +62,21 @@ def measure_corpus(corpus: Path, model: str, score: ScoreConfig, out: Path, *, d
     requests = [((opened.start_id,), sample.tokens.tolist()) for sample in samples]
     answers = scoring.loglikelihoods(loaded, requests, batch_tokens=score.batch_tokens)
     texts = [sample.text for sample in samples]
-    storage.write_json(
-        out / "proxies.json",
-        {
-            "documents": len(samples),
-            "loglikelihood": float(np.sum([answer.loglikelihood for answer in answers])),
-            "tokens": sum(answer.tokens for answer in answers),
-            "bytes": sum(len(text.encode()) for text in texts),
-            "compression": _compression(texts),
-            "self_bleu": self_bleu(texts[:BLEU_DOCUMENTS]),
-            "similarity": similarity(texts, questions_of(score)),
-        },
-    )
+    asked = questions_of(score)
+    found = {
+        "documents": len(samples),
+        "loglikelihood": float(np.sum([answer.loglikelihood for answer in answers])),
+        "tokens": sum(answer.tokens for answer in answers),
+        "bytes": sum(len(text.encode()) for text in texts),
+        "compression": _compression(texts),
+        "self_bleu": self_bleu(texts[:BLEU_DOCUMENTS]),
+        "similarity": similarity(texts, asked),
+    }
+    if embedder:
+        del loaded  # one model at a time
+        read = hub.load_model(embedder, score.mesh, score.dtype, preset=score.preset)
+        found["semantic_similarity"] = semantic_similarity(read, texts, asked)
+    storage.write_json(out / "proxies.json", found)
 
 
 def of_cell(student: Mapping[str, Any], source: Mapping[str, Any], corpus: Corpus) -> dict[str, float | None]:
@@ -80,10 +88,23 @@ def of_cell(student: Mapping[str, Any], source: Mapping[str, Any], corpus: Corpu
         "loglikelihood_per_byte": per_byte[0],
         "gap_per_byte": gap,
         "similarity": student["similarity"],
+        **{name: student[name] for name in ("semantic_similarity",) if name in student},
         "distinct_2": corpus.manifest["statistics"]["distinct"]["2"],
         "compression": student["compression"],
         "self_bleu": student["self_bleu"],
     }
+
+
+def semantic_similarity(embedder: hub.LoadedModel, texts: Sequence[str], asked: Sequence[str]) -> float | None:
+    """Cosine of the mean vectors of two sets of texts; None where one has no words."""
+    means = []
+    for side in (texts, asked):
+        words = [text for text in side if text.strip()]
+        if not words:
+            return None
+        means.append(scoring.embed_texts(embedder, words).mean(axis=0, dtype=np.float64))
+    one, other = means
+    return float(one @ other / (np.linalg.norm(one) * np.linalg.norm(other)))
 
 
 def questions_of(score: ScoreConfig) -> list[str]:

@@ -312,7 +312,7 @@ class StageKinds:
 
     def _proxy(self, reader: Model, corpus: Stage) -> Stage:
         options = replace(self.config.score, **self._shared(self.config.score))
-        documents = self.config.proxy_documents
+        documents, embedder = self.config.proxy_documents, self.config.embedding_model
         return Stage(
             "proxies",
             f"what {corpus.label} is to {reader.label}",
@@ -322,8 +322,11 @@ class StageKinds:
                 "model": reader.mark,
                 "tokenizer": reader.tokenizer,
                 **{f"task {n}": self.files.measured(path) for n, path in enumerate(options.tasks)},
+                **({"embedder": self.files.model(embedder)} if embedder else {}),
             },
-            lambda out: measure_corpus(self.root / corpus.name, reader.ref, options, out, documents=documents),
+            lambda out: measure_corpus(
+                self.root / corpus.name, reader.ref, options, out, documents=documents, embedder=embedder
+            ),
         )
 
     def _shared(self, section: Any) -> dict[str, Any]:

@@ -31,10 +31,11 @@ from jax_selftrain.config import (
 )
 from jax_selftrain.corpus import Corpus, Sample, open_corpus
 from jax_selftrain.errors import InputError
-from jax_selftrain.scoring import assigned_to_h, sequences_fingerprint
+from jax_selftrain.scoring import assigned_to_h, embed_texts, sequences_fingerprint
 from jax_selftrain.study import report, study
 from jax_selftrain.study.cells import Design, make_design
 from jax_selftrain.study.matrix import check_study
+from jax_selftrain.study.proxies import questions_of
 from jax_selftrain.study.stage_kinds import StageKinds
 from jax_selftrain.study.stages import Stage, is_done
 from jax_selftrain.study.transfer import interactions
@@ -116,7 +117,7 @@ def finished(make: Make, inputs: dict[str, str], tmp_path_factory: pytest.TempPa
         relearn_steps=1,
     )
     train = replace(config.train, eval_every=1, eval_limit=8)
-    return study(replace(config, train=train, memorisation=asked))
+    return study(replace(config, train=train, memorisation=asked, embedding_model=config.models[0].model))
 
 
 def cells_of(folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
@@ -428,10 +429,12 @@ def test_proxies_are_what_another_way_of_counting_gives(finished: Path):
     from jax_selftrain import load_model
     from jax_selftrain.study.results import drawn_by_hash
 
-    design = make_design(settings.load(StudyConfig, finished / "config.yaml"))
+    config = settings.load(StudyConfig, finished / "config.yaml")
+    design = make_design(config)
     matrix = [cell for cell in cells_of(finished).values() if cell["proxies"]]
     found = {(cell["student"], cell["source"]): cell["proxies"] for cell in matrix}
     assert len(found) == len(matrix) == 4
+    embedder = load_model(design.models["llama"].model, "data=1")
 
     def nats_per_byte(name: str, corpus: Corpus) -> float:
         model = load_model(design.models[name].model, "data=1")
@@ -455,3 +458,10 @@ def test_proxies_are_what_another_way_of_counting_gives(finished: Path):
             assert 0 < proxies["compression"] < 1.5
             assert 0 <= proxies["similarity"] <= 1
             assert 0 <= proxies["self_bleu"] <= 100
+            corpus = open_corpus(design.folder(cell.corpus))
+            chosen = set(drawn_by_hash(len(corpus), 256, 0))
+            texts = [one.text for one in corpus.documents() if one.sample_id in chosen and one.text.strip()]
+            sides = (texts, questions_of(config.score))
+            one, other = (embed_texts(embedder, side).mean(axis=0) for side in sides)
+            cosine = one @ other / np.linalg.norm(one) / np.linalg.norm(other)
+            assert proxies["semantic_similarity"] == pytest.approx(float(cosine), abs=1e-5)

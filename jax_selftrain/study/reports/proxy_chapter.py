@@ -26,11 +26,13 @@ def proxy_chapter(results: Mapping[str, Any]) -> Chapter | None:
         else f"The gains' reliability over seeds (Spearman–Brown) is {reliability:.2f}: no proxy can be expected to "
         f"correlate with them much better than {reliability**0.5:.2f}. "
     )
+    embedder = results["config"].get("embedding_model")
+    semantic = f", semantic similarity of those of {embedder}" if embedder else ""
     note = (
         f"{reliable}Rank correlations with the change of {label_of(measure)}, centred within students; p from "
         "permuting the sources, all students at once, corrected by Benjamini and Hochberg. The interval (90 %) counts "
         "the sources. Regret is what choosing each student's source by the proxy loses against the best one. "
-        "Similarity is of TF-IDF vectors. Likelihood per token compares nothing across tokenizers."
+        f"Similarity is of TF-IDF vectors{semantic}. Likelihood per token compares nothing across tokenizers."
     )
     html = "\n".join([tables[0].to_html(), remark(note), tables[1].to_html()])
     return Chapter("Could it be known beforehand?", html, tables)
