@@ -149,7 +149,7 @@ def row_of(
 @contextmanager
 def _no_compilation_cache() -> Iterator[None]:
     """While inside, nothing is kept for later: a program for devices that are not there cannot be read back."""
-    before = jax.config.jax_enable_compilation_cache
+    before = jax.config.values["jax_enable_compilation_cache"]
     try:
         _use_compilation_cache(False)
         yield
