@@ -71,6 +71,8 @@ def work_of(plan: PlanConfig, stage: str, machine: Machine, config: StageConfig,
         raise InputError(f"--mesh {config.mesh}: needs {size} chips, but {whose} {machine.name} has {available}")
     on_hosts = alone and not together
     slice_of = machine.one_host() if on_hosts else machine
+    if real and on_hosts:
+        devices_of(machine)  # there must be such a slice
     mesh = _mesh(slice_of, shape) if real else _abstract_mesh(slice_of, shape)
     meshes = machine.hosts if on_hosts else 1
     common = {"stage": stage, "machine": machine, "config": config, "mesh_shape": shape, "mesh": mesh, "meshes": meshes}
