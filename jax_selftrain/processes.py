@@ -143,8 +143,8 @@ class _Group:
 
     def end(self, departure: _Departure) -> NoReturn:
         """End this process, whatever its other threads are waiting for."""
-        print(f"{self.program}: error: {departure.said}", file=sys.stderr)
         self.say_goodbye(departure)
+        print(f"{self.program}: error: {departure.said}", file=sys.stderr)  # behind whatever JAX says of the loss
         _exit(departure.code)
 
     def leave(self, code: int, said: str = "") -> None:
