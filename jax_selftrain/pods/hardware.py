@@ -133,6 +133,7 @@ def devices_of(machine: Machine) -> Sequence[Any]:
       InputError: libtpu is not installed, or knows no such slice.
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks a metadata server that is only there on a TPU
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is used: several plans may be made at once
     generation = machine.name.partition(":")[0]
     options: dict[str, Any] = {"chips_per_host_bounds": CHIPS_OF_ONE_HOST[generation][machine.chips_per_host]}
     if generation == "v4":

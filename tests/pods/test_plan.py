@@ -150,6 +150,16 @@ def test_every_generation_is_compiled_for_with_the_chips_of_one_host(small: Plan
 
 
 @needs_libtpu
+@pytest.mark.slow
+def test_two_plans_may_be_made_at_once():
+    words = ["plan", "--model", "pythia-14m", "--topology", "v5e:2x2", "--stage", "sample", "--dtype", "bfloat16"]
+    command = [sys.executable, "-m", "jax_selftrain", *words, "--sample.samples", "64"]
+    both = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+
+
+@needs_libtpu
 def test_a_slice_that_does_not_exist_is_told():
     with pytest.raises(InputError, match="libtpu knows no such slice"):
         rows_of(model="pythia-14m", topology=("v5e:3x4",), stage=("sample",))
