@@ -43,8 +43,8 @@ class PlanConfig(RunConfig):
     topology: tuple[str, ...] = ()
     """Machines: TPU slices (`v5e:4x4`, `v4:2x2x4`, `v5p:2x2x2`, `v6e:4x4`) or GPUs (`h100:8`, or `h100:4x8` for four
     hosts of eight)."""
-    stage: tuple[str, ...] = ("sample", "train", "score")
-    """Which of `sample`, `train` and `score`."""
+    stage: tuple[Literal["sample", "train", "score"], ...] = ("sample", "train", "score")
+    """Which stages."""
     compile: bool = True
     """Compile for TPU slices, which needs libtpu and no TPU; false: estimate, as for GPUs."""
     search: bool = False

@@ -2,7 +2,7 @@
 
 What arrays a program is handed is exact (`traced.bytes_on_a_chip`); what it needs besides is estimated here from the
 few arrays that are large, and is called an estimate wherever it is shown. The memory model in words stands in
-docs/pods.md; what it is off by, compared with compiled programs, too.
+docs/pods.md.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ kind and number (`h100:8`, or `h100:4x8` for four hosts of eight) and are planne
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -114,9 +115,7 @@ def machine_of(name: str) -> Machine:
         raise InputError(
             f"--topology {name}: {shape or 'nothing'} is no size of a {generation}; for instance {EXAMPLES}"
         )
-    chips = 1
-    for size in sizes:
-        chips *= size
+    chips = math.prod(sizes)
     if generation in TPUS:  # machines of slices of several hosts have four chips each
         per_host = chips if chips in CHIPS_OF_ONE_HOST[generation] else 4
     else:

@@ -37,8 +37,6 @@ from jax_selftrain.pods.search import candidates
 from jax_selftrain.pods.stages import StageConfig, Work, config_of, work_of
 from jax_selftrain.pods.traced import flops
 
-STAGES = ("sample", "train", "score")
-
 
 @dataclass(frozen=True)
 class Memory:
@@ -66,7 +64,7 @@ class Memory:
 
 
 def plan(config: PlanConfig) -> dict[str, Any]:
-    """Plan stages of a model on machines.
+    """Plan stages of a model on machines; best in a process of its own, since JAX is told to use no accelerator in it.
 
     Returns:
       `{"model": …, "rows": [one for each stage, machine and, in a search, setting]}`; see `row_of`.
@@ -74,15 +72,11 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     Raises:
       InputError: options, machine, mesh or model do not go together, or libtpu is missing.
     """
-    settings.require(config, "model", "topology")
-    for stage in config.stage:
-        if stage not in STAGES:
-            hint = settings.nearest(stage, STAGES) or f"; choose of {', '.join(STAGES)}"
-            raise InputError(f"--stage {stage}: there is no such stage{hint}")
+    settings.require(config, "model", "topology", "stage")
     jax.config.update("jax_platforms", "cpu")  # a plan computes nothing, and a TPU that is there may be busy
     machines = [machine_of(name) for name in config.topology]
     rows = []
-    for stage in config.stage or STAGES:
+    for stage in config.stage:
         ref = config.source or config.model if stage == "sample" else config.model
         with model_folder(ref) as folder:
             for machine in machines:
@@ -99,12 +93,18 @@ def _rows(config: PlanConfig, stage: str, machine: Machine, folder: str) -> list
     if not config.search:
         return [row_of(config, stage, machine, chosen, model)]
     found: list[dict[str, Any]] = []
-    for settings_of_one_mesh in candidates(chosen, machine, model):
-        for setting in settings_of_one_mesh:  # from small to large
-            row = row_of(config, stage, machine, setting, model)
-            found.append(row)
-            if not row["fits"]:
-                break
+    refused: InputError | None = None
+    for settings_of_one_mesh in candidates(chosen, machine):
+        try:
+            for setting in settings_of_one_mesh:  # from small to large
+                row = row_of(config, stage, machine, setting, model)
+                found.append(row)
+                if not row["fits"]:
+                    break
+        except InputError as error:  # this mesh does not divide the model or the batch
+            refused = error
+    if refused is not None and not found:
+        raise refused
     return sorted(found, key=lambda row: (not row["fits"], -row["tokens_per_second"]))
 
 

@@ -46,8 +46,10 @@ POLL_SECONDS = 0.5
 """How often to look whether a unit that another process works on has been finished or given up."""
 
 _PART = pa.schema([("request", pa.int64()), ("loglikelihood", pa.float64()), ("is_greedy", pa.bool_())])
-PROCESS = b"process"
+_PROCESS = b"process"
 """Under this key a part says which process has made it."""
+REMEDY = "delete it and run the same command again, which makes it anew"
+"""For a part that is damaged."""
 
 
 @dataclass
@@ -75,6 +77,14 @@ class Parts:
             "scored_requests": self.scored,
             "units_of_process": dict(sorted(self.units.items())),
         }
+
+    def open(self, name: str) -> Path:
+        """The folder of answers of this name, in which all that is asked and how must be told by the name."""
+        self.mark(jax.process_index()).unlink(missing_ok=True)  # of an attempt that was interrupted at its very end
+        folder = self.folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        storage.clean_leftovers(folder)
+        return folder
 
     def finish(self, write: Callable[[], None] = lambda: None) -> None:
         """Have one process write the results and remove the folder. All processes must come here.
@@ -113,11 +123,7 @@ def loglikelihoods_in_parts(
     """
     distinct, which = distinct_requests(model.config, requests)
     units = plan(model.layout, distinct, model.config.max_positions, model.config.hidden_size, batch_tokens)
-    folder = parts.folder / _name(model, distinct, parts.identity, batch_tokens)
-    parts.mark(jax.process_index()).unlink(missing_ok=True)  # of an attempt that was interrupted at its very end
-    if units:
-        folder.mkdir(parents=True, exist_ok=True)
-        storage.clean_leftovers(folder)
+    folder = parts.open(_name(model, distinct, parts.identity, batch_tokens))
     parts.asked += len(requests)
     parts.distinct += len(distinct)
     together = spans_processes(model.layout.mesh)
@@ -189,19 +195,24 @@ def _name(
     for request in distinct:
         tokens, count = request.key
         asked.update(len(tokens).to_bytes(8, "big") + count.to_bytes(8, "big") + tokens)
+    decisive: dict[str, Any] = {
+        "identity": dict(identity),
+        "requests": asked.hexdigest(),
+        "batch_tokens": batch_tokens or default_batch_tokens(model.layout),
+    }
+    return storage.fingerprint(decisive | circumstances(model))[:16]
+
+
+def circumstances(model: hub.LoadedModel) -> dict[str, Any]:
+    """What decides the last bits of a model's answers beside what is asked and in which batches."""
     layout = model.layout
-    return storage.fingerprint(
-        {
-            "identity": dict(identity),
-            "requests": asked.hexdigest(),
-            "dtype": model.compute_dtype.name,
-            "batch_tokens": batch_tokens or default_batch_tokens(layout),
-            "mesh": dict(layout.mesh.shape),
-            "rules": dict(layout.rules),
-            "device": layout.mesh.devices.flat[0].device_kind,
-            "versions": storage.versions(),
-        }
-    )[:16]
+    return {
+        "dtype": model.compute_dtype.name,
+        "mesh": dict(layout.mesh.shape),
+        "rules": dict(layout.rules),
+        "device": layout.mesh.devices.flat[0].device_kind,
+        "versions": storage.versions(),
+    }
 
 
 def _part(folder: Path, unit: Unit) -> Path:
@@ -215,26 +226,40 @@ def _write(path: Path, distinct: Sequence[Asked], scores: Mapping[int, TokenScor
         [answer.loglikelihood for answer in answers.values()],
         [answer.is_greedy for answer in answers.values()],
     ]
-    schema = _PART.with_metadata({PROCESS: str(jax.process_index()).encode()})
     arrays = [pa.array(column, kind.type) for column, kind in zip(columns, _PART, strict=True)]
-    with storage.commit_file(path) as aside:
-        pq.write_table(pa.Table.from_arrays(arrays, schema=schema), aside, write_page_checksum=True)
+    write_part(path, pa.Table.from_arrays(arrays, schema=_PART))
 
 
 def _read(path: Path, distinct: Sequence[Asked], unit: Unit) -> tuple[dict[int, Likelihood], str]:
     """The answers of a unit, and the number of the process that computed them."""
-    remedy = "delete it and run the same command again, which scores it anew"
-    try:
-        table = pq.read_table(path, page_checksum_verification=True)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())}); {remedy}") from error
+    table, process = read_part(path)
     members = sorted(unit.members)
     if not table.schema.equals(_PART) or table.column("request").to_pylist() != members:
-        raise InputError(f"{path}: does not hold the answers of its unit; {remedy}")
+        raise InputError(f"{path}: does not hold the answers of its unit; {REMEDY}")
     answers = {
         index: Likelihood(value, greedy, distinct[index].count)
         for index, value, greedy in zip(
             members, table.column("loglikelihood").to_pylist(), table.column("is_greedy").to_pylist(), strict=True
         )
     }
-    return answers, (table.schema.metadata or {}).get(PROCESS, b"?").decode()
+    return answers, process
+
+
+def write_part(path: Path, table: pa.Table) -> None:
+    """Commit a part, with checksums and the number of this process."""
+    signed = table.replace_schema_metadata({_PROCESS: str(jax.process_index()).encode()})
+    with storage.commit_file(path) as aside:
+        pq.write_table(signed, aside, write_page_checksum=True)
+
+
+def read_part(path: Path) -> tuple[pa.Table, str]:
+    """A part, and the number of the process that has made it.
+
+    Raises:
+      InputError: the file is damaged.
+    """
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())}); {REMEDY}") from error
+    return table.replace_schema_metadata(None), (table.schema.metadata or {}).get(_PROCESS, b"?").decode()

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from jax_selftrain import hub
+from jax_selftrain import cli, hub
 from jax_selftrain.config import PlanConfig, SampleConfig, ScoreConfig, TrainConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.models import DecoderConfig
@@ -49,7 +49,6 @@ def test_the_machines_have_the_chips_and_hosts_that_their_names_say():
         ({"topology": ("v5e",)}, "no size of a v5e"),
         ({"topology": ("h100:12",)}, "no whole number of hosts"),
         ({"model": "pythia-1.5b"}, "did you mean `pythia-1.4b`|pythia-1b"),
-        ({"stage": ("smaple",)}, "sample"),
         ({"mesh": "data=8,model=1", "stage": ("sample",)}, "one host of v5e:4x4 has 4"),
         ({"mesh": "model=3", "stage": ("sample",), "compile": False}, "does not divide"),
         ({"score_tokens": None, "topology": ()}, "--topology"),
@@ -59,6 +58,17 @@ def test_a_mistake_is_told_in_one_sentence(options: dict[str, Any], says: str):
     given: dict[str, Any] = {"model": "pythia-70m", "topology": ("v5e:4x4",), "compile": False} | options
     with pytest.raises(InputError, match=says):
         rows_of(**given)
+
+
+def test_a_stage_that_does_not_exist_is_told_with_those_that_do():
+    with pytest.raises(InputError, match="--stage: expected one of sample, train, score, found 'smaple'"):
+        cli.parse("plan", ["--model", "pythia-70m", "--topology", "v5e:4x4", "--stage", "smaple"])
+
+
+def test_a_search_in_which_no_mesh_is_legal_says_why():
+    train = replace(TRAIN, batch_size=3)
+    with pytest.raises(InputError, match="--batch-size 3 does not divide"):
+        rows_of(model="pythia-70m", topology=("v5e:4x4",), stage=("train",), train=train, search=True, compile=False)
 
 
 def test_gpus_are_planned_by_arithmetic_and_say_so():
