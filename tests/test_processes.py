@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 from process_group import ROOT, ends, free_port, start_one
 
-from jax_selftrain import cli, processes
+from jax_selftrain import cli
 from jax_selftrain.errors import InputError
 from jax_selftrain.processes import ProcessesConfig
+from jax_selftrain.processes.start import resolve
 
 MEETING = ("--coordinator", "localhost:8476", "--num-processes", "2", "--process-id", "0")
 SLURM = {
@@ -34,7 +35,7 @@ def set_variables(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) ->
 
 
 def resolved(**given: Any) -> ProcessesConfig | None:
-    return processes._resolve(ProcessesConfig(**given), os.environ)
+    return resolve(ProcessesConfig(**given), os.environ)
 
 
 def test_the_flags_go_with_every_command_that_uses_devices_and_into_no_configuration() -> None:
