@@ -308,11 +308,13 @@ class StageKinds:
     def proxies(self, student: Model, source: Model, corpus: Stage, seed: int) -> tuple[Stage, Stage]:
         """What a corpus is to a student before training, and as it was drawn to its source."""
         drawn = self.own(source, student, ArmConfig("", native=True), seed)
-        return self._proxy(student, corpus), self._proxy(source, drawn)
+        return self._proxy(student, corpus, self.config.embedding_model), self._proxy(source, drawn)
 
-    def _proxy(self, reader: Model, corpus: Stage) -> Stage:
+    def _proxy(self, reader: Model, corpus: Stage, embedder: str = "") -> Stage:
         options = replace(self.config.score, **self._shared(self.config.score))
-        documents, embedder = self.config.proxy_documents, self.config.embedding_model
+        documents, vectors = self.config.proxy_documents, {}
+        if embedder:
+            vectors = {"embedder": self.files.model(embedder), "embedder's tokenizer": self.files.tokenizer(embedder)}
         return Stage(
             "proxies",
             f"what {corpus.label} is to {reader.label}",
@@ -322,7 +324,7 @@ class StageKinds:
                 "model": reader.mark,
                 "tokenizer": reader.tokenizer,
                 **{f"task {n}": self.files.measured(path) for n, path in enumerate(options.tasks)},
-                **({"embedder": self.files.model(embedder)} if embedder else {}),
+                **vectors,
             },
             lambda out: measure_corpus(
                 self.root / corpus.name, reader.ref, options, out, documents=documents, embedder=embedder

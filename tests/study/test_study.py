@@ -345,6 +345,18 @@ def test_what_cannot_be_done_is_refused_before_anything_is(make: Make, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
+def test_an_embedding_model_that_cannot_read_texts_is_refused_before_anything_is_done(make: Make, tmp_path: Path):
+    config = make(tmp_path / "out", embedding_model=str(tmp_path / "mute"))
+    with pytest.raises(InputError, match="mute: no such"):
+        study(config)
+    (tmp_path / "mute").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "mute" / name).write_bytes((Path(config.models[0].model) / name).read_bytes())
+    with pytest.raises(InputError, match="mute: holds no tokenizer"):
+        study(config)
+    assert not (tmp_path / "out").exists()
+
+
 def test_steps_are_required_and_what_the_study_decides_may_not_be_set(
     make: Make, inputs: dict[str, str], tmp_path: Path
 ):
