@@ -38,6 +38,8 @@ class RunConfig:
 class PlanConfig(RunConfig):
     """What stages of a round take on a TPU slice or on GPUs: memory, time and chip-hours, known before there is one."""
 
+    model: str = ""
+    """The base, or only the name of a Pythia, `pythia-14m` to `pythia-12b`, of which nothing is then fetched."""
     out: str = ""
     """A JSON file for the whole plan; unset: only the table is printed."""
     topology: tuple[str, ...] = ()
