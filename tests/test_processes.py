@@ -173,3 +173,32 @@ sys.exit(code)
         check=False,
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_an_abort_of_jax_does_not_come_before_the_sentence_of_a_process_that_leaves() -> None:
+    """JAX calls abort() on a thread of its own when process 0 has gone, which may be while this one says good-bye."""
+    code = """
+import ctypes, threading, time
+from jax_selftrain.processes import group as room
+from jax_selftrain.processes.start import ProcessesConfig
+
+group = room.Group(ProcessesConfig("localhost:1", 2, 1), "jax-selftrain train")
+group.say_goodbye = lambda departure: (setattr(group, "leaving", departure), abort_elsewhere(), time.sleep(1))
+room._group = group
+room._catch_abort()
+
+def abort_elsewhere():
+    libc, thread = ctypes.CDLL(None), ctypes.c_ulong()
+    libc.pthread_create(ctypes.byref(thread), None, ctypes.cast(libc.abort, ctypes.c_void_p), None)
+
+group.lose([0])
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 75, run.stderr
+    assert re.fullmatch("jax-selftrain train: error: process 0 of 2, .* was lost; .*\n", run.stderr), run.stderr

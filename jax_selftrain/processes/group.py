@@ -52,8 +52,8 @@ class Group:
         self.gone: dict[int, Departure] = {}
         self.alone = 0
         """How many times `on_its_own` has been entered."""
-        self.leaving: int | None = None
-        """The exit code, once this process has nothing more to do with the others."""
+        self.leaving: Departure | None = None
+        """How this process ends, once it has nothing more to do with the others."""
         self._lock = threading.Lock()
 
     def watch(self) -> None:
@@ -102,7 +102,12 @@ class Group:
     def end(self, departure: Departure) -> NoReturn:
         """End this process, whatever its other threads are waiting for."""
         self.say_goodbye(departure)
-        print(f"{self.program}: error: {departure.said}", file=sys.stderr)  # behind whatever JAX says of the loss
+        self.exit_now(departure)
+
+    def exit_now(self, departure: Departure) -> NoReturn:
+        """End this process with the sentence of its departure, behind whatever JAX says of the loss."""
+        if departure.said:
+            print(f"{self.program}: error: {departure.said}", file=sys.stderr)
         exit_now(departure.code)
 
     def leave(self, code: int, said: str = "") -> None:
@@ -115,16 +120,23 @@ class Group:
 
     def say_goodbye(self, departure: Departure) -> None:
         """Tell the others how this process ends. Process 0 waits for theirs, since they hang on it."""
-        self.leaving = departure.code
+        import jax
+
+        self.leaving = departure
         if self.client is None or (self.index and not self.coordinator_answers()):
             return
-        self.client.key_value_set(f"{_DEPARTURES}/{self.index}", json.dumps(asdict(departure)))
         deadline = time.monotonic() + (LEAVING_SECONDS if departure.code else BARRIER_SECONDS)
-        while self.index == 0 and time.monotonic() < deadline:
-            said = {int(key.rpartition("/")[2]) for key, _ in self.client.key_value_dir_get(_DEPARTURES)}
-            if len(said | self.gone.keys() | {0}) == self.count:
-                return
-            time.sleep(0.05)
+        try:
+            self.client.key_value_set(f"{_DEPARTURES}/{self.index}", json.dumps(asdict(departure)))
+            while self.index == 0 and time.monotonic() < deadline:
+                said = {int(key.rpartition("/")[2]) for key, _ in self.client.key_value_dir_get(_DEPARTURES)}
+                if len(said | self.gone.keys() | {0}) == self.count:
+                    return
+                time.sleep(0.05)
+        except jax.errors.JaxRuntimeError:
+            if self.index == 0:
+                raise
+            # Process 0 has gone meanwhile, and with it the only place where this could be told.
 
     def coordinator_answers(self) -> bool:
         """Whether somebody listens where process 0 should."""
@@ -251,8 +263,11 @@ def _catch_abort() -> None:
 def _on_abort(number: int) -> None:
     """Called on the thread that called abort(), which goes on with it if this returns."""
     group = _group
+    ours = threading.get_ident() in {thread.ident for thread in threading.enumerate()}
     if group is not None and group.leaving is not None:
-        exit_now(group.leaving)
+        if not ours:
+            time.sleep(LEAVING_SECONDS)  # the thread that leaves says the sentence, and ends the process before this
+        group.exit_now(group.leaving)
     if group is not None and group.client is None:
         group.end(
             Departure(
@@ -261,7 +276,6 @@ def _on_abort(number: int) -> None:
                 f"{group.config.initialization_timeout} s; start the missing ones, and this one again",
             )
         )
-    ours = threading.get_ident() in {thread.ident for thread in threading.enumerate()}
     if group is not None and not ours and group.index and not group.coordinator_answers():
         group.lose([0])
         threading.Event().wait()  # this thread of JAX's has nothing left to do, the others go on

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 from process_group import ends, kill_when, start
 
 from jax_selftrain import settings, storage
-from jax_selftrain.config import ExtractConfig, RunConfig
+from jax_selftrain.config import ExtractConfig, RunConfig, ScoreConfig
 
 pytestmark = pytest.mark.slow
 
@@ -132,20 +133,36 @@ def test_the_others_complete_the_corpus_when_the_first_is_killed(alone: Path, wo
     assert not list(out.rglob("*.lease"))
 
 
+def enough(path: str, to: Path, rows: int = 800) -> str:
+    """A file of so many rows like those of another: seconds of work, so that nobody comes too late for a share."""
+    with to.open("w", encoding="utf-8") as file:
+        for number, row in enumerate(islice(cycle(lines_of(Path(path))), rows)):
+            if "context" in row:  # equal requests would be scored once
+                row = row | {"context": f"{number} {row['context']}"}
+            file.write(json.dumps(row) + "\n")
+    return str(to)
+
+
 @pytest.mark.parametrize("stage", ["score", "extract"])
 def test_the_others_measure_what_the_first_was_killed_at(alone: Path, tmp_path: Path, stage: str) -> None:
     config = settings.load(RunConfig, alone / "config.yaml")
-    options = replace(getattr(config, stage), model=config.model)
+    options: ScoreConfig | ExtractConfig = replace(getattr(config, stage), model=config.model)
     if isinstance(options, ExtractConfig):
-        options = replace(options, corpus=str(alone / "corpus"))
+        sequences = enough(options.sequences, tmp_path / "sequences.jsonl")
+        options = replace(options, corpus=str(alone / "corpus"), sequences=sequences)
+    else:
+        options = replace(options, tasks=(enough(options.tasks[0], tmp_path / "animals.jsonl"),))
     settings.save(tmp_path / "options.yaml", options)
+    words = [stage, "--config", tmp_path / "options.yaml", "--out"]
     out = tmp_path / "base.json"
-    group = start([stage, "--config", tmp_path / "options.yaml", "--out", out], 2, *SOON)
+    group = start([*words, out], 2, *SOON)
     kill_when(group, 0, lambda: holds_a_lease(group[0], tmp_path))
     codes, said = ends(group)
     assert codes == [-signal.SIGKILL, 0], said
-    assert out.read_bytes() == (alone / stage / "base.json").read_bytes()
     assert not list(tmp_path.rglob("*.parts"))
+    codes, said = ends(start([*words, tmp_path / "undisturbed.json"], 1))
+    assert codes == [0], said
+    assert out.read_bytes() == (tmp_path / "undisturbed.json").read_bytes()
 
 
 def test_a_round_that_loses_a_process_in_sampling_completes_the_corpus_and_goes_on_when_started_again(
