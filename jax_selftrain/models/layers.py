@@ -1,8 +1,8 @@
 """The block of a decoder, as pure functions of weights and activations.
 
 Numerics (one rule for every family): the residual stream, norms, rotary tables, softmax and logits are fp32 always;
-`compute_dtype` is the type of matmul *operands* only, accumulated in fp32; fp32 operands use the highest precision on
-every device. With fp64 parameters everything is fp64, which reference tests use.
+`compute_dtype` is the type of matmul *operands* only, in gradients as well, accumulated in fp32; fp32 operands use the
+highest precision on every device. With fp64 parameters everything is fp64, which reference tests use.
 
 Weights arrive as they are stored and are gathered along `embed` where they are used, so that fsdp gathers one layer
 at a time inside the scan.
@@ -46,15 +46,56 @@ def contract(
     compute_dtype: jax.typing.DTypeLike,
     out: jax.sharding.NamedSharding | None = None,
 ) -> jax.Array:
-    """An einsum of two operands cast to `compute_dtype`, accumulated and returned in fp32 (fp64 for fp64)."""
+    """An einsum of two operands cast to `compute_dtype`, accumulated and returned in fp32 (fp64 for fp64).
+
+    What is handed back is cast as well before it meets an operand: else XLA would multiply fp32 by bf16, which takes a
+    TPU three passes at the highest precision, and a compiler minutes.
+    """
+    x, w = x.astype(compute_dtype), w.astype(compute_dtype)
+    if x.dtype == accumulation_dtype(compute_dtype):
+        return _product(equation, x, w, out)
+    return _narrow_product(equation, out, x, w)
+
+
+def _product(equation: str, x: jax.Array, w: jax.Array, out: jax.sharding.NamedSharding | None) -> jax.Array:
     return jnp.einsum(
         equation,
-        x.astype(compute_dtype),
-        w.astype(compute_dtype),
+        x,
+        w,
         precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=accumulation_dtype(compute_dtype),
+        preferred_element_type=accumulation_dtype(x.dtype),
         out_sharding=out,
     )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _narrow_product(equation: str, out: jax.sharding.NamedSharding | None, x: jax.Array, w: jax.Array) -> jax.Array:
+    """Of operands narrower than the type they are accumulated in, whose gradients have operands as narrow."""
+    return _product(equation, x, w, out)
+
+
+def _narrow_product_forward(
+    equation: str, out: jax.sharding.NamedSharding | None, x: jax.Array, w: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(equation, x, w, out), (x, w)
+
+
+def _narrow_product_backward(
+    equation: str,
+    out: jax.sharding.NamedSharding | None,
+    operands: tuple[jax.Array, jax.Array],
+    cotangent: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    x, w = operands
+    terms, result = equation.split("->")
+    left, right = terms.split(",")
+    g = cotangent.astype(x.dtype)
+    dx = _product(f"{result},{right}->{left}", g, w, jax.typeof(x).sharding)
+    dw = _product(f"{left},{result}->{right}", x, g, jax.typeof(w).sharding)
+    return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+_narrow_product.defvjp(_narrow_product_forward, _narrow_product_backward)
 
 
 _LETTERS = {"embed": "d", "kv_heads": "g", "q_per_kv": "r", "head_dim": "k", "mlp": "f", "vocab": "v"}

@@ -35,7 +35,7 @@ from jax_selftrain.pods.hardware import GIB, Machine, machine_of
 from jax_selftrain.pods.known import model_folder
 from jax_selftrain.pods.search import candidates
 from jax_selftrain.pods.stages import StageConfig, Work, config_of, work_of
-from jax_selftrain.pods.traced import flops
+from jax_selftrain.pods.traced import flops_by_type
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def row_of(
     work = work_of(config, stage, machine, setting, real=compiles)
     with using(work.mesh):
         traced = jax.jit(work.function, donate_argnums=work.donation).trace(*work.arguments)
-    operations = flops(traced.jaxpr, work.dynamic_turns)
+    operations = flops_by_type(traced.jaxpr, work.dynamic_turns)
     donated = [leaf for index in work.donation for leaf in jax.tree.leaves(work.arguments[index])]
     memory = Memory(
         arguments=arithmetic.size_of(work.arguments, work),
@@ -186,7 +186,7 @@ def _too_large(error: JaxRuntimeError) -> str:
 def _row(
     work: Work,
     memory: Memory,
-    operations: float,
+    operations: dict[str, float],
     traffic: float,
     exchanged: list[Collective],
     too_large: str,
@@ -194,7 +194,7 @@ def _row(
 ) -> dict[str, Any]:
     chip, compiled = work.machine.chip, memory.compiled_arguments is not None
     parts = {
-        "compute": operations / chip.flops(work.config.dtype),
+        "compute": sum(count / chip.flops(dtype) for dtype, count in operations.items()),
         "memory": traffic / chip.bandwidth,
         "network": sum(one.received for one in exchanged) / chip.network,
     }
@@ -225,7 +225,7 @@ def _row(
         },
         "fits": not too_large and memory.total <= chip.memory,
         "too_large": too_large,
-        "flops": operations,
+        "flops": sum(operations.values()),
         "traffic": traffic,
         "collectives": [
             {"kind": one.kind, "chips": one.chips, "runs": one.runs, "bytes": one.bytes, "received": one.received}

@@ -17,6 +17,9 @@ import jax
 import numpy as np
 from jax.extend import core
 
+_Product = tuple[str, float]
+"""The type that decides how fast it is, and its operations."""
+
 
 def flops(program: core.ClosedJaxpr, dynamic_turns: Sequence[float] = ()) -> float:
     """Floating-point operations of matrix products on each chip.
@@ -28,32 +31,48 @@ def flops(program: core.ClosedJaxpr, dynamic_turns: Sequence[float] = ()) -> flo
     Raises:
       ValueError: a `while` stands deeper than that, or a product is of a kind that is not known (a defect of ours).
     """
-    return _flops(program.jaxpr, tuple(dynamic_turns), 0)
+    return sum(flops_by_type(program, dynamic_turns).values())
 
 
-def _flops(jaxpr: core.Jaxpr, turns: tuple[float, ...], depth: int) -> float:
-    total = 0.0
+def flops_by_type(program: core.ClosedJaxpr, dynamic_turns: Sequence[float] = ()) -> dict[str, float]:
+    """The same, by the type that decides how fast a product is: `float32` where an operand is as wide and the highest
+    precision is asked for, of which a TPU makes several passes; else `bfloat16`.
+    """
+    found: dict[str, float] = {}
+    for dtype, operations in _products(program.jaxpr, tuple(dynamic_turns), 0):
+        found[dtype] = found.get(dtype, 0.0) + operations
+    return found
+
+
+def _products(jaxpr: core.Jaxpr, turns: tuple[float, ...], depth: int, times: float = 1.0) -> Iterator[_Product]:
     for equation in jaxpr.eqns:
         name, parameters = equation.primitive.name, equation.params
         if name == "dot_general":
-            total += _of_product(equation)
+            yield _type_of_product(equation), times * _of_product(equation)
         elif name in ("conv_general_dilated", "ragged_dot", "ragged_dot_general"):
             raise ValueError(f"operations of {name} are not counted yet")
         elif name == "while":
             if depth >= len(turns):
                 raise ValueError("nobody says how often a loop turns")
-            inner = parameters["body_jaxpr"].jaxpr, parameters["cond_jaxpr"].jaxpr
-            total += turns[depth] * sum(_flops(part, turns, depth + 1) for part in inner)
+            for part in (parameters["body_jaxpr"].jaxpr, parameters["cond_jaxpr"].jaxpr):
+                yield from _products(part, turns, depth + 1, times * turns[depth])
         elif name == "scan":
-            total += parameters["length"] * _flops(parameters["jaxpr"].jaxpr, turns, depth)
+            yield from _products(parameters["jaxpr"].jaxpr, turns, depth, times * parameters["length"])
         elif name == "cond":
-            total += max(_flops(branch.jaxpr, turns, depth) for branch in parameters["branches"])
+            branches = [list(_products(branch.jaxpr, turns, depth, times)) for branch in parameters["branches"]]
+            yield from max(branches, key=lambda products: sum(operations for _, operations in products))
         elif name == "pallas_call":
             tiles = math.prod(parameters["grid_mapping"].grid)
-            total += tiles * _flops(parameters["jaxpr"], turns, depth)
+            yield from _products(parameters["jaxpr"], turns, depth, times * tiles)
         else:
-            total += sum(_flops(inner, turns, depth) for inner in _inside(parameters.values()))
-    return total
+            for inner in _inside(parameters.values()):
+                yield from _products(inner, turns, depth, times)
+
+
+def _type_of_product(equation: Any) -> str:
+    wide = max(variable.aval.dtype.itemsize for variable in equation.invars) >= 4
+    precisions = equation.params["precision"] or ()
+    return "float32" if wide and jax.lax.Precision.HIGHEST in precisions else "bfloat16"
 
 
 def _of_product(equation: Any) -> float:

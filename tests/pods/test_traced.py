@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -12,7 +15,7 @@ from jax_selftrain.mesh import AXES, using
 from jax_selftrain.pods.hardware import machine_of
 from jax_selftrain.pods.known import model_folder
 from jax_selftrain.pods.stages import StageConfig, Work, work_of
-from jax_selftrain.pods.traced import bytes_on_a_chip, flops
+from jax_selftrain.pods.traced import bytes_on_a_chip, flops, flops_by_type
 
 
 def mesh_of(data: int, model: int) -> AbstractMesh:
@@ -120,3 +123,29 @@ def test_work_on_each_chip_stays_the_same_from_four_chips_to_two_hundred_and_fif
             }[stage]
             found.append(flops_of(work_for(stage, config, topology)))
     assert max(found) <= 1.05 * min(found)
+
+
+@pytest.mark.parametrize("machine", ["v5e:2x2", "h100:8"])
+@pytest.mark.parametrize("stage", ["sample", "train", "score"])
+def test_in_bfloat16_no_product_has_wider_operands_not_even_in_gradients(stage: str, machine: str):
+    settings: dict[str, StageConfig] = {
+        "sample": SampleConfig(batch_size=64, dtype="bfloat16", samples=4096),
+        "train": TrainConfig(batch_size=16, dtype="bfloat16", steps=1, seq_len=1024, remat="full"),
+        "score": ScoreConfig(dtype="bfloat16"),
+    }
+    with model_folder("pythia-14m") as folder:
+        work = work_for(stage, replace(settings[stage], model=folder), machine)
+        with using(work.mesh):
+            program = jax.jit(work.function).trace(*work.arguments).jaxpr
+    assert set(flops_by_type(program, work.dynamic_turns)) == {"bfloat16"}
+
+
+def test_a_product_of_unlike_operands_counts_as_one_of_the_wider_type():
+    mesh = mesh_of(1, 1)
+    x, w = array(mesh, (8, 8)), array(mesh, (8, 8), dtype="bfloat16")
+
+    def product(x, w, precision):
+        return jax.lax.dot_general(x, w, (((1,), (0,)), ((), ())), precision, preferred_element_type=jnp.float32)
+
+    assert flops_by_type(traced(mesh, partial(product, precision="highest"), x, w)) == {"float32": 2 * 8**3}
+    assert flops_by_type(traced(mesh, partial(product, precision=None), x, w)) == {"bfloat16": 2 * 8**3}

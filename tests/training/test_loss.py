@@ -153,6 +153,25 @@ def test_bfloat16_operands_change_the_loss_by_their_rounding_only(small_model: P
     assert rounded == pytest.approx(exact, rel=1e-2)  # bfloat16 keeps 8 bits: 4e-3 per operand
 
 
+@pytest.mark.parametrize("mesh", ["data=1", "data=2,model=2"])
+def test_gradients_with_bfloat16_operands_are_the_exact_ones_but_for_rounding(small_model: Path, mesh: str):
+    model = load_model(small_model, mesh)
+    tokens = np.random.default_rng(2).integers(0, 320, (4, 33)).astype(np.int32)
+    batch = rows_on_device(model, tokens, np.ones((4, 32), np.float32))
+
+    def gradient(dtype: Any) -> Any:
+        loss = partial(objective, model.config, model.layout, compute_dtype=dtype)
+        with jax.set_mesh(model.layout.mesh):
+            return jax.jit(jax.grad(loss, has_aux=True))(model.params, batch)[0]
+
+    exact, rounded = gradient(jnp.float32), gradient(jnp.bfloat16)
+    for path, leaf in jax.tree.leaves_with_path(exact):
+        other = dict(jax.tree.leaves_with_path(rounded))[path]
+        assert other.sharding == leaf.sharding
+        error = np.linalg.norm(np.asarray(other, np.float64) - np.asarray(leaf, np.float64))
+        assert 0 < error < 0.02 * np.linalg.norm(np.asarray(leaf, np.float64)), path
+
+
 def test_replicas_add_up_the_output_matrix_once_and_not_for_every_slice(small_model: Path):
     model = load_model(small_model, "data=4", preset="replicated")
     batch = rows_on_device(model, np.zeros((4, 65), np.int32), np.ones((4, 64), np.float32))
