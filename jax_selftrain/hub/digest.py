@@ -18,6 +18,8 @@ from jax_selftrain import storage
 from jax_selftrain.hub.trees import flatten
 from jax_selftrain.models import Params
 
+SMALL = 2**20
+"""Elements of an array on a CPU that numpy sums in less time than a program is compiled in."""
 _SEEDS = (0x9E3779B9, 0x85EBCA77)
 
 
@@ -25,9 +27,20 @@ def weights_fingerprint(params: Params) -> str:
     """SHA-256 (hex) that identifies the values of all parameters; collective if they lie on several machines."""
     entries = {}
     for path, array in flatten(params).items():
-        words = _numpy_words(array) if isinstance(array, np.ndarray) else np.asarray(_device_words(array))
+        words = _numpy_words(np.asarray(array)) if _is_at_hand(array) else np.asarray(_device_words(array))
         entries[path] = [np.dtype(array.dtype).name, list(array.shape), words.tolist()]
     return storage.fingerprint(entries)
+
+
+def _is_at_hand(array: np.ndarray | jax.Array) -> bool:
+    """Whether numpy has done with it before XLA has compiled a program for its shape."""
+    if isinstance(array, np.ndarray):
+        return True
+    return (
+        array.is_fully_addressable
+        and {device.platform for device in array.devices()} == {"cpu"}
+        and array.size <= SMALL
+    )
 
 
 @jax.jit

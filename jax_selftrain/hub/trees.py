@@ -1,4 +1,5 @@
-"""Small helpers on parameter trees: nested dicts as flat ones, and device arrays brought to the host piece by piece."""
+"""Small helpers on parameter trees: nested dicts as flat ones, a look for broken numbers, and device arrays brought to
+the host piece by piece."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jax_selftrain.errors import InputError
@@ -30,6 +32,23 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(name, {})
         node[last] = value
     return tree
+
+
+def first_not_finite(*trees: Any) -> str | None:
+    """Path of the first array that holds NaN or infinity, or None; one program for all, whatever their shapes."""
+    paths, leaves = zip(*jax.tree_util.tree_flatten_with_path(trees)[0], strict=True)
+    finite = jax.device_get(_all_finite(leaves))
+    broken = [
+        jax.tree_util.keystr(path[1:], simple=True, separator="/")
+        for path, ok in zip(paths, finite, strict=True)
+        if not ok
+    ]
+    return broken[0] if broken else None
+
+
+@jax.jit
+def _all_finite(leaves: tuple[jax.Array, ...]) -> list[jax.Array]:
+    return [jnp.isfinite(leaf).all() for leaf in leaves]
 
 
 def host_layer(array: jax.Array | np.ndarray, layer: int) -> np.ndarray:

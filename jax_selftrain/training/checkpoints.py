@@ -27,7 +27,6 @@ from types import TracebackType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jax_selftrain import hub, storage
@@ -35,6 +34,7 @@ from jax_selftrain.config import TrainConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import checkpoint
 from jax_selftrain.hub.together import commit_together
+from jax_selftrain.hub.trees import first_not_finite
 from jax_selftrain.mesh import Layout
 from jax_selftrain.models import Params
 from jax_selftrain.training.step import TrainState, delivered, delivers_params
@@ -216,23 +216,6 @@ def clean(run: Path) -> None:
     storage.clean_leftovers(run / "steps")
     for folder in (run / "steps").glob(f"{_DISCARDED}*"):
         shutil.rmtree(folder)
-
-
-def first_not_finite(*trees: Any) -> str | None:
-    """Path of the first floating-point array that holds NaN or infinity, or None."""
-    paths, leaves = zip(*jax.tree_util.tree_flatten_with_path(trees)[0], strict=True)
-    finite = jax.device_get(_all_finite(leaves))
-    broken = [
-        jax.tree_util.keystr(path[1:], simple=True, separator="/")
-        for path, ok in zip(paths, finite, strict=True)
-        if not ok
-    ]
-    return broken[0] if broken else None
-
-
-@jax.jit
-def _all_finite(leaves: tuple[jax.Array, ...]) -> list[jax.Array]:
-    return [jnp.isfinite(leaf).all() for leaf in leaves]
 
 
 _DISCARDED = ".discarded-"

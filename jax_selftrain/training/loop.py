@@ -25,11 +25,12 @@ from jax.experimental import multihost_utils
 from jax_selftrain import hub, settings, storage
 from jax_selftrain.config import TrainConfig
 from jax_selftrain.errors import InputError, Stopped
+from jax_selftrain.hub.trees import first_not_finite
 from jax_selftrain.mesh import compiler_options
 from jax_selftrain.models import Params, init_params
 from jax_selftrain.processes import barrier, from_process_0, listening_to_sigterm
 from jax_selftrain.training import checkpoints
-from jax_selftrain.training.checkpoints import Checkpointer, first_not_finite
+from jax_selftrain.training.checkpoints import Checkpointer
 from jax_selftrain.training.data import load_batch
 from jax_selftrain.training.flops import speed_of
 from jax_selftrain.training.hooks import Hook, call_hooks, check_hooks, measured

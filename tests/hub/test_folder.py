@@ -12,6 +12,7 @@ from models_factory import EOS_ID, tiny_config, write_tiny_hf_model, write_tiny_
 from jax_selftrain import hub
 from jax_selftrain.config import ConvertConfig
 from jax_selftrain.errors import InputError
+from jax_selftrain.hub import digest
 from jax_selftrain.hub.digest import weights_fingerprint
 from jax_selftrain.storage import read_json
 
@@ -90,7 +91,11 @@ def test_fingerprints_follow_the_weights_and_nothing_else(ours: Path, tmp_path: 
     assert hub.model_fingerprint(moved) != hub.model_fingerprint(source)
 
 
-def test_the_weights_fingerprint_is_the_same_on_any_mesh_and_on_the_host(tiny_model: Callable[..., Path]):
+@pytest.mark.parametrize("small", [digest.SMALL, 0], ids=["by numpy", "by devices"])
+def test_the_weights_fingerprint_is_the_same_on_any_mesh_and_on_the_host(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, small: int
+):
+    monkeypatch.setattr(digest, "SMALL", small)
     folder = tiny_model("gpt_neox", dtype="mixed")
     one = hub.load_model(folder, "data=1").params
     expected = weights_fingerprint(one)
