@@ -17,7 +17,7 @@ from process_group import ROOT, ends, free_port, start_one
 from jax_selftrain import cli
 from jax_selftrain.errors import InputError
 from jax_selftrain.processes import ProcessesConfig
-from jax_selftrain.processes.start import resolve
+from jax_selftrain.processes.start import local_device_ids, resolve
 
 MEETING = ("--coordinator", "localhost:8476", "--num-processes", "2", "--process-id", "0")
 SLURM = {
@@ -78,6 +78,19 @@ def test_slurm_says_who_and_where_the_processes_are(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("SLURM_NTASKS", "1")
     monkeypatch.setenv("SLURM_PROCID", "0")
     assert resolved() is None, "a job of one task is one process"
+
+
+def test_slurm_gives_each_task_one_gpu_by_its_number_or_shows_it_that_one_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert local_device_ids() is None, "no cluster: all that there are"
+    set_variables(monkeypatch, SLURM | {"SLURM_LOCALID": "2"})
+    assert local_device_ids() == [2]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    assert local_device_ids() == [2]
+    for alone in ("0", "2", "GPU-5a3c"):  # --gpus-per-task=1: JAX would find no second one
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", alone)
+        assert local_device_ids() is None
 
 
 def test_a_tpu_slice_on_gke_says_who_and_where_the_processes_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ def temporaries(work: Work, model: DecoderConfig) -> int:
     gradient = bytes_on_a_chip(work.arguments[0].params, tiled=False)
     output = (head or embedding) // model_axis
     kept = {"full": hidden, "dots": hidden + 2 * rows * length * (4 * width + 2 * model.intermediate_size) * compute}
-    activations = model.num_layers * kept.get(config.remat, 8 * hidden + mlp + scores)
+    activations = model.num_layers * kept.get(config.remat, 8 * hidden + mlp)
     gathered = embedding * 4 + output * (4 + compute) if work.mesh_shape["data"] > 1 else output * 4
     layer = 3 * layers // model.num_layers // model_axis * compute
     return gradient + activations + gathered + layer + 6 * hidden + scores + mlp + 4 * LOGITS_BYTES

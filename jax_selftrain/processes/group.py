@@ -101,8 +101,10 @@ class Group:
 
     def end(self, departure: Departure) -> NoReturn:
         """End this process, whatever its other threads are waiting for."""
-        self.say_goodbye(departure)
-        self.exit_now(departure)
+        try:
+            self.say_goodbye(departure)
+        finally:
+            self.exit_now(departure)
 
     def exit_now(self, departure: Departure) -> NoReturn:
         """End this process with the sentence of its departure, behind whatever JAX says of the loss."""
@@ -127,7 +129,8 @@ class Group:
             return
         deadline = time.monotonic() + (LEAVING_SECONDS if departure.code else BARRIER_SECONDS)
         try:
-            self.client.key_value_set(f"{_DEPARTURES}/{self.index}", json.dumps(asdict(departure)))
+            note = json.dumps(asdict(departure))
+            self.client.key_value_set(f"{_DEPARTURES}/{self.index}", note, allow_overwrite=True)
             while self.index == 0 and time.monotonic() < deadline:
                 said = {int(key.rpartition("/")[2]) for key, _ in self.client.key_value_dir_get(_DEPARTURES)}
                 if len(said | self.gone.keys() | {0}) == self.count:
@@ -265,7 +268,7 @@ def _on_abort(number: int) -> None:
     group = _group
     ours = threading.get_ident() in {thread.ident for thread in threading.enumerate()}
     if group is not None and group.leaving is not None:
-        if not ours:
+        if not ours and group.leaving.said:
             time.sleep(LEAVING_SECONDS)  # the thread that leaves says the sentence, and ends the process before this
         group.exit_now(group.leaving)
     if group is not None and group.client is None:

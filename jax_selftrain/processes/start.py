@@ -125,11 +125,16 @@ def cluster_here() -> Any:
 
 
 def local_device_ids() -> list[int] | None:
-    """The GPU of a process that a cluster started for one of them; None: all devices of the machine."""
+    """The GPU of a process that a cluster started for one of them; None: all devices that the process sees.
+
+    JAX numbers those that `CUDA_VISIBLE_DEVICES` names: where the cluster has shown a process one GPU alone (Slurm's
+    `--gpus-per-task=1`), that is its number 0, whichever of the machine's it is.
+    """
     from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 
     cluster = cluster_here()
     if cluster is None or running_in_cloud_tpu_vm or "JAX_LOCAL_DEVICE_IDS" in os.environ:
         return None
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     index = cluster.get_local_process_id()
-    return None if index is None else [index]
+    return None if index is None or len(visible) == 1 else [index]

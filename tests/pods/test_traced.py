@@ -140,6 +140,22 @@ def test_in_bfloat16_no_product_has_wider_operands_not_even_in_gradients(stage: 
     assert set(flops_by_type(program, work.dynamic_turns)) == {"bfloat16"}
 
 
+def test_gradients_of_frozen_weights_are_not_counted():
+    """An adapter of rank r beside each matrix: forward, recomputed, and back to the input; nothing for the matrix."""
+    found = {}
+    with model_folder("pythia-70m") as folder:
+        for dtype in ("float32", "bfloat16"):
+            train = TrainConfig(model=folder, batch_size=8, seq_len=1000, steps=1, dtype=dtype, remat="full")
+            whole, frozen = (
+                flops_of(work_for("train", config, "v5e:2x2")) for config in (train, replace(train, lora_rank=8))
+            )
+            found[dtype] = whole, frozen
+    assert found["bfloat16"] == pytest.approx(found["float32"], rel=1e-3)
+    matrices = 6 * 12 * 512**2 + 50304 * 512
+    for whole, frozen in found.values():  # the adapters' own products take 4 % of it back
+        assert whole - frozen == pytest.approx(2 * 2 * 1000 * matrices, rel=0.05)
+
+
 def test_a_product_of_unlike_operands_counts_as_one_of_the_wider_type():
     mesh = mesh_of(1, 1)
     x, w = array(mesh, (8, 8)), array(mesh, (8, 8), dtype="bfloat16")

@@ -153,14 +153,17 @@ def test_bfloat16_operands_change_the_loss_by_their_rounding_only(small_model: P
     assert rounded == pytest.approx(exact, rel=1e-2)  # bfloat16 keeps 8 bits: 4e-3 per operand
 
 
-@pytest.mark.parametrize("mesh", ["data=1", "data=2,model=2"])
-def test_gradients_with_bfloat16_operands_are_the_exact_ones_but_for_rounding(small_model: Path, mesh: str):
-    model = load_model(small_model, mesh)
+@pytest.mark.parametrize(("mesh", "preset"), [("data=1", "tensor"), ("data=2,model=2", "tensor"), ("data=4", "fsdp")])
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_gradients_with_bfloat16_operands_are_the_exact_ones_but_for_rounding(
+    small_model: Path, mesh: str, preset: Any, remat: Any
+):
+    model = load_model(small_model, mesh, preset=preset)
     tokens = np.random.default_rng(2).integers(0, 320, (4, 33)).astype(np.int32)
     batch = rows_on_device(model, tokens, np.ones((4, 32), np.float32))
 
     def gradient(dtype: Any) -> Any:
-        loss = partial(objective, model.config, model.layout, compute_dtype=dtype)
+        loss = partial(objective, model.config, model.layout, compute_dtype=dtype, remat=remat)
         with jax.set_mesh(model.layout.mesh):
             return jax.jit(jax.grad(loss, has_aux=True))(model.params, batch)[0]
 
