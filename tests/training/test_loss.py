@@ -153,8 +153,10 @@ def test_bfloat16_operands_change_the_loss_by_their_rounding_only(small_model: P
     assert rounded == pytest.approx(exact, rel=1e-2)  # bfloat16 keeps 8 bits: 4e-3 per operand
 
 
-@pytest.mark.parametrize(("mesh", "preset"), [("data=1", "tensor"), ("data=2,model=2", "tensor"), ("data=4", "fsdp")])
-@pytest.mark.parametrize("remat", ["none", "dots"])
+@pytest.mark.parametrize(
+    ("mesh", "preset", "remat"),
+    [("data=1", "tensor", "none"), ("data=2,model=2", "tensor", "none"), ("data=4", "fsdp", "dots")],
+)
 def test_gradients_with_bfloat16_operands_are_the_exact_ones_but_for_rounding(
     small_model: Path, mesh: str, preset: Any, remat: Any
 ):
