@@ -70,6 +70,19 @@ def first_that_fits(size: str, topology: str, stage: str) -> dict[str, Any]:
     return row
 
 
+def of_the_same_host(rows: dict[str, dict[str, Any]], size: str, topology: str, stage: str) -> dict[str, Any] | None:
+    """What was compiled for another slice of such hosts: sampling and scoring run the same program on each host."""
+    machine = machine_of(topology)
+    for other in TOPOLOGIES if stage != "train" else ():
+        known, row = machine_of(other), rows.get(f"{size} {other} {stage}")
+        if row is not None and (known.chip, known.chips_per_host) == (machine.chip, machine.chips_per_host):
+            speed, meshes = row.get("tokens_per_second"), row.get("meshes")
+            more = machine.chips / known.chips
+            scaled = {} if speed is None else {"tokens_per_second": speed * more, "meshes": round(meshes * more)}
+            return row | scaled | {"topology": topology, "chips": machine.chips}
+    return None
+
+
 def tables(rows: dict[str, dict[str, Any]]) -> Iterator[str]:
     sizes = [size for size in PYTHIA if any(key.startswith(f"{size} ") for key in rows)]
     for stage in STAGES:
@@ -85,8 +98,10 @@ def tables(rows: dict[str, dict[str, Any]]) -> Iterator[str]:
     for size in sizes:
         smallest = []
         for stage in STAGES:
-            fitting = [name for name in TOPOLOGIES if rows.get(f"{size} {name} {stage}", {}).get("fits")]
-            smallest.append(min(fitting, key=lambda name: machine_of(name).chips, default="none"))
+            known = {name: row for name in TOPOLOGIES if (row := rows.get(f"{size} {name} {stage}"))}
+            fitting = [name for name, row in known.items() if row["fits"]]
+            nothing = "none" if len(known) == len(TOPOLOGIES) else ""
+            smallest.append(min(fitting, key=lambda name: machine_of(name).chips, default=nothing))
         yield f"| {size.removeprefix('pythia-')} | {' | '.join(smallest)} |"
 
 
@@ -115,7 +130,7 @@ def main() -> None:
                 if (key := f"{size} {topology} {stage}") in rows:
                     continue
                 began = time.perf_counter()
-                rows[key] = first_that_fits(size, topology, stage)
+                rows[key] = of_the_same_host(rows, size, topology, stage) or first_that_fits(size, topology, stage)
                 options.out.write_text(json.dumps(rows, indent=1, sort_keys=True))
                 print(f"{key}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     print("\n".join(tables(rows)))
