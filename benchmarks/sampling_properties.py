@@ -28,7 +28,7 @@ from shapes import SHAPES, folder_of
 
 from jax_selftrain import hub
 from jax_selftrain.config import SampleConfig
-from jax_selftrain.mesh import make_layout, make_mesh, place
+from jax_selftrain.mesh import make_layout, make_mesh, place, using
 from jax_selftrain.models import PAGE, DecoderConfig, Params, axis_sizes, forward, init_params, project
 from jax_selftrain.pods import neox_config
 from jax_selftrain.sampling import Architecture, DecodeLoop, Drawn, Policy, architecture_of, sample, sample_keys
@@ -160,7 +160,7 @@ def partings(ref: str) -> None:
     found = {}
     for spec, rows in (("data=1,model=1", 32), ("data=1,model=1", 16), ("data=1,model=2", 32)):
         architecture, params = random_model(config, spec)
-        with jax.set_mesh(architecture.layout.mesh):
+        with using(architecture.layout.mesh):
             params["head"]["kernel"] = params["head"]["kernel"] * 8.0  # logits of a spread like a trained model's
         policy = Policy(start_id=0, stop_ids=(), max_tokens=128)
         found[spec, rows] = _draw(architecture, policy, params, 512, rows)
@@ -196,7 +196,7 @@ def cache(ref: str) -> None:
         begin = (architecture.init_cache(fed.shape[1], len(fed)), jnp.zeros_like(fed[0]), fed[0], jnp.int32(0))
         return jax.lax.scan(page, begin, length=len(fed) // PAGE)[1].reshape(fed.shape)
 
-    with jax.set_mesh(layout.mesh):
+    with using(layout.mesh):
         there = [place(layout, np.ascontiguousarray(x.T), (None, "batch")) for x in (fed, tokens)]
         hidden = forward(model.config, layout, model.params, place(layout, fed, ("batch", None)))
         logits = project(model.config, layout, model.params, hidden)

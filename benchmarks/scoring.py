@@ -41,7 +41,7 @@ from measuring import circumstances
 from shapes import SHAPES, folder_of
 
 from jax_selftrain import hub
-from jax_selftrain.mesh import compiler_options
+from jax_selftrain.mesh import compiler_options, using
 from jax_selftrain.models import forward
 from jax_selftrain.scoring import load_tasks, loglikelihoods
 from jax_selftrain.scoring.encode import encode_pairs, prefix_token
@@ -112,7 +112,7 @@ def plain(model: hub.LoadedModel, texts: Texts, batch_tokens: int | None) -> tup
     }
 
     def passes() -> None:
-        with jax.set_mesh(model.layout.mesh):
+        with using(model.layout.mesh):
             jax.block_until_ready([run(model.params, inputs[shape]) for shape in shapes])
 
     alone = sum(len(request.tokens) - 1 for request in asked)

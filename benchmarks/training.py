@@ -34,7 +34,7 @@ from shapes import SHAPES, folder_of
 
 from jax_selftrain import hub
 from jax_selftrain.config import TrainConfig
-from jax_selftrain.mesh import compiler_options, make_layout, make_mesh
+from jax_selftrain.mesh import compiler_options, make_layout, make_mesh, using
 from jax_selftrain.models import DecoderConfig, axis_sizes, init_params
 from jax_selftrain.training import Batch, program
 from jax_selftrain.training.flops import speed_of
@@ -64,12 +64,12 @@ def ours(case: Case, config: DecoderConfig, dtype: str, remat: str) -> Callable[
     positions = np.broadcast_to(np.arange(case.tokens, dtype=np.int32), ones.shape)
     arrays = Batch(tokens, ones, positions, ones.astype(np.float32))
     placed = jax.tree.map(lambda array, like: jax.device_put(array, like.sharding), arrays, batch)
-    with jax.set_mesh(mesh):
+    with using(mesh):
         state = init_state(train, config, layout, init_params(config, 0, layout), 1000)
 
     def run() -> None:
         nonlocal state
-        with jax.set_mesh(mesh):
+        with using(mesh):
             state, metrics = step(state, placed)
         assert np.isfinite(float(metrics["loss"]))
 

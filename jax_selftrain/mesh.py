@@ -19,13 +19,14 @@ such a table. Parameters, optimiser state, cache and batches all take their shar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from jax_selftrain.errors import InputError
@@ -168,9 +169,37 @@ def platform_of(mesh: Mesh | AbstractMesh) -> str:
     return mesh.abstract_device.platform if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform
 
 
-def using(mesh: Mesh | AbstractMesh) -> AbstractContextManager[Any]:
-    """While inside, arrays without a sharding of their own are of this mesh; without devices, to be traced."""
-    return use_abstract_mesh(mesh) if isinstance(mesh, AbstractMesh) else jax.set_mesh(mesh)
+@contextmanager
+def using(mesh: Mesh | AbstractMesh) -> Iterator[None]:
+    """While inside, arrays without a sharding of their own are of this mesh; without devices, to be traced.
+
+    Programs over several CPU devices are compiled anew by each process. With JAX 0.10.2, one read back from the
+    compilation cache has lost the order between a loop's collectives and those around it; the CPU runs what has no
+    order at once, so two devices may begin with different ones and wait for each other for ever.
+    """
+    if isinstance(mesh, AbstractMesh):
+        with use_abstract_mesh(mesh):
+            yield
+    else:
+        several_cpus = mesh.size > 1 and platform_of(mesh) == "cpu"
+        with jax.set_mesh(mesh), compiling_anew() if several_cpus else nullcontext():
+            yield
+
+
+@contextmanager
+def compiling_anew() -> Iterator[None]:
+    """While inside, no compiled program is read from JAX's compilation cache, and none is kept there."""
+    before = jax.config.values["jax_enable_compilation_cache"]
+    try:
+        _use_compilation_cache(False)
+        yield
+    finally:
+        _use_compilation_cache(before)
+
+
+def _use_compilation_cache(enabled: bool) -> None:
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()  # else JAX goes by what held when its first program was compiled
 
 
 def place(layout: Layout, array: np.ndarray, axes: Axes) -> jax.Array:

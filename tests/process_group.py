@@ -24,11 +24,7 @@ def free_port() -> int:
 
 
 def start_one(words: Sequence[object], *flags: object, devices: int = 2, **environment: str) -> subprocess.Popen[str]:
-    """`jax-selftrain WORDS FLAGS` in a process of its own with so many simulated devices.
-
-    `NPROC` is the number of threads in XLA's pool, else that of the cores: collectives of simulated devices hold one
-    each, and two threads for two devices run into a deadlock where two collectives of a program are under way.
-    """
+    """`jax-selftrain WORDS FLAGS` in a process of its own with so many simulated devices."""
     # JAX sets this one itself when it is imported, as it has been here but not yet there.
     inherited = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
     xla_flags = re.sub(r"(?<=device_count=)\d+", str(devices), os.environ["XLA_FLAGS"])
@@ -37,7 +33,7 @@ def start_one(words: Sequence[object], *flags: object, devices: int = 2, **envir
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**inherited, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags, "NPROC": "8", **environment},
+        env={**inherited, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags, **environment},
     )
 
 

@@ -1,12 +1,17 @@
 """The mesh and the rules that place arrays on it."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec
 
 from jax_selftrain.errors import InputError
-from jax_selftrain.mesh import make_layout, make_mesh, place
+from jax_selftrain.mesh import make_layout, make_mesh, place, using
 
 SIZES = {"embed": 64, "vocab": 512, "mlp": 172, "kv_heads": 4, "q_per_kv": 2}
 
@@ -65,3 +70,30 @@ def test_place_puts_each_device_its_own_rows():
     placed = place(layout, array, ("batch", None))
     np.testing.assert_array_equal(placed, array)
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Iterator[Path]:
+    """An empty folder as JAX's compilation cache, which keeps everything."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: jax.config.values[name] for name in names}
+    for name, value in zip(names, (str(tmp_path), 0.0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield tmp_path
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.mark.parametrize(("spec", "is_kept"), [("data=2", False), ("data=1", True)])
+def test_programs_over_several_cpu_devices_are_not_kept(kept: Path, spec: str, is_kept: bool):
+    mesh = make_mesh(spec)
+    layout = make_layout("replicated", mesh, SIZES)
+    for _ in range(2):  # what holds inside ends outside
+        with using(mesh):
+            rows = place(layout, np.arange(8.0), ("batch",))
+            jax.jit(lambda x: jnp.sin(x) + mesh.size)(rows).block_until_ready()
+        assert bool([path for path in kept.iterdir() if "lambda" in path.name]) == is_kept
+    jax.jit(lambda x: x + 1)(np.arange(3.0)).block_until_ready()
+    assert [path for path in kept.iterdir() if "lambda" in path.name]

@@ -36,8 +36,8 @@ from jax_selftrain.hub.folder import (
 )
 from jax_selftrain.hub.safetensors_io import load_params, open_weights, save_weights
 from jax_selftrain.hub.tokens import SpecialTokens, has_tokenizer, read_tokenizer
-from jax_selftrain.hub.trees import flatten, unflatten
-from jax_selftrain.mesh import Layout, make_layout, make_mesh, place
+from jax_selftrain.hub.trees import first_not_finite, flatten, unflatten
+from jax_selftrain.mesh import Layout, make_layout, make_mesh, place, using
 from jax_selftrain.models import DecoderConfig, Params, abstract_params, axis_sizes, forward, param_shardings, project
 from jax_selftrain.processes import from_process_0
 
@@ -97,7 +97,7 @@ class LoadedModel:
         rows = len(tokens)
         padded = np.zeros((-(-rows // self.layout.data) * self.layout.data, tokens.shape[1]), np.int32)
         padded[:rows] = tokens
-        with jax.set_mesh(self.layout.mesh):
+        with using(self.layout.mesh):
             batch = place(self.layout, padded, ("batch", None))
             return np.asarray(_logits(self.config, self.layout, self.compute_dtype, self.params, batch))[:rows]
 
@@ -240,12 +240,10 @@ def read_params(
         for name, leaf in shapes.items()
     }
     params = checkpoint.load_tree(path / PARAMS, unflatten(abstract))
-    with jax.set_mesh(layout.mesh):
-        # One after the other: on simulated devices, collectives of one program that wait for each other can hang.
-        finite = {name: bool(jnp.isfinite(array).all()) for name, array in flatten(params).items()}
-    broken = [name for name, good in finite.items() if not good]
+    with using(layout.mesh):
+        broken = first_not_finite(params)
     if broken:
-        raise InputError(f"{path}: {broken[0]} holds NaN or infinity; the model is broken, so use another one")
+        raise InputError(f"{path}: {broken} holds NaN or infinity; the model is broken, so use another one")
     return params, ModelSource(ref, path, raw, record["tensors"], tuple(record["dropped"]))
 
 

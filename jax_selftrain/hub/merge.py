@@ -30,7 +30,7 @@ from jax_selftrain.hub import checkpoint, tokens
 from jax_selftrain.hub.folder import PARAMS, is_ours, model_fingerprint, read_config, read_record, resolve, save_model
 from jax_selftrain.hub.load import host_device, read_params
 from jax_selftrain.hub.trees import flatten, unflatten
-from jax_selftrain.mesh import Layout, make_layout, make_mesh
+from jax_selftrain.mesh import Layout, make_layout, make_mesh, using
 from jax_selftrain.models import DecoderConfig, Params, axis_sizes
 
 _ONLY_FOR_TRAINING = ("initializer_range",)
@@ -67,7 +67,7 @@ def merge(config: MergeConfig) -> Path:
     alone = not config.mesh and jax.process_count() == 1
     mesh = make_mesh("", [host_device()]) if alone else make_mesh(config.mesh)
     layout = make_layout(config.preset, mesh, axis_sizes(base))
-    with jax.set_mesh(mesh):
+    with using(mesh):
         sides = [stored_params(ref, layout) for ref in (config.base, config.student)]
         params = _on_the_line(sides[0], sides[1], weight)
         save_model(out, raw, params, source_ref=config.base, metadata=metadata)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from jax_selftrain.errors import InputError
@@ -17,7 +16,7 @@ from jax_selftrain.hub.folder import model_fingerprint, read_config, save_model
 from jax_selftrain.hub.load import host_device
 from jax_selftrain.hub.merge import check_alike, stored_params
 from jax_selftrain.hub.trees import unflatten
-from jax_selftrain.mesh import make_layout, make_mesh
+from jax_selftrain.mesh import make_layout, make_mesh, using
 from jax_selftrain.models import axis_sizes
 
 
@@ -39,7 +38,7 @@ def add_noise(base: str, student: str, out: str | Path, seed: int, weight: float
     check_alike(base, student)
     mesh = make_mesh("", [host_device()])
     layout = make_layout("replicated", mesh, axis_sizes(config))
-    with jax.set_mesh(mesh):
+    with using(mesh):
         before, after = (stored_params(ref, layout) for ref in (base, student))
         params = {}
         for path in sorted(before):

@@ -1,7 +1,7 @@
 """The forward pass: one decoder for every family, scanned over layers.
 
 Pure functions of (config, layout, params, inputs); config and layout are hashable and static under `jax.jit`. Call
-inside `jax.set_mesh(layout.mesh)`.
+inside `using(layout.mesh)`.
 """
 
 from __future__ import annotations

@@ -16,18 +16,16 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 from jax.errors import JaxRuntimeError
-from jax.experimental.compilation_cache import compilation_cache
 
 from jax_selftrain import hub, settings, storage
 from jax_selftrain.config import PlanConfig, SampleConfig, TrainConfig
 from jax_selftrain.errors import InputError
-from jax_selftrain.mesh import using
+from jax_selftrain.mesh import compiling_anew, using
 from jax_selftrain.models import DecoderConfig
 from jax_selftrain.pods import arithmetic
 from jax_selftrain.pods.compiled import Collective, CompiledText
@@ -134,7 +132,8 @@ def row_of(
     if compiles:
         began = time.perf_counter()
         try:
-            with using(work.mesh), _no_compilation_cache():
+            # What is compiled for devices that are not there could not be read back.
+            with using(work.mesh), compiling_anew():
                 compiled = traced.lower().compile()
         except JaxRuntimeError as error:
             too_large = _too_large(error)
@@ -144,22 +143,6 @@ def row_of(
             traffic, exchanged = text.traffic, text.collectives()
         seconds = time.perf_counter() - began
     return _row(work, memory, operations, traffic, exchanged, too_large, seconds)
-
-
-@contextmanager
-def _no_compilation_cache() -> Iterator[None]:
-    """While inside, nothing is kept for later: a program for devices that are not there cannot be read back."""
-    before = jax.config.values["jax_enable_compilation_cache"]
-    try:
-        _use_compilation_cache(False)
-        yield
-    finally:
-        _use_compilation_cache(before)
-
-
-def _use_compilation_cache(enabled: bool) -> None:
-    jax.config.update("jax_enable_compilation_cache", enabled)
-    compilation_cache.reset_cache()  # else JAX goes by what held when its first program was compiled
 
 
 def _measured(memory: Memory, compiled: Any) -> Memory:

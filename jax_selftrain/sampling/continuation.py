@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Int32, UInt32
 
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import LoadedModel
-from jax_selftrain.mesh import place
+from jax_selftrain.mesh import place, using
 from jax_selftrain.models import PAGE, Cache, Params
 from jax_selftrain.models.prefill import prefill
 from jax_selftrain.sampling.decode_loop import Architecture, architecture_of, decode_page, logits_of
@@ -139,7 +139,7 @@ def _continue_batch(
     policy = None if draws is None else draws.policy
     given = np.arange(1, PAGE + 1)[:, None] < lengths
     starts = np.array([len(row.prompt) for row in rows], np.int32)
-    with jax.set_mesh(layout.mesh):
+    with using(layout.mesh):
         by_row = partial(place, layout, axes=("batch",))
         cache = _begin(
             architecture,

@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from jax_selftrain.hub import LoadedModel
-from jax_selftrain.mesh import Layout, compiler_options, place, platform_of
+from jax_selftrain.mesh import Layout, compiler_options, place, platform_of, using
 from jax_selftrain.models import (
     PAGE,
     Cache,
@@ -161,7 +161,7 @@ class DecodeLoop:
         queued = np.zeros((layout.data, self.queue, 2), np.uint32)
         for mine, part in zip(queued, np.split(keys, np.cumsum(counts)[:-1]), strict=True):
             mine[: len(part)] = part
-        with jax.set_mesh(layout.mesh):
+        with using(layout.mesh):
             queue = Queue(place(layout, queued.reshape(-1, 2), ("batch", None)), place(layout, counts, ("batch",)))
             state, slots = self._run(queue, report)
         samples = jax.device_get(state.samples)

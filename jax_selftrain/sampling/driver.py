@@ -110,7 +110,7 @@ def program(
 
     Returns:
       (function, abstract (params, queue, state, pages) with shardings, indices of the donated arguments), for
-      `jax.jit(function, donate_argnums=donation).lower(*arguments)` inside `jax.set_mesh(mesh)`.
+      `jax.jit(function, donate_argnums=donation).lower(*arguments)` inside `using(mesh)`.
 
     Raises:
       InputError: an option cannot be used, the model's config cannot be read, or the mesh does not divide the model.

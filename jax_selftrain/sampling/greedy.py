@@ -15,7 +15,7 @@ from jaxtyping import Array, Int32
 
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import LoadedModel
-from jax_selftrain.mesh import place
+from jax_selftrain.mesh import place, using
 from jax_selftrain.models import PAGE, Cache, Params
 from jax_selftrain.sampling.decode_loop import Architecture, architecture_of, decode_page, logits_of
 
@@ -50,7 +50,7 @@ def greedy_continue(
 
 def _continue_batch(model: LoadedModel, tokens: np.ndarray, n: int) -> np.ndarray:
     prefix, layout = tokens.shape[1], model.layout
-    with jax.set_mesh(layout.mesh):
+    with using(layout.mesh):
         forced = place(layout, np.ascontiguousarray(tokens.T), (None, "batch"))
         following = jax.device_get(
             _continue(architecture_of(model), -(-(prefix + n - 1) // PAGE), model.params, forced)

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import LoadedModel
-from jax_selftrain.mesh import Layout, place
+from jax_selftrain.mesh import Layout, place, using
 from jax_selftrain.models import DecoderConfig, Params, forward
 
 LENGTHS = (32, 128, 512)
@@ -68,7 +68,7 @@ def _embedded(model: LoadedModel, encoded: Sequence[Sequence[int]], rows: int, l
         tokens[row, : len(ids)] = ids
         last[row] = len(ids) - 1
     layout = model.layout
-    with jax.set_mesh(layout.mesh):
+    with using(layout.mesh):
         arrays = (place(layout, array, ("batch", None)) for array in (tokens, last))
         hidden = _last_hidden(model.config, layout, model.compute_dtype, model.params, *arrays)
         return np.asarray(hidden)[: len(encoded)]

@@ -32,7 +32,7 @@ from jax.typing import DTypeLike
 from jax_selftrain import hub
 from jax_selftrain.config import ScoreConfig
 from jax_selftrain.errors import InputError
-from jax_selftrain.mesh import Layout, compiler_options, make_layout, place
+from jax_selftrain.mesh import Layout, compiler_options, make_layout, place, using
 from jax_selftrain.models import (
     DecoderConfig,
     abstract_params,
@@ -164,10 +164,10 @@ def run_units(
     layout, config = model.layout, model.config
     shape = (layout.data, pool_places(layout, config.max_positions, batch_tokens), config.hidden_size)
     running: tuple[Unit, _Pool] | None = None
-    with jax.set_mesh(layout.mesh):
+    with using(layout.mesh):
         pool = jnp.zeros(shape, jnp.float32, out_sharding=layout.sharding(("batch", None, None)))
     for unit in units:
-        with jax.set_mesh(layout.mesh):
+        with using(layout.mesh):
             pool, results = _dispatch(model, pool, unit, batch_tokens)
         if running is not None:
             yield running[0], _answers(*running)

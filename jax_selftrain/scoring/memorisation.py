@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from jax_selftrain import hub
 from jax_selftrain.errors import InputError
-from jax_selftrain.mesh import Layout, place
+from jax_selftrain.mesh import Layout, place, using
 from jax_selftrain.models import DecoderConfig, Params, forward, project
 from jax_selftrain.sampling import Policy, greedy_continue, mask_logits
 from jax_selftrain.scoring.policies import NamedPolicy, column
@@ -89,7 +89,7 @@ def teacher_forced(
     asked = tuple(named.policy for named in policies)
     greedy = np.empty(suffixes.shape, np.int32)
     logprobs = np.empty((len(suffixes), 1 + len(asked), suffixes.shape[1]), np.float32)
-    with jax.set_mesh(model.layout.mesh):
+    with using(model.layout.mesh):
         for first in range(0, len(sequences), rows):
             batch = np.zeros((rows, sequences.shape[1]), np.int32)
             members = sequences[first : first + rows]

@@ -26,7 +26,7 @@ from jax_selftrain import hub, settings, storage
 from jax_selftrain.config import TrainConfig
 from jax_selftrain.errors import InputError, Stopped
 from jax_selftrain.hub.trees import first_not_finite
-from jax_selftrain.mesh import compiler_options
+from jax_selftrain.mesh import compiler_options, using
 from jax_selftrain.models import Params, init_params
 from jax_selftrain.processes import barrier, from_process_0, listening_to_sigterm
 from jax_selftrain.training import checkpoints
@@ -66,7 +66,7 @@ def train(config: TrainConfig, *, hooks: Sequence[Hook] = ()) -> Path:
             if not jax.process_index():
                 print(f"{run.folder}: finished already, {_outcome(run)}; nothing to do")
             return run.folder
-        with jax.set_mesh(run.inputs.layout.mesh):
+        with using(run.inputs.layout.mesh):
             _train(run, hooks)
         return run.folder
 

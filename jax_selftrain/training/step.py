@@ -211,7 +211,7 @@ def program(config: TrainConfig, mesh: Mesh) -> tuple[StepFunction, tuple[TrainS
 
     Returns:
       (step function, abstract (state, batch) with shardings, indices of the donated arguments), for
-      `jax.jit(function, donate_argnums=donation).lower(*arguments)` inside `jax.set_mesh(mesh)`.
+      `jax.jit(function, donate_argnums=donation).lower(*arguments)` inside `using(mesh)`.
 
     Raises:
       InputError: the model's config cannot be read, or the mesh divides neither model nor batch.

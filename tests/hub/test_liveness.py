@@ -3,12 +3,11 @@
 from dataclasses import fields, replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_selftrain.mesh import Layout, make_layout, make_mesh
+from jax_selftrain.mesh import Layout, make_layout, make_mesh, using
 from jax_selftrain.models import (
     DecoderConfig,
     Params,
@@ -98,7 +97,7 @@ def params(layout: Layout) -> Params:
 
 
 def logits(config: DecoderConfig, layout: Layout, params: Params) -> np.ndarray:
-    with jax.set_mesh(layout.mesh):
+    with using(layout.mesh):
         hidden = forward(config, layout, params, jnp.asarray(TOKENS, jnp.int32))
         return np.asarray(project(config, layout, params, hidden))
 

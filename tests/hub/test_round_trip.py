@@ -16,6 +16,7 @@ from jax_selftrain import hub
 from jax_selftrain.config import ConvertConfig
 from jax_selftrain.hub import safetensors_io
 from jax_selftrain.hub.families import FAMILIES as TABLES
+from jax_selftrain.mesh import using
 from jax_selftrain.storage import read_json
 
 
@@ -106,7 +107,7 @@ def test_large_weights_are_split_with_an_index(tmp_path: Path, tiny_model: Calla
 def test_trained_weights_are_exported_in_fp32(tmp_path: Path):
     source = write_tiny_hf_model(tmp_path / "hf", "gpt_neox", dtype="float16", torch_dtype="float16")
     model = hub.load_model(source, "data=2,model=2", preset="fsdp")
-    with jax.set_mesh(model.layout.mesh):
+    with using(model.layout.mesh):
         params = jax.tree.map(lambda x: x * 1.0001, model.params)
     _, raw = hub.read_config(source)
     hub.save_model(tmp_path / "ours", raw, params, source_ref=source, metadata={"step": 7})

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_selftrain.mesh import Layout, make_layout, make_mesh, place
+from jax_selftrain.mesh import Layout, make_layout, make_mesh, place, using
 from jax_selftrain.models.attention import attention_over, fused_attention
 
 B, T, G, R, K = 2, 256, 2, 4, 64
@@ -41,7 +41,7 @@ def value_and_gradients(layout: Layout, attention, segmented: bool) -> tuple[np.
         return jnp.sum(context * jax.reshard(weights, jax.typeof(context).sharding)), context
 
     q, k, v, segments = operands()
-    with jax.set_mesh(layout.mesh):
+    with using(layout.mesh):
         arrays = [
             place(layout, array, axes) for array, axes in zip((q, k, v), (AXES[0], AXES[1], AXES[1]), strict=True)
         ]

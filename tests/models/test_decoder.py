@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_selftrain.mesh import Layout, make_layout, make_mesh, place
+from jax_selftrain.mesh import Layout, make_layout, make_mesh, place, using
 from jax_selftrain.models import (
     PAGE,
     DecoderConfig,
@@ -54,7 +54,7 @@ def tokens_of(rows: int, length: int, seed: int = 0) -> np.ndarray:
 def logits_of(config: DecoderConfig, layout: Layout, tokens: np.ndarray, **given) -> np.ndarray:
     params = init_params(config, 0, layout)
     given = {name: place(layout, value, ("batch", None)) for name, value in given.items()}
-    with jax.set_mesh(layout.mesh):
+    with using(layout.mesh):
         run = jax.jit(lambda p, t, kw: project(config, layout, p, forward(config, layout, p, t, **kw)))
         return np.asarray(run(params, place(layout, tokens, ("batch", None)), given))
 
@@ -87,7 +87,7 @@ class Decoding:
 
     def __init__(self, config: DecoderConfig, layout: Layout, rows: int, capacity: int, **options):
         self.config, self.layout, self.params = config, layout, init_params(config, 0, layout)
-        with jax.set_mesh(layout.mesh):
+        with using(layout.mesh):
             self.cache = jax.jit(lambda: init_cache(config, layout, rows, capacity, **options))()
         self.settled = np.zeros(rows, np.int32)
 
@@ -103,7 +103,7 @@ class Decoding:
     def page(self, tokens: np.ndarray) -> np.ndarray:
         """Feed up to a page of tokens [B, T ≤ PAGE]; logits [B, T, V]. A whole page is flushed."""
         logits = []
-        with jax.set_mesh(self.layout.mesh):
+        with using(self.layout.mesh):
             settled = place(self.layout, self.settled, ("batch",))
             for t in range(tokens.shape[1]):
                 token = place(self.layout, tokens[:, t], ("batch",))
@@ -189,7 +189,7 @@ def test_rematerialisation_changes_nothing_but_memory():
         hidden = forward(LLAMA, layout, params, tokens, remat=remat)
         return jnp.square(project(LLAMA, layout, params, hidden)).mean()
 
-    with jax.set_mesh(layout.mesh):
+    with using(layout.mesh):
         placed = place(layout, tokens, ("batch", None))
         gradient = jax.jit(jax.grad(loss), static_argnums=2)
         plain, *others = (gradient(params, placed, remat) for remat in ("none", "dots", "full"))
@@ -202,7 +202,7 @@ def test_rematerialisation_changes_nothing_but_memory():
 def test_nothing_of_the_size_of_the_scores_is_kept_for_the_backward_pass(remat: str):
     layout = layout_of(LLAMA)
     params = init_params(LLAMA, 0, layout)
-    with jax.set_mesh(layout.mesh):
+    with using(layout.mesh):
         tokens = place(layout, tokens_of(1, 96), ("batch", None))
         _, backward = jax.vjp(lambda p: forward(LLAMA, layout, p, tokens, remat=remat), params)
     kept = [leaf.size for leaf in jax.tree.leaves(backward) if 96 in leaf.shape]
@@ -213,7 +213,7 @@ def test_nothing_of_the_size_of_the_scores_is_kept_for_the_backward_pass(remat: 
 def test_gradients_lie_where_their_parameters_lie():
     layout = layout_of(NEOX, "data=2,model=2", "fsdp")
     params = init_params(NEOX, 0, layout)
-    with jax.set_mesh(layout.mesh):
+    with using(layout.mesh):
         tokens = place(layout, tokens_of(4, 8), ("batch", None))
         gradients = jax.jit(jax.grad(lambda p: forward(NEOX, layout, p, tokens).sum()))(params)
     shardings = param_shardings(NEOX, layout)
@@ -227,7 +227,7 @@ def test_program_size_does_not_grow_with_depth():
         config = dataclasses.replace(LLAMA, num_layers=layers)
         layout = layout_of(config)
         params = init_params(config, 0, layout)
-        with jax.set_mesh(layout.mesh):
+        with using(layout.mesh):
             return jax.jit(lambda p, t: forward(config, layout, p, t)).lower(params, tokens_of(1, 8)).as_text()
 
     assert program(2).count("stablehlo.dot_general") == program(12).count("stablehlo.dot_general")
@@ -236,7 +236,7 @@ def test_program_size_does_not_grow_with_depth():
 def test_bfloat16_operands_keep_the_residual_stream_in_fp32():
     layout, tokens = layout_of(LLAMA), tokens_of(2, 16)
     params = init_params(LLAMA, 0, layout)
-    with jax.set_mesh(layout.mesh):
+    with using(layout.mesh):
         low = forward(LLAMA, layout, params, jnp.asarray(tokens), compute_dtype=jnp.bfloat16)
         full = forward(LLAMA, layout, params, jnp.asarray(tokens))
     assert low.dtype == jnp.float32

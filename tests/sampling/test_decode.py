@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jax_selftrain.mesh import make_layout, make_mesh, place
+from jax_selftrain.mesh import make_layout, make_mesh, place, using
 from jax_selftrain.models import PAGE, DecoderConfig, RopeConfig, axis_sizes, forward, init_params, project
 from jax_selftrain.sampling.decode_loop import Architecture, DecodeLoop, Tally, decode, decode_pages, empty_cache
 from jax_selftrain.sampling.policy import Policy, mask_logits
@@ -50,7 +50,7 @@ class Model:
         layout = make_layout("tensor", make_mesh(spec), axis_sizes(CONFIG))
         self.architecture = Architecture(CONFIG, layout, "float32")
         self.params = init_params(CONFIG, 0, layout)
-        with jax.set_mesh(layout.mesh):
+        with using(layout.mesh):
             self.params["head"]["kernel"] = self.params["head"]["kernel"] * sharpness
 
     def draw(self, policy: Policy, ids: np.ndarray, seed: int = 0, rows: int | None = None, **options):
@@ -59,7 +59,7 @@ class Model:
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Of the full forward pass [B, T, V]: the reference that shares no cache, page or loop with decoding."""
-        with jax.set_mesh(self.architecture.layout.mesh):
+        with using(self.architecture.layout.mesh):
             return np.asarray(_full_logits(self.architecture, self.params, jnp.asarray(tokens)))
 
 
@@ -298,7 +298,7 @@ def _compiled_text(layers: int = 2, rows: int = 16, tokens: int = 256) -> str:
     keys, count = np.zeros((rows, 2), np.uint32), np.array([rows], np.int32)
     queue = Queue(place(layout, keys, ("batch", None)), place(layout, count, ("batch",)))
     params = init_params(config, 0, layout)
-    with jax.set_mesh(layout.mesh):
+    with using(layout.mesh):
         cache = jax.eval_shape(partial(empty_cache, architecture, policy, rows))
         state = jax.eval_shape(partial(initial_state, layout, policy, rows), queue, cache)
         run = jax.jit(partial(decode_pages, architecture, policy), donate_argnums=(2,))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from jax_selftrain.mesh import make_mesh
+from jax_selftrain.mesh import make_mesh, using
 from jax_selftrain.sampling.draw import draw as draw_unjitted
 from jax_selftrain.sampling.draw import draw_margin, tree_path, tree_widths
 from jax_selftrain.sampling.words import random_words
@@ -116,7 +116,7 @@ def test_the_draw_is_the_same_on_any_mesh(spec, rows):
     logits, words = _logits(rows, 512, 3.0), _words(rows, 512)
     expected = np.asarray(draw(logits, words))
     mesh = make_mesh(spec)
-    with jax.set_mesh(mesh):
+    with using(mesh):
         logits = jax.device_put(logits, jax.NamedSharding(mesh, jax.P("data", "model")))
         words = jax.device_put(words, jax.NamedSharding(mesh, jax.P("data", None)))
         got = draw(logits, words)

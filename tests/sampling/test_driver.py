@@ -20,7 +20,7 @@ from jax_selftrain import hub, settings, storage
 from jax_selftrain.config import SampleConfig
 from jax_selftrain.corpus import open_corpus
 from jax_selftrain.errors import InputError, Stopped
-from jax_selftrain.mesh import make_mesh
+from jax_selftrain.mesh import make_mesh, using
 from jax_selftrain.sampling import program, sample
 
 SHARDS = 3
@@ -285,7 +285,7 @@ def test_the_program_compiles_from_shapes_alone(config):
     """Without loading weights, for a mesh of several devices; the state's memory is reused for the result."""
     mesh = make_mesh("data=2,model=2")
     function, arguments, donation = program(config, mesh)
-    with jax.set_mesh(mesh):
+    with using(mesh):
         compiled = jax.jit(function, donate_argnums=donation).lower(*arguments).compile()
     state, cache = arguments[2], arguments[2].cache.k
     shapes = [[leaf.shape for leaf in jax.tree.leaves(tree)] for tree in (compiled.out_info, state)]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_selftrain.hub import LoadedModel, load_model
-from jax_selftrain.mesh import make_layout, make_mesh, place
+from jax_selftrain.mesh import make_layout, make_mesh, place, using
 from jax_selftrain.models import PAGE, axis_sizes, forward, project
 from jax_selftrain.sampling import (
     Architecture,
@@ -149,7 +149,7 @@ def _exact_logits(model: LoadedModel, tokens: np.ndarray) -> np.ndarray:
     with jax.enable_x64(True):
         layout = make_layout("tensor", make_mesh("data=1,model=1"), axis_sizes(model.config))
         params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), model.params)
-        with jax.set_mesh(layout.mesh):
+        with using(layout.mesh):
             hidden = forward(model.config, layout, params, jnp.asarray(tokens), compute_dtype=jnp.float64)
             logits = project(model.config, layout, params, hidden, compute_dtype=jnp.float64)
         assert logits.dtype == jnp.float64
@@ -160,7 +160,7 @@ def _logit_noise(model: LoadedModel, tokens: np.ndarray) -> float:
     """Largest error of the logits that the decode loop itself computes, fed with given tokens [B, 64]."""
     architecture = architecture_of(model)
     inputs = np.concatenate([np.full((len(tokens), 1), POLICY.start_id), tokens[:, :-1]], axis=1).astype(np.int32)
-    with jax.set_mesh(model.layout.mesh):
+    with using(model.layout.mesh):
         fed = place(model.layout, np.ascontiguousarray(inputs.T), (None, "batch"))
         logits = np.asarray(_decode_logits(architecture, model.params, fed)).swapaxes(0, 1)
     return float(np.abs(logits - _exact_logits(model, inputs)).max())

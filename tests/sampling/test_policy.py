@@ -10,7 +10,7 @@ import pytest
 
 from jax_selftrain.config import SampleConfig
 from jax_selftrain.errors import InputError
-from jax_selftrain.mesh import make_mesh
+from jax_selftrain.mesh import make_mesh, using
 from jax_selftrain.sampling.policy import Policy, check_sample_config, make_policy, mask_logits
 
 PLAIN = Policy(start_id=0, stop_ids=(), max_tokens=1)
@@ -97,7 +97,7 @@ def test_truncation_is_the_same_on_any_mesh():
     logits = _logits(rows=8)
     expected = np.asarray(jax.jit(mask_logits, static_argnums=1)(logits, policy))
     mesh = make_mesh("data=2,model=4")
-    with jax.set_mesh(mesh):
+    with using(mesh):
         placed = jax.device_put(logits, jax.NamedSharding(mesh, jax.P("data", "model")))
         got = jax.jit(mask_logits, static_argnums=1)(placed, policy)
     np.testing.assert_array_equal(got, expected)

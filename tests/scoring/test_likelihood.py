@@ -11,7 +11,7 @@ import pytest
 from jax_selftrain import hub
 from jax_selftrain.config import ScoreConfig
 from jax_selftrain.errors import InputError
-from jax_selftrain.mesh import make_layout, make_mesh, place
+from jax_selftrain.mesh import make_layout, make_mesh, place, using
 from jax_selftrain.models import axis_sizes
 from jax_selftrain.scoring import Request, loglikelihoods, program, token_scores
 from jax_selftrain.scoring.likelihood import batch_program, distinct_requests
@@ -316,7 +316,7 @@ def test_equal_logits_are_won_by_the_lowest_id_and_great_ones_stay_finite(load, 
     layout = load("llama", mesh, preset).layout
     values = [[0.0, 5.0, 5.0, -jnp.inf, 1.0, 5.0, 5.0, 2.0], [3e4, -3e4, 0.0, 3e4, 3e4, 0.0, -3e4, 3e4]]
     targets = [[2, 0, 7], [1, 0, 4]]
-    with jax.set_mesh(layout.mesh):
+    with using(layout.mesh):
         logits = place(layout, np.array([values], np.float32), ("batch", None, "vocab"))
         wanted = place(layout, np.array([targets], np.int32), ("batch", None, None))
         logprobs, best = jax.jit(logprobs_and_argmax, static_argnums=0)(layout, logits, wanted)
@@ -344,7 +344,7 @@ def test_the_program_compiles_without_weights_and_never_holds_all_logits(tiny_mo
     config = ScoreConfig(model=str(folder), batch_tokens=8192)
     mesh = make_mesh("data=2,model=2")
     function, arguments, donated = program(config, mesh)
-    with jax.set_mesh(mesh):
+    with using(mesh):
         compiled = jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
     all_logits = 4 * config.batch_tokens * vocab // 4  # bytes on each of the four devices
     memory = compiled.memory_analysis()
@@ -358,6 +358,6 @@ def test_the_engine_runs_the_program_that_it_plans(load):
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), arguments[0])
     assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), model.params)
     assert make_layout("tensor", model.layout.mesh, axis_sizes(model.config)) == model.layout
-    with jax.set_mesh(model.layout.mesh):
+    with using(model.layout.mesh):
         logprobs, greedy = jax.eval_shape(function, *arguments)
     assert (logprobs.shape, greedy.shape) == (arguments[8].shape, arguments[7].shape)

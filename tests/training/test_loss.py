@@ -14,7 +14,7 @@ import pytest
 
 from jax_selftrain.corpus import open_corpus, pack
 from jax_selftrain.hub import LoadedModel, load_model
-from jax_selftrain.mesh import make_layout, make_mesh
+from jax_selftrain.mesh import make_layout, make_mesh, using
 from jax_selftrain.models import DecoderConfig, RopeConfig, abstract_params, axis_sizes, param_shardings
 from jax_selftrain.training import Batch, LossSums, objective
 from jax_selftrain.training.loss import LOGITS_BYTES, chunk_length, token_nll
@@ -30,7 +30,7 @@ def rows_on_device(model: LoadedModel, tokens: np.ndarray, weights: np.ndarray, 
 
 
 def sums_of(model: LoadedModel, batch: Batch, **options: Any) -> LossSums:
-    with jax.set_mesh(model.layout.mesh):
+    with using(model.layout.mesh):
         return jax.jit(partial(objective, model.config, model.layout, **options))(model.params, batch)[1]
 
 
@@ -51,7 +51,7 @@ def test_gradient_equals_torchs(family: str, tiny_model, tmp_path: Path):
 
     model = load_model(folder, "data=1")
     batch = rows_on_device(model, tokens, weights)
-    with jax.set_mesh(model.layout.mesh):
+    with using(model.layout.mesh):
         gradient = jax.jit(jax.grad(lambda params: objective(model.config, model.layout, params, batch, chunk=10)[0]))(
             model.params
         )
@@ -107,7 +107,7 @@ def test_logits_of_a_whole_batch_never_exist(small_model: Path):
     def loss(params: dict, batch: Batch) -> jax.Array:
         return objective(model.config, model.layout, params, batch, chunk=8)[0]
 
-    with jax.set_mesh(model.layout.mesh):
+    with using(model.layout.mesh):
         jaxpr = jax.make_jaxpr(jax.grad(loss))(model.params, batch)
     shapes = set(shapes_in(jaxpr.jaxpr))
     assert (4, 8, 320) in shapes, "a slice of logits"
@@ -166,7 +166,7 @@ def test_gradients_with_bfloat16_operands_are_the_exact_ones_but_for_rounding(
 
     def gradient(dtype: Any) -> Any:
         loss = partial(objective, model.config, model.layout, compute_dtype=dtype, remat=remat)
-        with jax.set_mesh(model.layout.mesh):
+        with using(model.layout.mesh):
             return jax.jit(jax.grad(loss, has_aux=True))(model.params, batch)[0]
 
     exact, rounded = gradient(jnp.float32), gradient(jnp.bfloat16)
@@ -180,7 +180,7 @@ def test_gradients_with_bfloat16_operands_are_the_exact_ones_but_for_rounding(
 def test_replicas_add_up_the_output_matrix_once_and_not_for_every_slice(small_model: Path):
     model = load_model(small_model, "data=4", preset="replicated")
     batch = rows_on_device(model, np.zeros((4, 65), np.int32), np.ones((4, 64), np.float32))
-    with jax.set_mesh(model.layout.mesh):
+    with using(model.layout.mesh):
         gradient = jax.jit(jax.grad(partial(objective, model.config, model.layout, chunk=8), has_aux=True))
         text = gradient.lower(model.params, batch).compile().as_text()
     bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
@@ -209,7 +209,7 @@ def test_a_large_vocabulary_costs_far_less_memory_than_its_logits():
             abstract_params(config),
             param_shardings(config, layout),
         )
-        with jax.set_mesh(layout.mesh):
+        with using(layout.mesh):
             gradient = jax.jit(jax.grad(partial(objective, config, layout), has_aux=True))
             memory = gradient.lower(params, batch).compile().memory_analysis()
         assert memory is not None

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from models_factory import tiny_texts
@@ -23,7 +22,7 @@ from jax_selftrain.config import ImportConfig, TrainConfig
 from jax_selftrain.corpus import Mixture, batch_indices, import_text, open_corpus, pack
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import LoadedModel
-from jax_selftrain.mesh import Layout, make_layout, make_mesh
+from jax_selftrain.mesh import Layout, make_layout, make_mesh, using
 from jax_selftrain.training import Hook, train
 from jax_selftrain.training.data import load_batch
 
@@ -68,7 +67,7 @@ def mixed(options: Callable[..., TrainConfig], other_corpus: Path) -> Callable[.
 @pytest.mark.parametrize("mesh", ["data=1", "data=2,model=2", "data=8"])
 def test_a_batch_holds_the_rows_that_the_mixture_names(mesh: str, mixture: Mixture, options):
     config = options(mesh=mesh, batch_size=16, grad_accum=2)
-    with jax.set_mesh(make_mesh(mesh)):
+    with using(make_mesh(mesh)):
         for n in (0, 1, 7):
             batch = load_batch(config, layout_of(config), mixture, n)
             source, row = mixture.batch(16, config.seed, n)
@@ -79,7 +78,7 @@ def test_a_batch_holds_the_rows_that_the_mixture_names(mesh: str, mixture: Mixtu
 
 def test_one_corpus_gives_the_batches_of_batch_indices(mixture: Mixture, options: Callable[..., TrainConfig]):
     config, rows = options(mesh="data=2", seed=3), mixture.parts[0]
-    with jax.set_mesh(make_mesh("data=2")):
+    with using(make_mesh("data=2")):
         for n in range(5):
             batch = load_batch(config, layout_of(config), rows, n)
             for name, found in zip(NAMES, batch, strict=True):
@@ -107,7 +106,7 @@ def test_each_device_reads_its_own_rows_and_no_others(mixture: Mixture, options:
     config = options(mesh="data=4,model=2", batch_size=16)
     tokens = [Recorded(part.tokens) for part in mixture.parts]
     parts = [dataclasses.replace(part, tokens=noted) for part, noted in zip(mixture.parts, tokens, strict=True)]
-    with jax.set_mesh(make_mesh(config.mesh)):
+    with using(make_mesh(config.mesh)):
         load_batch(config, layout_of(config), Mixture(tuple(parts), mixture.shares), 2)
     source, row = mixture.batch(16, config.seed, 2)
     for corpus, noted in enumerate(tokens):

@@ -14,7 +14,7 @@ from jax_selftrain.config import TrainConfig
 from jax_selftrain.corpus import Rows, open_corpus, pack
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import load_model
-from jax_selftrain.mesh import make_mesh
+from jax_selftrain.mesh import make_mesh, using
 from jax_selftrain.models import Params, forward, project
 from jax_selftrain.training import Batch, Penalties, TrainState, objective, program
 from jax_selftrain.training.data import _flipped, load_batch
@@ -35,7 +35,7 @@ def trained(config: TrainConfig, rows: Rows, n: int) -> tuple[list[TrainState], 
     """The states on the host after 0 … n steps, and the metrics of each step."""
     mesh = make_mesh(config.mesh)
     model = load_model(config.model, mesh, preset=config.preset)
-    with jax.set_mesh(mesh):
+    with using(mesh):
         function, _, _ = program(config, mesh)
         step, history = jax.jit(function), []
         states = [init_state(config, model.config, model.layout, model.params)]
@@ -85,7 +85,7 @@ def test_objective_and_gradient_equal_those_written_out_over_whole_logits(
     def ours(params: Params, base: Params) -> jax.Array:
         return objective(model.config, model.layout, params, batch, base=base, penalties=penalties, chunk=5)[0]
 
-    with jax.set_mesh(model.layout.mesh):
+    with using(model.layout.mesh):
         moved = jax.tree.map(lambda leaf: leaf * 1.05, model.params)
         expected, wanted = jax.jit(jax.value_and_grad(written_out))(moved, model.params)
         value, gradient = jax.jit(jax.value_and_grad(ours))(moved, model.params)
@@ -119,7 +119,7 @@ def test_adapted_model_equals_the_merged_one(family: str, tiny_model, options: O
     tokens = jax.device_put(
         np.random.default_rng(4).integers(0, 300, (2, 40)).astype(np.int32), model.layout.sharding(("batch", None))
     )
-    with jax.set_mesh(model.layout.mesh):
+    with using(model.layout.mesh):
         adapters = init_state(config, model.config, model.layout, model.params).params
         random = jax.tree.map(lambda leaf: leaf + 0.05, adapters)  # B is zero at first
 
@@ -207,7 +207,7 @@ def test_small_updates_count_in_bfloat16_only_if_rounded_stochastically(options:
 def test_sign_flip_multiplies_the_loss_of_whole_documents(options: Options, rows: Rows):
     config = options(sign_flip=True)
     model = load_model(config.model, "data=1")
-    with jax.set_mesh(model.layout.mesh):
+    with using(model.layout.mesh):
         plain, flipped, again = (
             load_batch(one, model.layout, rows, 0) for one in (options(), config, options(sign_flip=True, steps=7))
         )

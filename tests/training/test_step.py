@@ -14,7 +14,7 @@ from jax_selftrain.config import TrainConfig
 from jax_selftrain.corpus import Rows, open_corpus, pack
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import load_model
-from jax_selftrain.mesh import make_mesh
+from jax_selftrain.mesh import make_mesh, using
 from jax_selftrain.training import TrainState, objective, program
 from jax_selftrain.training.data import load_batch
 from jax_selftrain.training.optimizer import decay_mask
@@ -30,7 +30,7 @@ def run_steps(config: TrainConfig, rows: Rows, n: int) -> tuple[TrainState, list
     """`n` steps as the training loop takes them."""
     mesh = make_mesh(config.mesh)
     model = load_model(config.model, mesh, preset=config.preset)
-    with jax.set_mesh(mesh):
+    with using(mesh):
         function, _, donation = program(config, mesh)
         step = jax.jit(function, donate_argnums=donation)
         state = init_state(config, model.config, model.layout, model.params, config.steps or 1)
@@ -49,7 +49,7 @@ def test_ten_steps_equal_adamw_written_out_in_numpy(options: Callable[..., Train
         weight_decay=0.1, clip_norm=0.5, grad_accum=2, warmup_ratio=0.2, **changes,
     )  # fmt: skip
     base = load_model(config.model, "data=1")
-    with jax.enable_x64(True), jax.set_mesh(base.layout.mesh):
+    with jax.enable_x64(True), using(base.layout.mesh):
         params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), base.params)
         state = init_state(config, base.config, base.layout, params, 10)
         step = jax.jit(make_step(config, base.config, base.layout, 10))
@@ -101,7 +101,7 @@ def test_ten_steps_equal_torchs_adamw(options: Callable[..., TrainConfig], rows:
         weight_decay=0.1, clip_norm=0.5, grad_accum=2, warmup_ratio=0.0, **changes,
     )  # fmt: skip
     base = load_model(config.model, "data=1")
-    with jax.enable_x64(True), jax.set_mesh(base.layout.mesh):
+    with jax.enable_x64(True), using(base.layout.mesh):
         params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), base.params)
         leaves, structure = jax.tree.flatten(params)
         theirs = [torch.tensor(np.array(leaf), requires_grad=True) for leaf in leaves]
@@ -178,7 +178,7 @@ def test_parameters_and_both_moments_are_sharded_alike(options: Callable[..., Tr
 def test_program_compiles_from_shapes_alone_and_donates_the_state(options: Callable[..., TrainConfig]):
     mesh = make_mesh("data=2,model=2")
     function, arguments, donation = program(options(), mesh)
-    with jax.set_mesh(mesh):
+    with using(mesh):
         compiled = jax.jit(function, donate_argnums=donation).lower(*arguments).compile()
     state_bytes = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * 4 for leaf in jax.tree.leaves(arguments[0]))
     memory = compiled.memory_analysis()
