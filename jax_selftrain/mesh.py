@@ -61,9 +61,48 @@ def make_mesh(spec: str = "", devices: Sequence[jax.Device] | None = None) -> Me
     wanted = shape["data"] * shape["model"]
     if wanted > len(devices):
         raise InputError(f"--mesh {spec}: needs {wanted} devices, but there are {len(devices)}; ask for a smaller mesh")
-    return jax.make_mesh(
-        tuple(shape[axis] for axis in AXES), AXES, devices=devices[:wanted], axis_types=(AxisType.Explicit,) * len(AXES)
-    )
+    types = (AxisType.Explicit,) * len(AXES)
+    mesh = jax.make_mesh(tuple(shape[axis] for axis in AXES), AXES, devices=devices[:wanted], axis_types=types)
+    places = _places(mesh)
+    if places is None:
+        return mesh
+    return Mesh(mesh.devices[np.lexsort(places[:, 0, ::-1].T)], AXES, axis_types=types)
+
+
+def _places(mesh: Mesh | AbstractMesh) -> np.ndarray | None:
+    """[data, model, dimensions]: where each device stands in the torus of its TPU slice; None where there is none."""
+    devices = [] if isinstance(mesh, AbstractMesh) else list(mesh.devices.flat)
+    if not devices or not all(hasattr(device, "coords") for device in devices):
+        return None
+    if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+        return None
+    return np.array([(*device.coords, device.core_on_chip) for device in devices]).reshape(*mesh.devices.shape, -1)
+
+
+Lines = list[list[int]]
+"""Groups of places along `data`."""
+
+
+def data_lines(mesh: Mesh | AbstractMesh) -> list[Lines]:
+    """Where replicas fill a box of a TPU's torus: for each of its dimensions, the lines of replicas along it.
+
+    Places along `data` count the box row by row (`make_mesh` sees to that), so that scattering along one dimension
+    after the other leaves each replica what scattering at once would. Empty where there is nothing to divide.
+    """
+    places = _places(mesh)
+    return [] if places is None else _lines(places)
+
+
+def _lines(places: np.ndarray) -> list[Lines]:
+    """Of devices at these places [data, model, dimensions]."""
+    along = [sorted(set(places[:, 0, k].tolist())) for k in range(places.shape[-1])]
+    box = np.stack(np.meshgrid(*along, indexing="ij"), axis=-1).reshape(-1, len(along))
+    beside = places - places[:, :1]  # the other devices of the model axis, seen from each replica's first
+    sizes = [len(values) for values in along if len(values) > 1]
+    if len(sizes) < 2 or not np.array_equal(box, places[:, 0]) or (beside != beside[:1]).any():
+        return []
+    numbers = np.arange(len(places)).reshape(sizes)
+    return [np.moveaxis(numbers, k, -1).reshape(-1, size).tolist() for k, size in enumerate(sizes)]
 
 
 @dataclass(frozen=True)

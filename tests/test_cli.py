@@ -288,7 +288,10 @@ def test_compiled_programs_are_kept_for_the_next_command(tiny_model, tmp_path, m
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    run = command("sample", "--model", tiny_model(), "--out", tmp_path / "corpus", "--samples", 2, "--max-tokens", 4)
+    run = command(
+        *("sample", "--model", tiny_model(), "--out", tmp_path / "corpus", "--samples", 2, "--max-tokens", 4),
+        *("--mesh", "data=1"),
+    )
     assert run.returncode == 0, run.stderr
     (folder,) = (tmp_path / "cache" / "jax_selftrain").iterdir()
     assert any("decode_pages" in path.name for path in folder.iterdir())

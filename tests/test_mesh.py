@@ -11,7 +11,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec
 
 from jax_selftrain.errors import InputError
-from jax_selftrain.mesh import make_layout, make_mesh, place, using
+from jax_selftrain.mesh import _lines, make_layout, make_mesh, place, using
 
 SIZES = {"embed": 64, "vocab": 512, "mlp": 172, "kv_heads": 4, "q_per_kv": 2}
 
@@ -70,6 +70,17 @@ def test_place_puts_each_device_its_own_rows():
     placed = place(layout, array, ("batch", None))
     np.testing.assert_array_equal(placed, array)
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
+
+
+def test_replicas_that_fill_a_box_of_a_torus_have_lines_along_its_dimensions():
+    box = np.array([(i, j, 0, 0) for i in range(2) for j in range(3)])
+    assert _lines(box[:, None]) == [[[0, 3], [1, 4], [2, 5]], [[0, 1, 2], [3, 4, 5]]]
+    beside = np.stack([box, box + np.array([0, 0, 1, 0])], axis=1)  # a model axis in the third dimension
+    assert _lines(beside) == _lines(box[:, None])
+    assert _lines(box[[0, 1, 2, 3, 5, 4], None]) == []  # not row by row
+    assert _lines(np.stack([box, box[::-1]], axis=1)) == []  # each replica's second device in another direction
+    assert _lines(box[:3, None]) == []  # one line is a ring already
+    assert _lines(box[:5, None]) == []  # no box
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jax_selftrain.mesh import Axes, Layout
 from jax_selftrain.models.config import DecoderConfig, RopeConfig
+from jax_selftrain.models.divided import gathered, is_divided, summed, used
 from jax_selftrain.models.parameters import Params
 
 State = TypeVar("State")
@@ -68,6 +69,13 @@ def _product(equation: str, x: jax.Array, w: jax.Array, out: jax.sharding.NamedS
     )
 
 
+def _transposed(equation: str) -> tuple[str, str]:
+    """Of a product of x and w: those of (its cotangent, w) that gives x's, and of (x, its cotangent) that gives w's."""
+    terms, result = equation.split("->")
+    left, right = terms.split(",")
+    return f"{result},{right}->{left}", f"{left},{result}->{right}"
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _narrow_product(equation: str, out: jax.sharding.NamedSharding | None, x: jax.Array, w: jax.Array) -> jax.Array:
     """Of operands narrower than the type they are accumulated in, whose gradients have operands as narrow."""
@@ -87,15 +95,48 @@ def _narrow_product_backward(
     cotangent: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     x, w = operands
-    terms, result = equation.split("->")
-    left, right = terms.split(",")
+    to_x, to_w = _transposed(equation)
     g = cotangent.astype(x.dtype)
-    dx = _product(f"{result},{right}->{left}", g, w, jax.typeof(x).sharding)
-    dw = _product(f"{left},{result}->{right}", x, g, jax.typeof(w).sharding)
+    dx = _product(to_x, g, w, jax.typeof(x).sharding)
+    dw = _product(to_w, x, g, jax.typeof(w).sharding)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
 _narrow_product.defvjp(_narrow_product_forward, _narrow_product_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _divided_product(
+    equation: str, layout: Layout, axes: Axes, out: jax.sharding.NamedSharding, x: jax.Array, w: jax.Array
+) -> jax.Array:
+    """Of x and a kernel as it is stored, divided among replicas: gathered in the type of x, again for x's gradient."""
+    return _product(equation, x, gathered(layout, w, axes, x.dtype), out)
+
+
+def _divided_product_forward(
+    equation: str, layout: Layout, axes: Axes, out: jax.sharding.NamedSharding, x: jax.Array, w: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _divided_product(equation, layout, axes, out, x, w), (x, w)
+
+
+def _divided_product_backward(
+    equation: str,
+    layout: Layout,
+    axes: Axes,
+    out: jax.sharding.NamedSharding,
+    operands: tuple[jax.Array, jax.Array],
+    cotangent: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    x, w = operands
+    to_x, to_w = _transposed(equation)
+    g = cotangent.astype(x.dtype)
+    dx = _product(to_x, g, gathered(layout, w, axes, x.dtype), jax.typeof(x).sharding)
+    specs = (jax.typeof(x).sharding.spec, out.spec)
+    dw = summed(layout, axes, lambda x, g: _product(to_w, x, g, None), specs, x, g)
+    return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+_divided_product.defvjp(_divided_product_forward, _divided_product_backward)
 
 
 _LETTERS = {"embed": "d", "kv_heads": "g", "q_per_kv": "r", "head_dim": "k", "mlp": "f", "vocab": "v"}
@@ -123,18 +164,14 @@ def linear(
     leading = "btsuw"[: x.ndim - len(taken)]
     kept = tuple(None if axis == "embed" else axis for axis in axes[:outputs])
     rows = ("batch", *[None] * (len(leading) - 1))
-    kernel = used(layout, kernel, axes, compute_dtype)
     if len(leading) == 2 and x.shape[1] == 1:
         equation, out = f"{letters},{leading}{taken}->{made}{leading}", layout.sharding((*kept, *rows))
-        y = contract(equation, kernel, x, compute_dtype, out)
+        y = contract(equation, used(layout, kernel, axes, compute_dtype), x, compute_dtype, out)
         return jnp.moveaxis(y, range(outputs), range(-outputs, 0))
     equation, out = f"{leading}{taken},{letters}->{leading}{made}", layout.sharding((*rows, *kept))
-    return contract(equation, x, kernel, compute_dtype, out)
-
-
-def used(layout: Layout, weight: jax.Array, axes: Axes, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """A stored parameter, cast and then gathered along `embed`."""
-    return jax.reshard(weight.astype(dtype), layout.gathered(axes))
+    if is_divided(layout, axes):
+        return _divided_product(equation, layout, axes, out, x.astype(compute_dtype), kernel)
+    return contract(equation, x, used(layout, kernel, axes, compute_dtype), compute_dtype, out)
 
 
 def normalise(config: DecoderConfig, layout: Layout, x: jax.Array, weights: Params) -> jax.Array:

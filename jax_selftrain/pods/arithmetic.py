@@ -77,20 +77,21 @@ def traffic(work: Work, model: DecoderConfig) -> float:
 def collectives(work: Work, model: DecoderConfig) -> list[Collective]:
     """What chips exchange in training by data (`fsdp`): the formula of the docs, for a step of M micro-batches.
 
-    All layers are gathered in the compute type, before and after the loss, for each micro-batch; the embedding in
-    float32 and the output matrix in the compute type, once a step; gradients are scattered in float32 for each
-    micro-batch. Parameters along `model` are counted where they lie. With `replicated`, gradients are added up instead.
-    Sampling and scoring by data exchange nothing. What a model axis adds is not told.
+    For each micro-batch, all layers are gathered in the compute type, before and after the loss, the embedding in
+    float32 and the output matrix in the compute type; gradients are scattered in float32. Parameters along `model` are
+    counted where they lie. With `replicated`, gradients are added up instead. Sampling and scoring by data exchange
+    nothing. What a model axis adds is not told.
     """
     config, data, model_axis = work.config, work.mesh_shape["data"], work.mesh_shape["model"]
     if not isinstance(config, TrainConfig) or data == 1:
         return []
     layers, embedding, head = (count / model_axis for count in parameters_of(model))
     compute, micro = np.dtype(config.dtype).itemsize, config.grad_accum
-    scattered = 4.0 * micro * (layers + embedding + head)
     if config.preset != "fsdp":
-        return [Collective("all-reduce", data, scattered, micro)]
-    gathered = 2.0 * micro * layers * compute + 4.0 * embedding + (head or embedding) * compute
+        return [Collective("all-reduce", data, 4.0 * micro * (layers + embedding + head), micro)]
+    output = head or embedding
+    gathered = micro * (2.0 * layers * compute + 4.0 * embedding + output * compute)
+    scattered = 4.0 * micro * (layers + embedding + output)
     return [Collective("all-gather", data, gathered, micro), Collective("reduce-scatter", data, scattered, micro)]
 
 

@@ -145,11 +145,11 @@ class CompiledText:
                 kind = instruction.opcode.removesuffix("-start")
                 if kind not in _COLLECTIVES:
                     continue
-                channel = re.search(r"channel_id=(\d+)", instruction.rest)
-                if channel is not None:
-                    if channel[1] in seen:
+                chain = re.search(r'chain_id="(\d+)"', instruction.rest)
+                if chain is not None:
+                    if chain[1] in seen:
                         continue
-                    seen.add(channel[1])
+                    seen.add(chain[1])
                 if kind == "all-reduce" and home.startswith("all-reduce-scatter"):
                     kind = "reduce-scatter"
                 chips, size = _group_size(instruction.rest), sum(leaf.bytes for leaf in instruction.shape)

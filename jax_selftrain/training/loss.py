@@ -25,8 +25,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jax_selftrain.config import Remat
-from jax_selftrain.mesh import Layout
+from jax_selftrain.mesh import Axes, Layout
 from jax_selftrain.models import DecoderConfig, Params, forward, param_axes, project
+from jax_selftrain.models.divided import gathered, is_divided, summed, used
 
 LOGITS_BYTES = 2**26
 """Most bytes of float32 logits that one device holds at once (several copies of a slice live while its gradient is
@@ -128,14 +129,16 @@ def objective(
             remat=remat,
         )
 
+    head = _Head(config, layout, penalties, dtype, chunk)
     rest = _Rest(targets, batch.weights)
     if penalties.kl:
         if base is None:
             raise ValueError("a penalty on KL(base ‖ student) needs the base")
         frozen = jax.lax.stop_gradient(base)
-        rest = rest._replace(base_output=_gathered_output(config, layout, frozen), base_hidden=hidden_of(frozen))
-    head = _Head(config, layout, penalties, dtype, chunk)
-    output = _gathered_output(config, layout, params)
+        rest = rest._replace(base_output=head.gathered(_output(config, frozen)), base_hidden=hidden_of(frozen))
+    output = _output(config, params)
+    if not is_divided(layout, head.axes):
+        output = used(layout, output, head.axes, output.dtype)  # as its gradient will lie
     whole, parts = _head_loss(head, output, hidden_of(params), rest)
     weight, count = jnp.sum(jnp.abs(batch.weights)), jnp.sum(batch.weights != 0, dtype=jnp.int32)
     return whole, LossSums(parts.loss, weight, count, parts.z, parts.kl)
@@ -161,6 +164,23 @@ class _Head(NamedTuple):
     compute_dtype: Any
     chunk: int
 
+    @property
+    def axes(self) -> Axes:
+        """Of the output matrix."""
+        group, name = _output_name(self.config)
+        return param_axes(self.config)[group][name]
+
+    def gathered(self, output: Float[Array, ...]) -> Float[Array, ...]:
+        """The output matrix as it is multiplied with: gathered once, not once per slice of positions."""
+        return gathered(self.layout, output, self.axes, self.compute_dtype)
+
+    def summed(self, gradients: Float[Array, ...]) -> Float[Array, ...]:
+        """The sum of the replicas' gradients of it, along the first dimension, as it is stored."""
+        if not is_divided(self.layout, self.axes):
+            return jnp.sum(gradients, axis=0)
+        specs = (PartitionSpec("data", *self.layout.gathered(self.axes).spec),)
+        return summed(self.layout, self.axes, lambda own: own[0], specs, gradients)
+
 
 class _Rest(NamedTuple):
     """What the loss needs and no gradient is taken of."""
@@ -179,7 +199,7 @@ class _Rest(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _head_loss(head: _Head, output: Float[Array, ...], hidden: Float[Array, "B T D"], rest: _Rest) -> _Total:
-    """The objective from the hidden states and the gathered output matrix."""
+    """The objective from the hidden states and the output matrix: as it is stored if replicas divide it."""
 
     def local(layout: Layout, output: Array, hidden: Array, rest: _Rest) -> _Total:
         def add(total: _Total, piece: tuple[Array, _Rest]) -> tuple[_Total, None]:
@@ -188,7 +208,7 @@ def _head_loss(head: _Head, output: Float[Array, ...], hidden: Float[Array, "B T
 
         return _stacked(jax.lax.scan(add, _nothing(hidden), _slices(head, hidden, rest))[0])
 
-    return _summed(_on_each_replica(head, local, output, hidden, rest))
+    return _summed(_on_each_replica(head, local, head.gathered(output), hidden, rest))
 
 
 def _head_loss_forward(head: _Head, output: Array, hidden: Array, rest: _Rest) -> tuple[_Total, tuple[Array, Array]]:
@@ -203,9 +223,8 @@ def _head_loss_forward(head: _Head, output: Array, hidden: Array, rest: _Rest) -
         (total, d_output), d_hidden = jax.lax.scan(add, begin, _slices(head, hidden, rest))
         return _stacked((total, d_output)), _unsliced(d_hidden, hidden.shape[1])
 
-    sums, d_hidden = _on_each_replica(head, local, output, hidden, rest)
-    total, d_output = _summed(sums)
-    return total, (d_output.astype(output.dtype), d_hidden)
+    (sums, d_outputs), d_hidden = _on_each_replica(head, local, head.gathered(output), hidden, rest)
+    return _summed(sums), (head.summed(d_outputs).astype(output.dtype), d_hidden)
 
 
 def _head_loss_backward(head: _Head, gradients: tuple[Array, Array], cotangents: _Total) -> tuple[Array, Array, None]:
@@ -313,10 +332,6 @@ def _output_name(config: DecoderConfig) -> tuple[str, str]:
     return ("embed", "embedding") if config.tied else ("head", "kernel")
 
 
-def _gathered_output(config: DecoderConfig, layout: Layout, params: Params) -> Array:
-    """The output matrix gathered along `embed`: once, not once per slice of positions.
-
-    It keeps its type: cast to the compute type here, its gradients would be, too, before they have been added up.
-    """
+def _output(config: DecoderConfig, params: Params) -> Array:
     group, name = _output_name(config)
-    return jax.reshard(params[group][name], layout.gathered(param_axes(config)[group][name]))
+    return params[group][name]

@@ -121,20 +121,27 @@ def test_sampling_by_data_exchanges_nothing_and_copies_no_cache():
     assert row["traffic"] < 1.1 * least  # weights and what is filled of the cache, read once a step
 
 
+def write_model(folder: Path, width: int) -> Path:
+    config = neox_config(2, width, width // 64, vocabulary=2048) | {"max_position_embeddings": 256}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> PlanConfig:
     """A model whose programs are compiled in a minute."""
-    folder = tmp_path_factory.mktemp("small")
-    config = neox_config(2, 256, 4, vocabulary=2048) | {"max_position_embeddings": 256}
-    (folder / "config.json").write_text(json.dumps(config))
+    folder = write_model(tmp_path_factory.mktemp("small"), width=256)
     score = ScoreConfig(batch_tokens=4096, dtype="bfloat16")
     return PlanConfig(model=str(folder), topology=("v5e:2x2",), train=TRAIN, score=score, sample=SAMPLE)
 
 
 @needs_libtpu
 @pytest.mark.slow
-def test_training_compiles_and_exchanges_what_the_formula_says(small: PlanConfig):
-    options = replace(small, stage=("train",))
+@pytest.mark.parametrize(("topology", "width"), [("v5e:2x2", 256), ("v5e:4x4", 512)])
+def test_training_compiles_and_exchanges_what_the_formula_says(
+    small: PlanConfig, tmp_path: Path, topology: str, width: int
+):
+    options = replace(small, model=str(write_model(tmp_path, width)), stage=("train",), topology=(topology,))
     (row,) = plan(options)["rows"]
     check_memory(row)
     with planned_work(options) as (work, model):

@@ -1,0 +1,126 @@
+"""Weights that replicas divide among them (fsdp): gathered where they are used, their gradients summed and scattered.
+
+Each replica's part of a gradient is computed by itself, in a `shard_map`, and meets the others' in one reduce-scatter
+in the type that gradients are summed in. Written as one program over the mesh, XLA may instead sum whole gradients on
+every replica and throw most of them away, or sum in a narrower type, as it finds best for the shapes at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from jax_selftrain.mesh import Axes, Layout, Lines, data_lines
+
+
+def is_divided(layout: Layout, axes: Axes) -> bool:
+    """Whether a parameter with these axes is divided along its `embed` axis."""
+    return "embed" in axes and dict(layout.rules)["embed"] == "data" and layout.data > 1
+
+
+def used(layout: Layout, weight: Array, axes: Axes, dtype: jax.typing.DTypeLike) -> Array:
+    """A stored parameter, cast and then gathered along `embed`, as XLA finds best."""
+    return jax.reshard(weight.astype(dtype), layout.gathered(axes))
+
+
+def gathered(layout: Layout, weight: Array, axes: Axes, dtype: jax.typing.DTypeLike) -> Array:
+    """The same by an all-gather in that type. Its gradient is the business of those who call it (`summed`)."""
+    if not is_divided(layout, axes):
+        return used(layout, weight, axes, dtype)
+
+    @partial(jax.shard_map, in_specs=layout.spec(axes), out_specs=layout.gathered(axes).spec, check_vma=False)
+    def gather(part: Array) -> Array:
+        return jax.lax.all_gather(part, "data", axis=axes.index("embed"), tiled=True)
+
+    return gather(weight.astype(dtype))
+
+
+def summed(
+    layout: Layout, axes: Axes, partial_sum: Callable[..., Array], specs: tuple[PartitionSpec, ...], *arrays: Array
+) -> Array:
+    """The sum over replicas of `partial_sum(*parts)`, which is of a divided parameter's whole width, as it is stored.
+
+    Args:
+      layout, axes: of the parameter.
+      partial_sum: what each device adds, from its parts of the arrays.
+      specs: how the arrays lie.
+    """
+
+    lines = data_lines(layout.mesh)
+
+    @partial(jax.shard_map, in_specs=specs, out_specs=layout.spec(axes), check_vma=False)
+    def add(*parts: Array) -> Array:
+        return reduce_scattered(partial_sum(*parts), axes.index("embed"), lines)
+
+    return add(*arrays)
+
+
+_LANES = 128
+"""Columns of a TPU's tile."""
+
+
+def reduce_scattered(array: Array, dimension: int, lines: Sequence[Lines]) -> Array:
+    """The replicas' sum, of which each keeps its part along a dimension. Inside a `shard_map` over `data`.
+
+    One dimension of the torus after the other (`mesh.data_lines`), and shares that are no whole tiles one above the
+    other: else a TPU's compiler would sum everything everywhere (all-reduce), which moves twice as much.
+    """
+    for groups in lines or (None,):
+        shares = len(groups[0]) if groups else jax.lax.axis_size("data")
+        size = array.shape[dimension] // shares
+        whole_tiles = dimension < array.ndim - 1 or size % _LANES == 0
+        if not whole_tiles:
+            array = jnp.moveaxis(array.reshape(*array.shape[:-1], shares, size), -2, 0)
+        array = jax.lax.psum_scatter(
+            array,
+            "data",
+            scatter_dimension=dimension if whole_tiles else 0,
+            tiled=whole_tiles,
+            axis_index_groups=groups,
+        )
+    return array
+
+
+_TABLE: Axes = ("vocab", "embed")
+
+
+def rows(layout: Layout, table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Rows of the embedding as it is stored, in its type."""
+    return _divided_rows(layout, table, tokens) if is_divided(layout, _TABLE) else _rows(layout, table, tokens)
+
+
+def _rows(layout: Layout, table: Array, tokens: Array) -> Array:
+    """Of one that is whole along its width."""
+    return table.at[tokens].get(out_sharding=layout.sharding(("batch", None, None)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _divided_rows(layout: Layout, table: Array, tokens: Array) -> Array:
+    return _rows(layout, gathered(layout, table, _TABLE, table.dtype), tokens)
+
+
+def _divided_rows_forward(layout: Layout, table: Array, tokens: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _divided_rows(layout, table, tokens), (table, tokens)
+
+
+def _divided_rows_backward(layout: Layout, operands: tuple[Array, Array], cotangent: Array) -> tuple[Array, None]:
+    table, tokens = operands
+    axis = layout.spec(_TABLE)[0]
+    here = table.shape[0] // (1 if axis is None else layout.model)
+
+    def partial_sum(tokens: Array, cotangent: Array) -> Array:
+        if axis is not None:  # what is another device's falls outside, where nothing is added
+            tokens = tokens - here * jax.lax.axis_index(axis)
+            tokens = jnp.where(tokens < 0, here, tokens)
+        return jnp.zeros((here, table.shape[1]), cotangent.dtype).at[tokens].add(cotangent, mode="drop")
+
+    specs = (layout.spec(("batch", None)), layout.spec(("batch", None, None)))
+    return summed(layout, _TABLE, partial_sum, specs, tokens, cotangent).astype(table.dtype), None
+
+
+_divided_rows.defvjp(_divided_rows_forward, _divided_rows_backward)

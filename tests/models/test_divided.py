@@ -1,0 +1,64 @@
+"""Weights divided among replicas: what they gather, and how gradients are summed and scattered."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from jax_selftrain.mesh import Lines, make_layout, make_mesh, place, using
+from jax_selftrain.models.divided import gathered, reduce_scattered, rows
+
+TORUS: dict[str, list[Lines]] = {
+    "one ring": [],
+    "2×4": [[[0, 4], [1, 5], [2, 6], [3, 7]], [[0, 1, 2, 3], [4, 5, 6, 7]]],
+    "2×2×2": [
+        [[0, 4], [1, 5], [2, 6], [3, 7]],
+        [[0, 2], [1, 3], [4, 6], [5, 7]],
+        [[0, 1], [2, 3], [4, 5], [6, 7]],
+    ],
+}
+
+
+@pytest.mark.parametrize("torus", TORUS)
+@pytest.mark.parametrize(("shape", "dimension"), [((6, 24), 1), ((3, 1024), 1), ((16, 5), 0), ((2, 8, 3), 1)])
+def test_each_replica_keeps_its_part_of_the_sum(torus: str, shape: tuple[int, ...], dimension: int):
+    parts = np.random.default_rng(0).integers(-1000, 1000, (8, *shape)).astype(np.float32)  # sums are exact
+    kept = PartitionSpec(*["data" if k == dimension else None for k in range(len(shape))])
+    with using(make_mesh("data=8")):
+
+        @jax.jit
+        @partial(jax.shard_map, in_specs=PartitionSpec("data"), out_specs=kept, check_vma=False)
+        def scattered(own: jax.Array) -> jax.Array:
+            return reduce_scattered(own[0], dimension, TORUS[torus])
+
+        found = scattered(jax.device_put(parts, jax.NamedSharding(make_mesh("data=8"), PartitionSpec("data"))))
+    np.testing.assert_array_equal(np.asarray(found), parts.sum(axis=0))
+
+
+@pytest.mark.parametrize("mesh", ["data=4,model=2", "data=8"])
+def test_rows_of_a_divided_table_and_their_gradient(mesh: str):
+    sizes = {"embed": 16, "vocab": 10, "mlp": 4, "kv_heads": 2, "q_per_kv": 1}
+    layout = make_layout("fsdp", make_mesh(mesh), sizes)
+    rng = np.random.default_rng(1)
+    table, weights = (rng.integers(-9, 9, size).astype(np.float32) for size in ((10, 16), (8, 3, 16)))
+    tokens = rng.integers(0, 10, (8, 3)).astype(np.int32)  # tokens of several replicas meet in one row
+    with using(layout.mesh):
+        there = place(layout, table, ("vocab", "embed"))
+        batch = place(layout, tokens, ("batch", None))
+        found = jax.jit(partial(rows, layout))(there, batch)
+        factors = place(layout, weights, ("batch", None, None))
+        gradient = jax.jit(jax.grad(lambda there: jnp.sum(factors * rows(layout, there, batch))))(there)
+        whole = jax.jit(partial(gathered, layout, axes=("vocab", "embed"), dtype=jnp.bfloat16))(there)
+    np.testing.assert_array_equal(np.asarray(found), table[tokens])
+    expected = np.zeros_like(table)
+    np.add.at(expected, tokens, weights)
+    np.testing.assert_array_equal(np.asarray(gradient), expected)
+    assert gradient.sharding.spec == there.sharding.spec
+    assert whole.dtype == jnp.bfloat16
+    assert whole.sharding.spec == layout.gathered(("vocab", "embed")).spec
+    np.testing.assert_array_equal(np.asarray(whole, np.float32), table)
