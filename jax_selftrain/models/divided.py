@@ -29,7 +29,7 @@ def used(layout: Layout, weight: Array, axes: Axes, dtype: jax.typing.DTypeLike)
 
 
 def gathered(layout: Layout, weight: Array, axes: Axes, dtype: jax.typing.DTypeLike) -> Array:
-    """The same by an all-gather in that type. Its gradient is the business of those who call it (`summed`)."""
+    """The same by an all-gather in that type. Its gradient is the business of those who call it (`scattered_sum`)."""
     if not is_divided(layout, axes):
         return used(layout, weight, axes, dtype)
 
@@ -40,7 +40,7 @@ def gathered(layout: Layout, weight: Array, axes: Axes, dtype: jax.typing.DTypeL
     return gather(weight.astype(dtype))
 
 
-def summed(
+def scattered_sum(
     layout: Layout, axes: Axes, partial_sum: Callable[..., Array], specs: tuple[PartitionSpec, ...], *arrays: Array
 ) -> Array:
     """The sum over replicas of `partial_sum(*parts)`, which is of a divided parameter's whole width, as it is stored.
@@ -120,7 +120,7 @@ def _divided_rows_backward(layout: Layout, operands: tuple[Array, Array], cotang
         return jnp.zeros((here, table.shape[1]), cotangent.dtype).at[tokens].add(cotangent, mode="drop")
 
     specs = (layout.spec(("batch", None)), layout.spec(("batch", None, None)))
-    return summed(layout, _TABLE, partial_sum, specs, tokens, cotangent).astype(table.dtype), None
+    return scattered_sum(layout, _TABLE, partial_sum, specs, tokens, cotangent).astype(table.dtype), None
 
 
 _divided_rows.defvjp(_divided_rows_forward, _divided_rows_backward)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jax_selftrain.mesh import Axes, Layout
 from jax_selftrain.models.config import DecoderConfig, RopeConfig
-from jax_selftrain.models.divided import gathered, is_divided, summed, used
+from jax_selftrain.models.divided import gathered, is_divided, scattered_sum, used
 from jax_selftrain.models.parameters import Params
 
 State = TypeVar("State")
@@ -132,7 +132,7 @@ def _divided_product_backward(
     g = cotangent.astype(x.dtype)
     dx = _product(to_x, g, gathered(layout, w, axes, x.dtype), jax.typeof(x).sharding)
     specs = (jax.typeof(x).sharding.spec, out.spec)
-    dw = summed(layout, axes, lambda x, g: _product(to_w, x, g, None), specs, x, g)
+    dw = scattered_sum(layout, axes, lambda x, g: _product(to_w, x, g, None), specs, x, g)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 from jax_selftrain.config import Remat
 from jax_selftrain.mesh import Axes, Layout
 from jax_selftrain.models import DecoderConfig, Params, forward, param_axes, project
-from jax_selftrain.models.divided import gathered, is_divided, summed, used
+from jax_selftrain.models.divided import gathered, is_divided, scattered_sum, used
 
 LOGITS_BYTES = 2**26
 """Most bytes of float32 logits that one device holds at once (several copies of a slice live while its gradient is
@@ -179,7 +179,7 @@ class _Head(NamedTuple):
         if not is_divided(self.layout, self.axes):
             return jnp.sum(gradients, axis=0)
         specs = (PartitionSpec("data", *self.layout.gathered(self.axes).spec),)
-        return summed(self.layout, self.axes, lambda own: own[0], specs, gradients)
+        return scattered_sum(self.layout, self.axes, lambda own: own[0], specs, gradients)
 
 
 class _Rest(NamedTuple):
