@@ -19,10 +19,11 @@ such a table. Parameters, optimiser state, cache and batches all take their shar
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -71,9 +72,9 @@ def make_mesh(spec: str = "", devices: Sequence[jax.Device] | None = None) -> Me
 
 def _places(mesh: Mesh | AbstractMesh) -> np.ndarray | None:
     """[data, model, dimensions]: where each device stands in the torus of its TPU slice; None where there is none."""
-    devices = [] if isinstance(mesh, AbstractMesh) else list(mesh.devices.flat)
-    if not devices or not all(hasattr(device, "coords") for device in devices):
+    if isinstance(mesh, AbstractMesh) or platform_of(mesh) != "tpu":
         return None
+    devices: list[Any] = list(mesh.devices.flat)
     if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
         return None
     return np.array([(*device.coords, device.core_on_chip) for device in devices]).reshape(*mesh.devices.shape, -1)
@@ -225,20 +226,44 @@ def using(mesh: Mesh | AbstractMesh) -> Iterator[None]:
             yield
 
 
+class _CacheSwitch:
+    """JAX's compilation cache, off for the whole process as long as anybody asks for it, in whatever thread."""
+
+    def __init__(self) -> None:
+        self.lock, self.askers, self.before = threading.Lock(), 0, True
+
+    def off(self) -> None:
+        """For one more."""
+        with self.lock:
+            if self.askers == 0:
+                self.before = jax.config.values["jax_enable_compilation_cache"]
+                self._set(False)
+            self.askers += 1
+
+    def back(self) -> None:
+        """For one less."""
+        with self.lock:
+            self.askers -= 1
+            if self.askers == 0:
+                self._set(self.before)
+
+    @staticmethod
+    def _set(enabled: bool) -> None:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()  # else JAX goes by what held when its first program was compiled
+
+
+_CACHE = _CacheSwitch()
+
+
 @contextmanager
 def compiling_anew() -> Iterator[None]:
     """While inside, no compiled program is read from JAX's compilation cache, and none is kept there."""
-    before = jax.config.values["jax_enable_compilation_cache"]
+    _CACHE.off()
     try:
-        _use_compilation_cache(False)
         yield
     finally:
-        _use_compilation_cache(before)
-
-
-def _use_compilation_cache(enabled: bool) -> None:
-    jax.config.update("jax_enable_compilation_cache", enabled)
-    compilation_cache.reset_cache()  # else JAX goes by what held when its first program was compiled
+        _CACHE.back()
 
 
 def place(layout: Layout, array: np.ndarray, axes: Axes) -> jax.Array:

@@ -9,7 +9,8 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_SELFTRAIN_TEST_PLATFORM", "cpu
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# compiled programs are shared by all tests, their subprocesses and later runs: compiling is most of the suite's cost
+# Compiled programs are shared by all tests, their subprocesses and later runs, as far as they may be (`mesh.using`):
+# compiling is most of the suite's cost.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.dirname(__file__), "..", ".pytest_cache", "jax")
 )

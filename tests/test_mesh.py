@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec
 
 from jax_selftrain.errors import InputError
-from jax_selftrain.mesh import _lines, make_layout, make_mesh, place, using
+from jax_selftrain.mesh import _lines, compiling_anew, data_lines, make_layout, make_mesh, place, using
 
 SIZES = {"embed": 64, "vocab": 512, "mlp": 172, "kv_heads": 4, "q_per_kv": 2}
 
@@ -83,6 +85,13 @@ def test_replicas_that_fill_a_box_of_a_torus_have_lines_along_its_dimensions():
     assert _lines(box[:5, None]) == []  # no box
 
 
+def test_gpus_have_coordinates_and_stand_in_no_torus():
+    """What XLA's GPU clients say of a device."""
+    devices = [SimpleNamespace(platform="gpu", coords=[k % 4], slice_index=k // 4) for k in range(8)]
+    mesh: Any = SimpleNamespace(devices=np.array(devices).reshape(8, 1))
+    assert data_lines(mesh) == []
+
+
 @pytest.fixture
 def kept(tmp_path: Path) -> Iterator[Path]:
     """An empty folder as JAX's compilation cache, which keeps everything."""
@@ -97,14 +106,54 @@ def kept(tmp_path: Path) -> Iterator[Path]:
     compilation_cache.reset_cache()
 
 
+def program_over(mesh: jax.sharding.Mesh) -> None:
+    """Compile (anew for this process) and run a program over a mesh."""
+    layout = make_layout("replicated", mesh, SIZES)
+    rows = place(layout, np.arange(8.0), ("batch",))
+    jax.jit(lambda x: jnp.sin(x) + mesh.size)(rows).block_until_ready()
+
+
+def programs(kept: Path) -> set[str]:
+    return {path.name for path in kept.iterdir() if "lambda" in path.name}
+
+
 @pytest.mark.parametrize(("spec", "is_kept"), [("data=2", False), ("data=1", True)])
 def test_programs_over_several_cpu_devices_are_not_kept(kept: Path, spec: str, is_kept: bool):
     mesh = make_mesh(spec)
-    layout = make_layout("replicated", mesh, SIZES)
-    for _ in range(2):  # what holds inside ends outside
-        with using(mesh):
-            rows = place(layout, np.arange(8.0), ("batch",))
-            jax.jit(lambda x: jnp.sin(x) + mesh.size)(rows).block_until_ready()
-        assert bool([path for path in kept.iterdir() if "lambda" in path.name]) == is_kept
+    with using(mesh):
+        program_over(mesh)
+    assert bool(programs(kept)) == is_kept
+    before = programs(kept)
     jax.jit(lambda x: x + 1)(np.arange(3.0)).block_until_ready()
-    assert [path for path in kept.iterdir() if "lambda" in path.name]
+    assert programs(kept) > before  # what holds inside ends outside
+
+
+def test_programs_over_several_cpu_devices_are_not_read_back(kept: Path):
+    mesh = make_mesh("data=2")
+    events: list[str] = []
+    jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+    hit = "/jax/compilation_cache/cache_hits"
+    with jax.set_mesh(mesh):
+        program_over(mesh)  # is kept
+        program_over(mesh)
+    assert events.count(hit) == 1
+    with using(mesh):
+        program_over(mesh)
+    assert events.count(hit) == 1
+
+
+def test_the_cache_is_off_until_the_last_of_overlapping_programs_is_done():
+    def is_on() -> bool:
+        return jax.config.values["jax_enable_compilation_cache"]
+
+    assert is_on()
+    first, second = compiling_anew(), compiling_anew()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not is_on()
+    second.__exit__(None, None, None)
+    assert is_on()
+    with pytest.raises(KeyError), compiling_anew():
+        raise KeyError
+    assert is_on()

@@ -17,7 +17,7 @@ from jax_selftrain.config import Remat
 from jax_selftrain.mesh import Layout
 from jax_selftrain.models.attention import attention_over, fused_attention, fuses
 from jax_selftrain.models.config import DecoderConfig
-from jax_selftrain.models.divided import rows
+from jax_selftrain.models.divided import embedding_rows
 from jax_selftrain.models.layers import (
     accumulation_dtype,
     block,
@@ -40,7 +40,7 @@ def embed(
     layout: Layout, params: Params, tokens: Int[Array, "B T"], dtype: jax.typing.DTypeLike
 ) -> Float[Array, "B T D"]:
     """Rows of the embedding, in the type of the residual stream."""
-    return rows(layout, params["embed"]["embedding"], tokens).astype(dtype)
+    return embedding_rows(layout, params["embed"]["embedding"], tokens, dtype)
 
 
 def forward(

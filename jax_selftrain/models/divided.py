@@ -28,8 +28,11 @@ def used(layout: Layout, weight: Array, axes: Axes, dtype: jax.typing.DTypeLike)
     return jax.reshard(weight.astype(dtype), layout.gathered(axes))
 
 
-def gathered(layout: Layout, weight: Array, axes: Axes, dtype: jax.typing.DTypeLike) -> Array:
-    """The same by an all-gather in that type. Its gradient is the business of those who call it (`scattered_sum`)."""
+def all_gathered(layout: Layout, weight: Array, axes: Axes, dtype: jax.typing.DTypeLike) -> Array:
+    """The same by an all-gather in that type. Its gradient is the business of those who call it (`scattered_sum`).
+
+    (Unchecked, since JAX takes what has been gathered for a value of each replica's own.)
+    """
     if not is_divided(layout, axes):
         return used(layout, weight, axes, dtype)
 
@@ -50,10 +53,9 @@ def scattered_sum(
       partial_sum: what each device adds, from its parts of the arrays.
       specs: how the arrays lie.
     """
-
     lines = data_lines(layout.mesh)
 
-    @partial(jax.shard_map, in_specs=specs, out_specs=layout.spec(axes), check_vma=False)
+    @partial(jax.shard_map, in_specs=specs, out_specs=layout.spec(axes))
     def add(*parts: Array) -> Array:
         return reduce_scattered(partial_sum(*parts), axes.index("embed"), lines)
 
@@ -89,26 +91,34 @@ def reduce_scattered(array: Array, dimension: int, lines: Sequence[Lines]) -> Ar
 _TABLE: Axes = ("vocab", "embed")
 
 
-def rows(layout: Layout, table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Rows of the embedding as it is stored, in its type."""
-    return _divided_rows(layout, table, tokens) if is_divided(layout, _TABLE) else _rows(layout, table, tokens)
+def embedding_rows(
+    layout: Layout, table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: jax.typing.DTypeLike
+) -> Float[Array, "B T D"]:
+    """Rows of the embedding as it is stored, in the type of the residual stream, in which gradients are summed."""
+    if is_divided(layout, _TABLE):
+        return _divided_rows(layout, jnp.dtype(dtype), table, tokens)
+    return _rows(layout, dtype, table, tokens)
 
 
-def _rows(layout: Layout, table: Array, tokens: Array) -> Array:
+def _rows(layout: Layout, dtype: jax.typing.DTypeLike, table: Array, tokens: Array) -> Array:
     """Of one that is whole along its width."""
-    return table.at[tokens].get(out_sharding=layout.sharding(("batch", None, None)))
+    return table.at[tokens].get(out_sharding=layout.sharding(("batch", None, None))).astype(dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _divided_rows(layout: Layout, table: Array, tokens: Array) -> Array:
-    return _rows(layout, gathered(layout, table, _TABLE, table.dtype), tokens)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _divided_rows(layout: Layout, dtype: jnp.dtype, table: Array, tokens: Array) -> Array:
+    return _rows(layout, dtype, all_gathered(layout, table, _TABLE, table.dtype), tokens)
 
 
-def _divided_rows_forward(layout: Layout, table: Array, tokens: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _divided_rows(layout, table, tokens), (table, tokens)
+def _divided_rows_forward(
+    layout: Layout, dtype: jnp.dtype, table: Array, tokens: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    return _divided_rows(layout, dtype, table, tokens), (table, tokens)
 
 
-def _divided_rows_backward(layout: Layout, operands: tuple[Array, Array], cotangent: Array) -> tuple[Array, None]:
+def _divided_rows_backward(
+    layout: Layout, dtype: jnp.dtype, operands: tuple[Array, Array], cotangent: Array
+) -> tuple[Array, None]:
     table, tokens = operands
     axis = layout.spec(_TABLE)[0]
     here = table.shape[0] // (1 if axis is None else layout.model)
@@ -117,10 +127,13 @@ def _divided_rows_backward(layout: Layout, operands: tuple[Array, Array], cotang
         if axis is not None:  # what is another device's falls outside, where nothing is added
             tokens = tokens - here * jax.lax.axis_index(axis)
             tokens = jnp.where(tokens < 0, here, tokens)
-        return jnp.zeros((here, table.shape[1]), cotangent.dtype).at[tokens].add(cotangent, mode="drop")
+        zeros = jnp.zeros_like(cotangent, shape=(here, table.shape[1]))
+        return zeros.at[tokens].add(cotangent, mode="drop")
 
-    specs = (layout.spec(("batch", None)), layout.spec(("batch", None, None)))
-    return scattered_sum(layout, _TABLE, partial_sum, specs, tokens, cotangent).astype(table.dtype), None
+    batch = layout.sharding(("batch", None))
+    specs = (batch.spec, layout.spec(("batch", None, None)))
+    found = scattered_sum(layout, _TABLE, partial_sum, specs, jax.reshard(tokens, batch), cotangent)
+    return found.astype(table.dtype), None
 
 
 _divided_rows.defvjp(_divided_rows_forward, _divided_rows_backward)

@@ -18,11 +18,12 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
 from jax_selftrain.mesh import Axes, Layout
 from jax_selftrain.models.config import DecoderConfig, RopeConfig
-from jax_selftrain.models.divided import gathered, is_divided, scattered_sum, used
+from jax_selftrain.models.divided import all_gathered, is_divided, scattered_sum, used
 from jax_selftrain.models.parameters import Params
 
 State = TypeVar("State")
@@ -45,7 +46,7 @@ def contract(
     x: jax.Array,
     w: jax.Array,
     compute_dtype: jax.typing.DTypeLike,
-    out: jax.sharding.NamedSharding | None = None,
+    out: NamedSharding | None = None,
 ) -> jax.Array:
     """An einsum of two operands cast to `compute_dtype`, accumulated and returned in fp32 (fp64 for fp64).
 
@@ -58,7 +59,7 @@ def contract(
     return _narrow_product(equation, out, x, w)
 
 
-def _product(equation: str, x: jax.Array, w: jax.Array, out: jax.sharding.NamedSharding | None) -> jax.Array:
+def _product(equation: str, x: jax.Array, w: jax.Array, out: NamedSharding | None) -> jax.Array:
     return jnp.einsum(
         equation,
         x,
@@ -77,20 +78,20 @@ def _transposed(equation: str) -> tuple[str, str]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _narrow_product(equation: str, out: jax.sharding.NamedSharding | None, x: jax.Array, w: jax.Array) -> jax.Array:
+def _narrow_product(equation: str, out: NamedSharding | None, x: jax.Array, w: jax.Array) -> jax.Array:
     """Of operands narrower than the type they are accumulated in, whose gradients have operands as narrow."""
     return _product(equation, x, w, out)
 
 
 def _narrow_product_forward(
-    equation: str, out: jax.sharding.NamedSharding | None, x: jax.Array, w: jax.Array
+    equation: str, out: NamedSharding | None, x: jax.Array, w: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _product(equation, x, w, out), (x, w)
 
 
 def _narrow_product_backward(
     equation: str,
-    out: jax.sharding.NamedSharding | None,
+    out: NamedSharding | None,
     operands: tuple[jax.Array, jax.Array],
     cotangent: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
@@ -107,14 +108,14 @@ _narrow_product.defvjp(_narrow_product_forward, _narrow_product_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _divided_product(
-    equation: str, layout: Layout, axes: Axes, out: jax.sharding.NamedSharding, x: jax.Array, w: jax.Array
+    equation: str, layout: Layout, axes: Axes, out: NamedSharding, x: jax.Array, w: jax.Array
 ) -> jax.Array:
     """Of x and a kernel as it is stored, divided among replicas: gathered in the type of x, again for x's gradient."""
-    return _product(equation, x, gathered(layout, w, axes, x.dtype), out)
+    return _product(equation, x, all_gathered(layout, w, axes, x.dtype), out)
 
 
 def _divided_product_forward(
-    equation: str, layout: Layout, axes: Axes, out: jax.sharding.NamedSharding, x: jax.Array, w: jax.Array
+    equation: str, layout: Layout, axes: Axes, out: NamedSharding, x: jax.Array, w: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _divided_product(equation, layout, axes, out, x, w), (x, w)
 
@@ -123,16 +124,17 @@ def _divided_product_backward(
     equation: str,
     layout: Layout,
     axes: Axes,
-    out: jax.sharding.NamedSharding,
+    out: NamedSharding,
     operands: tuple[jax.Array, jax.Array],
     cotangent: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     x, w = operands
     to_x, to_w = _transposed(equation)
     g = cotangent.astype(x.dtype)
-    dx = _product(to_x, g, gathered(layout, w, axes, x.dtype), jax.typeof(x).sharding)
-    specs = (jax.typeof(x).sharding.spec, out.spec)
-    dw = scattered_sum(layout, axes, lambda x, g: _product(to_w, x, g, None), specs, x, g)
+    dx = _product(to_x, g, all_gathered(layout, w, axes, x.dtype), jax.typeof(x).sharding)
+    parts = PartitionSpec(out.spec[0], *jax.typeof(x).sharding.spec[1:])  # each replica's own rows
+    split = jax.reshard(x, NamedSharding(layout.mesh, parts))
+    dw = scattered_sum(layout, axes, lambda x, g: _product(to_w, x, g, None), (parts, out.spec), split, g)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 

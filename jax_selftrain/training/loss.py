@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 from jax_selftrain.config import Remat
 from jax_selftrain.mesh import Axes, Layout
 from jax_selftrain.models import DecoderConfig, Params, forward, param_axes, project
-from jax_selftrain.models.divided import gathered, is_divided, scattered_sum, used
+from jax_selftrain.models.divided import all_gathered, is_divided, scattered_sum, used
 
 LOGITS_BYTES = 2**26
 """Most bytes of float32 logits that one device holds at once (several copies of a slice live while its gradient is
@@ -172,7 +172,7 @@ class _Head(NamedTuple):
 
     def gathered(self, output: Float[Array, ...]) -> Float[Array, ...]:
         """The output matrix as it is multiplied with: gathered once, not once per slice of positions."""
-        return gathered(self.layout, output, self.axes, self.compute_dtype)
+        return all_gathered(self.layout, output, self.axes, self.compute_dtype)
 
     def summed(self, gradients: Float[Array, ...]) -> Float[Array, ...]:
         """The sum of the replicas' gradients of it, along the first dimension, as it is stored."""
@@ -228,7 +228,7 @@ def _head_loss_forward(head: _Head, output: Array, hidden: Array, rest: _Rest) -
 
 
 def _head_loss_backward(head: _Head, gradients: tuple[Array, Array], cotangents: _Total) -> tuple[Array, Array, None]:
-    d_output, d_hidden = (cotangents[0] * gradient for gradient in gradients)
+    d_output, d_hidden = ((cotangents[0] * gradient).astype(gradient.dtype) for gradient in gradients)
     return d_output, d_hidden, None
 
 

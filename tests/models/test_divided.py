@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jax_selftrain.mesh import Lines, make_layout, make_mesh, place, using
-from jax_selftrain.models.divided import gathered, reduce_scattered, rows
+from jax_selftrain.models.divided import all_gathered, embedding_rows, reduce_scattered
+from jax_selftrain.models.layers import linear
 
 TORUS: dict[str, list[Lines]] = {
     "one ring": [],
@@ -32,7 +33,7 @@ def test_each_replica_keeps_its_part_of_the_sum(torus: str, shape: tuple[int, ..
     with using(make_mesh("data=8")):
 
         @jax.jit
-        @partial(jax.shard_map, in_specs=PartitionSpec("data"), out_specs=kept, check_vma=False)
+        @partial(jax.shard_map, in_specs=PartitionSpec("data"), out_specs=kept)
         def scattered(own: jax.Array) -> jax.Array:
             return reduce_scattered(own[0], dimension, TORUS[torus])
 
@@ -50,15 +51,50 @@ def test_rows_of_a_divided_table_and_their_gradient(mesh: str):
     with using(layout.mesh):
         there = place(layout, table, ("vocab", "embed"))
         batch = place(layout, tokens, ("batch", None))
-        found = jax.jit(partial(rows, layout))(there, batch)
+        found = jax.jit(lambda there: embedding_rows(layout, there, batch, jnp.float32))(there)
         factors = place(layout, weights, ("batch", None, None))
-        gradient = jax.jit(jax.grad(lambda there: jnp.sum(factors * rows(layout, there, batch))))(there)
-        whole = jax.jit(partial(gathered, layout, axes=("vocab", "embed"), dtype=jnp.bfloat16))(there)
+        gradient = jax.jit(
+            jax.grad(lambda there: jnp.sum(factors * embedding_rows(layout, there, batch, jnp.float32)))
+        )(there)
+        again = jax.jit(jax.grad(lambda there: jnp.sum(factors * embedding_rows(layout, there, tokens, jnp.float32))))(
+            there
+        )  # of tokens that every device holds
+        whole = jax.jit(partial(all_gathered, layout, axes=("vocab", "embed"), dtype=jnp.bfloat16))(there)
     np.testing.assert_array_equal(np.asarray(found), table[tokens])
     expected = np.zeros_like(table)
     np.add.at(expected, tokens, weights)
     np.testing.assert_array_equal(np.asarray(gradient), expected)
+    np.testing.assert_array_equal(np.asarray(again), expected)
     assert gradient.sharding.spec == there.sharding.spec
     assert whole.dtype == jnp.bfloat16
     assert whole.sharding.spec == layout.gathered(("vocab", "embed")).spec
     np.testing.assert_array_equal(np.asarray(whole, np.float32), table)
+
+
+def test_gradients_of_a_narrow_table_are_summed_in_the_wide_type():
+    sizes = {"embed": 4, "vocab": 2, "mlp": 4, "kv_heads": 2, "q_per_kv": 1}
+    layout = make_layout("fsdp", make_mesh("data=2"), sizes)
+    with using(layout.mesh):
+        table = place(layout, np.zeros((2, 4), jnp.bfloat16), ("vocab", "embed"))
+        tokens = place(layout, np.zeros((2, 1024), np.int32), ("batch", None))
+        ones = jax.jit(jax.grad(lambda table: jnp.sum(embedding_rows(layout, table, tokens, jnp.float32))))(table)
+    assert ones.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(ones, np.float32), [[2048] * 4, [0] * 4])  # bfloat16 stops at 256
+
+
+@pytest.mark.parametrize("batch", [("batch", None, None), (None, None, None)])
+def test_gradient_of_a_divided_kernel_wherever_its_inputs_lie(batch: tuple[str | None, ...]):
+    sizes = {"embed": 8, "vocab": 4, "mlp": 6, "kv_heads": 2, "q_per_kv": 1}
+    layout = make_layout("fsdp", make_mesh("data=4,model=2"), sizes)
+    rng = np.random.default_rng(2)
+    kernel, x = (rng.integers(-9, 9, shape).astype(np.float32) for shape in ((6, 8), (4, 3, 8)))
+    axes = ("mlp", "embed")
+    with using(layout.mesh):
+        there, inputs = place(layout, kernel, axes), place(layout, x, batch)
+        square = jax.jit(
+            jax.grad(lambda w, x: jnp.sum(jnp.square(linear(layout, w, axes, 1, x, jnp.float32))), argnums=(0, 1))
+        )
+        of_kernel, of_x = square(there, inputs)
+    y = x @ kernel.T
+    np.testing.assert_array_equal(np.asarray(of_kernel), 2 * np.einsum("btf,btd->fd", y, x))
+    np.testing.assert_array_equal(np.asarray(of_x), 2 * y @ kernel)

@@ -32,3 +32,24 @@ def test_collectives_are_told_by_kind_with_what_each_chip_receives():
     assert gather.bytes == 6 * 4 * 512 * 512 * 2
     assert gather.received == gather.bytes * 3 / 4
     assert (scatter.kind, scatter.runs, scatter.bytes) == ("reduce-scatter", 6, 6 * 512 * 512 * 4)
+
+
+def test_a_collective_that_is_fused_piece_by_piece_counts_once():
+    """Pieces share a chain; collectives of a `shard_map` share a channel, and count each."""
+    line = next(line for line in TEXT.splitlines() if "all-gather(" in line)
+    names = ("one", "two", "three")
+
+    def beside(*attributes: str) -> str:
+        added = [
+            f"{line.replace('%whole', f'%{name}')}, frontend_attributes={{{attribute}}}"
+            for name, attribute in zip(names, attributes, strict=True)
+        ]
+        return TEXT.replace(line, "\n".join([line, *added]))
+
+    (plain, _), (pieces, _), (apart, _) = (
+        CompiledText(text, (2.5,)).collectives()
+        for text in (TEXT, beside(*['chain_id="7"'] * 3), beside('chain_id="7"', 'chain_id="8"', ""))
+    )
+    assert plain.runs == 6
+    assert pieces.runs == 12
+    assert apart.runs == 24

@@ -18,9 +18,10 @@ import pytest
 from jax_selftrain import cli, hub
 from jax_selftrain.config import PlanConfig, SampleConfig, ScoreConfig, TrainConfig
 from jax_selftrain.errors import InputError
+from jax_selftrain.mesh import data_lines, make_mesh
 from jax_selftrain.models import DecoderConfig
 from jax_selftrain.pods import arithmetic, neox_config, plan, table
-from jax_selftrain.pods.hardware import machine_of
+from jax_selftrain.pods.hardware import devices_of, machine_of
 from jax_selftrain.pods.known import model_folder
 from jax_selftrain.pods.stages import Work, config_of, work_of
 
@@ -147,6 +148,28 @@ def test_training_compiles_and_exchanges_what_the_formula_says(
     with planned_work(options) as (work, model):
         expected = sum(one.received for one in arithmetic.collectives(work, model))
     assert sum(one["received"] for one in row["collectives"]) == pytest.approx(expected, rel=0.05)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "mesh", "lines"),
+    [
+        ("v5e:2x2", "data=4", [2, 2]),
+        ("v5e:4x4", "data=16", [4, 4]),
+        ("v5e:4x4", "data=8,model=2", [2, 4]),
+        ("v4:2x2x4", "data=16", [2, 2, 4]),
+        ("v5e:4x4", "data=4,model=4", []),
+    ],
+)
+def test_replicas_stand_row_by_row_in_the_torus(topology: str, mesh: str, lines: list[int]):
+    made = make_mesh(mesh, devices_of(machine_of(topology)))
+    places = [device.coords for device in made.devices[:, 0]]
+    assert places == sorted(places)
+    found = data_lines(made)
+    assert [len(groups[0]) for groups in found] == lines
+    for groups in found:
+        for group in groups:  # along a line one coordinate changes
+            assert sum(len(set(values)) > 1 for values in zip(*[places[k] for k in group], strict=True)) == 1
 
 
 @needs_libtpu

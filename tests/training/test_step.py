@@ -193,6 +193,17 @@ def test_master_weights_stay_float32_under_bfloat16_compute(options: Callable[..
     assert all(np.isfinite(entry["loss"]) for entry in history)
 
 
+@pytest.mark.parametrize(("mesh", "preset"), [("data=1", "tensor"), ("data=2", "fsdp")])
+def test_a_tied_matrix_can_be_kept_in_bfloat16(
+    tiny_model: Callable[..., Path], options: Callable[..., TrainConfig], rows: Rows, mesh: str, preset: str
+):
+    """Its gradients as embedding and as output projection meet in the type of the weights."""
+    model = str(tiny_model("llama", tie_word_embeddings=True))
+    state, history = run_steps(options(model=model, mesh=mesh, preset=preset, param_dtype="bfloat16"), rows, 1)
+    assert state.params["embed"]["embedding"].dtype == jnp.bfloat16
+    assert np.isfinite(history[0]["grad_norm"])
+
+
 def test_batch_that_does_not_divide_is_refused_with_the_sizes_that_do(options: Callable[..., TrainConfig]):
     with pytest.raises(InputError, match=r"must be a multiple of 6, for instance 6, 12, 18"):
         program(options(batch_size=8, grad_accum=3), make_mesh("data=2"))
