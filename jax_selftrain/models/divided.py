@@ -97,7 +97,7 @@ def embedding_rows(
     """Rows of the embedding as it is stored, in the type of the residual stream, in which gradients are summed."""
     if is_divided(layout, _TABLE):
         return _divided_rows(layout, jnp.dtype(dtype), table, tokens)
-    return _rows(layout, dtype, table, tokens)
+    return _rows(layout, dtype, used(layout, table, _TABLE, table.dtype), tokens)
 
 
 def _rows(layout: Layout, dtype: jax.typing.DTypeLike, table: Array, tokens: Array) -> Array:
