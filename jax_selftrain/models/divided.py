@@ -36,9 +36,11 @@ def all_gathered(layout: Layout, weight: Array, axes: Axes, dtype: jax.typing.DT
     if not is_divided(layout, axes):
         return used(layout, weight, axes, dtype)
 
+    lines = data_lines(layout.mesh)
+
     @partial(jax.shard_map, in_specs=layout.spec(axes), out_specs=layout.gathered(axes).spec, check_vma=False)
     def gather(part: Array) -> Array:
-        return jax.lax.all_gather(part, "data", axis=axes.index("embed"), tiled=True)
+        return put_together(part, axes.index("embed"), lines)
 
     return gather(weight.astype(dtype))
 
@@ -62,30 +64,52 @@ def scattered_sum(
     return add(*arrays)
 
 
-_LANES = 128
-"""Columns of a TPU's tile."""
+def put_together(part: Array, dimension: int, lines: Sequence[Lines]) -> Array:
+    """All replicas' parts along a dimension. Inside a `shard_map` over `data`.
+
+    Parts that are no whole tiles are sent as rows, one above the other, along one dimension of the torus after the
+    other (`mesh.data_lines`): else a TPU's compiler would add up arrays that are zero but for a part (all-reduce),
+    which moves twice as much.
+    """
+    if _whole_tiles(part.shape, dimension):
+        return jax.lax.all_gather(part, "data", axis=dimension, tiled=True)
+    rows = _as_rows(part)
+    for groups in reversed(lines or (None,)):
+        rows = jax.lax.all_gather(rows, "data", axis_index_groups=groups)
+    parts = jnp.moveaxis(rows.reshape(-1, *part.shape), 0, dimension)
+    return parts.reshape(*part.shape[:dimension], -1, *part.shape[dimension + 1 :])
 
 
 def reduce_scattered(array: Array, dimension: int, lines: Sequence[Lines]) -> Array:
     """The replicas' sum, of which each keeps its part along a dimension. Inside a `shard_map` over `data`.
 
-    One dimension of the torus after the other (`mesh.data_lines`), and shares that are no whole tiles one above the
-    other: else a TPU's compiler would sum everything everywhere (all-reduce), which moves twice as much.
+    One dimension of the torus after the other, and parts that are no whole tiles one above the other: else a TPU's
+    compiler would sum everything everywhere.
     """
     for groups in lines or (None,):
-        shares = len(groups[0]) if groups else jax.lax.axis_size("data")
-        size = array.shape[dimension] // shares
-        whole_tiles = dimension < array.ndim - 1 or size % _LANES == 0
-        if not whole_tiles:
-            array = jnp.moveaxis(array.reshape(*array.shape[:-1], shares, size), -2, 0)
-        array = jax.lax.psum_scatter(
-            array,
-            "data",
-            scatter_dimension=dimension if whole_tiles else 0,
-            tiled=whole_tiles,
-            axis_index_groups=groups,
-        )
+        parts = len(groups[0]) if groups else jax.lax.axis_size("data")
+        scatter = partial(jax.lax.psum_scatter, axis_name="data", axis_index_groups=groups)
+        part = (*array.shape[:dimension], array.shape[dimension] // parts, *array.shape[dimension + 1 :])
+        if _whole_tiles(part, dimension):
+            array = scatter(array, scatter_dimension=dimension, tiled=True)
+        else:
+            split = array.reshape(*part[:dimension], parts, *part[dimension:])
+            array = scatter(jax.vmap(_as_rows)(jnp.moveaxis(split, dimension, 0))).reshape(part)
     return array
+
+
+_LANES = 128
+"""Columns of a TPU's tile."""
+
+
+def _whole_tiles(part: Sequence[int], dimension: int) -> bool:
+    """Whether parts of this shape, beside each other along a dimension, are whole tiles of a TPU each."""
+    return dimension == len(part) - 1 and part[dimension] % _LANES == 0
+
+
+def _as_rows(part: Array) -> Array:
+    """The same numbers in rows that fill tiles, where that can be."""
+    return part.reshape(-1, _LANES if part.size % _LANES == 0 else part.shape[-1])
 
 
 _TABLE: Axes = ("vocab", "embed")

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jax_selftrain.mesh import Lines, make_layout, make_mesh, place, using
-from jax_selftrain.models.divided import all_gathered, embedding_rows, reduce_scattered
+from jax_selftrain.models.divided import all_gathered, embedding_rows, put_together, reduce_scattered
 from jax_selftrain.models.layers import linear
 
 TORUS: dict[str, list[Lines]] = {
@@ -26,7 +26,7 @@ TORUS: dict[str, list[Lines]] = {
 
 
 @pytest.mark.parametrize("torus", TORUS)
-@pytest.mark.parametrize(("shape", "dimension"), [((6, 24), 1), ((3, 1024), 1), ((16, 5), 0), ((2, 8, 3), 1)])
+@pytest.mark.parametrize(("shape", "dimension"), [((6, 24), 1), ((3, 1024), 1), ((16, 5), 0), ((2, 8, 64), 1)])
 def test_each_replica_keeps_its_part_of_the_sum(torus: str, shape: tuple[int, ...], dimension: int):
     parts = np.random.default_rng(0).integers(-1000, 1000, (8, *shape)).astype(np.float32)  # sums are exact
     kept = PartitionSpec(*["data" if k == dimension else None for k in range(len(shape))])
@@ -39,6 +39,22 @@ def test_each_replica_keeps_its_part_of_the_sum(torus: str, shape: tuple[int, ..
 
         found = scattered(jax.device_put(parts, jax.NamedSharding(make_mesh("data=8"), PartitionSpec("data"))))
     np.testing.assert_array_equal(np.asarray(found), parts.sum(axis=0))
+
+
+@pytest.mark.parametrize("torus", TORUS)
+@pytest.mark.parametrize(("shape", "dimension"), [((6, 24), 1), ((3, 1024), 1), ((16, 5), 0), ((2, 8, 64), 1)])
+def test_all_parts_are_put_together_in_their_order(torus: str, shape: tuple[int, ...], dimension: int):
+    whole = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    kept = PartitionSpec(*["data" if k == dimension else None for k in range(len(shape))])
+    with using(make_mesh("data=8")):
+
+        @jax.jit
+        @partial(jax.shard_map, in_specs=kept, out_specs=PartitionSpec("data"))
+        def gathered(part: jax.Array) -> jax.Array:
+            return put_together(part, dimension, TORUS[torus])[None]
+
+        found = gathered(jax.device_put(whole, jax.NamedSharding(make_mesh("data=8"), kept)))
+    np.testing.assert_array_equal(np.asarray(found), np.broadcast_to(whole, (8, *shape)))
 
 
 @pytest.mark.parametrize("mesh", ["data=4,model=2", "data=8"])
