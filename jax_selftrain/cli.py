@@ -15,7 +15,7 @@ import platform
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -23,7 +23,8 @@ from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type
 
 from jax_selftrain import __version__, config, settings
 from jax_selftrain.errors import InputError, SelftrainError
-from jax_selftrain.processes import ProcessesConfig, finish, present, together
+from jax_selftrain.processes import ProcessesConfig, current, finish, present, together
+from jax_selftrain.remote import brought_here, fetched, named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +99,17 @@ def _main(words: list[str]) -> int:
         options, processes = parse_all(name, words[1:])
         _keep_compiled_programs()
         module, function = COMMANDS[name].function.split(":")
-        with together(processes, program=program) if name in TOGETHER else nullcontext():
+        with ExitStack() as stack:
+            if name in TOGETHER:
+                stack.enter_context(together(processes, program=program))
+            options = stack.enter_context(brought_here(options, alone=current() is None))
             result = getattr(import_module(module), function)(options.folder if name == "report" else options)
-            if _is_first_process():
-                print(summary(name, options, result))
+            said = named(summary(name, options, result)) if _is_first_process() else ""
+        if said:
+            print(said)
         return 0
     except SelftrainError as error:
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{program}: error: {named(' '.join(str(error).split()))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
@@ -158,7 +163,7 @@ def parse_all(name: str, words: Sequence[str]) -> tuple[Any, ProcessesConfig]:
     if _HELP.isdisjoint(words):
         _check_flags(words, {leaf.flag: leaf for leaf in settings.leaves(command.options)} | shared)
     processes, words = _take_processes(words, shared)
-    base = settings.load(command.options, file) if file else command.options()
+    base = settings.load(command.options, fetched(file) if "://" in file else file) if file else command.options()
     view = _view(command.options, command.required, shared=name in TOGETHER)
     usage = " ".join(["jax-selftrain", name, *(f"[{shown}]" for shown, _ in command.positionals)])
     given, bare = tyro.cli(view, prog=usage, args=words, default=_recast(base, view), return_unknown_args=True)

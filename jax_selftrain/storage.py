@@ -233,6 +233,11 @@ _ASIDE_NAME = re.compile(
 )
 
 
+def is_passing(name: str) -> bool:
+    """Whether a file or folder of this name is a lease, or what somebody is writing aside."""
+    return name.endswith(".lease") or _ASIDE_NAME.fullmatch(name) is not None
+
+
 def _aside(target: Path, kind: str) -> Path:
     me = _this_process()
     return target.with_name(f".{target.name}.{kind}-{me.scope}-{me.pid}-{me.started}-{uuid.uuid4().hex[:8]}")
@@ -241,7 +246,9 @@ def _aside(target: Path, kind: str) -> Path:
 def _writable_target(path: PathLike) -> Path:
     # `Path` would turn gs://bucket/x into the local folder gs:/bucket/x without a word.
     if re.match(r"[a-z][a-z0-9+]*:/", os.fspath(path)):
-        raise InputError(f"{os.fspath(path)}: results are written to local or mounted folders; mount the bucket first")
+        raise InputError(
+            f"{os.fspath(path)}: an address; the command line, or `remote.brought_here`, makes it a folder"
+        )
     return Path(path)
 
 

@@ -244,7 +244,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "plain").write_text("a file, not a folder")
     with pytest.raises(InputError, match=r"plain/x\.json: cannot be written"):
         storage.write_json(tmp_path / "plain" / "x.json", {})
-    with pytest.raises(InputError, match=r"gs://bucket/x: results are written to local or mounted folders"):
+    with pytest.raises(InputError, match=r"gs://bucket/x: an address"):
         storage.write_text("gs://bucket/x", "")
 
 

@@ -19,6 +19,7 @@ callback for this case fails with std::bad_cast, in 0.10.2 as in 0.12.0.1). So a
 polls the service it is the loss of process 0, treated as any other; elsewhere it is a defect and takes its course.
 """
 
+from jax_selftrain.processes.group import current
 from jax_selftrain.processes.meeting import barrier, finish, from_process_0, on_its_own, present, together
 from jax_selftrain.processes.signals import listening_to_sigterm
 from jax_selftrain.processes.start import ProcessesConfig
@@ -26,6 +27,7 @@ from jax_selftrain.processes.start import ProcessesConfig
 __all__ = [
     "ProcessesConfig",
     "barrier",
+    "current",
     "finish",
     "from_process_0",
     "listening_to_sigterm",
