@@ -23,8 +23,9 @@ from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type
 
 from jax_selftrain import __version__, config, settings
 from jax_selftrain.errors import InputError, SelftrainError
+from jax_selftrain.mirrors import named
 from jax_selftrain.processes import ProcessesConfig, current, finish, present, together
-from jax_selftrain.remote import brought_here, fetched, named
+from jax_selftrain.remote import brought_here, fetched
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,9 +6,14 @@ is fetched, too, so that it goes on where another machine stopped, and is sent w
 when it ends, however it ends.
 
 **All or nothing.** An object beside the output (`.NAME.files.json`) lists what belongs to it and is written when all of
-that has arrived. Whoever fetches an output to go on with it goes by the list: a machine that is lost while it sends
-leaves what the list said before, and no half of a folder. The list also says who is writing: a second writer is
-refused while the first one shows signs of life.
+that has arrived: a machine that is lost while it sends leaves what the list said before, and no half of a folder.
+
+**One writer.** Another object (`.NAME.writer.json`) says who writes, and is written anew every few seconds. A second
+machine is refused while it changes, and takes over when it has not for two minutes; whoever has been taken over from
+changes nothing any more.
+
+**Nothing local is lost.** A mirror has a mark, which the list bears when it was the last to write. Then what is here is
+newer than what is there, and stays. Else the store is right, and what is here and was never sent is put aside.
 """
 
 from __future__ import annotations
@@ -18,31 +23,47 @@ import json
 import os
 import platform
 import re
+import shutil
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
 from jax_selftrain import storage
-from jax_selftrain.errors import InputError, SelftrainError, UnavailableError
+from jax_selftrain.config import CompareConfig, ExtractConfig, LeakageConfig, PlanConfig, ScoreConfig
+from jax_selftrain.errors import InputError, SelftrainError, Stopped, UnavailableError
+from jax_selftrain.mirrors import mirrors
+from jax_selftrain.processes import listening_to_sigterm
 
 Options = TypeVar("Options")
 
 SEND_SECONDS = 20.0
 """How often what is new is sent."""
+BEAT_SECONDS = 10.0
+"""How often a writer gives a sign of life."""
 SILENT_SECONDS = 120.0
-"""After how long without a sign of life another writer is taken for lost."""
+"""After how long without one a writer is taken for lost."""
+SETTLE_SECONDS = 1.0
+"""How long after its claim a writer looks whether it is still its own."""
 OUTPUTS = ("out", "folder")
 """Options that name what a command writes; all others name what it reads."""
+WRITES_A_FILE = (CompareConfig, ExtractConfig, LeakageConfig, PlanConfig, ScoreConfig)
 
-_ADDRESS = re.compile(r"\b([a-z][a-z0-9+]*)://[^\s=]*")
+_ADDRESS = re.compile(r"\b([a-z][a-z0-9+]*)://[^\s=:]*")
+_NOT_OURS = ("http", "https")
 _EXTRAS = {"gs": "gcs", "gcs": "gcs"}
-_IDENTITY = ("size", "etag", "ETag", "generation", "md5Hash", "mtime", "updated", "LastModified", "created")
-"""What file systems say of an object that changes when its content does."""
+_COMPANION = re.compile(r"parts|config\.yaml|timings\.json|[a-z]+\.parquet")
+"""What `scoring.files.result_files` puts beside `FILE.json`, after `FILE.`."""
+_IDENTITIES = (("etag",), ("ETag",), ("md5Hash",), ("generation",), ("size", "mtime"), ("size", "created"))
+"""What stores say of an object that changes when its content does: the first of these that are there."""
+_COPIED_BYTES = 16 << 20
+"""Files up to this size are copied before they are sent, since logs may grow meanwhile."""
+_POINTERS = (".json", ".yaml", ".html")
+"""Files that speak of others, and are sent after them."""
 
 
 @contextmanager
@@ -55,20 +76,28 @@ def brought_here(options: Options, *, alone: bool = True) -> Iterator[Options]:
       alone: whether no other process does the same work.
 
     Raises:
-      InputError: an address cannot be opened, holds nothing, or would be written by several processes.
+      InputError: an address cannot be opened, holds nothing, is damaged, or would be written by several processes.
       UnavailableError: another process writes there, or the store cannot be reached. What was made and could not be
         sent stays in the local folder, and the same command goes on with it.
+      Stopped: SIGTERM came, where nothing else listens to it; what there is has been sent.
     """
     given = {name: getattr(options, name, None) for name in OUTPUTS}
     written = {name: text for name, text in given.items() if isinstance(text, str) and _ADDRESS.match(text)}
-    if written and not alone:
-        name, address = next(iter(written.items()))
-        raise InputError(
-            f"--{name} {address}: several processes write into one folder that all of them see; mount the bucket as "
-            "docs/tpu.md says, and give that folder"
-        )
+    for name, address in written.items():
+        if not alone:
+            raise InputError(
+                f"--{name} {address}: several processes write into one folder that all of them see; mount the bucket "
+                "as docs/tpu.md says, and give that folder"
+            )
+        if isinstance(options, WRITES_A_FILE) and not address.endswith(".json"):
+            raise InputError(f"--{name} {address}: give the name of a file that ends in .json")
+
+    def stop() -> None:
+        raise Stopped("stopped; what was finished stays, run the same command again to go on")
+
     with ExitStack() as stack:
         places = {name: str(stack.enter_context(sent_back(address))) for name, address in written.items()}
+        stack.enter_context(listening_to_sigterm(stop) if written else nullcontext())
         yield _with_inputs_here(dataclasses.replace(options, **places))  # type: ignore[type-var]
 
 
@@ -78,18 +107,12 @@ def _with_inputs_here(value: Any) -> Any:
         here = {name: _with_inputs_here(part) for name, part in parts.items()}
         return value if here == parts else dataclasses.replace(value, **here)
     if isinstance(value, str):
-        return _ADDRESS.sub(lambda found: str(fetched(found[0])), value)
+        return _ADDRESS.sub(lambda found: found[0] if found[1] in _NOT_OURS else str(fetched(found[0])), value)
     if isinstance(value, tuple):
         return tuple(_with_inputs_here(part) for part in value)
     if isinstance(value, Mapping):
         return {key: _with_inputs_here(part) for key, part in value.items()}
     return value
-
-
-def named(text: str) -> str:
-    """The text with addresses in place of the local folders that stand for them."""
-    local = re.escape(str(_mirrors()))
-    return re.sub(rf"{local}/(?:in|out)/(\w+)/", lambda found: f"{found[1]}://{'/' * (found[1] == 'file')}", text)
 
 
 def fetched(address: str) -> Path:
@@ -99,13 +122,14 @@ def fetched(address: str) -> Path:
     Raises:
       InputError, UnavailableError: see `brought_here`.
     """
-    remote = _Remote.at(address, "in")
-    with _locked(remote.here):
-        remote.recall()
-        if remote.fetch() == 0:
+    store = _Store(address)
+    mirror = _Mirror(store, "in")
+    with mirror.locked():
+        there = store.listed_objects()
+        if not there:
             raise InputError(f"{address}: no such file or folder")
-        remote.remember("")
-    return remote.here
+        mirror.take(there)
+    return mirror.here
 
 
 @contextmanager
@@ -116,63 +140,206 @@ def sent_back(address: str) -> Iterator[Path]:
     Raises:
       InputError, UnavailableError: see `brought_here`.
     """
-    remote = _Remote.at(address, "out")
-    if not remote.parent.strip("/"):
+    store = _Store(address)
+    if not store.parent.strip("/"):
         raise InputError(f"{address}: is a whole bucket; give a folder in it")
-    with _locked(remote.here), _Writer(remote) as writer:
-        yield remote.here
+    mirror = _Mirror(store, "out")
+    with mirror.locked(), _Writer(store, mirror) as writer:
+        yield mirror.here
         writer.ended_well = True
 
 
-# ---------------------------------------------------------------- both sides
+# ---------------------------------------------------------------- there
 
 
-def _mirrors() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "jax_selftrain", "mirror")
+class _Store:
+    """An address in object storage. Keys name files on both sides, from the folder on that the address stands in."""
 
+    def __init__(self, address: str):
+        from fsspec.core import url_to_fs
+
+        self.address, self.scheme = address.rstrip("/"), address.partition("://")[0]
+        self.parts = [part for part in address.partition("://")[2].split("/") if part]
+        if not self.parts or ".." in self.parts:
+            raise InputError(f"{address}: is no address of a file or folder")
+        try:
+            self.files, path = url_to_fs(self.address, **({"auto_mkdir": True} if self.scheme == "file" else {}))
+        except ImportError as error:
+            extra = _EXTRAS.get(self.scheme)
+            how = f"pip install 'jax-selftrain[{extra}]'" if extra else _one_line(error)
+            raise InputError(f"{address}: what opens {self.scheme}:// is not installed; {how}") from error
+        except ValueError as error:
+            raise InputError(f"{address}: cannot be opened ({_one_line(error)})") from error
+        self.parent, _, self.name = str(path).rpartition("/")
+
+    def belongs(self, name: str) -> bool:
+        """Whether a file or folder beside the address belongs to it."""
+        stem = self.name.removesuffix(".json")
+        companion = stem != self.name and name.startswith(f"{stem}.")
+        return name == self.name or (companion and _COMPANION.fullmatch(name[len(stem) + 1 :]) is not None)
+
+    def at(self, key: str) -> str:
+        return f"{self.parent}/{key}"
+
+    @property
+    def list_key(self) -> str:
+        return f".{self.name}.files.json"
+
+    @property
+    def writer_key(self) -> str:
+        return f".{self.name}.writer.json"
+
+    def objects(self) -> dict[str, str]:
+        """{key: what the store says of the object}."""
+        found: dict[str, Any] = {}
+        with self.reached():
+            self.files.invalidate_cache()
+            for root in self._roots():
+                inside = self.files.find(root["name"], detail=True) if root["type"] == "directory" else {}
+                found |= inside or {root["name"]: root}
+        start = len(self.parent) + 1
+        objects = {path: info for path, info in found.items() if info["type"] == "file" and not path.endswith("/")}
+        if outside := [path for path in objects if ".." in path.split("/")]:
+            raise InputError(f"{self.address}: holds {outside[0]!r}, which is no place in a folder; do not use it")
+        return {path[start:]: _said_of(info) for path, info in sorted(objects.items())}
+
+    def _roots(self) -> list[dict[str, Any]]:
+        try:
+            if not self.name.endswith(".json"):
+                return [self.files.info(self.at(self.name))]
+            beside = self.files.ls(self.parent, detail=True)
+        except FileNotFoundError:
+            return []
+        names = [entry["name"].rstrip("/").rpartition("/") for entry in beside]
+        return [
+            entry
+            for entry, (folder, _, name) in zip(beside, names, strict=True)
+            if folder == self.parent and self.belongs(name)
+        ]
+
+    def listed_objects(self) -> dict[str, str]:
+        """Of `objects`, those that the list of files names; all of them where there is no list.
+
+        Raises:
+          InputError: one of them is missing.
+        """
+        listing, there = self.read(self.list_key), self.objects()
+        if listing is None or there.keys().isdisjoint(listing["files"]):
+            return {} if listing is not None and listing["files"] else there
+        if missing := sorted(set(listing["files"]) - there.keys()):
+            raise InputError(
+                f"{self.address}: {missing[0]} is missing, which {self.list_key} names; put it back, or delete the "
+                "output and start over"
+            )
+        return {key: there[key] for key in listing["files"]}
+
+    def get(self, keys: list[str], folder: Path) -> None:
+        with self.reached():
+            for key in keys:
+                (folder / key).parent.mkdir(parents=True, exist_ok=True)
+            self.files.get([self.at(key) for key in keys], [str(folder / key) for key in keys])
+
+    def put(self, files: Mapping[str, Path]) -> None:
+        if files:
+            with self.reached():
+                self.files.put([str(path) for path in files.values()], [self.at(key) for key in files])
+
+    def remove(self, keys: Iterable[str]) -> None:
+        with self.reached():
+            for key in keys:
+                try:
+                    self.files.rm_file(self.at(key))
+                except FileNotFoundError:
+                    continue  # it never arrived
+
+    def read(self, key: str) -> dict[str, Any] | None:
+        with self.reached():
+            self.files.invalidate_cache()
+            try:
+                return json.loads(self.files.cat_file(self.at(key)))
+            except FileNotFoundError:
+                return None
+
+    def write(self, key: str, content: Mapping[str, Any]) -> None:
+        with self.reached():
+            self.files.pipe_file(self.at(key), json.dumps(content, indent=1, sort_keys=True).encode())
+
+    @contextmanager
+    def reached(self) -> Iterator[None]:
+        """Tell in one sentence what goes wrong on the way."""
+        try:
+            yield
+        except (FileNotFoundError, PermissionError) as error:
+            raise InputError(f"{self.address}: {_one_line(error)}") from error
+        except Exception as error:  # every store has errors of its own
+            said = f"{type(error).__name__}: {_one_line(error)}"
+            raise UnavailableError(f"{self.address}: cannot be reached ({said}); run the same command again") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _said_of(info: Mapping[str, Any]) -> str:
+    names = next((names for names in _IDENTITIES if all(name in info for name in names)), ("size", "LastModified"))
+    return storage.fingerprint([str(info.get(name)).strip('"') for name in names])
+
+
+# ---------------------------------------------------------------- here
 
 Identity = tuple[int, int]
 """Of a local file: size, and time of change in nanoseconds."""
 
 
-class _Remote:
-    """An address and the local place that stands for it. Keys name files on both sides, from the folder on that the
-    address stands in."""
+class _Mirror:
+    """The local place that stands for an address."""
 
-    def __init__(self, address: str, files: Any, path: str, here: Path):
-        self.address, self.files, self.here = address, files, here
-        self.parent, _, self.name = path.rpartition("/")
+    def __init__(self, store: _Store, purpose: str):
+        self.store = store
+        self.here = mirrors().joinpath(purpose, store.scheme, *store.parts)
+        self.state = mirrors() / "state" / storage.fingerprint([purpose, store.address])[:16]
         self.known: dict[str, tuple[str, Identity]] = {}
         """Files that are the same on both sides: what the store and what the local file system says of each."""
+        self.mark = uuid.uuid4().hex
 
-    @classmethod
-    def at(cls, address: str, purpose: str) -> _Remote:
-        from fsspec.core import url_to_fs
-
-        scheme, _, rest = address.partition("://")
-        parts = [part for part in rest.split("/") if part]
-        if not parts or ".." in parts:
-            raise InputError(f"{address}: is no address of a file or folder")
-        try:
-            files, path = url_to_fs(address.rstrip("/"), **({"auto_mkdir": True} if scheme == "file" else {}))
-        except ImportError as error:
-            how = f"pip install 'jax-selftrain[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else _one_line(error)
-            raise InputError(f"{address}: what opens {scheme}:// is not installed; {how}") from error
-        except ValueError as error:
-            raise InputError(f"{address}: cannot be opened ({_one_line(error)})") from error
-        return cls(address, files, str(path), _mirrors().joinpath(purpose, scheme, *parts))
-
-    def _belongs(self, name: str) -> bool:
-        """Whether a file or folder beside the address belongs to it."""
-        stem = self.name.removesuffix(".json")
-        return name == self.name or (stem != self.name and name.startswith(f"{stem}."))
-
-    # The local side
-
-    def local(self, key: str) -> Path:
+    def at(self, key: str) -> Path:
         return self.here.parent / key
 
-    def here_now(self) -> dict[str, Identity]:
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes that share this place out of it meanwhile."""
+        self.state.mkdir(parents=True, exist_ok=True)
+        waiting = False
+        while True:
+            with storage.lease(self.state / "mirror.lease") as ours:
+                if ours:
+                    self._recall()
+                    self.here.parent.mkdir(parents=True, exist_ok=True)
+                    yield
+                    return
+            if not waiting:
+                print(f"waiting for another process that uses {self.store.address}", file=sys.stderr)
+            waiting = True
+            time.sleep(0.5)
+
+    @property
+    def note(self) -> Path:
+        return self.state / "known.json"
+
+    def _recall(self) -> None:
+        if self.note.exists():
+            note = storage.read_json(self.note)
+            self.mark = note["mark"]
+            self.known = {key: (there, (size, changed)) for key, (there, size, changed) in note["files"].items()}
+        else:
+            self.remember()
+
+    def remember(self) -> None:
+        """Keep what is the same on both sides."""
+        files = {key: [there, *here] for key, (there, here) in self.known.items()}
+        storage.write_json(self.note, {"address": self.store.address, "mark": self.mark, "files": files})
+
+    def files(self) -> dict[str, Identity]:
         """The local files, but for locks and what is only being written.
 
         Looked through until two looks agree: what was there before something that is seen is then seen, too.
@@ -184,123 +351,87 @@ class _Remote:
 
     def _look(self) -> dict[str, Identity]:
         found: dict[str, Identity] = {}
+
+        def see(path: Path) -> None:
+            if (identity := _identity_of(path)) is not None:
+                found[path.relative_to(self.here.parent).as_posix()] = identity
+
         for root in self.here.parent.iterdir():
-            for path in [root, *root.rglob("*")] if self._belongs(root.name) else ():
-                inside = path.relative_to(self.here.parent)
-                identity = _identity_of(path)
-                if identity is not None and not any(map(storage.is_passing, inside.parts)):
-                    found[inside.as_posix()] = identity
+            if self.store.belongs(root.name) and not root.is_dir():
+                see(root)
+            elif self.store.belongs(root.name):
+                for folder, folders, names in os.walk(root):  # which passes over what vanishes meanwhile
+                    folders[:] = [name for name in folders if not storage.is_passing(name)]
+                    for name in names:
+                        if not storage.is_passing(name):
+                            see(Path(folder, name))
         return found
 
-    @property
-    def _note(self) -> Path:
-        return self.here.with_name(f".{self.here.name}.known.json")
-
-    def recall(self) -> str:
-        """Read what was kept by `remember`; returns the mark given then, or nothing."""
-        if not self._note.exists():
-            return ""
-        note = storage.read_json(self._note)
-        self.known = {key: (there, (size, changed)) for key, (there, size, changed) in note["files"].items()}
-        return note["mark"]
-
-    def remember(self, mark: str) -> None:
-        """Keep beside the local place what is the same on both sides."""
-        files = {key: [there, *here] for key, (there, here) in self.known.items()}
-        storage.write_json(self._note, {"mark": mark, "files": files})
-
-    # The store
-
-    def _remote(self, key: str) -> str:
-        return f"{self.parent}/{key}"
-
-    @property
-    def _list(self) -> str:
-        return self._remote(f".{self.name}.files.json")
-
-    def there_now(self) -> dict[str, str]:
-        """{key: what the store says of the object}."""
-        found: dict[str, Any] = {}
-        with self._reached():
-            self.files.invalidate_cache()
-            beside = self.files.ls(self.parent, detail=True) if self.files.exists(self.parent) else []
-            for entry in beside:
-                if self._belongs(entry["name"].rstrip("/").rpartition("/")[2]):
-                    inside = self.files.find(entry["name"], detail=True) if entry["type"] == "directory" else {}
-                    found |= inside or {entry["name"]: entry}
-        objects = {path: info for path, info in found.items() if info["type"] == "file" and not path.endswith("/")}
-        return {path[len(self.parent) + 1 :]: _said_of(info) for path, info in sorted(objects.items())}
-
-    def fetch(self, listed: set[str] | None = None, *, only_missing: bool = False) -> int:
-        """Make the local side equal to the store; returns the number of files.
+    def take(self, there: Mapping[str, str], *, only_missing: bool = False) -> None:
+        """Make this side equal to the store.
 
         Args:
-          listed: what belongs to it; None: all that is there.
+          there: what belongs to it, and what the store says of each.
           only_missing: leave alone what is here.
         """
-        there = {key: said for key, said in self.there_now().items() if listed is None or key in listed}
-        for key, said in there.items():
-            place, known = self.local(key), self.known.get(key)
-            if (only_missing and place.exists()) or (known is not None and known == (said, _identity_of(place))):
-                continue
-            with storage.commit_file(place) as aside, self._reached():
-                self.files.get_file(self._remote(key), str(aside))
-            identity = _identity_of(place)
-            if identity is not None:
-                self.known[key] = said, identity
+        incoming = self.state / "incoming"
+        shutil.rmtree(incoming, ignore_errors=True)  # of one that was interrupted
+        self.known = {key: known for key, known in self.known.items() if there.get(key) == known[0]}
+        here = self.files()
+        same = here.keys() if only_missing else {key for key in here if self._is_known(key, here[key])}
+        wanted = [key for key in there if key not in same]
+        if wanted:
+            self.store.get(wanted, incoming)
         if not only_missing:
-            for key in self.here_now().keys() - there.keys():
-                self.local(key).unlink(missing_ok=True)
-            self.known = {key: self.known[key] for key in there}
-        return len(there)
+            for key in here.keys() - there.keys():
+                self.at(key).unlink(missing_ok=True)
+            self._prune()
+        for key in wanted:
+            self.at(key).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(incoming / key, self.at(key))
+            identity = _identity_of(self.at(key))
+            if identity is not None:
+                self.known[key] = there[key], identity
+        shutil.rmtree(incoming, ignore_errors=True)
+        self.remember()
 
-    def send(self, key: str, identity: Identity) -> bool:
-        """Whether the file was still there to be sent."""
-        with self._reached():
+    def _is_known(self, key: str, identity: Identity) -> bool:
+        return key in self.known and self.known[key][1] == identity
+
+    def _prune(self) -> None:
+        """Remove folders that have become empty: a folder that is there is taken for finished."""
+        for folder, _, _ in os.walk(self.here, topdown=False):
+            if not any(Path(folder).iterdir()):
+                Path(folder).rmdir()
+
+    def put_unsent_aside(self) -> None:
+        """Keep what is here and was never sent where nothing overwrites it, and say so."""
+        unsent = [key for key, identity in self.files().items() if not self._is_known(key, identity)]
+        if unsent:
+            aside = self.state / f"unsent-{time.strftime('%Y%m%d-%H%M%S')}"
+            for key in unsent:
+                (aside / key).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(self.at(key), aside / key)
+            print(
+                f"{self.store.address}: another machine went on with it; {len(unsent)} files of this one, never sent, "
+                f"are in {aside}",
+                file=sys.stderr,
+            )
+
+    def outgoing(self, keys: Iterable[str]) -> tuple[dict[str, Path], list[str]]:
+        """(files to send for these keys, keys that have vanished): small ones are copied, as they may be growing."""
+        folder, found, vanished = self.state / "outgoing", {}, []
+        shutil.rmtree(folder, ignore_errors=True)
+        for key in keys:
+            path = self.at(key)
             try:
-                self.files.put_file(str(self.local(key)), self._remote(key))
+                if path.stat().st_size <= _COPIED_BYTES:
+                    (folder / key).parent.mkdir(parents=True, exist_ok=True)
+                    path = Path(shutil.copyfile(path, folder / key))
+                found[key] = path
             except FileNotFoundError:
-                if self.local(key).exists():
-                    raise
-                return False
-            self.files.invalidate_cache()
-            self.known[key] = _said_of(self.files.info(self._remote(key))), identity
-        return True
-
-    def remove(self, keys: list[str]) -> None:
-        with self._reached():
-            self.files.invalidate_cache()
-            for key in keys:
-                if self.files.exists(self._remote(key)):
-                    self.files.rm_file(self._remote(key))
-
-    def read_list(self) -> dict[str, Any] | None:
-        with self._reached():
-            self.files.invalidate_cache()
-            return json.loads(self.files.cat_file(self._list)) if self.files.exists(self._list) else None
-
-    def write_list(self, content: Mapping[str, Any]) -> None:
-        with self._reached():
-            self.files.pipe_file(self._list, json.dumps(content, indent=1, sort_keys=True).encode())
-
-    @contextmanager
-    def _reached(self) -> Iterator[None]:
-        """Tell in one sentence what goes wrong on the way."""
-        try:
-            yield
-        except (FileNotFoundError, PermissionError) as error:
-            raise InputError(f"{self.address}: {_one_line(error)}") from error
-        except Exception as error:  # every file system has errors of its own
-            said = f"{type(error).__name__}: {_one_line(error)}"
-            raise UnavailableError(f"{self.address}: cannot be reached ({said}); run the same command again") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-def _said_of(info: Mapping[str, Any]) -> str:
-    return storage.fingerprint({name: str(info[name]) for name in _IDENTITY if name in info})
+                vanished.append(key)
+        return found, vanished
 
 
 def _identity_of(path: Path) -> Identity | None:
@@ -309,19 +440,7 @@ def _identity_of(path: Path) -> Identity | None:
         found = path.stat()
     except FileNotFoundError:
         return None
-    return (found.st_size, found.st_mtime_ns) if path.is_file() else None
-
-
-@contextmanager
-def _locked(here: Path) -> Iterator[None]:
-    """Keep other processes of this machine from the same place meanwhile."""
-    here.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        with storage.lease(here.with_name(f".{here.name}.mirror.lease")) as ours:
-            if ours:
-                yield
-                return
-        time.sleep(0.5)
+    return found.st_size, found.st_mtime_ns
 
 
 # ---------------------------------------------------------------- an output
@@ -330,85 +449,145 @@ def _locked(here: Path) -> Iterator[None]:
 class _Writer:
     """Fetches an output, then sends what is new until it is left."""
 
-    def __init__(self, remote: _Remote):
-        self.remote, self.mark = remote, uuid.uuid4().hex
+    def __init__(self, store: _Store, mirror: _Mirror):
+        self.store, self.mirror = store, mirror
         self.listed: set[str] = set()
         self.sending: set[str] = set()
         """What may be in the store and is in no list."""
         self.ended_well = False
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._keep_sending, name=f"send to {remote.address}", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._repeat, args=(self._beat, BEAT_SECONDS), daemon=True),
+            threading.Thread(target=self._repeat, args=(self._send, SEND_SECONDS), daemon=True),
+        ]
 
     def __enter__(self) -> _Writer:
-        mark, before = self.remote.recall(), self.remote.read_list()
-        ours = before is not None and before["mark"] == mark
-        if not ours:  # else this machine was the last to write, and perhaps could not send all that it had
-            before = self._without_others(before)
-        self.remote.fetch(None if before is None else set(before["files"]), only_missing=ours)
-        self.listed = set(self.remote.known) if before is None else set(before["files"])
-        self.sending = set() if before is None else set(before["sending"])
-        self.remote.remember(self.mark)
-        self._write_list(alive=True)
-        self._thread.start()
+        self._claim()
+        self._threads[0].start()
+        try:
+            self._fetch()
+        except BaseException:
+            self._stop_threads()
+            self._release()
+            raise
+        self._threads[1].start()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self._done.set()
-        self._thread.join()
-        try:
-            self._send()
-            self._write_list(alive=False)
-        except SelftrainError as failure:
-            kept = f"{failure}; what was made is in {self.remote.here}"
-            if self.ended_well:
-                raise type(failure)(kept) from failure
-            print(f"not sent: {kept}", file=sys.stderr)  # beside the error that the body ended by
-
-    def _without_others(self, found: dict[str, Any] | None) -> dict[str, Any] | None:
-        """The list of files, once nobody else writes."""
-        began, now = time.monotonic(), found
-        while now is not None and now["writer"] and time.monotonic() - began < SILENT_SECONDS:
-            if found is not None and now["beat"] != found["beat"]:
-                raise UnavailableError(f"{self.remote.address}: {now['writer']} writes there; wait for it")
-            time.sleep(min(SEND_SECONDS, SILENT_SECONDS) / 4)
-            now = self.remote.read_list()
-        return now
-
-    def _keep_sending(self) -> None:
-        while not self._done.wait(SEND_SECONDS):
+        with listening_to_sigterm(lambda: None):  # what ends the work does not end its being sent
+            self._done.set()
+            self._threads[1].join()
             try:
                 self._send()
-                self._write_list(alive=True)
-            except SelftrainError as error:  # the network may come back, and the last attempt is made at the end
-                print(f"not sent yet: {error}", file=sys.stderr)
+                self._stop_threads()
+                self._release()
+            except SelftrainError as failure:
+                self._stop_threads()
+                kept = f"{failure}; what was made is in {self.mirror.here}"
+                if self.ended_well:
+                    raise type(failure)(kept) from failure
+                print(f"not sent: {kept}", file=sys.stderr)  # beside the error that the body ended by
+
+    def _stop_threads(self) -> None:
+        self._done.set()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+
+    # Who writes
+
+    def _claim(self) -> None:
+        began, first = time.monotonic(), self.store.read(self.store.writer_key)
+        now = first
+        while now is not None and now["writer"] and now["mark"] != self.mirror.mark:
+            if first is not None and now["beat"] != first["beat"]:
+                raise UnavailableError(f"{self.store.address}: {now['writer']} writes there; wait for it")
+            if time.monotonic() - began > SILENT_SECONDS:
+                break
+            time.sleep(min(BEAT_SECONDS, SILENT_SECONDS) / 4)
+            now = self.store.read(self.store.writer_key)
+        self._say("me")
+        time.sleep(SETTLE_SECONDS)
+        self._require_claim()
+
+    def _say(self, who: str) -> None:
+        writer = f"process {os.getpid()} on {platform.node()}" if who else ""
+        self.store.write(self.store.writer_key, {"writer": writer, "mark": self.mirror.mark, "beat": time.time()})
+
+    def _release(self) -> None:
+        self._require_claim()
+        self._say("")
+
+    def _require_claim(self) -> None:
+        found = self.store.read(self.store.writer_key)
+        if found is None or found["mark"] != self.mirror.mark:
+            who = "nobody" if found is None else found["writer"] or "another machine"
+            raise UnavailableError(f"{self.store.address}: {who} has taken over from this process")
+
+    def _beat(self) -> None:
+        self._require_claim()
+        self._say("me")
+
+    def _repeat(self, action: Callable[[], None], seconds: float) -> None:
+        while not self._done.wait(seconds):
+            try:
+                action()
+            except Exception as error:  # it is tried again, at the end for the last time, and raised then
+                print(f"{self.store.address}: not sent yet ({_one_line(error)})", file=sys.stderr)
+
+    # What is written
+
+    def _fetch(self) -> None:
+        listing, there = self.store.read(self.store.list_key), self.store.listed_objects()
+        if listing is not None and listing["mark"] == self.mirror.mark and (there or not listing["files"]):
+            self.mirror.take(there, only_missing=True)
+        else:
+            self.mirror.put_unsent_aside()
+            self.mirror.take(there)
+        self.listed = set(there)
+        self.sending = set() if listing is None else set(listing["sending"]) - self.listed
+        self._write_list()
+
+    def _write_list(self) -> None:
+        self._require_claim()
+        content = {"files": sorted(self.listed), "sending": sorted(self.sending), "mark": self.mirror.mark}
+        self.store.write(self.store.list_key, content)
 
     def _send(self) -> None:
-        """Bring the store up to what is here; the list is written when all of one moment has arrived."""
-        whole = False
-        while not whole:
-            now, known = self.remote.here_now(), self.remote.known
-            new = {key: identity for key, identity in now.items() if key not in known or known[key][1] != identity}
-            if unlisted := new.keys() - self.listed - self.sending:
-                self.sending |= unlisted
-                self._write_list(alive=True)
-            vanished = [key for key, identity in new.items() if not self.remote.send(key, identity)]
-            whole = not vanished
-        gone = (self.listed | self.sending) - now.keys()
-        if new or gone:
-            self.listed, self.sending = set(now), gone
-            self._write_list(alive=True)
-            self.remote.remove(sorted(gone))
+        """Bring the store up to what is here at one moment: new files, then the list, then changed ones."""
+        while True:
+            if not self.mirror.note.exists():
+                raise UnavailableError(f"{self.mirror.here}: was removed while work went on in it")
+            now, known = self.mirror.files(), self.mirror.known
+            changed = sorted(key for key, identity in now.items() if key not in known or known[key][1] != identity)
+            new = [key for key in changed if key not in self.listed]
+            if set(new) - self.sending:
+                self.sending |= set(new)
+                self._write_list()
+            if self._sent(new, now):
+                break
+        gone = sorted((self.listed | self.sending) - now.keys())
+        if new:
+            self.listed |= set(new)
+            self.sending -= self.listed
+            self._write_list()
+        old = sorted(set(changed) - set(new), key=lambda key: (Path(key).suffix in _POINTERS, key))
+        self._sent(old, now)
+        if gone:
+            self.listed, self.sending = self.listed & now.keys(), set(gone)
+            self._write_list()
+            self.store.remove(gone)
             self.sending = set()
-            self.remote.known = {key: known[key] for key in now}
-            self.remote.remember(self.mark)
+        if changed or gone:
+            self.mirror.known = {key: known for key, known in self.mirror.known.items() if key in now}
+            self.mirror.remember()
 
-    def _write_list(self, *, alive: bool) -> None:
-        self.remote.write_list(
-            {
-                "files": sorted(self.listed),
-                "sending": sorted(self.sending),
-                "writer": f"process {os.getpid()} on {platform.node()}" if alive else "",
-                "mark": self.mark,
-                "beat": time.time(),
-            }
-        )
+    def _sent(self, keys: list[str], now: Mapping[str, Identity]) -> bool:
+        """Send these files; returns whether all were still there."""
+        files, vanished = self.mirror.outgoing(keys)
+        if files:
+            self._require_claim()
+            self.store.put(files)
+            there = self.store.objects()
+            self.mirror.known |= {key: (there[key], now[key]) for key in files if key in there}
+        return not vanished

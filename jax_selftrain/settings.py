@@ -23,6 +23,7 @@ import yaml
 
 from jax_selftrain import storage
 from jax_selftrain.errors import InputError
+from jax_selftrain.mirrors import named
 
 Config = TypeVar("Config")
 
@@ -49,7 +50,10 @@ def from_dict(cls: type[Config], data: Mapping[str, Any], *, where: str) -> Conf
 
 
 def to_dict(obj: Any) -> dict[str, Any]:
-    """A dataclass as plain data (nested dicts, lists, scalars), fields in their order; `from_dict` turns it back."""
+    """A dataclass as plain data (nested dicts, lists, scalars), fields in their order; `from_dict` turns it back.
+
+    Addresses in object storage stand in it, not the folders that stand for them here.
+    """
     return {field.name: _plain(getattr(obj, field.name)) for field in dataclasses.fields(obj)}
 
 
@@ -290,7 +294,7 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return os.fspath(value) if isinstance(value, Path) else value
+    return named(os.fspath(value)) if isinstance(value, str | Path) else value
 
 
 def _map_text(value: Any, change: Any) -> Any:

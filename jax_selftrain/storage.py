@@ -33,6 +33,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jax_selftrain.errors import InputError
+from jax_selftrain.mirrors import named
 
 PathLike = str | os.PathLike[str]
 
@@ -183,12 +184,15 @@ def write_text(path: PathLike, text: str) -> None:
 
 
 def write_json(path: PathLike, obj: Any) -> None:
-    """Commit plain data as indented JSON with sorted keys: equal data gives equal bytes. NaN is a ValueError."""
+    """Commit plain data as indented JSON with sorted keys: equal data gives equal bytes. NaN is a ValueError.
+
+    Addresses in object storage stand in it, not the folders that stand for them here.
+    """
     try:
         text = json.dumps(obj, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    write_text(path, text + "\n")
+    write_text(path, named(text) + "\n")
 
 
 def read_json(path: PathLike) -> Any:
@@ -233,9 +237,13 @@ _ASIDE_NAME = re.compile(
 )
 
 
+DISCARDED = ".discarded-"
+"""Begins the name of a folder that is being removed."""
+
+
 def is_passing(name: str) -> bool:
-    """Whether a file or folder of this name is a lease, or what somebody is writing aside."""
-    return name.endswith(".lease") or _ASIDE_NAME.fullmatch(name) is not None
+    """Whether a file or folder of this name is a lease, or is being written aside or removed."""
+    return name.endswith(".lease") or name.startswith(DISCARDED) or _ASIDE_NAME.fullmatch(name) is not None
 
 
 def _aside(target: Path, kind: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from process_group import ROOT
 from jax_selftrain import cli, remote, storage
 from jax_selftrain.config import ArmConfig, RunConfig, SampleConfig, ScoreConfig, StudyConfig
 from jax_selftrain.errors import InputError, Stopped, UnavailableError
+from jax_selftrain.mirrors import named
 
 OUT = "memory://bucket/work/out"
 
@@ -32,8 +34,8 @@ def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> MemoryFileSystem:
     MemoryFileSystem.store.clear()
     MemoryFileSystem.pseudo_dirs[:] = [""]
     another_machine(monkeypatch, tmp_path / "first")
-    monkeypatch.setattr(remote, "SEND_SECONDS", 0.05)
-    monkeypatch.setattr(remote, "SILENT_SECONDS", 0.4)
+    for name, seconds in {"SEND": 0.05, "BEAT": 0.05, "SILENT": 0.5, "SETTLE": 0.02}.items():
+        monkeypatch.setattr(remote, f"{name}_SECONDS", seconds)
     return fsspec.filesystem("memory")
 
 
@@ -43,7 +45,7 @@ def another_machine(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
 
 def contents(store: MemoryFileSystem) -> dict[str, bytes]:
     """What is in the store of the output, but for the list of files."""
-    names = [name for name in store.find("/bucket/work") if not name.endswith(".files.json")]
+    names = [name for name in store.find("/bucket/work") if "/." not in name]
     return {name.removeprefix("/bucket/work/"): store.cat_file(name) for name in names}
 
 
@@ -59,7 +61,7 @@ def test_inputs_are_fetched_wherever_they_stand(store: MemoryFileSystem):
         task, _, file = here.score.tasks[1].partition(":")
         assert (task, Path(file).read_bytes()) == ("piqa", b"q")
         assert here == replace(config, model=here.model, score=replace(config.score, tasks=here.score.tasks))
-        assert remote.named(f"{here.model}: damaged") == "memory://bucket/model: damaged"
+        assert named(f"{here.model}: damaged") == "memory://bucket/model: damaged"
     study = StudyConfig(out="x", arms=(ArmConfig(name="real", text="memory://bucket/piqa.jsonl"),))
     with remote.brought_here(study) as there:
         assert Path(there.arms[0].text).read_bytes() == b"q"
@@ -70,9 +72,12 @@ def test_only_what_has_changed_is_fetched_again(store: MemoryFileSystem, monkeyp
     folder = remote.fetched("memory://bucket/texts")
     asked: list[str] = []
     get = MemoryFileSystem.get_file
-    monkeypatch.setattr(
-        MemoryFileSystem, "get_file", lambda self, path, *rest, **more: asked.append(path) or get(self, path, *rest)
-    )
+
+    def counted(self, path, *rest, **more):
+        asked.append(path)
+        get(self, path, *rest, **more)
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", counted)
     assert remote.fetched("memory://bucket/texts") == folder
     assert asked == []
     store.pipe("/bucket/texts/two", b"II")
@@ -84,11 +89,11 @@ def test_only_what_has_changed_is_fetched_again(store: MemoryFileSystem, monkeyp
 
 
 def test_files_beside_a_result_come_with_it(store: MemoryFileSystem):
-    for name in ("base.json", "base.requests.parquet", "base2.json", "base"):
+    beside = ("base.json", "base.requests.parquet", "base.parts/0.npy", "base.seed1.json", "base2.json", "base")
+    for name in beside:
         store.pipe(f"/bucket/scores/{name}", name.encode())
     file = remote.fetched("memory://bucket/scores/base.json")
-    visible = [path.name for path in file.parent.iterdir() if not path.name.startswith(".")]
-    assert sorted(visible) == ["base.json", "base.requests.parquet"]
+    assert sorted(path.name for path in file.parent.iterdir()) == ["base.json", "base.parts", "base.requests.parquet"]
 
 
 def test_an_output_is_sent_while_it_is_made_and_another_machine_goes_on_with_it(
@@ -189,22 +194,127 @@ def test_what_could_not_be_sent_is_sent_by_the_same_command(store: MemoryFileSys
 def test_a_second_writer_is_refused_while_the_first_one_lives(
     store: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
+    put = MemoryFileSystem.put_file
+
+    def slow(self, *arguments, **more):
+        time.sleep(2 * remote.SILENT_SECONDS)
+        put(self, *arguments, **more)
+
     with remote.sent_back(OUT) as folder:
         folder.mkdir()
         (folder / "shard").write_text("whole")
         another_machine(monkeypatch, tmp_path / "second")
+        monkeypatch.setattr(MemoryFileSystem, "put_file", slow)  # while it sends, too
         with (
             pytest.raises(UnavailableError, match=rf"process {os.getpid()} on .* writes there"),
             remote.sent_back(OUT),
         ):
             pytest.fail("two writers")
-    left = json.loads(store.cat_file("/bucket/work/.out.files.json")) | {"writer": "process 1 on a lost machine"}
-    store.pipe("/bucket/work/.out.files.json", json.dumps(left).encode())
+    monkeypatch.setattr(MemoryFileSystem, "put_file", put)
+    lost = {"writer": "process 1 on a lost machine", "mark": "another", "beat": 1.0}
+    store.pipe("/bucket/work/.out.writer.json", json.dumps(lost).encode())
     another_machine(monkeypatch, tmp_path / "third")
     began = time.monotonic()
     with remote.sent_back(OUT) as folder:
         assert time.monotonic() - began > remote.SILENT_SECONDS
         assert (folder / "shard").read_text() == "whole"
+
+
+def test_who_was_taken_over_from_changes_nothing_any_more(
+    store: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    def work() -> None:
+        with remote.sent_back(OUT) as folder:
+            folder.mkdir(exist_ok=True)
+            (folder / "first").write_text("first")
+            wait_for(lambda: "out/first" in listed(store))
+            monkeypatch.setattr(remote, "BEAT_SECONDS", 60.0)
+            taken = {"writer": "process 1 on another machine", "mark": "another", "beat": 1.0}
+            store.pipe("/bucket/work/.out.writer.json", json.dumps(taken).encode())
+            (folder / "late").write_text("late")
+            (folder / "first").unlink()
+
+    with pytest.raises(UnavailableError, match="process 1 on another machine has taken over"):
+        work()
+    assert contents(store) == {"out/first": b"first"}
+
+    store.rm_file("/bucket/work/.out.writer.json")
+    another_machine(monkeypatch, tmp_path / "second")
+    with remote.sent_back(OUT) as folder:
+        (folder / "second").write_text("second")
+    another_machine(monkeypatch, tmp_path / "first")
+    with remote.sent_back(OUT) as folder:
+        assert sorted(path.name for path in folder.iterdir()) == ["first", "second"]
+    said = capfd.readouterr().err
+    assert "1 files of this one, never sent, are in" in said
+    (late,) = (tmp_path / "first").rglob("late")
+    assert late.read_text() == "late"
+
+
+def test_a_store_that_fails_is_not_an_empty_one(store: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch):
+    with remote.sent_back(OUT) as folder:
+        folder.mkdir()
+        (folder / "work").write_text("of hours")
+
+    def dead(self, *arguments, **more):
+        raise ConnectionError("the line is dead")
+
+    with monkeypatch.context() as line:
+        line.setattr(MemoryFileSystem, "info", dead)
+        line.setattr(MemoryFileSystem, "cat_file", dead)
+        with pytest.raises(UnavailableError, match="the line is dead"), remote.sent_back(OUT):
+            pytest.fail("began")
+    assert (folder / "work").read_text() == "of hours"
+    assert contents(store) == {"out/work": b"of hours"}
+
+
+def test_an_output_that_was_deleted_is_started_over(store: MemoryFileSystem, capfd: pytest.CaptureFixture[str]):
+    with remote.sent_back(OUT) as folder:
+        (folder / "model").mkdir(parents=True)
+        (folder / "model" / "weights").write_text("old")
+    store.rm("/bucket/work/out", recursive=True)  # and not the list, which is hidden
+    with remote.sent_back(OUT) as folder:
+        assert not folder.exists(), "not even an empty folder, which would be taken for a finished one"
+    with remote.sent_back(OUT) as folder:
+        (folder / "model").mkdir(parents=True)
+        (folder / "model" / "weights").write_text("new")
+        (folder / "model" / "config").write_text("new")
+    store.rm_file("/bucket/work/out/model/config")
+    with pytest.raises(InputError, match=r"out/model/config is missing, which \.out\.files\.json names"):
+        remote.fetched(OUT)
+
+
+def test_a_mirror_that_is_removed_takes_nothing_with_it(store: MemoryFileSystem, tmp_path: Path):
+    with remote.sent_back(OUT) as folder:
+        folder.mkdir()
+        (folder / "work").write_text("of hours")
+
+    def work() -> None:
+        with remote.sent_back(OUT):
+            shutil.rmtree(tmp_path / "first")
+
+    with pytest.raises(UnavailableError, match="was removed while work went on"):
+        work()
+    assert contents(store) == {"out/work": b"of hours"}
+
+
+def test_sending_survives_folders_that_vanish(store: MemoryFileSystem):
+    with remote.sent_back(OUT) as folder:
+        folder.mkdir()
+        for step in range(150):
+            with storage.commit_folder(folder / f"{step:06d}") as aside:
+                (aside / "weights").write_text(str(step))
+            if step >= 2:
+                shutil.rmtree(folder / f"{step - 2:06d}")
+    assert contents(store) == {"out/000148/weights": b"148", "out/000149/weights": b"149"}
+
+
+def test_no_object_lands_outside_its_folder(store: MemoryFileSystem, tmp_path: Path):
+    MemoryFileSystem.store["/bucket/texts/../../../evil"] = store.open("/bucket/x", "wb")
+    store.pipe("/bucket/texts/good", b"good")
+    with pytest.raises(InputError, match="no place in a folder"):
+        remote.fetched("memory://bucket/texts")
+    assert not list(tmp_path.rglob("evil"))
 
 
 def test_several_processes_are_sent_to_a_mounted_bucket():
@@ -227,6 +337,18 @@ def test_several_processes_are_sent_to_a_mounted_bucket():
 def test_a_mistake_is_told_in_one_sentence(address: str, says: str, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["score", "--model", address, "--tasks", "quick", "--out", "x.json"]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_results_are_files():
+    options = ScoreConfig(model="x", tasks=("quick",), out="memory://bucket/base")
+    with pytest.raises(InputError, match=r"ends in \.json"), remote.brought_here(options):
+        pytest.fail("accepted")
+
+
+def test_other_addresses_are_left_alone():
+    config = RunConfig(model="x", title="after https://arxiv.org/abs/2605.31126")
+    with remote.brought_here(config) as here:
+        assert here == config
 
 
 def test_a_whole_bucket_is_no_output():
@@ -254,9 +376,49 @@ def test_the_command_line_reads_and_writes_addresses(
     there = contents(store)
     assert {name.rpartition("/")[2]: data for name, data in there.items() if name.startswith("out/shard-")} == local
     assert "out/corpus.json" in there
+    assert json.loads(there["out/corpus.json"])["source"]["ref"] == "memory://bucket/model"
     again = cli.main(["sample", "--model", "memory://bucket/model", "--out", OUT, *options, "--seed", "9"])
     assert again == 2
     assert f"{OUT}: was begun with seed = 0" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_another_machine_goes_on_with_a_round(
+    store: MemoryFileSystem,
+    tiny_model: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    store.put(str(tiny_model("llama")), "/bucket/model", recursive=True)
+    store.pipe("/bucket/held-out.jsonl", b'{"text": "a little text"}\n')
+    config = tmp_path / "round.yaml"
+    config.write_text(
+        "model: memory://bucket/model\n"
+        "mesh: data=1\n"
+        "sample: {samples: 8, max_tokens: 8, batch_size: 4}\n"
+        "train: {batch_size: 2, seq_len: 16, steps: 2}\n"
+        "score: {texts: ['memory://bucket/held-out.jsonl']}\n"
+    )
+    command = ["run", "--config", str(config), "--out", OUT]
+    assert cli.main(command) == 0
+    there = contents(store)
+    assert "out/results.json" in there
+    assert str(tmp_path) not in there["out/config.yaml"].decode(), "addresses, not folders of one machine"
+    for name in ("out/results.json", "out/stages/train.json", "out/stages/score-student.json"):
+        store.rm_file(f"/bucket/work/{name}")
+    left = set(listed(store))
+    store.pipe(
+        "/bucket/work/.out.files.json",
+        json.dumps({"files": sorted(left & contents(store).keys()), "sending": [], "mark": "lost"}).encode(),
+    )
+    another_machine(monkeypatch, tmp_path / "second")
+    capsys.readouterr()
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out.strip().endswith(f"report: {OUT}/report.html")
+    now = contents(store)
+    for name in ("out/corpus/corpus.json", "out/train/model/model.json", "out/results.json", "out/report.html"):
+        assert now[name] == there[name], name
 
 
 @pytest.mark.slow
@@ -269,8 +431,8 @@ def test_a_machine_that_is_lost_costs_what_it_had_not_sent(tiny_model: Callable[
 
     def begin(home: str) -> subprocess.Popen[str]:
         code = (
-            "import sys; from jax_selftrain import cli, remote; remote.SEND_SECONDS = 0.1; remote.SILENT_SECONDS = 1.0;"
-            "sys.exit(cli.main(sys.argv[1:]))"
+            "import sys; from jax_selftrain import cli, remote; remote.SEND_SECONDS = remote.BEAT_SECONDS = 0.1;"
+            "remote.SILENT_SECONDS = 1.0; sys.exit(cli.main(sys.argv[1:]))"
         )
         environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / home), "PYTHONPATH": str(ROOT)}
         return subprocess.Popen(

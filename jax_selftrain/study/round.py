@@ -32,6 +32,7 @@ from jax_selftrain import hub, settings, storage
 from jax_selftrain.config import ExtractConfig, RunConfig, ScoreConfig, TrainConfig
 from jax_selftrain.corpus import open_corpus, read_mix
 from jax_selftrain.errors import InputError, UnavailableError
+from jax_selftrain.mirrors import named
 from jax_selftrain.processes import from_process_0
 from jax_selftrain.sampling import sample
 from jax_selftrain.scoring import extract, extraction_fingerprints, score
@@ -149,7 +150,7 @@ def _model_marks(ref: str) -> dict[str, str]:
 
 
 def _mix_marks(options: TrainConfig) -> dict[str, str]:
-    return {f"mixed corpus {folder}": open_corpus(folder).fingerprint for folder, _ in read_mix(options.mix)}
+    return {f"mixed corpus {named(folder)}": open_corpus(folder).fingerprint for folder, _ in read_mix(options.mix)}
 
 
 def _file_marks(options: ScoreConfig) -> dict[str, str]:
@@ -157,7 +158,7 @@ def _file_marks(options: ScoreConfig) -> dict[str, str]:
     marks = {}
     for path in map(Path, [*paths, *options.texts]):
         for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
-            marks[str(file)] = storage.sha256_file(file)
+            marks[named(str(file))] = storage.sha256_file(file)
     return marks
 
 

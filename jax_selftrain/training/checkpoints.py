@@ -214,17 +214,16 @@ def clean(run: Path) -> None:
     """Remove what a killed process left half written or half deleted. Only the holder of the run's lease may."""
     storage.clean_leftovers(run)
     storage.clean_leftovers(run / "steps")
-    for folder in (run / "steps").glob(f"{_DISCARDED}*"):
+    for folder in (run / "steps").glob(f"{storage.DISCARDED}*"):
         shutil.rmtree(folder)
 
 
-_DISCARDED = ".discarded-"
 _DAMAGED = "the checkpoint is damaged"
 
 
 def _discard(folder: Path) -> None:
     """Delete a checkpoint such that a kill on the way leaves no folder that looks like one."""
-    hidden = folder.with_name(_DISCARDED + folder.name)
+    hidden = folder.with_name(storage.DISCARDED + folder.name)
     folder.rename(hidden)
     shutil.rmtree(hidden)
 
