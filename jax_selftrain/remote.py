@@ -559,26 +559,25 @@ class _Writer:
             if not self.mirror.note.exists():
                 raise UnavailableError(f"{self.mirror.here}: was removed while work went on in it")
             now, known = self.mirror.files(), self.mirror.known
-            changed = sorted(key for key, identity in now.items() if key not in known or known[key][1] != identity)
-            new = [key for key in changed if key not in self.listed]
-            if set(new) - self.sending:
-                self.sending |= set(new)
+            changed = {key for key, identity in now.items() if key not in known or known[key][1] != identity}
+            new = now.keys() - self.listed
+            if new - self.sending:
+                self.sending |= new
                 self._write_list()
-            if self._sent(new, now):
+            if self._sent(sorted(new & changed), now):
                 break
         gone = sorted((self.listed | self.sending) - now.keys())
         if new:
-            self.listed |= set(new)
+            self.listed |= new
             self.sending -= self.listed
             self._write_list()
-        old = sorted(set(changed) - set(new), key=lambda key: (Path(key).suffix in _POINTERS, key))
-        self._sent(old, now)
+        self._sent(sorted(changed - new, key=lambda key: (Path(key).suffix in _POINTERS, key)), now)
         if gone:
             self.listed, self.sending = self.listed & now.keys(), set(gone)
             self._write_list()
             self.store.remove(gone)
             self.sending = set()
-        if changed or gone:
+        if new or changed or gone:
             self.mirror.known = {key: known for key, known in self.mirror.known.items() if key in now}
             self.mirror.remember()
 
