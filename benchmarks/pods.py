@@ -65,9 +65,16 @@ def first_that_fits(size: str, topology: str, stage: str) -> dict[str, Any]:
             row = estimate
             continue
         (row,) = plan(config)["rows"]
+        if stage == "train":
+            row["received_by_formula"] = received(estimate)
         if row["fits"]:
             break
     return row
+
+
+def received(row: dict[str, Any]) -> float:
+    """Bytes that reach each chip in one execution."""
+    return sum(one["received"] for one in row["collectives"])
 
 
 def of_the_same_host(rows: dict[str, dict[str, Any]], size: str, topology: str, stage: str) -> dict[str, Any] | None:
@@ -92,6 +99,12 @@ def tables(rows: dict[str, dict[str, Any]]) -> Iterator[str]:
         for size in sizes:
             cells = [_cell(rows.get(f"{size} {topology} {stage}")) for topology in TOPOLOGIES]
             yield f"| {size.removeprefix('pythia-')} | {' | '.join(cells)} |"
+    yield "\n**train, received by each chip in a step**: GB by the formula; compiled, as a multiple of it\n"
+    yield f"| | {' | '.join(TOPOLOGIES)} |"
+    yield "|---" * (len(TOPOLOGIES) + 1) + "|"
+    for size in sizes:
+        cells = [_received_cell(rows.get(f"{size} {topology} train")) for topology in TOPOLOGIES]
+        yield f"| {size.removeprefix('pythia-')} | {' | '.join(cells)} |"
     yield "\n**The smallest of these slices that fits**\n"
     yield f"| | {' | '.join(STAGES)} |"
     yield "|---" * (len(STAGES) + 1) + "|"
@@ -114,6 +127,13 @@ def _cell(row: dict[str, Any] | None) -> str:
     micro = row["setting"].get("grad_accum", 1)
     shape = mesh + (f", {micro} micro-batches" if micro > 1 else "")
     return f"{row['memory']['total'] / GIB:.1f}; {shape}; {row['tokens_per_second']:,.0f}"
+
+
+def _received_cell(row: dict[str, Any] | None) -> str:
+    if row is None or not row["fits"]:
+        return "" if row is None else "—"
+    formula = row["received_by_formula"]
+    return f"{formula / 1e9:,.2f}; {received(row) / formula:.3f}"
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,11 @@ def write_tasks(folder: Path, tasks: Sequence[Mapping[str, Any]]) -> Path:
     return folder
 
 
-def published_sets(data: Path, folder: Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """LAMBADA, PIQA, ARC-Easy and the eight BLiMP sets of the folder of real data, cut to so many documents each."""
+def published_sets(
+    data: Path, folder: Path, limit: int | None = None, fits: Callable[[str], bool] = lambda text: True
+) -> list[dict[str, Any]]:
+    """LAMBADA, PIQA, ARC-Easy and the eight BLiMP sets of the folder of real data, cut to so many documents each; of PIQA
+    without those that have a choice which does not fit."""
 
     def rows(file: str) -> list[dict[str, Any]]:
         lines = (data / "benchmarks" / file).read_text().splitlines()
@@ -64,6 +67,7 @@ def published_sets(data: Path, folder: Path, limit: int | None = None) -> list[d
 
     labels = (data / "benchmarks/piqa_valid-labels.lst").read_text().split()
     piqa = [row | {"label": int(label)} for row, label in zip(rows("piqa_valid.jsonl"), labels, strict=False)]
+    piqa = [row for row in piqa if fits(f" {row['sol1']}") and fits(f" {row['sol2']}")]
     last_word = {
         "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}",
         "doc_to_target": "{{' '+text.split(' ')[-1]}}",
