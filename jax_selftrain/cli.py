@@ -110,7 +110,8 @@ def _main(words: list[str]) -> int:
             print(said)
         return 0
     except SelftrainError as error:
-        print(f"{program}: error: {named(' '.join(str(error).split()))}", file=sys.stderr)
+        said = " ".join(str(error).split())
+        print(f"{program}: error: {said if error.names_folders else named(said)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)

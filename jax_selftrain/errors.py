@@ -9,6 +9,8 @@ class SelftrainError(Exception):
     """Base of the errors that the command line turns into one line and an exit code."""
 
     exit_code = 1
+    names_folders = False
+    """Whether its sentence is about folders of this machine, where otherwise addresses in object storage stand."""
 
 
 class InputError(SelftrainError):

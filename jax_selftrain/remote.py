@@ -29,7 +29,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,6 +62,8 @@ _IDENTITIES = (("etag",), ("ETag",), ("md5Hash",), ("generation",), ("size", "mt
 """What stores say of an object that changes when its content does: the first of these that are there."""
 _COPIED_BYTES = 16 << 20
 """Files up to this size are copied before they are sent, since logs may grow meanwhile."""
+_BATCH = 500
+"""Files that are sent, or removed, between two looks whether this process is still the writer."""
 _POINTERS = (".json", ".yaml", ".html")
 """Files that speak of others, and are sent after them."""
 
@@ -95,10 +97,11 @@ def brought_here(options: Options, *, alone: bool = True) -> Iterator[Options]:
     def stop() -> None:
         raise Stopped("stopped; what was finished stays, run the same command again to go on")
 
+    here = _with_inputs_here(dataclasses.replace(options, **dict.fromkeys(written, "")))  # type: ignore[type-var]
     with ExitStack() as stack:
         places = {name: str(stack.enter_context(sent_back(address))) for name, address in written.items()}
         stack.enter_context(listening_to_sigterm(stop) if written else nullcontext())
-        yield _with_inputs_here(dataclasses.replace(options, **places))  # type: ignore[type-var]
+        yield dataclasses.replace(here, **places)
 
 
 def _with_inputs_here(value: Any) -> Any:
@@ -125,7 +128,7 @@ def fetched(address: str) -> Path:
     store = _Store(address)
     mirror = _Mirror(store, "in")
     with mirror.locked():
-        there = store.listed_objects()
+        there = store.listed_objects(within_others=True)
         if not there:
             raise InputError(f"{address}: no such file or folder")
         mirror.take(there)
@@ -217,21 +220,52 @@ class _Store:
             if folder == self.parent and self.belongs(name)
         ]
 
-    def listed_objects(self) -> dict[str, str]:
+    def listed_objects(self, *, within_others: bool = False) -> dict[str, str]:
         """Of `objects`, those that the list of files names; all of them where there is no list.
+
+        Args:
+          within_others: also go by the list of an output that the address lies in.
 
         Raises:
           InputError: one of them is missing.
         """
-        listing, there = self.read(self.list_key), self.objects()
-        if listing is None or there.keys().isdisjoint(listing["files"]):
-            return {} if listing is not None and listing["files"] else there
-        if missing := sorted(set(listing["files"]) - there.keys()):
+        listed, there = self._listed(within_others), self.objects()
+        if listed is None:
+            return there
+        if there.keys().isdisjoint(listed):
+            return {}  # deleted, to be made anew
+        if missing := sorted(listed - there.keys()):
             raise InputError(
                 f"{self.address}: {missing[0]} is missing, which {self.list_key} names; put it back, or delete the "
                 "output and start over"
             )
-        return {key: there[key] for key in listing["files"]}
+        return {key: there[key] for key in there if key in listed}
+
+    def _listed(self, within_others: bool) -> set[str] | None:
+        parent, name = self.parent, self.name
+        while name:
+            content = self.read_list(f"{parent}/.{name}.files.json")
+            if content is not None:
+                start = f"{self.parent}/"
+                paths = [f"{parent}/{key}" for key in content["files"]]
+                keys = [path[len(start) :] for path in paths if path.startswith(start)]
+                return {key for key in keys if self.belongs(key.partition("/")[0])}
+            parent, _, name = parent.rpartition("/") if within_others else ("", "", "")
+        return None
+
+    def read_list(self, path: str = "") -> dict[str, Any] | None:
+        """The list of files, this address's own unless another one is named."""
+        content = self._read(path or self.at(self.list_key))
+        if content is not None and not {"files", "sending", "mark"} <= content.keys():
+            raise InputError(f"{path or self.list_key}: is no list of files; delete it and the output to start over")
+        return content
+
+    def read_writer(self) -> dict[str, Any] | None:
+        """Who writes."""
+        content = self._read(self.at(self.writer_key))
+        if content is not None and not {"writer", "id", "mark", "scope", "beat"} <= content.keys():
+            raise InputError(f"{self.address}: {self.writer_key} does not say who writes; delete it")
+        return content
 
     def get(self, keys: list[str], folder: Path) -> None:
         with self.reached():
@@ -252,13 +286,18 @@ class _Store:
                 except FileNotFoundError:
                     continue  # it never arrived
 
-    def read(self, key: str) -> dict[str, Any] | None:
+    def _read(self, path: str) -> dict[str, Any] | None:
         with self.reached():
             self.files.invalidate_cache()
             try:
-                return json.loads(self.files.cat_file(self.at(key)))
+                data = self.files.cat_file(path)
             except FileNotFoundError:
                 return None
+        try:
+            content = json.loads(data)
+        except ValueError as error:
+            raise InputError(f"{self.address}: {path} is damaged ({error}); delete it") from error
+        return content if isinstance(content, dict) else {}
 
     def write(self, key: str, content: Mapping[str, Any]) -> None:
         with self.reached():
@@ -356,7 +395,7 @@ class _Mirror:
             if (identity := _identity_of(path)) is not None:
                 found[path.relative_to(self.here.parent).as_posix()] = identity
 
-        for root in self.here.parent.iterdir():
+        for root in self.here.parent.iterdir() if self.here.parent.is_dir() else ():
             if self.store.belongs(root.name) and not root.is_dir():
                 see(root)
             elif self.store.belongs(root.name):
@@ -372,14 +411,16 @@ class _Mirror:
 
         Args:
           there: what belongs to it, and what the store says of each.
-          only_missing: leave alone what is here.
+          only_missing: leave alone what is here, and what was removed here.
         """
         incoming = self.state / "incoming"
         shutil.rmtree(incoming, ignore_errors=True)  # of one that was interrupted
-        self.known = {key: known for key, known in self.known.items() if there.get(key) == known[0]}
-        here = self.files()
-        same = here.keys() if only_missing else {key for key in here if self._is_known(key, here[key])}
-        wanted = [key for key in there if key not in same]
+        here, before = self.files(), self.known
+        self.known = {key: known for key, known in before.items() if there.get(key) == known[0]}
+        if only_missing:  # what was here and is no more has been removed here, unless all is gone
+            wanted = [key for key in there if key not in here and not (here and key in before)]
+        else:
+            wanted = [key for key in there if key not in here or not self._is_known(key, here[key])]
         if wanted:
             self.store.get(wanted, incoming)
         if not only_missing:
@@ -400,9 +441,10 @@ class _Mirror:
 
     def _prune(self) -> None:
         """Remove folders that have become empty: a folder that is there is taken for finished."""
-        for folder, _, _ in os.walk(self.here, topdown=False):
-            if not any(Path(folder).iterdir()):
-                Path(folder).rmdir()
+        for root in [path for path in self.here.parent.iterdir() if self.store.belongs(path.name)]:
+            for folder, _, _ in os.walk(root, topdown=False):
+                if not any(Path(folder).iterdir()):
+                    Path(folder).rmdir()
 
     def put_unsent_aside(self) -> None:
         """Keep what is here and was never sent where nothing overwrites it, and say so."""
@@ -431,6 +473,8 @@ class _Mirror:
                 found[key] = path
             except FileNotFoundError:
                 vanished.append(key)
+            except OSError:  # no room for a copy
+                found[key] = path
         return found, vanished
 
 
@@ -450,143 +494,180 @@ class _Writer:
     """Fetches an output, then sends what is new until it is left."""
 
     def __init__(self, store: _Store, mirror: _Mirror):
-        self.store, self.mirror = store, mirror
+        self.store, self.mirror, self.id = store, mirror, uuid.uuid4().hex
         self.listed: set[str] = set()
         self.sending: set[str] = set()
         """What may be in the store and is in no list."""
+        self.marked = False
+        """Whether the list says that this mirror was the last to write."""
         self.ended_well = False
-        self._done = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._repeat, args=(self._beat, BEAT_SECONDS), daemon=True),
-            threading.Thread(target=self._repeat, args=(self._send, SEND_SECONDS), daemon=True),
-        ]
+        self._beating = _Repeated(self._beat, BEAT_SECONDS, store.address)
+        self._sending = _Repeated(self._send, SEND_SECONDS, store.address)
 
     def __enter__(self) -> _Writer:
-        self._claim()
-        self._threads[0].start()
+        self._wait_for_others()
         try:
+            self._say(True)
+            time.sleep(SETTLE_SECONDS)
+            self._require_claim()
+            self._beating.start()
             self._fetch()
         except BaseException:
-            self._stop_threads()
             self._release()
             raise
-        self._threads[1].start()
+        self._sending.start()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         with listening_to_sigterm(lambda: None):  # what ends the work does not end its being sent
-            self._done.set()
-            self._threads[1].join()
             try:
+                self._sending.stop()
                 self._send()
-                self._stop_threads()
-                self._release()
-            except SelftrainError as failure:
-                self._stop_threads()
-                kept = f"{failure}; what was made is in {self.mirror.here}"
+            except Exception as failure:
+                exact = failure if isinstance(failure, SelftrainError) else UnavailableError(_one_line(failure))
+                kept = type(exact)(f"{exact}; what was made is in {self.mirror.here}")
+                kept.names_folders = True
                 if self.ended_well:
-                    raise type(failure)(kept) from failure
+                    raise kept from failure
                 print(f"not sent: {kept}", file=sys.stderr)  # beside the error that the body ended by
-
-    def _stop_threads(self) -> None:
-        self._done.set()
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join()
+            finally:
+                self._release()
 
     # Who writes
 
-    def _claim(self) -> None:
-        began, first = time.monotonic(), self.store.read(self.store.writer_key)
+    def _wait_for_others(self) -> None:
+        began, first = time.monotonic(), self.store.read_writer()
         now = first
-        while now is not None and now["writer"] and now["mark"] != self.mirror.mark:
-            if first is not None and now["beat"] != first["beat"]:
+        while now is not None and now["writer"] and time.monotonic() - began < SILENT_SECONDS:
+            if (now["mark"], now["scope"]) == (self.mirror.mark, storage.scope()):
+                return  # it was of this machine, and held the mirror, which is now ours: it is dead
+            if first is not None and (now["id"], now["beat"]) != (first["id"], first["beat"]):
                 raise UnavailableError(f"{self.store.address}: {now['writer']} writes there; wait for it")
-            if time.monotonic() - began > SILENT_SECONDS:
-                break
             time.sleep(min(BEAT_SECONDS, SILENT_SECONDS) / 4)
-            now = self.store.read(self.store.writer_key)
-        self._say("me")
-        time.sleep(SETTLE_SECONDS)
-        self._require_claim()
+            now = self.store.read_writer()
 
-    def _say(self, who: str) -> None:
-        writer = f"process {os.getpid()} on {platform.node()}" if who else ""
-        self.store.write(self.store.writer_key, {"writer": writer, "mark": self.mirror.mark, "beat": time.time()})
+    def _say(self, alive: bool) -> None:
+        content = {
+            "writer": f"process {os.getpid()} on {platform.node()}" if alive else "",
+            "id": self.id,
+            "mark": self.mirror.mark,
+            "scope": storage.scope(),
+            "beat": time.time(),
+        }
+        self.store.write(self.store.writer_key, content)
 
     def _release(self) -> None:
-        self._require_claim()
-        self._say("")
+        """Write no more. If that cannot be told, others wait until this process has been silent for long enough."""
+        self._beating.stop()
+        with suppress(SelftrainError):
+            self._require_claim()
+            self._say(False)
 
     def _require_claim(self) -> None:
-        found = self.store.read(self.store.writer_key)
-        if found is None or found["mark"] != self.mirror.mark:
-            who = "nobody" if found is None else found["writer"] or "another machine"
+        found = self.store.read_writer()
+        if found is None:
+            raise UnavailableError(f"{self.store.address}: {self.store.writer_key} was removed while work went on")
+        if found["id"] != self.id:
+            who = found["writer"] or "another process"
             raise UnavailableError(f"{self.store.address}: {who} has taken over from this process")
 
     def _beat(self) -> None:
         self._require_claim()
-        self._say("me")
-
-    def _repeat(self, action: Callable[[], None], seconds: float) -> None:
-        while not self._done.wait(seconds):
-            try:
-                action()
-            except Exception as error:  # it is tried again, at the end for the last time, and raised then
-                print(f"{self.store.address}: not sent yet ({_one_line(error)})", file=sys.stderr)
+        self._say(True)
 
     # What is written
 
     def _fetch(self) -> None:
-        listing, there = self.store.read(self.store.list_key), self.store.listed_objects()
-        if listing is not None and listing["mark"] == self.mirror.mark and (there or not listing["files"]):
+        listing, there = self.store.read_list(), self.store.listed_objects()
+        self.marked = listing is not None and listing["mark"] == self.mirror.mark
+        deleted = listing is not None and listing["files"] and not there
+        if self.marked and not deleted:
             self.mirror.take(there, only_missing=True)
         else:
             self.mirror.put_unsent_aside()
             self.mirror.take(there)
         self.listed = set(there)
         self.sending = set() if listing is None else set(listing["sending"]) - self.listed
-        self._write_list()
+        if listing is None:  # else the mark is left until there is something to send
+            self._write_list()
 
     def _write_list(self) -> None:
         self._require_claim()
         content = {"files": sorted(self.listed), "sending": sorted(self.sending), "mark": self.mirror.mark}
         self.store.write(self.store.list_key, content)
+        self.marked = True
 
     def _send(self) -> None:
         """Bring the store up to what is here at one moment: new files, then the list, then changed ones."""
         while True:
-            if not self.mirror.note.exists():
-                raise UnavailableError(f"{self.mirror.here}: was removed while work went on in it")
             now, known = self.mirror.files(), self.mirror.known
+            if not self.mirror.note.exists() or (self.listed and not now):
+                raise UnavailableError(f"{self.store.address}: its local folder was removed while work went on in it")
             changed = {key for key, identity in now.items() if key not in known or known[key][1] != identity}
             new = now.keys() - self.listed
-            if new - self.sending:
+            if not (self.marked or new or changed or self.listed - now.keys()):
+                return  # nothing to send, so that the mirror that wrote last may go on with what it could not send
+            if new - self.sending or (changed and not self.marked):
                 self.sending |= new
                 self._write_list()
-            if self._sent(sorted(new & changed), now):
+            if self._sent(new & changed, now):
                 break
         gone = sorted((self.listed | self.sending) - now.keys())
         if new:
             self.listed |= new
             self.sending -= self.listed
             self._write_list()
-        self._sent(sorted(changed - new, key=lambda key: (Path(key).suffix in _POINTERS, key)), now)
+        pointers = {key for key in changed - new if Path(key).suffix in _POINTERS}
+        self._sent(changed - new - pointers, now)
+        self._sent(pointers, now)
         if gone:
             self.listed, self.sending = self.listed & now.keys(), set(gone)
             self._write_list()
-            self.store.remove(gone)
+            for batch in _batches(gone):
+                self._require_claim()
+                self.store.remove(batch)
             self.sending = set()
         if new or changed or gone:
             self.mirror.known = {key: known for key, known in self.mirror.known.items() if key in now}
             self.mirror.remember()
 
-    def _sent(self, keys: list[str], now: Mapping[str, Identity]) -> bool:
+    def _sent(self, keys: Iterable[str], now: Mapping[str, Identity]) -> bool:
         """Send these files; returns whether all were still there."""
-        files, vanished = self.mirror.outgoing(keys)
-        if files:
+        whole = True
+        for batch in _batches(sorted(keys)):
+            files, vanished = self.mirror.outgoing(batch)
+            whole = whole and not vanished
             self._require_claim()
             self.store.put(files)
             there = self.store.objects()
             self.mirror.known |= {key: (there[key], now[key]) for key in files if key in there}
-        return not vanished
+        return whole
+
+
+def _batches(keys: list[str]) -> Iterator[list[str]]:
+    for start in range(0, len(keys), _BATCH):
+        yield keys[start : start + _BATCH]
+
+
+class _Repeated:
+    """A thread that does something every few seconds until it is stopped."""
+
+    def __init__(self, action: Callable[[], None], seconds: float, address: str):
+        self.action, self.seconds, self.address = action, seconds, address
+        self._done, self._thread = threading.Event(), threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Returns when what is under way is done; does nothing the second time, or before the start."""
+        self._done.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._done.wait(self.seconds):
+            try:
+                self.action()
+            except Exception as error:  # it is tried again, at the end for the last time, and raised then
+                print(f"{self.address}: not sent yet ({_one_line(error)})", file=sys.stderr)

@@ -434,11 +434,12 @@ class _Process:
 def _this_process() -> _Process:
     pid = os.getpid()  # not cached: a fork is another process
     state = _process_state(pid)
-    return _Process(platform.node(), _scope(), pid, state[1] if state else 0)
+    return _Process(platform.node(), scope(), pid, state[1] if state else 0)
 
 
 @cache
-def _scope() -> str:
+def scope() -> str:
+    """A name for this host since its last start, and PID namespace: within it a process is named by PID and start."""
     parts = [platform.node()]
     boot = Path("/proc/sys/kernel/random/boot_id")
     if boot.exists():
@@ -458,7 +459,7 @@ def _process_state(pid: int) -> tuple[str, int] | None:
 
 def _is_alive(process: _Process) -> bool | None:
     """Whether a process still runs; None if it lives in another scope and cannot be asked."""
-    if process.scope != _scope():
+    if process.scope != scope():
         return None
     if Path("/proc/self/stat").exists():
         state = _process_state(process.pid)

@@ -55,7 +55,7 @@ def write_tasks(folder: Path, tasks: Sequence[Mapping[str, Any]]) -> Path:
 def published_sets(
     data: Path, folder: Path, limit: int | None = None, fits: Callable[[str], bool] = lambda text: True
 ) -> list[dict[str, Any]]:
-    """LAMBADA, PIQA, ARC-Easy and the eight BLiMP sets of the folder of real data, cut to so many documents each; of PIQA
+    """LAMBADA, PIQA, ARC-Easy and the eight BLiMP sets of the folder of real data, cut to so many documents each; PIQA
     without those that have a choice which does not fit."""
 
     def rows(file: str) -> list[dict[str, Any]]:

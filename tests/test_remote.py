@@ -165,7 +165,8 @@ def test_half_a_folder_is_never_taken_up(store: MemoryFileSystem, monkeypatch: p
     another_machine(monkeypatch, tmp_path / "second")
     with remote.sent_back(OUT) as folder:
         assert [path.name for path in folder.iterdir()] == ["first"]
-    assert contents(store) == {"out/first": b"whole"}, "what was on its way is cleared away"
+        (folder / "third").write_text("whole")
+    assert contents(store) == {"out/first": b"whole", "out/third": b"whole"}, "what was on its way is cleared away"
 
 
 def test_what_could_not_be_sent_is_sent_by_the_same_command(store: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch):
@@ -211,13 +212,54 @@ def test_a_second_writer_is_refused_while_the_first_one_lives(
         ):
             pytest.fail("two writers")
     monkeypatch.setattr(MemoryFileSystem, "put_file", put)
-    lost = {"writer": "process 1 on a lost machine", "mark": "another", "beat": 1.0}
-    store.pipe("/bucket/work/.out.writer.json", json.dumps(lost).encode())
+    other_writer(store, "process 1 on a lost machine")
     another_machine(monkeypatch, tmp_path / "third")
     began = time.monotonic()
     with remote.sent_back(OUT) as folder:
         assert time.monotonic() - began > remote.SILENT_SECONDS
         assert (folder / "shard").read_text() == "whole"
+
+
+def test_a_long_last_send_gives_signs_of_life(store: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    put, sending, refused = MemoryFileSystem.put_file, threading.Event(), []
+
+    def slow(self, *arguments, **more):
+        sending.set()
+        time.sleep(3 * remote.SILENT_SECONDS)
+        put(self, *arguments, **more)
+
+    def intrude() -> None:
+        sending.wait()
+        another_machine(monkeypatch, tmp_path / "second")
+        try:
+            with remote.sent_back(OUT):
+                pass
+        except UnavailableError as error:
+            refused.append(str(error))
+
+    monkeypatch.setattr(remote, "SEND_SECONDS", 60.0)  # nothing is sent before the end
+    monkeypatch.setattr(MemoryFileSystem, "put_file", slow)
+    intruder = threading.Thread(target=intrude)
+    intruder.start()
+    with remote.sent_back(OUT) as folder:
+        folder.mkdir()
+        (folder / "work").write_text("of hours")
+    intruder.join()
+    assert len(refused) == 1
+    assert "writes there" in refused[0]
+    assert contents(store) == {"out/work": b"of hours"}
+
+
+def test_a_copied_home_is_no_second_life(store: MemoryFileSystem):
+    """Who writes from another machine with the same mark is waited for, as anybody."""
+    with remote.sent_back(OUT):
+        pass
+    mark = json.loads(store.cat_file("/bucket/work/.out.writer.json"))["mark"]
+    for scope, waits in ((storage.scope(), False), ("another host", True)):
+        other_writer(store, "process 1", mark=mark, scope=scope)
+        began = time.monotonic()
+        with remote.sent_back(OUT):
+            assert (time.monotonic() - began > remote.SILENT_SECONDS) == waits
 
 
 def test_who_was_taken_over_from_changes_nothing_any_more(
@@ -229,8 +271,7 @@ def test_who_was_taken_over_from_changes_nothing_any_more(
             (folder / "first").write_text("first")
             wait_for(lambda: "out/first" in listed(store))
             monkeypatch.setattr(remote, "BEAT_SECONDS", 60.0)
-            taken = {"writer": "process 1 on another machine", "mark": "another", "beat": 1.0}
-            store.pipe("/bucket/work/.out.writer.json", json.dumps(taken).encode())
+            other_writer(store, "process 1 on another machine")
             (folder / "late").write_text("late")
             (folder / "first").unlink()
 
@@ -249,6 +290,64 @@ def test_who_was_taken_over_from_changes_nothing_any_more(
     assert "1 files of this one, never sent, are in" in said
     (late,) = (tmp_path / "first").rglob("late")
     assert late.read_text() == "late"
+
+
+def test_who_changes_nothing_takes_nothing_over(
+    store: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    with remote.sent_back(OUT) as folder:
+        folder.mkdir()
+        (folder / "first").write_text("first")
+
+    def dead(self, *arguments, **more):
+        raise ConnectionError("the line is dead")
+
+    def work() -> None:
+        with remote.sent_back(OUT) as folder:
+            (folder / "hours").write_text("never sent")
+
+    with monkeypatch.context() as line:
+        line.setattr(MemoryFileSystem, "put_file", dead)
+        with pytest.raises(UnavailableError, match="what was made is in") as caught:
+            work()
+    assert caught.value.names_folders
+    assert str(tmp_path) in str(caught.value)
+    another_machine(monkeypatch, tmp_path / "second")
+    with remote.sent_back(OUT) as folder:
+        assert (folder / "first").exists()
+    another_machine(monkeypatch, tmp_path / "first")
+    with remote.sent_back(OUT) as folder:
+        assert (folder / "hours").read_text() == "never sent"
+    assert contents(store) == {"out/first": b"first", "out/hours": b"never sent"}
+
+
+def test_what_was_removed_here_stays_removed(store: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch):
+    with remote.sent_back(OUT) as folder:
+        folder.mkdir()
+        for step in ("old", "new"):
+            (folder / step).write_text(step)
+    (folder / "old").unlink()  # as a process does that is killed before it can tell the store
+    with remote.sent_back(OUT) as folder:
+        assert [path.name for path in folder.iterdir()] == ["new"]
+    assert contents(store) == {"out/new": b"new"}
+
+
+def test_what_lies_in_an_output_is_read_by_its_list(store: MemoryFileSystem):
+    with remote.sent_back(OUT) as folder:
+        (folder / "model").mkdir(parents=True)
+        (folder / "model" / "weights").write_text("whole")
+    store.pipe("/bucket/work/out/model/half", b"of something else, never listed")
+    found = remote.fetched(f"{OUT}/model")
+    assert [path.name for path in found.iterdir()] == ["weights"]
+    store.rm_file("/bucket/work/out/model/weights")
+    store.pipe(
+        "/bucket/work/.out.files.json", b'{"files": ["out/model/weights", "out/model/half"], "sending": [], "mark": ""}'
+    )
+    with pytest.raises(InputError, match="model/weights is missing"):
+        remote.fetched(f"{OUT}/model")
+    store.pipe("/bucket/work/.out.files.json", b"{}")
+    with pytest.raises(InputError, match="is no list of files"):
+        remote.fetched(f"{OUT}/model")
 
 
 def test_a_store_that_fails_is_not_an_empty_one(store: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch):
@@ -289,13 +388,14 @@ def test_a_mirror_that_is_removed_takes_nothing_with_it(store: MemoryFileSystem,
         folder.mkdir()
         (folder / "work").write_text("of hours")
 
-    def work() -> None:
+    def work(removed: Path) -> None:
         with remote.sent_back(OUT):
-            shutil.rmtree(tmp_path / "first")
+            shutil.rmtree(removed)
 
-    with pytest.raises(UnavailableError, match="was removed while work went on"):
-        work()
-    assert contents(store) == {"out/work": b"of hours"}
+    for removed in (folder, tmp_path / "first"):
+        with pytest.raises(UnavailableError, match="its local folder was removed while work went on"):
+            work(removed)
+        assert contents(store) == {"out/work": b"of hours"}
 
 
 def test_sending_survives_folders_that_vanish(store: MemoryFileSystem):
@@ -460,6 +560,11 @@ def test_a_machine_that_is_lost_costs_what_it_had_not_sent(tiny_model: Callable[
     assert len(shards) == 100
     for name in shards:
         assert (out / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+
+
+def other_writer(store: MemoryFileSystem, name: str, **more: str) -> None:
+    content = {"writer": name, "id": "another", "mark": "another", "scope": "another", "beat": 1.0, **more}
+    store.pipe("/bucket/work/.out.writer.json", json.dumps(content).encode())
 
 
 def listed(store: MemoryFileSystem) -> list[str]:

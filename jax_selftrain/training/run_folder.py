@@ -25,6 +25,7 @@ from jax_selftrain.config import TrainConfig
 from jax_selftrain.corpus import Corpus, Mixture, build_rows, open_corpus, read_mix
 from jax_selftrain.errors import InputError, UnavailableError
 from jax_selftrain.mesh import Layout, make_layout, make_mesh
+from jax_selftrain.mirrors import named
 from jax_selftrain.models import DecoderConfig, axis_sizes
 from jax_selftrain.processes import barrier
 from jax_selftrain.training.hooks import check_evaluation
@@ -275,7 +276,7 @@ def _refuse_other_run(folder: Path, inputs: Inputs) -> None:
 def _refuse_other_mix(folder: Path, before: list[tuple[str, Fraction, str]], inputs: Inputs, remedy: str) -> None:
     """Corpora are compared by share and content, not by name; `before` is (name, share, fingerprint) of each."""
     parts = zip(inputs.corpora, inputs.shares, strict=True)
-    now = [(str(corpus.folder), share, corpus.fingerprint) for corpus, share in parts][1:]
+    now = [(named(str(corpus.folder)), share, corpus.fingerprint) for corpus, share in parts][1:]
     if [entry[1:] for entry in before] == [entry[1:] for entry in now]:
         return
     if [entry[:2] for entry in before] != [entry[:2] for entry in now]:
