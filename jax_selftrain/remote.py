@@ -300,8 +300,14 @@ class _Store:
         return content if isinstance(content, dict) else {}
 
     def write(self, key: str, content: Mapping[str, Any]) -> None:
+        """Replace an object as a whole."""
+        path, data = self.at(key), json.dumps(content, indent=1, sort_keys=True).encode()
         with self.reached():
-            self.files.pipe_file(self.at(key), json.dumps(content, indent=1, sort_keys=True).encode())
+            if self.scheme != "file":
+                self.files.pipe_file(path, data)
+            else:  # where half a file can be seen, other than in object stores
+                self.files.pipe_file(f"{path}.new", data)
+                self.files.mv(f"{path}.new", path)
 
     @contextmanager
     def reached(self) -> Iterator[None]:

@@ -544,7 +544,12 @@ def test_a_machine_that_is_lost_costs_what_it_had_not_sent(tiny_model: Callable[
 
     lost = begin("lost")
     list_file = out.parent / ".corpus.files.json"
-    wait_for(lambda: list_file.exists() and "corpus/timings/shard-000001.json" in list_file.read_text(), seconds=120)
+
+    def has_sent_two_shards() -> bool:
+        there = list_file.exists() and json.loads(list_file.read_text())["files"]
+        return "corpus/timings/shard-000001.json" in (there or ())
+
+    wait_for(has_sent_two_shards, seconds=120)
     lost.send_signal(signal.SIGKILL)
     lost.communicate()
     listed_then = json.loads(list_file.read_text())["files"]
