@@ -11,11 +11,12 @@ from pathlib import Path
 
 
 def mirrors() -> Path:
-    """The folder that holds them: `in/SCHEME/…` of what is read, `out/SCHEME/…` of what is written."""
+    """The folder that holds them: `in/SCHEME/…` of what is read, `out/SCHEME/…` of what is written,
+    `mount/SCHEME/…` of what several processes write."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "jax_selftrain", "mirror")
 
 
 def named(text: str) -> str:
     """The text with addresses in place of the folders that stand for them."""
     local = re.escape(str(mirrors()))
-    return re.sub(rf"{local}/(?:in|out)/(\w+)/", lambda found: f"{found[1]}://{'/' * (found[1] == 'file')}", text)
+    return re.sub(rf"{local}/(?:in|out|mount)/(\w+)/", lambda found: f"{found[1]}://{'/' * (found[1] == 'file')}", text)

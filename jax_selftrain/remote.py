@@ -12,6 +12,8 @@ that has arrived: a machine that is lost while it sends leaves what the list sai
 machine is refused while it changes, and takes over when it has not for two minutes; whoever has been taken over from
 changes nothing any more.
 
+**Several processes** write into one folder that all of them see: each of their machines mounts a bucket of `gs://`.
+
 **Nothing local is lost.** A mirror has a mark, which the list bears when it was the last to write. Then what is here is
 newer than what is there, and stays. Else the store is right, and what is here and was never sent is put aside.
 """
@@ -24,6 +26,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -78,7 +81,8 @@ def brought_here(options: Options, *, alone: bool = True) -> Iterator[Options]:
       alone: whether no other process does the same work.
 
     Raises:
-      InputError: an address cannot be opened, holds nothing, is damaged, or would be written by several processes.
+      InputError: an address cannot be opened, holds nothing or is damaged, or several processes would write to one that
+        is not mounted.
       UnavailableError: another process writes there, or the store cannot be reached. What was made and could not be
         sent stays in the local folder, and the same command goes on with it.
       Stopped: SIGTERM came, where nothing else listens to it; what there is has been sent.
@@ -86,11 +90,6 @@ def brought_here(options: Options, *, alone: bool = True) -> Iterator[Options]:
     given = {name: getattr(options, name, None) for name in OUTPUTS}
     written = {name: text for name, text in given.items() if isinstance(text, str) and _ADDRESS.match(text)}
     for name, address in written.items():
-        if not alone:
-            raise InputError(
-                f"--{name} {address}: several processes write into one folder that all of them see; mount the bucket "
-                "as docs/tpu.md says, and give that folder"
-            )
         if isinstance(options, WRITES_A_FILE) and not address.endswith(".json"):
             raise InputError(f"--{name} {address}: give the name of a file that ends in .json")
 
@@ -99,7 +98,8 @@ def brought_here(options: Options, *, alone: bool = True) -> Iterator[Options]:
 
     here = _with_inputs_here(dataclasses.replace(options, **dict.fromkeys(written, "")))  # type: ignore[type-var]
     with ExitStack() as stack:
-        places = {name: str(stack.enter_context(sent_back(address))) for name, address in written.items()}
+        place = sent_back if alone else mounted
+        places = {name: str(stack.enter_context(place(address))) for name, address in written.items()}
         stack.enter_context(listening_to_sigterm(stop) if written else nullcontext())
         yield dataclasses.replace(here, **places)
 
@@ -150,6 +150,51 @@ def sent_back(address: str) -> Iterator[Path]:
     with mirror.locked(), _Writer(store, mirror) as writer:
         yield mirror.here
         writer.ended_well = True
+
+
+@contextmanager
+def mounted(address: str) -> Iterator[Path]:
+    """The folder of an address in its bucket, which gcsfuse mounts unless it is mounted already, and stays so.
+
+    Raises:
+      InputError: it is no address of Google Cloud Storage, or gcsfuse is not installed.
+      UnavailableError: the bucket cannot be mounted.
+    """
+    scheme, _, rest = address.partition("://")
+    bucket, _, inside = rest.strip("/").partition("/")
+    if scheme != "gs" or shutil.which("gcsfuse") is None:
+        raise InputError(
+            f"{address}: several processes write into one folder that all of them see; "
+            + ("install gcsfuse, which mounts the bucket" if scheme == "gs" else "mount it, and give that folder")
+        )
+    if not inside or ".." in inside.split("/"):
+        raise InputError(f"{address}: is no address of a folder in a bucket")
+    point = mirrors() / "mount" / scheme / bucket
+    with _held(mirrors() / "state" / f"mount-{bucket}.lease", f"gs://{bucket}"):
+        point.mkdir(parents=True, exist_ok=True)
+        if not os.path.ismount(point):
+            command = ["gcsfuse", "--implicit-dirs", bucket, str(point)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                said = " ".join((done.stderr or done.stdout).split())[-300:]
+                raise UnavailableError(f"{address}: gcsfuse cannot mount the bucket ({said})")
+    yield point / inside
+
+
+@contextmanager
+def _held(path: Path, what: str) -> Iterator[None]:
+    """Hold a lease, as soon as no other process of this machine does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    waiting = False
+    while True:
+        with storage.lease(path) as ours:
+            if ours:
+                yield
+                return
+        if not waiting:
+            print(f"waiting for another process that uses {what}", file=sys.stderr)
+        waiting = True
+        time.sleep(0.5)
 
 
 # ---------------------------------------------------------------- there
@@ -353,19 +398,10 @@ class _Mirror:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes that share this place out of it meanwhile."""
-        self.state.mkdir(parents=True, exist_ok=True)
-        waiting = False
-        while True:
-            with storage.lease(self.state / "mirror.lease") as ours:
-                if ours:
-                    self._recall()
-                    self.here.parent.mkdir(parents=True, exist_ok=True)
-                    yield
-                    return
-            if not waiting:
-                print(f"waiting for another process that uses {self.store.address}", file=sys.stderr)
-            waiting = True
-            time.sleep(0.5)
+        with _held(self.state / "mirror.lease", self.store.address):
+            self._recall()
+            self.here.parent.mkdir(parents=True, exist_ok=True)
+            yield
 
     @property
     def note(self) -> Path:
