@@ -24,6 +24,7 @@ from jax_selftrain import cli, remote, storage
 from jax_selftrain.config import ArmConfig, RunConfig, SampleConfig, ScoreConfig, StudyConfig
 from jax_selftrain.errors import InputError, Stopped, UnavailableError
 from jax_selftrain.mirrors import named
+from jax_selftrain.remote import writer
 
 OUT = "memory://bucket/work/out"
 
@@ -35,7 +36,7 @@ def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> MemoryFileSystem:
     MemoryFileSystem.pseudo_dirs[:] = [""]
     another_machine(monkeypatch, tmp_path / "first")
     for name, seconds in {"SEND": 0.05, "BEAT": 0.05, "SILENT": 0.5, "SETTLE": 0.02}.items():
-        monkeypatch.setattr(remote, f"{name}_SECONDS", seconds)
+        monkeypatch.setattr(writer, f"{name}_SECONDS", seconds)
     return fsspec.filesystem("memory")
 
 
@@ -198,7 +199,7 @@ def test_a_second_writer_is_refused_while_the_first_one_lives(
     put = MemoryFileSystem.put_file
 
     def slow(self, *arguments, **more):
-        time.sleep(2 * remote.SILENT_SECONDS)
+        time.sleep(2 * writer.SILENT_SECONDS)
         put(self, *arguments, **more)
 
     with remote.sent_back(OUT) as folder:
@@ -216,7 +217,7 @@ def test_a_second_writer_is_refused_while_the_first_one_lives(
     another_machine(monkeypatch, tmp_path / "third")
     began = time.monotonic()
     with remote.sent_back(OUT) as folder:
-        assert time.monotonic() - began > remote.SILENT_SECONDS
+        assert time.monotonic() - began > writer.SILENT_SECONDS
         assert (folder / "shard").read_text() == "whole"
 
 
@@ -225,7 +226,7 @@ def test_a_long_last_send_gives_signs_of_life(store: MemoryFileSystem, monkeypat
 
     def slow(self, *arguments, **more):
         sending.set()
-        time.sleep(3 * remote.SILENT_SECONDS)
+        time.sleep(3 * writer.SILENT_SECONDS)
         put(self, *arguments, **more)
 
     def intrude() -> None:
@@ -237,7 +238,7 @@ def test_a_long_last_send_gives_signs_of_life(store: MemoryFileSystem, monkeypat
         except UnavailableError as error:
             refused.append(str(error))
 
-    monkeypatch.setattr(remote, "SEND_SECONDS", 60.0)  # nothing is sent before the end
+    monkeypatch.setattr(writer, "SEND_SECONDS", 60.0)  # nothing is sent before the end
     monkeypatch.setattr(MemoryFileSystem, "put_file", slow)
     intruder = threading.Thread(target=intrude)
     intruder.start()
@@ -259,7 +260,7 @@ def test_a_copied_home_is_no_second_life(store: MemoryFileSystem):
         other_writer(store, "process 1", mark=mark, scope=scope)
         began = time.monotonic()
         with remote.sent_back(OUT):
-            assert (time.monotonic() - began > remote.SILENT_SECONDS) == waits
+            assert (time.monotonic() - began > writer.SILENT_SECONDS) == waits
 
 
 def test_who_was_taken_over_from_changes_nothing_any_more(
@@ -270,7 +271,7 @@ def test_who_was_taken_over_from_changes_nothing_any_more(
             folder.mkdir(exist_ok=True)
             (folder / "first").write_text("first")
             wait_for(lambda: "out/first" in listed(store))
-            monkeypatch.setattr(remote, "BEAT_SECONDS", 60.0)
+            monkeypatch.setattr(writer, "BEAT_SECONDS", 60.0)
             other_writer(store, "process 1 on another machine")
             (folder / "late").write_text("late")
             (folder / "first").unlink()
@@ -287,7 +288,7 @@ def test_who_was_taken_over_from_changes_nothing_any_more(
     with remote.sent_back(OUT) as folder:
         assert sorted(path.name for path in folder.iterdir()) == ["first", "second"]
     said = capfd.readouterr().err
-    assert "1 files of this one, never sent, are in" in said
+    assert "1 files of this machine were never sent" in said
     (late,) = (tmp_path / "first").rglob("late")
     assert late.read_text() == "late"
 
@@ -587,8 +588,9 @@ def test_a_machine_that_is_lost_costs_what_it_had_not_sent(tiny_model: Callable[
 
     def begin(home: str) -> subprocess.Popen[str]:
         code = (
-            "import sys; from jax_selftrain import cli, remote; remote.SEND_SECONDS = remote.BEAT_SECONDS = 0.1;"
-            "remote.SILENT_SECONDS = 1.0; sys.exit(cli.main(sys.argv[1:]))"
+            "import sys; from jax_selftrain import cli; from jax_selftrain.remote import writer;"
+            "writer.SEND_SECONDS = writer.BEAT_SECONDS = 0.1; writer.SILENT_SECONDS = 1.0;"
+            "sys.exit(cli.main(sys.argv[1:]))"
         )
         environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / home), "PYTHONPATH": str(ROOT)}
         return subprocess.Popen(
