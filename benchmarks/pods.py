@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,29 +93,28 @@ def of_the_same_host(rows: dict[str, dict[str, Any]], size: str, topology: str, 
 def tables(rows: dict[str, dict[str, Any]]) -> Iterator[str]:
     sizes = [size for size in PYTHIA if any(key.startswith(f"{size} ") for key in rows)]
     for stage in STAGES:
-        yield f"\n**{stage}**: GiB in all on a chip; mesh; tokens/s at the roofline\n"
-        yield f"| | {' | '.join(TOPOLOGIES)} |"
-        yield "|---" * (len(TOPOLOGIES) + 1) + "|"
-        for size in sizes:
-            cells = [_cell(rows.get(f"{size} {topology} {stage}")) for topology in TOPOLOGIES]
-            yield f"| {size.removeprefix('pythia-')} | {' | '.join(cells)} |"
-    yield "\n**train, received by each chip in a step**: GB by the formula; compiled, as a multiple of it\n"
-    yield f"| | {' | '.join(TOPOLOGIES)} |"
-    yield "|---" * (len(TOPOLOGIES) + 1) + "|"
+        title = f"{stage}**: GiB in all on a chip; mesh; tokens/s at the roofline"
+        yield from _table(title, TOPOLOGIES, sizes, lambda size, name, of=stage: _cell(rows.get(f"{size} {name} {of}")))
+    title = "train, received by each chip in a step**: GB by the formula; compiled, as a multiple of it"
+    yield from _table(title, TOPOLOGIES, sizes, lambda size, name: _received_cell(rows.get(f"{size} {name} train")))
+    title = "The smallest of these slices that fits**"
+    yield from _table(title, STAGES, sizes, lambda size, stage: _smallest(rows, size, stage))
+
+
+def _table(title: str, columns: Sequence[str], sizes: Sequence[str], cell: Callable[[str, str], str]) -> Iterator[str]:
+    """A row for each size."""
+    yield f"\n**{title}\n"
+    yield f"| | {' | '.join(columns)} |"
+    yield "|---" * (len(columns) + 1) + "|"
     for size in sizes:
-        cells = [_received_cell(rows.get(f"{size} {topology} train")) for topology in TOPOLOGIES]
-        yield f"| {size.removeprefix('pythia-')} | {' | '.join(cells)} |"
-    yield "\n**The smallest of these slices that fits**\n"
-    yield f"| | {' | '.join(STAGES)} |"
-    yield "|---" * (len(STAGES) + 1) + "|"
-    for size in sizes:
-        smallest = []
-        for stage in STAGES:
-            known = {name: row for name in TOPOLOGIES if (row := rows.get(f"{size} {name} {stage}"))}
-            fitting = [name for name, row in known.items() if row["fits"]]
-            nothing = "none" if len(known) == len(TOPOLOGIES) else ""
-            smallest.append(min(fitting, key=lambda name: machine_of(name).chips, default=nothing))
-        yield f"| {size.removeprefix('pythia-')} | {' | '.join(smallest)} |"
+        yield f"| {size.removeprefix('pythia-')} | {' | '.join(cell(size, column) for column in columns)} |"
+
+
+def _smallest(rows: dict[str, dict[str, Any]], size: str, stage: str) -> str:
+    known = {name: row for name in TOPOLOGIES if (row := rows.get(f"{size} {name} {stage}"))}
+    fitting = [name for name, row in known.items() if row["fits"]]
+    nothing = "none" if len(known) == len(TOPOLOGIES) else ""
+    return min(fitting, key=lambda name: machine_of(name).chips, default=nothing)
 
 
 def _cell(row: dict[str, Any] | None) -> str:

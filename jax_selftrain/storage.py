@@ -6,8 +6,7 @@ byte is named instead of trained on. **Lease**: a small file that says which pro
 when its holder is dead; because commits are atomic and results deterministic, a lease saves double work but
 correctness never hangs on it.
 
-Paths are local or on a shared POSIX file system. A process is identified by host, boot, PID namespace, PID and
-start time, since PIDs repeat (in containers they nearly always do).
+Paths are local or on a shared POSIX file system; what stands for object storage is `remote`.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from fnmatch import fnmatchcase
-from functools import cache
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jax_selftrain.errors import InputError
+from jax_selftrain.identity import Process, is_alive, this_process
 from jax_selftrain.mirrors import named
 
 PathLike = str | os.PathLike[str]
@@ -219,8 +218,8 @@ def clean_leftovers(folder: PathLike, name: str = "") -> None:
         match = _ASIDE_NAME.fullmatch(path.name)
         if match is None or (name and match["name"] != name):
             continue
-        holder = _Process("", match["scope"], int(match["pid"]), int(match["started"]))
-        alive = _is_alive(holder)
+        holder = Process("", match["scope"], int(match["pid"]), int(match["started"]))
+        alive = is_alive(holder)
         try:
             if alive or (alive is None and time.time() - path.lstat().st_mtime < _FOREIGN_ASIDE_SECONDS):
                 continue
@@ -247,7 +246,7 @@ def is_passing(name: str) -> bool:
 
 
 def _aside(target: Path, kind: str) -> Path:
-    me = _this_process()
+    me = this_process()
     return target.with_name(f".{target.name}.{kind}-{me.scope}-{me.pid}-{me.started}-{uuid.uuid4().hex[:8]}")
 
 
@@ -329,7 +328,7 @@ def lease(path: PathLike, *, stale_after: float = 600.0) -> Iterator[bool]:
     """
     path = Path(path)
     token = uuid.uuid4().hex
-    content = json.dumps({**asdict(_this_process()), "token": token}).encode()
+    content = json.dumps({**asdict(this_process()), "token": token}).encode()
     if not _claim(path, content, stale_after):
         yield False
         return
@@ -386,12 +385,12 @@ def _is_abandoned(path: Path, *, now: float, stale_after: float) -> bool:
         if now - path.stat().st_mtime > stale_after:
             return True
         data = json.loads(path.read_bytes())
-        holder = _Process(data["host"], data["scope"], data["pid"], data["started"])
+        holder = Process(data["host"], data["scope"], data["pid"], data["started"])
     except FileNotFoundError:
         return False  # given back this very moment: the next attempt will find it free
     except (ValueError, KeyError, TypeError):
         return False  # being written, or cut short by a crash: only its age counts
-    return _is_alive(holder) is False
+    return is_alive(holder) is False
 
 
 def _create(path: Path, content: bytes) -> None:
@@ -417,60 +416,7 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)  # gives the lock back, too
 
 
-# ---------------------------------------------------------------- processes and versions
-
-
-@dataclass(frozen=True)
-class _Process:
-    host: str
-    """For people."""
-    scope: str
-    """Hash of host, boot and PID namespace: within one scope, PID and start time name a process for good."""
-    pid: int
-    started: int
-    """Clock ticks from boot to the start of the process; 0 where the system does not tell."""
-
-
-def _this_process() -> _Process:
-    pid = os.getpid()  # not cached: a fork is another process
-    state = _process_state(pid)
-    return _Process(platform.node(), scope(), pid, state[1] if state else 0)
-
-
-@cache
-def scope() -> str:
-    """A name for this host since its last start, and PID namespace: within it a process is named by PID and start."""
-    parts = [platform.node()]
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    if boot.exists():
-        parts += [boot.read_text().strip(), os.readlink("/proc/self/ns/pid")]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
-
-
-def _process_state(pid: int) -> tuple[str, int] | None:
-    """(state letter, start time in ticks since boot) from Linux's /proc, or None."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    fields = stat[stat.rindex(")") + 2 :].split()  # the name before it may hold spaces and parentheses
-    return fields[0], int(fields[19])
-
-
-def _is_alive(process: _Process) -> bool | None:
-    """Whether a process still runs; None if it lives in another scope and cannot be asked."""
-    if process.scope != scope():
-        return None
-    if Path("/proc/self/stat").exists():
-        state = _process_state(process.pid)
-        return state is not None and state[0] not in "ZX" and state[1] == process.started
-    try:
-        os.kill(process.pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+# ---------------------------------------------------------------- versions
 
 
 def versions() -> dict[str, str]:

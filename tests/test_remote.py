@@ -23,6 +23,7 @@ from process_group import ROOT, ends, free_port, start_one
 from jax_selftrain import cli, remote, storage
 from jax_selftrain.config import ArmConfig, RunConfig, SampleConfig, ScoreConfig, StudyConfig
 from jax_selftrain.errors import InputError, Stopped, UnavailableError
+from jax_selftrain.identity import scope
 from jax_selftrain.mirrors import named
 from jax_selftrain.remote import writer
 
@@ -256,8 +257,8 @@ def test_a_copied_home_is_no_second_life(store: MemoryFileSystem):
     with remote.sent_back(OUT):
         pass
     mark = json.loads(store.cat_file("/bucket/work/.out.writer.json"))["mark"]
-    for scope, waits in ((storage.scope(), False), ("another host", True)):
-        other_writer(store, "process 1", mark=mark, scope=scope)
+    for where, waits in ((scope(), False), ("another host", True)):
+        other_writer(store, "process 1", mark=mark, scope=where)
         began = time.monotonic()
         with remote.sent_back(OUT):
             assert (time.monotonic() - began > writer.SILENT_SECONDS) == waits

@@ -389,8 +389,8 @@ def test_a_reused_pid_is_not_taken_for_the_holder(tmp_path):
 def test_processes_fighting_for_leases_win_each_once(tmp_path):
     fighters = [start(HOLDER) for _ in range(4)]
     dead = start(
-        "import json, dataclasses; from jax_selftrain import storage\n"
-        "print(json.dumps(dataclasses.asdict(storage._this_process())))"
+        "import json, dataclasses; from jax_selftrain import identity\n"
+        "print(json.dumps(dataclasses.asdict(identity.this_process())))"
     )
     corpse, _ = dead.communicate()
     for round_ in range(25):

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jax_selftrain.config import CompareConfig, ExtractConfig, LeakageConfig, PlanConfig, ScoreConfig
 from jax_selftrain.errors import InputError, Stopped, UnavailableError
@@ -20,7 +20,10 @@ from jax_selftrain.remote.mirror import Mirror, held
 from jax_selftrain.remote.store import Store
 from jax_selftrain.remote.writer import Writer
 
-Options = TypeVar("Options")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Options = TypeVar("Options", bound="DataclassInstance")
 
 OUTPUTS = ("out", "folder")
 """Options that name what a command writes; all others name what it reads."""
@@ -55,7 +58,7 @@ def brought_here(options: Options, *, alone: bool = True) -> Iterator[Options]:
     def stop() -> None:
         raise Stopped("stopped; what was finished stays, run the same command again to go on")
 
-    here = _with_inputs_here(dataclasses.replace(options, **dict.fromkeys(written, "")))  # type: ignore[type-var]
+    here = _with_inputs_here(dataclasses.replace(options, **dict.fromkeys(written, "")))
     with ExitStack() as stack:
         place = sent_back if alone else mounted
         places = {name: str(stack.enter_context(place(address))) for name, address in written.items()}

@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from jax_selftrain import storage
 from jax_selftrain.errors import SelftrainError, UnavailableError
+from jax_selftrain.identity import scope
 from jax_selftrain.processes import listening_to_sigterm
 from jax_selftrain.remote.mirror import Identity, Mirror
 from jax_selftrain.remote.store import Store, one_line
@@ -66,7 +66,7 @@ class Writer:
             try:
                 self._sending.stop()
                 self._send()
-            except Exception as failure:
+            except (SelftrainError, OSError) as failure:
                 exact = failure if isinstance(failure, SelftrainError) else UnavailableError(one_line(failure))
                 kept = type(exact)(f"{exact}; what was made is in {self.mirror.here}")
                 kept.names_folders = True
@@ -82,7 +82,7 @@ class Writer:
         began, first = time.monotonic(), self.store.read_writer()
         now = first
         while now is not None and now["writer"] and time.monotonic() - began < SILENT_SECONDS:
-            if (now["mark"], now["scope"]) == (self.mirror.mark, storage.scope()):
+            if (now["mark"], now["scope"]) == (self.mirror.mark, scope()):
                 return  # it was of this machine, and held the mirror, which is now ours: it is dead
             if first is not None and (now["id"], now["beat"]) != (first["id"], first["beat"]):
                 raise UnavailableError(f"{self.store.address}: {now['writer']} writes there; wait for it")
@@ -94,7 +94,7 @@ class Writer:
             "writer": f"process {os.getpid()} on {platform.node()}" if alive else "",
             "id": self.id,
             "mark": self.mirror.mark,
-            "scope": storage.scope(),
+            "scope": scope(),
             "beat": time.time(),
         }
         self.store.write(self.store.writer_key, content)
@@ -212,5 +212,8 @@ class Repeated:
         while not self._done.wait(self.seconds):
             try:
                 self.action()
-            except Exception as error:  # it is tried again, at the end for the last time, and raised then
+            except (
+                SelftrainError,
+                OSError,
+            ) as error:  # it is tried again, at the end for the last time, and raised then
                 print(f"{self.address}: not sent yet ({one_line(error)})", file=sys.stderr)
