@@ -212,8 +212,5 @@ class Repeated:
         while not self._done.wait(self.seconds):
             try:
                 self.action()
-            except (
-                SelftrainError,
-                OSError,
-            ) as error:  # it is tried again, at the end for the last time, and raised then
+            except (SelftrainError, OSError) as error:  # tried again, and at the end for the last time
                 print(f"{self.address}: not sent yet ({one_line(error)})", file=sys.stderr)
