@@ -100,7 +100,7 @@ def plain(model: hub.LoadedModel, texts: Texts, batch_tokens: int | None) -> tup
     """A forward pass over the rows of the plan, and what the plan is like in words."""
     prefix = prefix_token(model)
     asked, _ = distinct_requests(model.config, encode_pairs(model.tokenizer, prefix, texts))
-    units = plan(model.layout, asked, model.config.max_positions, model.config.hidden_size, batch_tokens)
+    units = plan(model.layout, model.config, asked, batch_tokens)
     batches = [batch for unit in units for batch in unit.batches]
     shapes = [(batch_rows(model.layout, batch.length, batch_tokens), batch.length) for batch in batches]
     run = jax.jit(

@@ -51,7 +51,7 @@ def forward(
     *,
     positions: Int[Array, "B T"] | None = None,
     segments: Int[Array, "B T"] | None = None,
-    branches: Int[Array, "B T"] | None = None,
+    ends: Int[Array, "B T"] | None = None,
     at: Int[Array, "B Q"] | None = None,
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
     remat: Remat = "none",
@@ -64,9 +64,8 @@ def forward(
       tokens: token ids, sharded on `batch`.
       positions: rotary position of each token; default 0 … T−1.
       segments: document number of each token; a token sees only its own document. Default: one document a row.
-      branches: for a row that forks into several continuations of one beginning: 0 for a token of the beginning, which
-        all that come after it see, else the number of its continuation, which no other one sees. Needs `positions`,
-        which go on from the beginning in each; windows are then measured in them.
+      ends: for rows that are trees in preorder: the place behind the last token that goes on from this one. A token
+        sees those on its path from the root alone. Needs `positions`, each one's depth, in which windows are measured.
       at: places in each row: the last layer asks its queries, and computes everything behind them, at these alone.
       compute_dtype: type of the matmul operands.
       remat: what the backward pass computes again: nothing, all but the products with weights (`dots`), or each layer
@@ -84,11 +83,11 @@ def forward(
     visible = (distance >= 0)[None]
     if segments is not None:
         visible = visible & (segments[:, :, None] == segments[:, None, :])
-    if branches is not None:
-        visible = visible & ((branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :]))
+    if ends is not None:
+        visible = visible & (index[:, None] < ends[:, None, :])
         distance = positions[:, :, None] - positions[:, None, :]
     rotary = rotary_tables(config, positions, dtype)
-    fused = branches is None and at is None and fuses(config, layout, length, compute_dtype)
+    fused = ends is None and at is None and fuses(config, layout, length, compute_dtype)
 
     def layer(x: jax.Array, inputs: dict, queries: jax.Array | None = None) -> tuple[jax.Array, None]:
         seen = visible & (distance < inputs["window"]) if "window" in inputs else visible

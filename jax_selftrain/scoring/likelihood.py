@@ -141,7 +141,7 @@ def distinct_requests(config: DecoderConfig, requests: Requests) -> tuple[list[A
 
 
 def _scores(model: hub.LoadedModel, distinct: Sequence[Asked], batch_tokens: int | None) -> list[TokenScores]:
-    units = plan(model.layout, distinct, model.config.max_positions, model.config.hidden_size, batch_tokens)
+    units = plan(model.layout, model.config, distinct, batch_tokens)
     results: dict[int, TokenScores] = {}
     for _, scores in run_units(model, with_progress(units), batch_tokens):
         results |= scores
@@ -189,7 +189,7 @@ def batch_program(
     )
     shapes: list[tuple[tuple[int, ...], Any]] = [
         ((layout.data, places, config.hidden_size), jnp.float32),
-        *[((rows, length), jnp.int32)] * 5,
+        *[((rows, length), jnp.int32)] * 4,
         ((layout.data, places), jnp.int32),
         ((layout.data, places, TARGETS), jnp.int32),
     ]
@@ -241,25 +241,20 @@ def _arrays(
 
     What is asked for goes into `targets`, and `filled` is moved on.
     """
-    tokens, positions, segments, branches = (np.zeros((rows, batch.length), np.int32) for _ in range(4))
+    tokens, positions, ends = (np.zeros((rows, batch.length), np.int32) for _ in range(3))
     at = np.zeros((rows, batch.asked), np.int32)
     slots = np.full(targets.shape[:2], -1, np.int32)
     places = np.zeros((len(batch.rows), 2), np.int64)
     for number, row in enumerate(batch.rows):
         device, own = divmod(number, rows // layout.data)
         n, begin, count = len(row.tokens), filled[device], len(row.slots)
-        for array, values in zip(
-            (tokens, positions, segments, branches),
-            (row.tokens, row.positions, row.segments, row.branches),
-            strict=True,
-        ):
-            array[number, :n] = values
+        tokens[number, :n], positions[number, :n], ends[number, :n] = row.tokens, row.positions, row.ends
         at[number, :count] = row.slots
         slots[device, begin : begin + count] = own * batch.asked + np.arange(count)
         targets[device, begin : begin + count] = row.targets
         places[number] = device, begin
         filled[device] = begin + count
-    return (tokens, positions, segments, branches, at, slots), places
+    return (tokens, positions, ends, at, slots), places
 
 
 def _answers(unit: Unit, pool: _Pool) -> dict[int, TokenScores]:

@@ -122,7 +122,7 @@ def loglikelihoods_in_parts(
       InputError: a request cannot be answered, or a file in the folder is damaged.
     """
     distinct, which = distinct_requests(model.config, requests)
-    units = plan(model.layout, distinct, model.config.max_positions, model.config.hidden_size, batch_tokens)
+    units = plan(model.layout, model.config, distinct, batch_tokens)
     folder = parts.open(_name(model, distinct, parts.identity, batch_tokens))
     parts.asked += len(requests)
     parts.distinct += len(distinct)

@@ -30,8 +30,7 @@ def fill_pool(
     pool: Float[Array, "S N D"],
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
-    segments: Int[Array, "B T"],
-    branches: Int[Array, "B T"],
+    ends: Int[Array, "B T"],
     at: Int[Array, "B Q"],
     slots: Int[Array, "S N"],
 ) -> Float[Array, "S N D"]:
@@ -42,7 +41,7 @@ def fill_pool(
       params: the model.
       pool: hidden states so far, N places on each device.
       tokens: rows, padded on the right.
-      positions, segments, branches: see `models.forward`.
+      positions, ends: see `models.forward`.
       at: the positions of each row that the last layer computes.
       slots: for each place of the pool, which of those B/S·Q positions of the same device goes there; −1: none.
 
@@ -55,8 +54,7 @@ def fill_pool(
         params,
         tokens,
         positions=positions,
-        segments=segments,
-        branches=branches,
+        ends=ends,
         at=at,
         compute_dtype=compute_dtype,
     )
@@ -146,15 +144,14 @@ def score_batch(
     pool: Float[Array, "S N D"],
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
-    segments: Int[Array, "B T"],
-    branches: Int[Array, "B T"],
+    ends: Int[Array, "B T"],
     at: Int[Array, "B Q"],
     slots: Int[Array, "S N"],
     targets: Int[Array, "S N M"],
     chunks: Int[Array, ""],
 ) -> tuple[Float[Array, "S N M"], Int[Array, "S N"]]:
     """`fill_pool`, then `score_pool`: a unit of one batch in one program."""
-    pool = fill_pool(config, layout, compute_dtype, params, pool, tokens, positions, segments, branches, at, slots)
+    pool = fill_pool(config, layout, compute_dtype, params, pool, tokens, positions, ends, at, slots)
     return score_pool(config, layout, compute_dtype, params, pool, targets, chunks)
 
 

@@ -1,19 +1,20 @@
 """Which tokens of many requests are computed together: trees, rows, batches and the units that batches form.
 
-**Trees.** Requests that begin with the same tokens (the choices of a question, minimal pairs, questions behind the same
-examples) form a tree: their common beginning, the trunk, stands there once, and behind it what each adds, its branch.
-Positions go on from the trunk in every branch, and a branch sees the trunk and itself alone, so that each request is
-computed as if it stood alone (tree attention, as in SpecInfer, arXiv:2305.09781). Requests are sorted by their tokens,
-which puts those that begin alike side by side, and a tree takes the next one while that saves at least a third of its
-tokens. Whoever asks twice for the same is answered from one computation.
+**Trees.** What requests begin with alike (the choices of a question, minimal pairs, questions behind the same examples)
+is computed once. A row holds its requests as a tree, one node a token, in preorder: each request is a path from a root,
+and a token sees those on its path alone, so that each request is computed as if it stood alone (tree attention, as in
+SpecInfer, arXiv:2305.09781). Sorting requests by their tokens puts those that begin alike side by side. A *family* of
+them is never divided: it takes the next one while that saves at least a third of its tokens. Whoever asks twice for the
+same is answered from one computation.
 
-**Rows.** Trees may stand side by side in a row, as segments that do not see each other. How long rows are, and whether
-they hold several trees, is chosen for the requests at hand (`_rows`): as cheap as possible, counting padding, the
-attention of long rows and the compilation of each length.
+**Rows.** How long rows are, and whether several families share them, is chosen for the requests at hand (`_rows`): as
+cheap as possible, counting padding, the attention of long rows and the compilation of each length. Families fill a row
+in their order, so that neighbours share the few tokens that they begin with; its end is filled by the largest of the
+following that fit.
 
 **Batches.** Every length has a fixed number of rows; the longest come first: if memory is short, it is short at once.
 Places that a batch has left over are taken by the next shorter rows. In the last layer a batch computes only so many
-positions of each row as something is asked at, in one of a few steps (`QUOTAS`).
+positions of each row as something is asked at, in one of a few steps that are chosen like the lengths.
 
 **Units.** Each device keeps the hidden states that predict something in a pool, in the order of batches, until the
 next batch would not fit; only then are they projected to the vocabulary. A position of the pool holds up to `TARGETS`
@@ -30,15 +31,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from jax_selftrain.mesh import Layout, platform_of
+from jax_selftrain.models import DecoderConfig
 
 PACKED = (128, 256, 512, 1024)
-"""Lengths of rows that are tried for several trees side by side."""
+"""Lengths of rows that are tried for several families together."""
+WINDOW = 256
+"""Families, in their order, that are looked through for one that fills a row."""
 LENGTHS = 6
-"""Row lengths at most."""
+"""Row lengths at most; also, for one length, numbers of positions that the last layer computes."""
 COMPILING = 1
-"""What compiling for one more length is taken to cost, in batches: once, since programs are kept."""
-QUOTAS = (8, 4, 2, 1)
-"""A batch computes the last layer at an eighth, a quarter, a half or all of its positions."""
+"""What compiling one more program is taken to cost, in batches: once, since programs are kept."""
 POOLED = 4
 """How often the pool would hold all positions of a batch: the fuller it is, the less of its last chunk is empty."""
 CHUNK = 128
@@ -46,9 +48,9 @@ CHUNK = 128
 still holds (with 512 a position took a quarter more time)."""
 TARGETS = 4
 """Tokens that one position of the pool can be asked for."""
-FORKED = 256
-"""Longest row that requests form together, unless one of them alone is more than half as long: attention over a row
-grows with the square of its length, and what sharing saves does not."""
+FAMILY = 256
+"""Longest family, unless one of its requests alone is more than half as long: attention over a row grows with the
+square of its length, and what sharing saves does not."""
 UNIT_BATCHES = 16
 """Batches in a unit at most: what may have to be done again after an interruption."""
 
@@ -70,17 +72,15 @@ class Asked:
 
 @dataclass(frozen=True)
 class Row:
-    """One tree, or several side by side. P: places of the pool that the row fills."""
+    """Trees that stand side by side. P: places of the pool that the row fills."""
 
     members: tuple[int, ...]
     tokens: np.ndarray
-    """[n] int32: of each tree the trunk, then the branches."""
+    """[n] int32, in preorder."""
     positions: np.ndarray
-    """[n] int32, from 0 in each tree."""
-    segments: np.ndarray
-    """[n] int32: the number of the tree, from 1."""
-    branches: np.ndarray
-    """[n] int32: 0 for a trunk, else the number of the branch in its tree."""
+    """[n] int32: depth of each token, from 0."""
+    ends: np.ndarray
+    """[n] int32: the place behind the last token that goes on from this one, which is seen from all of them."""
     slots: np.ndarray
     """[P] int32: the place in the row where each prediction is made."""
     targets: np.ndarray
@@ -143,31 +143,29 @@ def pool_places(layout: Layout, max_positions: int, batch_tokens: int | None) ->
     return -(-POOLED * max(per_device, max_positions) // CHUNK) * CHUNK
 
 
-def plan(
-    layout: Layout, requests: Sequence[Asked], max_positions: int, width: int, batch_tokens: int | None
-) -> list[Unit]:
+def plan(layout: Layout, config: DecoderConfig, requests: Sequence[Asked], batch_tokens: int | None) -> list[Unit]:
     """Divide distinct requests into units, longest rows first.
 
     Args:
       layout: of the model; only its number of replicas counts.
+      config: of the model; no request is longer than its inputs, and its shape says what a position costs where.
       requests: all different.
-      max_positions: the model's longest input; no request has a longer one.
-      width: D of the model, which says what attention costs beside the weights.
       batch_tokens: token positions in one device batch.
     """
-    trees = [_tree(requests, *group) for group in _groups(requests, max_positions)]
+    if not requests:
+        return []
     units: list[Unit] = []
     batches: list[Batch] = []
-    room = pool_places(layout, max_positions, batch_tokens)
+    room = pool_places(layout, config.max_positions, batch_tokens)
     filled = np.zeros(layout.data, np.int64)
-    for batch in _batches(layout, trees, max_positions, width, batch_tokens):
+    for batch in _batches(layout, config, requests, batch_tokens):
         more = places_per_device(layout, batch, batch_rows(layout, batch.length, batch_tokens))
         if len(batches) == UNIT_BATCHES or (filled + more > room).any():
             units.append(Unit(len(units), tuple(batches)))
             batches, filled = [], np.zeros_like(filled)
         batches.append(batch)
         filled += more
-    return [*units, Unit(len(units), tuple(batches))] if batches else units
+    return [*units, Unit(len(units), tuple(batches))]
 
 
 def places_per_device(layout: Layout, batch: Batch, rows: int) -> np.ndarray:
@@ -177,26 +175,35 @@ def places_per_device(layout: Layout, batch: Batch, rows: int) -> np.ndarray:
     return counts.reshape(layout.data, -1).sum(axis=1)
 
 
-def _groups(requests: Sequence[Asked], max_positions: int) -> Iterator[tuple[list[int], int]]:
-    """Requests that form a tree, and how many tokens they share."""
-    keys = [request.key for request in requests]
-    group: list[int] = []
-    trunk = length = longest = asked = 0
-    for index in sorted(range(len(requests)), key=keys.__getitem__):
-        own, count = len(requests[index].tokens) - 1, requests[index].count
-        if group:
-            # The common beginning of sorted sequences is that of neighbours, at its shortest.
-            shared = min(trunk, _common(requests[group[-1]].tokens[:-1], requests[index].tokens[:-1]))
-            joined = length + (len(group) - 1) * (trunk - shared) + own - shared
-            limit = min(max_positions, max(FORKED, 2 * max(longest, own)))
-            if 3 * (length + own - joined) >= own and joined <= limit and asked + count <= limit:
-                group.append(index)
-                trunk, length, longest, asked = shared, joined, max(longest, own), asked + count
-                continue
-            yield group, trunk
-        group, trunk, length, longest, asked = [index], own, own, own, count
-    if group:
-        yield group, trunk
+class Sorted:
+    """Requests in the order of their inputs, which puts those that begin alike side by side."""
+
+    def __init__(self, requests: Sequence[Asked]):
+        inputs = [asked.tokens[:-1] for asked in requests]
+        keys = [tokens.astype(">i4").tobytes() for tokens in inputs]
+        self.order = sorted(range(len(requests)), key=lambda index: (keys[index], *requests[index].key))
+        self.requests = [requests[index] for index in self.order]
+        self.inputs = [inputs[index] for index in self.order]
+        self.shared = np.array([0, *map(_common, self.inputs, self.inputs[1:])], np.int64)
+        """How many tokens each begins with as the one before it does; of two that are apart, the smallest between."""
+
+
+def families(requests: Sorted, max_positions: int) -> list[range]:
+    """Requests, by their places in the order, that are not to be divided."""
+    found: list[range] = []
+    first = length = longest = asked = 0
+    for at, (request, tokens, shared) in enumerate(
+        zip(requests.requests, requests.inputs, requests.shared.tolist(), strict=True)
+    ):
+        own = len(tokens)
+        limit = min(max_positions, max(FAMILY, 2 * max(longest, own)))
+        if at > first and 3 * shared >= own and length + own - shared <= limit and asked + request.count <= limit:
+            length, longest, asked = length + own - shared, max(longest, own), asked + request.count
+            continue
+        if at:
+            found.append(range(first, at))
+        first, length, longest, asked = at, own, own, request.count
+    return [*found, range(first, len(requests.order))]
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
@@ -206,24 +213,29 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
     return int(different[0]) if len(different) else n
 
 
-def _tree(requests: Sequence[Asked], members: list[int], trunk: int) -> Row:
-    """A row of requests that share their first `trunk` tokens."""
-    inputs = [requests[member].tokens[:-1] for member in members]
-    own = [len(tokens) - trunk for tokens in inputs]
-    starts = trunk + np.cumsum([0, *own])
-    asked, wanted = [], []
-    for member, tokens, start in zip(members, inputs, starts, strict=False):
-        count = requests[member].count
-        at = np.arange(len(tokens) - count, len(tokens))
-        asked.append(np.where(at < trunk, at, at - trunk + start))
-        wanted.append(requests[member].tokens[-count:])
+def row_of(requests: Sorted, members: Sequence[int]) -> Row:
+    """A row of requests, given by their places in the order, ascending."""
+    path = np.empty(max(len(requests.inputs[at]) for at in members), np.int64)  # places of the last input's tokens
+    ends = np.empty(sum(len(requests.inputs[at]) for at in members), np.int32)
+    tokens, positions, asked, wanted = [], [], [], []
+    before, n = requests.inputs[members[0]][:0], 0
+    for at in members:
+        request, after = requests.requests[at], requests.inputs[at]
+        shared, own = _common(before, after), len(after)
+        ends[path[shared : len(before)]] = n
+        path[shared:own] = np.arange(n, n + own - shared)
+        tokens.append(after[shared:])
+        positions.append(np.arange(shared, own, dtype=np.int32))
+        asked.append(path[own - request.count : own].copy())
+        wanted.append(request.tokens[-request.count :])
+        before, n = after, n + own - shared
+    ends[path[: len(before)]] = n
     slots, targets, answers = _share(np.concatenate(asked), np.concatenate(wanted))
     return Row(
-        members=tuple(members),
-        tokens=np.concatenate([inputs[0][:trunk], *(tokens[trunk:] for tokens in inputs)]),
-        positions=np.concatenate([np.arange(trunk), *(np.arange(trunk, trunk + n) for n in own)]).astype(np.int32),
-        segments=np.ones(trunk + sum(own), np.int32),
-        branches=np.repeat(np.arange(len(own) + 1), [trunk, *own]).astype(np.int32),
+        members=tuple(requests.order[at] for at in members),
+        tokens=np.concatenate(tokens),
+        positions=np.concatenate(positions),
+        ends=ends[:n],
         slots=slots,
         targets=targets,
         answers=tuple(np.split(answers, np.cumsum([len(part) for part in asked])[:-1])),
@@ -251,50 +263,29 @@ def _share(asked: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return slots, targets, np.stack([which, nth % TARGETS], axis=1).astype(np.int32)[inverse.reshape(-1)]
 
 
-def _side_by_side(trees: Sequence[Row]) -> Row:
-    """One row of several trees."""
-    if len(trees) == 1:
-        return trees[0]
-    starts = np.cumsum([0, *(len(tree.tokens) for tree in trees)])
-    places = np.cumsum([0, *(len(tree.slots) for tree in trees)])
-    return Row(
-        members=tuple(member for tree in trees for member in tree.members),
-        tokens=np.concatenate([tree.tokens for tree in trees]),
-        positions=np.concatenate([tree.positions for tree in trees]),
-        segments=np.repeat(np.arange(1, len(trees) + 1), np.diff(starts)).astype(np.int32),
-        branches=np.concatenate([tree.branches for tree in trees]),
-        slots=np.concatenate([tree.slots + start for tree, start in zip(trees, starts, strict=False)]),
-        targets=np.concatenate([tree.targets for tree in trees]),
-        answers=tuple(
-            at + np.array([place, 0], np.int32)
-            for tree, place in zip(trees, places.astype(np.int32), strict=False)
-            for at in tree.answers
-        ),
-    )
-
-
 def _batches(
-    layout: Layout, trees: Sequence[Row], max_positions: int, width: int, batch_tokens: int | None
+    layout: Layout, config: DecoderConfig, requests: Sequence[Asked], batch_tokens: int | None
 ) -> Iterator[Batch]:
     """The batches, longest first."""
     tokens = batch_tokens or default_batch_tokens(layout)
-    rows, lengths = _rows(trees, max_positions, width, tokens)
-
-    def quota(row: Row, length: int) -> int:
-        """Positions for the last layer to compute: the smallest step that covers what is asked at."""
-        return next(step for step in (-(-length // part) for part in QUOTAS) if len(row.slots) <= step)
-
-    order = sorted(range(len(rows)), key=lambda at: (-lengths[at], -quota(rows[at], lengths[at]), -rows[at].size))
+    rows, lengths = _rows(Sorted(requests), config, tokens)
+    counts = np.array([len(row.slots) for row in rows], np.int64)
+    computed = np.empty_like(counts)
+    for length in np.unique(lengths).tolist():
+        # Beside its keys and values, a sixth of it, the last layer is computed at these positions alone.
+        mine = lengths == length
+        computed[mine] = padded(counts[mine], length, lambda n: n * (5 / 6 / config.num_layers), COMPILING * tokens)
+    order = sorted(range(len(rows)), key=lambda at: (-lengths[at], -computed[at], -rows[at].size))
     start = 0
     while start < len(order):
-        length = lengths[order[start]]
-        taken = [rows[at] for at in order[start : start + batch_rows(layout, length, batch_tokens)]]
+        length = int(lengths[order[start]])
+        taken = order[start : start + batch_rows(layout, length, batch_tokens)]
         start += len(taken)
-        yield Batch(length, max(quota(row, length) for row in taken), tuple(taken))
+        yield Batch(length, int(computed[taken].max()), tuple(rows[at] for at in taken))
 
 
-def _rows(trees: Sequence[Row], max_positions: int, width: int, batch_tokens: int) -> tuple[list[Row], list[int]]:
-    """Rows of trees, and the length that each is padded to: the cheapest of a few ways to divide them.
+def _rows(requests: Sorted, config: DecoderConfig, batch_tokens: int) -> tuple[list[Row], np.ndarray]:
+    """Rows, and the length [rows] that each is padded to: the cheapest of a few ways to divide the requests.
 
     Beside a token's products with the weights (12 D² multiplications in a layer of the usual shape), its attention
     over a row of n tokens costs 2 n D, and its softmax about as much again (shape of Pythia-70m on a CPU: rows of 256
@@ -302,48 +293,76 @@ def _rows(trees: Sequence[Row], max_positions: int, width: int, batch_tokens: in
     """
 
     def price(lengths: np.ndarray) -> np.ndarray:
-        return lengths * (1 + lengths / (3 * width))
+        return lengths * (1 + lengths / (3 * config.hidden_size))
 
-    sizes = np.array([tree.size for tree in trees], np.int64)
+    undivided = families(requests, config.max_positions)
+    alone = [row_of(requests, family) for family in undivided]
+    tokens = np.array([len(row.tokens) for row in alone], np.int64)
+    places = np.array([len(row.slots) for row in alone], np.int64)
+    shared = requests.shared[[family[0] for family in undivided]]
     best: tuple[float, list[list[int]], np.ndarray] | None = None
-    for capacity in (0, *(length for length in PACKED if length <= max_positions)):
-        shared = packed(sizes, capacity) if capacity else [[tree] for tree in range(len(trees))]
-        filled = np.array([sizes[members].sum() for members in shared], np.int64)
-        lengths = padded(filled, max_positions, price, COMPILING * batch_tokens)
+    for capacity in (0, *(length for length in PACKED if length <= config.max_positions)):
+        together, filled = packed(tokens, places, shared, capacity)
+        lengths = padded(filled, config.max_positions, price, COMPILING * batch_tokens)
         cost = float(price(lengths).sum()) + COMPILING * batch_tokens * len(np.unique(lengths))
         if best is None or cost < best[0]:
-            best = cost, shared, lengths
+            best = cost, together, lengths
     assert best is not None
-    _, shared, lengths = best
-    return [_side_by_side([trees[tree] for tree in members]) for members in shared], lengths.tolist()
+    _, together, lengths = best
+    return [
+        alone[members[0]]
+        if len(members) == 1
+        else row_of(requests, [at for member in members for at in undivided[member]])
+        for members in together
+    ], lengths
 
 
-def packed(sizes: np.ndarray, capacity: int) -> list[list[int]]:
-    """Which items lie together in bins of this capacity (a larger item has its own): best fit, largest first."""
-    bins: list[list[int]] = []
-    open_at: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins by the room that they have left
-    count = np.zeros(capacity + 1, np.int64)
-    for item in np.argsort(-sizes, kind="stable").tolist():
-        size = int(sizes[item])
-        fitting = np.flatnonzero(count[size:]) if size <= capacity else np.empty(0, np.int64)
-        if len(fitting):
-            room = size + int(fitting[0])
-            number = open_at[room].pop()
-            count[room] -= 1
-            bins[number].append(item)
-        else:
-            room, number = max(capacity, size), len(bins)
-            bins.append([item])
-        if room - size:
-            open_at[room - size].append(number)
-            count[room - size] += 1
-    return bins
+def packed(
+    tokens: np.ndarray, places: np.ndarray, shared: np.ndarray, capacity: int
+) -> tuple[list[list[int]], np.ndarray]:
+    """Which items share a row of this capacity (a larger item has its own).
+
+    A row takes the next items in their order while that leaves room for half of the `WINDOW` ahead, then the largest of
+    these that fits, and so on.
+
+    Args:
+      tokens, places: [n], of each item alone; a row must have room for both.
+      shared: [n], how many tokens fewer it takes behind the item before it (behind an earlier one: the least between).
+      capacity: 0 gives each item its own row.
+
+    Returns:
+      The items of each row, ascending, and the room that they need at most [rows].
+    """
+    rows, filled = [], []
+    known = min(WINDOW, len(tokens))
+    ahead = np.arange(known)
+    while len(ahead):
+        tail, need = -1, 0
+        row: list[int] = []
+        while len(ahead):
+            common = np.minimum.accumulate(shared[tail + 1 : ahead[-1] + 1])[ahead - tail - 1] if row else 0
+            more = np.maximum(tokens[ahead] - common, places[ahead])
+            fitting = np.where(need + more <= capacity, more, 0)
+            in_order = not row or (fitting[0] and need + more[0] + np.median(more) <= capacity)
+            taken = 0 if in_order else int(np.argmax(fitting))
+            if row and not fitting[taken]:
+                break
+            row.append(int(ahead[taken]))
+            need += int(more[taken])
+            if taken == 0:
+                tail = row[-1]
+            ahead = np.delete(ahead, taken)
+            if known < len(tokens):
+                ahead, known = np.append(ahead, known), known + 1
+        rows.append(sorted(row))
+        filled.append(need)
+    return rows, np.array(filled, np.int64)
 
 
 def padded(
     sizes: np.ndarray, max_positions: int, price: Callable[[np.ndarray], np.ndarray], compiling: float
 ) -> np.ndarray:
-    """The length that each row is padded to, out of at most `LENGTHS` different ones: the cheapest choice.
+    """What each size is padded to, out of at most `LENGTHS` different lengths: the cheapest choice.
 
     Dynamic programming over the different sizes: the cheapest way to serve the first j of them with k lengths.
     """

@@ -1,5 +1,6 @@
 """The likelihood engine against transformers, and against itself in other shapes."""
 
+import dataclasses
 import itertools
 import json
 
@@ -12,7 +13,7 @@ from jax_selftrain import hub
 from jax_selftrain.config import ScoreConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.mesh import make_layout, make_mesh, place, using
-from jax_selftrain.models import axis_sizes
+from jax_selftrain.models import DecoderConfig, RopeConfig, axis_sizes, forward, project
 from jax_selftrain.scoring import Request, loglikelihoods, program, token_scores
 from jax_selftrain.scoring.likelihood import batch_program, distinct_requests
 from jax_selftrain.scoring.pool import logprobs_and_argmax
@@ -23,10 +24,13 @@ from jax_selftrain.scoring.trees import (
     TARGETS,
     UNIT_BATCHES,
     Asked,
+    Sorted,
     aligned,
+    families,
     packed,
     padded,
     plan,
+    row_of,
 )
 
 FAMILIES = ("gpt_neox", "llama")
@@ -156,12 +160,35 @@ def questions(n: int, seed: int = 3) -> list[Request]:
     return requests
 
 
+CONFIG = DecoderConfig(
+    vocab_size=512, hidden_size=512, num_layers=6, num_heads=8, num_kv_heads=8, head_dim=64, intermediate_size=2048,
+    max_positions=POSITIONS, norm="layernorm", norm_eps=1e-5, activation="gelu", gated_mlp=False,
+    parallel_residual=True, rotary_dim=16, rope=RopeConfig(), qkv_bias=True, out_bias=True, mlp_bias=True,
+    qk_norm=False, tied=False,
+)  # fmt: skip
+"""What a plan goes by."""
+
+
 def planned(requests, max_positions=POSITIONS, batch_tokens=BATCH):
-    layout = make_layout(
-        "tensor", make_mesh("data=1"), {"embed": 1, "vocab": 1, "mlp": 1, "kv_heads": 1, "q_per_kv": 1}
-    )
-    asked = [Asked(np.array([*c, *k], np.int32), len(k)) for c, k in requests]
-    return plan(layout, asked, max_positions, 512, batch_tokens)
+    config = dataclasses.replace(CONFIG, max_positions=max_positions)
+    layout = make_layout("tensor", make_mesh("data=1"), axis_sizes(config))
+    return plan(layout, config, asked_for(requests), batch_tokens)
+
+
+def asked_for(requests):
+    return [Asked(np.array([*c, *k], np.int32), len(k)) for c, k in requests]
+
+
+def rows_of(units):
+    return [row for unit in units for batch in unit.batches for row in batch.rows]
+
+
+def paths(row):
+    """Of each place of a row the tokens that it sees, by the rule that `models.forward` follows."""
+    places = np.arange(len(row.tokens))
+    seen = (places <= places[:, None]) & (places[:, None] < row.ends)
+    np.testing.assert_array_equal(seen.sum(axis=1) - 1, row.positions)
+    return [row.tokens[mine].tolist() for mine in seen]
 
 
 @pytest.mark.parametrize(
@@ -189,10 +216,10 @@ def test_a_context_is_computed_once_and_a_shared_prediction_projected_once():
     context, tails = list(range(40)), [[100, 101, 102], [200, 201], [300], [400]]
     ((batch,),) = (unit.batches for unit in planned([(context, tail) for tail in tails]))
     (row,) = batch.rows
-    assert (batch.length, batch.asked) == (48, 6)  # the last layer is computed at an eighth of the positions
+    assert (batch.length, batch.asked) == (48, 8)  # the last layer is computed at eight of the positions
     assert row.tokens.tolist() == [*context, 100, 101, 200]
     assert row.positions.tolist() == [*range(40), 40, 41, 40]
-    assert row.branches.tolist() == [0] * 40 + [1, 1, 2]
+    assert row.ends.tolist() == [43] * 40 + [42, 42, 43]
     assert row.slots.tolist() == [39, 40, 41, 42]  # all four first tokens are predicted at the context's last
     assert sorted(row.targets[0].tolist()) == [100, 200, 300, 400]
     five = planned([(context, [token]) for token in range(100, 101 + TARGETS)])
@@ -206,18 +233,62 @@ def test_the_same_request_is_computed_once(load):
     assert [len(distinct_requests(model.config, asked)[0]) for asked in ([request] * 3, [request, other])] == [1, 2]
 
 
-def test_rows_are_shared_only_where_that_saves_a_third_and_never_grow_without_end():
-    def rows(requests, **options):
-        return [row for unit in planned(requests, **options) for batch in unit.batches for row in batch.rows]
+def test_what_begins_alike_stands_once_however_often_it_forks():
+    """Choices that share their first words, behind questions that share theirs."""
+    requests = [
+        ([1, 2, 3, 4], [5, 6, 7]),
+        ([1, 2, 3, 4], [5, 6, 8]),
+        ([1, 2, 3, 4], [5, 9]),
+        ([1, 2, 3, 5], [5, 6]),
+        ([7, 3], [4]),
+    ]
+    row = row_of(Sorted(asked_for(requests)), range(5))
+    assert row.tokens.tolist() == [1, 2, 3, 4, 5, 6, 5, 5, 7, 3]
+    assert row.ends.tolist() == [8, 8, 8, 6, 6, 6, 8, 8, 10, 10]
+    seen = paths(row)
+    for member, answer in zip(row.members, row.answers, strict=True):
+        context, continuation = requests[member]
+        for n, (at, column) in enumerate(answer):
+            assert seen[row.slots[at]] == [*context, *continuation][: len(context) + n]
+            assert row.targets[at, column] == continuation[n]
+    # What follows 5 is asked for at one place by three of them, what follows 5 and 6 by two.
+    assert len(row.slots) == 6 < sum(len(continuation) for _, continuation in requests)
 
+
+def test_a_tree_is_computed_as_its_paths_one_by_one(load):
+    """`forward` itself, on random trees, against each path alone."""
+    model, rng = load("gpt_neox"), np.random.default_rng(2)
+    inputs = [rng.integers(0, 3, int(n)).tolist() for n in rng.integers(2, 9, 40)]  # of three tokens: they fork at once
+    row = row_of(Sorted(asked_for([(tokens, [9]) for tokens in inputs])), range(len(inputs)))
+    nodes = {tuple(tokens[:n]) for tokens in inputs for n in range(1, len(tokens) + 1)}
+    seen = paths(row)
+    assert sorted(map(tuple, seen)) == sorted(nodes)
+    arrays = {name: jnp.asarray(getattr(row, name)[None]) for name in ("tokens", "positions", "ends")}
+
+    @jax.jit
+    def logits(params, tokens, positions, ends=None):
+        hidden = forward(model.config, model.layout, params, tokens, positions=positions, ends=ends)
+        return project(model.config, model.layout, params, hidden)
+
+    with using(model.layout.mesh):
+        together = np.asarray(logits(model.params, **arrays))[0]
+        alone = np.zeros((len(seen), 8), np.int32)
+        for tokens, path in zip(alone, seen, strict=True):
+            tokens[: len(path)] = path
+        apart = np.asarray(logits(model.params, alone, jnp.broadcast_to(jnp.arange(8), alone.shape)))
+    expected = apart[np.arange(len(seen)), row.positions]
+    np.testing.assert_allclose(together, expected, atol=2e-5)  # rounding noise of fp32 logits is about 1e-6
+
+
+def testfamilies_stay_together_where_that_saves_a_third_and_never_grow_without_end():
     strangers = [([0, token], list(range(10))) for token in range(1, 9)]
-    assert sum(row.segments.max() for row in rows(strangers)) == 8  # one token of eleven in common
+    assert [len(family) for family in families(Sorted(asked_for(strangers)), POSITIONS)] == [1] * 8  # 1 of 11 in common
     many = [(list(range(60)), [100 + i, *range(20)]) for i in range(100)]
-    assert max(len(row.tokens) for row in rows(many)) <= 256
+    assert max(len(row.tokens) for row in rows_of(planned(many))) <= 256
     examples = [(list(range(300)), [400 + i, *range(20)]) for i in range(20)]
-    assert max(len(row.tokens) for row in rows(examples)) > 500  # long ones may double
-    assert all(len(row.tokens) <= 340 for row in rows(examples, max_positions=340))
-    assert sorted(member for row in rows(many) for member in row.members) == list(range(100))
+    assert max(len(row.tokens) for row in rows_of(planned(examples))) > 500  # long ones may double
+    assert all(len(row.tokens) <= 340 for row in rows_of(planned(examples, max_positions=340)))
+    assert sorted(member for row in rows_of(planned(many)) for member in row.members) == list(range(100))
 
 
 def test_units_bound_what_an_interruption_costs_and_the_longest_come_first():
@@ -227,7 +298,7 @@ def test_units_bound_what_an_interruption_costs_and_the_longest_come_first():
     assert lengths == sorted(lengths, reverse=True)
     assert max(len(unit.batches) for unit in units) <= UNIT_BATCHES
     room = -(-POOLED * POSITIONS // CHUNK) * CHUNK
-    assert all(sum(len(row.slots) for batch in unit.batches for row in batch.rows) <= room for unit in units)
+    assert all(sum(len(row.slots) for row in rows_of([unit])) <= room for unit in units)
 
 
 def test_a_position_that_is_asked_for_more_than_it_has_room_for_fills_several_places(load):
@@ -248,14 +319,11 @@ def test_short_requests_stand_side_by_side_where_that_is_cheaper():
     rows = [row for batch in batches for row in batch.rows]
     assert sorted(member for row in rows for member in row.members) == list(range(400))
     for row in rows:
-        assert row.segments.max() == len(row.members)
-        assert (np.diff(row.segments) >= 0).all()
-        assert (row.positions[np.diff(row.segments, prepend=0) == 1] == 0).all()
+        seen = paths(row)
         for member, answer in zip(row.members, row.answers, strict=True):
             ((place, column),) = answer
             assert row.targets[place, column] == 3
-            tree = row.segments[row.slots[place]]
-            assert row.tokens[row.segments == tree].tolist() == short[member][0]
+            assert seen[row.slots[place]] == short[member][0]
     tokens = sum(len(context) for context, _ in short)
     assert sum(batch.length * len(batch.rows) for batch in batches) < 1.05 * tokens
     # Texts of one length gain nothing from company: each keeps its row, and no position is spent on padding.
@@ -263,13 +331,27 @@ def test_short_requests_stand_side_by_side_where_that_is_cheaper():
     assert {batch.length for unit in planned(alike) for batch in unit.batches} == {80}
 
 
-def test_bins_hold_no_more_than_they_can_and_are_full():
-    sizes = np.random.default_rng(0).integers(5, 100, 500)
-    bins = packed(sizes, 128)
-    assert sorted(item for members in bins for item in members) == list(range(500))
-    assert max(sizes[members].sum() for members in bins) <= 128
-    assert len(bins) <= 1.03 * sizes.sum() / 128
-    assert packed(np.array([300, 20, 20]), 128) == [[0], [1, 2]]
+def test_rows_hold_no_more_than_they_can_and_are_full():
+    rng = np.random.default_rng(0)
+    tokens, none = rng.integers(5, 100, 500), np.zeros(500, np.int64)
+    rows, filled = packed(tokens, none, none, 128)
+    assert sorted(item for members in rows for item in members) == list(range(500))
+    assert filled.tolist() == [tokens[members].sum() for members in rows]
+    assert filled.max() <= 128
+    assert len(rows) <= 1.04 * tokens.sum() / 128
+    assert len(packed(tokens, none, none, 256)[0]) <= 1.01 * tokens.sum() / 256
+    # Neighbours that begin alike need less; those that are pulled forward are counted with the least between.
+    shared = np.minimum(rng.integers(0, 20, 500), tokens - 1)
+    closer, filled = packed(tokens, none, shared, 512)
+    assert sorted(item for members in closer for item in members) == list(range(500))
+    assert len(closer) <= 1.01 * (tokens.sum() - 0.7 * shared.sum()) / 512
+    for members, need in zip(closer, filled, strict=True):
+        common = [min(shared[a + 1 : b + 1]) for a, b in itertools.pairwise(members)]
+        assert tokens[members].sum() - sum(common) <= need <= 512
+    # Places to ask at need room, too, though what is shared is asked at twice.
+    assert packed(np.full(4, 10), np.full(4, 60), np.full(4, 9), 128)[0] == [[0, 1], [2, 3]]
+    assert packed(np.array([20, 300, 20]), none[:3], none[:3], 128)[0] == [[0, 2], [1]]
+    assert packed(np.array([20, 300]), none[:2], none[:2], 0)[0] == [[0], [1]]
 
 
 def test_lengths_are_the_cheapest_choice():
@@ -360,4 +442,4 @@ def test_the_engine_runs_the_program_that_it_plans(load):
     assert make_layout("tensor", model.layout.mesh, axis_sizes(model.config)) == model.layout
     with using(model.layout.mesh):
         logprobs, greedy = jax.eval_shape(function, *arguments)
-    assert (logprobs.shape, greedy.shape) == (arguments[8].shape, arguments[7].shape)
+    assert (logprobs.shape, greedy.shape) == (arguments[7].shape, arguments[6].shape)
