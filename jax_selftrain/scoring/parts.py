@@ -123,7 +123,7 @@ def loglikelihoods_in_parts(
     """
     distinct, which = distinct_requests(model.config, requests)
     units = plan(model.layout, model.config, distinct, batch_tokens)
-    folder = parts.open(_name(model, distinct, parts.identity, batch_tokens))
+    folder = parts.open(_name(model, distinct, units, parts.identity, batch_tokens))
     parts.asked += len(requests)
     parts.distinct += len(distinct)
     together = spans_processes(model.layout.mesh)
@@ -188,7 +188,11 @@ def _score_together(
 
 
 def _name(
-    model: hub.LoadedModel, distinct: Sequence[Asked], identity: Mapping[str, Any], batch_tokens: int | None
+    model: hub.LoadedModel,
+    distinct: Sequence[Asked],
+    units: Sequence[Unit],
+    identity: Mapping[str, Any],
+    batch_tokens: int | None,
 ) -> str:
     """Of the folder for just these answers."""
     asked = hashlib.sha256()
@@ -198,6 +202,7 @@ def _name(
     decisive: dict[str, Any] = {
         "identity": dict(identity),
         "requests": asked.hexdigest(),
+        "units": storage.fingerprint([unit.members for unit in units]),
         "batch_tokens": batch_tokens or default_batch_tokens(model.layout),
     }
     return storage.fingerprint(decisive | circumstances(model))[:16]

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -36,7 +37,7 @@ from jax_selftrain.models import DecoderConfig
 PACKED = (128, 256, 512, 1024)
 """Lengths of rows that are tried for several families together."""
 WINDOW = 256
-"""Families, in their order, that are looked through for one that fills a row."""
+"""Families ahead, in their order, among which one is looked for that fills a row."""
 LENGTHS = 6
 """Row lengths at most; also, for one length, numbers of positions that the last layer computes."""
 COMPILING = 1
@@ -218,10 +219,11 @@ def row_of(requests: Sorted, members: Sequence[int]) -> Row:
     path = np.empty(max(len(requests.inputs[at]) for at in members), np.int64)  # places of the last input's tokens
     ends = np.empty(sum(len(requests.inputs[at]) for at in members), np.int32)
     tokens, positions, asked, wanted = [], [], [], []
-    before, n = requests.inputs[members[0]][:0], 0
+    before, n, last = requests.inputs[members[0]][:0], 0, -1
     for at in members:
         request, after = requests.requests[at], requests.inputs[at]
-        shared, own = _common(before, after), len(after)
+        shared = int(requests.shared[at]) if at == last + 1 and n else _common(before, after)
+        own, last = len(after), at
         ends[path[shared : len(before)]] = n
         path[shared:own] = np.arange(n, n + own - shared)
         tokens.append(after[shared:])
@@ -231,6 +233,7 @@ def row_of(requests: Sorted, members: Sequence[int]) -> Row:
         before, n = after, n + own - shared
     ends[path[: len(before)]] = n
     slots, targets, answers = _share(np.concatenate(asked), np.concatenate(wanted))
+    starts = np.cumsum([0, *(len(part) for part in asked)]).tolist()
     return Row(
         members=tuple(requests.order[at] for at in members),
         tokens=np.concatenate(tokens),
@@ -238,7 +241,7 @@ def row_of(requests: Sorted, members: Sequence[int]) -> Row:
         ends=ends[:n],
         slots=slots,
         targets=targets,
-        answers=tuple(np.split(answers, np.cumsum([len(part) for part in asked])[:-1])),
+        answers=tuple(answers[a:b] for a, b in pairwise(starts)),
     )
 
 
@@ -322,8 +325,8 @@ def packed(
 ) -> tuple[list[list[int]], np.ndarray]:
     """Which items share a row of this capacity (a larger item has its own).
 
-    A row takes the next items in their order while that leaves room for half of the `WINDOW` ahead, then the largest of
-    these that fits, and so on.
+    A row takes the next items in their order while that leaves room for one of middle size, then the largest that fits
+    of the `WINDOW` ahead, and so on.
 
     Args:
       tokens, places: [n], of each item alone; a row must have room for both.
@@ -334,6 +337,7 @@ def packed(
       The items of each row, ascending, and the room that they need at most [rows].
     """
     rows, filled = [], []
+    usual = float(np.median(tokens))
     known = min(WINDOW, len(tokens))
     ahead = np.arange(known)
     while len(ahead):
@@ -343,7 +347,7 @@ def packed(
             common = np.minimum.accumulate(shared[tail + 1 : ahead[-1] + 1])[ahead - tail - 1] if row else 0
             more = np.maximum(tokens[ahead] - common, places[ahead])
             fitting = np.where(need + more <= capacity, more, 0)
-            in_order = not row or (fitting[0] and need + more[0] + np.median(more) <= capacity)
+            in_order = not row or (fitting[0] and need + more[0] + usual <= capacity)
             taken = 0 if in_order else int(np.argmax(fitting))
             if row and not fitting[taken]:
                 break
