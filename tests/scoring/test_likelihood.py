@@ -339,7 +339,7 @@ def test_rows_hold_no_more_than_they_can_and_are_full():
     assert filled.tolist() == [tokens[members].sum() for members in rows]
     assert filled.max() <= 128
     assert len(rows) <= 1.04 * tokens.sum() / 128
-    assert len(packed(tokens, none, none, 256)[0]) <= 1.01 * tokens.sum() / 256
+    assert len(packed(tokens, none, none, 256)[0]) <= 1.02 * tokens.sum() / 256
     # Neighbours that begin alike need less; those that are pulled forward are counted with the least between.
     shared = np.minimum(rng.integers(0, 20, 500), tokens - 1)
     closer, filled = packed(tokens, none, shared, 512)
