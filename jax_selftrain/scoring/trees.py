@@ -340,24 +340,28 @@ def packed(
     usual = float(np.median(tokens))
     known = min(WINDOW, len(tokens))
     ahead = np.arange(known)
+
+    def taken(which: int) -> int:
+        nonlocal ahead, known
+        item, ahead = int(ahead[which]), np.delete(ahead, which)
+        if known < len(tokens):
+            ahead, known = np.append(ahead, known), known + 1
+        return item
+
     while len(ahead):
-        tail, need = -1, 0
-        row: list[int] = []
+        last = taken(0)
+        row, need = [last], int(max(tokens[last], places[last]))
         while len(ahead):
-            common = np.minimum.accumulate(shared[tail + 1 : ahead[-1] + 1])[ahead - tail - 1] if row else 0
+            common = np.minimum.accumulate(shared[last + 1 : ahead[-1] + 1])[ahead - last - 1]
             more = np.maximum(tokens[ahead] - common, places[ahead])
             fitting = np.where(need + more <= capacity, more, 0)
-            in_order = not row or (fitting[0] and need + more[0] + usual <= capacity)
-            taken = 0 if in_order else int(np.argmax(fitting))
-            if row and not fitting[taken]:
+            which = 0 if fitting[0] and need + more[0] + usual <= capacity else int(np.argmax(fitting))
+            if not fitting[which]:
                 break
-            row.append(int(ahead[taken]))
-            need += int(more[taken])
-            if taken == 0:
-                tail = row[-1]
-            ahead = np.delete(ahead, taken)
-            if known < len(tokens):
-                ahead, known = np.append(ahead, known), known + 1
+            need += int(more[which])
+            row.append(taken(which))
+            if which == 0:
+                last = row[-1]
         rows.append(sorted(row))
         filled.append(need)
     return rows, np.array(filled, np.int64)
