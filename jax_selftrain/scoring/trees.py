@@ -300,12 +300,10 @@ def _rows(requests: Sorted, config: DecoderConfig, batch_tokens: int) -> tuple[l
 
     undivided = families(requests, config.max_positions)
     alone = [row_of(requests, family) for family in undivided]
-    tokens = np.array([len(row.tokens) for row in alone], np.int64)
-    places = np.array([len(row.slots) for row in alone], np.int64)
-    shared = requests.shared[[family[0] for family in undivided]]
+    items = costs(requests, undivided, alone)
     best: tuple[float, list[list[int]], np.ndarray] | None = None
     for capacity in (0, *(length for length in PACKED if length <= config.max_positions)):
-        together, filled = packed(tokens, places, shared, capacity)
+        together, filled = packed(*items, capacity)
         lengths = padded(filled, config.max_positions, price, COMPILING * batch_tokens)
         cost = float(price(lengths).sum()) + COMPILING * batch_tokens * len(np.unique(lengths))
         if best is None or cost < best[0]:
@@ -320,8 +318,20 @@ def _rows(requests: Sorted, config: DecoderConfig, batch_tokens: int) -> tuple[l
     ], lengths
 
 
+def costs(
+    requests: Sorted, undivided: Sequence[range], alone: Sequence[Row]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """What `packed` must know of families: [n] tokens, places, shared, through."""
+    return (
+        np.array([len(row.tokens) for row in alone], np.int64),
+        np.array([len(row.slots) for row in alone], np.int64),
+        requests.shared[[family[0] for family in undivided]],
+        np.array([requests.shared[family.start : family.stop].min() for family in undivided], np.int64),
+    )
+
+
 def packed(
-    tokens: np.ndarray, places: np.ndarray, shared: np.ndarray, capacity: int
+    tokens: np.ndarray, places: np.ndarray, shared: np.ndarray, through: np.ndarray, capacity: int
 ) -> tuple[list[list[int]], np.ndarray]:
     """Which items share a row of this capacity (a larger item has its own).
 
@@ -330,7 +340,9 @@ def packed(
 
     Args:
       tokens, places: [n], of each item alone; a row must have room for both.
-      shared: [n], how many tokens fewer it takes behind the item before it (behind an earlier one: the least between).
+      shared: [n], how many tokens fewer it takes behind the item before it.
+      through: [n], at most `shared`: what still holds behind it of what was shared before it. Behind an earlier item,
+        one takes as many tokens fewer as the least of its own `shared` and the `through` of all between.
       capacity: 0 gives each item its own row.
 
     Returns:
@@ -352,7 +364,8 @@ def packed(
         last = taken(0)
         row, need = [last], int(max(tokens[last], places[last]))
         while len(ahead):
-            common = np.minimum.accumulate(shared[last + 1 : ahead[-1] + 1])[ahead - last - 1]
+            kept = np.minimum.accumulate(np.append(tokens[last], through[last + 1 : ahead[-1]]))
+            common = np.minimum(kept[ahead - last - 1], shared[ahead])
             more = np.maximum(tokens[ahead] - common, places[ahead])
             fitting = np.where(need + more <= capacity, more, 0)
             which = 0 if fitting[0] and need + more[0] + usual <= capacity else int(np.argmax(fitting))

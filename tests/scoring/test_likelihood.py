@@ -26,6 +26,7 @@ from jax_selftrain.scoring.trees import (
     Asked,
     Sorted,
     aligned,
+    costs,
     families,
     packed,
     padded,
@@ -334,24 +335,54 @@ def test_short_requests_stand_side_by_side_where_that_is_cheaper():
 def test_rows_hold_no_more_than_they_can_and_are_full():
     rng = np.random.default_rng(0)
     tokens, none = rng.integers(5, 100, 500), np.zeros(500, np.int64)
-    rows, filled = packed(tokens, none, none, 128)
+    rows, filled = packed(tokens, none, none, none, 128)
     assert sorted(item for members in rows for item in members) == list(range(500))
     assert filled.tolist() == [tokens[members].sum() for members in rows]
     assert filled.max() <= 128
     assert len(rows) <= 1.03 * tokens.sum() / 128
-    assert len(packed(tokens, none, none, 256)[0]) <= 1.02 * tokens.sum() / 256
+    assert len(packed(tokens, none, none, none, 256)[0]) <= 1.02 * tokens.sum() / 256
     # Neighbours that begin alike need less; those that are pulled forward are counted with the least between.
     shared = np.minimum(rng.integers(0, 20, 500), tokens - 1)
-    closer, filled = packed(tokens, none, shared, 512)
+    closer, filled = packed(tokens, none, shared, shared, 512)
     assert sorted(item for members in closer for item in members) == list(range(500))
     assert len(closer) <= 1.01 * (tokens.sum() - 0.7 * shared.sum()) / 512
     for members, need in zip(closer, filled, strict=True):
         common = [min(shared[a + 1 : b + 1]) for a, b in itertools.pairwise(members)]
         assert tokens[members].sum() - sum(common) <= need <= 512
     # Places to ask at need room, too, though what is shared is asked at twice.
-    assert packed(np.full(4, 10), np.full(4, 60), np.full(4, 9), 128)[0] == [[0, 1], [2, 3]]
-    assert packed(np.array([20, 300, 20]), none[:3], none[:3], 128)[0] == [[0, 2], [1]]
-    assert packed(np.array([20, 300]), none[:2], none[:2], 0)[0] == [[0], [1]]
+    assert packed(np.full(4, 10), np.full(4, 60), np.full(4, 9), np.full(4, 9), 128)[0] == [[0, 1], [2, 3]]
+    assert packed(np.array([20, 300, 20]), none[:3], none[:3], none[:3], 128)[0] == [[0, 2], [1]]
+    assert packed(np.array([20, 300]), none[:2], none[:2], none[:2], 0)[0] == [[0], [1]]
+
+
+def test_rows_fit_whatever_begins_like_what():
+    """Requests of few different tokens, which begin alike in all ways; families that fork early among them."""
+    rng = np.random.default_rng(5)
+    skipped = 0
+    for _ in range(60):
+        n, deep = int(rng.integers(40, 300)), int(rng.integers(10, 60))
+        stems = [rng.integers(0, 2, deep).tolist() for _ in range(6)]
+        requests = {
+            (
+                tuple(stems[rng.integers(6)][: int(rng.integers(1, deep))]),
+                tuple(rng.integers(0, 2, int(rng.integers(1, 40)))),
+            )
+            for _ in range(n)
+        }
+        requests = [(list(context), list(map(int, tail))) for context, tail in requests]
+        for unit in planned(requests):
+            for batch in unit.batches:
+                for row in batch.rows:
+                    assert max(len(row.tokens), len(row.slots)) <= batch.length
+                    assert len(row.slots) <= batch.asked
+        ordered = Sorted(asked_for(requests))
+        found = families(ordered, POSITIONS)
+        alone = [row_of(ordered, family) for family in found]
+        together, filled = packed(*costs(ordered, found, alone), 128)
+        skipped += sum(b - a > 1 for row in together for a, b in itertools.pairwise(row))
+        for members, need in zip(together, filled, strict=True):
+            assert row_of(ordered, [at for member in members for at in found[member]]).size <= need
+    assert skipped > 100
 
 
 def test_lengths_are_the_cheapest_choice():
