@@ -3,6 +3,7 @@
 from jax_selftrain.models.cache import PAGE, Cache, decode_step, filled_blocks, flush_page, init_cache
 from jax_selftrain.models.config import DecoderConfig, RopeConfig, axis_sizes
 from jax_selftrain.models.decoder import forward, project
+from jax_selftrain.models.known import Known, abstract_known, learned
 from jax_selftrain.models.layers import accumulation_dtype
 from jax_selftrain.models.parameters import (
     Decoder,
@@ -18,8 +19,10 @@ __all__ = [
     "Cache",
     "Decoder",
     "DecoderConfig",
+    "Known",
     "Params",
     "RopeConfig",
+    "abstract_known",
     "abstract_params",
     "accumulation_dtype",
     "axis_sizes",
@@ -29,6 +32,7 @@ __all__ = [
     "forward",
     "init_cache",
     "init_params",
+    "learned",
     "param_axes",
     "param_shardings",
     "project",

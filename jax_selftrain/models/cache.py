@@ -28,8 +28,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_selftrain.mesh import Layout
 from jax_selftrain.models.config import DecoderConfig
-from jax_selftrain.models.decoder import embed
-from jax_selftrain.models.layers import accumulation_dtype, block, contract, normalise, rotary_tables, scan_inputs
+from jax_selftrain.models.layers import (
+    accumulation_dtype,
+    block,
+    contract,
+    embed,
+    normalise,
+    rotary_tables,
+    scan_inputs,
+)
 from jax_selftrain.models.parameters import Params
 
 PAGE = 32

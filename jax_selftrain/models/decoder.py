@@ -17,10 +17,13 @@ from jax_selftrain.config import Remat
 from jax_selftrain.mesh import Layout
 from jax_selftrain.models.attention import attention_over, fused_attention, fuses
 from jax_selftrain.models.config import DecoderConfig
-from jax_selftrain.models.divided import embedding_rows
+from jax_selftrain.models.known import Known, recalled
 from jax_selftrain.models.layers import (
+    Own,
     accumulation_dtype,
     block,
+    embed,
+    layer_of,
     linear,
     normalise,
     rotary_tables,
@@ -36,13 +39,6 @@ _REMATERIALISED: dict[Remat, Callable[[Callable], Callable]] = {
 }
 
 
-def embed(
-    layout: Layout, params: Params, tokens: Int[Array, "B T"], dtype: jax.typing.DTypeLike
-) -> Float[Array, "B T D"]:
-    """Rows of the embedding, in the type of the residual stream."""
-    return embedding_rows(layout, params["embed"]["embedding"], tokens, dtype)
-
-
 def forward(
     config: DecoderConfig,
     layout: Layout,
@@ -53,6 +49,7 @@ def forward(
     segments: Int[Array, "B T"] | None = None,
     ends: Int[Array, "B T"] | None = None,
     at: Int[Array, "B Q"] | None = None,
+    known: Known | None = None,
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
     remat: Remat = "none",
 ) -> Float[Array, "B T D"] | Float[Array, "B Q D"]:
@@ -67,6 +64,7 @@ def forward(
       ends: for rows that are trees in preorder: the place behind the last token that goes on from this one. A token
         sees those on its path from the root alone. Needs `positions`, each one's depth, in which windows are measured.
       at: places in each row: the last layer asks its queries, and computes everything behind them, at these alone.
+      known: what depends on a token alone; `tokens` are then places in it, of each row's own device. Needs `at`.
       compute_dtype: type of the matmul operands.
       remat: what the backward pass computes again: nothing, all but the products with weights (`dots`), or each layer
         from its input (`full`).
@@ -89,7 +87,9 @@ def forward(
     rotary = rotary_tables(config, positions, dtype)
     fused = ends is None and at is None and fuses(config, layout, length, compute_dtype)
 
-    def layer(x: jax.Array, inputs: dict, queries: jax.Array | None = None) -> tuple[jax.Array, None]:
+    def layer(
+        x: jax.Array, inputs: dict, queries: jax.Array | None = None, mine: Own | None = None
+    ) -> tuple[jax.Array, None]:
         seen = visible & (distance < inputs["window"]) if "window" in inputs else visible
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
@@ -98,25 +98,29 @@ def forward(
             visible_to_them = seen if queries is None else taken(layout, seen, queries)
             return attention_over(q, k, v, visible_to_them, compute_dtype), None
 
-        return block(config, layout, inputs["weights"], x, rotary, attend, compute_dtype, at=queries)
+        return block(config, layout, inputs["weights"], x, rotary, attend, compute_dtype, at=queries, known=mine)
 
-    x = embed(layout, params, tokens, dtype)
     inputs = scan_inputs(config, params)
     if at is None:
-        x, _ = jax.lax.scan(_REMATERIALISED[remat](layer), x, inputs)
+        x, _ = jax.lax.scan(_REMATERIALISED[remat](layer), embed(layout, params, tokens, dtype), inputs)
     else:
+        first, last = 0, config.num_layers - 1
+        if known is None:
+            x = embed(layout, params, tokens, dtype)
+        else:
+            known = recalled(layout, known, tokens)
+            x = known.x
+            if last > 0:
+                x, _ = layer(x, layer_of(inputs, 0), mine=known.own)
+                first = 1
+
         # Slices of the stacked weights, as inputs of a scan, would be copies.
         def layer_at(x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
-            return layer(x, _layer_of(inputs, index))
+            return layer(x, layer_of(inputs, index))
 
-        x, _ = jax.lax.scan(layer_at, x, jnp.arange(config.num_layers - 1))
-        x, _ = layer(x, _layer_of(inputs, config.num_layers - 1), at)
+        x, _ = jax.lax.scan(layer_at, x, jnp.arange(first, last))
+        x, _ = layer(x, layer_of(inputs, last), at)
     return normalise(config, layout, x, params["final_norm"])
-
-
-def _layer_of(inputs: dict, index: jax.Array | int) -> dict:
-    """What the scan over layers gives to layer `index`."""
-    return jax.tree.map(lambda stacked: jax.lax.dynamic_index_in_dim(stacked, index, keepdims=False), inputs)
 
 
 def project(

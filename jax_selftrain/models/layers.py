@@ -21,9 +21,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
-from jax_selftrain.mesh import Axes, Layout
+from jax_selftrain.mesh import Axes, Layout, platform_of
 from jax_selftrain.models.config import DecoderConfig, RopeConfig
-from jax_selftrain.models.divided import all_gathered, is_divided, scattered_sum, used
+from jax_selftrain.models.divided import all_gathered, embedding_rows, is_divided, scattered_sum, used
 from jax_selftrain.models.parameters import Params
 
 State = TypeVar("State")
@@ -152,7 +152,8 @@ def linear(
 
     XLA's products on a CPU read their first operand where it lies and rearrange the second one beforehand. With one
     token a row, in decoding, rearranging the kernel would take longer than multiplying: there it comes first. With many
-    tokens it comes second, since gradients then find their operands as they lie.
+    tokens it comes second, since gradients then find their operands as they lie; and as a matrix, since one of more
+    dimensions would be transposed beforehand even so.
 
     Args:
       kernel: [outputs…, inputs…] as stored; `axes` names its dimensions, of which the first `outputs` are the result's.
@@ -164,7 +165,8 @@ def linear(
     letters = "".join(_LETTERS[axis] for axis in axes if axis is not None)
     made, taken = letters[:outputs], letters[outputs:]
     leading = "btsuw"[: x.ndim - len(taken)]
-    kept = tuple(None if axis == "embed" else axis for axis in axes[:outputs])
+    used_axes = tuple(None if axis == "embed" else axis for axis in axes)
+    kept, summed = used_axes[:outputs], used_axes[outputs:]
     rows = ("batch", *[None] * (len(leading) - 1))
     if len(leading) == 2 and x.shape[1] == 1:
         equation, out = f"{letters},{leading}{taken}->{made}{leading}", layout.sharding((*kept, *rows))
@@ -173,7 +175,16 @@ def linear(
     equation, out = f"{leading}{taken},{letters}->{leading}{made}", layout.sharding((*rows, *kept))
     if is_divided(layout, axes):
         return _divided_product(equation, layout, axes, out, x.astype(compute_dtype), kernel)
-    return contract(equation, x, used(layout, kernel, axes, compute_dtype), compute_dtype, out)
+    kernel = used(layout, kernel, axes, compute_dtype)
+    divided_within = any(layout.spec(kept)[1:]) or any(layout.spec(summed)[1:])
+    if platform_of(layout.mesh) != "cpu" or divided_within:
+        return contract(equation, x, kernel, compute_dtype, out)
+    shape, size = (*x.shape[: len(leading)], *kernel.shape[:outputs]), math.prod(kernel.shape[:outputs])
+    x = jnp.reshape(x, (*shape[: len(leading)], -1), out_sharding=layout.sharding((*rows, summed[0])))
+    kernel = jnp.reshape(kernel, (size, -1), out_sharding=layout.sharding((kept[0], summed[0])))
+    flat = layout.sharding((*rows, kept[0]))
+    y = contract(f"{leading}i,oi->{leading}o", x, kernel, compute_dtype, flat)
+    return jnp.reshape(y, shape, out_sharding=out)
 
 
 def normalise(config: DecoderConfig, layout: Layout, x: jax.Array, weights: Params) -> jax.Array:
@@ -265,6 +276,35 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, State]]
 """(q [B,T,G,R,K], k [B,T,G,K], v [B,T,G,K]) → context [B,T,G,R,K] and whatever state it keeps (a cache, nothing)."""
 
 
+class Own(NamedTuple):
+    """What a layer makes of each token by itself, before tokens meet."""
+
+    q: Float[Array, "B T G R K"]
+    """Not rotated yet."""
+    k: Float[Array, "B T G K"]
+    """Not rotated yet."""
+    v: Float[Array, "B T G K"]
+    mlp: Float[Array, "B T D"] | None
+    """What the MLP adds, where it does not wait for attention (parallel residual)."""
+
+
+def own(
+    config: DecoderConfig,
+    layout: Layout,
+    weights: Params,
+    x: Float[Array, "B T D"],
+    compute_dtype: jax.typing.DTypeLike,
+    at: Int[Array, "B Q"] | None = None,
+) -> Own:
+    """Of the residual stream `x` and one layer's weights; queries and MLP only at the places `at` of each row."""
+    normed = normalise(config, layout, x, weights["attn_norm"])
+    k, v = _keys_values(config, layout, weights["attn"], normed, compute_dtype)
+    if at is not None:
+        x, normed = taken(layout, x, at), taken(layout, normed, at)
+    q = _queries(config, layout, weights["attn"], normed, compute_dtype)
+    return Own(q, k, v, _mlp(config, layout, weights, x, compute_dtype) if config.parallel_residual else None)
+
+
 def block(
     config: DecoderConfig,
     layout: Layout,
@@ -273,23 +313,25 @@ def block(
     rotary: Rotary,
     attend: Attend[State],
     compute_dtype: jax.typing.DTypeLike,
+    *,
     at: Int[Array, "B Q"] | None = None,
+    known: Own | None = None,
 ) -> tuple[Float[Array, "B T D"] | Float[Array, "B Q D"], State]:
     """One layer. How queries meet keys (a causal mask, a cache) is the caller's `attend`.
 
-    With `at`, only the queries at these places of each row are asked, and the result is that of these places.
+    Args:
+      at: only the queries at these places of each row are asked, and the result is that of these places.
+      known: what `own` would find, where it is known already (without `at`).
     """
-    normed = normalise(config, layout, x, weights["attn_norm"])
-    k, v = _keys_values(config, layout, weights["attn"], normed, compute_dtype)
-    k = rotate(k, rotary)
+    made = own(config, layout, weights, x, compute_dtype, at) if known is None else known
+    k = rotate(made.k, rotary)
     if at is not None:
-        x, normed, rotary = (jax.tree.map(lambda part: taken(layout, part, at), part) for part in (x, normed, rotary))
-    q = rotate(_queries(config, layout, weights["attn"], normed, compute_dtype), rotary)
-    context, state = attend(q, k, v)
+        x, rotary = taken(layout, x, at), Rotary(*(taken(layout, table, at) for table in rotary))
+    context, state = attend(rotate(made.q, rotary), k, made.v)
     axes = ("embed", "kv_heads", "q_per_kv", "head_dim")
     attention = _dense(layout, weights["attn"]["o"], axes, 1, context, compute_dtype)
-    if config.parallel_residual:
-        return x + attention + _mlp(config, layout, weights, x, compute_dtype), state
+    if made.mlp is not None:
+        return x + attention + made.mlp, state
     x = x + attention
     return x + _mlp(config, layout, weights, x, compute_dtype), state
 
@@ -372,3 +414,15 @@ def scan_inputs(config: DecoderConfig, params: Params) -> dict[str, Any]:
     """What the scan over layers walks along: the stacked weights and, where there are any, the windows."""
     windows = layer_windows(config)
     return {"weights": params["layers"]} | ({} if windows is None else {"window": jnp.asarray(windows)})
+
+
+def layer_of(inputs: dict[str, Any], index: jax.Array | int) -> dict[str, Any]:
+    """What the scan over layers gives to layer `index`."""
+    return jax.tree.map(lambda stacked: jax.lax.dynamic_index_in_dim(stacked, index, keepdims=False), inputs)
+
+
+def embed(
+    layout: Layout, params: Params, tokens: Int[Array, "B T"], dtype: jax.typing.DTypeLike
+) -> Float[Array, "B T D"]:
+    """Rows of the embedding, in the type of the residual stream."""
+    return embedding_rows(layout, params["embed"]["embedding"], tokens, dtype)

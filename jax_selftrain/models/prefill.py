@@ -14,8 +14,7 @@ from jax_selftrain.mesh import Layout
 from jax_selftrain.models.attention import attention_over
 from jax_selftrain.models.cache import Cache
 from jax_selftrain.models.config import DecoderConfig
-from jax_selftrain.models.decoder import embed
-from jax_selftrain.models.layers import accumulation_dtype, block, rotary_tables, scan_inputs
+from jax_selftrain.models.layers import accumulation_dtype, block, embed, rotary_tables, scan_inputs
 from jax_selftrain.models.parameters import Params
 
 

@@ -37,7 +37,7 @@ def temporaries(work: Work, model: DecoderConfig) -> int:
         logits = 4 * config.batch_size * model.vocab_size * 4  # logits, what is masked of them, and the tree's sums
         layer = parameters_of(model)[0] * compute // model.num_layers // model_axis
         return logits + layer
-    rows, length = work.arguments[-1].tokens.shape[-2:] if isinstance(config, TrainConfig) else work.arguments[2].shape
+    rows, length = work.arguments[-1].tokens.shape[-2:] if isinstance(config, TrainConfig) else work.arguments[3].shape
     rows //= work.mesh_shape["data"]
     length -= isinstance(config, TrainConfig)
     hidden = rows * length * width * 4

@@ -125,7 +125,7 @@ def _training(plan: PlanConfig, config: TrainConfig, mesh: Any, common: dict[str
 
 def _scoring(plan: PlanConfig, config: ScoreConfig, mesh: Any, common: dict[str, Any]) -> Work:
     function, arguments, donation = scoring.program(config, mesh)
-    rows, length = arguments[2].shape
+    rows, length = arguments[3].shape
     return Work(
         function=function,
         arguments=arguments,

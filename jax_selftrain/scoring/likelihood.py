@@ -1,7 +1,8 @@
 """The likelihood engine: log p(continuation | context) of many token sequences at once.
 
-Four things make it cheap. (1) What requests have in common is computed once: choices share the context of their
-question, and identical requests are one (see `scoring.trees`). (2) Only the positions that predict something asked for
+Five things make it cheap. (1) What requests have in common is computed once: choices share the context of their
+question, and identical requests are one (see `scoring.trees`); and what depends on a token alone, most of the first
+layer, once for each different token. (2) Only the positions that predict something asked for
 go through the last layer's queries and MLP, and only they are projected to the vocabulary: each device gathers their
 hidden states in a pool, whatever batch they come from, and a full pool goes through the output matrix in chunks, so
 that no `[B, T, V]` ever exists. (3) Rows are padded to one of a few lengths, each with a fixed number of rows, and
@@ -35,12 +36,24 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.mesh import Layout, compiler_options, make_layout, place, using
 from jax_selftrain.models import (
     DecoderConfig,
+    Known,
+    abstract_known,
     abstract_params,
     axis_sizes,
     param_shardings,
 )
-from jax_selftrain.scoring.pool import fill_pool, score_batch, score_pool
-from jax_selftrain.scoring.trees import CHUNK, TARGETS, Asked, Batch, Unit, batch_rows, plan, pool_places
+from jax_selftrain.scoring.pool import fill_pool, learn_tokens, score_batch, score_pool
+from jax_selftrain.scoring.trees import (
+    CHUNK,
+    TARGETS,
+    VOCABULARY,
+    Asked,
+    Batch,
+    Unit,
+    batch_rows,
+    plan,
+    pool_places,
+)
 
 
 class Request(NamedTuple):
@@ -164,11 +177,13 @@ def run_units(
     layout, config = model.layout, model.config
     shape = (layout.data, pool_places(layout, config.max_positions, batch_tokens), config.hidden_size)
     running: tuple[Unit, _Pool] | None = None
+    known: Known | None = None
     with using(layout.mesh):
         pool = jnp.zeros(shape, jnp.float32, out_sharding=layout.sharding(("batch", None, None)))
     for unit in units:
         with using(layout.mesh):
-            pool, results = _dispatch(model, pool, unit, batch_tokens)
+            known = _learned(model, known, unit)
+            pool, results = _dispatch(model, pool, known, unit, batch_tokens)
         if running is not None:
             yield running[0], _answers(*running)
         running = unit, results
@@ -179,26 +194,26 @@ def run_units(
 def batch_program(
     config: DecoderConfig, layout: Layout, dtype: DTypeLike, batch_tokens: int | None, length: int
 ) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
-    """The computation for rows of one length that are asked about at every position: function, abstract arguments with
-    shardings, donated arguments."""
+    """The computation for rows of one length, whose tokens are all different, that are asked about at every position:
+    function, abstract arguments with shardings, donated arguments."""
     rows, places = batch_rows(layout, length, batch_tokens), pool_places(layout, config.max_positions, batch_tokens)
     params = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract_params(config, dtype),
         param_shardings(config, layout),
     )
-    shapes: list[tuple[tuple[int, ...], Any]] = [
-        ((layout.data, places, config.hidden_size), jnp.float32),
-        *[((rows, length), jnp.int32)] * 4,
-        ((layout.data, places), jnp.int32),
-        ((layout.data, places, TARGETS), jnp.int32),
-    ]
-    arrays = [
-        jax.ShapeDtypeStruct(shape, kind, sharding=layout.sharding(("batch", *[None] * (len(shape) - 1))))
-        for shape, kind in shapes
-    ]
-    chunks = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.sharding(()))
-    return partial(score_batch, config, layout, dtype), (params, *arrays, chunks), ()
+    tokens = -(-rows // layout.data * length // CHUNK) * CHUNK
+
+    def array(*shape: int, dtype: DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
+        axes = ("batch", *[None] * (len(shape) - 1)) if shape else ()
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(axes))
+
+    with using(layout.mesh):
+        known = abstract_known(config, layout, params, tokens, dtype)
+    pool = array(layout.data, places, config.hidden_size, dtype=jnp.float32)
+    batch = [*[array(rows, length)] * 4, array(layout.data, places)]
+    asked = (array(layout.data, tokens), array(layout.data, places, TARGETS), array())
+    return partial(score_batch, config, layout, dtype), (params, pool, known, *batch, *asked), ()
 
 
 def program(config: ScoreConfig, mesh: Mesh) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
@@ -211,31 +226,65 @@ def program(config: ScoreConfig, mesh: Mesh) -> tuple[Callable[..., Any], tuple[
     return batch_program(decoder, layout, jnp.dtype(config.dtype), config.batch_tokens, decoder.max_positions)
 
 
+class _Programs(NamedTuple):
+    """The functions of `scoring.pool`, compiled."""
+
+    learn: Callable[..., Known]
+    fill: Callable[..., jax.Array]
+    score: Callable[..., tuple[jax.Array, jax.Array]]
+
+
 @cache
-def _compiled() -> tuple[Callable[..., jax.Array], Callable[..., tuple[jax.Array, jax.Array]]]:
+def _programs() -> _Programs:
     def compiled(function: Callable[..., Any], donated: tuple[int, ...]) -> Callable[..., Any]:
         return jax.jit(function, static_argnums=(0, 1, 2), donate_argnums=donated, compiler_options=compiler_options())
 
-    return compiled(fill_pool, (4,)), compiled(score_pool, ())
+    return _Programs(compiled(learn_tokens, (4,)), compiled(fill_pool, (4,)), compiled(score_pool, ()))
 
 
-def _dispatch(model: hub.LoadedModel, pool: jax.Array, unit: Unit, batch_tokens: int | None) -> tuple[jax.Array, _Pool]:
+def _learned(model: hub.LoadedModel, known: Known | None, unit: Unit) -> Known:
+    """What is known of a unit's tokens, in the memory of what was known before if there is room."""
+    layout, config, dtype = model.layout, model.config, model.compute_dtype
+    most = max(map(len, unit.vocabularies))
+    places = -(-min(config.vocab_size, VOCABULARY) // CHUNK) * CHUNK
+    while places < most:
+        places *= 2
+    if known is None or known.x.shape[1] < places:
+        shapes = abstract_known(config, layout, model.params, places, dtype)
+        known = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, out_sharding=leaf.sharding), shapes)
+    tokens = np.zeros((layout.data, known.x.shape[1]), np.int32)
+    for mine, vocabulary in zip(tokens, unit.vocabularies, strict=True):
+        mine[: len(vocabulary)] = vocabulary
+    chunks = place(layout, np.asarray(-(-most // CHUNK), np.int32), ())
+    return _programs().learn(config, layout, dtype, model.params, known, place(layout, tokens, ("batch", None)), chunks)
+
+
+def _dispatch(
+    model: hub.LoadedModel, pool: jax.Array, known: Known, unit: Unit, batch_tokens: int | None
+) -> tuple[jax.Array, _Pool]:
     """Hand a unit to the devices without waiting for them."""
     layout, static = model.layout, (model.config, model.layout, model.compute_dtype)
-    fill, score = _compiled()
+    programs = _programs()
     targets = np.zeros((*pool.shape[:2], TARGETS), np.int32)
     filled, first = [0] * layout.data, []
     for batch in unit.batches:
-        arrays, places = _arrays(layout, batch, batch_rows(layout, batch.length, batch_tokens), targets, filled)
+        rows = batch_rows(layout, batch.length, batch_tokens)
+        arrays, places = _arrays(layout, batch, rows, unit.vocabularies, targets, filled)
         first.append(places)
-        pool = fill(*static, model.params, pool, *(place(layout, array, ("batch", None)) for array in arrays))
+        arguments = (place(layout, array, ("batch", None)) for array in arrays)
+        pool = programs.fill(*static, model.params, pool, known, *arguments)
     wanted = place(layout, targets, ("batch", None, None))
     chunks = place(layout, np.asarray(-(-max(filled) // CHUNK), np.int32), ())
-    return pool, _Pool(*score(*static, model.params, pool, wanted, chunks), first)
+    return pool, _Pool(*programs.score(*static, model.params, pool, wanted, chunks), first)
 
 
 def _arrays(
-    layout: Layout, batch: Batch, rows: int, targets: np.ndarray, filled: list[int]
+    layout: Layout,
+    batch: Batch,
+    rows: int,
+    vocabularies: Sequence[np.ndarray],
+    targets: np.ndarray,
+    filled: list[int],
 ) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
     """The arguments of `fill_pool` for a batch, and where in the pool each row's places begin.
 
@@ -248,7 +297,8 @@ def _arrays(
     for number, row in enumerate(batch.rows):
         device, own = divmod(number, rows // layout.data)
         n, begin, count = len(row.tokens), filled[device], len(row.slots)
-        tokens[number, :n], positions[number, :n], ends[number, :n] = row.tokens, row.positions, row.ends
+        tokens[number, :n] = np.searchsorted(vocabularies[device], row.tokens)
+        positions[number, :n], ends[number, :n] = row.positions, row.ends
         at[number, :count] = row.slots
         slots[device, begin : begin + count] = own * batch.asked + np.arange(count)
         targets[device, begin : begin + count] = row.targets

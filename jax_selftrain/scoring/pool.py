@@ -1,9 +1,9 @@
-"""What runs on the devices when likelihoods are scored: rows fill a pool of hidden states, and a pool meets the
-vocabulary.
+"""What runs on the devices when likelihoods are scored: what a unit's tokens are by themselves is learned, rows fill a
+pool of hidden states, and a pool meets the vocabulary.
 
 Pure functions, compiled by `scoring.likelihood` for each length of rows that `scoring.trees` plans. Dimensions beside
-the usual ones: S devices along `data`, N places of the pool on each, Q positions of a row that its last layer
-computes, M tokens asked for at a place.
+the usual ones: S devices along `data`, N places of the pool and W different tokens on each, Q positions of a row that
+its last layer computes, M tokens asked for at a place.
 """
 
 from __future__ import annotations
@@ -18,8 +18,21 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jax_selftrain.mesh import Layout
-from jax_selftrain.models import DecoderConfig, Params, forward, project
+from jax_selftrain.models import DecoderConfig, Known, Params, forward, learned, project
 from jax_selftrain.scoring.trees import CHUNK
+
+
+def learn_tokens(
+    config: DecoderConfig,
+    layout: Layout,
+    compute_dtype: DTypeLike,
+    params: Params,
+    known: Known,
+    vocabulary: Int[Array, "S W"],
+    chunks: Int[Array, ""],
+) -> Known:
+    """What the different tokens of a unit are by themselves, `CHUNK` of them at a time (`models.learned`)."""
+    return learned(config, layout, params, known, vocabulary, chunks, CHUNK, compute_dtype=compute_dtype)
 
 
 def fill_pool(
@@ -28,6 +41,7 @@ def fill_pool(
     compute_dtype: DTypeLike,
     params: Params,
     pool: Float[Array, "S N D"],
+    known: Known,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     ends: Int[Array, "B T"],
@@ -40,7 +54,8 @@ def fill_pool(
       config, layout, compute_dtype: static.
       params: the model.
       pool: hidden states so far, N places on each device.
-      tokens: rows, padded on the right.
+      known: from `learn_tokens`.
+      tokens: rows, padded on the right, of places in `known`.
       positions, ends: see `models.forward`.
       at: the positions of each row that the last layer computes.
       slots: for each place of the pool, which of those B/S·Q positions of the same device goes there; −1: none.
@@ -56,6 +71,7 @@ def fill_pool(
         positions=positions,
         ends=ends,
         at=at,
+        known=known,
         compute_dtype=compute_dtype,
     )
     hidden = jnp.reshape(hidden, (layout.data, -1, hidden.shape[-1]), out_sharding=pool_sharding(layout))
@@ -142,16 +158,20 @@ def score_batch(
     compute_dtype: DTypeLike,
     params: Params,
     pool: Float[Array, "S N D"],
+    known: Known,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     ends: Int[Array, "B T"],
     at: Int[Array, "B Q"],
     slots: Int[Array, "S N"],
+    vocabulary: Int[Array, "S W"],
     targets: Int[Array, "S N M"],
     chunks: Int[Array, ""],
 ) -> tuple[Float[Array, "S N M"], Int[Array, "S N"]]:
-    """`fill_pool`, then `score_pool`: a unit of one batch in one program."""
-    pool = fill_pool(config, layout, compute_dtype, params, pool, tokens, positions, ends, at, slots)
+    """`learn_tokens`, `fill_pool`, `score_pool`: a unit of one batch in one program, as many chunks of one as of the
+    other."""
+    known = learn_tokens(config, layout, compute_dtype, params, known, vocabulary, chunks)
+    pool = fill_pool(config, layout, compute_dtype, params, pool, known, tokens, positions, ends, at, slots)
     return score_pool(config, layout, compute_dtype, params, pool, targets, chunks)
 
 

@@ -18,9 +18,10 @@ positions of each row as something is asked at, in one of a few steps that are c
 
 **Units.** Each device keeps the hidden states that predict something in a pool, in the order of batches, until the
 next batch would not fit; only then are they projected to the vocabulary. A position of the pool holds up to `TARGETS`
-tokens that are asked for there: the first tokens of all choices of a question cost one projection. The batches between
-two emptyings of the pool are a unit, which depends on nothing but the requests and the batch size: what is claimed,
-committed and, after an interruption, found again.
+tokens that are asked for there: the first tokens of all choices of a question cost one projection. What depends on a
+token alone each device computes once for its different tokens (`models.known`), which must not be too many either. The
+batches between two emptyings of the pool are a unit, which depends on nothing but the requests and the batch size: what
+is claimed, committed and, after an interruption, found again.
 """
 
 from __future__ import annotations
@@ -53,7 +54,11 @@ FAMILY = 256
 """Longest family, unless one of its requests alone is more than half as long: attention over a row grows with the
 square of its length, and what sharing saves does not."""
 UNIT_BATCHES = 16
-"""Batches in a unit at most: what may have to be done again after an interruption."""
+UNIT_TOKENS = 1 << 15
+"""A unit has at most so many batches, or as many as have so many positions on a device: what may have to be done again
+after an interruption."""
+VOCABULARY = 1 << 13
+"""Different tokens in a unit on one device, at most, unless one batch has more."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,8 @@ class Unit:
 
     index: int
     batches: tuple[Batch, ...]
+    vocabularies: tuple[np.ndarray, ...]
+    """Of each device along `data`, the different tokens of its rows, ascending."""
 
     @property
     def members(self) -> list[int]:
@@ -157,16 +164,20 @@ def plan(layout: Layout, config: DecoderConfig, requests: Sequence[Asked], batch
         return []
     units: list[Unit] = []
     batches: list[Batch] = []
+    nothing = (np.zeros(0, np.int32),) * layout.data
+    vocabularies, filled = nothing, np.zeros(layout.data, np.int64)
     room = pool_places(layout, config.max_positions, batch_tokens)
-    filled = np.zeros(layout.data, np.int64)
+    most = max(UNIT_BATCHES, UNIT_TOKENS * layout.data // (batch_tokens or default_batch_tokens(layout)))
     for batch in _batches(layout, config, requests, batch_tokens):
-        more = places_per_device(layout, batch, batch_rows(layout, batch.length, batch_tokens))
-        if len(batches) == UNIT_BATCHES or (filled + more > room).any():
-            units.append(Unit(len(units), tuple(batches)))
-            batches, filled = [], np.zeros_like(filled)
+        rows = batch_rows(layout, batch.length, batch_tokens)
+        more, new = places_per_device(layout, batch, rows), tokens_per_device(layout, batch, rows)
+        both = tuple(map(np.union1d, vocabularies, new))
+        if batches and (len(batches) == most or (filled + more > room).any() or max(map(len, both)) > VOCABULARY):
+            units.append(Unit(len(units), tuple(batches), vocabularies))
+            batches, both, filled = [], new, np.zeros_like(filled)
         batches.append(batch)
-        filled += more
-    return [*units, Unit(len(units), tuple(batches))]
+        vocabularies, filled = both, filled + more
+    return [*units, Unit(len(units), tuple(batches), vocabularies)]
 
 
 def places_per_device(layout: Layout, batch: Batch, rows: int) -> np.ndarray:
@@ -174,6 +185,13 @@ def places_per_device(layout: Layout, batch: Batch, rows: int) -> np.ndarray:
     counts = np.zeros(rows, np.int64)
     counts[: len(batch.rows)] = [len(row.slots) for row in batch.rows]
     return counts.reshape(layout.data, -1).sum(axis=1)
+
+
+def tokens_per_device(layout: Layout, batch: Batch, rows: int) -> tuple[np.ndarray, ...]:
+    """The different tokens, ascending, in a batch of so many rows on each device along `data`."""
+    own = rows // layout.data
+    parts = (batch.rows[device * own : (device + 1) * own] for device in range(layout.data))
+    return tuple(np.unique(np.concatenate([np.zeros(0, np.int32), *(row.tokens for row in part)])) for part in parts)
 
 
 class Sorted:

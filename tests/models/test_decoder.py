@@ -13,6 +13,7 @@ from jax_selftrain.models import (
     PAGE,
     DecoderConfig,
     RopeConfig,
+    abstract_known,
     axis_sizes,
     decode_step,
     filled_blocks,
@@ -20,9 +21,11 @@ from jax_selftrain.models import (
     forward,
     init_cache,
     init_params,
+    learned,
     param_shardings,
     project,
 )
+from jax_selftrain.pods.traced import flops
 
 LLAMA = DecoderConfig(
     vocab_size=512, hidden_size=64, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=8, intermediate_size=172,
@@ -68,6 +71,52 @@ def test_last_layer_at_some_places_is_the_whole_one_there(config: DecoderConfig,
     found = logits_of(config, layout, tokens, at=at, segments=segments)
     whole = logits_of(config, layout, tokens, segments=segments)
     np.testing.assert_allclose(found, np.take_along_axis(whole, at[..., None], axis=1), atol=ROUNDING)
+
+
+@pytest.mark.parametrize("config", FAMILIES)
+@pytest.mark.parametrize(("layers", "preset"), [(1, "tensor"), (2, "fsdp"), (3, "tensor")])
+def test_what_depends_on_a_token_alone_can_be_looked_up(config: DecoderConfig, layers: int, preset: str):
+    """Each device has learned the tokens of its own rows, in an order of its own, over those of a batch before."""
+    config = dataclasses.replace(config, num_layers=layers, sliding_window=None)
+    layout, tokens = layout_of(config, "data=2,model=2", preset), tokens_of(4, 70)
+    random = np.random.default_rng(1)
+    at = random.integers(0, 70, (4, 9)).astype(np.int32)
+    vocabularies = [random.permutation(np.unique(own)).astype(np.int32) for own in tokens.reshape(2, -1)]
+    table, places = np.zeros((2, 160), np.int32), np.zeros_like(tokens)
+    for device, own in enumerate(vocabularies):
+        table[device, : len(own)] = own
+        mine = slice(2 * device, 2 * device + 2)
+        places[mine] = np.argsort(own)[np.searchsorted(np.sort(own), tokens[mine])]
+    with using(layout.mesh):
+        params = init_params(config, 0, layout)
+        shapes = abstract_known(config, layout, params, 160, jnp.float32)
+        before = jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, out_sharding=leaf.sharding), shapes)
+        learn = jax.jit(partial(learned, config, layout), static_argnums=4)
+        chunks = place(layout, np.asarray(-(-max(map(len, vocabularies)) // 16), np.int32), ())
+        known = learn(params, before, place(layout, table, ("batch", None)), chunks, 16)
+        run = jax.jit(
+            lambda p, t, at, known: project(config, layout, p, forward(config, layout, p, t, at=at, known=known))
+        )
+        found = run(params, *(place(layout, array, ("batch", None)) for array in (places, at)), known)
+    np.testing.assert_allclose(found, logits_of(config, layout, tokens, at=at), atol=ROUNDING)
+
+
+@pytest.mark.parametrize(("config", "spared"), [(NEOX, "qkv and MLP"), (LLAMA, "qkv")])
+def test_a_look_up_spares_the_products_of_the_first_layer(config: DecoderConfig, spared: str):
+    layout = layout_of(config)
+    params = init_params(config, 0, layout)
+    with using(layout.mesh):
+        tokens, at = (place(layout, array, ("batch", None)) for array in (tokens_of(4, 70), np.zeros((4, 9), np.int32)))
+        known = abstract_known(config, layout, params, 160, jnp.float32)
+
+        def operations(known) -> float:
+            return flops(jax.make_jaxpr(partial(forward, config, layout))(params, tokens, at=at, known=known))
+
+        difference = operations(None) - operations(known)
+    width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    if spared == "qkv and MLP":
+        width += 2 * config.intermediate_size
+    assert difference == 2 * 4 * 70 * config.hidden_size * width
 
 
 @pytest.mark.parametrize("config", FAMILIES)

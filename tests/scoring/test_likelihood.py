@@ -14,7 +14,7 @@ from jax_selftrain.config import ScoreConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.mesh import make_layout, make_mesh, place, using
 from jax_selftrain.models import DecoderConfig, RopeConfig, axis_sizes, forward, project
-from jax_selftrain.scoring import Request, loglikelihoods, program, token_scores
+from jax_selftrain.scoring import Request, likelihood, loglikelihoods, program, token_scores, trees
 from jax_selftrain.scoring.likelihood import batch_program, distinct_requests
 from jax_selftrain.scoring.pool import logprobs_and_argmax
 from jax_selftrain.scoring.trees import (
@@ -23,9 +23,12 @@ from jax_selftrain.scoring.trees import (
     POOLED,
     TARGETS,
     UNIT_BATCHES,
+    UNIT_TOKENS,
+    VOCABULARY,
     Asked,
     Sorted,
     aligned,
+    batch_rows,
     costs,
     families,
     packed,
@@ -297,9 +300,43 @@ def test_units_bound_what_an_interruption_costs_and_the_longest_come_first():
     lengths = [batch.length for unit in units for batch in unit.batches]
     assert len(units) > 2
     assert lengths == sorted(lengths, reverse=True)
-    assert max(len(unit.batches) for unit in units) <= UNIT_BATCHES
+    assert max(len(unit.batches) for unit in units) <= max(UNIT_BATCHES, UNIT_TOKENS // 640)
     room = -(-POOLED * POSITIONS // CHUNK) * CHUNK
     assert all(sum(len(row.slots) for row in rows_of([unit])) <= room for unit in units)
+    few = planned([(request.context, request.continuation[:1]) for request in random_requests(3000, 512, 40)])
+    assert [len(unit.batches) for unit in few[:-1]] == [max(UNIT_BATCHES, UNIT_TOKENS // BATCH)] * (len(few) - 1)
+    assert len(few) > 1
+
+
+def test_a_unit_knows_the_different_tokens_of_each_device_and_has_not_too_many():
+    layout = make_layout("tensor", make_mesh("data=2"), axis_sizes(CONFIG))
+    requests = [(request.context, request.continuation[:1]) for request in random_requests(250, 50_000, 500)]
+    units = plan(layout, CONFIG, asked_for(requests), BATCH)
+    assert len(units) > 2
+    for unit in units:
+        own = [[], []]
+        for batch in unit.batches:
+            for number, row in enumerate(batch.rows):
+                own[number // (batch_rows(layout, batch.length, BATCH) // 2)].append(row.tokens)
+        for vocabulary, rows in zip(unit.vocabularies, own, strict=True):
+            np.testing.assert_array_equal(vocabulary, np.unique(np.concatenate(rows)))
+    sizes = [max(map(len, unit.vocabularies)) for unit in units]
+    assert VOCABULARY - BATCH < max(sizes) <= VOCABULARY
+
+
+@pytest.mark.parametrize("spec", ["data=1", "data=2,model=2"])
+def test_a_batch_of_more_different_tokens_than_a_unit_should_have_has_a_unit_of_its_own(load, monkeypatch, spec):
+    requests = random_requests(40, 512, 300)
+    expected = token_scores(load(), requests, batch_tokens=BATCH)
+    monkeypatch.setattr(trees, "VOCABULARY", 128)
+    monkeypatch.setattr(likelihood, "VOCABULARY", 128)
+    model = load(mesh=spec)
+    units = plan(model.layout, model.config, distinct_requests(model.config, requests)[0], BATCH)
+    assert {len(unit.batches) for unit in units} == {1}
+    assert max(len(unit.vocabularies[0]) for unit in units) > 128
+    for a, b in zip(token_scores(model, requests, batch_tokens=BATCH), expected, strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)
+        np.testing.assert_array_equal(a.greedy, b.greedy)
 
 
 def test_a_position_that_is_asked_for_more_than_it_has_room_for_fills_several_places(load):
@@ -473,4 +510,5 @@ def test_the_engine_runs_the_program_that_it_plans(load):
     assert make_layout("tensor", model.layout.mesh, axis_sizes(model.config)) == model.layout
     with using(model.layout.mesh):
         logprobs, greedy = jax.eval_shape(function, *arguments)
-    assert (logprobs.shape, greedy.shape) == (arguments[7].shape, arguments[6].shape)
+    *_, targets, _ = arguments
+    assert (logprobs.shape, greedy.shape) == (targets.shape, targets.shape[:2])
