@@ -8,6 +8,7 @@ command is known. tyro turns the dataclass into flags and help; the words of a f
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import logging
 import os
@@ -23,6 +24,7 @@ from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type
 
 from jax_selftrain import __version__, config, settings
 from jax_selftrain.errors import InputError, SelftrainError
+from jax_selftrain.light import this_process_runs_a_command
 from jax_selftrain.mirrors import named
 from jax_selftrain.processes import ProcessesConfig, current, finish, present, together
 from jax_selftrain.remote import brought_here, fetched
@@ -77,8 +79,12 @@ _HELP = frozenset({"-h", "--help"})
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0, 2, 75, 130, 143). A defect of ours keeps its traceback."""
+    if argv is None:
+        this_process_runs_a_command()
     code = _main(list(sys.argv[1:] if argv is None else argv))
     finish(code)
+    if argv is None:
+        gc.freeze()  # or the interpreter would search all that was ever imported for garbage before it ends
     return code
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from jax_selftrain import storage
 from jax_selftrain.errors import InputError
+from jax_selftrain.light import without_torch
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
@@ -50,7 +51,8 @@ def read_tokenizer(folder: Path) -> Any:
             f"{settings}: auto_map asks for code of the folder's own, which is never run here; save the tokenizer as a "
             "standard fast tokenizer (tokenizer.json) with the software that it belongs to"
         )
-    from transformers import AutoTokenizer
+    with without_torch():
+        from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from scipy import stats
+import scipy
 
 from jax_selftrain.study import statistics
 from jax_selftrain.study.measures import own_text
@@ -87,5 +87,5 @@ def _p_below(values: Sequence[float]) -> float:
     """One-sided p of a mean below zero; values that all agree have no spread to test against."""
     if max(values) - min(values) < 1e-12:
         return 0.0 if values[0] < -1e-12 else 1.0
-    p = float(stats.ttest_1samp(values, 0.0, alternative="less").pvalue)
+    p = float(scipy.stats.ttest_1samp(values, 0.0, alternative="less").pvalue)
     return 1.0 if math.isnan(p) else p

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from scipy import optimize, special, stats
+import scipy
 
 from jax_selftrain.study.statistics import Effect
 
@@ -98,7 +98,7 @@ def score_p(lost: int, gained: int, n: int, threshold: float) -> float:
     distance = lost - gained - n * change
     if variance == 0:
         return 0.5 if distance == 0 else float(distance > 0)
-    return float(special.ndtr(distance / math.sqrt(variance)))
+    return float(scipy.special.ndtr(distance / math.sqrt(variance)))
 
 
 def score_limit(lost: int, gained: int, n: int, level: float = LEVEL) -> float:
@@ -107,7 +107,7 @@ def score_limit(lost: int, gained: int, n: int, level: float = LEVEL) -> float:
     ends = -1 + 1e-9, value
     if value <= ends[0] or score_p(lost, gained, n, ends[0]) >= level:
         return -1.0
-    return float(optimize.brentq(lambda threshold: score_p(lost, gained, n, threshold) - level, *ends))
+    return float(scipy.optimize.brentq(lambda threshold: score_p(lost, gained, n, threshold) - level, *ends))
 
 
 def standing(seeds: int) -> Standing:
@@ -131,4 +131,4 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
     """Benjamini and Hochberg's adjusted p-values: the expected share of false ones among those below α is at most α."""
-    return stats.false_discovery_control(p_values).tolist() if len(p_values) else []
+    return scipy.stats.false_discovery_control(p_values).tolist() if len(p_values) else []

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import optimize, stats
+import scipy
 
 from jax_selftrain.config import ClaimConfig, StudyConfig
 from jax_selftrain.study.claims import differences_of
@@ -31,13 +31,13 @@ def power(effect: float, spread: float, seeds: int, level: float = LEVEL) -> flo
     """
     if seeds < 2 or spread <= 0:
         raise ValueError(f"{seeds} seeds with a spread of {spread} have no power")
-    critical = stats.t.isf(level, seeds - 1)
-    return float(stats.nct.sf(critical, seeds - 1, effect / spread * math.sqrt(seeds)))
+    critical = scipy.stats.t.isf(level, seeds - 1)
+    return float(scipy.stats.nct.sf(critical, seeds - 1, effect / spread * math.sqrt(seeds)))
 
 
 def detectable(spread: float, seeds: int, level: float = LEVEL, wanted: float = WANTED) -> float:
     """The true mean that is found with the wanted chance, in the unit of the spread."""
-    found = optimize.brentq(lambda ratio: power(ratio, 1.0, seeds, level) - wanted, 0.0, 1e3)
+    found = scipy.optimize.brentq(lambda ratio: power(ratio, 1.0, seeds, level) - wanted, 0.0, 1e3)
     return float(found) * spread
 
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from jax_selftrain.study.noninferiority import benjamini_hochberg
 
@@ -171,7 +171,7 @@ def _interval(r: float | None, sources: int) -> tuple[float | None, float | None
     if r is None or sources < 4:
         return None, None
     centre = math.atanh(max(-1 + 1e-9, min(1 - 1e-9, r)))
-    half = float(stats.norm.ppf(0.95)) / math.sqrt(sources - 3)
+    half = float(scipy.stats.norm.ppf(0.95)) / math.sqrt(sources - 3)
     return math.tanh(centre - half), math.tanh(centre + half)
 
 

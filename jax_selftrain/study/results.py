@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from scipy import stats
+import scipy
 
 from jax_selftrain import hub, settings, storage
 from jax_selftrain.config import ExtractConfig, RunConfig
@@ -345,7 +345,7 @@ def _length_edges(longest: int) -> list[float]:
 
 def _unigram_entropy(tokens: np.ndarray) -> float:
     counts = np.unique(tokens, return_counts=True)[1]
-    return float(stats.entropy(counts))
+    return float(scipy.stats.entropy(counts))
 
 
 def drawn_by_hash(n: int, k: int, seed: int | None) -> list[int]:

@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy import special, stats
 
 from jax_selftrain.scoring.metrics import CONFIDENCE, mean_and_stderr, ratio_and_stderr
 
@@ -64,7 +64,8 @@ class Effect:
         # a checkpoint compared with itself.
         quantile = (1 + confidence) / 2
         normal = math.isinf(self.degrees)
-        half = float(special.ndtri(quantile) if normal else special.stdtrit(self.degrees, quantile)) * self.error
+        reach = scipy.special.ndtri(quantile) if normal else scipy.special.stdtrit(self.degrees, quantile)
+        half = float(reach) * self.error
         return self.centre - half, self.centre + half
 
     def p_above(self, threshold: float) -> float:
@@ -73,7 +74,8 @@ class Effect:
         if self.error == 0:
             return 0.0 if distance > 0 else 1.0
         score = -distance / self.error
-        return float(special.ndtr(score) if math.isinf(self.degrees) else special.stdtr(self.degrees, score))
+        normal = math.isinf(self.degrees)
+        return float(scipy.special.ndtr(score) if normal else scipy.special.stdtr(self.degrees, score))
 
     def p_below(self, threshold: float) -> float:
         """One-sided p-value of the hypothesis that the true change is `threshold` or more."""
@@ -116,7 +118,7 @@ def share(outcomes: ArrayLike) -> Estimate:
     array = np.asarray(outcomes, bool)
     if array.size == 0:
         raise ValueError("the share of no outcomes at all is undefined")
-    result = stats.binomtest(int(array.sum()), array.size)
+    result = scipy.stats.binomtest(int(array.sum()), array.size)
     interval = result.proportion_ci(CONFIDENCE, method="wilson")
     return Estimate(float(result.statistic), float(interval.low), float(interval.high), array.size)
 
@@ -224,8 +226,8 @@ def mcnemar(lost: int, gained: int) -> tuple[float, float]:
     if discordant == 0:
         return 1.0, 1.0
     fewer = min(lost, gained)
-    up_to = float(special.bdtr(fewer, discordant, 0.5))
-    below = float(special.bdtr(fewer - 1, discordant, 0.5)) if fewer else 0.0
+    up_to = float(scipy.special.bdtr(fewer, discordant, 0.5))
+    below = float(scipy.special.bdtr(fewer - 1, discordant, 0.5)) if fewer else 0.0
     if lost == gained:
         return 1.0, 1.0 - (up_to - below) / 2
     return min(1.0, 2 * up_to), up_to + below  # where they differ by one, half the tail is .5 but for rounding
@@ -277,8 +279,8 @@ def bootstrap(
     if np.abs(above - value * below).max() <= _ROUNDING * np.abs(above).max():
         return Estimate(value, value, value, n)  # every document says the same: resamples could not differ
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # answered below
-        found = stats.bootstrap(
+        warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)  # answered below
+        found = scipy.stats.bootstrap(
             (above, below),
             lambda y, x, axis: y.sum(axis) / x.sum(axis),
             paired=True,

@@ -19,7 +19,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from jax_selftrain.scoring.metrics import CONFIDENCE
 from jax_selftrain.study.statistics import Estimate
@@ -61,7 +61,7 @@ def swap_effect(outcomes: Sequence[np.ndarray], classes: Sequence[np.ndarray]) -
     if n < DESCRIPTIVE:
         return Estimate(value, None, None, n)
     error = math.sqrt(float(np.sum(influence**2))) / pairs * math.sqrt(n / max(n - 1, 1))
-    half = float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * error
+    half = float(scipy.stats.norm.ppf((1 + CONFIDENCE) / 2)) * error
     return Estimate(value, value - half, value + half, n)
 
 

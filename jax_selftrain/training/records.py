@@ -20,6 +20,7 @@ import jax
 
 from jax_selftrain import storage
 from jax_selftrain.errors import InputError
+from jax_selftrain.light import without_torch
 from jax_selftrain.training.flops import Speed
 from jax_selftrain.training.tracking import Tracker
 
@@ -49,7 +50,8 @@ class RunRecords:
           speed: turns tokens per second into FLOP/s.
           tracker: W&B, closed with these records.
         """
-        from tensorboardX import SummaryWriter
+        with without_torch():
+            from tensorboardX import SummaryWriter
 
         self._path, self._steps, self._log_every = run / "metrics.jsonl", steps, log_every
         self._curve_path = run / "curve.jsonl"

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from jax_selftrain import storage
 from jax_selftrain.errors import InputError
+from jax_selftrain.light import without_torch
 from jax_selftrain.study.worlds.parts import World
 
 START = "<|endoftext|>"
@@ -67,7 +68,8 @@ def write_blank_model(
     family: Literal["gpt_neox", "llama"] = "gpt_neox",
 ) -> None:
     """A small Pythia or Llama, as far as it can be without weights: config and tokenizer in Hugging Face's layout."""
-    from transformers import PreTrainedTokenizerFast
+    with without_torch():
+        from transformers import PreTrainedTokenizerFast
 
     marks = {"bos_token": START, "eos_token": START, "unk_token": START}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marks).save_pretrained(folder)

@@ -1,0 +1,34 @@
+"""What a process that runs one command and nothing else may leave out.
+
+No command has a use for torch, but transformers and tensorboardX take it along where it is installed, which is most of
+what starting a command costs. What found no torch will not find it later: in a user's own program it is let in.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_commands_own = False
+
+
+def this_process_runs_a_command() -> None:
+    """Say that nothing but a command will ever run in this process."""
+    global _commands_own
+    _commands_own = True
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that it found no torch
+
+
+@contextmanager
+def without_torch() -> Iterator[None]:
+    """Inside, torch cannot be imported, if the process runs a command and has not imported it yet."""
+    if not _commands_own or "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
