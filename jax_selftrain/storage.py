@@ -26,6 +26,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from fnmatch import fnmatchcase
+from functools import cache
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -421,6 +422,11 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def versions() -> dict[str, str]:
     """Versions of this package and of the libraries that shape its numbers, without importing them."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
     from jax_selftrain import __version__
 
     found = {"jax_selftrain": __version__, "python": platform.python_version()}
