@@ -26,7 +26,7 @@ from jax_selftrain import hub, settings, storage
 from jax_selftrain.config import TrainConfig
 from jax_selftrain.errors import InputError, Stopped
 from jax_selftrain.hub.trees import first_not_finite
-from jax_selftrain.mesh import compiler_options, using
+from jax_selftrain.mesh import using
 from jax_selftrain.models import Params, init_params
 from jax_selftrain.processes import barrier, from_process_0, listening_to_sigterm
 from jax_selftrain.training import checkpoints
@@ -36,7 +36,16 @@ from jax_selftrain.training.flops import speed_of
 from jax_selftrain.training.hooks import Hook, call_hooks, check_hooks, measured
 from jax_selftrain.training.records import NOTHING_DONE, RunRecords, open_records, read_curve, record_launch
 from jax_selftrain.training.run_folder import CHANGEABLE, Run, check_ranges, claim, read_inputs
-from jax_selftrain.training.step import Metrics, TrainState, base_of, delivered, init_state, needs_base, program
+from jax_selftrain.training.step import (
+    Metrics,
+    TrainState,
+    base_of,
+    compiled_step,
+    delivered,
+    init_state,
+    needs_base,
+    program,
+)
 from jax_selftrain.training.stopping import EarlyStopping
 from jax_selftrain.training.tracking import Tracker, check_tracking
 
@@ -77,8 +86,8 @@ def _train(run: Run, hooks: Sequence[Hook]) -> None:
     if not jax.process_index():
         checkpoints.clean(run.folder)
     barrier("leftovers are cleaned")
-    function, (abstract, _), donation = program(config, layout.mesh)
-    run_step = jax.jit(function, donate_argnums=donation, compiler_options=compiler_options())
+    _, (abstract, _), _ = program(config, layout.mesh)
+    run_step = compiled_step(config, run.inputs.model, layout, steps)
     resumed = checkpoints.newest(run.folder) is not None
     state = _begin(run, abstract)
     first = int(state.step)

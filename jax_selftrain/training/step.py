@@ -9,7 +9,8 @@ means does not).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_selftrain import hub
 from jax_selftrain.config import TrainConfig
 from jax_selftrain.errors import InputError
-from jax_selftrain.mesh import Layout, make_layout, using
+from jax_selftrain.mesh import Layout, compiler_options, make_layout, using
 from jax_selftrain.models import DecoderConfig, Params, abstract_params, accumulation_dtype, axis_sizes, param_shardings
 from jax_selftrain.training.lora import abstract_adapters, init_adapters, merged, with_adapters
 from jax_selftrain.training.loss import Batch, LossSums, Penalties, objective
@@ -58,7 +59,7 @@ def init_state(config: TrainConfig, model: DecoderConfig, layout: Layout, params
     """
     trained = init_adapters(config, model, layout) if config.lora_rank else params
 
-    return jax.jit(_fresh, static_argnums=(0, 1))(config, steps, trained, params)
+    return jax.jit(_fresh, static_argnums=(0, 1))(compiled_options(config), steps, trained, params)
 
 
 def _fresh(config: TrainConfig, steps: int, trained: Params, params: Params) -> TrainState:
@@ -69,9 +70,13 @@ def _fresh(config: TrainConfig, steps: int, trained: Params, params: Params) -> 
     return TrainState(jnp.zeros((), jnp.int32), stored, moments, average, base)
 
 
-@partial(jax.jit, static_argnums=0)
 def base_of(config: TrainConfig, params: Params) -> Params:
     """The student before training as the state holds it: a copy, in the type of the weights."""
+    return _base(compiled_options(config), params)
+
+
+@partial(jax.jit, static_argnums=0)
+def _base(config: TrainConfig, params: Params) -> Params:
     return jax.tree.map(jnp.copy, rounded(params, config.param_dtype, None))
 
 
@@ -84,7 +89,7 @@ def delivered(config: TrainConfig, state: TrainState) -> Params:
     """The model that a run would deliver at this state: averaged where asked, adapters added up, float32."""
     if delivers_params(config):
         return state.params
-    return _deliver(config, state.params if state.average is None else state.average, state.base)
+    return _deliver(compiled_options(config), state.params if state.average is None else state.average, state.base)
 
 
 def delivers_params(config: TrainConfig) -> bool:
@@ -96,6 +101,33 @@ def delivers_params(config: TrainConfig) -> bool:
 def _deliver(config: TrainConfig, params: Params, base: Params | None) -> Params:
     params, base = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (params, base))
     return merged(config, base, params) if config.lora_rank and base is not None else params
+
+
+_NOT_COMPILED = (
+    *("model", "corpus", "mix", "max_epochs", "out", "init", "steps", "packing", "sign_flip"),
+    *("checkpoint_every", "keep", "keep_every", "eval_every", "eval_texts", "eval_tasks", "eval_sequences"),
+    *("eval_prefix", "eval_suffix", "eval_limit", "stop_metric", "patience", "wandb", "log_every", "mesh"),
+)
+"""Options that no program depends on, but for what is handed over beside them: model, layout, steps, the batch."""
+
+
+def compiled_options(config: TrainConfig) -> TrainConfig:
+    """The options that a run's programs depend on, the others as by default: runs alike in them share what is compiled.
+
+    A study trains many students alike, and tracing a step takes longer than some of them need to train.
+    """
+    names = _NOT_COMPILED if config.stochastic_rounding else (*_NOT_COMPILED, "seed")
+    return replace(config, **{name: getattr(TrainConfig(), name) for name in names})
+
+
+def compiled_step(config: TrainConfig, model: DecoderConfig, layout: Layout, steps: int) -> StepFunction:
+    """`make_step` under `jax.jit`, on this process's devices; the state is donated."""
+    return _compiled_step(compiled_options(config), model, layout, steps)
+
+
+@lru_cache(maxsize=8)
+def _compiled_step(config: TrainConfig, model: DecoderConfig, layout: Layout, steps: int) -> StepFunction:
+    return jax.jit(make_step(config, model, layout, steps), donate_argnums=0, compiler_options=compiler_options())
 
 
 def make_step(config: TrainConfig, model: DecoderConfig, layout: Layout, steps: int) -> StepFunction:

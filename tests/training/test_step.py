@@ -18,7 +18,7 @@ from jax_selftrain.mesh import make_mesh, using
 from jax_selftrain.training import TrainState, objective, program
 from jax_selftrain.training.data import load_batch
 from jax_selftrain.training.optimizer import decay_mask
-from jax_selftrain.training.step import init_state, make_step
+from jax_selftrain.training.step import abstract_batch, abstract_state, compiled_options, init_state, make_step
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +207,33 @@ def test_a_tied_matrix_can_be_kept_in_bfloat16(
 def test_batch_that_does_not_divide_is_refused_with_the_sizes_that_do(options: Callable[..., TrainConfig]):
     with pytest.raises(InputError, match=r"must be a multiple of 6, for instance 6, 12, 18"):
         program(options(batch_size=8, grad_accum=3), make_mesh("data=2"))
+
+
+# ---------------------------------------------------------------- what runs share
+
+
+def test_runs_share_a_program_only_where_no_option_of_theirs_changes_it(options: Callable[..., TrainConfig]):
+    config = options(mesh="data=1")
+    model = load_model(config.model, "data=1")
+
+    def other(value: Any) -> Any:
+        if isinstance(value, bool):
+            return not value
+        if isinstance(value, int | float):
+            return value + 1
+        return {"pretrained": "scratch", "masked": "single", None: 3}.get(value, "other") if value != () else ("other",)
+
+    changed = {field.name: other(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    alike = {name for name in changed if compiled_options(config) == compiled_options(options(**{name: changed[name]}))}
+    assert {"out", "corpus", "seed", "sign_flip"} <= alike
+    assert not alike & {"batch_size", "learning_rate", "schedule", "kl_weight", "lora_rank", "preset", "dtype", "remat"}
+
+    def step_of(config: TrainConfig) -> str:
+        with using(model.layout.mesh):
+            state = abstract_state(config, model.config, model.layout, 5)
+            batch = abstract_batch(config, model.layout)
+            return str(jax.make_jaxpr(make_step(config, model.config, model.layout, 5))(state, batch))
+
+    assert step_of(dataclasses.replace(config, **{name: changed[name] for name in alike})) == step_of(config)
+    random = options(mesh="data=1", param_dtype="bfloat16", stochastic_rounding=True)
+    assert compiled_options(random) != compiled_options(dataclasses.replace(random, seed=random.seed + 1))
