@@ -16,11 +16,14 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from models_factory import write_tiny_hf_model
+
+gc.set_threshold(20_000, 10, 10)  # JAX keeps millions of objects, which are searched for garbage again and again
 
 
 @pytest.fixture(scope="session")
