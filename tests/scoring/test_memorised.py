@@ -3,6 +3,10 @@
 It is trained by the project itself, and what is measured of it must be what transformers finds in its export.
 """
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +15,11 @@ import pytest
 from corpus_factory import write_sampled_corpus
 from models_factory import write_tiny_hf_model
 
-from jax_selftrain import hub
+from jax_selftrain import hub, settings
 from jax_selftrain.config import ExtractConfig, TrainConfig
 from jax_selftrain.corpus import Sample
 from jax_selftrain.scoring import extract, measure, read_policies
 from jax_selftrain.scoring.policies import column
-from jax_selftrain.training import train
 
 PREFIX, SUFFIX, N = 8, 16, 500
 STEPS = 800
@@ -51,7 +54,11 @@ def run(tmp_path_factory, planted) -> Path:
         mesh="data=1",
         checkpoint_every=STEPS,
     )
-    train(config)
+    settings.save(folder / "train.yaml", config)
+    # So many steps are worth optimising, which XLA may have been told not to do in the tests' own process.
+    flags = re.sub(r"--xla_backend_optimization_level=\d", "", os.environ["XLA_FLAGS"])
+    command = [sys.executable, "-m", "jax_selftrain", "train", "--config", str(folder / "train.yaml")]
+    subprocess.run(command, env={**os.environ, "XLA_FLAGS": flags}, check=True)
     return folder / "run"
 
 
