@@ -584,6 +584,7 @@ def test_a_machine_that_is_lost_costs_what_it_had_not_sent(tiny_model: Callable[
     """Killed while it samples; another machine, which has nothing but the store, completes the corpus."""
     model, out = tiny_model("llama"), tmp_path / "store" / "corpus"
     options = ["--samples", "400", "--max-tokens", "64", "--batch-size", "4", "--samples-per-shard", "4"]
+    options += ["--mesh", "data=1"]
     command = ["sample", "--model", str(model), *options]
     assert cli.main([*command, "--out", str(tmp_path / "local")]) == 0
 

@@ -107,14 +107,6 @@ def test_a_model_without_tokenizer_gives_tokens_without_text(config, tiny_model,
 
 # ---------------------------------------------------------------- restarts and company
 
-_SAMPLE_IN_A_PROCESS = """
-import sys
-from jax_selftrain import settings
-from jax_selftrain.config import SampleConfig
-from jax_selftrain.sampling import sample
-sample(settings.load(SampleConfig, sys.argv[1]))
-"""
-
 
 @pytest.mark.slow
 def test_a_killed_process_leaves_nothing_that_changes_the_corpus(promised, tmp_path):
@@ -122,7 +114,8 @@ def test_a_killed_process_leaves_nothing_that_changes_the_corpus(promised, tmp_p
     config, undisturbed = promised
     config = replace(config, out=str(tmp_path / "corpus"))
     settings.save(tmp_path / "sample.yaml", config)
-    process = subprocess.Popen([sys.executable, "-c", _SAMPLE_IN_A_PROCESS, str(tmp_path / "sample.yaml")])
+    command = [sys.executable, "-m", "jax_selftrain", "sample", "--config", str(tmp_path / "sample.yaml")]
+    process = subprocess.Popen(command)
     try:
         first_record = tmp_path / "corpus" / "records" / "shard-000000.json"
         while not first_record.exists():

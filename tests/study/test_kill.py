@@ -16,14 +16,6 @@ import pytest
 from jax_selftrain import settings
 from jax_selftrain.config import RunConfig
 
-PROGRAM = """
-import sys
-from jax_selftrain import settings
-from jax_selftrain.config import RunConfig
-from jax_selftrain.study import run
-run(settings.load(RunConfig, sys.argv[1]))
-"""
-
 MOMENTS = (
     "score/base.json",
     "corpus/shard-000000.parquet",
@@ -38,7 +30,7 @@ def start(config: RunConfig, folder: Path) -> subprocess.Popen[str]:
     settings.save(folder / "round.yaml", config)
     # Five starts compile the same programs: they share what they have compiled.
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    command = [sys.executable, "-c", PROGRAM, str(folder / "round.yaml")]
+    command = [sys.executable, "-m", "jax_selftrain", "run", "--config", str(folder / "round.yaml")]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **cache})
 
 

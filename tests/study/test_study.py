@@ -42,14 +42,6 @@ from jax_selftrain.study.transfer import interactions
 
 Make = Callable[..., StudyConfig]
 
-PROGRAM = """
-import sys
-from jax_selftrain import settings
-from jax_selftrain.config import StudyConfig
-from jax_selftrain.study import study
-study(settings.load(StudyConfig, sys.argv[1]))
-"""
-
 
 @pytest.fixture(scope="module")
 def make(options: Callable[..., RunConfig], tiny_model: Callable[..., Path], inputs: dict[str, str]) -> Make:
@@ -288,7 +280,7 @@ def test_killed_shared_and_grown_studies_end_with_the_same_tables(make: Make, tm
     small = partial(make, students=("llama",), sources=("llama", "neox"))
     whole = study(small(tmp_path / "whole", arms=(NULL,)))
     settings.save(tmp_path / "study.yaml", small(tmp_path / "out", seeds=(100,)))
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "study.yaml")]
+    command = [sys.executable, "-m", "jax_selftrain", "study", "--config", str(tmp_path / "study.yaml")]
     first = subprocess.Popen(command)
     stages = tmp_path / "out" / "stages"
     while first.poll() is None and len(list(stages.glob("*-*.json"))) < 6:

@@ -22,24 +22,11 @@ from jax_selftrain.config import TrainConfig
 from jax_selftrain.errors import Stopped
 from jax_selftrain.training import checkpoints, train
 
-PROGRAM = """
-import sys
-from jax_selftrain import settings
-from jax_selftrain.config import TrainConfig
-from jax_selftrain.errors import SelftrainError
-from jax_selftrain.training import train
-try:
-    train(settings.load(TrainConfig, sys.argv[1]))
-except SelftrainError as error:
-    print(type(error).__name__, error, file=sys.stderr)
-    sys.exit(error.exit_code)
-"""
-
-
 SERVER = """
 import os, sys, traceback
 sys.path.insert(0, sys.argv[2])
-import orbax.checkpoint, tensorboardX, transformers
+import orbax.checkpoint, pandas, tensorboardX
+from transformers import AutoTokenizer
 from training_runs import probe
 from jax_selftrain import settings
 from jax_selftrain.config import TrainConfig
@@ -67,7 +54,7 @@ for _ in sys.stdin:
 
 def start(config: TrainConfig, folder: Path) -> subprocess.Popen[str]:
     settings.save(folder / "train.yaml", config)
-    command = [sys.executable, "-c", PROGRAM, str(folder / "train.yaml")]
+    command = [sys.executable, "-m", "jax_selftrain", "train", "--config", str(folder / "train.yaml")]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
