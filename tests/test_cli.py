@@ -6,13 +6,14 @@ import subprocess
 import sys
 import textwrap
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import jax_selftrain
-from jax_selftrain import cli, config, errors
+from jax_selftrain import cli, config, errors, hub
 from jax_selftrain.config import RunConfig, SampleConfig
 
 ROOT = Path(jax_selftrain.__file__).parents[1]
@@ -65,6 +66,20 @@ def test_help_imports_nothing_heavy():
         check=True,
     )
     assert run.stdout.splitlines()[-1] == "heavy: []"
+
+
+def test_a_command_leaves_torch_out_and_a_users_own_program_does_not(tiny_model, tmp_path):
+    (tmp_path / "texts.jsonl").write_text('{"text": "A fox."}\n')
+    code = "import atexit, sys; atexit.register(lambda: print(sorted({'torch', 'transformers'} & set(sys.modules))))"
+    words = ("import", tmp_path / "texts.jsonl", "--model", tiny_model(), "--out", tmp_path / "corpus")
+    run = command(*words, code=code)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == "['transformers']"
+    assert run.stderr == "", "nor does it speak of torch"
+    hub.load_tokenizer(tiny_model())
+    from transformers.utils import is_torch_available
+
+    assert is_torch_available() == (find_spec("torch") is not None)
 
 
 def test_the_overview_lists_every_command_with_its_purpose():
