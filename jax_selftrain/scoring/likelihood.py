@@ -1,13 +1,13 @@
 """The likelihood engine: log p(continuation | context) of many token sequences at once.
 
 Five things make it cheap. (1) What requests have in common is computed once: choices share the context of their
-question, and identical requests are one (see `scoring.trees`); and what depends on a token alone, most of the first
-layer, once for each different token. (2) Only the positions that predict something asked for
-go through the last layer's queries and MLP, and only they are projected to the vocabulary: each device gathers their
-hidden states in a pool, whatever batch they come from, and a full pool goes through the output matrix in chunks, so
-that no `[B, T, V]` ever exists. (3) Rows are padded to one of a few lengths, each with a fixed number of rows, and
-short requests stand side by side in one row: a few programs serve any task. (4) The device has the next unit to work
-on before the results of the last are awaited.
+question, and identical requests are one (see `scoring.trees`). (2) What depends on a token alone, most of the first
+layer, is computed once for each different token (see `models.known`). (3) Only the positions that predict something
+asked for go through the last layer's queries and MLP, and only they are projected to the vocabulary: each device
+gathers their hidden states in a pool, whatever batch they come from, and a full pool goes through the output matrix in
+chunks, so that no `[B, T, V]` ever exists. (4) Rows are padded to one of a few lengths, each with a fixed number of
+rows, and short requests stand side by side in one row: a few programs serve any task. (5) The device has the next unit
+to work on before the results of the last are awaited.
 
 Padding stands to the right of the text, where under the causal mask no real position can see it. The same requests,
 batch size and mesh give the same bits, in whatever order they are asked. Which other requests are scored with one
@@ -243,13 +243,16 @@ def _programs() -> _Programs:
 
 
 def _learned(model: hub.LoadedModel, known: Known | None, unit: Unit) -> Known:
-    """What is known of a unit's tokens, in the memory of what was known before if there is room."""
+    """What is known of a unit's tokens, in the memory of what was known before where the unit alone would take as much.
+
+    (Else its programs would depend on what was scored before it, and not on what a restart finds missing.)
+    """
     layout, config, dtype = model.layout, model.config, model.compute_dtype
     most = max(map(len, unit.vocabularies))
     places = -(-min(config.vocab_size, VOCABULARY) // CHUNK) * CHUNK
     while places < most:
         places *= 2
-    if known is None or known.x.shape[1] < places:
+    if known is None or known.x.shape[1] != places:
         shapes = abstract_known(config, layout, model.params, places, dtype)
         known = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, out_sharding=leaf.sharding), shapes)
     tokens = np.zeros((layout.data, known.x.shape[1]), np.int32)
