@@ -1,7 +1,8 @@
 """What a process that runs one command and nothing else may leave out.
 
-No command has a use for torch, but transformers and tensorboardX take it along where it is installed, which is most of
-what starting a command costs. What found no torch will not find it later: in a user's own program it is let in.
+No command of ours has a use for torch, but transformers and tensorboardX take it along where it is installed, which is
+most of what starting a command costs. What found no torch will not find it later: in a user's own program it is let in,
+and where lm-evaluation-harness has been loaded, whose tasks run code that is not ours.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ def this_process_runs_a_command() -> None:
 
 @contextmanager
 def without_torch() -> Iterator[None]:
-    """Inside, torch cannot be imported, if the process runs a command and has not imported it yet."""
-    if not _commands_own or "torch" in sys.modules:
+    """Inside, torch cannot be imported, unless it has a use in this process or has been imported already."""
+    if not _commands_own or {"torch", "lm_eval"} & sys.modules.keys():
         yield
         return
     sys.modules["torch"] = None  # type: ignore[assignment]

@@ -72,6 +72,8 @@ def forward(
     Returns:
       Hidden states in fp32 (fp64 for fp64 compute), of all positions or of those at `at`.
     """
+    if known is not None and at is None:
+        raise ValueError("`known` needs `at`")
     dtype = accumulation_dtype(compute_dtype)
     length = tokens.shape[1]
     index = jnp.arange(length, dtype=jnp.int32)

@@ -46,13 +46,13 @@ from jax_selftrain.scoring.pool import fill_pool, learn_tokens, score_batch, sco
 from jax_selftrain.scoring.trees import (
     CHUNK,
     TARGETS,
-    VOCABULARY,
     Asked,
     Batch,
     Unit,
     batch_rows,
     plan,
     pool_places,
+    vocabulary_places,
 )
 
 
@@ -194,15 +194,15 @@ def run_units(
 def batch_program(
     config: DecoderConfig, layout: Layout, dtype: DTypeLike, batch_tokens: int | None, length: int
 ) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
-    """The computation for rows of one length, whose tokens are all different, that are asked about at every position:
-    function, abstract arguments with shardings, donated arguments."""
+    """The computation for rows of one length, whose tokens are as different as can be, that are asked about at every
+    position: function, abstract arguments with shardings, donated arguments."""
     rows, places = batch_rows(layout, length, batch_tokens), pool_places(layout, config.max_positions, batch_tokens)
     params = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract_params(config, dtype),
         param_shardings(config, layout),
     )
-    tokens = -(-rows // layout.data * length // CHUNK) * CHUNK
+    tokens = vocabulary_places(config.vocab_size, min(config.vocab_size, rows // layout.data * length))
 
     def array(*shape: int, dtype: DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
         axes = ("batch", *[None] * (len(shape) - 1)) if shape else ()
@@ -249,9 +249,7 @@ def _learned(model: hub.LoadedModel, known: Known | None, unit: Unit) -> Known:
     """
     layout, config, dtype = model.layout, model.config, model.compute_dtype
     most = max(map(len, unit.vocabularies))
-    places = -(-min(config.vocab_size, VOCABULARY) // CHUNK) * CHUNK
-    while places < most:
-        places *= 2
+    places = vocabulary_places(config.vocab_size, most)
     if known is None or known.x.shape[1] != places:
         shapes = abstract_known(config, layout, model.params, places, dtype)
         known = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, out_sharding=leaf.sharding), shapes)

@@ -54,9 +54,10 @@ FAMILY = 256
 """Longest family, unless one of its requests alone is more than half as long: attention over a row grows with the
 square of its length, and what sharing saves does not."""
 UNIT_BATCHES = 16
+SMALL_BATCHES = 64
 UNIT_TOKENS = 1 << 15
-"""A unit has at most so many batches, or as many as have so many positions on a device: what may have to be done again
-after an interruption."""
+"""A unit has up to `UNIT_BATCHES` batches, or `SMALL_BATCHES` as long as they have no more than so many positions on a
+device: what may have to be done again after an interruption."""
 VOCABULARY = 1 << 13
 """Different tokens in a unit on one device, at most, unless one batch has more."""
 
@@ -151,6 +152,15 @@ def pool_places(layout: Layout, max_positions: int, batch_tokens: int | None) ->
     return -(-POOLED * max(per_device, max_positions) // CHUNK) * CHUNK
 
 
+def vocabulary_places(vocab_size: int, different: int) -> int:
+    """Tokens that each device has room to know, in whole chunks, where a unit has so many different ones: all, or
+    `VOCABULARY` of them, or twice as many until there is room."""
+    places = -(-min(vocab_size, VOCABULARY) // CHUNK) * CHUNK
+    while places < different:
+        places *= 2
+    return places
+
+
 def plan(layout: Layout, config: DecoderConfig, requests: Sequence[Asked], batch_tokens: int | None) -> list[Unit]:
     """Divide distinct requests into units, longest rows first.
 
@@ -165,18 +175,19 @@ def plan(layout: Layout, config: DecoderConfig, requests: Sequence[Asked], batch
     units: list[Unit] = []
     batches: list[Batch] = []
     nothing = (np.zeros(0, np.int32),) * layout.data
-    vocabularies, filled = nothing, np.zeros(layout.data, np.int64)
+    vocabularies, filled, positions = nothing, np.zeros(layout.data, np.int64), 0
     room = pool_places(layout, config.max_positions, batch_tokens)
-    most = max(UNIT_BATCHES, UNIT_TOKENS * layout.data // (batch_tokens or default_batch_tokens(layout)))
     for batch in _batches(layout, config, requests, batch_tokens):
         rows = batch_rows(layout, batch.length, batch_tokens)
         more, new = places_per_device(layout, batch, rows), tokens_per_device(layout, batch, rows)
-        both = tuple(map(np.union1d, vocabularies, new))
-        if batches and (len(batches) == most or (filled + more > room).any() or max(map(len, both)) > VOCABULARY):
+        both, wider = tuple(map(np.union1d, vocabularies, new)), positions + batch.length * rows // layout.data
+        most = SMALL_BATCHES if wider <= UNIT_TOKENS else UNIT_BATCHES
+        too_much = len(batches) >= most or (filled + more > room).any() or max(map(len, both)) > VOCABULARY
+        if batches and too_much:
             units.append(Unit(len(units), tuple(batches), vocabularies))
-            batches, both, filled = [], new, np.zeros_like(filled)
+            batches, both, filled, wider = [], new, np.zeros_like(filled), wider - positions
         batches.append(batch)
-        vocabularies, filled = both, filled + more
+        vocabularies, filled, positions = both, filled + more, wider
     return [*units, Unit(len(units), tuple(batches), vocabularies)]
 
 

@@ -27,7 +27,7 @@ def test_two_processes_read_half_each_and_save_merge_and_convert_together(tmp_pa
         coordinator = f"localhost:{probe.getsockname()[1]}"
     script = Path(__file__).with_name("two_processes.py")
     environment = os.environ | {
-        "XLA_FLAGS": re.sub(r"(?<=device_count=)\d+", "4", os.environ["XLA_FLAGS"]),
+        "XLA_FLAGS": re.sub(r"(?<=device_count=)\d+", "4", os.environ["XLA_FLAGS"]),  # of tests/conftest.py
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
     command = [sys.executable, str(script), coordinator]

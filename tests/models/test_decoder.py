@@ -77,7 +77,8 @@ def test_last_layer_at_some_places_is_the_whole_one_there(config: DecoderConfig,
 @pytest.mark.parametrize(("layers", "preset"), [(1, "tensor"), (2, "fsdp"), (3, "tensor")])
 def test_what_depends_on_a_token_alone_can_be_looked_up(config: DecoderConfig, layers: int, preset: str):
     """Each device has learned the tokens of its own rows, in an order of its own, over those of a batch before."""
-    config = dataclasses.replace(config, num_layers=layers, sliding_window=None)
+    windows = config.sliding_window and (40, *[None] * (layers - 1))
+    config = dataclasses.replace(config, num_layers=layers, sliding_window=windows)
     layout, tokens = layout_of(config, "data=2,model=2", preset), tokens_of(4, 70)
     random = np.random.default_rng(1)
     at = random.integers(0, 70, (4, 9)).astype(np.int32)

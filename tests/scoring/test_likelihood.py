@@ -14,13 +14,14 @@ from jax_selftrain.config import ScoreConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.mesh import make_layout, make_mesh, place, using
 from jax_selftrain.models import DecoderConfig, RopeConfig, axis_sizes, forward, project
-from jax_selftrain.scoring import Request, likelihood, loglikelihoods, program, token_scores, trees
+from jax_selftrain.scoring import Request, loglikelihoods, program, token_scores, trees
 from jax_selftrain.scoring.likelihood import batch_program, distinct_requests
 from jax_selftrain.scoring.pool import logprobs_and_argmax
 from jax_selftrain.scoring.trees import (
     CHUNK,
     LENGTHS,
     POOLED,
+    SMALL_BATCHES,
     TARGETS,
     UNIT_BATCHES,
     UNIT_TOKENS,
@@ -295,17 +296,26 @@ def test_families_stay_together_where_that_saves_a_third_and_never_grow_without_
     assert sorted(member for row in rows_of(planned(many)) for member in row.members) == list(range(100))
 
 
+def positions(unit):
+    return sum(batch.length * len(batch.rows) for batch in unit.batches)
+
+
 def test_units_bound_what_an_interruption_costs_and_the_longest_come_first():
-    units = planned(random_requests(200, 512, 300), batch_tokens=640)
+    units = planned(random_requests(600, 512, 300), batch_tokens=640)
     lengths = [batch.length for unit in units for batch in unit.batches]
     assert len(units) > 2
     assert lengths == sorted(lengths, reverse=True)
-    assert max(len(unit.batches) for unit in units) <= max(UNIT_BATCHES, UNIT_TOKENS // 640)
+    assert all(len(unit.batches) <= UNIT_BATCHES or positions(unit) <= UNIT_TOKENS for unit in units)
     room = -(-POOLED * POSITIONS // CHUNK) * CHUNK
     assert all(sum(len(row.slots) for row in rows_of([unit])) <= room for unit in units)
-    few = planned([(request.context, request.continuation[:1]) for request in random_requests(3000, 512, 40)])
-    assert [len(unit.batches) for unit in few[:-1]] == [max(UNIT_BATCHES, UNIT_TOKENS // BATCH)] * (len(few) - 1)
-    assert len(few) > 1
+    few = [(request.context, request.continuation[:1]) for request in random_requests(1000, 512, 300)]
+    for batch_tokens, own in ((16, 128), (640, 640), (4096, 4096)):  # a row of 128 is longer than 16 positions
+        units = planned(few, batch_tokens=batch_tokens)
+        assert len(units) > 1
+        for unit in units[:-1]:
+            assert len(unit.batches) <= SMALL_BATCHES
+            assert len(unit.batches) in (UNIT_BATCHES, SMALL_BATCHES) or positions(unit) + own > UNIT_TOKENS
+            assert positions(unit) <= max(UNIT_TOKENS, UNIT_BATCHES * own)
 
 
 def test_a_unit_knows_the_different_tokens_of_each_device_and_has_not_too_many():
@@ -329,7 +339,6 @@ def test_a_batch_of_more_different_tokens_than_a_unit_should_have_has_a_unit_of_
     requests = random_requests(40, 512, 300)
     expected = token_scores(load(), requests, batch_tokens=BATCH)
     monkeypatch.setattr(trees, "VOCABULARY", 128)
-    monkeypatch.setattr(likelihood, "VOCABULARY", 128)
     model = load(mesh=spec)
     units = plan(model.layout, model.config, distinct_requests(model.config, requests)[0], BATCH)
     assert {len(unit.batches) for unit in units} == {1}
