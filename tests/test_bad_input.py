@@ -676,6 +676,7 @@ def test_another_seed_in_the_same_corpus_folder_is_refused(sound: Sound, tmp_pat
 
 FULL_DISK = """
 import resource, sys
+sys.dont_write_bytecode = True  # Python would leave modules cut off at the limit behind, to be read by all other tests
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 from jax_selftrain.cli import main
 sys.exit(main(sys.argv[1:]))

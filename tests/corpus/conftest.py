@@ -79,8 +79,9 @@ def start_python() -> Callable[..., subprocess.Popen]:
 
 
 @pytest.fixture
-def full_disk() -> Iterator[None]:
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No file of this process can grow past 64 KiB: to a writer the same as a disk that fills up."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # modules, cut off, would be read by all other tests
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
     yield
