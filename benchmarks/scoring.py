@@ -46,7 +46,7 @@ from jax_selftrain.models import forward
 from jax_selftrain.scoring import load_tasks, loglikelihoods
 from jax_selftrain.scoring.encode import encode_pairs, prefix_token
 from jax_selftrain.scoring.likelihood import distinct_requests
-from jax_selftrain.scoring.trees import batch_rows, plan
+from jax_selftrain.scoring.units import batch_rows, plan
 
 TRIAL = 20
 Texts = Sequence[tuple[str, str]]

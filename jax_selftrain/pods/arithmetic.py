@@ -18,7 +18,7 @@ from jax_selftrain.models import PAGE, DecoderConfig, abstract_params
 from jax_selftrain.pods.compiled import Collective
 from jax_selftrain.pods.stages import Work
 from jax_selftrain.pods.traced import bytes_on_a_chip
-from jax_selftrain.scoring.trees import CHUNK
+from jax_selftrain.scoring.units import CHUNK
 from jax_selftrain.training.loss import LOGITS_BYTES
 
 

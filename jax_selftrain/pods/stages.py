@@ -20,7 +20,7 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.mesh import AXES, make_mesh, parse_mesh
 from jax_selftrain.models import PAGE
 from jax_selftrain.pods.hardware import Machine, devices_of
-from jax_selftrain.scoring.trees import CHUNK
+from jax_selftrain.scoring.units import CHUNK
 
 StageConfig = SampleConfig | TrainConfig | ScoreConfig
 

@@ -43,17 +43,8 @@ from jax_selftrain.models import (
     param_shardings,
 )
 from jax_selftrain.scoring.pool import fill_pool, learn_tokens, score_batch, score_pool
-from jax_selftrain.scoring.trees import (
-    CHUNK,
-    TARGETS,
-    Asked,
-    Batch,
-    Unit,
-    batch_rows,
-    plan,
-    pool_places,
-    vocabulary_places,
-)
+from jax_selftrain.scoring.trees import TARGETS, Asked
+from jax_selftrain.scoring.units import CHUNK, Batch, Unit, batch_rows, plan, pool_places, vocabulary_places
 
 
 class Request(NamedTuple):

@@ -1,7 +1,7 @@
 """Likelihoods that survive an interruption, scored by any number of processes.
 
 As in sampling, the unit of work is claimed, computed and committed whole. Every process makes the same list of units
-from the same requests (see `scoring.trees`), claims those that are missing by lease, and commits their answers as a
+from the same requests (see `scoring.units`), claims those that are missing by lease, and commits their answers as a
 Parquet file; when none is missing, each reads them all. So a restart scores only what is missing, hosts with a mesh of
 their own divide the work among them without waiting for each other, and a dead peer costs its unfinished unit. A unit
 gives the same bits whoever computes it and whenever.
@@ -40,7 +40,8 @@ from jax_selftrain.scoring.likelihood import (
     summed,
     with_progress,
 )
-from jax_selftrain.scoring.trees import Asked, Unit, default_batch_tokens, plan
+from jax_selftrain.scoring.trees import Asked
+from jax_selftrain.scoring.units import Unit, default_batch_tokens, plan
 
 POLL_SECONDS = 0.5
 """How often to look whether a unit that another process works on has been finished or given up."""

@@ -1,7 +1,7 @@
 """What runs on the devices when likelihoods are scored: what a unit's tokens are by themselves is learned, rows fill a
 pool of hidden states, and a pool meets the vocabulary.
 
-Pure functions, compiled by `scoring.likelihood` for each length of rows that `scoring.trees` plans. Dimensions beside
+Pure functions, compiled by `scoring.likelihood` for each length of rows that `scoring.units` plans. Dimensions beside
 the usual ones: S devices along `data`, N places of the pool and W different tokens on each, Q positions of a row that
 its last layer computes, M tokens asked for at a place.
 """
@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from jax_selftrain.mesh import Layout
 from jax_selftrain.models import DecoderConfig, Known, Params, forward, learned, project
-from jax_selftrain.scoring.trees import CHUNK
+from jax_selftrain.scoring.units import CHUNK
 
 
 def learn_tokens(

@@ -1,4 +1,4 @@
-"""Which tokens of many requests are computed together: trees, rows, batches and the units that batches form.
+"""Which tokens of many requests are computed together: trees of requests, and the rows that hold them.
 
 **Trees.** What requests begin with alike (the choices of a question, minimal pairs, questions behind the same examples)
 is computed once. A row holds its requests as a tree, one node a token, in preorder: each request is a path from a root,
@@ -7,32 +7,20 @@ SpecInfer, arXiv:2305.09781). Sorting requests by their tokens puts those that b
 them is never divided: it takes the next one while that saves at least a third of its tokens. Whoever asks twice for the
 same is answered from one computation.
 
-**Rows.** How long rows are, and whether several families share them, is chosen for the requests at hand (`_rows`): as
-cheap as possible, counting padding, the attention of long rows and the compilation of each length. Families fill a row
-in their order, so that neighbours share the few tokens that they begin with; its end is filled by the largest of the
-following that fit.
-
-**Batches.** Every length has a fixed number of rows; the longest come first: if memory is short, it is short at once.
-Places that a batch has left over are taken by the next shorter rows. In the last layer a batch computes only so many
-positions of each row as something is asked at, in one of a few steps that are chosen like the lengths.
-
-**Units.** Each device keeps the hidden states that predict something in a pool, in the order of batches, until the
-next batch would not fit; only then are they projected to the vocabulary. A position of the pool holds up to `TARGETS`
-tokens that are asked for there: the first tokens of all choices of a question cost one projection. What depends on a
-token alone each device computes once for its different tokens (`models.known`), which must not be too many either. The
-batches between two emptyings of the pool are a unit, which depends on nothing but the requests and the batch size: what
-is claimed, committed and, after an interruption, found again.
+**Rows.** How long rows are, and whether several families share them, is chosen for the requests at hand (`rows_of`):
+as cheap as possible, counting padding, the attention of long rows and the compilation of each length. Families fill a
+row in their order, so that neighbours share the few tokens that they begin with; its end is filled by the largest of
+the following that fit. How rows become batches is `scoring.units`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
-from jax_selftrain.mesh import Layout, platform_of
 from jax_selftrain.models import DecoderConfig
 
 PACKED = (128, 256, 512, 1024)
@@ -43,23 +31,11 @@ LENGTHS = 6
 """Row lengths at most; also, for one length, numbers of positions that the last layer computes."""
 COMPILING = 1
 """What compiling one more program is taken to cost, in batches: once, since programs are kept."""
-POOLED = 4
-"""How often the pool would hold all positions of a batch: the fuller it is, the less of its last chunk is empty."""
-CHUNK = 128
-"""Pool positions that one device projects together: at V = 50k their fp32 logits take 26 MB, which a processor's cache
-still holds (with 512 a position took a quarter more time)."""
 TARGETS = 4
 """Tokens that one position of the pool can be asked for."""
 FAMILY = 256
 """Longest family, unless one of its requests alone is more than half as long: attention over a row grows with the
 square of its length, and what sharing saves does not."""
-UNIT_BATCHES = 16
-SMALL_BATCHES = 64
-UNIT_TOKENS = 1 << 15
-"""A unit has up to `UNIT_BATCHES` batches, or `SMALL_BATCHES` as long as they have no more than so many positions on a
-device: what may have to be done again after an interruption."""
-VOCABULARY = 1 << 13
-"""Different tokens in a unit on one device, at most, unless one batch has more."""
 
 
 @dataclass(frozen=True)
@@ -101,108 +77,10 @@ class Row:
         return max(len(self.tokens), len(self.slots))
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Rows that fill the first places of one device batch."""
-
-    length: int
-    """Of its rows, padded."""
-    asked: int
-    """Positions of each row that its last layer computes."""
-    rows: tuple[Row, ...]
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Batches whose predictions fill the pool once."""
-
-    index: int
-    batches: tuple[Batch, ...]
-    vocabularies: tuple[np.ndarray, ...]
-    """Of each device along `data`, the different tokens of its rows, ascending."""
-
-    @property
-    def members(self) -> list[int]:
-        """The requests in it."""
-        return [member for batch in self.batches for row in batch.rows for member in row.members]
-
-
 def aligned(length: int, max_positions: int) -> int:
     """The next length that programs are compiled for: multiples of 8, of 16 from 128 on, of 64 from 512 on."""
     step = 8 if length <= 128 else 16 if length <= 512 else 64
     return min(-(-length // step) * step, max_positions)
-
-
-def default_batch_tokens(layout: Layout) -> int:
-    """Enough to fill the device: more would only pad more rows, in the last batch of each length.
-
-    On a CPU a token cost least in batches of 512 and as much in larger ones (the shape of Pythia-70m).
-    """
-    return (512 if platform_of(layout.mesh) == "cpu" else 8192) * layout.data
-
-
-def batch_rows(layout: Layout, length: int, batch_tokens: int | None) -> int:
-    """Rows of a batch of this length: about `batch_tokens` positions, and a multiple of the data axis."""
-    return max(1, (batch_tokens or default_batch_tokens(layout)) // (length * layout.data)) * layout.data
-
-
-def pool_places(layout: Layout, max_positions: int, batch_tokens: int | None) -> int:
-    """Places of the pool on each device, in whole chunks: `POOLED` times as many as a batch has positions."""
-    per_device = (batch_tokens or default_batch_tokens(layout)) // layout.data
-    return -(-POOLED * max(per_device, max_positions) // CHUNK) * CHUNK
-
-
-def vocabulary_places(vocab_size: int, different: int) -> int:
-    """Tokens that each device has room to know, in whole chunks, where a unit has so many different ones: all, or
-    `VOCABULARY` of them, or twice as many until there is room."""
-    places = -(-min(vocab_size, VOCABULARY) // CHUNK) * CHUNK
-    while places < different:
-        places *= 2
-    return places
-
-
-def plan(layout: Layout, config: DecoderConfig, requests: Sequence[Asked], batch_tokens: int | None) -> list[Unit]:
-    """Divide distinct requests into units, longest rows first.
-
-    Args:
-      layout: of the model; only its number of replicas counts.
-      config: of the model; no request is longer than its inputs, and its shape says what a position costs where.
-      requests: all different.
-      batch_tokens: token positions in one device batch.
-    """
-    if not requests:
-        return []
-    units: list[Unit] = []
-    batches: list[Batch] = []
-    nothing = (np.zeros(0, np.int32),) * layout.data
-    vocabularies, filled, positions = nothing, np.zeros(layout.data, np.int64), 0
-    room = pool_places(layout, config.max_positions, batch_tokens)
-    for batch in _batches(layout, config, requests, batch_tokens):
-        rows = batch_rows(layout, batch.length, batch_tokens)
-        more, new = places_per_device(layout, batch, rows), tokens_per_device(layout, batch, rows)
-        both, wider = tuple(map(np.union1d, vocabularies, new)), positions + batch.length * rows // layout.data
-        most = SMALL_BATCHES if wider <= UNIT_TOKENS else UNIT_BATCHES
-        too_much = len(batches) >= most or (filled + more > room).any() or max(map(len, both)) > VOCABULARY
-        if batches and too_much:
-            units.append(Unit(len(units), tuple(batches), vocabularies))
-            batches, both, filled, wider = [], new, np.zeros_like(filled), wider - positions
-        batches.append(batch)
-        vocabularies, filled, positions = both, filled + more, wider
-    return [*units, Unit(len(units), tuple(batches), vocabularies)]
-
-
-def places_per_device(layout: Layout, batch: Batch, rows: int) -> np.ndarray:
-    """Places of the pool [S] that a batch of so many rows fills on each device along `data`."""
-    counts = np.zeros(rows, np.int64)
-    counts[: len(batch.rows)] = [len(row.slots) for row in batch.rows]
-    return counts.reshape(layout.data, -1).sum(axis=1)
-
-
-def tokens_per_device(layout: Layout, batch: Batch, rows: int) -> tuple[np.ndarray, ...]:
-    """The different tokens, ascending, in a batch of so many rows on each device along `data`."""
-    own = rows // layout.data
-    parts = (batch.rows[device * own : (device + 1) * own] for device in range(layout.data))
-    return tuple(np.unique(np.concatenate([np.zeros(0, np.int32), *(row.tokens for row in part)])) for part in parts)
 
 
 class Sorted:
@@ -295,28 +173,7 @@ def _share(asked: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return slots, targets, np.stack([which, nth % TARGETS], axis=1).astype(np.int32)[inverse.reshape(-1)]
 
 
-def _batches(
-    layout: Layout, config: DecoderConfig, requests: Sequence[Asked], batch_tokens: int | None
-) -> Iterator[Batch]:
-    """The batches, longest first."""
-    tokens = batch_tokens or default_batch_tokens(layout)
-    rows, lengths = _rows(Sorted(requests), config, tokens)
-    counts = np.array([len(row.slots) for row in rows], np.int64)
-    computed = np.empty_like(counts)
-    for length in np.unique(lengths).tolist():
-        # Beside its keys and values, a sixth of it, the last layer is computed at these positions alone.
-        mine = lengths == length
-        computed[mine] = padded(counts[mine], length, lambda n: n * (5 / 6 / config.num_layers), COMPILING * tokens)
-    order = sorted(range(len(rows)), key=lambda at: (-lengths[at], -computed[at], -rows[at].size))
-    start = 0
-    while start < len(order):
-        length = int(lengths[order[start]])
-        taken = order[start : start + batch_rows(layout, length, batch_tokens)]
-        start += len(taken)
-        yield Batch(length, int(computed[taken].max()), tuple(rows[at] for at in taken))
-
-
-def _rows(requests: Sorted, config: DecoderConfig, batch_tokens: int) -> tuple[list[Row], np.ndarray]:
+def rows_of(requests: Sorted, config: DecoderConfig, batch_tokens: int) -> tuple[list[Row], np.ndarray]:
     """Rows, and the length [rows] that each is padded to: the cheapest of a few ways to divide the requests.
 
     Beside a token's products with the weights (12 D² multiplications in a layer of the usual shape), its attention

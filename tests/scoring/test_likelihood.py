@@ -14,28 +14,30 @@ from jax_selftrain.config import ScoreConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.mesh import make_layout, make_mesh, place, using
 from jax_selftrain.models import DecoderConfig, RopeConfig, axis_sizes, forward, project
-from jax_selftrain.scoring import Request, loglikelihoods, program, token_scores, trees
+from jax_selftrain.scoring import Request, loglikelihoods, program, token_scores
 from jax_selftrain.scoring.likelihood import batch_program, distinct_requests
 from jax_selftrain.scoring.pool import logprobs_and_argmax
 from jax_selftrain.scoring.trees import (
-    CHUNK,
     LENGTHS,
-    POOLED,
-    SMALL_BATCHES,
     TARGETS,
-    UNIT_BATCHES,
-    UNIT_TOKENS,
-    VOCABULARY,
     Asked,
     Sorted,
     aligned,
-    batch_rows,
     costs,
     families,
     packed,
     padded,
-    plan,
     row_of,
+)
+from jax_selftrain.scoring.units import (
+    CHUNK,
+    POOLED,
+    SMALL_BATCHES,
+    UNIT_BATCHES,
+    UNIT_TOKENS,
+    VOCABULARY,
+    batch_rows,
+    plan,
 )
 
 FAMILIES = ("gpt_neox", "llama")
@@ -338,7 +340,7 @@ def test_a_unit_knows_the_different_tokens_of_each_device_and_has_not_too_many()
 def test_a_batch_of_more_different_tokens_than_a_unit_should_have_has_a_unit_of_its_own(load, monkeypatch, spec):
     requests = random_requests(40, 512, 300)
     expected = token_scores(load(), requests, batch_tokens=BATCH)
-    monkeypatch.setattr(trees, "VOCABULARY", 128)
+    monkeypatch.setattr("jax_selftrain.scoring.units.VOCABULARY", 128)
     model = load(mesh=spec)
     units = plan(model.layout, model.config, distinct_requests(model.config, requests)[0], BATCH)
     assert {len(unit.batches) for unit in units} == {1}
