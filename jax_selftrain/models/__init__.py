@@ -4,7 +4,6 @@ from jax_selftrain.models.cache import PAGE, Cache, decode_step, filled_blocks, 
 from jax_selftrain.models.config import DecoderConfig, RopeConfig, axis_sizes
 from jax_selftrain.models.decoder import forward, project
 from jax_selftrain.models.known import Known, abstract_known, learned
-from jax_selftrain.models.layers import accumulation_dtype
 from jax_selftrain.models.parameters import (
     Decoder,
     Params,
@@ -13,6 +12,7 @@ from jax_selftrain.models.parameters import (
     param_axes,
     param_shardings,
 )
+from jax_selftrain.models.products import accumulation_dtype
 
 __all__ = [
     "PAGE",

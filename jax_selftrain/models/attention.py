@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_selftrain.mesh import Layout, platform_of
 from jax_selftrain.models.config import DecoderConfig
-from jax_selftrain.models.layers import contract
+from jax_selftrain.models.products import contract
 
 TILES = (512, 256, 128)
 """Sides of a kernel's tiles, in tokens; the largest that divides the row is taken."""

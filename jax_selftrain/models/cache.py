@@ -28,16 +28,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_selftrain.mesh import Layout
 from jax_selftrain.models.config import DecoderConfig
-from jax_selftrain.models.layers import (
-    accumulation_dtype,
-    block,
-    contract,
-    embed,
-    normalise,
-    rotary_tables,
-    scan_inputs,
-)
+from jax_selftrain.models.layers import block, embed, normalise, rotary_tables, scan_inputs
 from jax_selftrain.models.parameters import Params
+from jax_selftrain.models.products import accumulation_dtype, contract
 
 PAGE = 32
 """Tokens between two flushes."""

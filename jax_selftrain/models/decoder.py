@@ -18,19 +18,9 @@ from jax_selftrain.mesh import Layout
 from jax_selftrain.models.attention import attention_over, fused_attention, fuses
 from jax_selftrain.models.config import DecoderConfig
 from jax_selftrain.models.known import Known, recalled
-from jax_selftrain.models.layers import (
-    Own,
-    accumulation_dtype,
-    block,
-    embed,
-    layer_of,
-    linear,
-    normalise,
-    rotary_tables,
-    scan_inputs,
-    taken,
-)
+from jax_selftrain.models.layers import Own, block, embed, layer_of, normalise, rotary_tables, scan_inputs, taken
 from jax_selftrain.models.parameters import Params
+from jax_selftrain.models.products import accumulation_dtype, linear
 
 _REMATERIALISED: dict[Remat, Callable[[Callable], Callable]] = {
     "none": lambda layer: layer,

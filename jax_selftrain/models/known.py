@@ -16,8 +16,9 @@ from jaxtyping import Array, Float, Int
 
 from jax_selftrain.mesh import Layout
 from jax_selftrain.models.config import DecoderConfig
-from jax_selftrain.models.layers import Own, accumulation_dtype, embed, layer_of, own, scan_inputs
+from jax_selftrain.models.layers import Own, embed, layer_of, own, scan_inputs
 from jax_selftrain.models.parameters import Params
+from jax_selftrain.models.products import accumulation_dtype
 
 
 class Known(NamedTuple):

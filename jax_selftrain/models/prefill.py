@@ -14,8 +14,9 @@ from jax_selftrain.mesh import Layout
 from jax_selftrain.models.attention import attention_over
 from jax_selftrain.models.cache import Cache
 from jax_selftrain.models.config import DecoderConfig
-from jax_selftrain.models.layers import accumulation_dtype, block, embed, rotary_tables, scan_inputs
+from jax_selftrain.models.layers import block, embed, rotary_tables, scan_inputs
 from jax_selftrain.models.parameters import Params
+from jax_selftrain.models.products import accumulation_dtype
 
 
 def prefill(

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from jax_selftrain.mesh import Lines, make_layout, make_mesh, place, using
 from jax_selftrain.models.divided import all_gathered, embedding_rows, put_together, reduce_scattered
-from jax_selftrain.models.layers import linear
+from jax_selftrain.models.products import linear
 
 TORUS: dict[str, list[Lines]] = {
     "one ring": [],
