@@ -28,6 +28,7 @@ def without_torch() -> Iterator[None]:
     if not _commands_own or {"torch", "lm_eval"} & sys.modules.keys():
         yield
         return
+    # The import system's own way to say that there is no such module: whoever asks or imports takes it for an answer.
     sys.modules["torch"] = None  # type: ignore[assignment]
     try:
         yield

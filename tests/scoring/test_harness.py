@@ -385,7 +385,7 @@ def test_an_unknown_name_suggests_the_nearest(tmp_path, tiny_model, local):
 
 
 def test_the_command_scores_named_tasks(tmp_path, tiny_model, local):
-    """On Python 3.12 this runs where there is no torch; elsewhere the harness finds one, and transformers does not."""
+    """Where torch is not installed (on Python 3.12 in CI) this shows that the harness's tasks need none."""
     out = tmp_path / "scores.json"
     words = ["score", "--model", str(tiny_model()), "--tasks", "my_group", "my_texts", "my_prompts"]
     words += ["--task-folder", str(local["folder"]), "--out", str(out), "--mesh", "data=1"]
