@@ -20,9 +20,12 @@ import gc
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 from models_factory import write_tiny_hf_model
 
+hypothesis.settings.register_profile("any machine", deadline=None)  # how long an example takes says nothing of ours
+hypothesis.settings.load_profile("any machine")
 gc.set_threshold(20_000, 10, 10)  # JAX keeps millions of objects, which are searched for garbage again and again
 
 

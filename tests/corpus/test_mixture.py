@@ -55,14 +55,14 @@ def stream(mixture: Mixture, batch_size: int, seed: int, batches: int) -> tuple[
     return np.concatenate([source for source, _ in drawn]), np.concatenate([row for _, row in drawn])
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(mixture=mixtures, batch_size=st.integers(1, 40), seed=seeds)
 def test_batches_found_at_once_are_those_of_a_walk(mixture: Mixture, batch_size: int, seed: int):
     source, _ = stream(mixture, batch_size, seed, -(-200 // batch_size))
     assert source.tolist() == walk(mixture.shares, len(source))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(mixture=mixtures)
 def test_every_prefix_holds_each_corpus_by_its_share(mixture: Mixture):
     counts = mixture.visits(range(300))
@@ -78,7 +78,7 @@ def test_two_corpora_are_within_half_a_row_of_their_shares():
     assert abs(counts - np.outer([0.7, 0.3], np.arange(1000))).max() <= 0.5 + 1e-9  # products of binary fractions
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(mixture=mixtures, batch_size=st.integers(1, 40), seed=seeds)
 def test_every_epoch_of_every_corpus_visits_each_row_once(mixture: Mixture, batch_size: int, seed: int):
     source, row = stream(mixture, batch_size, seed, -(-400 // batch_size))
@@ -90,7 +90,7 @@ def test_every_epoch_of_every_corpus_visits_each_row_once(mixture: Mixture, batc
         assert len(set(visited[whole * size :].tolist())) == len(visited) - whole * size
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(n_rows=st.integers(1, 40), batch_size=st.integers(1, 50), seed=seeds, n=st.integers(0, 2**40))
 def test_one_corpus_alone_gives_the_batches_of_one_corpus(n_rows: int, batch_size: int, seed: int, n: int):
     source, row = mixture_of((n_rows,), (1,)).batch(batch_size, seed, n)
@@ -131,14 +131,14 @@ def test_counts_stay_exact_far_out_and_for_awkward_shares():
     assert row.max() <= 3
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(mixture=mixtures, batch_size=st.integers(1, 20))
 def test_steps_of_one_pass_are_the_fewest_that_visit_every_row_of_the_main_corpus(mixture: Mixture, batch_size: int):
     steps = mixture.steps_of_one_pass(batch_size)
     assert mixture.epochs(steps * batch_size)[0] >= 1 > mixture.epochs((steps - 1) * batch_size)[0]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     mixture=mixtures,
     batch_size=st.integers(1, 20),

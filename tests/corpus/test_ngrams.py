@@ -43,7 +43,7 @@ token_lists = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     documents=st.lists(token_lists, max_size=6),
     queries=st.lists(token_lists, max_size=5),
@@ -59,7 +59,7 @@ def test_overlaps_are_those_of_trying_everything(documents, queries, shortest, p
     check_against_trying_everything(queries, documents, shortest, found)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(documents=st.lists(token_lists, min_size=1, max_size=6))
 def test_suffixes_are_sorted_by_what_follows_in_their_document(documents):
     index = SuffixArray.build(np.concatenate([np.array([*d, SEPARATOR], np.int32) for d in documents]))

@@ -107,7 +107,7 @@ def check_statistics(rows: Rows, documents, seq_len):
 # ---------------------------------------------------------------- what each packing promises
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(documents=corpora, seq_len=seq_lens)
 def test_masked_predicts_every_token_once_in_whole_documents_wherever_they_fit(make_corpus, documents, seq_len):
     with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +124,7 @@ def test_masked_predicts_every_token_once_in_whole_documents_wherever_they_fit(m
     assert sorted(seq_len + 1 - size for size in used.values()) == sorted(free)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(documents=corpora, seq_len=seq_lens)
 def test_packed_is_one_stream_with_single_start_ids_between_documents(make_corpus, documents, seq_len):
     with tempfile.TemporaryDirectory() as folder:
@@ -135,7 +135,7 @@ def test_packed_is_one_stream_with_single_start_ids_between_documents(make_corpu
     assert list(found) == packed_rows(documents, seq_len)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(documents=corpora, seq_len=seq_lens)
 def test_single_gives_every_document_its_own_row_in_order(make_corpus, documents, seq_len):
     with tempfile.TemporaryDirectory() as folder:
@@ -147,7 +147,7 @@ def test_single_gives_every_document_its_own_row_in_order(make_corpus, documents
     assert [tokens for _, _, tokens in found] == list(pieces_of(documents, seq_len))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(documents=corpora, seq_len=seq_lens, packing=st.sampled_from(PACKINGS))
 def test_rows_made_in_small_blocks_are_the_same(make_corpus, documents, seq_len, packing):
     from jax_selftrain.corpus import rows as module
@@ -248,7 +248,7 @@ def test_on_a_full_disk_no_rows_are_left(tmp_path, make_corpus, full_disk):
 # ---------------------------------------------------------------- batches
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(n_rows=st.integers(1, 40), batch_size=st.integers(1, 50), seed=st.integers(0, 2**64 - 1))
 def test_each_epoch_visits_every_row_once(n_rows, batch_size, seed):
     epochs = 4

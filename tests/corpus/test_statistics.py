@@ -124,7 +124,7 @@ documents_strategy = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(documents=documents_strategy)
 def test_statistics_are_those_of_counting_by_hand(documents):
     samples = [sample(i, *document) for i, document in enumerate(documents)]

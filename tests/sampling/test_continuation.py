@@ -28,7 +28,7 @@ def never(tokens):
     return False
 
 
-@pytest.mark.parametrize("mesh", ["data=1", "data=2,model=2"])
+@pytest.mark.parametrize("mesh", [pytest.param("data=1", marks=pytest.mark.slow), "data=2,model=2"])
 def test_each_token_is_the_most_probable_after_all_before_it(tiny_model, mesh):
     model = load_model(tiny_model("gpt_neox"), mesh)
     for prompt, written in zip(prompts(), continue_until(model, prompts(), 40, never, batch_size=2), strict=True):

@@ -88,7 +88,9 @@ def model() -> Model:
 # ---------------------------------------------------------------- distribution
 
 
-@pytest.mark.parametrize("sharpness", [0.45, 2.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize(
+    "sharpness", [pytest.param(0.45, id="flat"), pytest.param(2.0, id="peaked", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     "options",
     [

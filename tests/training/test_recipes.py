@@ -56,7 +56,15 @@ def close(a: Params, b: Params, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("mesh", [pytest.param("data=1", marks=pytest.mark.slow), "data=2,model=2"])
-@pytest.mark.parametrize("penalties", [Penalties(), Penalties(z_loss=0.3), Penalties(kl=0.7), Penalties(0.2, 1.5)])
+@pytest.mark.parametrize(
+    "penalties",
+    [
+        Penalties(),
+        pytest.param(Penalties(z_loss=0.3), marks=pytest.mark.slow),
+        pytest.param(Penalties(kl=0.7), marks=pytest.mark.slow),
+        Penalties(0.2, 1.5),
+    ],
+)
 def test_objective_and_gradient_equal_those_written_out_over_whole_logits(
     mesh: str, penalties: Penalties, small_model: Path
 ):
