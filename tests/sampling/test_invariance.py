@@ -50,6 +50,7 @@ def reference(load) -> Drawn:
 # ---------------------------------------------------------------- the real model
 
 
+@pytest.mark.slow
 def test_stories_end_as_the_model_learnt_it(load, reference):
     ended = reference.stopped
     assert 2 < ended.sum() < SAMPLES / 4
@@ -115,6 +116,7 @@ def test_samples_are_the_same_on_any_mesh_and_in_any_batch_but_for_rounding_ties
             assert margin < bound
 
 
+@pytest.mark.slow
 def test_the_explanation_of_a_parting_is_strict(load, reference):
     """Most draws would not pass for a tie: their margins lie far above the bound that partings must stay below."""
     model, step = load("data=1,model=1"), 20

@@ -254,6 +254,7 @@ def test_duplicates_give_buckets(tmp_path, options, greedy_paths, random_sequenc
     assert result["duplicates"]["1"]["policies"]["temperature=1,top-k=40"]["p_z"] is not None
 
 
+@pytest.mark.slow
 def test_a_start_token_and_an_offset_move_the_window(tmp_path, options, model, greedy_paths):
     """What is memorised without BOS and from one place need not come with it, or from another place."""
     padded = np.concatenate([np.full((32, 3), 9), greedy_paths], axis=1)
@@ -340,6 +341,7 @@ def test_unusable_input_is_refused_and_nothing_written(tmp_path, options, array,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_on_the_real_model_classes_and_p_z_are_those_of_plain_python_and_transformers(tmp_path, stories260k, data_dir):
     """Half of the sequences are pieces of what the model wrote, so that there are some of every class."""
     sample(SampleConfig(model=str(stories260k), out=str(tmp_path / "corpus"), samples=96, max_tokens=128, seed=3,

@@ -243,6 +243,7 @@ def options_for(tmp_path, tiny_model, local, **changes):
     return ScoreConfig(**(options | changes))
 
 
+@pytest.mark.slow
 def test_named_tasks_and_local_files_stand_in_one_result(tmp_path, tiny_model, local):
     options = options_for(tmp_path, tiny_model, local)
     result = score(options)

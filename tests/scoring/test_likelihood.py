@@ -460,6 +460,7 @@ def test_lengths_are_multiples_that_many_tasks_share():
     assert [aligned(n, 20) for n in (5, 17, 20)] == [8, 20, 20]
 
 
+@pytest.mark.slow
 def test_greedy_means_that_every_token_is_the_most_probable(load):
     model = load()
     tokens = [1, 40, 77]

@@ -56,6 +56,7 @@ def test_discoverable_follows_the_definition_and_survives_tiny_probabilities():
     assert not discoverable(np.array([-np.inf]))["10000@0.1"].any()
 
 
+@pytest.mark.slow
 def test_a_suffix_that_a_policy_cannot_say_has_probability_zero(model):
     """One token that is not among the two most probable, in the middle of a suffix of those that are."""
     rng = np.random.default_rng(3)

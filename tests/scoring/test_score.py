@@ -154,6 +154,7 @@ def test_a_model_without_tokenizer_cannot_be_given_texts(tmp_path, tiny_model, f
         score(config(tmp_path, tiny_model, files, model=str(tiny_model(tokenizer=False))))
 
 
+@pytest.mark.slow
 def test_bfloat16_scores_differ_little(tmp_path, tiny_model, files):
     exact = score(config(tmp_path, tiny_model, files))["texts"]["stories"]["nll"]
     rounded = score(config(tmp_path, tiny_model, files, dtype="bfloat16"))["texts"]["stories"]["nll"]

@@ -147,6 +147,7 @@ def test_the_same_round_elsewhere_gives_the_same_bytes(finished: Path, options: 
     assert snapshot(tmp_path / "elsewhere") == snapshot(finished)
 
 
+@pytest.mark.slow
 def test_learning_rate_zero_changes_exactly_nothing(options: Options, tmp_path: Path) -> None:
     config = options(tmp_path / "null")
     run(replace(config, train=replace(config.train, learning_rate=0.0)))

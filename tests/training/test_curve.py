@@ -53,6 +53,7 @@ def test_the_curve_has_a_line_before_the_first_step_every_so_many_and_after_the_
     assert storage.read_json(run / "run.json")["evaluation"]["measured"] == [{"probe": "as it is"}]
 
 
+@pytest.mark.slow
 def test_hooks_of_the_same_step_share_a_line_and_not_a_name(options: Options):
     one = Hook(lambda step, model: {"a": 1.0}, steps=(1, 2))
     two = Hook(lambda step, model: {"b": 2.0}, steps=(2,))
@@ -167,6 +168,7 @@ def test_which_checkpoints_stay(keep: int, keep_every: int | None, best: int | N
     assert retained([0, 2, 4, 6, 8, 10, 12], keep, keep_every, best) == stay
 
 
+@pytest.mark.slow
 def test_every_so_manyth_checkpoint_is_kept_for_good(options: Options):
     run = train(options(steps=9, checkpoint_every=4, keep_every=3, keep=1))
     assert steps_of(run) == [3, 6, 9], "3 and 9 are no multiples of 4: they are saved in order to be kept"

@@ -59,6 +59,7 @@ def test_peaks_are_of_all_devices_of_the_mesh(monkeypatch: pytest.MonkeyPatch):
     assert speed_of(TrainConfig(dtype="float32"), NEOX, mesh).peak is None
 
 
+@pytest.mark.slow
 def test_the_log_of_a_run_tells_its_throughput(options: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch):
     config = options(steps=3)
     kind = make_mesh(config.mesh).devices.flat[0].device_kind

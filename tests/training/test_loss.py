@@ -155,7 +155,11 @@ def test_bfloat16_operands_change_the_loss_by_their_rounding_only(small_model: P
 
 @pytest.mark.parametrize(
     ("mesh", "preset", "remat"),
-    [("data=1", "tensor", "none"), ("data=2,model=2", "tensor", "none"), ("data=4", "fsdp", "dots")],
+    [
+        pytest.param("data=1", "tensor", "none", marks=pytest.mark.slow),
+        pytest.param("data=2,model=2", "tensor", "none", marks=pytest.mark.slow),
+        ("data=4", "fsdp", "dots"),
+    ],
 )
 def test_gradients_with_bfloat16_operands_are_the_exact_ones_but_for_rounding(
     small_model: Path, mesh: str, preset: Any, remat: Any

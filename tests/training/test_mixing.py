@@ -186,6 +186,7 @@ def test_corpora_may_move_and_their_rows_be_lost_while_a_run_waits(
     assert weights(train(mixed(mix=(f"{moved}=.250",)))) == weights(undisturbed)
 
 
+@pytest.mark.slow
 def test_steps_default_to_one_pass_over_the_main_corpus(mixed: Callable[..., TrainConfig], mixture: Mixture):
     run = train(mixed(steps=None, checkpoint_every=None))
     record = storage.read_json(run / "run.json")

@@ -59,7 +59,7 @@ def close(a: Params, b: Params, tolerance: float) -> None:
 @pytest.mark.parametrize(
     "penalties",
     [
-        Penalties(),
+        pytest.param(Penalties(), marks=pytest.mark.slow),
         pytest.param(Penalties(z_loss=0.3), marks=pytest.mark.slow),
         pytest.param(Penalties(kl=0.7), marks=pytest.mark.slow),
         Penalties(0.2, 1.5),
@@ -120,7 +120,7 @@ def test_penalty_holds_the_student_back(options: Options, rows: Rows):
 # ---------------------------------------------------------------- adapters
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+@pytest.mark.parametrize("family", ["gpt_neox", pytest.param("llama", marks=pytest.mark.slow)])
 def test_adapted_model_equals_the_merged_one(family: str, tiny_model, options: Options):
     config = options(model=str(tiny_model(family)), lora_rank=3, lora_alpha=5.0, mesh="data=2,model=2")
     model = load_model(config.model, config.mesh, preset=config.preset)
@@ -174,6 +174,7 @@ def test_unknown_target_is_refused(options: Options):
 # ---------------------------------------------------------------- averages, bfloat16
 
 
+@pytest.mark.slow
 def test_average_follows_its_formula(options: Options, rows: Rows):
     config = options(ema_decay=0.8, learning_rate=0.01)
     states, _ = trained(config, rows, 4)

@@ -193,7 +193,9 @@ def test_master_weights_stay_float32_under_bfloat16_compute(options: Callable[..
     assert all(np.isfinite(entry["loss"]) for entry in history)
 
 
-@pytest.mark.parametrize(("mesh", "preset"), [("data=1", "tensor"), ("data=2", "fsdp")])
+@pytest.mark.parametrize(
+    ("mesh", "preset"), [pytest.param("data=1", "tensor", marks=pytest.mark.slow), ("data=2", "fsdp")]
+)
 def test_a_tied_matrix_can_be_kept_in_bfloat16(
     tiny_model: Callable[..., Path], options: Callable[..., TrainConfig], rows: Rows, mesh: str, preset: str
 ):
