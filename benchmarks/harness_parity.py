@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from harness_sets import published_sets, write_pythia_shape
 
 from jax_selftrain import hub
-from jax_selftrain.scoring.harness import HarnessLM
+from jax_selftrain.evals.lm_eval_adapter import HarnessLM
 
 
 def answers_of(lm: Any, spec: dict[str, Any]) -> tuple[list[Any], dict[str, Any], float]:

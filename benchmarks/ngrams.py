@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from measuring import circumstances
 
-from jax_selftrain.corpus import TokenArrays, find_overlaps, map_to_disk
-from jax_selftrain.corpus.ngrams import PIECE
+from jax_selftrain.corpus import RaggedTokens, longest_overlaps, memmap_tokens
+from jax_selftrain.corpus.overlap import CHUNK_TOKENS
 
 VOCABULARY = 50_277
 DOCUMENT = 500  # tokens; documents of one piece and a half are among them
@@ -39,7 +39,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         with ProcessPoolExecutor(1, get_context("spawn")) as elsewhere:  # its memory is not the search's
             offsets, wanted = elsewhere.submit(plant, queries, given.tokens, given.length, Path(folder)).result()
-        text = TokenArrays(np.memmap(Path(folder, "tokens.bin"), np.int32, "r"), offsets)
+        text = RaggedTokens(np.memmap(Path(folder, "tokens.bin"), np.int32, "r"), offsets)
         print(circumstances(f"{given.tokens:,} tokens, {given.queries:,} queries of {queries.shape[1]}", given.rounds))
         print(
             "| least run counted | tokens/s | tokens per CPU second | planted | found | false | peak memory | before |"
@@ -49,11 +49,11 @@ def main() -> None:
             before, seconds, busy = peak_memory(), [], time.process_time()
             for _ in range(given.rounds):
                 began = time.perf_counter()
-                found = find_overlaps(TokenArrays.of(queries), text, shortest=shortest)
+                found = longest_overlaps(RaggedTokens.from_list(queries), text, min_length=shortest)
                 seconds.append(time.perf_counter() - began)
             busy = (time.process_time() - busy) / given.rounds
             hits = found.length >= given.length
-            exact = (found.length == given.length) & (found.begin == 7) & wanted
+            exact = (found.length == given.length) & (found.query_start == 7) & wanted
             speed = f"{given.tokens / np.median(seconds):,.0f} | {given.tokens / busy:,.0f}"
             print(
                 f"| {shortest} | {speed} | {wanted.sum()} | {exact.sum()} | "
@@ -65,7 +65,7 @@ def plant(queries: np.ndarray, tokens: int, length: int, folder: Path) -> tuple[
     """Write a text to a file; its documents' offsets, and which queries (bool [N]) have a run of that length in it."""
     rng = np.random.default_rng(1)
     flat = (rng.zipf(1.2, tokens) % VOCABULARY).astype(np.int32)
-    long = 3 * PIECE // 2
+    long = 3 * CHUNK_TOKENS // 2
     ends = np.append(np.arange(long, tokens // 2, long), np.arange(tokens // 2, tokens, DOCUMENT))
     offsets = np.unique(np.concatenate([[0], ends, [tokens]]))
     wanted = np.arange(len(queries)) < len(queries) // 2
@@ -78,7 +78,7 @@ def plant(queries: np.ndarray, tokens: int, length: int, folder: Path) -> tuple[
         flat[place : place + length] = queries[row, 7 : 7 + length]
         if near_misses[row]:
             flat[place + length // 2] = (flat[place + length // 2] + 1) % VOCABULARY
-    map_to_disk(TokenArrays(flat, offsets), folder)
+    memmap_tokens(RaggedTokens(flat, offsets), folder)
     return offsets, wanted
 
 

@@ -22,8 +22,8 @@ from typing import Any
 
 from jax_selftrain.config import PlanConfig, SampleConfig, ScoreConfig, TrainConfig
 from jax_selftrain.errors import InputError
-from jax_selftrain.pods import PYTHIA, plan
-from jax_selftrain.pods.hardware import GIB, machine_of
+from jax_selftrain.planning import PYTHIA_SHAPES, plan_memory
+from jax_selftrain.planning.hardware import GIB, parse_topology
 
 TOPOLOGIES = ("v5e:2x2", "v5e:4x4", "v5e:8x8", "v4:2x2x4", "v6e:4x4")
 STAGES = ("sample", "train", "score")
@@ -34,7 +34,7 @@ SCORED = 10_000_000
 
 def settings(size: str, topology: str, stage: str) -> Iterator[PlanConfig]:
     """From the one that is fastest if it fits to the one that needs least memory."""
-    machine = machine_of(topology)
+    machine = parse_topology(topology)
     common = PlanConfig(model=size, topology=(topology,), stage=(stage,), score_tokens=SCORED)
     chips = machine.chips if stage == "train" else machine.chips_per_host
     for model in (1, 2, 4):
@@ -58,13 +58,13 @@ def first_that_fits(size: str, topology: str, stage: str) -> dict[str, Any]:
     row: dict[str, Any] = {"stage": stage, "topology": topology, "fits": False, "too_large": "no legal mesh"}
     for config in settings(size, topology, stage):
         try:
-            (estimate,) = plan(replace(config, compile=False))["rows"]
+            (estimate,) = plan_memory(replace(config, compile=False))["rows"]
         except InputError:
             continue  # this model axis does not divide the model's heads
         if estimate["memory"]["arguments"] > estimate["memory"]["of"]:
             row = estimate
             continue
-        (row,) = plan(config)["rows"]
+        (row,) = plan_memory(config)["rows"]
         if stage == "train":
             row["received_by_formula"] = received(estimate)
         if row["fits"]:
@@ -79,9 +79,9 @@ def received(row: dict[str, Any]) -> float:
 
 def of_the_same_host(rows: dict[str, dict[str, Any]], size: str, topology: str, stage: str) -> dict[str, Any] | None:
     """What was compiled for another slice of such hosts: sampling and scoring run the same program on each host."""
-    machine = machine_of(topology)
+    machine = parse_topology(topology)
     for other in TOPOLOGIES if stage != "train" else ():
-        known, row = machine_of(other), rows.get(f"{size} {other} {stage}")
+        known, row = parse_topology(other), rows.get(f"{size} {other} {stage}")
         if row is not None and (known.chip, known.chips_per_host) == (machine.chip, machine.chips_per_host):
             speed, meshes = row.get("tokens_per_second"), row.get("meshes")
             more = machine.chips / known.chips
@@ -91,7 +91,7 @@ def of_the_same_host(rows: dict[str, dict[str, Any]], size: str, topology: str, 
 
 
 def tables(rows: dict[str, dict[str, Any]]) -> Iterator[str]:
-    sizes = [size for size in PYTHIA if any(key.startswith(f"{size} ") for key in rows)]
+    sizes = [size for size in PYTHIA_SHAPES if any(key.startswith(f"{size} ") for key in rows)]
     for stage in STAGES:
         title = f"{stage}**: GiB in all on a chip; mesh; tokens/s at the roofline"
         yield from _table(title, TOPOLOGIES, sizes, lambda size, name, of=stage: _cell(rows.get(f"{size} {name} {of}")))
@@ -114,7 +114,7 @@ def _smallest(rows: dict[str, dict[str, Any]], size: str, stage: str) -> str:
     known = {name: row for name in TOPOLOGIES if (row := rows.get(f"{size} {name} {stage}"))}
     fitting = [name for name, row in known.items() if row["fits"]]
     nothing = "none" if len(known) == len(TOPOLOGIES) else ""
-    return min(fitting, key=lambda name: machine_of(name).chips, default=nothing)
+    return min(fitting, key=lambda name: parse_topology(name).chips, default=nothing)
 
 
 def _cell(row: dict[str, Any] | None) -> str:
@@ -138,7 +138,7 @@ def _received_cell(row: dict[str, Any] | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--sizes", nargs="*", default=list(PYTHIA))
+    parser.add_argument("--sizes", nargs="*", default=list(PYTHIA_SHAPES))
     parser.add_argument("--topologies", nargs="*", default=list(TOPOLOGIES))
     parser.add_argument("--stages", nargs="*", default=list(STAGES))
     options = parser.parse_args()

@@ -34,20 +34,21 @@ from measuring import Case, beside_peers, circumstances, taking_turns, with_peer
 from shapes import SHAPES, folder_of
 
 from jax_selftrain import hub
-from jax_selftrain.mesh import compiler_options, make_layout, make_mesh
+from jax_selftrain.distributed.mesh import make_mesh, xla_options
+from jax_selftrain.distributed.sharding import make_layout
 from jax_selftrain.models import DecoderConfig, abstract_params, axis_sizes, init_params
-from jax_selftrain.sampling import Architecture, DecodeLoop, Policy, sample_keys
+from jax_selftrain.sampling import DecodeLoop, DecodeSpec, SamplingParams, per_sample_keys
 
 # ---------------------------------------------------------------- contestants
 
 
 def ours(case: Case, config: DecoderConfig, dtype: str, cache_dtype: str | None) -> Callable[[], Any]:
     layout = make_layout("tensor", make_mesh("data=1,model=1"), axis_sizes(config))
-    architecture = Architecture(config, layout, dtype, cache_dtype)
+    architecture = DecodeSpec(config, layout, dtype, cache_dtype)
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), init_params(config, 0, layout))
-    policy = Policy(start_id=0, stop_ids=(), max_tokens=case.tokens)
-    loop, keys = DecodeLoop(architecture, policy, params, rows=case.rows), sample_keys(0, np.arange(case.rows))
-    return lambda: loop.draw(keys)
+    policy = SamplingParams(start_id=0, stop_ids=(), max_tokens=case.tokens)
+    loop, keys = DecodeLoop(architecture, policy, params, rows=case.rows), per_sample_keys(0, np.arange(case.rows))
+    return lambda: loop.generate(keys)
 
 
 def theirs(case: Case, dtype: str, *, compiled: bool = False) -> Callable[[], Any]:
@@ -123,7 +124,7 @@ def bare_chain(case: Case, config: DecoderConfig, dtype: str) -> Callable[[], An
     def chain(x: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jax.lax.scan(step, (x, vector), length=case.tokens)[0]
 
-    run = jax.jit(chain, compiler_options=compiler_options())  # what helps us helps it too
+    run = jax.jit(chain, compiler_options=xla_options())  # what helps us helps it too
     return lambda: jax.block_until_ready(run(x, vector))
 
 
@@ -164,7 +165,7 @@ def measure(case: Case, dtype: str, cache_dtype: str | None, rounds: int) -> dic
 def read_params(config: DecoderConfig) -> Any:
     """What a step reads of the weights, as shapes: all but the embedding (of which it reads a row per sample)."""
     params = dict(abstract_params(config))
-    if not config.tied:
+    if not config.tie_word_embeddings:
         del params["embed"]
     return params
 

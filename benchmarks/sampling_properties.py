@@ -1,6 +1,6 @@
-"""What the sampler promises besides speed, measured: compilation, utilisation, memory, cost by length, partings.
+"""What the sampler promises besides speed, measured: compilation, utilization, memory, cost by length, partings.
 
-    python benchmarks/sampling_properties.py compilation|utilisation|memory|length|partings|cache [--model DIR]
+    python benchmarks/sampling_properties.py compilation|utilization|memory|length|partings|cache [--model DIR]
 
 All but `compilation`, `length` and half of `partings` need a trained model whose texts end by themselves: `--model`, by
 default `stories260k` in the folder that JAX_SELFTRAIN_DATA names.
@@ -28,31 +28,40 @@ from shapes import SHAPES, folder_of
 
 from jax_selftrain import hub
 from jax_selftrain.config import SampleConfig
-from jax_selftrain.mesh import make_layout, make_mesh, place, using
-from jax_selftrain.models import PAGE, DecoderConfig, Params, axis_sizes, forward, init_params, project
-from jax_selftrain.pods import neox_config
-from jax_selftrain.sampling import Architecture, DecodeLoop, Drawn, Policy, architecture_of, sample, sample_keys
-from jax_selftrain.sampling.decode_loop import decode_page, logits_of
-from jax_selftrain.sampling.draw import take
+from jax_selftrain.distributed.mesh import make_mesh, mesh_context
+from jax_selftrain.distributed.sharding import make_layout, shard_host_array
+from jax_selftrain.models import TAIL_LEN, DecoderConfig, Params, axis_sizes, forward, init_params, unembed
+from jax_selftrain.planning import neox_config
+from jax_selftrain.sampling import (
+    DecodeLoop,
+    DecodeSpec,
+    SampleBatch,
+    SamplingParams,
+    decode_spec,
+    per_sample_keys,
+    sample,
+)
+from jax_selftrain.sampling.categorical import take_per_row
+from jax_selftrain.sampling.decode import decode_chunk, next_token_logits
 
 
-def random_model(config: DecoderConfig, spec: str = "data=1,model=1") -> tuple[Architecture, Params]:
+def random_model(config: DecoderConfig, spec: str = "data=1,model=1") -> tuple[DecodeSpec, Params]:
     layout = make_layout("tensor", make_mesh(spec), axis_sizes(config))
-    return Architecture(config, layout, "float32"), init_params(config, 0, layout)
+    return DecodeSpec(config, layout, "float32"), init_params(config, 0, layout)
 
 
 def compilation(_: str) -> None:
     """Seconds of the first call (tracing, compiling, one page) by depth, and programs compiled by length."""
     config, _ = hub.read_config(folder_of(neox_config(6, 128, 8, vocabulary=512)))
-    policy, keys = Policy(start_id=0, stop_ids=(), max_tokens=32), sample_keys(0, np.arange(8))
+    policy, keys = SamplingParams(start_id=0, stop_ids=(), max_tokens=32), per_sample_keys(0, np.arange(8))
     for layers in (6, 36, 6, 36):
         architecture, params = random_model(replace(config, num_layers=layers))
         jax.clear_caches()
         began = time.perf_counter()
-        DecodeLoop(architecture, policy, params, rows=8).draw(keys)
+        DecodeLoop(architecture, policy, params, rows=8).generate(keys)
         first = time.perf_counter() - began
         began = time.perf_counter()
-        DecodeLoop(architecture, policy, params, rows=8).draw(keys)
+        DecodeLoop(architecture, policy, params, rows=8).generate(keys)
         print(f"{layers} layers: {first - (time.perf_counter() - began):.2f} s to trace and compile")
     architecture, params = random_model(config)
     for tokens in (20, 256, 2048):
@@ -69,28 +78,28 @@ def _compilations(loop: DecodeLoop, keys: np.ndarray) -> int:
             counted.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(count)
-    loop.draw(keys)
+    loop.generate(keys)
     jax.monitoring.clear_event_listeners()
     return len(counted)
 
 
-def utilisation(ref: str) -> None:
+def utilization(ref: str) -> None:
     """Share of the rows' steps whose token is part of a sample, 2,048 samples of at most 512 tokens, by schedule."""
     model = hub.load_model(ref, "data=1,model=1")
-    policy = Policy(start_id=1, stop_ids=(1, 2), max_tokens=512)
-    keys, results = sample_keys(0, np.arange(2048)), {}
+    policy = SamplingParams(start_id=1, stop_ids=(1, 2), max_tokens=512)
+    keys, results = per_sample_keys(0, np.arange(2048)), {}
     for name, queue in (("refill", 2048), ("lockstep", 64)):
-        loop = DecodeLoop(architecture_of(model), policy, model.params, rows=64, queue=queue)
-        loop.draw(keys[:64])
+        loop = DecodeLoop(decode_spec(model), policy, model.params, rows=64, queue=queue)
+        loop.generate(keys[:64])
         began = time.perf_counter()
-        batches = [loop.draw(keys[i : i + queue]) for i in range(0, 2048, queue)]
+        batches = [loop.generate(keys[i : i + queue]) for i in range(0, 2048, queue)]
         seconds = time.perf_counter() - began
         tokens = sum(int(batch.lengths.sum()) for batch in batches)
         slots = sum(batch.slots for batch in batches)
         results[name] = np.concatenate([batch.tokens for batch in batches])
         stopped = np.mean(np.concatenate([batch.stopped for batch in batches]))
         print(
-            f"{name}: utilisation {100 * tokens / slots:.1f} %, {tokens / seconds:,.0f} tokens/s, "
+            f"{name}: utilization {100 * tokens / slots:.1f} %, {tokens / seconds:,.0f} tokens/s, "
             f"mean length {tokens / 2048:.0f}, {100 * stopped:.0f} % ended by a stop id"
         )
     print("same tokens:", np.array_equal(results["refill"], results["lockstep"]))
@@ -127,7 +136,7 @@ def length(_: str) -> None:
     """Milliseconds a step by position, 32 rows of the shape of Pythia-70m: the cost of what lies behind."""
     config, _ = hub.read_config(folder_of(SHAPES["pythia-70m"]))
     architecture, params = random_model(config)
-    policy = Policy(start_id=0, stop_ids=(), max_tokens=1024)
+    policy = SamplingParams(start_id=0, stop_ids=(), max_tokens=1024)
     steps: list[tuple[int, float]] = []
     last = time.perf_counter()
 
@@ -138,10 +147,10 @@ def length(_: str) -> None:
         last = now
 
     loop = DecodeLoop(architecture, policy, params, rows=32)
-    loop.draw(sample_keys(0, np.arange(32)))
+    loop.generate(per_sample_keys(0, np.arange(32)))
     steps.clear()
     last = time.perf_counter()
-    loop.draw(sample_keys(0, np.arange(32)), report=report)
+    loop.generate(per_sample_keys(0, np.arange(32)), progress_callback=report)
     before = 0
     for position, seconds in steps:
         print(f"positions {before}–{position}: {1000 * seconds / (position - before):.1f} ms a step")
@@ -153,16 +162,16 @@ def partings(ref: str) -> None:
     found = {}
     for spec, rows in (("data=1,model=1", 64), ("data=1,model=1", 16), ("data=1,model=1", 7), ("data=1,model=2", 64)):
         model = hub.load_model(ref, spec)
-        policy = Policy(start_id=1, stop_ids=(1, 2), max_tokens=256)
-        found[spec, rows] = _draw(architecture_of(model), policy, model.params, 2048, rows)
+        policy = SamplingParams(start_id=1, stop_ids=(1, 2), max_tokens=256)
+        found[spec, rows] = _draw(decode_spec(model), policy, model.params, 2048, rows)
     _print_partings("V = 512 (trained)", found)
     config, _ = hub.read_config(folder_of(SHAPES["pythia-70m"]))
     found = {}
     for spec, rows in (("data=1,model=1", 32), ("data=1,model=1", 16), ("data=1,model=2", 32)):
         architecture, params = random_model(config, spec)
-        with using(architecture.layout.mesh):
+        with mesh_context(architecture.layout.mesh):
             params["head"]["kernel"] = params["head"]["kernel"] * 8.0  # logits of a spread like a trained model's
-        policy = Policy(start_id=0, stop_ids=(), max_tokens=128)
+        policy = SamplingParams(start_id=0, stop_ids=(), max_tokens=128)
         found[spec, rows] = _draw(architecture, policy, params, 512, rows)
         drawn = found[spec, rows]
         print(f"entropy {-drawn.policy_logprobs.sum() / drawn.lengths.sum():.2f} nats a token")
@@ -172,34 +181,34 @@ def partings(ref: str) -> None:
 def cache(ref: str) -> None:
     """Log-likelihood per token of 256 samples of 256 tokens when keys and values are kept in fewer bits."""
     model = hub.load_model(ref, "data=1,model=1")
-    architecture, layout = architecture_of(model), model.layout
-    policy = Policy(start_id=1, stop_ids=(), max_tokens=256)
+    architecture, layout = decode_spec(model), model.layout
+    policy = SamplingParams(start_id=1, stop_ids=(), max_tokens=256)
     tokens = _draw(architecture, policy, model.params, 256, 64).tokens
     fed = np.concatenate([np.full((256, 1), 1), tokens[:, :-1]], axis=1).astype(np.int32)
 
     def log_likelihoods(logits: jax.Array, wanted: jax.Array) -> jax.Array:
-        return take(jax.nn.log_softmax(logits), wanted)
+        return take_per_row(jax.nn.log_softmax(logits), wanted)
 
     @partial(jax.jit, static_argnums=0)
-    def decoded(architecture: Architecture, params: Params, fed: jax.Array, wanted: jax.Array) -> jax.Array:
+    def decoded(architecture: DecodeSpec, params: Params, fed: jax.Array, wanted: jax.Array) -> jax.Array:
         """[T, B]: of each wanted token after the tokens fed [T, B] before it, through the decode loop's own steps."""
 
         def advance(hidden: jax.Array, position: jax.Array, index: jax.Array) -> tuple:
             given = jax.lax.dynamic_index_in_dim(wanted, index, 0, keepdims=False)
-            return given, index + 1, log_likelihoods(logits_of(architecture, params, hidden), given)
+            return given, index + 1, log_likelihoods(next_token_logits(architecture, params, hidden), given)
 
         def page(state: tuple, _: None) -> tuple[tuple, jax.Array]:
             cache, settled, token, index = state
-            cache, token, index, out = decode_page(architecture, params, cache, settled, token, index, advance)
-            return (cache, settled + PAGE, token, index), out
+            cache, token, index, out = decode_chunk(architecture, params, cache, settled, token, index, advance)
+            return (cache, settled + TAIL_LEN, token, index), out
 
         begin = (architecture.init_cache(fed.shape[1], len(fed)), jnp.zeros_like(fed[0]), fed[0], jnp.int32(0))
-        return jax.lax.scan(page, begin, length=len(fed) // PAGE)[1].reshape(fed.shape)
+        return jax.lax.scan(page, begin, length=len(fed) // TAIL_LEN)[1].reshape(fed.shape)
 
-    with using(layout.mesh):
-        there = [place(layout, np.ascontiguousarray(x.T), (None, "batch")) for x in (fed, tokens)]
-        hidden = forward(model.config, layout, model.params, place(layout, fed, ("batch", None)))
-        logits = project(model.config, layout, model.params, hidden)
+    with mesh_context(layout.mesh):
+        there = [shard_host_array(layout, np.ascontiguousarray(x.T), (None, "batch")) for x in (fed, tokens)]
+        hidden = forward(model.config, layout, model.params, shard_host_array(layout, fed, ("batch", None)))
+        logits = unembed(model.config, layout, model.params, hidden)
         logprobs = np.asarray(jax.nn.log_softmax(jax.device_get(logits)), np.float64)
         exact = np.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0].T
         for dtype in ("float32", "bfloat16", "int8"):
@@ -211,12 +220,12 @@ def cache(ref: str) -> None:
             )
 
 
-def _draw(architecture: Architecture, policy: Policy, params: Params, samples: int, rows: int) -> Drawn:
+def _draw(architecture: DecodeSpec, policy: SamplingParams, params: Params, samples: int, rows: int) -> SampleBatch:
     loop = DecodeLoop(architecture, policy, params, rows=rows, queue=samples)
-    return loop.draw(sample_keys(0, np.arange(samples)))
+    return loop.generate(per_sample_keys(0, np.arange(samples)))
 
 
-def _print_partings(name: str, found: dict[tuple[str, int], Drawn]) -> None:
+def _print_partings(name: str, found: dict[tuple[str, int], SampleBatch]) -> None:
     (first, reference), *others = found.items()
     for other, drawn in others:
         differs = drawn.tokens != reference.tokens
@@ -226,7 +235,7 @@ def _print_partings(name: str, found: dict[tuple[str, int], Drawn]) -> None:
 
 
 def main() -> None:
-    measurements = {f.__name__: f for f in (compilation, utilisation, memory, length, partings, cache)}
+    measurements = {f.__name__: f for f in (compilation, utilization, memory, length, partings, cache)}
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", nargs="+", choices=list(measurements))
     parser.add_argument("--model", default=os.path.join(os.environ.get("JAX_SELFTRAIN_DATA", ""), "stories260k"))

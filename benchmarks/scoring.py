@@ -41,12 +41,13 @@ from measuring import circumstances
 from shapes import SHAPES, folder_of
 
 from jax_selftrain import hub
-from jax_selftrain.mesh import compiler_options, using
+from jax_selftrain.distributed.mesh import mesh_context, xla_options
+from jax_selftrain.evals import load_tasks
+from jax_selftrain.likelihood import loglikelihoods
+from jax_selftrain.likelihood.batching import batch_rows, plan_units
+from jax_selftrain.likelihood.engine import deduplicate
+from jax_selftrain.likelihood.tokenize import encode_pairs, start_token
 from jax_selftrain.models import forward
-from jax_selftrain.scoring import load_tasks, loglikelihoods
-from jax_selftrain.scoring.encode import encode_pairs, prefix_token
-from jax_selftrain.scoring.likelihood import distinct_requests
-from jax_selftrain.scoring.units import batch_rows, plan
 
 TRIAL = 20
 Texts = Sequence[tuple[str, str]]
@@ -75,7 +76,7 @@ def model_folder(shape: str, tokenizer: Path) -> str:
 
 
 def ours(model: hub.LoadedModel, texts: Texts, batch_tokens: int | None) -> Answers:
-    prefix = prefix_token(model)
+    prefix = start_token(model)
     requests = encode_pairs(model.tokenizer, prefix, texts)
     return [
         (answer.loglikelihood, answer.is_greedy)
@@ -98,27 +99,27 @@ def harness(folder: str, batch_size: int) -> Any:
 
 def plain(model: hub.LoadedModel, texts: Texts, batch_tokens: int | None) -> tuple[Callable[[], None], str]:
     """A forward pass over the rows of the plan, and what the plan is like in words."""
-    prefix = prefix_token(model)
-    asked, _ = distinct_requests(model.config, encode_pairs(model.tokenizer, prefix, texts))
-    units = plan(model.layout, model.config, asked, batch_tokens)
+    prefix = start_token(model)
+    asked, _ = deduplicate(model.config, encode_pairs(model.tokenizer, prefix, texts))
+    units = plan_units(model.layout, model.config, asked, batch_tokens)
     batches = [batch for unit in units for batch in unit.batches]
     shapes = [(batch_rows(model.layout, batch.length, batch_tokens), batch.length) for batch in batches]
     run = jax.jit(
         lambda params, tokens: forward(model.config, model.layout, params, tokens).sum(),
-        compiler_options=compiler_options(),
+        compiler_options=xla_options(),
     )
     inputs = {
         shape: jax.device_put(np.ones(shape, np.int32), model.layout.sharding(("batch", None))) for shape in shapes
     }
 
     def passes() -> None:
-        with using(model.layout.mesh):
+        with mesh_context(model.layout.mesh):
             jax.block_until_ready([run(model.params, inputs[shape]) for shape in shapes])
 
     alone = sum(len(request.tokens) - 1 for request in asked)
     rows = sum(len(row.tokens) for batch in batches for row in batch.rows)
-    places = sum(len(row.slots) for batch in batches for row in batch.rows)
-    predicted = sum(request.count for request in asked)
+    places = sum(len(row.query_positions) for batch in batches for row in batch.rows)
+    predicted = sum(request.num_targets for request in asked)
     described = (
         f"{len(asked):,} requests of {alone:,} tokens in rows of {rows:,} ({sum(a * b for a, b in shapes):,} padded, "
         f"{len(set(shapes))} lengths compiled); {predicted:,} tokens predicted at {places:,} positions"

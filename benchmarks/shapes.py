@@ -7,10 +7,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from jax_selftrain.pods import PYTHIA, neox_config
+from jax_selftrain.planning import PYTHIA_SHAPES, neox_config
 
 SHAPES: dict[str, dict[str, Any]] = {
-    **{name: neox_config(*shape) for name, shape in PYTHIA.items()},
+    **{name: neox_config(*shape) for name, shape in PYTHIA_SHAPES.items()},
     "gqa": {  # eight query heads on two key/value heads; about the size of Pythia-70m
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

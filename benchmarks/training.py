@@ -34,10 +34,11 @@ from shapes import SHAPES, folder_of
 
 from jax_selftrain import hub
 from jax_selftrain.config import TrainConfig
-from jax_selftrain.mesh import compiler_options, make_layout, make_mesh, using
+from jax_selftrain.distributed.mesh import make_mesh, mesh_context, xla_options
+from jax_selftrain.distributed.sharding import make_layout
 from jax_selftrain.models import DecoderConfig, axis_sizes, init_params
-from jax_selftrain.training import Batch, program
-from jax_selftrain.training.flops import speed_of
+from jax_selftrain.training import Batch, abstract_program
+from jax_selftrain.training.flops import throughput
 from jax_selftrain.training.step import init_state
 
 
@@ -56,20 +57,20 @@ def ours(case: Case, config: DecoderConfig, dtype: str, remat: str) -> Callable[
     """A call trains one step."""
     mesh, train = make_mesh("data=1,model=1"), train_config(case, dtype, remat)
     layout = make_layout(train.preset, mesh, axis_sizes(config))
-    function, (_, batch), donation = program(train, mesh)
-    step = jax.jit(function, donate_argnums=donation, compiler_options=compiler_options())
+    function, (_, batch), donation = abstract_program(train, mesh)
+    step = jax.jit(function, donate_argnums=donation, compiler_options=xla_options())
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, config.vocab_size, batch.tokens.shape, np.int32)
     ones = np.ones(batch.segments.shape, np.int32)
     positions = np.broadcast_to(np.arange(case.tokens, dtype=np.int32), ones.shape)
     arrays = Batch(tokens, ones, positions, ones.astype(np.float32))
     placed = jax.tree.map(lambda array, like: jax.device_put(array, like.sharding), arrays, batch)
-    with using(mesh):
+    with mesh_context(mesh):
         state = init_state(train, config, layout, init_params(config, 0, layout), 1000)
 
     def run() -> None:
         nonlocal state
-        with using(mesh):
+        with mesh_context(mesh):
             state, metrics = step(state, placed)
         assert np.isfinite(float(metrics["loss"]))
 
@@ -130,7 +131,7 @@ def measure(case: Case, dtype: str, remat: str, rounds: int) -> str:
     seconds = taking_turns(contestants, rounds)
     speed = {name: [case.rows * case.tokens / value for value in values] for name, values in seconds.items()}
     middle = statistics.median(speed["ours"])
-    achieved = speed_of(train_config(case, dtype, remat), config, make_mesh("data=1,model=1")).of(middle)
+    achieved = throughput(train_config(case, dtype, remat), config, make_mesh("data=1,model=1")).flops_and_mfu(middle)
     flops, reached = achieved["flops_per_second"], product_flops(dtype)
     mfu = f"{100 * achieved['mfu']:.0f} %" if "mfu" in achieved else "—"
     row = (

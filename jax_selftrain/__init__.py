@@ -9,31 +9,32 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from jax_selftrain.version import __version__
+
 if TYPE_CHECKING:
+    from jax_selftrain.evals import extract, score
     from jax_selftrain.hub import load_model
     from jax_selftrain.sampling import sample
-    from jax_selftrain.scoring import extract
-    from jax_selftrain.scoring.score import score
-    from jax_selftrain.study import run, train
-
-__version__ = "0.1.0"
+    from jax_selftrain.study import run
+    from jax_selftrain.study import train_with_evals as train
 
 __all__ = ["__version__", "extract", "load_model", "run", "sample", "score", "train"]
 
-_ROOMS = {
-    "extract": "scoring",
-    "load_model": "hub",
-    "run": "study",
-    "sample": "sampling",
-    "score": "scoring",
-    "train": "study",
+_LAZY_FUNCTIONS = {
+    "extract": "evals:extract",
+    "load_model": "hub:load_model",
+    "run": "study:run",
+    "sample": "sampling:sample",
+    "score": "evals:score",
+    "train": "study:train_with_evals",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name not in _LAZY_FUNCTIONS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    module, _, function = _LAZY_FUNCTIONS[name].partition(":")
+    value = getattr(import_module(f"{__name__}.{module}"), function)
     globals()[name] = value
     return value
 

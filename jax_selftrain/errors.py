@@ -9,7 +9,7 @@ class SelftrainError(Exception):
     """Base of the errors that the command line turns into one line and an exit code."""
 
     exit_code = 1
-    names_folders = False
+    shows_local_paths = False
     """Whether its sentence is about folders of this machine, where otherwise addresses in object storage stand."""
 
 
@@ -25,7 +25,7 @@ class UnavailableError(SelftrainError):
     exit_code = 75
 
 
-class Stopped(SelftrainError):
+class Preempted(SelftrainError):
     """A clean stop on SIGTERM, after saving what there was to save. Exit code 143."""
 
     exit_code = 143

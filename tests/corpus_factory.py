@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jax_selftrain import hub
-from jax_selftrain.corpus import Corpus, Sample, finish_corpus, open_corpus, write_shard
+from jax_selftrain.corpus import Corpus, Sample, finalize_corpus, open_corpus, write_shard
 
 
 def write_sampled_corpus(
@@ -16,7 +16,7 @@ def write_sampled_corpus(
     per_shard = per_shard or len(samples)
     for first in range(0, len(samples), per_shard):
         write_shard(folder, first // per_shard, samples[first : first + per_shard], {})
-    finish_corpus(
+    finalize_corpus(
         folder,
         {
             "kind": "sampled",

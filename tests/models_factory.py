@@ -157,8 +157,8 @@ def _nearly_normal(bits: np.random.Philox, shape: tuple[int, ...]) -> np.ndarray
     weights on every machine.
     """
     raw = np.asarray(bits.random_raw(int(np.prod(shape))), dtype="<u8").view("<u2").reshape(-1, 4)
-    centred = raw.sum(axis=1, dtype=np.int64) - 2 * 65535
-    return (centred / np.sqrt((65536.0**2 - 1) / 3)).astype(np.float32).reshape(shape)
+    centered = raw.sum(axis=1, dtype=np.int64) - 2 * 65535
+    return (centered / np.sqrt((65536.0**2 - 1) / 3)).astype(np.float32).reshape(shape)
 
 
 def write_tiny_hf_model(
@@ -229,7 +229,7 @@ def tiny_texts(n: int, seed: int = 0) -> Iterator[str]:
     syllables = ["ka", "lo", "mi", "ren", "tu", "sa", "vo", "bel", "dri", "fa", "gon", "hu", "jin", "pa", "quo", "zel"]
     creatures = ["fox", "bear", "girl", "boy", "owl", "cat", "frog", "king"]
     things = ["ball", "stone", "book", "apple", "lamp", "boat", "hat", "key"]
-    colours = ["red", "blue", "green", "small", "big", "old", "bright", "soft"]
+    colors = ["red", "blue", "green", "small", "big", "old", "bright", "soft"]
     places = ["river", "forest", "park", "house", "hill", "garden", "castle", "lake"]
 
     def pick(words: list[str]) -> str:
@@ -239,8 +239,8 @@ def tiny_texts(n: int, seed: int = 0) -> Iterator[str]:
         name = "".join(pick(syllables) for _ in range(int(rng.integers(2, 4)))).capitalize()
         thing, friend = pick(things), "".join(pick(syllables) for _ in range(2)).capitalize()
         yield (
-            f"Once there was a {pick(colours)} {pick(creatures)} named {name}. "
-            f"{name} found a {pick(colours)} {thing} near the {pick(places)}. "
+            f"Once there was a {pick(colors)} {pick(creatures)} named {name}. "
+            f"{name} found a {pick(colors)} {thing} near the {pick(places)}. "
             f'"Is this your {thing}?" asked {name}. "No," said {friend} the {pick(creatures)}, "but I have '
             f'{int(rng.integers(2, 100))} more." They went to the {pick(places)} and were happy.'
         )

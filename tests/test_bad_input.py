@@ -319,25 +319,25 @@ def negative_learning_rate(p: Place) -> Case:
 
 
 def mix_without_a_share(p: Place) -> Case:
-    return p.train("--mix", p.sound.corpus), "FOLDER=SHARE"
+    return p.train("--mixture", p.sound.corpus), "FOLDER=SHARE"
 
 
 def mix_with_shares_of_everything(p: Place) -> Case:
-    return p.train("--mix", "a=0.5", "b=0.5"), "sum to 1"
+    return p.train("--mixture", "a=0.5", "b=0.5"), "sum to 1"
 
 
 def missing_mixed_corpus(p: Place) -> Case:
-    return p.train("--mix", f"{p.folder / 'no-corpus'}=0.1"), "no-corpus"
+    return p.train("--mixture", f"{p.folder / 'no-corpus'}=0.1"), "no-corpus"
 
 
 def corrupted_shard_of_a_mixed_corpus(p: Place) -> Case:
     corpus = p.corpus()
     flip_byte(corpus / "shard-000000.parquet")
-    return p.train("--mix", f"{corpus}=0.1"), f"{corpus}/shard-000000.parquet"
+    return p.train("--mixture", f"{corpus}=0.1"), f"{corpus}/shard-000000.parquet"
 
 
 def corpus_mixed_with_itself(p: Place) -> Case:
-    return p.train("--mix", f"{p.sound.corpus}/=0.1"), "the same corpus"
+    return p.train("--mixture", f"{p.sound.corpus}/=0.1"), "the same corpus"
 
 
 def no_epochs_at_all(p: Place) -> Case:
@@ -463,7 +463,7 @@ def comparison_without_a_margin(p: Place) -> Case:
 
 
 def comparison_by_an_unknown_task(p: Place) -> Case:
-    return p.compare(p.sound.scores, "--primary", "tusk"), "did you mean `task`"
+    return p.compare(p.sound.scores, "--primary-tasks", "tusk"), "did you mean `task`"
 
 
 def comparison_that_cannot_be_paired(p: Place) -> Case:
@@ -526,7 +526,9 @@ def negative_offset(p: Place) -> Case:
 
 
 def policy_that_is_none(p: Place) -> Case:
-    return p.extract(npy(p, np.ones((4, 16), np.int32)), "--policies", "topk=40"), "--policies topk=40"
+    return p.extract(
+        npy(p, np.ones((4, 16), np.int32)), "--sampling-policies", "topk=40"
+    ), "--sampling-policies topk=40"
 
 
 def base_that_verifies_nothing(p: Place) -> Case:
@@ -534,16 +536,16 @@ def base_that_verifies_nothing(p: Place) -> Case:
 
 
 def baseline_with_another_tokenizer(p: Place) -> Case:
-    return p.extract(npy(p, np.ones((4, 16), np.int32)), "--baseline", p.sound.other), "--baseline"
+    return p.extract(npy(p, np.ones((4, 16), np.int32)), "--untrained-baseline", p.sound.other), "--untrained-baseline"
 
 
 def missing_controls(p: Place) -> Case:
-    return p.extract(npy(p, np.ones((4, 16), np.int32)), "--controls", p.folder / "gone.npy"), "gone.npy"
+    return p.extract(npy(p, np.ones((4, 16), np.int32)), "--control-sequences", p.folder / "gone.npy"), "gone.npy"
 
 
 def too_few_duplicates(p: Place) -> Case:
     np.save(p.folder / "copies.npy", np.ones(3, np.int32))
-    return p.extract(npy(p, np.ones((4, 16), np.int32)), "--duplicates", p.folder / "copies.npy"), "copies.npy"
+    return p.extract(npy(p, np.ones((4, 16), np.int32)), "--duplicate-counts", p.folder / "copies.npy"), "copies.npy"
 
 
 def sequences_too_short_in_parquet(p: Place) -> Case:

@@ -87,7 +87,7 @@ def test_the_overview_lists_every_command_with_its_purpose():
     assert run.returncode == 0
     for name, entry in cli.COMMANDS.items():
         assert any(
-            line.split() == [name, *(entry.options.__doc__ or "").splitlines()[0].split()]
+            line.split() == [name, *(entry.config_class.__doc__ or "").splitlines()[0].split()]
             for line in run.stdout.splitlines()
         ), name
     assert command("--version").stdout.strip() == f"jax-selftrain {jax_selftrain.__version__}"
@@ -101,10 +101,10 @@ def test_help_of_a_command_lists_its_flags_with_their_docstrings(name, capsys):
     assert stop.value.code == 0
     output, error = capsys.readouterr()
     assert error == ""
-    for flag in ["--config", *(leaf.flag for leaf in cli.settings.leaves(cli.COMMANDS[name].options))]:
+    for flag in ["--config", *(leaf.flag for leaf in cli.settings.iter_fields(cli.COMMANDS[name].config_class))]:
         assert f"{flag} " in output
     assert output.startswith(f"usage: jax-selftrain {name} ")
-    assert (cli.COMMANDS[name].options.__doc__ or "")[:40] in output
+    assert (cli.COMMANDS[name].config_class.__doc__ or "")[:40] in output
     for shown, _ in cli.COMMANDS[name].positionals:
         assert f"[{shown}]" in output.splitlines()[0]
 
@@ -114,7 +114,7 @@ def test_every_field_has_a_docstring(capsys):
         with pytest.raises(SystemExit):
             cli.parse(name, ["--help"])
         text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-        for leaf in cli.settings.leaves(entry.options):
+        for leaf in cli.settings.iter_fields(entry.config_class):
             after = text.split(f"{leaf.flag} ", 1)[1]
             after = after.split("] ", 1)[1] if after.startswith("[") else after.split(" ", 1)[1]
             assert not after.startswith(("(", "--", "╰")), (name, leaf.flag, after[:40])
@@ -231,7 +231,7 @@ STAGE = """
     [
         (errors.InputError("the disk is full"), 2),
         (errors.UnavailableError("a peer\nwas lost"), 75),
-        (errors.Stopped("stopped at step 3; run the same command to go on"), 143),
+        (errors.Preempted("stopped at step 3; run the same command to go on"), 143),
     ],
 )
 def test_how_a_stage_ends_is_the_exit_code(error, code):
@@ -315,10 +315,10 @@ def test_compiled_programs_are_kept_for_the_next_command(tiny_model, tmp_path, m
 def test_a_cache_folder_of_the_users_choice_is_respected_and_a_read_only_home_is_no_obstacle(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "chosen")
-    cli._keep_compiled_programs()
+    cli._enable_compilation_cache()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "chosen"
     assert not (tmp_path / "cache").exists()
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     (tmp_path / "cache").write_text("a file where the folder should be")
-    cli._keep_compiled_programs()
+    cli._enable_compilation_cache()
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ

@@ -52,4 +52,6 @@ def _erratic(step: int, model: LoadedModel) -> dict[str, float]:
 
 def probe(every: int) -> Hook:
     """Measures `probe/loss`, which is best at a step that nobody can foresee."""
-    return Hook(_erratic, every=every, ends=True, measures=("probe/loss",), measured={"probe": "weights"})
+    return Hook(
+        _erratic, every=every, run_at_start_and_end=True, metric_names=("probe/loss",), measured={"probe": "weights"}
+    )

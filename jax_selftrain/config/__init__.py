@@ -5,13 +5,13 @@ a YAML file. `jax_selftrain.settings` reads and writes these strictly. Nothing h
 `jax-selftrain --help` answers at once.
 """
 
-from jax_selftrain.config.stages import (
+from jax_selftrain.config.commands import (
     CompareConfig,
     ConvertConfig,
     DType,
     ExportConfig,
     ExtractConfig,
-    ImportConfig,
+    ImportCorpusConfig,
     LeakageConfig,
     MergeConfig,
     Packing,
@@ -22,14 +22,14 @@ from jax_selftrain.config.stages import (
     ScoreConfig,
     TrainConfig,
 )
-from jax_selftrain.config.studies import (
+from jax_selftrain.config.study import (
     ArmConfig,
     ClaimConfig,
     DemoConfig,
-    FormatConfig,
     MemorisationConfig,
     ModelConfig,
     PlanConfig,
+    PromptFormat,
     ReportConfig,
     RunConfig,
     StudyConfig,
@@ -44,8 +44,7 @@ __all__ = [
     "DemoConfig",
     "ExportConfig",
     "ExtractConfig",
-    "FormatConfig",
-    "ImportConfig",
+    "ImportCorpusConfig",
     "LeakageConfig",
     "MemorisationConfig",
     "MergeConfig",
@@ -53,6 +52,7 @@ __all__ = [
     "Packing",
     "PlanConfig",
     "Preset",
+    "PromptFormat",
     "Remat",
     "ReportConfig",
     "RunConfig",

@@ -1,18 +1,16 @@
 """Corpora: Parquet shards and their manifest, statistics, text in and out, training rows, exact overlap."""
 
-from jax_selftrain.corpus.derive import retokenise, shuffle
-from jax_selftrain.corpus.documents import Documents, EncodedTexts, TokenArrays, map_to_disk
-from jax_selftrain.corpus.exports import export
-from jax_selftrain.corpus.imports import import_text
-from jax_selftrain.corpus.mixture import Mixture, read_mix
-from jax_selftrain.corpus.ngrams import Overlaps, find_overlaps
+from jax_selftrain.corpus.decontaminate import remove_overlapping, size_matched_control
+from jax_selftrain.corpus.export import export_corpus
+from jax_selftrain.corpus.ingest import import_text
+from jax_selftrain.corpus.mixture import Mixture, parse_mixture
+from jax_selftrain.corpus.overlap import Overlaps, longest_overlaps
+from jax_selftrain.corpus.packing import PackedRows, batch_indices, build_packed_rows, pack_corpus
 from jax_selftrain.corpus.reader import Corpus, open_corpus
-from jax_selftrain.corpus.rows import Rows, batch_indices, build_rows, pack
 from jax_selftrain.corpus.schema import FINISH_REASONS, SCHEMA, Sample
-from jax_selftrain.corpus.scrub import drop_others, scrub
 from jax_selftrain.corpus.shards import (
-    begin_corpus,
-    finish_corpus,
+    finalize_corpus,
+    init_corpus,
     missing_shards,
     read_records,
     shard_count,
@@ -21,38 +19,40 @@ from jax_selftrain.corpus.shards import (
     write_shard,
 )
 from jax_selftrain.corpus.statistics import corpus_statistics
+from jax_selftrain.corpus.token_source import LazilyTokenized, RaggedTokens, TokenSource, memmap_tokens
+from jax_selftrain.corpus.transforms import retokenize, shuffle
 
 __all__ = [
     "FINISH_REASONS",
     "SCHEMA",
     "Corpus",
-    "Documents",
-    "EncodedTexts",
+    "LazilyTokenized",
     "Mixture",
     "Overlaps",
-    "Rows",
+    "PackedRows",
+    "RaggedTokens",
     "Sample",
-    "TokenArrays",
+    "TokenSource",
     "batch_indices",
-    "begin_corpus",
-    "build_rows",
+    "build_packed_rows",
     "corpus_statistics",
-    "drop_others",
-    "export",
-    "find_overlaps",
-    "finish_corpus",
+    "export_corpus",
+    "finalize_corpus",
     "import_text",
-    "map_to_disk",
+    "init_corpus",
+    "longest_overlaps",
+    "memmap_tokens",
     "missing_shards",
     "open_corpus",
-    "pack",
-    "read_mix",
+    "pack_corpus",
+    "parse_mixture",
     "read_records",
-    "retokenise",
-    "scrub",
+    "remove_overlapping",
+    "retokenize",
     "shard_count",
     "shard_ids",
     "shard_name",
     "shuffle",
+    "size_matched_control",
     "write_shard",
 ]

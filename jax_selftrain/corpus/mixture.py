@@ -18,7 +18,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from jax_selftrain.corpus.rows import Rows, visited_rows
+from jax_selftrain.corpus.packing import PackedRows, epoch_permutation
 from jax_selftrain.errors import InputError
 
 
@@ -26,16 +26,16 @@ from jax_selftrain.errors import InputError
 class Mixture:
     """Rows of one or several corpora, and how often each of them is drawn from."""
 
-    parts: tuple[Rows, ...]
+    components: tuple[PackedRows, ...]
     """Rows of each corpus, the main one first; all of one length."""
-    shares: tuple[Fraction, ...]
+    weights: tuple[Fraction, ...]
     """Share of the rows of training that come from each corpus; more than 0, their sum is 1."""
 
     def __post_init__(self) -> None:
-        if len(self.parts) != len(self.shares) or sum(self.shares) != 1 or min(self.shares) <= 0:
-            raise ValueError(f"shares {[str(share) for share in self.shares]} of {len(self.parts)} corpora")
+        if len(self.components) != len(self.weights) or sum(self.weights) != 1 or min(self.weights) <= 0:
+            raise ValueError(f"shares {[str(share) for share in self.weights]} of {len(self.components)} corpora")
 
-    def visits(self, places: Iterable[int]) -> np.ndarray:
+    def draws_before(self, places: Iterable[int]) -> np.ndarray:
         """How many of the first k places of the sequence each corpus has.
 
         Args:
@@ -46,7 +46,7 @@ class Mixture:
         """
         left, total = np.array(list(places), object), Fraction(1)  # objects: whole numbers of any size
         counts = []
-        for share in self.shares[:-1]:
+        for share in self.weights[:-1]:
             part = share / total
             counts.append((2 * part.numerator * left + part.denominator) // (2 * part.denominator))
             left, total = left - counts[-1], total - share
@@ -61,35 +61,35 @@ class Mixture:
         Returns:
             Which corpus each row of the batch comes from, and which row of it: two arrays int64 [batch_size].
         """
-        counts = self.visits(range(n * batch_size, (n + 1) * batch_size + 1))
+        counts = self.draws_before(range(n * batch_size, (n + 1) * batch_size + 1))
         source = np.diff(counts).argmax(axis=0)
         visit = counts[source, np.arange(batch_size)]
         row = np.empty(batch_size, np.int64)
         for corpus in np.unique(source).tolist():
             chosen = source == corpus
-            row[chosen] = visited_rows(len(self.parts[corpus]), seed, visit[chosen], corpus=corpus)
+            row[chosen] = epoch_permutation(len(self.components[corpus]), seed, visit[chosen], corpus=corpus)
         return source, row
 
     def epochs(self, rows: int) -> tuple[Fraction, ...]:
         """How often each corpus is passed over in the first `rows` rows of training."""
         return tuple(
             Fraction(count, len(part))
-            for count, part in zip(self.visits([rows])[:, 0].tolist(), self.parts, strict=True)
+            for count, part in zip(self.draws_before([rows])[:, 0].tolist(), self.components, strict=True)
         )
 
-    def steps_of_one_pass(self, batch_size: int) -> int:
+    def steps_per_epoch(self, batch_size: int) -> int:
         """The fewest steps in which every row of the first corpus is visited."""
         # ⌊s·k + ½⌋ ≥ rows holds from k = (rows − ½) / s on.
-        return math.ceil(math.ceil(Fraction(2 * len(self.parts[0]) - 1, 2) / self.shares[0]) / batch_size)
+        return math.ceil(math.ceil(Fraction(2 * len(self.components[0]) - 1, 2) / self.weights[0]) / batch_size)
 
-    def steps_within(self, max_epochs: Fraction, batch_size: int, steps: int) -> int:
+    def max_steps(self, max_epochs: Fraction, batch_size: int, steps: int) -> int:
         """The most steps, up to `steps`, in which no corpus is passed over more than `max_epochs` times."""
         return bisect.bisect_left(
             range(1, steps + 1), True, key=lambda taken: max(self.epochs(taken * batch_size)) > max_epochs
         )
 
 
-def read_mix(entries: Sequence[str]) -> tuple[tuple[str, Fraction], ...]:
+def parse_mixture(entries: Sequence[str]) -> tuple[tuple[str, Fraction], ...]:
     """The (folder, share) that each `FOLDER=SHARE` spells.
 
     Raises:
@@ -100,13 +100,13 @@ def read_mix(entries: Sequence[str]) -> tuple[tuple[str, Fraction], ...]:
     for entry in entries:
         folder, equals, text = entry.rpartition("=")
         if not (folder and equals and text):
-            raise InputError(f"--mix {entry}: give FOLDER=SHARE, for instance stories=0.1")
+            raise InputError(f"--mixture {entry}: give FOLDER=SHARE, for instance stories=0.1")
         if folder in mix:
-            raise InputError(f"--mix {entry}: {folder} is given twice; give each corpus once, with its whole share")
+            raise InputError(f"--mixture {entry}: {folder} is given twice; give each corpus once, with its whole share")
         mix[folder] = _read_share(entry, text)
     if sum(mix.values()) >= 1:
         raise InputError(
-            f"--mix: the shares sum to {float(sum(mix.values())):g}; they must sum to less than 1, as the rest of the "
+            f"--mixture: the shares sum to {float(sum(mix.values())):g}; they must sum to less than 1, as the rest of the "
             "rows is the corpus' own"
         )
     return tuple(mix.items())
@@ -118,4 +118,4 @@ def _read_share(entry: str, text: str) -> Fraction:
             return Fraction(text)
     except ValueError:
         pass
-    raise InputError(f"--mix {entry}: the share {text} must be a number more than 0 and less than 1")
+    raise InputError(f"--mixture {entry}: the share {text} must be a number more than 0 and less than 1")

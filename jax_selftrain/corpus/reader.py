@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from jax_selftrain import storage
 from jax_selftrain.corpus import shards
 from jax_selftrain.corpus.schema import FINISH_REASONS, SCHEMA, Sample, to_samples
 from jax_selftrain.errors import InputError
+from jax_selftrain.io import atomic
+from jax_selftrain.io.manifest import hash_json
 
 _BATCH_ROWS = 1024
 _TYPES = {"start_id": int, "stop_ids": list, "samples": int, "samples_per_shard": int, "tokens": int, "shards": list}
@@ -51,9 +52,9 @@ class Corpus:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the manifest, hence of every byte of every shard."""
-        return storage.fingerprint(self.manifest)
+        return hash_json(self.manifest)
 
-    def documents(self) -> Iterator[Sample]:
+    def iter_samples(self) -> Iterator[Sample]:
         """The samples in the order of their ids, read as they are asked for."""
         for batch in self._batches(SCHEMA.names):
             yield from to_samples(batch)
@@ -85,7 +86,7 @@ class Corpus:
             lists = batch.column("tokens")
             yield lists.flatten().to_numpy(), pc.list_value_length(lists).to_numpy().astype(np.int64)
 
-    def texts(self) -> Iterator[str]:
+    def iter_texts(self) -> Iterator[str]:
         """The documents' texts in the order of their ids, read as they are asked for."""
         for batch in self._batches(["text"]):
             yield from batch.column("text").to_pylist()
@@ -100,7 +101,7 @@ class Corpus:
                         yield batch
 
 
-def open_corpus(folder: storage.PathLike, *, tokenizer_fingerprint: str | None = None) -> Corpus:
+def open_corpus(folder: atomic.PathLike, *, tokenizer_fingerprint: str | None = None) -> Corpus:
     """Open a corpus folder after checking its manifest and the SHA-256 of every shard.
 
     Args:
@@ -116,11 +117,11 @@ def open_corpus(folder: storage.PathLike, *, tokenizer_fingerprint: str | None =
         raise InputError(f"{folder}: no such corpus folder; make it with `jax-selftrain sample`")
     if not (folder / shards.MANIFEST).is_file():
         if (folder / shards.REQUEST).exists() or any(folder.glob("shard-*.parquet")):
-            raise InputError(shards.unfinished(folder))
+            raise InputError(shards.missing_shards_message(folder))
         raise InputError(
             f"{folder}: not a corpus folder (it has no {shards.MANIFEST}); give the folder that was sampled"
         )
-    manifest = storage.read_json(folder / shards.MANIFEST)
+    manifest = atomic.read_json(folder / shards.MANIFEST)
     _check_manifest(folder / shards.MANIFEST, manifest)
     if tokenizer_fingerprint is not None and manifest["tokenizer_fingerprint"] != tokenizer_fingerprint:
         raise InputError(
@@ -139,13 +140,13 @@ def _check_manifest(path: Path, manifest: Any) -> None:
             f"{path}: corpus format {manifest.get('version')!r}, this program reads {shards.VERSION}; use its version"
         )
     remedy = f"delete {path.name} and run the command that made it again"
-    for key in (*shards.GIVEN_KEYS, "tokens", "shards"):
+    for key in (*shards.REQUEST_KEYS, "tokens", "shards"):
         if key not in manifest:
             raise InputError(f"{path}: {key!r} is missing; {remedy}")
         if not isinstance(manifest[key], _TYPES.get(key, object)):
             raise InputError(f"{path}: {key!r} is damaged; {remedy}")
     listed, total = manifest["shards"], manifest["samples"]
-    if not all(isinstance(shard, dict) and shard.keys() >= set(shards.SHARD_KEYS) for shard in listed):
+    if not all(isinstance(shard, dict) and shard.keys() >= set(shards.SHARD_RECORD_KEYS) for shard in listed):
         raise InputError(f"{path}: its list of shards is damaged; {remedy}")
     if not listed or total < 1:
         raise InputError(f"{path.parent}: the corpus is empty; sample or import at least one document")

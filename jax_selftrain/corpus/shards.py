@@ -17,20 +17,21 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from jax_selftrain import storage
 from jax_selftrain.corpus.schema import Sample, to_table
 from jax_selftrain.corpus.statistics import corpus_statistics
 from jax_selftrain.errors import InputError
+from jax_selftrain.io import atomic
+from jax_selftrain.io.manifest import sha256_file, verify_checksums
 
 FORMAT = "jax-selftrain corpus"
 VERSION = 1
 MANIFEST = "corpus.json"
 REQUEST = "request.json"
-REMEDY = "delete the shard and run the same command to regenerate it"
+FIX_HINT = "delete the shard and run the same command to regenerate it"
 
 _ROW_GROUP = 1024
-SHARD_KEYS = ("file", "sha256", "bytes", "rows", "tokens", "mismatches")
-GIVEN_KEYS = (
+SHARD_RECORD_KEYS = ("file", "sha256", "bytes", "rows", "tokens", "mismatches")
+REQUEST_KEYS = (
     "kind",
     "source",
     "tokenizer_fingerprint",
@@ -70,7 +71,7 @@ def shard_count(samples: int, samples_per_shard: int) -> int:
     return math.ceil(samples / samples_per_shard)
 
 
-def begin_corpus(folder: storage.PathLike, request: Mapping[str, Any]) -> dict[str, Any]:
+def init_corpus(folder: atomic.PathLike, request: Mapping[str, Any]) -> dict[str, Any]:
     """Start a corpus or go on with the same one: what is asked for is kept in `request.json`.
 
     What killed writers left behind is removed, and so are the records of shards that were deleted to be made again.
@@ -88,12 +89,12 @@ def begin_corpus(folder: storage.PathLike, request: Mapping[str, Any]) -> dict[s
         InputError: the folder was begun with another request; the message names the first difference.
     """
     folder = Path(folder)
-    storage.clean_leftovers(folder)
-    storage.clean_leftovers(folder / "records")
+    atomic.remove_stale_temp_files(folder)
+    atomic.remove_stale_temp_files(folder / "records")
     path = folder / REQUEST
     if path.exists():
-        before = storage.read_json(path)
-        difference = _first_difference(before, dict(request))
+        before = atomic.read_json(path)
+        difference = first_mismatch(before, dict(request))
         if difference:
             raise InputError(
                 f"{folder}: was begun with {difference[0]} = {difference[1]!r}, this command asks for "
@@ -105,12 +106,12 @@ def begin_corpus(folder: storage.PathLike, request: Mapping[str, Any]) -> dict[s
         return before
     if (folder / MANIFEST).exists() or any(folder.glob("shard-*.parquet")):
         raise InputError(f"{folder}: holds shards but no {REQUEST} that says what they are; choose another place")
-    storage.write_json(path, dict(request))
+    atomic.write_json(path, dict(request))
     return dict(request)
 
 
 def write_shard(
-    folder: storage.PathLike, index: int, samples: Sequence[Sample], record: Mapping[str, Any]
+    folder: atomic.PathLike, index: int, samples: Sequence[Sample], record: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Commit one shard and then its record.
 
@@ -137,7 +138,7 @@ def write_shard(
     folder = Path(folder)
     path = folder / shard_name(index)
     _record_path(folder, index).unlink(missing_ok=True)  # a record never speaks of bytes it has not seen
-    with storage.commit_file(path) as aside:
+    with atomic.commit_file(path) as aside:
         pq.write_table(
             to_table(samples),
             aside,
@@ -151,31 +152,31 @@ def write_shard(
     written = {
         **record,
         "file": path.name,
-        "sha256": storage.sha256_file(path),
+        "sha256": sha256_file(path),
         "bytes": path.stat().st_size,
         "rows": len(samples),
         "tokens": sum(len(sample.tokens) for sample in samples),
         "first_sample_id": first,
     }
-    storage.write_json(_record_path(folder, index), written)
+    atomic.write_json(_record_path(folder, index), written)
     return written
 
 
-def read_records(folder: storage.PathLike) -> dict[int, dict[str, Any]]:
+def read_records(folder: atomic.PathLike) -> dict[int, dict[str, Any]]:
     """{shard index: record} of the shards committed so far. Raises InputError naming a damaged record."""
     folder = Path(folder)
     records = {}
     for path in sorted(folder.glob("records/shard-*.json")):
-        record = storage.read_json(path)
+        record = atomic.read_json(path)
         if not isinstance(record, dict) or not {"file", "sha256", "bytes", "rows", "tokens"} <= record.keys():
-            raise InputError(f"{path}: not the record of a shard; {REMEDY}")
+            raise InputError(f"{path}: not the record of a shard; {FIX_HINT}")
         index = int(path.stem.removeprefix("shard-"))
         if (folder / shard_name(index)).exists():
             records[index] = record
     return records
 
 
-def missing_shards(folder: storage.PathLike, n_shards: int) -> list[int]:
+def missing_shards(folder: atomic.PathLike, n_shards: int) -> list[int]:
     """Which of the shards 0 … n_shards−1 have yet to be made (a deleted one counts), ascending."""
     folder = Path(folder)
     return [
@@ -185,7 +186,7 @@ def missing_shards(folder: storage.PathLike, n_shards: int) -> list[int]:
     ]
 
 
-def finish_corpus(folder: storage.PathLike, manifest: Mapping[str, Any]) -> None:
+def finalize_corpus(folder: atomic.PathLike, manifest: Mapping[str, Any]) -> None:
     """Check every shard against its record, measure the samples (`corpus_statistics`) and commit `corpus.json`.
 
     Args:
@@ -198,7 +199,7 @@ def finish_corpus(folder: storage.PathLike, manifest: Mapping[str, Any]) -> None
         ValueError: a key of the manifest is missing.
     """
     folder = Path(folder)
-    if absent := [key for key in GIVEN_KEYS if key not in manifest]:
+    if absent := [key for key in REQUEST_KEYS if key not in manifest]:
         raise ValueError(f"the manifest lacks {absent}")
     samples, per_shard = manifest["samples"], manifest["samples_per_shard"]
     if samples < 1:
@@ -216,12 +217,12 @@ def finish_corpus(folder: storage.PathLike, manifest: Mapping[str, Any]) -> None
         if found != (ids.start, len(ids)):
             raise InputError(
                 f"{folder / shard_name(index)}: holds {found[1]} samples from id {found[0]} where this corpus has "
-                f"{len(ids)} from id {ids.start}; {REMEDY}"
+                f"{len(ids)} from id {ids.start}; {FIX_HINT}"
             )
     shards = [{"mismatches": 0} | records[index] for index in range(n_shards)]
     check_shards(folder, shards)
-    storage.write_text(folder / "README.md", _CARD.format(**manifest))
-    storage.write_json(
+    atomic.write_text(folder / "README.md", _CARD.format(**manifest))
+    atomic.write_json(
         folder / MANIFEST,
         {
             **manifest,
@@ -230,23 +231,23 @@ def finish_corpus(folder: storage.PathLike, manifest: Mapping[str, Any]) -> None
             "tokens": sum(shard["tokens"] for shard in shards),
             "retokenisation_mismatches": sum(shard["mismatches"] for shard in shards),
             "statistics": corpus_statistics(folder, shards),
-            "shards": [{key: shard[key] for key in SHARD_KEYS} for shard in shards],
+            "shards": [{key: shard[key] for key in SHARD_RECORD_KEYS} for shard in shards],
         },
     )
 
 
-def check_shards(folder: storage.PathLike, shards: Sequence[Mapping[str, Any]]) -> None:
+def check_shards(folder: atomic.PathLike, shards: Sequence[Mapping[str, Any]]) -> None:
     """Hash every shard. Raises InputError naming the first one missing or damaged and how to get it back."""
     folder = Path(folder)
     if gone := [index for index, shard in enumerate(shards) if not (folder / shard["file"]).is_file()]:
         raise InputError(_incomplete(folder, gone, len(shards)))
-    storage.check_files(folder, {shard["file"]: shard for shard in shards}, remedy=REMEDY)
+    verify_checksums(folder, {shard["file"]: shard for shard in shards}, fix_hint=FIX_HINT)
 
 
-def unfinished(folder: storage.PathLike) -> str:
+def missing_shards_message(folder: atomic.PathLike) -> str:
     """The sentence for a corpus folder without `corpus.json`: what is missing, as far as it can be known."""
     folder = Path(folder)
-    request = storage.read_json(folder / REQUEST) if (folder / REQUEST).exists() else {}
+    request = atomic.read_json(folder / REQUEST) if (folder / REQUEST).exists() else {}
     samples, per_shard = (request.get(key) for key in ("samples", "samples_per_shard"))
     if samples and per_shard:
         n_shards = shard_count(samples, per_shard)
@@ -272,11 +273,11 @@ def _record_path(folder: Path, index: int) -> Path:
     return folder / "records" / f"shard-{index:06d}.json"
 
 
-def _first_difference(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
+def first_mismatch(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted(before.keys() | now.keys()):
             path = f"{name}.{key}" if name else key
-            if path != "source.ref" and (found := _first_difference(before.get(key), now.get(key), path)):
+            if path != "source.ref" and (found := first_mismatch(before.get(key), now.get(key), path)):
                 return found
         return None
     before, now = ([*value] if isinstance(value, tuple) else value for value in (before, now))

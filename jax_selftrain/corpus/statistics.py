@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from jax_selftrain import storage
+from jax_selftrain.io import atomic
 
 DISTINCT_TOKENS = 1 << 18
 """Most tokens that distinct-n is measured on."""
@@ -34,7 +34,7 @@ _HASH_BYTES = 8  # two samples share a hash with probability 2^-64: of a billion
 _COMPARED_AT_ONCE = 1 << 16  # hashes
 
 
-def corpus_statistics(folder: storage.PathLike, shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def corpus_statistics(folder: atomic.PathLike, shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The `statistics` of `corpus.json`.
 
     Args:
@@ -74,13 +74,13 @@ def corpus_statistics(folder: storage.PathLike, shards: Sequence[Mapping[str, An
     tokens = sum(length * count for length, count in lengths.items())
     policy_logprobs = [shard.get("policy_logprob") for shard in shards]
     policy_logprob = math.fsum(math.nan if value is None else value for value in policy_logprobs)
-    return _plain(
+    return _to_json(
         {
             "length": length_statistics(lengths),
             "stopped": stopped / samples,
             "nll_per_token": _ratio(-logprob, tokens),
             "entropy_per_token": _ratio(-policy_logprob, tokens),
-            "distinct": distinct_ngrams(*_first_samples(folder, shards, DISTINCT_TOKENS)),
+            "distinct": distinct_ngrams(*_head(folder, shards, DISTINCT_TOKENS)),
             "duplicates": _count_repeated(hashes) / samples,
         }
     )
@@ -128,9 +128,7 @@ def distinct_ngrams(flat: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
     return found
 
 
-def _read(
-    folder: storage.PathLike, shards: Sequence[Mapping[str, Any]], columns: list[str]
-) -> Iterator[pa.RecordBatch]:
+def _read(folder: atomic.PathLike, shards: Sequence[Mapping[str, Any]], columns: list[str]) -> Iterator[pa.RecordBatch]:
     for shard in shards:
         with pq.ParquetFile(Path(folder, shard["file"])) as file:
             yield from file.iter_batches(_BATCH_ROWS, columns=columns)
@@ -142,9 +140,7 @@ def _tokens_of(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
     return lists.flatten().to_numpy(), pc.list_value_length(lists).to_numpy()
 
 
-def _first_samples(
-    folder: storage.PathLike, shards: Sequence[Mapping[str, Any]], most: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _head(folder: atomic.PathLike, shards: Sequence[Mapping[str, Any]], most: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens (end to end) and lengths of the first samples, up to the first with which they had more than `most`."""
     tokens, lengths = [], []
     for batch in _read(folder, shards, ["tokens"]):
@@ -182,10 +178,10 @@ def _ratio(numerator: float, denominator: int) -> float:
     return numerator / denominator if denominator else math.nan
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     """The same in JSON: floats rounded, no minus before zero, and null for what is no number."""
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: _to_json(inner) for key, inner in value.items()}
     if not isinstance(value, float):
         return value
     return round(value, _DECIMALS) + 0.0 if math.isfinite(value) else None

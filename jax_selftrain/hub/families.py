@@ -22,7 +22,7 @@ import numpy as np
 
 from jax_selftrain.models import DecoderConfig
 
-Box = tuple[slice, ...]
+Slices = tuple[slice, ...]
 """Bounds along each dimension of an array; a slice here always has start, stop and no step."""
 
 
@@ -30,18 +30,18 @@ Box = tuple[slice, ...]
 class Pattern:
     """How the dimensions of a tensor in a file map to those of one layer of our array."""
 
-    text: str
+    template: str
 
     @cached_property
     def fused(self) -> tuple[tuple[str, ...], ...]:
         """For each dimension in the file, the axes that are fused in it: (("g", "2of3", "k"), ("d",))."""
-        left = self.text.split("->")[0]
+        left = self.template.split("->")[0]
         return tuple(tuple((fused or single).split()) for fused, single in re.findall(r"\(([^)]*)\)|(\S+)", left))
 
     @cached_property
     def axes(self) -> tuple[str, ...]:
         """Axes of our layout: ("d", "g", "k")."""
-        return tuple(self.text.split("->")[1].split())
+        return tuple(self.template.split("->")[1].split())
 
     @property
     def _flat(self) -> tuple[str, ...]:
@@ -57,18 +57,21 @@ class Pattern:
         """Shape of the tensor in the file."""
         return tuple(prod(_size(axis, sizes) for axis in group) for group in self.fused)
 
-    def file_parts(self, box: Box, sizes: Mapping[str, int]) -> list[list[tuple[int, int]]]:
+    def file_parts(self, box: Slices, sizes: Mapping[str, int]) -> list[list[tuple[int, int]]]:
         """For each dimension in the file, the runs (start, stop) that hold `box` of our layer, in order."""
         bounds = {axis: (part.start, part.stop) for axis, part in zip(self.axes, box, strict=True)}
-        return [_runs([_bounds(a, bounds) for a in group], [_size(a, sizes) for a in group]) for group in self.fused]
+        return [
+            _contiguous_runs([_bounds(a, bounds) for a in group], [_size(a, sizes) for a in group])
+            for group in self.fused
+        ]
 
-    def to_ours(self, part: np.ndarray, box: Box) -> np.ndarray:
+    def from_hf(self, part: np.ndarray, box: Slices) -> np.ndarray:
         """Bring what `file_parts` selected (concatenated) into our layout: a view of shape `box`."""
         extents = {axis: bound.stop - bound.start for axis, bound in zip(self.axes, box, strict=True)}
         named = [extents[axis] for axis in self._flat if "of" not in axis]
         return part.reshape(named).transpose(self._order)
 
-    def write(self, layer: np.ndarray, tensor: np.ndarray, sizes: Mapping[str, int]) -> None:
+    def to_hf(self, layer: np.ndarray, tensor: np.ndarray, sizes: Mapping[str, int]) -> None:
         """Inverse: put one layer of ours where it belongs in a tensor of the file's shape."""
         spread = tensor.reshape([_size(axis, sizes) for axis in self._flat])
         where = tuple(int(axis.split("of")[0]) if "of" in axis else slice(None) for axis in self._flat)
@@ -86,7 +89,7 @@ def _bounds(axis: str, bounds: Mapping[str, tuple[int, int]]) -> tuple[int, int]
     return slot, slot + 1
 
 
-def _runs(bounds: list[tuple[int, int]], sizes: list[int]) -> list[tuple[int, int]]:
+def _contiguous_runs(bounds: list[tuple[int, int]], sizes: list[int]) -> list[tuple[int, int]]:
     """Contiguous ranges of the fused dimension that make up a box of its axes."""
     last = max((i for i, (b, n) in enumerate(zip(bounds, sizes, strict=True)) if b != (0, n)), default=0)
     tail = prod(sizes[last + 1 :])
@@ -102,7 +105,7 @@ def _runs(bounds: list[tuple[int, int]], sizes: list[int]) -> list[tuple[int, in
 
 
 @dataclass(frozen=True)
-class Row:
+class TensorRule:
     """One tensor (of each layer, where the name has `{}`) and its place."""
 
     names: tuple[str, ...]
@@ -121,31 +124,31 @@ class Family:
     """The tensors of one Hugging Face `model_type`."""
 
     model_type: str
-    rows: tuple[Row, ...]
-    legacy: tuple[str, ...]
+    rows: tuple[TensorRule, ...]
+    ignored_buffers: tuple[str, ...]
     """Regular expressions of buffers in old files that hold no parameters: causal masks, rotary frequencies."""
     tied_head: tuple[str, ...]
     """Names of the output projection; with tied embeddings such a tensor is a copy and is dropped."""
 
 
-def sizes_of(config: DecoderConfig) -> dict[str, int]:
+def axis_sizes(config: DecoderConfig) -> dict[str, int]:
     """Sizes of the pattern's letters."""
     return {
         "d": config.hidden_size,
         "g": config.num_kv_heads,
-        "r": config.q_per_kv,
+        "r": config.num_query_groups,
         "k": config.head_dim,
         "f": config.intermediate_size,
         "v": config.vocab_size,
     }
 
 
-def _rows(prefix: str, table: str) -> tuple[Row, ...]:
+def _rows(prefix: str, table: str) -> tuple[TensorRule, ...]:
     rows = []
     for line in table.strip().splitlines():
         names, path, pattern = (part.strip() for part in line.split("|"))
         full = tuple(name.replace("~", prefix) for name in names.split(" or "))
-        rows.append(Row(full, path, Pattern(pattern)))
+        rows.append(TensorRule(full, path, Pattern(pattern)))
     return tuple(rows)
 
 
@@ -176,7 +179,7 @@ _GPT_NEOX = Family(
         embed_out.weight or lm_head.weight      | head/kernel             | v d -> v d
         """,
     ),
-    legacy=(
+    ignored_buffers=(
         r"gpt_neox\.layers\.\d+\.attention\.bias",
         r"gpt_neox\.layers\.\d+\.attention\.masked_bias",
         r"gpt_neox\.layers\.\d+\.attention\.rotary_emb\.inv_freq",

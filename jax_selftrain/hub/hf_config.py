@@ -55,7 +55,7 @@ _IGNORED = {
 }
 _IGNORED_KEYS = frozenset(key for keys in _IGNORED.values() for key in keys.split())
 
-_OFF: dict[str, tuple[Any, ...]] = {
+_DISABLED_VALUES: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "auto_map": (None,),
     "per_layer_config": (None, {}),
@@ -86,7 +86,7 @@ _ROPE_REFUSED = {
 }
 
 
-def parse_config(raw: Mapping[str, Any], where: str) -> DecoderConfig:
+def parse_config(raw: Mapping[str, Any], path: str) -> DecoderConfig:
     """Translate a Hugging Face config.
 
     Args:
@@ -97,12 +97,12 @@ def parse_config(raw: Mapping[str, Any], where: str) -> DecoderConfig:
       InputError: the architecture is unknown, or a key is missing, unknown, contradictory or out of range.
     """
     if not isinstance(raw, Mapping):
-        raise InputError(f"{where}: is not a JSON object; it should be the config.json of a Hugging Face model")
-    keys = _Keys(raw, where)
-    family = keys.take("model_type", str, None)
+        raise InputError(f"{path}: is not a JSON object; it should be the config.json of a Hugging Face model")
+    keys = _Keys(raw, path)
+    family = keys.pop("model_type", str, None)
     if family not in _READERS:
         raise InputError(
-            f"{where}: model_type {family!r} is not supported; the architectures known here are {', '.join(_READERS)}"
+            f"{path}: model_type {family!r} is not supported; the architectures known here are {', '.join(_READERS)}"
         )
     config = _READERS[family](keys)
     keys.finish()
@@ -118,7 +118,7 @@ class _Keys:
     def __contains__(self, key: str) -> bool:
         return key in self._raw
 
-    def take(self, key: str, kind: type | tuple[type, ...], default: Any) -> Any:
+    def pop(self, key: str, kind: type | tuple[type, ...], default: Any) -> Any:
         """Value of a key, `default` if absent or null. A number that is not a `kind` is refused (bool is not int)."""
         self._taken.add(key)
         value = self._raw.get(key)
@@ -131,7 +131,7 @@ class _Keys:
 
     def size(self, key: str, default: int | None = None) -> int:
         """A positive whole number; required unless there is a default."""
-        value = self.take(key, int, default)
+        value = self.pop(key, int, default)
         if value is None:
             raise InputError(f"{self.where}: {key} is missing; it cannot be guessed")
         if value < 1:
@@ -140,18 +140,18 @@ class _Keys:
 
     def number(self, key: str, default: float) -> float:
         """A positive finite number."""
-        value = self.take(key, (int, float), default)
+        value = self.pop(key, (int, float), default)
         if not (math.isfinite(value) and value > 0):
             self.refuse(key, "should be a positive number")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         """true or false."""
-        return self.take(key, bool, default)
+        return self.pop(key, bool, default)
 
     def activation(self, default: str) -> Any:
         """`hidden_act` under our name."""
-        name = self.take("hidden_act", str, default)
+        name = self.pop("hidden_act", str, default)
         if name not in _ACTIVATIONS:
             self.refuse("hidden_act", f"is not supported; known are {', '.join(_ACTIVATIONS)}")
         return _ACTIVATIONS[name]
@@ -163,7 +163,11 @@ class _Keys:
     def finish(self) -> None:
         """Raise InputError about any key that nobody took."""
         for key, value in self._raw.items():
-            if key in self._taken or key in _IGNORED_KEYS or (key in _OFF and value in _OFF[key]):
+            if (
+                key in self._taken
+                or key in _IGNORED_KEYS
+                or (key in _DISABLED_VALUES and value in _DISABLED_VALUES[key])
+            ):
                 continue
             self.refuse(key, "is not supported: ignoring it could change the model's output")
 
@@ -203,7 +207,7 @@ def _gpt_neox(keys: _Keys) -> DecoderConfig:
         out_bias=bias,
         mlp_bias=True,
         qk_norm=False,
-        tied=keys.flag("tie_word_embeddings", False),
+        tie_word_embeddings=keys.flag("tie_word_embeddings", False),
         initializer_range=keys.number("initializer_range", 0.02),
     )
 
@@ -237,7 +241,7 @@ def _llama_like(
     kv_heads = keys.size("num_key_value_heads", heads)
     if heads % kv_heads:
         keys.refuse("num_key_value_heads", f"does not divide num_attention_heads = {heads}")
-    given = keys.take("head_dim", int, head_dim)
+    given = keys.pop("head_dim", int, head_dim)
     head_dim = _default_head_dim(keys, width, heads) if given is None else keys.size("head_dim", given)
     if head_dim % 2:
         raise InputError(f"{keys.where}: heads of odd width {head_dim} cannot be rotated; head_dim should be even")
@@ -269,8 +273,8 @@ def _llama_like(
         out_bias=out_bias,
         mlp_bias=mlp_bias,
         qk_norm=qk_norm,
-        tied=keys.flag("tie_word_embeddings", False),
-        sliding_window=_windows(keys, layers, windows),
+        tie_word_embeddings=keys.flag("tie_word_embeddings", False),
+        sliding_window=_sliding_windows(keys, layers, windows),
         initializer_range=keys.number("initializer_range", 0.02),
     )
 
@@ -291,16 +295,16 @@ def _default_head_dim(keys: _Keys, width: int, heads: int) -> int:
     return width // heads
 
 
-def _windows(keys: _Keys, layers: int, followed: bool) -> tuple[int | None, ...] | None:
+def _sliding_windows(keys: _Keys, layers: int, followed: bool) -> tuple[int | None, ...] | None:
     """Sliding windows of Qwen: `layer_types`, else layers from `max_window_layers` on, if they are switched on."""
-    types = keys.take("layer_types", list, None)
+    types = keys.pop("layer_types", list, None)
     if not followed:
         if types is not None and set(types) != {"full_attention"}:
             keys.refuse("layer_types", "is not followed by this family's own code in transformers")
         return None
     used = keys.flag("use_sliding_window", False)
-    window = keys.take("sliding_window", int, 4096 if "sliding_window" not in keys else None)
-    first = keys.take("max_window_layers", int, 28)
+    window = keys.pop("sliding_window", int, 4096 if "sliding_window" not in keys else None)
+    first = keys.pop("max_window_layers", int, 28)
     on = used and window is not None
     if on and window < 1:
         keys.refuse("sliding_window", "should be at least 1")
@@ -322,13 +326,13 @@ def _rope(
     keys: _Keys, positions: int, *, theta_key: str, fraction_key: str, fraction: float
 ) -> tuple[RopeConfig, float]:
     """Rotary settings and the fraction of a head that is rotated, from either schema."""
-    scaling, parameters = keys.take("rope_scaling", dict, None), keys.take("rope_parameters", dict, None)
+    scaling, parameters = keys.pop("rope_scaling", dict, None), keys.pop("rope_parameters", dict, None)
     if scaling and parameters:
         keys.refuse("rope_scaling", "stands beside rope_parameters; keep one of the two")
     given = dict(scaling or parameters or {})
     where = f"{keys.where}: {'rope_scaling' if scaling else 'rope_parameters'}"
-    theta = _agreed(keys, given, "rope_theta", {theta_key, "rope_theta"}, 10_000.0)
-    fraction = _agreed(keys, given, "partial_rotary_factor", {fraction_key, "partial_rotary_factor"}, fraction)
+    theta = _require_equal(keys, given, "rope_theta", {theta_key, "rope_theta"}, 10_000.0)
+    fraction = _require_equal(keys, given, "partial_rotary_factor", {fraction_key, "partial_rotary_factor"}, fraction)
 
     names = {given.pop(key) for key in ("rope_type", "type") if given.get(key) is not None}
     if len(names) > 1:
@@ -353,7 +357,7 @@ def _rope(
     if kind == "linear":
         return RopeConfig(theta=theta, kind="linear", factor=number("factor", None)), fraction
     # Some configs hold the length before extension beside the rotary settings; transformers then prefers that one.
-    outside = keys.take("original_max_position_embeddings", int, None)
+    outside = keys.pop("original_max_position_embeddings", int, None)
     original = number("original_max_position_embeddings", outside or positions)
     if outside not in (None, original):
         keys.refuse("original_max_position_embeddings", f"contradicts {original:.0f} in the rotary settings")
@@ -393,9 +397,9 @@ def _rope(
     return rope, fraction
 
 
-def _agreed(keys: _Keys, given: dict[str, Any], inside: str, outside: set[str], default: float) -> float:
+def _require_equal(keys: _Keys, given: dict[str, Any], inside: str, outside: set[str], default: float) -> float:
     """A number that may stand inside the rotary settings or beside them; wherever it stands twice, it must agree."""
-    stated = [key for key in sorted(outside) if keys.take(key, (int, float), None) is not None]
+    stated = [key for key in sorted(outside) if keys.pop(key, (int, float), None) is not None]
     found = {key: keys.number(key, default) for key in stated}
     nested = given.pop(inside, None)
     if nested is not None:

@@ -14,32 +14,33 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from jax_selftrain import settings, storage
-from jax_selftrain.config import ConvertConfig
+from jax_selftrain.config import ConvertConfig, yaml_io
+from jax_selftrain.distributed import broadcast_one_to_all
+from jax_selftrain.distributed.mesh import make_mesh, mesh_context
+from jax_selftrain.distributed.sharding import ShardingRules, make_layout, shard_host_array
 from jax_selftrain.errors import InputError
-from jax_selftrain.hub import checkpoint
-from jax_selftrain.hub.binding import family_leaves
+from jax_selftrain.hub import orbax_io
 from jax_selftrain.hub.families import FAMILIES
-from jax_selftrain.hub.folder import (
+from jax_selftrain.hub.model_folder import (
     CONFIG,
     PARAMS,
     Ref,
-    is_ours,
-    known_tensors,
+    copy_config_and_tokenizer,
+    is_native,
     read_config,
-    read_record,
+    read_model_json,
     read_special_tokens,
     resolve,
     save_model,
-    with_dtype,
-    write_companions,
+    set_torch_dtype,
+    source_tensor_names,
 )
 from jax_selftrain.hub.safetensors_io import load_params, open_weights, save_weights
-from jax_selftrain.hub.tokens import SpecialTokens, has_tokenizer, read_tokenizer
-from jax_selftrain.hub.trees import first_not_finite, flatten, unflatten
-from jax_selftrain.mesh import Layout, make_layout, make_mesh, place, using
-from jax_selftrain.models import DecoderConfig, Params, abstract_params, axis_sizes, forward, param_shardings, project
-from jax_selftrain.processes import from_process_0
+from jax_selftrain.hub.tokenizer import SpecialTokens, has_tokenizer, read_tokenizer
+from jax_selftrain.hub.trees import find_nonfinite, flatten, unflatten
+from jax_selftrain.hub.weight_mapping import param_sources
+from jax_selftrain.io import atomic
+from jax_selftrain.models import DecoderConfig, Params, abstract_params, axis_sizes, forward, param_shardings, unembed
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,10 @@ class LoadedModel:
     config: DecoderConfig
     params: Params = field(repr=False)
     """Nested dict of arrays, see `jax_selftrain.models`; placed by `param_shardings(config, layout)`."""
-    layout: Layout
+    layout: ShardingRules
     tokenizer: Any = field(repr=False)
     """A transformers tokenizer, or None where the model has none."""
-    special: SpecialTokens
+    special_tokens: SpecialTokens
     source: ModelSource = field(repr=False)
     compute_dtype: jnp.dtype
     """Type of parameters and matmul operands."""
@@ -95,10 +96,12 @@ class LoadedModel:
                 f"{self.config.vocab_size - 1}; were they made with another tokenizer?"
             )
         rows = len(tokens)
-        padded = np.zeros((-(-rows // self.layout.data) * self.layout.data, tokens.shape[1]), np.int32)
+        padded = np.zeros(
+            (-(-rows // self.layout.data_parallelism) * self.layout.data_parallelism, tokens.shape[1]), np.int32
+        )
         padded[:rows] = tokens
-        with using(self.layout.mesh):
-            batch = place(self.layout, padded, ("batch", None))
+        with mesh_context(self.layout.mesh):
+            batch = shard_host_array(self.layout, padded, ("batch", None))
             return np.asarray(_logits(self.config, self.layout, self.compute_dtype, self.params, batch))[:rows]
 
     def save_pretrained(self, folder: Ref) -> Path:
@@ -107,15 +110,17 @@ class LoadedModel:
         Every tensor gets the type it came with, or the type of the parameters where that is narrower (a model loaded
         in bf16 is written in bf16).
         """
-        types = {name: _narrower(kind, self.compute_dtype.name) for name, kind in self.source.tensors.items()}
-        raw = self.source.raw if types == self.source.tensors else with_dtype(self.source.raw, set(types.values()))
+        types = {name: _narrower_dtype(kind, self.compute_dtype.name) for name, kind in self.source.tensors.items()}
+        raw = self.source.raw if types == self.source.tensors else set_torch_dtype(self.source.raw, set(types.values()))
         return _save_hf(Path(folder), self.config, raw, self.params, types, self.source.path)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _logits(config: DecoderConfig, layout: Layout, dtype: jnp.dtype, params: Params, tokens: jax.Array) -> jax.Array:
+def _logits(
+    config: DecoderConfig, layout: ShardingRules, dtype: jnp.dtype, params: Params, tokens: jax.Array
+) -> jax.Array:
     hidden = forward(config, layout, params, tokens, compute_dtype=dtype)
-    logits = project(config, layout, params, hidden, compute_dtype=dtype)
+    logits = unembed(config, layout, params, hidden, compute_dtype=dtype)
     return jax.reshard(logits, layout.sharding((None, None, None)))
 
 
@@ -145,7 +150,7 @@ def load_model(
     return LoadedModel(config, params, layout, tokenizer, special, source, np.dtype(dtype))
 
 
-def with_params(ref: Ref, params: Params, layout: Layout) -> LoadedModel:
+def model_with_params(ref: Ref, params: Params, layout: ShardingRules) -> LoadedModel:
     """A model with the config and tokenizer of `ref` and other weights: fresh ones, or those of a step in training.
 
     Args:
@@ -162,9 +167,9 @@ def with_params(ref: Ref, params: Params, layout: Layout) -> LoadedModel:
     special = read_special_tokens(path, raw, tokenizer, config.vocab_size)
     arrays = flatten(params)
     dtype = np.dtype(next(iter(arrays.values())).dtype)
-    leaves = family_leaves(FAMILIES[raw["model_type"]], config, known_tensors(path))
+    leaves = param_sources(FAMILIES[raw["model_type"]], config, source_tensor_names(path))
     tensors = {name: dtype.name for leaf in leaves for name in leaf.names}
-    source = ModelSource(str(ref), path, with_dtype(raw, {dtype.name}), tensors, ())
+    source = ModelSource(str(ref), path, set_torch_dtype(raw, {dtype.name}), tensors, ())
     return LoadedModel(config, params, layout, tokenizer, special, source, dtype)
 
 
@@ -174,24 +179,24 @@ def convert(config: ConvertConfig) -> Path:
     Raises:
       InputError: the model cannot be read, or the folder exists already or cannot be written.
     """
-    settings.require(config, "source", "out")
+    yaml_io.require(config, "source", "out")
     path, out = resolve(config.source), Path(config.out)
     decoder, raw = read_config(path)
     kept = config.dtype == "keep"
     dtype = None if kept else np.dtype(config.dtype)
 
     def read() -> tuple[Params, ModelSource, dict[str, str]]:
-        params, source = read_params(config.source, path, decoder, raw, _layout_to_convert_on(config, decoder), dtype)
+        params, source = read_params(config.source, path, decoder, raw, _conversion_sharding(config, decoder), dtype)
         return params, source, dict(source.tensors) if kept else dict.fromkeys(source.tensors, config.dtype)
 
-    stated = raw if kept else with_dtype(raw, {config.dtype})
+    stated = raw if kept else set_torch_dtype(raw, {config.dtype})
     if config.format == "hf":
 
         def write() -> None:
             params, _, tensors = read()
             _save_hf(out, decoder, stated, params, tensors, path)
 
-        from_process_0(write)
+        broadcast_one_to_all(write)
         return out
     params, source, tensors = read()
     save_model(
@@ -206,16 +211,16 @@ def convert(config: ConvertConfig) -> Path:
     return out
 
 
-def _layout_to_convert_on(config: ConvertConfig, decoder: DecoderConfig) -> Layout:
+def _conversion_sharding(config: ConvertConfig, decoder: DecoderConfig) -> ShardingRules:
     """Where parameters lie meanwhile: in memory; where several processes write a folder of ours together, divided among
     the devices of all."""
     sizes = axis_sizes(decoder)
     if jax.process_count() == 1 or config.format == "hf":
-        return make_layout("replicated", make_mesh("", [host_device()]), sizes)
+        return make_layout("replicated", make_mesh("", [cpu_device()]), sizes)
     return make_layout("replicated" if sizes["embed"] % jax.device_count() else "fsdp", make_mesh(), sizes)
 
 
-def host_device() -> jax.Device:
+def cpu_device() -> jax.Device:
     """A CPU where there is one beside the accelerator, for work that computes next to nothing and wants memory only."""
     try:
         return jax.local_devices(backend="cpu")[0]
@@ -224,14 +229,14 @@ def host_device() -> jax.Device:
 
 
 def read_params(
-    ref: str, path: Path, config: DecoderConfig, raw: Mapping[str, Any], layout: Layout, dtype: np.dtype | None
+    ref: str, path: Path, config: DecoderConfig, raw: Mapping[str, Any], layout: ShardingRules, dtype: np.dtype | None
 ) -> tuple[Params, ModelSource]:
     """Parameters in `dtype` (None: as they are stored), from either kind of folder."""
-    if not is_ours(path):
+    if not is_native(path):
         with open_weights(path) as reader:
             params, binding = load_params(reader, FAMILIES[raw["model_type"]], config, layout, dtype)
         return params, ModelSource(ref, path, raw, binding.tensors, binding.dropped)
-    record = read_record(path)
+    record = read_model_json(path)
     shardings, shapes = flatten(param_shardings(config, layout)), flatten(abstract_params(config))
     if record["dtypes"].keys() != shapes.keys():
         raise InputError(f"{path}: model.json and {CONFIG} do not describe the same model; make the folder again")
@@ -239,9 +244,9 @@ def read_params(
         name: jax.ShapeDtypeStruct(leaf.shape, dtype or np.dtype(record["dtypes"][name]), sharding=shardings[name])
         for name, leaf in shapes.items()
     }
-    params = checkpoint.load_tree(path / PARAMS, unflatten(abstract))
-    with using(layout.mesh):
-        broken = first_not_finite(params)
+    params = orbax_io.load_tree(path / PARAMS, unflatten(abstract))
+    with mesh_context(layout.mesh):
+        broken = find_nonfinite(params)
     if broken:
         raise InputError(f"{path}: {broken} holds NaN or infinity; the model is broken, so use another one")
     return params, ModelSource(ref, path, raw, record["tensors"], tuple(record["dropped"]))
@@ -255,11 +260,11 @@ def _save_hf(
     tensors: Mapping[str, str],
     source: Path,
 ) -> Path:
-    with storage.commit_folder(folder) as aside:
-        write_companions(aside, raw, source)
+    with atomic.commit_folder(folder) as aside:
+        copy_config_and_tokenizer(aside, raw, source)
         save_weights(aside, FAMILIES[raw["model_type"]], config, params, tensors)
     return folder
 
 
-def _narrower(one: str, other: str) -> str:
+def _narrower_dtype(one: str, other: str) -> str:
     return one if np.dtype(one).itemsize <= np.dtype(other).itemsize else other

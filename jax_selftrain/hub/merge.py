@@ -23,14 +23,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_selftrain import settings
-from jax_selftrain.config import MergeConfig
+from jax_selftrain.config import MergeConfig, yaml_io
+from jax_selftrain.distributed.mesh import make_mesh, mesh_context
+from jax_selftrain.distributed.sharding import ShardingRules, make_layout
 from jax_selftrain.errors import InputError
-from jax_selftrain.hub import checkpoint, tokens
-from jax_selftrain.hub.folder import PARAMS, is_ours, model_fingerprint, read_config, read_record, resolve, save_model
-from jax_selftrain.hub.load import host_device, read_params
+from jax_selftrain.hub import orbax_io
+from jax_selftrain.hub.load import cpu_device, read_params
+from jax_selftrain.hub.model_folder import (
+    PARAMS,
+    is_native,
+    model_fingerprint,
+    read_config,
+    read_model_json,
+    resolve,
+    save_model,
+)
+from jax_selftrain.hub.tokenizer import has_tokenizer, tokenizer_hash
 from jax_selftrain.hub.trees import flatten, unflatten
-from jax_selftrain.mesh import Layout, make_layout, make_mesh, using
 from jax_selftrain.models import DecoderConfig, Params, axis_sizes
 
 _ONLY_FOR_TRAINING = ("initializer_range",)
@@ -41,18 +50,18 @@ def merge(config: MergeConfig) -> Path:
     """Write base + weight · (student − base) as a model folder of ours, in float32.
 
     Returns:
-      The folder. The result of the same merge is recognised and left as it is.
+      The folder. The result of the same merge is recognized and left as it is.
 
     Raises:
       InputError: a model cannot be read, the two differ in architecture or tokenizer (says in what), the weight or a
         parameter of the result is not finite, or the folder holds something else.
     """
-    settings.require(config, "base", "student", "weight", "out")
+    yaml_io.require(config, "base", "student", "weight", "out")
     weight = config.weight if config.weight is not None else math.nan
     if not abs(weight) <= float(np.finfo(np.float32).max):
         raise InputError(f"--weight {weight}: must be a finite number within the range of float32")
     base, raw = read_config(config.base)
-    check_alike(config.base, config.student)
+    check_compatible(config.base, config.student)
     metadata = {
         "made_by": "merge",
         "weight": weight,
@@ -60,21 +69,21 @@ def merge(config: MergeConfig) -> Path:
         "student": {"ref": config.student, "fingerprint": model_fingerprint(config.student)},
     }
     out = Path(config.out)
-    if _is_done(out, metadata):
+    if _is_complete(out, metadata):
         if not jax.process_index():
             print(f"{out}: this merge is there already; nothing to do")
         return out
     alone = not config.mesh and jax.process_count() == 1
-    mesh = make_mesh("", [host_device()]) if alone else make_mesh(config.mesh)
+    mesh = make_mesh("", [cpu_device()]) if alone else make_mesh(config.mesh)
     layout = make_layout(config.preset, mesh, axis_sizes(base))
-    with using(mesh):
-        sides = [stored_params(ref, layout) for ref in (config.base, config.student)]
-        params = _on_the_line(sides[0], sides[1], weight)
+    with mesh_context(mesh):
+        sides = [load_params_as_stored(ref, layout) for ref in (config.base, config.student)]
+        params = _interpolate(sides[0], sides[1], weight)
         save_model(out, raw, params, source_ref=config.base, metadata=metadata)
     return out
 
 
-def stored_params(ref: str, layout: Layout) -> dict[str, jax.Array]:
+def load_params_as_stored(ref: str, layout: ShardingRules) -> dict[str, jax.Array]:
     """Parameters by path, each in the type that it is stored in."""
     path = resolve(ref)
     config, raw = read_config(path)
@@ -82,24 +91,24 @@ def stored_params(ref: str, layout: Layout) -> dict[str, jax.Array]:
     return flatten(params)
 
 
-def _on_the_line(base: dict[str, jax.Array], student: dict[str, jax.Array], weight: float) -> Params:
+def _interpolate(base: dict[str, jax.Array], student: dict[str, jax.Array], weight: float) -> Params:
     """The merged parameters; empties its arguments on the way, so that each array is freed once it is used."""
     merged = {}
     for path in sorted(base):
-        merged[path] = _merged(base.pop(path), student.pop(path), np.float32(weight))
+        merged[path] = _lerp(base.pop(path), student.pop(path), np.float32(weight))
         if not bool(jnp.isfinite(merged[path]).all()):
             raise InputError(f"--weight {weight:g}: {path} would be infinite; give a weight nearer to 0")
     return unflatten(merged)
 
 
 @jax.jit
-def _merged(base: jax.Array, student: jax.Array, weight: jax.Array) -> jax.Array:
+def _lerp(base: jax.Array, student: jax.Array, weight: jax.Array) -> jax.Array:
     base, student = base.astype(jnp.float32), student.astype(jnp.float32)
     between = base + weight * (student - base)
     return jnp.where(weight == 0, base, jnp.where(weight == 1, student, between))
 
 
-def check_alike(base: str, student: str) -> None:
+def check_compatible(base: str, student: str) -> None:
     """Raise InputError, saying in what, where two models differ in architecture or tokenizer."""
     expected, found = (_fields(read_config(ref)[0]) for ref in (base, student))
     for name, value in expected.items():
@@ -111,7 +120,7 @@ def check_alike(base: str, student: str) -> None:
     marks = []
     for ref in (base, student):
         path = resolve(ref)
-        marks.append(tokens.fingerprint_of(path) if tokens.has_tokenizer(path) else None)
+        marks.append(tokenizer_hash(path) if has_tokenizer(path) else None)
     if marks[0] != marks[1]:
         shown = [f"{mark[:8]}…" if mark else "none" for mark in marks]
         raise InputError(
@@ -126,11 +135,11 @@ def _fields(config: DecoderConfig) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in _ONLY_FOR_TRAINING}
 
 
-def _is_done(out: Path, wanted: Mapping[str, Any]) -> bool:
+def _is_complete(out: Path, wanted: Mapping[str, Any]) -> bool:
     """Whether the folder holds this very merge, whole; whatever else is in it is refused."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
-    metadata = read_record(out).get("metadata") if out.is_dir() and is_ours(out) else None
+    metadata = read_model_json(out).get("metadata") if out.is_dir() and is_native(out) else None
     if not isinstance(metadata, dict) or metadata.get("made_by") != "merge":
         raise InputError(f"{out}: already exists; remove it or choose another place")
     for name in ("base", "student"):
@@ -146,5 +155,5 @@ def _is_done(out: Path, wanted: Mapping[str, Any]) -> bool:
             f"{out}: holds a merge with --weight {metadata.get('weight')}, not {wanted['weight']}; remove it or choose "
             "another --out"
         )
-    checkpoint.check_tree(out / PARAMS, remedy="remove the folder and run the same command again")
+    orbax_io.verify_tree(out / PARAMS, remedy="remove the folder and run the same command again")
     return True

@@ -24,12 +24,20 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jax_selftrain import storage
+from jax_selftrain.distributed.sharding import ShardingRules
 from jax_selftrain.errors import InputError
-from jax_selftrain.hub.binding import DTYPES, Binding, Leaf, TensorInfo, TensorReader, bind, family_leaves
-from jax_selftrain.hub.families import Box, Family, Pattern, sizes_of
-from jax_selftrain.hub.trees import flatten, host_array, host_layer, unflatten
-from jax_selftrain.mesh import Layout
+from jax_selftrain.hub.families import Family, Pattern, Slices, axis_sizes
+from jax_selftrain.hub.trees import flatten, host_layer, to_host, unflatten
+from jax_selftrain.hub.weight_mapping import (
+    DTYPES,
+    ParamSource,
+    TensorInfo,
+    TensorReader,
+    WeightMapping,
+    map_tensors,
+    param_sources,
+)
+from jax_selftrain.io import atomic
 from jax_selftrain.models import DecoderConfig, Params, param_shardings
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -38,7 +46,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 _EXPONENT_BITS = {"float32": 0x7F80_0000, "bfloat16": 0x7F80, "float16": 0x7C00}
 
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_TORCH_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ def weight_files(folder: Path) -> list[str]:
     if (folder / WEIGHTS).is_file():
         return [WEIGHTS]
     if (folder / INDEX).is_file():
-        index = storage.read_json(folder / INDEX)
+        index = atomic.read_json(folder / INDEX)
         files = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(files, dict) or not files or not all(isinstance(f, str) for f in files.values()):
             raise InputError(f"{folder / INDEX}: has no weight_map of tensor names to files; download it again")
@@ -71,7 +79,7 @@ def weight_files(folder: Path) -> list[str]:
             if Path(file).name != file or not (folder / file).is_file():
                 raise InputError(f"{folder / file}: the index names this file, but it is not there; download it again")
         return sorted(set(files.values()))
-    pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
+    pickled = sorted(path.name for pattern in _TORCH_WEIGHTS for path in folder.glob(pattern))
     if pickled:
         raise InputError(
             f"{folder / pickled[0]}: a pickle checkpoint can run any code when it is opened and is not read here; "
@@ -112,8 +120,8 @@ def open_weights(folder: Path) -> Iterator[SafetensorsReader]:
 
 
 def load_params(
-    reader: TensorReader, family: Family, config: DecoderConfig, layout: Layout, dtype: np.dtype | None = None
-) -> tuple[Params, Binding]:
+    reader: TensorReader, family: Family, config: DecoderConfig, layout: ShardingRules, dtype: np.dtype | None = None
+) -> tuple[Params, WeightMapping]:
     """Read the weights of a checkpoint onto a mesh.
 
     Args:
@@ -127,8 +135,8 @@ def load_params(
     Raises:
       InputError: the checkpoint does not fit the config (see `bind`), or a weight is NaN or infinite.
     """
-    binding = bind(reader, family, config)
-    sizes, shardings = sizes_of(config), flatten(param_shardings(config, layout))
+    binding = map_tensors(reader, family, config)
+    sizes, shardings = axis_sizes(config), flatten(param_shardings(config, layout))
     loaded = {
         leaf.path: _load_leaf(reader, leaf, sizes, shardings[leaf.path], dtype or binding.stored_dtype(leaf))
         for leaf in binding.leaves
@@ -137,7 +145,7 @@ def load_params(
 
 
 def _load_leaf(
-    reader: TensorReader, leaf: Leaf, sizes: Mapping[str, int], sharding: jax.sharding.Sharding, dtype: np.dtype
+    reader: TensorReader, leaf: ParamSource, sizes: Mapping[str, int], sharding: jax.sharding.Sharding, dtype: np.dtype
 ) -> jax.Array:
     holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
@@ -149,16 +157,16 @@ def _load_leaf(
         host = np.empty([b.stop - b.start for b in box], dtype)
         if leaf.stacked:
             for row, layer in enumerate(range(box[0].start, box[0].stop)):
-                host[row] = _read_box(reader, leaf.names[layer], leaf.pattern, box[1:], sizes)
+                host[row] = _read_slice(reader, leaf.names[layer], leaf.pattern, box[1:], sizes)
         else:
-            host[...] = _read_box(reader, leaf.names[0], leaf.pattern, box, sizes)
+            host[...] = _read_slice(reader, leaf.names[0], leaf.pattern, box, sizes)
         # A CPU device may adopt the buffer as it stands (hence a fresh one each time); an accelerator copies it, and
         # waiting for that keeps the buffers from piling up.
         arrays += jax.block_until_ready([jax.device_put(host, device) for device in devices])
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
 
 
-def _read_box(reader: TensorReader, name: str, pattern: Pattern, box: Box, sizes: Mapping[str, int]) -> np.ndarray:
+def _read_slice(reader: TensorReader, name: str, pattern: Pattern, box: Slices, sizes: Mapping[str, int]) -> np.ndarray:
     parts = pattern.file_parts(box, sizes)
     if all(len(runs) == 1 for runs in parts):
         data = reader.read(name, tuple(slice(*runs[0]) for runs in parts))
@@ -173,7 +181,7 @@ def _read_box(reader: TensorReader, name: str, pattern: Pattern, box: Box, sizes
             f"{reader.folder / reader.tensors[name].file}: tensor {name} holds NaN or infinity; the model is broken, "
             "so use another checkpoint (fp16 is known to overflow in small Pythia models)"
         )
-    return pattern.to_ours(data, box)
+    return pattern.from_hf(data, box)
 
 
 def is_finite(values: np.ndarray) -> bool:
@@ -202,8 +210,8 @@ def save_weights(
       tensors: type of every tensor to write, by name: {"lm_head.weight": "bfloat16", …}.
       max_shard_bytes: above this the weights are split over several files with an index.
     """
-    leaves, sizes, arrays = family_leaves(family, config, tensors), sizes_of(config), flatten(params)
-    sources: dict[str, list[tuple[Leaf, int]]] = {}
+    leaves, sizes, arrays = param_sources(family, config, tensors), axis_sizes(config), flatten(params)
+    sources: dict[str, list[tuple[ParamSource, int]]] = {}
     for leaf in leaves:
         for layer, name in enumerate(leaf.names):
             sources.setdefault(name, []).append((leaf, layer))
@@ -216,14 +224,14 @@ def save_weights(
         tensor = np.empty(shape, np.dtype(tensors[name]))
         for leaf, layer in sources[name]:
             array = arrays[leaf.path]
-            leaf.pattern.write(host_layer(array, layer) if leaf.stacked else host_array(array), tensor, sizes)
+            leaf.pattern.to_hf(host_layer(array, layer) if leaf.stacked else to_host(array), tensor, sizes)
         return tensor
 
     def bytes_of(name: str) -> int:
         shape = sources[name][0][0].pattern.file_shape(sizes)
         return int(np.prod(shape)) * np.dtype(tensors[name]).itemsize
 
-    files = _plan_files(_in_layer_order(sources), bytes_of, max_shard_bytes)
+    files = _plan_files(_sort_by_layer(sources), bytes_of, max_shard_bytes)
     for file, names in files.items():
         save_file({name: assemble(name) for name in names}, folder / file, metadata={"format": "pt"})
     if len(files) > 1:
@@ -233,8 +241,8 @@ def save_weights(
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _in_layer_order(sources: Mapping[str, list[tuple[Leaf, int]]]) -> list[str]:
-    """Embedding first, then layer by layer, then the rest, so that a file holds neighbouring layers."""
+def _sort_by_layer(sources: Mapping[str, list[tuple[ParamSource, int]]]) -> list[str]:
+    """Embedding first, then layer by layer, then the rest, so that a file holds neighboring layers."""
 
     def position(name: str) -> tuple[int, int]:
         leaf, layer = sources[name][0]

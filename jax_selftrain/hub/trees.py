@@ -34,7 +34,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def first_not_finite(*trees: Any) -> str | None:
+def find_nonfinite(*trees: Any) -> str | None:
     """Path of the first array that holds NaN or infinity, or None; one program for all, whatever their shapes."""
     paths, leaves = zip(*jax.tree_util.tree_flatten_with_path(trees)[0], strict=True)
     finite = jax.device_get(_all_finite(leaves))
@@ -56,23 +56,23 @@ def host_layer(array: jax.Array | np.ndarray, layer: int) -> np.ndarray:
     if isinstance(array, np.ndarray):
         return array[layer]
     out = np.empty(array.shape[1:], array.dtype)
-    for shard in _own_shards(array):
+    for shard in _addressable_shards(array):
         start = shard.index[0].indices(array.shape[0])[0]
         out[shard.index[1:]] = np.asarray(shard.data[layer - start])
     return out
 
 
-def host_array(array: jax.Array | np.ndarray) -> np.ndarray:
+def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
     """A whole array on the host."""
     if isinstance(array, np.ndarray):
         return array
     out = np.empty(array.shape, array.dtype)
-    for shard in _own_shards(array):
+    for shard in _addressable_shards(array):
         out[shard.index] = np.asarray(shard.data)
     return out
 
 
-def _own_shards(array: jax.Array) -> list[jax.Shard]:
+def _addressable_shards(array: jax.Array) -> list[jax.Shard]:
     if not array.is_fully_addressable:
         raise InputError(
             "these weights lie on several machines; save them as a model folder and write the Hugging Face folder from "

@@ -1,39 +1,32 @@
 """ONE decoder for every family: its configuration, parameters, forward pass and decoding step."""
 
-from jax_selftrain.models.cache import PAGE, Cache, decode_step, filled_blocks, flush_page, init_cache
 from jax_selftrain.models.config import DecoderConfig, RopeConfig, axis_sizes
-from jax_selftrain.models.decoder import forward, project
-from jax_selftrain.models.known import Known, abstract_known, learned
-from jax_selftrain.models.parameters import (
-    Decoder,
-    Params,
-    abstract_params,
-    init_params,
-    param_axes,
-    param_shardings,
-)
-from jax_selftrain.models.products import accumulation_dtype
+from jax_selftrain.models.decoder import forward, unembed
+from jax_selftrain.models.kv_cache import TAIL_LEN, KVCache, decode_step, flush_tail, init_cache, num_used_blocks
+from jax_selftrain.models.matmul import accumulation_dtype
+from jax_selftrain.models.params import Decoder, Params, abstract_params, init_params, param_axes, param_shardings
+from jax_selftrain.models.token_precompute import Precomputed, abstract_precomputed, precompute
 
 __all__ = [
-    "PAGE",
-    "Cache",
+    "TAIL_LEN",
     "Decoder",
     "DecoderConfig",
-    "Known",
+    "KVCache",
     "Params",
+    "Precomputed",
     "RopeConfig",
-    "abstract_known",
     "abstract_params",
+    "abstract_precomputed",
     "accumulation_dtype",
     "axis_sizes",
     "decode_step",
-    "filled_blocks",
-    "flush_page",
+    "flush_tail",
     "forward",
     "init_cache",
     "init_params",
-    "learned",
+    "num_used_blocks",
     "param_axes",
     "param_shardings",
-    "project",
+    "precompute",
+    "unembed",
 ]

@@ -16,26 +16,29 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_selftrain.mesh import Layout, platform_of
+from jax_selftrain.distributed.mesh import mesh_platform
+from jax_selftrain.distributed.sharding import ShardingRules
 from jax_selftrain.models.config import DecoderConfig
-from jax_selftrain.models.products import contract
+from jax_selftrain.models.matmul import mixed_precision_einsum
 
-TILES = (512, 256, 128)
+BLOCK_SIZES = (512, 256, 128)
 """Sides of a kernel's tiles, in tokens; the largest that divides the row is taken."""
 
 
-def fuses(config: DecoderConfig, layout: Layout, length: int, compute_dtype: jax.typing.DTypeLike) -> bool:
+def can_use_splash(
+    config: DecoderConfig, layout: ShardingRules, length: int, compute_dtype: jax.typing.DTypeLike
+) -> bool:
     """Whether there is a fused kernel for rows of `length` tokens: on a TPU, in bfloat16, without sliding windows."""
     return (
-        platform_of(layout.mesh) == "tpu"
+        mesh_platform(layout.mesh) == "tpu"
         and jnp.dtype(compute_dtype) == jnp.bfloat16
         and config.sliding_window is None
-        and length % TILES[-1] == 0
+        and length % BLOCK_SIZES[-1] == 0
     )
 
 
-def fused_attention(
-    layout: Layout,
+def splash_attention(
+    layout: ShardingRules,
     q: Float[Array, "B T G R K"],
     k: Float[Array, "B T G K"],
     v: Float[Array, "B T G K"],
@@ -52,7 +55,7 @@ def fused_attention(
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     length = q.shape[1]
-    tile = next(tile for tile in TILES if length % tile == 0)
+    tile = next(tile for tile in BLOCK_SIZES if length % tile == 0)
     tiles = splash.BlockSizes(tile, tile, tile, tile, tile, tile, tile, tile)  # forward; backward of keys; of queries
     queries, keys = ("batch", None, "kv_heads", "q_per_kv", None), ("batch", None, "kv_heads", None)
     specs = layout.spec(queries), layout.spec(keys), layout.spec(keys), layout.spec(("batch", None))
@@ -76,11 +79,11 @@ def fused_attention(
 @partial(
     jax.checkpoint, static_argnums=(4,), policy=jax.checkpoint_policies.save_only_these_names("attention over values")
 )
-def attention_over(
+def dot_product_attention(
     q: Float[Array, "B T G R K"],
     k: Float[Array, "B S G K"],
     v: Float[Array, "B S G K"],
-    visible: Bool[Array, "#B T S"],
+    mask: Bool[Array, "#B T S"],
     compute_dtype: jax.typing.DTypeLike,
 ) -> Float[Array, "B T G R K"]:
     """The written-out form, the reference: softmax(q kᵀ / √K) v over the visible positions.
@@ -89,9 +92,9 @@ def attention_over(
     either; and no array of that shape is kept for it: the weights, not their product with the values, are computed
     again.
     """
-    scores = contract("btgrk,bsgk->bgrts", q * q.shape[-1] ** -0.5, k, compute_dtype)
-    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(scores.dtype).min)
+    scores = mixed_precision_einsum("btgrk,bsgk->bgrts", q * q.shape[-1] ** -0.5, k, compute_dtype)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     total = jnp.einsum("bgrts->btgr", weights)
-    context = contract("bgrts,bsgk->btgrk", weights, v, compute_dtype)
+    context = mixed_precision_einsum("bgrts,bsgk->btgrk", weights, v, compute_dtype)
     return checkpoint_name(context, "attention over values") / total[..., None]

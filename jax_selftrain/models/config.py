@@ -70,12 +70,12 @@ class DecoderConfig:
     mlp_bias: bool
     qk_norm: bool
     """RMS norm over each head of queries and keys before rotation (Qwen3)."""
-    tied: bool
+    tie_word_embeddings: bool
     """The output projection is the embedding, transposed."""
     sliding_window: tuple[int | None, ...] | None = None
     """Per layer: how many latest positions a query sees, itself included; None for all."""
     initializer_range: float = 0.02
-    """Standard deviation of freshly initialised matrices."""
+    """Standard deviation of freshly initialized matrices."""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -86,7 +86,7 @@ class DecoderConfig:
             raise ValueError(f"{len(self.sliding_window)} sliding windows for {self.num_layers} layers")
 
     @property
-    def q_per_kv(self) -> int:
+    def num_query_groups(self) -> int:
         """R: query heads that share one key/value head."""
         return self.num_heads // self.num_kv_heads
 
@@ -98,5 +98,5 @@ def axis_sizes(config: DecoderConfig) -> dict[str, int]:
         "vocab": config.vocab_size,
         "mlp": config.intermediate_size,
         "kv_heads": config.num_kv_heads,
-        "q_per_kv": config.q_per_kv,
+        "q_per_kv": config.num_query_groups,
     }

@@ -14,15 +14,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jax_selftrain.config import Remat
-from jax_selftrain.mesh import Layout
-from jax_selftrain.models.attention import attention_over, fused_attention, fuses
+from jax_selftrain.distributed.sharding import ShardingRules
+from jax_selftrain.models.attention import can_use_splash, dot_product_attention, splash_attention
 from jax_selftrain.models.config import DecoderConfig
-from jax_selftrain.models.known import Known, recalled
-from jax_selftrain.models.layers import Own, block, embed, layer_of, normalise, rotary_tables, scan_inputs, taken
-from jax_selftrain.models.parameters import Params
-from jax_selftrain.models.products import accumulation_dtype, linear
+from jax_selftrain.models.layers import (
+    PreAttention,
+    decoder_layer,
+    embed,
+    layer_slice,
+    norm,
+    rotary_tables,
+    scan_xs,
+    take_positions,
+)
+from jax_selftrain.models.matmul import accumulation_dtype, linear
+from jax_selftrain.models.params import Params
+from jax_selftrain.models.token_precompute import Precomputed, lookup
 
-_REMATERIALISED: dict[Remat, Callable[[Callable], Callable]] = {
+_REMATERIALIZED: dict[Remat, Callable[[Callable], Callable]] = {
     "none": lambda layer: layer,
     "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
     "full": jax.checkpoint,
@@ -31,15 +40,15 @@ _REMATERIALISED: dict[Remat, Callable[[Callable], Callable]] = {
 
 def forward(
     config: DecoderConfig,
-    layout: Layout,
+    layout: ShardingRules,
     params: Params,
     tokens: Int[Array, "B T"],
     *,
     positions: Int[Array, "B T"] | None = None,
     segments: Int[Array, "B T"] | None = None,
-    ends: Int[Array, "B T"] | None = None,
-    at: Int[Array, "B Q"] | None = None,
-    known: Known | None = None,
+    subtree_ends: Int[Array, "B T"] | None = None,
+    query_positions: Int[Array, "B Q"] | None = None,
+    precomputed: Precomputed | None = None,
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
     remat: Remat = "none",
 ) -> Float[Array, "B T D"] | Float[Array, "B Q D"]:
@@ -62,7 +71,7 @@ def forward(
     Returns:
       Hidden states in fp32 (fp64 for fp64 compute), of all positions or of those at `at`.
     """
-    if known is not None and at is None:
+    if precomputed is not None and query_positions is None:
         raise ValueError("`known` needs `at`")
     dtype = accumulation_dtype(compute_dtype)
     length = tokens.shape[1]
@@ -73,56 +82,58 @@ def forward(
     visible = (distance >= 0)[None]
     if segments is not None:
         visible = visible & (segments[:, :, None] == segments[:, None, :])
-    if ends is not None:
-        visible = visible & (index[:, None] < ends[:, None, :])
+    if subtree_ends is not None:
+        visible = visible & (index[:, None] < subtree_ends[:, None, :])
         distance = positions[:, :, None] - positions[:, None, :]
     rotary = rotary_tables(config, positions, dtype)
-    fused = ends is None and at is None and fuses(config, layout, length, compute_dtype)
+    fused = subtree_ends is None and query_positions is None and can_use_splash(config, layout, length, compute_dtype)
 
     def layer(
-        x: jax.Array, inputs: dict, queries: jax.Array | None = None, mine: Own | None = None
+        x: jax.Array, inputs: dict, queries: jax.Array | None = None, mine: PreAttention | None = None
     ) -> tuple[jax.Array, None]:
         seen = visible & (distance < inputs["window"]) if "window" in inputs else visible
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
             if fused:
-                return fused_attention(layout, q, k, v, segments, compute_dtype), None
-            visible_to_them = seen if queries is None else taken(layout, seen, queries)
-            return attention_over(q, k, v, visible_to_them, compute_dtype), None
+                return splash_attention(layout, q, k, v, segments, compute_dtype), None
+            visible_to_them = seen if queries is None else take_positions(layout, seen, queries)
+            return dot_product_attention(q, k, v, visible_to_them, compute_dtype), None
 
-        return block(config, layout, inputs["weights"], x, rotary, attend, compute_dtype, at=queries, known=mine)
+        return decoder_layer(
+            config, layout, inputs["weights"], x, rotary, attend, compute_dtype, at=queries, known=mine
+        )
 
-    inputs = scan_inputs(config, params)
-    if at is None:
-        x, _ = jax.lax.scan(_REMATERIALISED[remat](layer), embed(layout, params, tokens, dtype), inputs)
+    inputs = scan_xs(config, params)
+    if query_positions is None:
+        x, _ = jax.lax.scan(_REMATERIALIZED[remat](layer), embed(layout, params, tokens, dtype), inputs)
     else:
         first, last = 0, config.num_layers - 1
-        if known is None:
+        if precomputed is None:
             x = embed(layout, params, tokens, dtype)
         else:
-            known = recalled(layout, known, tokens)
-            x = known.x
+            precomputed = lookup(layout, precomputed, tokens)
+            x = precomputed.x
             if last > 0:
-                x, _ = layer(x, layer_of(inputs, 0), mine=known.own)
+                x, _ = layer(x, layer_slice(inputs, 0), mine=precomputed.qkv_and_mlp)
                 first = 1
 
         # Slices of the stacked weights, as inputs of a scan, would be copies.
         def layer_at(x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
-            return layer(x, layer_of(inputs, index))
+            return layer(x, layer_slice(inputs, index))
 
         x, _ = jax.lax.scan(layer_at, x, jnp.arange(first, last))
-        x, _ = layer(x, layer_of(inputs, last), at)
-    return normalise(config, layout, x, params["final_norm"])
+        x, _ = layer(x, layer_slice(inputs, last), query_positions)
+    return norm(config, layout, x, params["final_norm"])
 
 
-def project(
+def unembed(
     config: DecoderConfig,
-    layout: Layout,
+    layout: ShardingRules,
     params: Params,
     hidden: Float[Array, "*lead D"],
     *,
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Float[Array, "*lead V"]:
     """Logits in fp32. The first dimension of `hidden` is the batch; V lies on `model` under tensor parallelism."""
-    kernel = params["embed"]["embedding"] if config.tied else params["head"]["kernel"]
+    kernel = params["embed"]["embedding"] if config.tie_word_embeddings else params["head"]["kernel"]
     return linear(layout, kernel, ("vocab", "embed"), 1, hidden, compute_dtype)

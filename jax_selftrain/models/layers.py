@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from jax_selftrain.mesh import Layout
+from jax_selftrain.distributed.sharding import ShardingRules
 from jax_selftrain.models.config import DecoderConfig, RopeConfig
-from jax_selftrain.models.divided import embedding_rows, used
-from jax_selftrain.models.parameters import Params
-from jax_selftrain.models.products import dense
+from jax_selftrain.models.fsdp import embedding_lookup, unshard_param
+from jax_selftrain.models.matmul import dense
+from jax_selftrain.models.params import Params
 
 State = TypeVar("State")
 
@@ -35,7 +35,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def normalise(config: DecoderConfig, layout: Layout, x: jax.Array, weights: Params) -> jax.Array:
+def norm(config: DecoderConfig, layout: ShardingRules, x: jax.Array, weights: Params) -> jax.Array:
     """LayerNorm or RMSNorm over the last dimension, in the type of `x` (fp32).
 
     Args:
@@ -43,16 +43,16 @@ def normalise(config: DecoderConfig, layout: Layout, x: jax.Array, weights: Para
       weights: `scale` [D] and, for LayerNorm, `bias` [D].
     """
     if config.norm == "layernorm":
-        centred = x - jnp.mean(x, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        x = centred * jax.lax.rsqrt(variance + config.norm_eps)
-        return x * used(layout, weights["scale"], ("embed",), x.dtype) + used(
+        centered = x - jnp.mean(x, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
+        x = centered * jax.lax.rsqrt(variance + config.norm_eps)
+        return x * unshard_param(layout, weights["scale"], ("embed",), x.dtype) + unshard_param(
             layout, weights["bias"], ("embed",), x.dtype
         )
-    return rms(x, used(layout, weights["scale"], ("embed",), x.dtype), config.norm_eps)
+    return rms_norm(x, unshard_param(layout, weights["scale"], ("embed",), x.dtype), config.norm_eps)
 
 
-def rms(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """x / sqrt(mean(x²) + eps) · scale over the last dimension."""
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps) * scale
 
@@ -109,7 +109,7 @@ def rotary_tables(config: DecoderConfig, positions: Int[Array, "B T"], dtype: ja
     return Rotary(jnp.cos(angles) * scale, jnp.sin(angles) * scale)
 
 
-def rotate(x: jax.Array, rotary: Rotary) -> jax.Array:
+def apply_rotary(x: jax.Array, rotary: Rotary) -> jax.Array:
     """Rotate the first `rotary_dim` dimensions of heads: x [B, T, (heads…), K], pairs (i, i + rotary_dim/2)."""
     half = rotary.cos.shape[-1]
     if not half:
@@ -120,11 +120,11 @@ def rotate(x: jax.Array, rotary: Rotary) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, State]]
+AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, State]]
 """(q [B,T,G,R,K], k [B,T,G,K], v [B,T,G,K]) → context [B,T,G,R,K] and whatever state it keeps (a cache, nothing)."""
 
 
-class Own(NamedTuple):
+class PreAttention(NamedTuple):
     """What a layer makes of each token by itself, before tokens meet."""
 
     q: Float[Array, "B T G R K"]
@@ -136,34 +136,34 @@ class Own(NamedTuple):
     """What the MLP adds, where it does not wait for attention (parallel residual)."""
 
 
-def own(
+def pre_attention(
     config: DecoderConfig,
-    layout: Layout,
+    layout: ShardingRules,
     weights: Params,
     x: Float[Array, "B T D"],
     compute_dtype: jax.typing.DTypeLike,
-    at: Int[Array, "B Q"] | None = None,
-) -> Own:
+    query_positions: Int[Array, "B Q"] | None = None,
+) -> PreAttention:
     """Of the residual stream `x` and one layer's weights; queries and MLP only at the places `at` of each row."""
-    normed = normalise(config, layout, x, weights["attn_norm"])
+    normed = norm(config, layout, x, weights["attn_norm"])
     k, v = _keys_values(config, layout, weights["attn"], normed, compute_dtype)
-    if at is not None:
-        x, normed = taken(layout, x, at), taken(layout, normed, at)
+    if query_positions is not None:
+        x, normed = take_positions(layout, x, query_positions), take_positions(layout, normed, query_positions)
     q = _queries(config, layout, weights["attn"], normed, compute_dtype)
-    return Own(q, k, v, _mlp(config, layout, weights, x, compute_dtype) if config.parallel_residual else None)
+    return PreAttention(q, k, v, _mlp(config, layout, weights, x, compute_dtype) if config.parallel_residual else None)
 
 
-def block(
+def decoder_layer(
     config: DecoderConfig,
-    layout: Layout,
+    layout: ShardingRules,
     weights: Params,
     x: Float[Array, "B T D"],
     rotary: Rotary,
-    attend: Attend[State],
+    attend: AttentionFn[State],
     compute_dtype: jax.typing.DTypeLike,
     *,
     at: Int[Array, "B Q"] | None = None,
-    known: Own | None = None,
+    known: PreAttention | None = None,
 ) -> tuple[Float[Array, "B T D"] | Float[Array, "B Q D"], State]:
     """One layer. How queries meet keys (a causal mask, a cache) is the caller's `attend`.
 
@@ -171,20 +171,22 @@ def block(
       at: only the queries at these places of each row are asked, and the result is that of these places.
       known: what `own` would find, where it is known already (without `at`).
     """
-    made = own(config, layout, weights, x, compute_dtype, at) if known is None else known
-    k = rotate(made.k, rotary)
+    pre = pre_attention(config, layout, weights, x, compute_dtype, at) if known is None else known
+    k = apply_rotary(pre.k, rotary)
     if at is not None:
-        x, rotary = taken(layout, x, at), Rotary(*(taken(layout, table, at) for table in rotary))
-    context, state = attend(rotate(made.q, rotary), k, made.v)
+        x, rotary = take_positions(layout, x, at), Rotary(*(take_positions(layout, table, at) for table in rotary))
+    context, state = attend(apply_rotary(pre.q, rotary), k, pre.v)
     axes = ("embed", "kv_heads", "q_per_kv", "head_dim")
     attention = dense(layout, weights["attn"]["o"], axes, 1, context, compute_dtype)
-    if made.mlp is not None:
-        return x + attention + made.mlp, state
+    if pre.mlp is not None:
+        return x + attention + pre.mlp, state
     x = x + attention
     return x + _mlp(config, layout, weights, x, compute_dtype), state
 
 
-def taken(layout: Layout, x: Shaped[Array, "#B T ..."], at: Int[Array, "B Q"]) -> Shaped[Array, "B Q ..."]:
+def take_positions(
+    layout: ShardingRules, x: Shaped[Array, "#B T ..."], at: Int[Array, "B Q"]
+) -> Shaped[Array, "B Q ..."]:
     """x[b, at[b, q]]: the rows of each batch element that are named; every device takes from its own."""
     data = layout.spec(("batch",))
     x = jnp.broadcast_to(
@@ -199,26 +201,26 @@ def taken(layout: Layout, x: Shaped[Array, "#B T ..."], at: Int[Array, "B Q"]) -
 
 
 def _queries(
-    config: DecoderConfig, layout: Layout, weights: Params, x: jax.Array, compute_dtype: jax.typing.DTypeLike
+    config: DecoderConfig, layout: ShardingRules, weights: Params, x: jax.Array, compute_dtype: jax.typing.DTypeLike
 ) -> jax.Array:
     q = dense(layout, weights["q"], ("kv_heads", "q_per_kv", "head_dim", "embed"), 3, x, compute_dtype)
-    return rms(q, weights["q_norm"]["scale"].astype(q.dtype), config.norm_eps) if config.qk_norm else q
+    return rms_norm(q, weights["q_norm"]["scale"].astype(q.dtype), config.norm_eps) if config.qk_norm else q
 
 
 def _keys_values(
-    config: DecoderConfig, layout: Layout, weights: Params, x: jax.Array, compute_dtype: jax.typing.DTypeLike
+    config: DecoderConfig, layout: ShardingRules, weights: Params, x: jax.Array, compute_dtype: jax.typing.DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
     axes = ("kv_heads", "head_dim", "embed")
     k = dense(layout, weights["k"], axes, 2, x, compute_dtype)
     if config.qk_norm:
-        k = rms(k, weights["k_norm"]["scale"].astype(k.dtype), config.norm_eps)
+        k = rms_norm(k, weights["k_norm"]["scale"].astype(k.dtype), config.norm_eps)
     return k, dense(layout, weights["v"], axes, 2, x, compute_dtype)
 
 
 def _mlp(
-    config: DecoderConfig, layout: Layout, weights: Params, x: jax.Array, compute_dtype: jax.typing.DTypeLike
+    config: DecoderConfig, layout: ShardingRules, weights: Params, x: jax.Array, compute_dtype: jax.typing.DTypeLike
 ) -> jax.Array:
-    x = normalise(config, layout, x, weights["mlp_norm"])
+    x = norm(config, layout, x, weights["mlp_norm"])
     weights = weights["mlp"]
     act = ACTIVATIONS[config.activation]
     hidden = dense(layout, weights["up"], ("mlp", "embed"), 1, x, compute_dtype)
@@ -236,19 +238,19 @@ def layer_windows(config: DecoderConfig) -> np.ndarray | None:
     return np.array([np.iinfo(np.int32).max if w is None else w for w in config.sliding_window], np.int32)
 
 
-def scan_inputs(config: DecoderConfig, params: Params) -> dict[str, Any]:
+def scan_xs(config: DecoderConfig, params: Params) -> dict[str, Any]:
     """What the scan over layers walks along: the stacked weights and, where there are any, the windows."""
     windows = layer_windows(config)
     return {"weights": params["layers"]} | ({} if windows is None else {"window": jnp.asarray(windows)})
 
 
-def layer_of(inputs: dict[str, Any], index: jax.Array | int) -> dict[str, Any]:
+def layer_slice(inputs: dict[str, Any], index: jax.Array | int) -> dict[str, Any]:
     """What the scan over layers gives to layer `index`."""
     return jax.tree.map(lambda stacked: jax.lax.dynamic_index_in_dim(stacked, index, keepdims=False), inputs)
 
 
 def embed(
-    layout: Layout, params: Params, tokens: Int[Array, "B T"], dtype: jax.typing.DTypeLike
+    layout: ShardingRules, params: Params, tokens: Int[Array, "B T"], dtype: jax.typing.DTypeLike
 ) -> Float[Array, "B T D"]:
     """Rows of the embedding, in the type of the residual stream."""
-    return embedding_rows(layout, params["embed"]["embedding"], tokens, dtype)
+    return embedding_lookup(layout, params["embed"]["embedding"], tokens, dtype)

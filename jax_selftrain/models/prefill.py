@@ -10,24 +10,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jax_selftrain.mesh import Layout
-from jax_selftrain.models.attention import attention_over
-from jax_selftrain.models.cache import Cache
+from jax_selftrain.distributed.sharding import ShardingRules
+from jax_selftrain.models.attention import dot_product_attention
 from jax_selftrain.models.config import DecoderConfig
-from jax_selftrain.models.layers import block, embed, rotary_tables, scan_inputs
-from jax_selftrain.models.parameters import Params
-from jax_selftrain.models.products import accumulation_dtype
+from jax_selftrain.models.kv_cache import KVCache
+from jax_selftrain.models.layers import decoder_layer, embed, rotary_tables, scan_xs
+from jax_selftrain.models.matmul import accumulation_dtype
+from jax_selftrain.models.params import Params
 
 
 def prefill(
     config: DecoderConfig,
-    layout: Layout,
+    layout: ShardingRules,
     params: Params,
-    cache: Cache,
+    cache: KVCache,
     tokens: Int[Array, "B P"],
     *,
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
-) -> Cache:
+) -> KVCache:
     """Keys and values of every prompt token in the first P settled slots of each row.
 
     How many of them count is what the caller passes to `decode_step` as `settled` (whole pages).
@@ -46,16 +46,16 @@ def prefill(
         seen = (distance >= 0) & (distance < inputs["window"]) if "window" in inputs else distance >= 0
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            return attention_over(q, k, v, seen[None], compute_dtype), (k, v)
+            return dot_product_attention(q, k, v, seen[None], compute_dtype), (k, v)
 
-        return block(config, layout, inputs["weights"], x, rotary, attend, compute_dtype)
+        return decoder_layer(config, layout, inputs["weights"], x, rotary, attend, compute_dtype)
 
     x = embed(layout, params, tokens, dtype)
-    _, (keys, values) = jax.lax.scan(layer, x, scan_inputs(config, params))
-    return Cache(_settled(cache, keys), _settled(cache, values), None, None, cache.page_k, cache.page_v)
+    _, (keys, values) = jax.lax.scan(layer, x, scan_xs(config, params))
+    return KVCache(_to_blocks(cache, keys), _to_blocks(cache, values), None, None, cache.page_k, cache.page_v)
 
 
-def _settled(cache: Cache, stacked: jax.Array) -> jax.Array:
+def _to_blocks(cache: KVCache, stacked: jax.Array) -> jax.Array:
     """[L, B, P, G, K] as settled blocks [L, N, B, G, S, K]."""
     layers, rows, length, heads, width = stacked.shape
     blocks = -(-length // cache.block)

@@ -18,6 +18,6 @@ changes nothing any more.
 newer than what is there, and stays. Else the store is right, and what is here and was never sent is put aside.
 """
 
-from jax_selftrain.remote.addresses import brought_here, fetched, mounted, sent_back
+from jax_selftrain.remote.uris import download, gcsfuse_mount, localize_uris, synced_output
 
-__all__ = ["brought_here", "fetched", "mounted", "sent_back"]
+__all__ = ["download", "gcsfuse_mount", "localize_uris", "synced_output"]

@@ -1,29 +1,29 @@
 """From a model to a corpus: random words by identity, the token draw, the decode loop, the driver that fills it."""
 
-from jax_selftrain.sampling.decode_loop import Architecture, DecodeLoop, Drawn, architecture_of, decode
-from jax_selftrain.sampling.draw import draw, draw_margin, tree_path, tree_widths
-from jax_selftrain.sampling.driver import program, sample
+from jax_selftrain.sampling.categorical import categorical, draw_margin, level_sizes, tree_path
+from jax_selftrain.sampling.counter_rng import per_sample_keys, random_words
+from jax_selftrain.sampling.decode import DecodeLoop, DecodeSpec, SampleBatch, decode, decode_spec
 from jax_selftrain.sampling.greedy import greedy_continue
-from jax_selftrain.sampling.policy import Policy, check_sample_config, make_policy, mask_logits
-from jax_selftrain.sampling.words import random_words, sample_keys
+from jax_selftrain.sampling.sample_corpus import abstract_program, sample
+from jax_selftrain.sampling.sampling_params import SamplingParams, check_sample_config, make_policy, warp_logits
 
 __all__ = [
-    "Architecture",
     "DecodeLoop",
-    "Drawn",
-    "Policy",
-    "architecture_of",
+    "DecodeSpec",
+    "SampleBatch",
+    "SamplingParams",
+    "abstract_program",
+    "categorical",
     "check_sample_config",
     "decode",
-    "draw",
+    "decode_spec",
     "draw_margin",
     "greedy_continue",
+    "level_sizes",
     "make_policy",
-    "mask_logits",
-    "program",
+    "per_sample_keys",
     "random_words",
     "sample",
-    "sample_keys",
     "tree_path",
-    "tree_widths",
+    "warp_logits",
 ]

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
 
+from jax_selftrain.distributed.mesh import mesh_context
+from jax_selftrain.distributed.sharding import shard_host_array
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import LoadedModel
-from jax_selftrain.mesh import place, using
-from jax_selftrain.models import PAGE, Cache, Params
-from jax_selftrain.sampling.decode_loop import Architecture, architecture_of, decode_page, logits_of
+from jax_selftrain.models import TAIL_LEN, KVCache, Params
+from jax_selftrain.sampling.decode import DecodeSpec, decode_chunk, decode_spec, next_token_logits
 
 
 def greedy_continue(
@@ -42,7 +43,7 @@ def greedy_continue(
             f"a prefix of {prefix} and a suffix of {n} tokens are longer than the model's "
             f"{model.config.max_positions} positions; ask for shorter ones"
         )
-    batch = batch_size * model.layout.data
+    batch = batch_size * model.layout.data_parallelism
     padded = np.concatenate([tokens, np.zeros((-rows % batch, prefix), tokens.dtype)]).astype(np.int32)
     found = [_continue_batch(model, padded[i : i + batch], n) for i in range(0, len(padded), batch)]
     return np.concatenate(found)[:rows] if found else np.zeros((0, n), np.int32)
@@ -50,18 +51,16 @@ def greedy_continue(
 
 def _continue_batch(model: LoadedModel, tokens: np.ndarray, n: int) -> np.ndarray:
     prefix, layout = tokens.shape[1], model.layout
-    with using(layout.mesh):
-        forced = place(layout, np.ascontiguousarray(tokens.T), (None, "batch"))
+    with mesh_context(layout.mesh):
+        forced = shard_host_array(layout, np.ascontiguousarray(tokens.T), (None, "batch"))
         following = jax.device_get(
-            _continue(architecture_of(model), -(-(prefix + n - 1) // PAGE), model.params, forced)
+            _continue(decode_spec(model), -(-(prefix + n - 1) // TAIL_LEN), model.params, forced)
         )
     return following[prefix - 1 : prefix - 1 + n].T
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _continue(
-    architecture: Architecture, pages: int, params: Params, forced: Int32[Array, "P B"]
-) -> Int32[Array, "S B"]:
+def _continue(architecture: DecodeSpec, pages: int, params: Params, forced: Int32[Array, "P B"]) -> Int32[Array, "S B"]:
     """The token that followed each of the steps of so many pages: given while there are any, then the most probable."""
     prefix = forced.shape[0]
 
@@ -70,17 +69,17 @@ def _continue(
             return jax.lax.dynamic_index_in_dim(forced, index + 1, 0, keepdims=False)
 
         def most_probable() -> jax.Array:
-            return jnp.argmax(logits_of(architecture, params, hidden), axis=-1).astype(jnp.int32)
+            return jnp.argmax(next_token_logits(architecture, params, hidden), axis=-1).astype(jnp.int32)
 
         token = jax.lax.cond(index + 1 < prefix, given, most_probable)
         return token, index + 1, token
 
-    def page(state: tuple[Cache, jax.Array, jax.Array, jax.Array], _: None) -> tuple[tuple, jax.Array]:
+    def page(state: tuple[KVCache, jax.Array, jax.Array, jax.Array], _: None) -> tuple[tuple, jax.Array]:
         cache, settled, token, index = state
-        cache, token, index, outs = decode_page(architecture, params, cache, settled, token, index, advance)
-        return (cache, settled + PAGE, token, index), outs
+        cache, token, index, outs = decode_chunk(architecture, params, cache, settled, token, index, advance)
+        return (cache, settled + TAIL_LEN, token, index), outs
 
-    cache = architecture.init_cache(forced.shape[1], pages * PAGE)
+    cache = architecture.init_cache(forced.shape[1], pages * TAIL_LEN)
     begin = (cache, jnp.zeros_like(forced[0]), forced[0], jnp.int32(0))
     _, outs = jax.lax.scan(page, begin, length=pages)
     return outs.reshape(-1, forced.shape[1])

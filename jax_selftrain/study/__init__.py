@@ -1,27 +1,9 @@
-"""The study: self-training rounds, the matrix of sources and students, their statistics and reports, a little world."""
+"""Studies of sources and students: design, stages, run, results, claims, proxies, memorization."""
 
-from jax_selftrain.study.comparison import compare
-from jax_selftrain.study.evaluate import evaluation_hooks, train
-from jax_selftrain.study.matrix import study
-from jax_selftrain.study.reports.comparison_table import comparison_table
-from jax_selftrain.study.reports.report import report
-from jax_selftrain.study.results import collect
+from jax_selftrain.study.compare import compare
+from jax_selftrain.study.eval_hooks import evaluation_hooks, train_with_evals
+from jax_selftrain.study.results import collect_round
 from jax_selftrain.study.round import run
-from jax_selftrain.study.worlds.demo import demo
-from jax_selftrain.study.worlds.parts import World, WorldConfig
-from jax_selftrain.study.worlds.world import make_world
+from jax_selftrain.study.run_study import run_study
 
-__all__ = [
-    "World",
-    "WorldConfig",
-    "collect",
-    "compare",
-    "comparison_table",
-    "demo",
-    "evaluation_hooks",
-    "make_world",
-    "report",
-    "run",
-    "study",
-    "train",
-]
+__all__ = ["collect_round", "compare", "evaluation_hooks", "run", "run_study", "train_with_evals"]

@@ -5,7 +5,7 @@ forgetting only where it is more than noise of at least the same damage does. Se
 the control (an arm of kind `noise`) with the smallest held-out loss that is not below its own: at least as damaged,
 never less, so that a student which is nothing but damaged does not come out below it. It is called **decoupled** if
 over seeds (one-sided t, each at .05) exact match lies below that control's, mean p_z lies below that control's, and
-mean p_z has fallen. (The mean of log p_z would be decided by sequences that were never memorised.) Damage is told on
+mean p_z has fallen. (The mean of log p_z would be decided by sequences that were never memorized.) Damage is told on
 the text that the base predicts best. Fewer than five seeds, or no control that is damaged enough: **not tested**.
 """
 
@@ -18,16 +18,16 @@ from typing import Any
 
 import scipy
 
-from jax_selftrain.study import statistics
-from jax_selftrain.study.measures import own_text
-from jax_selftrain.study.noninferiority import HEADLINE, LEVEL
+from jax_selftrain.stats import estimators
+from jax_selftrain.stats.noninferiority import ALPHA, HEADLINE
+from jax_selftrain.study.measure_names import reference_text
 
 Cells = Sequence[Mapping[str, Any]]
 
 DECOUPLED, NOT_SHOWN, NOT_TESTED = "decoupled", "not shown", "not tested"
 
 
-def decoupling(cells: Cells, controls: Sequence[str]) -> list[dict[str, Any]]:
+def judge_decoupling(cells: Cells, controls: Sequence[str]) -> list[dict[str, Any]]:
     """For every student and every treatment that is no control: the verdict, its reason, and the three differences.
 
     Args:
@@ -44,22 +44,22 @@ def decoupling(cells: Cells, controls: Sequence[str]) -> list[dict[str, Any]]:
 
 def _judge(cells: Cells, treatment: str, controls: Sequence[str]) -> dict[str, Any]:
     members = [cell for cell in cells if cell["treatment"] == treatment]
-    loss = own_text({name: measure["before"]["value"] for name, measure in members[0]["measures"].items()})
+    loss = reference_text({name: measure["before"]["value"] for name, measure in members[0]["measures"].items()})
     if loss is None or "exact_match" not in members[0]["measures"]:
         return _verdict(NOT_TESTED, "there is no held-out text, or no sequences.")
     differences: dict[str, list[float]] = {"exact_match": [], "pz": [], "pz_change": []}
     beside = []
     for cell in members:
         noisy = [one for one in cells if one["treatment"] in controls and one["seed"] == cell["seed"]]
-        worse = [one for one in noisy if _after(one, loss) >= _after(cell, loss)]
+        worse = [one for one in noisy if _student_level(one, loss) >= _student_level(cell, loss)]
         if not worse:
             return _verdict(NOT_TESTED, f"no control is as damaged as it is with seed {cell['seed']}.")
-        control = min(worse, key=lambda one: _after(one, loss))
+        control = min(worse, key=lambda one: _student_level(one, loss))
         beside.append(control["treatment"])
         for measure in ("exact_match", "pz"):
-            differences[measure].append(_after(cell, measure) - _after(control, measure))
+            differences[measure].append(_student_level(cell, measure) - _student_level(control, measure))
         differences["pz_change"].append(cell["measures"]["pz"]["change"]["value"])
-    estimates = {name: statistics.mean(values) for name, values in differences.items()}
+    estimates = {name: estimators.mean(values) for name, values in differences.items()}
     told = {name: asdict(estimate) for name, estimate in estimates.items()} | {"controls": list(dict.fromkeys(beside))}
     if len(members) < HEADLINE:
         return _verdict(NOT_TESTED, f"{len(members)} seed{'s' * (len(members) > 1)}; it takes {HEADLINE}.") | told
@@ -68,7 +68,7 @@ def _judge(cells: Cells, treatment: str, controls: Sequence[str]) -> dict[str, A
         "pz": "mean p_z is not below the control's",
         "pz_change": "mean p_z has not fallen",
     }
-    failed = [text for name, text in names.items() if _p_below(differences[name]) > LEVEL]
+    failed = [text for name, text in names.items() if _p_less_than_zero(differences[name]) > ALPHA]
     if failed:
         return _verdict(NOT_SHOWN, f"{' and '.join(failed)}.") | told
     return _verdict(DECOUPLED, "extraction lies below the controls at no less damage, and p_z falls.") | told
@@ -79,11 +79,11 @@ def _verdict(verdict: str, reason: str) -> dict[str, Any]:
     return {"verdict": verdict, "reason": reason, **empty}
 
 
-def _after(cell: Mapping[str, Any], measure: str) -> float:
+def _student_level(cell: Mapping[str, Any], measure: str) -> float:
     return float(cell["measures"][measure]["after"]["value"])
 
 
-def _p_below(values: Sequence[float]) -> float:
+def _p_less_than_zero(values: Sequence[float]) -> float:
     """One-sided p of a mean below zero; values that all agree have no spread to test against."""
     if max(values) - min(values) < 1e-12:
         return 0.0 if values[0] < -1e-12 else 1.0

@@ -6,7 +6,7 @@
 | `gap_per_byte` | that per byte, minus the source's own of what it wrote: how strange the text is to this reader |
 | `similarity` | cosine of the mean TF-IDF vectors of the corpus and of what the tasks ask (words and pairs of words) |
 | `semantic_similarity` | cosine of the mean vectors that an embedding model gives both, where one is named |
-| `distinct_2` | different pairs of neighbouring tokens in the corpus, as a share of all |
+| `distinct_2` | different pairs of neighboring tokens in the corpus, as a share of all |
 | `compression` | size after zlib at level 9, as a share of the size before |
 | `self_bleu` | mean BLEU of a document against the others: the lower, the more diverse |
 
@@ -23,12 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from jax_selftrain import hub, scoring, storage
+from jax_selftrain import evals, hub
 from jax_selftrain.config import ScoreConfig
 from jax_selftrain.corpus import Corpus, open_corpus
-from jax_selftrain.study.results import drawn_by_hash
+from jax_selftrain.io import atomic
+from jax_selftrain.study.results import hash_sample
 
-DIRECTIONS = {
+EXPECTED_SIGN = {
     "loglikelihood_per_token": 1,
     "loglikelihood_per_byte": 1,
     "gap_per_byte": 1,
@@ -44,8 +45,8 @@ BLEU_DOCUMENTS = 64
 """Documents whose BLEU against one another is taken: every pair is compared."""
 
 
-def measure_corpus(
-    corpus: Path, model: str, score: ScoreConfig, out: Path, *, documents: int, embedder: str = ""
+def corpus_proxies(
+    corpus: Path, model: str, score: ScoreConfig, out: Path, *, documents: int, embedding_model: str = ""
 ) -> None:
     """Write `out/proxies.json`: what the text is to a model in whose tokens the corpus stands.
 
@@ -56,13 +57,13 @@ def measure_corpus(
         InputError: the corpus or one of the models cannot be read.
     """
     opened = open_corpus(corpus, tokenizer_fingerprint=hub.tokenizer_fingerprint(model))
-    chosen = set(drawn_by_hash(len(opened), documents, 0))
-    samples = [sample for sample in opened.documents() if sample.sample_id in chosen and len(sample.tokens)]
+    chosen = set(hash_sample(len(opened), documents, 0))
+    samples = [sample for sample in opened.iter_samples() if sample.sample_id in chosen and len(sample.tokens)]
     loaded = hub.load_model(model, score.mesh, score.dtype, preset=score.preset)
     requests = [((opened.start_id,), sample.tokens.tolist()) for sample in samples]
-    answers = scoring.loglikelihoods(loaded, requests, batch_tokens=score.batch_tokens)
+    answers = evals.loglikelihoods(loaded, requests, batch_tokens=score.batch_tokens)
     texts = [sample.text for sample in samples]
-    asked = questions_of(score)
+    questions = task_questions(score)
     found = {
         "documents": len(samples),
         "loglikelihood": float(np.sum([answer.loglikelihood for answer in answers])),
@@ -70,16 +71,16 @@ def measure_corpus(
         "bytes": sum(len(text.encode()) for text in texts),
         "compression": _compression(texts),
         "self_bleu": self_bleu(texts[:BLEU_DOCUMENTS]),
-        "similarity": similarity(texts, asked),
+        "similarity": similarity(texts, questions),
     }
-    if embedder:
+    if embedding_model:
         del loaded  # one model at a time
-        read = hub.load_model(embedder, score.mesh, score.dtype, preset=score.preset)
-        found["semantic_similarity"] = semantic_similarity(read, texts, asked)
-    storage.write_json(out / "proxies.json", found)
+        read = hub.load_model(embedding_model, score.mesh, score.dtype, preset=score.preset)
+        found["semantic_similarity"] = semantic_similarity(read, texts, questions)
+    atomic.write_json(out / "proxies.json", found)
 
 
-def of_cell(student: Mapping[str, Any], source: Mapping[str, Any], corpus: Corpus) -> dict[str, float | None]:
+def cell_proxies(student: Mapping[str, Any], source: Mapping[str, Any], corpus: Corpus) -> dict[str, float | None]:
     """The proxies of one cell, from what the student and the source made of the text."""
     per_byte = [side["loglikelihood"] / side["bytes"] if side["bytes"] else None for side in (student, source)]
     gap = None if per_byte[0] is None or per_byte[1] is None else per_byte[0] - per_byte[1]
@@ -102,16 +103,16 @@ def semantic_similarity(embedder: hub.LoadedModel, texts: Sequence[str], asked: 
         words = [text for text in side if text.strip()]
         if not words:
             return None
-        means.append(scoring.embed_texts(embedder, words).mean(axis=0, dtype=np.float64))
+        means.append(evals.embed_texts(embedder, words).mean(axis=0, dtype=np.float64))
     one, other = means
     return float(one @ other / (np.linalg.norm(one) * np.linalg.norm(other)))
 
 
-def questions_of(score: ScoreConfig) -> list[str]:
+def task_questions(score: ScoreConfig) -> list[str]:
     """What the tasks ask, each question with its right answer."""
     return [
         question.context + question.continuations[question.answer]
-        for task in scoring.load_tasks(score.tasks, score.limit)
+        for task in evals.load_tasks(score.tasks, score.limit)
         for question in task.questions
     ]
 

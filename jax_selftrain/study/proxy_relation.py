@@ -1,7 +1,7 @@
 """Does a proxy foretell the gain? Asked of the matrix as what it is: few sources, each shared by all students.
 
 Cells are no independent draws: a source has its proxies and its gains with every student. Hence ranks are taken and
-centred within each student, the null distribution comes from permuting the sources (all students' columns at once),
+centered within each student, the null distribution comes from permuting the sources (all students' columns at once),
 and an interval counts the sources, not the cells. Naive tests over cells call 9–27 % of unrelated proxies significant.
 
 The verdict is by rule. **Related**: the permutation test is below .05 after Benjamini and Hochberg's correction over
@@ -19,23 +19,23 @@ from typing import Any
 import numpy as np
 import scipy
 
-from jax_selftrain.study.noninferiority import benjamini_hochberg
+from jax_selftrain.stats.noninferiority import benjamini_hochberg
 
 ALPHA = 0.05
-ABSENT = 0.3
+MISSING = 0.3
 """A correlation is called absent if its 90 % interval lies within this on both sides of zero."""
 PERMUTATIONS = 5_040
 """All permutations of up to seven sources; of more, this many random ones."""
 
-RELATED, UNRELATED, CANNOT_TELL = "related", "unrelated", "cannot tell"
+CONFIRMED, REJECTED, INCONCLUSIVE = "related", "unrelated", "cannot tell"
 
 
-def relate(
+def judge_relations(
     proxies: Mapping[str, np.ndarray],
-    gains: np.ndarray,
-    strength: np.ndarray | None = None,
+    effects: np.ndarray,
+    base_ability: np.ndarray | None = None,
     *,
-    own: np.ndarray | None = None,
+    self_mask: np.ndarray | None = None,
     directions: Mapping[str, int] | None = None,
 ) -> list[dict[str, Any]]:
     """What each proxy has to do with the gain.
@@ -52,14 +52,14 @@ def relate(
         interval `low`, `high`, the `verdict` with its `reason`, the mean `regret` of choosing each student's source
         by the proxy, and `random_regret`, of choosing it by lot. Numbers are None where they are undefined.
     """
-    mean = gains.mean(axis=0)
+    mean = effects.mean(axis=0)
     found = []
     for name, values in proxies.items():
         r, p = _tested(values, mean)
-        partial, p_partial = (r, p) if strength is None else _tested(values, mean, strength)
-        without, p_without = (None, None) if own is None else _tested(np.where(own, np.nan, values), mean)
+        partial, p_partial = (r, p) if base_ability is None else _tested(values, mean, base_ability)
+        without, p_without = (None, None) if self_mask is None else _tested(np.where(self_mask, np.nan, values), mean)
         low, high = _interval(r, mean.shape[1])
-        regret, by_lot = _regret(values * (directions or {}).get(name, 1), mean)
+        regret, by_lot = _selection_regret(values * (directions or {}).get(name, 1), mean)
         found.append(
             {
                 "name": name,
@@ -89,11 +89,11 @@ def relate(
 def reliability(gains: np.ndarray) -> float | None:
     """How well the mean over seeds of each cell's gain would agree with that of other seeds (Spearman–Brown).
 
-    From the mean correlation between seeds of the gains centred within each student, [seeds, students, sources]; None
+    From the mean correlation between seeds of the gains centered within each student, [seeds, students, sources]; None
     of one seed, or where nothing varies.
     """
-    centred = gains - gains.mean(axis=2, keepdims=True)
-    flat = centred.reshape(len(gains), -1)
+    centered = gains - gains.mean(axis=2, keepdims=True)
+    flat = centered.reshape(len(gains), -1)
     if len(flat) < 2 or not np.all(flat.std(axis=1) > 0):
         return None
     between = np.corrcoef(flat)[np.triu_indices(len(flat), 1)].mean()
@@ -116,12 +116,12 @@ def _tested(
     one, rest = _centred_ranks(proxy, whole), _centred_ranks(gain, whole)
     if strength is not None:
         held = _centred_ranks(np.broadcast_to(strength, gain.shape), whole)
-        one, rest = _without(one, held), _without(rest, held)
-        r = _correlation(one, _without(np.where(whole, np.moveaxis(rest[:, orders], 1, 0), 0.0), held))
+        one, rest = _residualize(one, held), _residualize(rest, held)
+        r = _correlation(one, _residualize(np.where(whole, np.moveaxis(rest[:, orders], 1, 0), 0.0), held))
     elif whole.all():  # ranks move with their sources
         r = _correlation(one, np.moveaxis(rest[:, orders], 1, 0))
     else:
-        r = np.array([_of_valid(proxy, gain[:, order]) for order in orders])
+        r = np.array([_masked(proxy, gain[:, order]) for order in orders])
     if not np.isfinite(r[0]):
         return None, None
     reached = np.abs(r[np.isfinite(r)]) >= abs(r[0]) - 1e-9
@@ -137,21 +137,21 @@ def _orders(sources: int) -> np.ndarray:
     return np.concatenate([np.arange(sources)[None], drawn])
 
 
-def _of_valid(proxy: np.ndarray, gain: np.ndarray) -> float:
+def _masked(proxy: np.ndarray, gain: np.ndarray) -> float:
     valid = np.isfinite(proxy) & np.isfinite(gain)
     return float(_correlation(_centred_ranks(proxy, valid), _centred_ranks(gain, valid)))
 
 
 def _correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Of what is centred already, over students and sources (the last two axes); NaN where one is constant."""
+    """Of what is centered already, over students and sources (the last two axes); NaN where one is constant."""
     squares = np.sum(one**2, axis=(-2, -1)) * np.sum(other**2, axis=(-2, -1))
     defined = squares > 1e-9
     product = np.sum(one * other, axis=(-2, -1))
     return np.where(defined, product / np.sqrt(np.where(defined, squares, 1.0)), np.nan)
 
 
-def _without(ranks: np.ndarray, held: np.ndarray) -> np.ndarray:
-    """What is left of centred ranks when their regression on others is taken away."""
+def _residualize(ranks: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """What is left of centered ranks when their regression on others is taken away."""
     size = float(np.sum(held**2))
     return ranks - held * (np.sum(ranks * held, axis=(-2, -1), keepdims=True) / size) if size else ranks
 
@@ -170,12 +170,12 @@ def _interval(r: float | None, sources: int) -> tuple[float | None, float | None
     """90 % interval of a correlation by Fisher's z, the sources being the sample."""
     if r is None or sources < 4:
         return None, None
-    centre = math.atanh(max(-1 + 1e-9, min(1 - 1e-9, r)))
+    center = math.atanh(max(-1 + 1e-9, min(1 - 1e-9, r)))
     half = float(scipy.stats.norm.ppf(0.95)) / math.sqrt(sources - 3)
-    return math.tanh(centre - half), math.tanh(centre + half)
+    return math.tanh(center - half), math.tanh(center + half)
 
 
-def _regret(promise: np.ndarray, gain: np.ndarray) -> tuple[float | None, float | None]:
+def _selection_regret(promise: np.ndarray, gain: np.ndarray) -> tuple[float | None, float | None]:
     """Mean over students of the best gain minus that of the most promising source, and of one drawn by lot."""
     lost, by_lot = [], []
     for promised, gained in zip(promise, gain, strict=True):
@@ -188,17 +188,17 @@ def _regret(promise: np.ndarray, gain: np.ndarray) -> tuple[float | None, float 
 
 def _judge(one: Mapping[str, Any]) -> tuple[str, str]:
     if one["p_adjusted"] is None:
-        return CANNOT_TELL, "there are fewer than three sources, or nothing varies."
+        return INCONCLUSIVE, "there are fewer than three sources, or nothing varies."
     if one["p_adjusted"] <= ALPHA:
         if one["p_partial"] is not None and one["p_partial"] <= ALPHA:
-            return RELATED, "it goes with the gain, also at equal strength of the sources."
-        return CANNOT_TELL, "it goes with the gain, but so does the strength of the sources."
-    if one["low"] is not None and one["low"] > -ABSENT and one["high"] < ABSENT:
-        return UNRELATED, f"the 90 % interval lies inside ±{ABSENT:g}."
-    return CANNOT_TELL, f"{one['sources']} sources are too few for what there is."
+            return CONFIRMED, "it goes with the gain, also at equal strength of the sources."
+        return INCONCLUSIVE, "it goes with the gain, but so does the strength of the sources."
+    if one["low"] is not None and one["low"] > -MISSING and one["high"] < MISSING:
+        return REJECTED, f"the 90 % interval lies inside ±{MISSING:g}."
+    return INCONCLUSIVE, f"{one['sources']} sources are too few for what there is."
 
 
-def arrays_of(
+def cell_arrays(
     cells: Sequence[Mapping[str, Any]], students: Sequence[str], sources: Sequence[str], measure: str
 ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
     """Proxies (mean over seeds), gains by seed, and which cells are a student's own, from the cells of a matrix."""

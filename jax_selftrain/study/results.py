@@ -1,7 +1,7 @@
 """What one round found, as plain data: `results.json`, from which the report is made and nothing else.
 
 Nothing is measured here. The per-request tables that the scoring stage wrote for the base and for the student are laid
-side by side, row by row, and turned into paired differences; the corpus and the training log are summarised. The same
+side by side, row by row, and turned into paired differences; the corpus and the training log are summarized. The same
 files give the same bytes: no clock, no folder names of the round, no machine.
 """
 
@@ -20,18 +20,26 @@ import numpy as np
 import pyarrow.parquet as pq
 import scipy
 
-from jax_selftrain import hub, settings, storage
-from jax_selftrain.config import ExtractConfig, RunConfig
+from jax_selftrain import hub
+from jax_selftrain.config import ExtractConfig, RunConfig, yaml_io
 from jax_selftrain.corpus import FINISH_REASONS, Corpus, open_corpus
 from jax_selftrain.errors import InputError
-from jax_selftrain.scoring import discoverable, load_scored
-from jax_selftrain.scoring.files import read_jsonl
-from jax_selftrain.scoring.overlap import CLASSES
-from jax_selftrain.study import statistics
-from jax_selftrain.study.measures import H
-from jax_selftrain.study.noninferiority import benjamini_hochberg
-from jax_selftrain.study.pairs import Pair, describe_task, describe_text, rates, shares, side_by_side
-from jax_selftrain.study.reports.curve import summarise_curve
+from jax_selftrain.evals import load_score_result, n_p_discoverable
+from jax_selftrain.evals.overlap_classes import CLASSES
+from jax_selftrain.evals.result_files import read_jsonl
+from jax_selftrain.io import atomic
+from jax_selftrain.stats import estimators
+from jax_selftrain.stats.noninferiority import benjamini_hochberg
+from jax_selftrain.stats.paired_results import (
+    Pair,
+    describe_task,
+    describe_text,
+    pair_results,
+    paired_means,
+    paired_proportions,
+)
+from jax_selftrain.study.curve_summary import summarize_curve
+from jax_selftrain.study.measure_names import HELD_OUT
 
 FORMAT = "jax-selftrain results"
 VERSION = 1
@@ -45,15 +53,15 @@ _STOP = FINISH_REASONS.index("stop")
 Arrays = dict[str, np.ndarray]
 
 
-def collect(config: RunConfig, folder: Path) -> dict[str, Any]:
+def collect_round(config: RunConfig, folder: Path) -> dict[str, Any]:
     """Everything that the finished stages in `folder` have to say, with paired differences and intervals.
 
     Raises:
         InputError: a stage's output is missing or damaged, or base and student were not asked the same.
     """
     corpus = open_corpus(folder / "corpus")
-    training = storage.read_json(folder / "train" / "run.json")
-    options = settings.to_dict(config)
+    training = atomic.read_json(folder / "train" / "run.json")
+    options = yaml_io.to_dict(config)
     del options["out"]
     found: dict[str, Any] = {
         "format": FORMAT,
@@ -68,15 +76,15 @@ def collect(config: RunConfig, folder: Path) -> dict[str, Any]:
         "tasks": [],
         "macro": None,
         "extraction": None,
-        "evaluations": summarise_curve(
-            read_lines(folder / "train" / "curve.jsonl"), training.get("evaluation", {}).get("measured", ())
+        "evaluations": summarize_curve(
+            read_records(folder / "train" / "curve.jsonl"), training.get("evaluation", {}).get("measured", ())
         ),
         "identical": True,
         "fingerprints": {"corpus": corpus.fingerprint, "tokenizer": corpus.manifest["tokenizer_fingerprint"]},
         "versions": {"training": training["versions"]},
     }
     if config.score.tasks or config.score.texts:
-        base, student = (load_scored(str(folder / "score" / f"{who}.json")) for who in ("base", "student"))
+        base, student = (load_score_result(str(folder / "score" / f"{who}.json")) for who in ("base", "student"))
         found["versions"] |= {
             "scoring the base": base.result["versions"],
             "scoring the student": student.result["versions"],
@@ -86,14 +94,14 @@ def collect(config: RunConfig, folder: Path) -> dict[str, Any]:
             "student": student.fingerprint("model"),
             "files": base.result["fingerprints"]["files"],
         }
-        pairs = side_by_side(base, student)
+        pairs = pair_results(base, student)
         found["identical"] &= all(pair.identical() for pair in pairs.values())
-        tasks = [pair for pair in pairs.values() if pair.before.kind != "text"]
+        tasks = [pair for pair in pairs.values() if pair.base.kind != "text"]
         found["tasks"] = compare_tasks(tasks)
-        found["macro"] = compare_macro(tasks) if len(tasks) > 1 else None
-        found["texts"] = [describe_text(pair) for pair in pairs.values() if pair.before.kind == "text"]
+        found["macro"] = macro_change(tasks) if len(tasks) > 1 else None
+        found["texts"] = [describe_text(pair) for pair in pairs.values() if pair.base.kind == "text"]
     if config.extract.sequences:
-        base, student = (storage.read_json(folder / "extract" / f"{who}.json") for who in ("base", "student"))
+        base, student = (atomic.read_json(folder / "extract" / f"{who}.json") for who in ("base", "student"))
         found["fingerprints"] |= {
             "base": base["fingerprints"]["model"],
             "student": student["fingerprints"]["model"],
@@ -101,13 +109,13 @@ def collect(config: RunConfig, folder: Path) -> dict[str, Any]:
         }
         found["versions"] |= {"extraction": student["versions"]}
         before, after = (read_table(folder / "extract" / f"{who}.sequences.parquet") for who in ("base", "student"))
-        require_same(before, after, ("sequence", "overlap", "class"), folder / "extract")
+        check_same_keys(before, after, ("sequence", "overlap", "class"), folder / "extract")
         found["identical"] &= np.array_equal(before["logprob"], after["logprob"])
         found["extraction"] = {
             "prefix": base["prefix"],
             "suffix": base["suffix"],
-            "overlap": config.extract.overlap,
-            **compare_extraction(before, after, groups_of(config.extract, before["sequence"].size)),
+            "overlap": config.extract.min_overlap,
+            **compare_extraction(before, after, duplicate_groups(config.extract, before["sequence"].size)),
         }
     return found
 
@@ -130,25 +138,25 @@ def compare_tasks(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     return [entry | {"flips": {**entry["flips"], "q": q}} for entry, q in zip(entries, adjusted, strict=True)]
 
 
-def compare_macro(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Averages over tasks: accuracy, plain and chance-normalised ((accuracy − chance) / (1 − chance)), and log-odds of
+def macro_change(pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Averages over tasks: accuracy, plain and chance-normalized ((accuracy − chance) / (1 − chance)), and log-odds of
     the right choice, over the tasks that have choices (None where none has)."""
-    chances = np.array([pair.before.chance or 0.0 for pair in pairs])
-    effects = [statistics.share_effect(*pair.right, pair.clusters) for pair in pairs]
+    chances = np.array([pair.base.chance_accuracy or 0.0 for pair in pairs])
+    effects = [estimators.paired_proportion_effect(*pair.right, pair.clusters) for pair in pairs]
     levels = [[pair.right[side].astype(np.float64) for pair in pairs] for side in (0, 1)]
     normed = [[(right - chance) / (1 - chance) for right, chance in zip(side, chances, strict=True)] for side in levels]
     return {
         "tasks": len(pairs),
-        "n": sum(pair.before.n for pair in pairs),
+        "n": sum(pair.base.count for pair in pairs),
         "accuracy": {
-            "before": asdict(statistics.macro_mean(levels[0])),
-            "after": asdict(statistics.macro_mean(levels[1])),
-            "change": asdict(statistics.macro_effect(effects).estimate()),
+            "before": asdict(estimators.macro_mean(levels[0])),
+            "after": asdict(estimators.macro_mean(levels[1])),
+            "change": asdict(estimators.macro_effect(effects).estimate()),
         },
-        "chance_normalised": {
-            "before": asdict(statistics.macro_mean(normed[0])),
-            "after": asdict(statistics.macro_mean(normed[1])),
-            "change": asdict(statistics.macro_effect(effects, 1 / (1 - chances)).estimate()),
+        "chance_normalized": {
+            "before": asdict(estimators.macro_mean(normed[0])),
+            "after": asdict(estimators.macro_mean(normed[1])),
+            "change": asdict(estimators.macro_effect(effects, 1 / (1 - chances)).estimate()),
         },
         "log_odds": _macro_log_odds(pairs),
     }
@@ -167,7 +175,7 @@ def _macro_log_odds(pairs: Sequence[Pair]) -> dict[str, Any] | None:
         "after": [new for _, new in both],
         "change": [new - old for old, new in both],
     }
-    return {side: asdict(statistics.macro_mean(values)) for side, values in sides.items()}
+    return {side: asdict(estimators.macro_mean(values)) for side, values in sides.items()}
 
 
 # Extraction -----------------------------------------------------------------------------------------------------
@@ -179,10 +187,10 @@ def compare_extraction(before: Arrays, after: Arrays, groups: Sequence[str] | No
     parts = {"all": everything}
     if "class" in before:
         parts |= {name: before["class"] == name for name in CLASSES}
-    if H in before:
-        parts[H] = before[H]
+    if HELD_OUT in before:
+        parts[HELD_OUT] = before[HELD_OUT]
     of_group = np.array(groups or [])
-    old, new = (discoverable(side["logprob"]) for side in (before, after))
+    old, new = (n_p_discoverable(side["logprob"]) for side in (before, after))
     return {
         "n": everything.size,
         "classes": {name: compare_sequences(before, after, members) for name, members in parts.items()},
@@ -190,7 +198,7 @@ def compare_extraction(before: Arrays, after: Arrays, groups: Sequence[str] | No
             {"name": name, **compare_sequences(before, after, of_group == name)} for name in dict.fromkeys(groups or [])
         ],
         "discoverable": [
-            {"draws": int(draws), "p": float(p), **shares(old[key], new[key])}
+            {"draws": int(draws), "p": float(p), **paired_proportions(old[key], new[key])}
             for key in old
             for draws, p in (key.split("@"),)
         ],
@@ -209,18 +217,18 @@ def compare_sequences(before: Arrays, after: Arrays, members: np.ndarray) -> dic
     exact = old["exact_match"], new["exact_match"]
     return {
         "n": int(members.sum()),
-        "exact_match": shares(*exact),
-        "flips": asdict(statistics.flips(*exact)),
+        "exact_match": paired_proportions(*exact),
+        "flips": asdict(estimators.mcnemar_table(*exact)),
         **{
-            name: rates(old[name], new[name])
+            name: paired_means(old[name], new[name])
             for name in ("token_accuracy", "teacher_forced_accuracy", "logprob")
             if name in old
         },
-        "pz": rates(np.exp(old["logprob"]), np.exp(new["logprob"])),
+        "pz": paired_means(np.exp(old["logprob"]), np.exp(new["logprob"])),
     }
 
 
-def groups_of(config: ExtractConfig, n: int) -> list[str] | None:
+def duplicate_groups(config: ExtractConfig, n: int) -> list[str] | None:
     """The `group` column of a JSONL extraction set, if every line has one."""
     path = Path(config.sequences)
     if not path.is_file() or path.suffix in (".npy", ".parquet") or config.offset:
@@ -240,9 +248,9 @@ def describe_corpus(corpus: Corpus) -> dict[str, Any]:
     lengths = np.diff(offsets)
     stopped = reasons == _STOP
     seed = corpus.manifest["seed"]
-    shown = set(drawn_by_hash(len(corpus), EXAMPLES, seed))
+    shown = set(hash_sample(len(corpus), EXAMPLES, seed))
     logprobs, examples = np.empty(len(corpus)), []
-    for place, sample in enumerate(corpus.documents()):
+    for place, sample in enumerate(corpus.iter_samples()):
         logprobs[place] = sample.logprob
         if sample.sample_id in shown:
             examples.append(
@@ -262,14 +270,14 @@ def describe_corpus(corpus: Corpus) -> dict[str, Any]:
         "tokens": corpus.n_tokens,
         "policy": corpus.manifest["policy"],
         "seed": seed,
-        "stopped": asdict(statistics.share(stopped)),
-        "length": asdict(statistics.mean(lengths)),
+        "stopped": asdict(estimators.proportion(stopped)),
+        "length": asdict(estimators.mean(lengths)),
         "length_histogram": {
             "edges": edges,
             "stop": np.histogram(lengths[stopped], edges)[0].tolist(),
             "length": np.histogram(lengths[~stopped], edges)[0].tolist(),
         },
-        "surprise_per_token": asdict(statistics.ratio(-logprobs, lengths)),
+        "surprise_per_token": asdict(estimators.ratio_of_sums(-logprobs, lengths)),
         "unigram_entropy": _unigram_entropy(tokens),
         "distinct": distinct_ngrams(tokens[:DIVERSITY_TOKENS], offsets),
         "repeated_samples": len(documents) - len(set(documents)),
@@ -300,8 +308,8 @@ def distinct_ngrams(tokens: np.ndarray, offsets: np.ndarray, longest: int = 4) -
 
 
 def _training(run: Path, description: Mapping[str, Any]) -> dict[str, Any]:
-    lines = read_lines(run / "metrics.jsonl")
-    early = storage.read_json(run / "model" / "model.json")["metadata"].get("early_stopping")
+    lines = read_records(run / "metrics.jsonl")
+    early = atomic.read_json(run / "model" / "model.json")["metadata"].get("early_stopping")
     trained = early["trained_steps"] if early else description["steps"]
     return {
         "steps": description["steps"],
@@ -312,7 +320,7 @@ def _training(run: Path, description: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_records(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file; none where it is not there."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
@@ -321,7 +329,7 @@ def _architecture(ref: str) -> dict[str, Any]:
     from jax_selftrain.models import abstract_params
 
     config, raw = hub.read_config(ref)
-    shapes = _leaves(abstract_params(config))
+    shapes = _flatten(abstract_params(config))
     return {
         "family": raw["model_type"],
         "parameters": sum(prod(leaf.shape) for leaf in shapes),
@@ -331,9 +339,9 @@ def _architecture(ref: str) -> dict[str, Any]:
     }
 
 
-def _leaves(tree: Any) -> list[Any]:
+def _flatten(tree: Any) -> list[Any]:
     if isinstance(tree, Mapping):
-        return [leaf for value in tree.values() for leaf in _leaves(value)]
+        return [leaf for value in tree.values() for leaf in _flatten(value)]
     return [tree]
 
 
@@ -348,7 +356,7 @@ def _unigram_entropy(tokens: np.ndarray) -> float:
     return float(scipy.stats.entropy(counts))
 
 
-def drawn_by_hash(n: int, k: int, seed: int | None) -> list[int]:
+def hash_sample(n: int, k: int, seed: int | None) -> list[int]:
     """k of the ids 0 … n−1, the same for everybody and chosen by nobody."""
     return sorted(range(n), key=lambda i: hashlib.sha256(f"shown in the report {seed} {i}".encode()).digest())[:k]
 
@@ -365,7 +373,7 @@ def read_table(path: Path) -> Arrays:
     return {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
 
 
-def require_same(before: Arrays, after: Arrays, keys: Sequence[str], folder: Path) -> None:
+def check_same_keys(before: Arrays, after: Arrays, keys: Sequence[str], folder: Path) -> None:
     for key in keys:
         if not np.array_equal(before[key], after[key]):
             raise InputError(f"{folder}: base and student were not asked the same ({key} differs); delete this folder")

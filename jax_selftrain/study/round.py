@@ -28,21 +28,22 @@ from typing import Any
 
 import jax
 
-from jax_selftrain import hub, settings, storage
-from jax_selftrain.config import ExtractConfig, RunConfig, ScoreConfig, TrainConfig
-from jax_selftrain.corpus import open_corpus, read_mix
+from jax_selftrain import hub
+from jax_selftrain.config import ExtractConfig, RunConfig, ScoreConfig, TrainConfig, yaml_io
+from jax_selftrain.corpus import open_corpus, parse_mixture
+from jax_selftrain.distributed import broadcast_one_to_all
 from jax_selftrain.errors import InputError, UnavailableError
-from jax_selftrain.mirrors import named
-from jax_selftrain.processes import from_process_0
+from jax_selftrain.evals import extract, extraction_fingerprints, score
+from jax_selftrain.evals.result_files import output_paths
+from jax_selftrain.io import atomic, lease
+from jax_selftrain.io.manifest import hash_json, sha256_file
+from jax_selftrain.io.remote_paths import restore_uris
 from jax_selftrain.sampling import sample
-from jax_selftrain.scoring import extract, extraction_fingerprints, score
-from jax_selftrain.scoring.files import result_files
-from jax_selftrain.study.checks import check_round
-from jax_selftrain.study.evaluate import evaluation_hooks
-from jax_selftrain.study.plan import make_plan
-from jax_selftrain.study.reports.report import report
-from jax_selftrain.study.results import collect
-from jax_selftrain.training import CHANGEABLE as TRAINING_CHANGEABLE
+from jax_selftrain.study.eval_hooks import evaluation_hooks
+from jax_selftrain.study.results import collect_round
+from jax_selftrain.study.round_checks import check_round
+from jax_selftrain.study.round_config import resolve_round
+from jax_selftrain.training import EXECUTION_OPTIONS as TRAINING_CHANGEABLE
 from jax_selftrain.training import train
 
 CHANGEABLE = ("out", "title", "sample.batch_size", *TRAINING_CHANGEABLE)
@@ -73,14 +74,16 @@ def run(config: RunConfig) -> Path:
     check_round(config)
     folder = Path(config.out)
     _refuse_other_round(config, folder)
-    with _claim(folder):
+    with _acquire(folder):
         if jax.process_index() == 0:
-            settings.save(folder / "config.yaml", config)
+            yaml_io.save(folder / "config.yaml", config)
         for stage in _stages(config, folder):
-            _complete(stage, folder)
+            _run_stage(stage, folder)
         if jax.process_index() == 0:
-            storage.write_json(folder / "results.json", collect(config, folder))
-            report(folder)
+            atomic.write_json(folder / "results.json", collect_round(config, folder))
+            from jax_selftrain.report import write_report
+
+            write_report(folder)
     return folder
 
 
@@ -88,7 +91,7 @@ def run(config: RunConfig) -> Path:
 
 
 def _stages(config: RunConfig, folder: Path) -> Iterator[_Stage]:
-    plan = make_plan(config)
+    plan = resolve_round(config)
     corpus = {"corpus": lambda: open_corpus(folder / "corpus").fingerprint}
     scored = bool(config.score.tasks or config.score.texts)
     if scored:
@@ -109,7 +112,7 @@ def _stages(config: RunConfig, folder: Path) -> Iterator[_Stage]:
 
 def _training_stage(options: TrainConfig, corpus: Callable[[], str]) -> _Stage:
     hooks, out = evaluation_hooks(options), Path(options.out)
-    evaluation = {"evaluation": storage.fingerprint([hook.measured for hook in hooks])} if hooks else {}
+    evaluation = {"evaluation": hash_json([hook.measured for hook in hooks])} if hooks else {}
     records = {name: out / f"{name}.jsonl" for name in ("metrics", *(["curve"] if hooks else []))}
     return _Stage(
         "train",
@@ -117,7 +120,7 @@ def _training_stage(options: TrainConfig, corpus: Callable[[], str]) -> _Stage:
         lambda: train(options, hooks=hooks),
         lambda: {
             "model": hub.model_fingerprint(options.out),
-            **{name: storage.sha256_file(path) for name, path in records.items()},
+            **{name: sha256_file(path) for name, path in records.items()},
         },
     )
 
@@ -128,7 +131,7 @@ def _scoring_stage(name: str, options: ScoreConfig) -> _Stage:
         name,
         lambda: {**_model_marks(options.model), **_file_marks(options)},
         lambda: score(options),
-        lambda: _files(out, *result_files(str(out), "requests.parquet", "documents.parquet")[1:]),
+        lambda: _files(out, *output_paths(str(out), "requests.parquet", "documents.parquet")[1:]),
     )
 
 
@@ -150,7 +153,10 @@ def _model_marks(ref: str) -> dict[str, str]:
 
 
 def _mix_marks(options: TrainConfig) -> dict[str, str]:
-    return {f"mixed corpus {named(folder)}": open_corpus(folder).fingerprint for folder, _ in read_mix(options.mix)}
+    return {
+        f"mixed corpus {restore_uris(folder)}": open_corpus(folder).fingerprint
+        for folder, _ in parse_mixture(options.mixture)
+    }
 
 
 def _file_marks(options: ScoreConfig) -> dict[str, str]:
@@ -158,29 +164,29 @@ def _file_marks(options: ScoreConfig) -> dict[str, str]:
     marks = {}
     for path in map(Path, [*paths, *options.texts]):
         for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
-            marks[named(str(file))] = storage.sha256_file(file)
+            marks[restore_uris(str(file))] = sha256_file(file)
     return marks
 
 
 def _files(*paths: Path) -> dict[str, str]:
-    return {path.name: storage.sha256_file(path) for path in paths}
+    return {path.name: sha256_file(path) for path in paths}
 
 
-def _complete(stage: _Stage, folder: Path) -> None:
+def _run_stage(stage: _Stage, folder: Path) -> None:
     """Run a stage unless its note says that it is done; note what it made of what."""
-    path, inputs = folder / "stages" / f"{stage.name}.json", from_process_0(lambda: dict(stage.inputs()))
-    if from_process_0(lambda: path.exists() and _is_done(stage, path, inputs)):
+    path, inputs = folder / "stages" / f"{stage.name}.json", broadcast_one_to_all(lambda: dict(stage.inputs()))
+    if broadcast_one_to_all(lambda: path.exists() and _is_done(stage, path, inputs)):
         return
     started = time.monotonic()
     stage.run()
     if jax.process_index() == 0:
-        storage.write_json(path, {"inputs": inputs, "outputs": dict(stage.outputs())})
-        _add_time(folder / "timings.json", stage.name, time.monotonic() - started)
+        atomic.write_json(path, {"inputs": inputs, "outputs": dict(stage.outputs())})
+        _record_seconds(folder / "timings.json", stage.name, time.monotonic() - started)
 
 
 def _is_done(stage: _Stage, path: Path, inputs: Mapping[str, str]) -> bool:
     """Whether the note at `path` speaks of these inputs (else it is an error) and its outputs are still there."""
-    note = storage.read_json(path)
+    note = atomic.read_json(path)
     if not isinstance(note, dict) or not all(isinstance(note.get(part), dict) for part in ("inputs", "outputs")):
         raise InputError(f"{path}: is damaged; delete it and run the same command again")
     earlier = note["inputs"]
@@ -198,16 +204,16 @@ def _is_done(stage: _Stage, path: Path, inputs: Mapping[str, str]) -> bool:
         return False
 
 
-def _add_time(path: Path, stage: str, seconds: float) -> None:
-    timings = storage.read_json(path) if path.exists() else {}
-    storage.write_json(path, timings | {stage: timings.get(stage, 0.0) + seconds})
+def _record_seconds(path: Path, stage: str, seconds: float) -> None:
+    timings = atomic.read_json(path) if path.exists() else {}
+    atomic.write_json(path, timings | {stage: timings.get(stage, 0.0) + seconds})
 
 
 # The folder -----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _claim(folder: Path) -> Iterator[None]:
+def _acquire(folder: Path) -> Iterator[None]:
     """Keep other processes out of the folder while this one (with its peers) works in it."""
     if jax.process_index() != 0:
         yield
@@ -216,8 +222,8 @@ def _claim(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {folder}: cannot be made ({error.strerror}); choose another place") from error
-    storage.clean_leftovers(folder)
-    with storage.lease(folder / ".lease") as ours:
+    atomic.remove_stale_temp_files(folder)
+    with lease.lease(folder / ".lease") as ours:
         if not ours:
             raise UnavailableError(
                 f"{folder}: another process works on this round; wait for it, or choose another --out"
@@ -234,7 +240,7 @@ def _refuse_other_round(config: RunConfig, folder: Path) -> None:
         if others:
             raise InputError(f"--out {folder}: holds {others[0]}/ but no config.yaml of a round; choose another folder")
         return
-    earlier, now = (_flat(settings.to_dict(one)) for one in (settings.load(RunConfig, path), config))
+    earlier, now = (_flatten(yaml_io.to_dict(one)) for one in (yaml_io.load(RunConfig, path), config))
     for name in now:
         if earlier[name] != now[name] and not {name, name.rpartition(".")[2]} & set(CHANGEABLE):
             raise InputError(
@@ -243,8 +249,8 @@ def _refuse_other_round(config: RunConfig, folder: Path) -> None:
             )
 
 
-def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in options.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat

@@ -3,23 +3,23 @@
 from jax_selftrain.training.flops import flops_per_token
 from jax_selftrain.training.hooks import Hook, check_hooks
 from jax_selftrain.training.loop import train
-from jax_selftrain.training.loss import Batch, LossSums, Penalties, objective
-from jax_selftrain.training.run_folder import CHANGEABLE, check_ranges
-from jax_selftrain.training.step import TrainState, program
-from jax_selftrain.training.tracking import check_tracking
+from jax_selftrain.training.loss import AuxLossWeights, Batch, LossStats, loss_fn
+from jax_selftrain.training.run_folder import EXECUTION_OPTIONS, check_ranges
+from jax_selftrain.training.step import TrainState, abstract_program
+from jax_selftrain.training.wandb_tracker import check_tracking
 
 __all__ = [
-    "CHANGEABLE",
+    "EXECUTION_OPTIONS",
+    "AuxLossWeights",
     "Batch",
     "Hook",
-    "LossSums",
-    "Penalties",
+    "LossStats",
     "TrainState",
+    "abstract_program",
     "check_hooks",
     "check_ranges",
     "check_tracking",
     "flops_per_token",
-    "objective",
-    "program",
+    "loss_fn",
     "train",
 ]

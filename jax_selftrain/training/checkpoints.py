@@ -29,15 +29,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_selftrain import hub, storage
+from jax_selftrain import hub
 from jax_selftrain.config import TrainConfig
+from jax_selftrain.distributed.sharding import ShardingRules
 from jax_selftrain.errors import InputError
-from jax_selftrain.hub import checkpoint
-from jax_selftrain.hub.together import commit_together
-from jax_selftrain.hub.trees import first_not_finite
-from jax_selftrain.mesh import Layout
+from jax_selftrain.hub import orbax_io
+from jax_selftrain.hub.distributed_commit import commit_from_all_processes
+from jax_selftrain.hub.trees import find_nonfinite
+from jax_selftrain.io import atomic
+from jax_selftrain.io.manifest import hash_json, sha256_file, verify_checksums
 from jax_selftrain.models import Params
-from jax_selftrain.training.step import TrainState, delivered, delivers_params
+from jax_selftrain.training.step import TrainState, export_params, exports_raw_params
 
 FORMAT = 1
 MANIFESTS = ("model/model.json", "optimizer/manifest.json")
@@ -79,8 +81,8 @@ class Checkpointer:
         """
         self.wait()
         step = int(state.step)
-        model, rest = delivered(self._config, state), _optimizer_tree(self._config, state)
-        broken = first_not_finite(model, rest)
+        model, rest = export_params(self._config, state), _optimizer_tree(self._config, state)
+        broken = find_nonfinite(model, rest)
         if broken is not None:
             raise InputError(
                 f"{self._steps}: {broken} holds NaN or infinity after step {step}; nothing of it was saved"
@@ -111,14 +113,14 @@ class Checkpointer:
         """Delete the checkpoints that need not stay (process 0 does); a kill may have come before that was done."""
         if jax.process_index():
             return
-        folders = {int(folder.name): folder for folder in saved(self._steps)}
-        for step in folders.keys() - retained(list(folders), self._keep, self._keep_every, best):
-            _discard(folders[step])
+        folders = {int(folder.name): folder for folder in list_steps(self._steps)}
+        for step in folders.keys() - steps_to_keep(list(folders), self._keep, self._keep_every, best):
+            _delete(folders[step])
 
     def _write(self, step: int, model: Params, rest: dict[str, Any], best: int | None) -> None:
-        with commit_together(folder_of(self._steps, step)) as aside:
+        with commit_from_all_processes(step_dir(self._steps, step)) as aside:
             self._save_model(aside / "model", model, step)
-            checkpoint.save_tree(aside / "optimizer", rest)
+            orbax_io.save_tree(aside / "optimizer", rest)
             if not jax.process_index():
                 self._write_record(aside, step)
         self.prune(best)
@@ -131,10 +133,10 @@ class Checkpointer:
             "run": self._identity,
             "manifests": {name: _entry(folder / name) for name in MANIFESTS},
         }
-        storage.write_json(folder / "step.json", {**record, "fingerprint": storage.fingerprint(record)})
+        atomic.write_json(folder / "step.json", {**record, "fingerprint": hash_json(record)})
 
 
-def retained(steps: Sequence[int], keep: int, keep_every: int | None = None, best: int | None = None) -> set[int]:
+def steps_to_keep(steps: Sequence[int], keep: int, keep_every: int | None = None, best: int | None = None) -> set[int]:
     """Which of the saved steps stay: the latest `keep`, every `keep_every`-th (but for 0), and the best."""
     latest = set(sorted(steps)[-keep:])
     return {
@@ -142,7 +144,9 @@ def retained(steps: Sequence[int], keep: int, keep_every: int | None = None, bes
     }
 
 
-def restore(folder: Path, *, layout: Layout, config: TrainConfig, abstract: TrainState, identity: str) -> TrainState:
+def restore(
+    folder: Path, *, layout: ShardingRules, config: TrainConfig, abstract: TrainState, identity: str
+) -> TrainState:
     """Read a checkpoint onto the mesh, verifying every byte; all but the base, which it does not hold.
 
     Args:
@@ -158,18 +162,18 @@ def restore(folder: Path, *, layout: Layout, config: TrainConfig, abstract: Trai
     try:
         record = _read_record(folder, identity)
         model = hub.load_model(folder / "model", layout.mesh, "float32", preset=config.preset)
-        rest = checkpoint.load_tree(folder / "optimizer", _optimizer_tree(config, abstract), remedy=_DAMAGED)
+        rest = orbax_io.load_tree(folder / "optimizer", _optimizer_tree(config, abstract), remedy=_CORRUPT_HINT)
     except InputError as error:
-        earlier = [other for other in saved(folder.parent) if other < folder]
+        earlier = [other for other in list_steps(folder.parent) if other < folder]
         back = f"step {int(earlier[-1].name)}" if earlier else "the start, as no other checkpoint is left"
         raise InputError(f"{error}; to fall back to {back}, delete {folder} and run the same command again") from error
     if int(rest["step"]) != record["step"]:
         raise InputError(f"{folder}: its optimizer is of step {int(rest['step'])}; delete {folder} and run again")
     params = rest.get("params", model.params)
-    return TrainState(step=rest["step"], params=params, optimizer=rest["optimizer"], average=rest.get("average"))
+    return TrainState(step=rest["step"], params=params, optimizer=rest["optimizer"], ema_params=rest.get("average"))
 
 
-def load_params(folder: Path, *, layout: Layout, preset: str, identity: str) -> Params:
+def load_params(folder: Path, *, layout: ShardingRules, preset: str, identity: str) -> Params:
     """The parameters of a checkpoint on the mesh, every byte verified.
 
     Raises:
@@ -179,51 +183,51 @@ def load_params(folder: Path, *, layout: Layout, preset: str, identity: str) -> 
     return hub.load_model(folder / "model", layout.mesh, "float32", preset=preset).params
 
 
-def require_best(folder: Path) -> None:
+def check_has_best(folder: Path) -> None:
     """Refuse to go on where the checkpoint of the best step is gone: the run could not deliver its model.
 
     Raises:
       InputError: it is gone; says what to do.
     """
     if not folder.exists():
-        later = ", ".join(other.name for other in saved(folder.parent) if other > folder)
+        later = ", ".join(other.name for other in list_steps(folder.parent) if other > folder)
         raise InputError(
             f"{folder}: the checkpoint of the best step is gone; put it back, or delete the later ones ({later}) and "
             "run the same command again to train from before it"
         )
 
 
-def newest(run: Path) -> Path | None:
+def latest_step(run: Path) -> Path | None:
     """The latest checkpoint of a run, or None."""
-    folders = saved(run / "steps")
+    folders = list_steps(run / "steps")
     return folders[-1] if folders else None
 
 
-def saved(steps: Path) -> list[Path]:
+def list_steps(steps: Path) -> list[Path]:
     """All checkpoints, in order of their steps. What stands under such a name was committed whole."""
     folders = steps.iterdir() if steps.is_dir() else ()
     return sorted((f for f in folders if re.fullmatch(r"\d{6,}", f.name)), key=lambda f: int(f.name))
 
 
-def folder_of(steps: Path, step: int) -> Path:
+def step_dir(steps: Path, step: int) -> Path:
     """Where the checkpoint of a step stands."""
     return steps / f"{step:06d}"
 
 
-def clean(run: Path) -> None:
+def remove_partial(run: Path) -> None:
     """Remove what a killed process left half written or half deleted. Only the holder of the run's lease may."""
-    storage.clean_leftovers(run)
-    storage.clean_leftovers(run / "steps")
-    for folder in (run / "steps").glob(f"{storage.DISCARDED}*"):
+    atomic.remove_stale_temp_files(run)
+    atomic.remove_stale_temp_files(run / "steps")
+    for folder in (run / "steps").glob(f"{atomic.TRASH_PREFIX}*"):
         shutil.rmtree(folder)
 
 
-_DAMAGED = "the checkpoint is damaged"
+_CORRUPT_HINT = "the checkpoint is damaged"
 
 
-def _discard(folder: Path) -> None:
+def _delete(folder: Path) -> None:
     """Delete a checkpoint such that a kill on the way leaves no folder that looks like one."""
-    hidden = folder.with_name(storage.DISCARDED + folder.name)
+    hidden = folder.with_name(atomic.TRASH_PREFIX + folder.name)
     folder.rename(hidden)
     shutil.rmtree(hidden)
 
@@ -237,25 +241,25 @@ def _to_host(tree: Any) -> Any:
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    return {"sha256": storage.sha256_file(path), "bytes": path.stat().st_size}
+    return {"sha256": sha256_file(path), "bytes": path.stat().st_size}
 
 
 def _optimizer_tree(config: TrainConfig, state: TrainState) -> dict[str, Any]:
     """What a checkpoint holds beside the model it would deliver; what is trained, too, where that is not the same."""
     tree: dict[str, Any] = {"step": state.step, "optimizer": state.optimizer}
-    if not delivers_params(config):
+    if not exports_raw_params(config):
         tree["params"] = state.params
-    if state.average is not None:
-        tree["average"] = state.average
+    if state.ema_params is not None:
+        tree["average"] = state.ema_params
     return tree
 
 
 def _read_record(folder: Path, identity: str) -> dict[str, Any]:
-    record = storage.read_json(folder / "step.json")
+    record = atomic.read_json(folder / "step.json")
     content = {key: value for key, value in record.items() if key != "fingerprint"}
-    if record.get("fingerprint") != storage.fingerprint(content) or content.get("format") != FORMAT:
+    if record.get("fingerprint") != hash_json(content) or content.get("format") != FORMAT:
         raise InputError(f"{folder / 'step.json'}: the file is damaged: it does not match its own fingerprint")
     if content["run"] != identity:
         raise InputError(f"{folder}: this checkpoint was made by another run")
-    storage.check_files(folder, content["manifests"], remedy=_DAMAGED)
+    verify_checksums(folder, content["manifests"], fix_hint=_CORRUPT_HINT)
     return content

@@ -11,12 +11,12 @@ import jax
 import numpy as np
 
 from jax_selftrain.config import TrainConfig
-from jax_selftrain.corpus import Mixture, Rows
-from jax_selftrain.mesh import Layout
+from jax_selftrain.corpus import Mixture, PackedRows
+from jax_selftrain.distributed.sharding import ShardingRules
 from jax_selftrain.training.loss import Batch
 
 
-def load_batch(config: TrainConfig, layout: Layout, rows: Rows | Mixture, n: int) -> Batch:
+def load_batch(config: TrainConfig, layout: ShardingRules, rows: PackedRows | Mixture, n: int) -> Batch:
     """Place batch n on the mesh, as `[grad_accum, batch_size / grad_accum, …]`.
 
     Each process reads from the (memory-mapped) rows of each corpus only what its own devices hold. Where a corpus has
@@ -31,13 +31,13 @@ def load_batch(config: TrainConfig, layout: Layout, rows: Rows | Mixture, n: int
     mixture = rows if isinstance(rows, Mixture) else Mixture((rows,), (Fraction(1),))
     drawn = mixture.batch(config.batch_size, config.seed, n)
     weights = [
-        _flipped(part, config.seed, number) if config.sign_flip else part.weights
-        for number, part in enumerate(mixture.parts)
+        _sign_flip(part, config.seed, number) if config.random_loss_sign else part.weights
+        for number, part in enumerate(mixture.components)
     ]
     source, row = (each.reshape(config.grad_accum, -1) for each in drawn)
     sharding = layout.sharding((None, "batch", None))
 
-    def place(arrays: Sequence[np.ndarray | _Flipped]) -> jax.Array:
+    def place(arrays: Sequence[np.ndarray | _SignFlippedRows]) -> jax.Array:
         length = arrays[0].shape[1]
 
         def read(index: Any) -> np.ndarray:
@@ -51,18 +51,18 @@ def load_batch(config: TrainConfig, layout: Layout, rows: Rows | Mixture, n: int
         return jax.make_array_from_callback((*row.shape, length), sharding, read)
 
     return Batch(
-        place([part.tokens for part in mixture.parts]),
-        place([part.segments for part in mixture.parts]),
-        place([part.positions for part in mixture.parts]),
+        place([part.tokens for part in mixture.components]),
+        place([part.segments for part in mixture.components]),
+        place([part.positions for part in mixture.components]),
         place(weights),
     )
 
 
 @dataclass(frozen=True)
-class _Flipped:
+class _SignFlippedRows:
     """The weights of rows, those of every document times +1 or −1, read as they are asked for."""
 
-    rows: Rows
+    rows: PackedRows
     key: int
 
     @property
@@ -75,15 +75,17 @@ class _Flipped:
 
     def __getitem__(self, row: np.ndarray) -> np.ndarray:
         documents = (row.astype(np.uint64)[:, None] << np.uint64(20)) + self.rows.segments[row].astype(np.uint64)
-        return np.where(_mixed(documents ^ np.uint64(self.key)) >> np.uint64(63), 1, -1) * self.rows.weights[row]
+        return np.where(_splitmix64(documents ^ np.uint64(self.key)) >> np.uint64(63), 1, -1) * self.rows.weights[row]
 
 
-def _flipped(rows: Rows, seed: int, corpus: int) -> _Flipped:
-    return _Flipped(rows, int(_mixed(_mixed(np.array([seed % 2**64], np.uint64)) + np.uint64(corpus))[0]))
+def _sign_flip(rows: PackedRows, seed: int, corpus: int) -> _SignFlippedRows:
+    return _SignFlippedRows(
+        rows, int(_splitmix64(_splitmix64(np.array([seed % 2**64], np.uint64)) + np.uint64(corpus))[0])
+    )
 
 
-def _mixed(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser (Steele, Lea and Flood, OOPSLA 2014): every bit depends on every bit."""
+def _splitmix64(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finalizer (Steele, Lea and Flood, OOPSLA 2014): every bit depends on every bit."""
     with np.errstate(over="ignore"):
         x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -44,33 +44,33 @@ PEAK_FLOPS = {
 
 
 @dataclass(frozen=True)
-class Speed:
+class Throughput:
     """What turns tokens per second into FLOP/s and MFU."""
 
     flops_per_token: int
-    peak: float | None
+    peak_flops: float | None
     """Dense FLOP/s of all devices together; None where it is not known."""
 
-    def of(self, tokens_per_second: float) -> dict[str, float]:
+    def flops_and_mfu(self, tokens_per_second: float) -> dict[str, float]:
         """`flops_per_second` and, where the peak is known, `mfu` (a share of 1)."""
         achieved = tokens_per_second * self.flops_per_token
-        return {"flops_per_second": achieved} | ({} if self.peak is None else {"mfu": achieved / self.peak})
+        return {"flops_per_second": achieved} | ({} if self.peak_flops is None else {"mfu": achieved / self.peak_flops})
 
 
-def matmul_weights(model: DecoderConfig) -> int:
+def num_matmul_params(model: DecoderConfig) -> int:
     """Weights that every token is multiplied by: all kernels, and a tied embedding in its role as output projection."""
     leaves = jax.tree_util.tree_leaves_with_path(abstract_params(model))
-    counted = {"kernel", "embedding"} if model.tied else {"kernel"}
+    counted = {"kernel", "embedding"} if model.tie_word_embeddings else {"kernel"}
     return sum(prod(leaf.shape) for path, leaf in leaves if path[-1].key in counted)
 
 
 def flops_per_token(model: DecoderConfig, seq_len: int) -> int:
     """FLOPs of training on one token in a row of `seq_len` tokens."""
     attention = 12 * model.num_layers * model.num_heads * model.head_dim * seq_len
-    return 6 * matmul_weights(model) + attention
+    return 6 * num_matmul_params(model) + attention
 
 
-def speed_of(config: TrainConfig, model: DecoderConfig, mesh: Mesh) -> Speed:
+def throughput(config: TrainConfig, model: DecoderConfig, mesh: Mesh) -> Throughput:
     """The yardstick of a run. Peaks are those of bfloat16: a run in float32 has no MFU."""
     one = PEAK_FLOPS.get(mesh.devices.flat[0].device_kind) if config.dtype == "bfloat16" else None
-    return Speed(flops_per_token(model, config.seq_len), None if one is None else one * mesh.devices.size)
+    return Throughput(flops_per_token(model, config.seq_len), None if one is None else one * mesh.devices.size)

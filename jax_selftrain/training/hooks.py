@@ -2,7 +2,7 @@
 
 Training does not know how a model is scored; it knows when to ask, where the answer is written (`curve.jsonl`), and how
 to stop on it. A hook that measures says beforehand what it measures, so that a run can be refused before it begins and
-recognised when it goes on.
+recognized when it goes on.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jax_selftrain import settings
-from jax_selftrain.config import TrainConfig
+from jax_selftrain.config import TrainConfig, yaml_io
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import LoadedModel
-from jax_selftrain.training.stopping import check_metric
+from jax_selftrain.training.early_stopping import check_metric
 
 _EVALUATED = ("eval_texts", "eval_tasks", "eval_sequences")
 
@@ -35,22 +34,22 @@ class Hook:
     """After these many updates; 0 is before the first."""
     every: int | None = None
     """After every so many updates."""
-    ends: bool = False
+    run_at_start_and_end: bool = False
     """Also before the first update and after the last."""
-    measures: tuple[str, ...] = ()
+    metric_names: tuple[str, ...] = ()
     """Names of the numbers that it returns."""
     measured: Mapping[str, Any] = field(default_factory=dict)
     """What is measured, as plain data with the fingerprints of its inputs: it stands in `run.json`, and a run that
     goes on must measure the same."""
 
-    def due(self, step: int, last: int) -> bool:
+    def is_due(self, step: int, last: int) -> bool:
         """Whether to call it after `step` updates of a run of `last`."""
-        if step in self.steps or (self.ends and step in (0, last)):
+        if step in self.steps or (self.run_at_start_and_end and step in (0, last)):
             return True
         return self.every is not None and step > 0 and step % self.every == 0
 
 
-def call_hooks(hooks: Sequence[Hook], step: int, last: int, model: LoadedModel) -> dict[str, float]:
+def run_hooks(hooks: Sequence[Hook], step: int, last: int, model: LoadedModel) -> dict[str, float]:
     """Call those that are due, in their order, and gather what they measured.
 
     Raises:
@@ -58,7 +57,7 @@ def call_hooks(hooks: Sequence[Hook], step: int, last: int, model: LoadedModel) 
     """
     found: dict[str, float] = {}
     for hook in hooks:
-        if not hook.due(step, last):
+        if not hook.is_due(step, last):
             continue
         for name, value in (hook.function(step, model) or {}).items():
             if name in found or name == "step":
@@ -69,7 +68,7 @@ def call_hooks(hooks: Sequence[Hook], step: int, last: int, model: LoadedModel) 
     return found
 
 
-def measured(hooks: Sequence[Hook]) -> list[Mapping[str, Any]]:
+def spec(hooks: Sequence[Hook]) -> list[Mapping[str, Any]]:
     """What the hooks measure, as plain data; empty where they measure nothing."""
     return [hook.measured for hook in hooks if hook.measured]
 
@@ -81,7 +80,7 @@ def check_hooks(config: TrainConfig, hooks: Sequence[Hook]) -> None:
       InputError: `eval_every` without a hook that measures (use `jax_selftrain.train`, which makes one), or a
         `stop_metric` that no hook measures; lists what there is.
     """
-    names = [name for hook in hooks for name in hook.measures]
+    names = [name for hook in hooks for name in hook.metric_names]
     if config.eval_every is not None and not names:
         raise InputError("eval_every is set, but nothing measures: call `jax_selftrain.train`, or hand in a Hook")
     if config.stop_metric:
@@ -92,7 +91,7 @@ def check_evaluation(config: TrainConfig) -> None:
     """Refuse options of the evaluation on the way that do not belong together. Raises InputError naming them."""
     given = [name for name in (*_EVALUATED, "eval_limit", "stop_metric") if getattr(config, name) not in ("", (), None)]
     if config.eval_every is None and given:
-        raise InputError(f"{settings.flag(given[0])} needs --eval-every: how many steps lie between two evaluations")
+        raise InputError(f"{yaml_io.flag(given[0])} needs --eval-every: how many steps lie between two evaluations")
     if config.eval_every is not None and not set(given) & set(_EVALUATED):
-        flags = ", ".join(settings.flag(name) for name in _EVALUATED)
+        flags = ", ".join(yaml_io.flag(name) for name in _EVALUATED)
         raise InputError(f"--eval-every {config.eval_every}: nothing to evaluate; name files with one of {flags}")

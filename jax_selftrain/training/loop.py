@@ -22,32 +22,39 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from jax_selftrain import hub, settings, storage
-from jax_selftrain.config import TrainConfig
-from jax_selftrain.errors import InputError, Stopped
-from jax_selftrain.hub.trees import first_not_finite
-from jax_selftrain.mesh import using
+from jax_selftrain import hub
+from jax_selftrain.config import TrainConfig, yaml_io
+from jax_selftrain.distributed import barrier, broadcast_one_to_all, sigterm_handler
+from jax_selftrain.distributed.mesh import mesh_context
+from jax_selftrain.errors import InputError, Preempted
+from jax_selftrain.hub.trees import find_nonfinite
+from jax_selftrain.io import atomic
 from jax_selftrain.models import Params, init_params
-from jax_selftrain.processes import barrier, from_process_0, listening_to_sigterm
 from jax_selftrain.training import checkpoints
 from jax_selftrain.training.checkpoints import Checkpointer
 from jax_selftrain.training.data import load_batch
-from jax_selftrain.training.flops import speed_of
-from jax_selftrain.training.hooks import Hook, call_hooks, check_hooks, measured
-from jax_selftrain.training.records import NOTHING_DONE, RunRecords, open_records, read_curve, record_launch
-from jax_selftrain.training.run_folder import CHANGEABLE, Run, check_ranges, claim, read_inputs
+from jax_selftrain.training.early_stopping import EarlyStopping
+from jax_selftrain.training.flops import throughput
+from jax_selftrain.training.hooks import Hook, check_hooks, run_hooks, spec
+from jax_selftrain.training.metrics_writer import (
+    NO_STEP,
+    MetricsWriter,
+    open_metrics_writer,
+    read_curve,
+    write_launch_info,
+)
+from jax_selftrain.training.run_folder import EXECUTION_OPTIONS, Run, acquire_run_folder, check_ranges, load_inputs
 from jax_selftrain.training.step import (
     Metrics,
     TrainState,
-    base_of,
+    abstract_program,
     compiled_step,
-    delivered,
+    export_params,
     init_state,
-    needs_base,
-    program,
+    make_frozen_base,
+    uses_frozen_base,
 )
-from jax_selftrain.training.stopping import EarlyStopping
-from jax_selftrain.training.tracking import Tracker, check_tracking
+from jax_selftrain.training.wandb_tracker import WandbTracker, check_tracking
 
 
 def train(config: TrainConfig, *, hooks: Sequence[Hook] = ()) -> Path:
@@ -70,12 +77,12 @@ def train(config: TrainConfig, *, hooks: Sequence[Hook] = ()) -> Path:
     check_ranges(config)
     check_hooks(config, hooks)
     check_tracking(config.wandb)
-    with claim(read_inputs(config, measured(hooks))) as run:
+    with acquire_run_folder(load_inputs(config, spec(hooks))) as run:
         if run.finished:
             if not jax.process_index():
-                print(f"{run.folder}: finished already, {_outcome(run)}; nothing to do")
+                print(f"{run.folder}: finished already, {_result(run)}; nothing to do")
             return run.folder
-        with using(run.inputs.layout.mesh):
+        with mesh_context(run.inputs.layout.mesh):
             _train(run, hooks)
         return run.folder
 
@@ -84,34 +91,34 @@ def _train(run: Run, hooks: Sequence[Hook]) -> None:
     config, layout = run.config, run.inputs.layout
     steps = config.steps or 1
     if not jax.process_index():
-        checkpoints.clean(run.folder)
+        checkpoints.remove_partial(run.folder)
     barrier("leftovers are cleaned")
-    _, (abstract, _), _ = program(config, layout.mesh)
+    _, (abstract, _), _ = abstract_program(config, layout.mesh)
     run_step = compiled_step(config, run.inputs.model, layout, steps)
-    resumed = checkpoints.newest(run.folder) is not None
-    state = _begin(run, abstract)
+    resumed = checkpoints.latest_step(run.folder) is not None
+    state = _restore_or_init(run, abstract)
     first = int(state.step)
-    done = first if resumed else NOTHING_DONE
+    done = first if resumed else NO_STEP
     stopping = _early_stopping(run, hooks, done)
-    model = hub.with_params(config.model, delivered(config, state), layout)
+    model = hub.model_with_params(config.model, export_params(config, state), layout)
     checkpointer_of = partial(
-        Checkpointer, run.folder, config=config, save_model=_model_writer(run), identity=run.identity
+        Checkpointer, run.folder, config=config, save_model=_model_writer(run), identity=run.run_hash
     )
     with (
         checkpointer_of(keep=config.keep, keep_every=config.keep_every) as checkpointer,
-        open_records(partial(_make_records, run, done)) as records,
-        _stop_requests() as stop_requested,
+        open_metrics_writer(partial(_make_records, run, done)) as records,
+        _sigterm_flag() as stop_requested,
     ):
 
         def measure(step: int, state: TrainState) -> bool:
             """Call the hooks that are due; whether what they measured asks for a checkpoint."""
             began = time.perf_counter()
-            measures = call_hooks(hooks, step, steps, dataclasses.replace(model, params=delivered(config, state)))
+            measures = run_hooks(hooks, step, steps, dataclasses.replace(model, params=export_params(config, state)))
             if not measures:
                 return False
             if records is not None:
-                records.write_curve(step, measures, seconds=time.perf_counter() - began)
-            return stopping.see(step, _agreed(config, measures)) or stopping.over
+                records.write_eval(step, measures, seconds=time.perf_counter() - began)
+            return stopping.update(step, _config_summary(config, measures)) or stopping.should_stop
 
         def save(state: TrainState) -> None:
             if records is not None:
@@ -119,31 +126,31 @@ def _train(run: Run, hooks: Sequence[Hook]) -> None:
             checkpointer.save(state, best=stopping.best)
 
         if records is not None:
-            record_launch(run.folder, _launch_facts(run, first))
+            write_launch_info(run.folder, _environment(run, first))
         if not resumed and measure(0, state):
             save(state)
         unread: tuple[int, Metrics] | None = None
-        for step in range(first + 1, (first if stopping.over else steps) + 1):
+        for step in range(first + 1, (first if stopping.should_stop else steps) + 1):
             state, metrics = run_step(state, load_batch(config, layout, run.rows, step - 1))
             if unread is not None:
-                _settle(run, checkpointer, records, *unread)
+                _finalize_step(run, checkpointer, records, *unread)
             unread = (step, metrics)
             stop = stop_requested(step)
             wanted = stop or _checkpoint_due(config, step)
-            if wanted or any(hook.due(step, steps) for hook in hooks):
-                _settle(run, checkpointer, records, *unread)
+            if wanted or any(hook.is_due(step, steps) for hook in hooks):
+                _finalize_step(run, checkpointer, records, *unread)
                 unread = None
                 wanted |= measure(step, state)
             if wanted:
                 save(state)
             if stop:
                 checkpointer.wait()
-                raise Stopped(f"{run.folder}: stopped and saved after step {step} of {steps}; run again to go on")
-            if stopping.over:
+                raise Preempted(f"{run.folder}: stopped and saved after step {step} of {steps}; run again to go on")
+            if stopping.should_stop:
                 break
         checkpointer.wait()
         checkpointer.prune(stopping.best)
-        _deliver(run, state, stopping)
+        _export_model(run, state, stopping)
 
 
 def _checkpoint_due(config: TrainConfig, step: int) -> bool:
@@ -157,95 +164,101 @@ def _early_stopping(run: Run, hooks: Sequence[Hook], done: int) -> EarlyStopping
     stopping = EarlyStopping(config.stop_metric, config.patience)
     if config.stop_metric:
         curve = [] if jax.process_index() else read_curve(run.folder, done)
-        lost = from_process_0(lambda: _lost_step(run, hooks, done, curve))
+        lost = broadcast_one_to_all(lambda: _rerun_lost_eval(run, hooks, done, curve))
         if lost:
             raise InputError(
                 f"{run.folder / 'curve.jsonl'}: its line of step {lost} is gone, and early stopping goes by it; put "
                 f"the file back, or delete {run.folder / 'steps'} to train from the start"
             )
-        for measures in from_process_0(lambda: [_relevant(config, line) for line in curve]):
-            stopping.see(int(measures["step"]), measures)
+        for measures in broadcast_one_to_all(lambda: [_is_shown(config, line) for line in curve]):
+            stopping.update(int(measures["step"]), measures)
     if stopping.best is not None:
-        checkpoints.require_best(checkpoints.folder_of(run.folder / "steps", stopping.best))
+        checkpoints.check_has_best(checkpoints.step_dir(run.folder / "steps", stopping.best))
     return stopping
 
 
-def _lost_step(run: Run, hooks: Sequence[Hook], done: int, curve: Sequence[Mapping[str, float]]) -> str:
+def _rerun_lost_eval(run: Run, hooks: Sequence[Hook], done: int, curve: Sequence[Mapping[str, float]]) -> str:
     """The first step up to `done` that was measured and has no line, or nothing."""
     metric, last = run.config.stop_metric, run.config.steps or 1
     there = {line["step"] for line in curve if metric in line}
-    measuring = [hook for hook in hooks if metric in hook.measures]
-    steps = (step for step in range(done + 1) if any(hook.due(step, last) for hook in measuring))
+    measuring = [hook for hook in hooks if metric in hook.metric_names]
+    steps = (step for step in range(done + 1) if any(hook.is_due(step, last) for hook in measuring))
     return next((str(step) for step in steps if step not in there), "")
 
 
-def _agreed(config: TrainConfig, line: Mapping[str, float]) -> dict[str, float]:
+def _config_summary(config: TrainConfig, line: Mapping[str, float]) -> dict[str, float]:
     """The measure to stop on as process 0 has it: a decision must not hang on the last bit of each process's own."""
-    return from_process_0(lambda: _relevant(config, line)) if config.stop_metric else {}
+    return broadcast_one_to_all(lambda: _is_shown(config, line)) if config.stop_metric else {}
 
 
-def _relevant(config: TrainConfig, line: Mapping[str, float]) -> dict[str, float]:
+def _is_shown(config: TrainConfig, line: Mapping[str, float]) -> dict[str, float]:
     return {name: line[name] for name in ("step", config.stop_metric) if name in line}
 
 
-def _make_records(run: Run, done: int) -> RunRecords:
+def _make_records(run: Run, done: int) -> MetricsWriter:
     config = run.config
     tracker = None
     if config.wandb:
-        tracker = Tracker(config.wandb, run.folder, identity=run.identity, config=settings.to_dict(config))
-    speed = speed_of(config, run.inputs.model, run.inputs.layout.mesh)
-    return RunRecords(
+        tracker = WandbTracker(config.wandb, run.folder, identity=run.run_hash, config=yaml_io.to_dict(config))
+    speed = throughput(config, run.inputs.model, run.inputs.layout.mesh)
+    return MetricsWriter(
         run.folder, done=done, steps=config.steps or 1, log_every=config.log_every, speed=speed, tracker=tracker
     )
 
 
-def _deliver(run: Run, state: TrainState, stopping: EarlyStopping) -> None:
+def _export_model(run: Run, state: TrainState, stopping: EarlyStopping) -> None:
     """Write the run's model: that of the last step or, where it may stop early, of the best."""
     config, trained = run.config, int(state.step)
     if stopping.best is None:
-        _model_writer(run)(run.folder / "model", delivered(config, state), trained)
+        _model_writer(run)(run.folder / "model", export_params(config, state), trained)
         return
     params = checkpoints.load_params(
-        checkpoints.folder_of(run.folder / "steps", stopping.best),
+        checkpoints.step_dir(run.folder / "steps", stopping.best),
         layout=run.inputs.layout,
         preset=config.preset,
-        identity=run.identity,
+        identity=run.run_hash,
     )
     best = {"metric": config.stop_metric, "value": stopping.value, "best_step": stopping.best, "trained_steps": trained}
     metadata = {**_metadata(run, stopping.best), "early_stopping": best}
     hub.save_model(run.folder / "model", run.inputs.raw_config, params, source_ref=config.model, metadata=metadata)
 
 
-def _begin(run: Run, abstract: TrainState) -> TrainState:
+def _restore_or_init(run: Run, abstract: TrainState) -> TrainState:
     """The state to go on from: that of the latest checkpoint, else the beginning."""
     config, layout = run.config, run.inputs.layout
-    folder = checkpoints.newest(run.folder)
+    folder = checkpoints.latest_step(run.folder)
     if folder is not None:
-        state = checkpoints.restore(folder, layout=layout, config=config, abstract=abstract, identity=run.identity)
-        return state._replace(base=base_of(config, _student_before(run))) if needs_base(config) else state
-    return init_state(config, run.inputs.model, layout, _student_before(run), config.steps or 1)
+        state = checkpoints.restore(folder, layout=layout, config=config, abstract=abstract, identity=run.run_hash)
+        return (
+            state._replace(frozen_base=make_frozen_base(config, _initial_params(run)))
+            if uses_frozen_base(config)
+            else state
+        )
+    return init_state(config, run.inputs.model, layout, _initial_params(run), config.steps or 1)
 
 
-def _student_before(run: Run) -> Params:
+def _initial_params(run: Run) -> Params:
     """The student before training, float32."""
     config, layout = run.config, run.inputs.layout
     if config.init == "scratch":
         params = init_params(run.inputs.model, config.seed, layout)
     else:
         params = hub.load_model(config.model, layout.mesh, "float32", preset=config.preset).params
-    broken = first_not_finite(params)
+    broken = find_nonfinite(params)
     if broken is not None:
         raise InputError(f"{config.model}: its {broken} holds NaN or infinity; there is nothing to train from")
     return params
 
 
-def _settle(run: Run, checkpointer: Checkpointer, records: RunRecords | None, step: int, metrics: Metrics) -> None:
+def _finalize_step(
+    run: Run, checkpointer: Checkpointer, records: MetricsWriter | None, step: int, metrics: Metrics
+) -> None:
     """Wait for the metrics of a step, refuse them if they are not finite, else record them."""
     values = {name: value.item() for name, value in jax.device_get(metrics).items()}
     for name in ("loss", "grad_norm"):
         if not math.isfinite(values[name]):
             checkpointer.wait()
-            last = checkpoints.newest(run.folder)
+            last = checkpoints.latest_step(run.folder)
             kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint before it"
             raise InputError(
                 f"{run.folder}: {name} is {values[name]} at step {step}; nothing of it was saved, {kept}; train into "
@@ -267,22 +280,22 @@ def _model_writer(run: Run) -> checkpoints.SaveModel:
 
 def _metadata(run: Run, step: int) -> dict[str, Any]:
     """What the model of a step says about itself."""
-    return {"step": step, "steps": run.config.steps, "run": run.identity, "fingerprints": run.inputs.fingerprints}
+    return {"step": step, "steps": run.config.steps, "run": run.run_hash, "fingerprints": run.inputs.fingerprints}
 
 
-def _outcome(run: Run) -> str:
+def _result(run: Run) -> str:
     """How a finished run ended, in words."""
-    best = storage.read_json(run.folder / "model" / "model.json")["metadata"].get("early_stopping")
+    best = atomic.read_json(run.folder / "model" / "model.json")["metadata"].get("early_stopping")
     if best is None:
         return f"after {run.config.steps} steps"
     return f"after {best['trained_steps']} steps, with the model of step {best['best_step']}"
 
 
-def _launch_facts(run: Run, first: int) -> dict[str, Any]:
+def _environment(run: Run, first: int) -> dict[str, Any]:
     devices = run.inputs.layout.mesh.devices
     return {
         "from_step": first,
-        "options": {name: getattr(run.config, name) for name in CHANGEABLE},
+        "options": {name: getattr(run.config, name) for name in EXECUTION_OPTIONS},
         "mesh": dict(run.inputs.layout.mesh.shape),
         "device": devices.flat[0].device_kind,
         "processes": jax.process_count(),
@@ -290,7 +303,7 @@ def _launch_facts(run: Run, first: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _stop_requests() -> Iterator[Callable[[int], bool]]:
+def _sigterm_flag() -> Iterator[Callable[[int], bool]]:
     """While inside, SIGTERM is a request: yields a function that tells, after a step, whether one came.
 
     Several processes must stop after the same step; JAX's coordination service agrees on one (it listens to SIGTERM
@@ -300,5 +313,5 @@ def _stop_requests() -> Iterator[Callable[[int], bool]]:
         yield multihost_utils.reached_preemption_sync_point
         return
     requested = threading.Event()
-    with listening_to_sigterm(requested.set):
+    with sigterm_handler(requested.set):
         yield lambda step: requested.is_set()

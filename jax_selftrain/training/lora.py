@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_selftrain.config import TrainConfig
+from jax_selftrain.distributed.sharding import ShardingRules
 from jax_selftrain.errors import InputError
-from jax_selftrain.mesh import Layout
 from jax_selftrain.models import DecoderConfig, Params, abstract_params, param_axes
 
-OUTPUTS = {
+NUM_OUTPUT_DIMS = {
     ("attn", "q"): 3,
     ("attn", "k"): 2,
     ("attn", "v"): 2,
@@ -38,7 +38,7 @@ def check_lora(config: TrainConfig) -> None:
     Raises:
       InputError: names the first one, and those there are.
     """
-    known = [name for _, name in OUTPUTS]
+    known = [name for _, name in NUM_OUTPUT_DIMS]
     for target in config.lora_targets:
         if target not in known:
             raise InputError(f"--lora-targets {target}: is no matrix of a layer; choose from {', '.join(known)}")
@@ -46,7 +46,7 @@ def check_lora(config: TrainConfig) -> None:
         raise InputError("--lora-targets: is empty, so that --lora-rank would train nothing")
 
 
-def init_adapters(config: TrainConfig, model: DecoderConfig, layout: Layout) -> Params:
+def init_adapters(config: TrainConfig, model: DecoderConfig, layout: ShardingRules) -> Params:
     """Fresh adapters in float32, of whichever of `config.lora_targets` the model has: A uniform within ±(inputs)^-½ as
     in the paper's own code, B zero; the model is at first what it was.
 
@@ -70,7 +70,7 @@ def init_adapters(config: TrainConfig, model: DecoderConfig, layout: Layout) -> 
     return tree
 
 
-def abstract_adapters(config: TrainConfig, model: DecoderConfig, layout: Layout) -> Params:
+def abstract_adapters(config: TrainConfig, model: DecoderConfig, layout: ShardingRules) -> Params:
     """Shapes and shardings of `init_adapters`."""
     tree: Params = {}
     for (group, name), a, b in _adapters(config, model, layout):
@@ -78,7 +78,7 @@ def abstract_adapters(config: TrainConfig, model: DecoderConfig, layout: Layout)
     return tree
 
 
-def with_adapters(config: TrainConfig, base: Params, adapters: Params) -> Params:
+def apply_adapters(config: TrainConfig, base: Params, adapters: Params) -> Params:
     """The parameters of the base with the adapters beside their kernels, for the forward pass."""
     scale = config.lora_alpha / config.lora_rank
     layers = {group: dict(weights) for group, weights in base["layers"].items()}
@@ -89,18 +89,18 @@ def with_adapters(config: TrainConfig, base: Params, adapters: Params) -> Params
     return base | {"layers": layers}
 
 
-def merged(config: TrainConfig, base: Params, adapters: Params) -> Params:
+def merge_adapters(config: TrainConfig, base: Params, adapters: Params) -> Params:
     """The base with its adapters added up into the kernels: an ordinary model."""
     scale = config.lora_alpha / config.lora_rank
     layers = {group: dict(weights) for group, weights in base["layers"].items()}
     for group, names in adapters["layers"].items():
         for name, pair in names.items():
             kernel = layers[group][name]["kernel"]
-            layers[group][name] = layers[group][name] | {"kernel": kernel + scale * _product(pair, kernel)}
+            layers[group][name] = layers[group][name] | {"kernel": kernel + scale * _lora_delta(pair, kernel)}
     return base | {"layers": layers}
 
 
-def _product(pair: Params, kernel: jax.Array) -> jax.Array:
+def _lora_delta(pair: Params, kernel: jax.Array) -> jax.Array:
     """A · B of every layer as [L, outputs…, inputs…], where the kernel lies."""
     a, b = pair["lora_a"], pair["lora_b"]
     inputs, outputs = "dgrk"[: a.ndim - 2], "xyzw"[: b.ndim - 2]
@@ -110,11 +110,11 @@ def _product(pair: Params, kernel: jax.Array) -> jax.Array:
 
 
 def _adapters(
-    config: TrainConfig, model: DecoderConfig, layout: Layout
+    config: TrainConfig, model: DecoderConfig, layout: ShardingRules
 ) -> Iterator[tuple[tuple[str, str], jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]]:
     """(place, A, B) of every adapter, as shapes with shardings."""
     shapes, axes = abstract_params(model)["layers"], param_axes(model)["layers"]
-    for (group, name), outputs in OUTPUTS.items():
+    for (group, name), outputs in NUM_OUTPUT_DIMS.items():
         if name not in config.lora_targets or name not in shapes[group]:
             continue
         shape, along = shapes[group][name]["kernel"].shape, axes[group][name]["kernel"]

@@ -25,9 +25,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jax_selftrain.config import Remat
-from jax_selftrain.mesh import Axes, Layout
-from jax_selftrain.models import DecoderConfig, Params, forward, param_axes, project
-from jax_selftrain.models.divided import all_gathered, is_divided, scattered_sum, used
+from jax_selftrain.distributed.sharding import Axes, ShardingRules
+from jax_selftrain.models import DecoderConfig, Params, forward, param_axes, unembed
+from jax_selftrain.models.fsdp import all_gather_param, is_fsdp_sharded, psum_scatter_grad, unshard_param
 
 LOGITS_BYTES = 2**26
 """Most bytes of float32 logits that one device holds at once (several copies of a slice live while its gradient is
@@ -46,7 +46,7 @@ class Batch(NamedTuple):
     """Weight of predicting `tokens[:, t + 1]` from position t; 0: not a target."""
 
 
-class LossSums(NamedTuple):
+class LossStats(NamedTuple):
     """What a batch contributes; contributions of several batches may be added."""
 
     loss: Float[Array, ""]
@@ -61,14 +61,14 @@ class LossSums(NamedTuple):
     """Σ |w| · KL(base ‖ student) in nats, over the whole vocabulary at each target; 0 without a base."""
 
     @classmethod
-    def zero(cls, dtype: DTypeLike = jnp.float32) -> LossSums:
+    def zero(cls, dtype: DTypeLike = jnp.float32) -> LossStats:
         """Of no batch at all."""
         nothing = jnp.zeros((), dtype)
         return cls(nothing, nothing, jnp.zeros((), jnp.int32), nothing, nothing)
 
 
-class Penalties(NamedTuple):
-    """Weights of what is minimised beside the loss. Static."""
+class AuxLossWeights(NamedTuple):
+    """Weights of what is minimized beside the loss. Static."""
 
     z_loss: float = 0.0
     """Of (log Z)² (PaLM, arXiv:2204.02311, §5)."""
@@ -76,27 +76,27 @@ class Penalties(NamedTuple):
     """Of KL(base ‖ student)."""
 
 
-def chunk_length(config: DecoderConfig, layout: Layout, rows: int, length: int) -> int:
+def logits_chunk(config: DecoderConfig, layout: ShardingRules, rows: int, length: int) -> int:
     """How many of `length` positions may be projected together when `rows` global rows are in flight."""
-    vocab_sharded = dict(layout.rules)["vocab"] is not None
-    vocab = config.vocab_size // (layout.model if vocab_sharded else 1)
-    fits = max(1, LOGITS_BYTES // (4 * vocab * max(1, rows // layout.data)))
+    vocab_sharded = dict(layout.logical_to_mesh)["vocab"] is not None
+    vocab = config.vocab_size // (layout.tensor_parallelism if vocab_sharded else 1)
+    fits = max(1, LOGITS_BYTES // (4 * vocab * max(1, rows // layout.data_parallelism)))
     chunks = -(-length // fits)
     return -(-length // chunks)
 
 
-def objective(
+def loss_fn(
     config: DecoderConfig,
-    layout: Layout,
+    layout: ShardingRules,
     params: Params,
     batch: Batch,
     *,
     base: Params | None = None,
-    penalties: Penalties | None = None,
+    penalties: AuxLossWeights | None = None,
     compute_dtype: DTypeLike = jnp.float32,
     remat: Remat = "none",
     chunk: int | None = None,
-) -> tuple[Float[Array, ""], LossSums]:
+) -> tuple[Float[Array, ""], LossStats]:
     """Score a batch under teacher forcing.
 
     Args:
@@ -109,13 +109,13 @@ def objective(
       chunk: positions projected together; unset: `chunk_length`.
 
     Returns:
-      What is to be minimised, Σ w · nll + z_loss · Σ |w| (log Z)² + kl · Σ |w| KL, differentiable with respect to
+      What is to be minimized, Σ w · nll + z_loss · Σ |w| (log Z)² + kl · Σ |w| KL, differentiable with respect to
       `params` (once: there is no second derivative), and the sums it is made of, which are not.
     """
     tokens, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
     rows, length = tokens.shape
-    chunk = chunk_length(config, layout, rows, length) if chunk is None else chunk
-    dtype, penalties = jnp.dtype(compute_dtype), penalties or Penalties()
+    chunk = logits_chunk(config, layout, rows, length) if chunk is None else chunk
+    dtype, penalties = jnp.dtype(compute_dtype), penalties or AuxLossWeights()
 
     def hidden_of(params: Params) -> Float[Array, "B T D"]:
         return forward(
@@ -129,22 +129,22 @@ def objective(
             remat=remat,
         )
 
-    head = _Head(config, layout, penalties, dtype, chunk)
-    rest = _Rest(targets, batch.weights)
+    head = _HeadSpec(config, layout, penalties, dtype, chunk)
+    rest = _LossInputs(targets, batch.weights)
     if penalties.kl:
         if base is None:
             raise ValueError("a penalty on KL(base ‖ student) needs the base")
         frozen = jax.lax.stop_gradient(base)
-        rest = rest._replace(base_output=head.gathered(_output(config, frozen)), base_hidden=hidden_of(frozen))
+        rest = rest._replace(base_output=head.all_gather_output(_output(config, frozen)), base_hidden=hidden_of(frozen))
     output = _output(config, params)
-    if not is_divided(layout, head.axes):
-        output = used(layout, output, head.axes, output.dtype)  # as its gradient will lie
+    if not is_fsdp_sharded(layout, head.axes):
+        output = unshard_param(layout, output, head.axes, output.dtype)  # as its gradient will lie
     whole, parts = _head_loss(head, output, hidden_of(params), rest)
     weight, count = jnp.sum(jnp.abs(batch.weights)), jnp.sum(batch.weights != 0, dtype=jnp.int32)
-    return whole, LossSums(parts.loss, weight, count, parts.z, parts.kl)
+    return whole, LossStats(parts.loss, weight, count, parts.z, parts.kl)
 
 
-class _Parts(NamedTuple):
+class _LossTerms(NamedTuple):
     """What the objective is made of; as in `LossSums`."""
 
     loss: Float[Array, ""]
@@ -152,15 +152,15 @@ class _Parts(NamedTuple):
     kl: Float[Array, ""]
 
 
-_Total = tuple[Float[Array, ""], _Parts]
+_Total = tuple[Float[Array, ""], _LossTerms]
 
 
-class _Head(NamedTuple):
+class _HeadSpec(NamedTuple):
     """What the loss above the hidden states depends on beside arrays: static."""
 
     config: DecoderConfig
-    layout: Layout
-    penalties: Penalties
+    layout: ShardingRules
+    penalties: AuxLossWeights
     compute_dtype: Any
     chunk: int
 
@@ -170,19 +170,19 @@ class _Head(NamedTuple):
         group, name = _output_name(self.config)
         return param_axes(self.config)[group][name]
 
-    def gathered(self, output: Float[Array, ...]) -> Float[Array, ...]:
+    def all_gather_output(self, output: Float[Array, ...]) -> Float[Array, ...]:
         """The output matrix as it is multiplied with: gathered once, not once per slice of positions."""
-        return all_gathered(self.layout, output, self.axes, self.compute_dtype)
+        return all_gather_param(self.layout, output, self.axes, self.compute_dtype)
 
-    def summed(self, gradients: Float[Array, ...]) -> Float[Array, ...]:
+    def reduce_scatter_grads(self, gradients: Float[Array, ...]) -> Float[Array, ...]:
         """The sum of the replicas' gradients of it, along the first dimension, as it is stored."""
-        if not is_divided(self.layout, self.axes):
+        if not is_fsdp_sharded(self.layout, self.axes):
             return jnp.sum(gradients, axis=0)
-        specs = (PartitionSpec("data", *self.layout.gathered(self.axes).spec),)
-        return scattered_sum(self.layout, self.axes, lambda own: own[0], specs, gradients)
+        specs = (PartitionSpec("data", *self.layout.unsharded_embed(self.axes).spec),)
+        return psum_scatter_grad(self.layout, self.axes, lambda own: own[0], specs, gradients)
 
 
-class _Rest(NamedTuple):
+class _LossInputs(NamedTuple):
     """What the loss needs and no gradient is taken of."""
 
     targets: Int[Array, "B T"]
@@ -192,42 +192,46 @@ class _Rest(NamedTuple):
     base_hidden: Float[Array, "B T D"] | None = None
     """… hidden states of the base."""
 
-    def beside(self, base_output: Array | None) -> _Rest:
+    def with_base_output(self, base_output: Array | None) -> _LossInputs:
         """The same with the output matrix of the base, which is not sliced."""
         return self._replace(base_output=base_output)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _head_loss(head: _Head, output: Float[Array, ...], hidden: Float[Array, "B T D"], rest: _Rest) -> _Total:
+def _head_loss(head: _HeadSpec, output: Float[Array, ...], hidden: Float[Array, "B T D"], rest: _LossInputs) -> _Total:
     """The objective from the hidden states and the output matrix: as it is stored if replicas divide it."""
 
-    def local(layout: Layout, output: Array, hidden: Array, rest: _Rest) -> _Total:
-        def add(total: _Total, piece: tuple[Array, _Rest]) -> tuple[_Total, None]:
-            found = _slice_loss(head, layout, output, piece[0], piece[1].beside(rest.base_output))
+    def local(layout: ShardingRules, output: Array, hidden: Array, rest: _LossInputs) -> _Total:
+        def add(total: _Total, piece: tuple[Array, _LossInputs]) -> tuple[_Total, None]:
+            found = _chunk_loss(head, layout, output, piece[0], piece[1].with_base_output(rest.base_output))
             return jax.tree.map(jnp.add, total, found), None
 
-        return _stacked(jax.lax.scan(add, _nothing(hidden), _slices(head, hidden, rest))[0])
+        return _stacked(jax.lax.scan(add, _zero_terms(hidden), _chunks(head, hidden, rest))[0])
 
-    return _summed(_on_each_replica(head, local, head.gathered(output), hidden, rest))
+    return _summed(_per_replica(head, local, head.all_gather_output(output), hidden, rest))
 
 
-def _head_loss_forward(head: _Head, output: Array, hidden: Array, rest: _Rest) -> tuple[_Total, tuple[Array, Array]]:
-    def local(layout: Layout, output: Array, hidden: Array, rest: _Rest) -> tuple:
-        slice_gradient = jax.value_and_grad(partial(_slice_loss, head, layout), argnums=(0, 1), has_aux=True)
+def _head_loss_forward(
+    head: _HeadSpec, output: Array, hidden: Array, rest: _LossInputs
+) -> tuple[_Total, tuple[Array, Array]]:
+    def local(layout: ShardingRules, output: Array, hidden: Array, rest: _LossInputs) -> tuple:
+        slice_gradient = jax.value_and_grad(partial(_chunk_loss, head, layout), argnums=(0, 1), has_aux=True)
 
-        def add(carry: tuple[_Total, Array], piece: tuple[Array, _Rest]) -> tuple[tuple[_Total, Array], Array]:
-            found, (d_slice, d_hidden) = slice_gradient(output, piece[0], piece[1].beside(rest.base_output))
+        def add(carry: tuple[_Total, Array], piece: tuple[Array, _LossInputs]) -> tuple[tuple[_Total, Array], Array]:
+            found, (d_slice, d_hidden) = slice_gradient(output, piece[0], piece[1].with_base_output(rest.base_output))
             return jax.tree.map(jnp.add, carry, (found, d_slice.astype(hidden.dtype))), d_hidden
 
-        begin = (_nothing(hidden), jnp.zeros_like(output, hidden.dtype))
-        (total, d_output), d_hidden = jax.lax.scan(add, begin, _slices(head, hidden, rest))
-        return _stacked((total, d_output)), _unsliced(d_hidden, hidden.shape[1])
+        begin = (_zero_terms(hidden), jnp.zeros_like(output, hidden.dtype))
+        (total, d_output), d_hidden = jax.lax.scan(add, begin, _chunks(head, hidden, rest))
+        return _stacked((total, d_output)), _unchunk(d_hidden, hidden.shape[1])
 
-    (sums, d_outputs), d_hidden = _on_each_replica(head, local, head.gathered(output), hidden, rest)
-    return _summed(sums), (head.summed(d_outputs).astype(output.dtype), d_hidden)
+    (sums, d_outputs), d_hidden = _per_replica(head, local, head.all_gather_output(output), hidden, rest)
+    return _summed(sums), (head.reduce_scatter_grads(d_outputs).astype(output.dtype), d_hidden)
 
 
-def _head_loss_backward(head: _Head, gradients: tuple[Array, Array], cotangents: _Total) -> tuple[Array, Array, None]:
+def _head_loss_backward(
+    head: _HeadSpec, gradients: tuple[Array, Array], cotangents: _Total
+) -> tuple[Array, Array, None]:
     d_output, d_hidden = ((cotangents[0] * gradient).astype(gradient.dtype) for gradient in gradients)
     return d_output, d_hidden, None
 
@@ -235,7 +239,9 @@ def _head_loss_backward(head: _Head, gradients: tuple[Array, Array], cotangents:
 _head_loss.defvjp(_head_loss_forward, _head_loss_backward)
 
 
-def _slice_loss(head: _Head, layout: Layout, output: Array, hidden: Float[Array, "B C D"], rest: _Rest) -> _Total:
+def _chunk_loss(
+    head: _HeadSpec, layout: ShardingRules, output: Array, hidden: Float[Array, "B C D"], rest: _LossInputs
+) -> _Total:
     """The objective of C positions of each row, whose logits exist here alone."""
     logits = _logits(head, layout, output, hidden)
     log_total = jax.nn.logsumexp(logits, axis=-1)
@@ -252,12 +258,14 @@ def _slice_loss(head: _Head, layout: Layout, output: Array, hidden: Float[Array,
         whole = whole + head.penalties.z_loss * z
     if head.penalties.kl:
         whole = whole + head.penalties.kl * kl
-    return whole, _Parts(loss, z, kl)
+    return whole, _LossTerms(loss, z, kl)
 
 
-def _logits(head: _Head, layout: Layout, output: Array, hidden: Float[Array, "B C D"]) -> Float[Array, "B C V"]:
+def _logits(
+    head: _HeadSpec, layout: ShardingRules, output: Array, hidden: Float[Array, "B C D"]
+) -> Float[Array, "B C V"]:
     group, name = _output_name(head.config)
-    return project(head.config, layout, {group: {name: output}}, hidden, compute_dtype=head.compute_dtype)
+    return unembed(head.config, layout, {group: {name: output}}, hidden, compute_dtype=head.compute_dtype)
 
 
 def token_nll(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
@@ -271,19 +279,19 @@ def _at_target(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float
     return jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
 
 
-def _on_each_replica(head: _Head, function: Any, output: Array, hidden: Array, rest: _Rest) -> Any:
+def _per_replica(head: _HeadSpec, function: Any, output: Array, hidden: Array, rest: _LossInputs) -> Any:
     """Call `function(layout, output, hidden, rest)` with each replica's own rows; `model` stays an ordinary axis.
 
     What it returns has replicas, or rows, along its first dimension.
     """
     rows = PartitionSpec("data")
-    specs: Any = (PartitionSpec(), rows, dict.fromkeys(_Rest._fields, rows) | {"base_output": PartitionSpec()})
+    specs: Any = (PartitionSpec(), rows, dict.fromkeys(_LossInputs._fields, rows) | {"base_output": PartitionSpec()})
 
     @partial(jax.shard_map, in_specs=specs, out_specs=rows, axis_names={"data"})
     def mapped(output: Array, hidden: Array, parts: dict[str, Array]) -> Any:
-        rest = _Rest(**parts)
-        own = jax.tree.map(_varying, (output, rest.base_output))
-        return function(head.layout.on_one_replica(), own[0], hidden, rest._replace(base_output=own[1]))
+        rest = _LossInputs(**parts)
+        own = jax.tree.map(_pcast_varying, (output, rest.base_output))
+        return function(head.layout.without_data_axis(), own[0], hidden, rest._replace(base_output=own[1]))
 
     return mapped(output, hidden, rest._asdict())
 
@@ -298,19 +306,19 @@ def _summed(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), tree)
 
 
-def _varying(array: Array) -> Array:
+def _pcast_varying(array: Array) -> Array:
     """The same value, from here on each replica's own (what is differentiated stays its own, too)."""
     return jax.lax.pcast(array, "data", to="varying")
 
 
-def _nothing(hidden: Array) -> _Total:
-    zero = _varying(jnp.zeros((), hidden.dtype))
-    return zero, _Parts(zero, zero, zero)
+def _zero_terms(hidden: Array) -> _Total:
+    zero = _pcast_varying(jnp.zeros((), hidden.dtype))
+    return zero, _LossTerms(zero, zero, zero)
 
 
-def _slices(head: _Head, hidden: Array, rest: _Rest) -> tuple[Array, _Rest]:
+def _chunks(head: _HeadSpec, hidden: Array, rest: _LossInputs) -> tuple[Array, _LossInputs]:
     """Everything that has positions, cut into slices of them."""
-    return jax.tree.map(partial(_chunked, chunk=head.chunk), (hidden, rest.beside(None)))
+    return jax.tree.map(partial(_chunked, chunk=head.chunk), (hidden, rest.with_base_output(None)))
 
 
 def _chunked(array: Array, chunk: int) -> Array:
@@ -322,14 +330,14 @@ def _chunked(array: Array, chunk: int) -> Array:
     return jnp.moveaxis(pieces, 1, 0)
 
 
-def _unsliced(pieces: Array, length: int) -> Array:
+def _unchunk(pieces: Array, length: int) -> Array:
     """What `_chunked` cut, whole again."""
     whole = jnp.moveaxis(pieces, 0, 1)
     return whole.reshape(whole.shape[0], -1, *whole.shape[3:])[:, :length]
 
 
 def _output_name(config: DecoderConfig) -> tuple[str, str]:
-    return ("embed", "embedding") if config.tied else ("head", "kernel")
+    return ("embed", "embedding") if config.tie_word_embeddings else ("head", "kernel")
 
 
 def _output(config: DecoderConfig, params: Params) -> Array:

@@ -18,7 +18,7 @@ import optax
 from jax_selftrain.config import TrainConfig
 from jax_selftrain.models import Params
 
-DECAYED = frozenset({"kernel", "embedding", "lora_a", "lora_b"})
+WEIGHT_DECAY_PATHS = frozenset({"kernel", "embedding", "lora_a", "lora_b"})
 """Names of the parameters that weight decay applies to; norm scales and biases are exempt."""
 
 
@@ -63,7 +63,7 @@ def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformat
 
 def decay_mask(params: Params, *, embeddings: bool = True) -> Params:
     """True for every parameter that weight decay applies to: matrices and, where asked, the embedding."""
-    names = DECAYED if embeddings else DECAYED - {"embedding"}
+    names = WEIGHT_DECAY_PATHS if embeddings else WEIGHT_DECAY_PATHS - {"embedding"}
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in names, params)
 
 
@@ -75,10 +75,10 @@ def apply_updates(params: Params, updates: Params) -> Params:
     return jax.tree.map(lambda p, u: jnp.where(u == 0, p.astype(u.dtype), p.astype(u.dtype) + u), params, updates)
 
 
-def rounded(tree: Any, dtype: jax.typing.DTypeLike, key: jax.Array | None) -> Any:
+def cast_params(tree: Any, dtype: jax.typing.DTypeLike, key: jax.Array | None) -> Any:
     """Floating-point arrays in the type they are stored in: to the nearest or, with a key, stochastically.
 
-    Stochastic rounding takes the upper or the lower neighbour with probabilities that make the mean exact, so that
+    Stochastic rounding takes the upper or the lower neighbor with probabilities that make the mean exact, so that
     updates smaller than half a step of bfloat16 count on average (Gupta et al., arXiv:1502.02551).
 
     Args:
@@ -96,11 +96,11 @@ def rounded(tree: Any, dtype: jax.typing.DTypeLike, key: jax.Array | None) -> An
         elif key is None:
             found.append(leaf.astype(dtype))
         else:
-            found.append(_stochastically(leaf, jax.random.fold_in(key, n)))
+            found.append(_stochastic_round(leaf, jax.random.fold_in(key, n)))
     return jax.tree.unflatten(structure, found)
 
 
-def _stochastically(x: jax.Array, key: jax.Array) -> jax.Array:
+def _stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
     """float32 → bfloat16: a random number below one step is added to the bits, the lower half is cut off."""
     noise = jax.random.bits(key, x.shape, jnp.uint16, out_sharding=jax.typeof(x).sharding)
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise.astype(jnp.uint32)

@@ -20,44 +20,48 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_selftrain import hub, settings, storage
-from jax_selftrain.config import TrainConfig
-from jax_selftrain.corpus import Corpus, Mixture, build_rows, open_corpus, read_mix
+from jax_selftrain import hub
+from jax_selftrain.config import TrainConfig, yaml_io
+from jax_selftrain.corpus import Corpus, Mixture, build_packed_rows, open_corpus, parse_mixture
+from jax_selftrain.distributed import barrier
+from jax_selftrain.distributed.mesh import make_mesh
+from jax_selftrain.distributed.sharding import ShardingRules, make_layout
 from jax_selftrain.errors import InputError, UnavailableError
-from jax_selftrain.mesh import Layout, make_layout, make_mesh
-from jax_selftrain.mirrors import named
+from jax_selftrain.io import atomic, lease
+from jax_selftrain.io.manifest import hash_json
+from jax_selftrain.io.remote_paths import restore_uris
 from jax_selftrain.models import DecoderConfig, axis_sizes
-from jax_selftrain.processes import barrier
 from jax_selftrain.training.hooks import check_evaluation
 from jax_selftrain.training.lora import check_lora
 from jax_selftrain.training.step import abstract_batch
+from jax_selftrain.version import versions
 
 FORMAT = 1
 
-CHANGEABLE = (
+EXECUTION_OPTIONS = (
     "mesh", "preset", "remat", "checkpoint_every", "keep", "keep_every", "log_every", "wandb",
     "max_epochs",
 )  # fmt: skip
 """Options that may differ between the launches of one run: the results they give differ by rounding at most."""
 
-_BY_FINGERPRINT = ("model", "corpus", "mix", "out", "eval_texts", "eval_tasks", "eval_sequences")
+FINGERPRINTED_OPTIONS = ("model", "corpus", "mixture", "out", "eval_texts", "eval_tasks", "eval_sequences")
 """Options that are compared by content, not by name: a folder may have been moved."""
 
 
 @dataclass(frozen=True)
-class Inputs:
+class TrainInputs:
     """What a run reads, found to be sound and to fit together."""
 
     config: TrainConfig
     model: DecoderConfig
     raw_config: dict[str, Any]
-    layout: Layout
+    layout: ShardingRules
     corpora: tuple[Corpus, ...]
     """The corpus, then those that are mixed in."""
-    shares: tuple[Fraction, ...]
+    mixture_weights: tuple[Fraction, ...]
     """Share of the rows that come from each of them."""
     fingerprints: dict[str, str]
-    """Of `model` (weights; for a fresh initialisation its config), `tokenizer`, `corpus` and, where there are such,
+    """Of `model` (weights; for a fresh initialization its config), `tokenizer`, `corpus` and, where there are such,
     `mix` and `evaluation`."""
     evaluation: Sequence[Mapping[str, Any]] = ()
     """What is measured on the way: `Hook.measured`."""
@@ -70,9 +74,9 @@ class Run:
     folder: Path
     config: TrainConfig
     """As given, with `steps` and `checkpoint_every` resolved."""
-    inputs: Inputs
+    inputs: TrainInputs
     rows: Mixture
-    identity: str
+    run_hash: str
     """Fingerprint of everything that determines the result."""
 
     @property
@@ -81,7 +85,7 @@ class Run:
         return (self.folder / "model").exists()
 
 
-def read_inputs(config: TrainConfig, evaluation: Sequence[Mapping[str, Any]] = ()) -> Inputs:
+def load_inputs(config: TrainConfig, evaluation: Sequence[Mapping[str, Any]] = ()) -> TrainInputs:
     """Open and check everything that a run reads; nothing is written.
 
     Args:
@@ -91,7 +95,7 @@ def read_inputs(config: TrainConfig, evaluation: Sequence[Mapping[str, Any]] = (
     Raises:
       InputError: an option is out of range, a file is missing or damaged, or model, corpus, batch and mesh do not fit.
     """
-    settings.require(config, "model", "corpus", "out")
+    yaml_io.require(config, "model", "corpus", "out")
     check_ranges(config)
     model, raw_config = hub.read_config(config.model)
     layout = make_layout(config.preset, make_mesh(config.mesh), axis_sizes(model))
@@ -102,25 +106,25 @@ def read_inputs(config: TrainConfig, evaluation: Sequence[Mapping[str, Any]] = (
             f"give at most --seq-len {model.max_positions}"
         )
     tokenizer = hub.tokenizer_fingerprint(config.model)
-    mix = read_mix(config.mix)
+    mix = parse_mixture(config.mixture)
     folders = [config.corpus, *(folder for folder, _ in mix)]
     corpora = tuple(_open_corpus(config, folder, tokenizer, model.vocab_size) for folder in folders)
-    _refuse_doubled(corpora)
+    _check_unique_corpora(corpora)
     shares = tuple(share for _, share in mix)
-    weights = storage.fingerprint(raw_config) if config.init == "scratch" else hub.model_fingerprint(config.model)
+    weights = hash_json(raw_config) if config.init == "scratch" else hub.model_fingerprint(config.model)
     fingerprints = {"model": weights, "tokenizer": tokenizer, "corpus": corpora[0].fingerprint}
     if mix:
         marks = [[str(share), corpus.fingerprint] for share, corpus in zip(shares, corpora[1:], strict=True)]
-        fingerprints["mix"] = storage.fingerprint(marks)
+        fingerprints["mixture"] = hash_json(marks)
     if evaluation:
-        fingerprints["evaluation"] = storage.fingerprint(evaluation)
+        fingerprints["evaluation"] = hash_json(evaluation)
     shares = (1 - sum(shares, Fraction(0)), *shares)
-    return Inputs(config, model, raw_config, layout, corpora, shares, fingerprints, evaluation)
+    return TrainInputs(config, model, raw_config, layout, corpora, shares, fingerprints, evaluation)
 
 
 @contextmanager
-def claim(inputs: Inputs) -> Iterator[Run]:
-    """Take the run folder for this process (group): start it, or recognise it as the same run.
+def acquire_run_folder(inputs: TrainInputs) -> Iterator[Run]:
+    """Take the run folder for this process (group): start it, or recognize it as the same run.
 
     Raises:
       InputError: the folder holds something else, or a run of other inputs or options; says which.
@@ -129,39 +133,39 @@ def claim(inputs: Inputs) -> Iterator[Run]:
     folder = Path(inputs.config.out)
     if jax.process_index():
         barrier("run folder is ready")
-        yield _recognise(folder, inputs)
+        yield _match_existing_run(folder, inputs)
         return
     _refuse_foreign(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder}: cannot be made ({error.strerror}); choose another --out") from error
-    with storage.lease(folder / ".lease") as ours:
+    with lease.lease(folder / ".lease") as ours:
         if not ours:
             raise UnavailableError(f"{folder}: another process is training there; wait for it, or choose another --out")
         if (folder / "run.json").exists():
             _refuse_other_run(folder, inputs)
-        run = _recognise(folder, inputs)
+        run = _match_existing_run(folder, inputs)
         if not (folder / "run.json").exists():
-            settings.save(folder / "config.yaml", run.config)
-            storage.write_json(folder / "run.json", _description(run))
+            yaml_io.save(folder / "config.yaml", run.config)
+            atomic.write_json(folder / "run.json", _description(run))
         barrier("run folder is ready")
         yield run
 
 
-def _recognise(folder: Path, inputs: Inputs) -> Run:
+def _match_existing_run(folder: Path, inputs: TrainInputs) -> Run:
     config = inputs.config
     places = [folder / "rows", *(folder / f"rows-{n}" for n in range(1, len(inputs.corpora)))]
     parts = [
-        build_rows(corpus, place, config.seq_len, config.packing)
+        build_packed_rows(corpus, place, config.seq_len, config.packing)
         for corpus, place in zip(inputs.corpora, places, strict=True)
     ]
-    rows = Mixture(tuple(parts), inputs.shares)
-    steps = config.steps or rows.steps_of_one_pass(config.batch_size)
+    rows = Mixture(tuple(parts), inputs.mixture_weights)
+    steps = config.steps or rows.steps_per_epoch(config.batch_size)
     every = config.checkpoint_every or math.ceil(steps / 10)
     config = dataclasses.replace(config, steps=steps, checkpoint_every=every)
     _check_epochs(config, inputs.corpora, rows, steps)
-    identity = storage.fingerprint({**inputs.fingerprints, "options": _settled(config)})
+    identity = hash_json({**inputs.fingerprints, "options": _with_resolved_defaults(config)})
     return Run(folder, config, inputs, rows, identity)
 
 
@@ -170,23 +174,23 @@ def _check_epochs(config: TrainConfig, corpora: tuple[Corpus, ...], rows: Mixtur
     if config.max_epochs is None:
         return
     limit = Fraction(str(config.max_epochs))
-    epochs, visited = rows.epochs(steps * config.batch_size), rows.visits([steps * config.batch_size])[:, 0]
+    epochs, visited = rows.epochs(steps * config.batch_size), rows.draws_before([steps * config.batch_size])[:, 0]
     most = epochs.index(max(epochs))
     if epochs[most] <= limit:
         return
-    within = rows.steps_within(limit, config.batch_size, steps)
+    within = rows.max_steps(limit, config.batch_size, steps)
     remedy = f"give at most --steps {within}" if within else "not even one step keeps it: give a smaller --batch-size"
     raise InputError(
-        f"{corpora[most].folder}: {steps} steps of {config.batch_size} rows would visit its {len(rows.parts[most])} "
+        f"{corpora[most].folder}: {steps} steps of {config.batch_size} rows would visit its {len(rows.components[most])} "
         f"rows {visited[most]} times ({float(epochs[most]):.4g} epochs), more than --max-epochs {config.max_epochs:g} "
         f"allows; {remedy}"
     )
 
 
-def _settled(config: TrainConfig) -> dict[str, Any]:
+def _with_resolved_defaults(config: TrainConfig) -> dict[str, Any]:
     """The options that determine the result."""
-    free = CHANGEABLE + _BY_FINGERPRINT
-    return {name: value for name, value in settings.to_dict(config).items() if name not in free}
+    free = EXECUTION_OPTIONS + FINGERPRINTED_OPTIONS
+    return {name: value for name, value in yaml_io.to_dict(config).items() if name not in free}
 
 
 def _description(run: Run) -> dict[str, Any]:
@@ -195,22 +199,22 @@ def _description(run: Run) -> dict[str, Any]:
     evaluation = {"fingerprint": fingerprints.get("evaluation"), "measured": list(run.inputs.evaluation)}
     return {
         "format": FORMAT,
-        "versions": storage.versions(),
+        "versions": versions(),
         "model": {"ref": config.model, "init": config.init, "fingerprint": fingerprints["model"]},
         "tokenizer_fingerprint": fingerprints["tokenizer"],
         "corpus": main,
-        "mix": mixed,
-        "rows": len(run.rows.parts[0]),
+        "mixture": mixed,
+        "rows": len(run.rows.components[0]),
         "steps": config.steps,
-        "options": _settled(config),
+        "options": _with_resolved_defaults(config),
         **({"evaluation": evaluation} if run.inputs.evaluation else {}),
-        "identity": run.identity,
+        "identity": run.run_hash,
     }
 
 
 def _described_corpora(run: Run) -> list[dict[str, Any]]:
     inputs, total = run.inputs, (run.config.steps or 1) * run.config.batch_size
-    parts = zip(inputs.corpora, inputs.shares, run.rows.parts, run.rows.epochs(total), strict=True)
+    parts = zip(inputs.corpora, inputs.mixture_weights, run.rows.components, run.rows.epochs(total), strict=True)
     return [
         {
             "ref": str(corpus.folder),
@@ -239,9 +243,9 @@ def _refuse_foreign(folder: Path) -> None:
         )
 
 
-def _refuse_other_run(folder: Path, inputs: Inputs) -> None:
+def _refuse_other_run(folder: Path, inputs: TrainInputs) -> None:
     remedy = "repeat the options it was started with, or choose another --out"
-    before = storage.read_json(folder / "run.json")
+    before = atomic.read_json(folder / "run.json")
     try:
         earlier = {"model": before["model"], "corpus": before["corpus"]}
         if inputs.evaluation:
@@ -250,13 +254,14 @@ def _refuse_other_run(folder: Path, inputs: Inputs) -> None:
         tokenizer = before["tokenizer_fingerprint"]
         marks = {name: entry["fingerprint"] for name, entry in earlier.items()}
         mixed = [
-            (str(entry["ref"]), Fraction(entry["share"]), str(entry["fingerprint"])) for entry in before.get("mix", [])
+            (str(entry["ref"]), Fraction(entry["share"]), str(entry["fingerprint"]))
+            for entry in before.get("mixture", [])
         ]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder / 'run.json'}: is damaged (no {error}); choose another --out") from error
     if format_version != FORMAT:
         raise InputError(f"{folder}: has run format {format_version}, not {FORMAT}; choose another --out")
-    now = _settled(inputs.config)
+    now = _with_resolved_defaults(inputs.config)
     if inputs.config.steps is None:
         now["steps"] = options.get("steps")  # one epoch of the same corpus, rows and batch size: checked by those
     for name in sorted(now.keys() | options.keys()):
@@ -273,14 +278,14 @@ def _refuse_other_run(folder: Path, inputs: Inputs) -> None:
             )
 
 
-def _refuse_other_mix(folder: Path, before: list[tuple[str, Fraction, str]], inputs: Inputs, remedy: str) -> None:
+def _refuse_other_mix(folder: Path, before: list[tuple[str, Fraction, str]], inputs: TrainInputs, remedy: str) -> None:
     """Corpora are compared by share and content, not by name; `before` is (name, share, fingerprint) of each."""
-    parts = zip(inputs.corpora, inputs.shares, strict=True)
-    now = [(named(str(corpus.folder)), share, corpus.fingerprint) for corpus, share in parts][1:]
+    parts = zip(inputs.corpora, inputs.mixture_weights, strict=True)
+    now = [(restore_uris(str(corpus.folder)), share, corpus.fingerprint) for corpus, share in parts][1:]
     if [entry[1:] for entry in before] == [entry[1:] for entry in now]:
         return
     if [entry[:2] for entry in before] != [entry[:2] for entry in now]:
-        raise InputError(f"{folder}: was started with {_spelled(before)}, not {_spelled(now)}; {remedy}")
+        raise InputError(f"{folder}: was started with {_format_mixture(before)}, not {_format_mixture(now)}; {remedy}")
     for (name, _, mark), (_, _, found) in zip(before, now, strict=True):
         if mark != found:
             raise InputError(
@@ -289,9 +294,9 @@ def _refuse_other_mix(folder: Path, before: list[tuple[str, Fraction, str]], inp
             )
 
 
-def _spelled(mix: list[tuple[str, Fraction, str]]) -> str:
+def _format_mixture(mix: list[tuple[str, Fraction, str]]) -> str:
     entries = [f"{name}={float(share):g}" for name, share, _ in mix]
-    return " ".join(["--mix", *entries]) if entries else "no --mix"
+    return " ".join(["--mixture", *entries]) if entries else "no --mixture"
 
 
 def _open_corpus(config: TrainConfig, folder: str, tokenizer: str, vocab_size: int) -> Corpus:
@@ -310,13 +315,13 @@ def _open_corpus(config: TrainConfig, folder: str, tokenizer: str, vocab_size: i
     return corpus
 
 
-def _refuse_doubled(corpora: tuple[Corpus, ...]) -> None:
+def _check_unique_corpora(corpora: tuple[Corpus, ...]) -> None:
     seen: dict[str, Corpus] = {}
     for corpus in corpora:
         twin = seen.setdefault(corpus.fingerprint, corpus)
         if twin is not corpus:
             raise InputError(
-                f"--mix {corpus.folder}: holds the same corpus as {twin.folder}; give each corpus once, with its whole "
+                f"--mixture {corpus.folder}: holds the same corpus as {twin.folder}; give each corpus once, with its whole "
                 "share"
             )
 

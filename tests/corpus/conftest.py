@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jax_selftrain
-from jax_selftrain.corpus import Corpus, Sample, finish_corpus, open_corpus, shard_count, shard_ids, write_shard
+from jax_selftrain.corpus import Corpus, Sample, finalize_corpus, open_corpus, shard_count, shard_ids, write_shard
 
 MakeCorpus = Callable[..., Corpus]
 
@@ -52,7 +52,7 @@ def make_corpus() -> MakeCorpus:
         for index in range(shard_count(len(documents), per_shard)):
             samples = make_samples(documents, shard_ids(index, len(documents), per_shard))
             write_shard(folder, index, samples, {"mismatches": index, "mesh": "1x1"})
-        finish_corpus(folder, make_manifest(len(documents), per_shard, **changes))
+        finalize_corpus(folder, make_manifest(len(documents), per_shard, **changes))
         return open_corpus(folder)
 
     return make

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_selftrain.corpus import Mixture, Rows, batch_indices, read_mix
+from jax_selftrain.corpus import Mixture, PackedRows, batch_indices, parse_mixture
 from jax_selftrain.errors import InputError
 
 
-def rows_of(n: int) -> Rows:
+def rows_of(n: int) -> PackedRows:
     """`n` rows of one position; what they hold plays no part here."""
     empty = np.zeros((n, 1), np.int32)
-    return Rows(np.zeros((n, 2), np.int32), empty, empty, empty.astype(np.float32))
+    return PackedRows(np.zeros((n, 2), np.int32), empty, empty, empty.astype(np.float32))
 
 
 def mixture_of(sizes: tuple[int, ...], parts: tuple[int, ...]) -> Mixture:
@@ -59,22 +59,22 @@ def stream(mixture: Mixture, batch_size: int, seed: int, batches: int) -> tuple[
 @given(mixture=mixtures, batch_size=st.integers(1, 40), seed=seeds)
 def test_batches_found_at_once_are_those_of_a_walk(mixture: Mixture, batch_size: int, seed: int):
     source, _ = stream(mixture, batch_size, seed, -(-200 // batch_size))
-    assert source.tolist() == walk(mixture.shares, len(source))
+    assert source.tolist() == walk(mixture.weights, len(source))
 
 
 @settings(max_examples=80)
 @given(mixture=mixtures)
 def test_every_prefix_holds_each_corpus_by_its_share(mixture: Mixture):
-    counts = mixture.visits(range(300))
+    counts = mixture.draws_before(range(300))
     assert (counts.sum(axis=0) == np.arange(300)).all()
-    for corpus, share in enumerate(mixture.shares):
+    for corpus, share in enumerate(mixture.weights):
         bound = Fraction(corpus + 1, 2)
         assert all(abs(int(counts[corpus, k]) - share * k) <= bound for k in range(300))
 
 
 def test_two_corpora_are_within_half_a_row_of_their_shares():
     mixture = mixture_of((5, 5), (7, 3))
-    counts = mixture.visits(range(1000))
+    counts = mixture.draws_before(range(1000))
     assert abs(counts - np.outer([0.7, 0.3], np.arange(1000))).max() <= 0.5 + 1e-9  # products of binary fractions
 
 
@@ -82,7 +82,7 @@ def test_two_corpora_are_within_half_a_row_of_their_shares():
 @given(mixture=mixtures, batch_size=st.integers(1, 40), seed=seeds)
 def test_every_epoch_of_every_corpus_visits_each_row_once(mixture: Mixture, batch_size: int, seed: int):
     source, row = stream(mixture, batch_size, seed, -(-400 // batch_size))
-    for corpus, part in enumerate(mixture.parts):
+    for corpus, part in enumerate(mixture.components):
         visited, size = row[source == corpus], len(part)
         whole = len(visited) // size
         epochs = np.sort(visited[: whole * size].reshape(whole, size), axis=1)
@@ -120,12 +120,12 @@ def test_batches_are_cut_from_one_sequence_whatever_their_size():
 
 def test_counts_stay_exact_far_out_and_for_awkward_shares():
     """Where floating point has lost the ones: 2^55 places, shares of seventeen digits."""
-    ((_, share),) = read_mix(["a=0.12345678901234567"])
+    ((_, share),) = parse_mixture(["a=0.12345678901234567"])
     assert share == Fraction(12345678901234567, 10**17)
     mixture = Mixture((rows_of(3), rows_of(4)), (1 - share, share))
     k = 2**55 + 1
     main = math.floor((1 - share) * k + Fraction(1, 2))
-    assert mixture.visits([k]).tolist() == [[main], [k - main]]
+    assert mixture.draws_before([k]).tolist() == [[main], [k - main]]
     source, row = mixture.batch(1000, 0, k // 1000)
     assert abs(np.count_nonzero(source) - 1000 * share) <= 1
     assert row.max() <= 3
@@ -134,7 +134,7 @@ def test_counts_stay_exact_far_out_and_for_awkward_shares():
 @settings(max_examples=60)
 @given(mixture=mixtures, batch_size=st.integers(1, 20))
 def test_steps_of_one_pass_are_the_fewest_that_visit_every_row_of_the_main_corpus(mixture: Mixture, batch_size: int):
-    steps = mixture.steps_of_one_pass(batch_size)
+    steps = mixture.steps_per_epoch(batch_size)
     assert mixture.epochs(steps * batch_size)[0] >= 1 > mixture.epochs((steps - 1) * batch_size)[0]
 
 
@@ -160,14 +160,14 @@ def test_the_sequence_is_the_same_in_every_version():
 
 
 def test_shares_are_read_exactly():
-    assert read_mix(["a/b=0.1", "x=y=2.5e-1"]) == (("a/b", Fraction(1, 10)), ("x=y", Fraction(1, 4)))
-    assert read_mix(()) == ()
+    assert parse_mixture(["a/b=0.1", "x=y=2.5e-1"]) == (("a/b", Fraction(1, 10)), ("x=y", Fraction(1, 4)))
+    assert parse_mixture(()) == ()
 
 
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        (["stories"], "--mix stories: give FOLDER=SHARE"),
+        (["stories"], "--mixture stories: give FOLDER=SHARE"),
         (["=0.1"], "give FOLDER=SHARE"),
         (["stories="], "give FOLDER=SHARE"),
         (["stories=much"], "the share much must be a number more than 0 and less than 1"),
@@ -177,11 +177,11 @@ def test_shares_are_read_exactly():
         (["stories=-0.5"], "the share -0.5"),
         (["stories=1"], "the share 1 "),
         (["stories=1e-999999999"], "the share 1e-999999999"),
-        (["a=0.1", "a=0.2"], "--mix a=0.2: a is given twice"),
+        (["a=0.1", "a=0.2"], "--mixture a=0.2: a is given twice"),
         (["a=0.7", "b=0.3"], "the shares sum to 1; they must sum to less than 1"),
     ],
 )
 def test_a_malformed_mix_is_refused(entries: list[str], message: str):
     with pytest.raises(InputError) as caught:
-        read_mix(entries)
+        parse_mixture(entries)
     assert message in str(caught.value)

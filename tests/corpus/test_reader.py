@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_selftrain.corpus import FINISH_REASONS, begin_corpus, open_corpus, write_shard
+from jax_selftrain.corpus import FINISH_REASONS, init_corpus, open_corpus, write_shard
 from jax_selftrain.errors import InputError
 
 
@@ -79,7 +79,7 @@ def test_an_unfinished_corpus_says_how_much_is_missing(corpus):
 
 
 def test_a_corpus_only_begun_is_incomplete(tmp_path):
-    begin_corpus(tmp_path / "c", {"samples": 9, "samples_per_shard": 2})
+    init_corpus(tmp_path / "c", {"samples": 9, "samples_per_shard": 2})
     with pytest.raises(InputError, match="5 of 5 shards are missing"):
         open_corpus(tmp_path / "c")
 

@@ -15,8 +15,8 @@ import pytest
 from jax_selftrain.corpus import (
     SCHEMA,
     Sample,
-    begin_corpus,
-    finish_corpus,
+    finalize_corpus,
+    init_corpus,
     missing_shards,
     open_corpus,
     read_records,
@@ -81,7 +81,7 @@ def test_the_columns_are_those_of_the_interface(tmp_path):
 def test_bytes_do_not_depend_on_order_of_writing_or_on_earlier_writes(tmp_path):
     for name, order in (("a", [0, 1, 2]), ("b", [2, 0, 1])):
         write_all(tmp_path / name, order)
-        finish_corpus(tmp_path / name, REQUEST)
+        finalize_corpus(tmp_path / name, REQUEST)
     assert files(tmp_path / "a") == files(tmp_path / "b")
     write_all(tmp_path / "b", [1])
     assert files(tmp_path / "a") == files(tmp_path / "b")
@@ -89,7 +89,7 @@ def test_bytes_do_not_depend_on_order_of_writing_or_on_earlier_writes(tmp_path):
 
 def test_the_manifest_copies_nothing_that_a_restart_or_mesh_could_change(tmp_path):
     write_all(tmp_path)
-    finish_corpus(tmp_path, REQUEST)
+    finalize_corpus(tmp_path, REQUEST)
     manifest = json.loads((tmp_path / "corpus.json").read_text())
     assert manifest["samples"] == 10
     assert manifest["tokens"] == 50
@@ -108,10 +108,10 @@ def test_missing_shards_are_those_without_file_or_record(tmp_path):
 
 
 def test_going_on_with_a_corpus_forgets_the_records_of_deleted_shards(tmp_path):
-    begin_corpus(tmp_path, REQUEST)
+    init_corpus(tmp_path, REQUEST)
     write_all(tmp_path)
     (tmp_path / "shard-000001.parquet").unlink()
-    begin_corpus(tmp_path, REQUEST)
+    init_corpus(tmp_path, REQUEST)
     assert sorted(read_records(tmp_path)) == [0, 2]
     assert not (tmp_path / "records" / "shard-000001.json").exists()
 
@@ -119,7 +119,7 @@ def test_going_on_with_a_corpus_forgets_the_records_of_deleted_shards(tmp_path):
 def test_finishing_refuses_an_incomplete_corpus_and_says_how_much_is_missing(tmp_path):
     write_all(tmp_path, [0])
     with pytest.raises(InputError, match=r"2 of 3 shards are missing \(shard-000001.parquet, shard-000002.parquet\)"):
-        finish_corpus(tmp_path, REQUEST)
+        finalize_corpus(tmp_path, REQUEST)
     assert not (tmp_path / "corpus.json").exists()
 
 
@@ -127,48 +127,48 @@ def test_finishing_refuses_a_damaged_shard(tmp_path):
     write_all(tmp_path)
     flip_byte(tmp_path / "shard-000001.parquet")
     with pytest.raises(InputError, match=r"shard-000001.parquet.*delete the shard and run the same command"):
-        finish_corpus(tmp_path, REQUEST)
+        finalize_corpus(tmp_path, REQUEST)
 
 
 def test_finishing_refuses_shards_that_do_not_belong(tmp_path):
     write_all(tmp_path)
     write_shard(tmp_path, 7, [sample(28)], {})
     with pytest.raises(InputError, match=r"shard-000007.parquet: does not belong"):
-        finish_corpus(tmp_path, REQUEST)
+        finalize_corpus(tmp_path, REQUEST)
 
 
 def test_finishing_refuses_a_shard_of_other_sample_ids(tmp_path):
     write_all(tmp_path)
     write_shard(tmp_path, 1, [sample(i) for i in range(5, 9)], {})
     with pytest.raises(InputError, match=r"shard-000001.parquet: holds 4 samples from id 5"):
-        finish_corpus(tmp_path, REQUEST)
+        finalize_corpus(tmp_path, REQUEST)
 
 
 def test_an_empty_corpus_is_refused(tmp_path):
     with pytest.raises(InputError, match="empty"):
-        finish_corpus(tmp_path, {**REQUEST, "samples": 0})
+        finalize_corpus(tmp_path, {**REQUEST, "samples": 0})
 
 
 def test_a_folder_belongs_to_the_request_it_was_begun_with(tmp_path):
-    begin_corpus(tmp_path, REQUEST)
-    begin_corpus(tmp_path, REQUEST)
+    init_corpus(tmp_path, REQUEST)
+    init_corpus(tmp_path, REQUEST)
     other = {**REQUEST, "policy": {"temperature": 0.7, "top_k": 0}}
     with pytest.raises(InputError, match=r"policy.temperature = 1.0, this command asks for 0.7"):
-        begin_corpus(tmp_path, other)
+        init_corpus(tmp_path, other)
 
 
 def test_a_source_may_be_moved_while_its_fingerprint_stays(tmp_path):
-    begin_corpus(tmp_path, REQUEST)
+    init_corpus(tmp_path, REQUEST)
     moved = {**REQUEST, "source": {"ref": "elsewhere", "fingerprint": "f" * 64}}
-    assert begin_corpus(tmp_path, moved) == REQUEST
+    assert init_corpus(tmp_path, moved) == REQUEST
     with pytest.raises(InputError, match=r"source.fingerprint = 'ffff"):
-        begin_corpus(tmp_path, {**moved, "source": {"ref": "model", "fingerprint": "0" * 64}})
+        init_corpus(tmp_path, {**moved, "source": {"ref": "model", "fingerprint": "0" * 64}})
 
 
 def test_a_request_given_with_tuples_is_the_same_after_a_restart(tmp_path):
     request = {**REQUEST, "stop_ids": (2,)}
-    begin_corpus(tmp_path, request)
-    begin_corpus(tmp_path, request)
+    init_corpus(tmp_path, request)
+    init_corpus(tmp_path, request)
 
 
 @pytest.mark.parametrize("bad", [[], [sample(0), sample(2)]])

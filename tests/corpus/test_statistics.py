@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from numpy.typing import ArrayLike
 
 from jax_selftrain import hub
-from jax_selftrain.config import ImportConfig
+from jax_selftrain.config import ImportCorpusConfig
 from jax_selftrain.corpus import (
     Sample,
     corpus_statistics,
-    finish_corpus,
+    finalize_corpus,
     import_text,
     open_corpus,
     read_records,
@@ -104,7 +104,7 @@ def test_a_corpus_small_enough_to_count_on_paper(tmp_path):
     ]
     samples = [sample(i, *document) for i, document in enumerate(documents)]
     write(tmp_path, samples, per_shard=2, policy_logprob=-3.25)
-    finish_corpus(tmp_path, {**MANIFEST, "samples": 4, "samples_per_shard": 2})
+    finalize_corpus(tmp_path, {**MANIFEST, "samples": 4, "samples_per_shard": 2})
     assert json.loads((tmp_path / "corpus.json").read_text())["statistics"] == {
         "length": {"mean": 3.25, "std": 0.829156, "min": 2, "median": 3.5, "max": 4},  # std = √(11/16)
         "stopped": 0.5,
@@ -180,8 +180,8 @@ def test_an_imported_corpus_has_statistics_but_for_what_only_a_source_can_tell(t
     model = str(tiny_model("llama"))
     texts = ["the cat sat", "a dog", "the cat sat", "one more text that is too long to be kept whole"]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    corpus = import_text(ImportConfig(str(tmp_path / "t.jsonl"), model, str(tmp_path / "c"), max_tokens=12))
-    samples = list(corpus.documents())
+    corpus = import_text(ImportCorpusConfig(str(tmp_path / "t.jsonl"), model, str(tmp_path / "c"), max_tokens=12))
+    samples = list(corpus.iter_samples())
     found = corpus.manifest["statistics"]
     assert_same(found, counted(samples))
     assert (found["nll_per_token"], found["entropy_per_token"], found["duplicates"]) == (None, None, 0.25)
@@ -198,7 +198,7 @@ def test_the_manifest_does_not_depend_on_who_wrote_which_shard_when_and_where(tm
     samples = [sample(i, rng.integers(0, 9, 6), -rng.random()) for i in range(10)]
     for name, order in (("a", [0, 1, 2]), ("b", [2, 0, 1])):
         write(tmp_path / name, samples, order=order, mesh=name, policy_logprob=-1.1)
-        finish_corpus(tmp_path / name, {**MANIFEST, "samples": 10, "samples_per_shard": 4})
+        finalize_corpus(tmp_path / name, {**MANIFEST, "samples": 10, "samples_per_shard": 4})
     assert (tmp_path / "a" / "corpus.json").read_bytes() == (tmp_path / "b" / "corpus.json").read_bytes()
 
 

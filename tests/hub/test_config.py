@@ -149,7 +149,7 @@ def test_pythia_config_is_read():
     assert config.qkv_bias
     assert config.out_bias
     assert config.mlp_bias
-    assert not config.tied
+    assert not config.tie_word_embeddings
     assert config.rope == RopeConfig(theta=10000.0)
 
 
@@ -231,7 +231,7 @@ REFUSED: dict[str, tuple[Family, dict[str, Any], list[str]]] = {
         ["low_freq_factor", "high_freq_factor"],
     ),
     "activation": ("gpt_neox", {"hidden_act": "mish"}, ["hidden_act", "'mish'"]),
-    "quantised": ("llama", {"quantization_config": {"bits": 4}}, ["quantization_config"]),
+    "quantized": ("llama", {"quantization_config": {"bits": 4}}, ["quantization_config"]),
     "custom code": ("llama", {"auto_map": {"AutoModel": "x.Y"}}, ["auto_map"]),
     "cross attention": ("llama", {"add_cross_attention": True}, ["add_cross_attention"]),
     "not causal": ("llama", {"is_causal": False}, ["is_causal"]),

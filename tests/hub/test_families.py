@@ -8,7 +8,7 @@ import pytest
 from jax_selftrain.hub.families import FAMILIES, Pattern
 
 SIZES = {"d": 5, "g": 3, "r": 2, "k": 4, "f": 6, "v": 7}
-PATTERNS = sorted({row.pattern.text for family in FAMILIES.values() for row in family.rows})
+PATTERNS = sorted({row.pattern.template for family in FAMILIES.values() for row in family.rows})
 
 
 def read(pattern: Pattern, tensor: np.ndarray, box: tuple[slice, ...]) -> np.ndarray:
@@ -17,7 +17,7 @@ def read(pattern: Pattern, tensor: np.ndarray, box: tuple[slice, ...]) -> np.nda
     picked = tensor
     for dimension, runs in enumerate(parts):
         picked = np.concatenate([picked.take(range(*run), axis=dimension) for run in runs], axis=dimension)
-    return pattern.to_ours(picked, box)
+    return pattern.from_hf(picked, box)
 
 
 @pytest.mark.parametrize("text", PATTERNS)
@@ -40,7 +40,7 @@ def test_writing_is_the_inverse_of_reading(text: str):
     pattern = Pattern(text)
     layer = np.random.default_rng(0).standard_normal([SIZES[axis] for axis in pattern.axes])
     tensor = np.zeros(pattern.file_shape(SIZES))
-    pattern.write(layer, tensor, SIZES)
+    pattern.to_hf(layer, tensor, SIZES)
     np.testing.assert_array_equal(read(pattern, tensor, tuple(slice(0, n) for n in layer.shape)), layer)
 
 
@@ -55,7 +55,7 @@ def test_neox_fuses_query_key_and_value_as_heads_3_head_width():
         runs = pattern.file_parts(box, sizes)[0]
         picked = np.concatenate([fused[start:stop] for start, stop in runs])
         expected = apart[:, slot].transpose(2, 0, 1).reshape([sizes[axis] for axis in pattern.axes])
-        np.testing.assert_array_equal(pattern.to_ours(picked, box), expected)
+        np.testing.assert_array_equal(pattern.from_hf(picked, box), expected)
 
 
 def test_contiguous_parts_are_read_in_one_piece():

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_selftrain.mesh import Layout, make_layout, make_mesh, using
+from jax_selftrain.distributed.mesh import make_mesh, mesh_context
+from jax_selftrain.distributed.sharding import ShardingRules, make_layout
 from jax_selftrain.models import (
     DecoderConfig,
     Params,
@@ -16,7 +17,7 @@ from jax_selftrain.models import (
     axis_sizes,
     forward,
     init_params,
-    project,
+    unembed,
 )
 
 BASE = DecoderConfig(
@@ -39,7 +40,7 @@ BASE = DecoderConfig(
     out_bias=True,
     mlp_bias=True,
     qk_norm=True,
-    tied=False,
+    tie_word_embeddings=False,
     sliding_window=None,
     initializer_range=0.5,
 )
@@ -64,7 +65,7 @@ FIELDS: dict[str, Any] = {
     "out_bias": False,
     "mlp_bias": False,
     "qk_norm": False,
-    "tied": True,
+    "tie_word_embeddings": True,
     "sliding_window": (4, None),
     "initializer_range": 0.25,
 }
@@ -87,19 +88,19 @@ ROPE_FIELDS: dict[str, tuple[RopeConfig, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def layout() -> Layout:
+def layout() -> ShardingRules:
     return make_layout("replicated", make_mesh("data=1"), axis_sizes(BASE))
 
 
 @pytest.fixture(scope="module")
-def params(layout: Layout) -> Params:
+def params(layout: ShardingRules) -> Params:
     return init_params(BASE, 0, layout)
 
 
-def logits(config: DecoderConfig, layout: Layout, params: Params) -> np.ndarray:
-    with using(layout.mesh):
+def logits(config: DecoderConfig, layout: ShardingRules, params: Params) -> np.ndarray:
+    with mesh_context(layout.mesh):
         hidden = forward(config, layout, params, jnp.asarray(TOKENS, jnp.int32))
-        return np.asarray(project(config, layout, params, hidden))
+        return np.asarray(unembed(config, layout, params, hidden))
 
 
 def test_all_fields_are_perturbed_here():
@@ -108,7 +109,7 @@ def test_all_fields_are_perturbed_here():
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_a_config_field_changes_parameters_or_output(field: str, layout: Layout, params: Params):
+def test_a_config_field_changes_parameters_or_output(field: str, layout: ShardingRules, params: Params):
     changed = replace(BASE, **{field: FIELDS[field]})
     if field == "initializer_range":
         fresh = init_params(changed, 0, layout)["head"]["kernel"]
@@ -121,7 +122,7 @@ def test_a_config_field_changes_parameters_or_output(field: str, layout: Layout,
 
 
 @pytest.mark.parametrize("field", ROPE_FIELDS)
-def test_a_rotary_field_changes_the_output(field: str, layout: Layout, params: Params):
+def test_a_rotary_field_changes_the_output(field: str, layout: ShardingRules, params: Params):
     rope, change = ROPE_FIELDS[field]
     before = logits(replace(BASE, rope=rope), layout, params)
     after = logits(replace(BASE, rope=replace(rope, **change)), layout, params)

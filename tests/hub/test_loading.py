@@ -14,13 +14,14 @@ from parity_cases import case_tokens
 
 from jax_selftrain import hub
 from jax_selftrain.config import ConvertConfig
+from jax_selftrain.distributed.mesh import make_mesh
+from jax_selftrain.distributed.sharding import make_layout
 from jax_selftrain.errors import InputError
-from jax_selftrain.hub.binding import TensorInfo
 from jax_selftrain.hub.families import FAMILIES as TABLES
 from jax_selftrain.hub.safetensors_io import SafetensorsReader, load_params, open_weights
-from jax_selftrain.mesh import make_layout, make_mesh
+from jax_selftrain.hub.weight_mapping import TensorInfo
+from jax_selftrain.io.atomic import read_json
 from jax_selftrain.models import axis_sizes, param_shardings
-from jax_selftrain.storage import read_json
 
 
 class CountingReader:

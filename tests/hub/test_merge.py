@@ -14,9 +14,11 @@ from models_factory import FAMILIES, Family, write_tiny_hf_model
 from parity_cases import CASES, transformers_logits
 from safetensors.numpy import load_file, save_file
 
-from jax_selftrain import cli, hub, storage
+from jax_selftrain import cli, hub
 from jax_selftrain.config import ConvertConfig, MergeConfig
 from jax_selftrain.errors import InputError
+from jax_selftrain.io import atomic
+from jax_selftrain.io.manifest import folder_manifest
 
 
 def params_of(model: Path) -> dict[str, np.ndarray]:
@@ -107,7 +109,7 @@ def test_weight_is_a_coordinate_on_the_line(models: tuple[Path, Path], merged: P
 
 
 def test_result_is_a_float32_model_that_says_what_it_was_made_of(models: tuple[Path, Path], merged: Path):
-    record = storage.read_json(merged / "model.json")
+    record = atomic.read_json(merged / "model.json")
     assert record["metadata"] == {
         "made_by": "merge",
         "weight": -0.5,
@@ -122,8 +124,8 @@ def test_result_is_a_float32_model_that_says_what_it_was_made_of(models: tuple[P
 def test_narrow_models_give_a_float32_result(tmp_path: Path):
     at = pair(tmp_path, "gpt_neox", dtype="float16", torch_dtype="float16", tokenizer=False)
     out = hub.merge(options(at, tmp_path / "out", 0.5))
-    assert set(storage.read_json(out / "model.json")["dtypes"].values()) == {"float32"}
-    assert storage.read_json(out / "config.json")["torch_dtype"] == "float32"
+    assert set(atomic.read_json(out / "model.json")["dtypes"].values()) == {"float32"}
+    assert atomic.read_json(out / "config.json")["torch_dtype"] == "float32"
 
 
 def test_folders_of_ours_and_of_hugging_face_merge_alike(models: tuple[Path, Path], merged: Path, tmp_path: Path):
@@ -163,7 +165,7 @@ def test_the_command_takes_weights_below_zero(models: tuple[Path, Path], merged:
 
 
 def test_another_merge_in_the_same_place_is_refused(models: tuple[Path, Path], merged: Path, tmp_path: Path):
-    before = storage.hash_folder(merged)
+    before = folder_manifest(merged)
     with pytest.raises(InputError, match=r"holds a merge with --weight -0\.5, not 0\.5"):
         hub.merge(options(models, merged, 0.5))
     with pytest.raises(InputError, match="holds a merge with another student"):
@@ -173,7 +175,7 @@ def test_another_merge_in_the_same_place_is_refused(models: tuple[Path, Path], m
     (tmp_path / "file").write_text("precious")
     with pytest.raises(InputError, match="already exists"):
         hub.merge(options(models, tmp_path / "file", 0.5))
-    assert storage.hash_folder(merged) == before
+    assert folder_manifest(merged) == before
 
 
 def test_a_damaged_result_is_not_taken_for_done(models: tuple[Path, Path], merged: Path, tmp_path: Path):

@@ -78,9 +78,9 @@ def test_stories260k_logits_equal_transformers(stories260k: Path):
 
 def test_stories260k_greedy_text_begins_as_the_data_says(stories260k: Path):
     model = hub.load_model(stories260k, "data=1")
-    assert model.special.start_id == 1
+    assert model.special_tokens.bos_token_id == 1
     tokens = np.zeros((1, 64), np.int64)
-    tokens[0, 0] = model.special.start_id
+    tokens[0, 0] = model.special_tokens.bos_token_id
     for position in range(tokens.shape[1] - 1):  # causal: what stands behind `position` does not matter
         tokens[0, position + 1] = model.logits(tokens)[0, position].argmax()
     text = model.tokenizer.decode(tokens[0, 1:])

@@ -12,8 +12,9 @@ from models_factory import tiny_weights, write_tiny_hf_model
 
 from jax_selftrain import hub
 from jax_selftrain.config import ConvertConfig, MergeConfig
-from jax_selftrain.hub.digest import weights_fingerprint
-from jax_selftrain.storage import read_json, sha256_file
+from jax_selftrain.hub.weights_hash import hash_weights
+from jax_selftrain.io.atomic import read_json
+from jax_selftrain.io.manifest import sha256_file
 
 
 @pytest.mark.slow
@@ -44,7 +45,7 @@ def test_two_processes_read_half_each_and_save_merge_and_convert_together(tmp_pa
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
 
-    expected = weights_fingerprint(hub.load_model(folder, "data=1").params)
+    expected = hash_weights(hub.load_model(folder, "data=1").params)
     total = sum(value.nbytes for value in tiny_weights(read_json(folder / "config.json")).values())
     for index in range(2):
         seen = read_json(tmp_path / f"seen-{index}.json")
@@ -55,6 +56,6 @@ def test_two_processes_read_half_each_and_save_merge_and_convert_together(tmp_pa
         assert "already exists" in seen["refused"]
         assert seen["merged"] == hub.model_fingerprint(merged)
     assert read_json(tmp_path / "seen-1.json")["alone"] == expected
-    assert weights_fingerprint(hub.load_model(tmp_path / "together", "data=1").params) == expected
+    assert hash_weights(hub.load_model(tmp_path / "together", "data=1").params) == expected
     assert hub.model_fingerprint(tmp_path / "converted") == hub.model_fingerprint(tmp_path / "ours")
     assert sha256_file(tmp_path / "exported" / "model.safetensors") == sha256_file(folder / "model.safetensors")

@@ -14,10 +14,10 @@ from safetensors.numpy import load_file, save_file
 
 from jax_selftrain import hub
 from jax_selftrain.config import ConvertConfig
+from jax_selftrain.distributed.mesh import mesh_context
 from jax_selftrain.hub import safetensors_io
 from jax_selftrain.hub.families import FAMILIES as TABLES
-from jax_selftrain.mesh import using
-from jax_selftrain.storage import read_json
+from jax_selftrain.io.atomic import read_json
 
 
 def tensors_of(folder: Path) -> dict[str, np.ndarray]:
@@ -107,7 +107,7 @@ def test_large_weights_are_split_with_an_index(tmp_path: Path, tiny_model: Calla
 def test_trained_weights_are_exported_in_fp32(tmp_path: Path):
     source = write_tiny_hf_model(tmp_path / "hf", "gpt_neox", dtype="float16", torch_dtype="float16")
     model = hub.load_model(source, "data=2,model=2", preset="fsdp")
-    with using(model.layout.mesh):
+    with mesh_context(model.layout.mesh):
         params = jax.tree.map(lambda x: x * 1.0001, model.params)
     _, raw = hub.read_config(source)
     hub.save_model(tmp_path / "ours", raw, params, source_ref=source, metadata={"step": 7})
@@ -137,11 +137,11 @@ def test_save_pretrained_writes_what_was_loaded(tmp_path: Path):
 def test_a_model_with_other_weights_is_saved_under_the_same_names(tmp_path: Path):
     source = write_tiny_hf_model(tmp_path / "hf", "gpt_neox", dtype="float16")
     base = hub.load_model(source, "data=1")
-    model = hub.with_params(source, base.params, base.layout)
+    model = hub.model_with_params(source, base.params, base.layout)
     assert set(model.source.tensors.values()) == {"float32"}
     saved = tensors_of(model.save_pretrained(tmp_path / "out"))
     assert saved.keys() == tensors_of(source).keys()
-    assert model.special == base.special
+    assert model.special_tokens == base.special_tokens
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")

@@ -10,11 +10,12 @@ from jax.experimental import multihost_utils
 
 from jax_selftrain import hub
 from jax_selftrain.config import ConvertConfig, MergeConfig
+from jax_selftrain.distributed.mesh import make_mesh
+from jax_selftrain.distributed.sharding import make_layout
 from jax_selftrain.errors import InputError
-from jax_selftrain.hub.digest import weights_fingerprint
 from jax_selftrain.hub.families import FAMILIES
 from jax_selftrain.hub.safetensors_io import SafetensorsReader, load_params, open_weights
-from jax_selftrain.mesh import make_layout, make_mesh
+from jax_selftrain.hub.weights_hash import hash_weights
 from jax_selftrain.models import axis_sizes
 
 
@@ -41,10 +42,10 @@ def main(coordinator: str, index: int, work: Path) -> None:
         counting = CountingReader(reader)
         params, _ = load_params(counting, FAMILIES[raw["model_type"]], config, layout)
     seen["read"] = counting.bytes
-    seen["fingerprint"] = weights_fingerprint(params)
+    seen["fingerprint"] = hash_weights(params)
 
     hub.save_model(work / "together", raw, params, source_ref=work / "hf", metadata={})
-    seen["restored"] = weights_fingerprint(hub.load_model(work / "together", make_mesh("data=2,model=4")).params)
+    seen["restored"] = hash_weights(hub.load_model(work / "together", make_mesh("data=2,model=4")).params)
     try:
         hub.save_model(work / "together", raw, params, source_ref=work / "hf", metadata={})
     except InputError as error:
@@ -58,9 +59,7 @@ def main(coordinator: str, index: int, work: Path) -> None:
     hub.convert(ConvertConfig(source=str(work / "converted"), out=str(work / "exported"), format="hf"))
 
     if index == 1:  # alone, on its own devices: must not wait for the other process
-        seen["alone"] = weights_fingerprint(
-            hub.load_model(work / "ours", make_mesh("model=2", jax.local_devices())).params
-        )
+        seen["alone"] = hash_weights(hub.load_model(work / "ours", make_mesh("model=2", jax.local_devices())).params)
     (work / f"seen-{index}.json").write_text(json.dumps(seen))
     multihost_utils.sync_global_devices("done")
 

@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_selftrain.mesh import Layout, make_layout, make_mesh, place, using
-from jax_selftrain.models.attention import attention_over, fused_attention
+from jax_selftrain.distributed.mesh import make_mesh, mesh_context
+from jax_selftrain.distributed.sharding import ShardingRules, make_layout, shard_host_array
+from jax_selftrain.models.attention import dot_product_attention, splash_attention
 
 B, T, G, R, K = 2, 256, 2, 4, 64
 AXES = (("batch", None, "kv_heads", "q_per_kv", None), ("batch", None, "kv_heads", None), ("batch", None))
 
 
-def layout_of(spec: str) -> Layout:
+def layout_of(spec: str) -> ShardingRules:
     sizes = {"embed": 64, "vocab": 64, "mlp": 64, "kv_heads": G, "q_per_kv": R}
     return make_layout("tensor", make_mesh(spec), sizes)
 
@@ -31,21 +32,22 @@ def operands() -> tuple[np.ndarray, ...]:
 
 def written_out(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
     visible = jnp.tril(jnp.ones((T, T), bool)) & (segments[:, :, None] == segments[:, None, :])
-    return attention_over(q, k, v, visible, jnp.bfloat16)
+    return dot_product_attention(q, k, v, visible, jnp.bfloat16)
 
 
-def value_and_gradients(layout: Layout, attention, segmented: bool) -> tuple[np.ndarray, ...]:
+def value_and_gradients(layout: ShardingRules, attention, segmented: bool) -> tuple[np.ndarray, ...]:
     def value(q, k, v, segments):
         context = attention(q, k, v, segments)
         weights = jnp.sin(jnp.arange(context.size, dtype=jnp.float32)).reshape(context.shape)
         return jnp.sum(context * jax.reshard(weights, jax.typeof(context).sharding)), context
 
     q, k, v, segments = operands()
-    with using(layout.mesh):
+    with mesh_context(layout.mesh):
         arrays = [
-            place(layout, array, axes) for array, axes in zip((q, k, v), (AXES[0], AXES[1], AXES[1]), strict=True)
+            shard_host_array(layout, array, axes)
+            for array, axes in zip((q, k, v), (AXES[0], AXES[1], AXES[1]), strict=True)
         ]
-        documents = place(layout, segments if segmented else np.zeros_like(segments), AXES[2])
+        documents = shard_host_array(layout, segments if segmented else np.zeros_like(segments), AXES[2])
         gradients, context = jax.jit(jax.grad(value, argnums=(0, 1, 2), has_aux=True))(*arrays, documents)
     return tuple(np.asarray(array) for array in (context, *gradients))
 
@@ -54,7 +56,7 @@ def value_and_gradients(layout: Layout, attention, segmented: bool) -> tuple[np.
 @pytest.mark.parametrize("spec", ["data=1,model=1", "data=2,model=2", "data=1,model=4"])
 def test_fused_attention_is_the_written_out_form(spec: str, segmented: bool):
     layout = layout_of(spec)
-    fused = partial(fused_attention, layout, compute_dtype=jnp.bfloat16, interpret=True)
+    fused = partial(splash_attention, layout, compute_dtype=jnp.bfloat16, interpret=True)
     expected = value_and_gradients(layout, written_out, segmented)
     found = value_and_gradients(layout, fused, segmented)
     for one, other in zip(found, expected, strict=True):

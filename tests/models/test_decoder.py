@@ -8,34 +8,35 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_selftrain.mesh import Layout, make_layout, make_mesh, place, using
+from jax_selftrain.distributed.mesh import make_mesh, mesh_context
+from jax_selftrain.distributed.sharding import ShardingRules, make_layout, shard_host_array
 from jax_selftrain.models import (
-    PAGE,
+    TAIL_LEN,
     DecoderConfig,
     RopeConfig,
-    abstract_known,
+    abstract_precomputed,
     axis_sizes,
     decode_step,
-    filled_blocks,
-    flush_page,
+    flush_tail,
     forward,
     init_cache,
     init_params,
-    learned,
+    num_used_blocks,
     param_shardings,
-    project,
+    precompute,
+    unembed,
 )
-from jax_selftrain.pods.traced import flops
+from jax_selftrain.planning.jaxpr_flops import flops
 
 LLAMA = DecoderConfig(
     vocab_size=512, hidden_size=64, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=8, intermediate_size=172,
     max_positions=512, norm="rmsnorm", norm_eps=1e-5, activation="silu", gated_mlp=True, parallel_residual=False,
-    rotary_dim=8, rope=RopeConfig(), qkv_bias=False, out_bias=False, mlp_bias=False, qk_norm=True, tied=True,
+    rotary_dim=8, rope=RopeConfig(), qkv_bias=False, out_bias=False, mlp_bias=False, qk_norm=True, tie_word_embeddings=True,
     initializer_range=0.1,
 )  # fmt: skip
 NEOX = dataclasses.replace(
     LLAMA, num_kv_heads=8, norm="layernorm", activation="gelu", gated_mlp=False, parallel_residual=True, rotary_dim=2,
-    qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=False, tied=False, sliding_window=(40, None),
+    qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=False, tie_word_embeddings=False, sliding_window=(40, None),
 )  # fmt: skip
 MQA = dataclasses.replace(LLAMA, num_kv_heads=1)
 slow = pytest.mark.slow
@@ -46,7 +47,7 @@ ROUNDING = 2e-5
 """Logits here are of order 1–10; fp32 sums of a few hundred terms in another order move them by some 1e-6."""
 
 
-def layout_of(config: DecoderConfig, spec: str = "data=1", preset: str = "tensor") -> Layout:
+def layout_of(config: DecoderConfig, spec: str = "data=1", preset: str = "tensor") -> ShardingRules:
     return make_layout(preset, make_mesh(spec), axis_sizes(config))
 
 
@@ -54,12 +55,12 @@ def tokens_of(rows: int, length: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 512, (rows, length)).astype(np.int32)
 
 
-def logits_of(config: DecoderConfig, layout: Layout, tokens: np.ndarray, **given) -> np.ndarray:
+def logits_of(config: DecoderConfig, layout: ShardingRules, tokens: np.ndarray, **given) -> np.ndarray:
     params = init_params(config, 0, layout)
-    given = {name: place(layout, value, ("batch", None)) for name, value in given.items()}
-    with using(layout.mesh):
-        run = jax.jit(lambda p, t, kw: project(config, layout, p, forward(config, layout, p, t, **kw)))
-        return np.asarray(run(params, place(layout, tokens, ("batch", None)), given))
+    given = {name: shard_host_array(layout, value, ("batch", None)) for name, value in given.items()}
+    with mesh_context(layout.mesh):
+        run = jax.jit(lambda p, t, kw: unembed(config, layout, p, forward(config, layout, p, t, **kw)))
+        return np.asarray(run(params, shard_host_array(layout, tokens, ("batch", None)), given))
 
 
 @pytest.mark.parametrize("config", FAMILIES)
@@ -88,17 +89,19 @@ def test_what_depends_on_a_token_alone_can_be_looked_up(config: DecoderConfig, l
         table[device, : len(own)] = own
         mine = slice(2 * device, 2 * device + 2)
         places[mine] = np.argsort(own)[np.searchsorted(np.sort(own), tokens[mine])]
-    with using(layout.mesh):
+    with mesh_context(layout.mesh):
         params = init_params(config, 0, layout)
-        shapes = abstract_known(config, layout, params, 160, jnp.float32)
+        shapes = abstract_precomputed(config, layout, params, 160, jnp.float32)
         before = jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, out_sharding=leaf.sharding), shapes)
-        learn = jax.jit(partial(learned, config, layout), static_argnums=4)
-        chunks = place(layout, np.asarray(-(-max(map(len, vocabularies)) // 16), np.int32), ())
-        known = learn(params, before, place(layout, table, ("batch", None)), chunks, 16)
+        learn = jax.jit(partial(precompute, config, layout), static_argnums=4)
+        chunks = shard_host_array(layout, np.asarray(-(-max(map(len, vocabularies)) // 16), np.int32), ())
+        known = learn(params, before, shard_host_array(layout, table, ("batch", None)), chunks, 16)
         run = jax.jit(
-            lambda p, t, at, known: project(config, layout, p, forward(config, layout, p, t, at=at, known=known))
+            lambda p, t, at, known: unembed(
+                config, layout, p, forward(config, layout, p, t, query_positions=at, precomputed=known)
+            )
         )
-        found = run(params, *(place(layout, array, ("batch", None)) for array in (places, at)), known)
+        found = run(params, *(shard_host_array(layout, array, ("batch", None)) for array in (places, at)), known)
     np.testing.assert_allclose(found, logits_of(config, layout, tokens, at=at), atol=ROUNDING)
 
 
@@ -106,9 +109,11 @@ def test_what_depends_on_a_token_alone_can_be_looked_up(config: DecoderConfig, l
 def test_a_look_up_spares_the_products_of_the_first_layer(config: DecoderConfig, spared: str):
     layout = layout_of(config)
     params = init_params(config, 0, layout)
-    with using(layout.mesh):
-        tokens, at = (place(layout, array, ("batch", None)) for array in (tokens_of(4, 70), np.zeros((4, 9), np.int32)))
-        known = abstract_known(config, layout, params, 160, jnp.float32)
+    with mesh_context(layout.mesh):
+        tokens, at = (
+            shard_host_array(layout, array, ("batch", None)) for array in (tokens_of(4, 70), np.zeros((4, 9), np.int32))
+        )
+        known = abstract_precomputed(config, layout, params, 160, jnp.float32)
 
         def operations(known) -> float:
             return flops(jax.make_jaxpr(partial(forward, config, layout))(params, tokens, at=at, known=known))
@@ -135,61 +140,64 @@ def test_logits_and_parameters_are_the_same_on_any_mesh(config, spec, preset):
 class Decoding:
     """One token a row and step, with as many settled slots as `tokens` need."""
 
-    def __init__(self, config: DecoderConfig, layout: Layout, rows: int, capacity: int, **options):
+    def __init__(self, config: DecoderConfig, layout: ShardingRules, rows: int, capacity: int, **options):
         self.config, self.layout, self.params = config, layout, init_params(config, 0, layout)
-        with using(layout.mesh):
+        with mesh_context(layout.mesh):
             self.cache = jax.jit(lambda: init_cache(config, layout, rows, capacity, **options))()
         self.settled = np.zeros(rows, np.int32)
 
         @jax.jit
         def step(params, cache, token, settled, offset):
             hidden, cache = decode_step(
-                config, layout, params, cache, token, settled + offset, settled, filled_blocks(cache, settled), offset
+                config, layout, params, cache, token, settled + offset, settled, num_used_blocks(cache, settled), offset
             )
-            return project(config, layout, params, hidden), cache
+            return unembed(config, layout, params, hidden), cache
 
-        self._step, self._flush = step, jax.jit(partial(flush_page, layout))
+        self._step, self._flush = step, jax.jit(partial(flush_tail, layout))
 
     def page(self, tokens: np.ndarray) -> np.ndarray:
         """Feed up to a page of tokens [B, T ≤ PAGE]; logits [B, T, V]. A whole page is flushed."""
         logits = []
-        with using(self.layout.mesh):
-            settled = place(self.layout, self.settled, ("batch",))
+        with mesh_context(self.layout.mesh):
+            settled = shard_host_array(self.layout, self.settled, ("batch",))
             for t in range(tokens.shape[1]):
-                token = place(self.layout, tokens[:, t], ("batch",))
+                token = shard_host_array(self.layout, tokens[:, t], ("batch",))
                 out, self.cache = self._step(self.params, self.cache, token, settled, jnp.int32(t))
                 logits.append(np.asarray(out))
-            if tokens.shape[1] == PAGE:
+            if tokens.shape[1] == TAIL_LEN:
                 self.cache = self._flush(self.cache, settled)
-        self.settled = self.settled + PAGE
+        self.settled = self.settled + TAIL_LEN
         return np.stack(logits, axis=1)
 
     def all(self, tokens: np.ndarray) -> np.ndarray:
-        return np.concatenate([self.page(tokens[:, t : t + PAGE]) for t in range(0, tokens.shape[1], PAGE)], axis=1)
+        return np.concatenate(
+            [self.page(tokens[:, t : t + TAIL_LEN]) for t in range(0, tokens.shape[1], TAIL_LEN)], axis=1
+        )
 
 
 @pytest.mark.parametrize("config", FAMILIES)
 @pytest.mark.parametrize("spec", MESHES)
-@pytest.mark.parametrize("block", [PAGE, 2 * PAGE])
+@pytest.mark.parametrize("block", [TAIL_LEN, 2 * TAIL_LEN])
 def test_token_by_token_equals_all_at_once(config, spec, block):
-    layout, tokens = layout_of(config, spec), tokens_of(4, 3 * PAGE + 9)
-    decoded = Decoding(config, layout, 4, 3 * PAGE, block=block).all(tokens)
+    layout, tokens = layout_of(config, spec), tokens_of(4, 3 * TAIL_LEN + 9)
+    decoded = Decoding(config, layout, 4, 3 * TAIL_LEN, block=block).all(tokens)
     np.testing.assert_allclose(decoded, logits_of(config, layout, tokens), atol=ROUNDING)
 
 
 @pytest.mark.parametrize("spec", ["data=1", "data=2"])
-def test_a_row_has_the_same_bits_whatever_its_neighbours_have_behind_them(spec):
+def test_a_row_has_the_same_bits_whatever_its_neighbors_have_behind_them(spec):
     """Row 0 starts afresh while row 1 goes on: what refilling finished rows needs. The capacity does not matter."""
-    config, layout, tokens = LLAMA, layout_of(LLAMA, spec), tokens_of(4, 4 * PAGE)
+    config, layout, tokens = LLAMA, layout_of(LLAMA, spec), tokens_of(4, 4 * TAIL_LEN)
     fresh, long = tokens[:2], tokens[2:]
     alone, decoding = [
-        Decoding(config, layout, 2, capacity, block=block) for capacity, block in ((4 * PAGE, PAGE), (8 * PAGE, PAGE))
+        Decoding(config, layout, 2, capacity, block=block)
+        for capacity, block in ((4 * TAIL_LEN, TAIL_LEN), (8 * TAIL_LEN, TAIL_LEN))
     ]
-    expected = alone.all(long), Decoding(config, layout, 2, PAGE, block=PAGE).page(fresh[:, :PAGE])
+    expected = alone.all(long), Decoding(config, layout, 2, TAIL_LEN, block=TAIL_LEN).page(fresh[:, :TAIL_LEN])
     mixed = np.stack([fresh[0], long[1]])
-    found = [decoding.page(long[:, t : t + PAGE]) for t in range(0, 3 * PAGE, PAGE)]
-    decoding.settled = np.array([0, 3 * PAGE], np.int32)
-    mixed = np.stack([fresh[0, :PAGE], long[1, 3 * PAGE :]])
+    found = [decoding.page(long[:, t : t + TAIL_LEN]) for t in range(0, 3 * TAIL_LEN, TAIL_LEN)]
+    decoding.settled = np.array([0, 3 * TAIL_LEN], np.int32)
+    mixed = np.stack([fresh[0, :TAIL_LEN], long[1, 3 * TAIL_LEN :]])
     found.append(decoding.page(mixed))
     np.testing.assert_array_equal(np.concatenate(found, axis=1)[1], expected[0][1])
     np.testing.assert_array_equal(found[-1][0], expected[1][0])
@@ -197,13 +205,13 @@ def test_a_row_has_the_same_bits_whatever_its_neighbours_have_behind_them(spec):
 
 def test_a_settled_part_in_eight_bits_is_close():
     """Each key and value is off by at most 1/254 of its head's largest; half-precision types are off by 2^-9."""
-    config, layout, tokens = LLAMA, layout_of(LLAMA), tokens_of(4, 3 * PAGE)
+    config, layout, tokens = LLAMA, layout_of(LLAMA), tokens_of(4, 3 * TAIL_LEN)
     expected = logits_of(config, layout, tokens)
     spread = expected.std()
     for dtype, bound in ((jnp.int8, 0.05), (jnp.bfloat16, 0.03)):
-        decoded = Decoding(config, layout, 4, 2 * PAGE, settled_dtype=dtype).all(tokens)
-        np.testing.assert_allclose(decoded[:, :PAGE], expected[:, :PAGE], atol=ROUNDING)
-        error = np.abs(decoded[:, PAGE:] - expected[:, PAGE:])
+        decoded = Decoding(config, layout, 4, 2 * TAIL_LEN, settled_dtype=dtype).all(tokens)
+        np.testing.assert_allclose(decoded[:, :TAIL_LEN], expected[:, :TAIL_LEN], atol=ROUNDING)
+        error = np.abs(decoded[:, TAIL_LEN:] - expected[:, TAIL_LEN:])
         assert ROUNDING < error.max() < 10 * bound * spread
         assert error.mean() < bound * spread
 
@@ -237,10 +245,10 @@ def test_rematerialisation_changes_nothing_but_memory():
 
     def loss(params, tokens, remat):
         hidden = forward(LLAMA, layout, params, tokens, remat=remat)
-        return jnp.square(project(LLAMA, layout, params, hidden)).mean()
+        return jnp.square(unembed(LLAMA, layout, params, hidden)).mean()
 
-    with using(layout.mesh):
-        placed = place(layout, tokens, ("batch", None))
+    with mesh_context(layout.mesh):
+        placed = shard_host_array(layout, tokens, ("batch", None))
         gradient = jax.jit(jax.grad(loss), static_argnums=2)
         plain, *others = (gradient(params, placed, remat) for remat in ("none", "dots", "full"))
     for other in others:
@@ -252,8 +260,8 @@ def test_rematerialisation_changes_nothing_but_memory():
 def test_nothing_of_the_size_of_the_scores_is_kept_for_the_backward_pass(remat: str):
     layout = layout_of(LLAMA)
     params = init_params(LLAMA, 0, layout)
-    with using(layout.mesh):
-        tokens = place(layout, tokens_of(1, 96), ("batch", None))
+    with mesh_context(layout.mesh):
+        tokens = shard_host_array(layout, tokens_of(1, 96), ("batch", None))
         _, backward = jax.vjp(lambda p: forward(LLAMA, layout, p, tokens, remat=remat), params)
     kept = [leaf.size for leaf in jax.tree.leaves(backward) if 96 in leaf.shape]
     assert kept, "activations are kept"
@@ -263,8 +271,8 @@ def test_nothing_of_the_size_of_the_scores_is_kept_for_the_backward_pass(remat: 
 def test_gradients_lie_where_their_parameters_lie():
     layout = layout_of(NEOX, "data=2,model=2", "fsdp")
     params = init_params(NEOX, 0, layout)
-    with using(layout.mesh):
-        tokens = place(layout, tokens_of(4, 8), ("batch", None))
+    with mesh_context(layout.mesh):
+        tokens = shard_host_array(layout, tokens_of(4, 8), ("batch", None))
         gradients = jax.jit(jax.grad(lambda p: forward(NEOX, layout, p, tokens).sum()))(params)
     shardings = param_shardings(NEOX, layout)
     jax.tree.map(
@@ -277,7 +285,7 @@ def test_program_size_does_not_grow_with_depth():
         config = dataclasses.replace(LLAMA, num_layers=layers)
         layout = layout_of(config)
         params = init_params(config, 0, layout)
-        with using(layout.mesh):
+        with mesh_context(layout.mesh):
             return jax.jit(lambda p, t: forward(config, layout, p, t)).lower(params, tokens_of(1, 8)).as_text()
 
     assert program(2).count("stablehlo.dot_general") == program(12).count("stablehlo.dot_general")
@@ -286,7 +294,7 @@ def test_program_size_does_not_grow_with_depth():
 def test_bfloat16_operands_keep_the_residual_stream_in_fp32():
     layout, tokens = layout_of(LLAMA), tokens_of(2, 16)
     params = init_params(LLAMA, 0, layout)
-    with using(layout.mesh):
+    with mesh_context(layout.mesh):
         low = forward(LLAMA, layout, params, jnp.asarray(tokens), compute_dtype=jnp.bfloat16)
         full = forward(LLAMA, layout, params, jnp.asarray(tokens))
     assert low.dtype == jnp.float32

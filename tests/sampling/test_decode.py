@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jax_selftrain.mesh import make_layout, make_mesh, place, using
-from jax_selftrain.models import PAGE, DecoderConfig, RopeConfig, axis_sizes, forward, init_params, project
-from jax_selftrain.sampling.decode_loop import Architecture, DecodeLoop, Tally, decode, decode_pages, empty_cache
-from jax_selftrain.sampling.policy import Policy, mask_logits
-from jax_selftrain.sampling.schedule import Queue, initial_state
-from jax_selftrain.sampling.words import sample_keys
+from jax_selftrain.distributed.mesh import make_mesh, mesh_context
+from jax_selftrain.distributed.sharding import make_layout, shard_host_array
+from jax_selftrain.models import TAIL_LEN, DecoderConfig, RopeConfig, axis_sizes, forward, init_params, unembed
+from jax_selftrain.sampling.continuous_batching import RequestQueue, initial_state
+from jax_selftrain.sampling.counter_rng import per_sample_keys
+from jax_selftrain.sampling.decode import DecodeLoop, DecodeProgress, DecodeSpec, decode, decode_chunks, empty_cache
+from jax_selftrain.sampling.sampling_params import SamplingParams, warp_logits
 
 CONFIG = DecoderConfig(
     vocab_size=200,
@@ -37,10 +38,10 @@ CONFIG = DecoderConfig(
     out_bias=False,
     mlp_bias=False,
     qk_norm=False,
-    tied=False,
+    tie_word_embeddings=False,
     initializer_range=0.4,
 )
-PLAIN = Policy(start_id=1, stop_ids=(), max_tokens=2)
+PLAIN = SamplingParams(start_id=1, stop_ids=(), max_tokens=2)
 
 
 class Model:
@@ -48,25 +49,25 @@ class Model:
 
     def __init__(self, spec: str = "data=1,model=1", sharpness: float = 1.0):
         layout = make_layout("tensor", make_mesh(spec), axis_sizes(CONFIG))
-        self.architecture = Architecture(CONFIG, layout, "float32")
+        self.architecture = DecodeSpec(CONFIG, layout, "float32")
         self.params = init_params(CONFIG, 0, layout)
-        with using(layout.mesh):
+        with mesh_context(layout.mesh):
             self.params["head"]["kernel"] = self.params["head"]["kernel"] * sharpness
 
-    def draw(self, policy: Policy, ids: np.ndarray, seed: int = 0, rows: int | None = None, **options):
-        rows = len(ids) // self.architecture.layout.data if rows is None else rows
-        return decode(self.architecture, policy, self.params, sample_keys(seed, ids), rows=rows, **options)
+    def draw(self, policy: SamplingParams, ids: np.ndarray, seed: int = 0, rows: int | None = None, **options):
+        rows = len(ids) // self.architecture.layout.data_parallelism if rows is None else rows
+        return decode(self.architecture, policy, self.params, per_sample_keys(seed, ids), rows=rows, **options)
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Of the full forward pass [B, T, V]: the reference that shares no cache, page or loop with decoding."""
-        with using(self.architecture.layout.mesh):
+        with mesh_context(self.architecture.layout.mesh):
             return np.asarray(_full_logits(self.architecture, self.params, jnp.asarray(tokens)))
 
 
 @partial(jax.jit, static_argnums=0)
 def _full_logits(architecture, params, tokens):
     hidden = forward(architecture.config, architecture.layout, params, tokens)
-    return project(architecture.config, architecture.layout, params, hidden)
+    return unembed(architecture.config, architecture.layout, params, hidden)
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -113,7 +114,7 @@ def test_first_and_second_tokens_follow_the_exact_distribution(sharpness, option
     assert drawn.lengths.min() == 2
 
     def probabilities(tokens):
-        masked = np.asarray(mask_logits(jnp.asarray(model.logits(tokens)[:, -1]), policy))
+        masked = np.asarray(warp_logits(jnp.asarray(model.logits(tokens)[:, -1]), policy))
         return np.exp(_log_softmax(masked))
 
     vocabulary = np.arange(CONFIG.vocab_size)
@@ -138,7 +139,7 @@ def _chi_square(counts: np.ndarray, p: np.ndarray) -> float:
 
 # ---------------------------------------------------------------- log-probabilities and ends
 
-ENDING = Policy(start_id=1, stop_ids=(5, 77, 123), max_tokens=70)
+ENDING = SamplingParams(start_id=1, stop_ids=(5, 77, 123), max_tokens=70)
 """Three of two hundred ids stop a sample: about two thirds end early, and the others fill more than two pages."""
 
 
@@ -169,7 +170,7 @@ def test_samples_end_at_a_stop_id_or_at_the_length_limit(drawn):
 
 
 def test_a_stop_id_drawn_last_of_all_still_counts_as_a_stop(model, drawn):
-    row = np.flatnonzero(drawn.stopped & (drawn.lengths > 3) & (drawn.lengths < PAGE))[0]
+    row = np.flatnonzero(drawn.stopped & (drawn.lengths > 3) & (drawn.lengths < TAIL_LEN))[0]
     length = int(drawn.lengths[row])
     cut = model.draw(replace(ENDING, max_tokens=length), np.arange(64))
     assert cut.stopped[row]
@@ -177,7 +178,7 @@ def test_a_stop_id_drawn_last_of_all_still_counts_as_a_stop(model, drawn):
 
 
 def test_a_lower_length_limit_cuts_the_same_samples(model, drawn):
-    for limit in (1, PAGE, 2 * PAGE):
+    for limit in (1, TAIL_LEN, 2 * TAIL_LEN):
         cut = model.draw(replace(ENDING, max_tokens=limit), np.arange(64))
         np.testing.assert_array_equal(cut.tokens, drawn.tokens[:, :limit])
         np.testing.assert_array_equal(cut.lengths, np.minimum(drawn.lengths, limit))
@@ -194,7 +195,7 @@ def test_without_stop_ids_every_sample_reaches_the_limit(model, drawn):
 
 
 def test_padding_ids_are_never_drawn(model):
-    tokens = model.draw(Policy(start_id=1, stop_ids=(), max_tokens=64, valid_ids=20), np.arange(64)).tokens
+    tokens = model.draw(SamplingParams(start_id=1, stop_ids=(), max_tokens=64, num_valid_ids=20), np.arange(64)).tokens
     assert tokens.max() == 19
 
 
@@ -223,9 +224,9 @@ def test_a_sample_is_the_same_in_any_row_and_whatever_the_others_are(model, draw
     ],
 )
 def test_refilled_rows_draw_the_samples_of_lockstep(spec, rows):
-    """Bitwise, though samples start at different times, in different rows, beside different neighbours."""
+    """Bitwise, though samples start at different times, in different rows, beside different neighbors."""
     model, ids = small_model(spec), np.arange(150)
-    replicas = model.architecture.layout.data
+    replicas = model.architecture.layout.data_parallelism
     lockstep = [
         model.draw(ENDING, part, rows=rows, queue=rows)
         for part in np.split(ids, range(16 * replicas, 150, 16 * replicas))
@@ -235,7 +236,7 @@ def test_refilled_rows_draw_the_samples_of_lockstep(spec, rows):
         expected = np.concatenate([getattr(batch, name) for batch in lockstep])
         np.testing.assert_array_equal(getattr(refilled, name), expected)
     assert refilled.slots < sum(batch.slots for batch in lockstep)
-    assert refilled.utilisation == refilled.lengths.sum() / refilled.slots
+    assert refilled.utilization == refilled.lengths.sum() / refilled.slots
 
 
 @pytest.mark.parametrize("queue", [8, 11, 64])
@@ -247,14 +248,14 @@ def test_rows_without_a_sample_change_nothing(model, drawn, queue):
 
 
 def test_progress_is_reported_and_may_end_the_drawing(model):
-    told: list[Tally] = []
+    told: list[DecodeProgress] = []
     drawn = model.draw(ENDING, np.arange(64), rows=16, report=told.append)
     for name in ("ended", "tokens", "slots"):
         assert [getattr(tally, name) for tally in told] == sorted(getattr(tally, name) for tally in told)
-    assert told[-1] == Tally(64, int(drawn.lengths.sum()), drawn.slots)
+    assert told[-1] == DecodeProgress(64, int(drawn.lengths.sum()), drawn.slots)
     assert len(told) > 2
 
-    def stop(tally: Tally) -> None:
+    def stop(tally: DecodeProgress) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -268,7 +269,7 @@ def test_log_probabilities_under_the_policy(model):
     policy = replace(ENDING, temperature=0.7, top_k=50, valid_ids=190)
     drawn = model.draw(policy, np.arange(64))
     inputs = np.concatenate([np.full((64, 1), ENDING.start_id), drawn.tokens[:, :-1]], axis=1)
-    masked = np.asarray(mask_logits(jnp.asarray(model.logits(inputs).reshape(-1, CONFIG.vocab_size)), policy))
+    masked = np.asarray(warp_logits(jnp.asarray(model.logits(inputs).reshape(-1, CONFIG.vocab_size)), policy))
     logprobs = _log_softmax(masked).reshape(64, -1, CONFIG.vocab_size)
     logprobs = np.take_along_axis(logprobs, drawn.tokens[:, :, None], axis=2)[:, :, 0]
     counted = np.arange(drawn.tokens.shape[1]) < drawn.lengths[:, None]
@@ -296,14 +297,14 @@ def test_logits_that_are_no_distribution_are_noticed(drawn):
 def _compiled_text(layers: int = 2, rows: int = 16, tokens: int = 256) -> str:
     config = replace(CONFIG, num_layers=layers)
     layout = make_layout("tensor", make_mesh("data=1,model=1"), axis_sizes(config))
-    architecture, policy = Architecture(config, layout, "float32"), replace(ENDING, max_tokens=tokens)
+    architecture, policy = DecodeSpec(config, layout, "float32"), replace(ENDING, max_tokens=tokens)
     keys, count = np.zeros((rows, 2), np.uint32), np.array([rows], np.int32)
-    queue = Queue(place(layout, keys, ("batch", None)), place(layout, count, ("batch",)))
+    queue = RequestQueue(shard_host_array(layout, keys, ("batch", None)), shard_host_array(layout, count, ("batch",)))
     params = init_params(config, 0, layout)
-    with using(layout.mesh):
+    with mesh_context(layout.mesh):
         cache = jax.eval_shape(partial(empty_cache, architecture, policy, rows))
         state = jax.eval_shape(partial(initial_state, layout, policy, rows), queue, cache)
-        run = jax.jit(partial(decode_pages, architecture, policy), donate_argnums=(2,))
+        run = jax.jit(partial(decode_chunks, architecture, policy), donate_argnums=(2,))
         return run.lower(params, queue, state, jnp.int32(1)).compile().as_text()
 
 
@@ -331,11 +332,11 @@ def test_a_loop_keeps_its_memory_and_its_programs(model):
     """Drawing again compiles nothing and uses the same cache, whose old contents do not show."""
     drawn = model.draw(ENDING, np.arange(64), rows=16)
     loop = DecodeLoop(model.architecture, ENDING, model.params, rows=16, queue=64)
-    loop.draw(sample_keys(5, np.arange(64)))
+    loop.generate(per_sample_keys(5, np.arange(64)))
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
     try:
-        again = loop.draw(sample_keys(0, np.arange(64)))
+        again = loop.generate(per_sample_keys(0, np.arange(64)))
     finally:
         jax.monitoring.clear_event_listeners()
     assert not [event for event in compiled if "compile" in event]
@@ -347,8 +348,8 @@ def test_a_loop_keeps_its_memory_and_its_programs(model):
 def test_keys_and_values_in_fewer_bits_draw_nearly_the_same(model, drawn, cache_dtype):
     """The first page is exact; after it the log-probabilities of what is drawn stay the model's, but for rounding."""
     architecture = replace(model.architecture, cache_dtype=cache_dtype)
-    found = decode(architecture, ENDING, model.params, sample_keys(0, np.arange(64)), rows=64)
-    np.testing.assert_array_equal(found.tokens[:, :PAGE], drawn.tokens[:, :PAGE])
+    found = decode(architecture, ENDING, model.params, per_sample_keys(0, np.arange(64)), rows=64)
+    np.testing.assert_array_equal(found.tokens[:, :TAIL_LEN], drawn.tokens[:, :TAIL_LEN])
     inputs = np.concatenate([np.full((64, 1), ENDING.start_id), found.tokens[:, :-1]], axis=1)
     logprobs = np.take_along_axis(_log_softmax(model.logits(inputs)), found.tokens[:, :, None], axis=2)[:, :, 0]
     exact = np.where(np.arange(found.tokens.shape[1]) < found.lengths[:, None], logprobs, 0).sum(axis=1)

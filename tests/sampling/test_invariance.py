@@ -7,25 +7,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_selftrain.distributed.mesh import make_mesh, mesh_context
+from jax_selftrain.distributed.sharding import make_layout, shard_host_array
 from jax_selftrain.hub import LoadedModel, load_model
-from jax_selftrain.mesh import make_layout, make_mesh, place, using
-from jax_selftrain.models import PAGE, axis_sizes, forward, project
+from jax_selftrain.models import TAIL_LEN, axis_sizes, forward, unembed
 from jax_selftrain.sampling import (
-    Architecture,
-    Drawn,
-    Policy,
-    architecture_of,
+    DecodeSpec,
+    SampleBatch,
+    SamplingParams,
     decode,
+    decode_spec,
     draw_margin,
+    level_sizes,
+    per_sample_keys,
     random_words,
-    sample_keys,
     tree_path,
-    tree_widths,
 )
-from jax_selftrain.sampling.decode_loop import decode_page, logits_of
+from jax_selftrain.sampling.decode import decode_chunk, next_token_logits
 
 SEED, SAMPLES, TOKENS = 17, 256, 128
-POLICY = Policy(start_id=1, stop_ids=(1, 2), max_tokens=TOKENS)
+POLICY = SamplingParams(start_id=1, stop_ids=(1, 2), max_tokens=TOKENS)
 """stories260k ends its stories with BOS (1)."""
 
 
@@ -34,15 +35,15 @@ def load(stories260k):
     return cache(lambda spec: load_model(stories260k, spec))
 
 
-def _sample(model: LoadedModel, rows: int, samples: int, policy: Policy) -> Drawn:
+def _sample(model: LoadedModel, rows: int, samples: int, policy: SamplingParams) -> SampleBatch:
     """Samples 0 … samples−1 by `rows` rows per replica."""
-    drawn = decode(architecture_of(model), policy, model.params, sample_keys(SEED, np.arange(samples)), rows=rows)
+    drawn = decode(decode_spec(model), policy, model.params, per_sample_keys(SEED, np.arange(samples)), rows=rows)
     assert drawn.finite.all()
     return drawn
 
 
 @pytest.fixture(scope="module")
-def reference(load) -> Drawn:
+def reference(load) -> SampleBatch:
     """One device, 64 rows."""
     return _sample(load("data=1,model=1"), 64, SAMPLES, POLICY)
 
@@ -83,7 +84,7 @@ def test_samples_are_the_same_on_any_mesh_and_in_any_batch_but_for_rounding_ties
     Found: no parting in 83,841 tokens (a draw parts about four times as often per token as its logits' rms noise says,
     see test_draw: a few in a million here).
     """
-    short = Policy(start_id=1, stop_ids=(1, 2), max_tokens=64)
+    short = SamplingParams(start_id=1, stop_ids=(1, 2), max_tokens=64)
     cases = [  # mesh, rows per replica, samples, policy
         ("data=1,model=1", 7, 56, short),
         ("data=1,model=1", 1, 16, short),
@@ -122,7 +123,7 @@ def test_the_explanation_of_a_parting_is_strict(load, reference):
     model, step = load("data=1,model=1"), 20
     noise = _logit_noise(load("data=2,model=2"), reference.tokens[:14, :64])
     assert 0 < noise < 1e-4  # fp32 logits of this model; found: 1.5e-5
-    words = random_words(SEED, np.arange(64), step, len(tree_widths(512)))
+    words = random_words(SEED, np.arange(64), step, len(level_sizes(512)))
     inputs = np.concatenate([np.full((64, 1), POLICY.start_id), reference.tokens[:64, :step]], axis=1)
     tokens, margins = draw_margin(_exact_logits(model, inputs)[:, -1], words)
     alive = np.flatnonzero(reference.lengths[:64] > step)
@@ -140,7 +141,7 @@ def _margin_of_parting(model: LoadedModel, samples: np.ndarray, row: int, step: 
     """How far from parting the exact draw was, at the first level where either token leaves its path."""
     inputs = np.concatenate([[POLICY.start_id], samples[row, :step]])[None]
     logits = _exact_logits(model, inputs)[:, -1]
-    exact, margins = draw_margin(logits, random_words(SEED, [row], step, len(tree_widths(logits.shape[1]))))
+    exact, margins = draw_margin(logits, random_words(SEED, [row], step, len(level_sizes(logits.shape[1]))))
     paths = [tree_path(np.array([token]), logits.shape[1])[0] for token in (int(exact[0]), one, other)]
     level = int(np.argmax((paths[1] != paths[0]) | (paths[2] != paths[0])))
     return float(margins[0, level])
@@ -151,36 +152,36 @@ def _exact_logits(model: LoadedModel, tokens: np.ndarray) -> np.ndarray:
     with jax.enable_x64(True):
         layout = make_layout("tensor", make_mesh("data=1,model=1"), axis_sizes(model.config))
         params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), model.params)
-        with using(layout.mesh):
+        with mesh_context(layout.mesh):
             hidden = forward(model.config, layout, params, jnp.asarray(tokens), compute_dtype=jnp.float64)
-            logits = project(model.config, layout, params, hidden, compute_dtype=jnp.float64)
+            logits = unembed(model.config, layout, params, hidden, compute_dtype=jnp.float64)
         assert logits.dtype == jnp.float64
         return np.asarray(logits)
 
 
 def _logit_noise(model: LoadedModel, tokens: np.ndarray) -> float:
     """Largest error of the logits that the decode loop itself computes, fed with given tokens [B, 64]."""
-    architecture = architecture_of(model)
+    architecture = decode_spec(model)
     inputs = np.concatenate([np.full((len(tokens), 1), POLICY.start_id), tokens[:, :-1]], axis=1).astype(np.int32)
-    with using(model.layout.mesh):
-        fed = place(model.layout, np.ascontiguousarray(inputs.T), (None, "batch"))
+    with mesh_context(model.layout.mesh):
+        fed = shard_host_array(model.layout, np.ascontiguousarray(inputs.T), (None, "batch"))
         logits = np.asarray(_decode_logits(architecture, model.params, fed)).swapaxes(0, 1)
     return float(np.abs(logits - _exact_logits(model, inputs)).max())
 
 
 @partial(jax.jit, static_argnums=0)
-def _decode_logits(architecture: Architecture, params, fed: jax.Array) -> jax.Array:
+def _decode_logits(architecture: DecodeSpec, params, fed: jax.Array) -> jax.Array:
     """Logits [T, B, V] of the decode loop when its next token is not drawn but given (T whole pages)."""
     steps, rows = fed.shape
     cache, settled, token, outs = architecture.init_cache(rows, steps), jnp.zeros_like(fed[0]), fed[0], []
 
     def advance(hidden, position, index):
         following = jax.lax.dynamic_index_in_dim(fed, index + 1, 0, keepdims=False)
-        return following, index + 1, logits_of(architecture, params, hidden)
+        return following, index + 1, next_token_logits(architecture, params, hidden)
 
-    for page in range(steps // PAGE):
-        begin = jnp.int32(page * PAGE)
-        cache, token, _, out = decode_page(architecture, params, cache, settled, token, begin, advance)
-        settled = settled + PAGE
+    for page in range(steps // TAIL_LEN):
+        begin = jnp.int32(page * TAIL_LEN)
+        cache, token, _, out = decode_chunk(architecture, params, cache, settled, token, begin, advance)
+        settled = settled + TAIL_LEN
         outs.append(out)
     return jnp.concatenate(outs)

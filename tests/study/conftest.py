@@ -13,7 +13,7 @@ import pytest
 from models_factory import tiny_texts
 
 from jax_selftrain.config import ExtractConfig, RunConfig, SampleConfig, ScoreConfig, TrainConfig
-from jax_selftrain.study import run
+from jax_selftrain.study.round import run
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> str:
@@ -52,7 +52,7 @@ def options(tiny_model: Callable[..., Path], inputs: dict[str, str]) -> Callable
             sample=SampleConfig(samples=40, max_tokens=24, batch_size=8, samples_per_shard=16, seed=3),
             train=TrainConfig(batch_size=4, seq_len=32, learning_rate=1e-2, checkpoint_every=4),
             score=ScoreConfig(tasks=(inputs["choices"], inputs["words"]), texts=(inputs["texts"],), batch_tokens=1024),
-            extract=ExtractConfig(sequences=inputs["sequences"], prefix=12, suffix=8, overlap=4, batch_tokens=1024),
+            extract=ExtractConfig(sequences=inputs["sequences"], prefix=12, suffix=8, min_overlap=4, batch_tokens=1024),
         )
         return replace(config, **changes)
 

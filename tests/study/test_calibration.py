@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jax_selftrain.study import statistics
-from jax_selftrain.study.statistics import Estimate
-from jax_selftrain.study.transfer import effects, interactions
+from jax_selftrain.stats import estimators
+from jax_selftrain.stats.estimators import Estimate
+from jax_selftrain.study.study_results import interactions, treatment_effects
 
 STUDIES = 3_000
 SEEDS = 5
@@ -49,11 +49,11 @@ def recipe_coverage(rng: np.random.Generator, studies: int) -> dict[str, float]:
         better = rng.normal(0, 0.03, (SEEDS, 1))
         after = rng.random((SEEDS, items)) < p + RECIPE + better
         truth = float(p.mean() + RECIPE - before.mean())
-        pairs = [statistics.share_change(before, one) for one in after]
-        (effect,) = effects([cell("a", "a", seed, pair) for seed, pair in enumerate(pairs)])
+        pairs = [estimators.paired_proportion_change(before, one) for one in after]
+        (effect,) = treatment_effects([cell("a", "a", seed, pair) for seed, pair in enumerate(pairs)])
         found["t over seeds"] += covers(estimate_of(effect["measures"]["accuracy"]["change"]), truth)
         found["one pair's items"] += covers(pairs[0], truth)
-        pooled = statistics.share_change(np.tile(before, SEEDS), after.ravel())
+        pooled = estimators.paired_proportion_change(np.tile(before, SEEDS), after.ravel())
         found["all items of all seeds"] += covers(pooled, truth)
     return {name: hits / studies for name, hits in found.items()}
 
@@ -66,8 +66,8 @@ def pair_coverage(rng: np.random.Generator, studies: int) -> dict[str, float]:
         p = rng.uniform(0.3, 0.6, entities)[labels]
         reacts = rng.uniform(-0.25, 0.25, entities)[labels]
         before, after = rng.random(labels.size) < p, rng.random(labels.size) < p + RECIPE + reacts
-        found["entities as units"] += covers(statistics.share_change(before, after, labels), RECIPE)
-        found["items as units"] += covers(statistics.share_change(before, after), RECIPE)
+        found["entities as units"] += covers(estimators.paired_proportion_change(before, after, labels), RECIPE)
+        found["items as units"] += covers(estimators.paired_proportion_change(before, after), RECIPE)
     return {name: hits / studies for name, hits in found.items()}
 
 

@@ -9,11 +9,10 @@ from typing import cast
 import jax
 import pytest
 
-from jax_selftrain import settings
-from jax_selftrain.config import RunConfig, StudyConfig
+from jax_selftrain.config import RunConfig, StudyConfig, yaml_io
+from jax_selftrain.distributed.sharding import make_layout
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub.hf_config import parse_config
-from jax_selftrain.mesh import make_layout
 from jax_selftrain.models import axis_sizes
 
 FOLDER = Path(__file__).parents[2] / "configs"
@@ -35,7 +34,7 @@ PYTHIA = {  # layers, width, heads, vocabulary rows, final learning rate: Eleuth
 
 def load(path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     monkeypatch.setenv("JAX_SELFTRAIN_DATA", "/data")
-    return settings.load(RunConfig, path)
+    return yaml_io.load(RunConfig, path)
 
 
 def test_there_is_one_for_every_pythia_and_one_for_the_stories() -> None:
@@ -45,14 +44,14 @@ def test_there_is_one_for_every_pythia_and_one_for_the_stories() -> None:
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_a_study_keeps_to_the_protocol(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAX_SELFTRAIN_DATA", "/data")
-    config = settings.load(StudyConfig, path)
+    config = yaml_io.load(StudyConfig, path)
     assert (config.out, config.mesh) == ("", ""), "it must fit any machine and any place"
     assert (config.sample.temperature, config.sample.top_k, config.sample.top_p, config.sample.min_p) == (1, 0, 1, 0)
     assert (config.train.schedule, config.train.warmup_ratio) == ("constant", 0.05)
     assert (config.train.weight_decay, config.train.packing) == (0.0, "masked")
     assert config.train.steps
     assert min(config.seeds) >= 100  # those below are for pilots
-    assert {"text", "shuffled", "noise", "extrapolated"} <= {arm.kind for arm in config.arms}
+    assert {"text", "shuffled", "noise", "extrapolate"} <= {arm.kind for arm in config.arms}
     assert any(arm.learning_rate == 0 for arm in config.arms)
     assert any(arm.sign_flip for arm in config.arms)
 
@@ -120,4 +119,4 @@ def test_the_stories_round_is_the_one_that_was_promised(monkeypatch: pytest.Monk
 def test_an_unset_data_folder_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JAX_SELFTRAIN_DATA", raising=False)
     with pytest.raises(InputError, match="JAX_SELFTRAIN_DATA"):
-        settings.load(RunConfig, path)
+        yaml_io.load(RunConfig, path)

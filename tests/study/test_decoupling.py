@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jax_selftrain.study.decoupling import decoupling
+from jax_selftrain.study.decoupling import judge_decoupling
 
 SEEDS = range(100, 105)
 CONTROLS = ("noise ×1", "noise ×3", "noise ×9")
@@ -40,7 +40,7 @@ def study_of(rng: np.random.Generator, forgets: float, own: float = 0.93) -> lis
 
 
 def verdict(cells: list[dict[str, Any]]) -> str:
-    (found,) = decoupling(cells, CONTROLS)
+    (found,) = judge_decoupling(cells, CONTROLS)
     return str(found["verdict"])
 
 
@@ -63,7 +63,7 @@ def test_lost_paths_without_falling_probability_are_no_forgetting() -> None:
             level = 0.55 + 0.01 * rng.normal()
             one["measures"]["pz"] |= {"after": {"value": level}, "change": {"value": level - BASE["pz"]}}
         cells.append(one)
-    (found,) = decoupling(cells, CONTROLS)
+    (found,) = judge_decoupling(cells, CONTROLS)
     assert found["verdict"] == "not shown"
     assert "mean p_z has not fallen" in found["reason"]
 
@@ -71,17 +71,17 @@ def test_lost_paths_without_falling_probability_are_no_forgetting() -> None:
 def test_it_takes_five_seeds_and_a_control_that_is_damaged_enough() -> None:
     rng = np.random.default_rng(3)
     cells = study_of(rng, 0.2)
-    (found,) = decoupling([one for one in cells if one["seed"] < 104], CONTROLS)
+    (found,) = judge_decoupling([one for one in cells if one["seed"] < 104], CONTROLS)
     assert (found["verdict"], found["reason"]) == ("not tested", "4 seeds; it takes 5.")
     assert found["exact_match"]["value"] < 0
-    (found,) = decoupling(study_of(rng, 0.0, own=1.5), CONTROLS)
+    (found,) = judge_decoupling(study_of(rng, 0.0, own=1.5), CONTROLS)
     assert (found["verdict"], found["reason"]) == ("not tested", "no control is as damaged as it is with seed 100.")
-    (found,) = decoupling(cells, ())[:1]
+    (found,) = judge_decoupling(cells, ())[:1]
     assert found["verdict"] == "not tested"
 
 
 def test_the_control_is_the_least_damaged_of_those_that_are_no_less_damaged() -> None:
-    (found,) = decoupling(study_of(np.random.default_rng(4), 0.0), CONTROLS)
+    (found,) = judge_decoupling(study_of(np.random.default_rng(4), 0.0), CONTROLS)
     assert found["controls"] == ["noise ×3"]
 
 
@@ -92,5 +92,5 @@ def test_damage_is_told_on_the_text_that_the_base_predicts_best() -> None:
         level = 1.0 if one["treatment"] == "text of a" else 2.0
         foreign = {"before": {"value": 2.0}, "after": {"value": level}, "change": {"value": level - 2.0}}
         one["measures"] = {"text/foreign": foreign, **one["measures"]}
-    (found,) = decoupling(cells, CONTROLS)
+    (found,) = judge_decoupling(cells, CONTROLS)
     assert found["controls"] == ["noise ×3"]

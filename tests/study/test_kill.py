@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from jax_selftrain import settings
-from jax_selftrain.config import RunConfig
+from jax_selftrain.config import RunConfig, yaml_io
 
 MOMENTS = (
     "score/base.json",
@@ -27,7 +26,7 @@ MOMENTS = (
 
 
 def start(config: RunConfig, folder: Path) -> subprocess.Popen[str]:
-    settings.save(folder / "round.yaml", config)
+    yaml_io.save(folder / "round.yaml", config)
     # Five starts compile the same programs: they share what they have compiled.
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [sys.executable, "-m", "jax_selftrain", "run", "--config", str(folder / "round.yaml")]

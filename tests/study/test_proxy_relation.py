@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jax_selftrain.study.proxy_relation import _tested, relate, reliability
+from jax_selftrain.study.proxy_relation import _tested, judge_relations, reliability
 
 
 def matrix(rng: np.random.Generator, students: int, sources: int, link: float) -> tuple[np.ndarray, np.ndarray]:
@@ -21,8 +21,8 @@ def matrix(rng: np.random.Generator, students: int, sources: int, link: float) -
 
 def naive_p(proxy: np.ndarray, gain: np.ndarray) -> float:
     """A test over cells as if they were independent draws."""
-    centred = (values - values.mean(axis=1, keepdims=True) for values in (proxy, gain))
-    return float(stats.spearmanr(*(values.ravel() for values in centred)).pvalue)
+    centered = (values - values.mean(axis=1, keepdims=True) for values in (proxy, gain))
+    return float(stats.spearmanr(*(values.ravel() for values in centered)).pvalue)
 
 
 def test_unrelated_proxies_are_called_related_no_more_often_than_agreed() -> None:
@@ -38,7 +38,7 @@ def test_unrelated_proxies_are_called_related_no_more_often_than_agreed() -> Non
 def test_a_strong_relation_is_found() -> None:
     rng = np.random.default_rng(1)
     found = [
-        relate({"good": proxy}, gain[None], rng.normal(size=8))[0]
+        judge_relations({"good": proxy}, gain[None], rng.normal(size=8))[0]
         for proxy, gain in (matrix(rng, 4, 8, 3.0) for _ in range(20))
     ]
     assert sum(one["verdict"] == "related" for one in found) >= 16
@@ -51,9 +51,9 @@ def test_a_proxy_that_only_follows_the_size_of_the_source_is_not_called_related(
         size = np.arange(8.0)
         proxy = size + 0.8 * rng.normal(size=(4, 8))
         gain = size + 0.8 * rng.normal(size=(4, 8))
-        found = relate({"size in disguise": proxy}, gain[None], size)[0]
+        found = judge_relations({"size in disguise": proxy}, gain[None], size)[0]
         assert found["p"] <= 0.05
-        unasked = relate({"size in disguise": proxy}, gain[None])[0]
+        unasked = judge_relations({"size in disguise": proxy}, gain[None])[0]
         assert unasked["verdict"] == "related"  # to whom strength is not known
         verdicts.append(found["verdict"])
     assert verdicts.count("related") <= 5
@@ -62,13 +62,14 @@ def test_a_proxy_that_only_follows_the_size_of_the_source_is_not_called_related(
 def test_absence_takes_many_sources() -> None:
     rng = np.random.default_rng(3)
     few = [
-        relate({"none": proxy}, gain[None])[0]["verdict"] for proxy, gain in (matrix(rng, 3, 6, 0) for _ in range(20))
+        judge_relations({"none": proxy}, gain[None])[0]["verdict"]
+        for proxy, gain in (matrix(rng, 3, 6, 0) for _ in range(20))
     ]
     assert "unrelated" not in few
     many = []
     for _ in range(20):
         proxy, gain = matrix(rng, 2, 90, 0.0)
-        many.append(relate({"none": proxy}, gain[None])[0]["verdict"])
+        many.append(judge_relations({"none": proxy}, gain[None])[0]["verdict"])
     assert many.count("unrelated") >= 14
     assert many.count("related") <= 3
 
@@ -93,7 +94,7 @@ def test_students_levels_do_not_matter_and_holes_are_left_out() -> None:
     with_hole[0] = np.nan
     assert _tested(with_hole, gain)[0] == pytest.approx(_tested(proxy[1:], gain[1:])[0])
     assert _tested(np.ones((3, 6)), gain) == (None, None)
-    assert relate({"two sources": proxy[:, :2]}, gain[None, :, :2])[0]["verdict"] == "cannot tell"
+    assert judge_relations({"two sources": proxy[:, :2]}, gain[None, :, :2])[0]["verdict"] == "cannot tell"
 
 
 def test_reliability_is_that_of_the_mean_of_seeds() -> None:

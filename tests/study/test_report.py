@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from jax_selftrain import storage
 from jax_selftrain.errors import InputError
-from jax_selftrain.study import report
-from jax_selftrain.study.reports.tables import Column, Level, Table, interval, number
-from jax_selftrain.study.statistics import Estimate
+from jax_selftrain.io import atomic
+from jax_selftrain.report import write_report
+from jax_selftrain.report.tables import Column, RowHeader, Table, interval, number
+from jax_selftrain.stats.estimators import Estimate
 
 VOID = {"meta", "br", "wbr", "path", "use", "rect", "line"}
 
@@ -57,7 +57,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def results(finished: Path) -> dict[str, Any]:
-    return storage.read_json(finished / "results.json")
+    return atomic.read_json(finished / "results.json")
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_reporting_again_gives_the_same_bytes(finished: Path, tmp_path: Path) ->
     folder = tmp_path / "moved"
     folder.mkdir()
     shutil.copy(finished / "results.json", folder)
-    report(folder)
+    write_report(folder)
     for part in ("report.html", "figures/*.svg", "tables/*.csv"):
         paths = sorted(finished.glob(part))
         assert paths
@@ -183,11 +183,11 @@ def test_reporting_again_gives_the_same_bytes(finished: Path, tmp_path: Path) ->
 
 
 def test_what_the_source_wrote_cannot_break_the_page(finished: Path, tmp_path: Path) -> None:
-    results = storage.read_json(finished / "results.json")
+    results = atomic.read_json(finished / "results.json")
     results["corpus"]["examples"][0]["text"] = '</p><script>alert("x")</script> & <b>'
     results["title"] = "<i>title</i>"
-    storage.write_json(tmp_path / "results.json", results)
-    page = Page(report(tmp_path).read_text(encoding="utf-8"))
+    atomic.write_json(tmp_path / "results.json", results)
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
     assert page.open == []
     assert not page.tags & {"script", "b", "i"}
     assert '<script>alert("x")</script> & <b>' in page.text
@@ -195,15 +195,15 @@ def test_what_the_source_wrote_cannot_break_the_page(finished: Path, tmp_path: P
 
 def test_folders_without_results_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder"):
-        report(tmp_path / "nothing")
+        write_report(tmp_path / "nothing")
     with pytest.raises(InputError, match="is not a round"):
-        report(tmp_path)
+        write_report(tmp_path)
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(InputError, match="is not finished"):
-        report(tmp_path)
+        write_report(tmp_path)
     (tmp_path / "results.json").write_text(json.dumps({"format": "something else"}))
     with pytest.raises(InputError, match="not the results of a round"):
-        report(tmp_path)
+        write_report(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_a_table_without_interval_says_so() -> None:
 
 def test_a_level_among_changes_has_no_plus_sign_and_is_a_number_in_the_csv() -> None:
     column = Column("change", "change", 1, signed=True)
-    table = Table("t", "t", (column,), ((Level(12.34),), (1.0,), (Estimate(-2.0, -3.0, -1.0, 5),)))
+    table = Table("t", "t", (column,), ((RowHeader(12.34),), (1.0,), (Estimate(-2.0, -3.0, -1.0, 5),)))
     html = table.to_html()
     assert "<td>12.3</td>" in html
     assert "<td>+1.0</td>" in html

@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from jax_selftrain import settings, storage
-from jax_selftrain.config import ImportConfig, RunConfig
+from jax_selftrain.config import ImportCorpusConfig, RunConfig, yaml_io
 from jax_selftrain.corpus import import_text, open_corpus
 from jax_selftrain.errors import InputError
-from jax_selftrain.study import run
+from jax_selftrain.io import atomic
+from jax_selftrain.study.round import run
 
 Options = Callable[..., RunConfig]
 COMPARED = ("results.json", "report.html")
@@ -51,17 +51,17 @@ def test_a_round_leaves_everything_it_promises(finished: Path, options: Options)
         "tables/tasks.csv",
     ):
         assert (finished / name).is_file(), name
-    assert settings.load(RunConfig, finished / "config.yaml") == options(finished)
+    assert yaml_io.load(RunConfig, finished / "config.yaml") == options(finished)
     assert not list(finished.rglob(".*"))
-    timings = storage.read_json(finished / "timings.json")
+    timings = atomic.read_json(finished / "timings.json")
     assert set(timings) == {"score-base", "sample", "train", "score-student", "extract-base", "extract-student"}
 
 
 def test_results_say_what_the_stages_measured(finished: Path) -> None:
-    results = storage.read_json(finished / "results.json")
+    results = atomic.read_json(finished / "results.json")
     sides = {"before": "base", "after": "student"}
     for side, who in sides.items():
-        scores = storage.read_json(finished / "score" / f"{who}.json")
+        scores = atomic.read_json(finished / "score" / f"{who}.json")
         for task in results["tasks"]:
             measured = scores["tasks"][task["name"]]
             assert task["accuracy"][side]["value"] == pytest.approx(measured["acc"])
@@ -75,7 +75,7 @@ def test_results_say_what_the_stages_measured(finished: Path) -> None:
             measured = scores["texts"][text["name"]]
             assert text["nll"][side]["value"] == pytest.approx(measured["nll"])
             assert (text["documents"], text["tokens"]) == (measured["n"], measured["tokens"])
-        extracted = storage.read_json(finished / "extract" / f"{who}.json")
+        extracted = atomic.read_json(finished / "extract" / f"{who}.json")
         for name, part in results["extraction"]["classes"].items():
             measured = extracted if name == "all" else extracted[name]
             assert part["n"] == measured["n"]
@@ -101,7 +101,7 @@ def test_every_change_is_after_minus_before(finished: Path) -> None:
             for child in node:
                 gather(child)
 
-    gather(storage.read_json(finished / "results.json"))
+    gather(atomic.read_json(finished / "results.json"))
     assert len(found) > 20
     for node in found:
         expected = node["after"]["value"] - node["before"]["value"]
@@ -111,14 +111,14 @@ def test_every_change_is_after_minus_before(finished: Path) -> None:
 
 
 def test_training_changed_something(finished: Path) -> None:
-    results = storage.read_json(finished / "results.json")
+    results = atomic.read_json(finished / "results.json")
     assert not results["identical"]
     assert results["texts"][0]["nll"]["change"]["value"] != 0.0
 
 
 def test_the_corpus_is_described_as_it_is(finished: Path) -> None:
-    described = storage.read_json(finished / "results.json")["corpus"]
-    samples = list(open_corpus(finished / "corpus").documents())
+    described = atomic.read_json(finished / "results.json")["corpus"]
+    samples = list(open_corpus(finished / "corpus").iter_samples())
     lengths = [len(sample.tokens) for sample in samples]
     assert (described["samples"], described["tokens"]) == (len(samples), sum(lengths))
     assert described["length"]["value"] == pytest.approx(np.mean(lengths))
@@ -151,7 +151,7 @@ def test_the_same_round_elsewhere_gives_the_same_bytes(finished: Path, options: 
 def test_learning_rate_zero_changes_exactly_nothing(options: Options, tmp_path: Path) -> None:
     config = options(tmp_path / "null")
     run(replace(config, train=replace(config.train, learning_rate=0.0)))
-    results = storage.read_json(tmp_path / "null" / "results.json")
+    results = atomic.read_json(tmp_path / "null" / "results.json")
     assert results["identical"]
 
     def changes(node: Any) -> list[float]:
@@ -236,11 +236,11 @@ def test_a_changed_input_is_refused_by_name(
 def test_a_changed_mixed_corpus_is_refused_by_name(options: Options, inputs: dict[str, str], tmp_path: Path) -> None:
     config, mixed = options(tmp_path / "out"), tmp_path / "mixed"
     config = replace(config, score=replace(config.score, tasks=()), extract=replace(config.extract, sequences=""))
-    config = replace(config, train=replace(config.train, mix=(f"{mixed}=0.2",)))
-    text = ImportConfig(source=inputs["texts"], model=config.model, out=str(mixed))
+    config = replace(config, train=replace(config.train, mixture=(f"{mixed}=0.2",)))
+    text = ImportCorpusConfig(source=inputs["texts"], model=config.model, out=str(mixed))
     import_text(text)
     run(config)
-    assert storage.read_json(tmp_path / "out" / "train" / "run.json")["mix"][0]["share"] == "1/5"
+    assert atomic.read_json(tmp_path / "out" / "train" / "run.json")["mix"][0]["share"] == "1/5"
     shutil.rmtree(mixed)
     import_text(replace(text, limit=3))
     with pytest.raises(InputError, match=f"train was done with another mixed corpus {mixed}"):
@@ -261,19 +261,19 @@ def test_a_damaged_shard_is_named(finished: Path, options: Options, tmp_path: Pa
 def test_tasks_texts_and_extraction_may_each_stand_alone(options: Options, tmp_path: Path) -> None:
     config = options(tmp_path / "texts")
     run(replace(config, score=replace(config.score, tasks=()), extract=replace(config.extract, sequences="")))
-    results = storage.read_json(tmp_path / "texts" / "results.json")
+    results = atomic.read_json(tmp_path / "texts" / "results.json")
     assert (results["tasks"], results["macro"], results["extraction"]) == ([], None, None)
     assert not (tmp_path / "texts" / "extract").exists()
     page = (tmp_path / "texts" / "report.html").read_text()
     assert "Perplexity" in page
-    assert "Verbatim memorisation" not in page
+    assert "Verbatim memorization" not in page
 
 
 def test_a_source_of_its_own_is_sampled(options: Options, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     config = options(tmp_path / "out", source=str(tiny_model("qwen2")))
     config = replace(config, score=replace(config.score, tasks=()), extract=replace(config.extract, sequences=""))
     run(config)
-    results = storage.read_json(tmp_path / "out" / "results.json")
+    results = atomic.read_json(tmp_path / "out" / "results.json")
     assert not results["source"]["is_base"]
     assert results["title"] == "llama, trained on text by qwen2"
     assert results["source"]["fingerprint"] != results["base"]["fingerprint"]
@@ -315,8 +315,8 @@ def test_what_the_round_decides_may_not_be_set(options: Options, tmp_path: Path,
         ("train", {"learning_rate": -1.0}, "learning-rate"),
         ("train", {"batch_size": 3, "mesh": "data=2"}, "batch"),
         ("train", {"mesh": "data=3,model=5"}, "mesh"),
-        ("train", {"mix": ("missing=0.1",)}, "missing: no such corpus folder"),
-        ("train", {"mix": ("missing",)}, "FOLDER=SHARE"),
+        ("train", {"mixture": ("missing=0.1",)}, "missing: no such corpus folder"),
+        ("train", {"mixture": ("missing",)}, "FOLDER=SHARE"),
     ],
 )
 def test_bad_input_is_found_before_sampling(

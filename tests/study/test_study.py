@@ -18,27 +18,28 @@ import pyarrow.parquet as pq
 import pytest
 from corpus_factory import write_sampled_corpus
 
-from jax_selftrain import settings
 from jax_selftrain.config import (
     ArmConfig,
     ClaimConfig,
     ExtractConfig,
-    FormatConfig,
     MemorisationConfig,
     ModelConfig,
+    PromptFormat,
     RunConfig,
     StudyConfig,
+    yaml_io,
 )
 from jax_selftrain.corpus import Corpus, Sample, open_corpus
 from jax_selftrain.errors import InputError
-from jax_selftrain.scoring import assigned_to_h, embed_texts, sequences_fingerprint
-from jax_selftrain.study import report, study
-from jax_selftrain.study.cells import Design, make_design
-from jax_selftrain.study.matrix import check_study
-from jax_selftrain.study.proxies import questions_of
-from jax_selftrain.study.stage_kinds import StageKinds
-from jax_selftrain.study.stages import Stage, is_done
-from jax_selftrain.study.transfer import interactions
+from jax_selftrain.evals import embed_texts, held_out_half, sequences_fingerprint
+from jax_selftrain.report import write_report
+from jax_selftrain.study import run_study
+from jax_selftrain.study.dag import Stage, is_done
+from jax_selftrain.study.design import Design, make_design
+from jax_selftrain.study.proxies import task_questions
+from jax_selftrain.study.run_study import check_study
+from jax_selftrain.study.stage_factory import StageFactory
+from jax_selftrain.study.study_results import interactions
 
 Make = Callable[..., StudyConfig]
 
@@ -74,17 +75,17 @@ ARMS = tuple(
     replace(arm, students=("llama",))
     for arm in (
         NULL,
-        ArmConfig("native tokens", native=True),
+        ArmConfig("native tokens", keep_source_tokens=True),
         ArmConfig("cool", temperature=0.7, top_k=40),
         ArmConfig("packed", packing="packed"),
-        ArmConfig("sign-flip", sign_flip=True),
+        ArmConfig("sign-flip", random_loss_sign=True),
         ArmConfig("shuffled", "shuffled"),
         ArmConfig("noise", "noise"),
         ArmConfig("noise ×3", "noise", weight=3.0),
-        ArmConfig("away", "extrapolated", weight=-0.5),
+        ArmConfig("away", "extrapolate", weight=-0.5),
         ArmConfig("scrubbed", "scrubbed"),
-        ArmConfig("companion", "companion"),
-        ArmConfig("two generations", "generations", generations=2, mode="accumulated"),
+        ArmConfig("size_matched", "size_matched"),
+        ArmConfig("two generations", "generations", generations=2, replay="accumulate"),
     )
 )
 
@@ -100,16 +101,16 @@ def finished(make: Make, inputs: dict[str, str], tmp_path_factory: pytest.TempPa
     config = make(tmp_path_factory.mktemp("study") / "out", arms=(*ARMS, real), claims=(CLAIM,), seeds=(100,))
     asked = MemorisationConfig(
         formats=(
-            FormatConfig("prefix 4", prefix=4),
-            FormatConfig("inside, after BOS", random_offset=True, start_token="bos"),
+            PromptFormat("prefix 4", prefix=4),
+            PromptFormat("inside, after BOS", random_offset=True, start_token="bos"),
         ),
-        never_trained=inputs["texts"],
+        unseen_text=inputs["texts"],
         never_trained_sequences=60,
-        relearn_text=inputs["texts"],
+        relearn_corpus=inputs["texts"],
         relearn_steps=1,
     )
     train = replace(config.train, eval_every=1, eval_limit=8)
-    return study(replace(config, train=train, memorisation=asked, embedding_model=config.models[0].model))
+    return run_study(replace(config, train=train, memorization=asked, embedding_model=config.models[0].model))
 
 
 def cells_of(folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
@@ -143,7 +144,7 @@ def test_cells_share_what_they_have_in_common(finished: Path):
     # A corpus of either model, a cool one, and one of the second generation.
     assert kinds.count("sample") == 2 + 1 + 1
     # Those of the matrix are carried to both students; each other one to its own.
-    assert kinds.count("retokenise") == 2 * 2 + 1 + 1
+    assert kinds.count("retokenize") == 2 * 2 + 1 + 1
     # What each of the matrix is to its student, and what each of the two that were drawn is to its source.
     assert kinds.count("proxies") == 2 * 2 + 2
     assert (kinds.count("noise"), kinds.count("merge")) == (2, 1)
@@ -151,24 +152,26 @@ def test_cells_share_what_they_have_in_common(finished: Path):
     assert kinds.count("score") == 2 + cells  # two bases and every cell
     # These in five views: as it is, in two formats, of continuations, relearned; and both bases twice again.
     assert kinds.count("extract") == 5 * (2 + cells) + 2 * 2
-    assert (kinds.count("continue"), kinds.count("scrub"), kinds.count("companion")) == (2, 1, 1)
+    assert (kinds.count("continue"), kinds.count("scrub"), kinds.count("size_matched")) == (2, 1, 1)
 
 
 @pytest.mark.slow
 def test_a_carried_corpus_is_what_the_student_would_read(finished: Path):
-    design = make_design(settings.load(StudyConfig, finished / "config.yaml"))
+    design = make_design(yaml_io.load(StudyConfig, finished / "config.yaml"))
     for cell in design.cells:
-        if cell.corpus is None or cell.corpus.kind != "retokenise":
+        if cell.corpus is None or cell.corpus.command != "retokenize":
             continue
         carried = open_corpus(design.folder(cell.corpus))
-        source = open_corpus(design.folder(cell.corpus.needs[0]))
-        assert list(carried.texts()) == [text.replace("\N{REPLACEMENT CHARACTER}", "") for text in source.texts()]
+        source = open_corpus(design.folder(cell.corpus.dependencies[0]))
+        assert list(carried.iter_texts()) == [
+            text.replace("\N{REPLACEMENT CHARACTER}", "") for text in source.iter_texts()
+        ]
 
 
 @pytest.mark.slow
 def test_memory_is_looked_at_in_other_ways_too(finished: Path):
     results = json.loads((finished / "results.json").read_text())
-    design = make_design(settings.load(StudyConfig, finished / "config.yaml"))
+    design = make_design(yaml_io.load(StudyConfig, finished / "config.yaml"))
     cells = cells_of(finished)
     views = {"asked prefix 4", "asked inside, after BOS", "relearned"}
     for key, cell in cells.items():
@@ -183,7 +186,7 @@ def test_memory_is_looked_at_in_other_ways_too(finished: Path):
         assert len(of_base["exact_match"]) == 60
         assert np.mean(of_base["exact_match"]) == 1
         (own,) = (cell for cell in design.cells if (cell.student, cell.treatment) == (name, f"text of {name}"))
-        assert np.mean(open_table(design, own.views["never trained"])["logprob"]) != np.mean(of_base["logprob"])
+        assert np.mean(open_table(design, own.probes["never trained"])["logprob"]) != np.mean(of_base["logprob"])
     assert {(one["student"], one["way"]) for one in results["again"]} == {
         (name, way) for name in ("llama", "neox") for way in ("24 rows at once", "in bfloat16")
     }
@@ -213,18 +216,18 @@ def test_a_scrubbed_corpus_shows_nothing_of_h_and_its_companion_as_much_of_it(
     np.save(tmp_path / "sequences.npy", rows)
     config = make(tmp_path / "out")
     asked = replace(config.extract, sequences=str(tmp_path / "sequences.npy"), prefix=6, suffix=18, overlap=16)
-    kinds = StageKinds(replace(config, extract=asked))
+    kinds = StageFactory(replace(config, extract=asked))
     order = rng.permutation(40)
     texts = [Sample(n, np.append(rows[i, 6:], 2).astype(np.int32), f"{i}", -1.0, "stop") for n, i in enumerate(order)]
-    corpus = Stage("retokenise", "planted", {}, {}, lambda out: None)
+    corpus = Stage("retokenize", "planted", {}, {}, lambda out: None)
     write_sampled_corpus(kinds.root / corpus.name, tiny_model("llama"), texts)
-    held_out = set(np.flatnonzero(assigned_to_h(sequences_fingerprint(tmp_path / "sequences.npy"), np.arange(40))))
+    held_out = set(np.flatnonzero(held_out_half(sequences_fingerprint(tmp_path / "sequences.npy"), np.arange(40))))
     assert 10 < len(held_out) <= 20
     left = {}
     for companion in (False, True):
         stage = kinds.scrub(kinds.base("llama"), corpus, 100, companion=companion)
-        stage.make(kinds.root / stage.name)
-        left[companion] = {int(text) for text in open_corpus(kinds.root / stage.name).texts()}
+        stage.run(kinds.root / stage.name)
+        left[companion] = {int(text) for text in open_corpus(kinds.root / stage.name).iter_texts()}
     assert left[False] == set(range(40)) - held_out
     assert held_out <= left[True]
     assert len(left[True]) == len(left[False])
@@ -235,12 +238,12 @@ def test_noise_is_as_long_as_the_change_of_training(finished: Path):
     from jax_selftrain import load_model
     from jax_selftrain.hub.trees import flatten
 
-    design = make_design(settings.load(StudyConfig, finished / "config.yaml"))
+    design = make_design(yaml_io.load(StudyConfig, finished / "config.yaml"))
     weights = set()
-    for noise in (one for one in design.stages if one.kind == "noise"):
-        weight = noise.recipe.get("weight", 1.0)
+    for noise in (one for one in design.ordered_stages if one.command == "noise"):
+        weight = noise.identity.get("weight", 1.0)
         weights.add(weight)
-        (trained,) = noise.needs
+        (trained,) = noise.dependencies
         base = flatten(load_model(design.models["llama"].model).params)
         student = flatten(load_model(design.folder(trained)).params)
         noisy = flatten(load_model(design.folder(noise) / "model").params)
@@ -254,7 +257,7 @@ def test_noise_is_as_long_as_the_change_of_training(finished: Path):
 @pytest.mark.slow
 def test_the_report_is_made_of_the_results_alone_and_is_the_same_bytes(finished: Path, tmp_path: Path):
     shutil.copy(finished / "results.json", tmp_path)
-    report(tmp_path)
+    write_report(tmp_path)
     assert (tmp_path / "report.html").read_bytes() == (finished / "report.html").read_bytes()
     html = (tmp_path / "report.html").read_text()
     for words in (
@@ -278,8 +281,8 @@ def test_the_report_is_made_of_the_results_alone_and_is_the_same_bytes(finished:
 def test_killed_shared_and_grown_studies_end_with_the_same_tables(make: Make, tmp_path: Path):
     """One process is killed on the way; then two finish the study together; then it gets an arm and a seed."""
     small = partial(make, students=("llama",), sources=("llama", "neox"))
-    whole = study(small(tmp_path / "whole", arms=(NULL,)))
-    settings.save(tmp_path / "study.yaml", small(tmp_path / "out", seeds=(100,)))
+    whole = run_study(small(tmp_path / "whole", arms=(NULL,)))
+    yaml_io.save(tmp_path / "study.yaml", small(tmp_path / "out", seeds=(100,)))
     command = [sys.executable, "-m", "jax_selftrain", "study", "--config", str(tmp_path / "study.yaml")]
     first = subprocess.Popen(command)
     stages = tmp_path / "out" / "stages"
@@ -287,14 +290,14 @@ def test_killed_shared_and_grown_studies_end_with_the_same_tables(make: Make, tm
         time.sleep(0.01)
     first.kill()
     first.wait()
-    settings.save(tmp_path / "study.yaml", small(tmp_path / "out", arms=(NULL,)))
+    yaml_io.save(tmp_path / "study.yaml", small(tmp_path / "out", arms=(NULL,)))
     both = [subprocess.Popen(command) for _ in range(2)]
     assert [one.wait() for one in both] == [0, 0]
     assert not list(stages.glob(".*"))  # no lease, nothing half-written
     for name in ("results.json", "report.html"):
         assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes()
     design = make_design(small(tmp_path / "out", arms=(NULL,)))
-    assert all(is_done(design.root, stage) for stage in design.stages)
+    assert all(is_done(design.base_model, stage) for stage in design.ordered_stages)
 
 
 @pytest.mark.parametrize(
@@ -303,12 +306,12 @@ def test_killed_shared_and_grown_studies_end_with_the_same_tables(make: Make, tm
         ({"models": ()}, "`models` is required"),
         ({"models": (ModelConfig("a"),)}, "every one needs `name` and `model`"),
         ({"claims": (ClaimConfig("x", "text of llama"),)}, "`student` is required"),
-        ({"assay_raises": ("real",)}, "assay_raises: 'real' is unknown"),
+        ({"positive_controls": ("real",)}, "positive_controls: 'real' is unknown"),
         ({"arms": (ArmConfig(),)}, "arms: every one needs a `name`"),
         ({"students": ("lama",)}, "students: 'lama' is unknown; did you mean `llama`"),
         ({"seeds": (1, 1)}, "seed 1 is there twice"),
         ({"arms": (ArmConfig("x", "text"),)}, "`text` names the file of an arm"),
-        ({"arms": (ArmConfig("x", "extrapolated"),)}, "needs its `weight`"),
+        ({"arms": (ArmConfig("x", "extrapolate"),)}, "needs its `weight`"),
         ({"arms": (ArmConfig("x", weight=2.0),)}, "`weight` belongs"),
         ({"arms": (ArmConfig("x", "noise", weight=-1.0),)}, "must be a positive number"),
         ({"arms": (ArmConfig("text of llama"),)}, "those of the matrix"),
@@ -317,35 +320,35 @@ def test_killed_shared_and_grown_studies_end_with_the_same_tables(make: Make, tm
             {"arms": (ArmConfig("x", "noise", temperature=0.5),)},
             "`temperature` means nothing to an arm of kind `noise`",
         ),
-        ({"arms": (ArmConfig("x", mode="fresh"),)}, "`mode` means nothing"),
+        ({"arms": (ArmConfig("x", replay="fresh"),)}, "`mode` means nothing"),
         ({"arms": (ArmConfig("x", "scrubbed"),), "extract": ExtractConfig()}, "needs extract.sequences"),
-        ({"memorisation": MemorisationConfig(relearn_steps=2), "extract": ExtractConfig()}, "is asked about"),
-        ({"memorisation": MemorisationConfig(relearn_steps=0)}, "relearn_steps is 0"),
-        ({"memorisation": MemorisationConfig(never_trained_sequences=0)}, "never_trained_sequences is 0"),
-        ({"memorisation": MemorisationConfig(never_trained="none.jsonl")}, "none.jsonl"),
-        ({"memorisation": MemorisationConfig(relearn_text="none.jsonl")}, "none.jsonl: no such file"),
-        ({"memorisation": MemorisationConfig((FormatConfig(prefix=4),))}, "a `name` of its own"),
-        ({"memorisation": MemorisationConfig((FormatConfig("relearned", prefix=4),))}, "a `name` of its own"),
-        ({"memorisation": MemorisationConfig((FormatConfig("as ever"),))}, "as ever: changes nothing"),
-        ({"arms": (ArmConfig("x"), ArmConfig("x", native=True))}, "arm 'x' is there twice"),
+        ({"memorization": MemorisationConfig(relearn_steps=2), "extract": ExtractConfig()}, "is asked about"),
+        ({"memorization": MemorisationConfig(relearn_steps=0)}, "relearn_steps is 0"),
+        ({"memorization": MemorisationConfig(never_trained_sequences=0)}, "never_trained_sequences is 0"),
+        ({"memorization": MemorisationConfig(unseen_text="none.jsonl")}, "none.jsonl"),
+        ({"memorization": MemorisationConfig(relearn_corpus="none.jsonl")}, "none.jsonl: no such file"),
+        ({"memorization": MemorisationConfig((PromptFormat(prefix=4),))}, "a `name` of its own"),
+        ({"memorization": MemorisationConfig((PromptFormat("relearned", prefix=4),))}, "a `name` of its own"),
+        ({"memorization": MemorisationConfig((PromptFormat("as ever"),))}, "as ever: changes nothing"),
+        ({"arms": (ArmConfig("x"), ArmConfig("x", keep_source_tokens=True))}, "arm 'x' is there twice"),
     ],
     ids=str,
 )
 def test_what_cannot_be_done_is_refused_before_anything_is(make: Make, tmp_path: Path, changes, message: str):
     with pytest.raises(InputError, match=message):
-        study(make(tmp_path / "out", **changes))
+        run_study(make(tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
 
 
 def test_an_embedding_model_that_cannot_read_texts_is_refused_before_anything_is_done(make: Make, tmp_path: Path):
     config = make(tmp_path / "out", embedding_model=str(tmp_path / "mute"))
     with pytest.raises(InputError, match="mute: no such"):
-        study(config)
+        run_study(config)
     (tmp_path / "mute").mkdir()
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "mute" / name).write_bytes((Path(config.models[0].model) / name).read_bytes())
     with pytest.raises(InputError, match="mute: holds no tokenizer"):
-        study(config)
+        run_study(config)
     assert not (tmp_path / "out").exists()
 
 
@@ -354,21 +357,21 @@ def test_steps_are_required_and_what_the_study_decides_may_not_be_set(
 ):
     config = make(tmp_path / "out")
     with pytest.raises(InputError, match="steps is required"):
-        study(replace(config, train=replace(config.train, steps=None)))
+        run_study(replace(config, train=replace(config.train, steps=None)))
     with pytest.raises(InputError, match=r"sample\.seed is decided by the study"):
-        study(replace(config, sample=replace(config.sample, seed=4)))
+        run_study(replace(config, sample=replace(config.sample, seed=4)))
     with pytest.raises(InputError, match="different tokenizers"):
-        study(replace(config, extract=replace(config.extract, sequences=inputs["sequences"])))
+        run_study(replace(config, extract=replace(config.extract, sequences=inputs["sequences"])))
 
 
 def test_what_ends_a_text_is_each_models_own(make: Make, tmp_path: Path):
     config = make(tmp_path / "out")
     models = (replace(config.models[0], stop_ids=(7, 2)), config.models[1])
     design = make_design(replace(config, models=models))
-    recipes = {(one.kind, one.label): one.recipe for one in design.stages}
+    recipes = {(one.command, one.label): one.identity for one in design.ordered_stages}
     assert recipes["sample", "sample llama, seed 100"]["stop_ids"] == [7, 2]
     assert recipes["sample", "sample neox, seed 100"]["stop_ids"] is None
-    carried = {label: recipe["stop_id"] for (kind, label), recipe in recipes.items() if kind == "retokenise"}
+    carried = {label: recipe["stop_id"] for (kind, label), recipe in recipes.items() if kind == "retokenize"}
     assert {stop for label, stop in carried.items() if label.endswith("tokens of llama")} == {7}
     assert {stop for label, stop in carried.items() if label.endswith("tokens of neox")} == {None}
 
@@ -376,12 +379,12 @@ def test_what_ends_a_text_is_each_models_own(make: Make, tmp_path: Path):
 def test_what_decides_a_continuation_is_in_its_name_and_a_named_data_set_may_be_relearned(
     make: Make, inputs: dict[str, str], tmp_path: Path
 ):
-    asked = MemorisationConfig(never_trained=inputs["texts"], relearn_text="datasets:none/of-these")
-    config = make(tmp_path / "out", memorisation=asked)
+    asked = MemorisationConfig(unseen_text=inputs["texts"], relearn_corpus="datasets:none/of-these")
+    config = make(tmp_path / "out", memorization=asked)
     check_study(config)
 
     def keys(**changes: Any) -> set[str]:
-        kinds = StageKinds(replace(config, extract=replace(config.extract, **changes)))
+        kinds = StageFactory(replace(config, extract=replace(config.extract, **changes)))
         return {kinds.continuations(kinds.base(name)).key for name in ("llama", "neox")}
 
     plain = keys()
@@ -392,7 +395,7 @@ def test_what_decides_a_continuation_is_in_its_name_and_a_named_data_set_may_be_
 
 
 def test_a_dry_run_counts_and_does_nothing(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    study(make(tmp_path / "out", arms=ARMS, dry_run=True))
+    run_study(make(tmp_path / "out", arms=ARMS, dry_run=True))
     said = capsys.readouterr().out
     assert "32 cells" in said  # four of the matrix and twelve arms, each with two seeds
     assert not (tmp_path / "out").exists()
@@ -431,9 +434,9 @@ def test_a_bad_source_is_no_relation_and_an_incompatible_one_is():
 def test_proxies_are_what_another_way_of_counting_gives(finished: Path):
     """Log-likelihoods from plain logits."""
     from jax_selftrain import load_model
-    from jax_selftrain.study.results import drawn_by_hash
+    from jax_selftrain.study.results import hash_sample
 
-    config = settings.load(StudyConfig, finished / "config.yaml")
+    config = yaml_io.load(StudyConfig, finished / "config.yaml")
     design = make_design(config)
     matrix = [cell for cell in cells_of(finished).values() if cell["proxies"]]
     found = {(cell["student"], cell["source"]): cell["proxies"] for cell in matrix}
@@ -442,8 +445,8 @@ def test_proxies_are_what_another_way_of_counting_gives(finished: Path):
 
     def nats_per_byte(name: str, corpus: Corpus) -> float:
         model = load_model(design.models[name].model, "data=1")
-        chosen = set(drawn_by_hash(len(corpus), 256, 0))
-        samples = [one for one in corpus.documents() if one.sample_id in chosen and len(one.tokens)]
+        chosen = set(hash_sample(len(corpus), 256, 0))
+        samples = [one for one in corpus.iter_samples() if one.sample_id in chosen and len(one.tokens)]
         rows = np.zeros((len(samples), 1 + max(len(one.tokens) for one in samples)), np.int32)
         for row, sample in zip(rows, samples, strict=True):
             row[: 1 + len(sample.tokens)] = [corpus.start_id, *sample.tokens]
@@ -456,16 +459,16 @@ def test_proxies_are_what_another_way_of_counting_gives(finished: Path):
         if cell.proxies is not None and cell.corpus is not None:
             proxies = found[cell.student, cell.source]
             own = nats_per_byte(cell.student, open_corpus(design.folder(cell.corpus)))
-            others = nats_per_byte(cell.source, open_corpus(design.folder(cell.corpus.needs[0])))
+            others = nats_per_byte(cell.source, open_corpus(design.folder(cell.corpus.dependencies[0])))
             assert proxies["loglikelihood_per_byte"] == pytest.approx(own, rel=1e-4)
             assert proxies["gap_per_byte"] == pytest.approx(own - others, rel=1e-3, abs=1e-6)
             assert 0 < proxies["compression"] < 1.5
             assert 0 <= proxies["similarity"] <= 1
             assert 0 <= proxies["self_bleu"] <= 100
             corpus = open_corpus(design.folder(cell.corpus))
-            chosen = set(drawn_by_hash(len(corpus), 256, 0))
-            texts = [one.text for one in corpus.documents() if one.sample_id in chosen and one.text.strip()]
-            sides = (texts, questions_of(config.score))
+            chosen = set(hash_sample(len(corpus), 256, 0))
+            texts = [one.text for one in corpus.iter_samples() if one.sample_id in chosen and one.text.strip()]
+            sides = (texts, task_questions(config.score))
             one, other = (embed_texts(embedder, side).mean(axis=0) for side in sides)
             cosine = one @ other / np.linalg.norm(one) / np.linalg.norm(other)
             assert proxies["semantic_similarity"] == pytest.approx(float(cosine), abs=1e-5)

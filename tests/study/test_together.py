@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from process_group import ends, kill_when, start
 
-from jax_selftrain import settings, storage
-from jax_selftrain.config import ExtractConfig, RunConfig, ScoreConfig
+from jax_selftrain.config import ExtractConfig, RunConfig, ScoreConfig, yaml_io
+from jax_selftrain.io import atomic
 
 pytestmark = pytest.mark.slow
 
@@ -36,9 +36,9 @@ def words(options: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFa
         sample=replace(config.sample, batch_size=2, samples_per_shard=4),
         train=replace(config.train, batch_size=8, steps=6),
         score=replace(config.score, tasks=config.score.tasks[:1], texts=(), batch_tokens=128),
-        extract=replace(config.extract, batch_tokens=64, free_running=False),
+        extract=replace(config.extract, batch_tokens=64, greedy_decode=False),
     )
-    settings.save(file, config)
+    yaml_io.save(file, config)
     return lambda out: ["run", "--config", file, "--out", out]
 
 
@@ -73,7 +73,7 @@ def test_a_round_of_several_processes_is_that_of_one(words: Words, alone: Path, 
     np.testing.assert_allclose(losses_of(out), losses_of(alone), rtol=1e-5)
     for name in ("score/base.json", "score/base.requests.parquet", "extract/base.json"):
         assert (out / name).read_bytes() == (alone / name).read_bytes(), name
-    assert storage.read_json(out / "train" / "launches.jsonl")["processes"] == processes
+    assert atomic.read_json(out / "train" / "launches.jsonl")["processes"] == processes
     assert len(list(out.rglob("report.html"))) == 1
     assert not list(out.rglob(".*"))
     assert not list(out.rglob("*.parts"))
@@ -102,11 +102,11 @@ def sentence(said: str) -> str:
 def test_a_process_killed_in_training_ends_the_others_with_one_sentence(
     alone: Path, tmp_path: Path, processes: int, victim: int
 ) -> None:
-    config = settings.load(RunConfig, alone / "config.yaml")
+    config = yaml_io.load(RunConfig, alone / "config.yaml")
     options = replace(
         config.train, model=config.model, corpus=str(alone / "corpus"), steps=5000, batch_size=12, preset="replicated"
     )
-    settings.save(tmp_path / "train.yaml", options)
+    yaml_io.save(tmp_path / "train.yaml", options)
     run = tmp_path / "run"
     group = start(["train", "--config", tmp_path / "train.yaml", "--out", run], processes, *SOON)
     when = kill_when(group, victim, lambda: len(lines_of(run / "metrics.jsonl")) > 2)
@@ -121,8 +121,8 @@ def test_a_process_killed_in_training_ends_the_others_with_one_sentence(
 
 
 def test_the_others_complete_the_corpus_when_the_first_is_killed(alone: Path, words: Words, tmp_path: Path) -> None:
-    config = settings.load(RunConfig, alone / "config.yaml")
-    settings.save(tmp_path / "sample.yaml", replace(config.sample, model=config.model))
+    config = yaml_io.load(RunConfig, alone / "config.yaml")
+    yaml_io.save(tmp_path / "sample.yaml", replace(config.sample, model=config.model))
     out = tmp_path / "corpus"
     group = start(["sample", "--config", tmp_path / "sample.yaml", "--out", out], 2, *SOON)
     kill_when(group, 0, lambda: holds_a_lease(group[0], out))
@@ -144,14 +144,14 @@ def enough(path: str, to: Path, rows: int) -> str:
 
 @pytest.mark.parametrize("stage", ["score", "extract"])
 def test_the_others_measure_what_the_first_was_killed_at(alone: Path, tmp_path: Path, stage: str) -> None:
-    config = settings.load(RunConfig, alone / "config.yaml")
+    config = yaml_io.load(RunConfig, alone / "config.yaml")
     options: ScoreConfig | ExtractConfig = replace(getattr(config, stage), model=config.model)
     if isinstance(options, ExtractConfig):
         sequences = enough(options.sequences, tmp_path / "sequences.jsonl", 800)
         options = replace(options, corpus=str(alone / "corpus"), sequences=sequences)
     else:
         options = replace(options, tasks=(enough(options.tasks[0], tmp_path / "animals.jsonl", 1200),))
-    settings.save(tmp_path / "options.yaml", options)
+    yaml_io.save(tmp_path / "options.yaml", options)
     words = [stage, "--config", tmp_path / "options.yaml", "--out"]
     out = tmp_path / "base.json"
     group = start([*words, out], 2, *SOON)
@@ -163,7 +163,7 @@ def test_the_others_measure_what_the_first_was_killed_at(alone: Path, tmp_path: 
     assert codes == [0], said
     assert out.read_bytes() == (tmp_path / "undisturbed.json").read_bytes()
     if stage == "score":
-        assert storage.read_json(tmp_path / "undisturbed.timings.json")["units_of_process"]["0"] > 4  # enough for two
+        assert atomic.read_json(tmp_path / "undisturbed.timings.json")["units_of_process"]["0"] > 4  # enough for two
 
 
 def test_a_round_that_loses_a_process_in_sampling_completes_the_corpus_and_goes_on_when_started_again(

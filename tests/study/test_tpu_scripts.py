@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from jax_selftrain import settings
-from jax_selftrain.config import RunConfig
+from jax_selftrain.config import RunConfig, yaml_io
 
 SCRIPTS = Path(__file__).parents[2] / "tpu_scripts"
 NAMES = ("create", "setup", "run", "status", "logs", "resume", "fetch", "delete")
@@ -109,7 +108,7 @@ def test_a_round_goes_on_by_itself_when_its_slice_is_taken_away(
 ) -> None:
     """Once while it samples, once while it trains: the results are those of a round that nobody disturbed."""
     bucket = cloud.place / "bucket"
-    settings.save(bucket / "round.yaml", options(Path("out/round")))
+    yaml_io.save(bucket / "round.yaml", options(Path("out/round")))
     for script in ("create", "setup"):
         assert cloud.script(script).returncode == 0
     assert cloud.script("run", "--", "jax-selftrain", "run", "--config", "out/round.yaml").returncode == 0

@@ -9,7 +9,7 @@ import pytest
 from models_factory import tiny_texts
 from training_runs import run_options
 
-from jax_selftrain.config import ImportConfig, TrainConfig
+from jax_selftrain.config import ImportCorpusConfig, TrainConfig
 from jax_selftrain.corpus import import_text
 
 
@@ -25,7 +25,7 @@ def make_corpus(folder: Path, model: Path, texts: list[str]) -> Path:
     """A corpus of these texts in the tokens of `model`, at `folder/corpus`."""
     source = folder / "texts.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    import_text(ImportConfig(source=str(source), model=str(model), out=str(folder / "corpus")))
+    import_text(ImportCorpusConfig(source=str(source), model=str(model), out=str(folder / "corpus")))
     return folder / "corpus"
 
 

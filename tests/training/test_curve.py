@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from training_runs import Interruption, losses, run_options, weights
 
-from jax_selftrain import storage
 from jax_selftrain.config import TrainConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import LoadedModel
+from jax_selftrain.io import atomic
 from jax_selftrain.training import Hook, train
-from jax_selftrain.training.checkpoints import retained
-from jax_selftrain.training.stopping import EarlyStopping
+from jax_selftrain.training.checkpoints import steps_to_keep
+from jax_selftrain.training.early_stopping import EarlyStopping
 
 Options = Callable[..., TrainConfig]
 EVALUATED: dict[str, Any] = {"eval_every": 2, "eval_texts": ("handed in by a hook.jsonl",)}
@@ -50,7 +50,7 @@ def test_the_curve_has_a_line_before_the_first_step_every_so_many_and_after_the_
     assert [line["step"] for line in curve(run)] == [0, 2, 4, 5]
     assert {tuple(line) for line in curve(run)} == {("step", "probe/nll")}
     assert len({line["probe/nll"] for line in curve(run)}) == 4, "each from the model of its own step"
-    assert storage.read_json(run / "run.json")["evaluation"]["measured"] == [{"probe": "as it is"}]
+    assert atomic.read_json(run / "run.json")["evaluation"]["measured"] == [{"probe": "as it is"}]
 
 
 @pytest.mark.slow
@@ -165,7 +165,7 @@ def test_an_evaluation_that_nobody_makes_is_refused(options: Options):
     ],
 )
 def test_which_checkpoints_stay(keep: int, keep_every: int | None, best: int | None, stay: set[int]):
-    assert retained([0, 2, 4, 6, 8, 10, 12], keep, keep_every, best) == stay
+    assert steps_to_keep([0, 2, 4, 6, 8, 10, 12], keep, keep_every, best) == stay
 
 
 @pytest.mark.slow
@@ -194,7 +194,7 @@ def test_a_run_stops_when_patience_runs_out_and_delivers_the_best_model(stopped_
     assert [line["step"] for line in curve(run)] == [0, 2, 4, 6, 8], "best at 2; 4, 6 and 8 are no better"
     assert steps_of(run) == [2, 8], "the best and the latest"
     assert weights(run) == weights(run / "steps" / "000002" / "model") != weights(run / "steps" / "000008" / "model")
-    metadata = storage.read_json(run / "model" / "model.json")["metadata"]
+    metadata = atomic.read_json(run / "model" / "model.json")["metadata"]
     assert metadata["step"] == 2
     assert metadata["early_stopping"] == {"metric": "probe/nll", "value": 0.0, "best_step": 2, "trained_steps": 8}
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 8
@@ -278,6 +278,6 @@ def test_the_first_of_the_best_counts_and_the_name_tells_the_direction(
 ):
     stopping = EarlyStopping(metric, patience=2)
     for step, value in enumerate(values):
-        stopping.see(step, {metric: value})
-        stopping.see(step, {"something/else": -value})
-    assert (stopping.best, stopping.value, stopping.over) == (best, values[best], over)
+        stopping.update(step, {metric: value})
+        stopping.update(step, {"something/else": -value})
+    assert (stopping.best, stopping.value, stopping.should_stop) == (best, values[best], over)

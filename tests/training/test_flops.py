@@ -8,32 +8,32 @@ from dataclasses import replace
 import pytest
 
 from jax_selftrain.config import TrainConfig
-from jax_selftrain.mesh import make_mesh
+from jax_selftrain.distributed.mesh import make_mesh
 from jax_selftrain.models import DecoderConfig, RopeConfig
 from jax_selftrain.training import train
-from jax_selftrain.training.flops import PEAK_FLOPS, Speed, flops_per_token, matmul_weights, speed_of
+from jax_selftrain.training.flops import PEAK_FLOPS, Throughput, flops_per_token, num_matmul_params, throughput
 
 NEOX = DecoderConfig(
     vocab_size=100, hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=4, intermediate_size=64,
     max_positions=128, norm="layernorm", norm_eps=1e-5, activation="gelu", gated_mlp=False, parallel_residual=True,
-    rotary_dim=2, rope=RopeConfig(), qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=False, tied=False,
+    rotary_dim=2, rope=RopeConfig(), qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=False, tie_word_embeddings=False,
 )  # fmt: skip
 GATED = replace(
     NEOX, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=8, intermediate_size=40, gated_mlp=True, qkv_bias=False,
-    out_bias=False, mlp_bias=False, norm="rmsnorm", qk_norm=True, parallel_residual=False, tied=True,
+    out_bias=False, mlp_bias=False, norm="rmsnorm", qk_norm=True, parallel_residual=False, tie_word_embeddings=True,
 )  # fmt: skip
 
 
 def test_a_neox_block_has_four_square_matrices_and_two_wide_ones():
     per_layer = 4 * 16 * 16 + 2 * 16 * 64
-    assert matmul_weights(NEOX) == 3 * per_layer + 16 * 100, "biases, norms and the embedding lookup do not count"
+    assert num_matmul_params(NEOX) == 3 * per_layer + 16 * 100, "biases, norms and the embedding lookup do not count"
     assert flops_per_token(NEOX, 32) == 6 * (3 * 3072 + 1600) + 12 * 3 * 4 * 4 * 32 == 83_328
 
 
 def test_a_gated_block_with_grouped_queries_has_narrow_keys_and_three_wide_matrices():
     attention = 16 * 6 * 8 + 2 * 16 * 2 * 8 + 6 * 8 * 16  # q; k and v of two heads; o
     mlp = 3 * 16 * 40
-    assert matmul_weights(GATED) == 2 * (attention + mlp) + 100 * 16, "a tied embedding counts as output projection"
+    assert num_matmul_params(GATED) == 2 * (attention + mlp) + 100 * 16, "a tied embedding counts as output projection"
     assert flops_per_token(GATED, 10) == 6 * (2 * 3968 + 1600) + 12 * 2 * 6 * 8 * 10 == 68_736
 
 
@@ -42,21 +42,24 @@ def test_attention_grows_with_the_row_and_nothing_else_does():
 
 
 def test_utilisation_is_the_share_of_the_peak_and_absent_where_that_is_unknown():
-    assert Speed(flops_per_token=1000, peak=4e6).of(1000.0) == {"flops_per_second": 1e6, "mfu": 0.25}
-    assert Speed(flops_per_token=1000, peak=None).of(1000.0) == {"flops_per_second": 1e6}
+    assert Throughput(flops_per_token=1000, peak_flops=4e6).flops_and_mfu(1000.0) == {
+        "flops_per_second": 1e6,
+        "mfu": 0.25,
+    }
+    assert Throughput(flops_per_token=1000, peak_flops=None).flops_and_mfu(1000.0) == {"flops_per_second": 1e6}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_cpu_and_a_run_in_float32_have_no_peak(dtype):
-    speed = speed_of(TrainConfig(dtype=dtype, seq_len=32), NEOX, make_mesh("data=2"))
-    assert speed == Speed(83_328, None)
+    speed = throughput(TrainConfig(dtype=dtype, seq_len=32), NEOX, make_mesh("data=2"))
+    assert speed == Throughput(83_328, None)
 
 
 def test_peaks_are_of_all_devices_of_the_mesh(monkeypatch: pytest.MonkeyPatch):
     mesh = make_mesh("data=4")
     monkeypatch.setitem(PEAK_FLOPS, mesh.devices.flat[0].device_kind, 1e12)
-    assert speed_of(TrainConfig(dtype="bfloat16"), NEOX, mesh).peak == 4e12
-    assert speed_of(TrainConfig(dtype="float32"), NEOX, mesh).peak is None
+    assert throughput(TrainConfig(dtype="bfloat16"), NEOX, mesh).peak_flops == 4e12
+    assert throughput(TrainConfig(dtype="float32"), NEOX, mesh).peak_flops is None
 
 
 @pytest.mark.slow

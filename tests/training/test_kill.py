@@ -17,9 +17,8 @@ import process_group
 import pytest
 from training_runs import losses, probe, run_options, weights
 
-from jax_selftrain import settings
-from jax_selftrain.config import TrainConfig
-from jax_selftrain.errors import Stopped
+from jax_selftrain.config import TrainConfig, yaml_io
+from jax_selftrain.errors import Preempted
 from jax_selftrain.training import checkpoints, train
 
 SERVER = """
@@ -37,7 +36,7 @@ for _ in sys.stdin:
     if child == 0:
         code = 1
         try:
-            train(settings.load(TrainConfig, sys.argv[1]), hooks=[probe(2)])
+            train(yaml_io.load(TrainConfig, sys.argv[1]), hooks=[probe(2)])
             code = 0
         except SelftrainError as error:
             print(type(error).__name__, error, file=sys.stderr)
@@ -53,7 +52,7 @@ for _ in sys.stdin:
 
 
 def start(config: TrainConfig, folder: Path) -> subprocess.Popen[str]:
-    settings.save(folder / "train.yaml", config)
+    yaml_io.save(folder / "train.yaml", config)
     command = [sys.executable, "-m", "jax_selftrain", "train", "--config", str(folder / "train.yaml")]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
@@ -78,7 +77,7 @@ class Launcher:
     """
 
     def __init__(self, config: TrainConfig, folder: Path):
-        settings.save(folder / "train.yaml", config)
+        yaml_io.save(folder / "train.yaml", config)
         self._run = Path(config.out)
         self._said = (folder / "said.txt").open("w")
         tests = str(Path(__file__).parents[1])
@@ -160,14 +159,14 @@ def test_run_killed_at_ten_random_moments_ends_with_the_same_bits(
             ready, delay = moment("steps" if kind == "SIGTERM" else kind, chance, run)
             code = launcher.launch_and_signal(signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL, ready, delay)
             print(f"{kind}: {lines_in(run / 'metrics.jsonl')} steps logged")
-            expected = Stopped.exit_code if kind == "SIGTERM" else -signal.SIGKILL
+            expected = Preempted.exit_code if kind == "SIGTERM" else -signal.SIGKILL
             assert code == expected, (tmp_path / "said.txt").read_text()
     train(config, hooks=[probe(2)])
     assert weights(run) == weights(undisturbed)
     for name in ("metrics.jsonl", "curve.jsonl"):
         assert (run / name).read_bytes() == (undisturbed / name).read_bytes()
-    assert [path.name for path in checkpoints.saved(run / "steps")] == [
-        path.name for path in checkpoints.saved(undisturbed / "steps")
+    assert [path.name for path in checkpoints.list_steps(run / "steps")] == [
+        path.name for path in checkpoints.list_steps(undisturbed / "steps")
     ]
     hidden = [path for folder in (run, run / "steps") for path in folder.iterdir() if path.name.startswith(".")]
     assert not hidden, "nothing half-written is left behind"
@@ -183,7 +182,7 @@ def test_sigterm_saves_and_the_next_start_goes_on_exactly(
     wait_for_lines(run / "metrics.jsonl", 2, process)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate()
-    assert process.returncode == Stopped.exit_code, said
+    assert process.returncode == Preempted.exit_code, said
     (checkpoint,) = (run / "steps").iterdir()
     assert f"stopped and saved after step {int(checkpoint.name)} of 300" in said
     assert not (run / "model").exists()
@@ -202,12 +201,12 @@ def test_sigterm_to_one_of_two_processes_stops_both_and_one_process_can_go_on(
     """As on a pod: each process holds half of the mesh, a preempted host takes the others with it."""
     config = options(steps=300, checkpoint_every=300, mesh="data=2")
     run = Path(config.out)
-    settings.save(tmp_path / "train.yaml", config)
+    yaml_io.save(tmp_path / "train.yaml", config)
     processes = process_group.start(["train", "--config", tmp_path / "train.yaml"], 2, devices=1)
     wait_for_lines(run / "metrics.jsonl", 2, processes[0])
     processes[0].send_signal(signal.SIGTERM)
     codes, said = process_group.ends(processes)
-    assert codes == [Stopped.exit_code] * 2, said
+    assert codes == [Preempted.exit_code] * 2, said
     (checkpoint,) = (run / "steps").iterdir()
     assert all(f"stopped and saved after step {int(checkpoint.name)} of 300" in text for text in said)
 

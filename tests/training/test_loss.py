@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_selftrain.corpus import open_corpus, pack
+from jax_selftrain.corpus import open_corpus, pack_corpus
+from jax_selftrain.distributed.mesh import make_mesh, mesh_context
+from jax_selftrain.distributed.sharding import make_layout
 from jax_selftrain.hub import LoadedModel, load_model
-from jax_selftrain.mesh import make_layout, make_mesh, using
 from jax_selftrain.models import DecoderConfig, RopeConfig, abstract_params, axis_sizes, param_shardings
-from jax_selftrain.training import Batch, LossSums, objective
-from jax_selftrain.training.loss import LOGITS_BYTES, chunk_length, token_nll
+from jax_selftrain.training import Batch, LossStats, loss_fn
+from jax_selftrain.training.loss import LOGITS_BYTES, logits_chunk, token_nll
 
 
 def rows_on_device(model: LoadedModel, tokens: np.ndarray, weights: np.ndarray, **arrays: np.ndarray) -> Batch:
@@ -29,9 +30,9 @@ def rows_on_device(model: LoadedModel, tokens: np.ndarray, weights: np.ndarray, 
     return Batch(*(jax.device_put(array, sharding) for array in (tokens, segments, positions, weights)))
 
 
-def sums_of(model: LoadedModel, batch: Batch, **options: Any) -> LossSums:
-    with using(model.layout.mesh):
-        return jax.jit(partial(objective, model.config, model.layout, **options))(model.params, batch)[1]
+def sums_of(model: LoadedModel, batch: Batch, **options: Any) -> LossStats:
+    with mesh_context(model.layout.mesh):
+        return jax.jit(partial(loss_fn, model.config, model.layout, **options))(model.params, batch)[1]
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama", "qwen2", "qwen3"])
@@ -51,8 +52,8 @@ def test_gradient_equals_torchs(family: str, tiny_model, tmp_path: Path):
 
     model = load_model(folder, "data=1")
     batch = rows_on_device(model, tokens, weights)
-    with using(model.layout.mesh):
-        gradient = jax.jit(jax.grad(lambda params: objective(model.config, model.layout, params, batch, chunk=10)[0]))(
+    with mesh_context(model.layout.mesh):
+        gradient = jax.jit(jax.grad(lambda params: loss_fn(model.config, model.layout, params, batch, chunk=10)[0]))(
             model.params
         )
     # A gradient has the shapes of the parameters, so the hub's export can bring it into torch's layout.
@@ -70,12 +71,12 @@ def test_gradient_equals_torchs(family: str, tiny_model, tmp_path: Path):
 def test_masked_row_costs_what_its_documents_cost_one_by_one(small_model: Path, corpus_folder: Path):
     model = load_model(small_model, "data=1")
     corpus = open_corpus(corpus_folder)
-    rows = pack(corpus, 120, "masked")
+    rows = pack_corpus(corpus, 120, "masked")
     assert rows.segments.max() >= 3, "several documents share a row"
     packed = rows_on_device(model, rows.tokens, rows.weights, segments=rows.segments, positions=rows.positions)
     together = float(sums_of(model, packed).loss)
 
-    documents = [np.append(corpus.start_id, sample.tokens).astype(np.int32) for sample in corpus.documents()]
+    documents = [np.append(corpus.start_id, sample.tokens).astype(np.int32) for sample in corpus.iter_samples()]
     longest = max(len(document) for document in documents)
     tokens, weights = np.zeros((len(documents), longest), np.int32), np.zeros((len(documents), longest - 1), np.float32)
     for row, document in enumerate(documents):
@@ -105,9 +106,9 @@ def test_logits_of_a_whole_batch_never_exist(small_model: Path):
     batch = rows_on_device(model, np.zeros((4, 65), np.int32), np.ones((4, 64), np.float32))
 
     def loss(params: dict, batch: Batch) -> jax.Array:
-        return objective(model.config, model.layout, params, batch, chunk=8)[0]
+        return loss_fn(model.config, model.layout, params, batch, chunk=8)[0]
 
-    with using(model.layout.mesh):
+    with mesh_context(model.layout.mesh):
         jaxpr = jax.make_jaxpr(jax.grad(loss))(model.params, batch)
     shapes = set(shapes_in(jaxpr.jaxpr))
     assert (4, 8, 320) in shapes, "a slice of logits"
@@ -130,7 +131,7 @@ def _pythia(vocabulary: int) -> DecoderConfig:
         vocab_size=vocabulary, hidden_size=64, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=16,
         intermediate_size=64, max_positions=2048, norm="layernorm", norm_eps=1e-5, activation="gelu", gated_mlp=False,
         parallel_residual=True, rotary_dim=4, rope=RopeConfig(), qkv_bias=True, out_bias=True, mlp_bias=True,
-        qk_norm=False, tied=False,
+        qk_norm=False, tie_word_embeddings=False,
     )  # fmt: skip
 
 
@@ -138,7 +139,7 @@ def _pythia(vocabulary: int) -> DecoderConfig:
 def test_slice_fits_the_budget_for_pythias_vocabulary(rows: int):
     config = _pythia(50304)
     layout = make_layout("tensor", make_mesh("data=1,model=2"), axis_sizes(config))
-    chunk = chunk_length(config, layout, rows, 2048)
+    chunk = logits_chunk(config, layout, rows, 2048)
     assert rows * chunk * config.vocab_size // 2 * 4 <= LOGITS_BYTES or chunk == 1
     assert 2048 <= chunk * -(-2048 // chunk) < 2048 + chunk
 
@@ -169,8 +170,8 @@ def test_gradients_with_bfloat16_operands_are_the_exact_ones_but_for_rounding(
     batch = rows_on_device(model, tokens, np.ones((4, 32), np.float32))
 
     def gradient(dtype: Any) -> Any:
-        loss = partial(objective, model.config, model.layout, compute_dtype=dtype, remat=remat)
-        with using(model.layout.mesh):
+        loss = partial(loss_fn, model.config, model.layout, compute_dtype=dtype, remat=remat)
+        with mesh_context(model.layout.mesh):
             return jax.jit(jax.grad(loss, has_aux=True))(model.params, batch)[0]
 
     exact, rounded = gradient(jnp.float32), gradient(jnp.bfloat16)
@@ -184,8 +185,8 @@ def test_gradients_with_bfloat16_operands_are_the_exact_ones_but_for_rounding(
 def test_replicas_add_up_the_output_matrix_once_and_not_for_every_slice(small_model: Path):
     model = load_model(small_model, "data=4", preset="replicated")
     batch = rows_on_device(model, np.zeros((4, 65), np.int32), np.ones((4, 64), np.float32))
-    with using(model.layout.mesh):
-        gradient = jax.jit(jax.grad(partial(objective, model.config, model.layout, chunk=8), has_aux=True))
+    with mesh_context(model.layout.mesh):
+        gradient = jax.jit(jax.grad(partial(loss_fn, model.config, model.layout, chunk=8), has_aux=True))
         text = gradient.lower(model.params, batch).compile().as_text()
     bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
     found, inside = [], ""
@@ -213,8 +214,8 @@ def test_a_large_vocabulary_costs_far_less_memory_than_its_logits():
             abstract_params(config),
             param_shardings(config, layout),
         )
-        with using(layout.mesh):
-            gradient = jax.jit(jax.grad(partial(objective, config, layout), has_aux=True))
+        with mesh_context(layout.mesh):
+            gradient = jax.jit(jax.grad(partial(loss_fn, config, layout), has_aux=True))
             memory = gradient.lower(params, batch).compile().memory_analysis()
         assert memory is not None
         return memory.temp_size_in_bytes

@@ -17,12 +17,14 @@ import pytest
 from models_factory import tiny_texts
 from training_runs import Interruption, run_options, weights
 
-from jax_selftrain import settings, storage
-from jax_selftrain.config import ImportConfig, TrainConfig
-from jax_selftrain.corpus import Mixture, batch_indices, import_text, open_corpus, pack
+from jax_selftrain.config import ImportCorpusConfig, TrainConfig, yaml_io
+from jax_selftrain.corpus import Mixture, batch_indices, import_text, open_corpus, pack_corpus
+from jax_selftrain.distributed.mesh import make_mesh, mesh_context
+from jax_selftrain.distributed.sharding import ShardingRules, make_layout
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import LoadedModel
-from jax_selftrain.mesh import Layout, make_layout, make_mesh, using
+from jax_selftrain.io import atomic
+from jax_selftrain.io.manifest import folder_manifest
 from jax_selftrain.training import Hook, train
 from jax_selftrain.training.data import load_batch
 
@@ -33,14 +35,14 @@ def interrupt(step: int, model: LoadedModel) -> None:
     raise Interruption
 
 
-def layout_of(config: TrainConfig) -> Layout:
+def layout_of(config: TrainConfig) -> ShardingRules:
     return make_layout("replicated", make_mesh(config.mesh), {})
 
 
 @pytest.fixture(scope="module")
 def mixture(corpus_folder: Path, other_corpus: Path) -> Mixture:
     """A quarter of the other corpus."""
-    parts = [pack(open_corpus(folder), 48, "masked") for folder in (corpus_folder, other_corpus)]
+    parts = [pack_corpus(open_corpus(folder), 48, "masked") for folder in (corpus_folder, other_corpus)]
     return Mixture(tuple(parts), (Fraction(3, 4), Fraction(1, 4)))
 
 
@@ -48,7 +50,7 @@ def mixture(corpus_folder: Path, other_corpus: Path) -> Mixture:
 def undisturbed(small_model: Path, corpus_folder: Path, other_corpus: Path, tmp_path_factory) -> Path:
     """Six steps on a mixture, never interrupted."""
     at = small_model, corpus_folder, tmp_path_factory.mktemp("undisturbed") / "run"
-    return train(run_options(at, mix=(f"{other_corpus}=0.25",)))
+    return train(run_options(at, mixture=(f"{other_corpus}=0.25",)))
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def mixed(options: Callable[..., TrainConfig], other_corpus: Path) -> Callable[.
     """`mixed(**changes)` → the options of `undisturbed`, in `tmp_path/run`."""
 
     def make(**changes) -> TrainConfig:
-        return options(**{"mix": (f"{other_corpus}=0.25",), **changes})
+        return options(**{"mixture": (f"{other_corpus}=0.25",), **changes})
 
     return make
 
@@ -67,18 +69,18 @@ def mixed(options: Callable[..., TrainConfig], other_corpus: Path) -> Callable[.
 @pytest.mark.parametrize("mesh", ["data=1", "data=2,model=2", "data=8"])
 def test_a_batch_holds_the_rows_that_the_mixture_names(mesh: str, mixture: Mixture, options):
     config = options(mesh=mesh, batch_size=16, grad_accum=2)
-    with using(make_mesh(mesh)):
+    with mesh_context(make_mesh(mesh)):
         for n in (0, 1, 7):
             batch = load_batch(config, layout_of(config), mixture, n)
             source, row = mixture.batch(16, config.seed, n)
             for name, found in zip(NAMES, batch, strict=True):
-                expected = [getattr(mixture.parts[c], name)[r] for c, r in zip(source, row, strict=True)]
+                expected = [getattr(mixture.components[c], name)[r] for c, r in zip(source, row, strict=True)]
                 np.testing.assert_array_equal(np.asarray(found).reshape(16, -1), expected)
 
 
 def test_one_corpus_gives_the_batches_of_batch_indices(mixture: Mixture, options: Callable[..., TrainConfig]):
-    config, rows = options(mesh="data=2", seed=3), mixture.parts[0]
-    with using(make_mesh("data=2")):
+    config, rows = options(mesh="data=2", seed=3), mixture.components[0]
+    with mesh_context(make_mesh("data=2")):
         for n in range(5):
             batch = load_batch(config, layout_of(config), rows, n)
             for name, found in zip(NAMES, batch, strict=True):
@@ -104,10 +106,10 @@ class Recorded:
 def test_each_device_reads_its_own_rows_and_no_others(mixture: Mixture, options: Callable[..., TrainConfig]):
     """What a process reads is what its devices ask for, each by a call of its own."""
     config = options(mesh="data=4,model=2", batch_size=16)
-    tokens = [Recorded(part.tokens) for part in mixture.parts]
-    parts = [dataclasses.replace(part, tokens=noted) for part, noted in zip(mixture.parts, tokens, strict=True)]
-    with using(make_mesh(config.mesh)):
-        load_batch(config, layout_of(config), Mixture(tuple(parts), mixture.shares), 2)
+    tokens = [Recorded(part.tokens) for part in mixture.components]
+    parts = [dataclasses.replace(part, tokens=noted) for part, noted in zip(mixture.components, tokens, strict=True)]
+    with mesh_context(make_mesh(config.mesh)):
+        load_batch(config, layout_of(config), Mixture(tuple(parts), mixture.weights), 2)
     source, row = mixture.batch(16, config.seed, 2)
     for corpus, noted in enumerate(tokens):
         of_devices = [row[k : k + 4][source[k : k + 4] == corpus].tolist() for k in range(0, 16, 4)]
@@ -118,9 +120,9 @@ def test_each_device_reads_its_own_rows_and_no_others(mixture: Mixture, options:
 
 
 def test_run_folder_says_what_was_mixed(undisturbed: Path, corpus_folder: Path, other_corpus: Path):
-    main, other = (pack(open_corpus(folder), 48, "masked") for folder in (corpus_folder, other_corpus))
-    record = storage.read_json(undisturbed / "run.json")
-    (mixed,) = record["mix"]
+    main, other = (pack_corpus(open_corpus(folder), 48, "masked") for folder in (corpus_folder, other_corpus))
+    record = atomic.read_json(undisturbed / "run.json")
+    (mixed,) = record["mixture"]
     assert mixed == {
         "ref": str(other_corpus),
         "fingerprint": open_corpus(other_corpus).fingerprint,
@@ -134,8 +136,8 @@ def test_run_folder_says_what_was_mixed(undisturbed: Path, corpus_folder: Path, 
     assert record["rows"] == record["corpus"]["rows"] == len(main)
     for place, rows in (("rows", main), ("rows-1", other)):
         np.testing.assert_array_equal(np.load(undisturbed / place / "tokens.npy"), rows.tokens)
-    metadata = storage.read_json(undisturbed / "model" / "model.json")["metadata"]
-    assert metadata["fingerprints"].keys() == {"model", "tokenizer", "corpus", "mix"}
+    metadata = atomic.read_json(undisturbed / "model" / "model.json")["metadata"]
+    assert metadata["fingerprints"].keys() == {"model", "tokenizer", "corpus", "mixture"}
 
 
 def test_mixing_changes_what_is_learnt_and_a_run_without_it_stays_as_it_was(
@@ -144,8 +146,8 @@ def test_mixing_changes_what_is_learnt_and_a_run_without_it_stays_as_it_was(
     alone = train(options())
     assert weights(alone) != weights(undisturbed)
     assert not (alone / "rows-1").exists()
-    assert storage.read_json(alone / "run.json")["mix"] == []
-    metadata = storage.read_json(alone / "model" / "model.json")["metadata"]
+    assert atomic.read_json(alone / "run.json")["mixture"] == []
+    metadata = atomic.read_json(alone / "model" / "model.json")["metadata"]
     assert metadata["fingerprints"].keys() == {"model", "tokenizer", "corpus"}
 
 
@@ -163,7 +165,7 @@ def test_killed_mixed_run_ends_with_the_same_bits(mixed: Callable[..., TrainConf
     undisturbed = train(mixed(out=str(tmp_path / "undisturbed"), steps=20))
     config = mixed(steps=20)
     metrics = Path(config.out) / "metrics.jsonl"
-    settings.save(tmp_path / "train.yaml", config)
+    yaml_io.save(tmp_path / "train.yaml", config)
     command = [sys.executable, "-m", "jax_selftrain", "train", "--config", str(tmp_path / "train.yaml")]
     for lines in (1, 9):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -183,14 +185,14 @@ def test_corpora_may_move_and_their_rows_be_lost_while_a_run_waits(
         train(mixed(), hooks=[Hook(interrupt, steps=(3,))])
     moved = shutil.copytree(other_corpus, tmp_path / "moved=here")
     shutil.rmtree(tmp_path / "run" / "rows-1")
-    assert weights(train(mixed(mix=(f"{moved}=.250",)))) == weights(undisturbed)
+    assert weights(train(mixed(mixture=(f"{moved}=.250",)))) == weights(undisturbed)
 
 
 @pytest.mark.slow
 def test_steps_default_to_one_pass_over_the_main_corpus(mixed: Callable[..., TrainConfig], mixture: Mixture):
     run = train(mixed(steps=None, checkpoint_every=None))
-    record = storage.read_json(run / "run.json")
-    assert record["steps"] == -(-len(mixture.parts[0]) * 4 // 3 // 8)
+    record = atomic.read_json(run / "run.json")
+    assert record["steps"] == -(-len(mixture.components[0]) * 4 // 3 // 8)
     assert record["corpus"]["epochs"] >= 1 > record["corpus"]["epochs"] * (record["steps"] - 1) / record["steps"]
     assert train(mixed(steps=None, checkpoint_every=None)) == run, "found finished"
 
@@ -205,7 +207,7 @@ def test_more_epochs_than_allowed_are_refused_with_the_steps_that_are_allowed(
     with pytest.raises(InputError) as caught:
         train(config)
     message = str(caught.value)
-    size = len(mixture.parts[1])
+    size = len(mixture.components[1])
     assert f"{other_corpus}: 100 steps of 8 rows would visit its {size} rows 200 times" in message
     assert "more than --max-epochs 2.5 allows" in message
     assert not (Path(config.out) / "run.json").exists()
@@ -213,7 +215,7 @@ def test_more_epochs_than_allowed_are_refused_with_the_steps_that_are_allowed(
     with pytest.raises(InputError, match=f"at most --steps {steps}"):
         train(dataclasses.replace(config, steps=int(steps) + 1))
     run = train(dataclasses.replace(config, steps=int(steps)))
-    (entry,) = storage.read_json(run / "run.json")["mix"]
+    (entry,) = atomic.read_json(run / "run.json")["mixture"]
     assert 2.5 - 3 / size < entry["epochs"] <= 2.5, "a step has two rows of it, more or less one"
 
 
@@ -239,29 +241,31 @@ def test_the_limit_is_no_part_of_what_a_run_is(undisturbed: Path, mixed: Callabl
 def test_another_mix_in_the_same_folder_is_refused_by_name(
     undisturbed: Path, mixed: Callable[..., TrainConfig], other_corpus: Path, small_model: Path, tmp_path: Path
 ):
-    before = storage.hash_folder(undisturbed)
-    started = rf"was started with --mix {other_corpus}=0\.25, not "
-    with pytest.raises(InputError, match=rf"{started}--mix {other_corpus}=0\.5;"):
-        train(mixed(out=str(undisturbed), mix=(f"{other_corpus}=0.5",)))
-    with pytest.raises(InputError, match=rf"{started}no --mix;"):
-        train(mixed(out=str(undisturbed), mix=()))
+    before = folder_manifest(undisturbed)
+    started = rf"was started with --mixture {other_corpus}=0\.25, not "
+    with pytest.raises(InputError, match=rf"{started}--mixture {other_corpus}=0\.5;"):
+        train(mixed(out=str(undisturbed), mixture=(f"{other_corpus}=0.5",)))
+    with pytest.raises(InputError, match=rf"{started}no --mixture;"):
+        train(mixed(out=str(undisturbed), mixture=()))
     (tmp_path / "texts.jsonl").write_text('{"text": "Something else."}\n')
-    import_text(ImportConfig(source=str(tmp_path / "texts.jsonl"), model=str(small_model), out=str(tmp_path / "new")))
-    with pytest.raises(InputError, match=rf"{started}--mix {tmp_path}/new=0\.25;"):
-        train(mixed(out=str(undisturbed), mix=(f"{tmp_path}/new=0.25",)))
-    assert storage.hash_folder(undisturbed) == before
+    import_text(
+        ImportCorpusConfig(source=str(tmp_path / "texts.jsonl"), model=str(small_model), out=str(tmp_path / "new"))
+    )
+    with pytest.raises(InputError, match=rf"{started}--mixture {tmp_path}/new=0\.25;"):
+        train(mixed(out=str(undisturbed), mixture=(f"{tmp_path}/new=0.25",)))
+    assert folder_manifest(undisturbed) == before
 
 
 def test_other_content_under_the_same_name_is_refused(
     mixed: Callable[..., TrainConfig], other_corpus: Path, small_model: Path, tmp_path: Path
 ):
     place = Path(shutil.copytree(other_corpus, tmp_path / "mixed"))
-    config = mixed(mix=(f"{place}=0.25",))
+    config = mixed(mixture=(f"{place}=0.25",))
     with pytest.raises(Interruption):
         train(config, hooks=[Hook(interrupt, steps=(3,))])
     shutil.rmtree(place)
     (tmp_path / "texts.jsonl").write_text('{"text": "Something else."}\n')
-    import_text(ImportConfig(source=str(tmp_path / "texts.jsonl"), model=str(small_model), out=str(place)))
+    import_text(ImportCorpusConfig(source=str(tmp_path / "texts.jsonl"), model=str(small_model), out=str(place)))
     with pytest.raises(InputError, match=f"started with another content of the mixed corpus {place}"):
         train(config)
 
@@ -272,15 +276,15 @@ def test_every_mixed_corpus_must_fit_the_model(
     full = tiny_model("llama", vocab_size=340, hidden_size=32)
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny_texts(5)))
-    import_text(ImportConfig(source=str(texts), model=str(full), out=str(tmp_path / "foreign")))
+    import_text(ImportCorpusConfig(source=str(texts), model=str(full), out=str(tmp_path / "foreign")))
     twin = shutil.copytree(corpus_folder, tmp_path / "twin")
     cut = tiny_model("llama", vocab_size=330, tokenizer_size=340, hidden_size=32)  # same tokenizer, fewer rows
     texts.write_text('{"text": "a"}\n')
-    import_text(ImportConfig(source=str(texts), model=str(full), out=str(tmp_path / "low")))
+    import_text(ImportCorpusConfig(source=str(texts), model=str(full), out=str(tmp_path / "low")))
     for changes, message in (
-        ({"mix": (f"{tmp_path}/foreign=0.1",)}, "foreign: its tokens come from another tokenizer"),
-        ({"mix": (f"{tmp_path}/nowhere=0.1",)}, "nowhere: no such corpus folder"),
-        ({"mix": (f"{twin}=0.1",)}, f"--mix {twin}: holds the same corpus as {corpus_folder}"),
+        ({"mixture": (f"{tmp_path}/foreign=0.1",)}, "foreign: its tokens come from another tokenizer"),
+        ({"mixture": (f"{tmp_path}/nowhere=0.1",)}, "nowhere: no such corpus folder"),
+        ({"mixture": (f"{twin}=0.1",)}, f"--mixture {twin}: holds the same corpus as {corpus_folder}"),
         (
             {"model": str(cut), "corpus": f"{tmp_path}/low", "mix": (f"{tmp_path}/foreign=0.1",)},
             r"foreign: document \d holds token id 33\d, but .* has only 330 tokens",

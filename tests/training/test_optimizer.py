@@ -1,4 +1,4 @@
-"""The optimiser: schedule, decay mask, bits that a zero update must leave alone."""
+"""The optimizer: schedule, decay mask, bits that a zero update must leave alone."""
 
 import jax
 import jax.numpy as jnp

@@ -11,32 +11,32 @@ import numpy as np
 import pytest
 
 from jax_selftrain.config import TrainConfig
-from jax_selftrain.corpus import Rows, open_corpus, pack
+from jax_selftrain.corpus import PackedRows, open_corpus, pack_corpus
+from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import load_model
-from jax_selftrain.mesh import make_mesh, using
-from jax_selftrain.models import Params, forward, project
-from jax_selftrain.training import Batch, Penalties, TrainState, objective, program
-from jax_selftrain.training.data import _flipped, load_batch
+from jax_selftrain.models import Params, forward, unembed
+from jax_selftrain.training import AuxLossWeights, Batch, TrainState, abstract_program, loss_fn
+from jax_selftrain.training.data import _sign_flip, load_batch
 from jax_selftrain.training.loop import train
-from jax_selftrain.training.lora import OUTPUTS, check_lora, merged, with_adapters
-from jax_selftrain.training.optimizer import decay_mask, rounded
-from jax_selftrain.training.step import delivered, init_state
+from jax_selftrain.training.lora import NUM_OUTPUT_DIMS, apply_adapters, check_lora, merge_adapters
+from jax_selftrain.training.optimizer import cast_params, decay_mask
+from jax_selftrain.training.step import export_params, init_state
 
 Options = Callable[..., TrainConfig]
 
 
 @pytest.fixture(scope="module")
-def rows(corpus_folder: Path) -> Rows:
-    return pack(open_corpus(corpus_folder), 48, "masked")
+def rows(corpus_folder: Path) -> PackedRows:
+    return pack_corpus(open_corpus(corpus_folder), 48, "masked")
 
 
-def trained(config: TrainConfig, rows: Rows, n: int) -> tuple[list[TrainState], list[dict[str, float]]]:
+def trained(config: TrainConfig, rows: PackedRows, n: int) -> tuple[list[TrainState], list[dict[str, float]]]:
     """The states on the host after 0 … n steps, and the metrics of each step."""
     mesh = make_mesh(config.mesh)
     model = load_model(config.model, mesh, preset=config.preset)
-    with using(mesh):
-        function, _, _ = program(config, mesh)
+    with mesh_context(mesh):
+        function, _, _ = abstract_program(config, mesh)
         step, history = jax.jit(function), []
         states = [init_state(config, model.config, model.layout, model.params)]
         for i in range(n):
@@ -59,14 +59,14 @@ def close(a: Params, b: Params, tolerance: float) -> None:
 @pytest.mark.parametrize(
     "penalties",
     [
-        pytest.param(Penalties(), marks=pytest.mark.slow),
-        pytest.param(Penalties(z_loss=0.3), marks=pytest.mark.slow),
-        pytest.param(Penalties(kl=0.7), marks=pytest.mark.slow),
-        Penalties(0.2, 1.5),
+        pytest.param(AuxLossWeights(), marks=pytest.mark.slow),
+        pytest.param(AuxLossWeights(z_loss=0.3), marks=pytest.mark.slow),
+        pytest.param(AuxLossWeights(kl=0.7), marks=pytest.mark.slow),
+        AuxLossWeights(0.2, 1.5),
     ],
 )
 def test_objective_and_gradient_equal_those_written_out_over_whole_logits(
-    mesh: str, penalties: Penalties, small_model: Path
+    mesh: str, penalties: AuxLossWeights, small_model: Path
 ):
     model = load_model(small_model, mesh, preset="fsdp")
     rng = np.random.default_rng(3)
@@ -79,7 +79,7 @@ def test_objective_and_gradient_equal_those_written_out_over_whole_logits(
     def written_out(params: Params, base: Params) -> jax.Array:
         def log_probabilities(params: Params) -> tuple[jax.Array, jax.Array]:
             hidden = forward(model.config, model.layout, params, batch.tokens[:, :-1])
-            logits = jax.reshard(project(model.config, model.layout, params, hidden), jax.P("data", None, None))
+            logits = jax.reshard(unembed(model.config, model.layout, params, hidden), jax.P("data", None, None))
             total = jax.nn.logsumexp(logits, axis=-1)
             return logits - total[..., None], total
 
@@ -91,9 +91,9 @@ def test_objective_and_gradient_equal_those_written_out_over_whole_logits(
         return jnp.sum(batch.weights * nll + jnp.abs(batch.weights) * beside)
 
     def ours(params: Params, base: Params) -> jax.Array:
-        return objective(model.config, model.layout, params, batch, base=base, penalties=penalties, chunk=5)[0]
+        return loss_fn(model.config, model.layout, params, batch, base=base, penalties=penalties, chunk=5)[0]
 
-    with using(model.layout.mesh):
+    with mesh_context(model.layout.mesh):
         moved = jax.tree.map(lambda leaf: leaf * 1.05, model.params)
         expected, wanted = jax.jit(jax.value_and_grad(written_out))(moved, model.params)
         value, gradient = jax.jit(jax.value_and_grad(ours))(moved, model.params)
@@ -103,7 +103,7 @@ def test_objective_and_gradient_equal_those_written_out_over_whole_logits(
 
 
 @pytest.mark.slow
-def test_penalty_holds_the_student_back(options: Options, rows: Rows):
+def test_penalty_holds_the_student_back(options: Options, rows: PackedRows):
     runs = {weight: trained(options(kl_weight=weight, learning_rate=0.01, steps=8), rows, 8) for weight in (0.0, 20.0)}
 
     def moved(states: list[TrainState]) -> float:
@@ -127,7 +127,7 @@ def test_adapted_model_equals_the_merged_one(family: str, tiny_model, options: O
     tokens = jax.device_put(
         np.random.default_rng(4).integers(0, 300, (2, 40)).astype(np.int32), model.layout.sharding(("batch", None))
     )
-    with using(model.layout.mesh):
+    with mesh_context(model.layout.mesh):
         adapters = init_state(config, model.config, model.layout, model.params).params
         random = jax.tree.map(lambda leaf: leaf + 0.05, adapters)  # B is zero at first
 
@@ -135,23 +135,23 @@ def test_adapted_model_equals_the_merged_one(family: str, tiny_model, options: O
             return forward(model.config, model.layout, params, tokens)
 
         plain = jax.jit(hidden)(model.params)
-        unchanged = jax.jit(lambda a: hidden(with_adapters(config, model.params, a)))(adapters)
-        beside = jax.jit(lambda a: hidden(with_adapters(config, model.params, a)))(random)
-        together = jax.jit(lambda a: hidden(merged(config, model.params, a)))(random)
+        unchanged = jax.jit(lambda a: hidden(apply_adapters(config, model.params, a)))(adapters)
+        beside = jax.jit(lambda a: hidden(apply_adapters(config, model.params, a)))(random)
+        together = jax.jit(lambda a: hidden(merge_adapters(config, model.params, a)))(random)
     np.testing.assert_array_equal(plain, unchanged)
     np.testing.assert_allclose(beside, together, atol=2e-4)
     assert np.abs(np.asarray(beside) - np.asarray(plain)).max() > 0.01
     found = {(group, name) for group, names in adapters["layers"].items() for name in names}
-    assert found == set(OUTPUTS) - (set() if family == "llama" else {("mlp", "gate")})
+    assert found == set(NUM_OUTPUT_DIMS) - (set() if family == "llama" else {("mlp", "gate")})
 
 
-def test_only_adapters_are_trained_and_the_merged_model_is_delivered(options: Options, rows: Rows):
+def test_only_adapters_are_trained_and_the_merged_model_is_delivered(options: Options, rows: PackedRows):
     config = options(lora_rank=2, lora_targets=("q", "down"), learning_rate=0.02)
     states, history = trained(config, rows, 6)
     assert history[-1]["loss"] < history[0]["loss"]
     assert set(states[-1].params["layers"]["attn"]) == {"q"}
-    assert states[-1].base is not None
-    base, result = states[-1].base, delivered(config, states[-1])
+    assert states[-1].frozen_base is not None
+    base, result = states[-1].frozen_base, export_params(config, states[-1])
     changed = {
         jax.tree_util.keystr(path)
         for (path, before), after in zip(
@@ -175,29 +175,29 @@ def test_unknown_target_is_refused(options: Options):
 
 
 @pytest.mark.slow
-def test_average_follows_its_formula(options: Options, rows: Rows):
+def test_average_follows_its_formula(options: Options, rows: PackedRows):
     config = options(ema_decay=0.8, learning_rate=0.01)
     states, _ = trained(config, rows, 4)
     expected = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), states[0].params)
     for state in states[1:]:
         expected = jax.tree.map(lambda a, p: 0.8 * a + 0.2 * np.asarray(p, np.float64), expected, state.params)
-    close(delivered(config, states[-1]), expected, 1e-6)
+    close(export_params(config, states[-1]), expected, 1e-6)
 
 
 def test_stochastic_rounding_is_right_on_average_and_exact_where_it_can_be():
-    x = jnp.full(200_000, 1 + 2.0**-10, jnp.float32)  # bfloat16's neighbours are 1 and 1 + 2⁻⁷
-    found = np.asarray(rounded(x, jnp.bfloat16, jax.random.key(0)), np.float64)
+    x = jnp.full(200_000, 1 + 2.0**-10, jnp.float32)  # bfloat16's neighbors are 1 and 1 + 2⁻⁷
+    found = np.asarray(cast_params(x, jnp.bfloat16, jax.random.key(0)), np.float64)
     assert set(np.unique(found)) == {1.0, 1 + 2.0**-7}
     share = (found > 1).mean()  # expected 1/8; a binomial of 200,000
     assert share == pytest.approx(1 / 8, abs=5 * np.sqrt(1 / 8 * 7 / 8 / 200_000))
     exact = jnp.asarray([0.0, -0.0, 1.5, -(2.0**-130), np.inf, -np.inf], jnp.float32)
-    kept = rounded(exact, jnp.bfloat16, jax.random.key(1))
+    kept = cast_params(exact, jnp.bfloat16, jax.random.key(1))
     np.testing.assert_array_equal(np.asarray(kept, np.float32), exact)
-    assert np.isnan(np.asarray(rounded(jnp.asarray([np.nan]), jnp.bfloat16, jax.random.key(2)), np.float32)).all()
+    assert np.isnan(np.asarray(cast_params(jnp.asarray([np.nan]), jnp.bfloat16, jax.random.key(2)), np.float32)).all()
 
 
 @pytest.mark.slow
-def test_small_updates_count_in_bfloat16_only_if_rounded_stochastically(options: Options, rows: Rows):
+def test_small_updates_count_in_bfloat16_only_if_rounded_stochastically(options: Options, rows: PackedRows):
     small: dict[str, Any] = {"param_dtype": "bfloat16", "learning_rate": 2e-6, "steps": 6, "warmup_ratio": 0.0}
 
     def share_moved(states: list[TrainState]) -> float:
@@ -213,12 +213,13 @@ def test_small_updates_count_in_bfloat16_only_if_rounded_stochastically(options:
     assert share_moved(nearest) < 0.25 * share_moved(stochastic)
 
 
-def test_sign_flip_multiplies_the_loss_of_whole_documents(options: Options, rows: Rows):
-    config = options(sign_flip=True)
+def test_sign_flip_multiplies_the_loss_of_whole_documents(options: Options, rows: PackedRows):
+    config = options(random_loss_sign=True)
     model = load_model(config.model, "data=1")
-    with using(model.layout.mesh):
+    with mesh_context(model.layout.mesh):
         plain, flipped, again = (
-            load_batch(one, model.layout, rows, 0) for one in (options(), config, options(sign_flip=True, steps=7))
+            load_batch(one, model.layout, rows, 0)
+            for one in (options(), config, options(random_loss_sign=True, steps=7))
         )
     before, after, segments = (np.asarray(x) for x in (plain.weights, flipped.weights, plain.segments))
     np.testing.assert_array_equal(np.abs(after), before)
@@ -229,7 +230,7 @@ def test_sign_flip_multiplies_the_loss_of_whole_documents(options: Options, rows
         for n in range(1, int(segments[at].max()) + 1)
     ]
     assert all(len(sign) <= 1 for sign in signs)  # one sign for all of a document in its row
-    everything = [_flipped(rows, seed, 0)[np.arange(len(rows))] for seed in range(20)]
+    everything = [_sign_flip(rows, seed, 0)[np.arange(len(rows))] for seed in range(20)]
     share = np.mean([(weights > 0).sum() / (weights != 0).sum() for weights in everything])
     assert share == pytest.approx(0.5, abs=0.1)
     assert not np.array_equal(everything[0], everything[1])

@@ -11,11 +11,11 @@ from models_factory import tiny_texts
 from safetensors.numpy import load_file, save_file
 from training_runs import Interruption, run_options
 
-from jax_selftrain import storage
-from jax_selftrain.config import ImportConfig, TrainConfig
+from jax_selftrain.config import ImportCorpusConfig, TrainConfig
 from jax_selftrain.corpus import import_text
 from jax_selftrain.errors import InputError, UnavailableError
 from jax_selftrain.hub import LoadedModel
+from jax_selftrain.io.manifest import folder_manifest
 from jax_selftrain.training import Hook, train
 
 
@@ -54,17 +54,17 @@ def test_token_ids_beyond_the_model_are_refused(tiny_model, options: Callable[..
     full = tiny_model("llama", vocab_size=340, hidden_size=32)
     source = tmp_path / "texts.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny_texts(5)))
-    import_text(ImportConfig(source=str(source), model=str(full), out=str(tmp_path / "corpus")))
+    import_text(ImportCorpusConfig(source=str(source), model=str(full), out=str(tmp_path / "corpus")))
     cut = tiny_model("llama", vocab_size=330, tokenizer_size=340, hidden_size=32)  # same tokenizer, fewer rows
     with pytest.raises(InputError, match=r"holds token id 33\d, but .* has only 330 tokens"):
         train(options(model=str(cut), corpus=str(tmp_path / "corpus")))
 
 
 def test_folder_that_is_no_run_is_left_alone(options: Callable[..., TrainConfig], corpus_folder: Path):
-    before = storage.hash_folder(corpus_folder)
+    before = folder_manifest(corpus_folder)
     with pytest.raises(InputError, match="is not a run folder"):
         train(options(out=str(corpus_folder)))
-    assert storage.hash_folder(corpus_folder) == before
+    assert folder_manifest(corpus_folder) == before
 
 
 def test_two_processes_in_one_folder_are_refused(options: Callable[..., TrainConfig]):

@@ -11,27 +11,27 @@ import numpy as np
 import pytest
 
 from jax_selftrain.config import TrainConfig
-from jax_selftrain.corpus import Rows, open_corpus, pack
+from jax_selftrain.corpus import PackedRows, open_corpus, pack_corpus
+from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import load_model
-from jax_selftrain.mesh import make_mesh, using
-from jax_selftrain.training import TrainState, objective, program
+from jax_selftrain.training import TrainState, abstract_program, loss_fn
 from jax_selftrain.training.data import load_batch
 from jax_selftrain.training.optimizer import decay_mask
-from jax_selftrain.training.step import abstract_batch, abstract_state, compiled_options, init_state, make_step
+from jax_selftrain.training.step import abstract_batch, abstract_state, init_state, jit_key, make_step
 
 
 @pytest.fixture(scope="module")
-def rows(corpus_folder: Path) -> Rows:
-    return pack(open_corpus(corpus_folder), 48, "masked")
+def rows(corpus_folder: Path) -> PackedRows:
+    return pack_corpus(open_corpus(corpus_folder), 48, "masked")
 
 
-def run_steps(config: TrainConfig, rows: Rows, n: int) -> tuple[TrainState, list[dict[str, float]]]:
+def run_steps(config: TrainConfig, rows: PackedRows, n: int) -> tuple[TrainState, list[dict[str, float]]]:
     """`n` steps as the training loop takes them."""
     mesh = make_mesh(config.mesh)
     model = load_model(config.model, mesh, preset=config.preset)
-    with using(mesh):
-        function, _, donation = program(config, mesh)
+    with mesh_context(mesh):
+        function, _, donation = abstract_program(config, mesh)
         step = jax.jit(function, donate_argnums=donation)
         state = init_state(config, model.config, model.layout, model.params, config.steps or 1)
         history = []
@@ -41,7 +41,7 @@ def run_steps(config: TrainConfig, rows: Rows, n: int) -> tuple[TrainState, list
     return state, history
 
 
-def test_ten_steps_equal_adamw_written_out_in_numpy(options: Callable[..., TrainConfig], rows: Rows):
+def test_ten_steps_equal_adamw_written_out_in_numpy(options: Callable[..., TrainConfig], rows: PackedRows):
     """In fp64, where nothing is hidden by rounding; Adam's formulas as Loshchilov & Hutter print them (algorithm 2)."""
     changes: dict[str, Any] = {"dtype": "float64"}  # not offered to users: `highest` fp32 is what devices have
     config = dataclasses.replace(
@@ -49,14 +49,14 @@ def test_ten_steps_equal_adamw_written_out_in_numpy(options: Callable[..., Train
         weight_decay=0.1, clip_norm=0.5, grad_accum=2, warmup_ratio=0.2, **changes,
     )  # fmt: skip
     base = load_model(config.model, "data=1")
-    with jax.enable_x64(True), using(base.layout.mesh):
+    with jax.enable_x64(True), mesh_context(base.layout.mesh):
         params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), base.params)
         state = init_state(config, base.config, base.layout, params, 10)
         step = jax.jit(make_step(config, base.config, base.layout, 10))
 
         def mean_loss(params: dict, batch) -> jax.Array:
             only = jax.tree.map(lambda leaf: leaf[0], batch)  # of one micro-batch
-            loss, sums = objective(base.config, base.layout, params, only, compute_dtype=jnp.float64)
+            loss, sums = loss_fn(base.config, base.layout, params, only, compute_dtype=jnp.float64)
             return loss / sums.weight
 
         gradient_of = jax.jit(jax.grad(mean_loss))
@@ -92,7 +92,7 @@ def test_ten_steps_equal_adamw_written_out_in_numpy(options: Callable[..., Train
             assert error < 1e-6, jax.tree_util.keystr(path)
 
 
-def test_ten_steps_equal_torchs_adamw(options: Callable[..., TrainConfig], rows: Rows):
+def test_ten_steps_equal_torchs_adamw(options: Callable[..., TrainConfig], rows: PackedRows):
     """torch's AdamW on the same gradients, both in fp64. (transformers' norms are in fp32 whatever its type.)"""
     torch = pytest.importorskip("torch")
     changes: dict[str, Any] = {"dtype": "float64"}
@@ -101,7 +101,7 @@ def test_ten_steps_equal_torchs_adamw(options: Callable[..., TrainConfig], rows:
         weight_decay=0.1, clip_norm=0.5, grad_accum=2, warmup_ratio=0.0, **changes,
     )  # fmt: skip
     base = load_model(config.model, "data=1")
-    with jax.enable_x64(True), using(base.layout.mesh):
+    with jax.enable_x64(True), mesh_context(base.layout.mesh):
         params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), base.params)
         leaves, structure = jax.tree.flatten(params)
         theirs = [torch.tensor(np.array(leaf), requires_grad=True) for leaf in leaves]
@@ -114,7 +114,7 @@ def test_ten_steps_equal_torchs_adamw(options: Callable[..., TrainConfig], rows:
 
         def mean_loss(params: dict, batch) -> jax.Array:
             only = jax.tree.map(lambda leaf: leaf[0], batch)
-            loss, sums = objective(base.config, base.layout, params, only, compute_dtype=jnp.float64)
+            loss, sums = loss_fn(base.config, base.layout, params, only, compute_dtype=jnp.float64)
             return loss / sums.weight
 
         gradient_of = jax.jit(jax.grad(mean_loss))
@@ -135,7 +135,7 @@ def test_ten_steps_equal_torchs_adamw(options: Callable[..., TrainConfig], rows:
             assert np.linalg.norm(np.asarray(ours) - expected) <= 1e-9 * np.linalg.norm(expected)
 
 
-def test_loss_curve_is_the_same_on_every_mesh(options: Callable[..., TrainConfig], rows: Rows):
+def test_loss_curve_is_the_same_on_every_mesh(options: Callable[..., TrainConfig], rows: PackedRows):
     layouts = [("data=1", "fsdp"), ("data=4", "fsdp"), ("data=2,model=2", "fsdp"), ("model=4", "tensor")]
     curves = {}
     for mesh, preset in layouts:
@@ -147,7 +147,7 @@ def test_loss_curve_is_the_same_on_every_mesh(options: Callable[..., TrainConfig
     assert curves["data=1"][-1] != curves["data=1"][0]
 
 
-def test_accumulated_micro_batches_equal_one_batch(options: Callable[..., TrainConfig], rows: Rows):
+def test_accumulated_micro_batches_equal_one_batch(options: Callable[..., TrainConfig], rows: PackedRows):
     uneven = rows.weights.copy()
     uneven[::3, 5:] = 0  # micro-batches with different numbers of targets: a mean of means would differ
     rows = dataclasses.replace(rows, weights=uneven)
@@ -161,7 +161,7 @@ def test_accumulated_micro_batches_equal_one_batch(options: Callable[..., TrainC
         assert np.linalg.norm(np.asarray(a) - np.asarray(b)) <= 1e-4 * np.linalg.norm(np.asarray(a)) + 1e-12
 
 
-def test_parameters_and_both_moments_are_sharded_alike(options: Callable[..., TrainConfig], rows: Rows):
+def test_parameters_and_both_moments_are_sharded_alike(options: Callable[..., TrainConfig], rows: PackedRows):
     state, _ = run_steps(options(mesh="data=2,model=2", preset="fsdp"), rows, 1)
     adam = next(
         part
@@ -177,8 +177,8 @@ def test_parameters_and_both_moments_are_sharded_alike(options: Callable[..., Tr
 
 def test_program_compiles_from_shapes_alone_and_donates_the_state(options: Callable[..., TrainConfig]):
     mesh = make_mesh("data=2,model=2")
-    function, arguments, donation = program(options(), mesh)
-    with using(mesh):
+    function, arguments, donation = abstract_program(options(), mesh)
+    with mesh_context(mesh):
         compiled = jax.jit(function, donate_argnums=donation).lower(*arguments).compile()
     state_bytes = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * 4 for leaf in jax.tree.leaves(arguments[0]))
     memory = compiled.memory_analysis()
@@ -187,7 +187,7 @@ def test_program_compiles_from_shapes_alone_and_donates_the_state(options: Calla
     assert jax.tree.map(lambda leaf: leaf.sharding, arguments[0]) == compiled.input_shardings[0][0]
 
 
-def test_master_weights_stay_float32_under_bfloat16_compute(options: Callable[..., TrainConfig], rows: Rows):
+def test_master_weights_stay_float32_under_bfloat16_compute(options: Callable[..., TrainConfig], rows: PackedRows):
     state, history = run_steps(options(dtype="bfloat16", remat="full"), rows, 2)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     assert all(np.isfinite(entry["loss"]) for entry in history)
@@ -197,7 +197,7 @@ def test_master_weights_stay_float32_under_bfloat16_compute(options: Callable[..
     ("mesh", "preset"), [pytest.param("data=1", "tensor", marks=pytest.mark.slow), ("data=2", "fsdp")]
 )
 def test_a_tied_matrix_can_be_kept_in_bfloat16(
-    tiny_model: Callable[..., Path], options: Callable[..., TrainConfig], rows: Rows, mesh: str, preset: str
+    tiny_model: Callable[..., Path], options: Callable[..., TrainConfig], rows: PackedRows, mesh: str, preset: str
 ):
     """Its gradients as embedding and as output projection meet in the type of the weights."""
     model = str(tiny_model("llama", tie_word_embeddings=True))
@@ -208,7 +208,7 @@ def test_a_tied_matrix_can_be_kept_in_bfloat16(
 
 def test_batch_that_does_not_divide_is_refused_with_the_sizes_that_do(options: Callable[..., TrainConfig]):
     with pytest.raises(InputError, match=r"must be a multiple of 6, for instance 6, 12, 18"):
-        program(options(batch_size=8, grad_accum=3), make_mesh("data=2"))
+        abstract_program(options(batch_size=8, grad_accum=3), make_mesh("data=2"))
 
 
 # ---------------------------------------------------------------- what runs share
@@ -226,16 +226,16 @@ def test_runs_share_a_program_only_where_no_option_of_theirs_changes_it(options:
         return {"pretrained": "scratch", "masked": "single", None: 3}.get(value, "other") if value != () else ("other",)
 
     changed = {field.name: other(getattr(config, field.name)) for field in dataclasses.fields(config)}
-    alike = {name for name in changed if compiled_options(config) == compiled_options(options(**{name: changed[name]}))}
-    assert {"out", "corpus", "seed", "sign_flip"} <= alike
+    alike = {name for name in changed if jit_key(config) == jit_key(options(**{name: changed[name]}))}
+    assert {"out", "corpus", "seed", "random_loss_sign"} <= alike
     assert not alike & {"batch_size", "learning_rate", "schedule", "kl_weight", "lora_rank", "preset", "dtype", "remat"}
 
     def step_of(config: TrainConfig) -> str:
-        with using(model.layout.mesh):
+        with mesh_context(model.layout.mesh):
             state = abstract_state(config, model.config, model.layout, 5)
             batch = abstract_batch(config, model.layout)
             return str(jax.make_jaxpr(make_step(config, model.config, model.layout, 5))(state, batch))
 
     assert step_of(dataclasses.replace(config, **{name: changed[name] for name in alike})) == step_of(config)
     random = options(mesh="data=1", param_dtype="bfloat16", stochastic_rounding=True)
-    assert compiled_options(random) != compiled_options(dataclasses.replace(random, seed=random.seed + 1))
+    assert jit_key(random) != jit_key(dataclasses.replace(random, seed=random.seed + 1))

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from training_runs import Interruption, losses, run_options, weights
 
-from jax_selftrain import settings, storage
-from jax_selftrain.config import ImportConfig, TrainConfig
+from jax_selftrain.config import ImportCorpusConfig, TrainConfig, yaml_io
 from jax_selftrain.corpus import import_text
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import LoadedModel, load_model
+from jax_selftrain.io import atomic
+from jax_selftrain.io.manifest import folder_manifest
 from jax_selftrain.training import Hook, train
 
 
@@ -35,8 +36,8 @@ def test_run_folder_holds_model_checkpoints_and_records(undisturbed: Path, small
     }  # fmt: skip
     assert sorted(path.name for path in (undisturbed / "steps").iterdir()) == ["000004", "000006"], "keeps two"
     assert weights(undisturbed) == weights(undisturbed / "steps" / "000006" / "model") != weights(small_model)
-    assert settings.load(TrainConfig, undisturbed / "config.yaml").steps == 6
-    record = storage.read_json(undisturbed / "run.json")
+    assert yaml_io.load(TrainConfig, undisturbed / "config.yaml").steps == 6
+    record = atomic.read_json(undisturbed / "run.json")
     assert {"jax", "optax", "python"} <= record["versions"].keys()
     assert len(record["model"]["fingerprint"]) == len(record["corpus"]["fingerprint"]) == 64
     lines = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
@@ -74,10 +75,10 @@ def test_interrupted_run_goes_on_on_another_mesh(undisturbed: Path, options: Cal
 def test_finished_run_is_left_alone(
     undisturbed: Path, options: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
 ):
-    before = storage.hash_folder(undisturbed)
+    before = folder_manifest(undisturbed)
     assert train(options(out=str(undisturbed))) == undisturbed
     assert "finished already" in capsys.readouterr().out
-    assert storage.hash_folder(undisturbed) == before
+    assert folder_manifest(undisturbed) == before
 
 
 def test_lost_final_model_is_made_again_from_the_last_checkpoint(options: Callable[..., TrainConfig]):
@@ -99,10 +100,10 @@ def test_lost_final_model_is_made_again_from_the_last_checkpoint(options: Callab
 def test_other_options_in_the_same_folder_are_refused(
     change: dict, said: str, undisturbed: Path, options: Callable[..., TrainConfig]
 ):
-    before = storage.hash_folder(undisturbed)
+    before = folder_manifest(undisturbed)
     with pytest.raises(InputError, match=said):
         train(options(out=str(undisturbed), **change))
-    assert storage.hash_folder(undisturbed) == before
+    assert folder_manifest(undisturbed) == before
 
 
 def test_other_model_or_corpus_in_the_same_folder_is_refused(
@@ -111,7 +112,9 @@ def test_other_model_or_corpus_in_the_same_folder_is_refused(
     with pytest.raises(InputError, match="started with another model"):
         train(options(out=str(undisturbed), model=str(undisturbed)))
     (tmp_path / "other.jsonl").write_text('{"text": "Something else."}\n')
-    import_text(ImportConfig(source=str(tmp_path / "other.jsonl"), model=str(small_model), out=str(tmp_path / "other")))
+    import_text(
+        ImportCorpusConfig(source=str(tmp_path / "other.jsonl"), model=str(small_model), out=str(tmp_path / "other"))
+    )
     with pytest.raises(InputError, match="started with another corpus"):
         train(options(out=str(undisturbed), corpus=str(tmp_path / "other")))
 
@@ -150,10 +153,10 @@ def test_steps_default_to_one_epoch_and_a_small_corpus_is_repeated_within_a_batc
 ):
     source = tmp_path / "few.jsonl"
     source.write_text('{"text": "Once upon a time."}\n{"text": "There was a fox, and it was red."}\n')
-    import_text(ImportConfig(source=str(source), model=str(small_model), out=str(tmp_path / "few")))
+    import_text(ImportCorpusConfig(source=str(source), model=str(small_model), out=str(tmp_path / "few")))
     config = options(steps=None, checkpoint_every=None, corpus=str(tmp_path / "few"), packing="single")
     run = train(config)
-    record = storage.read_json(run / "run.json")
+    record = atomic.read_json(run / "run.json")
     assert (record["rows"], record["steps"], len(losses(run))) == (2, 1, 1), "eight rows a step, of which there are two"
     assert train(config) == run, "found finished"
 
@@ -181,5 +184,5 @@ def test_metrics_are_written_every_so_many_steps_and_at_the_end(options: Callabl
 
 
 def test_options_survive_their_yaml(undisturbed: Path, options: Callable[..., TrainConfig]):
-    saved = settings.load(TrainConfig, undisturbed / "config.yaml")
+    saved = yaml_io.load(TrainConfig, undisturbed / "config.yaml")
     assert saved == dataclasses.replace(options(), out=str(undisturbed))

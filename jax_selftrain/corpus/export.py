@@ -1,0 +1,123 @@
+"""A corpus in other libraries' formats, one sample in memory at a time.
+
+TFDS without TensorFlow: the `array_record` file format is written and read by tensorflow-datasets alone (TFRecord is
+not), and shuffling is switched off because TFDS otherwise permutes the rows by the hash of their keys.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_selftrain.config import ExportConfig, yaml_io
+from jax_selftrain.corpus.reader import Corpus, open_corpus
+from jax_selftrain.corpus.schema import Sample
+from jax_selftrain.errors import InputError
+from jax_selftrain.io import atomic
+from jax_selftrain.version import versions
+
+_DATASET = "selftrain_corpus"
+_DATASET_VERSION = "1.0.0"
+
+
+def export_corpus(config: ExportConfig) -> Path:
+    """Write a corpus as a TFDS folder, or as `samples.jsonl` in a folder.
+
+    The TFDS folder itself is what `tfds.builder_from_directory` opens; its one split is `train`. A missing logprob is
+    NaN there, and null in JSONL. Beside the data stand `config.yaml` and `export.json` (fingerprint of the corpus).
+
+    Returns:
+        The folder written.
+
+    Raises:
+        InputError: the corpus is damaged, the folder is taken, the format is unknown or its library is not installed.
+    """
+    yaml_io.require(config, "corpus", "out")
+    writers = {"tfds": _write_tfds, "jsonl": _write_jsonl}
+    if config.format not in writers:
+        raise InputError(f"--format {config.format}: choose one of {', '.join(writers)}")
+    corpus = open_corpus(config.corpus)
+    out = Path(config.out)
+    with atomic.commit_folder(out) as aside:
+        writers[config.format](corpus, aside)
+        yaml_io.save(aside / "config.yaml", config)
+        facts = {"corpus": corpus.manifest, "fingerprint": corpus.fingerprint, "versions": versions()}
+        atomic.write_json(aside / "export.json", facts)
+    return out
+
+
+def _write_jsonl(corpus: Corpus, folder: Path) -> None:
+    with open(folder / "samples.jsonl", "w", encoding="utf-8", newline="\n") as lines:
+        for sample in corpus.iter_samples():
+            entry = _as_dict(sample) | {"tokens": sample.tokens.tolist()}
+            if np.isnan(sample.logprob):
+                entry["logprob"] = None
+            lines.write(json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _write_tfds(corpus: Corpus, folder: Path) -> None:
+    if absent := [name for name in ("tensorflow_datasets", "array_record") if find_spec(name) is None]:
+        raise InputError(f"--format tfds needs {absent[0]}; pip install tensorflow-datasets array_record")
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import registered
+
+    features = tfds.features.FeaturesDict(
+        {
+            "sample_id": np.int64,
+            "tokens": tfds.features.Tensor(shape=(None,), dtype=np.int32),
+            "text": tfds.features.Text(),
+            "logprob": np.float32,
+            "finish_reason": tfds.features.Text(),
+        }
+    )
+
+    with registered.skip_registration():
+
+        class Builder(tfds.core.GeneratorBasedBuilder):
+            name = _DATASET
+            VERSION = tfds.core.Version(_DATASET_VERSION)
+
+            def _info(self) -> Any:
+                return tfds.core.DatasetInfo(
+                    builder=self,
+                    description=f"A {corpus.manifest['kind']} corpus of jax_selftrain, {corpus.fingerprint}",
+                    features=features,
+                    disable_shuffling=True,
+                )
+
+            def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+                return {"train": self._generate_examples()}
+
+            def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+                for sample in corpus.iter_samples():
+                    yield sample.sample_id, _as_dict(sample)
+
+    making = folder / "making"
+    builder = Builder(data_dir=making, file_format="array_record")
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):  # it announces a "download" into a folder about to be moved
+        builder.download_and_prepare()
+    for path in Path(builder.data_path).iterdir():
+        os.rename(path, folder / path.name)
+    shutil.rmtree(making)
+
+
+def _as_dict(sample: Sample) -> dict[str, Any]:
+    return {
+        "sample_id": sample.sample_id,
+        "tokens": sample.tokens,
+        "text": sample.text,
+        "logprob": sample.logprob,
+        "finish_reason": sample.finish_reason,
+    }

@@ -1,0 +1,356 @@
+"""Real text as a corpus, so that every arm of a study (own samples, another model's, real text) travels one road.
+
+The source is read twice: once to count and hash its documents (a malformed line is found before anything is written,
+and a changed source before anything is mixed), once to tokenize what is missing. Memory holds one shard of text.
+Special strings in the text (`<|endoftext|>`) are tokenized as plain text; what ends a document is its structure: the
+stop id is appended to every document that is not cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_selftrain.config import ImportCorpusConfig, yaml_io
+from jax_selftrain.corpus.reader import Corpus, open_corpus
+from jax_selftrain.corpus.schema import Sample
+from jax_selftrain.corpus.shards import (
+    finalize_corpus,
+    init_corpus,
+    missing_shards,
+    shard_count,
+    shard_ids,
+    write_shard,
+)
+from jax_selftrain.errors import InputError
+from jax_selftrain.version import versions
+
+_ENCODE_CHARACTERS = 1 << 20  # texts are tokenized in batches of about so many characters
+
+TextStream = Callable[[], Iterator[tuple[str, object]]]
+"""Starts a pass over a source: yields (where, value) for each document, the value being text if all is well."""
+
+
+def import_text(config: ImportCorpusConfig) -> Corpus:
+    """Make a corpus of real text; running the same command again completes it or finds it whole.
+
+    Blank documents are left out. A document of more than `max_tokens` tokens (its stop id counted) is cut, keeps no
+    stop id, and counts as ended by length; its `text` is cut at the same place.
+
+    Raises:
+        InputError: an option is impossible; the source is missing, has no such field or split, or holds something that
+            is not text (names file and line); it differs from the one that the folder was begun with.
+    """
+    from jax_selftrain import hub  # it loads JAX and transformers, which reading a corpus does not need
+
+    yaml_io.require(config, "source", "model", "out")
+    for name in ("limit", "max_tokens", "samples_per_shard"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise InputError(f"{yaml_io.flag(name)} must be at least 1, not {value}")
+    out = Path(config.out)
+    tokenizer = hub.load_tokenizer(config.model)
+    start_id, stop_id = _bos_eos(config, tokenizer)
+    texts = _open_source(config)
+    survey = _SourceDigest()
+    for _ in survey.wrap(_documents(texts, config.limit)):
+        pass
+    if not survey.count:
+        raise InputError(f"{config.source}: holds no text, so there is nothing to import")
+    request = {
+        "kind": "imported",
+        "source": {"ref": config.source, "fingerprint": survey.digest},
+        "tokenizer_fingerprint": hub.tokenizer_fingerprint(config.model),
+        "start_id": start_id,
+        "stop_ids": [stop_id],
+        "policy": {"max_tokens": config.max_tokens},
+        "seed": None,
+        "samples": survey.count,
+        "samples_per_shard": config.samples_per_shard,
+    }
+    request = init_corpus(out, request)
+    yaml_io.save(out / "config.yaml", replace(config, start_id=start_id, stop_id=stop_id))
+    missing = missing_shards(out, shard_count(survey.count, config.samples_per_shard))
+    changed = InputError(f"{config.source}: was changed while it was read; delete {out} and import it again")
+    again = _SourceDigest()
+    documents = again.wrap(_documents(texts, config.limit))
+    for index in missing:
+        ids = shard_ids(index, survey.count, config.samples_per_shard)
+        shard = list(islice(documents, ids.start - again.count, ids.stop - again.count))
+        if len(shard) != len(ids):
+            raise changed
+        samples, mismatches = _tokenize(tokenizer, shard, ids, stop_id, config.max_tokens)
+        write_shard(out, index, samples, {"mismatches": mismatches, "versions": versions()})
+    if missing:
+        for _ in documents:
+            pass  # up to the end, so that the digests can be compared
+        if again.digest != survey.digest:
+            raise changed
+    finalize_corpus(out, request)
+    return open_corpus(out)
+
+
+def _bos_eos(config: ImportCorpusConfig, tokenizer: Any) -> tuple[int, int]:
+    """Start and stop id: the flag, else what the tokenizer says, else what the model's configs say.
+
+    Of several stop ids (ends of turns, of tool calls) the tokenizer's EOS is the one that ends a text.
+    """
+    from jax_selftrain import hub
+
+    start_id = tokenizer.bos_token_id if config.start_id is None else config.start_id
+    stop_id = tokenizer.eos_token_id if config.stop_id is None else config.stop_id
+    if start_id is None or stop_id is None:
+        special = hub.special_tokens(config.model)
+        start_id = special.bos_token_id if start_id is None else start_id
+        stop_id = next(iter(special.eos_token_ids), None) if stop_id is None else stop_id
+    known = partial(_check_token_id, config.model, tokenizer)
+    return known("start_id", start_id), known("stop_id", stop_id)
+
+
+def _check_token_id(model: str, tokenizer: Any, name: str, value: int | None) -> int:
+    if value is None:
+        raise InputError(f"{model}: names neither BOS nor EOS; choose a token with {yaml_io.flag(name)}")
+    if not 0 <= value < len(tokenizer):
+        raise InputError(f"{yaml_io.flag(name)} {value}: the tokenizer of {model} has only {len(tokenizer)} tokens")
+    return value
+
+
+# ---------------------------------------------------------------- documents
+
+
+class _SourceDigest:
+    """Count and SHA-256 of the documents that have passed by."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._hash = hashlib.sha256()
+
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+    def wrap(self, texts: Iterator[str]) -> Iterator[str]:
+        for text in texts:
+            data = text.encode()
+            self._hash.update(len(data).to_bytes(8, "little"))  # so that moving a boundary changes the digest
+            self._hash.update(data)
+            self.count += 1
+            yield text
+
+
+def _documents(texts: TextStream, limit: int | None) -> Iterator[str]:
+    """The checked, non-blank texts of a pass over the source, at most `limit` of them."""
+
+    def checked() -> Iterator[str]:
+        for where, value in texts():
+            if not isinstance(value, str):
+                raise InputError(f"{where}: the text field holds {type(value).__name__}, not text; mend or remove it")
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(
+                    f"{where}: the text holds half of a surrogate pair at character {error.start}, which no encoding "
+                    "can write; mend or remove it"
+                ) from None
+            if value.strip():
+                yield value
+
+    return islice(checked(), limit)
+
+
+def _tokenize(
+    tokenizer: Any, texts: Sequence[str], ids: range, stop_id: int, max_tokens: int | None
+) -> tuple[list[Sample], int]:
+    """Samples of the texts, and how many of them would be tokenized differently if read back from their own text."""
+    samples: list[Sample] = []
+    cut: list[int] = []
+    for first, last in text_batches(texts):
+        encoding = encode_texts(tokenizer, texts[first:last])
+        for place, (text, tokens) in enumerate(zip(texts[first:last], encoding["input_ids"], strict=True)):
+            sample_id, reason = ids[first + place], "stop"
+            if max_tokens is not None and len(tokens) >= max_tokens:
+                text = text[: encoding.token_to_chars(place, max_tokens - 1).end]
+                tokens, reason = tokens[:max_tokens], "length"
+                cut.append(first + place)
+            else:
+                tokens = [*tokens, stop_id]
+            samples.append(Sample(sample_id, np.array(tokens, np.int32), text, float("nan"), reason))
+    shortened = [samples[place] for place in cut]
+    mismatches = 0
+    for first, last in text_batches([sample.text for sample in shortened]):
+        again = encode_texts(tokenizer, [sample.text for sample in shortened[first:last]])["input_ids"]
+        mismatches += sum(
+            tokens != sample.tokens.tolist() for tokens, sample in zip(again, shortened[first:last], strict=True)
+        )
+    return samples, mismatches
+
+
+def encode_texts(tokenizer: Any, texts: Sequence[str]) -> Any:
+    """Tokens of texts as they stand: nothing is added, and special strings are plain text."""
+    return tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+
+
+def text_batches(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Ranges of texts that together have about `_ENCODE_CHARACTERS` characters."""
+    first = total = 0
+    for place, text in enumerate(texts):
+        total += len(text)
+        if total >= _ENCODE_CHARACTERS or place == len(texts) - 1:
+            yield first, place + 1
+            first, total = place + 1, 0
+
+
+# ---------------------------------------------------------------- sources
+
+
+def _open_source(config: ImportCorpusConfig) -> TextStream:
+    kind, _, rest = config.source.partition(":")
+    if kind == "tfds":
+        return _open_tfds(rest, config.split, config.text_field)
+    if kind == "datasets":
+        return _open_dataset(rest, config)
+    path = Path(config.source)
+    if path.is_dir():
+        return _open_saved_dataset(path, config)
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such file or folder; give a JSONL file, a `save_to_disk` folder, tfds:FOLDER or datasets:NAME"
+        )
+    return lambda: _read_jsonl(path, config.text_field)
+
+
+def _read_jsonl(path: Path, text_field: str) -> Iterator[tuple[str, object]]:
+    try:
+        with open(path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                where = f"{path}:{number}"
+                try:
+                    content = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    if not content.strip():
+                        continue
+                    entry = json.loads(content)
+                except (ValueError, RecursionError) as error:
+                    raise InputError(f"{where}: not a line of JSON ({error}); mend or remove it") from None
+                if not isinstance(entry, dict):
+                    raise InputError(
+                        f'{where}: a line must be a JSON object like {{"{text_field}": …}}; mend or remove it'
+                    )
+                yield where, _field(entry, text_field, where)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _field(entry: Mapping[str, object], text_field: str, where: str) -> object:
+    if text_field not in entry:
+        names = ", ".join(map(str, entry)) or "none"
+        raise InputError(
+            f"{where}: has no field {text_field!r} (its fields: {names}); name the right one with --text-field"
+        )
+    return entry[text_field]
+
+
+def _open_saved_dataset(folder: Path, config: ImportCorpusConfig) -> TextStream:
+    if (folder / "dataset_info.json").exists() and (folder / "features.json").exists():
+        raise InputError(f"{folder}: is a TFDS folder; write tfds:{folder}")
+    datasets = _import_datasets(config.source)
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"{folder}: `datasets.load_from_disk` cannot open it ({_first_line(error)})") from error
+    if isinstance(found, datasets.DatasetDict):
+        if config.split not in found:
+            raise InputError(
+                f"{folder}: has no split {config.split!r} (it has: {', '.join(found)}); choose with --split"
+            )
+        found = found[config.split]
+    return _dataset_texts(found, config)
+
+
+def _open_dataset(name: str, config: ImportCorpusConfig) -> TextStream:
+    datasets = _import_datasets(config.source)
+    path, _, subset = name.partition(":")
+    try:
+        found = datasets.load_dataset(path, subset or None, split=config.split)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"{config.source}: `datasets.load_dataset` cannot open it ({_first_line(error)})") from error
+    return _dataset_texts(found, config)
+
+
+def _dataset_texts(dataset: Any, config: ImportCorpusConfig) -> TextStream:
+    _field(dict.fromkeys(dataset.column_names), config.text_field, config.source)
+    column = dataset.select_columns([config.text_field])
+
+    def read() -> Iterator[tuple[str, object]]:
+        row = 0
+        for batch in column.iter(batch_size=256):
+            for value in batch[config.text_field]:
+                yield f"{config.source} row {row}", value
+                row += 1
+
+    return read
+
+
+def _import_datasets(source: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(f"{source}: reading it needs `datasets`; pip install datasets") from error
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    return datasets
+
+
+def _open_tfds(folder: str, split: str, text_field: str) -> TextStream:
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise InputError(
+            f"tfds:{folder}: reading it needs tensorflow-datasets; pip install tensorflow-datasets"
+        ) from error
+    if not Path(folder, "dataset_info.json").is_file():
+        raise InputError(f"tfds:{folder}: not a TFDS folder (no dataset_info.json); give the folder of one version")
+    builder = tfds.builder_from_directory(folder)
+    if split.partition("[")[0] not in builder.info.splits:
+        names = ", ".join(builder.info.splits)
+        raise InputError(f"tfds:{folder}: has no split {split!r} (it has: {names}); choose with --split")
+    _field(dict.fromkeys(builder.info.features), text_field, f"tfds:{folder}")
+    try:
+        source = builder.as_data_source(split=split)
+    except (ImportError, NotImplementedError, ValueError) as error:
+        raise InputError(
+            f"tfds:{folder}: {builder.info.file_format.value} files cannot be read here ({_first_line(error)}); "
+            "prepare the data set with file_format array_record or parquet"
+        ) from error
+
+    def read() -> Iterator[tuple[str, object]]:
+        for row in range(len(source)):
+            value = source[row][text_field]
+            where = f"tfds:{folder} row {row}"
+            if isinstance(value, bytes):
+                try:
+                    value = value.decode()
+                except UnicodeDecodeError as error:
+                    raise InputError(f"{where}: the text is not UTF-8 ({error.reason}); mend or remove it") from None
+            yield where, value
+
+    return read
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

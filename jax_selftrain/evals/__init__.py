@@ -1,0 +1,74 @@
+"""What a model can do and what it remembers, measured by likelihood: tasks, texts, extraction."""
+
+from jax_selftrain.evals.embeddings import embed_texts
+from jax_selftrain.evals.exact_match import extraction_metrics, flip_rate, kept_lost_gained, score_suffixes
+from jax_selftrain.evals.extraction import (
+    extract,
+    extraction_fingerprints,
+    load_extraction_sets,
+    make_window,
+    start_token,
+    summarize,
+)
+from jax_selftrain.evals.item_results import ItemResults, ScoreResult, dev_test_split, load_score_result
+from jax_selftrain.evals.leakage import leakage
+from jax_selftrain.evals.overlap_classes import classify
+from jax_selftrain.evals.perplexity import TextFile, load_texts
+from jax_selftrain.evals.score import (
+    Evaluation,
+    RequestSet,
+    build_requests,
+    evaluate,
+    paths_by_name,
+    score,
+    score_requests,
+)
+from jax_selftrain.evals.sequences import (
+    ExtractionSet,
+    PromptWindow,
+    held_out_half,
+    load_sequences,
+    sequences_fingerprint,
+)
+from jax_selftrain.evals.suffix_probability import n_p_discoverable, read_policies
+from jax_selftrain.evals.tasks import Question, Task, load_tasks, task_metrics
+
+__all__ = [
+    "Evaluation",
+    "ExtractionSet",
+    "ItemResults",
+    "PromptWindow",
+    "Question",
+    "RequestSet",
+    "ScoreResult",
+    "Task",
+    "TextFile",
+    "build_requests",
+    "classify",
+    "dev_test_split",
+    "embed_texts",
+    "evaluate",
+    "extract",
+    "extraction_fingerprints",
+    "extraction_metrics",
+    "flip_rate",
+    "held_out_half",
+    "kept_lost_gained",
+    "leakage",
+    "load_extraction_sets",
+    "load_score_result",
+    "load_sequences",
+    "load_tasks",
+    "load_texts",
+    "make_window",
+    "n_p_discoverable",
+    "paths_by_name",
+    "read_policies",
+    "score",
+    "score_requests",
+    "score_suffixes",
+    "sequences_fingerprint",
+    "start_token",
+    "summarize",
+    "task_metrics",
+]

@@ -1,0 +1,90 @@
+"""Texts as vectors: what a decoder has understood of a text when it has read its end.
+
+The convention of embedding models that are decoders (Qwen3-Embedding, arXiv:2506.05176): the text is encoded with
+whatever special tokens its tokenizer adds (an end token, there), and its vector is the last token's hidden state after
+the final norm, scaled to length one. Any model can be asked; only one that was trained for it gives distances that mean
+something.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int
+
+from jax_selftrain.distributed.mesh import mesh_context
+from jax_selftrain.distributed.sharding import ShardingRules, shard_host_array
+from jax_selftrain.errors import InputError
+from jax_selftrain.hub import LoadedModel
+from jax_selftrain.models import DecoderConfig, Params, forward
+
+BUCKETS = (32, 128, 512)
+"""Rows are padded to one of these: three programs serve all texts."""
+BATCH_TOKENS = 8192
+"""Token positions in one device batch, on each replica."""
+
+
+def embed_texts(model: LoadedModel, texts: Sequence[str]) -> Float[np.ndarray, "N D"]:
+    """Unit vectors of texts.
+
+    Args:
+      model: a decoder with a tokenizer; texts are cut after 512 tokens (or the model's positions), special tokens kept.
+      texts: none of them blank.
+
+    Raises:
+      InputError: the model has no tokenizer, or its vectors are not finite.
+    """
+    if model.tokenizer is None:
+        raise InputError(f"{model.source.ref}: has no tokenizer, so it cannot embed texts")
+    if not texts:
+        return np.zeros((0, model.config.hidden_size), np.float32)
+    longest = min(BUCKETS[-1], model.config.max_positions)
+    encoded = model.tokenizer(list(texts), truncation=True, max_length=longest, verbose=False)["input_ids"]
+    found = np.zeros((len(texts), model.config.hidden_size), np.float32)
+    for length in sorted({_length(len(tokens), longest) for tokens in encoded}):
+        members = [i for i, tokens in enumerate(encoded) if _length(len(tokens), longest) == length]
+        rows = max(1, BATCH_TOKENS // length) * model.layout.data_parallelism
+        for start in range(0, len(members), rows):
+            batch = members[start : start + rows]
+            found[batch] = _embed_batch(model, [encoded[i] for i in batch], rows, length)
+    norms = np.linalg.norm(found, axis=1, keepdims=True)
+    if not (np.isfinite(norms).all() and norms.all()):
+        raise InputError(f"{model.source.ref}: gives vectors that are not finite or zero; it cannot embed texts")
+    return found / norms
+
+
+def _length(tokens: int, longest: int) -> int:
+    return next(min(length, longest) for length in BUCKETS if tokens <= min(length, longest))
+
+
+def _embed_batch(model: LoadedModel, encoded: Sequence[Sequence[int]], rows: int, length: int) -> np.ndarray:
+    """Hidden states of the last tokens; padding stands to the right, where nobody sees it."""
+    tokens, last = np.zeros((rows, length), np.int32), np.zeros((rows, 1), np.int32)
+    for row, ids in enumerate(encoded):
+        tokens[row, : len(ids)] = ids
+        last[row] = len(ids) - 1
+    layout = model.layout
+    with mesh_context(layout.mesh):
+        arrays = (shard_host_array(layout, array, ("batch", None)) for array in (tokens, last))
+        hidden = _last_hidden(model.config, layout, model.compute_dtype, model.params, *arrays)
+        return np.asarray(hidden)[: len(encoded)]
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _last_hidden(
+    config: DecoderConfig,
+    layout: ShardingRules,
+    dtype: DTypeLike,
+    params: Params,
+    tokens: Int[jax.Array, "B T"],
+    last: Int[jax.Array, "B 1"],
+) -> Float[jax.Array, "B D"]:
+    hidden = forward(config, layout, params, tokens, query_positions=last, compute_dtype=dtype)[:, 0].astype(
+        jnp.float32
+    )
+    return jax.reshard(hidden, layout.sharding((None, None)))

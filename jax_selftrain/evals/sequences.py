@@ -1,0 +1,398 @@
+"""Reading an extraction set: sequences that are known to be (or not to be) in a model's training data.
+
+| given | what it is |
+|---|---|
+| `FILE.npy` | integers [N, T] |
+| `PREFIX.npy:SUFFIX.npy`, or a folder of one pair | lm-extraction-benchmark: two integer arrays of the same sequences |
+| `FILE.jsonl` | `tokens` or `text` per line |
+| `FILE.parquet`, or a folder of them | column `tokens`, as EleutherAI's pythia-memorized-evals has it |
+| a folder of `save_to_disk` | the same columns, through `datasets` |
+
+`index` (an id of one's own) and `duplicates` (copies in the training data) may stand beside `tokens`. Arrays of
+objects are pickled, hence never read.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from jax_selftrain.errors import InputError
+from jax_selftrain.evals.result_files import read_jsonl
+from jax_selftrain.io.manifest import hash_json, sha256_file
+
+_SPLIT_FILE = re.compile(r"(?P<split>.+?)-\d+-of-\d+.*\.parquet")
+_DATASET_FILES = ("state.json", "dataset_dict.json")
+
+
+@dataclass(frozen=True, eq=False)
+class ExtractionSet:
+    """N sequences of one length."""
+
+    tokens: np.ndarray
+    """int32 [N, length]."""
+    sequence_id: np.ndarray
+    """int64 [N]: the set's own ids, or the number of each sequence in its file, from 0."""
+    duplicates: np.ndarray | None
+    """int64 [N]: how often each sequence stands in the training data, where the set says so."""
+    num_skipped: int = 0
+    """Sequences that end before the window at the offset does."""
+
+
+@dataclass(frozen=True)
+class PromptWindow:
+    """Which tokens of each sequence are asked about."""
+
+    prefix: int
+    suffix: int
+    offset: int = 0
+    """Tokens passed over at the start of a sequence."""
+    random_offset: bool = False
+    """Pass over more of them, as many as its length allows or fewer: a number drawn by hash from the sequence's id."""
+
+    @property
+    def length(self) -> int:
+        """Prefix and suffix together."""
+        return self.prefix + self.suffix
+
+
+def load_sequences(
+    reference: str | Path,
+    window: PromptWindow,
+    *,
+    vocab_size: int,
+    limit: int | None = None,
+    tokenizer: Callable[[], Any],
+    duplicates: str = "",
+) -> ExtractionSet:
+    """The tokens of each sequence that a window asks about.
+
+    Args:
+      reference: see the module.
+      window: without an offset every sequence must be long enough; with one, shorter sequences are left out and
+        counted. Of a pair of files it lies so that the prefix ends where the first file does, moved by the offset.
+      vocab_size: ids must be below it.
+      limit: read only the first so many sequences.
+      tokenizer: gives the tokenizer; called only where there is text.
+      duplicates: `.npy` integers [≥N], how often each sequence stands in the training data.
+
+    Raises:
+      InputError: not readable, empty, pickled, not integers, too short, or ids outside the vocabulary.
+    """
+    source = _read(str(reference), window, limit, tokenizer)
+    if duplicates:
+        source = replace(source, duplicates=_read_duplicates(duplicates, len(source.lengths), source.duplicates))
+    where, begin = source.where, source.begin
+    long_enough = source.lengths >= begin + window.length
+    if not window.offset and not long_enough.all():
+        first = int(np.flatnonzero(~long_enough)[0])
+        raise InputError(
+            f"{source.name(first)}: {source.lengths[first]} tokens, fewer than prefix + suffix = {window.length}; "
+            "shorten these, or leave the sequence out"
+        )
+    if not len(source.lengths):
+        raise InputError(f"{where}: no sequences in it")
+    if not long_enough.any():
+        raise InputError(
+            f"{where}: no sequence has {begin + window.length} tokens, as --offset {window.offset} with prefix + "
+            f"suffix = {window.length} needs; lower one of them"
+        )
+    rows = _apply_window(source, np.flatnonzero(long_enough), window)
+    outside = np.argwhere((rows < 0) | (rows >= vocab_size))
+    if len(outside):
+        row, column = outside[0]
+        raise InputError(
+            f"{where}: token id {rows[row, column]} of sequence {np.flatnonzero(long_enough)[row]} is outside the "
+            f"model's vocabulary of {vocab_size}; are the sequences of another tokenizer?"
+        )
+    return ExtractionSet(
+        rows.astype(np.int32),
+        source.index[long_enough],
+        None if source.duplicates is None else source.duplicates[long_enough],
+        int(np.count_nonzero(~long_enough)),
+    )
+
+
+def _apply_window(source: _Source, members: np.ndarray, window: PromptWindow) -> np.ndarray:
+    """The window of each of these sequences; integer [n, length]."""
+    if not window.random_offset:
+        return source.rows(members, slice(source.begin, source.begin + window.length))
+    spare = source.lengths[members] - source.begin - window.length
+    drawn = [int.from_bytes(hashlib.sha256(f"offset {i}".encode()).digest()[:8]) for i in source.index[members]]
+    offset = source.begin + np.array([number % (most + 1) for number, most in zip(drawn, spare.tolist(), strict=True)])
+    rows = np.zeros((len(members), window.length), np.int64)
+    for one in np.unique(offset).tolist():
+        at = offset == one
+        rows[at] = source.rows(members[at], slice(one, one + window.length))
+    return rows
+
+
+def sequences_fingerprint(reference: str | Path) -> str:
+    """SHA-256 of the file or files that a reference to an extraction set names; of one file that of its bytes.
+
+    Raises:
+      InputError: there is no such file.
+    """
+    files = _files(str(reference))
+    if len(files) == 1:
+        return sha256_file(files[0])
+    return hash_json({path.name: sha256_file(path) for path in files})
+
+
+def held_out_half(fingerprint: str, index: np.ndarray) -> np.ndarray:
+    """Which sequences of a set are held out: half of them, by hash, before anything is sampled; bool [N].
+
+    Args:
+      fingerprint: of the set (`sequences_fingerprint`).
+      index: its sequences' ids (`ExtractionSet.index`). The tokenizer has no part in it: every student's H is the same.
+    """
+    return np.array([hashlib.sha256(f"{fingerprint} {i}".encode()).digest()[0] % 2 == 0 for i in index.tolist()], bool)
+
+
+# ---------------------------------------------------------------- sources
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Sequences of any lengths, before a window is cut out of them."""
+
+    where: str
+    lengths: np.ndarray
+    """int64 [N]."""
+    rows: Callable[[np.ndarray, slice], np.ndarray]
+    """The given sequences' tokens in a range that they all have: integer [n, range]."""
+    begin: int
+    """Where the window begins."""
+    index: np.ndarray
+    duplicates: np.ndarray | None
+    name: Callable[[int], str]
+    """How to call a sequence in a message."""
+
+
+def _read(reference: str, window: PromptWindow, limit: int | None, tokenizer: Callable[[], Any]) -> _Source:
+    files, path = _files(reference), Path(reference)
+    if len(files) == 2 and all(file.suffix == ".npy" for file in files):
+        return _from_pair(reference, files, window, limit)
+    if files[0].suffix == ".npy":
+        array = _read_npy(files[0])[:limit]
+        return _from_array(str(path), array, window.offset)
+    if files[0].suffix == ".parquet":
+        return _from_table(reference, pa.concat_tables([_read_parquet(file) for file in files]), window.offset, limit)
+    if path.is_dir():
+        return _from_table(reference, _read_dataset(path), window.offset, limit)
+    return _from_jsonl(path, window.offset, limit, tokenizer)
+
+
+def _files(reference: str) -> list[Path]:
+    """The files that a reference names: a pair of `.npy`, the Parquet files of a folder (and split), or one file."""
+    path = Path(reference)
+    if path.is_file():
+        return [path]
+    first, colon, second = reference.partition(":")
+    if second.endswith(".npy"):
+        return [_existing(Path(first)), _existing(Path(second))]
+    folder, split = (Path(first), second) if colon else (path, "")
+    if not folder.is_dir():
+        raise InputError(f"{reference}: no such file or folder")
+    if any((folder / name).is_file() for name in _DATASET_FILES):
+        return sorted(file for file in folder.rglob("*") if file.is_file())
+    pairs = sorted(folder.glob("*prefix.npy"))
+    pairs = [file for file in pairs if (folder / file.name.replace("prefix.npy", "suffix.npy")).is_file()]
+    if len(pairs) == 1:
+        return [pairs[0], folder / pairs[0].name.replace("prefix.npy", "suffix.npy")]
+    tables = sorted(folder.glob("*.parquet"))
+    splits = {file: match["split"] for file in tables if (match := _SPLIT_FILE.fullmatch(file.name))}
+    if split:
+        tables = [file for file in tables if splits.get(file) == split]
+    if not tables:
+        names = ", ".join(sorted(set(splits.values()))) or "none"
+        raise InputError(
+            f"{reference}: holds no Parquet files of that split (its splits: {names}), no `save_to_disk` data set and "
+            "no pair of …prefix.npy and …suffix.npy"
+        )
+    if not split and len(set(splits.values())) > 1:
+        raise InputError(
+            f"{folder}: holds the splits {', '.join(sorted(set(splits.values())))}; name one of them as {folder}:SPLIT"
+        )
+    return tables
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    return path
+
+
+def _from_array(where: str, array: np.ndarray, begin: int) -> _Source:
+    return _Source(
+        where,
+        np.full(len(array), array.shape[1], np.int64),
+        lambda members, columns: np.asarray(array[members, columns]),
+        begin,
+        np.arange(len(array), dtype=np.int64),
+        None,
+        lambda row: f"{where}: sequence {row}",
+    )
+
+
+def _from_pair(reference: str, files: list[Path], window: PromptWindow, limit: int | None) -> _Source:
+    first, second = (_read_npy(file)[:limit] for file in files)
+    if len(first) != len(second):
+        raise InputError(f"{reference}: {len(first)} prefixes and {len(second)} suffixes; these must be of one set")
+    if window.prefix > first.shape[1] + window.offset:
+        raise InputError(
+            f"{files[0]}: its prefixes have {first.shape[1]} tokens, fewer than the {window.prefix} asked for; shorten "
+            "--prefix"
+        )
+    return _from_array(reference, np.hstack([first, second]), first.shape[1] - window.prefix + window.offset)
+
+
+def _from_table(where: str, table: pa.Table, begin: int, limit: int | None) -> _Source:
+    if "tokens" not in table.column_names:
+        raise InputError(f"{where}: has no column `tokens` (its columns: {', '.join(table.column_names) or 'none'})")
+    table = table.slice(0, limit).combine_chunks()
+    tokens = table.column("tokens")
+    kind = tokens.type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)) or not (
+        pa.types.is_integer(kind.value_type)
+    ):
+        raise InputError(f"{where}: its column `tokens` holds {kind}, not lists of whole numbers")
+    flat = pc.list_flatten(tokens)
+    if tokens.null_count or flat.null_count:
+        raise InputError(f"{where}: its column `tokens` has gaps (nulls); drop those sequences")
+    lengths = pc.list_value_length(tokens).to_numpy().astype(np.int64)
+    numbers, starts = flat.to_numpy(), np.cumsum(lengths) - lengths
+
+    def rows(members: np.ndarray, columns: slice) -> np.ndarray:
+        return numbers[starts[members][:, None] + np.arange(columns.start, columns.stop)]
+
+    def optional(name: str) -> np.ndarray | None:
+        if name not in table.column_names:
+            return None
+        values = table.column(name)
+        if not pa.types.is_integer(values.type) or values.null_count:
+            raise InputError(f"{where}: its column `{name}` must hold a whole number for every sequence")
+        return values.to_numpy().astype(np.int64)
+
+    index = optional("index")
+    index = np.arange(len(lengths), dtype=np.int64) if index is None else index
+    return _Source(where, lengths, rows, begin, index, optional("duplicates"), lambda row: f"{where}: sequence {row}")
+
+
+def _from_jsonl(path: Path, begin: int, limit: int | None, tokenizer: Callable[[], Any]) -> _Source:
+    places, rows = [], []
+    index: list[int] = []
+    duplicates: list[int] = []
+    tokenizer = functools.cache(tokenizer)
+    for where, row in read_jsonl(path, limit):
+        places.append(where)
+        rows.append(_tokens_of(where, row, tokenizer))
+        for name, values in (("index", index), ("duplicates", duplicates)):
+            if name in row:
+                if type(row[name]) is not int or abs(row[name]) >= 2**63:
+                    raise InputError(f"{where}: `{name}` must be a whole number")
+                values.append(row[name])
+    for name, values in (("index", index), ("duplicates", duplicates)):
+        if values and len(values) != len(rows):
+            raise InputError(
+                f"{path}: only {len(values)} of its {len(rows)} lines have `{name}`; give it to all or none"
+            )
+    lengths = np.array([len(row) for row in rows], np.int64)
+    return _Source(
+        str(path),
+        lengths,
+        lambda members, columns: np.array([rows[member][columns] for member in members.tolist()], np.int64),
+        begin,
+        np.array(index or range(len(rows)), np.int64),
+        np.array(duplicates, np.int64) if duplicates else None,
+        lambda row: places[row],
+    )
+
+
+def _tokens_of(where: str, row: dict[str, Any], tokenizer: Callable[[], Any]) -> list[int]:
+    if "tokens" in row:
+        tokens = row["tokens"]
+        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+            raise InputError(f"{where}: `tokens` must be a list of whole numbers")
+        if any(abs(token) >= 2**31 for token in tokens):
+            raise InputError(f"{where}: a token id does not fit 32 bits")
+        return tokens
+    if isinstance(row.get("text"), str):
+        return tokenizer().encode(row["text"], add_special_tokens=False)
+    raise InputError(f"{where}: neither `tokens` nor `text`")
+
+
+# ---------------------------------------------------------------- files
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    array = load_npy(path)
+    if array.ndim != 2:
+        raise InputError(f"{path}: must be an integer array [sequences, tokens], not {array.dtype} {list(array.shape)}")
+    return array
+
+
+def load_npy(path: str | Path) -> np.ndarray:
+    """An array of integers, mapped into memory.
+
+    Raises:
+      InputError: missing, not a plain array, pickled, or not of integers.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(
+            f"{path}: not a plain .npy array ({' '.join(str(error).split())}); write it with numpy.save, without "
+            "pickled objects"
+        ) from None
+    if not isinstance(array, np.ndarray) or not np.issubdtype(array.dtype, np.integer):
+        found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive of arrays"
+        raise InputError(f"{path}: must be an integer array, not {found}")
+    return array
+
+
+def _read_duplicates(path: str, n: int, given: np.ndarray | None) -> np.ndarray:
+    if given is not None:
+        raise InputError(
+            f"--duplicate-counts {path}: the sequences bring their own `duplicates`; drop the one or the other"
+        )
+    array = load_npy(path)
+    if array.ndim != 1 or len(array) < n:
+        raise InputError(f"{path}: must hold one number for each of {n} sequences, not {list(array.shape)}")
+    return np.asarray(array[:n], np.int64)
+
+
+def _read_parquet(path: Path) -> pa.Table:
+    try:
+        with pq.ParquetFile(path, memory_map=True) as file:
+            wanted = [name for name in ("tokens", "index", "duplicates") if name in file.schema_arrow.names]
+            return file.read(columns=wanted or None)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path}: cannot be read as Parquet ({' '.join(str(error).split())[:200]})") from None
+
+
+def _read_dataset(folder: Path) -> pa.Table:
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(
+            f"{folder}: `datasets.load_from_disk` cannot open it ({' '.join(str(error).split())[:200]})"
+        ) from None
+    if isinstance(found, datasets.DatasetDict):
+        raise InputError(f"{folder}: holds the splits {', '.join(found)}; give the folder of one, as {folder}/SPLIT")
+    wanted = [name for name in ("tokens", "index", "duplicates") if name in found.column_names]
+    return found.select_columns(wanted).with_format("arrow")[:]

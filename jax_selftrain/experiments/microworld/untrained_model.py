@@ -1,0 +1,116 @@
+"""What a model that reads a little world begins with: a tokenizer of its language, and a config without weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from jax_selftrain.errors import InputError
+from jax_selftrain.experiments.microworld.world_types import World
+from jax_selftrain.io import atomic
+from jax_selftrain.io.import_guard import block_torch_import
+
+BOS_TOKEN = "<|endoftext|>"
+"""Begins and ends every document, as in Pythia's tokenizer."""
+
+
+def is_up_to_date(folder: Path, spec: Mapping[str, Any], what: str) -> bool:
+    """Whether a folder holds just the world that its `world.json` is to describe.
+
+    Raises:
+        InputError: it holds something else; `what` is the kind of thing it should be the world of.
+    """
+    if not folder.exists():
+        return False
+    if not (folder / "world.json").exists():
+        raise InputError(f"{folder}: is there already but is no world of a {what}; choose another --out")
+    # Through JSON, so that what is compared is what is read back (tuples become lists).
+    if atomic.read_json(folder / "world.json") != json.loads(json.dumps(spec)):
+        raise InputError(f"{folder}: is the world of another {what} (other seed or version); choose another --out")
+    return True
+
+
+def train_tokenizer(worlds: Sequence[World], vocabulary: int) -> Any:
+    """A byte-level BPE tokenizer of the language of some worlds.
+
+    It never sees a probe: if it did, often-shown probes would be spelt with fewer tokens than rare ones.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    probes = {probe.text for world in worlds for probe in world.probes}
+    documents = (document for world in worlds for document in world.documents)
+    lines = [line for document in documents for line in document.split("\n") if line not in probes]
+    tokenizer = Tokenizer(models.BPE())
+    # Single digits, as arithmetic wants them.
+    pieces = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pieces)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[BOS_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["\n".join(lines[i : i + 100]) for i in range(0, len(lines), 100)], trainer)
+    return tokenizer
+
+
+def write_untrained_model(
+    folder: Path,
+    tokenizer: Any,
+    *,
+    width: int,
+    layers: int,
+    heads: int,
+    positions: int,
+    family: Literal["gpt_neox", "llama"] = "gpt_neox",
+) -> None:
+    """A small Pythia or Llama, as far as it can be without weights: config and tokenizer in Hugging Face's layout."""
+    with block_torch_import():
+        from transformers import PreTrainedTokenizerFast
+
+    marks = {"bos_token": BOS_TOKEN, "eos_token": BOS_TOKEN, "unk_token": BOS_TOKEN}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marks).save_pretrained(folder)
+    (start,) = tokenizer.encode(BOS_TOKEN).ids
+    common = {
+        "model_type": family,
+        "vocab_size": tokenizer.get_vocab_size(),
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": positions,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": False,
+        "bos_token_id": start,
+        "eos_token_id": start,
+    }
+    if family == "llama":
+        own: dict[str, Any] = {
+            "architectures": ["LlamaForCausalLM"],
+            "num_key_value_heads": max(1, heads // 2),
+            "intermediate_size": 8 * width // 3 // 8 * 8,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+        }
+    else:
+        own = {
+            "architectures": ["GPTNeoXForCausalLM"],
+            "intermediate_size": 4 * width,
+            "hidden_act": "gelu",
+            "rotary_pct": 0.25,
+            "rotary_emb_base": 10000,
+            "use_parallel_residual": True,
+            "layer_norm_eps": 1e-5,
+        }
+    atomic.write_json(folder / "config.json", common | own)
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line; missing folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,0 +1,163 @@
+"""Which tensor of a checkpoint is which part of our parameters: the family's table laid over a file's headers.
+
+Nothing is guessed and nothing is left over: a checkpoint either fits its config tensor by tensor, or the first tensor
+that does not is named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from jax_selftrain.errors import InputError
+from jax_selftrain.hub.families import Family, Pattern, TensorRule, axis_sizes
+from jax_selftrain.hub.trees import flatten
+from jax_selftrain.models import DecoderConfig, abstract_params
+
+DTYPES: dict[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+}
+"""Types a weight may have in a safetensors file."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file's header says about a tensor."""
+
+    file: str
+    dtype: str
+    """Safetensors code: F32, BF16, F16 …"""
+    shape: tuple[int, ...]
+
+
+class TensorReader(Protocol):
+    """Where weights come from: the headers of all tensors, and slices of one."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the checkpoint, for messages."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Headers of all tensors by name."""
+
+    def read(self, name: str, bounds: tuple[slice, ...]) -> np.ndarray:
+        """The given slices of a tensor, in the file's type."""
+
+
+@dataclass(frozen=True)
+class ParamSource:
+    """One of our arrays and the tensors it is made of."""
+
+    path: str
+    pattern: Pattern
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+    """One per layer; a single one where `stacked` is False."""
+    stacked: bool
+
+
+def param_sources(
+    family: Family, config: DecoderConfig, tensor_infos: Mapping[str, Any] | None = None
+) -> list[ParamSource]:
+    """The leaves of our parameter tree with the tensor names of a family, in the table's order.
+
+    `known` decides between a tensor's names: the one that occurs in it, else the first.
+    """
+    shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(config)).items()}
+    leaves = []
+    for row in family.rows:
+        if row.path in shapes:
+            layers = range(config.num_layers) if row.stacked else range(1)
+            names = tuple(_choose(row, layer, tensor_infos or {}) for layer in layers)
+            leaves.append(ParamSource(row.path, row.pattern, shapes[row.path], names, row.stacked))
+    if {leaf.path for leaf in leaves} != shapes.keys():
+        raise ValueError(f"the table of {family.model_type} does not fill {shapes.keys() - {x.path for x in leaves}}")
+    return leaves
+
+
+def _choose(rule: TensorRule, layer: int, known: Mapping[str, Any]) -> str:
+    names = [name.format(layer) for name in rule.names]
+    # A checkpoint of the body alone, as embedding models come, leaves the body's own name out.
+    names += [name.removeprefix("model.").removeprefix("gpt_neox.") for name in names]
+    return next((name for name in names if name in known), names[0])
+
+
+@dataclass(frozen=True)
+class WeightMapping:
+    """A checkpoint that has been found to fit a config, tensor by tensor."""
+
+    leaves: tuple[ParamSource, ...]
+    tensors: dict[str, str]
+    """Type of every tensor that is used: {name: "float32" | "bfloat16" | "float16"}."""
+    dropped: tuple[str, ...]
+    """Tensors left out: legacy buffers and copies of tied embeddings."""
+
+    def stored_dtype(self, leaf: ParamSource) -> np.dtype:
+        """The type that holds all of a leaf's tensors exactly: their own if they share one, else fp32."""
+        types = {self.tensors[name] for name in leaf.names}
+        return np.dtype(types.pop()) if len(types) == 1 else np.dtype(np.float32)
+
+
+def map_tensors(reader: TensorReader, family: Family, config: DecoderConfig) -> WeightMapping:
+    """Match every tensor of a checkpoint with the family's table.
+
+    Raises:
+      InputError: a tensor is unknown, missing, of the wrong shape or of a type that is not read, or the config ties
+        embeddings that the file holds apart.
+    """
+    folder, found = reader.folder, dict(reader.tensors)
+    dropped = [name for name in found if any(re.fullmatch(pattern, name) for pattern in family.ignored_buffers)]
+    leaves = param_sources(family, config, found)
+    sizes = axis_sizes(config)
+    expected = {name: leaf.pattern.file_shape(sizes) for leaf in leaves for name in leaf.names}
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise InputError(
+            f"{folder}: tensor {missing[0]} is missing{_more(missing)}; config.json asks for it, so the weights are "
+            "incomplete or of another model"
+        )
+    if config.tie_word_embeddings:
+        embedding = next(leaf.names[0] for leaf in leaves if leaf.path == "embed/embedding")
+        for copy in (name for name in family.tied_head if name in found):
+            if found[copy].shape != found[embedding].shape or not _equal(reader, copy, embedding):
+                raise InputError(
+                    f"{folder}: {copy} differs from {embedding} though config.json says tie_word_embeddings: true; "
+                    "set it to false if the two are meant to differ"
+                )
+            dropped.append(copy)
+    unknown = [name for name in found if name not in expected and name not in dropped]
+    if unknown:
+        raise InputError(
+            f"{folder}: tensor {unknown[0]} is not known{_more(unknown)}: neither part of a {family.model_type} model "
+            "with this config.json nor a legacy buffer; leaving it out could change the model"
+        )
+    for name, shape in expected.items():
+        if found[name].shape != shape:
+            raise InputError(f"{folder}: tensor {name} has shape {found[name].shape}, but config.json makes it {shape}")
+        if found[name].dtype not in DTYPES:
+            raise InputError(
+                f"{folder}: tensor {name} is of type {found[name].dtype}; only {', '.join(DTYPES)} are read, so "
+                "dequantize or convert the model with the tool that made it"
+            )
+    tensors = {name: DTYPES[found[name].dtype].name for name in expected}
+    return WeightMapping(tuple(leaves), tensors, tuple(sorted(dropped)))
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _equal(reader: TensorReader, one: str, other: str, rows: int = 4096) -> bool:
+    height, width = reader.tensors[one].shape
+    blocks = (slice(start, min(start + rows, height)) for start in range(0, height, rows))
+    whole = slice(0, width)
+    return all(np.array_equal(reader.read(one, (b, whole)), reader.read(other, (b, whole))) for b in blocks)

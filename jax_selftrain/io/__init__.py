@@ -1,0 +1,1 @@
+"""Atomic writes, checksums, leases: the leaf modules that touch the disk."""

@@ -1,0 +1,66 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from jax_selftrain.errors import InputError
+from jax_selftrain.io.atomic import PathLike
+
+
+def sha256_file(path: PathLike) -> str:
+    """SHA-256 of a file's bytes as a hex digest, read in blocks."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hash_json(obj: Any) -> str:
+    """SHA-256 (hex) of plain data (dicts, lists, strings, finite numbers, None), whatever the order of its keys."""
+    text = json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def folder_manifest(folder: PathLike, *, exclude: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+    """Manifest of every file below `folder`: {relative posix path: {"sha256", "bytes"}}, sorted by path.
+
+    `exclude` holds shell patterns on the relative path; `*` also crosses `/`, so `params/*` leaves out a whole tree.
+    """
+    root, patterns = Path(folder), tuple(exclude)
+    names = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    kept = sorted(name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns))
+    return {name: {"sha256": sha256_file(root / name), "bytes": (root / name).stat().st_size} for name in kept}
+
+
+def verify_checksums(
+    folder: PathLike,
+    files: Mapping[str, Mapping[str, Any]],
+    *,
+    fix_hint: str = "make it again, or restore it from a copy",
+) -> None:
+    """Compare the files in `folder` with a manifest as `hash_folder` makes it; files it does not list are ignored.
+
+    Raises InputError naming the first file that is missing, truncated or changed, and `remedy`.
+    """
+    for name, entry in sorted(files.items()):
+        relative, path = PurePosixPath(name), Path(folder, name)
+        if relative.is_absolute() or ".." in relative.parts:
+            raise InputError(f"{folder}: its manifest lists {name!r}, which is outside the folder; do not use it")
+        if not isinstance(entry, Mapping) or not {"sha256", "bytes"} <= set(entry):
+            raise InputError(f"{folder}: the manifest entry of {name!r} has no sha256 and bytes; {fix_hint}")
+        if not path.is_file():
+            raise InputError(f"{path}: the file is missing though the manifest lists it; {fix_hint}")
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            what = "truncated" if size < entry["bytes"] else "of the wrong size"
+            raise InputError(f"{path}: the file is {what} (expected {entry['bytes']} bytes, found {size}); {fix_hint}")
+        found = sha256_file(path)
+        if found != entry["sha256"]:
+            expected = str(entry["sha256"])
+            raise InputError(
+                f"{path}: checksum differs from the manifest (expected {expected[:8]}…, found {found[:8]}…); {fix_hint}"
+            )

@@ -1,0 +1,19 @@
+"""The likelihood engine: log-likelihoods of continuations under a model."""
+
+from jax_selftrain.likelihood.engine import (
+    Likelihood,
+    LoglikelihoodRequest,
+    TokenScores,
+    abstract_program,
+    loglikelihoods,
+    token_scores,
+)
+
+__all__ = [
+    "Likelihood",
+    "LoglikelihoodRequest",
+    "TokenScores",
+    "abstract_program",
+    "loglikelihoods",
+    "token_scores",
+]

@@ -1,0 +1,175 @@
+"""Parameters, declared once: shape, logical axes and initializer of each, as Flax NNX modules.
+
+Every parameter of a block carries a leading layer dimension `[L, …]`, so that the forward pass scans over layers and
+compile time does not grow with depth. A module made here is abstract: it declares and holds no memory. `nnx.split`
+of it gives the nested dict that all pure functions take; shapes, shardings and random initialization derive from the
+same declaration.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jax_selftrain.distributed.sharding import ShardingRules
+from jax_selftrain.models.config import DecoderConfig
+
+Params = dict[str, Any]
+"""Nested dict of arrays; the one parameter layout of the project (see `Decoder`)."""
+
+Initializer = Literal["normal", "ones", "zeros"]
+
+
+def _param(dimensions: dict[str, int], init: Initializer) -> nnx.Param:
+    """A parameter whose dimensions are named by their logical axes."""
+    shape = jax.ShapeDtypeStruct(tuple(dimensions.values()), jnp.float32)
+    return nnx.Param(shape, axes=tuple(dimensions), init=init)
+
+
+class Norm(nnx.Module):
+    """LayerNorm (scale and bias) or RMSNorm (scale)."""
+
+    def __init__(self, dimensions: dict[str, int], *, bias: bool):
+        self.scale = _param(dimensions, "ones")
+        if bias:
+            self.bias = _param(dimensions, "zeros")
+
+
+class Dense(nnx.Module):
+    """A linear map with any number of output and input dimensions; its bias has the output's.
+
+    Outputs come first, as in Hugging Face: a row holds what makes one output, so that a product with few tokens reads
+    the kernel as it lies, and the gradient, a sum over tokens, is written as it lies (on a CPU: 1.1 to 1.6 times as
+    fast as the other way round).
+    """
+
+    def __init__(self, kernel: dict[str, int], bias: dict[str, int] | None):
+        self.kernel = _param(kernel, "normal")
+        if bias is not None:
+            self.bias = _param(bias, "zeros")
+
+
+class Attention(nnx.Module):
+    """Projections of grouped-query attention; head h of Hugging Face is (g, r) with h = g·R + r."""
+
+    def __init__(self, config: DecoderConfig):
+        layers, embed = {"layers": config.num_layers}, {"embed": config.hidden_size}
+        keys = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
+        queries = {"kv_heads": config.num_kv_heads, "q_per_kv": config.num_query_groups, "head_dim": config.head_dim}
+        self.q = Dense(layers | queries | embed, layers | queries if config.qkv_bias else None)
+        self.k = Dense(layers | keys | embed, layers | keys if config.qkv_bias else None)
+        self.v = Dense(layers | keys | embed, layers | keys if config.qkv_bias else None)
+        self.o = Dense(layers | embed | queries, layers | embed if config.out_bias else None)
+        if config.qk_norm:
+            self.q_norm = Norm(layers | {"head_dim": config.head_dim}, bias=False)
+            self.k_norm = Norm(layers | {"head_dim": config.head_dim}, bias=False)
+
+
+class MLP(nnx.Module):
+    """Two matrices, or three when gated."""
+
+    def __init__(self, config: DecoderConfig):
+        layers, embed = {"layers": config.num_layers}, {"embed": config.hidden_size}
+        mlp = {"mlp": config.intermediate_size}
+        if config.gated_mlp:
+            self.gate = Dense(layers | mlp | embed, layers | mlp if config.mlp_bias else None)
+        self.up = Dense(layers | mlp | embed, layers | mlp if config.mlp_bias else None)
+        self.down = Dense(layers | embed | mlp, layers | embed if config.mlp_bias else None)
+
+
+class Layers(nnx.Module):
+    """All blocks, stacked."""
+
+    def __init__(self, config: DecoderConfig):
+        width = {"layers": config.num_layers, "embed": config.hidden_size}
+        self.attn_norm = Norm(width, bias=config.norm == "layernorm")
+        self.attn = Attention(config)
+        self.mlp_norm = Norm(width, bias=config.norm == "layernorm")
+        self.mlp = MLP(config)
+
+
+class Embedding(nnx.Module):
+    """Token embedding `[V, D]`."""
+
+    def __init__(self, config: DecoderConfig):
+        self.embedding = _param({"vocab": config.vocab_size, "embed": config.hidden_size}, "normal")
+
+
+class Decoder(nnx.Module):
+    """The parameters of a decoder: `embed`, `layers`, `final_norm` and, unless tied, `head`."""
+
+    def __init__(self, config: DecoderConfig):
+        self.embed = Embedding(config)
+        self.layers = Layers(config)
+        self.final_norm = Norm({"embed": config.hidden_size}, bias=config.norm == "layernorm")
+        if not config.tie_word_embeddings:
+            self.head = Dense({"vocab": config.vocab_size, "embed": config.hidden_size}, None)
+
+
+def _param_tree(config: DecoderConfig) -> list[tuple[tuple[str, ...], Any]]:
+    return list(nnx.to_flat_state(nnx.split(Decoder(config))[1]))
+
+
+def unflatten_dict(leaves: dict[tuple[str, ...], Any]) -> Params:
+    tree: Params = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def abstract_params(config: DecoderConfig, dtype: jax.typing.DTypeLike = jnp.float32) -> Params:
+    """Shapes of all parameters, as `jax.ShapeDtypeStruct` without shardings."""
+    return unflatten_dict(
+        {path: jax.ShapeDtypeStruct(declared.get_value().shape, dtype) for path, declared in _param_tree(config)}
+    )
+
+
+def param_axes(config: DecoderConfig) -> Params:
+    """Logical axes of all parameters: the same nested dict with a tuple of names at every leaf."""
+    return unflatten_dict({path: declared.get_metadata("axes") for path, declared in _param_tree(config)})
+
+
+def param_shardings(config: DecoderConfig, layout: ShardingRules) -> Params:
+    """`NamedSharding` of every parameter as stored."""
+    return jax.tree.map(layout.sharding, param_axes(config), is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def init_params(config: DecoderConfig, seed: int, layout: ShardingRules) -> Params:
+    """Fresh fp32 parameters: matrices normal with `initializer_range`, norms one, biases zero.
+
+    The numbers are a pure function of (seed, name, layer): the same on every mesh, platform and version of JAX. Each
+    device's part is drawn on its host, a layer at a time.
+    """
+
+    def fill(path: tuple[str, ...], declared: Any) -> jax.Array:
+        shape, axes = declared.get_value().shape, declared.get_metadata("axes")
+        init: Initializer = declared.get_metadata("init")
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            index = (slice(None),) * len(shape) if index is None else index
+            if init != "normal":
+                return np.full(shape, float(init == "ones"), np.float32)[index]
+            if axes[0] != "layers":
+                return _normal(seed, path, 0, shape, config.initializer_range)[index]
+            layers = range(*index[0].indices(shape[0]))
+            drawn = [_normal(seed, path, layer, shape[1:], config.initializer_range)[index[1:]] for layer in layers]
+            return np.stack(drawn)
+
+        return jax.make_array_from_callback(shape, layout.sharding(axes), part)
+
+    return unflatten_dict({path: fill(path, declared) for path, declared in _param_tree(config)})
+
+
+def _normal(seed: int, path: tuple[str, ...], layer: int, shape: tuple[int, ...], std: float) -> np.ndarray:
+    name = zlib.crc32("/".join(path).encode())
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(name, layer))))
+    return np.float32(std) * generator.standard_normal(math.prod(shape), np.float32).reshape(shape)

@@ -1,0 +1,112 @@
+"""A comparison for the terminal: one line per task and text, then what it may be used for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax_selftrain.report.tables import interval, number
+from jax_selftrain.stats.estimators import Estimate
+
+TableRow = Sequence[str]
+
+_HEAD = ("", "n", "before", "after", "change, 95 %", "lower limit", "margin", "p", "verdict")
+
+
+def comparison_table(result: Mapping[str, Any]) -> str:
+    """The result of `compare` in a few lines: accuracies in %, their changes in points, texts in bits per byte."""
+    parts = []
+    for number_of, pair in enumerate(result["pairs"]):
+        title = f"{pair['base']['model']} → {pair['student']['model']}"
+        parts.append(f"{title}\n{_aligned([_HEAD, *_pair_rows(pair)])}")
+        if number_of == 0 and (left_out := [task for task in pair["tasks"] if task["not_eligible"]]):
+            reasons = "; ".join(f"{task['name']}: {task['not_eligible']}" for task in left_out)
+            parts[-1] += f"\nnot in the macro average: {reasons}"
+    parts.append(result["pairs"][0]["speaks_of"])
+    if recipe := result["recipe"]:
+        head = ("", "seeds", "", "", *_HEAD[4:])
+        lines = _aligned([head, *_recipe_rows(recipe)])
+        parts.append(f"over {recipe['seeds']} seeds ({_standing(recipe['standing'])})\n{lines}\n{recipe['speaks_of']}")
+    if result["declaration"]["post_hoc"]:
+        parts.append("Post hoc: this file already held the same models' comparison under other margins or tasks.")
+    return "\n\n".join(parts)
+
+
+def _pair_rows(pair: Mapping[str, Any]) -> list[TableRow]:
+    rows: list[TableRow] = []
+    for task in pair["tasks"]:
+        levels = (_percent(task["accuracy"][side]["value"]) for side in ("before", "after"))
+        changes = _points(task["accuracy"]["change"]), *_decision_rule(task["non_inferiority"], task["p"])
+        rows.append((_name(task), f"{task['n']:,}", *levels, *changes))
+    if macro := pair["macro"]:
+        levels = (_percent(macro[side]) for side in ("before", "after"))
+        changes = _points(macro["change"]), *_decision_rule(macro["non_inferiority"], None)
+        rows.append((f"macro ({len(macro['tasks'])})", f"{macro['n']:,}", *levels, *changes))
+    for text in pair["texts"]:
+        bits = text["bits_per_byte"]
+        levels = (number(bits[side]["value"], 4) for side in ("before", "after"))
+        rows.append((text["name"], f"{text['documents']:,}", *levels, _bits(bits["change"]), "", "", "", ""))
+    return rows
+
+
+def _recipe_rows(recipe: Mapping[str, Any]) -> list[TableRow]:
+    seeds = f"{recipe['seeds']}"
+    rows: list[TableRow] = []
+    for entry in [*recipe["tasks"], *([{"name": "macro", **recipe["macro"]}] if recipe["macro"] else [])]:
+        cells = _points(entry["change"]), *_decision_rule(entry["non_inferiority"], entry["p"])
+        if recipe["standing"] != "headline":
+            cells = *cells[:-1], "no verdict"
+        rows.append((_name(entry), seeds, "", "", *cells))
+    for entry in recipe["texts"]:
+        p = "" if entry["p"] is None else _p_value(entry["p"])
+        rows.append((entry["name"], seeds, "", "", _bits(entry["change"]), "", "", p, ""))
+    return rows
+
+
+def _name(entry: Mapping[str, Any]) -> str:
+    return f"{entry['name']}*" if entry.get("role") == "primary" else entry["name"]
+
+
+def _decision_rule(rule: Mapping[str, Any] | None, p: float | None) -> tuple[str, str, str, str]:
+    """Lower limit and margin in points, p-value of a change, verdict (and what correction makes of it)."""
+    if rule is None:
+        return "", "", "", ""
+    verdict = rule["verdict"]
+    if (corrected := rule.get("verdict_adjusted", verdict)) != verdict:
+        verdict += f" ({corrected} after correction)"
+    lower = "" if rule["lower"] is None else number(rule["lower"], 2, scale=100, signed=True)
+    return lower, number(-rule["margin"], 2, scale=100, signed=True), "" if p is None else _p_value(p), verdict
+
+
+def _standing(standing: str) -> str:
+    return {"none": "too few to say anything", "exploration": "exploration, no verdict", "headline": "headline"}[
+        standing
+    ]
+
+
+def _percent(value: float) -> str:
+    return f"{number(value, 1, scale=100)} %"
+
+
+def _p_value(p: float) -> str:
+    return "<0.001" if p < 0.001 else number(p, 3)
+
+
+def _points(change: Mapping[str, Any]) -> str:
+    estimate = Estimate(**change)
+    return f"{number(estimate.value, 2, scale=100, signed=True)} {interval(estimate, 2, scale=100, signed=True)}"
+
+
+def _bits(change: Mapping[str, Any]) -> str:
+    estimate = Estimate(**change)
+    return f"{number(estimate.value, 4, signed=True)} {interval(estimate, 4, signed=True)}"
+
+
+def _aligned(rows: Sequence[TableRow]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        cells[0], cells[-1] = row[0].ljust(widths[0]), row[-1]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Statistics: estimators, intervals, paired tests, non-inferiority, power."""

@@ -1,0 +1,187 @@
+"""Two models' answers to the same documents, laid side by side: levels before and after, and the paired change.
+
+Used by the report of a round and by `compare`, which differ in how the interval of a mean is made: by Student's t and
+the linearized ratio in the one, by the bootstrap in the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jax_selftrain.errors import InputError
+from jax_selftrain.evals.item_results import ItemResults, ScoreResult, Split
+from jax_selftrain.stats import estimators
+from jax_selftrain.stats.estimators import Estimate
+from jax_selftrain.stats.standard_errors import mean_and_stderr, ratio_and_stderr
+
+OptionalArray = np.ndarray | None
+Interval = Callable[[np.ndarray, OptionalArray, OptionalArray], Estimate]
+"""(numerators, denominators or None for a mean, clusters or None) → estimate."""
+
+
+ABOVE_CHANCE, CEILING = 4.0, 0.95
+"""A task is eligible for the macro average if the base is more than 4 standard errors above chance and below 95 %."""
+
+
+class Pair(NamedTuple):
+    """The same documents as the base and as the student answered them."""
+
+    base: ItemResults
+    student: ItemResults
+
+    @property
+    def clusters(self) -> np.ndarray | None:
+        return self.base.cluster
+
+    @property
+    def right(self) -> tuple[np.ndarray, np.ndarray]:
+        """Whether each document of a task was answered rightly, bool [n], before and after."""
+        return _both(self, "acc")
+
+    def identical(self) -> bool:
+        """Whether all answers are bitwise the same."""
+        return np.array_equal(self.base.loglikelihood, self.student.loglikelihood) and all(
+            getattr(self.base, name) is None or np.array_equal(*_both(self, name))
+            for name in ("acc", "acc_norm", "log_odds")
+        )
+
+    def part(self, split: Split) -> Pair:
+        """The documents of one half of the split, or all of them."""
+        return Pair(self.base.select(split), self.student.select(split))
+
+
+def pair_results(base: ScoreResult, student: ScoreResult) -> dict[str, Pair]:
+    """Tasks and texts of two results by name.
+
+    Raises:
+      InputError: the two were not asked the same (says what differs).
+    """
+    where = f"{base.path} and {student.path}"
+    for one, other in ((base, student), (student, base)):
+        for name in one.documents:
+            if name not in other.documents:
+                raise InputError(
+                    f"{other.path}: {name} was not scored, as it was in {one.path}; score both on the same"
+                )
+    pairs = {name: Pair(documents, student.documents[name]) for name, documents in base.documents.items()}
+    for name, (before, after) in pairs.items():
+        files = [scored.result["fingerprints"]["files"][name] for scored in (base, student)]
+        if files[0] != files[1]:
+            raise InputError(
+                f"{where}: {name} was another file ({files[0][:8]}… and {files[1][:8]}…); score both on the same file"
+            )
+        if before.count != after.count:
+            raise InputError(
+                f"{where}: {name} has {before.count:,} and {after.count:,} documents; score both with the same limit"
+            )
+        if not np.array_equal(before.item_hash, after.item_hash) or before.kind != after.kind:
+            raise InputError(f"{where}: {name} holds other questions although its file is the same; score both again")
+        if not np.array_equal(before.bytes, after.bytes):
+            raise InputError(
+                f"{where}: other parts of the texts of {name} were scored; score both with the same --text-max-tokens, "
+                "or, where their tokenizers differ, without it"
+            )
+    return pairs
+
+
+def ineligibility_reason(pair: Pair) -> str:
+    """Why a task does not count in the macro average, or an empty string: by the base alone, over all its items.
+
+    Where the questions come in clusters, these are the unit of the standard error, which is never below that of items.
+    """
+    right = pair.right[0].astype(np.float64)
+    value, error = mean_and_stderr(right)
+    if pair.clusters is not None and error is not None:
+        sums, sizes = (estimators.sum_by_cluster(values, pair.clusters) for values in (right, np.ones_like(right)))
+        clustered = ratio_and_stderr(sums, sizes)[1]
+        error = None if clustered is None else max(error, clustered)
+    chance = pair.base.chance_accuracy or 0.0
+    if error is None or value <= chance + ABOVE_CHANCE * error:
+        return "the base is not 4 standard errors above chance"
+    return "the base is at 95 % or above" if value >= CEILING else ""
+
+
+def ratio_linearised_interval(numerators: np.ndarray, denominators: OptionalArray, clusters: OptionalArray) -> Estimate:
+    """Mean by Student's t, ratio by linearization, the cluster being the unit where there are clusters."""
+    if denominators is None and clusters is None:
+        return estimators.mean(numerators)
+    below = np.ones(numerators.size) if denominators is None else denominators
+    if clusters is None:
+        return estimators.ratio_of_sums(numerators, below)
+    return estimators.ratio_of_sums(
+        estimators.sum_by_cluster(numerators, clusters), estimators.sum_by_cluster(below, clusters)
+    )
+
+
+def describe_task(pair: Pair, interval: Interval = ratio_linearised_interval) -> dict[str, Any]:
+    """Accuracy and log-odds of a task before and after; `interval` makes the intervals of changes that are means."""
+    before, clusters = pair.base, pair.clusters
+    entry: dict[str, Any] = {
+        "name": before.name,
+        "kind": before.kind,
+        "n": before.count,
+        "chance": before.chance_accuracy,
+        "accuracy": paired_proportions(*pair.right, clusters),
+        "flips": asdict(estimators.mcnemar_table(*pair.right)),
+    }
+    if before.kind == "last_word":
+        return entry | {"word_loglikelihood": paired_means(*_both(pair, "loglikelihood"), None, clusters, interval)}
+    return entry | {
+        "accuracy_norm": paired_proportions(*_both(pair, "acc_norm"), clusters),
+        "log_odds": paired_means(*_both(pair, "log_odds"), None, clusters, interval),
+    }
+
+
+def describe_text(pair: Pair, interval: Interval = ratio_linearised_interval) -> dict[str, Any]:
+    """A text file's nats per token and bits per byte before and after; per token None where tokenizers differ."""
+    before, after = pair
+    old, new = -before.loglikelihood, -after.loglikelihood
+    same_tokens = np.array_equal(before.tokens, after.tokens)
+    return {
+        "name": before.name,
+        "documents": before.count,
+        "tokens": int(before.tokens.sum()) if same_tokens else None,
+        "bytes": int(before.bytes.sum()),
+        "nll": paired_means(old, new, before.tokens, None, interval) if same_tokens else None,
+        "bits_per_byte": paired_means(old / np.log(2), new / np.log(2), before.bytes, None, interval),
+        "documents_better": int((new < old).sum()),
+        "documents_worse": int((new > old).sum()),
+    }
+
+
+def paired_proportions(before: np.ndarray, after: np.ndarray, clusters: OptionalArray = None) -> dict[str, Any]:
+    """Share of yes before and after, and its change."""
+    levels = [
+        estimators.proportion(side)
+        if clusters is None
+        else ratio_linearised_interval(side.astype(np.float64), None, clusters)
+        for side in (before, after)
+    ]
+    change = estimators.paired_proportion_change(before, after, clusters)
+    return {"before": asdict(levels[0]), "after": asdict(levels[1]), "change": asdict(change)}
+
+
+def paired_means(
+    before: np.ndarray,
+    after: np.ndarray,
+    denominators: OptionalArray = None,
+    clusters: OptionalArray = None,
+    interval: Interval = ratio_linearised_interval,
+) -> dict[str, Any]:
+    """Mean, or sum over the sum of denominators, before and after, and its change."""
+    return {
+        "before": asdict(ratio_linearised_interval(before, denominators, clusters)),
+        "after": asdict(ratio_linearised_interval(after, denominators, clusters)),
+        "change": asdict(interval(after - before, denominators, clusters)),
+    }
+
+
+def _both(pair: Pair, name: str) -> tuple[np.ndarray, np.ndarray]:
+    before, after = (getattr(side, name) for side in pair)
+    if before is None or after is None:
+        raise ValueError(f"{pair.base.name} is a {pair.base.kind} file and has no {name}")
+    return before, after

@@ -1,0 +1,42 @@
+"""Summarize `curve.jsonl` for `results.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+METRIC_KINDS = {
+    "nll": ("texts", "nats per token", 1),
+    "acc": ("tasks", "accuracy (%)", 100),
+    "exact_match": ("sequences", "exact match (%)", 100),
+    "log_pz": ("sequences", "log p_z (nats)", 1),
+    "pz": ("sequences", "mean p_z (%)", 100),
+}
+"""By the last part of a measure's name: what it is measured on, the label of its axis, the scale there."""
+
+
+def summarize_curve(
+    curve: Sequence[Mapping[str, float]], measured: Sequence[Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """The part of `results.json` that this chapter is made from; None where nothing was measured on the way.
+
+    Args:
+      curve: the lines of `curve.jsonl`.
+      measured: what stands under `evaluation.measured` in `run.json`.
+
+    Returns:
+      `step`, and `measures`: each with `name`, `n` (documents, questions or sequences) and `values`, one per step.
+    """
+    if not curve:
+        return None
+    sizes = {
+        f"{name}/{kind}": entry["n"]
+        for files in measured
+        for kind, (part, _, _) in METRIC_KINDS.items()
+        for name, entry in files.get(part, {}).items()
+    }
+    names = [name for name in curve[0] if name != "step"]
+    return {
+        "step": [line["step"] for line in curve],
+        "measures": [{"name": name, "n": sizes[name], "values": [line[name] for line in curve]} for name in names],
+    }

@@ -1,0 +1,162 @@
+"""Evaluation on the way: what a training run measures of itself every so many steps.
+
+Training and scoring do not know each other; here they meet. The files that `eval_texts`, `eval_tasks` and
+`eval_sequences` name are read, checked and turned into tokens once, before anything else; the hook that comes of it
+puts them to the model in memory whenever training asks.
+
+| file | measures | what they are |
+|---|---|---|
+| a text file | `NAME/nll` | nats per token |
+| a task file | `NAME/acc` | share of questions answered rightly |
+| an extraction set | `NAME/exact_match` | share of suffixes that the model continues its prefixes with, greedily |
+| | `NAME/log_pz` | mean log-probability of the suffix, nats |
+| | `NAME/pz` | mean probability of the suffix |
+
+NAME is the file's name without its ending.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_selftrain import evals, hub, training
+from jax_selftrain.config import TrainConfig, yaml_io
+from jax_selftrain.errors import InputError
+from jax_selftrain.hub import LoadedModel
+from jax_selftrain.io.manifest import hash_json
+from jax_selftrain.models import DecoderConfig
+from jax_selftrain.training import Hook
+
+
+def train_with_evals(config: TrainConfig, *, hooks: Sequence[Hook] = ()) -> Path:
+    """Train a model on a corpus, evaluating it on the way if `config.eval_every` is set; see `training.train`."""
+    return training.train(config, hooks=[*evaluation_hooks(config), *hooks])
+
+
+def evaluation_hooks(config: TrainConfig) -> list[Hook]:
+    """The hook that measures what `config` asks for; none where it asks for nothing.
+
+    Raises:
+      InputError: options that do not belong together, a file that cannot be read, or that does not fit the model.
+    """
+    yaml_io.require(config, "model")
+    training.check_ranges(config)
+    if config.eval_every is None:
+        return []
+    yardsticks = _read(config)
+    return [
+        Hook(
+            function=yardsticks.measure,
+            every=config.eval_every,
+            run_at_start_and_end=True,
+            metric_names=yardsticks.names(),
+            measured=yardsticks.describe(),
+        )
+    ]
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A model without its weights."""
+
+    config: DecoderConfig
+    tokenizer: Any
+    special_tokens: hub.SpecialTokens
+
+
+@dataclass(frozen=True)
+class _EvalSuite:
+    """Everything that is measured, read and in tokens."""
+
+    tasks: Sequence[evals.Task]
+    texts: Sequence[evals.TextFile]
+    prepared: evals.RequestSet
+    sequences: Mapping[str, np.ndarray]
+    """int32 [N, prefix + suffix] by name: one set, or none."""
+    prefix: int
+    dtype: np.dtype
+    """Type of the matmul operands: that of the training."""
+
+    def names(self) -> tuple[str, ...]:
+        return (
+            *(f"{text.name}/nll" for text in self.texts),
+            *(f"{task.name}/acc" for task in self.tasks),
+            *(f"{name}/{measure}" for name in self.sequences for measure in ("exact_match", "log_pz", "pz")),
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Numbers of documents, questions and sequences, each with a fingerprint of what is asked."""
+        return {
+            "texts": {
+                text.name: {"n": len(text.documents), "fingerprint": hash_json(text.documents)} for text in self.texts
+            },
+            "tasks": {
+                task.name: {
+                    "n": len(task.questions),
+                    "fingerprint": hash_json([task.kind, *map(asdict, task.questions)]),
+                }
+                for task in self.tasks
+            },
+            "sequences": {
+                name: {
+                    "n": len(rows),
+                    "prefix": self.prefix,
+                    "suffix": rows.shape[1] - self.prefix,
+                    "fingerprint": hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest(),
+                }
+                for name, rows in self.sequences.items()
+            },
+        }
+
+    def measure(self, step: int, model: LoadedModel) -> dict[str, float]:
+        """The hook's function: all measures of a model in memory, in the order of `names`."""
+        model = replace(model, compute_dtype=self.dtype)
+        found = evals.score_requests(model, self.prepared)
+        measures = {f"{text.name}/nll": found.texts[text.name]["nll"] for text in self.texts}
+        measures |= {f"{task.name}/acc": found.tasks[task.name]["acc"] for task in self.tasks}
+        for name, rows in self.sequences.items():
+            forced = evals.score_suffixes(model, rows, self.prefix)
+            measures[f"{name}/exact_match"] = float(forced["exact_match"].mean())
+            measures[f"{name}/log_pz"] = float(forced["logprob"].mean())
+            measures[f"{name}/pz"] = float(np.exp(forced["logprob"]).mean())
+        return measures
+
+
+def _read(config: TrainConfig) -> _EvalSuite:
+    decoder, _ = hub.read_config(config.model)
+    tasks = evals.load_tasks(config.eval_tasks, config.eval_limit)
+    texts = evals.load_texts(config.eval_texts, config.eval_limit)
+    evals.paths_by_name(tasks, texts)
+    prepared = evals.RequestSet((), {}, ())
+    if tasks or texts:
+        reader = _Reader(decoder, hub.load_tokenizer(config.model), hub.special_tokens(config.model))
+        prepared = evals.build_requests(reader, tasks, texts)
+    return _EvalSuite(
+        tasks, texts, prepared, _read_sequences(config, decoder), config.eval_prefix, np.dtype(config.dtype)
+    )
+
+
+def _read_sequences(config: TrainConfig, decoder: DecoderConfig) -> dict[str, np.ndarray]:
+    if not config.eval_sequences:
+        return {}
+    window = evals.PromptWindow(config.eval_prefix, config.eval_suffix)
+    if window.length > decoder.max_positions:
+        raise InputError(
+            f"--eval-prefix {config.eval_prefix} + --eval-suffix {config.eval_suffix} is longer than the "
+            f"{decoder.max_positions} positions of {config.model}; shorten one of them"
+        )
+    path = Path(config.eval_sequences)
+    rows = evals.load_sequences(
+        path,
+        window,
+        vocab_size=decoder.vocab_size,
+        limit=config.eval_limit,
+        tokenizer=lambda: hub.load_tokenizer(config.model),
+    )
+    return {path.stem: rows.tokens}

@@ -1,1 +1,0 @@
-"""Little worlds whose whole truth is known, the models that read them, and the demo."""

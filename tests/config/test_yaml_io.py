@@ -1,0 +1,234 @@
+"""A configuration is read strictly or not at all, and comes back from YAML as it went."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jax_selftrain import config
+from jax_selftrain.config import yaml_io
+from jax_selftrain.errors import InputError
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    schedule: Literal["constant", "cosine"] = "constant"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str = "x"
+    steps: int | None = None
+    shuffle: bool = True
+    tasks: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] | None = None
+    level: Literal[1, 2] | None = None
+    folder: Path | None = None
+    weights: dict[str, float] = field(default_factory=dict)
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=5e-4))
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 0:
+            raise ValueError("steps must not be negative")
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(text: str, cls: type = Recipe, **options):
+        (tmp_path / "recipe.yaml").write_text(text)
+        return yaml_io.load(cls, tmp_path / "recipe.yaml", **options)
+
+    return read
+
+
+def test_a_file_fills_what_it_names_and_leaves_the_rest_at_its_default(read):
+    recipe = read("name: a\ntasks: [b, c]\noptimizer:\n  schedule: cosine\n")
+    assert recipe == Recipe(name="a", tasks=("b", "c"), optimizer=Optimizer(learning_rate=5e-4, schedule="cosine"))
+    assert read("") == Recipe()
+
+
+def test_keys_may_be_hyphenated_like_flags(read):
+    assert read("stop-ids: [1, 2]\noptimizer:\n  learning-rate: 2\n") == Recipe(
+        stop_ids=(1, 2), optimizer=Optimizer(learning_rate=2.0)
+    )
+
+
+@pytest.mark.parametrize("spelling", ["1e-4", "1E-4", "1.0e-4", "0.0001", ".0001", "'1e-4'", "+1e-4"])
+def test_every_spelling_of_a_number_is_a_float(read, spelling):
+    value = read(f"learning_rate: {spelling}", Optimizer).learning_rate
+    assert type(value) is float
+    assert value == 1e-4
+
+
+def test_an_integer_is_a_fine_float_but_stays_of_the_right_type(read):
+    value = read("learning_rate: 1", Optimizer).learning_rate
+    assert type(value) is float
+
+
+def test_null_unsets_what_may_be_unset(read):
+    assert read("steps: null\nstop_ids: ~\nlevel: null") == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nmae: a", "unknown key `nmae`; did you mean `name`?"),
+        (
+            "optimizer:\n  learning_rte: 1",
+            "unknown key `optimizer.learning_rte`; did you mean `optimizer.learning_rate`?",
+        ),
+        ("learning_rate: 1", "unknown key `learning_rate`; did you mean `optimizer.learning_rate`?"),
+        ("qqqq: 1", "unknown key `qqqq`; known here: name, steps, shuffle"),
+        ("steps: true", "`steps`: expected a whole number or null, found the truth value true"),
+        ("steps: 3.0", "`steps`: expected a whole number or null, found 3.0"),
+        ("steps: '3'", "`steps`: expected a whole number or null, found '3'"),
+        ("shuffle: 1", "`shuffle`: expected true or false, found 1"),
+        ("name: 70", "`name`: expected text, found 70; put it in quotes"),
+        ("name: no", "`name`: expected text, found the truth value false; put it in quotes"),
+        ("name: null", "`name`: expected text, found nothing"),
+        ("tasks: a", "`tasks`: expected a list, each entry text, found 'a'"),
+        ("tasks: [a, 1]", "`tasks`[1]: expected text, found 1"),
+        ("stop_ids: [1, true]", "`stop_ids`[1]: expected a whole number, found the truth value true"),
+        ("level: 3", "`level`: expected one of 1, 2 or null, found 3"),
+        ("level: true", "`level`: expected one of 1, 2 or null, found the truth value true"),
+        ("weights: {a: b}", "`weights`.a: expected a finite number, found 'b'"),
+        ("optimizer: 3", "expected a section of keys and values at `optimizer`, found 3"),
+        ("optimizer:", "expected a section of keys and values at `optimizer`, found nothing"),
+        ("optimizer:\n  betas: [0.9]", "`optimizer.betas`: expected 2 values, found 1"),
+        ("optimizer:\n  learning_rate: .nan", "`optimizer.learning_rate`: expected a finite number, found nan"),
+        ("optimizer:\n  learning_rate: .inf", "expected a finite number, found inf"),
+        ("optimizer:\n  learning_rate: fast", "expected a finite number, found 'fast'"),
+        ("optimizer:\n  learning_rate: true", "expected a finite number, found the truth value true"),
+        ("optimizer:\n  schedule: cosin", "expected one of constant, cosine, found 'cosin'"),
+        ("steps: -1", "steps must not be negative"),
+        ("- a\n- b", "expected a section of keys and values at the top level, found ['a', 'b']"),
+        ("name: a\nname: b", "line 2: the key `name` is given twice"),
+        ("stop_ids: [1]\nstop-ids: [2]", "`stop_ids` is set twice"),
+        ("3: a", "line 1: the key 3 is not text"),
+        ("name: [", "line 1: expected the node content, but found '<stream end>'"),
+        ("name: !!python/object/apply:os.system [ls]", "could not determine a constructor for the tag"),
+        ("name: ${JAX_SELFTRAIN_TEST_UNSET}/x", "the environment variable JAX_SELFTRAIN_TEST_UNSET is not set"),
+    ],
+)
+def test_a_mistake_is_one_sentence_that_says_where(read, tmp_path, text, message):
+    with pytest.raises(InputError) as caught:
+        read(text)
+    assert str(caught.value).startswith(str(tmp_path / "recipe.yaml"))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere\.yaml: no such file"):
+        yaml_io.load(Recipe, tmp_path / "nowhere.yaml")
+    with pytest.raises(InputError, match="cannot be read"):
+        yaml_io.load(Recipe, tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match=r"binary\.yaml: not UTF-8 text"):
+        yaml_io.load(Recipe, tmp_path / "binary.yaml")
+
+
+def test_environment_variables_are_values_never_structure(read, monkeypatch):
+    monkeypatch.setenv("TEST_DATA", "/data")
+    monkeypatch.setenv("TEST_STEPS", "30")
+    monkeypatch.setenv("TEST_TRICK", "a\nsteps: 5")
+    recipe = read("name: ${TEST_TRICK}\ntasks: ['${TEST_DATA}/a.jsonl', '$${TEST_DATA}']\nsteps: ${TEST_STEPS}\n")
+    assert recipe == Recipe(name="a\nsteps: 5", tasks=("/data/a.jsonl", "${TEST_DATA}"), steps=30)
+    with pytest.raises(InputError, match="`steps`: expected a whole number"):
+        read("steps: '${TEST_STEPS}'")
+
+
+def test_overrides_win_over_the_file(read):
+    text = "name: a\noptimizer:\n  learning-rate: 1\n  schedule: cosine\n"
+    expected = Recipe(name="b", steps=3, optimizer=Optimizer(learning_rate=2.0, schedule="cosine"))
+    nested = {"name": "b", "steps": 3, "optimizer": {"learning_rate": 2}}
+    assert read(text, overrides=nested) == expected
+    assert read(text, overrides={"name": "b", "steps": 3, "optimizer.learning_rate": 2}) == expected
+    with pytest.raises(InputError, match="unknown key `stepz`; did you mean `steps`"):
+        read(text, overrides={"stepz": 1})
+
+
+def test_a_field_without_default_is_asked_for():
+    @dataclass(frozen=True)
+    class Needy:
+        size: int
+
+    assert yaml_io.from_dict(Needy, {"size": 3}, where="here") == Needy(3)
+    with pytest.raises(InputError, match="here: the key `size` is missing"):
+        yaml_io.from_dict(Needy, {}, where="here")
+
+
+def test_require_names_the_flag():
+    yaml_io.require(config.SampleConfig(model="m", out="o"), "model", "out")
+    with pytest.raises(InputError, match=r"`stop_ids` is required: pass --stop-ids, or set `stop_ids` in"):
+        yaml_io.require(Recipe(), "name", "stop_ids")
+    with pytest.raises(InputError, match="`tasks` is required"):
+        yaml_io.require(config.ScoreConfig(), "tasks")
+
+
+words = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), max_size=12) | st.sampled_from(
+    ["no", "1e-4", "${X}", "$${X}", "${", "null", "0x1", "a: b", "- a", "#", "2024-01-01", "'", '"', " a", "~", "="]
+)
+numbers = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@given(
+    st.builds(
+        Recipe,
+        name=words,
+        steps=st.none() | st.integers(0, 10**12),
+        shuffle=st.booleans(),
+        tasks=st.lists(words, max_size=3).map(tuple),
+        stop_ids=st.none() | st.lists(st.integers(), max_size=3).map(tuple),
+        level=st.sampled_from([None, 1, 2]),
+        folder=st.none() | st.just(Path("a/b")),
+        weights=st.dictionaries(st.sampled_from("abc"), numbers, max_size=2),
+        optimizer=st.builds(Optimizer, learning_rate=numbers, betas=st.tuples(numbers, numbers)),
+    )
+)
+def test_what_is_saved_is_what_is_loaded(tmp_path_factory, recipe):
+    path = tmp_path_factory.getbasetemp() / "saved.yaml"
+    yaml_io.save(path, recipe)
+    assert yaml_io.load(Recipe, path) == recipe
+    assert yaml_io.from_dict(Recipe, yaml_io.to_dict(recipe), where="dict") == recipe
+
+
+@pytest.mark.parametrize(
+    "cls", [value for value in vars(config).values() if isinstance(value, type) and dataclasses.is_dataclass(value)]
+)
+def test_every_configuration_of_the_package_survives_yaml(tmp_path, cls):
+    yaml_io.save(tmp_path / "c.yaml", cls())
+    assert yaml_io.load(cls, tmp_path / "c.yaml") == cls()
+
+
+def test_leaves_are_the_flags():
+    flags = {leaf.flag: leaf for leaf in yaml_io.iter_fields(config.RunConfig)}
+    assert {"--model", "--train.learning-rate", "--score.tasks", "--extract.sequences"} <= set(flags)
+    assert "--train" not in flags
+    assert flags["--score.tasks"].is_sequence
+    assert flags["--sample.stop-ids"].is_sequence
+    assert not flags["--sample.seed"].is_sequence
+
+
+def test_words_are_parsed_by_the_type_of_the_field():
+    def parse(tp: object, *given_words: str) -> object:
+        return yaml_io.parse(tp, given_words, where="--flag")
+
+    assert parse(int, "-5") == -5
+    assert parse(float, "1e-4") == 1e-4
+    assert parse(str, "1e-4") == "1e-4"
+    assert parse(bool, "true") is True
+    assert parse(int | None, "none") is None
+    assert parse(str, "none") == "none"
+    assert parse(Literal[1, 2], "2") == 2
+    assert parse(tuple[int, ...], "1", "2") == (1, 2)
+    assert parse(tuple[int, ...] | None) == ()
+    for tp, word in [(int, "1.5"), (int, "1e3"), (float, "nan"), (float, "x"), (bool, "1"), (Literal["a"], "b")]:
+        with pytest.raises(InputError, match=r"^--flag: expected"):
+            parse(tp, word)

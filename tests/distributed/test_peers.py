@@ -1,0 +1,217 @@
+"""Several processes find each other by flags or as a cluster says; one alone starts nothing, and mistakes are told."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from process_group import ROOT, ends, free_port, start_one
+
+from jax_selftrain import cli
+from jax_selftrain.distributed import DistributedConfig
+from jax_selftrain.distributed.cluster import local_device_ids, resolve_cluster
+from jax_selftrain.errors import InputError
+
+MEETING = ("--coordinator", "localhost:8476", "--num-processes", "2", "--process-id", "0")
+SLURM = {
+    "SLURM_JOB_ID": "4100",
+    "SLURM_STEP_NODELIST": "node[003-004,007]",
+    "SLURM_NTASKS": "3",
+    "SLURM_PROCID": "2",
+    "SLURM_LOCALID": "0",
+}
+
+
+def set_variables(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+def resolved(**given: Any) -> DistributedConfig | None:
+    return resolve_cluster(DistributedConfig(**given), os.environ)
+
+
+def test_the_flags_go_with_every_command_that_uses_devices_and_into_no_configuration() -> None:
+    for name in cli.DISTRIBUTED_COMMANDS:
+        words = [*MEETING, "--heartbeat-timeout=7"]
+        options, given = cli.parse_all(name, [*words, *required(name)])
+        assert given == DistributedConfig("localhost:8476", 2, 0, heartbeat_timeout=7)
+        assert options == cli.parse(name, required(name))
+    for name in ("study", "import", "report"):
+        with pytest.raises(InputError, match="unknown option `--coordinator`"):
+            cli.parse(name, MEETING)
+
+
+def required(name: str) -> list[str]:
+    words = []
+    for field in cli.COMMANDS[name].required:
+        words += [f"--{field}", "0.5" if field == "weight" else "x"]
+    return words
+
+
+def test_the_flags_can_stand_in_the_environment_and_win_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_variables(monkeypatch, {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"})
+    assert resolved() == DistributedConfig("host:1", 4, 3)
+    assert resolved(process_id=1, coordinator="[::1]:2") == DistributedConfig("[::1]:2", 4, 1)
+    monkeypatch.setenv("JAX_PROCESS_ID", "three")
+    with pytest.raises(InputError, match="JAX_PROCESS_ID=three: expected a whole number"):
+        resolved()
+
+
+def test_slurm_says_who_and_where_the_processes_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_variables(monkeypatch, SLURM)
+    found = resolved()
+    assert found is not None
+    assert (found.num_processes, found.process_id) == (3, 2)
+    assert found.coordinator.startswith("node003:")
+    monkeypatch.setenv("JAX_COORDINATOR_PORT", "8476")
+    assert resolved() == DistributedConfig("node003:8476", 3, 2)
+    assert resolved(coordinator="other:9") == DistributedConfig("other:9", 3, 2)
+    assert resolved(num_processes=1) is None, "alone, whatever the cluster says"
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert resolved() is None, "a job of one task is one process"
+
+
+def test_slurm_gives_each_task_one_gpu_by_its_number_or_shows_it_that_one_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert local_device_ids() is None, "no cluster: all that there are"
+    set_variables(monkeypatch, SLURM | {"SLURM_LOCALID": "2"})
+    assert local_device_ids() == [2]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    assert local_device_ids() == [2]
+    for alone in ("0", "2", "GPU-5a3c"):  # --gpus-per-task=1: JAX would find no second one
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", alone)
+        assert local_device_ids() is None
+
+
+def test_a_tpu_slice_on_gke_says_who_and_where_the_processes_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    from jax._src.clusters import cloud_tpu_cluster
+
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)  # as where there are TPUs
+    variables = {"TPU_WORKER_HOSTNAMES": "localhost,b,c,d", "TPU_WORKER_ID": "2", "TPU_SKIP_MDS_QUERY": "1"}
+    slices = {"MEGASCALE_COORDINATOR_ADDRESS": "localhost", "MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1"}
+    set_variables(monkeypatch, variables | slices)
+    assert resolved() == DistributedConfig("localhost:8482", 8, 6)
+    set_variables(monkeypatch, {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"})
+    set_variables(monkeypatch, {"MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"})
+    assert resolved() is None, "a slice of one host is one process"
+
+
+def test_a_pod_of_kubernetes_that_is_no_job_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    assert resolved() is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--coordinator host", "--coordinator 'host': expected HOST:PORT"),
+        ("--coordinator host:99999", "--coordinator 'host:99999': expected HOST:PORT"),
+        ("--coordinator :80", "--coordinator ':80': expected HOST:PORT"),
+        ("--coordinator host:1", "--coordinator: give --num-processes and --process-id, too"),
+        ("--num-processes 4 --process-id 0", "--num-processes and --process-id: give --coordinator, too"),
+        ("--process-id 0", "--process-id: give --coordinator and --num-processes, too"),
+        (
+            "--coordinator host:1 --num-processes 2 --process-id 2",
+            "--process-id 2: 2 processes are numbered from 0 to 1",
+        ),
+        ("--coordinator host:1 --num-processes 2 --process-id -1", "--process-id -1: 2 processes are numbered"),
+        ("--num-processes 0", "--num-processes 0: must be at least 1"),
+        ("--num-processes two", "--num-processes: expected a whole number"),
+        ("--heartbeat-timeout 0", "--heartbeat-timeout 0: must be at least 1 second"),
+        ("--coordinator a:1 --coordinator b:1", "--coordinator is given twice"),
+        ("--coordinator", "--coordinator needs a value: text"),
+        ("--coordinater host:1", "unknown option `--coordinater`; did you mean `--coordinator`?"),
+    ],
+)
+def test_a_mistake_is_one_sentence(capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:
+    assert cli.main(["sample", "--model", "m", "--out", "o", *words.split()]) == 2
+    output, error = capsys.readouterr()
+    assert output == ""
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_who_cannot_meet_the_others_says_so_within_the_time_limit() -> None:
+    """Nobody listens at the address; there is no such host; the port is taken; the other one never comes."""
+    with socket.create_server(("", 0)) as listener:
+        taken = listener.getsockname()[1]
+        places = [("localhost", free_port(), 1), ("nowhere.invalid", 80, 1), ("localhost", taken, 0)]
+        group = [
+            start_one(
+                ["sample", "--model", "m", "--out", "o", "--initialization-timeout", 2],
+                *("--coordinator", f"{host}:{port}", "--num-processes", 2, "--process-id", index),
+            )
+            for host, port, index in [*places, ("localhost", free_port(), 0)]
+        ]
+        codes, said = ends(group)
+    assert codes == [75, 2, 2, 75], said
+    for text, message in zip(
+        said,
+        (
+            r"process 0 did not answer within 2 s",
+            r"--coordinator nowhere.invalid:80: no such host",
+            r"process 0 cannot listen on this port \(Address already in use\)",
+            r"not all of 2 processes came within 2 s",
+        ),
+        strict=True,
+    ):
+        assert re.fullmatch(f"jax-selftrain sample: error: .*{message}.*", text.splitlines()[-1]), text
+
+
+def test_one_process_starts_no_client_of_a_service(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Whatever else there is in the environment of a single machine."""
+    code = """
+import sys, jax
+from jax_selftrain.cli import main
+code = main()
+assert not jax.distributed.is_initialized()
+assert jax.process_count() == 1
+sys.exit(code)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code, "convert", str(tiny_model()), str(tmp_path / "ours"), "--format", "flax"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "KUBERNETES_SERVICE_HOST": "10.0.0.1", "SLURM_JOB_ID": "7"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_an_abort_of_jax_does_not_come_before_the_sentence_of_a_process_that_leaves() -> None:
+    """JAX calls abort() on a thread of its own when process 0 has gone, which may be while this one says good-bye."""
+    code = """
+import ctypes, threading, time
+from jax_selftrain.distributed import group as room
+from jax_selftrain.distributed.cluster import ProcessesConfig
+
+group = room.Group(ProcessesConfig("localhost:1", 2, 1), "jax-selftrain train")
+group.say_goodbye = lambda departure: (setattr(group, "leaving", departure), abort_elsewhere(), time.sleep(1))
+room._group = group
+room._catch_abort()
+
+def abort_elsewhere():
+    libc, thread = ctypes.CDLL(None), ctypes.c_ulong()
+    libc.pthread_create(ctypes.byref(thread), None, ctypes.cast(libc.abort, ctypes.c_void_p), None)
+
+group.lose([0])
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 75, run.stderr
+    assert re.fullmatch("jax-selftrain train: error: process 0 of 2, .* was lost; .*\n", run.stderr), run.stderr

@@ -1,0 +1,186 @@
+"""The table of documents: what was right, by hand; which half of the split; what is refused when read back."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from models_factory import tiny_texts
+
+from jax_selftrain.config import ScoreConfig
+from jax_selftrain.errors import InputError
+from jax_selftrain.evals import dev_test_split, load_score_result, load_tasks, score
+from jax_selftrain.evals.item_results import DOCUMENTS, item_hash, to_table
+from jax_selftrain.evals.perplexity import TokenizedText
+from jax_selftrain.evals.score import REQUESTS
+from jax_selftrain.io import atomic
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def requests(*rows: tuple) -> pa.Table:
+    columns = zip(*rows, strict=True)
+    return pa.Table.from_arrays([pa.array(c, f.type) for c, f in zip(columns, REQUESTS, strict=True)], schema=REQUESTS)
+
+
+def test_documents_by_hand(tmp_path):
+    choices = [
+        {"context": "The sky is", "choices": [" blue", " a fish tank"], "answer": 0, "cluster": "sky"},
+        {"context": "Ravens are", "choices": [" né", " black", " x"], "answer": 1, "cluster": None},
+    ]
+    words = [{"context": "Once upon a", "continuation": " time"}]
+    tasks = load_tasks([write(tmp_path / "choices.jsonl", choices), write(tmp_path / "words.jsonl", words)])
+    table = to_table(
+        tasks,
+        {"stories": [TokenizedText((5, 6, 7), 11, 2, "aa"), TokenizedText((8,), 3, 1, "bb")]},
+        requests(
+            ("choices", 0, 0, -3.0, False, 1),
+            ("choices", 0, 1, -4.8, False, 4),  # per character better than the right choice, in sum worse
+            ("choices", 1, 0, -1.0, True, 2),
+            ("choices", 1, 1, -1.8, False, 3),
+            ("choices", 1, 2, -9.0, False, 1),
+            ("words", 0, 0, -0.5, True, 2),
+            ("stories", 0, 0, -4.0, False, 2),
+            ("stories", 0, 1, -2.5, False, 1),  # the second window of one text
+            ("stories", 1, 0, -7.0, False, 1),
+        ),
+    )
+    assert table.schema.equals(DOCUMENTS)
+    assert table.select([name for name in DOCUMENTS.names if name not in ("item", "log_odds")]).to_pylist() == [
+        dict(zip([n for n in DOCUMENTS.names if n not in ("item", "log_odds")], row, strict=True))
+        for row in [
+            ("choices", 0, "sky", 2, True, False, -3.0, 1, 5),
+            ("choices", 1, None, 3, False, True, -1.8, 3, 6),
+            ("words", 0, None, 1, True, None, -0.5, 2, 5),
+            ("stories", 0, None, 0, None, None, -6.5, 3, 11),
+            ("stories", 1, None, 0, None, None, -7.0, 1, 3),
+        ]
+    ]
+    log_odds = table["log_odds"].to_pylist()
+    assert log_odds[:2] == [
+        pytest.approx(-3.0 + 4.8),
+        pytest.approx(np.log(np.exp(-1.8) / (np.exp(-1.0) + np.exp(-9.0)))),
+    ]
+    assert log_odds[2:] == [None, None, None]
+    assert table["item"].to_pylist() == [
+        item_hash("The sky is", [" blue", " a fish tank"]),
+        item_hash("Ravens are", [" né", " black", " x"]),
+        item_hash("Once upon a", [" time"]),
+        "aa",
+        "bb",
+    ]
+
+
+def test_the_split_is_by_content_alone_and_thirty_to_seventy():
+    items = [item_hash(f"question {i}", [" yes", " no"]) for i in range(20_000)]
+    halves = [dev_test_split(item) for item in items]
+    share = halves.count("dev") / len(halves)
+    assert abs(share - 0.3) < 3 * np.sqrt(0.3 * 0.7 / 20_000)
+    assert set(halves) == {"dev", "test"}
+    assert [dev_test_split(item) for item in reversed(items)] == halves[::-1]
+    # frozen: a split that moved would put chosen-on items among the tested ones
+    assert [dev_test_split(item_hash(f"question {i}", [" yes", " no"])) for i in range(8)] == FROZEN
+    assert item_hash("a", ["b", "c"]) != item_hash("a", ["c", "b"]) != item_hash("ab", ["", "c"])
+
+
+FROZEN = ["test", "dev", "test", "dev", "dev", "dev", "test", "test"]
+
+
+def test_a_cluster_must_be_a_text(tmp_path):
+    file = write(tmp_path / "t.jsonl", [{"context": "a", "choices": [" b", " c"], "answer": 0, "cluster": 3}])
+    with pytest.raises(InputError, match=r"t\.jsonl:1: the cluster must be a text or null, not 3"):
+        load_tasks([file])
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory, tiny_model):
+    """A scored model: the path of its result."""
+    folder = tmp_path_factory.mktemp("scored")
+    stories = list(tiny_texts(12, seed=3))
+    task = write(
+        folder / "task.jsonl",
+        [
+            {"context": s[:40], "choices": [s[40:60], " red lamp"], "answer": 0, "cluster": f"c{i % 3}" if i else None}
+            for i, s in enumerate(stories)
+        ],
+    )
+    words = write(folder / "a_word.jsonl", [{"context": s[:40], "continuation": s[40:50]} for s in stories])
+    texts = write(folder / "stories.jsonl", [{"text": s} for s in stories])
+    out = str(folder / "result.json")
+    options = {"tasks": (task, words), "texts": (texts,), "out": out}
+    score(ScoreConfig(str(tiny_model()), **options, batch_tokens=2048, mesh="data=1"))
+    return Path(out)
+
+
+def test_what_is_read_back_explains_the_summary(scored):
+    found = load_score_result(str(scored))
+    assert list(found.documents) == ["task", "a_word", "stories"]
+    task, words, stories = found.documents.values()
+    result = atomic.read_json(scored)
+    assert (task.kind, words.kind, stories.kind) == ("choice", "last_word", "text")
+    assert task.acc.mean() == pytest.approx(result["tasks"]["task"]["acc"])
+    assert task.acc_norm.mean() == pytest.approx(result["tasks"]["task"]["acc_norm"])
+    assert task.chance_accuracy == result["tasks"]["task"]["chance"] == 0.5
+    assert words.acc.mean() == pytest.approx(result["tasks"]["a_word"]["acc"])
+    assert np.exp(-words.loglikelihood.mean()) == pytest.approx(result["tasks"]["a_word"]["perplexity"])
+    assert -stories.loglikelihood.sum() / stories.tokens.sum() == pytest.approx(result["texts"]["stories"]["nll"])
+    assert stories.bytes.sum() == result["texts"]["stories"]["bytes"]
+    assert words.cluster is None
+    assert len(set(task.cluster)) == 4  # three named ones, and the unnamed question by itself
+    dev, test = (task.select(half) for half in ("dev", "test"))
+    assert sorted([*dev.item_hash, *test.item_hash]) == sorted(task.item_hash)
+    assert {dev_test_split(item) for item in test.item_hash} == {"test"}
+    assert dev.count == dev.acc.size == dev.log_odds.size == dev.cluster.size
+
+
+def rewrite(path: Path, **marks: object) -> None:
+    result = json.loads(path.read_text())
+    result["fingerprints"] |= marks
+    path.write_text(json.dumps(result))
+
+
+def foreign(folder: Path) -> None:
+    (folder / "result.json").write_text('{"model": "m"}')
+
+
+def lost(folder: Path) -> None:
+    (folder / "result.documents.parquet").unlink()
+
+
+def cut(folder: Path) -> None:
+    file = folder / "result.documents.parquet"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def changed(folder: Path) -> None:
+    file = folder / "result.documents.parquet"
+    table = pq.read_table(file)
+    right = pa.array([None if value is None else True for value in table["acc"].to_pylist()])
+    pq.write_table(table.set_column(5, "acc", right), file)
+
+
+def of_an_earlier_version(folder: Path) -> None:
+    rewrite(folder / "result.json", documents=None)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (foreign, r"result\.json: is not a result of `jax-selftrain score`"),
+        (lost, r"result\.documents\.parquet does not lie beside it; score the model again"),
+        (cut, r"result\.documents\.parquet: cannot be read"),
+        (changed, r"result\.documents\.parquet: does not hold what result\.json says"),
+        (of_an_earlier_version, "does not lie beside it"),
+    ],
+)
+def test_damage_is_named(scored, tmp_path, damage, message):
+    folder = Path(shutil.copytree(scored.parent, tmp_path / "copy"))
+    damage(folder)
+    with pytest.raises(InputError, match=message):
+        load_score_result(str(folder / "result.json"))

@@ -1,0 +1,417 @@
+"""lm-evaluation-harness: its tasks over local files, asked through our interface and through its own HF backend."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from harness_sets import CHOICE, LAST_WORD, published_sets, task, write_jsonl, write_pythia_shape, write_tasks
+from models_factory import tiny_texts
+
+from jax_selftrain import cli, hub
+from jax_selftrain.config import ScoreConfig
+from jax_selftrain.errors import InputError
+from jax_selftrain.evals import score
+from jax_selftrain.evals.item_results import load_score_result
+from jax_selftrain.evals.lm_eval_tasks import SUITES, split_names
+from jax_selftrain.evals.score import REQUESTS
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+
+TOLERANCE = 1e-3  # nats per request, in fp32: the harness's parity that the project promises
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    """Small tasks of every kind: a folder of YAML files, and the files they read."""
+    folder = tmp_path_factory.mktemp("local")
+    stories = list(tiny_texts(12, seed=5))
+    choices = [
+        {"context": text[:40], "choices": [text[40:60], " red lamp"], "answer": i % 2} for i, text in enumerate(stories)
+    ]
+    words = [{"context": text[:40], "continuation": text[40:50]} for text in stories[:5]]
+    texts = [{"text": text * repeat} for repeat, text in zip((1, 9, 30), stories, strict=False)]
+    prompts = [{"context": text[:length]} for length, text in zip((20, 90, 55, 1), stories, strict=False)]
+    files = {
+        name: write_jsonl(folder / f"local_{name}.jsonl", rows)
+        for name, rows in {"choices": choices, "words": words, "texts": texts, "prompts": prompts}.items()
+    }
+    plain = {"target_delimiter": "", "num_fewshot": 0}
+    generation = {"until": [".", "\n\n"], "max_gen_toks": 24, "do_sample": False}
+    rolling = [{"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}]
+    tasks = [
+        task("my_choices", files["choices"], "multiple_choice", CHOICE, **plain),
+        task("my_words", files["words"], "loglikelihood", LAST_WORD, **plain),
+        task("my_shots", files["choices"], "multiple_choice", CHOICE, target_delimiter="", fewshot_split="test"),
+        task(
+            "my_texts",
+            files["texts"],
+            "loglikelihood_rolling",
+            {"doc_to_text": "", "doc_to_target": "{{text}}"},
+            metric_list=rolling,
+        ),
+        task(
+            "my_prompts",
+            files["prompts"],
+            "generate_until",
+            {"doc_to_text": "{{context}}", "doc_to_target": ""},
+            generation_kwargs=generation,
+            repeats=2,
+            metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        ),
+    ]
+    group = {
+        "group": "my_group",
+        "task": ["my_choices", "my_words"],
+        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+        "metadata": {"version": 2.0},
+    }
+    return {
+        "folder": write_tasks(folder / "tasks", [*tasks, group]),
+        "files": files,
+        "tasks": {t["task"]: t for t in tasks},
+    }
+
+
+def answers(lm, specs, limit=None):
+    """{(task, document, choice): answer} and {task: metrics} of tasks put to a model of the harness."""
+    from lm_eval.evaluator import evaluate
+    from lm_eval.tasks import TaskManager
+
+    loaded = TaskManager(include_defaults=False).load([dict(spec) for spec in specs])
+    for one in loaded["tasks"].values():
+        one.set_config(key="num_fewshot", value=0)
+    found = evaluate(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=False)
+    given = {(i.task_name, i.doc_id, i.idx): i.resps[0] for one in loaded["tasks"].values() for i in one.instances}
+    return given, found["results"]
+
+
+def hf_backend(folder, **options):
+    pytest.importorskip("torch", reason="the harness's own backend needs torch")
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=str(folder), device="cpu", dtype="float32", **options)
+
+
+def our_backend(folder, mesh="data=1", **options):
+    from jax_selftrain.evals.lm_eval_adapter import HarnessLM
+
+    return HarnessLM(str(folder), mesh=mesh, **options)
+
+
+def instances(kind, arguments):
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]
+
+
+def assert_equal_answers(ours, theirs):
+    (given, metrics), (expected, their_metrics) = ours, theirs
+    assert given.keys() == expected.keys()
+    assert max(abs(given[key][0] - expected[key][0]) for key in given) < TOLERANCE
+    assert [given[key][1] for key in given] == [expected[key][1] for key in given]
+    for name, values in metrics.items():
+        for metric in ("acc,none", "acc_norm,none"):
+            assert values.get(metric) == their_metrics[name].get(metric)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stories260k", "pythia-14m"])
+def test_published_sets_get_the_answers_of_the_hf_backend(data_dir, tmp_path, name):
+    folder = data_dir / name if name == "stories260k" else write_pythia_shape(data_dir, tmp_path / name)
+    sets = published_sets(data_dir, tmp_path / "sets", limit=12)
+    assert len(sets) == 11
+    assert_equal_answers(answers(our_backend(folder), sets), answers(hf_backend(folder, batch_size=16), sets))
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+def test_local_tasks_get_the_answers_of_the_hf_backend(tiny_model, local, family):
+    folder = tiny_model(family)
+    specs = [local["tasks"]["my_choices"], local["tasks"]["my_words"]]
+    theirs = answers(hf_backend(folder, batch_size=4), specs)
+    assert_equal_answers(answers(our_backend(folder), specs), theirs)
+    assert_equal_answers(answers(our_backend(folder, "data=2,model=2", batch_tokens=256), specs), theirs)
+
+
+def test_contexts_of_every_kind_get_the_answers_of_the_hf_backend(tiny_model):
+    """Empty, with trailing space, beginning with BOS, and longer than the model (cut on the left)."""
+    folder = tiny_model("llama", max_position_embeddings=64)
+    text = next(tiny_texts(1)) * 3
+    pairs = [("", " a fox"), ("", "<s> a fox"), ("a big \n", "fox"), ("<s>a big", " fox"), (text, " fox"), ("a", " b")]
+    requests = instances("loglikelihood", pairs)
+    ours, theirs = our_backend(folder).loglikelihood(requests), hf_backend(folder).loglikelihood(requests)
+    np.testing.assert_allclose([a[0] for a in ours], [b[0] for b in theirs], atol=TOLERANCE)
+    assert [a[1] for a in ours] == [b[1] for b in theirs]
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+def test_rolling_likelihood_of_texts_longer_than_the_model(tiny_model, family):
+    folder = tiny_model(family, max_position_embeddings=64)
+    texts = ["a", *(text * repeat for text, repeat in zip(tiny_texts(4), (1, 2, 5, 9), strict=True)), ""]
+    requests = instances("loglikelihood_rolling", [(text,) for text in texts])
+    ours = our_backend(folder)
+    assert len(ours.tok_encode(texts[4])) > 7 * 64
+    expected = hf_backend(folder, batch_size=4).loglikelihood_rolling(requests)
+    np.testing.assert_allclose(ours.loglikelihood_rolling(requests), expected, atol=TOLERANCE)
+
+
+def test_rolling_likelihood_of_a_trained_model(data_dir, stories260k):
+    texts = [json.loads(line)["text"] for line in (data_dir / "tinystories/heldout.jsonl").read_text().splitlines()[:6]]
+    requests = instances("loglikelihood_rolling", [(" ".join(texts),), (texts[0],)])
+    ours = our_backend(stories260k)
+    assert len(ours.tok_encode(" ".join(texts))) > 2 * ours.max_length
+    expected = hf_backend(stories260k).loglikelihood_rolling(requests)
+    np.testing.assert_allclose(ours.loglikelihood_rolling(requests), expected, atol=TOLERANCE)
+
+
+def test_generation_is_that_of_the_hf_backend(stories260k):
+    """Stop strings, an end token, a length limit, and a prompt that must be cut, on a model that writes stories."""
+    long = "Tom and Sue went to the park. They saw a big dog and a cat. " * 16
+    prompts = ["Once upon a time", "Lily had a red ball. She", long, "The sun was hot.\n", "<s>Once", ""]
+    options = [
+        {"until": [".", "!"], "max_gen_toks": 60, "do_sample": False},
+        {"until": ["\n\n", "Lily"], "max_gen_toks": 40},
+        {"until": "park", "max_gen_toks": 300, "temperature": 0.0},
+    ]
+    requests = instances("generate_until", [(prompt, dict(option)) for option in options for prompt in prompts[:-1]])
+    ours = our_backend(stories260k)
+    assert len(ours.tok_encode(long)) > ours.max_length - 300
+    found = ours.generate_until(requests)
+    assert found == hf_backend(stories260k, batch_size=1).generate_until(requests)
+    assert any(len(ours.tok_encode(text)) > 32 for text in found)
+    empty = instances("generate_until", [("", options[0])])  # the HF backend cannot continue nothing
+    assert ours.generate_until(empty)[0].startswith("Once upon a time")
+
+
+def test_sampled_generation_follows_the_seed_and_refuses_what_it_cannot_do(tiny_model):
+    lm, other = our_backend(tiny_model(), seed=1), our_backend(tiny_model(), seed=2)
+    drawn = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 1.0, "top_k": 50}
+    requests = instances("generate_until", [("Once there", drawn)] * 3)
+    texts = lm.generate_until(requests)
+    assert len(set(texts)) == 3
+    assert texts == lm.generate_until(requests) != other.generate_until(requests)
+    with pytest.raises(InputError, match=r"generation with num_beams, which is not done here; possible are do_sample"):
+        lm.generate_until(instances("generate_until", [("a", {"until": [], "num_beams": 4})]))
+    with pytest.raises(InputError, match="--temperature must be a finite number above 0"):
+        lm.generate_until(instances("generate_until", [("a", {"do_sample": True, "temperature": 0.0})]))
+    with pytest.raises(InputError, match="1024 tokens to generate must be fewer than the model's 1024 positions"):
+        lm.generate_until(instances("generate_until", [("a", {"max_gen_toks": 1024})]))
+
+
+def test_the_registry_knows_the_model_by_name(tiny_model, local):
+    import lm_eval
+    from lm_eval.api.registry import get_model
+    from lm_eval.tasks import TaskManager
+
+    from jax_selftrain.evals.lm_eval_adapter import HarnessLM
+
+    assert get_model("jax-selftrain") is HarnessLM
+    manager = TaskManager(include_defaults=False, include_path=str(local["folder"]))
+    folder = tiny_model()
+    given = {
+        "model": {"model": HarnessLM(hub.load_model(folder, "data=2,model=2"))},
+        "string": {
+            "model": "jax-selftrain",
+            "model_args": f"pretrained={folder},dtype=float32,mesh=data=2:model=2",
+        },
+        "mapping": {"model": "jax-selftrain", "model_args": {"pretrained": str(folder), "mesh": "data=2,model=2"}},
+    }
+    found = {
+        way: lm_eval.simple_evaluate(
+            **options, tasks=["my_choices"], task_manager=manager, bootstrap_iters=0, log_samples=False
+        )["results"]
+        for way, options in given.items()
+    }
+    assert found["string"] == found["mapping"] == found["model"]
+    assert found["model"]["my_choices"]["sample_len"] == 12
+    with pytest.raises(InputError, match="device=cuda cannot be chosen here"):
+        HarnessLM.create_from_arg_string(f"pretrained={folder}", {"device": "cuda"})
+
+
+def options_for(tmp_path, tiny_model, local, **changes):
+    options = {
+        "model": str(tiny_model()),
+        "tasks": ("my_group", str(local["files"]["choices"]), "my_texts", "my_prompts"),
+        "texts": (str(local["files"]["texts"]),),
+        "task_folder": str(local["folder"]),
+        "out": str(tmp_path / "out" / "scores.json"),
+        "mesh": "data=1",
+    }
+    return ScoreConfig(**(options | changes))
+
+
+@pytest.mark.slow
+def test_named_tasks_and_local_files_stand_in_one_result(tmp_path, tiny_model, local):
+    options = options_for(tmp_path, tiny_model, local)
+    result = score(options)
+    folder = tmp_path / "out"
+    assert json.loads((folder / "scores.json").read_text()) == result
+    assert set(result["tasks"]) == {"local_choices", "my_choices", "my_words", "my_texts", "my_prompts"}
+    own, named = result["tasks"]["local_choices"], result["tasks"]["my_choices"]
+    for metric in ("n", "acc", "acc_norm"):
+        assert named[metric] == own[metric]
+    assert named["acc_stderr"] == pytest.approx(own["acc_stderr"], rel=1e-12)
+    assert set(result["tasks"]["my_words"]) == {"n", "acc", "acc_stderr", "perplexity", "perplexity_stderr"}
+    assert result["groups"]["my_group"]["n"] == 17
+    words = result["tasks"]["my_words"]
+    assert result["groups"]["my_group"]["acc"] == pytest.approx((12 * named["acc"] + 5 * words["acc"]) / 17)
+    provenance = result["harness"]
+    assert provenance["version"].startswith("0.4.")
+    assert provenance["tasks"]["my_choices"]["version"] == 1.0
+    assert provenance["tasks"]["my_choices"]["num_fewshot"] == 0
+
+    table = pq.read_table(folder / "scores.requests.parquet")
+    assert table.schema.equals(REQUESTS)
+    rows = table.to_pylist()
+    by_task = {name: [row for row in rows if row["task"] == name] for name in result["tasks"] | result["texts"]}
+    assert [(r["doc"], r["choice"]) for r in by_task["my_choices"]] == [(d, c) for d in range(12) for c in (0, 1)]
+    for mine, harness in zip(by_task["local_choices"], by_task["my_choices"], strict=True):
+        # Both are the same request, which may share its row with others: equal but for rounding.
+        same = {"task": "local_choices", "loglikelihood": pytest.approx(mine["loglikelihood"], rel=1e-5)}
+        assert mine == {**harness, **same}
+    windows = [(row["doc"], row["choice"]) for row in by_task["my_texts"]]
+    assert windows == sorted(windows)
+    assert max(choice for _, choice in windows) > 0  # a text longer than the model
+    assert not by_task["my_prompts"]
+    generations = pq.read_table(folder / "scores.generations.parquet").to_pylist()
+    assert [(row["doc"], row["choice"]) for row in generations] == [(d, c) for d in range(4) for c in (0, 1)]
+    assert all("." not in row["text"] for row in generations)
+
+    names = [path.name for path in folder.iterdir() if path.name != "scores.timings.json"]
+    before = {name: (folder / name).read_bytes() for name in names}
+    score(options)
+    assert {name: (folder / name).read_bytes() for name in names} == before
+
+
+def test_documents_of_named_tasks_can_be_compared(tmp_path, tiny_model, local):
+    options = options_for(tmp_path, tiny_model, local)
+    result = score(options)
+    scored = load_score_result(options.out)
+    assert list(scored.documents) == ["local_choices", "local_texts", "my_choices", "my_words"]
+    own, named = scored.documents["local_choices"], scored.documents["my_choices"]
+    for column in ("choices", "acc", "acc_norm", "loglikelihood", "log_odds", "tokens", "bytes"):
+        # Both are the same requests, which may share rows with others: equal but for rounding.
+        np.testing.assert_allclose(getattr(own, column), getattr(named, column), rtol=1e-5, err_msg=column)
+    words = scored.documents["my_words"]
+    assert words.kind == "last_word"
+    assert words.acc.mean() == result["tasks"]["my_words"]["acc"]
+    assert len({*named.item_hash, *words.item_hash}) == named.count + words.count
+
+
+def test_few_shots_come_before_each_question_and_limits_hold(tmp_path, tiny_model, local):
+    none = score(options_for(tmp_path, tiny_model, local, tasks=("my_shots", "my_choices"), texts=(), limit=4))
+    two = score(
+        options_for(tmp_path, tiny_model, local, tasks=("my_shots", "my_choices"), texts=(), limit=4, num_fewshot=2)
+    )
+    shots = [result["harness"]["tasks"]["my_shots"] for result in (none, two)]
+    assert [one["num_fewshot"] for one in shots] == [0, 2]
+    assert shots[0]["requests"] != shots[1]["requests"]
+    assert two["harness"]["tasks"]["my_choices"] == none["harness"]["tasks"]["my_choices"]  # it says 0 itself
+    assert two["tasks"]["my_shots"]["n"] == 4
+
+
+def test_words_are_files_or_names_or_suites(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "piqa").mkdir()
+    given = ["blimp", "piqa", "blimp:x.jsonl", "sciq", "quick", "missing.jsonl", "a/b"]
+    files, names = split_names(given)
+    assert files == ["piqa", "blimp:x.jsonl", "missing.jsonl", "a/b"]
+    assert names == ["blimp", "sciq", "lambada_openai", "arc_easy", "piqa"]
+    assert SUITES["pythia"] == (
+        *("lambada_openai", "piqa", "winogrande", "wsc", "arc_easy", "arc_challenge", "sciq", "logiqa"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task_folder": "nowhere"}, "--task-folder nowhere: no such folder"),
+        ({"tasks": ("my_group", "my_words")}, "task my_words is asked for twice, by my_group and by my_words"),
+        ({"tasks": ("unfetched",)}, r"task unfetched: its data set nobody/nothing cannot be fetched \(.*\); run once"),
+        ({"tasks": ("lost_group",)}, r"task lost: its data files cannot be read \(FileNotFoundError"),
+        ({"tasks": ("crooked",)}, r"task crooked cannot be set up \(TypeError: .*doc_to_txt"),
+    ],
+)
+def test_what_cannot_be_asked_is_one_sentence(tmp_path, tiny_model, local, changes, message):
+    lost = task("lost", tmp_path / "lost.jsonl", "multiple_choice", CHOICE)
+    specs = [
+        *local["tasks"].values(),
+        {"group": "my_group", "task": ["my_choices", "my_words"]},
+        {**lost, "task": "unfetched", "dataset_path": "nobody/nothing", "dataset_kwargs": {}},
+        lost,
+        {"group": "lost_group", "task": ["my_choices", "lost"]},
+        {**local["tasks"]["my_choices"], "task": "crooked", "doc_to_txt": "{{context}}"},
+    ]
+    options = {"task_folder": str(write_tasks(tmp_path / "tasks", specs)), "texts": ()} | changes
+    with pytest.raises(InputError, match=message):
+        score(options_for(tmp_path, tiny_model, local, **options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_and_a_task_of_one_name_are_refused(tmp_path, tiny_model, local):
+    file = write_jsonl(tmp_path / "my_words.jsonl", [{"context": "a", "continuation": " b"}])
+    with pytest.raises(InputError, match="are both named 'my_words'"):
+        score(options_for(tmp_path, tiny_model, local, tasks=(str(file), "my_words"), texts=()))
+
+
+def test_nan_names_the_request(tiny_model, local):
+    from jax_selftrain.evals.lm_eval_adapter import HarnessLM
+
+    model = hub.load_model(tiny_model(), "data=1")
+    norm = {"scale": model.params["final_norm"]["scale"] * np.nan}
+    broken = dataclasses.replace(model, params={**model.params, "final_norm": norm})
+    with pytest.raises(InputError, match="log-likelihood of my_choices, document 0, choice 0 is nan"):
+        answers(HarnessLM(broken), [local["tasks"]["my_choices"]])
+
+
+def test_a_chat_template_is_the_tokenizers_own(tiny_model):
+    lm = our_backend(tiny_model())
+    chat = [{"role": "user", "content": "Who?"}]
+    with pytest.raises(InputError, match="has no chat template"):
+        lm.apply_chat_template(chat)
+    lm.tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    assert lm.apply_chat_template(chat) == "[user]Who?"
+
+
+@pytest.mark.slow
+def test_an_unknown_name_suggests_the_nearest(tmp_path, tiny_model, local):
+    with pytest.raises(InputError, match=r"task 'lambada_opanai' is neither .* did you mean `lambada_openai`\?"):
+        score(options_for(tmp_path, tiny_model, local, tasks=("lambada_opanai",), task_folder="", texts=()))
+    from jax_selftrain.evals.lm_eval_tasks import _manager_for
+
+    assert all(name in _manager_for(names, "").task_index for names in SUITES.values() for name in names)
+
+
+def test_the_command_scores_named_tasks(tmp_path, tiny_model, local):
+    """Where torch is not installed (on Python 3.12 in CI) this shows that the harness's tasks need none."""
+    out = tmp_path / "scores.json"
+    words = ["score", "--model", str(tiny_model()), "--tasks", "my_group", "my_texts", "my_prompts"]
+    words += ["--task-folder", str(local["folder"]), "--out", str(out), "--mesh", "data=1"]
+    done = subprocess.run([sys.executable, "-m", "jax_selftrain", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    measured = ["my_choices", "my_words", "my_texts", "my_prompts", "my_group"]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [*measured, "written:"]
+
+
+def test_without_the_harness_one_sentence_says_what_to_install(tmp_path, tiny_model, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "jax_selftrain.evals.lm_eval_adapter", raising=False)
+    words = ["score", "--model", str(tiny_model()), "--tasks", "piqa", "--out", str(tmp_path / "scores.json")]
+    assert cli.main(words) == 2
+    assert "pip install 'jax-selftrain[harness]'" in capsys.readouterr().err
+
+
+def test_local_scoring_and_help_never_import_the_harness(tmp_path, tiny_model, local):
+    words = ["score", "--model", str(tiny_model()), "--tasks", str(local["files"]["words"])]
+    words += ["--out", str(tmp_path / "scores.json"), "--mesh", "data=1"]
+    code = (
+        f"import sys\nfrom jax_selftrain import cli\nassert cli.main({words!r}) == cli.main(['--help']) == 0\n"
+        "assert not [name for name in sys.modules if name.split('.')[0] == 'lm_eval']"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,196 @@
+"""Extraction sets in every published format are the same tokens; what cannot be used is named."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jax_selftrain import hub
+from jax_selftrain.errors import InputError
+from jax_selftrain.evals import ExtractionSet, PromptWindow, held_out_half, load_sequences, sequences_fingerprint
+
+WINDOW = PromptWindow(8, 24)
+ROWS = np.random.default_rng(0).integers(3, 512, (6, 40))
+
+
+def load(reference, window=WINDOW, **options) -> ExtractionSet:
+    def no_tokenizer():
+        raise AssertionError("there is no text to encode")
+
+    return load_sequences(reference, window, **({"vocab_size": 512, "tokenizer": no_tokenizer} | options))
+
+
+def table(rows=ROWS, **columns) -> pa.Table:
+    """As EleutherAI/pythia-memorized-evals lays its columns out."""
+    tokens = pa.array([row.tolist() for row in rows], pa.list_(pa.int64()))
+    return pa.table({"index": pa.array(range(100, 100 + len(rows)), pa.int64()), "tokens": tokens, **columns})
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_every_format_gives_the_same_tokens(tmp_path):
+    np.save(tmp_path / "rows.npy", ROWS.astype(np.uint16))
+    pq.write_table(table(), tmp_path / "rows.parquet")
+    lines(tmp_path / "rows.jsonl", [{"tokens": row.tolist(), "index": 100 + i} for i, row in enumerate(ROWS)])
+    plain = load(tmp_path / "rows.npy")
+    assert plain.sequence_id.tolist() == list(range(6))
+    for name in ("rows.parquet", "rows.jsonl"):
+        found = load(tmp_path / name)
+        assert found.sequence_id.tolist() == list(range(100, 106))
+        np.testing.assert_array_equal(found.tokens, plain.tokens)
+    np.testing.assert_array_equal(plain.tokens, ROWS[:, :32])
+    assert load(tmp_path / "rows.parquet", limit=2).sequence_id.tolist() == [100, 101]
+
+
+def test_a_folder_of_parquet_is_read_in_the_order_of_its_files_split_by_split(tmp_path):
+    pq.write_table(table(ROWS[:4]), tmp_path / "duped.70m-00000-of-00002-a1b2.parquet")
+    pq.write_table(table(ROWS[4:]), tmp_path / "duped.70m-00001-of-00002-c3d4.parquet")
+    np.testing.assert_array_equal(load(tmp_path).tokens, ROWS[:, :32])
+    alone = sequences_fingerprint(tmp_path)
+    pq.write_table(table(ROWS[::-1]), tmp_path / "duped.12b-00000-of-00001-e5f6.parquet")
+    with pytest.raises(InputError, match=r"holds the splits duped\.12b, duped\.70m; name one of them"):
+        load(tmp_path)
+    np.testing.assert_array_equal(load(f"{tmp_path}:duped.70m").tokens, ROWS[:, :32])
+    np.testing.assert_array_equal(load(f"{tmp_path}:duped.12b").tokens, ROWS[::-1, :32])
+    assert sequences_fingerprint(f"{tmp_path}:duped.70m") == alone != sequences_fingerprint(f"{tmp_path}:duped.12b")
+    with pytest.raises(InputError, match=r"its splits: duped\.12b, duped\.70m"):
+        load(f"{tmp_path}:deduped.70m")
+
+
+def test_a_pair_of_arrays_meets_where_the_prefix_ends(tmp_path):
+    """lm-extraction-benchmark: 50 tokens each; a shorter prefix is the end of the file's, which the suffix follows."""
+    whole = np.random.default_rng(1).integers(3, 512, (5, 100)).astype(np.uint16)
+    np.save(tmp_path / "train_prefix.npy", whole[:, :50])
+    np.save(tmp_path / "train_suffix.npy", whole[:, 50:])
+    np.save(tmp_path / "train_preprefix.npy", whole)  # the benchmark has this, too
+    pair = f"{tmp_path / 'train_prefix.npy'}:{tmp_path / 'train_suffix.npy'}"
+    for reference in (tmp_path, pair):
+        np.testing.assert_array_equal(load(reference, PromptWindow(50, 50)).tokens, whole)
+        np.testing.assert_array_equal(load(reference).tokens, whole[:, 42:74])
+        np.testing.assert_array_equal(load(reference, PromptWindow(8, 24, offset=5), limit=3).tokens, whole[:3, 47:79])
+    with pytest.raises(InputError, match="its prefixes have 50 tokens, fewer than the 60 asked for"):
+        load(pair, PromptWindow(60, 24))
+    np.save(tmp_path / "train_suffix.npy", whole[:4, 50:])
+    with pytest.raises(InputError, match="5 prefixes and 4 suffixes"):
+        load(pair)
+
+
+def test_a_saved_data_set_is_read_through_datasets(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    saved = datasets.Dataset(table(duplicates=pa.array([1, 2, 3, 4, 5, 6])))
+    saved.save_to_disk(str(tmp_path / "set"))
+    found = load(tmp_path / "set")
+    np.testing.assert_array_equal(found.tokens, ROWS[:, :32])
+    assert found.sequence_id.tolist() == list(range(100, 106))
+    assert found.duplicates is not None
+    assert found.duplicates.tolist() == [1, 2, 3, 4, 5, 6]
+    datasets.DatasetDict({"train": saved}).save_to_disk(str(tmp_path / "splits"))
+    np.testing.assert_array_equal(load(tmp_path / "splits" / "train").tokens, ROWS[:, :32])
+    with pytest.raises(InputError, match="holds the splits train; give the folder of one"):
+        load(tmp_path / "splits")
+
+
+def test_text_is_encoded_without_anything_added(tmp_path, tiny_model):
+    tokenizer = hub.load_tokenizer(tiny_model())
+    text = "Once there was a big fox named Kalo. Kalo found a red ball near the river. " * 2
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    opened = []
+    file = lines(tmp_path / "set.jsonl", [{"text": text}, {"tokens": tokens}, {"text": text}])
+    found = load(file, tokenizer=lambda: opened.append(1) or tokenizer)
+    assert found.tokens.tolist() == [tokens[:32]] * 3
+    assert opened == [1]
+
+
+def test_an_offset_leaves_out_what_is_too_short_and_counts_it(tmp_path):
+    rows = [{"tokens": ROWS[i][:n].tolist(), "duplicates": i} for i, n in enumerate((40, 36, 35, 34, 40))]
+    found = load(lines(tmp_path / "set.jsonl", rows), PromptWindow(8, 24, offset=4))
+    assert (found.num_skipped, found.sequence_id.tolist()) == (2, [0, 1, 4])
+    assert found.duplicates is not None
+    assert found.duplicates.tolist() == [0, 1, 4]
+    np.testing.assert_array_equal(found.tokens, ROWS[[0, 1, 4], 4:36])
+    with pytest.raises(InputError, match="no sequence has 41 tokens"):
+        load(tmp_path / "set.jsonl", PromptWindow(8, 24, offset=9))
+
+
+def test_duplicates_come_from_one_place(tmp_path):
+    np.save(tmp_path / "rows.npy", ROWS)
+    np.save(tmp_path / "copies.npy", np.arange(6))
+    found = load(tmp_path / "rows.npy", duplicates=str(tmp_path / "copies.npy"), limit=4)
+    assert found.duplicates is not None
+    assert found.duplicates.tolist() == [0, 1, 2, 3]
+    np.save(tmp_path / "few.npy", np.arange(5))
+    with pytest.raises(InputError, match="one number for each of 6 sequences"):
+        load(tmp_path / "rows.npy", duplicates=str(tmp_path / "few.npy"))
+    rows = [{"tokens": row.tolist(), "duplicates": 1} for row in ROWS]
+    with pytest.raises(InputError, match="bring their own"):
+        load(lines(tmp_path / "set.jsonl", rows), duplicates=str(tmp_path / "copies.npy"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"tokens": [3] * 31}, "set.jsonl:1: 31 tokens, fewer"),
+        ({"tokens": ["a"] * 32}, "whole numbers"),
+        ({"tokens": [2**40] * 32}, "32 bits"),
+        ({"tokens": [3] * 32, "index": 1.5}, "`index` must be a whole number"),
+        ({"story": "a"}, "neither `tokens` nor `text`"),
+    ],
+)
+def test_unusable_lines_are_named(tmp_path, line, message):
+    with pytest.raises(InputError, match=message):
+        load(lines(tmp_path / "set.jsonl", [line]))
+
+
+def test_unusable_tables_are_named(tmp_path):
+    file = tmp_path / "rows.parquet"
+    for content, message in (
+        (pa.table({"ids": [1]}), "no column `tokens`"),
+        (pa.table({"tokens": ["abc"]}), "not lists of whole numbers"),
+        (pa.table({"tokens": [[3] * 32, None]}), "nulls"),
+        (pa.table({"tokens": [[3] * 31]}), "31 tokens, fewer"),
+        (pa.table({"tokens": [[3] * 32], "index": ["a"]}), "`index` must hold a whole number"),
+        (pa.table({"tokens": pa.array([], pa.list_(pa.int64()))}), "no sequences"),
+    ):
+        pq.write_table(content, file)
+        with pytest.raises(InputError, match=message):
+            load(file)
+    file.write_bytes(b"PAR1 not really")
+    with pytest.raises(InputError, match="cannot be read as Parquet"):
+        load(file)
+    lines(tmp_path / "set.jsonl", [{"tokens": [3] * 32, "index": 1}, {"tokens": [3] * 32}])
+    with pytest.raises(InputError, match="only 1 of its 2 lines have `index`"):
+        load(tmp_path / "set.jsonl")
+
+
+def test_random_offsets_are_drawn_by_id_from_what_each_length_allows(tmp_path):
+    rng = np.random.default_rng(1)
+    rows = [rng.integers(3, 512, 32 + 4 * (i % 5)).tolist() for i in range(400)]
+    path = lines(tmp_path / "rows.jsonl", [{"tokens": row, "index": i} for i, row in enumerate(rows)])
+    found = load(path, PromptWindow(8, 24, random_offset=True))
+    spare: dict[int, list[int]] = {}
+    for i, tokens in zip(found.sequence_id.tolist(), found.tokens.tolist(), strict=True):
+        at = next(begin for begin in range(len(rows[i]) - 31) if rows[i][begin : begin + 32] == tokens)
+        spare.setdefault(len(rows[i]) - 32, []).append(at)
+    for most, drawn in spare.items():
+        assert set(drawn) == set(range(most + 1))
+        assert abs(np.mean(drawn) - most / 2) < 0.15 * most + 1e-9
+    lines(path, [{"tokens": row, "index": i} for i, row in reversed(list(enumerate(rows)))])
+    again = load(path, PromptWindow(8, 24, random_offset=True))
+    np.testing.assert_array_equal(again.tokens[::-1], found.tokens)  # by its id, not by its place
+    begun = load(path, PromptWindow(8, 20, 4, random_offset=True))
+    assert all(tokens in [rows[i][b : b + 28] for b in range(4, len(rows[i]) - 27)] for i, tokens in zip(
+        begun.sequence_id.tolist(), begun.tokens.tolist(), strict=True))  # fmt: skip
+
+
+def test_h_is_half_of_a_set_whatever_its_order_or_tokens():
+    index = np.arange(4000)
+    chosen = held_out_half("a" * 64, index)
+    assert abs(chosen.mean() - 0.5) < 0.025  # more than three standard errors
+    np.testing.assert_array_equal(held_out_half("a" * 64, index[::-1])[::-1], chosen)
+    other = held_out_half("b" * 64, index)
+    assert abs((chosen == other).mean() - 0.5) < 0.025

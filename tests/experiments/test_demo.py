@@ -1,0 +1,192 @@
+"""The demo in small: a world is written, a model learns it, goes through one round with its arms; again: nothing."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from by_hand import class_of, log_pz_of, longest_runs
+
+from jax_selftrain import load_model
+from jax_selftrain.config import DemoConfig, StudyConfig, yaml_io
+from jax_selftrain.corpus import open_corpus
+from jax_selftrain.errors import InputError
+from jax_selftrain.evals.overlap_classes import CLASSES
+from jax_selftrain.experiments.microworld import demo
+from jax_selftrain.experiments.microworld.microworld_study import ROUND_SCALE, ModelSpec, write_worlds
+from jax_selftrain.experiments.microworld.world_types import WorldConfig
+from jax_selftrain.hub import load_tokenizer, read_config
+from jax_selftrain.io import atomic
+from jax_selftrain.io.manifest import folder_manifest
+from jax_selftrain.study.design import make_design
+
+pytestmark = pytest.mark.slow
+
+TINY = replace(
+    ROUND_SCALE,
+    world=WorldConfig(
+        people=14, probe_copies=(1, 2, 8), probes_per_level=4, agreement_lines=400, sum_lines=400, largest_addend=29,
+        items_per_task=40, heldout_documents=40,
+    ),
+    readers=(ModelSpec("A1", "A", tokenizer="A", width=32, layers=1, heads=2),),
+    vocabulary=400,
+    samples=48,
+    steps=2,
+    eval_every=1,
+    eval_limit=10,
+    mesh="data=1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo") / "out"
+    assert demo(DemoConfig(out=str(out), seed=0), TINY) == out / "report.html"
+    return out
+
+
+def only(folder: Path, pattern: str) -> Path:
+    (found,) = (path for path in folder.glob(pattern) if path.is_dir())
+    return found
+
+
+def test_a_demo_ends_with_a_report_of_all_its_arms(made: Path) -> None:
+    results = atomic.read_json(made / "results.json")
+    treatments = [cell["treatment"] for cell in results["cells"]]
+    assert treatments[:3] == ["text of A1", "learning rate 0", "shuffled tokens"]
+    assert treatments[3:] == ["weight noise", "weight noise ×4", "real text of world A"]
+    for cell in results["cells"]:
+        assert [task["name"] for task in cell["tasks"]] == ["agreement", "sums", "facts_A"]
+        groups = [group["name"] for group in cell["extraction"]["groups"]]
+        assert set(groups) == {"A, shown 1×", "A, shown 2×", "A, shown 8×", "A, never shown"}
+    page = (made / "report.html").read_text(encoding="utf-8")
+    assert "A model of a little world" in page
+    assert "everything here is exploratory" in page
+    key = (made / "figures" / "trajectories_A1.svg").read_text(encoding="utf-8")
+    assert all(treatment in key for treatment in treatments if "noise" not in treatment)  # noise is not trained
+    assert all(treatment in (made / "figures" / "key_A1.svg").read_text() for treatment in treatments)
+
+
+def test_classes_by_thresholds_are_those_of_the_one_that_was_chosen(made: Path) -> None:
+    """Of suffixes of eight tokens only the threshold of eight can be told, which is the demo's own."""
+    assert TINY.overlap == TINY.suffix == 8
+    for cell in atomic.read_json(made / "results.json")["cells"]:
+        if cell["corpus"]:
+            found = {part["class"]: part["n"] for part in cell["extraction"]["thresholds"]}
+            assert {part["threshold"] for part in cell["extraction"]["thresholds"]} == {8}
+            assert found == {name: cell["extraction"]["classes"][name]["n"] for name in CLASSES}
+    assert (made / "tables" / "thresholds_A1.csv").exists()
+
+
+def test_learning_rate_0_changes_nothing_at_all(made: Path) -> None:
+    cells = {cell["treatment"]: cell for cell in atomic.read_json(made / "results.json")["cells"]}
+    assert [name for name, cell in cells.items() if cell["identical"]] == ["learning rate 0"]
+    assert {measure["change"]["value"] for measure in cells["learning rate 0"]["measures"].values()} == {0.0}
+
+
+def test_the_base_learnt_something_from_the_text(made: Path) -> None:
+    lines = (only(made / "bases", "teach-*") / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_a_second_start_finds_everything_done(made: Path) -> None:
+    work = ("world/**/*", "bases/*/*.parquet", "bases/*/model/**/*", "stages/*/*")
+    written = {path: path.stat().st_mtime_ns for pattern in work for path in made.glob(pattern)}
+    page = (made / "report.html").read_bytes()
+    demo(DemoConfig(out=str(made), seed=0), TINY)
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert (made / "report.html").read_bytes() == page
+
+
+def test_another_seed_needs_another_folder(made: Path) -> None:
+    with pytest.raises(InputError, match="another micro-world"):
+        demo(DemoConfig(out=str(made), seed=1), TINY)
+
+
+def test_a_folder_that_is_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "world").mkdir()
+    with pytest.raises(InputError, match="no world of a micro-world"):
+        demo(DemoConfig(out=str(tmp_path)), TINY)
+
+
+def test_the_extraction_set_stands_in_the_tokens_as_often_as_it_says(made: Path) -> None:
+    corpus = open_corpus(only(made / "bases", "import-*"))
+    tokenizer = load_tokenizer(made / "world" / "blank" / "A1")
+    documents = [np.array([corpus.start_id, *document.tokens]) for document in corpus.iter_samples()]
+    rows = [json.loads(line) for line in (made / "world" / "probes.jsonl").read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        tokens = tokenizer.encode(row["text"], add_special_tokens=False)
+        assert tokens[0] == corpus.start_id
+        line, _, inside = row["text"].partition("\n")
+        # One that begins a document is asked with the start before it, the others after the line that stands there.
+        passage = tokenizer.encode("\n" + inside, add_special_tokens=False) if inside else tokens
+        assert tokens[-len(passage) :] == passage
+        assert len(tokens) >= TINY.prefix + TINY.suffix
+        count = sum(
+            np.array_equal(document[at : at + len(passage)], passage)
+            for document in documents
+            for at in range(len(document) - len(passage) + 1)
+        )
+        assert row["group"] == (f"A, shown {count}×" if count else "A, never shown")
+        assert line.startswith("<|endoftext|>")
+    assert Counter(row["group"] for row in rows)["A, never shown"] == len(rows) / 2
+
+
+def test_the_blank_model_is_a_pythia_in_small(made: Path) -> None:
+    base = only(made / "bases", "teach-*")
+    config, raw = read_config(base)
+    tokenizer = load_tokenizer(base)
+    assert raw["model_type"] == "gpt_neox"
+    assert (config.num_layers, config.hidden_size, config.vocab_size) == (1, 32, len(tokenizer))
+    assert tokenizer.bos_token_id == tokenizer.eos_token_id == raw["bos_token_id"] == 0
+    assert tokenizer.decode(tokenizer.encode("Mira works: 12 + 7 = 19.")) == "Mira works: 12 + 7 = 19."
+    digits = tokenizer.tokenize("27 + 305")
+    assert [token for token in digits if token.strip("Ġ+")] == ["2", "7", "3", "0", "5"]
+
+
+def test_the_same_seed_writes_the_same_world(made: Path, tmp_path: Path) -> None:
+    write_worlds(tmp_path / "world", replace(TINY, world=replace(TINY.world, seed=0)))
+    assert folder_manifest(tmp_path / "world") == folder_manifest(made / "world")
+
+
+def test_classes_and_p_z_are_those_that_plain_python_and_transformers_find(made: Path, tmp_path: Path) -> None:
+    design = make_design(yaml_io.load(StudyConfig, made / "config.yaml"))
+    cell = next(cell for cell in design.cells if cell.treatment == "text of A1")
+    assert cell.corpus is not None
+    assert cell.train is not None
+    assert cell.extract is not None
+    student = load_model(str(design.folder(cell.train)), "data=1")
+    tokenizer = load_tokenizer(made / "world" / "blank" / "A1")
+    lines = (made / "world" / "probes.jsonl").read_text().splitlines()
+    n = TINY.prefix + TINY.suffix
+    rows = [tokenizer.encode(json.loads(line)["text"], add_special_tokens=False)[:n] for line in lines]
+    documents = [sample.tokens.tolist() for sample in open_corpus(design.folder(cell.corpus)).iter_samples()]
+    found = pq.read_table(design.folder(cell.extract) / "extract.sequences.parquet").to_pydict()
+    runs = longest_runs([row[TINY.prefix :] for row in rows], documents)
+    classes = [class_of(run, TINY.suffix, TINY.overlap) for run in runs]
+    assert found["class"] == classes
+    student.save_pretrained(tmp_path / "export")
+    logprobs, exact = log_pz_of(tmp_path / "export", np.array(rows), TINY.prefix)
+    np.testing.assert_allclose(found["logprob"], logprobs, atol=1e-3)
+    np.testing.assert_array_equal(found["exact_match"], exact)
+
+
+def test_log_odds_are_those_of_the_questions(made: Path) -> None:
+    design = make_design(yaml_io.load(StudyConfig, made / "config.yaml"))
+    cells = atomic.read_json(made / "results.json")["cells"]
+    for planned, told in zip(design.cells, cells, strict=True):
+        assert planned.score is not None
+        table = pq.read_table(design.folder(planned.score) / "score.documents.parquet").to_pandas()
+        means = table.groupby("task")["log_odds"].mean()
+        for task in told["tasks"]:
+            assert told["measures"][f"log_odds/{task['name']}"]["after"]["value"] == pytest.approx(means[task["name"]])
+        eligible = [task["name"] for task in told["tasks"] if task["not_eligible"] is None]
+        assert ("log_odds" in told["measures"]) == bool(eligible)
+        if eligible:
+            assert told["measures"]["log_odds"]["after"]["value"] == pytest.approx(means[eligible].mean())

@@ -1,0 +1,153 @@
+"""Two worlds with one grammar, and models of them that go through a study."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jax_selftrain.config import DemoConfig
+from jax_selftrain.errors import InputError
+from jax_selftrain.experiments.microworld import demo
+from jax_selftrain.experiments.microworld.microworld_study import (
+    CROSSOVER_SCALE,
+    ROUND_SCALE,
+    MicroScale,
+    ModelSpec,
+    worlds_of,
+    write_worlds,
+)
+from jax_selftrain.experiments.microworld.world_types import World, WorldConfig
+from jax_selftrain.hub import load_tokenizer, read_config
+from jax_selftrain.io import atomic
+
+SMALL = WorldConfig(
+    people=16, probe_copies=(1, 8), probes_per_level=3, agreement_lines=300, sum_lines=300, items_per_task=30,
+    heldout_documents=30, two_hop=True,
+)  # fmt: skip
+TINY = replace(
+    CROSSOVER_SCALE,
+    world=SMALL,
+    readers=(
+        ModelSpec("A1", "A", width=32, layers=1, heads=2, epochs=0.5),
+        ModelSpec("A1′", "A", width=32, layers=1, heads=2, epochs=0.5, seed=1),  # reads the same corpus
+        ModelSpec("B1", "B", width=32, layers=1, heads=2, epochs=0.5),
+        ModelSpec("C1", "A", family="llama", tokenizer="A", width=32, layers=1, heads=2, epochs=0.5),
+    ),
+    students=("A1",),
+    sources=("A1", "C1"),
+    vocabulary=400,
+    samples=24,
+    steps=1,
+    eval_every=1,
+    eval_limit=8,
+    mesh="data=1",
+)
+
+
+@pytest.fixture(scope="module")
+def worlds() -> dict[str, World]:
+    return worlds_of(SMALL)
+
+
+def test_both_worlds_have_one_grammar_and_two_peoples(worlds: dict[str, World]) -> None:
+    a, b = worlds["A"], worlds["B"]
+    for task in ("agreement", "sums"):
+        assert a.tasks[task] == b.tasks[task]
+    assert not {fact.who for fact in a.facts} & {fact.who for fact in b.facts}
+    assert not {probe.text for probe in a.probes} & {probe.text for probe in b.probes}
+    assert len(set(a.documents) & set(b.documents)) < 0.02 * len(a.documents)  # a few lone sums
+    text = "\n".join([*b.documents, *b.extra_text])
+    for question in a.tasks["sums"]:
+        assert f"\n{question.context} " not in text  # what is asked of both stands in neither
+
+
+def test_facts_behind_facts_are_true_and_stand_nowhere(worlds: dict[str, World]) -> None:
+    world = worlds["A"]
+    of = {(fact.who, fact.relation): fact.value for fact in world.facts}
+    text = "\n".join([*world.documents, *world.heldout, *world.extra_text])
+    told = set(re.findall(r"The friend of (\w+) ", text))
+    asked = set()
+    for question in world.tasks["two_hop"]:
+        who = question.context.split()[3]
+        asked.add(who)
+        friend = of[who, "friend"]
+        assert question.choices[question.answer].strip() in {of[friend, r] for r in ("home", "job", "pet", "meal")}
+        assert question.cluster == who
+        assert question.context not in text
+    assert asked
+    assert told
+    assert not asked & told
+    assert asked | told == {fact.who for fact in world.facts}
+    assert all(of[who, "friend"] != who for who in asked | told)
+
+
+def test_questions_are_graded(worlds: dict[str, World]) -> None:
+    tasks = worlds["A"].tasks
+    for question in tasks["sums"]:
+        a, b = (int(number) for number in re.findall(r"\d+", question.context))
+        carries = int(a % 10 + b % 10 > 9)
+        carries += int(a // 10 + b // 10 + carries > 9)
+        assert question.grade == f"{carries} carries"
+    assert {question.grade for question in tasks["facts"]} == {f"shown {n}×" for n in SMALL.fact_exposures}
+    assert {"0 distracting", "1 distracting"} <= {question.grade for question in tasks["agreement"]}
+
+
+def test_more_text_is_of_the_same_world_without_its_probes(worlds: dict[str, World]) -> None:
+    for world in worlds.values():
+        more = "\n".join(world.extra_text)
+        assert not set(world.extra_text) & set(world.documents)
+        assert len(more) > 0.7 * sum(map(len, world.documents))
+        assert not any(probe.text in more or probe.counterfactual in more for probe in world.probes)
+        for fact in world.facts:
+            assert re.search(rf"{fact.who} .*{fact.value}\.", more)
+
+
+@pytest.mark.slow
+def test_the_study_of_the_worlds_runs_from_nothing_to_a_report(tmp_path: Path) -> None:
+    config = DemoConfig(out=str(tmp_path / "out"), study=True, seeds=(0,))
+    assert demo(config, TINY) == tmp_path / "out" / "report.html"
+    results = atomic.read_json(tmp_path / "out" / "results.json")
+    assert {cell["treatment"] for cell in results["cells"]} == {
+        *("text of A1", "text of C1"),
+        *("learning rate 0", "shuffled tokens", "weight noise", "weight noise ×4", "real text of world A"),
+    }
+    assert [one["name"] for one in results["verdicts"]] == [claim.name for claim in CROSSOVER_SCALE.claims]
+    assert {(one["verdict"], one["standing"]) for one in results["verdicts"]} == {("not tested", "primary")}  # one seed
+    groups = {f"group {world}, {shown}" for world in "AB" for shown in ("shown 1×", "shown 8×", "never shown")}
+    for cell in results["cells"]:
+        names = cell["measures"].keys()
+        assert {f"task/{task}" for task in TINY.tasks} <= names
+        assert {f"exact_match/{group}" for group in groups} <= names
+    blank = tmp_path / "out" / "world" / "blank"
+    assert read_config(blank / "C1")[1]["model_type"] == "llama"
+    vocabularies = {name: load_tokenizer(blank / name).get_vocab() for name in ("A1", "B1", "C1")}
+    assert vocabularies["A1"] == vocabularies["B1"] != vocabularies["C1"]
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    demo(config, TINY)
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+    with pytest.raises(InputError, match="another micro-world"):
+        write_worlds(tmp_path / "out" / "world", replace(TINY, samples=25))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [ROUND_SCALE, CROSSOVER_SCALE], ids=["round", "crossover"])
+def test_what_is_asked_for_is_the_probe_and_the_prefix_says_which(scale: MicroScale, tmp_path: Path) -> None:
+    """At full size, in every tokenizer: the suffix lies in the probe, and no other probe begins like it."""
+    write_worlds(tmp_path / "world", scale)
+    rows = [json.loads(line) for line in (tmp_path / "world" / "probes.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * len(scale.world_ids) * 8 * scale.world.probes_per_level
+    for reader in {reader.tokenizer: reader for reader in scale.readers}.values():
+        tokenizer = load_tokenizer(tmp_path / "world" / "blank" / reader.name)
+        beginnings = set()
+        for row in rows:
+            tokens = tokenizer.encode(row["text"], add_special_tokens=False)
+            assert len(tokens) >= scale.prefix + scale.suffix
+            line, _, inside = row["text"].partition("\n")
+            before = len(tokenizer.encode(f"{line}\n", add_special_tokens=False)) if inside else 1
+            assert scale.prefix - before >= 6
+            beginnings.add(tuple(tokens[before : scale.prefix]))
+        assert len(beginnings) == len(rows)

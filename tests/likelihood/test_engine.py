@@ -1,0 +1,540 @@
+"""The likelihood engine against transformers, and against itself in other shapes."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_selftrain import hub
+from jax_selftrain.config import ScoreConfig
+from jax_selftrain.distributed.mesh import make_mesh, mesh_context
+from jax_selftrain.distributed.sharding import make_layout, shard_host_array
+from jax_selftrain.errors import InputError
+from jax_selftrain.likelihood import LoglikelihoodRequest, abstract_program, loglikelihoods, token_scores
+from jax_selftrain.likelihood.batching import (
+    BUFFER_BATCHES,
+    MAX_UNIQUE_TOKENS,
+    PROJECTION_CHUNK,
+    SMALL_BATCHES,
+    UNIT_BATCHES,
+    UNIT_TOKENS,
+    batch_rows,
+    plan_units,
+)
+from jax_selftrain.likelihood.device_programs import logprobs_and_argmax
+from jax_selftrain.likelihood.engine import batch_program, deduplicate
+from jax_selftrain.likelihood.prefix_trie import (
+    MAX_BUCKETS,
+    MAX_TARGETS,
+    SortedRequests,
+    TokenizedRequest,
+    bin_pack,
+    choose_bucket_lengths,
+    estimate_cost,
+    group_by_prefix,
+    pack_trie,
+    round_up_to_bucket,
+)
+from jax_selftrain.models import DecoderConfig, RopeConfig, axis_sizes, forward, unembed
+
+FAMILIES = ("gpt_neox", "llama")
+POSITIONS = 640
+BATCH = 1280
+
+
+def random_requests(n: int, vocab: int, longest: int, seed: int = 0) -> list[LoglikelihoodRequest]:
+    """Requests of all lengths up to a little beyond what the model can take."""
+    rng = np.random.default_rng(seed)
+    requests = []
+    for _ in range(n):
+        total = int(rng.integers(2, longest + 1))
+        continuation = int(rng.integers(1, min(total, longest // 2)))
+        tokens = rng.integers(0, vocab, total).tolist()
+        requests.append(LoglikelihoodRequest(tokens[:-continuation], tokens[-continuation:]))
+    return requests
+
+
+def edge_requests(tokens: np.ndarray, positions: int) -> list[LoglikelihoodRequest]:
+    """One token, powers of two and their neighbors, odd lengths, and contexts that must be cut from the left."""
+    shapes = [(1, 1), (1, 31), (1, 32), (1, 33), (31, 33), (64, 1), (97, 31), (positions - 1, 1), (positions, 1)]
+    shapes += [(positions - 3, 4), (positions + 5, 3), (2 * positions, 129), (1, positions), (positions, positions)]
+    ids = tokens.tolist()
+    return [
+        LoglikelihoodRequest(ids[:context], ids[context : context + continuation]) for context, continuation in shapes
+    ]
+
+
+def reference(folder, requests, positions):
+    """`HFLM._loglikelihood_tokens` of lm-eval 0.4.13, one request at a time, in torch."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    results = []
+    with torch.no_grad():
+        for context, continuation in requests:
+            whole = [*context, *continuation][-(positions + 1) :]
+            logprobs = model(torch.tensor([whole[:-1]])).logits[0].log_softmax(-1)[-len(continuation) :]
+            wanted = torch.tensor(np.asarray(continuation))
+            total = float(logprobs.gather(1, wanted[:, None]).double().sum())
+            results.append((total, bool((logprobs.argmax(-1) == wanted).all())))
+    return results
+
+
+@pytest.fixture(scope="module")
+def load(tiny_model):
+    """`load(family, mesh, preset)` → a tiny model of 640 positions, a size that is no power of two."""
+
+    def loaded(family: str = "llama", mesh: str = "data=1", preset: str = "tensor") -> hub.LoadedModel:
+        return hub.load_model(tiny_model(family, max_position_embeddings=POSITIONS), mesh, preset=preset)
+
+    return loaded
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loglikelihoods_equal_those_of_transformers(load, tiny_model, family):
+    pytest.importorskip("torch")
+    model = load(family)
+    requests = edge_requests(np.random.default_rng(1).integers(0, 512, 2 * POSITIONS + 129), POSITIONS)
+    found = loglikelihoods(model, requests, batch_tokens=BATCH)
+    expected = reference(tiny_model(family, max_position_embeddings=POSITIONS), requests, POSITIONS)
+    for answer, (loglikelihood, is_greedy), request in zip(found, expected, requests, strict=True):
+        # DESIGN's promise: 1e-3 in fp32, for sums over up to 640 tokens whose logits have a spread of about 2.
+        assert answer.loglikelihood == pytest.approx(loglikelihood, abs=1e-3)
+        assert answer.is_greedy == is_greedy
+        assert answer.tokens == len(request.continuation)
+
+
+def test_loglikelihoods_of_a_trained_model_equal_those_of_transformers(data_dir, stories260k):
+    pytest.importorskip("torch")
+    model = hub.load_model(stories260k, "data=1")
+    stories = (json.loads(line)["text"] for line in (data_dir / "tinystories/heldout.jsonl").open())
+    tokens = np.array([1, *itertools.chain.from_iterable(map(model.tokenizer.encode, itertools.islice(stories, 10)))])
+    requests = edge_requests(tokens, 512)
+    found = loglikelihoods(model, requests, batch_tokens=BATCH)
+    for answer, (loglikelihood, is_greedy) in zip(found, reference(stories260k, requests, 512), strict=True):
+        assert answer.loglikelihood == pytest.approx(loglikelihood, abs=1e-3)
+        assert answer.is_greedy == is_greedy
+
+
+@pytest.mark.parametrize(
+    ("mesh", "preset"),
+    [("data=4", "tensor"), ("data=2,model=2", "tensor"), ("model=2", "replicated"), ("data=2,model=2", "fsdp")],
+)
+def test_any_mesh_gives_the_same_likelihoods(load, mesh, preset):
+    requests = random_requests(40, 512, 64)
+    one = token_scores(load(), requests, batch_tokens=BATCH)
+    many = token_scores(load("llama", mesh, preset), requests, batch_tokens=BATCH)
+    for a, b in zip(one, many, strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)  # rounding noise of fp32 logits is about 1e-6
+        np.testing.assert_array_equal(a.greedy, b.greedy)
+
+
+@pytest.mark.slow
+def test_batch_size_does_not_matter(load):
+    requests = random_requests(40, 512, 64)
+    large = np.array([answer.loglikelihood for answer in loglikelihoods(load(), requests, batch_tokens=4096)])
+    small = np.array([answer.loglikelihood for answer in loglikelihoods(load(), requests, batch_tokens=64)])
+    np.testing.assert_allclose(large, small, atol=1e-4)  # sums over up to 32 tokens, each off by rounding of about 1e-6
+
+
+def test_a_request_is_scored_alike_in_any_order_and_but_for_rounding_in_any_company(load):
+    for requests in (random_requests(30, 512, 64), questions(5)):
+        everyone = loglikelihoods(load(), requests, batch_tokens=BATCH)
+        assert loglikelihoods(load(), requests[::-1], batch_tokens=BATCH) == everyone[::-1]
+        few = loglikelihoods(load(), requests[:5], batch_tokens=BATCH)
+        for alone, among in zip(few, everyone[:5], strict=True):
+            # sums over up to 32 tokens, each off by rounding of about 1e-6
+            assert alone.loglikelihood == pytest.approx(among.loglikelihood, abs=1e-4)
+            assert alone.is_greedy == among.is_greedy
+    assert loglikelihoods(load(), [], batch_tokens=BATCH) == []
+
+
+# ---------------------------------------------------------------- requests that begin alike
+
+
+def questions(n: int, seed: int = 3) -> list[LoglikelihoodRequest]:
+    """Questions of four choices, one of them a single token and one the beginning of another; then stray ones."""
+    rng = np.random.default_rng(seed)
+    requests = []
+    for _ in range(n):
+        context = rng.integers(0, 512, int(rng.integers(5, 40))).tolist()
+        long = rng.integers(0, 512, 6).tolist()
+        choices = [long, long[:3], rng.integers(0, 512, 1).tolist(), rng.integers(0, 512, 4).tolist()]
+        requests += [LoglikelihoodRequest(context, choice) for choice in choices]
+        requests.append(LoglikelihoodRequest([*context, *long[:2]], long[2:]))  # the same text, cut elsewhere
+    return requests
+
+
+CONFIG = DecoderConfig(
+    vocab_size=512, hidden_size=512, num_layers=6, num_heads=8, num_kv_heads=8, head_dim=64, intermediate_size=2048,
+    max_positions=POSITIONS, norm="layernorm", norm_eps=1e-5, activation="gelu", gated_mlp=False,
+    parallel_residual=True, rotary_dim=16, rope=RopeConfig(), qkv_bias=True, out_bias=True, mlp_bias=True,
+    qk_norm=False, tie_word_embeddings=False,
+)  # fmt: skip
+"""What a plan goes by."""
+
+
+def planned(requests, max_positions=POSITIONS, batch_tokens=BATCH):
+    config = dataclasses.replace(CONFIG, max_positions=max_positions)
+    layout = make_layout("tensor", make_mesh("data=1"), axis_sizes(config))
+    return plan_units(layout, config, asked_for(requests), batch_tokens)
+
+
+def asked_for(requests):
+    return [TokenizedRequest(np.array([*c, *k], np.int32), len(k)) for c, k in requests]
+
+
+def rows_of(units):
+    return [row for unit in units for batch in unit.batches for row in batch.rows]
+
+
+def paths(row):
+    """Of each place of a row the tokens that it sees, by the rule that `models.forward` follows."""
+    places = np.arange(len(row.tokens))
+    seen = (places <= places[:, None]) & (places[:, None] < row.ends)
+    np.testing.assert_array_equal(seen.sum(axis=1) - 1, row.positions)
+    return [row.tokens[mine].tolist() for mine in seen]
+
+
+@pytest.mark.parametrize(
+    ("family", "mesh", "overrides"),
+    [
+        ("gpt_neox", "data=1", {}),
+        ("llama", "data=2,model=2", {}),
+        ("qwen2", "data=1", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}),
+    ],
+)
+def test_choices_of_a_question_are_scored_as_if_each_stood_alone(tiny_model, family, mesh, overrides):
+    model = hub.load_model(tiny_model(family, max_position_embeddings=128, **overrides), mesh)
+    requests = questions(6)
+    for request, answer in zip(requests, token_scores(model, requests, batch_tokens=BATCH), strict=True):
+        n, end = len(request.continuation), len(request.context) + len(request.continuation) - 1
+        whole = np.zeros((model.layout.data_parallelism, 64), np.int32)  # of one shape: what follows cannot be seen
+        whole[0, : end + 1] = [*request.context, *request.continuation]
+        logits = np.asarray(model.logits(whole))[0, end - n : end]
+        expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(n), whole[0, end - n + 1 : end + 1]]
+        np.testing.assert_allclose(answer.logprobs, expected, atol=2e-5)  # rounding noise of fp32 logits is about 1e-6
+        np.testing.assert_array_equal(answer.greedy, logits.argmax(-1))
+
+
+def test_a_context_is_computed_once_and_a_shared_prediction_projected_once():
+    context, tails = list(range(40)), [[100, 101, 102], [200, 201], [300], [400]]
+    ((batch,),) = (unit.batches for unit in planned([(context, tail) for tail in tails]))
+    (row,) = batch.rows
+    assert (batch.length, batch.num_queries) == (48, 8)  # the last layer is computed at eight of the positions
+    assert row.tokens.tolist() == [*context, 100, 101, 200]
+    assert row.positions.tolist() == [*range(40), 40, 41, 40]
+    assert row.subtree_ends.tolist() == [43] * 40 + [42, 42, 43]
+    assert row.query_positions.tolist() == [39, 40, 41, 42]  # all four first tokens are predicted at the context's last
+    assert sorted(row.targets[0].tolist()) == [100, 200, 300, 400]
+    five = planned([(context, [token]) for token in range(100, 101 + MAX_TARGETS)])
+    assert five[0].batches[0].rows[0].query_positions.tolist() == [39, 39]
+
+
+def test_the_same_request_is_computed_once(load):
+    model, (request, other) = load(), random_requests(2, 512, 64)
+    answers = loglikelihoods(model, [request, other, request, request], batch_tokens=BATCH)
+    assert answers[0] == answers[2] == answers[3] != answers[1]
+    assert [len(deduplicate(model.config, asked)[0]) for asked in ([request] * 3, [request, other])] == [1, 2]
+
+
+def test_what_begins_alike_stands_once_however_often_it_forks():
+    """Choices that share their first words, behind questions that share theirs."""
+    requests = [
+        ([1, 2, 3, 4], [5, 6, 7]),
+        ([1, 2, 3, 4], [5, 6, 8]),
+        ([1, 2, 3, 4], [5, 9]),
+        ([1, 2, 3, 5], [5, 6]),
+        ([7, 3], [4]),
+    ]
+    row = pack_trie(SortedRequests(asked_for(requests)), range(5))
+    assert row.tokens.tolist() == [1, 2, 3, 4, 5, 6, 5, 5, 7, 3]
+    assert row.subtree_ends.tolist() == [8, 8, 8, 6, 6, 6, 8, 8, 10, 10]
+    seen = paths(row)
+    for member, answer in zip(row.request_ids, row.target_index, strict=True):
+        context, continuation = requests[member]
+        for n, (at, column) in enumerate(answer):
+            assert seen[row.query_positions[at]] == [*context, *continuation][: len(context) + n]
+            assert row.targets[at, column] == continuation[n]
+    # What follows 5 is asked for at one place by three of them, what follows 5 and 6 by two.
+    assert len(row.query_positions) == 6 < sum(len(continuation) for _, continuation in requests)
+
+
+def test_a_tree_is_computed_as_its_paths_one_by_one(load):
+    """`forward` itself, on random trees, against each path alone."""
+    model, rng = load("gpt_neox"), np.random.default_rng(2)
+    inputs = [rng.integers(0, 3, int(n)).tolist() for n in rng.integers(2, 9, 40)]  # of three tokens: they fork at once
+    row = pack_trie(SortedRequests(asked_for([(tokens, [9]) for tokens in inputs])), range(len(inputs)))
+    nodes = {tuple(tokens[:n]) for tokens in inputs for n in range(1, len(tokens) + 1)}
+    seen = paths(row)
+    assert sorted(map(tuple, seen)) == sorted(nodes)
+    arrays = {name: jnp.asarray(getattr(row, name)[None]) for name in ("tokens", "positions", "ends")}
+
+    @jax.jit
+    def logits(params, tokens, positions, ends=None):
+        hidden = forward(model.config, model.layout, params, tokens, positions=positions, subtree_ends=ends)
+        return unembed(model.config, model.layout, params, hidden)
+
+    with mesh_context(model.layout.mesh):
+        together = np.asarray(logits(model.params, **arrays))[0]
+        alone = np.zeros((len(seen), 8), np.int32)
+        for tokens, path in zip(alone, seen, strict=True):
+            tokens[: len(path)] = path
+        apart = np.asarray(logits(model.params, alone, jnp.broadcast_to(jnp.arange(8), alone.shape)))
+    expected = apart[np.arange(len(seen)), row.positions]
+    np.testing.assert_allclose(together, expected, atol=2e-5)  # rounding noise of fp32 logits is about 1e-6
+
+
+def test_families_stay_together_where_that_saves_a_third_and_never_grow_without_end():
+    strangers = [([0, token], list(range(10))) for token in range(1, 9)]
+    assert [len(family) for family in group_by_prefix(SortedRequests(asked_for(strangers)), POSITIONS)] == [
+        1
+    ] * 8  # 1 of 11 in common
+    many = [(list(range(60)), [100 + i, *range(20)]) for i in range(100)]
+    assert max(len(row.tokens) for row in rows_of(planned(many))) <= 256
+    examples = [(list(range(300)), [400 + i, *range(20)]) for i in range(20)]
+    assert max(len(row.tokens) for row in rows_of(planned(examples))) > 500  # long ones may double
+    assert all(len(row.tokens) <= 340 for row in rows_of(planned(examples, max_positions=340)))
+    assert sorted(member for row in rows_of(planned(many)) for member in row.request_ids) == list(range(100))
+
+
+def positions(unit):
+    return sum(batch.length * len(batch.rows) for batch in unit.batches)
+
+
+def test_units_bound_what_an_interruption_costs_and_the_longest_come_first():
+    units = planned(random_requests(600, 512, 300), batch_tokens=640)
+    lengths = [batch.length for unit in units for batch in unit.batches]
+    assert len(units) > 2
+    assert lengths == sorted(lengths, reverse=True)
+    assert all(len(unit.batches) <= UNIT_BATCHES or positions(unit) <= UNIT_TOKENS for unit in units)
+    room = -(-BUFFER_BATCHES * POSITIONS // PROJECTION_CHUNK) * PROJECTION_CHUNK
+    assert all(sum(len(row.query_positions) for row in rows_of([unit])) <= room for unit in units)
+    few = [(request.context, request.continuation[:1]) for request in random_requests(1000, 512, 300)]
+    for batch_tokens, own in ((16, 128), (640, 640), (4096, 4096)):  # a row of 128 is longer than 16 positions
+        units = planned(few, batch_tokens=batch_tokens)
+        assert len(units) > 1
+        for unit in units[:-1]:
+            assert len(unit.batches) <= SMALL_BATCHES
+            assert len(unit.batches) in (UNIT_BATCHES, SMALL_BATCHES) or positions(unit) + own > UNIT_TOKENS
+            assert positions(unit) <= max(UNIT_TOKENS, UNIT_BATCHES * own)
+
+
+def test_a_unit_knows_the_different_tokens_of_each_device_and_has_not_too_many():
+    layout = make_layout("tensor", make_mesh("data=2"), axis_sizes(CONFIG))
+    requests = [(request.context, request.continuation[:1]) for request in random_requests(250, 50_000, 500)]
+    units = plan_units(layout, CONFIG, asked_for(requests), BATCH)
+    assert len(units) > 2
+    for unit in units:
+        own = [[], []]
+        for batch in unit.batches:
+            for number, row in enumerate(batch.rows):
+                own[number // (batch_rows(layout, batch.length, BATCH) // 2)].append(row.tokens)
+        for vocabulary, rows in zip(unit.unique_tokens, own, strict=True):
+            np.testing.assert_array_equal(vocabulary, np.unique(np.concatenate(rows)))
+    sizes = [max(map(len, unit.unique_tokens)) for unit in units]
+    assert MAX_UNIQUE_TOKENS - BATCH < max(sizes) <= MAX_UNIQUE_TOKENS
+
+
+@pytest.mark.parametrize("spec", ["data=1", "data=2,model=2"])
+def test_a_batch_of_more_different_tokens_than_a_unit_should_have_has_a_unit_of_its_own(load, monkeypatch, spec):
+    requests = random_requests(40, 512, 300)
+    expected = token_scores(load(), requests, batch_tokens=BATCH)
+    monkeypatch.setattr("jax_selftrain.likelihood.batching.MAX_UNIQUE_TOKENS", 128)
+    model = load(mesh=spec)
+    units = plan_units(model.layout, model.config, deduplicate(model.config, requests)[0], BATCH)
+    assert {len(unit.batches) for unit in units} == {1}
+    assert max(len(unit.unique_tokens[0]) for unit in units) > 128
+    for a, b in zip(token_scores(model, requests, batch_tokens=BATCH), expected, strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)
+        np.testing.assert_array_equal(a.greedy, b.greedy)
+
+
+def test_a_position_that_is_asked_for_more_than_it_has_room_for_fills_several_places(load):
+    """Every token of a vocabulary after one: many more predictions than positions."""
+    requests = [([7], [token]) for token in range(512)]
+    answers = loglikelihoods(load(), requests, batch_tokens=BATCH)
+    assert sum(np.exp(answer.loglikelihood) for answer in answers) == pytest.approx(1.0, abs=1e-5)
+    assert sum(answer.is_greedy for answer in answers) == 1
+
+
+# ---------------------------------------------------------------- rows and their lengths
+
+
+def test_short_requests_stand_side_by_side_where_that_is_cheaper():
+    rng = np.random.default_rng(0)
+    short = [(rng.integers(0, 512, int(n)).tolist(), [3]) for n in rng.integers(5, 60, 400)]
+    batches = [batch for unit in planned(short) for batch in unit.batches]
+    rows = [row for batch in batches for row in batch.rows]
+    assert sorted(member for row in rows for member in row.request_ids) == list(range(400))
+    for row in rows:
+        seen = paths(row)
+        for member, answer in zip(row.request_ids, row.target_index, strict=True):
+            ((place, column),) = answer
+            assert row.targets[place, column] == 3
+            assert seen[row.query_positions[place]] == short[member][0]
+    tokens = sum(len(context) for context, _ in short)
+    assert sum(batch.length * len(batch.rows) for batch in batches) < 1.05 * tokens
+    # Texts of one length gain nothing from company: each keeps its row, and no position is spent on padding.
+    alike = [([*rng.integers(0, 512, 80).tolist()], [3]) for _ in range(64)]
+    assert {batch.length for unit in planned(alike) for batch in unit.batches} == {80}
+
+
+def test_rows_hold_no_more_than_they_can_and_are_full():
+    rng = np.random.default_rng(0)
+    tokens, none = rng.integers(5, 100, 500), np.zeros(500, np.int64)
+    rows, filled = bin_pack(tokens, none, none, none, 128)
+    assert sorted(item for members in rows for item in members) == list(range(500))
+    assert filled.tolist() == [tokens[members].sum() for members in rows]
+    assert filled.max() <= 128
+    assert len(rows) <= 1.03 * tokens.sum() / 128
+    assert len(bin_pack(tokens, none, none, none, 256)[0]) <= 1.02 * tokens.sum() / 256
+    # Neighbors that begin alike need less; those that are pulled forward are counted with the least between.
+    shared = np.minimum(rng.integers(0, 20, 500), tokens - 1)
+    closer, filled = bin_pack(tokens, none, shared, shared, 512)
+    assert sorted(item for members in closer for item in members) == list(range(500))
+    assert len(closer) <= 1.01 * (tokens.sum() - 0.7 * shared.sum()) / 512
+    for members, need in zip(closer, filled, strict=True):
+        common = [min(shared[a + 1 : b + 1]) for a, b in itertools.pairwise(members)]
+        assert tokens[members].sum() - sum(common) <= need <= 512
+    # Places to ask at need room, too, though what is shared is asked at twice.
+    assert bin_pack(np.full(4, 10), np.full(4, 60), np.full(4, 9), np.full(4, 9), 128)[0] == [[0, 1], [2, 3]]
+    assert bin_pack(np.array([20, 300, 20]), none[:3], none[:3], none[:3], 128)[0] == [[0, 2], [1]]
+    assert bin_pack(np.array([20, 300]), none[:2], none[:2], none[:2], 0)[0] == [[0], [1]]
+
+
+def test_rows_fit_whatever_begins_like_what():
+    """Requests of few different tokens, which begin alike in all ways; families that fork early among them."""
+    rng = np.random.default_rng(5)
+    skipped = 0
+    for _ in range(60):
+        n, deep = int(rng.integers(40, 300)), int(rng.integers(10, 60))
+        stems = [rng.integers(0, 2, deep).tolist() for _ in range(6)]
+        requests = {
+            (
+                tuple(stems[rng.integers(6)][: int(rng.integers(1, deep))]),
+                tuple(rng.integers(0, 2, int(rng.integers(1, 40)))),
+            )
+            for _ in range(n)
+        }
+        requests = [(list(context), list(map(int, tail))) for context, tail in requests]
+        for unit in planned(requests):
+            for batch in unit.batches:
+                for row in batch.rows:
+                    assert max(len(row.tokens), len(row.query_positions)) <= batch.length
+                    assert len(row.query_positions) <= batch.num_queries
+        ordered = SortedRequests(asked_for(requests))
+        found = group_by_prefix(ordered, POSITIONS)
+        alone = [pack_trie(ordered, family) for family in found]
+        together, filled = bin_pack(*estimate_cost(ordered, found, alone), 128)
+        skipped += sum(b - a > 1 for row in together for a, b in itertools.pairwise(row))
+        for members, need in zip(together, filled, strict=True):
+            assert pack_trie(ordered, [at for member in members for at in found[member]]).size <= need
+    assert skipped > 100
+
+
+def test_lengths_are_the_cheapest_choice():
+    """Against all choices of up to `LENGTHS` ends, tried one by one."""
+
+    def price(lengths):
+        return lengths * (1 + lengths / 3072)
+
+    rng = np.random.default_rng(0)
+    for compiling in (0.0, 200.0, 2000.0):
+        sizes = rng.choice(np.arange(8, 90, 9), 60)
+        ends = sorted({round_up_to_bucket(int(size), 2048) for size in sizes})
+        best = np.inf
+        for k in range(1, MAX_BUCKETS + 1):
+            for chosen in itertools.combinations(ends, k):
+                if chosen[-1] == ends[-1]:
+                    served = np.array(chosen)[np.searchsorted(chosen, sizes)]
+                    best = min(best, price(served).sum() + compiling * k)
+        found = choose_bucket_lengths(sizes, 2048, price, compiling)
+        assert (found >= sizes).all()
+        assert len(set(found)) <= MAX_BUCKETS
+        assert price(found).sum() + compiling * len(set(found)) == pytest.approx(best)
+
+
+def test_lengths_are_multiples_that_many_tasks_share():
+    assert [round_up_to_bucket(n, 2048) for n in (1, 8, 9, 128, 129, 512, 513, 2047)] == [
+        8,
+        8,
+        16,
+        128,
+        144,
+        512,
+        576,
+        2048,
+    ]
+    assert [round_up_to_bucket(n, 20) for n in (5, 17, 20)] == [8, 20, 20]
+
+
+@pytest.mark.slow
+def test_greedy_means_that_every_token_is_the_most_probable(load):
+    model = load()
+    tokens = [1, 40, 77]
+    for _ in range(6):
+        tokens.append(int(np.argmax(np.asarray(model.logits(np.array([tokens], np.int32)))[0, -1])))
+    wrong = [*tokens[:-1], (tokens[-1] + 1) % 512]
+    answers = loglikelihoods(model, [(tokens[:3], tokens[3:]), (tokens[:3], wrong[3:]), (tokens[:2], tokens[2:])])
+    assert [answer.is_greedy for answer in answers[:2]] == [True, False]
+    (scores,) = token_scores(model, [(wrong[:3], wrong[3:])])
+    assert scores.greedy.tolist() == tokens[3:]  # the last token itself does not change what is predicted there
+
+
+@pytest.mark.parametrize(("mesh", "preset"), [("data=1", "tensor"), ("model=2", "tensor"), ("model=2", "replicated")])
+def test_equal_logits_are_won_by_the_lowest_id_and_great_ones_stay_finite(load, mesh, preset):
+    layout = load("llama", mesh, preset).layout
+    values = [[0.0, 5.0, 5.0, -jnp.inf, 1.0, 5.0, 5.0, 2.0], [3e4, -3e4, 0.0, 3e4, 3e4, 0.0, -3e4, 3e4]]
+    targets = [[2, 0, 7], [1, 0, 4]]
+    with mesh_context(layout.mesh):
+        logits = shard_host_array(layout, np.array([values], np.float32), ("batch", None, "vocab"))
+        wanted = shard_host_array(layout, np.array([targets], np.int32), ("batch", None, None))
+        logprobs, best = jax.jit(logprobs_and_argmax, static_argnums=0)(layout, logits, wanted)
+    assert best.tolist() == [[1, 0]]
+    expected = jax.nn.log_softmax(jnp.array(values))[jnp.array([[0], [1]]), jnp.array(targets)]
+    np.testing.assert_allclose(np.asarray(logprobs)[0], expected, rtol=1e-6)
+
+
+def test_requests_that_no_model_can_answer_are_refused(load):
+    model = load()
+    for request, message in (
+        (([], [3]), "at least one token"),
+        (([3], []), "at least one token"),
+        (([3], [512]), "token id 512 is not in the model's vocabulary of 512"),
+        (([-1], [3]), "token id -1"),
+        (([3], [4] * 641), "longer than the model's 640 positions"),
+    ):
+        with pytest.raises(InputError, match=f"request 1: .*{message}"):
+            loglikelihoods(model, [([3], [4]), request])
+
+
+def test_the_program_compiles_without_weights_and_never_holds_all_logits(tiny_model):
+    vocab = 8192  # large enough that logits would dwarf everything else
+    folder = tiny_model("llama", vocab_size=vocab, max_position_embeddings=128, tokenizer=False)
+    config = ScoreConfig(model=str(folder), batch_tokens=8192)
+    mesh = make_mesh("data=2,model=2")
+    function, arguments, donated = abstract_program(config, mesh)
+    with mesh_context(mesh):
+        compiled = jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
+    all_logits = 4 * config.batch_tokens * vocab // 4  # bytes on each of the four devices
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < all_logits / 2
+
+
+def test_the_engine_runs_the_program_that_it_plans(load):
+    model = load("llama", "data=2")
+    function, arguments, _ = batch_program(model.config, model.layout, model.compute_dtype, BATCH, 64)
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), arguments[0])
+    assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), model.params)
+    assert make_layout("tensor", model.layout.mesh, axis_sizes(model.config)) == model.layout
+    with mesh_context(model.layout.mesh):
+        logprobs, greedy = jax.eval_shape(function, *arguments)
+    *_, targets, _ = arguments
+    assert (logprobs.shape, greedy.shape) == (targets.shape, targets.shape[:2])

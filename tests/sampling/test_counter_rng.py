@@ -1,0 +1,87 @@
+"""The random words: right against published vectors, and a function of identity alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.random import threefry_2x32
+
+from jax_selftrain.sampling.counter_rng import MAX_SEED, per_sample_keys, random_words, threefry2x32
+
+# Random123's kat_vectors, "threefry2x32 20": counter, key, answer.
+KNOWN_ANSWERS = [
+    ((0x00000000, 0x00000000), (0x00000000, 0x00000000), (0x6B200159, 0x99BA4EFE)),
+    ((0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0xFFFFFFFF), (0x1CB996FC, 0xBB002BE7)),
+    ((0x243F6A88, 0x85A308D3), (0x13198A2E, 0x03707344), (0xC4923A9C, 0x483DF7A0)),
+]
+
+# Made by composing jax.extend.random.threefry_2x32 as the module's docstring says.
+PINNED = np.array(
+    [
+        [0x26616B66, 0x0ABB571E, 0x5516AD55],
+        [0x808DEA4C, 0xD5518BC5, 0x32912E22],
+        [0xAE54F708, 0x1A929759, 0xC9932276],
+    ],
+    np.uint32,
+)
+
+
+def _pair(words):
+    return tuple(np.array([word], np.uint32) for word in words)
+
+
+@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
+@pytest.mark.parametrize("place", ["host", "device"])
+def test_threefry_gives_the_published_known_answers(counter, key, answer, place):
+    arguments = _pair(key), _pair(counter)
+    if place == "device":
+        arguments = jax.tree.map(jnp.asarray, arguments)
+    got = (jax.jit(threefry2x32) if place == "device" else threefry2x32)(*arguments)
+    assert tuple(int(x[0]) for x in got) == answer
+
+
+def test_threefry_equals_jax_own():
+    rng = np.random.default_rng(0)
+    key, counter = (rng.integers(0, 2**32, (2, *shape), dtype=np.uint32) for shape in [(), (500,)])
+    expected = np.asarray(threefry_2x32(key, counter.reshape(-1))).reshape(2, -1)
+    got = np.stack(threefry2x32((key[:1], key[1:]), (counter[0], counter[1])))
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_words_are_pinned():
+    """A changed stream would make every existing corpus impossible to complete: this test must never be edited."""
+    np.testing.assert_array_equal(
+        random_words(seed=2**40 + 7, sample_ids=[0, 1, 2**33 + 5], step=3, n=3),
+        PINNED,
+    )
+
+
+def test_words_depend_on_seed_sample_and_step_alone():
+    ids = np.arange(40)
+    whole = random_words(5, ids, step=9, n=4)
+    for i in (0, 7, 39):
+        np.testing.assert_array_equal(random_words(5, [i], step=9, n=4)[0], whole[i])
+    np.testing.assert_array_equal(random_words(5, ids, step=9, n=3), whole[:, :3])
+    for other in (random_words(6, ids, 9, 4), random_words(5, ids + 40, 9, 4), random_words(5, ids, 10, 4)):
+        assert not np.any(other == whole)
+
+
+def test_words_do_not_follow_jax_prng_flags():
+    before = random_words(1, [3], 2, 4)
+    for partitionable in (False, True):
+        with jax.threefry_partitionable(partitionable), jax.default_prng_impl("rbg"):
+            np.testing.assert_array_equal(random_words(1, [3], 2, 4), before)
+
+
+def test_all_of_seed_and_sample_id_counts():
+    keys = np.concatenate(
+        [per_sample_keys(seed, [i, i + 2**32, i + 2**40]) for seed in (0, 1, 2**32, 2**33, MAX_SEED) for i in range(3)]
+    )
+    assert len({tuple(key) for key in keys.tolist()}) == len(keys)
+
+
+def test_words_are_uniform():
+    """Top four bits of 2·10⁵ words: chi-square with 15 degrees of freedom stays below its 1 − 10⁻⁶ quantile, 57.3."""
+    words = random_words(0, np.arange(50_000), 0, 4)
+    counts = np.bincount((words >> 28).ravel(), minlength=16)
+    assert np.sum((counts - words.size / 16) ** 2) / (words.size / 16) < 57.3

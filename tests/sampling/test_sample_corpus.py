@@ -1,0 +1,296 @@
+"""Filling a corpus folder: the same corpus whatever interrupts it and whoever shares it, and what is refused."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jax_selftrain import hub
+from jax_selftrain.config import SampleConfig, yaml_io
+from jax_selftrain.corpus import open_corpus
+from jax_selftrain.distributed.mesh import make_mesh, mesh_context
+from jax_selftrain.errors import InputError, Preempted
+from jax_selftrain.io import atomic
+from jax_selftrain.io.manifest import sha256_file
+from jax_selftrain.sampling import abstract_program, sample
+
+SHARDS = 3
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model) -> SampleConfig:
+    """40 samples in shards of 16, 16 and 8, drawn 8 at a time."""
+    model = tiny_model("llama", vocab_size=512, tokenizer_size=400)
+    return SampleConfig(
+        model=str(model), samples=40, max_tokens=32, seed=5, batch_size=8, samples_per_shard=16, mesh="data=1,model=1"
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config, tmp_path_factory):
+    """The corpus as one undisturbed process makes it."""
+    return sample(replace(config, out=str(tmp_path_factory.mktemp("undisturbed") / "corpus")))
+
+
+@pytest.fixture(scope="module", params=["tiny", "stories260k"])
+def promised(request, config, undisturbed, tmp_path_factory) -> tuple[SampleConfig, Path]:
+    """What DESIGN §3.4 promises to be repeated bitwise: a request, and the corpus of one undisturbed process."""
+    if request.param == "tiny":
+        return config, undisturbed.folder
+    model = request.getfixturevalue("stories260k")
+    real = replace(config, model=str(model), max_tokens=96)
+    folder = tmp_path_factory.mktemp("stories260k") / "corpus"
+    return real, sample(replace(real, out=str(folder))).folder
+
+
+def _content(folder: Path) -> dict[str, str]:
+    """Checksums of all that a corpus promises to be: its shards and manifest."""
+    return {path.name: sha256_file(path) for path in [*folder.glob("shard-*.parquet"), folder / "corpus.json"]}
+
+
+# ---------------------------------------------------------------- what is in it
+
+
+def test_a_corpus_holds_what_was_asked_for(config, undisturbed):
+    documents = list(undisturbed.documents())
+    assert [document.sample_id for document in documents] == list(range(40))
+    assert undisturbed.manifest["kind"] == "sampled"
+    assert (undisturbed.start_id, undisturbed.stop_ids) == (1, (2,))
+    assert undisturbed.manifest["source"]["fingerprint"] == hub.model_fingerprint(config.model)
+    assert undisturbed.manifest["tokenizer_fingerprint"] == hub.tokenizer_fingerprint(config.model)
+    assert "mesh" not in str(undisturbed.manifest)
+    for document in documents:
+        stopped = document.tokens[-1] == 2
+        assert document.finish_reason == ("stop" if stopped else "length")
+        assert not np.isin(document.tokens[:-1], [2]).any()
+        assert stopped or len(document.tokens) == 32
+        assert document.tokens.max() < 400, "an id without text was drawn"
+        assert -7 * len(document.tokens) < document.logprob < 0
+
+
+def test_text_is_that_of_the_tokens_and_what_it_loses_is_counted(config, undisturbed):
+    tokenizer = hub.load_tokenizer(config.model)
+    lost = 0
+    for document in undisturbed.documents():
+        body = [token for token in document.tokens.tolist() if token not in tokenizer.all_special_ids]
+        assert document.text == tokenizer.decode(body)
+        lost += tokenizer(document.text, add_special_tokens=False, split_special_tokens=True)["input_ids"] != body
+    assert undisturbed.manifest["retokenisation_mismatches"] == lost > 0
+
+
+def test_the_folder_says_how_it_was_made(config, undisturbed):
+    resolved = yaml_io.load(SampleConfig, undisturbed.folder / "config.yaml")
+    assert resolved == replace(config, out=str(undisturbed.folder), start_id=1, stop_ids=(2,))
+    record = atomic.read_json(undisturbed.folder / "records" / "shard-000001.json")
+    assert record["mesh"] == {"data": 1, "model": 1}
+    assert record["rows_per_replica"] == 8
+    assert record["xla_flags"]["XLA_FLAGS"] == os.environ["XLA_FLAGS"]
+    assert record["versions"]["jax"] == jax.__version__
+    assert atomic.read_json(undisturbed.folder / "timings" / "shard-000001.json")["seconds"] > 0
+
+
+def test_a_model_without_tokenizer_gives_tokens_without_text(config, tiny_model, tmp_path):
+    model = tiny_model("llama", vocab_size=512, tokenizer=False)
+    corpus = sample(replace(config, model=str(model), out=str(tmp_path / "corpus"), samples=8))
+    assert {document.text for document in corpus.iter_samples()} == {""}
+    assert corpus.manifest["tokenizer_fingerprint"] is None
+
+
+# ---------------------------------------------------------------- restarts and company
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_nothing_that_changes_the_corpus(promised, tmp_path):
+    """SIGKILL after the first shard, then the same command again."""
+    config, undisturbed = promised
+    config = replace(config, out=str(tmp_path / "corpus"))
+    yaml_io.save(tmp_path / "sample.yaml", config)
+    command = [sys.executable, "-m", "jax_selftrain", "sample", "--config", str(tmp_path / "sample.yaml")]
+    process = subprocess.Popen(command)
+    try:
+        first_record = tmp_path / "corpus" / "records" / "shard-000000.json"
+        while not first_record.exists():
+            assert process.poll() is None, "the process ended before it had made a shard"
+            time.sleep(0.005)
+    finally:
+        process.kill()
+        process.wait()
+    assert not (tmp_path / "corpus" / "corpus.json").exists()
+    sample(config)
+    assert _content(tmp_path / "corpus") == _content(undisturbed)
+    assert not list((tmp_path / "corpus").rglob("*.lease"))
+    assert not list((tmp_path / "corpus").rglob(".*"))
+
+
+def test_sigterm_stops_between_batches_and_the_same_command_goes_on(config, undisturbed, tmp_path):
+    config = replace(config, out=str(tmp_path / "corpus"))
+    records = tmp_path / "corpus" / "records"
+
+    def terminate_after_the_first_shard() -> None:
+        while not (records / "shard-000000.json").exists():
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    watcher = threading.Thread(target=terminate_after_the_first_shard)
+    watcher.start()
+    with pytest.raises(Preempted, match="run the same command again"):
+        sample(config)
+    watcher.join()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not (tmp_path / "corpus" / "corpus.json").exists()
+    sample(config)
+    assert _content(tmp_path / "corpus") == _content(undisturbed.folder)
+
+
+def test_several_workers_share_a_folder(config, undisturbed, tmp_path):
+    config = replace(config, out=str(tmp_path / "corpus"))
+    with ThreadPoolExecutor(3) as workers:
+        corpora = list(workers.map(sample, [config] * 3))
+    assert all(corpus.manifest == undisturbed.manifest for corpus in corpora)
+    assert _content(tmp_path / "corpus") == _content(undisturbed.folder)
+
+
+def test_a_deleted_shard_is_made_again_and_only_that(undisturbed, config, tmp_path):
+    folder = tmp_path / "corpus"
+    shutil.copytree(undisturbed.folder, folder)
+    (folder / "shard-000001.parquet").unlink()
+    kept = [folder / "shard-000000.parquet", folder / "shard-000002.parquet"]
+    before = [path.stat().st_mtime_ns for path in kept]
+    sample(replace(config, out=str(folder)))
+    assert _content(folder) == _content(undisturbed.folder)
+    assert [path.stat().st_mtime_ns for path in kept] == before
+
+
+def test_the_corpus_is_the_same_for_any_number_of_replicas(promised, tmp_path):
+    """Rows per replica stay 8: bitwise the same files, though the batches are 8, 16, 32 and 64 samples."""
+    config, undisturbed = promised
+    for replicas in (2, 4, 8):
+        folder = tmp_path / str(replicas)
+        sample(replace(config, out=str(folder), mesh=f"data={replicas},model=1"))
+        assert _content(folder) == _content(undisturbed)
+
+
+def test_shards_do_not_change_samples(config, undisturbed, tmp_path):
+    whole = sample(replace(config, out=str(tmp_path / "corpus"), samples_per_shard=1000))
+    for a, b in zip(whole.iter_samples(), undisturbed.documents(), strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        assert (a.sample_id, a.text, a.logprob, a.finish_reason) == (b.sample_id, b.text, b.logprob, b.finish_reason)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 6}, "seed = 5"),
+        ({"temperature": 0.9}, "policy.temperature = 1.0"),
+        ({"top_k": 5}, "policy.top_k = 0"),
+        ({"samples": 41}, "samples = 40"),
+        ({"samples_per_shard": 8}, "samples_per_shard = 16"),
+        ({"stop_ids": (2, 3)}, "stop_ids = [2]"),
+        ({"dtype": "bfloat16"}, "source.dtype = 'float32'"),
+    ],
+    ids=str,
+)
+def test_a_folder_is_not_continued_with_another_request(config, undisturbed, change, named):
+    before = _content(undisturbed.folder)
+    with pytest.raises(InputError) as error:
+        sample(replace(config, out=str(undisturbed.folder), **change))
+    assert named in str(error.value)
+    assert "choose another place" in str(error.value)
+    assert _content(undisturbed.folder) == before
+
+
+def test_a_folder_is_not_continued_with_another_model(config, undisturbed, tiny_model):
+    other = tiny_model("llama", vocab_size=512, tokenizer_size=400, seed=1)
+    with pytest.raises(InputError, match=r"source\.fingerprint"):
+        sample(replace(config, out=str(undisturbed.folder), model=str(other)))
+
+
+def test_a_moved_model_and_another_mesh_and_batch_are_allowed(config, undisturbed, tmp_path):
+    moved, folder = tmp_path / "moved", tmp_path / "corpus"
+    shutil.copytree(config.model, moved)
+    shutil.copytree(undisturbed.folder, folder)
+    (folder / "shard-000002.parquet").unlink()
+    (folder / "corpus.json").unlink()
+    again = sample(replace(config, model=str(moved), out=str(folder), mesh="data=2,model=1", batch_size=4))
+    assert again.manifest["source"] == undisturbed.manifest["source"]
+    assert [
+        atomic.read_json(folder / "records" / f"shard-00000{i}.json")["rows_per_replica"] for i in range(SHARDS)
+    ] == [8, 8, 4]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value", "named"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", np.nan, "model.layers.1.mlp.up_proj.weight holds NaN"),
+        ("lm_head.weight", 3e38, "its logits are NaN or infinite at float32"),
+    ],
+    ids=["NaN weight", "logits overflow"],
+)
+def test_a_broken_model_is_refused_and_leaves_no_trace(config, tmp_path, tensor, value, named):
+    broken = tmp_path / "broken"
+    shutil.copytree(config.model, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights[tensor][3] = value
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError) as error:
+        sample(replace(config, model=str(broken), out=str(tmp_path / "corpus")))
+    assert named in str(error.value)
+    assert str(broken) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "corpus").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": ""}, "model"),
+        ({"model": "/no/such/model"}, "/no/such/model"),
+        ({"max_tokens": 1025}, "longer than the 1024 positions"),
+        ({"stop_ids": (400,)}, "outside the vocabulary"),
+        ({"temperature": -1.0}, "--temperature"),
+        ({"mesh": "data=16,model=1"}, "16 devices"),
+    ],
+    ids=str,
+)
+def test_impossible_requests_are_refused_and_leave_no_trace(config, tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        sample(replace(config, out=str(tmp_path / "corpus"), **change))
+    assert not (tmp_path / "corpus").exists()
+
+
+# ---------------------------------------------------------------- ahead of time
+
+
+def test_the_program_compiles_from_shapes_alone(config):
+    """Without loading weights, for a mesh of several devices; the state's memory is reused for the result."""
+    mesh = make_mesh("data=2,model=2")
+    function, arguments, donation = abstract_program(config, mesh)
+    with mesh_context(mesh):
+        compiled = jax.jit(function, donate_argnums=donation).lower(*arguments).compile()
+    state, cache = arguments[2], arguments[2].cache.k
+    shapes = [[leaf.shape for leaf in jax.tree.leaves(tree)] for tree in (compiled.out_info, state)]
+    assert shapes[0] == shapes[1]
+    assert cache.shape == (2, 1, 16, 2, 32, 16)
+    assert jax.typeof(cache).sharding.spec[:4] == (None, None, "data", "model")
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.alias_size_in_bytes >= 2 * cache.size * 4 // 4, "keys and values are copied"
+
+
+def test_an_opened_corpus_is_the_returned_one(undisturbed):
+    assert open_corpus(undisturbed.folder).manifest == undisturbed.manifest

@@ -1,0 +1,168 @@
+"""The sampling policy: transformers' order and semantics of truncation, and what is refused."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_selftrain.config import SampleConfig
+from jax_selftrain.distributed.mesh import make_mesh, mesh_context
+from jax_selftrain.errors import InputError
+from jax_selftrain.sampling.sampling_params import SamplingParams, check_sample_config, make_policy, warp_logits
+
+PLAIN = SamplingParams(start_id=0, stop_ids=(), max_tokens=1)
+
+
+def _logits(rows: int = 32, vocab_size: int = 200, scale: float = 2.0) -> np.ndarray:
+    return scale * np.random.default_rng(0).standard_normal((rows, vocab_size), dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.7},
+        {"temperature": 1.3},
+        {"top_k": 1},
+        {"top_k": 20},
+        {"top_k": 500},
+        {"top_p": 0.9},
+        {"top_p": 0.3},
+        {"top_p": 1e-6},
+        {"min_p": 0.05},
+        {"min_p": 1.0},
+        {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "min_p": 0.02},
+        {"temperature": 1.5, "top_k": 100, "top_p": 0.95},
+    ],
+    ids=str,
+)
+def test_truncation_is_that_of_transformers(options):
+    torch = pytest.importorskip("torch", reason="transformers' processors need torch")
+    from transformers.generation import logits_process as hf
+
+    warpers = {  # in the order of GenerationMixin._get_logits_processor
+        "temperature": hf.TemperatureLogitsWarper,
+        "top_k": hf.TopKLogitsWarper,
+        "top_p": hf.TopPLogitsWarper,
+        "min_p": hf.MinPLogitsWarper,
+    }
+    logits = _logits()
+    scores = torch.from_numpy(logits.copy())
+    for name, warper in warpers.items():
+        if name in options:
+            scores = warper(options[name])(None, scores)
+    expected = scores.numpy()
+    got = np.asarray(warp_logits(jnp.asarray(logits), replace(PLAIN, **options)))
+    np.testing.assert_array_equal(np.isfinite(got), np.isfinite(expected))
+    np.testing.assert_allclose(got, expected, rtol=1e-6)  # one rounding of the division by the temperature
+
+
+@pytest.mark.parametrize("options", [{"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.9}], ids=str)
+def test_equal_logits_are_kept_or_dropped_together(options):
+    logits = np.array([[0.0, 1.0, 3.0, 3.0, 3.0, -2.0]], np.float32)
+    got = np.asarray(warp_logits(jnp.asarray(logits), replace(PLAIN, **options)))
+    np.testing.assert_array_equal(np.isfinite(got), logits == 3.0)
+
+
+def test_padding_ids_are_excluded_before_anything_else():
+    logits = _logits(vocab_size=200)
+    logits[:, 150:] += 100.0
+    policy = replace(PLAIN, valid_ids=150, top_k=5, top_p=0.95, min_p=0.01)
+    got = np.asarray(warp_logits(jnp.asarray(logits), policy))
+    expected = np.asarray(warp_logits(jnp.asarray(logits[:, :150]), replace(policy, valid_ids=None)))
+    assert np.isneginf(got[:, 150:]).all()
+    np.testing.assert_array_equal(got[:, :150], expected)
+
+
+def test_steps_that_are_off_cost_nothing():
+    logits = jnp.asarray(_logits())
+    np.testing.assert_array_equal(warp_logits(logits, PLAIN), logits)
+    cooler, both = replace(PLAIN, temperature=0.5, min_p=0.1), replace(PLAIN, top_k=9, top_p=0.9)
+    for policy, searches in ((PLAIN, 0), (cooler, 0), (both, 2)):
+        text = jax.jit(warp_logits, static_argnums=1).lower(logits, policy).as_text()
+        assert text.count("stablehlo.while") == searches
+        assert "sort" not in text
+
+
+def test_zero_and_minus_zero_are_equal():
+    logits = jnp.array([[0.0, -0.0, -1.0, 0.0]], jnp.float32)
+    got = np.asarray(warp_logits(logits, replace(PLAIN, top_k=1)))
+    np.testing.assert_array_equal(np.isfinite(got), [[True, True, False, True]])
+
+
+def test_truncation_is_the_same_on_any_mesh():
+    policy = replace(PLAIN, temperature=0.8, top_k=50, top_p=0.9, min_p=0.02)
+    logits = _logits(rows=8)
+    expected = np.asarray(jax.jit(warp_logits, static_argnums=1)(logits, policy))
+    mesh = make_mesh("data=2,model=4")
+    with mesh_context(mesh):
+        placed = jax.device_put(logits, jax.NamedSharding(mesh, jax.P("data", "model")))
+        got = jax.jit(warp_logits, static_argnums=1)(placed, policy)
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "--temperature must be a finite number above 0, not 0.0"),
+        ({"temperature": float("nan")}, "--temperature"),
+        ({"temperature": float("inf")}, "--temperature"),
+        ({"top_p": 0.0}, "--top-p must be above 0 and at most 1"),
+        ({"top_p": 1.5}, "--top-p"),
+        ({"min_p": -0.1}, "--min-p"),
+        ({"min_p": 2.0}, "--min-p"),
+        ({"top_k": -1}, "--top-k"),
+        ({"samples": 0}, "--samples must be at least 1, not 0"),
+        ({"max_tokens": 0}, "--max-tokens must be at least 1"),
+        ({"batch_size": 0}, "--batch-size must be at least 1"),
+        ({"samples_per_shard": -3}, "--samples-per-shard must be at least 1"),
+        ({"seed": -1}, "--seed must be between 0"),
+        ({"seed": 2**64}, "--seed must be between 0"),
+    ],
+    ids=str,
+)
+def test_impossible_options_are_refused(options, message):
+    with pytest.raises(InputError) as error:
+        check_sample_config(SampleConfig(**options))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def _policy(config: SampleConfig, **model: Any) -> SamplingParams:
+    defaults: dict[str, Any] = {
+        "start_id": 1,
+        "stop_ids": (2,),
+        "vocab_size": 100,
+        "tokenizer_length": 90,
+        "max_positions": 64,
+    }
+    return make_policy(config, **(defaults | model))
+
+
+def test_flags_win_over_what_the_model_says():
+    config = SampleConfig(model="m", max_tokens=64)
+    assert _policy(config) == SamplingParams(start_id=1, stop_ids=(2,), max_tokens=64, num_valid_ids=90)
+    chosen = _policy(replace(config, start_id=95, stop_ids=(7, 3, 7)))
+    assert (chosen.start_id, chosen.stop_ids) == (95, (3, 7))
+    assert _policy(replace(config, stop_ids=())).stop_ids == ()
+    assert _policy(config, tokenizer_length=None).num_valid_ids is None
+    assert _policy(config, tokenizer_length=150).num_valid_ids is None
+
+
+@pytest.mark.parametrize(
+    ("options", "model", "message"),
+    [
+        ({"stop_ids": (2, 90)}, {}, "--stop-ids 90 is outside the vocabulary of m, whose tokens are 0 … 89"),
+        ({"stop_ids": (-1,)}, {}, "--stop-ids -1 is outside the vocabulary"),
+        ({"start_id": 100}, {}, "--start-id 100 is outside the vocabulary"),
+        ({"max_tokens": 65}, {}, "--max-tokens 65 is longer than the 64 positions of m; ask for at most 64"),
+        ({}, {"start_id": None}, "choose one with --start-id"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_fit_the_model_are_refused(options, model, message):
+    with pytest.raises(InputError) as error:
+        _policy(SampleConfig(model="m", **{"max_tokens": 8, **options}), **model)
+    assert message in str(error.value)

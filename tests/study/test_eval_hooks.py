@@ -1,0 +1,258 @@
+"""Evaluation on the way says what `score` and `extract` say of the same weights, and refuses bad files beforehand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from process_group import ends, start
+
+from jax_selftrain import cli
+from jax_selftrain.config import ExtractConfig, ImportCorpusConfig, RunConfig, ScoreConfig, TrainConfig, yaml_io
+from jax_selftrain.corpus import import_text
+from jax_selftrain.errors import InputError
+from jax_selftrain.evals import extract, score
+from jax_selftrain.io import atomic
+from jax_selftrain.study import run, train_with_evals
+
+MEASURES = ("stories/nll", "animals/acc", "words/acc", "sequences/exact_match", "sequences/log_pz", "sequences/pz")
+
+
+@pytest.fixture(scope="module")
+def training(
+    tiny_model: Callable[..., Path], inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> TrainConfig:
+    """Four steps, evaluated every second; into a folder that is not there yet."""
+    folder, model = tmp_path_factory.mktemp("training"), str(tiny_model("llama"))
+    import_text(ImportCorpusConfig(source=inputs["texts"], model=model, out=str(folder / "corpus")))
+    return TrainConfig(
+        model=model,
+        corpus=str(folder / "corpus"),
+        out=str(folder / "run"),
+        steps=4,
+        batch_size=4,
+        seq_len=32,
+        learning_rate=1e-2,
+        checkpoint_every=2,
+        keep=9,
+        mesh="data=1",
+        eval_every=2,
+        eval_texts=(inputs["texts"],),
+        eval_tasks=(inputs["choices"], inputs["words"]),
+        eval_sequences=inputs["sequences"],
+        eval_prefix=12,
+        eval_suffix=8,
+        eval_limit=20,
+    )
+
+
+@pytest.fixture(scope="module")
+def evaluated(training: TrainConfig) -> Path:
+    return train_with_evals(training)
+
+
+def curve(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+
+
+def test_the_curve_says_what_score_and_extract_say_of_each_checkpoint(
+    evaluated: Path, training: TrainConfig, inputs: dict[str, str], tmp_path: Path
+) -> None:
+    lines = curve(evaluated)
+    assert [line["step"] for line in lines] == [0, 2, 4]
+    models = [training.model, *(str(evaluated / "steps" / f"{step:06d}" / "model") for step in (2, 4))]
+    for line, model in zip(lines, models, strict=True):
+        scored = score(
+            ScoreConfig(
+                model=model,
+                tasks=training.eval_tasks,
+                texts=training.eval_texts,
+                limit=20,
+                text_limit=20,
+                out=str(tmp_path / "score.json"),
+                mesh="data=1",
+            )
+        )
+        extracted = extract(
+            ExtractConfig(
+                model=model,
+                sequences=inputs["sequences"],
+                prefix=12,
+                suffix=8,
+                limit=20,
+                out=str(tmp_path / "extract.json"),
+                mesh="data=1",
+            )
+        )
+        expected = {
+            "step": line["step"],
+            "stories/nll": scored["texts"]["stories"]["nll"],
+            "animals/acc": scored["tasks"]["animals"]["acc"],
+            "words/acc": scored["tasks"]["words"]["acc"],
+            "sequences/exact_match": extracted["exact_match"],
+            "sequences/log_pz": extracted["logprob"],
+            "sequences/pz": extracted["pz"],
+        }
+        assert list(line) == list(expected)
+        assert line == pytest.approx(expected, rel=1e-6)  # parameters under another preset: fp32 sums, reordered
+    assert lines[0]["stories/nll"] > lines[2]["stories/nll"], "it was trained on these very stories"
+
+
+def test_the_run_records_what_was_measured(evaluated: Path) -> None:
+    (measured,) = atomic.read_json(evaluated / "run.json")["evaluation"]["measured"]
+    assert {kind: {name: entry["n"] for name, entry in files.items()} for kind, files in measured.items()} == {
+        "texts": {"stories": 20},
+        "tasks": {"animals": 20, "words": 20},
+        "sequences": {"sequences": 20},
+    }
+
+
+def test_files_count_by_content_not_by_place(
+    evaluated: Path, training: TrainConfig, inputs: dict[str, str], tmp_path: Path
+) -> None:
+    moved = tmp_path / "stories.jsonl"
+    moved.write_text(Path(inputs["texts"]).read_text())
+    assert train_with_evals(replace(training, eval_texts=(str(moved),))) == evaluated
+    moved.write_text(json.dumps({"text": "Another story."}) + "\n")
+    with pytest.raises(InputError, match="started with another evaluation"):
+        train_with_evals(replace(training, eval_texts=(str(moved),)))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"eval_texts": ("gone.jsonl",)}, r"gone\.jsonl: no such file"),
+        ({"eval_tasks": ("gone.jsonl",)}, r"gone\.jsonl: no such file"),
+        ({"eval_sequences": "gone.npy"}, r"gone\.npy: no such file"),
+        ({"eval_prefix": 13}, r"fewer than prefix \+ suffix = 21"),
+        ({"eval_prefix": 2000}, r"--eval-prefix 2000 \+ --eval-suffix 8 is longer than"),
+        ({"eval_suffix": 0}, "--eval-suffix 0: must be at least 1"),
+        ({"stop_metric": "stories/perplexity"}, f"this run can stop on {', '.join(MEASURES)}$"),
+        ({"eval_every": None}, "--eval-texts needs --eval-every"),
+        ({"eval_texts": (), "eval_tasks": (), "eval_sequences": ""}, "nothing to evaluate"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_before_anything_is_written(
+    training: TrainConfig, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    config = replace(training, out=str(tmp_path / "out"), **change)
+    with pytest.raises(InputError, match=said) as caught:
+        train_with_evals(config)
+    assert "\n" not in str(caught.value)
+    assert not Path(config.out).exists()
+
+
+def test_two_files_of_one_name_are_refused(training: TrainConfig, inputs: dict[str, str], tmp_path: Path) -> None:
+    twin = tmp_path / "animals.jsonl"
+    twin.write_text('{"text": "A text."}\n')
+    with pytest.raises(InputError, match="'animals'"):
+        train_with_evals(replace(training, out=str(tmp_path / "out"), eval_texts=(str(twin),)))
+
+
+@pytest.mark.slow
+def test_the_command_line_evaluates_and_stops_early(
+    training: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "--model", training.model, "--corpus", training.corpus, "--out", str(tmp_path / "run")]
+    words += ["--steps", "6", "--batch-size", "4", "--seq-len", "32", "--learning-rate", "3", "--mesh", "data=1"]
+    words += ["--eval-every", "1", "--eval-texts", *training.eval_texts, "--eval-limit", "5"]
+    assert cli.main([*words, "--stop-metric", "nll"]) == 2
+    assert "this run can stop on stories/nll" in capsys.readouterr().err
+    assert cli.main([*words, "--stop-metric", "stories/nll", "--patience", "2"]) == 0
+    lines = curve(tmp_path / "run")
+    best = min(lines, key=lambda line: line["stories/nll"])["step"]
+    assert lines[-1]["step"] == best + 2, "a learning rate of 3 soon makes it worse"
+    metadata = atomic.read_json(tmp_path / "run" / "model" / "model.json")["metadata"]
+    assert metadata["early_stopping"]["best_step"] == metadata["step"] == best
+
+
+@pytest.mark.slow
+def test_two_processes_measure_together_and_agree_when_to_stop(training: TrainConfig, tmp_path: Path) -> None:
+    config = replace(
+        training, mesh="data=2", learning_rate=1.0, steps=6, eval_every=1, checkpoint_every=6, eval_limit=8
+    )
+    config = replace(config, eval_tasks=config.eval_tasks[:1], eval_sequences="", stop_metric="animals/acc", patience=1)
+    alone, together = (replace(config, out=str(tmp_path / name)) for name in ("alone", "together"))
+    train_with_evals(alone)
+    yaml_io.save(tmp_path / "train.yaml", together)
+    codes, said = ends(start(["train", "--config", tmp_path / "train.yaml"], 2, devices=1))
+    assert codes == [0, 0], said
+    lines = curve(Path(together.out))
+    # Gloo adds in another order than one process does, and a learning rate of 1 amplifies the rounding: the first step.
+    for measured, expected in zip(lines[:2], curve(Path(alone.out))[:2], strict=True):
+        assert measured == pytest.approx(expected, rel=1e-3)
+    metadata = atomic.read_json(Path(together.out) / "model" / "model.json")["metadata"]
+    best = max(lines, key=lambda line: line["animals/acc"])["step"]
+    assert metadata["early_stopping"]["best_step"] == best
+    assert metadata["early_stopping"]["trained_steps"] == lines[-1]["step"]
+
+
+# ---------------------------------------------------------------- the round
+
+
+def test_a_round_measures_on_the_way_what_it_measures_before_and_after(
+    options: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config = options(tmp_path / "out")
+    config = replace(config, train=replace(config.train, eval_every=3))
+    folder = run(config)
+    lines = curve(folder / "train")
+    assert set(lines[0]) == {"step", *MEASURES}
+    for line, who in ((lines[0], "base"), (lines[-1], "student")):
+        scores = atomic.read_json(folder / "score" / f"{who}.json")
+        extracted = atomic.read_json(folder / "extract" / f"{who}.json")
+        # The curve is measured where training lies on the mesh, in batches of another size: rounding.
+        assert line["stories/nll"] == pytest.approx(scores["texts"]["stories"]["nll"], rel=1e-5)
+        assert line["sequences/log_pz"] == pytest.approx(extracted["logprob"], rel=1e-5)
+        assert line["sequences/exact_match"] == extracted["exact_match"]
+    results = atomic.read_json(folder / "results.json")
+    found = results["evaluations"]
+    assert found["step"] == [line["step"] for line in lines]
+    assert [measure["name"] for measure in found["measures"]] == list(MEASURES)
+    assert found["measures"][0]["values"] == [line["stories/nll"] for line in lines]
+    assert [measure["n"] for measure in found["measures"]] == [30, 40, 25, 30, 30, 30]
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Capability against memorization over training" in page
+    for name in ("evaluations", "capability_memorization"):
+        assert (folder / "figures" / f"{name}.svg").read_text(encoding="utf-8") in page
+    written = (folder / "tables" / "evaluations.csv").read_text().splitlines()
+    assert written[0] == ",".join(("step", *MEASURES))
+    assert [float(cell) for cell in written[1].split(",")] == list(lines[0].values())
+    before = (folder / "results.json").read_bytes()
+    run(config)
+    assert (folder / "results.json").read_bytes() == before
+
+
+def test_a_round_that_stops_early_says_so(options: Callable[..., RunConfig], tmp_path: Path) -> None:
+    config = options(tmp_path / "out")
+    training = replace(
+        config.train, learning_rate=3.0, eval_every=1, stop_metric="stories/nll", patience=1, eval_limit=5
+    )
+    folder = run(replace(config, train=training, extract=replace(config.extract, sequences="")))
+    results = atomic.read_json(folder / "results.json")
+    early = results["training"]["early_stopping"]
+    assert early["metric"] == "stories/nll"
+    assert early["trained_steps"] == early["best_step"] + 1
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert f"stopped after {early['trained_steps']:,} steps" in page
+    assert f"the model is that of step {early['best_step']:,}" in page
+    assert "capability_memorization" not in page
+
+
+def test_a_round_refuses_what_cannot_be_evaluated_before_sampling(
+    options: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config = options(tmp_path / "out")
+    for change, said in (
+        ({"eval_every": 2, "eval_texts": ("gone.jsonl",)}, "gone.jsonl"),
+        ({"eval_every": 2, "stop_metric": "stories/nil"}, "stories/nll"),
+        ({"eval_texts": ("gone.jsonl",)}, "--eval-every"),
+    ):
+        changed = replace(config, train=replace(config.train, **change))
+        with pytest.raises(InputError, match=said):
+            run(changed)
+        assert not Path(config.out).exists()

@@ -1,0 +1,60 @@
+"""What is left of memory beside paths that are none: a damaged model and one that has forgotten, simulated."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from jax_selftrain.study.matched_fragility import MIN_MATCHED, compare_with_matched
+
+N = 4000
+
+
+def student(rng: np.random.Generator, logprob: np.ndarray, damage: float, forgotten: float) -> dict[str, np.ndarray]:
+    """The less probable a path, the more easily damage breaks it; what it has forgotten it breaks besides."""
+    kept = rng.random(N) < np.exp(-damage * (0.2 - logprob)) * (1 - forgotten)
+    return {"exact_match": kept, "logprob": logprob - damage - forgotten + 0.1 * rng.normal(size=N)}
+
+
+def sides(forgotten: float, damage: float = 0.3) -> tuple:
+    """Sequences are more probable to the base than continuations, as memory is."""
+    rng = np.random.default_rng(7)
+    pairs = []
+    for scale, gone in ((0.5, forgotten), (2.0, 0.0)):
+        logprob = -rng.exponential(scale, N)
+        before = {"exact_match": rng.random(N) < 0.9, "logprob": logprob}
+        pairs.append((before, student(rng, logprob, damage, gone)))
+    return tuple(pairs)
+
+
+def test_damage_alone_takes_as_much_of_memory_as_of_anything_as_probable():
+    memory, never = sides(forgotten=0.0)
+    found = compare_with_matched(memory, never)
+    assert found["exact_match"]["difference"] == pytest.approx(0.0, abs=0.03)
+    assert found["log_pz"]["difference"] == pytest.approx(0.0, abs=0.01)
+    naive = memory[1]["exact_match"][memory[0]["exact_match"]].mean() - never[1]["exact_match"].mean()
+    assert naive > 0.15  # without matching, memory would look stronger than it is
+    assert found["n"] + found["left_out"] == memory[0]["exact_match"].sum()
+
+
+def test_what_has_been_forgotten_is_lost_beyond_that():
+    found = compare_with_matched(*sides(forgotten=0.25))
+    kept = found["exact_match"]
+    assert kept["sequences"] / kept["never_trained"] == pytest.approx(0.75, abs=0.04)
+    assert found["log_pz"]["difference"] == pytest.approx(-0.25, abs=0.01)
+
+
+def test_what_has_no_counterpart_is_left_out_and_of_too_few_nothing_is_said():
+    memory, never = sides(forgotten=0.0)
+    followed = memory[0]["exact_match"].sum()
+    apart = tuple({**side, "logprob": side["logprob"] - 1.0} for side in never)
+    found = compare_with_matched(memory, apart)
+    assert found["left_out"] > found["n"] > MIN_MATCHED
+    assert found["exact_match"] is not None
+    far = compare_with_matched(memory, tuple({**side, "logprob": side["logprob"] - 99.0} for side in never))
+    one = compare_with_matched(memory, tuple({name: values[:1] for name, values in side.items()} for side in never))
+    for nothing in (far, one):
+        assert (nothing["n"], nothing["left_out"]) == (0, followed)
+        assert nothing["exact_match"] is nothing["log_pz"] is None
+    few = tuple({name: values[: MIN_MATCHED - 1] for name, values in side.items()} for side in memory)
+    assert compare_with_matched(few, never)["exact_match"] is None

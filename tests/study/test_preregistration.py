@@ -1,0 +1,178 @@
+"""Verdicts come from the rule: fabricated studies for each of the five, and for what must not pass."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jax_selftrain.config import ArmConfig, ClaimConfig, StudyConfig
+from jax_selftrain.errors import InputError
+from jax_selftrain.study.preregistration import check_claims, freeze_claims, judge_claims
+
+SEEDS = tuple(range(100, 105))
+WOBBLE = (0.001, -0.002, 0.0015, 0.0, -0.0005)
+OWN = "text of A"
+
+
+def study_of(*claims: ClaimConfig, **changes: Any) -> StudyConfig:
+    options: dict[str, Any] = {
+        "claims": claims,
+        "arms": (ArmConfig("real"), ArmConfig("shuffled")),
+        "positive_controls": ("real",),
+        "negative_controls": ("shuffled",),
+    }
+    return StudyConfig(**options | changes)
+
+
+def cells_of(seeds: tuple[int, ...] = SEEDS, own: float = 0.0, **changes: float) -> list[dict[str, Any]]:
+    """Cells of student A whose accuracy changes by so much, give or take a wobble that differs between treatments."""
+    effects = {OWN: own, "real": 0.05, "shuffled": -0.05} | changes
+    return [
+        {
+            "student": "A",
+            "treatment": treatment,
+            "seed": seed,
+            "measures": {"accuracy": {"change": {"value": change + WOBBLE[(n + place) % 5]}}},
+        }
+        for place, (treatment, change) in enumerate(effects.items())
+        for n, seed in enumerate(seeds)
+    ]
+
+
+def verdict(
+    config: StudyConfig, cells: list[dict[str, Any]], interaction: dict[str, Any] | None = None
+) -> tuple[str, str]:
+    (found,) = judge_claims(config, cells, interaction, ())
+    return found["verdict"], found["reason"]
+
+
+KEEPS = ClaimConfig("keeps", OWN, "A", direction="preserves", margin=0.01)
+RAISES = ClaimConfig("raises", OWN, "A")
+
+
+@pytest.mark.parametrize(
+    ("claim", "change", "expected"),
+    [
+        (KEEPS, 0.0, "supported"),
+        (KEEPS, 0.03, "supported"),  # a change for the better is no loss
+        (KEEPS, -0.0097, "cannot tell"),
+        (KEEPS, -0.03, "contradicted"),
+        (RAISES, 0.02, "supported"),
+        (RAISES, 0.0, "cannot tell"),
+        (RAISES, -0.02, "contradicted"),
+        (ClaimConfig("lowers", OWN, "A", direction="lowers"), -0.02, "supported"),
+        (ClaimConfig("more", OWN, "A", comparator="real"), 0.02, "contradicted"),
+    ],
+    ids=str,
+)
+def test_the_rule_decides(claim: ClaimConfig, change: float, expected: str) -> None:
+    assert verdict(study_of(claim), cells_of(own=change))[0] == expected
+
+
+def test_four_seeds_or_missing_cells_are_no_test() -> None:
+    config = study_of(RAISES)
+    assert verdict(config, cells_of(SEEDS[:4], own=0.5)) == ("not tested", "4 seeds; a verdict needs 5.")
+    missing = [cell for cell in cells_of() if cell["treatment"] != OWN]
+    assert verdict(config, missing) == ("not tested", "the study has no such cells or no such measure.")
+    unpaired = [cell for cell in cells_of() if (cell["treatment"], cell["seed"]) != ("real", 104)]
+    assert verdict(study_of(ClaimConfig("x", OWN, "A", comparator="real")), unpaired)[0] == "not tested"
+
+
+def test_a_failed_or_missing_control_makes_the_assay_insensitive() -> None:
+    config = study_of(RAISES)
+    for name, wanted in (("real", "raise"), ("shuffled", "lower")):
+        found, why = verdict(config, cells_of(own=0.5, **{name: 0.0}))
+        assert found == "assay insensitive"
+        assert why.startswith(f"{name} did not {wanted} accuracy of A")
+    found, why = verdict(study_of(RAISES, negative_controls=()), cells_of(own=0.5))
+    assert (found, why) == ("assay insensitive", "A has no control arm that should lower the measure.")
+    cells = cells_of(real=0.0)
+    for cell in cells:  # what it remembers is not what the assay speaks of
+        cell["measures"]["log_pz"] = {"change": {"value": -1.0 + cell["measures"]["accuracy"]["change"]["value"]}}
+    forgets = ClaimConfig("forgets", OWN, "A", measure="log_pz", direction="lowers")
+    assert verdict(study_of(forgets), cells)[0] == "supported"
+
+
+def test_the_interaction_is_judged_over_its_seeds() -> None:
+    claim = ClaimConfig("own kind", "home - away")
+    crossed = {"measures": {"accuracy": {"seeds": [0.02 + x for x in WOBBLE]}}}
+    assert verdict(study_of(claim), cells_of(), crossed)[0] == "supported"
+    assert verdict(study_of(claim), cells_of(), None)[0] == "not tested"
+
+
+def test_primary_claims_are_corrected_by_holm_and_the_others_apart() -> None:
+    weak = 0.0016  # p of about .03 alone
+    claims = [ClaimConfig(f"c{n}", OWN, "A") for n in range(3)]
+    alone = judge_claims(study_of(claims[0]), cells_of(own=weak), None, ())[0]
+    together = judge_claims(study_of(*claims), cells_of(own=weak), None, ())
+    assert alone["p_adjusted"] == alone["p"] < 0.05
+    assert together[0]["p_adjusted"] == pytest.approx(3 * alone["p"])
+    assert [one["verdict"] for one in (alone, *together)] == ["supported", *["cannot tell"] * 3]
+    late = judge_claims(study_of(*claims), cells_of(own=weak), None, ["c1", "c2"])
+    assert [one["standing"] for one in late] == ["primary", "exploratory", "exploratory"]
+    assert late[0]["p_adjusted"] == alone["p"]
+
+
+def test_false_positives_are_held_over_three_claims() -> None:
+    """Familywise error of three null claims with seed effects: at most .06 of 2,000 simulated studies."""
+    rng, wrong = np.random.default_rng(0), 0
+    claims = [ClaimConfig(f"c{n}", f"t{n}", "A", measure="log_pz") for n in range(3)]
+    for _ in range(2000):
+        cells = [
+            {
+                "student": "A",
+                "treatment": f"t{n}",
+                "seed": seed,
+                "measures": {"log_pz": {"change": {"value": float(rng.normal(0, 0.01))}}},
+            }
+            for n in range(3)
+            for seed in SEEDS
+        ]
+        wrong += any(one["verdict"] == "supported" for one in judge_claims(study_of(*claims), cells, None, ()))
+    assert 0.03 <= wrong / 2000 <= 0.06
+
+
+# ---------------------------------------------------------------- declared beforehand
+
+
+def test_claims_are_frozen_at_the_first_run(tmp_path: Path) -> None:
+    assert freeze_claims(tmp_path, [KEEPS]) == []
+    assert freeze_claims(tmp_path, [KEEPS]) == []
+    edited = ClaimConfig("keeps", OWN, "A", direction="preserves", margin=0.05)
+    assert freeze_claims(tmp_path, [edited, RAISES]) == ["keeps", "raises"]
+    path = tmp_path / "claims.json"
+    text = path.read_text()
+    path.write_text(text.replace("0.01", "0.05"))
+    with pytest.raises(InputError, match="was changed after it was written"):
+        freeze_claims(tmp_path, [edited])
+
+
+def test_a_study_that_has_results_can_declare_nothing_any_more(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("{}")
+    assert freeze_claims(tmp_path, [KEEPS]) == ["keeps"]
+    assert json.loads((tmp_path / "claims.json").read_text())["claims"] == []
+
+
+@pytest.mark.parametrize(
+    ("claims", "message"),
+    [
+        ([ClaimConfig()], "`name` of its own"),
+        ([RAISES, RAISES], "`name` of its own"),
+        ([ClaimConfig("x", student="A")], "`treatment` is required"),
+        ([ClaimConfig("x", OWN)], "`student` is required"),
+        ([ClaimConfig("x", "home - away", "A")], "which has none"),
+        ([ClaimConfig("x", "home - away", direction="preserves", margin=1.0)], "no margin"),
+        ([ClaimConfig("x", OWN, "A", direction="preserves")], "`margin` belongs"),
+        ([ClaimConfig("x", OWN, "A", margin=0.1)], "`margin` belongs"),
+        ([ClaimConfig("x", OWN, "A", direction="preserves", margin=-1.0)], "must be a positive number"),
+        ([ClaimConfig(f"c{n}", OWN, "A") for n in range(4)], "at most 3 can be primary"),
+    ],
+    ids=str,
+)
+def test_claims_that_cannot_be_meant_are_refused(claims: list[ClaimConfig], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_claims(study_of(*claims))
