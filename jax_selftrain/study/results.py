@@ -1,8 +1,40 @@
-"""What one round found, as plain data: `results.json`, from which the report is made and nothing else.
+"""The results of a study as plain data: `results.json`, the only input of the report.
 
-Nothing is measured here. The per-request tables that the scoring stage wrote for the base and for the student are laid
-side by side, row by row, and turned into paired differences; the corpus and the training log are summarized. The same
-files give the same bytes: no clock, no folder names of the round, no machine.
+`run` is a study with one student, one source and one seed: there is one format, "jax-selftrain results" version 4.
+COMING (this docstring describes what `run_study` is about to write; the code below follows):
+
+    format, version, title
+    config                StudyConfig without out, mesh, dry_run
+    design                models [{name, lineage, data, data_order, initialization, tokenizer, architecture, size,
+                          family, parameters, layers, width, vocabulary, fingerprint}], students, sources
+    base_ability          {model: {task or text: accuracy or bits per byte}}                (was `strength`)
+    cells [               student, treatment (an arm, or "source NAME"; was "text of NAME"), source, seed,
+                          corpus (key into `corpora` or null), identical
+      tasks, macro, texts as before
+      extraction          null or {n, prefix, suffix, min_overlap, classes, groups, discoverable, thresholds}
+      probes              {name: compared sequences}: formats, "after_relearning"            (was `views`)
+      fragility           null or {n, unmatched, controls, exact_match, log_pz: {sequences, controls, difference}}
+      training            null or {steps, rows, targets, log {step, loss, learning_rate, grad_norm},
+                          evaluations: null or {step, measures [{name, n, values}]}}         (was `curve`)
+      proxies             null or {name: number}
+      measures            {name: {before, after, change}}: accuracy, log_odds, task/NAME, log_odds/NAME, text/NAME,
+                          exact_match, log_pz, pz and /held_out /partial /seen /H "/group NAME" "/format NAME"
+                          /after_relearning                         (was "/asked NAME", "/relearned") ]
+    effects               as before
+    interaction           as before
+    claims                ClaimConfig + verdict, reason, evidence_level (was `standing`), post_hoc, seeds, effect, p,
+                          p_adjusted                                                         (was `verdicts`)
+    swap_effects          as before                                                          (was `swaps`)
+    decontamination       [{student, decontaminated, size_matched, measure, difference, seeds, n}] (was `scrubbed`)
+    fragility             as before, with the names above
+    aa_repeats            [{student, repeat, n, flips, log_pz}]                              (was `again`, `way`)
+    decoupling, proxies   as before
+    corpora {key:         label, samples, tokens, sampling_params (null for real text), seed, statistics, contamination,
+                          retokenized, retokenization_mismatches, examples [{sample_id, text, tokens, finish_reason,
+                          logprob}] }
+    stages, versions      as before
+
+Arms of kind `scrubbed` become `decontaminated`. Training has no early stopping. `measure_names.py` keeps its constants.
 """
 
 from __future__ import annotations
