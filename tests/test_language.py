@@ -37,7 +37,8 @@ MAX_PACKAGE_LINES = 22_500
 
 LAYERS = (
     ("errors", "version"),
-    ("io", "stats"),
+    ("io",),
+    ("stats",),
     ("config",),
     ("distributed",),
     ("remote",),
