@@ -35,7 +35,7 @@ from shapes import SHAPES, folder_of
 
 from jax_selftrain import hub
 from jax_selftrain.distributed.mesh import make_mesh, xla_options
-from jax_selftrain.distributed.sharding import make_layout
+from jax_selftrain.distributed.sharding import make_sharding_rules
 from jax_selftrain.models import DecoderConfig, abstract_params, axis_sizes, init_params
 from jax_selftrain.sampling import DecodeLoop, DecodeSpec, SamplingParams, per_sample_keys
 
@@ -43,11 +43,14 @@ from jax_selftrain.sampling import DecodeLoop, DecodeSpec, SamplingParams, per_s
 
 
 def ours(case: Case, config: DecoderConfig, dtype: str, cache_dtype: str | None) -> Callable[[], Any]:
-    layout = make_layout("tensor", make_mesh("data=1,model=1"), axis_sizes(config))
-    architecture = DecodeSpec(config, layout, dtype, cache_dtype)
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), init_params(config, 0, layout))
-    policy = SamplingParams(start_id=0, stop_ids=(), max_tokens=case.tokens)
-    loop, keys = DecodeLoop(architecture, policy, params, rows=case.rows), per_sample_keys(0, np.arange(case.rows))
+    rules = make_sharding_rules("tensor", make_mesh("data=1,model=1"), axis_sizes(config))
+    architecture = DecodeSpec(config, rules, dtype, cache_dtype)
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), init_params(config, 0, rules))
+    sampling_params = SamplingParams(start_id=0, stop_ids=(), max_tokens=case.tokens)
+    loop, keys = (
+        DecodeLoop(architecture, sampling_params, params, rows=case.rows),
+        per_sample_keys(0, np.arange(case.rows)),
+    )
     return lambda: loop.generate(keys)
 
 

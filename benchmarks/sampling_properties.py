@@ -29,7 +29,7 @@ from shapes import SHAPES, folder_of
 from jax_selftrain import hub
 from jax_selftrain.config import SampleConfig
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
-from jax_selftrain.distributed.sharding import make_layout, shard_host_array
+from jax_selftrain.distributed.sharding import make_sharding_rules, shard_host_array
 from jax_selftrain.models import TAIL_LEN, DecoderConfig, Params, axis_sizes, forward, init_params, unembed
 from jax_selftrain.planning import neox_config
 from jax_selftrain.sampling import (
@@ -46,27 +46,27 @@ from jax_selftrain.sampling.decode import decode_chunk, next_token_logits
 
 
 def random_model(config: DecoderConfig, spec: str = "data=1,model=1") -> tuple[DecodeSpec, Params]:
-    layout = make_layout("tensor", make_mesh(spec), axis_sizes(config))
-    return DecodeSpec(config, layout, "float32"), init_params(config, 0, layout)
+    rules = make_sharding_rules("tensor", make_mesh(spec), axis_sizes(config))
+    return DecodeSpec(config, rules, "float32"), init_params(config, 0, rules)
 
 
 def compilation(_: str) -> None:
     """Seconds of the first call (tracing, compiling, one page) by depth, and programs compiled by length."""
     config, _ = hub.read_config(folder_of(neox_config(6, 128, 8, vocabulary=512)))
-    policy, keys = SamplingParams(start_id=0, stop_ids=(), max_tokens=32), per_sample_keys(0, np.arange(8))
+    sampling_params, keys = SamplingParams(start_id=0, stop_ids=(), max_tokens=32), per_sample_keys(0, np.arange(8))
     for layers in (6, 36, 6, 36):
         architecture, params = random_model(replace(config, num_layers=layers))
         jax.clear_caches()
         began = time.perf_counter()
-        DecodeLoop(architecture, policy, params, rows=8).generate(keys)
+        DecodeLoop(architecture, sampling_params, params, rows=8).generate(keys)
         first = time.perf_counter() - began
         began = time.perf_counter()
-        DecodeLoop(architecture, policy, params, rows=8).generate(keys)
+        DecodeLoop(architecture, sampling_params, params, rows=8).generate(keys)
         print(f"{layers} layers: {first - (time.perf_counter() - began):.2f} s to trace and compile")
     architecture, params = random_model(config)
     for tokens in (20, 256, 2048):
         jax.clear_caches()
-        loop = DecodeLoop(architecture, replace(policy, max_tokens=tokens), params, rows=8)
+        loop = DecodeLoop(architecture, replace(sampling_params, max_tokens=tokens), params, rows=8)
         print(f"{tokens} tokens: {_compilations(loop, keys)} programs compiled")
 
 
@@ -86,10 +86,10 @@ def _compilations(loop: DecodeLoop, keys: np.ndarray) -> int:
 def utilization(ref: str) -> None:
     """Share of the rows' steps whose token is part of a sample, 2,048 samples of at most 512 tokens, by schedule."""
     model = hub.load_model(ref, "data=1,model=1")
-    policy = SamplingParams(start_id=1, stop_ids=(1, 2), max_tokens=512)
+    sampling_params = SamplingParams(start_id=1, stop_ids=(1, 2), max_tokens=512)
     keys, results = per_sample_keys(0, np.arange(2048)), {}
     for name, queue in (("refill", 2048), ("lockstep", 64)):
-        loop = DecodeLoop(decode_spec(model), policy, model.params, rows=64, queue=queue)
+        loop = DecodeLoop(decode_spec(model), sampling_params, model.params, rows=64, queue=queue)
         loop.generate(keys[:64])
         began = time.perf_counter()
         batches = [loop.generate(keys[i : i + queue]) for i in range(0, 2048, queue)]
@@ -136,7 +136,7 @@ def length(_: str) -> None:
     """Milliseconds a step by position, 32 rows of the shape of Pythia-70m: the cost of what lies behind."""
     config, _ = hub.read_config(folder_of(SHAPES["pythia-70m"]))
     architecture, params = random_model(config)
-    policy = SamplingParams(start_id=0, stop_ids=(), max_tokens=1024)
+    sampling_params = SamplingParams(start_id=0, stop_ids=(), max_tokens=1024)
     steps: list[tuple[int, float]] = []
     last = time.perf_counter()
 
@@ -146,7 +146,7 @@ def length(_: str) -> None:
         steps.append((tally.slots // 32, now - last))
         last = now
 
-    loop = DecodeLoop(architecture, policy, params, rows=32)
+    loop = DecodeLoop(architecture, sampling_params, params, rows=32)
     loop.generate(per_sample_keys(0, np.arange(32)))
     steps.clear()
     last = time.perf_counter()
@@ -162,17 +162,17 @@ def partings(ref: str) -> None:
     found = {}
     for spec, rows in (("data=1,model=1", 64), ("data=1,model=1", 16), ("data=1,model=1", 7), ("data=1,model=2", 64)):
         model = hub.load_model(ref, spec)
-        policy = SamplingParams(start_id=1, stop_ids=(1, 2), max_tokens=256)
-        found[spec, rows] = _draw(decode_spec(model), policy, model.params, 2048, rows)
+        sampling_params = SamplingParams(start_id=1, stop_ids=(1, 2), max_tokens=256)
+        found[spec, rows] = _draw(decode_spec(model), sampling_params, model.params, 2048, rows)
     _print_partings("V = 512 (trained)", found)
     config, _ = hub.read_config(folder_of(SHAPES["pythia-70m"]))
     found = {}
     for spec, rows in (("data=1,model=1", 32), ("data=1,model=1", 16), ("data=1,model=2", 32)):
         architecture, params = random_model(config, spec)
-        with mesh_context(architecture.layout.mesh):
+        with mesh_context(architecture.sharding_rules.mesh):
             params["head"]["kernel"] = params["head"]["kernel"] * 8.0  # logits of a spread like a trained model's
-        policy = SamplingParams(start_id=0, stop_ids=(), max_tokens=128)
-        found[spec, rows] = _draw(architecture, policy, params, 512, rows)
+        sampling_params = SamplingParams(start_id=0, stop_ids=(), max_tokens=128)
+        found[spec, rows] = _draw(architecture, sampling_params, params, 512, rows)
         drawn = found[spec, rows]
         print(f"entropy {-drawn.policy_logprobs.sum() / drawn.lengths.sum():.2f} nats a token")
     _print_partings("V = 50304 (random, head × 8)", found)
@@ -181,9 +181,9 @@ def partings(ref: str) -> None:
 def cache(ref: str) -> None:
     """Log-likelihood per token of 256 samples of 256 tokens when keys and values are kept in fewer bits."""
     model = hub.load_model(ref, "data=1,model=1")
-    architecture, layout = decode_spec(model), model.layout
-    policy = SamplingParams(start_id=1, stop_ids=(), max_tokens=256)
-    tokens = _draw(architecture, policy, model.params, 256, 64).tokens
+    architecture, rules = decode_spec(model), model.sharding_rules
+    sampling_params = SamplingParams(start_id=1, stop_ids=(), max_tokens=256)
+    tokens = _draw(architecture, sampling_params, model.params, 256, 64).tokens
     fed = np.concatenate([np.full((256, 1), 1), tokens[:, :-1]], axis=1).astype(np.int32)
 
     def log_likelihoods(logits: jax.Array, wanted: jax.Array) -> jax.Array:
@@ -205,10 +205,10 @@ def cache(ref: str) -> None:
         begin = (architecture.init_cache(fed.shape[1], len(fed)), jnp.zeros_like(fed[0]), fed[0], jnp.int32(0))
         return jax.lax.scan(page, begin, length=len(fed) // TAIL_LEN)[1].reshape(fed.shape)
 
-    with mesh_context(layout.mesh):
-        there = [shard_host_array(layout, np.ascontiguousarray(x.T), (None, "batch")) for x in (fed, tokens)]
-        hidden = forward(model.config, layout, model.params, shard_host_array(layout, fed, ("batch", None)))
-        logits = unembed(model.config, layout, model.params, hidden)
+    with mesh_context(rules.mesh):
+        there = [shard_host_array(rules, np.ascontiguousarray(x.T), (None, "batch")) for x in (fed, tokens)]
+        hidden = forward(model.config, rules, model.params, shard_host_array(rules, fed, ("batch", None)))
+        logits = unembed(model.config, rules, model.params, hidden)
         logprobs = np.asarray(jax.nn.log_softmax(jax.device_get(logits)), np.float64)
         exact = np.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0].T
         for dtype in ("float32", "bfloat16", "int8"):
@@ -220,8 +220,10 @@ def cache(ref: str) -> None:
             )
 
 
-def _draw(architecture: DecodeSpec, policy: SamplingParams, params: Params, samples: int, rows: int) -> SampleBatch:
-    loop = DecodeLoop(architecture, policy, params, rows=rows, queue=samples)
+def _draw(
+    architecture: DecodeSpec, sampling_params: SamplingParams, params: Params, samples: int, rows: int
+) -> SampleBatch:
+    loop = DecodeLoop(architecture, sampling_params, params, rows=rows, queue=samples)
     return loop.generate(per_sample_keys(0, np.arange(samples)))
 
 

@@ -101,19 +101,20 @@ def plain(model: hub.LoadedModel, texts: Texts, batch_tokens: int | None) -> tup
     """A forward pass over the rows of the plan, and what the plan is like in words."""
     prefix = start_token(model)
     asked, _ = deduplicate(model.config, encode_pairs(model.tokenizer, prefix, texts))
-    units = plan_units(model.layout, model.config, asked, batch_tokens)
+    units = plan_units(model.sharding_rules, model.config, asked, batch_tokens)
     batches = [batch for unit in units for batch in unit.batches]
-    shapes = [(batch_rows(model.layout, batch.length, batch_tokens), batch.length) for batch in batches]
+    shapes = [(batch_rows(model.sharding_rules, batch.length, batch_tokens), batch.length) for batch in batches]
     run = jax.jit(
-        lambda params, tokens: forward(model.config, model.layout, params, tokens).sum(),
+        lambda params, tokens: forward(model.config, model.sharding_rules, params, tokens).sum(),
         compiler_options=xla_options(),
     )
     inputs = {
-        shape: jax.device_put(np.ones(shape, np.int32), model.layout.sharding(("batch", None))) for shape in shapes
+        shape: jax.device_put(np.ones(shape, np.int32), model.sharding_rules.sharding(("batch", None)))
+        for shape in shapes
     }
 
     def passes() -> None:
-        with mesh_context(model.layout.mesh):
+        with mesh_context(model.sharding_rules.mesh):
             jax.block_until_ready([run(model.params, inputs[shape]) for shape in shapes])
 
     alone = sum(len(request.tokens) - 1 for request in asked)

@@ -35,7 +35,7 @@ from shapes import SHAPES, folder_of
 from jax_selftrain import hub
 from jax_selftrain.config import TrainConfig
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context, xla_options
-from jax_selftrain.distributed.sharding import make_layout
+from jax_selftrain.distributed.sharding import make_sharding_rules
 from jax_selftrain.models import DecoderConfig, axis_sizes, init_params
 from jax_selftrain.training import Batch, abstract_program
 from jax_selftrain.training.flops import throughput
@@ -56,7 +56,7 @@ def train_config(case: Case, dtype: Any, remat: Any) -> TrainConfig:
 def ours(case: Case, config: DecoderConfig, dtype: str, remat: str) -> Callable[[], Any]:
     """A call trains one step."""
     mesh, train = make_mesh("data=1,model=1"), train_config(case, dtype, remat)
-    layout = make_layout(train.preset, mesh, axis_sizes(config))
+    rules = make_sharding_rules(train.preset, mesh, axis_sizes(config))
     function, (_, batch), donation = abstract_program(train, mesh)
     step = jax.jit(function, donate_argnums=donation, compiler_options=xla_options())
     rng = np.random.default_rng(0)
@@ -66,7 +66,7 @@ def ours(case: Case, config: DecoderConfig, dtype: str, remat: str) -> Callable[
     arrays = Batch(tokens, ones, positions, ones.astype(np.float32))
     placed = jax.tree.map(lambda array, like: jax.device_put(array, like.sharding), arrays, batch)
     with mesh_context(mesh):
-        state = init_state(train, config, layout, init_params(config, 0, layout), 1000)
+        state = init_state(train, config, rules, init_params(config, 0, rules), 1000)
 
     def run() -> None:
         nonlocal state

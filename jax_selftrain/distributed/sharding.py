@@ -48,7 +48,7 @@ class ShardingRules:
         return self.sharding(tuple(None if axis == "embed" else axis for axis in axes))
 
     def without_data_axis(self) -> ShardingRules:
-        """The layout inside a `jax.shard_map` over `data`: the same, without that axis."""
+        """Return the rules inside a `jax.shard_map` over `data`: the same, without that axis."""
         rules = tuple((axis, None if placed == "data" else placed) for axis, placed in self.logical_to_mesh)
         return ShardingRules(
             cast(Mesh, jax.sharding.get_abstract_mesh()), rules
@@ -65,7 +65,7 @@ class ShardingRules:
         return self.mesh.shape["model"]
 
 
-def make_layout(preset: str, mesh: Mesh, sizes: Mapping[str, int]) -> ShardingRules:
+def make_sharding_rules(preset: str, mesh: Mesh, sizes: Mapping[str, int]) -> ShardingRules:
     """Choose the rules of a preset for a model whose logical axes have the given sizes.
 
     Args:
@@ -112,9 +112,9 @@ def _describe(sizes: Mapping[str, int]) -> str:
     return f"{heads} heads over {sizes['kv_heads']} key/value heads, {sizes['mlp']}, {sizes['vocab']}"
 
 
-def shard_host_array(layout: ShardingRules, array: np.ndarray, axes: Axes) -> jax.Array:
+def shard_host_array(rules: ShardingRules, array: np.ndarray, axes: Axes) -> jax.Array:
     """Put a host array on the mesh; every process passes the same whole array and keeps its own part."""
-    sharding = layout.sharding(axes)
+    sharding = rules.sharding(axes)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 

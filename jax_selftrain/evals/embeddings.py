@@ -48,7 +48,7 @@ def embed_texts(model: LoadedModel, texts: Sequence[str]) -> Float[np.ndarray, "
     found = np.zeros((len(texts), model.config.hidden_size), np.float32)
     for length in sorted({_length(len(tokens), longest) for tokens in encoded}):
         members = [i for i, tokens in enumerate(encoded) if _length(len(tokens), longest) == length]
-        rows = max(1, BATCH_TOKENS // length) * model.layout.data_parallelism
+        rows = max(1, BATCH_TOKENS // length) * model.sharding_rules.data_parallelism
         for start in range(0, len(members), rows):
             batch = members[start : start + rows]
             found[batch] = _embed_batch(model, [encoded[i] for i in batch], rows, length)
@@ -68,23 +68,21 @@ def _embed_batch(model: LoadedModel, encoded: Sequence[Sequence[int]], rows: int
     for row, ids in enumerate(encoded):
         tokens[row, : len(ids)] = ids
         last[row] = len(ids) - 1
-    layout = model.layout
-    with mesh_context(layout.mesh):
-        arrays = (shard_host_array(layout, array, ("batch", None)) for array in (tokens, last))
-        hidden = _last_hidden(model.config, layout, model.compute_dtype, model.params, *arrays)
+    rules = model.sharding_rules
+    with mesh_context(rules.mesh):
+        arrays = (shard_host_array(rules, array, ("batch", None)) for array in (tokens, last))
+        hidden = _last_hidden(model.config, rules, model.compute_dtype, model.params, *arrays)
         return np.asarray(hidden)[: len(encoded)]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _last_hidden(
     config: DecoderConfig,
-    layout: ShardingRules,
+    rules: ShardingRules,
     dtype: DTypeLike,
     params: Params,
     tokens: Int[jax.Array, "B T"],
     last: Int[jax.Array, "B 1"],
 ) -> Float[jax.Array, "B D"]:
-    hidden = forward(config, layout, params, tokens, query_positions=last, compute_dtype=dtype)[:, 0].astype(
-        jnp.float32
-    )
-    return jax.reshard(hidden, layout.sharding((None, None)))
+    hidden = forward(config, rules, params, tokens, query_positions=last, compute_dtype=dtype)[:, 0].astype(jnp.float32)
+    return jax.reshard(hidden, rules.sharding((None, None)))

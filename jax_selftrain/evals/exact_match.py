@@ -66,7 +66,7 @@ def extraction_metrics(
     exact, suffixes = forced["exact_match"], sequences[:, prefix:]
     # Where every teacher-forced argmax is right, the free-running continuation is the suffix: only the rest is decoded.
     said = suffixes.copy()
-    rows = batch_rows(model.layout, sequences.shape[1], batch_tokens) // model.layout.data_parallelism
+    rows = batch_rows(model.sharding_rules, sequences.shape[1], batch_tokens) // model.sharding_rules.data_parallelism
     said[~exact] = greedy_continue(model, sequences[~exact, :prefix], suffixes.shape[1], batch_size=rows)
     return {
         "exact_match": exact,
@@ -86,18 +86,18 @@ def score_suffixes(
 ) -> dict[str, np.ndarray]:
     """What one teacher-forced pass tells: all that `extraction_metrics` returns but `token_accuracy`, which has to be decoded."""
     suffixes = np.asarray(sequences)[:, prefix:]
-    rows = batch_rows(model.layout, sequences.shape[1], batch_tokens)
-    asked = tuple(named.policy for named in policies)
+    rows = batch_rows(model.sharding_rules, sequences.shape[1], batch_tokens)
+    asked = tuple(named.sampling_params for named in policies)
     greedy = np.empty(suffixes.shape, np.int32)
     logprobs = np.empty((len(suffixes), 1 + len(asked), suffixes.shape[1]), np.float32)
-    with mesh_context(model.layout.mesh):
+    with mesh_context(model.sharding_rules.mesh):
         for first in range(0, len(sequences), rows):
             batch = np.zeros((rows, sequences.shape[1]), np.int32)
             members = sequences[first : first + rows]
             batch[: len(members)] = members
-            tokens = shard_host_array(model.layout, batch, ("batch", None))
+            tokens = shard_host_array(model.sharding_rules, batch, ("batch", None))
             found = suffix_scores_program(
-                model.config, model.layout, model.compute_dtype, prefix, asked, model.params, tokens
+                model.config, model.sharding_rules, model.compute_dtype, prefix, asked, model.params, tokens
             )
             for kept, part in zip((logprobs, greedy), jax.device_get(found), strict=True):
                 kept[first : first + rows] = part[: len(members)]
@@ -117,7 +117,7 @@ def score_suffixes(
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def suffix_scores_program(
     config: DecoderConfig,
-    layout: ShardingRules,
+    rules: ShardingRules,
     compute_dtype: DTypeLike,
     prefix: int,
     policies: tuple[SamplingParams, ...],
@@ -127,24 +127,24 @@ def suffix_scores_program(
     """Log-probability of every suffix token (S of them) at temperature 1 and under each policy, and the argmax there.
 
     Args:
-      config, layout, compute_dtype, prefix, policies: static.
+      config, rules, compute_dtype, prefix, policies: static.
       params: the model.
       tokens: whole sequences of prefix and suffix, sharded on the batch.
 
     Returns:
       nats, fp32, P = 1 + policies; the most probable token (the lowest id among equals). Whole on every device.
     """
-    hidden = forward(config, layout, params, tokens[:, :-1], compute_dtype=compute_dtype)
+    hidden = forward(config, rules, params, tokens[:, :-1], compute_dtype=compute_dtype)
     places = jnp.moveaxis(hidden[:, prefix - 1 :], 1, 0), jnp.moveaxis(tokens[:, prefix:], 1, 0)
 
     def score_place(_: None, inputs: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
         rows, target = inputs
-        logits = unembed(config, layout, params, rows, compute_dtype=compute_dtype)
+        logits = unembed(config, rules, params, rows, compute_dtype=compute_dtype)
         ids = jax.lax.broadcasted_iota(jnp.int32, (1, logits.shape[-1]), 1)
         best = jnp.max(logits, axis=-1, keepdims=True)
         # Reductions over V alone, which may be sharded, where gathers and `argmax` would move the logits.
         greedy = jnp.min(jnp.where(logits == best, ids, logits.shape[-1]), axis=-1)
-        views = [logits, *(warp_logits(logits, policy) for policy in policies)]
+        views = [logits, *(warp_logits(logits, sampling_params) for sampling_params in policies)]
         return None, (jnp.stack([_log_prob(view, ids == target[:, None]) for view in views], axis=1), greedy)
 
     _, (logprobs, greedy) = jax.lax.scan(score_place, None, places)
@@ -182,9 +182,9 @@ def _log_prob(logits: Float[Array, "B V"], target: Array) -> Float[Array, " B"]:
     return jnp.sum(jnp.where(target, logits - best, 0.0), axis=-1) - log_sum
 
 
-def batch_rows(layout: ShardingRules, length: int, batch_tokens: int) -> int:
+def batch_rows(rules: ShardingRules, length: int, batch_tokens: int) -> int:
     """Rows in one batch of sequences of this length, over the whole mesh."""
-    return min(MAX_BATCH_ROWS, max(1, batch_tokens // (length * layout.data_parallelism))) * layout.data_parallelism
+    return min(MAX_BATCH_ROWS, max(1, batch_tokens // (length * rules.data_parallelism))) * rules.data_parallelism
 
 
 def _check(sums: np.ndarray, names: Sequence[str]) -> None:

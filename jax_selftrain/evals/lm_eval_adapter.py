@@ -28,7 +28,7 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.likelihood.engine import Likelihood, LoglikelihoodRequest, loglikelihoods
 from jax_selftrain.likelihood.tokenize import encode_pairs, rolling_windows, start_token, tokenize
 from jax_selftrain.sampling.generate import PROMPT_TOKENS, SamplingSpec, generate_until
-from jax_selftrain.sampling.sampling_params import make_policy
+from jax_selftrain.sampling.sampling_params import make_sampling_params
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -328,7 +328,7 @@ def _sampling_params(model: hub.LoadedModel, options: Mapping[str, Any], seed: i
         return None
     truncation = {name: kind(options[name]) for name, kind in _TRUNCATION.items() if options.get(name) is not None}
     config = SampleConfig(model=model.source.ref, temperature=float(options["temperature"]), max_tokens=1, **truncation)
-    policy = make_policy(
+    sampling_params = make_sampling_params(
         config,
         start_id=start_token(model),
         stop_ids=model.special_tokens.eos_token_ids,
@@ -336,7 +336,7 @@ def _sampling_params(model: hub.LoadedModel, options: Mapping[str, Any], seed: i
         tokenizer_length=model.special_tokens.tokenizer_length,
         max_positions=model.config.max_positions,
     )
-    return SamplingSpec(policy, seed)
+    return SamplingSpec(sampling_params, seed)
 
 
 _TRUNCATION = {"top_k": int, "top_p": float, "min_p": float}

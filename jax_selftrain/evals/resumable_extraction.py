@@ -56,8 +56,8 @@ def extract_resumable(
     Raises:
       InputError: as `extraction_metrics`; or a file in the folder is damaged.
     """
-    together = spans_processes(model.layout.mesh)
-    size = BATCHES_PER_BLOCK * batch_rows(model.layout, sequences.shape[1], batch_tokens)
+    together = spans_processes(model.sharding_rules.mesh)
+    size = BATCHES_PER_BLOCK * batch_rows(model.sharding_rules, sequences.shape[1], batch_tokens)
     blocks = {first: sequences[first : first + size] for first in range(0, max(len(sequences), 1), size)}
     decisive: dict[str, Any] = {
         "identity": dict(parts.identity),

@@ -34,7 +34,7 @@ class NamedSamplingParams:
 
     name: str
     """As the user would write it, in one way: `temperature=1,top-k=40`."""
-    policy: SamplingParams
+    sampling_params: SamplingParams
 
 
 def read_policies(specs: Sequence[str]) -> tuple[NamedSamplingParams, ...]:
@@ -64,17 +64,17 @@ def read_policies(specs: Sequence[str]) -> tuple[NamedSamplingParams, ...]:
             check_sample_config(SampleConfig(**values))
         except InputError as error:
             raise InputError(f"--sampling-policies {word}: {error}") from None
-        policy = SamplingParams(start_id=0, stop_ids=(), max_tokens=1, **values)
-        named = NamedSamplingParams(_name(policy), policy)
+        sampling_params = SamplingParams(start_id=0, stop_ids=(), max_tokens=1, **values)
+        named = NamedSamplingParams(_name(sampling_params), sampling_params)
         if named.name in found:
             raise InputError(f"--sampling-policies: {named.name} is given twice")
         found[named.name] = named
-    return tuple(named for named in found.values() if named.policy.changes_distribution)
+    return tuple(named for named in found.values() if named.sampling_params.changes_distribution)
 
 
-def column_name(policy: NamedSamplingParams) -> str:
+def column_name(sampling_params: NamedSamplingParams) -> str:
     """The name of log p_z under a policy, among what was measured of each sequence."""
-    return f"logprob {policy.name}"
+    return f"logprob {sampling_params.name}"
 
 
 def n_p_discoverable(logprob: np.ndarray) -> dict[str, np.ndarray]:
@@ -116,9 +116,9 @@ def summarise_policy(logprob: np.ndarray) -> dict[str, Any]:
     return result | n_p_discoverable_rate(logprob)
 
 
-def _name(policy: SamplingParams) -> str:
-    parts = [f"temperature={policy.temperature:g}"]
-    parts += [f"top-k={policy.top_k}"] if policy.top_k else []
-    parts += [f"top-p={policy.top_p:g}"] if policy.top_p < 1 else []
-    parts += [f"min-p={policy.min_p:g}"] if policy.min_p else []
+def _name(sampling_params: SamplingParams) -> str:
+    parts = [f"temperature={sampling_params.temperature:g}"]
+    parts += [f"top-k={sampling_params.top_k}"] if sampling_params.top_k else []
+    parts += [f"top-p={sampling_params.top_p:g}"] if sampling_params.top_p < 1 else []
+    parts += [f"min-p={sampling_params.min_p:g}"] if sampling_params.min_p else []
     return ",".join(parts)

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from jax_selftrain.config import ConvertConfig, yaml_io
 from jax_selftrain.distributed import broadcast_one_to_all
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
-from jax_selftrain.distributed.sharding import ShardingRules, make_layout, shard_host_array
+from jax_selftrain.distributed.sharding import ShardingRules, make_sharding_rules, shard_host_array
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import orbax_io
 from jax_selftrain.hub.families import FAMILIES
@@ -64,8 +64,8 @@ class LoadedModel:
 
     config: DecoderConfig
     params: Params = field(repr=False)
-    """Nested dict of arrays, see `jax_selftrain.models`; placed by `param_shardings(config, layout)`."""
-    layout: ShardingRules
+    """Nested dict of arrays, see `jax_selftrain.models`; placed by `param_shardings(config, rules)`."""
+    sharding_rules: ShardingRules
     tokenizer: Any = field(repr=False)
     """A transformers tokenizer, or None where the model has none."""
     special_tokens: SpecialTokens
@@ -97,12 +97,13 @@ class LoadedModel:
             )
         rows = len(tokens)
         padded = np.zeros(
-            (-(-rows // self.layout.data_parallelism) * self.layout.data_parallelism, tokens.shape[1]), np.int32
+            (-(-rows // self.sharding_rules.data_parallelism) * self.sharding_rules.data_parallelism, tokens.shape[1]),
+            np.int32,
         )
         padded[:rows] = tokens
-        with mesh_context(self.layout.mesh):
-            batch = shard_host_array(self.layout, padded, ("batch", None))
-            return np.asarray(_logits(self.config, self.layout, self.compute_dtype, self.params, batch))[:rows]
+        with mesh_context(self.sharding_rules.mesh):
+            batch = shard_host_array(self.sharding_rules, padded, ("batch", None))
+            return np.asarray(_logits(self.config, self.sharding_rules, self.compute_dtype, self.params, batch))[:rows]
 
     def save_pretrained(self, folder: Ref) -> Path:
         """Write a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` opens, tokenizer included.
@@ -117,11 +118,11 @@ class LoadedModel:
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _logits(
-    config: DecoderConfig, layout: ShardingRules, dtype: jnp.dtype, params: Params, tokens: jax.Array
+    config: DecoderConfig, rules: ShardingRules, dtype: jnp.dtype, params: Params, tokens: jax.Array
 ) -> jax.Array:
-    hidden = forward(config, layout, params, tokens, compute_dtype=dtype)
-    logits = unembed(config, layout, params, hidden, compute_dtype=dtype)
-    return jax.reshard(logits, layout.sharding((None, None, None)))
+    hidden = forward(config, rules, params, tokens, compute_dtype=dtype)
+    logits = unembed(config, rules, params, hidden, compute_dtype=dtype)
+    return jax.reshard(logits, rules.sharding((None, None, None)))
 
 
 def load_model(
@@ -143,20 +144,20 @@ def load_model(
     path = resolve(ref)
     config, raw = read_config(path)
     mesh = mesh if isinstance(mesh, Mesh) else make_mesh(mesh or "")
-    layout = make_layout(preset, mesh, axis_sizes(config))
+    rules = make_sharding_rules(preset, mesh, axis_sizes(config))
     tokenizer = read_tokenizer(path) if has_tokenizer(path) else None
     special = read_special_tokens(path, raw, tokenizer, config.vocab_size)
-    params, source = read_params(str(ref), path, config, raw, layout, np.dtype(dtype))
-    return LoadedModel(config, params, layout, tokenizer, special, source, np.dtype(dtype))
+    params, source = read_params(str(ref), path, config, raw, rules, np.dtype(dtype))
+    return LoadedModel(config, params, rules, tokenizer, special, source, np.dtype(dtype))
 
 
-def model_with_params(ref: Ref, params: Params, layout: ShardingRules) -> LoadedModel:
+def model_with_params(ref: Ref, params: Params, rules: ShardingRules) -> LoadedModel:
     """A model with the config and tokenizer of `ref` and other weights: fresh ones, or those of a step in training.
 
     Args:
       ref: any model, or a folder that has only config.json and a tokenizer.
-      params: all of one type, which becomes `compute_dtype`; placed by `param_shardings(config, layout)`.
-      layout: of `params`.
+      params: all of one type, which becomes `compute_dtype`; placed by `param_shardings(config, rules)`.
+      rules: of `params`.
 
     Raises:
       InputError: config or tokenizer of `ref` cannot be used.
@@ -170,7 +171,7 @@ def model_with_params(ref: Ref, params: Params, layout: ShardingRules) -> Loaded
     leaves = param_sources(FAMILIES[raw["model_type"]], config, source_tensor_names(path))
     tensors = {name: dtype.name for leaf in leaves for name in leaf.names}
     source = ModelSource(str(ref), path, set_torch_dtype(raw, {dtype.name}), tensors, ())
-    return LoadedModel(config, params, layout, tokenizer, special, source, dtype)
+    return LoadedModel(config, params, rules, tokenizer, special, source, dtype)
 
 
 def convert(config: ConvertConfig) -> Path:
@@ -216,8 +217,8 @@ def _conversion_sharding(config: ConvertConfig, decoder: DecoderConfig) -> Shard
     the devices of all."""
     sizes = axis_sizes(decoder)
     if jax.process_count() == 1 or config.format == "hf":
-        return make_layout("replicated", make_mesh("", [cpu_device()]), sizes)
-    return make_layout("replicated" if sizes["embed"] % jax.device_count() else "fsdp", make_mesh(), sizes)
+        return make_sharding_rules("replicated", make_mesh("", [cpu_device()]), sizes)
+    return make_sharding_rules("replicated" if sizes["embed"] % jax.device_count() else "fsdp", make_mesh(), sizes)
 
 
 def cpu_device() -> jax.Device:
@@ -229,15 +230,15 @@ def cpu_device() -> jax.Device:
 
 
 def read_params(
-    ref: str, path: Path, config: DecoderConfig, raw: Mapping[str, Any], layout: ShardingRules, dtype: np.dtype | None
+    ref: str, path: Path, config: DecoderConfig, raw: Mapping[str, Any], rules: ShardingRules, dtype: np.dtype | None
 ) -> tuple[Params, ModelSource]:
     """Parameters in `dtype` (None: as they are stored), from either kind of folder."""
     if not is_native(path):
         with open_weights(path) as reader:
-            params, binding = load_params(reader, FAMILIES[raw["model_type"]], config, layout, dtype)
+            params, binding = load_params(reader, FAMILIES[raw["model_type"]], config, rules, dtype)
         return params, ModelSource(ref, path, raw, binding.tensors, binding.dropped)
     record = read_model_json(path)
-    shardings, shapes = flatten(param_shardings(config, layout)), flatten(abstract_params(config))
+    shardings, shapes = flatten(param_shardings(config, rules)), flatten(abstract_params(config))
     if record["dtypes"].keys() != shapes.keys():
         raise InputError(f"{path}: model.json and {CONFIG} do not describe the same model; make the folder again")
     abstract = {
@@ -245,7 +246,7 @@ def read_params(
         for name, leaf in shapes.items()
     }
     params = orbax_io.load_tree(path / PARAMS, unflatten(abstract))
-    with mesh_context(layout.mesh):
+    with mesh_context(rules.mesh):
         broken = find_nonfinite(params)
     if broken:
         raise InputError(f"{path}: {broken} holds NaN or infinity; the model is broken, so use another one")

@@ -25,7 +25,7 @@ import numpy as np
 
 from jax_selftrain.config import MergeConfig, yaml_io
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
-from jax_selftrain.distributed.sharding import ShardingRules, make_layout
+from jax_selftrain.distributed.sharding import ShardingRules, make_sharding_rules
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import orbax_io
 from jax_selftrain.hub.load import cpu_device, read_params
@@ -75,19 +75,19 @@ def merge(config: MergeConfig) -> Path:
         return out
     alone = not config.mesh and jax.process_count() == 1
     mesh = make_mesh("", [cpu_device()]) if alone else make_mesh(config.mesh)
-    layout = make_layout(config.preset, mesh, axis_sizes(base))
+    rules = make_sharding_rules(config.preset, mesh, axis_sizes(base))
     with mesh_context(mesh):
-        sides = [load_params_as_stored(ref, layout) for ref in (config.base, config.student)]
+        sides = [load_params_as_stored(ref, rules) for ref in (config.base, config.student)]
         params = _interpolate(sides[0], sides[1], weight)
         save_model(out, raw, params, source_ref=config.base, metadata=metadata)
     return out
 
 
-def load_params_as_stored(ref: str, layout: ShardingRules) -> dict[str, jax.Array]:
+def load_params_as_stored(ref: str, rules: ShardingRules) -> dict[str, jax.Array]:
     """Parameters by path, each in the type that it is stored in."""
     path = resolve(ref)
     config, raw = read_config(path)
-    params, _ = read_params(ref, path, config, raw, layout, None)
+    params, _ = read_params(ref, path, config, raw, rules, None)
     return flatten(params)
 
 

@@ -120,13 +120,13 @@ def open_weights(folder: Path) -> Iterator[SafetensorsReader]:
 
 
 def load_params(
-    reader: TensorReader, family: Family, config: DecoderConfig, layout: ShardingRules, dtype: np.dtype | None = None
+    reader: TensorReader, family: Family, config: DecoderConfig, rules: ShardingRules, dtype: np.dtype | None = None
 ) -> tuple[Params, WeightMapping]:
     """Read the weights of a checkpoint onto a mesh.
 
     Args:
       reader: of the checkpoint.
-      layout: where every parameter goes.
+      rules: where every parameter goes.
       dtype: type of all parameters; None keeps each array in the type that holds its tensors exactly.
 
     Returns:
@@ -136,7 +136,7 @@ def load_params(
       InputError: the checkpoint does not fit the config (see `bind`), or a weight is NaN or infinite.
     """
     binding = map_tensors(reader, family, config)
-    sizes, shardings = axis_sizes(config), flatten(param_shardings(config, layout))
+    sizes, shardings = axis_sizes(config), flatten(param_shardings(config, rules))
     loaded = {
         leaf.path: _load_leaf(reader, leaf, sizes, shardings[leaf.path], dtype or binding.stored_dtype(leaf))
         for leaf in binding.leaves

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
-from jax_selftrain.distributed.sharding import make_layout
+from jax_selftrain.distributed.sharding import make_sharding_rules
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub.load import cpu_device
 from jax_selftrain.hub.merge import check_compatible, load_params_as_stored
@@ -38,9 +38,9 @@ def add_weight_noise(base: str, student: str, out: str | Path, seed: int, weight
     config, raw = read_config(base)
     check_compatible(base, student)
     mesh = make_mesh("", [cpu_device()])
-    layout = make_layout("replicated", mesh, axis_sizes(config))
+    rules = make_sharding_rules("replicated", mesh, axis_sizes(config))
     with mesh_context(mesh):
-        before, after = (load_params_as_stored(ref, layout) for ref in (base, student))
+        before, after = (load_params_as_stored(ref, rules) for ref in (base, student))
         params = {}
         for path in sorted(before):
             old, new = (np.asarray(side.pop(path), np.float32) for side in (before, after))

@@ -71,25 +71,25 @@ class WorkUnit:
         return [member for batch in self.batches for row in batch.rows for member in row.request_ids]
 
 
-def default_batch_tokens(layout: ShardingRules) -> int:
+def default_batch_tokens(rules: ShardingRules) -> int:
     """Enough to fill the device: more would only pad more rows, in the last batch of each length.
 
     On a CPU a token cost least in batches of 512 and as much in larger ones (the shape of Pythia-70m).
     """
-    return (512 if mesh_platform(layout.mesh) == "cpu" else 8192) * layout.data_parallelism
+    return (512 if mesh_platform(rules.mesh) == "cpu" else 8192) * rules.data_parallelism
 
 
-def batch_rows(layout: ShardingRules, length: int, batch_tokens: int | None) -> int:
+def batch_rows(rules: ShardingRules, length: int, batch_tokens: int | None) -> int:
     """Rows of a batch of this length: about `batch_tokens` positions, and a multiple of the data axis."""
     return (
-        max(1, (batch_tokens or default_batch_tokens(layout)) // (length * layout.data_parallelism))
-        * layout.data_parallelism
+        max(1, (batch_tokens or default_batch_tokens(rules)) // (length * rules.data_parallelism))
+        * rules.data_parallelism
     )
 
 
-def buffer_size(layout: ShardingRules, max_positions: int, batch_tokens: int | None) -> int:
+def buffer_size(rules: ShardingRules, max_positions: int, batch_tokens: int | None) -> int:
     """Places of the pool on each device, in whole chunks: `POOLED` times as many as a batch has positions."""
-    per_device = (batch_tokens or default_batch_tokens(layout)) // layout.data_parallelism
+    per_device = (batch_tokens or default_batch_tokens(rules)) // rules.data_parallelism
     return -(-BUFFER_BATCHES * max(per_device, max_positions) // PROJECTION_CHUNK) * PROJECTION_CHUNK
 
 
@@ -103,12 +103,12 @@ def unique_token_capacity(vocab_size: int, different: int) -> int:
 
 
 def plan_units(
-    layout: ShardingRules, config: DecoderConfig, requests: Sequence[TokenizedRequest], batch_tokens: int | None
+    rules: ShardingRules, config: DecoderConfig, requests: Sequence[TokenizedRequest], batch_tokens: int | None
 ) -> list[WorkUnit]:
     """Divide distinct requests into units, longest rows first.
 
     Args:
-      layout: of the model; only its number of replicas counts.
+      rules: of the model; only its number of replicas counts.
       config: of the model; no request is longer than its inputs, and its shape says what a position costs where.
       requests: all different.
       batch_tokens: token positions in one device batch.
@@ -117,15 +117,15 @@ def plan_units(
         return []
     units: list[WorkUnit] = []
     batches: list[BatchSpec] = []
-    nothing = (np.zeros(0, np.int32),) * layout.data_parallelism
-    vocabularies, filled, positions = nothing, np.zeros(layout.data_parallelism, np.int64), 0
-    room = buffer_size(layout, config.max_positions, batch_tokens)
-    for batch in _batches(layout, config, requests, batch_tokens):
-        rows = batch_rows(layout, batch.length, batch_tokens)
-        more, new = queries_per_device(layout, batch, rows), unique_tokens_per_device(layout, batch, rows)
+    nothing = (np.zeros(0, np.int32),) * rules.data_parallelism
+    vocabularies, filled, positions = nothing, np.zeros(rules.data_parallelism, np.int64), 0
+    room = buffer_size(rules, config.max_positions, batch_tokens)
+    for batch in _batches(rules, config, requests, batch_tokens):
+        rows = batch_rows(rules, batch.length, batch_tokens)
+        more, new = queries_per_device(rules, batch, rows), unique_tokens_per_device(rules, batch, rows)
         both, wider = (
             tuple(map(np.union1d, vocabularies, new)),
-            positions + batch.length * rows // layout.data_parallelism,
+            positions + batch.length * rows // rules.data_parallelism,
         )
         most = SMALL_BATCHES if wider <= UNIT_TOKENS else UNIT_BATCHES
         too_much = len(batches) >= most or (filled + more > room).any() or max(map(len, both)) > MAX_UNIQUE_TOKENS
@@ -137,25 +137,25 @@ def plan_units(
     return [*units, WorkUnit(len(units), tuple(batches), vocabularies)]
 
 
-def queries_per_device(layout: ShardingRules, batch: BatchSpec, rows: int) -> np.ndarray:
+def queries_per_device(rules: ShardingRules, batch: BatchSpec, rows: int) -> np.ndarray:
     """Places of the pool [S] that a batch of so many rows fills on each device along `data`."""
     counts = np.zeros(rows, np.int64)
     counts[: len(batch.rows)] = [len(row.query_positions) for row in batch.rows]
-    return counts.reshape(layout.data_parallelism, -1).sum(axis=1)
+    return counts.reshape(rules.data_parallelism, -1).sum(axis=1)
 
 
-def unique_tokens_per_device(layout: ShardingRules, batch: BatchSpec, rows: int) -> tuple[np.ndarray, ...]:
+def unique_tokens_per_device(rules: ShardingRules, batch: BatchSpec, rows: int) -> tuple[np.ndarray, ...]:
     """The different tokens, ascending, in a batch of so many rows on each device along `data`."""
-    own = rows // layout.data_parallelism
-    parts = (batch.rows[device * own : (device + 1) * own] for device in range(layout.data_parallelism))
+    own = rows // rules.data_parallelism
+    parts = (batch.rows[device * own : (device + 1) * own] for device in range(rules.data_parallelism))
     return tuple(np.unique(np.concatenate([np.zeros(0, np.int32), *(row.tokens for row in part)])) for part in parts)
 
 
 def _batches(
-    layout: ShardingRules, config: DecoderConfig, requests: Sequence[TokenizedRequest], batch_tokens: int | None
+    rules: ShardingRules, config: DecoderConfig, requests: Sequence[TokenizedRequest], batch_tokens: int | None
 ) -> Iterator[BatchSpec]:
     """The batches, longest first."""
-    tokens = batch_tokens or default_batch_tokens(layout)
+    tokens = batch_tokens or default_batch_tokens(rules)
     rows, lengths = choose_packing(SortedRequests(requests), config, tokens)
     counts = np.array([len(row.query_positions) for row in rows], np.int64)
     computed = np.empty_like(counts)
@@ -169,6 +169,6 @@ def _batches(
     start = 0
     while start < len(order):
         length = int(lengths[order[start]])
-        taken = order[start : start + batch_rows(layout, length, batch_tokens)]
+        taken = order[start : start + batch_rows(rules, length, batch_tokens)]
         start += len(taken)
         yield BatchSpec(length, int(computed[taken].max()), tuple(rows[at] for at in taken))

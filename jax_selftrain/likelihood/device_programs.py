@@ -24,7 +24,7 @@ from jax_selftrain.models import DecoderConfig, Params, Precomputed, forward, pr
 
 def precompute_tokens(
     config: DecoderConfig,
-    layout: ShardingRules,
+    rules: ShardingRules,
     compute_dtype: DTypeLike,
     params: Params,
     known: Precomputed,
@@ -33,13 +33,13 @@ def precompute_tokens(
 ) -> Precomputed:
     """What the different tokens of a unit are by themselves, `CHUNK` of them at a time (`models.learned`)."""
     return precompute(
-        config, layout, params, known, unique_tokens, chunks, PROJECTION_CHUNK, compute_dtype=compute_dtype
+        config, rules, params, known, unique_tokens, chunks, PROJECTION_CHUNK, compute_dtype=compute_dtype
     )
 
 
 def encode_batch(
     config: DecoderConfig,
-    layout: ShardingRules,
+    rules: ShardingRules,
     compute_dtype: DTypeLike,
     params: Params,
     hidden_buffer: Float[Array, "S N D"],
@@ -53,7 +53,7 @@ def encode_batch(
     """Compute one padded batch; S devices along `data` hold B/S rows each.
 
     Args:
-      config, layout, compute_dtype: static.
+      config, rules, compute_dtype: static.
       params: the model.
       pool: hidden states so far, N places on each device.
       known: from `learn_tokens`.
@@ -67,7 +67,7 @@ def encode_batch(
     """
     hidden = forward(
         config,
-        layout,
+        rules,
         params,
         tokens,
         positions=positions,
@@ -76,7 +76,7 @@ def encode_batch(
         precomputed=known,
         compute_dtype=compute_dtype,
     )
-    hidden = jnp.reshape(hidden, (layout.data_parallelism, -1, hidden.shape[-1]), out_sharding=buffer_sharding(layout))
+    hidden = jnp.reshape(hidden, (rules.data_parallelism, -1, hidden.shape[-1]), out_sharding=buffer_sharding(rules))
     data = PartitionSpec("data")
 
     # A gather across all rows would move hidden states between devices; each device needs only its own.
@@ -90,7 +90,7 @@ def encode_batch(
 
 def score_buffer(
     config: DecoderConfig,
-    layout: ShardingRules,
+    rules: ShardingRules,
     compute_dtype: DTypeLike,
     params: Params,
     pool: Float[Array, "S N D"],
@@ -100,7 +100,7 @@ def score_buffer(
     """Project a pool to the vocabulary.
 
     Args:
-      config, layout, compute_dtype: static.
+      config, rules, compute_dtype: static.
       params: the model.
       pool: from `fill_pool`.
       targets: tokens asked for at each place.
@@ -116,7 +116,7 @@ def score_buffer(
             jax.lax.dynamic_slice_in_dim(array, i * PROJECTION_CHUNK, PROJECTION_CHUNK, axis=1)
             for array in (pool, targets)
         )
-        new = logprobs_and_argmax(layout, unembed(config, layout, params, hidden, compute_dtype=compute_dtype), wanted)
+        new = logprobs_and_argmax(rules, unembed(config, rules, params, hidden, compute_dtype=compute_dtype), wanted)
         logprobs, greedy = (
             jax.lax.dynamic_update_slice_in_dim(old, part, i * PROJECTION_CHUNK, axis=1)
             for old, part in zip(done, new, strict=True)
@@ -129,14 +129,14 @@ def score_buffer(
 
 
 def logprobs_and_argmax(
-    layout: ShardingRules, logits: Float[Array, "S C V"], targets: Int[Array, "S C M"]
+    rules: ShardingRules, logits: Float[Array, "S C V"], targets: Int[Array, "S C M"]
 ) -> tuple[Float[Array, "S C M"], Int[Array, "S C"]]:
     """Log-softmax at the targets, and the argmax (the lowest id among equals).
 
     Each device works on the logits that it holds; of a vocabulary that lies on several, they exchange only what they
     found. (Written as masked sums over V this took three times as long on a CPU.)
     """
-    vocab = layout.spec(("vocab",))[0]
+    vocab = rules.spec(("vocab",))[0]
     data = PartitionSpec("data")
 
     @partial(jax.shard_map, in_specs=(PartitionSpec("data", None, vocab), data), out_specs=(data, data))
@@ -159,7 +159,7 @@ def logprobs_and_argmax(
 
 def score_batch(
     config: DecoderConfig,
-    layout: ShardingRules,
+    rules: ShardingRules,
     compute_dtype: DTypeLike,
     params: Params,
     pool: Float[Array, "S N D"],
@@ -175,11 +175,11 @@ def score_batch(
 ) -> tuple[Float[Array, "S N M"], Int[Array, "S N"]]:
     """`learn_tokens`, `fill_pool`, `score_pool`: a unit of one batch in one program, as many chunks of one as of the
     other."""
-    known = precompute_tokens(config, layout, compute_dtype, params, known, vocabulary, chunks)
-    pool = encode_batch(config, layout, compute_dtype, params, pool, known, tokens, positions, ends, at, slots)
-    return score_buffer(config, layout, compute_dtype, params, pool, targets, chunks)
+    known = precompute_tokens(config, rules, compute_dtype, params, known, vocabulary, chunks)
+    pool = encode_batch(config, rules, compute_dtype, params, pool, known, tokens, positions, ends, at, slots)
+    return score_buffer(config, rules, compute_dtype, params, pool, targets, chunks)
 
 
-def buffer_sharding(layout: ShardingRules) -> jax.sharding.NamedSharding:
+def buffer_sharding(rules: ShardingRules) -> jax.sharding.NamedSharding:
     """Of hidden states [S, N, D]."""
-    return layout.sharding(("batch", None, None))
+    return rules.sharding(("batch", None, None))

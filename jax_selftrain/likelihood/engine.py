@@ -33,7 +33,7 @@ from jax.typing import DTypeLike
 from jax_selftrain import hub
 from jax_selftrain.config import ScoreConfig
 from jax_selftrain.distributed.mesh import mesh_context, xla_options
-from jax_selftrain.distributed.sharding import ShardingRules, make_layout, shard_host_array
+from jax_selftrain.distributed.sharding import ShardingRules, make_sharding_rules, shard_host_array
 from jax_selftrain.errors import InputError
 from jax_selftrain.likelihood.batching import (
     PROJECTION_CHUNK,
@@ -157,7 +157,7 @@ def deduplicate(config: DecoderConfig, requests: Requests) -> tuple[list[Tokeniz
 def _scores(
     model: hub.LoadedModel, distinct: Sequence[TokenizedRequest], batch_tokens: int | None
 ) -> list[TokenScores]:
-    units = plan_units(model.layout, model.config, distinct, batch_tokens)
+    units = plan_units(model.sharding_rules, model.config, distinct, batch_tokens)
     results: dict[int, TokenScores] = {}
     for _, scores in run_batches(model, with_progress(units), batch_tokens):
         results |= scores
@@ -177,14 +177,14 @@ def run_batches(
     Yields:
       A unit, and the scores of the requests in it by their index.
     """
-    layout, config = model.layout, model.config
-    shape = (layout.data_parallelism, buffer_size(layout, config.max_positions, batch_tokens), config.hidden_size)
+    rules, config = model.sharding_rules, model.config
+    shape = (rules.data_parallelism, buffer_size(rules, config.max_positions, batch_tokens), config.hidden_size)
     running: tuple[WorkUnit, _ScoreBuffer] | None = None
     known: Precomputed | None = None
-    with mesh_context(layout.mesh):
-        pool = jnp.zeros(shape, jnp.float32, out_sharding=layout.sharding(("batch", None, None)))
+    with mesh_context(rules.mesh):
+        pool = jnp.zeros(shape, jnp.float32, out_sharding=rules.sharding(("batch", None, None)))
     for unit in units:
-        with mesh_context(layout.mesh):
+        with mesh_context(rules.mesh):
             known = _precompute(model, known, unit)
             pool, results = _dispatch(model, pool, known, unit, batch_tokens)
         if running is not None:
@@ -195,28 +195,28 @@ def run_batches(
 
 
 def batch_program(
-    config: DecoderConfig, layout: ShardingRules, dtype: DTypeLike, batch_tokens: int | None, length: int
+    config: DecoderConfig, rules: ShardingRules, dtype: DTypeLike, batch_tokens: int | None, length: int
 ) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
     """The computation for rows of one length, whose tokens are as different as can be, that are asked about at every
     position: function, abstract arguments with shardings, donated arguments."""
-    rows, places = batch_rows(layout, length, batch_tokens), buffer_size(layout, config.max_positions, batch_tokens)
+    rows, places = batch_rows(rules, length, batch_tokens), buffer_size(rules, config.max_positions, batch_tokens)
     params = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract_params(config, dtype),
-        param_shardings(config, layout),
+        param_shardings(config, rules),
     )
-    tokens = unique_token_capacity(config.vocab_size, min(config.vocab_size, rows // layout.data_parallelism * length))
+    tokens = unique_token_capacity(config.vocab_size, min(config.vocab_size, rows // rules.data_parallelism * length))
 
     def array(*shape: int, dtype: DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
         axes = ("batch", *[None] * (len(shape) - 1)) if shape else ()
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(axes))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=rules.sharding(axes))
 
-    with mesh_context(layout.mesh):
-        known = abstract_precomputed(config, layout, params, tokens, dtype)
-    pool = array(layout.data_parallelism, places, config.hidden_size, dtype=jnp.float32)
-    batch = [*[array(rows, length)] * 4, array(layout.data_parallelism, places)]
-    asked = (array(layout.data_parallelism, tokens), array(layout.data_parallelism, places, MAX_TARGETS), array())
-    return partial(score_batch, config, layout, dtype), (params, pool, known, *batch, *asked), ()
+    with mesh_context(rules.mesh):
+        known = abstract_precomputed(config, rules, params, tokens, dtype)
+    pool = array(rules.data_parallelism, places, config.hidden_size, dtype=jnp.float32)
+    batch = [*[array(rows, length)] * 4, array(rules.data_parallelism, places)]
+    asked = (array(rules.data_parallelism, tokens), array(rules.data_parallelism, places, MAX_TARGETS), array())
+    return partial(score_batch, config, rules, dtype), (params, pool, known, *batch, *asked), ()
 
 
 def abstract_program(config: ScoreConfig, mesh: Mesh) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
@@ -225,8 +225,8 @@ def abstract_program(config: ScoreConfig, mesh: Mesh) -> tuple[Callable[..., Any
     The stage runs the two one after the other, compiled apart. Reads the model's config, not its weights.
     """
     decoder, _ = hub.read_config(config.model)
-    layout = make_layout(config.preset, mesh, axis_sizes(decoder))
-    return batch_program(decoder, layout, jnp.dtype(config.dtype), config.batch_tokens, decoder.max_positions)
+    rules = make_sharding_rules(config.preset, mesh, axis_sizes(decoder))
+    return batch_program(decoder, rules, jnp.dtype(config.dtype), config.batch_tokens, decoder.max_positions)
 
 
 class _Programs(NamedTuple):
@@ -250,18 +250,18 @@ def _precompute(model: hub.LoadedModel, known: Precomputed | None, unit: WorkUni
 
     (Else its programs would depend on what was scored before it, and not on what a restart finds missing.)
     """
-    layout, config, dtype = model.layout, model.config, model.compute_dtype
+    rules, config, dtype = model.sharding_rules, model.config, model.compute_dtype
     most = max(map(len, unit.unique_tokens))
     places = unique_token_capacity(config.vocab_size, most)
     if known is None or known.x.shape[1] != places:
-        shapes = abstract_precomputed(config, layout, model.params, places, dtype)
+        shapes = abstract_precomputed(config, rules, model.params, places, dtype)
         known = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, out_sharding=leaf.sharding), shapes)
-    tokens = np.zeros((layout.data_parallelism, known.x.shape[1]), np.int32)
+    tokens = np.zeros((rules.data_parallelism, known.x.shape[1]), np.int32)
     for mine, vocabulary in zip(tokens, unit.unique_tokens, strict=True):
         mine[: len(vocabulary)] = vocabulary
-    chunks = shard_host_array(layout, np.asarray(-(-most // PROJECTION_CHUNK), np.int32), ())
+    chunks = shard_host_array(rules, np.asarray(-(-most // PROJECTION_CHUNK), np.int32), ())
     return _programs().learn(
-        config, layout, dtype, model.params, known, shard_host_array(layout, tokens, ("batch", None)), chunks
+        config, rules, dtype, model.params, known, shard_host_array(rules, tokens, ("batch", None)), chunks
     )
 
 
@@ -269,23 +269,23 @@ def _dispatch(
     model: hub.LoadedModel, pool: jax.Array, known: Precomputed, unit: WorkUnit, batch_tokens: int | None
 ) -> tuple[jax.Array, _ScoreBuffer]:
     """Hand a unit to the devices without waiting for them."""
-    layout, static = model.layout, (model.config, model.layout, model.compute_dtype)
+    rules, static = model.sharding_rules, (model.config, model.sharding_rules, model.compute_dtype)
     programs = _programs()
     targets = np.zeros((*pool.shape[:2], MAX_TARGETS), np.int32)
-    filled, first = [0] * layout.data_parallelism, []
+    filled, first = [0] * rules.data_parallelism, []
     for batch in unit.batches:
-        rows = batch_rows(layout, batch.length, batch_tokens)
-        arrays, places = _arrays(layout, batch, rows, unit.unique_tokens, targets, filled)
+        rows = batch_rows(rules, batch.length, batch_tokens)
+        arrays, places = _arrays(rules, batch, rows, unit.unique_tokens, targets, filled)
         first.append(places)
-        arguments = (shard_host_array(layout, array, ("batch", None)) for array in arrays)
+        arguments = (shard_host_array(rules, array, ("batch", None)) for array in arrays)
         pool = programs.fill(*static, model.params, pool, known, *arguments)
-    wanted = shard_host_array(layout, targets, ("batch", None, None))
-    chunks = shard_host_array(layout, np.asarray(-(-max(filled) // PROJECTION_CHUNK), np.int32), ())
+    wanted = shard_host_array(rules, targets, ("batch", None, None))
+    chunks = shard_host_array(rules, np.asarray(-(-max(filled) // PROJECTION_CHUNK), np.int32), ())
     return pool, _ScoreBuffer(*programs.score(*static, model.params, pool, wanted, chunks), first)
 
 
 def _arrays(
-    layout: ShardingRules,
+    rules: ShardingRules,
     batch: BatchSpec,
     rows: int,
     vocabularies: Sequence[np.ndarray],
@@ -301,7 +301,7 @@ def _arrays(
     slots = np.full(targets.shape[:2], -1, np.int32)
     places = np.zeros((len(batch.rows), 2), np.int64)
     for number, row in enumerate(batch.rows):
-        device, own = divmod(number, rows // layout.data_parallelism)
+        device, own = divmod(number, rows // rules.data_parallelism)
         n, begin, count = len(row.tokens), filled[device], len(row.query_positions)
         tokens[number, :n] = np.searchsorted(vocabularies[device], row.tokens)
         positions[number, :n], ends[number, :n] = row.positions, row.subtree_ends

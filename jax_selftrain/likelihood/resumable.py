@@ -128,11 +128,11 @@ def loglikelihoods_resumable(
       InputError: a request cannot be answered, or a file in the folder is damaged.
     """
     distinct, which = deduplicate(model.config, requests)
-    units = plan_units(model.layout, model.config, distinct, batch_tokens)
+    units = plan_units(model.sharding_rules, model.config, distinct, batch_tokens)
     folder = parts.open(_cache_key(model, distinct, units, parts.identity, batch_tokens))
     parts.num_requests += len(requests)
     parts.num_unique += len(distinct)
-    together = spans_processes(model.layout.mesh)
+    together = spans_processes(model.sharding_rules.mesh)
     score = _score_on_shared_mesh if together else _score_claimed
     for unit, scores in score(model, units, folder, batch_tokens):
         parts.num_computed += len(scores)
@@ -211,19 +211,19 @@ def _cache_key(
         "identity": dict(identity),
         "requests": asked.hexdigest(),
         "units": hash_json([unit.members for unit in units]),
-        "batch_tokens": batch_tokens or default_batch_tokens(model.layout),
+        "batch_tokens": batch_tokens or default_batch_tokens(model.sharding_rules),
     }
     return hash_json(decisive | environment(model))[:16]
 
 
 def environment(model: hub.LoadedModel) -> dict[str, Any]:
     """What decides the last bits of a model's answers beside what is asked and in which batches."""
-    layout = model.layout
+    rules = model.sharding_rules
     return {
         "dtype": model.compute_dtype.name,
-        "mesh": dict(layout.mesh.shape),
-        "rules": dict(layout.logical_to_mesh),
-        "device": layout.mesh.devices.flat[0].device_kind,
+        "mesh": dict(rules.mesh.shape),
+        "rules": dict(rules.logical_to_mesh),
+        "device": rules.mesh.devices.flat[0].device_kind,
         "versions": versions(),
     }
 

@@ -26,11 +26,11 @@ BLOCK_SIZES = (512, 256, 128)
 
 
 def can_use_splash(
-    config: DecoderConfig, layout: ShardingRules, length: int, compute_dtype: jax.typing.DTypeLike
+    config: DecoderConfig, rules: ShardingRules, length: int, compute_dtype: jax.typing.DTypeLike
 ) -> bool:
     """Whether there is a fused kernel for rows of `length` tokens: on a TPU, in bfloat16, without sliding windows."""
     return (
-        mesh_platform(layout.mesh) == "tpu"
+        mesh_platform(rules.mesh) == "tpu"
         and jnp.dtype(compute_dtype) == jnp.bfloat16
         and config.sliding_window is None
         and length % BLOCK_SIZES[-1] == 0
@@ -38,7 +38,7 @@ def can_use_splash(
 
 
 def splash_attention(
-    layout: ShardingRules,
+    rules: ShardingRules,
     q: Float[Array, "B T G R K"],
     k: Float[Array, "B T G K"],
     v: Float[Array, "B T G K"],
@@ -58,7 +58,7 @@ def splash_attention(
     tile = next(tile for tile in BLOCK_SIZES if length % tile == 0)
     tiles = splash.BlockSizes(tile, tile, tile, tile, tile, tile, tile, tile)  # forward; backward of keys; of queries
     queries, keys = ("batch", None, "kv_heads", "q_per_kv", None), ("batch", None, "kv_heads", None)
-    specs = layout.spec(queries), layout.spec(keys), layout.spec(keys), layout.spec(("batch", None))
+    specs = rules.spec(queries), rules.spec(keys), rules.spec(keys), rules.spec(("batch", None))
 
     # The kernel says nothing about which mesh axes its outputs vary over, so that JAX cannot check it.
     @partial(jax.shard_map, in_specs=specs, out_specs=specs[0], check_vma=False)

@@ -92,7 +92,7 @@ class DecoderConfig:
 
 
 def axis_sizes(config: DecoderConfig) -> dict[str, int]:
-    """Sizes of the logical axes that a mesh may divide, for `mesh.make_layout`."""
+    """Sizes of the logical axes that a mesh may divide, for `make_sharding_rules`."""
     return {
         "embed": config.hidden_size,
         "vocab": config.vocab_size,

@@ -1,7 +1,7 @@
 """The forward pass: one decoder for every family, scanned over layers.
 
-Pure functions of (config, layout, params, inputs); config and layout are hashable and static under `jax.jit`. Call
-inside `using(layout.mesh)`.
+Pure functions of (config, rules, params, inputs); config and rules are hashable and static under `jax.jit`. Call
+inside `mesh_context(rules.mesh)`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _REMATERIALIZED: dict[Remat, Callable[[Callable], Callable]] = {
 
 def forward(
     config: DecoderConfig,
-    layout: ShardingRules,
+    rules: ShardingRules,
     params: Params,
     tokens: Int[Array, "B T"],
     *,
@@ -55,8 +55,8 @@ def forward(
     """Causal forward pass up to and including the final norm.
 
     Args:
-      config, layout: static.
-      params: as `param_shardings(config, layout)` places them.
+      config, rules: static.
+      params: as `param_shardings(config, rules)` places them.
       tokens: token ids, sharded on `batch`.
       positions: rotary position of each token; default 0 … T−1.
       segments: document number of each token; a token sees only its own document. Default: one document a row.
@@ -86,7 +86,7 @@ def forward(
         visible = visible & (index[:, None] < subtree_ends[:, None, :])
         distance = positions[:, :, None] - positions[:, None, :]
     rotary = rotary_tables(config, positions, dtype)
-    fused = subtree_ends is None and query_positions is None and can_use_splash(config, layout, length, compute_dtype)
+    fused = subtree_ends is None and query_positions is None and can_use_splash(config, rules, length, compute_dtype)
 
     def layer(
         x: jax.Array, inputs: dict, queries: jax.Array | None = None, mine: PreAttention | None = None
@@ -95,23 +95,21 @@ def forward(
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
             if fused:
-                return splash_attention(layout, q, k, v, segments, compute_dtype), None
-            visible_to_them = seen if queries is None else take_positions(layout, seen, queries)
+                return splash_attention(rules, q, k, v, segments, compute_dtype), None
+            visible_to_them = seen if queries is None else take_positions(rules, seen, queries)
             return dot_product_attention(q, k, v, visible_to_them, compute_dtype), None
 
-        return decoder_layer(
-            config, layout, inputs["weights"], x, rotary, attend, compute_dtype, at=queries, known=mine
-        )
+        return decoder_layer(config, rules, inputs["weights"], x, rotary, attend, compute_dtype, at=queries, known=mine)
 
     inputs = scan_xs(config, params)
     if query_positions is None:
-        x, _ = jax.lax.scan(_REMATERIALIZED[remat](layer), embed(layout, params, tokens, dtype), inputs)
+        x, _ = jax.lax.scan(_REMATERIALIZED[remat](layer), embed(rules, params, tokens, dtype), inputs)
     else:
         first, last = 0, config.num_layers - 1
         if precomputed is None:
-            x = embed(layout, params, tokens, dtype)
+            x = embed(rules, params, tokens, dtype)
         else:
-            precomputed = lookup(layout, precomputed, tokens)
+            precomputed = lookup(rules, precomputed, tokens)
             x = precomputed.x
             if last > 0:
                 x, _ = layer(x, layer_slice(inputs, 0), mine=precomputed.qkv_and_mlp)
@@ -123,12 +121,12 @@ def forward(
 
         x, _ = jax.lax.scan(layer_at, x, jnp.arange(first, last))
         x, _ = layer(x, layer_slice(inputs, last), query_positions)
-    return norm(config, layout, x, params["final_norm"])
+    return norm(config, rules, x, params["final_norm"])
 
 
 def unembed(
     config: DecoderConfig,
-    layout: ShardingRules,
+    rules: ShardingRules,
     params: Params,
     hidden: Float[Array, "*lead D"],
     *,
@@ -136,4 +134,4 @@ def unembed(
 ) -> Float[Array, "*lead V"]:
     """Logits in fp32. The first dimension of `hidden` is the batch; V lies on `model` under tensor parallelism."""
     kernel = params["embed"]["embedding"] if config.tie_word_embeddings else params["head"]["kernel"]
-    return linear(layout, kernel, ("vocab", "embed"), 1, hidden, compute_dtype)
+    return linear(rules, kernel, ("vocab", "embed"), 1, hidden, compute_dtype)

@@ -19,27 +19,27 @@ from jax_selftrain.distributed.mesh import AxisGroups, torus_axis_groups
 from jax_selftrain.distributed.sharding import Axes, ShardingRules
 
 
-def is_fsdp_sharded(layout: ShardingRules, axes: Axes) -> bool:
+def is_fsdp_sharded(rules: ShardingRules, axes: Axes) -> bool:
     """Whether a parameter with these axes is divided along its `embed` axis."""
-    return "embed" in axes and dict(layout.logical_to_mesh)["embed"] == "data" and layout.data_parallelism > 1
+    return "embed" in axes and dict(rules.logical_to_mesh)["embed"] == "data" and rules.data_parallelism > 1
 
 
-def unshard_param(layout: ShardingRules, weight: Array, axes: Axes, dtype: jax.typing.DTypeLike) -> Array:
+def unshard_param(rules: ShardingRules, weight: Array, axes: Axes, dtype: jax.typing.DTypeLike) -> Array:
     """A stored parameter, cast and then gathered along `embed`, as XLA finds best."""
-    return jax.reshard(weight.astype(dtype), layout.unsharded_embed(axes))
+    return jax.reshard(weight.astype(dtype), rules.unsharded_embed(axes))
 
 
-def all_gather_param(layout: ShardingRules, weight: Array, axes: Axes, dtype: jax.typing.DTypeLike) -> Array:
+def all_gather_param(rules: ShardingRules, weight: Array, axes: Axes, dtype: jax.typing.DTypeLike) -> Array:
     """The same by an all-gather in that type. Its gradient is the business of those who call it (`scattered_sum`).
 
     (Unchecked, since JAX takes what has been gathered for a value of each replica's own.)
     """
-    if not is_fsdp_sharded(layout, axes):
-        return unshard_param(layout, weight, axes, dtype)
+    if not is_fsdp_sharded(rules, axes):
+        return unshard_param(rules, weight, axes, dtype)
 
-    axis_groups = torus_axis_groups(layout.mesh)
+    axis_groups = torus_axis_groups(rules.mesh)
 
-    @partial(jax.shard_map, in_specs=layout.spec(axes), out_specs=layout.unsharded_embed(axes).spec, check_vma=False)
+    @partial(jax.shard_map, in_specs=rules.spec(axes), out_specs=rules.unsharded_embed(axes).spec, check_vma=False)
     def gather(part: Array) -> Array:
         return all_gather(part, axes.index("embed"), axis_groups)
 
@@ -47,7 +47,7 @@ def all_gather_param(layout: ShardingRules, weight: Array, axes: Axes, dtype: ja
 
 
 def psum_scatter_grad(
-    layout: ShardingRules,
+    rules: ShardingRules,
     axes: Axes,
     partial_sum: Callable[..., Array],
     specs: tuple[PartitionSpec, ...],
@@ -56,13 +56,13 @@ def psum_scatter_grad(
     """The sum over replicas of `partial_sum(*parts)`, which is of a divided parameter's whole width, as it is stored.
 
     Args:
-      layout, axes: of the parameter.
+      rules, axes: of the parameter.
       partial_sum: what each device adds, from its parts of the arrays.
       specs: how the arrays lie.
     """
-    lines = torus_axis_groups(layout.mesh)
+    lines = torus_axis_groups(rules.mesh)
 
-    @partial(jax.shard_map, in_specs=specs, out_specs=layout.spec(axes))
+    @partial(jax.shard_map, in_specs=specs, out_specs=rules.spec(axes))
     def add(*parts: Array) -> Array:
         return reduce_scatter(partial_sum(*parts), axes.index("embed"), lines)
 
@@ -121,36 +121,36 @@ _TABLE: Axes = ("vocab", "embed")
 
 
 def embedding_lookup(
-    layout: ShardingRules, table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: jax.typing.DTypeLike
+    rules: ShardingRules, table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: jax.typing.DTypeLike
 ) -> Float[Array, "B T D"]:
     """Rows of the embedding as it is stored, in the type of the residual stream, in which gradients are summed."""
-    if is_fsdp_sharded(layout, _TABLE):
-        return _fsdp_embedding_lookup(layout, jnp.dtype(dtype), table, tokens)
-    return _rows(layout, dtype, unshard_param(layout, table, _TABLE, table.dtype), tokens)
+    if is_fsdp_sharded(rules, _TABLE):
+        return _fsdp_embedding_lookup(rules, jnp.dtype(dtype), table, tokens)
+    return _rows(rules, dtype, unshard_param(rules, table, _TABLE, table.dtype), tokens)
 
 
-def _rows(layout: ShardingRules, dtype: jax.typing.DTypeLike, table: Array, tokens: Array) -> Array:
+def _rows(rules: ShardingRules, dtype: jax.typing.DTypeLike, table: Array, tokens: Array) -> Array:
     """Of one that is whole along its width."""
-    return table.at[tokens].get(out_sharding=layout.sharding(("batch", None, None))).astype(dtype)
+    return table.at[tokens].get(out_sharding=rules.sharding(("batch", None, None))).astype(dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _fsdp_embedding_lookup(layout: ShardingRules, dtype: jnp.dtype, table: Array, tokens: Array) -> Array:
-    return _rows(layout, dtype, all_gather_param(layout, table, _TABLE, table.dtype), tokens)
+def _fsdp_embedding_lookup(rules: ShardingRules, dtype: jnp.dtype, table: Array, tokens: Array) -> Array:
+    return _rows(rules, dtype, all_gather_param(rules, table, _TABLE, table.dtype), tokens)
 
 
 def _divided_rows_forward(
-    layout: ShardingRules, dtype: jnp.dtype, table: Array, tokens: Array
+    rules: ShardingRules, dtype: jnp.dtype, table: Array, tokens: Array
 ) -> tuple[Array, tuple[Array, Array]]:
-    return _fsdp_embedding_lookup(layout, dtype, table, tokens), (table, tokens)
+    return _fsdp_embedding_lookup(rules, dtype, table, tokens), (table, tokens)
 
 
 def _divided_rows_backward(
-    layout: ShardingRules, dtype: jnp.dtype, operands: tuple[Array, Array], cotangent: Array
+    rules: ShardingRules, dtype: jnp.dtype, operands: tuple[Array, Array], cotangent: Array
 ) -> tuple[Array, None]:
     table, tokens = operands
-    axis = layout.spec(_TABLE)[0]
-    here = table.shape[0] // (1 if axis is None else layout.tensor_parallelism)
+    axis = rules.spec(_TABLE)[0]
+    here = table.shape[0] // (1 if axis is None else rules.tensor_parallelism)
 
     def partial_sum(tokens: Array, cotangent: Array) -> Array:
         if axis is not None:  # what is another device's falls outside, where nothing is added
@@ -159,9 +159,9 @@ def _divided_rows_backward(
         zeros = jnp.zeros_like(cotangent, shape=(here, table.shape[1]))
         return zeros.at[tokens].add(cotangent, mode="drop")
 
-    batch = layout.sharding(("batch", None))
-    specs = (batch.spec, layout.spec(("batch", None, None)))
-    found = psum_scatter_grad(layout, _TABLE, partial_sum, specs, jax.reshard(tokens, batch), cotangent)
+    batch = rules.sharding(("batch", None))
+    specs = (batch.spec, rules.spec(("batch", None, None)))
+    found = psum_scatter_grad(rules, _TABLE, partial_sum, specs, jax.reshard(tokens, batch), cotangent)
     return found.astype(table.dtype), None
 
 

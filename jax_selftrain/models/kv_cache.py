@@ -71,7 +71,7 @@ class KVCache:
 
 def init_cache(
     config: DecoderConfig,
-    layout: ShardingRules,
+    rules: ShardingRules,
     rows: int,
     capacity: int,
     dtype: jax.typing.DTypeLike = jnp.float32,
@@ -92,16 +92,16 @@ def init_cache(
     shape = (config.num_layers, -(-capacity // block), rows, config.num_kv_heads, block, config.head_dim)
 
     def committed_len() -> jax.Array:
-        return jnp.zeros(shape, settled_dtype, out_sharding=layout.sharding(_BLOCK_AXES))
+        return jnp.zeros(shape, settled_dtype, out_sharding=rules.sharding(_BLOCK_AXES))
 
     def scale() -> jax.Array | None:
         if jnp.issubdtype(settled_dtype, jnp.floating):
             return None
-        return jnp.zeros(shape[:-1], jnp.float32, out_sharding=layout.sharding(_SCALE_AXES))
+        return jnp.zeros(shape[:-1], jnp.float32, out_sharding=rules.sharding(_SCALE_AXES))
 
     def page() -> jax.Array:
         page_shape = (config.num_layers, rows, config.num_kv_heads, TAIL_LEN, config.head_dim)
-        return jnp.zeros(page_shape, dtype, out_sharding=layout.sharding(_PAGE_AXES))
+        return jnp.zeros(page_shape, dtype, out_sharding=rules.sharding(_PAGE_AXES))
 
     return KVCache(committed_len(), committed_len(), scale(), scale(), page(), page())
 
@@ -113,7 +113,7 @@ def num_used_blocks(cache: KVCache, settled: Int[Array, " B"]) -> Int[Array, ""]
 
 def decode_step(
     config: DecoderConfig,
-    layout: ShardingRules,
+    rules: ShardingRules,
     params: Params,
     cache: KVCache,
     tokens: Int[Array, " B"],
@@ -166,26 +166,26 @@ def decode_step(
             state = jax.lax.fori_loop(0, blocks, older, state)
             return (state.context / state.total[..., None])[:, None], (written_k, written_v)
 
-        x, (page_k, page_v) = decoder_layer(config, layout, inputs["weights"], x, rotary, attend, compute_dtype)
+        x, (page_k, page_v) = decoder_layer(config, rules, inputs["weights"], x, rotary, attend, compute_dtype)
         return (x, page_k, page_v), None
 
-    x = embed(layout, params, tokens[:, None], dtype)
+    x = embed(rules, params, tokens[:, None], dtype)
     inputs = scan_xs(config, params) | {"index": jnp.arange(config.num_layers, dtype=jnp.int32)}
     (x, page_k, page_v), _ = jax.lax.scan(layer, (x, cache.page_k, cache.page_v), inputs)
-    hidden = norm(config, layout, x[:, 0], params["final_norm"])
+    hidden = norm(config, rules, x[:, 0], params["final_norm"])
     return hidden, cache.with_tail(page_k, page_v)
 
 
-def flush_tail(layout: ShardingRules, cache: KVCache, settled: Int[Array, " B"]) -> KVCache:
+def flush_tail(rules: ShardingRules, cache: KVCache, settled: Int[Array, " B"]) -> KVCache:
     """Write the whole page behind each row's settled part (whole pages); the caller then counts PAGE more.
 
     Row by row and in place, on each device its own rows: nothing but the page is read or written.
     """
-    blocks, scales, pages = layout.spec(_BLOCK_AXES), layout.spec(_SCALE_AXES), layout.spec(_PAGE_AXES)
+    blocks, scales, pages = rules.spec(_BLOCK_AXES), rules.spec(_SCALE_AXES), rules.spec(_PAGE_AXES)
     scale = None if cache.k_scale is None else scales
     specs = KVCache(blocks, blocks, scale, scale, pages, pages)
 
-    @partial(jax.shard_map, in_specs=(specs, layout.spec(("batch",))), out_specs=specs)
+    @partial(jax.shard_map, in_specs=(specs, rules.spec(("batch",))), out_specs=specs)
     def flush(cache: KVCache, settled: jax.Array) -> KVCache:
         new_k, new_k_scale = _quantized(cache.page_k, cache.k)
         new_v, new_v_scale = _quantized(cache.page_v, cache.v)

@@ -35,7 +35,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def norm(config: DecoderConfig, layout: ShardingRules, x: jax.Array, weights: Params) -> jax.Array:
+def norm(config: DecoderConfig, rules: ShardingRules, x: jax.Array, weights: Params) -> jax.Array:
     """LayerNorm or RMSNorm over the last dimension, in the type of `x` (fp32).
 
     Args:
@@ -46,10 +46,10 @@ def norm(config: DecoderConfig, layout: ShardingRules, x: jax.Array, weights: Pa
         centered = x - jnp.mean(x, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
         x = centered * jax.lax.rsqrt(variance + config.norm_eps)
-        return x * unshard_param(layout, weights["scale"], ("embed",), x.dtype) + unshard_param(
-            layout, weights["bias"], ("embed",), x.dtype
+        return x * unshard_param(rules, weights["scale"], ("embed",), x.dtype) + unshard_param(
+            rules, weights["bias"], ("embed",), x.dtype
         )
-    return rms_norm(x, unshard_param(layout, weights["scale"], ("embed",), x.dtype), config.norm_eps)
+    return rms_norm(x, unshard_param(rules, weights["scale"], ("embed",), x.dtype), config.norm_eps)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -138,24 +138,24 @@ class PreAttention(NamedTuple):
 
 def pre_attention(
     config: DecoderConfig,
-    layout: ShardingRules,
+    rules: ShardingRules,
     weights: Params,
     x: Float[Array, "B T D"],
     compute_dtype: jax.typing.DTypeLike,
     query_positions: Int[Array, "B Q"] | None = None,
 ) -> PreAttention:
     """Of the residual stream `x` and one layer's weights; queries and MLP only at the places `at` of each row."""
-    normed = norm(config, layout, x, weights["attn_norm"])
-    k, v = _keys_values(config, layout, weights["attn"], normed, compute_dtype)
+    normed = norm(config, rules, x, weights["attn_norm"])
+    k, v = _keys_values(config, rules, weights["attn"], normed, compute_dtype)
     if query_positions is not None:
-        x, normed = take_positions(layout, x, query_positions), take_positions(layout, normed, query_positions)
-    q = _queries(config, layout, weights["attn"], normed, compute_dtype)
-    return PreAttention(q, k, v, _mlp(config, layout, weights, x, compute_dtype) if config.parallel_residual else None)
+        x, normed = take_positions(rules, x, query_positions), take_positions(rules, normed, query_positions)
+    q = _queries(config, rules, weights["attn"], normed, compute_dtype)
+    return PreAttention(q, k, v, _mlp(config, rules, weights, x, compute_dtype) if config.parallel_residual else None)
 
 
 def decoder_layer(
     config: DecoderConfig,
-    layout: ShardingRules,
+    rules: ShardingRules,
     weights: Params,
     x: Float[Array, "B T D"],
     rotary: Rotary,
@@ -171,27 +171,25 @@ def decoder_layer(
       at: only the queries at these places of each row are asked, and the result is that of these places.
       known: what `own` would find, where it is known already (without `at`).
     """
-    pre = pre_attention(config, layout, weights, x, compute_dtype, at) if known is None else known
+    pre = pre_attention(config, rules, weights, x, compute_dtype, at) if known is None else known
     k = apply_rotary(pre.k, rotary)
     if at is not None:
-        x, rotary = take_positions(layout, x, at), Rotary(*(take_positions(layout, table, at) for table in rotary))
+        x, rotary = take_positions(rules, x, at), Rotary(*(take_positions(rules, table, at) for table in rotary))
     context, state = attend(apply_rotary(pre.q, rotary), k, pre.v)
     axes = ("embed", "kv_heads", "q_per_kv", "head_dim")
-    attention = dense(layout, weights["attn"]["o"], axes, 1, context, compute_dtype)
+    attention = dense(rules, weights["attn"]["o"], axes, 1, context, compute_dtype)
     if pre.mlp is not None:
         return x + attention + pre.mlp, state
     x = x + attention
-    return x + _mlp(config, layout, weights, x, compute_dtype), state
+    return x + _mlp(config, rules, weights, x, compute_dtype), state
 
 
 def take_positions(
-    layout: ShardingRules, x: Shaped[Array, "#B T ..."], at: Int[Array, "B Q"]
+    rules: ShardingRules, x: Shaped[Array, "#B T ..."], at: Int[Array, "B Q"]
 ) -> Shaped[Array, "B Q ..."]:
     """x[b, at[b, q]]: the rows of each batch element that are named; every device takes from its own."""
-    data = layout.spec(("batch",))
-    x = jnp.broadcast_to(
-        x, (at.shape[0], *x.shape[1:]), out_sharding=layout.sharding(("batch", *[None] * (x.ndim - 1)))
-    )
+    data = rules.spec(("batch",))
+    x = jnp.broadcast_to(x, (at.shape[0], *x.shape[1:]), out_sharding=rules.sharding(("batch", *[None] * (x.ndim - 1))))
 
     @partial(jax.shard_map, in_specs=(data, data), out_specs=data)
     def take(x: jax.Array, at: jax.Array) -> jax.Array:
@@ -201,34 +199,34 @@ def take_positions(
 
 
 def _queries(
-    config: DecoderConfig, layout: ShardingRules, weights: Params, x: jax.Array, compute_dtype: jax.typing.DTypeLike
+    config: DecoderConfig, rules: ShardingRules, weights: Params, x: jax.Array, compute_dtype: jax.typing.DTypeLike
 ) -> jax.Array:
-    q = dense(layout, weights["q"], ("kv_heads", "q_per_kv", "head_dim", "embed"), 3, x, compute_dtype)
+    q = dense(rules, weights["q"], ("kv_heads", "q_per_kv", "head_dim", "embed"), 3, x, compute_dtype)
     return rms_norm(q, weights["q_norm"]["scale"].astype(q.dtype), config.norm_eps) if config.qk_norm else q
 
 
 def _keys_values(
-    config: DecoderConfig, layout: ShardingRules, weights: Params, x: jax.Array, compute_dtype: jax.typing.DTypeLike
+    config: DecoderConfig, rules: ShardingRules, weights: Params, x: jax.Array, compute_dtype: jax.typing.DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
     axes = ("kv_heads", "head_dim", "embed")
-    k = dense(layout, weights["k"], axes, 2, x, compute_dtype)
+    k = dense(rules, weights["k"], axes, 2, x, compute_dtype)
     if config.qk_norm:
         k = rms_norm(k, weights["k_norm"]["scale"].astype(k.dtype), config.norm_eps)
-    return k, dense(layout, weights["v"], axes, 2, x, compute_dtype)
+    return k, dense(rules, weights["v"], axes, 2, x, compute_dtype)
 
 
 def _mlp(
-    config: DecoderConfig, layout: ShardingRules, weights: Params, x: jax.Array, compute_dtype: jax.typing.DTypeLike
+    config: DecoderConfig, rules: ShardingRules, weights: Params, x: jax.Array, compute_dtype: jax.typing.DTypeLike
 ) -> jax.Array:
-    x = norm(config, layout, x, weights["mlp_norm"])
+    x = norm(config, rules, x, weights["mlp_norm"])
     weights = weights["mlp"]
     act = ACTIVATIONS[config.activation]
-    hidden = dense(layout, weights["up"], ("mlp", "embed"), 1, x, compute_dtype)
+    hidden = dense(rules, weights["up"], ("mlp", "embed"), 1, x, compute_dtype)
     if config.gated_mlp:
-        hidden = act(dense(layout, weights["gate"], ("mlp", "embed"), 1, x, compute_dtype)) * hidden
+        hidden = act(dense(rules, weights["gate"], ("mlp", "embed"), 1, x, compute_dtype)) * hidden
     else:
         hidden = act(hidden)
-    return dense(layout, weights["down"], ("embed", "mlp"), 1, hidden, compute_dtype)
+    return dense(rules, weights["down"], ("embed", "mlp"), 1, hidden, compute_dtype)
 
 
 def layer_windows(config: DecoderConfig) -> np.ndarray | None:
@@ -250,7 +248,7 @@ def layer_slice(inputs: dict[str, Any], index: jax.Array | int) -> dict[str, Any
 
 
 def embed(
-    layout: ShardingRules, params: Params, tokens: Int[Array, "B T"], dtype: jax.typing.DTypeLike
+    rules: ShardingRules, params: Params, tokens: Int[Array, "B T"], dtype: jax.typing.DTypeLike
 ) -> Float[Array, "B T D"]:
     """Rows of the embedding, in the type of the residual stream."""
-    return embedding_lookup(layout, params["embed"]["embedding"], tokens, dtype)
+    return embedding_lookup(rules, params["embed"]["embedding"], tokens, dtype)

@@ -94,21 +94,21 @@ _low_precision_einsum.defvjp(_narrow_product_forward, _narrow_product_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _fsdp_einsum(
-    equation: str, layout: ShardingRules, axes: Axes, out: NamedSharding, x: jax.Array, w: jax.Array
+    equation: str, rules: ShardingRules, axes: Axes, out: NamedSharding, x: jax.Array, w: jax.Array
 ) -> jax.Array:
     """Of x and a kernel as it is stored, divided among replicas: gathered in the type of x, again for x's gradient."""
-    return _einsum(equation, x, all_gather_param(layout, w, axes, x.dtype), out)
+    return _einsum(equation, x, all_gather_param(rules, w, axes, x.dtype), out)
 
 
 def _divided_product_forward(
-    equation: str, layout: ShardingRules, axes: Axes, out: NamedSharding, x: jax.Array, w: jax.Array
+    equation: str, rules: ShardingRules, axes: Axes, out: NamedSharding, x: jax.Array, w: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _fsdp_einsum(equation, layout, axes, out, x, w), (x, w)
+    return _fsdp_einsum(equation, rules, axes, out, x, w), (x, w)
 
 
 def _divided_product_backward(
     equation: str,
-    layout: ShardingRules,
+    rules: ShardingRules,
     axes: Axes,
     out: NamedSharding,
     operands: tuple[jax.Array, jax.Array],
@@ -117,10 +117,10 @@ def _divided_product_backward(
     x, w = operands
     to_x, to_w = _transposed(equation)
     g = cotangent.astype(x.dtype)
-    dx = _einsum(to_x, g, all_gather_param(layout, w, axes, x.dtype), jax.typeof(x).sharding)
+    dx = _einsum(to_x, g, all_gather_param(rules, w, axes, x.dtype), jax.typeof(x).sharding)
     parts = PartitionSpec(out.spec[0], *jax.typeof(x).sharding.spec[1:])  # each replica's own rows
-    split = jax.reshard(x, NamedSharding(layout.mesh, parts))
-    dw = psum_scatter_grad(layout, axes, lambda x, g: _einsum(to_w, x, g, None), (parts, out.spec), split, g)
+    split = jax.reshard(x, NamedSharding(rules.mesh, parts))
+    dw = psum_scatter_grad(rules, axes, lambda x, g: _einsum(to_w, x, g, None), (parts, out.spec), split, g)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
@@ -128,7 +128,7 @@ _fsdp_einsum.defvjp(_divided_product_forward, _divided_product_backward)
 
 
 def linear(
-    layout: ShardingRules,
+    rules: ShardingRules,
     kernel: jax.Array,
     axes: Axes,
     num_output_dims: int,
@@ -156,43 +156,43 @@ def linear(
     kept, summed = used_axes[:num_output_dims], used_axes[num_output_dims:]
     rows = ("batch", *[None] * (len(leading) - 1))
     if len(leading) == 2 and x.shape[1] == 1:
-        equation, out = f"{letters},{leading}{taken}->{made}{leading}", layout.sharding((*kept, *rows))
-        y = mixed_precision_einsum(equation, unshard_param(layout, kernel, axes, compute_dtype), x, compute_dtype, out)
+        equation, out = f"{letters},{leading}{taken}->{made}{leading}", rules.sharding((*kept, *rows))
+        y = mixed_precision_einsum(equation, unshard_param(rules, kernel, axes, compute_dtype), x, compute_dtype, out)
         return jnp.moveaxis(y, range(num_output_dims), range(-num_output_dims, 0))
-    equation, out = f"{leading}{taken},{letters}->{leading}{made}", layout.sharding((*rows, *kept))
-    if is_fsdp_sharded(layout, axes):
-        return _fsdp_einsum(equation, layout, axes, out, x.astype(compute_dtype), kernel)
-    kernel = unshard_param(layout, kernel, axes, compute_dtype)
-    divided_within = any(layout.spec(kept)[1:]) or any(layout.spec(summed)[1:])
-    if mesh_platform(layout.mesh) != "cpu" or divided_within:
+    equation, out = f"{leading}{taken},{letters}->{leading}{made}", rules.sharding((*rows, *kept))
+    if is_fsdp_sharded(rules, axes):
+        return _fsdp_einsum(equation, rules, axes, out, x.astype(compute_dtype), kernel)
+    kernel = unshard_param(rules, kernel, axes, compute_dtype)
+    divided_within = any(rules.spec(kept)[1:]) or any(rules.spec(summed)[1:])
+    if mesh_platform(rules.mesh) != "cpu" or divided_within:
         return mixed_precision_einsum(equation, x, kernel, compute_dtype, out)
     shape, size = (*x.shape[: len(leading)], *kernel.shape[:num_output_dims]), math.prod(kernel.shape[:num_output_dims])
-    x = jnp.reshape(x, (*shape[: len(leading)], -1), out_sharding=layout.sharding((*rows, summed[0])))
-    kernel = jnp.reshape(kernel, (size, -1), out_sharding=layout.sharding((kept[0], summed[0])))
-    flat = layout.sharding((*rows, kept[0]))
+    x = jnp.reshape(x, (*shape[: len(leading)], -1), out_sharding=rules.sharding((*rows, summed[0])))
+    kernel = jnp.reshape(kernel, (size, -1), out_sharding=rules.sharding((kept[0], summed[0])))
+    flat = rules.sharding((*rows, kept[0]))
     y = mixed_precision_einsum(f"{leading}i,oi->{leading}o", x, kernel, compute_dtype, flat)
     return jnp.reshape(y, shape, out_sharding=out)
 
 
 def dense(
-    layout: ShardingRules, weights: Params, axes: Axes, outputs: int, x: jax.Array, compute_dtype: jax.typing.DTypeLike
+    rules: ShardingRules, weights: Params, axes: Axes, outputs: int, x: jax.Array, compute_dtype: jax.typing.DTypeLike
 ) -> jax.Array:
     """kernel · x + bias; arguments as of `linear`.
 
     Where there are low-rank factors `lora_a` [inputs…, r] and `lora_b` [r, outputs…] (LoRA, arXiv:2106.09685), their
     product counts as part of the kernel.
     """
-    y = linear(layout, weights["kernel"], axes, outputs, x, compute_dtype)
+    y = linear(rules, weights["kernel"], axes, outputs, x, compute_dtype)
     kept = axes[:outputs]
     if "lora_a" in weights:
         letters = "".join(_LETTERS[axis] for axis in axes if axis is not None)
         made, taken = letters[:outputs], letters[outputs:]
-        a = unshard_param(layout, weights["lora_a"], (*axes[outputs:], None), compute_dtype)
-        b = unshard_param(layout, weights["lora_b"], (None, *kept), compute_dtype)
+        a = unshard_param(rules, weights["lora_a"], (*axes[outputs:], None), compute_dtype)
+        b = unshard_param(rules, weights["lora_b"], (None, *kept), compute_dtype)
         low = mixed_precision_einsum(
-            f"bt{taken},{taken}z->btz", x, a, compute_dtype, layout.sharding(("batch", None, None))
+            f"bt{taken},{taken}z->btz", x, a, compute_dtype, rules.sharding(("batch", None, None))
         )
         y = y + mixed_precision_einsum(f"btz,z{made}->bt{made}", low, b, compute_dtype, jax.typeof(y).sharding)
     if "bias" in weights:
-        y = y + unshard_param(layout, weights["bias"], kept, y.dtype)
+        y = y + unshard_param(rules, weights["bias"], kept, y.dtype)
     return y

@@ -138,12 +138,12 @@ def param_axes(config: DecoderConfig) -> Params:
     return unflatten_dict({path: declared.get_metadata("axes") for path, declared in _param_tree(config)})
 
 
-def param_shardings(config: DecoderConfig, layout: ShardingRules) -> Params:
+def param_shardings(config: DecoderConfig, rules: ShardingRules) -> Params:
     """`NamedSharding` of every parameter as stored."""
-    return jax.tree.map(layout.sharding, param_axes(config), is_leaf=lambda leaf: isinstance(leaf, tuple))
+    return jax.tree.map(rules.sharding, param_axes(config), is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
-def init_params(config: DecoderConfig, seed: int, layout: ShardingRules) -> Params:
+def init_params(config: DecoderConfig, seed: int, rules: ShardingRules) -> Params:
     """Fresh fp32 parameters: matrices normal with `initializer_range`, norms one, biases zero.
 
     The numbers are a pure function of (seed, name, layer): the same on every mesh, platform and version of JAX. Each
@@ -164,7 +164,7 @@ def init_params(config: DecoderConfig, seed: int, layout: ShardingRules) -> Para
             drawn = [_normal(seed, path, layer, shape[1:], config.initializer_range)[index[1:]] for layer in layers]
             return np.stack(drawn)
 
-        return jax.make_array_from_callback(shape, layout.sharding(axes), part)
+        return jax.make_array_from_callback(shape, rules.sharding(axes), part)
 
     return unflatten_dict({path: fill(path, declared) for path, declared in _param_tree(config)})
 

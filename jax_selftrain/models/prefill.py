@@ -21,7 +21,7 @@ from jax_selftrain.models.params import Params
 
 def prefill(
     config: DecoderConfig,
-    layout: ShardingRules,
+    rules: ShardingRules,
     params: Params,
     cache: KVCache,
     tokens: Int[Array, "B P"],
@@ -48,9 +48,9 @@ def prefill(
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             return dot_product_attention(q, k, v, seen[None], compute_dtype), (k, v)
 
-        return decoder_layer(config, layout, inputs["weights"], x, rotary, attend, compute_dtype)
+        return decoder_layer(config, rules, inputs["weights"], x, rotary, attend, compute_dtype)
 
-    x = embed(layout, params, tokens, dtype)
+    x = embed(rules, params, tokens, dtype)
     _, (keys, values) = jax.lax.scan(layer, x, scan_xs(config, params))
     return KVCache(_to_blocks(cache, keys), _to_blocks(cache, values), None, None, cache.page_k, cache.page_v)
 

@@ -31,18 +31,18 @@ class Precomputed(NamedTuple):
 
 
 def abstract_precomputed(
-    config: DecoderConfig, layout: ShardingRules, params: Params, indices: int, compute_dtype: jax.typing.DTypeLike
+    config: DecoderConfig, rules: ShardingRules, params: Params, indices: int, compute_dtype: jax.typing.DTypeLike
 ) -> Precomputed:
     """Shapes and shardings of what is known of so many tokens on each device."""
     tokens = jax.ShapeDtypeStruct(
-        (layout.data_parallelism, indices), jnp.int32, sharding=layout.sharding(("batch", None))
+        (rules.data_parallelism, indices), jnp.int32, sharding=rules.sharding(("batch", None))
     )
-    return jax.eval_shape(partial(_known_of, config, layout, compute_dtype=compute_dtype), params, tokens)
+    return jax.eval_shape(partial(_known_of, config, rules, compute_dtype=compute_dtype), params, tokens)
 
 
 def precompute(
     config: DecoderConfig,
-    layout: ShardingRules,
+    rules: ShardingRules,
     params: Params,
     table: Precomputed,
     tokens: Int[Array, "S W"],
@@ -61,18 +61,18 @@ def precompute(
 
     def learn(i: Array, known: Precomputed) -> Precomputed:
         part = jax.lax.dynamic_slice_in_dim(tokens, i * size, size, axis=1)
-        new = _known_of(config, layout, params, part, compute_dtype=compute_dtype)
+        new = _known_of(config, rules, params, part, compute_dtype=compute_dtype)
         write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * size, axis=1)
         return jax.tree.map(write, known, new)
 
     return jax.lax.fori_loop(0, chunks, learn, table)
 
 
-def lookup(layout: ShardingRules, known: Precomputed, places: Int[Array, "B T"]) -> Precomputed:
+def lookup(rules: ShardingRules, known: Precomputed, places: Int[Array, "B T"]) -> Precomputed:
     """What is known of the token at each position, named by its place in the table of the row's own device."""
     specs = jax.tree.map(lambda part: jax.typeof(part).sharding.spec, known)
 
-    @partial(jax.shard_map, in_specs=(specs, layout.spec(("batch", None))), out_specs=specs)
+    @partial(jax.shard_map, in_specs=(specs, rules.spec(("batch", None))), out_specs=specs)
     def recall(known: Precomputed, places: Array) -> Precomputed:
         return jax.tree.map(lambda part: part[0][places], known)
 
@@ -80,8 +80,8 @@ def lookup(layout: ShardingRules, known: Precomputed, places: Int[Array, "B T"])
 
 
 def _known_of(
-    config: DecoderConfig, layout: ShardingRules, params: Params, tokens: Array, *, compute_dtype: jax.typing.DTypeLike
+    config: DecoderConfig, rules: ShardingRules, params: Params, tokens: Array, *, compute_dtype: jax.typing.DTypeLike
 ) -> Precomputed:
-    x = embed(layout, params, tokens, accumulation_dtype(compute_dtype))
+    x = embed(rules, params, tokens, accumulation_dtype(compute_dtype))
     weights = layer_slice(scan_xs(config, params), 0)["weights"]
-    return Precomputed(x, pre_attention(config, layout, weights, x, compute_dtype))
+    return Precomputed(x, pre_attention(config, rules, weights, x, compute_dtype))

@@ -5,7 +5,12 @@ from jax_selftrain.sampling.counter_rng import per_sample_keys, random_words
 from jax_selftrain.sampling.decode import DecodeLoop, DecodeSpec, SampleBatch, decode, decode_spec
 from jax_selftrain.sampling.greedy import greedy_continue
 from jax_selftrain.sampling.sample_corpus import abstract_program, sample
-from jax_selftrain.sampling.sampling_params import SamplingParams, check_sample_config, make_policy, warp_logits
+from jax_selftrain.sampling.sampling_params import (
+    SamplingParams,
+    check_sample_config,
+    make_sampling_params,
+    warp_logits,
+)
 
 __all__ = [
     "DecodeLoop",
@@ -20,7 +25,7 @@ __all__ = [
     "draw_margin",
     "greedy_continue",
     "level_sizes",
-    "make_policy",
+    "make_sampling_params",
     "per_sample_keys",
     "random_words",
     "sample",

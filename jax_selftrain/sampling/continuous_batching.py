@@ -92,25 +92,25 @@ class DecodeState:
     """Pages run so far."""
 
 
-def padded_output_len(policy: SamplingParams) -> int:
+def padded_output_len(sampling_params: SamplingParams) -> int:
     """T: the length limit in whole pages."""
-    return -(-policy.max_tokens // TAIL_LEN) * TAIL_LEN
+    return -(-sampling_params.max_tokens // TAIL_LEN) * TAIL_LEN
 
 
 def initial_state(
-    layout: ShardingRules, policy: SamplingParams, rows: int, queue: RequestQueue, cache: KVCache
+    rules: ShardingRules, sampling_params: SamplingParams, rows: int, queue: RequestQueue, cache: KVCache
 ) -> DecodeState:
     """The state before the first token: every row has taken a sample, if there were enough.
 
     Args:
       cache: empty, or of a loop of the same shape that has ended (what it holds is finite and unseen).
     """
-    batch, line = layout.sharding(("batch",)), layout.sharding(("batch", None))
-    places = len(queue.keys) + layout.data_parallelism
-    length = padded_output_len(policy)
+    batch, line = rules.sharding(("batch",)), rules.sharding(("batch", None))
+    places = len(queue.keys) + rules.data_parallelism
+    length = padded_output_len(sampling_params)
     zeros = partial(jnp.zeros, out_sharding=batch)
     idle = DecodeSlots(
-        queue_index=jnp.full((rows,), len(queue.keys) // layout.data_parallelism, jnp.int32, out_sharding=batch),
+        queue_index=jnp.full((rows,), len(queue.keys) // rules.data_parallelism, jnp.int32, out_sharding=batch),
         key=jnp.zeros((rows, 2), jnp.uint32, out_sharding=line),
         token=zeros((rows,), jnp.int32),
         cache_len=zeros((rows,), jnp.int32),
@@ -127,14 +127,14 @@ def initial_state(
         stopped=zeros((places,), bool),
         finite=jnp.ones((places,), bool, out_sharding=batch),
     )
-    refilled, following = per_replica(layout, _refill, policy)(
-        idle, zeros((layout.data_parallelism,), jnp.int32), queue
+    refilled, following = per_replica(rules, _refill, sampling_params)(
+        idle, zeros((rules.data_parallelism,), jnp.int32), queue
     )
     return DecodeState(cache, refilled, following, samples, jnp.zeros((), jnp.int32))
 
 
 def refill_slots(
-    policy: SamplingParams,
+    sampling_params: SamplingParams,
     rows: DecodeSlots,
     following: jax.Array,
     queue: RequestQueue,
@@ -160,12 +160,12 @@ def refill_slots(
         stopped=samples.stopped.at[rows.queue_index].set(rows.stopped),
         finite=samples.finite.at[rows.queue_index].set(rows.finite),
     )
-    rows, following = _refill(policy, replace(rows, cache_len=rows.cache_len + TAIL_LEN), following, queue)
+    rows, following = _refill(sampling_params, replace(rows, cache_len=rows.cache_len + TAIL_LEN), following, queue)
     return rows, following, samples
 
 
 def _refill(
-    policy: SamplingParams, rows: DecodeSlots, following: jax.Array, queue: RequestQueue
+    sampling_params: SamplingParams, rows: DecodeSlots, following: jax.Array, queue: RequestQueue
 ) -> tuple[DecodeSlots, jax.Array]:
     """Rows that are done take the next samples in the order of rows; those for which none is left stay idle."""
     idle = jnp.int32(len(queue.keys))
@@ -179,7 +179,7 @@ def _refill(
     refilled = DecodeSlots(
         queue_index=there,
         key=queue.keys.at[there].get(mode="clip"),
-        token=fresh(policy.start_id, rows.token),
+        token=fresh(sampling_params.start_id, rows.token),
         cache_len=fresh(0, rows.cache_len),
         length=fresh(0, rows.length),
         done=rows.done & ~taken,
@@ -189,16 +189,16 @@ def _refill(
     return refilled, following + jnp.sum(taken, dtype=jnp.int32)
 
 
-def per_replica(layout: ShardingRules, function: Callable, policy: SamplingParams) -> Callable:
-    """`function(policy, rows, …)` on each replica's own part of arrays whose first axis is the batch.
+def per_replica(rules: ShardingRules, function: Callable, sampling_params: SamplingParams) -> Callable:
+    """`function(sampling_params, rows, …)` on each replica's own part of arrays whose first axis is the batch.
 
     (`drawn`, the last argument of `turn`, has the batch second.)
     """
-    first, second = layout.spec(("batch",)), layout.spec((None, "batch"))
+    first, second = rules.spec(("batch",)), rules.spec((None, "batch"))
     specs = (first, first, first, first, second)
 
     def apply(*arguments: Any) -> Any:
-        mapped = jax.shard_map(partial(function, policy), in_specs=specs[: len(arguments)], out_specs=first)
+        mapped = jax.shard_map(partial(function, sampling_params), in_specs=specs[: len(arguments)], out_specs=first)
         return mapped(*arguments)
 
     return apply

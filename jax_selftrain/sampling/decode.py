@@ -67,7 +67,7 @@ class DecodeSpec:
     """What a compiled program depends on beside shapes and policy: a static argument."""
 
     config: DecoderConfig
-    layout: ShardingRules
+    sharding_rules: ShardingRules
     compute_dtype: str
     """Type of matmul operands."""
     cache_dtype: str | None = None
@@ -78,14 +78,14 @@ class DecodeSpec:
         block = min(self._block(rows), -(-capacity // TAIL_LEN) * TAIL_LEN)
         settled = self.cache_dtype or self.compute_dtype
         return init_cache(
-            self.config, self.layout, rows, capacity, self.compute_dtype, settled_dtype=settled, block=block
+            self.config, self.sharding_rules, rows, capacity, self.compute_dtype, settled_dtype=settled, block=block
         )
 
     def _block(self, rows: int) -> int:
         """Slots of a settled block; a power of two of them, so that growing lengths share their boundaries."""
-        if mesh_platform(self.layout.mesh) != "cpu":
+        if mesh_platform(self.sharding_rules.mesh) != "cpu":
             return BLOCK
-        slot = rows // self.layout.data_parallelism * self.config.num_kv_heads * self.config.head_dim * 4
+        slot = rows // self.sharding_rules.data_parallelism * self.config.num_kv_heads * self.config.head_dim * 4
         return next((block for block in (128, 64) if block * slot <= CPU_BLOCK_BYTES), TAIL_LEN)
 
 
@@ -127,23 +127,29 @@ class SampleBatch:
 
 def decode_spec(model: LoadedModel, cache_dtype: str | None = None) -> DecodeSpec:
     """The architecture of a loaded model, as it was loaded."""
-    return DecodeSpec(model.config, model.layout, np.dtype(model.compute_dtype).name, cache_dtype)
+    return DecodeSpec(model.config, model.sharding_rules, np.dtype(model.compute_dtype).name, cache_dtype)
 
 
 class DecodeLoop:
     """The loop for samples of one model and policy, with the memory it works in."""
 
     def __init__(
-        self, architecture: DecodeSpec, policy: SamplingParams, params: Params, *, rows: int, queue: int | None = None
+        self,
+        architecture: DecodeSpec,
+        sampling_params: SamplingParams,
+        params: Params,
+        *,
+        rows: int,
+        queue: int | None = None,
     ):
         """
         Args:
-          params: on the mesh of `architecture.layout`.
+          params: on the mesh of `architecture.sharding_rules`.
           rows: of one replica's batch.
           queue: samples that one call of `draw` can draw on each replica; more than `rows` of them refill rows whose
             sample has ended. Default: `rows`, so that there is nothing to refill with (lockstep).
         """
-        self.architecture, self.policy, self.params = architecture, policy, params
+        self.architecture, self.sampling_params, self.params = architecture, sampling_params, params
         self.rows, self.queue = rows, rows if queue is None else queue
         self._cache: KVCache | None = None
 
@@ -159,24 +165,24 @@ class DecodeLoop:
           keys: from `words.sample_keys`; 1 … queue × replicas of them. Replicas take equal shares, in order.
           report: told about once a second how far the call has come; what it raises ends it.
         """
-        layout = self.architecture.layout
-        share, more = divmod(len(keys), layout.data_parallelism)
-        counts = np.full(layout.data_parallelism, share, np.int32) + (np.arange(layout.data_parallelism) < more)
-        if not 0 < len(keys) <= self.queue * layout.data_parallelism:
-            raise ValueError(f"{len(keys)} samples do not fit in {layout.data_parallelism} queues of {self.queue}")
-        queued = np.zeros((layout.data_parallelism, self.queue, 2), np.uint32)
+        rules = self.architecture.sharding_rules
+        share, more = divmod(len(keys), rules.data_parallelism)
+        counts = np.full(rules.data_parallelism, share, np.int32) + (np.arange(rules.data_parallelism) < more)
+        if not 0 < len(keys) <= self.queue * rules.data_parallelism:
+            raise ValueError(f"{len(keys)} samples do not fit in {rules.data_parallelism} queues of {self.queue}")
+        queued = np.zeros((rules.data_parallelism, self.queue, 2), np.uint32)
         for mine, part in zip(queued, np.split(keys, np.cumsum(counts)[:-1]), strict=True):
             mine[: len(part)] = part
-        with mesh_context(layout.mesh):
+        with mesh_context(rules.mesh):
             queue = RequestQueue(
-                shard_host_array(layout, queued.reshape(-1, 2), ("batch", None)),
-                shard_host_array(layout, counts, ("batch",)),
+                shard_host_array(rules, queued.reshape(-1, 2), ("batch", None)),
+                shard_host_array(rules, counts, ("batch",)),
             )
             state, slots = self._run(queue, progress_callback)
         samples = jax.device_get(state.samples)
         order = np.concatenate([r * (self.queue + 1) + np.arange(n) for r, n in enumerate(counts)])
         drawn = SampleBatch(
-            tokens=np.ascontiguousarray(samples.tokens[order, : self.policy.max_tokens]),
+            tokens=np.ascontiguousarray(samples.tokens[order, : self.sampling_params.max_tokens]),
             lengths=samples.length[order],
             logprobs=samples.logprobs[order].sum(axis=1, dtype=np.float64).astype(np.float32),
             policy_logprobs=samples.policy_logprobs[order].sum(axis=1, dtype=np.float64).astype(np.float32),
@@ -190,15 +196,15 @@ class DecodeLoop:
 
     def _run(self, queue: RequestQueue, report: Callable[[DecodeProgress], None]) -> tuple[DecodeState, int]:
         """Run pages until every sample has ended; the state, and how many tokens the rows could have drawn."""
-        programs, architecture, policy = _programs(), self.architecture, self.policy
-        rows = self.rows * architecture.layout.data_parallelism
+        programs, architecture, sampling_params = _programs(), self.architecture, self.sampling_params
+        rows = self.rows * architecture.sharding_rules.data_parallelism
         cache, self._cache = self._cache, None
         if cache is None:
-            cache = programs.empty_cache(architecture, policy, rows)
-        state, pages = programs.begin(architecture.layout, policy, rows, queue, cache), 1
+            cache = programs.empty_cache(architecture, sampling_params, rows)
+        state, pages = programs.begin(architecture.sharding_rules, sampling_params, rows, queue, cache), 1
         while True:
             began = time.perf_counter()
-            state = programs.run(architecture, policy, self.params, queue, state, np.int32(pages))
+            state = programs.run(architecture, sampling_params, self.params, queue, state, np.int32(pages))
             busy, ended, tokens, run = (int(x) for x in jax.device_get(programs.progress(state)))
             tally = DecodeProgress(ended, tokens, run * TAIL_LEN * rows)
             report(tally)
@@ -210,7 +216,7 @@ class DecodeLoop:
 
 def decode(
     architecture: DecodeSpec,
-    policy: SamplingParams,
+    sampling_params: SamplingParams,
     params: Params,
     keys: UInt32[np.ndarray, "N 2"],
     *,
@@ -219,18 +225,20 @@ def decode(
     report: Callable[[DecodeProgress], None] = lambda tally: None,
 ) -> SampleBatch:
     """`DecodeLoop.draw`, once; the queue takes all samples by default."""
-    places = -(-len(keys) // architecture.layout.data_parallelism) if queue is None else queue
-    return DecodeLoop(architecture, policy, params, rows=rows, queue=places).generate(keys, progress_callback=report)
+    places = -(-len(keys) // architecture.sharding_rules.data_parallelism) if queue is None else queue
+    return DecodeLoop(architecture, sampling_params, params, rows=rows, queue=places).generate(
+        keys, progress_callback=report
+    )
 
 
-def empty_cache(architecture: DecodeSpec, policy: SamplingParams, rows: int) -> KVCache:
+def empty_cache(architecture: DecodeSpec, sampling_params: SamplingParams, rows: int) -> KVCache:
     """A cache for samples of the policy's length, in `rows` rows over all replicas."""
-    return architecture.init_cache(rows, padded_output_len(policy))
+    return architecture.init_cache(rows, padded_output_len(sampling_params))
 
 
 def decode_chunks(
     architecture: DecodeSpec,
-    policy: SamplingParams,
+    sampling_params: SamplingParams,
     params: Params,
     queue: RequestQueue,
     state: DecodeState,
@@ -239,28 +247,28 @@ def decode_chunks(
     """Run up to so many pages, or until every sample has ended: the program that sampling spends its time in.
 
     Args:
-      architecture, policy: static.
+      architecture, sampling_params: static.
       state: its buffers are given up to the result's (donated).
     """
-    layout, levels = architecture.layout, len(level_sizes(architecture.config.vocab_size))
+    rules, levels = architecture.sharding_rules, len(level_sizes(architecture.config.vocab_size))
 
     def next_token_fn(
         hidden: jax.Array, position: jax.Array, before: DecodeSlots
     ) -> tuple[jax.Array, DecodeSlots, Any]:
         logits = next_token_logits(architecture, params, hidden)
-        masked = warp_logits(logits, policy)
+        masked = warp_logits(logits, sampling_params)
         token, masked_total = categorical(masked, token_random_bits(before.key, position, levels))
-        total = full_logsumexp(logits, policy, masked_total)
+        total = full_logsumexp(logits, sampling_params, masked_total)
         finite = jnp.isfinite(total)
         active = ~before.done
         stop = jnp.zeros_like(active)
-        for stop_id in policy.stop_ids:
+        for stop_id in sampling_params.stop_ids:
             stop = stop | (token == stop_id)
         length = before.length + active
         after = replace(
             before,
             length=length,
-            done=before.done | stop | ~finite | (length >= policy.max_tokens),
+            done=before.done | stop | ~finite | (length >= sampling_params.max_tokens),
             stopped=before.stopped | (active & stop),
             finite=before.finite & (finite | before.done),
         )
@@ -274,7 +282,7 @@ def decode_chunks(
         cache, token, rows, drawn = decode_chunk(
             architecture, params, state.cache, state.rows.cache_len, state.rows.token, state.rows, next_token_fn
         )
-        rows, following, samples = per_replica(layout, refill_slots, policy)(
+        rows, following, samples = per_replica(rules, refill_slots, sampling_params)(
             replace(rows, token=token), state.next_index, queue, state.samples, drawn
         )
         return DecodeState(cache, rows, following, samples, state.pages + 1)
@@ -308,7 +316,7 @@ def decode_chunk(
         position = settled + offset
         hidden, stepped = decode_step(
             architecture.config,
-            architecture.layout,
+            architecture.sharding_rules,
             params,
             cache.with_tail(page_k, page_v),
             token,
@@ -323,13 +331,13 @@ def decode_chunk(
 
     begin = ((cache.page_k, cache.page_v), token, loop_state)
     (page, token, loop_state), outs = jax.lax.scan(step, begin, jnp.arange(TAIL_LEN, dtype=jnp.int32))
-    return flush_tail(architecture.layout, cache.with_tail(*page), settled), token, loop_state, outs
+    return flush_tail(architecture.sharding_rules, cache.with_tail(*page), settled), token, loop_state, outs
 
 
 def next_token_logits(architecture: DecodeSpec, params: Params, hidden: jax.Array) -> jax.Array:
     """Logits [B, V] in fp32, the vocabulary whole on every device of a replica."""
-    config, layout, dtype = architecture.config, architecture.layout, architecture.compute_dtype
-    return replicate_vocab(unembed(config, layout, params, hidden[:, None], compute_dtype=dtype)[:, 0])
+    config, rules, dtype = architecture.config, architecture.sharding_rules, architecture.compute_dtype
+    return replicate_vocab(unembed(config, rules, params, hidden[:, None], compute_dtype=dtype)[:, 0])
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ StopCriterion = Callable[[Sequence[int]], bool]
 class SamplingSpec:
     """How tokens are drawn, where it is not by taking the most probable one."""
 
-    policy: SamplingParams
+    sampling_params: SamplingParams
     """Temperature and truncation; its start and stop ids and its length limit play no part."""
     seed: int
     """Token t of prompt i is drawn with words that depend on (seed, i, t) alone."""
@@ -106,7 +106,7 @@ def generate_until(
     order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))  # the longest first: memory is short at once
     while order:
         width = _width(len(prompts[order[0]]))
-        size = max(1, min(batch_size, batch_tokens // width)) * model.layout.data_parallelism
+        size = max(1, min(batch_size, batch_tokens // width)) * model.sharding_rules.data_parallelism
         batch, order = order[:size], order[size:]
         _continue_batch(
             model, [rows[i] for i in batch], [ids[i] for i in batch], size, width, max_tokens, finished, draws
@@ -124,7 +124,7 @@ def _continue_batch(
     finished: StopCriterion,
     draws: SamplingSpec | None,
 ) -> None:
-    layout, architecture = model.layout, decode_spec(model)
+    rules, architecture = model.sharding_rules, decode_spec(model)
     rows = [*request_ids, *(_Request([0], [], done=True) for _ in range(size - len(request_ids)))]
     pages = -(-(TAIL_LEN + max_tokens) // TAIL_LEN)
     prompts = np.zeros((size, width), np.int32)
@@ -137,28 +137,28 @@ def _continue_batch(
     keys = np.zeros((size, 2), np.uint32)
     if draws is not None:
         keys[: len(ids)] = per_sample_keys(draws.seed, list(ids))
-    policy = None if draws is None else draws.policy
+    sampling_params = None if draws is None else draws.sampling_params
     given = np.arange(1, TAIL_LEN + 1)[:, None] < lengths
     starts = np.array([len(row.prompt) for row in rows], np.int32)
-    with mesh_context(layout.mesh):
-        by_row = partial(shard_host_array, layout, axes=("batch",))
+    with mesh_context(rules.mesh):
+        by_row = partial(shard_host_array, rules, axes=("batch",))
         cache = _prefill(
             architecture,
             width + pages * TAIL_LEN,
             bool(settled.any()),
             model.params,
-            shard_host_array(layout, prompts, ("batch", None)),
+            shard_host_array(rules, prompts, ("batch", None)),
         )
         state = cache, by_row(settled), by_row(fed[0])
         for page in range(pages):
             state, found = _decode_chunk(
                 architecture,
-                policy,
+                sampling_params,
                 model.params,
                 *state,
-                shard_host_array(layout, fed[1:], (None, "batch")),
-                shard_host_array(layout, given, (None, "batch")),
-                shard_host_array(layout, keys, ("batch", None)),
+                shard_host_array(rules, fed[1:], (None, "batch")),
+                shard_host_array(rules, given, (None, "batch")),
+                shard_host_array(rules, keys, ("batch", None)),
                 by_row(starts),
             )
             for row, following, already in zip(rows, np.asarray(found).T, given.sum(axis=0), strict=True):
@@ -187,17 +187,17 @@ def _prefill(
     architecture: DecodeSpec, capacity: int, filled: bool, params: Params, prompts: Int32[Array, "B P"]
 ) -> KVCache:
     """A cache with the prompts in it; an empty one where no prompt fills a page."""
-    config, layout = architecture.config, architecture.layout
+    config, rules = architecture.config, architecture.sharding_rules
     cache = architecture.init_cache(prompts.shape[0], capacity)
     if not filled:
         return cache
-    return prefill(config, layout, params, cache, prompts, compute_dtype=architecture.compute_dtype)
+    return prefill(config, rules, params, cache, prompts, compute_dtype=architecture.compute_dtype)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
 def _decode_chunk(
     architecture: DecodeSpec,
-    policy: SamplingParams | None,
+    sampling_params: SamplingParams | None,
     params: Params,
     cache: KVCache,
     settled: Int32[Array, " B"],
@@ -211,11 +211,11 @@ def _decode_chunk(
 
     def advance(hidden: jax.Array, position: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         logits = next_token_logits(architecture, params, hidden)
-        if policy is None:
+        if sampling_params is None:
             chosen = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         else:
             words = token_random_bits(keys, position + 1 - starts, len(level_sizes(architecture.config.vocab_size)))
-            chosen, _ = categorical(warp_logits(logits, policy), words)
+            chosen, _ = categorical(warp_logits(logits, sampling_params), words)
         here, is_given = (
             jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False) for x in (forced_mask, forced_tokens)
         )
@@ -223,4 +223,4 @@ def _decode_chunk(
         return following, index + 1, following
 
     cache, token, _, outs = decode_chunk(architecture, params, cache, settled, token, jnp.int32(0), advance)
-    return (cache, settled + TAIL_LEN, token), jax.reshard(outs, architecture.layout.sharding((None, None)))
+    return (cache, settled + TAIL_LEN, token), jax.reshard(outs, architecture.sharding_rules.sharding((None, None)))

@@ -43,16 +43,16 @@ def greedy_continue(
             f"a prefix of {prefix} and a suffix of {n} tokens are longer than the model's "
             f"{model.config.max_positions} positions; ask for shorter ones"
         )
-    batch = batch_size * model.layout.data_parallelism
+    batch = batch_size * model.sharding_rules.data_parallelism
     padded = np.concatenate([tokens, np.zeros((-rows % batch, prefix), tokens.dtype)]).astype(np.int32)
     found = [_continue_batch(model, padded[i : i + batch], n) for i in range(0, len(padded), batch)]
     return np.concatenate(found)[:rows] if found else np.zeros((0, n), np.int32)
 
 
 def _continue_batch(model: LoadedModel, tokens: np.ndarray, n: int) -> np.ndarray:
-    prefix, layout = tokens.shape[1], model.layout
-    with mesh_context(layout.mesh):
-        forced = shard_host_array(layout, np.ascontiguousarray(tokens.T), (None, "batch"))
+    prefix, rules = tokens.shape[1], model.sharding_rules
+    with mesh_context(rules.mesh):
+        forced = shard_host_array(rules, np.ascontiguousarray(tokens.T), (None, "batch"))
         following = jax.device_get(
             _continue(decode_spec(model), -(-(prefix + n - 1) // TAIL_LEN), model.params, forced)
         )

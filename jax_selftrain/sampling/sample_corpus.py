@@ -45,7 +45,7 @@ from jax_selftrain.corpus import (
 from jax_selftrain.corpus.shards import REQUEST
 from jax_selftrain.distributed import process_local, sigterm_handler
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
-from jax_selftrain.distributed.sharding import make_layout
+from jax_selftrain.distributed.sharding import make_sharding_rules
 from jax_selftrain.errors import InputError, Preempted
 from jax_selftrain.hub import LoadedModel
 from jax_selftrain.io import atomic, lease
@@ -62,7 +62,7 @@ from jax_selftrain.sampling.decode import (
     empty_cache,
 )
 from jax_selftrain.sampling.detokenize import detokenize
-from jax_selftrain.sampling.sampling_params import SamplingParams, check_sample_config, make_policy
+from jax_selftrain.sampling.sampling_params import SamplingParams, check_sample_config, make_sampling_params
 from jax_selftrain.version import versions
 
 POLL_SECONDS = 1.0
@@ -90,8 +90,8 @@ def _sample(config: SampleConfig) -> Corpus:
     out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; give a folder")
-    policy = _policy(config)
-    request = _request(config, policy)
+    sampling_params = _read_sampling_params(config)
+    request = _request(config, sampling_params)
     if (out / REQUEST).exists():
         request["source"]["ref"] = _first_ref(out, request)
         init_corpus(out, request)
@@ -101,7 +101,7 @@ def _sample(config: SampleConfig) -> Corpus:
         mesh = make_mesh(config.mesh, devices=jax.local_devices())
         model = hub.load_model(config.model, mesh, config.dtype, preset=config.preset)
         with _remove_if_empty(out), _sigterm_flag() as stop, _progress_bar(config.samples) as progress:
-            _run_work_queue(_SamplingRun(config, out, policy, request, model, stop, progress), n_shards)
+            _run_work_queue(_SamplingRun(config, out, sampling_params, request, model, stop, progress), n_shards)
     finalize_corpus(out, request)
     return open_corpus(out)
 
@@ -119,25 +119,25 @@ def abstract_program(
       InputError: an option cannot be used, the model's config cannot be read, or the mesh does not divide the model.
     """
     check_sample_config(config)
-    policy = _policy(config)
+    sampling_params = _read_sampling_params(config)
     model, _ = hub.read_config(config.model)
-    layout = make_layout(config.preset, mesh, axis_sizes(model))
-    architecture = DecodeSpec(model, layout, config.dtype, config.cache_dtype)
-    rows = config.batch_size * layout.data_parallelism
+    rules = make_sharding_rules(config.preset, mesh, axis_sizes(model))
+    architecture = DecodeSpec(model, rules, config.dtype, config.cache_dtype)
+    rows = config.batch_size * rules.data_parallelism
     params = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract_params(model, config.dtype),
-        param_shardings(model, layout),
+        param_shardings(model, rules),
     )
-    places = _queue_size(config, layout.data_parallelism) * layout.data_parallelism
-    keys: Any = jax.ShapeDtypeStruct((places, 2), jnp.uint32, sharding=layout.sharding(("batch", None)))
-    count: Any = jax.ShapeDtypeStruct((layout.data_parallelism,), jnp.int32, sharding=layout.sharding(("batch",)))
+    places = _queue_size(config, rules.data_parallelism) * rules.data_parallelism
+    keys: Any = jax.ShapeDtypeStruct((places, 2), jnp.uint32, sharding=rules.sharding(("batch", None)))
+    count: Any = jax.ShapeDtypeStruct((rules.data_parallelism,), jnp.int32, sharding=rules.sharding(("batch",)))
     queue = RequestQueue(keys, count)
     with mesh_context(mesh):
-        cache = jax.eval_shape(partial(empty_cache, architecture, policy, rows))
-        state = jax.eval_shape(partial(initial_state, layout, policy, rows), queue, cache)
+        cache = jax.eval_shape(partial(empty_cache, architecture, sampling_params, rows))
+        state = jax.eval_shape(partial(initial_state, rules, sampling_params, rows), queue, cache)
     pages = jax.ShapeDtypeStruct((), jnp.int32)
-    return partial(decode_chunks, architecture, policy), (params, queue, state, pages), (2,)
+    return partial(decode_chunks, architecture, sampling_params), (params, queue, state, pages), (2,)
 
 
 def _queue_size(config: SampleConfig, replicas: int) -> int:
@@ -151,7 +151,7 @@ def _queue_size(config: SampleConfig, replicas: int) -> int:
 class _SamplingRun:
     config: SampleConfig
     out: Path
-    policy: SamplingParams
+    sampling_params: SamplingParams
     request: dict[str, Any]
     model: LoadedModel
     stop_requested: Callable[[], bool]
@@ -159,10 +159,10 @@ class _SamplingRun:
     """Told what has been drawn since it was last told."""
 
 
-def _policy(config: SampleConfig) -> SamplingParams:
+def _read_sampling_params(config: SampleConfig) -> SamplingParams:
     model, _ = hub.read_config(config.model)
     special = hub.special_tokens(config.model)
-    return make_policy(
+    return make_sampling_params(
         config,
         start_id=special.bos_token_id,
         stop_ids=special.eos_token_ids,
@@ -172,16 +172,18 @@ def _policy(config: SampleConfig) -> SamplingParams:
     )
 
 
-def _request(config: SampleConfig, policy: SamplingParams) -> dict[str, Any]:
+def _request(config: SampleConfig, sampling_params: SamplingParams) -> dict[str, Any]:
     """Everything that decides what is in the corpus; `corpus.json` says it again."""
     types = {"dtype": config.dtype} | ({} if config.cache_dtype is None else {"cache_dtype": config.cache_dtype})
     return {
         "kind": "sampled",
         "source": {"ref": config.model, "fingerprint": hub.model_fingerprint(config.model)} | types,
         "tokenizer_fingerprint": _tokenizer_fingerprint(config.model),
-        "start_id": policy.start_id,
-        "stop_ids": list(policy.stop_ids),
-        "policy": {name: getattr(policy, name) for name in ("max_tokens", "temperature", "top_k", "top_p", "min_p")},
+        "start_id": sampling_params.start_id,
+        "stop_ids": list(sampling_params.stop_ids),
+        "policy": {
+            name: getattr(sampling_params, name) for name in ("max_tokens", "temperature", "top_k", "top_p", "min_p")
+        },
         "seed": config.seed,
         "samples": config.samples,
         "samples_per_shard": config.samples_per_shard,
@@ -206,8 +208,8 @@ def _run_work_queue(job: _SamplingRun, n_shards: int) -> None:
     records = job.out / "records"
     records.mkdir(parents=True, exist_ok=True)
     config, architecture = job.config, decode_spec(job.model, job.config.cache_dtype)
-    places = _queue_size(config, architecture.layout.data_parallelism)
-    loop = DecodeLoop(architecture, job.policy, job.model.params, rows=config.batch_size, queue=places)
+    places = _queue_size(config, architecture.sharding_rules.data_parallelism)
+    loop = DecodeLoop(architecture, job.sampling_params, job.model.params, rows=config.batch_size, queue=places)
     with ThreadPoolExecutor(1, "write shards") as writer:
         while missing := missing_shards(job.out, n_shards):
             found_work, written = False, writer.submit(lambda: None)
@@ -238,7 +240,7 @@ def _sample_shard(job: _SamplingRun, loop: DecodeLoop, index: int) -> list[Sampl
       InputError: the model's logits are no distribution.
       Stopped: SIGTERM came.
     """
-    config, room = job.config, loop.queue * loop.architecture.layout.data_parallelism
+    config, room = job.config, loop.queue * loop.architecture.sharding_rules.data_parallelism
     ids = np.asarray(shard_ids(index, config.samples, config.samples_per_shard), np.int64)
     batches = []
     for first in range(0, len(ids), room):
@@ -270,7 +272,7 @@ def _write_shard(job: _SamplingRun, index: int, batches: list[SampleBatch], bega
     with claim:
         rows = [(batch, row) for batch in batches for row in range(len(batch.lengths))]
         tokens = [batch.tokens[row, : batch.lengths[row]] for batch, row in rows]
-        texts, mismatches = detokenize(job.model.tokenizer, tokens, stop_ids=job.policy.stop_ids)
+        texts, mismatches = detokenize(job.model.tokenizer, tokens, stop_ids=job.sampling_params.stop_ids)
         ids = shard_ids(index, job.config.samples, job.config.samples_per_shard)
         samples = [
             Sample(
@@ -284,7 +286,7 @@ def _write_shard(job: _SamplingRun, index: int, batches: list[SampleBatch], bega
         ]
         init_corpus(job.out, job.request)
         if not (job.out / "config.yaml").exists():
-            yaml_io.save(job.out / "config.yaml", _effective_options(job.config, job.policy))
+            yaml_io.save(job.out / "config.yaml", _effective_options(job.config, job.sampling_params))
         policy_logprob = math.fsum(float(x) for batch in batches for x in batch.policy_logprobs)
         given = {"mismatches": mismatches, "policy_logprob": policy_logprob, **_environment(job)}
         record = write_shard(job.out, index, samples, given)
@@ -299,13 +301,13 @@ def _write_shard(job: _SamplingRun, index: int, batches: list[SampleBatch], bega
         atomic.write_json(job.out / "timings" / f"{Path(record['file']).stem}.json", timing)
 
 
-def _effective_options(config: SampleConfig, policy: SamplingParams) -> SampleConfig:
-    return replace(config, start_id=policy.start_id, stop_ids=policy.stop_ids)
+def _effective_options(config: SampleConfig, sampling_params: SamplingParams) -> SampleConfig:
+    return replace(config, start_id=sampling_params.start_id, stop_ids=sampling_params.stop_ids)
 
 
 def _environment(job: _SamplingRun) -> dict[str, Any]:
     """What a bitwise repetition of a shard would need beside the request."""
-    mesh = job.model.layout.mesh
+    mesh = job.model.sharding_rules.mesh
     return {
         "mesh": dict(mesh.shape),
         "preset": job.config.preset,

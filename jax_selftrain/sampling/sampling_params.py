@@ -51,7 +51,7 @@ class SamplingParams:
         return self.temperature != 1.0 or self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
 
-def make_policy(
+def make_sampling_params(
     config: SampleConfig,
     *,
     start_id: int | None,
@@ -125,43 +125,43 @@ def check_sample_config(config: SampleConfig) -> None:
         raise InputError(f"--seed must be between 0 and 2^64 - 1, not {config.seed}")
 
 
-def warp_logits(logits: Float[Array, "B V"], policy: SamplingParams) -> Float[Array, "B V"]:
+def warp_logits(logits: Float[Array, "B V"], sampling_params: SamplingParams) -> Float[Array, "B V"]:
     """Logits of the distribution to draw from: divided by the temperature, −inf for excluded tokens, vocabulary whole.
 
     Steps that the policy leaves off cost nothing.
     """
     logits = replicate_vocab(logits)
-    if policy.num_valid_ids is not None:
-        logits = jnp.where(jnp.arange(logits.shape[1]) < policy.num_valid_ids, logits, -jnp.inf)
-    if policy.temperature != 1.0:
-        logits = logits / np.float32(policy.temperature)
-    if 0 < policy.top_k < logits.shape[1]:
-        logits = _threshold_search(logits, partial(_count_above, policy.top_k))
-    if policy.top_p < 1.0:
+    if sampling_params.num_valid_ids is not None:
+        logits = jnp.where(jnp.arange(logits.shape[1]) < sampling_params.num_valid_ids, logits, -jnp.inf)
+    if sampling_params.temperature != 1.0:
+        logits = logits / np.float32(sampling_params.temperature)
+    if 0 < sampling_params.top_k < logits.shape[1]:
+        logits = _threshold_search(logits, partial(_count_above, sampling_params.top_k))
+    if sampling_params.top_p < 1.0:
         weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-        may_drop = np.float32(1.0 - policy.top_p) * jnp.sum(weights, axis=-1, keepdims=True)
+        may_drop = np.float32(1.0 - sampling_params.top_p) * jnp.sum(weights, axis=-1, keepdims=True)
         logits = _threshold_search(logits, partial(_mass_below, may_drop, weights))
-    if policy.min_p > 0.0:
+    if sampling_params.min_p > 0.0:
         ratio = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-        logits = jnp.where(ratio < np.float32(policy.min_p), -jnp.inf, logits)
+        logits = jnp.where(ratio < np.float32(sampling_params.min_p), -jnp.inf, logits)
     return logits
 
 
 def full_logsumexp(
-    logits: Float[Array, "B V"], policy: SamplingParams, masked_total: Float[Array, " B"]
+    logits: Float[Array, "B V"], sampling_params: SamplingParams, masked_total: Float[Array, " B"]
 ) -> Float[Array, " B"]:
     """log Σ exp(logits) over the whole vocabulary at temperature 1, not finite where the row is no distribution.
 
     Args:
       logits: as the model gave them, vocabulary whole.
-      masked_total: the same of `mask_logits(logits, policy)`: it saves another pass where the policy does nothing but
+      masked_total: the same of `warp_logits(logits, sampling_params)`: it saves another pass where the policy does nothing but
         exclude padding.
     """
-    if policy.changes_distribution:
+    if sampling_params.changes_distribution:
         return jax.nn.logsumexp(logits, axis=-1)
-    if policy.num_valid_ids is None or policy.num_valid_ids >= logits.shape[1]:
+    if sampling_params.num_valid_ids is None or sampling_params.num_valid_ids >= logits.shape[1]:
         return masked_total
-    return jnp.logaddexp(masked_total, jax.nn.logsumexp(logits[:, policy.num_valid_ids :], axis=-1))
+    return jnp.logaddexp(masked_total, jax.nn.logsumexp(logits[:, sampling_params.num_valid_ids :], axis=-1))
 
 
 def _count_above(k: int, kept: Bool[Array, "B V"]) -> Bool[Array, "B 1"]:

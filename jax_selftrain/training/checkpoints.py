@@ -145,13 +145,13 @@ def steps_to_keep(steps: Sequence[int], keep: int, keep_every: int | None = None
 
 
 def restore(
-    folder: Path, *, layout: ShardingRules, config: TrainConfig, abstract: TrainState, identity: str
+    folder: Path, *, rules: ShardingRules, config: TrainConfig, abstract: TrainState, identity: str
 ) -> TrainState:
     """Read a checkpoint onto the mesh, verifying every byte; all but the base, which it does not hold.
 
     Args:
       folder: from `newest`.
-      layout: where the parameters go; may differ from that which wrote it.
+      rules: where the parameters go; may differ from that which wrote it.
       config: the run's options.
       abstract: shapes and shardings of the state (`step.abstract_state`).
       identity: fingerprint of what the run is.
@@ -161,7 +161,7 @@ def restore(
     """
     try:
         record = _read_record(folder, identity)
-        model = hub.load_model(folder / "model", layout.mesh, "float32", preset=config.preset)
+        model = hub.load_model(folder / "model", rules.mesh, "float32", preset=config.preset)
         rest = orbax_io.load_tree(folder / "optimizer", _optimizer_tree(config, abstract), remedy=_CORRUPT_HINT)
     except InputError as error:
         earlier = [other for other in list_steps(folder.parent) if other < folder]
@@ -173,14 +173,14 @@ def restore(
     return TrainState(step=rest["step"], params=params, optimizer=rest["optimizer"], ema_params=rest.get("average"))
 
 
-def load_params(folder: Path, *, layout: ShardingRules, preset: str, identity: str) -> Params:
+def load_params(folder: Path, *, rules: ShardingRules, preset: str, identity: str) -> Params:
     """The parameters of a checkpoint on the mesh, every byte verified.
 
     Raises:
       InputError: something in it is missing, truncated, changed, or of another run.
     """
     _read_record(folder, identity)
-    return hub.load_model(folder / "model", layout.mesh, "float32", preset=preset).params
+    return hub.load_model(folder / "model", rules.mesh, "float32", preset=preset).params
 
 
 def check_has_best(folder: Path) -> None:

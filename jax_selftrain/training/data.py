@@ -16,7 +16,7 @@ from jax_selftrain.distributed.sharding import ShardingRules
 from jax_selftrain.training.loss import Batch
 
 
-def load_batch(config: TrainConfig, layout: ShardingRules, rows: PackedRows | Mixture, n: int) -> Batch:
+def load_batch(config: TrainConfig, rules: ShardingRules, rows: PackedRows | Mixture, n: int) -> Batch:
     """Place batch n on the mesh, as `[grad_accum, batch_size / grad_accum, …]`.
 
     Each process reads from the (memory-mapped) rows of each corpus only what its own devices hold. Where a corpus has
@@ -35,7 +35,7 @@ def load_batch(config: TrainConfig, layout: ShardingRules, rows: PackedRows | Mi
         for number, part in enumerate(mixture.components)
     ]
     source, row = (each.reshape(config.grad_accum, -1) for each in drawn)
-    sharding = layout.sharding((None, "batch", None))
+    sharding = rules.sharding((None, "batch", None))
 
     def place(arrays: Sequence[np.ndarray | _SignFlippedRows]) -> jax.Array:
         length = arrays[0].shape[1]

@@ -82,25 +82,25 @@ def train(config: TrainConfig, *, hooks: Sequence[Hook] = ()) -> Path:
             if not jax.process_index():
                 print(f"{run.folder}: finished already, {_result(run)}; nothing to do")
             return run.folder
-        with mesh_context(run.inputs.layout.mesh):
+        with mesh_context(run.inputs.sharding_rules.mesh):
             _train(run, hooks)
         return run.folder
 
 
 def _train(run: Run, hooks: Sequence[Hook]) -> None:
-    config, layout = run.config, run.inputs.layout
+    config, rules = run.config, run.inputs.sharding_rules
     steps = config.steps or 1
     if not jax.process_index():
         checkpoints.remove_partial(run.folder)
     barrier("leftovers are cleaned")
-    _, (abstract, _), _ = abstract_program(config, layout.mesh)
-    run_step = compiled_step(config, run.inputs.model, layout, steps)
+    _, (abstract, _), _ = abstract_program(config, rules.mesh)
+    run_step = compiled_step(config, run.inputs.model, rules, steps)
     resumed = checkpoints.latest_step(run.folder) is not None
     state = _restore_or_init(run, abstract)
     first = int(state.step)
     done = first if resumed else NO_STEP
     stopping = _early_stopping(run, hooks, done)
-    model = hub.model_with_params(config.model, export_params(config, state), layout)
+    model = hub.model_with_params(config.model, export_params(config, state), rules)
     checkpointer_of = partial(
         Checkpointer, run.folder, config=config, save_model=_model_writer(run), identity=run.run_hash
     )
@@ -131,7 +131,7 @@ def _train(run: Run, hooks: Sequence[Hook]) -> None:
             save(state)
         unread: tuple[int, Metrics] | None = None
         for step in range(first + 1, (first if stopping.should_stop else steps) + 1):
-            state, metrics = run_step(state, load_batch(config, layout, run.rows, step - 1))
+            state, metrics = run_step(state, load_batch(config, rules, run.rows, step - 1))
             if unread is not None:
                 _finalize_step(run, checkpointer, records, *unread)
             unread = (step, metrics)
@@ -200,7 +200,7 @@ def _make_records(run: Run, done: int) -> MetricsWriter:
     tracker = None
     if config.wandb:
         tracker = WandbTracker(config.wandb, run.folder, identity=run.run_hash, config=yaml_io.to_dict(config))
-    speed = throughput(config, run.inputs.model, run.inputs.layout.mesh)
+    speed = throughput(config, run.inputs.model, run.inputs.sharding_rules.mesh)
     return MetricsWriter(
         run.folder, done=done, steps=config.steps or 1, log_every=config.log_every, speed=speed, tracker=tracker
     )
@@ -214,7 +214,7 @@ def _export_model(run: Run, state: TrainState, stopping: EarlyStopping) -> None:
         return
     params = checkpoints.load_params(
         checkpoints.step_dir(run.folder / "steps", stopping.best),
-        layout=run.inputs.layout,
+        rules=run.inputs.sharding_rules,
         preset=config.preset,
         identity=run.run_hash,
     )
@@ -225,25 +225,25 @@ def _export_model(run: Run, state: TrainState, stopping: EarlyStopping) -> None:
 
 def _restore_or_init(run: Run, abstract: TrainState) -> TrainState:
     """The state to go on from: that of the latest checkpoint, else the beginning."""
-    config, layout = run.config, run.inputs.layout
+    config, rules = run.config, run.inputs.sharding_rules
     folder = checkpoints.latest_step(run.folder)
     if folder is not None:
-        state = checkpoints.restore(folder, layout=layout, config=config, abstract=abstract, identity=run.run_hash)
+        state = checkpoints.restore(folder, rules=rules, config=config, abstract=abstract, identity=run.run_hash)
         return (
             state._replace(frozen_base=make_frozen_base(config, _initial_params(run)))
             if uses_frozen_base(config)
             else state
         )
-    return init_state(config, run.inputs.model, layout, _initial_params(run), config.steps or 1)
+    return init_state(config, run.inputs.model, rules, _initial_params(run), config.steps or 1)
 
 
 def _initial_params(run: Run) -> Params:
     """The student before training, float32."""
-    config, layout = run.config, run.inputs.layout
+    config, rules = run.config, run.inputs.sharding_rules
     if config.init == "scratch":
-        params = init_params(run.inputs.model, config.seed, layout)
+        params = init_params(run.inputs.model, config.seed, rules)
     else:
-        params = hub.load_model(config.model, layout.mesh, "float32", preset=config.preset).params
+        params = hub.load_model(config.model, rules.mesh, "float32", preset=config.preset).params
     broken = find_nonfinite(params)
     if broken is not None:
         raise InputError(f"{config.model}: its {broken} holds NaN or infinity; there is nothing to train from")
@@ -292,11 +292,11 @@ def _result(run: Run) -> str:
 
 
 def _environment(run: Run, first: int) -> dict[str, Any]:
-    devices = run.inputs.layout.mesh.devices
+    devices = run.inputs.sharding_rules.mesh.devices
     return {
         "from_step": first,
         "options": {name: getattr(run.config, name) for name in EXECUTION_OPTIONS},
-        "mesh": dict(run.inputs.layout.mesh.shape),
+        "mesh": dict(run.inputs.sharding_rules.mesh.shape),
         "device": devices.flat[0].device_kind,
         "processes": jax.process_count(),
     }

@@ -46,7 +46,7 @@ def check_lora(config: TrainConfig) -> None:
         raise InputError("--lora-targets: is empty, so that --lora-rank would train nothing")
 
 
-def init_adapters(config: TrainConfig, model: DecoderConfig, layout: ShardingRules) -> Params:
+def init_adapters(config: TrainConfig, model: DecoderConfig, rules: ShardingRules) -> Params:
     """Fresh adapters in float32, of whichever of `config.lora_targets` the model has: A uniform within ±(inputs)^-½ as
     in the paper's own code, B zero; the model is at first what it was.
 
@@ -62,7 +62,7 @@ def init_adapters(config: TrainConfig, model: DecoderConfig, layout: ShardingRul
         return jax.make_array_from_callback(shape, sharding, part)
 
     tree: Params = {}
-    for (group, name), a, b in _adapters(config, model, layout):
+    for (group, name), a, b in _adapters(config, model, rules):
         bound = prod(a.shape[1:-1]) ** -0.5
         node = tree.setdefault("layers", {}).setdefault(group, {}).setdefault(name, {})
         node["lora_a"] = fill(a.shape, a.sharding, f"{group}/{name}", bound)
@@ -70,10 +70,10 @@ def init_adapters(config: TrainConfig, model: DecoderConfig, layout: ShardingRul
     return tree
 
 
-def abstract_adapters(config: TrainConfig, model: DecoderConfig, layout: ShardingRules) -> Params:
+def abstract_adapters(config: TrainConfig, model: DecoderConfig, rules: ShardingRules) -> Params:
     """Shapes and shardings of `init_adapters`."""
     tree: Params = {}
-    for (group, name), a, b in _adapters(config, model, layout):
+    for (group, name), a, b in _adapters(config, model, rules):
         tree.setdefault("layers", {}).setdefault(group, {})[name] = {"lora_a": a, "lora_b": b}
     return tree
 
@@ -110,7 +110,7 @@ def _lora_delta(pair: Params, kernel: jax.Array) -> jax.Array:
 
 
 def _adapters(
-    config: TrainConfig, model: DecoderConfig, layout: ShardingRules
+    config: TrainConfig, model: DecoderConfig, rules: ShardingRules
 ) -> Iterator[tuple[tuple[str, str], jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]]:
     """(place, A, B) of every adapter, as shapes with shardings."""
     shapes, axes = abstract_params(model)["layers"], param_axes(model)["layers"]
@@ -120,7 +120,7 @@ def _adapters(
         shape, along = shapes[group][name]["kernel"].shape, axes[group][name]["kernel"]
 
         def struct(size: tuple[int, ...], names: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(size, jnp.float32, sharding=layout.sharding(names))
+            return jax.ShapeDtypeStruct(size, jnp.float32, sharding=rules.sharding(names))
 
         yield (
             (group, name),

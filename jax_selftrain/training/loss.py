@@ -76,18 +76,18 @@ class AuxLossWeights(NamedTuple):
     """Of KL(base ‖ student)."""
 
 
-def logits_chunk(config: DecoderConfig, layout: ShardingRules, rows: int, length: int) -> int:
+def logits_chunk(config: DecoderConfig, rules: ShardingRules, rows: int, length: int) -> int:
     """How many of `length` positions may be projected together when `rows` global rows are in flight."""
-    vocab_sharded = dict(layout.logical_to_mesh)["vocab"] is not None
-    vocab = config.vocab_size // (layout.tensor_parallelism if vocab_sharded else 1)
-    fits = max(1, LOGITS_BYTES // (4 * vocab * max(1, rows // layout.data_parallelism)))
+    vocab_sharded = dict(rules.logical_to_mesh)["vocab"] is not None
+    vocab = config.vocab_size // (rules.tensor_parallelism if vocab_sharded else 1)
+    fits = max(1, LOGITS_BYTES // (4 * vocab * max(1, rows // rules.data_parallelism)))
     chunks = -(-length // fits)
     return -(-length // chunks)
 
 
 def loss_fn(
     config: DecoderConfig,
-    layout: ShardingRules,
+    rules: ShardingRules,
     params: Params,
     batch: Batch,
     *,
@@ -100,7 +100,7 @@ def loss_fn(
     """Score a batch under teacher forcing.
 
     Args:
-      config, layout, params: the model.
+      config, rules, params: the model.
       batch: rows of T positions.
       base: the model to stay close to, of the same config; needed where `penalties.kl` is not 0.
       penalties: what is added to the loss; default: nothing.
@@ -114,13 +114,13 @@ def loss_fn(
     """
     tokens, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
     rows, length = tokens.shape
-    chunk = logits_chunk(config, layout, rows, length) if chunk is None else chunk
+    chunk = logits_chunk(config, rules, rows, length) if chunk is None else chunk
     dtype, penalties = jnp.dtype(compute_dtype), penalties or AuxLossWeights()
 
     def hidden_of(params: Params) -> Float[Array, "B T D"]:
         return forward(
             config,
-            layout,
+            rules,
             params,
             tokens,
             positions=batch.positions,
@@ -129,7 +129,7 @@ def loss_fn(
             remat=remat,
         )
 
-    head = _HeadSpec(config, layout, penalties, dtype, chunk)
+    head = _HeadSpec(config, rules, penalties, dtype, chunk)
     rest = _LossInputs(targets, batch.weights)
     if penalties.kl:
         if base is None:
@@ -137,8 +137,8 @@ def loss_fn(
         frozen = jax.lax.stop_gradient(base)
         rest = rest._replace(base_output=head.all_gather_output(_output(config, frozen)), base_hidden=hidden_of(frozen))
     output = _output(config, params)
-    if not is_fsdp_sharded(layout, head.axes):
-        output = unshard_param(layout, output, head.axes, output.dtype)  # as its gradient will lie
+    if not is_fsdp_sharded(rules, head.axes):
+        output = unshard_param(rules, output, head.axes, output.dtype)  # as its gradient will lie
     whole, parts = _head_loss(head, output, hidden_of(params), rest)
     weight, count = jnp.sum(jnp.abs(batch.weights)), jnp.sum(batch.weights != 0, dtype=jnp.int32)
     return whole, LossStats(parts.loss, weight, count, parts.z, parts.kl)
@@ -159,7 +159,7 @@ class _HeadSpec(NamedTuple):
     """What the loss above the hidden states depends on beside arrays: static."""
 
     config: DecoderConfig
-    layout: ShardingRules
+    rules: ShardingRules
     penalties: AuxLossWeights
     compute_dtype: Any
     chunk: int
@@ -172,14 +172,14 @@ class _HeadSpec(NamedTuple):
 
     def all_gather_output(self, output: Float[Array, ...]) -> Float[Array, ...]:
         """The output matrix as it is multiplied with: gathered once, not once per slice of positions."""
-        return all_gather_param(self.layout, output, self.axes, self.compute_dtype)
+        return all_gather_param(self.rules, output, self.axes, self.compute_dtype)
 
     def reduce_scatter_grads(self, gradients: Float[Array, ...]) -> Float[Array, ...]:
         """The sum of the replicas' gradients of it, along the first dimension, as it is stored."""
-        if not is_fsdp_sharded(self.layout, self.axes):
+        if not is_fsdp_sharded(self.rules, self.axes):
             return jnp.sum(gradients, axis=0)
-        specs = (PartitionSpec("data", *self.layout.unsharded_embed(self.axes).spec),)
-        return psum_scatter_grad(self.layout, self.axes, lambda own: own[0], specs, gradients)
+        specs = (PartitionSpec("data", *self.rules.unsharded_embed(self.axes).spec),)
+        return psum_scatter_grad(self.rules, self.axes, lambda own: own[0], specs, gradients)
 
 
 class _LossInputs(NamedTuple):
@@ -201,9 +201,9 @@ class _LossInputs(NamedTuple):
 def _head_loss(head: _HeadSpec, output: Float[Array, ...], hidden: Float[Array, "B T D"], rest: _LossInputs) -> _Total:
     """The objective from the hidden states and the output matrix: as it is stored if replicas divide it."""
 
-    def local(layout: ShardingRules, output: Array, hidden: Array, rest: _LossInputs) -> _Total:
+    def local(rules: ShardingRules, output: Array, hidden: Array, rest: _LossInputs) -> _Total:
         def add(total: _Total, piece: tuple[Array, _LossInputs]) -> tuple[_Total, None]:
-            found = _chunk_loss(head, layout, output, piece[0], piece[1].with_base_output(rest.base_output))
+            found = _chunk_loss(head, rules, output, piece[0], piece[1].with_base_output(rest.base_output))
             return jax.tree.map(jnp.add, total, found), None
 
         return _stacked(jax.lax.scan(add, _zero_terms(hidden), _chunks(head, hidden, rest))[0])
@@ -214,8 +214,8 @@ def _head_loss(head: _HeadSpec, output: Float[Array, ...], hidden: Float[Array, 
 def _head_loss_forward(
     head: _HeadSpec, output: Array, hidden: Array, rest: _LossInputs
 ) -> tuple[_Total, tuple[Array, Array]]:
-    def local(layout: ShardingRules, output: Array, hidden: Array, rest: _LossInputs) -> tuple:
-        slice_gradient = jax.value_and_grad(partial(_chunk_loss, head, layout), argnums=(0, 1), has_aux=True)
+    def local(rules: ShardingRules, output: Array, hidden: Array, rest: _LossInputs) -> tuple:
+        slice_gradient = jax.value_and_grad(partial(_chunk_loss, head, rules), argnums=(0, 1), has_aux=True)
 
         def add(carry: tuple[_Total, Array], piece: tuple[Array, _LossInputs]) -> tuple[tuple[_Total, Array], Array]:
             found, (d_slice, d_hidden) = slice_gradient(output, piece[0], piece[1].with_base_output(rest.base_output))
@@ -240,17 +240,17 @@ _head_loss.defvjp(_head_loss_forward, _head_loss_backward)
 
 
 def _chunk_loss(
-    head: _HeadSpec, layout: ShardingRules, output: Array, hidden: Float[Array, "B C D"], rest: _LossInputs
+    head: _HeadSpec, rules: ShardingRules, output: Array, hidden: Float[Array, "B C D"], rest: _LossInputs
 ) -> _Total:
     """The objective of C positions of each row, whose logits exist here alone."""
-    logits = _logits(head, layout, output, hidden)
+    logits = _logits(head, rules, output, hidden)
     log_total = jax.nn.logsumexp(logits, axis=-1)
     loss = jnp.sum(rest.weights * (log_total - _at_target(logits, rest.targets)))
     magnitude = jnp.abs(rest.weights)
     z = jnp.sum(magnitude * jnp.square(log_total))
     kl = jnp.zeros_like(loss)
     if rest.base_output is not None and rest.base_hidden is not None:
-        expected = jax.nn.log_softmax(_logits(head, layout, rest.base_output, rest.base_hidden), axis=-1)
+        expected = jax.nn.log_softmax(_logits(head, rules, rest.base_output, rest.base_hidden), axis=-1)
         behind = expected - (logits - log_total[..., None])
         kl = jnp.sum(magnitude * jnp.sum(jnp.exp(expected) * behind, axis=-1))
     whole = loss
@@ -262,10 +262,10 @@ def _chunk_loss(
 
 
 def _logits(
-    head: _HeadSpec, layout: ShardingRules, output: Array, hidden: Float[Array, "B C D"]
+    head: _HeadSpec, rules: ShardingRules, output: Array, hidden: Float[Array, "B C D"]
 ) -> Float[Array, "B C V"]:
     group, name = _output_name(head.config)
-    return unembed(head.config, layout, {group: {name: output}}, hidden, compute_dtype=head.compute_dtype)
+    return unembed(head.config, rules, {group: {name: output}}, hidden, compute_dtype=head.compute_dtype)
 
 
 def token_nll(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
@@ -280,7 +280,7 @@ def _at_target(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float
 
 
 def _per_replica(head: _HeadSpec, function: Any, output: Array, hidden: Array, rest: _LossInputs) -> Any:
-    """Call `function(layout, output, hidden, rest)` with each replica's own rows; `model` stays an ordinary axis.
+    """Call `function(rules, output, hidden, rest)` with each replica's own rows; `model` stays an ordinary axis.
 
     What it returns has replicas, or rows, along its first dimension.
     """
@@ -291,7 +291,7 @@ def _per_replica(head: _HeadSpec, function: Any, output: Array, hidden: Array, r
     def mapped(output: Array, hidden: Array, parts: dict[str, Array]) -> Any:
         rest = _LossInputs(**parts)
         own = jax.tree.map(_pcast_varying, (output, rest.base_output))
-        return function(head.layout.without_data_axis(), own[0], hidden, rest._replace(base_output=own[1]))
+        return function(head.rules.without_data_axis(), own[0], hidden, rest._replace(base_output=own[1]))
 
     return mapped(output, hidden, rest._asdict())
 

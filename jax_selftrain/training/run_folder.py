@@ -25,7 +25,7 @@ from jax_selftrain.config import TrainConfig, yaml_io
 from jax_selftrain.corpus import Corpus, Mixture, build_packed_rows, open_corpus, parse_mixture
 from jax_selftrain.distributed import barrier
 from jax_selftrain.distributed.mesh import make_mesh
-from jax_selftrain.distributed.sharding import ShardingRules, make_layout
+from jax_selftrain.distributed.sharding import ShardingRules, make_sharding_rules
 from jax_selftrain.errors import InputError, UnavailableError
 from jax_selftrain.io import atomic, lease
 from jax_selftrain.io.manifest import hash_json
@@ -55,7 +55,7 @@ class TrainInputs:
     config: TrainConfig
     model: DecoderConfig
     raw_config: dict[str, Any]
-    layout: ShardingRules
+    sharding_rules: ShardingRules
     corpora: tuple[Corpus, ...]
     """The corpus, then those that are mixed in."""
     mixture_weights: tuple[Fraction, ...]
@@ -98,8 +98,8 @@ def load_inputs(config: TrainConfig, evaluation: Sequence[Mapping[str, Any]] = (
     yaml_io.require(config, "model", "corpus", "out")
     check_ranges(config)
     model, raw_config = hub.read_config(config.model)
-    layout = make_layout(config.preset, make_mesh(config.mesh), axis_sizes(model))
-    abstract_batch(config, layout)  # refuses a batch that does not divide
+    rules = make_sharding_rules(config.preset, make_mesh(config.mesh), axis_sizes(model))
+    abstract_batch(config, rules)  # refuses a batch that does not divide
     if config.seq_len > model.max_positions:
         raise InputError(
             f"--seq-len {config.seq_len}: {config.model} has only {model.max_positions} positions; "
@@ -119,7 +119,7 @@ def load_inputs(config: TrainConfig, evaluation: Sequence[Mapping[str, Any]] = (
     if evaluation:
         fingerprints["evaluation"] = hash_json(evaluation)
     shares = (1 - sum(shares, Fraction(0)), *shares)
-    return TrainInputs(config, model, raw_config, layout, corpora, shares, fingerprints, evaluation)
+    return TrainInputs(config, model, raw_config, rules, corpora, shares, fingerprints, evaluation)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_selftrain import hub
 from jax_selftrain.config import TrainConfig
 from jax_selftrain.distributed.mesh import mesh_context, xla_options
-from jax_selftrain.distributed.sharding import ShardingRules, make_layout
+from jax_selftrain.distributed.sharding import ShardingRules, make_sharding_rules
 from jax_selftrain.errors import InputError
 from jax_selftrain.models import DecoderConfig, Params, abstract_params, accumulation_dtype, axis_sizes, param_shardings
 from jax_selftrain.training.lora import abstract_adapters, apply_adapters, init_adapters, merge_adapters
@@ -50,17 +50,17 @@ StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def init_state(
-    config: TrainConfig, model: DecoderConfig, layout: ShardingRules, params: Params, steps: int = 1
+    config: TrainConfig, model: DecoderConfig, rules: ShardingRules, params: Params, steps: int = 1
 ) -> TrainState:
     """The state before the first step; moments lie as their parameters do.
 
     Args:
       config: the run's options.
-      model, layout: where adapters are to lie.
+      model, rules: where adapters are to lie.
       params: the student before training, float32.
       steps: of the run; only the learning rate depends on it.
     """
-    trained = init_adapters(config, model, layout) if config.lora_rank else params
+    trained = init_adapters(config, model, rules) if config.lora_rank else params
 
     return jax.jit(_init, static_argnums=(0, 1))(jit_key(config), steps, trained, params)
 
@@ -111,7 +111,7 @@ _NOT_COMPILED = (
     *("checkpoint_every", "keep", "keep_every", "eval_every", "eval_texts", "eval_tasks", "eval_sequences"),
     *("eval_prefix", "eval_suffix", "eval_limit", "stop_metric", "patience", "wandb", "log_every", "mesh"),
 )
-"""Options that no program depends on, but for what is handed over beside them: model, layout, steps, the batch."""
+"""Options that no program depends on, but for their arguments: model, sharding rules, steps, batch."""
 
 
 def jit_key(config: TrainConfig) -> TrainConfig:
@@ -123,17 +123,17 @@ def jit_key(config: TrainConfig) -> TrainConfig:
     return replace(config, **{name: getattr(TrainConfig(), name) for name in names})
 
 
-def compiled_step(config: TrainConfig, model: DecoderConfig, layout: ShardingRules, steps: int) -> StepFunction:
+def compiled_step(config: TrainConfig, model: DecoderConfig, rules: ShardingRules, steps: int) -> StepFunction:
     """`make_step` under `jax.jit`, on this process's devices; the state is donated."""
-    return _compiled_step(jit_key(config), model, layout, steps)
+    return _compiled_step(jit_key(config), model, rules, steps)
 
 
 @lru_cache(maxsize=8)
-def _compiled_step(config: TrainConfig, model: DecoderConfig, layout: ShardingRules, steps: int) -> StepFunction:
-    return jax.jit(make_step(config, model, layout, steps), donate_argnums=0, compiler_options=xla_options())
+def _compiled_step(config: TrainConfig, model: DecoderConfig, rules: ShardingRules, steps: int) -> StepFunction:
+    return jax.jit(make_step(config, model, rules, steps), donate_argnums=0, compiler_options=xla_options())
 
 
-def make_step(config: TrainConfig, model: DecoderConfig, layout: ShardingRules, steps: int) -> StepFunction:
+def make_step(config: TrainConfig, model: DecoderConfig, rules: ShardingRules, steps: int) -> StepFunction:
     """The step function of a run of `steps` steps; its batch has a leading axis of `grad_accum` micro-batches."""
     optimizer = make_optimizer(config, steps)
     schedule = make_schedule(config, steps)
@@ -144,7 +144,7 @@ def make_step(config: TrainConfig, model: DecoderConfig, layout: ShardingRules, 
         params = trained if base is None or not config.lora_rank else apply_adapters(config, base, trained)
         return loss_fn(
             model,
-            layout,
+            rules,
             params,
             batch,
             base=base if config.kl_weight else None,
@@ -190,41 +190,41 @@ def _upcast(tree: Any, dtype: jnp.dtype) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
 
 
-def abstract_state(config: TrainConfig, model: DecoderConfig, layout: ShardingRules, steps: int) -> TrainState:
+def abstract_state(config: TrainConfig, model: DecoderConfig, rules: ShardingRules, steps: int) -> TrainState:
     """Shapes, types and shardings of the state, without any array: to compile for, and to restore into."""
     params = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract_params(model),
-        param_shardings(model, layout),
+        param_shardings(model, rules),
     )
-    adapters = abstract_adapters(config, model, layout) if config.lora_rank else None
-    with mesh_context(layout.mesh):
+    adapters = abstract_adapters(config, model, rules) if config.lora_rank else None
+    with mesh_context(rules.mesh):
         state = jax.eval_shape(partial(_init, config, steps), params if adapters is None else adapters, params)
 
     def concrete(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(layout.mesh, spec))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(rules.mesh, spec))
 
     return jax.tree.map(concrete, state)
 
 
-def abstract_batch(config: TrainConfig, layout: ShardingRules) -> Batch:
+def abstract_batch(config: TrainConfig, rules: ShardingRules) -> Batch:
     """Shapes, types and shardings of a step's batch `[grad_accum, batch_size / grad_accum, …]`.
 
     Raises:
       InputError: the batch does not divide into micro-batches and replicas; names the sizes that do.
     """
-    unit = config.grad_accum * layout.data_parallelism
+    unit = config.grad_accum * rules.data_parallelism
     if config.batch_size % unit:
         below = config.batch_size // unit * unit
         legal = ", ".join(str(size) for size in (below, below + unit, below + 2 * unit) if size)
         raise InputError(
             f"--batch-size {config.batch_size} does not divide into {config.grad_accum} micro-batches (--grad-accum) "
-            f"over {layout.data_parallelism} devices (--mesh data={layout.data_parallelism}): it must be a multiple of {unit}, "
-            f"for instance {legal}"
+            f"over {rules.data_parallelism} devices (--mesh data={rules.data_parallelism}): "
+            f"it must be a multiple of {unit}, for instance {legal}"
         )
     shape = (config.grad_accum, config.batch_size // config.grad_accum)
-    sharding = layout.sharding((None, "batch", None))
+    sharding = rules.sharding((None, "batch", None))
 
     shapes = (
         (config.seq_len + 1, "int32"),
@@ -252,7 +252,7 @@ def abstract_program(config: TrainConfig, mesh: Mesh) -> tuple[StepFunction, tup
       InputError: the model's config cannot be read, or the mesh divides neither model nor batch.
     """
     model, _ = hub.read_config(config.model)
-    layout = make_layout(config.preset, mesh, axis_sizes(model))
+    rules = make_sharding_rules(config.preset, mesh, axis_sizes(model))
     steps = config.steps or 1
-    arguments = (abstract_state(config, model, layout, steps), abstract_batch(config, layout))
-    return make_step(config, model, layout, steps), arguments, (0,)
+    arguments = (abstract_state(config, model, rules, steps), abstract_batch(config, rules))
+    return make_step(config, model, rules, steps), arguments, (0,)

@@ -13,7 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec
 
 from jax_selftrain.distributed.mesh import _lines, make_mesh, mesh_context, no_compilation_cache, torus_axis_groups
-from jax_selftrain.distributed.sharding import make_layout, shard_host_array
+from jax_selftrain.distributed.sharding import make_sharding_rules, shard_host_array
 from jax_selftrain.errors import InputError
 
 SIZES = {"embed": 64, "vocab": 512, "mlp": 172, "kv_heads": 4, "q_per_kv": 2}
@@ -39,38 +39,40 @@ def test_mesh_larger_than_the_machine_is_refused():
 def test_presets_place_parameters():
     mesh = make_mesh("data=4,model=2")
     axes = ("layers", "embed", "kv_heads", "q_per_kv", "head_dim")
-    assert make_layout("replicated", mesh, SIZES).spec(axes) == PartitionSpec(None, None, None, None, None)
-    assert make_layout("tensor", mesh, SIZES).spec(axes) == PartitionSpec(None, None, "model", None, None)
-    assert make_layout("fsdp", mesh, SIZES).spec(axes) == PartitionSpec(None, "data", "model", None, None)
-    assert make_layout("fsdp", mesh, SIZES).unsharded_embed(axes).spec == PartitionSpec(None, None, "model", None, None)
+    assert make_sharding_rules("replicated", mesh, SIZES).spec(axes) == PartitionSpec(None, None, None, None, None)
+    assert make_sharding_rules("tensor", mesh, SIZES).spec(axes) == PartitionSpec(None, None, "model", None, None)
+    assert make_sharding_rules("fsdp", mesh, SIZES).spec(axes) == PartitionSpec(None, "data", "model", None, None)
+    assert make_sharding_rules("fsdp", mesh, SIZES).unsharded_embed(axes).spec == PartitionSpec(
+        None, None, "model", None, None
+    )
 
 
 def test_key_value_heads_are_replicated_when_fewer_than_the_model_axis():
-    layout = make_layout("tensor", make_mesh("model=8"), SIZES | {"kv_heads": 2, "q_per_kv": 8, "mlp": 256})
-    assert layout.spec(("kv_heads", "q_per_kv")) == PartitionSpec(None, "model")
+    rules = make_sharding_rules("tensor", make_mesh("model=8"), SIZES | {"kv_heads": 2, "q_per_kv": 8, "mlp": 256})
+    assert rules.spec(("kv_heads", "q_per_kv")) == PartitionSpec(None, "model")
 
 
 def test_heads_that_do_not_divide_list_the_legal_sizes():
     with pytest.raises(InputError, match=r"model=8 does not divide .* model can be 1, 2, 4$"):
-        make_layout("tensor", make_mesh("model=8"), SIZES)
+        make_sharding_rules("tensor", make_mesh("model=8"), SIZES)
     with pytest.raises(
         InputError, match=r"data=8 does not divide this model's width 12; data can be 1, 2, 3, 4, 6, 12$"
     ):
-        make_layout("fsdp", make_mesh("data=8"), SIZES | {"embed": 12})
+        make_sharding_rules("fsdp", make_mesh("data=8"), SIZES | {"embed": 12})
 
 
 def test_two_dimensions_on_one_mesh_axis_collide():
-    layout = make_layout("fsdp", make_mesh("data=4"), SIZES)
+    rules = make_sharding_rules("fsdp", make_mesh("data=4"), SIZES)
     with pytest.raises(ValueError, match="collide"):
-        layout.spec(("batch", "embed"))
+        rules.spec(("batch", "embed"))
     with pytest.raises(ValueError, match="no rule"):
-        layout.spec(("rows",))
+        rules.spec(("rows",))
 
 
 def test_place_puts_each_device_its_own_rows():
-    layout = make_layout("tensor", make_mesh("data=4,model=2"), SIZES)
+    rules = make_sharding_rules("tensor", make_mesh("data=4,model=2"), SIZES)
     array = np.arange(24).reshape(8, 3)
-    placed = shard_host_array(layout, array, ("batch", None))
+    placed = shard_host_array(rules, array, ("batch", None))
     np.testing.assert_array_equal(placed, array)
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
 
@@ -109,8 +111,8 @@ def kept(tmp_path: Path) -> Iterator[Path]:
 
 def program_over(mesh: jax.sharding.Mesh) -> None:
     """Compile (anew for this process) and run a program over a mesh."""
-    layout = make_layout("replicated", mesh, SIZES)
-    rows = shard_host_array(layout, np.arange(8.0), ("batch",))
+    rules = make_sharding_rules("replicated", mesh, SIZES)
+    rows = shard_host_array(rules, np.arange(8.0), ("batch",))
     jax.jit(lambda x: jnp.sin(x) + mesh.size)(rows).block_until_ready()
 
 

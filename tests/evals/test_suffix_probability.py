@@ -93,7 +93,7 @@ def test_p_z_and_the_curve_agree_with_direct_sampling(model, word):
         before, group = np.unique(drawn[:, :token], axis=0, return_inverse=True)
         contexts = np.concatenate([np.tile(prefix, (len(before), 1)), before], axis=1).astype(np.int32)
         logits = model.logits(contexts)[:, -1]
-        masked = np.asarray(shape(logits, policies[0].policy) if policies else logits, np.float64)
+        masked = np.asarray(shape(logits, policies[0].sampling_params) if policies else logits, np.float64)
         odds = np.exp(masked - masked.max(axis=1, keepdims=True)).cumsum(axis=1)
         sought = rng.random(DRAWS) * odds[group, -1]
         drawn[:, token] = [np.searchsorted(odds[row], at, side="right") for row, at in zip(group, sought, strict=True)]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
-from jax_selftrain.distributed.sharding import ShardingRules, make_layout
+from jax_selftrain.distributed.sharding import ShardingRules, make_sharding_rules
 from jax_selftrain.models import (
     DecoderConfig,
     Params,
@@ -88,19 +88,19 @@ ROPE_FIELDS: dict[str, tuple[RopeConfig, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def layout() -> ShardingRules:
-    return make_layout("replicated", make_mesh("data=1"), axis_sizes(BASE))
+def rules() -> ShardingRules:
+    return make_sharding_rules("replicated", make_mesh("data=1"), axis_sizes(BASE))
 
 
 @pytest.fixture(scope="module")
-def params(layout: ShardingRules) -> Params:
-    return init_params(BASE, 0, layout)
+def params(rules: ShardingRules) -> Params:
+    return init_params(BASE, 0, rules)
 
 
-def logits(config: DecoderConfig, layout: ShardingRules, params: Params) -> np.ndarray:
-    with mesh_context(layout.mesh):
-        hidden = forward(config, layout, params, jnp.asarray(TOKENS, jnp.int32))
-        return np.asarray(unembed(config, layout, params, hidden))
+def logits(config: DecoderConfig, rules: ShardingRules, params: Params) -> np.ndarray:
+    with mesh_context(rules.mesh):
+        hidden = forward(config, rules, params, jnp.asarray(TOKENS, jnp.int32))
+        return np.asarray(unembed(config, rules, params, hidden))
 
 
 def test_all_fields_are_perturbed_here():
@@ -109,23 +109,23 @@ def test_all_fields_are_perturbed_here():
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_a_config_field_changes_parameters_or_output(field: str, layout: ShardingRules, params: Params):
+def test_a_config_field_changes_parameters_or_output(field: str, rules: ShardingRules, params: Params):
     changed = replace(BASE, **{field: FIELDS[field]})
     if field == "initializer_range":
-        fresh = init_params(changed, 0, layout)["head"]["kernel"]
+        fresh = init_params(changed, 0, rules)["head"]["kernel"]
         assert np.std(fresh) < 0.75 * np.std(params["head"]["kernel"])
         return
     before, after = abstract_params(BASE), abstract_params(changed)
     if before != after:
         return
-    assert np.abs(logits(changed, layout, params) - logits(BASE, layout, params)).max() > 1e-4
+    assert np.abs(logits(changed, rules, params) - logits(BASE, rules, params)).max() > 1e-4
 
 
 @pytest.mark.parametrize("field", ROPE_FIELDS)
-def test_a_rotary_field_changes_the_output(field: str, layout: ShardingRules, params: Params):
+def test_a_rotary_field_changes_the_output(field: str, rules: ShardingRules, params: Params):
     rope, change = ROPE_FIELDS[field]
-    before = logits(replace(BASE, rope=rope), layout, params)
-    after = logits(replace(BASE, rope=replace(rope, **change)), layout, params)
+    before = logits(replace(BASE, rope=rope), rules, params)
+    after = logits(replace(BASE, rope=replace(rope, **change)), rules, params)
     assert np.abs(after - before).max() > 1e-4
 
 

@@ -15,7 +15,7 @@ from parity_cases import case_tokens
 from jax_selftrain import hub
 from jax_selftrain.config import ConvertConfig
 from jax_selftrain.distributed.mesh import make_mesh
-from jax_selftrain.distributed.sharding import make_layout
+from jax_selftrain.distributed.sharding import make_sharding_rules
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub.families import FAMILIES as TABLES
 from jax_selftrain.hub.safetensors_io import SafetensorsReader, load_params, open_weights
@@ -56,7 +56,7 @@ def test_parameters_are_the_same_on_any_mesh(family: str, mesh: str, preset: str
     heads = {} if family == "gpt_neox" else {"num_attention_heads": 8, "head_dim": 16}
     folder = tiny_model(family, dtype="mixed", **heads)
     one, many = hub.load_model(folder, "data=1"), hub.load_model(folder, mesh, preset=preset)
-    shardings = leaves(param_shardings(many.config, many.layout))
+    shardings = leaves(param_shardings(many.config, many.sharding_rules))
     for here, there, sharding in zip(leaves(one.params), leaves(many.params), shardings, strict=True):
         assert there.sharding == sharding
         np.testing.assert_array_equal(np.asarray(here), np.asarray(there))
@@ -79,10 +79,10 @@ def test_logits_are_the_same_on_eight_devices(family: str, mesh: str, preset: st
 def test_every_byte_is_read_once(mesh: str, preset: str, tiny_model: Callable[..., Path]):
     folder = tiny_model("gpt_neox")
     config, _ = hub.read_config(folder)
-    layout = make_layout(preset, make_mesh(mesh), axis_sizes(config))
+    rules = make_sharding_rules(preset, make_mesh(mesh), axis_sizes(config))
     with open_weights(folder) as reader:
         counting = CountingReader(reader)
-        load_params(counting, TABLES["gpt_neox"], config, layout)
+        load_params(counting, TABLES["gpt_neox"], config, rules)
     assert counting.bytes == sum(value.nbytes for value in tiny_weights(read_json(folder / "config.json")).values())
 
 
@@ -107,11 +107,11 @@ def test_the_host_never_holds_a_second_copy(tmp_path: Path):
     sizes: dict[str, Any] = {"num_hidden_layers": 8, "hidden_size": 256, "intermediate_size": 1024, "head_dim": 64}
     folder = write_tiny_hf_model(tmp_path, "llama", tokenizer=False, dtype="bfloat16", **sizes)
     config, _ = hub.read_config(folder)
-    layout = make_layout("tensor", make_mesh("model=2"), axis_sizes(config))
+    rules = make_sharding_rules("tensor", make_mesh("model=2"), axis_sizes(config))
     gc.collect()
     with open_weights(folder) as reader:
         measuring, before = MemoryReader(reader), anonymous_bytes()
-        params, _ = load_params(measuring, TABLES["llama"], config, layout, np.dtype(np.float32))
+        params, _ = load_params(measuring, TABLES["llama"], config, rules, np.dtype(np.float32))
     arrays = [array.nbytes for array in leaves(params)]
     assert max(arrays) < sum(arrays) / 3
     # The model, one array on its way, and what the allocators keep for themselves; a second copy would be 2.

@@ -107,7 +107,7 @@ def test_large_weights_are_split_with_an_index(tmp_path: Path, tiny_model: Calla
 def test_trained_weights_are_exported_in_fp32(tmp_path: Path):
     source = write_tiny_hf_model(tmp_path / "hf", "gpt_neox", dtype="float16", torch_dtype="float16")
     model = hub.load_model(source, "data=2,model=2", preset="fsdp")
-    with mesh_context(model.layout.mesh):
+    with mesh_context(model.sharding_rules.mesh):
         params = jax.tree.map(lambda x: x * 1.0001, model.params)
     _, raw = hub.read_config(source)
     hub.save_model(tmp_path / "ours", raw, params, source_ref=source, metadata={"step": 7})
@@ -137,7 +137,7 @@ def test_save_pretrained_writes_what_was_loaded(tmp_path: Path):
 def test_a_model_with_other_weights_is_saved_under_the_same_names(tmp_path: Path):
     source = write_tiny_hf_model(tmp_path / "hf", "gpt_neox", dtype="float16")
     base = hub.load_model(source, "data=1")
-    model = hub.model_with_params(source, base.params, base.layout)
+    model = hub.model_with_params(source, base.params, base.sharding_rules)
     assert set(model.source.tensors.values()) == {"float32"}
     saved = tensors_of(model.save_pretrained(tmp_path / "out"))
     assert saved.keys() == tensors_of(source).keys()

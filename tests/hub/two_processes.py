@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from jax_selftrain import hub
 from jax_selftrain.config import ConvertConfig, MergeConfig
 from jax_selftrain.distributed.mesh import make_mesh
-from jax_selftrain.distributed.sharding import make_layout
+from jax_selftrain.distributed.sharding import make_sharding_rules
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub.families import FAMILIES
 from jax_selftrain.hub.safetensors_io import SafetensorsReader, load_params, open_weights
@@ -37,10 +37,10 @@ def main(coordinator: str, index: int, work: Path) -> None:
     seen: dict[str, int | str] = {"devices": jax.device_count()}
 
     config, raw = hub.read_config(work / "hf")
-    layout = make_layout("fsdp", make_mesh("data=4,model=2"), axis_sizes(config))
+    rules = make_sharding_rules("fsdp", make_mesh("data=4,model=2"), axis_sizes(config))
     with open_weights(work / "hf") as reader:
         counting = CountingReader(reader)
-        params, _ = load_params(counting, FAMILIES[raw["model_type"]], config, layout)
+        params, _ = load_params(counting, FAMILIES[raw["model_type"]], config, rules)
     seen["read"] = counting.bytes
     seen["fingerprint"] = hash_weights(params)
 

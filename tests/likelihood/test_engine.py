@@ -12,7 +12,7 @@ import pytest
 from jax_selftrain import hub
 from jax_selftrain.config import ScoreConfig
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
-from jax_selftrain.distributed.sharding import make_layout, shard_host_array
+from jax_selftrain.distributed.sharding import make_sharding_rules, shard_host_array
 from jax_selftrain.errors import InputError
 from jax_selftrain.likelihood import LoglikelihoodRequest, abstract_program, loglikelihoods, token_scores
 from jax_selftrain.likelihood.batching import (
@@ -181,8 +181,8 @@ CONFIG = DecoderConfig(
 
 def planned(requests, max_positions=POSITIONS, batch_tokens=BATCH):
     config = dataclasses.replace(CONFIG, max_positions=max_positions)
-    layout = make_layout("tensor", make_mesh("data=1"), axis_sizes(config))
-    return plan_units(layout, config, asked_for(requests), batch_tokens)
+    rules = make_sharding_rules("tensor", make_mesh("data=1"), axis_sizes(config))
+    return plan_units(rules, config, asked_for(requests), batch_tokens)
 
 
 def asked_for(requests):
@@ -214,7 +214,9 @@ def test_choices_of_a_question_are_scored_as_if_each_stood_alone(tiny_model, fam
     requests = questions(6)
     for request, answer in zip(requests, token_scores(model, requests, batch_tokens=BATCH), strict=True):
         n, end = len(request.continuation), len(request.context) + len(request.continuation) - 1
-        whole = np.zeros((model.layout.data_parallelism, 64), np.int32)  # of one shape: what follows cannot be seen
+        whole = np.zeros(
+            (model.sharding_rules.data_parallelism, 64), np.int32
+        )  # of one shape: what follows cannot be seen
         whole[0, : end + 1] = [*request.context, *request.continuation]
         logits = np.asarray(model.logits(whole))[0, end - n : end]
         expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(n), whole[0, end - n + 1 : end + 1]]
@@ -277,10 +279,10 @@ def test_a_tree_is_computed_as_its_paths_one_by_one(load):
 
     @jax.jit
     def logits(params, tokens, positions, ends=None):
-        hidden = forward(model.config, model.layout, params, tokens, positions=positions, subtree_ends=ends)
-        return unembed(model.config, model.layout, params, hidden)
+        hidden = forward(model.config, model.sharding_rules, params, tokens, positions=positions, subtree_ends=ends)
+        return unembed(model.config, model.sharding_rules, params, hidden)
 
-    with mesh_context(model.layout.mesh):
+    with mesh_context(model.sharding_rules.mesh):
         together = np.asarray(logits(model.params, **arrays))[0]
         alone = np.zeros((len(seen), 8), np.int32)
         for tokens, path in zip(alone, seen, strict=True):
@@ -326,15 +328,15 @@ def test_units_bound_what_an_interruption_costs_and_the_longest_come_first():
 
 
 def test_a_unit_knows_the_different_tokens_of_each_device_and_has_not_too_many():
-    layout = make_layout("tensor", make_mesh("data=2"), axis_sizes(CONFIG))
+    rules = make_sharding_rules("tensor", make_mesh("data=2"), axis_sizes(CONFIG))
     requests = [(request.context, request.continuation[:1]) for request in random_requests(250, 50_000, 500)]
-    units = plan_units(layout, CONFIG, asked_for(requests), BATCH)
+    units = plan_units(rules, CONFIG, asked_for(requests), BATCH)
     assert len(units) > 2
     for unit in units:
         own = [[], []]
         for batch in unit.batches:
             for number, row in enumerate(batch.rows):
-                own[number // (batch_rows(layout, batch.length, BATCH) // 2)].append(row.tokens)
+                own[number // (batch_rows(rules, batch.length, BATCH) // 2)].append(row.tokens)
         for vocabulary, rows in zip(unit.unique_tokens, own, strict=True):
             np.testing.assert_array_equal(vocabulary, np.unique(np.concatenate(rows)))
     sizes = [max(map(len, unit.unique_tokens)) for unit in units]
@@ -347,7 +349,7 @@ def test_a_batch_of_more_different_tokens_than_a_unit_should_have_has_a_unit_of_
     expected = token_scores(load(), requests, batch_tokens=BATCH)
     monkeypatch.setattr("jax_selftrain.likelihood.batching.MAX_UNIQUE_TOKENS", 128)
     model = load(mesh=spec)
-    units = plan_units(model.layout, model.config, deduplicate(model.config, requests)[0], BATCH)
+    units = plan_units(model.sharding_rules, model.config, deduplicate(model.config, requests)[0], BATCH)
     assert {len(unit.batches) for unit in units} == {1}
     assert max(len(unit.unique_tokens[0]) for unit in units) > 128
     for a, b in zip(token_scores(model, requests, batch_tokens=BATCH), expected, strict=True):
@@ -489,13 +491,13 @@ def test_greedy_means_that_every_token_is_the_most_probable(load):
 
 @pytest.mark.parametrize(("mesh", "preset"), [("data=1", "tensor"), ("model=2", "tensor"), ("model=2", "replicated")])
 def test_equal_logits_are_won_by_the_lowest_id_and_great_ones_stay_finite(load, mesh, preset):
-    layout = load("llama", mesh, preset).layout
+    rules = load("llama", mesh, preset).sharding_rules
     values = [[0.0, 5.0, 5.0, -jnp.inf, 1.0, 5.0, 5.0, 2.0], [3e4, -3e4, 0.0, 3e4, 3e4, 0.0, -3e4, 3e4]]
     targets = [[2, 0, 7], [1, 0, 4]]
-    with mesh_context(layout.mesh):
-        logits = shard_host_array(layout, np.array([values], np.float32), ("batch", None, "vocab"))
-        wanted = shard_host_array(layout, np.array([targets], np.int32), ("batch", None, None))
-        logprobs, best = jax.jit(logprobs_and_argmax, static_argnums=0)(layout, logits, wanted)
+    with mesh_context(rules.mesh):
+        logits = shard_host_array(rules, np.array([values], np.float32), ("batch", None, "vocab"))
+        wanted = shard_host_array(rules, np.array([targets], np.int32), ("batch", None, None))
+        logprobs, best = jax.jit(logprobs_and_argmax, static_argnums=0)(rules, logits, wanted)
     assert best.tolist() == [[1, 0]]
     expected = jax.nn.log_softmax(jnp.array(values))[jnp.array([[0], [1]]), jnp.array(targets)]
     np.testing.assert_allclose(np.asarray(logprobs)[0], expected, rtol=1e-6)
@@ -530,11 +532,11 @@ def test_the_program_compiles_without_weights_and_never_holds_all_logits(tiny_mo
 
 def test_the_engine_runs_the_program_that_it_plans(load):
     model = load("llama", "data=2")
-    function, arguments, _ = batch_program(model.config, model.layout, model.compute_dtype, BATCH, 64)
+    function, arguments, _ = batch_program(model.config, model.sharding_rules, model.compute_dtype, BATCH, 64)
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), arguments[0])
     assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), model.params)
-    assert make_layout("tensor", model.layout.mesh, axis_sizes(model.config)) == model.layout
-    with mesh_context(model.layout.mesh):
+    assert make_sharding_rules("tensor", model.sharding_rules.mesh, axis_sizes(model.config)) == model.sharding_rules
+    with mesh_context(model.sharding_rules.mesh):
         logprobs, greedy = jax.eval_shape(function, *arguments)
     *_, targets, _ = arguments
     assert (logprobs.shape, greedy.shape) == (targets.shape, targets.shape[:2])

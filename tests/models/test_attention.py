@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
-from jax_selftrain.distributed.sharding import ShardingRules, make_layout, shard_host_array
+from jax_selftrain.distributed.sharding import ShardingRules, make_sharding_rules, shard_host_array
 from jax_selftrain.models.attention import dot_product_attention, splash_attention
 
 B, T, G, R, K = 2, 256, 2, 4, 64
 AXES = (("batch", None, "kv_heads", "q_per_kv", None), ("batch", None, "kv_heads", None), ("batch", None))
 
 
-def layout_of(spec: str) -> ShardingRules:
+def sharding_rules_for(spec: str) -> ShardingRules:
     sizes = {"embed": 64, "vocab": 64, "mlp": 64, "kv_heads": G, "q_per_kv": R}
-    return make_layout("tensor", make_mesh(spec), sizes)
+    return make_sharding_rules("tensor", make_mesh(spec), sizes)
 
 
 def operands() -> tuple[np.ndarray, ...]:
@@ -35,19 +35,19 @@ def written_out(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -
     return dot_product_attention(q, k, v, visible, jnp.bfloat16)
 
 
-def value_and_gradients(layout: ShardingRules, attention, segmented: bool) -> tuple[np.ndarray, ...]:
+def value_and_gradients(rules: ShardingRules, attention, segmented: bool) -> tuple[np.ndarray, ...]:
     def value(q, k, v, segments):
         context = attention(q, k, v, segments)
         weights = jnp.sin(jnp.arange(context.size, dtype=jnp.float32)).reshape(context.shape)
         return jnp.sum(context * jax.reshard(weights, jax.typeof(context).sharding)), context
 
     q, k, v, segments = operands()
-    with mesh_context(layout.mesh):
+    with mesh_context(rules.mesh):
         arrays = [
-            shard_host_array(layout, array, axes)
+            shard_host_array(rules, array, axes)
             for array, axes in zip((q, k, v), (AXES[0], AXES[1], AXES[1]), strict=True)
         ]
-        documents = shard_host_array(layout, segments if segmented else np.zeros_like(segments), AXES[2])
+        documents = shard_host_array(rules, segments if segmented else np.zeros_like(segments), AXES[2])
         gradients, context = jax.jit(jax.grad(value, argnums=(0, 1, 2), has_aux=True))(*arrays, documents)
     return tuple(np.asarray(array) for array in (context, *gradients))
 
@@ -55,16 +55,16 @@ def value_and_gradients(layout: ShardingRules, attention, segmented: bool) -> tu
 @pytest.mark.parametrize("segmented", [True, False], ids=["documents", "one document"])
 @pytest.mark.parametrize("spec", ["data=1,model=1", "data=2,model=2", "data=1,model=4"])
 def test_fused_attention_is_the_written_out_form(spec: str, segmented: bool):
-    layout = layout_of(spec)
-    fused = partial(splash_attention, layout, compute_dtype=jnp.bfloat16, interpret=True)
-    expected = value_and_gradients(layout, written_out, segmented)
-    found = value_and_gradients(layout, fused, segmented)
+    rules = sharding_rules_for(spec)
+    fused = partial(splash_attention, rules, compute_dtype=jnp.bfloat16, interpret=True)
+    expected = value_and_gradients(rules, written_out, segmented)
+    found = value_and_gradients(rules, fused, segmented)
     for one, other in zip(found, expected, strict=True):
         # Both round operands to bfloat16, 8 bits, but at other places of the computation.
         np.testing.assert_allclose(one, other, atol=2.0**-6 * np.abs(expected[0]).max(), rtol=2.0**-5)
 
 
 def test_documents_matter_to_the_comparison():
-    layout = layout_of("data=1,model=1")
-    whole, cut = (value_and_gradients(layout, written_out, segmented)[0] for segmented in (False, True))
+    rules = sharding_rules_for("data=1,model=1")
+    whole, cut = (value_and_gradients(rules, written_out, segmented)[0] for segmented in (False, True))
     assert np.abs(whole - cut).max() > 0.5

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
-from jax_selftrain.distributed.sharding import ShardingRules, make_layout, shard_host_array
+from jax_selftrain.distributed.sharding import ShardingRules, make_sharding_rules, shard_host_array
 from jax_selftrain.models import (
     TAIL_LEN,
     DecoderConfig,
@@ -47,30 +47,30 @@ ROUNDING = 2e-5
 """Logits here are of order 1–10; fp32 sums of a few hundred terms in another order move them by some 1e-6."""
 
 
-def layout_of(config: DecoderConfig, spec: str = "data=1", preset: str = "tensor") -> ShardingRules:
-    return make_layout(preset, make_mesh(spec), axis_sizes(config))
+def sharding_rules_for(config: DecoderConfig, spec: str = "data=1", preset: str = "tensor") -> ShardingRules:
+    return make_sharding_rules(preset, make_mesh(spec), axis_sizes(config))
 
 
 def tokens_of(rows: int, length: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 512, (rows, length)).astype(np.int32)
 
 
-def logits_of(config: DecoderConfig, layout: ShardingRules, tokens: np.ndarray, **given) -> np.ndarray:
-    params = init_params(config, 0, layout)
-    given = {name: shard_host_array(layout, value, ("batch", None)) for name, value in given.items()}
-    with mesh_context(layout.mesh):
-        run = jax.jit(lambda p, t, kw: unembed(config, layout, p, forward(config, layout, p, t, **kw)))
-        return np.asarray(run(params, shard_host_array(layout, tokens, ("batch", None)), given))
+def logits_of(config: DecoderConfig, rules: ShardingRules, tokens: np.ndarray, **given) -> np.ndarray:
+    params = init_params(config, 0, rules)
+    given = {name: shard_host_array(rules, value, ("batch", None)) for name, value in given.items()}
+    with mesh_context(rules.mesh):
+        run = jax.jit(lambda p, t, kw: unembed(config, rules, p, forward(config, rules, p, t, **kw)))
+        return np.asarray(run(params, shard_host_array(rules, tokens, ("batch", None)), given))
 
 
 @pytest.mark.parametrize("config", FAMILIES)
 @pytest.mark.parametrize("spec", MESHES)
 def test_last_layer_at_some_places_is_the_whole_one_there(config: DecoderConfig, spec: str):
-    layout, tokens = layout_of(config, spec), tokens_of(4, 70)
+    rules, tokens = sharding_rules_for(config, spec), tokens_of(4, 70)
     at = np.random.default_rng(1).integers(0, 70, (4, 9)).astype(np.int32)
     segments = np.repeat(np.arange(7, dtype=np.int32), 10)[None].repeat(4, axis=0)
-    found = logits_of(config, layout, tokens, at=at, segments=segments)
-    whole = logits_of(config, layout, tokens, segments=segments)
+    found = logits_of(config, rules, tokens, at=at, segments=segments)
+    whole = logits_of(config, rules, tokens, segments=segments)
     np.testing.assert_allclose(found, np.take_along_axis(whole, at[..., None], axis=1), atol=ROUNDING)
 
 
@@ -80,7 +80,7 @@ def test_what_depends_on_a_token_alone_can_be_looked_up(config: DecoderConfig, l
     """Each device has learned the tokens of its own rows, in an order of its own, over those of a batch before."""
     windows = config.sliding_window and (40, *[None] * (layers - 1))
     config = dataclasses.replace(config, num_layers=layers, sliding_window=windows)
-    layout, tokens = layout_of(config, "data=2,model=2", preset), tokens_of(4, 70)
+    rules, tokens = sharding_rules_for(config, "data=2,model=2", preset), tokens_of(4, 70)
     random = np.random.default_rng(1)
     at = random.integers(0, 70, (4, 9)).astype(np.int32)
     vocabularies = [random.permutation(np.unique(own)).astype(np.int32) for own in tokens.reshape(2, -1)]
@@ -89,34 +89,34 @@ def test_what_depends_on_a_token_alone_can_be_looked_up(config: DecoderConfig, l
         table[device, : len(own)] = own
         mine = slice(2 * device, 2 * device + 2)
         places[mine] = np.argsort(own)[np.searchsorted(np.sort(own), tokens[mine])]
-    with mesh_context(layout.mesh):
-        params = init_params(config, 0, layout)
-        shapes = abstract_precomputed(config, layout, params, 160, jnp.float32)
+    with mesh_context(rules.mesh):
+        params = init_params(config, 0, rules)
+        shapes = abstract_precomputed(config, rules, params, 160, jnp.float32)
         before = jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, out_sharding=leaf.sharding), shapes)
-        learn = jax.jit(partial(precompute, config, layout), static_argnums=4)
-        chunks = shard_host_array(layout, np.asarray(-(-max(map(len, vocabularies)) // 16), np.int32), ())
-        known = learn(params, before, shard_host_array(layout, table, ("batch", None)), chunks, 16)
+        learn = jax.jit(partial(precompute, config, rules), static_argnums=4)
+        chunks = shard_host_array(rules, np.asarray(-(-max(map(len, vocabularies)) // 16), np.int32), ())
+        known = learn(params, before, shard_host_array(rules, table, ("batch", None)), chunks, 16)
         run = jax.jit(
             lambda p, t, at, known: unembed(
-                config, layout, p, forward(config, layout, p, t, query_positions=at, precomputed=known)
+                config, rules, p, forward(config, rules, p, t, query_positions=at, precomputed=known)
             )
         )
-        found = run(params, *(shard_host_array(layout, array, ("batch", None)) for array in (places, at)), known)
-    np.testing.assert_allclose(found, logits_of(config, layout, tokens, at=at), atol=ROUNDING)
+        found = run(params, *(shard_host_array(rules, array, ("batch", None)) for array in (places, at)), known)
+    np.testing.assert_allclose(found, logits_of(config, rules, tokens, at=at), atol=ROUNDING)
 
 
 @pytest.mark.parametrize(("config", "spared"), [(NEOX, "qkv and MLP"), (LLAMA, "qkv")])
 def test_a_look_up_spares_the_products_of_the_first_layer(config: DecoderConfig, spared: str):
-    layout = layout_of(config)
-    params = init_params(config, 0, layout)
-    with mesh_context(layout.mesh):
+    rules = sharding_rules_for(config)
+    params = init_params(config, 0, rules)
+    with mesh_context(rules.mesh):
         tokens, at = (
-            shard_host_array(layout, array, ("batch", None)) for array in (tokens_of(4, 70), np.zeros((4, 9), np.int32))
+            shard_host_array(rules, array, ("batch", None)) for array in (tokens_of(4, 70), np.zeros((4, 9), np.int32))
         )
-        known = abstract_precomputed(config, layout, params, 160, jnp.float32)
+        known = abstract_precomputed(config, rules, params, 160, jnp.float32)
 
         def operations(known) -> float:
-            return flops(jax.make_jaxpr(partial(forward, config, layout))(params, tokens, at=at, known=known))
+            return flops(jax.make_jaxpr(partial(forward, config, rules))(params, tokens, at=at, known=known))
 
         difference = operations(None) - operations(known)
     width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
@@ -132,7 +132,7 @@ def test_a_look_up_spares_the_products_of_the_first_layer(config: DecoderConfig,
 )
 def test_logits_and_parameters_are_the_same_on_any_mesh(config, spec, preset):
     tokens = tokens_of(8, 48)
-    one, many = layout_of(config), layout_of(config, spec, preset)
+    one, many = sharding_rules_for(config), sharding_rules_for(config, spec, preset)
     jax.tree.map(np.testing.assert_array_equal, init_params(config, 0, one), init_params(config, 0, many))
     np.testing.assert_allclose(logits_of(config, many, tokens), logits_of(config, one, tokens), atol=ROUNDING)
 
@@ -140,28 +140,28 @@ def test_logits_and_parameters_are_the_same_on_any_mesh(config, spec, preset):
 class Decoding:
     """One token a row and step, with as many settled slots as `tokens` need."""
 
-    def __init__(self, config: DecoderConfig, layout: ShardingRules, rows: int, capacity: int, **options):
-        self.config, self.layout, self.params = config, layout, init_params(config, 0, layout)
-        with mesh_context(layout.mesh):
-            self.cache = jax.jit(lambda: init_cache(config, layout, rows, capacity, **options))()
+    def __init__(self, config: DecoderConfig, rules: ShardingRules, rows: int, capacity: int, **options):
+        self.config, self.sharding_rules, self.params = config, rules, init_params(config, 0, rules)
+        with mesh_context(rules.mesh):
+            self.cache = jax.jit(lambda: init_cache(config, rules, rows, capacity, **options))()
         self.settled = np.zeros(rows, np.int32)
 
         @jax.jit
         def step(params, cache, token, settled, offset):
             hidden, cache = decode_step(
-                config, layout, params, cache, token, settled + offset, settled, num_used_blocks(cache, settled), offset
+                config, rules, params, cache, token, settled + offset, settled, num_used_blocks(cache, settled), offset
             )
-            return unembed(config, layout, params, hidden), cache
+            return unembed(config, rules, params, hidden), cache
 
-        self._step, self._flush = step, jax.jit(partial(flush_tail, layout))
+        self._step, self._flush = step, jax.jit(partial(flush_tail, rules))
 
     def page(self, tokens: np.ndarray) -> np.ndarray:
         """Feed up to a page of tokens [B, T ≤ PAGE]; logits [B, T, V]. A whole page is flushed."""
         logits = []
-        with mesh_context(self.layout.mesh):
-            settled = shard_host_array(self.layout, self.settled, ("batch",))
+        with mesh_context(self.sharding_rules.mesh):
+            settled = shard_host_array(self.sharding_rules, self.settled, ("batch",))
             for t in range(tokens.shape[1]):
-                token = shard_host_array(self.layout, tokens[:, t], ("batch",))
+                token = shard_host_array(self.sharding_rules, tokens[:, t], ("batch",))
                 out, self.cache = self._step(self.params, self.cache, token, settled, jnp.int32(t))
                 logits.append(np.asarray(out))
             if tokens.shape[1] == TAIL_LEN:
@@ -179,21 +179,21 @@ class Decoding:
 @pytest.mark.parametrize("spec", MESHES)
 @pytest.mark.parametrize("block", [TAIL_LEN, 2 * TAIL_LEN])
 def test_token_by_token_equals_all_at_once(config, spec, block):
-    layout, tokens = layout_of(config, spec), tokens_of(4, 3 * TAIL_LEN + 9)
-    decoded = Decoding(config, layout, 4, 3 * TAIL_LEN, block=block).all(tokens)
-    np.testing.assert_allclose(decoded, logits_of(config, layout, tokens), atol=ROUNDING)
+    rules, tokens = sharding_rules_for(config, spec), tokens_of(4, 3 * TAIL_LEN + 9)
+    decoded = Decoding(config, rules, 4, 3 * TAIL_LEN, block=block).all(tokens)
+    np.testing.assert_allclose(decoded, logits_of(config, rules, tokens), atol=ROUNDING)
 
 
 @pytest.mark.parametrize("spec", ["data=1", "data=2"])
 def test_a_row_has_the_same_bits_whatever_its_neighbors_have_behind_them(spec):
     """Row 0 starts afresh while row 1 goes on: what refilling finished rows needs. The capacity does not matter."""
-    config, layout, tokens = LLAMA, layout_of(LLAMA, spec), tokens_of(4, 4 * TAIL_LEN)
+    config, rules, tokens = LLAMA, sharding_rules_for(LLAMA, spec), tokens_of(4, 4 * TAIL_LEN)
     fresh, long = tokens[:2], tokens[2:]
     alone, decoding = [
-        Decoding(config, layout, 2, capacity, block=block)
+        Decoding(config, rules, 2, capacity, block=block)
         for capacity, block in ((4 * TAIL_LEN, TAIL_LEN), (8 * TAIL_LEN, TAIL_LEN))
     ]
-    expected = alone.all(long), Decoding(config, layout, 2, TAIL_LEN, block=TAIL_LEN).page(fresh[:, :TAIL_LEN])
+    expected = alone.all(long), Decoding(config, rules, 2, TAIL_LEN, block=TAIL_LEN).page(fresh[:, :TAIL_LEN])
     mixed = np.stack([fresh[0], long[1]])
     found = [decoding.page(long[:, t : t + TAIL_LEN]) for t in range(0, 3 * TAIL_LEN, TAIL_LEN)]
     decoding.settled = np.array([0, 3 * TAIL_LEN], np.int32)
@@ -205,11 +205,11 @@ def test_a_row_has_the_same_bits_whatever_its_neighbors_have_behind_them(spec):
 
 def test_a_settled_part_in_eight_bits_is_close():
     """Each key and value is off by at most 1/254 of its head's largest; half-precision types are off by 2^-9."""
-    config, layout, tokens = LLAMA, layout_of(LLAMA), tokens_of(4, 3 * TAIL_LEN)
-    expected = logits_of(config, layout, tokens)
+    config, rules, tokens = LLAMA, sharding_rules_for(LLAMA), tokens_of(4, 3 * TAIL_LEN)
+    expected = logits_of(config, rules, tokens)
     spread = expected.std()
     for dtype, bound in ((jnp.int8, 0.05), (jnp.bfloat16, 0.03)):
-        decoded = Decoding(config, layout, 4, 2 * TAIL_LEN, settled_dtype=dtype).all(tokens)
+        decoded = Decoding(config, rules, 4, 2 * TAIL_LEN, settled_dtype=dtype).all(tokens)
         np.testing.assert_allclose(decoded[:, :TAIL_LEN], expected[:, :TAIL_LEN], atol=ROUNDING)
         error = np.abs(decoded[:, TAIL_LEN:] - expected[:, TAIL_LEN:])
         assert ROUNDING < error.max() < 10 * bound * spread
@@ -221,34 +221,34 @@ def test_segments_hide_other_documents_and_positions_restart():
     packed = np.concatenate([first, second], axis=1)
     segments = np.repeat([1, 2], [20, 30])[None].astype(np.int32)
     positions = np.concatenate([np.arange(20), np.arange(30)])[None].astype(np.int32)
-    layout = layout_of(NEOX)
-    together = logits_of(NEOX, layout, packed, segments=segments, positions=positions)
-    np.testing.assert_allclose(together[:, :20], logits_of(NEOX, layout, first), atol=ROUNDING)
-    np.testing.assert_allclose(together[:, 20:], logits_of(NEOX, layout, second), atol=ROUNDING)
+    rules = sharding_rules_for(NEOX)
+    together = logits_of(NEOX, rules, packed, segments=segments, positions=positions)
+    np.testing.assert_allclose(together[:, :20], logits_of(NEOX, rules, first), atol=ROUNDING)
+    np.testing.assert_allclose(together[:, 20:], logits_of(NEOX, rules, second), atol=ROUNDING)
 
 
 def test_sliding_window_sees_exactly_its_latest_positions():
     """With one layer of window w, logits at t depend on tokens t−w+1 … t and on no other."""
     config = dataclasses.replace(LLAMA, num_layers=1, sliding_window=(8,))
     tokens = tokens_of(1, 32)
-    base = logits_of(config, layout_of(config), tokens)
+    base = logits_of(config, sharding_rules_for(config), tokens)
     for moved, seen in [(31 - 8, False), (31 - 7, True), (31, True)]:
         other = tokens.copy()
         other[0, moved] = (other[0, moved] + 1) % 512
-        changed = np.abs(logits_of(config, layout_of(config), other)[0, 31] - base[0, 31]).max() > ROUNDING
+        changed = np.abs(logits_of(config, sharding_rules_for(config), other)[0, 31] - base[0, 31]).max() > ROUNDING
         assert changed == seen
 
 
 def test_rematerialisation_changes_nothing_but_memory():
-    layout, tokens = layout_of(LLAMA, "data=2,model=2", "fsdp"), tokens_of(4, 24)
-    params = init_params(LLAMA, 0, layout)
+    rules, tokens = sharding_rules_for(LLAMA, "data=2,model=2", "fsdp"), tokens_of(4, 24)
+    params = init_params(LLAMA, 0, rules)
 
     def loss(params, tokens, remat):
-        hidden = forward(LLAMA, layout, params, tokens, remat=remat)
-        return jnp.square(unembed(LLAMA, layout, params, hidden)).mean()
+        hidden = forward(LLAMA, rules, params, tokens, remat=remat)
+        return jnp.square(unembed(LLAMA, rules, params, hidden)).mean()
 
-    with mesh_context(layout.mesh):
-        placed = shard_host_array(layout, tokens, ("batch", None))
+    with mesh_context(rules.mesh):
+        placed = shard_host_array(rules, tokens, ("batch", None))
         gradient = jax.jit(jax.grad(loss), static_argnums=2)
         plain, *others = (gradient(params, placed, remat) for remat in ("none", "dots", "full"))
     for other in others:
@@ -258,23 +258,23 @@ def test_rematerialisation_changes_nothing_but_memory():
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_nothing_of_the_size_of_the_scores_is_kept_for_the_backward_pass(remat: str):
-    layout = layout_of(LLAMA)
-    params = init_params(LLAMA, 0, layout)
-    with mesh_context(layout.mesh):
-        tokens = shard_host_array(layout, tokens_of(1, 96), ("batch", None))
-        _, backward = jax.vjp(lambda p: forward(LLAMA, layout, p, tokens, remat=remat), params)
+    rules = sharding_rules_for(LLAMA)
+    params = init_params(LLAMA, 0, rules)
+    with mesh_context(rules.mesh):
+        tokens = shard_host_array(rules, tokens_of(1, 96), ("batch", None))
+        _, backward = jax.vjp(lambda p: forward(LLAMA, rules, p, tokens, remat=remat), params)
     kept = [leaf.size for leaf in jax.tree.leaves(backward) if 96 in leaf.shape]
     assert kept, "activations are kept"
     assert not [leaf.shape for leaf in jax.tree.leaves(backward) if leaf.ndim > 3 and leaf.shape[-2:] == (96, 96)]
 
 
 def test_gradients_lie_where_their_parameters_lie():
-    layout = layout_of(NEOX, "data=2,model=2", "fsdp")
-    params = init_params(NEOX, 0, layout)
-    with mesh_context(layout.mesh):
-        tokens = shard_host_array(layout, tokens_of(4, 8), ("batch", None))
-        gradients = jax.jit(jax.grad(lambda p: forward(NEOX, layout, p, tokens).sum()))(params)
-    shardings = param_shardings(NEOX, layout)
+    rules = sharding_rules_for(NEOX, "data=2,model=2", "fsdp")
+    params = init_params(NEOX, 0, rules)
+    with mesh_context(rules.mesh):
+        tokens = shard_host_array(rules, tokens_of(4, 8), ("batch", None))
+        gradients = jax.jit(jax.grad(lambda p: forward(NEOX, rules, p, tokens).sum()))(params)
+    shardings = param_shardings(NEOX, rules)
     jax.tree.map(
         lambda g, s: g.sharding.is_equivalent_to(s, g.ndim) or pytest.fail(f"{g.sharding} != {s}"), gradients, shardings
     )
@@ -283,20 +283,20 @@ def test_gradients_lie_where_their_parameters_lie():
 def test_program_size_does_not_grow_with_depth():
     def program(layers: int) -> str:
         config = dataclasses.replace(LLAMA, num_layers=layers)
-        layout = layout_of(config)
-        params = init_params(config, 0, layout)
-        with mesh_context(layout.mesh):
-            return jax.jit(lambda p, t: forward(config, layout, p, t)).lower(params, tokens_of(1, 8)).as_text()
+        rules = sharding_rules_for(config)
+        params = init_params(config, 0, rules)
+        with mesh_context(rules.mesh):
+            return jax.jit(lambda p, t: forward(config, rules, p, t)).lower(params, tokens_of(1, 8)).as_text()
 
     assert program(2).count("stablehlo.dot_general") == program(12).count("stablehlo.dot_general")
 
 
 def test_bfloat16_operands_keep_the_residual_stream_in_fp32():
-    layout, tokens = layout_of(LLAMA), tokens_of(2, 16)
-    params = init_params(LLAMA, 0, layout)
-    with mesh_context(layout.mesh):
-        low = forward(LLAMA, layout, params, jnp.asarray(tokens), compute_dtype=jnp.bfloat16)
-        full = forward(LLAMA, layout, params, jnp.asarray(tokens))
+    rules, tokens = sharding_rules_for(LLAMA), tokens_of(2, 16)
+    params = init_params(LLAMA, 0, rules)
+    with mesh_context(rules.mesh):
+        low = forward(LLAMA, rules, params, jnp.asarray(tokens), compute_dtype=jnp.bfloat16)
+        full = forward(LLAMA, rules, params, jnp.asarray(tokens))
     assert low.dtype == jnp.float32
     # bf16 operands carry 8 bits: relative error 2^-8 an operand, averaged over sums
     np.testing.assert_allclose(low, full, atol=0.1)

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jax_selftrain.distributed.mesh import AxisGroups, make_mesh, mesh_context
-from jax_selftrain.distributed.sharding import make_layout, shard_host_array
+from jax_selftrain.distributed.sharding import make_sharding_rules, shard_host_array
 from jax_selftrain.models.fsdp import all_gather, all_gather_param, embedding_lookup, reduce_scatter
 from jax_selftrain.models.matmul import linear
 
@@ -61,22 +61,22 @@ def test_all_parts_are_put_together_in_their_order(torus: str, shape: tuple[int,
 @pytest.mark.parametrize("mesh", ["data=4,model=2", "data=8"])
 def test_rows_of_a_divided_table_and_their_gradient(mesh: str):
     sizes = {"embed": 16, "vocab": 10, "mlp": 4, "kv_heads": 2, "q_per_kv": 1}
-    layout = make_layout("fsdp", make_mesh(mesh), sizes)
+    rules = make_sharding_rules("fsdp", make_mesh(mesh), sizes)
     rng = np.random.default_rng(1)
     table, weights = (rng.integers(-9, 9, size).astype(np.float32) for size in ((10, 16), (8, 3, 16)))
     tokens = rng.integers(0, 10, (8, 3)).astype(np.int32)  # tokens of several replicas meet in one row
-    with mesh_context(layout.mesh):
-        there = shard_host_array(layout, table, ("vocab", "embed"))
-        batch = shard_host_array(layout, tokens, ("batch", None))
-        found = jax.jit(lambda there: embedding_lookup(layout, there, batch, jnp.float32))(there)
-        factors = shard_host_array(layout, weights, ("batch", None, None))
+    with mesh_context(rules.mesh):
+        there = shard_host_array(rules, table, ("vocab", "embed"))
+        batch = shard_host_array(rules, tokens, ("batch", None))
+        found = jax.jit(lambda there: embedding_lookup(rules, there, batch, jnp.float32))(there)
+        factors = shard_host_array(rules, weights, ("batch", None, None))
         gradient = jax.jit(
-            jax.grad(lambda there: jnp.sum(factors * embedding_lookup(layout, there, batch, jnp.float32)))
+            jax.grad(lambda there: jnp.sum(factors * embedding_lookup(rules, there, batch, jnp.float32)))
         )(there)
-        again = jax.jit(
-            jax.grad(lambda there: jnp.sum(factors * embedding_lookup(layout, there, tokens, jnp.float32)))
-        )(there)  # of tokens that every device holds
-        whole = jax.jit(partial(all_gather_param, layout, axes=("vocab", "embed"), dtype=jnp.bfloat16))(there)
+        again = jax.jit(jax.grad(lambda there: jnp.sum(factors * embedding_lookup(rules, there, tokens, jnp.float32))))(
+            there
+        )  # of tokens that every device holds
+        whole = jax.jit(partial(all_gather_param, rules, axes=("vocab", "embed"), dtype=jnp.bfloat16))(there)
     np.testing.assert_array_equal(np.asarray(found), table[tokens])
     expected = np.zeros_like(table)
     np.add.at(expected, tokens, weights)
@@ -84,17 +84,17 @@ def test_rows_of_a_divided_table_and_their_gradient(mesh: str):
     np.testing.assert_array_equal(np.asarray(again), expected)
     assert gradient.sharding.spec == there.sharding.spec
     assert whole.dtype == jnp.bfloat16
-    assert whole.sharding.spec == layout.unsharded_embed(("vocab", "embed")).spec
+    assert whole.sharding.spec == rules.unsharded_embed(("vocab", "embed")).spec
     np.testing.assert_array_equal(np.asarray(whole, np.float32), table)
 
 
 def test_gradients_of_a_narrow_table_are_summed_in_the_wide_type():
     sizes = {"embed": 4, "vocab": 2, "mlp": 4, "kv_heads": 2, "q_per_kv": 1}
-    layout = make_layout("fsdp", make_mesh("data=2"), sizes)
-    with mesh_context(layout.mesh):
-        table = shard_host_array(layout, np.zeros((2, 4), jnp.bfloat16), ("vocab", "embed"))
-        tokens = shard_host_array(layout, np.zeros((2, 1024), np.int32), ("batch", None))
-        ones = jax.jit(jax.grad(lambda table: jnp.sum(embedding_lookup(layout, table, tokens, jnp.float32))))(table)
+    rules = make_sharding_rules("fsdp", make_mesh("data=2"), sizes)
+    with mesh_context(rules.mesh):
+        table = shard_host_array(rules, np.zeros((2, 4), jnp.bfloat16), ("vocab", "embed"))
+        tokens = shard_host_array(rules, np.zeros((2, 1024), np.int32), ("batch", None))
+        ones = jax.jit(jax.grad(lambda table: jnp.sum(embedding_lookup(rules, table, tokens, jnp.float32))))(table)
     assert ones.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(ones, np.float32), [[2048] * 4, [0] * 4])  # bfloat16 stops at 256
 
@@ -102,14 +102,14 @@ def test_gradients_of_a_narrow_table_are_summed_in_the_wide_type():
 @pytest.mark.parametrize("batch", [("batch", None, None), (None, None, None)])
 def test_gradient_of_a_divided_kernel_wherever_its_inputs_lie(batch: tuple[str | None, ...]):
     sizes = {"embed": 8, "vocab": 4, "mlp": 6, "kv_heads": 2, "q_per_kv": 1}
-    layout = make_layout("fsdp", make_mesh("data=4,model=2"), sizes)
+    rules = make_sharding_rules("fsdp", make_mesh("data=4,model=2"), sizes)
     rng = np.random.default_rng(2)
     kernel, x = (rng.integers(-9, 9, shape).astype(np.float32) for shape in ((6, 8), (4, 3, 8)))
     axes = ("mlp", "embed")
-    with mesh_context(layout.mesh):
-        there, inputs = shard_host_array(layout, kernel, axes), shard_host_array(layout, x, batch)
+    with mesh_context(rules.mesh):
+        there, inputs = shard_host_array(rules, kernel, axes), shard_host_array(rules, x, batch)
         square = jax.jit(
-            jax.grad(lambda w, x: jnp.sum(jnp.square(linear(layout, w, axes, 1, x, jnp.float32))), argnums=(0, 1))
+            jax.grad(lambda w, x: jnp.sum(jnp.square(linear(rules, w, axes, 1, x, jnp.float32))), argnums=(0, 1))
         )
         of_kernel, of_x = square(there, inputs)
     y = x @ kernel.T

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
-from jax_selftrain.distributed.sharding import make_layout, shard_host_array
+from jax_selftrain.distributed.sharding import make_sharding_rules, shard_host_array
 from jax_selftrain.models import TAIL_LEN, DecoderConfig, RopeConfig, axis_sizes, forward, init_params, unembed
 from jax_selftrain.sampling.continuous_batching import RequestQueue, initial_state
 from jax_selftrain.sampling.counter_rng import per_sample_keys
@@ -48,26 +48,26 @@ class Model:
     """A small random model on a mesh."""
 
     def __init__(self, spec: str = "data=1,model=1", sharpness: float = 1.0):
-        layout = make_layout("tensor", make_mesh(spec), axis_sizes(CONFIG))
-        self.architecture = DecodeSpec(CONFIG, layout, "float32")
-        self.params = init_params(CONFIG, 0, layout)
-        with mesh_context(layout.mesh):
+        rules = make_sharding_rules("tensor", make_mesh(spec), axis_sizes(CONFIG))
+        self.architecture = DecodeSpec(CONFIG, rules, "float32")
+        self.params = init_params(CONFIG, 0, rules)
+        with mesh_context(rules.mesh):
             self.params["head"]["kernel"] = self.params["head"]["kernel"] * sharpness
 
-    def draw(self, policy: SamplingParams, ids: np.ndarray, seed: int = 0, rows: int | None = None, **options):
-        rows = len(ids) // self.architecture.layout.data_parallelism if rows is None else rows
-        return decode(self.architecture, policy, self.params, per_sample_keys(seed, ids), rows=rows, **options)
+    def draw(self, sampling_params: SamplingParams, ids: np.ndarray, seed: int = 0, rows: int | None = None, **options):
+        rows = len(ids) // self.architecture.sharding_rules.data_parallelism if rows is None else rows
+        return decode(self.architecture, sampling_params, self.params, per_sample_keys(seed, ids), rows=rows, **options)
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Of the full forward pass [B, T, V]: the reference that shares no cache, page or loop with decoding."""
-        with mesh_context(self.architecture.layout.mesh):
+        with mesh_context(self.architecture.sharding_rules.mesh):
             return np.asarray(_full_logits(self.architecture, self.params, jnp.asarray(tokens)))
 
 
 @partial(jax.jit, static_argnums=0)
 def _full_logits(architecture, params, tokens):
-    hidden = forward(architecture.config, architecture.layout, params, tokens)
-    return unembed(architecture.config, architecture.layout, params, hidden)
+    hidden = forward(architecture.config, architecture.sharding_rules, params, tokens)
+    return unembed(architecture.config, architecture.sharding_rules, params, hidden)
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -109,12 +109,12 @@ def test_first_and_second_tokens_follow_the_exact_distribution(sharpness, option
     Samples are those of one fixed seed, so that the outcome is fixed; a right sampler had a chance of 1e-4 per test to
     fail. Cells are sorted by probability and merged until 20 samples are expected in each.
     """
-    model, policy, n = small_model(sharpness=sharpness), replace(PLAIN, **options), 4096
-    drawn = model.draw(policy, np.arange(n), seed=3)
+    model, sampling_params, n = small_model(sharpness=sharpness), replace(PLAIN, **options), 4096
+    drawn = model.draw(sampling_params, np.arange(n), seed=3)
     assert drawn.lengths.min() == 2
 
     def probabilities(tokens):
-        masked = np.asarray(warp_logits(jnp.asarray(model.logits(tokens)[:, -1]), policy))
+        masked = np.asarray(warp_logits(jnp.asarray(model.logits(tokens)[:, -1]), sampling_params))
         return np.exp(_log_softmax(masked))
 
     vocabulary = np.arange(CONFIG.vocab_size)
@@ -226,7 +226,7 @@ def test_a_sample_is_the_same_in_any_row_and_whatever_the_others_are(model, draw
 def test_refilled_rows_draw_the_samples_of_lockstep(spec, rows):
     """Bitwise, though samples start at different times, in different rows, beside different neighbors."""
     model, ids = small_model(spec), np.arange(150)
-    replicas = model.architecture.layout.data_parallelism
+    replicas = model.architecture.sharding_rules.data_parallelism
     lockstep = [
         model.draw(ENDING, part, rows=rows, queue=rows)
         for part in np.split(ids, range(16 * replicas, 150, 16 * replicas))
@@ -266,10 +266,10 @@ def test_log_probabilities_under_the_policy(model):
     """Those of the masked, sharpened distribution: at temperature 1 with nothing excluded, the model's own."""
     plain = model.draw(ENDING, np.arange(64))
     np.testing.assert_allclose(plain.policy_logprobs, plain.logprobs, atol=1e-4)
-    policy = replace(ENDING, temperature=0.7, top_k=50, valid_ids=190)
-    drawn = model.draw(policy, np.arange(64))
+    sampling_params = replace(ENDING, temperature=0.7, top_k=50, valid_ids=190)
+    drawn = model.draw(sampling_params, np.arange(64))
     inputs = np.concatenate([np.full((64, 1), ENDING.start_id), drawn.tokens[:, :-1]], axis=1)
-    masked = np.asarray(warp_logits(jnp.asarray(model.logits(inputs).reshape(-1, CONFIG.vocab_size)), policy))
+    masked = np.asarray(warp_logits(jnp.asarray(model.logits(inputs).reshape(-1, CONFIG.vocab_size)), sampling_params))
     logprobs = _log_softmax(masked).reshape(64, -1, CONFIG.vocab_size)
     logprobs = np.take_along_axis(logprobs, drawn.tokens[:, :, None], axis=2)[:, :, 0]
     counted = np.arange(drawn.tokens.shape[1]) < drawn.lengths[:, None]
@@ -296,15 +296,15 @@ def test_logits_that_are_no_distribution_are_noticed(drawn):
 
 def _compiled_text(layers: int = 2, rows: int = 16, tokens: int = 256) -> str:
     config = replace(CONFIG, num_layers=layers)
-    layout = make_layout("tensor", make_mesh("data=1,model=1"), axis_sizes(config))
-    architecture, policy = DecodeSpec(config, layout, "float32"), replace(ENDING, max_tokens=tokens)
+    rules = make_sharding_rules("tensor", make_mesh("data=1,model=1"), axis_sizes(config))
+    architecture, sampling_params = DecodeSpec(config, rules, "float32"), replace(ENDING, max_tokens=tokens)
     keys, count = np.zeros((rows, 2), np.uint32), np.array([rows], np.int32)
-    queue = RequestQueue(shard_host_array(layout, keys, ("batch", None)), shard_host_array(layout, count, ("batch",)))
-    params = init_params(config, 0, layout)
-    with mesh_context(layout.mesh):
-        cache = jax.eval_shape(partial(empty_cache, architecture, policy, rows))
-        state = jax.eval_shape(partial(initial_state, layout, policy, rows), queue, cache)
-        run = jax.jit(partial(decode_chunks, architecture, policy), donate_argnums=(2,))
+    queue = RequestQueue(shard_host_array(rules, keys, ("batch", None)), shard_host_array(rules, count, ("batch",)))
+    params = init_params(config, 0, rules)
+    with mesh_context(rules.mesh):
+        cache = jax.eval_shape(partial(empty_cache, architecture, sampling_params, rows))
+        state = jax.eval_shape(partial(initial_state, rules, sampling_params, rows), queue, cache)
+        run = jax.jit(partial(decode_chunks, architecture, sampling_params), donate_argnums=(2,))
         return run.lower(params, queue, state, jnp.int32(1)).compile().as_text()
 
 

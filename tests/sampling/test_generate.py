@@ -67,10 +67,10 @@ def test_neighbors_and_batches_do_not_matter(model):
 
 @pytest.mark.slow
 def test_draws_follow_the_policy_and_depend_on_seed_and_number_alone(model):
-    policy = SamplingParams(start_id=1, stop_ids=(), max_tokens=1, temperature=0.7, top_k=4)
+    sampling_params = SamplingParams(start_id=1, stop_ids=(), max_tokens=1, temperature=0.7, top_k=4)
     (prompt,) = prompts([37])
     n = 2000
-    first = generate_until(model, [prompt] * n, 1, never, draws=SamplingSpec(policy, 3), batch_size=250)
+    first = generate_until(model, [prompt] * n, 1, never, draws=SamplingSpec(sampling_params, 3), batch_size=250)
     logits = np.sort(model.logits(np.array([prompt]))[0, -1].astype(np.float64))[::-1][:4]
     expected = np.exp(logits / 0.7) / np.exp(logits / 0.7).sum() * n
     tokens, counts = np.unique([row[0] for row in first], return_counts=True)
@@ -79,10 +79,12 @@ def test_draws_follow_the_policy_and_depend_on_seed_and_number_alone(model):
     found[[order.index(token) for token in tokens]] = counts
     assert stats.chisquare(found, expected).pvalue > 1e-3
     again = generate_until(
-        model, [prompt] * 3, 1, never, draws=SamplingSpec(policy, 3), ids=[7, 1999, 0], batch_size=250
+        model, [prompt] * 3, 1, never, draws=SamplingSpec(sampling_params, 3), ids=[7, 1999, 0], batch_size=250
     )
     assert again == [first[7], first[1999], first[0]]
-    other = generate_until(model, [prompt] * 250, 1, never, draws=SamplingSpec(replace(policy), 4), batch_size=250)
+    other = generate_until(
+        model, [prompt] * 250, 1, never, draws=SamplingSpec(replace(sampling_params), 4), batch_size=250
+    )
     assert other != first[:250]
 
 

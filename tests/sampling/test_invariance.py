@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
-from jax_selftrain.distributed.sharding import make_layout, shard_host_array
+from jax_selftrain.distributed.sharding import make_sharding_rules, shard_host_array
 from jax_selftrain.hub import LoadedModel, load_model
 from jax_selftrain.models import TAIL_LEN, axis_sizes, forward, unembed
 from jax_selftrain.sampling import (
@@ -35,9 +35,11 @@ def load(stories260k):
     return cache(lambda spec: load_model(stories260k, spec))
 
 
-def _sample(model: LoadedModel, rows: int, samples: int, policy: SamplingParams) -> SampleBatch:
+def _sample(model: LoadedModel, rows: int, samples: int, sampling_params: SamplingParams) -> SampleBatch:
     """Samples 0 … samples−1 by `rows` rows per replica."""
-    drawn = decode(decode_spec(model), policy, model.params, per_sample_keys(SEED, np.arange(samples)), rows=rows)
+    drawn = decode(
+        decode_spec(model), sampling_params, model.params, per_sample_keys(SEED, np.arange(samples)), rows=rows
+    )
     assert drawn.finite.all()
     return drawn
 
@@ -99,10 +101,10 @@ def test_samples_are_the_same_on_any_mesh_and_in_any_batch_but_for_rounding_ties
         ("data=1,model=4", 1, 16, short),
     ]
     partings, compared = [], 0
-    for spec, rows, samples, policy in cases:
-        found = _sample(load(spec), rows, samples, policy)
-        expected = reference.tokens[:samples, : policy.max_tokens]
-        compared += int(np.minimum(reference.lengths[:samples], policy.max_tokens).sum())
+    for spec, rows, samples, sampling_params in cases:
+        found = _sample(load(spec), rows, samples, sampling_params)
+        expected = reference.tokens[:samples, : sampling_params.max_tokens]
+        compared += int(np.minimum(reference.lengths[:samples], sampling_params.max_tokens).sum())
         for row in np.flatnonzero((found.tokens != expected).any(axis=1)).tolist():
             step = int(np.argmax(found.tokens[row] != expected[row]))
             partings.append((spec, rows, row, step, int(expected[row, step]), int(found.tokens[row, step])))
@@ -150,11 +152,11 @@ def _margin_of_parting(model: LoadedModel, samples: np.ndarray, row: int, step: 
 def _exact_logits(model: LoadedModel, tokens: np.ndarray) -> np.ndarray:
     """Logits in fp64, from the full forward pass on one device."""
     with jax.enable_x64(True):
-        layout = make_layout("tensor", make_mesh("data=1,model=1"), axis_sizes(model.config))
+        rules = make_sharding_rules("tensor", make_mesh("data=1,model=1"), axis_sizes(model.config))
         params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), model.params)
-        with mesh_context(layout.mesh):
-            hidden = forward(model.config, layout, params, jnp.asarray(tokens), compute_dtype=jnp.float64)
-            logits = unembed(model.config, layout, params, hidden, compute_dtype=jnp.float64)
+        with mesh_context(rules.mesh):
+            hidden = forward(model.config, rules, params, jnp.asarray(tokens), compute_dtype=jnp.float64)
+            logits = unembed(model.config, rules, params, hidden, compute_dtype=jnp.float64)
         assert logits.dtype == jnp.float64
         return np.asarray(logits)
 
@@ -163,8 +165,8 @@ def _logit_noise(model: LoadedModel, tokens: np.ndarray) -> float:
     """Largest error of the logits that the decode loop itself computes, fed with given tokens [B, 64]."""
     architecture = decode_spec(model)
     inputs = np.concatenate([np.full((len(tokens), 1), POLICY.start_id), tokens[:, :-1]], axis=1).astype(np.int32)
-    with mesh_context(model.layout.mesh):
-        fed = shard_host_array(model.layout, np.ascontiguousarray(inputs.T), (None, "batch"))
+    with mesh_context(model.sharding_rules.mesh):
+        fed = shard_host_array(model.sharding_rules, np.ascontiguousarray(inputs.T), (None, "batch"))
         logits = np.asarray(_decode_logits(architecture, model.params, fed)).swapaxes(0, 1)
     return float(np.abs(logits - _exact_logits(model, inputs)).max())
 

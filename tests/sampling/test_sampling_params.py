@@ -11,7 +11,12 @@ import pytest
 from jax_selftrain.config import SampleConfig
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.errors import InputError
-from jax_selftrain.sampling.sampling_params import SamplingParams, check_sample_config, make_policy, warp_logits
+from jax_selftrain.sampling.sampling_params import (
+    SamplingParams,
+    check_sample_config,
+    make_sampling_params,
+    warp_logits,
+)
 
 PLAIN = SamplingParams(start_id=0, stop_ids=(), max_tokens=1)
 
@@ -69,9 +74,9 @@ def test_equal_logits_are_kept_or_dropped_together(options):
 def test_padding_ids_are_excluded_before_anything_else():
     logits = _logits(vocab_size=200)
     logits[:, 150:] += 100.0
-    policy = replace(PLAIN, valid_ids=150, top_k=5, top_p=0.95, min_p=0.01)
-    got = np.asarray(warp_logits(jnp.asarray(logits), policy))
-    expected = np.asarray(warp_logits(jnp.asarray(logits[:, :150]), replace(policy, valid_ids=None)))
+    sampling_params = replace(PLAIN, valid_ids=150, top_k=5, top_p=0.95, min_p=0.01)
+    got = np.asarray(warp_logits(jnp.asarray(logits), sampling_params))
+    expected = np.asarray(warp_logits(jnp.asarray(logits[:, :150]), replace(sampling_params, valid_ids=None)))
     assert np.isneginf(got[:, 150:]).all()
     np.testing.assert_array_equal(got[:, :150], expected)
 
@@ -80,8 +85,8 @@ def test_steps_that_are_off_cost_nothing():
     logits = jnp.asarray(_logits())
     np.testing.assert_array_equal(warp_logits(logits, PLAIN), logits)
     cooler, both = replace(PLAIN, temperature=0.5, min_p=0.1), replace(PLAIN, top_k=9, top_p=0.9)
-    for policy, searches in ((PLAIN, 0), (cooler, 0), (both, 2)):
-        text = jax.jit(warp_logits, static_argnums=1).lower(logits, policy).as_text()
+    for sampling_params, searches in ((PLAIN, 0), (cooler, 0), (both, 2)):
+        text = jax.jit(warp_logits, static_argnums=1).lower(logits, sampling_params).as_text()
         assert text.count("stablehlo.while") == searches
         assert "sort" not in text
 
@@ -93,13 +98,13 @@ def test_zero_and_minus_zero_are_equal():
 
 
 def test_truncation_is_the_same_on_any_mesh():
-    policy = replace(PLAIN, temperature=0.8, top_k=50, top_p=0.9, min_p=0.02)
+    sampling_params = replace(PLAIN, temperature=0.8, top_k=50, top_p=0.9, min_p=0.02)
     logits = _logits(rows=8)
-    expected = np.asarray(jax.jit(warp_logits, static_argnums=1)(logits, policy))
+    expected = np.asarray(jax.jit(warp_logits, static_argnums=1)(logits, sampling_params))
     mesh = make_mesh("data=2,model=4")
     with mesh_context(mesh):
         placed = jax.device_put(logits, jax.NamedSharding(mesh, jax.P("data", "model")))
-        got = jax.jit(warp_logits, static_argnums=1)(placed, policy)
+        got = jax.jit(warp_logits, static_argnums=1)(placed, sampling_params)
     np.testing.assert_array_equal(got, expected)
 
 
@@ -130,7 +135,7 @@ def test_impossible_options_are_refused(options, message):
     assert "\n" not in str(error.value)
 
 
-def _policy(config: SampleConfig, **model: Any) -> SamplingParams:
+def _sampling_params(config: SampleConfig, **model: Any) -> SamplingParams:
     defaults: dict[str, Any] = {
         "start_id": 1,
         "stop_ids": (2,),
@@ -138,17 +143,17 @@ def _policy(config: SampleConfig, **model: Any) -> SamplingParams:
         "tokenizer_length": 90,
         "max_positions": 64,
     }
-    return make_policy(config, **(defaults | model))
+    return make_sampling_params(config, **(defaults | model))
 
 
 def test_flags_win_over_what_the_model_says():
     config = SampleConfig(model="m", max_tokens=64)
-    assert _policy(config) == SamplingParams(start_id=1, stop_ids=(2,), max_tokens=64, num_valid_ids=90)
-    chosen = _policy(replace(config, start_id=95, stop_ids=(7, 3, 7)))
+    assert _sampling_params(config) == SamplingParams(start_id=1, stop_ids=(2,), max_tokens=64, num_valid_ids=90)
+    chosen = _sampling_params(replace(config, start_id=95, stop_ids=(7, 3, 7)))
     assert (chosen.start_id, chosen.stop_ids) == (95, (3, 7))
-    assert _policy(replace(config, stop_ids=())).stop_ids == ()
-    assert _policy(config, tokenizer_length=None).num_valid_ids is None
-    assert _policy(config, tokenizer_length=150).num_valid_ids is None
+    assert _sampling_params(replace(config, stop_ids=())).stop_ids == ()
+    assert _sampling_params(config, tokenizer_length=None).num_valid_ids is None
+    assert _sampling_params(config, tokenizer_length=150).num_valid_ids is None
 
 
 @pytest.mark.parametrize(
@@ -164,5 +169,5 @@ def test_flags_win_over_what_the_model_says():
 )
 def test_options_that_do_not_fit_the_model_are_refused(options, model, message):
     with pytest.raises(InputError) as error:
-        _policy(SampleConfig(model="m", **{"max_tokens": 8, **options}), **model)
+        _sampling_params(SampleConfig(model="m", **{"max_tokens": 8, **options}), **model)
     assert message in str(error.value)

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from jax_selftrain.config import RunConfig, StudyConfig, yaml_io
-from jax_selftrain.distributed.sharding import make_layout
+from jax_selftrain.distributed.sharding import make_sharding_rules
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub.hf_config import parse_config
 from jax_selftrain.models import axis_sizes
@@ -103,7 +103,7 @@ def test_a_pythia_trains_at_its_own_final_rate_and_divides_as_hinted(
     # Rules and sizes need no devices, so that a pod's mesh can be checked here.
     mesh = cast(jax.sharding.Mesh, jax.sharding.AbstractMesh((data, model), ("data", "model"), axis_types=axes))
     for preset in {config.sample.preset, config.train.preset, config.score.preset}:
-        make_layout(preset, mesh, axis_sizes(parse_config(raw, "config.json")))
+        make_sharding_rules(preset, mesh, axis_sizes(parse_config(raw, "config.json")))
     assert config.train.batch_size % data == 0
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from jax_selftrain.corpus import open_corpus, pack_corpus
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
-from jax_selftrain.distributed.sharding import make_layout
+from jax_selftrain.distributed.sharding import make_sharding_rules
 from jax_selftrain.hub import LoadedModel, load_model
 from jax_selftrain.models import DecoderConfig, RopeConfig, abstract_params, axis_sizes, param_shardings
 from jax_selftrain.training import Batch, LossStats, loss_fn
@@ -26,13 +26,13 @@ def rows_on_device(model: LoadedModel, tokens: np.ndarray, weights: np.ndarray, 
     rows, length = weights.shape
     segments = arrays.get("segments", np.ones((rows, length), np.int32))
     positions = arrays.get("positions", np.tile(np.arange(length, dtype=np.int32), (rows, 1)))
-    sharding = model.layout.sharding(("batch", None))
+    sharding = model.sharding_rules.sharding(("batch", None))
     return Batch(*(jax.device_put(array, sharding) for array in (tokens, segments, positions, weights)))
 
 
 def sums_of(model: LoadedModel, batch: Batch, **options: Any) -> LossStats:
-    with mesh_context(model.layout.mesh):
-        return jax.jit(partial(loss_fn, model.config, model.layout, **options))(model.params, batch)[1]
+    with mesh_context(model.sharding_rules.mesh):
+        return jax.jit(partial(loss_fn, model.config, model.sharding_rules, **options))(model.params, batch)[1]
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama", "qwen2", "qwen3"])
@@ -52,10 +52,10 @@ def test_gradient_equals_torchs(family: str, tiny_model, tmp_path: Path):
 
     model = load_model(folder, "data=1")
     batch = rows_on_device(model, tokens, weights)
-    with mesh_context(model.layout.mesh):
-        gradient = jax.jit(jax.grad(lambda params: loss_fn(model.config, model.layout, params, batch, chunk=10)[0]))(
-            model.params
-        )
+    with mesh_context(model.sharding_rules.mesh):
+        gradient = jax.jit(
+            jax.grad(lambda params: loss_fn(model.config, model.sharding_rules, params, batch, chunk=10)[0])
+        )(model.params)
     # A gradient has the shapes of the parameters, so the hub's export can bring it into torch's layout.
     dataclasses.replace(model, params=gradient).save_pretrained(tmp_path / "gradient")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "gradient", dtype=torch.float32)
@@ -106,9 +106,9 @@ def test_logits_of_a_whole_batch_never_exist(small_model: Path):
     batch = rows_on_device(model, np.zeros((4, 65), np.int32), np.ones((4, 64), np.float32))
 
     def loss(params: dict, batch: Batch) -> jax.Array:
-        return loss_fn(model.config, model.layout, params, batch, chunk=8)[0]
+        return loss_fn(model.config, model.sharding_rules, params, batch, chunk=8)[0]
 
-    with mesh_context(model.layout.mesh):
+    with mesh_context(model.sharding_rules.mesh):
         jaxpr = jax.make_jaxpr(jax.grad(loss))(model.params, batch)
     shapes = set(shapes_in(jaxpr.jaxpr))
     assert (4, 8, 320) in shapes, "a slice of logits"
@@ -138,8 +138,8 @@ def _pythia(vocabulary: int) -> DecoderConfig:
 @pytest.mark.parametrize("rows", [1, 32, 1024])
 def test_slice_fits_the_budget_for_pythias_vocabulary(rows: int):
     config = _pythia(50304)
-    layout = make_layout("tensor", make_mesh("data=1,model=2"), axis_sizes(config))
-    chunk = logits_chunk(config, layout, rows, 2048)
+    rules = make_sharding_rules("tensor", make_mesh("data=1,model=2"), axis_sizes(config))
+    chunk = logits_chunk(config, rules, rows, 2048)
     assert rows * chunk * config.vocab_size // 2 * 4 <= LOGITS_BYTES or chunk == 1
     assert 2048 <= chunk * -(-2048 // chunk) < 2048 + chunk
 
@@ -170,8 +170,8 @@ def test_gradients_with_bfloat16_operands_are_the_exact_ones_but_for_rounding(
     batch = rows_on_device(model, tokens, np.ones((4, 32), np.float32))
 
     def gradient(dtype: Any) -> Any:
-        loss = partial(loss_fn, model.config, model.layout, compute_dtype=dtype, remat=remat)
-        with mesh_context(model.layout.mesh):
+        loss = partial(loss_fn, model.config, model.sharding_rules, compute_dtype=dtype, remat=remat)
+        with mesh_context(model.sharding_rules.mesh):
             return jax.jit(jax.grad(loss, has_aux=True))(model.params, batch)[0]
 
     exact, rounded = gradient(jnp.float32), gradient(jnp.bfloat16)
@@ -185,8 +185,8 @@ def test_gradients_with_bfloat16_operands_are_the_exact_ones_but_for_rounding(
 def test_replicas_add_up_the_output_matrix_once_and_not_for_every_slice(small_model: Path):
     model = load_model(small_model, "data=4", preset="replicated")
     batch = rows_on_device(model, np.zeros((4, 65), np.int32), np.ones((4, 64), np.float32))
-    with mesh_context(model.layout.mesh):
-        gradient = jax.jit(jax.grad(partial(loss_fn, model.config, model.layout, chunk=8), has_aux=True))
+    with mesh_context(model.sharding_rules.mesh):
+        gradient = jax.jit(jax.grad(partial(loss_fn, model.config, model.sharding_rules, chunk=8), has_aux=True))
         text = gradient.lower(model.params, batch).compile().as_text()
     bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
     found, inside = [], ""
@@ -204,18 +204,18 @@ def test_a_large_vocabulary_costs_far_less_memory_than_its_logits():
 
     def temporary(vocabulary: int) -> int:
         config = dataclasses.replace(_pythia(vocabulary), hidden_size=64)
-        layout = make_layout("tensor", make_mesh("data=1"), axis_sizes(config))
+        rules = make_sharding_rules("tensor", make_mesh("data=1"), axis_sizes(config))
         rows, length = 8, 512
-        sharding = layout.sharding(("batch", None))
+        sharding = rules.sharding(("batch", None))
         shapes = [((rows, length + 1), "int32"), *[((rows, length), "int32")] * 2, ((rows, length), "float32")]
         batch = Batch(*(jax.ShapeDtypeStruct(*shape, sharding=sharding) for shape in shapes))
         params = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             abstract_params(config),
-            param_shardings(config, layout),
+            param_shardings(config, rules),
         )
-        with mesh_context(layout.mesh):
-            gradient = jax.jit(jax.grad(partial(loss_fn, config, layout), has_aux=True))
+        with mesh_context(rules.mesh):
+            gradient = jax.jit(jax.grad(partial(loss_fn, config, rules), has_aux=True))
             memory = gradient.lower(params, batch).compile().memory_analysis()
         assert memory is not None
         return memory.temp_size_in_bytes

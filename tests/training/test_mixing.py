@@ -20,7 +20,7 @@ from training_runs import Interruption, run_options, weights
 from jax_selftrain.config import ImportCorpusConfig, TrainConfig, yaml_io
 from jax_selftrain.corpus import Mixture, batch_indices, import_text, open_corpus, pack_corpus
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
-from jax_selftrain.distributed.sharding import ShardingRules, make_layout
+from jax_selftrain.distributed.sharding import ShardingRules, make_sharding_rules
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import LoadedModel
 from jax_selftrain.io import atomic
@@ -35,8 +35,8 @@ def interrupt(step: int, model: LoadedModel) -> None:
     raise Interruption
 
 
-def layout_of(config: TrainConfig) -> ShardingRules:
-    return make_layout("replicated", make_mesh(config.mesh), {})
+def sharding_rules_for(config: TrainConfig) -> ShardingRules:
+    return make_sharding_rules("replicated", make_mesh(config.mesh), {})
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_a_batch_holds_the_rows_that_the_mixture_names(mesh: str, mixture: Mixtu
     config = options(mesh=mesh, batch_size=16, grad_accum=2)
     with mesh_context(make_mesh(mesh)):
         for n in (0, 1, 7):
-            batch = load_batch(config, layout_of(config), mixture, n)
+            batch = load_batch(config, sharding_rules_for(config), mixture, n)
             source, row = mixture.batch(16, config.seed, n)
             for name, found in zip(NAMES, batch, strict=True):
                 expected = [getattr(mixture.components[c], name)[r] for c, r in zip(source, row, strict=True)]
@@ -82,7 +82,7 @@ def test_one_corpus_gives_the_batches_of_batch_indices(mixture: Mixture, options
     config, rows = options(mesh="data=2", seed=3), mixture.components[0]
     with mesh_context(make_mesh("data=2")):
         for n in range(5):
-            batch = load_batch(config, layout_of(config), rows, n)
+            batch = load_batch(config, sharding_rules_for(config), rows, n)
             for name, found in zip(NAMES, batch, strict=True):
                 expected = getattr(rows, name)[batch_indices(len(rows), 8, 3, n)]
                 np.testing.assert_array_equal(np.asarray(found)[0], expected)
@@ -109,7 +109,7 @@ def test_each_device_reads_its_own_rows_and_no_others(mixture: Mixture, options:
     tokens = [Recorded(part.tokens) for part in mixture.components]
     parts = [dataclasses.replace(part, tokens=noted) for part, noted in zip(mixture.components, tokens, strict=True)]
     with mesh_context(make_mesh(config.mesh)):
-        load_batch(config, layout_of(config), Mixture(tuple(parts), mixture.weights), 2)
+        load_batch(config, sharding_rules_for(config), Mixture(tuple(parts), mixture.weights), 2)
     source, row = mixture.batch(16, config.seed, 2)
     for corpus, noted in enumerate(tokens):
         of_devices = [row[k : k + 4][source[k : k + 4] == corpus].tolist() for k in range(0, 16, 4)]

@@ -38,9 +38,9 @@ def trained(config: TrainConfig, rows: PackedRows, n: int) -> tuple[list[TrainSt
     with mesh_context(mesh):
         function, _, _ = abstract_program(config, mesh)
         step, history = jax.jit(function), []
-        states = [init_state(config, model.config, model.layout, model.params)]
+        states = [init_state(config, model.config, model.sharding_rules, model.params)]
         for i in range(n):
-            state, metrics = step(states[-1], load_batch(config, model.layout, rows, i))
+            state, metrics = step(states[-1], load_batch(config, model.sharding_rules, rows, i))
             states.append(state)
             history.append({name: float(value) for name, value in metrics.items()})
     return states, history
@@ -73,13 +73,13 @@ def test_objective_and_gradient_equal_those_written_out_over_whole_logits(
     tokens = rng.integers(0, 320, (4, 23)).astype(np.int32)
     weights = rng.uniform(-1, 1, (4, 22)).astype(np.float32)
     ones, positions = np.ones((4, 22), np.int32), np.tile(np.arange(22, dtype=np.int32), (4, 1))
-    sharding = model.layout.sharding(("batch", None))
+    sharding = model.sharding_rules.sharding(("batch", None))
     batch = Batch(*(jax.device_put(array, sharding) for array in (tokens, ones, positions, weights)))
 
     def written_out(params: Params, base: Params) -> jax.Array:
         def log_probabilities(params: Params) -> tuple[jax.Array, jax.Array]:
-            hidden = forward(model.config, model.layout, params, batch.tokens[:, :-1])
-            logits = jax.reshard(unembed(model.config, model.layout, params, hidden), jax.P("data", None, None))
+            hidden = forward(model.config, model.sharding_rules, params, batch.tokens[:, :-1])
+            logits = jax.reshard(unembed(model.config, model.sharding_rules, params, hidden), jax.P("data", None, None))
             total = jax.nn.logsumexp(logits, axis=-1)
             return logits - total[..., None], total
 
@@ -91,9 +91,9 @@ def test_objective_and_gradient_equal_those_written_out_over_whole_logits(
         return jnp.sum(batch.weights * nll + jnp.abs(batch.weights) * beside)
 
     def ours(params: Params, base: Params) -> jax.Array:
-        return loss_fn(model.config, model.layout, params, batch, base=base, penalties=penalties, chunk=5)[0]
+        return loss_fn(model.config, model.sharding_rules, params, batch, base=base, penalties=penalties, chunk=5)[0]
 
-    with mesh_context(model.layout.mesh):
+    with mesh_context(model.sharding_rules.mesh):
         moved = jax.tree.map(lambda leaf: leaf * 1.05, model.params)
         expected, wanted = jax.jit(jax.value_and_grad(written_out))(moved, model.params)
         value, gradient = jax.jit(jax.value_and_grad(ours))(moved, model.params)
@@ -125,14 +125,15 @@ def test_adapted_model_equals_the_merged_one(family: str, tiny_model, options: O
     config = options(model=str(tiny_model(family)), lora_rank=3, lora_alpha=5.0, mesh="data=2,model=2")
     model = load_model(config.model, config.mesh, preset=config.preset)
     tokens = jax.device_put(
-        np.random.default_rng(4).integers(0, 300, (2, 40)).astype(np.int32), model.layout.sharding(("batch", None))
+        np.random.default_rng(4).integers(0, 300, (2, 40)).astype(np.int32),
+        model.sharding_rules.sharding(("batch", None)),
     )
-    with mesh_context(model.layout.mesh):
-        adapters = init_state(config, model.config, model.layout, model.params).params
+    with mesh_context(model.sharding_rules.mesh):
+        adapters = init_state(config, model.config, model.sharding_rules, model.params).params
         random = jax.tree.map(lambda leaf: leaf + 0.05, adapters)  # B is zero at first
 
         def hidden(params: Params) -> jax.Array:
-            return forward(model.config, model.layout, params, tokens)
+            return forward(model.config, model.sharding_rules, params, tokens)
 
         plain = jax.jit(hidden)(model.params)
         unchanged = jax.jit(lambda a: hidden(apply_adapters(config, model.params, a)))(adapters)
@@ -216,9 +217,9 @@ def test_small_updates_count_in_bfloat16_only_if_rounded_stochastically(options:
 def test_sign_flip_multiplies_the_loss_of_whole_documents(options: Options, rows: PackedRows):
     config = options(random_loss_sign=True)
     model = load_model(config.model, "data=1")
-    with mesh_context(model.layout.mesh):
+    with mesh_context(model.sharding_rules.mesh):
         plain, flipped, again = (
-            load_batch(one, model.layout, rows, 0)
+            load_batch(one, model.sharding_rules, rows, 0)
             for one in (options(), config, options(random_loss_sign=True, steps=7))
         )
     before, after, segments = (np.asarray(x) for x in (plain.weights, flipped.weights, plain.segments))

@@ -33,10 +33,10 @@ def run_steps(config: TrainConfig, rows: PackedRows, n: int) -> tuple[TrainState
     with mesh_context(mesh):
         function, _, donation = abstract_program(config, mesh)
         step = jax.jit(function, donate_argnums=donation)
-        state = init_state(config, model.config, model.layout, model.params, config.steps or 1)
+        state = init_state(config, model.config, model.sharding_rules, model.params, config.steps or 1)
         history = []
         for i in range(n):
-            state, metrics = step(state, load_batch(config, model.layout, rows, i))
+            state, metrics = step(state, load_batch(config, model.sharding_rules, rows, i))
             history.append({name: float(value) for name, value in metrics.items()})
     return state, history
 
@@ -49,14 +49,14 @@ def test_ten_steps_equal_adamw_written_out_in_numpy(options: Callable[..., Train
         weight_decay=0.1, clip_norm=0.5, grad_accum=2, warmup_ratio=0.2, **changes,
     )  # fmt: skip
     base = load_model(config.model, "data=1")
-    with jax.enable_x64(True), mesh_context(base.layout.mesh):
+    with jax.enable_x64(True), mesh_context(base.sharding_rules.mesh):
         params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), base.params)
-        state = init_state(config, base.config, base.layout, params, 10)
-        step = jax.jit(make_step(config, base.config, base.layout, 10))
+        state = init_state(config, base.config, base.sharding_rules, params, 10)
+        step = jax.jit(make_step(config, base.config, base.sharding_rules, 10))
 
         def mean_loss(params: dict, batch) -> jax.Array:
             only = jax.tree.map(lambda leaf: leaf[0], batch)  # of one micro-batch
-            loss, sums = loss_fn(base.config, base.layout, params, only, compute_dtype=jnp.float64)
+            loss, sums = loss_fn(base.config, base.sharding_rules, params, only, compute_dtype=jnp.float64)
             return loss / sums.weight
 
         gradient_of = jax.jit(jax.grad(mean_loss))
@@ -66,9 +66,9 @@ def test_ten_steps_equal_adamw_written_out_in_numpy(options: Callable[..., Train
         first, second = [np.zeros_like(p) for p in expected], [np.zeros_like(p) for p in expected]
         clipped = 0
         for n in range(10):
-            state, metrics = step(state, load_batch(config, base.layout, rows, n))
+            state, metrics = step(state, load_batch(config, base.sharding_rules, rows, n))
 
-            whole = load_batch(dataclasses.replace(config, grad_accum=1), base.layout, rows, n)
+            whole = load_batch(dataclasses.replace(config, grad_accum=1), base.sharding_rules, rows, n)
             gradient = gradient_of(jax.tree.unflatten(jax.tree.structure(params), expected), whole)
             leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(gradient)]
             norm = np.sqrt(sum(np.sum(leaf**2) for leaf in leaves))
@@ -101,7 +101,7 @@ def test_ten_steps_equal_torchs_adamw(options: Callable[..., TrainConfig], rows:
         weight_decay=0.1, clip_norm=0.5, grad_accum=2, warmup_ratio=0.0, **changes,
     )  # fmt: skip
     base = load_model(config.model, "data=1")
-    with jax.enable_x64(True), mesh_context(base.layout.mesh):
+    with jax.enable_x64(True), mesh_context(base.sharding_rules.mesh):
         params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), base.params)
         leaves, structure = jax.tree.flatten(params)
         theirs = [torch.tensor(np.array(leaf), requires_grad=True) for leaf in leaves]
@@ -114,15 +114,15 @@ def test_ten_steps_equal_torchs_adamw(options: Callable[..., TrainConfig], rows:
 
         def mean_loss(params: dict, batch) -> jax.Array:
             only = jax.tree.map(lambda leaf: leaf[0], batch)
-            loss, sums = loss_fn(base.config, base.layout, params, only, compute_dtype=jnp.float64)
+            loss, sums = loss_fn(base.config, base.sharding_rules, params, only, compute_dtype=jnp.float64)
             return loss / sums.weight
 
         gradient_of = jax.jit(jax.grad(mean_loss))
-        state = init_state(config, base.config, base.layout, params, 10)
-        step = jax.jit(make_step(config, base.config, base.layout, 10))
+        state = init_state(config, base.config, base.sharding_rules, params, 10)
+        step = jax.jit(make_step(config, base.config, base.sharding_rules, 10))
         for n in range(10):
-            state, _ = step(state, load_batch(config, base.layout, rows, n))
-            batch = load_batch(dataclasses.replace(config, grad_accum=1), base.layout, rows, n)
+            state, _ = step(state, load_batch(config, base.sharding_rules, rows, n))
+            batch = load_batch(dataclasses.replace(config, grad_accum=1), base.sharding_rules, rows, n)
             at = jax.tree.unflatten(structure, [jnp.asarray(p.detach().numpy()) for p in theirs])
             for p, gradient in zip(theirs, jax.tree.leaves(gradient_of(at, batch)), strict=True):
                 p.grad = torch.tensor(np.array(gradient))
@@ -231,10 +231,10 @@ def test_runs_share_a_program_only_where_no_option_of_theirs_changes_it(options:
     assert not alike & {"batch_size", "learning_rate", "schedule", "kl_weight", "lora_rank", "preset", "dtype", "remat"}
 
     def step_of(config: TrainConfig) -> str:
-        with mesh_context(model.layout.mesh):
-            state = abstract_state(config, model.config, model.layout, 5)
-            batch = abstract_batch(config, model.layout)
-            return str(jax.make_jaxpr(make_step(config, model.config, model.layout, 5))(state, batch))
+        with mesh_context(model.sharding_rules.mesh):
+            state = abstract_state(config, model.config, model.sharding_rules, 5)
+            batch = abstract_batch(config, model.sharding_rules)
+            return str(jax.make_jaxpr(make_step(config, model.config, model.sharding_rules, 5))(state, batch))
 
     assert step_of(dataclasses.replace(config, **{name: changed[name] for name in alike})) == step_of(config)
     random = options(mesh="data=1", param_dtype="bfloat16", stochastic_rounding=True)
