@@ -5,6 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from jax_selftrain.config.metadata import (
+    Compiled,
+    Evaluation,
+    Execution,
+    Input,
+    OutputFile,
+    OutputFolder,
+    SetByStudy,
+)
+
 Preset = Literal["replicated", "fsdp", "tensor"]
 DType = Literal["float32", "bfloat16"]
 Packing = Literal["masked", "packed", "single"]
@@ -16,9 +26,9 @@ Remat = Literal["none", "dots", "full"]
 class SampleConfig:
     """Draw texts from a model, starting from the BOS token alone, into a corpus folder."""
 
-    model: str = ""
+    model: SetByStudy[Input[str]] = ""
     """The source: a Hugging Face folder, a hub id, a model folder of ours, or a run folder."""
-    out: str = ""
+    out: SetByStudy[OutputFolder[str]] = ""
     """The corpus folder to fill; running the same command again completes it."""
     samples: int = 1024
     """How many samples to draw (sample ids 0 … samples−1)."""
@@ -32,22 +42,22 @@ class SampleConfig:
     """Keep the smallest set of tokens whose probability reaches p (1: all)."""
     min_p: float = 0.0
     """Drop tokens less probable than this share of the most probable one (0: none)."""
-    stop_ids: tuple[int, ...] | None = None
+    stop_ids: SetByStudy[tuple[int, ...] | None] = None
     """Token ids that end a sample; unset: the union of what tokenizer, config and generation config call EOS."""
-    start_id: int | None = None
+    start_id: SetByStudy[int | None] = None
     """The token every sample starts from; unset: the tokenizer's BOS, else the config's, else EOS."""
-    seed: int = 0
+    seed: SetByStudy[int] = 0
     """Seed of the random words; token t of sample i depends on (seed, i, t) alone."""
-    batch_size: int = 64
+    batch_size: Execution[int] = 64
     """Rows decoded together on each replica."""
-    decode_schedule: Literal["refill", "lockstep"] = "refill"
+    decode_schedule: Execution[Literal["refill", "lockstep"]] = "refill"
     """`refill`: a row whose sample has ended takes the shard's next one; `lockstep`: rows start and end together.
     Both draw the same samples."""
     samples_per_shard: int = 1024
     """Samples in one Parquet shard, the unit of work, restart and repair."""
-    mesh: str = ""
+    mesh: Execution[str] = ""
     """Device mesh, for instance `data=4,model=2`; unset: all devices on `data`."""
-    preset: Preset = "tensor"
+    preset: Execution[Preset] = "tensor"
     """How parameters lie on the mesh."""
     dtype: DType = "float32"
     """Type of parameters, cache and matmul operands."""
@@ -59,11 +69,11 @@ class SampleConfig:
 class ImportCorpusConfig:
     """Make a corpus of real text from a JSONL file, a `datasets` data set, or a TFDS folder."""
 
-    source: str = ""
+    source: Input[str] = ""
     """`FILE.jsonl`, `tfds:FOLDER`, `datasets:NAME[:SUBSET]` or a folder that `datasets.load_from_disk` opens."""
-    model: str = ""
+    model: Input[str] = ""
     """The model (or tokenizer folder) whose tokenizer turns text into tokens."""
-    out: str = ""
+    out: OutputFolder[str] = ""
     """The corpus folder to write."""
     text_field: str = "text"
     """Name of the field that holds the text."""
@@ -85,9 +95,9 @@ class ImportCorpusConfig:
 class ExportConfig:
     """Write a corpus in another library's format."""
 
-    corpus: str = ""
+    corpus: Input[str] = ""
     """The corpus folder to read."""
-    out: str = ""
+    out: OutputFolder[str] = ""
     """The folder to write."""
     format: Literal["tfds", "jsonl"] = "tfds"
     """`tfds` (opened by `tfds.builder_from_directory`) or `jsonl`."""
@@ -97,9 +107,9 @@ class ExportConfig:
 class ConvertConfig:
     """Turn a Hugging Face folder into a model folder of ours, or back."""
 
-    source: str = ""
+    source: Input[str] = ""
     """The model to read."""
-    out: str = ""
+    out: OutputFolder[str] = ""
     """The folder to write."""
     format: Literal["flax", "hf"] = "flax"
     """Format to write."""
@@ -111,18 +121,18 @@ class ConvertConfig:
 class MergeConfig:
     """Take a point on the line through two models' parameters: base + weight · (student − base)."""
 
-    base: str = ""
+    base: Input[str] = ""
     """The model at weight 0; the result has its tokenizer and config."""
-    student: str = ""
+    student: Input[str] = ""
     """The model at weight 1: of the same architecture and tokenizer."""
     weight: float | None = None
     """Between 0 and 1 the mean of both; above 1 beyond the student, below 0 away from it."""
-    out: str = ""
+    out: OutputFolder[str] = ""
     """The model folder to write; running the same command again finds it there."""
-    mesh: str = ""
+    mesh: Execution[str] = ""
     """Device mesh to compute on, for instance `data=4,model=2`; unset: one device, the host's processor where JAX has
     it, or all devices of several processes."""
-    preset: Preset = "fsdp"
+    preset: Execution[Preset] = "fsdp"
     """How parameters lie on the mesh."""
 
 
@@ -130,108 +140,108 @@ class MergeConfig:
 class TrainConfig:
     """Train a model on a corpus; the result is itself a model (`RUN/model`)."""
 
-    model: str = ""
+    model: SetByStudy[Input[str]] = ""
     """The student before training. With `--init scratch` only its config and tokenizer are read."""
-    corpus: str = ""
+    corpus: SetByStudy[Input[str]] = ""
     """The corpus folder to train on."""
-    mixture: tuple[str, ...] = ()
+    mixture: SetByStudy[Input[tuple[str, ...]]] = ()
     """Other corpora to mix in, each as `FOLDER=SHARE` with its share of the rows; the rest are of the corpus itself."""
-    max_epochs: float | None = None
+    max_epochs: Execution[float | None] = None
     """Refuse a run that would pass over any of its corpora more often than this."""
-    out: str = ""
+    out: SetByStudy[OutputFolder[str]] = ""
     """The run folder; running the same command again resumes it."""
     init: Literal["pretrained", "scratch"] = "pretrained"
     """Start from the model's weights, or from a fresh random initialization of its architecture."""
     steps: int | None = None
     """Optimizer steps; unset: one pass over the corpus."""
-    batch_size: int = 32
+    batch_size: Compiled[int] = 32
     """Rows per optimizer step, over all devices."""
-    seq_len: int = 256
+    seq_len: Compiled[int] = 256
     """Loss positions in a row."""
     packing: Packing = "masked"
     """`masked`: documents share rows but do not see each other; `packed`: attention crosses documents, as Pythia was
     trained; `single`: one document a row."""
-    learning_rate: float = 1e-4
+    learning_rate: Compiled[float] = 1e-4
     """Peak learning rate."""
-    schedule: Schedule = "constant"
+    schedule: Compiled[Schedule] = "constant"
     """Shape of the learning rate after warmup."""
-    final_learning_rate: float = 0.0
+    final_learning_rate: Compiled[float] = 0.0
     """Where a cosine or linear schedule ends."""
-    warmup_ratio: float = 0.05
+    warmup_ratio: Compiled[float] = 0.05
     """Share of the steps over which the learning rate rises linearly from zero."""
-    beta1: float = 0.9
+    beta1: Compiled[float] = 0.9
     """Adam's first moment decay."""
-    beta2: float = 0.95
+    beta2: Compiled[float] = 0.95
     """Adam's second moment decay."""
-    eps: float = 1e-8
+    eps: Compiled[float] = 1e-8
     """Adam's epsilon."""
-    weight_decay: float = 0.0
+    weight_decay: Compiled[float] = 0.0
     """Decoupled weight decay, applied to matrices only."""
-    decay_embeddings: bool = True
+    decay_embeddings: Compiled[bool] = True
     """Whether weight decay applies to the embedding too, as in Pythia's training."""
-    clip_norm: float = 1.0
+    clip_norm: Compiled[float] = 1.0
     """Clip the global gradient norm to this (0: never)."""
-    grad_accum: int = 1
+    grad_accum: Compiled[int] = 1
     """Micro-batches per step."""
-    z_loss: float = 0.0
+    z_loss: Compiled[float] = 0.0
     """Weight of the squared log-partition Σ (log Z)² beside the loss, against drifting logits (0: off)."""
-    random_loss_sign: bool = False
+    random_loss_sign: SetByStudy[bool] = False
     """Multiply the loss of each document by +1 or −1 at random: training without any direction, as a control."""
-    kl_weight: float = 0.0
+    kl_weight: Compiled[float] = 0.0
     """Weight of KL(base ‖ student) at every target, the self-distillation penalty (0: off; the base is kept in memory
     otherwise)."""
-    ema_decay: float = 0.0
+    ema_decay: Compiled[float] = 0.0
     """Decay per step of an exponential moving average of the weights, which is then what the run delivers (0: off)."""
-    lora_rank: int = 0
+    lora_rank: Compiled[int] = 0
     """Train low-rank adapters of this rank instead of the weights (0: off); the run delivers the merged model."""
-    lora_alpha: float = 16.0
+    lora_alpha: Compiled[float] = 16.0
     """Adapters count with lora_alpha / lora_rank."""
-    lora_targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    lora_targets: Compiled[tuple[str, ...]] = ("q", "k", "v", "o", "gate", "up", "down")
     """Matrices that get adapters, of every layer."""
-    param_dtype: DType = "float32"
+    param_dtype: Compiled[DType] = "float32"
     """Type in which weights and Adam's moments are kept between steps; updates are computed in float32."""
-    stochastic_rounding: bool = False
+    stochastic_rounding: Compiled[bool] = False
     """Round updated bfloat16 weights up or down at random, so that small updates count on average."""
-    remat: Remat = "none"
+    remat: Compiled[Execution[Remat]] = "none"
     """What the backward pass computes again instead of keeping it: nothing; `dots`: all but the products with weights;
     `full`: each layer from its input (least memory, about a third more work)."""
-    checkpoint_every: int | None = None
+    checkpoint_every: Execution[int | None] = None
     """Save a checkpoint every so many steps; unset: about ten times per run."""
-    keep: int = 2
+    keep: Execution[int] = 2
     """How many of the latest checkpoints to keep."""
-    keep_every: int | None = None
+    keep_every: Execution[int | None] = None
     """Save a checkpoint every so many steps that stays for good."""
-    eval_every: int | None = None
+    eval_every: Evaluation[int | None] = None
     """Evaluate every so many steps, before the first and after the last (`eval_texts`, `eval_tasks`,
     `eval_sequences`) into `curve.jsonl`."""
-    eval_texts: tuple[str, ...] = ()
+    eval_texts: Evaluation[Input[tuple[str, ...]]] = ()
     """JSONL files with a `text` field whose loss is measured on the way (`NAME/nll`, NAME being the file's)."""
-    eval_tasks: tuple[str, ...] = ()
+    eval_tasks: Evaluation[Input[tuple[str, ...]]] = ()
     """Task files, as `score` reads them, measured on the way (`NAME/acc`)."""
-    eval_sequences: str = ""
+    eval_sequences: Evaluation[Input[str]] = ""
     """An extraction set, as `extract` reads it, measured on the way (`NAME/exact_match`, `NAME/log_pz`, `NAME/pz`)."""
-    eval_prefix: int = 32
+    eval_prefix: Evaluation[int] = 32
     """Tokens given of each of `eval_sequences`."""
-    eval_suffix: int = 32
+    eval_suffix: Evaluation[int] = 32
     """Tokens of each of `eval_sequences` that must be reproduced."""
-    eval_limit: int | None = None
+    eval_limit: Evaluation[int | None] = None
     """Use only the first so many documents of each file that is measured on the way."""
-    stop_metric: str = ""
+    stop_metric: Evaluation[str] = ""
     """Stop early on this measure of `curve.jsonl` (for instance `heldout/nll`: lower is better; of acc, exact_match,
     log_pz and pz higher) and deliver the best model; unset: train to the end."""
-    patience: int = 3
+    patience: Evaluation[int] = 3
     """Evaluations without improvement after which training stops."""
-    wandb: str = ""
+    wandb: Execution[str] = ""
     """Weights & Biases project to log to as well; needs the package `wandb`."""
-    log_every: int = 1
+    log_every: Execution[int] = 1
     """Write metrics every so many steps."""
-    seed: int = 0
+    seed: SetByStudy[int] = 0
     """Seed of the initialization and of the order of the rows."""
-    mesh: str = ""
+    mesh: Execution[str] = ""
     """Device mesh, for instance `data=4,model=2`; unset: all devices on `data`."""
-    preset: Preset = "fsdp"
+    preset: Execution[Preset] = "fsdp"
     """How parameters and optimizer state lie on the mesh."""
-    dtype: DType = "float32"
+    dtype: Compiled[DType] = "float32"
     """Type of the matmul operands; master weights are always float32."""
 
 
@@ -239,18 +249,18 @@ class TrainConfig:
 class ScoreConfig:
     """Score a model by likelihood: tasks and the perplexity of texts."""
 
-    model: str = ""
+    model: SetByStudy[Input[str]] = ""
     """The model to score."""
-    tasks: tuple[str, ...] = ()
+    tasks: Input[tuple[str, ...]] = ()
     """Local JSONL task files (`blimp:FILE`, `arc:FILE`, `piqa:FILE`, `lambada:FILE` read published columns), names of
     lm-evaluation-harness tasks, or a suite: `pythia`, `quick`, `blimp`."""
     num_fewshot: int | None = None
     """Solved examples before each question of a named task; unset: what the task says, else none."""
-    task_folder: str = ""
+    task_folder: Input[str] = ""
     """Folder of further lm-evaluation-harness tasks (YAML files), which can then be named, too."""
-    texts: tuple[str, ...] = ()
+    texts: Input[tuple[str, ...]] = ()
     """JSONL files with a `text` field, scored as documents (perplexity)."""
-    out: str = ""
+    out: SetByStudy[OutputFile[str]] = ""
     """The JSON file to write; per-request results go to `FILE.requests.parquet` beside it, what was
     right to `FILE.documents.parquet`."""
     limit: int | None = None
@@ -259,11 +269,11 @@ class ScoreConfig:
     """Use only the first so many documents of each text file."""
     text_max_tokens: int | None = None
     """Score only the first so many tokens of each document of a text file."""
-    batch_tokens: int | None = None
+    batch_tokens: Execution[int | None] = None
     """Token positions in one device batch, over the whole mesh; unset: 512 per replica on a CPU, 8192 elsewhere."""
-    mesh: str = ""
+    mesh: Execution[str] = ""
     """Device mesh, for instance `data=4,model=2`; unset: all devices on `data`."""
-    preset: Preset = "tensor"
+    preset: Execution[Preset] = "tensor"
     """How parameters lie on the mesh."""
     dtype: DType = "float32"
     """Type of parameters and matmul operands."""
@@ -273,11 +283,11 @@ class ScoreConfig:
 class CompareConfig:
     """Compare scored models on the same requests: what changed, and what is preserved within a margin."""
 
-    base: tuple[str, ...] = ()
+    base: Input[tuple[str, ...]] = ()
     """`FILE.json` of the model before (what `score` wrote); one for all students, or one for each."""
-    student: tuple[str, ...] = ()
+    student: Input[tuple[str, ...]] = ()
     """`FILE.json` of the model after; several: one per seed, in the order of `base`."""
-    out: str = ""
+    out: OutputFile[str] = ""
     """The JSON file to write."""
     margin_macro: float = 1.0
     """Points of chance-normalized macro accuracy that may be lost and still count as preserved; declared beforehand."""
@@ -298,12 +308,12 @@ class CompareConfig:
 class ExtractConfig:
     """Measure verbatim memorization: does the model reproduce the suffix of a known sequence from its prefix?"""
 
-    model: str = ""
+    model: SetByStudy[Input[str]] = ""
     """The model to examine."""
-    sequences: str = ""
+    sequences: Input[str] = ""
     """The extraction set: `.npy` int array [N, ≥prefix+suffix], JSONL with `tokens` or `text`, Parquet with `tokens`
     (a file, or FOLDER[:SPLIT]), a `save_to_disk` folder, or PREFIX.npy:SUFFIX.npy."""
-    out: str = ""
+    out: SetByStudy[OutputFile[str]] = ""
     """The JSON file to write."""
     protocol: Literal["pythia", "lm-extraction"] | None = None
     """Lengths by name: `pythia` gives 32 tokens and asks for 32 (Biderman et al. 2023), `lm-extraction` 50 and 50."""
@@ -321,27 +331,27 @@ class ExtractConfig:
     """Decode what is no exact match, too, for `token_accuracy`: most of the work. A study never does."""
     sampling_policies: tuple[str, ...] = ("temperature=1,top-k=40",)
     """Sampling policies under which the suffix's probability is told beside temperature 1."""
-    duplicate_counts: str = ""
+    duplicate_counts: Input[str] = ""
     """`.npy` integers: how often each sequence stands in the training data (or a column `duplicates` of the set)."""
-    corpus: str = ""
+    corpus: SetByStudy[Input[str]] = ""
     """The corpus trained on: splits the sequences into held-out, partial and seen."""
     min_overlap: int = 16
     """Consecutive tokens shared with the suffix from which a sequence no longer counts as held out."""
-    control_sequences: str = ""
+    control_sequences: Input[str] = ""
     """Sequences that no model was trained on, measured in the same way."""
-    untrained_baseline: str = ""
+    untrained_baseline: SetByStudy[Input[str]] = ""
     """A model that never saw the data, measured on the same sequences."""
-    verify: bool = False
+    verify: SetByStudy[bool] = False
     """Mark the sequences that the base reproduces, and count kept, lost, gained and never on the whole set."""
-    base: str = ""
+    base: SetByStudy[Input[str]] = ""
     """The exact checkpoint to verify with; unset: the model itself."""
     limit: int | None = None
     """Use only the first so many sequences."""
-    batch_tokens: int = 8192
+    batch_tokens: Execution[int] = 8192
     """Token positions in one device batch."""
-    mesh: str = ""
+    mesh: Execution[str] = ""
     """Device mesh, for instance `data=4,model=2`; unset: all devices on `data`."""
-    preset: Preset = "tensor"
+    preset: Execution[Preset] = "tensor"
     """How parameters lie on the mesh."""
     dtype: DType = "float32"
     """Type of parameters and matmul operands."""
@@ -351,15 +361,15 @@ class ExtractConfig:
 class LeakageConfig:
     """Measure what a corpus gives away unasked: the share of its samples that hold a run of a training text."""
 
-    corpus: str = ""
+    corpus: Input[str] = ""
     """The corpus folder whose samples are examined."""
-    texts: str = ""
+    texts: Input[str] = ""
     """The training text: JSONL with `text`, `.npy` token ids ([tokens] or [documents, tokens]), or a corpus folder."""
-    out: str = ""
+    out: OutputFile[str] = ""
     """The JSON file to write; what each sample holds goes to `FILE.samples.parquet` beside it."""
     min_match: int = 50
     """Consecutive tokens of the training text that count as a leak."""
-    tokenizer: str = ""
+    tokenizer: Input[str] = ""
     """A model (or tokenizer folder) with the corpus's own tokenizer: needed where the training text is not in its
     tokens yet."""
     text_field: str = "text"

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
 
 from jax_selftrain.config.commands import DType, ExtractConfig, Packing, SampleConfig, ScoreConfig, TrainConfig
+from jax_selftrain.config.metadata import AppliesTo, Execution, Input, OutputFile, OutputFolder
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """One self-training round: sample, train, measure before and after, report."""
 
-    model: str = ""
+    model: Input[str] = ""
     """The base: the model that is trained and, unless `source` is set, the one that is sampled."""
-    source: str = ""
+    source: Input[str] = ""
     """The model to sample from; unset: the base itself."""
-    out: str = ""
+    out: OutputFolder[str] = ""
     """The folder of the round; running the same command again completes it."""
-    title: str = ""
+    title: Execution[str] = ""
     """Headline of the report; unset: made from the model's name."""
     sample: SampleConfig = field(default_factory=SampleConfig)
     """How the corpus is drawn (`model` and `out` are the round's)."""
@@ -28,7 +29,7 @@ class RunConfig:
     """Capability, before and after (`model` and `out` are the round's)."""
     extract: ExtractConfig = field(default_factory=ExtractConfig)
     """Memorization, before and after (`model`, `corpus` and `out` are the round's); skipped without `sequences`."""
-    mesh: str = ""
+    mesh: Execution[str] = ""
     """Device mesh of every stage that names none itself."""
     dtype: DType | None = None
     """Type for every stage; unset: each stage's own."""
@@ -38,9 +39,9 @@ class RunConfig:
 class PlanConfig(RunConfig):
     """What stages of a round take on a TPU slice or on GPUs: memory, time and chip-hours, known before there is one."""
 
-    model: str = ""
+    model: Input[str] = ""
     """The base, or only the name of a Pythia, `pythia-14m` to `pythia-12b`, of which nothing is then fetched."""
-    out: str = ""
+    out: OutputFile[str] = ""
     """A JSON file for the whole plan; unset: only the table is printed."""
     topology: tuple[str, ...] = ()
     """Machines: TPU slices (`v5e:4x4`, `v4:2x2x4`, `v5p:2x2x2`, `v6e:4x4`) or GPUs (`h100:8`, or `h100:4x8` for four
@@ -61,7 +62,7 @@ class ModelConfig:
 
     name: str = ""
     """What it is called in the study."""
-    model: str = ""
+    model: Input[str] = ""
     """The model itself, as everywhere."""
     stop_ids: tuple[int, ...] | None = None
     """Token ids that end its texts, the first of which ends every document that it is trained on; unset: the sampler's
@@ -82,6 +83,12 @@ class ModelConfig:
     """Its size."""
 
 
+_T = TypeVar("_T")
+_Sampling = Annotated[_T, AppliesTo(("self", "shuffled", "scrubbed", "size_matched", "generations"))]
+_Training = Annotated[_T, AppliesTo(("self", "text", "shuffled", "scrubbed", "size_matched", "generations"))]
+_Generations = Annotated[_T, AppliesTo(("generations",))]
+
+
 @dataclass(frozen=True)
 class ArmConfig:
     """A treatment of each student beside the matrix of sources; what it does not name is as in every cell."""
@@ -97,31 +104,31 @@ class ArmConfig:
     (self-trained − base). `generations`: self-training over and over."""
     students: tuple[str, ...] = ()
     """Students that get it; unset: all."""
-    text: str = ""
+    text: Input[str] = ""
     """For `text`: what `jax-selftrain import` reads."""
     weight: float | None = None
     """For `extrapolated`: below 0 away from the self-trained model, above 1 beyond it. For `noise`: how many times as
     large as the change of training; unset: 1."""
-    generations: int = 2
+    generations: _Generations[int] = 2
     """For `generations`: how many."""
-    replay: Literal["replace", "accumulate", "fresh"] = "replace"
+    replay: _Generations[Literal["replace", "accumulate", "fresh"]] = "replace"
     """For `generations`: the base is trained on the latest corpus alone, on all corpora so far, or the latest model
     goes on with a new one."""
-    keep_source_tokens: bool = False
+    keep_source_tokens: _Sampling[bool] = False
     """Keep the sampled tokens, instead of carrying them through text."""
-    temperature: float | None = None
+    temperature: _Sampling[float | None] = None
     """Instead of the study's; as are the following."""
-    top_k: int | None = None
+    top_k: _Sampling[int | None] = None
     """Keep only the k most probable tokens."""
-    top_p: float | None = None
+    top_p: _Sampling[float | None] = None
     """Keep the smallest set of tokens whose probability reaches p."""
-    min_p: float | None = None
+    min_p: _Sampling[float | None] = None
     """Drop tokens less probable than this share of the most probable one."""
-    learning_rate: float | None = None
+    learning_rate: _Training[float | None] = None
     """Peak learning rate."""
-    packing: Packing | None = None
+    packing: _Training[Packing | None] = None
     """How documents share rows."""
-    random_loss_sign: bool = False
+    random_loss_sign: _Training[bool] = False
     """Multiply the loss of each document by +1 or −1 at random."""
 
 
@@ -168,17 +175,17 @@ class PromptFormat:
 
 
 @dataclass(frozen=True)
-class MemorisationConfig:
+class MemorizationConfig:
     """What tells forgetting from damage and from a change of format, beside the extraction itself."""
 
     formats: tuple[PromptFormat, ...] = ()
     """Other ways to ask: what is lost in one format alone has not been forgotten."""
-    unseen_text: str = ""
+    unseen_text: Input[str] = ""
     """JSONL with a `text` field that no model was trained on. The base's own greedy continuations of it are a path of
     no memory: how many of them a student leaves, beside sequences that were as probable, is the price of damage."""
     never_trained_sequences: int = 1000
     """How many of them, at most."""
-    relearn_corpus: str = ""
+    relearn_corpus: Input[str] = ""
     """What `jax-selftrain import` reads: text that has nothing to do with the sequences. Every student, and the base,
     is trained on it for a moment and asked again: what comes back was not forgotten."""
     relearn_steps: int = 50
@@ -192,9 +199,9 @@ class MemorisationConfig:
 class StudyConfig:
     """Who learns from whom: a matrix of sources and students with control arms, restartable, with a report."""
 
-    out: str = ""
+    out: OutputFolder[str] = ""
     """The folder of the study; running the same command again completes it, and several processes may share it."""
-    title: str = ""
+    title: Execution[str] = ""
     """Headline of the report."""
     models: tuple[ModelConfig, ...] = ()
     """The models."""
@@ -220,19 +227,19 @@ class StudyConfig:
     """Capability of every model (`model` and `out` are the study's)."""
     extract: ExtractConfig = field(default_factory=ExtractConfig)
     """Memorization of every model (`model`, `corpus` and `out` are the study's); skipped without `sequences`."""
-    memorization: MemorisationConfig = field(default_factory=MemorisationConfig)
+    memorization: MemorizationConfig = field(default_factory=MemorizationConfig)
     """What is asked beside it; only with `extract.sequences`."""
     proxy_sample_size: int = 256
     """Documents of each corpus of the matrix whose likelihood under student and source is taken beforehand, where there
     are several sources (`study.proxies`); 0: none."""
-    embedding_model: str = ""
+    embedding_model: Input[str] = ""
     """A decoder that was trained to embed texts (Qwen3-Embedding, say): the likeness of each corpus to what the tasks
     ask is taken by its vectors, too; unset: by TF-IDF alone."""
-    mesh: str = ""
+    mesh: Execution[str] = ""
     """Device mesh of every stage that names none itself."""
     dtype: DType | None = None
     """Type for every stage; unset: each stage's own."""
-    dry_run: bool = False
+    dry_run: Execution[bool] = False
     """Print what would be done, and do nothing."""
 
 
@@ -240,7 +247,7 @@ class StudyConfig:
 class ReportConfig:
     """Make `report.html` from what is in a run folder."""
 
-    folder: str = ""
+    folder: OutputFolder[str] = ""
     """The folder that `run` filled."""
 
 
@@ -248,7 +255,7 @@ class ReportConfig:
 class DemoConfig:
     """The whole story on a CPU in minutes, without any download."""
 
-    out: str = "selftrain-demo"
+    out: OutputFolder[str] = "selftrain-demo"
     """Folder for everything the demo makes."""
     seed: int = 0
     """Seed of the demo's text, models and samples."""

@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
 
+from jax_selftrain.config.metadata import Role, fields_with_role
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.io.remote_paths import restore_uris
@@ -49,12 +50,13 @@ def from_dict(cls: type[Config], data: Mapping[str, Any], *, where: str) -> Conf
     return _build(cls, data, None, where=where, section="", root=cls)
 
 
-def to_dict(obj: Any) -> dict[str, Any]:
-    """A dataclass as plain data (nested dicts, lists, scalars), fields in their order; `from_dict` turns it back.
+def to_dict(obj: Any, role: Role | None = None) -> dict[str, Any]:
+    """Convert a dataclass to nested dicts, lists and scalars; the inverse of `from_dict`.
 
-    Addresses in object storage stand in it, not the folders that stand for them here.
+    A local copy of an object in object storage is written as its URI. With `role`, only fields with that role.
     """
-    return {field.name: _to_yaml(getattr(obj, field.name)) for field in dataclasses.fields(obj)}
+    names = [field.name for field in dataclasses.fields(obj)] if role is None else fields_with_role(type(obj), role)
+    return {name: _to_yaml(getattr(obj, name)) for name in names}
 
 
 def save(path: atomic.PathLike, obj: Any) -> None:

@@ -31,9 +31,9 @@ class FingerprintCache:
         return self._once("text", source, lambda ref: sha256_file(ref) if Path(ref).is_file() else ref)
 
     def eval_files(self, reference: str) -> str:
-        """Of a task file (`LAYOUT:FILE`), a text file or an extraction set; of a named task, its name."""
+        """Return the hash of a task file (`LAYOUT:FILE`), task folder or text file, or the name of a named task."""
         path = Path(reference.partition(":")[2] if ":" in reference else reference)
         if path.is_dir():
-            files = sorted(path.rglob("*.jsonl"))
+            files = sorted(file for file in path.rglob("*") if file.suffix in (".jsonl", ".yaml", ".yml", ".py"))
             return hash_json([self._once("file", str(file), sha256_file) for file in files])
         return self._once("file", str(path), sha256_file) if path.is_file() else reference

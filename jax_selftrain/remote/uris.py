@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from jax_selftrain.config import CompareConfig, ExtractConfig, LeakageConfig, PlanConfig, ScoreConfig
+from jax_selftrain.config.metadata import Role, fields_with_role, roles
 from jax_selftrain.distributed import sigterm_handler
 from jax_selftrain.errors import InputError, Preempted, UnavailableError
 from jax_selftrain.io.remote_paths import remote_cache_dir
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Options = TypeVar("Options", bound="DataclassInstance")
-
-OUTPUT_FIELDS = ("out", "folder")
-"""Options that name what a command writes; all others name what it reads."""
-SINGLE_FILE_OUTPUTS = (CompareConfig, ExtractConfig, LeakageConfig, PlanConfig, ScoreConfig)
 
 _ADDRESS = re.compile(r"\b([a-z][a-z0-9+]*)://[^\s=:]*")
 _IGNORED_SCHEMES = ("http", "https")
@@ -49,10 +45,10 @@ def localize_uris(options: Options, *, exclusive: bool = True) -> Iterator[Optio
         sent stays in the local folder, and the same command goes on with it.
       Stopped: SIGTERM came, where nothing else listens to it; what there is has been sent.
     """
-    given = {name: getattr(options, name, None) for name in OUTPUT_FIELDS}
+    given = {name: getattr(options, name) for name in fields_with_role(type(options), Role.OUTPUT)}
     written = {name: text for name, text in given.items() if isinstance(text, str) and _ADDRESS.match(text)}
     for name, address in written.items():
-        if isinstance(options, SINGLE_FILE_OUTPUTS) and not address.endswith(".json"):
+        if Role.OUTPUT_FILE in roles(type(options))[name] and not address.endswith(".json"):
             raise InputError(f"--{name} {address}: give the name of a file that ends in .json")
 
     def stop() -> None:

@@ -16,7 +16,7 @@ from jax_selftrain.study.measure_names import common_measures, display_scale, is
 Results = Mapping[str, Any]
 
 
-def memorisation_chapter(results: Results) -> Chapter | None:
+def memorization_chapter(results: Results) -> Chapter | None:
     sourced = [one for one in results["effects"] if one["source"]]
     common = natural_sort(name for name in common_measures(sourced) if name.startswith(("exact_match", "log_pz", "pz")))
     if not common:
@@ -34,7 +34,7 @@ def memorisation_chapter(results: Results) -> Chapter | None:
         key = slug(student)
         of = [one for one in results["effects"] if one["student"] == student]
         cells = [cell for cell in results["cells"] if cell["student"] == student]
-        show(effect_table(f"memorisation_{key}", f"{student}: memorization", of, plain))
+        show(effect_table(f"memorization_{key}", f"{student}: memorization", of, plain))
         if aside:
             show(effect_table(f"views_{key}", f"{student}: in other formats, and after relearning", of, aside))
         show(_flips(student, cells))

@@ -12,7 +12,7 @@ from jax_selftrain.report import figures
 from jax_selftrain.report.decoupling_chapter import decoupling_figure
 from jax_selftrain.report.effect_table import ONE_SEED_NOTE, effect_table
 from jax_selftrain.report.formatting import decimals, label, parse_change, parse_estimate, slug, to_display_units
-from jax_selftrain.report.memorization_chapter import memorisation_chapter
+from jax_selftrain.report.memorization_chapter import memorization_chapter
 from jax_selftrain.report.page import Chapter, figure_html, note_html
 from jax_selftrain.report.proxy_chapter import proxy_chapter
 from jax_selftrain.report.tables import Column, Table
@@ -28,7 +28,7 @@ def study_chapters(results: Results) -> list[Chapter]:
         _cross_model_matrix(results),
         _capability(results),
         decoupling_figure(results),
-        memorisation_chapter(results),
+        memorization_chapter(results),
         proxy_chapter(results),
         _perplexity_table(results),
         _samples(results),

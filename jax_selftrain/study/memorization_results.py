@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from jax_selftrain import evals
-from jax_selftrain.config import StudyConfig, yaml_io
+from jax_selftrain.config import ExtractConfig, PromptFormat, StudyConfig, yaml_io
+from jax_selftrain.config.metadata import roles, shared_overrides
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.overlap_classes import CLASSES, THRESHOLDS
 from jax_selftrain.stats import estimators
@@ -38,7 +39,6 @@ from jax_selftrain.study.results import (
     duplicate_groups,
     read_table,
 )
-from jax_selftrain.study.stage_factory import FORMAT
 from jax_selftrain.study.swap_effect import naive_difference, swap_effect
 
 Cells = Sequence[Mapping[str, Any]]
@@ -61,8 +61,9 @@ def check_memorization(config: StudyConfig) -> None:
             raise InputError(
                 f"memorization.formats: every one needs a `name` of its own ({form.name or 'one has none'})"
             )
-        if all(getattr(form, name) is None for name in FORMAT):
-            raise InputError(f"memorization.formats: {form.name}: changes nothing; set one of {', '.join(FORMAT)}")
+        if not shared_overrides(form, ExtractConfig):
+            options = ", ".join(name for name in roles(PromptFormat) if name in roles(ExtractConfig))
+            raise InputError(f"memorization.formats: {form.name}: changes nothing; set one of {options}")
     for name in ("never_trained_sequences", "relearn_steps"):
         if getattr(asked, name) < 1:
             raise InputError(f"memorization.{name} is {getattr(asked, name)}; it must be at least 1")
@@ -118,7 +119,7 @@ def _by_threshold(before: Arrays, after: Arrays, suffix: int) -> list[dict[str, 
     return found
 
 
-def memorisation_measures(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def memorization_measures(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """`exact_match` and `log_pz` of a described cell: of all sequences, and `/NAME` of each class, group and view.
 
     `pz`, the mean of p_z, is told of all sequences, of H and of the classes.

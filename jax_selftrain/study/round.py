@@ -30,6 +30,7 @@ import jax
 
 from jax_selftrain import hub
 from jax_selftrain.config import ExtractConfig, RunConfig, ScoreConfig, TrainConfig, yaml_io
+from jax_selftrain.config.metadata import Role, fields_with_role
 from jax_selftrain.corpus import open_corpus, parse_mixture
 from jax_selftrain.distributed import broadcast_one_to_all
 from jax_selftrain.errors import InputError, UnavailableError
@@ -43,10 +44,9 @@ from jax_selftrain.study.eval_hooks import evaluation_hooks
 from jax_selftrain.study.results import collect_round
 from jax_selftrain.study.round_checks import check_round
 from jax_selftrain.study.round_config import resolve_round
-from jax_selftrain.training import EXECUTION_OPTIONS as TRAINING_CHANGEABLE
 from jax_selftrain.training import train
 
-CHANGEABLE = ("out", "title", "sample.batch_size", *TRAINING_CHANGEABLE)
+CHANGEABLE = ("out", "title", "sample.batch_size", *fields_with_role(TrainConfig, Role.EXECUTION))
 """Options, by name or by section and name, that may differ between the launches of one round: they decide where and
 how fast it is computed, and change its numbers by rounding at most."""
 

@@ -17,6 +17,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import jax
 
 from jax_selftrain import evals, hub, training
 from jax_selftrain.config import ArmConfig, StudyConfig, yaml_io
+from jax_selftrain.config.metadata import Role, applicable_kinds, fields_with_role
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.result_files import read_jsonl
 from jax_selftrain.io import atomic, lease
@@ -34,28 +36,6 @@ from jax_selftrain.study.memorization_results import check_memorization
 from jax_selftrain.study.preregistration import check_claims, freeze_claims
 from jax_selftrain.study.round_config import with_default_evals
 from jax_selftrain.study.study_results import FORMAT, collect_study
-
-STUDY_OWNED_OPTIONS = {
-    "sample": ("model", "out", "seed", "stop_ids", "start_id"),
-    "train": ("model", "corpus", "out", "seed", "mixture", "random_loss_sign"),
-    "score": ("model", "out"),
-    "extract": ("model", "corpus", "out", "base", "baseline", "verify"),
-}
-"""Options of the sections that are the study's: setting them is an error."""
-
-_SAMPLING = ("keep_source_tokens", "temperature", "top_k", "top_p", "min_p")
-_TRAINING = ("learning_rate", "packing", "random_loss_sign")
-_FIXED_VALUES: dict[str, tuple[str, ...]] = {
-    "self": ("generations", "replay"),
-    "shuffled": ("generations", "replay"),
-    "scrubbed": ("generations", "replay"),
-    "size_matched": ("generations", "replay"),
-    "text": ("generations", "replay", *_SAMPLING),
-    "noise": ("generations", "replay", *_SAMPLING, *_TRAINING),
-    "extrapolate": ("generations", "replay", *_SAMPLING, *_TRAINING),
-    "generations": (),
-}
-"""Options that mean nothing to an arm of each kind."""
 
 
 def run_study(config: StudyConfig) -> Path:
@@ -114,11 +94,11 @@ def check_study(config: StudyConfig) -> None:
     _check_unique("arm", [arm.name for arm in config.arms])
     for option, given in (("students", config.students), ("sources", config.sources)):
         _check_known(option, given, names)
-    for section, fields in STUDY_OWNED_OPTIONS.items():
-        default = getattr(StudyConfig(), section)
-        for field in fields:
-            if getattr(getattr(config, section), field) != getattr(default, field):
-                raise InputError(f"{section}.{field} is decided by the study; leave it out")
+    for section in ("sample", "train", "score", "extract"):
+        given, default = getattr(config, section), getattr(StudyConfig(), section)
+        for field in fields_with_role(type(given), Role.SET_BY_STUDY):
+            if getattr(given, field) != getattr(default, field):
+                raise InputError(f"{section}.{field} is set by the study; remove it")
     if not (config.score.tasks or config.score.texts or config.extract.sequences):
         raise InputError("nothing to measure: set score.tasks, score.texts or extract.sequences")
     if config.train.steps is None:
@@ -169,10 +149,12 @@ def _check_arm(arm: ArmConfig, config: StudyConfig, names: list[str]) -> None:
         raise InputError(f"arms: {arm.name}: `weight` belongs to arms of kind `extrapolated` and `noise` alone")
     if arm.kind == "noise" and arm.weight is not None and not 0 < arm.weight < math.inf:
         raise InputError(f"arms: {arm.name}: the weight of noise is {arm.weight}; it must be a positive number")
-    default, fixed = ArmConfig(), _FIXED_VALUES[arm.kind]
-    for field in fixed:
-        if getattr(arm, field) != getattr(default, field):
-            raise InputError(f"arms: {arm.name}: `{field}` means nothing to an arm of kind `{arm.kind}`; leave it out")
+    for field in fields(arm):
+        kinds = applicable_kinds(ArmConfig, field.name)
+        if kinds and arm.kind not in kinds and getattr(arm, field.name) != field.default:
+            raise InputError(
+                f"arms: {arm.name}: `{field.name}` does not apply to an arm of kind `{arm.kind}`; remove it"
+            )
     if arm.kind in ("scrubbed", "size_matched") and not config.extract.sequences:
         raise InputError(f"arms: {arm.name}: of kind `{arm.kind}` needs extract.sequences, half of which is held out")
     if arm.generations < 1:

@@ -7,7 +7,7 @@ one recipe of the study: the same steps, batch and learning rate, the last step'
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ from jax_selftrain.config import (
     MergeConfig,
     PromptFormat,
     SampleConfig,
-    ScoreConfig,
     StudyConfig,
     TrainConfig,
     yaml_io,
 )
+from jax_selftrain.config.metadata import Role, fields_with_role, shared_overrides
 from jax_selftrain.io.fingerprint_cache import FingerprintCache
 from jax_selftrain.sampling import sample
 from jax_selftrain.study.dag import Stage
@@ -33,24 +33,14 @@ from jax_selftrain.study.matched_fragility import CONTINUATIONS, make_control_co
 from jax_selftrain.study.proxies import corpus_proxies
 from jax_selftrain.study.round_config import with_default_evals
 
-_PATH_OPTIONS = ("model", "corpus", "out", "mesh", "seed")
-"""Options that say where, or that stand among a stage's inputs."""
 _SMALL_BATCH = 24
 """Rows in a batch when a base is measured again in another size."""
-FORMAT = ("prefix", "suffix", "offset", "random_offset", "start_token")
-"""What a format may change."""
-_OPTIONS_BESIDE_WINDOW = tuple(
-    f.name
-    for f in fields(ExtractConfig)
-    if f.name not in ("protocol", "prefix", "suffix", "offset", "random_offset", "overlap", "limit")
-)
-"""Options of extraction that have no part in which tokens of a sequence are its suffix."""
-_NO_EVALS: dict[str, Any] = {
-    f.name: f.default
-    for f in fields(TrainConfig)
-    if f.name.startswith("eval_") or f.name in ("stop_metric", "checkpoint_every")
+WINDOW = ("protocol", "prefix", "suffix", "offset", "random_offset", "min_overlap", "limit")
+"""Options of extraction that decide which tokens of a sequence are its suffix."""
+_NO_EVALUATION: dict[str, Any] = {
+    name: getattr(TrainConfig(), name) for name in ("checkpoint_every", *fields_with_role(TrainConfig, Role.EVALUATION))
 }
-"""Training without evaluation on the way."""
+"""Options of a training without evaluation."""
 
 
 @dataclass(frozen=True)
@@ -85,19 +75,18 @@ class StageFactory:
 
     def sample_and_retokenize(self, source: StudyModel, student: StudyModel, arm: ArmConfig, seed: int) -> Stage:
         """Text that a model wrote, in the tokens of the student."""
-        changes = {name: getattr(arm, name) for name in ("temperature", "top_k", "top_p", "min_p")}
         options = replace(
             self.config.sample,
             model=source.ref,
             seed=seed,
             stop_ids=source.stop_ids,
             **self._shared(self.config.sample),
-            **{name: value for name, value in changes.items() if value is not None},
+            **shared_overrides(arm, SampleConfig),
         )
         drawn = Stage(
             "sample",
             f"sample {source.label}, seed {seed}",
-            _identity_options(options, "batch_size") | {"seed": seed},
+            yaml_io.to_dict(options, Role.IDENTITY),
             {"model": source.fingerprint, "tokenizer": source.tokenizer},
             lambda out: sample(replace(options, out=str(out))),
             *_tokens_and_flops(source, options.samples * options.max_tokens, options.max_tokens, passes=1),
@@ -154,7 +143,7 @@ class StageFactory:
         return Stage(
             "size_matched" if companion else "scrub",
             f"what {student.label} wrote, seed {seed}, {what}",
-            _identity_options(options, *_OPTIONS_BESIDE_WINDOW) | ({"seed": seed} if companion else {}),
+            _window_options(options) | ({"seed": seed} if companion else {}),
             {"corpus": corpus, "sequences": mark, "tokenizer": student.tokenizer},
             make,
         )
@@ -165,8 +154,7 @@ class StageFactory:
         """The student after the recipe of the study, or after so many steps of it without evaluation on the way."""
         recipe = with_default_evals(self.config.train, self.config.score, self.config.extract)
         if steps is not None:
-            recipe = replace(recipe, steps=steps, **_NO_EVALS)
-        changes = {name: getattr(arm, name) for name in ("learning_rate", "packing")}
+            recipe = replace(recipe, steps=steps, **_NO_EVALUATION)
         last, earlier = on[-1], on[:-1]
         options = replace(
             recipe,
@@ -175,9 +163,8 @@ class StageFactory:
             mixture=tuple(f"{self.root / one.name}={1 / len(on):.9f}" for one in earlier),
             seed=seed,
             max_epochs=recipe.max_epochs or 1.0,
-            random_loss_sign=arm.random_loss_sign,
             **self._shared(recipe),
-            **{name: value for name, value in changes.items() if value is not None},
+            **shared_overrides(arm, TrainConfig),
         )
         files = (
             *options.eval_texts,
@@ -187,8 +174,7 @@ class StageFactory:
         stage = Stage(
             "train",
             f"train {start.label} on {last.label}" + (f" ({arm.name})" if arm.name else ""),
-            _identity_options(options, "mixture", "eval_texts", "eval_tasks", "eval_sequences", "wandb")
-            | {"seed": seed},
+            yaml_io.to_dict(options, Role.IDENTITY),
             {
                 "model": start.fingerprint,
                 **{f"corpus {number}": one for number, one in enumerate(on)},
@@ -232,12 +218,12 @@ class StageFactory:
         """What a model can do."""
         options = replace(self.config.score, model=model.ref, **self._shared(self.config.score))
         # By name and content, not by place: a study may be moved with its files.
-        references = (*options.tasks, *options.texts)
+        references = (*options.tasks, *options.texts, *([options.task_folder] if options.task_folder else []))
         files = {f"{n}: {Path(path).name}": self.files.eval_files(path) for n, path in enumerate(references)}
         return Stage(
             "score",
             f"score {model.label}",
-            _identity_options(options, "tasks", "texts", "batch_tokens"),
+            yaml_io.to_dict(options, Role.IDENTITY),
             {"model": model.fingerprint, "tokenizer": model.tokenizer, **files},
             lambda out: evals.score(replace(options, out=str(out / "score.json"))),
         )
@@ -254,8 +240,8 @@ class StageFactory:
         """The same, asked for in another format."""
         window = evals.make_window(self.config.extract)
         usual = replace(self.config.extract, protocol=None, prefix=window.prefix, suffix=window.suffix)
-        changes = {name: value for name in FORMAT if (value := getattr(form, name)) is not None}
-        return self._extract(model, replace(usual, **changes), f"extract from {model.label}, {form.name}", {})
+        options = replace(usual, **shared_overrides(form, ExtractConfig))
+        return self._extract(model, options, f"extract from {model.label}, {form.name}", {})
 
     def extract_aa(self, model: StudyModel) -> dict[str, Stage]:
         """The same once more, on the same model, in ways that should not matter."""
@@ -294,11 +280,16 @@ class StageFactory:
     ) -> Stage:
         options = replace(options, model=model.ref, greedy_decode=False, **{**self._shared(options), **changes})
         given = inputs.get("sequences") or evals.sequences_fingerprint(options.sequences)
+        files = {}
+        if options.control_sequences:
+            files["control_sequences"] = evals.sequences_fingerprint(options.control_sequences)
+        if options.duplicate_counts:
+            files["duplicate_counts"] = self.files.eval_files(options.duplicate_counts)
         return Stage(
             "extract",
             label,
-            _identity_options(options, "sequences", "batch_tokens"),
-            {"model": model.fingerprint, "tokenizer": model.tokenizer, **inputs, "sequences": given},
+            yaml_io.to_dict(options, Role.IDENTITY),
+            {"model": model.fingerprint, "tokenizer": model.tokenizer, **inputs, **files, "sequences": given},
             lambda out: evals.extract(replace(options, out=str(out / "extract.json"))),
         )
 
@@ -310,8 +301,7 @@ class StageFactory:
         return Stage(
             "continue",
             f"continue {Path(texts).name} by {base.label}",
-            _identity_options(options, *_OPTIONS_BESIDE_WINDOW)
-            | {"sequences": n, "start_token": options.start_token, "dtype": options.dtype},
+            _window_options(options) | {"sequences": n, "start_token": options.start_token, "dtype": options.dtype},
             {"model": base.fingerprint, "tokenizer": base.tokenizer, "texts": self.files.eval_files(texts)},
             lambda out: make_control_continuations(options, texts, n, out),
         )
@@ -369,8 +359,5 @@ def _make_once(folder: Path, make: Callable[[Path], object]) -> None:
         make(folder / "model")
 
 
-def _identity_options(
-    options: SampleConfig | TrainConfig | ScoreConfig | ExtractConfig, *left_out: str
-) -> dict[str, Any]:
-    """The options that decide a stage's result; files stand among its inputs by their content."""
-    return {name: value for name, value in yaml_io.to_dict(options).items() if name not in (*_PATH_OPTIONS, *left_out)}
+def _window_options(options: ExtractConfig) -> dict[str, Any]:
+    return {name: value for name, value in yaml_io.to_dict(options).items() if name in WINDOW}

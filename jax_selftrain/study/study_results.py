@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from jax_selftrain.config import StudyConfig, yaml_io
+from jax_selftrain.config.metadata import Role, roles
 from jax_selftrain.corpus import Corpus, open_corpus
 from jax_selftrain.evals import load_score_result
 from jax_selftrain.evals.item_results import ScoreResult
@@ -34,7 +35,7 @@ from jax_selftrain.study.memorization_results import (
     cell_memorization,
     decontamination_effect,
     fragility,
-    memorisation_measures,
+    memorization_measures,
     swap_effects,
 )
 from jax_selftrain.study.ngram_contamination import contaminated_share
@@ -61,9 +62,11 @@ def collect_study(config: StudyConfig, design: Design, post_hoc: Sequence[str] =
     bases = {name: _load_scores(design.folder(stage)) for name, stage in design.score_base.items()}
     cells = [_describe(config, design, bases, cell) for cell in design.cells]
     crossed = interactions(cells, {name: model.lineage or name for name, model in design.models.items()})
-    options = yaml_io.to_dict(config)
-    for name in ("out", "mesh", "dry_run"):
-        del options[name]
+    options = {
+        name: value
+        for name, value in yaml_io.to_dict(config).items()
+        if not roles(StudyConfig)[name] & (Role.OUTPUT | Role.EXECUTION)
+    }
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -155,7 +158,7 @@ def cell_measures(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     found |= {f"task/{task['name']}": task["accuracy"] for task in cell["tasks"]}
     found |= {f"log_odds/{task['name']}": task["log_odds"] for task in cell["tasks"] if "log_odds" in task}
     found |= {f"text/{text['name']}": text["bits_per_byte"] for text in cell["texts"]}
-    return found | memorisation_measures(cell)
+    return found | memorization_measures(cell)
 
 
 # Over seeds -----------------------------------------------------------------------------------------------------

@@ -4,12 +4,11 @@ from jax_selftrain.training.flops import flops_per_token
 from jax_selftrain.training.hooks import Hook, check_hooks
 from jax_selftrain.training.loop import train
 from jax_selftrain.training.loss import AuxLossWeights, Batch, LossStats, loss_fn
-from jax_selftrain.training.run_folder import EXECUTION_OPTIONS, check_ranges
+from jax_selftrain.training.run_folder import check_ranges
 from jax_selftrain.training.step import TrainState, abstract_program
 from jax_selftrain.training.wandb_tracker import check_tracking
 
 __all__ = [
-    "EXECUTION_OPTIONS",
     "AuxLossWeights",
     "Batch",
     "Hook",

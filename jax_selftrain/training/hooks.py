@@ -13,11 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jax_selftrain.config import TrainConfig, yaml_io
+from jax_selftrain.config.metadata import Role, fields_with_role
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import LoadedModel
 from jax_selftrain.training.early_stopping import check_metric
 
-_EVALUATED = ("eval_texts", "eval_tasks", "eval_sequences")
+_EVALUATED = tuple(
+    name for name in fields_with_role(TrainConfig, Role.INPUT) if name in fields_with_role(TrainConfig, Role.EVALUATION)
+)
 
 
 @dataclass(frozen=True)

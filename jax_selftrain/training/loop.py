@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 
 from jax_selftrain import hub
 from jax_selftrain.config import TrainConfig, yaml_io
+from jax_selftrain.config.metadata import Role
 from jax_selftrain.distributed import barrier, broadcast_one_to_all, sigterm_handler
 from jax_selftrain.distributed.mesh import mesh_context
 from jax_selftrain.errors import InputError, Preempted
@@ -43,7 +44,7 @@ from jax_selftrain.training.metrics_writer import (
     read_curve,
     write_launch_info,
 )
-from jax_selftrain.training.run_folder import EXECUTION_OPTIONS, Run, acquire_run_folder, check_ranges, load_inputs
+from jax_selftrain.training.run_folder import Run, acquire_run_folder, check_ranges, load_inputs
 from jax_selftrain.training.step import (
     Metrics,
     TrainState,
@@ -295,7 +296,7 @@ def _environment(run: Run, first: int) -> dict[str, Any]:
     devices = run.inputs.sharding_rules.mesh.devices
     return {
         "from_step": first,
-        "options": {name: getattr(run.config, name) for name in EXECUTION_OPTIONS},
+        "options": yaml_io.to_dict(run.config, Role.EXECUTION),
         "mesh": dict(run.inputs.sharding_rules.mesh.shape),
         "device": devices.flat[0].device_kind,
         "processes": jax.process_count(),

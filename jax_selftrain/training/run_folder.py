@@ -22,6 +22,7 @@ import numpy as np
 
 from jax_selftrain import hub
 from jax_selftrain.config import TrainConfig, yaml_io
+from jax_selftrain.config.metadata import Role
 from jax_selftrain.corpus import Corpus, Mixture, build_packed_rows, open_corpus, parse_mixture
 from jax_selftrain.distributed import barrier
 from jax_selftrain.distributed.mesh import make_mesh
@@ -37,15 +38,6 @@ from jax_selftrain.training.step import abstract_batch
 from jax_selftrain.version import versions
 
 FORMAT = 1
-
-EXECUTION_OPTIONS = (
-    "mesh", "preset", "remat", "checkpoint_every", "keep", "keep_every", "log_every", "wandb",
-    "max_epochs",
-)  # fmt: skip
-"""Options that may differ between the launches of one run: the results they give differ by rounding at most."""
-
-FINGERPRINTED_OPTIONS = ("model", "corpus", "mixture", "out", "eval_texts", "eval_tasks", "eval_sequences")
-"""Options that are compared by content, not by name: a folder may have been moved."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +157,7 @@ def _match_existing_run(folder: Path, inputs: TrainInputs) -> Run:
     every = config.checkpoint_every or math.ceil(steps / 10)
     config = dataclasses.replace(config, steps=steps, checkpoint_every=every)
     _check_epochs(config, inputs.corpora, rows, steps)
-    identity = hash_json({**inputs.fingerprints, "options": _with_resolved_defaults(config)})
+    identity = hash_json({**inputs.fingerprints, "options": yaml_io.to_dict(config, Role.IDENTITY)})
     return Run(folder, config, inputs, rows, identity)
 
 
@@ -187,12 +179,6 @@ def _check_epochs(config: TrainConfig, corpora: tuple[Corpus, ...], rows: Mixtur
     )
 
 
-def _with_resolved_defaults(config: TrainConfig) -> dict[str, Any]:
-    """The options that determine the result."""
-    free = EXECUTION_OPTIONS + FINGERPRINTED_OPTIONS
-    return {name: value for name, value in yaml_io.to_dict(config).items() if name not in free}
-
-
 def _description(run: Run) -> dict[str, Any]:
     config, fingerprints = run.config, run.inputs.fingerprints
     main, *mixed = _described_corpora(run)
@@ -206,7 +192,7 @@ def _description(run: Run) -> dict[str, Any]:
         "mixture": mixed,
         "rows": len(run.rows.components[0]),
         "steps": config.steps,
-        "options": _with_resolved_defaults(config),
+        "options": yaml_io.to_dict(config, Role.IDENTITY),
         **({"evaluation": evaluation} if run.inputs.evaluation else {}),
         "identity": run.run_hash,
     }
@@ -261,7 +247,7 @@ def _refuse_other_run(folder: Path, inputs: TrainInputs) -> None:
         raise InputError(f"{folder / 'run.json'}: is damaged (no {error}); choose another --out") from error
     if format_version != FORMAT:
         raise InputError(f"{folder}: has run format {format_version}, not {FORMAT}; choose another --out")
-    now = _with_resolved_defaults(inputs.config)
+    now = yaml_io.to_dict(inputs.config, Role.IDENTITY)
     if inputs.config.steps is None:
         now["steps"] = options.get("steps")  # one epoch of the same corpus, rows and batch size: checked by those
     for name in sorted(now.keys() | options.keys()):

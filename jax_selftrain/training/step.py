@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_selftrain import hub
 from jax_selftrain.config import TrainConfig
+from jax_selftrain.config.metadata import Role, keep_role
 from jax_selftrain.distributed.mesh import mesh_context, xla_options
 from jax_selftrain.distributed.sharding import ShardingRules, make_sharding_rules
 from jax_selftrain.errors import InputError
@@ -106,21 +107,12 @@ def _deliver(config: TrainConfig, params: Params, base: Params | None) -> Params
     return merge_adapters(config, base, params) if config.lora_rank and base is not None else params
 
 
-_NOT_COMPILED = (
-    *("model", "corpus", "mixture", "max_epochs", "out", "init", "steps", "packing", "random_loss_sign"),
-    *("checkpoint_every", "keep", "keep_every", "eval_every", "eval_texts", "eval_tasks", "eval_sequences"),
-    *("eval_prefix", "eval_suffix", "eval_limit", "stop_metric", "patience", "wandb", "log_every", "mesh"),
-)
-"""Options that no program depends on, but for their arguments: model, sharding rules, steps, batch."""
-
-
 def jit_key(config: TrainConfig) -> TrainConfig:
     """The options that a run's programs depend on, the others as by default: runs alike in them share what is compiled.
 
     A study trains many students alike, and tracing a step takes longer than some of them need to train.
     """
-    names = _NOT_COMPILED if config.stochastic_rounding else (*_NOT_COMPILED, "seed")
-    return replace(config, **{name: getattr(TrainConfig(), name) for name in names})
+    return replace(keep_role(config, Role.COMPILED), seed=config.seed if config.stochastic_rounding else 0)
 
 
 def compiled_step(config: TrainConfig, model: DecoderConfig, rules: ShardingRules, steps: int) -> StepFunction:

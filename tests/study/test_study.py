@@ -22,7 +22,7 @@ from jax_selftrain.config import (
     ArmConfig,
     ClaimConfig,
     ExtractConfig,
-    MemorisationConfig,
+    MemorizationConfig,
     ModelConfig,
     PromptFormat,
     RunConfig,
@@ -99,7 +99,7 @@ CLAIM = ClaimConfig(
 def finished(make: Make, inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     real = ArmConfig("real text", "text", students=("llama",), text=inputs["texts"])
     config = make(tmp_path_factory.mktemp("study") / "out", arms=(*ARMS, real), claims=(CLAIM,), seeds=(100,))
-    asked = MemorisationConfig(
+    asked = MemorizationConfig(
         formats=(
             PromptFormat("prefix 4", prefix=4),
             PromptFormat("inside, after BOS", random_offset=True, start_token="bos"),
@@ -318,18 +318,18 @@ def test_killed_shared_and_grown_studies_end_with_the_same_tables(make: Make, tm
         ({"arms": (ArmConfig("x", "generations", generations=0),)}, "generations is 0"),
         (
             {"arms": (ArmConfig("x", "noise", temperature=0.5),)},
-            "`temperature` means nothing to an arm of kind `noise`",
+            "`temperature` does not apply to an arm of kind `noise`",
         ),
-        ({"arms": (ArmConfig("x", replay="fresh"),)}, "`mode` means nothing"),
+        ({"arms": (ArmConfig("x", replay="fresh"),)}, "`replay` does not apply"),
         ({"arms": (ArmConfig("x", "scrubbed"),), "extract": ExtractConfig()}, "needs extract.sequences"),
-        ({"memorization": MemorisationConfig(relearn_steps=2), "extract": ExtractConfig()}, "is asked about"),
-        ({"memorization": MemorisationConfig(relearn_steps=0)}, "relearn_steps is 0"),
-        ({"memorization": MemorisationConfig(never_trained_sequences=0)}, "never_trained_sequences is 0"),
-        ({"memorization": MemorisationConfig(unseen_text="none.jsonl")}, "none.jsonl"),
-        ({"memorization": MemorisationConfig(relearn_corpus="none.jsonl")}, "none.jsonl: no such file"),
-        ({"memorization": MemorisationConfig((PromptFormat(prefix=4),))}, "a `name` of its own"),
-        ({"memorization": MemorisationConfig((PromptFormat("relearned", prefix=4),))}, "a `name` of its own"),
-        ({"memorization": MemorisationConfig((PromptFormat("as ever"),))}, "as ever: changes nothing"),
+        ({"memorization": MemorizationConfig(relearn_steps=2), "extract": ExtractConfig()}, "is asked about"),
+        ({"memorization": MemorizationConfig(relearn_steps=0)}, "relearn_steps is 0"),
+        ({"memorization": MemorizationConfig(never_trained_sequences=0)}, "never_trained_sequences is 0"),
+        ({"memorization": MemorizationConfig(unseen_text="none.jsonl")}, "none.jsonl"),
+        ({"memorization": MemorizationConfig(relearn_corpus="none.jsonl")}, "none.jsonl: no such file"),
+        ({"memorization": MemorizationConfig((PromptFormat(prefix=4),))}, "a `name` of its own"),
+        ({"memorization": MemorizationConfig((PromptFormat("relearned", prefix=4),))}, "a `name` of its own"),
+        ({"memorization": MemorizationConfig((PromptFormat("as ever"),))}, "as ever: changes nothing"),
         ({"arms": (ArmConfig("x"), ArmConfig("x", keep_source_tokens=True))}, "arm 'x' is there twice"),
     ],
     ids=str,
@@ -358,7 +358,7 @@ def test_steps_are_required_and_what_the_study_decides_may_not_be_set(
     config = make(tmp_path / "out")
     with pytest.raises(InputError, match="steps is required"):
         run_study(replace(config, train=replace(config.train, steps=None)))
-    with pytest.raises(InputError, match=r"sample\.seed is decided by the study"):
+    with pytest.raises(InputError, match=r"sample\.seed is set by the study"):
         run_study(replace(config, sample=replace(config.sample, seed=4)))
     with pytest.raises(InputError, match="different tokenizers"):
         run_study(replace(config, extract=replace(config.extract, sequences=inputs["sequences"])))
@@ -379,7 +379,7 @@ def test_what_ends_a_text_is_each_models_own(make: Make, tmp_path: Path):
 def test_what_decides_a_continuation_is_in_its_name_and_a_named_data_set_may_be_relearned(
     make: Make, inputs: dict[str, str], tmp_path: Path
 ):
-    asked = MemorisationConfig(unseen_text=inputs["texts"], relearn_corpus="datasets:none/of-these")
+    asked = MemorizationConfig(unseen_text=inputs["texts"], relearn_corpus="datasets:none/of-these")
     config = make(tmp_path / "out", memorization=asked)
     check_study(config)
 
