@@ -1,16 +1,12 @@
-"""What changed between two checkpoints, from the same requests answered by both: effects with 95 % intervals.
+"""Estimates, paired changes and paired tests, with 95 % intervals.
 
 All comparisons are *paired*: the same question, document or sequence before and after. Their intervals and p-values
-say how the difference would vary over other questions, documents or sequences of the same kind; they speak of **one
-pair of checkpoints**. How the difference varies over seeds (other samples, other orders) cannot be seen from one
-round, and is often larger: nothing here is a verdict about a recipe.
+describe other items of the same kind and **one pair of checkpoints**. The variation over seeds (other samples, other
+orders) is often larger, and one pair of checkpoints does not show it.
 
-Intervals of means are Student's t over items. A rate per token (a perplexity's logarithm) is a ratio of two sums over
-documents, so its interval treats the *document* as the unit and uses the linearized ratio estimator (Cochran, Sampling
-Techniques, §2.11). Shares have Wilson intervals, their paired changes Bonett and Price's (J. Educ. Behav. Stat. 37,
-2012: Wald's with one flip added on either side), which does not pretend certainty where few items or none flipped.
-Flips have McNemar's exact test, a binomial test of the discordant pairs. Items that share an entity or a
-template are not independent: given their clusters, the cluster is the unit.
+Means have Student's t intervals over items. Rates per token use the linearized ratio estimator over documents (Cochran,
+Sampling Techniques, §2.11). Proportions have Wilson intervals. Paired changes of proportions follow Bonett and Price
+(J. Educ. Behav. Stat. 37, 2012). Items of one entity or template form a cluster, and the cluster is then the unit.
 """
 
 from __future__ import annotations
@@ -24,19 +20,19 @@ import numpy as np
 import scipy
 from numpy.typing import ArrayLike
 
-from jax_selftrain.stats.standard_errors import CONFIDENCE_Z, mean_and_stderr, ratio_and_stderr
+from jax_selftrain.stats.standard_errors import CONFIDENCE_LEVEL, mean_and_stderr, ratio_and_stderr, wilson_interval
 
 _BOOTSTRAP_ELEMENTS = 2**21
-"""Numbers that are resampled together: 16 MiB an array."""
+"""Numbers that are resampled in one batch: 16 MiB an array."""
 _ROUNDING = 1e-12
 """Relative differences below this are rounding of float64 sums."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval and how many units (items, documents, sequences) it rests on.
+    """A number with its 95 % interval and its number of units.
 
-    `low` and `high` are None where one unit says nothing about spread.
+    Units are items, documents, sequences or seeds. `low` and `high` are None for a single unit.
     """
 
     value: float
@@ -47,42 +43,39 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Effect:
-    """An estimated change and its error, from which intervals, one-sided limits and p-values follow."""
+    """An estimated change and its standard error."""
 
     value: float
     adjusted_value: float
-    """Middle of the interval: `value`, or what a method that is careful with rare flips puts in its place."""
+    """Center of the interval: `value`, or the adjusted estimate of a method for rare flips."""
     stderr: float
-    """Standard error; infinite where one unit says nothing about spread, zero where nothing can vary."""
+    """Standard error; infinite for a single unit, zero where nothing can vary."""
     dof: float
-    """Degrees of freedom of Student's t; infinite: the normal distribution."""
+    """Degrees of freedom of Student's t; infinite for the normal distribution."""
     n: int
 
-    def bounds(self, confidence: float = CONFIDENCE_Z) -> tuple[float, float]:
-        """Ends of the two-sided interval; each is a one-sided limit at (1 + confidence) / 2."""
-        # Written out because scipy's t.interval answers nan for an error of exactly zero, which is a true answer here:
-        # a checkpoint compared with itself.
+    def bounds(self, confidence: float = CONFIDENCE_LEVEL) -> tuple[float, float]:
+        """Return the ends of the two-sided interval."""
+        # scipy's t.interval returns nan for an error of exactly zero (a checkpoint compared with itself).
         quantile = (1 + confidence) / 2
-        normal = math.isinf(self.dof)
-        reach = scipy.special.ndtri(quantile) if normal else scipy.special.stdtrit(self.dof, quantile)
-        half = float(reach) * self.stderr
+        z = scipy.special.ndtri(quantile) if math.isinf(self.dof) else scipy.special.stdtrit(self.dof, quantile)
+        half = float(z) * self.stderr
         return self.adjusted_value - half, self.adjusted_value + half
 
     def p_greater(self, threshold: float) -> float:
-        """One-sided p-value of the hypothesis that the true change is `threshold` or less."""
+        """Return the one-sided p-value of a true change ≤ `threshold`."""
         distance = self.adjusted_value - threshold
         if self.stderr == 0:
             return 0.0 if distance > 0 else 1.0
         score = -distance / self.stderr
-        normal = math.isinf(self.dof)
-        return float(scipy.special.ndtr(score) if normal else scipy.special.stdtr(self.dof, score))
+        return float(scipy.special.ndtr(score) if math.isinf(self.dof) else scipy.special.stdtr(self.dof, score))
 
     def p_less(self, threshold: float) -> float:
-        """One-sided p-value of the hypothesis that the true change is `threshold` or more."""
+        """Return the one-sided p-value of a true change ≥ `threshold`."""
         return Effect(-self.value, -self.adjusted_value, self.stderr, self.dof, self.n).p_greater(-threshold)
 
     def estimate(self) -> Estimate:
-        """Value with its 95 % interval."""
+        """Return the value with its 95 % interval."""
         if math.isinf(self.stderr):
             return Estimate(self.value, None, None, self.n)
         return Estimate(self.value, *self.bounds(), self.n)
@@ -90,7 +83,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Flips:
-    """How yes/no outcomes of the same n items moved, with McNemar's exact two-sided p-value."""
+    """Paired yes/no outcomes of n items, with McNemar's two-sided p-values."""
 
     n: int
     kept: int
@@ -102,72 +95,68 @@ class Flips:
     both_wrong: int
     """No before and after."""
     mcnemar_p: float
-    """Exact two-sided p-value that losses and gains are equally likely (1 when nothing flipped)."""
+    """Exact p-value of equally likely losses and gains; 1 when nothing flipped."""
     mcnemar_mid_p: float
-    """The same, counting outcomes as extreme as the one seen by half: less cautious, closer to its nominal level."""
+    """Mid-p value, which counts equally extreme outcomes by half: less conservative."""
 
 
 def mean(values: ArrayLike) -> Estimate:
-    """Mean of n values with Student's t interval; ValueError on none."""
-    array = _finite(values)
-    return _interval(*mean_and_stderr(array), array.size)
+    """Return the mean of [n] values with Student's t interval."""
+    array = _as_finite(values)
+    return _estimate(*mean_and_stderr(array), array.size)
 
 
 def proportion(outcomes: ArrayLike) -> Estimate:
-    """Share of yes among n yes/no outcomes with Wilson's interval; ValueError on none."""
+    """Return the proportion of yes among [n] outcomes with Wilson's interval."""
     array = np.asarray(outcomes, bool)
     if array.size == 0:
-        raise ValueError("the share of no outcomes at all is undefined")
-    result = scipy.stats.binomtest(int(array.sum()), array.size)
-    interval = result.proportion_ci(CONFIDENCE_Z, method="wilson")
-    return Estimate(float(result.statistic), float(interval.low), float(interval.high), array.size)
+        raise ValueError("the proportion of no outcomes is undefined")
+    return Estimate(float(array.mean()), *wilson_interval(array), array.size)
 
 
 def ratio_of_sums(numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
-    """Sum of numerators over sum of denominators, the pair (one document) being the unit."""
-    above, below = _finite(numerators), _finite(denominators)
-    return _interval(*ratio_and_stderr(above, below), above.size)
-
-
-def mean_change(before: ArrayLike, after: ArrayLike) -> Estimate:
-    """Mean of after − before over the same items."""
-    return mean(_paired(before, after))
-
-
-def ratio_change(before: ArrayLike, after: ArrayLike, denominators: ArrayLike) -> Estimate:
-    """Change of a rate, for instance nats per token: sum(after − before) / sum(denominators), documents as units."""
-    return ratio_of_sums(_paired(before, after), denominators)
+    """Return Σ numerators / Σ denominators; the unit is one document."""
+    above, below = _as_finite(numerators), _as_finite(denominators)
+    return _estimate(*ratio_and_stderr(above, below), above.size)
 
 
 def macro_mean(groups: Sequence[ArrayLike]) -> Estimate:
-    """Unweighted mean over groups (tasks) of each group's mean; the groups are fixed, their items are the sample."""
-    arrays = [_finite(group) for group in groups]
+    """Return the unweighted mean over groups (tasks) of each group's mean.
+
+    The groups are fixed and their items are the sample.
+    """
+    arrays = [_as_finite(group) for group in groups]
     if not arrays:
-        raise ValueError("the mean over no groups at all is undefined")
+        raise ValueError("the mean over no groups is undefined")
     moments = [mean_and_stderr(array) for array in arrays]
     value = float(np.mean([value for value, _ in moments]))
     errors = [error for _, error in moments if error is not None]
     whole = float(np.sqrt(np.sum(np.square(errors)))) / len(arrays) if len(errors) == len(arrays) else None
-    # Degrees of freedom of the smallest group: a cautious lower bound for a sum of independent errors.
-    return _interval(value, whole, sum(array.size for array in arrays), min(array.size for array in arrays) - 1)
+    # The smallest group's degrees of freedom are a lower bound for a sum of independent errors.
+    return _estimate(value, whole, sum(array.size for array in arrays), min(array.size for array in arrays) - 1)
 
 
 def paired_proportion_change(before: ArrayLike, after: ArrayLike, clusters: ArrayLike | None = None) -> Estimate:
-    """Change of a share, after − before, over the same n yes/no items, with the interval of `share_effect`."""
+    """Return the estimate of `paired_proportion_effect`."""
     return paired_proportion_effect(before, after, clusters).estimate()
 
 
 def paired_proportion_effect(before: ArrayLike, after: ArrayLike, clusters: ArrayLike | None = None) -> Effect:
-    """Change of a share, after − before, over the same n yes/no items, by Bonett and Price.
+    """Return Bonett and Price's paired change of a proportion.
 
-    Where `clusters` says which items are not independent of each other, the error is that of the ratio estimator with
-    the cluster as the unit, though never smaller than Bonett and Price's, and Student's t has clusters − 1 degrees.
+    Args:
+        before, after: bool [n].
+        clusters: labels [n] of items that are not independent. The error is then that of the ratio estimator over
+            clusters, or Bonett and Price's if that is larger, with clusters − 1 degrees of freedom.
     """
     moved = mcnemar_table(before, after)
     center, error = _agresti_min(moved)
     degrees = math.inf
     if clusters is not None:
-        sums, sizes = sum_by_cluster(_paired(before, after), clusters), sum_by_cluster(np.ones(moved.n), clusters)
+        sums, sizes = (
+            sum_by_cluster(np.asarray(after, np.float64) - np.asarray(before, np.float64), clusters),
+            sum_by_cluster(np.ones(moved.n), clusters),
+        )
         clustered = ratio_and_stderr(sums, sizes)[1]
         error = math.inf if clustered is None else max(error, clustered)
         degrees = max(sums.size - 1, 1)
@@ -175,12 +164,14 @@ def paired_proportion_effect(before: ArrayLike, after: ArrayLike, clusters: Arra
 
 
 def macro_effect(effects: Sequence[Effect], scales: ArrayLike | None = None) -> Effect:
-    """Unweighted mean over groups (tasks) of each one's change; the groups are fixed, their items are the sample.
+    """Return the unweighted mean over groups (tasks) of each group's change.
 
-    `scales` multiplies each group's change beforehand, for instance 1 / (1 − chance) to normalize by guessing.
+    Args:
+        effects: one change for each group. The groups are fixed and their items are the sample.
+        scales: a factor for each group's change, for instance 1 / (1 − chance) to normalize by chance.
     """
     if not effects:
-        raise ValueError("the mean over no groups at all is undefined")
+        raise ValueError("the mean over no groups is undefined")
     factors = np.ones(len(effects)) if scales is None else np.asarray(scales, np.float64)
     errors = np.array([effect.stderr for effect in effects])
     return Effect(
@@ -193,21 +184,14 @@ def macro_effect(effects: Sequence[Effect], scales: ArrayLike | None = None) -> 
 
 
 def mean_effect(values: ArrayLike) -> Effect:
-    """Mean of n changes with Student's t; the error of a single one is infinite."""
-    array = _finite(values)
+    """Return the mean of [n] changes; a single change has infinite error."""
+    array = _as_finite(values)
     value, error = mean_and_stderr(array)
     return Effect(value, value, math.inf if error is None else error, max(array.size - 1, 1), array.size)
 
 
-def macro_share_change(
-    groups: Sequence[tuple[ArrayLike, ArrayLike]], *, scales: Sequence[float] | None = None
-) -> Estimate:
-    """The interval of `macro_effect` over groups of (before, after) yes/no items."""
-    return macro_effect([paired_proportion_effect(before, after) for before, after in groups], scales).estimate()
-
-
 def mcnemar_table(before: ArrayLike, after: ArrayLike) -> Flips:
-    """Count kept, lost, gained and never over the same yes/no items."""
+    """Count how yes/no outcomes of the same items changed."""
     old, new = np.asarray(before, bool), np.asarray(after, bool)
     if old.shape != new.shape or old.size == 0:
         raise ValueError(f"before and after are not the same items: {old.shape} and {new.shape}")
@@ -217,10 +201,11 @@ def mcnemar_table(before: ArrayLike, after: ArrayLike) -> Flips:
 
 
 def mcnemar(lost: int, gained: int) -> tuple[float, float]:
-    """Two-sided p and mid-p that losses and gains are equally likely; both 1 when nothing flipped.
+    """Return McNemar's exact two-sided p-value and mid-p value.
 
-    p is exact. Mid-p is P(more extreme) + P(as extreme) / 2 (Fagerland, Lydersen and Laake, BMC Med. Res. Methodol.
-    13:91, 2013): it may pass the nominal level by a little for some error rates, p never does and is often far below.
+    Both are 1 when nothing flipped. Mid-p is P(more extreme) + P(equally extreme) / 2 (Fagerland, Lydersen and Laake,
+    BMC Med. Res. Methodol. 13:91, 2013). It can exceed the nominal level slightly. The exact p never does and is often
+    conservative.
     """
     discordant = lost + gained
     if discordant == 0:
@@ -230,28 +215,29 @@ def mcnemar(lost: int, gained: int) -> tuple[float, float]:
     below = float(scipy.special.bdtr(fewer - 1, discordant, 0.5)) if fewer else 0.0
     if lost == gained:
         return 1.0, 1.0 - (up_to - below) / 2
-    return min(1.0, 2 * up_to), up_to + below  # where they differ by one, half the tail is .5 but for rounding
+    return min(1.0, 2 * up_to), up_to + below  # rounding can exceed 1 where the counts differ by one
 
 
 def sign_flip_test(differences: ArrayLike) -> tuple[float, float]:
-    """Two-sided p and mid-p of the sum of whole numbers whose signs are arbitrary: McNemar's test for clusters.
+    """Return exact two-sided p and mid-p of McNemar's test for clusters.
 
-    Each entry is a cluster's gains − losses. If before and after are exchangeable, each could as well have come with
-    the other sign; the distribution of the sum over all signs is worked out exactly. Where every cluster is one item
-    this is McNemar's exact test.
+    Args:
+        differences: int [clusters], gains − losses of each cluster. If before and after are exchangeable, both signs of
+            each entry are equally likely. With one item per cluster this is McNemar's exact test.
     """
     steps = np.abs(np.asarray(differences, np.int64))
     steps = steps[steps > 0]
-    reach = int(steps.sum())
-    if reach == 0:
+    total = int(steps.sum())
+    if total == 0:
         return 1.0, 1.0
-    chances = np.zeros(2 * reach + 1)  # of the sums −reach … reach
-    chances[reach] = 1.0
+    probabilities = np.zeros(2 * total + 1)  # of the sums −total … total
+    probabilities[total] = 1.0
     for step in steps:
-        chances = (np.roll(chances, step) + np.roll(chances, -step)) / 2  # nothing is rolled over the ends
-    distance = np.abs(np.arange(-reach, reach + 1))
-    seen = abs(int(np.sum(differences)))
-    beyond, equal = float(chances[distance > seen].sum()), float(chances[distance == seen].sum())
+        probabilities = (np.roll(probabilities, step) + np.roll(probabilities, -step)) / 2  # the ends are zero
+    distance = np.abs(np.arange(-total, total + 1))
+    observed = abs(int(np.sum(differences)))
+    beyond = float(probabilities[distance > observed].sum())
+    equal = float(probabilities[distance == observed].sum())
     return min(1.0, beyond + equal), min(1.0, beyond + equal / 2)
 
 
@@ -263,71 +249,70 @@ def bootstrap(
     resamples: int = 9999,
     seed: int = 0,
 ) -> Estimate:
-    """Mean, or Σ numerators / Σ denominators, with the BCa bootstrap interval over documents, or over whole clusters.
+    """Return a mean or ratio of sums with its BCa bootstrap interval.
 
-    A change of two models on the same documents is bootstrapped in pairs by giving its differences as numerators.
-    BCa (Efron, J. Am. Stat. Assoc. 82, 1987) corrects bias and skew; where it has no answer (all resamples on one side
-    of the estimate) the percentile interval stands in. n is the number of units that were resampled.
+    BCa is the method of Efron (J. Am. Stat. Assoc. 82, 1987). The interval is the percentile interval where BCa is
+    undefined (all resamples on one side of the estimate).
+
+    Args:
+        numerators: [n]; differences of two models on the same documents give a paired bootstrap.
+        denominators: [n]; unset for the mean.
+        clusters: labels [n]; whole clusters are resampled instead of documents.
+        resamples: number of bootstrap resamples.
+        seed: key of the random stream.
     """
-    above = _finite(numerators)
-    below = np.ones_like(above) if denominators is None else _finite(denominators)
+    above = _as_finite(numerators)
+    below = np.ones_like(above) if denominators is None else _as_finite(denominators)
     if clusters is not None:
         above, below = sum_by_cluster(above, clusters), sum_by_cluster(below, clusters)
     value, n = float(above.sum() / below.sum()), above.size
     if n < 2:
         return Estimate(value, None, None, n)
     if np.abs(above - value * below).max() <= _ROUNDING * np.abs(above).max():
-        return Estimate(value, value, value, n)  # every document says the same: resamples could not differ
+        return Estimate(value, value, value, n)  # all resamples agree
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)  # answered below
-        found = scipy.stats.bootstrap(
+        warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)  # handled below
+        result = scipy.stats.bootstrap(
             (above, below),
             lambda y, x, axis: y.sum(axis) / x.sum(axis),
             paired=True,
             vectorized=True,
             n_resamples=resamples,
             batch=max(1, _BOOTSTRAP_ELEMENTS // n),
-            confidence_level=CONFIDENCE_Z,
+            confidence_level=CONFIDENCE_LEVEL,
             rng=np.random.default_rng(seed),
         )
-    low, high = found.confidence_interval
+    low, high = result.confidence_interval
     if not np.isfinite([low, high]).all():
-        low, high = np.quantile(found.bootstrap_distribution, [(1 - CONFIDENCE_Z) / 2, (1 + CONFIDENCE_Z) / 2])
+        low, high = np.quantile(result.bootstrap_distribution, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
     return Estimate(value, float(low), float(high), n)
 
 
 def sum_by_cluster(values: ArrayLike, clusters: ArrayLike) -> np.ndarray:
-    """Sum of the values of each cluster, clusters in the order of their labels."""
+    """Return the sum of each cluster, in the order of the labels."""
     array, labels = np.asarray(values, np.float64), np.asarray(clusters)
     if array.shape != labels.shape:
-        raise ValueError(f"{array.size} values, but {labels.size} labels of clusters")
+        raise ValueError(f"{array.size} values, but {labels.size} cluster labels")
     return np.bincount(np.unique(labels, return_inverse=True)[1], array)
 
 
-def _paired(before: ArrayLike, after: ArrayLike) -> np.ndarray:
-    old, new = np.asarray(before, np.float64), np.asarray(after, np.float64)
-    if old.shape != new.shape:
-        raise ValueError(f"before and after are not the same items: {old.shape} and {new.shape}")
-    return new - old
-
-
-def _finite(values: ArrayLike) -> np.ndarray:
+def _as_finite(values: ArrayLike) -> np.ndarray:
     array = np.asarray(values, np.float64).reshape(-1)
     if array.size == 0:
-        raise ValueError("the mean of no values at all is undefined")
+        raise ValueError("the mean of no values is undefined")
     if not np.isfinite(array).all():
         raise ValueError("a value is not a finite number")
     return array
 
 
 def _agresti_min(moved: Flips) -> tuple[float, float]:
-    """Center and standard error of a paired difference of shares with one flip of each kind added."""
+    """Return center and standard error after adding one flip of each kind."""
     gained, lost = (moved.gained + 1) / (moved.n + 2), (moved.lost + 1) / (moved.n + 2)
     variance = (gained + lost - (gained - lost) ** 2) / (moved.n + 2)
     return gained - lost, float(np.sqrt(variance))
 
 
-def _interval(value: float, error: float | None, n: int, degrees: int | None = None) -> Estimate:
+def _estimate(value: float, error: float | None, n: int, dof: int | None = None) -> Estimate:
     if error is None:
         return Estimate(value, None, None, n)
-    return Effect(value, value, error, n - 1 if degrees is None else degrees, n).estimate()
+    return Effect(value, value, error, n - 1 if dof is None else dof, n).estimate()

@@ -1,4 +1,4 @@
-"""Means and ratios with their standard errors; the unit is the document (question, text, sequence)."""
+"""Standard errors of means and ratios, and intervals of proportions."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-CONFIDENCE_Z = 0.95
+CONFIDENCE_LEVEL = 0.95
 
 
 def mean_and_stderr(values: ArrayLike) -> tuple[float, float | None]:
-    """Mean of n numbers and its standard error s/√n with the sample's s (n − 1), as lm-evaluation-harness has it.
+    """Return the mean of n numbers and its standard error.
 
-    For shares this is √(p(1 − p)/(n − 1)). One number says nothing about its spread: None.
+    The error is s/√n with the sample standard deviation s (n − 1), as in lm-evaluation-harness. For proportions this
+    is √(p(1 − p)/(n − 1)). The error of a single number is None.
     """
     array = np.asarray(values, np.float64)
     mean = float(array.mean())
@@ -24,9 +25,9 @@ def mean_and_stderr(values: ArrayLike) -> tuple[float, float | None]:
 
 
 def ratio_and_stderr(numerators: ArrayLike, denominators: ArrayLike) -> tuple[float, float | None]:
-    """Σy / Σx over documents, with the standard error of the linearized ratio estimator.
+    """Return Σy / Σx and its standard error by linearization.
 
-    Tokens of one text are not independent, so the document is the unit (Cochran, Sampling Techniques, §2.11).
+    The document is the unit because tokens of one text are not independent (Cochran, Sampling Techniques, §2.11).
     """
     y, x = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
     ratio = float(y.sum() / x.sum())
@@ -37,15 +38,15 @@ def ratio_and_stderr(numerators: ArrayLike, denominators: ArrayLike) -> tuple[fl
 
 
 def exp_and_stderr(value: float, stderr: float | None) -> tuple[float, float | None]:
-    """exp of an estimate, its standard error carried over to first order (delta method)."""
+    """Return exp of an estimate and its standard error (delta method)."""
     result = math.exp(value)
     return result, None if stderr is None else result * stderr
 
 
 def wilson_interval(outcomes: Sequence[bool] | np.ndarray) -> list[float]:
-    """Wilson's 95 % interval of a share: unlike p ± 2 SE it is sensible where nothing or everything succeeded."""
+    """Return Wilson's 95 % interval of a proportion."""
     from scipy import stats
 
     array = np.asarray(outcomes, bool)
-    interval = stats.binomtest(int(array.sum()), array.size).proportion_ci(CONFIDENCE_Z, method="wilson")
+    interval = stats.binomtest(int(array.sum()), array.size).proportion_ci(CONFIDENCE_LEVEL, method="wilson")
     return [float(interval.low), float(interval.high)]

@@ -31,7 +31,7 @@ from jax_selftrain.io.manifest import hash_json
 from jax_selftrain.stats import estimators
 from jax_selftrain.stats.estimators import Effect
 from jax_selftrain.stats.noninferiority import (
-    Judgement,
+    NoninferiorityResult,
     benjamini_hochberg,
     decide,
     evidence_level,
@@ -39,7 +39,7 @@ from jax_selftrain.stats.noninferiority import (
     noninferiority_test,
     paired_noninferiority_test,
 )
-from jax_selftrain.stats.paired_results import (
+from jax_selftrain.study.paired_results import (
     Interval,
     Pair,
     describe_task,
@@ -226,7 +226,7 @@ def _effect(pair: Pair, identical: bool) -> Effect:
     return estimators.paired_proportion_effect(*pair.right, pair.clusters)
 
 
-def _judge_task(effect: Effect, pair: Pair, margin: float) -> Judgement:
+def _judge_task(effect: Effect, pair: Pair, margin: float) -> NoninferiorityResult:
     moved = estimators.mcnemar_table(*pair.right)
     return paired_noninferiority_test(effect, moved.lost, moved.gained, margin)
 
@@ -315,7 +315,7 @@ def _macro(
     }
 
 
-def _rescale(judgment: Judgement, scale: float) -> Judgement:
+def _rescale(judgment: NoninferiorityResult, scale: float) -> NoninferiorityResult:
     lower, upper = (None if end is None else end * scale for end in (judgment.lower, judgment.upper))
     return replace(judgment, margin=judgment.margin * scale, lower=lower, upper=upper)
 

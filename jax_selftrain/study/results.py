@@ -62,7 +62,9 @@ from jax_selftrain.evals.result_files import read_jsonl
 from jax_selftrain.io import atomic
 from jax_selftrain.stats import estimators
 from jax_selftrain.stats.noninferiority import benjamini_hochberg
-from jax_selftrain.stats.paired_results import (
+from jax_selftrain.study.curve_summary import summarize_curve
+from jax_selftrain.study.measure_names import HELD_OUT
+from jax_selftrain.study.paired_results import (
     Pair,
     describe_task,
     describe_text,
@@ -70,8 +72,6 @@ from jax_selftrain.stats.paired_results import (
     paired_means,
     paired_proportions,
 )
-from jax_selftrain.study.curve_summary import summarize_curve
-from jax_selftrain.study.measure_names import HELD_OUT
 
 FORMAT = "jax-selftrain results"
 VERSION = 1

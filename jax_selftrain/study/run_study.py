@@ -29,10 +29,10 @@ from jax_selftrain.config.metadata import Role, applicable_kinds, fields_with_ro
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.result_files import read_jsonl
 from jax_selftrain.io import atomic, lease
-from jax_selftrain.stats.power import power_lines
 from jax_selftrain.study.dag import POLL_SECONDS, is_done, run_all
 from jax_selftrain.study.design import MAIN_EFFECT, Design, make_design
 from jax_selftrain.study.memorization_results import check_memorization
+from jax_selftrain.study.power_analysis import describe_power
 from jax_selftrain.study.preregistration import check_claims, freeze_claims
 from jax_selftrain.study.round_config import with_default_evals
 from jax_selftrain.study.study_results import FORMAT, collect_study
@@ -51,7 +51,7 @@ def run_study(config: StudyConfig) -> Path:
     design = make_design(config)
     folder = Path(config.out)
     if config.dry_run:
-        print("\n".join([format_plan(design), *power_lines(config, _load_earlier_run(folder))]))
+        print("\n".join([format_plan(design), *describe_power(config, _load_earlier_run(folder))]))
         return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)

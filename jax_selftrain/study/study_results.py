@@ -26,7 +26,6 @@ from jax_selftrain.evals import load_score_result
 from jax_selftrain.evals.item_results import ScoreResult
 from jax_selftrain.io import atomic
 from jax_selftrain.stats import estimators
-from jax_selftrain.stats.paired_results import describe_text, ineligibility_reason, pair_results
 from jax_selftrain.study.decoupling import judge_decoupling
 from jax_selftrain.study.design import MAIN_EFFECT, Design, StudyCell
 from jax_selftrain.study.measure_names import common_measures, main_measure
@@ -39,6 +38,7 @@ from jax_selftrain.study.memorization_results import (
     swap_effects,
 )
 from jax_selftrain.study.ngram_contamination import contaminated_share
+from jax_selftrain.study.paired_results import describe_text, ineligibility_reason, pair_results
 from jax_selftrain.study.preregistration import judge_claims
 from jax_selftrain.study.proxies import EXPECTED_SIGN, cell_proxies, task_questions
 from jax_selftrain.study.proxy_relation import cell_arrays, judge_relations, reliability

@@ -22,7 +22,7 @@ import numpy as np
 import scipy
 
 from jax_selftrain.stats.estimators import Estimate
-from jax_selftrain.stats.standard_errors import CONFIDENCE_Z
+from jax_selftrain.stats.standard_errors import CONFIDENCE_LEVEL
 
 SEEN, HELD_OUT = "seen", "held_out"
 DESCRIPTIVE = 50
@@ -61,7 +61,7 @@ def swap_effect(outcomes: Sequence[np.ndarray], groups: Sequence[np.ndarray]) ->
     if n < DESCRIPTIVE:
         return Estimate(value, None, None, n)
     error = math.sqrt(float(np.sum(influence**2))) / pairs * math.sqrt(n / max(n - 1, 1))
-    half = float(scipy.stats.norm.ppf((1 + CONFIDENCE_Z) / 2)) * error
+    half = float(scipy.stats.norm.ppf((1 + CONFIDENCE_LEVEL) / 2)) * error
     return Estimate(value, value - half, value + half, n)
 
 

@@ -11,7 +11,7 @@ from scipy import stats
 from jax_selftrain.stats import estimators
 from jax_selftrain.stats.estimators import Effect, Estimate
 from jax_selftrain.stats.noninferiority import (
-    Judgement,
+    NoninferiorityResult,
     benjamini_hochberg,
     evidence_level,
     holm,
@@ -41,7 +41,7 @@ def items(n: int, lost: int, gained: int) -> tuple[np.ndarray, np.ndarray]:
     return before, after
 
 
-def share_judgment(n: int, lost: int, gained: int, margin: float) -> Judgement:
+def share_judgment(n: int, lost: int, gained: int, margin: float) -> NoninferiorityResult:
     return paired_noninferiority_test(
         estimators.paired_proportion_effect(*items(n, lost, gained)), lost, gained, margin
     )
