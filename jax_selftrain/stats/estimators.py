@@ -20,6 +20,7 @@ import numpy as np
 import scipy
 from numpy.typing import ArrayLike
 
+from jax_selftrain.io.rng import make_rng
 from jax_selftrain.stats.standard_errors import CONFIDENCE_LEVEL, mean_and_stderr, ratio_and_stderr, wilson_interval
 
 _BOOTSTRAP_ELEMENTS = 2**21
@@ -280,7 +281,7 @@ def bootstrap(
             n_resamples=resamples,
             batch=max(1, _BOOTSTRAP_ELEMENTS // n),
             confidence_level=CONFIDENCE_LEVEL,
-            rng=np.random.default_rng(seed),
+            rng=make_rng("bootstrap", seed),
         )
     low, high = result.confidence_interval
     if not np.isfinite([low, high]).all():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from jax_selftrain.io.rng import make_rng
 from jax_selftrain.stats import estimators
 from jax_selftrain.stats.estimators import Effect, Estimate
 from jax_selftrain.stats.noninferiority import (
@@ -188,7 +189,7 @@ def test_seeds_have_scipys_paired_t_test() -> None:
 def test_the_bootstrap_of_a_mean_is_scipys() -> None:
     values = np.random.default_rng(6).gamma(2.0, size=80)
     found = estimators.bootstrap(values, resamples=999, seed=7)
-    expected = stats.bootstrap((values,), np.mean, n_resamples=999, rng=np.random.default_rng(7)).confidence_interval
+    expected = stats.bootstrap((values,), np.mean, n_resamples=999, rng=make_rng("bootstrap", 7)).confidence_interval
     assert (found.value, found.n) == (pytest.approx(values.mean()), 80)
     assert (found.low, found.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
 
@@ -204,7 +205,7 @@ def test_the_bootstrap_of_a_ratio_is_scipys_on_pairs() -> None:
         paired=True,
         vectorized=False,
         n_resamples=999,
-        rng=np.random.default_rng(1),
+        rng=make_rng("bootstrap", 1),
     ).confidence_interval
     assert (found.low, found.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
 

@@ -21,6 +21,7 @@ from jax_selftrain.evals import score
 from jax_selftrain.evals.item_results import DOCUMENTS, dev_test_split, item_hash, table_hash, write_documents
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import hash_json
+from jax_selftrain.io.rng import make_rng
 from jax_selftrain.report import comparison_table
 from jax_selftrain.stats import estimators
 from jax_selftrain.stats.noninferiority import holm
@@ -148,7 +149,7 @@ def test_two_models_by_hand(scored: Path, capsys: pytest.CaptureFixture[str], tm
     assert choices["accuracy"]["change"]["value"] == pytest.approx((gained - lost) / 40)
     odds = scores[1][:, 0] - scores[1][:, 1] - (scores[0][:, 0] - scores[0][:, 1])
     assert choices["log_odds"]["change"]["value"] == pytest.approx(odds.mean())
-    interval = stats.bootstrap((odds,), np.mean, n_resamples=500, rng=np.random.default_rng(0)).confidence_interval
+    interval = stats.bootstrap((odds,), np.mean, n_resamples=500, rng=make_rng("bootstrap", 0)).confidence_interval
     assert choices["log_odds"]["change"]["low"] == pytest.approx(interval.low)
 
     nats = [-np.array([r["loglikelihood"] for r in side if r["task"] == "words"]) for side in rows]
