@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from launcher import Launched, launch
 
 import jax_selftrain
 
@@ -23,21 +21,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start_one(words: Sequence[object], *flags: object, devices: int = 2, **environment: str) -> subprocess.Popen[str]:
-    """`jax-selftrain WORDS FLAGS` in a process of its own with so many simulated devices."""
-    # JAX sets this one itself when it is imported, as it has been here but not yet there.
-    inherited = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
-    xla_flags = re.sub(r"(?<=device_count=)\d+", str(devices), os.environ["XLA_FLAGS"])
-    return subprocess.Popen(
-        [sys.executable, "-m", "jax_selftrain", *map(str, words), *map(str, flags)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**inherited, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags, **environment},
-    )
+def start_one(words: Sequence[object], *flags: object, devices: int = 2, **environment: str) -> Launched:
+    """Start `jax-selftrain WORDS FLAGS` in a process of its own with simulated devices."""
+    return launch(*words, *flags, JAX_NUM_CPU_DEVICES=str(devices), **environment)
 
 
-def start(words: Sequence[object], processes: int, *flags: object, devices: int = 2) -> list[subprocess.Popen[str]]:
+def start(words: Sequence[object], processes: int, *flags: object, devices: int = 2) -> list[Launched]:
     """The same command in each of several processes; one process is started without any flag."""
     if processes == 1:
         return [start_one(words, *flags, devices=devices)]
@@ -45,7 +34,7 @@ def start(words: Sequence[object], processes: int, *flags: object, devices: int 
     return [start_one(words, *meeting, "--process-id", index, *flags, devices=devices) for index in range(processes)]
 
 
-def ends(processes: Sequence[subprocess.Popen[str]], seconds: float = 300.0) -> tuple[list[int], list[str]]:
+def ends(processes: Sequence[Launched], seconds: float = 300.0) -> tuple[list[int], list[str]]:
     """(exit codes, what each wrote to standard error), once all have ended; none outlives the call."""
     deadline = time.monotonic() + seconds
     said = []
@@ -58,9 +47,7 @@ def ends(processes: Sequence[subprocess.Popen[str]], seconds: float = 300.0) -> 
     return [process.returncode for process in processes], said
 
 
-def kill_when(
-    processes: Sequence[subprocess.Popen[str]], victim: int, ready: Callable[[], bool], seconds: float = 240.0
-) -> float:
+def kill_when(processes: Sequence[Launched], victim: int, ready: Callable[[], bool], seconds: float = 240.0) -> float:
     """SIGKILL one of the processes as soon as it is `ready`; returns when that was."""
     deadline = time.monotonic() + seconds
     while not ready():

@@ -19,13 +19,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jax_selftrain"
 
-BANNED_FIRST_WORDS = frozenset("what how which whether of where those whoever as".split())
+BANNED_FIRST_WORDS = frozenset(["what", "how", "which", "whether", "of", "where", "those", "whoever", "as"])
 BANNED_PHRASES = re.compile(
     r"\b(beside|stands?|stood|lies|asked|told|whoever|nobody|everybody|so many|of ours|handed back|put down|left out|"
     r"goes on|in whose|of which|by what|from whose|on whose|with whose|at hand|aside|likewise|thereby|whereof)\b",
     re.IGNORECASE,
 )
-BANNED_IN_NAMES = frozenset("beside asked told stands lies whoever places said".split())
+BANNED_IN_NAMES = frozenset(["beside", "asked", "told", "stands", "lies", "whoever", "places", "said"])
 BRITISH = re.compile(
     r"\b\w*(?:memoris|normalis|optimis|tokenis|initialis|utilis|linearis|quantis|summaris|recognis|minimis|maximis|"
     r"behaviour|colour|neighbour|favour|centre|labelled|licence)\w*\b",

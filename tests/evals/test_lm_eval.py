@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from harness_sets import CHOICE, LAST_WORD, published_sets, task, write_jsonl, write_pythia_shape, write_tasks
+from launcher import run_command
 from models_factory import tiny_texts
 
 from jax_selftrain import cli, hub
@@ -390,7 +391,7 @@ def test_the_command_scores_named_tasks(tmp_path, tiny_model, local):
     out = tmp_path / "scores.json"
     words = ["score", "--model", str(tiny_model()), "--tasks", "my_group", "my_texts", "my_prompts"]
     words += ["--task-folder", str(local["folder"]), "--out", str(out), "--mesh", "data=1"]
-    done = subprocess.run([sys.executable, "-m", "jax_selftrain", *words], capture_output=True, text=True, check=False)
+    done = run_command(*words)
     assert done.returncode == 0, done.stderr
     measured = ["my_choices", "my_words", "my_texts", "my_prompts", "my_group"]
     assert [line.split()[0] for line in done.stdout.splitlines()] == [*measured, "written:"]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launcher import launch
 
 from jax_selftrain import cli, hub
 from jax_selftrain.config import PlanConfig, SampleConfig, ScoreConfig, TrainConfig
@@ -195,8 +196,7 @@ def test_every_generation_is_compiled_for_with_the_chips_of_one_host(small: Plan
 @pytest.mark.slow
 def test_two_plans_may_be_made_at_once():
     words = ["plan", "--model", "pythia-14m", "--topology", "v5e:2x2", "--stage", "sample", "--dtype", "bfloat16"]
-    command = [sys.executable, "-m", "jax_selftrain", *words, "--sample.samples", "64"]
-    both = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [launch(*words, "--sample.samples", 64) for _ in range(2)]
     said = [process.communicate(timeout=300)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
 

@@ -3,8 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from launcher import launch
 from safetensors.numpy import load_file, save_file
 
 from jax_selftrain import hub
@@ -116,8 +115,7 @@ def test_a_killed_process_leaves_nothing_that_changes_the_corpus(promised, tmp_p
     config, undisturbed = promised
     config = replace(config, out=str(tmp_path / "corpus"))
     yaml_io.save(tmp_path / "sample.yaml", config)
-    command = [sys.executable, "-m", "jax_selftrain", "sample", "--config", str(tmp_path / "sample.yaml")]
-    process = subprocess.Popen(command)
+    process = launch("sample", "--config", tmp_path / "sample.yaml")
     try:
         first_record = tmp_path / "corpus" / "records" / "shard-000000.json"
         while not first_record.exists():

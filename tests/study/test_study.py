@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from corpus_factory import write_sampled_corpus
+from launcher import launch
 
 from jax_selftrain.config import (
     ArmConfig,
@@ -283,15 +282,15 @@ def test_killed_shared_and_grown_studies_end_with_the_same_tables(make: Make, tm
     small = partial(make, students=("llama",), sources=("llama", "neox"))
     whole = run_study(small(tmp_path / "whole", arms=(NULL,)))
     yaml_io.save(tmp_path / "study.yaml", small(tmp_path / "out", seeds=(100,)))
-    command = [sys.executable, "-m", "jax_selftrain", "study", "--config", str(tmp_path / "study.yaml")]
-    first = subprocess.Popen(command)
+    command = ("study", "--config", tmp_path / "study.yaml")
+    first = launch(*command)
     stages = tmp_path / "out" / "stages"
     while first.poll() is None and len(list(stages.glob("*-*.json"))) < 6:
         time.sleep(0.01)
     first.kill()
     first.wait()
     yaml_io.save(tmp_path / "study.yaml", small(tmp_path / "out", arms=(NULL,)))
-    both = [subprocess.Popen(command) for _ in range(2)]
+    both = [launch(*command) for _ in range(2)]
     assert [one.wait() for one in both] == [0, 0]
     assert not list(stages.glob(".*"))  # no lease, nothing half-written
     for name in ("results.json", "report.html"):

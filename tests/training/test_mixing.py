@@ -5,8 +5,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from fractions import Fraction
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from launcher import launch
 from models_factory import tiny_texts
 from training_runs import Interruption, run_options, weights
 
@@ -166,9 +165,8 @@ def test_killed_mixed_run_ends_with_the_same_bits(mixed: Callable[..., TrainConf
     config = mixed(steps=20)
     metrics = Path(config.out) / "metrics.jsonl"
     yaml_io.save(tmp_path / "train.yaml", config)
-    command = [sys.executable, "-m", "jax_selftrain", "train", "--config", str(tmp_path / "train.yaml")]
     for lines in (1, 9):
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        process = launch("train", "--config", tmp_path / "train.yaml")
         while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < lines):
             time.sleep(0.005)
         process.kill()

@@ -1,0 +1,105 @@
+"""Start `jax-selftrain` commands in real processes without importing JAX in each of them.
+
+A fork server (`multiprocessing`) imports the package once per test process; each command is a fork of it. The fork sets
+its environment, standard output and standard error, starts its own devices, and runs `jax_selftrain.cli.main`. It can be
+killed and waited for like a `subprocess.Popen`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+PRELOADED = ["jax_selftrain.cli", "jax", "flax.nnx", "optax", "orbax.checkpoint", "pyarrow.parquet", "tokenizers"]
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(PRELOADED)
+
+
+class Launched:
+    """A command in a process of its own, with the part of the interface of `subprocess.Popen` that tests use."""
+
+    def __init__(self, argv: Sequence[object], environment: Mapping[str, str] | None = None) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._files = tuple(Path(self._folder.name, name) for name in ("stdout", "stderr"))
+        arguments = (list(map(str, argv)), dict(os.environ if environment is None else environment), *self._files)
+        self._process = _SERVER.Process(target=_run_command, args=arguments)
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid or 0
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(["jax-selftrain"], timeout or 0.0)
+        return self._process.exitcode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for the end and return (standard output, standard error)."""
+        self.wait(timeout)
+        out, err = (path.read_text(encoding="utf-8", errors="replace") if path.exists() else "" for path in self._files)
+        return out, err
+
+
+def launch(*argv: object, **environment: str) -> Launched:
+    """Start `jax-selftrain ARGV` with variables added to this process's environment."""
+    return Launched(argv, {**os.environ, **environment})
+
+
+def run_command(*argv: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `jax-selftrain ARGV` to its end."""
+    process = launch(*argv, **environment)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(list(argv), process.wait(), out, err)
+
+
+def _run_command(argv: list[str], environment: dict[str, str], out: Path, err: Path) -> None:
+    os.setsid()
+    changed = {name: value for name, value in environment.items() if os.environ.get(name) != value}
+    os.environ.clear()
+    os.environ.update(environment)
+    for path, number in ((out, 1), (err, 2)):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    _apply_to_jax(changed)
+    sys.argv = ["jax-selftrain", *argv]
+    from jax_selftrain.cli import main
+
+    sys.exit(main())
+
+
+def _apply_to_jax(environment: Mapping[str, str]) -> None:
+    """Repeat what JAX does with its environment variables when it is imported, for those that differ."""
+    import jax
+
+    for name, text in environment.items():
+        option = name.lower()
+        if name.startswith("JAX_") and hasattr(jax.config, option):
+            kind = type(getattr(jax.config, option))
+            value = (
+                text.lower() in ("1", "true", "yes") if kind is bool else kind(text) if kind in (int, float) else text
+            )
+            jax.config.update(option, value)
