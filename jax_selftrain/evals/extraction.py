@@ -199,14 +199,14 @@ def load_extraction_sets(config: ExtractConfig) -> tuple[ExtractionSet, Extracti
     """
     window = make_window(config)
     check_batch(
-        config.batch_tokens, prefix=window.prefix, suffix=window.suffix, overlap=config.min_overlap, limit=config.limit
+        config.batch_tokens, prefix=window.prefix, suffix=window.suffix, min_overlap=config.min_overlap, limit=config.limit
     )
     if config.offset < 0:
         raise InputError(f"--offset is {config.offset}; it must be at least 0")
     if config.base and not config.verify:
         raise InputError(f"--base {config.base} is only read with --verify true; set it, or drop --base")
     read_policies(config.sampling_policies)
-    models = {name: ref for name in ("model", "baseline", "base") if (ref := getattr(config, name))}
+    models = {name: ref for name in ("model", "untrained_baseline", "base") if (ref := getattr(config, name))}
     decoders = {ref: hub.read_config(ref)[0] for ref in models.values()}
     start = start_token(config)
     for ref, decoder in decoders.items():
@@ -219,7 +219,7 @@ def load_extraction_sets(config: ExtractConfig) -> tuple[ExtractionSet, Extracti
     for option, other in models.items():
         if option != "model" and hub.tokenizer_fingerprint(other) != hub.tokenizer_fingerprint(config.model):
             raise InputError(
-                f"--{option} {other}: has another tokenizer than {config.model}, so the same tokens are another text "
+                f"{yaml_io.flag(option)} {other}: has another tokenizer than {config.model}, so the same tokens are another text "
                 "to it; choose a model with the same"
             )
 
@@ -255,7 +255,7 @@ def extraction_fingerprints(config: ExtractConfig) -> dict[str, str]:
         "tokenizer": hub.tokenizer_fingerprint(config.model),
         "sequences": sequences_fingerprint(config.sequences),
     }
-    sequences |= {name: hub.model_fingerprint(ref) for name in ("baseline", "base") if (ref := getattr(config, name))}
+    sequences |= {name: hub.model_fingerprint(ref) for name in ("untrained_baseline", "base") if (ref := getattr(config, name))}
     if config.control_sequences:
         sequences["controls"] = sequences_fingerprint(config.control_sequences)
     if config.duplicate_counts:

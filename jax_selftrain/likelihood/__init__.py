@@ -4,8 +4,8 @@ from jax_selftrain.likelihood.engine import (
     Likelihood,
     LoglikelihoodRequest,
     TokenScores,
-    abstract_program,
     loglikelihoods,
+    scoring_program,
     token_scores,
 )
 
@@ -13,7 +13,7 @@ __all__ = [
     "Likelihood",
     "LoglikelihoodRequest",
     "TokenScores",
-    "abstract_program",
     "loglikelihoods",
+    "scoring_program",
     "token_scores",
 ]

@@ -1,15 +1,12 @@
-"""How rows become device batches, and batches the units that are claimed, computed and committed together.
+"""Device batches of rows, and work units of batches.
 
-**Batches.** Every length has a fixed number of rows; the longest come first: if memory is short, it is short at once.
-Places that a batch has left over are taken by the next shorter rows. In the last layer a batch computes only so many
-positions of each row as something is asked at, in one of a few steps that are chosen like the lengths.
+**Batches.** Every row length has a fixed number of rows per batch. The longest rows come first, so that a lack of
+memory shows at once. The last layer of a batch computes a fixed number of query positions of each row.
 
-**Units.** Each device keeps the hidden states that predict something in a pool, in the order of batches, until the
-next batch would not fit; only then are they projected to the vocabulary. A position of the pool holds up to `TARGETS`
-tokens that are asked for there: the first tokens of all choices of a question cost one projection. What depends on a
-token alone each device computes once for its different tokens (`models.known`), which must not be too many either. The
-batches between two emptyings of the pool are a unit, which depends on nothing but the requests and the batch size: what
-is claimed, committed and, after an interruption, found again.
+**Work units.** Each device collects the hidden states of query positions in a buffer until the next batch does not fit;
+then it projects them to the vocabulary. The batches between two projections are a work unit. First-layer activations
+are precomputed once for each unique token of a unit (`models.token_precompute`), so their number is bounded, too. A
+unit depends only on the requests and the batch size, so it can be committed and found again.
 """
 
 from __future__ import annotations
@@ -24,7 +21,6 @@ from jax_selftrain.distributed.sharding import ShardingRules
 from jax_selftrain.likelihood.prefix_trie import (
     COMPILE_COST,
     PackedTrie,
-    SortedRequests,
     TokenizedRequest,
     choose_bucket_lengths,
     choose_packing,
@@ -32,143 +28,142 @@ from jax_selftrain.likelihood.prefix_trie import (
 from jax_selftrain.models import DecoderConfig
 
 BUFFER_BATCHES = 4
-"""How often the pool would hold all positions of a batch: the fuller it is, the less of its last chunk is empty."""
+"""Size of the buffer in batches whose positions are all queries; a large buffer wastes less of its last chunk."""
 PROJECTION_CHUNK = 128
-"""Pool positions that one device projects together: at V = 50k their fp32 logits take 26 MB, which a processor's cache
-still holds (with 512 a position took a quarter more time)."""
+"""Query positions that a device projects together: at V = 50k their fp32 logits take 26 MB, which fits the cache of a
+CPU (with 512 a position took a quarter more time)."""
 UNIT_BATCHES = 16
+"""Maximum number of batches in a unit with more than `UNIT_TOKENS` positions on a device."""
 SMALL_BATCHES = 64
+"""Maximum number of batches in a smaller unit."""
 UNIT_TOKENS = 1 << 15
-"""A unit has up to `UNIT_BATCHES` batches, or `SMALL_BATCHES` as long as they have no more than so many positions on a
-device: what may have to be done again after an interruption."""
+"""Bound on the work that is lost at an interruption; see `UNIT_BATCHES`."""
 MAX_UNIQUE_TOKENS = 1 << 13
-"""Different tokens in a unit on one device, at most, unless one batch has more."""
+"""Maximum number of unique tokens of a unit on one device, unless one batch has more."""
 
 
 @dataclass(frozen=True)
 class BatchSpec:
-    """Rows that fill the first places of one device batch."""
+    """Rows of one device batch; missing rows are padding."""
 
     length: int
-    """Of its rows, padded."""
+    """Padded length of the rows."""
     num_queries: int
-    """Positions of each row that its last layer computes."""
+    """Number of positions of each row that the last layer computes."""
     rows: tuple[PackedTrie, ...]
 
 
 @dataclass(frozen=True)
 class WorkUnit:
-    """Batches whose predictions fill the pool once."""
+    """Batches whose query positions fill the buffer once."""
 
     index: int
     batches: tuple[BatchSpec, ...]
     unique_tokens: tuple[np.ndarray, ...]
-    """Of each device along `data`, the different tokens of its rows, ascending."""
+    """For each device along `data`, the unique tokens of its rows, ascending."""
 
     @property
-    def members(self) -> list[int]:
-        """The requests in it."""
-        return [member for batch in self.batches for row in batch.rows for member in row.request_ids]
+    def request_ids(self) -> list[int]:
+        """Ids of the requests in the unit."""
+        return [i for batch in self.batches for row in batch.rows for i in row.request_ids]
 
 
 def default_batch_tokens(rules: ShardingRules) -> int:
-    """Enough to fill the device: more would only pad more rows, in the last batch of each length.
+    """Return the number of positions that fill the devices.
 
-    On a CPU a token cost least in batches of 512 and as much in larger ones (the shape of Pythia-70m).
+    A larger batch only adds padding to the last batch of each length. On a CPU a token of Pythia-70m cost least in
+    batches of 512, and as much in larger ones.
     """
     return (512 if mesh_platform(rules.mesh) == "cpu" else 8192) * rules.data_parallelism
 
 
 def batch_rows(rules: ShardingRules, length: int, batch_tokens: int | None) -> int:
-    """Rows of a batch of this length: about `batch_tokens` positions, and a multiple of the data axis."""
-    return (
-        max(1, (batch_tokens or default_batch_tokens(rules)) // (length * rules.data_parallelism))
-        * rules.data_parallelism
-    )
+    """Return the batch size in rows, a multiple of the data axis."""
+    per_device = (batch_tokens or default_batch_tokens(rules)) // (length * rules.data_parallelism)
+    return max(1, per_device) * rules.data_parallelism
 
 
 def buffer_size(rules: ShardingRules, max_positions: int, batch_tokens: int | None) -> int:
-    """Places of the pool on each device, in whole chunks: `POOLED` times as many as a batch has positions."""
+    """Return the number N of buffer slots per device, in whole chunks."""
     per_device = (batch_tokens or default_batch_tokens(rules)) // rules.data_parallelism
     return -(-BUFFER_BATCHES * max(per_device, max_positions) // PROJECTION_CHUNK) * PROJECTION_CHUNK
 
 
-def unique_token_capacity(vocab_size: int, different: int) -> int:
-    """Tokens that each device has room to know, in whole chunks, where a unit has so many different ones: all, or
-    `VOCABULARY` of them, or twice as many until there is room."""
-    places = -(-min(vocab_size, MAX_UNIQUE_TOKENS) // PROJECTION_CHUNK) * PROJECTION_CHUNK
-    while places < different:
-        places *= 2
-    return places
+def unique_token_capacity(vocab_size: int, num_unique: int) -> int:
+    """Return the number W of unique tokens that fit a device.
+
+    It is the vocabulary size or `MAX_UNIQUE_TOKENS`, in whole chunks, doubled until `num_unique` fit.
+    """
+    capacity = -(-min(vocab_size, MAX_UNIQUE_TOKENS) // PROJECTION_CHUNK) * PROJECTION_CHUNK
+    while capacity < num_unique:
+        capacity *= 2
+    return capacity
 
 
 def plan_units(
     rules: ShardingRules, config: DecoderConfig, requests: Sequence[TokenizedRequest], batch_tokens: int | None
 ) -> list[WorkUnit]:
-    """Divide distinct requests into units, longest rows first.
+    """Divide requests into work units, longest rows first.
 
     Args:
-      rules: of the model; only its number of replicas counts.
-      config: of the model; no request is longer than its inputs, and its shape says what a position costs where.
-      requests: all different.
-      batch_tokens: token positions in one device batch.
+      rules: sharding rules of the model; only the number of replicas matters.
+      config: of the model; no input is longer than its positions.
+      requests: distinct and sorted, as `engine.deduplicate` returns them.
+      batch_tokens: token positions in one device batch; None: the default.
     """
     if not requests:
         return []
     units: list[WorkUnit] = []
     batches: list[BatchSpec] = []
-    nothing = (np.zeros(0, np.int32),) * rules.data_parallelism
-    vocabularies, filled, positions = nothing, np.zeros(rules.data_parallelism, np.int64), 0
-    room = buffer_size(rules, config.max_positions, batch_tokens)
-    for batch in _batches(rules, config, requests, batch_tokens):
+    unique = (np.zeros(0, np.int32),) * rules.data_parallelism
+    filled, positions = np.zeros(rules.data_parallelism, np.int64), 0
+    size = buffer_size(rules, config.max_positions, batch_tokens)
+    for batch in _make_batches(rules, config, requests, batch_tokens):
         rows = batch_rows(rules, batch.length, batch_tokens)
-        more, new = queries_per_device(rules, batch, rows), unique_tokens_per_device(rules, batch, rows)
-        both, wider = (
-            tuple(map(np.union1d, vocabularies, new)),
-            positions + batch.length * rows // rules.data_parallelism,
-        )
-        most = SMALL_BATCHES if wider <= UNIT_TOKENS else UNIT_BATCHES
-        too_much = len(batches) >= most or (filled + more > room).any() or max(map(len, both)) > MAX_UNIQUE_TOKENS
-        if batches and too_much:
-            units.append(WorkUnit(len(units), tuple(batches), vocabularies))
-            batches, both, filled, wider = [], new, np.zeros_like(filled), wider - positions
+        queries, new = _queries_per_device(rules, batch, rows), _unique_tokens_per_device(rules, batch, rows)
+        union = tuple(map(np.union1d, unique, new))
+        added = batch.length * rows // rules.data_parallelism
+        max_batches = SMALL_BATCHES if positions + added <= UNIT_TOKENS else UNIT_BATCHES
+        is_full = len(batches) >= max_batches or (filled + queries > size).any()
+        if batches and (is_full or max(map(len, union)) > MAX_UNIQUE_TOKENS):
+            units.append(WorkUnit(len(units), tuple(batches), unique))
+            batches, union, filled, positions = [], new, np.zeros_like(filled), 0
         batches.append(batch)
-        vocabularies, filled, positions = both, filled + more, wider
-    return [*units, WorkUnit(len(units), tuple(batches), vocabularies)]
+        unique, filled, positions = union, filled + queries, positions + added
+    return [*units, WorkUnit(len(units), tuple(batches), unique)]
 
 
-def queries_per_device(rules: ShardingRules, batch: BatchSpec, rows: int) -> np.ndarray:
-    """Places of the pool [S] that a batch of so many rows fills on each device along `data`."""
+def _queries_per_device(rules: ShardingRules, batch: BatchSpec, rows: int) -> np.ndarray:
+    """Count the buffer slots [X] that a batch fills."""
     counts = np.zeros(rows, np.int64)
     counts[: len(batch.rows)] = [len(row.query_positions) for row in batch.rows]
     return counts.reshape(rules.data_parallelism, -1).sum(axis=1)
 
 
-def unique_tokens_per_device(rules: ShardingRules, batch: BatchSpec, rows: int) -> tuple[np.ndarray, ...]:
-    """The different tokens, ascending, in a batch of so many rows on each device along `data`."""
-    own = rows // rules.data_parallelism
-    parts = (batch.rows[device * own : (device + 1) * own] for device in range(rules.data_parallelism))
-    return tuple(np.unique(np.concatenate([np.zeros(0, np.int32), *(row.tokens for row in part)])) for part in parts)
+def _unique_tokens_per_device(rules: ShardingRules, batch: BatchSpec, rows: int) -> tuple[np.ndarray, ...]:
+    size = rows // rules.data_parallelism
+    shards = (batch.rows[device * size : (device + 1) * size] for device in range(rules.data_parallelism))
+    return tuple(np.unique(np.concatenate([np.zeros(0, np.int32), *(row.tokens for row in rows)])) for rows in shards)
 
 
-def _batches(
+def _make_batches(
     rules: ShardingRules, config: DecoderConfig, requests: Sequence[TokenizedRequest], batch_tokens: int | None
 ) -> Iterator[BatchSpec]:
-    """The batches, longest first."""
+    """Yield the batches, longest rows first."""
     tokens = batch_tokens or default_batch_tokens(rules)
-    rows, lengths = choose_packing(SortedRequests(requests), config, tokens)
+    rows, lengths = choose_packing(requests, config, tokens)
     counts = np.array([len(row.query_positions) for row in rows], np.int64)
-    computed = np.empty_like(counts)
+    num_queries = np.empty_like(counts)
     for length in np.unique(lengths).tolist():
-        # Beside its keys and values, a sixth of it, the last layer is computed at these positions alone.
-        mine = lengths == length
-        computed[mine] = choose_bucket_lengths(
-            counts[mine], length, lambda n: n * (5 / 6 / config.num_layers), COMPILE_COST * tokens
+        # All of the last layer but its keys and values, a sixth of it, is computed at query positions only.
+        members = lengths == length
+        num_queries[members] = choose_bucket_lengths(
+            counts[members], length, lambda n: n * (5 / 6 / config.num_layers), COMPILE_COST * tokens
         )
-    order = sorted(range(len(rows)), key=lambda at: (-lengths[at], -computed[at], -rows[at].size))
+    order = sorted(range(len(rows)), key=lambda i: (-lengths[i], -num_queries[i], -rows[i].size))
     start = 0
     while start < len(order):
         length = int(lengths[order[start]])
-        taken = order[start : start + batch_rows(rules, length, batch_tokens)]
-        start += len(taken)
-        yield BatchSpec(length, int(computed[taken].max()), tuple(rows[at] for at in taken))
+        members = order[start : start + batch_rows(rules, length, batch_tokens)]
+        start += len(members)
+        yield BatchSpec(length, int(num_queries[members].max()), tuple(rows[i] for i in members))

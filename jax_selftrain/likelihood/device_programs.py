@@ -1,9 +1,9 @@
-"""What runs on the devices when likelihoods are scored: what a unit's tokens are by themselves is learned, rows fill a
-pool of hidden states, and a pool meets the vocabulary.
+"""Device programs of the likelihood engine.
 
-Pure functions, compiled by `scoring.likelihood` for each length of rows that `scoring.units` plans. Dimensions beside
-the usual ones: S devices along `data`, N places of the pool and W different tokens on each, Q positions of a row that
-its last layer computes, M tokens asked for at a place.
+A unit of work runs three: precompute the activations of its unique tokens, encode each batch into the buffer of hidden
+states, project the buffer to the vocabulary. Pure functions; `likelihood.engine` compiles them.
+
+Dimensions: X devices along `data`, N buffer size, W unique tokens, Q query positions of a row, M targets.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def precompute_tokens(
     rules: ShardingRules,
     compute_dtype: DTypeLike,
     params: Params,
-    known: Precomputed,
-    unique_tokens: Int[Array, "S W"],
-    chunks: Int[Array, ""],
+    precomputed: Precomputed,
+    unique_tokens: Int[Array, "X W"],
+    num_chunks: Int[Array, ""],
 ) -> Precomputed:
-    """What the different tokens of a unit are by themselves, `CHUNK` of them at a time (`models.learned`)."""
+    """Precompute the activations of unique tokens, `PROJECTION_CHUNK` at a time."""
     return precompute(
-        config, rules, params, known, unique_tokens, chunks, PROJECTION_CHUNK, compute_dtype=compute_dtype
+        config, rules, params, precomputed, unique_tokens, num_chunks, PROJECTION_CHUNK, compute_dtype=compute_dtype
     )
 
 
@@ -42,28 +42,28 @@ def encode_batch(
     rules: ShardingRules,
     compute_dtype: DTypeLike,
     params: Params,
-    hidden_buffer: Float[Array, "S N D"],
-    known: Precomputed,
+    buffer: Float[Array, "X N D"],
+    precomputed: Precomputed,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
-    ends: Int[Array, "B T"],
-    at: Int[Array, "B Q"],
-    query_index: Int[Array, "S N"],
-) -> Float[Array, "S N D"]:
-    """Compute one padded batch; S devices along `data` hold B/S rows each.
+    subtree_ends: Int[Array, "B T"],
+    query_positions: Int[Array, "B Q"],
+    query_index: Int[Array, "X N"],
+) -> Float[Array, "X N D"]:
+    """Encode one padded batch and store its hidden states in the buffer.
 
     Args:
       config, rules, compute_dtype: static.
-      params: the model.
-      pool: hidden states so far, N places on each device.
-      known: from `learn_tokens`.
-      tokens: rows, padded on the right, of places in `known`.
-      positions, ends: see `models.forward`.
-      at: the positions of each row that the last layer computes.
-      slots: for each place of the pool, which of those B/S·Q positions of the same device goes there; −1: none.
+      params: of the model.
+      buffer: hidden states of earlier batches.
+      precomputed: from `precompute_tokens`.
+      tokens: rows, padded on the right; indices into the unique tokens of the row's device.
+      positions, subtree_ends: see `models.forward`.
+      query_positions: positions of each row that the last layer computes.
+      query_index: for each buffer slot, the index of one of the B/X·Q queries of its device, or −1 to keep the slot.
 
     Returns:
-      The pool with the hidden states of this batch.
+      The buffer with the hidden states of this batch.
     """
     hidden = forward(
         config,
@@ -71,21 +71,22 @@ def encode_batch(
         params,
         tokens,
         positions=positions,
-        subtree_ends=ends,
-        query_positions=at,
-        precomputed=known,
+        subtree_ends=subtree_ends,
+        query_positions=query_positions,
+        precomputed=precomputed,
         compute_dtype=compute_dtype,
     )
-    hidden = jnp.reshape(hidden, (rules.data_parallelism, -1, hidden.shape[-1]), out_sharding=buffer_sharding(rules))
+    sharding = rules.sharding(("batch", None, None))
+    hidden = jnp.reshape(hidden, (rules.data_parallelism, -1, hidden.shape[-1]), out_sharding=sharding)
     data = PartitionSpec("data")
 
     # A gather across all rows would move hidden states between devices; each device needs only its own.
     @partial(jax.shard_map, in_specs=(data, data, data), out_specs=data)
-    def put(rows: Array, at: Array, before: Array) -> Array:
-        taken = jnp.take_along_axis(rows, jnp.maximum(at, 0)[..., None], axis=1)
-        return jnp.where((at >= 0)[..., None], taken.astype(before.dtype), before)
+    def update(rows: Array, index: Array, before: Array) -> Array:
+        selected = jnp.take_along_axis(rows, jnp.maximum(index, 0)[..., None], axis=1)
+        return jnp.where((index >= 0)[..., None], selected.astype(before.dtype), before)
 
-    return put(hidden, query_index, hidden_buffer)
+    return update(hidden, query_index, buffer)
 
 
 def score_buffer(
@@ -93,68 +94,68 @@ def score_buffer(
     rules: ShardingRules,
     compute_dtype: DTypeLike,
     params: Params,
-    pool: Float[Array, "S N D"],
-    targets: Int[Array, "S N M"],
-    chunks: Int[Array, ""],
-) -> tuple[Float[Array, "S N M"], Int[Array, "S N"]]:
-    """Project a pool to the vocabulary.
+    buffer: Float[Array, "X N D"],
+    targets: Int[Array, "X N M"],
+    num_chunks: Int[Array, ""],
+) -> tuple[Float[Array, "X N M"], Int[Array, "X N"]]:
+    """Project the buffer to the vocabulary, and score the targets.
 
     Args:
       config, rules, compute_dtype: static.
-      params: the model.
-      pool: from `fill_pool`.
-      targets: tokens asked for at each place.
-      chunks: how many chunks of `CHUNK` places are in use on the fullest device.
+      params: of the model.
+      buffer: from `encode_batch`.
+      targets: tokens to score at each slot.
+      num_chunks: chunks of `PROJECTION_CHUNK` slots that the fullest device uses.
 
     Returns:
-      Log-probability of each target (nats, fp32) and the most probable token at each place, whole on every device.
+      Log-probability of each target (nats, fp32) and the most probable token of each slot, replicated.
     """
     replicated = PartitionSpec()
 
-    def score_chunk(i: Array, done: tuple[Array, Array]) -> tuple[Array, Array]:
+    def score_chunk(i: Array, scores: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden, wanted = (
             jax.lax.dynamic_slice_in_dim(array, i * PROJECTION_CHUNK, PROJECTION_CHUNK, axis=1)
-            for array in (pool, targets)
+            for array in (buffer, targets)
         )
         new = logprobs_and_argmax(rules, unembed(config, rules, params, hidden, compute_dtype=compute_dtype), wanted)
         logprobs, greedy = (
             jax.lax.dynamic_update_slice_in_dim(old, part, i * PROJECTION_CHUNK, axis=1)
-            for old, part in zip(done, new, strict=True)
+            for old, part in zip(scores, new, strict=True)
         )
         return logprobs, greedy
 
-    nothing = (jnp.zeros_like(targets, jnp.float32), jnp.zeros_like(targets[..., 0]))
-    logprobs, greedy = jax.lax.fori_loop(0, chunks, score_chunk, nothing)
+    init = (jnp.zeros_like(targets, jnp.float32), jnp.zeros_like(targets[..., 0]))
+    logprobs, greedy = jax.lax.fori_loop(0, num_chunks, score_chunk, init)
     return jax.reshard(logprobs, replicated), jax.reshard(greedy, replicated)
 
 
 def logprobs_and_argmax(
-    rules: ShardingRules, logits: Float[Array, "S C V"], targets: Int[Array, "S C M"]
-) -> tuple[Float[Array, "S C M"], Int[Array, "S C"]]:
-    """Log-softmax at the targets, and the argmax (the lowest id among equals).
+    rules: ShardingRules, logits: Float[Array, "X N V"], targets: Int[Array, "X N M"]
+) -> tuple[Float[Array, "X N M"], Int[Array, "X N"]]:
+    """Compute log-softmax at the targets, and the argmax.
 
-    Each device works on the logits that it holds; of a vocabulary that lies on several, they exchange only what they
-    found. (Written as masked sums over V this took three times as long on a CPU.)
+    The argmax is the lowest id of equal logits. A device reduces its shard of the logits; devices exchange only the
+    reductions. (Masked sums over V took three times as long on a CPU.)
     """
     vocab = rules.spec(("vocab",))[0]
     data = PartitionSpec("data")
 
     @partial(jax.shard_map, in_specs=(PartitionSpec("data", None, vocab), data), out_specs=(data, data))
-    def measure(logits: Array, targets: Array) -> tuple[Array, Array]:
+    def reduce_shard(logits: Array, targets: Array) -> tuple[Array, Array]:
         size = logits.shape[-1]
         offset = jax.lax.axis_index(vocab) * size if vocab else 0
         over_devices = (lambda reduce, x: reduce(x, vocab)) if vocab else (lambda reduce, x: x)
-        own_best = jnp.max(logits, axis=-1)
-        best = over_devices(jax.lax.pmax, own_best)
+        local_max = jnp.max(logits, axis=-1)
+        best = over_devices(jax.lax.pmax, local_max)
         total = over_devices(jax.lax.psum, jnp.sum(jnp.exp(logits - best[..., None]), axis=-1))
-        here = targets - offset
-        found = jnp.take_along_axis(logits, jnp.clip(here, 0, size - 1), axis=-1)
-        found = over_devices(jax.lax.psum, jnp.where((here >= 0) & (here < size), found, 0.0))
+        local = targets - offset
+        logit = jnp.take_along_axis(logits, jnp.clip(local, 0, size - 1), axis=-1)
+        logit = over_devices(jax.lax.psum, jnp.where((local >= 0) & (local < size), logit, 0.0))
         top = jnp.argmax(logits, axis=-1).astype(jnp.int32) + offset
-        top = over_devices(jax.lax.pmin, jnp.where(own_best == best, top, np.iinfo(np.int32).max))
-        return found - best[..., None] - jnp.log(total)[..., None], top
+        top = over_devices(jax.lax.pmin, jnp.where(local_max == best, top, np.iinfo(np.int32).max))
+        return logit - best[..., None] - jnp.log(total)[..., None], top
 
-    return measure(logits, targets)
+    return reduce_shard(logits, targets)
 
 
 def score_batch(
@@ -162,24 +163,23 @@ def score_batch(
     rules: ShardingRules,
     compute_dtype: DTypeLike,
     params: Params,
-    pool: Float[Array, "S N D"],
-    known: Precomputed,
+    buffer: Float[Array, "X N D"],
+    precomputed: Precomputed,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
-    ends: Int[Array, "B T"],
-    at: Int[Array, "B Q"],
-    slots: Int[Array, "S N"],
-    vocabulary: Int[Array, "S W"],
-    targets: Int[Array, "S N M"],
-    chunks: Int[Array, ""],
-) -> tuple[Float[Array, "S N M"], Int[Array, "S N"]]:
-    """`learn_tokens`, `fill_pool`, `score_pool`: a unit of one batch in one program, as many chunks of one as of the
-    other."""
-    known = precompute_tokens(config, rules, compute_dtype, params, known, vocabulary, chunks)
-    pool = encode_batch(config, rules, compute_dtype, params, pool, known, tokens, positions, ends, at, slots)
-    return score_buffer(config, rules, compute_dtype, params, pool, targets, chunks)
+    subtree_ends: Int[Array, "B T"],
+    query_positions: Int[Array, "B Q"],
+    query_index: Int[Array, "X N"],
+    unique_tokens: Int[Array, "X W"],
+    targets: Int[Array, "X N M"],
+    num_chunks: Int[Array, ""],
+) -> tuple[Float[Array, "X N M"], Int[Array, "X N"]]:
+    """Run a unit of one batch as one program.
 
-
-def buffer_sharding(rules: ShardingRules) -> jax.sharding.NamedSharding:
-    """Of hidden states [S, N, D]."""
-    return rules.sharding(("batch", None, None))
+    `num_chunks` is the number of chunks of tokens and of slots.
+    """
+    static = (config, rules, compute_dtype)
+    precomputed = precompute_tokens(*static, params, precomputed, unique_tokens, num_chunks)
+    rows = (tokens, positions, subtree_ends, query_positions, query_index)
+    buffer = encode_batch(*static, params, buffer, precomputed, *rows)
+    return score_buffer(*static, params, buffer, targets, num_chunks)

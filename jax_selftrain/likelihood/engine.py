@@ -1,21 +1,13 @@
-"""The likelihood engine: log p(continuation | context) of many token sequences at once.
+"""Likelihood engine: log p(continuation | context) of many token sequences.
 
-Five things make it cheap. (1) What requests have in common is computed once: choices share the context of their
-question, and identical requests are one (see `scoring.trees`). (2) What depends on a token alone, most of the first
-layer, is computed once for each different token (see `models.known`). (3) Only the positions that predict something
-asked for go through the last layer's queries and MLP, and only they are projected to the vocabulary: each device
-gathers their hidden states in a pool, whatever batch they come from, and a full pool goes through the output matrix in
-chunks, so that no `[B, T, V]` ever exists. (4) Rows are padded to one of a few lengths, each with a fixed number of
-rows, and short requests stand side by side in one row: a few programs serve any task. (5) The device has the next unit
-to work on before the results of the last are awaited.
+It saves work in five ways. (1) Prefixes that requests share are computed once (`likelihood.prefix_trie`). (2) Most of
+the first layer is precomputed for each unique token (`models.token_precompute`). (3) The last layer and the vocabulary
+projection are computed at query positions only, so no `[B, T, V]` exists. (4) Short requests are packed into rows of a
+few lengths, so few programs are compiled. (5) A unit is dispatched before the results of the last one are awaited.
 
-Padding stands to the right of the text, where under the causal mask no real position can see it. The same requests,
-batch size and mesh give the same bits, in whatever order they are asked. Which other requests are scored with one
-decides where it stands in a row, and so in which order sums over positions are rounded; so do batch size and mesh.
-All these are the same numbers up to fp32 rounding.
-
-Inputs longer than the model lose tokens on the left, as in lm-evaluation-harness 0.4.13
-(`HFLM._loglikelihood_tokens`): input = (context + continuation)[-(max_positions + 1):][:-1].
+The same requests, batch size and mesh give the same bits, in any order of the requests. Otherwise packing differs, and
+results are equal up to fp32 rounding. Inputs longer than the model are truncated on the left, as in
+`HFLM._loglikelihood_tokens` of lm-eval 0.4.13: input = (context + continuation)[-(max_positions + 1):][:-1].
 """
 
 from __future__ import annotations
@@ -57,28 +49,28 @@ from jax_selftrain.models import (
 
 
 class LoglikelihoodRequest(NamedTuple):
-    """What is asked: token ids of the text before, and of the text whose probability is wanted (both non-empty)."""
+    """Token ids of a context and its continuation, both non-empty."""
 
     context: Sequence[int]
     continuation: Sequence[int]
 
 
 class TokenScores(NamedTuple):
-    """The answer, token by token of the continuation."""
+    """Scores of the n tokens of a continuation."""
 
     logprobs: np.ndarray
-    """[n] float32, nats: log-probability of each token given everything before it."""
+    """[n] float32: log-probability of each token given all previous tokens, nats."""
     greedy: np.ndarray
-    """[n] int32: the most probable token at each place (the lowest id among equals)."""
+    """[n] int32: most probable token at each position (the lowest id of equal ones)."""
 
 
 class Likelihood(NamedTuple):
-    """The answer, summed up."""
+    """Score of a continuation."""
 
     loglikelihood: float
     """Nats; fp32 terms added in fp64."""
     is_greedy: bool
-    """Whether every token of the continuation is the most probable one at its place."""
+    """True if every token is the most probable one at its position."""
     tokens: int
     """Length of the continuation."""
 
@@ -87,18 +79,18 @@ Requests = Sequence[LoglikelihoodRequest | tuple[Sequence[int], Sequence[int]]]
 
 
 class _ScoreBuffer(NamedTuple):
-    """What a unit leaves on the devices."""
+    """Results of a unit on the devices."""
 
     logprobs: jax.Array
-    """[S, N, TARGETS]."""
+    """[X, N, M]."""
     greedy: jax.Array
-    """[S, N]."""
-    first: list[np.ndarray]
-    """Per batch, the place of each of its rows: [rows, 2] (device, first place there)."""
+    """[X, N]."""
+    row_slots: list[np.ndarray]
+    """For each batch, (device, first slot) of each row: [rows, 2]."""
 
 
 def loglikelihoods(model: hub.LoadedModel, requests: Requests, *, batch_tokens: int | None = None) -> list[Likelihood]:
-    """Log-likelihood of each continuation given its context.
+    """Compute the log-likelihood of each continuation given its context.
 
     Args:
       model: from `hub.load_model`.
@@ -107,86 +99,80 @@ def loglikelihoods(model: hub.LoadedModel, requests: Requests, *, batch_tokens: 
         elsewhere.
 
     Returns:
-      One `Likelihood` per request, in their order. NaN log-likelihoods are passed on, for the caller to name.
+      One `Likelihood` per request, in their order. The caller must check for NaN.
 
     Raises:
       InputError: a request is empty, has ids outside the vocabulary, or a continuation longer than the model.
     """
-    distinct, which = deduplicate(model.config, requests)
-    answers = [
-        sum_token_scores(asked, scores)
-        for asked, scores in zip(distinct, _scores(model, distinct, batch_tokens), strict=True)
-    ]
-    return [answers[index] for index in which]
+    unique, index = deduplicate(model.config, requests)
+    scores = _score_unique(model, unique, batch_tokens)
+    likelihoods = [sum_token_scores(*pair) for pair in zip(unique, scores, strict=True)]
+    return [likelihoods[i] for i in index]
 
 
 def token_scores(model: hub.LoadedModel, requests: Requests, *, batch_tokens: int | None = None) -> list[TokenScores]:
-    """As `loglikelihoods`, but token by token."""
-    distinct, which = deduplicate(model.config, requests)
-    scores = _scores(model, distinct, batch_tokens)
-    return [scores[index] for index in which]
+    """Compute the scores of each token; see `loglikelihoods`."""
+    unique, index = deduplicate(model.config, requests)
+    scores = _score_unique(model, unique, batch_tokens)
+    return [scores[i] for i in index]
 
 
-def sum_token_scores(asked: TokenizedRequest, scores: TokenScores) -> Likelihood:
-    """The answer to a request from those to its tokens."""
+def sum_token_scores(request: TokenizedRequest, scores: TokenScores) -> Likelihood:
+    """Sum the scores of a request's tokens."""
     return Likelihood(
         float(np.sum(scores.logprobs, dtype=np.float64)),
-        bool(np.array_equal(scores.greedy, asked.tokens[-asked.num_targets :])),
-        asked.num_targets,
+        bool(np.array_equal(scores.greedy, request.tokens[-request.num_targets :])),
+        request.num_targets,
     )
 
 
 def deduplicate(config: DecoderConfig, requests: Requests) -> tuple[list[TokenizedRequest], list[int]]:
-    """The different ones among requests, and which of them each request is.
+    """Return the distinct requests, sorted, and the index of each request.
 
     Raises:
-      InputError: a request cannot be answered; names it by number.
+      InputError: a request cannot be scored; names it by number.
     """
-    found: dict[tuple[bytes, int], int] = {}
-    distinct: list[TokenizedRequest] = []
-    which: list[int] = []
-    for index, (context, continuation) in enumerate(requests):
-        request = _checked(config, index, context, continuation)
-        number = found.setdefault(request.key, len(distinct))
-        if number == len(distinct):
-            distinct.append(request)
-        which.append(number)
-    return distinct, which
+    tokenized = [_validate(config, i, *request) for i, request in enumerate(requests)]
+    keys = [request.sort_key for request in tokenized]
+    by_key = dict(zip(keys, tokenized, strict=True))
+    order = sorted(by_key)
+    index = {key: i for i, key in enumerate(order)}
+    return [by_key[key] for key in order], [index[key] for key in keys]
 
 
-def _scores(
-    model: hub.LoadedModel, distinct: Sequence[TokenizedRequest], batch_tokens: int | None
+def _score_unique(
+    model: hub.LoadedModel, requests: Sequence[TokenizedRequest], batch_tokens: int | None
 ) -> list[TokenScores]:
-    units = plan_units(model.sharding_rules, model.config, distinct, batch_tokens)
+    units = plan_units(model.sharding_rules, model.config, requests, batch_tokens)
     results: dict[int, TokenScores] = {}
     for _, scores in run_batches(model, with_progress(units), batch_tokens):
         results |= scores
-    return [results[index] for index in range(len(distinct))]
+    return [results[i] for i in range(len(requests))]
 
 
 def run_batches(
     model: hub.LoadedModel, units: Iterable[WorkUnit], batch_tokens: int | None
 ) -> Iterator[tuple[WorkUnit, dict[int, TokenScores]]]:
-    """Score units one after the other; each is asked for before the last one's results are handed over.
+    """Score units; dispatch the next before yielding the last.
 
     Args:
-      model: all processes that its mesh spans must come here with the same units.
-      units: from `plan`, any of them.
-      batch_tokens: as they were planned with.
+      model: all processes of its mesh must call this with the same units.
+      units: some of those from `plan_units`.
+      batch_tokens: the value that the units were planned with.
 
     Yields:
-      A unit, and the scores of the requests in it by their index.
+      A unit, and the scores of its requests by request id.
     """
     rules, config = model.sharding_rules, model.config
     shape = (rules.data_parallelism, buffer_size(rules, config.max_positions, batch_tokens), config.hidden_size)
     running: tuple[WorkUnit, _ScoreBuffer] | None = None
-    known: Precomputed | None = None
+    precomputed: Precomputed | None = None
     with mesh_context(rules.mesh):
-        pool = jnp.zeros(shape, jnp.float32, out_sharding=rules.sharding(("batch", None, None)))
+        buffer = jnp.zeros(shape, jnp.float32, out_sharding=rules.sharding(("batch", None, None)))
     for unit in units:
         with mesh_context(rules.mesh):
-            known = _precompute(model, known, unit)
-            pool, results = _dispatch(model, pool, known, unit, batch_tokens)
+            precomputed = _precompute(model, precomputed, unit)
+            buffer, results = _dispatch(model, buffer, precomputed, unit, batch_tokens)
         if running is not None:
             yield running[0], _gather_scores(*running)
         running = unit, results
@@ -197,32 +183,40 @@ def run_batches(
 def batch_program(
     config: DecoderConfig, rules: ShardingRules, dtype: DTypeLike, batch_tokens: int | None, length: int
 ) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
-    """The computation for rows of one length, whose tokens are as different as can be, that are asked about at every
-    position: function, abstract arguments with shardings, donated arguments."""
-    rows, places = batch_rows(rules, length, batch_tokens), buffer_size(rules, config.max_positions, batch_tokens)
+    """Return the program of a batch in the worst case.
+
+    All tokens are different, and all positions are query positions.
+
+    Returns:
+      Function, abstract arguments with shardings, indices of donated arguments.
+    """
+    rows, slots = batch_rows(rules, length, batch_tokens), buffer_size(rules, config.max_positions, batch_tokens)
     params = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract_params(config, dtype),
         param_shardings(config, rules),
     )
-    tokens = unique_token_capacity(config.vocab_size, min(config.vocab_size, rows // rules.data_parallelism * length))
+    num_unique = min(config.vocab_size, rows // rules.data_parallelism * length)
+    capacity = unique_token_capacity(config.vocab_size, num_unique)
 
     def array(*shape: int, dtype: DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
         axes = ("batch", *[None] * (len(shape) - 1)) if shape else ()
         return jax.ShapeDtypeStruct(shape, dtype, sharding=rules.sharding(axes))
 
     with mesh_context(rules.mesh):
-        known = abstract_precomputed(config, rules, params, tokens, dtype)
-    pool = array(rules.data_parallelism, places, config.hidden_size, dtype=jnp.float32)
-    batch = [*[array(rows, length)] * 4, array(rules.data_parallelism, places)]
-    asked = (array(rules.data_parallelism, tokens), array(rules.data_parallelism, places, MAX_TARGETS), array())
-    return partial(score_batch, config, rules, dtype), (params, pool, known, *batch, *asked), ()
+        precomputed = abstract_precomputed(config, rules, params, capacity, dtype)
+    devices = rules.data_parallelism
+    buffer = array(devices, slots, config.hidden_size, dtype=jnp.float32)
+    batch = [*[array(rows, length)] * 4, array(devices, slots)]
+    unit = (array(devices, capacity), array(devices, slots, MAX_TARGETS), array())
+    return partial(score_batch, config, rules, dtype), (params, buffer, precomputed, *batch, *unit), ()
 
 
-def abstract_program(config: ScoreConfig, mesh: Mesh) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
-    """The stage's largest computation: a batch of the longest rows, and the pool that it fills.
+def scoring_program(config: ScoreConfig, mesh: Mesh) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
+    """Return the largest program of scoring; see `batch_program`.
 
-    The stage runs the two one after the other, compiled apart. Reads the model's config, not its weights.
+    It encodes a batch of the longest rows and projects the buffer; scoring compiles the two separately. Only the
+    model's config is read.
     """
     decoder, _ = hub.read_config(config.model)
     rules = make_sharding_rules(config.preset, mesh, axis_sizes(decoder))
@@ -230,126 +224,124 @@ def abstract_program(config: ScoreConfig, mesh: Mesh) -> tuple[Callable[..., Any
 
 
 class _Programs(NamedTuple):
-    """The functions of `scoring.pool`, compiled."""
+    """Compiled functions of `device_programs`."""
 
-    learn: Callable[..., Precomputed]
-    fill: Callable[..., jax.Array]
+    precompute: Callable[..., Precomputed]
+    encode: Callable[..., jax.Array]
     score: Callable[..., tuple[jax.Array, jax.Array]]
 
 
 @cache
 def _programs() -> _Programs:
-    def compiled(function: Callable[..., Any], donated: tuple[int, ...]) -> Callable[..., Any]:
+    def jit(function: Callable[..., Any], donated: tuple[int, ...]) -> Callable[..., Any]:
         return jax.jit(function, static_argnums=(0, 1, 2), donate_argnums=donated, compiler_options=xla_options())
 
-    return _Programs(compiled(precompute_tokens, (4,)), compiled(encode_batch, (4,)), compiled(score_buffer, ()))
+    return _Programs(jit(precompute_tokens, (4,)), jit(encode_batch, (4,)), jit(score_buffer, ()))
 
 
-def _precompute(model: hub.LoadedModel, known: Precomputed | None, unit: WorkUnit) -> Precomputed:
-    """What is known of a unit's tokens, in the memory of what was known before where the unit alone would take as much.
+def _precompute(model: hub.LoadedModel, precomputed: Precomputed | None, unit: WorkUnit) -> Precomputed:
+    """Precompute the unique tokens of a unit, in the memory of `precomputed`.
 
-    (Else its programs would depend on what was scored before it, and not on what a restart finds missing.)
+    Memory of another size is not reused: programs would then depend on earlier units, and differ after a restart.
     """
     rules, config, dtype = model.sharding_rules, model.config, model.compute_dtype
     most = max(map(len, unit.unique_tokens))
-    places = unique_token_capacity(config.vocab_size, most)
-    if known is None or known.x.shape[1] != places:
-        shapes = abstract_precomputed(config, rules, model.params, places, dtype)
-        known = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, out_sharding=leaf.sharding), shapes)
-    tokens = np.zeros((rules.data_parallelism, known.x.shape[1]), np.int32)
-    for mine, vocabulary in zip(tokens, unit.unique_tokens, strict=True):
-        mine[: len(vocabulary)] = vocabulary
-    chunks = shard_host_array(rules, np.asarray(-(-most // PROJECTION_CHUNK), np.int32), ())
-    return _programs().learn(
-        config, rules, dtype, model.params, known, shard_host_array(rules, tokens, ("batch", None)), chunks
-    )
+    capacity = unique_token_capacity(config.vocab_size, most)
+    if precomputed is None or precomputed.x.shape[1] != capacity:
+        shapes = abstract_precomputed(config, rules, model.params, capacity, dtype)
+        precomputed = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, out_sharding=leaf.sharding), shapes)
+    tokens = np.zeros((rules.data_parallelism, precomputed.x.shape[1]), np.int32)
+    for row, unique in zip(tokens, unit.unique_tokens, strict=True):
+        row[: len(unique)] = unique
+    num_chunks = shard_host_array(rules, np.asarray(-(-most // PROJECTION_CHUNK), np.int32), ())
+    unique_tokens = shard_host_array(rules, tokens, ("batch", None))
+    return _programs().precompute(config, rules, dtype, model.params, precomputed, unique_tokens, num_chunks)
 
 
 def _dispatch(
-    model: hub.LoadedModel, pool: jax.Array, known: Precomputed, unit: WorkUnit, batch_tokens: int | None
+    model: hub.LoadedModel, buffer: jax.Array, precomputed: Precomputed, unit: WorkUnit, batch_tokens: int | None
 ) -> tuple[jax.Array, _ScoreBuffer]:
-    """Hand a unit to the devices without waiting for them."""
+    """Dispatch a unit to the devices without waiting for them."""
     rules, static = model.sharding_rules, (model.config, model.sharding_rules, model.compute_dtype)
     programs = _programs()
-    targets = np.zeros((*pool.shape[:2], MAX_TARGETS), np.int32)
-    filled, first = [0] * rules.data_parallelism, []
+    targets = np.zeros((*buffer.shape[:2], MAX_TARGETS), np.int32)
+    filled, row_slots = [0] * rules.data_parallelism, []
     for batch in unit.batches:
         rows = batch_rows(rules, batch.length, batch_tokens)
-        arrays, places = _arrays(rules, batch, rows, unit.unique_tokens, targets, filled)
-        first.append(places)
+        arrays, slots = _batch_arrays(rules, batch, rows, unit.unique_tokens, targets, filled)
+        row_slots.append(slots)
         arguments = (shard_host_array(rules, array, ("batch", None)) for array in arrays)
-        pool = programs.fill(*static, model.params, pool, known, *arguments)
+        buffer = programs.encode(*static, model.params, buffer, precomputed, *arguments)
     wanted = shard_host_array(rules, targets, ("batch", None, None))
-    chunks = shard_host_array(rules, np.asarray(-(-max(filled) // PROJECTION_CHUNK), np.int32), ())
-    return pool, _ScoreBuffer(*programs.score(*static, model.params, pool, wanted, chunks), first)
+    num_chunks = shard_host_array(rules, np.asarray(-(-max(filled) // PROJECTION_CHUNK), np.int32), ())
+    return buffer, _ScoreBuffer(*programs.score(*static, model.params, buffer, wanted, num_chunks), row_slots)
 
 
-def _arrays(
+def _batch_arrays(
     rules: ShardingRules,
     batch: BatchSpec,
     rows: int,
-    vocabularies: Sequence[np.ndarray],
+    unique_tokens: Sequence[np.ndarray],
     targets: np.ndarray,
     filled: list[int],
 ) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """The arguments of `fill_pool` for a batch, and where in the pool each row's places begin.
+    """Return the arguments of `encode_batch`, and (device, first slot) of each row.
 
-    What is asked for goes into `targets`, and `filled` is moved on.
+    Writes the targets of the batch to `targets`, and advances the number of `filled` slots of each device.
     """
     tokens, positions, ends = (np.zeros((rows, batch.length), np.int32) for _ in range(3))
-    at = np.zeros((rows, batch.num_queries), np.int32)
-    slots = np.full(targets.shape[:2], -1, np.int32)
-    places = np.zeros((len(batch.rows), 2), np.int64)
-    for number, row in enumerate(batch.rows):
-        device, own = divmod(number, rows // rules.data_parallelism)
+    query_positions = np.zeros((rows, batch.num_queries), np.int32)
+    query_index = np.full(targets.shape[:2], -1, np.int32)
+    row_slots = np.zeros((len(batch.rows), 2), np.int64)
+    for i, row in enumerate(batch.rows):
+        device, local = divmod(i, rows // rules.data_parallelism)
         n, begin, count = len(row.tokens), filled[device], len(row.query_positions)
-        tokens[number, :n] = np.searchsorted(vocabularies[device], row.tokens)
-        positions[number, :n], ends[number, :n] = row.positions, row.subtree_ends
-        at[number, :count] = row.query_positions
-        slots[device, begin : begin + count] = own * batch.num_queries + np.arange(count)
+        tokens[i, :n] = np.searchsorted(unique_tokens[device], row.tokens)
+        positions[i, :n], ends[i, :n] = row.positions, row.subtree_ends
+        query_positions[i, :count] = row.query_positions
+        query_index[device, begin : begin + count] = local * batch.num_queries + np.arange(count)
         targets[device, begin : begin + count] = row.targets
-        places[number] = device, begin
+        row_slots[i] = device, begin
         filled[device] = begin + count
-    return (tokens, positions, ends, at, slots), places
+    return (tokens, positions, ends, query_positions, query_index), row_slots
 
 
-def _gather_scores(unit: WorkUnit, pool: _ScoreBuffer) -> dict[int, TokenScores]:
-    """Wait for a unit, and give each request its part of the pool."""
-    logprobs, greedy = np.asarray(pool.logprobs), np.asarray(pool.greedy)
-    found = {}
-    for batch, places in zip(unit.batches, pool.first, strict=True):
-        for row, (device, begin) in zip(batch.rows, places, strict=True):
-            for member, at in zip(row.request_ids, row.target_index, strict=True):
-                here, target = begin + at[:, 0], at[:, 1]
-                found[member] = TokenScores(logprobs[device, here, target], greedy[device, here])
-    return found
+def _gather_scores(unit: WorkUnit, buffer: _ScoreBuffer) -> dict[int, TokenScores]:
+    """Wait for a unit, and gather the scores of each request."""
+    logprobs, greedy = np.asarray(buffer.logprobs), np.asarray(buffer.greedy)
+    scores = {}
+    for batch, row_slots in zip(unit.batches, buffer.row_slots, strict=True):
+        for row, (device, begin) in zip(batch.rows, row_slots, strict=True):
+            for request_id, index in zip(row.request_ids, row.target_index, strict=True):
+                slots, columns = begin + index[:, 0], index[:, 1]
+                scores[request_id] = TokenScores(logprobs[device, slots, columns], greedy[device, slots])
+    return scores
 
 
-def _checked(
+def _validate(
     config: DecoderConfig, index: int, context: Sequence[int], continuation: Sequence[int]
 ) -> TokenizedRequest:
     if not len(context) or not len(continuation):
         raise InputError(f"request {index}: context and continuation must each have at least one token")
-    whole = np.concatenate([np.asarray(context, np.int64), np.asarray(continuation, np.int64)])
+    tokens = np.concatenate([np.asarray(context, np.int64), np.asarray(continuation, np.int64)])
     if len(continuation) > config.max_positions:
         raise InputError(
             f"request {index}: a continuation of {len(continuation)} tokens is longer than the model's "
             f"{config.max_positions} positions; cut it"
         )
-    if whole.min() < 0 or whole.max() >= config.vocab_size:
+    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
         raise InputError(
-            f"request {index}: token id {whole.max() if whole.min() >= 0 else whole.min()} is not in the model's "
+            f"request {index}: token id {tokens.max() if tokens.min() >= 0 else tokens.min()} is not in the model's "
             f"vocabulary of {config.vocab_size}; is the tokenizer this model's own?"
         )
-    return TokenizedRequest(whole[-(config.max_positions + 1) :].astype(np.int32), len(continuation))
+    return TokenizedRequest(tokens[-(config.max_positions + 1) :].astype(np.int32), len(continuation))
 
 
 def with_progress(units: Sequence[WorkUnit]) -> Iterable[WorkUnit]:
-    """The units, behind a progress bar on process 0 of a terminal."""
+    """Iterate over units with a progress bar on process 0."""
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)
-    return track(
-        units, "scoring", console=console, transient=True, disable=not console.is_terminal or jax.process_index() != 0
-    )
+    is_hidden = not console.is_terminal or jax.process_index() != 0
+    return track(units, "scoring", console=console, transient=True, disable=is_hidden)

@@ -1,14 +1,12 @@
-"""Likelihoods that survive an interruption, scored by any number of processes.
+"""Resumable scoring by any number of processes.
 
-As in sampling, the unit of work is claimed, computed and committed whole. Every process makes the same list of units
-from the same requests (see `scoring.units`), claims those that are missing by lease, and commits their answers as a
-Parquet file; when none is missing, each reads them all. So a restart scores only what is missing, hosts with a mesh of
-their own divide the work among them without waiting for each other, and a dead peer costs its unfinished unit. A unit
-gives the same bits whoever computes it and whenever.
+All processes plan the same work units (`likelihood.batching`). A process claims a missing unit by lease, computes it,
+and commits its results as a Parquet file; when no unit is missing, every process reads all files. So a restart computes
+only missing units, hosts with their own mesh share the work, and a lost host costs its unfinished unit. A unit gives
+the same bits on every process.
 
-Everything that decides the answers – the requests, the model, its type, the batch and the mesh, the versions of the
-libraries – is hashed into the name of the folder in which the files lie: those of another model or task are never
-read. They are removed with all others once the results are written.
+The folder of the files is named by a hash of everything that determines the results: requests, model, dtype, batch
+size, mesh, library versions. Results of another model or task are therefore never read.
 """
 
 from __future__ import annotations
@@ -47,57 +45,53 @@ from jax_selftrain.likelihood.prefix_trie import TokenizedRequest
 from jax_selftrain.version import versions
 
 POLL_SECONDS = 0.5
-"""How often to look whether a unit that another process works on has been finished or given up."""
+"""Interval between checks of the units that other processes compute."""
 
-_PART = pa.schema([("request", pa.int64()), ("loglikelihood", pa.float64()), ("is_greedy", pa.bool_())])
+_SCHEMA = pa.schema([("request", pa.int64()), ("loglikelihood", pa.float64()), ("is_greedy", pa.bool_())])
 _PROCESS = b"process"
-"""Under this key a part says which process has made it."""
-REMEDY = "delete it and run the same command again, which makes it anew"
-"""For a part that is damaged."""
+"""Metadata key of the process that computed a file."""
+REMEDY = "delete it and run the same command again to recompute it"
+"""Last clause of the error sentence about a damaged file."""
 
 
 @dataclass
 class PartialResults:
-    """A folder of answers, and what this process has done for it."""
+    """Folder of partial results, and counts of this process's work."""
 
     folder: Path
-    """Removed by `finish`; it may hold nothing else."""
+    """Removed by `finish`; it must hold nothing else."""
     identity: Mapping[str, Any]
-    """What decides the answers beside the requests and how they are computed: fingerprints of model and tokenizer."""
+    """Fingerprints of the inputs that determine the results, for instance of model and tokenizer."""
     num_requests: int = 0
-    """Requests so far."""
     num_unique: int = 0
-    """Different ones among them."""
     num_computed: int = 0
-    """Of these, those that this process has computed."""
+    """Number of unique requests that this process computed."""
     units: Counter[str] = field(default_factory=Counter)
-    """Units by the number of the process that computed them, be it in an earlier attempt."""
+    """Number of units by the process that computed them, in this or an earlier attempt."""
 
     def counts(self) -> dict[str, Any]:
-        """The counts, as plain data."""
+        """Return the counts for `FILE.timings.json`."""
         return {
             "requests": self.num_requests,
-            "distinct_requests": self.num_unique,
-            "scored_requests": self.num_computed,
-            "units_of_process": dict(sorted(self.units.items())),
+            "unique_requests": self.num_unique,
+            "computed_requests": self.num_computed,
+            "units_by_process": dict(sorted(self.units.items())),
         }
 
-    def open(self, name: str) -> Path:
-        """The folder of answers of this name, in which all that is asked and how must be told by the name."""
-        self.ready_file(jax.process_index()).unlink(
-            missing_ok=True
-        )  # of an attempt that was interrupted at its very end
-        folder = self.folder / name
+    def open(self, key: str) -> Path:
+        """Create the folder of a cache key, which must identify all inputs."""
+        # The file may remain from an attempt that was interrupted at its very end.
+        self.ready_file(jax.process_index()).unlink(missing_ok=True)
+        folder = self.folder / key
         folder.mkdir(parents=True, exist_ok=True)
         atomic.remove_stale_temp_files(folder)
         return folder
 
     def finish(self, write: Callable[[], None] = lambda: None) -> None:
-        """Have one process write the results and remove the folder. All processes must come here.
+        """Write the results on one process and remove the folder.
 
-        It is the first of those that are there, and it waits until each of them has read what it needs. The others wait
-        for it; if it is lost, the next takes its place. They tell each other by files, since a program of which a
-        process was lost may have nothing else left to do so.
+        All processes must call this. The first live process writes, after every other has read what it needs; if it is
+        lost, the next one takes over. They communicate by files: after the loss of a process nothing else may be left.
         """
         me = jax.process_index()
         if jax.process_count() > 1:
@@ -109,64 +103,63 @@ class PartialResults:
         while not all(self.ready_file(index).exists() for index in live_processes() if index != me):
             time.sleep(POLL_SECONDS)
         write()
-        shutil.rmtree(self.folder, ignore_errors=True)  # what could not be removed is in nobody's way
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def ready_file(self, process: int) -> Path:
-        """The file that says that a process has read what it needs."""
+        """Return the file that marks a process as done reading."""
         return self.folder / f"read-by-{process}"
 
 
 def loglikelihoods_resumable(
     model: hub.LoadedModel, requests: Requests, parts: PartialResults, *, batch_tokens: int | None = None
 ) -> list[Likelihood]:
-    """As `loglikelihoods`, but what has been scored is kept in `parts`, and what is there is not scored again.
+    """Compute log-likelihoods, and keep finished units in `parts`; see `engine.loglikelihoods`.
 
-    Several processes may share the folder. Those whose meshes are their own divide the units among them; those that
-    share one mesh compute each unit together.
+    Processes with their own meshes divide the units; processes that share a mesh compute every unit together.
 
     Raises:
-      InputError: a request cannot be answered, or a file in the folder is damaged.
+      InputError: a request cannot be scored, or a file in the folder is damaged.
     """
-    distinct, which = deduplicate(model.config, requests)
-    units = plan_units(model.sharding_rules, model.config, distinct, batch_tokens)
-    folder = parts.open(_cache_key(model, distinct, units, parts.identity, batch_tokens))
+    unique, index = deduplicate(model.config, requests)
+    units = plan_units(model.sharding_rules, model.config, unique, batch_tokens)
+    folder = parts.open(_cache_key(model, unique, units, parts.identity, batch_tokens))
     parts.num_requests += len(requests)
-    parts.num_unique += len(distinct)
-    together = spans_processes(model.sharding_rules.mesh)
-    score = _score_on_shared_mesh if together else _score_claimed
+    parts.num_unique += len(unique)
+    is_shared = spans_processes(model.sharding_rules.mesh)
+    score = _score_on_shared_mesh if is_shared else _score_missing
     for unit, scores in score(model, units, folder, batch_tokens):
         parts.num_computed += len(scores)
-        if not together or jax.process_index() == 0:
-            _write(_part(folder, unit), distinct, scores)
-    if together:
+        if not is_shared or jax.process_index() == 0:
+            _write(_unit_file(folder, unit), unique, scores)
+    if is_shared:
         barrier(f"scored {folder}")
-    answers: dict[int, Likelihood] = {}
+    likelihoods: dict[int, Likelihood] = {}
     for unit in units:
-        found, process = _read(_part(folder, unit), distinct, unit)
-        answers |= found
+        found, process = _read(_unit_file(folder, unit), unique, unit)
+        likelihoods |= found
         parts.units[process] += 1
-    return [answers[index] for index in which]
+    return [likelihoods[i] for i in index]
 
 
 def spans_processes(mesh: Mesh) -> bool:
-    """Whether a mesh holds devices of several processes, which must then compute everything together."""
+    """Return True if a mesh has devices of several processes."""
     return any(device.process_index != jax.process_index() for device in mesh.devices.flat)
 
 
 def process_local_if_possible(mesh: Mesh) -> AbstractContextManager[None]:
-    """Needs nobody (`processes.on_its_own`) where the mesh is this process's own."""
+    """Tolerate the loss of other processes if the mesh is local."""
     return nullcontext() if spans_processes(mesh) else process_local(mesh)
 
 
-def _score_claimed(
+def _score_missing(
     model: hub.LoadedModel, units: Sequence[WorkUnit], folder: Path, batch_tokens: int | None
 ) -> Iterator[tuple[WorkUnit, dict[int, TokenScores]]]:
-    """The units that this process gets hold of, each claimed until the consumer has written it; ends when all are."""
-    while missing := [unit for unit in units if not _part(folder, unit).exists()]:
+    """Claim and score missing units until all are committed."""
+    while missing := [unit for unit in units if not _unit_file(folder, unit).exists()]:
         scored = False
         with ExitStack() as claims:
             held: dict[int, ExitStack] = {}
-            for unit, scores in run_batches(model, _claimed(missing, folder, claims, held), batch_tokens):
+            for unit, scores in run_batches(model, _claim(missing, folder, claims, held), batch_tokens):
                 scored = True
                 yield unit, scores
                 held.pop(unit.index).close()
@@ -174,14 +167,14 @@ def _score_claimed(
             time.sleep(POLL_SECONDS)
 
 
-def _claimed(
+def _claim(
     missing: Sequence[WorkUnit], folder: Path, claims: ExitStack, held: dict[int, ExitStack]
 ) -> Iterator[WorkUnit]:
-    """Those of the missing units that nobody else works on; their claims go to `held`, and end with `claims`."""
+    """Claim units that no other process holds; `held` gets the leases."""
     for unit in with_progress(missing):
         with ExitStack() as claim:
-            mine = claim.enter_context(lease.lease(_part(folder, unit).with_suffix(".lease")))
-            if mine and not _part(folder, unit).exists():  # it may have been finished since `missing` was looked up
+            mine = claim.enter_context(lease.lease(_unit_file(folder, unit).with_suffix(".lease")))
+            if mine and not _unit_file(folder, unit).exists():  # another process may have committed it meanwhile
                 held[unit.index] = claims.enter_context(claim.pop_all())
                 yield unit
 
@@ -189,35 +182,35 @@ def _claimed(
 def _score_on_shared_mesh(
     model: hub.LoadedModel, units: Sequence[WorkUnit], folder: Path, batch_tokens: int | None
 ) -> Iterator[tuple[WorkUnit, dict[int, TokenScores]]]:
-    """The units that process 0 finds missing, on a mesh that spans processes: all must do the same."""
-    missing = broadcast_one_to_all(lambda: [not _part(folder, unit).exists() for unit in units])
+    """Score the units that process 0 finds missing."""
+    missing = broadcast_one_to_all(lambda: [not _unit_file(folder, unit).exists() for unit in units])
     chosen = [unit for unit, absent in zip(units, missing, strict=True) if absent]
     return run_batches(model, with_progress(chosen), batch_tokens)
 
 
 def _cache_key(
     model: hub.LoadedModel,
-    distinct: Sequence[TokenizedRequest],
+    unique: Sequence[TokenizedRequest],
     units: Sequence[WorkUnit],
     identity: Mapping[str, Any],
     batch_tokens: int | None,
 ) -> str:
-    """Of the folder for just these answers."""
-    asked = hashlib.sha256()
-    for request in distinct:
-        tokens, count = request.key
-        asked.update(len(tokens).to_bytes(8, "big") + count.to_bytes(8, "big") + tokens)
-    decisive: dict[str, Any] = {
+    """Hash everything that determines the results."""
+    digest = hashlib.sha256()
+    for request in unique:
+        _, tokens, num_targets = request.sort_key
+        digest.update(len(tokens).to_bytes(8, "big") + num_targets.to_bytes(8, "big") + tokens)
+    inputs: dict[str, Any] = {
         "identity": dict(identity),
-        "requests": asked.hexdigest(),
-        "units": hash_json([unit.members for unit in units]),
+        "requests": digest.hexdigest(),
+        "units": hash_json([unit.request_ids for unit in units]),
         "batch_tokens": batch_tokens or default_batch_tokens(model.sharding_rules),
     }
-    return hash_json(decisive | environment(model))[:16]
+    return hash_json(inputs | environment(model))[:16]
 
 
 def environment(model: hub.LoadedModel) -> dict[str, Any]:
-    """What decides the last bits of a model's answers beside what is asked and in which batches."""
+    """Return the execution settings that determine the last bits."""
     rules = model.sharding_rules
     return {
         "dtype": model.compute_dtype.name,
@@ -228,45 +221,44 @@ def environment(model: hub.LoadedModel) -> dict[str, Any]:
     }
 
 
-def _part(folder: Path, unit: WorkUnit) -> Path:
-    return folder / f"part-{unit.index:06d}.parquet"
+def _unit_file(folder: Path, unit: WorkUnit) -> Path:
+    return folder / f"unit-{unit.index:06d}.parquet"
 
 
-def _write(path: Path, distinct: Sequence[TokenizedRequest], scores: Mapping[int, TokenScores]) -> None:
-    answers = {index: sum_token_scores(distinct[index], scores[index]) for index in sorted(scores)}
+def _write(path: Path, unique: Sequence[TokenizedRequest], scores: Mapping[int, TokenScores]) -> None:
+    rows = {i: sum_token_scores(unique[i], scores[i]) for i in sorted(scores)}
     columns = [
-        list(answers),
-        [answer.loglikelihood for answer in answers.values()],
-        [answer.is_greedy for answer in answers.values()],
+        list(rows),
+        [row.loglikelihood for row in rows.values()],
+        [row.is_greedy for row in rows.values()],
     ]
-    arrays = [pa.array(column, kind.type) for column, kind in zip(columns, _PART, strict=True)]
-    save_unit(path, pa.Table.from_arrays(arrays, schema=_PART))
+    arrays = [pa.array(column, kind.type) for column, kind in zip(columns, _SCHEMA, strict=True)]
+    save_unit(path, pa.Table.from_arrays(arrays, schema=_SCHEMA))
 
 
-def _read(path: Path, distinct: Sequence[TokenizedRequest], unit: WorkUnit) -> tuple[dict[int, Likelihood], str]:
-    """The answers of a unit, and the number of the process that computed them."""
+def _read(path: Path, unique: Sequence[TokenizedRequest], unit: WorkUnit) -> tuple[dict[int, Likelihood], str]:
+    """Read the results of a unit, and its process index."""
     table, process = load_unit(path)
-    members = sorted(unit.members)
-    if not table.schema.equals(_PART) or table.column("request").to_pylist() != members:
-        raise InputError(f"{path}: does not hold the answers of its unit; {REMEDY}")
-    answers = {
-        index: Likelihood(value, greedy, distinct[index].num_targets)
-        for index, value, greedy in zip(
-            members, table.column("loglikelihood").to_pylist(), table.column("is_greedy").to_pylist(), strict=True
-        )
+    request_ids = sorted(unit.request_ids)
+    if not table.schema.equals(_SCHEMA) or table.column("request").to_pylist() != request_ids:
+        raise InputError(f"{path}: does not hold the results of its unit; {REMEDY}")
+    columns = (table.column(name).to_pylist() for name in ("loglikelihood", "is_greedy"))
+    likelihoods = {
+        i: Likelihood(value, is_greedy, unique[i].num_targets)
+        for i, value, is_greedy in zip(request_ids, *columns, strict=True)
     }
-    return answers, process
+    return likelihoods, process
 
 
 def save_unit(path: Path, table: pa.Table) -> None:
-    """Commit a part, with checksums and the number of this process."""
+    """Commit the results of a unit with page checksums and process index."""
     signed = table.replace_schema_metadata({_PROCESS: str(jax.process_index()).encode()})
-    with atomic.commit_file(path) as aside:
-        pq.write_table(signed, aside, write_page_checksum=True)
+    with atomic.commit_file(path) as temp:
+        pq.write_table(signed, temp, write_page_checksum=True)
 
 
 def load_unit(path: Path) -> tuple[pa.Table, str]:
-    """A part, and the number of the process that has made it.
+    """Read the results of a unit, and its process index.
 
     Raises:
       InputError: the file is damaged.

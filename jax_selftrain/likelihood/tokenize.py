@@ -1,18 +1,13 @@
-"""From text to requests, by the rules of lm-evaluation-harness, so that results can be compared with published ones.
+"""Tokenization of scoring requests by the rules of lm-evaluation-harness.
 
-Read from lm-eval 0.4.13 (`TemplateLM._encode_pair`, `TemplateLM.loglikelihood`, `HFLM.tok_encode`,
-`HFLM.prefix_token_id`, `utils.get_rolling_token_windows`), and followed here:
+From lm-eval 0.4.13: `TemplateLM._encode_pair`, `TemplateLM.loglikelihood`, `HFLM.tok_encode`, `HFLM.prefix_token_id`,
+`utils.get_rolling_token_windows`.
 
-- Trailing white space of a context moves to the continuation. Then context and context + continuation are encoded,
-  and the continuation's tokens are what the second has beyond the *length* of the first.
-- Whether a BOS token is prepended: `add_bos_token` is unset by default, which leaves it to the tokenizer. Llama's
-  post-processor prepends BOS, Pythia's prepends nothing. A text that already starts with the written-out prefix token
-  (`<s>…`) gets none.
-- An empty context becomes the prefix token: the tokenizer's BOS, else its EOS; the continuation is then encoded
-  without special tokens. A continuation that itself starts with the prefix token gives that token as its context.
-
-Where the harness would fail (a context of white space only, with a tokenizer that prepends nothing), the prefix token
-stands in for the empty context, too.
+- Trailing white space of a context moves to the continuation. The tokens of the continuation are those of the whole
+  text after the first len(tokens of the context).
+- The tokenizer decides if BOS is prepended; a text that starts with the written prefix token (`<s>…`) gets no other.
+- An empty context becomes the prefix token. A continuation that starts with it gives its first token as context. A
+  context of white space only, which fails in the harness, counts as empty.
 """
 
 from __future__ import annotations
@@ -27,7 +22,7 @@ from jax_selftrain.models import DecoderConfig
 
 
 class TokenizedModelInfo(Protocol):
-    """What it takes to turn text into requests: a model (`hub.LoadedModel`), or one without its weights."""
+    """Config and tokenizer of a model; a `hub.LoadedModel` is one."""
 
     @property
     def config(self) -> DecoderConfig: ...
@@ -40,10 +35,12 @@ class TokenizedModelInfo(Protocol):
 
 
 def start_token(model: TokenizedModelInfo) -> int:
-    """The token that stands for an empty context: the tokenizer's BOS, else its EOS, else the model's start id.
+    """Return the token that replaces an empty context.
+
+    It is the tokenizer's BOS, else its EOS, else the model's BOS.
 
     Raises:
-      InputError: there is none of these.
+      InputError: there is no such token.
     """
     tokenizer = model.tokenizer
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, model.special_tokens.bos_token_id):
@@ -53,37 +50,31 @@ def start_token(model: TokenizedModelInfo) -> int:
 
 
 def tokenize(tokenizer: Any, prefix: int, text: str) -> list[int]:
-    """Token ids of a text as `HFLM.tok_encode` gives them: with the tokenizer's own special tokens, BOS never twice."""
+    """Tokenize a text as `HFLM.tok_encode` does, without a second BOS."""
     if text.startswith(tokenizer.decode(prefix)):
         return list(tokenizer.encode(text, add_special_tokens=False))
     return list(tokenizer.encode(text))
 
 
-def encode_pair(tokenizer: Any, prefix: int, context: str, continuation: str) -> LoglikelihoodRequest:
-    """Token ids of a context and its continuation; see `encode_pairs`."""
-    (request,) = encode_pairs(tokenizer, prefix, [(context, continuation)])
-    return request
-
-
 def encode_pairs(tokenizer: Any, prefix: int, pairs: Sequence[tuple[str, str]]) -> list[LoglikelihoodRequest]:
-    """Token ids of contexts and their continuations; see the module's rules.
+    """Tokenize contexts and continuations; see the rules of the module.
 
-    Every different text is encoded once, and all together: one by one took a twentieth of the time of scoring.
+    Every distinct text is encoded once, all in one call: one by one took a twentieth of the time of scoring.
 
     Args:
       tokenizer: a transformers tokenizer.
-      prefix: from `prefix_token`.
-      pairs: context (may be empty) and continuation, appended as it stands, so that a separating space belongs to it.
+      prefix: from `start_token`.
+      pairs: context (may be empty) and continuation, which are joined without a separator.
 
     Returns:
-      A request for each pair. Its continuation is empty where the text has no token of its own beyond the context's.
+      A request for each pair. Its continuation is empty if the text has no more tokens than the context.
     """
-    written_out = tokenizer.decode(prefix)
+    written_prefix = tokenizer.decode(prefix)
     plain: dict[str, list[int]] = {}
     special: dict[str, list[int]] = {}
 
     def with_special(text: str) -> dict[str, list[int]]:
-        return plain if text.startswith(written_out) else special
+        return plain if text.startswith(written_prefix) else special
 
     for context, continuation in pairs:
         if context:
@@ -117,14 +108,14 @@ def encode_pairs(tokenizer: Any, prefix: int, pairs: Sequence[tuple[str, str]]) 
 
 
 def rolling_windows(tokens: Sequence[int], start: int, max_positions: int) -> Iterator[LoglikelihoodRequest]:
-    """Requests that together predict every token of a text of any length once, the first from the start token.
+    """Yield requests that together score every token of a text once.
 
-    A window predicts up to `max_positions` tokens; those after the first see one token before what they predict, and
-    the last reaches back as far as the model allows (`get_rolling_token_windows` with `context_len=1`).
+    A window scores up to `max_positions` tokens, and the last extends to the left as far as the model allows
+    (`get_rolling_token_windows` with `context_len=1`).
 
     Args:
-      tokens: the text, start token not included.
-      start: the token before the first.
+      tokens: the text without start token.
+      start: context of the first token.
       max_positions: longest input of the model.
     """
     whole = [start, *tokens]

@@ -14,7 +14,7 @@ from typing import Any
 
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from jax_selftrain import evals, sampling, training
+from jax_selftrain import likelihood, sampling, training
 from jax_selftrain.config import PlanConfig, SampleConfig, ScoreConfig, TrainConfig
 from jax_selftrain.distributed.mesh import AXES, make_mesh, parse_mesh
 from jax_selftrain.errors import InputError
@@ -126,7 +126,7 @@ def _training(plan: PlanConfig, config: TrainConfig, mesh: Any, common: dict[str
 
 
 def _scoring(plan: PlanConfig, config: ScoreConfig, mesh: Any, common: dict[str, Any]) -> StageProgram:
-    function, arguments, donation = evals.abstract_program(config, mesh)
+    function, arguments, donation = likelihood.scoring_program(config, mesh)
     rows, length = arguments[3].shape
     return StageProgram(
         function=function,

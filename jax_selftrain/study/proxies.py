@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_selftrain import evals, hub
+from jax_selftrain import evals, hub, likelihood
 from jax_selftrain.config import ScoreConfig
 from jax_selftrain.corpus import Corpus, open_corpus
 from jax_selftrain.io import atomic
@@ -61,7 +61,7 @@ def corpus_proxies(
     samples = [sample for sample in opened.iter_samples() if sample.sample_id in chosen and len(sample.tokens)]
     loaded = hub.load_model(model, score.mesh, score.dtype, preset=score.preset)
     requests = [((opened.start_id,), sample.tokens.tolist()) for sample in samples]
-    answers = evals.loglikelihoods(loaded, requests, batch_tokens=score.batch_tokens)
+    answers = likelihood.loglikelihoods(loaded, requests, batch_tokens=score.batch_tokens)
     texts = [sample.text for sample in samples]
     questions = task_questions(score)
     found = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from jax_selftrain import evals, hub, sampling, training
+from jax_selftrain import evals, hub, likelihood, sampling, training
 from jax_selftrain.config import RunConfig, ScoreConfig, TrainConfig, yaml_io
 from jax_selftrain.corpus import open_corpus, parse_mixture
 from jax_selftrain.distributed.mesh import make_mesh
@@ -74,7 +74,7 @@ def _check_scoring(config: ScoreConfig) -> None:
     check_batch(config.batch_tokens, **limits)
     tasks, texts = evals.load_tasks(config.tasks, config.limit), evals.load_texts(config.texts, config.text_limit)
     evals.paths_by_name(tasks, texts)
-    evals.abstract_program(config, make_mesh(config.mesh))
+    likelihood.scoring_program(config, make_mesh(config.mesh))
 
 
 def _check_extraction(plan: RoundStages) -> None:

@@ -192,7 +192,7 @@ def test_all_thresholds_are_shown_and_places_of_overlaps_told(tmp_path, tiny_mod
     rows = zip(random_sequences[:6], planted, strict=True)
     documents = [np.concatenate([[2, 2], row[PREFIX : PREFIX + n]]) for row, n in rows]
     corpus = make_corpus(tmp_path / "corpus", tiny_model(), documents[::-1])
-    result = extract(options(random_sequences[:6], corpus=corpus, overlap=20))
+    result = extract(options(random_sequences[:6], corpus=corpus, min_overlap=20))
     assert (result["overlap"], result["matched_on"]) == (20, "tokens")
     counts = {t: [part[name]["n"] for name in CLASSES] for t, part in result["thresholds"].items()}
     assert counts == {"8": [1, 4, 1], "16": [3, 2, 1], "32": [5, 0, 1]}
@@ -246,7 +246,7 @@ def test_controls_baseline_and_verification_stand_beside_the_result(
 def test_duplicates_give_buckets(tmp_path, options, greedy_paths, random_sequences):
     sequences = np.concatenate([greedy_paths[:4], random_sequences[:4]])
     np.save(tmp_path / "copies.npy", np.array([1, 3, 4, 9, 0, 1, 2, 300]))
-    result = extract(options(sequences, duplicates=str(tmp_path / "copies.npy")))
+    result = extract(options(sequences, duplicate_counts=str(tmp_path / "copies.npy")))
     buckets = {name: (part["n"], part["exact_match"]) for name, part in result["duplicates"].items()}
     assert buckets == {
         "0": (1, 0.0), "1": (2, 0.5), "2": (1, 0.0), "3-4": (2, 1.0), "9-16": (1, 1.0), "257-512": (1, 0.0),

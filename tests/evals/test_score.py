@@ -174,8 +174,7 @@ SCORE = """
 import sys, time
 from pathlib import Path
 import jax
-from jax_selftrain import settings
-from jax_selftrain.config import ScoreConfig
+from jax_selftrain.config import ScoreConfig, yaml_io
 from jax_selftrain.evals import score
 config = yaml_io.load(ScoreConfig, sys.argv[1])
 if len(sys.argv) > 2:
@@ -242,9 +241,9 @@ def test_a_killed_scoring_goes_on_where_it_was_and_writes_the_same_bytes(many):
     score(broken)
     assert results(broken) == results(whole)
     spent = timings(broken)
-    assert spent["requests"] == spent["distinct_requests"] == timings(whole)["scored_requests"] == MANY
+    assert spent["requests"] == spent["unique_requests"] == timings(whole)["computed_requests"] == MANY
     assert 0 < kept < MANY
-    assert spent["scored_requests"] == MANY - kept
+    assert spent["computed_requests"] == MANY - kept
     assert not Path(broken.out).with_suffix(".parts").exists()
 
 
@@ -254,14 +253,14 @@ def test_answers_of_another_model_or_task_are_not_taken_for_these(many, tiny_mod
     killed_on_the_way(broken)
     other = replace(broken, model=str(tiny_model("gpt_neox")))
     score(other)
-    assert timings(other)["scored_requests"] == MANY
+    assert timings(other)["computed_requests"] == MANY
     again = replace(many("again"), model=other.model)
     score(again)
     assert results(other) == results(again)
     killed_on_the_way(many("fewer"))
     fewer = replace(many("fewer"), limit=MANY - 10)
     score(fewer)
-    assert timings(fewer)["scored_requests"] == MANY - 10
+    assert timings(fewer)["computed_requests"] == MANY - 10
 
 
 def test_a_damaged_part_is_named(many):
@@ -271,7 +270,7 @@ def test_a_damaged_part_is_named(many):
     for at in range(4, 60):  # the first pages lie behind four bytes of magic
         data[at] ^= 0xFF
     part.write_bytes(data)
-    with pytest.raises(InputError, match=r"part-\d+\.parquet: .*delete it and run the same command again"):
+    with pytest.raises(InputError, match=r"unit-\d+\.parquet: .*delete it and run the same command again"):
         score(broken)
 
 
@@ -287,11 +286,11 @@ def test_two_processes_divide_the_requests_and_write_the_bytes_of_one(many):
     said = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     assert results(together) == results(alone)
-    spent, units = timings(together), timings(alone)["units_of_process"]["0"]
+    spent, units = timings(together), timings(alone)["units_by_process"]["0"]
     assert units > 4
-    assert spent["units_of_process"]["1"] >= 1
-    assert sum(spent["units_of_process"].values()) == units
-    assert spent["scored_requests"] < MANY
+    assert spent["units_by_process"]["1"] >= 1
+    assert sum(spent["units_by_process"].values()) == units
+    assert spent["computed_requests"] < MANY
     assert not Path(together.out).with_suffix(".parts").exists()
 
 

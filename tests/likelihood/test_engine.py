@@ -14,7 +14,7 @@ from jax_selftrain.config import ScoreConfig
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.distributed.sharding import make_sharding_rules, shard_host_array
 from jax_selftrain.errors import InputError
-from jax_selftrain.likelihood import LoglikelihoodRequest, abstract_program, loglikelihoods, token_scores
+from jax_selftrain.likelihood import LoglikelihoodRequest, loglikelihoods, scoring_program, token_scores
 from jax_selftrain.likelihood.batching import (
     BUFFER_BATCHES,
     MAX_UNIQUE_TOKENS,
@@ -30,12 +30,12 @@ from jax_selftrain.likelihood.engine import batch_program, deduplicate
 from jax_selftrain.likelihood.prefix_trie import (
     MAX_BUCKETS,
     MAX_TARGETS,
-    SortedRequests,
     TokenizedRequest,
+    adjacent_lcp,
     bin_pack,
     choose_bucket_lengths,
-    estimate_cost,
     group_by_prefix,
+    measure_groups,
     pack_trie,
     round_up_to_bucket,
 )
@@ -182,21 +182,37 @@ CONFIG = DecoderConfig(
 def planned(requests, max_positions=POSITIONS, batch_tokens=BATCH):
     config = dataclasses.replace(CONFIG, max_positions=max_positions)
     rules = make_sharding_rules("tensor", make_mesh("data=1"), axis_sizes(config))
-    return plan_units(rules, config, asked_for(requests), batch_tokens)
+    return plan_units(rules, config, tokenized(requests), batch_tokens)
 
 
-def asked_for(requests):
-    return [TokenizedRequest(np.array([*c, *k], np.int32), len(k)) for c, k in requests]
+def tokenized(requests):
+    """Validated requests, sorted as the engine sorts them."""
+    return sorted((tokenize_request(*request) for request in requests), key=lambda request: request.sort_key)
 
 
-def rows_of(units):
+def tokenize_request(context, continuation):
+    return TokenizedRequest(np.array([*context, *continuation], np.int32), len(continuation))
+
+
+def in_order(requests):
+    """The requests in the order of their ids."""
+    return sorted(requests, key=lambda request: tokenize_request(*request).sort_key)
+
+
+def pack_in_order(requests):
+    """One row of all requests."""
+    ordered = tokenized(requests)
+    return pack_trie(ordered, adjacent_lcp(ordered), range(len(ordered)))
+
+
+def packed_rows(units):
     return [row for unit in units for batch in unit.batches for row in batch.rows]
 
 
 def paths(row):
     """Of each place of a row the tokens that it sees, by the rule that `models.forward` follows."""
     places = np.arange(len(row.tokens))
-    seen = (places <= places[:, None]) & (places[:, None] < row.ends)
+    seen = (places <= places[:, None]) & (places[:, None] < row.subtree_ends)
     np.testing.assert_array_equal(seen.sum(axis=1) - 1, row.positions)
     return [row.tokens[mine].tolist() for mine in seen]
 
@@ -247,14 +263,16 @@ def test_the_same_request_is_computed_once(load):
 
 def test_what_begins_alike_stands_once_however_often_it_forks():
     """Choices that share their first words, behind questions that share theirs."""
-    requests = [
-        ([1, 2, 3, 4], [5, 6, 7]),
-        ([1, 2, 3, 4], [5, 6, 8]),
-        ([1, 2, 3, 4], [5, 9]),
-        ([1, 2, 3, 5], [5, 6]),
-        ([7, 3], [4]),
-    ]
-    row = pack_trie(SortedRequests(asked_for(requests)), range(5))
+    requests = in_order(
+        [
+            ([1, 2, 3, 4], [5, 6, 7]),
+            ([1, 2, 3, 4], [5, 6, 8]),
+            ([1, 2, 3, 4], [5, 9]),
+            ([1, 2, 3, 5], [5, 6]),
+            ([7, 3], [4]),
+        ]
+    )
+    row = pack_in_order(requests)
     assert row.tokens.tolist() == [1, 2, 3, 4, 5, 6, 5, 5, 7, 3]
     assert row.subtree_ends.tolist() == [8, 8, 8, 6, 6, 6, 8, 8, 10, 10]
     seen = paths(row)
@@ -271,15 +289,17 @@ def test_a_tree_is_computed_as_its_paths_one_by_one(load):
     """`forward` itself, on random trees, against each path alone."""
     model, rng = load("gpt_neox"), np.random.default_rng(2)
     inputs = [rng.integers(0, 3, int(n)).tolist() for n in rng.integers(2, 9, 40)]  # of three tokens: they fork at once
-    row = pack_trie(SortedRequests(asked_for([(tokens, [9]) for tokens in inputs])), range(len(inputs)))
+    row = pack_in_order([(tokens, [9]) for tokens in inputs])
     nodes = {tuple(tokens[:n]) for tokens in inputs for n in range(1, len(tokens) + 1)}
     seen = paths(row)
     assert sorted(map(tuple, seen)) == sorted(nodes)
-    arrays = {name: jnp.asarray(getattr(row, name)[None]) for name in ("tokens", "positions", "ends")}
+    arrays = {name: jnp.asarray(getattr(row, name)[None]) for name in ("tokens", "positions", "subtree_ends")}
 
     @jax.jit
-    def logits(params, tokens, positions, ends=None):
-        hidden = forward(model.config, model.sharding_rules, params, tokens, positions=positions, subtree_ends=ends)
+    def logits(params, tokens, positions, subtree_ends=None):
+        hidden = forward(
+            model.config, model.sharding_rules, params, tokens, positions=positions, subtree_ends=subtree_ends
+        )
         return unembed(model.config, model.sharding_rules, params, hidden)
 
     with mesh_context(model.sharding_rules.mesh):
@@ -293,16 +313,15 @@ def test_a_tree_is_computed_as_its_paths_one_by_one(load):
 
 
 def test_families_stay_together_where_that_saves_a_third_and_never_grow_without_end():
-    strangers = [([0, token], list(range(10))) for token in range(1, 9)]
-    assert [len(family) for family in group_by_prefix(SortedRequests(asked_for(strangers)), POSITIONS)] == [
-        1
-    ] * 8  # 1 of 11 in common
+    strangers = tokenized([([0, token], list(range(10))) for token in range(1, 9)])
+    groups = group_by_prefix(strangers, adjacent_lcp(strangers), POSITIONS)
+    assert list(map(len, groups)) == [1] * 8  # they share 1 of 11 tokens
     many = [(list(range(60)), [100 + i, *range(20)]) for i in range(100)]
-    assert max(len(row.tokens) for row in rows_of(planned(many))) <= 256
+    assert max(len(row.tokens) for row in packed_rows(planned(many))) <= 256
     examples = [(list(range(300)), [400 + i, *range(20)]) for i in range(20)]
-    assert max(len(row.tokens) for row in rows_of(planned(examples))) > 500  # long ones may double
-    assert all(len(row.tokens) <= 340 for row in rows_of(planned(examples, max_positions=340)))
-    assert sorted(member for row in rows_of(planned(many)) for member in row.request_ids) == list(range(100))
+    assert max(len(row.tokens) for row in packed_rows(planned(examples))) > 500  # long ones may double
+    assert all(len(row.tokens) <= 340 for row in packed_rows(planned(examples, max_positions=340)))
+    assert sorted(member for row in packed_rows(planned(many)) for member in row.request_ids) == list(range(100))
 
 
 def positions(unit):
@@ -316,7 +335,7 @@ def test_units_bound_what_an_interruption_costs_and_the_longest_come_first():
     assert lengths == sorted(lengths, reverse=True)
     assert all(len(unit.batches) <= UNIT_BATCHES or positions(unit) <= UNIT_TOKENS for unit in units)
     room = -(-BUFFER_BATCHES * POSITIONS // PROJECTION_CHUNK) * PROJECTION_CHUNK
-    assert all(sum(len(row.query_positions) for row in rows_of([unit])) <= room for unit in units)
+    assert all(sum(len(row.query_positions) for row in packed_rows([unit])) <= room for unit in units)
     few = [(request.context, request.continuation[:1]) for request in random_requests(1000, 512, 300)]
     for batch_tokens, own in ((16, 128), (640, 640), (4096, 4096)):  # a row of 128 is longer than 16 positions
         units = planned(few, batch_tokens=batch_tokens)
@@ -330,7 +349,7 @@ def test_units_bound_what_an_interruption_costs_and_the_longest_come_first():
 def test_a_unit_knows_the_different_tokens_of_each_device_and_has_not_too_many():
     rules = make_sharding_rules("tensor", make_mesh("data=2"), axis_sizes(CONFIG))
     requests = [(request.context, request.continuation[:1]) for request in random_requests(250, 50_000, 500)]
-    units = plan_units(rules, CONFIG, asked_for(requests), BATCH)
+    units = plan_units(rules, CONFIG, tokenized(requests), BATCH)
     assert len(units) > 2
     for unit in units:
         own = [[], []]
@@ -370,7 +389,7 @@ def test_a_position_that_is_asked_for_more_than_it_has_room_for_fills_several_pl
 
 def test_short_requests_stand_side_by_side_where_that_is_cheaper():
     rng = np.random.default_rng(0)
-    short = [(rng.integers(0, 512, int(n)).tolist(), [3]) for n in rng.integers(5, 60, 400)]
+    short = in_order([(rng.integers(0, 512, int(n)).tolist(), [3]) for n in rng.integers(5, 60, 400)])
     batches = [batch for unit in planned(short) for batch in unit.batches]
     rows = [row for batch in batches for row in batch.rows]
     assert sorted(member for row in rows for member in row.request_ids) == list(range(400))
@@ -430,13 +449,14 @@ def test_rows_fit_whatever_begins_like_what():
                 for row in batch.rows:
                     assert max(len(row.tokens), len(row.query_positions)) <= batch.length
                     assert len(row.query_positions) <= batch.num_queries
-        ordered = SortedRequests(asked_for(requests))
-        found = group_by_prefix(ordered, POSITIONS)
-        alone = [pack_trie(ordered, family) for family in found]
-        together, filled = bin_pack(*estimate_cost(ordered, found, alone), 128)
-        skipped += sum(b - a > 1 for row in together for a, b in itertools.pairwise(row))
-        for members, need in zip(together, filled, strict=True):
-            assert pack_trie(ordered, [at for member in members for at in found[member]]).size <= need
+        ordered = tokenized(requests)
+        lcp = adjacent_lcp(ordered)
+        groups = group_by_prefix(ordered, lcp, POSITIONS)
+        alone = [pack_trie(ordered, lcp, group) for group in groups]
+        packing, filled = bin_pack(*measure_groups(lcp, groups, alone), 128)
+        skipped += sum(b - a > 1 for row in packing for a, b in itertools.pairwise(row))
+        for row, need in zip(packing, filled, strict=True):
+            assert pack_trie(ordered, lcp, [i for group in row for i in groups[group]]).size <= need
     assert skipped > 100
 
 
@@ -521,7 +541,7 @@ def test_the_program_compiles_without_weights_and_never_holds_all_logits(tiny_mo
     folder = tiny_model("llama", vocab_size=vocab, max_position_embeddings=128, tokenizer=False)
     config = ScoreConfig(model=str(folder), batch_tokens=8192)
     mesh = make_mesh("data=2,model=2")
-    function, arguments, donated = abstract_program(config, mesh)
+    function, arguments, donated = scoring_program(config, mesh)
     with mesh_context(mesh):
         compiled = jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
     all_logits = 4 * config.batch_tokens * vocab // 4  # bytes on each of the four devices

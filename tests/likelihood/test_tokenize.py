@@ -7,7 +7,7 @@ import pytest
 from models_factory import write_tiny_tokenizer
 
 from jax_selftrain.evals.perplexity import encode_text
-from jax_selftrain.likelihood.tokenize import encode_pair, rolling_windows, start_token, tokenize
+from jax_selftrain.likelihood.tokenize import encode_pairs, rolling_windows, start_token, tokenize
 
 BOS, EOS = 1, 2
 
@@ -32,6 +32,11 @@ def with_bos(plain, tmp_path_factory):
     core = Tokenizer.from_str(plain.backend_tokenizer.to_str())
     core.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def encode_pair(tokenizer, prefix, context, continuation):
+    (request,) = encode_pairs(tokenizer, prefix, [(context, continuation)])
+    return request
 
 
 def ids(tokenizer, text: str) -> list[int]:
@@ -72,7 +77,8 @@ def test_bos_is_never_doubled(with_bos):
 def test_the_prefix_token_is_bos_else_eos_else_the_start_id(plain):
     def model(bos, eos, start):
         return SimpleNamespace(
-            tokenizer=SimpleNamespace(bos_token_id=bos, eos_token_id=eos), special=SimpleNamespace(start_id=start)
+            tokenizer=SimpleNamespace(bos_token_id=bos, eos_token_id=eos),
+            special_tokens=SimpleNamespace(bos_token_id=start),
         )
 
     assert start_token(model(0, 2, 3)) == 0

@@ -163,7 +163,7 @@ def test_the_others_measure_what_the_first_was_killed_at(alone: Path, tmp_path: 
     assert codes == [0], said
     assert out.read_bytes() == (tmp_path / "undisturbed.json").read_bytes()
     if stage == "score":
-        assert atomic.read_json(tmp_path / "undisturbed.timings.json")["units_of_process"]["0"] > 4  # enough for two
+        assert atomic.read_json(tmp_path / "undisturbed.timings.json")["units_by_process"]["0"] > 4  # enough for two
 
 
 def test_a_round_that_loses_a_process_in_sampling_completes_the_corpus_and_goes_on_when_started_again(
