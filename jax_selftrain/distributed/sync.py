@@ -100,7 +100,7 @@ def broadcast_one_to_all(compute: Callable[[], Any]) -> Any:
     try:
         found = compute()
     except SelftrainError as error:  # said on every process: one that stayed silent would be waited for
-        client().key_value_set(key, json.dumps({"error": {"code": error.exit_code, "said": str(error)}}))
+        client().key_value_set(key, json.dumps({"error": {"code": error.exit_code, "message": str(error)}}))
         raise
     if (group := current()) is not None:
         group.check_alive()

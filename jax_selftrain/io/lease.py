@@ -86,7 +86,7 @@ def _is_stale(path: Path, *, now: float, stale_after: float) -> bool:
         if now - path.stat().st_mtime > stale_after:
             return True
         data = json.loads(path.read_bytes())
-        holder = ProcessId(data["host"], data["scope"], data["pid"], data["started"])
+        holder = ProcessId(data["host"], data["scope"], data["pid"], data["start_time"])
     except FileNotFoundError:
         return False  # given back this very moment: the next attempt will find it free
     except (ValueError, KeyError, TypeError):

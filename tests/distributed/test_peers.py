@@ -192,19 +192,19 @@ def test_an_abort_of_jax_does_not_come_before_the_sentence_of_a_process_that_lea
     """JAX calls abort() on a thread of its own when process 0 has gone, which may be while this one says good-bye."""
     code = """
 import ctypes, threading, time
-from jax_selftrain.distributed import group as room
-from jax_selftrain.distributed.cluster import ProcessesConfig
+from jax_selftrain.distributed import peers
+from jax_selftrain.distributed.cluster import DistributedConfig
 
-group = room.Group(ProcessesConfig("localhost:1", 2, 1), "jax-selftrain train")
-group.say_goodbye = lambda departure: (setattr(group, "leaving", departure), abort_elsewhere(), time.sleep(1))
-room._group = group
-room._catch_abort()
+group = peers.PeerGroup(DistributedConfig("localhost:1", 2, 1), "jax-selftrain train")
+group.announce_exit = lambda notice: (setattr(group, "leaving", notice), abort_elsewhere(), time.sleep(1))
+peers._group = group
+peers._install_sigabrt_handler()
 
 def abort_elsewhere():
     libc, thread = ctypes.CDLL(None), ctypes.c_ulong()
     libc.pthread_create(ctypes.byref(thread), None, ctypes.cast(libc.abort, ctypes.c_void_p), None)
 
-group.lose([0])
+group.mark_lost([0])
 """
     run = subprocess.run(
         [sys.executable, "-c", code],
