@@ -1,8 +1,7 @@
-"""The command line: parse, call one function, print. Nothing here knows what a stage does.
+"""The command line: parse options, call one function, print a summary.
 
-A command is a dataclass of `jax_selftrain.config` and the function it is handed to, which is imported only once the
-command is known. tyro turns the dataclass into flags and help; the words of a flag become a value by the rules of
-`jax_selftrain.settings`, the same as in a YAML file, so that both complain in the same one sentence.
+A command is a dataclass of `jax_selftrain.config` and a function, which is imported when its command is called.
+Values of flags are converted as in a YAML file (`config.yaml_io`), with the same error sentences. tyro writes the help.
 """
 
 from __future__ import annotations
@@ -20,10 +19,11 @@ from contextlib import ExitStack
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 from jax_selftrain import config
 from jax_selftrain.config import yaml_io
+from jax_selftrain.config.metadata import Role, fields_with_role, roles
 from jax_selftrain.distributed import DistributedConfig, current, distributed_context, hard_exit, live_processes
 from jax_selftrain.errors import InputError, SelftrainError
 from jax_selftrain.io.import_guard import mark_cli_process
@@ -34,13 +34,15 @@ from jax_selftrain.version import __version__
 
 @dataclasses.dataclass(frozen=True)
 class Command:
+    """A subcommand of `jax-selftrain`."""
+
     config_class: type
-    """The dataclass that holds its flags."""
+    """Dataclass of its options."""
     function: str
-    """`module:name` of what it calls."""
+    """`module:name` of the function that takes them."""
     required: tuple[str, ...] = ()
     positionals: tuple[tuple[str, str], ...] = ()
-    """(name shown, field) of what may be given without a flag, in order."""
+    """(name in the help, field) of each option that can be given without a flag, in order."""
 
 
 COMMANDS: dict[str, Command] = {
@@ -76,20 +78,24 @@ COMMANDS: dict[str, Command] = {
 }
 
 DISTRIBUTED_COMMANDS = ("convert", "sample", "train", "merge", "score", "extract", "run")
-"""Commands that several processes can do together: they take the flags of `ProcessesConfig`, too."""
+"""Commands that several processes can run together; they also take the flags of `DistributedConfig`."""
 
-_INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
+CONFIG_FILE = yaml_io.Field(("config",), str, "")
+_INTERRUPTED = 130  # the exit code of a shell for a program ended by Ctrl-C
 _HELP = frozenset({"-h", "--help"})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (0, 2, 75, 130, 143). A defect of ours keeps its traceback."""
+    """Run one command and return its exit code (0, 2, 75, 130, 143).
+
+    An unexpected exception keeps its traceback.
+    """
     if argv is None:
         mark_cli_process()
     code = _main(list(sys.argv[1:] if argv is None else argv))
     hard_exit(code)
     if argv is None:
-        gc.freeze()  # or the interpreter would search all that was ever imported for garbage before it ends
+        gc.freeze()  # the final garbage collection over all imported modules takes long
     return code
 
 
@@ -116,13 +122,13 @@ def _main(argv: list[str]) -> int:
                 stack.enter_context(distributed_context(processes, program=program))
             options = stack.enter_context(localize_uris(options, exclusive=current() is None))
             result = getattr(import_module(module), function)(options.folder if name == "report" else options)
-            said = restore_uris(summary(name, options, result)) if _is_first_process() else ""
-        if said:
-            print(said)
+            text = restore_uris(summary(name, options, result)) if _is_first_process() else ""
+        if text:
+            print(text)
         return 0
     except SelftrainError as error:
-        said = " ".join(str(error).split())
-        print(f"{program}: error: {said if error.shows_local_paths else restore_uris(said)}", file=sys.stderr)
+        text = " ".join(str(error).split())
+        print(f"{program}: error: {text if error.shows_local_paths else restore_uris(text)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
@@ -130,9 +136,9 @@ def _main(argv: list[str]) -> int:
 
 
 def _enable_compilation_cache() -> None:
-    """Keep what XLA compiles in the user's cache folder, unless JAX's own variables say otherwise.
+    """Keep compiled programs in the user's cache folder, unless a JAX variable names another.
 
-    Programs are compiled for the processor at hand, and a home may be shared by several kinds: each has a folder.
+    A home folder can be shared by machines of several kinds: each kind of processor has its own folder.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
@@ -141,13 +147,13 @@ def _enable_compilation_cache() -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return  # a home that cannot be written to: compile each time
+        return  # a read-only home folder
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 << 30))
 
 
 def _cpu_model() -> str:
-    """A name for the processor's kind and what it can do."""
+    """Hash the processor's model and instruction sets."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -156,85 +162,114 @@ def _cpu_model() -> str:
     return hashlib.sha256("\n".join([platform.machine(), *kind]).encode()).hexdigest()[:8]
 
 
+def _is_first_process() -> bool:
+    jax = sys.modules.get("jax")
+    # `process_index` starts the devices, so a command without a model does not call it.
+    return jax is None or not jax.distributed.is_initialized() or jax.process_index() == live_processes()[0]
+
+
+# ---------------------------------------------------------------- options
+
+
 def parse(name: str, words: Sequence[str]) -> Any:
-    """The options of command `name`; see `parse_all`."""
+    """Return the options of a command; see `parse_all`."""
     return parse_all(name, words)[0]
 
 
 def parse_all(name: str, words: Sequence[str]) -> tuple[Any, DistributedConfig]:
-    """The options of command `name` – the defaults, under the file that `--config` names, under the flags – and the
-    flags about several processes, which are of this start alone and so stand in no file.
+    """Parse the words after a command's name.
 
-    Prints the help and raises SystemExit(0) for `--help`. Raises InputError for whatever cannot be understood and
-    for required options that are missing.
+    Flags override the file that `--config` names, which overrides the defaults. The options of several processes are
+    not part of a file.
+
+    Returns:
+      (an instance of the command's configuration class, the options of several processes).
+
+    Raises:
+      InputError: a word cannot be parsed, or a required option is missing.
+      SystemExit: `--help` was given; the help is printed.
     """
-    import tyro
-
     command = COMMANDS[name]
-    file, words = _pop_config_flag(words)
-    shared = (
-        {leaf.flag: leaf for leaf in yaml_io.iter_fields(DistributedConfig)} if name in DISTRIBUTED_COMMANDS else {}
-    )
-    if _HELP.isdisjoint(words):
-        _check_flags(words, {leaf.flag: leaf for leaf in yaml_io.iter_fields(command.config_class)} | shared)
-    processes, words = _pop_distributed_flags(words, shared)
-    base = (
-        yaml_io.load(command.config_class, download(file) if "://" in file else file)
-        if file
-        else command.config_class()
-    )
-    view = _help_rows(command.config_class, command.required, shared=name in DISTRIBUTED_COMMANDS)
-    usage = " ".join(["jax-selftrain", name, *(f"[{shown}]" for shown, _ in command.positionals)])
-    given, bare = tyro.cli(view, prog=usage, args=words, default=_cast_strings(base, view), return_unknown_args=True)
-    options = _cast_strings(given, command.config_class)
-    options = dataclasses.replace(options, **_positionals(command, bare, words))
+    shared = [*yaml_io.iter_fields(DistributedConfig)] if name in DISTRIBUTED_COMMANDS else []
+    fields = {field.flag: field for field in (*_flag_fields(command.config_class), *shared, CONFIG_FILE)}
+    needs_help = not _HELP.isdisjoint(words)
+    values = _parse_words([word for word in words if word not in _HELP], fields, command.positionals)
+    options, processes = command.config_class(), DistributedConfig()
+    if file := values.pop(CONFIG_FILE.flag, ""):
+        options = yaml_io.load(command.config_class, download(file) if "://" in file else file)
+    for flag, value in values.items():
+        if fields[flag] in shared:
+            processes = _replace(processes, fields[flag].path, value)
+        else:
+            options = _replace(options, fields[flag].path, value)
+    if needs_help:
+        _print_help(name, options)
     yaml_io.require(options, *command.required)
     return options, processes
 
 
-def summary(name: str, options: Any, result: Any) -> str:
-    """What a person wants to know when a command is done, in a few lines."""
-    if name in ("sample", "import"):
-        return f"{options.out}: {len(result):,} documents, {result.manifest['tokens']:,} tokens"
-    if name == "train":
-        return f"model: {Path(result) / 'model'}"
-    if name == "score":
-        measured = {**result.get("tasks", {}), **result.get("groups", {}), **result.get("texts", {})}
-        return "\n".join(
-            [*(_measure(label, numbers) for label, numbers in measured.items()), f"written: {options.out}"]
-        )
-    if name == "compare":
-        from jax_selftrain.report import comparison_table
-
-        return "\n".join([comparison_table(result), f"written: {options.out}"])
-    if name == "extract":
-        shown = ("n", "exact_match", "exact_match_stderr", "token_accuracy", "token_accuracy_stderr")
-        groups = ("held_out", "partial", "seen", "controls", "baseline")
-        parts = {"all": result, **{part: result[part] for part in groups if part in result}}
-        lines = [_measure(part, {key: numbers.get(key) for key in shown}) for part, numbers in parts.items()]
-        return "\n".join([*lines, f"written: {options.out}"])
-    if name == "leakage":
-        shown = ("samples", "leaking", "leaking_stderr", "longest", "covered")
-        return "\n".join([_measure("all", {key: result[key] for key in shown}), f"written: {options.out}"])
-    if name == "plan":
-        from jax_selftrain.planning import table
-
-        return "\n".join([table(result), *([f"written: {options.out}"] if options.out else [])])
-    if name == "study" and options.dry_run:
-        return f"nothing was done; without --dry-run true, the study goes to {options.out}"
-    if name in ("demo", "run", "study", "report"):
-        return f"report: {Path(options.folder if name == 'report' else options.out) / 'report.html'}"
-    return f"written: {result}"
+def _flag_fields(cls: type) -> list[yaml_io.Field]:
+    """Return the options that can be flags; a list of sections can only be part of a file."""
+    return [field for field in yaml_io.iter_fields(cls) if not (field.is_sequence and field.has_sections)]
 
 
-def _measure(label: str, numbers: Mapping[str, Any]) -> str:
-    shown = []
-    for key, value in numbers.items():
-        if isinstance(value, int | float) and not isinstance(value, bool) and not key.endswith("_stderr"):
-            error = numbers.get(f"{key}_stderr")
-            text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-            shown.append(f"{key} {text}" + (f" ± {error:.2g}" if isinstance(error, float) else ""))
-    return f"{label:<24} {'   '.join(shown)}"
+def _parse_words(
+    words: Sequence[str], fields: Mapping[str, yaml_io.Field], positionals: Sequence[tuple[str, str]]
+) -> dict[str, Any]:
+    """Return the value of each flag; raise InputError for the first word that is not valid."""
+    negated = {yaml_io.negated_flag(*field.path): flag for flag, field in fields.items() if field.type is bool}
+    given: dict[str, list[str]] = {}
+    values: dict[str, Any] = {}
+    bare: list[str] = []
+    flag = ""
+    for word in words:
+        if word.startswith("-") and word != "-" and not re.match(r"-\.?\d", word):
+            spelled, equals, value = word.partition("=")
+            spelled = spelled.replace("_", "-")
+            flag = negated.get(spelled, spelled)
+            if flag not in fields:
+                hint = yaml_io.did_you_mean(spelled, [*fields, *negated]) or "; --help lists all options"
+                raise InputError(f"unknown option `{spelled}`{hint}")
+            if flag in given:
+                hint = "; give it all its values at once" if fields[flag].is_sequence else ""
+                raise InputError(f"{flag} is given twice{hint}")
+            given[flag] = [value] if equals else []
+            if fields[flag].type is bool:
+                if equals:
+                    raise _flag_with_value(fields[flag], value)
+                values[flag] = spelled == flag
+        elif flag and fields[flag].type is bool and word.lower() in ("true", "false"):
+            raise _flag_with_value(fields[flag], word)
+        elif flag and fields[flag].type is not bool and (fields[flag].is_sequence or not given[flag]):
+            given[flag].append(word)
+        else:
+            flag = ""
+            bare.append(word)
+    for flag, strings in given.items():
+        if not strings and fields[flag].type is not bool:
+            raise InputError(f"{flag} needs a value: {yaml_io.type_name(fields[flag].type)}")
+    for index, word in enumerate(bare):
+        if index >= len(positionals):
+            raise InputError(f"unexpected argument `{word}`; options start with `--`")
+        shown, name = positionals[index]
+        if yaml_io.flag(name) in given:
+            raise InputError(f"{shown} is given twice, as `{word}` and with {yaml_io.flag(name)}")
+        values[yaml_io.flag(name)] = yaml_io.parse(fields[yaml_io.flag(name)].type, [word], where=shown)
+    typed = {flag: yaml_io.parse(fields[flag].type, given[flag], where=flag) for flag in given if flag not in values}
+    return values | typed
+
+
+def _flag_with_value(field: yaml_io.Field, value: str) -> InputError:
+    negated = yaml_io.negated_flag(*field.path)
+    return InputError(f"{field.flag} takes no value, found `{value}`; write {field.flag} or {negated}")
+
+
+def _replace(options: Any, path: Sequence[str], value: Any) -> Any:
+    name, *rest = path
+    return dataclasses.replace(options, **{name: _replace(getattr(options, name), rest, value) if rest else value})
+
+
+# ---------------------------------------------------------------- help
 
 
 def _overview() -> str:
@@ -246,166 +281,122 @@ def _overview() -> str:
         [
             "usage: jax-selftrain COMMAND [options]",
             "",
-            "Can a language model get better by training on text it sampled from itself, and whose text?",
+            "Can a language model improve from text that it samples from itself, or from text of another model?",
             "",
             "commands:",
             *lines,
             "",
-            "`jax-selftrain COMMAND --help` lists the options; each may also stand in a YAML file given by --config.",
+            "`jax-selftrain COMMAND --help` lists the options; a YAML file given by --config can set each of them.",
         ]
     )
 
 
-def _is_first_process() -> bool:
-    jax = sys.modules.get("jax")
-    # Asking for the process index would start the devices, which a command without a model has no need of.
-    return jax is None or not jax.distributed.is_initialized() or jax.process_index() == live_processes()[0]
+_HELP_GROUPS = {
+    Role.EVALUATION: "Evaluation during training.",
+    Role.EXECUTION: "Speed, memory and bookkeeping; the result is the same, except for rounding.",
+}
 
 
-# ---------------------------------------------------------------- words
+def _print_help(name: str, options: Any) -> None:
+    """Let tyro print the options with their docstrings, grouped by role, and exit."""
+    import tyro
+
+    conf: Any = tyro.conf
+    command = COMMANDS[name]
+    groups: list[tuple[str, str, Any, set[str]]] = []
+    if not any(map(dataclasses.is_dataclass, get_type_hints(command.config_class).values())):
+        for role, doc in _HELP_GROUPS.items():
+            members = set(fields_with_role(command.config_class, role))
+            groups.append((str(role.name).lower(), doc, options, members))
+    hidden = {member for *_, members in groups for member in members}
+    if name in DISTRIBUTED_COMMANDS:
+        groups.append(("distributed", "Several processes.", DistributedConfig(), set(roles(DistributedConfig))))
+    note = conf.arg(metavar="FILE.yaml", help="Read options from this file; flags override it.", help_behavior_hint="")
+    extra: list[tuple[str, Any, Any]] = [(CONFIG_FILE.path[0], Annotated[str, note], "")]
+    for title, doc, instance, members in groups:
+        if members:
+            group = _select_fields(instance, members, doc)
+            extra.append((title, conf.OmitArgPrefixes[group], dataclasses.field(default_factory=group)))
+    doc = command.config_class.__doc__ or ""
+    view = _select_fields(options, set(roles(command.config_class)) - hidden, doc, command.required, extra)
+    usage = " ".join(["jax-selftrain", name, *(f"[{shown}]" for shown, _ in command.positionals)])
+    tyro.cli(view, prog=usage, args=["--help"])
 
 
-def _pop_config_flag(words: Sequence[str]) -> tuple[str, list[str]]:
-    """(the file named by `--config` or "", the other words)."""
-    file, rest, pending = "", [], False
-    for word in words:
-        if pending or word.startswith("--config="):
-            file, pending = word.removeprefix("--config="), False
-            if not file or (word.startswith("-") and not word.startswith("--config=")):
-                raise InputError("--config needs a value: the YAML file to read")
-        elif word == "--config":
-            if file:
-                raise InputError("--config is given twice; one file holds all options")
-            pending = True
-        else:
-            rest.append(word)
-    if pending:
-        raise InputError("--config needs a value: the YAML file to read")
-    return file, rest
+def _select_fields(
+    options: Any, names: set[str], doc: str, required: Sequence[str] = (), extra: Sequence[tuple[str, Any, Any]] = ()
+) -> Any:
+    """Return a subclass whose help shows only the named fields, with the values of `options` as defaults."""
+    import tyro
 
-
-def _pop_distributed_flags(
-    words: Sequence[str], config_fields: Mapping[str, yaml_io.Field]
-) -> tuple[DistributedConfig, list[str]]:
-    """(the flags about several processes, the other words)."""
-    found: dict[str, Any] = {}
-    rest: list[str] = []
-    values = iter(words)
-    for word in values:
-        flag, equals, value = word.partition("=")
-        leaf = config_fields.get(flag.replace("_", "-"))
-        if leaf is None:
-            rest.append(word)
-        else:
-            found[leaf.path[0]] = _parse(leaf, [value if equals else next(values, "")])
-    return DistributedConfig(**found), rest
-
-
-def _check_flags(words: Sequence[str], leaves: Mapping[str, yaml_io.Field]) -> None:
-    """Refuse unknown flags, flags given twice and flags without their value, in one sentence each."""
-    seen: set[str] = set()
-    waiting = ""
-    for word in [*words, "--"]:
-        if word.startswith("-") and word != "-" and not re.match(r"-\.?\d", word):
-            if waiting:
-                raise InputError(f"{waiting} needs a value: {yaml_io.type_name(leaves[waiting].type)}")
-            if word == "--":
-                return
-            flag, equals, _ = word.partition("=")
-            flag = flag.replace("_", "-")
-            if flag not in leaves:
-                raise InputError(
-                    f"unknown option `{flag}`{yaml_io.did_you_mean(flag, leaves) or '; --help lists them all'}"
-                )
-            if flag in seen:
-                several = "; give it all its values at once" if leaves[flag].is_sequence else ""
-                raise InputError(f"{flag} is given twice{several}")
-            seen.add(flag)
-            waiting = "" if equals or leaves[flag].is_sequence else flag
-        else:
-            waiting = ""
-
-
-def _positionals(command: Command, bare: Sequence[str], words: Sequence[str]) -> dict[str, Any]:
-    if len(bare) > len(command.positionals):
-        raise InputError(f"unexpected argument `{bare[len(command.positionals)]}`; options start with `--`")
-    named = {word.partition("=")[0].replace("_", "-") for word in words}
-    values = {}
-    for (shown, field), word in zip(command.positionals, bare, strict=False):
-        if yaml_io.flag(field) in named:
-            raise InputError(f"{shown} is given twice, as `{word}` and with {yaml_io.flag(field)}")
-        values[field] = yaml_io.parse(get_type_hints(command.config_class)[field], [word], where=shown)
-    return values
-
-
-# ---------------------------------------------------------------- what tyro is shown
-
-
-def _help_rows(options: type, required: Sequence[str], prefix: tuple[str, ...] = (), *, shared: bool = False) -> type:
-    """The dataclass as tyro is to see it: a subclass, for its docstrings, whose every leaf is parsed by `settings`;
-    with the flags about several processes where they are `shared`."""
-    from tyro.conf import FlagConversionOff, arg
-    from tyro.constructors import PrimitiveConstructorSpec
-
-    bases = (options, DistributedConfig) if shared else (options,)
-    hints = {name: tp for base in bases for name, tp in get_type_hints(base).items()}
-    fields: list[tuple[str, Any, Any]] = []
-    for field in (field for base in bases for field in dataclasses.fields(base)):
-        path, tp = (*prefix, field.name), hints[field.name]
-        if dataclasses.is_dataclass(tp):
-            section = _help_rows(cast(type, tp), (), path)
-            fields.append((field.name, section, dataclasses.field(default_factory=section)))
-            continue
-        leaf = yaml_io.Field(path, tp, field.default)
-        spec: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
-            nargs="*" if leaf.is_sequence else 1,
-            metavar=_metavar(tp),
-            instance_from_str=partial(_parse, leaf),
-            is_instance=lambda value: True,
-            str_from_instance=_format_default,
-        )
-        note = arg(help_behavior_hint=partial(_hint, required=field.name in required))
-        fields.append((field.name, Annotated[tp, spec, FlagConversionOff, note], field))
-    if not prefix:
-        note = arg(metavar="FILE.yaml", help="Read options from this file; flags win over it.", help_behavior_hint="")
-        fields.append(("config", Annotated[str, note], ""))
-    return dataclasses.make_dataclass(
-        options.__name__, fields, bases=bases, frozen=True, namespace={"__doc__": options.__doc__}
-    )
-
-
-def _cast_strings(value: Any, cls: Any) -> Any:
-    """The same settings as an instance of `cls`, from a dataclass to its view or back."""
+    conf: Any = tyro.conf
+    cls: Any = type(options)
+    fields = []
     hints = get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls) if hasattr(value, field.name)]
-    parts = {name: getattr(value, name) for name in names}
-    return cls(
-        **{
-            name: _cast_strings(part, hints[name]) if dataclasses.is_dataclass(part) else part
-            for name, part in parts.items()
-        }
-    )
+    for field in dataclasses.fields(cls):
+        note = conf.arg(help_behavior_hint=partial(_default_hint, required=field.name in required))
+        shown: Any = Annotated[hints[field.name], note]
+        default = partial(getattr, options, field.name)
+        if field.name not in names:
+            shown = conf.Suppress[conf.Fixed[hints[field.name]]]
+        elif dataclasses.is_dataclass(hints[field.name]):
+            section = hints[field.name]
+            free = set(roles(section)) - set(fields_with_role(section, Role.SET_BY_STUDY))
+            shown = default = _select_fields(default(), free, field.name)
+        fields.append((field.name, shown, dataclasses.field(default_factory=default)))
+    namespace = {"__doc__": doc}
+    return dataclasses.make_dataclass(cls.__name__, [*fields, *extra], bases=(cls,), frozen=True, namespace=namespace)
 
 
-def _parse(leaf: yaml_io.Field, words: list[str]) -> Any:
-    return yaml_io.parse(leaf.type, words, where=leaf.flag)
-
-
-def _format_default(value: Any) -> list[str]:
-    return [str(item) for item in value] if isinstance(value, tuple) else [str(value)]
-
-
-def _hint(default: str, *, required: bool) -> str:
+def _default_hint(default: str, *, required: bool) -> str:
     if default in ("''", "", "None", "()"):
         return "(required)" if required else "(default: unset)"
     return f"(default: {default})"
 
 
-def _metavar(tp: Any) -> str:
-    """What stands for a value in the help: `INT`, `{flax,hf}`, `[TEXT ...]`."""
-    inner = next((arg for arg in get_args(tp) if arg is not type(None)), tp) if type(None) in get_args(tp) else tp
-    if get_origin(inner) is Literal:
-        return "{" + ",".join(map(str, get_args(inner))) + "}"
-    if get_origin(inner) is tuple:
-        return f"[{_metavar(get_args(inner)[0])} ...]"
-    return {int: "INT", float: "FLOAT", bool: "{true,false}"}.get(inner, "TEXT")
+# ---------------------------------------------------------------- summaries
+
+
+def summary(name: str, options: Any, result: Any) -> str:
+    """Summarize the result of a command in a few lines."""
+    if name in ("sample", "import"):
+        return f"{options.out}: {len(result):,} documents, {result.manifest['tokens']:,} tokens"
+    if name == "train":
+        return f"model: {Path(result) / 'model'}"
+    if name == "score":
+        measured = {**result.get("tasks", {}), **result.get("groups", {}), **result.get("texts", {})}
+        return "\n".join(
+            [*(_format_metrics(label, numbers) for label, numbers in measured.items()), f"written: {options.out}"]
+        )
+    if name == "compare":
+        from jax_selftrain.report import comparison_table
+
+        return "\n".join([comparison_table(result), f"written: {options.out}"])
+    if name == "extract":
+        shown = ("n", "exact_match", "exact_match_stderr", "token_accuracy", "token_accuracy_stderr")
+        groups = ("held_out", "partial", "seen", "controls", "baseline")
+        parts = {"all": result, **{part: result[part] for part in groups if part in result}}
+        lines = [_format_metrics(part, {key: numbers.get(key) for key in shown}) for part, numbers in parts.items()]
+        return "\n".join([*lines, f"written: {options.out}"])
+    if name == "leakage":
+        shown = ("samples", "leaking", "leaking_stderr", "longest", "covered")
+        return "\n".join([_format_metrics("all", {key: result[key] for key in shown}), f"written: {options.out}"])
+    if name == "plan":
+        from jax_selftrain.planning import table
+
+        return "\n".join([table(result), *([f"written: {options.out}"] if options.out else [])])
+    if name == "study" and options.dry_run:
+        return f"nothing was run; without --dry-run, the study is written to {options.out}"
+    if name in ("demo", "run", "study", "report"):
+        return f"report: {Path(options.folder if name == 'report' else options.out) / 'report.html'}"
+    return f"written: {result}"
+
+
+def _format_metrics(label: str, numbers: Mapping[str, Any]) -> str:
+    shown = []
+    for key, value in numbers.items():
+        if isinstance(value, int | float) and not isinstance(value, bool) and not key.endswith("_stderr"):
+            error = numbers.get(f"{key}_stderr")
+            text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+            shown.append(f"{key} {text}" + (f" ± {error:.2g}" if isinstance(error, float) else ""))
+    return f"{label:<24} {'   '.join(shown)}"
