@@ -1,6 +1,6 @@
 """Kill a study at ten random moments, finish it with two processes at once, and compare it with an undisturbed one.
 
-    python benchmarks/killed_study.py OUT -- demo --study true
+    python benchmarks/killed_study.py OUT -- demo --study
     python benchmarks/killed_study.py OUT -- demo                      # one model, minutes
 
 What follows `--` is a command of jax-selftrain without `--out`. It runs once in `OUT/undisturbed`, and in
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--seconds", type=float, help="of an undisturbed run, where that was finished before")
     options = parser.parse_args(given[:split])
-    words = given[split + 1 :] or ["demo", "--study", "true"]
+    words = given[split + 1 :] or ["demo", "--study"]
 
     whole, killed = options.out / "undisturbed", options.out / "killed"
     began = time.monotonic()

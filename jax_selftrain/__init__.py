@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from jax_selftrain.version import __version__
 
 if TYPE_CHECKING:
-    from jax_selftrain.evals import extract, score
+    from jax_selftrain.evals import extract
+    from jax_selftrain.evals.score import score
     from jax_selftrain.hub import load_model
     from jax_selftrain.sampling import sample
     from jax_selftrain.study import run

@@ -393,7 +393,7 @@ def adapter_on_no_matrix(p: Place) -> Case:
 
 
 def rounding_of_what_is_not_rounded(p: Place) -> Case:
-    return p.train("--stochastic-rounding", "true"), "--param-dtype bfloat16"
+    return p.train("--stochastic-rounding"), "--param-dtype bfloat16"
 
 
 def penalty_without_a_base(p: Place) -> Case:

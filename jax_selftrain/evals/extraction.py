@@ -204,7 +204,7 @@ def load_extraction_sets(config: ExtractConfig) -> tuple[ExtractionSet, Extracti
     if config.offset < 0:
         raise InputError(f"--offset is {config.offset}; it must be at least 0")
     if config.base and not config.verify:
-        raise InputError(f"--base {config.base} is only read with --verify true; set it, or drop --base")
+        raise InputError(f"--base {config.base} is only read with --verify; set it, or drop --base")
     read_policies(config.sampling_policies)
     models = {name: ref for name in ("model", "untrained_baseline", "base") if (ref := getattr(config, name))}
     decoders = {ref: hub.read_config(ref)[0] for ref in models.values()}

@@ -143,7 +143,7 @@ def topology_devices(machine: Topology) -> Sequence[Any]:
         if "not installed" in str(error):
             raise InputError(
                 "compiling for a TPU needs libtpu: pip install 'jax-selftrain[tpu]' (no TPU is needed), or use "
-                "--compile false to plan by arithmetic"
+                "--no-compile to plan by arithmetic"
             ) from error
         raise InputError(
             f"--topology {machine.name}: libtpu knows no such slice ({str(error).splitlines()[0][:200]}); "

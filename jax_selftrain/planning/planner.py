@@ -3,7 +3,7 @@
 For a TPU slice the very program that the stage would run is compiled for it by libtpu, on any computer; memory for
 temporaries and code, traffic and collectives are read from what the compiler made. Arguments and results follow from
 shapes and shardings, floating-point operations from the program's trace; both are predicted, and where the program was
-compiled the prediction of memory stands beside the compiler's number. Without a compiler (GPUs, `--compile false`) the
+compiled the prediction of memory stands beside the compiler's number. Without a compiler (GPUs, `--no-compile`) the
 rest is estimated (`pods.arithmetic`) and marked so.
 
 Time is that of the roofline: the longest of computing at the chip's peak, moving the traffic at its memory's bandwidth,
