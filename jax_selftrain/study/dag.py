@@ -1,69 +1,114 @@
-"""Stages: the pieces of work that a study is made of, each done once, whoever needs it and however often it is killed.
+"""Stages of a study, each named by a hash of everything that decides its output and run once.
 
-A stage is named by what decides its result: its kind, its recipe and its inputs, all hashed into a key. Inputs are
-other stages (by their keys) or things from outside (models, files, by their content), so that the name of every stage
-is known before anything has been done; cells that need the same corpus or the same base scores share them without
-knowing of each other, and a study whose configuration grows keeps what it has.
-
-`STUDY/stages/KIND-KEY/` holds what a stage made, `KIND-KEY.json` says that it is done and of what. Any number of
-processes may work in one folder: each takes by lease the first stage that is ready and that nobody works on. A killed
-process leaves an unfinished folder, which the next one completes by the stage's own means.
+Keys are known before any work is done. Cells with the same corpus or base scores therefore share the stage, and a study
+whose configuration grows keeps its finished stages. `STUDY/stages/COMMAND-KEY/` holds the output of a stage,
+`COMMAND-KEY.json` records that it is done. Several processes may work in one folder: each claims by lease the first
+stage that is ready. An interrupted stage leaves an unfinished folder, which the next process completes.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from jax_selftrain.distributed import broadcast_one_to_all
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic, lease
 from jax_selftrain.io.manifest import hash_json
+from jax_selftrain.version import versions
+
+STAGE_FORMAT = 2
+"""Version of the output of stages; raise it when a stage writes other files or other numbers."""
 
 POLL_SECONDS = 0.5
-"""How often to look whether a stage that another process works on has been finished or given up."""
+"""Pause between two looks at a stage that another process runs."""
+
+_FLAGS_WITHOUT_EFFECT = ("--xla_dump", "--xla_force_host_platform_device_count")
+"""Beginnings of XLA flags that do not change numbers."""
+
+_JAX_OPTIONS = (
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_enable_x64",
+    "jax_threefry_partitionable",
+)
+
+
+@cache
+def numerical_environment() -> dict[str, Any]:
+    """Return everything in JAX and the device that decides numbers: versions, device kind, XLA flags, options."""
+    device = jax.local_devices()[0]
+    words = [word for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") for word in os.environ.get(name, "").split()]
+    return {
+        **{name: versions()[name] for name in ("jax", "jaxlib")},
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "flags": sorted(word for word in words if not word.startswith(_FLAGS_WITHOUT_EFFECT)),
+        "options": {name: getattr(jax.config, name) for name in _JAX_OPTIONS},
+    }
 
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """One piece of work."""
+    """A node of the study's graph."""
 
     command: str
-    """sample, retokenize, train, …"""
+    """Kind of stage: sample, retokenize, train, …"""
     label: str
-    """What it is, for people."""
+    """Description for logs and the report."""
     identity: Mapping[str, Any]
-    """Plain data: every option that decides the result."""
+    """Every option that decides the output, as plain data."""
     inputs: Mapping[str, str | Stage]
-    """What it reads: another stage, or the fingerprint of something from outside."""
+    """Another stage, or the fingerprint of a model or file from outside."""
     run: Callable[[Path], object] = field(repr=False)
-    """Fills the folder, or completes it; the inputs are there."""
+    """Fill the stage's folder, or complete it, after all inputs are done."""
     tokens: int = 0
-    """Tokens that are drawn or trained on, at most: the size of the work."""
+    """Upper bound of the tokens that are sampled or trained on."""
     flops: float = 0.0
-    """Useful arithmetic in that, by the convention of `training.flops_per_token`."""
+    """FLOPs for these tokens, by the convention of `training.flops_per_token`."""
+    is_collective: bool = False
+    """All processes of a distributed program run it together; other stages run in programs of one process."""
+    environment: Mapping[str, Any] = field(default_factory=numerical_environment, repr=False)
+    """`numerical_environment()`; set only by tests."""
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """Everything that decides the output, as plain data."""
+        return {
+            "format": STAGE_FORMAT,
+            "environment": dict(self.environment),
+            "command": self.command,
+            "identity": dict(self.identity),
+            "inputs": {name: one.key if isinstance(one, Stage) else one for name, one in self.inputs.items()},
+        }
 
     @cached_property
     def key(self) -> str:
-        """SHA-256 of kind, recipe and inputs, in hex."""
-        inputs = {name: one.key if isinstance(one, Stage) else one for name, one in self.inputs.items()}
-        return hash_json({"kind": self.command, "recipe": dict(self.identity), "inputs": inputs})
+        """SHA-256 of `record`, in hex."""
+        return hash_json(self.record)
 
     @property
     def name(self) -> str:
+        """Name of the stage's folder."""
         return f"{self.command}-{self.key[:16]}"
 
     @property
     def dependencies(self) -> list[Stage]:
+        """Inputs that are stages."""
         return [one for one in self.inputs.values() if isinstance(one, Stage)]
 
 
 def done_file(root: Path, stage: Stage) -> Path:
-    """The file that says that a stage is done."""
+    """Return the path of the record that a stage is done."""
     return root / f"{stage.name}.json"
 
 
@@ -72,30 +117,30 @@ def _lease_file(root: Path, stage: Stage) -> Path:
 
 
 def is_done(root: Path, stage: Stage) -> bool:
-    """Whether the stage is finished.
+    """Return True if the stage is finished.
 
     Raises:
-      InputError: the note is there but damaged, or what was made is gone.
+        InputError: the record is damaged, or the stage's folder is missing.
     """
     path = done_file(root, stage)
     if not path.exists():
         return False
-    note = atomic.read_json(path)
-    if not isinstance(note, dict) or note.get("key") != stage.key:
+    record = atomic.read_json(path)
+    if not isinstance(record, dict) or record.get("key") != stage.key:
         raise InputError(f"{path}: is damaged; delete it and run the same command again")
     if not (root / stage.name).is_dir():
-        raise InputError(f"{root / stage.name}: is gone, though its note is there; delete {path} and run again")
+        raise InputError(f"{root / stage.name}: is missing, but its record exists; delete {path} and run again")
     return True
 
 
 def topological_order(targets: Iterable[Stage]) -> list[Stage]:
-    """The stages and all that they need, each once, those that are needed first."""
+    """Return the stages and their dependencies, each once, dependencies first."""
     found: dict[str, Stage] = {}
 
     def add(stage: Stage) -> None:
         if stage.key not in found:
-            for needed in stage.dependencies:
-                add(needed)
+            for dependency in stage.dependencies:
+                add(dependency)
             found[stage.key] = stage
 
     for stage in targets:
@@ -103,47 +148,66 @@ def topological_order(targets: Iterable[Stage]) -> list[Stage]:
     return list(found.values())
 
 
+def check_processes(stages: Iterable[Stage]) -> None:
+    """Refuse stages that several processes of one program cannot run together. Raises InputError."""
+    if jax.process_count() > 1 and (single := [stage.label for stage in stages if not stage.is_collective]):
+        raise InputError(
+            f"cannot {single[0]} in a program of {jax.process_count()} processes; start the command on every host "
+            "without --coordinator: the hosts then share the stages"
+        )
+
+
 def run_all(root: Path, stages: Sequence[Stage]) -> None:
-    """Do all stages and what they need, sharing the work with whoever else is at it; returns when all are done."""
+    """Run all stages and their dependencies, shared with other processes; return when all are done.
+
+    The processes of one distributed program run every stage together, and process 0 claims it.
+    """
     stages = topological_order(stages)
-    root.mkdir(parents=True, exist_ok=True)
-    atomic.remove_stale_temp_files(root)
+    check_processes(stages)
+    if jax.process_index() == 0:
+        root.mkdir(parents=True, exist_ok=True)
+        atomic.remove_stale_temp_files(root)
     done: set[str] = set()
     while len(done) < len(stages):
         before = len(done)
         for stage in stages:
-            if stage.key in done or not all(needed.key in done for needed in stage.dependencies):
+            if stage.key in done or not all(one.key in done for one in stage.dependencies):
                 continue
-            if is_done(root, stage) or _run_if_free(root, stage):
+            if broadcast_one_to_all(lambda stage=stage: is_done(root, stage)) or _run_if_free(root, stage):
                 done.add(stage.key)
                 _log(f"{len(done)} of {len(stages)}: {stage.label}")
         if len(done) == before:
             time.sleep(POLL_SECONDS)
-    for stage in stages:
-        if _lease_file(root, stage).exists():  # left by one that was killed when its work was done
-            with lease.lease(_lease_file(root, stage)):
-                pass
+    if jax.process_index() == 0:
+        for stage in stages:
+            if _lease_file(root, stage).exists():  # a process was killed after its stage was done
+                with lease.lease(_lease_file(root, stage)):
+                    pass
 
 
 def _run_if_free(root: Path, stage: Stage) -> bool:
-    """Do a stage unless another process is at it; whether it is done now."""
-    with lease.lease(_lease_file(root, stage)) as ours:
-        if not ours:
+    """Run a stage unless another process runs it; return True if it is done now."""
+    with lease.lease(_lease_file(root, stage)) if jax.process_index() == 0 else nullcontext(False) as claimed:
+        if not broadcast_one_to_all(lambda: claimed):
             return False
-        if is_done(root, stage):  # by a process that finished it just now
-            return True
         folder = root / stage.name
-        folder.mkdir(exist_ok=True)
+
+        def start() -> bool:
+            if is_done(root, stage):  # finished by another process since the last look
+                return False
+            folder.mkdir(exist_ok=True)
+            return True
+
+        if not broadcast_one_to_all(start):
+            return True
         began = time.monotonic()
         stage.run(folder)
-        inputs = {name: one.key if isinstance(one, Stage) else one for name, one in stage.inputs.items()}
-        note = {"key": stage.key, "kind": stage.command, "recipe": dict(stage.identity), "inputs": inputs}
-        atomic.write_json(root / f"{stage.name}.seconds.json", {"seconds": time.monotonic() - began})
-        atomic.write_json(done_file(root, stage), note)
+        if jax.process_index() == 0:
+            atomic.write_json(root / f"{stage.name}.seconds.json", {"seconds": time.monotonic() - began})
+            atomic.write_json(done_file(root, stage), {"key": stage.key, **stage.record})
         return True
 
 
 def _log(text: str) -> None:
-    """Tell a person at a terminal what is going on."""
-    if sys.stderr.isatty():
-        print(f"jax-selftrain study: {text}", file=sys.stderr, flush=True)
+    if sys.stderr.isatty() and jax.process_index() == 0:
+        print(f"jax-selftrain: {text}", file=sys.stderr, flush=True)

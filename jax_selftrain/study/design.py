@@ -1,11 +1,11 @@
-"""The cells of a study, and the stages that each of them needs.
+"""The cells of a study and the stages of each cell.
 
-A **cell** is a student after one treatment with one seed: trained on a source's text (the matrix), or an arm. Every
-corpus reaches its student through text (`corpus.retokenize`), the student's own included; an arm may keep the native
-tokens. All cells have the one recipe of the study: the same steps, batch and learning rate, the last step's weights,
-never more than one pass. Only what makes an arm an arm differs.
+A **cell** is a student after one treatment with one seed: training on a source's text, or an arm. All cells have the
+recipe of the study: the same steps, batch and learning rate, and the weights of the last step; an arm changes only what
+it names. Every corpus reaches its student through text (`corpus.retokenize`), the student's own text included, unless
+`keep_source_tokens` is set.
 
-Nothing is read here but configs, tokenizers and fingerprints: the plan is made before anything is done.
+The design reads configs, tokenizers and fingerprints, and exists before any stage runs.
 """
 
 from __future__ import annotations
@@ -14,18 +14,16 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from jax_selftrain.config import ArmConfig, ModelConfig, StudyConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.study.dag import Stage, topological_order
-from jax_selftrain.study.measure_names import RELEARNED, UNSEEN
+from jax_selftrain.study.measure_names import AFTER_RELEARNING, MAIN_EFFECT, UNSEEN
 from jax_selftrain.study.stage_factory import StageFactory, StudyModel
 
-MAIN_EFFECT = "text of "
-"""A cell of the matrix is called `text of SOURCE`."""
-
 ProbeStages = Mapping[str, Stage]
-"""Extractions beside the one that every study has, by what they are called."""
+"""Further extractions of a model, by name."""
 
 
 @dataclass(frozen=True)
@@ -34,24 +32,24 @@ class StudyCell:
 
     student: str
     treatment: str
-    """`text of SOURCE`, or the name of an arm."""
+    """`source NAME`, or the name of an arm."""
     source: str
-    """The model whose text it was trained on; empty for real text and noise."""
+    """The model that wrote the corpus; empty for real text and noise."""
     seed: int
     corpus: Stage | None
-    """What it was trained on last."""
+    """The last corpus it was trained on."""
     train: Stage | None
-    """None where nothing was trained."""
+    """None for noise and merges."""
     score: Stage | None
     extract: Stage | None
     probes: ProbeStages = field(default_factory=dict)
     proxies: tuple[Stage, Stage] | None = None
-    """What the corpus is to the student before training, and to the source as it was drawn; of the matrix alone."""
+    """The corpus under the student before training, and under the source; not for arms."""
 
 
 @dataclass(frozen=True)
 class Design:
-    """The whole plan."""
+    """All cells and stages of a study."""
 
     models: Mapping[str, ModelConfig]
     students: tuple[str, ...]
@@ -59,45 +57,51 @@ class Design:
     cells: tuple[StudyCell, ...]
     score_base: Mapping[str, Stage]
     extract_base: Mapping[str, Stage]
-    views_base: Mapping[tuple[str, int], ProbeStages]
-    """Of each student and seed: the base in every view that its cells have."""
+    base_probes: Mapping[tuple[str, int], ProbeStages]
+    """By student and seed: the base in every probe of its cells."""
     aa_repeats: Mapping[str, ProbeStages]
-    """Of each student: the base measured again in ways that should not matter."""
-    base_model: Path
+    """By student: the base measured again in another batch size and dtype."""
+    root: Path
+    """Folder of the stages."""
 
     @property
     def ordered_stages(self) -> list[Stage]:
-        """Everything that is to be done, in an order in which it can be."""
+        """All stages, dependencies first; the bases are scored before anything is sampled."""
         wanted: list[Stage] = [*self.score_base.values(), *self.extract_base.values()]
-        for views in (*self.views_base.values(), *self.aa_repeats.values()):
-            wanted += views.values()
+        for probes in (*self.base_probes.values(), *self.aa_repeats.values()):
+            wanted += probes.values()
         for cell in self.cells:
             parts = (cell.corpus, cell.train, cell.score, cell.extract, *cell.probes.values(), *(cell.proxies or ()))
             wanted += [one for one in parts if one is not None]
         return topological_order(wanted)
 
     def folder(self, stage: Stage) -> Path:
-        return self.base_model / stage.name
+        """Return the folder of a stage."""
+        return self.root / stage.name
 
 
-def make_design(config: StudyConfig) -> Design:
-    """All cells of a study.
+def make_design(config: StudyConfig, environment: Mapping[str, Any] | None = None) -> Design:
+    """Make all cells of a study.
+
+    Args:
+        config: the study.
+        environment: part of every stage's key; None: `dag.numerical_environment()`.
 
     Raises:
-        InputError: a model is not there, a name is unknown or used twice, or options do not belong together.
+        InputError: a model does not exist, or options conflict.
     """
-    return _Builder(config).design()
+    return _Builder(config, environment).design()
 
 
 class _Builder:
-    def __init__(self, config: StudyConfig) -> None:
+    def __init__(self, config: StudyConfig, environment: Mapping[str, Any] | None) -> None:
         self.config = config
-        self.kinds = StageFactory(config)
+        self.stages = StageFactory(config, environment)
         self.models = {model.name: model for model in config.models}
         self.students = config.students or tuple(self.models)
         self.sources = config.sources or self.students
-        self.scored = bool(config.score.tasks or config.score.texts)
-        self.extracted = bool(config.extract.sequences)
+        self.is_scored = bool(config.score.tasks or config.score.texts)
+        self.is_extracted = bool(config.extract.sequences)
 
     def design(self) -> Design:
         config = self.config
@@ -114,50 +118,50 @@ class _Builder:
             for student in self.students
             if not arm.students or student in arm.students
         ]
-        bases = {name: self.kinds.base(name) for name in dict.fromkeys((*self.students, *self.sources))}
-        students = {name: bases[name] for name in self.students} if self.extracted else {}
-        again = students if config.memorization.aa_repeat else {}
+        # A single source has nothing to be compared with: it is scored only if it is a student.
+        scored = (*self.students, *(self.sources if len(self.sources) > 1 else ()))
+        bases = {name: self.stages.base(name) for name in dict.fromkeys(scored)}
+        students = {name: bases[name] for name in self.students} if self.is_extracted else {}
+        repeated = students if config.memorization.aa_repeat else {}
         return Design(
             models=self.models,
             students=self.students,
             sources=self.sources,
             cells=tuple(cells),
-            score_base={name: self.kinds.score(base) for name, base in bases.items()} if self.scored else {},
-            extract_base={name: self.kinds.extract(base, None) for name, base in students.items()},
-            views_base={
-                (name, seed): self._views(base, base, seed) for name, base in students.items() for seed in config.seeds
+            score_base={name: self.stages.score(base) for name, base in bases.items()} if self.is_scored else {},
+            extract_base={name: self.stages.extract(base, None) for name, base in students.items()},
+            base_probes={
+                (name, seed): self._probes(base, base, seed) for name, base in students.items() for seed in config.seeds
             },
-            aa_repeats={name: self.kinds.extract_aa(base) for name, base in again.items()},
-            base_model=self.kinds.root,
+            aa_repeats={name: self.stages.extract_aa(base) for name, base in repeated.items()},
+            root=self.stages.root,
         )
 
-    # ------------------------------------------------------------ cells
-
     def _cell(self, student: str, treatment: str, source: str, seed: int, arm: ArmConfig) -> StudyCell:
-        base = self.kinds.base(student)
-        teacher = self.kinds.base(source) if source else base
+        base = self.stages.base(student)
+        writer = self.stages.base(source) if source else base
         corpus: Stage | None
         trained: Stage | None = None
         if arm.kind == "generations":
             after, corpus, trained = self._train_generations(base, arm, seed)
         elif arm.kind in ("noise", "extrapolate"):
-            corpus = self.kinds.sample_and_retokenize(base, base, ArmConfig(""), seed)
-            usual = self.kinds.train(base, [corpus], ArmConfig(""), seed)
+            corpus = self.stages.sample_for(base, base, ArmConfig(), seed)
+            usual = self.stages.train(base, [corpus], ArmConfig(), seed)
             if arm.kind == "noise":
-                corpus, after = None, self.kinds.noise(base, usual, arm, seed)
+                corpus, after = None, self.stages.add_noise(base, usual, arm, seed)
             else:
-                after = self.kinds.merge(base, usual, arm)
+                after = self.stages.merge(base, usual, arm)
         else:
             corpus = (
-                self.kinds.import_text(base, arm)
+                self.stages.import_text(base, arm)
                 if arm.kind == "text"
-                else self.kinds.sample_and_retokenize(teacher, base, arm, seed)
+                else self.stages.sample_for(base, writer, arm, seed)
             )
             if arm.kind == "shuffled":
-                corpus = self.kinds.shuffle(base, corpus, seed)
-            elif arm.kind in ("scrubbed", "size_matched"):
-                corpus = self.kinds.scrub(base, corpus, seed, companion=arm.kind == "size_matched")
-            after = self.kinds.train(base, [corpus], arm, seed)
+                corpus = self.stages.shuffle(base, corpus, seed)
+            elif arm.kind in ("decontaminated", "size_matched"):
+                corpus = self.stages.decontaminate(base, corpus, seed, size_matched=arm.kind == "size_matched")
+            after = self.stages.train(base, [corpus], arm, seed)
             trained = after.fingerprint if isinstance(after.fingerprint, Stage) else None
         predicted = treatment.startswith(MAIN_EFFECT) and len(self.sources) > 1 and self.config.proxy_sample_size > 0
         return StudyCell(
@@ -167,39 +171,36 @@ class _Builder:
             seed,
             corpus,
             trained,
-            score=self.kinds.score(after) if self.scored else None,
-            extract=self.kinds.extract(after, corpus) if self.extracted else None,
-            probes=self._views(base, after, seed) if self.extracted else {},
-            proxies=self.kinds.proxies(base, teacher, corpus, seed) if corpus and predicted else None,
+            score=self.stages.score(after) if self.is_scored else None,
+            extract=self.stages.extract(after, corpus, base) if self.is_extracted else None,
+            probes=self._probes(base, after, seed) if self.is_extracted else {},
+            proxies=self.stages.measure_proxies(base, writer, corpus, seed) if corpus and predicted else None,
         )
 
-    def _views(self, base: StudyModel, model: StudyModel, seed: int) -> ProbeStages:
-        """The other ways in which the memory of a model, which is made of a base, is looked at."""
-        asked = self.config.memorization
-        found = {form.name: self.kinds.extract_in_format(model, form) for form in asked.formats}
-        if asked.unseen_text:
-            found[UNSEEN] = self.kinds.extract_continuations(model, self.kinds.continuations(base))
-        if asked.relearn_corpus:
-            found[RELEARNED] = self.kinds.extract(self.kinds.relearn(model, seed), None)
+    def _probes(self, base: StudyModel, model: StudyModel, seed: int) -> ProbeStages:
+        """Return the further extractions of a model that was made from a base."""
+        probes = self.config.memorization
+        found = {form.name: self.stages.extract_in_format(model, form) for form in probes.formats}
+        if probes.unseen_text:
+            found[UNSEEN] = self.stages.extract_continuations(model, self.stages.continue_unseen_text(base))
+        if probes.relearn_corpus:
+            found[AFTER_RELEARNING] = self.stages.extract_after_relearning(model, seed)
         return found
 
     def _train_generations(self, base: StudyModel, arm: ArmConfig, seed: int) -> tuple[StudyModel, Stage, Stage]:
-        student, written = base, []
+        student, corpora = base, []
         for generation in range(arm.generations):
-            # A generation of its own words: those of the first are the words of every other arm.
-            written.append(
-                self.kinds.sample_and_retokenize(
-                    student, base, arm, seed if generation == 0 else _generation_seed(seed, generation)
-                )
-            )
-            used = written if arm.replay == "accumulate" else written[-1:]
+            # The first generation shares its corpus with the other arms.
+            generation_seed = seed if generation == 0 else _generation_seed(seed, generation)
+            corpora.append(self.stages.sample_for(base, student, arm, generation_seed))
+            used = corpora if arm.replay == "accumulate" else corpora[-1:]
             start = student if arm.replay == "fresh" else base
-            student = self.kinds.train(start, used, arm, seed)
+            student = self.stages.train(start, used, arm, seed)
         if not isinstance(student.fingerprint, Stage):
             raise InputError(f"arm {arm.name}: `generations` must be at least 1, not {arm.generations}")
-        return student, written[-1], student.fingerprint
+        return student, corpora[-1], student.fingerprint
 
 
 def _generation_seed(seed: int, generation: int) -> int:
-    """A seed of its own for each generation."""
+    """Derive the seed of a generation."""
     return int.from_bytes(hashlib.sha256(f"generation {generation} of seed {seed}".encode()).digest()[:4])

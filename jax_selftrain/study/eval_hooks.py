@@ -1,18 +1,16 @@
-"""Evaluation on the way: what a training run measures of itself every so many steps.
+"""Evaluation during training: a training hook that scores the model in memory.
 
-Training and scoring do not know each other; here they meet. The files that `eval_texts`, `eval_tasks` and
-`eval_sequences` name are read, checked and turned into tokens once, before anything else; the hook that comes of it
-puts them to the model in memory whenever training asks.
+Training and likelihood scoring do not import each other; they meet here. The files of `eval_texts`, `eval_tasks` and
+`eval_sequences` are read, checked and tokenized once, before training.
 
-| file | measures | what they are |
+| file | metrics | unit |
 |---|---|---|
-| a text file | `NAME/nll` | nats per token |
-| a task file | `NAME/acc` | share of questions answered rightly |
-| an extraction set | `NAME/exact_match` | share of suffixes that the model continues its prefixes with, greedily |
-| | `NAME/log_pz` | mean log-probability of the suffix, nats |
-| | `NAME/pz` | mean probability of the suffix |
+| text file | `NAME/nll` | nats per token |
+| task file | `NAME/acc` | share of questions answered correctly |
+| extraction set | `NAME/exact_match` | share of suffixes that greedy decoding reproduces |
+| | `NAME/log_pz`, `NAME/pz` | mean log-probability (nats), mean probability of the suffix |
 
-NAME is the file's name without its ending.
+NAME is the file's stem.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from jax_selftrain import evals, hub, training
-from jax_selftrain.config import TrainConfig, yaml_io
+from jax_selftrain.config import ExtractConfig, ScoreConfig, TrainConfig, yaml_io
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import LoadedModel
 from jax_selftrain.io.manifest import hash_json
@@ -35,35 +33,50 @@ from jax_selftrain.training import Hook
 
 
 def train_with_evals(config: TrainConfig, *, hooks: Sequence[Hook] = ()) -> Path:
-    """Train a model on a corpus, evaluating it on the way if `config.eval_every` is set; see `training.train`."""
+    """Train a model on a corpus, with evaluation if `config.eval_every` is set; see `training.train`."""
     return training.train(config, hooks=[*evaluation_hooks(config), *hooks])
 
 
 def evaluation_hooks(config: TrainConfig) -> list[Hook]:
-    """The hook that measures what `config` asks for; none where it asks for nothing.
+    """Return the hook that evaluates as `config` requests; an empty list without `eval_every`.
 
     Raises:
-      InputError: options that do not belong together, a file that cannot be read, or that does not fit the model.
+      InputError: options conflict, or a file cannot be read or does not fit the model.
     """
     yaml_io.require(config, "model")
     training.check_ranges(config)
     if config.eval_every is None:
         return []
-    yardsticks = _read(config)
+    suite = _load_suite(config)
     return [
         Hook(
-            function=yardsticks.measure,
+            function=suite.measure,
             every=config.eval_every,
             run_at_start_and_end=True,
-            metric_names=yardsticks.names(),
-            measured=yardsticks.describe(),
+            metric_names=suite.names(),
+            measured=suite.describe(),
         )
     ]
 
 
+def with_default_evals(train: TrainConfig, score: ScoreConfig, extract: ExtractConfig) -> TrainConfig:
+    """Return `train` with the files of `score` and `extract`, if it evaluates but names no files."""
+    if train.eval_every is None or train.eval_texts or train.eval_tasks or train.eval_sequences:
+        return train
+    window = evals.make_window(extract)
+    return replace(
+        train,
+        eval_texts=score.texts,
+        eval_tasks=score.tasks,
+        eval_sequences=extract.sequences,
+        eval_prefix=window.prefix,
+        eval_suffix=window.suffix,
+    )
+
+
 @dataclass(frozen=True)
-class _Reader:
-    """A model without its weights."""
+class _ModelInfo:
+    """A model without its weights, for tokenization."""
 
     config: DecoderConfig
     tokenizer: Any
@@ -72,18 +85,19 @@ class _Reader:
 
 @dataclass(frozen=True)
 class _EvalSuite:
-    """Everything that is measured, read and in tokens."""
+    """Tokenized tasks, texts and sequences."""
 
     tasks: Sequence[evals.Task]
     texts: Sequence[evals.TextFile]
     prepared: evals.RequestSet
     sequences: Mapping[str, np.ndarray]
-    """int32 [N, prefix + suffix] by name: one set, or none."""
+    """int32 [N, prefix + suffix] by name; at most one set."""
     prefix: int
     dtype: np.dtype
-    """Type of the matmul operands: that of the training."""
+    """Dtype of the matmul operands, as in training."""
 
     def names(self) -> tuple[str, ...]:
+        """Return the names of all metrics."""
         return (
             *(f"{text.name}/nll" for text in self.texts),
             *(f"{task.name}/acc" for task in self.tasks),
@@ -91,7 +105,7 @@ class _EvalSuite:
         )
 
     def describe(self) -> dict[str, Any]:
-        """Numbers of documents, questions and sequences, each with a fingerprint of what is asked."""
+        """Return sizes and fingerprints of texts, tasks and sequences."""
         return {
             "texts": {
                 text.name: {"n": len(text.documents), "fingerprint": hash_json(text.documents)} for text in self.texts
@@ -115,7 +129,7 @@ class _EvalSuite:
         }
 
     def measure(self, step: int, model: LoadedModel) -> dict[str, float]:
-        """The hook's function: all measures of a model in memory, in the order of `names`."""
+        """Return all metrics of a model in memory, in the order of `names`."""
         model = replace(model, compute_dtype=self.dtype)
         found = evals.score_requests(model, self.prepared)
         measures = {f"{text.name}/nll": found.texts[text.name]["nll"] for text in self.texts}
@@ -128,21 +142,21 @@ class _EvalSuite:
         return measures
 
 
-def _read(config: TrainConfig) -> _EvalSuite:
+def _load_suite(config: TrainConfig) -> _EvalSuite:
     decoder, _ = hub.read_config(config.model)
     tasks = evals.load_tasks(config.eval_tasks, config.eval_limit)
     texts = evals.load_texts(config.eval_texts, config.eval_limit)
     evals.paths_by_name(tasks, texts)
     prepared = evals.RequestSet((), {}, ())
     if tasks or texts:
-        reader = _Reader(decoder, hub.load_tokenizer(config.model), hub.special_tokens(config.model))
+        reader = _ModelInfo(decoder, hub.load_tokenizer(config.model), hub.special_tokens(config.model))
         prepared = evals.build_requests(reader, tasks, texts)
     return _EvalSuite(
-        tasks, texts, prepared, _read_sequences(config, decoder), config.eval_prefix, np.dtype(config.dtype)
+        tasks, texts, prepared, _load_sequences(config, decoder), config.eval_prefix, np.dtype(config.dtype)
     )
 
 
-def _read_sequences(config: TrainConfig, decoder: DecoderConfig) -> dict[str, np.ndarray]:
+def _load_sequences(config: TrainConfig, decoder: DecoderConfig) -> dict[str, np.ndarray]:
     if not config.eval_sequences:
         return {}
     window = evals.PromptWindow(config.eval_prefix, config.eval_suffix)

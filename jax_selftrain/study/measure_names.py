@@ -1,25 +1,27 @@
-"""The measures of a study (`transfer.measures`): which there are, which one the matrix is told in, and their scale."""
+"""Names of treatments and measures in `results.json`, and the scale of measures for display."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+MAIN_EFFECT = "source "
+"""Prefix of the treatment of a main cell: `source NAME`."""
 HELD_OUT = "H"
-"""What measures of the held-out half of the sequences are called: `exact_match/H`."""
-RELEARNED, UNSEEN = "relearned", "never trained"
-"""Views of memorization that are no formats."""
-FORMATTED = "asked "
-"""Measures of a format are called `exact_match/asked NAME`."""
+"""Suffix of measures of the held-out half of the sequences: `exact_match/H`."""
+AFTER_RELEARNING, UNSEEN = "after_relearning", "unseen"
+"""Names of probes that are not formats."""
+FORMATTED, GROUP = "format ", "group "
+"""Prefixes: `exact_match/format NAME`, `exact_match/group NAME`."""
 
 
 def common_measures(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Measures that all of some cells (or effects) have, in the order of the first."""
+    """Return the measures that all cells (or effects) have, in the order of the first."""
     return [name for name in cells[0]["measures"] if all(name in cell["measures"] for cell in cells)]
 
 
 def main_measure(results: Mapping[str, Any]) -> str:
-    """What the matrix is told in: chance-normalized accuracy, else the first text, else exact match."""
+    """Return the headline measure: chance-normalized accuracy, else the first text, else exact match."""
     names = common_measures(results["cells"])
     return next(
         (name for name in ("accuracy", *(n for n in names if n.startswith("text/"))) if name in names), names[0]
@@ -27,22 +29,26 @@ def main_measure(results: Mapping[str, Any]) -> str:
 
 
 def reference_text(levels: Mapping[str, float]) -> str | None:
-    """Of a base's levels by measure, the text that it predicts best: damage to a student is told on that one."""
+    """Return the text that a base predicts best; damage to its students is measured on it.
+
+    Args:
+        levels: the base's level by measure.
+    """
     texts = [name for name in levels if name.startswith("text/")]
     return min(texts, key=lambda name: levels[name]) if texts else None
 
 
 def is_primary_format(measure: str) -> bool:
-    """Not one of a class or group of sequences, nor the log-odds of one task."""
+    """Return True unless the measure is of a class or group of sequences, or log-odds of one task."""
     return not measure.startswith(("exact_match/", "log_pz/", "pz/", "log_odds/"))
 
 
 def is_secondary(measure: str) -> bool:
-    """Of sequences that were asked for in another format, or after relearning."""
+    """Return True if the measure is of another format or after relearning."""
     part = measure.partition("/")[2]
-    return measure.startswith(("exact_match/", "log_pz/")) and (part.startswith(FORMATTED) or part == RELEARNED)
+    return measure.startswith(("exact_match/", "log_pz/")) and (part.startswith(FORMATTED) or part == AFTER_RELEARNING)
 
 
 def display_scale(measure: str) -> float:
-    """Factor from the measure's own unit to the one shown: percentage points of shares."""
+    """Return the factor from a measure's unit to the displayed one (100 for shares)."""
     return 100.0 if measure.startswith(("accuracy", "task/", "exact_match", "pz")) else 1.0

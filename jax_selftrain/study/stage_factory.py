@@ -1,13 +1,13 @@
-"""The kinds of stage that a study is made of: what decides each, and how it is done.
+"""Stages by command: what decides each of them, and the function that runs it.
 
-Every corpus reaches its student through text (`corpus.retokenize`), the student's own included. All trainings have the
-one recipe of the study: the same steps, batch and learning rate, the last step's weights, never more than one pass.
+Every training of a study has the same recipe: steps, batch, learning rate, and the weights of the last step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,181 +20,214 @@ from jax_selftrain.config import (
     MergeConfig,
     PromptFormat,
     SampleConfig,
+    ScoreConfig,
     StudyConfig,
     TrainConfig,
     yaml_io,
 )
-from jax_selftrain.config.metadata import Role, fields_with_role, shared_overrides
+from jax_selftrain.corpus import open_corpus, parse_mixture
 from jax_selftrain.io.fingerprint_cache import FingerprintCache
 from jax_selftrain.sampling import sample
-from jax_selftrain.study.dag import Stage
-from jax_selftrain.study.eval_hooks import train_with_evals
+from jax_selftrain.study.dag import Stage, numerical_environment
+from jax_selftrain.study.eval_hooks import train_with_evals, with_default_evals
 from jax_selftrain.study.matched_fragility import CONTINUATIONS, make_control_continuations
 from jax_selftrain.study.proxies import corpus_proxies
-from jax_selftrain.study.round_config import with_default_evals
 
+_PATH_OPTIONS = ("model", "corpus", "out", "mesh", "seed")
+"""Options that say where, or that stand among a stage's inputs."""
 _SMALL_BATCH = 24
-"""Rows in a batch when a base is measured again in another size."""
-WINDOW = ("protocol", "prefix", "suffix", "offset", "random_offset", "min_overlap", "limit")
-"""Options of extraction that decide which tokens of a sequence are its suffix."""
-_NO_EVALUATION: dict[str, Any] = {
-    name: getattr(TrainConfig(), name) for name in ("checkpoint_every", *fields_with_role(TrainConfig, Role.EVALUATION))
+"""Rows of a batch in the A/A repeat with another batch size."""
+FORMAT_OPTIONS = ("prefix", "suffix", "offset", "random_offset", "start_token")
+"""Options of extraction that a format may change."""
+_OPTIONS_BESIDE_WINDOW = tuple(
+    f.name
+    for f in fields(ExtractConfig)
+    if f.name not in ("protocol", "prefix", "suffix", "offset", "random_offset", "min_overlap", "limit")
+)
+"""Options of extraction that do not decide which tokens of a sequence are its suffix."""
+_NO_EVALS: dict[str, Any] = {
+    f.name: f.default
+    for f in fields(TrainConfig)
+    if f.name.startswith("eval_") or f.name in ("stop_metric", "checkpoint_every")
 }
-"""Options of a training without evaluation."""
+"""Options of training without evaluation."""
 
 
 @dataclass(frozen=True)
 class StudyModel:
-    """A model that a stage reads: one of the study's, or what a stage makes."""
+    """A model that a stage reads: one of the study's, or the output of a stage."""
 
     ref: str
     fingerprint: str | Stage
-    """Its fingerprint, or the stage."""
+    """Fingerprint of the model, or the stage that makes it."""
     label: str
     tokenizer: str
-    """Fingerprint of its tokenizer; training leaves that as it is."""
-    stop_ids: tuple[int, ...] | None
-    """What ends its texts; None: what the sampler and the tokenizer say."""
+    """Fingerprint of the tokenizer, which training does not change."""
     tokenizer_ref: str
-    """The model of the study that it was made from; its tokenizer can be opened there before anything is done."""
+    """The model of the study that it was made from; its config and tokenizer exist before any stage has run."""
+    stop_ids: tuple[int, ...] | None = None
+    """Token ids that end its texts; None: the rules of sampler and tokenizer."""
+    start_id: int | None = None
+    """The token that its texts start from; None: the sampler's rule."""
 
 
 class StageFactory:
-    """Makes the stages of one study; nothing is done or read here but configs, tokenizers and fingerprints."""
+    """Makes the stages of one study; reads configs, tokenizers and fingerprints, and runs nothing."""
 
-    def __init__(self, config: StudyConfig) -> None:
+    def __init__(self, config: StudyConfig, environment: Mapping[str, Any] | None = None) -> None:
         self.config = config
         self.root = Path(config.out) / "stages"
         self.files = FingerprintCache()
-        self.sequences = config.extract.sequences
         self._models = {model.name: model for model in config.models}
+        self._stage = partial(Stage, environment=numerical_environment() if environment is None else environment)
 
     def base(self, name: str) -> StudyModel:
-        ref, stop_ids = self._models[name].model, self._models[name].stop_ids
-        return StudyModel(ref, self.files.model(ref), name, self.files.tokenizer(ref), stop_ids, ref)
+        """Return a model of the study as it is before training."""
+        model = self._models[name]
+        tokenizer, ref = self.files.tokenizer(model.model), model.model
+        return StudyModel(ref, self.files.model(ref), name, tokenizer, ref, model.stop_ids, model.start_id)
 
-    def sample_and_retokenize(self, source: StudyModel, student: StudyModel, arm: ArmConfig, seed: int) -> Stage:
-        """Text that a model wrote, in the tokens of the student."""
+    def sample(self, source: StudyModel, arm: ArmConfig, seed: int) -> Stage:
+        """Sample a corpus from a model."""
+        changes = {name: getattr(arm, name) for name in ("temperature", "top_k", "top_p", "min_p")}
         options = replace(
             self.config.sample,
             model=source.ref,
             seed=seed,
             stop_ids=source.stop_ids,
+            start_id=source.start_id,
             **self._shared(self.config.sample),
-            **shared_overrides(arm, SampleConfig),
+            **{name: value for name, value in changes.items() if value is not None},
         )
-        drawn = Stage(
+        return self._stage(
             "sample",
-            f"sample {source.label}, seed {seed}",
-            yaml_io.to_dict(options, Role.IDENTITY),
+            f"sample from {source.label}, seed {seed}",
+            _identity_options(options, "batch_size") | {"seed": seed},
             {"model": source.fingerprint, "tokenizer": source.tokenizer},
             lambda out: sample(replace(options, out=str(out))),
             *_tokens_and_flops(source, options.samples * options.max_tokens, options.max_tokens, passes=1),
+            is_collective=True,
         )
-        if arm.keep_source_tokens:
-            return drawn
-        return Stage(
+
+    def sample_for(self, student: StudyModel, source: StudyModel, arm: ArmConfig, seed: int) -> Stage:
+        """Sample a corpus from a source and retokenize its text for a student.
+
+        The sampled tokens are kept where the study or the arm says so and the tokenizers are equal.
+        """
+        sampled = self.sample(source, arm, seed)
+        keep = arm.keep_source_tokens or self.config.keep_source_tokens
+        if keep and source.tokenizer == student.tokenizer:
+            return sampled
+        return self._stage(
             "retokenize",
-            f"carry text of {source.label}, seed {seed}, to the tokens of {student.label}",
+            f"retokenize text of {source.label} for {student.label}, seed {seed}",
             {"stop_id": _stop_id(student)},
-            {"corpus": drawn, "tokenizer": student.tokenizer},
+            {"corpus": sampled, "tokenizer": student.tokenizer},
             lambda out: corpora.retokenize(
-                self.root / drawn.name, student.tokenizer_ref, out, stop_id=_stop_id(student)
+                self.root / sampled.name, student.tokenizer_ref, out, stop_id=_stop_id(student)
             ),
         )
 
     def import_text(self, student: StudyModel, arm: ArmConfig) -> Stage:
-        """Real text in the tokens of a student."""
+        """Tokenize real text for a student."""
         options = ImportCorpusConfig(source=arm.text, model=student.tokenizer_ref, stop_id=_stop_id(student))
-        return Stage(
+        return self._stage(
             "import",
-            f"import {Path(arm.text).name} in the tokens of {student.label}",
+            f"import {Path(arm.text).name} for {student.label}",
             {"stop_id": options.stop_id},
             {"text": self.files.text(arm.text), "tokenizer": student.tokenizer},
             lambda out: corpora.import_text(replace(options, out=str(out))),
         )
 
     def shuffle(self, student: StudyModel, corpus: Stage, seed: int) -> Stage:
-        """A corpus with the tokens of every document in random order."""
-        return Stage(
+        """Shuffle the tokens of every document of a corpus."""
+        return self._stage(
             "shuffle",
-            f"shuffle the tokens of what {student.label} wrote, seed {seed}",
+            f"shuffle tokens of {student.label}'s own text, seed {seed}",
             {"seed": seed},
             {"corpus": corpus},
             lambda out: corpora.shuffle(self.root / corpus.name, student.ref, out, seed),
         )
 
-    def scrub(self, student: StudyModel, corpus: Stage, seed: int, *, companion: bool) -> Stage:
-        """A corpus without what it shows of the held-out half of the sequences, or without as much other text."""
+    def decontaminate(self, student: StudyModel, corpus: Stage, seed: int, *, size_matched: bool) -> Stage:
+        """Remove the documents that overlap with H from a corpus, or (size-matched) as many others."""
         options = replace(self.config.extract, model=student.ref)
         window, length = evals.make_window(options), options.min_overlap
-        mark = evals.sequences_fingerprint(options.sequences)
+        fingerprint = evals.sequences_fingerprint(options.sequences)
 
         def make(out: Path) -> None:
             found, _ = evals.load_extraction_sets(replace(options, model=student.tokenizer_ref))
-            held_out = found.tokens[evals.held_out_half(mark, found.sequence_id), window.prefix :]
+            held_out = found.tokens[evals.held_out_half(fingerprint, found.sequence_id), window.prefix :]
             folder = self.root / corpus.name
-            if companion:
+            if size_matched:
                 corpora.size_matched_control(folder, held_out, out, seed=seed, length=length)
             else:
                 corpora.remove_overlapping(folder, held_out, out, length=length)
 
-        what = "with as much dropped as is held out" if companion else "without what is held out"
-        return Stage(
-            "size_matched" if companion else "scrub",
-            f"what {student.label} wrote, seed {seed}, {what}",
-            _window_options(options) | ({"seed": seed} if companion else {}),
-            {"corpus": corpus, "sequences": mark, "tokenizer": student.tokenizer},
+        return self._stage(
+            "size_matched" if size_matched else "decontaminate",
+            f"{'size-matched control' if size_matched else 'decontaminate'}: {student.label}'s own text, seed {seed}",
+            _identity_options(options, *_OPTIONS_BESIDE_WINDOW) | ({"seed": seed} if size_matched else {}),
+            {"corpus": corpus, "sequences": fingerprint, "tokenizer": student.tokenizer},
             make,
         )
 
     def train(
         self, start: StudyModel, on: Sequence[Stage], arm: ArmConfig, seed: int, steps: int | None = None
     ) -> StudyModel:
-        """The student after the recipe of the study, or after so many steps of it without evaluation on the way."""
+        """Train a model by the study's recipe, or for `steps` steps without evaluation.
+
+        Args:
+            start: the model to train.
+            on: corpora with equal shares of the rows that the recipe's `mixture` leaves.
+            arm: its changes of the recipe.
+            seed: seed of the order of the rows.
+            steps: steps in place of the recipe's.
+        """
         recipe = with_default_evals(self.config.train, self.config.score, self.config.extract)
         if steps is not None:
-            recipe = replace(recipe, steps=steps, **_NO_EVALUATION)
-        last, earlier = on[-1], on[:-1]
+            recipe = replace(recipe, steps=steps, max_epochs=None, **_NO_EVALS)
+        changes = {name: getattr(arm, name) for name in ("learning_rate", "packing")}
+        mixture = parse_mixture(recipe.mixture)
+        share = (1 - float(sum(part for _, part in mixture))) / len(on)
         options = replace(
             recipe,
             model=start.ref,
-            corpus=str(self.root / last.name),
-            mixture=tuple(f"{self.root / one.name}={1 / len(on):.9f}" for one in earlier),
+            corpus=str(self.root / on[-1].name),
+            mixture=(*(f"{self.root / one.name}={share:.9f}" for one in on[:-1]), *recipe.mixture),
             seed=seed,
-            max_epochs=recipe.max_epochs or 1.0,
+            random_loss_sign=arm.random_loss_sign,
             **self._shared(recipe),
-            **shared_overrides(arm, TrainConfig),
+            **{name: value for name, value in changes.items() if value is not None},
         )
-        files = (
-            *options.eval_texts,
-            *options.eval_tasks,
-            *([options.eval_sequences] if options.eval_sequences else []),
-        )
-        stage = Stage(
+        evaluated = (*options.eval_texts, *options.eval_tasks, options.eval_sequences)
+        stage = self._stage(
             "train",
-            f"train {start.label} on {last.label}" + (f" ({arm.name})" if arm.name else ""),
-            yaml_io.to_dict(options, Role.IDENTITY),
+            f"train {start.label} on: {on[-1].label}" + (f" ({arm.name})" if arm.name else ""),
+            _identity_options(options, "mixture", "max_epochs", "eval_texts", "eval_tasks", "eval_sequences", "wandb")
+            | {"seed": seed, "mixture": [str(part) for _, part in mixture]},
             {
                 "model": start.fingerprint,
                 **{f"corpus {number}": one for number, one in enumerate(on)},
-                **{f"measured {number}": self.files.eval_files(file) for number, file in enumerate(files)},
+                **{f"mixture {n}": open_corpus(folder).fingerprint for n, (folder, _) in enumerate(mixture)},
+                **{f"eval {n}": self.files.eval_files(file) for n, file in enumerate(evaluated) if file},
             },
             lambda out: train_with_evals(replace(options, out=str(out))),
             *_tokens_and_flops(
                 start, (options.steps or 0) * options.batch_size * options.seq_len, options.seq_len, passes=3
             ),
+            is_collective=True,
         )
         label = f"{start.label} after {arm.name or 'its own text'}, seed {seed}"
         return replace(start, ref=str(self.root / stage.name), fingerprint=stage, label=label)
 
-    def noise(self, base: StudyModel, trained: StudyModel, arm: ArmConfig, seed: int) -> StudyModel:
-        """The base with noise as long as the change of training, times the arm's weight."""
+    def add_noise(self, base: StudyModel, trained: StudyModel, arm: ArmConfig, seed: int) -> StudyModel:
+        """Add weight noise to the base, as large as the change of training times the arm's weight."""
         weight = 1.0 if arm.weight is None else arm.weight
-        stage = Stage(
+        stage = self._stage(
             "noise",
             f"{base.label} with noise of {weight:g} times the change, seed {seed}",
-            {"seed": seed} | ({} if weight == 1 else {"weight": weight}),
+            {"seed": seed, "weight": weight},
             {"base": base.fingerprint, "student": trained.fingerprint},
             lambda out: _make_once(
                 out, lambda folder: hub.add_weight_noise(base.ref, trained.ref, folder, seed, weight)
@@ -203,9 +236,9 @@ class StageFactory:
         return replace(base, ref=str(self.root / stage.name / "model"), fingerprint=stage, label=stage.label)
 
     def merge(self, base: StudyModel, trained: StudyModel, arm: ArmConfig) -> StudyModel:
-        """A point on the line through the base and the trained student."""
+        """Interpolate or extrapolate between the base and the trained student."""
         options = MergeConfig(base=base.ref, student=trained.ref, weight=arm.weight)
-        stage = Stage(
+        stage = self._stage(
             "merge",
             f"{base.label} merged with {trained.label} at {arm.weight}",
             {"weight": arm.weight},
@@ -215,116 +248,123 @@ class StageFactory:
         return replace(base, ref=str(self.root / stage.name / "model"), fingerprint=stage, label=stage.label)
 
     def score(self, model: StudyModel) -> Stage:
-        """What a model can do."""
+        """Score a model on the study's tasks and texts."""
         options = replace(self.config.score, model=model.ref, **self._shared(self.config.score))
-        # By name and content, not by place: a study may be moved with its files.
-        references = (*options.tasks, *options.texts, *([options.task_folder] if options.task_folder else []))
+        # By name and content, not by path: a study may be moved with its files.
+        references = (*options.tasks, *options.texts)
         files = {f"{n}: {Path(path).name}": self.files.eval_files(path) for n, path in enumerate(references)}
-        return Stage(
+        return self._stage(
             "score",
             f"score {model.label}",
-            yaml_io.to_dict(options, Role.IDENTITY),
+            _identity_options(options, "tasks", "texts", "batch_tokens"),
             {"model": model.fingerprint, "tokenizer": model.tokenizer, **files},
             lambda out: evals.score(replace(options, out=str(out / "score.json"))),
+            is_collective=True,
         )
 
-    def extract(self, model: StudyModel, corpus: Stage | None) -> Stage:
-        """What a model reproduces of the sequences, which are divided by what a corpus showed of them."""
-        folder = "" if corpus is None else str(self.root / corpus.name)
-        options = replace(self.config.extract, corpus=folder)
-        return self._extract(
-            model, options, f"extract from {model.label}", {} if corpus is None else {"corpus": corpus}
-        )
+    def extract(self, model: StudyModel, corpus: Stage | None, base: StudyModel | None = None) -> Stage:
+        """Extract the study's sequences from a model, classified by their overlap with a corpus.
+
+        `base` is the checkpoint that `verify` compares with; None: the model itself.
+        """
+        options = self.config.extract
+        inputs: dict[str, str | Stage] = {} if corpus is None else {"corpus": corpus}
+        verified = options.base or (base.ref if base is not None and options.verify else "")
+        options = replace(options, corpus="" if corpus is None else str(self.root / corpus.name), base=verified)
+        for name, ref in (("base", verified), ("untrained_baseline", options.untrained_baseline)):
+            if ref:
+                inputs[name] = self.files.model(ref)
+        return self._extract(model, options, f"extract from {model.label}", inputs)
 
     def extract_in_format(self, model: StudyModel, form: PromptFormat) -> Stage:
-        """The same, asked for in another format."""
+        """Extract the study's sequences in another format."""
         window = evals.make_window(self.config.extract)
-        usual = replace(self.config.extract, protocol=None, prefix=window.prefix, suffix=window.suffix)
-        options = replace(usual, **shared_overrides(form, ExtractConfig))
-        return self._extract(model, options, f"extract from {model.label}, {form.name}", {})
+        usual = replace(self._probe_options(), protocol=None, prefix=window.prefix, suffix=window.suffix)
+        changes = {name: value for name in FORMAT_OPTIONS if (value := getattr(form, name)) is not None}
+        return self._extract(model, replace(usual, **changes), f"extract from {model.label}, {form.name}", {})
 
     def extract_aa(self, model: StudyModel) -> dict[str, Stage]:
-        """The same once more, on the same model, in ways that should not matter."""
-        options = self.config.extract
-        dtype = self.config.dtype or options.dtype
-        other = "bfloat16" if dtype == "float32" else "float32"
+        """Extract again from the same model in another batch size and in another dtype."""
+        options = self._probe_options()
+        other = "bfloat16" if (self.config.dtype or options.dtype) == "float32" else "float32"
         tokens = _SMALL_BATCH * (evals.make_window(options).length + 1)
-        ways: dict[str, dict[str, Any]] = {
-            f"{_SMALL_BATCH} rows at once": {"batch_tokens": tokens},
-            f"in {other}": {"dtype": other},
+        repeats: dict[str, dict[str, Any]] = {
+            f"batch of {_SMALL_BATCH} rows": {"batch_tokens": tokens},
+            other: {"dtype": other},
         }
         return {
-            way: self._extract(model, options, f"extract from {model.label}, {way}", {"again": way}, **changes)
-            for way, changes in ways.items()
+            name: self._extract(model, options, f"extract from {model.label}, {name}", {"aa_repeat": name}, **changes)
+            for name, changes in repeats.items()
         }
 
     def extract_continuations(self, model: StudyModel, continuations: Stage) -> Stage:
-        """How many of a base's own continuations a model follows."""
+        """Extract the base's own continuations of unseen text from a model."""
         return self._extract(
             model,
-            replace(
-                self.config.extract,
-                offset=0,
-                random_offset=False,
-                limit=None,
-                control_sequences="",
-                duplicate_counts="",
-            ),
-            f"continuations that {model.label} follows",
+            replace(self._probe_options(), offset=0, random_offset=False, limit=None),
+            f"extract continuations of unseen text from {model.label}",
             {"sequences": continuations},
             sequences=str(self.root / continuations.name / CONTINUATIONS),
         )
 
+    def _probe_options(self) -> ExtractConfig:
+        """Return the options of extraction without decoding and without further models and sets."""
+        extras = ("control_sequences", "duplicate_counts", "untrained_baseline", "base")
+        return replace(self.config.extract, greedy_decode=False, verify=False, **dict.fromkeys(extras, ""))
+
     def _extract(
         self, model: StudyModel, options: ExtractConfig, label: str, inputs: dict[str, str | Stage], **changes: Any
     ) -> Stage:
-        options = replace(options, model=model.ref, greedy_decode=False, **{**self._shared(options), **changes})
+        options = replace(options, model=model.ref, **{**self._shared(options), **changes})
         given = inputs.get("sequences") or evals.sequences_fingerprint(options.sequences)
-        files = {}
-        if options.control_sequences:
-            files["control_sequences"] = evals.sequences_fingerprint(options.control_sequences)
-        if options.duplicate_counts:
-            files["duplicate_counts"] = self.files.eval_files(options.duplicate_counts)
-        return Stage(
+        for name in ("control_sequences", "duplicate_counts"):
+            if path := getattr(options, name):
+                inputs[name] = evals.sequences_fingerprint(path)
+        return self._stage(
             "extract",
             label,
-            yaml_io.to_dict(options, Role.IDENTITY),
-            {"model": model.fingerprint, "tokenizer": model.tokenizer, **inputs, **files, "sequences": given},
+            _identity_options(options, *_EXTRACT_INPUTS, "batch_tokens"),
+            {"model": model.fingerprint, "tokenizer": model.tokenizer, **inputs, "sequences": given},
             lambda out: evals.extract(replace(options, out=str(out / "extract.json"))),
+            is_collective=True,
         )
 
-    def continuations(self, base: StudyModel) -> Stage:
-        """A base's own continuations of text that nobody was trained on."""
+    def continue_unseen_text(self, base: StudyModel) -> Stage:
+        """Decode a base's greedy continuations of unseen text."""
         options = replace(self.config.extract, model=base.ref, **self._shared(self.config.extract))
-        asked = self.config.memorization
-        texts, n = asked.unseen_text, asked.never_trained_sequences
-        return Stage(
+        probes = self.config.memorization
+        texts, n = probes.unseen_text, probes.never_trained_sequences
+        return self._stage(
             "continue",
             f"continue {Path(texts).name} by {base.label}",
-            _window_options(options) | {"sequences": n, "start_token": options.start_token, "dtype": options.dtype},
+            _identity_options(options, *_OPTIONS_BESIDE_WINDOW)
+            | {"sequences": n, "start_token": options.start_token, "dtype": options.dtype},
             {"model": base.fingerprint, "tokenizer": base.tokenizer, "texts": self.files.eval_files(texts)},
             lambda out: make_control_continuations(options, texts, n, out),
         )
 
-    def relearn(self, student: StudyModel, seed: int) -> StudyModel:
-        """A model after a moment of text that has nothing to do with the sequences."""
-        asked = self.config.memorization
-        text = self.import_text(student, ArmConfig("relearning", "text", text=asked.relearn_corpus))
-        return self.train(student, [text], ArmConfig("relearning"), seed, asked.relearn_steps)
+    def extract_after_relearning(self, model: StudyModel, seed: int) -> Stage:
+        """Train a model for a few steps on text that is unrelated to the sequences, then extract them."""
+        probes = self.config.memorization
+        text = self.import_text(model, ArmConfig("relearning", "text", text=probes.relearn_corpus))
+        trained = self.train(model, [text], ArmConfig("relearning"), seed, probes.relearn_steps)
+        return self._extract(trained, self._probe_options(), f"extract from {trained.label}", {})
 
-    def proxies(self, student: StudyModel, source: StudyModel, corpus: Stage, seed: int) -> tuple[Stage, Stage]:
-        """What a corpus is to a student before training, and as it was drawn to its source."""
-        drawn = self.sample_and_retokenize(source, student, ArmConfig("", keep_source_tokens=True), seed)
-        return self._proxy(student, corpus, self.config.embedding_model), self._proxy(source, drawn)
+    def measure_proxies(
+        self, student: StudyModel, source: StudyModel, corpus: Stage, seed: int
+    ) -> tuple[Stage, Stage]:
+        """Measure a corpus under the student before training, and its sampled tokens under the source."""
+        sampled = self.sample(source, ArmConfig(), seed)
+        return self._proxy(student, corpus, self.config.embedding_model), self._proxy(source, sampled)
 
     def _proxy(self, reader: StudyModel, corpus: Stage, embedder: str = "") -> Stage:
         options = replace(self.config.score, **self._shared(self.config.score))
         documents, vectors = self.config.proxy_sample_size, {}
         if embedder:
-            vectors = {"embedder": self.files.model(embedder), "embedder's tokenizer": self.files.tokenizer(embedder)}
-        return Stage(
+            vectors = {"embedder": self.files.model(embedder), "embedder_tokenizer": self.files.tokenizer(embedder)}
+        return self._stage(
             "proxies",
-            f"what {corpus.label} is to {reader.label}",
+            f"proxies under {reader.label}: {corpus.label}",
             {"documents": documents, "dtype": options.dtype, "limit": options.limit},
             {
                 "corpus": corpus,
@@ -339,25 +379,32 @@ class StageFactory:
         )
 
     def _shared(self, section: Any) -> dict[str, Any]:
+        """Return mesh and dtype of a section: its own mesh, else the study's; the study's dtype, else its own."""
         return {"mesh": section.mesh or self.config.mesh, "dtype": self.config.dtype or section.dtype}
 
 
 def _tokens_and_flops(model: StudyModel, tokens: int, length: int, *, passes: int) -> tuple[int, float]:
-    """Tokens in rows of a length, and the FLOPs of so many passes over them (a backward pass counts for two)."""
+    """Return the tokens, and the FLOPs of `passes` passes over rows of `length` tokens (a backward pass counts two)."""
     decoder, _ = hub.read_config(model.tokenizer_ref)
     return tokens, tokens * training.flops_per_token(decoder, length) * passes / 3
 
 
 def _stop_id(student: StudyModel) -> int | None:
-    """The token that ends documents for a student; None: its tokenizer's EOS."""
+    """Return the token that ends a student's documents; None: the tokenizer's EOS."""
     return student.stop_ids[0] if student.stop_ids else None
 
 
 def _make_once(folder: Path, make: Callable[[Path], object]) -> None:
-    """Make the model in a stage's folder; a whole one that is there already was finished just before a kill."""
+    """Make the model in a stage's folder, unless a killed process has finished it already."""
     if not (folder / "model").exists():
         make(folder / "model")
 
 
-def _window_options(options: ExtractConfig) -> dict[str, Any]:
-    return {name: value for name, value in yaml_io.to_dict(options).items() if name in WINDOW}
+_EXTRACT_INPUTS = ("sequences", "base", "untrained_baseline", "control_sequences", "duplicate_counts")
+
+
+def _identity_options(
+    options: SampleConfig | TrainConfig | ScoreConfig | ExtractConfig, *left_out: str
+) -> dict[str, Any]:
+    """Return the options that decide a stage's output; files are among its inputs, by content."""
+    return {name: value for name, value in yaml_io.to_dict(options).items() if name not in (*_PATH_OPTIONS, *left_out)}

@@ -1,0 +1,317 @@
+"""Extraction results of a study: every student compared with its base, sequence by sequence.
+
+| in `results.json` | content |
+|---|---|
+| a cell's `extraction` | all sequences; by overlap class (also at other thresholds), by group, H |
+| a cell's `probes` | the same sequences in other formats and after relearning, against the base in the same probe |
+| a cell's `fragility` | comparison with equally probable continuations of unseen text (`study.matched_fragility`) |
+| `aa_repeats` | share of sequences whose exact match flips when the same base is measured again |
+| `decontamination` | students of decontaminated corpora minus students of size-matched controls, over seeds |
+| `swap_effects` | effect of being in the corpus, by swapped corpora (`study.swap_effect`) |
+
+**H** is half of the set, assigned by hash before sampling. It is reported where an arm is decontaminated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from jax_selftrain import evals
+from jax_selftrain.config import ArmConfig, ExtractConfig, StudyConfig, yaml_io
+from jax_selftrain.errors import InputError
+from jax_selftrain.evals import n_p_discoverable
+from jax_selftrain.evals.overlap_classes import CLASSES, THRESHOLDS
+from jax_selftrain.evals.result_files import read_jsonl
+from jax_selftrain.stats import estimators
+from jax_selftrain.stats.paired_results import paired_means, paired_proportions
+from jax_selftrain.study.dag import Stage
+from jax_selftrain.study.design import Design, StudyCell
+from jax_selftrain.study.matched_fragility import compare_with_matched
+from jax_selftrain.study.measure_names import (
+    AFTER_RELEARNING,
+    FORMATTED,
+    GROUP,
+    HELD_OUT,
+    UNSEEN,
+    is_primary_format,
+    is_secondary,
+)
+from jax_selftrain.study.swap_effect import naive_difference, swap_effect
+
+Arrays = dict[str, np.ndarray]
+Cells = Sequence[Mapping[str, Any]]
+
+
+# Comparison with the base ---------------------------------------------------------------------------------------
+
+
+def compare_extraction(before: Arrays, after: Arrays, groups: Sequence[str] | None) -> dict[str, Any]:
+    """Compare all sequences, each overlap class, and each group of the set."""
+    parts = {"all": np.ones(before["sequence"].size, bool)}
+    if "class" in before:
+        parts |= {name: before["class"] == name for name in CLASSES}
+    if HELD_OUT in before:
+        parts[HELD_OUT] = before[HELD_OUT]
+    labels = np.array(groups or [])
+    old, new = (n_p_discoverable(side["logprob"]) for side in (before, after))
+    return {
+        "n": before["sequence"].size,
+        "classes": {name: compare_sequences(before, after, members) for name, members in parts.items()},
+        "groups": [
+            {"name": name, **compare_sequences(before, after, labels == name)} for name in dict.fromkeys(groups or [])
+        ],
+        "discoverable": [
+            {"draws": int(draws), "p": float(p), **paired_proportions(old[key], new[key])}
+            for key in old
+            for draws, p in (key.split("@"),)
+        ],
+    }
+
+
+def compare_sequences(before: Arrays, after: Arrays, members: np.ndarray) -> dict[str, Any]:
+    """Compare the sequences in `members` (bool [N]) before and after; only `n` if it is empty.
+
+    `logprob` is the mean of log p_z, which improbable sequences dominate. `pz` is the mean of p_z: the share of
+    sequences that one sample reproduces.
+    """
+    if not members.any():
+        return {"n": 0}
+    old, new = ({name: side[name][members] for name in side} for side in (before, after))
+    exact = old["exact_match"], new["exact_match"]
+    return {
+        "n": int(members.sum()),
+        "exact_match": paired_proportions(*exact),
+        "flips": asdict(estimators.mcnemar_table(*exact)),
+        **{
+            name: paired_means(old[name], new[name])
+            for name in ("token_accuracy", "teacher_forced_accuracy", "logprob")
+            if name in old
+        },
+        "pz": paired_means(np.exp(old["logprob"]), np.exp(new["logprob"])),
+    }
+
+
+def duplicate_groups(config: ExtractConfig, n: int) -> list[str] | None:
+    """Return the `group` field of a JSONL extraction set, if every line has one."""
+    path = Path(config.sequences)
+    if not path.is_file() or path.suffix in (".npy", ".parquet") or config.offset:
+        return None
+    groups = [row.get("group") for _, row in read_jsonl(path, config.limit)]
+    if len(groups) != n:
+        raise InputError(f"{path}: has changed since extraction; run the same command again")
+    return [str(group) for group in groups] if all(group is not None for group in groups) else None
+
+
+def read_table(path: Path) -> Arrays:
+    """Read the columns of a Parquet file. Raises InputError if it cannot be read."""
+    try:
+        table = pq.read_table(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); delete it and run the same command again") from None
+    return {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
+
+
+def check_same_keys(before: Arrays, after: Arrays, keys: Sequence[str], folder: Path) -> None:
+    """Refuse tables of different sequences. Raises InputError."""
+    for key in keys:
+        if not np.array_equal(before[key], after[key]):
+            raise InputError(f"{folder}: base and student were measured on different sequences ({key} differs); delete this folder"
+                " and run again")
+
+
+# One cell -------------------------------------------------------------------------------------------------------
+
+
+def cell_extraction(config: StudyConfig, design: Design, cell: StudyCell) -> dict[str, Any]:
+    """Return `extraction`, `probes` and `fragility` of a cell; `identical`: every number equals the base's."""
+    if cell.extract is None:
+        return {"extraction": None, "probes": {}, "fragility": None, "identical": True}
+    before, after = _tables(design, design.extract_base[cell.student], cell.extract)
+    labels = {name: after[name] for name in after if name in ("overlap", "class")}
+    if any(arm.kind == "decontaminated" for arm in config.arms):
+        labels[HELD_OUT] = evals.held_out_half(evals.sequences_fingerprint(config.extract.sequences), before["index"])
+    window, groups = evals.make_window(config.extract), duplicate_groups(config.extract, before["sequence"].size)
+    extraction = {
+        "prefix": window.prefix,
+        "suffix": window.suffix,
+        "min_overlap": config.extract.min_overlap,
+        **compare_extraction({**before, **labels}, after, groups),
+    }
+    if "overlap" in labels:
+        extraction["thresholds"] = _by_threshold(before, after, window.suffix)
+    bases = design.base_probes[cell.student, cell.seed]
+    probes = {name: _tables(design, bases[name], stage) for name, stage in cell.probes.items()}
+    unseen = probes.pop(UNSEEN, None)
+    everything = {name: np.ones(pair[0]["sequence"].size, bool) for name, pair in probes.items()}
+    return {
+        "extraction": extraction,
+        "probes": {name: compare_sequences(*pair, everything[name]) for name, pair in probes.items()},
+        "fragility": None if unseen is None else compare_with_matched((before, after), unseen),
+        "identical": np.array_equal(before["logprob"], after["logprob"]),
+    }
+
+
+def _tables(design: Design, base: Stage, student: Stage) -> tuple[Arrays, Arrays]:
+    folders = design.folder(base), design.folder(student)
+    before, after = (read_table(folder / "extract.sequences.parquet") for folder in folders)
+    check_same_keys(before, after, ("sequence",), folders[1])
+    return before, after
+
+
+def _by_threshold(before: Arrays, after: Arrays, suffix: int) -> list[dict[str, Any]]:
+    """Compare overlap classes at other thresholds."""
+    found = []
+    for threshold in (one for one in THRESHOLDS if one <= suffix):
+        classes = evals.classify(after["overlap"], suffix, threshold)
+        for name in CLASSES:
+            part = compare_sequences(before, after, classes == name)
+            found.append({"threshold": threshold, "class": name, **part})
+    return found
+
+
+def extraction_measures(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return `exact_match` and `log_pz` of a cell: all sequences, and `/NAME` of each class, group and probe.
+
+    `pz`, the mean of p_z, is returned for all sequences, H and the classes.
+    """
+    extraction = cell["extraction"]
+    if not extraction:
+        return {}
+    parts = {"" if name == "all" else name: part for name, part in extraction["classes"].items()}
+    parts |= {f"{GROUP}{part['name']}": part for part in extraction["groups"]}
+    parts |= {n if n == AFTER_RELEARNING else f"{FORMATTED}{n}": part for n, part in cell["probes"].items()}
+    found = {}
+    for name, part in parts.items():
+        if part["n"]:
+            suffix = f"/{name}" if name else ""
+            found[f"exact_match{suffix}"] = part["exact_match"]
+            found[f"log_pz{suffix}"] = part["logprob"]
+            if name in ("", HELD_OUT, *CLASSES):
+                found[f"pz{suffix}"] = part["pz"]
+    return found
+
+
+# Over cells -----------------------------------------------------------------------------------------------------
+
+
+def aa_flip_rate(design: Design) -> list[dict[str, Any]]:
+    """Measure how often exact match flips in A/A repeats of the base, and the mean |Δ log p_z|."""
+    found = []
+    for student, repeats in design.aa_repeats.items():
+        for repeat, stage in repeats.items():
+            first, second = _tables(design, design.extract_base[student], stage)
+            found.append(
+                {
+                    "student": student,
+                    "repeat": repeat,
+                    "n": int(first["sequence"].size),
+                    "flips": evals.flip_rate(first, second),
+                    "log_pz": float(np.mean(np.abs(first["logprob"] - second["logprob"]))),
+                }
+            )
+    return found
+
+
+def decontamination_effect(config: StudyConfig, cells: Cells) -> list[dict[str, Any]]:
+    """Compare students of decontaminated corpora with students of size-matched controls, seed by seed."""
+    found = []
+    pairs = [
+        (one.name, other.name)
+        for one in config.arms
+        for other in config.arms
+        if (one.kind, other.kind) == ("decontaminated", "size_matched") and _same_settings(one, other)
+    ]
+    for decontaminated, control in pairs:
+        for student in dict.fromkeys(cell["student"] for cell in cells):
+            by_arm = {
+                arm: {c["seed"]: c["measures"] for c in cells if (c["student"], c["treatment"]) == (student, arm)}
+                for arm in (decontaminated, control)
+            }
+            if not by_arm[decontaminated] or by_arm[decontaminated].keys() != by_arm[control].keys():
+                continue
+            sides = [list(by_arm[arm].values()) for arm in (decontaminated, control)]
+            for measure in sides[0][0]:
+                if not all(measure in one for side in sides for one in side):
+                    continue
+                if not (is_primary_format(measure) or is_secondary(measure) or measure.endswith(f"/{HELD_OUT}")):
+                    continue
+                seeds = [
+                    one[measure]["after"]["value"] - other[measure]["after"]["value"]
+                    for one, other in zip(*sides, strict=True)
+                ]
+                found.append(
+                    {
+                        "student": student,
+                        "decontaminated": decontaminated,
+                        "size_matched": control,
+                        "measure": measure,
+                        "difference": asdict(estimators.mean(seeds)),
+                        "seeds": seeds,
+                        "n": sides[0][0][measure]["change"]["n"],
+                    }
+                )
+    return found
+
+
+def _same_settings(one: ArmConfig, other: ArmConfig) -> bool:
+    """Return True if two arms differ in name and kind only."""
+    plain = [{k: v for k, v in yaml_io.to_dict(arm).items() if k not in ("name", "kind")} for arm in (one, other)]
+    return plain[0] == plain[1]
+
+
+def swap_effects(design: Design) -> list[dict[str, Any]]:
+    """Estimate the effect of being seen for students whose corpora, one a seed, hold different sequences."""
+    found = []
+    for student, treatment in dict.fromkeys((cell.student, cell.treatment) for cell in design.cells):
+        tables = [
+            read_table(design.folder(cell.extract) / "extract.sequences.parquet")
+            for cell in design.cells
+            if (cell.student, cell.treatment) == (student, treatment) and cell.extract is not None
+        ]
+        if len(tables) < 2 or not all("class" in table for table in tables):
+            continue
+        classes = [table["class"] for table in tables]
+        for measure, column in (("exact_match", "exact_match"), ("log_pz", "logprob")):
+            outcomes = [table[column] for table in tables]
+            effect = swap_effect(outcomes, classes)
+            if effect is not None:
+                naive = naive_difference(outcomes, classes)
+                entry = {"student": student, "treatment": treatment, "measure": measure, "seeds": len(tables)}
+                found.append(entry | {"effect": asdict(effect), "naive": naive})
+    return found
+
+
+def fragility(cells: Cells) -> list[dict[str, Any]]:
+    """Average the comparison with matched continuations over seeds."""
+    found = []
+    for student, treatment in dict.fromkeys((cell["student"], cell["treatment"]) for cell in cells):
+        members = [c["fragility"] for c in cells if (c["student"], c["treatment"]) == (student, treatment)]
+        if any(one is None for one in members):
+            continue
+        is_measured = all(one["exact_match"] for one in members)
+        found.append(
+            {
+                "student": student,
+                "treatment": treatment,
+                "seeds": len(members),
+                "n": min(one["n"] for one in members),
+                "unmatched": max(one["unmatched"] for one in members),
+                "controls": min(one["controls"] for one in members),
+                **{
+                    measure: {
+                        side: asdict(estimators.mean([one[measure][side] for one in members]))
+                        for side in ("sequences", "controls", "difference")
+                    }
+                    if is_measured
+                    else None
+                    for measure in ("exact_match", "log_pz")
+                },
+            }
+        )
+    return found

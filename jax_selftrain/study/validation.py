@@ -1,0 +1,208 @@
+"""Checks of a study before anything is written: what can be known to be wrong is reported at once."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jax_selftrain import evals, hub, likelihood, sampling, training
+from jax_selftrain.config import ArmConfig, StudyConfig, TrainConfig, yaml_io
+from jax_selftrain.corpus import open_corpus, parse_mixture
+from jax_selftrain.distributed.mesh import make_mesh
+from jax_selftrain.errors import InputError
+from jax_selftrain.evals.result_files import read_jsonl
+from jax_selftrain.evals.score import check_batch
+from jax_selftrain.study.eval_hooks import evaluation_hooks, with_default_evals
+from jax_selftrain.study.measure_names import AFTER_RELEARNING, MAIN_EFFECT, UNSEEN
+from jax_selftrain.study.preregistration import check_claims
+from jax_selftrain.study.stage_factory import FORMAT_OPTIONS
+
+STUDY_OWNED_OPTIONS = {
+    "sample": ("model", "out", "seed", "stop_ids", "start_id"),
+    "train": ("model", "corpus", "out", "seed", "random_loss_sign"),
+    "score": ("model", "out"),
+    "extract": ("model", "corpus", "out"),
+}
+"""Options of the sections that the study sets itself."""
+
+_SAMPLING = ("keep_source_tokens", "temperature", "top_k", "top_p", "min_p")
+_TRAINING = ("learning_rate", "packing", "random_loss_sign")
+_UNUSED_OPTIONS: dict[str, tuple[str, ...]] = {
+    "self": ("generations", "replay"),
+    "shuffled": ("generations", "replay"),
+    "decontaminated": ("generations", "replay"),
+    "size_matched": ("generations", "replay"),
+    "text": ("generations", "replay", *_SAMPLING),
+    "noise": ("generations", "replay", *_SAMPLING, *_TRAINING),
+    "extrapolate": ("generations", "replay", *_SAMPLING, *_TRAINING),
+    "generations": (),
+}
+"""Options that an arm of each kind does not use."""
+
+
+def check_study(config: StudyConfig) -> None:
+    """Check the options, files and models of a study; load no weights and write nothing.
+
+    Raises:
+        InputError: something is missing, unknown or does not fit.
+    """
+    yaml_io.require(config, "out", "models", "seeds")
+    if Path(config.out).is_file():
+        raise InputError(f"--out {config.out}: is a file; give a folder")
+    _check_names(config)
+    for section, fields in STUDY_OWNED_OPTIONS.items():
+        default = getattr(StudyConfig(), section)
+        for field in fields:
+            if getattr(getattr(config, section), field) != getattr(default, field):
+                raise InputError(f"{section}.{field} is set by the study; leave it out")
+    if not (config.score.tasks or config.score.texts or config.extract.sequences):
+        raise InputError("nothing to measure: set score.tasks, score.texts or extract.sequences")
+    students, sources = _members(config)
+    if config.train.steps is None and (len(students) > 1 or len(sources) > 1 or len(config.seeds) > 1 or config.arms):
+        raise InputError("train.steps is required: all cells of a study are trained for the same number of steps")
+    for arm in config.arms:
+        _check_arm(arm, config)
+    _check_memorization(config)
+    check_claims(config)
+    _check_files(config)
+    models = {model.name: model.model for model in config.models}
+    for ref in models.values():
+        hub.model_fingerprint(ref)
+    if config.extract.sequences and len({hub.tokenizer_fingerprint(models[name]) for name in students}) > 1:
+        _require_text(config.extract.sequences)
+    for name in students:
+        _check_student(config, models[name])
+    for name in sources:
+        options = _shared(config, "sample", models[name])
+        sampling.abstract_program(options, make_mesh(options.mesh, devices=jax.local_devices()))
+
+
+def _members(config: StudyConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    students = config.students or tuple(model.name for model in config.models)
+    return students, config.sources or students
+
+
+def _check_names(config: StudyConfig) -> None:
+    for model in config.models:
+        if not (model.name and model.model):
+            raise InputError(
+                f"models: each needs `name` and `model` ({model.name or model.model or 'one has neither'})"
+            )
+    if not all(arm.name for arm in config.arms):
+        raise InputError("arms: each needs a `name`")
+    names, arms = [model.name for model in config.models], [arm.name for arm in config.arms]
+    for kind, values in (("model", names), ("seed", config.seeds), ("arm", arms)):
+        for value, count in Counter[object](values).items():
+            if count > 1:
+                raise InputError(f"{kind} {value!r} is given twice; name each once")
+    for option in ("students", "sources"):
+        _check_known(option, getattr(config, option), names)
+    for option in ("positive_controls", "negative_controls"):
+        _check_known(option, getattr(config, option), arms)
+
+
+def _check_known(option: str, given: Iterable[str], known: Iterable[str]) -> None:
+    known = list(known)
+    for name in given:
+        if name not in known:
+            raise InputError(
+                f"{option}: {name!r} is unknown{yaml_io.did_you_mean(name, known) or '; known: ' + ', '.join(known)}"
+            )
+
+
+def _check_arm(arm: ArmConfig, config: StudyConfig) -> None:
+    _check_known(f"arms: {arm.name}: students", arm.students, _members(config)[0])
+    if arm.name.startswith(MAIN_EFFECT):
+        raise InputError(f"arms: {arm.name!r}: names of main cells begin with {MAIN_EFFECT!r}; choose another name")
+    if (arm.kind == "text") != bool(arm.text):
+        raise InputError(f"arms: {arm.name}: `text` names the file of an arm of kind `text`, and of no other kind")
+    if arm.kind == "extrapolate" and arm.weight is None:
+        raise InputError(f"arms: {arm.name}: an arm of kind `extrapolate` needs its `weight`")
+    if arm.kind not in ("extrapolate", "noise") and arm.weight is not None:
+        raise InputError(f"arms: {arm.name}: `weight` belongs to arms of kind `extrapolate` and `noise` only")
+    if arm.kind == "noise" and arm.weight is not None and not 0 < arm.weight < math.inf:
+        raise InputError(f"arms: {arm.name}: the weight of noise is {arm.weight}; it must be a positive number")
+    default = ArmConfig()
+    for field in _UNUSED_OPTIONS[arm.kind]:
+        if getattr(arm, field) != getattr(default, field):
+            raise InputError(f"arms: {arm.name}: an arm of kind `{arm.kind}` does not use `{field}`; leave it out")
+    if arm.kind in ("decontaminated", "size_matched") and not config.extract.sequences:
+        raise InputError(f"arms: {arm.name}: kind `{arm.kind}` needs extract.sequences, half of which is held out")
+    if arm.generations < 1:
+        raise InputError(f"arms: {arm.name}: generations is {arm.generations}; it must be at least 1")
+
+
+def _check_memorization(config: StudyConfig) -> None:
+    options, default = config.memorization, StudyConfig().memorization
+    if not config.extract.sequences:
+        if replace(options, aa_repeat=default.aa_repeat) != default:
+            raise InputError("memorization: needs extract.sequences; set it, or leave the section out")
+        return
+    names = [form.name for form in options.formats]
+    for form in options.formats:
+        if not form.name or names.count(form.name) > 1 or form.name in (AFTER_RELEARNING, UNSEEN):
+            raise InputError(f"memorization.formats: each needs a unique `name` ({form.name or 'one has none'})")
+        if all(getattr(form, name) is None for name in FORMAT_OPTIONS):
+            raise InputError(
+                f"memorization.formats: {form.name}: changes nothing; set one of {', '.join(FORMAT_OPTIONS)}"
+            )
+    for name in ("never_trained_sequences", "relearn_steps"):
+        if getattr(options, name) < 1:
+            raise InputError(f"memorization.{name} is {getattr(options, name)}; it must be at least 1")
+    if options.unseen_text:
+        evals.load_texts([options.unseen_text])
+    if options.relearn_corpus.endswith(".jsonl") and not Path(options.relearn_corpus).is_file():
+        raise InputError(f"memorization.relearn_corpus {options.relearn_corpus}: no such file")
+
+
+def _check_files(config: StudyConfig) -> None:
+    score = config.score
+    check_batch(
+        score.batch_tokens, limit=score.limit, text_limit=score.text_limit, text_max_tokens=score.text_max_tokens
+    )
+    evals.paths_by_name(evals.load_tasks(score.tasks, score.limit), evals.load_texts(score.texts, score.text_limit))
+
+
+def _require_text(sequences: str) -> None:
+    """Refuse token ids, which are different texts to students with different tokenizers."""
+    path = Path(sequences)
+    rows = read_jsonl(path, 1) if path.suffix == ".jsonl" else ()
+    if not any("text" in row and "tokens" not in row for _, row in rows):
+        raise InputError(
+            f"extract.sequences {sequences}: the students have different tokenizers, for which token ids are different "
+            "texts; give JSONL with `text`"
+        )
+
+
+def _check_student(config: StudyConfig, model: str) -> None:
+    """Check a student's training, scoring and extraction."""
+    options: TrainConfig = _shared(config, "train", model)
+    decoder, _ = hub.read_config(model)
+    if options.seq_len > decoder.max_positions:
+        raise InputError(
+            f"train.seq_len {options.seq_len}: {model} has only {decoder.max_positions} positions; shorten the rows"
+        )
+    options = with_default_evals(options, config.score, config.extract)
+    training.check_ranges(options)
+    for folder, _ in parse_mixture(options.mixture):
+        open_corpus(folder, tokenizer_fingerprint=hub.tokenizer_fingerprint(model))
+    training.abstract_program(options, make_mesh(options.mesh))
+    training.check_hooks(options, evaluation_hooks(options))
+    training.check_tracking(options.wandb)
+    if config.score.tasks or config.score.texts:
+        scoring = _shared(config, "score", model)
+        likelihood.abstract_program(scoring, make_mesh(scoring.mesh))
+    if config.extract.sequences:
+        evals.load_extraction_sets(_shared(config, "extract", model))
+
+
+def _shared(config: StudyConfig, section: str, model: str) -> Any:
+    """Return a section's options with a model and the study's mesh and dtype."""
+    options = getattr(config, section)
+    return replace(options, model=model, mesh=options.mesh or config.mesh, dtype=config.dtype or options.dtype)
