@@ -27,6 +27,7 @@ from jax_selftrain.config.metadata import Role, fields_with_role, roles
 from jax_selftrain.distributed import DistributedConfig, current, distributed_context, hard_exit, live_processes
 from jax_selftrain.errors import InputError, SelftrainError
 from jax_selftrain.io.import_guard import mark_cli_process
+from jax_selftrain.io.lease import wait_for_lease
 from jax_selftrain.io.remote_paths import restore_uris
 from jax_selftrain.remote import download, localize_uris
 from jax_selftrain.version import __version__
@@ -122,6 +123,9 @@ def _main(argv: list[str]) -> int:
                 stack.enter_context(distributed_context(processes, program=program))
             options = stack.enter_context(localize_uris(options, exclusive=current() is None))
             result = getattr(import_module(module), function)(options.folder if name == "report" else options)
+            if name in ("run", "study") and not getattr(options, "dry_run", False) and _is_first_process():
+                with wait_for_lease(Path(options.out) / ".report.lease"):  # processes that share the folder
+                    import_module("jax_selftrain.report").write_report(options.out)
             text = restore_uris(summary(name, options, result)) if _is_first_process() else ""
         if text:
             print(text)

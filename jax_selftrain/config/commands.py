@@ -144,7 +144,7 @@ class TrainConfig:
     """The student before training. With `--init scratch` only its config and tokenizer are read."""
     corpus: SetByStudy[Input[str]] = ""
     """The corpus folder to train on."""
-    mixture: SetByStudy[Input[tuple[str, ...]]] = ()
+    mixture: Input[tuple[str, ...]] = ()
     """Other corpora to mix in, each as `FOLDER=SHARE` with its share of the rows; the rest are of the corpus itself."""
     max_epochs: Execution[float | None] = None
     """Refuse a run that would pass over any of its corpora more often than this."""
@@ -339,11 +339,11 @@ class ExtractConfig:
     """Consecutive tokens shared with the suffix from which a sequence no longer counts as held out."""
     control_sequences: Input[str] = ""
     """Sequences that no model was trained on, measured in the same way."""
-    untrained_baseline: SetByStudy[Input[str]] = ""
+    untrained_baseline: Input[str] = ""
     """A model that never saw the data, measured on the same sequences."""
-    verify: SetByStudy[bool] = False
+    verify: bool = False
     """Mark the sequences that the base reproduces, and count kept, lost, gained and never on the whole set."""
-    base: SetByStudy[Input[str]] = ""
+    base: Input[str] = ""
     """The exact checkpoint to verify with; unset: the model itself."""
     limit: int | None = None
     """Use only the first so many sequences."""

@@ -67,6 +67,8 @@ class ModelConfig:
     stop_ids: tuple[int, ...] | None = None
     """Token ids that end its texts, the first of which ends every document that it is trained on; unset: the sampler's
     own rule, and the tokenizer's EOS."""
+    start_id: int | None = None
+    """The token that its texts start from; unset: the sampler's rule."""
     lineage: str = ""
     """Models of one lineage are at home with each other's text; unset: its own name."""
     data: str = ""
@@ -84,8 +86,8 @@ class ModelConfig:
 
 
 _T = TypeVar("_T")
-_Sampling = Annotated[_T, AppliesTo(("self", "shuffled", "scrubbed", "size_matched", "generations"))]
-_Training = Annotated[_T, AppliesTo(("self", "text", "shuffled", "scrubbed", "size_matched", "generations"))]
+_Sampling = Annotated[_T, AppliesTo(("self", "shuffled", "decontaminated", "size_matched", "generations"))]
+_Training = Annotated[_T, AppliesTo(("self", "text", "shuffled", "decontaminated", "size_matched", "generations"))]
 _Generations = Annotated[_T, AppliesTo(("generations",))]
 
 
@@ -95,19 +97,19 @@ class ArmConfig:
 
     name: str = ""
     """What it is called in the report."""
-    kind: Literal["self", "text", "shuffled", "scrubbed", "size_matched", "noise", "extrapolate", "generations"] = (
-        "self"
-    )
-    """`self`: the student's own text. `text`: real text. `shuffled`: own text, tokens in random order. `scrubbed`: own
-    text without the samples that hold a piece of the held-out half of the extraction set; `companion`: without as many
-    others. `noise`: no training, but weight noise as large as its change. `extrapolated`: base + weight ·
+    kind: Literal[
+        "self", "text", "shuffled", "decontaminated", "size_matched", "noise", "extrapolate", "generations"
+    ] = "self"
+    """`self`: the student's own text. `text`: real text. `shuffled`: own text, tokens in random order.
+    `decontaminated`: own text without the samples that overlap with the held-out half of the extraction set; `size_matched`: without as
+    many others. `noise`: no training, but weight noise as large as its change. `extrapolate`: base + weight ·
     (self-trained − base). `generations`: self-training over and over."""
     students: tuple[str, ...] = ()
     """Students that get it; unset: all."""
     text: Input[str] = ""
     """For `text`: what `jax-selftrain import` reads."""
     weight: float | None = None
-    """For `extrapolated`: below 0 away from the self-trained model, above 1 beyond it. For `noise`: how many times as
+    """For `extrapolate`: below 0 away from the self-trained model, above 1 beyond it. For `noise`: how many times as
     large as the change of training; unset: 1."""
     generations: _Generations[int] = 2
     """For `generations`: how many."""
@@ -139,7 +141,7 @@ class ClaimConfig:
     name: str = ""
     """What it is called in the report."""
     treatment: str = ""
-    """`text of SOURCE`, the name of an arm, or `home - away`: the interaction of the matrix."""
+    """`source NAME`, the name of an arm, or `home - away`: the interaction of the matrix."""
     student: str = ""
     """Whose change it speaks of (`home - away` speaks of all)."""
     comparator: str = ""
@@ -147,7 +149,7 @@ class ClaimConfig:
     measure: str = "accuracy"
     """`accuracy` (chance-normalized, of the eligible tasks), `task/NAME`, `log_odds` of the right choice (of these, or
     `log_odds/NAME`), `text/NAME` (bits per byte), `exact_match`, `log_pz` or `pz` (its mean), of all sequences or of a
-    class, group or view (`exact_match/held_out`, `exact_match/H`, `log_pz/asked FORMAT`, `log_pz/relearned`)."""
+    class, group or view (`exact_match/held_out`, `exact_match/H`, `log_pz/format NAME`, `log_pz/after_relearning`)."""
     direction: Literal["raises", "lowers", "preserves"] = "raises"
     """What is claimed of the measure's change."""
     margin: float | None = None
@@ -183,8 +185,8 @@ class MemorizationConfig:
     unseen_text: Input[str] = ""
     """JSONL with a `text` field that no model was trained on. The base's own greedy continuations of it are a path of
     no memory: how many of them a student leaves, beside sequences that were as probable, is the price of damage."""
-    never_trained_sequences: int = 1000
-    """How many of them, at most."""
+    max_continuations: int = 1000
+    """Maximum number of continuations."""
     relearn_corpus: Input[str] = ""
     """What `jax-selftrain import` reads: text that has nothing to do with the sequences. Every student, and the base,
     is trained on it for a moment and asked again: what comes back was not forgotten."""
@@ -219,14 +221,16 @@ class StudyConfig:
     """Arms that must lower it: shuffled text."""
     seeds: tuple[int, ...] = (0,)
     """Each draws corpora and an order of its own. 0 to 9 are for pilots, those that are reported begin at 100."""
+    keep_source_tokens: bool = False
+    """Train on the sampled tokens where source and student have the same tokenizer, instead of retokenized text."""
     sample: SampleConfig = field(default_factory=SampleConfig)
-    """How corpora are drawn (`model`, `out` and `seed` are the study's)."""
-    train: TrainConfig = field(default_factory=TrainConfig)
-    """The one recipe of all cells (`model`, `corpus`, `out` and `seed` are the study's; `steps` is required)."""
+    """Sampling of corpora (the study sets `model`, `out` and `seed`)."""
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(max_epochs=1.0))
+    """The recipe of all cells (the study sets `model`, `corpus`, `out` and `seed`; `steps` is required)."""
     score: ScoreConfig = field(default_factory=ScoreConfig)
     """Capability of every model (`model` and `out` are the study's)."""
-    extract: ExtractConfig = field(default_factory=ExtractConfig)
-    """Memorization of every model (`model`, `corpus` and `out` are the study's); skipped without `sequences`."""
+    extract: ExtractConfig = field(default_factory=lambda: ExtractConfig(greedy_decode=False))
+    """Memorization of every model (the study sets `model`, `corpus` and `out`); skipped without `sequences`."""
     memorization: MemorizationConfig = field(default_factory=MemorizationConfig)
     """What is asked beside it; only with `extract.sequences`."""
     proxy_sample_size: int = 256

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +53,17 @@ def lease(path: PathLike, *, stale_after: float = 600.0) -> Iterator[bool]:
         done.set()
         heart.join()
         _release(path, content)
+
+
+@contextmanager
+def wait_for_lease(path: PathLike, *, poll_seconds: float = 0.5) -> Iterator[None]:
+    """Claim `path` as soon as no other process holds it; see `lease`."""
+    while True:
+        with lease(path) as claimed:
+            if claimed:
+                yield
+                return
+        time.sleep(poll_seconds)
 
 
 def _acquire(path: Path, content: bytes, stale_after: float) -> bool:

@@ -61,7 +61,11 @@ def decoupling_figure(results: Results) -> Chapter | None:
             )
     tables = tuple(
         table(results[name])
-        for name, table in (("decoupling", _decoupling_table), ("fragility", _fragility_table), ("again", _aa_table))
+        for name, table in (
+            ("decoupling", _decoupling_table),
+            ("fragility", _fragility_table),
+            ("aa_repeats", _aa_table),
+        )
         if results[name]
     )
     html += [table.to_html() for table in tables]
@@ -113,8 +117,8 @@ def _paths(results: Results, student: str) -> tuple[list[str], list[Any]] | None
     """What every treatment's evaluations on the way say, averaged over seeds; None where nothing was measured."""
     curves: dict[str, list[Mapping[str, Sequence[float]]]] = {}
     for cell in results["cells"]:
-        if cell["student"] == student and cell["training"] and cell["training"]["curve"]:
-            curves.setdefault(cell["treatment"], []).append(cell["training"]["curve"])
+        if cell["student"] == student and cell["training"] and cell["training"]["evaluations"]:
+            curves.setdefault(cell["treatment"], []).append(_curve(cell["training"]["evaluations"]))
     if not curves:
         return None
     names = list(next(iter(curves.values()))[0])
@@ -144,12 +148,12 @@ def _fragility_table(found: Sequence[Mapping[str, Any]]) -> Table:
         Column("student", "student"),
         Column("treatment", "treatment"),
         Column("kept", "kept of what the base reproduces (%)", 1),
-        Column("kept_never_trained", "kept of continuations as probable (%)", 1),
+        Column("kept_controls", "kept of continuations as probable (%)", 1),
         Column("difference", "difference (points)", 1, signed=True),
         Column("log_pz", "change of log p_z, difference (nats)", 3, signed=True),
         Column("n", "sequences"),
-        Column("left_out", "without a counterpart"),
-        Column("counterparts", "continuations"),
+        Column("unmatched", "without a counterpart"),
+        Column("controls", "continuations"),
         Column("seeds", "seeds"),
     )
     rows = tuple(
@@ -160,12 +164,12 @@ def _fragility_table(found: Sequence[Mapping[str, Any]]) -> Table:
                 to_display_units(parse_estimate(one["exact_match"][side]), "exact_match")
                 if one["exact_match"]
                 else None
-                for side in ("sequences", "never_trained", "difference")
+                for side in ("sequences", "controls", "difference")
             ),
             parse_estimate(one["log_pz"]["difference"]) if one["log_pz"] else None,
             one["n"],
-            one["left_out"],
-            one["counterparts"],
+            one["unmatched"],
+            one["controls"],
             one["seeds"],
         )
         for one in found
@@ -176,10 +180,15 @@ def _fragility_table(found: Sequence[Mapping[str, Any]]) -> Table:
 def _aa_table(found: Sequence[Mapping[str, Any]]) -> Table:
     columns = (
         Column("student", "base"),
-        Column("way", "measured again"),
+        Column("repeat", "measured again"),
         Column("flips", "exact matches that flip (%)", 2),
         Column("log_pz", "mean |difference| of log p_z (nats)", 6),
         Column("n", "sequences"),
     )
-    rows = tuple((one["student"], one["way"], 100 * one["flips"], one["log_pz"], one["n"]) for one in found)
-    return Table("again", "The same model twice: the floor under every change", columns, rows)
+    rows = tuple((one["student"], one["repeat"], 100 * one["flips"], one["log_pz"], one["n"]) for one in found)
+    return Table("aa_repeats", "The same model twice: the floor under every change", columns, rows)
+
+
+def _curve(evaluations: Mapping[str, Any]) -> dict[str, Sequence[float]]:
+    """Return the evaluations of a cell by name, with their steps."""
+    return {"step": evaluations["step"], **{one["name"]: one["values"] for one in evaluations["measures"]}}

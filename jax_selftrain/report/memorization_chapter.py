@@ -49,7 +49,7 @@ def memorization_chapter(results: Results) -> Chapter | None:
                 "temperature 1 contain with at least that probability (means over seeds).",
             )
         )
-    for name, table in (("scrubbed", _decontamination_table), ("swaps", _swap_table)):
+    for name, table in (("decontamination", _decontamination_table), ("swap_effects", _swap_table)):
         if results[name]:
             show(table(results[name]))
     note = (
@@ -144,14 +144,14 @@ def _decontamination_table(found: Sequence[Mapping[str, Any]]) -> Table:
         Column("student", "student"),
         Column("arms", "arms"),
         Column("measure", "measure"),
-        Column("difference", "scrubbed − companion", 4, signed=True),
+        Column("difference", "decontaminated − size-matched", 4, signed=True),
         Column("n", "items"),
         Column("seeds", "seeds"),
     )
     rows = tuple(
         (
             one["student"],
-            f"{one['scrubbed']} − {one['companion']}",
+            f"{one['decontaminated']} − {one['size_matched']}",
             label(one["measure"]),
             to_display_units(parse_estimate(one["difference"]), one["measure"]),
             one["n"],
@@ -159,7 +159,7 @@ def _decontamination_table(found: Sequence[Mapping[str, Any]]) -> Table:
         )
         for one in found
     )
-    return Table("scrubbed", "Without the held-out half, beside without as much other text", columns, rows)
+    return Table("decontamination", "Without the held-out half, beside without as much other text", columns, rows)
 
 
 def _swap_table(swaps: Sequence[Mapping[str, Any]]) -> Table:
@@ -184,4 +184,4 @@ def _swap_table(swaps: Sequence[Mapping[str, Any]]) -> Table:
         )
         for one in swaps
     )
-    return Table("swaps", "What being seen does, by swapped corpora", columns, rows)
+    return Table("swap_effects", "What being seen does, by swapped corpora", columns, rows)

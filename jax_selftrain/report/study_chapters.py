@@ -16,7 +16,13 @@ from jax_selftrain.report.memorization_chapter import memorization_chapter
 from jax_selftrain.report.page import Chapter, figure_html, note_html
 from jax_selftrain.report.proxy_chapter import proxy_chapter
 from jax_selftrain.report.tables import Column, Table
-from jax_selftrain.study.measure_names import common_measures, display_scale, is_primary_format, main_measure
+from jax_selftrain.study.measure_names import (
+    MAIN_EFFECT,
+    common_measures,
+    display_scale,
+    is_primary_format,
+    main_measure,
+)
 
 Results = Mapping[str, Any]
 
@@ -40,7 +46,7 @@ def study_chapters(results: Results) -> list[Chapter]:
 
 def _design(results: Results) -> Chapter:
     axes = ("lineage", "data", "data_order", "initialization", "tokenizer", "architecture", "size")
-    strengths = results["strength"]
+    strengths = results["base_ability"]
     measured = list(dict.fromkeys(name for one in strengths.values() for name in one))
     design = results["design"]
     rows = tuple(
@@ -99,7 +105,7 @@ def _budget(results: Results) -> Table:
 
 def _cross_model_matrix(results: Results) -> Chapter:
     main = main_measure(results)
-    matrix = [one for one in results["effects"] if one["treatment"] == f"text of {one['source']}"]
+    matrix = [one for one in results["effects"] if one["treatment"] == f"{MAIN_EFFECT}{one['source']}"]
     names = [name for name in common_measures(matrix) if is_primary_format(name)]
     rows = tuple(
         (

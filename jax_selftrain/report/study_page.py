@@ -19,7 +19,7 @@ from jax_selftrain.report.study_chapters import study_chapters
 from jax_selftrain.report.tables import Column, Table
 from jax_selftrain.stats.estimators import Estimate
 from jax_selftrain.stats.noninferiority import HEADLINE
-from jax_selftrain.study.measure_names import main_measure
+from jax_selftrain.study.measure_names import MAIN_EFFECT, main_measure
 
 Results = Mapping[str, Any]
 Effects = Sequence[Mapping[str, Any]]
@@ -38,9 +38,8 @@ def study_page(results: Results, written: Sequence[Chapter]) -> str:
     kind = f"{told}: {len(results['cells'])} cell{'s' * (len(results['cells']) != 1)}."
     train = results["config"]["train"]
     lead = (
-        f"Every student was trained for {train['steps']:,} steps of {train['batch_size']:,} rows on text that a source "
-        "wrote from its start token alone, and measured before and after. Its own text reached it through text, as "
-        "every other."
+        f"Every student was trained for {_steps(results):,} steps of {train['batch_size']:,} rows on text that a "
+        "source wrote from its start token alone, and measured before and after."
     )
     cards = "\n".join(
         f'<div class="card"><h3>{escape(title)}</h3>\n<p class="values">{values}</p>\n<p>{text}</p></div>'
@@ -48,6 +47,11 @@ def study_page(results: Results, written: Sequence[Chapter]) -> str:
     )
     opening = f'<div class="cards">\n{cards}\n</div>\n<p class="caution">{_caution(results)}</p>'
     return render_page(results["title"], kind, lead, opening, written)
+
+
+def _steps(results: Results) -> int:
+    """Return the training steps of every cell."""
+    return next((cell["training"]["steps"] for cell in results["cells"] if cell["training"]), 0)
 
 
 def transfer_chapters(results: Results) -> list[Chapter]:
@@ -60,10 +64,10 @@ def transfer_chapters(results: Results) -> list[Chapter]:
 
 def _cards(results: Results) -> Iterator[tuple[str, str, str]]:
     main = main_measure(results)
-    for one in results["verdicts"]:
+    for one in results["claims"]:
         yield f"{one['name']} ({_standing(one)})", one["verdict"], _sentence(one)
     for student in results["design"]["students"]:
-        own = _find(results["effects"], student, f"text of {student}")
+        own = _find(results["effects"], student, f"{MAIN_EFFECT}{student}")
         if own is not None:
             yield f"{student}, trained on its own text", *_sentence_for(own["measures"][main], main)
     found = results["interaction"]
@@ -94,7 +98,7 @@ def _sentence_for(measure: Mapping[str, Any], name: str) -> tuple[str, str]:
 
 def _caution(results: Results) -> str:
     seeds = len(results["config"]["seeds"])
-    judged = results["verdicts"]
+    judged = results["claims"]
     standing = "No claims were declared beforehand, so that there are no verdicts: everything here is exploratory."
     if judged:
         counted = Counter(one["verdict"] for one in judged)
@@ -117,7 +121,7 @@ def _find(effects: Effects, student: str, treatment: str) -> Mapping[str, Any] |
 def _verdicts(results: Results) -> Chapter:
     identical = [cell for cell in results["cells"] if cell["identical"]]
     tables: list[Table] = []
-    if not results["verdicts"]:
+    if not results["claims"]:
         text = (
             "<p>Not tested: the configuration declares no claims. A verdict needs an estimand, a margin and a test "
             "that were fixed before the first run.</p>"
@@ -144,7 +148,7 @@ def _verdicts(results: Results) -> Chapter:
                 one["p_adjusted"],
                 _standing(one),
             )
-            for one in results["verdicts"]
+            for one in results["claims"]
         )
         tables.append(Table("verdicts", "Claims and what the rule says of them", columns, rows))
         note = (
@@ -162,12 +166,12 @@ def _verdicts(results: Results) -> Chapter:
 
 
 def _standing(one: Mapping[str, Any]) -> str:
-    return one["standing"] + (", post hoc" if one["post_hoc"] else "")
+    return one["evidence_level"] + (", post hoc" if one["post_hoc"] else "")
 
 
 def _claim_text(one: Mapping[str, Any]) -> str:
     """The claim in words."""
     who = f" of {one['student']}" if one["student"] else ""
-    against = f" more than {one['against']}" if one["against"] else ""
+    against = f" more than {one['against']}" if one["comparator"] else ""
     within = f" within {one['margin']:g}" if one["margin"] is not None else ""
     return f"{one['treatment']} {one['direction']} {one['measure']}{who}{against}{within}"

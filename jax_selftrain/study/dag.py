@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,7 @@ def run_all(root: Path, stages: Sequence[Stage]) -> None:
         for stage in stages:
             if stage.key in done or not all(one.key in done for one in stage.dependencies):
                 continue
-            if broadcast_one_to_all(lambda stage=stage: is_done(root, stage)) or _run_if_free(root, stage):
+            if broadcast_one_to_all(partial(is_done, root, stage)) or _run_if_free(root, stage):
                 done.add(stage.key)
                 _log(f"{len(done)} of {len(stages)}: {stage.label}")
         if len(done) == before:

@@ -121,8 +121,10 @@ def check_same_keys(before: Arrays, after: Arrays, keys: Sequence[str], folder: 
     """Refuse tables of different sequences. Raises InputError."""
     for key in keys:
         if not np.array_equal(before[key], after[key]):
-            raise InputError(f"{folder}: base and student were measured on different sequences ({key} differs); delete this folder"
-                " and run again")
+            raise InputError(
+                f"{folder}: base and student were measured on different sequences ({key} differs); delete this folder"
+                " and run again"
+            )
 
 
 # One cell -------------------------------------------------------------------------------------------------------

@@ -1,10 +1,9 @@
-"""How easily a student leaves a path that nobody memorized: what damage alone costs.
+"""Matched controls of memorization: greedy continuations that no model memorized.
 
-Greedy reproduction breaks under any change of the weights, memory or not. So a base's own greedy continuations of text
-that no model was trained on are asked for, too: it follows every one of them, by construction, as it does the sequences
-that it reproduces. The less probable a path, the easier it is left; hence each reproduced sequence is laid beside the
-continuation whose log p_z under the base is nearest. What a student loses of the sequences beyond what it loses of
-these is not the price of having been moved.
+Any change of the weights breaks some greedy reproductions. As controls serve the base's own greedy continuations of
+text that no model was trained on: the base reproduces all of them by construction. Less probable continuations break
+more easily, so each reproduced sequence is matched with the continuation whose log p_z under the base is nearest. A
+larger loss on the sequences than on the controls is not explained by damage.
 """
 
 from __future__ import annotations
@@ -25,22 +24,22 @@ from jax_selftrain.sampling import greedy_continue
 
 CONTINUATIONS = "continuations.npy"
 CALIPER = 0.25
-"""Nats of log p_z within which a continuation is as probable as a sequence; those that have none so near are left out
-and counted."""
+"""Maximum difference of log p_z of a match, in nats; sequences without a match are counted."""
 MIN_MATCHED = 50
-"""Where fewer sequences have a counterpart, nothing is said of them."""
+"""Minimum number of matched sequences for a result."""
 
 Arrays = Mapping[str, np.ndarray]
 
 
 def make_control_continuations(options: ExtractConfig, texts: str, n: int, out: Path) -> None:
-    """The base's greedy continuations of pieces of text, as an extraction set: `out/continuations.npy`.
+    """Write the base's greedy continuations of text as an extraction set, `out/continuations.npy`.
 
     Args:
-        options: model, prefix, suffix, what stands before the prefix, mesh and dtype.
-        texts: JSONL with `text`. Pieces of `prefix` tokens are cut from each: first the first of every text, then the
-            second of every text that has one, until there are `n`.
-        n: how many continuations, at most.
+        options: model, prefix, suffix, start token, mesh and dtype.
+        texts: JSONL with `text`. Prompts are chunks of `prefix` tokens: the first chunk of every text, then the second,
+            until there are `n`.
+        n: maximum number of continuations.
+        out: the folder to write to.
 
     Raises:
         InputError: a file cannot be read, no text is long enough, or the lengths do not fit the model.
@@ -50,16 +49,16 @@ def make_control_continuations(options: ExtractConfig, texts: str, n: int, out: 
     tokenizer = hub.load_tokenizer(options.model)
     encoded = LazilyTokenized(lambda: iter(file.documents), tokenizer).token_batches()
     documents = [row for flat, lengths in encoded for row in np.split(flat, np.cumsum(lengths)[:-1])]
-    pieces = np.array(list(islice(_chunks(documents, window.prefix), n)), np.int32)
-    if not len(pieces):
+    chunks = np.array(list(islice(_chunks(documents, window.prefix), n)), np.int32)
+    if not len(chunks):
         raise InputError(
-            f"{texts}: no text has the {window.prefix} tokens of a prefix; shorten it, or give longer ones"
+            f"{texts}: no text has {window.prefix} tokens, the length of a prefix; shorten it, or give longer texts"
         )
     start = evals.start_token(options)
     model = hub.load_model(options.model, options.mesh, options.dtype, preset=options.preset)
-    begun = np.concatenate([np.tile(np.array(start, np.int32), (len(pieces), 1)), pieces], axis=1)
-    found = np.concatenate([pieces, greedy_continue(model, begun, window.suffix)], axis=1)
-    with atomic.commit_file(out / CONTINUATIONS) as aside, aside.open("wb") as handle:
+    prompts = np.concatenate([np.tile(np.array(start, np.int32), (len(chunks), 1)), chunks], axis=1)
+    found = np.concatenate([chunks, greedy_continue(model, prompts, window.suffix)], axis=1)
+    with atomic.commit_file(out / CONTINUATIONS) as path, path.open("wb") as handle:
         np.save(handle, found, allow_pickle=False)
 
 
@@ -71,26 +70,26 @@ def _chunks(documents: Sequence[np.ndarray], length: int) -> Iterator[np.ndarray
 
 
 def compare_with_matched(memory: tuple[Arrays, Arrays], unseen: tuple[Arrays, Arrays]) -> dict[str, Any]:
-    """What becomes of the sequences that a base reproduces, and of continuations that were as probable to it.
+    """Compare the sequences that a base reproduces with equally probable continuations of unseen text.
 
     Args:
-        memory, never: of the sequences and of the continuations, `exact_match` [N] and `logprob` [N] under the base and
-            under the student.
+        memory: `exact_match` [N] and `logprob` [N] of the sequences under the base and under the student.
+        unseen: the same of the continuations.
 
     Returns:
-        `n`: sequences that have a counterpart; `left_out`: those that have none; `counterparts`: how many different
-        ones; for `exact_match` (the share that is kept) and `log_pz` (its change): `sequences`, `never_trained` and
-        their `difference`, or None where fewer than `FEWEST` sequences have a counterpart.
+        `n`: matched sequences; `unmatched`: sequences without a match; `controls`: distinct continuations; for
+        `exact_match` (the share that is kept) and `log_pz` (its change): `sequences`, `controls` and their
+        `difference`, or None if `n` is less than `MIN_MATCHED`.
     """
     sides = []
     for before, after in (memory, unseen):
-        followed = np.asarray(before["exact_match"], bool)
-        logprob = np.asarray(before["logprob"], np.float64)[followed]
-        kept = np.asarray(after["exact_match"], np.float64)[followed]
-        sides.append((logprob, kept, np.asarray(after["logprob"], np.float64)[followed] - logprob))
+        reproduced = np.asarray(before["exact_match"], bool)
+        logprob = np.asarray(before["logprob"], np.float64)[reproduced]
+        kept = np.asarray(after["exact_match"], np.float64)[reproduced]
+        sides.append((logprob, kept, np.asarray(after["logprob"], np.float64)[reproduced] - logprob))
     (logprob, *outcomes), (other, *others) = sides
     if len(other) < 2 or not len(logprob):
-        return {"n": 0, "left_out": len(logprob), "counterparts": 0, "exact_match": None, "log_pz": None}
+        return {"n": 0, "unmatched": len(logprob), "controls": 0, "exact_match": None, "log_pz": None}
     order = np.argsort(other, kind="stable")
     right = np.clip(np.searchsorted(other[order], logprob), 1, len(order) - 1)
     nearer_left = logprob - other[order][right - 1] <= other[order][right] - logprob
@@ -98,16 +97,16 @@ def compare_with_matched(memory: tuple[Arrays, Arrays], unseen: tuple[Arrays, Ar
     near = np.abs(other[nearest] - logprob) <= CALIPER
     found: dict[str, Any] = {
         "n": int(near.sum()),
-        "left_out": int((~near).sum()),
-        "counterparts": len(np.unique(nearest[near])),
+        "unmatched": int((~near).sum()),
+        "controls": len(np.unique(nearest[near])),
     }
     if found["n"] < MIN_MATCHED:
         return found | {"exact_match": None, "log_pz": None}
     for name, own, control in zip(("exact_match", "log_pz"), outcomes, others, strict=True):
-        sequences, never_trained = float(own[near].mean()), float(control[nearest[near]].mean())
+        sequences, controls = float(own[near].mean()), float(control[nearest[near]].mean())
         found[name] = {
             "sequences": sequences,
-            "never_trained": never_trained,
-            "difference": sequences - never_trained,
+            "controls": controls,
+            "difference": sequences - controls,
         }
     return found

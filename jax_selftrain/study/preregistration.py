@@ -106,7 +106,7 @@ def judge_claims(
                 **yaml_io.to_dict(claim),
                 "verdict": verdict,
                 "reason": reason,
-                "standing": "primary" if primary[n] else "exploratory",
+                "evidence_level": "primary" if primary[n] else "exploratory",
                 "post_hoc": claim.name in post_hoc,
                 "seeds": seeds,
                 "effect": asdict(effect.estimate()) if effect else None,

@@ -1,21 +1,20 @@
-"""What can be said of a corpus before anybody is trained on it, in the hope that it foretells who will learn from it.
+"""Proxies: numbers about a corpus before training that might predict a student's gain.
 
-| proxy | what it is |
+| proxy | definition |
 |---|---|
-| `loglikelihood_per_token`, `_per_byte` | mean log-likelihood of the text under the student before training, nats |
-| `gap_per_byte` | that per byte, minus the source's own of what it wrote: how strange the text is to this reader |
-| `similarity` | cosine of the mean TF-IDF vectors of the corpus and of what the tasks ask (words and pairs of words) |
-| `semantic_similarity` | cosine of the mean vectors that an embedding model gives both, where one is named |
-| `distinct_2` | different pairs of neighboring tokens in the corpus, as a share of all |
+| `loglikelihood_per_token`, `_per_byte` | mean log-likelihood of the text under the student before training |
+| `gap_per_byte` | the same per byte, minus the source's own log-likelihood of its text |
+| `similarity` | cosine of the mean TF-IDF vectors of the corpus and of the tasks' questions (words and pairs of words) |
+| `semantic_similarity` | cosine of the mean vectors from an embedding model, if one is set |
+| `distinct_2` | distinct token bigrams of the corpus, as a share of all |
 | `compression` | size after zlib at level 9, as a share of the size before |
-| `self_bleu` | mean BLEU of a document against the others: the lower, the more diverse |
 
-Likelihoods are taken over the same documents on both sides, chosen by a hash of their numbers. Per token they depend on
-the tokenizer, per byte they do not.
+Student and source score the same documents, chosen by a hash. Values per token depend on the tokenizer.
 """
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +26,6 @@ from jax_selftrain import evals, hub, likelihood
 from jax_selftrain.config import ScoreConfig
 from jax_selftrain.corpus import Corpus, open_corpus
 from jax_selftrain.io import atomic
-from jax_selftrain.study.results import hash_sample
 
 EXPECTED_SIGN = {
     "loglikelihood_per_token": 1,
@@ -37,21 +35,22 @@ EXPECTED_SIGN = {
     "semantic_similarity": 1,
     "distinct_2": 1,
     "compression": 1,
-    "self_bleu": -1,
 }
-"""The proxies, and which way each is said to point: 1 where more of it promises more gain."""
-
-BLEU_DOCUMENTS = 64
-"""Documents whose BLEU against one another is taken: every pair is compared."""
+"""The proxies, each with 1 (or −1) if more of it is expected to predict more (or less) gain."""
 
 
 def corpus_proxies(
     corpus: Path, model: str, score: ScoreConfig, out: Path, *, documents: int, embedding_model: str = ""
 ) -> None:
-    """Write `out/proxies.json`: what the text is to a model in whose tokens the corpus stands.
+    """Write `out/proxies.json`: the proxies of a corpus under a model with the corpus's tokenizer.
 
-    `score` says where and in what type likelihoods are computed, and by its tasks what will be asked; `embedder` is a
-    model that turns texts into vectors (`scoring.embed_texts`).
+    Args:
+        corpus: the corpus folder.
+        model: the student or the source.
+        score: mesh, preset, dtype and batch of scoring, and the tasks.
+        out: the folder to write to.
+        documents: number of documents.
+        embedding_model: model for `evals.embed_texts`; empty: no `semantic_similarity`.
 
     Raises:
         InputError: the corpus or one of the models cannot be read.
@@ -70,18 +69,17 @@ def corpus_proxies(
         "tokens": sum(answer.tokens for answer in answers),
         "bytes": sum(len(text.encode()) for text in texts),
         "compression": _compression(texts),
-        "self_bleu": self_bleu(texts[:BLEU_DOCUMENTS]),
         "similarity": similarity(texts, questions),
     }
     if embedding_model:
-        del loaded  # one model at a time
-        read = hub.load_model(embedding_model, score.mesh, score.dtype, preset=score.preset)
-        found["semantic_similarity"] = semantic_similarity(read, texts, questions)
+        del loaded  # one model in memory at a time
+        embedder = hub.load_model(embedding_model, score.mesh, score.dtype, preset=score.preset)
+        found["semantic_similarity"] = semantic_similarity(embedder, texts, questions)
     atomic.write_json(out / "proxies.json", found)
 
 
 def cell_proxies(student: Mapping[str, Any], source: Mapping[str, Any], corpus: Corpus) -> dict[str, float | None]:
-    """The proxies of one cell, from what the student and the source made of the text."""
+    """Return the proxies of one cell from `proxies.json` of its student and its source."""
     per_byte = [side["loglikelihood"] / side["bytes"] if side["bytes"] else None for side in (student, source)]
     gap = None if per_byte[0] is None or per_byte[1] is None else per_byte[0] - per_byte[1]
     return {
@@ -92,14 +90,13 @@ def cell_proxies(student: Mapping[str, Any], source: Mapping[str, Any], corpus: 
         **{name: student[name] for name in ("semantic_similarity",) if name in student},
         "distinct_2": corpus.manifest["statistics"]["distinct"]["2"],
         "compression": student["compression"],
-        "self_bleu": student["self_bleu"],
     }
 
 
-def semantic_similarity(embedder: hub.LoadedModel, texts: Sequence[str], asked: Sequence[str]) -> float | None:
-    """Cosine of the mean vectors of two sets of texts; None where one has no words."""
+def semantic_similarity(embedder: hub.LoadedModel, texts: Sequence[str], questions: Sequence[str]) -> float | None:
+    """Return the cosine of the mean embeddings of two sets of texts; None if one has no words."""
     means = []
-    for side in (texts, asked):
+    for side in (texts, questions):
         words = [text for text in side if text.strip()]
         if not words:
             return None
@@ -109,7 +106,7 @@ def semantic_similarity(embedder: hub.LoadedModel, texts: Sequence[str], asked: 
 
 
 def task_questions(score: ScoreConfig) -> list[str]:
-    """What the tasks ask, each question with its right answer."""
+    """Return every question of the tasks with its right answer."""
     return [
         question.context + question.continuations[question.answer]
         for task in evals.load_tasks(score.tasks, score.limit)
@@ -122,27 +119,19 @@ def _compression(texts: Sequence[str]) -> float | None:
     return len(zlib.compress(whole, 9)) / len(whole) if whole else None
 
 
-def self_bleu(texts: Sequence[str]) -> float | None:
-    """Mean BLEU-4 (0 to 100) of each text with all others as references, by sacrebleu; None of fewer than two."""
-    from sacrebleu.metrics.bleu import BLEU
-
-    texts = [text for text in texts if text.strip()]
-    if len(texts) < 2:
-        return None
-    bleu = BLEU(effective_order=True)
-    return float(
-        np.mean([bleu.sentence_score(text, [*texts[:i], *texts[i + 1 :]]).score for i, text in enumerate(texts)])
-    )
-
-
-def similarity(texts: Sequence[str], asked: Sequence[str]) -> float | None:
-    """Cosine of the mean TF-IDF vectors of two sets of texts, by scikit-learn; None where one has no words."""
+def similarity(texts: Sequence[str], questions: Sequence[str]) -> float | None:
+    """Return the cosine of the mean TF-IDF vectors of two sets of texts; None if one has no words."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    if not any(text.strip() for text in texts) or not any(text.strip() for text in asked):
+    if not any(text.strip() for text in texts) or not any(text.strip() for text in questions):
         return None
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\w+|[^\w\s]")
-    rows = vectorizer.fit_transform([*texts, *asked])
+    rows = vectorizer.fit_transform([*texts, *questions])
     one, other = (np.asarray(part.mean(axis=0)).ravel() for part in (rows[: len(texts)], rows[len(texts) :]))
     size = float(np.linalg.norm(one) * np.linalg.norm(other))
     return float(one @ other) / size if size else None
+
+
+def hash_sample(n: int, k: int, seed: int | None) -> list[int]:
+    """Choose k of the ids 0 … n−1 by hash, the same on every machine."""
+    return sorted(range(n), key=lambda i: hashlib.sha256(f"shown in the report {seed} {i}".encode()).digest())[:k]

@@ -37,6 +37,7 @@ import numpy as np
 
 from jax_selftrain import hub
 from jax_selftrain.config import ModelConfig, StudyConfig, yaml_io
+from jax_selftrain.config.metadata import Role
 from jax_selftrain.corpus import Corpus, open_corpus
 from jax_selftrain.evals import ScoreResult, load_score_result
 from jax_selftrain.io import atomic
@@ -86,9 +87,7 @@ def collect_study(config: StudyConfig, design: Design, post_hoc: Sequence[str] =
     bases = {name: _load_scores(design.folder(stage)) for name, stage in design.score_base.items()}
     cells = [_cell(config, design, bases, cell) for cell in design.cells]
     crossed = interactions(cells, {name: model.lineage or name for name, model in design.models.items()})
-    options = yaml_io.to_dict(config)
-    for name in ("out", "mesh", "dry_run"):
-        del options[name]
+    options = yaml_io.to_dict(config, ~(Role.OUTPUT | Role.EXECUTION))
     return {
         "format": FORMAT,
         "version": VERSION,

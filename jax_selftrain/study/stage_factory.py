@@ -6,7 +6,7 @@ Every training of a study has the same recipe: steps, batch, learning rate, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from jax_selftrain.config import (
     MergeConfig,
     PromptFormat,
     SampleConfig,
-    ScoreConfig,
     StudyConfig,
     TrainConfig,
     yaml_io,
 )
+from jax_selftrain.config.metadata import Role, fields_with_role, shared_overrides
 from jax_selftrain.corpus import open_corpus, parse_mixture
 from jax_selftrain.io.fingerprint_cache import FingerprintCache
 from jax_selftrain.sampling import sample
@@ -33,22 +33,12 @@ from jax_selftrain.study.eval_hooks import train_with_evals, with_default_evals
 from jax_selftrain.study.matched_fragility import CONTINUATIONS, make_control_continuations
 from jax_selftrain.study.proxies import corpus_proxies
 
-_PATH_OPTIONS = ("model", "corpus", "out", "mesh", "seed")
-"""Options that say where, or that stand among a stage's inputs."""
 _SMALL_BATCH = 24
 """Rows of a batch in the A/A repeat with another batch size."""
-FORMAT_OPTIONS = ("prefix", "suffix", "offset", "random_offset", "start_token")
-"""Options of extraction that a format may change."""
-_OPTIONS_BESIDE_WINDOW = tuple(
-    f.name
-    for f in fields(ExtractConfig)
-    if f.name not in ("protocol", "prefix", "suffix", "offset", "random_offset", "min_overlap", "limit")
-)
-"""Options of extraction that do not decide which tokens of a sequence are its suffix."""
-_NO_EVALS: dict[str, Any] = {
-    f.name: f.default
-    for f in fields(TrainConfig)
-    if f.name.startswith("eval_") or f.name in ("stop_metric", "checkpoint_every")
+_WINDOW = ("protocol", "prefix", "suffix", "offset", "random_offset", "min_overlap", "limit")
+"""Options of extraction that decide which tokens of a sequence are its suffix."""
+_NO_EVALUATION: dict[str, Any] = {
+    name: getattr(TrainConfig(), name) for name in ("checkpoint_every", *fields_with_role(TrainConfig, Role.EVALUATION))
 }
 """Options of training without evaluation."""
 
@@ -89,7 +79,6 @@ class StageFactory:
 
     def sample(self, source: StudyModel, arm: ArmConfig, seed: int) -> Stage:
         """Sample a corpus from a model."""
-        changes = {name: getattr(arm, name) for name in ("temperature", "top_k", "top_p", "min_p")}
         options = replace(
             self.config.sample,
             model=source.ref,
@@ -97,12 +86,12 @@ class StageFactory:
             stop_ids=source.stop_ids,
             start_id=source.start_id,
             **self._shared(self.config.sample),
-            **{name: value for name, value in changes.items() if value is not None},
+            **shared_overrides(arm, SampleConfig),
         )
         return self._stage(
             "sample",
             f"sample from {source.label}, seed {seed}",
-            _identity_options(options, "batch_size") | {"seed": seed},
+            yaml_io.to_dict(options, Role.IDENTITY),
             {"model": source.fingerprint, "tokenizer": source.tokenizer},
             lambda out: sample(replace(options, out=str(out))),
             *_tokens_and_flops(source, options.samples * options.max_tokens, options.max_tokens, passes=1),
@@ -167,7 +156,7 @@ class StageFactory:
         return self._stage(
             "size_matched" if size_matched else "decontaminate",
             f"{'size-matched control' if size_matched else 'decontaminate'}: {student.label}'s own text, seed {seed}",
-            _identity_options(options, *_OPTIONS_BESIDE_WINDOW) | ({"seed": seed} if size_matched else {}),
+            _window_options(options) | ({"seed": seed} if size_matched else {}),
             {"corpus": corpus, "sequences": fingerprint, "tokenizer": student.tokenizer},
             make,
         )
@@ -186,8 +175,7 @@ class StageFactory:
         """
         recipe = with_default_evals(self.config.train, self.config.score, self.config.extract)
         if steps is not None:
-            recipe = replace(recipe, steps=steps, max_epochs=None, **_NO_EVALS)
-        changes = {name: getattr(arm, name) for name in ("learning_rate", "packing")}
+            recipe = replace(recipe, steps=steps, max_epochs=None, **_NO_EVALUATION)
         mixture = parse_mixture(recipe.mixture)
         share = (1 - float(sum(part for _, part in mixture))) / len(on)
         options = replace(
@@ -196,16 +184,14 @@ class StageFactory:
             corpus=str(self.root / on[-1].name),
             mixture=(*(f"{self.root / one.name}={share:.9f}" for one in on[:-1]), *recipe.mixture),
             seed=seed,
-            random_loss_sign=arm.random_loss_sign,
             **self._shared(recipe),
-            **{name: value for name, value in changes.items() if value is not None},
+            **shared_overrides(arm, TrainConfig),
         )
         evaluated = (*options.eval_texts, *options.eval_tasks, options.eval_sequences)
         stage = self._stage(
             "train",
             f"train {start.label} on: {on[-1].label}" + (f" ({arm.name})" if arm.name else ""),
-            _identity_options(options, "mixture", "max_epochs", "eval_texts", "eval_tasks", "eval_sequences", "wandb")
-            | {"seed": seed, "mixture": [str(part) for _, part in mixture]},
+            yaml_io.to_dict(options, Role.IDENTITY) | {"mixture": [str(part) for _, part in mixture]},
             {
                 "model": start.fingerprint,
                 **{f"corpus {number}": one for number, one in enumerate(on)},
@@ -251,12 +237,12 @@ class StageFactory:
         """Score a model on the study's tasks and texts."""
         options = replace(self.config.score, model=model.ref, **self._shared(self.config.score))
         # By name and content, not by path: a study may be moved with its files.
-        references = (*options.tasks, *options.texts)
+        references = (*options.tasks, *options.texts, *([options.task_folder] if options.task_folder else []))
         files = {f"{n}: {Path(path).name}": self.files.eval_files(path) for n, path in enumerate(references)}
         return self._stage(
             "score",
             f"score {model.label}",
-            _identity_options(options, "tasks", "texts", "batch_tokens"),
+            yaml_io.to_dict(options, Role.IDENTITY),
             {"model": model.fingerprint, "tokenizer": model.tokenizer, **files},
             lambda out: evals.score(replace(options, out=str(out / "score.json"))),
             is_collective=True,
@@ -280,8 +266,8 @@ class StageFactory:
         """Extract the study's sequences in another format."""
         window = evals.make_window(self.config.extract)
         usual = replace(self._probe_options(), protocol=None, prefix=window.prefix, suffix=window.suffix)
-        changes = {name: value for name in FORMAT_OPTIONS if (value := getattr(form, name)) is not None}
-        return self._extract(model, replace(usual, **changes), f"extract from {model.label}, {form.name}", {})
+        options = replace(usual, **shared_overrides(form, ExtractConfig))
+        return self._extract(model, options, f"extract from {model.label}, {form.name}", {})
 
     def extract_aa(self, model: StudyModel) -> dict[str, Stage]:
         """Extract again from the same model in another batch size and in another dtype."""
@@ -309,21 +295,22 @@ class StageFactory:
 
     def _probe_options(self) -> ExtractConfig:
         """Return the options of extraction without decoding and without further models and sets."""
-        extras = ("control_sequences", "duplicate_counts", "untrained_baseline", "base")
-        return replace(self.config.extract, greedy_decode=False, verify=False, **dict.fromkeys(extras, ""))
+        options = replace(self.config.extract, greedy_decode=False, verify=False, base="", untrained_baseline="")
+        return replace(options, control_sequences="", duplicate_counts="")
 
     def _extract(
         self, model: StudyModel, options: ExtractConfig, label: str, inputs: dict[str, str | Stage], **changes: Any
     ) -> Stage:
         options = replace(options, model=model.ref, **{**self._shared(options), **changes})
         given = inputs.get("sequences") or evals.sequences_fingerprint(options.sequences)
-        for name in ("control_sequences", "duplicate_counts"):
-            if path := getattr(options, name):
-                inputs[name] = evals.sequences_fingerprint(path)
+        if options.control_sequences:
+            inputs["control_sequences"] = evals.sequences_fingerprint(options.control_sequences)
+        if options.duplicate_counts:
+            inputs["duplicate_counts"] = self.files.eval_files(options.duplicate_counts)
         return self._stage(
             "extract",
             label,
-            _identity_options(options, *_EXTRACT_INPUTS, "batch_tokens"),
+            yaml_io.to_dict(options, Role.IDENTITY),
             {"model": model.fingerprint, "tokenizer": model.tokenizer, **inputs, "sequences": given},
             lambda out: evals.extract(replace(options, out=str(out / "extract.json"))),
             is_collective=True,
@@ -333,12 +320,11 @@ class StageFactory:
         """Decode a base's greedy continuations of unseen text."""
         options = replace(self.config.extract, model=base.ref, **self._shared(self.config.extract))
         probes = self.config.memorization
-        texts, n = probes.unseen_text, probes.never_trained_sequences
+        texts, n = probes.unseen_text, probes.max_continuations
         return self._stage(
             "continue",
             f"continue {Path(texts).name} by {base.label}",
-            _identity_options(options, *_OPTIONS_BESIDE_WINDOW)
-            | {"sequences": n, "start_token": options.start_token, "dtype": options.dtype},
+            _window_options(options) | {"sequences": n, "start_token": options.start_token, "dtype": options.dtype},
             {"model": base.fingerprint, "tokenizer": base.tokenizer, "texts": self.files.eval_files(texts)},
             lambda out: make_control_continuations(options, texts, n, out),
         )
@@ -350,9 +336,7 @@ class StageFactory:
         trained = self.train(model, [text], ArmConfig("relearning"), seed, probes.relearn_steps)
         return self._extract(trained, self._probe_options(), f"extract from {trained.label}", {})
 
-    def measure_proxies(
-        self, student: StudyModel, source: StudyModel, corpus: Stage, seed: int
-    ) -> tuple[Stage, Stage]:
+    def measure_proxies(self, student: StudyModel, source: StudyModel, corpus: Stage, seed: int) -> tuple[Stage, Stage]:
         """Measure a corpus under the student before training, and its sampled tokens under the source."""
         sampled = self.sample(source, ArmConfig(), seed)
         return self._proxy(student, corpus, self.config.embedding_model), self._proxy(source, sampled)
@@ -400,11 +384,5 @@ def _make_once(folder: Path, make: Callable[[Path], object]) -> None:
         make(folder / "model")
 
 
-_EXTRACT_INPUTS = ("sequences", "base", "untrained_baseline", "control_sequences", "duplicate_counts")
-
-
-def _identity_options(
-    options: SampleConfig | TrainConfig | ScoreConfig | ExtractConfig, *left_out: str
-) -> dict[str, Any]:
-    """Return the options that decide a stage's output; files are among its inputs, by content."""
-    return {name: value for name, value in yaml_io.to_dict(options).items() if name not in (*_PATH_OPTIONS, *left_out)}
+def _window_options(options: ExtractConfig) -> dict[str, Any]:
+    return {name: value for name, value in yaml_io.to_dict(options).items() if name in _WINDOW}

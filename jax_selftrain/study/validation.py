@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jax_selftrain import evals, hub, likelihood, sampling, training
-from jax_selftrain.config import ArmConfig, StudyConfig, TrainConfig, yaml_io
+from jax_selftrain.config import ArmConfig, ExtractConfig, StudyConfig, TrainConfig, yaml_io
+from jax_selftrain.config.metadata import Role, applicable_kinds, fields_with_role, shared_overrides
 from jax_selftrain.corpus import open_corpus, parse_mixture
 from jax_selftrain.distributed.mesh import make_mesh
 from jax_selftrain.errors import InputError
@@ -21,29 +22,6 @@ from jax_selftrain.evals.score import check_batch
 from jax_selftrain.study.eval_hooks import evaluation_hooks, with_default_evals
 from jax_selftrain.study.measure_names import AFTER_RELEARNING, MAIN_EFFECT, UNSEEN
 from jax_selftrain.study.preregistration import check_claims
-from jax_selftrain.study.stage_factory import FORMAT_OPTIONS
-
-STUDY_OWNED_OPTIONS = {
-    "sample": ("model", "out", "seed", "stop_ids", "start_id"),
-    "train": ("model", "corpus", "out", "seed", "random_loss_sign"),
-    "score": ("model", "out"),
-    "extract": ("model", "corpus", "out"),
-}
-"""Options of the sections that the study sets itself."""
-
-_SAMPLING = ("keep_source_tokens", "temperature", "top_k", "top_p", "min_p")
-_TRAINING = ("learning_rate", "packing", "random_loss_sign")
-_UNUSED_OPTIONS: dict[str, tuple[str, ...]] = {
-    "self": ("generations", "replay"),
-    "shuffled": ("generations", "replay"),
-    "decontaminated": ("generations", "replay"),
-    "size_matched": ("generations", "replay"),
-    "text": ("generations", "replay", *_SAMPLING),
-    "noise": ("generations", "replay", *_SAMPLING, *_TRAINING),
-    "extrapolate": ("generations", "replay", *_SAMPLING, *_TRAINING),
-    "generations": (),
-}
-"""Options that an arm of each kind does not use."""
 
 
 def check_study(config: StudyConfig) -> None:
@@ -56,11 +34,11 @@ def check_study(config: StudyConfig) -> None:
     if Path(config.out).is_file():
         raise InputError(f"--out {config.out}: is a file; give a folder")
     _check_names(config)
-    for section, fields in STUDY_OWNED_OPTIONS.items():
-        default = getattr(StudyConfig(), section)
-        for field in fields:
-            if getattr(getattr(config, section), field) != getattr(default, field):
-                raise InputError(f"{section}.{field} is set by the study; leave it out")
+    for section in ("sample", "train", "score", "extract"):
+        given, default = getattr(config, section), getattr(StudyConfig(), section)
+        for name in fields_with_role(type(given), Role.SET_BY_STUDY):
+            if getattr(given, name) != getattr(default, name):
+                raise InputError(f"{section}.{name} is set by the study; remove it")
     if not (config.score.tasks or config.score.texts or config.extract.sequences):
         raise InputError("nothing to measure: set score.tasks, score.texts or extract.sequences")
     students, sources = _members(config)
@@ -128,10 +106,12 @@ def _check_arm(arm: ArmConfig, config: StudyConfig) -> None:
         raise InputError(f"arms: {arm.name}: `weight` belongs to arms of kind `extrapolate` and `noise` only")
     if arm.kind == "noise" and arm.weight is not None and not 0 < arm.weight < math.inf:
         raise InputError(f"arms: {arm.name}: the weight of noise is {arm.weight}; it must be a positive number")
-    default = ArmConfig()
-    for field in _UNUSED_OPTIONS[arm.kind]:
-        if getattr(arm, field) != getattr(default, field):
-            raise InputError(f"arms: {arm.name}: an arm of kind `{arm.kind}` does not use `{field}`; leave it out")
+    for field in fields(arm):
+        kinds = applicable_kinds(ArmConfig, field.name)
+        if kinds and arm.kind not in kinds and getattr(arm, field.name) != field.default:
+            raise InputError(
+                f"arms: {arm.name}: `{field.name}` does not apply to an arm of kind `{arm.kind}`; remove it"
+            )
     if arm.kind in ("decontaminated", "size_matched") and not config.extract.sequences:
         raise InputError(f"arms: {arm.name}: kind `{arm.kind}` needs extract.sequences, half of which is held out")
     if arm.generations < 1:
@@ -148,11 +128,10 @@ def _check_memorization(config: StudyConfig) -> None:
     for form in options.formats:
         if not form.name or names.count(form.name) > 1 or form.name in (AFTER_RELEARNING, UNSEEN):
             raise InputError(f"memorization.formats: each needs a unique `name` ({form.name or 'one has none'})")
-        if all(getattr(form, name) is None for name in FORMAT_OPTIONS):
-            raise InputError(
-                f"memorization.formats: {form.name}: changes nothing; set one of {', '.join(FORMAT_OPTIONS)}"
-            )
-    for name in ("never_trained_sequences", "relearn_steps"):
+        if not shared_overrides(form, ExtractConfig):
+            changeable = ", ".join(field.name for field in fields(form) if field.name != "name")
+            raise InputError(f"memorization.formats: {form.name}: changes nothing; set one of {changeable}")
+    for name in ("max_continuations", "relearn_steps"):
         if getattr(options, name) < 1:
             raise InputError(f"memorization.{name} is {getattr(options, name)}; it must be at least 1")
     if options.unseen_text:
@@ -197,7 +176,7 @@ def _check_student(config: StudyConfig, model: str) -> None:
     training.check_tracking(options.wandb)
     if config.score.tasks or config.score.texts:
         scoring = _shared(config, "score", model)
-        likelihood.abstract_program(scoring, make_mesh(scoring.mesh))
+        likelihood.scoring_program(scoring, make_mesh(scoring.mesh))
     if config.extract.sequences:
         evals.load_extraction_sets(_shared(config, "extract", model))
 

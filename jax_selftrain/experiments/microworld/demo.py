@@ -12,7 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from jax_selftrain.config import DemoConfig
-from jax_selftrain.experiments.microworld.microworld_study import CROSSOVER_SCALE, ROUND_SCALE, MicroScale, run
+from jax_selftrain.experiments.microworld.microworld_study import (
+    CROSSOVER_SCALE,
+    ROUND_SCALE,
+    MicroScale,
+    prepare_study,
+)
+from jax_selftrain.report import write_report
 from jax_selftrain.study.run_study import run_study
 
 
@@ -37,4 +43,5 @@ def demo(config: DemoConfig, scale: MicroScale | None = None) -> Path:
             file=sys.stderr,
             flush=True,
         )
-    return run_study(run(Path(config.out), scale, config.seeds if config.study else (config.seed,))) / "report.html"
+    study = prepare_study(Path(config.out), scale, config.seeds if config.study else (config.seed,))
+    return write_report(run_study(study))

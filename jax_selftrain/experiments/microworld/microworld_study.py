@@ -48,7 +48,7 @@ from jax_selftrain.experiments.microworld.world_types import World, WorldConfig
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import sha256_file
 from jax_selftrain.study.dag import Stage, run_all
-from jax_selftrain.study.design import MAIN_EFFECT
+from jax_selftrain.study.measure_names import MAIN_EFFECT
 from jax_selftrain.study.preregistration import INTERACTION
 from jax_selftrain.training import train
 
@@ -159,7 +159,7 @@ CROSSOVER_SCALE = MicroScale(
 )
 
 
-def run(out: Path, scale: MicroScale, seeds: Sequence[int]) -> StudyConfig:
+def prepare_study(out: Path, scale: MicroScale, seeds: Sequence[int]) -> StudyConfig:
     """Write the worlds into `out/world`, train the bases in `out/bases`, and return the study on them.
 
     Run again, it finds what is there. Raises InputError where `out` holds something else.
@@ -216,13 +216,18 @@ def run(out: Path, scale: MicroScale, seeds: Sequence[int]) -> StudyConfig:
             learning_rate=scale.learning_rate / 4,
             eval_every=scale.eval_every,
             eval_limit=scale.eval_limit,
+            max_epochs=1.0,
         ),
         score=ScoreConfig(
             tasks=tuple(str(folder / "tasks" / f"{name}.jsonl") for name in scale.tasks),
             texts=tuple(str(folder / world / f"heldout_{world}.jsonl") for world in scale.world_ids),
         ),
         extract=ExtractConfig(
-            sequences=str(folder / "probes.jsonl"), prefix=scale.prefix, suffix=scale.suffix, min_overlap=scale.overlap
+            sequences=str(folder / "probes.jsonl"),
+            prefix=scale.prefix,
+            suffix=scale.suffix,
+            min_overlap=scale.overlap,
+            greedy_decode=False,
         ),
     )
 
