@@ -29,7 +29,6 @@ from jax_selftrain.evals import n_p_discoverable
 from jax_selftrain.evals.overlap_classes import CLASSES, THRESHOLDS
 from jax_selftrain.evals.result_files import read_jsonl
 from jax_selftrain.stats import estimators
-from jax_selftrain.stats.paired_results import paired_means, paired_proportions
 from jax_selftrain.study.dag import Stage
 from jax_selftrain.study.design import Design, StudyCell
 from jax_selftrain.study.matched_fragility import compare_with_matched
@@ -42,6 +41,7 @@ from jax_selftrain.study.measure_names import (
     is_primary_format,
     is_secondary,
 )
+from jax_selftrain.study.paired_results import paired_means, paired_proportions
 from jax_selftrain.study.swap_effect import naive_difference, swap_effect
 
 Arrays = dict[str, np.ndarray]

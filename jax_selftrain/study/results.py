@@ -43,7 +43,6 @@ from jax_selftrain.evals import ScoreResult, load_score_result
 from jax_selftrain.io import atomic
 from jax_selftrain.models import abstract_params
 from jax_selftrain.stats import estimators
-from jax_selftrain.stats.paired_results import describe_text, ineligibility_reason, pair_results
 from jax_selftrain.study.curve_summary import summarize_curve
 from jax_selftrain.study.decoupling import judge_decoupling
 from jax_selftrain.study.design import Design, StudyCell
@@ -57,6 +56,7 @@ from jax_selftrain.study.extraction_results import (
 )
 from jax_selftrain.study.measure_names import MAIN_EFFECT, common_measures, main_measure
 from jax_selftrain.study.ngram_contamination import contaminated_share
+from jax_selftrain.study.paired_results import describe_text, ineligibility_reason, pair_results
 from jax_selftrain.study.preregistration import judge_claims
 from jax_selftrain.study.proxies import EXPECTED_SIGN, cell_proxies, hash_sample, task_questions
 from jax_selftrain.study.proxy_relation import cell_arrays, judge_relations, reliability

@@ -29,9 +29,9 @@ from jax_selftrain.config import MemorizationConfig, ModelConfig, RunConfig, Stu
 from jax_selftrain.distributed import broadcast_one_to_all
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic, lease
-from jax_selftrain.study.power_analysis import describe_power
 from jax_selftrain.study.dag import check_processes, is_done, run_all
 from jax_selftrain.study.design import Design, make_design
+from jax_selftrain.study.power_analysis import describe_power
 from jax_selftrain.study.preregistration import freeze_claims
 from jax_selftrain.study.results import FORMAT, VERSION, collect_study
 from jax_selftrain.study.validation import check_study

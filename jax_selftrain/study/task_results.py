@@ -10,7 +10,7 @@ import numpy as np
 
 from jax_selftrain.stats import estimators
 from jax_selftrain.stats.noninferiority import benjamini_hochberg
-from jax_selftrain.stats.paired_results import Pair, describe_task
+from jax_selftrain.study.paired_results import Pair, describe_task
 
 
 def compare_tasks(pairs: Sequence[Pair]) -> list[dict[str, Any]]:

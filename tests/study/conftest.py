@@ -1,4 +1,4 @@
-"""A round small enough to run in seconds, on a real model with random weights."""
+"""A run that takes seconds, on a real model with random weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 from models_factory import tiny_texts
 
 from jax_selftrain.config import ExtractConfig, RunConfig, SampleConfig, ScoreConfig, TrainConfig
-from jax_selftrain.study.round import run
+from jax_selftrain.report import write_report
+from jax_selftrain.study import run
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> str:
@@ -42,7 +43,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def options(tiny_model: Callable[..., Path], inputs: dict[str, str]) -> Callable[..., RunConfig]:
-    """`options(out, **changes)`: the small round, all stages on one device."""
+    """`options(out, **changes)`: the small run, all stages on one device."""
 
     def make(out: Path, **changes: Any) -> RunConfig:
         config = RunConfig(
@@ -50,7 +51,7 @@ def options(tiny_model: Callable[..., Path], inputs: dict[str, str]) -> Callable
             out=str(out),
             mesh="data=1",
             sample=SampleConfig(samples=40, max_tokens=24, batch_size=8, samples_per_shard=16, seed=3),
-            train=TrainConfig(batch_size=4, seq_len=32, learning_rate=1e-2, checkpoint_every=4),
+            train=TrainConfig(batch_size=4, seq_len=32, learning_rate=1e-2, checkpoint_every=4, seed=3),
             score=ScoreConfig(tasks=(inputs["choices"], inputs["words"]), texts=(inputs["texts"],), batch_tokens=1024),
             extract=ExtractConfig(sequences=inputs["sequences"], prefix=12, suffix=8, min_overlap=4, batch_tokens=1024),
         )
@@ -61,5 +62,7 @@ def options(tiny_model: Callable[..., Path], inputs: dict[str, str]) -> Callable
 
 @pytest.fixture(scope="session")
 def finished(options: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished small round; tests must not change it."""
-    return run(options(tmp_path_factory.mktemp("round") / "out"))
+    """The folder of a finished small run; tests must not change it."""
+    folder = run(options(tmp_path_factory.mktemp("run") / "out"))
+    write_report(folder)
+    return folder

@@ -1,0 +1,365 @@
+"""A run is a study with one cell: its results, its restarts and its checks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from study_designs import run_design
+
+from jax_selftrain import load_model
+from jax_selftrain.config import ImportCorpusConfig, RunConfig, StudyConfig, yaml_io
+from jax_selftrain.corpus import import_text, open_corpus
+from jax_selftrain.errors import InputError
+from jax_selftrain.io import atomic
+from jax_selftrain.report import write_report
+from jax_selftrain.study import run, run_study
+from jax_selftrain.study.run_study import one_cell_study
+
+Options = Callable[..., RunConfig]
+
+
+def snapshot(folder: Path) -> bytes:
+    return (folder / "results.json").read_bytes()
+
+
+def output_times(folder: Path) -> dict[str, int]:
+    """Return when each file of a stage was written."""
+    files = (path for path in (folder / "stages").rglob("*") if path.is_file())
+    return {str(path): path.stat().st_mtime_ns for path in files}
+
+
+def cell_of(folder: Path) -> dict[str, Any]:
+    (cell,) = atomic.read_json(folder / "results.json")["cells"]
+    return cell
+
+
+def without_extraction(config: RunConfig) -> RunConfig:
+    return replace(config, extract=replace(config.extract, sequences=""))
+
+
+def test_a_run_leaves_everything_that_is_promised(finished: Path, options: Options) -> None:
+    config = options(finished)
+    for name in ("config.yaml", "results.json", "report.html", "model"):
+        assert (finished / name).exists(), name
+    design = run_design(config)
+    commands = sorted(stage.command for stage in design.ordered_stages)
+    assert commands == ["extract", "extract", "sample", "score", "score", "train"]
+    for stage in design.ordered_stages:
+        assert (design.root / f"{stage.name}.json").is_file()
+    assert yaml_io.load(StudyConfig, finished / "config.yaml") == one_cell_study(config)
+    assert not list(finished.rglob(".*"))
+
+
+def test_a_run_folder_is_a_reference_to_its_trained_model(finished: Path, options: Options) -> None:
+    (cell,) = run_design(options(finished)).cells
+    tokens = np.arange(3, 40, dtype=np.int32)[None]
+    student, base = (load_model(ref, "data=1") for ref in (str(finished), options(finished).model))
+    stage = load_model(str(finished / "stages" / cell.train.name), "data=1")
+    assert np.array_equal(student.logits(tokens), stage.logits(tokens))
+    assert not np.array_equal(student.logits(tokens), base.logits(tokens))
+
+
+def test_the_student_is_trained_on_the_sampled_tokens_for_one_pass(finished: Path, options: Options) -> None:
+    (cell,) = run_design(options(finished)).cells
+    assert cell.corpus.command == "sample"
+    description = atomic.read_json(finished / "stages" / cell.train.name / "run.json")
+    assert description["steps"] == description["rows"] // 4
+    assert cell_of(finished)["training"]["steps"] == description["steps"]
+
+
+def test_results_equal_the_measurements_of_the_stages(finished: Path, options: Options) -> None:
+    design = run_design(options(finished))
+    (cell,), found = design.cells, cell_of(finished)
+    scores = {"before": design.score_base["llama"], "after": cell.score}
+    for side, stage in scores.items():
+        measured = atomic.read_json(design.folder(stage) / "score.json")
+        for task in found["tasks"]:
+            assert task["accuracy"][side]["value"] == pytest.approx(measured["tasks"][task["name"]]["acc"])
+            assert task["n"] == measured["tasks"][task["name"]]["n"]
+        for text in found["texts"]:
+            assert text["nll"][side]["value"] == pytest.approx(measured["texts"][text["name"]]["nll"])
+    extracted = {"before": design.extract_base["llama"], "after": cell.extract}
+    for side, stage in extracted.items():
+        measured = atomic.read_json(design.folder(stage) / "extract.json")
+        part = found["extraction"]["classes"]["all"]
+        assert part["n"] == measured["n"]
+        assert part["exact_match"][side]["value"] == pytest.approx(measured["exact_match"])
+        assert part["logprob"][side]["value"] == pytest.approx(measured["logprob"])
+        assert part["token_accuracy"][side]["value"] == pytest.approx(measured["token_accuracy"])
+        for entry in found["extraction"]["discoverable"]:
+            key = f"{entry['draws']}@{entry['p']}"
+            assert entry[side]["value"] == pytest.approx(measured["discoverable"][key])
+    assert [group["name"] for group in found["extraction"]["groups"]] == ["rarely", "often"]
+    assert found["extraction"]["classes"].keys() == {"all", "held_out", "partial", "seen"}
+
+
+def test_every_change_is_after_minus_before(finished: Path) -> None:
+    found: list[dict[str, Any]] = []
+
+    def gather(node: Any) -> None:
+        if isinstance(node, dict):
+            if {"before", "after", "change"} <= node.keys():
+                found.append(node)
+            for child in node.values():
+                gather(child)
+        elif isinstance(node, list):
+            for child in node:
+                gather(child)
+
+    gather({name: value for name, value in cell_of(finished).items() if name != "measures"})
+    assert len(found) > 20
+    for node in found:
+        expected = node["after"]["value"] - node["before"]["value"]
+        assert node["change"]["value"] == pytest.approx(expected, abs=1e-12)  # rounding of sums of a few hundred
+        assert node["change"]["low"] <= node["change"]["value"] <= node["change"]["high"]
+        assert node["change"]["n"] == node["before"]["n"] == node["after"]["n"]
+
+
+def test_training_changed_something(finished: Path) -> None:
+    cell = cell_of(finished)
+    assert not cell["identical"]
+    assert cell["texts"][0]["nll"]["change"]["value"] != 0.0
+    log = cell["training"]["log"]
+    assert len(log["loss"]) == len(log["step"]) == cell["training"]["steps"]
+
+
+def test_the_corpus_is_described(finished: Path, options: Options) -> None:
+    (cell,) = run_design(options(finished)).cells
+    described = atomic.read_json(finished / "results.json")["corpora"][cell.corpus.key]
+    samples = {
+        sample.sample_id: sample for sample in open_corpus(finished / "stages" / cell.corpus.name).iter_samples()
+    }
+    assert described["samples"] == len(samples)
+    assert described["tokens"] == sum(len(sample.tokens) for sample in samples.values())
+    assert (described["seed"], described["sampling_params"]["temperature"]) == (3, 1.0)
+    assert len(described["examples"]) == 6
+    for example in described["examples"]:
+        sample = samples[example["sample_id"]]
+        assert (example["text"], example["finish_reason"]) == (sample.text, sample.finish_reason)
+        assert example["logprob"] == sample.logprob
+
+
+def test_a_finished_run_does_nothing_again(finished: Path, options: Options) -> None:
+    before, times = snapshot(finished), output_times(finished)
+    run(options(finished))
+    assert snapshot(finished) == before
+    assert output_times(finished) == times
+
+
+def test_the_same_run_in_another_folder_gives_the_same_bytes(finished: Path, options: Options, tmp_path: Path) -> None:
+    run(options(tmp_path / "elsewhere"))
+    assert snapshot(tmp_path / "elsewhere") == snapshot(finished)
+
+
+@pytest.mark.slow
+def test_learning_rate_zero_changes_exactly_nothing(options: Options, tmp_path: Path) -> None:
+    config = options(tmp_path / "null")
+    config = replace(config, train=replace(config.train, learning_rate=0.0))
+    run(config)
+    cell = cell_of(tmp_path / "null")
+    assert cell["identical"]
+
+    def changes(node: Any) -> list[float]:
+        if isinstance(node, dict):
+            own = [node["change"]["value"]] if "change" in node else []
+            return own + [value for child in node.values() for value in changes(child)]
+        return [value for child in node for value in changes(child)] if isinstance(node, list) else []
+
+    assert len(changes(cell)) > 20
+    assert set(changes(cell)) == {0.0}
+    design = run_design(config)
+    for base, stage, table in (
+        (design.score_base["llama"], design.cells[0].score, "score.requests.parquet"),
+        (design.extract_base["llama"], design.cells[0].extract, "extract.sequences.parquet"),
+    ):
+        before, after = (pq.read_table(design.folder(one) / table) for one in (base, stage))
+        assert before.equals(after.select(before.column_names))
+
+
+def test_another_option_makes_new_stages_and_keeps_the_others(finished: Path, options: Options, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    before, config = output_times(folder), options(folder)
+    run(replace(config, train=replace(config.train, learning_rate=2e-2)))
+    after = output_times(folder)
+    assert {name: after[name] for name in before} == before
+    new = {
+        Path(name).relative_to(folder / "stages").parts[0].partition("-")[0] for name in after.keys() - before.keys()
+    }
+    assert new == {"train", "score", "extract"}
+    (cell,) = run_design(replace(config, train=replace(config.train, learning_rate=2e-2))).cells
+    (weights,) = (folder / "model").rglob("*.safetensors")
+    assert weights.read_bytes() == (folder / "stages" / cell.train.name / "model" / weights.name).read_bytes()
+
+
+def test_title_mesh_and_sampling_batch_make_no_new_stages(finished: Path, options: Options, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    before = output_times(folder)
+    config = options(folder, title="A better title", mesh="data=2")
+    run(replace(config, sample=replace(config.sample, batch_size=4)))
+    assert output_times(folder) == before
+    assert atomic.read_json(folder / "results.json")["title"] == "A better title"
+
+
+def test_a_changed_file_makes_new_stages(options: Options, inputs: dict[str, str], tmp_path: Path) -> None:
+    tasks = tmp_path / "animals.jsonl"
+    tasks.write_text(Path(inputs["choices"]).read_text())
+    config = options(tmp_path / "out")
+    config = without_extraction(replace(config, score=replace(config.score, tasks=(str(tasks),), texts=())))
+    keys = {stage.key for stage in run_design(config).ordered_stages}
+    tasks.write_text(tasks.read_text().replace('"answer": 0', '"answer": 1'))
+    changed = [stage.command for stage in run_design(config).ordered_stages if stage.key not in keys]
+    assert changed == ["score", "score"]
+
+
+@pytest.mark.slow
+def test_a_mixed_corpus_counts_by_content(options: Options, inputs: dict[str, str], tmp_path: Path) -> None:
+    config, mixed = options(tmp_path / "out"), tmp_path / "mixed"
+    config = without_extraction(replace(config, score=replace(config.score, tasks=())))
+    config = replace(config, train=replace(config.train, mixture=(f"{mixed}=0.2",)))
+    text = ImportCorpusConfig(source=inputs["texts"], model=config.model, out=str(mixed))
+    import_text(text)
+    run(config)
+    (cell,) = run_design(config).cells
+    description = atomic.read_json(tmp_path / "out" / "stages" / cell.train.name / "run.json")
+    assert description["mixture"][0]["share"] == "1/5"
+    shutil.rmtree(mixed)
+    import_text(replace(text, limit=3))
+    assert run_design(config).cells[0].train.key != cell.train.key
+
+
+def test_a_damaged_shard_is_named(finished: Path, options: Options, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    (shard,) = (folder / "stages").rglob("shard-000001.parquet")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(InputError, match=r"shard-000001\.parquet"):
+        run(options(folder))
+
+
+def test_a_run_may_measure_texts_alone(options: Options, tmp_path: Path) -> None:
+    config = options(tmp_path / "texts")
+    run(without_extraction(replace(config, score=replace(config.score, tasks=()))))
+    cell = cell_of(tmp_path / "texts")
+    assert (cell["tasks"], cell["macro"], cell["extraction"]) == ([], None, None)
+    assert cell["texts"]
+    write_report(tmp_path / "texts")
+
+
+def test_another_source_is_sampled(options: Options, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    config = options(tmp_path / "out", source=str(tiny_model("qwen2")))
+    config = without_extraction(replace(config, score=replace(config.score, tasks=())))
+    run(config)
+    results = atomic.read_json(tmp_path / "out" / "results.json")
+    assert results["title"] == "llama, trained on text by qwen2"
+    assert (results["design"]["students"], results["design"]["sources"]) == (["llama"], ["qwen2"])
+    assert len({model["fingerprint"] for model in results["design"]["models"]}) == 2
+    (cell,) = run_design(config).cells
+    assert cell.corpus.command == "sample"
+
+
+def test_text_of_a_source_with_another_tokenizer_is_retokenized(
+    options: Options, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = options(tmp_path / "out", source=str(tiny_model("llama", tokenizer_size=400)))
+    (cell,) = run_design(config).cells
+    assert cell.corpus.command == "retokenize"
+
+
+def test_the_stop_and_start_ids_of_a_run_are_those_of_its_source(options: Options, tmp_path: Path) -> None:
+    config = options(tmp_path / "out")
+    config = replace(config, sample=replace(config.sample, stop_ids=(7, 2), start_id=5))
+    sampled = next(stage for stage in run_design(config).ordered_stages if stage.command == "sample")
+    assert (sampled.identity["stop_ids"], sampled.identity["start_id"]) == ([7, 2], 5)
+
+
+# Refusals before anything is written ----------------------------------------------------------------------------
+
+
+def refusal(config: RunConfig) -> str:
+    with pytest.raises(InputError) as error:
+        run(config)
+    assert not Path(config.out).exists(), "nothing is written before the inputs are checked"
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "option"),
+    [("sample", "model"), ("sample", "out"), ("train", "corpus"), ("score", "model"), ("extract", "corpus")],
+)
+def test_options_that_the_study_sets_are_refused(options: Options, tmp_path: Path, section: str, option: str) -> None:
+    config = options(tmp_path / "out")
+    changed = replace(config, **{section: replace(getattr(config, section), **{option: "somewhere"})})
+    assert f"{section}.{option} is set by the study" in refusal(changed)
+
+
+def test_a_run_has_one_seed(options: Options, tmp_path: Path) -> None:
+    config = options(tmp_path / "out")
+    said = refusal(replace(config, sample=replace(config.sample, seed=4)))
+    assert "sample.seed is 4 and train.seed is 3" in said
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "said"),
+    [
+        ("score", {"tasks": ("missing.jsonl",)}, "missing.jsonl"),
+        ("score", {"texts": ("missing.jsonl",)}, "missing.jsonl"),
+        ("score", {"batch_tokens": 0}, "batch-tokens"),
+        ("extract", {"sequences": "missing.npy"}, "missing.npy"),
+        ("extract", {"prefix": 1020}, "1024 positions"),
+        ("extract", {"prefix": 100}, "tokens, fewer than"),
+        ("sample", {"temperature": 0.0}, "temperature"),
+        ("sample", {"max_tokens": 5000}, "1024 positions"),
+        ("train", {"seq_len": 5000}, "1024 positions"),
+        ("train", {"learning_rate": -1.0}, "learning-rate"),
+        ("train", {"batch_size": 3, "mesh": "data=2"}, "batch"),
+        ("train", {"mesh": "data=3,model=5"}, "mesh"),
+        ("train", {"mixture": ("missing=0.1",)}, "missing: no such corpus folder"),
+        ("train", {"mixture": ("missing",)}, "FOLDER=SHARE"),
+    ],
+)
+def test_bad_input_is_found_before_sampling(
+    options: Options, tmp_path: Path, section: str, changes: dict[str, Any], said: str
+) -> None:
+    config = options(tmp_path / "out")
+    assert said in refusal(replace(config, **{section: replace(getattr(config, section), **changes)}))
+
+
+def test_a_missing_model_is_refused(options: Options, tmp_path: Path) -> None:
+    assert "no such model folder" in refusal(options(tmp_path / "out", model=str(tmp_path / "nothing")))
+
+
+def test_a_run_without_anything_to_measure_is_refused(options: Options, tmp_path: Path) -> None:
+    config = options(tmp_path / "out")
+    config = replace(config, score=replace(config.score, tasks=(), texts=()))
+    assert "nothing to measure" in refusal(without_extraction(config))
+
+
+def test_two_files_of_one_name_are_refused(options: Options, inputs: dict[str, str], tmp_path: Path) -> None:
+    twin = tmp_path / "animals.jsonl"
+    twin.write_text(json.dumps({"text": "A text."}) + "\n")
+    config = options(tmp_path / "out")
+    assert "'animals'" in refusal(replace(config, score=replace(config.score, texts=(str(twin),))))
+
+
+def test_a_file_as_out_is_refused(options: Options, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        run(options(tmp_path / "file"))
+
+
+def test_a_study_of_several_cells_needs_its_steps(options: Options, tmp_path: Path) -> None:
+    study = one_cell_study(options(tmp_path / "out"))
+    with pytest.raises(InputError, match=r"train\.steps is required"):
+        run_study(replace(study, seeds=(3, 4)))
