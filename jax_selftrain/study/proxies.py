@@ -2,7 +2,7 @@
 
 | proxy | definition |
 |---|---|
-| `loglikelihood_per_token`, `_per_byte` | mean log-likelihood of the text under the student before training |
+| `loglikelihood_per_token`, `_per_byte` | mean log-likelihood under the student before training, nats |
 | `gap_per_byte` | the same per byte, minus the source's own log-likelihood of its text |
 | `similarity` | cosine of the mean TF-IDF vectors of the corpus and of the tasks' questions (words and pairs of words) |
 | `semantic_similarity` | cosine of the mean vectors from an embedding model, if one is set |

@@ -8,12 +8,13 @@ computed for each seed, and its interval is Student's t over seeds. Intervals ov
 | `config` | the StudyConfig without `out`, `mesh`, `dry_run` |
 | `design` | `models` (as configured, with size and fingerprint), `students`, `sources` |
 | `base_ability` | {model: {task or text: accuracy or bits per byte}} |
-| `cells` | `student`, `treatment` (`source NAME` or an arm), `source`, `seed`, `corpus` (key of `corpora`), `identical`, \
-`tasks`, `macro`, `texts`, `extraction`, `probes`, `fragility`, `training`, `proxies`, `measures` |
+| `cells` | `student`, `treatment` (`source NAME` or an arm), `source`, `seed`, `corpus` (key of `corpora`), and what \
+was measured: `tasks`, `texts`, `extraction`, …; `measures` are what cells are compared in |
 | `effects` | changes of every measure over seeds, by student and treatment |
 | `interaction` | home − away over seeds |
 | `claims` | the declared claims with their verdicts |
-| `swap_effects`, `decontamination`, `fragility`, `aa_repeats`, `decoupling`, `proxies` | see the modules of these names |
+| `swap_effects`, `decontamination`, `fragility`, `aa_repeats` | see `study.extraction_results` |
+| `decoupling`, `proxies` | see `study.decoupling`, `study.proxy_relation` |
 | `corpora` | by key: sizes, sampling params, statistics, contamination, examples |
 | `stages`, `versions` | keys of all stages; versions of the libraries |
 
