@@ -102,8 +102,8 @@ class ArmConfig:
     ] = "self"
     """`self`: the student's own text. `text`: real text. `shuffled`: own text, tokens in random order.
     `decontaminated`: own text without the samples that overlap with the held-out half of the extraction set;
-    `size_matched`: without as many others. `noise`: no training, but weight noise as large as its change. `extrapolate`: base + weight ·
-    (self-trained − base). `generations`: self-training over and over."""
+    `size_matched`: without as many others. `noise`: no training, but weight noise as large as its change.
+    `extrapolate`: base + weight · (self-trained − base). `generations`: self-training over and over."""
     students: tuple[str, ...] = ()
     """Students that get it; unset: all."""
     text: Input[str] = ""

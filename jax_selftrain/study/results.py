@@ -8,8 +8,8 @@ computed for each seed, and its interval is Student's t over seeds. Intervals ov
 | `config` | the StudyConfig without `out`, `mesh`, `dry_run` |
 | `design` | `models` (as configured, with size and fingerprint), `students`, `sources` |
 | `base_ability` | {model: {task or text: accuracy or bits per byte}} |
-| `cells` | `student`, `treatment` (`source NAME` or an arm), `source`, `seed`, `corpus` (key of `corpora`), and what \
-was measured: `tasks`, `texts`, `extraction`, …; `measures` are what cells are compared in |
+| `cells` | `student`, `treatment` (`source NAME` or an arm), `source`, `seed`, `corpus` (key of `corpora`), \
+results of scoring, extraction and training; `measures`: the numbers that cells are compared by |
 | `effects` | changes of every measure over seeds, by student and treatment |
 | `interaction` | home − away over seeds |
 | `claims` | the declared claims with their verdicts |
