@@ -4,7 +4,7 @@
 |---|---|
 | `loglikelihood_per_token`, `_per_byte` | mean log-likelihood under the student before training, nats |
 | `gap_per_byte` | the same per byte, minus the source's own log-likelihood of its text |
-| `similarity` | cosine of the mean TF-IDF vectors of the corpus and of the tasks' questions (words and pairs of words) |
+| `similarity` | cosine of the mean TF-IDF vectors of the corpus and of the tasks' questions (words and word pairs) |
 | `semantic_similarity` | cosine of the mean vectors from an embedding model, if one is set |
 | `distinct_2` | distinct token bigrams of the corpus, as a share of all |
 | `compression` | size after zlib at level 9, as a share of the size before |
