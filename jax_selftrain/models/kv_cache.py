@@ -164,7 +164,7 @@ def decode_step(
 
             state = _attention(query, recent, seen(page_age, page_age >= 0), compute_dtype)
             state = jax.lax.fori_loop(0, blocks, older, state)
-            return (state.context / state.total[..., None])[:, None], (written_k, written_v)
+            return (state.context / state.denom[..., None])[:, None], (written_k, written_v)
 
         x, (page_k, page_v) = decoder_layer(config, rules, inputs["weights"], x, rotary, attend, compute_dtype)
         return (x, page_k, page_v), None

@@ -64,7 +64,7 @@ def memorization_chapter(results: Results) -> Chapter | None:
 
 
 def _flips(student: str, cells: Sequence[Results]) -> Table:
-    kinds = ("kept", "lost", "gained", "never")
+    kinds = ("kept", "lost", "gained", "both_wrong")
     rows = tuple(
         (
             cell["treatment"],
