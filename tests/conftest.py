@@ -1,24 +1,38 @@
-"""What every test shares: a CPU with eight simulated devices, and the real data where it is to be had.
+"""Shared by all tests: one simulated CPU device, a cache of compiled programs, real data where it is available.
 
-Environment variables must be set before JAX is imported, and subprocesses inherit them.
+Environment variables are set before JAX is imported; subprocesses inherit them. Tests in `tests/sharding/` run with eight
+devices.
 """
 
+import hashlib
 import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+
+def _cache_folder() -> Path:
+    """Return the folder of compiled programs for this JAX, processor and set of XLA flags."""
+    cpu = [platform.machine()]
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu += sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    key = "\n".join([version("jaxlib"), os.environ.get("XLA_FLAGS", ""), *cpu])
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "jax_selftrain" / f"tests-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_SELFTRAIN_TEST_PLATFORM", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Compiled programs are shared by all tests, their subprocesses and later runs, as far as they may be (`mesh.using`):
-# compiling is most of the suite's cost.
-os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.dirname(__file__), "..", ".pytest_cache", "jax")
-)
+# Compilation is most of the cost of the suite: programs are shared by all tests, their subprocesses and later runs.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_folder()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import gc
 from collections.abc import Callable
-from pathlib import Path
 
 import hypothesis
 import pytest
@@ -27,6 +41,15 @@ from models_factory import write_tiny_hf_model
 hypothesis.settings.register_profile("any machine", deadline=None)  # how long an example takes says nothing of ours
 hypothesis.settings.load_profile("any machine")
 gc.set_threshold(20_000, 10, 10)  # JAX keeps millions of objects, which are searched for garbage again and again
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a module that has module-scoped fixtures in one worker, so that they are made once."""
+    for item in items:
+        definitions = getattr(item, "_fixtureinfo", None)
+        if definitions and any(d[-1].scope == "module" for d in definitions.name2fixturedefs.values()):
+            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(item.config.rootpath).as_posix()))
 
 
 @pytest.fixture(scope="session")
