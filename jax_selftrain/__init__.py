@@ -1,7 +1,7 @@
-"""Can a language model get better by training on text it sampled from itself, and whose text can it learn from?
+"""Self-training of language models on text that they sample from themselves.
 
-The public functions, one per stage of the straight line model → corpus → model → scores → report. They are
-imported when first used (PEP 562), so that `import jax_selftrain` and `jax-selftrain --help` stay instant.
+One public function for each stage: model → corpus → model → scores → report. A function is imported at its first use
+(PEP 562), so that `import jax_selftrain` and `jax-selftrain --help` are fast.
 """
 
 from __future__ import annotations

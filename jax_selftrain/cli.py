@@ -87,7 +87,7 @@ _HELP = frozenset({"-h", "--help"})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code (0, 2, 75, 130, 143).
+    """Run one command and return its exit code.
 
     An unexpected exception keeps its traceback.
     """
@@ -140,7 +140,7 @@ def _main(argv: list[str]) -> int:
 
 
 def _enable_compilation_cache() -> None:
-    """Keep compiled programs in the user's cache folder, unless a JAX variable names another.
+    """Keep compiled programs in the user's cache folder, by default.
 
     A home folder can be shared by machines of several kinds: each kind of processor has its own folder.
     """
@@ -213,14 +213,14 @@ def parse_all(name: str, words: Sequence[str]) -> tuple[Any, DistributedConfig]:
 
 
 def _flag_fields(cls: type) -> list[yaml_io.Field]:
-    """Return the options that can be flags; a list of sections can only be part of a file."""
+    """Return the options that can be flags, without lists of sections."""
     return [field for field in yaml_io.iter_fields(cls) if not (field.is_sequence and field.has_sections)]
 
 
 def _parse_words(
     words: Sequence[str], fields: Mapping[str, yaml_io.Field], positionals: Sequence[tuple[str, str]]
 ) -> dict[str, Any]:
-    """Return the value of each flag; raise InputError for the first word that is not valid."""
+    """Convert the words after a command to a value for each flag."""
     negated = {yaml_io.negated_flag(*field.path): flag for flag, field in fields.items() if field.type is bool}
     given: dict[str, list[str]] = {}
     values: dict[str, Any] = {}
@@ -302,7 +302,7 @@ _HELP_GROUPS = {
 
 
 def _print_help(name: str, options: Any) -> None:
-    """Let tyro print the options with their docstrings, grouped by role, and exit."""
+    """Print the options with their docstrings, grouped by role, and exit."""
     import tyro
 
     conf: Any = tyro.conf
@@ -330,7 +330,10 @@ def _print_help(name: str, options: Any) -> None:
 def _select_fields(
     options: Any, names: set[str], doc: str, required: Sequence[str] = (), extra: Sequence[tuple[str, Any, Any]] = ()
 ) -> Any:
-    """Return a subclass whose help shows only the named fields, with the values of `options` as defaults."""
+    """Return a subclass for tyro, with defaults from `options`.
+
+    Its help shows only the named fields.
+    """
     import tyro
 
     conf: Any = tyro.conf

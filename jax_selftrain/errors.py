@@ -1,31 +1,31 @@
-"""The few ways a command can end early, each with its exit code (DESIGN: exit codes).
+"""Exceptions with an exit code.
 
-Everything a user can mend is an `InputError` whose message is one sentence: what is wrong, where, and what to
-do. Anything else that escapes is a defect of ours and keeps its traceback (exit code 1).
+An error that the user can correct is an `InputError`; its message is one sentence: what is wrong, where, and what to
+do. Any other exception is a bug and keeps its traceback (exit code 1).
 """
 
 
 class SelftrainError(Exception):
-    """Base of the errors that the command line turns into one line and an exit code."""
+    """Base of the exceptions that the command line reports in one line."""
 
     exit_code = 1
     shows_local_paths = False
-    """Whether its sentence is about folders of this machine, where otherwise addresses in object storage stand."""
+    """If True, local copies of objects in object storage are not replaced by their URIs in the message."""
 
 
 class InputError(SelftrainError):
-    """The user's input cannot be used: bad flag, missing or damaged file, impossible combination. Exit code 2."""
+    """Invalid flag, missing or damaged file, or impossible combination; exit code 2."""
 
     exit_code = 2
 
 
 class UnavailableError(SelftrainError):
-    """A peer was lost or a resource is temporarily gone; the same command may be run again. Exit code 75."""
+    """Peer lost or resource temporarily unavailable; repeat the command. Exit code 75."""
 
     exit_code = 75
 
 
 class Preempted(SelftrainError):
-    """A clean stop on SIGTERM, after saving what there was to save. Exit code 143."""
+    """Clean stop on SIGTERM, with all work saved; exit code 143."""
 
     exit_code = 143

@@ -1,4 +1,4 @@
-"""Versions of this package and of the libraries that shape its numbers."""
+"""Versions of this package and of libraries that change its numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package and of the libraries that shape its numbers, without importing them."""
+    """Return the versions of this package and of its numerical libraries."""
     return dict(_versions())
 
 
@@ -21,5 +21,5 @@ def _versions() -> dict[str, str]:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            continue  # transformers and others are optional where a stage does not need them
+            continue  # optional dependencies
     return found

@@ -1,8 +1,7 @@
-"""Every knob, as frozen dataclasses, to be read like the lab notebook: of each stage, then of what is made of them.
+"""Options of all commands as frozen dataclasses.
 
-A field's docstring is its `--help` text; a field's name is its flag (`max_tokens` ↔ `--max-tokens`) and its key in
-a YAML file. `jax_selftrain.settings` reads and writes these strictly. Nothing here imports JAX, so that
-`jax-selftrain --help` answers at once.
+The docstring of a field is its help text. The name of a field is its flag (`max_tokens`: `--max-tokens`) and its key in
+a YAML file. Nothing here imports JAX, so that `jax-selftrain --help` is fast.
 """
 
 from jax_selftrain.config.commands import (

@@ -73,12 +73,12 @@ def roles(cls: type) -> Mapping[str, Role]:
 
 
 def fields_with_role(cls: type, role: Role) -> tuple[str, ...]:
-    """Return the names of the fields with a role, or with one of several roles."""
+    """Return the names of the fields with any of the roles."""
     return tuple(name for name, own in roles(cls).items() if own & role)
 
 
 def applicable_kinds(cls: type, name: str) -> tuple[str, ...] | None:
-    """Return the kinds of arm that a field applies to; None: all kinds."""
+    """Return the kinds of arm of a field; None: all kinds."""
     return next((item.kinds for item in _metadata(cls)[name] if isinstance(item, AppliesTo)), None)
 
 
@@ -89,7 +89,7 @@ def keep_role(options: Options, role: Role) -> Options:
 
 
 def shared_overrides(changes: Any, cls: type) -> dict[str, Any]:
-    """Return the values of `changes`, None excepted, for the fields that `cls` has as well."""
+    """Return the values other than None of fields that `cls` shares."""
     names = [field.name for field in dataclasses.fields(changes) if field.name in roles(cls)]
     return {name: value for name in names if (value := getattr(changes, name)) is not None}
 

@@ -1,4 +1,4 @@
-"""The knobs of what stages are put together to: a round, a study, their reports, the demo."""
+"""Options of the commands that combine stages: run, study, plan, report, demo."""
 
 from __future__ import annotations
 
@@ -11,78 +11,76 @@ from jax_selftrain.config.metadata import AppliesTo, Execution, Input, OutputFil
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One self-training round: sample, train, measure before and after, report."""
+    """Run one self-training round: sample, train, evaluate before and after, report."""
 
     model: Input[str] = ""
-    """The base: the model that is trained and, unless `source` is set, the one that is sampled."""
+    """Base model, which is trained."""
     source: Input[str] = ""
-    """The model to sample from; unset: the base itself."""
+    """Model to sample from; unset: the base."""
     out: OutputFolder[str] = ""
-    """The folder of the round; running the same command again completes it."""
+    """Output folder; the same command resumes it."""
     title: Execution[str] = ""
-    """Headline of the report; unset: made from the model's name."""
+    """Title of the report; unset: derived from the model name."""
     sample: SampleConfig = field(default_factory=SampleConfig)
-    """How the corpus is drawn (`model` and `out` are the round's)."""
+    """Sampling of the corpus."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """How the student is trained (`model`, `corpus` and `out` are the round's)."""
+    """Training of the student."""
     score: ScoreConfig = field(default_factory=ScoreConfig)
-    """Capability, before and after (`model` and `out` are the round's)."""
+    """Capability evaluation, before and after."""
     extract: ExtractConfig = field(default_factory=ExtractConfig)
-    """Memorization, before and after (`model`, `corpus` and `out` are the round's); skipped without `sequences`."""
+    """Memorization evaluation, before and after; skipped without `sequences`."""
     mesh: Execution[str] = ""
-    """Device mesh of every stage that names none itself."""
+    """Device mesh of stages without their own, for instance `data=4,model=2`."""
     dtype: DType | None = None
-    """Type for every stage; unset: each stage's own."""
+    """Type for all stages; unset: the stage's own."""
 
 
 @dataclass(frozen=True)
 class PlanConfig(RunConfig):
-    """What stages of a round take on a TPU slice or on GPUs: memory, time and chip-hours, known before there is one."""
+    """Predict memory, time and chip-hours of stages on TPU slices or GPUs."""
 
     model: Input[str] = ""
-    """The base, or only the name of a Pythia, `pythia-14m` to `pythia-12b`, of which nothing is then fetched."""
+    """Model, or the name of a Pythia (`pythia-14m` to `pythia-12b`), which is not downloaded."""
     out: OutputFile[str] = ""
-    """A JSON file for the whole plan; unset: only the table is printed."""
+    """JSON file to write; unset: only print the table."""
     topology: tuple[str, ...] = ()
-    """Machines: TPU slices (`v5e:4x4`, `v4:2x2x4`, `v5p:2x2x2`, `v6e:4x4`) or GPUs (`h100:8`, or `h100:4x8` for four
-    hosts of eight)."""
+    """TPU slices (`v5e:4x4`, `v4:2x2x4`, `v5p:2x2x2`, `v6e:4x4`) or GPUs (`h100:8`, `h100:4x8` for 4 hosts of 8)."""
     stage: tuple[Literal["sample", "train", "score"], ...] = ("sample", "train", "score")
-    """Which stages."""
+    """Stages to plan."""
     compile: bool = True
-    """Compile for TPU slices, which needs libtpu and no TPU; false: estimate, as for GPUs."""
+    """Compile for TPU slices (with libtpu, without a TPU), or estimate by formula, as for GPUs."""
     search: bool = False
-    """Try shapes of the mesh and batch sizes, and rank those that fit."""
+    """Search mesh shapes and batch sizes, and rank those that fit."""
     score_tokens: int | None = None
-    """Tokens that are to be scored, for the chip-hours of `score`."""
+    """Tokens to score, for the chip-hours of `score`."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model of a study, and what it has in common with others."""
+    """Model of a study, and what it shares with other models."""
 
     name: str = ""
-    """What it is called in the study."""
+    """Name in the study."""
     model: Input[str] = ""
-    """The model itself, as everywhere."""
+    """Model, as in other commands."""
     stop_ids: tuple[int, ...] | None = None
-    """Token ids that end its texts, the first of which ends every document that it is trained on; unset: the sampler's
-    own rule, and the tokenizer's EOS."""
+    """Token ids that end its samples; the first one ends each training document. Unset: the tokenizer's."""
     start_id: int | None = None
-    """The token that its texts start from; unset: the sampler's rule."""
+    """First token of its samples; unset: BOS of the tokenizer, else of the config, else EOS."""
     lineage: str = ""
-    """Models of one lineage are at home with each other's text; unset: its own name."""
+    """Models with the same lineage count as home for each other's text; unset: its name."""
     data: str = ""
-    """What it was pre-trained on, for the design table; as are the following."""
+    """Pre-training data, for the design table, as are the following options."""
     data_order: str = ""
-    """Order of that data."""
+    """Order of the pre-training data."""
     initialization: str = ""
-    """Seed of its first weights."""
+    """Seed of the initial weights."""
     tokenizer: str = ""
-    """Its tokenizer."""
+    """Tokenizer."""
     architecture: str = ""
-    """Its architecture."""
+    """Architecture."""
     size: str = ""
-    """Its size."""
+    """Size."""
 
 
 _T = TypeVar("_T")
@@ -93,177 +91,174 @@ _Generations = Annotated[_T, AppliesTo(("generations",))]
 
 @dataclass(frozen=True)
 class ArmConfig:
-    """A treatment of each student beside the matrix of sources; what it does not name is as in every cell."""
+    """Treatment of students in addition to the matrix.
+
+    Unset options have the study's value.
+    """
 
     name: str = ""
-    """What it is called in the report."""
+    """Name in the report."""
     kind: Literal[
         "self", "text", "shuffled", "decontaminated", "size_matched", "noise", "extrapolate", "generations"
     ] = "self"
-    """`self`: the student's own text. `text`: real text. `shuffled`: own text, tokens in random order.
+    """`self`: own text. `text`: real text. `shuffled`: own text with shuffled tokens.
     `decontaminated`: own text without the samples that overlap with the held-out half of the extraction set;
-    `size_matched`: without as many others. `noise`: no training, but weight noise as large as its change.
-    `extrapolate`: base + weight · (self-trained − base). `generations`: self-training over and over."""
+    `size_matched`: without as many others. `noise`: weight noise of the size of the change.
+    `extrapolate`: base + weight · (self-trained − base). `generations`: repeated self-training."""
     students: tuple[str, ...] = ()
-    """Students that get it; unset: all."""
+    """Students with this arm; unset: all."""
     text: Input[str] = ""
-    """For `text`: what `jax-selftrain import` reads."""
+    """For `text`: source of `jax-selftrain import`."""
     weight: float | None = None
-    """For `extrapolate`: below 0 away from the self-trained model, above 1 beyond it. For `noise`: how many times as
-    large as the change of training; unset: 1."""
+    """For `extrapolate`: weight of the student. For `noise`: size relative to the change of training; unset: 1."""
     generations: _Generations[int] = 2
-    """For `generations`: how many."""
+    """For `generations`: their number."""
     replay: _Generations[Literal["replace", "accumulate", "fresh"]] = "replace"
-    """For `generations`: the base is trained on the latest corpus alone, on all corpora so far, or the latest model
-    goes on with a new one."""
+    """For `generations`: train the base on the latest corpus or on all corpora, or the latest model on a new one
+    (`fresh`)."""
     keep_source_tokens: _Sampling[bool] = False
-    """Keep the sampled tokens, instead of carrying them through text."""
+    """Keep the sampled tokens instead of retokenizing the text."""
     temperature: _Sampling[float | None] = None
-    """Instead of the study's; as are the following."""
+    """Sampling temperature."""
     top_k: _Sampling[int | None] = None
-    """Keep only the k most probable tokens."""
+    """Keep the k most probable tokens."""
     top_p: _Sampling[float | None] = None
-    """Keep the smallest set of tokens whose probability reaches p."""
+    """Keep the smallest set of tokens with a total probability of at least p."""
     min_p: _Sampling[float | None] = None
-    """Drop tokens less probable than this share of the most probable one."""
+    """Drop tokens whose probability is below this fraction of the largest one."""
     learning_rate: _Training[float | None] = None
     """Peak learning rate."""
     packing: _Training[Packing | None] = None
-    """How documents share rows."""
+    """Packing of documents into rows."""
     random_loss_sign: _Training[bool] = False
     """Multiply the loss of each document by +1 or −1 at random."""
 
 
 @dataclass(frozen=True)
 class ClaimConfig:
-    """A claim that is declared before the first run."""
+    """Claim that is declared before the first run."""
 
     name: str = ""
-    """What it is called in the report."""
+    """Name in the report."""
     treatment: str = ""
-    """`source NAME`, the name of an arm, or `home - away`: the interaction of the matrix."""
+    """`text of SOURCE`, the name of an arm, or `home - away`: the interaction of the matrix."""
     student: str = ""
-    """Whose change it speaks of (`home - away` speaks of all)."""
+    """Student of the claim (for `home - away`: all students)."""
     comparator: str = ""
-    """Another treatment of the student, from whose change the difference is taken; unset: the base."""
+    """Treatment whose change is subtracted; unset: the base."""
     measure: str = "accuracy"
-    """`accuracy` (chance-normalized, of the eligible tasks), `task/NAME`, `log_odds` of the right choice (of these, or
-    `log_odds/NAME`), `text/NAME` (bits per byte), `exact_match`, `log_pz` or `pz` (its mean), of all sequences or of a
-    class, group or view (`exact_match/held_out`, `exact_match/H`, `log_pz/format NAME`, `log_pz/after_relearning`)."""
+    """`accuracy` (chance-normalized, of eligible tasks), `task/NAME`, `log_odds` or `log_odds/NAME` (of the answer),
+    `text/NAME` (bits per byte), `exact_match`, `log_pz` or `pz`, of all sequences or of a class, group or view
+    (`exact_match/held_out`, `exact_match/H`, `log_pz/relearned`)."""
     direction: Literal["raises", "lowers", "preserves"] = "raises"
-    """What is claimed of the measure's change."""
+    """Claimed change of the measure."""
     margin: float | None = None
-    """For `preserves`: the loss that still counts as none, in the measure's own unit (0.01: one point of accuracy)."""
+    """For `preserves`: non-inferiority margin in the unit of the measure (0.01: one point of accuracy)."""
     primary: bool = True
-    """One of at most three that are tested under Holm's correction; the others are exploratory."""
+    """Confirmatory claim (Holm's correction; at most three), or exploratory."""
 
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """Another way to ask for the sequences of a study; what it does not name is as in its `extract`."""
+    """Prompt format; unset options are as in `extract`."""
 
     name: str = ""
-    """What it is called in the report."""
+    """Name in the report."""
     prefix: int | None = None
-    """Tokens given."""
+    """Prefix length in tokens."""
     suffix: int | None = None
-    """Tokens that must be reproduced."""
+    """Suffix length in tokens."""
     offset: int | None = None
-    """Tokens passed over at the start of each sequence."""
+    """Tokens to skip at the start of each sequence."""
     random_offset: bool | None = None
-    """Pass over a number of further tokens, drawn for each sequence."""
+    """Skip a further number of tokens, drawn for each sequence."""
     start_token: Literal["none", "bos"] | None = None
-    """What stands before the prefix."""
+    """Token before the prefix: none, or BOS."""
 
 
 @dataclass(frozen=True)
 class MemorizationConfig:
-    """What tells forgetting from damage and from a change of format, beside the extraction itself."""
+    """Measurements that separate forgetting from damage and from a change of format."""
 
     formats: tuple[PromptFormat, ...] = ()
-    """Other ways to ask: what is lost in one format alone has not been forgotten."""
+    """Further prompt formats: a loss in one format only is not forgetting."""
     unseen_text: Input[str] = ""
-    """JSONL with a `text` field that no model was trained on. The base's own greedy continuations of it are a path of
-    no memory: how many of them a student leaves, beside sequences that were as probable, is the price of damage."""
+    """JSONL with `text` outside all training data; the base's greedy continuations of it are control sequences."""
     max_continuations: int = 1000
     """Maximum number of continuations."""
     relearn_corpus: Input[str] = ""
-    """What `jax-selftrain import` reads: text that has nothing to do with the sequences. Every student, and the base,
-    is trained on it for a moment and asked again: what comes back was not forgotten."""
+    """Unrelated source of `jax-selftrain import`, for a short training before a second measurement."""
     relearn_steps: int = 50
-    """How long that moment is."""
+    """Steps of the short training."""
     aa_repeat: bool = True
-    """Measure each base again in another batch size and in the other dtype: what flips between is the floor under every
-    change."""
+    """Measure each base again with another batch size and dtype, for the A/A floor."""
 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """Who learns from whom: a matrix of sources and students with control arms, restartable, with a report."""
+    """Run a study: sources, students, control arms, seeds and a report."""
 
     out: OutputFolder[str] = ""
-    """The folder of the study; running the same command again completes it, and several processes may share it."""
+    """Study folder; the same command resumes it, and several processes can share it."""
     title: Execution[str] = ""
-    """Headline of the report."""
+    """Title of the report."""
     models: tuple[ModelConfig, ...] = ()
-    """The models."""
+    """Models."""
     students: tuple[str, ...] = ()
-    """Models that are trained; unset: all."""
+    """Models to train; unset: all."""
     sources: tuple[str, ...] = ()
-    """Models whose text they are trained on; unset: the students."""
+    """Models to sample from; unset: the students."""
     arms: tuple[ArmConfig, ...] = ()
-    """Treatments beside the matrix."""
+    """Treatments in addition to the matrix."""
     claims: tuple[ClaimConfig, ...] = ()
-    """What is claimed beforehand; frozen at the first run."""
+    """Claims, frozen at the first run."""
     positive_controls: tuple[str, ...] = ()
-    """Arms that must raise a capability before a claim about it is judged: real text."""
+    """Arms that must raise a capability before its claims are judged (real text)."""
     negative_controls: tuple[str, ...] = ()
-    """Arms that must lower it: shuffled text."""
+    """Arms that must lower it (shuffled text)."""
     seeds: tuple[int, ...] = (0,)
-    """Each draws corpora and an order of its own. 0 to 9 are for pilots, those that are reported begin at 100."""
+    """Seeds, each with its own corpora and order; 0 to 9 for pilots, 100 and above for reported results."""
     keep_source_tokens: bool = False
     """Train on the sampled tokens where source and student have the same tokenizer, instead of retokenized text."""
     sample: SampleConfig = field(default_factory=SampleConfig)
-    """Sampling of corpora (the study sets `model`, `out` and `seed`)."""
+    """Sampling of the corpora."""
     train: TrainConfig = field(default_factory=lambda: TrainConfig(max_epochs=1.0))
-    """The recipe of all cells (the study sets `model`, `corpus`, `out` and `seed`; `steps` is required)."""
+    """Training of all cells; `steps` is required."""
     score: ScoreConfig = field(default_factory=ScoreConfig)
-    """Capability of every model (`model` and `out` are the study's)."""
+    """Capability evaluation of each model."""
     extract: ExtractConfig = field(default_factory=lambda: ExtractConfig(greedy_decode=False))
-    """Memorization of every model (the study sets `model`, `corpus` and `out`); skipped without `sequences`."""
+    """Memorization evaluation of each model; skipped without `sequences`."""
     memorization: MemorizationConfig = field(default_factory=MemorizationConfig)
-    """What is asked beside it; only with `extract.sequences`."""
+    """Further memorization measurements; requires `extract.sequences`."""
     proxy_sample_size: int = 256
-    """Documents of each corpus of the matrix whose likelihood under student and source is taken beforehand, where there
-    are several sources (`study.proxies`); 0: none."""
+    """Documents of each corpus for likelihood proxies, if there are several sources; 0: none."""
     embedding_model: Input[str] = ""
-    """A decoder that was trained to embed texts (Qwen3-Embedding, say): the likeness of each corpus to what the tasks
-    ask is taken by its vectors, too; unset: by TF-IDF alone."""
+    """Embedding model (such as Qwen3-Embedding) for the similarity of corpora and tasks; unset: TF-IDF only."""
     mesh: Execution[str] = ""
-    """Device mesh of every stage that names none itself."""
+    """Device mesh of stages without their own, for instance `data=4,model=2`."""
     dtype: DType | None = None
-    """Type for every stage; unset: each stage's own."""
+    """Type for all stages; unset: the stage's own."""
     dry_run: Execution[bool] = False
-    """Print what would be done, and do nothing."""
+    """Print the stages and their cost without running them."""
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Make `report.html` from what is in a run folder."""
+    """Write `report.html` from the results in a folder."""
 
     folder: OutputFolder[str] = ""
-    """The folder that `run` filled."""
+    """Folder of `run` or `study`."""
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """The whole story on a CPU in minutes, without any download."""
+    """Run a small experiment on a CPU in minutes, without downloads."""
 
     out: OutputFolder[str] = "selftrain-demo"
-    """Folder for everything the demo makes."""
+    """Output folder."""
     seed: int = 0
-    """Seed of the demo's text, models and samples."""
+    """Random seed."""
     study: bool = False
-    """Do the crossover study of six models instead of one round; takes much longer."""
+    """Run the crossover study of six models; takes much longer."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of that study."""
+    """Seeds of the study."""

@@ -52,7 +52,7 @@ def from_dict(cls: type[Config], data: Mapping[str, Any], *, where: str) -> Conf
 
 
 def to_dict(obj: Any, role: Role | None = None) -> dict[str, Any]:
-    """Convert a dataclass to nested dicts, lists and scalars; the inverse of `from_dict`.
+    """Convert a dataclass to plain data; the inverse of `from_dict`.
 
     A local copy of an object in object storage is written as its URI. With `role`, only fields with that role.
     """
@@ -61,13 +61,13 @@ def to_dict(obj: Any, role: Role | None = None) -> dict[str, Any]:
 
 
 def save(path: atomic.PathLike, obj: Any) -> None:
-    """Write all fields of a dataclass as YAML; `load` returns an equal dataclass."""
+    """Write all fields of a dataclass as YAML."""
     text = yaml.dump(to_dict(obj), Dumper=_EscapingDumper, sort_keys=False, allow_unicode=True, width=120)
     atomic.write_text(path, text)
 
 
 def require(config: Any, *names: str) -> None:
-    """Raise InputError for the first named field that is unset: None, empty text or an empty tuple."""
+    """Raise InputError for the first named field that is unset."""
     for name in names:
         if getattr(config, name) in (None, "", ()):
             raise InputError(f"`{name}` is required: pass {flag(name)}, or set `{name}` in the configuration file")
@@ -122,7 +122,7 @@ def iter_fields(cls: type, _prefix: tuple[str, ...] = ()) -> Iterator[Field]:
 
 
 def parse(tp: Any, args: Sequence[str], *, where: str) -> Any:
-    """Convert the words after a flag to a type by the rules of a file; `none` unsets an optional value.
+    """Convert the words after a flag; `none` unsets an optional value.
 
     Raises:
       InputError: the words do not fit the type; the message begins with `where`.
@@ -139,7 +139,7 @@ def parse(tp: Any, args: Sequence[str], *, where: str) -> Any:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return `; did you mean …?` with the closest known name, or "" if no name is close."""
+    """Return `; did you mean …?` with the closest name, or nothing."""
     known = list(known)
     last = {candidate.rsplit(".", 1)[-1].lstrip("-"): candidate for candidate in reversed(known)}
     match = get_close_matches(name, known, 1, 0.6)
@@ -165,7 +165,7 @@ def type_name(tp: Any) -> str:
 
 
 def _build(cls: type[Config], data: Any, base: Any, *, where: str, section: str, root: type) -> Config:
-    """Replace fields of `base` by `data`; `section` is the dotted path of `cls` within the class `root`."""
+    """Replace fields of `base`; `section` is its path within `root`."""
     if not isinstance(data, Mapping):
         position = f"`{section}`" if section else "the top level"
         raise InputError(f"{where}: expected a section of keys and values at {position}, found {_format_value(data)}")
@@ -225,7 +225,7 @@ def _parse_float(value: Any) -> float | None:
 
 
 def _parse_scalar(tp: Any, word: str) -> Any:
-    """Convert a word to a scalar; a word that does not fit stays text, which `_convert` refuses."""
+    """Convert a word to a scalar if it fits the type."""
     if get_origin(tp) is Literal:
         return next((choice for choice in get_args(tp) if str(choice) == word), word)
     if tp is int and re.fullmatch(r"[+-]?\d[\d_]*", word):
