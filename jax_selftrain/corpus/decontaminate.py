@@ -19,6 +19,7 @@ from jax_selftrain.corpus.transforms import map_corpus
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import hash_json
+from jax_selftrain.io.rng import make_rng, random_permutation
 
 
 def remove_overlapping(
@@ -73,7 +74,7 @@ def _match_on_length_and_stop(source: Corpus, sharing: np.ndarray, seed: int) ->
     """As many of the others, alike in ending and length; bool [N]."""
     _, offsets, reasons = source.token_arrays()
     lengths = np.diff(offsets)
-    order = np.argsort(np.random.Philox(key=np.array([seed % 2**64, 0], np.uint64)).random_raw(len(source)))
+    order = random_permutation(make_rng("size-matched control", seed), len(source))
     dropped = np.zeros(len(source), bool)
     for reason in np.unique(reasons[sharing]):
         alike = order[reasons[order] == reason]

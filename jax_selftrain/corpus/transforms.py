@@ -37,6 +37,7 @@ from jax_selftrain.corpus.shards import (
 )
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
+from jax_selftrain.io.rng import make_rng, random_permutation
 from jax_selftrain.version import versions
 
 REPLACEMENT_CHAR = "\N{REPLACEMENT CHARACTER}"
@@ -114,9 +115,8 @@ def shuffle(corpus: atomic.PathLike, model: str, out: atomic.PathLike, seed: int
         converted = []
         for sample in samples:
             n = len(sample.tokens) - (sample.finish_reason == "stop")
-            # Sorting raw Philox words, because numpy guarantees the bit stream for good (NEP 19).
-            words = np.random.Philox(key=np.array([seed % 2**64, sample.sample_id], np.uint64)).random_raw(n)
-            row = np.concatenate([sample.tokens[:n][np.argsort(words, kind="stable")], sample.tokens[n:]])
+            order = random_permutation(make_rng("shuffled tokens", seed, sample.sample_id), n)
+            row = np.concatenate([sample.tokens[:n][order], sample.tokens[n:]])
             text = tokenizer.decode(row[:n].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
             converted.append(Sample(sample.sample_id, row, text, _NOT_DRAWN, sample.finish_reason))
         return converted, {}

@@ -6,7 +6,6 @@ change that training made. A student that forgets less than this control has for
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from jax_selftrain.hub.load import cpu_device
 from jax_selftrain.hub.merge import check_compatible, load_params_as_stored
 from jax_selftrain.hub.model_folder import model_fingerprint, read_config, save_model
 from jax_selftrain.hub.trees import unflatten
+from jax_selftrain.io.rng import make_rng
 from jax_selftrain.models import axis_sizes
 
 
@@ -44,7 +44,9 @@ def add_weight_noise(base: str, student: str, out: str | Path, seed: int, weight
         params = {}
         for path in sorted(before):
             old, new = (np.asarray(side.pop(path), np.float32) for side in (before, after))
-            params[path] = _perturb(old, weight * (new - old), _philox(seed, path), stacked=path.startswith("layers/"))
+            params[path] = _perturb(
+                old, weight * (new - old), make_rng("weight noise", seed, path), stacked=path.startswith("layers/")
+            )
             if not np.isfinite(params[path]).all():
                 raise InputError(f"{student}: {path} lies infinitely far from {base}")
         metadata = {
@@ -58,13 +60,8 @@ def add_weight_noise(base: str, student: str, out: str | Path, seed: int, weight
     return Path(out)
 
 
-def _philox(seed: int, path: str) -> np.random.Generator:
-    key = hashlib.sha256(f"weight noise {seed} {path}".encode()).digest()[:16]
-    return np.random.Generator(np.random.Philox(key=np.frombuffer(key, np.uint64)))
-
-
-def _perturb(old: np.ndarray, change: np.ndarray, words: np.random.Generator, *, stacked: bool) -> np.ndarray:
-    noise = words.standard_normal(old.shape, np.float64)
+def _perturb(old: np.ndarray, change: np.ndarray, rng: np.random.Generator, *, stacked: bool) -> np.ndarray:
+    noise = rng.standard_normal(old.shape, np.float64)
     axes = tuple(range(1 if stacked else 0, old.ndim))
     size, wanted = (np.sqrt(np.sum(np.square(x, dtype=np.float64), axes, keepdims=True)) for x in (noise, change))
     return (old + noise * (wanted / np.maximum(size, np.finfo(np.float64).tiny))).astype(np.float32)

@@ -9,7 +9,6 @@ same declaration.
 from __future__ import annotations
 
 import math
-import zlib
 from typing import Any, Literal
 
 import jax
@@ -18,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from jax_selftrain.distributed.sharding import ShardingRules
+from jax_selftrain.io.rng import make_rng
 from jax_selftrain.models.config import DecoderConfig
 
 Params = dict[str, Any]
@@ -170,6 +170,5 @@ def init_params(config: DecoderConfig, seed: int, rules: ShardingRules) -> Param
 
 
 def _normal(seed: int, path: tuple[str, ...], layer: int, shape: tuple[int, ...], std: float) -> np.ndarray:
-    name = zlib.crc32("/".join(path).encode())
-    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(name, layer))))
+    generator = make_rng("initial parameters", seed, "/".join(path), layer)
     return np.float32(std) * generator.standard_normal(math.prod(shape), np.float32).reshape(shape)

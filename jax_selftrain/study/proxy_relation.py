@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import scipy
 
+from jax_selftrain.io.rng import make_rng
 from jax_selftrain.stats.noninferiority import benjamini_hochberg
 
 ALPHA = 0.05
@@ -132,7 +133,7 @@ def _orders(sources: int) -> np.ndarray:
     """[P, sources]: orders of the sources, the given one first."""
     if math.factorial(sources) <= PERMUTATIONS:
         return np.array([*itertools.permutations(range(sources))])
-    rng = np.random.Generator(np.random.Philox(sources))
+    rng = make_rng("permutations of sources", sources)
     drawn = rng.permuted(np.tile(np.arange(sources), (PERMUTATIONS - 1, 1)), axis=1)
     return np.concatenate([np.arange(sources)[None], drawn])
 

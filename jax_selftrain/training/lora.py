@@ -7,7 +7,6 @@ forward pass multiplies by the factors one after the other; the sum is only form
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from math import prod
 
@@ -18,6 +17,7 @@ import numpy as np
 from jax_selftrain.config import TrainConfig
 from jax_selftrain.distributed.sharding import ShardingRules
 from jax_selftrain.errors import InputError
+from jax_selftrain.io.rng import make_rng
 from jax_selftrain.models import DecoderConfig, Params, abstract_params, param_axes
 
 NUM_OUTPUT_DIMS = {
@@ -55,8 +55,7 @@ def init_adapters(config: TrainConfig, model: DecoderConfig, rules: ShardingRule
 
     def fill(shape: tuple[int, ...], sharding: jax.sharding.Sharding, path: str, bound: float) -> jax.Array:
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
-            key = np.random.SeedSequence(config.seed, spawn_key=(zlib.crc32(path.encode()),))
-            generator = np.random.Generator(np.random.Philox(key))
+            generator = make_rng("initial adapters", config.seed, path)
             return (bound * (2 * generator.random(shape, np.float32) - 1)).astype(np.float32)[index or ()]
 
         return jax.make_array_from_callback(shape, sharding, part)
