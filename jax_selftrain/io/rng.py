@@ -29,6 +29,7 @@ def make_rng(purpose: str, *key: int | str) -> np.random.Generator:
 def random_permutation(rng: np.random.Generator, n: int) -> np.ndarray:
     """Return a random order of n items, int64 [n].
 
-    The order is the same in every NumPy version: NumPy guarantees the bit stream of a generator but not what `Generator.permutation` makes of it (NEP 19).
+    The order is the same in every NumPy version: NumPy guarantees the bit stream of a generator, but not what
+    `Generator.permutation` makes of it (NEP 19).
     """
     return np.argsort(rng.bit_generator.random_raw(n), kind="stable")

@@ -24,7 +24,7 @@ def test_tfds_opens_the_exported_folder_without_tensorflow(tmp_path, corpus):
     out = export_corpus(ExportConfig(str(corpus.folder), str(tmp_path / "out"), "tfds"))
     source = tfds.builder_from_directory(out).as_data_source(split="train")
     assert len(source) == len(corpus)
-    for sample, found in zip(corpus.documents(), (source[i] for i in range(len(source))), strict=True):
+    for sample, found in zip(corpus.iter_samples(), (source[i] for i in range(len(source))), strict=True):
         assert found["sample_id"] == sample.sample_id
         assert found["tokens"].tolist() == sample.tokens.tolist()
         assert found["tokens"].dtype == np.int32
@@ -53,9 +53,9 @@ def test_text_goes_out_by_tfds_and_comes_back(tmp_path, corpus, tiny_model):
     source = f"tfds:{tmp_path / 'out'}"
     config = ImportCorpusConfig(source, str(tiny_model("llama")), str(tmp_path / "back"))
     back = import_text(config)
-    assert [s.text for s in back.iter_samples()] == [s.text for s in corpus.documents()]
+    assert [s.text for s in back.iter_samples()] == [s.text for s in corpus.iter_samples()]
     first_three = import_text(replace(config, out=str(tmp_path / "three"), split="train[:3]"))
-    assert [s.text for s in first_three.iter_samples()] == [s.text for s in corpus.documents()][:3]
+    assert [s.text for s in first_three.iter_samples()] == [s.text for s in corpus.iter_samples()][:3]
     cases: list[tuple[dict[str, Any], str]] = [
         ({"split": "test"}, r"has no split 'test' \(it has: train\)"),
         ({"split": "train[:x]"}, "'train\\[:x\\]'"),
@@ -72,7 +72,7 @@ def test_text_goes_out_by_tfds_and_comes_back(tmp_path, corpus, tiny_model):
 def test_jsonl_holds_one_sample_a_line_and_comes_back(tmp_path, corpus, tiny_model):
     out = export_corpus(ExportConfig(str(corpus.folder), str(tmp_path / "out"), "jsonl"))
     lines = [json.loads(line) for line in (out / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-    for line, sample in zip(lines, corpus.documents(), strict=True):
+    for line, sample in zip(lines, corpus.iter_samples(), strict=True):
         assert line == {
             "sample_id": sample.sample_id,
             "tokens": sample.tokens.tolist(),
@@ -83,7 +83,7 @@ def test_jsonl_holds_one_sample_a_line_and_comes_back(tmp_path, corpus, tiny_mod
     assert json.loads((out / "export.json").read_text())["fingerprint"] == corpus.fingerprint
     model = str(tiny_model("llama"))
     back = import_text(ImportCorpusConfig(str(out / "samples.jsonl"), model, str(tmp_path / "back")))
-    assert [s.text for s in back.iter_samples()] == [s.text for s in corpus.documents()]
+    assert [s.text for s in back.iter_samples()] == [s.text for s in corpus.iter_samples()]
 
 
 def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path, corpus):

@@ -138,9 +138,9 @@ def test_kill_9_while_importing_then_the_same_command_gives_the_same_bytes(tmp_p
     killed = tmp_path / "killed"
     script = f"""
 import sys
-from jax_selftrain.config import ImportConfig
+from jax_selftrain.config import ImportCorpusConfig
 from jax_selftrain.corpus import import_text
-import_text(ImportConfig({source!r}, {model!r}, sys.argv[1], samples_per_shard=1))
+import_text(ImportCorpusConfig({source!r}, {model!r}, sys.argv[1], samples_per_shard=1))
 """
     process = start_python(script, killed)
     deadline = time.monotonic() + 60

@@ -146,7 +146,7 @@ def test_steps_of_one_pass_are_the_fewest_that_visit_every_row_of_the_main_corpu
     steps=st.integers(1, 200),
 )
 def test_steps_within_a_limit_are_the_most_that_keep_it(mixture, batch_size: int, limit: Fraction, steps: int):
-    within = mixture.steps_within(limit, batch_size, steps)
+    within = mixture.max_steps(limit, batch_size, steps)
     assert 0 <= within <= steps
     assert max(mixture.epochs(within * batch_size)) <= limit
     assert within == steps or max(mixture.epochs((within + 1) * batch_size)) > limit

@@ -29,7 +29,7 @@ def check_against_trying_everything(queries, documents, shortest, found) -> None
         covered = {at for begin, run in enumerate(runs) for at in range(begin, begin + run)}
         assert found.length[row] == longest
         assert found.covered[row] == len(covered)
-        begin, document, place = (int(part[row]) for part in (found.begin, found.document, found.place))
+        begin, document, place = (int(part[row]) for part in (found.query_start, found.text_doc, found.text_start))
         if longest:
             assert query[begin : begin + longest] == documents[document][place : place + longest]
         else:

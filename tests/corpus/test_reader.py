@@ -20,7 +20,7 @@ def test_token_arrays_are_the_documents_end_to_end(corpus, documents):
     flat, offsets, reasons = corpus.token_arrays()
     assert (flat.dtype, offsets.dtype) == (np.int32, np.int64)
     assert [flat[a:b].tolist() for a, b in pairwise(offsets)] == documents
-    assert [FINISH_REASONS[code] for code in reasons] == [s.finish_reason for s in corpus.documents()]
+    assert [FINISH_REASONS[code] for code in reasons] == [s.finish_reason for s in corpus.iter_samples()]
     assert len(corpus) == len(documents)
     assert corpus.n_tokens == len(flat)
 
@@ -28,7 +28,7 @@ def test_token_arrays_are_the_documents_end_to_end(corpus, documents):
 def test_documents_without_tokens_are_read_back(tmp_path, make_corpus):
     corpus = make_corpus(tmp_path / "c", [[], [3], [], []], per_shard=2)
     assert corpus.token_arrays()[1].tolist() == [0, 0, 1, 1, 1]
-    assert [s.tokens.tolist() for s in corpus.documents()] == [[], [3], [], []]
+    assert [s.tokens.tolist() for s in corpus.iter_samples()] == [[], [3], [], []]
 
 
 def test_more_rows_than_a_read_batch_keep_their_order(tmp_path, make_corpus):
@@ -36,7 +36,7 @@ def test_more_rows_than_a_read_batch_keep_their_order(tmp_path, make_corpus):
     corpus = make_corpus(tmp_path / "c", documents, per_shard=2500)
     flat, offsets, _ = corpus.token_arrays()
     assert flat.tolist() == [token for document in documents for token in document]
-    assert [s.tokens.tolist() for s in corpus.documents()] == documents
+    assert [s.tokens.tolist() for s in corpus.iter_samples()] == documents
     assert offsets[-1] == len(flat)
 
 
@@ -85,7 +85,7 @@ def test_a_corpus_only_begun_is_incomplete(tmp_path):
 
 
 def test_shards_without_any_manifest_are_incomplete(tmp_path, corpus):
-    write_shard(tmp_path / "c", 0, list(corpus.documents()), {})
+    write_shard(tmp_path / "c", 0, list(corpus.iter_samples()), {})
     with pytest.raises(InputError, match="incomplete corpus, 1 shards"):
         open_corpus(tmp_path / "c")
 

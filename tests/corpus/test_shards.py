@@ -55,7 +55,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_a_shard_holds_exactly_the_samples_given(tmp_path, make_corpus, documents):
     corpus = make_corpus(tmp_path / "c", documents)
-    read = list(corpus.documents())
+    read = list(corpus.iter_samples())
     assert [s.sample_id for s in read] == list(range(len(documents)))
     assert [s.tokens.tolist() for s in read] == documents
     assert all(s.tokens.dtype == np.int32 for s in read)
@@ -68,7 +68,7 @@ def test_a_missing_logprob_is_null_in_the_file_and_nan_in_memory(tmp_path, make_
     corpus = make_corpus(tmp_path / "c", documents)
     column = pq.read_table(corpus.folder / "shard-000000.parquet").column("logprob")
     assert [value is None for value in column.to_pylist()] == [i % 3 == 0 for i in range(4)]
-    assert [np.isnan(s.logprob) for s in corpus.documents()] == [i % 3 == 0 for i in range(len(documents))]
+    assert [np.isnan(s.logprob) for s in corpus.iter_samples()] == [i % 3 == 0 for i in range(len(documents))]
 
 
 def test_the_columns_are_those_of_the_interface(tmp_path):
@@ -189,17 +189,17 @@ def test_on_a_full_disk_the_shard_is_named_and_nothing_of_it_stays(tmp_path, ful
 WRITER = f"""
 import sys
 import numpy as np
-from jax_selftrain.corpus import Sample, begin_corpus, finish_corpus, missing_shards, shard_ids, write_shard
+from jax_selftrain.corpus import Sample, init_corpus, finalize_corpus, missing_shards, shard_ids, write_shard
 
 request = {REQUEST | {"samples": 30, "samples_per_shard": 10}}
 folder = sys.argv[1]
-begin_corpus(folder, request)
+init_corpus(folder, request)
 for index in missing_shards(folder, 3):
     length = 200_000 if index == 1 else 10
     rngs = {{i: np.random.Generator(np.random.Philox(i)) for i in shard_ids(index, 30, 10)}}
     tokens = {{i: rng.integers(0, 50_000, length).astype(np.int32) for i, rng in rngs.items()}}
     write_shard(folder, index, [Sample(i, tokens[i], f"text {{i}}", -1.5, "stop") for i in tokens], {{"mismatches": 0}})
-finish_corpus(folder, request)
+finalize_corpus(folder, request)
 """
 
 

@@ -93,7 +93,7 @@ def test_a_committed_folder_appears_at_once_and_is_never_written_over_unasked(tm
     with pytest.raises(InputError, match=r"f: already exists"):
         fill("2")
     assert (tmp_path / "f/deep/x").read_text() == "1"
-    fill("2", replace=True)
+    fill("2", overwrite=True)
     assert (tmp_path / "f/deep/x").read_text() == "2"
     assert os.listdir(tmp_path) == ["f"]
 
@@ -149,7 +149,7 @@ def test_a_reader_never_sees_a_mixture_while_a_file_is_rewritten_and_its_writer_
             """
             import itertools, sys
             from jax_selftrain.io import atomic
-            print("started", flush=True)
+            print("start_time", flush=True)
             for letter in itertools.cycle(b"abcdefgh"):
                 atomic.write_bytes(sys.argv[1], bytes([letter]) * int(sys.argv[2]))
             """,
@@ -183,7 +183,7 @@ def test_kill_in_the_instant_of_replacing_a_folder_is_undone(tmp_path):
         def rename_once(source, target):
             rename(source, target)
             os.kill(os.getpid(), signal.SIGKILL)
-        with atomic.commit_folder(sys.argv[1], replace=True) as aside:
+        with atomic.commit_folder(sys.argv[1], overwrite=True) as aside:
             (aside / "x").write_text("new")
             os.rename = rename_once
         """,
@@ -339,10 +339,10 @@ def test_a_manifest_cannot_reach_outside_its_folder(folder, name):
 
 HOLDER = """
     import sys
-    from jax_selftrain.io import atomic
+    from jax_selftrain.io import lease
     for line in sys.stdin:  # each line names a lease; hold it until the next line comes
         path, stale_after = line.split()
-        with atomic.lease(path, stale_after=float(stale_after)) as held:
+        with lease.lease(path, stale_after=float(stale_after)) as held:
             print(int(held), flush=True)
             if sys.stdin.readline().strip() == "hang":
                 import time; time.sleep(60)
@@ -384,7 +384,7 @@ def test_a_reused_pid_is_not_taken_for_the_holder(tmp_path):
     path = tmp_path / "shard.lease"
     with lease.lease(path):
         content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, "started": content["started"] - 1}))
+    path.write_text(json.dumps({**content, "start_time": content["start_time"] - 1}))
     with lease.lease(path) as held:
         assert held
 
@@ -392,8 +392,8 @@ def test_a_reused_pid_is_not_taken_for_the_holder(tmp_path):
 def test_processes_fighting_for_leases_win_each_once(tmp_path):
     fighters = [start(HOLDER) for _ in range(4)]
     dead = start(
-        "import json, dataclasses; from jax_selftrain import identity\n"
-        "print(json.dumps(dataclasses.asdict(identity.this_process())))"
+        "import json, dataclasses; from jax_selftrain.io.process_id import this_process\n"
+        "print(json.dumps(dataclasses.asdict(this_process())))"
     )
     corpse, _ = dead.communicate()
     for round_ in range(25):
@@ -414,7 +414,7 @@ def test_processes_fighting_for_leases_win_each_once(tmp_path):
 
 def test_the_lease_of_another_machine_counts_until_its_heartbeat_is_old(tmp_path):
     path = tmp_path / "shard.lease"
-    path.write_text(json.dumps({"host": "elsewhere", "scope": "0" * 12, "pid": 1, "started": 1, "token": "t"}))
+    path.write_text(json.dumps({"host": "elsewhere", "scope": "0" * 12, "pid": 1, "start_time": 1, "token": "t"}))
     with lease.lease(path, stale_after=600) as held:
         assert not held
     old = time.time() - 601
@@ -464,8 +464,8 @@ def test_versions_are_found_without_importing_the_libraries():
     process = start(
         """
         import sys
-        from jax_selftrain.io import atomic
-        found = atomic.versions()
+        from jax_selftrain.version import versions
+        found = versions()
         assert {"jax_selftrain", "python", "jax", "jaxlib", "numpy"} <= set(found), found
         print(sorted({"jax", "numpy", "transformers", "flax"} & set(sys.modules)))
         """
