@@ -41,41 +41,28 @@ class Command:
     """Dataclass of its options."""
     function: str
     """`module:name` of the function that takes them."""
-    required: tuple[str, ...] = ()
-    positionals: tuple[tuple[str, str], ...] = ()
-    """(name in the help, field) of each option that can be given without a flag, in order."""
+    positionals: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Name in the help and field of each option that can be given without a flag, in order."""
 
 
 COMMANDS: dict[str, Command] = {
-    "demo": Command(config.DemoConfig, "jax_selftrain.experiments.microworld:demo", ("out",)),
-    "convert": Command(
-        config.ConvertConfig, "jax_selftrain.hub:convert", ("source", "out"), (("SRC", "source"), ("DST", "out"))
-    ),
-    "import": Command(
-        config.ImportCorpusConfig, "jax_selftrain.corpus:import_text", ("source", "model", "out"), (("SRC", "source"),)
-    ),
-    "export": Command(
-        config.ExportConfig,
-        "jax_selftrain.corpus:export_corpus",
-        ("corpus", "out"),
-        (("CORPUS", "corpus"), ("DST", "out")),
-    ),
-    "sample": Command(config.SampleConfig, "jax_selftrain.sampling:sample", ("model", "out")),
-    "train": Command(config.TrainConfig, "jax_selftrain.study:train_with_evals", ("model", "corpus", "out")),
-    "merge": Command(config.MergeConfig, "jax_selftrain.hub:merge", ("base", "student", "weight", "out")),
-    "score": Command(config.ScoreConfig, "jax_selftrain.evals:score", ("model", "out")),
+    "demo": Command(config.DemoConfig, "jax_selftrain.experiments.microworld:demo"),
+    "convert": Command(config.ConvertConfig, "jax_selftrain.hub:convert", {"SRC": "source", "DST": "out"}),
+    "import": Command(config.ImportCorpusConfig, "jax_selftrain.corpus:import_text", {"SRC": "source"}),
+    "export": Command(config.ExportConfig, "jax_selftrain.corpus:export_corpus", {"CORPUS": "corpus", "DST": "out"}),
+    "sample": Command(config.SampleConfig, "jax_selftrain.sampling:sample"),
+    "train": Command(config.TrainConfig, "jax_selftrain.study:train_with_evals"),
+    "merge": Command(config.MergeConfig, "jax_selftrain.hub:merge"),
+    "score": Command(config.ScoreConfig, "jax_selftrain.evals:score"),
     "compare": Command(
-        config.CompareConfig,
-        "jax_selftrain.study:compare",
-        ("base", "student", "out"),
-        (("BASE.json", "base"), ("STUDENT.json", "student")),
+        config.CompareConfig, "jax_selftrain.study:compare", {"BASE.json": "base", "STUDENT.json": "student"}
     ),
-    "extract": Command(config.ExtractConfig, "jax_selftrain.evals:extract", ("model", "sequences", "out")),
-    "leakage": Command(config.LeakageConfig, "jax_selftrain.evals:leakage", ("corpus", "texts", "out")),
-    "run": Command(config.RunConfig, "jax_selftrain.study:run", ("model", "out")),
-    "study": Command(config.StudyConfig, "jax_selftrain.study:run_study", ("out",)),
-    "plan": Command(config.PlanConfig, "jax_selftrain.planning:plan_memory", ("model", "topology")),
-    "report": Command(config.ReportConfig, "jax_selftrain.report:write_report", ("folder",), (("DIR", "folder"),)),
+    "extract": Command(config.ExtractConfig, "jax_selftrain.evals:extract"),
+    "leakage": Command(config.LeakageConfig, "jax_selftrain.evals:leakage"),
+    "run": Command(config.RunConfig, "jax_selftrain.study:run"),
+    "study": Command(config.StudyConfig, "jax_selftrain.study:run_study"),
+    "plan": Command(config.PlanConfig, "jax_selftrain.planning:plan_memory"),
+    "report": Command(config.ReportConfig, "jax_selftrain.report:write_report", {"DIR": "folder"}),
 }
 
 DISTRIBUTED_COMMANDS = ("convert", "sample", "train", "merge", "score", "extract", "run")
@@ -208,7 +195,7 @@ def parse_all(name: str, words: Sequence[str]) -> tuple[Any, DistributedConfig]:
             options = _replace(options, fields[flag].path, value)
     if needs_help:
         _print_help(name, options)
-    yaml_io.require(options, *command.required)
+    yaml_io.require(options)
     return options, processes
 
 
@@ -218,7 +205,7 @@ def _flag_fields(cls: type) -> list[yaml_io.Field]:
 
 
 def _parse_words(
-    words: Sequence[str], fields: Mapping[str, yaml_io.Field], positionals: Sequence[tuple[str, str]]
+    words: Sequence[str], fields: Mapping[str, yaml_io.Field], positionals: Mapping[str, str]
 ) -> dict[str, Any]:
     """Convert the words after a command to a value for each flag."""
     negated = {yaml_io.negated_flag(*field.path): flag for flag, field in fields.items() if field.type is bool}
@@ -255,7 +242,7 @@ def _parse_words(
     for index, word in enumerate(bare):
         if index >= len(positionals):
             raise InputError(f"unexpected argument `{word}`; options start with `--`")
-        shown, name = positionals[index]
+        shown, name = list(positionals.items())[index]
         if yaml_io.flag(name) in given:
             raise InputError(f"{shown} is given twice, as `{word}` and with {yaml_io.flag(name)}")
         values[yaml_io.flag(name)] = yaml_io.parse(fields[yaml_io.flag(name)].type, [word], where=shown)
@@ -322,14 +309,12 @@ def _print_help(name: str, options: Any) -> None:
             group = _select_fields(instance, members, doc)
             extra.append((title, conf.OmitArgPrefixes[group], dataclasses.field(default_factory=group)))
     doc = command.config_class.__doc__ or ""
-    view = _select_fields(options, set(roles(command.config_class)) - hidden, doc, command.required, extra)
-    usage = " ".join(["jax-selftrain", name, *(f"[{shown}]" for shown, _ in command.positionals)])
+    view = _select_fields(options, set(roles(command.config_class)) - hidden, doc, extra)
+    usage = " ".join(["jax-selftrain", name, *(f"[{shown}]" for shown in command.positionals)])
     tyro.cli(view, prog=usage, args=["--help"])
 
 
-def _select_fields(
-    options: Any, names: set[str], doc: str, required: Sequence[str] = (), extra: Sequence[tuple[str, Any, Any]] = ()
-) -> Any:
+def _select_fields(options: Any, names: set[str], doc: str, extra: Sequence[tuple[str, Any, Any]] = ()) -> Any:
     """Return a subclass for tyro, with defaults from `options`.
 
     Its help shows only the named fields.
@@ -341,15 +326,18 @@ def _select_fields(
     fields = []
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        note = conf.arg(help_behavior_hint=partial(_default_hint, required=field.name in required))
+        is_required = Role.REQUIRED in roles(cls)[field.name]
+        note = conf.arg(help_behavior_hint=partial(_default_hint, required=is_required))
         shown: Any = Annotated[hints[field.name], note]
         default = partial(getattr, options, field.name)
         if field.name not in names:
             shown = conf.Suppress[conf.Fixed[hints[field.name]]]
         elif dataclasses.is_dataclass(hints[field.name]):
             section = hints[field.name]
-            free = set(roles(section)) - set(fields_with_role(section, Role.SET_BY_STUDY))
-            shown = default = _select_fields(default(), free, field.name)
+            own = set(fields_with_role(section, Role.SET_BY_STUDY))
+            if not issubclass(cls, config.StudyConfig):  # a run has the seeds and special tokens of its stages
+                own &= set(fields_with_role(section, Role.INPUT | Role.OUTPUT))
+            shown = default = _select_fields(default(), set(roles(section)) - own, field.name)
         fields.append((field.name, shown, dataclasses.field(default_factory=default)))
     namespace = {"__doc__": doc}
     return dataclasses.make_dataclass(cls.__name__, [*fields, *extra], bases=(cls,), frozen=True, namespace=namespace)

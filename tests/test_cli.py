@@ -119,7 +119,7 @@ def test_help_of_a_command_lists_its_flags_with_their_docstrings(name, capsys):
         assert re.search(rf"{flag}[ ,]", output)
     assert output.startswith(f"usage: jax-selftrain {name} ")
     assert (cli.COMMANDS[name].config_class.__doc__ or "")[:40] in output
-    for shown, _ in cli.COMMANDS[name].positionals:
+    for shown in cli.COMMANDS[name].positionals:
         assert f"[{shown}]" in output.splitlines()[0]
 
 
@@ -145,15 +145,15 @@ def test_flags_reach_the_fields():
 
 
 def test_booleans_are_flags():
-    assert parse("study", "--out o").dry_run is False
-    assert parse("study", "--out o --dry-run").dry_run is True
+    assert parse("demo", "--out o").study is False
+    assert parse("demo", "--out o --study --seeds 1 2").study is True
     assert parse("plan", "--model m --topology v5e:4x4 --no-compile --search").compile is False
     assert parse("run", "--model m --out o --train.no-decay-embeddings").train.decay_embeddings is False
     assert parse("extract", "--no_greedy_decode --model m --sequences s --out o").greedy_decode is False
 
 
 def test_a_flag_wins_over_a_boolean_of_the_file(tmp_path):
-    (tmp_path / "c.yaml").write_text("dry_run: true\nout: o\n")
+    (tmp_path / "c.yaml").write_text("dry_run: true\nout: o\nmodels: [{name: a, model: m}]\n")
     assert cli.parse("study", ["--config", str(tmp_path / "c.yaml")]).dry_run
     assert not cli.parse("study", ["--config", str(tmp_path / "c.yaml"), "--no-dry-run"]).dry_run
 

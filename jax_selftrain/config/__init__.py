@@ -32,6 +32,7 @@ from jax_selftrain.config.study import (
     ReportConfig,
     RunConfig,
     StudyConfig,
+    common_options,
 )
 
 __all__ = [
@@ -60,4 +61,5 @@ __all__ = [
     "ScoreConfig",
     "StudyConfig",
     "TrainConfig",
+    "common_options",
 ]

@@ -12,6 +12,7 @@ from jax_selftrain.config.metadata import (
     Input,
     OutputFile,
     OutputFolder,
+    Required,
     SetByStudy,
 )
 
@@ -26,9 +27,9 @@ Remat = Literal["none", "dots", "full"]
 class SampleConfig:
     """Sample texts from a model, from the BOS token, into a corpus."""
 
-    model: SetByStudy[Input[str]] = ""
+    model: Required[SetByStudy[Input[str]]] = ""
     """Model to sample from: a Hugging Face folder, a hub id, an Orbax tree of `convert`, or a run folder."""
-    out: SetByStudy[OutputFolder[str]] = ""
+    out: Required[SetByStudy[OutputFolder[str]]] = ""
     """Corpus folder to write; the same command resumes it."""
     samples: int = 1024
     """Number of samples."""
@@ -69,11 +70,11 @@ class SampleConfig:
 class ImportCorpusConfig:
     """Import real text from JSONL, `datasets` or TFDS as a corpus."""
 
-    source: Input[str] = ""
+    source: Required[Input[str]] = ""
     """`FILE.jsonl`, `tfds:FOLDER`, `datasets:NAME[:SUBSET]`, or a folder for `datasets.load_from_disk`."""
-    model: Input[str] = ""
+    model: Required[Input[str]] = ""
     """Model or tokenizer folder whose tokenizer is used."""
-    out: OutputFolder[str] = ""
+    out: Required[OutputFolder[str]] = ""
     """Corpus folder to write."""
     text_field: str = "text"
     """Field with the text."""
@@ -95,9 +96,9 @@ class ImportCorpusConfig:
 class ExportConfig:
     """Export a corpus to the format of another library."""
 
-    corpus: Input[str] = ""
+    corpus: Required[Input[str]] = ""
     """Corpus folder to read."""
-    out: OutputFolder[str] = ""
+    out: Required[OutputFolder[str]] = ""
     """Folder to write."""
     format: Literal["tfds", "jsonl"] = "tfds"
     """`tfds` (for `tfds.builder_from_directory`) or `jsonl`."""
@@ -107,9 +108,9 @@ class ExportConfig:
 class ConvertConfig:
     """Convert a model between Hugging Face and Orbax."""
 
-    source: Input[str] = ""
+    source: Required[Input[str]] = ""
     """Model to read."""
-    out: OutputFolder[str] = ""
+    out: Required[OutputFolder[str]] = ""
     """Folder to write."""
     format: Literal["flax", "hf"] = "flax"
     """`hf`: a Hugging Face folder; `flax`: an Orbax tree of parameters."""
@@ -121,13 +122,13 @@ class ConvertConfig:
 class MergeConfig:
     """Interpolate or extrapolate two models: base + weight · (student − base)."""
 
-    base: Input[str] = ""
+    base: Required[Input[str]] = ""
     """Model at weight 0; the result has its tokenizer and config."""
-    student: Input[str] = ""
+    student: Required[Input[str]] = ""
     """Model at weight 1, with the same architecture and tokenizer."""
-    weight: float | None = None
+    weight: Required[float | None] = None
     """Weight of the student; above 1 and below 0 extrapolate."""
-    out: OutputFolder[str] = ""
+    out: Required[OutputFolder[str]] = ""
     """Model folder to write; the same command keeps a finished one."""
     mesh: Execution[str] = ""
     """Device mesh, for instance `data=4,model=2`; unset: one CPU device, or all devices of several processes."""
@@ -139,15 +140,15 @@ class MergeConfig:
 class TrainConfig:
     """Train a model on a corpus; the result is a model (`RUN/model`)."""
 
-    model: SetByStudy[Input[str]] = ""
+    model: Required[SetByStudy[Input[str]]] = ""
     """Model to train; with `--init scratch` only its config and tokenizer are read."""
-    corpus: SetByStudy[Input[str]] = ""
+    corpus: Required[SetByStudy[Input[str]]] = ""
     """Corpus folder to train on."""
     mixture: Input[tuple[str, ...]] = ()
     """Further corpora, each as `FOLDER=SHARE` of the rows; the remaining rows are from the corpus."""
     max_epochs: Execution[float | None] = None
     """Refuse a run that visits any corpus more often than this."""
-    out: SetByStudy[OutputFolder[str]] = ""
+    out: Required[SetByStudy[OutputFolder[str]]] = ""
     """Run folder; the same command resumes it."""
     init: Literal["pretrained", "scratch"] = "pretrained"
     """Start from the weights of the model, or from random weights."""
@@ -246,7 +247,7 @@ class TrainConfig:
 class ScoreConfig:
     """Score a model by log-likelihood on tasks and texts."""
 
-    model: SetByStudy[Input[str]] = ""
+    model: Required[SetByStudy[Input[str]]] = ""
     """Model to score."""
     tasks: Input[tuple[str, ...]] = ()
     """JSONL task files (`blimp:FILE`, `arc:FILE`, `piqa:FILE`, `lambada:FILE`), lm-evaluation-harness tasks, or a
@@ -257,7 +258,7 @@ class ScoreConfig:
     """Folder with further lm-evaluation-harness tasks (YAML files)."""
     texts: Input[tuple[str, ...]] = ()
     """JSONL files with a `text` field to measure the perplexity of."""
-    out: SetByStudy[OutputFile[str]] = ""
+    out: Required[SetByStudy[OutputFile[str]]] = ""
     """JSON file to write, with `FILE.requests.parquet` and `FILE.documents.parquet`."""
     limit: int | None = None
     """Number of items of each task; unset: all."""
@@ -279,11 +280,11 @@ class ScoreConfig:
 class CompareConfig:
     """Compare scored models on the same requests: changes, and non-inferiority within margins."""
 
-    base: Input[tuple[str, ...]] = ()
+    base: Required[Input[tuple[str, ...]]] = ()
     """Score files of the base: one for all students, or one for each."""
-    student: Input[tuple[str, ...]] = ()
+    student: Required[Input[tuple[str, ...]]] = ()
     """Score files of the students, one for each seed, in the order of `base`."""
-    out: OutputFile[str] = ""
+    out: Required[OutputFile[str]] = ""
     """JSON file to write."""
     margin_macro: float = 1.0
     """Non-inferiority margin of chance-normalized macro accuracy, in points, declared in advance."""
@@ -303,12 +304,12 @@ class CompareConfig:
 class ExtractConfig:
     """Measure verbatim memorization: the suffix of a sequence from its prefix."""
 
-    model: SetByStudy[Input[str]] = ""
+    model: Required[SetByStudy[Input[str]]] = ""
     """Model to examine."""
-    sequences: Input[str] = ""
+    sequences: Required[Input[str]] = ""
     """Extraction set: `.npy` [N, ≥prefix+suffix], JSONL or Parquet (`tokens`, `text`), a `save_to_disk` folder, or
     P.npy:S.npy."""
-    out: SetByStudy[OutputFile[str]] = ""
+    out: Required[SetByStudy[OutputFile[str]]] = ""
     """JSON file to write."""
     protocol: Literal["pythia", "lm-extraction"] | None = None
     """Published lengths: `pythia` 32 and 32 tokens (Biderman et al. 2023), `lm-extraction` 50 and 50."""
@@ -356,11 +357,11 @@ class ExtractConfig:
 class LeakageConfig:
     """Measure the fraction of samples that contain training text verbatim."""
 
-    corpus: Input[str] = ""
+    corpus: Required[Input[str]] = ""
     """Corpus folder to examine."""
-    texts: Input[str] = ""
+    texts: Required[Input[str]] = ""
     """Training text: JSONL with `text`, `.npy` token ids ([tokens] or [documents, tokens]), or a corpus folder."""
-    out: OutputFile[str] = ""
+    out: Required[OutputFile[str]] = ""
     """JSON file to write, with `FILE.samples.parquet`."""
     min_match: int = 50
     """Minimum length of a match in tokens."""

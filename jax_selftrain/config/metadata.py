@@ -39,6 +39,8 @@ class Role(enum.Flag):
     """The option configures evaluation during training; a second role."""
     SET_BY_STUDY = enum.auto()
     """A study sets the option of each stage; a second role."""
+    REQUIRED = enum.auto()
+    """The option must be set; a second role."""
     OUTPUT = OUTPUT_FOLDER | OUTPUT_FILE
 
 
@@ -50,6 +52,7 @@ OutputFolder = Annotated[T, Role.OUTPUT_FOLDER]
 OutputFile = Annotated[T, Role.OUTPUT_FILE]
 Compiled = Annotated[T, Role.COMPILED]
 Evaluation = Annotated[T, Role.EVALUATION]
+Required = Annotated[T, Role.REQUIRED]
 SetByStudy = Annotated[T, Role.SET_BY_STUDY]
 
 

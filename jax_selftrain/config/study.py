@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from jax_selftrain.config.commands import DType, ExtractConfig, Packing, SampleConfig, ScoreConfig, TrainConfig
-from jax_selftrain.config.metadata import AppliesTo, Execution, Input, OutputFile, OutputFolder
+from jax_selftrain.config.commands import (
+    DType,
+    ExtractConfig,
+    Packing,
+    Preset,
+    SampleConfig,
+    ScoreConfig,
+    TrainConfig,
+)
+from jax_selftrain.config.metadata import AppliesTo, Execution, Input, OutputFile, OutputFolder, Required
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Run one self-training round: sample, train, evaluate before and after, report."""
 
-    model: Input[str] = ""
+    model: Required[Input[str]] = ""
     """Base model, which is trained."""
     source: Input[str] = ""
     """Model to sample from; unset: the base."""
-    out: OutputFolder[str] = ""
+    out: Required[OutputFolder[str]] = ""
     """Output folder; the same command resumes it."""
     title: Execution[str] = ""
     """Title of the report; unset: derived from the model name."""
@@ -31,6 +39,8 @@ class RunConfig:
     """Memorization evaluation, before and after; skipped without `sequences`."""
     mesh: Execution[str] = ""
     """Device mesh of stages without their own, for instance `data=4,model=2`."""
+    preset: Execution[Preset | None] = None
+    """Sharding of parameters in all stages; unset: the stage's own."""
     dtype: DType | None = None
     """Type for all stages; unset: the stage's own."""
 
@@ -39,13 +49,13 @@ class RunConfig:
 class PlanConfig(RunConfig):
     """Predict memory, time and chip-hours of stages on TPU slices or GPUs."""
 
-    model: Input[str] = ""
+    model: Required[Input[str]] = ""
     """Model, or the name of a Pythia (`pythia-14m` to `pythia-12b`), which is not downloaded."""
     out: OutputFile[str] = ""
     """JSON file to write; unset: only print the table."""
-    topology: tuple[str, ...] = ()
+    topology: Required[tuple[str, ...]] = ()
     """TPU slices (`v5e:4x4`, `v4:2x2x4`, `v5p:2x2x2`, `v6e:4x4`) or GPUs (`h100:8`, `h100:4x8` for 4 hosts of 8)."""
-    stage: tuple[Literal["sample", "train", "score"], ...] = ("sample", "train", "score")
+    stage: Required[tuple[Literal["sample", "train", "score"], ...]] = ("sample", "train", "score")
     """Stages to plan."""
     compile: bool = True
     """Compile for TPU slices (with libtpu, without a TPU), or estimate by formula, as for GPUs."""
@@ -198,11 +208,11 @@ class MemorizationConfig:
 class StudyConfig:
     """Run a study: sources, students, control arms, seeds and a report."""
 
-    out: OutputFolder[str] = ""
+    out: Required[OutputFolder[str]] = ""
     """Study folder; the same command resumes it, and several processes can share it."""
     title: Execution[str] = ""
     """Title of the report."""
-    models: tuple[ModelConfig, ...] = ()
+    models: Required[tuple[ModelConfig, ...]] = ()
     """Models."""
     students: tuple[str, ...] = ()
     """Models to train; unset: all."""
@@ -216,7 +226,7 @@ class StudyConfig:
     """Arms that must raise a capability before its claims are judged (real text)."""
     negative_controls: tuple[str, ...] = ()
     """Arms that must lower it (shuffled text)."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: Required[tuple[int, ...]] = (0,)
     """Seeds, each with its own corpora and order; 0 to 9 for pilots, 100 and above for reported results."""
     keep_source_tokens: bool = False
     """Train on the sampled tokens where source and student have the same tokenizer, instead of retokenized text."""
@@ -236,6 +246,8 @@ class StudyConfig:
     """Embedding model (such as Qwen3-Embedding) for the similarity of corpora and tasks; unset: TF-IDF only."""
     mesh: Execution[str] = ""
     """Device mesh of stages without their own, for instance `data=4,model=2`."""
+    preset: Execution[Preset | None] = None
+    """Sharding of parameters in all stages; unset: the stage's own."""
     dtype: DType | None = None
     """Type for all stages; unset: the stage's own."""
     dry_run: Execution[bool] = False
@@ -246,7 +258,7 @@ class StudyConfig:
 class ReportConfig:
     """Write `report.html` from the results in a folder."""
 
-    folder: OutputFolder[str] = ""
+    folder: Required[OutputFolder[str]] = ""
     """Folder of `run` or `study`."""
 
 
@@ -254,7 +266,7 @@ class ReportConfig:
 class DemoConfig:
     """Run a small experiment on a CPU in minutes, without downloads."""
 
-    out: OutputFolder[str] = "selftrain-demo"
+    out: Required[OutputFolder[str]] = "selftrain-demo"
     """Output folder."""
     seed: int = 0
     """Random seed."""
@@ -262,3 +274,14 @@ class DemoConfig:
     """Run the crossover study of six models; takes much longer."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the study."""
+
+
+def common_options(
+    config: RunConfig | StudyConfig, stage: SampleConfig | TrainConfig | ScoreConfig | ExtractConfig
+) -> dict[str, Any]:
+    """Return the mesh, preset and dtype of a stage of a run or study."""
+    return {
+        "mesh": stage.mesh or config.mesh,
+        "preset": config.preset or stage.preset,
+        "dtype": config.dtype or stage.dtype,
+    }

@@ -67,10 +67,13 @@ def save(path: atomic.PathLike, obj: Any) -> None:
 
 
 def require(config: Any, *names: str) -> None:
-    """Raise InputError for the first named field that is unset."""
-    for name in names:
-        if getattr(config, name) in (None, "", ()):
-            raise InputError(f"`{name}` is required: pass {flag(name)}, or set `{name}` in the configuration file")
+    """Raise InputError for the first field that is unset, of the named ones or of all required ones."""
+    for field in iter_fields(type(config)):
+        (name, *section) = field.path
+        is_required = name in (names or fields_with_role(type(config), Role.REQUIRED))
+        if not section and is_required and getattr(config, name) in (None, "", ()):
+            option = "" if field.has_sections else f"pass {field.flag}, or "
+            raise InputError(f"`{name}` is required: {option}set `{name}` in the configuration file")
 
 
 # ---------------------------------------------------------------- fields and flags

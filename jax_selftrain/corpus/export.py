@@ -42,7 +42,7 @@ def export_corpus(config: ExportConfig) -> Path:
     Raises:
         InputError: the corpus is damaged, the folder is taken, the format is unknown or its library is not installed.
     """
-    yaml_io.require(config, "corpus", "out")
+    yaml_io.require(config)
     writers = {"tfds": _write_tfds, "jsonl": _write_jsonl}
     if config.format not in writers:
         raise InputError(f"--format {config.format}: choose one of {', '.join(writers)}")

@@ -52,7 +52,7 @@ def import_text(config: ImportCorpusConfig) -> Corpus:
     """
     from jax_selftrain import hub  # it loads JAX and transformers, which reading a corpus does not need
 
-    yaml_io.require(config, "source", "model", "out")
+    yaml_io.require(config)
     for name in ("limit", "max_tokens", "samples_per_shard"):
         value = getattr(config, name)
         if value is not None and value < 1:

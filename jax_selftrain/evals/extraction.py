@@ -75,7 +75,7 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
     Raises:
       InputError: an input that cannot be read, or sequences that do not fit the model or the request; NaN.
     """
-    yaml_io.require(config, "model", "sequences", "out")
+    yaml_io.require(config)
     started = time.monotonic()
     found, controls = load_extraction_sets(config)
     output_paths(config.out)

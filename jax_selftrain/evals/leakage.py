@@ -64,7 +64,7 @@ def leakage(config: LeakageConfig) -> dict[str, Any]:
       InputError: an input that cannot be read, or a training text that is not in the corpus's tokens and cannot be
         brought into them.
     """
-    yaml_io.require(config, "corpus", "texts", "out")
+    yaml_io.require(config)
     if config.min_match < 1:
         raise InputError(f"--length is {config.min_match}; it must be at least 1")
     output_paths(config.out)

@@ -91,7 +91,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     Raises:
       InputError: nothing to score, an input that cannot be read or does not fit the model, NaN.
     """
-    yaml_io.require(config, "model", "out")
+    yaml_io.require(config)
     check_batch(
         config.batch_tokens, limit=config.limit, text_limit=config.text_limit, text_max_tokens=config.text_max_tokens
     )

@@ -180,7 +180,7 @@ def convert(config: ConvertConfig) -> Path:
     Raises:
       InputError: the model cannot be read, or the folder exists already or cannot be written.
     """
-    yaml_io.require(config, "source", "out")
+    yaml_io.require(config)
     path, out = resolve(config.source), Path(config.out)
     decoder, raw = read_config(path)
     kept = config.dtype == "keep"

@@ -56,7 +56,7 @@ def merge(config: MergeConfig) -> Path:
       InputError: a model cannot be read, the two differ in architecture or tokenizer (says in what), the weight or a
         parameter of the result is not finite, or the folder holds something else.
     """
-    yaml_io.require(config, "base", "student", "weight", "out")
+    yaml_io.require(config)
     weight = config.weight if config.weight is not None else math.nan
     if not abs(weight) <= float(np.finfo(np.float32).max):
         raise InputError(f"--weight {weight}: must be a finite number within the range of float32")

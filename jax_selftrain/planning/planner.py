@@ -72,7 +72,7 @@ def plan_memory(config: PlanConfig) -> dict[str, Any]:
     Raises:
       InputError: options, machine, mesh or model do not go together, or libtpu is missing.
     """
-    yaml_io.require(config, "model", "topology", "stage")
+    yaml_io.require(config)
     jax.config.update("jax_platforms", "cpu")  # a plan computes nothing, and a TPU that is there may be busy
     machines = [parse_topology(name) for name in config.topology]
     rows = []

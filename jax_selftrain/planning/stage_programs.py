@@ -15,7 +15,7 @@ from typing import Any
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jax_selftrain import likelihood, sampling, training
-from jax_selftrain.config import PlanConfig, SampleConfig, ScoreConfig, TrainConfig
+from jax_selftrain.config import PlanConfig, SampleConfig, ScoreConfig, TrainConfig, common_options
 from jax_selftrain.distributed.mesh import AXES, make_mesh, parse_mesh
 from jax_selftrain.errors import InputError
 from jax_selftrain.likelihood.batching import PROJECTION_CHUNK
@@ -145,7 +145,7 @@ def config_of(plan: PlanConfig, stage: str, model: str) -> StageConfig:
     """The options of a stage, with what the plan says for all of them filled in, as a round does it."""
     sections: dict[str, StageConfig] = {"sample": plan.sample, "train": plan.train, "score": plan.score}
     section = sections[stage]
-    return replace(section, model=model, mesh=section.mesh or plan.mesh, dtype=plan.dtype or section.dtype)
+    return replace(section, model=model, **common_options(plan, section))
 
 
 def _mesh(machine: Topology, shape: dict[str, int]) -> Mesh:

@@ -80,7 +80,7 @@ def sample(config: SampleConfig) -> Corpus:
         source, tokenizer, type, policy, seed or number of samples differ. Another mesh or batch is allowed.
       Stopped: SIGTERM came; whole shards stay.
     """
-    yaml_io.require(config, "model", "out")
+    yaml_io.require(config)
     check_sample_config(config)
     with process_local(make_mesh(config.mesh, jax.local_devices())) if jax.process_count() > 1 else nullcontext():
         return _sample(config)

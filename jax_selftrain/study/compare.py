@@ -105,7 +105,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 
 
 def _load(config: CompareConfig) -> tuple[list[ScoreResult], list[ScoreResult]]:
-    yaml_io.require(config, "base", "student", "out")
+    yaml_io.require(config)
     for name in ("margin_macro", "margin_task"):
         if not 0 < getattr(config, name) <= 100:
             raise InputError(f"{yaml_io.flag(name)} is {getattr(config, name):g}; it must lie between 0 and 100 points")

@@ -58,7 +58,7 @@ def one_cell_study(config: RunConfig) -> StudyConfig:
     Raises:
         InputError: an option is missing, or the seeds of sampling and training differ.
     """
-    yaml_io.require(config, "model", "out")
+    yaml_io.require(config)
     if config.sample.seed != config.train.seed:
         raise InputError(
             f"sample.seed is {config.sample.seed} and train.seed is {config.train.seed}: a run has one seed; set both "
@@ -93,6 +93,7 @@ def one_cell_study(config: RunConfig) -> StudyConfig:
         extract=config.extract,
         memorization=MemorizationConfig(aa_repeat=False),
         mesh=config.mesh,
+        preset=config.preset,
         dtype=config.dtype,
     )
 

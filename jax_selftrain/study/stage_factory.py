@@ -22,6 +22,7 @@ from jax_selftrain.config import (
     SampleConfig,
     StudyConfig,
     TrainConfig,
+    common_options,
     yaml_io,
 )
 from jax_selftrain.config.metadata import Role, fields_with_role, shared_overrides
@@ -85,7 +86,7 @@ class StageFactory:
             seed=seed,
             stop_ids=source.stop_ids,
             start_id=source.start_id,
-            **self._shared(self.config.sample),
+            **common_options(self.config, self.config.sample),
             **shared_overrides(arm, SampleConfig),
         )
         return self._stage(
@@ -184,7 +185,7 @@ class StageFactory:
             corpus=str(self.root / on[-1].name),
             mixture=(*(f"{self.root / one.name}={share:.9f}" for one in on[:-1]), *recipe.mixture),
             seed=seed,
-            **self._shared(recipe),
+            **common_options(self.config, recipe),
             **shared_overrides(arm, TrainConfig),
         )
         evaluated = (*options.eval_texts, *options.eval_tasks, options.eval_sequences)
@@ -235,7 +236,7 @@ class StageFactory:
 
     def score(self, model: StudyModel) -> Stage:
         """Score a model on the study's tasks and texts."""
-        options = replace(self.config.score, model=model.ref, **self._shared(self.config.score))
+        options = replace(self.config.score, model=model.ref, **common_options(self.config, self.config.score))
         # By name and content, not by path: a study may be moved with its files.
         references = (*options.tasks, *options.texts, *([options.task_folder] if options.task_folder else []))
         files = {f"{n}: {Path(path).name}": self.files.eval_files(path) for n, path in enumerate(references)}
@@ -301,7 +302,7 @@ class StageFactory:
     def _extract(
         self, model: StudyModel, options: ExtractConfig, label: str, inputs: dict[str, str | Stage], **changes: Any
     ) -> Stage:
-        options = replace(options, model=model.ref, **{**self._shared(options), **changes})
+        options = replace(options, model=model.ref, **{**common_options(self.config, options), **changes})
         given = inputs.get("sequences") or evals.sequences_fingerprint(options.sequences)
         if options.control_sequences:
             inputs["control_sequences"] = evals.sequences_fingerprint(options.control_sequences)
@@ -318,7 +319,7 @@ class StageFactory:
 
     def continue_unseen_text(self, base: StudyModel) -> Stage:
         """Decode a base's greedy continuations of unseen text."""
-        options = replace(self.config.extract, model=base.ref, **self._shared(self.config.extract))
+        options = replace(self.config.extract, model=base.ref, **common_options(self.config, self.config.extract))
         probes = self.config.memorization
         texts, n = probes.unseen_text, probes.max_continuations
         return self._stage(
@@ -342,7 +343,7 @@ class StageFactory:
         return self._proxy(student, corpus, self.config.embedding_model), self._proxy(source, sampled)
 
     def _proxy(self, reader: StudyModel, corpus: Stage, embedder: str = "") -> Stage:
-        options = replace(self.config.score, **self._shared(self.config.score))
+        options = replace(self.config.score, **common_options(self.config, self.config.score))
         documents, vectors = self.config.proxy_sample_size, {}
         if embedder:
             vectors = {"embedder": self.files.model(embedder), "embedder_tokenizer": self.files.tokenizer(embedder)}
@@ -361,10 +362,6 @@ class StageFactory:
                 self.root / corpus.name, reader.ref, options, out, documents=documents, embedding_model=embedder
             ),
         )
-
-    def _shared(self, section: Any) -> dict[str, Any]:
-        """Return mesh and dtype of a section: its own mesh, else the study's; the study's dtype, else its own."""
-        return {"mesh": section.mesh or self.config.mesh, "dtype": self.config.dtype or section.dtype}
 
 
 def _tokens_and_flops(model: StudyModel, tokens: int, length: int, *, passes: int) -> tuple[int, float]:

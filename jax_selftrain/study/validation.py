@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from jax_selftrain import evals, hub, likelihood, sampling, training
-from jax_selftrain.config import ArmConfig, ExtractConfig, StudyConfig, TrainConfig, yaml_io
+from jax_selftrain.config import ArmConfig, ExtractConfig, StudyConfig, TrainConfig, common_options, yaml_io
 from jax_selftrain.config.metadata import Role, applicable_kinds, fields_with_role, shared_overrides
 from jax_selftrain.corpus import open_corpus, parse_mixture
 from jax_selftrain.distributed.mesh import make_mesh
@@ -30,7 +30,7 @@ def check_study(config: StudyConfig) -> None:
     Raises:
         InputError: something is missing, unknown or does not fit.
     """
-    yaml_io.require(config, "out", "models", "seeds")
+    yaml_io.require(config)
     if Path(config.out).is_file():
         raise InputError(f"--out {config.out}: is a file; give a folder")
     _check_names(config)
@@ -182,6 +182,6 @@ def _check_student(config: StudyConfig, model: str) -> None:
 
 
 def _shared(config: StudyConfig, section: str, model: str) -> Any:
-    """Return a section's options with a model and the study's mesh and dtype."""
+    """Return a section's options with a model and the study's common options."""
     options = getattr(config, section)
-    return replace(options, model=model, mesh=options.mesh or config.mesh, dtype=config.dtype or options.dtype)
+    return replace(options, model=model, **common_options(config, options))

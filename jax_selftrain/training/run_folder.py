@@ -87,7 +87,7 @@ def load_inputs(config: TrainConfig, evaluation: Sequence[Mapping[str, Any]] = (
     Raises:
       InputError: an option is out of range, a file is missing or damaged, or model, corpus, batch and mesh do not fit.
     """
-    yaml_io.require(config, "model", "corpus", "out")
+    yaml_io.require(config)
     check_ranges(config)
     model, raw_config = hub.read_config(config.model)
     rules = make_sharding_rules(config.preset, make_mesh(config.mesh), axis_sizes(model))

@@ -15,6 +15,7 @@ import pytest
 from process_group import ROOT, ends, free_port, start_one
 
 from jax_selftrain import cli
+from jax_selftrain.config.metadata import Role, fields_with_role
 from jax_selftrain.distributed import DistributedConfig
 from jax_selftrain.distributed.cluster import local_device_ids, resolve_cluster
 from jax_selftrain.errors import InputError
@@ -51,7 +52,7 @@ def test_the_flags_go_with_every_command_that_uses_devices_and_into_no_configura
 
 def required(name: str) -> list[str]:
     words = []
-    for field in cli.COMMANDS[name].required:
+    for field in fields_with_role(cli.COMMANDS[name].config_class, Role.REQUIRED):
         words += [f"--{field}", "0.5" if field == "weight" else "x"]
     return words
 
