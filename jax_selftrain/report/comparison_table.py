@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jax_selftrain.report.tables import interval, number
+from jax_selftrain.report.tables import format_interval, format_number
 from jax_selftrain.stats.estimators import Estimate
 
 TableRow = Sequence[str]
@@ -44,7 +44,7 @@ def _pair_rows(pair: Mapping[str, Any]) -> list[TableRow]:
         rows.append((f"macro ({len(macro['tasks'])})", f"{macro['n']:,}", *levels, *changes))
     for text in pair["texts"]:
         bits = text["bits_per_byte"]
-        levels = (number(bits[side]["value"], 4) for side in ("before", "after"))
+        levels = (format_number(bits[side]["value"], 4) for side in ("before", "after"))
         rows.append((text["name"], f"{text['documents']:,}", *levels, _bits(bits["change"]), "", "", "", ""))
     return rows
 
@@ -74,8 +74,8 @@ def _decision_rule(rule: Mapping[str, Any] | None, p: float | None) -> tuple[str
     verdict = rule["verdict"]
     if (corrected := rule.get("verdict_adjusted", verdict)) != verdict:
         verdict += f" ({corrected} after correction)"
-    lower = "" if rule["lower"] is None else number(rule["lower"], 2, scale=100, signed=True)
-    return lower, number(-rule["margin"], 2, scale=100, signed=True), "" if p is None else _p_value(p), verdict
+    lower = "" if rule["lower"] is None else format_number(rule["lower"], 2, scale=100, signed=True)
+    return lower, format_number(-rule["margin"], 2, scale=100, signed=True), "" if p is None else _p_value(p), verdict
 
 
 def _standing(standing: str) -> str:
@@ -85,21 +85,24 @@ def _standing(standing: str) -> str:
 
 
 def _percent(value: float) -> str:
-    return f"{number(value, 1, scale=100)} %"
+    return f"{format_number(value, 1, scale=100)} %"
 
 
 def _p_value(p: float) -> str:
-    return "<0.001" if p < 0.001 else number(p, 3)
+    return "<0.001" if p < 0.001 else format_number(p, 3)
 
 
 def _points(change: Mapping[str, Any]) -> str:
-    estimate = Estimate(**change)
-    return f"{number(estimate.value, 2, scale=100, signed=True)} {interval(estimate, 2, scale=100, signed=True)}"
+    return _format_estimate(Estimate(**change), 2, 100)
 
 
 def _bits(change: Mapping[str, Any]) -> str:
-    estimate = Estimate(**change)
-    return f"{number(estimate.value, 4, signed=True)} {interval(estimate, 4, signed=True)}"
+    return _format_estimate(Estimate(**change), 4, 1)
+
+
+def _format_estimate(estimate: Estimate, digits: int, scale: float) -> str:
+    ends = format_interval(estimate, digits, scale=scale, signed=True)
+    return f"{format_number(estimate.value, digits, scale=scale, signed=True)} {ends}"
 
 
 def _aligned(rows: Sequence[TableRow]) -> str:

@@ -1,7 +1,7 @@
-"""The report of one round: one HTML page that stands alone, its figures, and its tables as CSV.
+"""The report of a study or a run: one HTML page, its figures as SVG files and its tables as CSV files.
 
-Everything shown comes from `results.json`, and every number with its n and its interval. The page is the same bytes
-for the same results: no date, no path of the round, no random ids. It needs no network, no script, and prints.
+`results.json` is the only input: the same results give the same bytes. Each number has its sample size and interval.
+The page needs no network and no script.
 """
 
 from __future__ import annotations
@@ -10,43 +10,61 @@ from pathlib import Path
 
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
-from jax_selftrain.report.study_page import study_page, transfer_chapters
+from jax_selftrain.report.chapters.capability_chapter import write_capability, write_perplexity
+from jax_selftrain.report.chapters.claims_chapter import write_claims
+from jax_selftrain.report.chapters.corpus_chapter import write_corpora, write_samples
+from jax_selftrain.report.chapters.decoupling_chapter import write_decoupling
+from jax_selftrain.report.chapters.design_chapter import write_design
+from jax_selftrain.report.chapters.memorization_chapter import write_memorization
+from jax_selftrain.report.chapters.provenance_chapter import write_limits, write_provenance
+from jax_selftrain.report.chapters.proxy_chapter import write_proxies
+from jax_selftrain.report.chapters.source_chapter import write_source_matrix
+from jax_selftrain.report.chapters.training_chapter import write_training
+from jax_selftrain.report.page import collect_files, render_page
+from jax_selftrain.report.summary import write_summary
 from jax_selftrain.study.results import FORMAT, VERSION
+
+CHAPTERS = (
+    write_claims,
+    write_design,
+    write_source_matrix,
+    write_capability,
+    write_perplexity,
+    write_decoupling,
+    write_memorization,
+    write_proxies,
+    write_training,
+    write_corpora,
+    write_samples,
+    write_limits,
+    write_provenance,
+)
 
 
 def write_report(folder: atomic.PathLike) -> Path:
-    """Write `report.html`, `figures/*.svg` and `tables/*.csv` into the folder of a finished round or study.
-
-    They are made from its `results.json` and nothing else.
+    """Write `report.html`, `figures/*.svg` and `tables/*.csv` from `results.json`.
 
     Returns:
         The path of `report.html`.
 
     Raises:
-        InputError: the folder is neither.
+        InputError: the folder has no results, or those of another version.
     """
     folder = Path(folder)
+    path = folder / "results.json"
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; give the folder that `jax-selftrain run` or `study` filled")
-    if not (folder / "results.json").exists():
-        if (folder / "stages").is_dir():
-            command, what = "study" if any((folder / "stages").glob("*-*.json")) else "run", "is not finished"
-        else:
-            command, what = "run", "is not finished" if (folder / "config.yaml").exists() else "is not a round"
-        raise InputError(f"{folder}: {what} (it has no results.json); run `jax-selftrain {command}` for it first")
-    results = atomic.read_json(folder / "results.json")
-    kind = (results.get("format"), results.get("version")) if isinstance(results, dict) else None
-    if kind != (FORMAT, VERSION):
-        raise InputError(
-            f"{folder / 'results.json'}: is not {FORMAT} of version {VERSION}; run the command that made it again"
-        )
-    written = transfer_chapters(results)
-    with atomic.commit_folder(folder / "figures", overwrite=True) as aside:
-        for name, svg in (item for chapter in written for item in chapter.figures.items()):
-            (aside / f"{name}.svg").write_text(svg, encoding="utf-8")
-    with atomic.commit_folder(folder / "tables", overwrite=True) as aside:
-        for table in (table for chapter in written for table in chapter.tables):
-            (aside / f"{table.name}.csv").write_text(table.to_csv(), encoding="utf-8")
-    path = folder / "report.html"
-    atomic.write_text(path, study_page(results, written))
-    return path
+        raise InputError(f"{folder}: no such folder; give the output folder of `jax-selftrain run` or `study`")
+    if not path.exists():
+        reason = "is not finished" if (folder / "config.yaml").exists() else "is not the folder of a run or study"
+        raise InputError(f"{folder}: {reason} (it has no results.json); run `jax-selftrain run` or `study` first")
+    results = atomic.read_json(path)
+    if not isinstance(results, dict) or (results.get("format"), results.get("version")) != (FORMAT, VERSION):
+        raise InputError(f"{path}: not results of this version; run the study again in a new folder")
+    chapters = [chapter for write in CHAPTERS if (chapter := write(results)) is not None]
+    for name, files in zip(("figures", "tables"), collect_files(chapters), strict=True):
+        with atomic.commit_folder(folder / name, overwrite=True) as temporary:
+            for file, text in files.items():
+                (temporary / file).write_text(text, encoding="utf-8")
+    page = folder / "report.html"
+    atomic.write_text(page, render_page(results["title"], write_summary(results), chapters))
+    return page
