@@ -68,6 +68,8 @@ def _describe_run(results: Results) -> str:
 
 def _describe_sampling(corpus: Mapping[str, Any]) -> str:
     params = corpus["sampling_params"]
+    if params is None:
+        return "sampling parameters unknown"
     off = {"top_k": 0, "top_p": 1, "min_p": 0}
     parts = [f"temperature {params['temperature']:g}"]
     parts += [f"{name.replace('_', '-')} {params[name]:g}" for name, value in off.items() if params[name] != value]

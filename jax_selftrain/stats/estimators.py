@@ -112,7 +112,8 @@ def proportion(outcomes: ArrayLike) -> Estimate:
     array = np.asarray(outcomes, bool)
     if array.size == 0:
         raise ValueError("the proportion of no outcomes is undefined")
-    return Estimate(float(array.mean()), *wilson_interval(array), array.size)
+    low, high = wilson_interval(array)
+    return Estimate(float(array.mean()), low, high, array.size)
 
 
 def ratio_of_sums(numerators: ArrayLike, denominators: ArrayLike) -> Estimate:

@@ -1,63 +1,29 @@
-"""A run that takes seconds, on a real model with random weights."""
+"""The small run and its input files."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from models_factory import tiny_texts
+from run_factory import make_run_config, write_inputs
 
-from jax_selftrain.config import ExtractConfig, RunConfig, SampleConfig, ScoreConfig, TrainConfig
+from jax_selftrain.config import RunConfig
 from jax_selftrain.report import write_report
 from jax_selftrain.study import run
-
-
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Task, text and sequence files by name."""
-    folder = tmp_path_factory.mktemp("inputs")
-    texts = list(tiny_texts(40, seed=1))
-    rng = np.random.default_rng(0)
-    choices = [
-        {"context": text[:30], "choices": [" fox", " bear", " owl"], "answer": i % 3} for i, text in enumerate(texts)
-    ]
-    words = [{"context": text.split(" named")[0], "continuation": " named"} for text in texts[:25]]
-    tokens = [{"tokens": rng.integers(3, 512, 20).tolist(), "group": "often" if i % 2 else "rarely"} for i in range(30)]
-    return {
-        "choices": write_jsonl(folder / "animals.jsonl", choices),
-        "words": write_jsonl(folder / "words.jsonl", words),
-        "texts": write_jsonl(folder / "stories.jsonl", [{"text": text} for text in texts[:30]]),
-        "sequences": write_jsonl(folder / "sequences.jsonl", tokens),
-    }
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="session")
 def options(tiny_model: Callable[..., Path], inputs: dict[str, str]) -> Callable[..., RunConfig]:
     """`options(out, **changes)`: the small run, all stages on one device."""
-
-    def make(out: Path, **changes: Any) -> RunConfig:
-        config = RunConfig(
-            model=str(tiny_model("llama")),
-            out=str(out),
-            mesh="data=1",
-            sample=SampleConfig(samples=40, max_tokens=24, batch_size=8, samples_per_shard=16, seed=3),
-            train=TrainConfig(batch_size=4, seq_len=32, learning_rate=1e-2, checkpoint_every=4, seed=3),
-            score=ScoreConfig(tasks=(inputs["choices"], inputs["words"]), texts=(inputs["texts"],), batch_tokens=1024),
-            extract=ExtractConfig(sequences=inputs["sequences"], prefix=12, suffix=8, min_overlap=4, batch_tokens=1024),
-        )
-        return replace(config, **changes)
-
-    return make
+    return partial(make_run_config, tiny_model("llama"), inputs)
 
 
 @pytest.fixture(scope="session")

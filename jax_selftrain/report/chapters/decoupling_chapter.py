@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from jax_selftrain.report import figures
 from jax_selftrain.report.formatting import (
@@ -52,17 +51,20 @@ def write_decoupling(results: Results) -> Chapter | None:
 
 def _add_damage(chapter: Chapter, student: str, effects: Records) -> None:
     measures = effects[0]["measures"]
-    loss = reference_text({name: entry["before"] for name, entry in measures.items()}) or ""
-
-    def level(entry: Mapping[str, Any], name: str) -> list[float]:
-        return [display_scale(name) * (entry[name]["before"] + entry[name]["change"]["value"])]
-
+    base = {name: entry["before"] for name, entry in measures.items()}
+    loss = reference_text(base) or ""
+    levels = {
+        one["treatment"]: {name: entry["before"] + entry["change"]["value"] for name, entry in one["measures"].items()}
+        for one in effects
+    } | {"base": base}
     panels = [
         (
             format_measure(loss),
             format_measure(name),
-            {one["treatment"]: (level(one["measures"], loss), level(one["measures"], name)) for one in effects}
-            | {"base": ([display_scale(one) * measures[one]["before"]] for one in (loss, name))},
+            {
+                label: ([display_scale(loss) * at[loss]], [display_scale(name) * at[name]])
+                for label, at in levels.items()
+            },
         )
         for name in ("exact_match", "pz")
     ]

@@ -1,0 +1,226 @@
+"""The report shows the numbers of `results.json`, needs no other file, and is deterministic."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jax_selftrain.errors import InputError
+from jax_selftrain.io import atomic
+from jax_selftrain.report import write_report
+from jax_selftrain.report.tables import format_interval, format_number
+from jax_selftrain.stats.estimators import Estimate
+
+VOID = {"meta", "br", "wbr", "path", "use", "rect", "line"}
+
+
+class Page(HTMLParser):
+    """Text, links, ids and tags of a page; fails on elements that do not close."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.text = ""
+        self.open: list[str] = []
+        self.links: list[str | None] = []
+        self.tags: set[str] = set()
+        self.ids: list[str | None] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        values = dict(attrs)
+        self.links += [value for name, value in attrs if name in ("href", "src", "xlink:href")]
+        self.ids += [values["id"]] if "id" in values else []
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def results(finished: Path) -> dict[str, Any]:
+    return atomic.read_json(finished / "results.json")
+
+
+@pytest.fixture(scope="module")
+def page(finished: Path) -> Page:
+    return Page((finished / "report.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def cell(results: dict[str, Any]) -> dict[str, Any]:
+    (one,) = results["cells"]
+    return one
+
+
+def rows(finished: Path, name: str) -> list[dict[str, str]]:
+    with (finished / "tables" / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_page_is_well_formed_and_self_contained(page: Page, finished: Path) -> None:
+    assert page.open == []
+    assert all(link is not None and link.startswith("#") for link in page.links)
+    assert not page.tags & {"script", "link", "img", "iframe", "object"}
+    text = (finished / "report.html").read_text(encoding="utf-8")
+    assert set(re.findall(r"https?://[^\s\"'<]+", text)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+    assert "@import" not in text
+    assert "url(http" not in text
+
+
+def test_ids_are_unique_and_every_reference_has_its_target(page: Page) -> None:
+    assert len(set(page.ids)) == len(page.ids)
+    assert {str(link).removeprefix("#") for link in page.links} <= set(page.ids)
+
+
+def test_the_first_screen_describes_the_run_and_its_main_changes(
+    page: Page, results: dict[str, Any], cell: dict[str, Any]
+) -> None:
+    first = page.text[: page.text.index("Not tested")]
+    (corpus,), training = results["corpora"].values(), cell["training"]
+    assert f"sampled {corpus['samples']:,} texts from the BOS token alone" in first
+    assert f"{corpus['tokens']:,} tokens" in first
+    assert f"{training['steps']:,} steps, {training['targets']:,} target tokens" in first
+    for name in ("text/stories", "exact_match"):
+        change = cell["measures"][name]["change"]
+        digits, scale = (4, 1) if name.startswith("text/") else (2, 100)
+        assert format_interval(Estimate(**change), digits, scale=scale, signed=True) in first
+        assert f"{change['n']:,} items of one pair of checkpoints" in first
+    assert "No claims were declared" in first
+    assert "1 seed: a verdict needs 5" in first
+
+
+def test_the_page_shows_every_number_of_the_tables(page: Page, cell: dict[str, Any]) -> None:
+    for task in cell["tasks"]:
+        for side in ("before", "after"):
+            assert format_number(task["accuracy"][side]["value"], 1, scale=100) in page.text
+            assert format_interval(Estimate(**task["accuracy"][side]), 1, scale=100) in page.text
+        assert format_interval(Estimate(**task["accuracy"]["change"]), 1, scale=100, signed=True) in page.text
+    for text in cell["texts"]:
+        for side in ("before", "after"):
+            assert format_number(text["nll"][side]["value"], 4) in page.text
+    for part in [*cell["extraction"]["classes"].values(), *cell["extraction"]["groups"]]:
+        if part["n"]:
+            assert format_interval(Estimate(**part["exact_match"]["change"]), 1, scale=100, signed=True) in page.text
+            assert format_interval(Estimate(**part["logprob"]["change"]), 2, signed=True) in page.text
+
+
+def test_csv_files_hold_unrounded_numbers(finished: Path, cell: dict[str, Any]) -> None:
+    written = {row["task"]: row for row in rows(finished, "tasks")}
+    for task in cell["tasks"]:
+        row = written[task["name"]]
+        assert int(row["n"]) == task["n"]
+        for side in ("before", "after", "change"):
+            estimate = task["accuracy"][side]
+            ends = [float(row[f"accuracy_{side}{end}"]) for end in ("", "_low", "_high")]
+            assert ends == [estimate["value"], estimate["low"], estimate["high"]]
+    parts = [*cell["extraction"]["classes"].values(), *cell["extraction"]["groups"]]
+    for row, part in zip(rows(finished, "extraction"), parts, strict=True):
+        assert int(row["n"]) == part["n"]
+        if part["n"]:
+            flips = [part["flips"][kind] for kind in ("kept", "lost", "gained", "both_wrong")]
+            assert [int(row[kind]) for kind in ("kept", "lost", "gained", "neither")] == flips
+    assert [int(row["step"]) for row in rows(finished, "training")] == cell["training"]["log"]["step"]
+
+
+def test_the_page_shows_the_samples_of_the_corpus(page: Page, results: dict[str, Any]) -> None:
+    (corpus,) = results["corpora"].values()
+    for example in corpus["examples"]:
+        assert f"sample {example['sample_id']:,} ·" in page.text
+        assert example["text"] in page.text
+
+
+def test_the_page_shows_provenance_and_limits(page: Page, results: dict[str, Any]) -> None:
+    assert "What this cannot show" in page.text
+    assert "learning_rate: 0.01" in page.text
+    for model in results["design"]["models"]:
+        assert model["fingerprint"] in page.text
+    for stage in results["stages"]:
+        assert stage["key"] in page.text
+    assert results["versions"]["jax"] in page.text
+
+
+def test_figures_are_files_and_in_the_page(finished: Path) -> None:
+    text = (finished / "report.html").read_text(encoding="utf-8")
+    figures = sorted(path.stem for path in (finished / "figures").iterdir())
+    assert figures == ["discoverability_llama", "extraction", "tasks", "training"]
+    for path in (finished / "figures").iterdir():
+        svg = path.read_text(encoding="utf-8")
+        assert svg in text
+        assert "<metadata" not in svg
+        assert "dc:date" not in svg
+
+
+def test_the_same_results_give_the_same_bytes(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "moved"
+    folder.mkdir()
+    shutil.copy(finished / "results.json", folder)
+    write_report(folder)
+    for part in ("report.html", "figures/*.svg", "tables/*.csv"):
+        paths = sorted(finished.glob(part))
+        assert paths
+        for path in paths:
+            assert (folder / path.relative_to(finished)).read_bytes() == path.read_bytes()
+
+
+def test_sampled_text_is_escaped(results: dict[str, Any], tmp_path: Path) -> None:
+    results = copy.deepcopy(results)
+    (corpus,) = results["corpora"].values()
+    corpus["examples"][0]["text"] = '</p><script>alert("x")</script> & <b>'
+    results["title"] = "<i>title</i>"
+    atomic.write_json(tmp_path / "results.json", results)
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert page.open == []
+    assert not page.tags & {"script", "b", "i"}
+    assert '<script>alert("x")</script> & <b>' in page.text
+
+
+def test_several_treatments_are_compared_in_one_page(results: dict[str, Any], tmp_path: Path) -> None:
+    """A second treatment with the numbers of the first adds the comparisons and folds the tables of each cell."""
+    results = copy.deepcopy(results)
+    for name in ("cells", "effects"):
+        results[name].append({**copy.deepcopy(results[name][0]), "treatment": "weight noise"})
+    atomic.write_json(tmp_path / "results.json", results)
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert page.open == []
+    assert "details" in page.tags
+    for name in ("damage_llama.svg", "discoverability_llama.svg", "training.svg"):
+        assert "weight noise" in (tmp_path / "figures" / name).read_text()
+    for name in ("memorization_llama", "log_odds_llama", "texts_llama"):
+        assert [row["treatment"] for row in rows(tmp_path, name)] == ["before", "source llama", "weight noise"]
+    assert {row["treatment"] for row in rows(tmp_path, "tasks")} == {"source llama", "weight noise"}
+
+
+def test_folders_without_results_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        write_report(tmp_path / "nothing")
+    with pytest.raises(InputError, match="is not the folder of a run or study"):
+        write_report(tmp_path)
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(InputError, match="is not finished"):
+        write_report(tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps({"format": "something else"}))
+    with pytest.raises(InputError, match="not results of this version"):
+        write_report(tmp_path)
