@@ -364,9 +364,9 @@ def summary(name: str, options: Any, result: Any) -> str:
             [*(_format_metrics(label, numbers) for label, numbers in measured.items()), f"written: {options.out}"]
         )
     if name == "compare":
-        from jax_selftrain.report import comparison_table
+        from jax_selftrain.report import format_comparison
 
-        return "\n".join([comparison_table(result), f"written: {options.out}"])
+        return "\n".join([format_comparison(result), f"written: {options.out}"])
     if name == "extract":
         shown = ("n", "exact_match", "exact_match_stderr", "token_accuracy", "token_accuracy_stderr")
         groups = ("held_out", "partial", "seen", "controls", "baseline")

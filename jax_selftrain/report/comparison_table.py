@@ -13,7 +13,7 @@ TableRow = Sequence[str]
 _HEAD = ("", "n", "before", "after", "change, 95 %", "lower limit", "margin", "p", "verdict")
 
 
-def comparison_table(result: Mapping[str, Any]) -> str:
+def format_comparison(result: Mapping[str, Any]) -> str:
     """The result of `compare` in a few lines: accuracies in %, their changes in points, texts in bits per byte."""
     parts = []
     for number_of, pair in enumerate(result["pairs"]):

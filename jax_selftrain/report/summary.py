@@ -49,9 +49,10 @@ def _describe_run(results: Results) -> str:
     """Describe sampling and training in one paragraph."""
     train = results["config"]["train"]
     if len(results["cells"]) > 1:
+        steps = max((cell["training"]["steps"] for cell in results["cells"] if cell["training"]), default=0)
         return (
-            f"Each student was trained for {train['steps']:,} steps of {train['batch_size']:,} rows on text that a "
-            "source sampled from the BOS token alone, and was measured before and after."
+            f"Each student was trained for {steps:,} steps of {train['batch_size']:,} rows on text that a source "
+            "sampled from the BOS token alone, and was measured before and after."
         )
     (cell,) = results["cells"]
     corpus, training = results["corpora"][cell["corpus"]], cell["training"]

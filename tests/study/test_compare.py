@@ -22,7 +22,7 @@ from jax_selftrain.evals.item_results import DOCUMENTS, dev_test_split, item_has
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import hash_json
 from jax_selftrain.io.rng import make_rng
-from jax_selftrain.report import comparison_table
+from jax_selftrain.report import format_comparison
 from jax_selftrain.stats import estimators
 from jax_selftrain.stats.noninferiority import holm
 from jax_selftrain.study import compare
@@ -294,7 +294,7 @@ def test_a_verdict_that_correction_takes_back_is_shown_as_such(fabricate: Fabric
     rule = result["pairs"][0]["tasks"][0]["non_inferiority"]
     assert (rule["verdict"], rule["verdict_adjusted"]) == ("preserved", "cannot tell")
     assert rule["p_preserved_adjusted"] == pytest.approx(4 * rule["p_preserved"])
-    assert "preserved (cannot tell after correction)" in comparison_table(result)
+    assert "preserved (cannot tell after correction)" in format_comparison(result)
 
 
 def test_halves_of_the_split_are_by_content(fabricate: Fabricate, run: Any) -> None:
@@ -365,7 +365,7 @@ def test_five_seeds_speak_of_the_recipe(seeds: Any, run: Any) -> None:
     assert macro["changes"] == pytest.approx(2 * changes)
     assert macro["verdict"] == "preserved"
     assert len(result["pairs"]) == 5
-    assert "over 5 seeds (headline)" in comparison_table(result)
+    assert "over 5 seeds (headline)" in format_comparison(result)
 
 
 def test_seeds_that_agree_by_rounding_are_not_called_certain(seeds: Any, run: Any) -> None:
@@ -387,7 +387,7 @@ def test_three_seeds_explore_and_two_say_nothing(seeds: Any, run: Any) -> None:
     two = result["recipe"]
     assert (two["standing"], two["tasks"][0]["p"], two["tasks"][0]["non_inferiority"]) == ("none", None, None)
     assert two["tasks"][0]["verdict"] is None
-    assert "too few to say anything" in comparison_table(result)
+    assert "too few to say anything" in format_comparison(result)
     assert run(base, students[0])["recipe"] is None
 
 
@@ -418,7 +418,7 @@ def test_another_margin_afterwards_is_called_post_hoc(fabricate: Fabricate, run:
     assert not run(base, student)["declaration"]["post_hoc"]  # the same again
     later = run(base, student, margin_task=5)
     assert later["declaration"]["post_hoc"]
-    assert "Post hoc" in comparison_table(later)
+    assert "Post hoc" in format_comparison(later)
     assert run(base, student, margin_task=5)["declaration"]["post_hoc"]
     other = fabricate("other", t=answers(500, 350, 9, 3))
     assert not run(base, other)["declaration"]["post_hoc"]

@@ -267,8 +267,8 @@ def test_the_report_is_made_of_the_results_alone_and_is_the_same_bytes(finished:
         "1 claim: 1 not tested",
         "1 seed; a verdict needs 5.",
         "exactly that of the base",
-        "Could it be known beforehand?",
-        "Forgotten in particular, or merely damaged?",
+        "Prediction of the gain by proxies",
+        "Selective forgetting or general damage",
     ):
         assert words in html
     assert str(finished) not in html
