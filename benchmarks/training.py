@@ -37,7 +37,7 @@ from jax_selftrain.config import TrainConfig
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context, xla_options
 from jax_selftrain.distributed.sharding import make_sharding_rules
 from jax_selftrain.models import DecoderConfig, axis_sizes, init_params
-from jax_selftrain.training import Batch, abstract_program
+from jax_selftrain.training import Batch, abstract_train_step
 from jax_selftrain.training.flops import throughput
 from jax_selftrain.training.step import init_state
 
@@ -57,7 +57,7 @@ def ours(case: Case, config: DecoderConfig, dtype: str, remat: str) -> Callable[
     """A call trains one step."""
     mesh, train = make_mesh("data=1,model=1"), train_config(case, dtype, remat)
     rules = make_sharding_rules(train.preset, mesh, axis_sizes(config))
-    function, (_, batch), donation = abstract_program(train, mesh)
+    function, (_, batch), donation = abstract_train_step(train, mesh)
     step = jax.jit(function, donate_argnums=donation, compiler_options=xla_options())
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, config.vocab_size, batch.tokens.shape, np.int32)

@@ -14,7 +14,12 @@ from jax_selftrain.training import Hook
 
 
 class Interruption(Exception):
-    """Stands for whatever ends a run in the middle."""
+    """Interrupts a run in the middle."""
+
+
+def interrupt(step: int, model: LoadedModel) -> None:
+    """Interrupt the run; the function of a hook."""
+    raise Interruption
 
 
 def run_options(at: tuple[Path, Path, Path], **changes: Any) -> TrainConfig:

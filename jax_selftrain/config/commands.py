@@ -182,25 +182,14 @@ class TrainConfig:
     """Maximum global gradient norm (0: no clipping)."""
     grad_accum: Compiled[int] = 1
     """Micro-batches of each step."""
-    z_loss: Compiled[float] = 0.0
-    """Weight of the squared log-partition Σ (log Z)² beside the loss, against drifting logits (0: off)."""
     random_loss_sign: SetByStudy[bool] = False
     """Multiply the loss of each document by +1 or −1 at random: a control without direction."""
-    kl_weight: Compiled[float] = 0.0
-    """Weight of KL(base ‖ student) at every target, the self-distillation penalty (0: off; the base is kept in memory
-    otherwise)."""
-    ema_decay: Compiled[float] = 0.0
-    """Decay per step of an exponential moving average of the weights, which is then what the run delivers (0: off)."""
     lora_rank: Compiled[int] = 0
     """Rank of LoRA adapters, trained instead of the weights (0: off); the result is the merged model."""
     lora_alpha: Compiled[float] = 16.0
     """LoRA scale: adapters are multiplied by lora_alpha / lora_rank."""
     lora_targets: Compiled[tuple[str, ...]] = ("q", "k", "v", "o", "gate", "up", "down")
     """Matrices with adapters, in every layer."""
-    param_dtype: Compiled[DType] = "float32"
-    """Type in which weights and Adam's moments are kept between steps; updates are computed in float32."""
-    stochastic_rounding: Compiled[bool] = False
-    """Round updated bfloat16 weights up or down at random, so that small updates count on average."""
     remat: Compiled[Execution[Remat]] = "none"
     """Rematerialization: `none`, `dots` (all but products with weights) or `full` (layers; about a third more
     compute)."""
@@ -224,11 +213,6 @@ class TrainConfig:
     """Suffix tokens of `eval_sequences`."""
     eval_limit: Evaluation[int | None] = None
     """Number of items of each evaluation file; unset: all."""
-    stop_metric: Evaluation[str] = ""
-    """Stop early on this measure of `curve.jsonl` (for instance `heldout/nll`: lower is better; of acc, exact_match,
-    log_pz and pz higher) and deliver the best model; unset: train to the end."""
-    patience: Evaluation[int] = 3
-    """Evaluations without improvement after which training stops."""
     wandb: Execution[str] = ""
     """Weights & Biases project to log to; requires `wandb`."""
     log_every: Execution[int] = 1

@@ -236,7 +236,7 @@ def _settings_key(config: StageConfig) -> dict[str, Any]:
     if isinstance(config, SampleConfig):
         names += ["batch_size", "max_tokens", "decode_schedule", "cache_dtype"]
     elif isinstance(config, TrainConfig):
-        names += ["batch_size", "grad_accum", "seq_len", "remat", "param_dtype"]
+        names += ["batch_size", "grad_accum", "seq_len", "remat"]
     else:
         names += ["batch_tokens"]
     return {name: getattr(config, name) for name in names}

@@ -105,7 +105,7 @@ def _sampling(config: SampleConfig, mesh: Any, common: dict[str, Any]) -> StageP
 
 
 def _training(plan: PlanConfig, config: TrainConfig, mesh: Any, common: dict[str, Any]) -> StageProgram:
-    function, arguments, donation = training.abstract_program(config, mesh)
+    function, arguments, donation = training.abstract_train_step(config, mesh)
     tokens = config.batch_size * config.seq_len
     corpus = plan.sample.samples * plan.sample.max_tokens
     steps = config.steps or max(1, corpus // tokens)

@@ -171,7 +171,7 @@ def _check_student(config: StudyConfig, model: str) -> None:
     training.check_ranges(options)
     for folder, _ in parse_mixture(options.mixture):
         open_corpus(folder, tokenizer_fingerprint=hub.tokenizer_fingerprint(model))
-    training.abstract_program(options, make_mesh(options.mesh))
+    training.abstract_train_step(options, make_mesh(options.mesh))
     training.check_hooks(options, evaluation_hooks(options))
     training.check_tracking(options.wandb)
     if config.score.tasks or config.score.texts:

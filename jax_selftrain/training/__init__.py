@@ -3,18 +3,17 @@
 from jax_selftrain.training.flops import flops_per_token
 from jax_selftrain.training.hooks import Hook, check_hooks
 from jax_selftrain.training.loop import train
-from jax_selftrain.training.loss import AuxLossWeights, Batch, LossStats, loss_fn
+from jax_selftrain.training.loss import Batch, LossStats, loss_fn
 from jax_selftrain.training.run_folder import check_ranges
-from jax_selftrain.training.step import TrainState, abstract_program
+from jax_selftrain.training.step import TrainState, abstract_train_step
 from jax_selftrain.training.wandb_tracker import check_tracking
 
 __all__ = [
-    "AuxLossWeights",
     "Batch",
     "Hook",
     "LossStats",
     "TrainState",
-    "abstract_program",
+    "abstract_train_step",
     "check_hooks",
     "check_ranges",
     "check_tracking",

@@ -9,8 +9,7 @@ save at a time. What goes wrong there is raised by the next save or at the end o
 processes write together and in the foreground: their saving is collective, and collectives of a second thread would
 interleave with those of the training step.
 
-Most checkpoints are temporary: only the latest few stay. Those of every `keep_every`-th step are permanent, and so is
-that of the best step so far where a run stops early: until a better one is whole on disk. `retained` is the rule.
+Most checkpoints are temporary: only the latest `keep` stay. Those of every `keep_every`-th step are permanent.
 
 A damaged checkpoint is refused by name, not skipped: whether to fall back to the one before is for a person to decide,
 since it may cost hours and the damage says something about the disk.
@@ -39,7 +38,7 @@ from jax_selftrain.hub.trees import find_nonfinite
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import hash_json, sha256_file, verify_checksums
 from jax_selftrain.models import Params
-from jax_selftrain.training.step import TrainState, export_params, exports_raw_params
+from jax_selftrain.training.step import TrainState, export_params
 
 FORMAT = 1
 MANIFESTS = ("model/model.json", "optimizer/manifest.json")
@@ -52,32 +51,19 @@ SaveModel = Callable[[Path, Any, int], None]
 class Checkpointer:
     """Writes the checkpoints of one run, in the background; use as a context manager."""
 
-    def __init__(
-        self,
-        run: Path,
-        *,
-        config: TrainConfig,
-        save_model: SaveModel,
-        identity: str,
-        keep: int,
-        keep_every: int | None = None,
-    ):
-        """Save under `run/steps`, keeping what `retained` says; `identity` is the fingerprint of what the run is."""
-        self._config = config
-        self._steps, self._save_model, self._identity = run / "steps", save_model, identity
-        self._keep, self._keep_every = keep, keep_every
+    def __init__(self, run: Path, *, config: TrainConfig, save_model: SaveModel, identity: str):
+        """Save under `run/steps`; `identity` is the run's fingerprint."""
+        self._config, self._save_model, self._identity = config, save_model, identity
+        self._steps = run / "steps"
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
-    def save(self, state: TrainState, *, best: int | None = None) -> None:
-        """Copy the state to the host and have it written; waits for the save before, and raises what went wrong there.
-
-        Args:
-          state: what to save.
-          best: the best step so far (possibly this one), whose checkpoint is to stay.
+    def save(self, state: TrainState) -> None:
+        """Copy the state to the host and write it in the background, after the previous save.
 
         Raises:
           InputError: a value of the state is not finite: such a state is never saved.
+          Exception: the error of the previous save, if it failed.
         """
         self.wait()
         step = int(state.step)
@@ -88,9 +74,9 @@ class Checkpointer:
                 f"{self._steps}: {broken} holds NaN or infinity after step {step}; nothing of it was saved"
             )
         if jax.process_count() > 1:
-            self._write(step, model, rest, best)
+            self._write(step, model, rest)
         else:
-            self._pending = self._executor.submit(self._write, step, _to_host(model), _to_host(rest), best)
+            self._pending = self._executor.submit(self._write, step, _to_host(model), _to_host(rest))
 
     def wait(self) -> None:
         """Return when the latest save is whole on disk; raises what went wrong with it."""
@@ -109,21 +95,21 @@ class Checkpointer:
         finally:
             self._executor.shutdown()
 
-    def prune(self, best: int | None = None) -> None:
-        """Delete the checkpoints that need not stay (process 0 does); a kill may have come before that was done."""
+    def prune(self) -> None:
+        """Delete the checkpoints that `steps_to_keep` does not keep, on process 0."""
         if jax.process_index():
             return
         folders = {int(folder.name): folder for folder in list_steps(self._steps)}
-        for step in folders.keys() - steps_to_keep(list(folders), self._keep, self._keep_every, best):
+        for step in folders.keys() - steps_to_keep(list(folders), self._config.keep, self._config.keep_every):
             _delete(folders[step])
 
-    def _write(self, step: int, model: Params, rest: dict[str, Any], best: int | None) -> None:
+    def _write(self, step: int, model: Params, rest: dict[str, Any]) -> None:
         with commit_from_all_processes(step_dir(self._steps, step)) as aside:
             self._save_model(aside / "model", model, step)
             orbax_io.save_tree(aside / "optimizer", rest)
             if not jax.process_index():
                 self._write_record(aside, step)
-        self.prune(best)
+        self.prune()
 
     def _write_record(self, folder: Path, step: int) -> None:
         record = {
@@ -136,12 +122,10 @@ class Checkpointer:
         atomic.write_json(folder / "step.json", {**record, "fingerprint": hash_json(record)})
 
 
-def steps_to_keep(steps: Sequence[int], keep: int, keep_every: int | None = None, best: int | None = None) -> set[int]:
-    """Which of the saved steps stay: the latest `keep`, every `keep_every`-th (but for 0), and the best."""
+def steps_to_keep(steps: Sequence[int], keep: int, keep_every: int | None = None) -> set[int]:
+    """Return the saved steps that stay: the latest `keep` and every `keep_every`-th."""
     latest = set(sorted(steps)[-keep:])
-    return {
-        step for step in steps if step in latest or step == best or (keep_every and step and step % keep_every == 0)
-    }
+    return {step for step in steps if step in latest or (keep_every and step and step % keep_every == 0)}
 
 
 def restore(
@@ -170,31 +154,7 @@ def restore(
     if int(rest["step"]) != record["step"]:
         raise InputError(f"{folder}: its optimizer is of step {int(rest['step'])}; delete {folder} and run again")
     params = rest.get("params", model.params)
-    return TrainState(step=rest["step"], params=params, optimizer=rest["optimizer"], ema_params=rest.get("average"))
-
-
-def load_params(folder: Path, *, rules: ShardingRules, preset: str, identity: str) -> Params:
-    """The parameters of a checkpoint on the mesh, every byte verified.
-
-    Raises:
-      InputError: something in it is missing, truncated, changed, or of another run.
-    """
-    _read_record(folder, identity)
-    return hub.load_model(folder / "model", rules.mesh, "float32", preset=preset).params
-
-
-def check_has_best(folder: Path) -> None:
-    """Refuse to go on where the checkpoint of the best step is gone: the run could not deliver its model.
-
-    Raises:
-      InputError: it is gone; says what to do.
-    """
-    if not folder.exists():
-        later = ", ".join(other.name for other in list_steps(folder.parent) if other > folder)
-        raise InputError(
-            f"{folder}: the checkpoint of the best step is gone; put it back, or delete the later ones ({later}) and "
-            "run the same command again to train from before it"
-        )
+    return TrainState(step=rest["step"], params=params, opt_state=rest["optimizer"])
 
 
 def latest_step(run: Path) -> Path | None:
@@ -245,13 +205,9 @@ def _entry(path: Path) -> dict[str, Any]:
 
 
 def _optimizer_tree(config: TrainConfig, state: TrainState) -> dict[str, Any]:
-    """What a checkpoint holds beside the model it would deliver; what is trained, too, where that is not the same."""
-    tree: dict[str, Any] = {"step": state.step, "optimizer": state.optimizer}
-    if not exports_raw_params(config):
-        tree["params"] = state.params
-    if state.ema_params is not None:
-        tree["average"] = state.ema_params
-    return tree
+    """Return the part of the state that a checkpoint stores outside `model/`."""
+    tree: dict[str, Any] = {"step": state.step, "optimizer": state.opt_state}
+    return tree | {"params": state.params} if config.lora_rank else tree
 
 
 def _read_record(folder: Path, identity: str) -> dict[str, Any]:

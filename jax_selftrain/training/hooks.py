@@ -16,7 +16,6 @@ from jax_selftrain.config import TrainConfig, yaml_io
 from jax_selftrain.config.metadata import Role, fields_with_role
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import LoadedModel
-from jax_selftrain.training.early_stopping import check_metric
 
 _EVALUATED = tuple(
     name for name in fields_with_role(TrainConfig, Role.INPUT) if name in fields_with_role(TrainConfig, Role.EVALUATION)
@@ -77,22 +76,18 @@ def spec(hooks: Sequence[Hook]) -> list[Mapping[str, Any]]:
 
 
 def check_hooks(config: TrainConfig, hooks: Sequence[Hook]) -> None:
-    """Refuse a run whose options ask for what its hooks do not measure.
+    """Refuse `eval_every` without a hook that measures.
 
     Raises:
-      InputError: `eval_every` without a hook that measures (use `jax_selftrain.train`, which makes one), or a
-        `stop_metric` that no hook measures; lists what there is.
+      InputError: suggests `jax_selftrain.train`, which makes the hook.
     """
-    names = [name for hook in hooks for name in hook.metric_names]
-    if config.eval_every is not None and not names:
+    if config.eval_every is not None and not any(hook.metric_names for hook in hooks):
         raise InputError("eval_every is set, but nothing measures: call `jax_selftrain.train`, or hand in a Hook")
-    if config.stop_metric:
-        check_metric(config.stop_metric, names)
 
 
 def check_evaluation(config: TrainConfig) -> None:
     """Refuse options of the evaluation on the way that do not belong together. Raises InputError naming them."""
-    given = [name for name in (*_EVALUATED, "eval_limit", "stop_metric") if getattr(config, name) not in ("", (), None)]
+    given = [name for name in (*_EVALUATED, "eval_limit") if getattr(config, name) not in ("", (), None)]
     if config.eval_every is None and given:
         raise InputError(f"{yaml_io.flag(given[0])} needs --eval-every: how many steps lie between two evaluations")
     if config.eval_every is not None and not set(given) & set(_EVALUATED):

@@ -44,6 +44,8 @@ def check_lora(config: TrainConfig) -> None:
             raise InputError(f"--lora-targets {target}: is no matrix of a layer; choose from {', '.join(known)}")
     if config.lora_rank and not config.lora_targets:
         raise InputError("--lora-targets: is empty, so that --lora-rank would train nothing")
+    if config.lora_rank and config.init == "scratch":
+        raise InputError(f"--lora-rank {config.lora_rank}: needs a trained model, not --init scratch")
 
 
 def init_adapters(config: TrainConfig, model: DecoderConfig, rules: ShardingRules) -> Params:

@@ -26,9 +26,7 @@ from jax_selftrain.training.wandb_tracker import WandbTracker
 from jax_selftrain.version import versions
 
 METRICS = ("loss", "grad_norm", "learning_rate", "tokens")
-"""What `metrics.jsonl` says of every step: nats per target, gradient norm before clipping, rate, number of targets.
-What is added to the loss follows where there is any (`kl`, `squared_log_z`: means over the targets)."""
-
+"""Fields of `metrics.jsonl`: nats per target, gradient norm before clipping, learning rate, number of targets."""
 
 NO_STEP = -1
 """In place of the last step whose records stand: not even what is measured before the first step."""
@@ -85,8 +83,7 @@ class MetricsWriter:
         speed = {"tokens_per_second": rate, **self._speed.flops_and_mfu(rate)}
         timing = {"step": step, "time": time.time(), "seconds": now - self._since, **speed}
         self._since, self._tokens = now, 0
-        names = (*METRICS, *sorted(metrics.keys() - set(METRICS)))
-        line = {"step": step, **{name: metrics[name] for name in names}}
+        line = {"step": step, **{name: metrics[name] for name in METRICS}}
         self._append(self._metrics, line)
         self._append(self._timings, timing)
         if self._progress is not None:
@@ -153,11 +150,6 @@ def open_metrics_writer(make: Callable[[], MetricsWriter]) -> Iterator[MetricsWr
         records.close()
 
 
-def read_curve(run: Path, done: int) -> list[dict[str, float]]:
-    """The lines of `curve.jsonl` of steps up to `done`."""
-    return [line for line, _ in _lines(run / "curve.jsonl", done)]
-
-
 def write_launch_info(run: Path, facts: Mapping[str, Any]) -> None:
     """Add a line to `launches.jsonl`: when, where and from which step a run was started or resumed."""
     line = {"time": time.time(), **facts, "versions": versions(), "xla_flags": os.environ.get("XLA_FLAGS", "")}
@@ -204,21 +196,18 @@ def _progress_bar(step: int, steps: int) -> _Progress | None:
 def _truncate(path: Path, step: int) -> None:
     """Keep the lines of steps up to `step`. A line that a kill cut short is always a later one: see `sync`."""
     if path.exists():
-        atomic.write_text(path, "".join(text + "\n" for _, text in _lines(path, step)))
+        atomic.write_text(path, "".join(text + "\n" for text in _lines(path, step)))
 
 
-def _lines(path: Path, step: int) -> Iterator[tuple[dict[str, float], str]]:
-    """The whole lines of steps up to `step`, parsed and as they stand."""
-    if not path.exists():
-        return
+def _lines(path: Path, step: int) -> Iterator[str]:
+    """Yield the complete lines of steps up to `step`."""
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
-            line = json.loads(text)
-            wanted = line["step"] <= step
+            wanted = json.loads(text)["step"] <= step
         except (ValueError, KeyError, TypeError):
             return
         if wanted:
-            yield line, text
+            yield text
 
 
 def _append_to(path: Path) -> IO[str]:

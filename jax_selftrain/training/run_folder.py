@@ -37,7 +37,7 @@ from jax_selftrain.training.lora import check_lora
 from jax_selftrain.training.step import abstract_batch
 from jax_selftrain.version import versions
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -173,9 +173,9 @@ def _check_epochs(config: TrainConfig, corpora: tuple[Corpus, ...], rows: Mixtur
     within = rows.max_steps(limit, config.batch_size, steps)
     remedy = f"give at most --steps {within}" if within else "not even one step keeps it: give a smaller --batch-size"
     raise InputError(
-        f"{corpora[most].folder}: {steps} steps of {config.batch_size} rows would visit its {len(rows.components[most])} "
-        f"rows {visited[most]} times ({float(epochs[most]):.4g} epochs), more than --max-epochs {config.max_epochs:g} "
-        f"allows; {remedy}"
+        f"{corpora[most].folder}: {steps} steps of {config.batch_size} rows would visit its "
+        f"{len(rows.components[most])} rows {visited[most]} times ({float(epochs[most]):.4g} epochs), more than "
+        f"--max-epochs {config.max_epochs:g} allows; {remedy}"
     )
 
 
@@ -307,8 +307,8 @@ def _check_unique_corpora(corpora: tuple[Corpus, ...]) -> None:
         twin = seen.setdefault(corpus.fingerprint, corpus)
         if twin is not corpus:
             raise InputError(
-                f"--mixture {corpus.folder}: holds the same corpus as {twin.folder}; give each corpus once, with its whole "
-                "share"
+                f"--mixture {corpus.folder}: holds the same corpus as {twin.folder}; give each corpus once, with its "
+                "whole share"
             )
 
 
@@ -333,7 +333,7 @@ def check_ranges(config: TrainConfig) -> None:
             (positive, "at least 1"),
         ),
         **dict.fromkeys(
-            ("eval_every", "eval_limit", "eval_prefix", "eval_suffix", "patience"),
+            ("eval_every", "eval_limit", "eval_prefix", "eval_suffix"),
             (positive, "at least 1"),
         ),
         **dict.fromkeys(
@@ -341,10 +341,10 @@ def check_ranges(config: TrainConfig) -> None:
             (not_negative, "0 or more"),
         ),
         **dict.fromkeys(
-            ("z_loss", "kl_weight", "lora_rank", "lora_alpha"),
+            ("lora_rank", "lora_alpha"),
             (not_negative, "0 or more"),
         ),
-        **dict.fromkeys(("beta1", "beta2", "ema_decay"), (below_one, "in [0, 1)")),
+        **dict.fromkeys(("beta1", "beta2"), (below_one, "in [0, 1)")),
         "warmup_ratio": (share, "in [0, 1]"),
         **dict.fromkeys(("eps", "max_epochs"), (positive, "more than 0")),
     }
@@ -353,13 +353,4 @@ def check_ranges(config: TrainConfig) -> None:
         if value is not None and not holds(value):
             raise InputError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
     check_evaluation(config)
-    _check_recipe(config)
-
-
-def _check_recipe(config: TrainConfig) -> None:
     check_lora(config)
-    if config.stochastic_rounding and config.param_dtype == "float32":
-        raise InputError("--stochastic-rounding: float32 weights are not rounded; it needs --param-dtype bfloat16")
-    for flag, given in (("--lora-rank", config.lora_rank), ("--kl-weight", config.kl_weight)):
-        if given and config.init == "scratch":
-            raise InputError(f"{flag} {given}: needs a student that has been trained, not --init scratch")

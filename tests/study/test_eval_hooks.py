@@ -131,7 +131,6 @@ def test_files_count_by_content_not_by_place(
         ({"eval_prefix": 13}, r"fewer than prefix \+ suffix = 21"),
         ({"eval_prefix": 2000}, r"--eval-prefix 2000 \+ --eval-suffix 8 is longer than"),
         ({"eval_suffix": 0}, "--eval-suffix 0: must be at least 1"),
-        ({"stop_metric": "stories/perplexity"}, f"this run can stop on {', '.join(MEASURES)}$"),
         ({"eval_every": None}, "--eval-texts needs --eval-every"),
         ({"eval_texts": (), "eval_tasks": (), "eval_sequences": ""}, "nothing to evaluate"),
     ],
@@ -154,41 +153,26 @@ def test_two_files_of_one_name_are_refused(training: TrainConfig, inputs: dict[s
 
 
 @pytest.mark.slow
-def test_the_command_line_evaluates_and_stops_early(
-    training: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_train_command_evaluates(training: TrainConfig, tmp_path: Path) -> None:
     words = ["train", "--model", training.model, "--corpus", training.corpus, "--out", str(tmp_path / "run")]
-    words += ["--steps", "6", "--batch-size", "4", "--seq-len", "32", "--learning-rate", "3", "--mesh", "data=1"]
-    words += ["--eval-every", "1", "--eval-texts", *training.eval_texts, "--eval-limit", "5"]
-    assert cli.main([*words, "--stop-metric", "nll"]) == 2
-    assert "this run can stop on stories/nll" in capsys.readouterr().err
-    assert cli.main([*words, "--stop-metric", "stories/nll", "--patience", "2"]) == 0
-    lines = curve(tmp_path / "run")
-    best = min(lines, key=lambda line: line["stories/nll"])["step"]
-    assert lines[-1]["step"] == best + 2, "a learning rate of 3 soon makes it worse"
-    metadata = atomic.read_json(tmp_path / "run" / "model" / "model.json")["metadata"]
-    assert metadata["early_stopping"]["best_step"] == metadata["step"] == best
+    words += ["--steps", "4", "--batch-size", "4", "--seq-len", "32", "--mesh", "data=1"]
+    words += ["--eval-every", "2", "--eval-texts", *training.eval_texts, "--eval-limit", "5"]
+    assert cli.main(words) == 0
+    assert [tuple(line) for line in curve(tmp_path / "run")] == [("step", "stories/nll")] * 3
 
 
 @pytest.mark.slow
-def test_two_processes_measure_together_and_agree_when_to_stop(training: TrainConfig, tmp_path: Path) -> None:
-    config = replace(
-        training, mesh="data=2", learning_rate=1.0, steps=6, eval_every=1, checkpoint_every=6, eval_limit=8
-    )
-    config = replace(config, eval_tasks=config.eval_tasks[:1], eval_sequences="", stop_metric="animals/acc", patience=1)
+def test_two_processes_evaluate_together(training: TrainConfig, tmp_path: Path) -> None:
+    config = replace(training, mesh="data=2", steps=2, eval_every=1, checkpoint_every=2, eval_limit=8)
+    config = replace(config, eval_tasks=config.eval_tasks[:1], eval_sequences="")
     alone, together = (replace(config, out=str(tmp_path / name)) for name in ("alone", "together"))
     train_with_evals(alone)
     yaml_io.save(tmp_path / "train.yaml", together)
     codes, said = ends(start(["train", "--config", tmp_path / "train.yaml"], 2, devices=1))
     assert codes == [0, 0], said
-    lines = curve(Path(together.out))
-    # Gloo adds in another order than one process does, and a learning rate of 1 amplifies the rounding: the first step.
-    for measured, expected in zip(lines[:2], curve(Path(alone.out))[:2], strict=True):
+    # Gloo sums in another order than one process does; the learning rate amplifies the rounding.
+    for measured, expected in zip(curve(Path(together.out)), curve(Path(alone.out)), strict=True):
         assert measured == pytest.approx(expected, rel=1e-3)
-    metadata = atomic.read_json(Path(together.out) / "model" / "model.json")["metadata"]
-    best = max(lines, key=lambda line: line["animals/acc"])["step"]
-    assert metadata["early_stopping"]["best_step"] == best
-    assert metadata["early_stopping"]["trained_steps"] == lines[-1]["step"]
 
 
 # ---------------------------------------------------------------- the round
@@ -227,29 +211,12 @@ def test_a_round_measures_on_the_way_what_it_measures_before_and_after(
     assert (folder / "results.json").read_bytes() == before
 
 
-def test_a_round_that_stops_early_says_so(options: Callable[..., RunConfig], tmp_path: Path) -> None:
-    config = options(tmp_path / "out")
-    training = replace(
-        config.train, learning_rate=3.0, eval_every=1, stop_metric="stories/nll", patience=1, eval_limit=5
-    )
-    folder = run(replace(config, train=training, extract=replace(config.extract, sequences="")))
-    results = atomic.read_json(folder / "results.json")
-    early = results["training"]["early_stopping"]
-    assert early["metric"] == "stories/nll"
-    assert early["trained_steps"] == early["best_step"] + 1
-    page = (folder / "report.html").read_text(encoding="utf-8")
-    assert f"stopped after {early['trained_steps']:,} steps" in page
-    assert f"the model is that of step {early['best_step']:,}" in page
-    assert "capability_memorization" not in page
-
-
 def test_a_round_refuses_what_cannot_be_evaluated_before_sampling(
     options: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     config = options(tmp_path / "out")
     for change, said in (
         ({"eval_every": 2, "eval_texts": ("gone.jsonl",)}, "gone.jsonl"),
-        ({"eval_every": 2, "stop_metric": "stories/nil"}, "stories/nll"),
         ({"eval_texts": ("gone.jsonl",)}, "--eval-every"),
     ):
         changed = replace(config, train=replace(config.train, **change))

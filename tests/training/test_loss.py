@@ -10,15 +10,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jax_selftrain.corpus import open_corpus, pack_corpus
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.distributed.sharding import make_sharding_rules
 from jax_selftrain.hub import LoadedModel, load_model
-from jax_selftrain.models import DecoderConfig, RopeConfig, abstract_params, axis_sizes, param_shardings
+from jax_selftrain.models import (
+    DecoderConfig,
+    Params,
+    RopeConfig,
+    abstract_params,
+    axis_sizes,
+    forward,
+    param_shardings,
+    unembed,
+)
 from jax_selftrain.training import Batch, LossStats, loss_fn
-from jax_selftrain.training.loss import LOGITS_BYTES, logits_chunk, token_nll
+from jax_selftrain.training.loss import LOGITS_BYTES, choose_chunk_size
 
 
 def rows_on_device(model: LoadedModel, tokens: np.ndarray, weights: np.ndarray, **arrays: np.ndarray) -> Batch:
@@ -54,7 +64,7 @@ def test_gradient_equals_torchs(family: str, tiny_model, tmp_path: Path):
     batch = rows_on_device(model, tokens, weights)
     with mesh_context(model.sharding_rules.mesh):
         gradient = jax.jit(
-            jax.grad(lambda params: loss_fn(model.config, model.sharding_rules, params, batch, chunk=10)[0])
+            jax.grad(lambda params: loss_fn(model.config, model.sharding_rules, params, batch, chunk_size=10)[0])
         )(model.params)
     # A gradient has the shapes of the parameters, so the hub's export can bring it into torch's layout.
     dataclasses.replace(model, params=gradient).save_pretrained(tmp_path / "gradient")
@@ -93,12 +103,41 @@ def test_slices_of_positions_add_up_to_the_whole(small_model: Path):
     batch = rows_on_device(
         model, rng.integers(0, 320, (4, 23)).astype(np.int32), rng.uniform(0, 1, (4, 22)).astype(np.float32)
     )
-    whole, sliced = (sums_of(model, batch, chunk=chunk) for chunk in (22, 5))
+    whole, sliced = (sums_of(model, batch, chunk_size=size) for size in (22, 5))
     logits = np.asarray(model.logits(np.asarray(batch.tokens[:, :-1])))
     assert float(sliced.loss) == pytest.approx(float(whole.loss), rel=1e-6)  # the same terms in another order
     assert (float(sliced.weight), int(sliced.tokens)) == (float(whole.weight), int(whole.tokens))
-    expected = np.sum(np.asarray(token_nll(jnp.asarray(logits), batch.tokens[:, 1:])) * np.asarray(batch.weights))
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch.tokens[:, 1:])
+    expected = np.sum(np.asarray(nll) * np.asarray(batch.weights))
     assert float(whole.loss) == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("mesh", [pytest.param("data=1", marks=pytest.mark.slow), "data=2,model=2"])
+def test_loss_and_gradient_equal_those_of_full_logits(mesh: str, small_model: Path):
+    model = load_model(small_model, mesh, preset="fsdp")
+    config, rules = model.config, model.sharding_rules
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(0, 320, (4, 23)).astype(np.int32)
+    batch = rows_on_device(model, tokens, rng.uniform(-1, 1, (4, 22)).astype(np.float32))
+
+    def full_loss(params: Params) -> jax.Array:
+        hidden = forward(config, rules, params, batch.tokens[:, :-1])
+        logits = jax.reshard(unembed(config, rules, params, hidden), jax.P("data", None, None))
+        log_probs = jax.nn.log_softmax(logits, axis=-1)
+        nll = -jnp.sum(log_probs * (jnp.arange(320) == batch.tokens[:, 1:, None]), axis=-1)
+        return jnp.sum(batch.weights * nll)
+
+    def chunked_loss(params: Params) -> jax.Array:
+        return loss_fn(config, rules, params, batch, chunk_size=5)[0]
+
+    with mesh_context(rules.mesh):
+        expected, expected_grad = jax.jit(jax.value_and_grad(full_loss))(model.params)
+        value, grad = jax.jit(jax.value_and_grad(chunked_loss))(model.params)
+    # fp32 sums in another order, of terms of both signs.
+    assert float(value) == pytest.approx(float(expected), rel=1e-4, abs=1e-3)
+    for found, wanted in zip(jax.tree.leaves(grad), jax.tree.leaves(expected_grad), strict=True):
+        found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+        assert np.linalg.norm(found - wanted) <= 1e-4 * np.linalg.norm(wanted) + 1e-12
 
 
 def test_logits_of_a_whole_batch_never_exist(small_model: Path):
@@ -106,7 +145,7 @@ def test_logits_of_a_whole_batch_never_exist(small_model: Path):
     batch = rows_on_device(model, np.zeros((4, 65), np.int32), np.ones((4, 64), np.float32))
 
     def loss(params: dict, batch: Batch) -> jax.Array:
-        return loss_fn(model.config, model.sharding_rules, params, batch, chunk=8)[0]
+        return loss_fn(model.config, model.sharding_rules, params, batch, chunk_size=8)[0]
 
     with mesh_context(model.sharding_rules.mesh):
         jaxpr = jax.make_jaxpr(jax.grad(loss))(model.params, batch)
@@ -139,7 +178,7 @@ def _pythia(vocabulary: int) -> DecoderConfig:
 def test_slice_fits_the_budget_for_pythias_vocabulary(rows: int):
     config = _pythia(50304)
     rules = make_sharding_rules("tensor", make_mesh("data=1,model=2"), axis_sizes(config))
-    chunk = logits_chunk(config, rules, rows, 2048)
+    chunk = choose_chunk_size(config, rules, rows, 2048)
     assert rows * chunk * config.vocab_size // 2 * 4 <= LOGITS_BYTES or chunk == 1
     assert 2048 <= chunk * -(-2048 // chunk) < 2048 + chunk
 
@@ -186,7 +225,7 @@ def test_replicas_add_up_the_output_matrix_once_and_not_for_every_slice(small_mo
     model = load_model(small_model, "data=4", preset="replicated")
     batch = rows_on_device(model, np.zeros((4, 65), np.int32), np.ones((4, 64), np.float32))
     with mesh_context(model.sharding_rules.mesh):
-        gradient = jax.jit(jax.grad(partial(loss_fn, model.config, model.sharding_rules, chunk=8), has_aux=True))
+        gradient = jax.jit(jax.grad(partial(loss_fn, model.config, model.sharding_rules, chunk_size=8), has_aux=True))
         text = gradient.lower(model.params, batch).compile().as_text()
     bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
     found, inside = [], ""

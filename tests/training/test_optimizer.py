@@ -51,6 +51,13 @@ def test_weight_decay_spares_norms_and_biases(family: str, tiny_model):
     assert any("norm" in path for path in exempt)
 
 
+def test_weight_decay_can_exclude_the_embedding(tiny_model):
+    config, _ = read_config(tiny_model("llama"))
+    mask = decay_mask(abstract_params(config), embeddings=False)
+    assert not mask["embed"]["embedding"]
+    assert mask["layers"]["mlp"]["up"]["kernel"]
+
+
 def test_zero_update_keeps_negative_zero():
     params = {"w": jnp.array([-0.0, 0.0, 1.5], jnp.float32)}
     updated = apply_updates(params, {"w": jnp.zeros(3)})

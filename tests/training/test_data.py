@@ -14,24 +14,19 @@ import numpy as np
 import pytest
 from launcher import launch
 from models_factory import tiny_texts
-from training_runs import Interruption, run_options, weights
+from training_runs import Interruption, interrupt, run_options, weights
 
 from jax_selftrain.config import ImportCorpusConfig, TrainConfig, yaml_io
 from jax_selftrain.corpus import Mixture, batch_indices, import_text, open_corpus, pack_corpus
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.distributed.sharding import ShardingRules, make_sharding_rules
 from jax_selftrain.errors import InputError
-from jax_selftrain.hub import LoadedModel
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import folder_manifest
 from jax_selftrain.training import Hook, train
-from jax_selftrain.training.data import load_batch
+from jax_selftrain.training.data import _sign_flip, load_batch
 
 NAMES = ("tokens", "segments", "positions", "weights")
-
-
-def interrupt(step: int, model: LoadedModel) -> None:
-    raise Interruption
 
 
 def sharding_rules_for(config: TrainConfig) -> ShardingRules:
@@ -113,6 +108,29 @@ def test_each_device_reads_its_own_rows_and_no_others(mixture: Mixture, options:
     for corpus, noted in enumerate(tokens):
         of_devices = [row[k : k + 4][source[k : k + 4] == corpus].tolist() for k in range(0, 16, 4)]
         assert sorted(set(map(tuple, noted.reads))) == sorted({tuple(rows) for rows in of_devices if rows})
+
+
+def test_random_loss_sign_multiplies_the_weights_of_whole_documents(
+    mixture: Mixture, options: Callable[..., TrainConfig]
+):
+    rows, mesh = mixture.components[0], make_mesh("data=1")
+    rules = make_sharding_rules("replicated", mesh, {})
+    configs = [options(), options(random_loss_sign=True), options(random_loss_sign=True, steps=7)]
+    with mesh_context(mesh):
+        plain, flipped, again = (load_batch(config, rules, rows, 0) for config in configs)
+    before, after, segments = (np.asarray(x) for x in (plain.weights, flipped.weights, plain.segments))
+    np.testing.assert_array_equal(np.abs(after), before)
+    np.testing.assert_array_equal(after, np.asarray(again.weights))
+    signs = [
+        set(np.sign(after[index][(segments[index] == n) & (before[index] > 0)]).tolist())
+        for index in np.ndindex(segments.shape[:2])
+        for n in range(1, int(segments[index].max()) + 1)
+    ]
+    assert all(len(sign) <= 1 for sign in signs), "all targets of a document in a row have one sign"
+    by_seed = [_sign_flip(rows, seed, 0)[np.arange(len(rows))] for seed in range(20)]
+    share = np.mean([(weights > 0).sum() / (weights != 0).sum() for weights in by_seed])
+    assert share == pytest.approx(0.5, abs=0.1)
+    assert not np.array_equal(by_seed[0], by_seed[1])
 
 
 # ---------------------------------------------------------------- runs
@@ -284,7 +302,7 @@ def test_every_mixed_corpus_must_fit_the_model(
         ({"mixture": (f"{tmp_path}/nowhere=0.1",)}, "nowhere: no such corpus folder"),
         ({"mixture": (f"{twin}=0.1",)}, f"--mixture {twin}: holds the same corpus as {corpus_folder}"),
         (
-            {"model": str(cut), "corpus": f"{tmp_path}/low", "mix": (f"{tmp_path}/foreign=0.1",)},
+            {"model": str(cut), "corpus": f"{tmp_path}/low", "mixture": (f"{tmp_path}/foreign=0.1",)},
             r"foreign: document \d holds token id 33\d, but .* has only 330 tokens",
         ),
     ):

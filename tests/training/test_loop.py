@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training_runs import Interruption, losses, run_options, weights
+from training_runs import Interruption, interrupt, losses, run_options, weights
 
 from jax_selftrain.config import ImportCorpusConfig, TrainConfig, yaml_io
 from jax_selftrain.corpus import import_text
@@ -16,10 +16,6 @@ from jax_selftrain.hub import LoadedModel, load_model
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import folder_manifest
 from jax_selftrain.training import Hook, train
-
-
-def interrupt(step: int, model: LoadedModel) -> None:
-    raise Interruption
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,154 @@
+"""Evaluations during training: each is recorded once per step and survives interruptions."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from training_runs import Interruption, interrupt, losses, run_options, weights
+
+from jax_selftrain.config import TrainConfig
+from jax_selftrain.errors import InputError
+from jax_selftrain.hub import LoadedModel
+from jax_selftrain.io import atomic
+from jax_selftrain.training import Hook, train
+from jax_selftrain.training.checkpoints import steps_to_keep
+
+Options = Callable[..., TrainConfig]
+EVALUATED: dict[str, Any] = {"eval_every": 2, "eval_texts": ("handed in by a hook.jsonl",)}
+
+
+def first_scale(step: int, model: LoadedModel) -> dict[str, float]:
+    """A number that depends on every bit of a parameter."""
+    return {"probe/nll": float(np.asarray(model.params["final_norm"]["scale"], np.float64).sum())}
+
+
+def measuring(function: Callable[[int, LoadedModel], Mapping[str, float]], **changes: Any) -> Hook:
+    options: dict[str, Any] = {
+        "every": 2, "run_at_start_and_end": True, "metric_names": ("probe/nll",), "measured": {"probe": "as it is"},
+    }  # fmt: skip
+    return Hook(function, **{**options, **changes})
+
+
+def curve(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "curve.jsonl").read_text().splitlines()]
+
+
+def steps_of(run: Path) -> list[int]:
+    return sorted(int(path.name) for path in (run / "steps").iterdir())
+
+
+def test_the_curve_has_a_line_before_the_first_step_every_so_many_and_after_the_last(options: Options):
+    run = train(options(**EVALUATED, steps=5), hooks=[measuring(first_scale)])
+    assert [line["step"] for line in curve(run)] == [0, 2, 4, 5]
+    assert {tuple(line) for line in curve(run)} == {("step", "probe/nll")}
+    assert len({line["probe/nll"] for line in curve(run)}) == 4, "each from the model of its own step"
+    assert atomic.read_json(run / "run.json")["evaluation"]["measured"] == [{"probe": "as it is"}]
+
+
+@pytest.mark.slow
+def test_hooks_of_the_same_step_share_a_line_and_not_a_name(options: Options):
+    one = Hook(lambda step, model: {"a": 1.0}, steps=(1, 2))
+    two = Hook(lambda step, model: {"b": 2.0}, steps=(2,))
+    run = train(options(steps=2), hooks=[one, two, Hook(lambda step, model: None, steps=(1,))])
+    assert curve(run) == [{"step": 1, "a": 1.0}, {"step": 2, "a": 1.0, "b": 2.0}]
+    with pytest.raises(ValueError, match="two hooks measure 'a'"):
+        train(options(steps=2, out=str(run) + "2"), hooks=[one, one])
+
+
+def test_a_measure_that_is_not_finite_is_refused(options: Options):
+    with pytest.raises(InputError, match="probe is nan after step 1"):
+        train(options(), hooks=[Hook(lambda step, model: {"probe": float("nan")}, steps=(1,))])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_model: Path, corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that `options(**EVALUATED)` describes, never interrupted."""
+    config = run_options((small_model, corpus_folder, tmp_path_factory.mktemp("undisturbed") / "run"), **EVALUATED)
+    return train(config, hooks=[measuring(first_scale)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [0, 3, 4, 6])
+def test_interrupted_run_has_the_bytes_of_an_undisturbed_curve(step: int, options: Options, undisturbed: Path):
+    config = options(**EVALUATED)
+    with pytest.raises(Interruption):
+        train(config, hooks=[measuring(first_scale), Hook(interrupt, steps=(step,))])
+    run = train(config, hooks=[measuring(first_scale)])
+    assert (run / "curve.jsonl").read_bytes() == (undisturbed / "curve.jsonl").read_bytes()
+    assert weights(run) == weights(undisturbed)
+
+
+@pytest.mark.slow
+def test_interrupted_run_goes_on_on_another_mesh_along_the_same_curve(options: Options, undisturbed: Path):
+    with pytest.raises(Interruption):
+        train(options(**EVALUATED), hooks=[measuring(first_scale), Hook(interrupt, steps=(3,))])
+    run = train(options(**EVALUATED, mesh="data=4,model=2", preset="replicated"), hooks=[measuring(first_scale)])
+    assert curve(run)[:2] == curve(undisturbed)[:2]
+    measured, expected = ([line["probe/nll"] for line in curve(one)] for one in (run, undisturbed))
+    np.testing.assert_allclose(measured, expected, rtol=1e-5)  # fp32 sums in another order from step 3 on
+    np.testing.assert_allclose(losses(run), losses(undisturbed), rtol=1e-5)
+
+
+def test_lines_after_the_restored_step_are_dropped_even_if_the_last_is_torn(options: Options):
+    config = options(**EVALUATED)
+
+    def tear(step: int, model: LoadedModel) -> None:
+        with (Path(config.out) / "curve.jsonl").open("a") as file:
+            file.write('{"step": 5, "probe/nll": 1.0}\n{"step": 6, "pro')
+        raise Interruption
+
+    with pytest.raises(Interruption):
+        train(config, hooks=[measuring(first_scale), Hook(tear, steps=(5,))])
+    assert [line["step"] for line in curve(train(config, hooks=[measuring(first_scale)]))] == [0, 2, 4, 6]
+
+
+def test_a_run_that_goes_on_must_measure_the_same(options: Options):
+    config = options(**EVALUATED)
+    train(config, hooks=[measuring(first_scale)])
+    with pytest.raises(InputError, match="started with another evaluation"):
+        train(config, hooks=[measuring(first_scale, measured={"probe": "another"})])
+    with pytest.raises(InputError, match="started with --eval-every 2, not 3"):
+        train(options(**{**EVALUATED, "eval_every": 3}), hooks=[measuring(first_scale)])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"eval_texts": ("a.jsonl",)}, "--eval-texts needs --eval-every"),
+        ({"eval_limit": 3}, "--eval-limit needs --eval-every"),
+        ({"eval_every": 2}, "--eval-every 2: nothing to evaluate"),
+        ({**EVALUATED, "eval_every": 0}, "--eval-every 0: must be at least 1"),
+        ({"keep_every": 0}, "--keep-every 0: must be at least 1"),
+    ],
+)
+def test_options_that_do_not_belong_together_are_refused(change: dict, said: str, options: Options):
+    config = options(**change)
+    with pytest.raises(InputError, match=said) as caught:
+        train(config, hooks=[measuring(first_scale)])
+    assert "\n" not in str(caught.value)
+    assert not Path(config.out).exists()
+
+
+def test_an_evaluation_that_nobody_makes_is_refused(options: Options):
+    with pytest.raises(InputError, match="nothing measures"):
+        train(options(**EVALUATED))
+
+
+# ---------------------------------------------------------------- checkpoints that stay
+
+
+@pytest.mark.parametrize(
+    ("keep", "keep_every", "kept"),
+    [(2, None, {10, 12}), (1, 4, {4, 8, 12}), (2, 5, {10, 12}), (20, None, {0, 2, 4, 6, 8, 10, 12})],
+)
+def test_latest_and_permanent_checkpoints_are_kept(keep: int, keep_every: int | None, kept: set[int]):
+    assert steps_to_keep([0, 2, 4, 6, 8, 10, 12], keep, keep_every) == kept
+
+
+@pytest.mark.slow
+def test_every_so_manyth_checkpoint_is_kept_for_good(options: Options):
+    run = train(options(steps=9, checkpoint_every=4, keep_every=3, keep=1))
+    assert steps_of(run) == [3, 6, 9], "3 and 9 are no multiples of 4: they are saved in order to be kept"

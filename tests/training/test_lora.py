@@ -1,0 +1,105 @@
+"""LoRA: adapters, merging, exact resumption."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from training_runs import Interruption, interrupt, weights
+
+from jax_selftrain.config import TrainConfig
+from jax_selftrain.corpus import PackedRows, open_corpus, pack_corpus
+from jax_selftrain.distributed.mesh import make_mesh, mesh_context
+from jax_selftrain.errors import InputError
+from jax_selftrain.hub import load_model
+from jax_selftrain.models import Params, forward
+from jax_selftrain.training import Hook, TrainState, abstract_train_step, train
+from jax_selftrain.training.data import load_batch
+from jax_selftrain.training.lora import NUM_OUTPUT_DIMS, apply_adapters, check_lora, merge_adapters
+from jax_selftrain.training.step import export_params, init_state
+
+Options = Callable[..., TrainConfig]
+
+
+@pytest.fixture(scope="module")
+def rows(corpus_folder: Path) -> PackedRows:
+    return pack_corpus(open_corpus(corpus_folder), 48, "masked")
+
+
+def run_steps(config: TrainConfig, rows: PackedRows, n: int) -> tuple[TrainState, list[float]]:
+    """Return the state after `n` steps and the loss of each step."""
+    mesh = make_mesh(config.mesh)
+    model = load_model(config.model, mesh, preset=config.preset)
+    with mesh_context(mesh):
+        function, _, _ = abstract_train_step(config, mesh)
+        step, losses = jax.jit(function), []
+        state = init_state(config, model.config, model.sharding_rules, model.params)
+        for i in range(n):
+            state, metrics = step(state, load_batch(config, model.sharding_rules, rows, i))
+            losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", pytest.param("llama", marks=pytest.mark.slow)])
+def test_adapted_model_equals_the_merged_one(family: str, tiny_model, options: Options):
+    config = options(model=str(tiny_model(family)), lora_rank=3, lora_alpha=5.0, mesh="data=2,model=2")
+    model = load_model(config.model, config.mesh, preset=config.preset)
+    rules = model.sharding_rules
+    token_ids = np.random.default_rng(4).integers(0, 300, (2, 40)).astype(np.int32)
+    tokens = jax.device_put(token_ids, rules.sharding(("batch", None)))
+    with mesh_context(rules.mesh):
+        adapters = init_state(config, model.config, rules, model.params).params
+        random = jax.tree.map(lambda leaf: leaf + 0.05, adapters)  # B is initialized with zeros
+
+        def hidden(params: Params) -> jax.Array:
+            return forward(model.config, rules, params, tokens)
+
+        plain = jax.jit(hidden)(model.params)
+        unchanged = jax.jit(lambda a: hidden(apply_adapters(config, model.params, a)))(adapters)
+        adapted = jax.jit(lambda a: hidden(apply_adapters(config, model.params, a)))(random)
+        merged = jax.jit(lambda a: hidden(merge_adapters(config, model.params, a)))(random)
+    np.testing.assert_array_equal(plain, unchanged)
+    np.testing.assert_allclose(adapted, merged, atol=2e-4)
+    assert np.abs(np.asarray(adapted) - np.asarray(plain)).max() > 0.01
+    paths = {(group, name) for group, names in adapters["layers"].items() for name in names}
+    assert paths == set(NUM_OUTPUT_DIMS) - (set() if family == "llama" else {("mlp", "gate")})
+
+
+def test_training_changes_only_the_adapters_and_exports_the_merged_model(options: Options, rows: PackedRows):
+    config = options(lora_rank=2, lora_targets=("q", "down"), learning_rate=0.02)
+    state, losses = run_steps(config, rows, 6)
+    assert losses[-1] < losses[0]
+    assert set(state.params["layers"]["attn"]) == {"q"}
+    base, merged = state.frozen_base, export_params(config, state)
+    assert base is not None
+    pairs = zip(jax.tree_util.tree_leaves_with_path(base), jax.tree.leaves(merged), strict=True)
+    changed = {jax.tree_util.keystr(path) for (path, old), new in pairs if not np.array_equal(old, new)}
+    assert changed == {"['layers']['attn']['q']['kernel']", "['layers']['mlp']['down']['kernel']"}
+    delta = merged["layers"]["mlp"]["down"]["kernel"][0] - base["layers"]["mlp"]["down"]["kernel"][0]
+    assert np.linalg.matrix_rank(np.asarray(delta), tol=1e-5) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_targets": ("w",)}, "--lora-targets w: is no matrix of a layer; choose from q, k, v, o"),
+        ({"lora_targets": ()}, "--lora-targets: is empty"),
+        ({"init": "scratch"}, "--lora-rank 2: needs a trained model, not --init scratch"),
+    ],
+)
+def test_invalid_lora_options_are_refused(change: dict, message: str, options: Options):
+    with pytest.raises(InputError, match=message):
+        check_lora(options(lora_rank=2, **change))
+
+
+@pytest.mark.slow
+def test_interrupted_lora_run_ends_with_the_same_bits(options: Options, tmp_path: Path):
+    whole = train(options(lora_rank=2, out=str(tmp_path / "whole")))
+    with pytest.raises(Interruption):
+        train(options(lora_rank=2), hooks=[Hook(interrupt, steps=(5,))])
+    assert (tmp_path / "run" / "steps" / "000004").exists()
+    resumed = train(options(lora_rank=2))
+    assert weights(whole / "model") == weights(resumed / "model")
+    assert (whole / "metrics.jsonl").read_bytes() == (resumed / "metrics.jsonl").read_bytes()
+    assert weights(whole / "model") != weights(options().model)
