@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import shutil
 import sys
@@ -24,6 +23,7 @@ from jax_selftrain.corpus.reader import Corpus, open_corpus
 from jax_selftrain.corpus.schema import Sample
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
+from jax_selftrain.io.jsonl import write_jsonl
 from jax_selftrain.version import versions
 
 _DATASET = "selftrain_corpus"
@@ -43,7 +43,7 @@ def export_corpus(config: ExportConfig) -> Path:
         InputError: the corpus is damaged, the folder is taken, the format is unknown or its library is not installed.
     """
     yaml_io.require(config)
-    writers = {"tfds": _write_tfds, "jsonl": _write_jsonl}
+    writers = {"tfds": _export_tfds, "jsonl": _export_jsonl}
     if config.format not in writers:
         raise InputError(f"--format {config.format}: choose one of {', '.join(writers)}")
     corpus = open_corpus(config.corpus)
@@ -56,16 +56,16 @@ def export_corpus(config: ExportConfig) -> Path:
     return out
 
 
-def _write_jsonl(corpus: Corpus, folder: Path) -> None:
-    with open(folder / "samples.jsonl", "w", encoding="utf-8", newline="\n") as lines:
-        for sample in corpus.iter_samples():
-            entry = _as_dict(sample) | {"tokens": sample.tokens.tolist()}
-            if np.isnan(sample.logprob):
-                entry["logprob"] = None
-            lines.write(json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n")
+def _export_jsonl(corpus: Corpus, folder: Path) -> None:
+    write_jsonl(folder / "samples.jsonl", map(_json_row, corpus.iter_samples()))
 
 
-def _write_tfds(corpus: Corpus, folder: Path) -> None:
+def _json_row(sample: Sample) -> dict[str, Any]:
+    row = _as_dict(sample) | {"tokens": sample.tokens.tolist()}
+    return row | {"logprob": None} if np.isnan(sample.logprob) else row
+
+
+def _export_tfds(corpus: Corpus, folder: Path) -> None:
     if absent := [name for name in ("tensorflow_datasets", "array_record") if find_spec(name) is None]:
         raise InputError(f"--format tfds needs {absent[0]}; pip install tensorflow-datasets array_record")
     import tensorflow_datasets as tfds

@@ -9,7 +9,6 @@ stop id is appended to every document that is not cut.
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -32,6 +31,7 @@ from jax_selftrain.corpus.shards import (
     write_shard,
 )
 from jax_selftrain.errors import InputError
+from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.version import versions
 
 _ENCODE_CHARACTERS = 1 << 20  # texts are tokenized in batches of about so many characters
@@ -232,28 +232,12 @@ def _open_source(config: ImportCorpusConfig) -> TextStream:
         raise InputError(
             f"{path}: no such file or folder; give a JSONL file, a `save_to_disk` folder, tfds:FOLDER or datasets:NAME"
         )
-    return lambda: _read_jsonl(path, config.text_field)
+    return lambda: _text_fields(path, config.text_field)
 
 
-def _read_jsonl(path: Path, text_field: str) -> Iterator[tuple[str, object]]:
-    try:
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                where = f"{path}:{number}"
-                try:
-                    content = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                    if not content.strip():
-                        continue
-                    entry = json.loads(content)
-                except (ValueError, RecursionError) as error:
-                    raise InputError(f"{where}: not a line of JSON ({error}); mend or remove it") from None
-                if not isinstance(entry, dict):
-                    raise InputError(
-                        f'{where}: a line must be a JSON object like {{"{text_field}": …}}; mend or remove it'
-                    )
-                yield where, _field(entry, text_field, where)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+def _text_fields(path: Path, text_field: str) -> Iterator[tuple[str, object]]:
+    for where, row in read_jsonl(path):
+        yield where, _field(row, text_field, where)
 
 
 def _field(entry: Mapping[str, object], text_field: str, where: str) -> object:

@@ -34,8 +34,9 @@ from jax_selftrain.corpus import (
     open_corpus,
 )
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals.result_files import is_text, output_paths, read_jsonl, write_results
+from jax_selftrain.evals.result_files import is_text, output_paths, write_results
 from jax_selftrain.evals.sequences import load_npy
+from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.io.manifest import sha256_file
 from jax_selftrain.stats.standard_errors import mean_and_stderr, wilson_interval
 from jax_selftrain.version import versions

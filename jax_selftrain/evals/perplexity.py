@@ -18,7 +18,8 @@ import numpy as np
 
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.item_results import item_hash
-from jax_selftrain.evals.result_files import is_text, read_jsonl
+from jax_selftrain.evals.result_files import is_text
+from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.likelihood.engine import Likelihood
 from jax_selftrain.stats.standard_errors import exp_and_stderr, ratio_and_stderr
 

@@ -1,9 +1,8 @@
-"""Reading JSONL, and writing a result: one JSON file and its companions."""
+"""A result on disk: one JSON file and its companions."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +12,6 @@ import pyarrow.parquet as pq
 from jax_selftrain.config import yaml_io
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
-
-
-def read_jsonl(path: Path, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The JSON objects of a file, one a line, each with its place (`file.jsonl:12`); empty lines are skipped.
-
-    Raises:
-      InputError: the file is missing, not UTF-8, or a line is not a JSON object.
-    """
-    try:
-        with path.open(encoding="utf-8") as lines:
-            found = 0
-            for number, line in enumerate(lines, 1):
-                if limit is not None and found == limit:
-                    return
-                if line.strip():
-                    found += 1
-                    yield f"{path}:{number}", _json_object(line, f"{path}:{number}")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (IsADirectoryError, UnicodeDecodeError, PermissionError) as error:
-        raise InputError(f"{path}: cannot be read as JSONL ({error})") from None
-
-
-def _json_object(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error.msg}); the file must hold one JSON object per line") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: {type(row).__name__} instead of a JSON object")
-    return row
 
 
 def is_text(value: Any) -> bool:

@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals.result_files import read_jsonl
+from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.io.manifest import hash_json, sha256_file
 
 _SPLIT_FILE = re.compile(r"(?P<split>.+?)-\d+-of-\d+.*\.parquet")

@@ -27,7 +27,7 @@ from jax_selftrain.config import ArmConfig, ExtractConfig, StudyConfig, yaml_io
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals import n_p_discoverable
 from jax_selftrain.evals.overlap_classes import CLASSES, THRESHOLDS
-from jax_selftrain.evals.result_files import read_jsonl
+from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.stats import estimators
 from jax_selftrain.study.dag import Stage
 from jax_selftrain.study.design import Design, StudyCell

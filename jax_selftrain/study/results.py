@@ -25,7 +25,6 @@ only text that suits its own lineage moves the difference.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -42,6 +41,7 @@ from jax_selftrain.config.metadata import Role
 from jax_selftrain.corpus import Corpus, open_corpus
 from jax_selftrain.evals import ScoreResult, load_score_result
 from jax_selftrain.io import atomic
+from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.models import abstract_params
 from jax_selftrain.stats import estimators
 from jax_selftrain.study.curve_summary import summarize_curve
@@ -190,7 +190,7 @@ def _training(run: Path) -> dict[str, Any]:
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
     """Read the objects of a JSONL file; an empty list if it does not exist."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return [row for _, row in read_jsonl(path)] if path.exists() else []
 
 
 def cell_measures(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -17,8 +17,8 @@ from jax_selftrain.config.metadata import Role, applicable_kinds, fields_with_ro
 from jax_selftrain.corpus import open_corpus, parse_mixture
 from jax_selftrain.distributed.mesh import make_mesh
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals.result_files import read_jsonl
 from jax_selftrain.evals.score import check_batch
+from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.study.eval_hooks import evaluation_hooks, with_default_evals
 from jax_selftrain.study.measure_names import AFTER_RELEARNING, MAIN_EFFECT, UNSEEN
 from jax_selftrain.study.preregistration import check_claims

@@ -40,12 +40,12 @@ from jax_selftrain.experiments.microworld.untrained_model import (
     BOS_TOKEN,
     is_up_to_date,
     train_tokenizer,
-    write_jsonl,
     write_untrained_model,
 )
 from jax_selftrain.experiments.microworld.world import make_world
 from jax_selftrain.experiments.microworld.world_types import World, WorldConfig
 from jax_selftrain.io import atomic
+from jax_selftrain.io.jsonl import write_jsonl
 from jax_selftrain.io.manifest import sha256_file
 from jax_selftrain.study.dag import Stage, run_all
 from jax_selftrain.study.measure_names import MAIN_EFFECT
