@@ -58,7 +58,7 @@ def only(folder: Path, pattern: str) -> Path:
 def test_a_demo_ends_with_a_report_of_all_its_arms(made: Path) -> None:
     results = atomic.read_json(made / "results.json")
     treatments = [cell["treatment"] for cell in results["cells"]]
-    assert treatments[:3] == ["text of A1", "learning rate 0", "shuffled tokens"]
+    assert treatments[:3] == ["source A1", "learning rate 0", "shuffled tokens"]
     assert treatments[3:] == ["weight noise", "weight noise ×4", "real text of world A"]
     for cell in results["cells"]:
         assert [task["name"] for task in cell["tasks"]] == ["agreement", "sums", "facts_A"]
@@ -157,7 +157,7 @@ def test_the_same_seed_writes_the_same_world(made: Path, tmp_path: Path) -> None
 
 def test_classes_and_p_z_are_those_that_plain_python_and_transformers_find(made: Path, tmp_path: Path) -> None:
     design = make_design(yaml_io.load(StudyConfig, made / "config.yaml"))
-    cell = next(cell for cell in design.cells if cell.treatment == "text of A1")
+    cell = next(cell for cell in design.cells if cell.treatment == "source A1")
     assert cell.corpus is not None
     assert cell.train is not None
     assert cell.extract is not None

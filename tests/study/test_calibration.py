@@ -16,7 +16,7 @@ import pytest
 
 from jax_selftrain.stats import estimators
 from jax_selftrain.stats.estimators import Estimate
-from jax_selftrain.study.study_results import interactions, treatment_effects
+from jax_selftrain.study.results import interactions, treatment_effects
 
 STUDIES = 3_000
 SEEDS = 5
@@ -33,7 +33,7 @@ def covers(estimate: Estimate, truth: float) -> bool:
 def cell(student: str, source: str, seed: int, change: Estimate) -> dict[str, Any]:
     measure = {"before": {"value": 0.5}, "change": asdict(change)}
     measures = {"accuracy": measure}
-    return {"student": student, "treatment": f"text of {source}", "source": source, "seed": seed, "measures": measures}
+    return {"student": student, "treatment": f"source {source}", "source": source, "seed": seed, "measures": measures}
 
 
 def estimate_of(entry: dict[str, Any]) -> Estimate:

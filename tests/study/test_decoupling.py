@@ -35,7 +35,7 @@ def study_of(rng: np.random.Generator, forgets: float, own: float = 0.93) -> lis
     for seed in SEEDS:
         for name, loss in zip(CONTROLS, (0.91, 0.94, 1.1), strict=True):
             cells.append(cell(name, seed, damaged(rng, loss + 0.002 * rng.normal())))
-        cells.append(cell("text of a", seed, damaged(rng, own + 0.002 * rng.normal(), forgets)))
+        cells.append(cell("source a", seed, damaged(rng, own + 0.002 * rng.normal(), forgets)))
     return cells
 
 
@@ -59,7 +59,7 @@ def test_a_student_that_truly_forgets_is_called_so() -> None:
 def test_lost_paths_without_falling_probability_are_no_forgetting() -> None:
     rng, cells = np.random.default_rng(2), []
     for one in study_of(rng, 0.2):
-        if one["treatment"] == "text of a":
+        if one["treatment"] == "source a":
             level = 0.55 + 0.01 * rng.normal()
             one["measures"]["pz"] |= {"after": {"value": level}, "change": {"value": level - BASE["pz"]}}
         cells.append(one)
@@ -89,7 +89,7 @@ def test_damage_is_told_on_the_text_that_the_base_predicts_best() -> None:
     """Another world's text, of which the student read, comes first and grows easier: no measure of damage."""
     cells = study_of(np.random.default_rng(5), 0.0)
     for one in cells:
-        level = 1.0 if one["treatment"] == "text of a" else 2.0
+        level = 1.0 if one["treatment"] == "source a" else 2.0
         foreign = {"before": {"value": 2.0}, "after": {"value": level}, "change": {"value": level - 2.0}}
         one["measures"] = {"text/foreign": foreign, **one["measures"]}
     (found,) = judge_decoupling(cells, CONTROLS)

@@ -1,4 +1,4 @@
-"""Evaluation on the way says what `score` and `extract` say of the same weights, and refuses bad files beforehand."""
+"""Evaluation during training equals `score` and `extract` of the same weights, and refuses bad files in advance."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from process_group import ends, start
+from study_designs import run_design
 
 from jax_selftrain import cli
 from jax_selftrain.config import ExtractConfig, ImportCorpusConfig, RunConfig, ScoreConfig, TrainConfig, yaml_io
@@ -175,45 +176,37 @@ def test_two_processes_evaluate_together(training: TrainConfig, tmp_path: Path) 
         assert measured == pytest.approx(expected, rel=1e-3)
 
 
-# ---------------------------------------------------------------- the round
+# ---------------------------------------------------------------- a run
 
 
-def test_a_round_measures_on_the_way_what_it_measures_before_and_after(
+def test_a_run_evaluates_during_training_what_it_measures_before_and_after(
     options: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     config = options(tmp_path / "out")
     config = replace(config, train=replace(config.train, eval_every=3))
-    folder = run(config)
-    lines = curve(folder / "train")
+    folder, design = run(config), run_design(config)
+    (cell,) = design.cells
+    lines = curve(design.folder(cell.train))
     assert set(lines[0]) == {"step", *MEASURES}
-    for line, who in ((lines[0], "base"), (lines[-1], "student")):
-        scores = atomic.read_json(folder / "score" / f"{who}.json")
-        extracted = atomic.read_json(folder / "extract" / f"{who}.json")
-        # The curve is measured where training lies on the mesh, in batches of another size: rounding.
+    measured = (
+        (lines[0], design.score_base["llama"], design.extract_base["llama"]),
+        (lines[-1], cell.score, cell.extract),
+    )
+    for line, score_stage, extract_stage in measured:
+        scores = atomic.read_json(design.folder(score_stage) / "score.json")
+        extracted = atomic.read_json(design.folder(extract_stage) / "extract.json")
+        # Training has another sharding and another batch size: rounding.
         assert line["stories/nll"] == pytest.approx(scores["texts"]["stories"]["nll"], rel=1e-5)
         assert line["sequences/log_pz"] == pytest.approx(extracted["logprob"], rel=1e-5)
         assert line["sequences/exact_match"] == extracted["exact_match"]
-    results = atomic.read_json(folder / "results.json")
-    found = results["evaluations"]
+    found = atomic.read_json(folder / "results.json")["cells"][0]["training"]["evaluations"]
     assert found["step"] == [line["step"] for line in lines]
     assert [measure["name"] for measure in found["measures"]] == list(MEASURES)
     assert found["measures"][0]["values"] == [line["stories/nll"] for line in lines]
     assert [measure["n"] for measure in found["measures"]] == [30, 40, 25, 30, 30, 30]
-    page = (folder / "report.html").read_text(encoding="utf-8")
-    assert "Capability against memorization over training" in page
-    for name in ("evaluations", "capability_memorization"):
-        assert (folder / "figures" / f"{name}.svg").read_text(encoding="utf-8") in page
-    written = (folder / "tables" / "evaluations.csv").read_text().splitlines()
-    assert written[0] == ",".join(("step", *MEASURES))
-    assert [float(cell) for cell in written[1].split(",")] == list(lines[0].values())
-    before = (folder / "results.json").read_bytes()
-    run(config)
-    assert (folder / "results.json").read_bytes() == before
 
 
-def test_a_round_refuses_what_cannot_be_evaluated_before_sampling(
-    options: Callable[..., RunConfig], tmp_path: Path
-) -> None:
+def test_a_run_refuses_bad_evaluation_before_sampling(options: Callable[..., RunConfig], tmp_path: Path) -> None:
     config = options(tmp_path / "out")
     for change, said in (
         ({"eval_every": 2, "eval_texts": ("gone.jsonl",)}, "gone.jsonl"),

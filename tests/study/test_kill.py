@@ -1,4 +1,4 @@
-"""A round killed at any moment and started again ends with the bytes of a round that nobody disturbed."""
+"""A run that is killed at any moment and started again ends with the bytes of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -15,32 +15,24 @@ import pytest
 
 from jax_selftrain.config import RunConfig, yaml_io
 
-MOMENTS = (
-    "score/base.json",
-    "corpus/shard-000000.parquet",
-    "train/steps",
-    "stages/train.json",
-    "extract/base.json",
-)
-"""A kill comes a random moment after each of these has appeared: while a stage works, or between stages."""
+MOMENTS = ("score-*.json", "sample-*/shard-000000.parquet", "train-*/steps", "train-*.json", "extract-*/extract.json")
+"""A kill comes a random moment after each of these has appeared in `stages`: during a stage, or between stages."""
 
 
 def start(config: RunConfig, folder: Path) -> subprocess.Popen[str]:
-    yaml_io.save(folder / "round.yaml", config)
+    yaml_io.save(folder / "run.yaml", config)
     # Five starts compile the same programs: they share what they have compiled.
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    command = [sys.executable, "-m", "jax_selftrain", "run", "--config", str(folder / "round.yaml")]
+    command = [sys.executable, "-m", "jax_selftrain", "run", "--config", str(folder / "run.yaml")]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **cache})
 
 
 @pytest.mark.slow
-def test_killed_rounds_end_with_the_same_bytes(
-    finished: Path, options: Callable[..., RunConfig], tmp_path: Path
-) -> None:
+def test_killed_runs_end_with_the_same_bytes(finished: Path, options: Callable[..., RunConfig], tmp_path: Path) -> None:
     config, moments, kills = options(tmp_path / "out"), random.Random(7), 0
     for appears in MOMENTS:
         process = start(config, tmp_path)
-        while process.poll() is None and not (tmp_path / "out" / appears).exists():
+        while process.poll() is None and not any((tmp_path / "out" / "stages").glob(appears)):
             time.sleep(0.005)
         time.sleep(moments.uniform(0, 0.3))
         process.kill()

@@ -28,33 +28,33 @@ def sides(forgotten: float, damage: float = 0.3) -> tuple:
 
 
 def test_damage_alone_takes_as_much_of_memory_as_of_anything_as_probable():
-    memory, never = sides(forgotten=0.0)
-    found = compare_with_matched(memory, never)
+    memory, unseen = sides(forgotten=0.0)
+    found = compare_with_matched(memory, unseen)
     assert found["exact_match"]["difference"] == pytest.approx(0.0, abs=0.03)
     assert found["log_pz"]["difference"] == pytest.approx(0.0, abs=0.01)
-    naive = memory[1]["exact_match"][memory[0]["exact_match"]].mean() - never[1]["exact_match"].mean()
+    naive = memory[1]["exact_match"][memory[0]["exact_match"]].mean() - unseen[1]["exact_match"].mean()
     assert naive > 0.15  # without matching, memory would look stronger than it is
-    assert found["n"] + found["left_out"] == memory[0]["exact_match"].sum()
+    assert found["n"] + found["unmatched"] == memory[0]["exact_match"].sum()
 
 
 def test_what_has_been_forgotten_is_lost_beyond_that():
     found = compare_with_matched(*sides(forgotten=0.25))
     kept = found["exact_match"]
-    assert kept["sequences"] / kept["never_trained"] == pytest.approx(0.75, abs=0.04)
+    assert kept["sequences"] / kept["controls"] == pytest.approx(0.75, abs=0.04)
     assert found["log_pz"]["difference"] == pytest.approx(-0.25, abs=0.01)
 
 
 def test_what_has_no_counterpart_is_left_out_and_of_too_few_nothing_is_said():
-    memory, never = sides(forgotten=0.0)
+    memory, unseen = sides(forgotten=0.0)
     followed = memory[0]["exact_match"].sum()
-    apart = tuple({**side, "logprob": side["logprob"] - 1.0} for side in never)
+    apart = tuple({**side, "logprob": side["logprob"] - 1.0} for side in unseen)
     found = compare_with_matched(memory, apart)
-    assert found["left_out"] > found["n"] > MIN_MATCHED
+    assert found["unmatched"] > found["n"] > MIN_MATCHED
     assert found["exact_match"] is not None
-    far = compare_with_matched(memory, tuple({**side, "logprob": side["logprob"] - 99.0} for side in never))
-    one = compare_with_matched(memory, tuple({name: values[:1] for name, values in side.items()} for side in never))
+    far = compare_with_matched(memory, tuple({**side, "logprob": side["logprob"] - 99.0} for side in unseen))
+    one = compare_with_matched(memory, tuple({name: values[:1] for name, values in side.items()} for side in unseen))
     for nothing in (far, one):
-        assert (nothing["n"], nothing["left_out"]) == (0, followed)
+        assert (nothing["n"], nothing["unmatched"]) == (0, followed)
         assert nothing["exact_match"] is nothing["log_pz"] is None
     few = tuple({name: values[: MIN_MATCHED - 1] for name, values in side.items()} for side in memory)
-    assert compare_with_matched(few, never)["exact_match"] is None
+    assert compare_with_matched(few, unseen)["exact_match"] is None

@@ -8,8 +8,8 @@ from jax_selftrain.config import ClaimConfig, StudyConfig
 from jax_selftrain.stats.power import minimum_detectable_effect
 from jax_selftrain.study.power_analysis import describe_power
 
-RAISES = ClaimConfig("raises", "text of a", "a")
-KEEPS = ClaimConfig("keeps", "text of a", "a", direction="preserves", margin=0.01)
+RAISES = ClaimConfig("raises", "source a", "a")
+KEEPS = ClaimConfig("keeps", "source a", "a", direction="preserves", margin=0.01)
 CONFIG = StudyConfig(seeds=(100, 101, 102, 103, 104), claims=(RAISES, KEEPS))
 
 
@@ -30,7 +30,7 @@ def test_a_pilot_gives_the_standard_deviation_over_seeds() -> None:
     cells = [
         {
             "student": "a",
-            "treatment": "text of a",
+            "treatment": "source a",
             "seed": seed,
             "measures": {"accuracy": {"change": {"value": change}}},
         }

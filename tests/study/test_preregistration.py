@@ -15,7 +15,7 @@ from jax_selftrain.study.preregistration import check_claims, freeze_claims, jud
 
 SEEDS = tuple(range(100, 105))
 WOBBLE = (0.001, -0.002, 0.0015, 0.0, -0.0005)
-OWN = "text of A"
+OWN = "source A"
 
 
 def study_of(*claims: ClaimConfig, **changes: Any) -> StudyConfig:
@@ -113,7 +113,7 @@ def test_primary_claims_are_corrected_by_holm_and_the_others_apart() -> None:
     assert together[0]["p_adjusted"] == pytest.approx(3 * alone["p"])
     assert [one["verdict"] for one in (alone, *together)] == ["supported", *["cannot tell"] * 3]
     late = judge_claims(study_of(*claims), cells_of(own=weak), None, ["c1", "c2"])
-    assert [one["standing"] for one in late] == ["primary", "exploratory", "exploratory"]
+    assert [one["evidence_level"] for one in late] == ["primary", "exploratory", "exploratory"]
     assert late[0]["p_adjusted"] == alone["p"]
 
 

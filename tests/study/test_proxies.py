@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jax_selftrain.study.proxies import _compression, self_bleu, similarity
+from jax_selftrain.study.proxies import _compression, similarity
 
 WORDS = [f"w{number}" for number in range(400)]
 
@@ -25,15 +25,6 @@ def test_similarity_is_one_for_the_same_texts_and_zero_without_a_common_word() -
     assert 0 < far < near < 1
     assert similarity(corpus, []) is None
     assert similarity(["  "], corpus) is None
-
-
-def test_self_bleu_is_100_for_copies_and_falls_with_diversity() -> None:
-    assert self_bleu(["one and the same sentence of some words"] * 3) == pytest.approx(100.0)
-    narrow, wide = self_bleu(texts(0, WORDS[:5])), self_bleu(texts(0, WORDS))
-    assert narrow is not None
-    assert wide is not None
-    assert wide < 20 < narrow
-    assert self_bleu(["alone"]) is None
 
 
 def test_repetition_compresses() -> None:

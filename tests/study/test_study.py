@@ -1,4 +1,4 @@
-"""A study small enough to run in a minute: two students, all kinds of arms, killed, shared, grown and refused."""
+"""A study of two students and all kinds of arms: results, kills, shared work, growth and refusals."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from jax_selftrain.report import write_report
 from jax_selftrain.study import run_study
 from jax_selftrain.study.dag import Stage, is_done
 from jax_selftrain.study.design import Design, make_design
-from jax_selftrain.study.proxies import task_questions
-from jax_selftrain.study.run_study import check_study
+from jax_selftrain.study.proxies import hash_sample, task_questions
+from jax_selftrain.study.results import interactions
 from jax_selftrain.study.stage_factory import StageFactory
-from jax_selftrain.study.study_results import interactions
+from jax_selftrain.study.validation import check_study
 
 Make = Callable[..., StudyConfig]
 
@@ -59,9 +59,9 @@ def make(options: Callable[..., RunConfig], tiny_model: Callable[..., Path], inp
                 seeds=(100, 101),
                 mesh="data=1",
                 sample=replace(small.sample, seed=0),
-                train=replace(small.train, steps=2, checkpoint_every=2),
+                train=replace(small.train, steps=2, checkpoint_every=2, seed=0, max_epochs=1.0),
                 score=replace(small.score, tasks=(inputs["choices"],)),
-                extract=replace(small.extract, sequences=inputs["texts"], prefix=6, suffix=4),
+                extract=replace(small.extract, sequences=inputs["texts"], prefix=6, suffix=4, greedy_decode=False),
             ),
             **changes,
         )
@@ -82,15 +82,15 @@ ARMS = tuple(
         ArmConfig("noise", "noise"),
         ArmConfig("noise ×3", "noise", weight=3.0),
         ArmConfig("away", "extrapolate", weight=-0.5),
-        ArmConfig("scrubbed", "scrubbed"),
-        ArmConfig("size_matched", "size_matched"),
+        ArmConfig("decontaminated", "decontaminated"),
+        ArmConfig("size-matched", "size_matched"),
         ArmConfig("two generations", "generations", generations=2, replay="accumulate"),
     )
 )
 
 
 CLAIM = ClaimConfig(
-    "own text keeps", "text of llama", "llama", measure="task/animals", direction="preserves", margin=0.01
+    "own text keeps", "source llama", "llama", measure="task/animals", direction="preserves", margin=0.01
 )
 
 
@@ -98,18 +98,20 @@ CLAIM = ClaimConfig(
 def finished(make: Make, inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     real = ArmConfig("real text", "text", students=("llama",), text=inputs["texts"])
     config = make(tmp_path_factory.mktemp("study") / "out", arms=(*ARMS, real), claims=(CLAIM,), seeds=(100,))
-    asked = MemorizationConfig(
+    probes = MemorizationConfig(
         formats=(
             PromptFormat("prefix 4", prefix=4),
             PromptFormat("inside, after BOS", random_offset=True, start_token="bos"),
         ),
         unseen_text=inputs["texts"],
-        never_trained_sequences=60,
+        max_continuations=60,
         relearn_corpus=inputs["texts"],
         relearn_steps=1,
     )
     train = replace(config.train, eval_every=1, eval_limit=8)
-    return run_study(replace(config, train=train, memorization=asked, embedding_model=config.models[0].model))
+    folder = run_study(replace(config, train=train, memorization=probes, embedding_model=config.models[0].model))
+    write_report(folder)
+    return folder
 
 
 def cells_of(folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
@@ -132,8 +134,8 @@ def test_every_cell_is_measured_and_the_null_is_exactly_zero(finished: Path):
             if treatment == "learning rate 0":
                 assert change == 0
     distinct = {cell["measures"]["log_pz"]["after"]["value"] for cell in cells.values()}
-    # No two cells are the same model; but nothing that is held out stands in what a random model wrote, so that the
-    # scrubbed corpus and its companion are its whole text.
+    # No two cells are the same model, with one exception: the text of a random model overlaps with no sequence, so
+    # that the decontaminated corpus and the size-matched control are the whole corpus.
     assert len(distinct) == len(cells) - 2
 
 
@@ -142,71 +144,71 @@ def test_cells_share_what_they_have_in_common(finished: Path):
     kinds = [path.name.split("-")[0] for path in (finished / "stages").iterdir() if path.is_dir()]
     # A corpus of either model, a cool one, and one of the second generation.
     assert kinds.count("sample") == 2 + 1 + 1
-    # Those of the matrix are carried to both students; each other one to its own.
+    # Both main corpora are retokenized for both students, each other corpus for its own student.
     assert kinds.count("retokenize") == 2 * 2 + 1 + 1
-    # What each of the matrix is to its student, and what each of the two that were drawn is to its source.
+    # Every main corpus under its student, and both sampled corpora under their source.
     assert kinds.count("proxies") == 2 * 2 + 2
     assert (kinds.count("noise"), kinds.count("merge")) == (2, 1)
     cells = len(cells_of(finished))
     assert kinds.count("score") == 2 + cells  # two bases and every cell
-    # These in five views: as it is, in two formats, of continuations, relearned; and both bases twice again.
+    # Five times each: the sequences, two formats, continuations, after relearning; and two A/A repeats of both bases.
     assert kinds.count("extract") == 5 * (2 + cells) + 2 * 2
-    assert (kinds.count("continue"), kinds.count("scrub"), kinds.count("size_matched")) == (2, 1, 1)
+    assert (kinds.count("continue"), kinds.count("decontaminate"), kinds.count("size_matched")) == (2, 1, 1)
 
 
 @pytest.mark.slow
-def test_a_carried_corpus_is_what_the_student_would_read(finished: Path):
+def test_a_retokenized_corpus_has_the_text_of_its_source(finished: Path):
     design = make_design(yaml_io.load(StudyConfig, finished / "config.yaml"))
     for cell in design.cells:
         if cell.corpus is None or cell.corpus.command != "retokenize":
             continue
-        carried = open_corpus(design.folder(cell.corpus))
+        retokenized = open_corpus(design.folder(cell.corpus))
         source = open_corpus(design.folder(cell.corpus.dependencies[0]))
-        assert list(carried.iter_texts()) == [
+        assert list(retokenized.iter_texts()) == [
             text.replace("\N{REPLACEMENT CHARACTER}", "") for text in source.iter_texts()
         ]
 
 
 @pytest.mark.slow
-def test_memory_is_looked_at_in_other_ways_too(finished: Path):
+def test_memorization_is_probed_in_formats_after_relearning_and_on_unseen_text(finished: Path):
     results = json.loads((finished / "results.json").read_text())
     design = make_design(yaml_io.load(StudyConfig, finished / "config.yaml"))
     cells = cells_of(finished)
-    views = {"asked prefix 4", "asked inside, after BOS", "relearned"}
+    probes = {"format prefix 4", "format inside, after BOS", "after_relearning"}
     for key, cell in cells.items():
-        assert {f"{measure}/{view}" for measure in ("exact_match", "log_pz") for view in views} <= cell[
+        assert {f"{measure}/{view}" for measure in ("exact_match", "log_pz") for view in probes} <= cell[
             "measures"
         ].keys()
-        changed = {cell["measures"][f"log_pz/{view}"]["change"]["value"] != 0 for view in views}
+        changed = {cell["measures"][f"log_pz/{view}"]["change"]["value"] != 0 for view in probes}
         assert changed == {key[1] != "learning rate 0"}  # the base and it relearn alike
-    # By construction a base follows its own continuations, of which a student leaves some.
+    # By construction a base reproduces its own continuations; a student does not reproduce all of them.
     for name, seed in ((name, 100) for name in ("llama", "neox")):
-        of_base = open_table(design, design.views_base[name, seed]["never trained"])
+        of_base = open_table(design, design.base_probes[name, seed]["unseen"])
         assert len(of_base["exact_match"]) == 60
         assert np.mean(of_base["exact_match"]) == 1
-        (own,) = (cell for cell in design.cells if (cell.student, cell.treatment) == (name, f"text of {name}"))
-        assert np.mean(open_table(design, own.probes["never trained"])["logprob"]) != np.mean(of_base["logprob"])
-    assert {(one["student"], one["way"]) for one in results["again"]} == {
-        (name, way) for name in ("llama", "neox") for way in ("24 rows at once", "in bfloat16")
+        (own,) = (cell for cell in design.cells if (cell.student, cell.treatment) == (name, f"source {name}"))
+        assert np.mean(open_table(design, own.probes["unseen"])["logprob"]) != np.mean(of_base["logprob"])
+    assert {(one["student"], one["repeat"]) for one in results["aa_repeats"]} == {
+        (name, repeat) for name in ("llama", "neox") for repeat in ("batch of 24 rows", "bfloat16")
     }
-    for one in results["again"]:
+    for one in results["aa_repeats"]:
         assert one["n"] == 30
-        assert (one["log_pz"] > 1e-4) == (one["way"] == "in bfloat16")
-    for one in results["scrubbed"]:
+        assert (one["log_pz"] > 1e-4) == (one["repeat"] == "bfloat16")
+    for one in results["decontamination"]:
         assert one["difference"]["value"] == 0
-    assert {"log_pz/H", "exact_match/H", "text/stories"} <= {one["measure"] for one in results["scrubbed"]}
+    assert {"log_pz/H", "exact_match/H", "text/stories"} <= {one["measure"] for one in results["decontamination"]}
     halves = {cell["extraction"]["classes"]["H"]["n"] for cell in cells.values()}
     assert len(halves) == 1
     assert halves < set(range(5, 26))
-    thresholds = cells["llama", "scrubbed", 100]["extraction"]["thresholds"]
-    assert thresholds == []  # of four tokens nobody can have read eight
+    thresholds = cells["llama", "decontaminated", 100]["extraction"]["thresholds"]
+    assert thresholds == []  # the suffixes have four tokens, the smallest threshold is eight
 
 
 def open_table(design: Design, stage: Stage) -> dict[str, Any]:
     return pq.read_table(design.folder(stage) / "extract.sequences.parquet").to_pydict()
 
 
-def test_a_scrubbed_corpus_shows_nothing_of_h_and_its_companion_as_much_of_it(
+def test_a_decontaminated_corpus_has_no_overlap_with_h_and_its_control_is_as_large(
     make: Make, tiny_model: Callable[..., Path], tmp_path: Path
 ):
     """Every document holds the suffix of one sequence; those of H must go, or as many of the others."""
@@ -214,7 +216,7 @@ def test_a_scrubbed_corpus_shows_nothing_of_h_and_its_companion_as_much_of_it(
     rows = rng.integers(3, 512, (40, 24)).astype(np.int32)
     np.save(tmp_path / "sequences.npy", rows)
     config = make(tmp_path / "out")
-    asked = replace(config.extract, sequences=str(tmp_path / "sequences.npy"), prefix=6, suffix=18, overlap=16)
+    asked = replace(config.extract, sequences=str(tmp_path / "sequences.npy"), prefix=6, suffix=18, min_overlap=16)
     kinds = StageFactory(replace(config, extract=asked))
     order = rng.permutation(40)
     texts = [Sample(n, np.append(rows[i, 6:], 2).astype(np.int32), f"{i}", -1.0, "stop") for n, i in enumerate(order)]
@@ -223,10 +225,10 @@ def test_a_scrubbed_corpus_shows_nothing_of_h_and_its_companion_as_much_of_it(
     held_out = set(np.flatnonzero(held_out_half(sequences_fingerprint(tmp_path / "sequences.npy"), np.arange(40))))
     assert 10 < len(held_out) <= 20
     left = {}
-    for companion in (False, True):
-        stage = kinds.scrub(kinds.base("llama"), corpus, 100, companion=companion)
+    for size_matched in (False, True):
+        stage = kinds.decontaminate(kinds.base("llama"), corpus, 100, size_matched=size_matched)
         stage.run(kinds.root / stage.name)
-        left[companion] = {int(text) for text in open_corpus(kinds.root / stage.name).iter_texts()}
+        left[size_matched] = {int(text) for text in open_corpus(kinds.root / stage.name).iter_texts()}
     assert left[False] == set(range(40)) - held_out
     assert held_out <= left[True]
     assert len(left[True]) == len(left[False])
@@ -278,7 +280,7 @@ def test_the_report_is_made_of_the_results_alone_and_is_the_same_bytes(finished:
 
 @pytest.mark.slow
 def test_killed_shared_and_grown_studies_end_with_the_same_tables(make: Make, tmp_path: Path):
-    """One process is killed on the way; then two finish the study together; then it gets an arm and a seed."""
+    """One process is killed; then two finish the study together, with another arm and another seed."""
     small = partial(make, students=("llama",), sources=("llama", "neox"))
     whole = run_study(small(tmp_path / "whole", arms=(NULL,)))
     yaml_io.save(tmp_path / "study.yaml", small(tmp_path / "out", seeds=(100,)))
@@ -293,53 +295,56 @@ def test_killed_shared_and_grown_studies_end_with_the_same_tables(make: Make, tm
     both = [launch(*command) for _ in range(2)]
     assert [one.wait() for one in both] == [0, 0]
     assert not list(stages.glob(".*"))  # no lease, nothing half-written
-    for name in ("results.json", "report.html"):
-        assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes()
+    assert (tmp_path / "out" / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+    assert (tmp_path / "out" / "report.html").exists()
     design = make_design(small(tmp_path / "out", arms=(NULL,)))
-    assert all(is_done(design.base_model, stage) for stage in design.ordered_stages)
+    assert all(is_done(design.root, stage) for stage in design.ordered_stages)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"models": ()}, "`models` is required"),
-        ({"models": (ModelConfig("a"),)}, "every one needs `name` and `model`"),
-        ({"claims": (ClaimConfig("x", "text of llama"),)}, "`student` is required"),
+        ({"models": (ModelConfig("a"),)}, "each needs `name` and `model`"),
+        ({"claims": (ClaimConfig("x", "source llama"),)}, "`student` is required"),
         ({"positive_controls": ("real",)}, "positive_controls: 'real' is unknown"),
-        ({"arms": (ArmConfig(),)}, "arms: every one needs a `name`"),
+        ({"arms": (ArmConfig(),)}, "arms: each needs a `name`"),
         ({"students": ("lama",)}, "students: 'lama' is unknown; did you mean `llama`"),
-        ({"seeds": (1, 1)}, "seed 1 is there twice"),
+        ({"seeds": (1, 1)}, "seed 1 is given twice"),
         ({"arms": (ArmConfig("x", "text"),)}, "`text` names the file of an arm"),
         ({"arms": (ArmConfig("x", "extrapolate"),)}, "needs its `weight`"),
         ({"arms": (ArmConfig("x", weight=2.0),)}, "`weight` belongs"),
         ({"arms": (ArmConfig("x", "noise", weight=-1.0),)}, "must be a positive number"),
-        ({"arms": (ArmConfig("text of llama"),)}, "those of the matrix"),
+        ({"arms": (ArmConfig("source llama"),)}, "those of the matrix"),
         ({"arms": (ArmConfig("x", "generations", generations=0),)}, "generations is 0"),
         (
             {"arms": (ArmConfig("x", "noise", temperature=0.5),)},
             "`temperature` does not apply to an arm of kind `noise`",
         ),
         ({"arms": (ArmConfig("x", replay="fresh"),)}, "`replay` does not apply"),
-        ({"arms": (ArmConfig("x", "scrubbed"),), "extract": ExtractConfig()}, "needs extract.sequences"),
-        ({"memorization": MemorizationConfig(relearn_steps=2), "extract": ExtractConfig()}, "is asked about"),
+        ({"arms": (ArmConfig("x", "decontaminated"),), "extract": ExtractConfig()}, "needs extract.sequences"),
+        (
+            {"memorization": MemorizationConfig(relearn_steps=2), "extract": ExtractConfig()},
+            "memorization: needs extract.sequences",
+        ),
         ({"memorization": MemorizationConfig(relearn_steps=0)}, "relearn_steps is 0"),
-        ({"memorization": MemorizationConfig(never_trained_sequences=0)}, "never_trained_sequences is 0"),
+        ({"memorization": MemorizationConfig(max_continuations=0)}, "max_continuations is 0"),
         ({"memorization": MemorizationConfig(unseen_text="none.jsonl")}, "none.jsonl"),
         ({"memorization": MemorizationConfig(relearn_corpus="none.jsonl")}, "none.jsonl: no such file"),
-        ({"memorization": MemorizationConfig((PromptFormat(prefix=4),))}, "a `name` of its own"),
-        ({"memorization": MemorizationConfig((PromptFormat("relearned", prefix=4),))}, "a `name` of its own"),
+        ({"memorization": MemorizationConfig((PromptFormat(prefix=4),))}, "a unique `name`"),
+        ({"memorization": MemorizationConfig((PromptFormat("after_relearning", prefix=4),))}, "a unique `name`"),
         ({"memorization": MemorizationConfig((PromptFormat("as ever"),))}, "as ever: changes nothing"),
-        ({"arms": (ArmConfig("x"), ArmConfig("x", keep_source_tokens=True))}, "arm 'x' is there twice"),
+        ({"arms": (ArmConfig("x"), ArmConfig("x", keep_source_tokens=True))}, "arm 'x' is given twice"),
     ],
     ids=str,
 )
-def test_what_cannot_be_done_is_refused_before_anything_is(make: Make, tmp_path: Path, changes, message: str):
+def test_bad_options_are_refused_before_anything_is_written(make: Make, tmp_path: Path, changes, message: str):
     with pytest.raises(InputError, match=message):
         run_study(make(tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
 
 
-def test_an_embedding_model_that_cannot_read_texts_is_refused_before_anything_is_done(make: Make, tmp_path: Path):
+def test_an_embedding_model_without_tokenizer_is_refused_before_anything_is_written(make: Make, tmp_path: Path):
     config = make(tmp_path / "out", embedding_model=str(tmp_path / "mute"))
     with pytest.raises(InputError, match="mute: no such"):
         run_study(config)
@@ -351,9 +356,7 @@ def test_an_embedding_model_that_cannot_read_texts_is_refused_before_anything_is
     assert not (tmp_path / "out").exists()
 
 
-def test_steps_are_required_and_what_the_study_decides_may_not_be_set(
-    make: Make, inputs: dict[str, str], tmp_path: Path
-):
+def test_steps_are_required_and_options_of_the_study_are_refused(make: Make, inputs: dict[str, str], tmp_path: Path):
     config = make(tmp_path / "out")
     with pytest.raises(InputError, match="steps is required"):
         run_study(replace(config, train=replace(config.train, steps=None)))
@@ -363,28 +366,28 @@ def test_steps_are_required_and_what_the_study_decides_may_not_be_set(
         run_study(replace(config, extract=replace(config.extract, sequences=inputs["sequences"])))
 
 
-def test_what_ends_a_text_is_each_models_own(make: Make, tmp_path: Path):
+def test_every_model_has_its_own_stop_ids(make: Make, tmp_path: Path):
     config = make(tmp_path / "out")
     models = (replace(config.models[0], stop_ids=(7, 2)), config.models[1])
     design = make_design(replace(config, models=models))
-    recipes = {(one.command, one.label): one.identity for one in design.ordered_stages}
-    assert recipes["sample", "sample llama, seed 100"]["stop_ids"] == [7, 2]
-    assert recipes["sample", "sample neox, seed 100"]["stop_ids"] is None
-    carried = {label: recipe["stop_id"] for (kind, label), recipe in recipes.items() if kind == "retokenize"}
-    assert {stop for label, stop in carried.items() if label.endswith("tokens of llama")} == {7}
-    assert {stop for label, stop in carried.items() if label.endswith("tokens of neox")} == {None}
+    identities = {(one.command, one.label): one.identity for one in design.ordered_stages}
+    assert identities["sample", "sample from llama, seed 100"]["stop_ids"] == [7, 2]
+    assert identities["sample", "sample from neox, seed 100"]["stop_ids"] is None
+    ends = {label: identity["stop_id"] for (kind, label), identity in identities.items() if kind == "retokenize"}
+    assert {stop for label, stop in ends.items() if "for llama" in label} == {7}
+    assert {stop for label, stop in ends.items() if "for neox" in label} == {None}
 
 
-def test_what_decides_a_continuation_is_in_its_name_and_a_named_data_set_may_be_relearned(
+def test_the_key_of_continuations_holds_their_options_and_relearning_may_use_a_named_data_set(
     make: Make, inputs: dict[str, str], tmp_path: Path
 ):
-    asked = MemorizationConfig(unseen_text=inputs["texts"], relearn_corpus="datasets:none/of-these")
-    config = make(tmp_path / "out", memorization=asked)
+    probes = MemorizationConfig(unseen_text=inputs["texts"], relearn_corpus="datasets:none/of-these")
+    config = make(tmp_path / "out", memorization=probes)
     check_study(config)
 
     def keys(**changes: Any) -> set[str]:
         kinds = StageFactory(replace(config, extract=replace(config.extract, **changes)))
-        return {kinds.continuations(kinds.base(name)).key for name in ("llama", "neox")}
+        return {kinds.continue_unseen_text(kinds.base(name)).key for name in ("llama", "neox")}
 
     plain = keys()
     changes: tuple[dict[str, Any], ...] = ({"dtype": "bfloat16"}, {"prefix": 5}, {"suffix": 5}, {"start_token": "bos"})
@@ -395,8 +398,8 @@ def test_what_decides_a_continuation_is_in_its_name_and_a_named_data_set_may_be_
 
 def test_a_dry_run_counts_and_does_nothing(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run_study(make(tmp_path / "out", arms=ARMS, dry_run=True))
-    said = capsys.readouterr().out
-    assert "32 cells" in said  # four of the matrix and twelve arms, each with two seeds
+    printed = capsys.readouterr().out
+    assert "32 cells" in printed  # four main cells and twelve arms, each with two seeds
     assert not (tmp_path / "out").exists()
 
 
@@ -408,7 +411,7 @@ def simulated(effect: Callable[[str, str], float]) -> list[dict[str, Any]]:
         {
             "student": student,
             "source": source,
-            "treatment": f"text of {source}",
+            "treatment": f"source {source}",
             "seed": seed,
             "measures": {"accuracy": {"change": {"value": effect(student, source) + 0.001 * seed}}},
         }
@@ -426,14 +429,12 @@ def test_a_bad_source_is_no_relation_and_an_incompatible_one_is():
     assert incompatible is not None
     assert bad["measures"]["accuracy"]["contrast"]["value"] == pytest.approx(0.0, abs=1e-12)
     assert incompatible["measures"]["accuracy"]["contrast"]["value"] == pytest.approx(0.1)
-    assert interactions(simulated(lambda *_: 0.0), {"A": "A", "B": "A"}) is None  # one lineage: nobody is away
+    assert interactions(simulated(lambda *_: 0.0), {"A": "A", "B": "A"}) is None  # one lineage: no source is away
 
 
 @pytest.mark.slow
-def test_proxies_are_what_another_way_of_counting_gives(finished: Path):
-    """Log-likelihoods from plain logits."""
+def test_proxies_equal_those_from_plain_logits(finished: Path):
     from jax_selftrain import load_model
-    from jax_selftrain.study.results import hash_sample
 
     config = yaml_io.load(StudyConfig, finished / "config.yaml")
     design = make_design(config)
@@ -463,7 +464,6 @@ def test_proxies_are_what_another_way_of_counting_gives(finished: Path):
             assert proxies["gap_per_byte"] == pytest.approx(own - others, rel=1e-3, abs=1e-6)
             assert 0 < proxies["compression"] < 1.5
             assert 0 <= proxies["similarity"] <= 1
-            assert 0 <= proxies["self_bleu"] <= 100
             corpus = open_corpus(design.folder(cell.corpus))
             chosen = set(hash_sample(len(corpus), 256, 0))
             texts = [one.text for one in corpus.iter_samples() if one.sample_id in chosen and one.text.strip()]

@@ -1,4 +1,4 @@
-"""A round by several real processes: the same corpus and report as by one, and what happens when one of them dies."""
+"""A run by several processes gives the results of one process, and survives the loss of a process."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from process_group import ends, kill_when, start
 
-from jax_selftrain.config import ExtractConfig, RunConfig, ScoreConfig, yaml_io
+from jax_selftrain.config import ExtractConfig, RunConfig, ScoreConfig, StudyConfig, yaml_io
 from jax_selftrain.io import atomic
+from jax_selftrain.study.design import make_design
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +29,7 @@ Words = Callable[[Path], list[object]]
 
 @pytest.fixture(scope="module")
 def words(options: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Words:
-    """`words(out)`: the small round on all devices, ten shards of four samples, as a command line."""
+    """`words(out)`: the small run on all devices, ten shards of four samples, as a command line."""
     file = tmp_path_factory.mktemp("together") / "run.yaml"
     config = options(Path("out"), mesh="")
     config = replace(
@@ -42,16 +43,29 @@ def words(options: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFa
     return lambda out: ["run", "--config", file, "--out", out]
 
 
+def one_process_options(alone: Path) -> RunConfig:
+    """Return the options of the run of one process."""
+    study = yaml_io.load(StudyConfig, alone / "config.yaml")
+    seeded = {name: replace(getattr(study, name), seed=study.seeds[0]) for name in ("sample", "train")}
+    return RunConfig(model=study.models[0].model, score=study.score, extract=study.extract, **seeded)
+
+
 @pytest.fixture(scope="module")
 def alone(words: Words, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The round of one process."""
+    """The run of one process."""
     out = tmp_path_factory.mktemp("alone") / "out"
     codes, said = ends(start(words(out), 1))
     assert codes == [0], said
     return out
 
 
-def corpus_of(folder: Path) -> dict[str, bytes]:
+def stage_folders(out: Path, command: str) -> list[Path]:
+    """Return the folders of a command's stages, sorted by name."""
+    return sorted(path for path in (out / "stages").glob(f"{command}-*") if path.is_dir())
+
+
+def corpus_of(out: Path) -> dict[str, bytes]:
+    (folder,) = stage_folders(out, "sample") if (out / "stages").exists() else [out]
     files = [folder / "corpus.json", *sorted(folder.glob("shard-*.parquet"))]
     return {path.name: path.read_bytes() for path in files}
 
@@ -61,19 +75,26 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 def losses_of(folder: Path) -> list[float]:
-    return [line["loss"] for line in lines_of(folder / "train" / "metrics.jsonl")]
+    (run,) = stage_folders(folder, "train")
+    return [line["loss"] for line in lines_of(run / "metrics.jsonl")]
 
 
-def test_a_round_of_several_processes_is_that_of_one(words: Words, alone: Path, tmp_path: Path) -> None:
+def test_a_run_of_several_processes_gives_the_results_of_one(words: Words, alone: Path, tmp_path: Path) -> None:
     out, processes = tmp_path / "out", 4
     codes, said = ends(start(words(out), processes))
     assert codes == [0] * processes, said
-    assert corpus_of(out / "corpus") == corpus_of(alone / "corpus")
+    assert corpus_of(out) == corpus_of(alone)
     # Gloo adds in another order than one process does.
     np.testing.assert_allclose(losses_of(out), losses_of(alone), rtol=1e-5)
-    for name in ("score/base.json", "score/base.requests.parquet", "extract/base.json"):
-        assert (out / name).read_bytes() == (alone / name).read_bytes(), name
-    assert atomic.read_json(out / "train" / "launches.jsonl")["processes"] == processes
+    design = make_design(yaml_io.load(StudyConfig, alone / "config.yaml"))
+    for stage, names in (
+        (design.score_base["llama"], ("score.json", "score.requests.parquet")),
+        (design.extract_base["llama"], ("extract.json", "extract.sequences.parquet")),
+    ):
+        for name in names:
+            assert (out / "stages" / stage.name / name).read_bytes() == (design.folder(stage) / name).read_bytes()
+    (run,) = stage_folders(out, "train")
+    assert atomic.read_json(run / "launches.jsonl")["processes"] == processes
     assert len(list(out.rglob("report.html"))) == 1
     assert not list(out.rglob(".*"))
     assert not list(out.rglob("*.parts"))
@@ -102,9 +123,14 @@ def sentence(said: str) -> str:
 def test_a_process_killed_in_training_ends_the_others_with_one_sentence(
     alone: Path, tmp_path: Path, processes: int, victim: int
 ) -> None:
-    config = yaml_io.load(RunConfig, alone / "config.yaml")
+    config = one_process_options(alone)
     options = replace(
-        config.train, model=config.model, corpus=str(alone / "corpus"), steps=5000, batch_size=12, preset="replicated"
+        config.train,
+        model=config.model,
+        corpus=str(stage_folders(alone, "sample")[0]),
+        steps=5000,
+        batch_size=12,
+        preset="replicated",
     )
     yaml_io.save(tmp_path / "train.yaml", options)
     run = tmp_path / "run"
@@ -121,14 +147,14 @@ def test_a_process_killed_in_training_ends_the_others_with_one_sentence(
 
 
 def test_the_others_complete_the_corpus_when_the_first_is_killed(alone: Path, words: Words, tmp_path: Path) -> None:
-    config = yaml_io.load(RunConfig, alone / "config.yaml")
+    config = one_process_options(alone)
     yaml_io.save(tmp_path / "sample.yaml", replace(config.sample, model=config.model))
     out = tmp_path / "corpus"
     group = start(["sample", "--config", tmp_path / "sample.yaml", "--out", out], 2, *SOON)
     kill_when(group, 0, lambda: holds_a_lease(group[0], out))
     codes, said = ends(group)
     assert codes == [-signal.SIGKILL, 0], said
-    assert corpus_of(out) == corpus_of(alone / "corpus")
+    assert corpus_of(out) == corpus_of(alone)
     assert not list(out.rglob("*.lease"))
 
 
@@ -144,11 +170,11 @@ def enough(path: str, to: Path, rows: int) -> str:
 
 @pytest.mark.parametrize("stage", ["score", "extract"])
 def test_the_others_measure_what_the_first_was_killed_at(alone: Path, tmp_path: Path, stage: str) -> None:
-    config = yaml_io.load(RunConfig, alone / "config.yaml")
+    config = one_process_options(alone)
     options: ScoreConfig | ExtractConfig = replace(getattr(config, stage), model=config.model)
     if isinstance(options, ExtractConfig):
         sequences = enough(options.sequences, tmp_path / "sequences.jsonl", 800)
-        options = replace(options, corpus=str(alone / "corpus"), sequences=sequences)
+        options = replace(options, corpus=str(stage_folders(alone, "sample")[0]), sequences=sequences)
     else:
         options = replace(options, tasks=(enough(options.tasks[0], tmp_path / "animals.jsonl", 1200),))
     yaml_io.save(tmp_path / "options.yaml", options)
@@ -166,21 +192,21 @@ def test_the_others_measure_what_the_first_was_killed_at(alone: Path, tmp_path: 
         assert atomic.read_json(tmp_path / "undisturbed.timings.json")["units_by_process"]["0"] > 4  # enough for two
 
 
-def test_a_round_that_loses_a_process_in_sampling_completes_the_corpus_and_goes_on_when_started_again(
+def test_a_run_that_loses_a_process_in_sampling_completes_the_corpus_and_resumes(
     alone: Path, words: Words, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     group = start(words(out), 2, *SOON)
-    kill_when(group, 1, lambda: holds_a_lease(group[1], out / "corpus"))
+    kill_when(group, 1, lambda: holds_a_lease(group[1], out / "stages"))
     codes, said = ends(group)
     assert codes == [75, -signal.SIGKILL], said
     assert re.match(
         "jax-selftrain run: error: process 1 of 2 was lost; .*run the same command again", sentence(said[0])
     )
-    assert corpus_of(out / "corpus") == corpus_of(alone / "corpus")
-    assert not (out / "train" / "model").exists()
+    assert corpus_of(out) == corpus_of(alone)
+    assert not (out / "model").exists()
     codes, said = ends(start(words(out), 2))
     assert codes == [0, 0], said
-    assert corpus_of(out / "corpus") == corpus_of(alone / "corpus")
+    assert corpus_of(out) == corpus_of(alone)
     np.testing.assert_allclose(losses_of(out), losses_of(alone), rtol=1e-5)
     assert (out / "report.html").exists()
