@@ -54,7 +54,7 @@ def _recipe_rows(recipe: Mapping[str, Any]) -> list[TableRow]:
     rows: list[TableRow] = []
     for entry in [*recipe["tasks"], *([{"name": "macro", **recipe["macro"]}] if recipe["macro"] else [])]:
         cells = _points(entry["change"]), *_decision_rule(entry["non_inferiority"], entry["p"])
-        if recipe["standing"] != "headline":
+        if recipe["evidence_level"] != "headline":
             cells = *cells[:-1], "no verdict"
         rows.append((_name(entry), seeds, "", "", *cells))
     for entry in recipe["texts"]:

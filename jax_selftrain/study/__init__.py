@@ -1,4 +1,4 @@
-"""Studies of sources and students: design, stages, results, claims, proxies, memorization; a run is a study."""
+"""Studies of sources and students; a run has one cell."""
 
 from jax_selftrain.study.compare import compare
 from jax_selftrain.study.eval_hooks import evaluation_hooks, train_with_evals

@@ -1,14 +1,13 @@
-"""`compare`: two scored models on the same documents, or several pairs of them, and what may be said of the difference.
+"""`compare`: paired comparison of scored models, for one pair or several seeds.
 
-Two kinds of statement, kept apart in the result:
+The result separates two kinds of statement:
 
-* `pairs`: each base and its student, over documents. How the difference would vary over other documents of the same
-  kind; it speaks of **one pair of checkpoints**. Where the seeds of one recipe differ by 0.5 or 1 point, McNemar's test
-  calls 12 or 29 % of such pairs significant although the recipe does nothing.
-* `recipe`: the pairs' differences, over seeds, by Student's t. Only this speaks of a recipe.
+* `pairs`: a base and its student, over documents. It speaks of one pair of checkpoints: where the seeds of a recipe
+  differ by 0.5 or 1 point, McNemar's test calls 12 or 29 % of pairs significant although the recipe does nothing.
+* `recipe`: the differences of all pairs, over seeds, by Student's t. Only this speaks of a recipe.
 
-A verdict is the rule of `noninferiority` applied to a margin that was declared beforehand. The result names the
-declaration, and says so where `FILE.json` was already there for the same models with another one.
+A verdict applies the rule of `stats.noninferiority` to a margin that was declared in advance. A comparison of the same
+models under another declaration is marked post hoc.
 """
 
 from __future__ import annotations
@@ -50,30 +49,29 @@ from jax_selftrain.study.paired_results import (
 from jax_selftrain.version import versions
 
 FORMAT = "jax-selftrain comparison"
-VERSION = 1
+VERSION = 2
 SCOPE_ONE_PAIR = (
-    "This speaks of one pair of checkpoints, over documents like these; not of a recipe. Seeds of one recipe differ, "
-    "too: with a spread of 0.5 or 1 point McNemar's test calls 12 or 29 % of pairs significant where nothing was done."
+    "This is a statement about one pair of checkpoints and documents like these, not about a recipe. Seeds of one "
+    "recipe differ: at a spread of 0.5 or 1 point, McNemar's test calls 12 or 29 % of pairs significant by chance."
 )
 SCOPE_RECIPE = (
-    "Differences are paired by seed; intervals and p-values are Student's t over seeds. Five seeds carry a verdict, "
-    "three are an exploration, fewer say nothing of a recipe. Only seeds with corpus, order and dropout of their own "
-    "count."
+    "Differences are paired by seed; intervals and p-values are Student's t over seeds. A verdict needs five seeds, an "
+    "exploration three. Every seed needs its own corpus and order."
 )
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
-    """Compare scored models and write `FILE.json` and `FILE.config.yaml`.
+    """Compare scored models; write `FILE.json` and `FILE.config.yaml`.
 
-    Running it again gives the same bytes.
+    The same input gives the same bytes.
 
     Returns:
-      What stands in `FILE.json`: `declaration`, `pairs` (one entry per base and student), `recipe` (None for one
-      pair), `versions`. Shares, changes and margins are fractions there, not points.
+        The content of `FILE.json`: `declaration`, `pairs` (one entry per base and student), `recipe` (None for one
+        pair), `versions`. Accuracies, changes and margins are fractions, not points.
 
     Raises:
-      InputError: an option that cannot be, a file that is missing, damaged or no result of `score`, or models that
-        were not asked the same.
+        InputError: an option is out of range, a file is missing, damaged or not a result of `score`, or the models
+            were scored on different documents.
     """
     bases, students = _load(config)
     pairs = [pair_results(base, student) for base, student in zip(bases, students, strict=True)]
@@ -108,7 +106,7 @@ def _load(config: CompareConfig) -> tuple[list[ScoreResult], list[ScoreResult]]:
     yaml_io.require(config)
     for name in ("margin_macro", "margin_task"):
         if not 0 < getattr(config, name) <= 100:
-            raise InputError(f"{yaml_io.flag(name)} is {getattr(config, name):g}; it must lie between 0 and 100 points")
+            raise InputError(f"{yaml_io.flag(name)} is {getattr(config, name):g}; it must be between 0 and 100 points")
     if config.resamples < 100:
         raise InputError(f"--resamples is {config.resamples}; an interval needs at least 100")
     if config.seed < 0:
@@ -116,23 +114,21 @@ def _load(config: CompareConfig) -> tuple[list[ScoreResult], list[ScoreResult]]:
     if len(config.base) not in (1, len(config.student)):
         raise InputError(
             f"{len(config.base)} --base and {len(config.student)} --student cannot be paired; give one base for all "
-            "students, or one for each in the same order"
+            "students, or one for each, in the same order"
         )
     out = output_paths(config.out)[0].resolve()
-    if taken := [file for file in (*config.base, *config.student) if Path(file).resolve() == out]:
-        raise InputError(f"--out {config.out}: would overwrite {taken[0]}, which is compared; choose another name")
+    if overwritten := [file for file in (*config.base, *config.student) if Path(file).resolve() == out]:
+        raise InputError(f"--out {config.out}: would overwrite {overwritten[0]}, an input; choose another name")
     bases, students = ([load_score_result(file) for file in files] for files in (config.base, config.student))
     bases = bases * len(students) if len(bases) == 1 else bases
-    marks = Counter(
+    fingerprints = Counter(
         student.fingerprint("model")
         for base, student in zip(bases, students, strict=True)
-        if student.fingerprint("model") != base.fingerprint("model")  # base against itself is a control
+        if student.fingerprint("model") != base.fingerprint("model")  # the base against itself is a control
     )
     for student in students:
-        if marks[student.fingerprint("model")] > 1:
-            raise InputError(
-                f"{student.path}: the same student stands twice under --student; one checkpoint is one seed"
-            )
+        if fingerprints[student.fingerprint("model")] > 1:
+            raise InputError(f"{student.path}: is given twice under --student; one checkpoint is one seed")
     return bases, students
 
 
@@ -147,13 +143,12 @@ def _check_names(config: CompareConfig, pairs: Mapping[str, Pair]) -> None:
     for name, pair in pairs.items():
         if pair.part(config.split).base.count == 0:
             raise InputError(
-                f"{name}: none of its {pair.base.count:,} documents belongs to the {config.split} half of the split; "
-                "use --split all"
+                f"{name}: none of its {pair.base.count:,} documents is in the {config.split} split; use --split all"
             )
 
 
 def _declaration(config: CompareConfig, models: Sequence[Sequence[str]], path: Path) -> dict[str, Any]:
-    """What is declared, and whether `FILE.json` already holds these models' comparison under another declaration."""
+    """Return the declaration; `post_hoc` if `FILE.json` compares these models under another one."""
     declared = {
         "margin_macro": config.margin_macro / 100,
         "margin_task": config.margin_task / 100,
@@ -165,7 +160,7 @@ def _declaration(config: CompareConfig, models: Sequence[Sequence[str]], path: P
         return now
     earlier = atomic.read_json(path)
     if not isinstance(earlier, dict) or earlier.get("format") != FORMAT:
-        raise InputError(f"--out {path}: is there already and holds something else; choose another name")
+        raise InputError(f"--out {path}: exists and is not a comparison; choose another name")
     try:
         compared = [[pair[side]["fingerprint"] for side in ("base", "student")] for pair in earlier["pairs"]]
         changed = (
@@ -191,7 +186,7 @@ def _model_summary(base: ScoreResult, student: ScoreResult) -> dict[str, Any]:
 
 
 def _eligibility(pairs: Mapping[str, Pair]) -> dict[str, str]:
-    """Why each task does not count in the macro average, or an empty string: by the base alone, over all its items."""
+    """Return the reasons that tasks are not in the macro average."""
     return {name: ineligibility_reason(pair) for name, pair in pairs.items() if pair.base.kind != "text"}
 
 
@@ -212,7 +207,7 @@ def _compare_pair(config: CompareConfig, whole: Mapping[str, Pair], ineligibilit
     _correct_multiplicity(entries, config.primary_tasks)
     return {
         "identical": identical,
-        "speaks_of": SCOPE_ONE_PAIR,
+        "scope": SCOPE_ONE_PAIR,
         "tasks": entries,
         "macro": _macro(tasks, effects, [name for name in tasks if not ineligibility[name]], config.margin_macro / 100),
         "texts": [_text(pair, bootstrapped) for name, pair in pairs.items() if name not in ineligibility],
@@ -220,7 +215,7 @@ def _compare_pair(config: CompareConfig, whole: Mapping[str, Pair], ineligibilit
 
 
 def _effect(pair: Pair, identical: bool) -> Effect:
-    """Change of accuracy. Models that answer everything bitwise alike do not differ on other questions either."""
+    """Estimate the change of accuracy; exactly zero without error for identical models."""
     if identical:
         return Effect(0.0, 0.0, 0.0, np.inf, pair.base.count)
     return estimators.paired_proportion_effect(*pair.right, pair.clusters)
@@ -272,13 +267,13 @@ def _negative(change: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _ratio_of_perplexities(nats: Mapping[str, Any]) -> dict[str, Any]:
-    """Perplexity after over before: exp of the change of the mean, whose bootstrap interval exp maps onto its own."""
+    """Return the ratio of perplexities: exp of the change of nats."""
     ends = {key: None if nats[key] is None else float(np.exp(nats[key])) for key in ("value", "low", "high")}
     return {**ends, "n": nats["n"]}
 
 
 def _correct_multiplicity(entries: Sequence[dict[str, Any]], primary: Sequence[str]) -> None:
-    """Name each entry's family, and add p-values and the verdict after correction within it."""
+    """Add roles, and p-values and verdicts that are corrected within each role."""
     for entry in entries:
         entry["role"] = "primary" if entry["name"] in primary else "exploratory"
     for role, correct in (("primary", holm), ("exploratory", benjamini_hochberg)):
@@ -296,15 +291,15 @@ def _correct_multiplicity(entries: Sequence[dict[str, Any]], primary: Sequence[s
 def _macro(
     pairs: Mapping[str, Pair], effects: Mapping[str, Effect], names: Sequence[str], margin: float
 ) -> dict[str, Any] | None:
-    """Chance-normalized accuracy over the eligible tasks; None where there is none."""
+    """Compare chance-normalized accuracy over the eligible tasks; None if there are none."""
     if not names:
         return None
     scales = [_scale(pairs[name]) for name in names]
     effect = estimators.macro_effect([effects[name] for name in names], scales)
     judgment = noninferiority_test(effect, margin)
-    if len(names) == 1:  # the average of one task is that task, whose rule minds rare flips
+    if len(names) == 1:  # the rule for one task takes rare flips into account
         judgment = _rescale(_judge_task(effects[names[0]], pairs[names[0]], margin / scales[0]), scales[0])
-    before, after = (np.mean([_normalized(pairs[name], side) for name in names]) for side in (0, 1))
+    before, after = (np.mean([_normalize(pairs[name], side) for name in names]) for side in (0, 1))
     return {
         "tasks": list(names),
         "n": effect.n,
@@ -324,7 +319,7 @@ def _scale(pair: Pair) -> float:
     return 1 / (1 - (pair.base.chance_accuracy or 0.0))
 
 
-def _normalized(pair: Pair, side: int) -> float:
+def _normalize(pair: Pair, side: int) -> float:
     """(accuracy − chance) / (1 − chance)."""
     return (float(pair.right[side].mean()) - (pair.base.chance_accuracy or 0.0)) * _scale(pair)
 
@@ -333,18 +328,18 @@ def _normalized(pair: Pair, side: int) -> float:
 
 
 def _compare_seeds(
-    config: CompareConfig, whole: Sequence[Mapping[str, Pair]], why_not: Sequence[Mapping[str, str]]
+    config: CompareConfig, whole: Sequence[Mapping[str, Pair]], reasons_by_pair: Sequence[Mapping[str, str]]
 ) -> dict[str, Any]:
-    """The same changes, one per pair, over seeds. The macro average is over tasks that every base makes eligible."""
+    """Compare over seeds; macro tasks are those eligible with every base."""
     seeds = [{name: pair.part(config.split) for name, pair in pairs.items()} for pairs in whole]
-    changes = {name: [_accuracy_change(pairs[name]) for pairs in seeds] for name in why_not[0]}
+    changes = {name: [_accuracy_change(pairs[name]) for pairs in seeds] for name in reasons_by_pair[0]}
     same = all(pair.identical() for pairs in whole for pair in pairs.values())
     steps = {name: 0.0 if same else 1 / seeds[0][name].base.count for name in changes}
     tasks = [
         {"name": name, **_over_seeds(values, config.margin_task / 100, steps[name])} for name, values in changes.items()
     ]
     _correct_multiplicity(tasks, config.primary_tasks)
-    eligible = [name for name in changes if not any(reasons[name] for reasons in why_not)]
+    eligible = [name for name in changes if not any(reasons[name] for reasons in reasons_by_pair)]
     macro: dict[str, Any] | None = None
     if eligible:
         scales = np.array([_scale(seeds[0][name]) for name in eligible])
@@ -356,9 +351,9 @@ def _compare_seeds(
         headline = evidence_level(len(seeds)) == "headline"
         entry["verdict"] = rule.get("verdict_adjusted", rule["verdict"]) if headline else None
     return {
-        "speaks_of": SCOPE_RECIPE,
+        "scope": SCOPE_RECIPE,
         "seeds": len(seeds),
-        "standing": evidence_level(len(seeds)),
+        "evidence_level": evidence_level(len(seeds)),
         "tasks": tasks,
         "macro": macro,
         "texts": [
@@ -370,10 +365,10 @@ def _compare_seeds(
 
 
 def _over_seeds(changes: Sequence[float], margin: float | None, step: float = 0.0) -> dict[str, Any]:
-    """Mean change by Student's t; p-value and rule only where there are seeds enough to explore.
+    """Estimate the mean change by Student's t; tests need three seeds.
 
-    Accuracies move in steps of one question, so seeds may agree by rounding alone: the standard deviation over seeds
-    is never taken to be less than that of rounding to the step, step / √12.
+    Accuracies change in steps of one question, so seeds may agree by rounding. The standard deviation over seeds is at
+    least that of rounding to the step, step / √12.
     """
     effect = estimators.mean_effect(changes)
     effect = replace(effect, stderr=max(effect.stderr, step / np.sqrt(12 * len(changes))))
@@ -391,5 +386,5 @@ def _accuracy_change(pair: Pair) -> float:
 
 
 def _bits_change(pair: Pair) -> float:
-    """Change of a text file's bits per byte."""
+    """Return the change of a text file's bits per byte."""
     return float((pair.base.loglikelihood - pair.student.loglikelihood).sum() / np.log(2) / pair.base.bytes.sum())

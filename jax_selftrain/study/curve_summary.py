@@ -1,4 +1,4 @@
-"""Summarize `curve.jsonl` for `results.json`."""
+"""Summary of the evaluations during training (`curve.jsonl`) for `results.json`."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ METRIC_KINDS = {
     "log_pz": ("sequences", "log p_z (nats)", 1),
     "pz": ("sequences", "mean p_z (%)", 100),
 }
-"""By the last part of a measure's name: what it is measured on, the label of its axis, the scale there."""
+"""By the last part of a metric's name: kind of file, axis label, display scale."""
 
 
 def summarize_curve(
     curve: Sequence[Mapping[str, float]], measured: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any] | None:
-    """The part of `results.json` that this chapter is made from; None where nothing was measured on the way.
+    """Summarize evaluations; None if there were none.
 
     Args:
-      curve: the lines of `curve.jsonl`.
-      measured: what stands under `evaluation.measured` in `run.json`.
+        curve: the lines of `curve.jsonl`.
+        measured: `evaluation.measured` of `run.json`.
 
     Returns:
-      `step`, and `measures`: each with `name`, `n` (documents, questions or sequences) and `values`, one per step.
+        `step`, and `measures`: each with `name`, `n` (documents, questions or sequences) and `values`, one a step.
     """
     if not curve:
         return None

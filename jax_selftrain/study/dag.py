@@ -1,4 +1,4 @@
-"""Stages of a study, each named by a hash of everything that decides its output and run once.
+"""Stages of a study, named by what decides their output.
 
 Keys are known before any work is done. Cells with the same corpus or base scores therefore share the stage, and a study
 whose configuration grows keeps its finished stages. `STUDY/stages/COMMAND-KEY/` holds the output of a stage,
@@ -45,7 +45,7 @@ _JAX_OPTIONS = (
 
 @cache
 def numerical_environment() -> dict[str, Any]:
-    """Return everything in JAX and the device that decides numbers: versions, device kind, XLA flags, options."""
+    """Return versions, device kind, XLA flags and JAX options that decide numbers."""
     device = jax.local_devices()[0]
     words = [word for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") for word in os.environ.get(name, "").split()]
     return {
@@ -149,7 +149,11 @@ def topological_order(targets: Iterable[Stage]) -> list[Stage]:
 
 
 def check_processes(stages: Iterable[Stage]) -> None:
-    """Refuse stages that several processes of one program cannot run together. Raises InputError."""
+    """Refuse stages that processes of one program cannot run together.
+
+    Raises:
+        InputError: a stage is not collective.
+    """
     if jax.process_count() > 1 and (single := [stage.label for stage in stages if not stage.is_collective]):
         raise InputError(
             f"cannot {single[0]} in a program of {jax.process_count()} processes; start the command on every host "
@@ -158,9 +162,10 @@ def check_processes(stages: Iterable[Stage]) -> None:
 
 
 def run_all(root: Path, stages: Sequence[Stage]) -> None:
-    """Run all stages and their dependencies, shared with other processes; return when all are done.
+    """Run all stages and their dependencies; return when all are done.
 
-    The processes of one distributed program run every stage together, and process 0 claims it.
+    Processes that share the folder share the stages. The processes of one distributed program run every stage together,
+    and process 0 claims it.
     """
     stages = topological_order(stages)
     check_processes(stages)
@@ -186,7 +191,7 @@ def run_all(root: Path, stages: Sequence[Stage]) -> None:
 
 
 def _run_if_free(root: Path, stage: Stage) -> bool:
-    """Run a stage unless another process runs it; return True if it is done now."""
+    """Run a stage unless another process does; return True if done."""
     with lease.lease(_lease_file(root, stage)) if jax.process_index() == 0 else nullcontext(False) as claimed:
         if not broadcast_one_to_all(lambda: claimed):
             return False

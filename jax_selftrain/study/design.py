@@ -178,7 +178,7 @@ class _Builder:
         )
 
     def _probes(self, base: StudyModel, model: StudyModel, seed: int) -> ProbeStages:
-        """Return the further extractions of a model that was made from a base."""
+        """Return the further extractions of a model made from a base."""
         probes = self.config.memorization
         found = {form.name: self.stages.extract_in_format(model, form) for form in probes.formats}
         if probes.unseen_text:

@@ -33,12 +33,12 @@ from jax_selftrain.training import Hook
 
 
 def train_with_evals(config: TrainConfig, *, hooks: Sequence[Hook] = ()) -> Path:
-    """Train a model on a corpus, with evaluation if `config.eval_every` is set; see `training.train`."""
+    """Train a model on a corpus, with evaluation if `config.eval_every` is set."""
     return training.train(config, hooks=[*evaluation_hooks(config), *hooks])
 
 
 def evaluation_hooks(config: TrainConfig) -> list[Hook]:
-    """Return the hook that evaluates as `config` requests; an empty list without `eval_every`.
+    """Return the evaluation hook; an empty list without `eval_every`.
 
     Raises:
       InputError: options conflict, or a file cannot be read or does not fit the model.
@@ -60,7 +60,7 @@ def evaluation_hooks(config: TrainConfig) -> list[Hook]:
 
 
 def with_default_evals(train: TrainConfig, score: ScoreConfig, extract: ExtractConfig) -> TrainConfig:
-    """Return `train` with the files of `score` and `extract`, if it evaluates but names no files."""
+    """Fill in the files of `score` and `extract` if `train` names none."""
     if train.eval_every is None or train.eval_texts or train.eval_tasks or train.eval_sequences:
         return train
     window = evals.make_window(extract)
@@ -129,7 +129,7 @@ class _EvalSuite:
         }
 
     def measure(self, step: int, model: LoadedModel) -> dict[str, float]:
-        """Return all metrics of a model in memory, in the order of `names`."""
+        """Return all metrics of a model, in the order of `names`."""
         model = replace(model, compute_dtype=self.dtype)
         found = evals.score_requests(model, self.prepared)
         measures = {f"{text.name}/nll": found.texts[text.name]["nll"] for text in self.texts}

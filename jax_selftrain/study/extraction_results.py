@@ -1,4 +1,4 @@
-"""Extraction results of a study: every student compared with its base, sequence by sequence.
+"""Extraction results of a study: students compared with their bases.
 
 | in `results.json` | content |
 |---|---|
@@ -75,8 +75,9 @@ def compare_extraction(before: Arrays, after: Arrays, groups: Sequence[str] | No
 
 
 def compare_sequences(before: Arrays, after: Arrays, members: np.ndarray) -> dict[str, Any]:
-    """Compare the sequences in `members` (bool [N]) before and after; only `n` if it is empty.
+    """Compare the sequences in `members` (bool [N]) before and after.
 
+    The result has only `n` if there are none.
     `logprob` is the mean of log p_z, which improbable sequences dominate. `pz` is the mean of p_z: the share of
     sequences that one sample reproduces.
     """
@@ -98,7 +99,7 @@ def compare_sequences(before: Arrays, after: Arrays, members: np.ndarray) -> dic
 
 
 def duplicate_groups(config: ExtractConfig, n: int) -> list[str] | None:
-    """Return the `group` field of a JSONL extraction set, if every line has one."""
+    """Return the `group` of every line of a JSONL set, else None."""
     path = Path(config.sequences)
     if not path.is_file() or path.suffix in (".npy", ".parquet") or config.offset:
         return None
@@ -109,7 +110,7 @@ def duplicate_groups(config: ExtractConfig, n: int) -> list[str] | None:
 
 
 def read_table(path: Path) -> Arrays:
-    """Read the columns of a Parquet file. Raises InputError if it cannot be read."""
+    """Read the columns of a Parquet file."""
     try:
         table = pq.read_table(path)
     except (OSError, ValueError) as error:
@@ -131,7 +132,7 @@ def check_same_keys(before: Arrays, after: Arrays, keys: Sequence[str], folder: 
 
 
 def cell_extraction(config: StudyConfig, design: Design, cell: StudyCell) -> dict[str, Any]:
-    """Return `extraction`, `probes` and `fragility` of a cell; `identical`: every number equals the base's."""
+    """Return `extraction`, `probes`, `fragility` of a cell, and `identical`."""
     if cell.extract is None:
         return {"extraction": None, "probes": {}, "fragility": None, "identical": True}
     before, after = _tables(design, design.extract_base[cell.student], cell.extract)
@@ -178,9 +179,10 @@ def _by_threshold(before: Arrays, after: Arrays, suffix: int) -> list[dict[str, 
 
 
 def extraction_measures(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return `exact_match` and `log_pz` of a cell: all sequences, and `/NAME` of each class, group and probe.
+    """Return the measures of a cell's extraction.
 
-    `pz`, the mean of p_z, is returned for all sequences, H and the classes.
+    `exact_match` and `log_pz` are of all sequences and, as `/NAME`, of each class, group and probe; `pz`, the mean of
+    p_z, is of all sequences, H and the classes.
     """
     extraction = cell["extraction"]
     if not extraction:
@@ -203,7 +205,7 @@ def extraction_measures(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def aa_flip_rate(design: Design) -> list[dict[str, Any]]:
-    """Measure how often exact match flips in A/A repeats of the base, and the mean |Δ log p_z|."""
+    """Return the share of flips and |Δ log p_z| of A/A repeats."""
     found = []
     for student, repeats in design.aa_repeats.items():
         for repeat, stage in repeats.items():
@@ -221,7 +223,7 @@ def aa_flip_rate(design: Design) -> list[dict[str, Any]]:
 
 
 def decontamination_effect(config: StudyConfig, cells: Cells) -> list[dict[str, Any]]:
-    """Compare students of decontaminated corpora with students of size-matched controls, seed by seed."""
+    """Compare students of decontaminated and size-matched corpora, seed by seed."""
     found = []
     pairs = [
         (one.name, other.name)
@@ -268,7 +270,7 @@ def _same_settings(one: ArmConfig, other: ArmConfig) -> bool:
 
 
 def swap_effects(design: Design) -> list[dict[str, Any]]:
-    """Estimate the effect of being seen for students whose corpora, one a seed, hold different sequences."""
+    """Estimate the effect of being seen by swapped corpora."""
     found = []
     for student, treatment in dict.fromkeys((cell.student, cell.treatment) for cell in design.cells):
         tables = [

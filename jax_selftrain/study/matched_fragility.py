@@ -70,7 +70,7 @@ def _chunks(documents: Sequence[np.ndarray], length: int) -> Iterator[np.ndarray
 
 
 def compare_with_matched(memory: tuple[Arrays, Arrays], unseen: tuple[Arrays, Arrays]) -> dict[str, Any]:
-    """Compare the sequences that a base reproduces with equally probable continuations of unseen text.
+    """Compare reproduced sequences with equally probable continuations of unseen text.
 
     Args:
         memory: `exact_match` [N] and `logprob` [N] of the sequences under the base and under the student.

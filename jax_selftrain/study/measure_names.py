@@ -1,4 +1,4 @@
-"""Names of treatments and measures in `results.json`, and the scale of measures for display."""
+"""Names of treatments and measures in `results.json`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ FORMATTED, GROUP = "format ", "group "
 
 
 def common_measures(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the measures that all cells (or effects) have, in the order of the first."""
+    """Return the measures that all cells (or effects) have."""
     return [name for name in cells[0]["measures"] if all(name in cell["measures"] for cell in cells)]
 
 
 def main_measure(results: Mapping[str, Any]) -> str:
-    """Return the headline measure: chance-normalized accuracy, else the first text, else exact match."""
+    """Return the headline measure: accuracy, else a text, else exact match."""
     names = common_measures(results["cells"])
     return next(
         (name for name in ("accuracy", *(n for n in names if n.startswith("text/"))) if name in names), names[0]
@@ -29,7 +29,7 @@ def main_measure(results: Mapping[str, Any]) -> str:
 
 
 def reference_text(levels: Mapping[str, float]) -> str | None:
-    """Return the text that a base predicts best; damage to its students is measured on it.
+    """Return the text that a base predicts best, for measuring damage.
 
     Args:
         levels: the base's level by measure.
@@ -39,7 +39,7 @@ def reference_text(levels: Mapping[str, float]) -> str | None:
 
 
 def is_primary_format(measure: str) -> bool:
-    """Return True unless the measure is of a class or group of sequences, or log-odds of one task."""
+    """Return True unless the measure is of some sequences or tasks."""
     return not measure.startswith(("exact_match/", "log_pz/", "pz/", "log_odds/"))
 
 
@@ -50,5 +50,5 @@ def is_secondary(measure: str) -> bool:
 
 
 def display_scale(measure: str) -> float:
-    """Return the factor from a measure's unit to the displayed one (100 for shares)."""
+    """Return the factor to display a measure (100 for shares)."""
     return 100.0 if measure.startswith(("accuracy", "task/", "exact_match", "pz")) else 1.0

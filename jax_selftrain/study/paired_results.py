@@ -1,7 +1,6 @@
-"""Two models' answers to the same documents, laid side by side: levels before and after, and the paired change.
+"""Paired results of two models: levels and paired changes.
 
-Used by the report of a round and by `compare`, which differ in how the interval of a mean is made: by Student's t and
-the linearized ratio in the one, by the bootstrap in the other.
+Studies use Student's t and linearized ratios for intervals of means; `compare` uses the bootstrap.
 """
 
 from __future__ import annotations
@@ -28,70 +27,72 @@ ABOVE_CHANCE, CEILING = 4.0, 0.95
 
 
 class Pair(NamedTuple):
-    """The same documents as the base and as the student answered them."""
+    """Results of the base and the student for the same documents."""
 
     base: ItemResults
     student: ItemResults
 
     @property
     def clusters(self) -> np.ndarray | None:
+        """Cluster of each document [n], or None."""
         return self.base.cluster
 
     @property
     def right(self) -> tuple[np.ndarray, np.ndarray]:
-        """Whether each document of a task was answered rightly, bool [n], before and after."""
+        """Correct answers of a task, bool [n], before and after."""
         return _both(self, "acc")
 
     def identical(self) -> bool:
-        """Whether all answers are bitwise the same."""
+        """Return True if all results are bitwise equal."""
         return np.array_equal(self.base.loglikelihood, self.student.loglikelihood) and all(
             getattr(self.base, name) is None or np.array_equal(*_both(self, name))
             for name in ("acc", "acc_norm", "log_odds")
         )
 
     def part(self, split: Split) -> Pair:
-        """The documents of one half of the split, or all of them."""
+        """Return the documents of a split."""
         return Pair(self.base.select(split), self.student.select(split))
 
 
 def pair_results(base: ScoreResult, student: ScoreResult) -> dict[str, Pair]:
-    """Tasks and texts of two results by name.
+    """Pair the tasks and texts of two results by name.
 
     Raises:
-      InputError: the two were not asked the same (says what differs).
+        InputError: the two were scored on different documents (the message names the difference).
     """
     where = f"{base.path} and {student.path}"
     for one, other in ((base, student), (student, base)):
         for name in one.documents:
             if name not in other.documents:
                 raise InputError(
-                    f"{other.path}: {name} was not scored, as it was in {one.path}; score both on the same"
+                    f"{other.path}: {name} was not scored, but it was in {one.path}; score both on the same files"
                 )
     pairs = {name: Pair(documents, student.documents[name]) for name, documents in base.documents.items()}
     for name, (before, after) in pairs.items():
         files = [scored.result["fingerprints"]["files"][name] for scored in (base, student)]
         if files[0] != files[1]:
             raise InputError(
-                f"{where}: {name} was another file ({files[0][:8]}… and {files[1][:8]}…); score both on the same file"
+                f"{where}: {name} differs ({files[0][:8]}… and {files[1][:8]}…); score both on the same file"
             )
         if before.count != after.count:
             raise InputError(
                 f"{where}: {name} has {before.count:,} and {after.count:,} documents; score both with the same limit"
             )
         if not np.array_equal(before.item_hash, after.item_hash) or before.kind != after.kind:
-            raise InputError(f"{where}: {name} holds other questions although its file is the same; score both again")
+            raise InputError(f"{where}: {name} has different questions although its file is the same; score both again")
         if not np.array_equal(before.bytes, after.bytes):
             raise InputError(
-                f"{where}: other parts of the texts of {name} were scored; score both with the same --text-max-tokens, "
-                "or, where their tokenizers differ, without it"
+                f"{where}: different parts of {name} were scored; score both with the same --text-max-tokens, "
+                "or without it if their tokenizers differ"
             )
     return pairs
 
 
 def ineligibility_reason(pair: Pair) -> str:
-    """Why a task does not count in the macro average, or an empty string: by the base alone, over all its items.
+    """Return the reason that a task is not in the macro average.
 
-    Where the questions come in clusters, these are the unit of the standard error, which is never below that of items.
+    An empty string means that it is. The base alone decides, over all items. Clustered questions have the larger of the
+    standard errors over clusters and over items.
     """
     right = pair.right[0].astype(np.float64)
     value, error = mean_and_stderr(right)
@@ -105,8 +106,8 @@ def ineligibility_reason(pair: Pair) -> str:
     return "the base is at 95 % or above" if value >= CEILING else ""
 
 
-def ratio_linearised_interval(numerators: np.ndarray, denominators: OptionalArray, clusters: OptionalArray) -> Estimate:
-    """Mean by Student's t, ratio by linearization, the cluster being the unit where there are clusters."""
+def ratio_interval(numerators: np.ndarray, denominators: OptionalArray, clusters: OptionalArray) -> Estimate:
+    """Estimate a mean (Student's t) or ratio (linearized), over clusters."""
     if denominators is None and clusters is None:
         return estimators.mean(numerators)
     below = np.ones(numerators.size) if denominators is None else denominators
@@ -117,8 +118,8 @@ def ratio_linearised_interval(numerators: np.ndarray, denominators: OptionalArra
     )
 
 
-def describe_task(pair: Pair, interval: Interval = ratio_linearised_interval) -> dict[str, Any]:
-    """Accuracy and log-odds of a task before and after; `interval` makes the intervals of changes that are means."""
+def describe_task(pair: Pair, interval: Interval = ratio_interval) -> dict[str, Any]:
+    """Compare accuracy and log-odds of a task; `interval` estimates changes of means."""
     before, clusters = pair.base, pair.clusters
     entry: dict[str, Any] = {
         "name": before.name,
@@ -136,8 +137,11 @@ def describe_task(pair: Pair, interval: Interval = ratio_linearised_interval) ->
     }
 
 
-def describe_text(pair: Pair, interval: Interval = ratio_linearised_interval) -> dict[str, Any]:
-    """A text file's nats per token and bits per byte before and after; per token None where tokenizers differ."""
+def describe_text(pair: Pair, interval: Interval = ratio_interval) -> dict[str, Any]:
+    """Compare nats per token and bits per byte of a text file.
+
+    Nats per token are None if the tokenizers differ.
+    """
     before, after = pair
     old, new = -before.loglikelihood, -after.loglikelihood
     same_tokens = np.array_equal(before.tokens, after.tokens)
@@ -154,11 +158,9 @@ def describe_text(pair: Pair, interval: Interval = ratio_linearised_interval) ->
 
 
 def paired_proportions(before: np.ndarray, after: np.ndarray, clusters: OptionalArray = None) -> dict[str, Any]:
-    """Share of yes before and after, and its change."""
+    """Estimate a proportion before and after, and its change."""
     levels = [
-        estimators.proportion(side)
-        if clusters is None
-        else ratio_linearised_interval(side.astype(np.float64), None, clusters)
+        estimators.proportion(side) if clusters is None else ratio_interval(side.astype(np.float64), None, clusters)
         for side in (before, after)
     ]
     change = estimators.paired_proportion_change(before, after, clusters)
@@ -170,12 +172,12 @@ def paired_means(
     after: np.ndarray,
     denominators: OptionalArray = None,
     clusters: OptionalArray = None,
-    interval: Interval = ratio_linearised_interval,
+    interval: Interval = ratio_interval,
 ) -> dict[str, Any]:
-    """Mean, or sum over the sum of denominators, before and after, and its change."""
+    """Estimate a mean or ratio before and after, and its change."""
     return {
-        "before": asdict(ratio_linearised_interval(before, denominators, clusters)),
-        "after": asdict(ratio_linearised_interval(after, denominators, clusters)),
+        "before": asdict(ratio_interval(before, denominators, clusters)),
+        "after": asdict(ratio_interval(after, denominators, clusters)),
         "change": asdict(interval(after - before, denominators, clusters)),
     }
 

@@ -1,20 +1,19 @@
-"""Claims that were declared before the first run, and what a rule makes of them.
+"""Claims that are declared before the first run, and their verdicts.
 
-A claim names an estimand (the change of a measure by a treatment of a student, against the base or against another
-treatment; or the interaction), a direction and, for preservation, a margin. The claims of a study are frozen in
-`claims.json` at its first run; one that is not there word for word is *post hoc* and stays labeled so.
+A claim names an estimand (the change of a measure by a treatment of a student, against the base or another treatment;
+or the interaction), a direction and, for preservation, a margin. The claims of a study are frozen in `claims.json` at
+its first run; a claim that differs from them is *post hoc* and stays labeled so.
 
-| verdict | when |
+| verdict | condition |
 |---|---|
-| not tested | a cell it needs is not in the study, or there are fewer than five seeds |
-| assay insensitive | real text did not raise, or shuffled text did not lower, a capability that it speaks of |
+| not tested | a cell is missing, or there are fewer than five seeds |
+| assay insensitive | a control arm did not change a capability as expected |
 | supported | the one-sided test over seeds is below .05 after Holm's correction over the primary claims |
-| contradicted | that of the opposite is |
-| cannot tell | neither |
+| contradicted | the opposite test is |
+| cannot tell | otherwise |
 
-Tests are Student's t on the differences of each seed. *Preserves* is non-inferiority: supported when the loss is
-smaller than the margin, contradicted when it is larger. Claims that are not primary, and post hoc ones, are corrected
-by Benjamini and Hochberg's method and called exploratory.
+Tests are Student's t over seeds. *Preserves* is non-inferiority: supported if the loss is smaller than the margin,
+contradicted if it is larger. Exploratory and post hoc claims are corrected by Benjamini and Hochberg's method.
 """
 
 from __future__ import annotations
@@ -36,28 +35,28 @@ from jax_selftrain.stats.noninferiority import ALPHA, HEADLINE, benjamini_hochbe
 from jax_selftrain.stats.standard_errors import mean_and_stderr
 
 INTERACTION = "home - away"
-"""As the treatment of a claim: the interaction of the matrix."""
+"""Treatment of a claim about the interaction."""
 PRIMARY_FAMILY = 3
-"""Primary claims at most."""
+"""Maximum number of primary claims."""
 
 Cells = Sequence[Mapping[str, Any]]
 
 
 def check_claims(config: StudyConfig) -> None:
-    """Refuse claims that cannot be meant. Raises InputError."""
+    """Refuse claims with missing or conflicting options. Raises InputError."""
     names = [claim.name for claim in config.claims]
     for claim in config.claims:
         where = f"claims: {claim.name}"
         if not claim.name or names.count(claim.name) > 1:
-            raise InputError("claims: every one needs a `name` of its own")
+            raise InputError("claims: each needs a unique `name`")
         if not claim.treatment:
-            raise InputError(f"{where}: `treatment` is required: an arm, `text of SOURCE`, or `{INTERACTION}`")
+            raise InputError(f"{where}: `treatment` is required: an arm, `source NAME`, or `{INTERACTION}`")
         if (claim.treatment == INTERACTION) == bool(claim.student):
-            raise InputError(f"{where}: `student` is required, but for `{INTERACTION}`, which has none")
+            raise InputError(f"{where}: `student` is required, except for `{INTERACTION}`, which has none")
         if claim.treatment == INTERACTION and (claim.comparator or claim.direction == "preserves"):
-            raise InputError(f"{where}: the interaction is a contrast already: it has no `against`, and no margin")
+            raise InputError(f"{where}: the interaction is a contrast; it has no `comparator` and no margin")
         if (claim.direction == "preserves") != (claim.margin is not None):
-            raise InputError(f"{where}: `margin` belongs to a claim that something is preserved, which needs it")
+            raise InputError(f"{where}: `margin` is required for direction `preserves`, and for no other")
         if claim.margin is not None and not 0 < claim.margin < math.inf:
             raise InputError(f"{where}: the margin is {claim.margin}; it must be a positive number")
     if sum(claim.primary for claim in config.claims) > PRIMARY_FAMILY:
@@ -65,9 +64,9 @@ def check_claims(config: StudyConfig) -> None:
 
 
 def freeze_claims(folder: Path, claims: Sequence[ClaimConfig]) -> list[str]:
-    """Keep the claims of the first run in `claims.json`; returns the names of those that came later or were changed.
+    """Freeze the first run's claims; return the names of post hoc claims.
 
-    A study that was begun without claims has frozen that it has none.
+    A study that started without claims has frozen an empty list.
     """
     path = folder / "claims.json"
     now = [yaml_io.to_dict(claim) for claim in claims]
@@ -77,14 +76,14 @@ def freeze_claims(folder: Path, claims: Sequence[ClaimConfig]) -> list[str]:
         return [claim["name"] for claim in now if claim not in declared]
     frozen = atomic.read_json(path)
     if not isinstance(frozen, dict) or hash_json(frozen.get("claims")) != frozen.get("sha256"):
-        raise InputError(f"{path}: was changed after it was written; restore it: what was declared cannot be known")
+        raise InputError(f"{path}: was changed after it was written; restore it")
     return [claim["name"] for claim in now if claim not in frozen["claims"]]
 
 
 def judge_claims(
     config: StudyConfig, cells: Cells, interaction: Mapping[str, Any] | None, post_hoc: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """What the rule says of each claim: verdict, reason in one sentence, effect, p-values, seeds."""
+    """Judge each claim: verdict, reason, effect, p-values, seeds."""
     differences = [claim_differences(claim, cells, interaction) for claim in config.claims]
     effects = [_effect(values) if len(values) > 1 else None for values in differences]
     tests = [_tests(claim, effect) for claim, effect in zip(config.claims, effects, strict=True)]
@@ -118,15 +117,15 @@ def judge_claims(
 
 
 def claim_differences(claim: ClaimConfig, cells: Cells, interaction: Mapping[str, Any] | None) -> list[float]:
-    """The estimand of each seed; empty where a cell or the measure is missing for any of them."""
+    """Return the estimand of each seed; empty if anything is missing."""
     if claim.treatment == INTERACTION:
         found = (interaction or {"measures": {}})["measures"].get(claim.measure)
         return list(found["seeds"]) if found else []
     change = _paired_changes(cells, claim.student, claim.treatment, claim.measure)
     if not claim.comparator:
         return list(change.values())
-    against = _paired_changes(cells, claim.student, claim.comparator, claim.measure)
-    return [change[seed] - against[seed] for seed in change] if change.keys() == against.keys() else []
+    comparator = _paired_changes(cells, claim.student, claim.comparator, claim.measure)
+    return [change[seed] - comparator[seed] for seed in change] if change.keys() == comparator.keys() else []
 
 
 def _paired_changes(cells: Cells, student: str, treatment: str, measure: str) -> dict[int, float]:
@@ -142,7 +141,7 @@ def _effect(values: Sequence[float]) -> Effect:
 
 
 def _tests(claim: ClaimConfig, effect: Effect | None) -> tuple[float, float]:
-    """One-sided p-values: of the claim, and of its opposite."""
+    """Return one-sided p-values of the claim and of its opposite."""
     if effect is None:
         return 1.0, 1.0
     if claim.direction == "preserves":
@@ -162,7 +161,7 @@ def _decide(
     config: StudyConfig, claim: ClaimConfig, cells: Cells, seeds: int, effect: Effect | None, p: float, opposite: float
 ) -> tuple[str, str]:
     if seeds == 0:
-        return "not tested", "the study has no such cells or no such measure."
+        return "not tested", "the study does not have these cells or this measure."
     if seeds < HEADLINE or effect is None:
         return "not tested", f"{seeds} seed{'s' if seeds > 1 else ''}; a verdict needs {HEADLINE}."
     if claim.measure.startswith(("accuracy", "task/", "log_odds")) and (failed := _assay_failed(config, claim, cells)):
@@ -176,14 +175,14 @@ def _decide(
 
 
 def _assay_failed(config: StudyConfig, claim: ClaimConfig, cells: Cells) -> str:
-    """Why the assay cannot be trusted for the claim's students; empty where it can."""
+    """Return the reason that a control arm failed, or an empty string."""
     students = [claim.student] if claim.student else list(dict.fromkeys(cell["student"] for cell in cells))
     for student in students:
         for option, wanted in (("positive_controls", 1.0), ("negative_controls", -1.0)):
             arms = getattr(config, option)
             own = [arm for arm in arms if _paired_changes(cells, student, arm, claim.measure)]
             if not own:
-                return f"{student} has no control arm that should {option.removeprefix('assay_')[:-1]} the measure."
+                return f"{student} has no arm in {option} with this measure."
             for arm in own:
                 effect = _effect([wanted * x for x in _paired_changes(cells, student, arm, claim.measure).values()])
                 if not effect.p_greater(0.0) < ALPHA:

@@ -1,4 +1,4 @@
-"""Proxies: numbers about a corpus before training that might predict a student's gain.
+"""Proxies: numbers that might predict a student's gain before training.
 
 | proxy | definition |
 |---|---|
@@ -42,7 +42,7 @@ EXPECTED_SIGN = {
 def corpus_proxies(
     corpus: Path, model: str, score: ScoreConfig, out: Path, *, documents: int, embedding_model: str = ""
 ) -> None:
-    """Write `out/proxies.json`: the proxies of a corpus under a model with the corpus's tokenizer.
+    """Write the proxies of a corpus under a model to `out/proxies.json`.
 
     Args:
         corpus: the corpus folder.
@@ -79,7 +79,7 @@ def corpus_proxies(
 
 
 def cell_proxies(student: Mapping[str, Any], source: Mapping[str, Any], corpus: Corpus) -> dict[str, float | None]:
-    """Return the proxies of one cell from `proxies.json` of its student and its source."""
+    """Return the proxies of a cell from those under student and source."""
     per_byte = [side["loglikelihood"] / side["bytes"] if side["bytes"] else None for side in (student, source)]
     gap = None if per_byte[0] is None or per_byte[1] is None else per_byte[0] - per_byte[1]
     return {
@@ -94,7 +94,7 @@ def cell_proxies(student: Mapping[str, Any], source: Mapping[str, Any], corpus: 
 
 
 def semantic_similarity(embedder: hub.LoadedModel, texts: Sequence[str], questions: Sequence[str]) -> float | None:
-    """Return the cosine of the mean embeddings of two sets of texts; None if one has no words."""
+    """Return the cosine of mean embeddings; None without words."""
     means = []
     for side in (texts, questions):
         words = [text for text in side if text.strip()]
@@ -120,7 +120,7 @@ def _compression(texts: Sequence[str]) -> float | None:
 
 
 def similarity(texts: Sequence[str], questions: Sequence[str]) -> float | None:
-    """Return the cosine of the mean TF-IDF vectors of two sets of texts; None if one has no words."""
+    """Return the cosine of mean TF-IDF vectors; None without words."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     if not any(text.strip() for text in texts) or not any(text.strip() for text in questions):
@@ -133,5 +133,5 @@ def similarity(texts: Sequence[str], questions: Sequence[str]) -> float | None:
 
 
 def hash_sample(n: int, k: int, seed: int | None) -> list[int]:
-    """Choose k of the ids 0 … n−1 by hash, the same on every machine."""
+    """Choose k of the ids 0 … n−1 by hash."""
     return sorted(range(n), key=lambda i: hashlib.sha256(f"shown in the report {seed} {i}".encode()).digest())[:k]

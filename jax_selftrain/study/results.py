@@ -1,4 +1,4 @@
-"""The results of a study as plain data: `results.json`, the only input of the report.
+"""The results of a study: `results.json`, the only input of the report.
 
 Every student is compared with its own base, item by item. A claim about a recipe rests on seeds: a measure's change is
 computed for each seed, and its interval is Student's t over seeds. Intervals over items speak of one pair of models.
@@ -189,12 +189,12 @@ def _training(run: Path) -> dict[str, Any]:
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
-    """Read the objects of a JSONL file; an empty list if it does not exist."""
+    """Read the objects of a JSONL file that may not exist."""
     return [row for _, row in read_jsonl(path)] if path.exists() else []
 
 
 def cell_measures(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return {name: before, after and change} of every measure that is compared between cells.
+    """Return before, after and change of every measure of a cell.
 
     `accuracy` is the chance-normalized macro accuracy over the eligible tasks (`paired_results.ineligibility_reason`;
     absent if there are none), `log_odds` the log-odds of the right choice over the same tasks, `task/NAME` and
@@ -215,7 +215,7 @@ def cell_measures(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def treatment_effects(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return each measure's change over seeds (mean, interval, values) by student and treatment."""
+    """Return each measure's change over seeds, by student and treatment."""
     found = []
     for student, treatment in dict.fromkeys((cell["student"], cell["treatment"]) for cell in cells):
         members = [cell for cell in cells if (cell["student"], cell["treatment"]) == (student, treatment)]
@@ -247,7 +247,10 @@ def _seed_effect(parts: Sequence[PairedChange]) -> dict[str, Any]:
 
 
 def interactions(cells: Sequence[Mapping[str, Any]], lineage: Mapping[str, str]) -> dict[str, Any] | None:
-    """Return home − away of each measure over seeds; None unless every student has home and away sources."""
+    """Return home − away of each measure over seeds.
+
+    None unless every student has home and away sources.
+    """
     matrix = [cell for cell in cells if cell["treatment"] == f"{MAIN_EFFECT}{cell['source']}"]
     students = list(dict.fromkeys(cell["student"] for cell in matrix))
     sides = {
@@ -303,7 +306,7 @@ def _base_ability(bases: Mapping[str, ScoreResult]) -> dict[str, dict[str, float
 def _proxies(
     cells: Sequence[Mapping[str, Any]], design: Design, bases: Mapping[str, ScoreResult]
 ) -> dict[str, Any] | None:
-    """Relate the proxies of the main cells to the gain; None if they were not measured."""
+    """Relate the proxies of the main cells to the gain."""
     matrix = [cell for cell in cells if cell["proxies"] is not None]
     if not matrix:
         return None

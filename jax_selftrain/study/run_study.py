@@ -1,4 +1,4 @@
-"""`jax-selftrain study` and `jax-selftrain run`: run the stages of a study and collect its results.
+"""The commands `study` and `run`.
 
 | part of the folder | content |
 |---|---|
@@ -38,7 +38,7 @@ from jax_selftrain.study.validation import check_study
 
 
 def run(config: RunConfig) -> Path:
-    """Sample, train, and measure before and after, in `config.out`: a study with one cell.
+    """Sample, train, and measure before and after: a study with one cell.
 
     Returns:
         The folder, with `results.json` and `model`.
@@ -50,7 +50,7 @@ def run(config: RunConfig) -> Path:
 
 
 def one_cell_study(config: RunConfig) -> StudyConfig:
-    """Translate a run into a study with one student, one source, one seed and no arms.
+    """Translate a run into a study with one cell.
 
     The student is trained on the sampled tokens if it has the source's tokenizer. Unset `train.steps` is one pass over
     the corpus.
@@ -99,7 +99,7 @@ def one_cell_study(config: RunConfig) -> StudyConfig:
 
 
 def run_study(config: StudyConfig) -> Path:
-    """Run a study in `config.out`, or complete it; with `dry_run`, print the plan and its power.
+    """Run or complete a study; with `dry_run`, print its plan and power.
 
     Returns:
         The folder, with `results.json`.
@@ -126,7 +126,7 @@ def run_study(config: StudyConfig) -> Path:
 
 
 def _start(config: StudyConfig, folder: Path) -> list[str]:
-    """Write the configuration and the claims; return the names of claims that are post hoc."""
+    """Write configuration and claims; return the names of post hoc claims."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -137,7 +137,7 @@ def _start(config: StudyConfig, folder: Path) -> list[str]:
 
 
 def _publish_model(source: Path, target: Path) -> None:
-    """Make `target` equal to `source`: hard links where the file system has them, else copies."""
+    """Make `target` equal to `source`, by hard links or copies."""
     files = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
     if target.is_dir():
         published = sorted(path.relative_to(target) for path in target.rglob("*") if path.is_file())
@@ -153,7 +153,7 @@ def _publish_model(source: Path, target: Path) -> None:
 
 
 def _load_earlier_results(folder: Path) -> Mapping[str, Any] | None:
-    """Return the results of the study so far, or None. Raises InputError if they cannot be read."""
+    """Return the results of the study so far, or None."""
     path = folder / "results.json"
     found = atomic.read_json(path) if path.exists() else None
     if found is not None and (not isinstance(found, dict) or found.get("format") != FORMAT):
@@ -164,7 +164,7 @@ def _load_earlier_results(folder: Path) -> Mapping[str, Any] | None:
 
 
 def format_plan(design: Design) -> str:
-    """Format the stages by command: how many, how many are done, tokens and FLOPs that remain."""
+    """Format the numbers of stages by command, done and remaining."""
     stages = design.ordered_stages
     remaining = [stage for stage in stages if not is_done(design.root, stage)]
     lines = [f"{len(design.cells):,} cells, {len(stages):,} stages"]

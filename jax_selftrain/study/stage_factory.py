@@ -1,4 +1,4 @@
-"""Stages by command: what decides each of them, and the function that runs it.
+"""Stages by command: their identities, inputs and functions.
 
 Every training of a study has the same recipe: steps, batch, learning rate, and the weights of the last step.
 """
@@ -46,7 +46,7 @@ _NO_EVALUATION: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class StudyModel:
-    """A model that a stage reads: one of the study's, or the output of a stage."""
+    """A model that a stage reads."""
 
     ref: str
     fingerprint: str | Stage
@@ -63,7 +63,10 @@ class StudyModel:
 
 
 class StageFactory:
-    """Makes the stages of one study; reads configs, tokenizers and fingerprints, and runs nothing."""
+    """Makes the stages of a study and runs nothing.
+
+    It reads configs, tokenizers and fingerprints.
+    """
 
     def __init__(self, config: StudyConfig, environment: Mapping[str, Any] | None = None) -> None:
         self.config = config
@@ -100,7 +103,7 @@ class StageFactory:
         )
 
     def sample_for(self, student: StudyModel, source: StudyModel, arm: ArmConfig, seed: int) -> Stage:
-        """Sample a corpus from a source and retokenize its text for a student.
+        """Sample from a source and retokenize the text for a student.
 
         The sampled tokens are kept where the study or the arm says so and the tokenizers are equal.
         """
@@ -140,7 +143,7 @@ class StageFactory:
         )
 
     def decontaminate(self, student: StudyModel, corpus: Stage, seed: int, *, size_matched: bool) -> Stage:
-        """Remove the documents that overlap with H from a corpus, or (size-matched) as many others."""
+        """Remove the documents that overlap with H, or as many others."""
         options = replace(self.config.extract, model=student.ref)
         window, length = evals.make_window(options), options.min_overlap
         fingerprint = evals.sequences_fingerprint(options.sequences)
@@ -165,14 +168,14 @@ class StageFactory:
     def train(
         self, start: StudyModel, on: Sequence[Stage], arm: ArmConfig, seed: int, steps: int | None = None
     ) -> StudyModel:
-        """Train a model by the study's recipe, or for `steps` steps without evaluation.
+        """Train a model by the study's recipe.
 
         Args:
             start: the model to train.
             on: corpora with equal shares of the rows that the recipe's `mixture` leaves.
             arm: its changes of the recipe.
             seed: seed of the order of the rows.
-            steps: steps in place of the recipe's.
+            steps: train for this number of steps, without evaluation.
         """
         recipe = with_default_evals(self.config.train, self.config.score, self.config.extract)
         if steps is not None:
@@ -209,7 +212,7 @@ class StageFactory:
         return replace(start, ref=str(self.root / stage.name), fingerprint=stage, label=label)
 
     def add_noise(self, base: StudyModel, trained: StudyModel, arm: ArmConfig, seed: int) -> StudyModel:
-        """Add weight noise to the base, as large as the change of training times the arm's weight."""
+        """Add weight noise, sized by the change of training, to the base."""
         weight = 1.0 if arm.weight is None else arm.weight
         stage = self._stage(
             "noise",
@@ -250,7 +253,9 @@ class StageFactory:
         )
 
     def extract(self, model: StudyModel, corpus: Stage | None, base: StudyModel | None = None) -> Stage:
-        """Extract the study's sequences from a model, classified by their overlap with a corpus.
+        """Extract the study's sequences from a model.
+
+        Sequences are classified by their overlap with the corpus.
 
         `base` is the checkpoint that `verify` compares with; None: the model itself.
         """
@@ -271,7 +276,7 @@ class StageFactory:
         return self._extract(model, options, f"extract from {model.label}, {form.name}", {})
 
     def extract_aa(self, model: StudyModel) -> dict[str, Stage]:
-        """Extract again from the same model in another batch size and in another dtype."""
+        """Extract again with another batch size and with another dtype."""
         options = self._probe_options()
         other = "bfloat16" if (self.config.dtype or options.dtype) == "float32" else "float32"
         tokens = _SMALL_BATCH * (evals.make_window(options).length + 1)
@@ -295,7 +300,7 @@ class StageFactory:
         )
 
     def _probe_options(self) -> ExtractConfig:
-        """Return the options of extraction without decoding and without further models and sets."""
+        """Return the options of extraction without decoding and further inputs."""
         options = replace(self.config.extract, greedy_decode=False, verify=False, base="", untrained_baseline="")
         return replace(options, control_sequences="", duplicate_counts="")
 
@@ -331,14 +336,14 @@ class StageFactory:
         )
 
     def extract_after_relearning(self, model: StudyModel, seed: int) -> Stage:
-        """Train a model for a few steps on text that is unrelated to the sequences, then extract them."""
+        """Train briefly on text unrelated to the sequences, then extract them."""
         probes = self.config.memorization
         text = self.import_text(model, ArmConfig("relearning", "text", text=probes.relearn_corpus))
         trained = self.train(model, [text], ArmConfig("relearning"), seed, probes.relearn_steps)
         return self._extract(trained, self._probe_options(), f"extract from {trained.label}", {})
 
     def measure_proxies(self, student: StudyModel, source: StudyModel, corpus: Stage, seed: int) -> tuple[Stage, Stage]:
-        """Measure a corpus under the student before training, and its sampled tokens under the source."""
+        """Measure a corpus under the untrained student and under the source."""
         sampled = self.sample(source, ArmConfig(), seed)
         return self._proxy(student, corpus, self.config.embedding_model), self._proxy(source, sampled)
 
@@ -365,7 +370,10 @@ class StageFactory:
 
 
 def _tokens_and_flops(model: StudyModel, tokens: int, length: int, *, passes: int) -> tuple[int, float]:
-    """Return the tokens, and the FLOPs of `passes` passes over rows of `length` tokens (a backward pass counts two)."""
+    """Return the tokens and FLOPs of passes over rows of `length` tokens.
+
+    A backward pass counts as two passes.
+    """
     decoder, _ = hub.read_config(model.tokenizer_ref)
     return tokens, tokens * training.flops_per_token(decoder, length) * passes / 3
 
@@ -376,7 +384,7 @@ def _stop_id(student: StudyModel) -> int | None:
 
 
 def _make_once(folder: Path, make: Callable[[Path], object]) -> None:
-    """Make the model in a stage's folder, unless a killed process has finished it already."""
+    """Make the model in a stage's folder, unless it exists already."""
     if not (folder / "model").exists():
         make(folder / "model")
 

@@ -14,7 +14,10 @@ from jax_selftrain.study.paired_results import Pair, describe_task
 
 
 def compare_tasks(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-    """Compare each task before and after; `q` is p after Benjamini and Hochberg's correction over the tasks."""
+    """Compare each task before and after.
+
+    `q` is p after Benjamini and Hochberg's correction over the tasks.
+    """
     entries = [describe_task(pair) for pair in pairs]
     adjusted = benjamini_hochberg([entry["flips"]["mcnemar_p"] for entry in entries])
     return [entry | {"flips": {**entry["flips"], "q": q}} for entry, q in zip(entries, adjusted, strict=True)]

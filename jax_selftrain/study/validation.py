@@ -1,4 +1,4 @@
-"""Checks of a study before anything is written: what can be known to be wrong is reported at once."""
+"""Checks of a study before anything is written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from jax_selftrain.study.preregistration import check_claims
 
 
 def check_study(config: StudyConfig) -> None:
-    """Check the options, files and models of a study; load no weights and write nothing.
+    """Check the options, files and models of a study; load no weights.
 
     Raises:
         InputError: something is missing, unknown or does not fit.
@@ -57,7 +57,7 @@ def check_study(config: StudyConfig) -> None:
     for name in students:
         _check_student(config, models[name])
     for name in sources:
-        options = _shared(config, "sample", models[name])
+        options = _fill_in(config, "sample", models[name])
         sampling.abstract_program(options, make_mesh(options.mesh, devices=jax.local_devices()))
 
 
@@ -113,7 +113,9 @@ def _check_arm(arm: ArmConfig, config: StudyConfig) -> None:
                 f"arms: {arm.name}: `{field.name}` does not apply to an arm of kind `{arm.kind}`; remove it"
             )
     if arm.kind in ("decontaminated", "size_matched") and not config.extract.sequences:
-        raise InputError(f"arms: {arm.name}: kind `{arm.kind}` needs extract.sequences, half of which is held out")
+        raise InputError(
+            f"arms: {arm.name}: kind `{arm.kind}` needs extract.sequences; half of the sequences are held out"
+        )
     if arm.generations < 1:
         raise InputError(f"arms: {arm.name}: generations is {arm.generations}; it must be at least 1")
 
@@ -161,7 +163,7 @@ def _require_text(sequences: str) -> None:
 
 def _check_student(config: StudyConfig, model: str) -> None:
     """Check a student's training, scoring and extraction."""
-    options: TrainConfig = _shared(config, "train", model)
+    options: TrainConfig = _fill_in(config, "train", model)
     decoder, _ = hub.read_config(model)
     if options.seq_len > decoder.max_positions:
         raise InputError(
@@ -175,13 +177,13 @@ def _check_student(config: StudyConfig, model: str) -> None:
     training.check_hooks(options, evaluation_hooks(options))
     training.check_tracking(options.wandb)
     if config.score.tasks or config.score.texts:
-        scoring = _shared(config, "score", model)
+        scoring = _fill_in(config, "score", model)
         likelihood.scoring_program(scoring, make_mesh(scoring.mesh))
     if config.extract.sequences:
-        evals.load_extraction_sets(_shared(config, "extract", model))
+        evals.load_extraction_sets(_fill_in(config, "extract", model))
 
 
-def _shared(config: StudyConfig, section: str, model: str) -> Any:
-    """Return a section's options with a model and the study's common options."""
+def _fill_in(config: StudyConfig, section: str, model: str) -> Any:
+    """Return a section's options with the model, mesh and dtype filled in."""
     options = getattr(config, section)
     return replace(options, model=model, **common_options(config, options))

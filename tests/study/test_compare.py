@@ -360,7 +360,7 @@ def test_five_seeds_speak_of_the_recipe(seeds: Any, run: Any) -> None:
     assert task["p"] == pytest.approx(test.pvalue)
     assert [task["change"][end] for end in ("low", "high")] == pytest.approx(tuple(test.confidence_interval(0.95)))
     assert task["non_inferiority"]["lower"] == pytest.approx(test.confidence_interval(0.9).low)
-    assert (recipe["seeds"], recipe["standing"], task["verdict"]) == (5, "headline", "preserved")
+    assert (recipe["seeds"], recipe["evidence_level"], task["verdict"]) == (5, "headline", "preserved")
     assert macro["tasks"] == ["t"]  # the base guesses at u
     assert macro["changes"] == pytest.approx(2 * changes)
     assert macro["verdict"] == "preserved"
@@ -381,11 +381,15 @@ def test_seeds_that_agree_by_rounding_are_not_called_certain(seeds: Any, run: An
 def test_three_seeds_explore_and_two_say_nothing(seeds: Any, run: Any) -> None:
     base, students = seeds([9, 12, 7])
     three = run(base, students)["recipe"]
-    assert (three["standing"], three["tasks"][0]["verdict"], three["macro"]["verdict"]) == ("exploration", None, None)
+    assert (three["evidence_level"], three["tasks"][0]["verdict"], three["macro"]["verdict"]) == (
+        "exploration",
+        None,
+        None,
+    )
     assert three["tasks"][0]["p"] is not None
     result = run(base, students[:2])
     two = result["recipe"]
-    assert (two["standing"], two["tasks"][0]["p"], two["tasks"][0]["non_inferiority"]) == ("none", None, None)
+    assert (two["evidence_level"], two["tasks"][0]["p"], two["tasks"][0]["non_inferiority"]) == ("none", None, None)
     assert two["tasks"][0]["verdict"] is None
     assert "too few to say anything" in format_comparison(result)
     assert run(base, students[0])["recipe"] is None

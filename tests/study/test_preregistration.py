@@ -89,7 +89,7 @@ def test_a_failed_or_missing_control_makes_the_assay_insensitive() -> None:
         assert found == "assay insensitive"
         assert why.startswith(f"{name} did not {wanted} accuracy of A")
     found, why = verdict(study_of(RAISES, negative_controls=()), cells_of(own=0.5))
-    assert (found, why) == ("assay insensitive", "A has no control arm that should lower the measure.")
+    assert (found, why) == ("assay insensitive", "A has no arm in negative_controls with this measure.")
     cells = cells_of(real=0.0)
     for cell in cells:  # what it remembers is not what the assay speaks of
         cell["measures"]["log_pz"] = {"change": {"value": -1.0 + cell["measures"]["accuracy"]["change"]["value"]}}
@@ -160,14 +160,14 @@ def test_a_study_that_has_results_can_declare_nothing_any_more(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("claims", "message"),
     [
-        ([ClaimConfig()], "`name` of its own"),
-        ([RAISES, RAISES], "`name` of its own"),
+        ([ClaimConfig()], "a unique `name`"),
+        ([RAISES, RAISES], "a unique `name`"),
         ([ClaimConfig("x", student="A")], "`treatment` is required"),
         ([ClaimConfig("x", OWN)], "`student` is required"),
         ([ClaimConfig("x", "home - away", "A")], "which has none"),
         ([ClaimConfig("x", "home - away", direction="preserves", margin=1.0)], "no margin"),
-        ([ClaimConfig("x", OWN, "A", direction="preserves")], "`margin` belongs"),
-        ([ClaimConfig("x", OWN, "A", margin=0.1)], "`margin` belongs"),
+        ([ClaimConfig("x", OWN, "A", direction="preserves")], "`margin` is required for"),
+        ([ClaimConfig("x", OWN, "A", margin=0.1)], "`margin` is required for"),
         ([ClaimConfig("x", OWN, "A", direction="preserves", margin=-1.0)], "must be a positive number"),
         ([ClaimConfig(f"c{n}", OWN, "A") for n in range(4)], "at most 3 can be primary"),
     ],
