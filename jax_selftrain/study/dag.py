@@ -1,4 +1,4 @@
-"""Stages of a study, named by what decides their output.
+"""Stages of a study, named by everything that decides the output.
 
 Keys are known before any work is done. Cells with the same corpus or base scores therefore share the stage, and a study
 whose configuration grows keeps its finished stages. `STUDY/stages/COMMAND-KEY/` holds the output of a stage,
