@@ -1,4 +1,4 @@
-"""A comparison for the terminal: one line per task and text, then what it may be used for."""
+"""Comparisons as text for the terminal."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ _HEAD = ("", "n", "before", "after", "change, 95 %", "lower limit", "margin", "p
 
 
 def format_comparison(result: Mapping[str, Any]) -> str:
-    """The result of `compare` in a few lines: accuracies in %, their changes in points, texts in bits per byte."""
+    """Format a result of `compare`, with one line per task and text.
+
+    Accuracies are in %, their changes in points, texts in bits per byte.
+    """
     parts = []
     for number_of, pair in enumerate(result["pairs"]):
         title = f"{pair['base']['model']} → {pair['student']['model']}"
-        parts.append(f"{title}\n{_aligned([_HEAD, *_pair_rows(pair)])}")
+        parts.append(f"{title}\n{_align([_HEAD, *_pair_rows(pair)])}")
         if number_of == 0 and (left_out := [task for task in pair["tasks"] if task["not_eligible"]]):
             reasons = "; ".join(f"{task['name']}: {task['not_eligible']}" for task in left_out)
             parts[-1] += f"\nnot in the macro average: {reasons}"
     parts.append(result["pairs"][0]["speaks_of"])
     if recipe := result["recipe"]:
         head = ("", "seeds", "", "", *_HEAD[4:])
-        lines = _aligned([head, *_recipe_rows(recipe)])
+        lines = _align([head, *_recipe_rows(recipe)])
         parts.append(f"over {recipe['seeds']} seeds ({_standing(recipe['standing'])})\n{lines}\n{recipe['speaks_of']}")
     if result["declaration"]["post_hoc"]:
         parts.append("Post hoc: this file already held the same models' comparison under other margins or tasks.")
@@ -68,7 +71,7 @@ def _name(entry: Mapping[str, Any]) -> str:
 
 
 def _decision_rule(rule: Mapping[str, Any] | None, p: float | None) -> tuple[str, str, str, str]:
-    """Lower limit and margin in points, p-value of a change, verdict (and what correction makes of it)."""
+    """Return lower limit, margin, p-value and verdict of a change."""
     if rule is None:
         return "", "", "", ""
     verdict = rule["verdict"]
@@ -105,7 +108,7 @@ def _format_estimate(estimate: Estimate, digits: int, scale: float) -> str:
     return f"{format_number(estimate.value, digits, scale=scale, signed=True)} {ends}"
 
 
-def _aligned(rows: Sequence[TableRow]) -> str:
+def _align(rows: Sequence[TableRow]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:

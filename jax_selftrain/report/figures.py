@@ -1,4 +1,4 @@
-"""Figures of the report, as SVG text with the same bytes for the same numbers.
+"""Deterministic SVG figures of the report.
 
 matplotlib's SVGs carry a date, random ids and a library version. A fixed hash salt replaces the ids, the metadata is
 removed, and ids get the figure's name as prefix so that several figures fit in one page. Before is a hollow gray mark
@@ -98,7 +98,7 @@ def plot_before_and_after(
 def plot_effects(
     name: str, labels: Sequence[str], means: Sequence[Estimate], seeds: Sequence[Sequence[float]], *, label: str
 ) -> str:
-    """Plot means over seeds with their intervals, and a dot for each seed, one row for each label."""
+    """Plot a mean, its interval and the seeds for each label."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -158,7 +158,7 @@ def plot_trajectories(name: str, panels: Sequence[Panel]) -> str:
 
 
 def plot_discoverability(name: str, panels: Sequence[Panel]) -> str:
-    """Plot percentages of extracted sequences against the number of samples on a log axis."""
+    """Plot percentages of extracted sequences against numbers of samples."""
 
     def draw(axes: Axes, lines: Mapping[str, Line], styles: Mapping[str, Mapping[str, Any]]) -> None:
         for label, (x, y) in lines.items():
@@ -170,7 +170,7 @@ def plot_discoverability(name: str, panels: Sequence[Panel]) -> str:
 
 
 def _render_panels(name: str, height: float, panels: Sequence[Panel], draw: Callable[..., None]) -> str:
-    """Render panels side by side with one legend; a label has one color and one marker."""
+    """Render panels side by side with one legend."""
     labels = dict.fromkeys(label for _, _, lines in panels for label in lines)
     styles = {
         label: {"color": _PALETTE[i % len(_PALETTE)], "marker": _MARKS[i // len(_PALETTE) % len(_MARKS)]}
@@ -191,7 +191,7 @@ def _render_panels(name: str, height: float, panels: Sequence[Panel], draw: Call
 
 
 def _render_svg(name: str, height: float, draw: Callable[[Figure], None], *, width: float = 7.6) -> str:
-    """Render a figure (size in inches) in the report's style, ignoring the user's matplotlib style."""
+    """Render a figure (size in inches) in the report's style alone."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure

@@ -59,7 +59,7 @@ def parse_sides(entry: Mapping[str, Any] | None) -> list[Estimate | None]:
 
 
 def parse_change(entry: Mapping[str, Any]) -> Estimate:
-    """Return the change of an entry of `effects`, with an interval over items for one seed."""
+    """Return the change of an effect, over items for one seed."""
     change = parse_estimate(entry["change"])
     if change.n > 1:
         return change
@@ -72,11 +72,31 @@ def natural_sort(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
+def parse_displayed(entry: Mapping[str, Any], measure: str) -> Estimate:
+    """Return an estimate of `results.json` in display units."""
+    return to_display_units(parse_estimate(entry), measure)
+
+
+def parse_displayed_sides(entry: Mapping[str, Any], measure: str) -> list[Estimate]:
+    """Return the estimates before, after and of the change in display units."""
+    return [parse_displayed(entry[side], measure) for side in SIDES]
+
+
+def parse_displayed_change(entry: Mapping[str, Any], measure: str) -> Estimate:
+    """Return the change of an effect in display units."""
+    return to_display_units(parse_change(entry), measure)
+
+
 def to_display_units(estimate: Estimate, measure: str) -> Estimate:
     """Convert an estimate to the unit that the report shows."""
     scale = display_scale(measure)
     low, high = (None if end is None else scale * end for end in (estimate.low, estimate.high))
     return Estimate(scale * estimate.value, low, high, estimate.n)
+
+
+def select_student(records: Records, student: str) -> list[Mapping[str, Any]]:
+    """Return the cells or effects of a student."""
+    return [one for one in records if one["student"] == student]
 
 
 def make_change_columns(measures: Iterable[str]) -> list[Column]:
@@ -90,7 +110,7 @@ def pick(record: Mapping[str, Any], *keys: str) -> tuple[Any, ...]:
 
 
 def make_effect_table(name: str, caption: str, effects: Records, measures: Sequence[str]) -> Table:
-    """Return a table of one student: levels before training, then the change by each treatment."""
+    """Return a table of levels before training and changes by treatment."""
     base = {measure: one["measures"][measure]["before"] for one in effects for measure in one["measures"]}
     before = [Level(display_scale(one) * base[one]) if one in base else None for one in measures]
     rows = [
@@ -98,7 +118,7 @@ def make_effect_table(name: str, caption: str, effects: Records, measures: Seque
             one["treatment"],
             len(one["seeds"]),
             *(
-                to_display_units(parse_change(one["measures"][name]), name) if name in one["measures"] else None
+                parse_displayed_change(one["measures"][name], name) if name in one["measures"] else None
                 for name in measures
             ),
         )
@@ -134,6 +154,6 @@ def describe_zero(change: Estimate) -> str:
 
 
 def format_change(change: Estimate, measure: str) -> tuple[str, str]:
-    """Format a change with its sign, and its interval, in the unit that the report shows."""
+    """Format a signed change and its interval in display units."""
     shown, digits = to_display_units(change, measure), get_decimals(measure)
     return format_number(shown.value, digits, signed=True), format_interval(shown, digits, signed=True)

@@ -68,7 +68,7 @@ def render_page(title: str, summary: Summary, chapters: Sequence[Chapter]) -> st
 
 
 def collect_files(chapters: Sequence[Chapter]) -> tuple[Mapping[str, str], Mapping[str, str]]:
-    """Return the SVG figures and the CSV tables of all chapters, by file name."""
+    """Return SVG figures and CSV tables of all chapters by file name."""
     figures = {f"{name}.svg": svg for chapter in chapters for name, svg in chapter.figures.items()}
     tables = {f"{table.name}.csv": table.to_csv() for chapter in chapters for table in chapter.tables}
     return figures, tables

@@ -1,4 +1,4 @@
-"""The report of a study or a run: one HTML page, its figures as SVG files and its tables as CSV files.
+"""Report of a study or a run: page, figures and tables.
 
 `results.json` is the only input: the same results give the same bytes. Each number has its sample size and interval.
 The page needs no network and no script.

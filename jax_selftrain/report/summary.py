@@ -1,4 +1,4 @@
-"""The first screen of the report: the design, the answers and a caution."""
+"""The first screen of the report: design, answers and a caution."""
 
 from __future__ import annotations
 
@@ -7,16 +7,9 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
 
+from jax_selftrain.report import formatting as fmt
 from jax_selftrain.report.chapters.claims_chapter import describe_claim, describe_evidence
-from jax_selftrain.report.formatting import (
-    Results,
-    describe_zero,
-    format_change,
-    format_measure,
-    get_decimals,
-    parse_change,
-    parse_estimate,
-)
+from jax_selftrain.report.formatting import Results
 from jax_selftrain.report.page import Summary
 from jax_selftrain.report.tables import format_number
 from jax_selftrain.stats.noninferiority import HEADLINE
@@ -84,31 +77,31 @@ def _claim_cards(results: Results) -> Iterator[Card]:
 
 
 def _effect_cards(results: Results) -> Iterator[Card]:
-    """Show all main measures of a single effect, else one measure of each student on its own text."""
+    """Show the main measures of one effect, or one per student."""
     effects = results["effects"]
     if len(effects) == 1:
         (effect,) = effects
         capability = "accuracy" if "accuracy" in effect["measures"] else "task/"
         for name, entry in effect["measures"].items():
             if name.startswith((capability, "text/")) or name == "exact_match":
-                yield _effect_card(format_measure(name), name, entry)
+                yield _effect_card(fmt.format_measure(name), name, entry)
         return
     main = main_measure(results)
     for effect in effects:
         if effect["treatment"] == f"{MAIN_EFFECT}{effect['student']}":
-            title = f"{effect['student']}, trained on its own text: {format_measure(main)}"
+            title = f"{effect['student']}, trained on its own text: {fmt.format_measure(main)}"
             yield _effect_card(title, main, effect["measures"][main])
 
 
 def _effect_card(title: str, measure: str, entry: Mapping[str, Any]) -> Card:
-    change, seeds = parse_change(entry), entry["change"]["n"]
+    change, seeds = fmt.parse_change(entry), entry["change"]["n"]
     levels = [
-        format_number(display_scale(measure) * level, get_decimals(measure))
+        format_number(display_scale(measure) * level, fmt.get_decimals(measure))
         for level in (entry["before"], entry["before"] + change.value)
     ]
     over = f"{seeds} seeds" if seeds > 1 else f"{entry['items']:,} items of one pair of checkpoints"
-    difference, interval = format_change(change, measure)
-    text = f"{difference}, 95 % interval over {over}: {interval}. {describe_zero(change)}"
+    difference, interval = fmt.format_change(change, measure)
+    text = f"{difference}, 95 % interval over {over}: {interval}. {fmt.describe_zero(change)}"
     return title, f'<span class="was">{levels[0]} →</span> {levels[1]}', text
 
 
@@ -116,10 +109,14 @@ def _interaction_cards(results: Results) -> Iterator[Card]:
     if results["interaction"] is None:
         return
     main = main_measure(results)
-    contrast = parse_estimate(results["interaction"]["measures"][main]["contrast"])
-    difference, interval = format_change(contrast, main)
-    text = f"{escape(format_measure(main))}, 95 % interval over {contrast.n} seeds: {interval}. "
-    yield "Home − away: is text of its own lineage better for a student?", difference, text + describe_zero(contrast)
+    contrast = fmt.parse_estimate(results["interaction"]["measures"][main]["contrast"])
+    difference, interval = fmt.format_change(contrast, main)
+    text = f"{escape(fmt.format_measure(main))}, 95 % interval over {contrast.n} seeds: {interval}. "
+    yield (
+        "Home − away: is text of its own lineage better for a student?",
+        difference,
+        text + fmt.describe_zero(contrast),
+    )
 
 
 def _describe_evidence(results: Results) -> str:

@@ -45,10 +45,10 @@ def make_columns(*keys: str) -> list[Column]:
     return [Column(key) for key in keys]
 
 
-def make_percent_columns(*keys: str, titles: Sequence[str]) -> list[Column]:
-    """Return columns of proportions before and after, and of their change in points."""
-    before, after, change = (Column(key, title, 1, 100) for key, title in zip(keys, titles, strict=True))
-    return [before, after, Column(change.key, change.title, 1, 100, signed=True)]
+def make_side_columns(key: str, title: str, digits: int = 1, scale: float = 100) -> list[Column]:
+    """Return columns before, after and of the change; of proportions by default."""
+    titles = {"before": f"{title}, before", "after": "after", "change": "change"}
+    return [Column(f"{key}_{side}", text, digits, scale, signed=side == "change") for side, text in titles.items()]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Table:
 
 
 def format_number(value: float, digits: int = 3, *, scale: float = 1.0, signed: bool = False) -> str:
-    """Format a number with fixed decimals, thousands separators and a true minus sign."""
+    """Format a number with fixed decimals and a true minus sign."""
     text = f"{value * scale:+,.{digits}f}" if signed else f"{value * scale:,.{digits}f}"
     if not any(digit in "123456789" for digit in text):
         text = text.lstrip("+-")

@@ -1,1 +1,1 @@
-"""Chapters of the report; each returns a `Chapter`, or None if the results have nothing for it."""
+"""Chapters of the report; a chapter without data is None."""

@@ -7,19 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_selftrain.report import figures
-from jax_selftrain.report.formatting import (
-    Records,
-    Results,
-    make_cell_table,
-    make_effect_table,
-    parse_estimate,
-    parse_sides,
-    pick,
-    slugify,
-    to_display_units,
-)
+from jax_selftrain.report import formatting as fmt
+from jax_selftrain.report.formatting import Records, Results
 from jax_selftrain.report.page import Chapter
-from jax_selftrain.report.tables import Column, Table, make_columns, make_percent_columns
+from jax_selftrain.report.tables import Column, Table, make_columns, make_side_columns
 from jax_selftrain.stats.estimators import Estimate
 from jax_selftrain.study.measure_names import common_measures
 
@@ -34,7 +25,7 @@ def write_capability(results: Results) -> Chapter | None:
     chapter, several = Chapter("Capability"), len(cells) > 1
     if several:
         for student in results["design"]["students"]:
-            _add_effects(chapter, student, [one for one in results["effects"] if one["student"] == student])
+            _add_effects(chapter, student, fmt.select_student(results["effects"], student))
     else:
         _add_task_figure(chapter, cells[0]["tasks"])
     chapter.add_table(_make_base_table(results))
@@ -51,13 +42,13 @@ def write_capability(results: Results) -> Chapter | None:
 
 
 def _add_effects(chapter: Chapter, student: str, effects: Records) -> None:
-    names, key = common_measures(effects), slugify(student)
+    names, key = common_measures(effects), fmt.slugify(student)
     if "accuracy" in names:
         entries = [one["measures"]["accuracy"] for one in effects]
         svg = figures.plot_effects(
             f"capability_{key}",
             [one["treatment"] for one in effects],
-            [to_display_units(parse_estimate(entry["change"]), "accuracy") for entry in entries],
+            [fmt.parse_displayed(entry["change"], "accuracy") for entry in entries],
             [[100 * value for value in entry["seeds"]] for entry in entries],
             label="change: chance-normalized macro accuracy (points)",
         )
@@ -68,20 +59,14 @@ def _add_effects(chapter: Chapter, student: str, effects: Records) -> None:
     ):
         measures = [measure for measure in names if measure.startswith(starts)]
         if measures:
-            chapter.add_table(make_effect_table(f"{name}_{key}", f"{student}, {caption}", effects, measures))
+            chapter.add_table(fmt.make_effect_table(f"{name}_{key}", f"{student}, {caption}", effects, measures))
 
 
 def _add_task_figure(chapter: Chapter, tasks: Records) -> None:
     svg = figures.plot_before_and_after(
         "tasks",
         [task["name"] for task in tasks],
-        [
-            [
-                to_display_units(parse_estimate(task["accuracy"][side]), "task/")
-                for side in ("before", "after", "change")
-            ]
-            for task in tasks
-        ],
+        [fmt.parse_displayed_sides(task["accuracy"], "task/") for task in tasks],
         value_label="accuracy (%)",
         change_label="change (points)",
         marks=[None if task["chance"] is None else 100 * task["chance"] for task in tasks],
@@ -95,7 +80,7 @@ def _make_base_table(results: Results) -> Table:
     rows = [
         (
             student,
-            *pick(task, "name", "n"),
+            *fmt.pick(task, "name", "n"),
             chance,
             accuracy,
             (accuracy - chance) / (1 - chance),
@@ -118,9 +103,7 @@ def _make_base_table(results: Results) -> Table:
 def _make_task_table(cells: Records) -> Table:
     heads = [
         *make_columns("task", "n"),
-        *make_percent_columns(
-            "accuracy_before", "accuracy_after", "accuracy_change", titles=("accuracy (%), before", "after", "change")
-        ),
+        *make_side_columns("accuracy", "accuracy (%)"),
         *make_columns("lost", "gained"),
         Column("mcnemar_p", "McNemar p", p_value=True),
         Column("q", p_value=True),
@@ -128,21 +111,21 @@ def _make_task_table(cells: Records) -> Table:
     ]
     rows = [(cell, _make_task_row(task)) for cell in cells for task in cell["tasks"]]
     rows += [
-        (cell, (name, cell["macro"]["n"], *parse_sides(cell["macro"][key]), None, None, None, None, None))
+        (cell, (name, cell["macro"]["n"], *fmt.parse_sides(cell["macro"][key]), None, None, None, None, None))
         for cell in cells
         if cell["macro"]
         for name, key in (("macro average", "accuracy"), ("chance-normalized macro average", "chance_normalized"))
     ]
-    return make_cell_table("tasks", "Tasks before and after", heads, rows)
+    return fmt.make_cell_table("tasks", "Tasks before and after", heads, rows)
 
 
 def _make_task_row(task: Mapping[str, Any]) -> tuple[Any, ...]:
     log_odds = task.get("log_odds") or task["word_loglikelihood"]
     return (
-        *pick(task, "name", "n"),
-        *parse_sides(task["accuracy"]),
-        *pick(task["flips"], "lost", "gained", "mcnemar_p", "q"),
-        parse_estimate(log_odds["change"]),
+        *fmt.pick(task, "name", "n"),
+        *fmt.parse_sides(task["accuracy"]),
+        *fmt.pick(task["flips"], "lost", "gained", "mcnemar_p", "q"),
+        fmt.parse_estimate(log_odds["change"]),
     )
 
 
@@ -153,14 +136,14 @@ def write_perplexity(results: Results) -> Chapter | None:
         return None
     chapter, several = Chapter("Perplexity"), len(cells) > 1
     for student in results["design"]["students"] if several else ():
-        effects = [one for one in results["effects"] if one["student"] == student]
+        effects = fmt.select_student(results["effects"], student)
         names = [name for name in common_measures(effects) if name.startswith("text/")]
-        chapter.add_table(make_effect_table(f"texts_{slugify(student)}", f"{student}, held-out texts", effects, names))
+        chapter.add_table(
+            fmt.make_effect_table(f"texts_{fmt.slugify(student)}", f"{student}, held-out texts", effects, names)
+        )
     heads = [
         *make_columns("text", "documents", "tokens"),
-        Column("nll_before", "nats per token, before", 4),
-        Column("nll_after", "after", 4),
-        Column("nll_change", "change", 4, signed=True),
+        *make_side_columns("nll", "nats per token", 4, 1),
         Column("perplexity_before", "perplexity, before", 2),
         Column("perplexity_after", "after", 2),
         Column("documents_better", "documents with a lower loss"),
@@ -169,8 +152,8 @@ def write_perplexity(results: Results) -> Chapter | None:
         (
             cell,
             (
-                *pick(text, "name", "documents", "tokens"),
-                *(nll := parse_sides(text["nll"])),
+                *fmt.pick(text, "name", "documents", "tokens"),
+                *(nll := fmt.parse_sides(text["nll"])),
                 *map(_exponentiate, nll[:2]),
                 text["documents_better"],
             ),
@@ -178,7 +161,7 @@ def write_perplexity(results: Results) -> Chapter | None:
         for cell in cells
         for text in cell["texts"]
     ]
-    chapter.add_table(make_cell_table("texts", "Texts before and after", heads, rows), folded=several)
+    chapter.add_table(fmt.make_cell_table("texts", "Texts before and after", heads, rows), folded=several)
     chapter.add_note(
         "Each document is scored from the BOS token on; lower is better. Intervals take the document as the unit, "
         "because tokens of one text are not independent. Changes are paired by document."

@@ -5,32 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from jax_selftrain.report import figures
-from jax_selftrain.report.formatting import (
-    CURVE_METRICS,
-    Records,
-    Results,
-    format_measure,
-    parse_estimate,
-    pick,
-    slugify,
-    to_display_units,
-)
+from jax_selftrain.report import formatting as fmt
+from jax_selftrain.report.formatting import Records, Results
 from jax_selftrain.report.page import Chapter
 from jax_selftrain.report.tables import Column, Table, make_columns
 from jax_selftrain.study.measure_names import common_measures, display_scale, reference_text
 
 
 def write_decoupling(results: Results) -> Chapter | None:
-    """Return the chapter; None without a text, without sequences, or with one treatment and no evaluations."""
+    """Return the chapter; None without texts, sequences or comparisons."""
     names = common_measures(results["cells"])
     if "exact_match" not in names or not any(name.startswith("text/") for name in names):
         return None
     chapter = Chapter("Memorization against damage")
     for student in results["design"]["students"]:
-        effects = [one for one in results["effects"] if one["student"] == student]
+        effects = fmt.select_student(results["effects"], student)
         if len(effects) > 1:
             _add_damage(chapter, student, effects)
-        _add_trajectories(chapter, student, [cell for cell in results["cells"] if cell["student"] == student])
+        _add_trajectories(chapter, student, fmt.select_student(results["cells"], student))
     if not chapter.figures:
         return None
     makers = {"decoupling": _make_decoupling_table, "fragility": _make_fragility_table, "aa_repeats": _make_aa_table}
@@ -59,8 +51,8 @@ def _add_damage(chapter: Chapter, student: str, effects: Records) -> None:
     } | {"base": base}
     panels = [
         (
-            format_measure(loss),
-            format_measure(name),
+            fmt.format_measure(loss),
+            fmt.format_measure(name),
             {
                 label: ([display_scale(loss) * at[loss]], [display_scale(name) * at[name]])
                 for label, at in levels.items()
@@ -68,7 +60,7 @@ def _add_damage(chapter: Chapter, student: str, effects: Records) -> None:
         )
         for name in ("exact_match", "pz")
     ]
-    name = f"damage_{slugify(student)}"
+    name = f"damage_{fmt.slugify(student)}"
     chapter.add_figure(
         name,
         figures.plot_damage(name, panels),
@@ -99,11 +91,11 @@ def _add_trajectories(chapter: Chapter, student: str, cells: Records) -> None:
     for across, kind in ((reference, "nll"), (select("acc"), "acc")):
         for up in ("exact_match", "pz"):
             if across and select(up):
-                (x_label, a), (y_label, b) = CURVE_METRICS[kind], CURVE_METRICS[up]
+                (x_label, a), (y_label, b) = fmt.CURVE_METRICS[kind], fmt.CURVE_METRICS[up]
                 lines = {one: (average(one, across, a), average(one, select(up), b)) for one in curves}
                 panels.append((x_label, y_label, lines))
     if panels:
-        name = f"trajectories_{slugify(student)}"
+        name = f"trajectories_{fmt.slugify(student)}"
         svg = figures.plot_trajectories(name, panels[:3])
         caption = (
             f"{student}: training trajectories (means over seeds), from before the first step (hollow) to the end."
@@ -115,15 +107,15 @@ def _make_decoupling_table(found: Records) -> Table:
     keys = {"exact_match": "exact_match", "pz": "pz", "pz_change": "pz"}
     heads = [
         *make_columns("student", "treatment", "verdict", "reason", "controls"),
-        Column("exact_match", f"{format_measure('exact_match')} − control", 2, signed=True),
-        Column("pz", f"{format_measure('pz')} − control", 2, signed=True),
-        Column("pz_change", f"change: {format_measure('pz')}", 2, signed=True),
+        Column("exact_match", f"{fmt.format_measure('exact_match')} − control", 2, signed=True),
+        Column("pz", f"{fmt.format_measure('pz')} − control", 2, signed=True),
+        Column("pz_change", f"change: {fmt.format_measure('pz')}", 2, signed=True),
     ]
     rows = [
         (
-            *pick(one, "student", "treatment", "verdict", "reason"),
+            *fmt.pick(one, "student", "treatment", "verdict", "reason"),
             ", ".join(one["controls"]),
-            *(one[key] and to_display_units(parse_estimate(one[key]), measure) for key, measure in keys.items()),
+            *(one[key] and fmt.parse_displayed(one[key], measure) for key, measure in keys.items()),
         )
         for one in found
     ]
@@ -141,15 +133,13 @@ def _make_fragility_table(found: Records) -> Table:
     ]
     rows = [
         (
-            *pick(one, "student", "treatment"),
+            *fmt.pick(one, "student", "treatment"),
             *(
-                to_display_units(parse_estimate(one["exact_match"][side]), "exact_match")
-                if one["exact_match"]
-                else None
+                fmt.parse_displayed(one["exact_match"][side], "exact_match") if one["exact_match"] else None
                 for side in ("sequences", "controls", "difference")
             ),
-            parse_estimate(one["log_pz"]["difference"]) if one["log_pz"] else None,
-            *pick(one, "n", "unmatched", "controls", "seeds"),
+            fmt.parse_estimate(one["log_pz"]["difference"]) if one["log_pz"] else None,
+            *fmt.pick(one, "n", "unmatched", "controls", "seeds"),
         )
         for one in found
     ]
@@ -163,5 +153,5 @@ def _make_aa_table(found: Records) -> Table:
         Column("log_pz", "mean |difference| of log p_z (nats)", 6),
         Column("n", "sequences"),
     ]
-    rows = [pick(one, "student", "repeat", "flips", "log_pz", "n") for one in found]
+    rows = [fmt.pick(one, "student", "repeat", "flips", "log_pz", "n") for one in found]
     return Table("aa_repeats", "A/A repeats: the same base measured twice", heads, rows)

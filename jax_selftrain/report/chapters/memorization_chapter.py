@@ -6,25 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax_selftrain.report import figures
-from jax_selftrain.report.formatting import (
-    Records,
-    Results,
-    format_measure,
-    get_decimals,
-    make_cell_table,
-    make_effect_table,
-    natural_sort,
-    parse_estimate,
-    parse_sides,
-    pick,
-    slugify,
-    to_display_units,
-)
+from jax_selftrain.report import formatting as fmt
+from jax_selftrain.report.formatting import Records, Results
 from jax_selftrain.report.page import Chapter
-from jax_selftrain.report.tables import Column, Table, make_columns, make_percent_columns
+from jax_selftrain.report.tables import Column, Table, make_columns, make_side_columns
 from jax_selftrain.stats import estimators
-from jax_selftrain.study.measure_names import common_measures, display_scale, is_secondary
+from jax_selftrain.study.measure_names import HELD_OUT, common_measures, display_scale, is_secondary
 
+CLASSES = {"all": "all sequences", "held_out": "held-out", "partial": "partial", "seen": "seen", HELD_OUT: "H"}
 FLIPS = ("kept", "lost", "gained", "both_wrong")
 
 
@@ -41,10 +30,9 @@ def write_memorization(results: Results) -> Chapter | None:
         "both together. For text outside the training data these numbers show how predictable it is.</p>"
     )
     for student in results["design"]["students"]:
-        own = [cell for cell in cells if cell["student"] == student]
         if several:
-            _add_effects(chapter, student, [one for one in results["effects"] if one["student"] == student])
-        _add_discoverability(chapter, student, own)
+            _add_effects(chapter, student, fmt.select_student(results["effects"], student))
+        _add_discoverability(chapter, student, fmt.select_student(cells, student))
     if not several:
         _add_part_figure(chapter, first)
         chapter.add_table(_make_discoverability_table(first), folded=True)
@@ -66,33 +54,30 @@ def write_memorization(results: Results) -> Chapter | None:
 
 
 def _add_effects(chapter: Chapter, student: str, effects: Records) -> None:
-    measures = [name for name in common_measures(effects) if name.startswith(("exact_match", "log_pz", "pz"))]
+    from_source = [one for one in effects if one["source"]] or effects  # other arms have no overlap classes
+    measures = [name for name in common_measures(from_source) if name.startswith(("exact_match", "log_pz", "pz"))]
     for name, caption, secondary in (
         ("memorization", "memorization", False),
         ("formats", "other prompt formats, and after relearning", True),
     ):
-        chosen = natural_sort(measure for measure in measures if is_secondary(measure) is secondary)
+        chosen = fmt.natural_sort(measure for measure in measures if is_secondary(measure) is secondary)
         if chosen:
-            table = make_effect_table(f"{name}_{slugify(student)}", f"{student}, {caption}", effects, chosen)
+            table = fmt.make_effect_table(f"{name}_{fmt.slugify(student)}", f"{student}, {caption}", effects, chosen)
             chapter.add_table(table)
 
 
-def _iter_parts(extraction: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Return (name, part) of all sequences, of each overlap class and of each group."""
-    names = {"all": "all sequences", "held_out": "held-out", "H": "H (held-out half)"}
-    parts = [(names.get(name, name), part) for name, part in extraction["classes"].items()]
-    return parts + [(f"group {part['name']}", part) for part in extraction["groups"]]
+def _list_parts(extraction: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return (name, part) of all sequences and of each class and group."""
+    classes = [(name, extraction["classes"][key]) for key, name in CLASSES.items() if key in extraction["classes"]]
+    return classes + [(f"group {part['name']}", part) for part in extraction["groups"]]
 
 
 def _add_part_figure(chapter: Chapter, extraction: Mapping[str, Any]) -> None:
-    parts = [(name, part) for name, part in _iter_parts(extraction) if part["n"]]
+    parts = {name: part["exact_match"] for name, part in _list_parts(extraction) if part["n"]}
     svg = figures.plot_before_and_after(
         "extraction",
-        [name for name, _ in parts],
-        [
-            [to_display_units(parse_estimate(part["exact_match"][side]), "exact_match") for side in part["exact_match"]]
-            for _, part in parts
-        ],
+        list(parts),
+        [fmt.parse_displayed_sides(entry, "exact_match") for entry in parts.values()],
         value_label="exact match (%)",
         change_label="change (points)",
     )
@@ -119,7 +104,7 @@ def _add_discoverability(chapter: Chapter, student: str, cells: Records) -> None
         )
         for p in probabilities
     ]
-    name = f"discoverability_{slugify(student)}"
+    name = f"discoverability_{fmt.slugify(student)}"
     chapter.add_figure(
         name,
         figures.plot_discoverability(name, panels),
@@ -133,25 +118,23 @@ def _make_discoverability_table(extraction: Mapping[str, Any]) -> Table:
         Column("samples", "samples n"),
         Column("p", "p", 1),
         Column("sequences"),
-        *make_percent_columns("before", "after", "change", titles=("extracted (%), before", "after", "change")),
+        *make_side_columns("extracted", "extracted (%)"),
     ]
-    rows = [(*pick(entry, "draws", "p"), extraction["n"], *parse_sides(entry)) for entry in extraction["discoverable"]]
+    rows = [
+        (*fmt.pick(entry, "draws", "p"), extraction["n"], *fmt.parse_sides(entry))
+        for entry in extraction["discoverable"]
+    ]
     return Table("discoverability", "(n, p)-discoverable extraction: 1 − (1 − p_z)ⁿ ≥ p", heads, rows)
 
 
 def _make_sequence_table(cells: Records) -> Table:
     heads = [
         *make_columns("sequences", "n"),
-        *make_percent_columns(
-            *(f"exact_match_{side}" for side in ("before", "after", "change")),
-            titles=("exact match (%), before", "after", "change"),
-        ),
+        *make_side_columns("exact_match", "exact match (%)"),
         *make_columns("kept", "lost", "gained", "neither"),
         Column("mcnemar_p", "McNemar p", p_value=True),
-        Column("log_pz_before", "mean log p_z, before", 2),
-        Column("log_pz_after", "after", 2),
-        Column("log_pz_change", "change (nats)", 2, signed=True),
-        *make_percent_columns("pz_before", "pz_after", "pz_change", titles=("mean p_z (%), before", "after", "change")),
+        *make_side_columns("log_pz", "mean log p_z (nats)", 2, 1),
+        *make_side_columns("pz", "mean p_z (%)"),
     ]
     rows = [
         (
@@ -159,28 +142,28 @@ def _make_sequence_table(cells: Records) -> Table:
             (
                 name,
                 part["n"],
-                *parse_sides(part["exact_match"]),
-                *pick(part["flips"], *FLIPS, "mcnemar_p"),
-                *parse_sides(part["logprob"]),
-                *parse_sides(part["pz"]),
+                *fmt.parse_sides(part["exact_match"]),
+                *fmt.pick(part["flips"], *FLIPS, "mcnemar_p"),
+                *fmt.parse_sides(part["logprob"]),
+                *fmt.parse_sides(part["pz"]),
             )
             if part["n"]
             else (name, 0, *(None,) * (len(heads) - 2)),
         )
         for cell in cells
-        for name, part in _iter_parts(cell["extraction"])
+        for name, part in _list_parts(cell["extraction"])
     ]
-    return make_cell_table("extraction", "Sequences before and after, by overlap class and group", heads, rows)
+    return fmt.make_cell_table("extraction", "Sequences before and after, by overlap class and group", heads, rows)
 
 
 def _make_threshold_table(cells: Records) -> Table:
-    """Return the changes by overlap class for several lengths of overlap, means over seeds."""
+    """Return mean changes by overlap class for several lengths of overlap."""
     measures = {"logprob": "log_pz", "exact_match": "exact_match"}
     found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for cell in cells:
         for part in cell["extraction"].get("thresholds", ()):
             if part["n"]:
-                key = (*pick(cell, "student", "treatment"), *pick(part, "threshold", "class"))
+                key = (*fmt.pick(cell, "student", "treatment"), *fmt.pick(part, "threshold", "class"))
                 found.setdefault(key, []).append(part)
     rows = [
         (
@@ -196,15 +179,15 @@ def _make_threshold_table(cells: Records) -> Table:
         *make_columns("student", "treatment"),
         Column("threshold", "tokens in a row"),
         *make_columns("class", "seeds", "n"),
-        *(Column(one, f"change: {format_measure(one)}", get_decimals(one), signed=True) for one in measures.values()),
+        *fmt.make_change_columns(measures.values()),
     ]
     return Table("thresholds", "Overlap classes for several lengths of overlap", heads, rows)
 
 
 def _average_change(entries: Sequence[Mapping[str, Any]], measure: str) -> estimators.Estimate:
-    changes = [parse_estimate(entry["change"]) for entry in entries]
+    changes = [fmt.parse_estimate(entry["change"]) for entry in entries]
     change = changes[0] if len(changes) == 1 else estimators.mean([one.value for one in changes])
-    return to_display_units(change, measure)
+    return fmt.to_display_units(change, measure)
 
 
 def _make_contrast_tables(results: Results) -> tuple[Table, Table]:
@@ -216,9 +199,9 @@ def _make_contrast_tables(results: Results) -> tuple[Table, Table]:
     ]
     rows = [
         (
-            *pick(one, "student", "decontaminated", "size_matched"),
-            format_measure(one["measure"]),
-            to_display_units(parse_estimate(one["difference"]), one["measure"]),
+            *fmt.pick(one, "student", "decontaminated", "size_matched"),
+            fmt.format_measure(one["measure"]),
+            fmt.parse_displayed(one["difference"], one["measure"]),
             one["n"],
             len(one["seeds"]),
         )
@@ -233,9 +216,9 @@ def _make_contrast_tables(results: Results) -> tuple[Table, Table]:
     ]
     rows = [
         (
-            *pick(one, "student", "treatment"),
-            format_measure(one["measure"]),
-            to_display_units(parse_estimate(one["effect"]), one["measure"]),
+            *fmt.pick(one, "student", "treatment"),
+            fmt.format_measure(one["measure"]),
+            fmt.parse_displayed(one["effect"], one["measure"]),
             None if one["naive"] is None else display_scale(one["measure"]) * one["naive"],
             one["effect"]["n"],
             one["seeds"],

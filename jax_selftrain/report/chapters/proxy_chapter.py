@@ -1,4 +1,4 @@
-"""Chapter on proxies: properties of a corpus before training, and their relation to the gain."""
+"""Chapter on proxies of the gain, measured before training."""
 
 from __future__ import annotations
 

@@ -1,17 +1,10 @@
-"""Chapter on the matrix of students and sources, and on the interaction of lineages."""
+"""Chapter on the matrix of students and sources and their interaction."""
 
 from __future__ import annotations
 
 from jax_selftrain.report import figures
-from jax_selftrain.report.formatting import (
-    Results,
-    format_measure,
-    make_change_columns,
-    parse_change,
-    parse_estimate,
-    pick,
-    to_display_units,
-)
+from jax_selftrain.report import formatting as fmt
+from jax_selftrain.report.formatting import Results
 from jax_selftrain.report.page import Chapter
 from jax_selftrain.report.tables import Column, Table, make_columns
 from jax_selftrain.study.measure_names import (
@@ -24,7 +17,7 @@ from jax_selftrain.study.measure_names import (
 
 
 def write_source_matrix(results: Results) -> Chapter | None:
-    """Return the chapter for a study of more than one pair of source and student."""
+    """Return the chapter; None for one pair of source and student."""
     matrix = [one for one in results["effects"] if one["treatment"] == f"{MAIN_EFFECT}{one['source']}"]
     if len(matrix) < 2:
         return None
@@ -33,9 +26,9 @@ def write_source_matrix(results: Results) -> Chapter | None:
     svg = figures.plot_effects(
         "matrix",
         [f"{one['student']}, {one['treatment']}" for one in matrix],
-        [to_display_units(parse_estimate(one["measures"][main]["change"]), main) for one in matrix],
+        [fmt.parse_displayed(one["measures"][main]["change"], main) for one in matrix],
         [[display_scale(main) * value for value in one["measures"][main]["seeds"]] for one in matrix],
-        label=f"change: {format_measure(main)}",
+        label=f"change: {fmt.format_measure(main)}",
     )
     chapter.add_figure("matrix", svg, "Mean over seeds with its 95 % interval (Student's t); a dot for each seed.")
     if results["interaction"] is None:
@@ -47,13 +40,13 @@ def write_source_matrix(results: Results) -> Chapter | None:
         chapter.add_table(_make_interaction_table(results))
     rows = [
         (
-            *pick(one, "student", "source"),
+            *fmt.pick(one, "student", "source"),
             len(one["seeds"]),
-            *(to_display_units(parse_change(one["measures"][name]), name) for name in names),
+            *(fmt.parse_displayed_change(one["measures"][name], name) for name in names),
         )
         for one in matrix
     ]
-    heads = [*make_columns("student", "source", "seeds"), *make_change_columns(names)]
+    heads = [*make_columns("student", "source", "seeds"), *fmt.make_change_columns(names)]
     chapter.add_table(Table("matrix", "Change of each student, by source", heads, rows))
     return chapter
 
@@ -61,7 +54,11 @@ def write_source_matrix(results: Results) -> Chapter | None:
 def _make_interaction_table(results: Results) -> Table:
     found = results["interaction"]
     rows = [
-        (format_measure(name), to_display_units(parse_estimate(entry["contrast"]), name), len(found["seeds"]))
+        (
+            fmt.format_measure(name),
+            fmt.parse_displayed(entry["contrast"], name),
+            len(found["seeds"]),
+        )
         for name, entry in found["measures"].items()
         if is_primary_format(name)
     ]
