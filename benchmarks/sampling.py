@@ -148,7 +148,7 @@ def copy_bandwidth() -> float:
 
 def measure(case: Case, dtype: str, cache_dtype: str | None, rounds: int) -> dict[str, Any]:
     """One row of the table: tokens per second of everybody."""
-    config, _ = hub.read_config(folder_of(SHAPES[case.shape]))
+    config = hub.open_model(folder_of(SHAPES[case.shape])).config
     on_cpu = jax.default_backend() == "cpu"
     contestants = {"ours": ours(case, config, dtype, cache_dtype)}
     if on_cpu:

@@ -52,7 +52,7 @@ def random_model(config: DecoderConfig, spec: str = "data=1,model=1") -> tuple[D
 
 def compilation(_: str) -> None:
     """Seconds of the first call (tracing, compiling, one page) by depth, and programs compiled by length."""
-    config, _ = hub.read_config(folder_of(neox_config(6, 128, 8, vocabulary=512)))
+    config = hub.open_model(folder_of(neox_config(6, 128, 8, vocabulary=512))).config
     sampling_params, keys = SamplingParams(start_id=0, stop_ids=(), max_tokens=32), per_sample_keys(0, np.arange(8))
     for layers in (6, 36, 6, 36):
         architecture, params = random_model(replace(config, num_layers=layers))
@@ -134,7 +134,7 @@ def _distance(a: int, b: int) -> int:
 
 def length(_: str) -> None:
     """Milliseconds a step by position, 32 rows of the shape of Pythia-70m: the cost of what lies behind."""
-    config, _ = hub.read_config(folder_of(SHAPES["pythia-70m"]))
+    config = hub.open_model(folder_of(SHAPES["pythia-70m"])).config
     architecture, params = random_model(config)
     sampling_params = SamplingParams(start_id=0, stop_ids=(), max_tokens=1024)
     steps: list[tuple[int, float]] = []
@@ -165,7 +165,7 @@ def partings(ref: str) -> None:
         sampling_params = SamplingParams(start_id=1, stop_ids=(1, 2), max_tokens=256)
         found[spec, rows] = _draw(decode_spec(model), sampling_params, model.params, 2048, rows)
     _print_partings("V = 512 (trained)", found)
-    config, _ = hub.read_config(folder_of(SHAPES["pythia-70m"]))
+    config = hub.open_model(folder_of(SHAPES["pythia-70m"])).config
     found = {}
     for spec, rows in (("data=1,model=1", 32), ("data=1,model=1", 16), ("data=1,model=2", 32)):
         architecture, params = random_model(config, spec)

@@ -122,7 +122,7 @@ def product_flops(dtype: str) -> float:
 
 def measure(case: Case, dtype: str, remat: str, rounds: int) -> str:
     """One row of the table."""
-    config, _ = hub.read_config(folder_of(SHAPES[case.shape]))
+    config = hub.open_model(folder_of(SHAPES[case.shape])).config
     contestants = {"ours": ours(case, config, dtype, remat)}
     on_cpu = jax.default_backend() == "cpu"
     notes = with_peers(

@@ -21,7 +21,7 @@ def write_sampled_corpus(
         {
             "kind": "sampled",
             "source": {"ref": "here", "fingerprint": "0" * 64},
-            "tokenizer_fingerprint": hub.tokenizer_fingerprint(model),
+            "tokenizer_fingerprint": hub.open_model(model).tokenizer_fingerprint,
             "start_id": 1,
             "stop_ids": [2],
             "policy": {},

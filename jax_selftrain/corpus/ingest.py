@@ -12,10 +12,9 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,6 +32,9 @@ from jax_selftrain.corpus.shards import (
 from jax_selftrain.errors import InputError
 from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.version import versions
+
+if TYPE_CHECKING:
+    from jax_selftrain.hub import SpecialTokens
 
 _ENCODE_CHARACTERS = 1 << 20  # texts are tokenized in batches of about so many characters
 
@@ -58,8 +60,9 @@ def import_text(config: ImportCorpusConfig) -> Corpus:
         if value is not None and value < 1:
             raise InputError(f"{yaml_io.flag(name)} must be at least 1, not {value}")
     out = Path(config.out)
-    tokenizer = hub.load_tokenizer(config.model)
-    start_id, stop_id = _bos_eos(config, tokenizer)
+    model = hub.open_model(config.model)
+    tokenizer = model.tokenizer
+    start_id, stop_id = _bos_eos(config, model.special_tokens, len(tokenizer))
     texts = _open_source(config)
     survey = _SourceDigest()
     for _ in survey.wrap(_documents(texts, config.limit)):
@@ -69,7 +72,7 @@ def import_text(config: ImportCorpusConfig) -> Corpus:
     request = {
         "kind": "imported",
         "source": {"ref": config.source, "fingerprint": survey.digest},
-        "tokenizer_fingerprint": hub.tokenizer_fingerprint(config.model),
+        "tokenizer_fingerprint": model.tokenizer_fingerprint,
         "start_id": start_id,
         "stop_ids": [stop_id],
         "policy": {"max_tokens": config.max_tokens},
@@ -99,29 +102,20 @@ def import_text(config: ImportCorpusConfig) -> Corpus:
     return open_corpus(out)
 
 
-def _bos_eos(config: ImportCorpusConfig, tokenizer: Any) -> tuple[int, int]:
-    """Start and stop id: the flag, else what the tokenizer says, else what the model's configs say.
-
-    Of several stop ids (ends of turns, of tool calls) the tokenizer's EOS is the one that ends a text.
-    """
-    from jax_selftrain import hub
-
-    start_id = tokenizer.bos_token_id if config.start_id is None else config.start_id
-    stop_id = tokenizer.eos_token_id if config.stop_id is None else config.stop_id
-    if start_id is None or stop_id is None:
-        special = hub.special_tokens(config.model)
-        start_id = special.bos_token_id if start_id is None else start_id
-        stop_id = next(iter(special.eos_token_ids), None) if stop_id is None else stop_id
-    known = partial(_check_token_id, config.model, tokenizer)
-    return known("start_id", start_id), known("stop_id", stop_id)
-
-
-def _check_token_id(model: str, tokenizer: Any, name: str, value: int | None) -> int:
-    if value is None:
-        raise InputError(f"{model}: names neither BOS nor EOS; choose a token with {yaml_io.flag(name)}")
-    if not 0 <= value < len(tokenizer):
-        raise InputError(f"{yaml_io.flag(name)} {value}: the tokenizer of {model} has only {len(tokenizer)} tokens")
-    return value
+def _bos_eos(config: ImportCorpusConfig, special: SpecialTokens, tokenizer_length: int) -> tuple[int, int]:
+    """Return start and stop id: the flag, else the special tokens of the model."""
+    ids = {"start_id": (config.start_id, special.bos_token_id), "stop_id": (config.stop_id, special.eos_token_id)}
+    found = []
+    for name, (flag, default) in ids.items():
+        value = default if flag is None else flag
+        if value is None:
+            raise InputError(f"{config.model}: names neither BOS nor EOS; choose a token with {yaml_io.flag(name)}")
+        if not 0 <= value < tokenizer_length:
+            raise InputError(
+                f"{yaml_io.flag(name)} {value}: the tokenizer of {config.model} has only {tokenizer_length} tokens"
+            )
+        found.append(value)
+    return found[0], found[1]
 
 
 # ---------------------------------------------------------------- documents

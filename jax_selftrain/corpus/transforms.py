@@ -62,15 +62,13 @@ def retokenize(corpus: atomic.PathLike, model: str, out: atomic.PathLike, *, sto
     """
     from jax_selftrain import hub  # it loads JAX and transformers, which reading a corpus does not need
 
-    source, tokenizer, special = open_corpus(corpus), hub.load_tokenizer(model), hub.special_tokens(model)
-    if stop_id is None:
-        stop_id = (
-            tokenizer.eos_token_id if tokenizer.eos_token_id is not None else next(iter(special.eos_token_ids), None)
-        )
-    start_id = special.bos_token_id
+    source, target = open_corpus(corpus), hub.open_model(model)
+    tokenizer = target.tokenizer
+    start_id = target.special_tokens.bos_token_id
+    stop_id = target.special_tokens.eos_token_id if stop_id is None else stop_id
     if start_id is None or stop_id is None:
         raise InputError(f"{model}: names neither BOS nor EOS, so that no document can begin and end in its tokens")
-    mark = hub.tokenizer_fingerprint(model)
+    mark = target.tokenizer_fingerprint
     same = mark == source.manifest["tokenizer_fingerprint"]
 
     def convert(samples: list[Sample]) -> tuple[list[Sample], dict[str, int]]:
@@ -108,8 +106,8 @@ def shuffle(corpus: atomic.PathLike, model: str, out: atomic.PathLike, seed: int
     """
     from jax_selftrain import hub
 
-    source = open_corpus(corpus, tokenizer_fingerprint=hub.tokenizer_fingerprint(model))
-    tokenizer = hub.load_tokenizer(model)
+    target = hub.open_model(model)
+    source, tokenizer = open_corpus(corpus, tokenizer_fingerprint=target.tokenizer_fingerprint), target.tokenizer
 
     def convert(samples: list[Sample]) -> tuple[list[Sample], dict[str, int]]:
         converted = []

@@ -199,7 +199,11 @@ def load_extraction_sets(config: ExtractConfig) -> tuple[ExtractionSet, Extracti
     """
     window = make_window(config)
     check_batch(
-        config.batch_tokens, prefix=window.prefix, suffix=window.suffix, min_overlap=config.min_overlap, limit=config.limit
+        config.batch_tokens,
+        prefix=window.prefix,
+        suffix=window.suffix,
+        min_overlap=config.min_overlap,
+        limit=config.limit,
     )
     if config.offset < 0:
         raise InputError(f"--offset is {config.offset}; it must be at least 0")
@@ -207,7 +211,7 @@ def load_extraction_sets(config: ExtractConfig) -> tuple[ExtractionSet, Extracti
         raise InputError(f"--base {config.base} is only read with --verify; set it, or drop --base")
     read_policies(config.sampling_policies)
     models = {name: ref for name in ("model", "untrained_baseline", "base") if (ref := getattr(config, name))}
-    decoders = {ref: hub.read_config(ref)[0] for ref in models.values()}
+    decoders = {ref: hub.open_model(ref).config for ref in models.values()}
     start = start_token(config)
     for ref, decoder in decoders.items():
         if window.length + len(start) > decoder.max_positions:
@@ -216,11 +220,12 @@ def load_extraction_sets(config: ExtractConfig) -> tuple[ExtractionSet, Extracti
                 f"--prefix {window.prefix} + --suffix {window.suffix}{before} is longer than the "
                 f"{decoder.max_positions} positions of {ref}; shorten one of them"
             )
+    tokenizer = hub.open_model(config.model).tokenizer_fingerprint
     for option, other in models.items():
-        if option != "model" and hub.tokenizer_fingerprint(other) != hub.tokenizer_fingerprint(config.model):
+        if option != "model" and hub.open_model(other).tokenizer_fingerprint != tokenizer:
             raise InputError(
-                f"{yaml_io.flag(option)} {other}: has another tokenizer than {config.model}, so the same tokens are another text "
-                "to it; choose a model with the same"
+                f"{yaml_io.flag(option)} {other}: has another tokenizer than {config.model}, so the same tokens are "
+                "another text to it; choose a model with the same"
             )
 
     def read(reference: str, duplicates: str) -> ExtractionSet:
@@ -229,7 +234,7 @@ def load_extraction_sets(config: ExtractConfig) -> tuple[ExtractionSet, Extracti
             window,
             vocab_size=min(decoder.vocab_size for decoder in decoders.values()),
             limit=config.limit,
-            tokenizer=lambda: hub.load_tokenizer(config.model),
+            tokenizer=lambda: hub.open_model(config.model).tokenizer,
             duplicates=duplicates,
         )
 
@@ -242,7 +247,7 @@ def start_token(config: ExtractConfig) -> list[int]:
     """The tokens put before each prefix: none or one."""
     if config.start_token == "none":
         return []
-    start = hub.special_tokens(config.model).bos_token_id
+    start = hub.open_model(config.model).special_tokens.bos_token_id
     if start is None:
         raise InputError(f"{config.model}: names no BOS or EOS token to start from; leave out --start-token bos")
     return [start]
@@ -251,11 +256,12 @@ def start_token(config: ExtractConfig) -> list[int]:
 def extraction_fingerprints(config: ExtractConfig) -> dict[str, str]:
     """Fingerprints of everything that extraction reads but the corpus."""
     sequences = {
-        "model": hub.model_fingerprint(config.model),
-        "tokenizer": hub.tokenizer_fingerprint(config.model),
+        "model": hub.open_model(config.model).fingerprint,
+        "tokenizer": hub.open_model(config.model).tokenizer_fingerprint,
         "sequences": sequences_fingerprint(config.sequences),
     }
-    sequences |= {name: hub.model_fingerprint(ref) for name in ("untrained_baseline", "base") if (ref := getattr(config, name))}
+    others = {name: ref for name in ("untrained_baseline", "base") if (ref := getattr(config, name))}
+    sequences |= {name: hub.open_model(ref).fingerprint for name, ref in others.items()}
     if config.control_sequences:
         sequences["controls"] = sequences_fingerprint(config.control_sequences)
     if config.duplicate_counts:

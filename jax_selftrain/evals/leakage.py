@@ -138,12 +138,12 @@ def _tokenizer_of(config: LeakageConfig, corpus: Corpus) -> Any:
             f"--texts {config.texts}: is not in the tokens of {config.corpus}; name a model that has the corpus's "
             "tokenizer with --tokenizer"
         )
-    if hub.tokenizer_fingerprint(config.tokenizer) != corpus.manifest["tokenizer_fingerprint"]:
+    if hub.open_model(config.tokenizer).tokenizer_fingerprint != corpus.manifest["tokenizer_fingerprint"]:
         raise InputError(
             f"--tokenizer {config.tokenizer}: is not the tokenizer of {config.corpus}; name the model that it was "
             "sampled from or imported for"
         )
-    return hub.load_tokenizer(config.tokenizer)
+    return hub.open_model(config.tokenizer).tokenizer
 
 
 def _texts(path: Path, field: str) -> Iterator[str]:

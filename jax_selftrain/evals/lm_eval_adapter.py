@@ -126,12 +126,9 @@ class HarnessLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The tokenizer's EOS, else the first of the model's stop ids."""
-        if self.tokenizer.eos_token_id is not None:
-            return int(self.tokenizer.eos_token_id)
-        if self.model.special_tokens.eos_token_ids:
-            return self.model.special_tokens.eos_token_ids[0]
-        return self.prefix_token_id
+        """The id that ends a text, else the prefix token."""
+        end = self.model.special_tokens.eos_token_id
+        return self.prefix_token_id if end is None else end
 
     @property
     def tokenizer_name(self) -> str:

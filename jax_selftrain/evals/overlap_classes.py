@@ -36,8 +36,8 @@ class CorpusOverlap:
 def corpus_overlap(corpus: Corpus, model: str, suffixes: np.ndarray, overlap: int) -> CorpusOverlap:
     """Look for suffixes [N, S] of a model's tokens in a corpus, exactly down to the least threshold in use."""
     shortest = min(*THRESHOLDS, overlap, suffixes.shape[1])
-    own = corpus.manifest["tokenizer_fingerprint"] == hub.tokenizer_fingerprint(model)
-    text = corpus if own else LazilyTokenized(corpus.iter_texts, hub.load_tokenizer(model))
+    own = corpus.manifest["tokenizer_fingerprint"] == hub.open_model(model).tokenizer_fingerprint
+    text = corpus if own else LazilyTokenized(corpus.iter_texts, hub.open_model(model).tokenizer)
     found = longest_overlaps(RaggedTokens.from_list(suffixes), text, min_length=shortest)
     return CorpusOverlap(found, shortest, "tokens" if own else "text")
 

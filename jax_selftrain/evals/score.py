@@ -116,8 +116,8 @@ def _score(config: ScoreConfig, mesh: Mesh) -> dict[str, Any]:
         raise InputError(f"{config.model}: has no tokenizer, so texts cannot be scored; add tokenizer.json")
     loaded = time.monotonic()
     fingerprints = {
-        "model": hub.model_fingerprint(config.model),
-        "tokenizer": hub.tokenizer_fingerprint(config.model),
+        "model": hub.open_model(config.model).fingerprint,
+        "tokenizer": hub.open_model(config.model).tokenizer_fingerprint,
     }
     parts = PartialResults(output_paths(config.out, "parts")[1], fingerprints)
     ask = partial(loglikelihoods_resumable, model, parts=parts, batch_tokens=config.batch_tokens)

@@ -1,33 +1,22 @@
-"""The model folder, Hugging Face's or ours: configs, tokenizers, weights, and one table per family."""
+"""Models in Hugging Face's format: references, configs, tokenizers, weights, and one table per family."""
 
-from jax_selftrain.hub.load import LoadedModel, ModelSource, convert, load_model, model_with_params
+from jax_selftrain.hub.load import LoadedModel, convert, load_model, model_with_params
 from jax_selftrain.hub.merge import merge
-from jax_selftrain.hub.model_folder import (
-    load_tokenizer,
-    model_fingerprint,
-    read_config,
-    resolve,
-    save_model,
-    special_tokens,
-    tokenizer_fingerprint,
-)
+from jax_selftrain.hub.model_folder import complete_model, save_model
+from jax_selftrain.hub.model_ref import ModelRef, open_model
 from jax_selftrain.hub.tokenizer import SpecialTokens
 from jax_selftrain.hub.weight_noise import add_weight_noise
 
 __all__ = [
     "LoadedModel",
-    "ModelSource",
+    "ModelRef",
     "SpecialTokens",
     "add_weight_noise",
+    "complete_model",
     "convert",
     "load_model",
-    "load_tokenizer",
     "merge",
-    "model_fingerprint",
     "model_with_params",
-    "read_config",
-    "resolve",
+    "open_model",
     "save_model",
-    "special_tokens",
-    "tokenizer_fingerprint",
 ]

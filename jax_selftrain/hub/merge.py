@@ -1,14 +1,11 @@
-"""Merging: the line through the parameters of two models, base + w·(student − base).
+"""Merge two models by linear interpolation of their parameters: base + w·(student − base).
 
-w = 0 is the base and w = 1 the student, both to the last bit. Between them lie the averages of weight interpolation
-(WiSE-FT, arXiv:2109.01903), beyond the student what task arithmetic adds (arXiv:2212.04089), and before the base what
-Neon takes away (arXiv:2510.03597): its θ = (1 + v)·base − v·student, for a student trained on samples of its own base,
-is w = −v.
+w = 0 is the base and w = 1 the student, both bit for bit. Between them is weight interpolation (WiSE-FT,
+arXiv:2109.01903), beyond the student task arithmetic (arXiv:2212.04089), and before the base Neon (arXiv:2510.03597):
+its θ = (1 + v)·base − v·student, for a student trained on samples of its own base, is w = −v.
 
-The difference is formed first, rather than (1 − w)·base + w·student: a parameter in which both agree then keeps its
-value for every w, and where the two are within a factor of two, as fine-tuning leaves most, the difference is exact and
-only the product and the sum are rounded. Everything is computed in float32 and kept so, array by array: beside the two
-models as they are stored, memory holds one array and what has taken the place of the arrays it was made from.
+The difference is formed first, rather than (1 − w)·base + w·student: a parameter that is equal in both keeps its value
+for every w. Everything is computed in float32, array by array.
 """
 
 from __future__ import annotations
@@ -22,35 +19,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jax_selftrain.config import MergeConfig, yaml_io
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.distributed.sharding import ShardingRules, make_sharding_rules
 from jax_selftrain.errors import InputError
-from jax_selftrain.hub import orbax_io
 from jax_selftrain.hub.load import cpu_device, read_params
-from jax_selftrain.hub.model_folder import (
-    PARAMS,
-    is_native,
-    model_fingerprint,
-    read_config,
-    read_model_json,
-    resolve,
-    save_model,
-)
-from jax_selftrain.hub.tokenizer import has_tokenizer, tokenizer_hash
-from jax_selftrain.hub.trees import flatten, unflatten
+from jax_selftrain.hub.model_folder import save_model
+from jax_selftrain.hub.model_ref import MANIFEST, ModelRef, open_model
 from jax_selftrain.models import DecoderConfig, Params, axis_sizes
 
 _ONLY_FOR_TRAINING = ("initializer_range",)
-"""Fields of the architecture that a model with weights has no use for."""
+"""Fields of the architecture that do not change a model with weights."""
 
 
 def merge(config: MergeConfig) -> Path:
-    """Write base + weight · (student − base) as a model folder of ours, in float32.
+    """Write base + weight · (student − base) as a model folder in float32.
 
     Returns:
-      The folder. The result of the same merge is recognized and left as it is.
+      The folder. A folder that already holds the result of the same merge is left as it is.
 
     Raises:
       InputError: a model cannot be read, the two differ in architecture or tokenizer (says in what), the weight or a
@@ -60,45 +48,41 @@ def merge(config: MergeConfig) -> Path:
     weight = config.weight if config.weight is not None else math.nan
     if not abs(weight) <= float(np.finfo(np.float32).max):
         raise InputError(f"--weight {weight}: must be a finite number within the range of float32")
-    base, raw = read_config(config.base)
-    check_compatible(config.base, config.student)
-    metadata = {
-        "made_by": "merge",
-        "weight": weight,
-        "base": {"ref": config.base, "fingerprint": model_fingerprint(config.base)},
-        "student": {"ref": config.student, "fingerprint": model_fingerprint(config.student)},
-    }
+    base, student = open_model(config.base), open_model(config.student)
+    check_compatible(base, student)
+    metadata = {"made_by": "merge", "weight": weight} | describe_inputs(base, student)
     out = Path(config.out)
     if _is_complete(out, metadata):
         if not jax.process_index():
-            print(f"{out}: this merge is there already; nothing to do")
+            print(f"{out}: this merge exists already; nothing to do")
         return out
-    alone = not config.mesh and jax.process_count() == 1
-    mesh = make_mesh("", [cpu_device()]) if alone else make_mesh(config.mesh)
-    rules = make_sharding_rules(config.preset, mesh, axis_sizes(base))
+    is_local = not config.mesh and jax.process_count() == 1
+    mesh = make_mesh("", [cpu_device()]) if is_local else make_mesh(config.mesh)
+    rules = make_sharding_rules(config.preset, mesh, axis_sizes(base.config))
     with mesh_context(mesh):
-        sides = [load_params_as_stored(ref, rules) for ref in (config.base, config.student)]
-        params = _interpolate(sides[0], sides[1], weight)
-        save_model(out, raw, params, source_ref=config.base, metadata=metadata)
-    return out
+        params = _interpolate(load_stored(base, rules), load_stored(student, rules), weight)
+        return save_model(out, params, source=base, metadata=metadata)
 
 
-def load_params_as_stored(ref: str, rules: ShardingRules) -> dict[str, jax.Array]:
-    """Parameters by path, each in the type that it is stored in."""
-    path = resolve(ref)
-    config, raw = read_config(path)
-    params, _ = read_params(ref, path, config, raw, rules, None)
-    return flatten(params)
+def describe_inputs(base: ModelRef, student: ModelRef) -> dict[str, Any]:
+    """Describe the two models in the metadata of a result."""
+    models = {"base": base, "student": student}
+    return {name: {"ref": model.ref, "fingerprint": model.fingerprint} for name, model in models.items()}
+
+
+def load_stored(model: ModelRef, rules: ShardingRules) -> dict[str, jax.Array]:
+    """Load parameters by path, each in the dtype in which it is stored."""
+    return flatten_dict(read_params(model, rules, None)[0], sep="/")
 
 
 def _interpolate(base: dict[str, jax.Array], student: dict[str, jax.Array], weight: float) -> Params:
-    """The merged parameters; empties its arguments on the way, so that each array is freed once it is used."""
+    """Merge array by array; empties its arguments, so that each array is freed once it is used."""
     merged = {}
     for path in sorted(base):
         merged[path] = _lerp(base.pop(path), student.pop(path), np.float32(weight))
         if not bool(jnp.isfinite(merged[path]).all()):
             raise InputError(f"--weight {weight:g}: {path} would be infinite; give a weight nearer to 0")
-    return unflatten(merged)
+    return unflatten_dict(merged, sep="/")
 
 
 @jax.jit
@@ -108,52 +92,50 @@ def _lerp(base: jax.Array, student: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.where(weight == 0, base, jnp.where(weight == 1, student, between))
 
 
-def check_compatible(base: str, student: str) -> None:
-    """Raise InputError, saying in what, where two models differ in architecture or tokenizer."""
-    expected, found = (_fields(read_config(ref)[0]) for ref in (base, student))
+def check_compatible(base: ModelRef, student: ModelRef) -> None:
+    """Raise InputError, naming the difference, where two models differ in architecture or tokenizer."""
+    expected, found = _architecture(base.config), _architecture(student.config)
     for name, value in expected.items():
         if found[name] != value:
             raise InputError(
-                f"{student}: has {name} {found[name]}, but {base} has {value}; only models of one architecture can be "
-                "merged"
+                f"{student.ref}: has {name} {found[name]}, but {base.ref} has {value}; only models of one architecture "
+                "can be merged"
             )
-    marks = []
-    for ref in (base, student):
-        path = resolve(ref)
-        marks.append(tokenizer_hash(path) if has_tokenizer(path) else None)
-    if marks[0] != marks[1]:
-        shown = [f"{mark[:8]}…" if mark else "none" for mark in marks]
+    hashes = [model.tokenizer_fingerprint if model.has_tokenizer else None for model in (base, student)]
+    if hashes[0] != hashes[1]:
+        shown = [f"{value[:8]}…" if value else "none" for value in hashes]
         raise InputError(
-            f"{student}: has another tokenizer ({shown[1]}) than {base} ({shown[0]}); only models with the same tokens "
-            "can be merged"
+            f"{student.ref}: has another tokenizer ({shown[1]}) than {base.ref} ({shown[0]}); only models with the "
+            "same tokens can be merged"
         )
 
 
-def _fields(config: DecoderConfig) -> dict[str, Any]:
-    """{"hidden_size": 64, "rope/theta": 10000.0, …}"""
-    fields = flatten(dataclasses.asdict(config))
+def _architecture(config: DecoderConfig) -> dict[str, Any]:
+    """Return {"hidden_size": 64, "rope/theta": 10000.0, …}."""
+    fields = flatten_dict(dataclasses.asdict(config), sep="/")
     return {name: value for name, value in fields.items() if name not in _ONLY_FOR_TRAINING}
 
 
-def _is_complete(out: Path, wanted: Mapping[str, Any]) -> bool:
-    """Whether the folder holds this very merge, whole; whatever else is in it is refused."""
+def _is_complete(out: Path, expected: Mapping[str, Any]) -> bool:
+    """Return True if the folder holds this merge, complete; refuse any other content."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
-    metadata = read_model_json(out).get("metadata") if out.is_dir() and is_native(out) else None
-    if not isinstance(metadata, dict) or metadata.get("made_by") != "merge":
-        raise InputError(f"{out}: already exists; remove it or choose another place")
+    model = open_model(out) if (out / MANIFEST).is_file() else None
+    metadata = model.manifest["metadata"] if model else {}
+    if model is None or metadata.get("made_by") != "merge":
+        raise InputError(f"{out}: already exists; remove it or choose another --out")
     for name in ("base", "student"):
-        found, expected = metadata.get(name), wanted[name]["fingerprint"]
-        mark = found.get("fingerprint") if isinstance(found, dict) else None
-        if mark != expected:
+        found, fingerprint = metadata.get(name), expected[name]["fingerprint"]
+        recorded = found.get("fingerprint") if isinstance(found, dict) else None
+        if recorded != fingerprint:
             raise InputError(
-                f"{out}: holds a merge with another {name} (fingerprint {str(mark)[:8]}…, now {expected[:8]}…); remove "
-                "it or choose another --out"
+                f"{out}: holds a merge with another {name} (fingerprint {str(recorded)[:8]}…, now {fingerprint[:8]}…); "
+                "remove it or choose another --out"
             )
-    if metadata.get("weight") != wanted["weight"]:
+    if metadata.get("weight") != expected["weight"]:
         raise InputError(
-            f"{out}: holds a merge with --weight {metadata.get('weight')}, not {wanted['weight']}; remove it or choose "
-            "another --out"
+            f"{out}: holds a merge with --weight {metadata.get('weight')}, not {expected['weight']}; remove it or "
+            "choose another --out"
         )
-    orbax_io.verify_tree(out / PARAMS, remedy="remove the folder and run the same command again")
+    model.verify_weights(fix_hint="remove the folder and run the same command again")
     return True

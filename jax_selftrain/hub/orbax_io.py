@@ -1,22 +1,20 @@
-"""Trees of arrays on disk: Orbax writes and reads them, a SHA-256 manifest tells whether they are still the same.
+"""Orbax trees with a SHA-256 manifest: training checkpoints, and `convert --format flax`.
 
-The only module that knows Orbax (its `v1` API), so that a change there ends here. Orbax by itself restored a flipped
-byte without a word; hence `manifest.json`, written last, lists every array and the digest of every file, and reading
-checks them all before a single array is restored. A tree without a manifest was never finished and is refused.
+The only module that imports Orbax (its `v1` API). Orbax restored a flipped byte silently; hence `manifest.json`, written
+last, lists every array and the SHA-256 of every file, and loading verifies all files first. A tree without a manifest
+was never finished and is refused.
 
-Arrays are stored independently of the mesh that held them and are restored onto any other. In a program of several
-processes Orbax saves with all of them together, whatever the arrays lie on; loading onto devices of one process (a
-replica mesh) waits for no other.
+Arrays are restored onto any mesh. Several processes save together; loading onto devices of one process needs no other.
 """
 
 from __future__ import annotations
 
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
@@ -30,77 +28,35 @@ _FORMAT, _VERSION = "jax_selftrain.tree", 1
 Tree = TypeVar("Tree")
 
 
-class AsyncSave:
-    """A save that goes on in the background: whole on disk once `result()` has returned."""
-
-    def __init__(self, future: Future[None]):
-        self._future = future
-
-    def is_finished(self) -> bool:
-        """Whether it has ended, well or not."""
-        return self._future.done()
-
-    def result(self) -> None:
-        """Wait for the end, and raise what went wrong."""
-        self._future.result()
-
-
 def save_tree(folder: str | Path, tree: Any) -> None:
-    """Write a tree of device or host arrays into a new folder, with its manifest.
+    """Write a pytree of device or host arrays into a new folder, with its manifest.
 
     Args:
-      folder: must not exist. Several processes all pass the same one, on a file system that all of them see.
+      folder: must not exist. All processes pass the same one, on a shared file system.
       tree: any pytree of jax or numpy arrays.
 
     Raises:
       InputError: the folder exists already, or cannot be written.
     """
-    save_tree_async(folder, tree).result()
-
-
-def save_tree_async(folder: str | Path, tree: Any) -> AsyncSave:
-    """Like `save_tree`, but return once the values are safe from what the caller does next.
-
-    On return every value has been copied to the host, or is held so that JAX copies rather than overwrites it: the
-    arrays may be donated or deleted at once. The folder has its manifest, and so counts as whole, when `result()`
-    has returned.
-    """
     folder = Path(folder).absolute()
     if folder.exists():
-        raise InputError(f"{folder}: already exists; remove it or choose another place")
-    arrays = {path: {"shape": list(x.shape), "dtype": np.dtype(x.dtype).name} for path, x in _key_paths(tree).items()}
+        raise InputError(f"{folder}: already exists; remove it or choose another folder")
     context = ocp.Context()
     context.array.saving.use_compression = False  # float weights shrink by 8 % for 2 to 5 times the processor time
-    with context:
-        response = ocp.save_async(folder, jax.tree.map(_supported, tree))
-
-    def finish() -> None:
-        try:
-            response.result()
-        except BaseException:
-            _wait_for_writers(folder.parent)
-            raise
-        if jax.process_index() == 0:
-            content = {
-                "format": _FORMAT,
-                "version": _VERSION,
-                "arrays": arrays,
-                "files": folder_manifest(folder),
-            }
-            atomic.write_json(folder / MANIFEST, content)
-
-    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save_tree")
-    future = executor.submit(finish)
-    executor.shutdown(wait=False)
-    return AsyncSave(future)
+    try:
+        with context:
+            ocp.save(folder, jax.tree.map(_supported, tree))
+    except BaseException:
+        _wait_for_writers(folder.parent)
+        raise
+    if jax.process_index() == 0:
+        arrays = {name: {"shape": list(x.shape), "dtype": x.dtype.name} for name, x in _key_paths(tree).items()}
+        content = {"format": _FORMAT, "version": _VERSION, "arrays": arrays, "files": folder_manifest(folder)}
+        atomic.write_json(folder / MANIFEST, content)
 
 
 def _wait_for_writers(folder: Path, idle_timeout: float = 0.5, total_timeout: float = 30.0) -> None:
-    """Wait until nothing in the folder has changed for a while, so that whoever removes it removes everything.
-
-    Orbax raises at the first file that cannot be written, while its other threads still write theirs; there is no
-    handle on them.
-    """
+    """Wait until the folder stops changing: Orbax raises while other threads, without a handle, still write."""
     seen, since, began = None, time.monotonic(), time.monotonic()
     while time.monotonic() - since < idle_timeout and time.monotonic() - began < total_timeout:
         found = sorted(str(path) for path in folder.rglob("*"))
@@ -110,26 +66,25 @@ def _wait_for_writers(folder: Path, idle_timeout: float = 0.5, total_timeout: fl
 
 
 def load_tree(folder: str | Path, abstract: Tree, *, remedy: str = "make it again, or restore it from a copy") -> Tree:
-    """Check every byte of a saved tree and read it onto a mesh.
+    """Verify every byte of a saved tree and read it onto a mesh.
 
     Args:
       folder: written by `save_tree`.
-      abstract: the tree's structure with `jax.ShapeDtypeStruct` leaves that carry shardings. Values are cast to the
-        types it names.
+      abstract: the tree with `jax.ShapeDtypeStruct` leaves that have shardings. Values are cast to their dtypes.
       remedy: what the user should do about damage, for the message.
 
     Raises:
-      InputError: a file is missing, truncated or changed (named), the tree was never finished, or it does not hold the
-        arrays that `abstract` asks for.
+      InputError: a file is missing, truncated or changed (named), the tree was never finished, or its arrays differ
+        from those of `abstract`.
     """
     folder = Path(folder).absolute()
     manifest = verify_tree(folder, remedy=remedy)
     saved = {path: tuple(entry["shape"]) for path, entry in manifest["arrays"].items()}
-    asked = {path: tuple(leaf.shape) for path, leaf in _key_paths(abstract).items()}
-    for path in sorted(saved.keys() | asked.keys()):
-        if saved.get(path) != asked.get(path):
+    expected = {path: tuple(leaf.shape) for path, leaf in _key_paths(abstract).items()}
+    for path in sorted(saved.keys() | expected.keys()):
+        if saved.get(path) != expected.get(path):
             raise InputError(
-                f"{folder}: {path} has shape {saved.get(path, 'none')}, but {asked.get(path, 'none')} is asked for, "
+                f"{folder}: {path} has shape {saved.get(path, 'none')}, expected {expected.get(path, 'none')}, "
                 f"so it was saved from another model or optimizer; {remedy}"
             )
     with _context(abstract):
@@ -137,10 +92,17 @@ def load_tree(folder: str | Path, abstract: Tree, *, remedy: str = "make it agai
 
 
 def verify_tree(folder: Path, *, remedy: str) -> dict[str, Any]:
-    """Compare every file of a saved tree with its manifest, and return that; see `load_tree` for what is raised."""
+    """Compare every file of a saved tree with its manifest, and return that; see `load_tree` for errors."""
+    manifest = read_manifest(folder, remedy=remedy)
+    verify_checksums(folder, manifest["files"], fix_hint=remedy)
+    return manifest
+
+
+def read_manifest(folder: Path, *, remedy: str = "make it again, or restore it from a copy") -> dict[str, Any]:
+    """Read the manifest of a saved tree: `arrays` ({path: {shape, dtype}}) and `files`."""
     path = folder / MANIFEST
     if not path.is_file():
-        raise InputError(f"{folder}: has no {MANIFEST}, so it is not a tree of ours or was never finished; {remedy}")
+        raise InputError(f"{folder}: has no {MANIFEST}, so it is no tree of arrays or was never finished; {remedy}")
     manifest = atomic.read_json(path)
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise InputError(f"{path}: not the manifest of a saved tree; {remedy}")
@@ -148,12 +110,24 @@ def verify_tree(folder: Path, *, remedy: str) -> dict[str, Any]:
         raise InputError(f"{path}: format version {manifest.get('version')!r} is not {_VERSION}; use a newer release")
     if not manifest.get("files") or not isinstance(manifest.get("arrays"), dict):
         raise InputError(f"{path}: lists no files or no arrays; {remedy}")
-    verify_checksums(folder, manifest["files"], fix_hint=remedy)
     return manifest
 
 
+def find_nonfinite(*trees: Any) -> str | None:
+    """Find the path of the first array that holds NaN or infinity; one compiled program for all arrays."""
+    paths, leaves = zip(*jax.tree_util.tree_flatten_with_path(trees)[0], strict=True)
+    finite = jax.device_get(_all_finite(leaves))
+    found = (path for path, is_finite in zip(paths, finite, strict=True) if not is_finite)
+    return next((jax.tree_util.keystr(path[1:], simple=True, separator="/") for path in found), None)
+
+
+@jax.jit
+def _all_finite(leaves: tuple[jax.Array, ...]) -> list[jax.Array]:
+    return [jnp.isfinite(leaf).all() for leaf in leaves]
+
+
 def _key_paths(tree: Any) -> dict[str, Any]:
-    """Leaves by their path in the tree, for instance `mu/layers/attn/q/kernel`."""
+    """Return leaves by their path in the tree, for instance `mu/layers/attn/q/kernel`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
@@ -164,7 +138,7 @@ def _supported(leaf: Any) -> Any:
 
 
 def _context(abstract: Any) -> ocp.Context:
-    """Which processes take part in a load: those that hold a part of its result."""
+    """Make a context of the processes that hold a shard of the result; the others do not take part."""
     context = ocp.Context()
     leaves = jax.tree.leaves(abstract)
     processes = {device.process_index for leaf in leaves for device in leaf.sharding.device_set}

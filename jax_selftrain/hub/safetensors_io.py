@@ -15,19 +15,22 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jax_selftrain.distributed.mesh import mesh_context
 from jax_selftrain.distributed.sharding import ShardingRules
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub.families import Family, Pattern, Slices, axis_sizes
-from jax_selftrain.hub.trees import flatten, host_layer, to_host, unflatten
 from jax_selftrain.hub.weight_mapping import (
     DTYPES,
     ParamSource,
@@ -136,12 +139,12 @@ def load_params(
       InputError: the checkpoint does not fit the config (see `bind`), or a weight is NaN or infinite.
     """
     binding = map_tensors(reader, family, config)
-    sizes, shardings = axis_sizes(config), flatten(param_shardings(config, rules))
+    sizes, shardings = axis_sizes(config), flatten_dict(param_shardings(config, rules), sep="/")
     loaded = {
         leaf.path: _load_leaf(reader, leaf, sizes, shardings[leaf.path], dtype or binding.stored_dtype(leaf))
         for leaf in binding.leaves
     }
-    return unflatten(loaded), binding
+    return unflatten_dict(loaded, sep="/"), binding
 
 
 def _load_leaf(
@@ -205,40 +208,70 @@ def save_weights(
 ) -> None:
     """Write parameters as Hugging Face safetensors into `folder` (which the caller commits).
 
+    Process 0 writes. Arrays that several processes share are gathered one layer at a time; all processes call this
+    together.
+
     Args:
-      params: host or device arrays; all their shards must be on this machine.
-      tensors: type of every tensor to write, by name: {"lm_head.weight": "bfloat16", …}.
-      max_shard_bytes: above this the weights are split over several files with an index.
+      folder: where process 0 writes.
+      params: host or device arrays.
+      tensors: dtype of every tensor by name: {"lm_head.weight": "bfloat16", …}.
+      max_shard_bytes: larger weights are split over several files with an index.
     """
-    leaves, sizes, arrays = param_sources(family, config, tensors), axis_sizes(config), flatten(params)
+    leaves, sizes, arrays = param_sources(family, config, tensors), axis_sizes(config), flatten_dict(params, sep="/")
     sources: dict[str, list[tuple[ParamSource, int]]] = {}
     for leaf in leaves:
         for layer, name in enumerate(leaf.names):
             sources.setdefault(name, []).append((leaf, layer))
     if sources.keys() != tensors.keys():
         wrong = sorted(sources.keys() ^ tensors.keys())[0]
-        raise ValueError(f"tensor {wrong} is either not in the model or has no type given")
+        raise ValueError(f"tensor {wrong} is either not in the model or has no dtype given")
 
     def assemble(name: str) -> np.ndarray:
-        shape = sources[name][0][0].pattern.file_shape(sizes)
-        tensor = np.empty(shape, np.dtype(tensors[name]))
+        tensor = np.empty(sources[name][0][0].pattern.file_shape(sizes), np.dtype(tensors[name]))
         for leaf, layer in sources[name]:
-            array = arrays[leaf.path]
-            leaf.pattern.to_hf(host_layer(array, layer) if leaf.stacked else to_host(array), tensor, sizes)
+            part = _to_host(arrays[leaf.path], layer if leaf.stacked else None)
+            if part is not None:
+                leaf.pattern.to_hf(part, tensor, sizes)
         return tensor
 
-    def bytes_of(name: str) -> int:
+    def count_bytes(name: str) -> int:
         shape = sources[name][0][0].pattern.file_shape(sizes)
         return int(np.prod(shape)) * np.dtype(tensors[name]).itemsize
 
-    files = _plan_files(_sort_by_layer(sources), bytes_of, max_shard_bytes)
+    files = _plan_files(_sort_by_layer(sources), count_bytes, max_shard_bytes)
     for file, names in files.items():
-        save_file({name: assemble(name) for name in names}, folder / file, metadata={"format": "pt"})
-    if len(files) > 1:
+        if jax.process_index():
+            for name in names:
+                assemble(name)  # takes part in the gathers
+        else:
+            save_file({name: assemble(name) for name in names}, folder / file, metadata={"format": "pt"})
+    if len(files) > 1 and not jax.process_index():
         weight_map = {name: file for file, names in files.items() for name in names}
-        total = sum(bytes_of(name) for name in weight_map)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(map(count_bytes, weight_map))}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _to_host(array: jax.Array | np.ndarray, layer: int | None) -> np.ndarray | None:
+    """Copy an array, or one layer of a stacked array, to the host; process 0 alone gets what processes share."""
+    if isinstance(array, np.ndarray):
+        return array if layer is None else array[layer]
+    if not array.is_fully_addressable:
+        mesh = cast(NamedSharding, array.sharding).mesh
+        with mesh_context(mesh):
+            gathered = _all_gather_layer(array, layer, NamedSharding(mesh, PartitionSpec()))
+        return None if jax.process_index() else np.asarray(gathered.addressable_data(0))
+    host = np.empty(array.shape if layer is None else array.shape[1:], array.dtype)
+    with jax.set_mesh(Mesh(np.empty((), object), ())):  # a caller's mesh does not hold for the shards of one device
+        for shard in array.addressable_shards:
+            if not shard.replica_id:
+                index = shard.index if layer is None else shard.index[1:]  # layers are never sharded
+                host[index] = np.asarray(shard.data if layer is None else shard.data[layer])
+    return host
+
+
+@partial(jax.jit, static_argnums=2)
+def _all_gather_layer(array: jax.Array, layer: jax.Array | None, sharding: NamedSharding) -> jax.Array:
+    return jax.reshard(array if layer is None else array[layer], sharding)
 
 
 def _sort_by_layer(sources: Mapping[str, list[tuple[ParamSource, int]]]) -> list[str]:
@@ -251,15 +284,15 @@ def _sort_by_layer(sources: Mapping[str, list[tuple[ParamSource, int]]]) -> list
     return sorted(sources, key=position)
 
 
-def _plan_files(names: Sequence[str], bytes_of: Callable[[str], int], limit: int) -> dict[str, list[str]]:
+def _plan_files(names: Sequence[str], count_bytes: Callable[[str], int], limit: int) -> dict[str, list[str]]:
     groups: list[list[str]] = [[]]
     filled = 0
     for name in names:
-        if groups[-1] and filled + bytes_of(name) > limit:
+        if groups[-1] and filled + count_bytes(name) > limit:
             groups.append([])
             filled = 0
         groups[-1].append(name)
-        filled += bytes_of(name)
+        filled += count_bytes(name)
     if len(groups) == 1:
         return {WEIGHTS: groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}

@@ -1,4 +1,4 @@
-"""Tokenizers and the ids that start and stop a text."""
+"""Tokenizers, and the one rule for start and stop ids of a model."""
 
 from __future__ import annotations
 
@@ -16,40 +16,41 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json"),
 )
-"""What a tokenizer may consist of; never code."""
+"""Files of a tokenizer; never code."""
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The ids by which a model begins and ends a text, and how many ids its tokenizer knows."""
+    """Start and stop ids of a model, and the number of ids of its tokenizer."""
 
     bos_token_id: int | None
-    """The tokenizer's BOS, else the config's, else EOS."""
+    """Start id: the tokenizer's BOS, else the config's, else EOS."""
+    eos_token_id: int | None
+    """The id that ends a text: the tokenizer's EOS, else the least stop id."""
     eos_token_ids: tuple[int, ...]
-    """Every id that tokenizer, config or generation config calls EOS, ascending."""
+    """Stop ids: the union of EOS of tokenizer, config and generation config, ascending."""
     tokenizer_length: int | None
     """Ids from here on are padding rows of the embedding and are never sampled; None without a tokenizer."""
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer's vocabulary."""
+    """Return True if a folder holds a tokenizer's vocabulary."""
     return any((folder / name).is_file() for name in _VOCABULARIES)
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """Open the tokenizer of a folder with transformers; nothing is fetched and no code of the folder is run.
+    """Open the tokenizer of a folder with transformers, without downloads and without running code of the folder.
 
     Raises:
       InputError: there is none, or transformers cannot open it.
     """
-    if not has_tokenizer(folder):
-        raise InputError(f"{folder}: holds no tokenizer ({', '.join(_VOCABULARIES)}); copy its files there")
+    _require_tokenizer(folder)
     settings = folder / "tokenizer_config.json"
     if settings.is_file() and "auto_map" in atomic.read_json(settings):
         raise InputError(
-            f"{settings}: auto_map asks for code of the folder's own, which is never run here; save the tokenizer as a "
+            f"{settings}: auto_map names code in the folder, which is never run here; save the tokenizer as a "
             "standard fast tokenizer (tokenizer.json) with the software that it belongs to"
         )
     with block_torch_import():
@@ -63,16 +64,15 @@ def read_tokenizer(folder: Path) -> Any:
 
 
 def tokenizer_hash(folder: Path) -> str:
-    """SHA-256 (hex) of what turns text into ids and back; equal for byte-wise different but equivalent files.
+    """Compute the SHA-256 (hex) of what turns text into ids and back.
 
-    Settings that leave the ids alone (padding, truncation, `tokenizer_config.json` with its notes of versions and
-    special names) do not count: start and stop ids are recorded with a corpus by themselves.
+    Settings that do not change ids are ignored: padding, truncation, `tokenizer_config.json`. Start and stop ids are
+    recorded with a corpus.
 
     Raises:
       InputError: there is no tokenizer, or its file is damaged.
     """
-    if not has_tokenizer(folder):
-        raise InputError(f"{folder}: holds no tokenizer ({', '.join(_VOCABULARIES)}); copy its files there")
+    _require_tokenizer(folder)
     if (folder / "tokenizer.json").is_file():
         content = atomic.read_json(folder / "tokenizer.json")
         if not isinstance(content, dict):
@@ -82,10 +82,15 @@ def tokenizer_hash(folder: Path) -> str:
     return hash_json({n: sha256_file(folder / n) for n in names if (folder / n).is_file()})
 
 
+def _require_tokenizer(folder: Path) -> None:
+    if not has_tokenizer(folder):
+        raise InputError(f"{folder}: holds no tokenizer ({', '.join(_VOCABULARIES)}); copy its files there")
+
+
 def resolve_special_tokens(
     raw: Mapping[str, Any], generation: Mapping[str, Any], tokenizer: Any, *, vocab_size: int, where: str
 ) -> SpecialTokens:
-    """Work out start and stop ids from everything that names them.
+    """Determine start and stop ids from all files that name them.
 
     Args:
       raw: config.json.
@@ -108,8 +113,9 @@ def resolve_special_tokens(
                 f"{where}: token id {token} is named as start or end of a text, but the model has only {vocab_size} "
                 "ids; tokenizer and model do not belong together"
             )
+    end = getattr(tokenizer, "eos_token_id", None)
     length = None if tokenizer is None else len(tokenizer)
-    return SpecialTokens(start, tuple(sorted(set(stops))), length)
+    return SpecialTokens(start, min(stops, default=None) if end is None else end, tuple(sorted(set(stops))), length)
 
 
 def _ids(value: Any, where: str) -> list[int]:

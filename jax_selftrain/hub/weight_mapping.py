@@ -7,17 +7,17 @@ that does not is named.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub.families import Family, Pattern, TensorRule, axis_sizes
-from jax_selftrain.hub.trees import flatten
 from jax_selftrain.models import DecoderConfig, abstract_params
 
 DTYPES: dict[str, np.dtype] = {
@@ -65,26 +65,24 @@ class ParamSource:
     stacked: bool
 
 
-def param_sources(
-    family: Family, config: DecoderConfig, tensor_infos: Mapping[str, Any] | None = None
-) -> list[ParamSource]:
+def param_sources(family: Family, config: DecoderConfig, known: Collection[str] = ()) -> list[ParamSource]:
     """The leaves of our parameter tree with the tensor names of a family, in the table's order.
 
     `known` decides between a tensor's names: the one that occurs in it, else the first.
     """
-    shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(config)).items()}
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract_params(config), sep="/").items()}
     leaves = []
     for row in family.rows:
         if row.path in shapes:
             layers = range(config.num_layers) if row.stacked else range(1)
-            names = tuple(_choose(row, layer, tensor_infos or {}) for layer in layers)
+            names = tuple(_choose(row, layer, known) for layer in layers)
             leaves.append(ParamSource(row.path, row.pattern, shapes[row.path], names, row.stacked))
     if {leaf.path for leaf in leaves} != shapes.keys():
         raise ValueError(f"the table of {family.model_type} does not fill {shapes.keys() - {x.path for x in leaves}}")
     return leaves
 
 
-def _choose(rule: TensorRule, layer: int, known: Mapping[str, Any]) -> str:
+def _choose(rule: TensorRule, layer: int, known: Collection[str]) -> str:
     names = [name.format(layer) for name in rule.names]
     # A checkpoint of the body alone, as embedding models come, leaves the body's own name out.
     names += [name.removeprefix("model.").removeprefix("gpt_neox.") for name in names]

@@ -21,10 +21,10 @@ class FingerprintCache:
         return self._found[kind, ref]
 
     def model(self, ref: str) -> str:
-        return self._once("model", ref, hub.model_fingerprint)
+        return self._once("model", ref, lambda ref: hub.open_model(ref).fingerprint)
 
     def tokenizer(self, ref: str) -> str:
-        return self._once("tokenizer", ref, hub.tokenizer_fingerprint)
+        return self._once("tokenizer", ref, lambda ref: hub.open_model(ref).tokenizer_fingerprint)
 
     def text(self, source: str) -> str:
         """Of a JSONL file by its bytes; of what another library opens, by its name: its import hashes the texts."""

@@ -218,7 +218,7 @@ def scoring_program(config: ScoreConfig, mesh: Mesh) -> tuple[Callable[..., Any]
     It encodes a batch of the longest rows and projects the buffer; scoring compiles the two separately. Only the
     model's config is read.
     """
-    decoder, _ = hub.read_config(config.model)
+    decoder = hub.open_model(config.model).config
     rules = make_sharding_rules(config.preset, mesh, axis_sizes(decoder))
     return batch_program(decoder, rules, jnp.dtype(config.dtype), config.batch_tokens, decoder.max_positions)
 

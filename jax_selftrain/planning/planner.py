@@ -89,7 +89,7 @@ def plan_memory(config: PlanConfig) -> dict[str, Any]:
 
 def _rows(config: PlanConfig, stage: str, machine: Topology, folder: str) -> list[dict[str, Any]]:
     chosen = config_of(config, stage, folder)
-    model, _ = hub.read_config(folder)
+    model = hub.open_model(folder).config
     if not config.search:
         return [row_of(config, stage, machine, chosen, model)]
     found: list[dict[str, Any]] = []

@@ -120,7 +120,7 @@ def abstract_program(
     """
     check_sample_config(config)
     sampling_params = _read_sampling_params(config)
-    model, _ = hub.read_config(config.model)
+    model = hub.open_model(config.model).config
     rules = make_sharding_rules(config.preset, mesh, axis_sizes(model))
     architecture = DecodeSpec(model, rules, config.dtype, config.cache_dtype)
     rows = config.batch_size * rules.data_parallelism
@@ -160,8 +160,8 @@ class _SamplingRun:
 
 
 def _read_sampling_params(config: SampleConfig) -> SamplingParams:
-    model, _ = hub.read_config(config.model)
-    special = hub.special_tokens(config.model)
+    model = hub.open_model(config.model).config
+    special = hub.open_model(config.model).special_tokens
     return make_sampling_params(
         config,
         start_id=special.bos_token_id,
@@ -177,7 +177,7 @@ def _request(config: SampleConfig, sampling_params: SamplingParams) -> dict[str,
     types = {"dtype": config.dtype} | ({} if config.cache_dtype is None else {"cache_dtype": config.cache_dtype})
     return {
         "kind": "sampled",
-        "source": {"ref": config.model, "fingerprint": hub.model_fingerprint(config.model)} | types,
+        "source": {"ref": config.model, "fingerprint": hub.open_model(config.model).fingerprint} | types,
         "tokenizer_fingerprint": _tokenizer_fingerprint(config.model),
         "start_id": sampling_params.start_id,
         "stop_ids": list(sampling_params.stop_ids),
@@ -191,7 +191,11 @@ def _request(config: SampleConfig, sampling_params: SamplingParams) -> dict[str,
 
 
 def _tokenizer_fingerprint(ref: str) -> str | None:
-    return None if hub.special_tokens(ref).tokenizer_length is None else hub.tokenizer_fingerprint(ref)
+    return (
+        None
+        if hub.open_model(ref).special_tokens.tokenizer_length is None
+        else hub.open_model(ref).tokenizer_fingerprint
+    )
 
 
 def _first_ref(out: Path, request: dict[str, Any]) -> str:

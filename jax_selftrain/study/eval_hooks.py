@@ -143,13 +143,15 @@ class _EvalSuite:
 
 
 def _load_suite(config: TrainConfig) -> _EvalSuite:
-    decoder, _ = hub.read_config(config.model)
+    decoder = hub.open_model(config.model).config
     tasks = evals.load_tasks(config.eval_tasks, config.eval_limit)
     texts = evals.load_texts(config.eval_texts, config.eval_limit)
     evals.paths_by_name(tasks, texts)
     prepared = evals.RequestSet((), {}, ())
     if tasks or texts:
-        reader = _ModelInfo(decoder, hub.load_tokenizer(config.model), hub.special_tokens(config.model))
+        reader = _ModelInfo(
+            decoder, hub.open_model(config.model).tokenizer, hub.open_model(config.model).special_tokens
+        )
         prepared = evals.build_requests(reader, tasks, texts)
     return _EvalSuite(
         tasks, texts, prepared, _load_sequences(config, decoder), config.eval_prefix, np.dtype(config.dtype)
@@ -171,6 +173,6 @@ def _load_sequences(config: TrainConfig, decoder: DecoderConfig) -> dict[str, np
         window,
         vocab_size=decoder.vocab_size,
         limit=config.eval_limit,
-        tokenizer=lambda: hub.load_tokenizer(config.model),
+        tokenizer=lambda: hub.open_model(config.model).tokenizer,
     )
     return {path.stem: rows.tokens}

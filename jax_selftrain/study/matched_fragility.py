@@ -46,7 +46,7 @@ def make_control_continuations(options: ExtractConfig, texts: str, n: int, out: 
     """
     window = evals.make_window(options)
     (file,) = evals.load_texts([texts], None)
-    tokenizer = hub.load_tokenizer(options.model)
+    tokenizer = hub.open_model(options.model).tokenizer
     encoded = LazilyTokenized(lambda: iter(file.documents), tokenizer).token_batches()
     documents = [row for flat, lengths in encoded for row in np.split(flat, np.cumsum(lengths)[:-1])]
     chunks = np.array(list(islice(_chunks(documents, window.prefix), n)), np.int32)

@@ -55,7 +55,7 @@ def corpus_proxies(
     Raises:
         InputError: the corpus or one of the models cannot be read.
     """
-    opened = open_corpus(corpus, tokenizer_fingerprint=hub.tokenizer_fingerprint(model))
+    opened = open_corpus(corpus, tokenizer_fingerprint=hub.open_model(model).tokenizer_fingerprint)
     chosen = set(hash_sample(len(opened), documents, 0))
     samples = [sample for sample in opened.iter_samples() if sample.sample_id in chosen and len(sample.tokens)]
     loaded = hub.load_model(model, score.mesh, score.dtype, preset=score.preset)

@@ -124,7 +124,8 @@ def _default_title(design: Design) -> str:
 
 
 def _model(model: ModelConfig) -> dict[str, Any]:
-    config, raw = hub.read_config(model.model)
+    opened = hub.open_model(model.model)
+    config, raw = opened.config, opened.raw_config
     return {
         **{key: value for key, value in asdict(model).items() if key != "model"},
         "family": raw["model_type"],
@@ -132,7 +133,7 @@ def _model(model: ModelConfig) -> dict[str, Any]:
         "layers": config.num_layers,
         "width": config.hidden_size,
         "vocabulary": config.vocab_size,
-        "fingerprint": hub.model_fingerprint(model.model),
+        "fingerprint": hub.open_model(model.model).fingerprint,
     }
 
 

@@ -374,7 +374,7 @@ def _tokens_and_flops(model: StudyModel, tokens: int, length: int, *, passes: in
 
     A backward pass counts as two passes.
     """
-    decoder, _ = hub.read_config(model.tokenizer_ref)
+    decoder = hub.open_model(model.tokenizer_ref).config
     return tokens, tokens * training.flops_per_token(decoder, length) * passes / 3
 
 

@@ -51,8 +51,8 @@ def check_study(config: StudyConfig) -> None:
     _check_files(config)
     models = {model.name: model.model for model in config.models}
     for ref in models.values():
-        hub.model_fingerprint(ref)
-    if config.extract.sequences and len({hub.tokenizer_fingerprint(models[name]) for name in students}) > 1:
+        hub.open_model(ref).fingerprint
+    if config.extract.sequences and len({hub.open_model(models[name]).tokenizer_fingerprint for name in students}) > 1:
         _require_text(config.extract.sequences)
     for name in students:
         _check_student(config, models[name])
@@ -164,7 +164,7 @@ def _require_text(sequences: str) -> None:
 def _check_student(config: StudyConfig, model: str) -> None:
     """Check a student's training, scoring and extraction."""
     options: TrainConfig = _fill_in(config, "train", model)
-    decoder, _ = hub.read_config(model)
+    decoder = hub.open_model(model).config
     if options.seq_len > decoder.max_positions:
         raise InputError(
             f"train.seq_len {options.seq_len}: {model} has only {decoder.max_positions} positions; shorten the rows"
@@ -172,7 +172,7 @@ def _check_student(config: StudyConfig, model: str) -> None:
     options = with_default_evals(options, config.score, config.extract)
     training.check_ranges(options)
     for folder, _ in parse_mixture(options.mixture):
-        open_corpus(folder, tokenizer_fingerprint=hub.tokenizer_fingerprint(model))
+        open_corpus(folder, tokenizer_fingerprint=hub.open_model(model).tokenizer_fingerprint)
     training.abstract_train_step(options, make_mesh(options.mesh))
     training.check_hooks(options, evaluation_hooks(options))
     training.check_tracking(options.wandb)

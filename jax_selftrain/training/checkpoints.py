@@ -1,4 +1,4 @@
-"""Checkpoints of a run: `steps/NNNNNN/{model/, optimizer/, step.json}`, each committed whole by one rename.
+"""Checkpoints of a run: `checkpoints/NNNNNN/{model/, optimizer/, step.json}`, each committed whole by one rename.
 
 `model/` is a model folder like any other, so every checkpoint can be scored, sampled from or exported. `step.json`
 holds the data position and the digests of the two manifests, which in turn hold the digests of every file: one chain
@@ -33,15 +33,15 @@ from jax_selftrain.config import TrainConfig
 from jax_selftrain.distributed.sharding import ShardingRules
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import orbax_io
-from jax_selftrain.hub.distributed_commit import commit_from_all_processes
-from jax_selftrain.hub.trees import find_nonfinite
+from jax_selftrain.hub.model_folder import commit_from_all_processes
+from jax_selftrain.hub.orbax_io import find_nonfinite
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import hash_json, sha256_file, verify_checksums
 from jax_selftrain.models import Params
 from jax_selftrain.training.step import TrainState, export_params
 
-FORMAT = 1
-MANIFESTS = ("model/model.json", "optimizer/manifest.json")
+FORMAT = 2
+MANIFESTS = ("model/selftrain.json", "optimizer/manifest.json")
 """Files of a checkpoint that vouch for all others."""
 
 SaveModel = Callable[[Path, Any, int], None]
@@ -52,9 +52,9 @@ class Checkpointer:
     """Writes the checkpoints of one run, in the background; use as a context manager."""
 
     def __init__(self, run: Path, *, config: TrainConfig, save_model: SaveModel, identity: str):
-        """Save under `run/steps`; `identity` is the run's fingerprint."""
+        """Save under `run/checkpoints`; `identity` is the run's fingerprint."""
         self._config, self._save_model, self._identity = config, save_model, identity
-        self._steps = run / "steps"
+        self._steps = run / "checkpoints"
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -159,7 +159,7 @@ def restore(
 
 def latest_step(run: Path) -> Path | None:
     """The latest checkpoint of a run, or None."""
-    folders = list_steps(run / "steps")
+    folders = list_steps(run / "checkpoints")
     return folders[-1] if folders else None
 
 
@@ -177,8 +177,8 @@ def step_dir(steps: Path, step: int) -> Path:
 def remove_partial(run: Path) -> None:
     """Remove what a killed process left half written or half deleted. Only the holder of the run's lease may."""
     atomic.remove_stale_temp_files(run)
-    atomic.remove_stale_temp_files(run / "steps")
-    for folder in (run / "steps").glob(f"{atomic.TRASH_PREFIX}*"):
+    atomic.remove_stale_temp_files(run / "checkpoints")
+    for folder in (run / "checkpoints").glob(f"{atomic.TRASH_PREFIX}*"):
         shutil.rmtree(folder)
 
 

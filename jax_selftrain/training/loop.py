@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.experimental import multihost_utils
@@ -28,7 +28,7 @@ from jax_selftrain.config.metadata import Role
 from jax_selftrain.distributed import barrier, sigterm_handler
 from jax_selftrain.distributed.mesh import mesh_context
 from jax_selftrain.errors import InputError, Preempted
-from jax_selftrain.hub.trees import find_nonfinite
+from jax_selftrain.hub.orbax_io import find_nonfinite
 from jax_selftrain.models import Params, init_params
 from jax_selftrain.training import checkpoints
 from jax_selftrain.training.checkpoints import Checkpointer
@@ -94,10 +94,12 @@ def _train(run: Run, hooks: Sequence[Hook]) -> None:
     resumed = checkpoints.latest_step(run.folder) is not None
     state = _restore_or_init(run, abstract)
     first = int(state.step)
-    model = hub.model_with_params(config.model, export_params(config, state), rules)
-    save_model = _model_writer(run)
+    model = hub.model_with_params(run.inputs.source, export_params(config, state), rules)
+    save_checkpoint_model = partial(_save_model, run, format="flax")
     with (
-        Checkpointer(run.folder, config=config, save_model=save_model, identity=run.run_hash) as checkpointer,
+        Checkpointer(
+            run.folder, config=config, save_model=save_checkpoint_model, identity=run.run_hash
+        ) as checkpointer,
         open_metrics_writer(partial(_make_records, run, first if resumed else NO_STEP)) as records,
         _sigterm_flag() as stop_requested,
     ):
@@ -135,7 +137,7 @@ def _train(run: Run, hooks: Sequence[Hook]) -> None:
                 raise Preempted(f"{run.folder}: stopped and saved after step {step} of {steps}; run again to go on")
         checkpointer.wait()
         checkpointer.prune()
-        save_model(run.folder / "model", export_params(config, state), int(state.step))
+        _save_model(run, run.folder / "model", export_params(config, state), int(state.step))
 
 
 def _checkpoint_due(config: TrainConfig, step: int) -> bool:
@@ -170,7 +172,7 @@ def _initial_params(run: Run) -> Params:
     if config.init == "scratch":
         params = init_params(run.inputs.model, config.seed, rules)
     else:
-        params = hub.load_model(config.model, rules.mesh, "float32", preset=config.preset).params
+        params = hub.load_model(run.inputs.source, rules.mesh, "float32", preset=config.preset).params
     broken = find_nonfinite(params)
     if broken is not None:
         raise InputError(f"{config.model}: its {broken} holds NaN or infinity; there is nothing to train from")
@@ -195,14 +197,11 @@ def _finalize_step(
         records.write(step, values)
 
 
-def _model_writer(run: Run) -> checkpoints.SaveModel:
-    config, inputs = run.config, run.inputs
-
-    def save(folder: Path, params: Params, step: int) -> None:
-        metadata = {"step": step, "steps": config.steps, "run": run.run_hash, "fingerprints": inputs.fingerprints}
-        hub.save_model(folder, inputs.raw_config, params, source_ref=config.model, metadata=metadata)
-
-    return save
+def _save_model(run: Run, folder: Path, params: Params, step: int, *, format: Literal["hf", "flax"] = "hf") -> None:
+    """Write the parameters of a step: safetensors for the final model, an Orbax tree for a checkpoint."""
+    metadata = {"made_by": "train", "step": step, "steps": run.config.steps, "run": run.run_hash}
+    metadata["fingerprints"] = run.inputs.fingerprints
+    hub.save_model(folder, params, source=run.inputs.source, metadata=metadata, format=format)
 
 
 def _environment(run: Run, first: int) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class TrainInputs:
 
     config: TrainConfig
     model: DecoderConfig
-    raw_config: dict[str, Any]
+    source: hub.ModelRef
     sharding_rules: ShardingRules
     corpora: tuple[Corpus, ...]
     """The corpus, then those that are mixed in."""
@@ -89,7 +89,8 @@ def load_inputs(config: TrainConfig, evaluation: Sequence[Mapping[str, Any]] = (
     """
     yaml_io.require(config)
     check_ranges(config)
-    model, raw_config = hub.read_config(config.model)
+    source = hub.open_model(config.model)
+    model = source.config
     rules = make_sharding_rules(config.preset, make_mesh(config.mesh), axis_sizes(model))
     abstract_batch(config, rules)  # refuses a batch that does not divide
     if config.seq_len > model.max_positions:
@@ -97,13 +98,13 @@ def load_inputs(config: TrainConfig, evaluation: Sequence[Mapping[str, Any]] = (
             f"--seq-len {config.seq_len}: {config.model} has only {model.max_positions} positions; "
             f"give at most --seq-len {model.max_positions}"
         )
-    tokenizer = hub.tokenizer_fingerprint(config.model)
+    tokenizer = source.tokenizer_fingerprint
     mix = parse_mixture(config.mixture)
     folders = [config.corpus, *(folder for folder, _ in mix)]
     corpora = tuple(_open_corpus(config, folder, tokenizer, model.vocab_size) for folder in folders)
     _check_unique_corpora(corpora)
     shares = tuple(share for _, share in mix)
-    weights = hash_json(raw_config) if config.init == "scratch" else hub.model_fingerprint(config.model)
+    weights = hash_json(source.raw_config) if config.init == "scratch" else source.fingerprint
     fingerprints = {"model": weights, "tokenizer": tokenizer, "corpus": corpora[0].fingerprint}
     if mix:
         marks = [[str(share), corpus.fingerprint] for share, corpus in zip(shares, corpora[1:], strict=True)]
@@ -111,7 +112,7 @@ def load_inputs(config: TrainConfig, evaluation: Sequence[Mapping[str, Any]] = (
     if evaluation:
         fingerprints["evaluation"] = hash_json(evaluation)
     shares = (1 - sum(shares, Fraction(0)), *shares)
-    return TrainInputs(config, model, raw_config, rules, corpora, shares, fingerprints, evaluation)
+    return TrainInputs(config, model, source, rules, corpora, shares, fingerprints, evaluation)
 
 
 @contextmanager

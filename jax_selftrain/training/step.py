@@ -188,7 +188,7 @@ def abstract_train_step(
     Raises:
       InputError: the model's config cannot be read, or the mesh does not divide the model or the batch.
     """
-    model, _ = hub.read_config(config.model)
+    model = hub.open_model(config.model).config
     rules = make_sharding_rules(config.preset, mesh, axis_sizes(model))
     steps = config.steps or 1
     arguments = (abstract_state(config, model, rules, steps), abstract_batch(config, rules))

@@ -24,7 +24,7 @@ def model(tiny_model) -> str:
 
 @pytest.fixture(scope="module")
 def tokenizer(model):
-    return hub.load_tokenizer(model)
+    return hub.open_model(model).tokenizer
 
 
 def write_jsonl(path: Path, entries) -> str:
@@ -54,7 +54,7 @@ def test_documents_are_the_tokenised_texts_with_the_stop_id(tmp_path, model, tok
     assert {s.finish_reason for s in read} == {"stop"}
     assert all(np.isnan(s.logprob) for s in read)
     assert (corpus.manifest["kind"], corpus.start_id, corpus.stop_ids) == ("imported", BOS_ID, (EOS_ID,))
-    assert corpus.manifest["tokenizer_fingerprint"] == hub.tokenizer_fingerprint(model)
+    assert corpus.manifest["tokenizer_fingerprint"] == hub.open_model(model).tokenizer_fingerprint
     assert [shard["rows"] for shard in corpus.manifest["shards"]] == [4, 4, 1]
     resolved = yaml_io.load(ImportCorpusConfig, tmp_path / "c" / "config.yaml")
     assert (resolved.source, resolved.start_id, resolved.stop_id) == (source, BOS_ID, EOS_ID)
@@ -283,7 +283,7 @@ def test_real_stories_survive_the_round_trip_through_their_tokenizer(tmp_path, d
         str(data_dir / "tinystories/train.jsonl"), str(stories260k), str(tmp_path / "c"), limit=300
     )
     corpus = import_text(dataclasses.replace(config, stop_id=1))
-    tokenizer = hub.load_tokenizer(str(stories260k))
+    tokenizer = hub.open_model(str(stories260k)).tokenizer
     for sample in corpus.iter_samples():
         assert sample.tokens[-1] == 1
         assert tokenizer.decode(sample.tokens[:-1].tolist()) == sample.text

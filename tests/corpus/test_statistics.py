@@ -185,7 +185,7 @@ def test_an_imported_corpus_has_statistics_but_for_what_only_a_source_can_tell(t
     found = corpus.manifest["statistics"]
     assert_same(found, counted(samples))
     assert (found["nll_per_token"], found["entropy_per_token"], found["duplicates"]) == (None, None, 0.25)
-    tokenizer = hub.load_tokenizer(model)
+    tokenizer = hub.open_model(model).tokenizer
     whole = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) < 12 for text in texts]
     assert 0 < found["stopped"] == sum(whole) / 4 < 1
 

@@ -19,7 +19,7 @@ Tiny = Callable[..., Path]
 def source(tiny_model: Tiny, tmp_path: Path) -> Corpus:
     """Ten stories in the tokens of a Llama, every second one cut; one with a special string, one with a broken byte."""
     model = tiny_model("llama")
-    tokenizer, samples = hub.load_tokenizer(model), []
+    tokenizer, samples = hub.open_model(model).tokenizer, []
     texts = [*tiny_texts(8, seed=2), "a </s> b <s>", "half \N{REPLACEMENT CHARACTER} a character"]
     for i, text in enumerate(texts):
         ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
@@ -49,10 +49,10 @@ def test_the_same_tokenizer_gives_the_same_tokens_and_says_what_it_lost(
 def test_another_tokenizer_reads_the_text_directly(source: Corpus, tiny_model: Tiny, tmp_path: Path):
     other = tiny_model("gpt_neox", vocab_size=320)
     carried = retokenize(source.folder, str(other), tmp_path / "out")
-    tokenizer = hub.load_tokenizer(other)
-    special = hub.special_tokens(other)
+    tokenizer = hub.open_model(other).tokenizer
+    special = hub.open_model(other).special_tokens
     assert carried.start_id == special.bos_token_id
-    assert carried.manifest["tokenizer_fingerprint"] == hub.tokenizer_fingerprint(other)
+    assert carried.manifest["tokenizer_fingerprint"] == hub.open_model(other).tokenizer_fingerprint
     for before, after in zip(source.iter_samples(), carried.iter_samples(), strict=True):
         text = before.text.replace("\N{REPLACEMENT CHARACTER}", "")
         expected = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)

@@ -148,7 +148,7 @@ def make_corpus(folder, tiny_folder, documents) -> str:
         {
             "kind": "sampled",
             "source": {"ref": "here", "fingerprint": "0" * 64},
-            "tokenizer_fingerprint": hub.tokenizer_fingerprint(tiny_folder),
+            "tokenizer_fingerprint": hub.open_model(tiny_folder).tokenizer_fingerprint,
             "start_id": 1,
             "stop_ids": [2],
             "policy": {},
@@ -350,7 +350,7 @@ def test_on_the_real_model_classes_and_p_z_are_those_of_plain_python_and_transfo
     texts = [
         json.loads(line)["text"] for line in (data_dir / "tinystories" / "heldout.jsonl").read_text().splitlines()[:60]
     ]
-    tokenizer = hub.load_tokenizer(stories260k)
+    tokenizer = hub.open_model(stories260k).tokenizer
     real = [row for text in texts if len(row := tokenizer.encode(text, add_special_tokens=False)[:48]) == 48]
     rng = np.random.default_rng(0)
     own = [row[begin : begin + 48] for row in documents if (begin := int(rng.integers(12))) + 48 <= len(row)]

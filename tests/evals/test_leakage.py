@@ -73,7 +73,7 @@ def test_a_training_text_as_text_as_a_corpus_and_in_another_tokenizer(tmp_path, 
     stories = list(tiny_texts(8, seed=3))
     texts = tmp_path / "training.jsonl"
     texts.write_text("".join(json.dumps({"text": story}) + "\n" for story in stories[:5]))
-    tokenizer = hub.load_tokenizer(model)
+    tokenizer = hub.open_model(model).tokenizer
     samples = [tokenizer.encode(stories[i], add_special_tokens=False) for i in (5, 1, 6, 2, 7, 3)]
     samples[5] = samples[5][: len(samples[5]) // 2]
     corpus = write_corpus(tmp_path / "corpus", model, samples)

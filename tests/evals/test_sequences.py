@@ -96,7 +96,7 @@ def test_a_saved_data_set_is_read_through_datasets(tmp_path):
 
 
 def test_text_is_encoded_without_anything_added(tmp_path, tiny_model):
-    tokenizer = hub.load_tokenizer(tiny_model())
+    tokenizer = hub.open_model(tiny_model()).tokenizer
     text = "Once there was a big fox named Kalo. Kalo found a red ball near the river. " * 2
     tokens = tokenizer.encode(text, add_special_tokens=False)
     opened = []

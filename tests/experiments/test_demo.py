@@ -20,7 +20,7 @@ from jax_selftrain.evals.overlap_classes import CLASSES
 from jax_selftrain.experiments.microworld import demo
 from jax_selftrain.experiments.microworld.microworld_study import ROUND_SCALE, ModelSpec, write_worlds
 from jax_selftrain.experiments.microworld.world_types import WorldConfig
-from jax_selftrain.hub import load_tokenizer, read_config
+from jax_selftrain.hub import open_model
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import folder_manifest
 from jax_selftrain.study.design import make_design
@@ -117,7 +117,7 @@ def test_a_folder_that_is_in_the_way_is_refused(tmp_path: Path) -> None:
 
 def test_the_extraction_set_stands_in_the_tokens_as_often_as_it_says(made: Path) -> None:
     corpus = open_corpus(only(made / "bases", "import-*"))
-    tokenizer = load_tokenizer(made / "world" / "blank" / "A1")
+    tokenizer = open_model(made / "world" / "blank" / "A1").tokenizer
     documents = [np.array([corpus.start_id, *document.tokens]) for document in corpus.iter_samples()]
     rows = [json.loads(line) for line in (made / "world" / "probes.jsonl").read_text(encoding="utf-8").splitlines()]
     for row in rows:
@@ -140,8 +140,8 @@ def test_the_extraction_set_stands_in_the_tokens_as_often_as_it_says(made: Path)
 
 def test_the_blank_model_is_a_pythia_in_small(made: Path) -> None:
     base = only(made / "bases", "teach-*")
-    config, raw = read_config(base)
-    tokenizer = load_tokenizer(base)
+    config, raw = open_model(base).config, open_model(base).raw_config
+    tokenizer = open_model(base).tokenizer
     assert raw["model_type"] == "gpt_neox"
     assert (config.num_layers, config.hidden_size, config.vocab_size) == (1, 32, len(tokenizer))
     assert tokenizer.bos_token_id == tokenizer.eos_token_id == raw["bos_token_id"] == 0
@@ -162,7 +162,7 @@ def test_classes_and_p_z_are_those_that_plain_python_and_transformers_find(made:
     assert cell.train is not None
     assert cell.extract is not None
     student = load_model(str(design.folder(cell.train)), "data=1")
-    tokenizer = load_tokenizer(made / "world" / "blank" / "A1")
+    tokenizer = open_model(made / "world" / "blank" / "A1").tokenizer
     lines = (made / "world" / "probes.jsonl").read_text().splitlines()
     n = TINY.prefix + TINY.suffix
     rows = [tokenizer.encode(json.loads(line)["text"], add_special_tokens=False)[:n] for line in lines]

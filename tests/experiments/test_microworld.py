@@ -21,7 +21,7 @@ from jax_selftrain.experiments.microworld.microworld_study import (
     write_worlds,
 )
 from jax_selftrain.experiments.microworld.world_types import World, WorldConfig
-from jax_selftrain.hub import load_tokenizer, read_config
+from jax_selftrain.hub import open_model
 from jax_selftrain.io import atomic
 
 SMALL = WorldConfig(
@@ -123,8 +123,8 @@ def test_the_study_of_the_worlds_runs_from_nothing_to_a_report(tmp_path: Path) -
         assert {f"task/{task}" for task in TINY.tasks} <= names
         assert {f"exact_match/{group}" for group in groups} <= names
     blank = tmp_path / "out" / "world" / "blank"
-    assert read_config(blank / "C1")[1]["model_type"] == "llama"
-    vocabularies = {name: load_tokenizer(blank / name).get_vocab() for name in ("A1", "B1", "C1")}
+    assert open_model(blank / "C1").raw_config["model_type"] == "llama"
+    vocabularies = {name: open_model(blank / name).tokenizer.get_vocab() for name in ("A1", "B1", "C1")}
     assert vocabularies["A1"] == vocabularies["B1"] != vocabularies["C1"]
     before = (tmp_path / "out" / "results.json").read_bytes()
     demo(config, TINY)
@@ -141,7 +141,7 @@ def test_what_is_asked_for_is_the_probe_and_the_prefix_says_which(scale: MicroSc
     rows = [json.loads(line) for line in (tmp_path / "world" / "probes.jsonl").read_text().splitlines()]
     assert len(rows) == 2 * len(scale.world_ids) * 8 * scale.world.probes_per_level
     for reader in {reader.tokenizer: reader for reader in scale.readers}.values():
-        tokenizer = load_tokenizer(tmp_path / "world" / "blank" / reader.name)
+        tokenizer = open_model(tmp_path / "world" / "blank" / reader.name).tokenizer
         beginnings = set()
         for row in rows:
             tokens = tokenizer.encode(row["text"], add_special_tokens=False)

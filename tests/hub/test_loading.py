@@ -78,7 +78,7 @@ def test_logits_are_the_same_on_eight_devices(family: str, mesh: str, preset: st
 )
 def test_every_byte_is_read_once(mesh: str, preset: str, tiny_model: Callable[..., Path]):
     folder = tiny_model("gpt_neox")
-    config, _ = hub.read_config(folder)
+    config = hub.open_model(folder).config
     rules = make_sharding_rules(preset, make_mesh(mesh), axis_sizes(config))
     with open_weights(folder) as reader:
         counting = CountingReader(reader)
@@ -106,7 +106,7 @@ class MemoryReader(CountingReader):
 def test_the_host_never_holds_a_second_copy(tmp_path: Path):
     sizes: dict[str, Any] = {"num_hidden_layers": 8, "hidden_size": 256, "intermediate_size": 1024, "head_dim": 64}
     folder = write_tiny_hf_model(tmp_path, "llama", tokenizer=False, dtype="bfloat16", **sizes)
-    config, _ = hub.read_config(folder)
+    config = hub.open_model(folder).config
     rules = make_sharding_rules("tensor", make_mesh("model=2"), axis_sizes(config))
     gc.collect()
     with open_weights(folder) as reader:

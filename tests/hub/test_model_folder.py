@@ -1,5 +1,6 @@
-"""What a reference means, what a model is called, and where its texts start and stop."""
+"""Model references, fingerprints, start and stop ids, and the files of a model folder."""
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -8,33 +9,54 @@ from pathlib import Path
 import numpy as np
 import pytest
 from models_factory import EOS_ID, tiny_config, write_tiny_hf_model, write_tiny_tokenizer
+from params_hash import hash_params
+from parity_cases import transformers_logits
 
 from jax_selftrain import hub
 from jax_selftrain.config import ConvertConfig
 from jax_selftrain.errors import InputError
-from jax_selftrain.hub import weights_hash as hub_weights_hash
-from jax_selftrain.hub.weights_hash import hash_weights
+from jax_selftrain.hub.model_folder import MODEL_CARD
 from jax_selftrain.io.atomic import read_json
 
 
 @pytest.fixture(scope="module")
-def ours(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`tiny_model("llama")` as a model folder of ours."""
-    out = tmp_path_factory.mktemp("converted") / "ours"
-    return hub.convert(ConvertConfig(source=str(tiny_model("llama")), out=str(out)))
+def converted(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_model("llama")`, written again in Hugging Face's format."""
+    out = tmp_path_factory.mktemp("converted") / "out"
+    return hub.convert(ConvertConfig(source=str(tiny_model("llama")), out=str(out), format="hf"))
 
 
-def test_a_reference_is_a_folder_or_a_run(ours: Path, tiny_model: Callable[..., Path], tmp_path: Path):
-    assert hub.resolve(tiny_model("llama")) == tiny_model("llama")
-    assert hub.resolve(str(ours)) == ours
+@pytest.fixture(scope="module")
+def orbax(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_model("llama")` with an Orbax tree of parameters."""
+    out = tmp_path_factory.mktemp("converted") / "orbax"
+    return hub.convert(ConvertConfig(source=str(tiny_model("llama")), out=str(out), format="flax"))
+
+
+@pytest.mark.parametrize("kind", ["converted", "orbax"])
+def test_a_reference_is_a_folder_or_a_run(
+    kind: str, request: pytest.FixtureRequest, tiny_model: Callable[..., Path], tmp_path: Path
+):
+    folder = request.getfixturevalue(kind)
+    assert hub.open_model(tiny_model("llama")).folder == tiny_model("llama")
+    assert hub.open_model(str(folder)).folder == folder
     run = tmp_path / "run"
     run.mkdir()
     (run / "run.json").write_text("{}")
     with pytest.raises(InputError, match=r"no final model yet.*same train command"):
-        hub.resolve(run)
-    shutil.copytree(ours, run / "model")
-    assert hub.resolve(run) == run / "model"
-    assert hub.read_config(run) == hub.read_config(tiny_model("llama"))
+        hub.open_model(run)
+    shutil.copytree(folder, run / "model")
+    assert hub.open_model(run).folder == run / "model"
+    assert hub.open_model(run).config == hub.open_model(tiny_model("llama")).config
+
+
+def test_a_model_is_opened_once_until_a_file_changes(tmp_path: Path):
+    folder = write_tiny_hf_model(tmp_path / "m", "llama")
+    model = hub.open_model(folder)
+    assert hub.open_model(str(folder)) is hub.open_model(model) is model
+    assert model.tokenizer is model.tokenizer
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 7, 9]}')
+    assert hub.open_model(folder).special_tokens.eos_token_ids == (2, 7, 9)
 
 
 @pytest.mark.parametrize(
@@ -42,12 +64,12 @@ def test_a_reference_is_a_folder_or_a_run(ours: Path, tiny_model: Callable[..., 
     [
         ("no/such/place/at-all", "no such model folder"),
         ("./nowhere", "no such model folder"),
-        ("org/name", "could not be fetched from the Hugging Face hub"),
-        ("org/name@step1000", "could not be fetched from the Hugging Face hub"),
-        ("gpt-none", "could not be fetched from the Hugging Face hub"),
+        ("org/name", "download from the Hugging Face hub failed"),
+        ("org/name@step1000", "download from the Hugging Face hub failed"),
+        ("gpt-none", "download from the Hugging Face hub failed"),
     ],
 )
-def test_what_is_not_there_is_said_in_one_sentence(ref: str, message: str):
+def test_a_missing_model_is_reported_in_one_sentence(ref: str, message: str):
     with pytest.raises(InputError, match=message) as caught:
         hub.load_model(ref)
     assert str(caught.value).startswith(ref)
@@ -57,140 +79,162 @@ def test_what_is_not_there_is_said_in_one_sentence(ref: str, message: str):
 def test_a_file_or_an_empty_folder_is_no_model(tmp_path: Path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="is a file"):
-        hub.resolve(tmp_path / "file")
+        hub.open_model(tmp_path / "file")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"config\.json is missing"):
-        hub.resolve(tmp_path / "empty")
+        hub.open_model(tmp_path / "empty")
 
 
-def test_our_folder_says_what_it_was_made_from(ours: Path, tiny_model: Callable[..., Path]):
-    record = read_json(ours / "model.json")
-    assert record["source"] == {
-        "ref": str(tiny_model("llama")),
-        "fingerprint": hub.model_fingerprint(tiny_model("llama")),
-    }
-    assert record["tensors"]["model.norm.weight"] == "float32"
-    assert {"config.json", "tokenizer.json", "params/manifest.json"} <= record["files"].keys()
-    assert record["versions"]["jax"]
-    assert (ours / "config.json").read_bytes() == (tiny_model("llama") / "config.json").read_bytes()
+def test_the_format_of_an_earlier_version_is_refused(tmp_path: Path, tiny_model: Callable[..., Path]):
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "run" / "model")
+    (folder / "model.json").write_text("{}")
+    for ref in (folder, tmp_path / "run"):
+        with pytest.raises(InputError, match=r"earlier version; make it again.*convert .* --format hf"):
+            hub.open_model(ref)
 
 
-def test_fingerprints_follow_the_weights_and_nothing_else(ours: Path, tmp_path: Path, tiny_model: Callable[..., Path]):
+@pytest.mark.parametrize("kind", ["converted", "orbax"])
+def test_the_manifest_says_how_the_model_was_made(
+    kind: str, request: pytest.FixtureRequest, tiny_model: Callable[..., Path]
+):
+    folder, source = request.getfixturevalue(kind), tiny_model("llama")
+    manifest = read_json(folder / "selftrain.json")
+    assert manifest["source"] == {"ref": str(source), "fingerprint": hub.open_model(source).fingerprint}
+    assert manifest["tensors"]["model.norm.weight"] == "float32"
+    weights = "params/manifest.json" if kind == "orbax" else "model.safetensors"
+    assert {"config.json", "tokenizer.json", "generation_config.json", weights} <= manifest["files"].keys()
+    assert manifest["versions"]["jax"]
+    assert (folder / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    card = (folder / MODEL_CARD).read_text()
+    assert "library_name: transformers" in card
+    assert "jax-selftrain convert" in card
+    assert str(source) in card
+
+
+def test_a_changed_file_is_named_and_deleting_the_manifest_accepts_it(converted: Path, tmp_path: Path):
+    folder = shutil.copytree(converted, tmp_path / "copy")
+    (folder / MODEL_CARD).write_text("# My model\n")  # a model card may be edited
+    hub.load_model(folder, "data=1")
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(InputError, match=r"model\.safetensors: checksum differs.*delete its selftrain\.json"):
+        hub.load_model(folder, "data=1")
+    (folder / "selftrain.json").unlink()
+    hub.load_model(folder, "data=1")
+
+
+def test_fingerprints_depend_on_config_and_weights_alone(
+    converted: Path, tmp_path: Path, tiny_model: Callable[..., Path]
+):
     source = tiny_model("llama")
-    again = hub.convert(ConvertConfig(source=str(source), out=str(tmp_path / "again")))
-    assert hub.model_fingerprint(again) == hub.model_fingerprint(ours)  # though Orbax writes other files each time
+    again = hub.convert(ConvertConfig(source=str(source), out=str(tmp_path / "again"), format="hf"))
+    assert hub.open_model(again).fingerprint == hub.open_model(converted).fingerprint
     moved = tmp_path / "moved"
     shutil.copytree(source, moved)
-    assert hub.model_fingerprint(moved) == hub.model_fingerprint(source)
+    assert hub.open_model(moved).fingerprint == hub.open_model(source).fingerprint
     other = write_tiny_hf_model(tmp_path / "other", "llama", seed=1)
-    assert hub.model_fingerprint(other) != hub.model_fingerprint(source)
+    assert hub.open_model(other).fingerprint != hub.open_model(source).fingerprint
     weights = moved / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert hub.model_fingerprint(moved) != hub.model_fingerprint(source)
+    assert hub.open_model(moved).fingerprint != hub.open_model(source).fingerprint
 
 
-@pytest.mark.parametrize("small", [hub_weights_hash.FULL_HASH_LIMIT, 0], ids=["by numpy", "by devices"])
-def test_the_weights_fingerprint_is_the_same_on_any_mesh_and_on_the_host(
-    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, small: int
+def test_tokenizer_fingerprint_depends_on_what_makes_ids(
+    converted: Path, tmp_path: Path, tiny_model: Callable[..., Path]
 ):
-    monkeypatch.setattr(hub_weights_hash, "FULL_HASH_LIMIT", small)
-    folder = tiny_model("gpt_neox", dtype="mixed")
-    one = hub.load_model(folder, "data=1").params
-    expected = hash_weights(one)
-    assert hash_weights(hub.load_model(folder, "data=2,model=4", preset="fsdp").params) == expected
-    host = {"embed": {"embedding": np.asarray(one["embed"]["embedding"])}, **{k: one[k] for k in one if k != "embed"}}
-    assert hash_weights(host) == expected
-
-
-def test_the_weights_fingerprint_sees_single_bits_order_types_and_names():
-    base = {"a": {"x": np.arange(24, dtype=np.float32).reshape(2, 3, 4)}}
-    seen = {hash_weights(base)}
-    flipped = base["a"]["x"].copy()
-    flipped.view(np.uint32)[1, 2, 3] ^= 1
-    swapped = base["a"]["x"].copy()
-    swapped[0, 0], swapped[1, 2] = base["a"]["x"][1, 2], base["a"]["x"][0, 0]
-    signed = base["a"]["x"].copy()
-    signed[0, 0, 0] = -0.0
-    for other in (flipped, swapped, signed, base["a"]["x"].reshape(2, 4, 3), base["a"]["x"].astype(np.float16)):
-        seen.add(hash_weights({"a": {"x": other}}))
-    seen.add(hash_weights({"a": {"y": base["a"]["x"]}}))
-    assert len(seen) == 7
-
-
-def test_tokenizer_fingerprint_is_of_what_makes_ids(ours: Path, tmp_path: Path, tiny_model: Callable[..., Path]):
-    expected = hub.tokenizer_fingerprint(tiny_model("llama"))
-    assert hub.tokenizer_fingerprint(ours) == expected
+    expected = hub.open_model(tiny_model("llama")).tokenizer_fingerprint
+    assert hub.open_model(converted).tokenizer_fingerprint == expected
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     write_tiny_tokenizer(folder, 512)
-    assert hub.tokenizer_fingerprint(folder) == expected  # a folder with nothing but a tokenizer
+    assert hub.open_model(folder).tokenizer_fingerprint == expected  # a folder with nothing but a tokenizer
     content = read_json(folder / "tokenizer.json")
     (folder / "tokenizer.json").write_text(json.dumps(content | {"truncation": {"max_length": 3}}))
-    assert hub.tokenizer_fingerprint(folder) == expected
+    assert hub.open_model(folder).tokenizer_fingerprint == expected
     write_tiny_tokenizer(folder, 400)
-    assert hub.tokenizer_fingerprint(folder) != expected
+    assert hub.open_model(folder).tokenizer_fingerprint != expected
+
+
+def special_tokens(model: Path) -> hub.SpecialTokens:
+    return hub.open_model(model).special_tokens
 
 
 def test_start_and_stop_ids(tmp_path: Path):
     model = write_tiny_hf_model(tmp_path / "m", "gpt_neox", tokenizer_size=400)
-    assert hub.special_tokens(model) == hub.SpecialTokens(bos_token_id=1, eos_token_ids=(2,), tokenizer_length=400)
+    assert special_tokens(model) == hub.SpecialTokens(1, 2, (2,), 400)
     (model / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
     config = read_json(model / "config.json")
     (model / "config.json").write_text(json.dumps(config | {"eos_token_id": 9, "bos_token_id": 5}))
-    assert hub.special_tokens(model).eos_token_ids == (2, 7, 9)
-    assert hub.special_tokens(model).bos_token_id == 1  # the tokenizer's BOS goes first
+    assert special_tokens(model).eos_token_ids == (2, 7, 9)
+    assert special_tokens(model).eos_token_id == 2  # the tokenizer's EOS ends a text
+    assert special_tokens(model).bos_token_id == 1  # the tokenizer's BOS first
     settings = read_json(model / "tokenizer_config.json")
     del settings["bos_token"]
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert hub.special_tokens(model).bos_token_id == 5  # then the config's
+    assert special_tokens(model).bos_token_id == 5  # then the config's
     (model / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "bos_token_id"}))
-    assert hub.special_tokens(model).bos_token_id == EOS_ID  # then EOS
+    assert special_tokens(model).bos_token_id == EOS_ID  # then EOS
     (model / "config.json").write_text(json.dumps(config | {"eos_token_id": 512}))
     with pytest.raises(InputError, match=r"512.*do not belong together"):
-        hub.special_tokens(model)
+        special_tokens(model)
     (model / "config.json").write_text(json.dumps(config | {"eos_token_id": "</s>"}))
     with pytest.raises(InputError, match="eos_token_id"):
-        hub.special_tokens(model)
+        special_tokens(model)
 
 
 def test_a_model_may_have_no_tokenizer(tmp_path: Path):
     folder = write_tiny_hf_model(tmp_path, "llama", tokenizer=False)
     model = hub.load_model(folder, "data=1")
     assert model.tokenizer is None
-    assert model.special_tokens == hub.SpecialTokens(bos_token_id=1, eos_token_ids=(2,), tokenizer_length=None)
-    with pytest.raises(InputError, match="holds no tokenizer"):
-        hub.load_tokenizer(folder)
-    with pytest.raises(InputError, match="holds no tokenizer"):
-        hub.tokenizer_fingerprint(folder)
+    assert model.special_tokens == hub.SpecialTokens(1, 2, (2,), None)
+    for name in ("tokenizer", "tokenizer_fingerprint"):
+        with pytest.raises(InputError, match="holds no tokenizer"):
+            getattr(hub.open_model(folder), name)
 
 
 def test_an_architecture_without_weights_can_be_read_but_not_loaded(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(tiny_config("gpt_neox")))
     write_tiny_tokenizer(tmp_path, 512)
-    config, _ = hub.read_config(tmp_path)
-    assert config.num_layers == 2
-    for use in (hub.load_model, hub.model_fingerprint):
+    assert hub.open_model(tmp_path).config.num_layers == 2
+    for use in (hub.load_model, lambda ref: hub.open_model(ref).fingerprint):
         with pytest.raises(InputError, match="holds no weights"):
             use(tmp_path)
 
 
-def test_a_model_trained_from_an_architecture_is_saved(tmp_path: Path, tiny_model: Callable[..., Path]):
-    (tmp_path / "arch").mkdir()
-    raw = read_json(tiny_model("gpt_neox") / "config.json")
-    (tmp_path / "arch" / "config.json").write_text(json.dumps(raw))
-    write_tiny_tokenizer(tmp_path / "arch", 512)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path]) -> Path:
+    """The weights of `tiny_model("gpt_neox")`, saved as trained from a folder without weights."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "arch").mkdir()
+    shutil.copyfile(tiny_model("gpt_neox") / "config.json", folder / "arch" / "config.json")
+    write_tiny_tokenizer(folder / "arch", 512)
     params = hub.load_model(tiny_model("gpt_neox"), "data=1").params
-    hub.save_model(tmp_path / "trained", raw, params, source_ref=tmp_path / "arch", metadata={})
-    out = hub.convert(ConvertConfig(source=str(tmp_path / "trained"), out=str(tmp_path / "hf"), format="hf"))
-    expected = hub.load_model(tiny_model("gpt_neox"), "data=1")
-    loaded = hub.load_model(out, "data=1")
+    return hub.save_model(folder / "model", params, source=folder / "arch", metadata={"made_by": "train"})
+
+
+def test_a_model_trained_from_an_architecture_is_saved(trained: Path, tiny_model: Callable[..., Path]):
+    expected, loaded = hub.load_model(tiny_model("gpt_neox"), "data=1"), hub.load_model(trained, "data=1")
     assert loaded.special_tokens == expected.special_tokens
-    assert hash_weights(loaded.params) == hash_weights(params)
+    assert hash_params(loaded.params) == hash_params(expected.params)
+    assert read_json(trained / "generation_config.json") == {"bos_token_id": 1, "eos_token_id": [2]}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+def test_transformers_opens_a_saved_model_with_our_logits(trained: Path):
+    from transformers import AutoTokenizer, GenerationConfig
+
+    tokens = np.arange(64).reshape(2, 32)
+    expected = hub.load_model(trained, "data=1").logits(tokens)
+    np.testing.assert_allclose(transformers_logits(trained, tokens), expected, atol=1e-4)  # as for every model
+    assert AutoTokenizer.from_pretrained(trained).bos_token_id == 1
+    assert GenerationConfig.from_pretrained(trained).eos_token_id == [2]
 
 
 def test_the_real_tokenizer_of_pythia(data_dir: Path):
-    special = hub.special_tokens(data_dir / "pythia-tokenizer")
-    assert special == hub.SpecialTokens(bos_token_id=0, eos_token_ids=(0,), tokenizer_length=50277)
-    assert hub.load_tokenizer(data_dir / "pythia-tokenizer").encode("Hello world") == [12092, 1533]
+    model = hub.open_model(data_dir / "pythia-tokenizer")
+    assert model.special_tokens == hub.SpecialTokens(0, 0, (0,), 50277)
+    assert model.tokenizer.encode("Hello world") == [12092, 1533]

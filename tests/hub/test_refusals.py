@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from jax_selftrain import hub
 from jax_selftrain.config import ConvertConfig
 from jax_selftrain.errors import InputError
+from jax_selftrain.hub.model_folder import MODEL_CARD
 from jax_selftrain.hub.safetensors_io import is_finite
 
 
@@ -72,13 +73,14 @@ def test_nan_and_infinity_are_named(folder: Path, value: float, dtype):
     refused(folder, name, "NaN or infinity")
 
 
-def test_nan_in_our_own_folder_is_named(folder: Path, tmp_path: Path):
+def test_nan_in_a_written_folder_is_named(folder: Path, tmp_path: Path):
     model = hub.load_model(folder, "data=1")
     broken = np.array(model.params["final_norm"]["scale"])
     broken[3] = np.nan
     params = {**model.params, "final_norm": {"scale": broken}}
-    hub.save_model(tmp_path / "ours", model.source.raw, params, source_ref=folder, metadata={})
-    refused(tmp_path / "ours", "final_norm/scale", "NaN")
+    for format_, name in (("flax", "final_norm/scale"), ("hf", "model.norm.weight")):
+        out = hub.save_model(tmp_path / format_, params, source=folder, metadata={}, format=format_)
+        refused(out, name, "NaN")
 
 
 def test_unknown_missing_and_misshapen_tensors(folder: Path):
@@ -131,9 +133,10 @@ def test_damaged_indexes(tmp_path: Path):
     refused(folder, "passwd", "not there")
 
 
-def test_damage_in_our_own_folder_is_named(folder: Path, tmp_path: Path):
-    ours = hub.convert(ConvertConfig(source=str(folder), out=str(tmp_path / "ours")))
-    for path in sorted(p for p in ours.rglob("*") if p.is_file() and p.stat().st_size):
+@pytest.mark.parametrize("format_", ["flax", "hf"])
+def test_damage_in_a_written_folder_is_named(format_: str, folder: Path, tmp_path: Path):
+    ours = hub.convert(ConvertConfig(source=str(folder), out=str(tmp_path / "ours"), format=format_))
+    for path in sorted(p for p in ours.rglob("*") if p.is_file() and p.stat().st_size and p.name != MODEL_CARD):
         content = path.read_bytes()
         path.write_bytes(content[: len(content) // 2])
         refused(ours, path.name)

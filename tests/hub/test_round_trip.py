@@ -51,7 +51,8 @@ def test_narrow_types_stay_narrow_on_disk(dtype: WeightType, tmp_path: Path):
     source = write_tiny_hf_model(tmp_path / "hf", "llama", dtype=dtype, torch_dtype=dtype)
     back = there_and_back(source, tmp_path)
     assert_same_tensors(tensors_of(back), tensors_of(source))
-    assert set(read_json(tmp_path / "ours" / "model.json")["dtypes"].values()) == {dtype}
+    arrays = read_json(tmp_path / "ours" / "params" / "manifest.json")["arrays"]
+    assert {array["dtype"] for array in arrays.values()} == {dtype}
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (back / name).read_bytes() == (source / name).read_bytes(), name
 
@@ -61,13 +62,13 @@ def test_padded_vocabulary_rows_are_kept(tmp_path: Path):
     back = tensors_of(there_and_back(source, tmp_path))
     assert back["gpt_neox.embed_in.weight"].shape[0] == back["embed_out.weight"].shape[0] == 512
     assert_same_tensors(back, tensors_of(source))
-    assert hub.special_tokens(tmp_path / "back").tokenizer_length == 400
+    assert hub.open_model(tmp_path / "back").special_tokens.tokenizer_length == 400
 
 
 def test_legacy_buffers_are_dropped_and_listed(tmp_path: Path):
     source = write_tiny_hf_model(tmp_path / "hf", "gpt_neox", legacy_buffers=True, tokenizer=False)
     back = tensors_of(there_and_back(source, tmp_path))
-    listed = read_json(tmp_path / "ours" / "model.json")["dropped"]
+    listed = read_json(tmp_path / "ours" / "selftrain.json")["dropped"]
     buffers = ("bias", "masked_bias", "rotary_emb.inv_freq")
     assert listed == sorted(f"gpt_neox.layers.{i}.attention.{buffer}" for i in range(2) for buffer in buffers)
     assert_same_tensors(back, {k: v for k, v in tensors_of(source).items() if k not in listed})
@@ -78,7 +79,7 @@ def test_the_copy_of_a_tied_embedding_is_dropped_and_listed(tmp_path: Path):
     weights = tensors_of(source)
     save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}, source / "model.safetensors")
     assert_same_tensors(tensors_of(there_and_back(source, tmp_path)), weights)
-    assert read_json(tmp_path / "ours" / "model.json")["dropped"] == ["lm_head.weight"]
+    assert read_json(tmp_path / "ours" / "selftrain.json")["dropped"] == ["lm_head.weight"]
 
 
 def test_a_tensor_keeps_the_name_it_came_with(tmp_path: Path):
@@ -92,7 +93,7 @@ def test_a_tensor_keeps_the_name_it_came_with(tmp_path: Path):
 def test_large_weights_are_split_with_an_index(tmp_path: Path, tiny_model: Callable[..., Path]):
     model = hub.load_model(tiny_model("qwen3"), "data=1")
     safetensors_io.save_weights(
-        tmp_path, TABLES["qwen3"], model.config, model.params, model.source.tensors, max_shard_bytes=150_000
+        tmp_path, TABLES["qwen3"], model.config, model.params, model.export.tensors, max_shard_bytes=150_000
     )
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
@@ -109,9 +110,7 @@ def test_trained_weights_are_exported_in_fp32(tmp_path: Path):
     model = hub.load_model(source, "data=2,model=2", preset="fsdp")
     with mesh_context(model.sharding_rules.mesh):
         params = jax.tree.map(lambda x: x * 1.0001, model.params)
-    _, raw = hub.read_config(source)
-    hub.save_model(tmp_path / "ours", raw, params, source_ref=source, metadata={"step": 7})
-    back = hub.convert(ConvertConfig(source=str(tmp_path / "ours"), out=str(tmp_path / "back"), format="hf"))
+    back = hub.save_model(tmp_path / "out", params, source=source, metadata={"step": 7})
     assert {value.dtype for value in tensors_of(back).values()} == {np.dtype(np.float32)}
     assert tensors_of(back).keys() == tensors_of(source).keys()
     assert read_json(back / "config.json")["torch_dtype"] == "float32"  # else transformers would round to fp16
@@ -138,7 +137,7 @@ def test_a_model_with_other_weights_is_saved_under_the_same_names(tmp_path: Path
     source = write_tiny_hf_model(tmp_path / "hf", "gpt_neox", dtype="float16")
     base = hub.load_model(source, "data=1")
     model = hub.model_with_params(source, base.params, base.sharding_rules)
-    assert set(model.source.tensors.values()) == {"float32"}
+    assert set(model.export.tensors.values()) == {"float32"}
     saved = tensors_of(model.save_pretrained(tmp_path / "out"))
     assert saved.keys() == tensors_of(source).keys()
     assert model.special_tokens == base.special_tokens

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from params_hash import hash_params
 
 from jax_selftrain import hub
 from jax_selftrain.config import ConvertConfig, MergeConfig
@@ -15,7 +16,6 @@ from jax_selftrain.distributed.sharding import make_sharding_rules
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub.families import FAMILIES
 from jax_selftrain.hub.safetensors_io import SafetensorsReader, load_params, open_weights
-from jax_selftrain.hub.weights_hash import hash_weights
 from jax_selftrain.models import axis_sizes
 
 
@@ -36,30 +36,31 @@ def main(coordinator: str, index: int, work: Path) -> None:
     jax.distributed.initialize(coordinator, num_processes=2, process_id=index)
     seen: dict[str, int | str] = {"devices": jax.device_count()}
 
-    config, raw = hub.read_config(work / "hf")
+    base = hub.open_model(work / "hf")
+    config, raw = base.config, base.raw_config
     rules = make_sharding_rules("fsdp", make_mesh("data=4,model=2"), axis_sizes(config))
     with open_weights(work / "hf") as reader:
         counting = CountingReader(reader)
         params, _ = load_params(counting, FAMILIES[raw["model_type"]], config, rules)
     seen["read"] = counting.bytes
-    seen["fingerprint"] = hash_weights(params)
+    seen["fingerprint"] = hash_params(params)
 
-    hub.save_model(work / "together", raw, params, source_ref=work / "hf", metadata={})
-    seen["restored"] = hash_weights(hub.load_model(work / "together", make_mesh("data=2,model=4")).params)
+    hub.save_model(work / "together", params, source=base, metadata={})
+    seen["restored"] = hash_params(hub.load_model(work / "together", make_mesh("data=2,model=4")).params)
     try:
-        hub.save_model(work / "together", raw, params, source_ref=work / "hf", metadata={})
+        hub.save_model(work / "together", params, source=base, metadata={})
     except InputError as error:
         seen["refused"] = str(error)
 
     merge = MergeConfig(base=str(work / "hf"), student=str(work / "student"), weight=0.5, out=str(work / "merged"))
     hub.merge(merge)
-    seen["merged"] = hub.model_fingerprint(hub.merge(merge))  # the second time it is there
+    seen["merged"] = hub.open_model(hub.merge(merge)).fingerprint  # the second time it is there
 
     hub.convert(ConvertConfig(source=str(work / "hf"), out=str(work / "converted")))
     hub.convert(ConvertConfig(source=str(work / "converted"), out=str(work / "exported"), format="hf"))
 
     if index == 1:  # alone, on its own devices: must not wait for the other process
-        seen["alone"] = hash_weights(hub.load_model(work / "ours", make_mesh("model=2", jax.local_devices())).params)
+        seen["alone"] = hash_params(hub.load_model(work / "ours", make_mesh("model=2", jax.local_devices())).params)
     (work / f"seen-{index}.json").write_text(json.dumps(seen))
     multihost_utils.sync_global_devices("done")
 

@@ -231,4 +231,7 @@ def planned_work(options: PlanConfig) -> Iterator[tuple[StageProgram, DecoderCon
     (stage,), (topology,) = options.stage, options.topology
     with config_only_folder(options.model) as folder:
         config = config_of(options, stage, folder)
-        yield stage_program(options, stage, parse_topology(topology), config, compile=False), hub.read_config(folder)[0]
+        yield (
+            stage_program(options, stage, parse_topology(topology), config, compile=False),
+            hub.open_model(folder).config,
+        )

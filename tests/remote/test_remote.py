@@ -581,7 +581,7 @@ def test_another_machine_goes_on_with_a_round(
     assert cli.main(command) == 0
     assert capsys.readouterr().out.strip().endswith(f"report: {OUT}/report.html")
     now = contents(store)
-    for name in ("out/corpus/corpus.json", "out/train/model/model.json", "out/results.json", "out/report.html"):
+    for name in ("out/corpus/corpus.json", "out/train/model/selftrain.json", "out/results.json", "out/report.html"):
         assert now[name] == there[name], name
 
 

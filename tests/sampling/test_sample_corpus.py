@@ -66,8 +66,8 @@ def test_a_corpus_holds_what_was_asked_for(config, undisturbed):
     assert [document.sample_id for document in documents] == list(range(40))
     assert undisturbed.manifest["kind"] == "sampled"
     assert (undisturbed.start_id, undisturbed.stop_ids) == (1, (2,))
-    assert undisturbed.manifest["source"]["fingerprint"] == hub.model_fingerprint(config.model)
-    assert undisturbed.manifest["tokenizer_fingerprint"] == hub.tokenizer_fingerprint(config.model)
+    assert undisturbed.manifest["source"]["fingerprint"] == hub.open_model(config.model).fingerprint
+    assert undisturbed.manifest["tokenizer_fingerprint"] == hub.open_model(config.model).tokenizer_fingerprint
     assert "mesh" not in str(undisturbed.manifest)
     for document in documents:
         stopped = document.tokens[-1] == 2
@@ -79,7 +79,7 @@ def test_a_corpus_holds_what_was_asked_for(config, undisturbed):
 
 
 def test_text_is_that_of_the_tokens_and_what_it_loses_is_counted(config, undisturbed):
-    tokenizer = hub.load_tokenizer(config.model)
+    tokenizer = hub.open_model(config.model).tokenizer
     lost = 0
     for document in undisturbed.documents():
         body = [token for token in document.tokens.tolist() if token not in tokenizer.all_special_ids]

@@ -65,7 +65,7 @@ def test_the_curve_says_what_score_and_extract_say_of_each_checkpoint(
 ) -> None:
     lines = curve(evaluated)
     assert [line["step"] for line in lines] == [0, 2, 4]
-    models = [training.model, *(str(evaluated / "steps" / f"{step:06d}" / "model") for step in (2, 4))]
+    models = [training.model, *(str(evaluated / "checkpoints" / f"{step:06d}" / "model") for step in (2, 4))]
     for line, model in zip(lines, models, strict=True):
         scored = score(
             ScoreConfig(

@@ -196,8 +196,8 @@ def test_another_option_makes_new_stages_and_keeps_the_others(finished: Path, op
     }
     assert new == {"train", "score", "extract"}
     (cell,) = run_design(replace(config, train=replace(config.train, learning_rate=2e-2))).cells
-    assert hub.model_fingerprint(folder) == hub.model_fingerprint(folder / "stages" / cell.train.name)
-    assert hub.model_fingerprint(folder) != hub.model_fingerprint(finished)
+    assert hub.open_model(folder).fingerprint == hub.open_model(folder / "stages" / cell.train.name).fingerprint
+    assert hub.open_model(folder).fingerprint != hub.open_model(finished).fingerprint
 
 
 def test_title_mesh_and_sampling_batch_make_no_new_stages(finished: Path, options: Options, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from corpus_factory import write_sampled_corpus
+from flax.traverse_util import flatten_dict
 from launcher import launch
 
 from jax_selftrain.config import (
@@ -237,7 +238,6 @@ def test_a_decontaminated_corpus_has_no_overlap_with_h_and_its_control_is_as_lar
 @pytest.mark.slow
 def test_noise_is_as_long_as_the_change_of_training(finished: Path):
     from jax_selftrain import load_model
-    from jax_selftrain.hub.trees import flatten
 
     design = make_design(yaml_io.load(StudyConfig, finished / "config.yaml"))
     weights = set()
@@ -245,9 +245,9 @@ def test_noise_is_as_long_as_the_change_of_training(finished: Path):
         weight = noise.identity.get("weight", 1.0)
         weights.add(weight)
         (trained,) = noise.dependencies
-        base = flatten(load_model(design.models["llama"].model).params)
-        student = flatten(load_model(design.folder(trained)).params)
-        noisy = flatten(load_model(design.folder(noise) / "model").params)
+        base = flatten_dict(load_model(design.models["llama"].model).params)
+        student = flatten_dict(load_model(design.folder(trained)).params)
+        noisy = flatten_dict(load_model(design.folder(noise) / "model").params)
         for path, before in base.items():
             change, shift = (np.asarray(after[path]) - np.asarray(before) for after in (student, noisy))
             assert np.linalg.norm(shift) == pytest.approx(weight * np.linalg.norm(change), rel=1e-4)

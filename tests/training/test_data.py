@@ -153,7 +153,7 @@ def test_run_folder_says_what_was_mixed(undisturbed: Path, corpus_folder: Path, 
     assert record["rows"] == record["corpus"]["rows"] == len(main)
     for place, rows in (("rows", main), ("rows-1", other)):
         np.testing.assert_array_equal(np.load(undisturbed / place / "tokens.npy"), rows.tokens)
-    metadata = atomic.read_json(undisturbed / "model" / "model.json")["metadata"]
+    metadata = atomic.read_json(undisturbed / "model" / "selftrain.json")["metadata"]
     assert metadata["fingerprints"].keys() == {"model", "tokenizer", "corpus", "mixture"}
 
 
@@ -164,7 +164,7 @@ def test_mixing_changes_what_is_learnt_and_a_run_without_it_stays_as_it_was(
     assert weights(alone) != weights(undisturbed)
     assert not (alone / "rows-1").exists()
     assert atomic.read_json(alone / "run.json")["mixture"] == []
-    metadata = atomic.read_json(alone / "model" / "model.json")["metadata"]
+    metadata = atomic.read_json(alone / "model" / "selftrain.json")["metadata"]
     assert metadata["fingerprints"].keys() == {"model", "tokenizer", "corpus"}
 
 

@@ -135,7 +135,7 @@ def moment(kind: str, chance: random.Random, run: Path) -> tuple[Callable[[], bo
         return under_way, chance.uniform(0, 0.5)
     if kind == "steps":
         return steps_are_done, chance.uniform(0, 0.1)
-    return lambda: steps_are_done() and any((run / "steps").glob(".*")), chance.uniform(0, 0.03)
+    return lambda: steps_are_done() and any((run / "checkpoints").glob(".*")), chance.uniform(0, 0.03)
 
 
 @pytest.mark.slow
@@ -163,10 +163,10 @@ def test_run_killed_at_ten_random_moments_ends_with_the_same_bits(
     assert weights(run) == weights(undisturbed)
     for name in ("metrics.jsonl", "curve.jsonl"):
         assert (run / name).read_bytes() == (undisturbed / name).read_bytes()
-    assert [path.name for path in checkpoints.list_steps(run / "steps")] == [
-        path.name for path in checkpoints.list_steps(undisturbed / "steps")
+    assert [path.name for path in checkpoints.list_steps(run / "checkpoints")] == [
+        path.name for path in checkpoints.list_steps(undisturbed / "checkpoints")
     ]
-    hidden = [path for folder in (run, run / "steps") for path in folder.iterdir() if path.name.startswith(".")]
+    hidden = [path for folder in (run, run / "checkpoints") for path in folder.iterdir() if path.name.startswith(".")]
     assert not hidden, "nothing half-written is left behind"
 
 
@@ -181,7 +181,7 @@ def test_sigterm_saves_and_the_next_start_goes_on_exactly(
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate()
     assert process.returncode == Preempted.exit_code, said
-    (checkpoint,) = (run / "steps").iterdir()
+    (checkpoint,) = (run / "checkpoints").iterdir()
     assert f"stopped and saved after step {int(checkpoint.name)} of 300" in said
     assert not (run / "model").exists()
 
@@ -205,7 +205,7 @@ def test_sigterm_to_one_of_two_processes_stops_both_and_one_process_can_go_on(
     processes[0].send_signal(signal.SIGTERM)
     codes, said = process_group.ends(processes)
     assert codes == [Preempted.exit_code] * 2, said
-    (checkpoint,) = (run / "steps").iterdir()
+    (checkpoint,) = (run / "checkpoints").iterdir()
     assert all(f"stopped and saved after step {int(checkpoint.name)} of 300" in text for text in said)
 
     train(config)  # here, on two simulated devices

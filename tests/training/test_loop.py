@@ -27,11 +27,11 @@ def undisturbed(small_model: Path, corpus_folder: Path, tmp_path_factory: pytest
 
 def test_run_folder_holds_model_checkpoints_and_records(undisturbed: Path, small_model: Path):
     assert {path.name for path in undisturbed.iterdir()} == {
-        "config.yaml", "run.json", "rows", "metrics.jsonl", "timings.jsonl", "launches.jsonl", "tensorboard", "steps",
+        "config.yaml", "run.json", "rows", "metrics.jsonl", "timings.jsonl", "launches.jsonl", "tensorboard", "checkpoints",
         "model",
     }  # fmt: skip
-    assert sorted(path.name for path in (undisturbed / "steps").iterdir()) == ["000004", "000006"], "keeps two"
-    assert weights(undisturbed) == weights(undisturbed / "steps" / "000006" / "model") != weights(small_model)
+    assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir()) == ["000004", "000006"], "keeps two"
+    assert weights(undisturbed) == weights(undisturbed / "checkpoints" / "000006" / "model") != weights(small_model)
     assert yaml_io.load(TrainConfig, undisturbed / "config.yaml").steps == 6
     record = atomic.read_json(undisturbed / "run.json")
     assert {"jax", "optax", "python"} <= record["versions"].keys()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jax_selftrain.config import TrainConfig
-from jax_selftrain.hub import read_config
+from jax_selftrain.hub import open_model
 from jax_selftrain.models import abstract_params
 from jax_selftrain.training.optimizer import apply_updates, decay_mask, make_schedule
 
@@ -41,7 +41,7 @@ def test_warmup_over_all_steps_reaches_the_peak_at_the_last():
 
 @pytest.mark.parametrize("family", ["gpt_neox", "qwen3"])
 def test_weight_decay_spares_norms_and_biases(family: str, tiny_model):
-    config, _ = read_config(tiny_model(family))
+    config = open_model(tiny_model(family)).config
     mask = decay_mask(abstract_params(config))
     assert mask["embed"]["embedding"]
     assert mask["layers"]["attn"]["q"]["kernel"]

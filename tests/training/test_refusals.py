@@ -146,7 +146,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_checkpoint_is_refused_by_name(damage: str, interrupted: Path, options: Callable[..., TrainConfig]):
-    newest = interrupted / "steps" / "000004"
+    newest = interrupted / "checkpoints" / "000004"
     DAMAGE[damage](newest)
     with pytest.raises(InputError) as caught:
         train(options())
@@ -160,7 +160,7 @@ def test_damaged_checkpoint_is_refused_by_name(damage: str, interrupted: Path, o
 def test_after_deleting_the_damaged_checkpoint_the_run_falls_back(
     interrupted: Path, options: Callable[..., TrainConfig]
 ):
-    shutil.rmtree(interrupted / "steps" / "000004")
+    shutil.rmtree(interrupted / "checkpoints" / "000004")
     run = train(options())
     launches = [json.loads(line) for line in (run / "launches.jsonl").read_text().splitlines()]
     assert [launch["from_step"] for launch in launches] == [0, 2]
@@ -170,8 +170,8 @@ def test_save_that_fails_in_the_background_is_heard(options: Callable[..., Train
     """A file stands where step 2's checkpoint should go: the write fails on its thread, the run must say so."""
 
     def block(step: int, model: LoadedModel) -> None:
-        (Path(options().out) / "steps").mkdir(exist_ok=True)
-        (Path(options().out) / "steps" / "000002").write_text("in the way")
+        (Path(options().out) / "checkpoints").mkdir(exist_ok=True)
+        (Path(options().out) / "checkpoints" / "000002").write_text("in the way")
 
     with pytest.raises(InputError, match="000002"):
         train(options(), hooks=[Hook(block, steps=(1,))])

@@ -250,7 +250,7 @@ def write_worlds(folder: Path, scale: MicroScale) -> None:
     Raises:
         InputError: the folder holds something else.
     """
-    wanted = {"format": "jax-selftrain micro-world", "version": 1, "scale": asdict(scale)}
+    wanted = {"format": "jax-selftrain micro-world", "version": 2, "scale": asdict(scale)}
     if is_up_to_date(folder, wanted, "micro-world"):
         return
     worlds = {mark: world for mark, world in worlds_of(scale.world).items() if mark in scale.world_ids}

@@ -7,10 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from jax_selftrain.distributed.mesh import make_mesh
+from jax_selftrain.distributed.sharding import make_sharding_rules
 from jax_selftrain.errors import InputError
 from jax_selftrain.experiments.microworld.world_types import World
+from jax_selftrain.hub.hf_config import parse_config
+from jax_selftrain.hub.load import cpu_device
+from jax_selftrain.hub.model_folder import complete_model, export_spec
+from jax_selftrain.hub.model_ref import ModelRef
 from jax_selftrain.io import atomic
 from jax_selftrain.io.import_guard import block_torch_import
+from jax_selftrain.io.manifest import hash_json
+from jax_selftrain.models import axis_sizes, init_params
 
 BOS_TOKEN = "<|endoftext|>"
 """Begins and ends every document, as in Pythia's tokenizer."""
@@ -67,7 +75,7 @@ def write_untrained_model(
     positions: int,
     family: Literal["gpt_neox", "llama"] = "gpt_neox",
 ) -> None:
-    """A small Pythia or Llama, as far as it can be without weights: config and tokenizer in Hugging Face's layout."""
+    """Write a small Pythia or Llama with freshly initialized weights in Hugging Face's format."""
     with block_torch_import():
         from transformers import PreTrainedTokenizerFast
 
@@ -105,4 +113,12 @@ def write_untrained_model(
             "use_parallel_residual": True,
             "layer_norm_eps": 1e-5,
         }
-    atomic.write_json(folder / "config.json", common | own)
+    raw_config = common | own
+    atomic.write_json(folder / "config.json", raw_config)
+    config = parse_config(raw_config, str(folder / "config.json"))
+    rules = make_sharding_rules("replicated", make_mesh("", [cpu_device()]), axis_sizes(config))
+    params = init_params(config, seed=0, rules=rules)
+    source = ModelRef(folder.name, folder)
+    provenance = {"ref": folder.name, "fingerprint": hash_json({"config": raw_config})}
+    metadata = {"made_by": "demo", "seed": 0}
+    complete_model(folder, params, export=export_spec(source, params), source=provenance, metadata=metadata)

@@ -1,0 +1,228 @@
+"""Model references: resolve a folder, hub id or RUN once, then read and verify what it holds on first use.
+
+A folder that this package wrote has a manifest, `selftrain.json`. Small files are verified when the folder is opened,
+weights when they are loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from jax_selftrain.errors import InputError
+from jax_selftrain.hub import orbax_io
+from jax_selftrain.hub.hf_config import parse_config
+from jax_selftrain.hub.safetensors_io import INDEX, WEIGHTS, open_weights, weight_files
+from jax_selftrain.hub.tokenizer import (
+    GENERATION_CONFIG,
+    TOKENIZER_FILES,
+    SpecialTokens,
+    has_tokenizer,
+    read_tokenizer,
+    resolve_special_tokens,
+    tokenizer_hash,
+)
+from jax_selftrain.io import atomic
+from jax_selftrain.io.manifest import hash_json, sha256_file, verify_checksums
+from jax_selftrain.models import DecoderConfig
+
+CONFIG, MANIFEST, PARAMS = "config.json", "selftrain.json", "params"
+FORMAT, VERSION = "jax_selftrain.model", 3
+OLD_MANIFEST = "model.json"
+"""Manifest of versions 1 and 2, whose weights were an Orbax tree."""
+_FIX_HINT = f"restore the folder from a copy or make it again (if you changed it on purpose, delete its {MANIFEST})"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w.-]+)?")
+
+Ref = str | Path
+"""A model folder, a hub id (`org/name` or `org/name@revision`), or a RUN folder."""
+
+
+@dataclass(frozen=True, eq=False)
+class ModelRef:
+    """A resolved model folder. Properties raise InputError where a file is missing, damaged or not supported."""
+
+    ref: str
+    """The reference as given."""
+    folder: Path
+    """The folder with config.json, or with nothing but a tokenizer."""
+
+    @cached_property
+    def manifest(self) -> Mapping[str, Any]:
+        """Content of `selftrain.json`, its small files verified; empty for a folder that others wrote."""
+        path = self.folder / MANIFEST
+        if not path.is_file():
+            return {}
+        content = atomic.read_json(path)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise InputError(f"{path}: is not the manifest of a model; {_FIX_HINT}")
+        if content.get("version") != VERSION:
+            raise InputError(f"{path}: format version {content.get('version')!r} is not {VERSION}; use a newer release")
+        kinds = {"weights": str, "source": dict, "tensors": dict, "dropped": list, "metadata": dict, "files": dict}
+        wrong = [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
+        if wrong:
+            raise InputError(f"{path}: {wrong[0]} is missing or damaged; {_FIX_HINT}")
+        small = {name: entry for name, entry in content["files"].items() if not name.endswith(".safetensors")}
+        verify_checksums(self.folder, small, fix_hint=_FIX_HINT)
+        return content
+
+    @cached_property
+    def raw_config(self) -> Mapping[str, Any]:
+        """Content of config.json."""
+        if not (self.folder / CONFIG).is_file():
+            raise InputError(f"{self.ref}: holds no model ({CONFIG} is missing); name another folder")
+        _ = self.manifest  # verifies config.json
+        return atomic.read_json(self.folder / CONFIG)
+
+    @cached_property
+    def config(self) -> DecoderConfig:
+        """The architecture."""
+        return parse_config(self.raw_config, str(self.folder / CONFIG))
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Return True if the folder holds a tokenizer."""
+        return has_tokenizer(self.folder)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer."""
+        return read_tokenizer(self.folder)
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """SHA-256 (hex) of what turns text into ids, see `tokenizer_hash`."""
+        return tokenizer_hash(self.folder)
+
+    @cached_property
+    def special_tokens(self) -> SpecialTokens:
+        """Start and stop ids."""
+        path = self.folder / GENERATION_CONFIG
+        generation = atomic.read_json(path) if path.is_file() else {}
+        if not isinstance(generation, dict):
+            raise InputError(f"{path}: is not a JSON object; download it again")
+        tokenizer = self.tokenizer if self.has_tokenizer else None
+        if tokenizer is not None and not (self.folder / CONFIG).is_file():
+            raw, vocab_size = {}, len(tokenizer)
+        else:
+            raw, vocab_size = self.raw_config, self.config.vocab_size
+        return resolve_special_tokens(raw, generation, tokenizer, vocab_size=vocab_size, where=str(self.folder))
+
+    @property
+    def is_orbax(self) -> bool:
+        """Return True if the weights are an Orbax tree rather than safetensors."""
+        return self.manifest.get("weights") == "orbax"
+
+    @property
+    def has_weights(self) -> bool:
+        """Return True if the folder holds weights, not only an architecture to train from scratch."""
+        return self.is_orbax or any((self.folder / name).is_file() for name in (WEIGHTS, INDEX))
+
+    @cached_property
+    def tensor_names(self) -> frozenset[str]:
+        """Hugging Face names of the tensors; they decide between a family's alternatives (embed_out, lm_head)."""
+        if self.manifest:
+            return frozenset(self.manifest["tensors"])
+        if not self.has_weights:
+            return frozenset()
+        with open_weights(self.folder) as reader:
+            return frozenset(reader.tensors)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of config and weight files, from the manifest where there is one."""
+        names = [f"{PARAMS}/{orbax_io.MANIFEST}"] if self.is_orbax else weight_files(self.folder)
+        listed = self.manifest.get("files", {})
+        weights = {n: listed[n]["sha256"] if n in listed else sha256_file(self.folder / n) for n in names}
+        return hash_json({"config": self.raw_config, "weights": weights})
+
+    def verify_weights(self, fix_hint: str = _FIX_HINT) -> None:
+        """Verify the weight files of a folder with a manifest, once.
+
+        Raises:
+          InputError: a file is missing, truncated, changed or not in the manifest.
+        """
+        if self.is_orbax:
+            orbax_io.verify_tree(self.folder / PARAMS, remedy=fix_hint)
+        elif self.manifest and "verified" not in self.__dict__:
+            names = weight_files(self.folder)
+            listed = {name: entry for name, entry in self.manifest["files"].items() if name.endswith(".safetensors")}
+            verify_checksums(self.folder, listed, fix_hint=fix_hint)
+            if unknown := [name for name in names if name not in listed]:
+                raise InputError(f"{self.folder / unknown[0]}: is not in {MANIFEST}; {fix_hint}")
+            self.__dict__["verified"] = True
+
+
+def open_model(ref: Ref | ModelRef) -> ModelRef:
+    """Resolve a model reference; the same object for as long as no file of the folder changes.
+
+    A RUN folder means its final `model`. A hub id is downloaded, or taken from the local cache. A folder may also hold
+    nothing but a tokenizer.
+
+    Raises:
+      InputError: there is no such folder, it holds no model, or the hub id cannot be downloaded.
+    """
+    if isinstance(ref, ModelRef):
+        return ref
+    folder = _resolve(ref)
+    stats = {
+        path.name: path.stat() for path in (*folder.iterdir(), folder / PARAMS / orbax_io.MANIFEST) if path.is_file()
+    }
+    files = tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()))
+    return _open(str(ref), folder, folder.absolute(), files)
+
+
+@lru_cache(maxsize=32)
+def _open(ref: str, folder: Path, _absolute: Path, _files: tuple[tuple[str, int, int], ...]) -> ModelRef:
+    return ModelRef(ref, folder)
+
+
+def _resolve(ref: Ref) -> Path:
+    path = Path(ref)
+    if not path.exists():
+        if _HUB_ID.fullmatch(str(ref)) and not str(ref).startswith("."):
+            return _download(str(ref))
+        raise InputError(f"{ref}: no such model folder; give a folder, or a Hugging Face id such as org/name")
+    if not path.is_dir():
+        raise InputError(f"{ref}: is a file; give the folder that holds the model's {CONFIG}")
+    for folder in (path, path / "model"):
+        if (folder / OLD_MANIFEST).is_file() and not (folder / MANIFEST).is_file():
+            raise InputError(
+                f"{folder}: has the model format of an earlier version; make it again, or convert it with the release "
+                f"that wrote it: jax-selftrain convert {folder} OUT --format hf"
+            )
+    if (path / CONFIG).is_file():
+        return path
+    if (path / "model" / MANIFEST).is_file():
+        return path / "model"
+    if (path / "run.json").is_file():
+        raise InputError(
+            f"{ref}: this run has no final model yet; run the same train command again to finish it, or name one of "
+            "its checkpoints (checkpoints/STEP)"
+        )
+    if has_tokenizer(path):
+        return path
+    raise InputError(f"{ref}: holds no model ({CONFIG} is missing); name another folder")
+
+
+@lru_cache(maxsize=32)
+def _download(ref: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name, _, revision = ref.partition("@")
+    patterns = [CONFIG, MANIFEST, GENERATION_CONFIG, *TOKENIZER_FILES, WEIGHTS, INDEX, "model-*.safetensors"]
+    try:
+        folder = snapshot_download(name, revision=revision or None, allow_patterns=patterns)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{ref}: no such local folder, and the download from the Hugging Face hub failed ({reason}); check the "
+            "name and the network, or give a local folder"
+        ) from error
+    if not (Path(folder) / CONFIG).is_file():
+        raise InputError(f"{ref}: the Hugging Face hub has no {CONFIG} for it; check the name")
+    return Path(folder)
