@@ -106,10 +106,12 @@ class ModelRef:
             raise InputError(f"{path}: is not a JSON object; download it again")
         tokenizer = self.tokenizer if self.has_tokenizer else None
         if tokenizer is not None and not (self.folder / CONFIG).is_file():
-            raw, vocab_size = {}, len(tokenizer)
-        else:
-            raw, vocab_size = self.raw_config, self.config.vocab_size
-        return resolve_special_tokens(raw, generation, tokenizer, vocab_size=vocab_size, where=str(self.folder))
+            return resolve_special_tokens(
+                {}, generation, tokenizer, vocab_size=len(tokenizer), where=str(self.folder)
+            )
+        return resolve_special_tokens(
+            self.raw_config, generation, tokenizer, vocab_size=self.config.vocab_size, where=str(self.folder)
+        )
 
     @property
     def is_orbax(self) -> bool:

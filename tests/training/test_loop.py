@@ -27,8 +27,8 @@ def undisturbed(small_model: Path, corpus_folder: Path, tmp_path_factory: pytest
 
 def test_run_folder_holds_model_checkpoints_and_records(undisturbed: Path, small_model: Path):
     assert {path.name for path in undisturbed.iterdir()} == {
-        "config.yaml", "run.json", "rows", "metrics.jsonl", "timings.jsonl", "launches.jsonl", "tensorboard", "checkpoints",
-        "model",
+        "config.yaml", "run.json", "rows", "metrics.jsonl", "timings.jsonl", "launches.jsonl", "tensorboard",
+        "checkpoints", "model",
     }  # fmt: skip
     assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir()) == ["000004", "000006"], "keeps two"
     assert weights(undisturbed) == weights(undisturbed / "checkpoints" / "000006" / "model") != weights(small_model)
