@@ -106,9 +106,7 @@ class ModelRef:
             raise InputError(f"{path}: is not a JSON object; download it again")
         tokenizer = self.tokenizer if self.has_tokenizer else None
         if tokenizer is not None and not (self.folder / CONFIG).is_file():
-            return resolve_special_tokens(
-                {}, generation, tokenizer, vocab_size=len(tokenizer), where=str(self.folder)
-            )
+            return resolve_special_tokens({}, generation, tokenizer, vocab_size=len(tokenizer), where=str(self.folder))
         return resolve_special_tokens(
             self.raw_config, generation, tokenizer, vocab_size=self.config.vocab_size, where=str(self.folder)
         )
