@@ -37,7 +37,7 @@ def curve(run: Path) -> list[dict[str, float]]:
 
 
 def steps_of(run: Path) -> list[int]:
-    return sorted(int(path.name) for path in (run / "steps").iterdir())
+    return sorted(int(path.name) for path in (run / "checkpoints").iterdir())
 
 
 def test_the_curve_has_a_line_before_the_first_step_every_so_many_and_after_the_last(options: Options):

@@ -98,7 +98,7 @@ def test_interrupted_lora_run_ends_with_the_same_bits(options: Options, tmp_path
     whole = train(options(lora_rank=2, out=str(tmp_path / "whole")))
     with pytest.raises(Interruption):
         train(options(lora_rank=2), hooks=[Hook(interrupt, steps=(5,))])
-    assert (tmp_path / "run" / "steps" / "000004").exists()
+    assert (tmp_path / "run" / "checkpoints" / "000004").exists()
     resumed = train(options(lora_rank=2))
     assert weights(whole / "model") == weights(resumed / "model")
     assert (whole / "metrics.jsonl").read_bytes() == (resumed / "metrics.jsonl").read_bytes()

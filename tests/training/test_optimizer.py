@@ -52,7 +52,7 @@ def test_weight_decay_spares_norms_and_biases(family: str, tiny_model):
 
 
 def test_weight_decay_can_exclude_the_embedding(tiny_model):
-    config, _ = read_config(tiny_model("llama"))
+    config = open_model(tiny_model("llama")).config
     mask = decay_mask(abstract_params(config), embeddings=False)
     assert not mask["embed"]["embedding"]
     assert mask["layers"]["mlp"]["up"]["kernel"]
