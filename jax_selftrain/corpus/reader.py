@@ -106,7 +106,7 @@ def open_corpus(folder: atomic.PathLike, *, tokenizer_fingerprint: str | None = 
 
     Args:
         folder: the corpus folder.
-        tokenizer_fingerprint: of the tokenizer whose ids the reader expects (`ModelRef.tokenizer_fingerprint`); unset: any.
+        tokenizer_fingerprint: of the reader (`ModelRef.tokenizer_fingerprint`); unset: any tokenizer.
 
     Raises:
         InputError: no such folder, not a corpus, incomplete (says how much is missing), empty, made with another

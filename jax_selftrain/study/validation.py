@@ -51,7 +51,7 @@ def check_study(config: StudyConfig) -> None:
     _check_files(config)
     models = {model.name: model.model for model in config.models}
     for ref in models.values():
-        hub.open_model(ref).fingerprint
+        _ = hub.open_model(ref).fingerprint
     if config.extract.sequences and len({hub.open_model(models[name]).tokenizer_fingerprint for name in students}) > 1:
         _require_text(config.extract.sequences)
     for name in students:

@@ -116,7 +116,9 @@ def test_the_study_of_the_worlds_runs_from_nothing_to_a_report(tmp_path: Path) -
         *("learning rate 0", "shuffled tokens", "weight noise", "weight noise ×4", "real text of world A"),
     }
     assert [one["name"] for one in results["verdicts"]] == [claim.name for claim in CROSSOVER_SCALE.claims]
-    assert {(one["verdict"], one["evidence_level"]) for one in results["claims"]} == {("not tested", "primary")}  # one seed
+    assert {(one["verdict"], one["evidence_level"]) for one in results["claims"]} == {
+        ("not tested", "primary")
+    }  # one seed
     groups = {f"group {world}, {shown}" for world in "AB" for shown in ("shown 1×", "shown 8×", "never shown")}
     for cell in results["cells"]:
         names = cell["measures"].keys()
