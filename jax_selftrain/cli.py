@@ -58,7 +58,7 @@ COMMANDS: dict[str, Command] = {
         config.CompareConfig, "jax_selftrain.study:compare", {"BASE.json": "base", "STUDENT.json": "student"}
     ),
     "extract": Command(config.ExtractConfig, "jax_selftrain.evals:extract"),
-    "leakage": Command(config.LeakageConfig, "jax_selftrain.evals:leakage"),
+    "leakage": Command(config.LeakageConfig, "jax_selftrain.evals:measure_leakage"),
     "run": Command(config.RunConfig, "jax_selftrain.study:run"),
     "study": Command(config.StudyConfig, "jax_selftrain.study:run_study"),
     "plan": Command(config.PlanConfig, "jax_selftrain.planning:plan_memory"),
@@ -374,7 +374,7 @@ def summary(name: str, options: Any, result: Any) -> str:
         lines = [_format_metrics(part, {key: numbers.get(key) for key in shown}) for part, numbers in parts.items()]
         return "\n".join([*lines, f"written: {options.out}"])
     if name == "leakage":
-        shown = ("samples", "leaking", "leaking_stderr", "longest", "covered")
+        shown = ("samples", "leak_rate", "leak_rate_stderr", "longest", "coverage")
         return "\n".join([_format_metrics("all", {key: result[key] for key in shown}), f"written: {options.out}"])
     if name == "plan":
         from jax_selftrain.planning import table

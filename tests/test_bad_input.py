@@ -427,21 +427,21 @@ def comparison_with_something_else(p: Place) -> Case:
 
 def comparison_without_documents(p: Place) -> Case:
     scores = p.scores()
-    (scores / "student.documents.parquet").unlink()
-    return p.compare(scores), "student.documents.parquet"
+    (scores / "student.items.parquet").unlink()
+    return p.compare(scores), "student.items.parquet"
 
 
 def comparison_of_cut_documents(p: Place) -> Case:
     scores = p.scores()
-    file = scores / "student.documents.parquet"
+    file = scores / "student.items.parquet"
     file.write_bytes(file.read_bytes()[:-40])
-    return p.compare(scores), "student.documents.parquet"
+    return p.compare(scores), "student.items.parquet"
 
 
 def comparison_of_documents_of_another_result(p: Place) -> Case:
     scores = p.scores()
-    shutil.copy(scores / "base.documents.parquet", scores / "student.documents.parquet")
-    return p.compare(scores), "student.documents.parquet: does not hold what student.json says"
+    shutil.copy(scores / "base.items.parquet", scores / "student.items.parquet")
+    return p.compare(scores), "student.items.parquet: does not match student.json"
 
 
 def comparison_over_other_files(p: Place) -> Case:

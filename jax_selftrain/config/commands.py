@@ -243,7 +243,7 @@ class ScoreConfig:
     texts: Input[tuple[str, ...]] = ()
     """JSONL files with a `text` field to measure the perplexity of."""
     out: Required[SetByStudy[OutputFile[str]]] = ""
-    """JSON file to write, with `FILE.requests.parquet` and `FILE.documents.parquet`."""
+    """JSON file to write, with `FILE.requests.parquet` and `FILE.items.parquet`."""
     limit: int | None = None
     """Number of items of each task; unset: all."""
     text_limit: int | None = None

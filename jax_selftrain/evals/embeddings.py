@@ -1,9 +1,8 @@
-"""Texts as vectors: what a decoder has understood of a text when it has read its end.
+"""Text embeddings from decoders.
 
-The convention of embedding models that are decoders (Qwen3-Embedding, arXiv:2506.05176): the text is encoded with
-whatever special tokens its tokenizer adds (an end token, there), and its vector is the last token's hidden state after
-the final norm, scaled to length one. Any model can be asked; only one that was trained for it gives distances that mean
-something.
+The convention of Qwen3-Embedding (arXiv:2506.05176): the text is tokenized with the special tokens of its tokenizer
+(there an end token). Its embedding is the last token's hidden state after the final norm, normalized. Only models
+trained for it give meaningful distances.
 """
 
 from __future__ import annotations
@@ -24,20 +23,20 @@ from jax_selftrain.hub import LoadedModel
 from jax_selftrain.models import DecoderConfig, Params, forward
 
 BUCKETS = (32, 128, 512)
-"""Rows are padded to one of these: three programs serve all texts."""
+"""Padded row lengths."""
 BATCH_TOKENS = 8192
-"""Token positions in one device batch, on each replica."""
+"""Token positions in one batch on each replica."""
 
 
 def embed_texts(model: LoadedModel, texts: Sequence[str]) -> Float[np.ndarray, "N D"]:
-    """Unit vectors of texts.
+    """Embed texts as unit vectors.
 
     Args:
-      model: a decoder with a tokenizer; texts are cut after 512 tokens (or the model's positions), special tokens kept.
-      texts: none of them blank.
+      model: with a tokenizer. Texts are truncated to 512 tokens or the model's positions; special tokens are kept.
+      texts: not blank.
 
     Raises:
-      InputError: the model has no tokenizer, or its vectors are not finite.
+      InputError: the model has no tokenizer, or an embedding is zero or not finite.
     """
     if model.tokenizer is None:
         raise InputError(f"{model.source.ref}: has no tokenizer, so it cannot embed texts")
@@ -45,17 +44,17 @@ def embed_texts(model: LoadedModel, texts: Sequence[str]) -> Float[np.ndarray, "
         return np.zeros((0, model.config.hidden_size), np.float32)
     longest = min(BUCKETS[-1], model.config.max_positions)
     encoded = model.tokenizer(list(texts), truncation=True, max_length=longest, verbose=False)["input_ids"]
-    found = np.zeros((len(texts), model.config.hidden_size), np.float32)
+    embeddings = np.zeros((len(texts), model.config.hidden_size), np.float32)
     for length in sorted({_length(len(tokens), longest) for tokens in encoded}):
         members = [i for i, tokens in enumerate(encoded) if _length(len(tokens), longest) == length]
         rows = max(1, BATCH_TOKENS // length) * model.sharding_rules.data_parallelism
         for start in range(0, len(members), rows):
             batch = members[start : start + rows]
-            found[batch] = _embed_batch(model, [encoded[i] for i in batch], rows, length)
-    norms = np.linalg.norm(found, axis=1, keepdims=True)
+            embeddings[batch] = _embed_batch(model, [encoded[i] for i in batch], rows, length)
+    norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
     if not (np.isfinite(norms).all() and norms.all()):
-        raise InputError(f"{model.source.ref}: gives vectors that are not finite or zero; it cannot embed texts")
-    return found / norms
+        raise InputError(f"{model.source.ref}: its embeddings are zero or not finite; choose another model")
+    return embeddings / norms
 
 
 def _length(tokens: int, longest: int) -> int:
@@ -63,7 +62,7 @@ def _length(tokens: int, longest: int) -> int:
 
 
 def _embed_batch(model: LoadedModel, encoded: Sequence[Sequence[int]], rows: int, length: int) -> np.ndarray:
-    """Hidden states of the last tokens; padding stands to the right, where nobody sees it."""
+    """Return the hidden states of the last tokens of right-padded rows."""
     tokens, last = np.zeros((rows, length), np.int32), np.zeros((rows, 1), np.int32)
     for row, ids in enumerate(encoded):
         tokens[row, : len(ids)] = ids

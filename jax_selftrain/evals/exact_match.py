@@ -1,11 +1,9 @@
-"""What a model does with known sequences: greedy exact match and suffix probabilities, from one teacher-forced pass.
+"""Exact match and suffix probabilities of known sequences from one teacher-forced pass.
 
-Exact match needs no decoding: the greedy continuation of the prefix is the suffix iff at every place of the suffix the
-most probable token, given the true tokens before it, is the true one. The same logits give log p_z under every policy
-asked for. Only suffix places are projected to the vocabulary, one place of all rows after the other, so that logits of
-one place exist at a time. All batches have one shape: a sequence's numbers do not depend on the others.
-
-What is not exact match (`token_accuracy`) asks what the model says on its own path: those sequences are decoded.
+Exact match needs no decoding: the greedy continuation is the suffix iff every teacher-forced argmax of the suffix is
+the true token. The same logits give log p_z under every sampling policy. Only suffix positions are projected to the
+vocabulary, one position at a time. All batches have one shape, so a result does not depend on other sequences. For
+`token_accuracy`, sequences without exact match are decoded greedily.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from jax_selftrain.models import DecoderConfig, Params, forward, unembed
 from jax_selftrain.sampling import SamplingParams, greedy_continue, warp_logits
 
 MAX_BATCH_ROWS = 512
-"""Rows in one batch of a device at most: at V = 50k the fp32 logits of one place of so many take 100 MB."""
+"""Maximum batch size of a device: at V = 50k the fp32 logits of one position take 100 MB."""
 
 
 def extraction_metrics(
@@ -39,39 +37,41 @@ def extraction_metrics(
     *,
     policies: Sequence[NamedSamplingParams] = (),
     batch_tokens: int = 8192,
-    free_running: bool = True,
+    greedy_decode: bool = True,
 ) -> dict[str, np.ndarray]:
-    """Extraction of each of N sequences by a model in memory.
+    """Measure extraction of N sequences by a model in memory.
 
     Args:
       model: from `hub.load_model`.
       sequences: integer [N, prefix + suffix].
-      prefix: tokens given, at least one; the rest is the suffix.
-      policies: under which log p_z is wanted beside temperature 1.
+      prefix: number of given tokens, at least one.
+      policies: sampling policies for log p_z, in addition to temperature 1.
       batch_tokens: token positions in one device batch.
-      free_running: decode what is no exact match, for `token_accuracy`; most of the work.
+      greedy_decode: compute `token_accuracy`, which is most of the work.
 
     Returns:
       Arrays [N]: `exact_match` (bool), `matched_tokens` (length of the longest common prefix of suffix and greedy
-      continuation), `token_accuracy` (share of the suffix that the free-running greedy continuation has at its
-      place), `teacher_forced_accuracy` (the same, each token predicted from the true ones), `logprob` (log p_z at
-      temperature 1, nats), and log p_z under each policy by its `column`, −inf where p_z = 0.
+      continuation), `token_accuracy` (share of the suffix tokens that the greedy continuation has at the same
+      position), `teacher_forced_accuracy` (the same given the true previous tokens), `logprob` (log p_z at temperature
+      1, nats), and log p_z under each policy by its `column_name`; −inf if p_z = 0.
 
     Raises:
       InputError: a log-probability is not a number.
     """
     forced = score_suffixes(model, sequences, prefix, policies=policies, batch_tokens=batch_tokens)
-    if not free_running:
+    if not greedy_decode:
         return forced
     exact, suffixes = forced["exact_match"], sequences[:, prefix:]
-    # Where every teacher-forced argmax is right, the free-running continuation is the suffix: only the rest is decoded.
-    said = suffixes.copy()
-    rows = batch_rows(model.sharding_rules, sequences.shape[1], batch_tokens) // model.sharding_rules.data_parallelism
-    said[~exact] = greedy_continue(model, sequences[~exact, :prefix], suffixes.shape[1], batch_size=rows)
+    decoded = suffixes.copy()  # with exact match, the greedy continuation is the suffix
+    rows = (
+        extraction_batch_size(model.sharding_rules, sequences.shape[1], batch_tokens)
+        // model.sharding_rules.data_parallelism
+    )
+    decoded[~exact] = greedy_continue(model, sequences[~exact, :prefix], suffixes.shape[1], batch_size=rows)
     return {
         "exact_match": exact,
         "matched_tokens": forced.pop("matched_tokens"),
-        "token_accuracy": (said == suffixes).mean(axis=1),
+        "token_accuracy": (decoded == suffixes).mean(axis=1),
         **forced,
     }
 
@@ -84,23 +84,23 @@ def score_suffixes(
     policies: Sequence[NamedSamplingParams] = (),
     batch_tokens: int = 8192,
 ) -> dict[str, np.ndarray]:
-    """What one teacher-forced pass tells: all that `extraction_metrics` returns but `token_accuracy`, which has to be decoded."""
+    """Compute all metrics of `extraction_metrics` except `token_accuracy`."""
     suffixes = np.asarray(sequences)[:, prefix:]
-    rows = batch_rows(model.sharding_rules, sequences.shape[1], batch_tokens)
-    asked = tuple(named.sampling_params for named in policies)
+    rows = extraction_batch_size(model.sharding_rules, sequences.shape[1], batch_tokens)
+    sampling_params = tuple(named.sampling_params for named in policies)
     greedy = np.empty(suffixes.shape, np.int32)
-    logprobs = np.empty((len(suffixes), 1 + len(asked), suffixes.shape[1]), np.float32)
+    logprobs = np.empty((len(suffixes), 1 + len(sampling_params), suffixes.shape[1]), np.float32)
     with mesh_context(model.sharding_rules.mesh):
         for first in range(0, len(sequences), rows):
             batch = np.zeros((rows, sequences.shape[1]), np.int32)
             members = sequences[first : first + rows]
             batch[: len(members)] = members
             tokens = shard_host_array(model.sharding_rules, batch, ("batch", None))
-            found = suffix_scores_program(
-                model.config, model.sharding_rules, model.compute_dtype, prefix, asked, model.params, tokens
+            scores = suffix_scores_program(
+                model.config, model.sharding_rules, model.compute_dtype, prefix, sampling_params, model.params, tokens
             )
-            for kept, part in zip((logprobs, greedy), jax.device_get(found), strict=True):
-                kept[first : first + rows] = part[: len(members)]
+            for array, part in zip((logprobs, greedy), jax.device_get(scores), strict=True):
+                array[first : first + rows] = part[: len(members)]
     hits = greedy == suffixes
     sums = logprobs.sum(axis=2, dtype=np.float64)
     _check(sums, [named.name for named in policies])
@@ -123,38 +123,39 @@ def suffix_scores_program(
     policies: tuple[SamplingParams, ...],
     params: Params,
     tokens: Int[Array, "B T"],
-) -> tuple[Float[Array, "B P S"], Int[Array, "B S"]]:
-    """Log-probability of every suffix token (S of them) at temperature 1 and under each policy, and the argmax there.
+) -> tuple[Float[Array, "B P Q"], Int[Array, "B Q"]]:
+    """Compute log-probabilities of suffix tokens under each policy, and the argmax.
 
     Args:
       config, rules, compute_dtype, prefix, policies: static.
-      params: the model.
-      tokens: whole sequences of prefix and suffix, sharded on the batch.
+      params: of the model.
+      tokens: sequences of prefix and suffix, sharded on the batch.
 
     Returns:
-      nats, fp32, P = 1 + policies; the most probable token (the lowest id among equals). Whole on every device.
+      Log-probabilities at Q suffix positions, nats, fp32, at temperature 1 and under each policy (P = 1 + policies);
+      the most probable token (the lowest id of equal ones). Replicated.
     """
     hidden = forward(config, rules, params, tokens[:, :-1], compute_dtype=compute_dtype)
-    places = jnp.moveaxis(hidden[:, prefix - 1 :], 1, 0), jnp.moveaxis(tokens[:, prefix:], 1, 0)
+    suffix = jnp.moveaxis(hidden[:, prefix - 1 :], 1, 0), jnp.moveaxis(tokens[:, prefix:], 1, 0)
 
-    def score_place(_: None, inputs: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
+    def score_position(_: None, inputs: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
         rows, target = inputs
         logits = unembed(config, rules, params, rows, compute_dtype=compute_dtype)
         ids = jax.lax.broadcasted_iota(jnp.int32, (1, logits.shape[-1]), 1)
         best = jnp.max(logits, axis=-1, keepdims=True)
-        # Reductions over V alone, which may be sharded, where gathers and `argmax` would move the logits.
+        # Reductions over V work on its shards; a gather or `argmax` would move the logits.
         greedy = jnp.min(jnp.where(logits == best, ids, logits.shape[-1]), axis=-1)
         views = [logits, *(warp_logits(logits, sampling_params) for sampling_params in policies)]
         return None, (jnp.stack([_log_prob(view, ids == target[:, None]) for view in views], axis=1), greedy)
 
-    _, (logprobs, greedy) = jax.lax.scan(score_place, None, places)
+    _, (logprobs, greedy) = jax.lax.scan(score_position, None, suffix)
     replicated = PartitionSpec()
     return jax.reshard(jnp.moveaxis(logprobs, 0, 2), replicated), jax.reshard(greedy.T, replicated)
 
 
 def kept_lost_gained(before: np.ndarray, after: np.ndarray) -> dict[str, int]:
-    """How yes/no outcomes of the same sequences moved: `kept`, `lost`, `gained`, `never`."""
-    before, after = _paired(before, after)
+    """Count the transitions of boolean outcomes [N]."""
+    before, after = _check_paired(before, after)
     return {
         "kept": int((before & after).sum()),
         "lost": int((before & ~after).sum()),
@@ -164,26 +165,27 @@ def kept_lost_gained(before: np.ndarray, after: np.ndarray) -> dict[str, int]:
 
 
 def flip_rate(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]) -> float:
-    """Share of the sequences whose exact match differs between two measurements of one model.
+    """Return the share of sequences whose exact match differs.
 
-    The A/A rate, across batch sizes, meshes or dtypes, is the floor under any change between two models.
+    Between two measurements of one model (an A/A repeat with another batch size, mesh or dtype) it is the noise floor
+    of any comparison.
 
     Args:
-      first, second: from `extraction_metrics` or `teacher_forced`, of the same sequences.
+      first, second: from `extraction_metrics` or `score_suffixes`, of the same sequences.
     """
-    before, after = _paired(first["exact_match"], second["exact_match"])
+    before, after = _check_paired(first["exact_match"], second["exact_match"])
     return float((before != after).mean())
 
 
 def _log_prob(logits: Float[Array, "B V"], target: Array) -> Float[Array, " B"]:
-    """log softmax at the one target of each row (bool [B, V]); −inf for one that is masked."""
+    """Compute log-softmax at the target of each row (bool [B, V])."""
     best = jnp.max(logits, axis=-1, keepdims=True)
     log_sum = jnp.log(jnp.sum(jnp.exp(logits - best), axis=-1))
     return jnp.sum(jnp.where(target, logits - best, 0.0), axis=-1) - log_sum
 
 
-def batch_rows(rules: ShardingRules, length: int, batch_tokens: int) -> int:
-    """Rows in one batch of sequences of this length, over the whole mesh."""
+def extraction_batch_size(rules: ShardingRules, length: int, batch_tokens: int) -> int:
+    """Return the global batch size for sequences of a length."""
     return min(MAX_BATCH_ROWS, max(1, batch_tokens // (length * rules.data_parallelism))) * rules.data_parallelism
 
 
@@ -200,7 +202,7 @@ def _check(sums: np.ndarray, names: Sequence[str]) -> None:
     )
 
 
-def _paired(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _check_paired(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     before, after = np.asarray(before, bool), np.asarray(after, bool)
     if before.shape != after.shape or not before.size:
         raise ValueError(f"not the outcomes of the same sequences: {before.shape} and {after.shape}")

@@ -1,25 +1,22 @@
-"""Extraction: does a model reproduce the suffix of a known sequence from its prefix?
+"""The `extract` command: verbatim extraction of suffixes from their prefixes.
 
-Two numbers, since either alone misleads. *Exact match*: the greedy continuation of the prefix is the suffix. *p_z*: the
-probability of the suffix under sampling. Exact match also measures how fragile a path is: a model can lose it to a
-little noise while the suffix stays almost as probable. Beside them stand what they must be compared with: sequences
-that nobody was trained on (`controls`), a model that never saw the data (`baseline`), and the checkpoint the set was
-selected on (`verification`).
+Exact match (the greedy continuation is the suffix) also measures how fragile a path is: a little noise breaks it, while
+the suffix stays almost as probable. So p_z, the probability of the suffix under sampling, is reported with it. Both are
+compared with sequences that no model was trained on (`controls`), with a model that never saw the data (`baseline`),
+and with the checkpoint that the set was selected on (`verification`).
 
-Token rows are used exactly as they stand. A start token is put before them only if asked for, since a format that
-training did not have looks like forgetting.
+Token rows are used as given. A start token is prepended only on request: a format that training did not have looks like
+forgetting.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jax.sharding import Mesh
 
 from jax_selftrain import hub
@@ -34,20 +31,19 @@ from jax_selftrain.evals.overlap_classes import (
     classify,
     corpus_overlap,
     duplicate_buckets,
-    to_columns,
+    overlap_columns,
 )
 from jax_selftrain.evals.result_files import output_paths, write_results
 from jax_selftrain.evals.resumable_extraction import extract_resumable
-from jax_selftrain.evals.score import check_batch, scoring_mesh
+from jax_selftrain.evals.score import check_positive, scoring_mesh
 from jax_selftrain.evals.sequences import ExtractionSet, PromptWindow, load_sequences, sequences_fingerprint
 from jax_selftrain.evals.suffix_probability import (
     NamedSamplingParams,
     column_name,
     n_p_discoverable_rate,
-    read_policies,
-    summarise_policy,
+    parse_sampling_policies,
+    summarize_suffix_probability,
 )
-from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import sha256_file
 from jax_selftrain.likelihood.resumable import PartialResults, process_local_if_possible
 from jax_selftrain.stats.standard_errors import mean_and_stderr, wilson_interval
@@ -55,69 +51,71 @@ from jax_selftrain.version import versions
 
 PROTOCOLS = {"pythia": (32, 32), "lm-extraction": (50, 50)}
 """(prefix, suffix): Biderman et al. 2023 (arXiv:2304.11158); google-research/lm-extraction-benchmark."""
-PROTOCOL_LENGTHS = (32, 32)
-"""Where neither flags nor a protocol say otherwise."""
+DEFAULT_LENGTHS = (32, 32)
 
 
 def extract(config: ExtractConfig) -> dict[str, Any]:
-    """Measure extraction; write `FILE.json`, `FILE.sequences.parquet`, `FILE.config.yaml`, `FILE.timings.json`.
+    """Measure extraction, and write the result.
+
+    Writes `FILE.json`, `FILE.sequences.parquet`, `FILE.config.yaml`, `FILE.timings.json`.
 
     Returns:
-      What stands in `FILE.json`: the summary of all sequences (see `summarize`) and
+      The content of `FILE.json`: the summary of all sequences (see `summarize`) and
 
-      - with a corpus: under `held_out`, `partial`, `seen` those of its classes, under `thresholds` exact match of the
-        classes at other thresholds, `matched_on`;
-      - with duplicates: under `duplicates` the summaries by how often sequences were shown;
-      - with `controls`, `baseline`, `verify`: `controls` and `baseline` with summaries of their own, `verification`;
-      - `protocol`, `prefix`, `suffix`, `offset`, `random_offset`, `start_token`, `left_out`, `model`, `fingerprints`,
-        `versions`.
+      - with a corpus: `held_out`, `partial`, `seen` (summaries), `thresholds` (exact match of the classes at other
+        thresholds), `min_overlap`, `matched_on`;
+      - with duplicate counts: `duplicates`, summaries by count;
+      - with the options of the same names: `controls`, `baseline` (summaries), `verification`;
+      - `protocol`, `prefix`, `suffix`, `offset`, `random_offset`, `start_token`, `num_skipped`, `model`,
+        `fingerprints`, `versions`.
 
     Raises:
-      InputError: an input that cannot be read, or sequences that do not fit the model or the request; NaN.
+      InputError: an input that cannot be read, or sequences that do not fit the model or the options; NaN.
     """
     yaml_io.require(config)
     started = time.monotonic()
-    found, controls = load_extraction_sets(config)
+    sequences, controls = load_extraction_sets(config)
     output_paths(config.out)
     mesh = scoring_mesh(config.mesh)
     with process_local_if_possible(mesh):
-        return _extract(config, mesh, found, controls, started)
+        return _extract(config, mesh, sequences, controls, started)
 
 
 def _extract(
-    config: ExtractConfig, mesh: Mesh, found: ExtractionSet, controls: ExtractionSet | None, started: float
+    config: ExtractConfig, mesh: Mesh, sequences: ExtractionSet, controls: ExtractionSet | None, started: float
 ) -> dict[str, Any]:
-    policies = read_policies(config.sampling_policies)
+    policies = parse_sampling_policies(config.sampling_policies)
     fingerprints = extraction_fingerprints(config)
-    window, start = make_window(config), start_token(config)
-    seen = None
+    window, start = make_window(config), find_start_tokens(config)
+    overlap = None
     if config.corpus:
         corpus = open_corpus(config.corpus)
         fingerprints["corpus"] = corpus.fingerprint
-        seen = corpus_overlap(corpus, config.model, found.tokens[:, window.prefix :], config.min_overlap)
-    loading = time.monotonic()
+        overlap = corpus_overlap(corpus, config.model, sequences.tokens[:, window.prefix :], config.min_overlap)
+    prepared = time.monotonic()
     parts = PartialResults(output_paths(config.out, "parts")[1], {})
 
-    def examine(model: str, sets: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
-        """Measure sets of sequences by a model, which does not outlive it."""
-        loaded = hub.load_model(model, mesh, config.dtype, preset=config.preset)
-        prefix = window.prefix + len(start)
-        rows = [np.concatenate([np.tile(start, (len(tokens), 1)), tokens], axis=1) for tokens in sets]
-        put = partial(
-            extract_resumable,
-            prefix=prefix,
-            parts=parts,
-            policies=policies,
-            batch_tokens=config.batch_tokens,
-            free_running=config.greedy_decode,
-        )
-        return [put(loaded, part) for part in rows]
+    def measure(ref: str, *sets: ExtractionSet) -> list[dict[str, np.ndarray]]:
+        """Measure extraction sets with one model, and free its memory."""
+        model = hub.load_model(ref, mesh, config.dtype, preset=config.preset)
+        return [
+            extract_resumable(
+                model,
+                np.concatenate([np.tile(start, (len(one.tokens), 1)), one.tokens], axis=1),
+                window.prefix + len(start),
+                parts=parts,
+                policies=policies,
+                batch_tokens=config.batch_tokens,
+                greedy_decode=config.greedy_decode,
+            )
+            for one in sets
+        ]
 
     try:
-        measured, *of_controls = examine(config.model, [found.tokens, *([controls.tokens] if controls else [])])
-        baseline = examine(config.untrained_baseline, [found.tokens])[0] if config.untrained_baseline else None
-        verified = examine(config.base, [found.tokens])[0]["exact_match"] if config.base else measured["exact_match"]
-    except InputError:  # a model cannot be measured: nothing of it is worth keeping
+        measured, *control_results = measure(config.model, sequences, *([controls] if controls else []))
+        baseline = measure(config.untrained_baseline, sequences)[0] if config.untrained_baseline else None
+        verified = measure(config.base, sequences)[0]["exact_match"] if config.base else measured["exact_match"]
+    except InputError:  # a model cannot be measured, so the partial results are useless
         parts.finish()
         raise
     result: dict[str, Any] = {
@@ -128,25 +126,26 @@ def _extract(
         "offset": window.offset,
         "random_offset": window.random_offset,
         "start_token": config.start_token,
-        "left_out": found.num_skipped,
-        **_summaries(measured, found, seen, window, config.min_overlap, policies),
+        "num_skipped": sequences.num_skipped,
+        **_summarize_groups(measured, sequences, overlap, window, config.min_overlap, policies),
         "fingerprints": fingerprints,
         "versions": versions(),
     }
-    if seen:
-        result |= {"overlap": config.min_overlap, "matched_on": seen.matched_on}
-        measured |= to_columns(seen, window.suffix, config.min_overlap)
+    tables = {}
+    if overlap:
+        result |= {"min_overlap": config.min_overlap, "matched_on": overlap.matched_on}
+        measured |= overlap_columns(overlap, window.suffix, config.min_overlap)
     if controls:
-        everything = np.ones(len(controls.tokens), bool)
         result["controls"] = {
-            **summarize(of_controls[0], everything, policies),
+            **summarize(control_results[0], np.ones(len(controls.tokens), bool), policies),
             "sequences": config.control_sequences,
-            "left_out": controls.num_skipped,
+            "num_skipped": controls.num_skipped,
         }
+        tables["controls"] = _make_table(control_results[0], controls)
     if baseline is not None:
         result["baseline"] = {
             "model": config.untrained_baseline,
-            **_summaries(baseline, found, seen, window, config.min_overlap, policies),
+            **_summarize_groups(baseline, sequences, overlap, window, config.min_overlap, policies),
         }
         measured |= {f"baseline {name}": baseline[name] for name in ("exact_match", "logprob")}
     if config.verify:
@@ -156,50 +155,44 @@ def _extract(
             **kept_lost_gained(verified, measured["exact_match"]),
         }
         measured["verified"] = verified
+    tables["sequences"] = _make_table(measured, sequences)
     timings = {
-        "prepare_seconds": loading - started,
-        "score_seconds": time.monotonic() - loading,
-        "blocks_of_process": dict(sorted(parts.units.items())),
+        "prepare_seconds": prepared - started,
+        "score_seconds": time.monotonic() - prepared,
+        "blocks_by_process": dict(sorted(parts.units.items())),
     }
-
-    def write() -> None:
-        if controls:
-            with atomic.commit_file(output_paths(config.out, "controls.parquet")[1]) as aside:
-                pq.write_table(_table(of_controls[0], controls), aside, compression="zstd")
-        write_results(config.out, config, result, _table(measured, found), "sequences", timings)
-
-    parts.finish(write)
+    parts.finish(lambda: write_results(config.out, config, result, tables, timings))
     return result
 
 
 def make_window(config: ExtractConfig) -> PromptWindow:
-    """Prefix, suffix and offset that the options ask for.
+    """Return prefix, suffix and offset of the options.
 
     Raises:
-      InputError: a length contradicts the named protocol: a result must not bear the name of what it is not.
+      InputError: a length contradicts the protocol.
     """
-    named = PROTOCOLS[config.protocol] if config.protocol else None
+    protocol = PROTOCOLS[config.protocol] if config.protocol else None
     lengths = {}
-    for name, own in zip(("prefix", "suffix"), named or PROTOCOL_LENGTHS, strict=True):
+    for name, default in zip(("prefix", "suffix"), protocol or DEFAULT_LENGTHS, strict=True):
         given = getattr(config, name)
-        if named and given not in (None, own):
+        if protocol and given not in (None, default):
             raise InputError(
-                f"--{name} {given} contradicts --protocol {config.protocol}, whose {name} has {own} tokens; drop one "
-                "of them"
+                f"--{name} {given} contradicts --protocol {config.protocol}, whose {name} has {default} tokens; drop "
+                "one of them"
             )
-        lengths[name] = own if given is None else given
+        lengths[name] = default if given is None else given
     return PromptWindow(**lengths, offset=config.offset, random_offset=config.random_offset)
 
 
 def load_extraction_sets(config: ExtractConfig) -> tuple[ExtractionSet, ExtractionSet | None]:
-    """The extraction set and its controls, after every check that needs no weights.
+    """Load the extraction set and its controls, and check the options.
 
     Raises:
-      InputError: an impossible option, or a set that cannot be read or does not fit the model.
+      InputError: an invalid option, or a set that cannot be read or does not fit the model.
     """
     window = make_window(config)
-    check_batch(
-        config.batch_tokens,
+    check_positive(
+        batch_tokens=config.batch_tokens,
         prefix=window.prefix,
         suffix=window.suffix,
         min_overlap=config.min_overlap,
@@ -209,10 +202,10 @@ def load_extraction_sets(config: ExtractConfig) -> tuple[ExtractionSet, Extracti
         raise InputError(f"--offset is {config.offset}; it must be at least 0")
     if config.base and not config.verify:
         raise InputError(f"--base {config.base} is only read with --verify; set it, or drop --base")
-    read_policies(config.sampling_policies)
+    parse_sampling_policies(config.sampling_policies)
     models = {name: ref for name in ("model", "untrained_baseline", "base") if (ref := getattr(config, name))}
     decoders = {ref: hub.open_model(ref).config for ref in models.values()}
-    start = start_token(config)
+    start = find_start_tokens(config)
     for ref, decoder in decoders.items():
         if window.length + len(start) > decoder.max_positions:
             before = " + the start token" if start else ""
@@ -220,15 +213,17 @@ def load_extraction_sets(config: ExtractConfig) -> tuple[ExtractionSet, Extracti
                 f"--prefix {window.prefix} + --suffix {window.suffix}{before} is longer than the "
                 f"{decoder.max_positions} positions of {ref}; shorten one of them"
             )
-    tokenizer = hub.open_model(config.model).tokenizer_fingerprint
-    for option, other in models.items():
-        if option != "model" and hub.open_model(other).tokenizer_fingerprint != tokenizer:
+    for name, ref in models.items():
+        if (
+            name != "model"
+            and hub.open_model(ref).tokenizer_fingerprint != hub.open_model(config.model).tokenizer_fingerprint
+        ):
             raise InputError(
-                f"{yaml_io.flag(option)} {other}: has another tokenizer than {config.model}, so the same tokens are "
-                "another text to it; choose a model with the same"
+                f"{yaml_io.flag(name)} {ref}: has another tokenizer than {config.model}, so the same tokens are "
+                "another text; choose a model with the same tokenizer"
             )
 
-    def read(reference: str, duplicates: str) -> ExtractionSet:
+    def load(reference: str, duplicates: str) -> ExtractionSet:
         return load_sequences(
             reference,
             window,
@@ -238,47 +233,52 @@ def load_extraction_sets(config: ExtractConfig) -> tuple[ExtractionSet, Extracti
             duplicates=duplicates,
         )
 
-    return read(config.sequences, config.duplicate_counts), read(
-        config.control_sequences, ""
-    ) if config.control_sequences else None
+    sequences = load(config.sequences, config.duplicate_counts)
+    return sequences, load(config.control_sequences, "") if config.control_sequences else None
 
 
-def start_token(config: ExtractConfig) -> list[int]:
-    """The tokens put before each prefix: none or one."""
+def find_start_tokens(config: ExtractConfig) -> list[int]:
+    """Return the tokens that are prepended to each prefix: none or one."""
     if config.start_token == "none":
         return []
     start = hub.open_model(config.model).special_tokens.bos_token_id
     if start is None:
-        raise InputError(f"{config.model}: names no BOS or EOS token to start from; leave out --start-token bos")
+        raise InputError(f"{config.model}: names no BOS or EOS token to start from; drop --start-token bos")
     return [start]
 
 
 def extraction_fingerprints(config: ExtractConfig) -> dict[str, str]:
-    """Fingerprints of everything that extraction reads but the corpus."""
-    sequences = {
+    """Return the fingerprints of all inputs except the corpus."""
+    fingerprints = {
         "model": hub.open_model(config.model).fingerprint,
         "tokenizer": hub.open_model(config.model).tokenizer_fingerprint,
         "sequences": sequences_fingerprint(config.sequences),
     }
-    others = {name: ref for name in ("untrained_baseline", "base") if (ref := getattr(config, name))}
-    sequences |= {name: hub.open_model(ref).fingerprint for name, ref in others.items()}
+    for name, ref in (("untrained_baseline", config.untrained_baseline), ("base", config.base)):
+        if ref:
+            fingerprints[name] = hub.open_model(ref).fingerprint
     if config.control_sequences:
-        sequences["controls"] = sequences_fingerprint(config.control_sequences)
+        fingerprints["control_sequences"] = sequences_fingerprint(config.control_sequences)
     if config.duplicate_counts:
-        sequences["duplicates"] = sha256_file(config.duplicate_counts)
-    return sequences
+        fingerprints["duplicate_counts"] = sha256_file(config.duplicate_counts)
+    return fingerprints
 
 
 def summarize(
     measured: Mapping[str, np.ndarray], members: np.ndarray, policies: tuple[NamedSamplingParams, ...] = ()
 ) -> dict[str, Any]:
-    """Means over the sequences in `members` (bool [N]) of what `measure` returned, with standard errors.
+    """Average the results of `extraction_metrics` over some sequences.
+
+    Args:
+      measured: arrays [N].
+      members: bool [N], the sequences to average over.
+      policies: sampling policies of the results.
 
     Returns:
-      `n`; `exact_match` with its Wilson 95 % interval; `token_accuracy`, `teacher_forced_accuracy`, `matched_tokens`,
-      `logprob` (the mean of log p_z, which hopeless sequences decide) and `pz` (that of p_z: the share that one draw
-      says); `discoverable` by "n@p", at temperature 1; `policies`: `summarise_policy` of each. Standard errors are
-      under `…_stderr`. Means are None where n is 0, and of what was not measured.
+      `n`; `exact_match` with its Wilson 95 % interval; `token_accuracy`, `teacher_forced_accuracy`, `matched_tokens`;
+      `logprob` (mean log p_z, dominated by improbable suffixes); `pz` (mean p_z, the share that one sample extracts);
+      `discoverable` by "n@p", at temperature 1; `sampling_policies`: `summarize_suffix_probability` of each. Standard
+      errors are under `…_stderr`. Means are None if n is 0 or the metric was not computed.
     """
     n = int(members.sum())
     exact = measured["exact_match"][members]
@@ -289,42 +289,44 @@ def summarize(
         result |= {name: value, f"{name}_stderr": stderr}
     result |= n_p_discoverable_rate(measured["logprob"][members])
     if policies:
-        result["policies"] = {named.name: summarise_policy(measured[column_name(named)][members]) for named in policies}
+        result["sampling_policies"] = {
+            policy.name: summarize_suffix_probability(measured[column_name(policy)][members]) for policy in policies
+        }
     return result
 
 
-def _summaries(
+def _summarize_groups(
     measured: Mapping[str, np.ndarray],
-    found: ExtractionSet,
-    seen: CorpusOverlap | None,
+    sequences: ExtractionSet,
+    overlap: CorpusOverlap | None,
     window: PromptWindow,
-    overlap: int,
+    min_overlap: int,
     policies: tuple[NamedSamplingParams, ...],
 ) -> dict[str, Any]:
-    """All sequences, the classes of a corpus, and the buckets of duplicates."""
-    result = summarize(measured, np.ones(len(found.tokens), bool), policies)
-    if seen:
-        length = seen.overlaps.length
-        classes = classify(length, window.suffix, overlap)
+    """Summarize all sequences, the overlap classes, and the buckets of duplicates."""
+    result = summarize(measured, np.ones(len(sequences.tokens), bool), policies)
+    if overlap:
+        lengths = overlap.overlaps.length
+        classes = classify(lengths, window.suffix, min_overlap)
         result |= {name: summarize(measured, classes == name, policies) for name in CLASSES}
         result["thresholds"] = {
             str(threshold): {
-                name: _headline(measured, classify(length, window.suffix, threshold) == name) for name in CLASSES
+                name: _headline(measured, classify(lengths, window.suffix, threshold) == name) for name in CLASSES
             }
             for threshold in THRESHOLDS
         }
-    if found.duplicates is not None:
-        buckets = duplicate_buckets(found.duplicates)
+    if sequences.duplicates is not None:
+        buckets = duplicate_buckets(sequences.duplicates)
         result["duplicates"] = {name: summarize(measured, members, policies) for name, members in buckets.items()}
     return result
 
 
 def _headline(measured: Mapping[str, np.ndarray], members: np.ndarray) -> dict[str, Any]:
-    whole = summarize(measured, members)
-    return {name: whole[name] for name in ("n", "exact_match", "exact_match_interval", "logprob")}
+    summary = summarize(measured, members)
+    return {name: summary[name] for name in ("n", "exact_match", "exact_match_interval", "logprob")}
 
 
-def _table(measured: Mapping[str, np.ndarray], found: ExtractionSet) -> pa.Table:
+def _make_table(measured: Mapping[str, np.ndarray], sequences: ExtractionSet) -> pa.Table:
     types = {
         "exact_match": pa.bool_(),
         "verified": pa.bool_(),
@@ -334,10 +336,10 @@ def _table(measured: Mapping[str, np.ndarray], found: ExtractionSet) -> pa.Table
         "document": pa.int64(),
         "class": pa.string(),
     }
-    given = {"sequence": np.arange(len(found.tokens)), "index": found.sequence_id}
-    if found.duplicates is not None:
-        given["duplicates"] = found.duplicates
-    counted = {name: pa.array(values, pa.int64()) for name, values in given.items()}
+    ids = {"sequence": np.arange(len(sequences.tokens)), "index": sequences.sequence_id}
+    if sequences.duplicates is not None:
+        ids["duplicates"] = sequences.duplicates
+    columns = {name: pa.array(values, pa.int64()) for name, values in ids.items()}
     return pa.table(
-        counted | {name: pa.array(values, types.get(name, pa.float64())) for name, values in measured.items()}
+        columns | {name: pa.array(values, types.get(name, pa.float64())) for name, values in measured.items()}
     )

@@ -1,12 +1,10 @@
-"""Unconditional leakage: how much of a training text stands in what a model says without being asked.
+"""The `leakage` command: how much training text occurs verbatim in unconditional samples.
 
-A sample leaks if it holds at least `length` consecutive tokens that stand in one document of the training text
-(50 by convention: Carlini et al. 2021, arXiv:2012.07805; Nasr et al. 2023, arXiv:2311.17035). Tokens are those of the
-corpus's tokenizer: a training text that comes as text, or in other tokens, is encoded by it as running text.
+A sample leaks if it has at least `min_match` consecutive tokens of one training document (50 by convention: Carlini et
+al. 2021, arXiv:2012.07805; Nasr et al. 2023, arXiv:2311.17035). Training text is tokenized with the corpus's tokenizer.
 
-The samples are indexed in blocks and the training text streams by (`corpus.find_overlaps`), from Parquet shards or from
-a memory-mapped file. Memory holds one block and one piece of the text, whatever their sizes; texts that have to be
-encoded first take four bytes a token of temporary disk space.
+The samples are indexed in blocks, and the training text is streamed (`corpus.longest_overlaps`), so memory holds one
+block and one piece of text. Text that must be tokenized first takes four bytes per token of temporary disk space.
 """
 
 from __future__ import annotations
@@ -35,6 +33,7 @@ from jax_selftrain.corpus import (
 )
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.result_files import is_text, output_paths, write_results
+from jax_selftrain.evals.score import check_positive
 from jax_selftrain.evals.sequences import load_npy
 from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.io.manifest import sha256_file
@@ -47,55 +46,54 @@ _CHUNK = 1 << 24  # tokens
 @dataclass(frozen=True)
 class _TrainingTokens:
     documents: TokenSource
-    n: int
-    tokens: int
+    num_documents: int
+    num_tokens: int
     fingerprint: str
 
 
-def leakage(config: LeakageConfig) -> dict[str, Any]:
-    """How much of a training text stands in a corpus; write `FILE.json`, `FILE.samples.parquet`, config and timings.
+def measure_leakage(config: LeakageConfig) -> dict[str, Any]:
+    """Measure leakage of a training text, and write the result.
+
+    Writes `FILE.json`, `FILE.samples.parquet`, `FILE.config.yaml`, `FILE.timings.json`.
 
     Returns:
-      What stands in `FILE.json`: `samples`; `leaking`, the share of them that leak, with standard error and Wilson's
-      95 % interval, and `leaks`, their number; `tokens` of the samples, `covered_tokens` that lie in runs of the
-      training text of at least `length`, and `covered`, their share; `longest` run; `texts` with `documents` and
-      `tokens`; `fingerprints`, `versions`.
+      The content of `FILE.json`: `samples`; `leaking_samples`; `leak_rate`, their share, with standard error and
+      Wilson's 95 % interval; `tokens` of the samples, `covered_tokens` in matches of at least `min_match`, and
+      `coverage`, their share; `longest` match; `texts` with `documents` and `tokens`; `fingerprints`, `versions`.
 
     Raises:
-      InputError: an input that cannot be read, or a training text that is not in the corpus's tokens and cannot be
-        brought into them.
+      InputError: an input that cannot be read, or a training text that cannot be tokenized as the corpus.
     """
     yaml_io.require(config)
-    if config.min_match < 1:
-        raise InputError(f"--length is {config.min_match}; it must be at least 1")
+    check_positive(min_match=config.min_match)
     output_paths(config.out)
     started = time.monotonic()
     corpus = open_corpus(config.corpus)
     with tempfile.TemporaryDirectory() as folder:
         text = _open_text(config, corpus, Path(folder))
         opened = time.monotonic()
-        found = longest_overlaps(corpus, text.documents, min_length=config.min_match)
+        overlaps = longest_overlaps(corpus, text.documents, min_length=config.min_match)
     lengths = np.concatenate([lengths for _, lengths in corpus.token_batches()])
-    leaking = found.length >= config.min_match
-    share, stderr = mean_and_stderr(leaking)
+    is_leaking = overlaps.length >= config.min_match
+    rate, stderr = mean_and_stderr(is_leaking)
     result: dict[str, Any] = {
         "corpus": config.corpus,
-        "length": config.min_match,
+        "min_match": config.min_match,
         "samples": len(lengths),
-        "leaks": int(leaking.sum()),
-        "leaking": share,
-        "leaking_stderr": stderr,
-        "leaking_interval": wilson_interval(leaking),
+        "leaking_samples": int(is_leaking.sum()),
+        "leak_rate": rate,
+        "leak_rate_stderr": stderr,
+        "leak_rate_interval": wilson_interval(is_leaking),
         "tokens": int(lengths.sum()),
-        "covered_tokens": int(found.covered.sum()),
-        "covered": float(found.covered.sum() / max(1, lengths.sum())),
-        "longest": int(found.length.max()),
-        "texts": {"from": config.texts, "documents": text.n, "tokens": text.tokens},
+        "covered_tokens": int(overlaps.covered.sum()),
+        "coverage": float(overlaps.covered.sum() / max(1, lengths.sum())),
+        "longest": int(overlaps.length.max()),
+        "texts": {"path": config.texts, "documents": text.num_documents, "tokens": text.num_tokens},
         "fingerprints": {"corpus": corpus.fingerprint, "texts": text.fingerprint},
         "versions": versions(),
     }
     timings = {"open_seconds": opened - started, "search_seconds": time.monotonic() - opened}
-    write_results(config.out, config, result, _table(lengths, found), "samples", timings)
+    write_results(config.out, config, result, {"samples": _make_table(lengths, overlaps)}, timings)
     return result
 
 
@@ -107,12 +105,12 @@ def _open_text(config: LeakageConfig, corpus: Corpus, folder: Path) -> _Training
         other = open_corpus(path)
         if other.manifest["tokenizer_fingerprint"] == corpus.manifest["tokenizer_fingerprint"]:
             return _TrainingTokens(other, len(other), other.n_tokens, other.fingerprint)
-        encoded = LazilyTokenized(other.iter_texts, _tokenizer_of(config, corpus))
-        return _memmap(encoded, folder, other.fingerprint)
+        tokenized = LazilyTokenized(other.iter_texts, _load_tokenizer(config, corpus))
+        return _memmap(tokenized, folder, other.fingerprint)
     if not path.is_file():
         raise InputError(f"--texts {path}: no such file or folder")
-    tokenizer = _tokenizer_of(config, corpus)
-    return _memmap(LazilyTokenized(lambda: _texts(path, config.text_field), tokenizer), folder, sha256_file(path))
+    tokenizer = _load_tokenizer(config, corpus)
+    return _memmap(LazilyTokenized(lambda: _iter_texts(path, config.text_field), tokenizer), folder, sha256_file(path))
 
 
 def _open_array(path: Path) -> _TrainingTokens:
@@ -121,18 +119,18 @@ def _open_array(path: Path) -> _TrainingTokens:
         raise InputError(f"{path}: must be token ids [tokens] or [documents, tokens], not {list(array.shape)}")
     documents = RaggedTokens.from_list(array if array.ndim == 2 else array[None])
     for first in range(0, len(documents.tokens), _CHUNK):
-        part = documents.tokens[first : first + _CHUNK]
-        if int(part.min()) < 0 or int(part.max()) >= 2**31:
+        chunk = documents.tokens[first : first + _CHUNK]
+        if int(chunk.min()) < 0 or int(chunk.max()) >= 2**31:
             raise InputError(f"{path}: holds a number that is no token id (below 0, or beyond 32 bits)")
     return _TrainingTokens(documents, len(documents.offsets) - 1, len(documents.tokens), sha256_file(path))
 
 
-def _memmap(encoded: LazilyTokenized, folder: Path, fingerprint: str) -> _TrainingTokens:
-    documents = memmap_tokens(encoded, folder)
+def _memmap(tokenized: LazilyTokenized, folder: Path, fingerprint: str) -> _TrainingTokens:
+    documents = memmap_tokens(tokenized, folder)
     return _TrainingTokens(documents, len(documents.offsets) - 1, len(documents.tokens), fingerprint)
 
 
-def _tokenizer_of(config: LeakageConfig, corpus: Corpus) -> Any:
+def _load_tokenizer(config: LeakageConfig, corpus: Corpus) -> Any:
     if not config.tokenizer:
         raise InputError(
             f"--texts {config.texts}: is not in the tokens of {config.corpus}; name a model that has the corpus's "
@@ -146,21 +144,21 @@ def _tokenizer_of(config: LeakageConfig, corpus: Corpus) -> Any:
     return hub.open_model(config.tokenizer).tokenizer
 
 
-def _texts(path: Path, field: str) -> Iterator[str]:
+def _iter_texts(path: Path, field: str) -> Iterator[str]:
     for where, row in read_jsonl(path):
         if not is_text(row.get(field)):
             raise InputError(f"{where}: no text under {field!r}; name the right field with --text-field")
         yield row[field]
 
 
-def _table(lengths: np.ndarray, found: Overlaps) -> pa.Table:
+def _make_table(lengths: np.ndarray, overlaps: Overlaps) -> pa.Table:
     columns = {
         "sample_id": np.arange(len(lengths)),
         "tokens": lengths,
-        "longest": found.length,
-        "begin": found.query_start,
-        "document": found.text_doc,
-        "place": found.text_start,
-        "covered": found.covered,
+        "longest": overlaps.length,
+        "start": overlaps.query_start,
+        "document": overlaps.text_doc,
+        "document_start": overlaps.text_start,
+        "covered": overlaps.covered,
     }
     return pa.table({name: pa.array(values, pa.int64()) for name, values in columns.items()})

@@ -1,32 +1,28 @@
-"""Our models behind lm-evaluation-harness's interface, so that its hundreds of tasks need not be written again.
+"""Adapter of our models to lm-evaluation-harness.
 
-`HarnessLM` is a `TemplateLM` of lm-eval 0.4.13. It encodes as the harness's own Hugging Face backend (`HFLM`) does, by
-the rules of `scoring.encode`, and answers through the likelihood engine and the decode loop. Importing this module
-registers it by name:
+`HarnessLM` is a `TemplateLM` of lm-eval 0.4.13. It tokenizes as the harness's Hugging Face backend (`HFLM`) does, and
+uses the likelihood engine and the decode loop. Importing this module registers it by name:
 
     import lm_eval, jax_selftrain.evals.lm_eval_adapter
     lm_eval.simple_evaluate(model="jax-selftrain", model_args="pretrained=FOLDER,mesh=data=4", tasks=["piqa"])
     lm_eval.simple_evaluate(model=HarnessLM(model), tasks=["piqa"])
 
-The harness sees one process (`world_size` 1) and hands over all requests at once: distribution happens beneath it, on
-the mesh. That also keeps torch out, which the harness imports for several ranks only.
-
-Generation follows `HFLM.generate_until` with a batch of one, where no row waits for another: after each token the stop
-strings are looked for in the last few tokens, as its `MultiTokenEOSCriteria` does.
+The harness sees one process (`world_size` 1); the mesh distributes the work. (For several ranks it imports torch.)
+Generation equals `HFLM.generate_until` with a batch of one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jax_selftrain import hub
 from jax_selftrain.config import SampleConfig, yaml_io
 from jax_selftrain.errors import InputError
-from jax_selftrain.likelihood.engine import Likelihood, LoglikelihoodRequest, loglikelihoods
-from jax_selftrain.likelihood.tokenize import encode_pairs, rolling_windows, start_token, tokenize
+from jax_selftrain.likelihood.engine import Likelihood, LoglikelihoodRequest, check_finite, loglikelihoods
+from jax_selftrain.likelihood.tokenize import check_tokenizer, encode_pairs, rolling_windows, start_token, tokenize
 from jax_selftrain.sampling.generate import PROMPT_TOKENS, SamplingSpec, generate_until
 from jax_selftrain.sampling.sampling_params import make_sampling_params
 
@@ -45,27 +41,27 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 MAX_GEN_TOKS = 256
-"""Tokens to write where a task says nothing (`HFLM.max_gen_toks`)."""
+"""Default of `HFLM.max_gen_toks`."""
 _GENERATION = frozenset({"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "min_p"})
 
 
 LoglikelihoodFn = Callable[[Sequence[LoglikelihoodRequest]], list[Likelihood]]
-"""What puts requests to a model: one answer each, in their order."""
+"""Function that scores requests, in their order."""
 
 
 class AnsweredInstance(NamedTuple):
-    """One request of a task and what came of it."""
+    """Request of a task, with its answer."""
 
     instance: Instance
     likelihoods: Sequence[Likelihood]
-    """Of the continuation, or of each window of a rolling request; empty for generation."""
+    """One, or one per window of a rolling request; empty for generation."""
     text: str | None = None
-    """What was generated."""
+    """Generated text."""
 
 
 @register_model("jax-selftrain")
 class HarnessLM(TemplateLM):
-    """A model of ours for `lm_eval.simple_evaluate`, loaded already or by reference."""
+    """Model for `lm_eval.simple_evaluate`."""
 
     def __init__(
         self,
@@ -79,74 +75,76 @@ class HarnessLM(TemplateLM):
         max_batch_size: int | None = None,
         device: str | None = None,
         seed: int = 0,
-        ask: LoglikelihoodFn | None = None,
+        loglikelihood_fn: LoglikelihoodFn | None = None,
     ):
-        """
+        """Load the model.
+
         Args:
-          pretrained: a loaded model, or what `hub.load_model` takes: a folder, a hub id, a run.
-          dtype, mesh, preset: as for `hub.load_model`. In the harness's string of arguments, where commas separate
-            them, axes of the mesh are separated by a colon: `mesh=data=4:model=2`.
-          batch_tokens: token positions in one device batch of the likelihood engine; None: its own default.
-          batch_size: rows per replica that generate together; None or "auto": 64. (How likelihoods are batched
-            follows from `batch_tokens`.)
-          max_batch_size, device: what the harness hands to every model; only None is possible for `device`.
+          pretrained: a loaded model, or a reference for `hub.load_model`.
+          dtype, mesh, preset: see `hub.load_model`. In the harness's argument string, where commas separate arguments,
+            colons separate the axes: `mesh=data=4:model=2`.
+          batch_tokens: token positions in one device batch of the likelihood engine; None: its default.
+          batch_size: rows per replica in generation; None or "auto": 64.
+          max_batch_size, device: passed by the harness; `device` must be None.
           seed: of generation with `do_sample`.
-          ask: answers requests in place of `likelihood.loglikelihoods`, for instance through files that outlive an
-            interruption.
+          loglikelihood_fn: replaces `likelihood.loglikelihoods`, for instance to resume after an interruption.
 
         Raises:
-          InputError: an argument is impossible, or the model cannot be loaded or has no tokenizer.
+          InputError: an argument is invalid, or the model cannot be loaded or has no tokenizer.
         """
         super().__init__()
         if device is not None:
             raise InputError(f"device={device} cannot be chosen here: JAX_PLATFORMS chooses it, and mesh divides it")
-        self.model = _load(pretrained, mesh.replace(":", ","), dtype, preset)
+        if not isinstance(pretrained, hub.LoadedModel):
+            pretrained = hub.load_model(str(pretrained), mesh.replace(":", ","), dtype, preset=preset)
+        check_tokenizer(pretrained)
+        self.model = pretrained
         self.tokenizer = self.model.tokenizer
         self.seed = seed
         self.batch_size = _parse_batch_size(batch_size)
         self._batch_tokens = batch_tokens
-        self._ask: LoglikelihoodFn = ask or partial(loglikelihoods, self.model, batch_tokens=batch_tokens)
+        self._loglikelihoods = loglikelihood_fn or partial(loglikelihoods, self.model, batch_tokens=batch_tokens)
         self.answered: list[AnsweredInstance] | None = None
-        """Set to a list to have every answer noted there."""
+        """Set to a list to record all answers."""
 
     @property
     def max_length(self) -> int:
-        """The model's longest input, in tokens."""
+        """Longest input in tokens."""
         return self.model.config.max_positions
 
     @property
     def max_gen_toks(self) -> int:
-        """Tokens to write where a task says nothing."""
+        """Default number of generated tokens."""
         return MAX_GEN_TOKS
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands for an empty context: BOS, else EOS."""
+        """Replacement of an empty context: BOS, else EOS."""
         return start_token(self.model)
 
     @property
     def eot_token_id(self) -> int:
-        """The id that ends a text, else the prefix token."""
+        """End-of-text token, else the prefix token."""
         end = self.model.special_tokens.eos_token_id
         return self.prefix_token_id if end is None else end
 
     @property
     def tokenizer_name(self) -> str:
-        """Names the tokenizer in the harness's cache of requests."""
+        """Key of the tokenizer in the harness's request cache."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids of a text, as `HFLM.tok_encode` gives them."""
+        """Tokenize a text as `HFLM.tok_encode` does."""
         if add_special_tokens is None:
             return tokenize(self.tokenizer, self.prefix_token_id, string)
         return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
 
     def tok_decode(self, tokens: int | Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of token ids."""
+        """Decode token ids."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a conversation by the tokenizer's own template.
+        """Apply the chat template of the tokenizer.
 
         Raises:
           InputError: the tokenizer has no template.
@@ -166,54 +164,55 @@ class HarnessLM(TemplateLM):
         )
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log-likelihood (nats) of each request's continuation, and whether it is the greedy one.
+        """Return log-likelihood (nats) and is-greedy of each continuation.
 
         Raises:
-          InputError: a continuation has no token of its own, is longer than the model, or gets NaN.
+          InputError: a continuation has no tokens, is longer than the model, or its log-likelihood is NaN.
         """
-        asked = encode_pairs(self.tokenizer, self.prefix_token_id, [instance.args for instance in requests])
-        for instance, request in zip(requests, asked, strict=True):
+        tokenized = encode_pairs(self.tokenizer, self.prefix_token_id, [instance.args for instance in requests])
+        for instance, request in zip(requests, tokenized, strict=True):
             if not 1 <= len(request.continuation) <= self.max_length:
                 raise InputError(
-                    f"{_request_index(instance)}: {instance.args[1][:60]!r} has {len(request.continuation)} tokens of its own "
-                    f"behind its context; the model can be asked for 1 to {self.max_length}"
+                    f"{_describe(instance)}: {instance.args[1][:60]!r} has {len(request.continuation)} tokens after "
+                    f"its context; the model can score 1 to {self.max_length}"
                 )
-        answers = self._answers(asked, [_request_index(instance) for instance in requests])
-        for instance, answer in zip(requests, answers, strict=True):
-            self._note(AnsweredInstance(instance, [answer]))
-            self.cache_hook.add_partial("loglikelihood", instance.args, (answer.loglikelihood, answer.is_greedy))
-        return [(answer.loglikelihood, answer.is_greedy) for answer in answers]
+        likelihoods = self._score(tokenized, map(_describe, requests))
+        answers = [(likelihood.loglikelihood, likelihood.is_greedy) for likelihood in likelihoods]
+        for instance, likelihood, answer in zip(requests, likelihoods, answers, strict=True):
+            self._record(AnsweredInstance(instance, [likelihood]))
+            self.cache_hook.add_partial("loglikelihood", instance.args, answer)
+        return answers
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """The same for requests that are in tokens already: (texts, context, continuation)."""
-        asked = [LoglikelihoodRequest(context, continuation) for _, context, continuation in requests]
-        answers = self._answers(asked, [f"request {i}" for i in range(len(asked))])
-        return [(answer.loglikelihood, answer.is_greedy) for answer in answers]
+        """Score tokenized requests (texts, context, continuation)."""
+        tokenized = [LoglikelihoodRequest(context, continuation) for _, context, continuation in requests]
+        likelihoods = self._score(tokenized, (f"request {i}" for i in range(len(tokenized))))
+        return [(likelihood.loglikelihood, likelihood.is_greedy) for likelihood in likelihoods]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood (nats) of each whole text, in windows of the model's length where it is longer."""
+        """Return the log-likelihood (nats) of each text, in rolling windows."""
         windows: list[list[LoglikelihoodRequest]] = []
         for instance in requests:
             (text,) = instance.args
             windows.append(list(rolling_windows(self.tok_encode(text), self.prefix_token_id, self.max_length)))
-        asked = [window for text in windows for window in text]
-        where = [_request_index(instance) for instance, text in zip(requests, windows, strict=True) for _ in text]
-        answers = iter(self._answers(asked, where))
+        tokenized = [window for text in windows for window in text]
+        labels = (_describe(instance) for instance, text in zip(requests, windows, strict=True) for _ in text)
+        likelihoods = iter(self._score(tokenized, labels))
         totals = []
         for instance, text in zip(requests, windows, strict=True):
-            mine = [next(answers) for _ in text]
-            totals.append(math.fsum(window.loglikelihood for window in mine))
-            self._note(AnsweredInstance(instance, mine))
+            scores = [next(likelihoods) for _ in text]
+            totals.append(math.fsum(window.loglikelihood for window in scores))
+            self._record(AnsweredInstance(instance, scores))
             self.cache_hook.add_partial("loglikelihood_rolling", instance.args, totals[-1])
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes behind each context, up to a stop string, an end token or a number of tokens.
+        """Generate until a stop string, a stop id or the token limit.
 
         Raises:
-          InputError: a request asks for a way of decoding that is not there, or for more tokens than the model has.
+          InputError: unsupported generation options, or more tokens than the model's positions.
         """
         groups: dict[str, list[int]] = {}
         for i, instance in enumerate(requests):
@@ -223,14 +222,14 @@ class HarnessLM(TemplateLM):
             for i, text in zip(members, self._generate([requests[i] for i in members], members), strict=True):
                 texts[i] = text
         for instance, text in zip(requests, texts, strict=True):
-            self._note(AnsweredInstance(instance, [], text))
+            self._record(AnsweredInstance(instance, [], text))
             self.cache_hook.add_partial("generate_until", instance.args, text)
         return texts
 
     def _generate(self, requests: Sequence[Instance], ids: Sequence[int]) -> list[str]:
-        """Requests with the same options; `ids` are their places among all."""
+        """Generate for requests with equal options; `ids` key the random bits."""
         options = normalize_gen_kwargs(requests[0].args[1], self.max_gen_toks)
-        where = _request_index(requests[0])
+        where = _describe(requests[0])
         until = handle_stop_sequences(options["until"], eos=self.tok_decode(self.eot_token_id, False))
         room = self.max_length - options["max_gen_toks"]
         if room < 1 or options["max_gen_toks"] < 1:
@@ -239,7 +238,7 @@ class HarnessLM(TemplateLM):
                 f"{self.max_length} positions; set max_gen_toks"
             )
         prompts = [self._prompt(instance.args[0])[-room:] for instance in requests]
-        written = generate_until(
+        generated = generate_until(
             self.model,
             prompts,
             options["max_gen_toks"],
@@ -249,33 +248,28 @@ class HarnessLM(TemplateLM):
             batch_size=self.batch_size,
             batch_tokens=self._batch_tokens or PROMPT_TOKENS,
         )
-        return [postprocess_generated_text(self.tok_decode(tokens), until, None) for tokens in written]
+        return [postprocess_generated_text(self.tok_decode(tokens), until, None) for tokens in generated]
 
     def _prompt(self, text: str) -> list[int]:
-        """Tokens of a context to continue, as `HFLM.tok_batch_encode` gives them; nothing at all becomes the prefix."""
+        """Tokenize a prompt as `HFLM.tok_batch_encode` does."""
         bos = self.tokenizer.bos_token
         special = not (bos is not None and text.startswith(bos))
         return list(self.tokenizer.encode(text, add_special_tokens=special)) or [self.prefix_token_id]
 
-    def _answers(self, asked: Sequence[LoglikelihoodRequest], where: Sequence[str]) -> list[Likelihood]:
-        answers = self._ask(asked)
-        for place, answer in zip(where, answers, strict=True):
-            if not math.isfinite(answer.loglikelihood):
-                raise InputError(
-                    f"the log-likelihood of {place} is {answer.loglikelihood}: the model's weights are damaged or "
-                    "overflow in this dtype; check them, or try float32"
-                )
-        return answers
+    def _score(self, requests: Sequence[LoglikelihoodRequest], labels: Iterable[str]) -> list[Likelihood]:
+        likelihoods = self._loglikelihoods(requests)
+        check_finite(likelihoods, labels)
+        return likelihoods
 
-    def _note(self, answered: AnsweredInstance) -> None:
+    def _record(self, answered: AnsweredInstance) -> None:
         if self.answered is not None:
             self.answered.append(answered)
 
 
 class _StopSequences:
-    """Whether a continuation ends with its last token: a stop id, or a stop string among the last few tokens.
+    """Stop condition: stop id, or stop string in the last tokens.
 
-    `MultiTokenEOSCriteria` decodes as many tokens as the stop string has, and two more.
+    As in the harness's `MultiTokenEOSCriteria`, the number of last tokens is that of the stop string plus two.
     """
 
     def __init__(self, tokenizer: Any, until: Sequence[str], stop_ids: Sequence[int]):
@@ -296,15 +290,6 @@ class _StopSequences:
         return False
 
 
-def _load(pretrained: str | hub.LoadedModel, mesh: str, dtype: str, preset: str) -> hub.LoadedModel:
-    model = pretrained
-    if not isinstance(model, hub.LoadedModel):
-        model = hub.load_model(str(model), mesh, dtype, preset=preset)
-    if model.tokenizer is None:
-        raise InputError(f"{model.source.ref}: has no tokenizer, so texts cannot be scored; add tokenizer.json")
-    return model
-
-
 def _parse_batch_size(batch_size: int | str | None) -> int:
     if batch_size is None or str(batch_size).startswith("auto"):
         return 64
@@ -314,11 +299,11 @@ def _parse_batch_size(batch_size: int | str | None) -> int:
 
 
 def _sampling_params(model: hub.LoadedModel, options: Mapping[str, Any], seed: int, where: str) -> SamplingSpec | None:
-    """How to draw tokens; None for greedy decoding."""
+    """Return the sampling parameters; None for greedy decoding."""
     unknown = sorted(options.keys() - _GENERATION)
     if unknown:
         raise InputError(
-            f"{where}: asks for generation with {unknown[0]}, which is not done here"
+            f"{where}: generation with {unknown[0]} is not supported"
             f"{yaml_io.did_you_mean(unknown[0], _GENERATION)}; possible are {', '.join(sorted(_GENERATION))}"
         )
     if not options["do_sample"]:
@@ -339,8 +324,7 @@ def _sampling_params(model: hub.LoadedModel, options: Mapping[str, Any], seed: i
 _TRUNCATION = {"top_k": int, "top_p": float, "min_p": float}
 
 
-def _request_index(instance: Instance) -> str:
-    """Where a request comes from, for messages."""
+def _describe(instance: Instance) -> str:
     if instance.task_name is None:
         return f"request {instance.idx}"
     return f"{instance.task_name}, document {instance.doc_id}, choice {instance.idx}"

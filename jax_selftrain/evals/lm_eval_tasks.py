@@ -1,8 +1,8 @@
-"""Tasks of lm-evaluation-harness by name: which words are names, what they ask, and what came of it.
+"""Tasks of lm-evaluation-harness by name.
 
-A word behind `--tasks` that is neither a file nor a folder names a task, group or tag of the harness, or one of our
-suites. The harness builds the requests and works out the metrics; `scoring.harness` answers. Nothing here imports the
-harness before a name is given, so that local files are scored where it is not installed.
+A value of `--tasks` that is neither a file nor a folder is the name of a task, group or tag of the harness, or of one
+of our suites. The harness builds the requests and computes the metrics; `lm_eval_adapter` scores the requests. The
+harness is imported only for a name, so local files can be scored without it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from jax_selftrain import hub
 from jax_selftrain.config import yaml_io
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.lm_eval_items import items_from_answers
-from jax_selftrain.evals.result_files import output_paths
-from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import hash_json
 
 if TYPE_CHECKING:
@@ -44,49 +41,49 @@ SUITES: dict[str, tuple[str, ...]] = {
     "quick": ("lambada_openai", "sciq", "arc_easy", "piqa"),
     "blimp": ("blimp",),
 }
-"""Ours, before the harness's names: what Pythia's authors published; what carries signal at its sizes; BLiMP's 67."""
+"""Our suites: Pythia's published tasks, tasks with signal at small sizes, the 67 sets of BLiMP."""
 
 BOOTSTRAPS = 1000
-"""Resamples behind the standard error of a metric that is no mean (perplexity, F1). The harness takes 100,000, in
-several forked processes, which threads of JAX do not survive; its error of a standard error is then 0.2 %, here 2 %."""
+"""Bootstrap resamples for the standard error of perplexity and F1; the error of a standard error is 2 %. The harness
+takes 100,000 (0.2 %) in forked processes, which JAX's threads do not survive."""
 
 _SEED, _FEWSHOT_SEED = 0, 1234
-"""What the harness seeds Python's `random`, and numpy and the choice of few-shot examples with."""
+"""Seeds of the harness: of Python's `random`; of numpy and few-shot examples."""
 
 
 @dataclass(frozen=True)
 class LmEvalTasks:
-    """Tasks of the harness with their data, ready to be asked."""
+    """Tasks of the harness with their data."""
 
     loaded: TaskDict
     version: str
-    """Of lm-eval."""
+    """Version of lm-eval."""
 
 
 @dataclass(frozen=True)
 class HarnessEvaluation:
-    """What the harness measured."""
+    """Results of the harness."""
 
     tasks: dict[str, dict[str, Any]]
-    """Per task: metrics with their standard errors, and `n`."""
+    """By task: metrics with their standard errors, and `n`."""
     groups: dict[str, dict[str, Any]]
-    """The same of groups whose tasks are put together."""
+    """The same by group."""
     provenance: dict[str, Any]
-    """`version` of the harness; per task its `version`, `num_fewshot` and a fingerprint of what was asked."""
+    """`version` of the harness; by task its `version`, `num_fewshot` and `requests`, a hash of all requests."""
     rows: list[dict[str, Any]]
-    """Of `score.REQUESTS`, in task, document, choice order."""
-    documents: pa.Table
-    """How the right answer of each document fared (`documents.DOCUMENTS`)."""
+    """Rows of `score.REQUESTS`, in task, document, choice order."""
+    items: pa.Table
+    """Table `item_results.ITEMS`."""
     generations: pa.Table
-    """Texts that were generated; no rows where no task asks for any."""
+    """Table `GENERATIONS`; empty without generation tasks."""
 
 
 GENERATIONS = pa.schema([("task", pa.string()), ("doc", pa.int64()), ("choice", pa.int32()), ("text", pa.string())])
-"""One row per generated text; repeats of one request are counted by `choice`."""
+"""One row per generated text; `choice` numbers the repeats of a request."""
 
 
 def split_names(references: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(files and folders, names) of what stands behind `--tasks`, each in order; suites are replaced by their tasks."""
+    """Split the values of `--tasks` into paths and names; expand suites."""
     files = [reference for reference in references if not _is_name(reference)]
     names = [name for reference in references if _is_name(reference) for name in SUITES.get(reference, (reference,))]
     return files, list(dict.fromkeys(names))
@@ -95,24 +92,22 @@ def split_names(references: Sequence[str]) -> tuple[list[str], list[str]]:
 def load_lm_eval_tasks(
     names: Sequence[str], reserved_names: Collection[str] = (), *, folder: str = "", num_fewshot: int | None = None
 ) -> LmEvalTasks:
-    """Find tasks by name and fetch their data, through `datasets` and its cache.
+    """Load tasks and their data with `datasets`.
 
     Args:
       names: tasks, groups or tags of the harness, or of `folder`.
-      taken: names that no task may have, since results go by name.
-      folder: YAML files of further tasks, which come before the harness's own of the same name.
-      num_fewshot: solved examples before each question; None: what the task says, else none. A task that says 0 keeps
-        it.
+      reserved_names: names that no task may have.
+      folder: YAML files of more tasks, which override tasks of the harness.
+      num_fewshot: number of few-shot examples; None: the task's value, else 0. A task with the value 0 keeps it.
 
     Raises:
-      InputError: lm-eval or a package that a task needs is not installed, a name is unknown or taken, or data cannot be
-        had.
+      InputError: lm-eval or a package of a task is missing, a name is unknown or reserved, or data are unavailable.
     """
-    import_module("jax_selftrain.evals.lm_eval_adapter")  # one sentence where lm-eval is not installed
+    import_module("jax_selftrain.evals.lm_eval_adapter")  # raises InputError if lm-eval is not installed
     if folder and not Path(folder).is_dir():
         raise InputError(f"--task-folder {folder}: no such folder; give the one that holds the task files (*.yaml)")
     manager = _manager_for(names, folder)
-    _seed()
+    _set_seeds()
     loaded = _load(manager, names)
     for name, task in loaded["tasks"].items():
         if name in reserved_names:
@@ -120,11 +115,11 @@ def load_lm_eval_tasks(
                 f"a file to score and a task of lm-evaluation-harness are both named {name!r}; rename the file"
             )
         if getattr(task, "MULTIMODAL", False):
-            raise InputError(f"task {name} shows images or plays sounds, of which models here know nothing")
+            raise InputError(f"task {name} has images or audio, which language models cannot read")
         if getattr(task, "UNSAFE_CODE", False):
-            raise InputError(f"task {name} runs code that a model has written, which is never done here")
-        said = task.get_config("num_fewshot")
-        if said is None or (num_fewshot is not None and said != 0):
+            raise InputError(f"task {name} executes code from a model, which is not supported")
+        default = task.get_config("num_fewshot")
+        if default is None or (num_fewshot is not None and default != 0):
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
     return LmEvalTasks(loaded, metadata.version("lm_eval"))
@@ -138,14 +133,14 @@ def evaluate_tasks(
     batch_tokens: int | None = None,
     loglikelihood_fn: LoglikelihoodFn | None = None,
 ) -> HarnessEvaluation:
-    """Put the tasks to a model in memory.
+    """Evaluate a model in memory on tasks of the harness.
 
     Args:
       model: with a tokenizer.
-      tasks: from `open_tasks`; they remember what they were asked, so open them anew for another model.
-      limit: use only the first so many documents of each.
+      tasks: from `load_lm_eval_tasks`. They store their requests, so load them again for another model.
+      limit: maximum number of documents of each task.
       batch_tokens: token positions in one device batch; None: the engine's default.
-      ask: answers requests in place of `likelihood.loglikelihoods`.
+      loglikelihood_fn: replaces `likelihood.loglikelihoods`.
 
     Raises:
       InputError: a request does not fit the model, or its log-likelihood is not a finite number.
@@ -154,72 +149,61 @@ def evaluate_tasks(
 
     from jax_selftrain.evals.lm_eval_adapter import HarnessLM
 
-    lm = HarnessLM(model, batch_tokens=batch_tokens, ask=loglikelihood_fn)
+    lm = HarnessLM(model, batch_tokens=batch_tokens, loglikelihood_fn=loglikelihood_fn)
     lm.answered = []
-    _seed()
-    with (
-        _disable_multiprocessing(),
-        redirect_stdout(sys.stderr),
-    ):  # the harness prints its progress where results belong
-        found = evaluate(lm, tasks.loaded, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=True)
-    if found is None:
+    _set_seeds()
+    with _disable_multiprocessing(), redirect_stdout(sys.stderr):  # the harness prints its progress to stdout
+        results = evaluate(lm, tasks.loaded, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=True)
+    if results is None:
         raise AssertionError("the harness returns results on rank 0, which is the only one")
-    order = {name: place for place, name in enumerate(tasks.loaded["tasks"])}
+    order = {name: i for i, name in enumerate(tasks.loaded["tasks"])}
     answered = sorted(lm.answered, key=lambda a: (order[a.instance.task_name], a.instance.doc_id, a.instance.idx))
-    asked: dict[str, list[Any]] = {name: [] for name in order}
+    requests: dict[str, list[Any]] = {name: [] for name in order}
     for answer in answered:
-        asked[answer.instance.task_name].append(answer.instance.args)
-    measured = {name: _metrics(values) for name, values in found["results"].items()}
+        requests[answer.instance.task_name].append(answer.instance.args)
+    metrics = {name: _metrics(values) for name, values in results["results"].items()}
     return HarnessEvaluation(
-        tasks={name: measured[name] for name in order},
-        groups={name: _metrics(values) for name, values in found.get("groups", {}).items()},
+        tasks={name: metrics[name] for name in order},
+        groups={name: _metrics(values) for name, values in results.get("groups", {}).items()},
         provenance={
             "version": tasks.version,
             "tasks": {
                 name: {
-                    "version": found["versions"].get(name),
-                    "num_fewshot": found["n-shot"].get(name),
-                    "requests": hash_json(asked[name]),
+                    "version": results["versions"].get(name),
+                    "num_fewshot": results["n-shot"].get(name),
+                    "requests": hash_json(requests[name]),
                 }
                 for name in order
             },
         },
         rows=list(_likelihood_rows(answered)),
-        documents=items_from_answers(tasks.loaded["tasks"], answered, found["samples"]),
+        items=items_from_answers(tasks.loaded["tasks"], answered, results["samples"]),
         generations=pa.Table.from_pylist(list(_generation_rows(answered)), schema=GENERATIONS),
     )
 
 
-def write_generations(out: str, generations: pa.Table) -> None:
-    """Commit `FILE.generations.parquet`, if anything was generated."""
-    if generations.num_rows:
-        _, file = output_paths(out, "generations.parquet")
-        with atomic.commit_file(file) as aside:
-            pq.write_table(generations, aside, compression="zstd")
-
-
 def _likelihood_rows(answered: Sequence[AnsweredInstance]) -> Iterator[dict[str, Any]]:
-    before = None
+    previous = None
     for instance, likelihoods, _ in answered:
-        windows = instance.request_type == "loglikelihood_rolling"
-        if instance is not before:  # a request that is put several times has one likelihood
-            for i, answer in enumerate(likelihoods):
-                choice = i if windows else instance.idx
-                yield {"task": instance.task_name, "doc": instance.doc_id, "choice": choice, **answer._asdict()}
-        before = instance
+        is_rolling = instance.request_type == "loglikelihood_rolling"
+        if instance is not previous:  # a repeated request has one likelihood
+            for i, likelihood in enumerate(likelihoods):
+                choice = i if is_rolling else instance.idx
+                yield {"task": instance.task_name, "doc": instance.doc_id, "choice": choice, **likelihood._asdict()}
+        previous = instance
 
 
 def _generation_rows(answered: Sequence[AnsweredInstance]) -> Iterator[dict[str, Any]]:
-    times: Counter[tuple[str, int]] = Counter()
+    repeats: Counter[tuple[str, int]] = Counter()
     for instance, _, text in answered:
         if text is not None:
-            document = instance.task_name, instance.doc_id
-            yield {"task": document[0], "doc": document[1], "choice": times[document], "text": text}
-            times[document] += 1
+            key = instance.task_name, instance.doc_id
+            yield {"task": key[0], "doc": key[1], "choice": repeats[key], "text": text}
+            repeats[key] += 1
 
 
 def _is_name(reference: str) -> bool:
-    """Whether a word can only be a name: nothing lies there, and it does not look like a file."""
+    """Return True if a reference does not look like a path."""
     return re.fullmatch(r"[^/:]+", reference) is not None and not (
         Path(reference).exists() or Path(reference).suffix in _FILES
     )
@@ -229,14 +213,14 @@ _FILES = (".jsonl", ".json", ".yaml", ".yml", ".lst", ".parquet")
 
 
 def _manager_for(names: Sequence[str], folder: str) -> TaskManager:
-    """An index of tasks that knows all the names."""
+    """Return a task index that has all names."""
     from lm_eval.tasks import TaskManager
 
     if folder:
-        own = TaskManager(include_path=folder, include_defaults=False)
-        if all(name in own.task_index and _requires_opt_in(own, name) for name in names):
-            return own
-    manager = TaskManager(include_path=folder) if folder else _built_in()
+        custom = TaskManager(include_path=folder, include_defaults=False)
+        if all(_is_complete(custom, name) for name in names):
+            return custom
+    manager = TaskManager(include_path=folder) if folder else _default_manager()
     for name in names:
         if name not in manager.task_index:
             hint = yaml_io.did_you_mean(name, [*SUITES, *manager.all_tasks])
@@ -248,39 +232,41 @@ def _manager_for(names: Sequence[str], folder: str) -> TaskManager:
 
 
 @cache
-def _built_in() -> TaskManager:
-    """The harness's own tasks: 14,000 files, whose reading takes a while."""
+def _default_manager() -> TaskManager:
+    """Index the tasks of the harness: 14,000 files, which takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
-def _requires_opt_in(manager: TaskManager, name: str) -> bool:
-    """Whether everything that a group or tag refers to is known to the same index."""
+def _is_complete(manager: TaskManager, name: str) -> bool:
+    """Return True if an index has a name and its group members."""
     entry = manager.task_index.get(name)
     if entry is None:
         return False
+    return all(isinstance(member, str) and _is_complete(manager, member) for member in _group_members(entry))
+
+
+def _group_members(entry: Any) -> list[Any]:
+    """Return the names of a group's tasks; empty for a task."""
     members = entry.cfg.get("task") if entry.kind.name == "GROUP" and entry.cfg else None
     if not isinstance(members, list):
-        return True
-    named = [member if isinstance(member, str) else member.get("group", member.get("task")) for member in members]
-    return all(isinstance(member, str) and _requires_opt_in(manager, member) for member in named)
+        return []
+    return [member if isinstance(member, str) else member.get("group", member.get("task")) for member in members]
 
 
 def _load(manager: TaskManager, names: Sequence[str]) -> TaskDict:
-    """The tasks and groups of all names, each of which may stand for several."""
-    whole: TaskDict = {"tasks": {}, "groups": {}, "group_map": {}}
+    """Load the tasks and groups of all names."""
+    merged: TaskDict = {"tasks": {}, "groups": {}, "group_map": {}}
     origin: dict[str, str] = {}
     for name in names:
         part = _load_name(manager, name)
         for task in part["tasks"]:
             if origin.setdefault(task, name) != name:
-                raise InputError(
-                    f"task {task} is asked for twice, by {origin[task]} and by {name}; leave one of them out"
-                )
-        for section in whole:
-            whole[section].update(part.get(section, {}))
-    return whole
+                raise InputError(f"task {task} is requested twice, by {origin[task]} and by {name}; remove one of them")
+        for section in merged:
+            merged[section].update(part.get(section, {}))
+    return merged
 
 
 def _load_name(manager: TaskManager, name: str) -> TaskDict:
@@ -290,7 +276,7 @@ def _load_name(manager: TaskManager, name: str) -> TaskDict:
         return manager.load([name])
     except ModuleNotFoundError as error:
         raise InputError(f"task {name} needs the package {error.name}; install it: pip install {error.name}") from error
-    except Exception as error:  # a task runs the harness's code and its own over data from anywhere: anything happens
+    except Exception as error:  # a task runs arbitrary code of the harness over external data
         task = _find_broken_task(manager, name, type(error))
         entry = manager.task_index.get(task)
         data = ((entry.cfg if entry else None) or {}).get("dataset_path")
@@ -303,26 +289,22 @@ def _load_name(manager: TaskManager, name: str) -> TaskDict:
                 "are relative to where the command is run)"
             ) from error
         raise InputError(
-            f"task {task}: its data set {data} cannot be fetched ({reason}); run once where there is a network, after "
-            "which HF_DATASETS_OFFLINE=1 finds it in the cache of `datasets`, or give a local JSONL file instead of "
-            "the name, or a task file over local data with --task-folder"
+            f"task {task}: its data set {data} cannot be fetched ({reason}); run once with a network, after which "
+            "HF_DATASETS_OFFLINE=1 finds it in the cache of `datasets`, or give a local JSONL file instead of the "
+            "name, or a task file over local data with --task-folder"
         ) from error
 
 
 _LOCAL = ("json", "csv", "parquet", "text", "arrow")
-"""Builders of `datasets` over files that the task names."""
+"""Builders of `datasets` that read files named by the task."""
 
 
 def _find_broken_task(manager: TaskManager, name: str, kind: type[Exception]) -> str:
-    """The task of a group or tag that cannot be loaded; the name itself where it is a task."""
+    """Return the first task of a group that cannot be loaded."""
     entry = manager.task_index.get(name)
-    members: list[Any] = []
-    if entry is not None and entry.kind.name == "TAG":
-        members = sorted(entry.tags)
-    elif entry is not None and entry.kind.name == "GROUP" and entry.cfg:
-        members = entry.cfg["task"] if isinstance(entry.cfg.get("task"), list) else []
-    for member in members:
-        member = member if isinstance(member, str) else member.get("group", member.get("task"))
+    if entry is None:
+        return name
+    for member in sorted(entry.tags) if entry.kind.name == "TAG" else _group_members(entry):
         if member in manager.task_index:
             try:
                 manager.load([member])
@@ -332,28 +314,29 @@ def _find_broken_task(manager: TaskManager, name: str, kind: type[Exception]) ->
 
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`acc`, `acc_stderr` … and `n` from the harness's `acc,none`; another filter than `none` comes before the metric.
+    """Convert the harness's `acc,none` … to `acc`, `acc_stderr` … and `n`.
 
-    None where the harness gives no number.
+    Another filter than `none` becomes a prefix, `FILTER/METRIC`. A value that is no number becomes None.
     """
-    found: dict[str, Any] = {"n": int(values["sample_len"])}
+    metrics: dict[str, Any] = {"n": int(values["sample_len"])}
     for key, value in values.items():
-        metric, comma, filtered = key.partition(",")
+        metric, comma, filter_name = key.partition(",")
         if comma:
-            number = isinstance(value, int | float | np.number) and math.isfinite(value)
-            found[metric if filtered == "none" else f"{filtered}/{metric}"] = float(value) if number else None
-    return found
+            is_number = isinstance(value, int | float | np.number) and math.isfinite(value)
+            label = metric if filter_name == "none" else f"{filter_name}/{metric}"
+            metrics[label] = float(value) if is_number else None
+    return metrics
 
 
-def _seed() -> None:
-    """The harness's own seeds, from which few-shot examples and, in some tasks, the order of choices follow."""
+def _set_seeds() -> None:
+    """Seed few-shot examples and the order of choices as the harness does."""
     random.seed(_SEED)
     np.random.seed(_FEWSHOT_SEED)
 
 
 @contextmanager
 def _disable_multiprocessing() -> Iterator[None]:
-    """Keep the harness's bootstrap from forking: JAX's threads do not survive it."""
+    """Keep the harness's bootstrap from forking, which breaks JAX's threads."""
     before = os.environ.get("DISABLE_MULTIPROC")
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:

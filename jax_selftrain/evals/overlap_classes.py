@@ -1,10 +1,10 @@
-"""Which sequences a corpus has shown: classes by the longest run of their suffix that stands in one document.
+"""Overlap classes: how much of a suffix occurs in the training corpus.
 
-`held_out`: the run is shorter than a threshold; `seen`: it is the whole suffix; `partial`: between. What a model emits
-is what it memorized best, so this is a selected split: compare classes with care.
+The longest verbatim match of a suffix with one document decides: `held_out` (shorter than a threshold), `seen` (the
+whole suffix), `partial` (between). A model samples what it memorized best, so the classes are a selected split.
 
-A corpus in another tokenizer's tokens is matched on its text, encoded again by the model's own tokenizer as running
-text (canonically). A run that begins or ends inside a token of the one or the other loses that token.
+A corpus with another tokenizer is matched on its text, tokenized with the model's tokenizer. A match that begins or
+ends inside a token loses that token.
 """
 
 from __future__ import annotations
@@ -19,36 +19,39 @@ from jax_selftrain.corpus import Corpus, LazilyTokenized, Overlaps, RaggedTokens
 
 CLASSES = ("held_out", "partial", "seen")
 THRESHOLDS = (8, 16, 32)
-"""Shown beside the one chosen."""
+"""Alternative thresholds that are reported, in tokens."""
 
 
 @dataclass(frozen=True)
 class CorpusOverlap:
-    """What a corpus has shown of some suffixes."""
+    """Longest matches of suffixes with a corpus."""
 
     overlaps: Overlaps
-    shortest: int
-    """Runs of fewer tokens count as none."""
+    min_length: int
+    """Shorter matches count as none."""
     matched_on: str
-    """`tokens`, or `text` where the corpus has another tokenizer."""
+    """`tokens`, or `text` if the corpus has another tokenizer."""
 
 
-def corpus_overlap(corpus: Corpus, model: str, suffixes: np.ndarray, overlap: int) -> CorpusOverlap:
-    """Look for suffixes [N, S] of a model's tokens in a corpus, exactly down to the least threshold in use."""
-    shortest = min(*THRESHOLDS, overlap, suffixes.shape[1])
-    own = corpus.manifest["tokenizer_fingerprint"] == hub.open_model(model).tokenizer_fingerprint
-    text = corpus if own else LazilyTokenized(corpus.iter_texts, hub.open_model(model).tokenizer)
-    found = longest_overlaps(RaggedTokens.from_list(suffixes), text, min_length=shortest)
-    return CorpusOverlap(found, shortest, "tokens" if own else "text")
+def corpus_overlap(corpus: Corpus, model: str, suffixes: np.ndarray, min_overlap: int) -> CorpusOverlap:
+    """Find the longest matches of suffixes [N, suffix] in a corpus.
+
+    Matches shorter than all thresholds count as none.
+    """
+    min_length = min(*THRESHOLDS, min_overlap, suffixes.shape[1])
+    same_tokens = corpus.manifest["tokenizer_fingerprint"] == hub.open_model(model).tokenizer_fingerprint
+    text = corpus if same_tokens else LazilyTokenized(corpus.iter_texts, hub.open_model(model).tokenizer)
+    overlaps = longest_overlaps(RaggedTokens.from_list(suffixes), text, min_length=min_length)
+    return CorpusOverlap(overlaps, min_length, "tokens" if same_tokens else "text")
 
 
-def classify(overlaps: np.ndarray, suffix: int, overlap: int) -> np.ndarray:
-    """Class [N] of each sequence, from its longest overlap with the corpus in tokens: `held_out`, `partial`, `seen`."""
-    return np.where(overlaps >= suffix, "seen", np.where(overlaps >= overlap, "partial", "held_out"))
+def classify(lengths: np.ndarray, suffix: int, min_overlap: int) -> np.ndarray:
+    """Return the class [N] of each sequence from its match length."""
+    return np.where(lengths >= suffix, "seen", np.where(lengths >= min_overlap, "partial", "held_out"))
 
 
 def duplicate_buckets(duplicates: np.ndarray) -> dict[str, np.ndarray]:
-    """Members (bool [N]) of the non-empty buckets 0, 1, 2, 3–4, 5–8, 9–16 … of how often sequences were shown."""
+    """Return the members (bool [N]) of the buckets 0, 1, 2, 3–4, 5–8 …."""
     buckets: dict[str, np.ndarray] = {}
     low, high = 0, 0
     while low <= int(duplicates.max(initial=-1)):
@@ -59,10 +62,10 @@ def duplicate_buckets(duplicates: np.ndarray) -> dict[str, np.ndarray]:
     return buckets
 
 
-def to_columns(seen: CorpusOverlap, suffix: int, overlap: int) -> dict[str, Any]:
-    """What is told of each sequence: its longest overlap, where it stands, and its class."""
+def overlap_columns(overlap: CorpusOverlap, suffix: int, min_overlap: int) -> dict[str, Any]:
+    """Return match length, matched document and class of each sequence."""
     return {
-        "overlap": seen.overlaps.length,
-        "document": seen.overlaps.text_doc,
-        "class": classify(seen.overlaps.length, suffix, overlap),
+        "overlap": overlap.overlaps.length,
+        "document": overlap.overlaps.text_doc,
+        "class": classify(overlap.overlaps.length, suffix, min_overlap),
     }

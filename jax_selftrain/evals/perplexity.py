@@ -1,9 +1,8 @@
-"""Perplexity of texts: how well a model predicts whole documents, from the start token on.
+"""Perplexity of text files.
 
-A document is scored as it would be sampled: start token, then its tokens, and no end token. (lm-evaluation-harness
-instead lets Llama-like tokenizers add a second BOS and counts its prediction.) Special strings such as `</s>` in a
-text are read as the plain text they are. Sums run over documents, and so do standard errors: tokens of one text are
-not independent.
+A document is scored as it would be sampled: start token, then its tokens, without an end token. (lm-evaluation-harness
+lets Llama-like tokenizers add a second BOS and scores its prediction.) Special strings such as `</s>` in a text are
+plain text. The document is the unit of standard errors, because tokens of one text are not independent.
 """
 
 from __future__ import annotations
@@ -17,10 +16,9 @@ from typing import Any
 import numpy as np
 
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals.item_results import item_hash
+from jax_selftrain.evals.item_results import ItemResults, item_hash
 from jax_selftrain.evals.result_files import is_text
 from jax_selftrain.io.jsonl import read_jsonl
-from jax_selftrain.likelihood.engine import Likelihood
 from jax_selftrain.stats.standard_errors import exp_and_stderr, ratio_and_stderr
 
 
@@ -35,28 +33,28 @@ class TextFile:
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """The part of a document that is scored."""
+    """Scored part of a document."""
 
     tokens: tuple[int, ...]
     bytes: int
-    """UTF-8 bytes of that part."""
+    """Number of UTF-8 bytes."""
     words: int
-    """Pieces between white space, counted as lm-evaluation-harness does."""
+    """Number of pieces between white space, as in lm-evaluation-harness."""
     item_hash: str
     """Hash of the whole document."""
 
 
 def load_texts(paths: Sequence[str], limit: int | None = None) -> list[TextFile]:
-    """Read the `text` field of JSONL files; blank texts are left out.
+    """Read the `text` field of JSONL files, and skip blank texts.
 
     Raises:
-      InputError: a file is missing or not JSONL, has a line without text, or holds no text at all.
+      InputError: a file is missing or not JSONL, has a line without text, or has no texts.
     """
     return [_load(Path(path), limit) for path in paths]
 
 
 def encode_text(tokenizer: Any, text: str, max_tokens: int | None = None) -> TokenizedText:
-    """Token ids of a document without special tokens, cut after `max_tokens`."""
+    """Tokenize a document without special tokens, and truncate it."""
     item = item_hash("", [text])
     encoding = tokenizer(
         text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
@@ -68,24 +66,20 @@ def encode_text(tokenizer: Any, text: str, max_tokens: int | None = None) -> Tok
     return TokenizedText(tuple(tokens), len(text.encode()), len(re.split(r"\s+", text)), item)
 
 
-def perplexity_metrics(documents: Sequence[TokenizedText], answers: Sequence[Sequence[Likelihood]]) -> dict[str, Any]:
-    """Negative log-likelihood and perplexities of a text file, each with its document-level standard error.
+def perplexity_metrics(results: ItemResults, words: Sequence[int]) -> dict[str, Any]:
+    """Compute negative log-likelihood and perplexities of a text file.
 
     Args:
-      documents: what was scored.
-      answers: per document, the likelihoods of its windows.
+      results: log-likelihood, tokens and bytes of each document.
+      words: number of words of each document.
 
     Returns:
       `n` (documents), `tokens`, `bytes`, `words`; `nll` (nats per token), `perplexity` (per token), `word_perplexity`,
-      `byte_perplexity`, `bits_per_byte`.
+      `byte_perplexity`, `bits_per_byte`, each with its standard error `…_stderr`.
     """
-    nll = [-sum(window.loglikelihood for window in windows) for windows in answers]
-    counts = {
-        "tokens": [len(document.tokens) for document in documents],
-        "bytes": [document.bytes for document in documents],
-        "words": [document.words for document in documents],
-    }
-    per_token, per_byte, per_word = (ratio_and_stderr(nll, counts[unit]) for unit in ("tokens", "bytes", "words"))
+    nll = -results.loglikelihood
+    counts = {"tokens": results.tokens, "bytes": results.bytes, "words": np.asarray(words)}
+    per_token, per_byte, per_word = (ratio_and_stderr(nll, count) for count in counts.values())
     bits = per_byte[0] / np.log(2), None if per_byte[1] is None else per_byte[1] / np.log(2)
     estimates = {
         "nll": per_token,
@@ -94,7 +88,7 @@ def perplexity_metrics(documents: Sequence[TokenizedText], answers: Sequence[Seq
         "byte_perplexity": exp_and_stderr(*per_byte),
         "bits_per_byte": bits,
     }
-    result: dict[str, Any] = {"n": len(documents)} | {unit: sum(count) for unit, count in counts.items()}
+    result: dict[str, Any] = {"n": results.count} | {unit: int(count.sum()) for unit, count in counts.items()}
     for name, (value, stderr) in estimates.items():
         result |= {name: value, f"{name}_stderr": stderr}
     return result

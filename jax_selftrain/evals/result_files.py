@@ -1,4 +1,4 @@
-"""A result on disk: one JSON file and its companions."""
+"""Files of a result: `FILE.json`, tables, config and timings."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from jax_selftrain.io import atomic
 
 
 def is_text(value: Any) -> bool:
-    """Whether a JSON value is a string that can be written in UTF-8 (half a surrogate pair cannot)."""
+    """Return True if a JSON value is a string without lone surrogates."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
-def output_paths(out: str, *parts: str) -> tuple[Path, ...]:
-    """`FILE.json` and, beside it, `FILE.PART` for each of the given parts of a result.
+def output_paths(out: str, *suffixes: str) -> tuple[Path, ...]:
+    """Return `FILE.json` and `FILE.SUFFIX` for each suffix.
 
     Raises:
       InputError: `out` is a folder.
@@ -29,21 +29,25 @@ def output_paths(out: str, *parts: str) -> tuple[Path, ...]:
     if path.is_dir():
         raise InputError(f"--out {out}: is a folder; give the name of the JSON file to write")
     stem = path.name.removesuffix(".json")
-    return path, *(path.with_name(f"{stem}.{part}") for part in parts)
+    return path, *(path.with_name(f"{stem}.{suffix}") for suffix in suffixes)
+
+
+def write_table(out: str, name: str, table: pa.Table) -> None:
+    """Commit `FILE.NAME.parquet`."""
+    with atomic.commit_file(output_paths(out, f"{name}.parquet")[1]) as temp:
+        pq.write_table(table, temp, compression="zstd")
 
 
 def write_results(
-    out: str, config: Any, result: Mapping[str, Any], table: pa.Table, table_name: str, timings: Mapping[str, Any]
+    out: str, config: Any, result: Mapping[str, Any], tables: Mapping[str, pa.Table], timings: Mapping[str, Any]
 ) -> None:
-    """Commit a result: `FILE.<table_name>.parquet`, resolved config, timings, and the JSON last.
+    """Commit tables, resolved config and timings of a result, then `FILE.json`.
 
-    The JSON holds nothing about the machine or the clock, so that equal work gives equal bytes.
+    The JSON holds no timings and no host names, so that equal results are equal bytes.
     """
-    path, table_file, config_file, timings_file = output_paths(
-        out, f"{table_name}.parquet", "config.yaml", "timings.json"
-    )
-    with atomic.commit_file(table_file) as aside:
-        pq.write_table(table, aside, compression="zstd")
+    path, config_file, timings_file = output_paths(out, "config.yaml", "timings.json")
+    for name, table in tables.items():
+        write_table(out, name, table)
     yaml_io.save(config_file, config)
     atomic.write_json(timings_file, timings)
     atomic.write_json(path, result)

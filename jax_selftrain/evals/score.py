@@ -1,18 +1,16 @@
-"""The `score` stage: tasks and texts in, one JSON file and one table of requests out.
+"""The `score` command: likelihood evaluation of tasks and texts.
 
-While it goes on, answers are kept in `FILE.parts/` (see `scoring.parts`): after an interruption, however rude, the same
-command scores only what is missing and writes the same bytes. Another model, task, batch or mesh scores everything
-anew. Of several processes each works on a mesh of its own devices where the mesh fits on them, and on its share of the
-requests; all of them need to see the folder of FILE.
+Partial results are kept in `FILE.parts/` (`likelihood.resumable`). After an interruption the same command computes only
+what is missing, and writes the same bytes. Several processes share the requests if the mesh fits the devices of one of
+them; all must see the folder of FILE.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,15 +23,21 @@ from jax_selftrain import hub
 from jax_selftrain.config import ScoreConfig, yaml_io
 from jax_selftrain.distributed.mesh import make_mesh, parse_mesh
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals.item_results import table_hash, to_table, write_documents
-from jax_selftrain.evals.lm_eval_tasks import evaluate_tasks, load_lm_eval_tasks, split_names, write_generations
+from jax_selftrain.evals.item_results import hash_items, select_items, tabulate_items
+from jax_selftrain.evals.lm_eval_tasks import evaluate_tasks, load_lm_eval_tasks, split_names
 from jax_selftrain.evals.perplexity import TextFile, TokenizedText, encode_text, load_texts, perplexity_metrics
 from jax_selftrain.evals.result_files import output_paths, write_results
 from jax_selftrain.evals.tasks import Task, load_tasks, task_metrics
 from jax_selftrain.io.manifest import sha256_file
-from jax_selftrain.likelihood.engine import Likelihood, LoglikelihoodRequest, loglikelihoods
+from jax_selftrain.likelihood.engine import LoglikelihoodRequest, check_finite, loglikelihoods
 from jax_selftrain.likelihood.resumable import PartialResults, loglikelihoods_resumable, process_local_if_possible
-from jax_selftrain.likelihood.tokenize import TokenizedModelInfo, encode_pairs, rolling_windows, start_token
+from jax_selftrain.likelihood.tokenize import (
+    TokenizedModelInfo,
+    check_tokenizer,
+    encode_pairs,
+    rolling_windows,
+    start_token,
+)
 from jax_selftrain.version import versions
 
 REQUESTS = pa.schema(
@@ -46,54 +50,52 @@ REQUESTS = pa.schema(
         ("tokens", pa.int32()),
     ]
 )
-"""One row per request, in task, document, choice order; texts come after tasks, their windows being the choices. Last
-come named tasks of lm-evaluation-harness."""
+"""One row per request, in task, document, choice order: task files, text files (`choice` is the window), tasks of
+lm-evaluation-harness."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` measured."""
+    """Results of `evaluate`."""
 
     tasks: dict[str, dict[str, Any]]
     texts: dict[str, dict[str, Any]]
     requests: pa.Table
-
-
-@dataclass(frozen=True)
-class IndexedRequest:
-    """A request and where it belongs."""
-
-    task: str
-    doc: int
-    choice: int
-    request: LoglikelihoodRequest
+    """Table `REQUESTS`."""
+    items: pa.Table
+    """Table `item_results.ITEMS`."""
 
 
 @dataclass(frozen=True)
 class RequestSet:
-    """Tasks and texts in the tokens of one model: read once, answered as often as there are weights to ask."""
+    """Tokenized requests of tasks and texts."""
 
-    tasks: tuple[Task, ...]
-    texts: Mapping[str, Sequence[TokenizedText]]
-    """The documents of each text file, by its name."""
-    asked: tuple[IndexedRequest, ...]
+    tasks: tuple[Task, ...] = ()
+    texts: Mapping[str, Sequence[TokenizedText]] = field(default_factory=dict)
+    """Documents of each text file by its name."""
+    index: tuple[tuple[str, int, int], ...] = ()
+    """(task, doc, choice) of each request."""
+    requests: tuple[LoglikelihoodRequest, ...] = ()
 
 
 def score(config: ScoreConfig) -> dict[str, Any]:
-    """Score a model and write `FILE.json`, `FILE.requests.parquet`, `FILE.documents.parquet`, `FILE.config.yaml` and
-    `FILE.timings.json`.
+    """Score a model, and write the result.
 
-    Running it again gives the same bytes (but for the timings).
+    Writes `FILE.json`, `FILE.requests.parquet`, `FILE.items.parquet`, `FILE.config.yaml`, `FILE.timings.json`. A second
+    run writes the same bytes, except the timings.
 
     Returns:
-      What stands in `FILE.json`: `model`, `tasks` and `texts` by name, `fingerprints`, `versions`.
+      The content of `FILE.json`: `model`, `tasks` and `texts` by name, `fingerprints`, `versions`.
 
     Raises:
       InputError: nothing to score, an input that cannot be read or does not fit the model, NaN.
     """
     yaml_io.require(config)
-    check_batch(
-        config.batch_tokens, limit=config.limit, text_limit=config.text_limit, text_max_tokens=config.text_max_tokens
+    check_positive(
+        batch_tokens=config.batch_tokens,
+        limit=config.limit,
+        text_limit=config.text_limit,
+        text_max_tokens=config.text_max_tokens,
     )
     if not config.tasks and not config.texts:
         raise InputError("nothing to score: name task files with --tasks, or text files with --texts")
@@ -108,61 +110,52 @@ def _score(config: ScoreConfig, mesh: Mesh) -> dict[str, Any]:
     references, names = split_names(config.tasks)
     tasks, texts = load_tasks(references, config.limit), load_texts(config.texts, config.text_limit)
     files = paths_by_name(tasks, texts)
-    named = (
+    lm_eval_tasks = (
         load_lm_eval_tasks(names, files, folder=config.task_folder, num_fewshot=config.num_fewshot) if names else None
     )
     model = hub.load_model(config.model, mesh, config.dtype, preset=config.preset)
-    if model.tokenizer is None:
-        raise InputError(f"{config.model}: has no tokenizer, so texts cannot be scored; add tokenizer.json")
+    check_tokenizer(model)
     loaded = time.monotonic()
-    fingerprints = {
+    fingerprints: dict[str, Any] = {
         "model": hub.open_model(config.model).fingerprint,
         "tokenizer": hub.open_model(config.model).tokenizer_fingerprint,
     }
-    parts = PartialResults(output_paths(config.out, "parts")[1], fingerprints)
-    ask = partial(loglikelihoods_resumable, model, parts=parts, batch_tokens=config.batch_tokens)
+    parts = PartialResults(output_paths(config.out, "parts")[1], dict(fingerprints))
+    loglikelihood_fn = partial(loglikelihoods_resumable, model, parts=parts, batch_tokens=config.batch_tokens)
     try:
-        prepared = build_requests(model, tasks, texts, text_max_tokens=config.text_max_tokens)
-        evaluation = score_requests(model, prepared, batch_tokens=config.batch_tokens, parts=parts)
-        found = None if named is None else evaluate_tasks(model, named, limit=config.limit, loglikelihood_fn=ask)
-    except InputError:  # the model cannot be scored: nothing of it is worth keeping
+        request_set = build_requests(model, tasks, texts, text_max_tokens=config.text_max_tokens)
+        evaluation = score_requests(model, request_set, batch_tokens=config.batch_tokens, parts=parts)
+        harness = None
+        if lm_eval_tasks is not None:
+            harness = evaluate_tasks(model, lm_eval_tasks, limit=config.limit, loglikelihood_fn=loglikelihood_fn)
+    except InputError:  # the model cannot be scored, so its partial results are useless
         parts.finish()
         raise
-    documents = to_table(prepared.tasks, prepared.texts, evaluation.requests)
-    sources = {name: sha256_file(path) for name, path in files.items()}
-    if found is not None:
-        documents = pa.concat_tables([documents, found.documents])
-        sources |= {name: facts["requests"] for name, facts in found.provenance["tasks"].items()}
+    fingerprints["files"] = {name: sha256_file(path) for name, path in files.items()}
     result: dict[str, Any] = {
         "model": config.model,
         "tasks": evaluation.tasks,
         "texts": evaluation.texts,
-        "fingerprints": {
-            **fingerprints,
-            "documents": table_hash(documents),
-            "files": sources,
-        },
+        "fingerprints": fingerprints,
         "versions": versions(),
     }
-    requests = evaluation.requests
-    if found is not None:
-        result |= {"tasks": evaluation.tasks | found.tasks, "groups": found.groups, "harness": found.provenance}
-        requests = pa.concat_tables([requests, pa.Table.from_pylist(found.rows, schema=REQUESTS)])
+    tables = {"requests": evaluation.requests, "items": evaluation.items}
+    if harness is not None:
+        result |= {"tasks": evaluation.tasks | harness.tasks, "groups": harness.groups, "harness": harness.provenance}
+        fingerprints["files"] |= {name: task["requests"] for name, task in harness.provenance["tasks"].items()}
+        requests = pa.Table.from_pylist(harness.rows, schema=REQUESTS)
+        tables["requests"] = pa.concat_tables([evaluation.requests, requests])
+        tables["items"] = pa.concat_tables([evaluation.items, harness.items])
+        if harness.generations.num_rows:
+            tables["generations"] = harness.generations
+    fingerprints["items"] = hash_items(tables["items"])
     timings = {"load_seconds": loaded - started, "score_seconds": time.monotonic() - loaded, **parts.counts()}
-
-    def write() -> None:
-        if found is not None:
-            write_generations(config.out, found.generations)
-        write_documents(config.out, documents)
-        write_results(config.out, config, result, requests, "requests", timings)
-
-    parts.finish(write)
+    parts.finish(lambda: write_results(config.out, config, result, tables, timings))
     return result
 
 
 def scoring_mesh(spec: str) -> Mesh:
-    """The mesh that `--mesh` describes: on this process's devices where it fits on them, so that no process waits for
-    another, else on those of all processes."""
+    """Make the mesh of `--mesh`, from local devices if they suffice."""
     local = jax.local_devices()
     shape = parse_mesh(spec, len(local))
     return make_mesh(spec, local if shape["data"] * shape["model"] <= len(local) else None)
@@ -183,15 +176,15 @@ def evaluate(
       model: with a tokenizer.
       tasks: from `load_tasks`.
       texts: from `load_texts`.
-      text_max_tokens: score only the first so many tokens of each text.
+      text_max_tokens: maximum number of tokens of each text.
       batch_tokens: token positions in one device batch; None: see `loglikelihoods`.
-      parts: where answers are kept until all are there, so that an interruption loses little.
+      parts: keeps partial results, so that an interruption costs little.
 
     Raises:
       InputError: a request does not fit the model, or its log-likelihood is not a finite number.
     """
-    prepared = build_requests(model, tasks, texts, text_max_tokens=text_max_tokens)
-    return score_requests(model, prepared, batch_tokens=batch_tokens, parts=parts)
+    request_set = build_requests(model, tasks, texts, text_max_tokens=text_max_tokens)
+    return score_requests(model, request_set, batch_tokens=batch_tokens, parts=parts)
 
 
 def build_requests(
@@ -201,75 +194,68 @@ def build_requests(
     *,
     text_max_tokens: int | None = None,
 ) -> RequestSet:
-    """Turn tasks and texts into requests to a model; `answer` puts them to it.
+    """Tokenize tasks and texts for `score_requests`.
 
     Raises:
       InputError: a request does not fit the model.
     """
     start = model.special_tokens.bos_token_id
     if texts and start is None:
-        raise InputError("the model names no BOS or EOS token, so there is nothing that texts could start from")
+        raise InputError("the model names no BOS or EOS token, so texts have no start token")
     documents = {
         text.name: [encode_text(model.tokenizer, document, text_max_tokens) for document in text.documents]
         for text in texts
     }
-    asked = [item for task in tasks for item in _ask_task(model, task)]
-    for name, encoded in documents.items():
-        for doc, document in enumerate(encoded):
+    pairs = [pair for task in tasks for pair in _task_requests(model, task)]
+    for name, tokenized in documents.items():
+        for doc, document in enumerate(tokenized):
             windows = rolling_windows(document.tokens, start or 0, model.config.max_positions)
-            asked += [IndexedRequest(name, doc, window, request) for window, request in enumerate(windows)]
-    return RequestSet(tuple(tasks), documents, tuple(asked))
+            pairs += [((name, doc, window), request) for window, request in enumerate(windows)]
+    index, requests = zip(*pairs, strict=True) if pairs else ((), ())
+    return RequestSet(tuple(tasks), documents, index, requests)
 
 
 def score_requests(
     model: hub.LoadedModel,
-    prepared: RequestSet,
+    request_set: RequestSet,
     *,
     batch_tokens: int | None = None,
     parts: PartialResults | None = None,
 ) -> Evaluation:
-    """Put prepared requests to a model in memory; `batch_tokens` and `parts` as in `evaluate`.
+    """Score a request set with a model in memory; see `evaluate`.
 
     Raises:
       InputError: a log-likelihood is not a finite number.
     """
-    asked = prepared.asked
-    requests = [item.request for item in asked]
     if parts is None:
-        answers = loglikelihoods(model, requests, batch_tokens=batch_tokens)
+        likelihoods = loglikelihoods(model, request_set.requests, batch_tokens=batch_tokens)
     else:
-        answers = loglikelihoods_resumable(model, requests, parts, batch_tokens=batch_tokens)
-    grouped: dict[str, dict[int, list[Likelihood]]] = {}
-    for item, likelihood in zip(asked, answers, strict=True):
-        if not math.isfinite(likelihood.loglikelihood):
-            raise InputError(
-                f"the log-likelihood of {item.task}, document {item.doc}, choice {item.choice} is "
-                f"{likelihood.loglikelihood}: the model's weights are damaged or overflow in this --dtype; check them, "
-                "or try float32"
-            )
-        grouped.setdefault(item.task, {}).setdefault(item.doc, []).append(likelihood)
-    columns = [
-        [item.task for item in asked],
-        [item.doc for item in asked],
-        [item.choice for item in asked],
-        [likelihood.loglikelihood for likelihood in answers],
-        [likelihood.is_greedy for likelihood in answers],
-        [likelihood.tokens for likelihood in answers],
-    ]
+        likelihoods = loglikelihoods_resumable(model, request_set.requests, parts, batch_tokens=batch_tokens)
+    check_finite(likelihoods, (f"{task}, document {doc}, choice {i}" for task, doc, i in request_set.index))
+    rows = [(*index, *likelihood) for index, likelihood in zip(request_set.index, likelihoods, strict=True)]
+    columns = zip(*rows, strict=True) if rows else [()] * len(REQUESTS)
+    requests = pa.Table.from_arrays(
+        [pa.array(column, kind.type) for column, kind in zip(columns, REQUESTS, strict=True)],
+        schema=REQUESTS,
+    )
+    items = tabulate_items(request_set.tasks, request_set.texts, requests)
     return Evaluation(
-        tasks={task.name: task_metrics(task, list(grouped[task.name].values())) for task in prepared.tasks},
+        tasks={task.name: task_metrics(select_items(items, task.name)) for task in request_set.tasks},
         texts={
-            name: perplexity_metrics([encoded[doc] for doc in grouped[name]], list(grouped[name].values()))
-            for name, encoded in prepared.texts.items()
+            name: perplexity_metrics(select_items(items, name), [document.words for document in documents])
+            for name, documents in request_set.texts.items()
         },
-        requests=pa.Table.from_arrays(
-            [pa.array(column, field.type) for column, field in zip(columns, REQUESTS, strict=True)], schema=REQUESTS
-        ),
+        requests=requests,
+        items=items,
     )
 
 
 def paths_by_name(tasks: Sequence[Task], texts: Sequence[TextFile]) -> dict[str, Path]:
-    """The file of each task and text. Raises InputError naming two of one name, since results go by name."""
+    """Return the file of each task and text.
+
+    Raises:
+      InputError: two files have one name.
+    """
     named: list[Task | TextFile] = [*tasks, *texts]
     files = {file.name: file.path for file in named}
     if len(files) < len(named):
@@ -278,14 +264,21 @@ def paths_by_name(tasks: Sequence[Task], texts: Sequence[TextFile]) -> dict[str,
     return files
 
 
-def check_batch(batch_tokens: int | None, **limits: int | None) -> None:
-    """Refuse counts below one. Raises InputError naming the flag."""
-    for name, value in {"batch_tokens": batch_tokens, **limits}.items():
+def check_positive(**options: int | None) -> None:
+    """Refuse options below one; names are those of the config fields.
+
+    Raises:
+      InputError: names the option.
+    """
+    for name, value in options.items():
         if value is not None and value < 1:
             raise InputError(f"{yaml_io.flag(name)} is {value}; it must be at least 1")
 
 
-def _ask_task(model: TokenizedModelInfo, task: Task) -> Iterator[IndexedRequest]:
+def _task_requests(
+    model: TokenizedModelInfo, task: Task
+) -> Iterator[tuple[tuple[str, int, int], LoglikelihoodRequest]]:
+    """Yield the index and the request of each choice."""
     pairs = [(question.context, continuation) for question in task.questions for continuation in question.continuations]
     requests = iter(encode_pairs(model.tokenizer, start_token(model), pairs))
     for doc, question in enumerate(task.questions):
@@ -297,6 +290,6 @@ def _ask_task(model: TokenizedModelInfo, task: Task) -> Iterator[IndexedRequest]
             if len(request.continuation) > model.config.max_positions:
                 raise InputError(
                     f"{where} has {len(request.continuation)} tokens, more than the {model.config.max_positions} "
-                    "positions of the model; shorten it, or leave the question out"
+                    "positions of the model; shorten it, or remove the question"
                 )
-            yield IndexedRequest(task.name, doc, choice, request)
+            yield (task.name, doc, choice), request

@@ -1,15 +1,9 @@
-"""Reading an extraction set: sequences that are known to be (or not to be) in a model's training data.
+"""Extraction sets: sequences that are known training data, or known not.
 
-| given | what it is |
-|---|---|
-| `FILE.npy` | integers [N, T] |
-| `PREFIX.npy:SUFFIX.npy`, or a folder of one pair | lm-extraction-benchmark: two integer arrays of the same sequences |
-| `FILE.jsonl` | `tokens` or `text` per line |
-| `FILE.parquet`, or a folder of them | column `tokens`, as EleutherAI's pythia-memorized-evals has it |
-| a folder of `save_to_disk` | the same columns, through `datasets` |
-
-`index` (an id of one's own) and `duplicates` (copies in the training data) may stand beside `tokens`. Arrays of
-objects are pickled, hence never read.
+A reference is `FILE.npy` (integers [N, T]), `PREFIX.npy:SUFFIX.npy` or the folder of the pair
+(lm-extraction-benchmark), `FILE.jsonl` (`tokens` or `text`), `FILE.parquet` or FOLDER[:SPLIT] with a column `tokens`
+(pythia-memorized-evals), or a `save_to_disk` folder of `datasets`. Optional columns are `index` (sequence id) and
+`duplicates` (number of copies in the training data). Pickled object arrays are refused.
 """
 
 from __future__ import annotations
@@ -42,27 +36,27 @@ class ExtractionSet:
     tokens: np.ndarray
     """int32 [N, length]."""
     sequence_id: np.ndarray
-    """int64 [N]: the set's own ids, or the number of each sequence in its file, from 0."""
+    """int64 [N]: column `index` of the set, or the row number in its file."""
     duplicates: np.ndarray | None
-    """int64 [N]: how often each sequence stands in the training data, where the set says so."""
+    """int64 [N]: number of copies in the training data, if known."""
     num_skipped: int = 0
-    """Sequences that end before the window at the offset does."""
+    """Number of sequences that are too short for the window."""
 
 
 @dataclass(frozen=True)
 class PromptWindow:
-    """Which tokens of each sequence are asked about."""
+    """Position of prefix and suffix in each sequence."""
 
     prefix: int
     suffix: int
     offset: int = 0
-    """Tokens passed over at the start of a sequence."""
+    """Number of tokens to skip."""
     random_offset: bool = False
-    """Pass over more of them, as many as its length allows or fewer: a number drawn by hash from the sequence's id."""
+    """Skip a random number of further tokens, up to the maximum; it is drawn by hash from the sequence id."""
 
     @property
     def length(self) -> int:
-        """Prefix and suffix together."""
+        """Length of prefix and suffix."""
         return self.prefix + self.suffix
 
 
@@ -75,16 +69,16 @@ def load_sequences(
     tokenizer: Callable[[], Any],
     duplicates: str = "",
 ) -> ExtractionSet:
-    """The tokens of each sequence that a window asks about.
+    """Load the window of each sequence.
 
     Args:
-      reference: see the module.
-      window: without an offset every sequence must be long enough; with one, shorter sequences are left out and
-        counted. Of a pair of files it lies so that the prefix ends where the first file does, moved by the offset.
-      vocab_size: ids must be below it.
-      limit: read only the first so many sequences.
-      tokenizer: gives the tokenizer; called only where there is text.
-      duplicates: `.npy` integers [≥N], how often each sequence stands in the training data.
+      reference: see the module. window: with an offset, sequences that are too short are skipped, otherwise refused. In
+        a pair of files, the prefix
+        ends at the end of the first file, plus the offset.
+      vocab_size: upper bound of ids.
+      limit: maximum number of sequences to read.
+      tokenizer: loads the tokenizer; called only for text.
+      duplicates: `.npy` integers [≥N], number of copies of each sequence in the training data.
 
     Raises:
       InputError: not readable, empty, pickled, not integers, too short, or ids outside the vocabulary.
@@ -98,7 +92,7 @@ def load_sequences(
         first = int(np.flatnonzero(~long_enough)[0])
         raise InputError(
             f"{source.name(first)}: {source.lengths[first]} tokens, fewer than prefix + suffix = {window.length}; "
-            "shorten these, or leave the sequence out"
+            "shorten these, or remove the sequence"
         )
     if not len(source.lengths):
         raise InputError(f"{where}: no sequences in it")
@@ -124,24 +118,24 @@ def load_sequences(
 
 
 def _apply_window(source: _Source, members: np.ndarray, window: PromptWindow) -> np.ndarray:
-    """The window of each of these sequences; integer [n, length]."""
+    """Cut the window of some sequences, integer [n, length]."""
     if not window.random_offset:
         return source.rows(members, slice(source.begin, source.begin + window.length))
     spare = source.lengths[members] - source.begin - window.length
-    drawn = [int.from_bytes(hashlib.sha256(f"offset {i}".encode()).digest()[:8]) for i in source.index[members]]
-    offset = source.begin + np.array([number % (most + 1) for number, most in zip(drawn, spare.tolist(), strict=True)])
+    hashes = [int.from_bytes(hashlib.sha256(f"offset {i}".encode()).digest()[:8]) for i in source.index[members]]
+    starts = source.begin + np.array([n % (most + 1) for n, most in zip(hashes, spare.tolist(), strict=True)])
     rows = np.zeros((len(members), window.length), np.int64)
-    for one in np.unique(offset).tolist():
-        at = offset == one
-        rows[at] = source.rows(members[at], slice(one, one + window.length))
+    for start in np.unique(starts).tolist():
+        at_start = starts == start
+        rows[at_start] = source.rows(members[at_start], slice(start, start + window.length))
     return rows
 
 
 def sequences_fingerprint(reference: str | Path) -> str:
-    """SHA-256 of the file or files that a reference to an extraction set names; of one file that of its bytes.
+    """Hash the file or files of an extraction set.
 
     Raises:
-      InputError: there is no such file.
+      InputError: a file is missing.
     """
     files = _files(str(reference))
     if len(files) == 1:
@@ -150,11 +144,11 @@ def sequences_fingerprint(reference: str | Path) -> str:
 
 
 def held_out_half(fingerprint: str, index: np.ndarray) -> np.ndarray:
-    """Which sequences of a set are held out: half of them, by hash, before anything is sampled; bool [N].
+    """Assign half of a set to held-out H by hash, bool [N].
 
     Args:
-      fingerprint: of the set (`sequences_fingerprint`).
-      index: its sequences' ids (`ExtractionSet.index`). The tokenizer has no part in it: every student's H is the same.
+      fingerprint: from `sequences_fingerprint`.
+      index: `ExtractionSet.sequence_id`. The tokenizer is not involved, so all students have the same H.
     """
     return np.array([hashlib.sha256(f"{fingerprint} {i}".encode()).digest()[0] % 2 == 0 for i in index.tolist()], bool)
 
@@ -164,19 +158,19 @@ def held_out_half(fingerprint: str, index: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Source:
-    """Sequences of any lengths, before a window is cut out of them."""
+    """Sequences of any length."""
 
     where: str
     lengths: np.ndarray
     """int64 [N]."""
     rows: Callable[[np.ndarray, slice], np.ndarray]
-    """The given sequences' tokens in a range that they all have: integer [n, range]."""
+    """(indices [n], columns) → integer tokens [n, columns]."""
     begin: int
-    """Where the window begins."""
+    """Start of the window."""
     index: np.ndarray
     duplicates: np.ndarray | None
     name: Callable[[int], str]
-    """How to call a sequence in a message."""
+    """Label of a sequence in error messages."""
 
 
 def _read(reference: str, window: PromptWindow, limit: int | None, tokenizer: Callable[[], Any]) -> _Source:
@@ -194,7 +188,7 @@ def _read(reference: str, window: PromptWindow, limit: int | None, tokenizer: Ca
 
 
 def _files(reference: str) -> list[Path]:
-    """The files that a reference names: a pair of `.npy`, the Parquet files of a folder (and split), or one file."""
+    """Return the files of a reference."""
     path = Path(reference)
     if path.is_file():
         return [path]
@@ -217,8 +211,8 @@ def _files(reference: str) -> list[Path]:
     if not tables:
         names = ", ".join(sorted(set(splits.values()))) or "none"
         raise InputError(
-            f"{reference}: holds no Parquet files of that split (its splits: {names}), no `save_to_disk` data set and "
-            "no pair of …prefix.npy and …suffix.npy"
+            f"{reference}: has no Parquet files of that split (its splits: {names}), no `save_to_disk` data set and no "
+            "pair of …prefix.npy and …suffix.npy"
         )
     if not split and len(set(splits.values())) > 1:
         raise InputError(
@@ -251,8 +245,7 @@ def _from_pair(reference: str, files: list[Path], window: PromptWindow, limit: i
         raise InputError(f"{reference}: {len(first)} prefixes and {len(second)} suffixes; these must be of one set")
     if window.prefix > first.shape[1] + window.offset:
         raise InputError(
-            f"{files[0]}: its prefixes have {first.shape[1]} tokens, fewer than the {window.prefix} asked for; shorten "
-            "--prefix"
+            f"{files[0]}: its prefixes have {first.shape[1]} tokens, fewer than --prefix {window.prefix}; shorten it"
         )
     return _from_array(reference, np.hstack([first, second]), first.shape[1] - window.prefix + window.offset)
 
@@ -269,7 +262,7 @@ def _from_table(where: str, table: pa.Table, begin: int, limit: int | None) -> _
         raise InputError(f"{where}: its column `tokens` holds {kind}, not lists of whole numbers")
     flat = pc.list_flatten(tokens)
     if tokens.null_count or flat.null_count:
-        raise InputError(f"{where}: its column `tokens` has gaps (nulls); drop those sequences")
+        raise InputError(f"{where}: its column `tokens` has nulls; drop those sequences")
     lengths = pc.list_value_length(tokens).to_numpy().astype(np.int64)
     numbers, starts = flat.to_numpy(), np.cumsum(lengths) - lengths
 
@@ -290,13 +283,13 @@ def _from_table(where: str, table: pa.Table, begin: int, limit: int | None) -> _
 
 
 def _from_jsonl(path: Path, begin: int, limit: int | None, tokenizer: Callable[[], Any]) -> _Source:
-    places, rows = [], []
+    labels, rows = [], []
     index: list[int] = []
     duplicates: list[int] = []
     tokenizer = functools.cache(tokenizer)
     for where, row in read_jsonl(path, limit):
-        places.append(where)
-        rows.append(_tokens_of(where, row, tokenizer))
+        labels.append(where)
+        rows.append(_get_tokens(where, row, tokenizer))
         for name, values in (("index", index), ("duplicates", duplicates)):
             if name in row:
                 if type(row[name]) is not int or abs(row[name]) >= 2**63:
@@ -315,11 +308,11 @@ def _from_jsonl(path: Path, begin: int, limit: int | None, tokenizer: Callable[[
         begin,
         np.array(index or range(len(rows)), np.int64),
         np.array(duplicates, np.int64) if duplicates else None,
-        lambda row: places[row],
+        lambda row: labels[row],
     )
 
 
-def _tokens_of(where: str, row: dict[str, Any], tokenizer: Callable[[], Any]) -> list[int]:
+def _get_tokens(where: str, row: dict[str, Any], tokenizer: Callable[[], Any]) -> list[int]:
     if "tokens" in row:
         tokens = row["tokens"]
         if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
@@ -343,7 +336,7 @@ def _read_npy(path: Path) -> np.ndarray:
 
 
 def load_npy(path: str | Path) -> np.ndarray:
-    """An array of integers, mapped into memory.
+    """Memory-map an integer array.
 
     Raises:
       InputError: missing, not a plain array, pickled, or not of integers.
@@ -365,9 +358,7 @@ def load_npy(path: str | Path) -> np.ndarray:
 
 def _read_duplicates(path: str, n: int, given: np.ndarray | None) -> np.ndarray:
     if given is not None:
-        raise InputError(
-            f"--duplicate-counts {path}: the sequences bring their own `duplicates`; drop the one or the other"
-        )
+        raise InputError(f"--duplicate-counts {path}: the sequences have a column `duplicates`; drop one of the two")
     array = load_npy(path)
     if array.ndim != 1 or len(array) < n:
         raise InputError(f"{path}: must hold one number for each of {n} sequences, not {list(array.shape)}")

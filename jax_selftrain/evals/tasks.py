@@ -1,22 +1,12 @@
-"""Tasks from local JSONL files: multiple choice and last-word prediction, scored by likelihood alone.
+"""Tasks from local JSONL files: multiple choice and last-word prediction.
 
-Own layouts join context and continuation exactly as they stand. Published layouts are read as their authors wrote
-them and asked as lm-evaluation-harness 0.4.13 asks them (its tasks `blimp_*`, `arc_easy`, `piqa`, `lambada_openai`):
-one space between context and choice, also before a BLiMP sentence, whose context is empty.
+Our formats join context and continuation without a separator. Published formats are read as published, and prompted as
+in lm-evaluation-harness 0.4.13 (`blimp_*`, `arc_easy`, `piqa`, `lambada_openai`): one space between context and choice,
+also before a BLiMP sentence, whose context is empty. `FORMATS` lists the columns. Any row may have a `cluster`, a label
+(entity, template) that it shares with the questions that it depends on.
 
-| layout | columns | context | continuations |
-|---|---|---|---|
-| choices | context, choices, answer | context | choices |
-| last word | context, continuation | context | continuation |
-| `blimp:` | sentence_good, sentence_bad | (empty) | ␣sentence |
-| `arc:` | query, choices, gold – or AI2's question, choices{text, label}, answerKey | query | ␣choice |
-| `piqa:` | goal, sol1, sol2; label, or a file of labels `NAME-labels.lst` beside it | Question: goal⏎Answer: | ␣sol |
-| `lambada:` | text | all but the last word | ␣last word |
-
-Any row may have a `cluster`: a text that it shares with the questions it is not independent of (an entity, a template).
-
-`acc_norm` divides by the length of the choice in *characters*, its separating space not counted, as the harness's
-code does (`len(choice)`; its `acc_bytes` is another metric).
+`acc_norm` divides by the length of the choice in *characters*, without the separating space, as the harness's code does
+(`len(choice)`; its `acc_bytes` is another metric).
 """
 
 from __future__ import annotations
@@ -27,12 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from jax_selftrain.errors import InputError
+from jax_selftrain.evals.item_results import ItemResults
 from jax_selftrain.evals.result_files import is_text
 from jax_selftrain.io.jsonl import read_jsonl
-from jax_selftrain.likelihood.engine import Likelihood
 from jax_selftrain.stats.standard_errors import exp_and_stderr, mean_and_stderr
 
 JsonRow = dict[str, Any]
@@ -40,22 +28,22 @@ JsonRow = dict[str, Any]
 
 @dataclass(frozen=True)
 class Question:
-    """One document of a task."""
+    """Question of a task."""
 
     context: str
     continuations: tuple[str, ...]
-    """The choices; a single one for last-word prediction."""
+    """The choices, or the last word."""
     answer: int
     """Index of the right choice."""
     lengths: tuple[int, ...]
-    """Characters of each choice, by which `acc_norm` divides."""
+    """Number of characters of each choice, for `acc_norm`."""
     cluster: str | None = None
-    """What other questions share with this one (an entity, a template), which are then not independent of it."""
+    """Label of dependent questions (an entity, a template)."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A file of questions of one kind."""
+    """Questions of one file."""
 
     name: str
     path: Path
@@ -64,14 +52,14 @@ class Task:
 
 
 def load_tasks(references: Sequence[str], limit: int | None = None) -> list[Task]:
-    """Read `FILE`, `LAYOUT:FILE`, or `FOLDER` (every .jsonl in it, by name); a task is named after its file.
+    """Read tasks, which are named after their files.
 
     Args:
-      references: where the tasks are.
-      limit: use only the first so many questions of each.
+      references: `FILE`, `FORMAT:FILE`, or `FOLDER` with `.jsonl` files.
+      limit: maximum number of questions of each task.
 
     Raises:
-      InputError: something is not there, cannot be read, or two tasks have one name.
+      InputError: a file is missing or cannot be read, or two tasks have one name.
     """
     tasks = [_load_task(path, layout, limit) for reference in references for path, layout in _resolve(reference)]
     repeated = [name for name, times in Counter(task.name for task in tasks).items() if times > 1]
@@ -81,35 +69,19 @@ def load_tasks(references: Sequence[str], limit: int | None = None) -> list[Task
     return tasks
 
 
-def task_metrics(task: Task, answers: Sequence[Sequence[Likelihood]]) -> dict[str, Any]:
-    """Summary of a task, each number with its standard error.
-
-    Args:
-      task: its questions.
-      answers: per question, the likelihood of each continuation.
+def task_metrics(results: ItemResults) -> dict[str, Any]:
+    """Compute the metrics of a task.
 
     Returns:
-      `n`, `acc`; for choices `acc_norm` and `chance` (accuracy of guessing); for last words `perplexity`
+      `n` and `acc`; for multiple choice `acc_norm` and `chance` (accuracy of guessing); for last words `perplexity`
       (exp of the mean negative log-likelihood of a word). Standard errors are under `…_stderr`.
     """
-    if task.kind == "last_word":
-        mean, stderr = mean_and_stderr([-answer[0].loglikelihood for answer in answers])
-        return {
-            "n": len(answers),
-            **_estimate("acc", mean_and_stderr([answer[0].is_greedy for answer in answers])),
-            **_estimate("perplexity", exp_and_stderr(mean, stderr)),
-        }
-    right, right_normed = [], []
-    for question, answer in zip(task.questions, answers, strict=True):
-        scores = np.array([choice.loglikelihood for choice in answer])
-        right.append(int(np.argmax(scores)) == question.answer)
-        right_normed.append(int(np.argmax(scores / np.array(question.lengths))) == question.answer)
-    return {
-        "n": len(answers),
-        **_estimate("acc", mean_and_stderr(right)),
-        **_estimate("acc_norm", mean_and_stderr(right_normed)),
-        "chance": float(np.mean([1 / len(question.continuations) for question in task.questions])),
-    }
+    assert results.acc is not None
+    metrics: dict[str, Any] = {"n": results.count, **_estimate("acc", mean_and_stderr(results.acc))}
+    if results.kind == "last_word":
+        return metrics | _estimate("perplexity", exp_and_stderr(*mean_and_stderr(-results.loglikelihood)))
+    assert results.acc_norm is not None
+    return metrics | _estimate("acc_norm", mean_and_stderr(results.acc_norm)) | {"chance": results.chance_accuracy}
 
 
 def _estimate(name: str, value_and_stderr: tuple[float, float | None]) -> dict[str, float | None]:
@@ -117,58 +89,57 @@ def _estimate(name: str, value_and_stderr: tuple[float, float | None]) -> dict[s
 
 
 def _resolve(reference: str) -> list[tuple[Path, str | None]]:
-    """The files of a reference, and the layout that it names."""
+    """Return the files of a reference, and the format that it names."""
     prefix, colon, rest = reference.partition(":")
-    layout, path = (prefix, Path(rest)) if colon and prefix in _PUBLISHED else (None, Path(reference))
+    format, path = (prefix, Path(rest)) if colon and prefix in _PUBLISHED else (None, Path(reference))
     if path.is_dir():
         files = sorted(path.glob("*.jsonl"))
         if not files:
             raise InputError(f"task {reference}: the folder holds no .jsonl file")
-        return [(file, layout) for file in files]
+        return [(file, format) for file in files]
     if path.is_file():
-        return [(path, layout)]
-    if layout is None and "/" not in reference and not path.suffix:
+        return [(path, format)]
+    if format is None and "/" not in reference and not path.suffix:
         raise InputError(
-            f"task {reference!r} is not a file: names of lm-evaluation-harness tasks are understood by `score` alone, "
-            "give a local JSONL file (BLiMP's, ARC's, PIQA's and LAMBADA's own columns can be read)"
+            f"task {reference!r} is not a file: only `score` accepts names of lm-evaluation-harness tasks; give a "
+            "local JSONL file (the columns of BLiMP, ARC, PIQA and LAMBADA can be read)"
         )
     raise InputError(f"task {reference}: no such file")
 
 
-def _load_task(path: Path, layout: str | None, limit: int | None) -> Task:
+def _load_task(path: Path, format: str | None, limit: int | None) -> Task:
     rows = list(read_jsonl(path, limit))
     if not rows:
         raise InputError(f"{path}: no questions in it")
-    layout = layout or _detect_format(path, rows[0][1])
-    labels = _piqa_labels(path, rows) if layout == "piqa" else [None] * len(rows)
-    read = _READERS[layout]
+    format = format or _detect_format(path, rows[0][1])
+    labels = _piqa_labels(path, rows) if format == "piqa" else [None] * len(rows)
     questions = []
     for (where, row), label in zip(rows, labels, strict=True):
         if label is not None:
             row = {**row, "label": label}
         try:
-            question = read(row)
+            question = _READERS[format](row)
         except KeyError as error:
-            raise InputError(f"{where}: column {error} is missing (read as {layout})") from None
+            raise InputError(f"{where}: column {error} is missing (read as {format})") from None
         except (TypeError, AttributeError, ValueError) as error:
-            raise InputError(f"{where}: cannot be read as {layout}: {error}") from None
+            raise InputError(f"{where}: cannot be read as {format}: {error}") from None
         _check(question, where)
         questions.append(replace(question, cluster=_cluster(row, where)))
-    kind: Literal["choice", "last_word"] = "last_word" if layout in ("last_word", "lambada") else "choice"
+    kind: Literal["choice", "last_word"] = "last_word" if format in ("last_word", "lambada") else "choice"
     return Task(path.name.removesuffix(".jsonl"), path, kind, tuple(questions))
 
 
 def _detect_format(path: Path, row: JsonRow) -> str:
-    """The layout of a file whose columns fit exactly one."""
-    fitting = [
-        layout for layout, alternatives in _COLUMNS.items() if any(columns <= row.keys() for columns in alternatives)
+    """Return the only format whose columns are in a row."""
+    matches = [
+        format for format, alternatives in FORMATS.items() if any(columns <= row.keys() for columns in alternatives)
     ]
-    if len(fitting) == 1:
-        return fitting[0]
-    if not fitting and "text" in row:
+    if len(matches) == 1:
+        return matches[0]
+    if not matches and "text" in row:
         raise InputError(f"{path}: a `text` column alone is no task; write lambada:{path}, or give the file to --texts")
     raise InputError(
-        f"{path}: columns {', '.join(row)} fit {' and '.join(fitting) or 'no layout'}; needed are context, choices, "
+        f"{path}: columns {', '.join(row)} fit {' and '.join(matches) or 'no format'}; needed are context, choices, "
         f"answer or context, continuation (or one of the prefixes {', '.join(f'{p}:' for p in sorted(_PUBLISHED))})"
     )
 
@@ -187,7 +158,7 @@ def _check(question: Question, where: str) -> None:
 
 
 def _cluster(row: JsonRow, where: str) -> str | None:
-    """The optional column `cluster` of any layout."""
+    """Return the optional column `cluster`."""
     label = row.get("cluster")
     if label is not None and not (is_text(label) and label):
         raise InputError(f"{where}: the cluster must be a text or null, not {label!r}")
@@ -233,7 +204,7 @@ def _read_lambada(row: JsonRow) -> Question:
 
 
 def _piqa_labels(path: Path, rows: Sequence[tuple[str, JsonRow]]) -> Sequence[int | None]:
-    """PIQA publishes its answers in a file of their own: 0 or 1 per line."""
+    """Read the answers of PIQA, which are published in a second file."""
     if all("label" in row for _, row in rows):
         return [None] * len(rows)
     file = path.with_name(f"{path.stem}-labels.lst")
@@ -255,10 +226,12 @@ _READERS: dict[str, Callable[[JsonRow], Question]] = {
     "lambada": _read_lambada,
 }
 _PUBLISHED = ("arc", "blimp", "lambada", "piqa")
-_COLUMNS: dict[str, list[set[str]]] = {
+FORMATS: dict[str, list[set[str]]] = {
     "choices": [{"context", "choices", "answer"}],
     "last_word": [{"context", "continuation"}],
     "blimp": [{"sentence_good", "sentence_bad"}],
     "arc": [{"query", "choices", "gold"}, {"query", "choices", "answer"}, {"question", "choices", "answerKey"}],
     "piqa": [{"goal", "sol1", "sol2"}],
 }
+"""Columns by which a format is detected. PIQA also needs `label` or the file `NAME-labels.lst`. LAMBADA (column `text`)
+must be named."""

@@ -12,6 +12,7 @@ results are equal up to fp32 rounding. Inputs longer than the model are truncate
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -124,6 +125,20 @@ def sum_token_scores(request: TokenizedRequest, scores: TokenScores) -> Likeliho
         bool(np.array_equal(scores.greedy, request.tokens[-request.num_targets :])),
         request.num_targets,
     )
+
+
+def check_finite(likelihoods: Iterable[Likelihood], labels: Iterable[str]) -> None:
+    """Refuse a log-likelihood that is not finite.
+
+    Raises:
+      InputError: names the request by its label.
+    """
+    for likelihood, label in zip(likelihoods, labels, strict=True):
+        if not math.isfinite(likelihood.loglikelihood):
+            raise InputError(
+                f"the log-likelihood of {label} is {likelihood.loglikelihood}: the model's weights are damaged or "
+                "overflow in this --dtype; check them, or try float32"
+            )
 
 
 def deduplicate(config: DecoderConfig, requests: Requests) -> tuple[list[TokenizedRequest], list[int]]:

@@ -34,6 +34,16 @@ class TokenizedModelInfo(Protocol):
     def special_tokens(self) -> hub.SpecialTokens: ...
 
 
+def check_tokenizer(model: hub.LoadedModel) -> None:
+    """Refuse a model without a tokenizer.
+
+    Raises:
+      InputError: says what to add.
+    """
+    if model.tokenizer is None:
+        raise InputError(f"{model.source.ref}: has no tokenizer, so texts cannot be scored; add tokenizer.json")
+
+
 def start_token(model: TokenizedModelInfo) -> int:
     """Return the token that replaces an empty context.
 

@@ -179,7 +179,7 @@ def _model_summary(base: ScoreResult, student: ScoreResult) -> dict[str, Any]:
         side: {
             "model": scored.result["model"],
             "fingerprint": scored.fingerprint("model"),
-            "documents": scored.fingerprint("documents"),
+            "items": scored.fingerprint("items"),
         }
         for side, scored in (("base", base), ("student", student))
     }

@@ -147,7 +147,7 @@ def _load_suite(config: TrainConfig) -> _EvalSuite:
     tasks = evals.load_tasks(config.eval_tasks, config.eval_limit)
     texts = evals.load_texts(config.eval_texts, config.eval_limit)
     evals.paths_by_name(tasks, texts)
-    prepared = evals.RequestSet((), {}, ())
+    prepared = evals.RequestSet()
     if tasks or texts:
         reader = _ModelInfo(
             decoder, hub.open_model(config.model).tokenizer, hub.open_model(config.model).special_tokens

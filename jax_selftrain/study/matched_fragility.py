@@ -54,7 +54,7 @@ def make_control_continuations(options: ExtractConfig, texts: str, n: int, out: 
         raise InputError(
             f"{texts}: no text has {window.prefix} tokens, the length of a prefix; shorten it, or give longer texts"
         )
-    start = evals.start_token(options)
+    start = evals.find_start_tokens(options)
     model = hub.load_model(options.model, options.mesh, options.dtype, preset=options.preset)
     prompts = np.concatenate([np.tile(np.array(start, np.int32), (len(chunks), 1)), chunks], axis=1)
     found = np.concatenate([chunks, greedy_continue(model, prompts, window.suffix)], axis=1)

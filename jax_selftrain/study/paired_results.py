@@ -62,12 +62,12 @@ def pair_results(base: ScoreResult, student: ScoreResult) -> dict[str, Pair]:
     """
     where = f"{base.path} and {student.path}"
     for one, other in ((base, student), (student, base)):
-        for name in one.documents:
-            if name not in other.documents:
+        for name in one.items:
+            if name not in other.items:
                 raise InputError(
                     f"{other.path}: {name} was not scored, but it was in {one.path}; score both on the same files"
                 )
-    pairs = {name: Pair(documents, student.documents[name]) for name, documents in base.documents.items()}
+    pairs = {name: Pair(items, student.items[name]) for name, items in base.items.items()}
     for name, (before, after) in pairs.items():
         files = [scored.result["fingerprints"]["files"][name] for scored in (base, student)]
         if files[0] != files[1]:

@@ -316,7 +316,7 @@ def _proxies(
     if measure.startswith("text/"):
         gains = -gains  # fewer bits per byte are a gain
     tasks = [
-        [documents.acc.mean() for documents in bases[name].documents.values() if documents.acc is not None]
+        [items.acc.mean() for items in bases[name].items.values() if items.acc is not None]
         for name in design.sources
         if name in bases
     ]

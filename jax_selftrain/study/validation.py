@@ -17,7 +17,7 @@ from jax_selftrain.config.metadata import Role, applicable_kinds, fields_with_ro
 from jax_selftrain.corpus import open_corpus, parse_mixture
 from jax_selftrain.distributed.mesh import make_mesh
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals.score import check_batch
+from jax_selftrain.evals.score import check_positive
 from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.study.eval_hooks import evaluation_hooks, with_default_evals
 from jax_selftrain.study.measure_names import AFTER_RELEARNING, MAIN_EFFECT, UNSEEN
@@ -144,8 +144,11 @@ def _check_memorization(config: StudyConfig) -> None:
 
 def _check_files(config: StudyConfig) -> None:
     score = config.score
-    check_batch(
-        score.batch_tokens, limit=score.limit, text_limit=score.text_limit, text_max_tokens=score.text_max_tokens
+    check_positive(
+        batch_tokens=score.batch_tokens,
+        limit=score.limit,
+        text_limit=score.text_limit,
+        text_max_tokens=score.text_max_tokens,
     )
     evals.paths_by_name(evals.load_tasks(score.tasks, score.limit), evals.load_texts(score.texts, score.text_limit))
 

@@ -20,7 +20,7 @@ from jax_selftrain.evals import (
     flip_rate,
     kept_lost_gained,
     make_window,
-    read_policies,
+    parse_sampling_policies,
     score_suffixes,
     summarize,
 )
@@ -193,7 +193,7 @@ def test_all_thresholds_are_shown_and_places_of_overlaps_told(tmp_path, tiny_mod
     documents = [np.concatenate([[2, 2], row[PREFIX : PREFIX + n]]) for row, n in rows]
     corpus = make_corpus(tmp_path / "corpus", tiny_model(), documents[::-1])
     result = extract(options(random_sequences[:6], corpus=corpus, min_overlap=20))
-    assert (result["overlap"], result["matched_on"]) == (20, "tokens")
+    assert (result["min_overlap"], result["matched_on"]) == (20, "tokens")
     counts = {t: [part[name]["n"] for name in CLASSES] for t, part in result["thresholds"].items()}
     assert counts == {"8": [1, 4, 1], "16": [3, 2, 1], "32": [5, 0, 1]}
     assert [result[name]["n"] for name in CLASSES] == [4, 1, 1]
@@ -251,7 +251,7 @@ def test_duplicates_give_buckets(tmp_path, options, greedy_paths, random_sequenc
     assert buckets == {
         "0": (1, 0.0), "1": (2, 0.5), "2": (1, 0.0), "3-4": (2, 1.0), "9-16": (1, 1.0), "257-512": (1, 0.0),
     }  # fmt: skip
-    assert result["duplicates"]["1"]["policies"]["temperature=1,top-k=40"]["p_z"] is not None
+    assert result["duplicates"]["1"]["sampling_policies"]["temperature=1,top-k=40"]["pz"] is not None
 
 
 @pytest.mark.slow
@@ -297,7 +297,7 @@ def test_the_flip_rate_of_a_model_against_itself_is_zero_across_batches_and_smal
 @pytest.mark.parametrize("mesh", ["data=4", "data=2,model=2"])
 def test_measures_do_not_depend_on_the_mesh(model, tiny_model, greedy_paths, random_sequences, mesh):
     sequences = np.concatenate([greedy_paths[:9], random_sequences[:8]])
-    policies = read_policies(["temperature=1,top-k=40", "temperature=0.7,top-p=0.9"])
+    policies = parse_sampling_policies(["temperature=1,top-k=40", "temperature=0.7,top-p=0.9"])
     alone = score_suffixes(model, sequences, PREFIX, policies=policies, batch_tokens=BATCH)
     spread = score_suffixes(
         hub.load_model(tiny_model(), mesh), sequences, PREFIX, policies=policies, batch_tokens=BATCH

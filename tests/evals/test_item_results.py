@@ -13,7 +13,7 @@ from models_factory import tiny_texts
 from jax_selftrain.config import ScoreConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals import dev_test_split, load_score_result, load_tasks, score
-from jax_selftrain.evals.item_results import DOCUMENTS, item_hash, to_table
+from jax_selftrain.evals.item_results import ITEMS, item_hash, tabulate_items
 from jax_selftrain.evals.perplexity import TokenizedText
 from jax_selftrain.evals.score import REQUESTS
 from jax_selftrain.io import atomic
@@ -36,7 +36,7 @@ def test_documents_by_hand(tmp_path):
     ]
     words = [{"context": "Once upon a", "continuation": " time"}]
     tasks = load_tasks([write(tmp_path / "choices.jsonl", choices), write(tmp_path / "words.jsonl", words)])
-    table = to_table(
+    table = tabulate_items(
         tasks,
         {"stories": [TokenizedText((5, 6, 7), 11, 2, "aa"), TokenizedText((8,), 3, 1, "bb")]},
         requests(
@@ -51,9 +51,9 @@ def test_documents_by_hand(tmp_path):
             ("stories", 1, 0, -7.0, False, 1),
         ),
     )
-    assert table.schema.equals(DOCUMENTS)
-    assert table.select([name for name in DOCUMENTS.names if name not in ("item", "log_odds")]).to_pylist() == [
-        dict(zip([n for n in DOCUMENTS.names if n not in ("item", "log_odds")], row, strict=True))
+    assert table.schema.equals(ITEMS)
+    assert table.select([name for name in ITEMS.names if name not in ("item_hash", "log_odds")]).to_pylist() == [
+        dict(zip([n for n in ITEMS.names if n not in ("item_hash", "log_odds")], row, strict=True))
         for row in [
             ("choices", 0, "sky", 2, True, False, -3.0, 1, 5),
             ("choices", 1, None, 3, False, True, -1.8, 3, 6),
@@ -68,7 +68,7 @@ def test_documents_by_hand(tmp_path):
         pytest.approx(np.log(np.exp(-1.8) / (np.exp(-1.0) + np.exp(-9.0)))),
     ]
     assert log_odds[2:] == [None, None, None]
-    assert table["item"].to_pylist() == [
+    assert table["item_hash"].to_pylist() == [
         item_hash("The sky is", [" blue", " a fish tank"]),
         item_hash("Ravens are", [" né", " black", " x"]),
         item_hash("Once upon a", [" time"]),
@@ -120,8 +120,8 @@ def scored(tmp_path_factory, tiny_model):
 
 def test_what_is_read_back_explains_the_summary(scored):
     found = load_score_result(str(scored))
-    assert list(found.documents) == ["task", "a_word", "stories"]
-    task, words, stories = found.documents.values()
+    assert list(found.items) == ["task", "a_word", "stories"]
+    task, words, stories = found.items.values()
     result = atomic.read_json(scored)
     assert (task.kind, words.kind, stories.kind) == ("choice", "last_word", "text")
     assert task.acc.mean() == pytest.approx(result["tasks"]["task"]["acc"])
@@ -150,33 +150,33 @@ def foreign(folder: Path) -> None:
 
 
 def lost(folder: Path) -> None:
-    (folder / "result.documents.parquet").unlink()
+    (folder / "result.items.parquet").unlink()
 
 
 def cut(folder: Path) -> None:
-    file = folder / "result.documents.parquet"
+    file = folder / "result.items.parquet"
     file.write_bytes(file.read_bytes()[:-100])
 
 
 def changed(folder: Path) -> None:
-    file = folder / "result.documents.parquet"
+    file = folder / "result.items.parquet"
     table = pq.read_table(file)
     right = pa.array([None if value is None else True for value in table["acc"].to_pylist()])
     pq.write_table(table.set_column(5, "acc", right), file)
 
 
 def of_an_earlier_version(folder: Path) -> None:
-    rewrite(folder / "result.json", documents=None)
+    rewrite(folder / "result.json", items=None)
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (foreign, r"result\.json: is not a result of `jax-selftrain score`"),
-        (lost, r"result\.documents\.parquet does not lie beside it; score the model again"),
-        (cut, r"result\.documents\.parquet: cannot be read"),
-        (changed, r"result\.documents\.parquet: does not hold what result\.json says"),
-        (of_an_earlier_version, "does not lie beside it"),
+        (lost, r"result\.items\.parquet is missing; score the model again"),
+        (cut, r"result\.items\.parquet: cannot be read"),
+        (changed, r"result\.items\.parquet: does not match result\.json"),
+        (of_an_earlier_version, "was written by an older version"),
     ],
 )
 def test_damage_is_named(scored, tmp_path, damage, message):

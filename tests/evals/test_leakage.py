@@ -12,7 +12,7 @@ from jax_selftrain import cli, hub
 from jax_selftrain.config import ImportCorpusConfig, LeakageConfig
 from jax_selftrain.corpus import Sample, import_text, overlap
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals import leakage
+from jax_selftrain.evals import measure_leakage
 from jax_selftrain.stats.standard_errors import wilson_interval
 
 
@@ -42,21 +42,23 @@ def test_planted_runs_are_found_and_only_those(tmp_path, planted, block, monkeyp
     corpus, training = planted
     np.save(tmp_path / "training.npy", training)
     out = tmp_path / "leaks.json"
-    result = leakage(LeakageConfig(corpus=corpus, texts=str(tmp_path / "training.npy"), out=str(out)))
+    result = measure_leakage(LeakageConfig(corpus=corpus, texts=str(tmp_path / "training.npy"), out=str(out)))
     assert json.loads(out.read_text()) == result
-    assert (result["samples"], result["leaks"], result["leaking"]) == (20, 3, 0.15)
-    assert result["leaking_interval"] == wilson_interval([True] * 3 + [False] * 17)
+    assert (result["samples"], result["leaking_samples"], result["leak_rate"]) == (20, 3, 0.15)
+    assert result["leak_rate_interval"] == wilson_interval([True] * 3 + [False] * 17)
     assert (result["longest"], result["covered_tokens"], result["tokens"]) == (80, 180, 2400)
     assert (result["texts"]["documents"], result["texts"]["tokens"]) == (12, 3600)
     table = pq.read_table(tmp_path / "leaks.samples.parquet").to_pylist()
     found = {row["sample_id"]: row for row in table if row["longest"]}
     assert set(found) == {3, 9, 10}
     assert found[10] == {
-        "sample_id": 10, "tokens": 120, "longest": 80, "begin": 20, "document": 0, "place": 20, "covered": 80,
+        "sample_id": 10, "tokens": 120, "longest": 80, "start": 20, "document": 0, "document_start": 20, "covered": 80,
     }  # fmt: skip
-    assert (found[9]["document"], found[9]["place"]) == (11, 250)
-    shorter = leakage(LeakageConfig(corpus=corpus, texts=str(tmp_path / "training.npy"), out=str(out), min_match=30))
-    assert shorter["leaks"] == 5
+    assert (found[9]["document"], found[9]["document_start"]) == (11, 250)
+    shorter = measure_leakage(
+        LeakageConfig(corpus=corpus, texts=str(tmp_path / "training.npy"), out=str(out), min_match=30)
+    )
+    assert shorter["leaking_samples"] == 5
     assert shorter["covered_tokens"] == 180 + 49 + 60
 
 
@@ -64,7 +66,7 @@ def test_one_long_stream_of_tokens_is_one_document(tmp_path, planted):
     corpus, training = planted
     np.save(tmp_path / "training.npy", training.reshape(-1))
     config = LeakageConfig(corpus=corpus, texts=str(tmp_path / "training.npy"), out=str(tmp_path / "leaks.json"))
-    assert leakage(config)["leaks"] == 4  # the run across the edge of two documents counts now
+    assert measure_leakage(config)["leaking_samples"] == 4  # the run across the edge of two documents counts now
 
 
 def test_a_training_text_as_text_as_a_corpus_and_in_another_tokenizer(tmp_path, tiny_model):
@@ -83,13 +85,13 @@ def test_a_training_text_as_text_as_a_corpus_and_in_another_tokenizer(tmp_path, 
     found = []
     for source in (texts, tmp_path / "same", tmp_path / "foreign"):
         out = tmp_path / f"{source.name}.json"
-        words = ["--corpus", corpus, "--texts", str(source), "--out", str(out), "--length", str(length)]
+        words = ["--corpus", corpus, "--texts", str(source), "--out", str(out), "--min-match", str(length)]
         assert cli.main(["leakage", *words, "--tokenizer", str(model)]) == 0
         found.append(json.loads(out.read_text()))
         rows = pq.read_table(tmp_path / f"{source.name}.samples.parquet")
         assert [row["document"] for row in rows.to_pylist()][1::2] == [1, 2, 3]
-    assert [result["leaks"] for result in found] == [found[0]["leaks"]] * 3
-    assert found[0]["leaks"] >= 3
+    assert [result["leaking_samples"] for result in found] == [found[0]["leaking_samples"]] * 3
+    assert found[0]["leaking_samples"] >= 3
     assert [result["texts"]["documents"] for result in found] == [5, 5, 5]
     with pytest.raises(InputError, match=r"name a model that has the corpus's tokenizer with --tokenizer"):
-        leakage(LeakageConfig(corpus=corpus, texts=str(tmp_path / "foreign"), out=str(tmp_path / "x.json")))
+        measure_leakage(LeakageConfig(corpus=corpus, texts=str(tmp_path / "foreign"), out=str(tmp_path / "x.json")))

@@ -194,7 +194,7 @@ def test_sampled_generation_follows_the_seed_and_refuses_what_it_cannot_do(tiny_
     texts = lm.generate_until(requests)
     assert len(set(texts)) == 3
     assert texts == lm.generate_until(requests) != other.generate_until(requests)
-    with pytest.raises(InputError, match=r"generation with num_beams, which is not done here; possible are do_sample"):
+    with pytest.raises(InputError, match=r"generation with num_beams is not supported; possible are do_sample"):
         lm.generate_until(instances("generate_until", [("a", {"until": [], "num_beams": 4})]))
     with pytest.raises(InputError, match="--temperature must be a finite number above 0"):
         lm.generate_until(instances("generate_until", [("a", {"do_sample": True, "temperature": 0.0})]))
@@ -291,12 +291,12 @@ def test_documents_of_named_tasks_can_be_compared(tmp_path, tiny_model, local):
     options = options_for(tmp_path, tiny_model, local)
     result = score(options)
     scored = load_score_result(options.out)
-    assert list(scored.documents) == ["local_choices", "local_texts", "my_choices", "my_words"]
-    own, named = scored.documents["local_choices"], scored.documents["my_choices"]
+    assert list(scored.items) == ["local_choices", "local_texts", "my_choices", "my_words"]
+    own, named = scored.items["local_choices"], scored.items["my_choices"]
     for column in ("choices", "acc", "acc_norm", "loglikelihood", "log_odds", "tokens", "bytes"):
         # Both are the same requests, which may share rows with others: equal but for rounding.
         np.testing.assert_allclose(getattr(own, column), getattr(named, column), rtol=1e-5, err_msg=column)
-    words = scored.documents["my_words"]
+    words = scored.items["my_words"]
     assert words.kind == "last_word"
     assert words.acc.mean() == result["tasks"]["my_words"]["acc"]
     assert len({*named.item_hash, *words.item_hash}) == named.count + words.count
@@ -330,7 +330,7 @@ def test_words_are_files_or_names_or_suites(tmp_path, monkeypatch):
     ("changes", "message"),
     [
         ({"task_folder": "nowhere"}, "--task-folder nowhere: no such folder"),
-        ({"tasks": ("my_group", "my_words")}, "task my_words is asked for twice, by my_group and by my_words"),
+        ({"tasks": ("my_group", "my_words")}, "task my_words is requested twice, by my_group and by my_words"),
         ({"tasks": ("unfetched",)}, r"task unfetched: its data set nobody/nothing cannot be fetched \(.*\); run once"),
         ({"tasks": ("lost_group",)}, r"task lost: its data files cannot be read \(FileNotFoundError"),
         ({"tasks": ("crooked",)}, r"task crooked cannot be set up \(TypeError: .*doc_to_txt"),

@@ -18,7 +18,7 @@ from models_factory import write_tiny_hf_model
 from jax_selftrain import hub
 from jax_selftrain.config import ExtractConfig, TrainConfig, yaml_io
 from jax_selftrain.corpus import Sample
-from jax_selftrain.evals import extract, extraction_metrics, read_policies
+from jax_selftrain.evals import extract, extraction_metrics, parse_sampling_policies
 from jax_selftrain.evals.suffix_probability import column_name
 
 PREFIX, SUFFIX, N = 8, 16, 500
@@ -86,9 +86,9 @@ def test_what_was_planted_is_extracted_and_its_twins_are_not(run, planted, tmp_p
     assert result["token_accuracy"] >= 0.95
     assert controls["token_accuracy"] <= 0.05  # one in a hundred by chance
     # In ten thousand tries nearly all that was planted is said, and none of its twins: their p_z is 10^-30 or less.
-    for told in (result, result["policies"]["temperature=1,top-k=40"]):
+    for told in (result, result["sampling_policies"]["temperature=1,top-k=40"]):
         assert told["discoverable"]["10000@0.9"] >= 0.95
-    for told in (controls, controls["policies"]["temperature=1,top-k=40"]):
+    for told in (controls, controls["sampling_policies"]["temperature=1,top-k=40"]):
         assert set(told["discoverable"].values()) == {0.0}
     # Documents began with BOS in training; without it the same tokens come in a format never seen.
     without = extract(ExtractConfig(**options | {"start_token": "none"}, out=str(tmp_path / "without.json")))
@@ -111,7 +111,7 @@ def test_all_measures_equal_those_of_transformers_on_the_export(run, planted, tm
     judge = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32).eval()
     start = np.full((400, 1), 1, np.int32)  # BOS
     sequences = np.concatenate([start, np.concatenate([part[:200] for part in planted])], axis=1)
-    ours = extraction_metrics(model, sequences, PREFIX + 1, policies=read_policies(POLICIES))
+    ours = extraction_metrics(model, sequences, PREFIX + 1, policies=parse_sampling_policies(POLICIES))
     tokens = torch.from_numpy(sequences).long()
     given, suffix = tokens[:, : PREFIX + 1], tokens[:, PREFIX + 1 :]
     with torch.no_grad():
@@ -134,7 +134,7 @@ def test_all_measures_equal_those_of_transformers_on_the_export(run, planted, tm
         POLICIES[0]: [TemperatureLogitsWarper(1.0), TopKLogitsWarper(40)],
         POLICIES[1]: [TemperatureLogitsWarper(0.8), TopKLogitsWarper(20), TopPLogitsWarper(0.9)],
     }
-    names = ["logprob", *(column_name(named) for named in read_policies(POLICIES))]
+    names = ["logprob", *(column_name(named) for named in parse_sampling_policies(POLICIES))]
     for name, chain in zip(names, warpers.values(), strict=True):
         flat = LogitsProcessorList(chain)(None, logits.reshape(-1, logits.shape[-1]))
         shares = torch.log_softmax(flat.double(), -1).reshape(logits.shape)

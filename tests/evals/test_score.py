@@ -59,7 +59,7 @@ def test_score_writes_what_it_returns_and_again_the_same_bytes(tmp_path, tiny_mo
     result = score(options)
     folder = tmp_path / "results"
     names = {"scores.json", "scores.config.yaml", "scores.timings.json"}
-    names |= {"scores.requests.parquet", "scores.documents.parquet"}
+    names |= {"scores.requests.parquet", "scores.items.parquet"}
     assert {path.name for path in folder.iterdir()} == names
     assert json.loads((folder / "scores.json").read_text()) == result
     assert result["model"] == options.model

@@ -6,8 +6,8 @@ import pytest
 
 from jax_selftrain import hub
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals import extraction_metrics, n_p_discoverable, read_policies
-from jax_selftrain.evals.suffix_probability import N_SAMPLES, P_LEVELS, column_name, summarise_policy
+from jax_selftrain.evals import extraction_metrics, n_p_discoverable, parse_sampling_policies
+from jax_selftrain.evals.suffix_probability import N_SAMPLES, P_LEVELS, column_name, summarize_suffix_probability
 from jax_selftrain.sampling import warp_logits
 
 
@@ -18,7 +18,7 @@ def model(tiny_model):
 
 def test_policies_have_one_name_each():
     words = ["top-k=40,temperature=1.0", "temperature=0.70", "top-p=0.9 , min-p=0.05", "temperature=1"]
-    names = [named.name for named in read_policies(words)]
+    names = [named.name for named in parse_sampling_policies(words)]
     assert names == ["temperature=1,top-k=40", "temperature=0.7", "temperature=1,top-p=0.9,min-p=0.05"]
 
 
@@ -36,7 +36,7 @@ def test_policies_have_one_name_each():
 )
 def test_unusable_policies_are_refused(words, message):
     with pytest.raises(InputError, match=message):
-        read_policies(words)
+        parse_sampling_policies(words)
 
 
 def test_discoverable_follows_the_definition_and_survives_tiny_probabilities():
@@ -64,14 +64,14 @@ def test_a_suffix_that_a_policy_cannot_say_has_probability_zero(model):
     for at in range(6, 12):
         order = np.argsort(-np.asarray(model.logits(sequence[:, :at]))[0, -1])
         sequence[0, at] = order[2 if at == 8 else 1]
-    top2, top3 = read_policies(["top-k=2", "top-k=3"])
+    top2, top3 = parse_sampling_policies(["top-k=2", "top-k=3"])
     measured = extraction_metrics(model, sequence, 6, policies=[top2, top3])
     assert measured[column_name(top2)][0] == -np.inf
     assert measured["logprob"][0] < measured[column_name(top3)][0] < 0
-    summary = summarise_policy(np.array([-np.inf, np.log(0.5)]))
-    assert (summary["zeros"], summary["p_z"], summary["logprob"]) == (1, 0.25, np.log(0.5))
+    summary = summarize_suffix_probability(np.array([-np.inf, np.log(0.5)]))
+    assert (summary["zeros"], summary["pz"], summary["logprob"]) == (1, 0.25, np.log(0.5))
     assert summary["discoverable"]["10000@0.9"] == 0.5
-    assert summarise_policy(np.array([-np.inf]))["logprob"] is None
+    assert summarize_suffix_probability(np.array([-np.inf]))["logprob"] is None
 
 
 DRAWS = 40_000
@@ -85,7 +85,7 @@ def test_p_z_and_the_curve_agree_with_direct_sampling(model, word):
     """Continuations drawn token by token; the suffix examined is the one drawn most often, so that p_z is not tiny."""
     length, suffix = 8, 2
     prefix = np.random.default_rng(5).integers(3, 512, length)
-    policies = read_policies([word])
+    policies = parse_sampling_policies([word])
     drawn = np.empty((DRAWS, suffix), np.int64)
     rng = np.random.default_rng(6)
     shape = jax.jit(warp_logits, static_argnums=1)

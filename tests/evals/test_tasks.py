@@ -5,10 +5,13 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals import load_tasks, load_texts, task_metrics
+from jax_selftrain.evals import Task, load_tasks, load_texts, task_metrics
+from jax_selftrain.evals.item_results import select_items, tabulate_items
+from jax_selftrain.evals.score import REQUESTS
 from jax_selftrain.likelihood import Likelihood
 
 
@@ -19,6 +22,16 @@ def write(path: Path, *rows: object) -> str:
 
 def questions(reference: str):
     return load_tasks([reference])[0].questions
+
+
+def metrics_of(task: Task, answers: list[list[Likelihood]]) -> dict:
+    rows = [
+        {"task": task.name, "doc": doc, "choice": choice, **likelihood._asdict()}
+        for doc, choices in enumerate(answers)
+        for choice, likelihood in enumerate(choices)
+    ]
+    items = tabulate_items([task], {}, pa.Table.from_pylist(rows, schema=REQUESTS))
+    return task_metrics(select_items(items, task.name))
 
 
 def likelihoods(*values: float, greedy: bool = False) -> list[Likelihood]:
@@ -92,7 +105,7 @@ def test_accuracy_and_its_standard_error_are_those_of_the_harness(tmp_path):
     (task,) = load_tasks([write(tmp_path / "t.jsonl", *rows)])
     # By sum, choices 1, 1, 0, 1 win; divided by 5 and 2 characters, choices 0, 1, 0, 0.
     answers = [likelihoods(-3.0, -2.0), likelihoods(-9.0, -2.0), likelihoods(-1.0, -2.0), likelihoods(-4.0, -2.0)]
-    metrics = task_metrics(task, answers)
+    metrics = metrics_of(task, answers)
     assert metrics["n"] == 4
     assert metrics["acc"] == 0.75
     assert metrics["acc_norm"] == 0.75
@@ -103,7 +116,7 @@ def test_accuracy_and_its_standard_error_are_those_of_the_harness(tmp_path):
 def test_last_word_perplexity_is_exp_of_the_mean_and_its_error_follows(tmp_path):
     (task,) = load_tasks([write(tmp_path / "w.jsonl", *[{"context": "a", "continuation": " b"}] * 3)])
     values = np.array([-1.0, -2.0, -4.5])
-    metrics = task_metrics(task, [likelihoods(value, greedy=value > -2) for value in values])
+    metrics = metrics_of(task, [likelihoods(value, greedy=value > -2) for value in values])
     assert metrics["acc"] == pytest.approx(1 / 3)
     assert metrics["perplexity"] == pytest.approx(math.exp(2.5))
     assert metrics["perplexity_stderr"] == pytest.approx(math.exp(2.5) * values.std(ddof=1) / math.sqrt(3))
@@ -111,7 +124,7 @@ def test_last_word_perplexity_is_exp_of_the_mean_and_its_error_follows(tmp_path)
 
 def test_one_question_has_no_standard_error(tmp_path):
     (task,) = load_tasks([write(tmp_path / "w.jsonl", {"context": "a", "continuation": " b"})])
-    assert task_metrics(task, [likelihoods(-1.0)])["acc_stderr"] is None
+    assert metrics_of(task, [likelihoods(-1.0)])["acc_stderr"] is None
 
 
 @pytest.mark.parametrize(
@@ -125,7 +138,7 @@ def test_one_question_has_no_standard_error(tmp_path):
         ({"context": "c", "choices": "ab", "answer": 0}, "list of at least two"),
         ({"context": 3, "choices": ["a", "b"], "answer": 0}, "must be texts"),
         ({"context": "c", "choices": ["a", "\ud800"], "answer": 0}, "must be texts"),
-        ({"prompt": "c"}, "fit no layout"),
+        ({"prompt": "c"}, "fit no format"),
         ({"context": "c", "continuation": " d", "choices": ["a", "b"], "answer": 0}, "choices and last_word"),
         ([1], "list instead of a JSON object"),
     ],
@@ -144,7 +157,7 @@ def test_a_later_line_of_another_layout_is_named(tmp_path):
 
 
 def test_missing_files_and_harness_task_names_are_told_apart(tmp_path):
-    with pytest.raises(InputError, match="names of lm-evaluation-harness tasks are understood by `score` alone"):
+    with pytest.raises(InputError, match="only `score` accepts names of lm-evaluation-harness tasks"):
         load_tasks(["arc_easy"])
     with pytest.raises(InputError, match="no such file"):
         load_tasks([str(tmp_path / "nothing.jsonl")])

@@ -182,7 +182,7 @@ def test_log_odds_are_those_of_the_questions(made: Path) -> None:
     cells = atomic.read_json(made / "results.json")["cells"]
     for planned, told in zip(design.cells, cells, strict=True):
         assert planned.score is not None
-        table = pq.read_table(design.folder(planned.score) / "score.documents.parquet").to_pandas()
+        table = pq.read_table(design.folder(planned.score) / "score.items.parquet").to_pandas()
         means = table.groupby("task")["log_odds"].mean()
         for task in told["tasks"]:
             assert told["measures"][f"log_odds/{task['name']}"]["after"]["value"] == pytest.approx(means[task["name"]])

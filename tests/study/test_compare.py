@@ -18,7 +18,8 @@ from jax_selftrain import cli
 from jax_selftrain.config import CompareConfig, ScoreConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals import score
-from jax_selftrain.evals.item_results import DOCUMENTS, dev_test_split, item_hash, table_hash, write_documents
+from jax_selftrain.evals.item_results import ITEMS, dev_test_split, hash_items, item_hash
+from jax_selftrain.evals.result_files import write_table
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import hash_json
 from jax_selftrain.io.rng import make_rng
@@ -55,10 +56,10 @@ def fabricate(tmp_path: Path) -> Fabricate:
         for doc, nats in enumerate([] if text is None else text.tolist()):
             rows.append(("text", doc, item_hash("", [str(doc)]), None, 0, None, None, -nats, None, tokens, 10))
         table = pa.Table.from_arrays(
-            [pa.array(c, f.type) for c, f in zip(zip(*rows, strict=True), DOCUMENTS, strict=True)], schema=DOCUMENTS
+            [pa.array(c, f.type) for c, f in zip(zip(*rows, strict=True), ITEMS, strict=True)], schema=ITEMS
         )
         path = tmp_path / f"{name}.json"
-        write_documents(str(path), table)
+        write_table(str(path), "items", table)
         files = {task: hash_json(task) for task in [*tasks, *(["text"] if text is not None else [])]}
         result = {
             "model": name,
@@ -67,7 +68,7 @@ def fabricate(tmp_path: Path) -> Fabricate:
             "fingerprints": {
                 "model": hash_json(name),
                 "tokenizer": hash_json(tokens),
-                "documents": table_hash(table),
+                "items": hash_items(table),
                 "files": files,
             },
             "versions": {},
