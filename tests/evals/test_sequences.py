@@ -73,7 +73,7 @@ def test_a_pair_of_arrays_meets_where_the_prefix_ends(tmp_path):
         np.testing.assert_array_equal(load(reference, PromptWindow(50, 50)).tokens, whole)
         np.testing.assert_array_equal(load(reference).tokens, whole[:, 42:74])
         np.testing.assert_array_equal(load(reference, PromptWindow(8, 24, offset=5), limit=3).tokens, whole[:3, 47:79])
-    with pytest.raises(InputError, match="its prefixes have 50 tokens, fewer than the 60 asked for"):
+    with pytest.raises(InputError, match="its prefixes have 50 tokens, fewer than --prefix 60"):
         load(pair, PromptWindow(60, 24))
     np.save(tmp_path / "train_suffix.npy", whole[:4, 50:])
     with pytest.raises(InputError, match="5 prefixes and 4 suffixes"):
@@ -127,7 +127,7 @@ def test_duplicates_come_from_one_place(tmp_path):
     with pytest.raises(InputError, match="one number for each of 6 sequences"):
         load(tmp_path / "rows.npy", duplicates=str(tmp_path / "few.npy"))
     rows = [{"tokens": row.tolist(), "duplicates": 1} for row in ROWS]
-    with pytest.raises(InputError, match="bring their own"):
+    with pytest.raises(InputError, match="have a column `duplicates`"):
         load(lines(tmp_path / "set.jsonl", rows), duplicates=str(tmp_path / "copies.npy"))
 
 
