@@ -61,12 +61,12 @@ def first_that_fits(size: str, topology: str, stage: str) -> dict[str, Any]:
             (estimate,) = plan_memory(replace(config, compile=False))["rows"]
         except InputError:
             continue  # this model axis does not divide the model's heads
-        if estimate["memory"]["arguments"] > estimate["memory"]["of"]:
+        if estimate["memory"]["arguments"] > estimate["memory"]["hbm"]:
             row = estimate
             continue
         (row,) = plan_memory(config)["rows"]
         if stage == "train":
-            row["received_by_formula"] = received(estimate)
+            row["bytes_received_by_formula"] = received(estimate)
         if row["fits"]:
             break
     return row
@@ -74,7 +74,7 @@ def first_that_fits(size: str, topology: str, stage: str) -> dict[str, Any]:
 
 def received(row: dict[str, Any]) -> float:
     """Bytes that reach each chip in one execution."""
-    return sum(one["received"] for one in row["collectives"])
+    return sum(one["bytes_received"] for one in row["collectives"])
 
 
 def of_the_same_host(rows: dict[str, dict[str, Any]], size: str, topology: str, stage: str) -> dict[str, Any] | None:
@@ -83,9 +83,9 @@ def of_the_same_host(rows: dict[str, dict[str, Any]], size: str, topology: str, 
     for other in TOPOLOGIES if stage != "train" else ():
         known, row = parse_topology(other), rows.get(f"{size} {other} {stage}")
         if row is not None and (known.chip, known.chips_per_host) == (machine.chip, machine.chips_per_host):
-            speed, meshes = row.get("tokens_per_second"), row.get("meshes")
+            speed, meshes = row.get("tokens_per_second"), row.get("num_meshes")
             more = machine.chips / known.chips
-            scaled = {} if speed is None else {"tokens_per_second": speed * more, "meshes": round(meshes * more)}
+            scaled = {} if speed is None else {"tokens_per_second": speed * more, "num_meshes": round(meshes * more)}
             return row | scaled | {"topology": topology, "chips": machine.chips}
     return None
 
@@ -123,7 +123,7 @@ def _cell(row: dict[str, Any] | None) -> str:
     if not row["fits"]:
         return "—"
     mesh = "×".join(str(size) for size in row["mesh"].values())
-    micro = row["setting"].get("grad_accum", 1)
+    micro = row["options"].get("grad_accum", 1)
     shape = mesh + (f", {micro} micro-batches" if micro > 1 else "")
     return f"{row['memory']['total'] / GIB:.1f}; {shape}; {row['tokens_per_second']:,.0f}"
 
@@ -131,7 +131,7 @@ def _cell(row: dict[str, Any] | None) -> str:
 def _received_cell(row: dict[str, Any] | None) -> str:
     if row is None or not row["fits"]:
         return "" if row is None else "—"
-    formula = row["received_by_formula"]
+    formula = row["bytes_received_by_formula"]
     return f"{formula / 1e9:,.2f}; {received(row) / formula:.3f}"
 
 

@@ -1,4 +1,4 @@
-"""Planning for machines that are not there: compilation ahead of time for TPU slices, memory, time and chip-hours."""
+"""Memory, time and chip-hours of stages, by compilation or formula."""
 
 from jax_selftrain.planning.planner import plan_memory, table
 from jax_selftrain.planning.pythia_shapes import PYTHIA_SHAPES, neox_config

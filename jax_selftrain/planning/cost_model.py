@@ -1,8 +1,7 @@
-"""Memory, traffic and collectives of a program by formula, where it is not compiled: for GPUs, and before a search.
+"""Memory, traffic and collectives of a program by formula.
 
-What arrays a program is handed is exact (`traced.bytes_on_a_chip`); what it needs besides is estimated here from the
-few arrays that are large, and is called an estimate wherever it is shown. The memory model in words stands in
-docs/pods.md.
+Bytes of arguments are exact (`jaxpr_flops.per_device_bytes`). Temporaries are estimated from the few large arrays;
+docs/pods.md describes the memory model.
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ from jax_selftrain.planning.stage_programs import StageProgram
 from jax_selftrain.training.loss import LOGITS_BYTES
 
 
-def param_bytes(model: DecoderConfig) -> tuple[int, int, int]:
-    """Parameters of all layers, of the embedding, and of an output matrix of its own."""
+def param_counts(model: DecoderConfig) -> tuple[int, int, int]:
+    """Count the parameters of layers, embedding and separate output matrix."""
     params = abstract_params(model)
     count = {name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for name, tree in params.items()}
     return count["layers"], count["embed"], count.get("head", 0)
 
 
 def activation_bytes(program: StageProgram, model: DecoderConfig) -> int:
-    """An estimate of the bytes that the program needs beside its arguments, on each chip."""
+    """Estimate the temporary bytes of a program on each chip."""
     config, model_axis = program.config, program.mesh_shape["model"]
     width, heads, compute = model.hidden_size, model.num_heads, np.dtype(config.dtype).itemsize
     if isinstance(config, SampleConfig):
-        logits = 4 * config.batch_size * model.vocab_size * 4  # logits, what is masked of them, and the tree's sums
-        layer = param_bytes(model)[0] * compute // model.num_layers // model_axis
+        logits = 4 * config.batch_size * model.vocab_size * 4  # logits, warped logits, and partial sums of the sampler
+        layer = param_counts(model)[0] * compute // model.num_layers // model_axis
         return logits + layer
     rows, length = (
         program.abstract_args[-1].tokens.shape[-2:]
@@ -45,12 +44,12 @@ def activation_bytes(program: StageProgram, model: DecoderConfig) -> int:
     rows //= program.mesh_shape["data"]
     length -= isinstance(config, TrainConfig)
     hidden = rows * length * width * 4
-    fused = isinstance(config, TrainConfig) and program.machine.chip.platform == "tpu" and config.dtype == "bfloat16"
+    fused = isinstance(config, TrainConfig) and program.topology.chip.platform == "tpu" and config.dtype == "bfloat16"
     scores = 0 if fused else 3 * rows * heads // model_axis * length * length * 4
     mlp = 2 * rows * length * model.intermediate_size // model_axis * 4
     if not isinstance(config, TrainConfig):
         return 6 * hidden + scores + mlp + 2 * PROJECTION_CHUNK * model.vocab_size * 4 // model_axis
-    layers, embedding, head = param_bytes(model)
+    layers, embedding, head = param_counts(model)
     gradient = per_device_bytes(program.abstract_args[0].params, tile_padded=False)
     output = (head or embedding) // model_axis
     kept = {"full": hidden, "dots": hidden + 2 * rows * length * (4 * width + 2 * model.intermediate_size) * compute}
@@ -60,36 +59,36 @@ def activation_bytes(program: StageProgram, model: DecoderConfig) -> int:
     return gradient + activations + gathered + layer + 6 * hidden + scores + mlp + 4 * LOGITS_BYTES
 
 
-def hbm_traffic(work: StageProgram, model: DecoderConfig) -> float:
-    """Bytes that each chip must read and write at least: weights, state, and the cache as far as it is filled."""
-    config, compute = work.config, np.dtype(work.config.dtype).itemsize
+def hbm_traffic(program: StageProgram, model: DecoderConfig) -> float:
+    """Return the minimum memory traffic of each chip in bytes."""
+    config, compute = program.config, np.dtype(program.config.dtype).itemsize
     if isinstance(config, SampleConfig):
-        params, cache = work.abstract_args[0], work.abstract_args[2].cache
+        params, cache = program.abstract_args[0], program.abstract_args[2].cache
         weights = per_device_bytes(params, tile_padded=False) - per_device_bytes(params["embed"], tile_padded=False) * (
             not model.tie_word_embeddings
         )
-        settled = per_device_bytes((cache.k, cache.v, cache.k_scale, cache.v_scale), tile_padded=False)
-        page = per_device_bytes((cache.page_k, cache.page_v), tile_padded=False)
-        return TAIL_LEN * (weights + settled * work.dynamic_turns[1] * cache.block / cache.capacity + page)
+        committed = per_device_bytes((cache.k, cache.v, cache.k_scale, cache.v_scale), tile_padded=False)
+        tail = per_device_bytes((cache.page_k, cache.page_v), tile_padded=False)
+        return TAIL_LEN * (weights + committed * program.loop_trip_counts[1] * cache.block / cache.capacity + tail)
     if isinstance(config, TrainConfig):
-        state = work.abstract_args[0]
-        used = sum(param_bytes(model)) * compute // work.mesh_shape["model"]
-        return 2 * per_device_bytes(state, tile_padded=False) + 3 * used * config.grad_accum
-    return float(per_device_bytes(work.abstract_args[0], tile_padded=False))
+        state = program.abstract_args[0]
+        compute_bytes = sum(param_counts(model)) * compute // program.mesh_shape["model"]
+        return 2 * per_device_bytes(state, tile_padded=False) + 3 * compute_bytes * config.grad_accum
+    return float(per_device_bytes(program.abstract_args[0], tile_padded=False))
 
 
-def collectives(work: StageProgram, model: DecoderConfig) -> list[Collective]:
-    """What chips exchange in training by data (`fsdp`): the formula of the docs, for a step of M micro-batches.
+def collectives(program: StageProgram, model: DecoderConfig) -> list[Collective]:
+    """Return the collectives of data-parallel training, as in docs/pods.md.
 
-    For each micro-batch, all layers are gathered in the compute type, before and after the loss, the embedding in
-    float32 and the output matrix in the compute type; gradients are scattered in float32. Parameters along `model` are
-    counted where they lie. With `replicated`, gradients are added up instead. Sampling and scoring by data exchange
-    nothing. What a model axis adds is not told.
+    With `fsdp`, each micro-batch all-gathers the layers in the compute type before and after the loss, the embedding in
+    float32 and the output matrix in the compute type; gradients are reduce-scattered in float32. Parameters sharded
+    along `model` count per shard. With `replicated`, gradients are all-reduced. Sampling and scoring along `data` have
+    no collectives. Collectives of the model axis are not included.
     """
-    config, data, model_axis = work.config, work.mesh_shape["data"], work.mesh_shape["model"]
+    config, data, model_axis = program.config, program.mesh_shape["data"], program.mesh_shape["model"]
     if not isinstance(config, TrainConfig) or data == 1:
         return []
-    layers, embedding, head = (count / model_axis for count in param_bytes(model))
+    layers, embedding, head = (count / model_axis for count in param_counts(model))
     compute, micro = np.dtype(config.dtype).itemsize, config.grad_accum
     if config.preset != "fsdp":
         return [Collective("all-reduce", data, 4.0 * micro * (layers + embedding + head), micro)]
@@ -99,6 +98,6 @@ def collectives(work: StageProgram, model: DecoderConfig) -> list[Collective]:
     return [Collective("all-gather", data, gathered, micro), Collective("reduce-scatter", data, scattered, micro)]
 
 
-def nbytes(arrays: Any, work: StageProgram) -> int:
-    """Bytes of a tree of arrays on each chip of the work's machine."""
-    return per_device_bytes(arrays, tile_padded=work.machine.chip.platform == "tpu")
+def nbytes(arrays: Any, program: StageProgram) -> int:
+    """Return the bytes of a tree of arrays on each chip."""
+    return per_device_bytes(arrays, tile_padded=program.topology.chip.platform == "tpu")

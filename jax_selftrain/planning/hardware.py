@@ -1,7 +1,7 @@
-"""The machines that can be planned for: what one chip of each kind has, and how many of them share a host.
+"""Chips and topologies of TPUs and GPUs.
 
-TPU topologies are libtpu's own descriptions (`v5e:4x4`): real devices to compile for, on any machine. GPUs are named by
-kind and number (`h100:8`, or `h100:4x8` for four hosts of eight) and are planned for by arithmetic.
+A TPU topology (`v5e:4x4`) is a description of libtpu; programs are compiled for its devices on any machine. GPUs are
+named by kind and number (`h100:8`, or `h100:4x8` for four hosts with eight each) and are planned by formula.
 """
 
 from __future__ import annotations
@@ -28,34 +28,33 @@ class Chip:
     """One device of a mesh."""
 
     device_kind: str
-    """As JAX names it (`device_kind`)."""
+    """`device_kind` of JAX."""
     platform: str
     """`tpu` or `gpu`."""
     hbm_bytes: int
-    """Bytes."""
+    """Memory in bytes."""
     bandwidth: float
-    """Bytes per second between memory and chip."""
+    """Memory bandwidth in bytes per second."""
     ici_bandwidth: float
-    """Bytes per second that can reach it from the other chips of the mesh, over all its links."""
+    """Bytes per second that it receives from other chips, over all links."""
     float32: float
-    """FLOP/s of float32 products at full precision, as a share of those in bfloat16."""
+    """FLOP/s of float32 products at full precision, as a fraction of those in bfloat16."""
 
     def flops(self, dtype: str) -> float:
-        """Dense FLOP/s of products whose operands have this type."""
+        """Return the dense FLOP/s of matrix products with operands of this type."""
         return PEAK_FLOPS[self.device_kind] * (1.0 if dtype == "bfloat16" else self.float32)
 
 
-# Memory, memory bandwidth and links of TPUs: the page of each generation on cloud.google.com/tpu/docs. A link carries
-# as much in each direction; `network` is the half of the documented "bidirectional ICI bandwidth" that comes in.
+# Source of TPUs: cloud.google.com/tpu/docs. `ici_bandwidth` is half of the documented "bidirectional ICI bandwidth".
 FP32_MATMUL_PASSES = 1 / 6
-"""A TPU makes a float32 product at `highest` precision of six in bfloat16."""
+"""A TPU computes a float32 product at `highest` precision by six bfloat16 products."""
 TPUS = {
     "v4": Chip("TPU v4", "tpu", 32 * GIB, 1228e9, 300e9, FP32_MATMUL_PASSES),
     "v5e": Chip("TPU v5 lite", "tpu", 16 * GIB, 819e9, 200e9, FP32_MATMUL_PASSES),
     "v5p": Chip("TPU v5", "tpu", 95 * GIB, 2765e9, 600e9, FP32_MATMUL_PASSES),
     "v6e": Chip("TPU v6 lite", "tpu", 32 * GIB, 1640e9, 400e9, FP32_MATMUL_PASSES),
 }
-# NVIDIA: data sheets of A100, H100 (SXM), H200 and HGX B200; NVLink, the half that comes in.
+# Source of GPUs: NVIDIA data sheets of A100, H100 (SXM), H200 and HGX B200; half of the NVLink bandwidth.
 GPUS = {
     "a100": Chip("NVIDIA A100-SXM4-80GB", "gpu", 80 * 10**9, 2039e9, 300e9, 19.5 / 312),
     "h100": Chip("NVIDIA H100 80GB HBM3", "gpu", 80 * 10**9, 3350e9, 450e9, 67 / 989.4),
@@ -66,13 +65,13 @@ CARDS_PER_HOST = 8
 CHIPS_OF_ONE_HOST = {"v4": {4: (2, 2, 1)}, "v5p": {4: (2, 2, 1)}} | {
     generation: {1: (1, 1, 1), 4: (2, 2, 1), 8: (2, 4, 1)} for generation in ("v5e", "v6e")
 }
-"""Slices that one machine holds, and how its chips lie."""
+"""Shapes of slices with one host, by the number of chips."""
 EXAMPLES = "v5e:4x4, v4:2x2x4, v5p:2x2x2, v6e:4x4 (TPU slices), h100:8 or h100:4x8 (GPUs)"
 
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice of a pod, or some GPUs."""
+    """TPU slice, or GPUs of one or more hosts."""
 
     name: str
     chip: Chip
@@ -81,11 +80,11 @@ class Topology:
 
     @property
     def hosts(self) -> int:
-        """Processes of a job on it."""
+        """Number of hosts, one process each."""
         return self.chips // self.chips_per_host
 
     def one_host(self) -> Topology:
-        """The slice that is one of its hosts alone: what is compiled for where hosts work side by side."""
+        """Return the topology of one host."""
         generation = self.name.partition(":")[0]
         if generation in GPUS:
             return parse_topology(f"{generation}:{self.chips_per_host}")
@@ -94,62 +93,62 @@ class Topology:
 
     @property
     def abstract_device(self) -> AbstractDevice:
-        """What stands for a chip in a mesh without devices."""
+        """Abstract device for a mesh without devices."""
         return AbstractDevice(self.chip.device_kind, 1, self.chip.platform)
 
 
 def parse_topology(name: str) -> Topology:
-    """Read the name of a machine; needs neither the machine nor libtpu.
+    """Parse the name of a topology, without libtpu.
 
     Raises:
-      InputError: no such machine; says how they are named.
+      InputError: the name is unknown.
     """
     generation, separator, shape = name.partition(":")
     known = {**TPUS, **GPUS}
     if generation not in known:
         hint = yaml_io.did_you_mean(generation, known) or f"; for instance {EXAMPLES}"
-        raise InputError(f"--topology {name}: there is no machine `{generation}` here{hint}")
+        raise InputError(f"--topology {name}: unknown machine `{generation}`{hint}")
     sizes = [int(size) for size in shape.split("x")] if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) else []
     dimensions = {"v4": (3,), "v5p": (3,)}.get(generation, (2,) if generation in TPUS else (1, 2))
     if not separator or len(sizes) not in dimensions:
         raise InputError(
-            f"--topology {name}: {shape or 'nothing'} is no size of a {generation}; for instance {EXAMPLES}"
+            f"--topology {name}: {shape or 'nothing'} is not a shape of {generation}; for instance {EXAMPLES}"
         )
     chips = math.prod(sizes)
-    if generation in TPUS:  # machines of slices of several hosts have four chips each
+    if generation in TPUS:  # hosts of larger slices have four chips each
         per_host = chips if chips in CHIPS_OF_ONE_HOST[generation] else 4
     else:
         per_host = sizes[-1] if len(sizes) == 2 else min(chips, CARDS_PER_HOST)
     if chips % per_host:
-        raise InputError(f"--topology {name}: {chips} chips are no whole number of hosts of {per_host}")
+        raise InputError(f"--topology {name}: {chips} chips are not a multiple of {per_host}, the chips of one host")
     return Topology(name, known[generation], chips, per_host)
 
 
-def topology_devices(machine: Topology) -> Sequence[Any]:
-    """The devices of a TPU slice, to compile for: libtpu's description, host by host.
+def topology_devices(topology: Topology) -> Sequence[Any]:
+    """Return the devices of a TPU slice, as described by libtpu.
 
     Raises:
-      InputError: libtpu is not installed, or knows no such slice.
+      InputError: libtpu is not installed, or does not know the slice.
     """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks a metadata server that is only there on a TPU
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is used: several plans may be made at once
-    generation = machine.name.partition(":")[0]
-    options: dict[str, Any] = {"chips_per_host_bounds": CHIPS_OF_ONE_HOST[generation][machine.chips_per_host]}
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the metadata server exists only on a TPU
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several plans can run at once
+    generation = topology.name.partition(":")[0]
+    options: dict[str, Any] = {"chips_per_host_bounds": CHIPS_OF_ONE_HOST[generation][topology.chips_per_host]}
     if generation == "v4":
-        options["chip_config_name"] = "megacore"  # both cores of a chip as one device
+        options["chip_config_name"] = "megacore"  # one device for both cores of a chip
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=machine.name, **options)
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
     except RuntimeError as error:
         if "not installed" in str(error):
             raise InputError(
                 "compiling for a TPU needs libtpu: pip install 'jax-selftrain[tpu]' (no TPU is needed), or use "
-                "--no-compile to plan by arithmetic"
+                "--no-compile to plan by formula"
             ) from error
         raise InputError(
-            f"--topology {machine.name}: libtpu knows no such slice ({str(error).splitlines()[0][:200]}); "
+            f"--topology {topology.name}: libtpu does not know this slice ({str(error).splitlines()[0][:200]}); "
             f"for instance {EXAMPLES}"
         ) from error
     devices: list[Any] = sorted(described.devices, key=lambda device: (device.process_index, device.id))
-    if len(devices) != machine.chips:
-        raise InputError(f"--topology {machine.name}: libtpu describes {len(devices)} devices, not {machine.chips}")
+    if len(devices) != topology.chips:
+        raise InputError(f"--topology {topology.name}: libtpu describes {len(devices)} devices, not {topology.chips}")
     return devices

@@ -1,12 +1,9 @@
-"""What a compiled program does on each chip, read from its text: memory traffic and collectives, with loops multiplied.
+"""Memory traffic and collectives of a compiled program, from its HLO text.
 
-XLA's own `cost_analysis` counts a loop's body once. Here every instruction counts as often as it runs: the turns of
-a loop stand in its condition (`i < 36`), and where they are a value (how many blocks of the cache are filled, say) the
-caller says how many there will be.
-
-Traffic is what instructions read and write in the chip's main memory. Buffers that the compiler has put into fast
-memory (`S(1)` in a layout) cost nothing, an instruction that takes a slice reads the slice, and one that
-updates a slice in place writes the slice. Elements are counted, not the padding of their tiles.
+`cost_analysis` of XLA counts the body of a loop once. Here an instruction counts as often as it runs: the trip count is
+read from the loop's condition (`i < 36`), or given by the caller if it is dynamic (filled blocks of the KV cache).
+Traffic is what instructions read and write in main memory (HBM). Buffers in fast memory (`S(1)` in a layout) are free,
+a slice reads only the slice, and an in-place update writes only the update. Tile padding is not counted.
 """
 
 from __future__ import annotations
@@ -29,52 +26,51 @@ _FREE = {
     *("async-start", "async-update", "async-done", "copy-done", "slice-done", "send-done", "recv-done"),
     *("all-gather-done", "all-reduce-done", "collective-permute-done"),
 }
-"""What moves nothing, or is counted where it begins."""
+"""Instructions without traffic, or counted at their start."""
 _NO_TRAFFIC = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "AsyncCollective")
 
 
 @dataclass(frozen=True)
 class BufferShape:
-    """An array of an instruction's shape."""
+    """Array in the shape of an instruction."""
 
     bytes: int
     in_memory: bool
-    """In the chip's main memory, not in its fast one."""
+    """True for main memory, False for fast memory."""
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """A line of a computation."""
+    """Line of a computation."""
 
     name: str
     shape: tuple[BufferShape, ...]
     opcode: str
     operands: tuple[str, ...]
     rest: str
-    """What follows the operands: attributes; of a constant or parameter also what stands in the brackets."""
+    """Text after the operands (attributes), for constants and parameters with the value in parentheses."""
     is_root: bool
 
-    def called(self) -> list[str]:
-        """Computations it names."""
+    def callees(self) -> list[str]:
+        """Return the computations that it calls."""
         return [name for group in _CALLED.findall(self.rest) for name in re.findall(r"%([\w.\-]+)", group)]
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of exchange between chips."""
+    """Collectives of one kind and number of chips."""
 
     kind: str
     """`all-gather`, `all-reduce`, `reduce-scatter`, `all-to-all` or `collective-permute`."""
     participants: int
-    """How many take part in each."""
+    """Chips of each collective."""
     bytes: float
-    """Of one whole (gathered, or not yet scattered) array, times `runs`."""
-    runs: float
+    """Bytes of the whole (gathered, or not yet scattered) array, times `count`."""
+    count: float
 
     @property
     def bytes_received(self) -> float:
-        """Bytes that each chip must receive at least: of what is gathered or scattered the others' parts, of what is
-        reduced for everybody twice that."""
+        """Minimum bytes that each chip receives; an all-reduce counts twice."""
         passes = {"all-reduce": 2.0, "collective-permute": self.participants / max(self.participants - 1, 1)}.get(
             self.kind, 1.0
         )
@@ -82,17 +78,18 @@ class Collective:
 
 
 class HloModule:
-    """The text of a compiled program (`compiled.as_text()`), taken apart."""
+    """Parsed text of a compiled program (`compiled.as_text()`)."""
 
-    def __init__(self, text: str, dynamic_turns: Sequence[float] = ()):
-        """
+    def __init__(self, text: str, loop_trip_counts: Sequence[float] = ()):
+        """Parse the text.
+
         Args:
-          dynamic_turns: turns of the loops whose number is a value, by how many such loops stand around them.
+          loop_trip_counts: trip counts of loops with a dynamic trip count, by nesting depth of such loops.
 
         Raises:
-          ValueError: such a loop stands deeper than that, or the text is not understood (a defect of ours).
+          ValueError: such a loop is nested deeper, or the text cannot be parsed.
         """
-        self.loop_trip_counts = tuple(dynamic_turns)
+        self.loop_trip_counts = tuple(loop_trip_counts)
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry = ""
         lines: dict[str, Instruction] = {}
@@ -108,22 +105,22 @@ class HloModule:
 
     @cached_property
     def execution_counts(self) -> dict[str, float]:
-        """How often each computation that is not fused into an instruction is run."""
+        """Number of executions of each computation that is not fused."""
         found: dict[str, float] = {}
 
         def visit(name: str, times: float, depth: int) -> None:
             found[name] = found.get(name, 0.0) + times
             for instruction in self.computations[name].values():
                 if instruction.opcode == "while":
-                    trip_count = self._turns(name, instruction)
+                    trip_count = self._trip_count(name, instruction)
                     if trip_count is None and depth >= len(self.loop_trip_counts):
-                        raise ValueError(f"nobody says how often the loop {instruction.name} turns")
+                        raise ValueError(f"the trip count of the loop {instruction.name} is unknown")
                     body = re.search(r"body=%([\w.\-]+)", instruction.rest)
                     assert body is not None
                     more = self.loop_trip_counts[depth] if trip_count is None else trip_count
                     visit(body[1], times * more, depth + (trip_count is None))
                 elif instruction.opcode in ("call", "conditional", "async-start"):
-                    for callee in instruction.called():
+                    for callee in instruction.callees():
                         visit(callee, times, depth)
 
         visit(self.entry, 1.0, 0)
@@ -131,18 +128,18 @@ class HloModule:
 
     @property
     def traffic(self) -> float:
-        """Bytes read from and written to a chip's main memory."""
+        """Bytes that a chip reads from and writes to main memory."""
         return sum(
-            times * self._traffic_of(name, instruction)
+            times * self._instruction_traffic(name, instruction)
             for name, times in self.execution_counts.items()
             for instruction in self.computations[name].values()
         )
 
     def collectives(self) -> list[Collective]:
-        """What chips exchange, by kind and number of chips."""
+        """Return the collectives by kind and number of chips."""
         found: dict[tuple[str, int], list[float]] = {}
         for name, times in self.execution_counts.items():
-            seen: set[str] = set()  # a collective may be fused, piece by piece, with several others' work
+            seen: set[str] = set()  # a collective can be split into a chain of fused pieces
             for home, instruction in self._inline_fusions(name):
                 kind = instruction.opcode.removesuffix("-start")
                 if kind not in _COLLECTIVES:
@@ -156,9 +153,9 @@ class HloModule:
                     kind = "reduce-scatter"
                 chips, size = _group_size(instruction.rest), sum(leaf.bytes for leaf in instruction.shape)
                 if kind == "reduce-scatter" and instruction.opcode == "reduce-scatter":
-                    size *= chips  # its shape is that of a part
+                    size *= chips  # its shape is one shard
                 if instruction.opcode.endswith("-start") and kind == "all-gather":
-                    size = max(leaf.bytes for leaf in instruction.shape)  # (part, whole)
+                    size = max(leaf.bytes for leaf in instruction.shape)  # (shard, whole)
                 if chips > 1:
                     entry = found.setdefault((kind, chips), [0.0, 0.0])
                     entry[0] += times * size
@@ -166,15 +163,15 @@ class HloModule:
         return [Collective(kind, chips, *sums) for (kind, chips), sums in sorted(found.items())]
 
     def _inline_fusions(self, name: str) -> Iterator[tuple[str, Instruction]]:
-        """The instructions of a computation and of all that is fused into them, with where they stand."""
+        """Yield (computation, instruction), with fused computations."""
         for instruction in self.computations[name].values():
             yield name, instruction
             if instruction.opcode in ("fusion", "custom-call"):
-                for callee in instruction.called():
+                for callee in instruction.callees():
                     yield from self._inline_fusions(callee)
 
-    def _turns(self, home: str, loop: Instruction) -> int | None:
-        """How often a loop turns: None where that is a value."""
+    def _trip_count(self, home: str, loop: Instruction) -> int | None:
+        """Return the trip count of a loop; None if it is dynamic."""
         condition = re.search(r"condition=%([\w.\-]+)", loop.rest)
         assert condition is not None
         lines = self.computations[condition[1]]
@@ -188,33 +185,33 @@ class HloModule:
         assert index is not None
         return int(bound.rest.split(")")[0]) - self._constant(home, loop.operands[0], int(index[1]))
 
-    def _constant(self, home: str, of: str, index: int) -> int:
-        """Element `index` of the tuple that a loop begins with; 0 where it is not written out."""
+    def _constant(self, home: str, tuple_name: str, index: int) -> int:
+        """Return an element of a loop's initial tuple, or 0."""
         lines = self.computations[home]
-        value = lines.get(lines[of].operands[index]) if lines[of].opcode == "tuple" else None
+        value = lines.get(lines[tuple_name].operands[index]) if lines[tuple_name].opcode == "tuple" else None
         while value is not None and value.opcode in ("copy", "bitcast"):
             value = lines.get(value.operands[0])
         written = value is not None and value.opcode == "constant" and value.rest.split(")")[0].lstrip("-").isdigit()
         return int(value.rest.split(")")[0]) if value is not None and written else 0
 
-    def _traffic_of(self, home: str, instruction: Instruction) -> float:
+    def _instruction_traffic(self, home: str, instruction: Instruction) -> float:
         if instruction.opcode in _FREE or any(name in instruction.rest for name in _NO_TRAFFIC):
             return 0.0
         lines = self.computations[home]
-        if instruction.opcode in ("copy-start", "slice-start"):  # (to, from, …) or ((from), to, …), with what it copies
+        if instruction.opcode in ("copy-start", "slice-start"):  # (target, source, …) or ((source), target, …)
             moved = [leaf for leaf in instruction.shape if leaf.bytes > 4][:2]
             size = min((leaf.bytes for leaf in moved), default=0)
             return float(size * sum(leaf.in_memory for leaf in moved))
         if instruction.opcode == "fusion":
-            (callee,) = instruction.called()[:1]
+            (callee,) = instruction.callees()[:1]
             reads = [
-                min(_in_memory(lines[name]), self._read_of(callee, index) if _in_memory(lines[name]) else 0.0)
+                min(_in_memory(lines[name]), self._bytes_read(callee, index) if _in_memory(lines[name]) else 0.0)
                 for index, name in enumerate(instruction.operands)
             ]
             return math.fsum(reads) + self._bytes_written(callee, instruction)
-        return self._bytes_read_by(home, instruction) + self._update_or(home, instruction)
+        return self._operand_bytes(home, instruction) + self._result_bytes(home, instruction)
 
-    def _bytes_read_by(self, home: str, instruction: Instruction) -> float:
+    def _operand_bytes(self, home: str, instruction: Instruction) -> float:
         lines = self.computations[home]
         if instruction.opcode in ("dynamic-slice", "slice", "gather"):
             return (
@@ -225,14 +222,14 @@ class HloModule:
         names = instruction.operands[1:] if instruction.opcode == "dynamic-update-slice" else instruction.operands
         return float(sum(_in_memory(lines[name]) for name in names))
 
-    def _update_or(self, home: str, instruction: Instruction) -> float:
-        """What it writes: of an update in place, the update."""
+    def _result_bytes(self, home: str, instruction: Instruction) -> float:
+        """Return the bytes that it writes; an in-place update writes the update."""
         if instruction.opcode == "dynamic-update-slice" and _in_memory(instruction):
             return float(sum(leaf.bytes for leaf in self.computations[home][instruction.operands[1]].shape))
         return float(_in_memory(instruction))
 
-    def _read_of(self, callee: str, index: int) -> float:
-        """Bytes that a fusion reads of its operand `index` if that lies in main memory."""
+    def _bytes_read(self, callee: str, index: int) -> float:
+        """Return the bytes that a fusion reads of an operand."""
         lines = self.computations[callee]
         parameter = next(
             line for line in lines.values() if line.opcode == "parameter" and line.rest.split(")")[0] == str(index)
@@ -247,14 +244,14 @@ class HloModule:
                 continue
             elif user.opcode == "fusion":
                 names = _aliases(lines, parameter.name)
-                at = next(i for i, name in enumerate(user.operands) if name in names)
-                total += self._read_of(user.called()[0], at)
+                position = next(i for i, name in enumerate(user.operands) if name in names)
+                total += self._bytes_read(user.callees()[0], position)
             else:
                 return float(sum(leaf.bytes for leaf in parameter.shape))
         return total
 
     def _bytes_written(self, callee: str, instruction: Instruction) -> float:
-        """Bytes that a fusion writes to main memory."""
+        """Return the bytes that a fusion writes to main memory."""
         lines = self.computations[callee]
         root = next(line for line in lines.values() if line.is_root)
         parts = [lines[name] for name in root.operands] if root.opcode == "tuple" else [root]
@@ -276,9 +273,9 @@ def _in_memory(instruction: Instruction) -> int:
 
 
 def _aliases(lines: dict[str, Instruction], name: str) -> set[str]:
-    """The array of this name, under all names that it has in a computation."""
+    """Return all names of an array in a computation, after bitcasts."""
     names = {name}
-    for line in lines.values():  # operands stand before their users
+    for line in lines.values():  # operands precede their users
         if line.opcode == "bitcast" and line.operands[0] in names:
             names.add(line.name)
     return names
@@ -290,7 +287,7 @@ def _users(lines: dict[str, Instruction], name: str) -> list[Instruction]:
 
 
 def _group_size(rest: str) -> int:
-    """Of `replica_groups={{0,1},…}`, `[groups,size]<=[…]` or `mesh['a'=4,'b'=2] {'b'}`."""
+    """Parse `replica_groups={{0,1},…}`, `[groups,size]<=[…]` or `mesh['a'=4,'b'=2] {'b'}`."""
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
         return len(found[1].split(","))
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest):
@@ -304,24 +301,24 @@ def _group_size(rest: str) -> int:
 
 
 def _parse(name: str, text: str, is_root: bool) -> Instruction:
-    end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
+    end = _find_closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
     shape, text = text[:end], text[end:].lstrip()
     opcode, _, text = text.partition("(")
-    close = _closing("(" + text, 0) - 1
+    close = _find_closing("(" + text, 0) - 1
     operands, rest = text[:close], text[close + 1 :]
     if opcode in ("constant", "parameter"):
         return Instruction(name, _leaves(shape), opcode, (), f"{operands}){rest}", is_root)
     return Instruction(name, _leaves(shape), opcode, tuple(re.findall(r"%([\w.\-]+)", operands)), rest, is_root)
 
 
-def _closing(text: str, start: int) -> int:
-    """Where the bracket closes that opens at `start`."""
+def _find_closing(text: str, start: int) -> int:
+    """Return the index of the bracket that closes the one at `start`."""
     depth = 0
     for index in range(start, len(text)):
         depth += (text[index] == "(") - (text[index] == ")")
         if depth == 0:
             return index
-    raise ValueError(f"a bracket stays open: {text[:200]}")
+    raise ValueError(f"unbalanced bracket: {text[:200]}")
 
 
 def _leaves(shape: str) -> tuple[BufferShape, ...]:

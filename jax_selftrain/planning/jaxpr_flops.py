@@ -1,10 +1,8 @@
-"""What a program asks of each chip, read from its trace: floating-point operations and the bytes of its arguments.
+"""Floating-point operations and argument bytes on each chip, from the jaxpr.
 
-Axes of a mesh are explicit here, so that every array in a trace says how it lies on the chips: an operation's share on
-one chip follows from the shapes alone, before anything is compiled.
-
-Only matrix products count as work, 2 · m · n · k operations each: all else of a decoder is below a hundredth of
-them. Loops count as often as they turn. A fused kernel counts for all its tiles, also those that it will skip.
+The mesh has explicit axes, so each array in a jaxpr has a sharding, and the shapes on one chip are known before
+compilation. Only matrix products count, with 2 · m · n · k operations; other operations of a decoder are below one
+percent. Loops count with their trip counts. A fused kernel counts all tiles, with those that it skips.
 """
 
 from __future__ import annotations
@@ -19,31 +17,31 @@ from jax.extend import core
 from jax.interpreters import partial_eval
 
 _DotGeneral = tuple[str, float]
-"""The type that decides how fast it is, and its operations."""
+"""(dtype that decides the speed, operations)."""
 
 
-def flops(program: core.ClosedJaxpr, dynamic_turns: Sequence[float] = ()) -> float:
-    """Floating-point operations of matrix products on each chip.
+def flops(program: core.ClosedJaxpr, loop_trip_counts: Sequence[float] = ()) -> float:
+    """Count the floating-point operations of matrix products on each chip.
 
     Args:
-      program: a trace over a mesh with explicit axes (`jax.jit(…).trace(…).jaxpr`).
-      dynamic_turns: turns of the `while` loops, by how many of them stand around one.
+      program: `jax.jit(…).trace(…).jaxpr`, over a mesh with explicit axes.
+      loop_trip_counts: trip counts of `while` loops by nesting depth.
 
     Raises:
-      ValueError: a `while` stands deeper than that, or a product is of a kind that is not known (a defect of ours).
+      ValueError: a `while` loop is nested deeper, or a primitive is not supported.
     """
-    return sum(flops_by_dtype(program, dynamic_turns).values())
+    return sum(flops_by_dtype(program, loop_trip_counts).values())
 
 
-def flops_by_dtype(program: core.ClosedJaxpr, dynamic_turns: Sequence[float] = ()) -> dict[str, float]:
-    """The same, by the type that decides how fast a product is: `float32` where an operand is as wide and the highest
-    precision is asked for, of which a TPU makes several passes (fewer where the other operand is narrow, which makes no
-    difference here); else `bfloat16`.
+def flops_by_dtype(program: core.ClosedJaxpr, loop_trip_counts: Sequence[float] = ()) -> dict[str, float]:
+    """Count operations by the dtype that decides the speed of a product.
+
+    `float32`: an operand is float32 and the precision is `HIGHEST`, several passes on a TPU. Else `bfloat16`.
     """
     found: dict[str, float] = {}
-    # What nobody needs is not compiled: gradients of frozen weights, for one.
+    # Dead code, such as gradients of frozen weights, is not compiled.
     needed, _ = partial_eval.dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars))
-    for dtype, operations in _dot_generals(needed, tuple(dynamic_turns), 0):
+    for dtype, operations in _dot_generals(needed, tuple(loop_trip_counts), 0):
         found[dtype] = found.get(dtype, 0.0) + operations
     return found
 
@@ -54,12 +52,12 @@ def _dot_generals(
     for equation in jaxpr.eqns:
         name, parameters = equation.primitive.name, equation.params
         if name == "dot_general":
-            yield _type_of_product(equation), times * _of_product(equation)
+            yield _product_dtype(equation), times * _count_product(equation)
         elif name in ("conv_general_dilated", "ragged_dot", "ragged_dot_general"):
             raise ValueError(f"operations of {name} are not counted yet")
         elif name == "while":
             if depth >= len(trip_counts):
-                raise ValueError("nobody says how often a loop turns")
+                raise ValueError("the trip count of a loop is unknown")
             for part in (parameters["body_jaxpr"].jaxpr, parameters["cond_jaxpr"].jaxpr):
                 yield from _dot_generals(part, trip_counts, depth + 1, times * trip_counts[depth])
         elif name == "scan":
@@ -77,13 +75,13 @@ def _dot_generals(
                 yield from _dot_generals(inner, trip_counts, depth, times)
 
 
-def _type_of_product(equation: Any) -> str:
+def _product_dtype(equation: Any) -> str:
     wide = max(variable.aval.dtype.itemsize for variable in equation.invars) >= 4
     precisions = equation.params["precision"] or ()
     return "float32" if wide and jax.lax.Precision.HIGHEST in precisions else "bfloat16"
 
 
-def _of_product(equation: Any) -> float:
+def _count_product(equation: Any) -> float:
     (contracted, _), _ = equation.params["dimension_numbers"]
     left, result = _local_shape(equation.invars[0].aval), _local_shape(equation.outvars[0].aval)
     return 2.0 * math.prod(result) * math.prod(left[dimension] for dimension in contracted)
@@ -100,7 +98,7 @@ def _inner_jaxprs(values: Iterable[Any]) -> Iterator[core.Jaxpr]:
 
 
 def _local_shape(aval: Any) -> tuple[int, ...]:
-    """The part of an array that one chip holds."""
+    """Return the shape of one shard of an array."""
     sharding = getattr(aval, "sharding", None)
     if sharding is None:
         return tuple(aval.shape)
@@ -112,35 +110,37 @@ def _local_shape(aval: Any) -> tuple[int, ...]:
 
 
 def per_device_bytes(arrays: Any, *, tile_padded: bool) -> int:
-    """Bytes that a tree of (abstract) arrays takes on each chip.
+    """Return the bytes of a tree of (abstract) arrays on each chip.
 
     Args:
-      tiled: as a TPU stores them, in tiles of 8 × 128 elements that are filled up.
+      tile_padded: with the padding of a TPU to tiles of 8 × 128 elements.
     """
-    return sum(_bytes_of(leaf, tile_padded) for leaf in jax.tree.leaves(arrays))
+    return sum(_local_bytes(leaf, tile_padded) for leaf in jax.tree.leaves(arrays))
 
 
-def _bytes_of(leaf: Any, tiled: bool) -> int:
+def _local_bytes(leaf: Any, tile_padded: bool) -> int:
     shape = _local_shape(leaf)
-    return (_tiled(shape) if tiled else math.prod(shape)) * np.dtype(leaf.dtype).itemsize
+    return (_padded_size(shape) if tile_padded else math.prod(shape)) * np.dtype(leaf.dtype).itemsize
 
 
-def _tiled(shape: tuple[int, ...]) -> int:
-    """Elements with padding: the compiler lays the two dimensions along a tile that waste least."""
+def _padded_size(shape: tuple[int, ...]) -> int:
+    """Return the number of elements with padding.
+
+    The compiler tiles the two dimensions with the least padding.
+    """
     if len(shape) < 2:
         size = math.prod(shape)
         return _round_up(size, 1024 if size >= 1024 else 128)
-    best = min(
-        _round_up(across, 128) * _rows(down) * math.prod(shape) // (across * down)
+    return min(
+        _round_up(across, 128) * _padded_rows(down) * math.prod(shape) // (across * down)
         for i, across in enumerate(shape)
         for j, down in enumerate(shape)
         if i != j
     )
-    return best
 
 
-def _rows(size: int) -> int:
-    """Of a dimension along the short side of tiles, which are lower where there is little to hold."""
+def _padded_rows(size: int) -> int:
+    """Return the padded size along the short side of tiles."""
     return _round_up(size, 8) if size > 4 else 1 << (size - 1).bit_length()
 
 

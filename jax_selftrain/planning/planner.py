@@ -1,14 +1,11 @@
-"""What a stage takes on a machine, before the machine is there: memory, time, tokens and chip-hours.
+"""Memory, time and chip-hours of a stage on an unavailable machine.
 
-For a TPU slice the very program that the stage would run is compiled for it by libtpu, on any computer; memory for
-temporaries and code, traffic and collectives are read from what the compiler made. Arguments and results follow from
-shapes and shardings, floating-point operations from the program's trace; both are predicted, and where the program was
-compiled the prediction of memory stands beside the compiler's number. Without a compiler (GPUs, `--no-compile`) the
-rest is estimated (`pods.arithmetic`) and marked so.
+For a TPU slice, libtpu compiles the program of the stage on any computer; temporaries, code, memory traffic and
+collectives are read from the compiled program. Arguments and outputs follow from shapes and shardings, floating-point
+operations from the jaxpr. Without a compiler (GPUs, `--no-compile`) the rest is estimated by formula (`cost_model`).
 
-Time is that of the roofline: the longest of computing at the chip's peak, moving the traffic at its memory's bandwidth,
-and receiving what collectives send. No program reaches it; it is what to compare a measurement with, and a lower bound
-on chip-hours.
+Time is the roofline: the longest of compute at the chip's peak, memory traffic at its bandwidth, and collectives at the
+bandwidth of its links. It is a lower bound of time and chip-hours.
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
@@ -34,7 +31,7 @@ from jax_selftrain.planning.hlo_cost import Collective, HloModule
 from jax_selftrain.planning.jaxpr_flops import flops_by_dtype
 from jax_selftrain.planning.pythia_shapes import config_only_folder
 from jax_selftrain.planning.search import candidate_settings
-from jax_selftrain.planning.stage_programs import StageConfig, StageProgram, config_of, stage_program
+from jax_selftrain.planning.stage_programs import StageConfig, StageProgram, stage_options, stage_program
 from jax_selftrain.version import versions
 
 
@@ -43,108 +40,113 @@ class Memory:
     """Bytes on each chip."""
 
     arguments: int
-    """Parameters, state, batch: predicted from shapes and shardings."""
+    """Parameters, state and batch, predicted from shapes and shardings."""
     outputs: int
-    """Results, predicted; those that take their arguments' place (donated) included."""
+    """Outputs, predicted, with those in donated buffers."""
     aliased: int
-    """Outputs in place of arguments: those donated, or, where it was compiled, what the compiler made of it."""
+    """Outputs in buffers of arguments: donated, or as compiled."""
     temporaries: int
-    """From the compiler, or estimated."""
+    """Temporary buffers, compiled or estimated."""
     code: int
-    """The program itself, from the compiler; 0 where it was not compiled."""
+    """Code, compiled, or 0."""
     compiled_arguments: int | None = None
-    """What the compiler says of `arguments`."""
+    """`arguments` of the compiled program."""
     compiled_outputs: int | None = None
-    """What the compiler says of `outputs`."""
+    """`outputs` of the compiled program."""
 
     @property
     def total(self) -> int:
-        """What a chip must hold at once."""
+        """Memory that a chip needs."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
 def plan_memory(config: PlanConfig) -> dict[str, Any]:
-    """Plan stages of a model on machines; best in a process of its own, since JAX is told to use no accelerator in it.
+    """Plan stages of a model on topologies.
+
+    JAX uses only the CPU in this process afterwards.
 
     Returns:
-      `{"model": …, "rows": [one for each stage, machine and, in a search, setting]}`; see `row_of`.
+      `{"model": …, "rows": […]}`, one row for each stage, topology and, with `search`, setting; see `plan_stage`.
 
     Raises:
-      InputError: options, machine, mesh or model do not go together, or libtpu is missing.
+      InputError: options, topology, mesh or model are invalid, or libtpu is missing.
     """
     yaml_io.require(config)
-    jax.config.update("jax_platforms", "cpu")  # a plan computes nothing, and a TPU that is there may be busy
-    machines = [parse_topology(name) for name in config.topology]
+    jax.config.update("jax_platforms", "cpu")  # a plan computes nothing, and another process may use the TPU
+    topologies = [parse_topology(name) for name in config.topology]
     rows = []
     for stage in config.stage:
         ref = config.source or config.model if stage == "sample" else config.model
         with config_only_folder(ref) as folder:
-            for machine in machines:
-                rows += _rows(config, stage, machine, folder)
+            for topology in topologies:
+                rows += _plan_settings(config, stage, topology, folder)
     result = {"model": config.model, "versions": versions(), "rows": rows}
     if config.out:
         atomic.write_json(config.out, result)
     return result
 
 
-def _rows(config: PlanConfig, stage: str, machine: Topology, folder: str) -> list[dict[str, Any]]:
-    chosen = config_of(config, stage, folder)
+def _plan_settings(config: PlanConfig, stage: str, topology: Topology, folder: str) -> list[dict[str, Any]]:
+    options = stage_options(config, stage, folder)
     model = hub.open_model(folder).config
     if not config.search:
-        return [row_of(config, stage, machine, chosen, model)]
-    found: list[dict[str, Any]] = []
-    refused: InputError | None = None
-    for settings_of_one_mesh in candidate_settings(chosen, machine):
+        return [plan_stage(config, stage, topology, options, model)]
+    rows: list[dict[str, Any]] = []
+    refusal: InputError | None = None
+    for settings in candidate_settings(options, topology):
         try:
-            for setting in settings_of_one_mesh:  # from small to large
-                row = row_of(config, stage, machine, setting, model)
-                found.append(row)
+            for setting in settings:  # in order of memory
+                row = plan_stage(config, stage, topology, setting, model)
+                rows.append(row)
                 if not row["fits"]:
                     break
         except InputError as error:  # this mesh does not divide the model or the batch
-            refused = error
-    if refused is not None and not found:
-        raise refused
-    return sorted(found, key=lambda row: (not row["fits"], -row["tokens_per_second"]))
+            refusal = error
+    if refusal is not None and not rows:
+        raise refusal
+    return sorted(rows, key=lambda row: (not row["fits"], -row["tokens_per_second"]))
 
 
-def row_of(
-    config: PlanConfig, stage: str, machine: Topology, setting: StageConfig, model: DecoderConfig
+def plan_stage(
+    config: PlanConfig, stage: str, topology: Topology, setting: StageConfig, model: DecoderConfig
 ) -> dict[str, Any]:
-    """One program on one machine; all numbers are per chip but for tokens and chip-hours.
+    """Plan one program on one topology.
+
+    Returns:
+      Memory, operations, traffic and collectives of each chip for one execution; tokens and chip-hours of the stage.
 
     Raises:
-      InputError: see `plan`.
+      InputError: see `plan_memory`.
     """
-    compiles = config.compile and machine.chip.platform == "tpu"
-    work = stage_program(config, stage, machine, setting, compile=compiles)
-    with mesh_context(work.mesh):
-        traced = jax.jit(work.function, donate_argnums=work.donate_argnums).trace(*work.abstract_args)
-    operations = flops_by_dtype(traced.jaxpr, work.dynamic_turns)
-    donated = [leaf for index in work.donate_argnums for leaf in jax.tree.leaves(work.abstract_args[index])]
+    compiles = config.compile and topology.chip.platform == "tpu"
+    program = stage_program(config, stage, topology, setting, compile=compiles)
+    with mesh_context(program.mesh):
+        traced = jax.jit(program.function, donate_argnums=program.donate_argnums).trace(*program.abstract_args)
+    flops = flops_by_dtype(traced.jaxpr, program.loop_trip_counts)
+    donated = [leaf for index in program.donate_argnums for leaf in jax.tree.leaves(program.abstract_args[index])]
     memory = Memory(
-        arguments=cost_model.nbytes(work.abstract_args, work),
-        outputs=cost_model.nbytes(traced.jaxpr.out_avals, work),
-        aliased=cost_model.nbytes(donated, work),
-        temporaries=cost_model.activation_bytes(work, model),
+        arguments=cost_model.nbytes(program.abstract_args, program),
+        outputs=cost_model.nbytes(traced.jaxpr.out_avals, program),
+        aliased=cost_model.nbytes(donated, program),
+        temporaries=cost_model.activation_bytes(program, model),
         code=0,
     )
-    traffic, exchanged = cost_model.hbm_traffic(work, model), cost_model.collectives(work, model)
+    traffic, collectives = cost_model.hbm_traffic(program, model), cost_model.collectives(program, model)
     seconds, too_large = None, ""
     if compiles:
-        began = time.perf_counter()
+        start = time.perf_counter()
         try:
-            # What is compiled for devices that are not there could not be read back.
-            with mesh_context(work.mesh), no_compilation_cache():
+            # Programs for other devices cannot be loaded from the compilation cache.
+            with mesh_context(program.mesh), no_compilation_cache():
                 compiled = traced.lower().compile()
         except JaxRuntimeError as error:
-            too_large = _too_large(error)
+            too_large = _describe_out_of_memory(error)
         else:
             memory = _from_memory_analysis(memory, compiled)
-            text = HloModule(compiled.as_text(), work.dynamic_turns)
-            traffic, exchanged = text.traffic, text.collectives()
-        seconds = time.perf_counter() - began
-    return _row(work, memory, operations, traffic, exchanged, too_large, seconds)
+            module = HloModule(compiled.as_text(), program.loop_trip_counts)
+            traffic, collectives = module.traffic, module.collectives()
+        seconds = time.perf_counter() - start
+    return _to_row(program, memory, flops, traffic, collectives, too_large, seconds)
 
 
 def _from_memory_analysis(memory: Memory, compiled: Any) -> Memory:
@@ -159,82 +161,63 @@ def _from_memory_analysis(memory: Memory, compiled: Any) -> Memory:
     )
 
 
-def _too_large(error: JaxRuntimeError) -> str:
-    """What the compiler says of a program that does not fit. Any other failure of its is raised again."""
+def _describe_out_of_memory(error: JaxRuntimeError) -> str:
+    """Return the compiler's message about memory; raise any other error again."""
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:
         raise error
-    used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) (\w+)", text)
-    return f"the compiler needs {used[1]}iB of {used[2]}iB {used[3]}" if used else "the compiler finds no room for it"
+    found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) (\w+)", text)
+    return f"the compiler needs {found[1]}iB of {found[2]}iB {found[3]}" if found else "the compiler is out of memory"
 
 
-def _row(
-    work: StageProgram,
+def _to_row(
+    program: StageProgram,
     memory: Memory,
-    operations: dict[str, float],
+    flops: dict[str, float],
     traffic: float,
-    exchanged: list[Collective],
+    collectives: list[Collective],
     too_large: str,
     compile_seconds: float | None,
 ) -> dict[str, Any]:
-    chip, compiled = work.machine.chip, memory.compiled_arguments is not None
-    parts = {
-        "compute": sum(count / chip.flops(dtype) for dtype, count in operations.items()),
+    chip = program.topology.chip
+    seconds = {
+        "compute": sum(count / chip.flops(dtype) for dtype, count in flops.items()),
         "memory": traffic / chip.bandwidth,
-        "network": sum(one.bytes_received for one in exchanged) / chip.ici_bandwidth,
+        "network": sum(one.bytes_received for one in collectives) / chip.ici_bandwidth,
     }
-    limit = max(parts, key=parts.__getitem__)
-    speed = work.tokens_per_execution * work.num_meshes / parts[limit]
-    hours = None if work.total_tokens is None else work.total_tokens / speed * work.machine.chips / 3600
+    bound = max(seconds, key=seconds.__getitem__)
+    speed = program.tokens_per_execution * program.num_meshes / seconds[bound]
+    total, chips = program.total_tokens, program.topology.chips
     return {
-        "stage": work.stage,
-        "topology": work.machine.name,
-        "chips": work.machine.chips,
-        "mesh": dict(work.mesh_shape),
-        "meshes": work.num_meshes,
-        "setting": _settings_key(work.config),
-        "unit": work.execution_name,
-        "assumption": work.assumptions,
-        "compiled": compiled,
+        "stage": program.stage,
+        "topology": program.topology.name,
+        "chips": chips,
+        "mesh": dict(program.mesh_shape),
+        "num_meshes": program.num_meshes,
+        "options": _cost_options(program.config),
+        "execution": program.execution_name,
+        "assumptions": program.assumptions,
+        "compiled": memory.compiled_arguments is not None,
         "compile_seconds": compile_seconds,
-        "memory": {
-            "arguments": memory.arguments,
-            "outputs": memory.outputs,
-            "reused": memory.aliased,
-            "temporaries": memory.temporaries,
-            "code": memory.code,
-            "total": memory.total,
-            "of": chip.hbm_bytes,
-            "compiled_arguments": memory.compiled_arguments,
-            "compiled_outputs": memory.compiled_outputs,
-        },
+        "memory": {**asdict(memory), "total": memory.total, "hbm": chip.hbm_bytes},
         "fits": not too_large and memory.total <= chip.hbm_bytes,
         "too_large": too_large,
-        "flops": sum(operations.values()),
+        "flops": sum(flops.values()),
         "traffic": traffic,
-        "collectives": [
-            {
-                "kind": one.kind,
-                "chips": one.participants,
-                "runs": one.runs,
-                "bytes": one.bytes,
-                "received": one.bytes_received,
-            }
-            for one in exchanged
-        ],
-        "seconds": parts,
-        "limit": limit,
+        "collectives": [{**asdict(one), "bytes_received": one.bytes_received} for one in collectives],
+        "roofline_seconds": seconds,
+        "bound": bound,
         "tokens_per_second": speed,
-        "tokens": work.total_tokens,
-        "chip_hours": hours,
+        "total_tokens": total,
+        "chip_hours": None if total is None else total / speed * chips / 3600,
     }
 
 
-def _settings_key(config: StageConfig) -> dict[str, Any]:
-    """The options that decide memory and time."""
+def _cost_options(config: StageConfig) -> dict[str, Any]:
+    """Return the options that change memory and time."""
     names = ["dtype", "preset"]
     if isinstance(config, SampleConfig):
-        names += ["batch_size", "max_tokens", "decode_schedule", "cache_dtype"]
+        names += ["batch_size", "max_tokens", "cache_dtype"]
     elif isinstance(config, TrainConfig):
         names += ["batch_size", "grad_accum", "seq_len", "remat"]
     else:
@@ -243,13 +226,13 @@ def _settings_key(config: StageConfig) -> dict[str, Any]:
 
 
 _COLUMNS = (
-    *("stage", "machine", "mesh", "setting", "arguments", "temporaries", "in all", "fits"),
-    *("TFLOP", "traffic", "received", "limit", "tokens/s ≤", "tokens", "chip-hours ≥"),
+    *("stage", "topology", "mesh", "options", "arguments", "temporaries", "total", "fits"),
+    *("TFLOP", "traffic", "received", "bound", "tokens/s ≤", "tokens", "chip-hours ≥"),
 )
 
 
 def table(result: dict[str, Any]) -> str:
-    """The plan as Markdown, and what it takes for granted."""
+    """Format a plan as a Markdown table with notes."""
     lines = [f"| {' | '.join(_COLUMNS)} |", "|" + "---|" * len(_COLUMNS)]
     notes: dict[str, None] = {}
     for row in result["rows"]:
@@ -263,30 +246,31 @@ def _format_row(row: dict[str, Any]) -> Iterator[str]:
     yield row["stage"]
     yield row["topology"]
     shape = ",".join(f"{axis}={size}" for axis, size in row["mesh"].items())
-    yield shape + (f" × {row['meshes']}" if row["meshes"] > 1 else "")
-    yield ", ".join(f"{name} {value}" for name, value in row["setting"].items() if value is not None)
+    yield shape + (f" × {row['num_meshes']}" if row["num_meshes"] > 1 else "")
+    yield ", ".join(f"{name} {value}" for name, value in row["options"].items() if value is not None)
     yield _gib(memory["arguments"])
     yield sign + _gib(memory["temporaries"])
-    yield f"{sign}{_gib(memory['total'])} of {_gib(memory['of'])}"
+    yield f"{sign}{_gib(memory['total'])} of {_gib(memory['hbm'])}"
     yield "yes" if row["fits"] else "NO"
     yield f"{row['flops'] / 1e12:,.3g}"
     yield f"{sign}{_gib(row['traffic'])}"
-    received = sum(one["received"] for one in row["collectives"])
+    received = sum(one["bytes_received"] for one in row["collectives"])
     yield f"{sign}{_gib(received)}" if received else "—"
-    yield row["limit"]
+    yield row["bound"]
     yield f"{row['tokens_per_second']:,.3g}" if row["tokens_per_second"] < 1000 else f"{row['tokens_per_second']:,.0f}"
-    yield "—" if row["tokens"] is None else f"{row['tokens']:,}"
+    yield "—" if row["total_tokens"] is None else f"{row['total_tokens']:,}"
     yield "—" if row["chip_hours"] is None else f"{row['chip_hours']:,.3g}"
 
 
 def _notes(row: dict[str, Any]) -> Iterator[str]:
     yield (
-        "memory, traffic and what is received: GiB on each chip, as is TFLOP, for one execution of the program; "
-        "speed and chip-hours: at the roofline, which no program reaches"
+        "memory, traffic, received: GiB on each chip; TFLOP: on each chip, for one execution of the program; "
+        "tokens/s and chip-hours: at the roofline, a bound that no program reaches"
     )
-    yield f"{row['stage']}: one execution is {row['unit']}" + (f"; {row['assumption']}" if row["assumption"] else "")
+    assumptions = f"; {row['assumptions']}" if row["assumptions"] else ""
+    yield f"{row['stage']}: one execution is {row['execution']}{assumptions}"
     if not row["compiled"]:
-        yield "~: estimated by formula, not compiled; arguments and TFLOP are exact"
+        yield "~: estimated by formula; arguments and TFLOP are exact"
     if row["too_large"]:
         yield f"{row['stage']} on {row['topology']}: {row['too_large']}"
 

@@ -1,6 +1,6 @@
-"""Pythia's sizes by name, so that a plan needs no download: their shapes decide memory and time, their weights do not.
+"""Shapes of the Pythia models, so that a plan needs no download.
 
-From EleutherAI/pythia, `models/*/*.yml`.
+Source: EleutherAI/pythia, `models/*/*.yml`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from jax_selftrain.config import yaml_io
 from jax_selftrain.errors import InputError
 
-PYTHIA_SHAPES = {  # layers, width, heads, rows of the vocabulary
+PYTHIA_SHAPES = {  # layers, hidden size, heads, vocabulary size
     "pythia-14m": (6, 128, 4, 50304),
     "pythia-31m": (6, 256, 8, 50304),
     "pythia-70m": (6, 512, 8, 50304),
@@ -30,7 +30,7 @@ PYTHIA_SHAPES = {  # layers, width, heads, rows of the vocabulary
 
 
 def neox_config(layers: int, width: int, heads: int, vocabulary: int = 50304) -> dict[str, Any]:
-    """The `config.json` of a Pythia of this shape."""
+    """Return the `config.json` of a Pythia model with this shape."""
     return {
         "architectures": ["GPTNeoXForCausalLM"],
         "model_type": "gpt_neox",
@@ -53,19 +53,20 @@ def neox_config(layers: int, width: int, heads: int, vocabulary: int = 50304) ->
 
 @contextmanager
 def config_only_folder(ref: str) -> Iterator[str]:
-    """The model itself, or, for the name of a Pythia (`pythia-1b`, `EleutherAI/pythia-1b-deduped`), a folder with its
-    config.json alone, while inside.
+    """Yield the model, or a folder with a Pythia config.
+
+    Names of Pythia models: `pythia-1b`, `EleutherAI/pythia-1b-deduped`.
 
     Raises:
-      InputError: a bare name that is neither a folder nor a Pythia's.
+      InputError: the name is neither a folder nor a Pythia model.
     """
     name = ref.removeprefix("EleutherAI/").partition("@")[0].removesuffix("-deduped")
     if Path(ref).exists() or (name not in PYTHIA_SHAPES and "/" in ref):
         yield ref
         return
     if name not in PYTHIA_SHAPES:
-        hint = yaml_io.did_you_mean(name, PYTHIA_SHAPES) or f"; the names known here are {', '.join(PYTHIA_SHAPES)}"
-        raise InputError(f"--model {ref}: no such folder, and no such name{hint}")
+        hint = yaml_io.did_you_mean(name, PYTHIA_SHAPES) or f"; known names are {', '.join(PYTHIA_SHAPES)}"
+        raise InputError(f"--model {ref}: no such folder or Pythia model{hint}")
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(neox_config(*PYTHIA_SHAPES[name])))
         yield folder

@@ -1,13 +1,12 @@
-"""The programs of each stage as they would run on a machine, and what makes their cost the cost of the whole stage.
+"""Programs of each stage on a topology, with their number of executions.
 
-The programs are the stages' own (`sampling.program`, `training.program`, `scoring.program`), over a mesh of the
-machine's chips: a plan cannot drift from what runs. Sampling and scoring take one host's chips wherever a replica fits
-on them, and hosts work side by side; training takes all.
+The programs are the stages' own, on a mesh of the topology's chips, so a plan agrees with the code that runs. Sampling
+and scoring use a mesh of one host's chips if a replica fits on them, and every host has such a mesh. Training uses all
+chips.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,132 +29,131 @@ class StageProgram:
     """One program of a stage on one mesh."""
 
     stage: str
-    machine: Topology
+    topology: Topology
     config: StageConfig
     mesh_shape: dict[str, int]
+    mesh: Mesh | AbstractMesh
+    num_meshes: int
+    """Meshes on the topology that run the program at once."""
     function: Callable[..., Any]
     abstract_args: tuple[Any, ...]
     donate_argnums: tuple[int, ...]
-    mesh: Mesh | AbstractMesh
-    dynamic_turns: tuple[float, ...]
-    """Of loops whose number of turns is a value (see `traced.flops`)."""
+    loop_trip_counts: tuple[float, ...]
+    """Trip counts of loops with a dynamic trip count; see `jaxpr_flops.flops`."""
     execution_name: str
-    """What one execution is."""
+    """Description of one execution."""
     tokens_per_execution: int
-    """That one execution handles, on one mesh."""
-    num_meshes: int
-    """Side by side on the machine."""
+    """Tokens of one execution on one mesh."""
     total_tokens: int | None
-    """Tokens of the whole stage; None where nothing says how many."""
+    """Tokens of the whole stage; None if unknown."""
     assumptions: str
-    """What `total` and `dynamic_turns` take for granted."""
+    """Assumptions of `total_tokens` and `loop_trip_counts`."""
 
 
 def stage_program(
-    plan: PlanConfig, stage: str, machine: Topology, config: StageConfig, *, compile: bool
+    plan: PlanConfig, stage: str, topology: Topology, config: StageConfig, *, compile: bool
 ) -> StageProgram:
-    """The program of a stage on a machine.
+    """Return the program of a stage on a topology.
 
     Args:
-      real: over the devices that libtpu describes, to be compiled; else over a mesh that has a shape and no devices.
+      compile: use the devices of libtpu's description, else an abstract mesh.
 
     Raises:
-      InputError: options, model or mesh cannot be used on this machine.
+      InputError: options, model or mesh are invalid on this topology.
     """
-    alone = stage != "train"
-    local = machine.chips_per_host if alone else machine.chips
-    shape = parse_mesh(config.mesh, local)
+    per_host = stage != "train"
+    local_chips = topology.chips_per_host if per_host else topology.chips
+    shape = parse_mesh(config.mesh, local_chips)
     size = shape["data"] * shape["model"]
-    together = stage == "score" and local < size <= machine.chips
-    available = machine.chips if together else local
-    if size > available:
-        whose = "one host of" if alone and available < machine.chips else ""
-        raise InputError(f"--mesh {config.mesh}: needs {size} chips, but {whose} {machine.name} has {available}")
-    on_hosts = alone and not together
-    slice_of = machine.one_host() if on_hosts else machine
-    if compile and on_hosts:
-        topology_devices(machine)  # there must be such a slice
-    mesh = _mesh(slice_of, shape) if compile else _abstract_mesh(slice_of, shape)
-    meshes = machine.hosts if on_hosts else 1
-    common = {"stage": stage, "machine": machine, "config": config, "mesh_shape": shape, "mesh": mesh, "meshes": meshes}
+    if stage == "score" and local_chips < size <= topology.chips:
+        per_host, local_chips = False, topology.chips
+    if size > local_chips:
+        host = "one host of " if local_chips < topology.chips else ""
+        raise InputError(f"--mesh {config.mesh}: needs {size} chips, but {host}{topology.name} has {local_chips}")
+    used = topology.one_host() if per_host else topology
+    if compile and per_host:
+        topology_devices(topology)  # libtpu must know the whole slice
+    mesh = _make_mesh(used, shape) if compile else _make_abstract_mesh(used, shape)
+    facts: dict[str, Any]
     if isinstance(config, SampleConfig):
-        return _sampling(config, mesh, common)
-    if isinstance(config, TrainConfig):
-        return _training(plan, config, mesh, common)
-    return _scoring(plan, config, mesh, common)
-
-
-def _sampling(config: SampleConfig, mesh: Any, common: dict[str, Any]) -> StageProgram:
-    function, arguments, donation = sampling.abstract_program(config, mesh)
-    cache = arguments[2].cache
-    pages = -(-config.max_tokens // TAIL_LEN)
-    blocks = sum(-(-page * TAIL_LEN // cache.block) for page in range(pages)) / pages
-    rows = config.batch_size * common["mesh_shape"]["data"]
+        program, facts = sampling.abstract_program(config, mesh), _sampling_facts(config, shape["data"])
+    elif isinstance(config, TrainConfig):
+        program, facts = training.abstract_program(config, mesh), _training_facts(config, plan.sample)
+    else:
+        program = likelihood.scoring_program(config, mesh)
+        facts = _scoring_facts(program[1][3].shape, shape["data"], plan.score_tokens)
+    function, abstract_args, donate_argnums = program
+    if isinstance(config, SampleConfig):
+        facts["loop_trip_counts"] = (1.0, _mean_cache_blocks(config, abstract_args[2].cache.block))
     return StageProgram(
+        stage=stage,
+        topology=topology,
+        config=config,
+        mesh_shape=shape,
+        mesh=mesh,
+        num_meshes=topology.hosts if per_host else 1,
         function=function,
-        abstract_args=arguments,
-        donate_argnums=donation,
-        dynamic_turns=(1.0, blocks),
-        execution_name=f"a page of {TAIL_LEN} tokens in each of {rows} rows",
-        tokens_per_execution=TAIL_LEN * rows,
-        total_tokens=config.samples * config.max_tokens,
-        assumptions=f"every sample runs to its limit of {config.max_tokens} tokens",
-        **common,
+        abstract_args=abstract_args,
+        donate_argnums=donate_argnums,
+        **facts,
     )
 
 
-def _training(plan: PlanConfig, config: TrainConfig, mesh: Any, common: dict[str, Any]) -> StageProgram:
-    function, arguments, donation = training.abstract_train_step(config, mesh)
+def _sampling_facts(config: SampleConfig, replicas: int) -> dict[str, Any]:
+    rows = config.batch_size * replicas
+    return {
+        "execution_name": f"{TAIL_LEN} tokens in each of {rows} slots",
+        "tokens_per_execution": TAIL_LEN * rows,
+        "total_tokens": config.samples * config.max_tokens,
+        "assumptions": f"every sample has the maximum of {config.max_tokens} tokens",
+    }
+
+
+def _mean_cache_blocks(config: SampleConfig, block: int) -> float:
+    """Return the mean number of committed cache blocks."""
+    executions = -(-config.max_tokens // TAIL_LEN)
+    return sum(-(-index * TAIL_LEN // block) for index in range(executions)) / executions
+
+
+def _training_facts(config: TrainConfig, sample: SampleConfig) -> dict[str, Any]:
     tokens = config.batch_size * config.seq_len
-    corpus = plan.sample.samples * plan.sample.max_tokens
-    steps = config.steps or max(1, corpus // tokens)
-    assumption = (
-        "" if config.steps else f"one pass over {plan.sample.samples:,} samples at their limit: {steps:,} steps"
-    )
-    return StageProgram(
-        function=function,
-        abstract_args=arguments,
-        donate_argnums=donation,
-        dynamic_turns=(),
-        execution_name=f"a step of {config.batch_size} rows of {config.seq_len} tokens",
-        tokens_per_execution=tokens,
-        total_tokens=steps * tokens,
-        assumptions=assumption,
-        **common,
-    )
+    steps = config.steps or max(1, sample.samples * sample.max_tokens // tokens)
+    epoch = f"one epoch of {sample.samples:,} samples with the maximum of tokens: {steps:,} steps"
+    return {
+        "loop_trip_counts": (),
+        "execution_name": f"a step of {config.batch_size} rows with {config.seq_len} tokens",
+        "tokens_per_execution": tokens,
+        "total_tokens": steps * tokens,
+        "assumptions": "" if config.steps else epoch,
+    }
 
 
-def _scoring(plan: PlanConfig, config: ScoreConfig, mesh: Any, common: dict[str, Any]) -> StageProgram:
-    function, arguments, donation = likelihood.scoring_program(config, mesh)
-    rows, length = arguments[3].shape
-    return StageProgram(
-        function=function,
-        abstract_args=arguments,
-        donate_argnums=donation,
-        dynamic_turns=(math.ceil(rows // common["mesh_shape"]["data"] * length / PROJECTION_CHUNK),),
-        execution_name=f"a batch of {rows} rows of {length} tokens, asked about at each",
-        tokens_per_execution=rows * length,
-        total_tokens=plan.score_tokens,
-        assumptions="",
-        **common,
-    )
+def _scoring_facts(shape: tuple[int, int], replicas: int, total_tokens: int | None) -> dict[str, Any]:
+    rows, length = shape
+    return {
+        "loop_trip_counts": (-(-(rows // replicas) * length // PROJECTION_CHUNK),),
+        "execution_name": f"a batch of {rows} rows with {length} tokens, all of them targets",
+        "tokens_per_execution": rows * length,
+        "total_tokens": total_tokens,
+        "assumptions": "",
+    }
 
 
-def config_of(plan: PlanConfig, stage: str, model: str) -> StageConfig:
-    """The options of a stage, with what the plan says for all of them filled in, as a round does it."""
+def stage_options(plan: PlanConfig, stage: str, model: str) -> StageConfig:
+    """Return the options of a stage with the common options."""
     sections: dict[str, StageConfig] = {"sample": plan.sample, "train": plan.train, "score": plan.score}
     section = sections[stage]
     return replace(section, model=model, **common_options(plan, section))
 
 
-def _mesh(machine: Topology, shape: dict[str, int]) -> Mesh:
-    return make_mesh(",".join(f"{axis}={size}" for axis, size in shape.items()), topology_devices(machine))
+def _make_mesh(topology: Topology, shape: dict[str, int]) -> Mesh:
+    return make_mesh(",".join(f"{axis}={size}" for axis, size in shape.items()), topology_devices(topology))
 
 
-def _abstract_mesh(machine: Topology, shape: dict[str, int]) -> AbstractMesh:
+def _make_abstract_mesh(topology: Topology, shape: dict[str, int]) -> AbstractMesh:
     return AbstractMesh(
         tuple(shape[axis] for axis in AXES),
         AXES,
         axis_types=(AxisType.Explicit,) * len(AXES),
-        abstract_device=machine.abstract_device,
+        abstract_device=topology.abstract_device,
     )

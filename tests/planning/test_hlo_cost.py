@@ -13,9 +13,9 @@ TEXT = Path(__file__).with_name("two_loops.hlo").read_text()
 
 
 def test_loops_run_as_often_as_their_conditions_and_the_caller_say():
-    text = HloModule(TEXT, dynamic_turns=(2.5,))
+    text = HloModule(TEXT, loop_trip_counts=(2.5,))
     assert text.execution_counts == {"main": 1, "layer": 6, "block": 15}
-    with pytest.raises(ValueError, match="how often the loop inner turns"):
+    with pytest.raises(ValueError, match="the trip count of the loop inner is unknown"):
         _ = HloModule(TEXT).execution_counts
 
 
@@ -28,10 +28,10 @@ def test_traffic_is_what_main_memory_sees():
 
 def test_collectives_are_told_by_kind_with_what_each_chip_receives():
     gather, scatter = HloModule(TEXT, (2.5,)).collectives()
-    assert (gather.kind, gather.participants, gather.runs) == ("all-gather", 4, 6)
+    assert (gather.kind, gather.participants, gather.count) == ("all-gather", 4, 6)
     assert gather.bytes == 6 * 4 * 512 * 512 * 2
     assert gather.bytes_received == gather.bytes * 3 / 4
-    assert (scatter.kind, scatter.runs, scatter.bytes) == ("reduce-scatter", 6, 6 * 512 * 512 * 4)
+    assert (scatter.kind, scatter.count, scatter.bytes) == ("reduce-scatter", 6, 6 * 512 * 512 * 4)
 
 
 def test_a_collective_that_is_fused_piece_by_piece_counts_once():
@@ -50,6 +50,6 @@ def test_a_collective_that_is_fused_piece_by_piece_counts_once():
         HloModule(text, (2.5,)).collectives()
         for text in (TEXT, beside(*['chain_id="7"'] * 3), beside('chain_id="7"', 'chain_id="8"', ""))
     )
-    assert plain.runs == 6
-    assert pieces.runs == 12
-    assert apart.runs == 24
+    assert plain.count == 6
+    assert pieces.count == 12
+    assert apart.count == 24

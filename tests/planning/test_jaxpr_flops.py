@@ -58,7 +58,7 @@ def test_loops_count_as_often_as_they_turn():
         return jax.lax.scan(inner, x, length=3)[0]
 
     program = traced(mesh, run, x, w, turns)
-    assert flops(program, dynamic_turns=(5,)) == 3 * 5 * 2 * 8**3
+    assert flops(program, loop_trip_counts=(5,)) == 3 * 5 * 2 * 8**3
     with pytest.raises(ValueError, match="how often"):
         flops(program)
 
@@ -91,7 +91,7 @@ def work_for(stage: str, config: StageConfig, topology: str) -> StageProgram:
 
 def flops_of(work: StageProgram) -> float:
     with mesh_context(work.mesh):
-        return flops(jax.jit(work.function).trace(*work.abstract_args).jaxpr, work.dynamic_turns)
+        return flops(jax.jit(work.function).trace(*work.abstract_args).jaxpr, work.loop_trip_counts)
 
 
 def test_training_and_sampling_count_what_the_formulas_say():
@@ -137,7 +137,7 @@ def test_in_bfloat16_no_product_has_wider_operands_not_even_in_gradients(stage: 
         work = work_for(stage, replace(settings[stage], model=folder), machine)
         with mesh_context(work.mesh):
             program = jax.jit(work.function).trace(*work.abstract_args).jaxpr
-    assert set(flops_by_dtype(program, work.dynamic_turns)) == {"bfloat16"}
+    assert set(flops_by_dtype(program, work.loop_trip_counts)) == {"bfloat16"}
 
 
 def test_gradients_of_frozen_weights_are_not_counted():
