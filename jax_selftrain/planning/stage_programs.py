@@ -73,12 +73,13 @@ def stage_program(
     used = topology.one_host() if per_host else topology
     if compile and per_host:
         topology_devices(topology)  # libtpu must know the whole slice
-    mesh = _make_mesh(used, shape) if compile else _make_abstract_mesh(used, shape)
+    mesh: Any = _make_mesh(used, shape) if compile else _make_abstract_mesh(used, shape)
+    program: tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]
     facts: dict[str, Any]
     if isinstance(config, SampleConfig):
         program, facts = sampling.abstract_program(config, mesh), _sampling_facts(config, shape["data"])
     elif isinstance(config, TrainConfig):
-        program, facts = training.abstract_program(config, mesh), _training_facts(config, plan.sample)
+        program, facts = training.abstract_train_step(config, mesh), _training_facts(config, plan.sample)
     else:
         program = likelihood.scoring_program(config, mesh)
         facts = _scoring_facts(program[1][3].shape, shape["data"], plan.score_tokens)
