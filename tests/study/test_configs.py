@@ -53,7 +53,7 @@ def test_a_study_keeps_to_the_protocol(path: Path, monkeypatch: pytest.MonkeyPat
     assert min(config.seeds) >= 100  # those below are for pilots
     assert {"text", "shuffled", "noise", "extrapolate"} <= {arm.kind for arm in config.arms}
     assert any(arm.learning_rate == 0 for arm in config.arms)
-    assert any(arm.sign_flip for arm in config.arms)
+    assert any(arm.random_loss_sign for arm in config.arms)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

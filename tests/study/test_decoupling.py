@@ -72,10 +72,10 @@ def test_it_takes_five_seeds_and_a_control_that_is_damaged_enough() -> None:
     rng = np.random.default_rng(3)
     cells = study_of(rng, 0.2)
     (found,) = judge_decoupling([one for one in cells if one["seed"] < 104], CONTROLS)
-    assert (found["verdict"], found["reason"]) == ("not tested", "4 seeds; it takes 5.")
+    assert (found["verdict"], found["reason"]) == ("not tested", "4 seeds; a verdict needs 5.")
     assert found["exact_match"]["value"] < 0
     (found,) = judge_decoupling(study_of(rng, 0.0, own=1.5), CONTROLS)
-    assert (found["verdict"], found["reason"]) == ("not tested", "no control is as damaged as it is with seed 100.")
+    assert (found["verdict"], found["reason"]) == ("not tested", "no control is as damaged as the student of seed 100.")
     (found,) = judge_decoupling(cells, ())[:1]
     assert found["verdict"] == "not tested"
 

@@ -77,7 +77,7 @@ def test_four_seeds_or_missing_cells_are_no_test() -> None:
     config = study_of(RAISES)
     assert verdict(config, cells_of(SEEDS[:4], own=0.5)) == ("not tested", "4 seeds; a verdict needs 5.")
     missing = [cell for cell in cells_of() if cell["treatment"] != OWN]
-    assert verdict(config, missing) == ("not tested", "the study has no such cells or no such measure.")
+    assert verdict(config, missing) == ("not tested", "the study does not have these cells or this measure.")
     unpaired = [cell for cell in cells_of() if (cell["treatment"], cell["seed"]) != ("real", 104)]
     assert verdict(study_of(ClaimConfig("x", OWN, "A", comparator="real")), unpaired)[0] == "not tested"
 

@@ -1,0 +1,129 @@
+"""The key of a stage holds everything that decides its output: a golden key of every kind of stage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from jax_selftrain.config import (
+    ArmConfig,
+    ExtractConfig,
+    MemorizationConfig,
+    ModelConfig,
+    SampleConfig,
+    ScoreConfig,
+    StudyConfig,
+    TrainConfig,
+)
+from jax_selftrain.study import dag
+from jax_selftrain.study.dag import Stage
+from jax_selftrain.study.stage_factory import StageFactory, StudyModel
+from jax_selftrain.version import versions
+
+ENVIRONMENT = {
+    "jax": "0.10.2",
+    "jaxlib": "0.10.2",
+    "platform": "tpu",
+    "device_kind": "TPU v5 lite",
+    "flags": ["--xla_tpu_example=true"],
+    "options": {"jax_enable_x64": False},
+}
+
+GOLDEN: dict[str, str] = {}
+"""First 16 digits. After an intended change of a stage's output, raise `dag.STAGE_FORMAT` and copy the new keys."""
+
+
+@pytest.fixture
+def factory(tiny_model: Callable[..., Path], tmp_path: Path) -> Callable[..., StageFactory]:
+    """`factory(environment)`: stages of a study with files of fixed content."""
+    for name, row in (
+        ("tasks", {"context": "a", "choices": [" b", " c"], "answer": 0}),
+        ("texts", {"text": "A text."}),
+        ("sequences", {"text": "Another text."}),
+    ):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    config = StudyConfig(
+        out=str(tmp_path / "out"),
+        models=(ModelConfig("a", str(tiny_model("llama"))),),
+        sample=SampleConfig(samples=8, max_tokens=16),
+        train=TrainConfig(steps=2, batch_size=4, seq_len=32),
+        score=ScoreConfig(tasks=(str(tmp_path / "tasks.jsonl"),), texts=(str(tmp_path / "texts.jsonl"),)),
+        extract=ExtractConfig(sequences=str(tmp_path / "sequences.jsonl"), prefix=4, suffix=4, greedy_decode=False),
+        memorization=MemorizationConfig(unseen_text=str(tmp_path / "texts.jsonl")),
+    )
+
+    def make(environment: Mapping[str, Any] = ENVIRONMENT) -> StageFactory:
+        return StageFactory(config, environment)
+
+    return make
+
+
+def all_stages(stages: StageFactory) -> dict[str, Stage]:
+    """Return one stage of every kind, by command; the model's fingerprints are fixed."""
+    ref = stages.config.models[0].model
+    base = StudyModel(ref, "f" * 64, "a", "e" * 64, ref)
+    arm = ArmConfig("text", "text", text=stages.config.memorization.unseen_text)
+    corpus = stages.sample_for(base, base, ArmConfig(), 100)
+    student = stages.train(base, [corpus], ArmConfig(), 100)
+    found = [
+        stages.sample(base, ArmConfig(), 100),
+        corpus,
+        stages.import_text(base, arm),
+        stages.shuffle(base, corpus, 100),
+        stages.decontaminate(base, corpus, 100, size_matched=False),
+        stages.decontaminate(base, corpus, 100, size_matched=True),
+        student.fingerprint,
+        stages.add_noise(base, student, ArmConfig(), 100).fingerprint,
+        stages.merge(base, student, ArmConfig(weight=-1.0)).fingerprint,
+        stages.score(student),
+        stages.extract(student, corpus, base),
+        stages.continue_unseen_text(base),
+        stages.measure_proxies(base, base, corpus, 100)[0],
+    ]
+    return {stage.command: stage for stage in found if isinstance(stage, Stage)}
+
+
+def test_the_keys_are_those_of_the_last_version(factory: Callable[..., StageFactory]) -> None:
+    assert {command: stage.key[:16] for command, stage in all_stages(factory()).items()} == GOLDEN
+
+
+@pytest.mark.parametrize("name", ENVIRONMENT)
+def test_every_part_of_the_environment_changes_every_key(factory: Callable[..., StageFactory], name: str) -> None:
+    before, after = all_stages(factory()), all_stages(factory(ENVIRONMENT | {name: "another"}))
+    assert all(before[command].key != after[command].key for command in before)
+
+
+def test_the_format_version_changes_every_key(
+    factory: Callable[..., StageFactory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {command: stage.key for command, stage in all_stages(factory()).items()}
+    monkeypatch.setattr(dag, "STAGE_FORMAT", dag.STAGE_FORMAT + 1)
+    after = {command: stage.key for command, stage in all_stages(factory()).items()}
+    assert all(before[command] != after[command] for command in before)
+
+
+def test_command_identity_and_inputs_change_the_key() -> None:
+    stage = Stage("sample", "label", {"seed": 0}, {"model": "f"}, print, environment=ENVIRONMENT)
+    changes: tuple[dict[str, Any], ...] = (
+        {"command": "train"}, {"identity": {"seed": 1}}, {"inputs": {"model": "g"}}, {"inputs": {"model": stage}}
+    )  # fmt: skip
+    assert len({stage.key, *(replace(stage, **change).key for change in changes)}) == 5
+    assert replace(stage, label="another label", tokens=1).key == stage.key
+
+
+def test_the_environment_is_that_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = "--xla_force_host_platform_device_count=8 --xla_dump_to=/tmp/x --xla_cpu_enable_fast_math=true"
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_example=1")
+    found = dag.numerical_environment.__wrapped__()
+    assert found["flags"] == ["--xla_cpu_enable_fast_math=true", "--xla_tpu_example=1"]
+    assert (found["jax"], found["jaxlib"]) == (versions()["jax"], versions()["jaxlib"])
+    assert (found["platform"], found["device_kind"]) == (jax.devices()[0].platform, jax.devices()[0].device_kind)
+    with jax.enable_x64(True):
+        assert dag.numerical_environment.__wrapped__()["options"] != found["options"]
