@@ -1,18 +1,17 @@
-"""Tokens per second of BOS-only sampling beside transformers' `generate` and the roofline, measured in one run.
+"""Sampling speed, compared with transformers' `generate` and the roofline.
 
     python benchmarks/sampling.py [--cases pythia-70m:32x256 gqa:32x256] [--dtype float32] [--rounds 3] [--out FILE.md]
 
-A case is SHAPE:ROWSxTOKENS. Weights are random: speed does not depend on them. All contestants have the same weights'
-shapes, type, policy (temperature 1, nothing excluded, no stop id, so that every token is drawn), rows, tokens and
-threads. They take turns, so that a machine whose speed drifts slows all of them; shown are medians over the rounds, of
-speeds and of each round's ratios (with their range).
-Compilation and warm-up are not counted; our time covers the decode loop and the copy to the host.
+A case is SHAPE:ROWSxTOKENS. Weights are random: speed does not depend on them. All contestants have the same shapes,
+type, sampling parameters (temperature 1, no truncation, no stop id, so that every token is drawn), rows, tokens and
+threads. They take turns, so that a machine whose speed drifts slows all of them. The table shows medians over the
+rounds, of speeds and of each round's ratios (with their range). Compilation and warm-up are not counted; our time is
+that of the decode loop and the copy to the host.
 
-* *peer*: transformers' `generate` with its key/value cache. On an accelerator also with a static cache and
-  `torch.compile`, where that works. Without torch the column stays empty.
-* *roofline*: on a CPU the bare chain of the same weight products, layer after layer, with nothing between them, plus a
-  read of what the cache holds on average; on an accelerator the time to read weights and cache once at the bandwidth
-  of a large copy measured here.
+* *peer*: transformers' `generate` with its key/value cache; on an accelerator also with a static cache and
+  `torch.compile`, if that works. Without torch the column is empty.
+* *roofline*: on a CPU the bare chain of the same weight products, layer after layer, plus a read of the mean cache; on
+  an accelerator the time to read weights and cache once at the measured bandwidth of a large copy.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from measuring import Case, beside_peers, circumstances, taking_turns, with_peers
-from shapes import SHAPES, folder_of
+from shapes import SHAPES, write_config
 
 from jax_selftrain import hub
 from jax_selftrain.distributed.mesh import make_mesh, xla_options
@@ -44,23 +43,21 @@ from jax_selftrain.sampling import DecodeLoop, DecodeSpec, SamplingParams, per_s
 
 def ours(case: Case, config: DecoderConfig, dtype: str, cache_dtype: str | None) -> Callable[[], Any]:
     rules = make_sharding_rules("tensor", make_mesh("data=1,model=1"), axis_sizes(config))
-    architecture = DecodeSpec(config, rules, dtype, cache_dtype)
+    spec = DecodeSpec(config, rules, dtype, cache_dtype)
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), init_params(config, 0, rules))
     sampling_params = SamplingParams(start_id=0, stop_ids=(), max_tokens=case.tokens)
-    loop, keys = (
-        DecodeLoop(architecture, sampling_params, params, rows=case.rows),
-        per_sample_keys(0, np.arange(case.rows)),
-    )
+    loop = DecodeLoop(spec, sampling_params, params, num_slots=case.rows, queue_size=case.rows)
+    keys = per_sample_keys(0, np.arange(case.rows))
     return lambda: loop.generate(keys)
 
 
 def theirs(case: Case, dtype: str, *, compiled: bool = False) -> Callable[[], Any]:
-    """transformers' `generate`; raises ImportError without torch."""
+    """Return transformers' `generate`; raises ImportError without torch."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = AutoConfig.from_pretrained(folder_of(SHAPES[case.shape]))
+    config = AutoConfig.from_pretrained(write_config(SHAPES[case.shape]))
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).to(device).eval()
     start = torch.full((case.rows, 1), config.bos_token_id, device=device)
     options: dict[str, Any] = {"max_new_tokens": case.tokens, "min_new_tokens": case.tokens}
@@ -79,13 +76,13 @@ def theirs(case: Case, dtype: str, *, compiled: bool = False) -> Callable[[], An
 
 
 def mean_cache_bytes(case: Case, config: DecoderConfig, dtype: str) -> int:
-    """Of keys and values that a step reads, averaged over the steps."""
+    """Compute the mean bytes of keys and values per step."""
     per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
     return case.rows * per_token * (case.tokens + 1) // 2
 
 
 def bare_chain(case: Case, config: DecoderConfig, dtype: str) -> Callable[[], Any]:
-    """The weight products of `tokens` steps and nothing else, then as many reads of the mean cache."""
+    """Return the weight products and cache reads of `tokens` steps."""
     width, inner, layers = config.hidden_size, config.num_heads * config.head_dim, config.num_layers
     key = jax.random.key(0)
 
@@ -127,28 +124,28 @@ def bare_chain(case: Case, config: DecoderConfig, dtype: str) -> Callable[[], An
     def chain(x: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jax.lax.scan(step, (x, vector), length=case.tokens)[0]
 
-    run = jax.jit(chain, compiler_options=xla_options())  # what helps us helps it too
+    run = jax.jit(chain, compiler_options=xla_options())  # the same options as our loop
     return lambda: jax.block_until_ready(run(x, vector))
 
 
 def copy_bandwidth() -> float:
-    """Bytes per second, read and written, of scaling a large array."""
+    """Measure bytes per second, read and written, of scaling a large array."""
     large = jnp.ones((1 << 28,), jnp.float32)
     scale = jax.jit(lambda x: x * 1.0001)
     jax.block_until_ready(scale(large))
-    began = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(10):
         out = scale(large)
     jax.block_until_ready(out)
-    return 10 * 2 * large.nbytes / (time.perf_counter() - began)
+    return 10 * 2 * large.nbytes / (time.perf_counter() - start)
 
 
 # ---------------------------------------------------------------- measuring
 
 
 def measure(case: Case, dtype: str, cache_dtype: str | None, rounds: int) -> dict[str, Any]:
-    """One row of the table: tokens per second of everybody."""
-    config = hub.open_model(folder_of(SHAPES[case.shape])).config
+    """Measure one row of the table."""
+    config = hub.open_model(write_config(SHAPES[case.shape])).config
     on_cpu = jax.default_backend() == "cpu"
     contestants = {"ours": ours(case, config, dtype, cache_dtype)}
     if on_cpu:
@@ -158,15 +155,15 @@ def measure(case: Case, dtype: str, cache_dtype: str | None, rounds: int) -> dic
     )
     seconds = taking_turns(contestants, rounds)
     if not on_cpu:
-        sizes = [leaf.size for leaf in jax.tree.leaves(read_params(config))]
+        sizes = [leaf.size for leaf in jax.tree.leaves(select_read_params(config))]
         moved = sum(sizes) * jnp.dtype(dtype).itemsize + mean_cache_bytes(case, config, cache_dtype or dtype)
         seconds["roofline"] = [case.tokens * moved / copy_bandwidth()] * rounds
     speed = {name: [case.rows * case.tokens / value for value in values] for name, values in seconds.items()}
     return {"case": case, "speed": speed, "notes": notes}
 
 
-def read_params(config: DecoderConfig) -> Any:
-    """What a step reads of the weights, as shapes: all but the embedding (of which it reads a row per sample)."""
+def select_read_params(config: DecoderConfig) -> Any:
+    """Return the shapes of all weights but an untied embedding."""
     params = dict(abstract_params(config))
     if not config.tie_word_embeddings:
         del params["embed"]

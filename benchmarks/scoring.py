@@ -38,7 +38,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import jax
 import numpy as np
 from measuring import circumstances
-from shapes import SHAPES, folder_of
+from shapes import SHAPES, write_config
 
 from jax_selftrain import hub
 from jax_selftrain.distributed.mesh import mesh_context, xla_options
@@ -68,7 +68,7 @@ def model_folder(shape: str, tokenizer: Path) -> str:
 
     torch.manual_seed(0)
     folder = tempfile.mkdtemp()
-    config = AutoConfig.from_pretrained(folder_of(SHAPES[shape]))
+    config = AutoConfig.from_pretrained(write_config(SHAPES[shape]))
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     for file in tokenizer.glob("*token*.json"):
         shutil.copy(file, folder)

@@ -1,4 +1,4 @@
-"""Shapes of models to measure, as raw Hugging Face configs. Their weights are random: speed does not depend on them."""
+"""Model shapes for benchmarks, as raw Hugging Face configs without weights."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def folder_of(raw: dict[str, Any]) -> str:
-    """A new folder with just this config."""
+def write_config(raw: dict[str, Any]) -> str:
+    """Write a config to a new folder."""
     folder = tempfile.mkdtemp()
     Path(folder, "config.json").write_text(json.dumps(raw))
     return folder

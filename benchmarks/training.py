@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from measuring import Case, beside_peers, circumstances, taking_turns, with_peers
-from shapes import SHAPES, folder_of
+from shapes import SHAPES, write_config
 
 from jax_selftrain import hub
 from jax_selftrain.config import TrainConfig
@@ -44,7 +44,7 @@ from jax_selftrain.training.step import init_state
 
 def train_config(case: Case, dtype: Any, remat: Any) -> TrainConfig:
     return TrainConfig(
-        model=folder_of(SHAPES[case.shape]),
+        model=write_config(SHAPES[case.shape]),
         batch_size=case.rows,
         seq_len=case.tokens,
         steps=1000,
@@ -83,7 +83,7 @@ def theirs(case: Case, dtype: str, *, compiled: bool = False) -> Callable[[], An
     from transformers import AutoConfig, AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = AutoConfig.from_pretrained(folder_of(SHAPES[case.shape]))
+    config = AutoConfig.from_pretrained(write_config(SHAPES[case.shape]))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     tokens = torch.randint(0, config.vocab_size, (case.rows, case.tokens + 1), device=device)
@@ -122,7 +122,7 @@ def product_flops(dtype: str) -> float:
 
 def measure(case: Case, dtype: str, remat: str, rounds: int) -> str:
     """One row of the table."""
-    config = hub.open_model(folder_of(SHAPES[case.shape])).config
+    config = hub.open_model(write_config(SHAPES[case.shape])).config
     contestants = {"ours": ours(case, config, dtype, remat)}
     on_cpu = jax.default_backend() == "cpu"
     notes = with_peers(

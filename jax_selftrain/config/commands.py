@@ -51,9 +51,6 @@ class SampleConfig:
     """Random seed; token t of sample i depends only on (seed, i, t)."""
     batch_size: Execution[int] = 64
     """Slots of the decode batch on each replica."""
-    decode_schedule: Execution[Literal["refill", "lockstep"]] = "refill"
-    """`refill`: a row whose sample has ended takes the shard's next one; `lockstep`: rows start and end together.
-    Both draw the same samples."""
     samples_per_shard: int = 1024
     """Samples in one Parquet shard, the unit of work and of resumption."""
     mesh: Execution[str] = ""

@@ -24,7 +24,7 @@ from jax_selftrain.distributed.sharding import ShardingRules, shard_host_array
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.suffix_probability import NamedSamplingParams, column_name
 from jax_selftrain.models import DecoderConfig, Params, forward, unembed
-from jax_selftrain.sampling import SamplingParams, greedy_continue, warp_logits
+from jax_selftrain.sampling import SamplingParams, generate, warp_logits
 
 MAX_BATCH_ROWS = 512
 """Maximum batch size of a device: at V = 50k the fp32 logits of one position take 100 MB."""
@@ -67,7 +67,9 @@ def extraction_metrics(
         extraction_batch_size(model.sharding_rules, sequences.shape[1], batch_tokens)
         // model.sharding_rules.data_parallelism
     )
-    decoded[~exact] = greedy_continue(model, sequences[~exact, :prefix], suffixes.shape[1], batch_size=rows)
+    greedy = SamplingParams(max_tokens=suffixes.shape[1], temperature=0)
+    generated = generate(model, sequences[~exact, :prefix].tolist(), greedy, batch_size=rows)
+    decoded[~exact] = np.reshape(generated, (-1, suffixes.shape[1]))
     return {
         "exact_match": exact,
         "matched_tokens": forced.pop("matched_tokens"),

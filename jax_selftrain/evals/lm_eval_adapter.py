@@ -23,8 +23,8 @@ from jax_selftrain.config import SampleConfig, yaml_io
 from jax_selftrain.errors import InputError
 from jax_selftrain.likelihood.engine import Likelihood, LoglikelihoodRequest, check_finite, loglikelihoods
 from jax_selftrain.likelihood.tokenize import check_tokenizer, encode_pairs, rolling_windows, start_token, tokenize
-from jax_selftrain.sampling.generate import PROMPT_TOKENS, SamplingSpec, generate_until
-from jax_selftrain.sampling.sampling_params import make_sampling_params
+from jax_selftrain.sampling.generate import PROMPT_TOKENS, generate
+from jax_selftrain.sampling.sampling_params import SamplingParams, make_sampling_params
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -238,13 +238,13 @@ class HarnessLM(TemplateLM):
                 f"{self.max_length} positions; set max_gen_toks"
             )
         prompts = [self._prompt(instance.args[0])[-room:] for instance in requests]
-        generated = generate_until(
+        generated = generate(
             self.model,
             prompts,
-            options["max_gen_toks"],
-            _StopSequences(self.tokenizer, until, self.model.special_tokens.eos_token_ids),
-            draws=_sampling_params(self.model, options, self.seed, where),
-            ids=ids,
+            _sampling_params(self.model, options, where),
+            seed=self.seed,
+            request_ids=ids,
+            stop=_StopSequences(self.tokenizer, until),
             batch_size=self.batch_size,
             batch_tokens=self._batch_tokens or PROMPT_TOKENS,
         )
@@ -267,22 +267,19 @@ class HarnessLM(TemplateLM):
 
 
 class _StopSequences:
-    """Stop condition: stop id, or stop string in the last tokens.
+    """Stop criterion: a stop string in the last tokens.
 
     As in the harness's `MultiTokenEOSCriteria`, the number of last tokens is that of the stop string plus two.
     """
 
-    def __init__(self, tokenizer: Any, until: Sequence[str], stop_ids: Sequence[int]):
+    def __init__(self, tokenizer: Any, until: Sequence[str]):
         self.tokenizer = tokenizer
-        self.stop_ids = frozenset(stop_ids)
         self.windows: dict[int, list[str]] = {}
         for string in until:
             length = len(tokenizer.encode(string, add_special_tokens=False)) + 2
             self.windows.setdefault(length, []).append(string)
 
     def __call__(self, tokens: Sequence[int]) -> bool:
-        if tokens[-1] in self.stop_ids:
-            return True
         for length, strings in self.windows.items():
             text = self.tokenizer.decode(tokens[-length:])
             if any(string in text for string in strings):
@@ -298,8 +295,8 @@ def _parse_batch_size(batch_size: int | str | None) -> int:
     return int(batch_size)
 
 
-def _sampling_params(model: hub.LoadedModel, options: Mapping[str, Any], seed: int, where: str) -> SamplingSpec | None:
-    """Return the sampling parameters; None for greedy decoding."""
+def _sampling_params(model: hub.LoadedModel, options: Mapping[str, Any], where: str) -> SamplingParams:
+    """Translate generation options; temperature 0 without `do_sample`."""
     unknown = sorted(options.keys() - _GENERATION)
     if unknown:
         raise InputError(
@@ -307,10 +304,17 @@ def _sampling_params(model: hub.LoadedModel, options: Mapping[str, Any], seed: i
             f"{yaml_io.did_you_mean(unknown[0], _GENERATION)}; possible are {', '.join(sorted(_GENERATION))}"
         )
     if not options["do_sample"]:
-        return None
+        return SamplingParams(
+            max_tokens=options["max_gen_toks"], stop_ids=model.special_tokens.eos_token_ids, temperature=0
+        )
     truncation = {name: kind(options[name]) for name, kind in _TRUNCATION.items() if options.get(name) is not None}
-    config = SampleConfig(model=model.source.ref, temperature=float(options["temperature"]), max_tokens=1, **truncation)
-    sampling_params = make_sampling_params(
+    config = SampleConfig(
+        model=model.source.ref,
+        max_tokens=options["max_gen_toks"],
+        temperature=float(options["temperature"]),
+        **truncation,
+    )
+    return make_sampling_params(
         config,
         start_id=start_token(model),
         stop_ids=model.special_tokens.eos_token_ids,
@@ -318,7 +322,6 @@ def _sampling_params(model: hub.LoadedModel, options: Mapping[str, Any], seed: i
         tokenizer_length=model.special_tokens.tokenizer_length,
         max_positions=model.config.max_positions,
     )
-    return SamplingSpec(sampling_params, seed)
 
 
 _TRUNCATION = {"top_k": int, "top_p": float, "min_p": float}

@@ -1,7 +1,7 @@
-"""One architecture description for every family: a value of `DecoderConfig` *is* the architecture.
+"""One architecture config for every family.
 
-GPT-NeoX (all of Pythia), Llama 1/2/3, Qwen2/2.5 and Qwen3 differ only in these fields; no family has code of its own
-in the forward pass. `hub` translates Hugging Face's configs into this one.
+GPT-NeoX (all of Pythia), Llama 1/2/3, Qwen2/2.5 and Qwen3 differ in these fields alone; no family has code of its own
+in the forward pass. `hub` translates Hugging Face configs.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding: base frequency and its extension to longer contexts.
+    """Rotary position embedding and its extension to longer contexts.
 
-    `default`; `linear` (positions divided by `factor`); `llama3` (Llama 3.1's smooth split between scaled and unscaled
-    frequencies); `yarn` (arXiv:2309.00071). Formulas as in transformers' `modeling_rope_utils`.
+    `linear` divides positions by `factor`; `llama3` interpolates between scaled and unscaled frequencies (Llama 3.1);
+    `yarn` is arXiv:2309.00071. Formulas are those of transformers' `modeling_rope_utils`.
     """
 
     theta: float = 10_000.0
@@ -32,50 +32,50 @@ class RopeConfig:
     attention_factor: float | None = None
     """Scale of the rotated queries and keys (yarn); None: 0.1·ln(factor) + 1."""
     truncate: bool = True
-    """Whether yarn rounds the bounds of its ramp to whole dimensions."""
+    """Round the bounds of yarn's ramp to whole dimensions."""
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder-only transformer. Dimension letters: V, D, L, H, G, K, F as in the project's glossary."""
+    """A decoder-only transformer."""
 
     vocab_size: int
     """V: rows of the embedding, padding rows included."""
     hidden_size: int
-    """D."""
+    """D: model width."""
     num_layers: int
     """L."""
     num_heads: int
-    """H query heads."""
+    """H: query heads."""
     num_kv_heads: int
-    """G key/value heads; H must be a multiple of it."""
+    """G: key/value heads; divides H."""
     head_dim: int
-    """K."""
+    """K: width of a head."""
     intermediate_size: int
-    """F."""
+    """F: width of the MLP."""
     max_positions: int
-    """Longest sequence the model is meant for, in tokens."""
+    """Maximum sequence length in tokens."""
     norm: Literal["layernorm", "rmsnorm"]
     norm_eps: float
     activation: Activation
     gated_mlp: bool
     """down(act(gate(x)) · up(x)) rather than down(act(up(x)))."""
     parallel_residual: bool
-    """Attention and MLP both read the block's input (GPT-J, GPT-NeoX)."""
+    """Attention and MLP both read the input of the layer (GPT-J, GPT-NeoX)."""
     rotary_dim: int
-    """How many of the K dimensions of a head are rotated (even)."""
+    """Rotated dimensions of a head (even)."""
     rope: RopeConfig
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
     qk_norm: bool
-    """RMS norm over each head of queries and keys before rotation (Qwen3)."""
+    """RMSNorm over each head of queries and keys before rotation (Qwen3)."""
     tie_word_embeddings: bool
     """The output projection is the embedding, transposed."""
     sliding_window: tuple[int | None, ...] | None = None
-    """Per layer: how many latest positions a query sees, itself included; None for all."""
+    """Window of each layer: visible positions, the query's own included; None: all."""
     initializer_range: float = 0.02
-    """Standard deviation of freshly initialized matrices."""
+    """Standard deviation of initialized matrices."""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -87,12 +87,12 @@ class DecoderConfig:
 
     @property
     def num_query_groups(self) -> int:
-        """R: query heads that share one key/value head."""
+        """R = H / G: query heads per key/value head."""
         return self.num_heads // self.num_kv_heads
 
 
 def axis_sizes(config: DecoderConfig) -> dict[str, int]:
-    """Sizes of the logical axes that a mesh may divide, for `make_sharding_rules`."""
+    """Return the sizes of the shardable logical axes, for `make_sharding_rules`."""
     return {
         "embed": config.hidden_size,
         "vocab": config.vocab_size,

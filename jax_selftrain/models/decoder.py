@@ -1,6 +1,6 @@
 """The forward pass: one decoder for every family, scanned over layers.
 
-Pure functions of (config, rules, params, inputs); config and rules are hashable and static under `jax.jit`. Call
+Pure functions of (config, rules, params, inputs); config and rules are hashable and static under `jax.jit`. Call them
 inside `mesh_context(rules.mesh)`.
 """
 
@@ -11,6 +11,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jax_selftrain.config import Remat
@@ -31,7 +32,7 @@ from jax_selftrain.models.matmul import accumulation_dtype, linear
 from jax_selftrain.models.params import Params
 from jax_selftrain.models.token_precompute import Precomputed, lookup
 
-_REMATERIALIZED: dict[Remat, Callable[[Callable], Callable]] = {
+_REMAT_POLICIES: dict[Remat, Callable[[Callable], Callable]] = {
     "none": lambda layer: layer,
     "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
     "full": jax.checkpoint,
@@ -49,30 +50,29 @@ def forward(
     subtree_ends: Int[Array, "B T"] | None = None,
     query_positions: Int[Array, "B Q"] | None = None,
     precomputed: Precomputed | None = None,
-    compute_dtype: jax.typing.DTypeLike = jnp.float32,
+    compute_dtype: DTypeLike = jnp.float32,
     remat: Remat = "none",
 ) -> Float[Array, "B T D"] | Float[Array, "B Q D"]:
-    """Causal forward pass up to and including the final norm.
+    """Run the causal forward pass up to and including the final norm.
 
     Args:
       config, rules: static.
-      params: as `param_shardings(config, rules)` places them.
-      tokens: token ids, sharded on `batch`.
-      positions: rotary position of each token; default 0 … T−1.
-      segments: document number of each token; a token sees only its own document. Default: one document a row.
-      ends: for rows that are trees in preorder: the place behind the last token that goes on from this one. A token
-        sees those on its path from the root alone. Needs `positions`, each one's depth, in which windows are measured.
-      at: places in each row: the last layer asks its queries, and computes everything behind them, at these alone.
-      known: what depends on a token alone; `tokens` are then places in it, of each row's own device. Needs `at`.
-      compute_dtype: type of the matmul operands.
-      remat: what the backward pass computes again: nothing, all but the products with weights (`dots`), or each layer
-        from its input (`full`).
+      params: sharded as `param_shardings(config, rules)`.
+      tokens: token ids, sharded on `batch`; with `precomputed`, indices into the table of the row's device.
+      positions: rotary positions; default 0 … T−1.
+      segments: document number of each token; a token attends to its own document only. Default: one per row.
+      subtree_ends: for rows that hold prefix tries in preorder: the index after the last descendant of each token. A
+        token attends to its ancestors only. `positions`, the depths, are required; windows count depths.
+      query_positions: positions for which the last layer computes queries and everything after them; default: all.
+      precomputed: first-layer activations by token; requires `query_positions`.
+      compute_dtype: type of matmul operands.
+      remat: recompute nothing, all but products with weights (`dots`), or whole layers (`full`) in the backward pass.
 
     Returns:
-      Hidden states in fp32 (fp64 for fp64 compute), of all positions or of those at `at`.
+      Hidden states in fp32 (fp64 for fp64 compute) of all positions, or of `query_positions`.
     """
     if precomputed is not None and query_positions is None:
-        raise ValueError("`known` needs `at`")
+        raise ValueError("precomputed requires query_positions")
     dtype = accumulation_dtype(compute_dtype)
     length = tokens.shape[1]
     index = jnp.arange(length, dtype=jnp.int32)
@@ -86,24 +86,28 @@ def forward(
         visible = visible & (index[:, None] < subtree_ends[:, None, :])
         distance = positions[:, :, None] - positions[:, None, :]
     rotary = rotary_tables(config, positions, dtype)
-    fused = subtree_ends is None and query_positions is None and can_use_splash(config, rules, length, compute_dtype)
+    use_splash = (
+        subtree_ends is None and query_positions is None and can_use_splash(config, rules, length, compute_dtype)
+    )
 
     def layer(
-        x: jax.Array, inputs: dict, queries: jax.Array | None = None, mine: PreAttention | None = None
-    ) -> tuple[jax.Array, None]:
-        seen = visible & (distance < inputs["window"]) if "window" in inputs else visible
+        x: Array, inputs: dict, queries: Array | None = None, pre: PreAttention | None = None
+    ) -> tuple[Array, None]:
+        mask = visible & (distance < inputs["window"]) if "window" in inputs else visible
 
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-            if fused:
+        def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
+            if use_splash:
                 return splash_attention(rules, q, k, v, segments, compute_dtype), None
-            visible_to_them = seen if queries is None else take_positions(rules, seen, queries)
-            return dot_product_attention(q, k, v, visible_to_them, compute_dtype), None
+            query_mask = mask if queries is None else take_positions(rules, mask, queries)
+            return dot_product_attention(q, k, v, query_mask, compute_dtype), None
 
-        return decoder_layer(config, rules, inputs["weights"], x, rotary, attend, compute_dtype, at=queries, known=mine)
+        return decoder_layer(
+            config, rules, inputs["weights"], x, rotary, attend, compute_dtype, query_positions=queries, precomputed=pre
+        )
 
     inputs = scan_xs(config, params)
     if query_positions is None:
-        x, _ = jax.lax.scan(_REMATERIALIZED[remat](layer), embed(rules, params, tokens, dtype), inputs)
+        x, _ = jax.lax.scan(_REMAT_POLICIES[remat](layer), embed(rules, params, tokens, dtype), inputs)
     else:
         first, last = 0, config.num_layers - 1
         if precomputed is None:
@@ -112,11 +116,11 @@ def forward(
             precomputed = lookup(rules, precomputed, tokens)
             x = precomputed.x
             if last > 0:
-                x, _ = layer(x, layer_slice(inputs, 0), mine=precomputed.qkv_and_mlp)
+                x, _ = layer(x, layer_slice(inputs, 0), pre=precomputed.qkv_and_mlp)
                 first = 1
 
-        # Slices of the stacked weights, as inputs of a scan, would be copies.
-        def layer_at(x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
+        # A scan over slices of the stacked weights would copy them.
+        def layer_at(x: Array, index: Array) -> tuple[Array, None]:
             return layer(x, layer_slice(inputs, index))
 
         x, _ = jax.lax.scan(layer_at, x, jnp.arange(first, last))
@@ -130,8 +134,11 @@ def unembed(
     params: Params,
     hidden: Float[Array, "*lead D"],
     *,
-    compute_dtype: jax.typing.DTypeLike = jnp.float32,
+    compute_dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "*lead V"]:
-    """Logits in fp32. The first dimension of `hidden` is the batch; V lies on `model` under tensor parallelism."""
+    """Compute fp32 logits; V is sharded on `model` under tensor parallelism.
+
+    The first dimension of `hidden` is the batch.
+    """
     kernel = params["embed"]["embedding"] if config.tie_word_embeddings else params["head"]["kernel"]
     return linear(rules, kernel, ("vocab", "embed"), 1, hidden, compute_dtype)

@@ -1,32 +1,27 @@
-"""Decoding one token per row and step, starting from BOS: settled blocks and a page.
+"""The key/value cache and its two writers: decoding steps and prefill.
 
-BOS-only sampling needs no prefill, no padding and no page table. What past tokens left behind lies in two parts:
-
-* the *page* `[L, B, G, 32, K]`, written at one offset that all rows share, and flushed behind each row's own settled
-  part when it is full;
-* *settled* blocks `[L, N, B, G, S, K]`, read-only while a page is being filled, so that no step copies them.
-
-Attention starts with the page and then takes in the settled blocks one by one, oldest first, carrying the softmax's
-maximum and sum along (Milakov & Gimelshein, arXiv:1805.02867). How many blocks are visited is a value, not a shape:
-
-* attention reads what has been filled and no more, by one compiled program for any length;
-* a block in which a row sees nothing changes none of its bits (its weights are exactly 0, the others' factor exactly
-  1), so that a row's numbers do not depend on how long its neighbors are, nor on the capacity;
-* a block is small enough to stay in a CPU's cache between the copy that XLA makes of it and its use: for the shape of
-  Pythia-70m, 32 rows and 256 positions, attention took 8 ms a step, with the settled part whole 17 ms, and 55 ms where
-  time came before the batch (XLA then transposes it every step).
+The cache has two parts. The *tail* `[L, B, G, 32, K]` is written at one offset that all rows share; a full tail is
+flushed behind the committed length of each row. *Committed* blocks `[L, blocks, B, G, S, K]` are read-only between two
+flushes, so that no step copies them. Attention visits the tail and then the committed blocks one by one, with an online
+softmax (Milakov & Gimelshein, arXiv:1805.02867). The number of visited blocks is a value, not a shape: one program
+serves any length and reads only what is filled, and a block in which a row sees nothing leaves the row's bits unchanged
+(its weights are exactly 0, the factor of the others exactly 1). A block stays in a CPU's cache between XLA's copy of it
+and its use: attention of Pythia-70m, 32 rows × 256 positions, took 8 ms a step, with one large block 17 ms.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_selftrain.distributed.sharding import ShardingRules
+from jax_selftrain.models.attention import dot_product_attention
 from jax_selftrain.models.config import DecoderConfig
 from jax_selftrain.models.layers import decoder_layer, embed, norm, rotary_tables, scan_xs
 from jax_selftrain.models.matmul import accumulation_dtype, mixed_precision_einsum
@@ -35,80 +30,84 @@ from jax_selftrain.models.params import Params
 TAIL_LEN = 32
 """Tokens between two flushes."""
 
-_PAGE_AXES = ("layers", "batch", "kv_heads", None, "head_dim")
+_TAIL_AXES = ("layers", "batch", "kv_heads", None, "head_dim")
 _BLOCK_AXES = ("layers", None, "batch", "kv_heads", None, "head_dim")
 _SCALE_AXES = _BLOCK_AXES[:-1]
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["k", "v", "k_scale", "v_scale", "page_k", "page_v"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
 class KVCache:
-    """Keys and values: settled `k`, `v` [L, N, B, G, S, K] and `page_k`, `page_v` [L, B, G, PAGE, K].
+    """Keys and values of all layers.
 
-    With settled parts in int8, `k_scale`, `v_scale` [L, N, B, G, S] are what they are to be multiplied by; else None.
+    Committed `k`, `v` are [L, blocks, B, G, S, K], `tail_k`, `tail_v` [L, B, G, TAIL_LEN, K]. `k_scale`, `v_scale` [L,
+    blocks, B, G, S] multiply committed values in int8; else None.
     """
 
-    def __init__(self, k, v, k_scale, v_scale, page_k, page_v):
-        self.k, self.v, self.k_scale, self.v_scale, self.page_k, self.page_v = k, v, k_scale, v_scale, page_k, page_v
+    k: Any
+    v: Any
+    k_scale: Any
+    v_scale: Any
+    tail_k: Any
+    tail_v: Any
 
     @property
-    def block(self) -> int:
-        """S: slots of a settled block."""
+    def block_size(self) -> int:
+        """S: positions in a committed block."""
         return self.k.shape[4]
 
     @property
     def capacity(self) -> int:
-        """Settled slots per row."""
-        return self.k.shape[1] * self.block
+        """Committed positions per row."""
+        return self.k.shape[1] * self.block_size
 
-    def with_tail(self, page_k: jax.Array, page_v: jax.Array) -> KVCache:
-        """The same settled part with another page."""
-        return KVCache(self.k, self.v, self.k_scale, self.v_scale, page_k, page_v)
+    def with_tail(self, tail_k: Array, tail_v: Array) -> KVCache:
+        """Replace the tail."""
+        return KVCache(self.k, self.v, self.k_scale, self.v_scale, tail_k, tail_v)
 
 
 def init_cache(
     config: DecoderConfig,
     rules: ShardingRules,
-    rows: int,
+    batch_size: int,
     capacity: int,
-    dtype: jax.typing.DTypeLike = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     *,
-    settled_dtype: jax.typing.DTypeLike | None = None,
-    block: int = TAIL_LEN,
+    committed_dtype: DTypeLike | None = None,
+    block_size: int = TAIL_LEN,
 ) -> KVCache:
-    """An empty cache for `rows` rows (over all replicas of the mesh).
+    """Create an empty cache.
 
     Args:
-      capacity: settled slots that each row needs; rounded up to whole blocks.
-      dtype: of the page, and of the settled part unless `settled_dtype` (any float, or int8) says otherwise.
-      block: slots of a settled block, a multiple of PAGE.
+      batch_size: rows of all replicas.
+      capacity: committed positions per row; rounded up to whole blocks.
+      dtype: of the tail, and of committed blocks by default.
+      committed_dtype: any float type, or int8.
+      block_size: positions of a committed block, a multiple of TAIL_LEN.
     """
-    if block % TAIL_LEN:
-        raise ValueError(f"a settled block of {block} slots does not hold whole pages of {TAIL_LEN}")
-    settled_dtype = dtype if settled_dtype is None else settled_dtype
-    shape = (config.num_layers, -(-capacity // block), rows, config.num_kv_heads, block, config.head_dim)
+    if block_size % TAIL_LEN:
+        raise ValueError(f"a block of {block_size} positions is not a multiple of the tail's {TAIL_LEN}")
+    committed_dtype = dtype if committed_dtype is None else committed_dtype
+    shape = (config.num_layers, -(-capacity // block_size), batch_size, config.num_kv_heads, block_size)
+    tail_shape = (config.num_layers, batch_size, config.num_kv_heads, TAIL_LEN, config.head_dim)
 
-    def committed_len() -> jax.Array:
-        return jnp.zeros(shape, settled_dtype, out_sharding=rules.sharding(_BLOCK_AXES))
+    def blocks() -> Array:
+        return jnp.zeros((*shape, config.head_dim), committed_dtype, out_sharding=rules.sharding(_BLOCK_AXES))
 
-    def scale() -> jax.Array | None:
-        if jnp.issubdtype(settled_dtype, jnp.floating):
+    def scale() -> Array | None:
+        if jnp.issubdtype(committed_dtype, jnp.floating):
             return None
-        return jnp.zeros(shape[:-1], jnp.float32, out_sharding=rules.sharding(_SCALE_AXES))
+        return jnp.zeros(shape, jnp.float32, out_sharding=rules.sharding(_SCALE_AXES))
 
-    def page() -> jax.Array:
-        page_shape = (config.num_layers, rows, config.num_kv_heads, TAIL_LEN, config.head_dim)
-        return jnp.zeros(page_shape, dtype, out_sharding=rules.sharding(_PAGE_AXES))
+    def tail() -> Array:
+        return jnp.zeros(tail_shape, dtype, out_sharding=rules.sharding(_TAIL_AXES))
 
-    return KVCache(committed_len(), committed_len(), scale(), scale(), page(), page())
+    return KVCache(blocks(), blocks(), scale(), scale(), tail(), tail())
 
 
-def num_used_blocks(cache: KVCache, settled: Int[Array, " B"]) -> Int[Array, ""]:
-    """How many settled blocks the longest row fills. (On several replicas they must agree: once a page, not a step.)"""
-    return (jnp.max(settled) + cache.block - 1) // cache.block
+def num_used_blocks(cache: KVCache, committed_len: Int[Array, " B"]) -> Int[Array, ""]:
+    """Count the blocks of the longest row (an all-reduce over replicas)."""
+    return (jnp.max(committed_len) + cache.block_size - 1) // cache.block_size
 
 
 def decode_step(
@@ -118,165 +117,205 @@ def decode_step(
     cache: KVCache,
     tokens: Int[Array, " B"],
     positions: Int[Array, " B"],
-    settled: Int[Array, " B"],
-    blocks: Int[Array, ""],
+    committed_len: Int[Array, " B"],
+    num_blocks: Int[Array, ""],
     offset: Int[Array, ""],
     *,
-    compute_dtype: jax.typing.DTypeLike = jnp.float32,
+    compute_dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, "B D"], KVCache]:
-    """Feed one token per row; equal to the last position of `forward` over everything the row was fed.
+    """Feed one token per row.
+
+    The result equals the last position of `forward` over all tokens of the row.
 
     Args:
       tokens, positions: the tokens and their rotary positions.
-      settled: how many settled slots of each row are filled.
-      blocks: settled blocks to read, at least `filled_blocks(cache, settled)`.
-      offset: slot of the page to write, the same for all rows; slots before it are the row's latest tokens.
+      committed_len: committed positions of each row.
+      num_blocks: committed blocks to read, at least `num_used_blocks(cache, committed_len)`.
+      offset: position in the tail to write, the same for all rows; earlier positions hold the row's latest tokens.
 
     Returns:
-      Hidden state after the final norm, fp32, and the cache with the page written at `offset`.
+      Hidden state after the final norm, fp32, and the cache with the tail written at `offset`.
     """
     dtype = accumulation_dtype(compute_dtype)
     rotary = rotary_tables(config, positions[:, None], dtype)
     scale = config.head_dim**-0.5
-    page_age = offset - jnp.arange(TAIL_LEN, dtype=jnp.int32)[None]
-    slots = jnp.arange(cache.block, dtype=jnp.int32)
+    tail_age = offset - jnp.arange(TAIL_LEN, dtype=jnp.int32)[None]
+    block_index = jnp.arange(cache.block_size, dtype=jnp.int32)
 
-    def layer(carry: tuple[jax.Array, jax.Array, jax.Array], inputs: dict) -> tuple[tuple, None]:
-        x, page_k, page_v = carry
+    def layer(carry: tuple[Array, Array, Array], inputs: dict) -> tuple[tuple, None]:
+        x, tail_k, tail_v = carry
         index = inputs["index"]
 
-        def seen(age: jax.Array, exists: jax.Array) -> jax.Array:
-            return exists & (age < inputs["window"]) if "window" in inputs else exists
+        def is_visible(age: Array, is_filled: Array) -> Array:
+            return is_filled & (age < inputs["window"]) if "window" in inputs else is_filled
 
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            at = (index, 0, 0, offset, 0)
-            written_k = jax.lax.dynamic_update_slice(page_k, _quantise_entry(k, page_k.dtype), at)
-            written_v = jax.lax.dynamic_update_slice(page_v, _quantise_entry(v, page_v.dtype), at)
+        def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
+            start = (index, 0, 0, offset, 0)
+            new_k = jax.lax.dynamic_update_slice(tail_k, _to_tail_entry(k, tail_k.dtype), start)
+            new_v = jax.lax.dynamic_update_slice(tail_v, _to_tail_entry(v, tail_v.dtype), start)
             query = q[:, 0] * scale
-            recent = _KVBlock(_layer_slice(written_k, index), _layer_slice(written_v, index), None, None)
+            tail = _KVBlock(_layer_slice(new_k, index), _layer_slice(new_v, index), None, None)
 
-            def older(n: jax.Array, state: _OnlineSoftmax) -> _OnlineSoftmax:
-                slot = n * cache.block + slots[None]
-                visible = seen(settled[:, None] + offset - slot, slot < settled[:, None])
-                return _merge_softmax(
-                    state, _attention(query, _committed_block(cache, index, n), visible, compute_dtype)
-                )
+            def add_block(n: Array, softmax: _OnlineSoftmax) -> _OnlineSoftmax:
+                position = n * cache.block_size + block_index[None]
+                visible = is_visible(committed_len[:, None] + offset - position, position < committed_len[:, None])
+                block = _committed_block(cache, index, n)
+                return _merge_softmax(softmax, _attend_to_block(query, block, visible, compute_dtype))
 
-            state = _attention(query, recent, seen(page_age, page_age >= 0), compute_dtype)
-            state = jax.lax.fori_loop(0, blocks, older, state)
-            return (state.context / state.denom[..., None])[:, None], (written_k, written_v)
+            softmax = _attend_to_block(query, tail, is_visible(tail_age, tail_age >= 0), compute_dtype)
+            softmax = jax.lax.fori_loop(0, num_blocks, add_block, softmax)
+            return (softmax.context / softmax.denom[..., None])[:, None], (new_k, new_v)
 
-        x, (page_k, page_v) = decoder_layer(config, rules, inputs["weights"], x, rotary, attend, compute_dtype)
-        return (x, page_k, page_v), None
+        x, (tail_k, tail_v) = decoder_layer(config, rules, inputs["weights"], x, rotary, attend, compute_dtype)
+        return (x, tail_k, tail_v), None
 
     x = embed(rules, params, tokens[:, None], dtype)
     inputs = scan_xs(config, params) | {"index": jnp.arange(config.num_layers, dtype=jnp.int32)}
-    (x, page_k, page_v), _ = jax.lax.scan(layer, (x, cache.page_k, cache.page_v), inputs)
+    (x, tail_k, tail_v), _ = jax.lax.scan(layer, (x, cache.tail_k, cache.tail_v), inputs)
     hidden = norm(config, rules, x[:, 0], params["final_norm"])
-    return hidden, cache.with_tail(page_k, page_v)
+    return hidden, cache.with_tail(tail_k, tail_v)
 
 
-def flush_tail(rules: ShardingRules, cache: KVCache, settled: Int[Array, " B"]) -> KVCache:
-    """Write the whole page behind each row's settled part (whole pages); the caller then counts PAGE more.
+def flush_tail(rules: ShardingRules, cache: KVCache, committed_len: Int[Array, " B"]) -> KVCache:
+    """Write the tail behind the committed positions of each row.
 
-    Row by row and in place, on each device its own rows: nothing but the page is read or written.
+    The caller adds TAIL_LEN to `committed_len`. Each device updates its own rows in place, one by one.
     """
-    blocks, scales, pages = rules.spec(_BLOCK_AXES), rules.spec(_SCALE_AXES), rules.spec(_PAGE_AXES)
+    blocks, scales, tails = rules.spec(_BLOCK_AXES), rules.spec(_SCALE_AXES), rules.spec(_TAIL_AXES)
     scale = None if cache.k_scale is None else scales
-    specs = KVCache(blocks, blocks, scale, scale, pages, pages)
+    specs = KVCache(blocks, blocks, scale, scale, tails, tails)
 
     @partial(jax.shard_map, in_specs=(specs, rules.spec(("batch",))), out_specs=specs)
-    def flush(cache: KVCache, settled: jax.Array) -> KVCache:
-        new_k, new_k_scale = _quantized(cache.page_k, cache.k)
-        new_v, new_v_scale = _quantized(cache.page_v, cache.v)
+    def flush(cache: KVCache, committed_len: Array) -> KVCache:
+        new_k, new_k_scale = _quantize(cache.tail_k, cache.k)
+        new_v, new_v_scale = _quantize(cache.tail_v, cache.v)
 
-        def row(b: jax.Array, into: tuple) -> tuple:
-            start = jax.lax.dynamic_index_in_dim(settled, b, keepdims=False)
-            at = (0, start // cache.block, b, 0, start % cache.block, 0)
+        def flush_row(b: Array, committed: tuple) -> tuple:
+            position = jax.lax.dynamic_index_in_dim(committed_len, b, keepdims=False)
+            start = (0, position // cache.block_size, b, 0, position % cache.block_size, 0)
 
-            def written(old: jax.Array, page: jax.Array) -> jax.Array:
-                mine = jax.lax.dynamic_slice_in_dim(page, b, 1, axis=1)[:, None]
-                return jax.lax.dynamic_update_slice(old, mine, at[: old.ndim])
+            def write(old: Array, tail: Array) -> Array:
+                row = jax.lax.dynamic_slice_in_dim(tail, b, 1, axis=1)[:, None]
+                return jax.lax.dynamic_update_slice(old, row, start[: old.ndim])
 
-            return jax.tree.map(written, into, (new_k, new_v, new_k_scale, new_v_scale))
+            return jax.tree.map(write, committed, (new_k, new_v, new_k_scale, new_v_scale))
 
-        whole = (cache.k, cache.v, cache.k_scale, cache.v_scale)
-        k, v, k_scale, v_scale = jax.lax.fori_loop(0, settled.shape[0], row, whole)
-        return KVCache(k, v, k_scale, v_scale, cache.page_k, cache.page_v)
+        committed = (cache.k, cache.v, cache.k_scale, cache.v_scale)
+        k, v, k_scale, v_scale = jax.lax.fori_loop(0, committed_len.shape[0], flush_row, committed)
+        return KVCache(k, v, k_scale, v_scale, cache.tail_k, cache.tail_v)
 
-    return flush(cache, settled)
+    return flush(cache, committed_len)
+
+
+def prefill(
+    config: DecoderConfig,
+    rules: ShardingRules,
+    params: Params,
+    cache: KVCache,
+    tokens: Int[Array, "B T"],
+    *,
+    compute_dtype: DTypeLike = jnp.float32,
+) -> KVCache:
+    """Fill the first T committed positions by one forward pass.
+
+    The caller passes the number of valid positions (whole tails) as `committed_len`; later flushes overwrite padding.
+
+    Args:
+      cache: empty, with committed blocks of a float type and room for T tokens.
+      tokens: prompts, padded on the right.
+    """
+    dtype = accumulation_dtype(compute_dtype)
+    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    distance = index[:, None] - index[None, :]
+    rotary = rotary_tables(config, index[None], dtype)
+
+    def layer(x: Array, inputs: dict) -> tuple[Array, tuple[Array, Array]]:
+        mask = (distance >= 0) & (distance < inputs["window"]) if "window" in inputs else distance >= 0
+
+        def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
+            return dot_product_attention(q, k, v, mask[None], compute_dtype), (k, v)
+
+        return decoder_layer(config, rules, inputs["weights"], x, rotary, attend, compute_dtype)
+
+    x = embed(rules, params, tokens, dtype)
+    _, (keys, values) = jax.lax.scan(layer, x, scan_xs(config, params))
+    return KVCache(_to_blocks(cache, keys), _to_blocks(cache, values), None, None, cache.tail_k, cache.tail_v)
+
+
+def _to_blocks(cache: KVCache, stacked: Float[Array, "L B T G K"]) -> Float[Array, "L blocks B G S K"]:
+    layers, rows, length, heads, width = stacked.shape
+    blocks = -(-length // cache.block_size)
+    padded = jnp.pad(stacked, ((0, 0), (0, 0), (0, blocks * cache.block_size - length), (0, 0), (0, 0)))
+    split = padded.reshape(layers, rows, blocks, cache.block_size, heads, width)
+    ordered = jnp.transpose(split, (0, 2, 1, 4, 3, 5)).astype(cache.k.dtype)
+    return jnp.pad(ordered, ((0, 0), (0, cache.k.shape[1] - blocks), *[(0, 0)] * 4))
 
 
 class _KVBlock(NamedTuple):
-    """Keys and values [B, G, S, K] of one layer, and what to multiply them by [B, G, S] (None: 1)."""
+    """Keys, values [B, G, S, K]; scales [B, G, S] or None."""
 
-    k: jax.Array
-    v: jax.Array
-    k_scale: jax.Array | None
-    v_scale: jax.Array | None
+    k: Array
+    v: Array
+    k_scale: Array | None
+    v_scale: Array | None
 
 
 class _OnlineSoftmax(NamedTuple):
-    """Attention over part of the past: enough to join it with attention over another part."""
+    """Attention over a subset of the keys, mergeable with others."""
 
     max: Float[Array, "B G R"]
     """Largest score."""
     denom: Float[Array, "B G R"]
-    """Sum of exp(score − top)."""
+    """Sum of exp(score − max)."""
     context: Float[Array, "B G R K"]
-    """Values weighted by exp(score − top)."""
+    """Values weighted by exp(score − max)."""
 
 
-def _attention(
-    query: Float[Array, "B G R K"],
-    kv_blocks: _KVBlock,
-    visible: Bool[Array, "#B S"],
-    compute_dtype: jax.typing.DTypeLike,
+def _attend_to_block(
+    query: Float[Array, "B G R K"], block: _KVBlock, visible: Bool[Array, "#B S"], compute_dtype: DTypeLike
 ) -> _OnlineSoftmax:
-    scores = mixed_precision_einsum("bgrk,bgsk->bgrs", query, kv_blocks.k, compute_dtype)
-    if kv_blocks.k_scale is not None:
-        scores = scores * kv_blocks.k_scale[:, :, None]
+    scores = mixed_precision_einsum("bgrk,bgsk->bgrs", query, block.k, compute_dtype)
+    if block.k_scale is not None:
+        scores = scores * block.k_scale[:, :, None]
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(scores.dtype).min)
-    top = jnp.max(scores, axis=-1)
-    weights = jnp.exp(scores - top[..., None])
-    total = jnp.sum(weights, axis=-1)
-    if kv_blocks.v_scale is not None:
-        weights = weights * kv_blocks.v_scale[:, :, None]
-    return _OnlineSoftmax(top, total, mixed_precision_einsum("bgrs,bgsk->bgrk", weights, kv_blocks.v, compute_dtype))
+    max_score = jnp.max(scores, axis=-1)
+    weights = jnp.exp(scores - max_score[..., None])
+    denom = jnp.sum(weights, axis=-1)
+    if block.v_scale is not None:
+        weights = weights * block.v_scale[:, :, None]
+    context = mixed_precision_einsum("bgrs,bgsk->bgrk", weights, block.v, compute_dtype)
+    return _OnlineSoftmax(max_score, denom, context)
 
 
 def _merge_softmax(a: _OnlineSoftmax, b: _OnlineSoftmax) -> _OnlineSoftmax:
-    """Over both parts. Where one of them saw nothing (its top is the smallest number), the other's own bits."""
-    top = jnp.maximum(a.max, b.max)
-    of_a, of_b = jnp.exp(a.max - top), jnp.exp(b.max - top)
-    context = a.context * of_a[..., None] + b.context * of_b[..., None]
-    return _OnlineSoftmax(top, a.denom * of_a + b.denom * of_b, context)
+    """Merge two softmaxes; one that saw nothing leaves the other's bits."""
+    max_score = jnp.maximum(a.max, b.max)
+    a_factor, b_factor = jnp.exp(a.max - max_score), jnp.exp(b.max - max_score)
+    context = a.context * a_factor[..., None] + b.context * b_factor[..., None]
+    return _OnlineSoftmax(max_score, a.denom * a_factor + b.denom * b_factor, context)
 
 
-def _committed_block(cache: KVCache, layer: jax.Array, n: jax.Array) -> _KVBlock:
-    """Block `n` of one layer."""
-
-    def read(whole: jax.Array) -> jax.Array:
-        rest = whole.shape[2:]
-        return jax.lax.dynamic_slice(whole, (layer, n, *[0] * len(rest)), (1, 1, *rest))[0, 0]
+def _committed_block(cache: KVCache, layer: Array, n: Array) -> _KVBlock:
+    def read(stacked: Array) -> Array:
+        shape = stacked.shape[2:]
+        return jax.lax.dynamic_slice(stacked, (layer, n, *[0] * len(shape)), (1, 1, *shape))[0, 0]
 
     k_scale, v_scale = jax.tree.map(read, (cache.k_scale, cache.v_scale))  # None stays None
     return _KVBlock(read(cache.k), read(cache.v), k_scale, v_scale)
 
 
-def _quantized(page: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """The page in the type of the settled part, and its scale: the largest magnitude of each token's head is ±127."""
+def _quantize(tail: Array, like: Array) -> tuple[Array, Array | None]:
+    """Cast the tail; int8 maps each head's largest magnitude to ±127."""
     if jnp.issubdtype(like.dtype, jnp.floating):
-        return page.astype(like.dtype), None
-    scale = jnp.max(jnp.abs(page), axis=-1).astype(jnp.float32) / 127
-    steps = page.astype(jnp.float32) / jnp.where(scale == 0, 1.0, scale)[..., None]
+        return tail.astype(like.dtype), None
+    scale = jnp.max(jnp.abs(tail), axis=-1).astype(jnp.float32) / 127
+    steps = tail.astype(jnp.float32) / jnp.where(scale == 0, 1.0, scale)[..., None]
     return jnp.round(steps).astype(like.dtype), scale
 
 
-def _quantise_entry(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """One token's keys or values [B, 1, G, K] as a slot of the page [1, B, G, 1, K]."""
+def _to_tail_entry(x: Float[Array, "B 1 G K"], dtype: DTypeLike) -> Float[Array, "1 B G 1 K"]:
     return jnp.transpose(x, (1, 0, 2, 3))[:, :, :, None].astype(dtype)
 
 
-def _layer_slice(stacked: jax.Array, layer: jax.Array) -> jax.Array:
+def _layer_slice(stacked: Array, layer: Array) -> Array:
     return jax.lax.dynamic_index_in_dim(stacked, layer, 0, keepdims=False)

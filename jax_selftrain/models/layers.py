@@ -1,10 +1,8 @@
-"""The block of a decoder, as pure functions of weights and activations.
+"""The layers of a decoder, as pure functions of weights and activations.
 
-Numerics (one rule for every family): the residual stream, norms, rotary tables, softmax and logits are fp32 always;
-`compute_dtype` is the type of matmul *operands* only (see `models.products`).
-
-Weights arrive as they are stored and are gathered along `embed` where they are used, so that fsdp gathers one layer
-at a time inside the scan.
+One rule of numerics for every family: the residual stream, norms, rotary tables, softmax and logits are fp32;
+`compute_dtype` is the type of matmul operands only (see `models.matmul`). Weights arrive as stored and are gathered
+along `embed` where they are used, so that fsdp gathers one layer at a time inside the scan.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from jax_selftrain.distributed.sharding import ShardingRules
@@ -27,7 +26,7 @@ from jax_selftrain.models.params import Params
 
 State = TypeVar("State")
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "silu": jax.nn.silu,
@@ -35,33 +34,31 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def norm(config: DecoderConfig, rules: ShardingRules, x: jax.Array, weights: Params) -> jax.Array:
-    """LayerNorm or RMSNorm over the last dimension, in the type of `x` (fp32).
+def norm(config: DecoderConfig, rules: ShardingRules, x: Array, weights: Params) -> Array:
+    """Apply LayerNorm or RMSNorm over the last dimension, in fp32.
 
     Args:
       x: [..., D].
       weights: `scale` [D] and, for LayerNorm, `bias` [D].
     """
+    scale = unshard_param(rules, weights["scale"], ("embed",), x.dtype)
     if config.norm == "layernorm":
         centered = x - jnp.mean(x, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
         x = centered * jax.lax.rsqrt(variance + config.norm_eps)
-        return x * unshard_param(rules, weights["scale"], ("embed",), x.dtype) + unshard_param(
-            rules, weights["bias"], ("embed",), x.dtype
-        )
-    return rms_norm(x, unshard_param(rules, weights["scale"], ("embed",), x.dtype), config.norm_eps)
+        return x * scale + unshard_param(rules, weights["bias"], ("embed",), x.dtype)
+    return rms_norm(x, scale, config.norm_eps)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x²) + eps) · scale over the last dimension."""
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """Return x / sqrt(mean(x²) + eps) · scale over the last dimension."""
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps) * scale
 
 
 def rope_frequencies(rope: RopeConfig, rotary_dim: int) -> tuple[np.ndarray, float]:
-    """Angle per position of each rotated pair, and the scale of the rotated vectors.
+    """Compute rotary frequencies, rounded to fp32 in the steps of transformers.
 
-    Every step is rounded to fp32 where transformers rounds it: a frequency's last bit, times a position of thousands,
-    is an angle off by 1e-4, and a model has been trained with the rounded ones.
+    The last bit of a frequency times a position of thousands is an angle off by 1e-4.
 
     Returns:
       Frequencies [rotary_dim/2] in radians per position (fp32), and the attention factor (1 except for yarn).
@@ -79,38 +76,39 @@ def rope_frequencies(rope: RopeConfig, rotary_dim: int) -> tuple[np.ndarray, flo
         return (1 - smooth) * frequencies / f32(rope.factor) + smooth * frequencies, 1.0
     if rope.kind == "yarn":
 
-        def dimension_of(rotations: float) -> float:
+        def find_dimension(rotations: float) -> float:
             span = math.log(rope.original_max_position / (rotations * 2 * math.pi))
             return rotary_dim * span / (2 * math.log(rope.theta))
 
-        low, high = dimension_of(rope.beta_fast), dimension_of(rope.beta_slow)
+        low, high = find_dimension(rope.beta_fast), find_dimension(rope.beta_slow)
         if rope.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, rotary_dim - 1)
         span = high - low if high != low else 0.001
         ramp = (np.arange(rotary_dim // 2, dtype=f32) - f32(low)) / f32(span)
-        kept = 1 - np.clip(ramp, f32(0), f32(1))
+        extrapolation = 1 - np.clip(ramp, f32(0), f32(1))
         scale = rope.attention_factor if rope.attention_factor is not None else 0.1 * math.log(rope.factor) + 1.0
-        return f32(1) / (f32(rope.factor) * powers) * (1 - kept) + frequencies * kept, scale
+        interpolated = f32(1) / (f32(rope.factor) * powers)
+        return interpolated * (1 - extrapolation) + frequencies * extrapolation, scale
     return frequencies, 1.0
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines [B, T, rotary_dim/2] of every position, scaled by the attention factor."""
+    """Cosines and sines [B, T, rotary_dim/2], scaled by the attention factor."""
 
-    cos: jax.Array
-    sin: jax.Array
+    cos: Array
+    sin: Array
 
 
-def rotary_tables(config: DecoderConfig, positions: Int[Array, "B T"], dtype: jax.typing.DTypeLike) -> Rotary:
-    """The rotation of each position, shared by all layers."""
+def rotary_tables(config: DecoderConfig, positions: Int[Array, "B T"], dtype: DTypeLike) -> Rotary:
+    """Compute the rotation of each position, shared by all layers."""
     frequencies, scale = rope_frequencies(config.rope, config.rotary_dim)
     angles = positions[..., None].astype(dtype) * jnp.asarray(frequencies, dtype)
     return Rotary(jnp.cos(angles) * scale, jnp.sin(angles) * scale)
 
 
-def apply_rotary(x: jax.Array, rotary: Rotary) -> jax.Array:
-    """Rotate the first `rotary_dim` dimensions of heads: x [B, T, (heads…), K], pairs (i, i + rotary_dim/2)."""
+def apply_rotary(x: Array, rotary: Rotary) -> Array:
+    """Rotate pairs (i, i + rotary_dim/2) of x [B, T, heads…, K]."""
     half = rotary.cos.shape[-1]
     if not half:
         return x
@@ -120,20 +118,20 @@ def apply_rotary(x: jax.Array, rotary: Rotary) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
-AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, State]]
-"""(q [B,T,G,R,K], k [B,T,G,K], v [B,T,G,K]) → context [B,T,G,R,K] and whatever state it keeps (a cache, nothing)."""
+AttentionFn = Callable[[Array, Array, Array], tuple[Array, State]]
+"""(q [B, T, G, R, K], k [B, T, G, K], v [B, T, G, K]) → (context [B, T, G, R, K], state: a cache, say)."""
 
 
 class PreAttention(NamedTuple):
-    """What a layer makes of each token by itself, before tokens meet."""
+    """Activations of a layer that depend on each token alone."""
 
     q: Float[Array, "B T G R K"]
-    """Not rotated yet."""
+    """Before rotation."""
     k: Float[Array, "B T G K"]
-    """Not rotated yet."""
+    """Before rotation."""
     v: Float[Array, "B T G K"]
     mlp: Float[Array, "B T D"] | None
-    """What the MLP adds, where it does not wait for attention (parallel residual)."""
+    """Output of the MLP with a parallel residual; else None."""
 
 
 def pre_attention(
@@ -141,15 +139,20 @@ def pre_attention(
     rules: ShardingRules,
     weights: Params,
     x: Float[Array, "B T D"],
-    compute_dtype: jax.typing.DTypeLike,
+    compute_dtype: DTypeLike,
     query_positions: Int[Array, "B Q"] | None = None,
 ) -> PreAttention:
-    """Of the residual stream `x` and one layer's weights; queries and MLP only at the places `at` of each row."""
-    normed = norm(config, rules, x, weights["attn_norm"])
-    k, v = _keys_values(config, rules, weights["attn"], normed, compute_dtype)
+    """Compute keys, values, and queries and MLP at `query_positions`."""
+    normed, attn = norm(config, rules, x, weights["attn_norm"]), weights["attn"]
+    k, v = (
+        dense(rules, attn[name], ("kv_heads", "head_dim", "embed"), 2, normed, compute_dtype) for name in ("k", "v")
+    )
     if query_positions is not None:
         x, normed = take_positions(rules, x, query_positions), take_positions(rules, normed, query_positions)
-    q = _queries(config, rules, weights["attn"], normed, compute_dtype)
+    q = dense(rules, attn["q"], ("kv_heads", "q_per_kv", "head_dim", "embed"), 3, normed, compute_dtype)
+    if config.qk_norm:
+        q = rms_norm(q, attn["q_norm"]["scale"].astype(q.dtype), config.norm_eps)
+        k = rms_norm(k, attn["k_norm"]["scale"].astype(k.dtype), config.norm_eps)
     return PreAttention(q, k, v, _mlp(config, rules, weights, x, compute_dtype) if config.parallel_residual else None)
 
 
@@ -160,21 +163,24 @@ def decoder_layer(
     x: Float[Array, "B T D"],
     rotary: Rotary,
     attend: AttentionFn[State],
-    compute_dtype: jax.typing.DTypeLike,
+    compute_dtype: DTypeLike,
     *,
-    at: Int[Array, "B Q"] | None = None,
-    known: PreAttention | None = None,
+    query_positions: Int[Array, "B Q"] | None = None,
+    precomputed: PreAttention | None = None,
 ) -> tuple[Float[Array, "B T D"] | Float[Array, "B Q D"], State]:
-    """One layer. How queries meet keys (a causal mask, a cache) is the caller's `attend`.
+    """Apply one layer; `attend` applies a causal mask or a cache.
 
     Args:
-      at: only the queries at these places of each row are asked, and the result is that of these places.
-      known: what `own` would find, where it is known already (without `at`).
+      query_positions: positions of the queries and of the result; default: all.
+      precomputed: replaces `pre_attention` (without `query_positions`).
     """
-    pre = pre_attention(config, rules, weights, x, compute_dtype, at) if known is None else known
+    pre = precomputed
+    if pre is None:
+        pre = pre_attention(config, rules, weights, x, compute_dtype, query_positions)
     k = apply_rotary(pre.k, rotary)
-    if at is not None:
-        x, rotary = take_positions(rules, x, at), Rotary(*(take_positions(rules, table, at) for table in rotary))
+    if query_positions is not None:
+        x = take_positions(rules, x, query_positions)
+        rotary = Rotary(*(take_positions(rules, table, query_positions) for table in rotary))
     context, state = attend(apply_rotary(pre.q, rotary), k, pre.v)
     axes = ("embed", "kv_heads", "q_per_kv", "head_dim")
     attention = dense(rules, weights["attn"]["o"], axes, 1, context, compute_dtype)
@@ -185,39 +191,21 @@ def decoder_layer(
 
 
 def take_positions(
-    rules: ShardingRules, x: Shaped[Array, "#B T ..."], at: Int[Array, "B Q"]
+    rules: ShardingRules, x: Shaped[Array, "#B T ..."], positions: Int[Array, "B Q"]
 ) -> Shaped[Array, "B Q ..."]:
-    """x[b, at[b, q]]: the rows of each batch element that are named; every device takes from its own."""
+    """Return x[b, positions[b, q]]; every device takes from its own shard."""
     data = rules.spec(("batch",))
-    x = jnp.broadcast_to(x, (at.shape[0], *x.shape[1:]), out_sharding=rules.sharding(("batch", *[None] * (x.ndim - 1))))
+    sharding = rules.sharding(("batch", *[None] * (x.ndim - 1)))
+    x = jnp.broadcast_to(x, (positions.shape[0], *x.shape[1:]), out_sharding=sharding)
 
     @partial(jax.shard_map, in_specs=(data, data), out_specs=data)
-    def take(x: jax.Array, at: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(x, jnp.expand_dims(at, range(2, x.ndim)), axis=1)
+    def take(x: Array, positions: Array) -> Array:
+        return jnp.take_along_axis(x, jnp.expand_dims(positions, range(2, x.ndim)), axis=1)
 
-    return take(x, at)
-
-
-def _queries(
-    config: DecoderConfig, rules: ShardingRules, weights: Params, x: jax.Array, compute_dtype: jax.typing.DTypeLike
-) -> jax.Array:
-    q = dense(rules, weights["q"], ("kv_heads", "q_per_kv", "head_dim", "embed"), 3, x, compute_dtype)
-    return rms_norm(q, weights["q_norm"]["scale"].astype(q.dtype), config.norm_eps) if config.qk_norm else q
+    return take(x, positions)
 
 
-def _keys_values(
-    config: DecoderConfig, rules: ShardingRules, weights: Params, x: jax.Array, compute_dtype: jax.typing.DTypeLike
-) -> tuple[jax.Array, jax.Array]:
-    axes = ("kv_heads", "head_dim", "embed")
-    k = dense(rules, weights["k"], axes, 2, x, compute_dtype)
-    if config.qk_norm:
-        k = rms_norm(k, weights["k_norm"]["scale"].astype(k.dtype), config.norm_eps)
-    return k, dense(rules, weights["v"], axes, 2, x, compute_dtype)
-
-
-def _mlp(
-    config: DecoderConfig, rules: ShardingRules, weights: Params, x: jax.Array, compute_dtype: jax.typing.DTypeLike
-) -> jax.Array:
+def _mlp(config: DecoderConfig, rules: ShardingRules, weights: Params, x: Array, compute_dtype: DTypeLike) -> Array:
     x = norm(config, rules, x, weights["mlp_norm"])
     weights = weights["mlp"]
     act = ACTIVATIONS[config.activation]
@@ -229,26 +217,20 @@ def _mlp(
     return dense(rules, weights["down"], ("embed", "mlp"), 1, hidden, compute_dtype)
 
 
-def layer_windows(config: DecoderConfig) -> np.ndarray | None:
-    """Sliding window of each layer [L] int32 (a full layer gets one longer than any sequence), or None without any."""
-    if config.sliding_window is None:
-        return None
-    return np.array([np.iinfo(np.int32).max if w is None else w for w in config.sliding_window], np.int32)
-
-
 def scan_xs(config: DecoderConfig, params: Params) -> dict[str, Any]:
-    """What the scan over layers walks along: the stacked weights and, where there are any, the windows."""
-    windows = layer_windows(config)
-    return {"weights": params["layers"]} | ({} if windows is None else {"window": jnp.asarray(windows)})
+    """Collect the inputs of the scan over layers: stacked weights and windows."""
+    if config.sliding_window is None:
+        return {"weights": params["layers"]}
+    unlimited = np.iinfo(np.int32).max
+    windows = np.array([unlimited if window is None else window for window in config.sliding_window], np.int32)
+    return {"weights": params["layers"], "window": jnp.asarray(windows)}
 
 
-def layer_slice(inputs: dict[str, Any], index: jax.Array | int) -> dict[str, Any]:
-    """What the scan over layers gives to layer `index`."""
+def layer_slice(inputs: dict[str, Any], index: Array | int) -> dict[str, Any]:
+    """Select the scan inputs of one layer."""
     return jax.tree.map(lambda stacked: jax.lax.dynamic_index_in_dim(stacked, index, keepdims=False), inputs)
 
 
-def embed(
-    rules: ShardingRules, params: Params, tokens: Int[Array, "B T"], dtype: jax.typing.DTypeLike
-) -> Float[Array, "B T D"]:
-    """Rows of the embedding, in the type of the residual stream."""
+def embed(rules: ShardingRules, params: Params, tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
+    """Look up embeddings, in the type of the residual stream."""
     return embedding_lookup(rules, params["embed"]["embedding"], tokens, dtype)

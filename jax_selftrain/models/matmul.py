@@ -1,7 +1,7 @@
-"""Products of activations with kernels, as they are stored: how operands are cast, gathered, laid out and summed.
+"""Products of activations with stored kernels: casts, gathers, operand order and gradients.
 
-`compute_dtype` is the type of matmul *operands* only, in gradients as well, accumulated in fp32; fp32 operands use the
-highest precision on every device. With fp64 parameters everything is fp64, which reference tests use.
+`compute_dtype` is the type of matmul *operands* only, also in gradients; sums are fp32, and fp32 operands use the
+highest precision on every device. With fp64 parameters everything is fp64, for reference tests.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from jax_selftrain.distributed.mesh import mesh_platform
 from jax_selftrain.distributed.sharding import Axes, ShardingRules
@@ -19,25 +21,20 @@ from jax_selftrain.models.fsdp import all_gather_param, is_fsdp_sharded, psum_sc
 from jax_selftrain.models.params import Params
 
 _LETTERS = {"embed": "d", "kv_heads": "g", "q_per_kv": "r", "head_dim": "k", "mlp": "f", "vocab": "v"}
-"""Of the axes of kernels, in einsums."""
+"""Einsum letters of kernel axes."""
 
 
-def accumulation_dtype(compute_dtype: jax.typing.DTypeLike) -> jnp.dtype:
-    """The type of everything that is not a matmul operand: fp32, or fp64 where operands are fp64."""
+def accumulation_dtype(compute_dtype: DTypeLike) -> jnp.dtype:
+    """Return fp32, or fp64 for fp64 operands."""
     return jnp.promote_types(compute_dtype, jnp.float32)
 
 
 def mixed_precision_einsum(
-    equation: str,
-    x: jax.Array,
-    w: jax.Array,
-    compute_dtype: jax.typing.DTypeLike,
-    out: NamedSharding | None = None,
-) -> jax.Array:
-    """An einsum of two operands cast to `compute_dtype`, accumulated and returned in fp32 (fp64 for fp64).
+    equation: str, x: Array, w: Array, compute_dtype: DTypeLike, out: NamedSharding | None = None
+) -> Array:
+    """Compute an einsum of operands in `compute_dtype`, accumulated in fp32.
 
-    What is handed back is cast as well before it meets an operand: else XLA would multiply fp32 by bf16, which takes a
-    TPU three passes at the highest precision, and a compiler minutes.
+    Cotangents are cast as well: XLA multiplies fp32 by bf16 in three passes on a TPU, and compiles it for minutes.
     """
     x, w = x.astype(compute_dtype), w.astype(compute_dtype)
     if x.dtype == accumulation_dtype(compute_dtype):
@@ -45,7 +42,7 @@ def mixed_precision_einsum(
     return _low_precision_einsum(equation, out, x, w)
 
 
-def _einsum(equation: str, x: jax.Array, w: jax.Array, out: NamedSharding | None) -> jax.Array:
+def _einsum(equation: str, x: Array, w: Array, out: NamedSharding | None) -> Array:
     return jnp.einsum(
         equation,
         x,
@@ -56,143 +53,119 @@ def _einsum(equation: str, x: jax.Array, w: jax.Array, out: NamedSharding | None
     )
 
 
-def _transposed(equation: str) -> tuple[str, str]:
-    """Of a product of x and w: those of (its cotangent, w) that gives x's, and of (x, its cotangent) that gives w's."""
+def _transpose_equation(equation: str) -> tuple[str, str]:
+    """Return the einsums of the cotangents of x and of w."""
     terms, result = equation.split("->")
     left, right = terms.split(",")
     return f"{result},{right}->{left}", f"{left},{result}->{right}"
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _low_precision_einsum(equation: str, out: NamedSharding | None, x: jax.Array, w: jax.Array) -> jax.Array:
-    """Of operands narrower than the type they are accumulated in, whose gradients have operands as narrow."""
+def _low_precision_einsum(equation: str, out: NamedSharding | None, x: Array, w: Array) -> Array:
     return _einsum(equation, x, w, out)
 
 
-def _narrow_product_forward(
-    equation: str, out: NamedSharding | None, x: jax.Array, w: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _einsum(equation, x, w, out), (x, w)
-
-
-def _narrow_product_backward(
-    equation: str,
-    out: NamedSharding | None,
-    operands: tuple[jax.Array, jax.Array],
-    cotangent: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+def _low_precision_einsum_bwd(
+    equation: str, out: NamedSharding | None, operands: tuple[Array, Array], cotangent: Array
+) -> tuple[Array, Array]:
     x, w = operands
-    to_x, to_w = _transposed(equation)
+    to_x, to_w = _transpose_equation(equation)
     g = cotangent.astype(x.dtype)
     dx = _einsum(to_x, g, w, jax.typeof(x).sharding)
     dw = _einsum(to_w, x, g, jax.typeof(w).sharding)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
-_low_precision_einsum.defvjp(_narrow_product_forward, _narrow_product_backward)
+_low_precision_einsum.defvjp(
+    lambda equation, out, x, w: (_einsum(equation, x, w, out), (x, w)), _low_precision_einsum_bwd
+)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _fsdp_einsum(
-    equation: str, rules: ShardingRules, axes: Axes, out: NamedSharding, x: jax.Array, w: jax.Array
-) -> jax.Array:
-    """Of x and a kernel as it is stored, divided among replicas: gathered in the type of x, again for x's gradient."""
+def _fsdp_einsum(equation: str, rules: ShardingRules, axes: Axes, out: NamedSharding, x: Array, w: Array) -> Array:
+    """Gather an fsdp-sharded kernel, in the backward pass once more."""
     return _einsum(equation, x, all_gather_param(rules, w, axes, x.dtype), out)
 
 
-def _divided_product_forward(
-    equation: str, rules: ShardingRules, axes: Axes, out: NamedSharding, x: jax.Array, w: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _fsdp_einsum(equation, rules, axes, out, x, w), (x, w)
-
-
-def _divided_product_backward(
-    equation: str,
-    rules: ShardingRules,
-    axes: Axes,
-    out: NamedSharding,
-    operands: tuple[jax.Array, jax.Array],
-    cotangent: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+def _fsdp_einsum_bwd(
+    equation: str, rules: ShardingRules, axes: Axes, out: NamedSharding, operands: tuple[Array, Array], cotangent: Array
+) -> tuple[Array, Array]:
     x, w = operands
-    to_x, to_w = _transposed(equation)
+    to_x, to_w = _transpose_equation(equation)
     g = cotangent.astype(x.dtype)
     dx = _einsum(to_x, g, all_gather_param(rules, w, axes, x.dtype), jax.typeof(x).sharding)
-    parts = PartitionSpec(out.spec[0], *jax.typeof(x).sharding.spec[1:])  # each replica's own rows
-    split = jax.reshard(x, NamedSharding(rules.mesh, parts))
-    dw = psum_scatter_grad(rules, axes, lambda x, g: _einsum(to_w, x, g, None), (parts, out.spec), split, g)
+    rows = PartitionSpec(out.spec[0], *jax.typeof(x).sharding.spec[1:])
+    x_rows = jax.reshard(x, NamedSharding(rules.mesh, rows))
+    dw = psum_scatter_grad(rules, axes, lambda x, g: _einsum(to_w, x, g, None), (rows, out.spec), x_rows, g)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
-_fsdp_einsum.defvjp(_divided_product_forward, _divided_product_backward)
+_fsdp_einsum.defvjp(
+    lambda equation, rules, axes, out, x, w: (_fsdp_einsum(equation, rules, axes, out, x, w), (x, w)), _fsdp_einsum_bwd
+)
 
 
 def linear(
-    rules: ShardingRules,
-    kernel: jax.Array,
-    axes: Axes,
-    num_output_dims: int,
-    x: jax.Array,
-    compute_dtype: jax.typing.DTypeLike,
-) -> jax.Array:
-    """kernel · x in fp32 (fp64 for fp64).
+    rules: ShardingRules, kernel: Array, axes: Axes, num_output_dims: int, x: Array, compute_dtype: DTypeLike
+) -> Array:
+    """Multiply a kernel with activations, in fp32 (fp64 for fp64).
 
-    XLA's products on a CPU read their first operand where it lies and rearrange the second one beforehand. With one
-    token a row, in decoding, rearranging the kernel would take longer than multiplying: there it comes first. With many
-    tokens it comes second, since gradients then find their operands as they lie; and as a matrix, since one of more
-    dimensions would be transposed beforehand even so.
+    On a CPU, XLA reads the first operand of a product as stored and copies the second into another layout. With one
+    token per row the kernel comes first: its copy would take longer than the product. With many tokens it comes second,
+    since gradients then need no copies, and as a matrix, since XLA would transpose more dimensions.
 
     Args:
-      kernel: [outputs…, inputs…] as stored; `axes` names its dimensions, of which the first `outputs` are the result's.
+      kernel: [outputs…, inputs…] as stored.
+      axes: logical axes of the kernel; the first `num_output_dims` are the outputs.
       x: [batch, …, inputs…].
 
     Returns:
       [batch, …, outputs…].
     """
     letters = "".join(_LETTERS[axis] for axis in axes if axis is not None)
-    made, taken = letters[:num_output_dims], letters[num_output_dims:]
-    leading = "btsuw"[: x.ndim - len(taken)]
-    used_axes = tuple(None if axis == "embed" else axis for axis in axes)
-    kept, summed = used_axes[:num_output_dims], used_axes[num_output_dims:]
+    out_dims, in_dims = letters[:num_output_dims], letters[num_output_dims:]
+    leading = "btsuw"[: x.ndim - len(in_dims)]
+    unsharded_axes = tuple(None if axis == "embed" else axis for axis in axes)
+    out_axes, in_axes = unsharded_axes[:num_output_dims], unsharded_axes[num_output_dims:]
     rows = ("batch", *[None] * (len(leading) - 1))
     if len(leading) == 2 and x.shape[1] == 1:
-        equation, out = f"{letters},{leading}{taken}->{made}{leading}", rules.sharding((*kept, *rows))
+        equation, out = f"{letters},{leading}{in_dims}->{out_dims}{leading}", rules.sharding((*out_axes, *rows))
         y = mixed_precision_einsum(equation, unshard_param(rules, kernel, axes, compute_dtype), x, compute_dtype, out)
         return jnp.moveaxis(y, range(num_output_dims), range(-num_output_dims, 0))
-    equation, out = f"{leading}{taken},{letters}->{leading}{made}", rules.sharding((*rows, *kept))
+    equation, out = f"{leading}{in_dims},{letters}->{leading}{out_dims}", rules.sharding((*rows, *out_axes))
     if is_fsdp_sharded(rules, axes):
         return _fsdp_einsum(equation, rules, axes, out, x.astype(compute_dtype), kernel)
     kernel = unshard_param(rules, kernel, axes, compute_dtype)
-    divided_within = any(rules.spec(kept)[1:]) or any(rules.spec(summed)[1:])
-    if mesh_platform(rules.mesh) != "cpu" or divided_within:
+    is_sharded_within = any(rules.spec(out_axes)[1:]) or any(rules.spec(in_axes)[1:])
+    if mesh_platform(rules.mesh) != "cpu" or is_sharded_within:
         return mixed_precision_einsum(equation, x, kernel, compute_dtype, out)
     shape, size = (*x.shape[: len(leading)], *kernel.shape[:num_output_dims]), math.prod(kernel.shape[:num_output_dims])
-    x = jnp.reshape(x, (*shape[: len(leading)], -1), out_sharding=rules.sharding((*rows, summed[0])))
-    kernel = jnp.reshape(kernel, (size, -1), out_sharding=rules.sharding((kept[0], summed[0])))
-    flat = rules.sharding((*rows, kept[0]))
+    x = jnp.reshape(x, (*shape[: len(leading)], -1), out_sharding=rules.sharding((*rows, in_axes[0])))
+    kernel = jnp.reshape(kernel, (size, -1), out_sharding=rules.sharding((out_axes[0], in_axes[0])))
+    flat = rules.sharding((*rows, out_axes[0]))
     y = mixed_precision_einsum(f"{leading}i,oi->{leading}o", x, kernel, compute_dtype, flat)
     return jnp.reshape(y, shape, out_sharding=out)
 
 
 def dense(
-    rules: ShardingRules, weights: Params, axes: Axes, outputs: int, x: jax.Array, compute_dtype: jax.typing.DTypeLike
-) -> jax.Array:
-    """kernel · x + bias; arguments as of `linear`.
+    rules: ShardingRules, weights: Params, axes: Axes, num_output_dims: int, x: Array, compute_dtype: DTypeLike
+) -> Array:
+    """Apply a kernel with optional LoRA factors and bias.
 
-    Where there are low-rank factors `lora_a` [inputs…, r] and `lora_b` [r, outputs…] (LoRA, arXiv:2106.09685), their
-    product counts as part of the kernel.
+    Arguments are those of `linear`. `lora_a` [inputs…, rank] and `lora_b` [rank, outputs…] add their product to the
+    kernel (LoRA, arXiv:2106.09685).
     """
-    y = linear(rules, weights["kernel"], axes, outputs, x, compute_dtype)
-    kept = axes[:outputs]
+    y = linear(rules, weights["kernel"], axes, num_output_dims, x, compute_dtype)
+    out_axes = axes[:num_output_dims]
     if "lora_a" in weights:
         letters = "".join(_LETTERS[axis] for axis in axes if axis is not None)
-        made, taken = letters[:outputs], letters[outputs:]
-        a = unshard_param(rules, weights["lora_a"], (*axes[outputs:], None), compute_dtype)
-        b = unshard_param(rules, weights["lora_b"], (None, *kept), compute_dtype)
-        low = mixed_precision_einsum(
-            f"bt{taken},{taken}z->btz", x, a, compute_dtype, rules.sharding(("batch", None, None))
-        )
-        y = y + mixed_precision_einsum(f"btz,z{made}->bt{made}", low, b, compute_dtype, jax.typeof(y).sharding)
+        out_dims, in_dims = letters[:num_output_dims], letters[num_output_dims:]
+        a = unshard_param(rules, weights["lora_a"], (*axes[num_output_dims:], None), compute_dtype)
+        b = unshard_param(rules, weights["lora_b"], (None, *out_axes), compute_dtype)
+        rows = rules.sharding(("batch", None, None))
+        low_rank = mixed_precision_einsum(f"bt{in_dims},{in_dims}z->btz", x, a, compute_dtype, rows)
+        equation = f"btz,z{out_dims}->bt{out_dims}"
+        y = y + mixed_precision_einsum(equation, low_rank, b, compute_dtype, jax.typeof(y).sharding)
     if "bias" in weights:
-        y = y + unshard_param(rules, weights["bias"], kept, y.dtype)
+        y = y + unshard_param(rules, weights["bias"], out_axes, y.dtype)
     return y

@@ -1,8 +1,7 @@
-"""What a decoder computes of a token alone, kept for all places where the token stands.
+"""Precomputed first-layer activations that depend only on the token id.
 
-Positions enter by rotation only, so everything up to the first rotation depends on nothing but the token: its row of
-the embedding, the first layer's queries, keys and values, and, where a layer's MLP does not wait for its attention
-(GPT-NeoX), that too. Of text, in which few tokens are different, most of a layer is spared.
+Positions enter a decoder by rotation alone: the embedding, the first layer's queries, keys and values, and with a
+parallel residual (GPT-NeoX) its MLP depend on nothing but the token. Scored texts repeat few tokens many times.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jax_selftrain.distributed.sharding import ShardingRules
@@ -22,22 +22,22 @@ from jax_selftrain.models.params import Params
 
 
 class Precomputed(NamedTuple):
-    """Of W tokens on each of S devices along `data`, each device its own; or of every position [B, T] of a batch."""
+    """Activations of W tokens per device, or of positions [B, T]."""
 
-    x: Float[Array, "S W D"]
-    """Rows of the embedding."""
+    x: Float[Array, "X W D"]
+    """Embeddings."""
     qkv_and_mlp: PreAttention
-    """What the first layer makes of them, [S, W, ...]."""
+    """First-layer activations [X, W, ...]."""
 
 
 def abstract_precomputed(
-    config: DecoderConfig, rules: ShardingRules, params: Params, indices: int, compute_dtype: jax.typing.DTypeLike
+    config: DecoderConfig, rules: ShardingRules, params: Params, capacity: int, compute_dtype: DTypeLike
 ) -> Precomputed:
-    """Shapes and shardings of what is known of so many tokens on each device."""
+    """Return shapes and shardings for `capacity` tokens on each device."""
     tokens = jax.ShapeDtypeStruct(
-        (rules.data_parallelism, indices), jnp.int32, sharding=rules.sharding(("batch", None))
+        (rules.data_parallelism, capacity), jnp.int32, sharding=rules.sharding(("batch", None))
     )
-    return jax.eval_shape(partial(_known_of, config, rules, compute_dtype=compute_dtype), params, tokens)
+    return jax.eval_shape(partial(_compute, config, rules, compute_dtype=compute_dtype), params, tokens)
 
 
 def precompute(
@@ -45,42 +45,42 @@ def precompute(
     rules: ShardingRules,
     params: Params,
     table: Precomputed,
-    tokens: Int[Array, "S W"],
-    chunks: Int[Array, ""],
-    size: int,
+    tokens: Int[Array, "X W"],
+    num_chunks: Int[Array, ""],
+    chunk_size: int,
     *,
-    compute_dtype: jax.typing.DTypeLike = jnp.float32,
+    compute_dtype: DTypeLike = jnp.float32,
 ) -> Precomputed:
-    """Put what is known of these tokens in place of what was known.
+    """Overwrite a table with the activations of the given tokens.
 
     Args:
-      known: as `abstract_known` says.
-      chunks: how many chunks of tokens, from the first, are of interest on the device that has most.
-      size: tokens of a chunk; divides W.
+      table: with shapes as of `abstract_precomputed`.
+      num_chunks: chunks of tokens to compute, from the first; the maximum over devices.
+      chunk_size: tokens of a chunk; divides W.
     """
 
-    def learn(i: Array, known: Precomputed) -> Precomputed:
-        part = jax.lax.dynamic_slice_in_dim(tokens, i * size, size, axis=1)
-        new = _known_of(config, rules, params, part, compute_dtype=compute_dtype)
-        write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * size, axis=1)
-        return jax.tree.map(write, known, new)
+    def compute_chunk(i: Array, table: Precomputed) -> Precomputed:
+        chunk = jax.lax.dynamic_slice_in_dim(tokens, i * chunk_size, chunk_size, axis=1)
+        activations = _compute(config, rules, params, chunk, compute_dtype=compute_dtype)
+        write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * chunk_size, axis=1)
+        return jax.tree.map(write, table, activations)
 
-    return jax.lax.fori_loop(0, chunks, learn, table)
+    return jax.lax.fori_loop(0, num_chunks, compute_chunk, table)
 
 
-def lookup(rules: ShardingRules, known: Precomputed, places: Int[Array, "B T"]) -> Precomputed:
-    """What is known of the token at each position, named by its place in the table of the row's own device."""
-    specs = jax.tree.map(lambda part: jax.typeof(part).sharding.spec, known)
+def lookup(rules: ShardingRules, table: Precomputed, indices: Int[Array, "B T"]) -> Precomputed:
+    """Gather the activations of every position from its device's table."""
+    specs = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, table)
 
     @partial(jax.shard_map, in_specs=(specs, rules.spec(("batch", None))), out_specs=specs)
-    def recall(known: Precomputed, places: Array) -> Precomputed:
-        return jax.tree.map(lambda part: part[0][places], known)
+    def gather(table: Precomputed, indices: Array) -> Precomputed:
+        return jax.tree.map(lambda leaf: leaf[0][indices], table)
 
-    return recall(known, places)
+    return gather(table, indices)
 
 
-def _known_of(
-    config: DecoderConfig, rules: ShardingRules, params: Params, tokens: Array, *, compute_dtype: jax.typing.DTypeLike
+def _compute(
+    config: DecoderConfig, rules: ShardingRules, params: Params, tokens: Array, *, compute_dtype: DTypeLike
 ) -> Precomputed:
     x = embed(rules, params, tokens, accumulation_dtype(compute_dtype))
     weights = layer_slice(scan_xs(config, params), 0)["weights"]

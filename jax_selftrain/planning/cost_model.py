@@ -68,8 +68,9 @@ def hbm_traffic(program: StageProgram, model: DecoderConfig) -> float:
             not model.tie_word_embeddings
         )
         committed = per_device_bytes((cache.k, cache.v, cache.k_scale, cache.v_scale), tile_padded=False)
-        tail = per_device_bytes((cache.page_k, cache.page_v), tile_padded=False)
-        return TAIL_LEN * (weights + committed * program.loop_trip_counts[1] * cache.block / cache.capacity + tail)
+        tail = per_device_bytes((cache.tail_k, cache.tail_v), tile_padded=False)
+        filled = program.loop_trip_counts[1] * cache.block_size / cache.capacity
+        return TAIL_LEN * (weights + committed * filled + tail)
     if isinstance(config, TrainConfig):
         state = program.abstract_args[0]
         compute_bytes = sum(param_counts(model)) * compute // program.mesh_shape["model"]

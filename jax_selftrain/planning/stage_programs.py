@@ -85,7 +85,7 @@ def stage_program(
         facts = _scoring_facts(program[1][3].shape, shape["data"], plan.score_tokens)
     function, abstract_args, donate_argnums = program
     if isinstance(config, SampleConfig):
-        facts["loop_trip_counts"] = (1.0, _mean_cache_blocks(config, abstract_args[2].cache.block))
+        facts["loop_trip_counts"] = (1.0, _mean_cache_blocks(config, abstract_args[2].cache.block_size))
     return StageProgram(
         stage=stage,
         topology=topology,

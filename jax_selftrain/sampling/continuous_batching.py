@@ -1,7 +1,7 @@
-"""Which sample each row is busy with: the queue, the rows, what has been drawn, and the turn between two pages.
+"""Continuous batching: request queue, decode slots, sample buffer, refill.
 
-All of it happens on each replica by itself. Arrays have the batch, or the queue, of all replicas along their first
-axis, sharded on `data`; inside `on_each_replica` a function sees its own part.
+Each replica works by itself. Arrays hold the slots, or the queues, of all replicas along their first axis, sharded on
+`data`; inside `per_replica` a function sees the shard of its replica.
 """
 
 from __future__ import annotations
@@ -20,179 +20,172 @@ from jax_selftrain.models import TAIL_LEN, KVCache
 from jax_selftrain.sampling.sampling_params import SamplingParams
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["keys", "count"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RequestQueue:
-    """The samples to draw: each replica has Q places, of which the first `count` hold one."""
+    """Samples to draw: the first `count` entries of each replica."""
 
-    keys: UInt32[Array, "R*Q 2"]
-    """From `words.sample_keys`."""
-    count: Int32[Array, " R"]
+    keys: UInt32[Array, "replicas*queue 2"]
+    """From `per_sample_keys`."""
+    count: Int32[Array, " replicas"]
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["queue_index", "key", "token", "cache_len", "length", "done", "stopped", "finite"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeSlots:
-    """What each row of the batch is busy with."""
+    """State of every slot of the decode batch."""
 
     queue_index: Int32[Array, " B"]
-    """Its sample's place in the replica's queue; Q: none."""
+    """Queue entry of the slot's sample; the length of the queue: none."""
     key: UInt32[Array, "B 2"]
     token: Int32[Array, " B"]
-    """Fed next."""
-    cache_len: Int32[Array, " B"]
-    """Tokens fed before this page."""
+    """Input of the next step."""
+    committed_len: Int32[Array, " B"]
+    """Tokens in committed blocks of the cache."""
     length: Int32[Array, " B"]
     """Tokens drawn, the stop id included."""
     done: Bool[Array, " B"]
-    """The sample has ended (or there is none)."""
+    """The sample has ended, or there is none."""
     stopped: Bool[Array, " B"]
-    """It ended by a stop id."""
+    """A stop id ended the sample."""
     finite: Bool[Array, " B"]
-    """False where logits gave no distribution (NaN or +inf)."""
+    """False if logits were no distribution (NaN or +inf)."""
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["tokens", "logprobs", "policy_logprobs", "length", "stopped", "finite"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SampleBuffer:
-    """What has been drawn, by place in the queue. Each replica has one place more, for rows without a sample."""
+    """Drawn samples by queue entry, and one more entry for idle slots."""
 
-    tokens: Int32[Array, "R*(Q+1) T"]
-    """0 after a sample's end; T is the length limit rounded up to whole pages."""
-    logprobs: Float32[Array, "R*(Q+1) T"]
-    """Log-probability of each token at temperature 1 over the whole vocabulary, 0 after a sample's end."""
-    policy_logprobs: Float32[Array, "R*(Q+1) T"]
-    """Log-probability of each token under the policy."""
-    length: Int32[Array, " R*(Q+1)"]
-    stopped: Bool[Array, " R*(Q+1)"]
-    finite: Bool[Array, " R*(Q+1)"]
+    tokens: Int32[Array, "replicas*(queue+1) T"]
+    """0 after the end of a sample; T is the length limit rounded up to whole chunks."""
+    logprobs: Float32[Array, "replicas*(queue+1) T"]
+    """Log-probability of each token at temperature 1 over the whole vocabulary, 0 after the end of a sample."""
+    policy_logprobs: Float32[Array, "replicas*(queue+1) T"]
+    """Log-probability of each token under the warped logits."""
+    length: Int32[Array, " replicas*(queue+1)"]
+    stopped: Bool[Array, " replicas*(queue+1)"]
+    finite: Bool[Array, " replicas*(queue+1)"]
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["cache", "rows", "next_index", "samples", "pages"], meta_fields=[]
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeState:
-    """Everything between two pages."""
+    """State of the decode loop between two chunks."""
 
     cache: KVCache
-    rows: DecodeSlots
-    next_index: Int32[Array, " R"]
-    """The next place of each replica's queue."""
+    slots: DecodeSlots
+    next_index: Int32[Array, " replicas"]
+    """Next entry of each replica's queue."""
     samples: SampleBuffer
-    pages: Int32[Array, ""]
-    """Pages run so far."""
+    num_chunks: Int32[Array, ""]
+    """Chunks decoded so far."""
 
 
 def padded_output_len(sampling_params: SamplingParams) -> int:
-    """T: the length limit in whole pages."""
+    """Round the length limit up to whole chunks."""
     return -(-sampling_params.max_tokens // TAIL_LEN) * TAIL_LEN
 
 
 def initial_state(
-    rules: ShardingRules, sampling_params: SamplingParams, rows: int, queue: RequestQueue, cache: KVCache
+    rules: ShardingRules, sampling_params: SamplingParams, num_slots: int, queue: RequestQueue, cache: KVCache
 ) -> DecodeState:
-    """The state before the first token: every row has taken a sample, if there were enough.
+    """Create the state before the first token.
 
     Args:
-      cache: empty, or of a loop of the same shape that has ended (what it holds is finite and unseen).
+      num_slots: B, of all replicas.
+      cache: empty, or from a finished loop of the same shape (its finite old contents are masked).
     """
-    batch, line = rules.sharding(("batch",)), rules.sharding(("batch", None))
-    places = len(queue.keys) + rules.data_parallelism
+    batch, rows = rules.sharding(("batch",)), rules.sharding(("batch", None))
+    entries = len(queue.keys) + rules.data_parallelism
     length = padded_output_len(sampling_params)
     zeros = partial(jnp.zeros, out_sharding=batch)
     idle = DecodeSlots(
-        queue_index=jnp.full((rows,), len(queue.keys) // rules.data_parallelism, jnp.int32, out_sharding=batch),
-        key=jnp.zeros((rows, 2), jnp.uint32, out_sharding=line),
-        token=zeros((rows,), jnp.int32),
-        cache_len=zeros((rows,), jnp.int32),
-        length=zeros((rows,), jnp.int32),
-        done=jnp.ones((rows,), bool, out_sharding=batch),
-        stopped=zeros((rows,), bool),
-        finite=jnp.ones((rows,), bool, out_sharding=batch),
+        queue_index=jnp.full((num_slots,), len(queue.keys) // rules.data_parallelism, jnp.int32, out_sharding=batch),
+        key=jnp.zeros((num_slots, 2), jnp.uint32, out_sharding=rows),
+        token=zeros((num_slots,), jnp.int32),
+        committed_len=zeros((num_slots,), jnp.int32),
+        length=zeros((num_slots,), jnp.int32),
+        done=jnp.ones((num_slots,), bool, out_sharding=batch),
+        stopped=zeros((num_slots,), bool),
+        finite=jnp.ones((num_slots,), bool, out_sharding=batch),
     )
     samples = SampleBuffer(
-        tokens=jnp.zeros((places, length), jnp.int32, out_sharding=line),
-        logprobs=jnp.zeros((places, length), jnp.float32, out_sharding=line),
-        policy_logprobs=jnp.zeros((places, length), jnp.float32, out_sharding=line),
-        length=zeros((places,), jnp.int32),
-        stopped=zeros((places,), bool),
-        finite=jnp.ones((places,), bool, out_sharding=batch),
+        tokens=jnp.zeros((entries, length), jnp.int32, out_sharding=rows),
+        logprobs=jnp.zeros((entries, length), jnp.float32, out_sharding=rows),
+        policy_logprobs=jnp.zeros((entries, length), jnp.float32, out_sharding=rows),
+        length=zeros((entries,), jnp.int32),
+        stopped=zeros((entries,), bool),
+        finite=jnp.ones((entries,), bool, out_sharding=batch),
     )
-    refilled, following = per_replica(rules, _refill, sampling_params)(
+    slots, next_index = per_replica(rules, _assign_requests, sampling_params)(
         idle, zeros((rules.data_parallelism,), jnp.int32), queue
     )
-    return DecodeState(cache, refilled, following, samples, jnp.zeros((), jnp.int32))
+    return DecodeState(cache, slots, next_index, samples, jnp.zeros((), jnp.int32))
 
 
 def refill_slots(
     sampling_params: SamplingParams,
-    rows: DecodeSlots,
-    following: jax.Array,
+    slots: DecodeSlots,
+    next_index: Array,
     queue: RequestQueue,
     samples: SampleBuffer,
-    chunk_outputs: tuple[jax.Array, ...],
-) -> tuple[DecodeSlots, jax.Array, SampleBuffer]:
-    """Put down what the page gave, and let rows whose sample has ended take the next."""
+    chunk_outputs: tuple[Array, ...],
+) -> tuple[DecodeSlots, Array, SampleBuffer]:
+    """Store the outputs of a chunk, then refill finished slots."""
 
-    def line(b: jax.Array, into: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        at = rows.queue_index[b], rows.cache_len[b]
+    def store(b: Array, buffers: tuple[Array, ...]) -> tuple[Array, ...]:
+        start = slots.queue_index[b], slots.committed_len[b]
         return tuple(
-            jax.lax.dynamic_update_slice(old, jax.lax.dynamic_slice_in_dim(new, b, 1, axis=1).T, at)
-            for old, new in zip(into, chunk_outputs, strict=True)
+            jax.lax.dynamic_update_slice(old, jax.lax.dynamic_slice_in_dim(new, b, 1, axis=1).T, start)
+            for old, new in zip(buffers, chunk_outputs, strict=True)
         )
 
-    lines = (samples.tokens, samples.logprobs, samples.policy_logprobs)
-    tokens, logprobs, policy_logprobs = jax.lax.fori_loop(0, len(rows.queue_index), line, lines)
+    buffers = (samples.tokens, samples.logprobs, samples.policy_logprobs)
+    tokens, logprobs, policy_logprobs = jax.lax.fori_loop(0, len(slots.queue_index), store, buffers)
     samples = SampleBuffer(
         tokens=tokens,
         logprobs=logprobs,
         policy_logprobs=policy_logprobs,
-        length=samples.length.at[rows.queue_index].set(rows.length),
-        stopped=samples.stopped.at[rows.queue_index].set(rows.stopped),
-        finite=samples.finite.at[rows.queue_index].set(rows.finite),
+        length=samples.length.at[slots.queue_index].set(slots.length),
+        stopped=samples.stopped.at[slots.queue_index].set(slots.stopped),
+        finite=samples.finite.at[slots.queue_index].set(slots.finite),
     )
-    rows, following = _refill(sampling_params, replace(rows, cache_len=rows.cache_len + TAIL_LEN), following, queue)
-    return rows, following, samples
+    slots = replace(slots, committed_len=slots.committed_len + TAIL_LEN)
+    slots, next_index = _assign_requests(sampling_params, slots, next_index, queue)
+    return slots, next_index, samples
 
 
-def _refill(
-    sampling_params: SamplingParams, rows: DecodeSlots, following: jax.Array, queue: RequestQueue
-) -> tuple[DecodeSlots, jax.Array]:
-    """Rows that are done take the next samples in the order of rows; those for which none is left stay idle."""
+def _assign_requests(
+    sampling_params: SamplingParams, slots: DecodeSlots, next_index: Array, queue: RequestQueue
+) -> tuple[DecodeSlots, Array]:
+    """Assign the next samples to free slots, in order."""
     idle = jnp.int32(len(queue.keys))
-    candidate = following + jnp.cumsum(rows.done, dtype=jnp.int32) - 1
-    taken = rows.done & (candidate < queue.count)
-    there = jnp.where(rows.done, jnp.where(taken, candidate, idle), rows.queue_index)
+    candidate = next_index + jnp.cumsum(slots.done, dtype=jnp.int32) - 1
+    is_assigned = slots.done & (candidate < queue.count)
+    queue_index = jnp.where(slots.done, jnp.where(is_assigned, candidate, idle), slots.queue_index)
 
-    def fresh(value: jax.typing.ArrayLike, old: jax.Array) -> jax.Array:
-        return jnp.where(rows.done, value, old)
+    def reset(value: jax.typing.ArrayLike, old: Array) -> Array:
+        return jnp.where(slots.done, value, old)
 
     refilled = DecodeSlots(
-        queue_index=there,
-        key=queue.keys.at[there].get(mode="clip"),
-        token=fresh(sampling_params.start_id, rows.token),
-        cache_len=fresh(0, rows.cache_len),
-        length=fresh(0, rows.length),
-        done=rows.done & ~taken,
-        stopped=rows.stopped & ~rows.done,
-        finite=rows.finite | rows.done,
+        queue_index=queue_index,
+        key=queue.keys.at[queue_index].get(mode="clip"),
+        token=reset(sampling_params.start_id, slots.token),
+        committed_len=reset(0, slots.committed_len),
+        length=reset(0, slots.length),
+        done=slots.done & ~is_assigned,
+        stopped=slots.stopped & ~slots.done,
+        finite=slots.finite | slots.done,
     )
-    return refilled, following + jnp.sum(taken, dtype=jnp.int32)
+    return refilled, next_index + jnp.sum(is_assigned, dtype=jnp.int32)
 
 
 def per_replica(rules: ShardingRules, function: Callable, sampling_params: SamplingParams) -> Callable:
-    """`function(sampling_params, rows, …)` on each replica's own part of arrays whose first axis is the batch.
+    """Map `function(sampling_params, slots, …)` over replicas.
 
-    (`drawn`, the last argument of `turn`, has the batch second.)
+    Arrays are sharded along their first axis. The fifth argument (`chunk_outputs` of `refill_slots`) is sharded along
+    its second axis.
     """
     first, second = rules.spec(("batch",)), rules.spec((None, "batch"))
     specs = (first, first, first, first, second)
@@ -204,7 +197,7 @@ def per_replica(rules: ShardingRules, function: Callable, sampling_params: Sampl
     return apply
 
 
-def progress_of(state: DecodeState) -> tuple[jax.Array, ...]:
-    """How many rows are busy, samples have ended, tokens they all have, and pages were run."""
-    busy = jnp.sum(~state.rows.done)
-    return busy, jnp.sum(state.next_index) - busy, jnp.sum(state.samples.length), state.pages
+def count_progress(state: DecodeState) -> tuple[Array, ...]:
+    """Count busy slots, finished samples, drawn tokens and decoded chunks."""
+    busy = jnp.sum(~state.slots.done)
+    return busy, jnp.sum(state.next_index) - busy, jnp.sum(state.samples.length), state.num_chunks

@@ -1,13 +1,13 @@
-"""Random words by identity: a pure function of (seed, sample id, token index, word index).
+"""Counter-based random bits.
 
-A sample's randomness must not depend on the batch it is drawn in, the machine, the mesh or a restart. So there is no
-generator state to carry: every 32-bit word is computed from what it is for, by threefry-2x32 with 20 rounds (Salmon,
-Moraes, Dror & Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011). It is written out here rather than taken
-from `jax.random`, whose streams follow flags (`jax_threefry_partitionable`, `jax_default_prng_impl`) and library
-versions; a corpus must be the same after an upgrade.
+They are a pure function of (seed, sample id, token index, word index). A sample's randomness must not depend on its
+batch, the machine, the mesh or a restart, so there is no generator state. Each 32-bit word is one output of
+threefry-2x32 with 20 rounds (Salmon, Moraes, Dror & Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The
+code does not use `jax.random`, whose streams depend on flags (`jax_threefry_partitionable`, `jax_default_prng_impl`)
+and library versions: a corpus must survive an upgrade.
 
-    key of a sample         = threefry(key = 64-bit seed, counter = 64-bit sample id)
-    word j behind token t   = threefry(key = key of the sample, counter = (t, j // 2))[j % 2]
+    key of a sample      = threefry(key = 64-bit seed, counter = 64-bit sample id)
+    word j of token t    = threefry(key = key of the sample, counter = (t, j // 2))[j % 2]
 
 64-bit numbers are (high, low) pairs of words, as in `jax.random.PRNGKey`.
 """
@@ -28,13 +28,13 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
 _LOW = 0xFFFF_FFFF
 MAX_SEED = 2**64 - 1
-"""Largest seed (and sample id): both are 64-bit counters."""
+"""Maximum seed: seeds and sample ids are 64-bit numbers."""
 
 
 def threefry2x32(
     key: tuple[UInt32Scalar, UInt32Scalar], counter: tuple[UInt32Scalar, UInt32Scalar]
 ) -> tuple[UInt32Scalar, UInt32Scalar]:
-    """The threefry-2x32 block function with 20 rounds, elementwise.
+    """Apply the threefry-2x32 block function with 20 rounds, elementwise.
 
     Args:
       key: two uint32 arrays; counter: two uint32 arrays; all four broadcast together.
@@ -55,11 +55,11 @@ def threefry2x32(
 
 
 def per_sample_keys(seed: int, sample_ids: Sequence[int] | np.ndarray) -> UInt32[np.ndarray, "B 2"]:
-    """The key of each sample, on the host.
+    """Compute the key of each sample on the host.
 
     Args:
       seed: 0 … 2⁶⁴−1.
-      sample_ids: B integers, 0 … 2⁶³−1.
+      sample_ids: [B], 0 … 2⁶³−1.
     """
     ids = np.asarray(sample_ids, np.int64).astype(np.uint64)
     counter = (ids >> np.uint64(32)).astype(np.uint32), (ids & np.uint64(_LOW)).astype(np.uint32)
@@ -68,20 +68,7 @@ def per_sample_keys(seed: int, sample_ids: Sequence[int] | np.ndarray) -> UInt32
 
 
 def token_random_bits(keys: UInt32[Array, "B 2"], step: Int[Array, " B"], n: int) -> UInt32[Array, "B n"]:
-    """The n words behind token `step` of each sample (in a jitted program; `keys` from `sample_keys`)."""
+    """Compute n random words for token `step` of each sample."""
     pairs = jnp.arange((n + 1) // 2, dtype=jnp.uint32)[None]
     x0, x1 = threefry2x32((keys[:, :1], keys[:, 1:]), (step[:, None].astype(jnp.uint32), pairs))
     return jnp.stack((x0, x1), axis=-1).reshape(keys.shape[0], -1)[:, :n]
-
-
-def random_words(seed: int, sample_ids: Sequence[int] | np.ndarray, step: int, n: int) -> UInt32[np.ndarray, "B n"]:
-    """The n words behind token `step` of the given samples: what the decode loop draws with, for looking at.
-
-    Args:
-      seed: 0 … 2⁶⁴−1; sample_ids: B integers; step: index of the token in its sample, from 0; n: words wanted.
-    """
-    keys = per_sample_keys(seed, sample_ids)
-    return np.asarray(_token_words(keys, np.full(len(keys), step, np.int32), n))
-
-
-_token_words = jax.jit(token_random_bits, static_argnums=2)

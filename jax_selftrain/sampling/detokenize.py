@@ -1,8 +1,7 @@
-"""Text of sampled tokens, and whether it would be read back as the same tokens.
+"""Text of sampled tokens, and how much it loses.
 
-Tokens are what was drawn and stay authoritative: a model draws sequences that its tokenizer would never make from the
-text (and, with byte-level vocabularies, bytes that are no text at all), so that text is a view with losses. How many
-samples lose something is counted, since everything that travels by text loses it too.
+The tokens stay authoritative: a model draws sequences that its tokenizer would never produce from the text (with
+byte-level vocabularies even bytes that are no text), so that text loses information.
 """
 
 from __future__ import annotations
@@ -14,16 +13,16 @@ import numpy as np
 
 
 def detokenize(tokenizer: Any, tokens: Sequence[np.ndarray], *, stop_ids: Sequence[int] = ()) -> tuple[list[str], int]:
-    """Text of each sample, special tokens left out.
+    """Decode samples without special tokens, and count re-encoding mismatches.
 
     Args:
-      tokenizer: of transformers, or None (a model without one): texts are then empty.
-      tokens: N integer vectors.
-      stop_ids: left out of the text where they end a sample, also if the tokenizer does not call them special.
+      tokenizer: from transformers, or None (a model without one): texts are empty.
+      tokens: integer vectors, one per sample.
+      stop_ids: removed from the end of a sample, even if the tokenizer does not list them as special.
 
     Returns:
-      N texts, and how many of them encode (special strings read as plain text) to other tokens than they came from,
-      stop id and special tokens aside.
+      The texts, and the number of texts whose encoding (special strings as plain text) differs from the sample's tokens
+      without stop id and special tokens.
     """
     if tokenizer is None:
         return [""] * len(tokens), 0

@@ -1,15 +1,14 @@
-"""Continuing prompts of any length until something is found in what was written: generation as evaluations ask for it.
+"""Greedy or sampled generation from prompts of any length.
 
-A batch of prompts fills the cache by one forward pass up to the last whole page of each; the rest of a prompt goes
-through the same decode steps as its continuation (forced), so that every row is at the same place of its page. Whether
-a row has come to its end is asked on the host, page by page: a stop string may end in the middle of a token, which no
-device program can see.
+A forward pass fills the cache with the whole chunks of each prompt. The remaining prompt tokens are forced through the
+decode steps, so that all rows share one offset in the tail of the cache. The host checks the stop criterion after each
+chunk: a stop string may end inside a token, which no device program can see.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import jax
@@ -21,206 +20,197 @@ from jax_selftrain.distributed.mesh import mesh_context
 from jax_selftrain.distributed.sharding import shard_host_array
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import LoadedModel
-from jax_selftrain.models import TAIL_LEN, KVCache, Params
-from jax_selftrain.models.prefill import prefill
+from jax_selftrain.models import TAIL_LEN, KVCache, Params, prefill
 from jax_selftrain.sampling.categorical import categorical, level_sizes
 from jax_selftrain.sampling.counter_rng import per_sample_keys, token_random_bits
-from jax_selftrain.sampling.decode import DecodeSpec, decode_chunk, decode_spec, next_token_logits
+from jax_selftrain.sampling.decode import DecodeSpec, compute_logits, decode_chunk
 from jax_selftrain.sampling.sampling_params import SamplingParams, warp_logits
 
 PROMPT_TOKENS = 8192
-"""Of prompts that go through one forward pass on a replica, unless said otherwise."""
+"""Default number of prompt tokens in one forward pass of a replica."""
 
 StopCriterion = Callable[[Sequence[int]], bool]
-"""Whether a continuation (all its tokens so far, at least one) ends with its last token."""
-
-
-@dataclass(frozen=True)
-class SamplingSpec:
-    """How tokens are drawn, where it is not by taking the most probable one."""
-
-    sampling_params: SamplingParams
-    """Temperature and truncation; its start and stop ids and its length limit play no part."""
-    seed: int
-    """Token t of prompt i is drawn with words that depend on (seed, i, t) alone."""
+"""Returns True if the generated tokens (all so far, at least one) end with the last."""
 
 
 @dataclass
 class _Request:
-    """A prompt and what has been written behind it."""
-
     prompt: Sequence[int]
-    generated: list[int]
+    index: int
+    """Its random bits depend on it."""
+    generated: list[int] = field(default_factory=list)
     done: bool = False
 
     @property
     def prefilled_len(self) -> int:
-        """Prompt tokens in whole pages; at least one token is left to feed."""
+        """Prompt tokens in whole chunks; at least one token remains."""
         return (len(self.prompt) - 1) // TAIL_LEN * TAIL_LEN
 
     @property
     def remaining_prompt(self) -> Sequence[int]:
-        """Prompt tokens behind the settled ones."""
         return self.prompt[self.prefilled_len :]
 
+    def append(self, tokens: Sequence[int], sampling_params: SamplingParams, stop: StopCriterion | None) -> None:
+        """Append tokens up to the end of the generation."""
+        for token in tokens:
+            if self.done:
+                return
+            self.generated.append(token)
+            is_last = len(self.generated) == sampling_params.max_tokens or token in sampling_params.stop_ids
+            self.done = is_last or (stop is not None and stop(self.generated))
 
-def generate_until(
+
+def generate(
     model: LoadedModel,
     prompts: Sequence[Sequence[int]],
-    max_tokens: int,
-    finished: StopCriterion,
+    sampling_params: SamplingParams,
     *,
-    draws: SamplingSpec | None = None,
-    ids: Sequence[int] | None = None,
+    seed: int = 0,
+    request_ids: Sequence[int] | None = None,
+    stop: StopCriterion | None = None,
     batch_size: int = 64,
     batch_tokens: int = PROMPT_TOKENS,
 ) -> list[list[int]]:
-    """Continue each prompt until it is finished or has `max_tokens` more tokens.
+    """Generate a continuation of each prompt.
 
     Args:
       model: on any mesh.
-      prompts: token ids, at least one each, fed exactly as they stand (nothing is prepended).
-      max_tokens: length limit of a continuation.
-      finished: asked after each new token.
-      draws: None: the most probable token at each place (the lowest id among equals).
-      ids: the number of each prompt, which its draws depend on; default: 0, 1, 2, …
-      batch_size: rows per replica that are decoded together, at most.
-      batch_tokens: prompt tokens per replica that go through one forward pass; fewer rows where prompts are long.
+      prompts: token ids, at least one each; nothing is prepended.
+      sampling_params: temperature 0 is greedy decoding; `start_id` is unused.
+      seed: token t of request i is drawn with random bits that depend on (seed, i, t) alone.
+      request_ids: the number i of each prompt; default: 0, 1, 2, …
+      stop: called after each new token.
+      batch_size: maximum number of rows per replica.
+      batch_tokens: maximum number of prompt tokens in one forward pass of a replica; long prompts reduce the rows.
 
     Returns:
-      The new tokens of each prompt, that with which it finished included.
+      The new tokens of each prompt, the last one (a stop id, say) included.
 
     Raises:
-      InputError: prompt and continuation together are longer than the model's positions.
+      InputError: a prompt and its continuation exceed the model's positions.
     """
+    max_tokens = sampling_params.max_tokens
     if max_tokens < 1 or not all(len(prompt) for prompt in prompts):
-        raise ValueError(f"a prompt without tokens, or {max_tokens} tokens to write")
+        raise ValueError(f"an empty prompt, or {max_tokens} tokens to generate")
     longest = max(map(len, prompts), default=1)
     if longest + max_tokens > model.config.max_positions:
         raise InputError(
             f"a prompt of {longest} tokens and {max_tokens} more are longer than the model's "
-            f"{model.config.max_positions} positions; cut the prompt or ask for fewer"
+            f"{model.config.max_positions} positions; shorten the prompt or generate fewer tokens"
         )
-    rows = [_Request(prompt, []) for prompt in prompts]
-    ids = range(len(rows)) if ids is None else ids
-    order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))  # the longest first: memory is short at once
-    while order:
-        width = _width(len(prompts[order[0]]))
-        size = max(1, min(batch_size, batch_tokens // width)) * model.sharding_rules.data_parallelism
-        batch, order = order[:size], order[size:]
-        _continue_batch(
-            model, [rows[i] for i in batch], [ids[i] for i in batch], size, width, max_tokens, finished, draws
-        )
-    return [row.generated for row in rows]
+    ids = range(len(prompts)) if request_ids is None else request_ids
+    requests = [_Request(prompt, index) for prompt, index in zip(prompts, ids, strict=True)]
+    queue = sorted(requests, key=lambda request: -len(request.prompt))  # longest first: too little memory shows early
+    while queue:
+        width = _padded_prompt_len(len(queue[0].prompt))
+        num_rows = max(1, min(batch_size, batch_tokens // width)) * model.sharding_rules.data_parallelism
+        batch, queue = queue[:num_rows], queue[num_rows:]
+        _generate_batch(model, batch, num_rows, width, sampling_params, seed, stop)
+    return [request.generated for request in requests]
 
 
-def _continue_batch(
+def _generate_batch(
     model: LoadedModel,
-    request_ids: Sequence[_Request],
-    ids: Sequence[int],
-    size: int,
+    requests: Sequence[_Request],
+    num_rows: int,
     width: int,
-    max_tokens: int,
-    finished: StopCriterion,
-    draws: SamplingSpec | None,
+    sampling_params: SamplingParams,
+    seed: int,
+    stop: StopCriterion | None,
 ) -> None:
-    rules, architecture = model.sharding_rules, decode_spec(model)
-    rows = [*request_ids, *(_Request([0], [], done=True) for _ in range(size - len(request_ids)))]
-    pages = -(-(TAIL_LEN + max_tokens) // TAIL_LEN)
-    prompts = np.zeros((size, width), np.int32)
-    settled = np.array([row.prefilled_len for row in rows], np.int32)
-    fed = np.zeros((TAIL_LEN + 1, size), np.int32)
-    lengths = np.array([len(row.remaining_prompt) for row in rows], np.int32)
+    rules, spec = model.sharding_rules, DecodeSpec.from_model(model)
+    static_params = replace(sampling_params, max_tokens=0, stop_ids=())  # one program for any length
+    rows = [*requests, *(_Request([0], 0, done=True) for _ in range(num_rows - len(requests)))]
+    num_chunks = -(-(TAIL_LEN + sampling_params.max_tokens) // TAIL_LEN)
+    prompts = np.zeros((num_rows, width), np.int32)
+    inputs = np.zeros((TAIL_LEN + 1, num_rows), np.int32)
     for b, row in enumerate(rows):
         prompts[b, : len(row.prompt)] = row.prompt
-        fed[: len(row.remaining_prompt), b] = row.remaining_prompt
-    keys = np.zeros((size, 2), np.uint32)
-    if draws is not None:
-        keys[: len(ids)] = per_sample_keys(draws.seed, list(ids))
-    sampling_params = None if draws is None else draws.sampling_params
-    given = np.arange(1, TAIL_LEN + 1)[:, None] < lengths
-    starts = np.array([len(row.prompt) for row in rows], np.int32)
+        inputs[: len(row.remaining_prompt), b] = row.remaining_prompt
+    committed_len = np.array([row.prefilled_len for row in rows], np.int32)
+    prompt_len = np.array([len(row.prompt) for row in rows], np.int32)
+    is_forced = np.arange(1, TAIL_LEN + 1)[:, None] < prompt_len - committed_len
+    num_forced = is_forced.sum(axis=0, dtype=np.int32)
+    all_forced = num_forced[: len(requests)].min()
     with mesh_context(rules.mesh):
         by_row = partial(shard_host_array, rules, axes=("batch",))
         cache = _prefill(
-            architecture,
-            width + pages * TAIL_LEN,
-            bool(settled.any()),
+            spec,
+            width + num_chunks * TAIL_LEN,
+            bool(committed_len.any()),
             model.params,
             shard_host_array(rules, prompts, ("batch", None)),
         )
-        state = cache, by_row(settled), by_row(fed[0])
-        for page in range(pages):
-            state, found = _decode_chunk(
-                architecture,
-                sampling_params,
+        keys = shard_host_array(rules, per_sample_keys(seed, [row.index for row in rows]), ("batch", None))
+        state = cache, by_row(committed_len), by_row(inputs[0])
+        for _ in range(num_chunks):
+            state, outputs = _generate_chunk(
+                spec,
+                static_params,
                 model.params,
                 *state,
-                shard_host_array(rules, fed[1:], (None, "batch")),
-                shard_host_array(rules, given, (None, "batch")),
-                shard_host_array(rules, keys, ("batch", None)),
-                by_row(starts),
+                shard_host_array(rules, inputs[1:], (None, "batch")),
+                shard_host_array(rules, is_forced, (None, "batch")),
+                all_forced,
+                keys,
+                by_row(prompt_len),
             )
-            for row, following, already in zip(rows, np.asarray(found).T, given.sum(axis=0), strict=True):
-                _collect(row, following[already:].tolist(), max_tokens, finished)
+            for row, tokens, skipped in zip(rows, np.asarray(outputs).T, num_forced, strict=True):
+                row.append(tokens[skipped:].tolist(), sampling_params, stop)
             if all(row.done for row in rows):
                 return
-            if not page:
-                given = np.zeros_like(given)
+            is_forced, num_forced, all_forced = np.zeros_like(is_forced), np.zeros_like(num_forced), np.int32(0)
 
 
-def _collect(row: _Request, tokens: Sequence[int], max_tokens: int, finished: StopCriterion) -> None:
-    for token in tokens:
-        if row.done:
-            return
-        row.generated.append(token)
-        row.done = len(row.generated) == max_tokens or finished(row.generated)
-
-
-def _width(length: int) -> int:
-    """Padded length of prompts: powers of two from a page on, so that few programs serve any task."""
+def _padded_prompt_len(length: int) -> int:
+    """Round up to a power of two: few programs are compiled."""
     return max(TAIL_LEN, 1 << (length - 1).bit_length())
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _prefill(
-    architecture: DecodeSpec, capacity: int, filled: bool, params: Params, prompts: Int32[Array, "B P"]
+    spec: DecodeSpec, capacity: int, has_chunks: bool, params: Params, prompts: Int32[Array, "B T"]
 ) -> KVCache:
-    """A cache with the prompts in it; an empty one where no prompt fills a page."""
-    config, rules = architecture.config, architecture.sharding_rules
-    cache = architecture.init_cache(prompts.shape[0], capacity)
-    if not filled:
+    """Create a cache that holds the prompts, if any fills a chunk."""
+    cache = spec.init_cache(prompts.shape[0], capacity)
+    if not has_chunks:
         return cache
-    return prefill(config, rules, params, cache, prompts, compute_dtype=architecture.compute_dtype)
+    return prefill(spec.config, spec.sharding_rules, params, cache, prompts, compute_dtype=spec.compute_dtype)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
-def _decode_chunk(
-    architecture: DecodeSpec,
-    sampling_params: SamplingParams | None,
+def _generate_chunk(
+    spec: DecodeSpec,
+    sampling_params: SamplingParams,
     params: Params,
     cache: KVCache,
-    settled: Int32[Array, " B"],
+    committed_len: Int32[Array, " B"],
     token: Int32[Array, " B"],
-    forced_mask: Int32[Array, "S B"],
-    forced_tokens: Bool[Array, "S B"],
+    forced_tokens: Int32[Array, "steps B"],
+    is_forced: Bool[Array, "steps B"],
+    all_forced: Int32[Array, ""],
     keys: UInt32[Array, "B 2"],
-    starts: Int32[Array, " B"],
-) -> tuple[tuple[KVCache, Int32[Array, " B"], Int32[Array, " B"]], Int32[Array, "S B"]]:
-    """One page of steps; the token that followed each, whole on every device: forced where it is given."""
+    prompt_len: Int32[Array, " B"],
+) -> tuple[tuple[KVCache, Int32[Array, " B"], Int32[Array, " B"]], Int32[Array, "steps B"]]:
+    """Decode a chunk; return the loop state and the replicated outputs.
 
-    def advance(hidden: jax.Array, position: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        logits = next_token_logits(architecture, params, hidden)
-        if sampling_params is None:
-            chosen = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        else:
-            words = token_random_bits(keys, position + 1 - starts, len(level_sizes(architecture.config.vocab_size)))
-            chosen, _ = categorical(warp_logits(logits, sampling_params), words)
-        here, is_given = (
-            jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False) for x in (forced_mask, forced_tokens)
-        )
-        following = jnp.where(is_given, here, chosen)
-        return following, index + 1, following
+    Logits are not computed in the first `all_forced` steps, whose outputs are forced in every row.
+    """
 
-    cache, token, _, outs = decode_chunk(architecture, params, cache, settled, token, jnp.int32(0), advance)
-    return (cache, settled + TAIL_LEN, token), jax.reshard(outs, architecture.sharding_rules.sharding((None, None)))
+    def next_token_fn(hidden: Array, position: Array, index: Array) -> tuple[Array, Array, Array]:
+        forced, mask = (jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False) for x in (forced_tokens, is_forced))
+
+        def choose() -> Array:
+            logits = compute_logits(spec, params, hidden)
+            if sampling_params.temperature == 0:
+                chosen = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            else:
+                bits = token_random_bits(keys, position + 1 - prompt_len, len(level_sizes(spec.config.vocab_size)))
+                chosen, _ = categorical(warp_logits(logits, sampling_params), bits)
+            return jnp.where(mask, forced, chosen)
+
+        token = jax.lax.cond(index < all_forced, lambda: forced, choose)
+        return token, index + 1, token
+
+    cache, token, _, outputs = decode_chunk(spec, params, cache, committed_len, token, jnp.int32(0), next_token_fn)
+    return (cache, committed_len + TAIL_LEN, token), jax.reshard(outputs, spec.sharding_rules.sharding((None, None)))

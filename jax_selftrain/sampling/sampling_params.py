@@ -1,10 +1,10 @@
-"""The sampling policy: what is drawn from, from where, and until when.
+"""Sampling parameters: temperature, truncation, and the start and end of a sample.
 
 Truncation follows transformers' `generate` (generation/logits_process.py, 5.x): temperature, then top-k, then top-p,
-then min-p, each on what the one before has left. Two definitions are ours to state:
+then min-p, each applied to the result of the one before. Two rules are our own:
 
-* *Ties.* Tokens whose logits are exactly equal are kept or dropped together. transformers does the same for top-k and
-  min-p; for top-p it cuts through a tie in the order that its sort happens to leave.
+* *Ties.* Tokens with exactly equal logits are kept or dropped together. transformers does the same for top-k and
+  min-p; its top-p cuts through a tie in the order of its sort.
 * *Padding.* Ids past the tokenizer's length (GPT-NeoX pads its vocabulary) are excluded first: they have no text.
 """
 
@@ -27,15 +27,16 @@ from jax_selftrain.sampling.counter_rng import MAX_SEED
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How samples are drawn. Hashable: a static argument of the decode program."""
+    """Distribution and length of samples: a static argument of programs."""
 
-    start_id: int
-    """The token every sample starts from."""
-    stop_ids: tuple[int, ...]
-    """Drawing one of these ends a sample; sorted. Empty: samples end by length alone."""
-    max_tokens: int
-    """Length limit, the start token not counted."""
+    max_tokens: int = 16
+    """Maximum number of new tokens; the start token does not count."""
+    stop_ids: tuple[int, ...] = ()
+    """A sample ends when it draws one of these; sorted. Empty: samples end by length alone."""
+    start_id: int = 0
+    """First token of a sample that has no prompt."""
     temperature: float = 1.0
+    """0: greedy decoding, the lowest id among equal logits (`generate` only)."""
     top_k: int = 0
     """0: off."""
     top_p: float = 1.0
@@ -43,11 +44,11 @@ class SamplingParams:
     min_p: float = 0.0
     """0: off."""
     num_valid_ids: int | None = None
-    """Only ids below this may be drawn; None: all."""
+    """Only smaller ids may be drawn; None: all."""
 
     @property
     def changes_distribution(self) -> bool:
-        """Whether tokens that may be drawn have other odds than the model gives them."""
+        """True if valid tokens have other probabilities than under the model."""
         return self.temperature != 1.0 or self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
 
@@ -60,16 +61,16 @@ def make_sampling_params(
     tokenizer_length: int | None,
     max_positions: int,
 ) -> SamplingParams:
-    """The policy of a stage's options over a model's defaults.
+    """Combine the options of a stage with the defaults of a model.
 
     Args:
-      config: flags win over the defaults that follow.
-      start_id, stop_ids: what the model's own files say (None: nothing is said).
-      vocab_size: V of the model; tokenizer_length: ids the tokenizer knows (None: no tokenizer).
-      max_positions: longest sequence the model is meant for.
+      config: its options override the defaults.
+      start_id, stop_ids: the defaults of the model's files (`start_id` None: the files name none).
+      vocab_size: V of the model; tokenizer_length: number of ids of the tokenizer (None: no tokenizer).
+      max_positions: maximum sequence length of the model.
 
     Raises:
-      InputError: no start token is known, an id is outside the vocabulary, or samples would outgrow the model.
+      InputError: there is no start token, an id is outside the vocabulary, or samples are longer than the model allows.
     """
     check_sample_config(config)
     start = config.start_id if config.start_id is not None else start_id
@@ -105,10 +106,10 @@ def make_sampling_params(
 
 
 def check_sample_config(config: SampleConfig) -> None:
-    """Refuse impossible options before any file is read.
+    """Check the values of options before any file is read.
 
     Raises:
-      InputError: names the first impossible one.
+      InputError: names the first invalid option.
     """
     if not (config.temperature > 0 and np.isfinite(config.temperature)):
         raise InputError(f"--temperature must be a finite number above 0, not {config.temperature}")
@@ -126,9 +127,10 @@ def check_sample_config(config: SampleConfig) -> None:
 
 
 def warp_logits(logits: Float[Array, "B V"], sampling_params: SamplingParams) -> Float[Array, "B V"]:
-    """Logits of the distribution to draw from: divided by the temperature, −inf for excluded tokens, vocabulary whole.
+    """Apply temperature and truncation.
 
-    Steps that the policy leaves off cost nothing.
+    Excluded tokens become −inf. The vocabulary is whole on every device of a replica. Disabled steps compile to
+    nothing.
     """
     logits = replicate_vocab(logits)
     if sampling_params.num_valid_ids is not None:
@@ -136,11 +138,11 @@ def warp_logits(logits: Float[Array, "B V"], sampling_params: SamplingParams) ->
     if sampling_params.temperature != 1.0:
         logits = logits / np.float32(sampling_params.temperature)
     if 0 < sampling_params.top_k < logits.shape[1]:
-        logits = _threshold_search(logits, partial(_count_above, sampling_params.top_k))
+        logits = _threshold_search(logits, partial(_has_at_least, sampling_params.top_k))
     if sampling_params.top_p < 1.0:
         weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-        may_drop = np.float32(1.0 - sampling_params.top_p) * jnp.sum(weights, axis=-1, keepdims=True)
-        logits = _threshold_search(logits, partial(_mass_below, may_drop, weights))
+        max_dropped_mass = np.float32(1.0 - sampling_params.top_p) * jnp.sum(weights, axis=-1, keepdims=True)
+        logits = _threshold_search(logits, partial(_has_dropped_at_most, max_dropped_mass, weights))
     if sampling_params.min_p > 0.0:
         ratio = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
         logits = jnp.where(ratio < np.float32(sampling_params.min_p), -jnp.inf, logits)
@@ -148,27 +150,30 @@ def warp_logits(logits: Float[Array, "B V"], sampling_params: SamplingParams) ->
 
 
 def full_logsumexp(
-    logits: Float[Array, "B V"], sampling_params: SamplingParams, masked_total: Float[Array, " B"]
+    logits: Float[Array, "B V"], sampling_params: SamplingParams, warped_logsumexp: Float[Array, " B"]
 ) -> Float[Array, " B"]:
-    """log Σ exp(logits) over the whole vocabulary at temperature 1, not finite where the row is no distribution.
+    """Return log Σ exp(logits) over the whole vocabulary at temperature 1.
 
     Args:
-      logits: as the model gave them, vocabulary whole.
-      masked_total: the same of `warp_logits(logits, sampling_params)`: it saves another pass where the policy does nothing but
-        exclude padding.
+      logits: unwarped, vocabulary whole.
+      warped_logsumexp: log Σ exp of `warp_logits(logits, sampling_params)`; saves a pass if only padding is excluded.
+
+    Returns:
+      fp32; not finite where the logits are no distribution (NaN or +inf).
     """
+    num_valid_ids = sampling_params.num_valid_ids
     if sampling_params.changes_distribution:
         return jax.nn.logsumexp(logits, axis=-1)
-    if sampling_params.num_valid_ids is None or sampling_params.num_valid_ids >= logits.shape[1]:
-        return masked_total
-    return jnp.logaddexp(masked_total, jax.nn.logsumexp(logits[:, sampling_params.num_valid_ids :], axis=-1))
+    if num_valid_ids is None or num_valid_ids >= logits.shape[1]:
+        return warped_logsumexp
+    return jnp.logaddexp(warped_logsumexp, jax.nn.logsumexp(logits[:, num_valid_ids:], axis=-1))
 
 
-def _count_above(k: int, kept: Bool[Array, "B V"]) -> Bool[Array, "B 1"]:
+def _has_at_least(k: int, kept: Bool[Array, "B V"]) -> Bool[Array, "B 1"]:
     return jnp.sum(kept, axis=-1, keepdims=True, dtype=jnp.int32) >= k
 
 
-def _mass_below(
+def _has_dropped_at_most(
     mass: Float[Array, "B 1"], weights: Float[Array, "B V"], kept: Bool[Array, "B V"]
 ) -> Bool[Array, "B 1"]:
     return jnp.sum(jnp.where(kept, 0.0, weights), axis=-1, keepdims=True) <= mass
@@ -177,10 +182,9 @@ def _mass_below(
 def _threshold_search(
     logits: Float[Array, "B V"], suffices: Callable[[Bool[Array, "B V"]], Bool[Array, "B 1"]]
 ) -> Float[Array, "B V"]:
-    """Keep the logits at or above the highest floor for which what is kept suffices; always the largest.
+    """Keep logits above the highest floor that suffices, and always the largest.
 
-    The floor is found bit by bit: read as integers in their order, floats need 32 halvings of the range to find a
-    value exactly. That is 32 passes over the row where sorting it took ten times as long.
+    A bisection over the ordered integers of fp32 finds the floor exactly in 32 passes; a sort took ten times as long.
     """
     bits = jax.lax.bitcast_convert_type(jnp.where(logits == 0, 0.0, logits), jnp.uint32)  # −0 and 0 are equal
     order = jnp.where(bits >> 31 == 1, ~bits, bits | np.uint32(1 << 31))

@@ -20,7 +20,7 @@ from jax_selftrain.config import ExtractConfig
 from jax_selftrain.corpus import LazilyTokenized
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
-from jax_selftrain.sampling import greedy_continue
+from jax_selftrain.sampling import SamplingParams, generate
 
 CONTINUATIONS = "continuations.npy"
 CALIPER = 0.25
@@ -57,7 +57,8 @@ def make_control_continuations(options: ExtractConfig, texts: str, n: int, out: 
     start = evals.find_start_tokens(options)
     model = hub.load_model(options.model, options.mesh, options.dtype, preset=options.preset)
     prompts = np.concatenate([np.tile(np.array(start, np.int32), (len(chunks), 1)), chunks], axis=1)
-    found = np.concatenate([chunks, greedy_continue(model, prompts, window.suffix)], axis=1)
+    greedy = SamplingParams(max_tokens=window.suffix, temperature=0)
+    found = np.concatenate([chunks, np.array(generate(model, prompts.tolist(), greedy), np.int32)], axis=1)
     with atomic.commit_file(out / CONTINUATIONS) as path, path.open("wb") as handle:
         np.save(handle, found, allow_pickle=False)
 

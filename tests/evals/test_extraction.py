@@ -24,9 +24,10 @@ from jax_selftrain.evals import (
     score_suffixes,
     summarize,
 )
-from jax_selftrain.sampling import greedy_continue, sample
+from jax_selftrain.sampling import SamplingParams, generate, sample
 
 PREFIX, SUFFIX = 8, 24
+GREEDY = SamplingParams(max_tokens=SUFFIX, temperature=0)
 CLASSES = ("held_out", "partial", "seen")
 BATCH = 1024
 
@@ -40,7 +41,7 @@ def model(tiny_model):
 def greedy_paths(model):
     """32 sequences whose suffix is what the model itself says."""
     prefixes = np.random.default_rng(0).integers(3, 512, (32, PREFIX)).astype(np.int32)
-    return np.concatenate([prefixes, np.asarray(greedy_continue(model, prefixes, SUFFIX))], axis=1)
+    return np.concatenate([prefixes, np.array(generate(model, prefixes.tolist(), GREEDY), np.int32)], axis=1)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_exact_match_is_what_free_running_decoding_finds(model, greedy_paths, ra
     sequences = np.concatenate([greedy_paths, random_sequences])
     sequences[::4, -1] = (sequences[::4, -1] + 1) % 512
     measured = extraction_metrics(model, sequences, PREFIX, batch_tokens=BATCH)
-    decoded = np.asarray(greedy_continue(model, sequences[:, :PREFIX], SUFFIX))
+    decoded = np.array(generate(model, sequences[:, :PREFIX].tolist(), GREEDY))
     same = decoded == sequences[:, PREFIX:]
     assert measured["exact_match"].tolist() == same.all(axis=1).tolist()
     np.testing.assert_array_equal(measured["token_accuracy"], same.mean(axis=1))

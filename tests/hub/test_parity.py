@@ -20,7 +20,7 @@ needs_torch = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def write_config(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def make(case: str) -> Path:
         family, overrides = CASES[case]
         return write_tiny_hf_model(tmp_path_factory.mktemp(case), family, tokenizer=False, **overrides)
@@ -29,12 +29,12 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def our_logits(folder_of: Callable[[str], Path]) -> Callable[[str], np.ndarray]:
+def our_logits(write_config: Callable[[str], Path]) -> Callable[[str], np.ndarray]:
     made: dict[str, np.ndarray] = {}
 
     def compute(case: str) -> np.ndarray:
         if case not in made:
-            made[case] = hub.load_model(folder_of(case), "data=1").logits(case_tokens())
+            made[case] = hub.load_model(write_config(case), "data=1").logits(case_tokens())
         return made[case]
 
     return compute
@@ -42,8 +42,8 @@ def our_logits(folder_of: Callable[[str], Path]) -> Callable[[str], np.ndarray]:
 
 @needs_torch
 @pytest.mark.parametrize("case", CASES)
-def test_logits_equal_transformers(case: str, folder_of, our_logits):
-    theirs = transformers_logits(folder_of(case), case_tokens())
+def test_logits_equal_transformers(case: str, write_config, our_logits):
+    theirs = transformers_logits(write_config(case), case_tokens())
     assert theirs.shape[1] >= 512
     np.testing.assert_allclose(our_logits(case), theirs, rtol=0, atol=TOLERANCE)
 

@@ -69,7 +69,7 @@ def test_last_layer_at_some_places_is_the_whole_one_there(config: DecoderConfig,
     rules, tokens = sharding_rules_for(config, spec), tokens_of(4, 70)
     at = np.random.default_rng(1).integers(0, 70, (4, 9)).astype(np.int32)
     segments = np.repeat(np.arange(7, dtype=np.int32), 10)[None].repeat(4, axis=0)
-    found = logits_of(config, rules, tokens, at=at, segments=segments)
+    found = logits_of(config, rules, tokens, query_positions=at, segments=segments)
     whole = logits_of(config, rules, tokens, segments=segments)
     np.testing.assert_allclose(found, np.take_along_axis(whole, at[..., None], axis=1), atol=ROUNDING)
 
@@ -102,7 +102,7 @@ def test_what_depends_on_a_token_alone_can_be_looked_up(config: DecoderConfig, l
             )
         )
         found = run(params, *(shard_host_array(rules, array, ("batch", None)) for array in (places, at)), known)
-    np.testing.assert_allclose(found, logits_of(config, rules, tokens, at=at), atol=ROUNDING)
+    np.testing.assert_allclose(found, logits_of(config, rules, tokens, query_positions=at), atol=ROUNDING)
 
 
 @pytest.mark.parametrize(("config", "spared"), [(NEOX, "qkv and MLP"), (LLAMA, "qkv")])
@@ -116,7 +116,9 @@ def test_a_look_up_spares_the_products_of_the_first_layer(config: DecoderConfig,
         known = abstract_precomputed(config, rules, params, 160, jnp.float32)
 
         def operations(known) -> float:
-            return flops(jax.make_jaxpr(partial(forward, config, rules))(params, tokens, at=at, known=known))
+            return flops(
+                jax.make_jaxpr(partial(forward, config, rules))(params, tokens, query_positions=at, precomputed=known)
+            )
 
         difference = operations(None) - operations(known)
     width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
@@ -138,49 +140,57 @@ def test_logits_and_parameters_are_the_same_on_any_mesh(config, spec, preset):
 
 
 class Decoding:
-    """One token a row and step, with as many settled slots as `tokens` need."""
+    """One token a row and step, with as many committed positions as `tokens` need."""
 
     def __init__(self, config: DecoderConfig, rules: ShardingRules, rows: int, capacity: int, **options):
         self.config, self.sharding_rules, self.params = config, rules, init_params(config, 0, rules)
         with mesh_context(rules.mesh):
             self.cache = jax.jit(lambda: init_cache(config, rules, rows, capacity, **options))()
-        self.settled = np.zeros(rows, np.int32)
+        self.committed_len = np.zeros(rows, np.int32)
 
         @jax.jit
-        def step(params, cache, token, settled, offset):
+        def step(params, cache, token, committed_len, offset):
             hidden, cache = decode_step(
-                config, rules, params, cache, token, settled + offset, settled, num_used_blocks(cache, settled), offset
+                config,
+                rules,
+                params,
+                cache,
+                token,
+                committed_len + offset,
+                committed_len,
+                num_used_blocks(cache, committed_len),
+                offset,
             )
             return unembed(config, rules, params, hidden), cache
 
         self._step, self._flush = step, jax.jit(partial(flush_tail, rules))
 
-    def page(self, tokens: np.ndarray) -> np.ndarray:
-        """Feed up to a page of tokens [B, T ≤ PAGE]; logits [B, T, V]. A whole page is flushed."""
+    def feed(self, tokens: np.ndarray) -> np.ndarray:
+        """Feed tokens [B, T ≤ TAIL_LEN] and return logits [B, T, V]; a full tail is flushed."""
         logits = []
         with mesh_context(self.sharding_rules.mesh):
-            settled = shard_host_array(self.sharding_rules, self.settled, ("batch",))
+            committed_len = shard_host_array(self.sharding_rules, self.committed_len, ("batch",))
             for t in range(tokens.shape[1]):
                 token = shard_host_array(self.sharding_rules, tokens[:, t], ("batch",))
-                out, self.cache = self._step(self.params, self.cache, token, settled, jnp.int32(t))
+                out, self.cache = self._step(self.params, self.cache, token, committed_len, jnp.int32(t))
                 logits.append(np.asarray(out))
             if tokens.shape[1] == TAIL_LEN:
-                self.cache = self._flush(self.cache, settled)
-        self.settled = self.settled + TAIL_LEN
+                self.cache = self._flush(self.cache, committed_len)
+        self.committed_len = self.committed_len + TAIL_LEN
         return np.stack(logits, axis=1)
 
     def all(self, tokens: np.ndarray) -> np.ndarray:
         return np.concatenate(
-            [self.page(tokens[:, t : t + TAIL_LEN]) for t in range(0, tokens.shape[1], TAIL_LEN)], axis=1
+            [self.feed(tokens[:, t : t + TAIL_LEN]) for t in range(0, tokens.shape[1], TAIL_LEN)], axis=1
         )
 
 
 @pytest.mark.parametrize("config", FAMILIES)
 @pytest.mark.parametrize("spec", MESHES)
-@pytest.mark.parametrize("block", [TAIL_LEN, 2 * TAIL_LEN])
-def test_token_by_token_equals_all_at_once(config, spec, block):
+@pytest.mark.parametrize("block_size", [TAIL_LEN, 2 * TAIL_LEN])
+def test_token_by_token_equals_all_at_once(config, spec, block_size):
     rules, tokens = sharding_rules_for(config, spec), tokens_of(4, 3 * TAIL_LEN + 9)
-    decoded = Decoding(config, rules, 4, 3 * TAIL_LEN, block=block).all(tokens)
+    decoded = Decoding(config, rules, 4, 3 * TAIL_LEN, block_size=block_size).all(tokens)
     np.testing.assert_allclose(decoded, logits_of(config, rules, tokens), atol=ROUNDING)
 
 
@@ -190,26 +200,26 @@ def test_a_row_has_the_same_bits_whatever_its_neighbors_have_behind_them(spec):
     config, rules, tokens = LLAMA, sharding_rules_for(LLAMA, spec), tokens_of(4, 4 * TAIL_LEN)
     fresh, long = tokens[:2], tokens[2:]
     alone, decoding = [
-        Decoding(config, rules, 2, capacity, block=block)
-        for capacity, block in ((4 * TAIL_LEN, TAIL_LEN), (8 * TAIL_LEN, TAIL_LEN))
+        Decoding(config, rules, 2, capacity, block_size=block_size)
+        for capacity, block_size in ((4 * TAIL_LEN, TAIL_LEN), (8 * TAIL_LEN, TAIL_LEN))
     ]
-    expected = alone.all(long), Decoding(config, rules, 2, TAIL_LEN, block=TAIL_LEN).page(fresh[:, :TAIL_LEN])
+    expected = alone.all(long), Decoding(config, rules, 2, TAIL_LEN, block_size=TAIL_LEN).feed(fresh[:, :TAIL_LEN])
     mixed = np.stack([fresh[0], long[1]])
-    found = [decoding.page(long[:, t : t + TAIL_LEN]) for t in range(0, 3 * TAIL_LEN, TAIL_LEN)]
-    decoding.settled = np.array([0, 3 * TAIL_LEN], np.int32)
+    found = [decoding.feed(long[:, t : t + TAIL_LEN]) for t in range(0, 3 * TAIL_LEN, TAIL_LEN)]
+    decoding.committed_len = np.array([0, 3 * TAIL_LEN], np.int32)
     mixed = np.stack([fresh[0, :TAIL_LEN], long[1, 3 * TAIL_LEN :]])
-    found.append(decoding.page(mixed))
+    found.append(decoding.feed(mixed))
     np.testing.assert_array_equal(np.concatenate(found, axis=1)[1], expected[0][1])
     np.testing.assert_array_equal(found[-1][0], expected[1][0])
 
 
-def test_a_settled_part_in_eight_bits_is_close():
+def test_committed_blocks_in_eight_bits_are_close():
     """Each key and value is off by at most 1/254 of its head's largest; half-precision types are off by 2^-9."""
     config, rules, tokens = LLAMA, sharding_rules_for(LLAMA), tokens_of(4, 3 * TAIL_LEN)
     expected = logits_of(config, rules, tokens)
     spread = expected.std()
     for dtype, bound in ((jnp.int8, 0.05), (jnp.bfloat16, 0.03)):
-        decoded = Decoding(config, rules, 4, 2 * TAIL_LEN, settled_dtype=dtype).all(tokens)
+        decoded = Decoding(config, rules, 4, 2 * TAIL_LEN, committed_dtype=dtype).all(tokens)
         np.testing.assert_allclose(decoded[:, :TAIL_LEN], expected[:, :TAIL_LEN], atol=ROUNDING)
         error = np.abs(decoded[:, TAIL_LEN:] - expected[:, TAIL_LEN:])
         assert ROUNDING < error.max() < 10 * bound * spread

@@ -4,14 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sampling_reference import draw_with_margins, random_bits, tree_path
 from scipy import special, stats
 
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
-from jax_selftrain.sampling.categorical import categorical as draw_unjitted
-from jax_selftrain.sampling.categorical import draw_margin, level_sizes, tree_path
-from jax_selftrain.sampling.counter_rng import random_words
+from jax_selftrain.sampling import categorical, level_sizes
 
-_draw = jax.jit(draw_unjitted)
+_draw = jax.jit(categorical)
 
 
 def draw(logits, words):
@@ -19,7 +18,7 @@ def draw(logits, words):
 
 
 def _words(rows: int, vocab_size: int, seed: int = 0) -> np.ndarray:
-    return random_words(seed, np.arange(rows), 0, len(level_sizes(vocab_size)))
+    return random_bits(seed, np.arange(rows), 0, len(level_sizes(vocab_size)))
 
 
 def _logits(rows: int, vocab_size: int, scale: float, seed: int = 0) -> np.ndarray:
@@ -72,7 +71,7 @@ def test_the_draw_is_the_descent_in_higher_precision_but_for_ties(vocab_size):
     rows = 2000 if vocab_size < 5000 else 200
     logits, words = _logits(rows, vocab_size, 2.0), _words(rows, vocab_size)
     tokens = np.asarray(draw(logits, words))
-    expected, margins = draw_margin(logits, words)
+    expected, margins = draw_with_margins(logits, words)
     parted = tokens != expected
     # fp32: a boundary is two sums of ≤ 16 + 4·levels roundings, each of at most 2⁻²⁴ relative.
     assert np.all(margins[parted].min(axis=1, initial=np.inf) < 32 * 2.0**-24)
@@ -138,7 +137,7 @@ def test_noisy_logits_part_only_within_the_stated_margin():
     logits, words = _logits(rows, vocab_size, 2.0), _words(rows, vocab_size)
     noisy = logits + np.random.default_rng(3).uniform(-noise, noise, logits.shape).astype(np.float32)
     before, after = (np.asarray(draw(x, words)) for x in (logits, noisy))
-    exact, margins = draw_margin(logits, words)
+    exact, margins = draw_with_margins(logits, words)
     paths = [tree_path(tokens, vocab_size) for tokens in (exact, before, after)]
     parted = np.flatnonzero(before != after)
     # Each of at most 15 boundaries on 3 levels moves by at most noise / 2 (found: 1.2e-3, a tenth of that).
@@ -149,5 +148,5 @@ def test_noisy_logits_part_only_within_the_stated_margin():
 
 
 def test_too_few_words_are_refused():
-    with pytest.raises(ValueError, match="2 words for a tree of 3 levels"):
+    with pytest.raises(ValueError, match="2 random words for a tree of 3 levels"):
         draw(jnp.zeros((1, 512)), jnp.zeros((1, 2), jnp.uint32))

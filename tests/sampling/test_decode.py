@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sampling_reference import draw_samples
 from scipy import stats
 
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.distributed.sharding import make_sharding_rules, shard_host_array
 from jax_selftrain.models import TAIL_LEN, DecoderConfig, RopeConfig, axis_sizes, forward, init_params, unembed
-from jax_selftrain.sampling.continuous_batching import RequestQueue, initial_state
+from jax_selftrain.sampling.continuous_batching import RequestQueue, initial_state, padded_output_len
 from jax_selftrain.sampling.counter_rng import per_sample_keys
-from jax_selftrain.sampling.decode import DecodeLoop, DecodeProgress, DecodeSpec, decode, decode_chunks, empty_cache
+from jax_selftrain.sampling.decode import DecodeLoop, DecodeProgress, DecodeSpec, decode_chunks
 from jax_selftrain.sampling.sampling_params import SamplingParams, warp_logits
 
 CONFIG = DecoderConfig(
@@ -49,25 +50,28 @@ class Model:
 
     def __init__(self, spec: str = "data=1,model=1", sharpness: float = 1.0):
         rules = make_sharding_rules("tensor", make_mesh(spec), axis_sizes(CONFIG))
-        self.architecture = DecodeSpec(CONFIG, rules, "float32")
+        self.spec = DecodeSpec(CONFIG, rules, "float32")
         self.params = init_params(CONFIG, 0, rules)
         with mesh_context(rules.mesh):
             self.params["head"]["kernel"] = self.params["head"]["kernel"] * sharpness
 
-    def draw(self, sampling_params: SamplingParams, ids: np.ndarray, seed: int = 0, rows: int | None = None, **options):
-        rows = len(ids) // self.architecture.sharding_rules.data_parallelism if rows is None else rows
-        return decode(self.architecture, sampling_params, self.params, per_sample_keys(seed, ids), rows=rows, **options)
+    def draw(
+        self, sampling_params: SamplingParams, ids: np.ndarray, seed: int = 0, num_slots: int | None = None, **options
+    ):
+        num_slots = len(ids) // self.spec.sharding_rules.data_parallelism if num_slots is None else num_slots
+        keys = per_sample_keys(seed, ids)
+        return draw_samples(self.spec, sampling_params, self.params, keys, num_slots=num_slots, **options)
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Of the full forward pass [B, T, V]: the reference that shares no cache, page or loop with decoding."""
-        with mesh_context(self.architecture.sharding_rules.mesh):
-            return np.asarray(_full_logits(self.architecture, self.params, jnp.asarray(tokens)))
+        with mesh_context(self.spec.sharding_rules.mesh):
+            return np.asarray(_full_logits(self.spec, self.params, jnp.asarray(tokens)))
 
 
 @partial(jax.jit, static_argnums=0)
-def _full_logits(architecture, params, tokens):
-    hidden = forward(architecture.config, architecture.sharding_rules, params, tokens)
-    return unembed(architecture.config, architecture.sharding_rules, params, hidden)
+def _full_logits(spec, params, tokens):
+    hidden = forward(spec.config, spec.sharding_rules, params, tokens)
+    return unembed(spec.config, spec.sharding_rules, params, hidden)
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -150,7 +154,7 @@ def drawn():
 
 def test_log_probabilities_are_those_of_the_full_forward_pass(model, drawn):
     """At temperature 1 over the whole vocabulary, whatever the policy excluded or sharpened."""
-    sharpened = model.draw(replace(ENDING, temperature=0.7, top_k=50, valid_ids=190), np.arange(64))
+    sharpened = model.draw(replace(ENDING, temperature=0.7, top_k=50, num_valid_ids=190), np.arange(64))
     for result in (drawn, sharpened):
         inputs = np.concatenate([np.full((64, 1), ENDING.start_id), result.tokens[:, :-1]], axis=1)
         logprobs = np.take_along_axis(_log_softmax(model.logits(inputs)), result.tokens[:, :, None], axis=2)[:, :, 0]
@@ -216,57 +220,59 @@ def test_a_sample_is_the_same_in_any_row_and_whatever_the_others_are(model, draw
 
 
 @pytest.mark.parametrize(
-    ("spec", "rows"),
+    ("spec", "num_slots"),
     [
         pytest.param("data=1,model=1", 16, marks=pytest.mark.slow),
         pytest.param("data=2,model=1", 16, marks=pytest.mark.slow),
         ("data=4,model=1", 16),
     ],
 )
-def test_refilled_rows_draw_the_samples_of_lockstep(spec, rows):
-    """Bitwise, though samples start at different times, in different rows, beside different neighbors."""
+def test_refilled_slots_draw_the_samples_of_static_batches(spec, num_slots):
+    """Bitwise, although samples start at other steps, in other slots, with other neighbors."""
     model, ids = small_model(spec), np.arange(150)
-    replicas = model.architecture.sharding_rules.data_parallelism
-    lockstep = [
-        model.draw(ENDING, part, rows=rows, queue=rows)
+    replicas = model.spec.sharding_rules.data_parallelism
+    static = [
+        model.draw(ENDING, part, num_slots=num_slots, queue_size=num_slots)
         for part in np.split(ids, range(16 * replicas, 150, 16 * replicas))
     ]
-    refilled = model.draw(ENDING, ids, rows=rows)
+    refilled = model.draw(ENDING, ids, num_slots=num_slots)
     for name in FIELDS:
-        expected = np.concatenate([getattr(batch, name) for batch in lockstep])
+        expected = np.concatenate([getattr(batch, name) for batch in static])
         np.testing.assert_array_equal(getattr(refilled, name), expected)
-    assert refilled.slots < sum(batch.slots for batch in lockstep)
-    assert refilled.utilization == refilled.lengths.sum() / refilled.slots
+    assert refilled.slot_steps < sum(batch.slot_steps for batch in static)
+    assert refilled.utilization == refilled.lengths.sum() / refilled.slot_steps
 
 
-@pytest.mark.parametrize("queue", [8, 11, 64])
-def test_rows_without_a_sample_change_nothing(model, drawn, queue):
+@pytest.mark.parametrize("queue_size", [8, 11, 64])
+def test_rows_without_a_sample_change_nothing(model, drawn, queue_size):
     """Fewer samples than rows, or than places in the queue; more samples than rows, to the last row."""
-    few = model.draw(ENDING, np.arange(8), rows=64, queue=queue)
+    few = model.draw(ENDING, np.arange(8), num_slots=64, queue_size=queue_size)
     for name in FIELDS:
         np.testing.assert_array_equal(getattr(few, name), getattr(drawn, name)[:8])
 
 
 def test_progress_is_reported_and_may_end_the_drawing(model):
-    told: list[DecodeProgress] = []
-    drawn = model.draw(ENDING, np.arange(64), rows=16, report=told.append)
-    for name in ("ended", "tokens", "slots"):
-        assert [getattr(tally, name) for tally in told] == sorted(getattr(tally, name) for tally in told)
-    assert told[-1] == DecodeProgress(64, int(drawn.lengths.sum()), drawn.slots)
-    assert len(told) > 2
+    reports: list[DecodeProgress] = []
+    drawn = model.draw(ENDING, np.arange(64), num_slots=16, progress_callback=reports.append)
+    for name in ("num_finished", "tokens", "slot_steps"):
+        assert [getattr(progress, name) for progress in reports] == sorted(
+            getattr(progress, name) for progress in reports
+        )
+    assert reports[-1] == DecodeProgress(64, int(drawn.lengths.sum()), drawn.slot_steps)
+    assert len(reports) > 2
 
-    def stop(tally: DecodeProgress) -> None:
+    def stop(progress: DecodeProgress) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        model.draw(ENDING, np.arange(64), rows=16, report=stop)
+        model.draw(ENDING, np.arange(64), num_slots=16, progress_callback=stop)
 
 
 def test_log_probabilities_under_the_policy(model):
     """Those of the masked, sharpened distribution: at temperature 1 with nothing excluded, the model's own."""
     plain = model.draw(ENDING, np.arange(64))
     np.testing.assert_allclose(plain.policy_logprobs, plain.logprobs, atol=1e-4)
-    sampling_params = replace(ENDING, temperature=0.7, top_k=50, valid_ids=190)
+    sampling_params = replace(ENDING, temperature=0.7, top_k=50, num_valid_ids=190)
     drawn = model.draw(sampling_params, np.arange(64))
     inputs = np.concatenate([np.full((64, 1), ENDING.start_id), drawn.tokens[:, :-1]], axis=1)
     masked = np.asarray(warp_logits(jnp.asarray(model.logits(inputs).reshape(-1, CONFIG.vocab_size)), sampling_params))
@@ -297,14 +303,14 @@ def test_logits_that_are_no_distribution_are_noticed(drawn):
 def _compiled_text(layers: int = 2, rows: int = 16, tokens: int = 256) -> str:
     config = replace(CONFIG, num_layers=layers)
     rules = make_sharding_rules("tensor", make_mesh("data=1,model=1"), axis_sizes(config))
-    architecture, sampling_params = DecodeSpec(config, rules, "float32"), replace(ENDING, max_tokens=tokens)
+    spec, sampling_params = DecodeSpec(config, rules, "float32"), replace(ENDING, max_tokens=tokens)
     keys, count = np.zeros((rows, 2), np.uint32), np.array([rows], np.int32)
     queue = RequestQueue(shard_host_array(rules, keys, ("batch", None)), shard_host_array(rules, count, ("batch",)))
     params = init_params(config, 0, rules)
     with mesh_context(rules.mesh):
-        cache = jax.eval_shape(partial(empty_cache, architecture, sampling_params, rows))
+        cache = jax.eval_shape(partial(spec.init_cache, rows, padded_output_len(sampling_params)))
         state = jax.eval_shape(partial(initial_state, rules, sampling_params, rows), queue, cache)
-        run = jax.jit(partial(decode_chunks, architecture, sampling_params), donate_argnums=(2,))
+        run = jax.jit(partial(decode_chunks, spec, sampling_params), donate_argnums=(2,))
         return run.lower(params, queue, state, jnp.int32(1)).compile().as_text()
 
 
@@ -330,8 +336,8 @@ def test_the_program_does_not_grow_with_depth_or_length():
 
 def test_a_loop_keeps_its_memory_and_its_programs(model):
     """Drawing again compiles nothing and uses the same cache, whose old contents do not show."""
-    drawn = model.draw(ENDING, np.arange(64), rows=16)
-    loop = DecodeLoop(model.architecture, ENDING, model.params, rows=16, queue=64)
+    drawn = model.draw(ENDING, np.arange(64), num_slots=16)
+    loop = DecodeLoop(model.spec, ENDING, model.params, num_slots=16, queue_size=64)
     loop.generate(per_sample_keys(5, np.arange(64)))
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
@@ -347,8 +353,8 @@ def test_a_loop_keeps_its_memory_and_its_programs(model):
 @pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])
 def test_keys_and_values_in_fewer_bits_draw_nearly_the_same(model, drawn, cache_dtype):
     """The first page is exact; after it the log-probabilities of what is drawn stay the model's, but for rounding."""
-    architecture = replace(model.architecture, cache_dtype=cache_dtype)
-    found = decode(architecture, ENDING, model.params, per_sample_keys(0, np.arange(64)), rows=64)
+    spec = replace(model.spec, cache_dtype=cache_dtype)
+    found = draw_samples(spec, ENDING, model.params, per_sample_keys(0, np.arange(64)), num_slots=64)
     np.testing.assert_array_equal(found.tokens[:, :TAIL_LEN], drawn.tokens[:, :TAIL_LEN])
     inputs = np.concatenate([np.full((64, 1), ENDING.start_id), found.tokens[:, :-1]], axis=1)
     logprobs = np.take_along_axis(_log_softmax(model.logits(inputs)), found.tokens[:, :, None], axis=2)[:, :, 0]

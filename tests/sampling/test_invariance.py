@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sampling_reference import draw_samples, draw_with_margins, random_bits, tree_path
 
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.distributed.sharding import make_sharding_rules, shard_host_array
@@ -15,15 +16,10 @@ from jax_selftrain.sampling import (
     DecodeSpec,
     SampleBatch,
     SamplingParams,
-    decode,
-    decode_spec,
-    draw_margin,
     level_sizes,
     per_sample_keys,
-    random_words,
-    tree_path,
 )
-from jax_selftrain.sampling.decode import decode_chunk, next_token_logits
+from jax_selftrain.sampling.decode import compute_logits, decode_chunk
 
 SEED, SAMPLES, TOKENS = 17, 256, 128
 POLICY = SamplingParams(start_id=1, stop_ids=(1, 2), max_tokens=TOKENS)
@@ -35,11 +31,10 @@ def load(stories260k):
     return cache(lambda spec: load_model(stories260k, spec))
 
 
-def _sample(model: LoadedModel, rows: int, samples: int, sampling_params: SamplingParams) -> SampleBatch:
-    """Samples 0 … samples−1 by `rows` rows per replica."""
-    drawn = decode(
-        decode_spec(model), sampling_params, model.params, per_sample_keys(SEED, np.arange(samples)), rows=rows
-    )
+def _sample(model: LoadedModel, num_slots: int, samples: int, sampling_params: SamplingParams) -> SampleBatch:
+    """Draw samples 0 … samples−1 with `num_slots` slots per replica."""
+    keys = per_sample_keys(SEED, np.arange(samples))
+    drawn = draw_samples(DecodeSpec.from_model(model), sampling_params, model.params, keys, num_slots=num_slots)
     assert drawn.finite.all()
     return drawn
 
@@ -81,10 +76,9 @@ def test_log_probabilities_are_those_of_transformers(stories260k, reference):
 
 @pytest.mark.slow
 def test_samples_are_the_same_on_any_mesh_and_in_any_batch_but_for_rounding_ties(load, reference):
-    """Every parting is shown to be a tie: with exact logits the uniform number lies within rounding of a boundary.
+    """Every divergence is shown to be a tie: with exact logits the uniform number lies within rounding of a boundary.
 
-    Found: no parting in 83,841 tokens (a draw parts about four times as often per token as its logits' rms noise says,
-    see test_draw: a few in a million here).
+    Observed: no divergence in 83,841 tokens.
     """
     short = SamplingParams(start_id=1, stop_ids=(1, 2), max_tokens=64)
     cases = [  # mesh, rows per replica, samples, policy
@@ -100,34 +94,33 @@ def test_samples_are_the_same_on_any_mesh_and_in_any_batch_but_for_rounding_ties
         ("data=1,model=4", 7, 56, short),
         ("data=1,model=4", 1, 16, short),
     ]
-    partings, compared = [], 0
+    divergences, compared = [], 0
     for spec, rows, samples, sampling_params in cases:
         found = _sample(load(spec), rows, samples, sampling_params)
         expected = reference.tokens[:samples, : sampling_params.max_tokens]
         compared += int(np.minimum(reference.lengths[:samples], sampling_params.max_tokens).sum())
         for row in np.flatnonzero((found.tokens != expected).any(axis=1)).tolist():
             step = int(np.argmax(found.tokens[row] != expected[row]))
-            partings.append((spec, rows, row, step, int(expected[row, step]), int(found.tokens[row, step])))
-    assert len(partings) <= 5e-5 * compared, f"{len(partings)} partings in {compared} tokens: {partings}"
-    if partings:
-        # Noise ε of the logits moves a boundary by ε / 2 (`draw_margin`); ε is twice the largest error found in one of
-        # these programs. The tree's own sums in fp32 come on top, as in test_draw.
+            divergences.append((spec, rows, row, step, int(expected[row, step]), int(found.tokens[row, step])))
+    assert len(divergences) <= 5e-5 * compared, f"{len(divergences)} divergences in {compared} tokens: {divergences}"
+    if divergences:
+        # Noise ε of the logits (twice the observed error) moves a boundary by ε / 2; fp32 sums of the tree add the rest.
         noise = 2 * _logit_noise(load("data=2,model=2"), reference.tokens[:14, :64])
         bound = noise / 2 + 32 * 2.0**-24
-        for _, _, row, step, one, other in partings:
-            margin = _margin_of_parting(load("data=1,model=1"), reference.tokens, row, step, one, other)
+        for _, _, row, step, one, other in divergences:
+            margin = _margin_of_divergence(load("data=1,model=1"), reference.tokens, row, step, one, other)
             assert margin < bound
 
 
 @pytest.mark.slow
-def test_the_explanation_of_a_parting_is_strict(load, reference):
-    """Most draws would not pass for a tie: their margins lie far above the bound that partings must stay below."""
+def test_the_explanation_of_a_divergence_is_strict(load, reference):
+    """Most draws would not pass for a tie: their margins lie far above the bound that divergences must stay below."""
     model, step = load("data=1,model=1"), 20
     noise = _logit_noise(load("data=2,model=2"), reference.tokens[:14, :64])
     assert 0 < noise < 1e-4  # fp32 logits of this model; found: 1.5e-5
-    words = random_words(SEED, np.arange(64), step, len(level_sizes(512)))
+    words = random_bits(SEED, np.arange(64), step, len(level_sizes(512)))
     inputs = np.concatenate([np.full((64, 1), POLICY.start_id), reference.tokens[:64, :step]], axis=1)
-    tokens, margins = draw_margin(_exact_logits(model, inputs)[:, -1], words)
+    tokens, margins = draw_with_margins(_exact_logits(model, inputs)[:, -1], words)
     alive = np.flatnonzero(reference.lengths[:64] > step)
     np.testing.assert_array_equal(tokens[alive], reference.tokens[alive, step])
     assert np.mean(margins.min(axis=1) > noise + 32 * 2.0**-24) > 0.99
@@ -135,15 +128,15 @@ def test_the_explanation_of_a_parting_is_strict(load, reference):
     for row in alive[:4].tolist():
         paths = tree_path(np.array([tokens[row], (tokens[row] + 1) % 512]), 512)
         level = np.argmax(paths[0] != paths[1])
-        found = _margin_of_parting(model, reference.tokens, row, step, *paths[:, -1].tolist())
+        found = _margin_of_divergence(model, reference.tokens, row, step, *paths[:, -1].tolist())
         assert found == pytest.approx(margins[row, level], abs=1e-12)
 
 
-def _margin_of_parting(model: LoadedModel, samples: np.ndarray, row: int, step: int, one: int, other: int) -> float:
-    """How far from parting the exact draw was, at the first level where either token leaves its path."""
+def _margin_of_divergence(model: LoadedModel, samples: np.ndarray, row: int, step: int, one: int, other: int) -> float:
+    """How far from divergence the exact draw was, at the first level where either token leaves its path."""
     inputs = np.concatenate([[POLICY.start_id], samples[row, :step]])[None]
     logits = _exact_logits(model, inputs)[:, -1]
-    exact, margins = draw_margin(logits, random_words(SEED, [row], step, len(level_sizes(logits.shape[1]))))
+    exact, margins = draw_with_margins(logits, random_bits(SEED, [row], step, len(level_sizes(logits.shape[1]))))
     paths = [tree_path(np.array([token]), logits.shape[1])[0] for token in (int(exact[0]), one, other)]
     level = int(np.argmax((paths[1] != paths[0]) | (paths[2] != paths[0])))
     return float(margins[0, level])
@@ -163,27 +156,27 @@ def _exact_logits(model: LoadedModel, tokens: np.ndarray) -> np.ndarray:
 
 def _logit_noise(model: LoadedModel, tokens: np.ndarray) -> float:
     """Largest error of the logits that the decode loop itself computes, fed with given tokens [B, 64]."""
-    architecture = decode_spec(model)
+    spec = DecodeSpec.from_model(model)
     inputs = np.concatenate([np.full((len(tokens), 1), POLICY.start_id), tokens[:, :-1]], axis=1).astype(np.int32)
     with mesh_context(model.sharding_rules.mesh):
         fed = shard_host_array(model.sharding_rules, np.ascontiguousarray(inputs.T), (None, "batch"))
-        logits = np.asarray(_decode_logits(architecture, model.params, fed)).swapaxes(0, 1)
+        logits = np.asarray(_decode_logits(spec, model.params, fed)).swapaxes(0, 1)
     return float(np.abs(logits - _exact_logits(model, inputs)).max())
 
 
 @partial(jax.jit, static_argnums=0)
-def _decode_logits(architecture: DecodeSpec, params, fed: jax.Array) -> jax.Array:
+def _decode_logits(spec: DecodeSpec, params, fed: jax.Array) -> jax.Array:
     """Logits [T, B, V] of the decode loop when its next token is not drawn but given (T whole pages)."""
     steps, rows = fed.shape
-    cache, settled, token, outs = architecture.init_cache(rows, steps), jnp.zeros_like(fed[0]), fed[0], []
+    cache, committed_len, token, outs = spec.init_cache(rows, steps), jnp.zeros_like(fed[0]), fed[0], []
 
     def advance(hidden, position, index):
         following = jax.lax.dynamic_index_in_dim(fed, index + 1, 0, keepdims=False)
-        return following, index + 1, next_token_logits(architecture, params, hidden)
+        return following, index + 1, compute_logits(spec, params, hidden)
 
     for page in range(steps // TAIL_LEN):
         begin = jnp.int32(page * TAIL_LEN)
-        cache, token, _, out = decode_chunk(architecture, params, cache, settled, token, begin, advance)
-        settled = settled + TAIL_LEN
+        cache, token, _, out = decode_chunk(spec, params, cache, committed_len, token, begin, advance)
+        committed_len = committed_len + TAIL_LEN
         outs.append(out)
     return jnp.concatenate(outs)

@@ -62,7 +62,7 @@ def _content(folder: Path) -> dict[str, str]:
 
 
 def test_a_corpus_holds_what_was_asked_for(config, undisturbed):
-    documents = list(undisturbed.documents())
+    documents = list(undisturbed.iter_samples())
     assert [document.sample_id for document in documents] == list(range(40))
     assert undisturbed.manifest["kind"] == "sampled"
     assert (undisturbed.start_id, undisturbed.stop_ids) == (1, (2,))
@@ -81,7 +81,7 @@ def test_a_corpus_holds_what_was_asked_for(config, undisturbed):
 def test_text_is_that_of_the_tokens_and_what_it_loses_is_counted(config, undisturbed):
     tokenizer = hub.open_model(config.model).tokenizer
     lost = 0
-    for document in undisturbed.documents():
+    for document in undisturbed.iter_samples():
         body = [token for token in document.tokens.tolist() if token not in tokenizer.all_special_ids]
         assert document.text == tokenizer.decode(body)
         lost += tokenizer(document.text, add_special_tokens=False, split_special_tokens=True)["input_ids"] != body
@@ -93,7 +93,7 @@ def test_the_folder_says_how_it_was_made(config, undisturbed):
     assert resolved == replace(config, out=str(undisturbed.folder), start_id=1, stop_ids=(2,))
     record = atomic.read_json(undisturbed.folder / "records" / "shard-000001.json")
     assert record["mesh"] == {"data": 1, "model": 1}
-    assert record["rows_per_replica"] == 8
+    assert record["slots_per_replica"] == 8
     assert record["xla_flags"]["XLA_FLAGS"] == os.environ["XLA_FLAGS"]
     assert record["versions"]["jax"] == jax.__version__
     assert atomic.read_json(undisturbed.folder / "timings" / "shard-000001.json")["seconds"] > 0
@@ -182,7 +182,7 @@ def test_the_corpus_is_the_same_for_any_number_of_replicas(promised, tmp_path):
 
 def test_shards_do_not_change_samples(config, undisturbed, tmp_path):
     whole = sample(replace(config, out=str(tmp_path / "corpus"), samples_per_shard=1000))
-    for a, b in zip(whole.iter_samples(), undisturbed.documents(), strict=True):
+    for a, b in zip(whole.iter_samples(), undisturbed.iter_samples(), strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
         assert (a.sample_id, a.text, a.logprob, a.finish_reason) == (b.sample_id, b.text, b.logprob, b.finish_reason)
 
@@ -227,7 +227,7 @@ def test_a_moved_model_and_another_mesh_and_batch_are_allowed(config, undisturbe
     again = sample(replace(config, model=str(moved), out=str(folder), mesh="data=2,model=1", batch_size=4))
     assert again.manifest["source"] == undisturbed.manifest["source"]
     assert [
-        atomic.read_json(folder / "records" / f"shard-00000{i}.json")["rows_per_replica"] for i in range(SHARDS)
+        atomic.read_json(folder / "records" / f"shard-00000{i}.json")["slots_per_replica"] for i in range(SHARDS)
     ] == [8, 8, 4]
 
 

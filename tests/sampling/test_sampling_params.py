@@ -74,9 +74,9 @@ def test_equal_logits_are_kept_or_dropped_together(options):
 def test_padding_ids_are_excluded_before_anything_else():
     logits = _logits(vocab_size=200)
     logits[:, 150:] += 100.0
-    sampling_params = replace(PLAIN, valid_ids=150, top_k=5, top_p=0.95, min_p=0.01)
+    sampling_params = replace(PLAIN, num_valid_ids=150, top_k=5, top_p=0.95, min_p=0.01)
     got = np.asarray(warp_logits(jnp.asarray(logits), sampling_params))
-    expected = np.asarray(warp_logits(jnp.asarray(logits[:, :150]), replace(sampling_params, valid_ids=None)))
+    expected = np.asarray(warp_logits(jnp.asarray(logits[:, :150]), replace(sampling_params, num_valid_ids=None)))
     assert np.isneginf(got[:, 150:]).all()
     np.testing.assert_array_equal(got[:, :150], expected)
 

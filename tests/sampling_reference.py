@@ -1,0 +1,85 @@
+"""References of the token draw for tests: the draw in fp64 with its margins, and random bits by sample id."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int, UInt32
+
+from jax_selftrain.models import Params
+from jax_selftrain.sampling import DecodeLoop, DecodeSpec, SampleBatch, SamplingParams, level_sizes, per_sample_keys
+from jax_selftrain.sampling.categorical import RADIX
+from jax_selftrain.sampling.counter_rng import token_random_bits
+
+_token_random_bits = jax.jit(token_random_bits, static_argnums=2)
+
+
+def random_bits(seed: int, sample_ids: Sequence[int] | np.ndarray, step: int, n: int) -> UInt32[np.ndarray, "B n"]:
+    """Return the n random words of token `step` of the given samples, as the decode loop uses them."""
+    keys = per_sample_keys(seed, sample_ids)
+    return np.asarray(_token_random_bits(keys, np.full(len(keys), step, np.int32), n))
+
+
+def tree_path(tokens: Int[np.ndarray, " B"], vocab_size: int) -> Int[np.ndarray, "B levels"]:
+    """Return the nodes from below the root to each token."""
+    path = [np.asarray(tokens)]
+    for width in reversed(level_sizes(vocab_size)[1:]):
+        path.insert(0, path[0] % width)
+    return np.stack(path, axis=-1)
+
+
+def draw_with_margins(
+    logits: Float[np.ndarray, "B V"], bits: UInt32[np.ndarray, "B levels"]
+) -> tuple[Int[np.ndarray, " B"], Float[np.ndarray, "B levels"]]:
+    """Draw in fp64, and measure the distance to another outcome: evidence that a divergence is a rounding tie.
+
+    At each level of the path the margin is the distance from the uniform number to the nearest boundary between two
+    siblings, as a share of their sum (infinite if one child has it all). If every logit carries noise of at most ε, a
+    boundary F = (left sum)/(sum) moves by at most F·(1−F)·(e^{2ε} − 1) ≤ ε/2 (to first order), and the fp32 sums of the
+    tree add their own rounding: a draw with larger margins cannot diverge.
+
+    Args:
+      logits: on the host, −inf for excluded tokens.
+      bits: as in `categorical`.
+
+    Returns:
+      Tokens, and margins, the root's first.
+    """
+    values = np.asarray(logits, np.float64)
+    values = np.exp(values - values.max(axis=1, keepdims=True))
+    rows, vocab_size = values.shape
+    widths = level_sizes(vocab_size)
+    tree: list[np.ndarray] = []
+    for width in reversed(widths):
+        padded = np.pad(values, ((0, 0), (0, RADIX * width - values.shape[1])))
+        tree.insert(0, padded.reshape(rows, RADIX, width))
+        values = tree[0].sum(axis=1)
+    node = np.zeros(rows, np.int64)
+    margins = np.empty((rows, len(widths)))
+    for level, width in enumerate(widths):
+        ends = np.cumsum(tree[level][np.arange(rows), :, node], axis=1)
+        ends /= ends[:, -1:]
+        uniform = (np.asarray(bits[:, level]) >> 8)[:, None] * 2.0**-24
+        inside = (ends > 0) & (ends < 1)
+        margins[:, level] = np.where(inside, np.abs(ends - uniform), np.inf).min(axis=1)
+        node = node + width * (ends <= uniform).sum(axis=1)
+    return node, margins
+
+
+def draw_samples(
+    spec: DecodeSpec,
+    sampling_params: SamplingParams,
+    params: Params,
+    keys: UInt32[np.ndarray, "samples 2"],
+    *,
+    num_slots: int,
+    queue_size: int | None = None,
+    **options,
+) -> SampleBatch:
+    """Run a decode loop once; by default its queue holds all samples."""
+    if queue_size is None:
+        queue_size = -(-len(keys) // spec.sharding_rules.data_parallelism)
+    loop = DecodeLoop(spec, sampling_params, params, num_slots=num_slots, queue_size=queue_size)
+    return loop.generate(keys, **options)
