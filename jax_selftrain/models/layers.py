@@ -41,13 +41,15 @@ def norm(config: DecoderConfig, rules: ShardingRules, x: Array, weights: Params)
       x: [..., D].
       weights: `scale` [D] and, for LayerNorm, `bias` [D].
     """
-    scale = unshard_param(rules, weights["scale"], ("embed",), x.dtype)
+
+    def unshard(name: str) -> Array:
+        return unshard_param(rules, weights[name], ("embed",), x.dtype)
+
     if config.norm == "layernorm":
         centered = x - jnp.mean(x, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
-        x = centered * jax.lax.rsqrt(variance + config.norm_eps)
-        return x * scale + unshard_param(rules, weights["bias"], ("embed",), x.dtype)
-    return rms_norm(x, scale, config.norm_eps)
+        return centered * jax.lax.rsqrt(variance + config.norm_eps) * unshard("scale") + unshard("bias")
+    return rms_norm(x, unshard("scale"), config.norm_eps)
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
@@ -144,15 +146,16 @@ def pre_attention(
 ) -> PreAttention:
     """Compute keys, values, and queries and MLP at `query_positions`."""
     normed, attn = norm(config, rules, x, weights["attn_norm"]), weights["attn"]
-    k, v = (
-        dense(rules, attn[name], ("kv_heads", "head_dim", "embed"), 2, normed, compute_dtype) for name in ("k", "v")
-    )
+    q_axes, kv_axes = ("kv_heads", "q_per_kv", "head_dim", "embed"), ("kv_heads", "head_dim", "embed")
+    k = dense(rules, attn["k"], kv_axes, 2, normed, compute_dtype)
+    if config.qk_norm:
+        k = rms_norm(k, attn["k_norm"]["scale"].astype(k.dtype), config.norm_eps)
+    v = dense(rules, attn["v"], kv_axes, 2, normed, compute_dtype)
     if query_positions is not None:
         x, normed = take_positions(rules, x, query_positions), take_positions(rules, normed, query_positions)
-    q = dense(rules, attn["q"], ("kv_heads", "q_per_kv", "head_dim", "embed"), 3, normed, compute_dtype)
+    q = dense(rules, attn["q"], q_axes, 3, normed, compute_dtype)
     if config.qk_norm:
         q = rms_norm(q, attn["q_norm"]["scale"].astype(q.dtype), config.norm_eps)
-        k = rms_norm(k, attn["k_norm"]["scale"].astype(k.dtype), config.norm_eps)
     return PreAttention(q, k, v, _mlp(config, rules, weights, x, compute_dtype) if config.parallel_residual else None)
 
 

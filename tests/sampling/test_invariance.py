@@ -104,7 +104,7 @@ def test_samples_are_the_same_on_any_mesh_and_in_any_batch_but_for_rounding_ties
             divergences.append((spec, rows, row, step, int(expected[row, step]), int(found.tokens[row, step])))
     assert len(divergences) <= 5e-5 * compared, f"{len(divergences)} divergences in {compared} tokens: {divergences}"
     if divergences:
-        # Noise ε of the logits (twice the observed error) moves a boundary by ε / 2; fp32 sums of the tree add the rest.
+        # Noise ε of the logits (twice the observed error) moves a boundary by ε / 2, fp32 sums by the rest.
         noise = 2 * _logit_noise(load("data=2,model=2"), reference.tokens[:14, :64])
         bound = noise / 2 + 32 * 2.0**-24
         for _, _, row, step, one, other in divergences:
