@@ -75,15 +75,6 @@ def with_default_evals(train: TrainConfig, score: ScoreConfig, extract: ExtractC
 
 
 @dataclass(frozen=True)
-class _ModelInfo:
-    """A model without its weights, for tokenization."""
-
-    config: DecoderConfig
-    tokenizer: Any
-    special_tokens: hub.SpecialTokens
-
-
-@dataclass(frozen=True)
 class _EvalSuite:
     """Tokenized tasks, texts and sequences."""
 
@@ -149,10 +140,7 @@ def _load_suite(config: TrainConfig) -> _EvalSuite:
     evals.paths_by_name(tasks, texts)
     prepared = evals.RequestSet()
     if tasks or texts:
-        reader = _ModelInfo(
-            decoder, hub.open_model(config.model).tokenizer, hub.open_model(config.model).special_tokens
-        )
-        prepared = evals.build_requests(reader, tasks, texts)
+        prepared = evals.build_requests(hub.open_model(config.model), tasks, texts)
     return _EvalSuite(
         tasks, texts, prepared, _load_sequences(config, decoder), config.eval_prefix, np.dtype(config.dtype)
     )
