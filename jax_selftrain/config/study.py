@@ -151,7 +151,7 @@ class ClaimConfig:
     name: str = ""
     """Name in the report."""
     treatment: str = ""
-    """`text of SOURCE`, the name of an arm, or `home - away`: the interaction of the matrix."""
+    """`source NAME`, the name of an arm, or `home - away`: the interaction of the matrix."""
     student: str = ""
     """Student of the claim (for `home - away`: all students)."""
     comparator: str = ""
