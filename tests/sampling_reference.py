@@ -1,4 +1,4 @@
-"""References of the token draw for tests: the draw in fp64 with its margins, and random bits by sample id."""
+"""Reference implementations of the token draw for tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _token_random_bits = jax.jit(token_random_bits, static_argnums=2)
 
 
 def random_bits(seed: int, sample_ids: Sequence[int] | np.ndarray, step: int, n: int) -> UInt32[np.ndarray, "B n"]:
-    """Return the n random words of token `step` of the given samples, as the decode loop uses them."""
+    """Return the n random words of token `step` of each sample."""
     keys = per_sample_keys(seed, sample_ids)
     return np.asarray(_token_random_bits(keys, np.full(len(keys), step, np.int32), n))
 
@@ -33,12 +33,13 @@ def tree_path(tokens: Int[np.ndarray, " B"], vocab_size: int) -> Int[np.ndarray,
 def draw_with_margins(
     logits: Float[np.ndarray, "B V"], bits: UInt32[np.ndarray, "B levels"]
 ) -> tuple[Int[np.ndarray, " B"], Float[np.ndarray, "B levels"]]:
-    """Draw in fp64, and measure the distance to another outcome: evidence that a divergence is a rounding tie.
+    """Draw in fp64, and measure the margins to another outcome.
 
-    At each level of the path the margin is the distance from the uniform number to the nearest boundary between two
-    siblings, as a share of their sum (infinite if one child has it all). If every logit carries noise of at most ε, a
-    boundary F = (left sum)/(sum) moves by at most F·(1−F)·(e^{2ε} − 1) ≤ ε/2 (to first order), and the fp32 sums of the
-    tree add their own rounding: a draw with larger margins cannot diverge.
+    Small margins are evidence that a divergence is a rounding tie. At each level of the path the margin is the distance
+    from the uniform number to the nearest boundary between two siblings, as a share of their sum (infinite if one child
+    has it all). If every logit carries noise of at most ε, a boundary F = (left sum)/(sum) moves by at most
+    F·(1−F)·(e^{2ε} − 1) ≤ ε/2 (to first order), and the fp32 sums of the tree add their own rounding: a draw with
+    larger margins cannot diverge.
 
     Args:
       logits: on the host, −inf for excluded tokens.

@@ -1,4 +1,4 @@
-"""The fused kernel for TPUs computes what the written-out form computes. (Here its steps are interpreted on a CPU.)"""
+"""The TPU kernel, interpreted on a CPU, equals dot-product attention."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def sharding_rules_for(spec: str) -> ShardingRules:
     return make_sharding_rules("tensor", make_mesh(spec), sizes)
 
 
-def operands() -> tuple[np.ndarray, ...]:
+def make_operands() -> tuple[np.ndarray, ...]:
     random = np.random.default_rng(0)
     q, k, v = (random.standard_normal(shape, np.float32) for shape in ((B, T, G, R, K), (B, T, G, K), (B, T, G, K)))
     edges = random.integers(1, T, (B, 3, 1))
@@ -30,18 +30,18 @@ def operands() -> tuple[np.ndarray, ...]:
     return q, k, v, segments
 
 
-def written_out(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
     visible = jnp.tril(jnp.ones((T, T), bool)) & (segments[:, :, None] == segments[:, None, :])
     return dot_product_attention(q, k, v, visible, jnp.bfloat16)
 
 
-def value_and_gradients(rules: ShardingRules, attention, segmented: bool) -> tuple[np.ndarray, ...]:
+def compute_context_and_gradients(rules: ShardingRules, attention, segmented: bool) -> tuple[np.ndarray, ...]:
     def value(q, k, v, segments):
         context = attention(q, k, v, segments)
         weights = jnp.sin(jnp.arange(context.size, dtype=jnp.float32)).reshape(context.shape)
         return jnp.sum(context * jax.reshard(weights, jax.typeof(context).sharding)), context
 
-    q, k, v, segments = operands()
+    q, k, v, segments = make_operands()
     with mesh_context(rules.mesh):
         arrays = [
             shard_host_array(rules, array, axes)
@@ -52,19 +52,19 @@ def value_and_gradients(rules: ShardingRules, attention, segmented: bool) -> tup
     return tuple(np.asarray(array) for array in (context, *gradients))
 
 
-@pytest.mark.parametrize("segmented", [True, False], ids=["documents", "one document"])
+@pytest.mark.parametrize("segmented", [True, False], ids=["segments", "one segment"])
 @pytest.mark.parametrize("spec", ["data=1,model=1", "data=2,model=2", "data=1,model=4"])
-def test_fused_attention_is_the_written_out_form(spec: str, segmented: bool):
+def test_splash_attention_equals_dot_product_attention(spec: str, segmented: bool):
     rules = sharding_rules_for(spec)
-    fused = partial(splash_attention, rules, compute_dtype=jnp.bfloat16, interpret=True)
-    expected = value_and_gradients(rules, written_out, segmented)
-    found = value_and_gradients(rules, fused, segmented)
+    splash = partial(splash_attention, rules, compute_dtype=jnp.bfloat16, interpret=True)
+    expected = compute_context_and_gradients(rules, plain_attention, segmented)
+    found = compute_context_and_gradients(rules, splash, segmented)
     for one, other in zip(found, expected, strict=True):
-        # Both round operands to bfloat16, 8 bits, but at other places of the computation.
+        # Both round operands to bfloat16 (8 bits), at different steps of the computation.
         np.testing.assert_allclose(one, other, atol=2.0**-6 * np.abs(expected[0]).max(), rtol=2.0**-5)
 
 
-def test_documents_matter_to_the_comparison():
+def test_segments_change_the_result():
     rules = sharding_rules_for("data=1,model=1")
-    whole, cut = (value_and_gradients(rules, written_out, segmented)[0] for segmented in (False, True))
+    whole, cut = (compute_context_and_gradients(rules, plain_attention, segmented)[0] for segmented in (False, True))
     assert np.abs(whole - cut).max() > 0.5

@@ -1,4 +1,4 @@
-"""The decoder: one function on any mesh, token by token or all at once."""
+"""The decoder: forward pass and decode steps, on any mesh."""
 
 import dataclasses
 from functools import partial
@@ -44,18 +44,18 @@ FAMILIES = [pytest.param(LLAMA, id="gqa"), pytest.param(NEOX, id="neox"), pytest
 MESHES = [pytest.param("data=1", marks=slow), "data=2,model=2"]
 
 ROUNDING = 2e-5
-"""Logits here are of order 1–10; fp32 sums of a few hundred terms in another order move them by some 1e-6."""
+"""Logits are of order 1–10; another order of fp32 sums of a few hundred terms changes them by about 1e-6."""
 
 
 def sharding_rules_for(config: DecoderConfig, spec: str = "data=1", preset: str = "tensor") -> ShardingRules:
     return make_sharding_rules(preset, make_mesh(spec), axis_sizes(config))
 
 
-def tokens_of(rows: int, length: int, seed: int = 0) -> np.ndarray:
+def random_tokens(rows: int, length: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 512, (rows, length)).astype(np.int32)
 
 
-def logits_of(config: DecoderConfig, rules: ShardingRules, tokens: np.ndarray, **given) -> np.ndarray:
+def compute_logits(config: DecoderConfig, rules: ShardingRules, tokens: np.ndarray, **given) -> np.ndarray:
     params = init_params(config, 0, rules)
     given = {name: shard_host_array(rules, value, ("batch", None)) for name, value in given.items()}
     with mesh_context(rules.mesh):
@@ -65,30 +65,30 @@ def logits_of(config: DecoderConfig, rules: ShardingRules, tokens: np.ndarray, *
 
 @pytest.mark.parametrize("config", FAMILIES)
 @pytest.mark.parametrize("spec", MESHES)
-def test_last_layer_at_some_places_is_the_whole_one_there(config: DecoderConfig, spec: str):
-    rules, tokens = sharding_rules_for(config, spec), tokens_of(4, 70)
+def test_query_positions_select_positions_of_the_full_result(config: DecoderConfig, spec: str):
+    rules, tokens = sharding_rules_for(config, spec), random_tokens(4, 70)
     at = np.random.default_rng(1).integers(0, 70, (4, 9)).astype(np.int32)
     segments = np.repeat(np.arange(7, dtype=np.int32), 10)[None].repeat(4, axis=0)
-    found = logits_of(config, rules, tokens, query_positions=at, segments=segments)
-    whole = logits_of(config, rules, tokens, segments=segments)
+    found = compute_logits(config, rules, tokens, query_positions=at, segments=segments)
+    whole = compute_logits(config, rules, tokens, segments=segments)
     np.testing.assert_allclose(found, np.take_along_axis(whole, at[..., None], axis=1), atol=ROUNDING)
 
 
 @pytest.mark.parametrize("config", FAMILIES)
 @pytest.mark.parametrize(("layers", "preset"), [(1, "tensor"), (2, "fsdp"), (3, "tensor")])
-def test_what_depends_on_a_token_alone_can_be_looked_up(config: DecoderConfig, layers: int, preset: str):
-    """Each device has learned the tokens of its own rows, in an order of its own, over those of a batch before."""
+def test_precomputed_activations_give_the_same_logits(config: DecoderConfig, layers: int, preset: str):
+    """Each device has its own table, which overwrites an older one."""
     windows = config.sliding_window and (40, *[None] * (layers - 1))
     config = dataclasses.replace(config, num_layers=layers, sliding_window=windows)
-    rules, tokens = sharding_rules_for(config, "data=2,model=2", preset), tokens_of(4, 70)
+    rules, tokens = sharding_rules_for(config, "data=2,model=2", preset), random_tokens(4, 70)
     random = np.random.default_rng(1)
     at = random.integers(0, 70, (4, 9)).astype(np.int32)
     vocabularies = [random.permutation(np.unique(own)).astype(np.int32) for own in tokens.reshape(2, -1)]
-    table, places = np.zeros((2, 160), np.int32), np.zeros_like(tokens)
+    table, indices = np.zeros((2, 160), np.int32), np.zeros_like(tokens)
     for device, own in enumerate(vocabularies):
         table[device, : len(own)] = own
         mine = slice(2 * device, 2 * device + 2)
-        places[mine] = np.argsort(own)[np.searchsorted(np.sort(own), tokens[mine])]
+        indices[mine] = np.argsort(own)[np.searchsorted(np.sort(own), tokens[mine])]
     with mesh_context(rules.mesh):
         params = init_params(config, 0, rules)
         shapes = abstract_precomputed(config, rules, params, 160, jnp.float32)
@@ -101,17 +101,18 @@ def test_what_depends_on_a_token_alone_can_be_looked_up(config: DecoderConfig, l
                 config, rules, p, forward(config, rules, p, t, query_positions=at, precomputed=known)
             )
         )
-        found = run(params, *(shard_host_array(rules, array, ("batch", None)) for array in (places, at)), known)
-    np.testing.assert_allclose(found, logits_of(config, rules, tokens, query_positions=at), atol=ROUNDING)
+        found = run(params, *(shard_host_array(rules, array, ("batch", None)) for array in (indices, at)), known)
+    np.testing.assert_allclose(found, compute_logits(config, rules, tokens, query_positions=at), atol=ROUNDING)
 
 
-@pytest.mark.parametrize(("config", "spared"), [(NEOX, "qkv and MLP"), (LLAMA, "qkv")])
-def test_a_look_up_spares_the_products_of_the_first_layer(config: DecoderConfig, spared: str):
+@pytest.mark.parametrize(("config", "saved"), [(NEOX, "qkv and MLP"), (LLAMA, "qkv")])
+def test_precomputed_activations_save_the_products_of_the_first_layer(config: DecoderConfig, saved: str):
     rules = sharding_rules_for(config)
     params = init_params(config, 0, rules)
     with mesh_context(rules.mesh):
         tokens, at = (
-            shard_host_array(rules, array, ("batch", None)) for array in (tokens_of(4, 70), np.zeros((4, 9), np.int32))
+            shard_host_array(rules, array, ("batch", None))
+            for array in (random_tokens(4, 70), np.zeros((4, 9), np.int32))
         )
         known = abstract_precomputed(config, rules, params, 160, jnp.float32)
 
@@ -122,7 +123,7 @@ def test_a_look_up_spares_the_products_of_the_first_layer(config: DecoderConfig,
 
         difference = operations(None) - operations(known)
     width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    if spared == "qkv and MLP":
+    if saved == "qkv and MLP":
         width += 2 * config.intermediate_size
     assert difference == 2 * 4 * 70 * config.hidden_size * width
 
@@ -133,14 +134,14 @@ def test_a_look_up_spares_the_products_of_the_first_layer(config: DecoderConfig,
     [("data=4", "fsdp"), ("data=2,model=2", "fsdp"), ("model=4", "tensor"), ("data=8", "replicated")],
 )
 def test_logits_and_parameters_are_the_same_on_any_mesh(config, spec, preset):
-    tokens = tokens_of(8, 48)
+    tokens = random_tokens(8, 48)
     one, many = sharding_rules_for(config), sharding_rules_for(config, spec, preset)
     jax.tree.map(np.testing.assert_array_equal, init_params(config, 0, one), init_params(config, 0, many))
-    np.testing.assert_allclose(logits_of(config, many, tokens), logits_of(config, one, tokens), atol=ROUNDING)
+    np.testing.assert_allclose(compute_logits(config, many, tokens), compute_logits(config, one, tokens), atol=ROUNDING)
 
 
-class Decoding:
-    """One token a row and step, with as many committed positions as `tokens` need."""
+class StepwiseDecoder:
+    """Decodes one token per row and step."""
 
     def __init__(self, config: DecoderConfig, rules: ShardingRules, rows: int, capacity: int, **options):
         self.config, self.sharding_rules, self.params = config, rules, init_params(config, 0, rules)
@@ -165,8 +166,8 @@ class Decoding:
 
         self._step, self._flush = step, jax.jit(partial(flush_tail, rules))
 
-    def feed(self, tokens: np.ndarray) -> np.ndarray:
-        """Feed tokens [B, T ≤ TAIL_LEN] and return logits [B, T, V]; a full tail is flushed."""
+    def decode_chunk(self, tokens: np.ndarray) -> np.ndarray:
+        """Decode tokens [B, T ≤ TAIL_LEN] to logits; flush a full tail."""
         logits = []
         with mesh_context(self.sharding_rules.mesh):
             committed_len = shard_host_array(self.sharding_rules, self.committed_len, ("batch",))
@@ -179,78 +180,83 @@ class Decoding:
         self.committed_len = self.committed_len + TAIL_LEN
         return np.stack(logits, axis=1)
 
-    def all(self, tokens: np.ndarray) -> np.ndarray:
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
         return np.concatenate(
-            [self.feed(tokens[:, t : t + TAIL_LEN]) for t in range(0, tokens.shape[1], TAIL_LEN)], axis=1
+            [self.decode_chunk(tokens[:, t : t + TAIL_LEN]) for t in range(0, tokens.shape[1], TAIL_LEN)], axis=1
         )
 
 
 @pytest.mark.parametrize("config", FAMILIES)
 @pytest.mark.parametrize("spec", MESHES)
 @pytest.mark.parametrize("block_size", [TAIL_LEN, 2 * TAIL_LEN])
-def test_token_by_token_equals_all_at_once(config, spec, block_size):
-    rules, tokens = sharding_rules_for(config, spec), tokens_of(4, 3 * TAIL_LEN + 9)
-    decoded = Decoding(config, rules, 4, 3 * TAIL_LEN, block_size=block_size).all(tokens)
-    np.testing.assert_allclose(decoded, logits_of(config, rules, tokens), atol=ROUNDING)
+def test_decode_steps_equal_the_forward_pass(config, spec, block_size):
+    rules, tokens = sharding_rules_for(config, spec), random_tokens(4, 3 * TAIL_LEN + 9)
+    decoded = StepwiseDecoder(config, rules, 4, 3 * TAIL_LEN, block_size=block_size).decode(tokens)
+    np.testing.assert_allclose(decoded, compute_logits(config, rules, tokens), atol=ROUNDING)
 
 
 @pytest.mark.parametrize("spec", ["data=1", "data=2"])
-def test_a_row_has_the_same_bits_whatever_its_neighbors_have_behind_them(spec):
-    """Row 0 starts afresh while row 1 goes on: what refilling finished rows needs. The capacity does not matter."""
-    config, rules, tokens = LLAMA, sharding_rules_for(LLAMA, spec), tokens_of(4, 4 * TAIL_LEN)
+def test_a_row_has_the_same_bits_for_any_neighbors_and_capacity(spec):
+    """Row 0 restarts while row 1 continues, as in continuous batching."""
+    config, rules, tokens = LLAMA, sharding_rules_for(LLAMA, spec), random_tokens(4, 4 * TAIL_LEN)
     fresh, long = tokens[:2], tokens[2:]
     alone, decoding = [
-        Decoding(config, rules, 2, capacity, block_size=block_size)
+        StepwiseDecoder(config, rules, 2, capacity, block_size=block_size)
         for capacity, block_size in ((4 * TAIL_LEN, TAIL_LEN), (8 * TAIL_LEN, TAIL_LEN))
     ]
-    expected = alone.all(long), Decoding(config, rules, 2, TAIL_LEN, block_size=TAIL_LEN).feed(fresh[:, :TAIL_LEN])
+    expected = (
+        alone.decode(long),
+        StepwiseDecoder(config, rules, 2, TAIL_LEN, block_size=TAIL_LEN).decode_chunk(fresh[:, :TAIL_LEN]),
+    )
     mixed = np.stack([fresh[0], long[1]])
-    found = [decoding.feed(long[:, t : t + TAIL_LEN]) for t in range(0, 3 * TAIL_LEN, TAIL_LEN)]
+    found = [decoding.decode_chunk(long[:, t : t + TAIL_LEN]) for t in range(0, 3 * TAIL_LEN, TAIL_LEN)]
     decoding.committed_len = np.array([0, 3 * TAIL_LEN], np.int32)
     mixed = np.stack([fresh[0, :TAIL_LEN], long[1, 3 * TAIL_LEN :]])
-    found.append(decoding.feed(mixed))
+    found.append(decoding.decode_chunk(mixed))
     np.testing.assert_array_equal(np.concatenate(found, axis=1)[1], expected[0][1])
     np.testing.assert_array_equal(found[-1][0], expected[1][0])
 
 
 def test_committed_blocks_in_eight_bits_are_close():
-    """Each key and value is off by at most 1/254 of its head's largest; half-precision types are off by 2^-9."""
-    config, rules, tokens = LLAMA, sharding_rules_for(LLAMA), tokens_of(4, 3 * TAIL_LEN)
-    expected = logits_of(config, rules, tokens)
+    """int8 errors are at most 1/254 of a maximum, bfloat16 errors 2^-9."""
+    config, rules, tokens = LLAMA, sharding_rules_for(LLAMA), random_tokens(4, 3 * TAIL_LEN)
+    expected = compute_logits(config, rules, tokens)
     spread = expected.std()
     for dtype, bound in ((jnp.int8, 0.05), (jnp.bfloat16, 0.03)):
-        decoded = Decoding(config, rules, 4, 2 * TAIL_LEN, committed_dtype=dtype).all(tokens)
+        decoded = StepwiseDecoder(config, rules, 4, 2 * TAIL_LEN, committed_dtype=dtype).decode(tokens)
         np.testing.assert_allclose(decoded[:, :TAIL_LEN], expected[:, :TAIL_LEN], atol=ROUNDING)
         error = np.abs(decoded[:, TAIL_LEN:] - expected[:, TAIL_LEN:])
         assert ROUNDING < error.max() < 10 * bound * spread
         assert error.mean() < bound * spread
 
 
-def test_segments_hide_other_documents_and_positions_restart():
-    first, second = tokens_of(1, 20, seed=1), tokens_of(1, 30, seed=2)
+def test_segments_mask_other_documents_and_positions_restart():
+    first, second = random_tokens(1, 20, seed=1), random_tokens(1, 30, seed=2)
     packed = np.concatenate([first, second], axis=1)
     segments = np.repeat([1, 2], [20, 30])[None].astype(np.int32)
     positions = np.concatenate([np.arange(20), np.arange(30)])[None].astype(np.int32)
     rules = sharding_rules_for(NEOX)
-    together = logits_of(NEOX, rules, packed, segments=segments, positions=positions)
-    np.testing.assert_allclose(together[:, :20], logits_of(NEOX, rules, first), atol=ROUNDING)
-    np.testing.assert_allclose(together[:, 20:], logits_of(NEOX, rules, second), atol=ROUNDING)
+    together = compute_logits(NEOX, rules, packed, segments=segments, positions=positions)
+    np.testing.assert_allclose(together[:, :20], compute_logits(NEOX, rules, first), atol=ROUNDING)
+    np.testing.assert_allclose(together[:, 20:], compute_logits(NEOX, rules, second), atol=ROUNDING)
 
 
-def test_sliding_window_sees_exactly_its_latest_positions():
-    """With one layer of window w, logits at t depend on tokens t−w+1 … t and on no other."""
+def test_a_sliding_window_contains_exactly_the_latest_positions():
+    """Logits at t depend on tokens t−w+1 … t only."""
     config = dataclasses.replace(LLAMA, num_layers=1, sliding_window=(8,))
-    tokens = tokens_of(1, 32)
-    base = logits_of(config, sharding_rules_for(config), tokens)
-    for moved, seen in [(31 - 8, False), (31 - 7, True), (31, True)]:
+    tokens = random_tokens(1, 32)
+    base = compute_logits(config, sharding_rules_for(config), tokens)
+    for changed_position, is_visible in [(31 - 8, False), (31 - 7, True), (31, True)]:
         other = tokens.copy()
-        other[0, moved] = (other[0, moved] + 1) % 512
-        changed = np.abs(logits_of(config, sharding_rules_for(config), other)[0, 31] - base[0, 31]).max() > ROUNDING
-        assert changed == seen
+        other[0, changed_position] = (other[0, changed_position] + 1) % 512
+        changed = (
+            np.abs(compute_logits(config, sharding_rules_for(config), other)[0, 31] - base[0, 31]).max() > ROUNDING
+        )
+        assert changed == is_visible
 
 
-def test_rematerialisation_changes_nothing_but_memory():
-    rules, tokens = sharding_rules_for(LLAMA, "data=2,model=2", "fsdp"), tokens_of(4, 24)
+def test_rematerialization_changes_memory_only():
+    rules, tokens = sharding_rules_for(LLAMA, "data=2,model=2", "fsdp"), random_tokens(4, 24)
     params = init_params(LLAMA, 0, rules)
 
     def loss(params, tokens, remat):
@@ -267,22 +273,22 @@ def test_rematerialisation_changes_nothing_but_memory():
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_nothing_of_the_size_of_the_scores_is_kept_for_the_backward_pass(remat: str):
+def test_no_residual_has_the_size_of_the_scores(remat: str):
     rules = sharding_rules_for(LLAMA)
     params = init_params(LLAMA, 0, rules)
     with mesh_context(rules.mesh):
-        tokens = shard_host_array(rules, tokens_of(1, 96), ("batch", None))
+        tokens = shard_host_array(rules, random_tokens(1, 96), ("batch", None))
         _, backward = jax.vjp(lambda p: forward(LLAMA, rules, p, tokens, remat=remat), params)
     kept = [leaf.size for leaf in jax.tree.leaves(backward) if 96 in leaf.shape]
     assert kept, "activations are kept"
     assert not [leaf.shape for leaf in jax.tree.leaves(backward) if leaf.ndim > 3 and leaf.shape[-2:] == (96, 96)]
 
 
-def test_gradients_lie_where_their_parameters_lie():
+def test_gradients_have_the_shardings_of_their_parameters():
     rules = sharding_rules_for(NEOX, "data=2,model=2", "fsdp")
     params = init_params(NEOX, 0, rules)
     with mesh_context(rules.mesh):
-        tokens = shard_host_array(rules, tokens_of(4, 8), ("batch", None))
+        tokens = shard_host_array(rules, random_tokens(4, 8), ("batch", None))
         gradients = jax.jit(jax.grad(lambda p: forward(NEOX, rules, p, tokens).sum()))(params)
     shardings = param_shardings(NEOX, rules)
     jax.tree.map(
@@ -296,13 +302,13 @@ def test_program_size_does_not_grow_with_depth():
         rules = sharding_rules_for(config)
         params = init_params(config, 0, rules)
         with mesh_context(rules.mesh):
-            return jax.jit(lambda p, t: forward(config, rules, p, t)).lower(params, tokens_of(1, 8)).as_text()
+            return jax.jit(lambda p, t: forward(config, rules, p, t)).lower(params, random_tokens(1, 8)).as_text()
 
     assert program(2).count("stablehlo.dot_general") == program(12).count("stablehlo.dot_general")
 
 
 def test_bfloat16_operands_keep_the_residual_stream_in_fp32():
-    rules, tokens = sharding_rules_for(LLAMA), tokens_of(2, 16)
+    rules, tokens = sharding_rules_for(LLAMA), random_tokens(2, 16)
     params = init_params(LLAMA, 0, rules)
     with mesh_context(rules.mesh):
         low = forward(LLAMA, rules, params, jnp.asarray(tokens), compute_dtype=jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""Weights divided among replicas: what they gather, and how gradients are summed and scattered."""
+"""Fully sharded parameters: all-gather, reduce-scatter, and their gradients."""
 
 from __future__ import annotations
 
@@ -28,43 +28,43 @@ TORUS: dict[str, list[AxisGroups]] = {
 
 @pytest.mark.parametrize("torus", TORUS)
 @pytest.mark.parametrize(("shape", "dimension"), [((6, 24), 1), ((3, 1024), 1), ((16, 5), 0), ((2, 8, 64), 1)])
-def test_each_replica_keeps_its_part_of_the_sum(torus: str, shape: tuple[int, ...], dimension: int):
+def test_reduce_scatter_leaves_each_replica_its_shard_of_the_sum(torus: str, shape: tuple[int, ...], dimension: int):
     parts = np.random.default_rng(0).integers(-1000, 1000, (8, *shape)).astype(np.float32)  # sums are exact
     kept = PartitionSpec(*["data" if k == dimension else None for k in range(len(shape))])
     with mesh_context(make_mesh("data=8")):
 
         @jax.jit
         @partial(jax.shard_map, in_specs=PartitionSpec("data"), out_specs=kept)
-        def scattered(own: jax.Array) -> jax.Array:
+        def scatter(own: jax.Array) -> jax.Array:
             return reduce_scatter(own[0], dimension, TORUS[torus])
 
-        found = scattered(jax.device_put(parts, jax.NamedSharding(make_mesh("data=8"), PartitionSpec("data"))))
+        found = scatter(jax.device_put(parts, jax.NamedSharding(make_mesh("data=8"), PartitionSpec("data"))))
     np.testing.assert_array_equal(np.asarray(found), parts.sum(axis=0))
 
 
 @pytest.mark.parametrize("torus", TORUS)
 @pytest.mark.parametrize(("shape", "dimension"), [((6, 24), 1), ((3, 1024), 1), ((16, 5), 0), ((2, 8, 64), 1)])
-def test_all_parts_are_put_together_in_their_order(torus: str, shape: tuple[int, ...], dimension: int):
+def test_all_gather_concatenates_shards_in_order(torus: str, shape: tuple[int, ...], dimension: int):
     whole = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     kept = PartitionSpec(*["data" if k == dimension else None for k in range(len(shape))])
     with mesh_context(make_mesh("data=8")):
 
         @jax.jit
         @partial(jax.shard_map, in_specs=kept, out_specs=PartitionSpec("data"))
-        def gathered(part: jax.Array) -> jax.Array:
+        def gather(part: jax.Array) -> jax.Array:
             return all_gather(part, dimension, TORUS[torus])[None]
 
-        found = gathered(jax.device_put(whole, jax.NamedSharding(make_mesh("data=8"), kept)))
+        found = gather(jax.device_put(whole, jax.NamedSharding(make_mesh("data=8"), kept)))
     np.testing.assert_array_equal(np.asarray(found), np.broadcast_to(whole, (8, *shape)))
 
 
 @pytest.mark.parametrize("mesh", ["data=4,model=2", "data=8"])
-def test_rows_of_a_divided_table_and_their_gradient(mesh: str):
+def test_embedding_lookup_of_a_sharded_table_and_its_gradient(mesh: str):
     sizes = {"embed": 16, "vocab": 10, "mlp": 4, "kv_heads": 2, "q_per_kv": 1}
     rules = make_sharding_rules("fsdp", make_mesh(mesh), sizes)
     rng = np.random.default_rng(1)
     table, weights = (rng.integers(-9, 9, size).astype(np.float32) for size in ((10, 16), (8, 3, 16)))
-    tokens = rng.integers(0, 10, (8, 3)).astype(np.int32)  # tokens of several replicas meet in one row
+    tokens = rng.integers(0, 10, (8, 3)).astype(np.int32)  # several replicas use one row
     with mesh_context(rules.mesh):
         there = shard_host_array(rules, table, ("vocab", "embed"))
         batch = shard_host_array(rules, tokens, ("batch", None))
@@ -75,7 +75,7 @@ def test_rows_of_a_divided_table_and_their_gradient(mesh: str):
         )(there)
         again = jax.jit(jax.grad(lambda there: jnp.sum(factors * embedding_lookup(rules, there, tokens, jnp.float32))))(
             there
-        )  # of tokens that every device holds
+        )  # replicated tokens
         whole = jax.jit(partial(all_gather_param, rules, axes=("vocab", "embed"), dtype=jnp.bfloat16))(there)
     np.testing.assert_array_equal(np.asarray(found), table[tokens])
     expected = np.zeros_like(table)
@@ -88,7 +88,7 @@ def test_rows_of_a_divided_table_and_their_gradient(mesh: str):
     np.testing.assert_array_equal(np.asarray(whole, np.float32), table)
 
 
-def test_gradients_of_a_narrow_table_are_summed_in_the_wide_type():
+def test_gradients_of_a_bfloat16_table_are_summed_in_fp32():
     sizes = {"embed": 4, "vocab": 2, "mlp": 4, "kv_heads": 2, "q_per_kv": 1}
     rules = make_sharding_rules("fsdp", make_mesh("data=2"), sizes)
     with mesh_context(rules.mesh):
@@ -100,7 +100,7 @@ def test_gradients_of_a_narrow_table_are_summed_in_the_wide_type():
 
 
 @pytest.mark.parametrize("batch", [("batch", None, None), (None, None, None)])
-def test_gradient_of_a_divided_kernel_wherever_its_inputs_lie(batch: tuple[str | None, ...]):
+def test_gradient_of_a_sharded_kernel_for_sharded_or_replicated_inputs(batch: tuple[str | None, ...]):
     sizes = {"embed": 8, "vocab": 4, "mlp": 6, "kv_heads": 2, "q_per_kv": 1}
     rules = make_sharding_rules("fsdp", make_mesh("data=4,model=2"), sizes)
     rng = np.random.default_rng(2)

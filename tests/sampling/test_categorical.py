@@ -1,4 +1,4 @@
-"""The token draw: exact, never of an excluded token, the same everywhere, and parting only at rounding ties."""
+"""The token draw is exact and diverges at rounding ties only."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def _logits(rows: int, vocab_size: int, scale: float, seed: int = 0) -> np.ndarr
 
 
 @pytest.mark.parametrize("vocab_size", [5, 512, 50304])
-def test_a_draw_tells_the_sum_that_probabilities_are_shares_of(vocab_size):
+def test_a_draw_returns_the_logsumexp_of_its_logits(vocab_size):
     logits, words = _logits(64, vocab_size, 3.0), _words(64, vocab_size)
     expected = special.logsumexp(logits.astype(np.float64), axis=1)
     np.testing.assert_allclose(_draw(logits, words)[1], expected, rtol=1e-6)
@@ -39,13 +39,13 @@ def test_a_draw_tells_the_sum_that_probabilities_are_shares_of(vocab_size):
     ("vocab_size", "widths"),
     [(1, (1,)), (16, (1,)), (17, (1, 2)), (256, (1, 16)), (512, (1, 2, 32)), (50304, (1, 13, 197, 3144))],
 )
-def test_the_tree_is_as_deep_as_the_vocabulary_needs(vocab_size, widths):
+def test_level_sizes_cover_the_vocabulary(vocab_size, widths):
     assert level_sizes(vocab_size) == widths
 
 
 @pytest.mark.parametrize("scale", [0.3, 3.0], ids=["flat", "peaked"])
 def test_a_million_draws_follow_the_distribution(scale):
-    """Chi-square over all tokens. With a fixed seed the outcome is fixed; a right draw had a chance of 1e-4 to fail."""
+    """Chi-square over all tokens, with fixed seed and level 1e-4."""
     vocab_size, rows, rounds = 300, 20_000, 50
     logits = _logits(1, vocab_size, scale)[0]
     counts = np.zeros(vocab_size)
@@ -54,28 +54,28 @@ def test_a_million_draws_follow_the_distribution(scale):
         counts += np.bincount(np.asarray(tokens), minlength=vocab_size)
     p = np.exp(logits.astype(np.float64))
     expected = rows * rounds * p / p.sum()
-    rare = expected < 10  # a chi-square wants filled cells: pool the rare tokens
+    rare = expected < 10  # pool rare tokens: chi-square requires filled cells
     observed = np.append(counts[~rare], counts[rare].sum())
     expected = np.append(expected[~rare], expected[rare].sum())
     if not rare.any():
         observed, expected = observed[:-1], expected[:-1]
     assert stats.chisquare(observed, expected).pvalue > 1e-4
-    # The test can fail: the same counts reject a distribution one percent off in temperature.
+    # The test can fail: the same counts reject another temperature.
     wrong = np.exp(logits.astype(np.float64) / (1.01 if scale > 1 else 1.05))
     wrong = np.append(wrong[~rare], wrong[rare].sum()) if rare.any() else wrong
     assert stats.chisquare(observed, wrong / wrong.sum() * observed.sum()).pvalue < 1e-4
 
 
 @pytest.mark.parametrize("vocab_size", [1, 5, 16, 17, 300, 512, 4097, 50304])
-def test_the_draw_is_the_descent_in_higher_precision_but_for_ties(vocab_size):
+def test_the_draw_equals_the_draw_in_fp64_except_at_ties(vocab_size):
     rows = 2000 if vocab_size < 5000 else 200
     logits, words = _logits(rows, vocab_size, 2.0), _words(rows, vocab_size)
     tokens = np.asarray(draw(logits, words))
     expected, margins = draw_with_margins(logits, words)
-    parted = tokens != expected
+    diverged = tokens != expected
     # fp32: a boundary is two sums of ≤ 16 + 4·levels roundings, each of at most 2⁻²⁴ relative.
-    assert np.all(margins[parted].min(axis=1, initial=np.inf) < 32 * 2.0**-24)
-    assert parted.mean() < 1e-3
+    assert np.all(margins[diverged].min(axis=1, initial=np.inf) < 32 * 2.0**-24)
+    assert diverged.mean() < 1e-3
 
 
 def test_paths_run_from_the_root_to_the_token():
@@ -91,7 +91,7 @@ def test_paths_run_from_the_root_to_the_token():
 
 @pytest.mark.parametrize("word", [0, 0xFF, 0x7FFFFFFF, 0xFFFFFF00, 0xFFFFFFFF])
 def test_excluded_tokens_are_never_drawn(word):
-    """At the ends of the uniform numbers' range, where a careless comparison would step off the last token."""
+    """The words include both ends of the range of the uniform number."""
     vocab_size = 300
     logits = _logits(400, vocab_size, 2.0)
     allowed = np.random.default_rng(1).random(logits.shape) < np.linspace(0.003, 0.5, 400)[:, None]
@@ -101,7 +101,7 @@ def test_excluded_tokens_are_never_drawn(word):
     assert allowed[np.arange(400), tokens].all()
 
 
-def test_a_token_alone_is_always_drawn():
+def test_the_only_allowed_token_is_drawn():
     vocab_size = 300
     logits = np.full((vocab_size, vocab_size), -np.inf, np.float32)
     np.fill_diagonal(logits, np.linspace(-1e30, 1e30, vocab_size))
@@ -131,22 +131,22 @@ def test_a_row_does_not_depend_on_its_neighbors():
     np.testing.assert_array_equal(draw(logits[7:8], words[7:8]), together[7:8])
 
 
-def test_noisy_logits_part_only_within_the_stated_margin():
-    """The bound that explains partings between meshes, with noise a hundred times larger so that there are some."""
+def test_noisy_logits_diverge_only_within_the_stated_margin():
+    """Noise a hundred times that of meshes gives enough divergences."""
     vocab_size, rows, noise = 512, 20_000, 5e-4
     logits, words = _logits(rows, vocab_size, 2.0), _words(rows, vocab_size)
     noisy = logits + np.random.default_rng(3).uniform(-noise, noise, logits.shape).astype(np.float32)
     before, after = (np.asarray(draw(x, words)) for x in (logits, noisy))
     exact, margins = draw_with_margins(logits, words)
     paths = [tree_path(tokens, vocab_size) for tokens in (exact, before, after)]
-    parted = np.flatnonzero(before != after)
-    # Each of at most 15 boundaries on 3 levels moves by at most noise / 2 (found: 1.2e-3, a tenth of that).
-    assert 0 < len(parted) < rows * 3 * 15 * noise / 2
-    for row in parted:
+    diverged = np.flatnonzero(before != after)
+    # Each of at most 15 boundaries on 3 levels moves by at most noise / 2 (observed: 1.2e-3, a tenth of that).
+    assert 0 < len(diverged) < rows * 3 * 15 * noise / 2
+    for row in diverged:
         level = np.argmax((paths[1][row] != paths[0][row]) | (paths[2][row] != paths[0][row]))
         assert margins[row, level] < noise / 2 + 32 * 2.0**-24
 
 
-def test_too_few_words_are_refused():
+def test_too_few_random_words_are_refused():
     with pytest.raises(ValueError, match="2 random words for a tree of 3 levels"):
         draw(jnp.zeros((1, 512)), jnp.zeros((1, 2), jnp.uint32))

@@ -1,4 +1,4 @@
-"""The random words: right against published vectors, and a function of identity alone."""
+"""Random words equal published vectors and depend on identity alone."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ KNOWN_ANSWERS = [
     ((0x243F6A88, 0x85A308D3), (0x13198A2E, 0x03707344), (0xC4923A9C, 0x483DF7A0)),
 ]
 
-# Made by composing jax.extend.random.threefry_2x32 as the module's docstring says.
+# Computed with jax.extend.random.threefry_2x32 as in the module's docstring.
 PINNED = np.array(
     [
         [0x26616B66, 0x0ABB571E, 0x5516AD55],
@@ -32,16 +32,16 @@ def _pair(words):
 
 
 @pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
-@pytest.mark.parametrize("place", ["host", "device"])
-def test_threefry_gives_the_published_known_answers(counter, key, answer, place):
+@pytest.mark.parametrize("backend", ["host", "device"])
+def test_threefry_gives_the_published_answers(counter, key, answer, backend):
     arguments = _pair(key), _pair(counter)
-    if place == "device":
+    if backend == "device":
         arguments = jax.tree.map(jnp.asarray, arguments)
-    got = (jax.jit(threefry2x32) if place == "device" else threefry2x32)(*arguments)
+    got = (jax.jit(threefry2x32) if backend == "device" else threefry2x32)(*arguments)
     assert tuple(int(x[0]) for x in got) == answer
 
 
-def test_threefry_equals_jax_own():
+def test_threefry_equals_that_of_jax():
     rng = np.random.default_rng(0)
     key, counter = (rng.integers(0, 2**32, (2, *shape), dtype=np.uint32) for shape in [(), (500,)])
     expected = np.asarray(threefry_2x32(key, counter.reshape(-1))).reshape(2, -1)
@@ -50,7 +50,7 @@ def test_threefry_equals_jax_own():
 
 
 def test_words_are_pinned():
-    """A changed stream would make every existing corpus impossible to complete: this test must never be edited."""
+    """Never edit this test: another stream could not complete existing corpora."""
     np.testing.assert_array_equal(
         random_bits(seed=2**40 + 7, sample_ids=[0, 1, 2**33 + 5], step=3, n=3),
         PINNED,
@@ -67,14 +67,14 @@ def test_words_depend_on_seed_sample_and_step_alone():
         assert not np.any(other == whole)
 
 
-def test_words_do_not_follow_jax_prng_flags():
+def test_words_do_not_depend_on_jax_prng_flags():
     before = random_bits(1, [3], 2, 4)
     for partitionable in (False, True):
         with jax.threefry_partitionable(partitionable), jax.default_prng_impl("rbg"):
             np.testing.assert_array_equal(random_bits(1, [3], 2, 4), before)
 
 
-def test_all_of_seed_and_sample_id_counts():
+def test_keys_depend_on_all_bits_of_seed_and_sample_id():
     keys = np.concatenate(
         [per_sample_keys(seed, [i, i + 2**32, i + 2**40]) for seed in (0, 1, 2**32, 2**33, MAX_SEED) for i in range(3)]
     )
@@ -82,7 +82,7 @@ def test_all_of_seed_and_sample_id_counts():
 
 
 def test_words_are_uniform():
-    """Top four bits of 2·10⁵ words: chi-square with 15 degrees of freedom stays below its 1 − 10⁻⁶ quantile, 57.3."""
+    """Chi-square of the top four bits; 57.3: quantile of 1 − 10⁻⁶."""
     words = random_bits(0, np.arange(50_000), 0, 4)
     counts = np.bincount((words >> 28).ravel(), minlength=16)
     assert np.sum((counts - words.size / 16) ** 2) / (words.size / 16) < 57.3

@@ -1,4 +1,4 @@
-"""The decode loop: the right distribution, the right log-probabilities, the right ends, and rows that stay apart."""
+"""The decode loop: distribution, log-probabilities, ends of samples, independent slots."""
 
 import re
 from dataclasses import replace
@@ -63,7 +63,7 @@ class Model:
         return draw_samples(self.spec, sampling_params, self.params, keys, num_slots=num_slots, **options)
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
-        """Of the full forward pass [B, T, V]: the reference that shares no cache, page or loop with decoding."""
+        """Compute logits [B, T, V] by the full forward pass, the reference."""
         with mesh_context(self.spec.sharding_rules.mesh):
             return np.asarray(_full_logits(self.spec, self.params, jnp.asarray(tokens)))
 
@@ -108,10 +108,10 @@ def model() -> Model:
     ids=str,
 )
 def test_first_and_second_tokens_follow_the_exact_distribution(sharpness, options):
-    """Chi-square of first tokens, and of (first, second) pairs, against probabilities from the full forward pass.
+    """Chi-square of first tokens and of pairs against the full forward pass.
 
-    Samples are those of one fixed seed, so that the outcome is fixed; a right sampler had a chance of 1e-4 per test to
-    fail. Cells are sorted by probability and merged until 20 samples are expected in each.
+    The seed is fixed; the level is 1e-4 per test. Cells are sorted by probability and merged until 20 samples are
+    expected in each.
     """
     model, sampling_params, n = small_model(sharpness=sharpness), replace(PLAIN, **options), 4096
     drawn = model.draw(sampling_params, np.arange(n), seed=3)
@@ -127,7 +127,7 @@ def test_first_and_second_tokens_follow_the_exact_distribution(sharpness, option
     pairs = drawn.tokens[:, 0] * CONFIG.vocab_size + drawn.tokens[:, 1]
     assert _chi_square(np.bincount(drawn.tokens[:, 0], minlength=CONFIG.vocab_size), first) > 1e-4
     assert _chi_square(np.bincount(pairs, minlength=CONFIG.vocab_size**2), (first[:, None] * second).ravel()) > 1e-4
-    # The test can fail: it rejects logits half as large.
+    # The test can fail: it rejects half the logits.
     wrong = np.sqrt(first) / np.sqrt(first).sum()
     assert _chi_square(np.bincount(drawn.tokens[:, 0], minlength=CONFIG.vocab_size), wrong) < 1e-4
 
@@ -144,7 +144,7 @@ def _chi_square(counts: np.ndarray, p: np.ndarray) -> float:
 # ---------------------------------------------------------------- log-probabilities and ends
 
 ENDING = SamplingParams(start_id=1, stop_ids=(5, 77, 123), max_tokens=70)
-"""Three of two hundred ids stop a sample: about two thirds end early, and the others fill more than two pages."""
+"""Three of two hundred ids stop a sample: about two thirds end early, the others fill more than two chunks."""
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def drawn():
 
 
 def test_log_probabilities_are_those_of_the_full_forward_pass(model, drawn):
-    """At temperature 1 over the whole vocabulary, whatever the policy excluded or sharpened."""
+    """They are at temperature 1 over the whole vocabulary for any parameters."""
     sharpened = model.draw(replace(ENDING, temperature=0.7, top_k=50, num_valid_ids=190), np.arange(64))
     for result in (drawn, sharpened):
         inputs = np.concatenate([np.full((64, 1), ENDING.start_id), result.tokens[:, :-1]], axis=1)
@@ -173,7 +173,7 @@ def test_samples_end_at_a_stop_id_or_at_the_length_limit(drawn):
         assert not tokens[length:].any()
 
 
-def test_a_stop_id_drawn_last_of_all_still_counts_as_a_stop(model, drawn):
+def test_a_stop_id_at_the_length_limit_counts_as_a_stop(model, drawn):
     row = np.flatnonzero(drawn.stopped & (drawn.lengths > 3) & (drawn.lengths < TAIL_LEN))[0]
     length = int(drawn.lengths[row])
     cut = model.draw(replace(ENDING, max_tokens=length), np.arange(64))
@@ -181,7 +181,7 @@ def test_a_stop_id_drawn_last_of_all_still_counts_as_a_stop(model, drawn):
     assert cut.lengths[row] == length
 
 
-def test_a_lower_length_limit_cuts_the_same_samples(model, drawn):
+def test_a_lower_length_limit_truncates_the_same_samples(model, drawn):
     for limit in (1, TAIL_LEN, 2 * TAIL_LEN):
         cut = model.draw(replace(ENDING, max_tokens=limit), np.arange(64))
         np.testing.assert_array_equal(cut.tokens, drawn.tokens[:, :limit])
@@ -203,14 +203,13 @@ def test_padding_ids_are_never_drawn(model):
     assert tokens.max() == 19
 
 
-# ---------------------------------------------------------------- rows
+# ---------------------------------------------------------------- slots
 
 
 FIELDS = ("tokens", "lengths", "logprobs", "policy_logprobs", "stopped")
 
 
-def test_a_sample_is_the_same_in_any_row_and_whatever_the_others_are(model, drawn):
-    """Other companions, another place in the batch: bitwise the same."""
+def test_a_sample_is_bitwise_the_same_in_any_slot_with_any_neighbors(model, drawn):
     order = np.random.default_rng(0).permutation(64)
     shuffled = model.draw(ENDING, order)
     others = model.draw(ENDING, np.where(np.arange(64) % 2, 1000 + np.arange(64), np.arange(64)))
@@ -228,7 +227,7 @@ def test_a_sample_is_the_same_in_any_row_and_whatever_the_others_are(model, draw
     ],
 )
 def test_refilled_slots_draw_the_samples_of_static_batches(spec, num_slots):
-    """Bitwise, although samples start at other steps, in other slots, with other neighbors."""
+    """Samples start at other steps, in other slots, with other neighbors."""
     model, ids = small_model(spec), np.arange(150)
     replicas = model.spec.sharding_rules.data_parallelism
     static = [
@@ -244,14 +243,14 @@ def test_refilled_slots_draw_the_samples_of_static_batches(spec, num_slots):
 
 
 @pytest.mark.parametrize("queue_size", [8, 11, 64])
-def test_rows_without_a_sample_change_nothing(model, drawn, queue_size):
-    """Fewer samples than rows, or than places in the queue; more samples than rows, to the last row."""
+def test_idle_slots_and_queue_entries_change_nothing(model, drawn, queue_size):
+    """Fewer samples than slots or than queue entries."""
     few = model.draw(ENDING, np.arange(8), num_slots=64, queue_size=queue_size)
     for name in FIELDS:
         np.testing.assert_array_equal(getattr(few, name), getattr(drawn, name)[:8])
 
 
-def test_progress_is_reported_and_may_end_the_drawing(model):
+def test_a_progress_callback_may_end_the_loop(model):
     reports: list[DecodeProgress] = []
     drawn = model.draw(ENDING, np.arange(64), num_slots=16, progress_callback=reports.append)
     for name in ("num_finished", "tokens", "slot_steps"):
@@ -268,8 +267,8 @@ def test_progress_is_reported_and_may_end_the_drawing(model):
         model.draw(ENDING, np.arange(64), num_slots=16, progress_callback=stop)
 
 
-def test_log_probabilities_under_the_policy(model):
-    """Those of the masked, sharpened distribution: at temperature 1 with nothing excluded, the model's own."""
+def test_policy_log_probabilities_are_those_of_the_warped_logits(model):
+    """They are log-probabilities of the warped logits."""
     plain = model.draw(ENDING, np.arange(64))
     np.testing.assert_allclose(plain.policy_logprobs, plain.logprobs, atol=1e-4)
     sampling_params = replace(ENDING, temperature=0.7, top_k=50, num_valid_ids=190)
@@ -288,7 +287,7 @@ def test_another_seed_gives_other_samples(model, drawn):
     assert (other.tokens[:, 0] != drawn.tokens[:, 0]).mean() > 0.8
 
 
-def test_logits_that_are_no_distribution_are_noticed(drawn):
+def test_nan_logits_are_reported(drawn):
     broken = Model()
     kernel = np.asarray(broken.params["head"]["kernel"]).copy()
     kernel[150, 3] = np.nan
@@ -315,18 +314,18 @@ def _compiled_text(layers: int = 2, rows: int = 16, tokens: int = 256) -> str:
 
 
 def _sizes(text: str, operations: str) -> list[int]:
-    """Elements that each of the operations makes."""
+    """Return the number of elements of each result of the operations."""
     found = re.findall(rf"= \w+\[([\d,]+)\]\S* (?:{operations})\(", text)
     return [int(np.prod([int(n) for n in shape.split(",")])) for shape in found]
 
 
 def test_no_step_copies_the_cache():
-    """Neither a copy nor a transposition of the settled part, nor of one layer's; what is read is read by block."""
+    """No copy has the size of a layer's committed blocks."""
     text = _compiled_text()
     one_layer = 16 * 256 * CONFIG.num_kv_heads * CONFIG.head_dim
-    assert max(_sizes(text, "dynamic-update-slice")) == 2 * one_layer, "the whole settled part is updated in place"
+    assert max(_sizes(text, "dynamic-update-slice")) == 2 * one_layer, "committed blocks are updated in place"
     assert max(_sizes(text, "copy|transpose|concatenate|gather")) < one_layer
-    assert max(_sizes(text, "dynamic-slice")) == one_layer // 2, "a block is half of 256 slots"
+    assert max(_sizes(text, "dynamic-slice")) == one_layer // 2, "a block is half of 256 positions"
 
 
 def test_the_program_does_not_grow_with_depth_or_length():
@@ -334,8 +333,8 @@ def test_the_program_does_not_grow_with_depth_or_length():
     assert max(lines) <= 1.02 * lines[0]
 
 
-def test_a_loop_keeps_its_memory_and_its_programs(model):
-    """Drawing again compiles nothing and uses the same cache, whose old contents do not show."""
+def test_a_loop_reuses_its_cache_and_its_programs(model):
+    """A second call compiles nothing and ignores old contents of the cache."""
     drawn = model.draw(ENDING, np.arange(64), num_slots=16)
     loop = DecodeLoop(model.spec, ENDING, model.params, num_slots=16, queue_size=64)
     loop.generate(per_sample_keys(5, np.arange(64)))
@@ -351,8 +350,8 @@ def test_a_loop_keeps_its_memory_and_its_programs(model):
 
 
 @pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])
-def test_keys_and_values_in_fewer_bits_draw_nearly_the_same(model, drawn, cache_dtype):
-    """The first page is exact; after it the log-probabilities of what is drawn stay the model's, but for rounding."""
+def test_a_cache_in_fewer_bits_gives_nearly_the_same_log_probabilities(model, drawn, cache_dtype):
+    """The first chunk is exact."""
     spec = replace(model.spec, cache_dtype=cache_dtype)
     found = draw_samples(spec, ENDING, model.params, per_sample_keys(0, np.arange(64)), num_slots=64)
     np.testing.assert_array_equal(found.tokens[:, :TAIL_LEN], drawn.tokens[:, :TAIL_LEN])

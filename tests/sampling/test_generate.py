@@ -1,4 +1,4 @@
-"""Continuing prompts of different lengths: what a full forward pass would choose, until a condition holds."""
+"""Generation chooses as a full forward pass, for prompts of any length."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.hub import load_model
 from jax_selftrain.sampling import SamplingParams, generate
 
-LENGTHS = (1, 31, 32, 33, 64, 70, 5)  # around whole pages of 32, where prefill and forced steps meet
+LENGTHS = (1, 31, 32, 33, 64, 70, 5)  # around whole chunks of 32, the border of prefill and forced steps
 
 
 @pytest.fixture(scope="module")
@@ -28,28 +28,28 @@ def greedy(max_tokens: int) -> SamplingParams:
 
 
 @pytest.mark.parametrize("mesh", [pytest.param("data=1", marks=pytest.mark.slow), "data=2,model=2"])
-def test_each_token_is_the_most_probable_after_all_before_it(tiny_model, mesh):
+def test_each_greedy_token_is_the_argmax_of_the_full_forward_pass(tiny_model, mesh):
     model = load_model(tiny_model("gpt_neox"), mesh)
-    for prompt, written in zip(prompts(), generate(model, prompts(), greedy(40), batch_size=2), strict=True):
-        assert len(written) == 40
-        logits = model.logits(np.array([prompt + written]))[0, len(prompt) - 1 : -1]
-        chosen = np.take_along_axis(logits, np.array(written)[:, None], axis=1)[:, 0]
-        # Where two logits are this close, fp32 noise between the two ways of computing them may decide.
+    for prompt, generated in zip(prompts(), generate(model, prompts(), greedy(40), batch_size=2), strict=True):
+        assert len(generated) == 40
+        logits = model.logits(np.array([prompt + generated]))[0, len(prompt) - 1 : -1]
+        chosen = np.take_along_axis(logits, np.array(generated)[:, None], axis=1)[:, 0]
+        # Tolerance: fp32 noise between the two computations decides between closer logits.
         assert np.all(logits.max(axis=1) - chosen < 2e-5)
 
 
-def test_sliding_windows_hold_in_prompts_too(tiny_model):
+def test_sliding_windows_apply_to_prompts(tiny_model):
     folder = tiny_model("qwen2", use_sliding_window=True, sliding_window=24, max_window_layers=1)
     model = load_model(folder, "data=1")
     assert model.config.sliding_window is not None
     (prompt,) = prompts([80])
-    (written,) = generate(model, [prompt], greedy(20))
-    logits = model.logits(np.array([prompt + written]))[0, len(prompt) - 1 : -1]
-    chosen = np.take_along_axis(logits, np.array(written)[:, None], axis=1)[:, 0]
+    (generated,) = generate(model, [prompt], greedy(20))
+    logits = model.logits(np.array([prompt + generated]))[0, len(prompt) - 1 : -1]
+    chosen = np.take_along_axis(logits, np.array(generated)[:, None], axis=1)[:, 0]
     assert np.all(logits.max(axis=1) - chosen < 2e-5)
 
 
-def test_a_row_ends_where_the_condition_first_holds(model):
+def test_a_row_ends_at_the_first_stop_id_or_stop_criterion(model):
     whole = generate(model, prompts(), greedy(40))
     wanted = {row[9] for row in whole}
     cut = generate(model, prompts(), greedy(40), stop=lambda tokens: tokens[-1] in wanted)
@@ -59,14 +59,14 @@ def test_a_row_ends_where_the_condition_first_holds(model):
         assert short == long[: first + 1]
 
 
-def test_neighbors_and_batches_do_not_matter(model):
+def test_results_do_not_depend_on_the_batch(model):
     together = generate(model, prompts(), greedy(20), batch_size=4, batch_tokens=4 * 128)
     alone = [generate(model, [prompt], greedy(20), batch_size=4, batch_tokens=4 * 128)[0] for prompt in prompts()]
     assert together == alone
 
 
 @pytest.mark.slow
-def test_draws_follow_the_policy_and_depend_on_seed_and_number_alone(model):
+def test_draws_follow_the_distribution_and_depend_on_seed_and_request_id_alone(model):
     sampling_params = SamplingParams(max_tokens=1, temperature=0.7, top_k=4)
     (prompt,) = prompts([37])
     n = 2000
@@ -84,7 +84,7 @@ def test_draws_follow_the_policy_and_depend_on_seed_and_number_alone(model):
     assert other != first[:250]
 
 
-def test_more_tokens_than_the_model_has_positions_are_refused(model):
+def test_more_tokens_than_positions_are_refused(model):
     with pytest.raises(InputError, match="a prompt of 150 tokens and 11 more are longer than the model's 160"):
         generate(model, prompts([150, 3]), greedy(11))
     assert generate(model, [], greedy(5)) == []

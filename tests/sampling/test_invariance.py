@@ -1,4 +1,4 @@
-"""The promise about a really trained model: the same samples on any mesh and in any batch, but for rounding ties."""
+"""A trained model gives the same samples everywhere, except at rounding ties."""
 
 from functools import cache, partial
 
@@ -22,7 +22,7 @@ from jax_selftrain.sampling import (
 from jax_selftrain.sampling.decode import compute_logits, decode_chunk
 
 SEED, SAMPLES, TOKENS = 17, 256, 128
-POLICY = SamplingParams(start_id=1, stop_ids=(1, 2), max_tokens=TOKENS)
+PARAMS = SamplingParams(start_id=1, stop_ids=(1, 2), max_tokens=TOKENS)
 """stories260k ends its stories with BOS (1)."""
 
 
@@ -42,14 +42,14 @@ def _sample(model: LoadedModel, num_slots: int, samples: int, sampling_params: S
 @pytest.fixture(scope="module")
 def reference(load) -> SampleBatch:
     """One device, 64 rows."""
-    return _sample(load("data=1,model=1"), 64, SAMPLES, POLICY)
+    return _sample(load("data=1,model=1"), 64, SAMPLES, PARAMS)
 
 
 # ---------------------------------------------------------------- the real model
 
 
 @pytest.mark.slow
-def test_stories_end_as_the_model_learnt_it(load, reference):
+def test_stories_end_with_the_id_the_model_was_trained_on(load, reference):
     ended = reference.stopped
     assert 2 < ended.sum() < SAMPLES / 4
     assert set(reference.tokens[ended, reference.lengths[ended] - 1]) == {1}
@@ -61,27 +61,27 @@ def test_log_probabilities_are_those_of_transformers(stories260k, reference):
     torch = pytest.importorskip("torch", reason="the independent reference needs torch")
     from transformers import AutoModelForCausalLM
 
-    inputs = np.concatenate([np.full((SAMPLES, 1), POLICY.start_id), reference.tokens[:, :-1]], axis=1)
+    inputs = np.concatenate([np.full((SAMPLES, 1), PARAMS.start_id), reference.tokens[:, :-1]], axis=1)
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(stories260k)(torch.from_numpy(inputs)).logits
     logprobs = torch.log_softmax(logits, dim=-1).numpy()
     logprobs = np.take_along_axis(logprobs, reference.tokens[:, :, None], axis=2)[:, :, 0]
     counted = np.arange(TOKENS) < reference.lengths[:, None]
     error = np.abs((logprobs * counted).sum(axis=1) - reference.logprobs) / reference.lengths
-    assert error.max() < 1e-3  # the promise; found: below 1e-6
+    assert error.max() < 1e-3  # observed: below 1e-6
 
 
 # ---------------------------------------------------------------- meshes and batches
 
 
 @pytest.mark.slow
-def test_samples_are_the_same_on_any_mesh_and_in_any_batch_but_for_rounding_ties(load, reference):
-    """Every divergence is shown to be a tie: with exact logits the uniform number lies within rounding of a boundary.
+def test_samples_are_the_same_on_any_mesh_and_batch_except_at_rounding_ties(load, reference):
+    """Every divergence is shown to be a rounding tie in fp64.
 
     Observed: no divergence in 83,841 tokens.
     """
     short = SamplingParams(start_id=1, stop_ids=(1, 2), max_tokens=64)
-    cases = [  # mesh, rows per replica, samples, policy
+    cases = [  # mesh, slots per replica, samples, sampling parameters
         ("data=1,model=1", 7, 56, short),
         ("data=1,model=1", 1, 16, short),
         ("data=4,model=1", 64, 256, short),
@@ -90,7 +90,7 @@ def test_samples_are_the_same_on_any_mesh_and_in_any_batch_but_for_rounding_ties
         ("data=2,model=2", 64, 256, short),
         ("data=2,model=2", 7, 56, short),
         ("data=2,model=2", 1, 16, short),
-        ("data=1,model=4", 64, 256, POLICY),
+        ("data=1,model=4", 64, 256, PARAMS),
         ("data=1,model=4", 7, 56, short),
         ("data=1,model=4", 1, 16, short),
     ]
@@ -113,18 +113,18 @@ def test_samples_are_the_same_on_any_mesh_and_in_any_batch_but_for_rounding_ties
 
 
 @pytest.mark.slow
-def test_the_explanation_of_a_divergence_is_strict(load, reference):
-    """Most draws would not pass for a tie: their margins lie far above the bound that divergences must stay below."""
+def test_the_bound_for_rounding_ties_is_strict(load, reference):
+    """The margins of most draws are far above the bound for ties."""
     model, step = load("data=1,model=1"), 20
     noise = _logit_noise(load("data=2,model=2"), reference.tokens[:14, :64])
-    assert 0 < noise < 1e-4  # fp32 logits of this model; found: 1.5e-5
+    assert 0 < noise < 1e-4  # fp32 logits of this model; observed: 1.5e-5
     words = random_bits(SEED, np.arange(64), step, len(level_sizes(512)))
-    inputs = np.concatenate([np.full((64, 1), POLICY.start_id), reference.tokens[:64, :step]], axis=1)
+    inputs = np.concatenate([np.full((64, 1), PARAMS.start_id), reference.tokens[:64, :step]], axis=1)
     tokens, margins = draw_with_margins(_exact_logits(model, inputs)[:, -1], words)
     alive = np.flatnonzero(reference.lengths[:64] > step)
     np.testing.assert_array_equal(tokens[alive], reference.tokens[alive, step])
     assert np.mean(margins.min(axis=1) > noise + 32 * 2.0**-24) > 0.99
-    # Had a row drawn another token, its margin would be that of the first level on which the two are apart.
+    # For another token, the margin is that of the first level where the two paths differ.
     for row in alive[:4].tolist():
         paths = tree_path(np.array([tokens[row], (tokens[row] + 1) % 512]), 512)
         level = np.argmax(paths[0] != paths[1])
@@ -133,8 +133,8 @@ def test_the_explanation_of_a_divergence_is_strict(load, reference):
 
 
 def _margin_of_divergence(model: LoadedModel, samples: np.ndarray, row: int, step: int, one: int, other: int) -> float:
-    """How far from divergence the exact draw was, at the first level where either token leaves its path."""
-    inputs = np.concatenate([[POLICY.start_id], samples[row, :step]])[None]
+    """Return the margin where either token first leaves the path."""
+    inputs = np.concatenate([[PARAMS.start_id], samples[row, :step]])[None]
     logits = _exact_logits(model, inputs)[:, -1]
     exact, margins = draw_with_margins(logits, random_bits(SEED, [row], step, len(level_sizes(logits.shape[1]))))
     paths = [tree_path(np.array([token]), logits.shape[1])[0] for token in (int(exact[0]), one, other)]
@@ -143,7 +143,7 @@ def _margin_of_divergence(model: LoadedModel, samples: np.ndarray, row: int, ste
 
 
 def _exact_logits(model: LoadedModel, tokens: np.ndarray) -> np.ndarray:
-    """Logits in fp64, from the full forward pass on one device."""
+    """Compute fp64 logits by the full forward pass on one device."""
     with jax.enable_x64(True):
         rules = make_sharding_rules("tensor", make_mesh("data=1,model=1"), axis_sizes(model.config))
         params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), model.params)
@@ -155,9 +155,9 @@ def _exact_logits(model: LoadedModel, tokens: np.ndarray) -> np.ndarray:
 
 
 def _logit_noise(model: LoadedModel, tokens: np.ndarray) -> float:
-    """Largest error of the logits that the decode loop itself computes, fed with given tokens [B, 64]."""
+    """Measure the largest error of the logits of the decode loop."""
     spec = DecodeSpec.from_model(model)
-    inputs = np.concatenate([np.full((len(tokens), 1), POLICY.start_id), tokens[:, :-1]], axis=1).astype(np.int32)
+    inputs = np.concatenate([np.full((len(tokens), 1), PARAMS.start_id), tokens[:, :-1]], axis=1).astype(np.int32)
     with mesh_context(model.sharding_rules.mesh):
         fed = shard_host_array(model.sharding_rules, np.ascontiguousarray(inputs.T), (None, "batch"))
         logits = np.asarray(_decode_logits(spec, model.params, fed)).swapaxes(0, 1)
@@ -166,17 +166,17 @@ def _logit_noise(model: LoadedModel, tokens: np.ndarray) -> float:
 
 @partial(jax.jit, static_argnums=0)
 def _decode_logits(spec: DecodeSpec, params, fed: jax.Array) -> jax.Array:
-    """Logits [T, B, V] of the decode loop when its next token is not drawn but given (T whole pages)."""
+    """Compute logits [T, B, V] for inputs [T, B] by decode chunks."""
     steps, rows = fed.shape
     cache, committed_len, token, outs = spec.init_cache(rows, steps), jnp.zeros_like(fed[0]), fed[0], []
 
-    def advance(hidden, position, index):
+    def next_token_fn(hidden, position, index):
         following = jax.lax.dynamic_index_in_dim(fed, index + 1, 0, keepdims=False)
         return following, index + 1, compute_logits(spec, params, hidden)
 
-    for page in range(steps // TAIL_LEN):
-        begin = jnp.int32(page * TAIL_LEN)
-        cache, token, _, out = decode_chunk(spec, params, cache, committed_len, token, begin, advance)
+    for chunk in range(steps // TAIL_LEN):
+        begin = jnp.int32(chunk * TAIL_LEN)
+        cache, token, _, out = decode_chunk(spec, params, cache, committed_len, token, begin, next_token_fn)
         committed_len = committed_len + TAIL_LEN
         outs.append(out)
     return jnp.concatenate(outs)

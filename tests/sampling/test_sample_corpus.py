@@ -1,4 +1,4 @@
-"""Filling a corpus folder: the same corpus whatever interrupts it and whoever shares it, and what is refused."""
+"""Sampling gives the same corpus after interruptions and with several workers."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ SHARDS = 3
 
 @pytest.fixture(scope="module")
 def config(tiny_model) -> SampleConfig:
-    """40 samples in shards of 16, 16 and 8, drawn 8 at a time."""
+    """40 samples in shards of 16, 16 and 8, with 8 slots."""
     model = tiny_model("llama", vocab_size=512, tokenizer_size=400)
     return SampleConfig(
         model=str(model), samples=40, max_tokens=32, seed=5, batch_size=8, samples_per_shard=16, mesh="data=1,model=1"
@@ -37,16 +37,16 @@ def config(tiny_model) -> SampleConfig:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(config, tmp_path_factory):
-    """The corpus as one undisturbed process makes it."""
-    return sample(replace(config, out=str(tmp_path_factory.mktemp("undisturbed") / "corpus")))
+def reference(config, tmp_path_factory):
+    """The corpus of one uninterrupted process."""
+    return sample(replace(config, out=str(tmp_path_factory.mktemp("reference") / "corpus")))
 
 
 @pytest.fixture(scope="module", params=["tiny", "stories260k"])
-def promised(request, config, undisturbed, tmp_path_factory) -> tuple[SampleConfig, Path]:
-    """What DESIGN §3.4 promises to be repeated bitwise: a request, and the corpus of one undisturbed process."""
+def request_and_reference(request, config, reference, tmp_path_factory) -> tuple[SampleConfig, Path]:
+    """A request, and the corpus of one uninterrupted process."""
     if request.param == "tiny":
-        return config, undisturbed.folder
+        return config, reference.folder
     model = request.getfixturevalue("stories260k")
     real = replace(config, model=str(model), max_tokens=96)
     folder = tmp_path_factory.mktemp("stories260k") / "corpus"
@@ -54,21 +54,21 @@ def promised(request, config, undisturbed, tmp_path_factory) -> tuple[SampleConf
 
 
 def _content(folder: Path) -> dict[str, str]:
-    """Checksums of all that a corpus promises to be: its shards and manifest."""
+    """Hash the shards and the manifest of a corpus."""
     return {path.name: sha256_file(path) for path in [*folder.glob("shard-*.parquet"), folder / "corpus.json"]}
 
 
-# ---------------------------------------------------------------- what is in it
+# ---------------------------------------------------------------- content
 
 
-def test_a_corpus_holds_what_was_asked_for(config, undisturbed):
-    documents = list(undisturbed.iter_samples())
+def test_a_corpus_has_the_requested_samples(config, reference):
+    documents = list(reference.iter_samples())
     assert [document.sample_id for document in documents] == list(range(40))
-    assert undisturbed.manifest["kind"] == "sampled"
-    assert (undisturbed.start_id, undisturbed.stop_ids) == (1, (2,))
-    assert undisturbed.manifest["source"]["fingerprint"] == hub.open_model(config.model).fingerprint
-    assert undisturbed.manifest["tokenizer_fingerprint"] == hub.open_model(config.model).tokenizer_fingerprint
-    assert "mesh" not in str(undisturbed.manifest)
+    assert reference.manifest["kind"] == "sampled"
+    assert (reference.start_id, reference.stop_ids) == (1, (2,))
+    assert reference.manifest["source"]["fingerprint"] == hub.open_model(config.model).fingerprint
+    assert reference.manifest["tokenizer_fingerprint"] == hub.open_model(config.model).tokenizer_fingerprint
+    assert "mesh" not in str(reference.manifest)
     for document in documents:
         stopped = document.tokens[-1] == 2
         assert document.finish_reason == ("stop" if stopped else "length")
@@ -78,60 +78,60 @@ def test_a_corpus_holds_what_was_asked_for(config, undisturbed):
         assert -7 * len(document.tokens) < document.logprob < 0
 
 
-def test_text_is_that_of_the_tokens_and_what_it_loses_is_counted(config, undisturbed):
+def test_text_is_decoded_and_mismatches_are_counted(config, reference):
     tokenizer = hub.open_model(config.model).tokenizer
     lost = 0
-    for document in undisturbed.iter_samples():
+    for document in reference.iter_samples():
         body = [token for token in document.tokens.tolist() if token not in tokenizer.all_special_ids]
         assert document.text == tokenizer.decode(body)
         lost += tokenizer(document.text, add_special_tokens=False, split_special_tokens=True)["input_ids"] != body
-    assert undisturbed.manifest["retokenisation_mismatches"] == lost > 0
+    assert reference.manifest["retokenisation_mismatches"] == lost > 0
 
 
-def test_the_folder_says_how_it_was_made(config, undisturbed):
-    resolved = yaml_io.load(SampleConfig, undisturbed.folder / "config.yaml")
-    assert resolved == replace(config, out=str(undisturbed.folder), start_id=1, stop_ids=(2,))
-    record = atomic.read_json(undisturbed.folder / "records" / "shard-000001.json")
+def test_the_folder_records_config_and_environment(config, reference):
+    resolved = yaml_io.load(SampleConfig, reference.folder / "config.yaml")
+    assert resolved == replace(config, out=str(reference.folder), start_id=1, stop_ids=(2,))
+    record = atomic.read_json(reference.folder / "records" / "shard-000001.json")
     assert record["mesh"] == {"data": 1, "model": 1}
     assert record["slots_per_replica"] == 8
     assert record["xla_flags"]["XLA_FLAGS"] == os.environ["XLA_FLAGS"]
     assert record["versions"]["jax"] == jax.__version__
-    assert atomic.read_json(undisturbed.folder / "timings" / "shard-000001.json")["seconds"] > 0
+    assert atomic.read_json(reference.folder / "timings" / "shard-000001.json")["seconds"] > 0
 
 
-def test_a_model_without_tokenizer_gives_tokens_without_text(config, tiny_model, tmp_path):
+def test_a_model_without_tokenizer_gives_empty_text(config, tiny_model, tmp_path):
     model = tiny_model("llama", vocab_size=512, tokenizer=False)
     corpus = sample(replace(config, model=str(model), out=str(tmp_path / "corpus"), samples=8))
     assert {document.text for document in corpus.iter_samples()} == {""}
     assert corpus.manifest["tokenizer_fingerprint"] is None
 
 
-# ---------------------------------------------------------------- restarts and company
+# ---------------------------------------------------------------- restarts and workers
 
 
 @pytest.mark.slow
-def test_a_killed_process_leaves_nothing_that_changes_the_corpus(promised, tmp_path):
+def test_a_killed_process_does_not_change_the_corpus(request_and_reference, tmp_path):
     """SIGKILL after the first shard, then the same command again."""
-    config, undisturbed = promised
+    config, reference = request_and_reference
     config = replace(config, out=str(tmp_path / "corpus"))
     yaml_io.save(tmp_path / "sample.yaml", config)
     process = launch("sample", "--config", tmp_path / "sample.yaml")
     try:
         first_record = tmp_path / "corpus" / "records" / "shard-000000.json"
         while not first_record.exists():
-            assert process.poll() is None, "the process ended before it had made a shard"
+            assert process.poll() is None, "the process ended before it wrote a shard"
             time.sleep(0.005)
     finally:
         process.kill()
         process.wait()
     assert not (tmp_path / "corpus" / "corpus.json").exists()
     sample(config)
-    assert _content(tmp_path / "corpus") == _content(undisturbed)
+    assert _content(tmp_path / "corpus") == _content(reference)
     assert not list((tmp_path / "corpus").rglob("*.lease"))
     assert not list((tmp_path / "corpus").rglob(".*"))
 
 
-def test_sigterm_stops_between_batches_and_the_same_command_goes_on(config, undisturbed, tmp_path):
+def test_sigterm_stops_sampling_and_the_same_command_resumes_it(config, reference, tmp_path):
     config = replace(config, out=str(tmp_path / "corpus"))
     records = tmp_path / "corpus" / "records"
 
@@ -149,45 +149,45 @@ def test_sigterm_stops_between_batches_and_the_same_command_goes_on(config, undi
     assert signal.getsignal(signal.SIGTERM) is before
     assert not (tmp_path / "corpus" / "corpus.json").exists()
     sample(config)
-    assert _content(tmp_path / "corpus") == _content(undisturbed.folder)
+    assert _content(tmp_path / "corpus") == _content(reference.folder)
 
 
-def test_several_workers_share_a_folder(config, undisturbed, tmp_path):
+def test_several_workers_share_a_folder(config, reference, tmp_path):
     config = replace(config, out=str(tmp_path / "corpus"))
     with ThreadPoolExecutor(3) as workers:
         corpora = list(workers.map(sample, [config] * 3))
-    assert all(corpus.manifest == undisturbed.manifest for corpus in corpora)
-    assert _content(tmp_path / "corpus") == _content(undisturbed.folder)
+    assert all(corpus.manifest == reference.manifest for corpus in corpora)
+    assert _content(tmp_path / "corpus") == _content(reference.folder)
 
 
-def test_a_deleted_shard_is_made_again_and_only_that(undisturbed, config, tmp_path):
+def test_only_a_deleted_shard_is_sampled_again(reference, config, tmp_path):
     folder = tmp_path / "corpus"
-    shutil.copytree(undisturbed.folder, folder)
+    shutil.copytree(reference.folder, folder)
     (folder / "shard-000001.parquet").unlink()
     kept = [folder / "shard-000000.parquet", folder / "shard-000002.parquet"]
     before = [path.stat().st_mtime_ns for path in kept]
     sample(replace(config, out=str(folder)))
-    assert _content(folder) == _content(undisturbed.folder)
+    assert _content(folder) == _content(reference.folder)
     assert [path.stat().st_mtime_ns for path in kept] == before
 
 
-def test_the_corpus_is_the_same_for_any_number_of_replicas(promised, tmp_path):
-    """Rows per replica stay 8: bitwise the same files, though the batches are 8, 16, 32 and 64 samples."""
-    config, undisturbed = promised
+def test_the_corpus_is_the_same_for_any_number_of_replicas(request_and_reference, tmp_path):
+    """With 8 slots per replica, files are bitwise the same."""
+    config, reference = request_and_reference
     for replicas in (2, 4, 8):
         folder = tmp_path / str(replicas)
         sample(replace(config, out=str(folder), mesh=f"data={replicas},model=1"))
-        assert _content(folder) == _content(undisturbed)
+        assert _content(folder) == _content(reference)
 
 
-def test_shards_do_not_change_samples(config, undisturbed, tmp_path):
+def test_shard_size_does_not_change_samples(config, reference, tmp_path):
     whole = sample(replace(config, out=str(tmp_path / "corpus"), samples_per_shard=1000))
-    for a, b in zip(whole.iter_samples(), undisturbed.iter_samples(), strict=True):
+    for a, b in zip(whole.iter_samples(), reference.iter_samples(), strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
         assert (a.sample_id, a.text, a.logprob, a.finish_reason) == (b.sample_id, b.text, b.logprob, b.finish_reason)
 
 
-# ---------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
@@ -203,29 +203,29 @@ def test_shards_do_not_change_samples(config, undisturbed, tmp_path):
     ],
     ids=str,
 )
-def test_a_folder_is_not_continued_with_another_request(config, undisturbed, change, named):
-    before = _content(undisturbed.folder)
+def test_a_folder_of_another_request_is_refused(config, reference, change, named):
+    before = _content(reference.folder)
     with pytest.raises(InputError) as error:
-        sample(replace(config, out=str(undisturbed.folder), **change))
+        sample(replace(config, out=str(reference.folder), **change))
     assert named in str(error.value)
     assert "choose another place" in str(error.value)
-    assert _content(undisturbed.folder) == before
+    assert _content(reference.folder) == before
 
 
-def test_a_folder_is_not_continued_with_another_model(config, undisturbed, tiny_model):
+def test_a_folder_of_another_model_is_refused(config, reference, tiny_model):
     other = tiny_model("llama", vocab_size=512, tokenizer_size=400, seed=1)
     with pytest.raises(InputError, match=r"source\.fingerprint"):
-        sample(replace(config, out=str(undisturbed.folder), model=str(other)))
+        sample(replace(config, out=str(reference.folder), model=str(other)))
 
 
-def test_a_moved_model_and_another_mesh_and_batch_are_allowed(config, undisturbed, tmp_path):
+def test_a_moved_model_and_another_mesh_and_batch_size_are_allowed(config, reference, tmp_path):
     moved, folder = tmp_path / "moved", tmp_path / "corpus"
     shutil.copytree(config.model, moved)
-    shutil.copytree(undisturbed.folder, folder)
+    shutil.copytree(reference.folder, folder)
     (folder / "shard-000002.parquet").unlink()
     (folder / "corpus.json").unlink()
     again = sample(replace(config, model=str(moved), out=str(folder), mesh="data=2,model=1", batch_size=4))
-    assert again.manifest["source"] == undisturbed.manifest["source"]
+    assert again.manifest["source"] == reference.manifest["source"]
     assert [
         atomic.read_json(folder / "records" / f"shard-00000{i}.json")["slots_per_replica"] for i in range(SHARDS)
     ] == [8, 8, 4]
@@ -239,7 +239,7 @@ def test_a_moved_model_and_another_mesh_and_batch_are_allowed(config, undisturbe
     ],
     ids=["NaN weight", "logits overflow"],
 )
-def test_a_broken_model_is_refused_and_leaves_no_trace(config, tmp_path, tensor, value, named):
+def test_a_broken_model_is_refused_and_writes_nothing(config, tmp_path, tensor, value, named):
     broken = tmp_path / "broken"
     shutil.copytree(config.model, broken)
     weights = load_file(broken / "model.safetensors")
@@ -265,17 +265,17 @@ def test_a_broken_model_is_refused_and_leaves_no_trace(config, tmp_path, tensor,
     ],
     ids=str,
 )
-def test_impossible_requests_are_refused_and_leave_no_trace(config, tmp_path, change, message):
+def test_impossible_requests_are_refused_and_write_nothing(config, tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         sample(replace(config, out=str(tmp_path / "corpus"), **change))
     assert not (tmp_path / "corpus").exists()
 
 
-# ---------------------------------------------------------------- ahead of time
+# ---------------------------------------------------------------- ahead-of-time compilation
 
 
 def test_the_program_compiles_from_shapes_alone(config):
-    """Without loading weights, for a mesh of several devices; the state's memory is reused for the result."""
+    """No weights are loaded; the state is donated to the result."""
     mesh = make_mesh("data=2,model=2")
     function, arguments, donation = abstract_program(config, mesh)
     with mesh_context(mesh):
@@ -290,5 +290,5 @@ def test_the_program_compiles_from_shapes_alone(config):
     assert memory.alias_size_in_bytes >= 2 * cache.size * 4 // 4, "keys and values are copied"
 
 
-def test_an_opened_corpus_is_the_returned_one(undisturbed):
-    assert open_corpus(undisturbed.folder).manifest == undisturbed.manifest
+def test_the_returned_corpus_equals_the_opened_one(reference):
+    assert open_corpus(reference.folder).manifest == reference.manifest

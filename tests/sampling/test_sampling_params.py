@@ -1,4 +1,4 @@
-"""The sampling policy: transformers' order and semantics of truncation, and what is refused."""
+"""Sampling parameters: transformers' truncation, and invalid options."""
 
 from dataclasses import replace
 from typing import Any
@@ -71,7 +71,7 @@ def test_equal_logits_are_kept_or_dropped_together(options):
     np.testing.assert_array_equal(np.isfinite(got), logits == 3.0)
 
 
-def test_padding_ids_are_excluded_before_anything_else():
+def test_padding_ids_are_excluded_before_truncation():
     logits = _logits(vocab_size=200)
     logits[:, 150:] += 100.0
     sampling_params = replace(PLAIN, num_valid_ids=150, top_k=5, top_p=0.95, min_p=0.01)
@@ -81,7 +81,7 @@ def test_padding_ids_are_excluded_before_anything_else():
     np.testing.assert_array_equal(got[:, :150], expected)
 
 
-def test_steps_that_are_off_cost_nothing():
+def test_disabled_steps_compile_to_nothing():
     logits = jnp.asarray(_logits())
     np.testing.assert_array_equal(warp_logits(logits, PLAIN), logits)
     cooler, both = replace(PLAIN, temperature=0.5, min_p=0.1), replace(PLAIN, top_k=9, top_p=0.9)
@@ -128,7 +128,7 @@ def test_truncation_is_the_same_on_any_mesh():
     ],
     ids=str,
 )
-def test_impossible_options_are_refused(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(InputError) as error:
         check_sample_config(SampleConfig(**options))
     assert message in str(error.value)
@@ -146,7 +146,7 @@ def _sampling_params(config: SampleConfig, **model: Any) -> SamplingParams:
     return make_sampling_params(config, **(defaults | model))
 
 
-def test_flags_win_over_what_the_model_says():
+def test_options_override_defaults_of_the_model():
     config = SampleConfig(model="m", max_tokens=64)
     assert _sampling_params(config) == SamplingParams(start_id=1, stop_ids=(2,), max_tokens=64, num_valid_ids=90)
     chosen = _sampling_params(replace(config, start_id=95, stop_ids=(7, 3, 7)))
