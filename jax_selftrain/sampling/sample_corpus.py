@@ -46,7 +46,7 @@ from jax_selftrain.distributed import process_local, sigterm_handler
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.distributed.sharding import make_sharding_rules
 from jax_selftrain.errors import InputError, Preempted
-from jax_selftrain.hub import LoadedModel
+from jax_selftrain.hub import LoadedModel, ModelRef
 from jax_selftrain.io import atomic, lease
 from jax_selftrain.models import Params, abstract_params, axis_sizes, param_shardings
 from jax_selftrain.sampling.continuous_batching import DecodeState, RequestQueue, initial_state, padded_output_len
@@ -81,16 +81,17 @@ def _sample(config: SampleConfig) -> Corpus:
     out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; choose a folder")
-    sampling_params = _read_sampling_params(config)
-    request = _request(config, sampling_params)
+    source = hub.open_model(config.model)
+    sampling_params = _make_sampling_params(config, source)
+    request = _make_request(config, source, sampling_params)
     if (out / REQUEST).exists():
-        request["source"]["ref"] = _first_ref(out, request)
+        request["source"]["ref"] = _read_ref(out, request)
         init_corpus(out, request)
         atomic.remove_stale_temp_files(out / "timings")
     n_shards = shard_count(config.samples, config.samples_per_shard)
     if missing_shards(out, n_shards):
         mesh = make_mesh(config.mesh, devices=jax.local_devices())
-        model = hub.load_model(config.model, mesh, config.dtype, preset=config.preset)
+        model = hub.load_model(source, mesh, config.dtype, preset=config.preset)
         with _remove_if_empty(out), _sigterm_flag() as stop, _progress_bar(config.samples) as progress:
             _run_work_queue(_SamplingRun(config, out, sampling_params, request, model, stop, progress), n_shards)
     finalize_corpus(out, request)
@@ -110,8 +111,8 @@ def abstract_program(
       InputError: an option is invalid, the model's config cannot be read, or the mesh does not divide the model.
     """
     check_sample_config(config)
-    sampling_params = _read_sampling_params(config)
-    model = hub.open_model(config.model).config
+    source = hub.open_model(config.model)
+    model, sampling_params = source.config, _make_sampling_params(config, source)
     rules = make_sharding_rules(config.preset, mesh, axis_sizes(model))
     spec = DecodeSpec(model, rules, config.dtype, config.cache_dtype)
     num_slots = config.batch_size * rules.data_parallelism
@@ -150,26 +151,25 @@ class _SamplingRun:
     """Receives the increments since its last call."""
 
 
-def _read_sampling_params(config: SampleConfig) -> SamplingParams:
-    model = hub.open_model(config.model).config
-    special = hub.open_model(config.model).special_tokens
+def _make_sampling_params(config: SampleConfig, source: ModelRef) -> SamplingParams:
+    special = source.special_tokens
     return make_sampling_params(
         config,
         start_id=special.bos_token_id,
         stop_ids=special.eos_token_ids,
-        vocab_size=model.vocab_size,
+        vocab_size=source.config.vocab_size,
         tokenizer_length=special.tokenizer_length,
-        max_positions=model.max_positions,
+        max_positions=source.config.max_positions,
     )
 
 
-def _request(config: SampleConfig, sampling_params: SamplingParams) -> dict[str, Any]:
+def _make_request(config: SampleConfig, source: ModelRef, sampling_params: SamplingParams) -> dict[str, Any]:
     """Collect the options that determine the content of the corpus, for `corpus.json`."""
     types = {"dtype": config.dtype} | ({} if config.cache_dtype is None else {"cache_dtype": config.cache_dtype})
     return {
         "kind": "sampled",
-        "source": {"ref": config.model, "fingerprint": hub.open_model(config.model).fingerprint} | types,
-        "tokenizer_fingerprint": _tokenizer_fingerprint(config.model),
+        "source": {"ref": config.model, "fingerprint": source.fingerprint} | types,
+        "tokenizer_fingerprint": source.tokenizer_fingerprint if source.has_tokenizer else None,
         "start_id": sampling_params.start_id,
         "stop_ids": list(sampling_params.stop_ids),
         "policy": {
@@ -181,15 +181,7 @@ def _request(config: SampleConfig, sampling_params: SamplingParams) -> dict[str,
     }
 
 
-def _tokenizer_fingerprint(ref: str) -> str | None:
-    return (
-        None
-        if hub.open_model(ref).special_tokens.tokenizer_length is None
-        else hub.open_model(ref).tokenizer_fingerprint
-    )
-
-
-def _first_ref(out: Path, request: dict[str, Any]) -> str:
+def _read_ref(out: Path, request: dict[str, Any]) -> str:
     """Keep the recorded path of an unchanged source: models may be moved."""
     source = atomic.read_json(out / REQUEST).get("source", {})
     return source["ref"] if source.get("fingerprint") == request["source"]["fingerprint"] else request["source"]["ref"]
@@ -277,11 +269,11 @@ def _write_shard(run: _SamplingRun, index: int, batch: SampleBatch, start_time: 
         ]
         init_corpus(run.out, run.request)
         if not (run.out / "config.yaml").exists():
-            yaml_io.save(run.out / "config.yaml", _effective_options(run.config, run.sampling_params))
+            start_id, stop_ids = run.sampling_params.start_id, run.sampling_params.stop_ids
+            yaml_io.save(run.out / "config.yaml", replace(run.config, start_id=start_id, stop_ids=stop_ids))
         policy_logprob = math.fsum(map(float, batch.policy_logprobs))
-        record = write_shard(
-            run.out, index, samples, {"mismatches": mismatches, "policy_logprob": policy_logprob, **_environment(run)}
-        )
+        metadata = {"mismatches": mismatches, "policy_logprob": policy_logprob, **_describe_environment(run)}
+        record = write_shard(run.out, index, samples, metadata)
         timing = {
             "start_time": start_time,
             "seconds": time.time() - start_time,
@@ -293,11 +285,7 @@ def _write_shard(run: _SamplingRun, index: int, batch: SampleBatch, start_time: 
         atomic.write_json(run.out / "timings" / f"{Path(record['file']).stem}.json", timing)
 
 
-def _effective_options(config: SampleConfig, sampling_params: SamplingParams) -> SampleConfig:
-    return replace(config, start_id=sampling_params.start_id, stop_ids=sampling_params.stop_ids)
-
-
-def _environment(run: _SamplingRun) -> dict[str, Any]:
+def _describe_environment(run: _SamplingRun) -> dict[str, Any]:
     """Record what a bitwise repetition of a shard needs besides the request."""
     mesh = run.model.sharding_rules.mesh
     return {
