@@ -1,4 +1,4 @@
-"""Models in Hugging Face's format: references, configs, tokenizers, weights, and one table per family."""
+"""Models in Hugging Face's format: references, configs, tokenizers, weights."""
 
 from jax_selftrain.hub.load import LoadedModel, convert, load_model, model_with_params
 from jax_selftrain.hub.merge import merge

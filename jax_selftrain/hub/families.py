@@ -1,10 +1,10 @@
-"""Families as data: one table per family says where each Hugging Face tensor lies in our parameter tree.
+"""Families as data: one table of tensors per family.
 
-A row is (names, path, pattern). The pattern describes one layer's tensor in the notation of einops: what stands in
-parentheses is fused into one dimension of the file, and the right-hand side is our layout without the leading layer
-dimension. `2of3` is a slot: of a dimension of three, this row is the third entry (GPT-NeoX fuses query, key and value
-as (heads, 3, head width)). Reading, writing, shapes and the inverse all follow from the pattern, so that a family has
-no code of its own. Adding a family = one table here, one reader in `hf_config`, one parity case.
+A row is (names, path, pattern). The pattern describes one layer's tensor in the notation of einops: parentheses fuse
+axes into one dimension of the file; the right-hand side is our array without the leading layer dimension. `2of3` is
+index 2 of a dimension of three (GPT-NeoX fuses query, key and value as (heads, 3, head width)). Reading, writing,
+shapes and the inverse follow from the pattern. To add a family, add a table here, a reader in `hf_config` and a parity
+case.
 
 Letters: D width, G key/value heads, R queries per key/value head, K head width, F MLP width, V vocabulary.
 """
@@ -23,59 +23,59 @@ import numpy as np
 from jax_selftrain.models import DecoderConfig
 
 Slices = tuple[slice, ...]
-"""Bounds along each dimension of an array; a slice here always has start, stop and no step."""
+"""Bounds along each dimension of an array; start and stop are set, step is not."""
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """How the dimensions of a tensor in a file map to those of one layer of our array."""
+    """The mapping from a file's tensor to a layer of a parameter."""
 
     template: str
 
     @cached_property
-    def fused(self) -> tuple[tuple[str, ...], ...]:
-        """For each dimension in the file, the axes that are fused in it: (("g", "2of3", "k"), ("d",))."""
+    def file_axes(self) -> tuple[tuple[str, ...], ...]:
+        """Axes fused in each dimension of the file: (("g", "2of3", "k"), ("d",))."""
         left = self.template.split("->")[0]
         return tuple(tuple((fused or single).split()) for fused, single in re.findall(r"\(([^)]*)\)|(\S+)", left))
 
     @cached_property
     def axes(self) -> tuple[str, ...]:
-        """Axes of our layout: ("d", "g", "k")."""
+        """Axes of our layer: ("d", "g", "k")."""
         return tuple(self.template.split("->")[1].split())
 
     @property
     def _flat(self) -> tuple[str, ...]:
-        return tuple(axis for group in self.fused for axis in group)
+        return tuple(axis for group in self.file_axes for axis in group)
 
     @property
     def _order(self) -> tuple[int, ...]:
-        """Transposition from the file's axes, slots left out, to ours."""
+        """Transposition from the file's axes, without `2of3`, to ours."""
         named = [axis for axis in self._flat if "of" not in axis]
         return tuple(named.index(axis) for axis in self.axes)
 
     def file_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Shape of the tensor in the file."""
-        return tuple(prod(_size(axis, sizes) for axis in group) for group in self.fused)
+        """Compute the shape of the tensor in the file."""
+        return tuple(prod(_size(axis, sizes) for axis in group) for group in self.file_axes)
 
-    def file_parts(self, box: Slices, sizes: Mapping[str, int]) -> list[list[tuple[int, int]]]:
-        """For each dimension in the file, the runs (start, stop) that hold `box` of our layer, in order."""
+    def file_runs(self, box: Slices, sizes: Mapping[str, int]) -> list[list[tuple[int, int]]]:
+        """Find the runs (start, stop) of each file dimension that hold `box`."""
         bounds = {axis: (part.start, part.stop) for axis, part in zip(self.axes, box, strict=True)}
         return [
             _contiguous_runs([_bounds(a, bounds) for a in group], [_size(a, sizes) for a in group])
-            for group in self.fused
+            for group in self.file_axes
         ]
 
     def from_hf(self, part: np.ndarray, box: Slices) -> np.ndarray:
-        """Bring what `file_parts` selected (concatenated) into our layout: a view of shape `box`."""
+        """View the concatenated `file_runs` as our layer, of shape `box`."""
         extents = {axis: bound.stop - bound.start for axis, bound in zip(self.axes, box, strict=True)}
         named = [extents[axis] for axis in self._flat if "of" not in axis]
         return part.reshape(named).transpose(self._order)
 
     def to_hf(self, layer: np.ndarray, tensor: np.ndarray, sizes: Mapping[str, int]) -> None:
-        """Inverse: put one layer of ours where it belongs in a tensor of the file's shape."""
+        """Write one layer into a tensor of the file's shape."""
         spread = tensor.reshape([_size(axis, sizes) for axis in self._flat])
-        where = tuple(int(axis.split("of")[0]) if "of" in axis else slice(None) for axis in self._flat)
-        spread[where] = layer.transpose(np.argsort(self._order))
+        index = tuple(int(axis.split("of")[0]) if "of" in axis else slice(None) for axis in self._flat)
+        spread[index] = layer.transpose(np.argsort(self._order))
 
 
 def _size(axis: str, sizes: Mapping[str, int]) -> int:
@@ -85,12 +85,12 @@ def _size(axis: str, sizes: Mapping[str, int]) -> int:
 def _bounds(axis: str, bounds: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
     if "of" not in axis:
         return bounds[axis]
-    slot = int(axis.split("of")[0])
-    return slot, slot + 1
+    index = int(axis.split("of")[0])
+    return index, index + 1
 
 
 def _contiguous_runs(bounds: list[tuple[int, int]], sizes: list[int]) -> list[tuple[int, int]]:
-    """Contiguous ranges of the fused dimension that make up a box of its axes."""
+    """Find the contiguous runs of a fused dimension that cover a box."""
     last = max((i for i, (b, n) in enumerate(zip(bounds, sizes, strict=True)) if b != (0, n)), default=0)
     tail = prod(sizes[last + 1 :])
     start, stop = bounds[last]
@@ -106,16 +106,16 @@ def _contiguous_runs(bounds: list[tuple[int, int]], sizes: list[int]) -> list[tu
 
 @dataclass(frozen=True)
 class TensorRule:
-    """One tensor (of each layer, where the name has `{}`) and its place."""
+    """One tensor of the file, per layer where the name has `{}`."""
 
     names: tuple[str, ...]
-    """Names it goes by in files; the first is what a new file gets."""
+    """Alternative names; the first is that of a new file."""
     path: str
     pattern: Pattern
 
     @property
-    def stacked(self) -> bool:
-        """Whether every layer has one."""
+    def is_stacked(self) -> bool:
+        """Return True if every layer has one."""
         return self.path.startswith("layers/")
 
 
@@ -126,13 +126,13 @@ class Family:
     model_type: str
     rows: tuple[TensorRule, ...]
     ignored_buffers: tuple[str, ...]
-    """Regular expressions of buffers in old files that hold no parameters: causal masks, rotary frequencies."""
+    """Regular expressions of buffers in old files: causal masks, rotary frequencies."""
     tied_head: tuple[str, ...]
-    """Names of the output projection; with tied embeddings such a tensor is a copy and is dropped."""
+    """Names of the output projection; with tied embeddings it is a copy and is dropped."""
 
 
-def axis_sizes(config: DecoderConfig) -> dict[str, int]:
-    """Sizes of the pattern's letters."""
+def pattern_sizes(config: DecoderConfig) -> dict[str, int]:
+    """Return the sizes of the letters in patterns."""
     return {
         "d": config.hidden_size,
         "g": config.num_kv_heads,
@@ -232,4 +232,4 @@ FAMILIES: dict[str, Family] = {
         Family("qwen3", _LLAMA_ROWS + _QK_NORM_ROWS, _LLAMA_LEGACY, tied_head=("lm_head.weight",)),
     )
 }
-"""Every family we know, by the `model_type` of its config.json."""
+"""All families by the `model_type` of config.json."""

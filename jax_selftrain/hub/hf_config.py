@@ -1,14 +1,10 @@
-"""Raw `config.json` → `DecoderConfig`: every key is understood, known not to matter, or refused by name.
+"""Translate `config.json`: every key is read, known to be irrelevant, or refused.
 
-A key that nobody reads is how a model comes out subtly wrong, so reading is accounting (the idea is penzai's): each
-reader *takes* the keys it handles; what is left must be in `_IGNORED` (keys that do not change the logits of a causal
-language model in evaluation) or in `_OFF` (features we lack, at the one value that means "not used"). Everything else
-is an error that names key and value. Defaults of absent keys are those of transformers' config classes, since
-`save_pretrained` may leave a default out; the sizes themselves must be there.
+A key that no code reads makes a model subtly wrong. Readers take the keys that they handle (as penzai does); the rest
+must be in `_IGNORED` or in `_DISABLED_VALUES`. Absent keys have the defaults of transformers; sizes are required.
 
 Both schemas of rotary settings are read: transformers 4 (`rope_theta`, `rope_scaling`; GPT-NeoX `rotary_emb_base`,
-`rotary_pct`) and 5 (`rope_parameters`). Dropout probabilities are ignored: they act in torch's train mode only, and
-training here uses none.
+`rotary_pct`) and 5 (`rope_parameters`).
 """
 
 from __future__ import annotations
@@ -21,17 +17,8 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.hub.families import FAMILIES
 from jax_selftrain.models import DecoderConfig, RopeConfig
 
-_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_python_tanh": "gelu_tanh",
-    "silu": "silu",
-    "swish": "silu",
-    "relu": "relu",
-}
+_ACTIVATIONS = {"gelu": "gelu", "gelu_python": "gelu", "silu": "silu", "swish": "silu", "relu": "relu"}
+_ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh"), "gelu_tanh")
 
 _IGNORED = {
     "provenance, storage, task heads of other classes, how transformers runs": """
@@ -41,12 +28,12 @@ _IGNORED = {
         attn_implementation _attn_implementation _attn_implementation_autoset _experts_implementation
         tie_last_hidden_states keys_to_ignore_at_inference chunk_size_feed_forward use_bfloat16 tf_legacy_loss
         is_llama_config transformers.js_config unsloth_fixed unsloth_version max_sequence_length""",
-    "token ids: no part of the forward pass; `tokens.special_tokens` reads them": """
+    "token ids, which `resolve_special_tokens` reads": """
         bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id unk_token_id""",
-    "dropout, see the module's docstring": """
+    "dropout, which acts in training with torch only": """
         attention_dropout hidden_dropout classifier_dropout resid_pdrop embd_pdrop attention_probs_dropout_prob
         hidden_dropout_prob""",
-    "settings of generate() that old configs carry; sampling here has a policy of its own": """
+    "settings of generate() in old configs": """
         max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k
         top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
         bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id
@@ -56,18 +43,13 @@ _IGNORED = {
 _IGNORED_KEYS = frozenset(key for keys in _IGNORED.values() for key in keys.split())
 
 _DISABLED_VALUES: dict[str, tuple[Any, ...]] = {
-    "quantization_config": (None,),
-    "auto_map": (None,),
-    "per_layer_config": (None, {}),
-    "pruned_heads": (None, {}),
-    "is_encoder_decoder": (False, None),
-    "add_cross_attention": (False, None),
-    "cross_attention_hidden_size": (None,),
-    "tie_encoder_decoder": (False, None),
+    **dict.fromkeys(("quantization_config", "auto_map", "cross_attention_hidden_size"), (None,)),
+    **dict.fromkeys(("per_layer_config", "pruned_heads"), (None, {})),
+    **dict.fromkeys(("is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder"), (False, None)),
+    **dict.fromkeys(("use_mrope", "rope_interleaved"), (False, None)),
     "is_causal": (True, None),
-    "use_mrope": (False, None),
-    "rope_interleaved": (False, None),
 }
+"""Values that switch off a feature that is not supported."""
 
 _ROPE_KEYS = {
     "default": set(),
@@ -91,7 +73,7 @@ def parse_config(raw: Mapping[str, Any], path: str) -> DecoderConfig:
 
     Args:
       raw: the content of config.json.
-      where: the file, for messages.
+      path: the file, for messages.
 
     Raises:
       InputError: the architecture is unknown, or a key is missing, unknown, contradictory or out of range.
@@ -101,26 +83,24 @@ def parse_config(raw: Mapping[str, Any], path: str) -> DecoderConfig:
     keys = _Keys(raw, path)
     family = keys.pop("model_type", str, None)
     if family not in _READERS:
-        raise InputError(
-            f"{path}: model_type {family!r} is not supported; the architectures known here are {', '.join(_READERS)}"
-        )
+        raise InputError(f"{path}: model_type {family!r} is not supported; choose from {', '.join(_READERS)}")
     config = _READERS[family](keys)
     keys.finish()
     return config
 
 
 class _Keys:
-    """The raw config and which of its keys have been taken."""
+    """The raw config and the keys that were read."""
 
-    def __init__(self, raw: Mapping[str, Any], where: str):
-        self._raw, self.where, self._taken = raw, where, set[str]()
+    def __init__(self, raw: Mapping[str, Any], path: str):
+        self._raw, self.path, self._read = raw, path, set[str]()
 
     def __contains__(self, key: str) -> bool:
         return key in self._raw
 
     def pop(self, key: str, kind: type | tuple[type, ...], default: Any) -> Any:
-        """Value of a key, `default` if absent or null. A number that is not a `kind` is refused (bool is not int)."""
-        self._taken.add(key)
+        """Read a key; refuse another type (bool is not int)."""
+        self._read.add(key)
         value = self._raw.get(key)
         if value is None:
             return default
@@ -130,71 +110,75 @@ class _Keys:
         return value
 
     def size(self, key: str, default: int | None = None) -> int:
-        """A positive whole number; required unless there is a default."""
+        """Read a positive whole number; required unless there is a default."""
         value = self.pop(key, int, default)
         if value is None:
-            raise InputError(f"{self.where}: {key} is missing; it cannot be guessed")
+            raise InputError(f"{self.path}: {key} is missing; it cannot be guessed")
         if value < 1:
             self.refuse(key, "should be at least 1")
         return value
 
     def number(self, key: str, default: float) -> float:
-        """A positive finite number."""
+        """Read a positive finite number."""
         value = self.pop(key, (int, float), default)
         if not (math.isfinite(value) and value > 0):
             self.refuse(key, "should be a positive number")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        """true or false."""
+        """Read true or false."""
         return self.pop(key, bool, default)
 
     def activation(self, default: str) -> Any:
-        """`hidden_act` under our name."""
+        """Read `hidden_act`."""
         name = self.pop("hidden_act", str, default)
         if name not in _ACTIVATIONS:
-            self.refuse("hidden_act", f"is not supported; known are {', '.join(_ACTIVATIONS)}")
+            self.refuse("hidden_act", f"is not supported; choose from {', '.join(_ACTIVATIONS)}")
         return _ACTIVATIONS[name]
 
     def refuse(self, key: str, why: str) -> NoReturn:
         """Raise InputError about a key."""
-        raise InputError(f"{self.where}: {key} = {self._raw.get(key)!r} {why}")
+        raise InputError(f"{self.path}: {key} = {self._raw.get(key)!r} {why}")
 
     def finish(self) -> None:
-        """Raise InputError about any key that nobody took."""
+        """Raise InputError about any key that no reader read."""
         for key, value in self._raw.items():
-            if (
-                key in self._taken
-                or key in _IGNORED_KEYS
-                or (key in _DISABLED_VALUES and value in _DISABLED_VALUES[key])
-            ):
-                continue
-            self.refuse(key, "is not supported: ignoring it could change the model's output")
+            is_known = key in self._read or key in _IGNORED_KEYS
+            if not is_known and value not in _DISABLED_VALUES.get(key, ()):
+                self.refuse(key, "is not supported: ignoring it could change the model's output")
 
 
 # ---------------------------------------------------------------- families
 
 
+def _common_fields(keys: _Keys) -> dict[str, Any]:
+    return {
+        "vocab_size": keys.size("vocab_size"),
+        "hidden_size": keys.size("hidden_size"),
+        "num_layers": keys.size("num_hidden_layers"),
+        "num_heads": keys.size("num_attention_heads"),
+        "intermediate_size": keys.size("intermediate_size"),
+        "tie_word_embeddings": keys.flag("tie_word_embeddings", False),
+        "initializer_range": keys.number("initializer_range", 0.02),
+    }
+
+
 def _gpt_neox(keys: _Keys) -> DecoderConfig:
-    heads, width = keys.size("num_attention_heads"), keys.size("hidden_size")
-    head_dim = _default_head_dim(keys, width, heads)
+    common = _common_fields(keys)
+    head_dim = _default_head_dim(keys, common)
     bias = keys.flag("attention_bias", True)
     positions = keys.size("max_position_embeddings", 2048)
     rope, fraction = _rope(keys, positions, theta_key="rotary_emb_base", fraction_key="rotary_pct", fraction=0.25)
     rotary_dim = int(head_dim * fraction)
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
         raise InputError(
-            f"{keys.where}: a rotary fraction of {fraction} of heads of width {head_dim} rotates {rotary_dim} "
+            f"{keys.path}: a rotary fraction of {fraction} of heads of width {head_dim} rotates {rotary_dim} "
             "dimensions; it should be an even number of at least 2 and at most the width"
         )
     return DecoderConfig(
-        vocab_size=keys.size("vocab_size"),
-        hidden_size=width,
-        num_layers=keys.size("num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=heads,
+        **common,
+        num_kv_heads=common["num_heads"],
         head_dim=head_dim,
-        intermediate_size=keys.size("intermediate_size"),
         max_positions=positions,
         norm="layernorm",
         norm_eps=keys.number("layer_norm_eps", 1e-5),
@@ -207,8 +191,6 @@ def _gpt_neox(keys: _Keys) -> DecoderConfig:
         out_bias=bias,
         mlp_bias=True,
         qk_norm=False,
-        tie_word_embeddings=keys.flag("tie_word_embeddings", False),
-        initializer_range=keys.number("initializer_range", 0.02),
     )
 
 
@@ -218,12 +200,12 @@ def _llama(keys: _Keys) -> DecoderConfig:
 
 
 def _qwen2(keys: _Keys) -> DecoderConfig:
-    return _llama_like(keys, qkv_bias=True, out_bias=False, windows=True)
+    return _llama_like(keys, qkv_bias=True, out_bias=False, has_windows=True)
 
 
 def _qwen3(keys: _Keys) -> DecoderConfig:
     bias = keys.flag("attention_bias", False)
-    return _llama_like(keys, qkv_bias=bias, out_bias=bias, qk_norm=True, windows=True, head_dim=128)
+    return _llama_like(keys, qkv_bias=bias, out_bias=bias, qk_norm=True, has_windows=True, head_dim=128)
 
 
 def _llama_like(
@@ -233,34 +215,29 @@ def _llama_like(
     out_bias: bool,
     mlp_bias: bool = False,
     qk_norm: bool = False,
-    windows: bool = False,
+    has_windows: bool = False,
     head_dim: int | None = None,
 ) -> DecoderConfig:
-    heads, width = keys.size("num_attention_heads"), keys.size("hidden_size")
-    # Qwen's classes default to 32 key/value heads, which only ever fits a model that says so: absent means all heads.
-    kv_heads = keys.size("num_key_value_heads", heads)
-    if heads % kv_heads:
-        keys.refuse("num_key_value_heads", f"does not divide num_attention_heads = {heads}")
+    common = _common_fields(keys)
+    # Qwen's classes default to 32 key/value heads, which fits only models that say so; absent means all heads.
+    kv_heads = keys.size("num_key_value_heads", common["num_heads"])
+    if common["num_heads"] % kv_heads:
+        keys.refuse("num_key_value_heads", f"does not divide num_attention_heads = {common['num_heads']}")
     given = keys.pop("head_dim", int, head_dim)
-    head_dim = _default_head_dim(keys, width, heads) if given is None else keys.size("head_dim", given)
+    head_dim = _default_head_dim(keys, common) if given is None else keys.size("head_dim", given)
     if head_dim % 2:
-        raise InputError(f"{keys.where}: heads of odd width {head_dim} cannot be rotated; head_dim should be even")
-    layers = keys.size("num_hidden_layers")
-    positions = keys.size("max_position_embeddings", 32768 if windows else 2048)
+        raise InputError(f"{keys.path}: heads of odd width {head_dim} cannot be rotated; head_dim should be even")
+    positions = keys.size("max_position_embeddings", 32768 if has_windows else 2048)
     rope, fraction = _rope(keys, positions, theta_key="rope_theta", fraction_key="partial_rotary_factor", fraction=1.0)
     if fraction != 1.0:
         raise InputError(
-            f"{keys.where}: partial_rotary_factor = {fraction} is not supported for this family, whose own code in "
+            f"{keys.path}: partial_rotary_factor = {fraction} is not supported for this family; its code in "
             "transformers does not follow it consistently"
         )
     return DecoderConfig(
-        vocab_size=keys.size("vocab_size"),
-        hidden_size=width,
-        num_layers=layers,
-        num_heads=heads,
+        **common,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        intermediate_size=keys.size("intermediate_size"),
         max_positions=positions,
         norm="rmsnorm",
         norm_eps=keys.number("rms_norm_eps", 1e-6),
@@ -273,9 +250,7 @@ def _llama_like(
         out_bias=out_bias,
         mlp_bias=mlp_bias,
         qk_norm=qk_norm,
-        tie_word_embeddings=keys.flag("tie_word_embeddings", False),
-        sliding_window=_sliding_windows(keys, layers, windows),
-        initializer_range=keys.number("initializer_range", 0.02),
+        sliding_window=_sliding_windows(keys, common["num_layers"], has_windows),
     )
 
 
@@ -289,33 +264,33 @@ if _READERS.keys() != FAMILIES.keys():
     raise RuntimeError("every family needs both a tensor table and a config reader")
 
 
-def _default_head_dim(keys: _Keys, width: int, heads: int) -> int:
-    if width % heads:
-        keys.refuse("hidden_size", f"is not a multiple of num_attention_heads = {heads}")
-    return width // heads
+def _default_head_dim(keys: _Keys, common: Mapping[str, Any]) -> int:
+    if common["hidden_size"] % common["num_heads"]:
+        keys.refuse("hidden_size", f"is not a multiple of num_attention_heads = {common['num_heads']}")
+    return common["hidden_size"] // common["num_heads"]
 
 
-def _sliding_windows(keys: _Keys, layers: int, followed: bool) -> tuple[int | None, ...] | None:
-    """Sliding windows of Qwen: `layer_types`, else layers from `max_window_layers` on, if they are switched on."""
+def _sliding_windows(keys: _Keys, layers: int, has_windows: bool) -> tuple[int | None, ...] | None:
+    """Read Qwen's windows: `layer_types`, else layers from `max_window_layers` on."""
     types = keys.pop("layer_types", list, None)
-    if not followed:
+    if not has_windows:
         if types is not None and set(types) != {"full_attention"}:
-            keys.refuse("layer_types", "is not followed by this family's own code in transformers")
+            keys.refuse("layer_types", "is not followed by the code of this family in transformers")
         return None
-    used = keys.flag("use_sliding_window", False)
+    is_used = keys.flag("use_sliding_window", False)
     window = keys.pop("sliding_window", int, 4096 if "sliding_window" not in keys else None)
     first = keys.pop("max_window_layers", int, 28)
-    on = used and window is not None
-    if on and window < 1:
+    is_on = is_used and window is not None
+    if is_on and window < 1:
         keys.refuse("sliding_window", "should be at least 1")
     if types is None:
-        types = ["sliding_attention" if on and i >= first else "full_attention" for i in range(layers)]
+        types = ["sliding_attention" if is_on and i >= first else "full_attention" for i in range(layers)]
     if len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
         keys.refuse("layer_types", f"should name full_attention or sliding_attention for each of {layers} layers")
     if "sliding_attention" not in types:
         return None
-    if not on:
-        keys.refuse("layer_types", "asks for windows, but use_sliding_window is not true or sliding_window unset")
+    if not is_on:
+        keys.refuse("layer_types", "needs windows, but use_sliding_window is not true or sliding_window unset")
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
@@ -325,12 +300,12 @@ def _sliding_windows(keys: _Keys, layers: int, followed: bool) -> tuple[int | No
 def _rope(
     keys: _Keys, positions: int, *, theta_key: str, fraction_key: str, fraction: float
 ) -> tuple[RopeConfig, float]:
-    """Rotary settings and the fraction of a head that is rotated, from either schema."""
+    """Read rotary settings and the rotated fraction of a head."""
     scaling, parameters = keys.pop("rope_scaling", dict, None), keys.pop("rope_parameters", dict, None)
     if scaling and parameters:
-        keys.refuse("rope_scaling", "stands beside rope_parameters; keep one of the two")
+        keys.refuse("rope_scaling", "is given together with rope_parameters; keep one of the two")
     given = dict(scaling or parameters or {})
-    where = f"{keys.where}: {'rope_scaling' if scaling else 'rope_parameters'}"
+    where = f"{keys.path}: {'rope_scaling' if scaling else 'rope_parameters'}"
     theta = _require_equal(keys, given, "rope_theta", {theta_key, "rope_theta"}, 10_000.0)
     fraction = _require_equal(keys, given, "partial_rotary_factor", {fraction_key, "partial_rotary_factor"}, fraction)
 
@@ -339,52 +314,48 @@ def _rope(
         raise InputError(f"{where}: rope_type and type disagree ({', '.join(sorted(map(repr, names)))})")
     kind = names.pop() if names else "default"
     if kind not in _ROPE_KEYS:
-        why = _ROPE_REFUSED.get(kind, f"known are {', '.join(_ROPE_KEYS)}")
+        why = _ROPE_REFUSED.get(kind, f"choose from {', '.join(_ROPE_KEYS)}")
         raise InputError(f"{where}: rope type {kind!r} is not supported ({why})")
     for key, value in given.items():
         if key not in _ROPE_KEYS[kind] and value is not None:
             raise InputError(f"{where}: {key} = {value!r} is not known for rope type {kind!r}")
-    if kind == "default":
-        return RopeConfig(theta=theta), fraction
 
-    def number(key: str, default: float | None) -> float:
-        value = given.get(key, default)
-        value = default if value is None else value
+    def number(key: str, default: float | None = None) -> float:
+        value = default if given.get(key) is None else given[key]
         if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
             raise InputError(f"{where}: {key} = {value!r} should be a positive number for rope type {kind!r}")
         return float(value)
 
+    if kind == "default":
+        return RopeConfig(theta=theta), fraction
     if kind == "linear":
-        return RopeConfig(theta=theta, kind="linear", factor=number("factor", None)), fraction
-    # Some configs hold the length before extension beside the rotary settings; transformers then prefers that one.
+        return RopeConfig(theta=theta, kind="linear", factor=number("factor")), fraction
+    # Where the length before extension is given twice, transformers uses the one outside the rotary settings.
     outside = keys.pop("original_max_position_embeddings", int, None)
     original = number("original_max_position_embeddings", outside or positions)
     if outside not in (None, original):
         keys.refuse("original_max_position_embeddings", f"contradicts {original:.0f} in the rotary settings")
     if kind == "llama3":
-        low, high = number("low_freq_factor", None), number("high_freq_factor", None)
+        low, high = number("low_freq_factor"), number("high_freq_factor")
         if low >= high:
             raise InputError(f"{where}: low_freq_factor = {low} should be below high_freq_factor = {high}")
-        factor = number("factor", None)
-        rope = RopeConfig(
-            theta=theta,
-            kind="llama3",
-            factor=factor,
-            low_freq_factor=low,
-            high_freq_factor=high,
-            original_max_position=int(original),
-        )
+        rope = RopeConfig(theta, "llama3", number("factor"), int(original), low, high)
         return rope, fraction
+    return _yarn(given, number, theta, positions, original, where), fraction
+
+
+def _yarn(
+    given: Mapping[str, Any], number: Callable[..., float], theta: float, positions: int, original: float, where: str
+) -> RopeConfig:
     factor, truncate = number("factor", positions / original), given.get("truncate", True)
     if truncate not in (True, False, None):
         raise InputError(f"{where}: truncate = {truncate!r} should be true or false")
+    scale: float | None = None if factor > 1 else 1.0
     if given.get("attention_factor") is not None:
-        scale: float | None = number("attention_factor", None)
+        scale = number("attention_factor")
     elif given.get("mscale") and given.get("mscale_all_dim"):
-        scale = _mscale(factor, number("mscale", None)) / _mscale(factor, number("mscale_all_dim", None))
-    else:
-        scale = None if factor > 1 else 1.0
-    rope = RopeConfig(
+        scale = _mscale(factor, number("mscale")) / _mscale(factor, number("mscale_all_dim"))
+    return RopeConfig(
         theta=theta,
         kind="yarn",
         factor=factor,
@@ -394,21 +365,20 @@ def _rope(
         attention_factor=scale,
         truncate=bool(truncate),
     )
-    return rope, fraction
 
 
 def _require_equal(keys: _Keys, given: dict[str, Any], inside: str, outside: set[str], default: float) -> float:
-    """A number that may stand inside the rotary settings or beside them; wherever it stands twice, it must agree."""
+    """Read a number inside or outside the rotary settings, which must agree."""
     stated = [key for key in sorted(outside) if keys.pop(key, (int, float), None) is not None]
     found = {key: keys.number(key, default) for key in stated}
     nested = given.pop(inside, None)
     if nested is not None:
         if isinstance(nested, bool) or not isinstance(nested, int | float) or not nested > 0:
-            raise InputError(f"{keys.where}: rope_parameters: {inside} = {nested!r} should be a positive number")
+            raise InputError(f"{keys.path}: rope_parameters: {inside} = {nested!r} should be a positive number")
         found[f"rope_parameters.{inside}"] = float(nested)
     if len(set(found.values())) > 1:
         values = ", ".join(f"{key} = {value}" for key, value in found.items())
-        raise InputError(f"{keys.where}: {values} contradict each other; keep the right one")
+        raise InputError(f"{keys.path}: {values} contradict each other; keep the right one")
     return next(iter(found.values()), default)
 
 

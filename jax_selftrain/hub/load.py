@@ -1,4 +1,4 @@
-"""Load models onto a mesh, and convert between Hugging Face's format and an Orbax tree."""
+"""Load models onto a mesh, and convert between formats."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class LoadedModel:
         return self.source.special_tokens
 
     def logits(self, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T V"]:
-        """Compute fp32 logits of the next token at every position, on the host.
+        """Compute fp32 logits at every position, on the host.
 
         Raises:
           InputError: an id is outside the vocabulary, or T is longer than the model's positions.
@@ -128,7 +128,7 @@ def load_model(
 
 
 def model_with_params(ref: Ref | ModelRef, params: Params, rules: ShardingRules) -> LoadedModel:
-    """Make a model with the config and tokenizer of `ref` and other weights.
+    """Combine the config and tokenizer of `ref` with other weights.
 
     Args:
       ref: any model, or a folder that has only config.json and a tokenizer.
@@ -144,7 +144,7 @@ def model_with_params(ref: Ref | ModelRef, params: Params, rules: ShardingRules)
 
 
 def convert(config: ConvertConfig) -> Path:
-    """Write a model in Hugging Face's format (`format: hf`) or with an Orbax tree of parameters (`flax`).
+    """Write a model as safetensors (`hf`) or an Orbax tree (`flax`).
 
     Raises:
       InputError: the model cannot be read, or the folder exists already or cannot be written.
@@ -168,7 +168,7 @@ def _conversion_sharding(config: DecoderConfig) -> ShardingRules:
 
 
 def cpu_device() -> jax.Device:
-    """Return a CPU device where there is one, for work that needs memory rather than computation."""
+    """Return a CPU device if any, for work that needs memory only."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS names the accelerator alone
@@ -176,7 +176,7 @@ def cpu_device() -> jax.Device:
 
 
 def read_params(source: ModelRef, rules: ShardingRules, dtype: np.dtype | None) -> tuple[Params, ExportSpec]:
-    """Read parameters in `dtype` (None: as stored) and how they were stored, every file of a manifest verified."""
+    """Verify and read parameters in `dtype` (None: as stored)."""
     if not source.is_orbax:
         source.verify_weights()
         with open_weights(source.folder) as reader:

@@ -1,8 +1,8 @@
-"""Merge two models by linear interpolation of their parameters: base + w·(student − base).
+"""Merge two models by linear interpolation of their parameters.
 
-w = 0 is the base and w = 1 the student, both bit for bit. Between them is weight interpolation (WiSE-FT,
-arXiv:2109.01903), beyond the student task arithmetic (arXiv:2212.04089), and before the base Neon (arXiv:2510.03597):
-its θ = (1 + v)·base − v·student, for a student trained on samples of its own base, is w = −v.
+The result is base + w·(student − base): for w = 0 the base and for w = 1 the student, bit for bit. Between them is
+weight interpolation (WiSE-FT, arXiv:2109.01903), beyond the student task arithmetic (arXiv:2212.04089), and before the
+base Neon (arXiv:2510.03597): its θ = (1 + v)·base − v·student, for a student trained on samples of its base, is w = −v.
 
 The difference is formed first, rather than (1 − w)·base + w·student: a parameter that is equal in both keeps its value
 for every w. Everything is computed in float32, array by array.
@@ -35,7 +35,7 @@ _ONLY_FOR_TRAINING = ("initializer_range",)
 
 
 def merge(config: MergeConfig) -> Path:
-    """Write base + weight · (student − base) as a model folder in float32.
+    """Write base + weight · (student − base) in float32.
 
     Returns:
       The folder. A folder that already holds the result of the same merge is left as it is.
@@ -71,12 +71,12 @@ def describe_inputs(base: ModelRef, student: ModelRef) -> dict[str, Any]:
 
 
 def load_stored(model: ModelRef, rules: ShardingRules) -> dict[str, jax.Array]:
-    """Load parameters by path, each in the dtype in which it is stored."""
+    """Load parameters by path, in their stored dtypes."""
     return flatten_dict(read_params(model, rules, None)[0], sep="/")
 
 
 def _interpolate(base: dict[str, jax.Array], student: dict[str, jax.Array], weight: float) -> Params:
-    """Merge array by array; empties its arguments, so that each array is freed once it is used."""
+    """Merge array by array; empties its arguments to free each array."""
     merged = {}
     for path in sorted(base):
         merged[path] = _lerp(base.pop(path), student.pop(path), np.float32(weight))
@@ -93,7 +93,7 @@ def _lerp(base: jax.Array, student: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def check_compatible(base: ModelRef, student: ModelRef) -> None:
-    """Raise InputError, naming the difference, where two models differ in architecture or tokenizer."""
+    """Raise InputError where two models differ in architecture or tokenizer."""
     expected, found = _architecture(base.config), _architecture(student.config)
     for name, value in expected.items():
         if found[name] != value:
@@ -117,7 +117,7 @@ def _architecture(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _is_complete(out: Path, expected: Mapping[str, Any]) -> bool:
-    """Return True if the folder holds this merge, complete; refuse any other content."""
+    """Return True if the folder holds this merge; refuse other content."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     model = open_model(out) if (out / MANIFEST).is_file() else None

@@ -1,6 +1,6 @@
-"""Model folders, written in Hugging Face's format: config.json, safetensors, tokenizer, generation config, model card.
+"""Write model folders in Hugging Face's format.
 
-`selftrain.json` is the manifest:
+A folder holds config.json, safetensors, tokenizer, generation config, a model card, and a manifest, `selftrain.json`:
 
 | key | content |
 |---|---|
@@ -58,7 +58,7 @@ class ExportSpec:
     """Tensors that are not stored: legacy buffers, copies of tied embeddings."""
 
     def cast(self, tensors: Mapping[str, str]) -> ExportSpec:
-        """Change dtypes. config.json then states them: transformers loads weights in the dtype that it states."""
+        """Change dtypes, also in config.json, which transformers obeys."""
         types = set(tensors.values())
         dtype = types.pop() if len(types) == 1 else "float32"
         raw = {key: dtype if key in ("dtype", "torch_dtype") else value for key, value in self.raw_config.items()}
@@ -66,7 +66,7 @@ class ExportSpec:
 
 
 def export_spec(source: ModelRef, params: Params) -> ExportSpec:
-    """Make the spec of new weights for a model: the names of the model, the dtypes of the weights."""
+    """Make the spec of new weights: names of `source`, dtypes of `params`."""
     leaves = param_sources(FAMILIES[source.raw_config["model_type"]], source.config, source.tensor_names)
     dtypes = {path: np.dtype(array.dtype).name for path, array in flatten_dict(params, sep="/").items()}
     tensors = {name: dtypes[leaf.path] for leaf in leaves for name in leaf.names}
@@ -82,7 +82,7 @@ def save_model(
     export: ExportSpec | None = None,
     format: Format = "hf",
 ) -> Path:
-    """Write a model folder and commit it in one step; all processes of a program call this together.
+    """Write a model folder and commit it; all processes call this together.
 
     Args:
       folder: must not exist, or be empty.
@@ -114,7 +114,7 @@ def complete_model(
     metadata: Mapping[str, Any],
     format: Format = "hf",
 ) -> None:
-    """Add weights, generation config, model card and manifest to a folder that has config and tokenizer."""
+    """Add everything but config and tokenizer to a model folder."""
     family = FAMILIES[export.raw_config["model_type"]]
     if format == "flax":
         orbax_io.save_tree(folder / PARAMS, params)
@@ -147,7 +147,7 @@ def complete_model(
 
 
 def _copy_config_and_tokenizer(folder: Path, raw_config: Mapping[str, Any], source: Path) -> None:
-    """Copy files from the source; config.json is copied as it is unless its content changes."""
+    """Copy files; config.json stays the same bytes unless its content changes."""
     if atomic.read_json(source / CONFIG) == raw_config:
         shutil.copyfile(source / CONFIG, folder / CONFIG)
     else:
@@ -175,7 +175,7 @@ def _model_card(source: Mapping[str, str], metadata: Mapping[str, Any]) -> str:
 
 @contextmanager
 def commit_from_all_processes(path: str | Path) -> Iterator[Path]:
-    """Commit one folder from all processes: all get the same temporary folder, process 0 renames it.
+    """Yield one temporary folder to all processes; process 0 commits it.
 
     All processes pass the same path on a shared file system.
 

@@ -1,4 +1,4 @@
-"""Model references: resolve a folder, hub id or RUN once, then read and verify what it holds on first use.
+"""Model references: resolved once, read and verified on first use.
 
 A folder that this package wrote has a manifest, `selftrain.json`. Small files are verified when the folder is opened,
 weights when they are loaded.
@@ -43,7 +43,10 @@ Ref = str | Path
 
 @dataclass(frozen=True, eq=False)
 class ModelRef:
-    """A resolved model folder. Properties raise InputError where a file is missing, damaged or not supported."""
+    """A resolved model folder.
+
+    Properties raise InputError where a file is missing, damaged or not supported.
+    """
 
     ref: str
     """The reference as given."""
@@ -52,7 +55,7 @@ class ModelRef:
 
     @cached_property
     def manifest(self) -> Mapping[str, Any]:
-        """Content of `selftrain.json`, its small files verified; empty for a folder that others wrote."""
+        """Content of `selftrain.json`, small files verified; empty without one."""
         path = self.folder / MANIFEST
         if not path.is_file():
             return {}
@@ -118,12 +121,12 @@ class ModelRef:
 
     @property
     def has_weights(self) -> bool:
-        """Return True if the folder holds weights, not only an architecture to train from scratch."""
+        """Return True if the folder holds weights, not only an architecture."""
         return self.is_orbax or any((self.folder / name).is_file() for name in (WEIGHTS, INDEX))
 
     @cached_property
     def tensor_names(self) -> frozenset[str]:
-        """Hugging Face names of the tensors; they decide between a family's alternatives (embed_out, lm_head)."""
+        """Hugging Face names of the tensors (embed_out or lm_head)."""
         if self.manifest:
             return frozenset(self.manifest["tensors"])
         if not self.has_weights:
@@ -133,7 +136,7 @@ class ModelRef:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of config and weight files, from the manifest where there is one."""
+        """SHA-256 (hex) of config and weight files, from the manifest if any."""
         names = [f"{PARAMS}/{orbax_io.MANIFEST}"] if self.is_orbax else weight_files(self.folder)
         listed = self.manifest.get("files", {})
         weights = {n: listed[n]["sha256"] if n in listed else sha256_file(self.folder / n) for n in names}
@@ -157,7 +160,7 @@ class ModelRef:
 
 
 def open_model(ref: Ref | ModelRef) -> ModelRef:
-    """Resolve a model reference; the same object for as long as no file of the folder changes.
+    """Resolve a model reference; the same object until a file changes.
 
     A RUN folder means its final `model`. A hub id is downloaded, or taken from the local cache. A folder may also hold
     nothing but a tokenizer.

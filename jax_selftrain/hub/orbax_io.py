@@ -1,8 +1,8 @@
 """Orbax trees with a SHA-256 manifest: training checkpoints, and `convert --format flax`.
 
-The only module that imports Orbax (its `v1` API). Orbax restored a flipped byte silently; hence `manifest.json`, written
-last, lists every array and the SHA-256 of every file, and loading verifies all files first. A tree without a manifest
-was never finished and is refused.
+The only module that imports Orbax (its `v1` API). Orbax restored a flipped byte silently; hence `manifest.json`,
+written last, lists every array and the SHA-256 of every file, and loading verifies all files first. A tree without a
+manifest was never finished and is refused.
 
 Arrays are restored onto any mesh. Several processes save together; loading onto devices of one process needs no other.
 """
@@ -29,7 +29,7 @@ Tree = TypeVar("Tree")
 
 
 def save_tree(folder: str | Path, tree: Any) -> None:
-    """Write a pytree of device or host arrays into a new folder, with its manifest.
+    """Write a pytree of device or host arrays with a manifest.
 
     Args:
       folder: must not exist. All processes pass the same one, on a shared file system.
@@ -45,7 +45,7 @@ def save_tree(folder: str | Path, tree: Any) -> None:
     context.array.saving.use_compression = False  # float weights shrink by 8 % for 2 to 5 times the processor time
     try:
         with context:
-            ocp.save(folder, jax.tree.map(_supported, tree))
+            ocp.save(folder, jax.tree.map(_to_array, tree))
     except BaseException:
         _wait_for_writers(folder.parent)
         raise
@@ -56,7 +56,7 @@ def save_tree(folder: str | Path, tree: Any) -> None:
 
 
 def _wait_for_writers(folder: Path, idle_timeout: float = 0.5, total_timeout: float = 30.0) -> None:
-    """Wait until the folder stops changing: Orbax raises while other threads, without a handle, still write."""
+    """Wait for Orbax's other threads, which still write when it raises."""
     seen, since, began = None, time.monotonic(), time.monotonic()
     while time.monotonic() - since < idle_timeout and time.monotonic() - began < total_timeout:
         found = sorted(str(path) for path in folder.rglob("*"))
@@ -66,7 +66,7 @@ def _wait_for_writers(folder: Path, idle_timeout: float = 0.5, total_timeout: fl
 
 
 def load_tree(folder: str | Path, abstract: Tree, *, remedy: str = "make it again, or restore it from a copy") -> Tree:
-    """Verify every byte of a saved tree and read it onto a mesh.
+    """Verify a saved tree and read it onto a mesh.
 
     Args:
       folder: written by `save_tree`.
@@ -92,14 +92,14 @@ def load_tree(folder: str | Path, abstract: Tree, *, remedy: str = "make it agai
 
 
 def verify_tree(folder: Path, *, remedy: str) -> dict[str, Any]:
-    """Compare every file of a saved tree with its manifest, and return that; see `load_tree` for errors."""
+    """Verify every file of a saved tree, and return the manifest."""
     manifest = read_manifest(folder, remedy=remedy)
     verify_checksums(folder, manifest["files"], fix_hint=remedy)
     return manifest
 
 
 def read_manifest(folder: Path, *, remedy: str = "make it again, or restore it from a copy") -> dict[str, Any]:
-    """Read the manifest of a saved tree: `arrays` ({path: {shape, dtype}}) and `files`."""
+    """Read the manifest of a saved tree: `arrays` and `files`."""
     path = folder / MANIFEST
     if not path.is_file():
         raise InputError(f"{folder}: has no {MANIFEST}, so it is no tree of arrays or was never finished; {remedy}")
@@ -114,7 +114,7 @@ def read_manifest(folder: Path, *, remedy: str = "make it again, or restore it f
 
 
 def find_nonfinite(*trees: Any) -> str | None:
-    """Find the path of the first array that holds NaN or infinity; one compiled program for all arrays."""
+    """Find the path of the first array that holds NaN or infinity."""
     paths, leaves = zip(*jax.tree_util.tree_flatten_with_path(trees)[0], strict=True)
     finite = jax.device_get(_all_finite(leaves))
     found = (path for path, is_finite in zip(paths, finite, strict=True) if not is_finite)
@@ -132,13 +132,13 @@ def _key_paths(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _supported(leaf: Any) -> Any:
+def _to_array(leaf: Any) -> Any:
     # Orbax refuses numpy scalars, which numpy arithmetic on 0-d arrays returns.
     return np.asarray(leaf) if isinstance(leaf, np.generic) else leaf
 
 
 def _context(abstract: Any) -> ocp.Context:
-    """Make a context of the processes that hold a shard of the result; the others do not take part."""
+    """Make a context of the processes that hold the result."""
     context = ocp.Context()
     leaves = jax.tree.leaves(abstract)
     processes = {device.process_index for leaf in leaves for device in leaf.sharding.device_set}

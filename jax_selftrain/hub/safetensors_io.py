@@ -1,18 +1,17 @@
-"""Hugging Face weights in and out, as a stream: only the bytes that this process's shards need are read.
+"""Stream Hugging Face weights to and from a mesh.
 
-Loading walks over our parameters, one stacked array at a time. For each device of this process it works out which
-part of each layer's tensor the device holds, reads those slices from the (memory-mapped) files, casts them into a
-host buffer and hands that to the device: the host never holds more than one device's part of one array beside what is
-on the devices. Writing gathers the tensors of one output file at a time.
+For each device of this process, loading reads the slices of each layer's tensor that the device holds from the
+memory-mapped files. The host holds no more than one device's shard of one array. Writing gathers the tensors of one
+output file at a time.
 
-Every tensor of a file must be in the family's table or on its list of legacy buffers, have the right shape, be fp32,
-bf16 or fp16, and be finite; everything the table asks for must be there. Pickle checkpoints are refused unread.
+Every tensor of a file must be in the family's table or a legacy buffer, have the right shape, be fp32, bf16 or fp16,
+and be finite. Pickle checkpoints are refused unread.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +22,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from huggingface_hub import split_state_dict_into_shards_factory
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -30,7 +30,7 @@ from safetensors.numpy import save_file
 from jax_selftrain.distributed.mesh import mesh_context
 from jax_selftrain.distributed.sharding import ShardingRules
 from jax_selftrain.errors import InputError
-from jax_selftrain.hub.families import Family, Pattern, Slices, axis_sizes
+from jax_selftrain.hub.families import Family, Pattern, Slices, pattern_sizes
 from jax_selftrain.hub.weight_mapping import (
     DTYPES,
     ParamSource,
@@ -61,12 +61,12 @@ class SafetensorsReader:
     handles: Mapping[str, Any]
 
     def read(self, name: str, bounds: tuple[slice, ...]) -> np.ndarray:
-        """The given slices of a tensor, in the file's type; copies those bytes only."""
+        """Read slices of a tensor, in the file's dtype."""
         return self.handles[self.tensors[name].file].get_slice(name)[bounds]
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files of a Hugging Face folder, from the single file or the index.
+    """List the safetensors files of a Hugging Face folder.
 
     Raises:
       InputError: there are none; for a pickle checkpoint, says how to convert it.
@@ -88,7 +88,7 @@ def weight_files(folder: Path) -> list[str]:
             f"{folder / pickled[0]}: a pickle checkpoint can run any code when it is opened and is not read here; "
             'convert it once where you trust it, with torch installed: python -c "from transformers import '
             f"AutoModelForCausalLM as M; M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\", "
-            "and copy the tokenizer files beside the result"
+            "and copy the tokenizer files to the new folder"
         )
     raise InputError(f"{folder}: holds no weights ({WEIGHTS} or {INDEX}); download them or name another folder")
 
@@ -129,22 +129,19 @@ def load_params(
 
     Args:
       reader: of the checkpoint.
-      rules: where every parameter goes.
-      dtype: type of all parameters; None keeps each array in the type that holds its tensors exactly.
-
-    Returns:
-      Parameters (see `jax_selftrain.models`), and what was found in the checkpoint.
+      rules: sharding of the parameters.
+      dtype: of all parameters; None keeps each array in the dtype that holds its tensors exactly.
 
     Raises:
-      InputError: the checkpoint does not fit the config (see `bind`), or a weight is NaN or infinite.
+      InputError: the checkpoint does not fit the config (see `map_tensors`), or a weight is NaN or infinite.
     """
-    binding = map_tensors(reader, family, config)
-    sizes, shardings = axis_sizes(config), flatten_dict(param_shardings(config, rules), sep="/")
+    mapping = map_tensors(reader, family, config)
+    sizes, shardings = pattern_sizes(config), flatten_dict(param_shardings(config, rules), sep="/")
     loaded = {
-        leaf.path: _load_leaf(reader, leaf, sizes, shardings[leaf.path], dtype or binding.stored_dtype(leaf))
-        for leaf in binding.leaves
+        leaf.path: _load_leaf(reader, leaf, sizes, shardings[leaf.path], dtype or mapping.stored_dtype(leaf))
+        for leaf in mapping.leaves
     }
-    return unflatten_dict(loaded, sep="/"), binding
+    return unflatten_dict(loaded, sep="/"), mapping
 
 
 def _load_leaf(
@@ -158,19 +155,18 @@ def _load_leaf(
     for bounds, devices in holders.items():
         box = tuple(slice(*b) for b in bounds)
         host = np.empty([b.stop - b.start for b in box], dtype)
-        if leaf.stacked:
+        if leaf.is_stacked:
             for row, layer in enumerate(range(box[0].start, box[0].stop)):
                 host[row] = _read_slice(reader, leaf.names[layer], leaf.pattern, box[1:], sizes)
         else:
             host[...] = _read_slice(reader, leaf.names[0], leaf.pattern, box, sizes)
-        # A CPU device may adopt the buffer as it stands (hence a fresh one each time); an accelerator copies it, and
-        # waiting for that keeps the buffers from piling up.
+        # A CPU device may adopt the buffer (hence a new one each time); waiting bounds the number of buffers.
         arrays += jax.block_until_ready([jax.device_put(host, device) for device in devices])
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
 
 
 def _read_slice(reader: TensorReader, name: str, pattern: Pattern, box: Slices, sizes: Mapping[str, int]) -> np.ndarray:
-    parts = pattern.file_parts(box, sizes)
+    parts = pattern.file_runs(box, sizes)
     if all(len(runs) == 1 for runs in parts):
         data = reader.read(name, tuple(slice(*runs[0]) for runs in parts))
     else:
@@ -188,7 +184,7 @@ def _read_slice(reader: TensorReader, name: str, pattern: Pattern, box: Slices, 
 
 
 def is_finite(values: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite: no exponent has all its bits set."""
+    """Return True if no exponent has all its bits set (NaN, infinity)."""
     mask = _EXPONENT_BITS[values.dtype.name]
     bits = np.ascontiguousarray(values).view(f"u{values.itemsize}")
     return not values.size or int((bits & mask).max()) != mask
@@ -208,8 +204,7 @@ def save_weights(
 ) -> None:
     """Write parameters as Hugging Face safetensors into `folder` (which the caller commits).
 
-    Process 0 writes. Arrays that several processes share are gathered one layer at a time; all processes call this
-    together.
+    Process 0 writes. Arrays shared by processes are gathered layer by layer; all processes call this together.
 
     Args:
       folder: where process 0 writes.
@@ -217,7 +212,7 @@ def save_weights(
       tensors: dtype of every tensor by name: {"lm_head.weight": "bfloat16", …}.
       max_shard_bytes: larger weights are split over several files with an index.
     """
-    leaves, sizes, arrays = param_sources(family, config, tensors), axis_sizes(config), flatten_dict(params, sep="/")
+    leaves, sizes, arrays = param_sources(family, config, tensors), pattern_sizes(config), flatten_dict(params, sep="/")
     sources: dict[str, list[tuple[ParamSource, int]]] = {}
     for leaf in leaves:
         for layer, name in enumerate(leaf.names):
@@ -229,7 +224,7 @@ def save_weights(
     def assemble(name: str) -> np.ndarray:
         tensor = np.empty(sources[name][0][0].pattern.file_shape(sizes), np.dtype(tensors[name]))
         for leaf, layer in sources[name]:
-            part = _to_host(arrays[leaf.path], layer if leaf.stacked else None)
+            part = _to_host(arrays[leaf.path], layer if leaf.is_stacked else None)
             if part is not None:
                 leaf.pattern.to_hf(part, tensor, sizes)
         return tensor
@@ -238,21 +233,25 @@ def save_weights(
         shape = sources[name][0][0].pattern.file_shape(sizes)
         return int(np.prod(shape)) * np.dtype(tensors[name]).itemsize
 
-    files = _plan_files(_sort_by_layer(sources), count_bytes, max_shard_bytes)
-    for file, names in files.items():
+    split = split_state_dict_into_shards_factory(
+        {name: count_bytes(name) for name in _sort_by_layer(sources)},
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    for file, names in split.filename_to_tensors.items():
         if jax.process_index():
             for name in names:
                 assemble(name)  # takes part in the gathers
         else:
             save_file({name: assemble(name) for name in names}, folder / file, metadata={"format": "pt"})
-    if len(files) > 1 and not jax.process_index():
-        weight_map = {name: file for file, names in files.items() for name in names}
-        index = {"metadata": {"total_size": sum(map(count_bytes, weight_map))}, "weight_map": weight_map}
+    if split.is_sharded and not jax.process_index():
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _to_host(array: jax.Array | np.ndarray, layer: int | None) -> np.ndarray | None:
-    """Copy an array, or one layer of a stacked array, to the host; process 0 alone gets what processes share."""
+    """Copy an array or layer to the host (shared: process 0)."""
     if isinstance(array, np.ndarray):
         return array if layer is None else array[layer]
     if not array.is_fully_addressable:
@@ -275,24 +274,10 @@ def _all_gather_layer(array: jax.Array, layer: jax.Array | None, sharding: Named
 
 
 def _sort_by_layer(sources: Mapping[str, list[tuple[ParamSource, int]]]) -> list[str]:
-    """Embedding first, then layer by layer, then the rest, so that a file holds neighboring layers."""
+    """Sort tensors: the embedding, each layer, the rest."""
 
     def position(name: str) -> tuple[int, int]:
         leaf, layer = sources[name][0]
-        return (1, layer) if leaf.stacked else (0 if leaf.path.startswith("embed") else 2, 0)
+        return (1, layer) if leaf.is_stacked else (0 if leaf.path.startswith("embed") else 2, 0)
 
     return sorted(sources, key=position)
-
-
-def _plan_files(names: Sequence[str], count_bytes: Callable[[str], int], limit: int) -> dict[str, list[str]]:
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name in names:
-        if groups[-1] and filled + count_bytes(name) > limit:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += count_bytes(name)
-    if len(groups) == 1:
-        return {WEIGHTS: groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}

@@ -1,4 +1,4 @@
-"""Tokenizers, and the one rule for start and stop ids of a model."""
+"""Tokenizers, and the rule for start and stop ids."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GENERATION_CONFIG = "generation_config.json"
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Start and stop ids of a model, and the number of ids of its tokenizer."""
+    """Start and stop ids, and the number of ids of the tokenizer."""
 
     bos_token_id: int | None
     """Start id: the tokenizer's BOS, else the config's, else EOS."""
@@ -41,7 +41,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """Open the tokenizer of a folder with transformers, without downloads and without running code of the folder.
+    """Open the tokenizer of a folder, without downloads or code execution.
 
     Raises:
       InputError: there is none, or transformers cannot open it.

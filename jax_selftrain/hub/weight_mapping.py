@@ -1,7 +1,6 @@
-"""Which tensor of a checkpoint is which part of our parameters: the family's table laid over a file's headers.
+"""Match the tensors of a checkpoint with a family's table.
 
-Nothing is guessed and nothing is left over: a checkpoint either fits its config tensor by tensor, or the first tensor
-that does not is named.
+A checkpoint fits its config tensor by tensor, or the first tensor that does not is named.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jax_selftrain.errors import InputError
-from jax_selftrain.hub.families import Family, Pattern, TensorRule, axis_sizes
+from jax_selftrain.hub.families import Family, Pattern, TensorRule, pattern_sizes
 from jax_selftrain.models import DecoderConfig, abstract_params
 
 DTYPES: dict[str, np.dtype] = {
@@ -25,21 +24,21 @@ DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
 }
-"""Types a weight may have in a safetensors file."""
+"""Supported dtypes by their code in safetensors."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file's header says about a tensor."""
+    """Header of a tensor in a safetensors file."""
 
     file: str
     dtype: str
-    """Safetensors code: F32, BF16, F16 …"""
+    """Code of safetensors: F32, BF16, F16 …"""
     shape: tuple[int, ...]
 
 
 class TensorReader(Protocol):
-    """Where weights come from: the headers of all tensors, and slices of one."""
+    """A source of weights: headers of all tensors, and slices of one."""
 
     @property
     def folder(self) -> Path:
@@ -50,33 +49,33 @@ class TensorReader(Protocol):
         """Headers of all tensors by name."""
 
     def read(self, name: str, bounds: tuple[slice, ...]) -> np.ndarray:
-        """The given slices of a tensor, in the file's type."""
+        """Read slices of a tensor, in the file's dtype."""
 
 
 @dataclass(frozen=True)
 class ParamSource:
-    """One of our arrays and the tensors it is made of."""
+    """One parameter and the tensors that make it up."""
 
     path: str
     pattern: Pattern
     shape: tuple[int, ...]
     names: tuple[str, ...]
-    """One per layer; a single one where `stacked` is False."""
-    stacked: bool
+    """One per layer; a single one where `is_stacked` is False."""
+    is_stacked: bool
 
 
 def param_sources(family: Family, config: DecoderConfig, known: Collection[str] = ()) -> list[ParamSource]:
-    """The leaves of our parameter tree with the tensor names of a family, in the table's order.
+    """List all parameters with the tensor names of a family.
 
-    `known` decides between a tensor's names: the one that occurs in it, else the first.
+    Of a tensor's alternative names, the one in `known` is used, else the first.
     """
     shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract_params(config), sep="/").items()}
     leaves = []
     for row in family.rows:
         if row.path in shapes:
-            layers = range(config.num_layers) if row.stacked else range(1)
+            layers = range(config.num_layers) if row.is_stacked else range(1)
             names = tuple(_choose(row, layer, known) for layer in layers)
-            leaves.append(ParamSource(row.path, row.pattern, shapes[row.path], names, row.stacked))
+            leaves.append(ParamSource(row.path, row.pattern, shapes[row.path], names, row.is_stacked))
     if {leaf.path for leaf in leaves} != shapes.keys():
         raise ValueError(f"the table of {family.model_type} does not fill {shapes.keys() - {x.path for x in leaves}}")
     return leaves
@@ -84,23 +83,23 @@ def param_sources(family: Family, config: DecoderConfig, known: Collection[str] 
 
 def _choose(rule: TensorRule, layer: int, known: Collection[str]) -> str:
     names = [name.format(layer) for name in rule.names]
-    # A checkpoint of the body alone, as embedding models come, leaves the body's own name out.
+    # Embedding models hold the body alone, without the body's prefix.
     names += [name.removeprefix("model.").removeprefix("gpt_neox.") for name in names]
     return next((name for name in names if name in known), names[0])
 
 
 @dataclass(frozen=True)
 class WeightMapping:
-    """A checkpoint that has been found to fit a config, tensor by tensor."""
+    """The tensors of a checkpoint that fits a config."""
 
     leaves: tuple[ParamSource, ...]
     tensors: dict[str, str]
-    """Type of every tensor that is used: {name: "float32" | "bfloat16" | "float16"}."""
+    """Dtype of every tensor that is used: {name: "float32" | "bfloat16" | "float16"}."""
     dropped: tuple[str, ...]
-    """Tensors left out: legacy buffers and copies of tied embeddings."""
+    """Tensors that are not used: legacy buffers and copies of tied embeddings."""
 
     def stored_dtype(self, leaf: ParamSource) -> np.dtype:
-        """The type that holds all of a leaf's tensors exactly: their own if they share one, else fp32."""
+        """Return the common dtype of a parameter's tensors, else fp32."""
         types = {self.tensors[name] for name in leaf.names}
         return np.dtype(types.pop()) if len(types) == 1 else np.dtype(np.float32)
 
@@ -109,18 +108,17 @@ def map_tensors(reader: TensorReader, family: Family, config: DecoderConfig) -> 
     """Match every tensor of a checkpoint with the family's table.
 
     Raises:
-      InputError: a tensor is unknown, missing, of the wrong shape or of a type that is not read, or the config ties
-        embeddings that the file holds apart.
+      InputError: a tensor is unknown, missing, of another shape or dtype, or the config ties embeddings that differ.
     """
     folder, found = reader.folder, dict(reader.tensors)
     dropped = [name for name in found if any(re.fullmatch(pattern, name) for pattern in family.ignored_buffers)]
     leaves = param_sources(family, config, found)
-    sizes = axis_sizes(config)
+    sizes = pattern_sizes(config)
     expected = {name: leaf.pattern.file_shape(sizes) for leaf in leaves for name in leaf.names}
     missing = [name for name in expected if name not in found]
     if missing:
         raise InputError(
-            f"{folder}: tensor {missing[0]} is missing{_more(missing)}; config.json asks for it, so the weights are "
+            f"{folder}: tensor {missing[0]} is missing{_more(missing)}; config.json requires it, so the weights are "
             "incomplete or of another model"
         )
     if config.tie_word_embeddings:
@@ -136,14 +134,14 @@ def map_tensors(reader: TensorReader, family: Family, config: DecoderConfig) -> 
     if unknown:
         raise InputError(
             f"{folder}: tensor {unknown[0]} is not known{_more(unknown)}: neither part of a {family.model_type} model "
-            "with this config.json nor a legacy buffer; leaving it out could change the model"
+            "with this config.json nor a legacy buffer; ignoring it could change the model"
         )
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise InputError(f"{folder}: tensor {name} has shape {found[name].shape}, but config.json makes it {shape}")
         if found[name].dtype not in DTYPES:
             raise InputError(
-                f"{folder}: tensor {name} is of type {found[name].dtype}; only {', '.join(DTYPES)} are read, so "
+                f"{folder}: tensor {name} is of type {found[name].dtype}; only {', '.join(DTYPES)} are supported, so "
                 "dequantize or convert the model with the tool that made it"
             )
     tensors = {name: DTYPES[found[name].dtype].name for name in expected}

@@ -1,4 +1,4 @@
-"""Weight noise: add Gaussian noise of the same size as the change that training made.
+"""Add Gaussian noise of the same size as the change by training.
 
 The control arm of a study. Each tensor's noise has the Frobenius norm of the tensor's change. A student that forgets
 less than this control has forgotten nothing in particular.
@@ -23,9 +23,10 @@ from jax_selftrain.models import axis_sizes
 
 
 def add_weight_noise(base: str, student: str, out: str | Path, seed: int, weight: float = 1.0) -> Path:
-    """Write base + noise in float32, |noise| = weight · |student − base| for every tensor.
+    """Write base + noise in float32.
 
-    A tensor stacked over layers counts as one tensor a layer. A tensor that training did not change stays unchanged.
+    |noise| = weight · |student − base| for every tensor, and for every layer of a tensor stacked over layers. A tensor
+    that training did not change stays unchanged.
 
     Args:
       base: the model that gets the noise.

@@ -13,7 +13,7 @@ PATTERNS = sorted({row.pattern.template for family in FAMILIES.values() for row 
 
 def read(pattern: Pattern, tensor: np.ndarray, box: tuple[slice, ...]) -> np.ndarray:
     """What a loader does with a tensor that lies in memory."""
-    parts = pattern.file_parts(box, SIZES)
+    parts = pattern.file_runs(box, SIZES)
     picked = tensor
     for dimension, runs in enumerate(parts):
         picked = np.concatenate([picked.take(range(*run), axis=dimension) for run in runs], axis=dimension)
@@ -52,7 +52,7 @@ def test_neox_fuses_query_key_and_value_as_heads_3_head_width():
     for slot, text in enumerate(["(g r 0of3 k) d -> d g r k", "(g 1of3 k) d -> d g k", "(g 2of3 k) d -> d g k"]):
         pattern = Pattern(text)
         box = tuple(slice(0, sizes[axis]) for axis in pattern.axes)
-        runs = pattern.file_parts(box, sizes)[0]
+        runs = pattern.file_runs(box, sizes)[0]
         picked = np.concatenate([fused[start:stop] for start, stop in runs])
         expected = apart[:, slot].transpose(2, 0, 1).reshape([sizes[axis] for axis in pattern.axes])
         np.testing.assert_array_equal(pattern.from_hf(picked, box), expected)
@@ -61,4 +61,4 @@ def test_neox_fuses_query_key_and_value_as_heads_3_head_width():
 def test_contiguous_parts_are_read_in_one_piece():
     pattern = Pattern("(g r k) d -> d g r k")
     box = (slice(0, 5), slice(1, 3), slice(0, 2), slice(0, 4))
-    assert pattern.file_parts(box, SIZES) == [[(8, 24)], [(0, 5)]]
+    assert pattern.file_runs(box, SIZES) == [[(8, 24)], [(0, 5)]]
