@@ -1,12 +1,11 @@
-"""Whether every request gets the log-likelihood that lm-evaluation-harness's Hugging Face backend gives it, in fp32.
+"""Compare log-likelihoods with lm-evaluation-harness's Hugging Face backend in fp32.
 
     JAX_SELFTRAIN_DATA=… python benchmarks/harness_parity.py [--models stories260k pythia-14m] [--limit N]
 
-Both backends see the same tasks, over the same local files. A row of the table is one set: how many requests, the
-largest difference (nats), how often they disagree whether a continuation is the greedy one, and both accuracies. Each
-disagreement is listed with the distance between the two best logits where the backends part: in fp32 such ties are
-broken by rounding. Questions of PIQA with a choice longer than the model, which neither backend answers, are left out
-(with stories260k). `pythia-14m` is that shape with random weights and Pythia's tokenizer.
+Both backends score the same tasks over the same local files. A row of the table is one set: number of requests, largest
+difference (nats), number of disagreements on is-greedy, and both accuracies. Each disagreement is listed with the
+smallest distance between the two best logits: in fp32 rounding breaks such ties. Questions of PIQA with a choice longer
+than the model are removed (stories260k). `pythia-14m` has random weights and Pythia's tokenizer.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from jax_selftrain import hub
 from jax_selftrain.evals.lm_eval_adapter import HarnessLM
 
 
-def answers_of(lm: Any, spec: dict[str, Any]) -> tuple[list[Any], dict[str, Any], float]:
-    """(instances with their answers, metrics, seconds) of one task."""
+def score_task(lm: Any, spec: dict[str, Any]) -> tuple[list[Any], dict[str, Any], float]:
+    """Return instances with their answers, metrics and seconds of one task."""
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
@@ -42,8 +41,8 @@ def answers_of(lm: Any, spec: dict[str, Any]) -> tuple[list[Any], dict[str, Any]
     return task.instances, found["results"][task.task_name], time.perf_counter() - began
 
 
-def closest(model: hub.LoadedModel, lm: HarnessLM, instance: Any) -> str:
-    """The smallest distance between the best two logits along a continuation."""
+def min_logit_gap(model: hub.LoadedModel, lm: HarnessLM, instance: Any) -> str:
+    """Return the smallest distance between the two best logits."""
     context, continuation = instance.args
     tokens = lm.tok_encode(context + continuation) if context else [lm.prefix_token_id, *lm.tok_encode(continuation)]
     logits = np.sort(model.logits(np.array([tokens[-model.config.max_positions :]]))[0], axis=-1)
@@ -77,18 +76,20 @@ def main() -> None:
             print("| set | requests | max difference | greedy disagreements | acc | acc, HF | seconds | seconds, HF |")
             print("|---|---|---|---|---|---|---|---|", flush=True)
             for spec in sets:
-                mine, found, seconds = answers_of(ours, spec)
-                other, expected, their_seconds = answers_of(theirs, spec)
+                mine, found, seconds = score_task(ours, spec)
+                other, expected, their_seconds = score_task(theirs, spec)
                 pairs = [(a.resps[0], b.resps[0]) for a, b in zip(mine, other, strict=True)]
                 difference = max(abs(a[0] - b[0]) for a, b in pairs)
-                parted = [a for a, (x, y) in zip(mine, pairs, strict=True) if x[1] != y[1]]
+                ties = [a for a, (x, y) in zip(mine, pairs, strict=True) if x[1] != y[1]]
                 print(
-                    f"| {spec['task']} | {len(pairs)} | {difference:.1e} | {len(parted)} | {found['acc,none']:.6f} | "
+                    f"| {spec['task']} | {len(pairs)} | {difference:.1e} | {len(ties)} | {found['acc,none']:.6f} | "
                     f"{expected['acc,none']:.6f} | {seconds:.1f} | {their_seconds:.1f} |",
                     flush=True,
                 )
-                for instance in parted:
-                    print(f"  document {instance.doc_id}, choice {instance.idx}: {closest(model, ours, instance)}")
+                for instance in ties:
+                    print(
+                        f"  document {instance.doc_id}, choice {instance.idx}: {min_logit_gap(model, ours, instance)}"
+                    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks share: cases, taking turns, and saying where they ran."""
+"""Helpers of the benchmarks: cases, alternation, description of the machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shapes import SHAPES
 
 @dataclass(frozen=True)
 class Case:
-    """A shape of `shapes`, and how many rows of how many tokens."""
+    """Model shape, number of rows and tokens per row."""
 
     shape: str
     rows: int
@@ -26,7 +26,7 @@ class Case:
 
     @classmethod
     def parse(cls, text: str) -> Case:
-        """Read SHAPE:ROWSxTOKENS."""
+        """Parse SHAPE:ROWSxTOKENS."""
         shape, _, size = text.partition(":")
         rows, _, tokens = size.partition("x")
         if shape not in SHAPES or not rows.isdigit() or not tokens.isdigit():
@@ -34,8 +34,8 @@ class Case:
         return cls(shape, int(rows), int(tokens))
 
 
-def taking_turns(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, round by round."""
+def alternate(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Measure the seconds of each contestant in each round."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(rounds + 1):  # the first compiles and warms up
         for name, run in contestants.items():
@@ -46,12 +46,12 @@ def taking_turns(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict
     return seconds
 
 
-def with_peers(
+def add_peers(
     contestants: dict[str, Callable[[], Any]], make: Callable[[bool], Callable[[], Any]], compiled: Sequence[bool]
 ) -> list[str]:
-    """Add transformers, plain or with `torch.compile` (`make(compiled)`), where it runs; notes on where it does not.
+    """Add transformers, eager or compiled, to the contestants if it runs.
 
-    A peer that cannot be imported, runs out of memory or cannot be compiled is a note under the table.
+    Returns notes on peers that cannot be imported, run out of memory or cannot be compiled.
     """
     notes = []
     for with_compile in compiled:
@@ -66,8 +66,8 @@ def with_peers(
     return notes
 
 
-def beside_peers(speed: dict[str, list[float]]) -> str:
-    """Three cells of a table: our median speed, the fastest peer's, and the ratio round by round (median, range)."""
+def compare_with_peers(speed: dict[str, list[float]]) -> str:
+    """Return table cells: our median speed, the fastest peer's, the ratio."""
     middle = {name: statistics.median(values) for name, values in speed.items()}
     peer = max((name for name in speed if name.startswith("transformers")), key=middle.__getitem__, default=None)
     if peer is None:
@@ -77,15 +77,15 @@ def beside_peers(speed: dict[str, list[float]]) -> str:
     return f"{middle['ours']:,.0f} | {middle[peer]:,.0f} | {spread}"
 
 
-def circumstances(setting: str, rounds: int) -> str:
-    """Hardware, versions and setting, as a line of Markdown."""
+def describe_run(setting: str, rounds: int) -> str:
+    """Return hardware, versions and setting as a line of Markdown."""
     device = jax.devices()[0]
     kind = f"{_cpu_name()}, {os.cpu_count()} logical cores" if device.platform == "cpu" else device.device_kind
-    versions = ", ".join(_installed(name) for name in ("jax", "jaxlib", "torch", "transformers"))
+    versions = ", ".join(_package_version(name) for name in ("jax", "jaxlib", "torch", "transformers"))
     return f"{kind}; {setting}; Python {platform.python_version()}, {versions}; median of {rounds} rounds.\n"
 
 
-def _installed(name: str) -> str:
+def _package_version(name: str) -> str:
     try:
         return f"{name} {version(name)}"
     except PackageNotFoundError:

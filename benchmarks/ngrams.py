@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from measuring import circumstances
+from measuring import describe_run
 
 from jax_selftrain.corpus import RaggedTokens, longest_overlaps, memmap_tokens
 from jax_selftrain.corpus.overlap import CHUNK_TOKENS
@@ -40,7 +40,7 @@ def main() -> None:
         with ProcessPoolExecutor(1, get_context("spawn")) as elsewhere:  # its memory is not the search's
             offsets, wanted = elsewhere.submit(plant, queries, given.tokens, given.length, Path(folder)).result()
         text = RaggedTokens(np.memmap(Path(folder, "tokens.bin"), np.int32, "r"), offsets)
-        print(circumstances(f"{given.tokens:,} tokens, {given.queries:,} queries of {queries.shape[1]}", given.rounds))
+        print(describe_run(f"{given.tokens:,} tokens, {given.queries:,} queries of {queries.shape[1]}", given.rounds))
         print(
             "| least run counted | tokens/s | tokens per CPU second | planted | found | false | peak memory | before |"
         )

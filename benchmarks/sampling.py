@@ -29,7 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads must not 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measuring import Case, beside_peers, circumstances, taking_turns, with_peers
+from measuring import Case, add_peers, alternate, compare_with_peers, describe_run
 from shapes import SHAPES, write_config
 
 from jax_selftrain import hub
@@ -150,10 +150,10 @@ def measure(case: Case, dtype: str, cache_dtype: str | None, rounds: int) -> dic
     contestants = {"ours": ours(case, config, dtype, cache_dtype)}
     if on_cpu:
         contestants["roofline"] = bare_chain(case, config, dtype)
-    notes = with_peers(
+    notes = add_peers(
         contestants, lambda compiled: theirs(case, dtype, compiled=compiled), [False] if on_cpu else [False, True]
     )
-    seconds = taking_turns(contestants, rounds)
+    seconds = alternate(contestants, rounds)
     if not on_cpu:
         sizes = [leaf.size for leaf in jax.tree.leaves(select_read_params(config))]
         moved = sum(sizes) * jnp.dtype(dtype).itemsize + mean_cache_bytes(case, config, cache_dtype or dtype)
@@ -179,7 +179,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         case, speed = row["case"], row["speed"]
         share = statistics.median(a / b for a, b in zip(speed["ours"], speed["roofline"], strict=True))
         lines.append(
-            f"| {case.shape} | {case.rows} × {case.tokens} | {beside_peers(speed)} "
+            f"| {case.shape} | {case.rows} × {case.tokens} | {compare_with_peers(speed)} "
             f"| {statistics.median(speed['roofline']):,.0f} | {100 * share:.0f} % |"
         )
     notes = [note for row in rows for note in row["notes"]]
@@ -205,7 +205,7 @@ def main() -> None:
         rows.append(measure(case, *given))
         print(table(rows[-1:]), flush=True)
     cache = f", cache {options.cache_dtype}" if options.cache_dtype else ""
-    text = circumstances(options.dtype + cache, options.rounds) + "\n" + table(rows)
+    text = describe_run(options.dtype + cache, options.rounds) + "\n" + table(rows)
     print(text)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,20 +1,16 @@
-"""Requests per second of the likelihood engine beside lm-evaluation-harness with transformers + torch, in one run.
+"""Requests per second of the likelihood engine and of lm-evaluation-harness.
 
     python benchmarks/scoring.py --tokenizer FOLDER arc:arc_easy_test.jsonl lambada:lambada_test.jsonl
         [--shape pythia-70m] [--documents 500] [--rounds 3] [--batch-sizes 1 8 16 64] [--batch-tokens N]
 
-A model of random weights is written as a Hugging Face folder with the given tokenizer and opened by both: by
-`load_model`, and by `lm_eval.models.huggingface.HFLM` in float32 on the same cores. Both get the same texts (context,
-continuation) and turn them into tokens themselves, within the time that is measured; HFLM sorts and batches as it
-does, with the batch size of `--batch-sizes` that was fastest on the first `TRIAL` documents. The contestants take
-turns, so that a machine whose speed drifts or is shared slows both. Each first answers everything once: that compiles
-our programs for every length (the number is shown) and is not counted.
+A random model is written as a Hugging Face folder and loaded by `load_model` and by `HFLM` (transformers + torch) in
+float32. Both tokenize and score the same texts; HFLM uses the batch size that was fastest on the first `TRIAL`
+documents. They alternate, so that a change of the machine's speed affects both. The first, compiling pass is not
+counted.
 
-* *ratio*: of requests per second, round by round: median and range; also of user CPU seconds, which other work on the
-  machine disturbs less.
-* *forward*: a plain forward pass over the very rows that the engine computes, padding included, without attention's
-  mask of branches, vocabulary or anything else: the share of it in our time is how near the engine is to this roofline.
-* *difference*: the largest between the log-likelihoods of both.
+* *ratio*: of requests per second and of user CPU seconds, by round: median and range.
+* *forward*: share of our time that a plain forward pass over the engine's padded rows takes (the roofline).
+* *difference*: the largest difference of log-likelihoods.
 """
 
 from __future__ import annotations
@@ -31,13 +27,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads must not spin while it is our turn
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads must not spin during our turn
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
 import numpy as np
-from measuring import circumstances
+from measuring import describe_run
 from shapes import SHAPES, write_config
 
 from jax_selftrain import hub
@@ -55,14 +51,14 @@ Answers = list[tuple[float, bool]]
 
 
 @dataclass(frozen=True)
-class Spent:
+class CpuTime:
     wall: float
     user: float
     """Seconds of all cores in user mode."""
 
 
 def model_folder(shape: str, tokenizer: Path) -> str:
-    """A Hugging Face folder with random weights."""
+    """Write a Hugging Face folder with random weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -98,10 +94,10 @@ def harness(folder: str, batch_size: int) -> Any:
 
 
 def plain(model: hub.LoadedModel, texts: Texts, batch_tokens: int | None) -> tuple[Callable[[], None], str]:
-    """A forward pass over the rows of the plan, and what the plan is like in words."""
+    """Return a forward pass over the planned rows, and a description."""
     prefix = start_token(model)
-    asked, _ = deduplicate(model.config, encode_pairs(model.tokenizer, prefix, texts))
-    units = plan_units(model.sharding_rules, model.config, asked, batch_tokens)
+    requests, _ = deduplicate(model.config, encode_pairs(model.tokenizer, prefix, texts))
+    units = plan_units(model.sharding_rules, model.config, requests, batch_tokens)
     batches = [batch for unit in units for batch in unit.batches]
     shapes = [(batch_rows(model.sharding_rules, batch.length, batch_tokens), batch.length) for batch in batches]
     run = jax.jit(
@@ -117,25 +113,26 @@ def plain(model: hub.LoadedModel, texts: Texts, batch_tokens: int | None) -> tup
         with mesh_context(model.sharding_rules.mesh):
             jax.block_until_ready([run(model.params, inputs[shape]) for shape in shapes])
 
-    alone = sum(len(request.tokens) - 1 for request in asked)
+    total = sum(len(request.tokens) - 1 for request in requests)
     rows = sum(len(row.tokens) for batch in batches for row in batch.rows)
-    places = sum(len(row.query_positions) for batch in batches for row in batch.rows)
-    predicted = sum(request.num_targets for request in asked)
-    described = (
-        f"{len(asked):,} requests of {alone:,} tokens in rows of {rows:,} ({sum(a * b for a, b in shapes):,} padded, "
-        f"{len(set(shapes))} lengths compiled); {predicted:,} tokens predicted at {places:,} positions"
+    queries = sum(len(row.query_positions) for batch in batches for row in batch.rows)
+    targets = sum(request.num_targets for request in requests)
+    description = (
+        f"{len(requests):,} requests of {total:,} tokens in rows of {rows:,} "
+        f"({sum(a * b for a, b in shapes):,} padded, {len(set(shapes))} lengths); "
+        f"{targets:,} targets at {queries:,} query positions"
     )
-    return passes, described
+    return passes, description
 
 
-def spend(run: Callable[[], Any]) -> tuple[Spent, Any]:
+def spend(run: Callable[[], Any]) -> tuple[CpuTime, Any]:
     began, user = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
     result = run()
-    return Spent(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_utime - user), result
+    return CpuTime(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_utime - user), result
 
 
 def best_batch_size(folder: str, texts: Texts, sizes: Sequence[int]) -> tuple[int, str]:
-    """The harness's fastest batch size on these texts, by user CPU seconds, and all that were tried."""
+    """Return the harness's fastest batch size, and all measurements."""
     spent = {}
     for size in sizes:
         lm = harness(folder, size)
@@ -146,13 +143,13 @@ def best_batch_size(folder: str, texts: Texts, sizes: Sequence[int]) -> tuple[in
 
 
 def measure(options: argparse.Namespace, folder: str, model: hub.LoadedModel, reference: str) -> str:
-    """One row of the table, and notes."""
+    """Return a table row and notes."""
     (task,) = load_tasks([reference], options.documents)
     texts = [(question.context, choice) for question in task.questions for choice in question.continuations]
     trial = [(question.context, choice) for question in task.questions[:TRIAL] for choice in question.continuations]
     size, tried = best_batch_size(folder, trial, options.batch_sizes)
     lm = harness(folder, size)
-    passes, described = plain(model, texts, options.batch_tokens)
+    passes, description = plain(model, texts, options.batch_tokens)
     contestants: dict[str, Callable[[], Any]] = {
         "ours": lambda: ours(model, texts, options.batch_tokens),
         "forward": passes,
@@ -161,7 +158,7 @@ def measure(options: argparse.Namespace, folder: str, model: hub.LoadedModel, re
     compiling, _ = spend(contestants["ours"])
     passes()
     theirs(lm, texts[: 4 * size])
-    spent: dict[str, list[Spent]] = {name: [] for name in contestants}
+    spent: dict[str, list[CpuTime]] = {name: [] for name in contestants}
     answers: dict[str, Answers] = {}
     for turn in range(options.rounds):
         for name, run in contestants.items():
@@ -189,7 +186,7 @@ def measure(options: argparse.Namespace, folder: str, model: hub.LoadedModel, re
         f"{difference:.1e}",
     ]
     notes = (
-        f"* {task.name}: {described}. Harness's batch sizes on {TRIAL} documents: {tried}; {size} taken. is-greedy "
+        f"* {task.name}: {description}. Harness's batch sizes on {TRIAL} documents: {tried}; {size} used. is-greedy "
         f"equal in {same:,} of {len(texts):,}. First answer, compiling: {compiling.wall:.0f} s "
         f"({compiling.user:.0f} s of CPU)."
     )
@@ -222,7 +219,7 @@ def main() -> None:
         results.append(measure(options, folder, model, reference))
         print(HEADER, results[-1], sep="\n", flush=True)
     rows, notes = zip(*(result.split("\n", 1) for result in results), strict=True)
-    setting = circumstances(f"{options.shape}, float32, {options.documents} documents each", options.rounds)
+    setting = describe_run(f"{options.shape}, float32, {options.documents} documents each", options.rounds)
     text = "\n".join([setting, HEADER, *rows, "", *notes]) + "\n"
     print(text)
     if options.out:

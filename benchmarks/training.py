@@ -29,7 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads must not 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measuring import Case, beside_peers, circumstances, taking_turns, with_peers
+from measuring import Case, add_peers, alternate, compare_with_peers, describe_run
 from shapes import SHAPES, write_config
 
 from jax_selftrain import hub
@@ -125,17 +125,17 @@ def measure(case: Case, dtype: str, remat: str, rounds: int) -> str:
     config = hub.open_model(write_config(SHAPES[case.shape])).config
     contestants = {"ours": ours(case, config, dtype, remat)}
     on_cpu = jax.default_backend() == "cpu"
-    notes = with_peers(
+    notes = add_peers(
         contestants, lambda compiled: theirs(case, dtype, compiled=compiled), [False] if on_cpu else [False, True]
     )
-    seconds = taking_turns(contestants, rounds)
+    seconds = alternate(contestants, rounds)
     speed = {name: [case.rows * case.tokens / value for value in values] for name, values in seconds.items()}
     middle = statistics.median(speed["ours"])
     achieved = throughput(train_config(case, dtype, remat), config, make_mesh("data=1,model=1")).flops_and_mfu(middle)
     flops, reached = achieved["flops_per_second"], product_flops(dtype)
     mfu = f"{100 * achieved['mfu']:.0f} %" if "mfu" in achieved else "—"
     row = (
-        f"| {case.shape} | {case.rows} × {case.tokens} | {beside_peers(speed)} "
+        f"| {case.shape} | {case.rows} × {case.tokens} | {compare_with_peers(speed)} "
         f"| {flops / 1e12:.3g} | {reached / 1e12:.3g} | {100 * flops / reached:.0f} % | {mfu} |"
     )
     return "\n".join([row, *notes])
@@ -163,7 +163,7 @@ def main() -> None:
     for case in map(Case.parse, options.cases):
         rows.append(measure(case, options.dtype, options.remat, options.rounds))
         print(HEADER, rows[-1], sep="\n", flush=True)
-    setting = circumstances(f"{options.dtype}, remat {options.remat}", options.rounds)
+    setting = describe_run(f"{options.dtype}, remat {options.remat}", options.rounds)
     text = "\n".join([setting, HEADER, *rows]) + "\n"
     print(text)
     if options.out:

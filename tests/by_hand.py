@@ -1,4 +1,4 @@
-"""What extraction finds, counted again by other means: plain Python for overlaps, transformers for probabilities."""
+"""Independent extraction results: overlaps in plain Python, probabilities by transformers."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import pytest
 
 
 def longest_runs(suffixes: Sequence[Sequence[int]], documents: Sequence[Sequence[int]]) -> list[int]:
-    """Of each suffix, the most consecutive tokens that stand in one document."""
+    """Return the longest match of each suffix with one document."""
     runs = [0] * len(suffixes)
     for length in range(1, max(map(len, suffixes)) + 1):
-        said = {tuple(row[i : i + length]) for row in documents for i in range(len(row) - length + 1)}
+        present = {tuple(row[i : i + length]) for row in documents for i in range(len(row) - length + 1)}
         for number, suffix in enumerate(suffixes):
-            if any(tuple(suffix[i : i + length]) in said for i in range(len(suffix) - length + 1)):
+            if any(tuple(suffix[i : i + length]) in present for i in range(len(suffix) - length + 1)):
                 runs[number] = length
     return runs
 
 
-def class_of(run: int, suffix: int, overlap: int) -> str:
+def classify_overlap(run: int, suffix: int, overlap: int) -> str:
     if run == suffix:
         return "seen"
     return "partial" if run >= overlap else "held_out"
 
 
-def log_pz_of(model: Path, sequences: np.ndarray, prefix: int) -> tuple[np.ndarray, np.ndarray]:
-    """log p_z [N] and exact match [N] by transformers, in a Hugging Face folder."""
+def compute_log_pz(model: Path, sequences: np.ndarray, prefix: int) -> tuple[np.ndarray, np.ndarray]:
+    """Compute log p_z [N] and exact match [N] with transformers."""
     torch = pytest.importorskip("torch", reason="transformers needs torch to run a model")
     from transformers import AutoModelForCausalLM
 

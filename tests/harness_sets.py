@@ -1,4 +1,4 @@
-"""lm-evaluation-harness tasks over local files, asked as the harness asks its own tasks of the same sets."""
+"""lm-evaluation-harness tasks over local files, with the harness's own prompts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _METRICS = {
 
 
 def task(name: str, file: Path, kind: str, columns: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """A task of the harness over one JSONL file; what `datasets` makes of it lies beside it."""
+    """Return the YAML content of a task over one JSONL file."""
     metrics = {"multiple_choice": ["acc", "acc_norm"], "loglikelihood": ["perplexity", "acc"]}.get(kind)
     listed = {} if metrics is None else {"metric_list": [_METRICS[metric] for metric in metrics]}
     return {
@@ -38,14 +38,14 @@ def task(name: str, file: Path, kind: str, columns: Mapping[str, Any], **more: A
 
 
 def write_jsonl(file: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """One JSON object a line."""
+    """Write one JSON object per line."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
 
 def write_tasks(folder: Path, tasks: Sequence[Mapping[str, Any]]) -> Path:
-    """A folder for `--task-folder`."""
+    """Write a folder for `--task-folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for spec in tasks:
         (folder / f"{spec.get('group') or spec['task']}.yaml").write_text(yaml.safe_dump(dict(spec), sort_keys=False))
@@ -55,8 +55,10 @@ def write_tasks(folder: Path, tasks: Sequence[Mapping[str, Any]]) -> Path:
 def published_sets(
     data: Path, folder: Path, limit: int | None = None, fits: Callable[[str], bool] = lambda text: True
 ) -> list[dict[str, Any]]:
-    """LAMBADA, PIQA, ARC-Easy and the eight BLiMP sets of the folder of real data, cut to so many documents each; PIQA
-    without those that have a choice which does not fit."""
+    """Return tasks over LAMBADA, PIQA, ARC-Easy and eight BLiMP sets.
+
+    PIQA's questions whose choices do not fit the model are removed.
+    """
 
     def rows(file: str) -> list[dict[str, Any]]:
         lines = (data / "benchmarks" / file).read_text().splitlines()
@@ -90,7 +92,7 @@ def published_sets(
 
 
 def write_pythia_shape(data: Path, folder: Path) -> Path:
-    """The shape of Pythia-14m with random weights and Pythia's own tokenizer."""
+    """Write a random Pythia-14m with Pythia's tokenizer."""
     write_tiny_hf_model(
         folder,
         "gpt_neox",

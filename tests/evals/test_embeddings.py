@@ -1,4 +1,4 @@
-"""Texts as vectors: those of transformers, whatever stands beside a text, from a checkpoint of the body alone."""
+"""Text embeddings equal those of transformers, from a checkpoint without a head."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXTS = [*tiny_texts(6), "a", " ".join(tiny_texts(40, seed=1))]
 
 @pytest.fixture(scope="module")
 def body(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen3 as embedding models come: tensors without `model.`, no head."""
+    """A Qwen3 checkpoint without head and without the prefix `model.`."""
     whole, folder = tiny_model("qwen3", tie_word_embeddings=True), tmp_path_factory.mktemp("body")
     for path in whole.iterdir():
         if path.suffix != ".safetensors":
@@ -34,7 +34,7 @@ def body(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("mesh", ["data=1", "data=2,model=2"])
-def test_vectors_are_those_of_transformers(body: Path, mesh: str) -> None:
+def test_embeddings_equal_those_of_transformers(body: Path, mesh: str) -> None:
     torch = pytest.importorskip("torch")
     from transformers import AutoModel, AutoTokenizer
 
@@ -48,14 +48,14 @@ def test_vectors_are_those_of_transformers(body: Path, mesh: str) -> None:
             np.testing.assert_allclose(vector, last / np.linalg.norm(last), atol=1e-5)
 
 
-def test_a_text_has_one_vector_whatever_stands_beside_it(body: Path) -> None:
+def test_an_embedding_does_not_depend_on_the_other_texts(body: Path) -> None:
     model = load_model(body, "data=1")
     together, alone = embed_texts(model, TEXTS), [embed_texts(model, [text])[0] for text in TEXTS]
     np.testing.assert_allclose(together, np.stack(alone), atol=1e-6)
     assert embed_texts(model, []).shape == (0, 64)
 
 
-def test_likeness_is_one_for_the_same_texts_and_the_cosine_of_means(body: Path) -> None:
+def test_similarity_is_the_cosine_of_mean_embeddings(body: Path) -> None:
     model, others = load_model(body, "data=1"), list(tiny_texts(5, seed=9))
     assert semantic_similarity(model, TEXTS, TEXTS[::-1]) == pytest.approx(1)
     one, other = (embed_texts(model, side).astype(np.float64).mean(axis=0) for side in (TEXTS, others))

@@ -1,4 +1,4 @@
-"""Extraction where the truth is planted: greedy paths, overlaps of known length, probabilities summed by hand."""
+"""Extraction of planted sequences: greedy paths, known overlaps, summed probabilities."""
 
 import json
 from typing import Any
@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from by_hand import class_of, log_pz_of, longest_runs
+from by_hand import classify_overlap, compute_log_pz, longest_runs
+from corpus_factory import write_sampled_corpus
 from models_factory import tiny_texts
 
 from jax_selftrain import hub
 from jax_selftrain.config import ExtractConfig, ImportCorpusConfig, SampleConfig
-from jax_selftrain.corpus import Sample, finalize_corpus, import_text, open_corpus, write_shard
+from jax_selftrain.corpus import Sample, import_text, open_corpus
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals import (
     classify,
@@ -39,7 +40,7 @@ def model(tiny_model):
 
 @pytest.fixture(scope="module")
 def greedy_paths(model):
-    """32 sequences whose suffix is what the model itself says."""
+    """32 sequences whose suffix is the greedy continuation of the prefix."""
     prefixes = np.random.default_rng(0).integers(3, 512, (32, PREFIX)).astype(np.int32)
     return np.concatenate([prefixes, np.array(generate(model, prefixes.tolist(), GREEDY), np.int32)], axis=1)
 
@@ -80,18 +81,18 @@ def test_greedy_paths_are_extracted_and_random_sequences_are_not(options, greedy
     assert "held_out" not in unknown  # no corpus, no classes
 
 
-def test_one_wrong_token_breaks_the_path_where_it_stands(model, greedy_paths):
+def test_one_wrong_token_ends_the_match_at_its_position(model, greedy_paths):
     changed = greedy_paths.copy()
-    places = np.arange(32) % SUFFIX
-    changed[np.arange(32), PREFIX + places] = (changed[np.arange(32), PREFIX + places] + 1) % 512
+    wrong = np.arange(32) % SUFFIX
+    changed[np.arange(32), PREFIX + wrong] = (changed[np.arange(32), PREFIX + wrong] + 1) % 512
     measured = extraction_metrics(model, changed, PREFIX, batch_tokens=BATCH)
     assert not measured["exact_match"].any()
-    assert measured["matched_tokens"].tolist() == places.tolist()
-    # The free-running continuation is the unchanged path: it misses exactly the one token.
+    assert measured["matched_tokens"].tolist() == wrong.tolist()
+    # The greedy continuation is the unchanged path, without the one token.
     np.testing.assert_allclose(measured["token_accuracy"], 1 - 1 / SUFFIX)
 
 
-def test_exact_match_is_what_free_running_decoding_finds(model, greedy_paths, random_sequences):
+def test_exact_match_equals_that_of_greedy_decoding(model, greedy_paths, random_sequences):
     sequences = np.concatenate([greedy_paths, random_sequences])
     sequences[::4, -1] = (sequences[::4, -1] + 1) % 512
     measured = extraction_metrics(model, sequences, PREFIX, batch_tokens=BATCH)
@@ -103,7 +104,7 @@ def test_exact_match_is_what_free_running_decoding_finds(model, greedy_paths, ra
     assert measured["matched_tokens"].tolist() == agreed
 
 
-def test_without_decoding_only_what_decoding_tells_is_missing(options, greedy_paths, random_sequences):
+def test_without_decoding_only_token_accuracy_is_missing(options, greedy_paths, random_sequences):
     both = np.concatenate([greedy_paths, random_sequences])
     whole, quick = (extract(options(both, greedy_decode=decoded)) for decoded in (True, False))
     assert quick.pop("token_accuracy") is quick.pop("token_accuracy_stderr") is None
@@ -129,40 +130,26 @@ def test_classes_by_overlap():
     assert classify(np.array([7, 8]), 8, 16).tolist() == ["held_out", "seen"]  # a whole short suffix was seen
 
 
-def test_an_empty_class_has_no_numbers(model, greedy_paths):
+def test_an_empty_class_has_no_means(model, greedy_paths):
     measured = extraction_metrics(model, greedy_paths[:2], PREFIX, batch_tokens=BATCH)
-    nothing = summarize(measured, np.zeros(2, bool))
-    assert nothing["n"] == 0
-    assert nothing["exact_match"] is None
-    assert nothing["discoverable"]["1@0.5"] is None
+    empty = summarize(measured, np.zeros(2, bool))
+    assert empty["n"] == 0
+    assert empty["exact_match"] is None
+    assert empty["discoverable"]["1@0.5"] is None
 
 
-def make_corpus(folder, tiny_folder, documents) -> str:
-    """A corpus of ours that holds exactly these token lists."""
+def make_corpus(folder, model_folder, documents) -> str:
+    """Write a sampled corpus of these token lists."""
     samples = [
         Sample(sample_id, np.asarray(tokens, np.int32), "", -1.0, "length")
         for sample_id, tokens in enumerate(documents)
     ]
-    write_shard(folder, 0, samples, {})
-    finalize_corpus(
-        folder,
-        {
-            "kind": "sampled",
-            "source": {"ref": "here", "fingerprint": "0" * 64},
-            "tokenizer_fingerprint": hub.open_model(tiny_folder).tokenizer_fingerprint,
-            "start_id": 1,
-            "stop_ids": [2],
-            "policy": {},
-            "seed": 0,
-            "samples": len(samples),
-            "samples_per_shard": len(samples),
-            "retokenisation_mismatches": 0,
-        },
-    )
-    return str(folder)
+    return str(write_sampled_corpus(folder, model_folder, samples).folder)
 
 
-def test_planted_overlaps_of_15_16_17_tokens_are_classed(tmp_path, tiny_model, options, greedy_paths, random_sequences):
+def test_planted_overlaps_of_15_16_17_tokens_are_classified(
+    tmp_path, tiny_model, options, greedy_paths, random_sequences
+):
     rng = np.random.default_rng(2)
     sequences = np.concatenate([greedy_paths[:4], random_sequences[:4]])
     planted = [15, 16, 17, 24, 0, 15, 23, 24]
@@ -171,7 +158,7 @@ def test_planted_overlaps_of_15_16_17_tokens_are_classed(tmp_path, tiny_model, o
         begin = PREFIX + (SUFFIX - length) * (i % 2)  # at the front or at the back of the suffix
         run = row[begin : begin + length]
         documents.append(np.concatenate([[2], run, [2]]))  # 2 is in no sequence, so nothing joins on
-    # Prefixes do not count, and neither does a run that two documents share between them.
+    # Matches of the prefix do not count, nor matches across two documents.
     documents += [sequences[4][:PREFIX], sequences[4][PREFIX : PREFIX + 10], sequences[4][PREFIX + 10 :]]
     corpus = make_corpus(tmp_path / "corpus", tiny_model(), documents)
     result = extract(options(sequences, corpus=corpus))
@@ -188,7 +175,7 @@ def test_planted_overlaps_of_15_16_17_tokens_are_classed(tmp_path, tiny_model, o
     assert result["exact_match_stderr"] == pytest.approx(np.sqrt(0.25 / 7))
 
 
-def test_all_thresholds_are_shown_and_places_of_overlaps_told(tmp_path, tiny_model, options, random_sequences):
+def test_all_thresholds_and_the_matched_documents_are_reported(tmp_path, tiny_model, options, random_sequences):
     planted = [7, 8, 15, 16, 20, 24]
     rows = zip(random_sequences[:6], planted, strict=True)
     documents = [np.concatenate([[2, 2], row[PREFIX : PREFIX + n]]) for row, n in rows]
@@ -199,12 +186,12 @@ def test_all_thresholds_are_shown_and_places_of_overlaps_told(tmp_path, tiny_mod
     assert counts == {"8": [1, 4, 1], "16": [3, 2, 1], "32": [5, 0, 1]}
     assert [result[name]["n"] for name in CLASSES] == [4, 1, 1]
     table = pq.read_table(tmp_path / "out" / "extraction.sequences.parquet").to_pydict()
-    assert table["overlap"] == [0, 8, 15, 16, 20, 24]  # runs below the least threshold do not count
+    assert table["overlap"] == [0, 8, 15, 16, 20, 24]  # matches below all thresholds do not count
     assert table["document"] == [-1, 4, 3, 2, 1, 0]
 
 
 def test_a_corpus_of_another_tokenizer_is_matched_on_its_text(tmp_path, tiny_model, options, model):
-    """The same stories, imported by another tokenizer: their tokens share nothing, their text does."""
+    """The same stories imported with another tokenizer share text, not tokens."""
     stories = list(tiny_texts(6, seed=5))
     texts = tmp_path / "stories.jsonl"
     texts.write_text("".join(json.dumps({"text": story}) + "\n" for story in stories[:3]))
@@ -220,23 +207,23 @@ def test_a_corpus_of_another_tokenizer_is_matched_on_its_text(tmp_path, tiny_mod
     assert "seen" not in table["class"][3:]
 
 
-def test_controls_baseline_and_verification_stand_beside_the_result(
+def test_controls_baseline_and_verification_are_in_the_result(
     tmp_path, tiny_model, options, greedy_paths, random_sequences
 ):
     other = str(tiny_model(seed=1))
     sequences = np.concatenate([greedy_paths[:6], random_sequences[:2]])
     np.save(tmp_path / "controls.npy", random_sequences[:10])
-    beside = {"control_sequences": str(tmp_path / "controls.npy"), "untrained_baseline": other, "verify": True}
-    result = extract(options(sequences, **beside))
+    comparisons = {"control_sequences": str(tmp_path / "controls.npy"), "untrained_baseline": other, "verify": True}
+    result = extract(options(sequences, **comparisons))
     assert (result["exact_match"], result["controls"]["exact_match"], result["controls"]["n"]) == (0.75, 0.0, 10)
     assert (result["baseline"]["exact_match"], result["baseline"]["n"]) == (0.0, 8)
     assert result["baseline"]["logprob"] < result["logprob"]
-    # Without a base the model verifies itself: what it reproduces is kept, and the others are not dropped.
+    # Without a base the model verifies itself; no sequence is dropped.
     own = {"base": str(tiny_model()), "verified": 6, "kept": 6, "lost": 0, "gained": 0, "never": 2}
     assert result["verification"] == own
     assert set(result["controls"]["discoverable"]) == set(result["discoverable"])
     assert pq.read_table(tmp_path / "out" / "extraction.controls.parquet").num_rows == 10
-    # The other model, verified by the first: all that the base knew is lost.
+    # The other model, verified by the first, loses everything.
     result = extract(options(sequences, model=other, verify=True, base=str(tiny_model())))
     assert result["verification"] == own | {"kept": 0, "lost": 6}
     table = pq.read_table(tmp_path / "out" / "extraction.sequences.parquet").to_pydict()
@@ -244,7 +231,7 @@ def test_controls_baseline_and_verification_stand_beside_the_result(
     assert not any(table["exact_match"])
 
 
-def test_duplicates_give_buckets(tmp_path, options, greedy_paths, random_sequences):
+def test_results_are_grouped_by_number_of_duplicates(tmp_path, options, greedy_paths, random_sequences):
     sequences = np.concatenate([greedy_paths[:4], random_sequences[:4]])
     np.save(tmp_path / "copies.npy", np.array([1, 3, 4, 9, 0, 1, 2, 300]))
     result = extract(options(sequences, duplicate_counts=str(tmp_path / "copies.npy")))
@@ -257,7 +244,7 @@ def test_duplicates_give_buckets(tmp_path, options, greedy_paths, random_sequenc
 
 @pytest.mark.slow
 def test_a_start_token_and_an_offset_move_the_window(tmp_path, options, model, greedy_paths):
-    """What is memorized without BOS and from one place need not come with it, or from another place."""
+    """Extraction depends on BOS and on the position of the window."""
     padded = np.concatenate([np.full((32, 3), 9), greedy_paths], axis=1)
     assert extract(options(padded, offset=3))["exact_match"] == 1.0
     assert extract(options(padded))["exact_match"] < 0.2
@@ -269,7 +256,7 @@ def test_a_start_token_and_an_offset_move_the_window(tmp_path, options, model, g
     assert (with_bos["prefix"], with_bos["start_token"]) == (PREFIX, "bos")
 
 
-def test_protocols_are_names_of_lengths(options):
+def test_protocols_set_prefix_and_suffix(options):
     array = np.zeros((1, 1))
     unset = {"prefix": None, "suffix": None}
     assert make_window(options(array, **unset)).length == 64
@@ -344,7 +331,7 @@ def test_unusable_input_is_refused_and_nothing_written(tmp_path, options, array,
 
 @pytest.mark.slow
 def test_on_the_real_model_classes_and_p_z_are_those_of_plain_python_and_transformers(tmp_path, stories260k, data_dir):
-    """Half of the sequences are pieces of what the model wrote, so that there are some of every class."""
+    """Half of the sequences are samples, so every class occurs."""
     sample(SampleConfig(model=str(stories260k), out=str(tmp_path / "corpus"), samples=96, max_tokens=128, seed=3,
                         stop_ids=(1,), mesh="data=1"))  # fmt: skip
     documents = [one.tokens.tolist() for one in open_corpus(tmp_path / "corpus").iter_samples()]
@@ -372,11 +359,11 @@ def test_on_the_real_model_classes_and_p_z_are_those_of_plain_python_and_transfo
     table = pq.read_table(tmp_path / "extract.sequences.parquet").to_pydict()
     runs = longest_runs(rows[:, 16:].tolist(), documents)
     for threshold in (8, 16, 32):
-        classes = [class_of(run, 32, threshold) for run in runs]
-        told = result["thresholds"][str(threshold)]
-        assert {name: told[name]["n"] for name in CLASSES} == {name: classes.count(name) for name in CLASSES}
-    assert table["class"] == [class_of(run, 32, 16) for run in runs]
+        classes = [classify_overlap(run, 32, threshold) for run in runs]
+        summary = result["thresholds"][str(threshold)]
+        assert {name: summary[name]["n"] for name in CLASSES} == {name: classes.count(name) for name in CLASSES}
+    assert table["class"] == [classify_overlap(run, 32, 16) for run in runs]
     assert min(result[name]["n"] for name in CLASSES) >= 10
-    logprobs, exact = log_pz_of(stories260k, rows, 16)
+    logprobs, exact = compute_log_pz(stories260k, rows, 16)
     np.testing.assert_allclose(table["logprob"], logprobs, atol=1e-3)
     np.testing.assert_array_equal(table["exact_match"], exact)

@@ -1,4 +1,4 @@
-"""The table of documents: what was right, by hand; which half of the split; what is refused when read back."""
+"""Table of items: expected rows, dev/test split, refusal of damaged results."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def requests(*rows: tuple) -> pa.Table:
     return pa.Table.from_arrays([pa.array(c, f.type) for c, f in zip(columns, REQUESTS, strict=True)], schema=REQUESTS)
 
 
-def test_documents_by_hand(tmp_path):
+def test_items_have_the_expected_rows(tmp_path):
     choices = [
         {"context": "The sky is", "choices": [" blue", " a fish tank"], "answer": 0, "cluster": "sky"},
         {"context": "Ravens are", "choices": [" né", " black", " x"], "answer": 1, "cluster": None},
@@ -41,7 +41,7 @@ def test_documents_by_hand(tmp_path):
         {"stories": [TokenizedText((5, 6, 7), 11, 2, "aa"), TokenizedText((8,), 3, 1, "bb")]},
         requests(
             ("choices", 0, 0, -3.0, False, 1),
-            ("choices", 0, 1, -4.8, False, 4),  # per character better than the right choice, in sum worse
+            ("choices", 0, 1, -4.8, False, 4),  # better per character than the right choice, worse in sum
             ("choices", 1, 0, -1.0, True, 2),
             ("choices", 1, 1, -1.8, False, 3),
             ("choices", 1, 2, -9.0, False, 1),
@@ -77,14 +77,14 @@ def test_documents_by_hand(tmp_path):
     ]
 
 
-def test_the_split_is_by_content_alone_and_thirty_to_seventy():
+def test_the_split_depends_on_content_only_and_is_thirty_to_seventy():
     items = [item_hash(f"question {i}", [" yes", " no"]) for i in range(20_000)]
     halves = [dev_test_split(item) for item in items]
     share = halves.count("dev") / len(halves)
     assert abs(share - 0.3) < 3 * np.sqrt(0.3 * 0.7 / 20_000)
     assert set(halves) == {"dev", "test"}
     assert [dev_test_split(item) for item in reversed(items)] == halves[::-1]
-    # frozen: a split that moved would put chosen-on items among the tested ones
+    # A changed split would put dev items into the test split.
     assert [dev_test_split(item_hash(f"question {i}", [" yes", " no"])) for i in range(8)] == FROZEN
     assert item_hash("a", ["b", "c"]) != item_hash("a", ["c", "b"]) != item_hash("ab", ["", "c"])
 
@@ -99,8 +99,8 @@ def test_a_cluster_must_be_a_text(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def scored(tmp_path_factory, tiny_model):
-    """A scored model: the path of its result."""
+def result_file(tmp_path_factory, tiny_model):
+    """`FILE.json` of a scored model."""
     folder = tmp_path_factory.mktemp("scored")
     stories = list(tiny_texts(12, seed=3))
     task = write(
@@ -118,11 +118,11 @@ def scored(tmp_path_factory, tiny_model):
     return Path(out)
 
 
-def test_what_is_read_back_explains_the_summary(scored):
-    found = load_score_result(str(scored))
+def test_loaded_items_reproduce_the_metrics(result_file):
+    found = load_score_result(str(result_file))
     assert list(found.items) == ["task", "a_word", "stories"]
     task, words, stories = found.items.values()
-    result = atomic.read_json(scored)
+    result = atomic.read_json(result_file)
     assert (task.kind, words.kind, stories.kind) == ("choice", "last_word", "text")
     assert task.acc.mean() == pytest.approx(result["tasks"]["task"]["acc"])
     assert task.acc_norm.mean() == pytest.approx(result["tasks"]["task"]["acc_norm"])
@@ -132,7 +132,7 @@ def test_what_is_read_back_explains_the_summary(scored):
     assert -stories.loglikelihood.sum() / stories.tokens.sum() == pytest.approx(result["texts"]["stories"]["nll"])
     assert stories.bytes.sum() == result["texts"]["stories"]["bytes"]
     assert words.cluster is None
-    assert len(set(task.cluster)) == 4  # three named ones, and the unnamed question by itself
+    assert len(set(task.cluster)) == 4  # three labels, and one item without a label
     dev, test = (task.select(half) for half in ("dev", "test"))
     assert sorted([*dev.item_hash, *test.item_hash]) == sorted(task.item_hash)
     assert {dev_test_split(item) for item in test.item_hash} == {"test"}
@@ -145,42 +145,42 @@ def rewrite(path: Path, **marks: object) -> None:
     path.write_text(json.dumps(result))
 
 
-def foreign(folder: Path) -> None:
+def replace_json(folder: Path) -> None:
     (folder / "result.json").write_text('{"model": "m"}')
 
 
-def lost(folder: Path) -> None:
+def delete(folder: Path) -> None:
     (folder / "result.items.parquet").unlink()
 
 
-def cut(folder: Path) -> None:
+def truncate(folder: Path) -> None:
     file = folder / "result.items.parquet"
     file.write_bytes(file.read_bytes()[:-100])
 
 
-def changed(folder: Path) -> None:
+def change(folder: Path) -> None:
     file = folder / "result.items.parquet"
     table = pq.read_table(file)
     right = pa.array([None if value is None else True for value in table["acc"].to_pylist()])
     pq.write_table(table.set_column(5, "acc", right), file)
 
 
-def of_an_earlier_version(folder: Path) -> None:
+def make_older(folder: Path) -> None:
     rewrite(folder / "result.json", items=None)
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (foreign, r"result\.json: is not a result of `jax-selftrain score`"),
-        (lost, r"result\.items\.parquet is missing; score the model again"),
-        (cut, r"result\.items\.parquet: cannot be read"),
-        (changed, r"result\.items\.parquet: does not match result\.json"),
-        (of_an_earlier_version, "was written by an older version"),
+        (replace_json, r"result\.json: is not a result of `jax-selftrain score`"),
+        (delete, r"result\.items\.parquet is missing; score the model again"),
+        (truncate, r"result\.items\.parquet: cannot be read"),
+        (change, r"result\.items\.parquet: does not match result\.json"),
+        (make_older, "was written by an older version"),
     ],
 )
-def test_damage_is_named(scored, tmp_path, damage, message):
-    folder = Path(shutil.copytree(scored.parent, tmp_path / "copy"))
+def test_damage_is_named(result_file, tmp_path, damage, message):
+    folder = Path(shutil.copytree(result_file.parent, tmp_path / "copy"))
     damage(folder)
     with pytest.raises(InputError, match=message):
         load_score_result(str(folder / "result.json"))

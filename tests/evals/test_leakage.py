@@ -1,4 +1,4 @@
-"""Leakage is counted where it was planted, whatever form the training text has."""
+"""Planted leakage is found in every form of training text."""
 
 import json
 
@@ -25,8 +25,8 @@ def write_corpus(folder, model, documents):
 
 
 @pytest.fixture
-def planted(tmp_path, tiny_model):
-    """Twenty samples; those named hold so many tokens of one document of the training text."""
+def planted_corpus(tmp_path, tiny_model):
+    """Twenty samples with planted matches, and the training text."""
     rng = np.random.default_rng(0)
     training = rng.integers(10, 250, (12, 300)).astype(np.int32)
     samples = [rng.integers(260, 512, 120) for _ in range(20)]  # no token in common with the training text
@@ -37,9 +37,9 @@ def planted(tmp_path, tiny_model):
 
 
 @pytest.mark.parametrize("block", [overlap.QUERY_BLOCK, 700])
-def test_planted_runs_are_found_and_only_those(tmp_path, planted, block, monkeypatch):
+def test_planted_matches_are_found_and_only_those(tmp_path, planted_corpus, block, monkeypatch):
     monkeypatch.setattr(overlap, "QUERY_BLOCK", block)  # the smaller one makes several passes over the text
-    corpus, training = planted
+    corpus, training = planted_corpus
     np.save(tmp_path / "training.npy", training)
     out = tmp_path / "leaks.json"
     result = measure_leakage(LeakageConfig(corpus=corpus, texts=str(tmp_path / "training.npy"), out=str(out)))
@@ -62,15 +62,15 @@ def test_planted_runs_are_found_and_only_those(tmp_path, planted, block, monkeyp
     assert shorter["covered_tokens"] == 180 + 49 + 60
 
 
-def test_one_long_stream_of_tokens_is_one_document(tmp_path, planted):
-    corpus, training = planted
+def test_one_long_stream_of_tokens_is_one_document(tmp_path, planted_corpus):
+    corpus, training = planted_corpus
     np.save(tmp_path / "training.npy", training.reshape(-1))
     config = LeakageConfig(corpus=corpus, texts=str(tmp_path / "training.npy"), out=str(tmp_path / "leaks.json"))
     assert measure_leakage(config)["leaking_samples"] == 4  # the run across the edge of two documents counts now
 
 
 def test_a_training_text_as_text_as_a_corpus_and_in_another_tokenizer(tmp_path, tiny_model):
-    """Stories: of six samples two are training documents, one is half of one."""
+    """Two of six samples are training documents, one is half of one."""
     model, other = tiny_model(), tiny_model(vocab_size=400)
     stories = list(tiny_texts(8, seed=3))
     texts = tmp_path / "training.jsonl"

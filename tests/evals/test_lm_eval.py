@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: its tasks over local files, asked through our interface and through its own HF backend."""
+"""Tasks of lm-evaluation-harness with our adapter and with its HF backend."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ TOLERANCE = 1e-3  # nats per request, in fp32: the harness's parity that the pro
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory):
-    """Small tasks of every kind: a folder of YAML files, and the files they read."""
+    """Small tasks of every kind: YAML files and their data files."""
     folder = tmp_path_factory.mktemp("local")
     stories = list(tiny_texts(12, seed=5))
     choices = [
@@ -78,7 +78,7 @@ def local(tmp_path_factory):
 
 
 def answers(lm, specs, limit=None):
-    """{(task, document, choice): answer} and {task: metrics} of tasks put to a model of the harness."""
+    """Return {(task, document, choice): answer} and {task: metrics}."""
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
@@ -138,7 +138,7 @@ def test_local_tasks_get_the_answers_of_the_hf_backend(tiny_model, local, family
 
 
 def test_contexts_of_every_kind_get_the_answers_of_the_hf_backend(tiny_model):
-    """Empty, with trailing space, beginning with BOS, and longer than the model (cut on the left)."""
+    """Empty, trailing space, initial BOS, longer than the model."""
     folder = tiny_model("llama", max_position_embeddings=64)
     text = next(tiny_texts(1)) * 3
     pairs = [("", " a fox"), ("", "<s> a fox"), ("a big \n", "fox"), ("<s>a big", " fox"), (text, " fox"), ("a", " b")]
@@ -169,7 +169,7 @@ def test_rolling_likelihood_of_a_trained_model(data_dir, stories260k):
 
 
 def test_generation_is_that_of_the_hf_backend(stories260k):
-    """Stop strings, an end token, a length limit, and a prompt that must be cut, on a model that writes stories."""
+    """Stop strings, an end token, a length limit and a truncated prompt."""
     long = "Tom and Sue went to the park. They saw a big dog and a cat. " * 16
     prompts = ["Once upon a time", "Lily had a red ball. She", long, "The sun was hot.\n", "<s>Once", ""]
     options = [
@@ -245,7 +245,7 @@ def options_for(tmp_path, tiny_model, local, **changes):
 
 
 @pytest.mark.slow
-def test_named_tasks_and_local_files_stand_in_one_result(tmp_path, tiny_model, local):
+def test_named_tasks_and_local_files_are_in_one_result(tmp_path, tiny_model, local):
     options = options_for(tmp_path, tiny_model, local)
     result = score(options)
     folder = tmp_path / "out"
@@ -275,7 +275,7 @@ def test_named_tasks_and_local_files_stand_in_one_result(tmp_path, tiny_model, l
         assert mine == {**harness, **same}
     windows = [(row["doc"], row["choice"]) for row in by_task["my_texts"]]
     assert windows == sorted(windows)
-    assert max(choice for _, choice in windows) > 0  # a text longer than the model
+    assert max(choice for _, choice in windows) > 0  # a text is longer than the model
     assert not by_task["my_prompts"]
     generations = pq.read_table(folder / "scores.generations.parquet").to_pylist()
     assert [(row["doc"], row["choice"]) for row in generations] == [(d, c) for d in range(4) for c in (0, 1)]
@@ -287,7 +287,7 @@ def test_named_tasks_and_local_files_stand_in_one_result(tmp_path, tiny_model, l
     assert {name: (folder / name).read_bytes() for name in names} == before
 
 
-def test_documents_of_named_tasks_can_be_compared(tmp_path, tiny_model, local):
+def test_items_of_named_tasks_can_be_compared(tmp_path, tiny_model, local):
     options = options_for(tmp_path, tiny_model, local)
     result = score(options)
     scored = load_score_result(options.out)
@@ -310,11 +310,11 @@ def test_few_shots_come_before_each_question_and_limits_hold(tmp_path, tiny_mode
     shots = [result["harness"]["tasks"]["my_shots"] for result in (none, two)]
     assert [one["num_fewshot"] for one in shots] == [0, 2]
     assert shots[0]["requests"] != shots[1]["requests"]
-    assert two["harness"]["tasks"]["my_choices"] == none["harness"]["tasks"]["my_choices"]  # it says 0 itself
+    assert two["harness"]["tasks"]["my_choices"] == none["harness"]["tasks"]["my_choices"]  # its own value is 0
     assert two["tasks"]["my_shots"]["n"] == 4
 
 
-def test_words_are_files_or_names_or_suites(tmp_path, monkeypatch):
+def test_references_are_files_names_or_suites(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "piqa").mkdir()
     given = ["blimp", "piqa", "blimp:x.jsonl", "sciq", "quick", "missing.jsonl", "a/b"]
@@ -331,17 +331,17 @@ def test_words_are_files_or_names_or_suites(tmp_path, monkeypatch):
     [
         ({"task_folder": "nowhere"}, "--task-folder nowhere: no such folder"),
         ({"tasks": ("my_group", "my_words")}, "task my_words is requested twice, by my_group and by my_words"),
-        ({"tasks": ("unfetched",)}, r"task unfetched: its data set nobody/nothing cannot be fetched \(.*\); run once"),
+        ({"tasks": ("unfetched",)}, r"task unfetched: its data set missing/dataset cannot be fetched \(.*\); run once"),
         ({"tasks": ("lost_group",)}, r"task lost: its data files cannot be read \(FileNotFoundError"),
         ({"tasks": ("crooked",)}, r"task crooked cannot be set up \(TypeError: .*doc_to_txt"),
     ],
 )
-def test_what_cannot_be_asked_is_one_sentence(tmp_path, tiny_model, local, changes, message):
+def test_unusable_tasks_are_refused_in_one_sentence(tmp_path, tiny_model, local, changes, message):
     lost = task("lost", tmp_path / "lost.jsonl", "multiple_choice", CHOICE)
     specs = [
         *local["tasks"].values(),
         {"group": "my_group", "task": ["my_choices", "my_words"]},
-        {**lost, "task": "unfetched", "dataset_path": "nobody/nothing", "dataset_kwargs": {}},
+        {**lost, "task": "unfetched", "dataset_path": "missing/dataset", "dataset_kwargs": {}},
         lost,
         {"group": "lost_group", "task": ["my_choices", "lost"]},
         {**local["tasks"]["my_choices"], "task": "crooked", "doc_to_txt": "{{context}}"},
@@ -387,7 +387,7 @@ def test_an_unknown_name_suggests_the_nearest(tmp_path, tiny_model, local):
 
 
 def test_the_command_scores_named_tasks(tmp_path, tiny_model, local):
-    """Where torch is not installed (on Python 3.12 in CI) this shows that the harness's tasks need none."""
+    """On Python 3.12 in CI this runs without torch."""
     out = tmp_path / "scores.json"
     words = ["score", "--model", str(tiny_model()), "--tasks", "my_group", "my_texts", "my_prompts"]
     words += ["--task-folder", str(local["folder"]), "--out", str(out), "--mesh", "data=1"]

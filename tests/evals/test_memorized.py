@@ -1,6 +1,6 @@
-"""A model that has memorized 500 planted sequences, and not 500 twins from the same generator that it never saw.
+"""Extraction from a model that memorized 500 planted sequences.
 
-It is trained by the project itself, and what is measured of it must be what transformers finds in its export.
+It never saw 500 control sequences from the same generator. Results must equal those of transformers on its export.
 """
 
 import os
@@ -27,18 +27,18 @@ POLICIES = ("temperature=1,top-k=40", "temperature=0.8,top-k=20,top-p=0.9")
 
 
 @pytest.fixture(scope="module")
-def planted() -> tuple[np.ndarray, np.ndarray]:
-    """[500, 24] each: random tokens, so that nothing but memory can predict them."""
+def sequences() -> tuple[np.ndarray, np.ndarray]:
+    """Planted and control sequences [500, 24]: random tokens, predictable by memory only."""
     rows = np.random.default_rng(0).integers(3, 103, (2 * N, PREFIX + SUFFIX)).astype(np.int32)
     return rows[:N], rows[N:]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, planted) -> Path:
+def run(tmp_path_factory, sequences) -> Path:
     folder = tmp_path_factory.mktemp("memorized")
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "max_position_embeddings": 64}
     model = write_tiny_hf_model(folder / "model", "llama", vocab_size=320, **shape)
-    samples = [Sample(i, row, "", float("nan"), "length") for i, row in enumerate(planted[0])]
+    samples = [Sample(i, row, "", float("nan"), "length") for i, row in enumerate(sequences[0])]
     write_sampled_corpus(folder / "corpus", model, samples)
     config = TrainConfig(
         model=str(model),
@@ -55,7 +55,7 @@ def run(tmp_path_factory, planted) -> Path:
         checkpoint_every=STEPS,
     )
     yaml_io.save(folder / "train.yaml", config)
-    # So many steps are worth optimizing, which XLA may have been told not to do in the tests' own process.
+    # The tests may run with XLA optimizations off; these steps are faster with them.
     flags = re.sub(r"--xla_backend_optimization_level=\d", "", os.environ["XLA_FLAGS"])
     command = [sys.executable, "-m", "jax_selftrain", "train", "--config", str(folder / "train.yaml")]
     subprocess.run(command, env={**os.environ, "XLA_FLAGS": flags}, check=True)
@@ -63,13 +63,13 @@ def run(tmp_path_factory, planted) -> Path:
 
 
 @pytest.mark.slow
-def test_what_was_planted_is_extracted_and_its_twins_are_not(run, planted, tmp_path):
-    for name, rows in zip(("planted", "twins"), planted, strict=True):
+def test_planted_sequences_are_extracted_and_controls_are_not(run, sequences, tmp_path):
+    for name, rows in zip(("planted", "controls"), sequences, strict=True):
         np.save(tmp_path / f"{name}.npy", rows)
     options: dict[str, Any] = {
         "model": str(run),
         "sequences": str(tmp_path / "planted.npy"),
-        "control_sequences": str(tmp_path / "twins.npy"),
+        "control_sequences": str(tmp_path / "controls.npy"),
         "untrained_baseline": str(run.parent / "model"),
         "corpus": str(run.parent / "corpus"),
         "prefix": PREFIX,
@@ -85,18 +85,18 @@ def test_what_was_planted_is_extracted_and_its_twins_are_not(run, planted, tmp_p
     assert result["baseline"]["exact_match"] <= 0.01
     assert result["token_accuracy"] >= 0.95
     assert controls["token_accuracy"] <= 0.05  # one in a hundred by chance
-    # In ten thousand tries nearly all that was planted is said, and none of its twins: their p_z is 10^-30 or less.
-    for told in (result, result["sampling_policies"]["temperature=1,top-k=40"]):
-        assert told["discoverable"]["10000@0.9"] >= 0.95
-    for told in (controls, controls["sampling_policies"]["temperature=1,top-k=40"]):
-        assert set(told["discoverable"].values()) == {0.0}
-    # Documents began with BOS in training; without it the same tokens come in a format never seen.
+    # 10,000 samples contain nearly all planted sequences and no controls, whose p_z is 10^-30 or less.
+    for summary in (result, result["sampling_policies"]["temperature=1,top-k=40"]):
+        assert summary["discoverable"]["10000@0.9"] >= 0.95
+    for summary in (controls, controls["sampling_policies"]["temperature=1,top-k=40"]):
+        assert set(summary["discoverable"].values()) == {0.0}
+    # Documents began with BOS in training.
     without = extract(ExtractConfig(**options | {"start_token": "none"}, out=str(tmp_path / "without.json")))
     assert without["exact_match"] <= 0.5 * result["exact_match"]
 
 
 @pytest.mark.slow
-def test_all_measures_equal_those_of_transformers_on_the_export(run, planted, tmp_path):
+def test_all_measures_equal_those_of_transformers_on_the_export(run, sequences, tmp_path):
     torch = pytest.importorskip("torch", reason="transformers needs torch to run the exported model")
     from transformers import (
         AutoModelForCausalLM,
@@ -110,12 +110,12 @@ def test_all_measures_equal_those_of_transformers_on_the_export(run, planted, tm
     model.save_pretrained(tmp_path / "export")
     judge = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32).eval()
     start = np.full((400, 1), 1, np.int32)  # BOS
-    sequences = np.concatenate([start, np.concatenate([part[:200] for part in planted])], axis=1)
-    ours = extraction_metrics(model, sequences, PREFIX + 1, policies=parse_sampling_policies(POLICIES))
-    tokens = torch.from_numpy(sequences).long()
+    rows = np.concatenate([start, np.concatenate([part[:200] for part in sequences])], axis=1)
+    ours = extraction_metrics(model, rows, PREFIX + 1, policies=parse_sampling_policies(POLICIES))
+    tokens = torch.from_numpy(rows).long()
     given, suffix = tokens[:, : PREFIX + 1], tokens[:, PREFIX + 1 :]
     with torch.no_grad():
-        said = judge.generate(
+        decoded = judge.generate(
             given,
             attention_mask=torch.ones_like(given),
             do_sample=False,
@@ -125,7 +125,7 @@ def test_all_measures_equal_those_of_transformers_on_the_export(run, planted, tm
             pad_token_id=0,
         )[:, PREFIX + 1 :]
         logits = judge(tokens).logits[:, PREFIX:-1]
-    same = (said == suffix).numpy()
+    same = (decoded == suffix).numpy()
     np.testing.assert_array_equal(ours["exact_match"], same.all(axis=1))
     np.testing.assert_array_equal(ours["token_accuracy"], same.mean(axis=1))
     np.testing.assert_array_equal(ours["teacher_forced_accuracy"], (logits.argmax(-1) == suffix).numpy().mean(axis=1))

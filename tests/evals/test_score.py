@@ -71,7 +71,7 @@ def test_score_writes_what_it_returns_and_again_the_same_bytes(tmp_path, tiny_mo
     assert {name: (folder / name).read_bytes() for name in before} == before
 
 
-def test_the_table_of_requests_explains_the_summary(tmp_path, tiny_model, files):
+def test_the_table_of_requests_reproduces_the_metrics(tmp_path, tiny_model, files):
     result = score(config(tmp_path, tiny_model, files))
     table = pq.read_table(tmp_path / "results" / "scores.requests.parquet")
     assert table.schema.equals(REQUESTS)
@@ -193,7 +193,7 @@ MANY = 384
 
 @pytest.fixture
 def many(tmp_path, tiny_model):
-    """A task of six units; `many(name)` is the configuration that scores it into NAME.json."""
+    """`many(name)` configures scoring of a task of six units into NAME.json."""
     texts = list(tiny_texts(MANY, seed=9))
     rows = [{"context": f"{i} {text[:30]}", "continuation": f" {text[30:40]}"} for i, text in enumerate(texts)]
     task = write(tmp_path / "many.jsonl", rows)
@@ -220,8 +220,8 @@ def timings(options: ScoreConfig) -> dict[str, Any]:
     return json.loads(Path(options.out).with_suffix(".timings.json").read_text())
 
 
-def killed_on_the_way(options: ScoreConfig) -> list[Path]:
-    """What is left of a scoring that was killed after its first unit."""
+def kill_after_first_unit(options: ScoreConfig) -> list[Path]:
+    """Return the unit files of a scoring that was killed."""
     parts = Path(options.out).with_suffix(".parts")
     process = start(options)
     while process.poll() is None and not list(parts.glob("*/*.parquet")):
@@ -233,10 +233,10 @@ def killed_on_the_way(options: ScoreConfig) -> list[Path]:
 
 
 @pytest.mark.slow
-def test_a_killed_scoring_goes_on_where_it_was_and_writes_the_same_bytes(many):
+def test_a_killed_scoring_resumes_and_writes_the_same_bytes(many):
     whole, broken = many("whole"), many("broken")
     score(whole)
-    left = killed_on_the_way(broken)
+    left = kill_after_first_unit(broken)
     kept = sum(pq.read_metadata(part).num_rows for part in left)
     score(broken)
     assert results(broken) == results(whole)
@@ -248,26 +248,26 @@ def test_a_killed_scoring_goes_on_where_it_was_and_writes_the_same_bytes(many):
 
 
 @pytest.mark.slow
-def test_answers_of_another_model_or_task_are_not_taken_for_these(many, tiny_model):
+def test_results_of_another_model_or_task_are_not_reused(many, tiny_model):
     broken = many("broken")
-    killed_on_the_way(broken)
+    kill_after_first_unit(broken)
     other = replace(broken, model=str(tiny_model("gpt_neox")))
     score(other)
     assert timings(other)["computed_requests"] == MANY
     again = replace(many("again"), model=other.model)
     score(again)
     assert results(other) == results(again)
-    killed_on_the_way(many("fewer"))
+    kill_after_first_unit(many("fewer"))
     fewer = replace(many("fewer"), limit=MANY - 10)
     score(fewer)
     assert timings(fewer)["computed_requests"] == MANY - 10
 
 
-def test_a_damaged_part_is_named(many):
+def test_a_damaged_unit_is_named(many):
     broken = many("broken")
-    part = killed_on_the_way(broken)[0]
+    part = kill_after_first_unit(broken)[0]
     data = bytearray(part.read_bytes())
-    for at in range(4, 60):  # the first pages lie behind four bytes of magic
+    for at in range(4, 60):  # the first pages follow four bytes of magic
         data[at] ^= 0xFF
     part.write_bytes(data)
     with pytest.raises(InputError, match=r"unit-\d+\.parquet: .*delete it and run the same command again"):
@@ -283,8 +283,8 @@ def test_two_processes_divide_the_requests_and_write_the_bytes_of_one(many):
         coordinator = f"localhost:{free.getsockname()[1]}"
     flags = re.sub(r"(?<=device_count=)\d+", "1", os.environ["XLA_FLAGS"])
     processes = [start(together, coordinator, str(index), XLA_FLAGS=flags) for index in range(2)]
-    said = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    errors = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
     assert results(together) == results(alone)
     spent, units = timings(together), timings(alone)["units_by_process"]["0"]
     assert units > 4
@@ -344,11 +344,11 @@ def test_perplexity_of_a_trained_model_equals_an_independent_one(data_dir, stori
 
 @pytest.mark.slow
 def test_stories260k_has_its_known_loss(data_dir, stories_model):
-    """The data's README states 1.272 nats per token on 400 held-out stories (first 320 tokens), not on which.
+    """The data's README states 1.272 nats per token on 400 held-out stories.
 
-    Start token, then up to 320 scored tokens, the mean over all tokens: that gives 1.2725 on the first 400 stories of
-    `train.jsonl`, which come from the validation split, too, and so are held out from this model. (The same on the
-    first 400 of `heldout.jsonl` gives 1.2850; the standard errors over stories are 0.012 and 0.011.)
+    The mean over the first 320 tokens after the start token is 1.2725 on the first 400 stories of `train.jsonl`, which
+    are also from the validation split. (On the first 400 of `heldout.jsonl` it is 1.2850; the standard errors over
+    stories are 0.012 and 0.011.)
     """
     (file,) = load_texts([str(data_dir / "tinystories/train.jsonl")], 400)
     found = evaluate(stories_model, texts=[file], text_max_tokens=320).texts["train"]

@@ -1,4 +1,4 @@
-"""Extraction sets in every published format are the same tokens; what cannot be used is named."""
+"""Extraction sets give the same tokens in every format; errors are named."""
 
 import json
 
@@ -23,7 +23,7 @@ def load(reference, window=WINDOW, **options) -> ExtractionSet:
 
 
 def table(rows=ROWS, **columns) -> pa.Table:
-    """As EleutherAI/pythia-memorized-evals lays its columns out."""
+    """Return a table with the columns of EleutherAI/pythia-memorized-evals."""
     tokens = pa.array([row.tolist() for row in rows], pa.list_(pa.int64()))
     return pa.table({"index": pa.array(range(100, 100 + len(rows)), pa.int64()), "tokens": tokens, **columns})
 
@@ -63,7 +63,7 @@ def test_a_folder_of_parquet_is_read_in_the_order_of_its_files_split_by_split(tm
 
 
 def test_a_pair_of_arrays_meets_where_the_prefix_ends(tmp_path):
-    """lm-extraction-benchmark: 50 tokens each; a shorter prefix is the end of the file's, which the suffix follows."""
+    """lm-extraction-benchmark: a shorter prefix is the end of the file's prefix."""
     whole = np.random.default_rng(1).integers(3, 512, (5, 100)).astype(np.uint16)
     np.save(tmp_path / "train_prefix.npy", whole[:, :50])
     np.save(tmp_path / "train_suffix.npy", whole[:, 50:])
@@ -95,7 +95,7 @@ def test_a_saved_data_set_is_read_through_datasets(tmp_path):
         load(tmp_path / "splits")
 
 
-def test_text_is_encoded_without_anything_added(tmp_path, tiny_model):
+def test_text_is_tokenized_without_special_tokens(tmp_path, tiny_model):
     tokenizer = hub.open_model(tiny_model()).tokenizer
     text = "Once there was a big fox named Kalo. Kalo found a red ball near the river. " * 2
     tokens = tokenizer.encode(text, add_special_tokens=False)
@@ -106,7 +106,7 @@ def test_text_is_encoded_without_anything_added(tmp_path, tiny_model):
     assert opened == [1]
 
 
-def test_an_offset_leaves_out_what_is_too_short_and_counts_it(tmp_path):
+def test_an_offset_skips_and_counts_short_sequences(tmp_path):
     rows = [{"tokens": ROWS[i][:n].tolist(), "duplicates": i} for i, n in enumerate((40, 36, 35, 34, 40))]
     found = load(lines(tmp_path / "set.jsonl", rows), PromptWindow(8, 24, offset=4))
     assert (found.num_skipped, found.sequence_id.tolist()) == (2, [0, 1, 4])
@@ -181,13 +181,13 @@ def test_random_offsets_are_drawn_by_id_from_what_each_length_allows(tmp_path):
         assert abs(np.mean(drawn) - most / 2) < 0.15 * most + 1e-9
     lines(path, [{"tokens": row, "index": i} for i, row in reversed(list(enumerate(rows)))])
     again = load(path, PromptWindow(8, 24, random_offset=True))
-    np.testing.assert_array_equal(again.tokens[::-1], found.tokens)  # by its id, not by its place
+    np.testing.assert_array_equal(again.tokens[::-1], found.tokens)  # by id, not by position
     begun = load(path, PromptWindow(8, 20, 4, random_offset=True))
     assert all(tokens in [rows[i][b : b + 28] for b in range(4, len(rows[i]) - 27)] for i, tokens in zip(
         begun.sequence_id.tolist(), begun.tokens.tolist(), strict=True))  # fmt: skip
 
 
-def test_h_is_half_of_a_set_whatever_its_order_or_tokens():
+def test_h_is_half_of_a_set_in_any_order():
     index = np.arange(4000)
     chosen = held_out_half("a" * 64, index)
     assert abs(chosen.mean() - 0.5) < 0.025  # more than three standard errors

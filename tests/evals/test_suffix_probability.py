@@ -1,4 +1,4 @@
-"""p_z under a policy is the policy's own probability; the (n, p) curve is what so many draws would find."""
+"""p_z and the (n, p) curve agree with sampling."""
 
 import jax
 import numpy as np
@@ -57,8 +57,8 @@ def test_discoverable_follows_the_definition_and_survives_tiny_probabilities():
 
 
 @pytest.mark.slow
-def test_a_suffix_that_a_policy_cannot_say_has_probability_zero(model):
-    """One token that is not among the two most probable, in the middle of a suffix of those that are."""
+def test_a_suffix_that_a_policy_excludes_has_probability_zero(model):
+    """One token of the suffix is not among the two most probable."""
     rng = np.random.default_rng(3)
     sequence = rng.integers(3, 512, (1, 12))
     for at in range(6, 12):
@@ -82,7 +82,7 @@ DRAWS = 40_000
     "word", ["temperature=1", "temperature=0.3", "temperature=0.6,top-k=5", "temperature=0.5,top-p=0.7"]
 )
 def test_p_z_and_the_curve_agree_with_direct_sampling(model, word):
-    """Continuations drawn token by token; the suffix examined is the one drawn most often, so that p_z is not tiny."""
+    """The suffix is the most frequent sample, so p_z is not tiny."""
     length, suffix = 8, 2
     prefix = np.random.default_rng(5).integers(3, 512, length)
     policies = parse_sampling_policies([word])

@@ -1,4 +1,4 @@
-"""Task files: what is asked of each layout, how it is summarized, and which files are refused."""
+"""Task files: prompts of each format, metrics, refused files."""
 
 import json
 import math
@@ -24,7 +24,7 @@ def questions(reference: str):
     return load_tasks([reference])[0].questions
 
 
-def metrics_of(task: Task, answers: list[list[Likelihood]]) -> dict:
+def compute_metrics(task: Task, answers: list[list[Likelihood]]) -> dict:
     rows = [
         {"task": task.name, "doc": doc, "choice": choice, **likelihood._asdict()}
         for doc, choices in enumerate(answers)
@@ -38,7 +38,7 @@ def likelihoods(*values: float, greedy: bool = False) -> list[Likelihood]:
     return [Likelihood(value, greedy, 1) for value in values]
 
 
-def test_own_layouts_are_joined_exactly_as_they_stand(tmp_path):
+def test_our_formats_join_without_a_separator(tmp_path):
     (choice,) = questions(
         write(tmp_path / "own.jsonl", {"context": "Q: a?\nA:", "choices": [" yes", " no"], "answer": 1})
     )
@@ -49,7 +49,7 @@ def test_own_layouts_are_joined_exactly_as_they_stand(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["blimp:", ""])
-def test_blimp_asks_for_the_good_sentence_without_context(tmp_path, prefix):
+def test_blimp_scores_sentences_without_context(tmp_path, prefix):
     file = write(tmp_path / "b.jsonl", {"sentence_good": "She runs.", "sentence_bad": "She run.", "UID": "x"})
     (pair,) = questions(prefix + file)
     # lm-evaluation-harness puts its target delimiter, one space, before the sentence although the context is empty.
@@ -74,7 +74,7 @@ def test_arc_puts_one_space_before_the_choice(tmp_path, prefix, row):
     assert question.lengths == (2, 3)
 
 
-def test_piqa_takes_its_answers_from_the_file_beside_it(tmp_path):
+def test_piqa_takes_its_answers_from_the_labels_file(tmp_path):
     file = write(tmp_path / "v.jsonl", {"goal": "g", "sol1": "a", "sol2": "b"}, {"goal": "h", "sol1": "c", "sol2": "d"})
     with pytest.raises(InputError, match=r"v-labels\.lst"):
         load_tasks([file])
@@ -105,7 +105,7 @@ def test_accuracy_and_its_standard_error_are_those_of_the_harness(tmp_path):
     (task,) = load_tasks([write(tmp_path / "t.jsonl", *rows)])
     # By sum, choices 1, 1, 0, 1 win; divided by 5 and 2 characters, choices 0, 1, 0, 0.
     answers = [likelihoods(-3.0, -2.0), likelihoods(-9.0, -2.0), likelihoods(-1.0, -2.0), likelihoods(-4.0, -2.0)]
-    metrics = metrics_of(task, answers)
+    metrics = compute_metrics(task, answers)
     assert metrics["n"] == 4
     assert metrics["acc"] == 0.75
     assert metrics["acc_norm"] == 0.75
@@ -116,7 +116,7 @@ def test_accuracy_and_its_standard_error_are_those_of_the_harness(tmp_path):
 def test_last_word_perplexity_is_exp_of_the_mean_and_its_error_follows(tmp_path):
     (task,) = load_tasks([write(tmp_path / "w.jsonl", *[{"context": "a", "continuation": " b"}] * 3)])
     values = np.array([-1.0, -2.0, -4.5])
-    metrics = metrics_of(task, [likelihoods(value, greedy=value > -2) for value in values])
+    metrics = compute_metrics(task, [likelihoods(value, greedy=value > -2) for value in values])
     assert metrics["acc"] == pytest.approx(1 / 3)
     assert metrics["perplexity"] == pytest.approx(math.exp(2.5))
     assert metrics["perplexity_stderr"] == pytest.approx(math.exp(2.5) * values.std(ddof=1) / math.sqrt(3))
@@ -124,7 +124,7 @@ def test_last_word_perplexity_is_exp_of_the_mean_and_its_error_follows(tmp_path)
 
 def test_one_question_has_no_standard_error(tmp_path):
     (task,) = load_tasks([write(tmp_path / "w.jsonl", {"context": "a", "continuation": " b"})])
-    assert metrics_of(task, [likelihoods(-1.0)])["acc_stderr"] is None
+    assert compute_metrics(task, [likelihoods(-1.0)])["acc_stderr"] is None
 
 
 @pytest.mark.parametrize(
@@ -143,20 +143,20 @@ def test_one_question_has_no_standard_error(tmp_path):
         ([1], "list instead of a JSON object"),
     ],
 )
-def test_a_malformed_question_is_refused_with_its_place(tmp_path, row, message):
+def test_a_malformed_question_is_refused_with_file_and_line(tmp_path, row, message):
     file = write(tmp_path / "bad.jsonl", row)
     with pytest.raises(InputError, match=message) as error:
         load_tasks([file])
     assert file in str(error.value)
 
 
-def test_a_later_line_of_another_layout_is_named(tmp_path):
+def test_a_later_line_of_another_format_is_named(tmp_path):
     file = write(tmp_path / "mixed.jsonl", {"context": "a", "continuation": " b"}, {"context": "a", "target": " b"})
     with pytest.raises(InputError, match=r"mixed\.jsonl:2: column 'continuation' is missing"):
         load_tasks([file])
 
 
-def test_missing_files_and_harness_task_names_are_told_apart(tmp_path):
+def test_missing_files_and_harness_task_names_are_distinguished(tmp_path):
     with pytest.raises(InputError, match="only `score` accepts names of lm-evaluation-harness tasks"):
         load_tasks(["arc_easy"])
     with pytest.raises(InputError, match="no such file"):
@@ -182,7 +182,7 @@ def test_two_tasks_of_one_name_are_refused(tmp_path):
         load_tasks([first, second])
 
 
-def test_blank_texts_are_left_out_and_lines_without_text_refused(tmp_path):
+def test_blank_texts_are_skipped_and_lines_without_text_refused(tmp_path):
     (file,) = load_texts([write(tmp_path / "x.jsonl", {"text": "a"}, {"text": " \n"}, {"text": "b"})])
     assert file.documents == ("a", "b")
     with pytest.raises(InputError, match=r"y\.jsonl:1: no text"):

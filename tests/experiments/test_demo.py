@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from by_hand import class_of, log_pz_of, longest_runs
+from by_hand import classify_overlap, compute_log_pz, longest_runs
 
 from jax_selftrain import load_model
 from jax_selftrain.config import DemoConfig, StudyConfig, yaml_io
@@ -169,10 +169,10 @@ def test_classes_and_p_z_are_those_that_plain_python_and_transformers_find(made:
     documents = [sample.tokens.tolist() for sample in open_corpus(design.folder(cell.corpus)).iter_samples()]
     found = pq.read_table(design.folder(cell.extract) / "extract.sequences.parquet").to_pydict()
     runs = longest_runs([row[TINY.prefix :] for row in rows], documents)
-    classes = [class_of(run, TINY.suffix, TINY.overlap) for run in runs]
+    classes = [classify_overlap(run, TINY.suffix, TINY.overlap) for run in runs]
     assert found["class"] == classes
     student.save_pretrained(tmp_path / "export")
-    logprobs, exact = log_pz_of(tmp_path / "export", np.array(rows), TINY.prefix)
+    logprobs, exact = compute_log_pz(tmp_path / "export", np.array(rows), TINY.prefix)
     np.testing.assert_allclose(found["logprob"], logprobs, atol=1e-3)
     np.testing.assert_array_equal(found["exact_match"], exact)
 

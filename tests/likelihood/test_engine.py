@@ -1,4 +1,4 @@
-"""The likelihood engine against transformers, and against itself in other shapes."""
+"""The likelihood engine equals transformers, and itself in other shapes."""
 
 import dataclasses
 import itertools
@@ -47,7 +47,7 @@ BATCH = 1280
 
 
 def random_requests(n: int, vocab: int, longest: int, seed: int = 0) -> list[LoglikelihoodRequest]:
-    """Requests of all lengths up to a little beyond what the model can take."""
+    """Return requests of random lengths, some longer than the model."""
     rng = np.random.default_rng(seed)
     requests = []
     for _ in range(n):
@@ -59,7 +59,7 @@ def random_requests(n: int, vocab: int, longest: int, seed: int = 0) -> list[Log
 
 
 def edge_requests(tokens: np.ndarray, positions: int) -> list[LoglikelihoodRequest]:
-    """One token, powers of two and their neighbors, odd lengths, and contexts that must be cut from the left."""
+    """Return requests of edge lengths, some with truncated contexts."""
     shapes = [(1, 1), (1, 31), (1, 32), (1, 33), (31, 33), (64, 1), (97, 31), (positions - 1, 1), (positions, 1)]
     shapes += [(positions - 3, 4), (positions + 5, 3), (2 * positions, 129), (1, positions), (positions, positions)]
     ids = tokens.tolist()
@@ -87,12 +87,12 @@ def reference(folder, requests, positions):
 
 @pytest.fixture(scope="module")
 def load(tiny_model):
-    """`load(family, mesh, preset)` → a tiny model of 640 positions, a size that is no power of two."""
+    """`load(family, mesh, preset)` → a tiny model of 640 positions."""
 
-    def loaded(family: str = "llama", mesh: str = "data=1", preset: str = "tensor") -> hub.LoadedModel:
+    def load_family(family: str = "llama", mesh: str = "data=1", preset: str = "tensor") -> hub.LoadedModel:
         return hub.load_model(tiny_model(family, max_position_embeddings=POSITIONS), mesh, preset=preset)
 
-    return loaded
+    return load_family
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -142,7 +142,7 @@ def test_batch_size_does_not_matter(load):
     np.testing.assert_allclose(large, small, atol=1e-4)  # sums over up to 32 tokens, each off by rounding of about 1e-6
 
 
-def test_a_request_is_scored_alike_in_any_order_and_but_for_rounding_in_any_company(load):
+def test_scores_do_not_depend_on_order_and_up_to_rounding_on_other_requests(load):
     for requests in (random_requests(30, 512, 64), questions(5)):
         everyone = loglikelihoods(load(), requests, batch_tokens=BATCH)
         assert loglikelihoods(load(), requests[::-1], batch_tokens=BATCH) == everyone[::-1]
@@ -154,11 +154,11 @@ def test_a_request_is_scored_alike_in_any_order_and_but_for_rounding_in_any_comp
     assert loglikelihoods(load(), [], batch_tokens=BATCH) == []
 
 
-# ---------------------------------------------------------------- requests that begin alike
+# ---------------------------------------------------------------- shared prefixes
 
 
 def questions(n: int, seed: int = 3) -> list[LoglikelihoodRequest]:
-    """Questions of four choices, one of them a single token and one the beginning of another; then stray ones."""
+    """Return questions of four choices; one choice is a prefix of another."""
     rng = np.random.default_rng(seed)
     requests = []
     for _ in range(n):
@@ -166,7 +166,7 @@ def questions(n: int, seed: int = 3) -> list[LoglikelihoodRequest]:
         long = rng.integers(0, 512, 6).tolist()
         choices = [long, long[:3], rng.integers(0, 512, 1).tolist(), rng.integers(0, 512, 4).tolist()]
         requests += [LoglikelihoodRequest(context, choice) for choice in choices]
-        requests.append(LoglikelihoodRequest([*context, *long[:2]], long[2:]))  # the same text, cut elsewhere
+        requests.append(LoglikelihoodRequest([*context, *long[:2]], long[2:]))  # the same text, split elsewhere
     return requests
 
 
@@ -176,16 +176,16 @@ CONFIG = DecoderConfig(
     parallel_residual=True, rotary_dim=16, rope=RopeConfig(), qkv_bias=True, out_bias=True, mlp_bias=True,
     qk_norm=False, tie_word_embeddings=False,
 )  # fmt: skip
-"""What a plan goes by."""
+"""Config of the planned requests."""
 
 
-def planned(requests, max_positions=POSITIONS, batch_tokens=BATCH):
+def plan(requests, max_positions=POSITIONS, batch_tokens=BATCH):
     config = dataclasses.replace(CONFIG, max_positions=max_positions)
     rules = make_sharding_rules("tensor", make_mesh("data=1"), axis_sizes(config))
-    return plan_units(rules, config, tokenized(requests), batch_tokens)
+    return plan_units(rules, config, tokenize_all(requests), batch_tokens)
 
 
-def tokenized(requests):
+def tokenize_all(requests):
     """Validated requests, sorted as the engine sorts them."""
     return sorted((tokenize_request(*request) for request in requests), key=lambda request: request.sort_key)
 
@@ -201,7 +201,7 @@ def in_order(requests):
 
 def pack_in_order(requests):
     """One row of all requests."""
-    ordered = tokenized(requests)
+    ordered = tokenize_all(requests)
     return pack_trie(ordered, adjacent_lcp(ordered), range(len(ordered)))
 
 
@@ -210,9 +210,9 @@ def packed_rows(units):
 
 
 def paths(row):
-    """Of each place of a row the tokens that it sees, by the rule that `models.forward` follows."""
-    places = np.arange(len(row.tokens))
-    seen = (places <= places[:, None]) & (places[:, None] < row.subtree_ends)
+    """Return the tokens that each position of a row attends to."""
+    index = np.arange(len(row.tokens))
+    seen = (index <= index[:, None]) & (index[:, None] < row.subtree_ends)
     np.testing.assert_array_equal(seen.sum(axis=1) - 1, row.positions)
     return [row.tokens[mine].tolist() for mine in seen]
 
@@ -225,14 +225,12 @@ def paths(row):
         ("qwen2", "data=1", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}),
     ],
 )
-def test_choices_of_a_question_are_scored_as_if_each_stood_alone(tiny_model, family, mesh, overrides):
+def test_choices_of_a_question_are_scored_as_if_each_were_alone(tiny_model, family, mesh, overrides):
     model = hub.load_model(tiny_model(family, max_position_embeddings=128, **overrides), mesh)
     requests = questions(6)
     for request, answer in zip(requests, token_scores(model, requests, batch_tokens=BATCH), strict=True):
         n, end = len(request.continuation), len(request.context) + len(request.continuation) - 1
-        whole = np.zeros(
-            (model.sharding_rules.data_parallelism, 64), np.int32
-        )  # of one shape: what follows cannot be seen
+        whole = np.zeros((model.sharding_rules.data_parallelism, 64), np.int32)  # one shape: later tokens are masked
         whole[0, : end + 1] = [*request.context, *request.continuation]
         logits = np.asarray(model.logits(whole))[0, end - n : end]
         expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(n), whole[0, end - n + 1 : end + 1]]
@@ -242,7 +240,7 @@ def test_choices_of_a_question_are_scored_as_if_each_stood_alone(tiny_model, fam
 
 def test_a_context_is_computed_once_and_a_shared_prediction_projected_once():
     context, tails = list(range(40)), [[100, 101, 102], [200, 201], [300], [400]]
-    ((batch,),) = (unit.batches for unit in planned([(context, tail) for tail in tails]))
+    ((batch,),) = (unit.batches for unit in plan([(context, tail) for tail in tails]))
     (row,) = batch.rows
     assert (batch.length, batch.num_queries) == (48, 8)  # the last layer is computed at eight of the positions
     assert row.tokens.tolist() == [*context, 100, 101, 200]
@@ -250,7 +248,7 @@ def test_a_context_is_computed_once_and_a_shared_prediction_projected_once():
     assert row.subtree_ends.tolist() == [43] * 40 + [42, 42, 43]
     assert row.query_positions.tolist() == [39, 40, 41, 42]  # all four first tokens are predicted at the context's last
     assert sorted(row.targets[0].tolist()) == [100, 200, 300, 400]
-    five = planned([(context, [token]) for token in range(100, 101 + MAX_TARGETS)])
+    five = plan([(context, [token]) for token in range(100, 101 + MAX_TARGETS)])
     assert five[0].batches[0].rows[0].query_positions.tolist() == [39, 39]
 
 
@@ -258,11 +256,11 @@ def test_the_same_request_is_computed_once(load):
     model, (request, other) = load(), random_requests(2, 512, 64)
     answers = loglikelihoods(model, [request, other, request, request], batch_tokens=BATCH)
     assert answers[0] == answers[2] == answers[3] != answers[1]
-    assert [len(deduplicate(model.config, asked)[0]) for asked in ([request] * 3, [request, other])] == [1, 2]
+    assert [len(deduplicate(model.config, some)[0]) for some in ([request] * 3, [request, other])] == [1, 2]
 
 
-def test_what_begins_alike_stands_once_however_often_it_forks():
-    """Choices that share their first words, behind questions that share theirs."""
+def test_a_shared_prefix_is_stored_once_in_nested_tries():
+    """Choices with shared first words, after questions with shared first words."""
     requests = in_order(
         [
             ([1, 2, 3, 4], [5, 6, 7]),
@@ -281,12 +279,12 @@ def test_what_begins_alike_stands_once_however_often_it_forks():
         for n, (at, column) in enumerate(answer):
             assert seen[row.query_positions[at]] == [*context, *continuation][: len(context) + n]
             assert row.targets[at, column] == continuation[n]
-    # What follows 5 is asked for at one place by three of them, what follows 5 and 6 by two.
+    # Three requests share the query after 5, two share the query after 5 and 6.
     assert len(row.query_positions) == 6 < sum(len(continuation) for _, continuation in requests)
 
 
-def test_a_tree_is_computed_as_its_paths_one_by_one(load):
-    """`forward` itself, on random trees, against each path alone."""
+def test_a_trie_is_computed_as_its_paths_one_by_one(load):
+    """`forward` on random tries equals `forward` on each path."""
     model, rng = load("gpt_neox"), np.random.default_rng(2)
     inputs = [rng.integers(0, 3, int(n)).tolist() for n in rng.integers(2, 9, 40)]  # of three tokens: they fork at once
     row = pack_in_order([(tokens, [9]) for tokens in inputs])
@@ -312,24 +310,24 @@ def test_a_tree_is_computed_as_its_paths_one_by_one(load):
     np.testing.assert_allclose(together, expected, atol=2e-5)  # rounding noise of fp32 logits is about 1e-6
 
 
-def test_families_stay_together_where_that_saves_a_third_and_never_grow_without_end():
-    strangers = tokenized([([0, token], list(range(10))) for token in range(1, 9)])
+def test_groups_save_a_third_of_the_tokens_and_are_bounded():
+    strangers = tokenize_all([([0, token], list(range(10))) for token in range(1, 9)])
     groups = group_by_prefix(strangers, adjacent_lcp(strangers), POSITIONS)
     assert list(map(len, groups)) == [1] * 8  # they share 1 of 11 tokens
     many = [(list(range(60)), [100 + i, *range(20)]) for i in range(100)]
-    assert max(len(row.tokens) for row in packed_rows(planned(many))) <= 256
+    assert max(len(row.tokens) for row in packed_rows(plan(many))) <= 256
     examples = [(list(range(300)), [400 + i, *range(20)]) for i in range(20)]
-    assert max(len(row.tokens) for row in packed_rows(planned(examples))) > 500  # long ones may double
-    assert all(len(row.tokens) <= 340 for row in packed_rows(planned(examples, max_positions=340)))
-    assert sorted(member for row in packed_rows(planned(many)) for member in row.request_ids) == list(range(100))
+    assert max(len(row.tokens) for row in packed_rows(plan(examples))) > 500  # long ones may double
+    assert all(len(row.tokens) <= 340 for row in packed_rows(plan(examples, max_positions=340)))
+    assert sorted(member for row in packed_rows(plan(many)) for member in row.request_ids) == list(range(100))
 
 
 def positions(unit):
     return sum(batch.length * len(batch.rows) for batch in unit.batches)
 
 
-def test_units_bound_what_an_interruption_costs_and_the_longest_come_first():
-    units = planned(random_requests(600, 512, 300), batch_tokens=640)
+def test_units_bound_the_cost_of_an_interruption_and_the_longest_come_first():
+    units = plan(random_requests(600, 512, 300), batch_tokens=640)
     lengths = [batch.length for unit in units for batch in unit.batches]
     assert len(units) > 2
     assert lengths == sorted(lengths, reverse=True)
@@ -338,7 +336,7 @@ def test_units_bound_what_an_interruption_costs_and_the_longest_come_first():
     assert all(sum(len(row.query_positions) for row in packed_rows([unit])) <= room for unit in units)
     few = [(request.context, request.continuation[:1]) for request in random_requests(1000, 512, 300)]
     for batch_tokens, own in ((16, 128), (640, 640), (4096, 4096)):  # a row of 128 is longer than 16 positions
-        units = planned(few, batch_tokens=batch_tokens)
+        units = plan(few, batch_tokens=batch_tokens)
         assert len(units) > 1
         for unit in units[:-1]:
             assert len(unit.batches) <= SMALL_BATCHES
@@ -346,10 +344,10 @@ def test_units_bound_what_an_interruption_costs_and_the_longest_come_first():
             assert positions(unit) <= max(UNIT_TOKENS, UNIT_BATCHES * own)
 
 
-def test_a_unit_knows_the_different_tokens_of_each_device_and_has_not_too_many():
+def test_a_unit_lists_the_unique_tokens_of_each_device():
     rules = make_sharding_rules("tensor", make_mesh("data=2"), axis_sizes(CONFIG))
     requests = [(request.context, request.continuation[:1]) for request in random_requests(250, 50_000, 500)]
-    units = plan_units(rules, CONFIG, tokenized(requests), BATCH)
+    units = plan_units(rules, CONFIG, tokenize_all(requests), BATCH)
     assert len(units) > 2
     for unit in units:
         own = [[], []]
@@ -363,7 +361,7 @@ def test_a_unit_knows_the_different_tokens_of_each_device_and_has_not_too_many()
 
 
 @pytest.mark.parametrize("spec", ["data=1", "data=2,model=2"])
-def test_a_batch_of_more_different_tokens_than_a_unit_should_have_has_a_unit_of_its_own(load, monkeypatch, spec):
+def test_a_batch_with_too_many_unique_tokens_is_a_unit_alone(load, monkeypatch, spec):
     requests = random_requests(40, 512, 300)
     expected = token_scores(load(), requests, batch_tokens=BATCH)
     monkeypatch.setattr("jax_selftrain.likelihood.batching.MAX_UNIQUE_TOKENS", 128)
@@ -376,8 +374,8 @@ def test_a_batch_of_more_different_tokens_than_a_unit_should_have_has_a_unit_of_
         np.testing.assert_array_equal(a.greedy, b.greedy)
 
 
-def test_a_position_that_is_asked_for_more_than_it_has_room_for_fills_several_places(load):
-    """Every token of a vocabulary after one: many more predictions than positions."""
+def test_a_position_with_many_targets_fills_several_slots(load):
+    """Every token of the vocabulary is scored after one context."""
     requests = [([7], [token]) for token in range(512)]
     answers = loglikelihoods(load(), requests, batch_tokens=BATCH)
     assert sum(np.exp(answer.loglikelihood) for answer in answers) == pytest.approx(1.0, abs=1e-5)
@@ -387,10 +385,10 @@ def test_a_position_that_is_asked_for_more_than_it_has_room_for_fills_several_pl
 # ---------------------------------------------------------------- rows and their lengths
 
 
-def test_short_requests_stand_side_by_side_where_that_is_cheaper():
+def test_short_requests_are_packed_if_that_is_cheaper():
     rng = np.random.default_rng(0)
     short = in_order([(rng.integers(0, 512, int(n)).tolist(), [3]) for n in rng.integers(5, 60, 400)])
-    batches = [batch for unit in planned(short) for batch in unit.batches]
+    batches = [batch for unit in plan(short) for batch in unit.batches]
     rows = [row for batch in batches for row in batch.rows]
     assert sorted(member for row in rows for member in row.request_ids) == list(range(400))
     for row in rows:
@@ -401,12 +399,12 @@ def test_short_requests_stand_side_by_side_where_that_is_cheaper():
             assert seen[row.query_positions[place]] == short[member][0]
     tokens = sum(len(context) for context, _ in short)
     assert sum(batch.length * len(batch.rows) for batch in batches) < 1.05 * tokens
-    # Texts of one length gain nothing from company: each keeps its row, and no position is spent on padding.
+    # Texts of one length keep a row each, without padding.
     alike = [([*rng.integers(0, 512, 80).tolist()], [3]) for _ in range(64)]
-    assert {batch.length for unit in planned(alike) for batch in unit.batches} == {80}
+    assert {batch.length for unit in plan(alike) for batch in unit.batches} == {80}
 
 
-def test_rows_hold_no_more_than_they_can_and_are_full():
+def test_rows_are_full_and_never_overfull():
     rng = np.random.default_rng(0)
     tokens, none = rng.integers(5, 100, 500), np.zeros(500, np.int64)
     rows, filled = bin_pack(tokens, none, none, none, 128)
@@ -415,7 +413,7 @@ def test_rows_hold_no_more_than_they_can_and_are_full():
     assert filled.max() <= 128
     assert len(rows) <= 1.03 * tokens.sum() / 128
     assert len(bin_pack(tokens, none, none, none, 256)[0]) <= 1.02 * tokens.sum() / 256
-    # Neighbors that begin alike need less; those that are pulled forward are counted with the least between.
+    # Shared prefixes save room.
     shared = np.minimum(rng.integers(0, 20, 500), tokens - 1)
     closer, filled = bin_pack(tokens, none, shared, shared, 512)
     assert sorted(item for members in closer for item in members) == list(range(500))
@@ -423,14 +421,14 @@ def test_rows_hold_no_more_than_they_can_and_are_full():
     for members, need in zip(closer, filled, strict=True):
         common = [min(shared[a + 1 : b + 1]) for a, b in itertools.pairwise(members)]
         assert tokens[members].sum() - sum(common) <= need <= 512
-    # Places to ask at need room, too, though what is shared is asked at twice.
+    # Query positions need room, too.
     assert bin_pack(np.full(4, 10), np.full(4, 60), np.full(4, 9), np.full(4, 9), 128)[0] == [[0, 1], [2, 3]]
     assert bin_pack(np.array([20, 300, 20]), none[:3], none[:3], none[:3], 128)[0] == [[0, 2], [1]]
     assert bin_pack(np.array([20, 300]), none[:2], none[:2], none[:2], 0)[0] == [[0], [1]]
 
 
-def test_rows_fit_whatever_begins_like_what():
-    """Requests of few different tokens, which begin alike in all ways; families that fork early among them."""
+def test_rows_fit_for_any_shared_prefixes():
+    """Requests of two tokens share prefixes of all lengths."""
     rng = np.random.default_rng(5)
     skipped = 0
     for _ in range(60):
@@ -444,12 +442,12 @@ def test_rows_fit_whatever_begins_like_what():
             for _ in range(n)
         }
         requests = [(list(context), list(map(int, tail))) for context, tail in requests]
-        for unit in planned(requests):
+        for unit in plan(requests):
             for batch in unit.batches:
                 for row in batch.rows:
                     assert max(len(row.tokens), len(row.query_positions)) <= batch.length
                     assert len(row.query_positions) <= batch.num_queries
-        ordered = tokenized(requests)
+        ordered = tokenize_all(requests)
         lcp = adjacent_lcp(ordered)
         groups = group_by_prefix(ordered, lcp, POSITIONS)
         alone = [pack_trie(ordered, lcp, group) for group in groups]
@@ -461,7 +459,7 @@ def test_rows_fit_whatever_begins_like_what():
 
 
 def test_lengths_are_the_cheapest_choice():
-    """Against all choices of up to `LENGTHS` ends, tried one by one."""
+    """The cost equals that of exhaustive search."""
 
     def price(lengths):
         return lengths * (1 + lengths / 3072)
@@ -482,7 +480,7 @@ def test_lengths_are_the_cheapest_choice():
         assert price(found).sum() + compiling * len(set(found)) == pytest.approx(best)
 
 
-def test_lengths_are_multiples_that_many_tasks_share():
+def test_lengths_are_rounded_to_buckets():
     assert [round_up_to_bucket(n, 2048) for n in (1, 8, 9, 128, 129, 512, 513, 2047)] == [
         8,
         8,
@@ -510,7 +508,7 @@ def test_greedy_means_that_every_token_is_the_most_probable(load):
 
 
 @pytest.mark.parametrize(("mesh", "preset"), [("data=1", "tensor"), ("model=2", "tensor"), ("model=2", "replicated")])
-def test_equal_logits_are_won_by_the_lowest_id_and_great_ones_stay_finite(load, mesh, preset):
+def test_the_argmax_of_equal_logits_is_the_lowest_id_and_large_logits_stay_finite(load, mesh, preset):
     rules = load("llama", mesh, preset).sharding_rules
     values = [[0.0, 5.0, 5.0, -jnp.inf, 1.0, 5.0, 5.0, 2.0], [3e4, -3e4, 0.0, 3e4, 3e4, 0.0, -3e4, 3e4]]
     targets = [[2, 0, 7], [1, 0, 4]]
@@ -523,7 +521,7 @@ def test_equal_logits_are_won_by_the_lowest_id_and_great_ones_stay_finite(load, 
     np.testing.assert_allclose(np.asarray(logprobs)[0], expected, rtol=1e-6)
 
 
-def test_requests_that_no_model_can_answer_are_refused(load):
+def test_invalid_requests_are_refused(load):
     model = load()
     for request, message in (
         (([], [3]), "at least one token"),

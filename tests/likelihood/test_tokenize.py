@@ -1,4 +1,4 @@
-"""Joining texts by lm-evaluation-harness' rules, with a tokenizer that prepends BOS and with one that does not."""
+"""Tokenization of requests, with and without a prepended BOS."""
 
 from types import SimpleNamespace
 
@@ -43,7 +43,7 @@ def ids(tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def test_the_continuation_is_what_the_whole_has_beyond_the_context(plain, with_bos):
+def test_the_continuation_has_the_tokens_after_those_of_the_context(plain, with_bos):
     context, continuation = "Once there was a big fox", " named Kalo."
     whole = ids(plain, context + continuation)
     before = len(ids(plain, context))
@@ -102,7 +102,7 @@ def test_rolling_windows_predict_every_token_once_and_fit_the_model(length):
             assert len(whole) - 1 == 8  # later windows look back as far as they can
 
 
-def test_text_is_cut_by_tokens_and_its_bytes_are_counted(plain):
+def test_text_is_truncated_by_tokens_and_its_bytes_are_counted(plain):
     text = "Once there was a big fox naméd Kalo 🦊."
     whole = encode_text(plain, text)
     assert list(whole.tokens) == ids(plain, text)
@@ -120,7 +120,7 @@ def test_special_strings_in_a_text_are_plain_text(plain):
 
 
 def test_pairs_equal_the_harness_for_the_real_tokenizers(data_dir):
-    """`TemplateLM.loglikelihood` and `_encode_pair` of lm-eval 0.4.13, written out, on pairs of every kind."""
+    """Requests equal those of `TemplateLM.loglikelihood` in lm-eval 0.4.13."""
     from transformers import AutoTokenizer
 
     def harness(tokenizer, prefix, context, continuation):
