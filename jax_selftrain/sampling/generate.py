@@ -132,12 +132,13 @@ def _generate_batch(
     is_forced = np.arange(1, TAIL_LEN + 1)[:, None] < prompt_len - committed_len
     num_forced = is_forced.sum(axis=0, dtype=np.int32)
     all_forced = num_forced[: len(requests)].min()
+    has_prefill = bool(committed_len.any())
     with mesh_context(rules.mesh):
         by_row = partial(shard_host_array, rules, axes=("batch",))
         cache = _prefill(
             spec,
-            width + num_chunks * TAIL_LEN,
-            bool(committed_len.any()),
+            width * has_prefill + num_chunks * TAIL_LEN,
+            has_prefill,
             model.params,
             shard_host_array(rules, prompts, ("batch", None)),
         )
@@ -169,11 +170,11 @@ def _padded_prompt_len(length: int) -> int:
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _prefill(
-    spec: DecodeSpec, capacity: int, has_chunks: bool, params: Params, prompts: Int32[Array, "B T"]
+    spec: DecodeSpec, capacity: int, has_prefill: bool, params: Params, prompts: Int32[Array, "B T"]
 ) -> KVCache:
     """Create a cache that holds the prompts, if any fills a chunk."""
     cache = spec.init_cache(prompts.shape[0], capacity)
-    if not has_chunks:
+    if not has_prefill:
         return cache
     return prefill(spec.config, spec.sharding_rules, params, cache, prompts, compute_dtype=spec.compute_dtype)
 
