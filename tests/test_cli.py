@@ -344,7 +344,7 @@ def test_compiled_programs_are_kept_for_the_next_command(tiny_model, tmp_path, m
     )
     assert run.returncode == 0, run.stderr
     (folder,) = (tmp_path / "cache" / "jax_selftrain").iterdir()
-    assert any("decode_pages" in path.name for path in folder.iterdir())
+    assert any("decode_chunks" in path.name for path in folder.iterdir())
 
 
 def test_a_cache_folder_of_the_users_choice_is_respected_and_a_read_only_home_is_no_obstacle(tmp_path, monkeypatch):
