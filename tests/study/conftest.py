@@ -27,7 +27,7 @@ def options(tiny_model: Callable[..., Path], inputs: dict[str, str]) -> Callable
 
 
 @pytest.fixture(scope="session")
-def finished(options: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_run(options: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished small run; tests must not change it."""
     folder = run(options(tmp_path_factory.mktemp("run") / "out"))
     write_report(folder)

@@ -1,8 +1,8 @@
-"""Intervals cover what they should in simulated studies, and the methods that forget who shares what do not.
+"""Coverage of intervals in simulated studies, also of naive methods.
 
-Items differ in difficulty and come in entities; entities react to training each in their way; seeds draw students that
-are better or worse; sources are good or bad for everybody, students learn more or less from anything. The functions
-under test are those that the reports use. `python tests/study/test_calibration.py 40000` does it at full size.
+Items differ in difficulty and belong to entities that react to training in their own way. Seeds have better or worse
+students; sources are good or bad for all students. The functions under test are those of the report.
+`python tests/study/test_calibration.py 40000` runs at full size.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def cell(student: str, source: str, seed: int, change: Estimate) -> dict[str, An
     return {"student": student, "treatment": f"source {source}", "source": source, "seed": seed, "measures": measures}
 
 
-def estimate_of(entry: dict[str, Any]) -> Estimate:
+def parse_estimate(entry: dict[str, Any]) -> Estimate:
     return Estimate(entry["value"], entry["low"], entry["high"], entry["n"])
 
 
 def recipe_coverage(rng: np.random.Generator, studies: int) -> dict[str, float]:
-    """Of a recipe's effect on one base and its items: over seeds, and as if one pair, or all items, told it."""
+    """Return the coverage of a recipe's effect, by seeds and by items."""
     items, found = 1000, {"t over seeds": 0, "one pair's items": 0, "all items of all seeds": 0}
     for _ in range(studies):
         p = rng.uniform(0.25, 0.75, items)
@@ -51,7 +51,7 @@ def recipe_coverage(rng: np.random.Generator, studies: int) -> dict[str, float]:
         truth = float(p.mean() + RECIPE - before.mean())
         pairs = [estimators.paired_proportion_change(before, one) for one in after]
         (effect,) = treatment_effects([cell("a", "a", seed, pair) for seed, pair in enumerate(pairs)])
-        found["t over seeds"] += covers(estimate_of(effect["measures"]["accuracy"]["change"]), truth)
+        found["t over seeds"] += covers(parse_estimate(effect["measures"]["accuracy"]["change"]), truth)
         found["one pair's items"] += covers(pairs[0], truth)
         pooled = estimators.paired_proportion_change(np.tile(before, SEEDS), after.ravel())
         found["all items of all seeds"] += covers(pooled, truth)
@@ -59,7 +59,7 @@ def recipe_coverage(rng: np.random.Generator, studies: int) -> dict[str, float]:
 
 
 def pair_coverage(rng: np.random.Generator, studies: int) -> dict[str, float]:
-    """Of one pair's change over items of which these are a sample: with and without regard to entities."""
+    """Return the coverage of one pair's change, by entities and by items."""
     entities, each, found = 100, 8, {"entities as units": 0, "items as units": 0}
     labels = np.repeat(np.arange(entities), each)
     for _ in range(studies):
@@ -72,7 +72,7 @@ def pair_coverage(rng: np.random.Generator, studies: int) -> dict[str, float]:
 
 
 def interaction_coverage(rng: np.random.Generator, studies: int) -> dict[str, float]:
-    """Of home − away among good and bad sources and quick and slow students, with a true relation and without one."""
+    """Return the coverage of home − away, with and without an interaction."""
     names, found = ("a", "b"), {}
     for relation in (0.0, 0.02):
         hits = 0
@@ -87,7 +87,7 @@ def interaction_coverage(rng: np.random.Generator, studies: int) -> dict[str, fl
                         cells.append(cell(reader, writer, seed, Estimate(float(change), None, None, 1)))
             crossed = interactions(cells, {name: name for name in names})
             assert crossed is not None
-            hits += covers(estimate_of(crossed["measures"]["accuracy"]["contrast"]), relation)
+            hits += covers(parse_estimate(crossed["measures"]["accuracy"]["contrast"]), relation)
         found[f"home − away, relation {relation:g}"] = hits / studies
     return found
 

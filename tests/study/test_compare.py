@@ -1,4 +1,4 @@
-"""`compare`: two scored models by hand-computed numbers, and the rule on results whose truth is known."""
+"""`compare` against numbers computed by hand and simulated truth."""
 
 from __future__ import annotations
 
@@ -33,10 +33,7 @@ Fabricate = Callable[..., str]
 
 @pytest.fixture
 def fabricate(tmp_path: Path) -> Fabricate:
-    """`fabricate(name, task=right, …)` → the files that `score` would have written, had a model answered so.
-
-    A task is bool [n]: which of n questions with two choices were answered rightly. `text` is nats of each document.
-    """
+    """`fabricate(name, task=right, …)`: files as `score` writes them."""
 
     def make(
         name: str,
@@ -90,7 +87,7 @@ def run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
 
 def answers(n: int, right: int, lost: int = 0, gained: int = 0) -> np.ndarray:
-    """Which of n questions are answered rightly: the first `right` but for `lost` of them, and `gained` others."""
+    """Return correct answers [n]: the first `right`, minus `lost`, plus `gained`."""
     yes = np.arange(n) < right
     yes[:lost], yes[right : right + gained] = False, True
     return yes
@@ -105,8 +102,8 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 @pytest.fixture(scope="module")
-def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder where two models of one shape and different weights were scored on a task of each kind and on texts."""
+def score_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the scores of two models on tasks and texts."""
     folder = tmp_path_factory.mktemp("scored")
     stories = list(tiny_texts(40, seed=5))
     tasks = (
@@ -124,9 +121,9 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_two_models_by_hand(scored: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_two_models_by_hand(score_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "compared.json"
-    words = ["compare", scored / "base.json", scored / "student.json", "--out", out, "--resamples", 500]
+    words = ["compare", score_folder / "base.json", score_folder / "student.json", "--out", out, "--resamples", 500]
     assert cli.main([str(word) for word in words]) == 0
     shown = capsys.readouterr().out
     result = atomic.read_json(out)
@@ -134,7 +131,7 @@ def test_two_models_by_hand(scored: Path, capsys: pytest.CaptureFixture[str], tm
     choices, word = pair["tasks"]
     (stories,) = pair["texts"]
 
-    rows = [pq.read_table(scored / f"{who}.requests.parquet").to_pylist() for who in ("base", "student")]
+    rows = [pq.read_table(score_folder / f"{who}.requests.parquet").to_pylist() for who in ("base", "student")]
     scores = [np.array([r["loglikelihood"] for r in side if r["task"] == "choices"]).reshape(40, 2) for side in rows]
     right = [side[:, 0] >= side[:, 1] for side in scores]
     assert 0 < right[0].sum() < 40
@@ -160,7 +157,7 @@ def test_two_models_by_hand(scored: Path, capsys: pytest.CaptureFixture[str], tm
         word["perplexity"]["ratio"]["low"] < word["perplexity"]["ratio"]["value"] < word["perplexity"]["ratio"]["high"]
     )
 
-    measured = [atomic.read_json(scored / f"{who}.json")["texts"]["stories"] for who in ("base", "student")]
+    measured = [atomic.read_json(score_folder / f"{who}.json")["texts"]["stories"] for who in ("base", "student")]
     assert stories["nll"]["before"]["value"] == pytest.approx(measured[0]["nll"])
     change = measured[1]["bits_per_byte"] - measured[0]["bits_per_byte"]
     assert stories["bits_per_byte"]["change"]["value"] == pytest.approx(change)
@@ -175,13 +172,13 @@ def test_two_models_by_hand(scored: Path, capsys: pytest.CaptureFixture[str], tm
         "post_hoc": False,
         "fingerprint": "",
     }
-    for said in ("choices", "words", "stories", "one pair of checkpoints", f"written: {out}"):
-        assert said in shown
+    for word in ("choices", "words", "stories", "one pair of checkpoints", f"written: {out}"):
+        assert word in shown
     assert f"{100 * right[0].mean():.1f} %" in shown
 
 
-def test_a_model_against_itself_differs_by_exactly_nothing_and_is_preserved(scored: Path, run: Any) -> None:
-    result = run(str(scored / "base.json"), str(scored / "base.json"))
+def test_a_model_against_itself_has_zero_difference_and_is_preserved(score_folder: Path, run: Any) -> None:
+    result = run(str(score_folder / "base.json"), str(score_folder / "base.json"))
     changes: list[dict[str, Any]] = []
 
     def gather(node: Any) -> None:
@@ -204,9 +201,9 @@ def test_a_model_against_itself_differs_by_exactly_nothing_and_is_preserved(scor
     assert pair["texts"][0]["perplexity"]["ratio"] == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 12}
 
 
-def test_again_the_same_bytes(scored: Path, run: Any, tmp_path: Path) -> None:
+def test_the_same_comparison_gives_the_same_bytes(score_folder: Path, run: Any, tmp_path: Path) -> None:
     def once() -> bytes:
-        run(str(scored / "base.json"), str(scored / "student.json"))
+        run(str(score_folder / "base.json"), str(score_folder / "student.json"))
         return (tmp_path / "out.json").read_bytes()
 
     assert once() == once()
@@ -271,7 +268,7 @@ def test_margins_are_points(fabricate: Fabricate, run: Any) -> None:
     )
 
 
-def test_primary_tasks_are_corrected_by_holm_and_the_others_apart(fabricate: Fabricate, run: Any) -> None:
+def test_primary_tasks_are_corrected_separately_by_holm(fabricate: Fabricate, run: Any) -> None:
     flips = {"a": (20, 40), "b": (10, 24), "c": (5, 6), "d": (1, 9), "e": (30, 29)}
     base = fabricate("base", **{name: answers(900, 600) for name in flips})
     student = fabricate("student", **{name: answers(900, 600, *moved) for name, moved in flips.items()})
@@ -287,7 +284,7 @@ def test_primary_tasks_are_corrected_by_holm_and_the_others_apart(fabricate: Fab
         assert task["p"] == pytest.approx(p[task["name"]])
 
 
-def test_a_verdict_that_correction_takes_back_is_shown_as_such(fabricate: Fabricate, run: Any) -> None:
+def test_a_verdict_that_fails_after_correction_is_marked(fabricate: Fabricate, run: Any) -> None:
     names = ["a", "b", "c", "d"]
     base = fabricate("base", **{name: answers(500, 350) for name in names})
     student = fabricate("student", a=answers(500, 350, 7, 4), **{name: answers(500, 350, 14, 5) for name in names[1:]})
@@ -298,7 +295,7 @@ def test_a_verdict_that_correction_takes_back_is_shown_as_such(fabricate: Fabric
     assert "preserved (cannot tell after correction)" in format_comparison(result)
 
 
-def test_halves_of_the_split_are_by_content(fabricate: Fabricate, run: Any) -> None:
+def test_the_split_is_by_content(fabricate: Fabricate, run: Any) -> None:
     base, student = fabricate("base", t=answers(600, 400)), fabricate("student", t=answers(600, 400, 30, 10))
     members = np.array([dev_test_split(item_hash(f"t {doc}", [" a", " b"])) for doc in range(600)])
     counts = {}
@@ -312,7 +309,7 @@ def test_halves_of_the_split_are_by_content(fabricate: Fabricate, run: Any) -> N
     assert sum(counts.values()) == 600
 
 
-def test_clusters_widen_what_their_questions_share(fabricate: Fabricate, run: Any) -> None:
+def test_clusters_widen_intervals(fabricate: Fabricate, run: Any) -> None:
     labels = {"t": [f"entity {i // 20}" for i in range(2000)]}
     base, student = answers(2000, 1400), answers(2000, 1400, 40, 0)  # two whole entities lost
     one = run(fabricate("base", t=base), fabricate("student", t=student))["pairs"][0]["tasks"][0]
@@ -340,7 +337,7 @@ def test_other_tokenizers_are_compared_per_byte(fabricate: Fabricate, run: Any) 
 
 @pytest.fixture
 def seeds(fabricate: Fabricate) -> Callable[..., tuple[str, list[str]]]:
-    """`seeds(lost)` → a base and one student per entry, which answers so many of its 1,000 questions wrongly then."""
+    """`seeds(lost)`: a base and one student per entry of lost answers."""
 
     def make(lost: list[int]) -> tuple[str, list[str]]:
         base = fabricate("base", t=answers(1000, 700), u=answers(1000, 500))
@@ -369,7 +366,7 @@ def test_five_seeds_speak_of_the_recipe(seeds: Any, run: Any) -> None:
     assert "over 5 seeds (headline)" in format_comparison(result)
 
 
-def test_seeds_that_agree_by_rounding_are_not_called_certain(seeds: Any, run: Any) -> None:
+def test_equal_seeds_do_not_give_certainty(seeds: Any, run: Any) -> None:
     base, students = seeds([5, 5, 5, 5, 5])
     names = [json.loads(Path(student).read_text()) for student in students]
     assert len({one["fingerprints"]["model"] for one in names}) == 5
@@ -379,7 +376,7 @@ def test_seeds_that_agree_by_rounding_are_not_called_certain(seeds: Any, run: An
     assert (task["change"]["low"], task["change"]["high"]) == (pytest.approx(-half), pytest.approx(half))
 
 
-def test_three_seeds_explore_and_two_say_nothing(seeds: Any, run: Any) -> None:
+def test_three_seeds_are_an_exploration_and_two_are_not(seeds: Any, run: Any) -> None:
     base, students = seeds([9, 12, 7])
     three = run(base, students)["recipe"]
     assert (three["evidence_level"], three["tasks"][0]["verdict"], three["macro"]["verdict"]) == (
@@ -403,7 +400,7 @@ def test_bases_pair_with_students_in_order(fabricate: Fabricate, run: Any) -> No
     assert recipe["tasks"][0]["changes"] == pytest.approx([0.0, -0.001, -0.002])
     with pytest.raises(InputError, match="2 --base and 3 --student cannot be paired"):
         run(bases[:2], students)
-    with pytest.raises(InputError, match=r"s0\.json: the same student stands twice under --student"):
+    with pytest.raises(InputError, match=r"s0\.json: is given twice under --student"):
         run(bases[0], [students[0], students[1], students[0]])
 
 
@@ -417,7 +414,7 @@ def test_bases_against_themselves_are_the_null_over_seeds(fabricate: Fabricate, 
 # ------------------------------------------------------------------ what was declared
 
 
-def test_another_margin_afterwards_is_called_post_hoc(fabricate: Fabricate, run: Any) -> None:
+def test_a_later_change_of_the_margin_is_post_hoc(fabricate: Fabricate, run: Any) -> None:
     base, student = fabricate("base", t=answers(500, 350)), fabricate("student", t=answers(500, 350, 9, 3))
     assert not run(base, student)["declaration"]["post_hoc"]
     assert not run(base, student)["declaration"]["post_hoc"]  # the same again
@@ -432,11 +429,11 @@ def test_another_margin_afterwards_is_called_post_hoc(fabricate: Fabricate, run:
 # ------------------------------------------------------------------ refusals
 
 
-def test_models_that_were_not_asked_the_same_are_refused(fabricate: Fabricate, run: Any) -> None:
+def test_models_scored_on_different_documents_are_refused(fabricate: Fabricate, run: Any) -> None:
     base = fabricate("base", t=answers(500, 350))
     with pytest.raises(InputError, match=r"short\.json: t has 500 and 400 documents; score both with the same limit"):
         run(base, fabricate("short", t=answers(400, 350)))
-    with pytest.raises(InputError, match=r"base\.json: u was not scored, as it was in .*more\.json"):
+    with pytest.raises(InputError, match=r"base\.json: u was not scored, but it was in .*more\.json"):
         run(base, fabricate("more", t=answers(500, 350), u=answers(5, 3)))
     other = Path(fabricate("other", t=answers(500, 350)))
     result = json.loads(other.read_text())
@@ -457,9 +454,7 @@ def test_models_that_were_not_asked_the_same_are_refused(fabricate: Fabricate, r
         ({"out": ""}, "`out` is required"),
     ],
 )
-def test_options_that_cannot_be_are_refused(
-    fabricate: Fabricate, run: Any, changes: dict[str, Any], message: str
-) -> None:
+def test_bad_options_are_refused(fabricate: Fabricate, run: Any, changes: dict[str, Any], message: str) -> None:
     base = fabricate("base", t=answers(500, 350))
     with pytest.raises(InputError, match=message):
         run(base, base, **changes)
@@ -467,7 +462,7 @@ def test_options_that_cannot_be_are_refused(
         run(base, base, out=base)
 
 
-def test_a_half_of_the_split_that_is_empty_is_refused(fabricate: Fabricate, run: Any) -> None:
+def test_an_empty_split_is_refused(fabricate: Fabricate, run: Any) -> None:
     base = fabricate("base", t=answers(1, 1))
     (half,) = {"dev", "test"} - {dev_test_split(item_hash("t 0", [" a", " b"]))}
     with pytest.raises(InputError, match=f"t: none of its 1 documents belongs to the {half} half"):

@@ -1,4 +1,4 @@
-"""Every configuration we ship loads strictly and says what its comments say."""
+"""Every configuration in `configs/` loads and follows the protocol."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def load(path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     return yaml_io.load(RunConfig, path)
 
 
-def test_there_is_one_for_every_pythia_and_one_for_the_stories() -> None:
+def test_every_pythia_and_stories260k_has_a_config() -> None:
     assert {path.stem for path in CONFIGS} == {"stories260k", *(f"pythia-{size}" for size in PYTHIA)}
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_a_study_keeps_to_the_protocol(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_follows_the_protocol(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAX_SELFTRAIN_DATA", "/data")
     config = yaml_io.load(StudyConfig, path)
-    assert (config.out, config.mesh) == ("", ""), "it must fit any machine and any place"
+    assert (config.out, config.mesh) == ("", ""), "a config does not depend on the machine"
     assert (config.sample.temperature, config.sample.top_k, config.sample.top_p, config.sample.min_p) == (1, 0, 1, 0)
     assert (config.train.schedule, config.train.warmup_ratio) == ("constant", 0.05)
     assert (config.train.weight_decay, config.train.packing) == (0.0, "masked")
@@ -59,11 +59,11 @@ def test_a_study_keeps_to_the_protocol(path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_loads_and_is_consistent(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load(path, monkeypatch)
-    assert (config.out, config.source, config.mesh) == ("", "", ""), "it must fit any machine and any place"
+    assert (config.out, config.source, config.mesh) == ("", "", ""), "a config does not depend on the machine"
     assert not any(
         (config.sample.model, config.sample.out, config.train.corpus, config.score.model, config.extract.model)
     )
-    # The fixed recipe: the model's own distribution, one pass, warmup then constant, no weight decay, a pilot's seed.
+    # The fixed recipe: the model's own distribution, one epoch, warmup then constant, no weight decay, a pilot's seed.
     assert (config.sample.temperature, config.sample.top_k, config.sample.top_p, config.sample.min_p) == (1, 0, 1, 0)
     assert (config.train.steps, config.train.schedule, config.train.warmup_ratio) == (None, "constant", 0.05)
     assert (config.train.weight_decay, config.train.packing) == (0.0, "masked")
@@ -107,7 +107,7 @@ def test_a_pythia_trains_at_its_own_final_rate_and_divides_as_hinted(
     assert config.train.batch_size % data == 0
 
 
-def test_the_stories_round_is_the_one_that_was_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stories_run_is_documented(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load(FOLDER / "stories260k.yaml", monkeypatch)
     assert (config.sample.samples, config.sample.max_tokens, config.sample.stop_ids) == (2048, 256, (1, 2))
     assert (config.score.text_limit, config.score.text_max_tokens) == (400, 320)

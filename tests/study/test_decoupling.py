@@ -1,4 +1,4 @@
-"""A student that is nothing but damaged is never called decoupled; one that truly forgets is."""
+"""Damaged students are not called decoupled; forgetful students are."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ CONTROLS = ("noise ×1", "noise ×3", "noise ×9")
 BASE = {"text/stories": 0.9, "exact_match": 0.6, "pz": 0.5}
 
 
-def damaged(rng: np.random.Generator, loss: float, forgets: float = 0.0) -> dict[str, float]:
-    """What noise of some loss leaves: greedy reproduction falls steeply, and at first faster than it falls later."""
+def simulate_noise(rng: np.random.Generator, loss: float, forgets: float = 0.0) -> dict[str, float]:
+    """Simulate weight noise: exact match falls steeply with the loss."""
     extra = loss - BASE["text/stories"]
     exact = BASE["exact_match"] * np.exp(-extra / 0.05) - forgets + 0.01 * rng.normal()
-    said = BASE["pz"] - 2 * extra - 0.7 * forgets + 0.01 * rng.normal()
-    return {"text/stories": loss, "exact_match": float(exact), "pz": float(said)}
+    probability = BASE["pz"] - 2 * extra - 0.7 * forgets + 0.01 * rng.normal()
+    return {"text/stories": loss, "exact_match": float(exact), "pz": float(probability)}
 
 
 def cell(treatment: str, seed: int, after: dict[str, float]) -> dict[str, Any]:
@@ -30,12 +30,12 @@ def cell(treatment: str, seed: int, after: dict[str, float]) -> dict[str, Any]:
     return {"student": "a", "treatment": treatment, "seed": seed, "measures": measures}
 
 
-def study_of(rng: np.random.Generator, forgets: float, own: float = 0.93) -> list[dict[str, Any]]:
+def simulate_study(rng: np.random.Generator, forgets: float, own: float = 0.93) -> list[dict[str, Any]]:
     cells = []
     for seed in SEEDS:
         for name, loss in zip(CONTROLS, (0.91, 0.94, 1.1), strict=True):
-            cells.append(cell(name, seed, damaged(rng, loss + 0.002 * rng.normal())))
-        cells.append(cell("source a", seed, damaged(rng, own + 0.002 * rng.normal(), forgets)))
+            cells.append(cell(name, seed, simulate_noise(rng, loss + 0.002 * rng.normal())))
+        cells.append(cell("source a", seed, simulate_noise(rng, own + 0.002 * rng.normal(), forgets)))
     return cells
 
 
@@ -45,20 +45,20 @@ def verdict(cells: list[dict[str, Any]]) -> str:
 
 
 @pytest.mark.parametrize("own", [0.905, 0.91, 0.925, 0.94, 1.0])
-def test_a_noise_only_student_is_not_called_decoupled_wherever_it_lies(own: float) -> None:
+def test_a_noise_only_student_is_not_called_decoupled_at_any_damage(own: float) -> None:
     rng = np.random.default_rng(0)
-    verdicts = [verdict(study_of(rng, 0.0, own)) for _ in range(200)]
+    verdicts = [verdict(simulate_study(rng, 0.0, own)) for _ in range(200)]
     assert verdicts.count("decoupled") <= 4  # each of the three tests alone would allow ten
 
 
-def test_a_student_that_truly_forgets_is_called_so() -> None:
+def test_a_student_that_forgets_is_called_decoupled() -> None:
     rng = np.random.default_rng(1)
-    assert [verdict(study_of(rng, 0.2)) for _ in range(50)].count("decoupled") >= 48
+    assert [verdict(simulate_study(rng, 0.2)) for _ in range(50)].count("decoupled") >= 48
 
 
-def test_lost_paths_without_falling_probability_are_no_forgetting() -> None:
+def test_without_falling_probability_it_is_not_decoupled() -> None:
     rng, cells = np.random.default_rng(2), []
-    for one in study_of(rng, 0.2):
+    for one in simulate_study(rng, 0.2):
         if one["treatment"] == "source a":
             level = 0.55 + 0.01 * rng.normal()
             one["measures"]["pz"] |= {"after": {"value": level}, "change": {"value": level - BASE["pz"]}}
@@ -68,26 +68,29 @@ def test_lost_paths_without_falling_probability_are_no_forgetting() -> None:
     assert "mean p_z has not fallen" in found["reason"]
 
 
-def test_it_takes_five_seeds_and_a_control_that_is_damaged_enough() -> None:
+def test_a_verdict_needs_five_seeds_and_a_control_with_enough_damage() -> None:
     rng = np.random.default_rng(3)
-    cells = study_of(rng, 0.2)
+    cells = simulate_study(rng, 0.2)
     (found,) = judge_decoupling([one for one in cells if one["seed"] < 104], CONTROLS)
     assert (found["verdict"], found["reason"]) == ("not tested", "4 seeds; a verdict needs 5.")
     assert found["exact_match"]["value"] < 0
-    (found,) = judge_decoupling(study_of(rng, 0.0, own=1.5), CONTROLS)
-    assert (found["verdict"], found["reason"]) == ("not tested", "no control is as damaged as the student of seed 100.")
+    (found,) = judge_decoupling(simulate_study(rng, 0.0, own=1.5), CONTROLS)
+    assert (found["verdict"], found["reason"]) == (
+        "not tested",
+        "no control is as simulate_noise as the student of seed 100.",
+    )
     (found,) = judge_decoupling(cells, ())[:1]
     assert found["verdict"] == "not tested"
 
 
-def test_the_control_is_the_least_damaged_of_those_that_are_no_less_damaged() -> None:
-    (found,) = judge_decoupling(study_of(np.random.default_rng(4), 0.0), CONTROLS)
+def test_the_control_is_the_least_damaged_one_above_the_student() -> None:
+    (found,) = judge_decoupling(simulate_study(np.random.default_rng(4), 0.0), CONTROLS)
     assert found["controls"] == ["noise ×3"]
 
 
-def test_damage_is_told_on_the_text_that_the_base_predicts_best() -> None:
-    """Another world's text, of which the student read, comes first and grows easier: no measure of damage."""
-    cells = study_of(np.random.default_rng(5), 0.0)
+def test_damage_is_measured_on_the_text_that_the_base_predicts_best() -> None:
+    """The other text becomes easier and does not measure damage."""
+    cells = simulate_study(np.random.default_rng(5), 0.0)
     for one in cells:
         level = 1.0 if one["treatment"] == "source a" else 2.0
         foreign = {"before": {"value": 2.0}, "after": {"value": level}, "change": {"value": level - 2.0}}

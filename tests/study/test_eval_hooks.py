@@ -1,4 +1,4 @@
-"""Evaluation during training equals `score` and `extract` of the same weights, and refuses bad files in advance."""
+"""Evaluation during training equals `score` and `extract`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MEASURES = ("stories/nll", "animals/acc", "words/acc", "sequences/exact_match", 
 def training(
     tiny_model: Callable[..., Path], inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> TrainConfig:
-    """Four steps, evaluated every second; into a folder that is not there yet."""
+    """Four steps with evaluation every second step."""
     folder, model = tmp_path_factory.mktemp("training"), str(tiny_model("llama"))
     import_text(ImportCorpusConfig(source=inputs["texts"], model=model, out=str(folder / "corpus")))
     return TrainConfig(
@@ -52,7 +52,7 @@ def training(
 
 
 @pytest.fixture(scope="module")
-def evaluated(training: TrainConfig) -> Path:
+def run_folder(training: TrainConfig) -> Path:
     return train_with_evals(training)
 
 
@@ -60,12 +60,12 @@ def curve(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
 
 
-def test_the_curve_says_what_score_and_extract_say_of_each_checkpoint(
-    evaluated: Path, training: TrainConfig, inputs: dict[str, str], tmp_path: Path
+def test_the_curve_equals_score_and_extract_of_each_checkpoint(
+    run_folder: Path, training: TrainConfig, inputs: dict[str, str], tmp_path: Path
 ) -> None:
-    lines = curve(evaluated)
+    lines = curve(run_folder)
     assert [line["step"] for line in lines] == [0, 2, 4]
-    models = [training.model, *(str(evaluated / "checkpoints" / f"{step:06d}" / "model") for step in (2, 4))]
+    models = [training.model, *(str(run_folder / "checkpoints" / f"{step:06d}" / "model") for step in (2, 4))]
     for line, model in zip(lines, models, strict=True):
         scored = score(
             ScoreConfig(
@@ -103,8 +103,8 @@ def test_the_curve_says_what_score_and_extract_say_of_each_checkpoint(
     assert lines[0]["stories/nll"] > lines[2]["stories/nll"], "it was trained on these very stories"
 
 
-def test_the_run_records_what_was_measured(evaluated: Path) -> None:
-    (measured,) = atomic.read_json(evaluated / "run.json")["evaluation"]["measured"]
+def test_the_run_records_what_was_measured(run_folder: Path) -> None:
+    (measured,) = atomic.read_json(run_folder / "run.json")["evaluation"]["measured"]
     assert {kind: {name: entry["n"] for name, entry in files.items()} for kind, files in measured.items()} == {
         "texts": {"stories": 20},
         "tasks": {"animals": 20, "words": 20},
@@ -112,19 +112,19 @@ def test_the_run_records_what_was_measured(evaluated: Path) -> None:
     }
 
 
-def test_files_count_by_content_not_by_place(
-    evaluated: Path, training: TrainConfig, inputs: dict[str, str], tmp_path: Path
+def test_files_count_by_content(
+    run_folder: Path, training: TrainConfig, inputs: dict[str, str], tmp_path: Path
 ) -> None:
     moved = tmp_path / "stories.jsonl"
     moved.write_text(Path(inputs["texts"]).read_text())
-    assert train_with_evals(replace(training, eval_texts=(str(moved),))) == evaluated
+    assert train_with_evals(replace(training, eval_texts=(str(moved),))) == run_folder
     moved.write_text(json.dumps({"text": "Another story."}) + "\n")
     with pytest.raises(InputError, match="started with another evaluation"):
         train_with_evals(replace(training, eval_texts=(str(moved),)))
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"eval_texts": ("gone.jsonl",)}, r"gone\.jsonl: no such file"),
         ({"eval_tasks": ("gone.jsonl",)}, r"gone\.jsonl: no such file"),
@@ -136,11 +136,11 @@ def test_files_count_by_content_not_by_place(
         ({"eval_texts": (), "eval_tasks": (), "eval_sequences": ""}, "nothing to evaluate"),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused_before_anything_is_written(
-    training: TrainConfig, tmp_path: Path, change: dict[str, Any], said: str
+def test_bad_evaluation_is_refused_before_anything_is_written(
+    training: TrainConfig, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     config = replace(training, out=str(tmp_path / "out"), **change)
-    with pytest.raises(InputError, match=said) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         train_with_evals(config)
     assert "\n" not in str(caught.value)
     assert not Path(config.out).exists()
@@ -169,8 +169,8 @@ def test_two_processes_evaluate_together(training: TrainConfig, tmp_path: Path) 
     alone, together = (replace(config, out=str(tmp_path / name)) for name in ("alone", "together"))
     train_with_evals(alone)
     yaml_io.save(tmp_path / "train.yaml", together)
-    codes, said = ends(start(["train", "--config", tmp_path / "train.yaml"], 2, devices=1))
-    assert codes == [0, 0], said
+    codes, message = ends(start(["train", "--config", tmp_path / "train.yaml"], 2, devices=1))
+    assert codes == [0, 0], message
     # Gloo sums in another order than one process does; the learning rate amplifies the rounding.
     for measured, expected in zip(curve(Path(together.out)), curve(Path(alone.out)), strict=True):
         assert measured == pytest.approx(expected, rel=1e-3)
@@ -208,11 +208,11 @@ def test_a_run_evaluates_during_training_what_it_measures_before_and_after(
 
 def test_a_run_refuses_bad_evaluation_before_sampling(options: Callable[..., RunConfig], tmp_path: Path) -> None:
     config = options(tmp_path / "out")
-    for change, said in (
+    for change, message in (
         ({"eval_every": 2, "eval_texts": ("gone.jsonl",)}, "gone.jsonl"),
         ({"eval_texts": ("gone.jsonl",)}, "--eval-every"),
     ):
         changed = replace(config, train=replace(config.train, **change))
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             run(changed)
         assert not Path(config.out).exists()

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and started again ends with the bytes of an undisturbed run."""
+"""Killed and restarted runs end with the bytes of undisturbed runs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ MOMENTS = ("score-*.json", "sample-*/shard-000000.parquet", "train-*/steps", "tr
 
 def start(config: RunConfig, folder: Path) -> subprocess.Popen[str]:
     yaml_io.save(folder / "run.yaml", config)
-    # Five starts compile the same programs: they share what they have compiled.
+    # All starts share compiled programs.
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [sys.executable, "-m", "jax_selftrain", "run", "--config", str(folder / "run.yaml")]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **cache})
 
 
 @pytest.mark.slow
-def test_killed_runs_end_with_the_same_bytes(finished: Path, options: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_killed_runs_end_with_the_same_bytes(
+    finished_run: Path, options: Callable[..., RunConfig], tmp_path: Path
+) -> None:
     config, moments, kills = options(tmp_path / "out"), random.Random(7), 0
     for appears in MOMENTS:
         process = start(config, tmp_path)
@@ -36,14 +38,14 @@ def test_killed_runs_end_with_the_same_bytes(finished: Path, options: Callable[.
             time.sleep(0.005)
         time.sleep(moments.uniform(0, 0.3))
         process.kill()
-        _, said = process.communicate()
-        assert process.returncode in (0, -signal.SIGKILL), said
+        _, output = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), output
         kills += process.returncode != 0
     assert kills >= 3, "the moments come too late for this machine"
     process = start(config, tmp_path)
-    _, said = process.communicate()
-    assert process.returncode == 0, said
+    _, output = process.communicate()
+    assert process.returncode == 0, output
     for name in ("results.json", "report.html"):
-        assert (tmp_path / "out" / name).read_bytes() == (finished / name).read_bytes()
+        assert (tmp_path / "out" / name).read_bytes() == (finished_run / name).read_bytes()
     left = [path for path in (tmp_path / "out").rglob(".*") if path.name != ".lease"]
-    assert not left, "nothing half-written is left behind"
+    assert not left, "no temporary files are left"

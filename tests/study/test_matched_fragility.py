@@ -1,4 +1,4 @@
-"""What is left of memory beside paths that are none: a damaged model and one that has forgotten, simulated."""
+"""Matched controls separate simulated forgetting from damage."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ N = 4000
 
 
 def student(rng: np.random.Generator, logprob: np.ndarray, damage: float, forgotten: float) -> dict[str, np.ndarray]:
-    """The less probable a path, the more easily damage breaks it; what it has forgotten it breaks besides."""
+    """Simulate damage, which breaks improbable sequences first, and forgetting."""
     kept = rng.random(N) < np.exp(-damage * (0.2 - logprob)) * (1 - forgotten)
     return {"exact_match": kept, "logprob": logprob - damage - forgotten + 0.1 * rng.normal(size=N)}
 
 
 def sides(forgotten: float, damage: float = 0.3) -> tuple:
-    """Sequences are more probable to the base than continuations, as memory is."""
+    """Simulate sequences that are more probable than continuations."""
     rng = np.random.default_rng(7)
     pairs = []
     for scale, gone in ((0.5, forgotten), (2.0, 0.0)):
@@ -27,7 +27,7 @@ def sides(forgotten: float, damage: float = 0.3) -> tuple:
     return tuple(pairs)
 
 
-def test_damage_alone_takes_as_much_of_memory_as_of_anything_as_probable():
+def test_damage_alone_affects_sequences_and_matched_controls_equally():
     memory, unseen = sides(forgotten=0.0)
     found = compare_with_matched(memory, unseen)
     assert found["exact_match"]["difference"] == pytest.approx(0.0, abs=0.03)
@@ -37,14 +37,14 @@ def test_damage_alone_takes_as_much_of_memory_as_of_anything_as_probable():
     assert found["n"] + found["unmatched"] == memory[0]["exact_match"].sum()
 
 
-def test_what_has_been_forgotten_is_lost_beyond_that():
+def test_forgetting_exceeds_the_loss_of_matched_controls():
     found = compare_with_matched(*sides(forgotten=0.25))
     kept = found["exact_match"]
     assert kept["sequences"] / kept["controls"] == pytest.approx(0.75, abs=0.04)
     assert found["log_pz"]["difference"] == pytest.approx(-0.25, abs=0.01)
 
 
-def test_what_has_no_counterpart_is_left_out_and_of_too_few_nothing_is_said():
+def test_sequences_without_a_match_are_counted_and_few_matches_give_no_result():
     memory, unseen = sides(forgotten=0.0)
     followed = memory[0]["exact_match"].sum()
     apart = tuple({**side, "logprob": side["logprob"] - 1.0} for side in unseen)

@@ -7,25 +7,25 @@ import numpy as np
 from jax_selftrain.study.ngram_contamination import contaminated_share
 
 
-def test_thirteen_words_in_a_row_are_found_and_twelve_are_not() -> None:
+def test_thirteen_consecutive_words_are_found_and_twelve_are_not() -> None:
     rng = np.random.default_rng(0)
     words = [f"w{n}" for n in range(5000)]
 
     def passage(n: int) -> list[str]:
         return [words[i] for i in rng.integers(0, len(words), n)]
 
-    asked, texts = [], []
+    questions, texts = [], []
     for shared in (12, 13, 14, 0):
         for _ in range(5):
             question = passage(30)
             at = int(rng.integers(0, 30 - shared + 1))
-            asked.append(" ".join(question))
+            questions.append(" ".join(question))
             texts.append(" ".join([*passage(40), *question[at : at + shared], *passage(40)]))
-    asked.append("Far too short to be found.")
-    assert contaminated_share(texts, asked) == {"questions": 20, "found": 10, "too_short": 1}
+    questions.append("Far too short to be found.")
+    assert contaminated_share(texts, questions) == {"questions": 20, "found": 10, "too_short": 1}
 
 
-def test_case_and_punctuation_do_not_hide_a_question_but_a_document_must_hold_it_whole() -> None:
+def test_case_and_punctuation_are_ignored_and_a_match_is_within_one_document() -> None:
     question = "The quick brown fox jumps over the lazy dog, and then it sleeps a while."
     assert (
         contaminated_share(["... the quick brown fox Jumps over the LAZY dog and then it; sleeps"], [question])["found"]

@@ -1,4 +1,4 @@
-"""Verdicts come from the rule: fabricated studies for each of the five, and for what must not pass."""
+"""Verdicts on simulated studies, and refusals of claims."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WOBBLE = (0.001, -0.002, 0.0015, 0.0, -0.0005)
 OWN = "source A"
 
 
-def study_of(*claims: ClaimConfig, **changes: Any) -> StudyConfig:
+def make_study(*claims: ClaimConfig, **changes: Any) -> StudyConfig:
     options: dict[str, Any] = {
         "claims": claims,
         "arms": (ArmConfig("real"), ArmConfig("shuffled")),
@@ -28,8 +28,8 @@ def study_of(*claims: ClaimConfig, **changes: Any) -> StudyConfig:
     return StudyConfig(**options | changes)
 
 
-def cells_of(seeds: tuple[int, ...] = SEEDS, own: float = 0.0, **changes: float) -> list[dict[str, Any]]:
-    """Cells of student A whose accuracy changes by so much, give or take a wobble that differs between treatments."""
+def make_cells(seeds: tuple[int, ...] = SEEDS, own: float = 0.0, **changes: float) -> list[dict[str, Any]]:
+    """Simulate cells of student A with changes of accuracy by treatment."""
     effects = {OWN: own, "real": 0.05, "shuffled": -0.05} | changes
     return [
         {
@@ -70,55 +70,55 @@ RAISES = ClaimConfig("raises", OWN, "A")
     ids=str,
 )
 def test_the_rule_decides(claim: ClaimConfig, change: float, expected: str) -> None:
-    assert verdict(study_of(claim), cells_of(own=change))[0] == expected
+    assert verdict(make_study(claim), make_cells(own=change))[0] == expected
 
 
-def test_four_seeds_or_missing_cells_are_no_test() -> None:
-    config = study_of(RAISES)
-    assert verdict(config, cells_of(SEEDS[:4], own=0.5)) == ("not tested", "4 seeds; a verdict needs 5.")
-    missing = [cell for cell in cells_of() if cell["treatment"] != OWN]
+def test_four_seeds_or_missing_cells_are_not_tested() -> None:
+    config = make_study(RAISES)
+    assert verdict(config, make_cells(SEEDS[:4], own=0.5)) == ("not tested", "4 seeds; a verdict needs 5.")
+    missing = [cell for cell in make_cells() if cell["treatment"] != OWN]
     assert verdict(config, missing) == ("not tested", "the study does not have these cells or this measure.")
-    unpaired = [cell for cell in cells_of() if (cell["treatment"], cell["seed"]) != ("real", 104)]
-    assert verdict(study_of(ClaimConfig("x", OWN, "A", comparator="real")), unpaired)[0] == "not tested"
+    unpaired = [cell for cell in make_cells() if (cell["treatment"], cell["seed"]) != ("real", 104)]
+    assert verdict(make_study(ClaimConfig("x", OWN, "A", comparator="real")), unpaired)[0] == "not tested"
 
 
 def test_a_failed_or_missing_control_makes_the_assay_insensitive() -> None:
-    config = study_of(RAISES)
+    config = make_study(RAISES)
     for name, wanted in (("real", "raise"), ("shuffled", "lower")):
-        found, why = verdict(config, cells_of(own=0.5, **{name: 0.0}))
+        found, why = verdict(config, make_cells(own=0.5, **{name: 0.0}))
         assert found == "assay insensitive"
         assert why.startswith(f"{name} did not {wanted} accuracy of A")
-    found, why = verdict(study_of(RAISES, negative_controls=()), cells_of(own=0.5))
+    found, why = verdict(make_study(RAISES, negative_controls=()), make_cells(own=0.5))
     assert (found, why) == ("assay insensitive", "A has no arm in negative_controls with this measure.")
-    cells = cells_of(real=0.0)
+    cells = make_cells(real=0.0)
     for cell in cells:  # what it remembers is not what the assay speaks of
         cell["measures"]["log_pz"] = {"change": {"value": -1.0 + cell["measures"]["accuracy"]["change"]["value"]}}
     forgets = ClaimConfig("forgets", OWN, "A", measure="log_pz", direction="lowers")
-    assert verdict(study_of(forgets), cells)[0] == "supported"
+    assert verdict(make_study(forgets), cells)[0] == "supported"
 
 
 def test_the_interaction_is_judged_over_its_seeds() -> None:
     claim = ClaimConfig("own kind", "home - away")
     crossed = {"measures": {"accuracy": {"seeds": [0.02 + x for x in WOBBLE]}}}
-    assert verdict(study_of(claim), cells_of(), crossed)[0] == "supported"
-    assert verdict(study_of(claim), cells_of(), None)[0] == "not tested"
+    assert verdict(make_study(claim), make_cells(), crossed)[0] == "supported"
+    assert verdict(make_study(claim), make_cells(), None)[0] == "not tested"
 
 
-def test_primary_claims_are_corrected_by_holm_and_the_others_apart() -> None:
+def test_primary_claims_are_corrected_separately_by_holm() -> None:
     weak = 0.0016  # p of about .03 alone
     claims = [ClaimConfig(f"c{n}", OWN, "A") for n in range(3)]
-    alone = judge_claims(study_of(claims[0]), cells_of(own=weak), None, ())[0]
-    together = judge_claims(study_of(*claims), cells_of(own=weak), None, ())
+    alone = judge_claims(make_study(claims[0]), make_cells(own=weak), None, ())[0]
+    together = judge_claims(make_study(*claims), make_cells(own=weak), None, ())
     assert alone["p_adjusted"] == alone["p"] < 0.05
     assert together[0]["p_adjusted"] == pytest.approx(3 * alone["p"])
     assert [one["verdict"] for one in (alone, *together)] == ["supported", *["cannot tell"] * 3]
-    late = judge_claims(study_of(*claims), cells_of(own=weak), None, ["c1", "c2"])
+    late = judge_claims(make_study(*claims), make_cells(own=weak), None, ["c1", "c2"])
     assert [one["evidence_level"] for one in late] == ["primary", "exploratory", "exploratory"]
     assert late[0]["p_adjusted"] == alone["p"]
 
 
 def test_false_positives_are_held_over_three_claims() -> None:
-    """Familywise error of three null claims with seed effects: at most .06 of 2,000 simulated studies."""
+    """The familywise error of three null claims is at most .06."""
     rng, wrong = np.random.default_rng(0), 0
     claims = [ClaimConfig(f"c{n}", f"t{n}", "A", measure="log_pz") for n in range(3)]
     for _ in range(2000):
@@ -132,7 +132,7 @@ def test_false_positives_are_held_over_three_claims() -> None:
             for n in range(3)
             for seed in SEEDS
         ]
-        wrong += any(one["verdict"] == "supported" for one in judge_claims(study_of(*claims), cells, None, ()))
+        wrong += any(one["verdict"] == "supported" for one in judge_claims(make_study(*claims), cells, None, ()))
     assert 0.03 <= wrong / 2000 <= 0.06
 
 
@@ -151,7 +151,7 @@ def test_claims_are_frozen_at_the_first_run(tmp_path: Path) -> None:
         freeze_claims(tmp_path, [edited])
 
 
-def test_a_study_that_has_results_can_declare_nothing_any_more(tmp_path: Path) -> None:
+def test_claims_after_the_first_results_are_post_hoc(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("{}")
     assert freeze_claims(tmp_path, [KEEPS]) == ["keeps"]
     assert json.loads((tmp_path / "claims.json").read_text())["claims"] == []
@@ -173,6 +173,6 @@ def test_a_study_that_has_results_can_declare_nothing_any_more(tmp_path: Path) -
     ],
     ids=str,
 )
-def test_claims_that_cannot_be_meant_are_refused(claims: list[ClaimConfig], message: str) -> None:
+def test_bad_claims_are_refused(claims: list[ClaimConfig], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        check_claims(study_of(*claims))
+        check_claims(make_study(*claims))

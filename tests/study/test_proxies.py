@@ -1,4 +1,4 @@
-"""The proxies that are read off the texts: extremes whose value is known, and an order that must hold."""
+"""Proxies of texts at known extremes, and their order."""
 
 from __future__ import annotations
 

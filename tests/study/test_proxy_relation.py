@@ -1,4 +1,4 @@
-"""What is known of simulated matrices is what the rule says of them."""
+"""Relations of proxies in simulated studies with known truth."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jax_selftrain.study.proxy_relation import _tested, judge_relations, reliability
+from jax_selftrain.study.proxy_relation import _permutation_test, judge_relations, reliability
 
 
 def matrix(rng: np.random.Generator, students: int, sources: int, link: float) -> tuple[np.ndarray, np.ndarray]:
-    """Proxies and gains that share nothing but `link`; both have effects of sources and of students."""
+    """Simulate proxies and gains related by `link`, with source and student effects."""
     shared = rng.normal(size=sources)
     proxy = shared + rng.normal(size=(students, 1)) + 0.5 * rng.normal(size=(students, sources))
     gain = rng.normal(size=sources) + rng.normal(size=(students, 1)) + 0.5 * rng.normal(size=(students, sources))
@@ -25,11 +25,11 @@ def naive_p(proxy: np.ndarray, gain: np.ndarray) -> float:
     return float(stats.spearmanr(*(values.ravel() for values in centered)).pvalue)
 
 
-def test_unrelated_proxies_are_called_related_no_more_often_than_agreed() -> None:
+def test_unrelated_proxies_are_called_related_at_the_nominal_rate() -> None:
     rng, hits, naive, runs = np.random.default_rng(0), 0, 0, 300
     for _ in range(runs):
         proxy, gain = matrix(rng, 3, 6, 0.0)
-        hits += _tested(proxy, gain)[1] <= 0.05
+        hits += _permutation_test(proxy, gain)[1] <= 0.05
         naive += naive_p(proxy, gain) <= 0.05
     assert hits / runs < 0.05 + 2.6 * np.sqrt(0.05 * 0.95 / runs)
     assert naive / runs > 0.15  # the test that forgets who shares what
@@ -53,13 +53,13 @@ def test_a_proxy_that_only_follows_the_size_of_the_source_is_not_called_related(
         gain = size + 0.8 * rng.normal(size=(4, 8))
         found = judge_relations({"size in disguise": proxy}, gain[None], size)[0]
         assert found["p"] <= 0.05
-        unasked = judge_relations({"size in disguise": proxy}, gain[None])[0]
-        assert unasked["verdict"] == "related"  # to whom strength is not known
+        without_ability = judge_relations({"size in disguise": proxy}, gain[None])[0]
+        assert without_ability["verdict"] == "related"  # the strength of the sources is not given
         verdicts.append(found["verdict"])
     assert verdicts.count("related") <= 5
 
 
-def test_absence_takes_many_sources() -> None:
+def test_absence_needs_many_sources() -> None:
     rng = np.random.default_rng(3)
     few = [
         judge_relations({"none": proxy}, gain[None])[0]["verdict"]
@@ -74,10 +74,10 @@ def test_absence_takes_many_sources() -> None:
     assert many.count("related") <= 3
 
 
-def test_the_correlation_is_that_of_ranks_within_students() -> None:
+def test_the_correlation_is_of_ranks_within_students() -> None:
     rng = np.random.default_rng(4)
     proxy, gain = rng.normal(size=(1, 7)), rng.normal(size=(1, 7))
-    r, p = _tested(proxy, gain)
+    r, p = _permutation_test(proxy, gain)
     reference = stats.spearmanr(proxy[0], gain[0]).statistic
     assert r == pytest.approx(reference)
     values = [
@@ -86,18 +86,20 @@ def test_the_correlation_is_that_of_ranks_within_students() -> None:
     assert p == pytest.approx(np.mean(np.array(values) >= abs(reference) - 1e-9))
 
 
-def test_students_levels_do_not_matter_and_holes_are_left_out() -> None:
+def test_student_levels_do_not_matter_and_missing_cells_are_ignored() -> None:
     rng = np.random.default_rng(5)
     proxy, gain = matrix(rng, 3, 6, 1.0)
-    assert _tested(proxy, gain) == _tested(proxy + np.array([[5], [-9], [0]]), gain * [[1], [4], [2]])
+    assert _permutation_test(proxy, gain) == _permutation_test(
+        proxy + np.array([[5], [-9], [0]]), gain * [[1], [4], [2]]
+    )
     with_hole = proxy.copy()
     with_hole[0] = np.nan
-    assert _tested(with_hole, gain)[0] == pytest.approx(_tested(proxy[1:], gain[1:])[0])
-    assert _tested(np.ones((3, 6)), gain) == (None, None)
+    assert _permutation_test(with_hole, gain)[0] == pytest.approx(_permutation_test(proxy[1:], gain[1:])[0])
+    assert _permutation_test(np.ones((3, 6)), gain) == (None, None)
     assert judge_relations({"two sources": proxy[:, :2]}, gain[None, :, :2])[0]["verdict"] == "cannot tell"
 
 
-def test_reliability_is_that_of_the_mean_of_seeds() -> None:
+def test_reliability_is_of_the_mean_over_seeds() -> None:
     rng = np.random.default_rng(6)
     true = rng.normal(size=(3, 200))
     noisy = [true + rng.normal(size=(4, 3, 200)) for _ in range(2)]

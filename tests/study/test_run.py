@@ -1,4 +1,4 @@
-"""A run is a study with one cell: its results, its restarts and its checks."""
+"""A run is a study with one cell: results, restarts, checks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def output_times(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in files}
 
 
-def cell_of(folder: Path) -> dict[str, Any]:
+def read_cell(folder: Path) -> dict[str, Any]:
     (cell,) = atomic.read_json(folder / "results.json")["cells"]
     return cell
 
@@ -45,39 +45,39 @@ def without_extraction(config: RunConfig) -> RunConfig:
     return replace(config, extract=replace(config.extract, sequences=""))
 
 
-def test_a_run_leaves_everything_that_is_promised(finished: Path, options: Options) -> None:
-    config = options(finished)
+def test_a_run_leaves_everything_that_is_promised(finished_run: Path, options: Options) -> None:
+    config = options(finished_run)
     for name in ("config.yaml", "results.json", "report.html", "model"):
-        assert (finished / name).exists(), name
+        assert (finished_run / name).exists(), name
     design = run_design(config)
     commands = sorted(stage.command for stage in design.ordered_stages)
     assert commands == ["extract", "extract", "sample", "score", "score", "train"]
     for stage in design.ordered_stages:
         assert (design.root / f"{stage.name}.json").is_file()
-    assert yaml_io.load(StudyConfig, finished / "config.yaml") == one_cell_study(config)
-    assert not list(finished.rglob(".*"))
+    assert yaml_io.load(StudyConfig, finished_run / "config.yaml") == one_cell_study(config)
+    assert not list(finished_run.rglob(".*"))
 
 
-def test_a_run_folder_is_a_reference_to_its_trained_model(finished: Path, options: Options) -> None:
-    (cell,) = run_design(options(finished)).cells
+def test_a_run_folder_is_a_reference_to_its_trained_model(finished_run: Path, options: Options) -> None:
+    (cell,) = run_design(options(finished_run)).cells
     tokens = np.arange(3, 40, dtype=np.int32)[None]
-    student, base = (load_model(ref, "data=1") for ref in (str(finished), options(finished).model))
-    stage = load_model(str(finished / "stages" / cell.train.name), "data=1")
+    student, base = (load_model(ref, "data=1") for ref in (str(finished_run), options(finished_run).model))
+    stage = load_model(str(finished_run / "stages" / cell.train.name), "data=1")
     assert np.array_equal(student.logits(tokens), stage.logits(tokens))
     assert not np.array_equal(student.logits(tokens), base.logits(tokens))
 
 
-def test_the_student_is_trained_on_the_sampled_tokens_for_one_pass(finished: Path, options: Options) -> None:
-    (cell,) = run_design(options(finished)).cells
+def test_the_student_is_trained_on_the_sampled_tokens_for_one_pass(finished_run: Path, options: Options) -> None:
+    (cell,) = run_design(options(finished_run)).cells
     assert cell.corpus.command == "sample"
-    description = atomic.read_json(finished / "stages" / cell.train.name / "run.json")
+    description = atomic.read_json(finished_run / "stages" / cell.train.name / "run.json")
     assert description["steps"] == description["rows"] // 4
-    assert cell_of(finished)["training"]["steps"] == description["steps"]
+    assert read_cell(finished_run)["training"]["steps"] == description["steps"]
 
 
-def test_results_equal_the_measurements_of_the_stages(finished: Path, options: Options) -> None:
-    design = run_design(options(finished))
-    (cell,), found = design.cells, cell_of(finished)
+def test_results_equal_the_measurements_of_the_stages(finished_run: Path, options: Options) -> None:
+    design = run_design(options(finished_run))
+    (cell,), found = design.cells, read_cell(finished_run)
     scores = {"before": design.score_base["llama"], "after": cell.score}
     for side, stage in scores.items():
         measured = atomic.read_json(design.folder(stage) / "score.json")
@@ -101,7 +101,7 @@ def test_results_equal_the_measurements_of_the_stages(finished: Path, options: O
     assert found["extraction"]["classes"].keys() == {"all", "held_out", "partial", "seen"}
 
 
-def test_every_change_is_after_minus_before(finished: Path) -> None:
+def test_every_change_is_after_minus_before(finished_run: Path) -> None:
     found: list[dict[str, Any]] = []
 
     def gather(node: Any) -> None:
@@ -114,7 +114,7 @@ def test_every_change_is_after_minus_before(finished: Path) -> None:
             for child in node:
                 gather(child)
 
-    gather({name: value for name, value in cell_of(finished).items() if name != "measures"})
+    gather({name: value for name, value in read_cell(finished_run).items() if name != "measures"})
     assert len(found) > 20
     for node in found:
         expected = node["after"]["value"] - node["before"]["value"]
@@ -123,19 +123,19 @@ def test_every_change_is_after_minus_before(finished: Path) -> None:
         assert node["change"]["n"] == node["before"]["n"] == node["after"]["n"]
 
 
-def test_training_changed_something(finished: Path) -> None:
-    cell = cell_of(finished)
+def test_training_changed_something(finished_run: Path) -> None:
+    cell = read_cell(finished_run)
     assert not cell["identical"]
     assert cell["texts"][0]["nll"]["change"]["value"] != 0.0
     log = cell["training"]["log"]
     assert len(log["loss"]) == len(log["step"]) == cell["training"]["steps"]
 
 
-def test_the_corpus_is_described(finished: Path, options: Options) -> None:
-    (cell,) = run_design(options(finished)).cells
-    described = atomic.read_json(finished / "results.json")["corpora"][cell.corpus.key]
+def test_the_corpus_is_described(finished_run: Path, options: Options) -> None:
+    (cell,) = run_design(options(finished_run)).cells
+    described = atomic.read_json(finished_run / "results.json")["corpora"][cell.corpus.key]
     samples = {
-        sample.sample_id: sample for sample in open_corpus(finished / "stages" / cell.corpus.name).iter_samples()
+        sample.sample_id: sample for sample in open_corpus(finished_run / "stages" / cell.corpus.name).iter_samples()
     }
     assert described["samples"] == len(samples)
     assert described["tokens"] == sum(len(sample.tokens) for sample in samples.values())
@@ -147,16 +147,18 @@ def test_the_corpus_is_described(finished: Path, options: Options) -> None:
         assert example["logprob"] == sample.logprob
 
 
-def test_a_finished_run_does_nothing_again(finished: Path, options: Options) -> None:
-    before, times = snapshot(finished), output_times(finished)
-    run(options(finished))
-    assert snapshot(finished) == before
-    assert output_times(finished) == times
+def test_a_finished_run_does_nothing_again(finished_run: Path, options: Options) -> None:
+    before, times = snapshot(finished_run), output_times(finished_run)
+    run(options(finished_run))
+    assert snapshot(finished_run) == before
+    assert output_times(finished_run) == times
 
 
-def test_the_same_run_in_another_folder_gives_the_same_bytes(finished: Path, options: Options, tmp_path: Path) -> None:
+def test_the_same_run_in_another_folder_gives_the_same_bytes(
+    finished_run: Path, options: Options, tmp_path: Path
+) -> None:
     run(options(tmp_path / "elsewhere"))
-    assert snapshot(tmp_path / "elsewhere") == snapshot(finished)
+    assert snapshot(tmp_path / "elsewhere") == snapshot(finished_run)
 
 
 @pytest.mark.slow
@@ -164,7 +166,7 @@ def test_learning_rate_zero_changes_exactly_nothing(options: Options, tmp_path: 
     config = options(tmp_path / "null")
     config = replace(config, train=replace(config.train, learning_rate=0.0))
     run(config)
-    cell = cell_of(tmp_path / "null")
+    cell = read_cell(tmp_path / "null")
     assert cell["identical"]
 
     def changes(node: Any) -> list[float]:
@@ -184,9 +186,11 @@ def test_learning_rate_zero_changes_exactly_nothing(options: Options, tmp_path: 
         assert before.equals(after.select(before.column_names))
 
 
-def test_another_option_makes_new_stages_and_keeps_the_others(finished: Path, options: Options, tmp_path: Path) -> None:
+def test_another_option_makes_new_stages_and_keeps_the_others(
+    finished_run: Path, options: Options, tmp_path: Path
+) -> None:
     folder = tmp_path / "copy"
-    shutil.copytree(finished, folder)
+    shutil.copytree(finished_run, folder)
     before, config = output_times(folder), options(folder)
     run(replace(config, train=replace(config.train, learning_rate=2e-2)))
     after = output_times(folder)
@@ -197,12 +201,12 @@ def test_another_option_makes_new_stages_and_keeps_the_others(finished: Path, op
     assert new == {"train", "score", "extract"}
     (cell,) = run_design(replace(config, train=replace(config.train, learning_rate=2e-2))).cells
     assert hub.open_model(folder).fingerprint == hub.open_model(folder / "stages" / cell.train.name).fingerprint
-    assert hub.open_model(folder).fingerprint != hub.open_model(finished).fingerprint
+    assert hub.open_model(folder).fingerprint != hub.open_model(finished_run).fingerprint
 
 
-def test_title_mesh_and_sampling_batch_make_no_new_stages(finished: Path, options: Options, tmp_path: Path) -> None:
+def test_title_mesh_and_sampling_batch_make_no_new_stages(finished_run: Path, options: Options, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
-    shutil.copytree(finished, folder)
+    shutil.copytree(finished_run, folder)
     before = output_times(folder)
     config = options(folder, title="A better title", mesh="data=2")
     run(replace(config, sample=replace(config.sample, batch_size=4)))
@@ -237,9 +241,9 @@ def test_a_mixed_corpus_counts_by_content(options: Options, inputs: dict[str, st
     assert run_design(config).cells[0].train.key != cell.train.key
 
 
-def test_a_damaged_shard_is_named(finished: Path, options: Options, tmp_path: Path) -> None:
+def test_a_damaged_shard_is_named(finished_run: Path, options: Options, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
-    shutil.copytree(finished, folder)
+    shutil.copytree(finished_run, folder)
     (shard,) = (folder / "stages").rglob("shard-000001.parquet")
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
@@ -251,7 +255,7 @@ def test_a_damaged_shard_is_named(finished: Path, options: Options, tmp_path: Pa
 def test_a_run_may_measure_texts_alone(options: Options, tmp_path: Path) -> None:
     config = options(tmp_path / "texts")
     run(without_extraction(replace(config, score=replace(config.score, tasks=()))))
-    cell = cell_of(tmp_path / "texts")
+    cell = read_cell(tmp_path / "texts")
     assert (cell["tasks"], cell["macro"], cell["extraction"]) == ([], None, None)
     assert cell["texts"]
     write_report(tmp_path / "texts")
@@ -306,12 +310,12 @@ def test_options_that_the_study_sets_are_refused(options: Options, tmp_path: Pat
 
 def test_a_run_has_one_seed(options: Options, tmp_path: Path) -> None:
     config = options(tmp_path / "out")
-    said = refusal(replace(config, sample=replace(config.sample, seed=4)))
-    assert "sample.seed is 4 and train.seed is 3" in said
+    message = refusal(replace(config, sample=replace(config.sample, seed=4)))
+    assert "sample.seed is 4 and train.seed is 3" in message
 
 
 @pytest.mark.parametrize(
-    ("section", "changes", "said"),
+    ("section", "changes", "message"),
     [
         ("score", {"tasks": ("missing.jsonl",)}, "missing.jsonl"),
         ("score", {"texts": ("missing.jsonl",)}, "missing.jsonl"),
@@ -330,10 +334,10 @@ def test_a_run_has_one_seed(options: Options, tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_is_found_before_sampling(
-    options: Options, tmp_path: Path, section: str, changes: dict[str, Any], said: str
+    options: Options, tmp_path: Path, section: str, changes: dict[str, Any], message: str
 ) -> None:
     config = options(tmp_path / "out")
-    assert said in refusal(replace(config, **{section: replace(getattr(config, section), **changes)}))
+    assert message in refusal(replace(config, **{section: replace(getattr(config, section), **changes)}))
 
 
 def test_a_missing_model_is_refused(options: Options, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The key of a stage holds everything that decides its output: a golden key of every kind of stage."""
+"""Stage keys hold everything that decides an output; golden keys."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def factory(tiny_model: Callable[..., Path], tmp_path: Path) -> Callable[..., St
 
 
 def all_stages(stages: StageFactory) -> dict[str, Stage]:
-    """Return one stage of every kind, by command; the model's fingerprints are fixed."""
+    """Return one stage of every kind, with fixed model fingerprints."""
     ref = stages.config.models[0].model
     base = StudyModel(ref, "f" * 64, "a", "e" * 64, ref)
     arm = ArmConfig("text", "text", text=stages.config.memorization.unseen_text)

@@ -1,4 +1,4 @@
-"""A study of two students and all kinds of arms: results, kills, shared work, growth and refusals."""
+"""A study of two students with all kinds of arms."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Make = Callable[..., StudyConfig]
 
 @pytest.fixture(scope="module")
 def make(options: Callable[..., RunConfig], tiny_model: Callable[..., Path], inputs: dict[str, str]) -> Make:
-    """`make(out, **changes)`: two students of different lineages and tokenizers, two seeds, no arms."""
+    """`make(out, **changes)`: two students with different tokenizers, two seeds."""
     small = options(Path("unused"))
 
     def config(out: Path, **changes: Any) -> StudyConfig:
@@ -96,7 +96,7 @@ CLAIM = ClaimConfig(
 
 
 @pytest.fixture(scope="module")
-def finished(make: Make, inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_study(make: Make, inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     real = ArmConfig("real text", "text", students=("llama",), text=inputs["texts"])
     config = make(tmp_path_factory.mktemp("study") / "out", arms=(*ARMS, real), claims=(CLAIM,), seeds=(100,))
     probes = MemorizationConfig(
@@ -115,14 +115,14 @@ def finished(make: Make, inputs: dict[str, str], tmp_path_factory: pytest.TempPa
     return folder
 
 
-def cells_of(folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
+def read_cells(folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
     cells = json.loads((folder / "results.json").read_text())["cells"]
     return {(cell["student"], cell["treatment"], cell["seed"]): cell for cell in cells}
 
 
 @pytest.mark.slow
-def test_every_cell_is_measured_and_the_null_is_exactly_zero(finished: Path):
-    cells = cells_of(finished)
+def test_every_cell_is_measured_and_the_null_is_exactly_zero(finished_study: Path):
+    cells = read_cells(finished_study)
     assert len(cells) == 2 * 2 + len(ARMS) + 1
     for (_, treatment, _), cell in cells.items():
         assert cell["identical"] == (treatment == "learning rate 0")
@@ -141,8 +141,8 @@ def test_every_cell_is_measured_and_the_null_is_exactly_zero(finished: Path):
 
 
 @pytest.mark.slow
-def test_cells_share_what_they_have_in_common(finished: Path):
-    kinds = [path.name.split("-")[0] for path in (finished / "stages").iterdir() if path.is_dir()]
+def test_cells_share_what_they_have_in_common(finished_study: Path):
+    kinds = [path.name.split("-")[0] for path in (finished_study / "stages").iterdir() if path.is_dir()]
     # A corpus of either model, a cool one, and one of the second generation.
     assert kinds.count("sample") == 2 + 1 + 1
     # Both main corpora are retokenized for both students, each other corpus for its own student.
@@ -150,7 +150,7 @@ def test_cells_share_what_they_have_in_common(finished: Path):
     # Every main corpus under its student, and both sampled corpora under their source.
     assert kinds.count("proxies") == 2 * 2 + 2
     assert (kinds.count("noise"), kinds.count("merge")) == (2, 1)
-    cells = len(cells_of(finished))
+    cells = len(read_cells(finished_study))
     assert kinds.count("score") == 2 + cells  # two bases and every cell
     # Five times each: the sequences, two formats, continuations, after relearning; and two A/A repeats of both bases.
     assert kinds.count("extract") == 5 * (2 + cells) + 2 * 2
@@ -158,8 +158,8 @@ def test_cells_share_what_they_have_in_common(finished: Path):
 
 
 @pytest.mark.slow
-def test_a_retokenized_corpus_has_the_text_of_its_source(finished: Path):
-    design = make_design(yaml_io.load(StudyConfig, finished / "config.yaml"))
+def test_a_retokenized_corpus_has_the_text_of_its_source(finished_study: Path):
+    design = make_design(yaml_io.load(StudyConfig, finished_study / "config.yaml"))
     for cell in design.cells:
         if cell.corpus is None or cell.corpus.command != "retokenize":
             continue
@@ -171,10 +171,10 @@ def test_a_retokenized_corpus_has_the_text_of_its_source(finished: Path):
 
 
 @pytest.mark.slow
-def test_memorization_is_probed_in_formats_after_relearning_and_on_unseen_text(finished: Path):
-    results = json.loads((finished / "results.json").read_text())
-    design = make_design(yaml_io.load(StudyConfig, finished / "config.yaml"))
-    cells = cells_of(finished)
+def test_memorization_is_probed_in_formats_after_relearning_and_on_unseen_text(finished_study: Path):
+    results = json.loads((finished_study / "results.json").read_text())
+    design = make_design(yaml_io.load(StudyConfig, finished_study / "config.yaml"))
+    cells = read_cells(finished_study)
     probes = {"format prefix 4", "format inside, after BOS", "after_relearning"}
     for key, cell in cells.items():
         assert {f"{measure}/{view}" for measure in ("exact_match", "log_pz") for view in probes} <= cell[
@@ -212,13 +212,12 @@ def open_table(design: Design, stage: Stage) -> dict[str, Any]:
 def test_a_decontaminated_corpus_has_no_overlap_with_h_and_its_control_is_as_large(
     make: Make, tiny_model: Callable[..., Path], tmp_path: Path
 ):
-    """Every document holds the suffix of one sequence; those of H must go, or as many of the others."""
     rng = np.random.default_rng(0)
     rows = rng.integers(3, 512, (40, 24)).astype(np.int32)
     np.save(tmp_path / "sequences.npy", rows)
     config = make(tmp_path / "out")
-    asked = replace(config.extract, sequences=str(tmp_path / "sequences.npy"), prefix=6, suffix=18, min_overlap=16)
-    kinds = StageFactory(replace(config, extract=asked))
+    extract = replace(config.extract, sequences=str(tmp_path / "sequences.npy"), prefix=6, suffix=18, min_overlap=16)
+    kinds = StageFactory(replace(config, extract=extract))
     order = rng.permutation(40)
     texts = [Sample(n, np.append(rows[i, 6:], 2).astype(np.int32), f"{i}", -1.0, "stop") for n, i in enumerate(order)]
     corpus = Stage("retokenize", "planted", {}, {}, lambda out: None)
@@ -236,10 +235,10 @@ def test_a_decontaminated_corpus_has_no_overlap_with_h_and_its_control_is_as_lar
 
 
 @pytest.mark.slow
-def test_noise_is_as_long_as_the_change_of_training(finished: Path):
+def test_noise_has_the_norm_of_the_change_of_training(finished_study: Path):
     from jax_selftrain import load_model
 
-    design = make_design(yaml_io.load(StudyConfig, finished / "config.yaml"))
+    design = make_design(yaml_io.load(StudyConfig, finished_study / "config.yaml"))
     weights = set()
     for noise in (one for one in design.ordered_stages if one.command == "noise"):
         weight = noise.identity.get("weight", 1.0)
@@ -256,10 +255,10 @@ def test_noise_is_as_long_as_the_change_of_training(finished: Path):
 
 
 @pytest.mark.slow
-def test_the_report_is_made_of_the_results_alone_and_is_the_same_bytes(finished: Path, tmp_path: Path):
-    shutil.copy(finished / "results.json", tmp_path)
+def test_the_report_is_a_function_of_the_results(finished_study: Path, tmp_path: Path):
+    shutil.copy(finished_study / "results.json", tmp_path)
     write_report(tmp_path)
-    assert (tmp_path / "report.html").read_bytes() == (finished / "report.html").read_bytes()
+    assert (tmp_path / "report.html").read_bytes() == (finished_study / "report.html").read_bytes()
     html = (tmp_path / "report.html").read_text()
     for words in (
         "Home − away",
@@ -273,14 +272,14 @@ def test_the_report_is_made_of_the_results_alone_and_is_the_same_bytes(finished:
         "Selective forgetting or general damage",
     ):
         assert words in html
-    assert str(finished) not in html
+    assert str(finished_study) not in html
     assert (tmp_path / "tables" / "interaction.csv").exists()
     assert (tmp_path / "figures" / "trajectories_llama.svg").exists()
 
 
 @pytest.mark.slow
 def test_killed_shared_and_grown_studies_end_with_the_same_tables(make: Make, tmp_path: Path):
-    """One process is killed; then two finish the study together, with another arm and another seed."""
+    """Kill one process, then finish with two, an arm and a seed."""
     small = partial(make, students=("llama",), sources=("llama", "neox"))
     whole = run_study(small(tmp_path / "whole", arms=(NULL,)))
     yaml_io.save(tmp_path / "study.yaml", small(tmp_path / "out", seeds=(100,)))
@@ -396,7 +395,7 @@ def test_the_key_of_continuations_holds_their_options_and_relearning_may_use_a_n
     assert keys(batch_tokens=512, mesh="data=2") == plain  # rounding, at most
 
 
-def test_a_dry_run_counts_and_does_nothing(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_dry_run_counts_and_writes_nothing(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run_study(make(tmp_path / "out", arms=ARMS, dry_run=True))
     printed = capsys.readouterr().out
     assert "32 cells" in printed  # four main cells and twelve arms, each with two seeds
@@ -406,7 +405,7 @@ def test_a_dry_run_counts_and_does_nothing(make: Make, tmp_path: Path, capsys: p
 # ---------------------------------------------------------------- the interaction
 
 
-def simulated(effect: Callable[[str, str], float]) -> list[dict[str, Any]]:
+def simulate_cells(effect: Callable[[str, str], float]) -> list[dict[str, Any]]:
     return [
         {
             "student": student,
@@ -421,24 +420,24 @@ def simulated(effect: Callable[[str, str], float]) -> list[dict[str, Any]]:
     ]
 
 
-def test_a_bad_source_is_no_relation_and_an_incompatible_one_is():
+def test_a_bad_source_is_no_interaction_and_an_incompatible_one_is():
     lineage = {"A": "A", "B": "B"}
-    bad = interactions(simulated(lambda _, source: -0.1 if source == "B" else 0.0), lineage)
-    incompatible = interactions(simulated(lambda student, source: 0.0 if student == source else -0.1), lineage)
+    bad = interactions(simulate_cells(lambda _, source: -0.1 if source == "B" else 0.0), lineage)
+    incompatible = interactions(simulate_cells(lambda student, source: 0.0 if student == source else -0.1), lineage)
     assert bad is not None
     assert incompatible is not None
     assert bad["measures"]["accuracy"]["contrast"]["value"] == pytest.approx(0.0, abs=1e-12)
     assert incompatible["measures"]["accuracy"]["contrast"]["value"] == pytest.approx(0.1)
-    assert interactions(simulated(lambda *_: 0.0), {"A": "A", "B": "A"}) is None  # one lineage: no source is away
+    assert interactions(simulate_cells(lambda *_: 0.0), {"A": "A", "B": "A"}) is None  # one lineage: no source is away
 
 
 @pytest.mark.slow
-def test_proxies_equal_those_from_plain_logits(finished: Path):
+def test_proxies_equal_those_from_plain_logits(finished_study: Path):
     from jax_selftrain import load_model
 
-    config = yaml_io.load(StudyConfig, finished / "config.yaml")
+    config = yaml_io.load(StudyConfig, finished_study / "config.yaml")
     design = make_design(config)
-    matrix = [cell for cell in cells_of(finished).values() if cell["proxies"]]
+    matrix = [cell for cell in read_cells(finished_study).values() if cell["proxies"]]
     found = {(cell["student"], cell["source"]): cell["proxies"] for cell in matrix}
     assert len(found) == len(matrix) == 4
     embedder = load_model(design.models["llama"].model, "data=1")

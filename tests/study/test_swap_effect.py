@@ -1,4 +1,4 @@
-"""The swap estimator finds what being seen does, and finds nothing where only the naive difference does."""
+"""The swap estimator recovers the effect of being seen without selection bias."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax_selftrain.study.swap_effect import naive_difference, swap_effect
 def simulate(
     rng: np.random.Generator, effect: float, seeds: int = 2, n: int = 1000
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """What is memorized well is emitted often, and is reproduced often; being seen adds `effect`."""
+    """Simulate memorized sequences that are emitted more often."""
     memorized = rng.beta(1, 2, n)
     outcomes, classes = [], []
     for _ in range(seeds):
@@ -39,10 +39,10 @@ def test_the_effect_is_recovered_and_its_interval_covers_it(effect: float, seeds
         naive.append(naive_difference(*simulated))
     assert np.mean(estimates) == pytest.approx(effect, abs=0.008)  # clipped at 0 and 1 for the strongest students
     assert 0.92 <= covered / 400 <= 0.98
-    assert np.mean(naive) > effect + 0.1  # what selection alone makes
+    assert np.mean(naive) > effect + 0.1  # the selection bias
 
 
-def test_a_better_student_is_no_effect_however_unequal_the_sides() -> None:
+def test_a_better_student_is_not_an_effect() -> None:
     classes = [np.array(["seen"] * 90 + ["held_out"] * 10), np.array(["held_out"] * 90 + ["seen"] * 10)]
     outcomes = [np.full(100, 0.9), np.full(100, 0.2)]
     found = swap_effect(outcomes, classes)
@@ -51,7 +51,7 @@ def test_a_better_student_is_no_effect_however_unequal_the_sides() -> None:
     assert found.n == 100
 
 
-def test_partial_overlap_counts_for_neither_side_and_two_ways_are_needed() -> None:
+def test_partial_overlap_is_ignored_and_both_directions_are_needed() -> None:
     partial = np.array(["partial", "seen", "held_out"])
     assert swap_effect([np.zeros(3), np.ones(3)], [partial, partial]) is None
     one_way = [np.array(["seen", "seen"]), np.array(["held_out", "seen"])]

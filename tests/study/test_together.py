@@ -1,4 +1,4 @@
-"""A run by several processes gives the results of one process, and survives the loss of a process."""
+"""Runs by several processes equal runs by one and survive losses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Words = Callable[[Path], list[object]]
 
 @pytest.fixture(scope="module")
 def words(options: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Words:
-    """`words(out)`: the small run on all devices, ten shards of four samples, as a command line."""
+    """`words(out)`: the command line of the small run, with ten shards."""
     file = tmp_path_factory.mktemp("together") / "run.yaml"
     config = options(Path("out"), mesh="")
     config = replace(
@@ -54,8 +54,8 @@ def one_process_options(alone: Path) -> RunConfig:
 def alone(words: Words, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process."""
     out = tmp_path_factory.mktemp("alone") / "out"
-    codes, said = ends(start(words(out), 1))
-    assert codes == [0], said
+    codes, output = ends(start(words(out), 1))
+    assert codes == [0], output
     return out
 
 
@@ -64,28 +64,28 @@ def stage_folders(out: Path, command: str) -> list[Path]:
     return sorted(path for path in (out / "stages").glob(f"{command}-*") if path.is_dir())
 
 
-def corpus_of(out: Path) -> dict[str, bytes]:
+def read_corpus(out: Path) -> dict[str, bytes]:
     (folder,) = stage_folders(out, "sample") if (out / "stages").exists() else [out]
     files = [folder / "corpus.json", *sorted(folder.glob("shard-*.parquet"))]
     return {path.name: path.read_bytes() for path in files}
 
 
-def lines_of(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def losses_of(folder: Path) -> list[float]:
+def read_losses(folder: Path) -> list[float]:
     (run,) = stage_folders(folder, "train")
-    return [line["loss"] for line in lines_of(run / "metrics.jsonl")]
+    return [line["loss"] for line in read_lines(run / "metrics.jsonl")]
 
 
 def test_a_run_of_several_processes_gives_the_results_of_one(words: Words, alone: Path, tmp_path: Path) -> None:
     out, processes = tmp_path / "out", 4
-    codes, said = ends(start(words(out), processes))
-    assert codes == [0] * processes, said
-    assert corpus_of(out) == corpus_of(alone)
-    # Gloo adds in another order than one process does.
-    np.testing.assert_allclose(losses_of(out), losses_of(alone), rtol=1e-5)
+    codes, output = ends(start(words(out), processes))
+    assert codes == [0] * processes, output
+    assert read_corpus(out) == read_corpus(alone)
+    # Gloo sums in another order than one process does.
+    np.testing.assert_allclose(read_losses(out), read_losses(alone), rtol=1e-5)
     design = make_design(yaml_io.load(StudyConfig, alone / "config.yaml"))
     for stage, names in (
         (design.score_base["llama"], ("score.json", "score.requests.parquet")),
@@ -100,27 +100,27 @@ def test_a_run_of_several_processes_gives_the_results_of_one(words: Words, alone
     assert not list(out.rglob("*.parts"))
 
 
-SOON = ("--heartbeat-timeout", 10)
-"""Seconds after which a silent process counts as lost, in place of half a minute."""
+SHORT_TIMEOUT = ("--heartbeat-timeout", 10)
+"""Seconds after which a silent process counts as lost."""
 
 
 def holds_a_lease(process: subprocess.Popen[str], folder: Path) -> bool:
-    """Whether a process works on a part of what lies below a folder."""
+    """Return True if a process holds a lease below a folder."""
     held = []
     for path in folder.rglob("*.lease"):
-        with suppress(FileNotFoundError, ValueError):  # given back, or being written
+        with suppress(FileNotFoundError, ValueError):  # released, or being written
             held.append(json.loads(path.read_text())["pid"])
     return process.pid in held
 
 
-def sentence(said: str) -> str:
-    """The one line that a process says for itself; JAX may add an account of its own."""
-    (line,) = (line for line in said.splitlines() if line.startswith("jax-selftrain"))
+def sentence(output: str) -> str:
+    """Return the one line of our own; JAX may print more."""
+    (line,) = (line for line in output.splitlines() if line.startswith("jax-selftrain"))
     return line
 
 
 @pytest.mark.parametrize(("processes", "victim"), [(3, 1), (2, 0)])
-def test_a_process_killed_in_training_ends_the_others_with_one_sentence(
+def test_a_kill_in_training_ends_the_other_processes_with_one_sentence(
     alone: Path, tmp_path: Path, processes: int, victim: int
 ) -> None:
     config = one_process_options(alone)
@@ -134,34 +134,34 @@ def test_a_process_killed_in_training_ends_the_others_with_one_sentence(
     )
     yaml_io.save(tmp_path / "train.yaml", options)
     run = tmp_path / "run"
-    group = start(["train", "--config", tmp_path / "train.yaml", "--out", run], processes, *SOON)
-    when = kill_when(group, victim, lambda: len(lines_of(run / "metrics.jsonl")) > 2)
-    codes, said = ends(group, 60)
+    group = start(["train", "--config", tmp_path / "train.yaml", "--out", run], processes, *SHORT_TIMEOUT)
+    when = kill_when(group, victim, lambda: len(read_lines(run / "metrics.jsonl")) > 2)
+    codes, output = ends(group, 60)
     assert time.monotonic() - when < 60
-    assert codes == [-signal.SIGKILL if index == victim else 75 for index in range(processes)], said
+    assert codes == [-signal.SIGKILL if index == victim else 75 for index in range(processes)], output
     for index in set(range(processes)) - {victim}:
         assert re.match(
             f"jax-selftrain train: error: process {victim} of {processes}.* was lost; .*run the same command again",
-            sentence(said[index]),
+            sentence(output[index]),
         )
 
 
-def test_the_others_complete_the_corpus_when_the_first_is_killed(alone: Path, words: Words, tmp_path: Path) -> None:
+def test_the_other_processes_complete_the_corpus_after_a_kill(alone: Path, words: Words, tmp_path: Path) -> None:
     config = one_process_options(alone)
     yaml_io.save(tmp_path / "sample.yaml", replace(config.sample, model=config.model))
     out = tmp_path / "corpus"
-    group = start(["sample", "--config", tmp_path / "sample.yaml", "--out", out], 2, *SOON)
+    group = start(["sample", "--config", tmp_path / "sample.yaml", "--out", out], 2, *SHORT_TIMEOUT)
     kill_when(group, 0, lambda: holds_a_lease(group[0], out))
-    codes, said = ends(group)
-    assert codes == [-signal.SIGKILL, 0], said
-    assert corpus_of(out) == corpus_of(alone)
+    codes, output = ends(group)
+    assert codes == [-signal.SIGKILL, 0], output
+    assert read_corpus(out) == read_corpus(alone)
     assert not list(out.rglob("*.lease"))
 
 
-def enough(path: str, to: Path, rows: int) -> str:
-    """A file of so many rows like those of another: seconds of work, so that nobody comes too late for a share."""
+def write_many_rows(path: str, to: Path, rows: int) -> str:
+    """Write many rows like those of another file: seconds of work."""
     with to.open("w", encoding="utf-8") as file:
-        for number, row in enumerate(islice(cycle(lines_of(Path(path))), rows)):
+        for number, row in enumerate(islice(cycle(read_lines(Path(path))), rows)):
             if "context" in row:  # equal requests would be scored once
                 row = row | {"context": f"{number} " + 4 * row["context"]}
             file.write(json.dumps(row) + "\n")
@@ -169,44 +169,46 @@ def enough(path: str, to: Path, rows: int) -> str:
 
 
 @pytest.mark.parametrize("stage", ["score", "extract"])
-def test_the_others_measure_what_the_first_was_killed_at(alone: Path, tmp_path: Path, stage: str) -> None:
+def test_the_other_processes_complete_scoring_after_a_kill(alone: Path, tmp_path: Path, stage: str) -> None:
     config = one_process_options(alone)
     options: ScoreConfig | ExtractConfig = replace(getattr(config, stage), model=config.model)
     if isinstance(options, ExtractConfig):
-        sequences = enough(options.sequences, tmp_path / "sequences.jsonl", 800)
+        sequences = write_many_rows(options.sequences, tmp_path / "sequences.jsonl", 800)
         options = replace(options, corpus=str(stage_folders(alone, "sample")[0]), sequences=sequences)
     else:
-        options = replace(options, tasks=(enough(options.tasks[0], tmp_path / "animals.jsonl", 1200),))
+        options = replace(options, tasks=(write_many_rows(options.tasks[0], tmp_path / "animals.jsonl", 1200),))
     yaml_io.save(tmp_path / "options.yaml", options)
     words = [stage, "--config", tmp_path / "options.yaml", "--out"]
     out = tmp_path / "base.json"
-    group = start([*words, out], 2, *SOON)
+    group = start([*words, out], 2, *SHORT_TIMEOUT)
     kill_when(group, 0, lambda: holds_a_lease(group[0], tmp_path))
-    codes, said = ends(group)
-    assert codes == [-signal.SIGKILL, 0], said
+    codes, output = ends(group)
+    assert codes == [-signal.SIGKILL, 0], output
     assert not list(tmp_path.rglob("*.parts"))
-    codes, said = ends(start([*words, tmp_path / "undisturbed.json"], 1))
-    assert codes == [0], said
+    codes, output = ends(start([*words, tmp_path / "undisturbed.json"], 1))
+    assert codes == [0], output
     assert out.read_bytes() == (tmp_path / "undisturbed.json").read_bytes()
     if stage == "score":
-        assert atomic.read_json(tmp_path / "undisturbed.timings.json")["units_by_process"]["0"] > 4  # enough for two
+        assert (
+            atomic.read_json(tmp_path / "undisturbed.timings.json")["units_by_process"]["0"] > 4
+        )  # work for two processes
 
 
 def test_a_run_that_loses_a_process_in_sampling_completes_the_corpus_and_resumes(
     alone: Path, words: Words, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    group = start(words(out), 2, *SOON)
-    kill_when(group, 1, lambda: holds_a_lease(group[1], out / "stages"))
-    codes, said = ends(group)
-    assert codes == [75, -signal.SIGKILL], said
+    group = start(words(out), 2, *SHORT_TIMEOUT)
+    kill_when(group, 1, lambda: any(holds_a_lease(group[1], folder) for folder in stage_folders(out, "sample")))
+    codes, output = ends(group)
+    assert codes == [75, -signal.SIGKILL], output
     assert re.match(
-        "jax-selftrain run: error: process 1 of 2 was lost; .*run the same command again", sentence(said[0])
+        "jax-selftrain run: error: process 1 of 2 was lost; .*run the same command again", sentence(output[0])
     )
-    assert corpus_of(out) == corpus_of(alone)
+    assert read_corpus(out) == read_corpus(alone)
     assert not (out / "model").exists()
-    codes, said = ends(start(words(out), 2))
-    assert codes == [0, 0], said
-    assert corpus_of(out) == corpus_of(alone)
-    np.testing.assert_allclose(losses_of(out), losses_of(alone), rtol=1e-5)
+    codes, output = ends(start(words(out), 2))
+    assert codes == [0, 0], output
+    assert read_corpus(out) == read_corpus(alone)
+    np.testing.assert_allclose(read_losses(out), read_losses(alone), rtol=1e-5)
     assert (out / "report.html").exists()
