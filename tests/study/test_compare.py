@@ -439,14 +439,14 @@ def test_models_scored_on_different_documents_are_refused(fabricate: Fabricate, 
     result = json.loads(other.read_text())
     result["fingerprints"]["files"]["t"] = "0" * 64
     other.write_text(json.dumps(result))
-    with pytest.raises(InputError, match=r"t was another file \(.*00000000….*\); score both on the same file"):
+    with pytest.raises(InputError, match=r"t differs \(.*00000000….*\); score both on the same file"):
         run(base, str(other))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"margin_task": 0.0}, "--margin-task is 0; it must lie between 0 and 100 points"),
+        ({"margin_task": 0.0}, "--margin-task is 0; it must be between 0 and 100 points"),
         ({"margin_macro": 101.0}, "--margin-macro is 101"),
         ({"resamples": 10}, "--resamples is 10"),
         ({"seed": -1}, "--seed is -1"),
@@ -472,7 +472,7 @@ def test_an_empty_split_is_refused(fabricate: Fabricate, run: Any) -> None:
 def test_another_kind_of_file_is_not_overwritten(fabricate: Fabricate, run: Any, tmp_path: Path) -> None:
     base = fabricate("base", t=answers(50, 35))
     (tmp_path / "notes.json").write_text("{}")
-    with pytest.raises(InputError, match=r"notes\.json: is there already and holds something else"):
+    with pytest.raises(InputError, match=r"notes\.json: exists and is not a comparison"):
         run(base, base, out=str(tmp_path / "notes.json"))
     (tmp_path / "notes.json").write_text('{"format": "jax-selftrain comparison"}')
     with pytest.raises(InputError, match=r"notes\.json: is a damaged comparison"):

@@ -77,7 +77,7 @@ def test_a_verdict_needs_five_seeds_and_a_control_with_enough_damage() -> None:
     (found,) = judge_decoupling(simulate_study(rng, 0.0, own=1.5), CONTROLS)
     assert (found["verdict"], found["reason"]) == (
         "not tested",
-        "no control is as simulate_noise as the student of seed 100.",
+        "no control is as damaged as the student of seed 100.",
     )
     (found,) = judge_decoupling(cells, ())[:1]
     assert found["verdict"] == "not tested"
