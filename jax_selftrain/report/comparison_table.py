@@ -25,11 +25,11 @@ def format_comparison(result: Mapping[str, Any]) -> str:
         if number_of == 0 and (left_out := [task for task in pair["tasks"] if task["not_eligible"]]):
             reasons = "; ".join(f"{task['name']}: {task['not_eligible']}" for task in left_out)
             parts[-1] += f"\nnot in the macro average: {reasons}"
-    parts.append(result["pairs"][0]["speaks_of"])
+    parts.append(result["pairs"][0]["scope"])
     if recipe := result["recipe"]:
         head = ("", "seeds", "", "", *_HEAD[4:])
         lines = _align([head, *_recipe_rows(recipe)])
-        parts.append(f"over {recipe['seeds']} seeds ({_standing(recipe['standing'])})\n{lines}\n{recipe['speaks_of']}")
+        parts.append(f"over {recipe['seeds']} seeds ({_standing(recipe['evidence_level'])})\n{lines}\n{recipe['scope']}")
     if result["declaration"]["post_hoc"]:
         parts.append("Post hoc: this file already held the same models' comparison under other margins or tasks.")
     return "\n\n".join(parts)

@@ -465,7 +465,7 @@ def test_bad_options_are_refused(fabricate: Fabricate, run: Any, changes: dict[s
 def test_an_empty_split_is_refused(fabricate: Fabricate, run: Any) -> None:
     base = fabricate("base", t=answers(1, 1))
     (half,) = {"dev", "test"} - {dev_test_split(item_hash("t 0", [" a", " b"]))}
-    with pytest.raises(InputError, match=f"t: none of its 1 documents belongs to the {half} half"):
+    with pytest.raises(InputError, match=f"t: none of its 1 documents is in the {half} split"):
         run(base, base, split=half)
 
 
