@@ -203,23 +203,20 @@ def load_extraction_sets(config: ExtractConfig) -> tuple[ExtractionSet, Extracti
     if config.base and not config.verify:
         raise InputError(f"--base {config.base} is only read with --verify; set it, or drop --base")
     parse_sampling_policies(config.sampling_policies)
-    models = {name: ref for name in ("model", "untrained_baseline", "base") if (ref := getattr(config, name))}
-    decoders = {ref: hub.open_model(ref).config for ref in models.values()}
+    names = ("model", "untrained_baseline", "base")
+    models = {name: hub.open_model(ref) for name in names if (ref := getattr(config, name))}
     start = find_start_tokens(config)
-    for ref, decoder in decoders.items():
-        if window.length + len(start) > decoder.max_positions:
+    for model in models.values():
+        if window.length + len(start) > model.config.max_positions:
             before = " + the start token" if start else ""
             raise InputError(
                 f"--prefix {window.prefix} + --suffix {window.suffix}{before} is longer than the "
-                f"{decoder.max_positions} positions of {ref}; shorten one of them"
+                f"{model.config.max_positions} positions of {model.ref}; shorten one of them"
             )
-    for name, ref in models.items():
-        if (
-            name != "model"
-            and hub.open_model(ref).tokenizer_fingerprint != hub.open_model(config.model).tokenizer_fingerprint
-        ):
+    for name, model in models.items():
+        if name != "model" and model.tokenizer_fingerprint != models["model"].tokenizer_fingerprint:
             raise InputError(
-                f"{yaml_io.flag(name)} {ref}: has another tokenizer than {config.model}, so the same tokens are "
+                f"{yaml_io.flag(name)} {model.ref}: has another tokenizer than {config.model}, so the same tokens are "
                 "another text; choose a model with the same tokenizer"
             )
 
@@ -227,9 +224,9 @@ def load_extraction_sets(config: ExtractConfig) -> tuple[ExtractionSet, Extracti
         return load_sequences(
             reference,
             window,
-            vocab_size=min(decoder.vocab_size for decoder in decoders.values()),
+            vocab_size=min(model.config.vocab_size for model in models.values()),
             limit=config.limit,
-            tokenizer=lambda: hub.open_model(config.model).tokenizer,
+            tokenizer=lambda: models["model"].tokenizer,
             duplicates=duplicates,
         )
 
@@ -249,9 +246,10 @@ def find_start_tokens(config: ExtractConfig) -> list[int]:
 
 def extraction_fingerprints(config: ExtractConfig) -> dict[str, str]:
     """Return the fingerprints of all inputs except the corpus."""
+    model = hub.open_model(config.model)
     fingerprints = {
-        "model": hub.open_model(config.model).fingerprint,
-        "tokenizer": hub.open_model(config.model).tokenizer_fingerprint,
+        "model": model.fingerprint,
+        "tokenizer": model.tokenizer_fingerprint,
         "sequences": sequences_fingerprint(config.sequences),
     }
     for name, ref in (("untrained_baseline", config.untrained_baseline), ("base", config.base)):

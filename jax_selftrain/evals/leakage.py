@@ -136,12 +136,13 @@ def _load_tokenizer(config: LeakageConfig, corpus: Corpus) -> Any:
             f"--texts {config.texts}: is not in the tokens of {config.corpus}; name a model that has the corpus's "
             "tokenizer with --tokenizer"
         )
-    if hub.open_model(config.tokenizer).tokenizer_fingerprint != corpus.manifest["tokenizer_fingerprint"]:
+    model = hub.open_model(config.tokenizer)
+    if model.tokenizer_fingerprint != corpus.manifest["tokenizer_fingerprint"]:
         raise InputError(
             f"--tokenizer {config.tokenizer}: is not the tokenizer of {config.corpus}; name the model that it was "
             "sampled from or imported for"
         )
-    return hub.open_model(config.tokenizer).tokenizer
+    return model.tokenizer
 
 
 def _iter_texts(path: Path, field: str) -> Iterator[str]:

@@ -39,8 +39,9 @@ def corpus_overlap(corpus: Corpus, model: str, suffixes: np.ndarray, min_overlap
     Matches shorter than all thresholds count as none.
     """
     min_length = min(*THRESHOLDS, min_overlap, suffixes.shape[1])
-    same_tokens = corpus.manifest["tokenizer_fingerprint"] == hub.open_model(model).tokenizer_fingerprint
-    text = corpus if same_tokens else LazilyTokenized(corpus.iter_texts, hub.open_model(model).tokenizer)
+    source = hub.open_model(model)
+    same_tokens = corpus.manifest["tokenizer_fingerprint"] == source.tokenizer_fingerprint
+    text = corpus if same_tokens else LazilyTokenized(corpus.iter_texts, source.tokenizer)
     overlaps = longest_overlaps(RaggedTokens.from_list(suffixes), text, min_length=min_length)
     return CorpusOverlap(overlaps, min_length, "tokens" if same_tokens else "text")
 

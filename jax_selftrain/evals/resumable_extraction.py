@@ -59,7 +59,7 @@ def extract_resumable(
     blocks = {first: sequences[first : first + size] for first in range(0, max(len(sequences), 1), size)}
     inputs: dict[str, Any] = {
         "identity": dict(parts.identity),
-        "model": hub.open_model(model.source.ref).fingerprint,
+        "model": model.source.fingerprint,
         "sequences": hashlib.sha256(np.ascontiguousarray(sequences, np.int64).tobytes()).hexdigest(),
         "shape": list(sequences.shape),
         "prefix": prefix,

@@ -117,8 +117,8 @@ def _score(config: ScoreConfig, mesh: Mesh) -> dict[str, Any]:
     check_tokenizer(model)
     loaded = time.monotonic()
     fingerprints: dict[str, Any] = {
-        "model": hub.open_model(config.model).fingerprint,
-        "tokenizer": hub.open_model(config.model).tokenizer_fingerprint,
+        "model": model.source.fingerprint,
+        "tokenizer": model.source.tokenizer_fingerprint,
     }
     parts = PartialResults(output_paths(config.out, "parts")[1], dict(fingerprints))
     loglikelihood_fn = partial(loglikelihoods_resumable, model, parts=parts, batch_tokens=config.batch_tokens)

@@ -47,7 +47,8 @@ def check_tokenizer(model: hub.LoadedModel) -> None:
 def start_token(model: TokenizedModelInfo) -> int:
     """Return the token that replaces an empty context.
 
-    It is the tokenizer's BOS, else its EOS, else the model's BOS.
+    It is the tokenizer's BOS, else its EOS: `HFLM.prefix_token_id` of lm-evaluation-harness ignores config.json. Only
+    without both is it the model's start id.
 
     Raises:
       InputError: there is no such token.

@@ -133,7 +133,7 @@ def _model(model: ModelConfig) -> dict[str, Any]:
         "layers": config.num_layers,
         "width": config.hidden_size,
         "vocabulary": config.vocab_size,
-        "fingerprint": hub.open_model(model.model).fingerprint,
+        "fingerprint": opened.fingerprint,
     }
 
 

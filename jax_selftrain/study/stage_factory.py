@@ -27,10 +27,10 @@ from jax_selftrain.config import (
 )
 from jax_selftrain.config.metadata import Role, fields_with_role, shared_overrides
 from jax_selftrain.corpus import open_corpus, parse_mixture
-from jax_selftrain.io.fingerprint_cache import FingerprintCache
 from jax_selftrain.sampling import sample
 from jax_selftrain.study.dag import Stage, numerical_environment
 from jax_selftrain.study.eval_hooks import train_with_evals, with_default_evals
+from jax_selftrain.study.fingerprint_cache import FingerprintCache
 from jax_selftrain.study.matched_fragility import CONTINUATIONS, make_control_continuations
 from jax_selftrain.study.proxies import corpus_proxies
 
@@ -78,8 +78,9 @@ class StageFactory:
     def base(self, name: str) -> StudyModel:
         """Return a model of the study as it is before training."""
         model = self._models[name]
-        tokenizer, ref = self.files.tokenizer(model.model), model.model
-        return StudyModel(ref, self.files.model(ref), name, tokenizer, ref, model.stop_ids, model.start_id)
+        source, ref = hub.open_model(model.model), model.model
+        tokenizer = source.tokenizer_fingerprint
+        return StudyModel(ref, source.fingerprint, name, tokenizer, ref, model.stop_ids, model.start_id)
 
     def sample(self, source: StudyModel, arm: ArmConfig, seed: int) -> Stage:
         """Sample a corpus from a model."""
@@ -265,7 +266,7 @@ class StageFactory:
         options = replace(options, corpus="" if corpus is None else str(self.root / corpus.name), base=verified)
         for name, ref in (("base", verified), ("untrained_baseline", options.untrained_baseline)):
             if ref:
-                inputs[name] = self.files.model(ref)
+                inputs[name] = hub.open_model(ref).fingerprint
         return self._extract(model, options, f"extract from {model.label}", inputs)
 
     def extract_in_format(self, model: StudyModel, form: PromptFormat) -> Stage:
@@ -351,7 +352,8 @@ class StageFactory:
         options = replace(self.config.score, **common_options(self.config, self.config.score))
         documents, vectors = self.config.proxy_sample_size, {}
         if embedder:
-            vectors = {"embedder": self.files.model(embedder), "embedder_tokenizer": self.files.tokenizer(embedder)}
+            reader = hub.open_model(embedder)
+            vectors = {"embedder": reader.fingerprint, "embedder_tokenizer": reader.tokenizer_fingerprint}
         return self._stage(
             "proxies",
             f"proxies under {reader.label}: {corpus.label}",
