@@ -352,8 +352,8 @@ class StageFactory:
         options = replace(self.config.score, **common_options(self.config, self.config.score))
         documents, vectors = self.config.proxy_sample_size, {}
         if embedder:
-            reader = hub.open_model(embedder)
-            vectors = {"embedder": reader.fingerprint, "embedder_tokenizer": reader.tokenizer_fingerprint}
+            opened = hub.open_model(embedder)
+            vectors = {"embedder": opened.fingerprint, "embedder_tokenizer": opened.tokenizer_fingerprint}
         return self._stage(
             "proxies",
             f"proxies under {reader.label}: {corpus.label}",
