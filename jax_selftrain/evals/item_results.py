@@ -66,7 +66,7 @@ Split = Literal["all", "dev", "test"]
 
 @dataclass(frozen=True)
 class ItemResults:
-    """Results of a model on the n items of a task or text file."""
+    """Results of a model on one task or text file, arrays [n]."""
 
     name: str
     kind: Kind

@@ -52,7 +52,7 @@ def classify(lengths: np.ndarray, suffix: int, min_overlap: int) -> np.ndarray:
 
 
 def duplicate_buckets(duplicates: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the members (bool [N]) of the buckets 0, 1, 2, 3–4, 5–8 …."""
+    """Return the members, bool [N], of buckets 0, 1, 2, 3–4 …."""
     buckets: dict[str, np.ndarray] = {}
     low, high = 0, 0
     while low <= int(duplicates.max(initial=-1)):

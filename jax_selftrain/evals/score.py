@@ -56,7 +56,7 @@ lm-evaluation-harness."""
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results of `evaluate`."""
+    """Results of `score_requests`."""
 
     tasks: dict[str, dict[str, Any]]
     texts: dict[str, dict[str, Any]]
@@ -161,32 +161,6 @@ def scoring_mesh(spec: str) -> Mesh:
     return make_mesh(spec, local if shape["data"] * shape["model"] <= len(local) else None)
 
 
-def evaluate(
-    model: hub.LoadedModel,
-    tasks: Sequence[Task] = (),
-    texts: Sequence[TextFile] = (),
-    *,
-    text_max_tokens: int | None = None,
-    batch_tokens: int | None = None,
-    parts: PartialResults | None = None,
-) -> Evaluation:
-    """Score a model in memory on tasks and texts.
-
-    Args:
-      model: with a tokenizer.
-      tasks: from `load_tasks`.
-      texts: from `load_texts`.
-      text_max_tokens: maximum number of tokens of each text.
-      batch_tokens: token positions in one device batch; None: see `loglikelihoods`.
-      parts: keeps partial results, so that an interruption costs little.
-
-    Raises:
-      InputError: a request does not fit the model, or its log-likelihood is not a finite number.
-    """
-    request_set = build_requests(model, tasks, texts, text_max_tokens=text_max_tokens)
-    return score_requests(model, request_set, batch_tokens=batch_tokens, parts=parts)
-
-
 def build_requests(
     model: TokenizedModelInfo,
     tasks: Sequence[Task] = (),
@@ -195,6 +169,12 @@ def build_requests(
     text_max_tokens: int | None = None,
 ) -> RequestSet:
     """Tokenize tasks and texts for `score_requests`.
+
+    Args:
+      model: a model, or its reference.
+      tasks: from `load_tasks`.
+      texts: from `load_texts`.
+      text_max_tokens: maximum number of tokens of each text.
 
     Raises:
       InputError: a request does not fit the model.
@@ -222,7 +202,13 @@ def score_requests(
     batch_tokens: int | None = None,
     parts: PartialResults | None = None,
 ) -> Evaluation:
-    """Score a request set with a model in memory; see `evaluate`.
+    """Score a request set with a model in memory.
+
+    Args:
+      model: with the tokenizer of the requests.
+      request_set: from `build_requests`.
+      batch_tokens: token positions in one device batch; None: see `loglikelihoods`.
+      parts: keeps partial results, so that an interruption costs little.
 
     Raises:
       InputError: a log-likelihood is not a finite number.

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.lib.stride_tricks import sliding_window_view
 
 from jax_selftrain.errors import InputError
 from jax_selftrain.io.jsonl import read_jsonl
@@ -91,7 +92,7 @@ def load_sequences(
     if not window.offset and not long_enough.all():
         first = int(np.flatnonzero(~long_enough)[0])
         raise InputError(
-            f"{source.name(first)}: {source.lengths[first]} tokens, fewer than prefix + suffix = {window.length}; "
+            f"{source.label(first)}: {source.lengths[first]} tokens, fewer than prefix + suffix = {window.length}; "
             "shorten these, or remove the sequence"
         )
     if not len(source.lengths):
@@ -119,16 +120,12 @@ def load_sequences(
 
 def _apply_window(source: _Source, members: np.ndarray, window: PromptWindow) -> np.ndarray:
     """Cut the window of some sequences, integer [n, length]."""
-    if not window.random_offset:
-        return source.rows(members, slice(source.begin, source.begin + window.length))
-    spare = source.lengths[members] - source.begin - window.length
-    hashes = [int.from_bytes(hashlib.sha256(f"offset {i}".encode()).digest()[:8]) for i in source.index[members]]
-    starts = source.begin + np.array([n % (most + 1) for n, most in zip(hashes, spare.tolist(), strict=True)])
-    rows = np.zeros((len(members), window.length), np.int64)
-    for start in np.unique(starts).tolist():
-        at_start = starts == start
-        rows[at_start] = source.rows(members[at_start], slice(start, start + window.length))
-    return rows
+    starts = source.starts[members] + source.begin
+    if window.random_offset:
+        spare = (source.lengths[members] - source.begin - window.length).tolist()
+        hashes = [int.from_bytes(hashlib.sha256(f"offset {i}".encode()).digest()[:8]) for i in source.index[members]]
+        starts += np.array([n % (most + 1) for n, most in zip(hashes, spare, strict=True)])
+    return np.asarray(sliding_window_view(source.tokens, window.length)[starts])
 
 
 def sequences_fingerprint(reference: str | Path) -> str:
@@ -161,16 +158,21 @@ class _Source:
     """Sequences of any length."""
 
     where: str
+    tokens: np.ndarray
+    """Integers, one sequence after the other."""
+    starts: np.ndarray
+    """int64 [N]: start of each sequence in `tokens`."""
     lengths: np.ndarray
     """int64 [N]."""
-    rows: Callable[[np.ndarray, slice], np.ndarray]
-    """(indices [n], columns) → integer tokens [n, columns]."""
     begin: int
-    """Start of the window."""
+    """Start of the window in a sequence."""
     index: np.ndarray
     duplicates: np.ndarray | None
-    name: Callable[[int], str]
-    """Label of a sequence in error messages."""
+    labels: list[str] | None = None
+    """Labels of the sequences in error messages."""
+
+    def label(self, i: int) -> str:
+        return self.labels[i] if self.labels else f"{self.where}: sequence {i}"
 
 
 def _read(reference: str, window: PromptWindow, limit: int | None, tokenizer: Callable[[], Any]) -> _Source:
@@ -178,13 +180,15 @@ def _read(reference: str, window: PromptWindow, limit: int | None, tokenizer: Ca
     if len(files) == 2 and all(file.suffix == ".npy" for file in files):
         return _from_pair(reference, files, window, limit)
     if files[0].suffix == ".npy":
-        array = _read_npy(files[0])[:limit]
-        return _from_array(str(path), array, window.offset)
+        return _from_array(reference, _read_npy(files[0])[:limit], window.offset)
     if files[0].suffix == ".parquet":
-        return _from_table(reference, pa.concat_tables([_read_parquet(file) for file in files]), window.offset, limit)
-    if path.is_dir():
-        return _from_table(reference, _read_dataset(path), window.offset, limit)
-    return _from_jsonl(path, window.offset, limit, tokenizer)
+        table = pa.concat_tables([_read_parquet(file) for file in files])
+    elif path.is_dir():
+        table = _read_dataset(path)
+    else:
+        table, labels = _read_jsonl_table(path, limit, tokenizer)
+        return _from_table(str(path), table, window.offset, labels)
+    return _from_table(reference, table.slice(0, limit), window.offset)
 
 
 def _files(reference: str) -> list[Path]:
@@ -228,15 +232,9 @@ def _existing(path: Path) -> Path:
 
 
 def _from_array(where: str, array: np.ndarray, begin: int) -> _Source:
-    return _Source(
-        where,
-        np.full(len(array), array.shape[1], np.int64),
-        lambda members, columns: np.asarray(array[members, columns]),
-        begin,
-        np.arange(len(array), dtype=np.int64),
-        None,
-        lambda row: f"{where}: sequence {row}",
-    )
+    rows = np.arange(len(array), dtype=np.int64)
+    lengths = np.full_like(rows, array.shape[1])
+    return _Source(where, array.reshape(-1), rows * array.shape[1], lengths, begin, rows, None)
 
 
 def _from_pair(reference: str, files: list[Path], window: PromptWindow, limit: int | None) -> _Source:
@@ -250,10 +248,10 @@ def _from_pair(reference: str, files: list[Path], window: PromptWindow, limit: i
     return _from_array(reference, np.hstack([first, second]), first.shape[1] - window.prefix + window.offset)
 
 
-def _from_table(where: str, table: pa.Table, begin: int, limit: int | None) -> _Source:
+def _from_table(where: str, table: pa.Table, begin: int, labels: list[str] | None = None) -> _Source:
     if "tokens" not in table.column_names:
         raise InputError(f"{where}: has no column `tokens` (its columns: {', '.join(table.column_names) or 'none'})")
-    table = table.slice(0, limit).combine_chunks()
+    table = table.combine_chunks()
     tokens = table.column("tokens")
     kind = tokens.type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)) or not (
@@ -264,10 +262,6 @@ def _from_table(where: str, table: pa.Table, begin: int, limit: int | None) -> _
     if tokens.null_count or flat.null_count:
         raise InputError(f"{where}: its column `tokens` has nulls; drop those sequences")
     lengths = pc.list_value_length(tokens).to_numpy().astype(np.int64)
-    numbers, starts = flat.to_numpy(), np.cumsum(lengths) - lengths
-
-    def rows(members: np.ndarray, columns: slice) -> np.ndarray:
-        return numbers[starts[members][:, None] + np.arange(columns.start, columns.stop)]
 
     def optional(name: str) -> np.ndarray | None:
         if name not in table.column_names:
@@ -279,37 +273,31 @@ def _from_table(where: str, table: pa.Table, begin: int, limit: int | None) -> _
 
     index = optional("index")
     index = np.arange(len(lengths), dtype=np.int64) if index is None else index
-    return _Source(where, lengths, rows, begin, index, optional("duplicates"), lambda row: f"{where}: sequence {row}")
+    starts = np.cumsum(lengths) - lengths
+    return _Source(where, flat.to_numpy(), starts, lengths, begin, index, optional("duplicates"), labels)
 
 
-def _from_jsonl(path: Path, begin: int, limit: int | None, tokenizer: Callable[[], Any]) -> _Source:
-    labels, rows = [], []
-    index: list[int] = []
-    duplicates: list[int] = []
+def _read_jsonl_table(path: Path, limit: int | None, tokenizer: Callable[[], Any]) -> tuple[pa.Table, list[str]]:
+    """Return a table of the validated lines, and their labels."""
+    labels: list[str] = []
+    rows: list[list[int]] = []
+    optional: dict[str, list[int]] = {"index": [], "duplicates": []}
     tokenizer = functools.cache(tokenizer)
     for where, row in read_jsonl(path, limit):
         labels.append(where)
         rows.append(_get_tokens(where, row, tokenizer))
-        for name, values in (("index", index), ("duplicates", duplicates)):
+        for name, values in optional.items():
             if name in row:
                 if type(row[name]) is not int or abs(row[name]) >= 2**63:
                     raise InputError(f"{where}: `{name}` must be a whole number")
                 values.append(row[name])
-    for name, values in (("index", index), ("duplicates", duplicates)):
+    for name, values in optional.items():
         if values and len(values) != len(rows):
             raise InputError(
                 f"{path}: only {len(values)} of its {len(rows)} lines have `{name}`; give it to all or none"
             )
-    lengths = np.array([len(row) for row in rows], np.int64)
-    return _Source(
-        str(path),
-        lengths,
-        lambda members, columns: np.array([rows[member][columns] for member in members.tolist()], np.int64),
-        begin,
-        np.array(index or range(len(rows)), np.int64),
-        np.array(duplicates, np.int64) if duplicates else None,
-        lambda row: labels[row],
-    )
+    columns = {name: pa.array(values, pa.int64()) for name, values in optional.items() if values}
+    return pa.table({"tokens": pa.array(rows, pa.list_(pa.int64())), **columns}), labels
 
 
 def _get_tokens(where: str, row: dict[str, Any], tokenizer: Callable[[], Any]) -> list[int]:

@@ -20,13 +20,17 @@ from models_factory import tiny_texts
 from jax_selftrain import hub
 from jax_selftrain.config import ScoreConfig, yaml_io
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals import evaluate, load_tasks, load_texts, score
+from jax_selftrain.evals import build_requests, load_tasks, load_texts, score, score_requests
 from jax_selftrain.evals.score import REQUESTS
 
 
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def evaluate(model, tasks=(), texts=(), **options):
+    return score_requests(model, build_requests(model, tasks, texts, **options))
 
 
 @pytest.fixture
@@ -114,7 +118,7 @@ def test_nan_names_the_request_and_writes_nothing(tmp_path, tiny_model, files):
         model, params={**model.params, "final_norm": {"scale": model.params["final_norm"]["scale"] * np.nan}}
     )
     with pytest.raises(InputError, match="log-likelihood of choices, document 0, choice 0 is nan"):
-        evaluate(broken, load_tasks([files["choices"]]), batch_tokens=2048)
+        evaluate(broken, load_tasks([files["choices"]]))
 
 
 @pytest.mark.parametrize(
