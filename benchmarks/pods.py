@@ -1,6 +1,6 @@
-"""Every size of Pythia on TPU slices: what each stage needs, and the smallest slice that it fits.
+"""Memory and time of every Pythia model on TPU slices.
 
-    python benchmarks/pods.py OUT.json                    # compiles what is not in OUT.json yet; needs libtpu, no TPU
+    python benchmarks/pods.py OUT.json                    # compiles rows missing in OUT.json; needs libtpu, not a TPU
     python benchmarks/pods.py OUT.json --sizes pythia-1b --topologies v5e:4x4 --stages train
 
 Settings are those of `configs/pythia-*.yaml`: bfloat16 operands, 1,024 tokens, 32 rows per replica in sampling, 64 rows
@@ -29,11 +29,11 @@ TOPOLOGIES = ("v5e:2x2", "v5e:4x4", "v5e:8x8", "v4:2x2x4", "v6e:4x4")
 STAGES = ("sample", "train", "score")
 ROWS, TOKENS, ROWS_A_STEP = 32, 1024, 64
 SCORED = 10_000_000
-"""Tokens that scoring's chip-hours are told for."""
+"""Tokens to score, for the chip-hours."""
 
 
 def settings(size: str, topology: str, stage: str) -> Iterator[PlanConfig]:
-    """From the one that is fastest if it fits to the one that needs least memory."""
+    """Yield settings from the fastest to the smallest in memory."""
     machine = parse_topology(topology)
     common = PlanConfig(model=size, topology=(topology,), stage=(stage,), score_tokens=SCORED)
     chips = machine.chips if stage == "train" else machine.chips_per_host
@@ -66,19 +66,22 @@ def first_that_fits(size: str, topology: str, stage: str) -> dict[str, Any]:
             continue
         (row,) = plan_memory(config)["rows"]
         if stage == "train":
-            row["bytes_received_by_formula"] = received(estimate)
+            row["bytes_received_by_formula"] = sum_received(estimate)
         if row["fits"]:
             break
     return row
 
 
-def received(row: dict[str, Any]) -> float:
-    """Bytes that reach each chip in one execution."""
+def sum_received(row: dict[str, Any]) -> float:
+    """Return the bytes that each chip receives in one execution."""
     return sum(one["bytes_received"] for one in row["collectives"])
 
 
-def of_the_same_host(rows: dict[str, dict[str, Any]], size: str, topology: str, stage: str) -> dict[str, Any] | None:
-    """What was compiled for another slice of such hosts: sampling and scoring run the same program on each host."""
+def find_equal_hosts(rows: dict[str, dict[str, Any]], size: str, topology: str, stage: str) -> dict[str, Any] | None:
+    """Return the row of another slice with equal hosts.
+
+    Sampling and scoring run the same program on each host.
+    """
     machine = parse_topology(topology)
     for other in TOPOLOGIES if stage != "train" else ():
         known, row = parse_topology(other), rows.get(f"{size} {other} {stage}")
@@ -132,7 +135,7 @@ def _received_cell(row: dict[str, Any] | None) -> str:
     if row is None or not row["fits"]:
         return "" if row is None else "—"
     formula = row["bytes_received_by_formula"]
-    return f"{formula / 1e9:,.2f}; {received(row) / formula:.3f}"
+    return f"{formula / 1e9:,.2f}; {sum_received(row) / formula:.3f}"
 
 
 def main() -> None:
@@ -149,7 +152,7 @@ def main() -> None:
                 if (key := f"{size} {topology} {stage}") in rows:
                     continue
                 began = time.perf_counter()
-                rows[key] = of_the_same_host(rows, size, topology, stage) or first_that_fits(size, topology, stage)
+                rows[key] = find_equal_hosts(rows, size, topology, stage) or first_that_fits(size, topology, stage)
                 options.out.write_text(json.dumps(rows, indent=1, sort_keys=True))
                 print(f"{key}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     print("\n".join(tables(rows)))

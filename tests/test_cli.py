@@ -1,4 +1,4 @@
-"""The command line says what is wrong in one sentence, with the exit code that scripts rely on."""
+"""The command line: options, help, error sentences and exit codes."""
 
 import os
 import re
@@ -22,7 +22,7 @@ ROOT = Path(jax_selftrain.__file__).parents[1]
 
 
 def command(*words: object, code: str = "") -> subprocess.CompletedProcess[str]:
-    """`jax-selftrain WORDS` in a process of its own; `code` is run before."""
+    """Run `jax-selftrain WORDS` in a new process; `code` is run before."""
     start = ["-m", "jax_selftrain"]
     if code:
         start = ["-c", textwrap.dedent(code) + "\nimport sys; from jax_selftrain.cli import main; sys.exit(main())"]
@@ -33,7 +33,7 @@ def command(*words: object, code: str = "") -> subprocess.CompletedProcess[str]:
 
 
 def flag_fields(name: str) -> list[yaml_io.Field]:
-    """Return the options in the help of a command: without lists of sections and without what a study sets."""
+    """Return the options in the help of a command."""
     cls = cli.COMMANDS[name].config_class
     hints = get_type_hints(cls)
 
@@ -50,7 +50,7 @@ def parse(name: str, line: str) -> Any:
 
 @pytest.fixture
 def refuse(capsys):
-    """Run a command that must fail; returns its one line on stderr."""
+    """Return a function that runs an invalid command and returns its error."""
 
     def refuse(*words: object, code: int = 2) -> str:
         assert cli.main([str(word) for word in words]) == code
@@ -82,21 +82,21 @@ def test_help_imports_nothing_heavy():
     assert run.stdout.splitlines()[-1] == "heavy: []"
 
 
-def test_a_command_leaves_torch_out_and_a_users_own_program_does_not(tiny_model, tmp_path):
+def test_a_command_does_not_import_torch_and_a_program_of_the_user_can(tiny_model, tmp_path):
     (tmp_path / "texts.jsonl").write_text('{"text": "A fox."}\n')
     code = "import atexit, sys; atexit.register(lambda: print(sorted({'torch', 'transformers'} & set(sys.modules))))"
     words = ("import", tmp_path / "texts.jsonl", "--model", tiny_model(), "--out", tmp_path / "corpus")
     run = command(*words, code=code)
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1] == "['transformers']"
-    assert run.stderr == "", "nor does it speak of torch"
+    assert run.stderr == "", "no warning about torch"
     assert hub.open_model(tiny_model()).tokenizer
     from transformers.utils import is_torch_available
 
     assert is_torch_available() == (find_spec("torch") is not None)
 
 
-def test_the_overview_lists_every_command_with_its_purpose():
+def test_the_overview_lists_every_command_with_its_summary():
     run = command("--help")
     assert run.returncode == 0
     for name, entry in cli.COMMANDS.items():
@@ -115,7 +115,7 @@ def test_help_of_a_command_lists_its_flags_with_their_docstrings(name, capsys):
     assert stop.value.code == 0
     output, error = capsys.readouterr()
     assert error == ""
-    for flag in ["--config", *(leaf.flag for leaf in flag_fields(name))]:
+    for flag in ["--config", *(field.flag for field in flag_fields(name))]:
         assert re.search(rf"{flag}[ ,]", output)
     assert output.startswith(f"usage: jax-selftrain {name} ")
     assert (cli.COMMANDS[name].config_class.__doc__ or "")[:40] in output
@@ -129,10 +129,10 @@ def test_every_field_has_a_docstring(capsys):
             cli.parse(name, ["--help"])
         text = " ".join(capsys.readouterr().out.replace("│", " ").split())
         text = re.sub(r"(--[\w.-]+), --[\w.-]+", r"\1 BOOL", text)
-        for leaf in flag_fields(name):
-            after = text.split(f"{leaf.flag} ", 1)[1]
+        for field in flag_fields(name):
+            after = text.split(f"{field.flag} ", 1)[1]
             after = after.split("] ", 1)[1] if after.startswith("[") else after.split(" ", 1)[1]
-            assert not after.startswith(("(", "--", "╰")), (name, leaf.flag, after[:40])
+            assert not after.startswith(("(", "--", "╰")), (name, field.flag, after[:40])
 
 
 def test_flags_reach_the_fields():
@@ -174,7 +174,7 @@ def test_flags_of_a_section_reach_its_fields():
     "words",
     ["a b --format hf", "--format hf a b", "a --format hf b", "--dtype keep a --format hf b", "a --out b --format hf"],
 )
-def test_positionals_may_stand_anywhere(words):
+def test_positionals_can_be_anywhere(words):
     assert parse("convert", words) == config.ConvertConfig(source="a", out="b", format="hf")
 
 
@@ -238,11 +238,11 @@ def test_help_shows_the_defaults_of_the_file(tmp_path, capsys):
         ("sample --config nowhere.yaml", "nowhere.yaml: no such file"),
     ],
 )
-def test_a_mistake_is_one_sentence(refuse, words, message):
+def test_an_invalid_option_is_one_error_sentence(refuse, words, message):
     assert message in refuse(*words.split())
 
 
-def test_a_mistake_in_the_file_is_one_sentence(refuse, tmp_path):
+def test_an_invalid_file_is_one_error_sentence(refuse, tmp_path):
     (tmp_path / "c.yaml").write_text("model: m\ntrain:\n  learning_rte: 1e-4\n")
     assert refuse("run", "--config", tmp_path / "c.yaml") == (
         f"jax-selftrain run: error: {tmp_path / 'c.yaml'}: unknown key `train.learning_rte`; "
@@ -253,7 +253,7 @@ def test_a_mistake_in_the_file_is_one_sentence(refuse, tmp_path):
 STAGE = """
     import sys, types
     from jax_selftrain import errors
-    stage = types.ModuleType("jax_selftrain.sampling")  # stands where the stage would: the command line is under test
+    stage = types.ModuleType("jax_selftrain.sampling")  # replaces the stage: the command line is under test
     def sample(options):
         raise {error}
     stage.sample = sample
@@ -269,41 +269,41 @@ STAGE = """
         (errors.Preempted("stopped at step 3; run the same command to go on"), 143),
     ],
 )
-def test_how_a_stage_ends_is_the_exit_code(error, code):
+def test_the_exception_of_a_stage_decides_the_exit_code(error, code):
     run = command("sample", "--model", "m", "--out", "o", code=STAGE.format(error=f"errors.{error!r}"))
     assert run.returncode == code
     assert run.stderr == f"jax-selftrain sample: error: {' '.join(str(error).split())}\n"
 
 
-def test_a_defect_keeps_its_traceback():
-    run = command("sample", "--model", "m", "--out", "o", code=STAGE.format(error="RuntimeError('a defect')"))
+def test_an_unexpected_exception_keeps_its_traceback():
+    run = command("sample", "--model", "m", "--out", "o", code=STAGE.format(error="RuntimeError('a bug')"))
     assert run.returncode == 1
     assert run.stderr.startswith("Traceback")
-    assert "RuntimeError: a defect" in run.stderr
+    assert "RuntimeError: a bug" in run.stderr
 
 
-def test_ctrl_c_is_no_traceback():
+def test_ctrl_c_has_no_traceback():
     interrupt = f"__import__('os').kill(__import__('os').getpid(), {int(signal.SIGINT)})"
     code = STAGE.format(error="SystemExit(1)").replace(
         "raise SystemExit(1)", f"{interrupt}; __import__('time').sleep(9)"
     )
-    # as a terminal starts it: a process started in the background inherits an ignored SIGINT
+    # a process in the background inherits an ignored SIGINT
     listening = "    import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     run = command("sample", "--model", "m", "--out", "o", code=f"{listening}\n{code}")
     assert run.returncode == 130
     assert run.stderr == "jax-selftrain sample: interrupted\n"
 
 
-def test_results_are_told_in_a_line_each():
+def test_each_result_is_one_line_of_the_summary():
     measured = {"acc": 0.5125, "acc_stderr": 0.0112, "acc_norm": 0.25, "n": 1234, "interval": [0.1, 0.2]}
-    told = cli.summary("score", config.ScoreConfig(out="s.json"), {"tasks": {"blimp": measured}, "texts": {}})
-    assert [line.split() for line in told.splitlines()] == [
+    text = cli.summary("score", config.ScoreConfig(out="s.json"), {"tasks": {"blimp": measured}, "texts": {}})
+    assert [line.split() for line in text.splitlines()] == [
         ["blimp", "acc", "0.5125", "±", "0.011", "acc_norm", "0.25", "n", "1,234"],
         ["written:", "s.json"],
     ]
     part = {"n": 3, "exact_match": None, "discoverable": {"1@0.5": 1.0}, "logprob": -1.0}
-    told = cli.summary("extract", config.ExtractConfig(out="e.json"), {**part, "held_out": part})
-    assert [line.split() for line in told.splitlines()] == [
+    text = cli.summary("extract", config.ExtractConfig(out="e.json"), {**part, "held_out": part})
+    assert [line.split() for line in text.splitlines()] == [
         ["all", "n", "3"],
         ["held_out", "n", "3"],
         ["written:", "e.json"],
@@ -319,7 +319,7 @@ def test_every_command_calls_something_that_exists():
         assert callable(getattr(import_module(module), function))
 
 
-def test_the_package_offers_its_stages_lazily():
+def test_the_public_functions_are_imported_lazily():
     run = subprocess.run(
         [sys.executable, "-c", "import sys, jax_selftrain\nassert 'jax' not in sys.modules\nprint(dir(jax_selftrain))"],
         capture_output=True,
@@ -347,7 +347,7 @@ def test_compiled_programs_are_kept_for_the_next_command(tiny_model, tmp_path, m
     assert any("decode_chunks" in path.name for path in folder.iterdir())
 
 
-def test_a_cache_folder_of_the_users_choice_is_respected_and_a_read_only_home_is_no_obstacle(tmp_path, monkeypatch):
+def test_the_users_cache_folder_is_kept_and_a_read_only_home_is_not_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "chosen")
     cli._enable_compilation_cache()

@@ -279,7 +279,7 @@ class DemoConfig:
 def common_options(
     config: RunConfig | StudyConfig, stage: SampleConfig | TrainConfig | ScoreConfig | ExtractConfig
 ) -> dict[str, Any]:
-    """Return the mesh, preset and dtype of a stage of a run or study."""
+    """Return the mesh, preset and dtype of a stage."""
     return {
         "mesh": stage.mesh or config.mesh,
         "preset": config.preset or stage.preset,

@@ -67,7 +67,7 @@ def save(path: atomic.PathLike, obj: Any) -> None:
 
 
 def require(config: Any, *names: str) -> None:
-    """Raise InputError for the first field that is unset, of the named ones or of all required ones."""
+    """Raise InputError for the first unset field: named, or required."""
     for field in iter_fields(type(config)):
         (name, *section) = field.path
         is_required = name in (names or fields_with_role(type(config), Role.REQUIRED))

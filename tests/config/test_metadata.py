@@ -1,4 +1,4 @@
-"""Roles of options: each list of options that another package derives from them."""
+"""Roles of options and the lists derived from them."""
 
 from dataclasses import replace
 

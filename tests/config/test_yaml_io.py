@@ -1,4 +1,4 @@
-"""A configuration is read strictly or not at all, and comes back from YAML as it went."""
+"""Configurations are read strictly and survive a round trip through YAML."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -39,7 +39,7 @@ def read(tmp_path):
     return read
 
 
-def test_a_file_fills_what_it_names_and_leaves_the_rest_at_its_default(read):
+def test_missing_keys_keep_their_defaults(read):
     recipe = read("name: a\ntasks: [b, c]\noptimizer:\n  schedule: cosine\n")
     assert recipe == Recipe(name="a", tasks=("b", "c"), optimizer=Optimizer(learning_rate=5e-4, schedule="cosine"))
     assert read("") == Recipe()
@@ -58,12 +58,12 @@ def test_every_spelling_of_a_number_is_a_float(read, spelling):
     assert value == 1e-4
 
 
-def test_an_integer_is_a_fine_float_but_stays_of_the_right_type(read):
+def test_an_integer_is_converted_to_a_float(read):
     value = read("learning_rate: 1", Optimizer).learning_rate
     assert type(value) is float
 
 
-def test_null_unsets_what_may_be_unset(read):
+def test_null_unsets_an_optional_value(read):
     assert read("steps: null\nstop_ids: ~\nlevel: null") == Recipe()
 
 
@@ -105,7 +105,7 @@ def test_null_unsets_what_may_be_unset(read):
         ("name: ${JAX_SELFTRAIN_TEST_UNSET}/x", "the environment variable JAX_SELFTRAIN_TEST_UNSET is not set"),
     ],
 )
-def test_a_mistake_is_one_sentence_that_says_where(read, tmp_path, text, message):
+def test_an_invalid_file_is_one_error_sentence_with_its_position(read, tmp_path, text, message):
     with pytest.raises(InputError) as caught:
         read(text)
     assert str(caught.value).startswith(str(tmp_path / "recipe.yaml"))
@@ -159,7 +159,7 @@ numbers = st.floats(allow_nan=False, allow_infinity=False)
         optimizer=st.builds(Optimizer, learning_rate=numbers),
     )
 )
-def test_what_is_saved_is_what_is_loaded(tmp_path_factory, recipe):
+def test_load_returns_what_save_wrote(tmp_path_factory, recipe):
     path = tmp_path_factory.getbasetemp() / "saved.yaml"
     yaml_io.save(path, recipe)
     assert yaml_io.load(Recipe, path) == recipe
@@ -174,8 +174,8 @@ def test_every_configuration_of_the_package_survives_yaml(tmp_path, cls):
     assert yaml_io.load(cls, tmp_path / "c.yaml") == cls()
 
 
-def test_leaves_are_the_flags():
-    flags = {leaf.flag: leaf for leaf in yaml_io.iter_fields(config.RunConfig)}
+def test_fields_are_the_flags():
+    flags = {field.flag: field for field in yaml_io.iter_fields(config.RunConfig)}
     assert {"--model", "--train.learning-rate", "--score.tasks", "--extract.sequences"} <= set(flags)
     assert "--train" not in flags
     assert flags["--score.tasks"].is_sequence

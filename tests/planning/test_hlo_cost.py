@@ -1,4 +1,4 @@
-"""The text of compiled programs, by one that is written by hand in the form that libtpu prints."""
+"""Costs of a handwritten HLO program in the format of libtpu."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import pytest
 from jax_selftrain.planning.hlo_cost import HloModule
 
 TEXT = Path(__file__).with_name("two_loops.hlo").read_text()
-"""A loop of six turns around a loop whose turns are a value; 4 chips. In fast memory: S(1)."""
+"""A loop with trip count 6 around a loop with a dynamic trip count, on 4 chips; S(1) is fast memory."""
 
 
-def test_loops_run_as_often_as_their_conditions_and_the_caller_say():
+def test_execution_counts_follow_conditions_and_given_trip_counts():
     text = HloModule(TEXT, loop_trip_counts=(2.5,))
     assert text.execution_counts == {"main": 1, "layer": 6, "block": 15}
     with pytest.raises(ValueError, match="the trip count of the loop inner is unknown"):
         _ = HloModule(TEXT).execution_counts
 
 
-def test_traffic_is_what_main_memory_sees():
+def test_traffic_counts_main_memory_only():
     slice_read = 512 * 512 * 2 + 4  # of one layer, into fast memory, and which layer
     scatter = 512 * 512 * 4 + 128 * 512 * 4
     copied = 8 * 128 * 4  # from main memory into fast memory
     assert HloModule(TEXT, (2.5,)).traffic == 6 * (slice_read + scatter) + 15 * copied
 
 
-def test_collectives_are_told_by_kind_with_what_each_chip_receives():
+def test_collectives_have_a_kind_and_received_bytes():
     gather, scatter = HloModule(TEXT, (2.5,)).collectives()
     assert (gather.kind, gather.participants, gather.count) == ("all-gather", 4, 6)
     assert gather.bytes == 6 * 4 * 512 * 512 * 2
@@ -34,12 +34,12 @@ def test_collectives_are_told_by_kind_with_what_each_chip_receives():
     assert (scatter.kind, scatter.count, scatter.bytes) == ("reduce-scatter", 6, 6 * 512 * 512 * 4)
 
 
-def test_a_collective_that_is_fused_piece_by_piece_counts_once():
-    """Pieces share a chain; collectives of a `shard_map` share a channel, and count each."""
+def test_a_collective_split_into_fused_pieces_counts_once():
+    """Pieces share a chain; collectives of a `shard_map` share only a channel."""
     line = next(line for line in TEXT.splitlines() if "all-gather(" in line)
     names = ("one", "two", "three")
 
-    def beside(*attributes: str) -> str:
+    def insert_pieces(*attributes: str) -> str:
         added = [
             f"{line.replace('%whole', f'%{name}')}, frontend_attributes={{{attribute}}}"
             for name, attribute in zip(names, attributes, strict=True)
@@ -48,7 +48,7 @@ def test_a_collective_that_is_fused_piece_by_piece_counts_once():
 
     (plain, _), (pieces, _), (apart, _) = (
         HloModule(text, (2.5,)).collectives()
-        for text in (TEXT, beside(*['chain_id="7"'] * 3), beside('chain_id="7"', 'chain_id="8"', ""))
+        for text in (TEXT, insert_pieces(*['chain_id="7"'] * 3), insert_pieces('chain_id="7"', 'chain_id="8"', ""))
     )
     assert plain.count == 6
     assert pieces.count == 12

@@ -1,4 +1,4 @@
-"""`jax-selftrain plan`: tables from any machine, by formula and, where libtpu is installed, by compiling."""
+"""`jax-selftrain plan`, by formula and by compilation with libtpu."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ SAMPLE = SampleConfig(samples=256, max_tokens=64, batch_size=8, dtype="bfloat16"
 TRAIN = TrainConfig(batch_size=16, seq_len=128, steps=10, dtype="bfloat16", remat="full")
 
 
-def rows_of(**options: Any) -> list[dict[str, Any]]:
+def plan_rows(**options: Any) -> list[dict[str, Any]]:
     return plan_memory(PlanConfig(**{"sample": SAMPLE, "train": TRAIN} | options))["rows"]
 
 
-def test_the_machines_have_the_chips_and_hosts_that_their_names_say():
+def test_names_of_topologies_decide_chips_and_hosts():
     machines = [parse_topology(name) for name in ("v5e:2x2", "v5e:2x4", "v5e:4x4", "v4:2x2x4", "h100:8", "h100:4x8")]
     assert [m.one_host().name for m in machines[2:]] == ["v5e:2x2", "v4:2x2x1", "h100:8", "h100:8"]
     assert [(m.chips, m.hosts) for m in machines] == [(4, 1), (8, 1), (16, 4), (16, 4), (8, 1), (32, 4)]
@@ -56,24 +56,24 @@ def test_the_machines_have_the_chips_and_hosts_that_their_names_say():
         ({"score_tokens": None, "topology": ()}, "--topology"),
     ],
 )
-def test_a_mistake_is_told_in_one_sentence(options: dict[str, Any], says: str):
+def test_an_invalid_plan_is_one_error_sentence(options: dict[str, Any], says: str):
     given: dict[str, Any] = {"model": "pythia-70m", "topology": ("v5e:4x4",), "compile": False} | options
     with pytest.raises(InputError, match=says):
-        rows_of(**given)
+        plan_rows(**given)
 
 
-def test_a_stage_that_does_not_exist_is_told_with_those_that_do():
+def test_an_unknown_stage_is_an_error_with_the_known_stages():
     with pytest.raises(InputError, match="--stage: expected one of sample, train, score, found 'smaple'"):
         cli.parse("plan", ["--model", "pythia-70m", "--topology", "v5e:4x4", "--stage", "smaple"])
 
 
-def test_a_search_in_which_no_mesh_is_legal_says_why():
+def test_a_search_without_a_valid_mesh_raises_the_last_error():
     train = replace(TRAIN, batch_size=3)
     with pytest.raises(InputError, match="--batch-size 3 does not divide"):
-        rows_of(model="pythia-70m", topology=("v5e:4x4",), stage=("train",), train=train, search=True, compile=False)
+        plan_rows(model="pythia-70m", topology=("v5e:4x4",), stage=("train",), train=train, search=True, compile=False)
 
 
-def test_gpus_are_planned_by_arithmetic_and_say_so():
+def test_gpus_are_planned_by_formula_and_marked():
     result = plan_memory(
         PlanConfig(model="pythia-410m", topology=("h100:8",), sample=SAMPLE, train=TRAIN, score_tokens=10**6)
     )
@@ -82,19 +82,19 @@ def test_gpus_are_planned_by_arithmetic_and_say_so():
         assert row["fits"]
         assert not row["compiled"]
         assert row["chip_hours"] > 0
-    # weights, gradients' moments: parameters, m and v in float32, divided by eight; the batch is small beside them
+    # parameters and two moments in float32 on eight chips; the batch is small
     state = 3 * 4 * 405_334_016 / 8
     assert result["rows"][1]["memory"]["arguments"] == pytest.approx(state, rel=0.01)
     assert "estimated by formula" in table(result)
 
 
 def test_a_model_that_is_too_large_does_not_fit():
-    (row,) = rows_of(model="pythia-12b", topology=("v5e:2x2",), stage=("train",), compile=False)
+    (row,) = plan_rows(model="pythia-12b", topology=("v5e:2x2",), stage=("train",), compile=False)
     assert not row["fits"]
 
 
-def test_a_search_ranks_what_fits_and_keeps_the_recipe():
-    rows = rows_of(model="pythia-2.8b", topology=("v5e:4x4",), stage=("train",), compile=False, search=True)
+def test_a_search_ranks_settings_that_fit_and_keeps_the_batch_size():
+    rows = plan_rows(model="pythia-2.8b", topology=("v5e:4x4",), stage=("train",), compile=False, search=True)
     assert {row["options"]["batch_size"] for row in rows} == {16}
     assert len({tuple(row["mesh"].values()) for row in rows}) > 1
     fitting = [row["tokens_per_second"] for row in rows if row["fits"]]
@@ -114,15 +114,15 @@ def test_the_command_prints_a_table_and_writes_the_plan(tmp_path: Path):
 
 
 @needs_libtpu
-def test_sampling_by_data_exchanges_nothing_and_copies_no_cache():
+def test_data_parallel_sampling_has_no_collectives_and_copies_no_cache():
     sample = SampleConfig(samples=4096, samples_per_shard=4096, max_tokens=1024, batch_size=64, dtype="bfloat16")
     options = PlanConfig(model="pythia-70m", topology=("v5e:2x2",), stage=("sample",), sample=sample)
     (row,) = plan_memory(options)["rows"]
     check_memory(row)
-    assert sum(one["bytes"] for one in row["collectives"]) <= 16  # a number, once a page: whether all are done
-    with planned_work(options) as (work, model):
+    assert sum(one["bytes"] for one in row["collectives"]) <= 16  # one number every 32 steps: all finished?
+    with plan_program(options) as (work, model):
         least = cost_model.hbm_traffic(work, model)
-    assert row["traffic"] < 1.1 * least  # weights and what is filled of the cache, read once a step
+    assert row["traffic"] < 1.1 * least  # parameters and filled cache, read once in a step
 
 
 def write_model(folder: Path, width: int) -> Path:
@@ -133,7 +133,7 @@ def write_model(folder: Path, width: int) -> Path:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> PlanConfig:
-    """A model whose programs are compiled in a minute."""
+    """Plan of a small model, compiled in a minute."""
     folder = write_model(tmp_path_factory.mktemp("small"), width=256)
     score = ScoreConfig(batch_tokens=4096, dtype="bfloat16")
     return PlanConfig(model=str(folder), topology=("v5e:2x2",), train=TRAIN, score=score, sample=SAMPLE)
@@ -142,13 +142,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> PlanConfig:
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize(("topology", "width"), [("v5e:2x2", 256), ("v5e:4x4", 512)])
-def test_training_compiles_and_exchanges_what_the_formula_says(
-    small: PlanConfig, tmp_path: Path, topology: str, width: int
-):
+def test_collectives_of_training_agree_with_the_formula(small: PlanConfig, tmp_path: Path, topology: str, width: int):
     options = replace(small, model=str(write_model(tmp_path, width)), stage=("train",), topology=(topology,))
     (row,) = plan_memory(options)["rows"]
     check_memory(row)
-    with planned_work(options) as (work, model):
+    with plan_program(options) as (work, model):
         expected = sum(one.bytes_received for one in cost_model.collectives(work, model))
     assert sum(one["bytes_received"] for one in row["collectives"]) == pytest.approx(expected, rel=0.05)
 
@@ -164,15 +162,15 @@ def test_training_compiles_and_exchanges_what_the_formula_says(
         ("v5e:4x4", "data=4,model=4", []),
     ],
 )
-def test_replicas_stand_row_by_row_in_the_torus(topology: str, mesh: str, lines: list[int]):
+def test_replicas_are_row_by_row_in_the_torus(topology: str, mesh: str, lines: list[int]):
     made = make_mesh(mesh, topology_devices(parse_topology(topology)))
-    places = [device.coords for device in made.devices[:, 0]]
-    assert places == sorted(places)
+    coordinates = [device.coords for device in made.devices[:, 0]]
+    assert coordinates == sorted(coordinates)
     found = torus_axis_groups(made)
     assert [len(groups[0]) for groups in found] == lines
     for groups in found:
         for group in groups:  # along a line one coordinate changes
-            assert sum(len(set(values)) > 1 for values in zip(*[places[k] for k in group], strict=True)) == 1
+            assert sum(len(set(values)) > 1 for values in zip(*[coordinates[k] for k in group], strict=True)) == 1
 
 
 @needs_libtpu
@@ -180,13 +178,13 @@ def test_replicas_stand_row_by_row_in_the_torus(topology: str, mesh: str, lines:
 def test_scoring_compiles(small: PlanConfig):
     (row,) = plan_memory(replace(small, stage=("score",)))["rows"]
     check_memory(row)
-    assert row["traffic"] > row["memory"]["arguments"] - row["memory"]["aliased"] - 2**20  # all weights are read
+    assert row["traffic"] > row["memory"]["arguments"] - row["memory"]["aliased"] - 2**20  # all parameters are read
 
 
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "v5e:2x4", "v5e:4x4"])
-def test_every_generation_is_compiled_for_with_the_chips_of_one_host(small: PlanConfig, topology: str):
+def test_every_generation_compiles_for_the_chips_of_one_host(small: PlanConfig, topology: str):
     (row,) = plan_memory(replace(small, topology=(topology,), stage=("sample",)))["rows"]
     check_memory(row)
     assert row["num_meshes"] * row["mesh"]["data"] == row["chips"]
@@ -194,30 +192,30 @@ def test_every_generation_is_compiled_for_with_the_chips_of_one_host(small: Plan
 
 @needs_libtpu
 @pytest.mark.slow
-def test_two_plans_may_be_made_at_once():
+def test_two_plans_can_run_at_once():
     words = ["plan", "--model", "pythia-14m", "--topology", "v5e:2x2", "--stage", "sample", "--dtype", "bfloat16"]
     both = [launch(*words, "--sample.samples", 64) for _ in range(2)]
-    said = [process.communicate(timeout=300)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
+    errors = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
 
 
 @needs_libtpu
-def test_a_slice_that_does_not_exist_is_told():
+def test_an_unknown_slice_is_an_error():
     with pytest.raises(InputError, match="libtpu does not know this slice"):
-        rows_of(model="pythia-14m", topology=("v5e:3x4",), stage=("sample",))
+        plan_rows(model="pythia-14m", topology=("v5e:3x4",), stage=("sample",))
 
 
 @needs_libtpu
 @pytest.mark.slow
-def test_a_program_that_the_compiler_finds_no_room_for_is_told():
+def test_a_program_out_of_memory_has_the_message_of_the_compiler():
     sample = replace(SAMPLE, max_tokens=2048, batch_size=1024)
-    (row,) = rows_of(model="pythia-1b", topology=("v5e:2x2",), stage=("sample",), sample=sample)
+    (row,) = plan_rows(model="pythia-1b", topology=("v5e:2x2",), stage=("sample",), sample=sample)
     assert not row["fits"]
     assert "the compiler" in row["too_large"]
 
 
 def check_memory(row: dict[str, Any]) -> None:
-    """What was predicted of a program is what the compiler says, within 2 %."""
+    """Assert that predicted and compiled memory agree within 2 %."""
     memory = row["memory"]
     assert row["compiled"]
     assert row["fits"]
@@ -226,8 +224,8 @@ def check_memory(row: dict[str, Any]) -> None:
 
 
 @contextmanager
-def planned_work(options: PlanConfig) -> Iterator[tuple[StageProgram, DecoderConfig]]:
-    """The only stage of a plan on its only machine, not compiled."""
+def plan_program(options: PlanConfig) -> Iterator[tuple[StageProgram, DecoderConfig]]:
+    """Yield the program of the only stage on the only topology."""
     (stage,), (topology,) = options.stage, options.topology
     with config_only_folder(options.model) as folder:
         config = stage_options(options, stage, folder)
