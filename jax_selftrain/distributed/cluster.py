@@ -1,4 +1,4 @@
-"""How several processes find each other: by flags, by JAX's own variables, or as a cluster says."""
+"""Discovery of the processes of a program: flags, environment, or a cluster."""
 
 from __future__ import annotations
 
@@ -12,36 +12,37 @@ from jax_selftrain.errors import InputError, UnavailableError
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """How several processes find each other; says nothing about what they do."""
+    """Coordinates of the processes of a program."""
 
     coordinator: str = ""
-    """HOST:PORT of process 0, where all processes meet; unset: JAX_COORDINATOR_ADDRESS, else as Cloud TPU, GKE, Slurm
-    or Open MPI say, else there is this process alone."""
+    """HOST:PORT of process 0. Unset: JAX_COORDINATOR_ADDRESS, else detected (Cloud TPU, GKE, Slurm, Open MPI), else a
+    single process."""
     num_processes: int | None = None
-    """How many processes run this command; unset: JAX_NUM_PROCESSES, else as the cluster says. 1: this one alone,
-    whatever the cluster says."""
+    """Number of processes of this command. Unset: JAX_NUM_PROCESSES, else detected. 1: a single process, without
+    detection."""
     process_id: int | None = None
-    """Which of them this is, from 0; unset: JAX_PROCESS_ID, else as the cluster says."""
+    """Index of this process, from 0. Unset: JAX_PROCESS_ID, else detected."""
     initialization_timeout: int = 300
-    """Seconds to wait at the start until all processes have come."""
+    """Seconds to wait for all processes at the start."""
     heartbeat_timeout: int = 30
-    """Seconds after which a process that gives no sign of life counts as lost."""
+    """Seconds without a heartbeat after which a process is lost."""
 
 
-def resolve_cluster(asked: DistributedConfig, environment: Mapping[str, str]) -> DistributedConfig | None:
-    """What was asked for, completed by the environment; None: this process is alone.
+def resolve_cluster(flags: DistributedConfig, environment: Mapping[str, str]) -> DistributedConfig | None:
+    """Complete the flags from the environment; None: a single process.
 
     Raises:
-      InputError: some of it is missing or impossible.
+      InputError: a value is missing or invalid.
+      UnavailableError: the cluster does not describe its processes.
     """
     for name in ("initialization_timeout", "heartbeat_timeout"):
-        if getattr(asked, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(asked, name)}: must be at least 1 second")
+        if getattr(flags, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be at least 1 second")
     config = replace(
-        asked,
-        coordinator=asked.coordinator or environment.get("JAX_COORDINATOR_ADDRESS", ""),
-        num_processes=_number(asked.num_processes, "JAX_NUM_PROCESSES", environment),
-        process_id=_number(asked.process_id, "JAX_PROCESS_ID", environment),
+        flags,
+        coordinator=flags.coordinator or environment.get("JAX_COORDINATOR_ADDRESS", ""),
+        num_processes=_read_int(flags.num_processes, "JAX_NUM_PROCESSES", environment),
+        process_id=_read_int(flags.process_id, "JAX_PROCESS_ID", environment),
     )
     if config.num_processes is not None and config.num_processes < 1:
         raise InputError(f"--num-processes {config.num_processes}: must be at least 1")
@@ -57,28 +58,28 @@ def resolve_cluster(asked: DistributedConfig, environment: Mapping[str, str]) ->
         if missing:
             config = _from_cluster_env(config)
             if len(missing) < 3 and (not config.coordinator or None in (config.num_processes, config.process_id)):
-                there = " and ".join(flag for flag in values if flag not in missing)
-                raise InputError(f"{there}: give {' and '.join(missing)}, too; this is no cluster that would tell")
+                given = " and ".join(flag for flag in values if flag not in missing)
+                raise InputError(f"{given}: give {' and '.join(missing)}, too; no cluster was detected")
     count, index = config.num_processes, config.process_id or 0
     if count is not None and not 0 <= index < count:
         raise InputError(f"--process-id {index}: {count} processes are numbered from 0 to {count - 1}")
     return None if count in (None, 1) else config
 
 
-def _number(given: int | None, variable: str, environment: Mapping[str, str]) -> int | None:
+def _read_int(flag: int | None, variable: str, environment: Mapping[str, str]) -> int | None:
     text = environment.get(variable, "")
-    if given is not None or not text:
-        return given
+    if flag is not None or not text:
+        return flag
     if not text.isdigit():
         raise InputError(f"{variable}={text}: expected a whole number; correct it, or unset it")
     return int(text)
 
 
 def host_and_port(coordinator: str) -> tuple[str, int]:
-    """Take HOST:PORT apart.
+    """Split HOST:PORT.
 
     Raises:
-      InputError: it is none.
+      InputError: it has another form.
     """
     host, colon, port = coordinator.rpartition(":")
     if not (host and colon and port.isdigit() and 0 < int(port) < 65536):
@@ -87,10 +88,10 @@ def host_and_port(coordinator: str) -> tuple[str, int]:
 
 
 def _from_cluster_env(config: DistributedConfig) -> DistributedConfig:
-    """What is not given, as JAX's own detection of clusters has it; unchanged where there is none.
+    """Complete the configuration with JAX's cluster detection.
 
-    JAX starts its service even for a cluster of one process and fails in a pod of Kubernetes that is no indexed job:
-    hence its detection is asked here, before anything is started.
+    `jax.distributed.initialize` would start its service even for one process, and fail in a Kubernetes pod that is not
+    part of an indexed job: so the detection runs here first.
     """
     cluster = detect_cluster()
     if cluster is None:
@@ -105,13 +106,13 @@ def _from_cluster_env(config: DistributedConfig) -> DistributedConfig:
             override_coordinator_port=os.environ.get("JAX_COORDINATOR_PORT"),
         )
     except (RuntimeError, ValueError, KeyError, OSError) as error:
-        said = " ".join(str(error).split())
-        raise UnavailableError(f"{cluster.__name__}: does not tell which processes there are ({said})") from error
+        reason = " ".join(str(error).split())
+        raise UnavailableError(f"{cluster.__name__}: does not describe its processes ({reason})") from error
     return replace(config, coordinator=address, num_processes=count, process_id=index)
 
 
 def detect_cluster() -> Any:
-    """JAX's class for the cluster that this process was started by, or None."""
+    """Return JAX's class for the cluster of this process, or None."""
     from jax._src.clusters import ClusterEnv
 
     for cluster in ClusterEnv._cluster_types:
@@ -125,10 +126,9 @@ def detect_cluster() -> Any:
 
 
 def local_device_ids() -> list[int] | None:
-    """The GPU of a process that a cluster started for one of them; None: all devices that the process sees.
+    """Return the GPU of a cluster's process; None: all visible devices.
 
-    JAX numbers those that `CUDA_VISIBLE_DEVICES` names: where the cluster has shown a process one GPU alone (Slurm's
-    `--gpus-per-task=1`), that is its number 0, whichever of the machine's it is.
+    JAX numbers the GPUs in `CUDA_VISIBLE_DEVICES`: a single visible GPU (Slurm's `--gpus-per-task=1`) has number 0.
     """
     from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 

@@ -1,20 +1,7 @@
-"""The device mesh and where every array lies on it.
+"""The device mesh, with the explicit axes `data` and `model`.
 
-One mesh with two explicit axes, `data` and `model`, serves everything from one CPU to a pod (`jax.jit` over a named
-mesh: `pjit` in its modern spelling). Axes are *explicit*: an array's sharding is part of its type, so nothing is
-replicated behind our back (under automatic axes `jit(tx.init)` silently replicated Adam's moments).
-
-Arrays name their dimensions by *logical* axes; one frozen rules table says on which mesh axis each lies. A preset is
-such a table. Parameters, optimizer state, cache and batches all take their shardings from it.
-
-| logical axis | dimension | replicated | tensor | fsdp |
-|---|---|---|---|---|
-| `batch` | B | data | data | data |
-| `embed` | D of a parameter | – | – | data |
-| `vocab`, `mlp` | V, F | – | model | model |
-| `kv_heads` | G | – | model, if it divides G | as tensor |
-| `q_per_kv` | R = H/G | – | model, where key/value heads are fewer and replicated | as tensor |
-| `layers`, `head_dim` | L, K | – | – | – |
+The sharding of an array over explicit axes is part of its type, so that no array is replicated silently. (Over
+automatic axes `jit(tx.init)` replicated Adam's moments.)
 """
 
 from __future__ import annotations
@@ -35,7 +22,13 @@ AXES = ("data", "model")
 
 
 def parse_mesh(spec: str, devices: int) -> dict[str, int]:
-    """Read `data=4,model=2`; an axis left out has size 1; an empty spec puts all `devices` on `data`."""
+    """Parse `data=4,model=2`; a missing axis has size 1.
+
+    An empty spec has all `devices` along `data`.
+
+    Raises:
+      InputError: the spec has another form.
+    """
     if not spec.strip():
         return {"data": devices, "model": 1}
     shape = dict.fromkeys(AXES, 1)
@@ -48,26 +41,26 @@ def parse_mesh(spec: str, devices: int) -> dict[str, int]:
 
 
 def make_mesh(spec: str = "", devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Build the mesh that `spec` describes over `devices` (default: all devices of all processes).
+    """Make a mesh over `devices` (default: those of all processes).
 
     Raises:
-      InputError: the spec cannot be read or asks for more devices than there are.
+      InputError: the spec has another form, or needs more devices than there are.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = parse_mesh(spec, len(devices))
     wanted = shape["data"] * shape["model"]
     if wanted > len(devices):
-        raise InputError(f"--mesh {spec}: needs {wanted} devices, but there are {len(devices)}; ask for a smaller mesh")
+        raise InputError(f"--mesh {spec}: needs {wanted} devices, but there are {len(devices)}; choose a smaller mesh")
     types = (AxisType.Explicit,) * len(AXES)
     mesh = jax.make_mesh(tuple(shape[axis] for axis in AXES), AXES, devices=devices[:wanted], axis_types=types)
-    places = _device_coords(mesh)
-    if places is None:
+    coords = _device_coords(mesh)
+    if coords is None:
         return mesh
-    return Mesh(mesh.devices[np.lexsort(places[:, 0, ::-1].T)], AXES, axis_types=types)
+    return Mesh(mesh.devices[np.lexsort(coords[:, 0, ::-1].T)], AXES, axis_types=types)
 
 
 def _device_coords(mesh: Mesh | AbstractMesh) -> np.ndarray | None:
-    """[data, model, dimensions]: where each device stands in the torus of its TPU slice; None where there is none."""
+    """Return the torus coordinates of TPU devices, [data, model, dims], or None."""
     if isinstance(mesh, AbstractMesh) or mesh_platform(mesh) != "tpu":
         return None
     devices: list[Any] = list(mesh.devices.flat)
@@ -77,78 +70,78 @@ def _device_coords(mesh: Mesh | AbstractMesh) -> np.ndarray | None:
 
 
 AxisGroups = list[list[int]]
-"""Groups of places along `data`."""
+"""Groups of indices along `data`."""
 
 
 def torus_axis_groups(mesh: Mesh | AbstractMesh) -> list[AxisGroups]:
-    """Where replicas fill a box of a TPU's torus: for each of its dimensions, the lines of replicas along it.
+    """Group the replicas of a TPU torus into lines along each dimension.
 
-    Places along `data` count the box row by row (`make_mesh` sees to that), so that scattering along one dimension
-    after the other leaves each replica what scattering at once would. Empty where there is nothing to divide.
+    `make_mesh` orders `data` row by row in a box of the torus, so that reduce-scatters along one dimension after the
+    other give the result of a single one. Empty if the replicas do not fill a box of at least two dimensions.
     """
-    places = _device_coords(mesh)
-    return [] if places is None else _lines(places)
+    coords = _device_coords(mesh)
+    return [] if coords is None else _group_lines(coords)
 
 
-def _lines(places: np.ndarray) -> list[AxisGroups]:
-    """Of devices at these places [data, model, dimensions]."""
-    along = [sorted(set(places[:, 0, k].tolist())) for k in range(places.shape[-1])]
-    box = np.stack(np.meshgrid(*along, indexing="ij"), axis=-1).reshape(-1, len(along))
-    beside = places - places[:, :1]  # the other devices of the model axis, seen from each replica's first
-    sizes = [len(values) for values in along if len(values) > 1]
-    if len(sizes) < 2 or not np.array_equal(box, places[:, 0]) or (beside != beside[:1]).any():
+def _group_lines(coords: np.ndarray) -> list[AxisGroups]:
+    """Group replicas by the coordinates of their devices, [data, model, dims]."""
+    values = [sorted(set(coords[:, 0, k].tolist())) for k in range(coords.shape[-1])]
+    box = np.stack(np.meshgrid(*values, indexing="ij"), axis=-1).reshape(-1, len(values))
+    offsets = coords - coords[:, :1]  # along `model`, from each replica's first device
+    sizes = [len(one) for one in values if len(one) > 1]
+    if len(sizes) < 2 or not np.array_equal(box, coords[:, 0]) or (offsets != offsets[:1]).any():
         return []
-    numbers = np.arange(len(places)).reshape(sizes)
-    return [np.moveaxis(numbers, k, -1).reshape(-1, size).tolist() for k, size in enumerate(sizes)]
+    indices = np.arange(len(coords)).reshape(sizes)
+    return [np.moveaxis(indices, k, -1).reshape(-1, size).tolist() for k, size in enumerate(sizes)]
 
 
 def mesh_platform(mesh: Mesh | AbstractMesh) -> str:
-    """`cpu`, `gpu` or `tpu`: where programs over a mesh run, also one that has a shape and no devices (`pods`)."""
+    """Return `cpu`, `gpu` or `tpu`, also for an abstract mesh."""
     return mesh.abstract_device.platform if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform
 
 
 @contextmanager
 def mesh_context(mesh: Mesh | AbstractMesh) -> Iterator[None]:
-    """While inside, arrays without a sharding of their own are of this mesh; without devices, to be traced.
+    """Set the mesh while inside; an abstract mesh is for tracing only.
 
-    Programs over several CPU devices are compiled anew by each process. With JAX 0.10.2, one read back from the
-    compilation cache has lost the order between a loop's collectives and those around it; the CPU runs what has no
-    order at once, so two devices may begin with different ones and wait for each other for ever.
+    Programs over several CPU devices do not use the compilation cache. With JAX 0.10.2, a program from the cache has
+    lost the order between the collectives of a loop and those around it; two CPU devices may then start different ones
+    and wait for each other forever.
     """
     if isinstance(mesh, AbstractMesh):
         with use_abstract_mesh(mesh):
             yield
     else:
-        several_cpus = mesh.size > 1 and mesh_platform(mesh) == "cpu"
-        with jax.set_mesh(mesh), no_compilation_cache() if several_cpus else nullcontext():
+        has_several_cpus = mesh.size > 1 and mesh_platform(mesh) == "cpu"
+        with jax.set_mesh(mesh), no_compilation_cache() if has_several_cpus else nullcontext():
             yield
 
 
 class _CompilationCacheToggle:
-    """JAX's compilation cache, off for the whole process as long as anybody asks for it, in whatever thread."""
+    """Switch of JAX's compilation cache; off while it has users."""
 
     def __init__(self) -> None:
-        self.lock, self.askers, self.before = threading.Lock(), 0, True
+        self.lock, self.users, self.before = threading.Lock(), 0, True
 
-    def off(self) -> None:
-        """For one more."""
+    def disable(self) -> None:
+        """Add a user."""
         with self.lock:
-            if self.askers == 0:
+            if self.users == 0:
                 self.before = jax.config.values["jax_enable_compilation_cache"]
                 self._set(False)
-            self.askers += 1
+            self.users += 1
 
-    def back(self) -> None:
-        """For one less."""
+    def restore(self) -> None:
+        """Remove a user."""
         with self.lock:
-            self.askers -= 1
-            if self.askers == 0:
+            self.users -= 1
+            if self.users == 0:
                 self._set(self.before)
 
     @staticmethod
     def _set(enabled: bool) -> None:
         jax.config.update("jax_enable_compilation_cache", enabled)
-        compilation_cache.reset_cache()  # else JAX goes by what held when its first program was compiled
+        compilation_cache.reset_cache()  # JAX reads the option at its first compilation
 
 
 _CACHE = _CompilationCacheToggle()
@@ -156,18 +149,18 @@ _CACHE = _CompilationCacheToggle()
 
 @contextmanager
 def no_compilation_cache() -> Iterator[None]:
-    """While inside, no compiled program is read from JAX's compilation cache, and none is kept there."""
-    _CACHE.off()
+    """Neither read nor write JAX's compilation cache while inside."""
+    _CACHE.disable()
     try:
         yield
     finally:
-        _CACHE.back()
+        _CACHE.restore()
 
 
 def xla_options() -> dict[str, bool]:
-    """For `jax.jit` of the programs that the time is spent in, on this process's default devices.
+    """Return compiler options for the main programs on the default devices.
 
-    On a CPU, XLA may run independent operations at once. They are few and small beside the products, which
-    use all cores anyway: one after the other took a seventh less time (2 cores, the shape of Pythia-70m).
+    On a CPU, XLA's concurrent scheduler runs independent operations at once; the products use all cores anyway, and a
+    sequential schedule takes a seventh less time (2 cores, the shape of Pythia-70m).
     """
     return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if jax.default_backend() == "cpu" else {}

@@ -1,4 +1,11 @@
-"""The group of processes that this one belongs to: how they meet, who is still there, and how a loss ends them."""
+"""The processes of a program: heartbeats, loss of a peer, exit.
+
+A thread polls the coordination service. When a process that the others need is lost, this thread ends the program with
+one sentence, since the main thread may wait in a collective forever.
+
+Process 0 hosts the coordination service. JAX answers its loss by abort() in a thread of its own; the Python callback
+for this case fails with std::bad_cast (0.10.2, 0.12.0.1). So a SIGABRT handler treats it as the loss of process 0.
+"""
 
 from __future__ import annotations
 
@@ -18,131 +25,130 @@ from jax_selftrain.distributed.signals import libc
 from jax_selftrain.errors import InputError, Preempted, SelftrainError, UnavailableError
 
 BARRIER_TIMEOUT = 3600.0
-"""How long processes wait for one that lives but does not come."""
+"""Seconds to wait for a live process that does not arrive."""
 SHUTDOWN_TIMEOUT = 15.0
-"""How long process 0, which the others hang on, waits for them when it ends by an error."""
+"""Seconds that process 0, which hosts the service, waits for the others when it ends by an error."""
 POLL_INTERVAL = 1.0
-"""How often each asks who is still there."""
+"""Seconds between polls of the live processes."""
 
-RERUN_HINT = "what was finished stays, run the same command again to go on"
-_DEPARTURES = "jax_selftrain/departures"
+RERUN_HINT = "finished work is kept; run the same command again to resume"
+_EXIT_NOTICES = "jax_selftrain/exit_notices"
 
 
 @dataclass(frozen=True)
 class ExitNotice:
-    """How a process ended: exit code and sentence."""
+    """Exit code and error message of a process."""
 
     code: int
     message: str
 
-    def error(self) -> SelftrainError:
+    def to_error(self) -> SelftrainError:
         kinds = {kind.exit_code: kind for kind in (SelftrainError, InputError, Preempted)}
         return kinds.get(self.code, UnavailableError)(self.message)
 
 
 class PeerGroup:
-    """This process and its peers, from their meeting until this one leaves."""
+    """A process and its peers."""
 
     def __init__(self, config: DistributedConfig, program: str):
         self.config, self.program = config, program
         self.coordinator = config.coordinator
         self.index, self.count = config.process_id or 0, config.num_processes or 1
         self.client: Any = None
-        """Of the coordination service; None: not connected yet."""
+        """Client of the coordination service; None: not connected yet."""
         self.gone: dict[int, ExitNotice] = {}
         self.process_local_depth = 0
-        """How many times `on_its_own` has been entered."""
+        """Number of active `process_local` contexts."""
         self.leaving: ExitNotice | None = None
-        """How this process ends, once it has nothing more to do with the others."""
+        """Exit notice of this process, once it leaves the group."""
         self._lock = threading.Lock()
 
-    def start_monitor(self) -> None:
-        """Ask who is still there, again and again; ends with the process, or with the service."""
+    def run_monitor(self) -> None:
+        """Poll the live processes until the process or the service ends."""
         import jax
 
         while True:
             try:
-                present = self.client.get_live_nodes(list(range(self.count)))
-                notes = self.client.key_value_dir_get(_DEPARTURES)
+                live = self.client.get_live_nodes(list(range(self.count)))
+                notices = self.client.key_value_dir_get(_EXIT_NOTICES)
             except jax.errors.JaxRuntimeError:
                 if self.leaving is not None:
                     return
-                if not self.coordinator_answers():
+                if not self.is_coordinator_alive():
                     self.mark_lost([0])
                     return
-                present, notes = range(self.count), []
-            for key, note in notes:
-                self.record_exit(int(key.rpartition("/")[2]), ExitNotice(**json.loads(note)))
-            self.mark_lost([index for index in range(self.count) if index not in present])
+                live, notices = range(self.count), []
+            for key, notice in notices:
+                self.record_exit(int(key.rpartition("/")[2]), ExitNotice(**json.loads(notice)))
+            self.mark_lost([index for index in range(self.count) if index not in live])
             time.sleep(POLL_INTERVAL)
 
     def mark_lost(self, indices: list[int]) -> None:
-        """Take note that these are there no more, unless they said good-bye."""
+        """Record the loss of processes that left no exit notice."""
         for index in indices:
-            who = f"process {index} of {self.count}"
+            process = f"process {index} of {self.count}"
             if index == 0:
-                who += f", which the others meet at ({self.coordinator}),"
-            self.record_exit(index, ExitNotice(UnavailableError.exit_code, f"{who} was lost; {RERUN_HINT}"))
+                process += f", the coordinator ({self.coordinator}),"
+            self.record_exit(index, ExitNotice(UnavailableError.exit_code, f"{process} was lost; {RERUN_HINT}"))
 
-    def record_exit(self, index: int, departure: ExitNotice) -> None:
-        """Take note of how a process ended, and end with it if it is needed."""
+    def record_exit(self, index: int, notice: ExitNotice) -> None:
+        """Record the exit of a process; abort if this process needs it."""
         with self._lock:
             if index == self.index or index in self.gone:
                 return
-            self.gone[index] = departure
-        if departure.code and not self.process_local_depth and self.leaving is None:
-            self.abort(departure)
+            self.gone[index] = notice
+        if notice.code and not self.process_local_depth and self.leaving is None:
+            self.abort(notice)
 
     def check_alive(self) -> None:
-        """Raise how the first one ended that ended otherwise than well."""
-        for departure in self.gone.values():
-            if departure.code:
-                raise departure.error()
+        """Raise the error of the first process that failed or was lost."""
+        for notice in self.gone.values():
+            if notice.code:
+                raise notice.to_error()
 
-    def abort(self, departure: ExitNotice) -> NoReturn:
-        """End this process, whatever its other threads are waiting for."""
+    def abort(self, notice: ExitNotice) -> NoReturn:
+        """End this process, even if other threads wait."""
         try:
-            self.announce_exit(departure)
+            self.announce_exit(notice)
         finally:
-            self.exit_now(departure)
+            self.exit_now(notice)
 
-    def exit_now(self, departure: ExitNotice) -> NoReturn:
-        """End this process with the sentence of its departure, behind whatever JAX says of the loss."""
-        if departure.message:
-            print(f"{self.program}: error: {departure.message}", file=sys.stderr)
-        exit_now(departure.code)
+    def exit_now(self, notice: ExitNotice) -> NoReturn:
+        """Print the message of the notice and end this process."""
+        if notice.message:
+            print(f"{self.program}: error: {notice.message}", file=sys.stderr)
+        exit_now(notice.code)
 
-    def shutdown(self, code: int, said: str = "") -> None:
-        """End what this process has to do with the others."""
+    def shutdown(self, code: int, message: str = "") -> None:
+        """Leave the group."""
         import jax
 
-        self.announce_exit(ExitNotice(code, said))
-        if self.index == 0 or self.coordinator_answers():
+        self.announce_exit(ExitNotice(code, message))
+        if self.index == 0 or self.is_coordinator_alive():
             jax.distributed.shutdown()
 
-    def announce_exit(self, departure: ExitNotice) -> None:
-        """Tell the others how this process ends. Process 0 waits for theirs, since they hang on it."""
+    def announce_exit(self, notice: ExitNotice) -> None:
+        """Publish an exit notice; process 0 waits for those of its peers."""
         import jax
 
-        self.leaving = departure
-        if self.client is None or (self.index and not self.coordinator_answers()):
+        self.leaving = notice
+        if self.client is None or (self.index and not self.is_coordinator_alive()):
             return
-        deadline = time.monotonic() + (SHUTDOWN_TIMEOUT if departure.code else BARRIER_TIMEOUT)
+        deadline = time.monotonic() + (SHUTDOWN_TIMEOUT if notice.code else BARRIER_TIMEOUT)
         try:
-            note = json.dumps(asdict(departure))
-            self.client.key_value_set(f"{_DEPARTURES}/{self.index}", note, allow_overwrite=True)
+            text = json.dumps(asdict(notice))
+            self.client.key_value_set(f"{_EXIT_NOTICES}/{self.index}", text, allow_overwrite=True)
             while self.index == 0 and time.monotonic() < deadline:
-                said = {int(key.rpartition("/")[2]) for key, _ in self.client.key_value_dir_get(_DEPARTURES)}
-                if len(said | self.gone.keys() | {0}) == self.count:
+                left = {int(key.rpartition("/")[2]) for key, _ in self.client.key_value_dir_get(_EXIT_NOTICES)}
+                if len(left | self.gone.keys() | {0}) == self.count:
                     return
                 time.sleep(0.05)
         except jax.errors.JaxRuntimeError:
             if self.index == 0:
-                raise
-            # Process 0 has gone meanwhile, and with it the only place where this could be told.
+                raise  # another process ignores it: process 0 left meanwhile, and its service with it
 
-    def coordinator_answers(self) -> bool:
-        """Whether somebody listens where process 0 should."""
+    def is_coordinator_alive(self) -> bool:
+        """Return True if the port of process 0 accepts connections."""
         host, port = host_and_port(self.coordinator)
         try:
             socket.create_connection((host, port), timeout=2).close()
@@ -151,17 +157,19 @@ class PeerGroup:
         return True
 
     def diagnose(self, error: Exception) -> ExitNotice | None:
-        """The loss that an error of the main thread comes from, if it comes from one: it is seen at once by whoever
-        waits for the lost process, and a little later by those who ask for signs of life."""
+        """Return the exit notice of the process that caused an error, if any.
+
+        An error in a collective may precede the missed heartbeat, so that this waits for the heartbeat timeout.
+        """
         import jax
 
         text = str(error)
-        suspect = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in text
-        deadline = time.monotonic() + (self.config.heartbeat_timeout + 15 if suspect or "Gloo" in text else 0)
+        is_suspect = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in text
+        deadline = time.monotonic() + (self.config.heartbeat_timeout + 15 if is_suspect or "Gloo" in text else 0)
         while True:
-            for departure in list(self.gone.values()):
-                if departure.code:
-                    return departure
+            for notice in list(self.gone.values()):
+                if notice.code:
+                    return notice
             if time.monotonic() > deadline:
                 return None
             time.sleep(0.05)
@@ -171,19 +179,19 @@ _group: PeerGroup | None = None
 
 
 def current() -> PeerGroup | None:
-    """The group of this process; None: it is alone."""
+    """Return the group of this process; None: a single process."""
     return _group
 
 
 def connect(config: DistributedConfig, program: str) -> PeerGroup:
-    """Meet the others.
+    """Connect to the other processes.
 
     Raises:
-      InputError, UnavailableError: see `together`.
+      InputError, UnavailableError: as `distributed_context`.
     """
     global _group
     _group = group = PeerGroup(config, program)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # what happens to peers is told here, in one sentence
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # this module reports the loss of peers
     import jax
 
     if group.index == 0:
@@ -202,8 +210,8 @@ def connect(config: DistributedConfig, program: str) -> PeerGroup:
         heartbeat_timeout_seconds=config.heartbeat_timeout,
     )
     group.client = client()
-    threading.Thread(target=group.start_monitor, name="peers", daemon=True).start()
-    jax.local_devices()  # where devices start, all wait for all
+    threading.Thread(target=group.run_monitor, name="peers", daemon=True).start()
+    jax.local_devices()  # initializes the devices of all processes together
     return group
 
 
@@ -222,11 +230,11 @@ def _require_free_port(coordinator: str) -> None:
 
 
 def _await_coordinator(group: PeerGroup) -> None:
-    """Wait until process 0 listens: JAX would abort() when it does not come."""
+    """Wait until process 0 listens; JAX would call abort() after its timeout."""
     host, port = host_and_port(group.coordinator)
     limit = group.config.initialization_timeout
     deadline = time.monotonic() + limit
-    while not group.coordinator_answers():
+    while not group.is_coordinator_alive():
         if time.monotonic() > deadline:
             try:
                 socket.getaddrinfo(host, port)
@@ -234,17 +242,17 @@ def _await_coordinator(group: PeerGroup) -> None:
                 raise InputError(f"--coordinator {group.coordinator}: no such host ({error.strerror})") from error
             raise UnavailableError(
                 f"--coordinator {group.coordinator}: process 0 did not answer within {limit} s; is this the address of "
-                "its machine, and has it been started there?"
+                "its machine, and is it running?"
             )
         time.sleep(0.2)
 
 
 def client() -> Any:
-    """Of JAX's coordination service."""
+    """Return the client of JAX's coordination service."""
     from jax._src import distributed
 
     if distributed.global_state.client is None:
-        raise InputError("several processes must call jax.distributed.initialize() first; the command line does so")
+        raise InputError("several processes must call jax.distributed.initialize() first, as the command line does")
     return distributed.global_state.client
 
 
@@ -255,31 +263,28 @@ def exit_now(code: int) -> NoReturn:
     os._exit(code)
 
 
-# ---------------------------------------------------------------- abort()
-
-
 def _install_sigabrt_handler() -> None:
     libc().signal(signal.SIGABRT, ctypes.cast(_on_abort, ctypes.c_void_p))
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _on_abort(number: int) -> None:
-    """Called on the thread that called abort(), which goes on with it if this returns."""
+    """Handle abort() on the thread that called it; returning continues the abort."""
     group = _group
-    ours = threading.get_ident() in {thread.ident for thread in threading.enumerate()}
+    is_python_thread = threading.get_ident() in {thread.ident for thread in threading.enumerate()}
     if group is not None and group.leaving is not None:
-        if not ours and group.leaving.message:
-            time.sleep(SHUTDOWN_TIMEOUT)  # the thread that leaves says the sentence, and ends the process before this
+        if not is_python_thread and group.leaving.message:
+            time.sleep(SHUTDOWN_TIMEOUT)  # the leaving thread prints its message and ends the process
         group.exit_now(group.leaving)
     if group is not None and group.client is None:
         group.abort(
             ExitNotice(
                 UnavailableError.exit_code,
-                f"--coordinator {group.coordinator}: not all of {group.count} processes came within "
-                f"{group.config.initialization_timeout} s; start the missing ones, and this one again",
+                f"--coordinator {group.coordinator}: not all of {group.count} processes arrived within "
+                f"{group.config.initialization_timeout} s; start the missing ones and this one again",
             )
         )
-    if group is not None and not ours and group.index and not group.coordinator_answers():
+    if group is not None and not is_python_thread and group.index and not group.is_coordinator_alive():
         group.mark_lost([0])
-        threading.Event().wait()  # this thread of JAX's has nothing left to do, the others go on
+        threading.Event().wait()  # blocks JAX's thread; the others continue
     libc().signal(signal.SIGABRT, signal.SIG_DFL)

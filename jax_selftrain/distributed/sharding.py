@@ -1,4 +1,17 @@
-"""TODO."""
+"""Sharding rules: the mesh axis of each logical axis.
+
+Arrays name their dimensions by logical axes, and a rules table maps these to mesh axes. A preset is such a table.
+Parameters, optimizer state, KV cache and batches take their shardings from it.
+
+| logical axis | dimension | replicated | tensor | fsdp |
+|---|---|---|---|---|
+| `batch` | B | data | data | data |
+| `embed` | D of a parameter | – | – | data |
+| `vocab`, `mlp` | V, F | – | model | model |
+| `kv_heads` | G | – | model, if it divides G | as tensor |
+| `q_per_kv` | R = H/G | – | model, if G < model and model divides R | as tensor |
+| `layers`, `head_dim` | L, K | – | – | – |
+"""
 
 from __future__ import annotations
 
@@ -13,68 +26,67 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_selftrain.errors import InputError
 
 Axes = tuple[str | None, ...]
-"""Logical axis of every dimension of an array; None for a dimension that is never sharded."""
+"""Logical axes of the dimensions of an array; None: never sharded."""
 
 
 @dataclass(frozen=True)
 class ShardingRules:
-    """A mesh and the rules table that places logical axes on it. Hashable: it can be a static argument of a jit."""
+    """A mesh with its rules table; hashable for `jax.jit`."""
 
     mesh: Mesh
     logical_to_mesh: tuple[tuple[str, str | None], ...]
 
     def spec(self, axes: Axes) -> PartitionSpec:
-        """The partition of an array with these logical axes.
+        """Return the partition spec of an array with these logical axes.
 
         Raises:
-          ValueError: an axis is not in the table, or two dimensions would lie on one mesh axis (a defect of ours).
+          ValueError: an axis is unknown, or two dimensions have the same mesh axis.
         """
         table = dict(self.logical_to_mesh)
         unknown = [axis for axis in axes if axis is not None and axis not in table]
         if unknown:
             raise ValueError(f"no rule for logical axis {unknown[0]!r}; known: {', '.join(table)}")
-        placed = [None if axis is None else table[axis] for axis in axes]
-        used = [axis for axis in placed if axis is not None]
-        if len(set(used)) != len(used):
-            raise ValueError(f"logical axes {axes} collide: they would lie on mesh axes {placed}")
-        return PartitionSpec(*placed)
+        mesh_axes = [None if axis is None else table[axis] for axis in axes]
+        sharded = [axis for axis in mesh_axes if axis is not None]
+        if len(set(sharded)) != len(sharded):
+            raise ValueError(f"logical axes {axes} collide: their mesh axes would be {mesh_axes}")
+        return PartitionSpec(*mesh_axes)
 
     def sharding(self, axes: Axes) -> NamedSharding:
-        """`spec`, bound to the mesh."""
+        """Return the sharding of an array with these logical axes."""
         return NamedSharding(self.mesh, self.spec(axes))
 
     def unsharded_embed(self, axes: Axes) -> NamedSharding:
-        """The sharding in which a parameter is *used*: as stored, but whole along `embed` (fsdp gathers it)."""
+        """Return the sharding of a parameter that is gathered along `embed`."""
         return self.sharding(tuple(None if axis == "embed" else axis for axis in axes))
 
     def without_data_axis(self) -> ShardingRules:
-        """Return the rules inside a `jax.shard_map` over `data`: the same, without that axis."""
-        rules = tuple((axis, None if placed == "data" else placed) for axis, placed in self.logical_to_mesh)
-        return ShardingRules(
-            cast(Mesh, jax.sharding.get_abstract_mesh()), rules
-        )  # it serves shardings as well as a Mesh does
+        """Return the rules for the inside of a `jax.shard_map` over `data`."""
+        rules = tuple((axis, None if mesh_axis == "data" else mesh_axis) for axis, mesh_axis in self.logical_to_mesh)
+        # The abstract mesh has all that shardings need of a Mesh.
+        return ShardingRules(cast(Mesh, jax.sharding.get_abstract_mesh()), rules)
 
     @property
     def data_parallelism(self) -> int:
-        """Devices along `data`: the number of replicas that share a batch."""
+        """Number of replicas: devices along `data`."""
         return self.mesh.shape["data"]
 
     @property
     def tensor_parallelism(self) -> int:
-        """Devices along `model`: the degree of tensor parallelism."""
+        """Degree of tensor parallelism: devices along `model`."""
         return self.mesh.shape["model"]
 
 
 def make_sharding_rules(preset: str, mesh: Mesh, sizes: Mapping[str, int]) -> ShardingRules:
-    """Choose the rules of a preset for a model whose logical axes have the given sizes.
+    """Make the rules of a preset for a model's axis sizes.
 
     Args:
-      preset: `replicated`, `tensor` or `fsdp` (see the module's table).
+      preset: `replicated`, `tensor` or `fsdp` (table in the module docstring).
       mesh: from `make_mesh`.
       sizes: the model's `embed`, `vocab`, `mlp`, `kv_heads`, `q_per_kv` (`models.axis_sizes`).
 
     Raises:
-      InputError: the preset is unknown, or the mesh does not divide the model; lists the sizes that would.
+      InputError: the preset is unknown, or the mesh does not divide the model; lists the sizes that do.
     """
     rules: dict[str, str | None] = {"batch": "data"}
     rules |= dict.fromkeys(("layers", "embed", "vocab", "kv_heads", "q_per_kv", "head_dim", "mlp"))
@@ -113,7 +125,10 @@ def _describe(sizes: Mapping[str, int]) -> str:
 
 
 def shard_host_array(rules: ShardingRules, array: np.ndarray, axes: Axes) -> jax.Array:
-    """Put a host array on the mesh; every process passes the same whole array and keeps its own part."""
+    """Shard a host array over the mesh.
+
+    Every process passes the same full array; its devices hold their shards.
+    """
     sharding = rules.sharding(axes)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGABRT, where handlers in C stand beside those of Python."""
+"""SIGTERM and SIGABRT, whose handlers may be in C or in Python."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from typing import Any
 
 @contextmanager
 def sigterm_handler(on_sigterm: Callable[[], object]) -> Iterator[None]:
-    """Call `listener` on SIGTERM while inside; afterwards whatever listened before does so again.
+    """Call `on_sigterm` on SIGTERM while inside, then restore the previous handler.
 
-    That may be a handler in C: JAX's, of preemption notices. Signals reach the main thread only, so that in another
-    one nothing is listened to.
+    The previous handler may be in C: JAX's, for preemption notices. Outside the main thread this does nothing, since
+    only the main thread receives signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = libc().signal(signal.SIGTERM, signal.SIG_IGN)
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: on_sigterm())
+    c_handler = libc().signal(signal.SIGTERM, signal.SIG_IGN)
+    python_handler = signal.signal(signal.SIGTERM, lambda number, frame: on_sigterm())
     try:
         yield
     finally:
-        if callable(previous):
-            signal.signal(signal.SIGTERM, previous)
+        if callable(python_handler):
+            signal.signal(signal.SIGTERM, python_handler)
         else:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            libc().signal(signal.SIGTERM, before)
+            libc().signal(signal.SIGTERM, c_handler)
 
 
 def libc() -> Any:
-    """C's own `signal`."""
+    """Return the C library, with the types of `signal` declared."""
     library = ctypes.CDLL(None)
     library.signal.restype, library.signal.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
     return library

@@ -1,4 +1,4 @@
-"""What several processes do together, and each on its own: entering and leaving, barriers, messages."""
+"""Barriers, broadcasts and process-local work of a program of several processes."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ _calls: Counter[str] = Counter()
 
 @contextmanager
 def distributed_context(config: DistributedConfig, *, program: str = "jax-selftrain") -> Iterator[None]:
-    """What is done inside is done by all processes that were asked for, or that the cluster has; by this one where
-    there are no others. Must be entered before JAX has started its devices.
+    """Connect the processes of a program while inside.
+
+    Enter it before JAX initializes its devices.
 
     Args:
-      asked: the flags.
-      program: opens the sentence with which a process ends.
+      config: the flags.
+      program: prefix of the error message of a process that ends early.
 
     Raises:
-      InputError: flags that do not belong together, a coordinator that cannot be reached.
-      UnavailableError: a process never came, or was lost.
+      InputError: the flags are inconsistent, or the coordinator cannot be reached.
+      UnavailableError: a process did not arrive, or was lost.
     """
     cluster = resolve_cluster(config, os.environ)
     if cluster is None:
@@ -47,43 +48,43 @@ def distributed_context(config: DistributedConfig, *, program: str = "jax-selftr
     except KeyboardInterrupt:
         group.shutdown(UnavailableError.exit_code, f"process {group.index} was interrupted; {RERUN_HINT}")
         raise
-    except Exception as error:  # a defect, or what a lost process looks like: told to the others and raised again
-        departure = group.diagnose(error)
-        if departure is not None:
-            group.shutdown(departure.code, departure.message)
-            raise departure.error() from error
-        said = " ".join(str(error).split())[:300]
-        group.shutdown(1, f"process {group.index} of {group.count} failed: {type(error).__name__}: {said}")
+    except Exception as error:  # a defect, or the consequence of a lost process
+        notice = group.diagnose(error)
+        if notice is not None:
+            group.shutdown(notice.code, notice.message)
+            raise notice.to_error() from error
+        reason = " ".join(str(error).split())[:300]
+        group.shutdown(1, f"process {group.index} of {group.count} failed: {type(error).__name__}: {reason}")
         raise
     else:
         group.shutdown(0)
 
 
 def hard_exit(code: int) -> None:
-    """End the process if it was one of several: threads of JAX's may wait for lost ones for ever. Else do nothing."""
+    """End one of several processes, even if JAX's threads wait for peers."""
     if current() is not None:
         exit_now(code)
 
 
 def barrier(name: str) -> None:
-    """Wait for all processes; nothing where there is one.
+    """Wait for all processes.
 
     Raises:
-      UnavailableError: one was lost, or did not come within BARRIER_SECONDS.
+      UnavailableError: a process was lost, or did not arrive within BARRIER_TIMEOUT.
     """
     import jax
 
     if jax.process_count() == 1:
         return
-    _with_timeout_message(lambda milliseconds: client().wait_at_barrier(_unique_key(name), milliseconds), name)
+    _call_with_timeout(lambda milliseconds: client().wait_at_barrier(_unique_key(name), milliseconds), name)
 
 
 def broadcast_one_to_all(compute: Callable[[], Any]) -> Any:
-    """What process 0 finds (plain data, as JSON), on every process; all must come here.
+    """Broadcast the result of `compute` on process 0, plain data, to all.
 
     Raises:
-      UnavailableError: one was lost, or process 0 did not come within BARRIER_SECONDS.
-      SelftrainError: what process 0 raised, on every process.
+      UnavailableError: a process was lost, or process 0 did not arrive within BARRIER_TIMEOUT.
+      SelftrainError: the error of `compute` on process 0, on every process.
     """
     import jax
 
@@ -91,29 +92,28 @@ def broadcast_one_to_all(compute: Callable[[], Any]) -> Any:
         return compute()
     key = f"jax_selftrain/messages/{_unique_key('message')}"
     if jax.process_index():
-        said = json.loads(
-            _with_timeout_message(lambda milliseconds: client().blocking_key_value_get(key, milliseconds), "process 0")
-        )
-        if "error" in said:
-            raise ExitNotice(**said["error"]).error()
-        return said["found"]
+        text = _call_with_timeout(lambda milliseconds: client().blocking_key_value_get(key, milliseconds), "process 0")
+        message = json.loads(text)
+        if "error" in message:
+            raise ExitNotice(**message["error"]).to_error()
+        return message["result"]
     try:
-        found = compute()
-    except SelftrainError as error:  # said on every process: one that stayed silent would be waited for
+        result = compute()
+    except SelftrainError as error:  # the other processes wait for a message
         client().key_value_set(key, json.dumps({"error": {"code": error.exit_code, "message": str(error)}}))
         raise
     if (group := current()) is not None:
         group.check_alive()
-    client().key_value_set(key, json.dumps({"found": found}))
-    return found
+    client().key_value_set(key, json.dumps({"result": result}))
+    return result
 
 
 @contextmanager
 def process_local(mesh: Mesh) -> Iterator[None]:
-    """Work on a mesh of this process's devices, which needs no other process: the loss of one does not end it, but what
-    needs everybody afterwards.
+    """Work on a mesh of this process's devices, independently of other processes.
 
-    SIGTERM, which in a program of several processes is otherwise a notice to all of them, stops this one.
+    The loss of a process does not end this work, but later collective work. SIGTERM, otherwise a notice to all
+    processes, stops this process.
     """
     group = current()
     if group is None:
@@ -133,9 +133,9 @@ def process_local(mesh: Mesh) -> Iterator[None]:
 
 
 def _warm_up_communicators(mesh: Mesh) -> None:
-    """Have the devices of a mesh meet along each of its axes.
+    """Run a collective along each axis of a mesh of CPU devices.
 
-    On CPUs even those of one process meet through the coordination service the first time, which later may be gone.
+    The first one connects the devices through the coordination service, which may be gone later.
     """
     import jax
     import numpy as np
@@ -151,7 +151,7 @@ def _warm_up_communicators(mesh: Mesh) -> None:
 
 
 def live_processes() -> list[int]:
-    """The processes that have neither left nor been lost, ascending."""
+    """Return the indices of the processes that have not ended, ascending."""
     import jax
 
     group = current()
@@ -160,12 +160,12 @@ def live_processes() -> list[int]:
 
 
 def _unique_key(name: str) -> str:
-    """A name for this meeting: all processes come to all meetings in the same order."""
+    """Append the number of calls, which all processes make in the same order."""
     _calls[name] += 1
     return f"{name}#{_calls[name]}"
 
 
-def _with_timeout_message(wait: Callable[[int], Any], what: str) -> Any:
+def _call_with_timeout(wait: Callable[[int], Any], name: str) -> Any:
     import jax
 
     if (group := current()) is not None:
@@ -176,5 +176,5 @@ def _with_timeout_message(wait: Callable[[int], Any], what: str) -> Any:
         if "DEADLINE_EXCEEDED" not in str(error):
             raise
         raise UnavailableError(
-            f"not all processes came to {what!r} within {BARRIER_TIMEOUT:.0f} s, though none was lost; {RERUN_HINT}"
+            f"not all processes reached {name!r} within {BARRIER_TIMEOUT:.0f} s, though none was lost; {RERUN_HINT}"
         ) from error

@@ -1,4 +1,4 @@
-"""From packed rows to batches on the mesh; batch n is a pure function of (rows of all corpora, shares, seed, n)."""
+"""Batches on the mesh, a function of (rows, shares, seed, index)."""
 
 from __future__ import annotations
 
@@ -17,50 +17,53 @@ from jax_selftrain.training.loss import Batch
 
 
 def load_batch(config: TrainConfig, rules: ShardingRules, rows: PackedRows | Mixture, n: int) -> Batch:
-    """Place batch n on the mesh, as `[grad_accum, batch_size / grad_accum, …]`.
+    """Load batch n onto the mesh, `[grad_accum, batch_size / grad_accum, …]`.
 
-    Each process reads from the (memory-mapped) rows of each corpus only what its own devices hold. Where a corpus has
-    fewer rows than are asked of it, they come again in the order of its next epoch.
+    Each process reads only the rows of its own devices from the memory-mapped corpora. Rows of a small corpus repeat
+    within a batch, in the order of its next epoch.
 
-    With `sign_flip`, the weights of each document in a row are multiplied by +1 or −1, drawn by (seed, row, document)
-    alone: the same in every epoch.
+    With `random_loss_sign`, the weights of each document in a row are multiplied by +1 or −1. The sign is a function of
+    (seed, corpus, row, document): it is the same in every epoch.
 
     Args:
-      rows: of one corpus, or of several with their shares.
+      config: the run's options.
+      rules: the mesh.
+      rows: one corpus, or several with their shares.
+      n: index of the batch.
     """
     mixture = rows if isinstance(rows, Mixture) else Mixture((rows,), (Fraction(1),))
-    drawn = mixture.batch(config.batch_size, config.seed, n)
-    weights = [
-        _sign_flip(part, config.seed, number) if config.random_loss_sign else part.weights
-        for number, part in enumerate(mixture.components)
-    ]
-    source, row = (each.reshape(config.grad_accum, -1) for each in drawn)
+    parts = mixture.components
+    weights: list[np.ndarray | _SignFlippedRows] = [part.weights for part in parts]
+    if config.random_loss_sign:
+        weights = [_flip_signs(part, config.seed, corpus) for corpus, part in enumerate(parts)]
+    corpus_ids, row_ids = (
+        ids.reshape(config.grad_accum, -1) for ids in mixture.batch(config.batch_size, config.seed, n)
+    )
     sharding = rules.sharding((None, "batch", None))
 
-    def place(arrays: Sequence[np.ndarray | _SignFlippedRows]) -> jax.Array:
+    def load(arrays: Sequence[np.ndarray | _SignFlippedRows]) -> jax.Array:
         length = arrays[0].shape[1]
 
         def read(index: Any) -> np.ndarray:
-            sources, rows = source[index[:2]], row[index[:2]]
+            corpora, rows = corpus_ids[index[:2]], row_ids[index[:2]]
             values = np.empty((*rows.shape, length), arrays[0].dtype)
-            for corpus in np.unique(sources).tolist():
-                chosen = sources == corpus
-                values[chosen] = arrays[corpus][rows[chosen]]
+            for corpus in np.unique(corpora).tolist():
+                values[corpora == corpus] = arrays[corpus][rows[corpora == corpus]]
             return values[..., index[2]]
 
-        return jax.make_array_from_callback((*row.shape, length), sharding, read)
+        return jax.make_array_from_callback((*row_ids.shape, length), sharding, read)
 
     return Batch(
-        place([part.tokens for part in mixture.components]),
-        place([part.segments for part in mixture.components]),
-        place([part.positions for part in mixture.components]),
-        place(weights),
+        load([part.tokens for part in parts]),
+        load([part.segments for part in parts]),
+        load([part.positions for part in parts]),
+        load(weights),
     )
 
 
 @dataclass(frozen=True)
 class _SignFlippedRows:
-    """The weights of rows, those of every document times +1 or −1, read as they are asked for."""
+    """Weights of rows with a random sign for each document."""
 
     rows: PackedRows
     key: int
@@ -78,14 +81,13 @@ class _SignFlippedRows:
         return np.where(_splitmix64(documents ^ np.uint64(self.key)) >> np.uint64(63), 1, -1) * self.rows.weights[row]
 
 
-def _sign_flip(rows: PackedRows, seed: int, corpus: int) -> _SignFlippedRows:
-    return _SignFlippedRows(
-        rows, int(_splitmix64(_splitmix64(np.array([seed % 2**64], np.uint64)) + np.uint64(corpus))[0])
-    )
+def _flip_signs(rows: PackedRows, seed: int, corpus: int) -> _SignFlippedRows:
+    seed_hash = _splitmix64(np.array([seed % 2**64], np.uint64))
+    return _SignFlippedRows(rows, int(_splitmix64(seed_hash + np.uint64(corpus))[0]))
 
 
 def _splitmix64(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finalizer (Steele, Lea and Flood, OOPSLA 2014): every bit depends on every bit."""
+    """Hash integers with splitmix64 (Steele, Lea and Flood, OOPSLA 2014)."""
     with np.errstate(over="ignore"):
         x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

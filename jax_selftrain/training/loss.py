@@ -29,7 +29,7 @@ LOGITS_BYTES = 2**26
 
 
 class Batch(NamedTuple):
-    """Training rows on the mesh; a leading axis of micro-batches may precede B."""
+    """Training rows on the mesh; micro-batches may precede B."""
 
     tokens: Int[Array, "B T+1"]
     segments: Int[Array, "B T"]
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
 
 
 class LossStats(NamedTuple):
-    """Sums over the targets of a batch; the sums of several batches may be added."""
+    """Sums over the targets of a batch, additive over batches."""
 
     loss: Float[Array, ""]
     """Σ w · negative log-likelihood, in nats."""
@@ -57,7 +57,13 @@ class LossStats(NamedTuple):
 
 
 def choose_chunk_size(config: DecoderConfig, rules: ShardingRules, rows: int, length: int) -> int:
-    """Return the number of positions to project at once, for `rows` global rows of `length` positions."""
+    """Return the number of positions to project at once.
+
+    Args:
+      config, rules: the model.
+      rows: global number of rows.
+      length: positions of each row.
+    """
     vocab_sharded = dict(rules.logical_to_mesh)["vocab"] is not None
     vocab = config.vocab_size // (rules.tensor_parallelism if vocab_sharded else 1)
     largest = max(1, LOGITS_BYTES // (4 * vocab * max(1, rows // rules.data_parallelism)))
@@ -131,7 +137,7 @@ class _HeadSpec(NamedTuple):
         return all_gather_param(self.rules, kernel, self.axes, self.compute_dtype)
 
     def reduce_scatter_grads(self, grads: Float[Array, ...]) -> Float[Array, ...]:
-        """Sum the replicas' gradients, stacked along axis 0, into the sharding of the output matrix."""
+        """Reduce-scatter the replicas' gradients, which are stacked along axis 0."""
         if not is_fsdp_sharded(self.rules, self.axes):
             return jnp.sum(grads, axis=0)
         specs = (PartitionSpec("data", *self.rules.unsharded_embed(self.axes).spec),)
@@ -146,7 +152,7 @@ def _head_loss(
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
 ) -> Float[Array, ""]:
-    """Compute the loss from the hidden states and the output matrix, which fsdp shards."""
+    """Compute the loss from hidden states and the (sharded) output matrix."""
 
     def local_loss(rules: ShardingRules, kernel: Array, hidden: Array, *rest: Array) -> Array:
         def add(total: Array, chunk: tuple[Array, ...]) -> tuple[Array, None]:
@@ -205,22 +211,22 @@ def _chunk_loss(
 
 
 def _map_replicas(head: _HeadSpec, function: Any, kernel: Array, *arrays: Array) -> Any:
-    """Call `function(rules, kernel, *arrays)` on each replica's rows; `model` remains an ordinary axis.
+    """Call `function(rules, kernel, *arrays)` on each replica's rows.
 
-    The function returns arrays with replicas or rows along their first dimension.
+    The function returns arrays with replicas or rows along their first dimension. `model` remains an ordinary axis.
     """
     rows = PartitionSpec("data")
     specs = (PartitionSpec(), *(rows for _ in arrays))
 
     @partial(jax.shard_map, in_specs=specs, out_specs=rows, axis_names={"data"})
-    def mapped(kernel: Array, *arrays: Array) -> Any:
+    def call(kernel: Array, *arrays: Array) -> Any:
         return function(head.rules.without_data_axis(), _pcast_varying(kernel), *arrays)
 
-    return mapped(kernel, *arrays)
+    return call(kernel, *arrays)
 
 
 def _pcast_varying(array: Array) -> Array:
-    """Mark a replicated value as varying over `data`, so that its gradient is not summed over replicas."""
+    """Mark a value as varying over `data`: its gradient is not reduced."""
     return jax.lax.pcast(array, "data", to="varying")
 
 

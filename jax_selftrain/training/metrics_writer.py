@@ -1,8 +1,8 @@
-"""What a run writes about itself while it trains.
+"""Records of a training run: metrics, evaluations, timings.
 
-`metrics.jsonl` holds only what is determined by the run's inputs, so that an interrupted and an undisturbed run can be
-compared byte for byte; so does `curve.jsonl`, which holds what was measured on the way; wall-clock stands apart in
-`timings.jsonl`. TensorBoard (and W&B, if asked for) gets all of it. Only process 0 writes.
+`metrics.jsonl` and `curve.jsonl` are functions of the run's inputs, so that an interrupted and an uninterrupted run are
+equal byte for byte. Wall-clock times are in `timings.jsonl`. TensorBoard, and W&B if requested, receive all of
+them. Only process 0 writes.
 """
 
 from __future__ import annotations
@@ -29,32 +29,31 @@ METRICS = ("loss", "grad_norm", "learning_rate", "tokens")
 """Fields of `metrics.jsonl`: nats per target, gradient norm before clipping, learning rate, number of targets."""
 
 NO_STEP = -1
-"""In place of the last step whose records stand: not even what is measured before the first step."""
+"""Value of `last_step` for a run without records."""
 
 
 class MetricsWriter:
-    """Metrics, curve, timings, TensorBoard and progress bar of one run folder."""
+    """Metrics, evaluations, timings, TensorBoard and progress bar of a run folder."""
 
     def __init__(
         self,
         run: Path,
         *,
-        done: int,
+        last_step: int,
         steps: int,
         log_every: int,
-        speed: Throughput,
+        throughput: Throughput,
         tracker: WandbTracker | None = None,
     ):
-        """Open for a run of `steps` steps.
+        """Open the files and drop records after `last_step`.
 
         Args:
-          run: its folder.
-          done: the step that it goes on from, or NOTHING_DONE; what an earlier attempt recorded of later steps is
-            dropped.
-          steps: how many steps there are in all.
-          log_every: write every so many of them.
-          speed: turns tokens per second into FLOP/s.
-          tracker: W&B, closed with these records.
+          run: run folder.
+          last_step: step of the restored checkpoint, or NO_STEP.
+          steps: number of steps of the run.
+          log_every: number of steps between records.
+          throughput: conversion of tokens per second to FLOP/s.
+          tracker: W&B run, closed with this writer.
         """
         with block_torch_import():
             from tensorboardX import SummaryWriter
@@ -62,17 +61,17 @@ class MetricsWriter:
         self._path, self._steps, self._log_every = run / "metrics.jsonl", steps, log_every
         self._curve_path = run / "curve.jsonl"
         self._curve: IO[str] | None = None
-        _truncate(self._path, done)
-        _truncate(self._curve_path, done)
-        self._metrics = _append_to(self._path)
-        self._timings = _append_to(run / "timings.jsonl")
-        self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=done + 1)
-        self._tracker, self._speed = tracker, speed
-        self._progress = _progress_bar(max(0, done), steps)
+        _truncate(self._path, last_step)
+        _truncate(self._curve_path, last_step)
+        self._metrics = _open_to_append(self._path)
+        self._timings = _open_to_append(run / "timings.jsonl")
+        self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=last_step + 1)
+        self._tracker, self._throughput = tracker, throughput
+        self._progress = _ProgressBar(max(0, last_step), steps) if sys.stderr.isatty() else None
         self._since, self._tokens = time.perf_counter(), 0
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of a finished step; of the steps between every `log_every`-th only the time is kept."""
+        """Record the metrics of every `log_every`-th step and of the last."""
         self._tokens += int(metrics["tokens"])
         if self._progress is not None:
             self._progress.update(step, metrics["loss"])
@@ -80,36 +79,35 @@ class MetricsWriter:
             return
         now = time.perf_counter()
         rate = self._tokens / (now - self._since)
-        speed = {"tokens_per_second": rate, **self._speed.flops_and_mfu(rate)}
+        speed = {"tokens_per_second": rate, **self._throughput.flops_and_mfu(rate)}
         timing = {"step": step, "time": time.time(), "seconds": now - self._since, **speed}
         self._since, self._tokens = now, 0
-        line = {"step": step, **{name: metrics[name] for name in METRICS}}
-        self._append(self._metrics, line)
-        self._append(self._timings, timing)
+        _append(self._metrics, {"step": step, **{name: metrics[name] for name in METRICS}})
+        _append(self._timings, timing)
         if self._progress is not None:
             self._progress.show_speed(speed)
-        self._show(step, {**metrics, **speed})
+        self._log(step, {**metrics, **speed})
 
-    def write_eval(self, step: int, measures: Mapping[str, float], *, seconds: float) -> None:
-        """Record what was measured after `step` updates; the `seconds` that took do not count as training."""
+    def write_eval(self, step: int, metrics: Mapping[str, float], *, seconds: float) -> None:
+        """Record an evaluation; its `seconds` do not count as training time."""
         self._since += seconds
         if self._curve is None:
-            self._curve = _append_to(self._curve_path)
-        self._append(self._curve, {"step": step, **measures})
-        self._show(step, measures)
+            self._curve = _open_to_append(self._curve_path)
+        _append(self._curve, {"step": step, **metrics})
+        self._log(step, metrics)
 
     def sync(self) -> None:
-        """Have what was written so far on the disk: called before a checkpoint that would vouch for it."""
+        """Flush all records to disk, before a checkpoint that implies them."""
         try:
             for file in self._files():
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise _unwritable(self._path, error) from error
+            raise _write_error(self._path, error) from error
         self._tensorboard.flush()
 
     def close(self) -> None:
-        """Flush and close everything."""
+        """Flush and close all files."""
         if self._progress is not None:
             self._progress.close()
         self._tensorboard.close()
@@ -119,18 +117,12 @@ class MetricsWriter:
             for file in self._files():
                 file.close()
         except OSError as error:
-            raise _unwritable(self._path, error) from error
+            raise _write_error(self._path, error) from error
 
     def _files(self) -> list[IO[str]]:
         return [self._metrics, self._timings, *([] if self._curve is None else [self._curve])]
 
-    def _append(self, file: IO[str], line: Mapping[str, float]) -> None:
-        try:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
-        except OSError as error:
-            raise _unwritable(Path(file.name), error) from error
-
-    def _show(self, step: int, values: Mapping[str, float]) -> None:
+    def _log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
         if self._tracker is not None:
@@ -139,26 +131,26 @@ class MetricsWriter:
 
 @contextmanager
 def open_metrics_writer(make: Callable[[], MetricsWriter]) -> Iterator[MetricsWriter | None]:
-    """What `make` returns on process 0, None on the others."""
+    """Open the writer on process 0; yield None on the others."""
     if jax.process_index():
         yield None
         return
-    records = make()
+    writer = make()
     try:
-        yield records
+        yield writer
     finally:
-        records.close()
+        writer.close()
 
 
 def write_launch_info(run: Path, facts: Mapping[str, Any]) -> None:
-    """Add a line to `launches.jsonl`: when, where and from which step a run was started or resumed."""
+    """Append the time, the facts and the versions to `launches.jsonl`."""
     line = {"time": time.time(), **facts, "versions": versions(), "xla_flags": os.environ.get("XLA_FLAGS", "")}
-    with _append_to(run / "launches.jsonl") as file:
+    with _open_to_append(run / "launches.jsonl") as file:
         file.write(json.dumps(line, sort_keys=True) + "\n")
 
 
-class _Progress:
-    """A bar with the latest loss, on standard error."""
+class _ProgressBar:
+    """Progress bar with the latest loss, on standard error."""
 
     def __init__(self, step: int, steps: int):
         from rich.console import Console
@@ -180,42 +172,42 @@ class _Progress:
         self._progress.update(self._task, completed=step, loss=f"{loss:.4f}")
 
     def show_speed(self, speed: Mapping[str, float]) -> None:
-        shown = f"{speed['tokens_per_second']:,.0f} tokens/s, {speed['flops_per_second'] / 1e12:.3g} TFLOP/s"
+        text = f"{speed['tokens_per_second']:,.0f} tokens/s, {speed['flops_per_second'] / 1e12:.3g} TFLOP/s"
         if "mfu" in speed:
-            shown += f", MFU {speed['mfu']:.1%}"
-        self._progress.update(self._task, speed=shown)
+            text += f", MFU {speed['mfu']:.1%}"
+        self._progress.update(self._task, speed=text)
 
     def close(self) -> None:
         self._progress.stop()
 
 
-def _progress_bar(step: int, steps: int) -> _Progress | None:
-    return _Progress(step, steps) if sys.stderr.isatty() else None
-
-
 def _truncate(path: Path, step: int) -> None:
-    """Keep the lines of steps up to `step`. A line that a kill cut short is always a later one: see `sync`."""
-    if path.exists():
-        atomic.write_text(path, "".join(text + "\n" for text in _lines(path, step)))
-
-
-def _lines(path: Path, step: int) -> Iterator[str]:
-    """Yield the complete lines of steps up to `step`."""
-    for text in path.read_text(encoding="utf-8").splitlines():
+    """Drop the lines after `step`, which may be incomplete."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            wanted = json.loads(text)["step"] <= step
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
-            return
-        if wanted:
-            yield text
+            break
+    atomic.write_text(path, "".join(kept))
 
 
-def _append_to(path: Path) -> IO[str]:
+def _open_to_append(path: Path) -> IO[str]:
     try:
-        return open(path, "a", buffering=1, encoding="utf-8")  # a line at a time: what is logged survives a kill
+        return open(path, "a", buffering=1, encoding="utf-8")  # line-buffered: complete lines survive a kill
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise _write_error(path, error) from error
 
 
-def _unwritable(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path}: cannot be written ({error.strerror}); mend this and run the same command again")
+def _append(file: IO[str], line: Mapping[str, float]) -> None:
+    try:
+        file.write(json.dumps(line, allow_nan=False) + "\n")
+    except OSError as error:
+        raise _write_error(Path(file.name), error) from error
+
+
+def _write_error(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path}: cannot be written ({error.strerror}); correct this and run the same command again")

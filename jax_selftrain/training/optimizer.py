@@ -1,4 +1,4 @@
-"""AdamW as in the training of Pythia: global-norm clipping, decoupled weight decay, warmup, a schedule.
+"""AdamW and learning-rate schedules as in the training of Pythia.
 
 GPT-NeoX (`get_params_for_weight_decay_optimization`) decays all parameters, the embedding included, except norms and
 biases. Adam has bias correction and decoupled decay (Loshchilov & Hutter, arXiv:1711.05101), as `optax.adamw`.
@@ -20,7 +20,7 @@ WEIGHT_DECAY_PATHS = frozenset({"kernel", "embedding", "lora_a", "lora_b"})
 
 
 def make_schedule(config: TrainConfig, steps: int) -> optax.Schedule:
-    """Return the learning rate as a function of the update index, 0 … steps−1.
+    """Return the learning rate by update index, 0 … steps−1.
 
     The rate rises linearly over the first `warmup_ratio` of the steps: update n of W (counted from 1) has n/W of the
     peak, so that no update has rate zero. Then it is constant, or falls along half a cosine or a line and reaches
@@ -59,7 +59,7 @@ def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformat
 
 
 def decay_mask(params: Params, *, embeddings: bool = True) -> Params:
-    """Return True for every parameter with weight decay: matrices and, if requested, the embedding."""
+    """Return True for parameters with weight decay: matrices, optionally the embedding."""
     names = WEIGHT_DECAY_PATHS if embeddings else WEIGHT_DECAY_PATHS - {"embedding"}
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in names, params)
 

@@ -1,4 +1,4 @@
-"""One training step: a pure function of (state, batch), the same on one device and on a pod.
+"""The training step: a pure function of (state, batch) on any mesh.
 
 Parameters and Adam's moments are float32 and have one sharding. The gradient of a step is the sum of the unnormalized
 gradients of its micro-batches, divided once by the total weight. Gradient accumulation then equals one large batch even
@@ -32,7 +32,7 @@ Metrics = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """Training state; with the data position, which equals `step`, it determines the rest of the run."""
+    """Training state; `step` is also the position in the data."""
 
     step: jax.Array
     """Number of updates so far, int32 scalar."""
@@ -49,7 +49,7 @@ StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 def init_state(
     config: TrainConfig, model: DecoderConfig, rules: ShardingRules, params: Params, steps: int = 1
 ) -> TrainState:
-    """Create the state before the first step; moments are sharded like their parameters.
+    """Create the sharded state before the first step.
 
     Args:
       config: the run's options.
@@ -67,7 +67,7 @@ def _init(config: TrainConfig, steps: int, trained: Params, params: Params) -> T
 
 
 def export_params(config: TrainConfig, state: TrainState) -> Params:
-    """Return the model of a state, float32, with the adapters merged into the base."""
+    """Return the float32 model of a state, with adapters merged."""
     if state.frozen_base is None:
         return state.params
     return _merge(jit_key(config), state.frozen_base, state.params)
@@ -96,7 +96,10 @@ def _compiled_step(config: TrainConfig, model: DecoderConfig, rules: ShardingRul
 
 
 def make_step(config: TrainConfig, model: DecoderConfig, rules: ShardingRules, steps: int) -> StepFunction:
-    """Return the step function of a run of `steps` steps; micro-batches are the leading axis of its batch."""
+    """Return the step function of a run of `steps` steps.
+
+    The leading axis of its batch is `grad_accum` micro-batches.
+    """
     optimizer = make_optimizer(config, steps)
     schedule = make_schedule(config, steps)
     compute_dtype = jnp.dtype(config.dtype)
@@ -130,7 +133,7 @@ def make_step(config: TrainConfig, model: DecoderConfig, rules: ShardingRules, s
 
 
 def abstract_state(config: TrainConfig, model: DecoderConfig, rules: ShardingRules, steps: int) -> TrainState:
-    """Return shapes, types and shardings of the state, to compile for and to restore into."""
+    """Return the state as shapes, types and shardings."""
     params = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract_params(model),
@@ -148,7 +151,7 @@ def abstract_state(config: TrainConfig, model: DecoderConfig, rules: ShardingRul
 
 
 def abstract_batch(config: TrainConfig, rules: ShardingRules) -> Batch:
-    """Return shapes, types and shardings of a batch `[grad_accum, batch_size / grad_accum, …]`.
+    """Return a batch, `[grad_accum, batch_size / grad_accum, …]`, as shapes and shardings.
 
     Raises:
       InputError: the batch does not divide into micro-batches and replicas; suggests sizes that do.
@@ -175,7 +178,7 @@ def abstract_batch(config: TrainConfig, rules: ShardingRules) -> Batch:
 def abstract_train_step(
     config: TrainConfig, mesh: Mesh
 ) -> tuple[StepFunction, tuple[TrainState, Batch], tuple[int, ...]]:
-    """Return the step function with abstract arguments, to compile it here or ahead of time.
+    """Return the step function with abstract arguments, to compile it.
 
     Args:
       config: the run's options; unset `steps` count as 1, since only the learning rate depends on them.

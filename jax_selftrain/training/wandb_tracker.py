@@ -1,7 +1,7 @@
-"""Weights & Biases, for those who ask for it (`--wandb PROJECT`); the package is imported only then.
+"""Optional logging to Weights & Biases (`--wandb PROJECT`).
 
-A run keeps its W&B id from launch to launch: the id is the run's own fingerprint. W&B takes each step once and in
-order, so that what a resumed run computes again is not shown twice.
+The W&B id of a run is its fingerprint, so that a resumed run continues its W&B run. W&B accepts each step once and in
+order, so that repeated steps of a resumed run are not logged twice.
 """
 
 from __future__ import annotations
@@ -15,13 +15,19 @@ from jax_selftrain.errors import InputError
 
 
 class WandbTracker:
-    """One run at W&B."""
+    """A run at Weights & Biases."""
 
     def __init__(self, project: str, run: Path, *, identity: str, config: Mapping[str, Any]):
-        """Begin or resume it; `identity` is the run's fingerprint, `config` what to show beside it.
+        """Start or resume the W&B run.
+
+        Args:
+          project: W&B project.
+          run: run folder.
+          identity: fingerprint of the run.
+          config: options to log.
 
         Raises:
-          InputError: W&B refuses, for instance because nobody is logged in.
+          InputError: W&B refuses, for instance without a login.
         """
         wandb = _package()
         try:
@@ -29,19 +35,23 @@ class WandbTracker:
                 project=project, id=identity[:32], resume="allow", name=run.name, dir=str(run), config=dict(config)
             )
         except wandb.Error as error:
-            raise InputError(f"--wandb {project}: {error}; mend this, or leave the option out") from error
+            raise InputError(f"--wandb {project}: {error}; correct this, or omit the option") from error
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers of a step, by name."""
+        """Log the values of a step, by name."""
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Finish the W&B run."""
         self._run.finish()
 
 
 def check_tracking(project: str) -> None:
-    """Refuse a project where the package is missing. Raises InputError saying how to install it."""
+    """Check that the package is installed if there is a project.
+
+    Raises:
+      InputError: the package is missing; says how to install it.
+    """
     if project:
         _package()
 
@@ -51,6 +61,6 @@ def _package() -> Any:
         return import_module("wandb")
     except ImportError as error:
         raise InputError(
-            "--wandb needs the package wandb, which is not installed: pip install 'jax-selftrain[wandb]', or leave the "
-            "option out"
+            "--wandb needs the package wandb, which is not installed: pip install 'jax-selftrain[wandb]', or omit the "
+            "option"
         ) from error

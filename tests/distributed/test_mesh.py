@@ -12,7 +12,13 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec
 
-from jax_selftrain.distributed.mesh import _lines, make_mesh, mesh_context, no_compilation_cache, torus_axis_groups
+from jax_selftrain.distributed.mesh import (
+    _group_lines,
+    make_mesh,
+    mesh_context,
+    no_compilation_cache,
+    torus_axis_groups,
+)
 from jax_selftrain.distributed.sharding import make_sharding_rules, shard_host_array
 from jax_selftrain.errors import InputError
 
@@ -79,13 +85,13 @@ def test_place_puts_each_device_its_own_rows():
 
 def test_replicas_that_fill_a_box_of_a_torus_have_lines_along_its_dimensions():
     box = np.array([(i, j, 0, 0) for i in range(2) for j in range(3)])
-    assert _lines(box[:, None]) == [[[0, 3], [1, 4], [2, 5]], [[0, 1, 2], [3, 4, 5]]]
+    assert _group_lines(box[:, None]) == [[[0, 3], [1, 4], [2, 5]], [[0, 1, 2], [3, 4, 5]]]
     beside = np.stack([box, box + np.array([0, 0, 1, 0])], axis=1)  # a model axis in the third dimension
-    assert _lines(beside) == _lines(box[:, None])
-    assert _lines(box[[0, 1, 2, 3, 5, 4], None]) == []  # not row by row
-    assert _lines(np.stack([box, box[::-1]], axis=1)) == []  # each replica's second device in another direction
-    assert _lines(box[:3, None]) == []  # one line is a ring already
-    assert _lines(box[:5, None]) == []  # no box
+    assert _group_lines(beside) == _group_lines(box[:, None])
+    assert _group_lines(box[[0, 1, 2, 3, 5, 4], None]) == []  # not row by row
+    assert _group_lines(np.stack([box, box[::-1]], axis=1)) == []  # each replica's second device in another direction
+    assert _group_lines(box[:3, None]) == []  # one line is a ring already
+    assert _group_lines(box[:5, None]) == []  # no box
 
 
 def test_gpus_have_coordinates_and_stand_in_no_torus():

@@ -162,7 +162,7 @@ def test_who_cannot_meet_the_others_says_so_within_the_time_limit() -> None:
             r"process 0 did not answer within 2 s",
             r"--coordinator nowhere.invalid:80: no such host",
             r"process 0 cannot listen on this port \(Address already in use\)",
-            r"not all of 2 processes came within 2 s",
+            r"not all of 2 processes arrived within 2 s",
         ),
         strict=True,
     ):

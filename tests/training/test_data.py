@@ -24,7 +24,7 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import folder_manifest
 from jax_selftrain.training import Hook, train
-from jax_selftrain.training.data import _sign_flip, load_batch
+from jax_selftrain.training.data import _flip_signs, load_batch
 
 NAMES = ("tokens", "segments", "positions", "weights")
 
@@ -127,7 +127,7 @@ def test_random_loss_sign_multiplies_the_weights_of_whole_documents(
         for n in range(1, int(segments[index].max()) + 1)
     ]
     assert all(len(sign) <= 1 for sign in signs), "all targets of a document in a row have one sign"
-    by_seed = [_sign_flip(rows, seed, 0)[np.arange(len(rows))] for seed in range(20)]
+    by_seed = [_flip_signs(rows, seed, 0)[np.arange(len(rows))] for seed in range(20)]
     share = np.mean([(weights > 0).sum() / (weights != 0).sum() for weights in by_seed])
     assert share == pytest.approx(0.5, abs=0.1)
     assert not np.array_equal(by_seed[0], by_seed[1])
@@ -227,7 +227,7 @@ def test_more_epochs_than_allowed_are_refused_with_the_steps_that_are_allowed(
     assert f"{other_corpus}: 100 steps of 8 rows would visit its {size} rows 200 times" in message
     assert "more than --max-epochs 2.5 allows" in message
     assert not (Path(config.out) / "run.json").exists()
-    (steps,) = re.findall(r"give at most --steps (\d+)", message)
+    (steps,) = re.findall(r"use at most --steps (\d+)", message)
     with pytest.raises(InputError, match=f"at most --steps {steps}"):
         train(dataclasses.replace(config, steps=int(steps) + 1))
     run = train(dataclasses.replace(config, steps=int(steps)))
@@ -241,7 +241,7 @@ def test_the_main_corpus_is_limited_too(options: Callable[..., TrainConfig], cor
 
 
 def test_a_corpus_too_small_for_one_step_is_said_to_be(mixed: Callable[..., TrainConfig]):
-    with pytest.raises(InputError, match="not even one step keeps it: give a smaller --batch-size"):
+    with pytest.raises(InputError, match="not even one step is allowed: use a smaller --batch-size"):
         train(mixed(max_epochs=0.1))
 
 

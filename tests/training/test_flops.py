@@ -11,7 +11,7 @@ from jax_selftrain.config import TrainConfig
 from jax_selftrain.distributed.mesh import make_mesh
 from jax_selftrain.models import DecoderConfig, RopeConfig
 from jax_selftrain.training import train
-from jax_selftrain.training.flops import PEAK_FLOPS, Throughput, flops_per_token, num_matmul_params, throughput
+from jax_selftrain.training.flops import PEAK_FLOPS, Throughput, flops_per_token, make_throughput, num_matmul_params
 
 NEOX = DecoderConfig(
     vocab_size=100, hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=4, intermediate_size=64,
@@ -52,15 +52,15 @@ def test_utilisation_is_the_share_of_the_peak_and_absent_where_that_is_unknown()
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_cpu_and_a_run_in_float32_have_no_peak(dtype):
-    speed = throughput(TrainConfig(dtype=dtype, seq_len=32), NEOX, make_mesh("data=2"))
+    speed = make_throughput(TrainConfig(dtype=dtype, seq_len=32), NEOX, make_mesh("data=2"))
     assert speed == Throughput(83_328, None)
 
 
 def test_peaks_are_of_all_devices_of_the_mesh(monkeypatch: pytest.MonkeyPatch):
     mesh = make_mesh("data=4")
     monkeypatch.setitem(PEAK_FLOPS, mesh.devices.flat[0].device_kind, 1e12)
-    assert throughput(TrainConfig(dtype="bfloat16"), NEOX, mesh).peak_flops == 4e12
-    assert throughput(TrainConfig(dtype="float32"), NEOX, mesh).peak_flops is None
+    assert make_throughput(TrainConfig(dtype="bfloat16"), NEOX, mesh).peak_flops == 4e12
+    assert make_throughput(TrainConfig(dtype="float32"), NEOX, mesh).peak_flops is None
 
 
 @pytest.mark.slow

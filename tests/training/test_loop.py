@@ -73,7 +73,7 @@ def test_finished_run_is_left_alone(
 ):
     before = folder_manifest(undisturbed)
     assert train(options(out=str(undisturbed))) == undisturbed
-    assert "finished already" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
     assert folder_manifest(undisturbed) == before
 
 

@@ -82,7 +82,7 @@ def test_nothing_is_asked_of_it_unless_it_is_named(options: Callable[..., TrainC
 
 
 def test_what_it_refuses_is_said_in_one_sentence(options: Callable[..., TrainConfig], runs: list[Recorder]):
-    with pytest.raises(InputError, match="--wandb nobody's: nobody is logged in; mend this"):
+    with pytest.raises(InputError, match="--wandb nobody's: nobody is logged in; correct this"):
         train(options(wandb="nobody's"))
     assert train(options(wandb="")), "and the run goes on without it"
 
