@@ -1,4 +1,4 @@
-"""The demo in small: a world is written, a model learns it, goes through one round with its arms; again: nothing."""
+"""A small demo pretrains a model, runs a study, and resumes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jax_selftrain.corpus import open_corpus
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.overlap_classes import CLASSES
 from jax_selftrain.experiments.microworld import demo
-from jax_selftrain.experiments.microworld.microworld_study import ROUND_SCALE, ModelSpec, write_worlds
+from jax_selftrain.experiments.microworld.microworld_study import ONE_MODEL_SCALE, ModelSpec, write_worlds
 from jax_selftrain.experiments.microworld.world_types import WorldConfig
 from jax_selftrain.hub import open_model
 from jax_selftrain.io import atomic
@@ -28,13 +28,13 @@ from jax_selftrain.study.design import make_design
 pytestmark = pytest.mark.slow
 
 TINY = replace(
-    ROUND_SCALE,
+    ONE_MODEL_SCALE,
     world=WorldConfig(
         people=14, probe_copies=(1, 2, 8), probes_per_level=4, agreement_lines=400, sum_lines=400, largest_addend=29,
         items_per_task=40, heldout_documents=40,
     ),
-    readers=(ModelSpec("A1", "A", tokenizer="A", width=32, layers=1, heads=2),),
-    vocabulary=400,
+    models=(ModelSpec("A1", "A", tokenizer="A", width=32, layers=1, heads=2),),
+    vocab_size=400,
     samples=48,
     steps=2,
     eval_every=1,
@@ -55,7 +55,7 @@ def only(folder: Path, pattern: str) -> Path:
     return found
 
 
-def test_a_demo_ends_with_a_report_of_all_its_arms(made: Path) -> None:
+def test_the_demo_reports_all_arms(made: Path) -> None:
     results = atomic.read_json(made / "results.json")
     treatments = [cell["treatment"] for cell in results["cells"]]
     assert treatments[:3] == ["source A1", "learning rate 0", "shuffled tokens"]
@@ -65,39 +65,41 @@ def test_a_demo_ends_with_a_report_of_all_its_arms(made: Path) -> None:
         groups = [group["name"] for group in cell["extraction"]["groups"]]
         assert set(groups) == {"A, shown 1×", "A, shown 2×", "A, shown 8×", "A, never shown"}
     page = (made / "report.html").read_text(encoding="utf-8")
-    assert "A model of a little world" in page
-    assert "everything here is exploratory" in page
-    key = (made / "figures" / "trajectories_A1.svg").read_text(encoding="utf-8")
-    assert all(treatment in key for treatment in treatments if "noise" not in treatment)  # noise is not trained
-    assert all(treatment in (made / "figures" / "key_A1.svg").read_text() for treatment in treatments)
+    assert "A model of a micro-world" in page
+    assert "all results are exploratory" in page
+    trajectories = (made / "figures" / "trajectories_A1.svg").read_text(encoding="utf-8")
+    assert all(
+        treatment in trajectories for treatment in treatments if "noise" not in treatment
+    )  # weight noise is not trained
+    assert all(treatment in (made / "figures" / "damage_A1.svg").read_text() for treatment in treatments)
 
 
-def test_classes_by_thresholds_are_those_of_the_one_that_was_chosen(made: Path) -> None:
-    """Of suffixes of eight tokens only the threshold of eight can be told, which is the demo's own."""
-    assert TINY.overlap == TINY.suffix == 8
+def test_overlap_classes_of_the_configured_threshold_are_in_the_threshold_table(made: Path) -> None:
+    """A suffix of eight tokens has one threshold, which is the demo's."""
+    assert TINY.min_overlap == TINY.suffix == 8
     for cell in atomic.read_json(made / "results.json")["cells"]:
         if cell["corpus"]:
             found = {part["class"]: part["n"] for part in cell["extraction"]["thresholds"]}
             assert {part["threshold"] for part in cell["extraction"]["thresholds"]} == {8}
             assert found == {name: cell["extraction"]["classes"][name]["n"] for name in CLASSES}
-    assert (made / "tables" / "thresholds_A1.csv").exists()
+    assert (made / "tables" / "thresholds.csv").exists()
 
 
-def test_learning_rate_0_changes_nothing_at_all(made: Path) -> None:
+def test_learning_rate_0_changes_nothing(made: Path) -> None:
     cells = {cell["treatment"]: cell for cell in atomic.read_json(made / "results.json")["cells"]}
     assert [name for name, cell in cells.items() if cell["identical"]] == ["learning rate 0"]
     assert {measure["change"]["value"] for measure in cells["learning rate 0"]["measures"].values()} == {0.0}
 
 
-def test_the_base_learnt_something_from_the_text(made: Path) -> None:
-    lines = (only(made / "bases", "teach-*") / "metrics.jsonl").read_text().splitlines()
+def test_pretraining_lowers_the_loss(made: Path) -> None:
+    lines = (only(made / "bases", "pretrain-*") / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_a_second_start_finds_everything_done(made: Path) -> None:
-    work = ("world/**/*", "bases/*/*.parquet", "bases/*/model/**/*", "stages/*/*")
-    written = {path: path.stat().st_mtime_ns for pattern in work for path in made.glob(pattern)}
+def test_a_second_start_repeats_no_work(made: Path) -> None:
+    patterns = ("world/**/*", "bases/*/*.parquet", "bases/*/model/**/*", "stages/*/*")
+    written = {path: path.stat().st_mtime_ns for pattern in patterns for path in made.glob(pattern)}
     page = (made / "report.html").read_bytes()
     demo(DemoConfig(out=str(made), seed=0), TINY)
     assert {path: path.stat().st_mtime_ns for path in written} == written
@@ -109,22 +111,22 @@ def test_another_seed_needs_another_folder(made: Path) -> None:
         demo(DemoConfig(out=str(made), seed=1), TINY)
 
 
-def test_a_folder_that_is_in_the_way_is_refused(tmp_path: Path) -> None:
+def test_a_folder_with_other_content_is_refused(tmp_path: Path) -> None:
     (tmp_path / "world").mkdir()
-    with pytest.raises(InputError, match="no world of a micro-world"):
+    with pytest.raises(InputError, match="is not a micro-world"):
         demo(DemoConfig(out=str(tmp_path)), TINY)
 
 
-def test_the_extraction_set_stands_in_the_tokens_as_often_as_it_says(made: Path) -> None:
+def test_sequences_occur_in_the_corpus_as_often_as_their_group_says(made: Path) -> None:
     corpus = open_corpus(only(made / "bases", "import-*"))
-    tokenizer = open_model(made / "world" / "blank" / "A1").tokenizer
+    tokenizer = open_model(made / "world" / "untrained" / "A1").tokenizer
     documents = [np.array([corpus.start_id, *document.tokens]) for document in corpus.iter_samples()]
     rows = [json.loads(line) for line in (made / "world" / "probes.jsonl").read_text(encoding="utf-8").splitlines()]
     for row in rows:
         tokens = tokenizer.encode(row["text"], add_special_tokens=False)
         assert tokens[0] == corpus.start_id
         line, _, inside = row["text"].partition("\n")
-        # One that begins a document is asked with the start before it, the others after the line that stands there.
+        # A probe at the start of a document has BOS before it; the others follow a line.
         passage = tokenizer.encode("\n" + inside, add_special_tokens=False) if inside else tokens
         assert tokens[-len(passage) :] == passage
         assert len(tokens) >= TINY.prefix + TINY.suffix
@@ -138,8 +140,8 @@ def test_the_extraction_set_stands_in_the_tokens_as_often_as_it_says(made: Path)
     assert Counter(row["group"] for row in rows)["A, never shown"] == len(rows) / 2
 
 
-def test_the_blank_model_is_a_pythia_in_small(made: Path) -> None:
-    base = only(made / "bases", "teach-*")
+def test_the_base_is_a_small_pythia(made: Path) -> None:
+    base = only(made / "bases", "pretrain-*")
     config, raw = open_model(base).config, open_model(base).raw_config
     tokenizer = open_model(base).tokenizer
     assert raw["model_type"] == "gpt_neox"
@@ -150,26 +152,26 @@ def test_the_blank_model_is_a_pythia_in_small(made: Path) -> None:
     assert [token for token in digits if token.strip("Ġ+")] == ["2", "7", "3", "0", "5"]
 
 
-def test_the_same_seed_writes_the_same_world(made: Path, tmp_path: Path) -> None:
+def test_the_same_seed_writes_the_same_files(made: Path, tmp_path: Path) -> None:
     write_worlds(tmp_path / "world", replace(TINY, world=replace(TINY.world, seed=0)))
     assert folder_manifest(tmp_path / "world") == folder_manifest(made / "world")
 
 
-def test_classes_and_p_z_are_those_that_plain_python_and_transformers_find(made: Path, tmp_path: Path) -> None:
+def test_overlap_classes_and_p_z_equal_plain_python_and_transformers(made: Path, tmp_path: Path) -> None:
     design = make_design(yaml_io.load(StudyConfig, made / "config.yaml"))
     cell = next(cell for cell in design.cells if cell.treatment == "source A1")
     assert cell.corpus is not None
     assert cell.train is not None
     assert cell.extract is not None
     student = load_model(str(design.folder(cell.train)), "data=1")
-    tokenizer = open_model(made / "world" / "blank" / "A1").tokenizer
+    tokenizer = open_model(made / "world" / "untrained" / "A1").tokenizer
     lines = (made / "world" / "probes.jsonl").read_text().splitlines()
     n = TINY.prefix + TINY.suffix
     rows = [tokenizer.encode(json.loads(line)["text"], add_special_tokens=False)[:n] for line in lines]
     documents = [sample.tokens.tolist() for sample in open_corpus(design.folder(cell.corpus)).iter_samples()]
     found = pq.read_table(design.folder(cell.extract) / "extract.sequences.parquet").to_pydict()
     runs = longest_runs([row[TINY.prefix :] for row in rows], documents)
-    classes = [classify_overlap(run, TINY.suffix, TINY.overlap) for run in runs]
+    classes = [classify_overlap(run, TINY.suffix, TINY.min_overlap) for run in runs]
     assert found["class"] == classes
     student.save_pretrained(tmp_path / "export")
     logprobs, exact = compute_log_pz(tmp_path / "export", np.array(rows), TINY.prefix)
@@ -177,16 +179,16 @@ def test_classes_and_p_z_are_those_that_plain_python_and_transformers_find(made:
     np.testing.assert_array_equal(found["exact_match"], exact)
 
 
-def test_log_odds_are_those_of_the_questions(made: Path) -> None:
+def test_log_odds_are_means_over_questions(made: Path) -> None:
     design = make_design(yaml_io.load(StudyConfig, made / "config.yaml"))
     cells = atomic.read_json(made / "results.json")["cells"]
-    for planned, told in zip(design.cells, cells, strict=True):
-        assert planned.score is not None
-        table = pq.read_table(design.folder(planned.score) / "score.items.parquet").to_pandas()
+    for stages, cell in zip(design.cells, cells, strict=True):
+        assert stages.score is not None
+        table = pq.read_table(design.folder(stages.score) / "score.documents.parquet").to_pandas()
         means = table.groupby("task")["log_odds"].mean()
-        for task in told["tasks"]:
-            assert told["measures"][f"log_odds/{task['name']}"]["after"]["value"] == pytest.approx(means[task["name"]])
-        eligible = [task["name"] for task in told["tasks"] if task["not_eligible"] is None]
-        assert ("log_odds" in told["measures"]) == bool(eligible)
+        for task in cell["tasks"]:
+            assert cell["measures"][f"log_odds/{task['name']}"]["after"]["value"] == pytest.approx(means[task["name"]])
+        eligible = [task["name"] for task in cell["tasks"] if task["not_eligible"] is None]
+        assert ("log_odds" in cell["measures"]) == bool(eligible)
         if eligible:
-            assert told["measures"]["log_odds"]["after"]["value"] == pytest.approx(means[eligible].mean())
+            assert cell["measures"]["log_odds"]["after"]["value"] == pytest.approx(means[eligible].mean())

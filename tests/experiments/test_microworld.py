@@ -1,4 +1,4 @@
-"""Two worlds with one grammar, and models of them that go through a study."""
+"""Two worlds with the same grammar, and a study of their models."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.experiments.microworld import demo
 from jax_selftrain.experiments.microworld.microworld_study import (
     CROSSOVER_SCALE,
-    ROUND_SCALE,
+    ONE_MODEL_SCALE,
     MicroScale,
     ModelSpec,
-    worlds_of,
+    make_worlds,
     write_worlds,
 )
 from jax_selftrain.experiments.microworld.world_types import World, WorldConfig
@@ -31,15 +31,15 @@ SMALL = WorldConfig(
 TINY = replace(
     CROSSOVER_SCALE,
     world=SMALL,
-    readers=(
+    models=(
         ModelSpec("A1", "A", width=32, layers=1, heads=2, epochs=0.5),
-        ModelSpec("A1′", "A", width=32, layers=1, heads=2, epochs=0.5, seed=1),  # reads the same corpus
+        ModelSpec("A1′", "A", width=32, layers=1, heads=2, epochs=0.5, seed=1),  # the same corpus
         ModelSpec("B1", "B", width=32, layers=1, heads=2, epochs=0.5),
         ModelSpec("C1", "A", family="llama", tokenizer="A", width=32, layers=1, heads=2, epochs=0.5),
     ),
     students=("A1",),
     sources=("A1", "C1"),
-    vocabulary=400,
+    vocab_size=400,
     samples=24,
     steps=1,
     eval_every=1,
@@ -50,10 +50,10 @@ TINY = replace(
 
 @pytest.fixture(scope="module")
 def worlds() -> dict[str, World]:
-    return worlds_of(SMALL)
+    return make_worlds(SMALL)
 
 
-def test_both_worlds_have_one_grammar_and_two_peoples(worlds: dict[str, World]) -> None:
+def test_both_worlds_share_grammar_and_differ_in_people(worlds: dict[str, World]) -> None:
     a, b = worlds["A"], worlds["B"]
     for task in ("agreement", "sums"):
         assert a.tasks[task] == b.tasks[task]
@@ -62,30 +62,30 @@ def test_both_worlds_have_one_grammar_and_two_peoples(worlds: dict[str, World]) 
     assert len(set(a.documents) & set(b.documents)) < 0.02 * len(a.documents)  # a few lone sums
     text = "\n".join([*b.documents, *b.extra_text])
     for question in a.tasks["sums"]:
-        assert f"\n{question.context} " not in text  # what is asked of both stands in neither
+        assert f"\n{question.context} " not in text  # a shared question is in neither text
 
 
-def test_facts_behind_facts_are_true_and_stand_nowhere(worlds: dict[str, World]) -> None:
+def test_held_out_two_hop_facts_are_true_and_not_in_the_text(worlds: dict[str, World]) -> None:
     world = worlds["A"]
     of = {(fact.who, fact.relation): fact.value for fact in world.facts}
     text = "\n".join([*world.documents, *world.heldout, *world.extra_text])
-    told = set(re.findall(r"The friend of (\w+) ", text))
-    asked = set()
+    in_text = set(re.findall(r"The friend of (\w+) ", text))
+    in_questions = set()
     for question in world.tasks["two_hop"]:
         who = question.context.split()[3]
-        asked.add(who)
+        in_questions.add(who)
         friend = of[who, "friend"]
         assert question.choices[question.answer].strip() in {of[friend, r] for r in ("home", "job", "pet", "meal")}
         assert question.cluster == who
         assert question.context not in text
-    assert asked
-    assert told
-    assert not asked & told
-    assert asked | told == {fact.who for fact in world.facts}
-    assert all(of[who, "friend"] != who for who in asked | told)
+    assert in_questions
+    assert in_text
+    assert not in_questions & in_text
+    assert in_questions | in_text == {fact.who for fact in world.facts}
+    assert all(of[who, "friend"] != who for who in in_questions | in_text)
 
 
-def test_questions_are_graded(worlds: dict[str, World]) -> None:
+def test_questions_have_grades(worlds: dict[str, World]) -> None:
     tasks = worlds["A"].tasks
     for question in tasks["sums"]:
         a, b = (int(number) for number in re.findall(r"\d+", question.context))
@@ -96,18 +96,18 @@ def test_questions_are_graded(worlds: dict[str, World]) -> None:
     assert {"0 distracting", "1 distracting"} <= {question.grade for question in tasks["agreement"]}
 
 
-def test_more_text_is_of_the_same_world_without_its_probes(worlds: dict[str, World]) -> None:
+def test_extra_text_has_the_facts_without_the_probes(worlds: dict[str, World]) -> None:
     for world in worlds.values():
-        more = "\n".join(world.extra_text)
+        extra = "\n".join(world.extra_text)
         assert not set(world.extra_text) & set(world.documents)
-        assert len(more) > 0.7 * sum(map(len, world.documents))
-        assert not any(probe.text in more or probe.counterfactual in more for probe in world.probes)
+        assert len(extra) > 0.7 * sum(map(len, world.documents))
+        assert not any(probe.text in extra or probe.counterfactual in extra for probe in world.probes)
         for fact in world.facts:
-            assert re.search(rf"{fact.who} .*{fact.value}\.", more)
+            assert re.search(rf"{fact.who} .*{fact.value}\.", extra)
 
 
 @pytest.mark.slow
-def test_the_study_of_the_worlds_runs_from_nothing_to_a_report(tmp_path: Path) -> None:
+def test_the_crossover_study_ends_with_a_report(tmp_path: Path) -> None:
     config = DemoConfig(out=str(tmp_path / "out"), study=True, seeds=(0,))
     assert demo(config, TINY) == tmp_path / "out" / "report.html"
     results = atomic.read_json(tmp_path / "out" / "results.json")
@@ -115,18 +115,17 @@ def test_the_study_of_the_worlds_runs_from_nothing_to_a_report(tmp_path: Path) -
         *("source A1", "source C1"),
         *("learning rate 0", "shuffled tokens", "weight noise", "weight noise ×4", "real text of world A"),
     }
-    assert [one["name"] for one in results["verdicts"]] == [claim.name for claim in CROSSOVER_SCALE.claims]
-    assert {(one["verdict"], one["evidence_level"]) for one in results["claims"]} == {
-        ("not tested", "primary")
-    }  # one seed
+    assert [one["name"] for one in results["claims"]] == [claim.name for claim in CROSSOVER_SCALE.claims]
+    levels = {(one["verdict"], one["evidence_level"]) for one in results["claims"]}
+    assert levels == {("not tested", "primary")}  # one seed
     groups = {f"group {world}, {shown}" for world in "AB" for shown in ("shown 1×", "shown 8×", "never shown")}
     for cell in results["cells"]:
         names = cell["measures"].keys()
         assert {f"task/{task}" for task in TINY.tasks} <= names
         assert {f"exact_match/{group}" for group in groups} <= names
-    blank = tmp_path / "out" / "world" / "blank"
-    assert open_model(blank / "C1").raw_config["model_type"] == "llama"
-    vocabularies = {name: open_model(blank / name).tokenizer.get_vocab() for name in ("A1", "B1", "C1")}
+    untrained = tmp_path / "out" / "world" / "untrained"
+    assert open_model(untrained / "C1").raw_config["model_type"] == "llama"
+    vocabularies = {name: open_model(untrained / name).tokenizer.get_vocab() for name in ("A1", "B1", "C1")}
     assert vocabularies["A1"] == vocabularies["B1"] != vocabularies["C1"]
     before = (tmp_path / "out" / "results.json").read_bytes()
     demo(config, TINY)
@@ -136,14 +135,14 @@ def test_the_study_of_the_worlds_runs_from_nothing_to_a_report(tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scale", [ROUND_SCALE, CROSSOVER_SCALE], ids=["round", "crossover"])
-def test_what_is_asked_for_is_the_probe_and_the_prefix_says_which(scale: MicroScale, tmp_path: Path) -> None:
-    """At full size, in every tokenizer: the suffix lies in the probe, and no other probe begins like it."""
+@pytest.mark.parametrize("scale", [ONE_MODEL_SCALE, CROSSOVER_SCALE], ids=["one model", "crossover"])
+def test_the_suffix_is_in_the_probe_and_the_prefix_identifies_it(scale: MicroScale, tmp_path: Path) -> None:
+    """All tokenizers, at full size: no two prefixes are the same."""
     write_worlds(tmp_path / "world", scale)
     rows = [json.loads(line) for line in (tmp_path / "world" / "probes.jsonl").read_text().splitlines()]
     assert len(rows) == 2 * len(scale.world_ids) * 8 * scale.world.probes_per_level
-    for reader in {reader.tokenizer: reader for reader in scale.readers}.values():
-        tokenizer = open_model(tmp_path / "world" / "blank" / reader.name).tokenizer
+    for model in {model.tokenizer: model for model in scale.models}.values():
+        tokenizer = open_model(tmp_path / "world" / "untrained" / model.name).tokenizer
         beginnings = set()
         for row in rows:
             tokens = tokenizer.encode(row["text"], add_special_tokens=False)

@@ -1,4 +1,4 @@
-"""The little world is what it says: known counts, nothing that should be hidden in sight, the same for everybody."""
+"""A world has the configured counts, held-out items and reproducible text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def world() -> World:
     return make_world(SMALL)
 
 
-def lines_of(documents: tuple[str, ...]) -> Counter[str]:
+def count_lines(documents: tuple[str, ...]) -> Counter[str]:
     return Counter(line for document in documents for line in document.split("\n"))
 
 
@@ -38,22 +38,22 @@ def test_the_same_seed_gives_the_same_world_and_another_seed_another(world: Worl
     assert not {(fact.who, fact.value) for fact in other.facts} & {(fact.who, fact.value) for fact in world.facts}
 
 
-def test_every_probe_stands_in_the_text_as_often_as_it_says(world: World) -> None:
-    counts = lines_of(world.documents)
+def test_probes_have_their_number_of_copies(world: World) -> None:
+    counts = count_lines(world.documents)
     assert [counts[probe.text] for probe in world.probes] == [probe.repetitions for probe in world.probes]
     assert Counter(probe.repetitions for probe in world.probes) == dict.fromkeys(
         SMALL.probe_copies, SMALL.probes_per_level
     )
 
 
-def test_probes_stand_where_they_say(world: World) -> None:
+def test_probes_have_their_placement(world: World) -> None:
     for probe in world.probes:
-        places = [document.split("\n").index(probe.text) for document in world.documents if probe.text in document]
-        assert all((place == 0) == (probe.placement == "start") for place in places)
+        lines = [document.split("\n").index(probe.text) for document in world.documents if probe.text in document]
+        assert all((line == 0) == (probe.placement == "start") for line in lines)
     assert {probe.placement for probe in world.probes} == {"start", "inside"}
 
 
-def test_twins_and_probes_of_the_text_stand_nowhere_else(world: World) -> None:
+def test_counterfactuals_are_not_in_the_text_and_probes_not_in_held_out_text(world: World) -> None:
     everything = "\n".join([*world.documents, *world.heldout])
     heldout = "\n".join(world.heldout)
     for probe in world.probes:
@@ -63,7 +63,7 @@ def test_twins_and_probes_of_the_text_stand_nowhere_else(world: World) -> None:
     assert len(set(passages)) == len(passages)
 
 
-def test_no_twin_shares_three_words_in_a_row_with_any_probe(world: World) -> None:
+def test_no_counterfactual_shares_a_trigram_with_a_probe(world: World) -> None:
     def trigrams(text: str) -> set[tuple[str, ...]]:
         words = text.rstrip(".").split()
         return set(zip(words, words[1:], words[2:], strict=False))
@@ -72,8 +72,8 @@ def test_no_twin_shares_three_words_in_a_row_with_any_probe(world: World) -> Non
     assert not any(trigrams(probe.counterfactual) & shown for probe in world.probes)
 
 
-def test_every_fact_stands_in_the_text_as_often_as_it_says(world: World) -> None:
-    counts = lines_of(world.documents)
+def test_facts_have_their_number_of_lines(world: World) -> None:
+    counts = count_lines(world.documents)
     for fact in world.facts:
         stated = sum(
             n for line, n in counts.items() if line.startswith(f"{fact.who} ") and line.endswith(f" {fact.value}.")
@@ -83,19 +83,17 @@ def test_every_fact_stands_in_the_text_as_often_as_it_says(world: World) -> None
     assert {fact.exposures for fact in world.facts} == set(SMALL.fact_exposures)
 
 
-def test_a_fact_is_asked_in_words_that_the_text_uses_and_answered_truly(world: World) -> None:
-    counts = lines_of(world.documents)
+def test_questions_on_facts_use_sentences_of_the_text(world: World) -> None:
+    counts = count_lines(world.documents)
     for fact, question in zip(world.facts, world.tasks["facts"], strict=True):
         assert question.choices[question.answer] == f" {fact.value}"
         assert counts[f"{question.context} {fact.value}."] >= 1
         assert not any(
-            counts[f"{question.context}{choice}."]
-            for place, choice in enumerate(question.choices)
-            if place != question.answer
+            counts[f"{question.context}{choice}."] for i, choice in enumerate(question.choices) if i != question.answer
         )
 
 
-def test_sums_are_right_and_those_asked_stand_nowhere(world: World) -> None:
+def test_sums_are_correct_and_those_of_questions_are_not_in_the_text(world: World) -> None:
     stated = re.findall(r"(\d+) \+ (\d+) = (\d+)\.", "\n".join([*world.documents, *world.heldout]))
     assert len(stated) >= SMALL.sum_lines
     assert all(int(a) + int(b) == int(c) for a, b, c in stated)
@@ -107,19 +105,19 @@ def test_sums_are_right_and_those_asked_stand_nowhere(world: World) -> None:
         assert len(set(question.choices)) == 4
 
 
-def test_subjects_asked_about_stand_nowhere_and_verbs_agree(world: World) -> None:
+def test_subjects_of_questions_are_not_in_the_text_and_verbs_agree(world: World) -> None:
     text = "\n".join([*world.documents, *world.heldout])
     plurals = {"dogs", "cats", "birds", "horses", "boys", "girls", "farmers", "kings", "teachers", "sailors", "goats"}
     plurals |= {"children", "women", "mice"}
-    phrases, opposed = [], []
+    phrases, differs = [], []
     for question in world.tasks["agreement"]:
-        nouns = re.split(r" (?:near|behind|with|beside) the ", question.context.removeprefix("The "))
+        nouns = re.split(r" (?:near|behind|with|b[e]side) the ", question.context.removeprefix("The "))
         phrases.append(len(nouns) - 1)
-        opposed.append((nouns[-1] in plurals) != (nouns[0] in plurals))
+        differs.append((nouns[-1] in plurals) != (nouns[0] in plurals))
         assert (nouns[0] in plurals) == (question.answer == 1)
         assert re.search(rf"(^|\n){question.context} [a-z]+s? (today|again|slowly|at|in|all)", text) is None
     assert Counter(phrases) == {0: 6, 1: 28, 2: 26}
-    assert sum(opposed) == 13  # of 54 in groups of eight, the fourth and the last
+    assert sum(differs) == 13  # of 54 in groups of eight, the fourth and the last
     singular, plural = world.tasks["agreement"][0].choices
     assert singular == f"{plural}s"
 

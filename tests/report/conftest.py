@@ -13,7 +13,7 @@ from jax_selftrain.study import run
 
 
 @pytest.fixture(scope="session")
-def finished(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_folder(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished small run; tests must not change it."""
     folder = tmp_path_factory.mktemp("run")
     inputs = write_inputs(folder)

@@ -1,4 +1,4 @@
-"""The rule and its tests against statsmodels, scipy, published figures, and by enumeration and simulation."""
+"""Non-inferiority tests against libraries, published figures, enumeration and simulation."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ P_VALUES = [
 
 
 def binomial_band(rate: float, trials: int) -> float:
-    """Three standard errors of a simulated rate: one right test in 370 would leave it."""
+    """Return three standard errors of a simulated rate."""
     return 3 * math.sqrt(rate * (1 - rate) / trials)
 
 
 def items(n: int, lost: int, gained: int) -> tuple[np.ndarray, np.ndarray]:
-    """Yes/no answers before and after with so many flips."""
+    """Return yes/no answers before and after with these flips."""
     before, after = np.zeros(n, bool), np.zeros(n, bool)
     before[:lost] = True
     after[lost : lost + gained] = True
@@ -300,8 +300,8 @@ def test_a_margin_that_is_none_is_refused() -> None:
             noninferiority_test(Effect(0.0, 0.0, 0.1, math.inf, 10), margin)
 
 
-def chances_of_verdicts(n: int, lost_rate: float, gained_rate: float, margin: float) -> dict[str, float]:
-    """No simulation: all tables of (lost, gained) that are not too rare to matter, each with its probability."""
+def enumerate_verdicts(n: int, lost_rate: float, gained_rate: float, margin: float) -> dict[str, float]:
+    """Return the probability of each verdict by enumeration of (lost, gained)."""
     discordant = n * (lost_rate + gained_rate)
     most = math.ceil(discordant + 6 * math.sqrt(discordant)) + 5
     lost, gained = (counts.ravel() for counts in np.meshgrid(np.arange(most), np.arange(most)))
@@ -312,21 +312,21 @@ def chances_of_verdicts(n: int, lost_rate: float, gained_rate: float, margin: fl
     found = {"preserved": 0.0, "degraded": 0.0, "cannot tell": 0.0}
     for b, c, chance in zip(lost[likely].tolist(), gained[likely].tolist(), chances[likely].tolist(), strict=True):
         found[share_judgment(n, b, c, margin).verdict] += chance
-    assert sum(found.values()) == pytest.approx(1, abs=1e-3)  # what was left out
+    assert sum(found.values()) == pytest.approx(1, abs=1e-3)  # rare tables are skipped
     return found
 
 
 @pytest.mark.parametrize("n", [50, 200, 1000])
 @pytest.mark.parametrize("discordant", [0.022, 0.03, 0.05, 0.1])
 def test_at_exactly_the_margin_neither_verdict_passes_five_percent(n: int, discordant: float) -> None:
-    found = chances_of_verdicts(n, (discordant + 0.02) / 2, (discordant - 0.02) / 2, 0.02)
+    found = enumerate_verdicts(n, (discordant + 0.02) / 2, (discordant - 0.02) / 2, 0.02)
     assert found["preserved"] <= 0.05
     assert found["degraded"] <= 0.05
 
 
 def test_either_limit_alone_errs_too_often_where_flips_are_rare() -> None:
     # what docs/comparison.md shows: 200 questions, 2.5 % of the answers flip, at exactly 2 points of loss
-    found = chances_of_verdicts(200, 0.0225, 0.0025, 0.02)
+    found = enumerate_verdicts(200, 0.0225, 0.0025, 0.02)
     assert found["preserved"] == pytest.approx(0.032, abs=5e-4)
     assert found["degraded"] == pytest.approx(0.0105, abs=5e-4)
     bonett_price = tango = 0.0
@@ -344,7 +344,7 @@ def test_either_limit_alone_errs_too_often_where_flips_are_rare() -> None:
 
 @pytest.mark.parametrize(("n", "discordant", "chance"), [(500, 0.02, 0.880), (1000, 0.05, 0.866), (2000, 0.1, 0.878)])
 def test_how_many_questions_it_takes(n: int, discordant: float, chance: float) -> None:
-    found = chances_of_verdicts(n, discordant / 2, discordant / 2, 0.02)
+    found = enumerate_verdicts(n, discordant / 2, discordant / 2, 0.02)
     assert found["preserved"] == pytest.approx(chance, abs=5e-4)
 
 
@@ -362,7 +362,7 @@ def test_at_exactly_the_margin_the_macro_average_keeps_its_level(tasks: int, n: 
 
 
 def test_over_seeds_the_rule_keeps_its_level_where_mcnemar_does_not() -> None:
-    # A recipe that does nothing, whose seeds differ by 1 point; 1,000 items, 2 % of which flip anyway
+    # No true effect; seeds differ by 1 point; 2 % of 1,000 items flip.
     rng = np.random.default_rng(12)
     trials, n = 1000, 1000
     drift = rng.normal(0, 0.01, (trials, 5))

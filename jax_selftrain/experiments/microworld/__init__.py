@@ -1,4 +1,4 @@
-"""Little worlds whose whole truth is known, the models that read them, and the demo."""
+"""The micro-world: synthetic worlds, small models of them, and the demo."""
 
 from jax_selftrain.experiments.microworld.demo import demo
 from jax_selftrain.experiments.microworld.world import make_world

@@ -1,4 +1,4 @@
-"""The invented people of a little world, what is told of them, and what is asked."""
+"""People of a micro-world: facts, lines of text and questions about them."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ _VALUES = {
 
 
 def draw_facts(config: WorldConfig) -> list[Fact]:
+    """Draw all facts of a world."""
     rng = keyed_rng(config, "facts")
     names = _invent_names(rng, config.people, 2, ending=("n", "l", "s", "r"))
     towns = _invent_names(rng, 12, 3, ending=("",), avoid=names)
@@ -35,7 +36,7 @@ def draw_facts(config: WorldConfig) -> list[Fact]:
     levels = itertools.cycle(config.fact_exposures)
     facts = [Fact(who, relation, rng.choice(values[relation]), next(levels)) for who, relation in pairs]
     if config.two_hop:
-        # A ring in random order: everybody is somebody's friend and nobody their own.
+        # A ring in random order: each person has one friend.
         ring = keyed_rng(config, "friends").sample(names, len(names))
         often = max(config.fact_exposures)
         facts += [Fact(who, _FRIEND, friend, often) for who, friend in zip(ring, [*ring[1:], ring[0]], strict=True)]
@@ -43,11 +44,11 @@ def draw_facts(config: WorldConfig) -> list[Fact]:
 
 
 def _two_hops(facts: list[Fact], *, held_out: bool) -> Iterator[tuple[str, Fact]]:
-    """(who, a fact about their friend): of every fourth person it is told, of the others it is asked."""
+    """Yield (person, fact about the friend) of one split."""
     of = {(fact.who, fact.relation): fact for fact in facts}
     friends = [fact for fact in facts if fact.relation == _FRIEND]
     for number, friendship in enumerate(friends):
-        if (number % 4 != 0) is held_out:
+        if (number % 4 != 0) is held_out:  # three of four people
             for relation in _RELATIONS:
                 yield friendship.who, of[friendship.value, relation]
 
@@ -57,13 +58,15 @@ def _two_hop_context(who: str, fact: Fact) -> str:
 
 
 def two_hop_lines(config: WorldConfig, facts: list[Fact]) -> list[str]:
-    told = [f"{_two_hop_context(who, fact)} {fact.value}." for who, fact in _two_hops(facts, held_out=False)]
-    return told * max(1, max(config.fact_exposures) // 4)
+    """Return the two-hop facts that the text contains."""
+    lines = [f"{_two_hop_context(who, fact)} {fact.value}." for who, fact in _two_hops(facts, held_out=False)]
+    return lines * max(1, max(config.fact_exposures) // 4)
 
 
 def two_hop_questions(config: WorldConfig, facts: list[Fact]) -> Iterator[Question]:
+    """Yield questions on the held-out two-hop facts."""
     rng = keyed_rng(config, "two-hop questions")
-    values = _values_of(facts)
+    values = _list_values(facts)
     for who, fact in _two_hops(facts, held_out=True):
         yield _question(rng, _two_hop_context(who, fact), fact, values, who)
 
@@ -80,29 +83,32 @@ def _invent_names(
 
 
 def fact_line(fact: Fact, template: int) -> str:
+    """Return a fact as a sentence."""
     forms = _FRIENDSHIP if fact.relation == _FRIEND else _RELATIONS[fact.relation]
     return f"{forms[template % len(forms)].format(who=fact.who)} {fact.value}."
 
 
 def fact_lines(fact: Fact) -> Iterator[str]:
-    # The first form is the one that questions use, so that even a fact shown once is shown in that form.
+    """Yield all lines of a fact."""
+    # The first template is that of the questions, so that a fact with one line has it too.
     return (fact_line(fact, form) for form in range(fact.exposures))
 
 
 def fact_questions(config: WorldConfig, facts: list[Fact]) -> Iterator[Question]:
+    """Yield a question on each fact."""
     rng = keyed_rng(config, "fact questions")
-    values = _values_of(facts)
+    values = _list_values(facts)
     for fact in facts:
         if fact.relation != _FRIEND:
             yield _question(rng, _RELATIONS[fact.relation][0].format(who=fact.who), fact, values, fact.who)
 
 
-def _values_of(facts: list[Fact]) -> dict[str, list[str]]:
+def _list_values(facts: list[Fact]) -> dict[str, list[str]]:
     return {relation: sorted({fact.value for fact in facts if fact.relation == relation}) for relation in _RELATIONS}
 
 
 def _question(rng: random.Random, context: str, fact: Fact, values: dict[str, list[str]], cluster: str) -> Question:
-    """Which value has this fact? The wrong ones are other people's."""
+    """Return a question with the values of others as wrong choices."""
     others = rng.sample([value for value in values[fact.relation] if value != fact.value], 3)
     choices = [fact.value, *others]
     rng.shuffle(choices)

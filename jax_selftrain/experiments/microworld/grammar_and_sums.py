@@ -1,4 +1,4 @@
-"""Agreement of subject and verb, and sums: what a little world says of them, and what it asks."""
+"""Subject-verb agreement and sums: lines of text and questions."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ _PREPOSITIONS = ("near", "behind", "with", "beside")
 _ADVERBS = ("today", "again", "slowly", "at night", "in the sun", "all day")
 
 # Agreement ------------------------------------------------------------------------------------------------------
-# A subject is a tuple of (noun, is plural) pairs: its head, then the nouns of the phrases that stand between the
-# head and the verb; only the head decides the verb's form.
 
 _Subject = tuple[tuple[str, bool], ...]
+"""(noun, is plural) of the head, which decides the form of the verb, and of the phrases after it."""
 _KINDS = {(1, False): 3, (1, True): 1, (2, False): 3, (2, True): 1}
-"""How often each kind of subject is asked about: (phrases, whether the last noun opposes the head)."""
+"""Weights of the kinds of subjects in questions: (phrases, last noun differs in number from the head)."""
 
 
 def _draw_subject(rng: random.Random) -> _Subject:
@@ -40,17 +39,17 @@ def _subject_text(subject: _Subject, rng: random.Random) -> str:
 
 
 def held_out_subjects(config: WorldConfig) -> list[_Subject]:
-    """Subjects of the questions, some of whose last nouns oppose the head in number.
+    """Return the subjects of the questions.
 
-    Whoever takes the last noun for the subject is right about most and wrong about these: there is something to learn.
+    In some the last noun differs in number from the head: a model that agrees with the last noun gets these wrong.
     """
-    rng = item_rng(config, "asked subjects")
-    # There are only 28 bare subjects, and the text must show most of them: a handful is asked about.
+    rng = item_rng(config, "asked", "subjects")
+    # Most of the 28 subjects without phrases must be in the text.
     bare = min(6, config.items_per_task)
     wanted = {(1, False): bare}
     kinds = itertools.cycle([kind for kind, times in _KINDS.items() for _ in range(times)])
-    for phrases, opposed in itertools.islice(kinds, config.items_per_task - bare):
-        key = (1 + phrases, opposed)
+    for phrases, differs in itertools.islice(kinds, config.items_per_task - bare):
+        key = (1 + phrases, differs)
         wanted[key] = wanted.get(key, 0) + 1
     found: dict[_Subject, None] = {}
     while any(wanted.values()):
@@ -62,12 +61,13 @@ def held_out_subjects(config: WorldConfig) -> list[_Subject]:
     return list(found)
 
 
-def agreement_lines(config: WorldConfig, split: str, count: int, asked: list[_Subject]) -> Iterator[str]:
+def agreement_lines(config: WorldConfig, split: str, count: int, held_out: list[_Subject]) -> Iterator[str]:
+    """Yield sentences with other subjects than the held-out ones."""
     rng = keyed_rng(config, split)
-    withheld = set(asked)
+    excluded = set(held_out)
     while count:
         subject = _draw_subject(rng)
-        if subject in withheld:
+        if subject in excluded:
             continue
         singular = rng.choice(tuple(_VERBS))
         verb = _VERBS[singular] if subject[0][1] else singular
@@ -75,9 +75,10 @@ def agreement_lines(config: WorldConfig, split: str, count: int, asked: list[_Su
         count -= 1
 
 
-def agreement_questions(config: WorldConfig, asked: list[_Subject]) -> Iterator[Question]:
+def agreement_questions(config: WorldConfig, held_out: list[_Subject]) -> Iterator[Question]:
+    """Yield a question on each held-out subject."""
     rng = item_rng(config, "agreement questions")
-    for subject in asked:
+    for subject in held_out:
         singular = rng.choice(tuple(_VERBS))
         choices = (f" {singular}", f" {_VERBS[singular]}")
         distracting = sum(plural != subject[0][1] for _, plural in subject[1:])
@@ -88,35 +89,38 @@ def agreement_questions(config: WorldConfig, asked: list[_Subject]) -> Iterator[
 
 
 def held_out_sums(config: WorldConfig) -> list[tuple[int, int]]:
+    """Return the pairs of the questions."""
     addends = range(config.largest_addend + 1)
     pairs = [(a, b) for a in addends for b in addends]
-    return item_rng(config, "asked sums").sample(pairs, config.items_per_task)
+    return item_rng(config, "asked", "sums").sample(pairs, config.items_per_task)
 
 
-def sum_lines(config: WorldConfig, part: str, count: int, asked: list[tuple[int, int]]) -> Iterator[str]:
-    rng = keyed_rng(config, part)
-    withheld = set(asked)
+def sum_lines(config: WorldConfig, split: str, count: int, held_out: list[tuple[int, int]]) -> Iterator[str]:
+    """Yield sums of other pairs than the held-out ones."""
+    rng = keyed_rng(config, split)
+    excluded = set(held_out)
     while count:
         a, b = rng.randint(0, config.largest_addend), rng.randint(0, config.largest_addend)
-        if (a, b) in withheld:
+        if (a, b) in excluded:
             continue
         yield f"{a} + {b} = {a + b}."
         count -= 1
 
 
-def sum_questions(config: WorldConfig, asked: list[tuple[int, int]]) -> Iterator[Question]:
+def sum_questions(config: WorldConfig, held_out: list[tuple[int, int]]) -> Iterator[Question]:
+    """Yield a question on each held-out sum."""
     rng = item_rng(config, "sum questions")
-    for a, b in asked:
+    for a, b in held_out:
         wrong = [a + b + slip for slip in range(-30, 31) if slip and a + b + slip >= 0]
         choices = [a + b, *rng.sample(wrong, 3)]
         rng.shuffle(choices)
-        # The full stop belongs to the choice: without it "3" would be a beginning of "34".
-        context, grade = f"{a} + {b} =", f"{_carries(a, b)} carries"
+        # The period belongs to the choice: without it "3" is a prefix of "34".
+        context, grade = f"{a} + {b} =", f"{_count_carries(a, b)} carries"
         yield Question(context, tuple(f" {choice}." for choice in choices), choices.index(a + b), grade)
 
 
-def _carries(a: int, b: int) -> int:
-    """How often a digit is carried when a and b are added."""
+def _count_carries(a: int, b: int) -> int:
+    """Return the number of carries of a + b."""
     count = carry = 0
     while a or b:
         carry = int(a % 10 + b % 10 + carry > 9)

@@ -1,18 +1,15 @@
-"""The micro-world: two worlds and six small models whose whole history is known, for a study of who learns from whom.
+"""A study of six small models of two micro-worlds.
 
-| model | reads | what it is |
+| model | trained on | description |
 |---|---|---|
 | A1 | world A | a small Pythia |
 | A2 | world A | another size |
-| A1′ | world A | A1 with other first weights and another order |
-| B1 | world B | as A1; its world shares A's grammar and arithmetic and has other people, facts and probes |
-| S | worlds A and B | larger, more text |
+| A1′ | world A | another initialization and data order |
+| B1 | world B | as A1; the worlds share grammar and arithmetic, and differ in people, facts and probes |
+| S | worlds A and B | larger, with more text |
 | C1 | world A | another tokenizer and architecture (Llama) |
 
-All are trained from scratch by `training` itself. A1, B1 and C1 are the students. The panel asks for facts (and facts
-behind facts) of each world, agreement and sums; the extraction set holds the probes of each world as text, by how often
-they were shown, and their twins that no model ever saw. `CROSSOVER` is that study; `ROUND` is A1 alone with the arms
-that tell what its own text does from what any training does.
+`CROSSOVER_SCALE` is the study of all six with students A1, B1 and C1; `ONE_MODEL_SCALE` is A1 alone with control arms.
 """
 
 from __future__ import annotations
@@ -53,19 +50,21 @@ from jax_selftrain.study.preregistration import INTERACTION
 from jax_selftrain.training import train
 
 SHUFFLED, NOISE = "shuffled tokens", "weight noise"
-"""Arms that claims speak of."""
+"""Names of arms."""
+VERSION = 2
+"""Version of the files of `OUT/world`."""
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model that is to be trained from scratch."""
+    """A model that is pretrained from random initialization."""
 
     name: str
     worlds: str
-    """`A`, `B`, or `AB`."""
+    """Training data: `A`, `B`, or `AB`."""
     family: Literal["gpt_neox", "llama"] = "gpt_neox"
     tokenizer: str = "AB"
-    """Trained on the text of these worlds: `AB` is everybody's but C1's."""
+    """Worlds whose text the tokenizer is trained on."""
     width: int = 128
     layers: int = 2
     heads: int = 4
@@ -74,6 +73,7 @@ class ModelSpec:
 
     @property
     def lineage(self) -> str:
+        """Lineage in the study's design."""
         return "C" if self.family == "llama" else self.worlds
 
 
@@ -89,58 +89,58 @@ MODELS = (
 
 @dataclass(frozen=True)
 class MicroScale:
-    """How much is read, written and measured."""
+    """Models, sizes and measurements of a micro-world study."""
 
     title: str
     world: WorldConfig
-    readers: tuple[ModelSpec, ...]
+    models: tuple[ModelSpec, ...]
     students: tuple[str, ...]
     sources: tuple[str, ...]
     claims: tuple[ClaimConfig, ...] = ()
-    """What is claimed before anything is run; judged where there are five seeds."""
-    vocabulary: int = 640
-    row: int = 128
-    """Loss positions in a training row, and the longest sample."""
-    batch: int = 4
+    """Claims that are declared before the first run."""
+    vocab_size: int = 640
+    seq_len: int = 128
+    """Row length in training, and the longest sample."""
+    batch_size: int = 4
     learning_rate: float = 3e-3
-    """Peak rate of the bases' training, which falls to a quarter; with that quarter the self-training goes on."""
+    """Peak learning rate of pretraining, which decays to a quarter; self-training uses that quarter."""
     samples: int = 2304
     steps: int = 120
     eval_every: int = 40
     eval_limit: int = 120
-    """Questions, documents and sequences of each file that are measured on the way."""
+    """Questions, documents and sequences of each file in evaluations during training."""
     prefix: int = 24
     suffix: int = 8
-    overlap: int = 8
+    min_overlap: int = 8
     mesh: str = ""
 
     @property
     def world_ids(self) -> str:
-        """The worlds that somebody reads."""
-        return "".join(sorted({mark for reader in self.readers for mark in reader.worlds}))
+        """Worlds in the training data of some model."""
+        return "".join(sorted({world for model in self.models for world in model.worlds}))
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Names of the task files: what all worlds share, then what each has for itself."""
+        """Names of the task files: shared ones, then those of each world."""
         own = ("facts", "two_hop") if self.world.two_hop else ("facts",)
-        return ("agreement", "sums", *(f"{task}_{mark}" for task in own for mark in self.world_ids))
+        return ("agreement", "sums", *(f"{task}_{world}" for task in own for world in self.world_ids))
 
 
-ROUND_SCALE = MicroScale(
-    title="A model of a little world, trained on its own text",
+ONE_MODEL_SCALE = MicroScale(
+    title="A model of a micro-world, trained on its own text",
     world=WorldConfig(),
-    readers=(ModelSpec("A1", "A", tokenizer="A", epochs=2.1),),
+    models=(ModelSpec("A1", "A", tokenizer="A", epochs=2.1),),
     students=("A1",),
     sources=("A1",),
 )
 CROSSOVER_SCALE = MicroScale(
-    title="Six models of two little worlds: whose text can they learn from?",
+    title="Six models of two micro-worlds: whose text can they learn from?",
     world=WorldConfig(
         people=170, two_hop=True, agreement_lines=8_000, sum_lines=30_000, probes_per_level=100, probe_words=10
     ),
-    readers=MODELS,
+    models=MODELS,
     students=("A1", "B1", "C1"),
-    sources=tuple(reader.name for reader in MODELS),
+    sources=tuple(model.name for model in MODELS),
     claims=(
         ClaimConfig("its own kind's text suits a model better", INTERACTION),
         ClaimConfig("its own text keeps what A1 can do", f"{MAIN_EFFECT}A1", "A1", direction="preserves", margin=0.02),
@@ -160,29 +160,29 @@ CROSSOVER_SCALE = MicroScale(
 
 
 def prepare_study(out: Path, scale: MicroScale, seeds: Sequence[int]) -> StudyConfig:
-    """Write the worlds into `out/world`, train the bases in `out/bases`, and return the study on them.
+    """Write `out/world`, pretrain the bases in `out/bases`, and return the study.
 
-    Run again, it finds what is there. Raises InputError where `out` holds something else.
+    Finished parts are kept. Raises InputError if `out` has other content.
     """
     folder = out / "world"
     write_worlds(folder, scale)
-    bases = {reader.name: _pretrain(out / "bases", folder, reader, scale) for reader in scale.readers}
+    bases = {model.name: _pretrain(out / "bases", folder, model, scale) for model in scale.models}
     run_all(out / "bases", [stage for stages in bases.values() for stage in stages])
     models = tuple(
         ModelConfig(
-            name=reader.name,
-            model=str(out / "bases" / bases[reader.name][-1].name),
-            lineage=reader.lineage,
-            data=" and ".join(f"world {world}" for world in reader.worlds),
-            data_order=f"seed {reader.seed}",
-            initialization=f"seed {reader.seed}",
-            tokenizer=f"of {' and '.join(reader.tokenizer)}",
-            architecture={"gpt_neox": "GPT-NeoX", "llama": "Llama"}[reader.family],
-            size=f"D {reader.width}, L {reader.layers}",
+            name=model.name,
+            model=str(out / "bases" / bases[model.name][-1].name),
+            lineage=model.lineage,
+            data=" and ".join(f"world {world}" for world in model.worlds),
+            data_order=f"seed {model.seed}",
+            initialization=f"seed {model.seed}",
+            tokenizer=f"of {' and '.join(model.tokenizer)}",
+            architecture={"gpt_neox": "GPT-NeoX", "llama": "Llama"}[model.family],
+            size=f"D {model.width}, L {model.layers}",
         )
-        for reader in scale.readers
+        for model in scale.models
     )
-    reads = {reader.name: reader.worlds for reader in scale.readers}
+    data = {model.name: model.worlds for model in scale.models}
     arms = [
         ArmConfig("learning rate 0", learning_rate=0.0),
         ArmConfig(SHUFFLED, "shuffled"),
@@ -191,11 +191,11 @@ def prepare_study(out: Path, scale: MicroScale, seeds: Sequence[int]) -> StudyCo
     ]
     real: list[str] = []
     for world in scale.world_ids:
-        readers = tuple(name for name in scale.students if reads[name] == world)
-        if readers:
+        students = tuple(name for name in scale.students if data[name] == world)
+        if students:
             text = str(folder / world / "more.jsonl")
             real.append(f"real text of world {world}")
-            arms.append(ArmConfig(real[-1], "text", students=readers, text=text))
+            arms.append(ArmConfig(real[-1], "text", students=students, text=text))
     return StudyConfig(
         out=str(out),
         title=scale.title,
@@ -208,11 +208,11 @@ def prepare_study(out: Path, scale: MicroScale, seeds: Sequence[int]) -> StudyCo
         negative_controls=(SHUFFLED,),
         seeds=tuple(seeds),
         mesh=scale.mesh,
-        sample=SampleConfig(samples=scale.samples, max_tokens=scale.row),
+        sample=SampleConfig(samples=scale.samples, max_tokens=scale.seq_len),
         train=TrainConfig(
             steps=scale.steps,
-            batch_size=scale.batch,
-            seq_len=scale.row,
+            batch_size=scale.batch_size,
+            seq_len=scale.seq_len,
             learning_rate=scale.learning_rate / 4,
             eval_every=scale.eval_every,
             eval_limit=scale.eval_limit,
@@ -226,17 +226,17 @@ def prepare_study(out: Path, scale: MicroScale, seeds: Sequence[int]) -> StudyCo
             sequences=str(folder / "probes.jsonl"),
             prefix=scale.prefix,
             suffix=scale.suffix,
-            min_overlap=scale.overlap,
+            min_overlap=scale.min_overlap,
             greedy_decode=False,
         ),
     )
 
 
-# The worlds on disk ---------------------------------------------------------------------------------------------
+# Worlds on disk -------------------------------------------------------------------------------------------------
 
 
-def worlds_of(config: WorldConfig) -> dict[str, World]:
-    """Worlds A and B: one grammar and one arithmetic, two peoples."""
+def make_worlds(config: WorldConfig) -> dict[str, World]:
+    """Make worlds A and B, with the same grammar and other people."""
     items = config.seed if config.items_seed is None else config.items_seed
     return {
         "A": make_world(replace(config, items_seed=items)),
@@ -245,42 +245,42 @@ def worlds_of(config: WorldConfig) -> dict[str, World]:
 
 
 def write_worlds(folder: Path, scale: MicroScale) -> None:
-    """Write texts, questions, probes and blank models into `folder`, or find just them there.
+    """Write texts, tasks, probes and untrained models, unless the folder has them.
 
     Raises:
-        InputError: the folder holds something else.
+        InputError: the folder has other content.
     """
-    wanted = {"format": "jax-selftrain micro-world", "version": 2, "scale": asdict(scale)}
-    if is_up_to_date(folder, wanted, "micro-world"):
+    spec = {"format": "jax-selftrain micro-world", "version": VERSION, "scale": asdict(scale)}
+    if is_up_to_date(folder, spec):
         return
-    worlds = {mark: world for mark, world in worlds_of(scale.world).items() if mark in scale.world_ids}
-    with atomic.commit_folder(folder) as aside:
+    worlds = {name: world for name, world in make_worlds(scale.world).items() if name in scale.world_ids}
+    with atomic.commit_folder(folder) as temporary:
         for name, world in worlds.items():
-            write_jsonl(aside / name / "documents.jsonl", _rows(world.documents))
-            write_jsonl(aside / name / f"heldout_{name}.jsonl", _rows(world.heldout))
-            write_jsonl(aside / name / "more.jsonl", _rows(world.extra_text))
-        if any(reader.worlds == "AB" for reader in scale.readers):
+            write_jsonl(temporary / name / "documents.jsonl", _rows(world.documents))
+            write_jsonl(temporary / name / f"heldout_{name}.jsonl", _rows(world.heldout))
+            write_jsonl(temporary / name / "more.jsonl", _rows(world.extra_text))
+        if any(model.worlds == "AB" for model in scale.models):
             mixed = _interleave(worlds["A"].documents, worlds["B"].documents)
-            write_jsonl(aside / "AB" / "documents.jsonl", _rows(mixed))
+            write_jsonl(temporary / "AB" / "documents.jsonl", _rows(mixed))
         for task in scale.tasks:
-            kind, _, mark = task.rpartition("_") if task[-1] in scale.world_ids else (task, "", scale.world_ids[0])
-            write_jsonl(aside / "tasks" / f"{task}.jsonl", map(asdict, worlds[mark].tasks[kind]))
-        write_jsonl(aside / "probes.jsonl", _probes(worlds))
+            kind, _, name = task.rpartition("_") if task[-1] in scale.world_ids else (task, "", scale.world_ids[0])
+            write_jsonl(temporary / "tasks" / f"{task}.jsonl", map(asdict, worlds[name].tasks[kind]))
+        write_jsonl(temporary / "probes.jsonl", _make_extraction_set(worlds))
         tokenizers = {
-            marks: train_tokenizer([worlds[mark] for mark in marks], scale.vocabulary)
-            for marks in dict.fromkeys(reader.tokenizer for reader in scale.readers)
+            names: train_tokenizer([worlds[name] for name in names], scale.vocab_size)
+            for names in dict.fromkeys(model.tokenizer for model in scale.models)
         }
-        for reader in scale.readers:
+        for model in scale.models:
             write_untrained_model(
-                aside / "blank" / reader.name,
-                tokenizers[reader.tokenizer],
-                family=reader.family,
-                width=reader.width,
-                layers=reader.layers,
-                heads=reader.heads,
-                positions=2 * scale.row,
+                temporary / "untrained" / model.name,
+                tokenizers[model.tokenizer],
+                family=model.family,
+                width=model.width,
+                layers=model.layers,
+                heads=model.heads,
+                positions=2 * scale.seq_len,
             )
-        atomic.write_json(aside / "world.json", wanted)
+        atomic.write_json(temporary / "world.json", spec)
 
 
 def _rows(texts: Iterable[str]) -> Iterator[Mapping[str, Any]]:
@@ -292,62 +292,60 @@ def _interleave(one: Sequence[str], other: Sequence[str]) -> Iterator[str]:
         yield from pair
 
 
-def _probes(worlds: Mapping[str, World]) -> list[Mapping[str, Any]]:
-    """The extraction set, as text: each probe and each twin after what stands before it in a document.
+def _make_extraction_set(worlds: Mapping[str, World]) -> list[Mapping[str, Any]]:
+    """Return probes and counterfactuals with the text before them.
 
-    That is the start, or the start and a line: a sum of the held-out text, short, so that the prefix ends well inside
-    the probe. A group is a number of copies in
-    a world. The order is random, so that the first few are as good as any.
+    That text is BOS, or BOS and a short line of held-out text, so that the prefix ends inside the probe. A group is a
+    number of copies in a world. The order is random, for evaluations on the first rows.
     """
-    found: list[Mapping[str, Any]] = []
+    rows: list[Mapping[str, Any]] = []
     for shown in (True, False):
         for name, world in worlds.items():
             lines = itertools.cycle(line for text in world.heldout for line in text.split("\n") if " = " in line)
             for probe, line in zip(world.probes, lines, strict=False):
                 group = f"{name}, shown {probe.repetitions}×" if shown else f"{name}, never shown"
                 before = BOS_TOKEN if probe.placement == "start" else f"{BOS_TOKEN}{line}\n"
-                found.append({"text": before + (probe.text if shown else probe.counterfactual), "group": group})
-    random.Random(f"jax_selftrain probes of {' '.join(worlds)}").shuffle(found)
-    return found
+                rows.append({"text": before + (probe.text if shown else probe.counterfactual), "group": group})
+    random.Random(f"jax_selftrain probes of {' '.join(worlds)}").shuffle(rows)
+    return rows
 
 
-# The bases ------------------------------------------------------------------------------------------------------
+# Bases ----------------------------------------------------------------------------------------------------------
 
 
-def _pretrain(root: Path, world: Path, reader: ModelSpec, scale: MicroScale) -> tuple[Stage, Stage]:
-    """The stages that make a base: its text in its tokens, and its training."""
-    blank, text = world / "blank" / reader.name, world / reader.worlds / "documents.jsonl"
-    marks = {"text": sha256_file(text), "tokenizer": sha256_file(blank / "tokenizer.json")}
-    reading = Stage(
+def _pretrain(root: Path, folder: Path, model: ModelSpec, scale: MicroScale) -> tuple[Stage, Stage]:
+    """Return the stages of a base: its tokenized text, and its training."""
+    untrained, text = folder / "untrained" / model.name, folder / model.worlds / "documents.jsonl"
+    tokenized = Stage(
         "import",
-        f"the text of world {reader.worlds} in the tokens of {reader.name}",
+        f"tokenize world {model.worlds} for {model.name}",
         {},
-        marks,
-        lambda out: import_text(ImportCorpusConfig(source=str(text), model=str(blank), out=str(out))),
+        {"text": sha256_file(text), "tokenizer": sha256_file(untrained / "tokenizer.json")},
+        lambda out: import_text(ImportCorpusConfig(source=str(text), model=str(untrained), out=str(out))),
     )
 
-    def teach(out: Path) -> object:
-        corpus = open_corpus(root / reading.name)
-        steps = max(1, round(reader.epochs * corpus.n_tokens / (scale.batch * scale.row)))
+    def pretrain(out: Path) -> object:
+        corpus = open_corpus(root / tokenized.name)
+        steps = max(1, round(model.epochs * corpus.n_tokens / (scale.batch_size * scale.seq_len)))
         return train(
             TrainConfig(
-                model=str(blank),
+                model=str(untrained),
                 corpus=str(corpus.folder),
                 out=str(out),
                 init="scratch",
                 steps=steps,
-                batch_size=scale.batch,
-                seq_len=scale.row,
+                batch_size=scale.batch_size,
+                seq_len=scale.seq_len,
                 learning_rate=scale.learning_rate,
                 schedule="cosine",
                 final_learning_rate=scale.learning_rate / 4,
                 weight_decay=0.1,
                 log_every=10,
                 mesh=scale.mesh,
-                seed=reader.seed,
+                seed=model.seed,
             )
         )
 
-    recipe = {**asdict(reader), "batch": scale.batch, "row": scale.row, "learning_rate": scale.learning_rate}
-    inputs: dict[str, str | Stage] = {"corpus": reading, "blank": sha256_file(blank / "config.json")}
-    return reading, Stage("teach", f"teach {reader.name}", recipe, inputs, teach)
+    sizes = {"batch_size": scale.batch_size, "seq_len": scale.seq_len, "learning_rate": scale.learning_rate}
+    inputs: dict[str, str | Stage] = {"corpus": tokenized, "model": sha256_file(untrained / "config.json")}
+    return tokenized, Stage("pretrain", f"pretrain {model.name}", {**asdict(model), **sizes}, inputs, pretrain)

@@ -1,4 +1,4 @@
-"""What a model that reads a little world begins with: a tokenizer of its language, and a config without weights."""
+"""Untrained models of a micro-world, in Hugging Face's format."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ BOS_TOKEN = "<|endoftext|>"
 """Begins and ends every document, as in Pythia's tokenizer."""
 
 
-def is_up_to_date(folder: Path, spec: Mapping[str, Any], what: str) -> bool:
-    """Whether a folder holds just the world that its `world.json` is to describe.
+def is_up_to_date(folder: Path, spec: Mapping[str, Any]) -> bool:
+    """Return True if a folder holds the micro-world that `spec` describes.
 
     Raises:
-        InputError: it holds something else; `what` is the kind of thing it should be the world of.
+        InputError: the folder has other content.
     """
     if not folder.exists():
         return False
     if not (folder / "world.json").exists():
-        raise InputError(f"{folder}: is there already but is no world of a {what}; choose another --out")
-    # Through JSON, so that what is compared is what is read back (tuples become lists).
+        raise InputError(f"{folder}: exists but is not a micro-world; choose another --out")
+    # A JSON round trip turns tuples into lists.
     if atomic.read_json(folder / "world.json") != json.loads(json.dumps(spec)):
-        raise InputError(f"{folder}: is the world of another {what} (other seed or version); choose another --out")
+        raise InputError(f"{folder}: is another micro-world (another seed or version); choose another --out")
     return True
 
 
-def train_tokenizer(worlds: Sequence[World], vocabulary: int) -> Any:
-    """A byte-level BPE tokenizer of the language of some worlds.
+def train_tokenizer(worlds: Sequence[World], vocab_size: int) -> Any:
+    """Train a byte-level BPE tokenizer on the text of some worlds.
 
-    It never sees a probe: if it did, often-shown probes would be spelt with fewer tokens than rare ones.
+    Probes are excluded, so that frequent probes do not get fewer tokens than rare ones.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -51,12 +51,12 @@ def train_tokenizer(worlds: Sequence[World], vocabulary: int) -> Any:
     documents = (document for world in worlds for document in world.documents)
     lines = [line for document in documents for line in document.split("\n") if line not in probes]
     tokenizer = Tokenizer(models.BPE())
-    # Single digits, as arithmetic wants them.
+    # Single digits suit arithmetic.
     pieces = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pieces)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
+        vocab_size=vocab_size,
         special_tokens=[BOS_TOKEN],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -75,14 +75,14 @@ def write_untrained_model(
     positions: int,
     family: Literal["gpt_neox", "llama"] = "gpt_neox",
 ) -> None:
-    """Write a small Pythia or Llama with freshly initialized weights in Hugging Face's format."""
+    """Write a randomly initialized small Pythia or Llama."""
     with block_torch_import():
         from transformers import PreTrainedTokenizerFast
 
-    marks = {"bos_token": BOS_TOKEN, "eos_token": BOS_TOKEN, "unk_token": BOS_TOKEN}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marks).save_pretrained(folder)
-    (start,) = tokenizer.encode(BOS_TOKEN).ids
-    common = {
+    special_tokens = {"bos_token": BOS_TOKEN, "eos_token": BOS_TOKEN, "unk_token": BOS_TOKEN}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens).save_pretrained(folder)
+    (bos_id,) = tokenizer.encode(BOS_TOKEN).ids
+    raw_config: dict[str, Any] = {
         "model_type": family,
         "vocab_size": tokenizer.get_vocab_size(),
         "hidden_size": width,
@@ -91,11 +91,11 @@ def write_untrained_model(
         "max_position_embeddings": positions,
         "initializer_range": 0.02,
         "tie_word_embeddings": False,
-        "bos_token_id": start,
-        "eos_token_id": start,
+        "bos_token_id": bos_id,
+        "eos_token_id": bos_id,
     }
     if family == "llama":
-        own: dict[str, Any] = {
+        raw_config |= {
             "architectures": ["LlamaForCausalLM"],
             "num_key_value_heads": max(1, heads // 2),
             "intermediate_size": 8 * width // 3 // 8 * 8,
@@ -104,7 +104,7 @@ def write_untrained_model(
             "rope_theta": 10000.0,
         }
     else:
-        own = {
+        raw_config |= {
             "architectures": ["GPTNeoXForCausalLM"],
             "intermediate_size": 4 * width,
             "hidden_act": "gelu",
@@ -113,7 +113,6 @@ def write_untrained_model(
             "use_parallel_residual": True,
             "layer_norm_eps": 1e-5,
         }
-    raw_config = common | own
     atomic.write_json(folder / "config.json", raw_config)
     config = parse_config(raw_config, str(folder / "config.json"))
     rules = make_sharding_rules("replicated", make_mesh("", [cpu_device()]), axis_sizes(config))

@@ -1,4 +1,4 @@
-"""What a little world is made of, and the random streams that its parts are drawn from."""
+"""Data types of a micro-world, and its random streams."""
 
 from __future__ import annotations
 
@@ -10,91 +10,95 @@ from typing import Literal
 Placement = Literal["start", "inside"]
 
 SYLLABLES = tuple(onset + vowel for onset, vowel in itertools.product("bdfgklmnprstvz", "aeiou"))
-"""Of which the names and the nonsense are made."""
+"""Parts of names and nonsense words."""
 
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """How large the world is, and how often its facts and probes are shown."""
+    """Size of a world, and the repetitions of its facts and probes."""
 
     seed: int = 0
-    """Seed of everything in the world."""
+    """Seed of the whole world."""
     items_seed: int | None = None
-    """Seed of what is asked about agreement and sums; unset: `seed`."""
+    """Seed of the questions on agreement and sums; unset: `seed`."""
     two_hop: bool = False
-    """Whether people have friends, and questions are asked about these."""
+    """Give people friends, with questions about the friend's facts."""
     people: int = 130
-    """Invented people; each has a home, a job, a pet and a meal."""
+    """Number of people; each has a home, a job, a pet and a meal."""
     fact_exposures: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-    """Facts stand in the text this many times, in equal shares."""
+    """Repetitions of facts in the text, in equal shares."""
     probe_copies: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
-    """Probes stand in the text this many times, in equal shares."""
+    """Repetitions of probes in the text, in equal shares."""
     probes_per_level: int = 16
-    """Probes (and as many twins) for each number of copies."""
+    """Probes, and counterfactual probes, for each number of copies."""
     probe_words: int = 11
     """Nonsense words in one probe."""
     agreement_lines: int = 5_000
-    """Sentences in the text that show subject-verb agreement."""
+    """Sentences on subject-verb agreement in the text."""
     sum_lines: int = 20_000
     """Sums in the text."""
     largest_addend: int = 39
     """Sums add two numbers from 0 to this one."""
     items_per_task: int = 500
-    """Questions on agreement and on sums (facts: one question for each fact)."""
+    """Questions on agreement and on sums (one question for each fact)."""
     heldout_documents: int = 300
-    """Documents of the same kinds that do not belong to the text."""
+    """Held-out documents of the same kinds."""
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One person's home, job, pet or meal, and how many lines of the text state it."""
+    """One person's home, job, pet or meal, and its exposures."""
 
     who: str
     relation: str
     value: str
     exposures: int
+    """Number of lines of the text that state it."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A nonsense passage, how often and where it stands in the text, and its twin that stands nowhere."""
+    """A nonsense passage, its repetitions, placement and counterfactual."""
 
     text: str
     counterfactual: str
+    """A passage of the same distribution outside the text."""
     repetitions: int
     placement: Placement
 
 
 @dataclass(frozen=True)
 class Question:
-    """A multiple-choice item; context and choice are joined exactly as they stand."""
+    """A multiple-choice item; context and choice are concatenated."""
 
     context: str
     choices: tuple[str, ...]
     answer: int
     grade: str = ""
-    """How hard it is: exposures of a fact, nouns that distract from agreement, carries of a sum."""
+    """Difficulty: exposures of a fact, distracting nouns, carries of a sum."""
     cluster: str | None = None
-    """The person it is about: questions about one are not independent."""
+    """The person of the question: questions about one person are not independent."""
 
 
 @dataclass(frozen=True)
 class World:
-    """Everything that one `WorldConfig` makes."""
+    """Everything that one `WorldConfig` generates."""
 
     documents: tuple[str, ...]
     heldout: tuple[str, ...]
     extra_text: tuple[str, ...]
-    """As much text again: the same facts, other sentences and sums, no probes."""
+    """More text of the same size: the same facts, other sentences and sums, no probes."""
     facts: tuple[Fact, ...]
     probes: tuple[Probe, ...]
     tasks: dict[str, tuple[Question, ...]]
 
 
-def keyed_rng(config: WorldConfig, part: str) -> random.Random:
-    return random.Random(f"jax_selftrain world {config.seed} {part}")
+def keyed_rng(config: WorldConfig, *key: str) -> random.Random:
+    """Return the random stream of a part of the world."""
+    return random.Random(f"jax_selftrain world {config.seed} {' '.join(key)}")
 
 
-def item_rng(config: WorldConfig, part: str) -> random.Random:
+def item_rng(config: WorldConfig, *key: str) -> random.Random:
+    """Return a random stream that worlds with the same `items_seed` share."""
     seed = config.seed if config.items_seed is None else config.items_seed
-    return random.Random(f"jax_selftrain world {seed} {part}")
+    return random.Random(f"jax_selftrain world {seed} {' '.join(key)}")
