@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from importlib.resources import files
@@ -65,10 +65,3 @@ def render_page(title: str, summary: Summary, chapters: Sequence[Chapter]) -> st
         f'<div class="cards">\n{cards}\n</div>\n<p class="caution">{summary.caution}</p>\n'
         f"{body}\n</main>\n</body>\n</html>\n"
     )
-
-
-def collect_files(chapters: Sequence[Chapter]) -> tuple[Mapping[str, str], Mapping[str, str]]:
-    """Return SVG figures and CSV tables of all chapters by file name."""
-    figures = {f"{name}.svg": svg for chapter in chapters for name, svg in chapter.figures.items()}
-    tables = {f"{table.name}.csv": table.to_csv() for chapter in chapters for table in chapter.tables}
-    return figures, tables

@@ -20,7 +20,7 @@ from jax_selftrain.report.chapters.provenance_chapter import write_limits, write
 from jax_selftrain.report.chapters.proxy_chapter import write_proxies
 from jax_selftrain.report.chapters.source_chapter import write_source_matrix
 from jax_selftrain.report.chapters.training_chapter import write_training
-from jax_selftrain.report.page import collect_files, render_page
+from jax_selftrain.report.page import render_page
 from jax_selftrain.report.summary import write_summary
 from jax_selftrain.study.results import FORMAT, VERSION
 
@@ -61,7 +61,9 @@ def write_report(folder: atomic.PathLike) -> Path:
     if not isinstance(results, dict) or (results.get("format"), results.get("version")) != (FORMAT, VERSION):
         raise InputError(f"{path}: not results of this version; run the study again in a new folder")
     chapters = [chapter for write in CHAPTERS if (chapter := write(results)) is not None]
-    for name, files in zip(("figures", "tables"), collect_files(chapters), strict=True):
+    figures = {f"{name}.svg": svg for chapter in chapters for name, svg in chapter.figures.items()}
+    tables = {f"{table.name}.csv": table.to_csv() for chapter in chapters for table in chapter.tables}
+    for name, files in (("figures", figures), ("tables", tables)):
         with atomic.commit_folder(folder / name, overwrite=True) as temporary:
             for file, text in files.items():
                 (temporary / file).write_text(text, encoding="utf-8")

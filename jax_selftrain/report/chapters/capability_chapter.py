@@ -28,7 +28,6 @@ def write_capability(results: Results) -> Chapter | None:
             _add_effects(chapter, student, fmt.select_student(results["effects"], student))
     else:
         _add_task_figure(chapter, cells[0]["tasks"])
-    chapter.add_table(_make_base_table(results))
     chapter.add_table(_make_task_table(cells), folded=several)
     chapter.add_note(
         "An answer is correct when the correct choice has the highest likelihood. Chance-normalized means (accuracy − "
@@ -75,34 +74,11 @@ def _add_task_figure(chapter: Chapter, tasks: Records) -> None:
     chapter.add_figure("tasks", svg, "Accuracy before and after, and the paired change, with 95 % intervals.")
 
 
-def _make_base_table(results: Results) -> Table:
-    first = {cell["student"]: cell for cell in reversed(results["cells"])}
-    rows = [
-        (
-            student,
-            *fmt.pick(task, "name", "n"),
-            chance,
-            accuracy,
-            (accuracy - chance) / (1 - chance),
-            task["not_eligible"] or "yes",
-        )
-        for student in results["design"]["students"]
-        for task in first[student]["tasks"]
-        for chance, accuracy in [(task["chance"] or 0.0, task["accuracy"]["before"]["value"])]
-    ]
-    heads = [
-        *make_columns("student", "task", "n"),
-        Column("chance", "chance (%)", 1, 100),
-        Column("accuracy", "base (%)", 1, 100),
-        Column("chance_normalized", "chance-normalized (%)", 1, 100),
-        Column("eligible", "in the macro average"),
-    ]
-    return Table("base_tasks", "Tasks before training", heads, rows)
-
-
 def _make_task_table(cells: Records) -> Table:
     heads = [
         *make_columns("task", "n"),
+        Column("chance", "chance (%)", 1, 100),
+        Column("eligible", "in the macro average"),
         *make_side_columns("accuracy", "accuracy (%)"),
         *make_columns("lost", "gained"),
         Column("mcnemar_p", "McNemar p", p_value=True),
@@ -111,7 +87,7 @@ def _make_task_table(cells: Records) -> Table:
     ]
     rows = [(cell, _make_task_row(task)) for cell in cells for task in cell["tasks"]]
     rows += [
-        (cell, (name, cell["macro"]["n"], *fmt.parse_sides(cell["macro"][key]), None, None, None, None, None))
+        (cell, (name, cell["macro"]["n"], None, None, *fmt.parse_sides(cell["macro"][key]), *(None,) * 5))
         for cell in cells
         if cell["macro"]
         for name, key in (("macro average", "accuracy"), ("chance-normalized macro average", "chance_normalized"))
@@ -122,7 +98,8 @@ def _make_task_table(cells: Records) -> Table:
 def _make_task_row(task: Mapping[str, Any]) -> tuple[Any, ...]:
     log_odds = task.get("log_odds") or task["word_loglikelihood"]
     return (
-        *fmt.pick(task, "name", "n"),
+        *fmt.pick(task, "name", "n", "chance"),
+        task["not_eligible"] or "yes",
         *fmt.parse_sides(task["accuracy"]),
         *fmt.pick(task["flips"], "lost", "gained", "mcnemar_p", "q"),
         fmt.parse_estimate(log_odds["change"]),

@@ -14,7 +14,15 @@ from jax_selftrain.stats import estimators
 from jax_selftrain.study.measure_names import HELD_OUT, common_measures, display_scale, is_secondary
 
 CLASSES = {"all": "all sequences", "held_out": "held-out", "partial": "partial", "seen": "seen", HELD_OUT: "H"}
-FLIPS = ("kept", "lost", "gained", "both_wrong")
+FLIPS = {"kept": "kept", "lost": "lost", "gained": "gained", "neither": "both_wrong"}
+"""Column and field of `results.json`."""
+MEASURES: dict[str, tuple[str, int, float]] = {
+    "exact_match": ("exact match (%)", 1, 100),
+    "token_accuracy": ("greedy token accuracy (%)", 1, 100),
+    "logprob": ("mean log p_z (nats)", 2, 1),
+    "pz": ("mean p_z (%)", 1, 100),
+}
+"""Heading, decimals and scale."""
 
 
 def write_memorization(results: Results) -> Chapter | None:
@@ -128,32 +136,23 @@ def _make_discoverability_table(extraction: Mapping[str, Any]) -> Table:
 
 
 def _make_sequence_table(cells: Records) -> Table:
+    measures = [name for name in MEASURES if name in cells[0]["extraction"]["classes"]["all"]]
     heads = [
-        *make_columns("sequences", "n"),
-        *make_side_columns("exact_match", "exact match (%)"),
-        *make_columns("kept", "lost", "gained", "neither"),
+        *make_columns("sequences", "n", *FLIPS),
         Column("mcnemar_p", "McNemar p", p_value=True),
-        *make_side_columns("log_pz", "mean log p_z (nats)", 2, 1),
-        *make_side_columns("pz", "mean p_z (%)"),
+        *(column for name in measures for column in make_side_columns(name, *MEASURES[name])),
     ]
     rows = [
-        (
-            cell,
-            (
-                name,
-                part["n"],
-                *fmt.parse_sides(part["exact_match"]),
-                *fmt.pick(part["flips"], *FLIPS, "mcnemar_p"),
-                *fmt.parse_sides(part["logprob"]),
-                *fmt.parse_sides(part["pz"]),
-            )
-            if part["n"]
-            else (name, 0, *(None,) * (len(heads) - 2)),
-        )
+        (cell, (name, part["n"], *(_list_values(part, measures) if part["n"] else [None] * (len(heads) - 2))))
         for cell in cells
         for name, part in _list_parts(cell["extraction"])
     ]
     return fmt.make_cell_table("extraction", "Sequences before and after, by overlap class and group", heads, rows)
+
+
+def _list_values(part: Mapping[str, Any], measures: Sequence[str]) -> list[Any]:
+    flips = fmt.pick(part["flips"], *FLIPS.values(), "mcnemar_p")
+    return [*flips, *(estimate for name in measures for estimate in fmt.parse_sides(part[name]))]
 
 
 def _make_threshold_table(cells: Records) -> Table:
