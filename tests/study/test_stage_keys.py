@@ -35,7 +35,21 @@ ENVIRONMENT = {
     "options": {"jax_enable_x64": False},
 }
 
-GOLDEN: dict[str, str] = {}
+GOLDEN = {
+    "continue": "07fd11d77ea572f5",
+    "decontaminate": "c81b020aabcfe838",
+    "extract": "5ed91669b2a81fc2",
+    "import": "9c4843b595aee3ae",
+    "merge": "1a78519cde8990d6",
+    "noise": "e774ca9d98d51e56",
+    "proxies": "660c9039247c7fa2",
+    "retokenize": "21ed2cec82cad1a0",
+    "sample": "85ae403ca6cb5165",
+    "score": "cd50a4eb64a214af",
+    "shuffle": "c21496a74931bcd1",
+    "size_matched": "de9549140b384506",
+    "train": "36771cca16e64677",
+}
 """First 16 digits. After an intended change of a stage's output, raise `dag.STAGE_FORMAT` and copy the new keys."""
 
 
