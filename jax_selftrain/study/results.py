@@ -37,7 +37,7 @@ import numpy as np
 
 from jax_selftrain import hub
 from jax_selftrain.config import ModelConfig, StudyConfig, yaml_io
-from jax_selftrain.config.metadata import Role
+from jax_selftrain.config.metadata import Role, fields_with_role
 from jax_selftrain.corpus import Corpus, open_corpus
 from jax_selftrain.evals import ScoreResult, load_score_result
 from jax_selftrain.io import atomic
@@ -88,7 +88,8 @@ def collect_study(config: StudyConfig, design: Design, post_hoc: Sequence[str] =
     bases = {name: _load_scores(design.folder(stage)) for name, stage in design.score_base.items()}
     cells = [_cell(config, design, bases, cell) for cell in design.cells]
     crossed = interactions(cells, {name: model.lineage or name for name, model in design.models.items()})
-    options = yaml_io.to_dict(config, ~(Role.OUTPUT | Role.EXECUTION))
+    machine = fields_with_role(StudyConfig, Role.OUTPUT | Role.EXECUTION)
+    options = {name: value for name, value in yaml_io.to_dict(config).items() if name not in machine}
     return {
         "format": FORMAT,
         "version": VERSION,

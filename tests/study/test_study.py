@@ -314,7 +314,7 @@ def test_killed_shared_and_grown_studies_end_with_the_same_tables(make: Make, tm
         ({"arms": (ArmConfig("x", "extrapolate"),)}, "needs its `weight`"),
         ({"arms": (ArmConfig("x", weight=2.0),)}, "`weight` belongs"),
         ({"arms": (ArmConfig("x", "noise", weight=-1.0),)}, "must be a positive number"),
-        ({"arms": (ArmConfig("source llama"),)}, "those of the matrix"),
+        ({"arms": (ArmConfig("source llama"),)}, "names of main cells"),
         ({"arms": (ArmConfig("x", "generations", generations=0),)}, "generations is 0"),
         (
             {"arms": (ArmConfig("x", "noise", temperature=0.5),)},
