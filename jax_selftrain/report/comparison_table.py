@@ -10,6 +10,8 @@ from jax_selftrain.stats.estimators import Estimate
 
 TableRow = Sequence[str]
 
+EVIDENCE_LEVELS = {"none": "too few for a result", "exploration": "exploration, no verdict", "headline": "headline"}
+
 _HEAD = ("", "n", "before", "after", "change, 95 %", "lower limit", "margin", "p", "verdict")
 
 
@@ -19,19 +21,20 @@ def format_comparison(result: Mapping[str, Any]) -> str:
     Accuracies are in %, their changes in points, texts in bits per byte.
     """
     parts = []
-    for number_of, pair in enumerate(result["pairs"]):
+    for i, pair in enumerate(result["pairs"]):
         title = f"{pair['base']['model']} → {pair['student']['model']}"
         parts.append(f"{title}\n{_align([_HEAD, *_pair_rows(pair)])}")
-        if number_of == 0 and (left_out := [task for task in pair["tasks"] if task["not_eligible"]]):
-            reasons = "; ".join(f"{task['name']}: {task['not_eligible']}" for task in left_out)
+        if i == 0 and (ineligible := [task for task in pair["tasks"] if task["not_eligible"]]):
+            reasons = "; ".join(f"{task['name']}: {task['not_eligible']}" for task in ineligible)
             parts[-1] += f"\nnot in the macro average: {reasons}"
     parts.append(result["pairs"][0]["scope"])
     if recipe := result["recipe"]:
         head = ("", "seeds", "", "", *_HEAD[4:])
         lines = _align([head, *_recipe_rows(recipe)])
-        parts.append(f"over {recipe['seeds']} seeds ({_standing(recipe['evidence_level'])})\n{lines}\n{recipe['scope']}")
+        level = EVIDENCE_LEVELS[recipe["evidence_level"]]
+        parts.append(f"over {recipe['seeds']} seeds ({level})\n{lines}\n{recipe['scope']}")
     if result["declaration"]["post_hoc"]:
-        parts.append("Post hoc: this file already held the same models' comparison under other margins or tasks.")
+        parts.append("Post hoc: this file already held a comparison of these models with other margins or tasks.")
     return "\n\n".join(parts)
 
 
@@ -79,12 +82,6 @@ def _decision_rule(rule: Mapping[str, Any] | None, p: float | None) -> tuple[str
         verdict += f" ({corrected} after correction)"
     lower = "" if rule["lower"] is None else format_number(rule["lower"], 2, scale=100, signed=True)
     return lower, format_number(-rule["margin"], 2, scale=100, signed=True), "" if p is None else _p_value(p), verdict
-
-
-def _standing(standing: str) -> str:
-    return {"none": "too few to say anything", "exploration": "exploration, no verdict", "headline": "headline"}[
-        standing
-    ]
 
 
 def _percent(value: float) -> str:
