@@ -19,8 +19,9 @@ class FingerprintCache:
         return self._hash(source) if Path(source).is_file() else source
 
     def eval_files(self, reference: str) -> str:
-        """Hash a file or `LAYOUT:FILE`; return the name of a named task."""
+        """Hash a file, `LAYOUT:FILE` or task folder; return the name of a named task."""
         path = Path(reference.partition(":")[2] if ":" in reference else reference)
         if path.is_dir():
-            return hash_json([self._hash(str(file)) for file in sorted(path.rglob("*.jsonl"))])
+            files = sorted(file for file in path.rglob("*") if file.suffix in (".jsonl", ".yaml", ".yml", ".py"))
+            return hash_json([self._hash(str(file)) for file in files])
         return self._hash(str(path)) if path.is_file() else reference
