@@ -141,24 +141,26 @@ class TrainConfig:
     """Model to train; with `--init scratch` only its config and tokenizer are read."""
     corpus: Required[SetByStudy[Input[str]]] = ""
     """Corpus folder to train on."""
-    mixture: Input[tuple[str, ...]] = ()
-    """Further corpora, each as `FOLDER=SHARE` of the rows; the remaining rows are from the corpus."""
-    max_epochs: Execution[float | None] = None
-    """Refuse a run that visits any corpus more often than this."""
     out: Required[SetByStudy[OutputFolder[str]]] = ""
     """Run folder; the same command resumes it."""
-    init: Literal["pretrained", "scratch"] = "pretrained"
-    """Start from the weights of the model, or from random weights."""
     steps: int | None = None
     """Optimizer steps; unset: one epoch."""
     batch_size: Compiled[int] = 32
     """Rows of each optimizer step, over all devices."""
     seq_len: Compiled[int] = 256
     """Loss positions of a row."""
-    packing: Packing = "masked"
-    """`masked`: documents share rows without attending to each other; `packed`: with attention; `single`: one each."""
     learning_rate: Compiled[float] = 1e-4
     """Peak learning rate."""
+    seed: SetByStudy[int] = 0
+    """Random seed of the initialization and of the order of rows."""
+    init: Literal["pretrained", "scratch"] = "pretrained"
+    """Start from the weights of the model, or from random weights."""
+    packing: Packing = "masked"
+    """`masked`: documents share rows without attending to each other; `packed`: with attention; `single`: one each."""
+    mixture: Input[tuple[str, ...]] = ()
+    """Further corpora, each as `FOLDER=SHARE` of the rows; the remaining rows are from the corpus."""
+    max_epochs: Execution[float | None] = None
+    """Refuse a run that visits any corpus more often than this."""
     schedule: Compiled[Schedule] = "constant"
     """Learning rate schedule after warmup."""
     final_learning_rate: Compiled[float] = 0.0
@@ -187,6 +189,12 @@ class TrainConfig:
     """LoRA scale: adapters are multiplied by lora_alpha / lora_rank."""
     lora_targets: Compiled[tuple[str, ...]] = ("q", "k", "v", "o", "gate", "up", "down")
     """Matrices with adapters, in every layer."""
+    mesh: Execution[str] = ""
+    """Device mesh, for instance `data=4,model=2`; unset: all devices on `data`."""
+    preset: Execution[Preset] = "fsdp"
+    """Sharding of parameters and optimizer state."""
+    dtype: Compiled[DType] = "float32"
+    """Type of matrix products; parameters are float32."""
     remat: Compiled[Execution[Remat]] = "none"
     """Rematerialization: `none`, `dots` (all but products with weights) or `full` (layers; about a third more
     compute)."""
@@ -214,14 +222,6 @@ class TrainConfig:
     """Weights & Biases project to log to; requires `wandb`."""
     log_every: Execution[int] = 1
     """Steps between metrics."""
-    seed: SetByStudy[int] = 0
-    """Random seed of the initialization and of the order of rows."""
-    mesh: Execution[str] = ""
-    """Device mesh, for instance `data=4,model=2`; unset: all devices on `data`."""
-    preset: Execution[Preset] = "fsdp"
-    """Sharding of parameters and optimizer state."""
-    dtype: Compiled[DType] = "float32"
-    """Type of matrix products; parameters are float32."""
 
 
 @dataclass(frozen=True)

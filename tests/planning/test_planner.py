@@ -88,6 +88,14 @@ def test_gpus_are_planned_by_formula_and_marked():
     assert "estimated by formula" in table(result)
 
 
+def test_common_options_are_those_of_every_stage():
+    common: dict[str, Any] = {"preset": "replicated", "dtype": "bfloat16", "mesh": "data=2"}
+    rows = plan_rows(model="pythia-14m", topology=("h100:8",), **common)
+    for row in rows:
+        assert row["mesh"] == {"data": 2, "model": 1}
+        assert (row["options"]["preset"], row["options"]["dtype"]) == ("replicated", "bfloat16")
+
+
 def test_a_model_that_is_too_large_does_not_fit():
     (row,) = plan_rows(model="pythia-12b", topology=("v5e:2x2",), stage=("train",), compile=False)
     assert not row["fits"]
