@@ -11,6 +11,7 @@ from jax_selftrain.corpus.schema import FINISH_REASONS, SCHEMA, Sample
 from jax_selftrain.corpus.shards import (
     finalize_corpus,
     init_corpus,
+    is_shard_done,
     missing_shards,
     read_records,
     shard_count,
@@ -40,6 +41,7 @@ __all__ = [
     "finalize_corpus",
     "import_text",
     "init_corpus",
+    "is_shard_done",
     "longest_overlaps",
     "memmap_tokens",
     "missing_shards",

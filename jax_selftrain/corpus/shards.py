@@ -176,14 +176,14 @@ def read_records(folder: atomic.PathLike) -> dict[int, dict[str, Any]]:
     return records
 
 
+def is_shard_done(folder: atomic.PathLike, index: int) -> bool:
+    """Return True if a shard and its record are there."""
+    return Path(folder, shard_name(index)).exists() and _record_path(Path(folder), index).exists()
+
+
 def missing_shards(folder: atomic.PathLike, n_shards: int) -> list[int]:
-    """Which of the shards 0 … n_shards−1 have yet to be made (a deleted one counts), ascending."""
-    folder = Path(folder)
-    return [
-        index
-        for index in range(n_shards)
-        if not ((folder / shard_name(index)).exists() and _record_path(folder, index).exists())
-    ]
+    """Return the indices below `n_shards` of the shards that are not there, ascending."""
+    return [index for index in range(n_shards) if not is_shard_done(folder, index)]
 
 
 def finalize_corpus(folder: atomic.PathLike, manifest: Mapping[str, Any]) -> None:

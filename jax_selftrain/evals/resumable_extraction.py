@@ -7,9 +7,7 @@ block gives the same bits on every process, and as one call for all sequences.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,8 @@ from jax_selftrain.distributed import barrier, broadcast_one_to_all
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.exact_match import extraction_batch_size, extraction_metrics
 from jax_selftrain.evals.suffix_probability import NamedSamplingParams
-from jax_selftrain.io import lease
 from jax_selftrain.io.manifest import hash_json
+from jax_selftrain.io.work_queue import Claim, run_missing
 from jax_selftrain.likelihood.resumable import (
     POLL_SECONDS,
     REMEDY,
@@ -68,14 +66,31 @@ def extract_resumable(
         "batch_tokens": batch_tokens,
     }
     folder = parts.open(hash_json(inputs | environment(model))[:16])
-    for first in _broadcast_missing(folder, blocks) if is_shared else _claim_missing(folder, blocks):
+
+    def measure(first: int) -> None:
         found = extraction_metrics(
             model, blocks[first], prefix, policies=policies, batch_tokens=batch_tokens, greedy_decode=greedy_decode
         )
         if not is_shared or jax.process_index() == 0:
             save_unit(_part(folder, first), pa.table(found))
+
+    def measure_claimed(claims: Iterator[Claim[int]]) -> None:
+        for claim in claims:
+            with claim as first:
+                measure(first)
+
     if is_shared:
+        for first in _broadcast_missing(folder, blocks):
+            measure(first)
         barrier(f"measured {folder}")
+    else:
+        run_missing(
+            blocks,
+            measure_claimed,
+            is_done=lambda first: _part(folder, first).exists(),
+            lease_file=lambda first: _part(folder, first).with_suffix(".lease"),
+            poll_seconds=POLL_SECONDS,
+        )
     tables = []
     for first, members in blocks.items():
         path = _part(folder, first)
@@ -91,20 +106,6 @@ def extract_resumable(
 def _broadcast_missing(folder: Path, blocks: dict[int, np.ndarray]) -> list[int]:
     """Return the blocks that process 0 finds missing."""
     return broadcast_one_to_all(lambda: [first for first in blocks if not _part(folder, first).exists()])
-
-
-def _claim_missing(folder: Path, blocks: dict[int, np.ndarray]) -> Iterator[int]:
-    """Claim missing blocks until all are committed."""
-    while missing := [first for first in blocks if not _part(folder, first).exists()]:
-        measured = False
-        for first in missing:
-            with ExitStack() as claim:
-                mine = claim.enter_context(lease.lease(_part(folder, first).with_suffix(".lease")))
-                if mine and not _part(folder, first).exists():  # another process may have committed it meanwhile
-                    measured = True
-                    yield first
-        if not measured:
-            time.sleep(POLL_SECONDS)
 
 
 def _part(folder: Path, first: int) -> Path:

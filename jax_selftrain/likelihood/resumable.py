@@ -16,7 +16,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,9 @@ from jax.sharding import Mesh
 from jax_selftrain import hub
 from jax_selftrain.distributed import barrier, broadcast_one_to_all, live_processes, process_local
 from jax_selftrain.errors import InputError
-from jax_selftrain.io import atomic, lease
+from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import hash_json
+from jax_selftrain.io.work_queue import Claim, run_missing
 from jax_selftrain.likelihood.batching import WorkUnit, default_batch_tokens, plan_units
 from jax_selftrain.likelihood.engine import (
     Likelihood,
@@ -126,13 +127,18 @@ def loglikelihoods_resumable(
     parts.num_requests += len(requests)
     parts.num_unique += len(unique)
     is_shared = spans_processes(model.sharding_rules.mesh)
-    score = _score_on_shared_mesh if is_shared else _score_missing
-    for unit, scores in score(model, units, folder, batch_tokens):
+
+    def commit(unit: WorkUnit, scores: dict[int, TokenScores]) -> None:
         parts.num_computed += len(scores)
         if not is_shared or jax.process_index() == 0:
             _write(_unit_file(folder, unit), unique, scores)
+
     if is_shared:
+        for unit, scores in _score_on_shared_mesh(model, units, folder, batch_tokens):
+            commit(unit, scores)
         barrier(f"scored {folder}")
+    else:
+        _score_missing(model, units, folder, batch_tokens, commit)
     likelihoods: dict[int, Likelihood] = {}
     for unit in units:
         found, process = _read(_unit_file(folder, unit), unique, unit)
@@ -152,31 +158,34 @@ def process_local_if_possible(mesh: Mesh) -> AbstractContextManager[None]:
 
 
 def _score_missing(
-    model: hub.LoadedModel, units: Sequence[WorkUnit], folder: Path, batch_tokens: int | None
-) -> Iterator[tuple[WorkUnit, dict[int, TokenScores]]]:
-    """Claim and score missing units until all are committed."""
-    while missing := [unit for unit in units if not _unit_file(folder, unit).exists()]:
-        scored = False
-        with ExitStack() as claims:
-            held: dict[int, ExitStack] = {}
-            for unit, scores in run_batches(model, _claim(missing, folder, claims, held), batch_tokens):
-                scored = True
-                yield unit, scores
-                held.pop(unit.index).close()
-        if not scored:
-            time.sleep(POLL_SECONDS)
+    model: hub.LoadedModel,
+    units: Sequence[WorkUnit],
+    folder: Path,
+    batch_tokens: int | None,
+    commit: Callable[[WorkUnit, dict[int, TokenScores]], None],
+) -> None:
+    """Claim, score and commit missing units until none is missing."""
 
+    def score_claimed(claims: Iterator[Claim[WorkUnit]]) -> None:
+        held: dict[int, Claim[WorkUnit]] = {}
 
-def _claim(
-    missing: Sequence[WorkUnit], folder: Path, claims: ExitStack, held: dict[int, ExitStack]
-) -> Iterator[WorkUnit]:
-    """Claim units that no other process holds; `held` gets the leases."""
-    for unit in with_progress(missing):
-        with ExitStack() as claim:
-            mine = claim.enter_context(lease.lease(_unit_file(folder, unit).with_suffix(".lease")))
-            if mine and not _unit_file(folder, unit).exists():  # another process may have committed it meanwhile
-                held[unit.index] = claims.enter_context(claim.pop_all())
-                yield unit
+        def claimed_units() -> Iterator[WorkUnit]:
+            for claim in claims:
+                held[claim.task.index] = claim
+                yield claim.task
+
+        for unit, scores in run_batches(model, claimed_units(), batch_tokens):
+            with held.pop(unit.index):
+                commit(unit, scores)
+
+    run_missing(
+        units,
+        score_claimed,
+        is_done=lambda unit: _unit_file(folder, unit).exists(),
+        lease_file=lambda unit: _unit_file(folder, unit).with_suffix(".lease"),
+        poll_seconds=POLL_SECONDS,
+        progress=with_progress,
+    )
 
 
 def _score_on_shared_mesh(

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from jax_selftrain.corpus import (
     Sample,
     finalize_corpus,
     init_corpus,
+    is_shard_done,
     missing_shards,
     open_corpus,
     shard_count,
@@ -47,7 +48,8 @@ from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.distributed.sharding import make_sharding_rules
 from jax_selftrain.errors import InputError, Preempted
 from jax_selftrain.hub import LoadedModel, ModelRef
-from jax_selftrain.io import atomic, lease
+from jax_selftrain.io import atomic
+from jax_selftrain.io.work_queue import Claim, run_missing
 from jax_selftrain.models import Params, abstract_params, axis_sizes, param_shardings
 from jax_selftrain.sampling.continuous_batching import DecodeState, RequestQueue, initial_state, padded_output_len
 from jax_selftrain.sampling.counter_rng import per_sample_keys
@@ -93,7 +95,7 @@ def _sample(config: SampleConfig) -> Corpus:
         mesh = make_mesh(config.mesh, devices=jax.local_devices())
         model = hub.load_model(source, mesh, config.dtype, preset=config.preset)
         with _remove_if_empty(out), _sigterm_flag() as stop, _progress_bar(config.samples) as progress:
-            _run_work_queue(_SamplingRun(config, out, sampling_params, request, model, stop, progress), n_shards)
+            _sample_missing(_SamplingRun(config, out, sampling_params, request, model, stop, progress), n_shards)
     finalize_corpus(out, request)
     return open_corpus(out)
 
@@ -187,38 +189,34 @@ def _read_ref(out: Path, request: dict[str, Any]) -> str:
     return source["ref"] if source.get("fingerprint") == request["source"]["fingerprint"] else request["source"]["ref"]
 
 
-def _run_work_queue(run: _SamplingRun, n_shards: int) -> None:
-    """Draw shards until none is missing.
+def _sample_missing(run: _SamplingRun, n_shards: int) -> None:
+    """Sample every missing shard that no other process samples.
 
-    A shard that a live process has claimed is skipped. A thread writes each shard while the next one is drawn; its
-    lease is held until it is written.
+    A thread writes each shard while the next one is sampled; its lease is held until it is written.
     """
-    records = run.out / "records"
-    records.mkdir(parents=True, exist_ok=True)
     config, spec = run.config, DecodeSpec.from_model(run.model, run.config.cache_dtype)
     queue_size = _queue_size(config, spec.sharding_rules.data_parallelism)
     loop = DecodeLoop(spec, run.sampling_params, run.model.params, num_slots=config.batch_size, queue_size=queue_size)
-    with ThreadPoolExecutor(1, "write shards") as writer:
-        while missing := missing_shards(run.out, n_shards):
-            found_work, written = False, writer.submit(lambda: None)
-            for index in missing:
-                shard = run.out / shard_name(index)
-                with ExitStack() as claim:
-                    is_claimed = claim.enter_context(lease.lease(records / f"{shard.stem}.lease"))
-                    is_written = shard.exists() and (records / f"{shard.stem}.json").exists()  # by another process
-                    if is_claimed and not is_written:
-                        found_work = True
-                        start_time = time.time()
-                        batch = _sample_shard(run, loop, index)
-                        written.result()
-                        written = writer.submit(_write_shard, run, index, batch, start_time, claim.pop_all())
+
+    def sample_claimed(claims: Iterator[Claim[int]]) -> None:
+        with ThreadPoolExecutor(1, "write shards") as writer:
+            written = writer.submit(lambda: None)
+            for claim in claims:
+                start_time = time.time()
+                batch = _sample_shard(run, loop, claim.task)
+                written.result()
+                written = writer.submit(_write_shard, run, claim, batch, start_time)
             written.result()
-            if not found_work:
-                _check_stop(run)
-                time.sleep(POLL_SECONDS)
-    for left in records.glob("*.lease"):  # of a process killed after it finished a shard
-        with lease.lease(left):
-            pass
+
+    (run.out / "records").mkdir(parents=True, exist_ok=True)
+    run_missing(
+        range(n_shards),
+        sample_claimed,
+        is_done=lambda index: is_shard_done(run.out, index),
+        lease_file=lambda index: run.out / "records" / f"{Path(shard_name(index)).stem}.lease",
+        poll_seconds=POLL_SECONDS,
+        on_wait=lambda: _check_stop(run),
+    )
 
 
 def _sample_shard(run: _SamplingRun, loop: DecodeLoop, index: int) -> SampleBatch:
@@ -250,10 +248,10 @@ def _sample_shard(run: _SamplingRun, loop: DecodeLoop, index: int) -> SampleBatc
     return batch
 
 
-def _write_shard(run: _SamplingRun, index: int, batch: SampleBatch, start_time: float, claim: ExitStack) -> None:
+def _write_shard(run: _SamplingRun, claim: Claim[int], batch: SampleBatch, start_time: float) -> None:
     """Detokenize and commit a shard, and release its claim."""
     decode_seconds = time.time() - start_time
-    with claim:
+    with claim as index:
         tokens = [row[:length] for row, length in zip(batch.tokens, batch.lengths, strict=True)]
         texts, mismatches = detokenize(run.model.tokenizer, tokens, stop_ids=run.sampling_params.stop_ids)
         ids = shard_ids(index, run.config.samples, run.config.samples_per_shard)

@@ -11,8 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -22,8 +21,9 @@ import jax
 
 from jax_selftrain.distributed import broadcast_one_to_all
 from jax_selftrain.errors import InputError
-from jax_selftrain.io import atomic, lease
+from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import hash_json
+from jax_selftrain.io.work_queue import Claim, run_missing
 from jax_selftrain.version import versions
 
 STAGE_FORMAT = 2
@@ -112,10 +112,6 @@ def done_file(root: Path, stage: Stage) -> Path:
     return root / f"{stage.name}.json"
 
 
-def _lease_file(root: Path, stage: Stage) -> Path:
-    return root / f".{stage.name}.lease"
-
-
 def is_done(root: Path, stage: Stage) -> bool:
     """Return True if the stage is finished.
 
@@ -173,44 +169,38 @@ def run_all(root: Path, stages: Sequence[Stage]) -> None:
         root.mkdir(parents=True, exist_ok=True)
         atomic.remove_stale_temp_files(root)
     done: set[str] = set()
-    while len(done) < len(stages):
-        before = len(done)
-        for stage in stages:
-            if stage.key in done or not all(one.key in done for one in stage.dependencies):
-                continue
-            if broadcast_one_to_all(partial(is_done, root, stage)) or _run_if_free(root, stage):
-                done.add(stage.key)
-                _log(f"{len(done)} of {len(stages)}: {stage.label}")
-        if len(done) == before:
-            time.sleep(POLL_SECONDS)
+
+    def finish(stage: Stage) -> None:
+        if stage.key not in done:
+            done.add(stage.key)
+            _log(f"{len(done)} of {len(stages)}: {stage.label}")
+
+    def run_claimed(claims: Iterator[Claim[Stage]]) -> None:
+        for claim in claims:
+            with claim as stage:
+                _run_stage(root, stage)
+                finish(stage)
+
+    run_missing(
+        stages,
+        run_claimed,
+        is_done=partial(is_done, root),
+        lease_file=lambda stage: root / f".{stage.name}.lease",
+        is_ready=lambda stage: all(one.key in done for one in stage.dependencies),
+        agree=broadcast_one_to_all,
+        on_done=finish,
+        poll_seconds=POLL_SECONDS,
+    )
+
+
+def _run_stage(root: Path, stage: Stage) -> None:
+    folder = root / stage.name
+    broadcast_one_to_all(lambda: folder.mkdir(exist_ok=True))
+    began = time.monotonic()
+    stage.run(folder)
     if jax.process_index() == 0:
-        for stage in stages:
-            if _lease_file(root, stage).exists():  # a process was killed after its stage was done
-                with lease.lease(_lease_file(root, stage)):
-                    pass
-
-
-def _run_if_free(root: Path, stage: Stage) -> bool:
-    """Run a stage unless another process does; return True if done."""
-    with lease.lease(_lease_file(root, stage)) if jax.process_index() == 0 else nullcontext(False) as claimed:
-        if not broadcast_one_to_all(lambda: claimed):
-            return False
-        folder = root / stage.name
-
-        def start() -> bool:
-            if is_done(root, stage):  # finished by another process since the last look
-                return False
-            folder.mkdir(exist_ok=True)
-            return True
-
-        if not broadcast_one_to_all(start):
-            return True
-        began = time.monotonic()
-        stage.run(folder)
-        if jax.process_index() == 0:
-            atomic.write_json(root / f"{stage.name}.seconds.json", {"seconds": time.monotonic() - began})
-            atomic.write_json(done_file(root, stage), {"key": stage.key, **stage.record})
-        return True
+        atomic.write_json(root / f"{stage.name}.seconds.json", {"seconds": time.monotonic() - began})
+        atomic.write_json(done_file(root, stage), {"key": stage.key, **stage.record})
 
 
 def _log(text: str) -> None:
