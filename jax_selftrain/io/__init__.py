@@ -1,1 +1,1 @@
-"""Atomic writes, checksums, leases: the leaf modules that touch the disk."""
+"""Atomic writes, checksums, leases, work queue, JSONL and random streams."""

@@ -1,12 +1,8 @@
-"""The ground floor: how results reach the disk whole, how damage is noticed, and who is working on what.
+"""Atomic commits: write a temporary file or folder, fsync, rename.
 
-Three ideas, used by every room. **Commit**: write aside, fsync, rename, so that a reader sees all of a file (or
-folder) or nothing of it, whatever kills the writer. **Hash**: a manifest of SHA-256 digests, so that a flipped
-byte is named instead of trained on. **Lease**: a small file that says which process works on a shard, taken over
-when its holder is dead; because commits are atomic and results deterministic, a lease saves double work but
-correctness never hangs on it.
-
-Paths are local or on a shared POSIX file system; what stands for object storage is `remote`.
+A reader sees all of a file (or folder) or nothing, whatever kills the writer. The name of a temporary file identifies
+its writer, so that the next commit removes those of dead processes. Paths are local or on a shared POSIX file system;
+`remote` handles object storage.
 """
 
 from __future__ import annotations
@@ -33,99 +29,98 @@ _REMEDY = {
     errno.ENOSPC: "free some space and run the same command again",
     errno.EDQUOT: "free some of your quota and run the same command again",
     errno.EFBIG: "the file size limit was reached: raise it (ulimit -f) and run the same command again",
-    errno.EACCES: "choose a place you may write to",
-    errno.EPERM: "choose a place you may write to",
-    errno.EROFS: "choose a place you may write to",
+    errno.EACCES: "choose a folder that you may write to",
+    errno.EPERM: "choose a folder that you may write to",
+    errno.EROFS: "choose a folder that you may write to",
 }
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-# An aside of another host cannot be asked whether its process lives; after a day without a change it counts as dead.
-_FOREIGN_ASIDE_SECONDS = 86_400.0
-
-
-# ---------------------------------------------------------------- hashes
-
-
-# ---------------------------------------------------------------- commits
+_FOREIGN_TEMP_SECONDS = 86_400.0
+"""Age at which a temporary file of another host, whose processes cannot be checked, counts as stale."""
 
 
 @contextmanager
 def commit_file(path: PathLike) -> Iterator[Path]:
-    """Yield a temporary sibling of `path` to write; on success it is fsynced and renamed to `path` in one step.
+    """Yield a temporary path to write; on success it becomes `path`.
 
-    Missing parent folders are made. On any exception the temporary file is removed and `path` stays as it was; what a
-    killed process left aside of it goes with the next commit.
+    Missing parent folders are created. After an exception the temporary file is removed and `path` is unchanged.
 
-    Raises InputError naming `path` when the disk is full or the place cannot be written.
+    Raises:
+      InputError: the disk is full or `path` cannot be written.
     """
     target = _resolve_target(path)
-    aside = temp_path(target, "tmp")
-    with os_errors_as_input_errors(target, aside):
+    temp = temp_path(target, "tmp")
+    with os_errors_as_input_errors(target, temp):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             remove_stale_temp_files(target.parent, target.name)
-            yield aside
-            _fsync(aside)
-            os.replace(aside, target)
+            yield temp
+            _fsync(temp)
+            os.replace(temp, target)
             _fsync(target.parent)
         finally:
-            aside.unlink(missing_ok=True)
+            temp.unlink(missing_ok=True)
 
 
 @contextmanager
 def commit_folder(path: PathLike, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary sibling folder to fill; on success everything in it is fsynced and it is renamed to `path`.
+    """Yield a temporary folder to fill; on success it becomes `path`.
 
-    With `replace`, a folder that stands there already is moved aside for the instant of the rename and then
-    removed; a kill in that instant is undone by `clean_leftovers`. Without it, a non-empty one is an InputError.
-    On any exception the temporary folder is removed and `path` stays as it was.
+    With `overwrite`, an existing folder is renamed during the commit and then removed; `remove_stale_temp_files` undoes
+    a kill between the two renames. After an exception the temporary folder is removed and `path` is unchanged.
+
+    Raises:
+      InputError: without `overwrite`, `path` exists and is not empty; or it cannot be written.
     """
     target = _resolve_target(path)
-    aside, retired = temp_path(target, "tmp"), temp_path(target, "old")
-    occupied = f"{target}: already exists; remove it or choose another place"
+    temp, retired = temp_path(target, "tmp"), temp_path(target, "old")
+    occupied = f"{target}: already exists; remove it or choose another folder"
     remove_stale_temp_files(target.parent, target.name)
     if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
         raise InputError(occupied)
-    with os_errors_as_input_errors(target, aside):
+    with os_errors_as_input_errors(target, temp):
         try:
-            aside.mkdir(parents=True)
-            yield aside
-            for folder, _, names in os.walk(aside):
+            temp.mkdir(parents=True)
+            yield temp
+            for folder, _, names in os.walk(temp):
                 for name in names:
                     _fsync(Path(folder, name))
                 _fsync(Path(folder))
             if overwrite and target.exists():
                 os.rename(target, retired)
             try:
-                os.rename(aside, target)
+                os.rename(temp, target)
             except OSError as error:
                 if retired.exists():
                     os.rename(retired, target)
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                    raise InputError(occupied) from error  # somebody else filled it meanwhile
+                    raise InputError(occupied) from error  # another process filled it meanwhile
                 raise
             _fsync(target.parent)
             _remove(retired)
         finally:
-            _remove(aside)
+            _remove(temp)
 
 
 def write_bytes(path: PathLike, data: bytes) -> None:
     """Commit `data` as the whole content of `path`."""
-    with commit_file(path) as aside:
-        aside.write_bytes(data)
+    with commit_file(path) as temp:
+        temp.write_bytes(data)
 
 
 def write_text(path: PathLike, text: str) -> None:
-    """Commit `text` (UTF-8, newlines as they are) as the whole content of `path`."""
+    """Commit `text` in UTF-8 as the whole content of `path`."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: PathLike, obj: Any) -> None:
-    """Commit plain data as indented JSON with sorted keys: equal data gives equal bytes. NaN is a ValueError.
+    """Commit plain data as indented JSON with sorted keys.
 
-    Addresses in object storage stand in it, not the folders that stand for them here.
+    Equal data gives equal bytes. Local copies of objects are recorded by their URI.
+
+    Raises:
+      ValueError: the data holds NaN or an infinity.
     """
     try:
         text = json.dumps(obj, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
@@ -135,7 +130,11 @@ def write_json(path: PathLike, obj: Any) -> None:
 
 
 def read_json(path: PathLike) -> Any:
-    """Read a JSON file. Raises InputError naming the file when it is missing, unreadable or not strict JSON."""
+    """Read a JSON file.
+
+    Raises:
+      InputError: the file is missing, unreadable or not strict JSON.
+    """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError:
@@ -147,61 +146,60 @@ def read_json(path: PathLike) -> Any:
 
 
 def remove_stale_temp_files(folder: PathLike, name: str = "") -> None:
-    """Remove from `folder` what killed processes were writing aside when they died; others' live work is left alone.
+    """Remove temporary files and folders of dead processes from `folder`.
 
-    With `name`, only what was to become `folder / name`.
-
-    A folder that was being replaced when its writer died is put back under its own name.
+    With `name`, only those of `folder / name`. A folder whose replacement was interrupted gets its name back.
     """
     folder = Path(folder)
     for path in folder.glob(".*") if folder.is_dir() else ():
-        match = _ASIDE_NAME.fullmatch(path.name)
+        match = _TEMP_NAME.fullmatch(path.name)
         if match is None or (name and match["name"] != name):
             continue
         holder = ProcessId("", match["scope"], int(match["pid"]), int(match["started"]))
         alive = is_alive(holder)
         try:
-            if alive or (alive is None and time.time() - path.lstat().st_mtime < _FOREIGN_ASIDE_SECONDS):
+            if alive or (alive is None and time.time() - path.lstat().st_mtime < _FOREIGN_TEMP_SECONDS):
                 continue
             if match["kind"] == "old" and not (folder / match["name"]).exists():
                 os.rename(path, folder / match["name"])
             else:
                 _remove(path)
         except FileNotFoundError:
-            continue  # another process is cleaning the same folder
+            continue  # another process cleans the same folder
 
 
-_ASIDE_NAME = re.compile(
+_TEMP_NAME = re.compile(
     r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<scope>[0-9a-f]{12})-(?P<pid>\d+)-(?P<started>\d+)-[0-9a-f]{8}"
 )
 
 
 TRASH_PREFIX = ".discarded-"
-"""Begins the name of a folder that is being removed."""
+"""Prefix of the name of a folder that is being removed."""
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file or folder of this name is a lease, or is being written aside or removed."""
-    return name.endswith(".lease") or name.startswith(TRASH_PREFIX) or _ASIDE_NAME.fullmatch(name) is not None
+    """Return True for the name of a lease or a temporary file."""
+    return name.endswith(".lease") or name.startswith(TRASH_PREFIX) or _TEMP_NAME.fullmatch(name) is not None
 
 
 def temp_path(target: Path, kind: str) -> Path:
+    """Return a new path next to `target` that names this process."""
     me = this_process()
     return target.with_name(f".{target.name}.{kind}-{me.scope}-{me.pid}-{me.start_time}-{uuid.uuid4().hex[:8]}")
 
 
 def _resolve_target(path: PathLike) -> Path:
-    # `Path` would turn gs://bucket/x into the local folder gs:/bucket/x without a word.
+    # `Path` would silently turn gs://bucket/x into the local folder gs:/bucket/x.
     if re.match(r"[a-z][a-z0-9+]*:/", os.fspath(path)):
         raise InputError(
-            f"{os.fspath(path)}: an address; the command line, or `remote.brought_here`, makes it a folder"
+            f"{os.fspath(path)}: is a URI; use the command line or `remote.localize_uris`, which map it to a folder"
         )
     return Path(path)
 
 
 @contextmanager
-def os_errors_as_input_errors(target: Path, aside: Path) -> Iterator[None]:
-    """Turn a failure to write `target` into a sentence; an OSError about some other file is not ours to explain."""
+def os_errors_as_input_errors(target: Path, temp: Path) -> Iterator[None]:
+    """Turn a failure to write `target` into an InputError; other errors pass."""
     try:
         yield
     except OSError as error:
@@ -210,9 +208,9 @@ def os_errors_as_input_errors(target: Path, aside: Path) -> Iterator[None]:
             raise
         if error.filename is not None and error.errno not in _NO_ROOM:
             culprit = Path(os.fsdecode(error.filename))
-            if culprit not in (aside, target, *target.parents) and aside not in culprit.parents:
+            if culprit not in (temp, target, *target.parents) and temp not in culprit.parents:
                 raise
-        remedy = _REMEDY.get(error.errno, "choose another place or mend this one")
+        remedy = _REMEDY.get(error.errno, "choose another folder or fix this one")
         raise InputError(f"{target}: cannot be written ({os.strerror(error.errno)}); {remedy}") from error
     except InputError:
         raise
@@ -222,7 +220,7 @@ def os_errors_as_input_errors(target: Path, aside: Path) -> Iterator[None]:
 
 
 def _explain_text(target: Path, error: Exception) -> None:
-    """Raise InputError if a library (numpy, safetensors, Orbax) wrapped a full disk in an error of its own kind."""
+    """Raise InputError if a library (NumPy, safetensors, Orbax) wrapped a full-disk error."""
     match = re.search(
         r"No space left on device|Disk quota exceeded|File too large|\d+ requested and \d+ written", str(error)
     )
@@ -236,7 +234,7 @@ def _fsync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot sync a directory; the rename stands anyway
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder; the rename is valid anyway
             raise
     finally:
         os.close(descriptor)
@@ -251,9 +249,3 @@ def _remove(path: Path) -> None:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
-
-
-# ---------------------------------------------------------------- leases
-
-
-# ---------------------------------------------------------------- versions

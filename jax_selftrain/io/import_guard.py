@@ -1,8 +1,8 @@
-"""What a process that runs one command and nothing else may leave out.
+"""Import guard that keeps torch out of command-line processes.
 
-No command of ours has a use for torch, but transformers and tensorboardX take it along where it is installed, which is
-most of what starting a command costs. What found no torch will not find it later: in a user's own program it is let in,
-and where lm-evaluation-harness has been loaded, whose tasks run code that is not ours.
+Our commands do not use torch, but transformers and tensorboardX import it if it is installed, which takes most of the
+start-up time. Libraries remember that torch is absent, so the guard is off in a user's own program and once
+lm-evaluation-harness is loaded, since its tasks may use torch.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ _IS_CLI_PROCESS = False
 
 
 def mark_cli_process() -> None:
-    """Say that nothing but a command will ever run in this process."""
+    """Declare that this process runs one command and nothing else."""
     global _IS_CLI_PROCESS
     _IS_CLI_PROCESS = True
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that it found no torch
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # transformers warns that torch is absent
 
 
 @contextmanager
 def block_torch_import() -> Iterator[None]:
-    """Inside, torch cannot be imported, unless it has a use in this process or has been imported already."""
+    """Block imports of torch if this process does not need it."""
     if not _IS_CLI_PROCESS or {"torch", "lm_eval"} & sys.modules.keys():
         yield
         return
-    # The import system's own way to say that there is no such module: whoever asks or imports takes it for an answer.
+    # None in `sys.modules` makes an import raise ModuleNotFoundError.
     sys.modules["torch"] = None  # type: ignore[assignment]
     try:
         yield

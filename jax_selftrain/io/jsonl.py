@@ -1,4 +1,4 @@
-"""JSON Lines: one JSON object a line; a damaged line is named by file and number."""
+"""JSON Lines: one JSON object a line."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read_jsonl(path: Path, limit: int | None = None) -> Iterator[tuple[str, dict
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line, and create missing folders. NaN is a ValueError."""
+    """Write one JSON object a line; NaN is a ValueError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         for row in rows:

@@ -1,4 +1,8 @@
-"""TODO."""
+"""Leases: a file that names the process that works on a task.
+
+A lease is taken over when its holder is dead. Commits are atomic and results deterministic, so a lease only saves
+duplicate work; correctness does not depend on it.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +24,12 @@ from jax_selftrain.io.process_id import ProcessId, is_alive, this_process
 
 @contextmanager
 def lease(path: PathLike, *, stale_after: float = 600.0) -> Iterator[bool]:
-    """Try, without waiting, to claim `path`; yields whether we hold it. Given back (removed) at the end.
+    """Try to acquire the lease `path` without waiting; yield True if acquired.
 
-    The file names its holder and is touched by a thread of the holder's every `stale_after / 10` seconds. It is
-    taken over when the holder is a dead process of this machine, or when it has not been touched for
-    `stale_after` seconds (holders on other machines cannot be asked). Of several processes taking over the same
-    lease, one wins: the folder is locked meanwhile. Where the file system has no locks two might both win, which
-    costs double work and nothing else.
+    A thread of the holder touches the file every `stale_after / 10` seconds, and the lease is removed at the end. It is
+    taken over when the holder is a dead process of this machine, or when the file was not touched for `stale_after`
+    seconds (processes of other machines cannot be checked). The folder is locked during a takeover, so that one process
+    wins. On a file system without locks two processes may win, which costs duplicate work only.
     """
     path = Path(path)
     token = uuid.uuid4().hex
@@ -36,22 +39,22 @@ def lease(path: PathLike, *, stale_after: float = 600.0) -> Iterator[bool]:
         return
     done = threading.Event()
 
-    def beat() -> None:
+    def touch_repeatedly() -> None:
         while not done.wait(stale_after / 10):
             try:
                 os.utime(path)
             except FileNotFoundError:
-                return  # taken over after a long suspension of this process: no longer ours to keep alive
+                return  # another process took over while this one was suspended
             except OSError:
-                continue  # a passing fault of a network file system; the next beat comes long before staleness
+                continue  # transient fault of a network file system; the next beat comes before the lease is stale
 
-    heart = threading.Thread(target=beat, name=f"lease {path.name}", daemon=True)
-    heart.start()
+    heartbeat = threading.Thread(target=touch_repeatedly, name=f"lease {path.name}", daemon=True)
+    heartbeat.start()
     try:
         yield True
     finally:
         done.set()
-        heart.join()
+        heartbeat.join()
         _release(path, content)
 
 
@@ -68,7 +71,7 @@ def wait_for_lease(path: PathLike, *, poll_seconds: float = 0.5) -> Iterator[Non
 
 def _acquire(path: Path, content: bytes, stale_after: float) -> bool:
     fresh = temp_path(path, "tmp")
-    with os_errors_as_input_errors(path, fresh), _locked(path.parent):
+    with os_errors_as_input_errors(path, fresh), _lock_folder(path.parent):
         try:
             _create(path, content)
             return True
@@ -85,24 +88,24 @@ def _acquire(path: Path, content: bytes, stale_after: float) -> bool:
 
 def _release(path: Path, content: bytes) -> None:
     try:
-        with _locked(path.parent):
-            if path.read_bytes() == content:  # else: taken over while this process was suspended
+        with _lock_folder(path.parent):
+            if path.read_bytes() == content:  # else another process took over while this one was suspended
                 path.unlink()
     except FileNotFoundError:
-        return  # the folder was removed, or the lease with it: nothing is held
+        return  # the folder or the lease was removed
 
 
 def _is_stale(path: Path, *, now: float, stale_after: float) -> bool:
-    """`now` is in the clock of the file system, which on a network differs from ours."""
+    """Return True if another process may take over (`now`: file system's clock)."""
     try:
         if now - path.stat().st_mtime > stale_after:
             return True
         data = json.loads(path.read_bytes())
         holder = ProcessId(data["host"], data["scope"], data["pid"], data["start_time"])
     except FileNotFoundError:
-        return False  # given back this very moment: the next attempt will find it free
+        return False  # just released: the next attempt finds it free
     except (ValueError, KeyError, TypeError):
-        return False  # being written, or cut short by a crash: only its age counts
+        return False  # being written, or truncated by a crash: only its age counts
     return is_alive(holder) is False
 
 
@@ -116,14 +119,14 @@ def _create(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _lock_folder(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
-                raise  # those mean: no locks on this file system, see `lease`
+                raise  # these mean that the file system has no locks, see `lease`
         yield
     finally:
-        os.close(descriptor)  # gives the lock back, too
+        os.close(descriptor)  # also releases the lock

@@ -1,4 +1,4 @@
-"""TODO."""
+"""SHA-256 of files and JSON data, and manifests that detect damaged files."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from jax_selftrain.io.atomic import PathLike
 
 
 def sha256_file(path: PathLike) -> str:
-    """SHA-256 of a file's bytes as a hex digest, read in blocks."""
+    """Return the SHA-256 of a file as a hex digest."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def hash_json(obj: Any) -> str:
-    """SHA-256 (hex) of plain data (dicts, lists, strings, finite numbers, None), whatever the order of its keys."""
+    """Return the SHA-256 (hex) of plain data; key order is ignored."""
     text = json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def folder_manifest(folder: PathLike, *, exclude: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
-    """Manifest of every file below `folder`: {relative posix path: {"sha256", "bytes"}}, sorted by path.
+    """Return the checksum and size of every file below a folder.
 
-    `exclude` holds shell patterns on the relative path; `*` also crosses `/`, so `params/*` leaves out a whole tree.
+    Keys are relative POSIX paths, sorted; values are {"sha256", "bytes"}. `exclude` holds shell patterns for the path;
+    `*` also matches `/`, so `params/*` excludes a tree.
     """
     root, patterns = Path(folder), tuple(exclude)
     names = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
@@ -40,11 +41,12 @@ def verify_checksums(
     folder: PathLike,
     files: Mapping[str, Mapping[str, Any]],
     *,
-    fix_hint: str = "make it again, or restore it from a copy",
+    fix_hint: str = "recreate it, or restore it from a copy",
 ) -> None:
-    """Compare the files in `folder` with a manifest as `hash_folder` makes it; files it does not list are ignored.
+    """Compare the files of a folder with its manifest; ignore others.
 
-    Raises InputError naming the first file that is missing, truncated or changed, and `remedy`.
+    Raises:
+      InputError: a file is missing, truncated or changed; the sentence names the first and ends with `fix_hint`.
     """
     for name, entry in sorted(files.items()):
         relative, path = PurePosixPath(name), Path(folder, name)
@@ -53,7 +55,7 @@ def verify_checksums(
         if not isinstance(entry, Mapping) or not {"sha256", "bytes"} <= set(entry):
             raise InputError(f"{folder}: the manifest entry of {name!r} has no sha256 and bytes; {fix_hint}")
         if not path.is_file():
-            raise InputError(f"{path}: the file is missing though the manifest lists it; {fix_hint}")
+            raise InputError(f"{path}: the file is missing, but the manifest lists it; {fix_hint}")
         size = path.stat().st_size
         if size != entry["bytes"]:
             what = "truncated" if size < entry["bytes"] else "of the wrong size"

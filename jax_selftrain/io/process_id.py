@@ -1,7 +1,6 @@
-"""Which process this is, and whether another one still lives.
+"""Identity of a process, and a check whether it is alive.
 
-A process is identified by host, boot, PID namespace, PID and start time, since PIDs repeat (in containers they nearly
-always do).
+Host, boot, PID namespace, PID and start time identify a process, because PIDs repeat, in containers nearly always.
 """
 
 from __future__ import annotations
@@ -16,16 +15,19 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class ProcessId:
+    """A process of any machine."""
+
     host: str
-    """For people."""
+    """Name of the machine, for messages."""
     scope: str
-    """Hash of host, boot and PID namespace: within one scope, PID and start time name a process for good."""
+    """Hash of host, boot and PID namespace. PID and start time are unique within a scope."""
     pid: int
     start_time: int
-    """Clock ticks from boot to the start of the process; 0 where the system does not tell."""
+    """Clock ticks from boot to the start of the process; 0 if the system does not report it."""
 
 
 def this_process() -> ProcessId:
+    """Return the identity of this process."""
     pid = os.getpid()  # not cached: a fork is another process
     state = _proc_stat(pid)
     return ProcessId(platform.node(), boot_and_pid_namespace(), pid, state[1] if state else 0)
@@ -33,7 +35,7 @@ def this_process() -> ProcessId:
 
 @cache
 def boot_and_pid_namespace() -> str:
-    """A name for this host since its last start, and PID namespace: within it a process is named by PID and start."""
+    """Return a hash of host, boot and PID namespace."""
     parts = [platform.node()]
     boot = Path("/proc/sys/kernel/random/boot_id")
     if boot.exists():
@@ -42,17 +44,17 @@ def boot_and_pid_namespace() -> str:
 
 
 def _proc_stat(pid: int) -> tuple[str, int] | None:
-    """(state letter, start time in ticks since boot) from Linux's /proc, or None."""
+    """Return (state letter, start time in ticks) from /proc, or None."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    fields = stat[stat.rindex(")") + 2 :].split()  # the name before it may hold spaces and parentheses
+    fields = stat[stat.rindex(")") + 2 :].split()  # the command name may hold spaces and parentheses
     return fields[0], int(fields[19])
 
 
 def is_alive(process: ProcessId) -> bool | None:
-    """Whether a process still runs; None if it lives in another scope and cannot be asked."""
+    """Return True if a process runs, None if unknown (another scope)."""
     if process.scope != boot_and_pid_namespace():
         return None
     if Path("/proc/self/stat").exists():

@@ -1,4 +1,4 @@
-"""The one loop that shares tasks among processes: claim a missing task by lease, run it, else wait.
+"""Work queue: processes claim missing tasks by lease, run them, or wait.
 
 A task is done when its committed output exists, so there is no queue to keep: a restart runs only missing tasks, and a
 lost process costs its unfinished tasks, whose leases the others take over (`io.lease`).
@@ -21,7 +21,7 @@ Task = TypeVar("Task")
 
 @dataclass(frozen=True)
 class Claim(Generic[Task]):
-    """A task that this process holds until it releases the claim; a context manager that does so."""
+    """A task that this process holds; a context manager that releases it."""
 
     task: Task
     release: Callable[[], None]
@@ -46,7 +46,7 @@ def run_missing(
     on_wait: Callable[[], None] = lambda: None,
     progress: Callable[[Sequence[Task]], Iterable[Task]] = iter,
 ) -> None:
-    """Run all tasks that are not done, shared with other processes; return when all are done.
+    """Run the missing tasks, shared with other processes, until all are done.
 
     Args:
       tasks: the tasks, in the order in which they are tried; the same in every process.
