@@ -28,7 +28,7 @@ def write_sampled_corpus(
             "seed": seed,
             "samples": len(samples),
             "samples_per_shard": per_shard,
-            "retokenisation_mismatches": 0,
+            "retokenization_mismatches": 0,
         },
     )
     return open_corpus(folder)

@@ -1,4 +1,4 @@
-"""Corpora: Parquet shards and their manifest, statistics, text in and out, training rows, exact overlap."""
+"""Corpora: shards, manifest, statistics, import, export, packing, overlap."""
 
 from jax_selftrain.corpus.decontaminate import remove_overlapping, size_matched_control
 from jax_selftrain.corpus.export import export_corpus

@@ -1,9 +1,8 @@
-"""Corpora without what they would show of chosen sequences, and their companions.
+"""Decontaminated corpora, and size-matched controls.
 
-**Scrubbing** drops every document that shares a run of tokens with any of some sequences. What a student of the rest
-still reproduces of these it has not read there. But the rest is smaller, and other text: its **companion** drops
-equally many of the *other* documents, each like one that was dropped in how it ended and in length, so that students of
-the two differ in nothing but having read of the sequences.
+A decontaminated corpus lacks every document that shares a run of tokens with some sequences: its student did not read
+them. It is also smaller and holds other text. The size-matched control therefore drops equally many other documents of
+the same finish reasons and similar lengths.
 """
 
 from __future__ import annotations
@@ -25,67 +24,67 @@ from jax_selftrain.io.rng import make_rng, random_permutation
 def remove_overlapping(
     corpus: atomic.PathLike, sequences: np.ndarray, out: atomic.PathLike, *, length: int = 16
 ) -> Corpus:
-    """A corpus without the documents that share `length` consecutive tokens with a sequence.
+    """Copy a corpus without the documents that share tokens with a sequence.
 
     Args:
         corpus: a corpus folder.
-        sequences: int [N, S], in the corpus's own tokens; of fewer than `length` tokens all must be shared.
-        out: the corpus folder to write; its documents are numbered anew.
-        length: tokens in a row from which a document is dropped.
+        sequences: int [N, S], tokens of the corpus's tokenizer.
+        out: the corpus folder to write; its documents get new ids.
+        length: number of consecutive shared tokens (S if fewer) that drops a document.
 
     Raises:
-        InputError: a folder cannot be read or written, `out` holds another corpus, or nothing is left.
+        InputError: a folder cannot be read or written, `out` holds another corpus, or every document is dropped.
     """
     source = open_corpus(corpus)
-    sharing = _overlaps_any(source, sequences, length)
-    if sharing.all():
-        raise InputError(f"{corpus}: every document shares {length} tokens with a held-out sequence; nothing is left")
-    return _write_without(source, out, "scrubbed", sharing, {"length": length}, sequences)
+    overlapping = _overlaps_any(source, sequences, length)
+    if overlapping.all():
+        raise InputError(f"{corpus}: every document shares {length} tokens with a held-out sequence; none would remain")
+    return _write_without(source, out, "decontaminated", overlapping, {"length": length}, sequences)
 
 
 def size_matched_control(
     corpus: atomic.PathLike, sequences: np.ndarray, out: atomic.PathLike, *, seed: int, length: int = 16
 ) -> Corpus:
-    """A corpus without as many documents as `scrub` drops, none of them one of those: its companion.
+    """Drop as many documents as `remove_overlapping`, but without overlap.
 
-    For each document that would be scrubbed, in an order drawn by the seed, one that ended likewise is dropped whose
-    length is nearest; of equals the one that the seed puts first.
+    For each overlapping document, in a random order, the document of the same finish reason and the nearest length is
+    dropped; of several the first in that order.
 
     Args:
-        corpus, sequences, out, length: as of `scrub`.
-        seed: of the choice; it decides the same for good (raw Philox words).
+        corpus, sequences, out, length: see `remove_overlapping`.
+        seed: seed of the order.
 
     Raises:
-        InputError: a folder cannot be read or written, `out` holds another corpus, or there are not as many others.
+        InputError: a folder cannot be read or written, `out` holds another corpus, or there are too few others.
     """
     source = open_corpus(corpus)
-    sharing = _overlaps_any(source, sequences, length)
-    dropped = _match_on_length_and_stop(source, sharing, seed)
-    return _write_without(source, out, "companion of scrubbed", dropped, {"length": length, "seed": seed}, sequences)
+    overlapping = _overlaps_any(source, sequences, length)
+    dropped = _match_on_length_and_stop(source, overlapping, seed)
+    return _write_without(source, out, "size-matched control", dropped, {"length": length, "seed": seed}, sequences)
 
 
 def _overlaps_any(source: Corpus, sequences: np.ndarray, length: int) -> np.ndarray:
-    """Which documents share a run with a sequence; bool [N]."""
+    """Return bool [N]: True for documents that overlap with a sequence."""
     shortest = min(length, sequences.shape[1])
     return longest_overlaps(source, RaggedTokens.from_list(sequences), min_length=shortest).length >= shortest
 
 
-def _match_on_length_and_stop(source: Corpus, sharing: np.ndarray, seed: int) -> np.ndarray:
-    """As many of the others, alike in ending and length; bool [N]."""
+def _match_on_length_and_stop(source: Corpus, overlapping: np.ndarray, seed: int) -> np.ndarray:
+    """Return bool [N]: as many other documents of matching reason and length."""
     _, offsets, reasons = source.token_arrays()
     lengths = np.diff(offsets)
     order = random_permutation(make_rng("size-matched control", seed), len(source))
     dropped = np.zeros(len(source), bool)
-    for reason in np.unique(reasons[sharing]):
-        alike = order[reasons[order] == reason]
-        free, wanted = alike[~sharing[alike]], alike[sharing[alike]]
+    for reason in np.unique(reasons[overlapping]):
+        same_reason = order[reasons[order] == reason]
+        free, wanted = same_reason[~overlapping[same_reason]], same_reason[overlapping[same_reason]]
         if len(free) < len(wanted):
             raise InputError(
-                f"{source.folder}: too few documents share nothing with the held-out sequences to drop as many; "
+                f"{source.folder}: too few documents without overlap to match those with overlap; "
                 "sample more, or hold out fewer sequences"
             )
-        for place in wanted:
-            distance = np.where(dropped[free], np.iinfo(np.int64).max, np.abs(lengths[free] - lengths[place]))
+        for document in wanted:
+            distance = np.where(dropped[free], np.iinfo(np.int64).max, np.abs(lengths[free] - lengths[document]))
             dropped[free[np.argmin(distance)]] = True
     return dropped
 
@@ -95,17 +94,17 @@ def _write_without(
     out: atomic.PathLike,
     kind: str,
     dropped: np.ndarray,
-    how: dict[str, int],
+    options: dict[str, int],
     sequences: np.ndarray,
 ) -> Corpus:
-    mark = hash_json(np.asarray(sequences, np.int64).tolist())
-    policy = {f"{kind} {name}": value for name, value in how.items()}
-    described = {key: source.manifest[key] for key in ("tokenizer_fingerprint", "start_id", "stop_ids")}
+    sequences_hash = hash_json(np.asarray(sequences, np.int64).tolist())
+    policy = {f"{kind} {name}": value for name, value in options.items()}
+    inherited = {key: source.manifest[key] for key in ("tokenizer_fingerprint", "start_id", "stop_ids")}
     return map_corpus(
         source,
         Path(out),
         kind,
-        described | {"dropped": int(dropped.sum()), "held_out_sequences": mark},
+        inherited | {"dropped": int(dropped.sum()), "held_out_sequences": sequences_hash},
         policy,
         lambda samples: (samples, {}),
         np.flatnonzero(~dropped),

@@ -1,7 +1,7 @@
-"""A corpus in other libraries' formats, one sample in memory at a time.
+"""Streaming export of a corpus to TFDS or JSONL.
 
-TFDS without TensorFlow: the `array_record` file format is written and read by tensorflow-datasets alone (TFRecord is
-not), and shuffling is switched off because TFDS otherwise permutes the rows by the hash of their keys.
+tensorflow-datasets writes and reads `array_record` files without TensorFlow. Shuffling is off, because TFDS otherwise
+permutes the rows by the hash of their keys.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _DATASET_VERSION = "1.0.0"
 
 
 def export_corpus(config: ExportConfig) -> Path:
-    """Write a corpus as a TFDS folder, or as `samples.jsonl` in a folder.
+    """Write a corpus as a TFDS folder or as `samples.jsonl`.
 
-    The TFDS folder itself is what `tfds.builder_from_directory` opens; its one split is `train`. A missing logprob is
-    NaN there, and null in JSONL. Beside the data stand `config.yaml` and `export.json` (fingerprint of the corpus).
+    `tfds.builder_from_directory` opens the TFDS folder; its split is `train`. A missing logprob is NaN in TFDS and null
+    in JSONL. The folder also holds `config.yaml` and `export.json` (with the fingerprint of the corpus).
 
     Returns:
         The folder written.
 
     Raises:
-        InputError: the corpus is damaged, the folder is taken, the format is unknown or its library is not installed.
+        InputError: the corpus is damaged, the folder is not empty, the format is unknown or its library is missing.
     """
     yaml_io.require(config)
     writers = {"tfds": _export_tfds, "jsonl": _export_jsonl}
@@ -106,7 +106,7 @@ def _export_tfds(corpus: Corpus, folder: Path) -> None:
     builder = Builder(data_dir=making, file_format="array_record")
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):  # it announces a "download" into a folder about to be moved
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints a path that is renamed below
         builder.download_and_prepare()
     for path in Path(builder.data_path).iterdir():
         os.rename(path, folder / path.name)

@@ -1,9 +1,8 @@
-"""Real text as a corpus, so that every arm of a study (own samples, another model's, real text) travels one road.
+"""Import of real text as a corpus.
 
-The source is read twice: once to count and hash its documents (a malformed line is found before anything is written,
-and a changed source before anything is mixed), once to tokenize what is missing. Memory holds one shard of text.
-Special strings in the text (`<|endoftext|>`) are tokenized as plain text; what ends a document is its structure: the
-stop id is appended to every document that is not cut.
+The source is read twice: once to check, count and hash its documents, once to tokenize the missing shards; a source
+that changes in between is refused. Memory holds one shard of text. Special strings (`<|endoftext|>`) are tokenized as
+plain text; the stop id is appended to every document that is not truncated.
 """
 
 from __future__ import annotations
@@ -36,23 +35,23 @@ from jax_selftrain.version import versions
 if TYPE_CHECKING:
     from jax_selftrain.hub import SpecialTokens
 
-_ENCODE_CHARACTERS = 1 << 20  # texts are tokenized in batches of about so many characters
+_ENCODE_CHARACTERS = 1 << 20  # characters of a batch of texts to tokenize
 
 TextStream = Callable[[], Iterator[tuple[str, object]]]
-"""Starts a pass over a source: yields (where, value) for each document, the value being text if all is well."""
+"""Function that starts a pass over a source and yields (location, value) of each document."""
 
 
 def import_text(config: ImportCorpusConfig) -> Corpus:
-    """Make a corpus of real text; running the same command again completes it or finds it whole.
+    """Create a corpus from real text; a rerun completes the folder.
 
-    Blank documents are left out. A document of more than `max_tokens` tokens (its stop id counted) is cut, keeps no
-    stop id, and counts as ended by length; its `text` is cut at the same place.
+    Blank documents are skipped. A document of more than `max_tokens` tokens (with its stop id) is truncated, as is its
+    `text`; it has no stop id and finish reason `length`.
 
     Raises:
-        InputError: an option is impossible; the source is missing, has no such field or split, or holds something that
-            is not text (names file and line); it differs from the one that the folder was begun with.
+        InputError: an option is invalid; the source is missing, has no such field or split, or holds a value that is
+            not text; the source differs from that of an earlier run.
     """
-    from jax_selftrain import hub  # it loads JAX and transformers, which reading a corpus does not need
+    from jax_selftrain import hub  # imports JAX and transformers, which readers of a corpus do not need
 
     yaml_io.require(config)
     for name in ("limit", "max_tokens", "samples_per_shard"):
@@ -64,46 +63,46 @@ def import_text(config: ImportCorpusConfig) -> Corpus:
     tokenizer = model.tokenizer
     start_id, stop_id = _bos_eos(config, model.special_tokens, len(tokenizer))
     texts = _open_source(config)
-    survey = _SourceDigest()
-    for _ in survey.wrap(_documents(texts, config.limit)):
+    first_pass = _SourceDigest()
+    for _ in first_pass.wrap(_documents(texts, config.limit)):
         pass
-    if not survey.count:
-        raise InputError(f"{config.source}: holds no text, so there is nothing to import")
+    if not first_pass.count:
+        raise InputError(f"{config.source}: holds no text")
     request = {
         "kind": "imported",
-        "source": {"ref": config.source, "fingerprint": survey.digest},
+        "source": {"ref": config.source, "fingerprint": first_pass.digest},
         "tokenizer_fingerprint": model.tokenizer_fingerprint,
         "start_id": start_id,
         "stop_ids": [stop_id],
         "policy": {"max_tokens": config.max_tokens},
         "seed": None,
-        "samples": survey.count,
+        "samples": first_pass.count,
         "samples_per_shard": config.samples_per_shard,
     }
     request = init_corpus(out, request)
     yaml_io.save(out / "config.yaml", replace(config, start_id=start_id, stop_id=stop_id))
-    missing = missing_shards(out, shard_count(survey.count, config.samples_per_shard))
-    changed = InputError(f"{config.source}: was changed while it was read; delete {out} and import it again")
-    again = _SourceDigest()
-    documents = again.wrap(_documents(texts, config.limit))
+    missing = missing_shards(out, shard_count(first_pass.count, config.samples_per_shard))
+    changed = InputError(f"{config.source}: changed during the import; delete {out} and import it again")
+    second_pass = _SourceDigest()
+    documents = second_pass.wrap(_documents(texts, config.limit))
     for index in missing:
-        ids = shard_ids(index, survey.count, config.samples_per_shard)
-        shard = list(islice(documents, ids.start - again.count, ids.stop - again.count))
+        ids = shard_ids(index, first_pass.count, config.samples_per_shard)
+        shard = list(islice(documents, ids.start - second_pass.count, ids.stop - second_pass.count))
         if len(shard) != len(ids):
             raise changed
         samples, mismatches = _tokenize(tokenizer, shard, ids, stop_id, config.max_tokens)
         write_shard(out, index, samples, {"mismatches": mismatches, "versions": versions()})
     if missing:
         for _ in documents:
-            pass  # up to the end, so that the digests can be compared
-        if again.digest != survey.digest:
+            pass  # read to the end to compare the digests
+        if second_pass.digest != first_pass.digest:
             raise changed
     finalize_corpus(out, request)
     return open_corpus(out)
 
 
 def _bos_eos(config: ImportCorpusConfig, special: SpecialTokens, tokenizer_length: int) -> tuple[int, int]:
-    """Return start and stop id: the flag, else the special tokens of the model."""
+    """Return start and stop id: the option, else the model's."""
     ids = {"start_id": (config.start_id, special.bos_token_id), "stop_id": (config.stop_id, special.eos_token_id)}
     found = []
     for name, (flag, default) in ids.items():
@@ -118,11 +117,8 @@ def _bos_eos(config: ImportCorpusConfig, special: SpecialTokens, tokenizer_lengt
     return found[0], found[1]
 
 
-# ---------------------------------------------------------------- documents
-
-
 class _SourceDigest:
-    """Count and SHA-256 of the documents that have passed by."""
+    """Count and SHA-256 of a stream of documents."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -135,61 +131,61 @@ class _SourceDigest:
     def wrap(self, texts: Iterator[str]) -> Iterator[str]:
         for text in texts:
             data = text.encode()
-            self._hash.update(len(data).to_bytes(8, "little"))  # so that moving a boundary changes the digest
+            self._hash.update(len(data).to_bytes(8, "little"))  # the digest depends on document boundaries
             self._hash.update(data)
             self.count += 1
             yield text
 
 
 def _documents(texts: TextStream, limit: int | None) -> Iterator[str]:
-    """The checked, non-blank texts of a pass over the source, at most `limit` of them."""
+    """Yield the first `limit` valid, non-blank texts of the source."""
 
-    def checked() -> Iterator[str]:
+    def valid_texts() -> Iterator[str]:
         for where, value in texts():
             if not isinstance(value, str):
-                raise InputError(f"{where}: the text field holds {type(value).__name__}, not text; mend or remove it")
+                raise InputError(f"{where}: the text field holds {type(value).__name__}, not text; fix or remove it")
             try:
                 value.encode()
             except UnicodeEncodeError as error:
                 raise InputError(
-                    f"{where}: the text holds half of a surrogate pair at character {error.start}, which no encoding "
-                    "can write; mend or remove it"
+                    f"{where}: the text holds half a surrogate pair at character {error.start}, which UTF-8 cannot "
+                    "encode; fix or remove it"
                 ) from None
             if value.strip():
                 yield value
 
-    return islice(checked(), limit)
+    return islice(valid_texts(), limit)
 
 
 def _tokenize(
     tokenizer: Any, texts: Sequence[str], ids: range, stop_id: int, max_tokens: int | None
 ) -> tuple[list[Sample], int]:
-    """Samples of the texts, and how many of them would be tokenized differently if read back from their own text."""
+    """Tokenize texts; return samples and the number that re-encode to other tokens."""
     samples: list[Sample] = []
-    cut: list[int] = []
+    truncated: list[int] = []
     for first, last in text_batches(texts):
         encoding = encode_texts(tokenizer, texts[first:last])
-        for place, (text, tokens) in enumerate(zip(texts[first:last], encoding["input_ids"], strict=True)):
-            sample_id, reason = ids[first + place], "stop"
+        for i, (text, tokens) in enumerate(zip(texts[first:last], encoding["input_ids"], strict=True)):
+            sample_id, reason = ids[first + i], "stop"
             if max_tokens is not None and len(tokens) >= max_tokens:
-                text = text[: encoding.token_to_chars(place, max_tokens - 1).end]
+                text = text[: encoding.token_to_chars(i, max_tokens - 1).end]
                 tokens, reason = tokens[:max_tokens], "length"
-                cut.append(first + place)
+                truncated.append(first + i)
             else:
                 tokens = [*tokens, stop_id]
             samples.append(Sample(sample_id, np.array(tokens, np.int32), text, float("nan"), reason))
-    shortened = [samples[place] for place in cut]
+    shortened = [samples[i] for i in truncated]
     mismatches = 0
     for first, last in text_batches([sample.text for sample in shortened]):
-        again = encode_texts(tokenizer, [sample.text for sample in shortened[first:last]])["input_ids"]
+        encoded = encode_texts(tokenizer, [sample.text for sample in shortened[first:last]])["input_ids"]
         mismatches += sum(
-            tokens != sample.tokens.tolist() for tokens, sample in zip(again, shortened[first:last], strict=True)
+            tokens != sample.tokens.tolist() for tokens, sample in zip(encoded, shortened[first:last], strict=True)
         )
     return samples, mismatches
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> Any:
-    """Tokens of texts as they stand: nothing is added, and special strings are plain text."""
+    """Tokenize texts without added tokens; special strings are plain text."""
     return tokenizer(
         list(texts),
         add_special_tokens=False,
@@ -201,16 +197,13 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> Any:
 
 
 def text_batches(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Ranges of texts that together have about `_ENCODE_CHARACTERS` characters."""
+    """Yield ranges of texts of about `_ENCODE_CHARACTERS` characters together."""
     first = total = 0
-    for place, text in enumerate(texts):
+    for i, text in enumerate(texts):
         total += len(text)
-        if total >= _ENCODE_CHARACTERS or place == len(texts) - 1:
-            yield first, place + 1
-            first, total = place + 1, 0
-
-
-# ---------------------------------------------------------------- sources
+        if total >= _ENCODE_CHARACTERS or i == len(texts) - 1:
+            yield first, i + 1
+            first, total = i + 1, 0
 
 
 def _open_source(config: ImportCorpusConfig) -> TextStream:
@@ -324,7 +317,7 @@ def _open_tfds(folder: str, split: str, text_field: str) -> TextStream:
                 try:
                     value = value.decode()
                 except UnicodeDecodeError as error:
-                    raise InputError(f"{where}: the text is not UTF-8 ({error.reason}); mend or remove it") from None
+                    raise InputError(f"{where}: the text is not UTF-8 ({error.reason}); fix or remove it") from None
             yield where, value
 
     return read

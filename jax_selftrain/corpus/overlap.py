@@ -1,14 +1,10 @@
-"""Verbatim overlap, exactly: how many consecutive tokens of a query occur, in that order, in some document of a text.
+"""Exact verbatim overlap: the longest common run of query and text.
 
-The queries are indexed and the text, which may be far larger than memory, streams by. Of each of its places a hash of
-the next `shortest` tokens is looked up among those of the queries; nearly all places end there. What is left is looked
-up in a suffix array of the queries, token by token: a hash only ever saves work, so that what is counted as an overlap
-is one and none is missed. A place of the text falls between two neighbors of the array, and what it shares with them
-is handed on from neighbor to neighbor by the length that these share (min along the way, max over ways): so each
-place of each query learns its longest match, however often text and queries repeat themselves.
-
-Time is that of hashing, a few passes over the text for every `QUERY_BLOCK` tokens of queries; memory that of one such
-block and one piece of the text.
+The queries are indexed; the text, which may exceed memory, is streamed. A hash of the next `min_length` tokens at each
+text position is looked up among those of the queries, which rejects nearly all positions. The rest are searched in a
+suffix array of the queries token by token, so the result is exact. A text position falls between two neighbors of the
+array; its match with them spreads to further neighbors through the LCP array, so that every query position gets its
+longest match. The text is read once for every `QUERY_BLOCK` query tokens; memory holds one such block and one chunk.
 """
 
 from __future__ import annotations
@@ -23,46 +19,46 @@ from jax_selftrain.corpus.suffix_array import DOC_END, QUERY_END, SuffixArray
 from jax_selftrain.corpus.token_source import TokenSource
 
 QUERY_BLOCK = 1 << 21
-"""Query tokens indexed at once; each further block is another pass over the text."""
+"""Query tokens indexed at once; each block is one pass over the text."""
 CHUNK_TOKENS = 1 << 18
-"""Tokens of the text looked at together: their hashes stay in the processor's cache."""
+"""Text tokens scanned at once; their hashes fit the processor's cache."""
 _HASH_MULTIPLIERS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93))
 
 
 @dataclass(frozen=True, eq=False)
 class Overlaps:
-    """What Q queries share with a text; int64 [Q] each."""
+    """Overlaps of Q queries with a text; int64 [Q] each."""
 
     length: np.ndarray
-    """Tokens of the longest run that occurs in one document; 0 if that is shorter than was asked for."""
+    """Tokens of the longest run that occurs in one document; 0 if below `min_length`."""
     query_start: np.ndarray
-    """Where in the query it begins; −1 if there is none."""
+    """Start of the run in the query; −1 if there is none."""
     text_doc: np.ndarray
-    """A document in which it occurs, by its number in the text; −1 if there is none."""
+    """Index of a document with the run; −1 if there is none."""
     text_start: np.ndarray
-    """Where in that document; −1 if there is none."""
+    """Start of the run in that document; −1 if there is none."""
     covered: np.ndarray
-    """Tokens of the query that lie in any run of at least the length that was asked for."""
+    """Tokens of the query in any run of at least `min_length`."""
 
 
 def longest_overlaps(queries: TokenSource, text: TokenSource, *, min_length: int = 1) -> Overlaps:
-    """The longest run of consecutive tokens of each query that occurs in one document of a text.
+    """Find the longest run of each query that occurs in a document.
 
     Args:
-        queries: token ids of 0 and more; the text is read once for every `QUERY_BLOCK` tokens of them.
-        text: the same of any size.
-        shortest: runs of fewer tokens do not count; the longer, the faster.
+        queries: non-negative token ids; the text is read once for every `QUERY_BLOCK` of them.
+        text: non-negative token ids, of any number.
+        min_length: shorter runs do not count; a larger value is faster.
 
     Raises:
-        ValueError: `shortest` is below 1, or a token id is negative or beyond 32 bits.
+        ValueError: `min_length` is below 1, or a token id is negative or exceeds 32 bits.
     """
     if min_length < 1:
-        raise ValueError(f"a run of {min_length} tokens is no run")
+        raise ValueError(f"min_length must be at least 1, not {min_length}")
     found = []
-    for block in _pieces(queries, QUERY_BLOCK):
+    for block in _chunks(queries, QUERY_BLOCK):
         index = _Index(block, min_length)
-        for piece in _pieces(text, CHUNK_TOKENS, split_with=int(block.lengths.max())):
-            index.scan(piece)
+        for chunk in _chunks(text, CHUNK_TOKENS, split_with=int(block.lengths.max())):
+            index.scan(chunk)
         found.append(index.overlaps())
     if not found:
         return Overlaps(*[np.zeros(0, np.int64)] * 5)
@@ -70,26 +66,26 @@ def longest_overlaps(queries: TokenSource, text: TokenSource, *, min_length: int
 
 
 class _Chunk(NamedTuple):
-    """Whole documents, or a part of one."""
+    """Consecutive documents, or a part of one."""
 
     tokens: np.ndarray
-    """int32, end to end."""
+    """int32, documents concatenated."""
     lengths: np.ndarray
     document: int
-    """Number of the first."""
-    place: int
-    """Where in it the piece begins."""
+    """Index of the first."""
+    start: int
+    """Start of the chunk in the first document."""
 
     def with_terminator(self, mark: int) -> np.ndarray:
-        """The tokens with a mark after each document."""
+        """Return the tokens with a mark after each document."""
         return np.insert(self.tokens, np.cumsum(self.lengths), mark)
 
 
-def _pieces(documents: TokenSource, size: int, *, split_with: int | None = None) -> Iterator[_Chunk]:
-    """Documents in pieces of about `size` tokens; longer ones by themselves.
+def _chunks(documents: TokenSource, size: int, *, split_with: int | None = None) -> Iterator[_Chunk]:
+    """Yield documents in chunks of about `size` tokens.
 
-    With `split_with` long documents are cut, each part being followed by so many tokens of the next: a run of no more
-    than these lies whole in the part that it begins in.
+    A longer document is a chunk of its own. With `split_with` it is split, and each part also holds that many tokens of
+    the next part, so that a run of at most `split_with` tokens is whole in the part in which it starts.
     """
     number = 0
     for flat, lengths in documents.token_batches():
@@ -103,54 +99,54 @@ def _pieces(documents: TokenSource, size: int, *, split_with: int | None = None)
             for at in range(0, whole, step) if whole else [0]:
                 part = slice(begin + at, begin + min(at + step + (split_with or 0), whole))
                 inside = lengths[first:last] if step == whole else np.array([part.stop - part.start])
-                yield _Chunk(_checked(flat[part]), inside, number + first, at)
+                yield _Chunk(_check_tokens(flat[part]), inside, number + first, at)
             first = last
         number += len(lengths)
 
 
-def _checked(tokens: np.ndarray) -> np.ndarray:
+def _check_tokens(tokens: np.ndarray) -> np.ndarray:
     if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < 2**31:
-        raise ValueError("token ids must not be negative, nor beyond 32 bits")
+        raise ValueError("token ids must be non-negative and fit 32 bits")
     return np.ascontiguousarray(tokens, np.int32)
 
 
 class _Index:
-    """A block of queries, and the longest match that every place of them has found so far."""
+    """Index of a block of queries, with the longest match per position."""
 
-    def __init__(self, queries: _Chunk, shortest: int) -> None:
-        self._lengths, self._shortest = queries.lengths, shortest
+    def __init__(self, queries: _Chunk, min_length: int) -> None:
+        self._lengths, self._min_length = queries.lengths, min_length
         self._suffixes = SuffixArray.build(queries.with_terminator(DOC_END))
-        self._known = np.unique(_hashes(self._suffixes.text, shortest))
+        self._known = np.unique(_hashes(self._suffixes.text, min_length))
         bits = min(26, max(16, 5 + len(self._known).bit_length()))
         self._shift = np.uint64(64 - bits)
-        self._maybe = np.zeros(1 << bits, bool)  # one look into a few MB settles nearly every place
+        self._maybe = np.zeros(1 << bits, bool)  # a table of a few MB rejects nearly every position
         self._maybe[self._known >> self._shift] = True
         slots = len(self._suffixes.suffixes)
-        self._match, self._document, self._place = (np.zeros(slots, np.int64) for _ in range(3))
+        self._match, self._document, self._start = (np.zeros(slots, np.int64) for _ in range(3))
 
-    def scan(self, piece: _Chunk) -> None:
-        """Let every place of a piece of the text leave its mark at its two neighbors in the array."""
-        sought = piece.with_terminator(QUERY_END)
+    def scan(self, chunk: _Chunk) -> None:
+        """Match the positions of a chunk with their neighbors in the array."""
+        sought = chunk.with_terminator(QUERY_END)
         begin = self._candidates(sought)
         if not len(begin):
             return
         low, low_match, high_match = self._suffixes.locate(sought, begin)
         slot, match = np.concatenate([low, low + 1]), np.concatenate([low_match, high_match])
         begin = np.concatenate([begin, begin])
-        better = np.flatnonzero(match >= self._shortest)
+        better = np.flatnonzero(match >= self._min_length)
         better = better[match[better] > self._match[slot[better]]]
-        # Of several marks on one slot the last one stays: the longest, and of equals the first in the text.
+        # Of several matches of one slot the last is kept: the longest, and of equals the first in the text.
         better = better[np.lexsort((-begin[better], match[better]))]
         slot, begin = slot[better], begin[better]
-        ends = np.cumsum(piece.lengths + 1)
+        ends = np.cumsum(chunk.lengths + 1)
         document = np.searchsorted(ends, begin, side="right")
         self._match[slot] = match[better]
-        self._document[slot] = piece.document + document
-        self._place[slot] = begin - (ends[document] - piece.lengths[document] - 1) + piece.place
+        self._document[slot] = chunk.document + document
+        self._start[slot] = begin - (ends[document] - chunk.lengths[document] - 1) + chunk.start
 
     def overlaps(self) -> Overlaps:
-        """What has been found, by query."""
-        match, source = self._shared_among_neighbors()
+        """Return the overlaps of the queries."""
+        match, source = self._spread_matches()
         text, order = self._suffixes.text, self._suffixes.suffixes
         run, slot_of = np.zeros(len(text), np.int64), np.zeros(len(text), np.int64)
         run[order], slot_of[order] = match, source
@@ -159,29 +155,29 @@ class _Index:
         query = np.repeat(np.arange(len(starts)), self._lengths + 1)
         best = np.flatnonzero(run == longest[query])
         best = best[np.unique(query[best], return_index=True)[1]]
-        place = np.arange(len(text))
-        covered = np.maximum.accumulate(place + run) > place
+        position = np.arange(len(text))
+        covered = np.maximum.accumulate(position + run) > position
         none = longest == 0
         return Overlaps(
             length=longest,
             query_start=np.where(none, -1, best - starts),
             text_doc=np.where(none, -1, self._document[slot_of[best]]) if len(order) else np.full(len(none), -1),
-            text_start=np.where(none, -1, self._place[slot_of[best]]) if len(order) else np.full(len(none), -1),
+            text_start=np.where(none, -1, self._start[slot_of[best]]) if len(order) else np.full(len(none), -1),
             covered=np.add.reduceat(covered.astype(np.int64), starts),
         )
 
     def _candidates(self, sought: np.ndarray) -> np.ndarray:
-        """Places whose next tokens have a hash that occurs among the queries."""
-        hashes = _hashes(sought, self._shortest)
-        places = np.flatnonzero(self._maybe[hashes >> self._shift])
-        wanted = hashes[places]
+        """Return positions with a hash that occurs among the queries."""
+        hashes = _hashes(sought, self._min_length)
+        positions = np.flatnonzero(self._maybe[hashes >> self._shift])
+        wanted = hashes[positions]
         nearest = np.searchsorted(self._known, wanted)
-        return places[self._known[np.minimum(nearest, len(self._known) - 1)] == wanted]
+        return positions[self._known[np.minimum(nearest, len(self._known) - 1)] == wanted]
 
-    def _shared_among_neighbors(self) -> tuple[np.ndarray, np.ndarray]:
-        """The longest match of each slot, its own or a neighbor's as far as both agree, and the slot it came from."""
+    def _spread_matches(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the longest match and its source of each slot."""
         shared = self._suffixes.lcp_array()
-        shared[shared < self._shortest] = 0
+        shared[shared < self._min_length] = 0
         match, source = self._match.copy(), np.arange(len(shared))
         _propagate_max(match, source, shared)
         _propagate_max(match[::-1], source[::-1], np.append(shared[1:], 0)[::-1])
@@ -189,9 +185,10 @@ class _Index:
 
 
 def _propagate_max(match: np.ndarray, source: np.ndarray, shared: np.ndarray) -> None:
-    """match[k] = max over j ≤ k of min(match[j], shared[j+1], …, shared[k]), and whose match it was; in place.
+    """Spread matches to later slots in place, with their source.
 
-    A scan by doubling: after step i each slot has heard from the 2^i before it.
+    match[k] = max over j ≤ k of min(match[j], shared[j+1], …, shared[k]), by doubling: after step i each slot has seen
+    the 2^i slots before it.
     """
     reach = shared.copy()
     step = 1
@@ -207,9 +204,10 @@ def _propagate_max(match: np.ndarray, source: np.ndarray, shared: np.ndarray) ->
 
 
 def _hashes(tokens: np.ndarray, n: int) -> np.ndarray:
-    """A hash of the n tokens from each place on; uint64 [max(0, len − n + 1)].
+    """Hash the n tokens from each position.
 
-    Windows of twice the width are made of two beside each other, the last ones of two that overlap.
+    Returns uint64 [max(0, len − n + 1)]. Windows of twice the width combine two adjacent windows; the last combine two
+    that overlap.
     """
     if len(tokens) < n:
         return np.zeros(0, np.uint64)
@@ -223,5 +221,5 @@ def _hashes(tokens: np.ndarray, n: int) -> np.ndarray:
         wider += hashes[step:]
         wider ^= wider >> np.uint64(29)
         hashes, width = wider, width + step
-    hashes *= _HASH_MULTIPLIERS[0]  # the top bits, by which hashes are looked up, then depend on all others
+    hashes *= _HASH_MULTIPLIERS[0]  # the table is indexed by the top bits, which then depend on all others
     return hashes

@@ -1,4 +1,4 @@
-"""Reading a corpus: nothing is believed before its checksum is checked, and one shard at a time is in memory."""
+"""Reader of corpora: checks every checksum, then streams shards."""
 
 from __future__ import annotations
 
@@ -25,45 +25,45 @@ _TYPES = {"start_id": int, "stop_ids": list, "samples": int, "samples_per_shard"
 
 @dataclass(frozen=True)
 class Corpus:
-    """A whole, checked corpus folder."""
+    """A complete corpus folder whose checksums were verified."""
 
     folder: Path
     manifest: Mapping[str, Any]
-    """`corpus.json`."""
+    """Content of `corpus.json`."""
 
     def __len__(self) -> int:
         return self.manifest["samples"]
 
     @property
     def start_id(self) -> int:
-        """The token that every document starts from; it is not in the documents' `tokens`."""
+        """Token before every document; not in the `tokens` of samples."""
         return self.manifest["start_id"]
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The tokens that end a document."""
+        """Tokens that end a document."""
         return tuple(self.manifest["stop_ids"])
 
     @property
     def n_tokens(self) -> int:
-        """Tokens in all documents, start ids not counted."""
+        """Number of tokens in all documents, without start ids."""
         return self.manifest["tokens"]
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the manifest, hence of every byte of every shard."""
+        """SHA-256 of the manifest, which holds the checksum of every shard."""
         return hash_json(self.manifest)
 
     def iter_samples(self) -> Iterator[Sample]:
-        """The samples in the order of their ids, read as they are asked for."""
+        """Yield the samples in order of their ids."""
         for batch in self._batches(SCHEMA.names):
             yield from to_samples(batch)
 
     def token_arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All tokens in memory, at 4 bytes each.
+        """Read all tokens into memory.
 
         Returns:
-            tokens int32 [n_tokens], documents one after the other; offsets int64 [N+1], document d being
+            tokens int32 [n_tokens], documents concatenated; offsets int64 [N+1], document d being
             tokens[offsets[d]:offsets[d+1]]; finish reasons uint8 [N], indices into `FINISH_REASONS`.
         """
         flat = np.empty(self.n_tokens, np.int32)
@@ -81,13 +81,13 @@ class Corpus:
         return flat, offsets, reasons
 
     def token_batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The documents in the order of their ids, a thousand at a time: tokens int32 end to end, and lengths int64."""
+        """Yield (concatenated int32 tokens, int64 lengths) of batches of documents."""
         for batch in self._batches(["tokens"]):
             lists = batch.column("tokens")
             yield lists.flatten().to_numpy(), pc.list_value_length(lists).to_numpy().astype(np.int64)
 
     def iter_texts(self) -> Iterator[str]:
-        """The documents' texts in the order of their ids, read as they are asked for."""
+        """Yield the texts in order of their ids."""
         for batch in self._batches(["text"]):
             yield from batch.column("text").to_pylist()
 
@@ -102,15 +102,15 @@ class Corpus:
 
 
 def open_corpus(folder: atomic.PathLike, *, tokenizer_fingerprint: str | None = None) -> Corpus:
-    """Open a corpus folder after checking its manifest and the SHA-256 of every shard.
+    """Open a corpus folder and verify its manifest and shards.
 
     Args:
         folder: the corpus folder.
-        tokenizer_fingerprint: of the reader (`ModelRef.tokenizer_fingerprint`); unset: any tokenizer.
+        tokenizer_fingerprint: the expected `ModelRef.tokenizer_fingerprint`; None accepts any.
 
     Raises:
-        InputError: no such folder, not a corpus, incomplete (says how much is missing), empty, made with another
-            tokenizer, or a shard is missing or damaged (names it, and how to get it back).
+        InputError: the folder is absent, not a corpus, incomplete or empty, or of another tokenizer; or a shard is
+            missing or damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -126,7 +126,7 @@ def open_corpus(folder: atomic.PathLike, *, tokenizer_fingerprint: str | None = 
     if tokenizer_fingerprint is not None and manifest["tokenizer_fingerprint"] != tokenizer_fingerprint:
         raise InputError(
             f"{folder}: its tokens come from another tokenizer (corpus {manifest['tokenizer_fingerprint'][:8]}…, model "
-            f"{tokenizer_fingerprint[:8]}…); export its text and import it with the model's own tokenizer"
+            f"{tokenizer_fingerprint[:8]}…); retokenize it for the model, or import its text again"
         )
     shards.check_shards(folder, manifest["shards"])
     return Corpus(folder, manifest)
@@ -137,9 +137,10 @@ def _check_manifest(path: Path, manifest: Any) -> None:
         raise InputError(f"{path}: not the manifest of a corpus")
     if manifest.get("version") != shards.VERSION:
         raise InputError(
-            f"{path}: corpus format {manifest.get('version')!r}, this program reads {shards.VERSION}; use its version"
+            f"{path}: corpus format {manifest.get('version')!r}, this program reads {shards.VERSION}; delete the "
+            "folder and run the command that created it again"
         )
-    remedy = f"delete {path.name} and run the command that made it again"
+    remedy = f"delete {path.name} and run the command that created it again"
     for key in (*shards.REQUEST_KEYS, "tokens", "shards"):
         if key not in manifest:
             raise InputError(f"{path}: {key!r} is missing; {remedy}")

@@ -1,7 +1,7 @@
-"""What a corpus is made of: the Parquet schema of its shards and one sample of it.
+"""Parquet schema of a corpus, and one sample of it.
 
-`tokens` is authoritative; `text` is there for people and for tokenizers other than the source's. A token list holds
-the stop id when it was drawn (or, for imported text, appended) and never the start id, which `corpus.json` names once.
+`tokens` is authoritative; `text` serves readers and other tokenizers. `tokens` holds the stop id if it was sampled (or,
+for imported text, appended), but not the start id, which is in `corpus.json`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SCHEMA = pa.schema(
 )
 
 FINISH_REASONS = ("length", "stop")
-"""Why a sample ended; its index here is its code in `Corpus.token_arrays`."""
+"""Values of `finish_reason`; the index is the code in `Corpus.token_arrays`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,16 +32,20 @@ class Sample:
 
     sample_id: int
     tokens: np.ndarray
-    """int32 [length]: without the start id, with the stop id if there was one."""
+    """int32 [length], without the start id, with the stop id if there is one."""
     text: str
     logprob: float
-    """Sum over tokens of log p under the source at temperature 1, in nats; nan where no source drew it (null)."""
+    """Sum over tokens of log p under the source at temperature 1, in nats; NaN (null) if not sampled."""
     finish_reason: str
     """`stop` or `length`."""
 
 
 def to_table(samples: Sequence[Sample]) -> pa.Table:
-    """The samples as an Arrow table of `SCHEMA`. Raises ValueError for a sample that the schema cannot hold."""
+    """Convert samples to an Arrow table of `SCHEMA`.
+
+    Raises:
+        ValueError: a sample does not fit the schema.
+    """
     for sample in samples:
         if sample.finish_reason not in FINISH_REASONS:
             raise ValueError(f"sample {sample.sample_id}: unknown finish_reason {sample.finish_reason!r}")
@@ -62,11 +66,11 @@ def to_table(samples: Sequence[Sample]) -> pa.Table:
 
 
 def to_samples(batch: pa.RecordBatch) -> Iterator[Sample]:
-    """The samples of an Arrow batch of `SCHEMA`, in order."""
+    """Yield the samples of an Arrow batch of `SCHEMA`, in order."""
     lists = batch.column("tokens")
     bounds = lists.offsets.to_numpy()
     flat = lists.values.to_numpy()
-    logprobs = batch.column("logprob").to_numpy(zero_copy_only=False)  # nulls become nan
+    logprobs = batch.column("logprob").to_numpy(zero_copy_only=False)  # nulls become NaN
     ids, texts, reasons = (batch.column(name).to_pylist() for name in ("sample_id", "text", "finish_reason"))
     for row, (sample_id, text, reason) in enumerate(zip(ids, texts, reasons, strict=True)):
         tokens = flat[bounds[row] : bounds[row + 1]]

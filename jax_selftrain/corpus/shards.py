@@ -1,11 +1,9 @@
-"""Writing a corpus: shards one by one, in any order, by any process; then the manifest that makes them a corpus.
+"""Writer of corpora: shards in any order, then the manifest.
 
-A shard holds a fixed range of sample ids and is the unit of work, of restart and of repair: its Parquet file is
-committed first, its record (`records/shard-000000.json`) second, and it exists when both do. Parquet bytes are a
-function of the samples and the pyarrow version alone (fixed codec, format version and row groups; Parquet itself
-keeps no time). `corpus.json` is assembled from the records and copies only what every mesh and every restart agree
-on, and says what the samples are like; what one process has to tell about its own shard (mesh, seconds) stays in the
-record.
+A shard holds a fixed range of sample ids and is the unit of work, restart and repair. Its Parquet file is committed
+first, then its record (`records/shard-000000.json`); a shard is done when both exist. Parquet bytes depend on the
+samples and the pyarrow version alone. `corpus.json` is assembled from the records and holds only what does not depend
+on meshes and restarts; the rest (mesh, seconds) stays in the records.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import sha256_file, verify_checksums
 
 FORMAT = "jax-selftrain corpus"
-VERSION = 1
+VERSION = 2
 MANIFEST = "corpus.json"
 REQUEST = "request.json"
 FIX_HINT = "delete the shard and run the same command to regenerate it"
@@ -42,51 +40,49 @@ REQUEST_KEYS = (
     "samples",
     "samples_per_shard",
 )
-"""Keys of `corpus.json` that whoever makes the corpus knows; the others are added from the records."""
+"""Keys of `corpus.json` that the caller of `finalize_corpus` supplies."""
 
 
-# Makes `datasets.load_dataset(FOLDER)` read the shards and nothing else, here and on the hub.
+# With this card `datasets.load_dataset(FOLDER)` reads only the shards, locally and on the hub.
 _CARD = """\
 ---
 configs:
 - config_name: default
   data_files: shard-*.parquet
 ---
-{samples} texts ({kind}); what they are and where they come from is in `corpus.json`.
+{samples} texts ({kind}); `corpus.json` describes their origin.
 """
 
 
 def shard_name(index: int) -> str:
-    """File name of a shard: `shard-000000.parquet`."""
+    """Return the file name of a shard: `shard-000000.parquet`."""
     return f"shard-{index:06d}.parquet"
 
 
 def shard_ids(index: int, samples: int, samples_per_shard: int) -> range:
-    """The sample ids that shard `index` of a corpus of `samples` samples holds."""
+    """Return the sample ids of a shard."""
     return range(index * samples_per_shard, min((index + 1) * samples_per_shard, samples))
 
 
 def shard_count(samples: int, samples_per_shard: int) -> int:
-    """How many shards `samples` samples fill."""
+    """Return the number of shards of a corpus."""
     return math.ceil(samples / samples_per_shard)
 
 
 def init_corpus(folder: atomic.PathLike, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Start a corpus or go on with the same one: what is asked for is kept in `request.json`.
+    """Create or resume a corpus; its request is stored in `request.json`.
 
-    What killed writers left behind is removed, and so are the records of shards that were deleted to be made again.
+    Temporary files of killed processes and the records of deleted shards are removed.
 
     Args:
-        folder: the corpus folder; made when missing.
-        request: plain data that decides the corpus' content (source, tokenizer, policy, seed, …; nothing about meshes
-            or time). With `samples` and `samples_per_shard`, an unfinished corpus can say how much of it is missing.
+        folder: the corpus folder; created if missing.
+        request: plain data that determines the content (source, tokenizer, policy, seed, …), without meshes and times.
 
     Returns:
-        The request that the folder was begun with. It may differ from this one in `source.ref` alone: models and files
-        may be moved, their fingerprint says what they are.
+        The stored request. It may differ from `request` in `source.ref` alone, because models and files may move.
 
     Raises:
-        InputError: the folder was begun with another request; the message names the first difference.
+        InputError: the folder holds another request; the message names the first difference.
     """
     folder = Path(folder)
     atomic.remove_stale_temp_files(folder)
@@ -97,15 +93,15 @@ def init_corpus(folder: atomic.PathLike, request: Mapping[str, Any]) -> dict[str
         difference = first_mismatch(before, dict(request))
         if difference:
             raise InputError(
-                f"{folder}: was begun with {difference[0]} = {difference[1]!r}, this command asks for "
-                f"{difference[2]!r}; choose another place for it, or delete the folder to start over"
+                f"{folder}: was created with {difference[0]} = {difference[1]!r}, this command has "
+                f"{difference[2]!r}; choose another folder, or delete this one to start over"
             )
         for record in folder.glob("records/shard-*.json"):
             if not (folder / f"{record.stem}.parquet").exists():
                 record.unlink(missing_ok=True)
         return before
     if (folder / MANIFEST).exists() or any(folder.glob("shard-*.parquet")):
-        raise InputError(f"{folder}: holds shards but no {REQUEST} that says what they are; choose another place")
+        raise InputError(f"{folder}: holds shards but no {REQUEST}; choose another folder")
     atomic.write_json(path, dict(request))
     return dict(request)
 
@@ -113,22 +109,22 @@ def init_corpus(folder: atomic.PathLike, request: Mapping[str, Any]) -> dict[str
 def write_shard(
     folder: atomic.PathLike, index: int, samples: Sequence[Sample], record: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Commit one shard and then its record.
+    """Commit a shard, then its record.
 
     Args:
         folder: the corpus folder.
-        index: number of the shard.
-        samples: its samples, sample ids ascending without gaps.
-        record: plain data to keep about the making of this shard; `mismatches` (samples whose re-encoded text differs
-            from their tokens) also enters `corpus.json`, and so does, in its `statistics`, `policy_logprob` (sum over
-            the samples of their log-probability under the policy that drew them, in nats; nobody's: absent).
+        index: index of the shard.
+        samples: its samples, with consecutive ids.
+        record: plain data for the record. `mismatches` (samples whose re-encoded text differs from their tokens) also
+            enters `corpus.json`. `policy_logprob` (sum over the samples of their log-probability under the sampling
+            distribution, in nats; absent for text that was not sampled) enters its `statistics`.
 
     Returns:
         The record as written: `record` and file, sha256, bytes, rows, tokens, first_sample_id.
 
     Raises:
         ValueError: no samples, or ids with gaps.
-        InputError: the disk is full or not writable; nothing half-written stays.
+        InputError: the disk is full or not writable; no partial file remains.
     """
     if not samples:
         raise ValueError(f"shard {index} has no samples")
@@ -137,7 +133,7 @@ def write_shard(
         raise ValueError(f"shard {index}: sample ids are not consecutive")
     folder = Path(folder)
     path = folder / shard_name(index)
-    _record_path(folder, index).unlink(missing_ok=True)  # a record never speaks of bytes it has not seen
+    _record_path(folder, index).unlink(missing_ok=True)  # the old record does not describe the new bytes
     with atomic.commit_file(path) as aside:
         pq.write_table(
             to_table(samples),
@@ -163,7 +159,11 @@ def write_shard(
 
 
 def read_records(folder: atomic.PathLike) -> dict[int, dict[str, Any]]:
-    """{shard index: record} of the shards committed so far. Raises InputError naming a damaged record."""
+    """Return {shard index: record} of all committed shards.
+
+    Raises:
+        InputError: a record is damaged.
+    """
     folder = Path(folder)
     records = {}
     for path in sorted(folder.glob("records/shard-*.json")):
@@ -177,25 +177,24 @@ def read_records(folder: atomic.PathLike) -> dict[int, dict[str, Any]]:
 
 
 def is_shard_done(folder: atomic.PathLike, index: int) -> bool:
-    """Return True if a shard and its record are there."""
+    """Return True if a shard and its record exist."""
     return Path(folder, shard_name(index)).exists() and _record_path(Path(folder), index).exists()
 
 
 def missing_shards(folder: atomic.PathLike, n_shards: int) -> list[int]:
-    """Return the indices below `n_shards` of the shards that are not there, ascending."""
+    """Return the indices of shards that are not done, ascending."""
     return [index for index in range(n_shards) if not is_shard_done(folder, index)]
 
 
 def finalize_corpus(folder: atomic.PathLike, manifest: Mapping[str, Any]) -> None:
-    """Check every shard against its record, measure the samples (`corpus_statistics`) and commit `corpus.json`.
+    """Verify every shard, compute `corpus_statistics` and commit `corpus.json`.
 
     Args:
-        folder: the corpus folder, all shards written.
-        manifest: kind ("sampled" or "imported"), source {ref, fingerprint}, tokenizer_fingerprint, start_id, stop_ids,
-            policy, seed, samples, samples_per_shard; any further plain data is kept.
+        folder: the corpus folder, with all shards.
+        manifest: the `REQUEST_KEYS` (kind, source {ref, fingerprint}, tokenizer_fingerprint, …); other data is kept.
 
     Raises:
-        InputError: no samples; a shard is missing, damaged or does not belong.
+        InputError: there are no samples, or a shard is missing, damaged or of another corpus.
         ValueError: a key of the manifest is missing.
     """
     folder = Path(folder)
@@ -229,7 +228,7 @@ def finalize_corpus(folder: atomic.PathLike, manifest: Mapping[str, Any]) -> Non
             "format": FORMAT,
             "version": VERSION,
             "tokens": sum(shard["tokens"] for shard in shards),
-            "retokenisation_mismatches": sum(shard["mismatches"] for shard in shards),
+            "retokenization_mismatches": sum(shard["mismatches"] for shard in shards),
             "statistics": corpus_statistics(folder, shards),
             "shards": [{key: shard[key] for key in SHARD_RECORD_KEYS} for shard in shards],
         },
@@ -237,7 +236,11 @@ def finalize_corpus(folder: atomic.PathLike, manifest: Mapping[str, Any]) -> Non
 
 
 def check_shards(folder: atomic.PathLike, shards: Sequence[Mapping[str, Any]]) -> None:
-    """Hash every shard. Raises InputError naming the first one missing or damaged and how to get it back."""
+    """Verify the checksum of every shard.
+
+    Raises:
+        InputError: a shard is missing or damaged; the sentence names the first and its remedy.
+    """
     folder = Path(folder)
     if gone := [index for index, shard in enumerate(shards) if not (folder / shard["file"]).is_file()]:
         raise InputError(_incomplete(folder, gone, len(shards)))
@@ -245,7 +248,7 @@ def check_shards(folder: atomic.PathLike, shards: Sequence[Mapping[str, Any]]) -
 
 
 def missing_shards_message(folder: atomic.PathLike) -> str:
-    """The sentence for a corpus folder without `corpus.json`: what is missing, as far as it can be known."""
+    """Return the error sentence for a folder without `corpus.json`."""
     folder = Path(folder)
     request = atomic.read_json(folder / REQUEST) if (folder / REQUEST).exists() else {}
     samples, per_shard = (request.get(key) for key in ("samples", "samples_per_shard"))
@@ -253,10 +256,9 @@ def missing_shards_message(folder: atomic.PathLike) -> str:
         n_shards = shard_count(samples, per_shard)
         if missing := missing_shards(folder, n_shards):
             return _incomplete(folder, missing, n_shards)
-    there = len(read_records(folder))
     return (
-        f"{folder}: incomplete corpus, {there} shards are there but {MANIFEST} is missing; "
-        "run the command that makes it again to complete it"
+        f"{folder}: incomplete corpus, {len(read_records(folder))} shards exist but {MANIFEST} is missing; "
+        "run the command that created it again to complete it"
     )
 
 
@@ -265,7 +267,7 @@ def _incomplete(folder: Path, missing: Sequence[int], n_shards: int) -> str:
     names = ", ".join(shard_name(index) for index in missing[:3]) + (", …" if len(missing) > 3 else "")
     return (
         f"{folder}: incomplete corpus, {len(missing)} of {n_shards} shards {verb} missing ({names}); "
-        "run the command that makes it again to complete it"
+        "run the command that created it again to complete it"
     )
 
 
@@ -274,6 +276,7 @@ def _record_path(folder: Path, index: int) -> Path:
 
 
 def first_mismatch(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """Return (name, before, now) of the first difference, except `source.ref`."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted(before.keys() | now.keys()):
             path = f"{name}.{key}" if name else key

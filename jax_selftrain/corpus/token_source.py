@@ -1,4 +1,4 @@
-"""Documents as token ids, wherever they lie: in memory, in a mapped file, or in texts that are still to be encoded."""
+"""Sources of tokenized documents: arrays, memory-mapped files, texts."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _TEXTS_AT_ONCE = 256
 
 
 class TokenSource(Protocol):
-    """Anything whose documents can be read in order, as often as one likes. `Corpus` is one."""
+    """Documents that can be read in order repeatedly, for instance a `Corpus`."""
 
     def token_batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The documents in batches: their tokens end to end, and the length of each."""
+        """Yield (concatenated tokens, lengths) of batches of documents."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class RaggedTokens:
-    """Documents in one array, which may be a memory-mapped file."""
+    """Documents concatenated in one array, which may be memory-mapped."""
 
     tokens: np.ndarray
     """Integer [sum of lengths]."""
@@ -34,7 +34,7 @@ class RaggedTokens:
 
     @classmethod
     def from_list(cls, documents: Iterable[Sequence[int] | np.ndarray]) -> RaggedTokens:
-        """Documents given one by one, or as the rows of an array [N, T] (then nothing is copied)."""
+        """Concatenate documents; the rows of an array [N, T] are not copied."""
         if isinstance(documents, np.ndarray) and documents.ndim == 2:
             rows, length = documents.shape
             return cls(documents.reshape(-1), np.arange(rows + 1, dtype=np.int64) * length)
@@ -43,20 +43,20 @@ class RaggedTokens:
         return cls(np.concatenate([np.zeros(0, np.int64), *arrays]), offsets)
 
     def token_batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """One batch that holds all."""
+        """Yield all documents as one batch."""
         yield self.tokens, np.diff(self.offsets)
 
 
 @dataclass(frozen=True, eq=False)
 class LazilyTokenized:
-    """Texts in the tokens of a tokenizer, encoded as they are read; special strings in them are plain text."""
+    """Texts that are tokenized when read; special strings are plain text."""
 
     texts: Callable[[], Iterator[str]]
-    """Starts a pass over the texts."""
+    """Function that starts a pass over the texts."""
     tokenizer: Any
 
     def token_batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """A few hundred texts at a time."""
+        """Yield a few hundred texts at a time."""
         batch: list[str] = []
         for text in chain(self.texts(), [None]):
             if text is not None:
@@ -70,7 +70,7 @@ class LazilyTokenized:
 
 
 def memmap_tokens(documents: TokenSource, folder: Path) -> RaggedTokens:
-    """The same documents in a file of the given folder, mapped into memory: for more than one pass over costly ones."""
+    """Write documents to a file in a folder, and memory-map it."""
     path, lengths = folder / "tokens.bin", []
     with path.open("wb") as file:
         for flat, batch_lengths in documents.token_batches():

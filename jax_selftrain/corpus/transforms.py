@@ -1,15 +1,11 @@
-"""Corpora made from other corpora: carried to another tokenizer through text, or with their tokens shuffled.
+"""Corpora made from other corpora: retokenized, or with shuffled tokens.
 
-**Retokenizing** is how text reaches a student whose tokenizer is not the source's – and, so that no cell of a study has
-an advantage, how a model's own text reaches itself. Only text travels. What ends a document is carried by structure:
-a document that the source ended with a stop id ends with the student's, one that was cut at the length limit keeps no
-stop id. Special strings in the text are read as plain text. Bytes that are no text (the source drew half of a UTF-8
-character) come out of the source's tokenizer as U+FFFD and are dropped.
+Retokenizing brings text to a student with another tokenizer, and, so that all cells of a study are treated equally, a
+model's own text to itself. Only text is carried over. A document that ended with a stop id ends with the student's stop
+id; one that ended by length has none. Special strings are plain text. The source's tokenizer decodes invalid UTF-8 to
+U+FFFD, which is dropped. `corpus.json` counts the losses under `retokenized`.
 
-What is lost on the way is counted in `corpus.json` under `retokenized`: documents whose tokens are other ones (where
-the tokenizer is the same), broken characters dropped, documents left empty, and tokens and bytes before and after.
-
-**Shuffling** draws a new order of every document's tokens: what remains is how often tokens occur, and no text.
+Shuffling the tokens of every document keeps token frequencies and destroys the text.
 """
 
 from __future__ import annotations
@@ -41,43 +37,43 @@ from jax_selftrain.io.rng import make_rng, random_permutation
 from jax_selftrain.version import versions
 
 REPLACEMENT_CHAR = "\N{REPLACEMENT CHARACTER}"
-"""What a tokenizer makes of bytes that are no UTF-8."""
+"""Decoding of bytes that are not UTF-8."""
 
 _COUNTS = ("changed", "broken_characters", "empty", "source_tokens", "text_bytes")
-_NOT_DRAWN = float("nan")
+_NO_LOGPROB = float("nan")
 
 
 def retokenize(corpus: atomic.PathLike, model: str, out: atomic.PathLike, *, stop_id: int | None = None) -> Corpus:
-    """The texts of a corpus in the tokens of a model; running it again completes it or finds it whole.
+    """Tokenize the texts of a corpus for another model.
 
     Args:
         corpus: a corpus folder.
-        model: the model, or tokenizer folder, whose tokens are wanted.
-        out: the corpus folder to write. It has the same documents in the same order, none left out.
-        stop_id: the token that ends a text for the model; unset: the tokenizer's EOS, else the first that its configs
-            call EOS. (Some models end texts with another: stories260K with BOS.)
+        model: a model or tokenizer folder.
+        out: the corpus folder to write, with the same documents in the same order.
+        stop_id: token that ends a text for the model; by default the tokenizer's EOS, else the first EOS of the model's
+            configs. (Some models end texts with another token: stories260K with BOS.)
 
     Raises:
-        InputError: a folder cannot be read or written, the model names no BOS or EOS, or `out` holds another corpus.
+        InputError: a folder cannot be read or written, the model has no BOS or EOS, or `out` holds another corpus.
     """
-    from jax_selftrain import hub  # it loads JAX and transformers, which reading a corpus does not need
+    from jax_selftrain import hub  # imports JAX and transformers, which readers of a corpus do not need
 
     source, target = open_corpus(corpus), hub.open_model(model)
     tokenizer = target.tokenizer
     start_id = target.special_tokens.bos_token_id
     stop_id = target.special_tokens.eos_token_id if stop_id is None else stop_id
     if start_id is None or stop_id is None:
-        raise InputError(f"{model}: names neither BOS nor EOS, so that no document can begin and end in its tokens")
-    mark = target.tokenizer_fingerprint
-    same = mark == source.manifest["tokenizer_fingerprint"]
+        raise InputError(f"{model}: names no BOS or no EOS, so documents cannot start and end in its tokens")
+    fingerprint = target.tokenizer_fingerprint
+    same = fingerprint == source.manifest["tokenizer_fingerprint"]
 
     def convert(samples: list[Sample]) -> tuple[list[Sample], dict[str, int]]:
         texts = [sample.text.replace(REPLACEMENT_CHAR, "") for sample in samples]
         counts = dict.fromkeys(_COUNTS, 0)
         converted: list[Sample] = []
         for first, last in text_batches(texts):
-            for place, tokens in enumerate(encode_texts(tokenizer, texts[first:last])["input_ids"], start=first):
-                sample, text = samples[place], texts[place]
+            for i, tokens in enumerate(encode_texts(tokenizer, texts[first:last])["input_ids"], start=first):
+                sample, text = samples[i], texts[i]
                 ended = sample.finish_reason == "stop"
                 row = np.array([*tokens, *([stop_id] if ended else [])], np.int32)
                 counts["broken_characters"] += sample.text.count(REPLACEMENT_CHAR)
@@ -85,24 +81,24 @@ def retokenize(corpus: atomic.PathLike, model: str, out: atomic.PathLike, *, sto
                 counts["source_tokens"] += len(sample.tokens)
                 counts["text_bytes"] += len(text.encode())
                 counts["changed"] += same and not np.array_equal(row, sample.tokens)
-                converted.append(Sample(sample.sample_id, row, text, _NOT_DRAWN, sample.finish_reason))
+                converted.append(Sample(sample.sample_id, row, text, _NO_LOGPROB, sample.finish_reason))
         return converted, counts
 
-    provenance = {"tokenizer_fingerprint": mark, "start_id": start_id, "stop_ids": [stop_id]}
+    provenance = {"tokenizer_fingerprint": fingerprint, "start_id": start_id, "stop_ids": [stop_id]}
     return map_corpus(source, Path(out), "retokenized", provenance, {}, convert)
 
 
 def shuffle(corpus: atomic.PathLike, model: str, out: atomic.PathLike, seed: int) -> Corpus:
-    """A corpus with the tokens of every document in a random order; a stop id stays at the end.
+    """Shuffle the tokens of every document, except its stop id.
 
     Args:
         corpus: a corpus folder.
-        model: the model, or tokenizer folder, that its tokens belong to; it makes the text that they now stand for.
+        model: the model or tokenizer folder of its tokens, which decodes the shuffled tokens.
         out: the corpus folder to write.
-        seed: of the orders; that of document i depends on (seed, i) alone.
+        seed: seed of the orders; that of document i depends on (seed, i) alone.
 
     Raises:
-        InputError: a folder cannot be read or written, or the tokenizer is not the corpus's.
+        InputError: a folder cannot be read or written, or the corpus has another tokenizer.
     """
     from jax_selftrain import hub
 
@@ -116,25 +112,32 @@ def shuffle(corpus: atomic.PathLike, model: str, out: atomic.PathLike, seed: int
             order = random_permutation(make_rng("shuffled tokens", seed, sample.sample_id), n)
             row = np.concatenate([sample.tokens[:n][order], sample.tokens[n:]])
             text = tokenizer.decode(row[:n].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            converted.append(Sample(sample.sample_id, row, text, _NOT_DRAWN, sample.finish_reason))
+            converted.append(Sample(sample.sample_id, row, text, _NO_LOGPROB, sample.finish_reason))
         return converted, {}
 
-    described = {key: source.manifest[key] for key in ("tokenizer_fingerprint", "start_id", "stop_ids")}
-    return map_corpus(source, Path(out), "shuffled", described, {"shuffle_seed": seed}, convert)
+    inherited = {key: source.manifest[key] for key in ("tokenizer_fingerprint", "start_id", "stop_ids")}
+    return map_corpus(source, Path(out), "shuffled", inherited, {"shuffle_seed": seed}, convert)
 
 
 def map_corpus(
     source: Corpus,
     out: Path,
     transform_name: str,
-    described: Mapping[str, Any],
+    inherited: Mapping[str, Any],
     policy: Mapping[str, Any],
     convert: Callable[[list[Sample]], tuple[list[Sample], dict[str, int]]],
     keep_ids: np.ndarray | None = None,
 ) -> Corpus:
-    """Write the missing shards of a corpus made document by document from another one; counts go to `corpus.json`.
+    """Write the missing shards of a corpus converted from another.
 
-    With `kept`, ascending sample ids of the source, only those documents are carried over, and numbered anew.
+    Args:
+        source: the corpus to convert.
+        out: the corpus folder to write.
+        transform_name: `kind` of the result.
+        inherited: further fields of `corpus.json`.
+        policy: additions to the source's `policy`.
+        convert: convert samples; return them and counts for the shard's record.
+        keep_ids: ascending sample ids of the documents to keep, which get new ids; None keeps all.
     """
     ids = range(len(source)) if keep_ids is None else keep_ids.tolist()
     samples, per_shard = len(ids), source.manifest["samples_per_shard"]
@@ -147,19 +150,21 @@ def map_corpus(
             "seed": source.manifest["seed"],
             "samples": samples,
             "samples_per_shard": per_shard,
-            **described,
+            **inherited,
         },
     )
     missing = missing_shards(out, shard_count(samples, per_shard))
-    chosen = _chosen(source, ids)
-    at = 0
+    chosen = _select(source, ids)
+    position = 0
     for index in missing:
         numbers = shard_ids(index, samples, per_shard)
         shard = [
             replace(sample, sample_id=number)
-            for number, sample in zip(numbers, islice(chosen, numbers.start - at, numbers.stop - at), strict=True)
+            for number, sample in zip(
+                numbers, islice(chosen, numbers.start - position, numbers.stop - position), strict=True
+            )
         ]
-        at = numbers.stop
+        position = numbers.stop
         converted, counts = convert(shard)
         write_shard(out, index, converted, {**counts, "versions": versions()})
     if missing or not (out / MANIFEST).exists():
@@ -168,8 +173,8 @@ def map_corpus(
     return open_corpus(out)
 
 
-def _chosen(source: Corpus, ids: Sequence[int]) -> Iterator[Sample]:
-    """The samples with these ids, which ascend."""
+def _select(source: Corpus, ids: Sequence[int]) -> Iterator[Sample]:
+    """Yield the samples with the given ascending ids."""
     wanted = iter(ids)
     next_id = next(wanted, None)
     for sample in source.iter_samples():

@@ -1,4 +1,4 @@
-"""The local place that stands for an address, and what is known to be the same on both sides."""
+"""Local copy of a URI, and a record of synced files."""
 
 from __future__ import annotations
 
@@ -17,55 +17,57 @@ from jax_selftrain.io.remote_paths import remote_cache_dir
 from jax_selftrain.remote.object_store import Store
 
 _COPIED_BYTES = 16 << 20
-"""Files up to this size are copied before they are sent, since logs may grow meanwhile."""
+"""Files up to this size are copied before the upload, because logs may grow during it."""
 
 FileStamp = tuple[int, int]
-"""Of a local file: size, and time of change in nanoseconds."""
+"""(size, modification time in nanoseconds) of a local file."""
 
 
 class LocalCache:
-    """The local place that stands for an address."""
+    """The local copy of a URI."""
 
     def __init__(self, store: Store, purpose: str):
         self.store = store
         self.local_path = remote_cache_dir().joinpath(purpose, store.scheme, *store.parts)
-        self.state = remote_cache_dir() / "state" / hash_json([purpose, store.address])[:16]
+        self.state = remote_cache_dir() / "state" / hash_json([purpose, store.uri])[:16]
         self.synced: dict[str, tuple[str, FileStamp]] = {}
-        """Files that are the same on both sides: what the store and what the local file system says of each."""
+        """Files that are equal on both sides: {key: (stamp of the store, local stamp)}."""
         self.generation = uuid.uuid4().hex
 
     def local_path_for(self, key: str) -> Path:
+        """Return the local path of a key."""
         return self.local_path.parent / key
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other processes that share this place out of it meanwhile."""
-        with wait_for_lease(self.state / "mirror.lease", self.store.address):
+    def lock(self) -> Iterator[None]:
+        """Hold the lock of this local copy."""
+        with wait_for_lease(self.state / "cache.lease", self.store.uri):
             self._load_state()
             self.local_path.parent.mkdir(parents=True, exist_ok=True)
             yield
 
     @property
     def state_file(self) -> Path:
-        return self.state / "known.json"
+        """File with the generation and the synced files."""
+        return self.state / "synced.json"
 
     def _load_state(self) -> None:
         if self.state_file.exists():
             note = atomic.read_json(self.state_file)
-            self.generation = note["mark"]
+            self.generation = note["generation"]
             self.synced = {key: (there, (size, changed)) for key, (there, size, changed) in note["files"].items()}
         else:
             self.save_state()
 
     def save_state(self) -> None:
-        """Keep what is the same on both sides."""
+        """Write the state file."""
         files = {key: [there, *here] for key, (there, here) in self.synced.items()}
-        atomic.write_json(self.state_file, {"address": self.store.address, "mark": self.generation, "files": files})
+        atomic.write_json(self.state_file, {"uri": self.store.uri, "generation": self.generation, "files": files})
 
     def files(self) -> dict[str, FileStamp]:
-        """The local files, but for locks and what is only being written.
+        """Return the stamps of local files, without leases and temporary files.
 
-        Looked through until two looks agree: what was there before something that is seen is then seen, too.
+        The listing repeats until two agree, so that it holds every file that is older than any file in it.
         """
         before, now = None, self._look()
         while before is None or before.keys() != now.keys():
@@ -76,14 +78,14 @@ class LocalCache:
         found: dict[str, FileStamp] = {}
 
         def see(path: Path) -> None:
-            if (identity := _identity_of(path)) is not None:
-                found[path.relative_to(self.local_path.parent).as_posix()] = identity
+            if (stamp := _file_stamp(path)) is not None:
+                found[path.relative_to(self.local_path.parent).as_posix()] = stamp
 
         for root in self.local_path.parent.iterdir() if self.local_path.parent.is_dir() else ():
             if self.store.owns_key(root.name) and not root.is_dir():
                 see(root)
             elif self.store.owns_key(root.name):
-                for folder, folders, names in os.walk(root):  # which passes over what vanishes meanwhile
+                for folder, folders, names in os.walk(root):  # ignores files that vanish
                     folders[:] = [name for name in folders if not atomic.is_temporary(name)]
                     for name in names:
                         if not atomic.is_temporary(name):
@@ -91,20 +93,20 @@ class LocalCache:
         return found
 
     def pull(self, there: Mapping[str, str], *, only_missing: bool = False) -> None:
-        """Make this side equal to the store.
+        """Make the local copy equal to the store.
 
         Args:
-          there: what belongs to it, and what the store says of each.
-          only_missing: leave alone what is here, and what was removed here.
+          there: {key: stamp} of the files of the store.
+          only_missing: keep local files, and do not restore files that were removed locally.
         """
         incoming = self.state / "incoming"
-        shutil.rmtree(incoming, ignore_errors=True)  # of one that was interrupted
+        shutil.rmtree(incoming, ignore_errors=True)  # left by an interrupted pull
         here, before = self.files(), self.synced
         self.synced = {key: known for key, known in before.items() if there.get(key) == known[0]}
-        if only_missing:  # what was here and is no more has been removed here, unless all is gone
+        if only_missing:  # a synced file that is absent was removed here, unless everything is absent
             wanted = [key for key in there if key not in here and not (here and key in before)]
         else:
-            wanted = [key for key in there if key not in here or not self._is_known(key, here[key])]
+            wanted = [key for key in there if key not in here or not self._is_synced(key, here[key])]
         if wanted:
             self.store.get(wanted, incoming)
         if not only_missing:
@@ -114,38 +116,38 @@ class LocalCache:
         for key in wanted:
             self.local_path_for(key).parent.mkdir(parents=True, exist_ok=True)
             os.replace(incoming / key, self.local_path_for(key))
-            identity = _identity_of(self.local_path_for(key))
-            if identity is not None:
-                self.synced[key] = there[key], identity
+            stamp = _file_stamp(self.local_path_for(key))
+            if stamp is not None:
+                self.synced[key] = there[key], stamp
         shutil.rmtree(incoming, ignore_errors=True)
         self.save_state()
 
-    def _is_known(self, key: str, identity: FileStamp) -> bool:
-        return key in self.synced and self.synced[key][1] == identity
+    def _is_synced(self, key: str, stamp: FileStamp) -> bool:
+        return key in self.synced and self.synced[key][1] == stamp
 
     def _prune(self) -> None:
-        """Remove folders that have become empty: a folder that is there is taken for finished."""
+        """Remove empty folders: an existing folder may count as complete."""
         for root in [path for path in self.local_path.parent.iterdir() if self.store.owns_key(path.name)]:
             for folder, _, _ in os.walk(root, topdown=False):
                 if not any(Path(folder).iterdir()):
                     Path(folder).rmdir()
 
     def quarantine_unsynced(self) -> None:
-        """Keep what is here and was never sent where nothing overwrites it, and say so."""
-        unsent = [key for key, identity in self.files().items() if not self._is_known(key, identity)]
+        """Move files that were never uploaded to a separate folder."""
+        unsent = [key for key, stamp in self.files().items() if not self._is_synced(key, stamp)]
         if unsent:
-            aside = self.state / f"unsent-{time.strftime('%Y%m%d-%H%M%S')}"
+            folder = self.state / f"unsent-{time.strftime('%Y%m%d-%H%M%S')}"
             for key in unsent:
-                (aside / key).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(self.local_path_for(key), aside / key)
+                (folder / key).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(self.local_path_for(key), folder / key)
             print(
-                f"{self.store.address}: {len(unsent)} files of this machine were never sent and do not belong to what "
-                f"is there now; they are in {aside}",
+                f"{self.store.uri}: {len(unsent)} files of this machine were never uploaded and do not belong to "
+                f"the current content; they were moved to {folder}",
                 file=sys.stderr,
             )
 
     def stage_upload(self, keys: Iterable[str]) -> tuple[dict[str, Path], list[str]]:
-        """(files to send for these keys, keys that have vanished): small ones are copied, as they may be growing."""
+        """Return (files to upload, keys that vanished); small files are copied."""
         folder, found, vanished = self.state / "outgoing", {}, []
         shutil.rmtree(folder, ignore_errors=True)
         for key in keys:
@@ -157,13 +159,13 @@ class LocalCache:
                 found[key] = path
             except FileNotFoundError:
                 vanished.append(key)
-            except OSError:  # no room for a copy
+            except OSError:  # no space for a copy
                 found[key] = path
         return found, vanished
 
 
-def _identity_of(path: Path) -> FileStamp | None:
-    """None: no file."""
+def _file_stamp(path: Path) -> FileStamp | None:
+    """Return the stamp of a file; None if there is none."""
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -173,12 +175,12 @@ def _identity_of(path: Path) -> FileStamp | None:
 
 @contextmanager
 def wait_for_lease(path: Path, what: str) -> Iterator[None]:
-    """Hold a lease, as soon as no other process of this machine does."""
+    """Hold a lease; wait while another process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     waiting = False
     while True:
-        with lease.lease(path) as ours:
-            if ours:
+        with lease.lease(path) as is_held:
+            if is_held:
                 yield
                 return
         if not waiting:

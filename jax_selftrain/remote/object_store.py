@@ -1,4 +1,4 @@
-"""An address in object storage: what is there, and how it is read and written."""
+"""Files at a URI of object storage, read and written with fsspec."""
 
 from __future__ import annotations
 
@@ -14,50 +14,53 @@ from jax_selftrain.io.manifest import hash_json
 
 _EXTRAS = {"gs": "gcs", "gcs": "gcs"}
 _METADATA_SUFFIX = re.compile(r"parts|config\.yaml|timings\.json|[a-z]+\.parquet")
-"""What `scoring.files.result_files` puts beside `FILE.json`, after `FILE.`."""
+"""Suffixes of the companions of a result `FILE.json` (`evals.result_files`)."""
 _IDENTITIES = (("etag",), ("ETag",), ("md5Hash",), ("generation",), ("size", "mtime"), ("size", "created"))
-"""What stores say of an object that changes when its content does: the first of these that are there."""
+"""Metadata that changes with the content of an object; the first that is present is used."""
 
 
 class Store:
-    """An address in object storage. Keys name files on both sides, from the folder on that the address stands in."""
+    """The files at a URI; keys are relative to its parent."""
 
-    def __init__(self, address: str):
+    def __init__(self, uri: str):
         from fsspec.core import url_to_fs
 
-        self.address, self.scheme = address.rstrip("/"), address.partition("://")[0]
-        self.parts = [part for part in address.partition("://")[2].split("/") if part]
+        self.uri, self.scheme = uri.rstrip("/"), uri.partition("://")[0]
+        self.parts = [part for part in uri.partition("://")[2].split("/") if part]
         if not self.parts or ".." in self.parts:
-            raise InputError(f"{address}: is no address of a file or folder")
+            raise InputError(f"{uri}: is not the URI of a file or folder")
         try:
-            self.files, path = url_to_fs(self.address, **({"auto_mkdir": True} if self.scheme == "file" else {}))
+            self.files, path = url_to_fs(self.uri, **({"auto_mkdir": True} if self.scheme == "file" else {}))
         except ImportError as error:
             extra = _EXTRAS.get(self.scheme)
             how = f"pip install 'jax-selftrain[{extra}]'" if extra else first_line(error)
-            raise InputError(f"{address}: what opens {self.scheme}:// is not installed; {how}") from error
+            raise InputError(f"{uri}: the package for {self.scheme}:// is not installed; {how}") from error
         except ValueError as error:
-            raise InputError(f"{address}: cannot be opened ({first_line(error)})") from error
+            raise InputError(f"{uri}: cannot be opened ({first_line(error)})") from error
         self.parent, _, self.name = str(path).rpartition("/")
 
     def owns_key(self, name: str) -> bool:
-        """Whether a file or folder beside the address belongs to it."""
+        """Return True if a name in the parent belongs to this URI."""
         stem = self.name.removesuffix(".json")
         companion = stem != self.name and name.startswith(f"{stem}.")
         return name == self.name or (companion and _METADATA_SUFFIX.fullmatch(name[len(stem) + 1 :]) is not None)
 
     def uri_for(self, key: str) -> str:
+        """Return the path of a key in the store."""
         return f"{self.parent}/{key}"
 
     @property
     def list_key(self) -> str:
+        """Key of the list of files."""
         return f".{self.name}.files.json"
 
     @property
     def writer_key(self) -> str:
+        """Key of the writer's heartbeat."""
         return f".{self.name}.writer.json"
 
     def objects(self) -> dict[str, str]:
-        """{key: what the store says of the object}."""
+        """Return {key: stamp} of all objects."""
         found: dict[str, Any] = {}
         with self.translate_errors():
             self.files.invalidate_cache()
@@ -67,45 +70,45 @@ class Store:
         start = len(self.parent) + 1
         objects = {path: info for path, info in found.items() if info["type"] == "file" and not path.endswith("/")}
         if outside := [path for path in objects if ".." in path.split("/")]:
-            raise InputError(f"{self.address}: holds {outside[0]!r}, which is no place in a folder; do not use it")
+            raise InputError(f"{self.uri}: holds {outside[0]!r}, which is not a path in a folder; do not use it")
         return {path[start:]: _remote_stamp(info) for path, info in sorted(objects.items())}
 
     def _roots(self) -> list[dict[str, Any]]:
         try:
             if not self.name.endswith(".json"):
                 return [self.files.info(self.uri_for(self.name))]
-            beside = self.files.ls(self.parent, detail=True)
+            siblings = self.files.ls(self.parent, detail=True)
         except FileNotFoundError:
             return []
-        names = [entry["name"].rstrip("/").rpartition("/") for entry in beside]
+        names = [entry["name"].rstrip("/").rpartition("/") for entry in siblings]
         return [
             entry
-            for entry, (folder, _, name) in zip(beside, names, strict=True)
+            for entry, (folder, _, name) in zip(siblings, names, strict=True)
             if folder == self.parent and self.owns_key(name)
         ]
 
     def listed_objects(self, *, within_others: bool = False) -> dict[str, str]:
-        """Of `objects`, those that the list of files names; all of them where there is no list.
+        """Return the listed objects; all objects if there is no list.
 
         Args:
-          within_others: also go by the list of an output that the address lies in.
+          within_others: also use the list of an output that contains this URI.
 
         Raises:
-          InputError: one of them is missing.
+          InputError: a listed object is missing.
         """
-        listed, there = self._listed(within_others), self.objects()
+        listed, there = self._read_listed_keys(within_others), self.objects()
         if listed is None:
             return there
         if there.keys().isdisjoint(listed):
-            return {}  # deleted, to be made anew
+            return {}  # deleted, to be created again
         if missing := sorted(listed - there.keys()):
             raise InputError(
-                f"{self.address}: {missing[0]} is missing, which {self.list_key} names; put it back, or delete the "
-                "output and start over"
+                f"{self.uri}: {missing[0]} is missing, but {self.list_key} lists it; restore it, or delete "
+                "the output and start over"
             )
         return {key: there[key] for key in there if key in listed}
 
-    def _listed(self, within_others: bool) -> set[str] | None:
+    def _read_listed_keys(self, within_others: bool) -> set[str] | None:
         parent, name = self.parent, self.name
         while name:
             content = self.read_list(f"{parent}/.{name}.files.json")
@@ -118,37 +121,42 @@ class Store:
         return None
 
     def read_list(self, path: str = "") -> dict[str, Any] | None:
-        """The list of files, this address's own unless another one is named."""
+        """Read a list of files, by default that of this URI."""
         content = self._read(path or self.uri_for(self.list_key))
-        if content is not None and not {"files", "sending", "mark"} <= content.keys():
-            raise InputError(f"{path or self.list_key}: is no list of files; delete it and the output to start over")
+        if content is not None and not {"files", "uploading", "generation"} <= content.keys():
+            raise InputError(
+                f"{path or self.list_key}: is not a list of files of this version; delete it and the output"
+            )
         return content
 
     def read_writer(self) -> dict[str, Any] | None:
-        """Who writes."""
+        """Read the writer's heartbeat."""
         content = self._read(self.uri_for(self.writer_key))
-        if content is not None and not {"writer", "id", "mark", "scope", "beat"} <= content.keys():
-            raise InputError(f"{self.address}: {self.writer_key} does not say who writes; delete it")
+        if content is not None and not {"writer", "id", "generation", "scope", "heartbeat"} <= content.keys():
+            raise InputError(f"{self.uri}: {self.writer_key} is not a heartbeat of this version; delete it")
         return content
 
     def get(self, keys: list[str], folder: Path) -> None:
+        """Download objects into a folder."""
         with self.translate_errors():
             for key in keys:
                 (folder / key).parent.mkdir(parents=True, exist_ok=True)
             self.files.get([self.uri_for(key) for key in keys], [str(folder / key) for key in keys])
 
     def put(self, files: Mapping[str, Path]) -> None:
+        """Upload files."""
         if files:
             with self.translate_errors():
                 self.files.put([str(path) for path in files.values()], [self.uri_for(key) for key in files])
 
     def remove(self, keys: Iterable[str]) -> None:
+        """Remove objects that exist."""
         with self.translate_errors():
             for key in keys:
                 try:
                     self.files.rm_file(self.uri_for(key))
                 except FileNotFoundError:
-                    continue  # it never arrived
+                    continue  # it was never uploaded
 
     def _read(self, path: str) -> dict[str, Any] | None:
         with self.translate_errors():
@@ -160,32 +168,33 @@ class Store:
         try:
             content = json.loads(data)
         except ValueError as error:
-            raise InputError(f"{self.address}: {path} is damaged ({error}); delete it") from error
+            raise InputError(f"{self.uri}: {path} is damaged ({error}); delete it") from error
         return content if isinstance(content, dict) else {}
 
     def write(self, key: str, content: Mapping[str, Any]) -> None:
-        """Replace an object as a whole."""
+        """Replace an object atomically."""
         path, data = self.uri_for(key), json.dumps(content, indent=1, sort_keys=True).encode()
         with self.translate_errors():
             if self.scheme != "file":
                 self.files.pipe_file(path, data)
-            else:  # where half a file can be seen, other than in object stores
+            else:  # unlike object stores, a file system shows half-written files
                 self.files.pipe_file(f"{path}.new", data)
                 self.files.mv(f"{path}.new", path)
 
     @contextmanager
     def translate_errors(self) -> Iterator[None]:
-        """Tell in one sentence what goes wrong on the way."""
+        """Turn errors of the store into InputError or UnavailableError."""
         try:
             yield
         except (FileNotFoundError, PermissionError) as error:
-            raise InputError(f"{self.address}: {first_line(error)}") from error
-        except Exception as error:  # every store has errors of its own
-            said = f"{type(error).__name__}: {first_line(error)}"
-            raise UnavailableError(f"{self.address}: cannot be reached ({said}); run the same command again") from error
+            raise InputError(f"{self.uri}: {first_line(error)}") from error
+        except Exception as error:  # each store has its own error types
+            message = f"{type(error).__name__}: {first_line(error)}"
+            raise UnavailableError(f"{self.uri}: cannot be reached ({message}); run the same command again") from error
 
 
 def first_line(error: Exception) -> str:
+    """Return the text of an error in one line."""
     return " ".join(str(error).split())[:300]
 
 

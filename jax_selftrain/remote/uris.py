@@ -1,4 +1,4 @@
-"""Options that are addresses, with local files and folders in their place."""
+"""Replace URIs in options by local files and folders."""
 
 from __future__ import annotations
 
@@ -25,50 +25,50 @@ if TYPE_CHECKING:
 
 Options = TypeVar("Options", bound="DataclassInstance")
 
-_ADDRESS = re.compile(r"\b([a-z][a-z0-9+]*)://[^\s=:]*")
+_URI = re.compile(r"\b([a-z][a-z0-9+]*)://[^\s=:]*")
 _IGNORED_SCHEMES = ("http", "https")
 
 
 @contextmanager
 def localize_uris(options: Options, *, exclusive: bool = True) -> Iterator[Options]:
-    """The options with a local file or folder in place of each address; what they write is sent back.
+    """Replace the URIs in options by local paths, and upload the outputs.
 
     Args:
-      options: a dataclass of `jax_selftrain.config`; addresses may stand in nested ones, lists and mappings, and within
+      options: a dataclass of `jax_selftrain.config`. URIs may be in nested dataclasses, tuples and mappings, and inside
         a word, as in `piqa:gs://bucket/piqa.jsonl`.
-      alone: whether no other process does the same work.
+      exclusive: no other process does the same work.
 
     Raises:
-      InputError: an address cannot be opened, holds nothing or is damaged, or several processes would write to one that
-        is not mounted.
-      UnavailableError: another process writes there, or the store cannot be reached. What was made and could not be
-        sent stays in the local folder, and the same command goes on with it.
-      Stopped: SIGTERM came, where nothing else listens to it; what there is has been sent.
+      InputError: a URI cannot be opened, is empty or damaged, or several processes would write to a URI that cannot be
+        mounted.
+      UnavailableError: another process writes there, or the store cannot be reached. The local output is kept, and the
+        same command resumes from it.
+      Preempted: SIGTERM arrived while no other handler was set; the output was uploaded.
     """
     given = {name: getattr(options, name) for name in fields_with_role(type(options), Role.OUTPUT)}
-    written = {name: text for name, text in given.items() if isinstance(text, str) and _ADDRESS.match(text)}
-    for name, address in written.items():
-        if Role.OUTPUT_FILE in roles(type(options))[name] and not address.endswith(".json"):
-            raise InputError(f"--{name} {address}: give the name of a file that ends in .json")
+    written = {name: text for name, text in given.items() if isinstance(text, str) and _URI.match(text)}
+    for name, uri in written.items():
+        if Role.OUTPUT_FILE in roles(type(options))[name] and not uri.endswith(".json"):
+            raise InputError(f"--{name} {uri}: give the name of a file that ends in .json")
 
     def stop() -> None:
-        raise Preempted("stopped; what was finished stays, run the same command again to go on")
+        raise Preempted("stopped; finished work is kept, run the same command again to resume")
 
-    here = _download_inputs(dataclasses.replace(options, **dict.fromkeys(written, "")))
+    local = _download_inputs(dataclasses.replace(options, **dict.fromkeys(written, "")))
     with ExitStack() as stack:
-        place = synced_output if exclusive else gcsfuse_mount
-        places = {name: str(stack.enter_context(place(address))) for name, address in written.items()}
+        open_output = synced_output if exclusive else gcsfuse_mount
+        paths = {name: str(stack.enter_context(open_output(uri))) for name, uri in written.items()}
         stack.enter_context(sigterm_handler(stop) if written else nullcontext())
-        yield dataclasses.replace(here, **places)
+        yield dataclasses.replace(local, **paths)
 
 
 def _download_inputs(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        here = {name: _download_inputs(part) for name, part in parts.items()}
-        return value if here == parts else dataclasses.replace(value, **here)
+        local = {name: _download_inputs(part) for name, part in parts.items()}
+        return value if local == parts else dataclasses.replace(value, **local)
     if isinstance(value, str):
-        return _ADDRESS.sub(lambda found: found[0] if found[1] in _IGNORED_SCHEMES else str(download(found[0])), value)
+        return _URI.sub(lambda found: found[0] if found[1] in _IGNORED_SCHEMES else str(download(found[0])), value)
     if isinstance(value, tuple):
         return tuple(_download_inputs(part) for part in value)
     if isinstance(value, Mapping):
@@ -77,56 +77,60 @@ def _download_inputs(value: Any) -> Any:
 
 
 def download(uri: str) -> Path:
-    """The file or folder at an address, fetched as far as it is not here yet; with a result (`score.json`) come the
-    files that stand beside it under its name.
+    """Download the file or folder at a URI; return its local path.
+
+    Only changed files are downloaded. A result (`score.json`) comes with its companion files.
 
     Raises:
-      InputError, UnavailableError: see `brought_here`.
+      InputError, UnavailableError: see `localize_uris`.
     """
     store = Store(uri)
-    mirror = LocalCache(store, "in")
-    with mirror.locked():
+    cache = LocalCache(store, "in")
+    with cache.lock():
         there = store.listed_objects(within_others=True)
         if not there:
             raise InputError(f"{uri}: no such file or folder")
-        mirror.pull(there)
-    return mirror.local_path
+        cache.pull(there)
+    return cache.local_path
 
 
 @contextmanager
-def synced_output(address: str) -> Iterator[Path]:
-    """A local file or folder in place of the address of an output: what is there already is fetched, and what becomes
-    of it is sent while the body runs and at its end.
+def synced_output(uri: str) -> Iterator[Path]:
+    """Yield the local path of an output, and upload it.
 
     Raises:
-      InputError, UnavailableError: see `brought_here`.
+      InputError, UnavailableError: see `localize_uris`.
     """
-    store = Store(address)
+    store = Store(uri)
     if not store.parent.strip("/"):
-        raise InputError(f"{address}: is a whole bucket; give a folder in it")
-    mirror = LocalCache(store, "out")
-    with mirror.locked(), UploadSession(store, mirror) as writer:
-        yield mirror.local_path
-        writer.ended_well = True
+        raise InputError(f"{uri}: is a whole bucket; pass a folder in it")
+    cache = LocalCache(store, "out")
+    with cache.lock(), UploadSession(store, cache) as session:
+        yield cache.local_path
+        session.is_successful = True
 
 
 @contextmanager
-def gcsfuse_mount(address: str) -> Iterator[Path]:
-    """The folder of an address in its bucket, which gcsfuse mounts unless it is mounted already, and stays so.
+def gcsfuse_mount(uri: str) -> Iterator[Path]:
+    """Mount the bucket of a URI with gcsfuse; yield the folder.
 
     Raises:
-      InputError: it is no address of Google Cloud Storage, or gcsfuse is not installed.
+      InputError: the URI is not of Google Cloud Storage, or gcsfuse is not installed.
       UnavailableError: the bucket cannot be mounted.
     """
-    scheme, _, rest = address.partition("://")
+    scheme, _, rest = uri.partition("://")
     bucket, _, inside = rest.strip("/").partition("/")
     if scheme != "gs" or shutil.which("gcsfuse") is None:
         raise InputError(
-            f"{address}: several processes write into one folder that all of them see; "
-            + ("install gcsfuse, which mounts the bucket" if scheme == "gs" else "mount it, and give that folder")
+            f"{uri}: several processes need a shared folder; "
+            + (
+                "install gcsfuse, which mounts the bucket"
+                if scheme == "gs"
+                else "mount the bucket and pass that folder"
+            )
         )
     if not inside or ".." in inside.split("/"):
-        raise InputError(f"{address}: is no address of a folder in a bucket")
+        raise InputError(f"{uri}: is not the URI of a folder in a bucket")
     point = remote_cache_dir() / "mount" / scheme / bucket
     with wait_for_lease(remote_cache_dir() / "state" / f"mount-{bucket}.lease", f"gs://{bucket}"):
         point.mkdir(parents=True, exist_ok=True)
@@ -134,6 +138,6 @@ def gcsfuse_mount(address: str) -> Iterator[Path]:
             command = ["gcsfuse", "--implicit-dirs", bucket, str(point)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
-                said = " ".join((done.stderr or done.stdout).split())[-300:]
-                raise UnavailableError(f"{address}: gcsfuse cannot mount the bucket ({said})")
+                message = " ".join((done.stderr or done.stdout).split())[-300:]
+                raise UnavailableError(f"{uri}: gcsfuse cannot mount the bucket ({message})")
     yield point / inside

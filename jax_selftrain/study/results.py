@@ -344,7 +344,7 @@ def _corpora(design: Design, questions: Sequence[str]) -> dict[str, dict[str, An
                 "statistics": corpus.manifest["statistics"],
                 "contamination": contaminated_share(corpus.iter_texts(), questions),
                 "retokenized": corpus.manifest.get("retokenized"),
-                "retokenization_mismatches": corpus.manifest["retokenisation_mismatches"],
+                "retokenization_mismatches": corpus.manifest["retokenization_mismatches"],
                 "examples": _examples(corpus),
             }
     return found

@@ -89,7 +89,7 @@ def test_long_documents_are_cut_at_a_token_and_keep_no_stop_id(tmp_path, model, 
     again = [
         plain(tokenizer, s.text) != s.tokens.tolist() for s in corpus.iter_samples() if s.finish_reason == "length"
     ]
-    assert corpus.manifest["retokenisation_mismatches"] == sum(again)
+    assert corpus.manifest["retokenization_mismatches"] == sum(again)
 
 
 def test_blank_documents_and_blank_lines_are_left_out_and_limit_counts_the_others(tmp_path, model):
@@ -187,7 +187,7 @@ def test_a_changed_source_or_option_is_refused(tmp_path, model):
     config = ImportCorpusConfig(write_jsonl(path, [{"text": t} for t in texts]), model, str(tmp_path / "c"))
     import_text(config)
     before = results(tmp_path / "c")
-    with pytest.raises(InputError, match=r"policy.max_tokens = None, this command asks for 9"):
+    with pytest.raises(InputError, match=r"policy.max_tokens = None, this command has 9"):
         import_text(dataclasses.replace(config, max_tokens=9))
     write_jsonl(path, [{"text": t} for t in [*texts[:2], texts[2] + texts[3], "x"]])
     with pytest.raises(InputError, match=r"source.fingerprint"):

@@ -93,7 +93,7 @@ def test_the_manifest_copies_nothing_that_a_restart_or_mesh_could_change(tmp_pat
     manifest = json.loads((tmp_path / "corpus.json").read_text())
     assert manifest["samples"] == 10
     assert manifest["tokens"] == 50
-    assert manifest["retokenisation_mismatches"] == 0
+    assert manifest["retokenization_mismatches"] == 0
     assert [shard["rows"] for shard in manifest["shards"]] == [4, 4, 2]
     assert set(manifest["shards"][0]) == {"file", "sha256", "bytes", "rows", "tokens", "mismatches"}
     assert read_records(tmp_path)[2]["seconds"] == 2
@@ -153,7 +153,7 @@ def test_a_folder_belongs_to_the_request_it_was_begun_with(tmp_path):
     init_corpus(tmp_path, REQUEST)
     init_corpus(tmp_path, REQUEST)
     other = {**REQUEST, "policy": {"temperature": 0.7, "top_k": 0}}
-    with pytest.raises(InputError, match=r"policy.temperature = 1.0, this command asks for 0.7"):
+    with pytest.raises(InputError, match=r"policy.temperature = 1.0, this command has 0.7"):
         init_corpus(tmp_path, other)
 
 

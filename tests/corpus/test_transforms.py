@@ -74,7 +74,7 @@ def test_an_interrupted_one_is_completed_with_the_same_bytes(source: Corpus, tin
     (part.folder / "corpus.json").unlink()
     (part.folder / "shard-000001.parquet").unlink()
     assert retokenize(source.folder, model, tmp_path / "part").fingerprint == whole.fingerprint
-    with pytest.raises(InputError, match="was begun with"):
+    with pytest.raises(InputError, match="was created with"):
         retokenize(source.folder, str(tiny_model("gpt_neox", vocab_size=320)), tmp_path / "part")
 
 

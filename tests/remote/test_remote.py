@@ -167,7 +167,7 @@ def test_half_a_folder_is_never_taken_up(store: MemoryFileSystem, monkeypatch: p
     with monkeypatch.context() as line:
         line.setattr(MemoryFileSystem, "put_file", put_until_lost)
         line.setattr(MemoryFileSystem, "pipe_file", pipe_until_lost)
-        with pytest.raises(UnavailableError, match=r"the line is dead.*what was made is in .*out"):
+        with pytest.raises(UnavailableError, match=r"the line is dead.*the output is in .*out"):
             make_two_parts()
     assert len(contents(store)) == 2, "one part has arrived"
 
@@ -263,7 +263,7 @@ def test_a_copied_home_is_no_second_life(store: MemoryFileSystem):
     """Who writes from another machine with the same mark is waited for, as anybody."""
     with remote.synced_output(OUT):
         pass
-    mark = json.loads(store.cat_file("/bucket/work/.out.writer.json"))["mark"]
+    mark = json.loads(store.cat_file("/bucket/work/.out.writer.json"))["generation"]
     for where, waits in ((boot_and_pid_namespace(), False), ("another host", True)):
         other_writer(store, "process 1", mark=mark, scope=where)
         began = time.monotonic()
@@ -296,7 +296,7 @@ def test_who_was_taken_over_from_changes_nothing_any_more(
     with remote.synced_output(OUT) as folder:
         assert sorted(path.name for path in folder.iterdir()) == ["first", "second"]
     said = capfd.readouterr().err
-    assert "1 files of this machine were never sent" in said
+    assert "1 files of this machine were never uploaded" in said
     (late,) = (tmp_path / "first").rglob("late")
     assert late.read_text() == "late"
 
@@ -317,7 +317,7 @@ def test_who_changes_nothing_takes_nothing_over(
 
     with monkeypatch.context() as line:
         line.setattr(MemoryFileSystem, "put_file", dead)
-        with pytest.raises(UnavailableError, match="what was made is in") as caught:
+        with pytest.raises(UnavailableError, match="the output is in") as caught:
             work()
     assert caught.value.shows_local_paths
     assert str(tmp_path) in str(caught.value)
@@ -350,12 +350,13 @@ def test_what_lies_in_an_output_is_read_by_its_list(store: MemoryFileSystem):
     assert [path.name for path in found.iterdir()] == ["weights"]
     store.rm_file("/bucket/work/out/model/weights")
     store.pipe(
-        "/bucket/work/.out.files.json", b'{"files": ["out/model/weights", "out/model/half"], "sending": [], "mark": ""}'
+        "/bucket/work/.out.files.json",
+        b'{"files": ["out/model/weights", "out/model/half"], "uploading": [], "generation": ""}',
     )
     with pytest.raises(InputError, match="model/weights is missing"):
         remote.download(f"{OUT}/model")
     store.pipe("/bucket/work/.out.files.json", b"{}")
-    with pytest.raises(InputError, match="is no list of files"):
+    with pytest.raises(InputError, match="is not a list of files"):
         remote.download(f"{OUT}/model")
 
 
@@ -388,7 +389,7 @@ def test_an_output_that_was_deleted_is_started_over(store: MemoryFileSystem, cap
         (folder / "model" / "weights").write_text("new")
         (folder / "model" / "config").write_text("new")
     store.rm_file("/bucket/work/out/model/config")
-    with pytest.raises(InputError, match=r"out/model/config is missing, which \.out\.files\.json names"):
+    with pytest.raises(InputError, match=r"out/model/config is missing, but \.out\.files\.json lists"):
         remote.download(OUT)
 
 
@@ -402,7 +403,7 @@ def test_a_mirror_that_is_removed_takes_nothing_with_it(store: MemoryFileSystem,
             shutil.rmtree(removed)
 
     for removed in (folder, tmp_path / "first"):
-        with pytest.raises(UnavailableError, match="its local folder was removed while work went on"):
+        with pytest.raises(UnavailableError, match="its local folder was removed during the work"):
             work(removed)
         assert contents(store) == {"out/work": b"of hours"}
 
@@ -421,7 +422,7 @@ def test_sending_survives_folders_that_vanish(store: MemoryFileSystem):
 def test_no_object_lands_outside_its_folder(store: MemoryFileSystem, tmp_path: Path):
     MemoryFileSystem.store["/bucket/texts/../../../evil"] = store.open("/bucket/x", "wb")
     store.pipe("/bucket/texts/good", b"good")
-    with pytest.raises(InputError, match="no place in a folder"):
+    with pytest.raises(InputError, match="not a path in a folder"):
         remote.download("memory://bucket/texts")
     assert not list(tmp_path.rglob("evil"))
 
@@ -429,7 +430,7 @@ def test_no_object_lands_outside_its_folder(store: MemoryFileSystem, tmp_path: P
 @pytest.mark.parametrize(
     ("address", "says"),
     [
-        ("s3://b/out", "mount it, and give that folder"),
+        ("s3://b/out", "mount the bucket and pass that folder"),
         ("gs://b/out", "install gcsfuse"),
         ("gs://b", "install gcsfuse"),
     ],
@@ -495,8 +496,8 @@ def test_several_processes_mount_the_bucket(
     [
         ("memory://bucket/nothing", "memory://bucket/nothing: no such file or folder"),
         ("nonsense://bucket/x", "nonsense://bucket/x: cannot be opened"),
-        ("memory://bucket/../x", "is no address"),
-        ("memory://", "is no address"),
+        ("memory://bucket/../x", "is not the URI"),
+        ("memory://", "is not the URI"),
     ],
 )
 def test_a_mistake_is_told_in_one_sentence(address: str, says: str, capsys: pytest.CaptureFixture[str]):
@@ -544,7 +545,7 @@ def test_the_command_line_reads_and_writes_addresses(
     assert json.loads(there["out/corpus.json"])["source"]["ref"] == "memory://bucket/model"
     again = cli.main(["sample", "--model", "memory://bucket/model", "--out", OUT, *options, "--seed", "9"])
     assert again == 2
-    assert f"{OUT}: was begun with seed = 0" in capsys.readouterr().err
+    assert f"{OUT}: was created with seed = 0" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -577,7 +578,7 @@ def test_another_machine_resumes_a_run(
     left = set(listed(store))
     store.pipe(
         "/bucket/work/.out.files.json",
-        json.dumps({"files": sorted(left & contents(store).keys()), "sending": [], "mark": "lost"}).encode(),
+        json.dumps({"files": sorted(left & contents(store).keys()), "uploading": [], "generation": "lost"}).encode(),
     )
     another_machine(monkeypatch, tmp_path / "second")
     capsys.readouterr()
@@ -639,7 +640,7 @@ def test_a_machine_that_is_lost_costs_what_it_had_not_sent(tiny_model: Callable[
 
 
 def other_writer(store: MemoryFileSystem, name: str, **more: str) -> None:
-    content = {"writer": name, "id": "another", "mark": "another", "scope": "another", "beat": 1.0, **more}
+    content = {"writer": name, "id": "another", "generation": "another", "scope": "another", "heartbeat": 1.0, **more}
     store.pipe("/bucket/work/.out.writer.json", json.dumps(content).encode())
 
 

@@ -85,7 +85,7 @@ def test_text_is_decoded_and_mismatches_are_counted(config, reference):
         body = [token for token in document.tokens.tolist() if token not in tokenizer.all_special_ids]
         assert document.text == tokenizer.decode(body)
         lost += tokenizer(document.text, add_special_tokens=False, split_special_tokens=True)["input_ids"] != body
-    assert reference.manifest["retokenisation_mismatches"] == lost > 0
+    assert reference.manifest["retokenization_mismatches"] == lost > 0
 
 
 def test_the_folder_records_config_and_environment(config, reference):
