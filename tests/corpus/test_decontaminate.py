@@ -92,5 +92,5 @@ def test_what_cannot_be_dropped_is_said(source: Corpus, tmp_path: Path):
     everything = np.stack([sample.tokens[:18] for sample in source.iter_samples()])
     with pytest.raises(InputError, match="none would remain"):
         remove_overlapping(source.folder, everything, tmp_path / "none")
-    with pytest.raises(InputError, match="too few documents share nothing"):
+    with pytest.raises(InputError, match="too few documents without overlap"):
         size_matched_control(source.folder, everything[:30], tmp_path / "none", seed=1)

@@ -153,5 +153,5 @@ def test_token_ids_that_cannot_be_are_refused(where):
     sides = {"queries": [[1]], "text": [[1]]} | {where: [[1, -1]]}
     with pytest.raises(ValueError, match="negative"):
         overlaps(sides["queries"], sides["text"])
-    with pytest.raises(ValueError, match="no run"):
+    with pytest.raises(ValueError, match="min_length must be at least 1"):
         overlaps([[1]], [[1]], 0)

@@ -188,7 +188,7 @@ def test_best_fit_wastes_little_on_documents_of_natural_lengths(tmp_path, make_c
     [
         ([[3]], 0, "masked", "at least one loss position"),
         ([[3]], 4, "tight", "choose masked, packed or single"),
-        ([[], []], 4, "masked", "none of its documents has a token"),
+        ([[], []], 4, "masked", "no document has a token"),
     ],
 )
 def test_impossible_rows_are_refused(tmp_path, make_corpus, documents, seq_len, packing, message):

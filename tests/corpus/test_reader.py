@@ -71,7 +71,7 @@ def test_an_unfinished_corpus_says_how_much_is_missing(corpus):
     (corpus.folder / "corpus.json").unlink()
     begun = {key: corpus.manifest[key] for key in ("samples", "samples_per_shard")}
     (corpus.folder / "request.json").write_text(json.dumps(begun))
-    with pytest.raises(InputError, match=r"incomplete corpus, 3 shards are there but corpus.json is missing"):
+    with pytest.raises(InputError, match=r"incomplete corpus, 3 shards exist but corpus.json is missing"):
         open_corpus(corpus.folder)
     (corpus.folder / "shard-000001.parquet").unlink()
     with pytest.raises(InputError, match=r"incomplete corpus, 1 of 3 shards is missing \(shard-000001.parquet\)"):
