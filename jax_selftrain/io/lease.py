@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import sys
 import threading
 import time
 import uuid
@@ -59,13 +60,18 @@ def lease(path: PathLike, *, stale_after: float = 600.0) -> Iterator[bool]:
 
 
 @contextmanager
-def wait_for_lease(path: PathLike, *, poll_seconds: float = 0.5) -> Iterator[None]:
-    """Claim `path` as soon as no other process holds it; see `lease`."""
+def wait_for_lease(path: PathLike, *, resource: str = "", poll_seconds: float = 0.5) -> Iterator[None]:
+    """Hold a lease; wait while another process holds it."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    is_waiting = False
     while True:
-        with lease(path) as claimed:
-            if claimed:
+        with lease(path) as is_held:
+            if is_held:
                 yield
                 return
+        if resource and not is_waiting:
+            print(f"waiting for another process that uses {resource}", file=sys.stderr)
+        is_waiting = True
         time.sleep(poll_seconds)
 
 

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from jax_selftrain.io import atomic, lease
+from jax_selftrain.io import atomic
+from jax_selftrain.io.lease import wait_for_lease
 from jax_selftrain.io.manifest import hash_json
 from jax_selftrain.io.remote_paths import remote_cache_dir
 from jax_selftrain.remote.object_store import Store
@@ -41,7 +42,7 @@ class LocalCache:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the lock of this local copy."""
-        with wait_for_lease(self.state / "cache.lease", self.store.uri):
+        with wait_for_lease(self.state / "cache.lease", resource=self.store.uri):
             self._load_state()
             self.local_path.parent.mkdir(parents=True, exist_ok=True)
             yield
@@ -171,19 +172,3 @@ def _file_stamp(path: Path) -> FileStamp | None:
     except FileNotFoundError:
         return None
     return found.st_size, found.st_mtime_ns
-
-
-@contextmanager
-def wait_for_lease(path: Path, what: str) -> Iterator[None]:
-    """Hold a lease; wait while another process holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    waiting = False
-    while True:
-        with lease.lease(path) as is_held:
-            if is_held:
-                yield
-                return
-        if not waiting:
-            print(f"waiting for another process that uses {what}", file=sys.stderr)
-        waiting = True
-        time.sleep(0.5)

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from jax_selftrain.config.metadata import Role, fields_with_role, roles
 from jax_selftrain.distributed import sigterm_handler
 from jax_selftrain.errors import InputError, Preempted, UnavailableError
+from jax_selftrain.io.lease import wait_for_lease
 from jax_selftrain.io.remote_paths import remote_cache_dir
-from jax_selftrain.remote.local_cache import LocalCache, wait_for_lease
+from jax_selftrain.remote.local_cache import LocalCache
 from jax_selftrain.remote.object_store import Store
 from jax_selftrain.remote.upload_session import UploadSession
 
@@ -132,7 +133,7 @@ def gcsfuse_mount(uri: str) -> Iterator[Path]:
     if not inside or ".." in inside.split("/"):
         raise InputError(f"{uri}: is not the URI of a folder in a bucket")
     point = remote_cache_dir() / "mount" / scheme / bucket
-    with wait_for_lease(remote_cache_dir() / "state" / f"mount-{bucket}.lease", f"gs://{bucket}"):
+    with wait_for_lease(remote_cache_dir() / "state" / f"mount-{bucket}.lease", resource=f"gs://{bucket}"):
         point.mkdir(parents=True, exist_ok=True)
         if not os.path.ismount(point):
             command = ["gcsfuse", "--implicit-dirs", bucket, str(point)]
