@@ -41,7 +41,7 @@ def write_blank_pythia(folder: Path, texts: Path, *, vocabulary: int, width: int
 
 
 def from_scratch(out: Path, data: Path, *, vocabulary: int, steps: int, samples: int, length: int, limit: int) -> dict:
-    """Train on stories, sample, self-train, score and export; returns the held-out scores before and after."""
+    """Train on stories, sample, self-train and score; returns the held-out scores before and after."""
     texts, heldout = data / "tinystories" / "train.jsonl", data / "tinystories" / "heldout.jsonl"
     write_blank_pythia(out / "blank", texts, vocabulary=vocabulary, width=128, layers=4, positions=512)
 
@@ -63,7 +63,6 @@ def from_scratch(out: Path, data: Path, *, vocabulary: int, steps: int, samples:
             "score", "--model", out / name, "--texts", heldout, "--text-limit", limit, "--out", out / f"{name}.json"
         )
         scores[name] = json.loads((out / f"{name}.json").read_text())
-        command("convert", out / name, out / f"{name}-hf", "--format", "hf")
     return scores
 
 
@@ -77,20 +76,20 @@ def test_pythia_shaped_model_from_nothing_to_hugging_face(data_dir: Path, tmp_pa
 
 
 def check_export(out: Path) -> float:
-    """Logits of transformers on the exported folders against ours, at 512 positions; returns the largest difference."""
+    """Compare our logits with those of transformers at 512 positions; returns the largest difference."""
     torch = pytest.importorskip("torch", reason="transformers runs models on torch, which is not installed here")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     worst = 0.0
     for name in ("base", "student"):
         ours = load_model(str(out / name), mesh="data=1")
-        theirs = AutoModelForCausalLM.from_pretrained(out / f"{name}-hf", dtype=torch.float32)
+        theirs = AutoModelForCausalLM.from_pretrained(out / name / "model", dtype=torch.float32)
         tokens = np.random.default_rng(0).integers(0, ours.config.vocab_size, (2, 512)).astype(np.int32)
         with torch.no_grad():
             expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
         worst = max(worst, float(np.abs(np.asarray(ours.logits(tokens)) - expected).max()))
         text = "Once upon a time"
-        assert AutoTokenizer.from_pretrained(out / f"{name}-hf").encode(text) == ours.tokenizer.encode(text)
+        assert AutoTokenizer.from_pretrained(out / name / "model").encode(text) == ours.tokenizer.encode(text)
     assert worst <= 1e-4  # the parity bound of the project
     return worst
 

@@ -1,20 +1,22 @@
 """The run: exact resumption, learning-rate zero, hooks, records, finished runs."""
 
 import dataclasses
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from parity_cases import transformers_logits
 from training_runs import Interruption, interrupt, losses, run_options, weights
 
-from jax_selftrain.config import ImportCorpusConfig, TrainConfig, yaml_io
+from jax_selftrain.config import ConvertConfig, ImportCorpusConfig, TrainConfig, yaml_io
 from jax_selftrain.corpus import import_text
 from jax_selftrain.errors import InputError
-from jax_selftrain.hub import LoadedModel, load_model
+from jax_selftrain.hub import LoadedModel, convert, load_model
 from jax_selftrain.io import atomic
-from jax_selftrain.io.manifest import folder_manifest
+from jax_selftrain.io.manifest import folder_manifest, sha256_file
 from jax_selftrain.training import Hook, train
 
 
@@ -23,6 +25,25 @@ def undisturbed(small_model: Path, corpus_folder: Path, tmp_path_factory: pytest
     """The run that `options()` describes, never interrupted."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     return train(run_options((small_model, corpus_folder, folder)))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+def test_transformers_opens_the_model_with_our_logits(undisturbed: Path):
+    from transformers import AutoTokenizer
+
+    model, tokens = load_model(undisturbed, "data=1"), np.arange(64).reshape(2, 32)
+    expected = model.logits(tokens)
+    np.testing.assert_allclose(transformers_logits(undisturbed / "model", tokens), expected, atol=1e-4)
+    text = "Once there was a fox."
+    assert AutoTokenizer.from_pretrained(undisturbed / "model").encode(text) == model.tokenizer.encode(text)
+
+
+def test_a_checkpoint_converts_to_the_final_model(undisturbed: Path, tmp_path: Path):
+    checkpoint = undisturbed / "checkpoints" / "000006"
+    hf = convert(ConvertConfig(source=str(checkpoint), out=str(tmp_path / "hf"), format="hf"))
+    assert sha256_file(hf / "model.safetensors") == sha256_file(undisturbed / "model" / "model.safetensors")
+    flax = convert(ConvertConfig(source=str(undisturbed), out=str(tmp_path / "flax"), format="flax"))
+    assert weights(flax) == weights(undisturbed)
 
 
 def test_run_folder_holds_model_checkpoints_and_records(undisturbed: Path, small_model: Path):
