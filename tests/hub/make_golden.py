@@ -1,10 +1,4 @@
-"""Writes golden/logits.npz: transformers' own logits for every parity case, for machines without torch.
-
-Run where torch is installed, from the repository's root: `PYTHONPATH=tests python tests/hub/make_golden.py`. Weights
-and tokens are regenerated from their seeds wherever the file is used (`models_factory.tiny_weights` draws them from raw
-generator bits, which numpy keeps stable), so only outputs are stored: per case the logits of `GOLDEN_IDS` at every
-position of one row, and the log of the summed exponentials over the whole vocabulary, which no error elsewhere escapes.
-"""
+"""Write golden/logits.npz: logits of transformers for every parity case."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Raw configs in both schemas, and the refusal of everything that is not understood."""
+"""Parse config.json in both schemas; refuse every key that is not understood."""
 
 import json
 from dataclasses import replace

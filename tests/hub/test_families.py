@@ -1,4 +1,4 @@
-"""The patterns that say where a tensor's elements lie in our arrays, and back."""
+"""The patterns of families map tensors to parameters and back."""
 
 import itertools
 
@@ -12,7 +12,7 @@ PATTERNS = sorted({row.pattern.template for family in FAMILIES.values() for row 
 
 
 def read(pattern: Pattern, tensor: np.ndarray, box: tuple[slice, ...]) -> np.ndarray:
-    """What a loader does with a tensor that lies in memory."""
+    """Load a box of a tensor in memory."""
     parts = pattern.file_runs(box, SIZES)
     picked = tensor
     for dimension, runs in enumerate(parts):
@@ -21,7 +21,7 @@ def read(pattern: Pattern, tensor: np.ndarray, box: tuple[slice, ...]) -> np.nda
 
 
 @pytest.mark.parametrize("text", PATTERNS)
-def test_any_box_of_our_array_is_read_from_the_right_places(text: str):
+def test_any_box_of_a_parameter_is_read_from_the_right_slices(text: str):
     pattern = Pattern(text)
     shape = pattern.file_shape(SIZES)
     tensor = np.arange(np.prod(shape)).reshape(shape)

@@ -1,4 +1,4 @@
-"""Every field of a config is read by the code it is meant for: perturb it, and something that matters changes."""
+"""Every field of DecoderConfig changes parameters or output."""
 
 from dataclasses import fields, replace
 from typing import Any

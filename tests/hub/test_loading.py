@@ -1,4 +1,4 @@
-"""Loading onto a mesh: any mesh gives the same model, and nothing is read or held twice."""
+"""Every mesh loads the same model; nothing is read or held twice."""
 
 import gc
 from collections.abc import Callable
@@ -87,7 +87,7 @@ def test_every_byte_is_read_once(mesh: str, preset: str, tiny_model: Callable[..
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that is not a mapped file: host and (on CPU) device buffers."""
+    """Return the host memory of this process without mapped files."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("RssAnon:")[1].split()[0])
 

@@ -1,4 +1,4 @@
-"""Merging: exact at both ends, the line in between and beyond, one sentence for what does not belong together."""
+"""Merge models: exact at both ends, linear between and beyond."""
 
 import dataclasses
 import importlib.util
@@ -21,13 +21,13 @@ from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import folder_manifest
 
 
-def params_of(model: Path) -> dict[str, np.ndarray]:
+def load_host_params(model: Path) -> dict[str, np.ndarray]:
     leaves = jax.tree_util.tree_leaves_with_path(hub.load_model(model, "data=1").params)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-def bits_of(model: Path) -> dict[str, bytes]:
-    return {name: value.tobytes() for name, value in params_of(model).items()}
+def param_bytes(model: Path) -> dict[str, bytes]:
+    return {name: value.tobytes() for name, value in load_host_params(model).items()}
 
 
 def pair(folder: Path, family: Family, **changes: Any) -> tuple[Path, Path]:
@@ -46,32 +46,32 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def merged(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Away from the student, as Neon does."""
-    return hub.merge(options(models, tmp_path_factory.mktemp("merged") / "out", -0.5))
+def merge_result(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The merge with w = −0.5, away from the student."""
+    return hub.merge(options(models, tmp_path_factory.mktemp("merge_result") / "out", -0.5))
 
 
-# ---------------------------------------------------------------- what it computes
+# ---------------------------------------------------------------- values
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "mixed"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_both_ends_are_the_models_themselves_to_the_last_bit(family: Family, dtype, tmp_path: Path):
+def test_weights_0_and_1_are_the_models_bit_for_bit(family: Family, dtype, tmp_path: Path):
     base, student = pair(tmp_path, family, tokenizer=False, dtype=dtype)
     for weight, model in ((0.0, base), (1.0, student)):
         out = hub.merge(options((base, student), tmp_path / str(weight), weight))
-        assert bits_of(out) == bits_of(model)
+        assert param_bytes(out) == param_bytes(model)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["neox", "neox-tied", "llama-gqa", "llama-tied", "qwen2-window", "qwen3"])
 @pytest.mark.parametrize("weight", [-1.5, 0.3, 2.0])
-def test_every_parameter_lies_on_the_line(case: str, weight: float, tmp_path: Path):
+def test_every_parameter_is_interpolated(case: str, weight: float, tmp_path: Path):
     family, changes = CASES[case]
     base, student = pair(tmp_path, family, tokenizer=False, **changes)
-    found = params_of(hub.merge(options((base, student), tmp_path / "out", weight)))
-    first, second = params_of(base), params_of(student)
+    found = load_host_params(hub.merge(options((base, student), tmp_path / "out", weight)))
+    first, second = load_host_params(base), load_host_params(student)
     for name, value in found.items():
         b, s = first[name].astype(np.float64), second[name].astype(np.float64)
         # One rounding each of difference, weight, product and sum.
@@ -79,37 +79,37 @@ def test_every_parameter_lies_on_the_line(case: str, weight: float, tmp_path: Pa
         assert (np.abs(value - (b + weight * (s - b))) <= room).all(), name
 
 
-def test_what_the_two_agree_in_stays_for_every_weight(tmp_path: Path):
+def test_equal_parameters_stay_for_every_weight(tmp_path: Path):
     base = write_tiny_hf_model(tmp_path / "base", "gpt_neox", tokenizer=False)
     student = Path(shutil.copytree(base, tmp_path / "student"))
     weights = load_file(student / "model.safetensors")
     weights["gpt_neox.layers.1.mlp.dense_h_to_4h.weight"] *= 1.5
     save_file(weights, student / "model.safetensors", metadata={"format": "pt"})
-    first, found = params_of(base), params_of(hub.merge(options((base, student), tmp_path / "out", 0.1)))
+    first, found = load_host_params(base), load_host_params(hub.merge(options((base, student), tmp_path / "out", 0.1)))
     assert {name for name in found if not np.array_equal(found[name], first[name])} == {
         "['layers']['mlp']['up']['kernel']"
     }
 
 
 @pytest.mark.parametrize(("mesh", "preset"), [("data=4,model=2", "fsdp"), ("data=2,model=2", "tensor")])
-def test_the_mesh_changes_no_bit(mesh: str, preset: str, models: tuple[Path, Path], merged: Path, tmp_path: Path):
+def test_the_mesh_changes_no_bit(mesh: str, preset: str, models: tuple[Path, Path], merge_result: Path, tmp_path: Path):
     out = hub.merge(options(models, tmp_path / "out", -0.5, mesh=mesh, preset=preset))
-    assert bits_of(out) == bits_of(merged)
-    assert hub.open_model(out).fingerprint == hub.open_model(merged).fingerprint
+    assert param_bytes(out) == param_bytes(merge_result)
+    assert hub.open_model(out).fingerprint == hub.open_model(merge_result).fingerprint
 
 
-def test_weight_is_a_coordinate_on_the_line(models: tuple[Path, Path], merged: Path, tmp_path: Path):
-    """From −0.5 a third of the way to the student (1.0) is the base (0.0)."""
-    back = params_of(hub.merge(options((merged, models[1]), tmp_path / "out", 1 / 3)))
-    for name, value in params_of(models[0]).items():
+def test_weight_is_a_coordinate_on_the_line(models: tuple[Path, Path], merge_result: Path, tmp_path: Path):
+    """One third from −0.5 to 1.0 is 0.0, the base."""
+    back = load_host_params(hub.merge(options((merge_result, models[1]), tmp_path / "out", 1 / 3)))
+    for name, value in load_host_params(models[0]).items():
         np.testing.assert_allclose(back[name], value, atol=2e-6)  # a few roundings of values up to about 10
 
 
-# ---------------------------------------------------------------- what it writes
+# ---------------------------------------------------------------- files
 
 
-def test_result_is_a_float32_model_that_says_what_it_was_made_of(models: tuple[Path, Path], merged: Path):
-    record = atomic.read_json(merged / "selftrain.json")
+def test_the_result_is_float32_and_its_manifest_names_both_models(models: tuple[Path, Path], merge_result: Path):
+    record = atomic.read_json(merge_result / "selftrain.json")
     assert record["metadata"] == {
         "made_by": "merge",
         "weight": -0.5,
@@ -117,8 +117,8 @@ def test_result_is_a_float32_model_that_says_what_it_was_made_of(models: tuple[P
         "student": {"ref": str(models[1]), "fingerprint": hub.open_model(models[1]).fingerprint},
     }
     assert set(record["tensors"].values()) == {"float32"}
-    assert hub.open_model(merged).tokenizer_fingerprint == hub.open_model(models[0]).tokenizer_fingerprint
-    assert hub.open_model(merged).special_tokens == hub.open_model(models[0]).special_tokens
+    assert hub.open_model(merge_result).tokenizer_fingerprint == hub.open_model(models[0]).tokenizer_fingerprint
+    assert hub.open_model(merge_result).special_tokens == hub.open_model(models[0]).special_tokens
 
 
 def test_narrow_models_give_a_float32_result(tmp_path: Path):
@@ -128,9 +128,9 @@ def test_narrow_models_give_a_float32_result(tmp_path: Path):
     assert atomic.read_json(out / "config.json")["torch_dtype"] == "float32"
 
 
-def test_folders_of_ours_and_of_hugging_face_merge_alike(models: tuple[Path, Path], merged: Path, tmp_path: Path):
+def test_orbax_trees_and_safetensors_merge_alike(models: tuple[Path, Path], merge_result: Path, tmp_path: Path):
     ours = hub.convert(ConvertConfig(source=str(models[1]), out=str(tmp_path / "ours")))
-    assert bits_of(hub.merge(options((models[0], ours), tmp_path / "out", -0.5))) == bits_of(merged)
+    assert param_bytes(hub.merge(options((models[0], ours), tmp_path / "out", -0.5))) == param_bytes(merge_result)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
@@ -143,42 +143,42 @@ def test_transformers_opens_a_merge_with_our_logits(family: Family, tmp_path: Pa
     np.testing.assert_allclose(transformers_logits(out, tokens), expected, atol=1e-4)  # as for every model
 
 
-def test_the_same_merge_again_is_recognised_and_left_alone(
-    models: tuple[Path, Path], merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_same_merge_is_not_repeated(
+    models: tuple[Path, Path], merge_result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    before = {path: path.stat().st_mtime_ns for path in merged.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in merge_result.rglob("*")}
     moved = tuple(Path(shutil.copytree(model, tmp_path / model.name)) for model in models)
-    assert hub.merge(options((moved[0], moved[1]), merged, -0.5)) == merged
+    assert hub.merge(options((moved[0], moved[1]), merge_result, -0.5)) == merge_result
     assert "nothing to do" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in merged.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in merge_result.rglob("*")} == before
 
 
-def test_the_command_takes_weights_below_zero(models: tuple[Path, Path], merged: Path, tmp_path: Path, capsys):
+def test_the_command_takes_weights_below_zero(models: tuple[Path, Path], merge_result: Path, tmp_path: Path, capsys):
     words = ["merge", "--base", models[0], "--student", models[1], "--weight", "-0.5", "--out", tmp_path / "out"]
     assert cli.main([str(word) for word in words]) == 0
     assert f"written: {tmp_path / 'out'}" in capsys.readouterr().out
-    assert bits_of(tmp_path / "out") == bits_of(merged)
+    assert param_bytes(tmp_path / "out") == param_bytes(merge_result)
 
 
-# ---------------------------------------------------------------- what it refuses
+# ---------------------------------------------------------------- errors
 
 
-def test_another_merge_in_the_same_place_is_refused(models: tuple[Path, Path], merged: Path, tmp_path: Path):
-    before = folder_manifest(merged)
+def test_another_merge_in_the_same_place_is_refused(models: tuple[Path, Path], merge_result: Path, tmp_path: Path):
+    before = folder_manifest(merge_result)
     with pytest.raises(InputError, match=r"holds a merge with --weight -0\.5, not 0\.5"):
-        hub.merge(options(models, merged, 0.5))
+        hub.merge(options(models, merge_result, 0.5))
     with pytest.raises(InputError, match="holds a merge with another student"):
-        hub.merge(options((models[0], models[0]), merged, -0.5))
+        hub.merge(options((models[0], models[0]), merge_result, -0.5))
     with pytest.raises(InputError, match="already exists"):
         hub.merge(options(models, models[0], 0.5))
     (tmp_path / "file").write_text("precious")
     with pytest.raises(InputError, match="already exists"):
         hub.merge(options(models, tmp_path / "file", 0.5))
-    assert folder_manifest(merged) == before
+    assert folder_manifest(merge_result) == before
 
 
-def test_a_damaged_result_is_not_taken_for_done(models: tuple[Path, Path], merged: Path, tmp_path: Path):
-    copy = Path(shutil.copytree(merged, tmp_path / "copy"))
+def test_a_damaged_result_is_refused(models: tuple[Path, Path], merge_result: Path, tmp_path: Path):
+    copy = Path(shutil.copytree(merge_result, tmp_path / "copy"))
     largest = copy / "model.safetensors"
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 1

@@ -1,4 +1,4 @@
-"""Model references, fingerprints, start and stop ids, and the files of a model folder."""
+"""Model references, fingerprints, special tokens, and files of a model folder."""
 
 import importlib.util
 import json
@@ -20,20 +20,20 @@ from jax_selftrain.io.atomic import read_json
 
 
 @pytest.fixture(scope="module")
-def converted(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def safetensors_folder(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_model("llama")`, written again in Hugging Face's format."""
-    out = tmp_path_factory.mktemp("converted") / "out"
+    out = tmp_path_factory.mktemp("folder") / "out"
     return hub.convert(ConvertConfig(source=str(tiny_model("llama")), out=str(out), format="hf"))
 
 
 @pytest.fixture(scope="module")
-def orbax(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def orbax_folder(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_model("llama")` with an Orbax tree of parameters."""
-    out = tmp_path_factory.mktemp("converted") / "orbax"
+    out = tmp_path_factory.mktemp("folder") / "orbax"
     return hub.convert(ConvertConfig(source=str(tiny_model("llama")), out=str(out), format="flax"))
 
 
-@pytest.mark.parametrize("kind", ["converted", "orbax"])
+@pytest.mark.parametrize("kind", ["safetensors_folder", "orbax_folder"])
 def test_a_reference_is_a_folder_or_a_run(
     kind: str, request: pytest.FixtureRequest, tiny_model: Callable[..., Path], tmp_path: Path
 ):
@@ -93,7 +93,7 @@ def test_the_format_of_an_earlier_version_is_refused(tmp_path: Path, tiny_model:
             hub.open_model(ref)
 
 
-@pytest.mark.parametrize("kind", ["converted", "orbax"])
+@pytest.mark.parametrize("kind", ["safetensors_folder", "orbax_folder"])
 def test_the_manifest_says_how_the_model_was_made(
     kind: str, request: pytest.FixtureRequest, tiny_model: Callable[..., Path]
 ):
@@ -101,7 +101,7 @@ def test_the_manifest_says_how_the_model_was_made(
     manifest = read_json(folder / "selftrain.json")
     assert manifest["source"] == {"ref": str(source), "fingerprint": hub.open_model(source).fingerprint}
     assert manifest["tensors"]["model.norm.weight"] == "float32"
-    weights = "params/manifest.json" if kind == "orbax" else "model.safetensors"
+    weights = "params/manifest.json" if kind == "orbax_folder" else "model.safetensors"
     assert {"config.json", "tokenizer.json", "generation_config.json", weights} <= manifest["files"].keys()
     assert manifest["versions"]["jax"]
     assert (folder / "config.json").read_bytes() == (source / "config.json").read_bytes()
@@ -111,8 +111,8 @@ def test_the_manifest_says_how_the_model_was_made(
     assert str(source) in card
 
 
-def test_a_changed_file_is_named_and_deleting_the_manifest_accepts_it(converted: Path, tmp_path: Path):
-    folder = shutil.copytree(converted, tmp_path / "copy")
+def test_a_changed_file_is_named_and_deleting_the_manifest_accepts_it(safetensors_folder: Path, tmp_path: Path):
+    folder = shutil.copytree(safetensors_folder, tmp_path / "copy")
     (folder / MODEL_CARD).write_text("# My model\n")  # a model card may be edited
     hub.load_model(folder, "data=1")
     weights = folder / "model.safetensors"
@@ -126,11 +126,11 @@ def test_a_changed_file_is_named_and_deleting_the_manifest_accepts_it(converted:
 
 
 def test_fingerprints_depend_on_config_and_weights_alone(
-    converted: Path, tmp_path: Path, tiny_model: Callable[..., Path]
+    safetensors_folder: Path, tmp_path: Path, tiny_model: Callable[..., Path]
 ):
     source = tiny_model("llama")
     again = hub.convert(ConvertConfig(source=str(source), out=str(tmp_path / "again"), format="hf"))
-    assert hub.open_model(again).fingerprint == hub.open_model(converted).fingerprint
+    assert hub.open_model(again).fingerprint == hub.open_model(safetensors_folder).fingerprint
     moved = tmp_path / "moved"
     shutil.copytree(source, moved)
     assert hub.open_model(moved).fingerprint == hub.open_model(source).fingerprint
@@ -144,10 +144,10 @@ def test_fingerprints_depend_on_config_and_weights_alone(
 
 
 def test_tokenizer_fingerprint_depends_on_what_makes_ids(
-    converted: Path, tmp_path: Path, tiny_model: Callable[..., Path]
+    safetensors_folder: Path, tmp_path: Path, tiny_model: Callable[..., Path]
 ):
     expected = hub.open_model(tiny_model("llama")).tokenizer_fingerprint
-    assert hub.open_model(converted).tokenizer_fingerprint == expected
+    assert hub.open_model(safetensors_folder).tokenizer_fingerprint == expected
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     write_tiny_tokenizer(folder, 512)
@@ -206,7 +206,7 @@ def test_an_architecture_without_weights_can_be_read_but_not_loaded(tmp_path: Pa
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path]) -> Path:
+def trained_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path]) -> Path:
     """The weights of `tiny_model("gpt_neox")`, saved as trained from a folder without weights."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "arch").mkdir()
@@ -216,22 +216,22 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., 
     return hub.save_model(folder / "model", params, source=folder / "arch", metadata={"made_by": "train"})
 
 
-def test_a_model_trained_from_an_architecture_is_saved(trained: Path, tiny_model: Callable[..., Path]):
-    expected, loaded = hub.load_model(tiny_model("gpt_neox"), "data=1"), hub.load_model(trained, "data=1")
+def test_a_model_trained_from_an_architecture_is_saved(trained_folder: Path, tiny_model: Callable[..., Path]):
+    expected, loaded = hub.load_model(tiny_model("gpt_neox"), "data=1"), hub.load_model(trained_folder, "data=1")
     assert loaded.special_tokens == expected.special_tokens
     assert hash_params(loaded.params) == hash_params(expected.params)
-    assert read_json(trained / "generation_config.json") == {"bos_token_id": 1, "eos_token_id": [2]}
+    assert read_json(trained_folder / "generation_config.json") == {"bos_token_id": 1, "eos_token_id": [2]}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
-def test_transformers_opens_a_saved_model_with_our_logits(trained: Path):
+def test_transformers_opens_a_saved_model_with_our_logits(trained_folder: Path):
     from transformers import AutoTokenizer, GenerationConfig
 
     tokens = np.arange(64).reshape(2, 32)
-    expected = hub.load_model(trained, "data=1").logits(tokens)
-    np.testing.assert_allclose(transformers_logits(trained, tokens), expected, atol=1e-4)  # as for every model
-    assert AutoTokenizer.from_pretrained(trained).bos_token_id == 1
-    assert GenerationConfig.from_pretrained(trained).eos_token_id == [2]
+    expected = hub.load_model(trained_folder, "data=1").logits(tokens)
+    np.testing.assert_allclose(transformers_logits(trained_folder, tokens), expected, atol=1e-4)  # as for every model
+    assert AutoTokenizer.from_pretrained(trained_folder).bos_token_id == 1
+    assert GenerationConfig.from_pretrained(trained_folder).eos_token_id == [2]
 
 
 def test_the_real_tokenizer_of_pythia(data_dir: Path):

@@ -1,4 +1,4 @@
-"""Trees on disk: restored on any mesh, safe from donation, and refused by name when a byte has changed."""
+"""Saved trees load on any mesh; damage is named."""
 
 from pathlib import Path
 

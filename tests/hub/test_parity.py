@@ -1,4 +1,4 @@
-"""Our logits are Hugging Face's, for every variant of every family, far beyond short prompts."""
+"""Logits equal Hugging Face's for every variant of every family."""
 
 import importlib.util
 from collections.abc import Callable
@@ -81,7 +81,7 @@ def test_stories260k_greedy_text_begins_as_the_data_says(stories260k: Path):
     assert model.special_tokens.bos_token_id == 1
     tokens = np.zeros((1, 64), np.int64)
     tokens[0, 0] = model.special_tokens.bos_token_id
-    for position in range(tokens.shape[1] - 1):  # causal: what stands behind `position` does not matter
+    for position in range(tokens.shape[1] - 1):  # causal: what is behind `position` does not matter
         tokens[0, position + 1] = model.logits(tokens)[0, position].argmax()
     text = model.tokenizer.decode(tokens[0, 1:])
     begins = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."

@@ -1,4 +1,4 @@
-"""Several processes share a model: each reads its own part, and they save and restore together or alone."""
+"""Two processes load, save, merge and convert together or alone."""
 
 import os
 import re

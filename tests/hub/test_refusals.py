@@ -1,4 +1,4 @@
-"""Weights that cannot be trusted are refused by name, in one sentence, and nothing half-written is left."""
+"""Damaged or unsupported weights are refused by name; nothing half-written remains."""
 
 import json
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def folder(tmp_path: Path) -> Path:
     return write_tiny_hf_model(tmp_path / "model", "llama", tokenizer=False)
 
 
-def refused(folder: Path, *words: str) -> None:
+def assert_refused(folder: Path, *words: str) -> None:
     with pytest.raises(InputError) as caught:
         hub.load_model(folder, "data=1")
     message = str(caught.value)
@@ -42,22 +42,22 @@ def test_truncated_safetensors(folder: Path):
     content = path.read_bytes()
     for size in (len(content) - 1, len(content) // 2, 100, 7, 0):
         path.write_bytes(content[:size])
-        refused(folder, "model.safetensors", "not a whole safetensors file")
+        assert_refused(folder, "model.safetensors", "not a whole safetensors file")
 
 
 def test_a_file_that_is_no_safetensors(folder: Path):
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1 oid sha256:0 size 1")
-    refused(folder, "model.safetensors", "not a whole safetensors file")
+    assert_refused(folder, "model.safetensors", "not a whole safetensors file")
 
 
 def test_pickle_is_refused_with_the_way_out(folder: Path):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    refused(folder, "pytorch_model.bin", "pickle", "save_pretrained", "AutoModelForCausalLM")
+    assert_refused(folder, "pytorch_model.bin", "pickle", "save_pretrained", "AutoModelForCausalLM")
 
 
 def test_no_weights_at_all(folder: Path):
     (folder / "model.safetensors").unlink()
-    refused(folder, "holds no weights")
+    assert_refused(folder, "holds no weights")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -70,7 +70,7 @@ def test_nan_and_infinity_are_named(folder: Path, value: float, dtype):
         weights[name][5, 7] = value
 
     rewrite(folder, poison)
-    refused(folder, name, "NaN or infinity")
+    assert_refused(folder, name, "NaN or infinity")
 
 
 def test_nan_in_a_written_folder_is_named(folder: Path, tmp_path: Path):
@@ -80,16 +80,16 @@ def test_nan_in_a_written_folder_is_named(folder: Path, tmp_path: Path):
     params = {**model.params, "final_norm": {"scale": broken}}
     for format_, name in (("flax", "final_norm/scale"), ("hf", "model.norm.weight")):
         out = hub.save_model(tmp_path / format_, params, source=folder, metadata={}, format=format_)
-        refused(out, name, "NaN")
+        assert_refused(out, name, "NaN")
 
 
 def test_unknown_missing_and_misshapen_tensors(folder: Path):
     rewrite(folder, lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": np.zeros(64, np.float32)}))
-    refused(folder, "model.layers.0.self_attn.q_proj.bias", "not known")
+    assert_refused(folder, "model.layers.0.self_attn.q_proj.bias", "not known")
     rewrite(folder, lambda w: [w.pop("model.layers.0.self_attn.q_proj.bias"), w.pop("model.norm.weight")])
-    refused(folder, "model.norm.weight", "missing")
+    assert_refused(folder, "model.norm.weight", "missing")
     rewrite(folder, lambda w: w.update({"model.norm.weight": np.ones(63, np.float32)}))
-    refused(folder, "model.norm.weight", "(63,)", "(64,)")
+    assert_refused(folder, "model.norm.weight", "(63,)", "(64,)")
 
 
 @pytest.mark.parametrize(
@@ -97,20 +97,20 @@ def test_unknown_missing_and_misshapen_tensors(folder: Path):
 )
 def test_other_types_are_refused(folder: Path, dtype, code: str):
     rewrite(folder, lambda w: w.update({"model.norm.weight": w["model.norm.weight"].astype(dtype)}))
-    refused(folder, "model.norm.weight", code)
+    assert_refused(folder, "model.norm.weight", code)
 
 
 def test_tied_embeddings_that_differ(tmp_path: Path):
     folder = write_tiny_hf_model(tmp_path / "tied", "gpt_neox", tie_word_embeddings=True, tokenizer=False)
     rewrite(folder, lambda w: w.update({"embed_out.weight": w["gpt_neox.embed_in.weight"] + 1}))
-    refused(folder, "embed_out.weight", "tie_word_embeddings")
+    assert_refused(folder, "embed_out.weight", "tie_word_embeddings")
 
 
 def test_legacy_buffers_are_no_excuse_for_other_names(tmp_path: Path):
     folder = write_tiny_hf_model(tmp_path / "m", "gpt_neox", legacy_buffers=True, tokenizer=False)
     hub.load_model(folder, "data=1")
     rewrite(folder, lambda w: w.update({"gpt_neox.layers.0.attention.rope.bias": np.zeros(2, np.float32)}))
-    refused(folder, "gpt_neox.layers.0.attention.rope.bias", "not known")
+    assert_refused(folder, "gpt_neox.layers.0.attention.rope.bias", "not known")
 
 
 def test_damaged_indexes(tmp_path: Path):
@@ -119,18 +119,18 @@ def test_damaged_indexes(tmp_path: Path):
     content = index.read_text()
     shards = sorted(folder.glob("model-*.safetensors"))
     shards[0].rename(folder / "kept")
-    refused(folder, shards[0].name, "not there")
+    assert_refused(folder, shards[0].name, "not there")
     (folder / "kept").rename(shards[0])
     shards[1].write_bytes(shards[0].read_bytes())
-    refused(folder, "is in both", shards[0].name, shards[1].name)
+    assert_refused(folder, "is in both", shards[0].name, shards[1].name)
     index.write_text("{")
-    refused(folder, index.name, "not valid JSON")
+    assert_refused(folder, index.name, "not valid JSON")
     index.write_text('{"weight_map": {}}')
-    refused(folder, index.name, "weight_map")
+    assert_refused(folder, index.name, "weight_map")
     escaping = json.loads(content)
     escaping["weight_map"] = dict.fromkeys(escaping["weight_map"], "../../etc/passwd")
     index.write_text(json.dumps(escaping))
-    refused(folder, "passwd", "not there")
+    assert_refused(folder, "passwd", "not there")
 
 
 @pytest.mark.parametrize("format_", ["flax", "hf"])
@@ -139,11 +139,11 @@ def test_damage_in_a_written_folder_is_named(format_: str, folder: Path, tmp_pat
     for path in sorted(p for p in ours.rglob("*") if p.is_file() and p.stat().st_size and p.name != MODEL_CARD):
         content = path.read_bytes()
         path.write_bytes(content[: len(content) // 2])
-        refused(ours, path.name)
+        assert_refused(ours, path.name)
         path.write_bytes(content)
     path = ours / "config.json"
     path.write_text(path.read_text().replace("10000.0", "20000.0"))
-    refused(ours, "config.json", "checksum differs")
+    assert_refused(ours, "config.json", "checksum differs")
 
 
 def test_a_failed_conversion_leaves_nothing(folder: Path, tmp_path: Path):
@@ -169,14 +169,14 @@ def test_code_in_a_model_folder_is_never_run(tmp_path: Path):
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    refused(folder, "auto_map", "never run")
+    assert_refused(folder, "auto_map", "never run")
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_damaged_tokenizer_is_refused(tmp_path: Path):
     folder = write_tiny_hf_model(tmp_path / "m", "llama")
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
-    refused(folder, "tokenizer cannot be opened")
+    assert_refused(folder, "tokenizer cannot be opened")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])

@@ -1,4 +1,4 @@
-"""Hugging Face → ours → Hugging Face: the same tensors to the last bit, and a folder that transformers opens."""
+"""Conversion to an Orbax tree and back is bitwise."""
 
 import importlib.util
 import json
@@ -20,7 +20,7 @@ from jax_selftrain.hub.families import FAMILIES as TABLES
 from jax_selftrain.io.atomic import read_json
 
 
-def tensors_of(folder: Path) -> dict[str, np.ndarray]:
+def load_tensors(folder: Path) -> dict[str, np.ndarray]:
     files = sorted(folder.glob("*.safetensors"))
     return {name: value for file in files for name, value in load_file(file).items()}
 
@@ -33,7 +33,7 @@ def assert_same_tensors(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarra
         assert ours[name].tobytes() == value.tobytes(), name
 
 
-def there_and_back(source: Path, tmp_path: Path) -> Path:
+def convert_twice(source: Path, tmp_path: Path) -> Path:
     hub.convert(ConvertConfig(source=str(source), out=str(tmp_path / "ours")))
     return hub.convert(ConvertConfig(source=str(tmp_path / "ours"), out=str(tmp_path / "back"), format="hf"))
 
@@ -43,14 +43,14 @@ def there_and_back(source: Path, tmp_path: Path) -> Path:
 def test_round_trip_is_bitwise(family: Family, dtype: WeightType, tmp_path: Path):
     source = write_tiny_hf_model(tmp_path / "hf", family, dtype=dtype, max_shard_bytes=100_000, tokenizer=False)
     assert len(list(source.glob("*.safetensors"))) > 2
-    assert_same_tensors(tensors_of(there_and_back(source, tmp_path)), tensors_of(source))
+    assert_same_tensors(load_tensors(convert_twice(source, tmp_path)), load_tensors(source))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_types_stay_narrow_on_disk(dtype: WeightType, tmp_path: Path):
     source = write_tiny_hf_model(tmp_path / "hf", "llama", dtype=dtype, torch_dtype=dtype)
-    back = there_and_back(source, tmp_path)
-    assert_same_tensors(tensors_of(back), tensors_of(source))
+    back = convert_twice(source, tmp_path)
+    assert_same_tensors(load_tensors(back), load_tensors(source))
     arrays = read_json(tmp_path / "ours" / "params" / "manifest.json")["arrays"]
     assert {array["dtype"] for array in arrays.values()} == {dtype}
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
@@ -59,35 +59,35 @@ def test_narrow_types_stay_narrow_on_disk(dtype: WeightType, tmp_path: Path):
 
 def test_padded_vocabulary_rows_are_kept(tmp_path: Path):
     source = write_tiny_hf_model(tmp_path / "hf", "gpt_neox", vocab_size=512, tokenizer_size=400)
-    back = tensors_of(there_and_back(source, tmp_path))
+    back = load_tensors(convert_twice(source, tmp_path))
     assert back["gpt_neox.embed_in.weight"].shape[0] == back["embed_out.weight"].shape[0] == 512
-    assert_same_tensors(back, tensors_of(source))
+    assert_same_tensors(back, load_tensors(source))
     assert hub.open_model(tmp_path / "back").special_tokens.tokenizer_length == 400
 
 
 def test_legacy_buffers_are_dropped_and_listed(tmp_path: Path):
     source = write_tiny_hf_model(tmp_path / "hf", "gpt_neox", legacy_buffers=True, tokenizer=False)
-    back = tensors_of(there_and_back(source, tmp_path))
+    back = load_tensors(convert_twice(source, tmp_path))
     listed = read_json(tmp_path / "ours" / "selftrain.json")["dropped"]
     buffers = ("bias", "masked_bias", "rotary_emb.inv_freq")
     assert listed == sorted(f"gpt_neox.layers.{i}.attention.{buffer}" for i in range(2) for buffer in buffers)
-    assert_same_tensors(back, {k: v for k, v in tensors_of(source).items() if k not in listed})
+    assert_same_tensors(back, {k: v for k, v in load_tensors(source).items() if k not in listed})
 
 
 def test_the_copy_of_a_tied_embedding_is_dropped_and_listed(tmp_path: Path):
     source = write_tiny_hf_model(tmp_path / "hf", "llama", tie_word_embeddings=True, tokenizer=False)
-    weights = tensors_of(source)
+    weights = load_tensors(source)
     save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}, source / "model.safetensors")
-    assert_same_tensors(tensors_of(there_and_back(source, tmp_path)), weights)
+    assert_same_tensors(load_tensors(convert_twice(source, tmp_path)), weights)
     assert read_json(tmp_path / "ours" / "selftrain.json")["dropped"] == ["lm_head.weight"]
 
 
 def test_a_tensor_keeps_the_name_it_came_with(tmp_path: Path):
     source = write_tiny_hf_model(tmp_path / "hf", "gpt_neox", tokenizer=False)
-    weights = tensors_of(source)
+    weights = load_tensors(source)
     weights["lm_head.weight"] = weights.pop("embed_out.weight")  # as transformers 5 names it in new models
     save_file(weights, source / "model.safetensors")
-    assert_same_tensors(tensors_of(there_and_back(source, tmp_path)), weights)
+    assert_same_tensors(load_tensors(convert_twice(source, tmp_path)), weights)
 
 
 def test_large_weights_are_split_with_an_index(tmp_path: Path, tiny_model: Callable[..., Path]):
@@ -101,8 +101,8 @@ def test_large_weights_are_split_with_an_index(tmp_path: Path, tiny_model: Calla
     assert len(files) > 2
     for name, file in index["weight_map"].items():
         assert name in load_file(tmp_path / file)
-    assert index["metadata"]["total_size"] == sum(v.nbytes for v in tensors_of(tmp_path).values())
-    assert_same_tensors(tensors_of(tmp_path), tensors_of(tiny_model("qwen3")))
+    assert index["metadata"]["total_size"] == sum(v.nbytes for v in load_tensors(tmp_path).values())
+    assert_same_tensors(load_tensors(tmp_path), load_tensors(tiny_model("qwen3")))
 
 
 def test_trained_weights_are_exported_in_fp32(tmp_path: Path):
@@ -111,26 +111,26 @@ def test_trained_weights_are_exported_in_fp32(tmp_path: Path):
     with mesh_context(model.sharding_rules.mesh):
         params = jax.tree.map(lambda x: x * 1.0001, model.params)
     back = hub.save_model(tmp_path / "out", params, source=source, metadata={"step": 7})
-    assert {value.dtype for value in tensors_of(back).values()} == {np.dtype(np.float32)}
-    assert tensors_of(back).keys() == tensors_of(source).keys()
+    assert {value.dtype for value in load_tensors(back).values()} == {np.dtype(np.float32)}
+    assert load_tensors(back).keys() == load_tensors(source).keys()
     assert read_json(back / "config.json")["torch_dtype"] == "float32"  # else transformers would round to fp16
     expected = np.asarray(params["embed"]["embedding"])
-    np.testing.assert_array_equal(tensors_of(back)["gpt_neox.embed_in.weight"], expected)
+    np.testing.assert_array_equal(load_tensors(back)["gpt_neox.embed_in.weight"], expected)
 
 
-def test_conversion_casts_when_asked(tmp_path: Path):
+def test_conversion_casts_to_the_given_dtype(tmp_path: Path):
     source = write_tiny_hf_model(tmp_path / "hf", "llama", tokenizer=False, dtype="float32")
     out = hub.convert(ConvertConfig(source=str(source), out=str(tmp_path / "out"), format="hf", dtype="bfloat16"))
     expected = tiny_weights(read_json(source / "config.json"), dtype="bfloat16")
-    assert_same_tensors(tensors_of(out), expected)
+    assert_same_tensors(load_tensors(out), expected)
 
 
 def test_save_pretrained_writes_what_was_loaded(tmp_path: Path):
     source = write_tiny_hf_model(tmp_path / "hf", "qwen2", dtype="mixed")
     exact = hub.load_model(source, "data=2,model=2").save_pretrained(tmp_path / "exact")
-    assert_same_tensors(tensors_of(exact), tensors_of(source))
+    assert_same_tensors(load_tensors(exact), load_tensors(source))
     rounded = hub.load_model(source, "data=1", "bfloat16").save_pretrained(tmp_path / "rounded")
-    assert {str(v.dtype) for v in tensors_of(rounded).values()} == {"bfloat16", "float16"}
+    assert {str(v.dtype) for v in load_tensors(rounded).values()} == {"bfloat16", "float16"}
 
 
 def test_a_model_with_other_weights_is_saved_under_the_same_names(tmp_path: Path):
@@ -138,8 +138,8 @@ def test_a_model_with_other_weights_is_saved_under_the_same_names(tmp_path: Path
     base = hub.load_model(source, "data=1")
     model = hub.model_with_params(source, base.params, base.sharding_rules)
     assert set(model.export.tensors.values()) == {"float32"}
-    saved = tensors_of(model.save_pretrained(tmp_path / "out"))
-    assert saved.keys() == tensors_of(source).keys()
+    saved = load_tensors(model.save_pretrained(tmp_path / "out"))
+    assert saved.keys() == load_tensors(source).keys()
     assert model.special_tokens == base.special_tokens
 
 
@@ -149,7 +149,7 @@ def test_transformers_opens_an_export_with_equal_logits(family: Family, tmp_path
     from transformers import AutoTokenizer
 
     source = write_tiny_hf_model(tmp_path / "hf", family)
-    back = there_and_back(source, tmp_path)
+    back = convert_twice(source, tmp_path)
     tokens = np.arange(64).reshape(2, 32)
     np.testing.assert_array_equal(transformers_logits(back, tokens), transformers_logits(source, tokens))
     text = "Once there was a fox."

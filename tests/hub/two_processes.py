@@ -1,4 +1,4 @@
-"""One of the two processes of `test_processes.py`: loads, saves and restores, and writes what it saw as JSON."""
+"""One process of `test_processes.py`; writes its results as JSON."""
 
 import json
 import sys
