@@ -1,17 +1,16 @@
-"""Tokens per second of a training step beside transformers + torch and the roofline, measured in one run.
+"""Benchmark a training step against transformers with torch, and a roofline.
 
     python benchmarks/training.py [--cases pythia-70m:8x512] [--dtype float32] [--remat none] [--rounds 3]
 
 A case is SHAPE:ROWSxTOKENS. Weights and tokens are random: speed does not depend on them. Both train all weights with
-AdamW, clipping by the global norm, float32 master weights, every position a target; torch's AdamW is the fused one. The
-contestants take turns, so that a machine whose speed drifts slows both; shown are medians over the rounds, of speeds
-and of each round's ratios (with their range). Compilation and warm-up are not counted.
+AdamW (torch's fused one), global-norm clipping, float32 master weights, and every position a target. The programs
+alternate, so that a drift of the machine's speed affects both. The table shows medians over the rounds of speeds and
+of ratios, with their range. Compilation and warm-up do not count.
 
-* *peer*: the loss of transformers' model (its default attention), `backward`, `clip_grad_norm_`, `AdamW.step`. On an
-  accelerator under `torch.autocast` where the dtype is bfloat16, plain and with `torch.compile`, where that works.
-* *roofline*: the model's FLOP/s (`training.flops`: three times the forward products, whatever is computed again) over
-  what products of large square matrices reach here in the same run; on an accelerator also over the device's peak
-  (MFU).
+* *peer*: the loss of transformers' model (default attention), `backward`, `clip_grad_norm_`, `AdamW.step`. On an
+  accelerator with `torch.autocast` for bfloat16, eager and with `torch.compile` if that works.
+* *roofline*: the model FLOP/s (`training.flops`) divided by the FLOP/s of products of large square matrices in the same
+  run; on an accelerator also by the peak of the device (MFU).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the tests of training share: the options of a small run, and the bits of its result."""
+"""Helpers of the training tests: options, weights and losses of small runs."""
 
 import json
 import zlib
@@ -23,7 +23,12 @@ def interrupt(step: int, model: LoadedModel) -> None:
 
 
 def run_options(at: tuple[Path, Path, Path], **changes: Any) -> TrainConfig:
-    """A run of a few steps on two devices; `at` is (model, corpus, run folder)."""
+    """Return options of a few steps on two devices.
+
+    Args:
+      at: (model, corpus, run folder).
+      changes: other options.
+    """
     model, corpus, out = at
     values: dict[str, Any] = {
         "model": str(model),
@@ -40,23 +45,27 @@ def run_options(at: tuple[Path, Path, Path], **changes: Any) -> TrainConfig:
 
 
 def weights(model: Path | str) -> dict[str, bytes]:
-    """The bits of every parameter of a model."""
+    """Return the bytes of every parameter of a model."""
     leaves = jax.tree_util.tree_leaves_with_path(load_model(model, "data=1").params)
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
 
 
 def losses(run: Path) -> list[float]:
-    """The loss of every step."""
+    """Return the loss of every logged step."""
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def _erratic(step: int, model: LoadedModel) -> dict[str, float]:
-    """A number in [0, 1) that another last bit of the weights changes altogether."""
+def _hash_weights(step: int, model: LoadedModel) -> dict[str, float]:
+    """Return a hash of the weights, in [0, 1)."""
     return {"probe/loss": zlib.crc32(np.asarray(model.params["layers"]["mlp"]["up"]["kernel"]).tobytes()) / 2**32}
 
 
 def probe(every: int) -> Hook:
-    """Measures `probe/loss`, which is best at a step that nobody can foresee."""
+    """Return a hook that measures `probe/loss`, a hash of the weights."""
     return Hook(
-        _erratic, every=every, run_at_start_and_end=True, metric_names=("probe/loss",), measured={"probe": "weights"}
+        _hash_weights,
+        every=every,
+        run_at_start_and_end=True,
+        metric_names=("probe/loss",),
+        measured={"probe": "weights"},
     )

@@ -157,7 +157,7 @@ class PeerGroup:
         return True
 
     def diagnose(self, error: Exception) -> ExitNotice | None:
-        """Return the exit notice of the process that caused an error, if any.
+        """Return the exit notice of the process behind an error, if any.
 
         An error in a collective may precede the missed heartbeat, so that this waits for the heartbeat timeout.
         """

@@ -160,7 +160,7 @@ def live_processes() -> list[int]:
 
 
 def _unique_key(name: str) -> str:
-    """Append the number of calls, which all processes make in the same order."""
+    """Append the number of calls; all processes make the same."""
     _calls[name] += 1
     return f"{name}#{_calls[name]}"
 

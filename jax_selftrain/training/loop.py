@@ -202,7 +202,7 @@ def _finalize_step(
 
 
 def _save_model(run: Run, folder: Path, params: Params, step: int, *, format: Literal["hf", "flax"] = "hf") -> None:
-    """Write the parameters of a step: safetensors for the final model, an Orbax tree for a checkpoint."""
+    """Save a model: `hf` for the result, `flax` for a checkpoint."""
     metadata = {"made_by": "train", "step": step, "steps": run.config.steps, "run": run.run_hash}
     metadata["fingerprints"] = run.inputs.fingerprints
     hub.save_model(folder, params, source=run.inputs.source, metadata=metadata, format=format)

@@ -1,4 +1,4 @@
-"""The mesh and the rules that place arrays on it."""
+"""The mesh and the sharding rules."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,14 +25,14 @@ from jax_selftrain.errors import InputError
 SIZES = {"embed": 64, "vocab": 512, "mlp": 172, "kv_heads": 4, "q_per_kv": 2}
 
 
-def test_mesh_spec_is_read_and_an_axis_left_out_has_size_one():
+def test_a_missing_axis_of_a_mesh_spec_has_size_one():
     assert dict(make_mesh("data=4,model=2").shape) == {"data": 4, "model": 2}
     assert dict(make_mesh("model=4").shape) == {"data": 1, "model": 4}
     assert dict(make_mesh("").shape) == {"data": len(jax.devices()), "model": 1}
 
 
 @pytest.mark.parametrize("spec", ["data", "data=0", "rows=2", "data=two", "data=-1"])
-def test_unreadable_mesh_is_refused_in_one_sentence(spec):
+def test_invalid_mesh_spec_is_refused_with_one_sentence(spec):
     with pytest.raises(InputError, match="--mesh"):
         make_mesh(spec)
 
@@ -42,7 +42,7 @@ def test_mesh_larger_than_the_machine_is_refused():
         make_mesh("data=64")
 
 
-def test_presets_place_parameters():
+def test_presets_shard_parameters():
     mesh = make_mesh("data=4,model=2")
     axes = ("layers", "embed", "kv_heads", "q_per_kv", "head_dim")
     assert make_sharding_rules("replicated", mesh, SIZES).spec(axes) == PartitionSpec(None, None, None, None, None)
@@ -75,7 +75,7 @@ def test_two_dimensions_on_one_mesh_axis_collide():
         rules.spec(("rows",))
 
 
-def test_place_puts_each_device_its_own_rows():
+def test_shard_host_array_gives_each_device_its_rows():
     rules = make_sharding_rules("tensor", make_mesh("data=4,model=2"), SIZES)
     array = np.arange(24).reshape(8, 3)
     placed = shard_host_array(rules, array, ("batch", None))
@@ -86,16 +86,16 @@ def test_place_puts_each_device_its_own_rows():
 def test_replicas_that_fill_a_box_of_a_torus_have_lines_along_its_dimensions():
     box = np.array([(i, j, 0, 0) for i in range(2) for j in range(3)])
     assert _group_lines(box[:, None]) == [[[0, 3], [1, 4], [2, 5]], [[0, 1, 2], [3, 4, 5]]]
-    beside = np.stack([box, box + np.array([0, 0, 1, 0])], axis=1)  # a model axis in the third dimension
-    assert _group_lines(beside) == _group_lines(box[:, None])
+    second = np.stack([box, box + np.array([0, 0, 1, 0])], axis=1)  # a model axis in the third dimension
+    assert _group_lines(second) == _group_lines(box[:, None])
     assert _group_lines(box[[0, 1, 2, 3, 5, 4], None]) == []  # not row by row
     assert _group_lines(np.stack([box, box[::-1]], axis=1)) == []  # each replica's second device in another direction
     assert _group_lines(box[:3, None]) == []  # one line is a ring already
     assert _group_lines(box[:5, None]) == []  # no box
 
 
-def test_gpus_have_coordinates_and_stand_in_no_torus():
-    """What XLA's GPU clients say of a device."""
+def test_gpus_have_coordinates_but_no_torus():
+    """XLA's GPU clients describe devices like this."""
     devices = [SimpleNamespace(platform="gpu", coords=[k % 4], slice_index=k // 4) for k in range(8)]
     mesh: Any = SimpleNamespace(devices=np.array(devices).reshape(8, 1))
     assert torus_axis_groups(mesh) == []
@@ -127,7 +127,7 @@ def programs(kept: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(("spec", "is_kept"), [("data=2", False), ("data=1", True)])
-def test_programs_over_several_cpu_devices_are_not_kept(kept: Path, spec: str, is_kept: bool):
+def test_programs_over_several_cpu_devices_are_not_cached(kept: Path, spec: str, is_kept: bool):
     mesh = make_mesh(spec)
     with mesh_context(mesh):
         program_over(mesh)
@@ -137,7 +137,7 @@ def test_programs_over_several_cpu_devices_are_not_kept(kept: Path, spec: str, i
     assert programs(kept) > before  # what holds inside ends outside
 
 
-def test_programs_over_several_cpu_devices_are_not_read_back(kept: Path):
+def test_programs_over_several_cpu_devices_are_not_read_from_the_cache(kept: Path):
     mesh = make_mesh("data=2")
     events: list[str] = []
     jax.monitoring.register_event_listener(lambda event, **_: events.append(event))

@@ -1,4 +1,4 @@
-"""Several processes find each other by flags or as a cluster says; one alone starts nothing, and mistakes are told."""
+"""Flags, environment and clusters of several processes; invalid flags."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from process_group import ROOT, ends, free_port, start_one
+from process_group import ROOT, free_port, start_process, wait_for_all
 
 from jax_selftrain import cli
 from jax_selftrain.config.metadata import Role, fields_with_role
@@ -20,7 +20,7 @@ from jax_selftrain.distributed import DistributedConfig
 from jax_selftrain.distributed.cluster import local_device_ids, resolve_cluster
 from jax_selftrain.errors import InputError
 
-MEETING = ("--coordinator", "localhost:8476", "--num-processes", "2", "--process-id", "0")
+COORDINATOR = ("--coordinator", "localhost:8476", "--num-processes", "2", "--process-id", "0")
 SLURM = {
     "SLURM_JOB_ID": "4100",
     "SLURM_STEP_NODELIST": "node[003-004,007]",
@@ -35,50 +35,50 @@ def set_variables(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) ->
         monkeypatch.setenv(name, value)
 
 
-def resolved(**given: Any) -> DistributedConfig | None:
+def resolve(**given: Any) -> DistributedConfig | None:
     return resolve_cluster(DistributedConfig(**given), os.environ)
 
 
-def test_the_flags_go_with_every_command_that_uses_devices_and_into_no_configuration() -> None:
+def test_commands_with_devices_take_the_flags_and_no_configuration_does() -> None:
     for name in cli.DISTRIBUTED_COMMANDS:
-        words = [*MEETING, "--heartbeat-timeout=7"]
-        options, given = cli.parse_all(name, [*words, *required(name)])
+        words = [*COORDINATOR, "--heartbeat-timeout=7"]
+        options, given = cli.parse_all(name, [*words, *required_options(name)])
         assert given == DistributedConfig("localhost:8476", 2, 0, heartbeat_timeout=7)
-        assert options == cli.parse(name, required(name))
+        assert options == cli.parse(name, required_options(name))
     for name in ("study", "import", "report"):
         with pytest.raises(InputError, match="unknown option `--coordinator`"):
-            cli.parse(name, MEETING)
+            cli.parse(name, COORDINATOR)
 
 
-def required(name: str) -> list[str]:
+def required_options(name: str) -> list[str]:
     words = []
     for field in fields_with_role(cli.COMMANDS[name].config_class, Role.REQUIRED):
         words += [f"--{field}", "0.5" if field == "weight" else "x"]
     return words
 
 
-def test_the_flags_can_stand_in_the_environment_and_win_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_override_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     set_variables(monkeypatch, {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"})
-    assert resolved() == DistributedConfig("host:1", 4, 3)
-    assert resolved(process_id=1, coordinator="[::1]:2") == DistributedConfig("[::1]:2", 4, 1)
+    assert resolve() == DistributedConfig("host:1", 4, 3)
+    assert resolve(process_id=1, coordinator="[::1]:2") == DistributedConfig("[::1]:2", 4, 1)
     monkeypatch.setenv("JAX_PROCESS_ID", "three")
     with pytest.raises(InputError, match="JAX_PROCESS_ID=three: expected a whole number"):
-        resolved()
+        resolve()
 
 
-def test_slurm_says_who_and_where_the_processes_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_gives_the_coordinates_of_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     set_variables(monkeypatch, SLURM)
-    found = resolved()
+    found = resolve()
     assert found is not None
     assert (found.num_processes, found.process_id) == (3, 2)
     assert found.coordinator.startswith("node003:")
     monkeypatch.setenv("JAX_COORDINATOR_PORT", "8476")
-    assert resolved() == DistributedConfig("node003:8476", 3, 2)
-    assert resolved(coordinator="other:9") == DistributedConfig("other:9", 3, 2)
-    assert resolved(num_processes=1) is None, "alone, whatever the cluster says"
+    assert resolve() == DistributedConfig("node003:8476", 3, 2)
+    assert resolve(coordinator="other:9") == DistributedConfig("other:9", 3, 2)
+    assert resolve(num_processes=1) is None, "one process, without detection"
     monkeypatch.setenv("SLURM_NTASKS", "1")
     monkeypatch.setenv("SLURM_PROCID", "0")
-    assert resolved() is None, "a job of one task is one process"
+    assert resolve() is None, "a job of one task is one process"
 
 
 def test_slurm_gives_each_task_one_gpu_by_its_number_or_shows_it_that_one_alone(
@@ -94,22 +94,22 @@ def test_slurm_gives_each_task_one_gpu_by_its_number_or_shows_it_that_one_alone(
         assert local_device_ids() is None
 
 
-def test_a_tpu_slice_on_gke_says_who_and_where_the_processes_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gke_gives_the_coordinates_of_the_processes_of_a_tpu_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     from jax._src.clusters import cloud_tpu_cluster
 
     monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)  # as where there are TPUs
     variables = {"TPU_WORKER_HOSTNAMES": "localhost,b,c,d", "TPU_WORKER_ID": "2", "TPU_SKIP_MDS_QUERY": "1"}
     slices = {"MEGASCALE_COORDINATOR_ADDRESS": "localhost", "MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1"}
     set_variables(monkeypatch, variables | slices)
-    assert resolved() == DistributedConfig("localhost:8482", 8, 6)
+    assert resolve() == DistributedConfig("localhost:8482", 8, 6)
     set_variables(monkeypatch, {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"})
     set_variables(monkeypatch, {"MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"})
-    assert resolved() is None, "a slice of one host is one process"
+    assert resolve() is None, "a slice of one host is one process"
 
 
-def test_a_pod_of_kubernetes_that_is_no_job_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kubernetes_pod_without_a_job_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
-    assert resolved() is None
+    assert resolve() is None
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_a_pod_of_kubernetes_that_is_no_job_is_one_process(monkeypatch: pytest.M
         ("--coordinater host:1", "unknown option `--coordinater`; did you mean `--coordinator`?"),
     ],
 )
-def test_a_mistake_is_one_sentence(capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:
+def test_invalid_flags_are_one_sentence(capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:
     assert cli.main(["sample", "--model", "m", "--out", "o", *words.split()]) == 2
     output, error = capsys.readouterr()
     assert output == ""
@@ -142,22 +142,22 @@ def test_a_mistake_is_one_sentence(capsys: pytest.CaptureFixture[str], words: st
     assert message in error
 
 
-def test_who_cannot_meet_the_others_says_so_within_the_time_limit() -> None:
-    """Nobody listens at the address; there is no such host; the port is taken; the other one never comes."""
+def test_a_process_that_cannot_connect_fails_within_the_timeout() -> None:
+    """No listener, unknown host, occupied port, missing process."""
     with socket.create_server(("", 0)) as listener:
         taken = listener.getsockname()[1]
-        places = [("localhost", free_port(), 1), ("nowhere.invalid", 80, 1), ("localhost", taken, 0)]
+        endpoints = [("localhost", free_port(), 1), ("nowhere.invalid", 80, 1), ("localhost", taken, 0)]
         group = [
-            start_one(
+            start_process(
                 ["sample", "--model", "m", "--out", "o", "--initialization-timeout", 2],
                 *("--coordinator", f"{host}:{port}", "--num-processes", 2, "--process-id", index),
             )
-            for host, port, index in [*places, ("localhost", free_port(), 0)]
+            for host, port, index in [*endpoints, ("localhost", free_port(), 0)]
         ]
-        codes, said = ends(group)
-    assert codes == [75, 2, 2, 75], said
+        codes, errors = wait_for_all(group)
+    assert codes == [75, 2, 2, 75], errors
     for text, message in zip(
-        said,
+        errors,
         (
             r"process 0 did not answer within 2 s",
             r"--coordinator nowhere.invalid:80: no such host",
@@ -169,8 +169,8 @@ def test_who_cannot_meet_the_others_says_so_within_the_time_limit() -> None:
         assert re.fullmatch(f"jax-selftrain sample: error: .*{message}.*", text.splitlines()[-1]), text
 
 
-def test_one_process_starts_no_client_of_a_service(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Whatever else there is in the environment of a single machine."""
+def test_one_process_starts_no_coordination_client(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Variables of clusters do not matter on a single machine."""
     code = """
 import sys, jax
 from jax_selftrain.cli import main
@@ -189,8 +189,8 @@ sys.exit(code)
     assert run.returncode == 0, run.stderr
 
 
-def test_an_abort_of_jax_does_not_come_before_the_sentence_of_a_process_that_leaves() -> None:
-    """JAX calls abort() on a thread of its own when process 0 has gone, which may be while this one says good-bye."""
+def test_an_abort_of_jax_does_not_precede_the_message_of_a_leaving_process() -> None:
+    """JAX may call abort() while this process publishes its exit notice."""
     code = """
 import ctypes, threading, time
 from jax_selftrain.distributed import peers

@@ -19,7 +19,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from process_group import ROOT, ends, free_port, start_one
+from process_group import ROOT, free_port, start_process, wait_for_all
 
 from jax_selftrain import cli, remote
 from jax_selftrain.config import ArmConfig, RunConfig, SampleConfig, ScoreConfig, StudyConfig
@@ -469,7 +469,7 @@ def test_several_processes_mount_the_bucket(
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
     try:
         processes = [
-            start_one(
+            start_process(
                 [*command, "--out", "gs://b/work/out"],
                 *meeting,
                 "--process-id",
@@ -479,7 +479,7 @@ def test_several_processes_mount_the_bucket(
             )
             for index, home in enumerate(homes)
         ]
-        codes, said = ends(processes)
+        codes, said = wait_for_all(processes)
         assert codes == [0, 0], said
         assert all(map(os.path.ismount, points))
         local = {path.name: path.read_bytes() for path in (tmp_path / "local").glob("shard-*")}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from process_group import ends, start
+from process_group import start_processes, wait_for_all
 from study_designs import run_design
 
 from jax_selftrain import cli
@@ -169,7 +169,7 @@ def test_two_processes_evaluate_together(training: TrainConfig, tmp_path: Path) 
     alone, together = (replace(config, out=str(tmp_path / name)) for name in ("alone", "together"))
     train_with_evals(alone)
     yaml_io.save(tmp_path / "train.yaml", together)
-    codes, message = ends(start(["train", "--config", tmp_path / "train.yaml"], 2, devices=1))
+    codes, message = wait_for_all(start_processes(["train", "--config", tmp_path / "train.yaml"], 2, devices=1))
     assert codes == [0, 0], message
     # Gloo sums in another order than one process does; the learning rate amplifies the rounding.
     for measured, expected in zip(curve(Path(together.out)), curve(Path(alone.out)), strict=True):

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from process_group import ends, kill_when, start
+from process_group import kill_when, start_processes, wait_for_all
 
 from jax_selftrain.config import ExtractConfig, RunConfig, ScoreConfig, StudyConfig, yaml_io
 from jax_selftrain.io import atomic
@@ -54,7 +54,7 @@ def one_process_options(alone: Path) -> RunConfig:
 def alone(words: Words, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process."""
     out = tmp_path_factory.mktemp("alone") / "out"
-    codes, output = ends(start(words(out), 1))
+    codes, output = wait_for_all(start_processes(words(out), 1))
     assert codes == [0], output
     return out
 
@@ -81,7 +81,7 @@ def read_losses(folder: Path) -> list[float]:
 
 def test_a_run_of_several_processes_gives_the_results_of_one(words: Words, alone: Path, tmp_path: Path) -> None:
     out, processes = tmp_path / "out", 4
-    codes, output = ends(start(words(out), processes))
+    codes, output = wait_for_all(start_processes(words(out), processes))
     assert codes == [0] * processes, output
     assert read_corpus(out) == read_corpus(alone)
     # Gloo sums in another order than one process does.
@@ -134,9 +134,9 @@ def test_a_kill_in_training_ends_the_other_processes_with_one_sentence(
     )
     yaml_io.save(tmp_path / "train.yaml", options)
     run = tmp_path / "run"
-    group = start(["train", "--config", tmp_path / "train.yaml", "--out", run], processes, *SHORT_TIMEOUT)
+    group = start_processes(["train", "--config", tmp_path / "train.yaml", "--out", run], processes, *SHORT_TIMEOUT)
     when = kill_when(group, victim, lambda: len(read_lines(run / "metrics.jsonl")) > 2)
-    codes, output = ends(group, 60)
+    codes, output = wait_for_all(group, 60)
     assert time.monotonic() - when < 60
     assert codes == [-signal.SIGKILL if index == victim else 75 for index in range(processes)], output
     for index in set(range(processes)) - {victim}:
@@ -150,9 +150,9 @@ def test_the_other_processes_complete_the_corpus_after_a_kill(alone: Path, words
     config = one_process_options(alone)
     yaml_io.save(tmp_path / "sample.yaml", replace(config.sample, model=config.model))
     out = tmp_path / "corpus"
-    group = start(["sample", "--config", tmp_path / "sample.yaml", "--out", out], 2, *SHORT_TIMEOUT)
+    group = start_processes(["sample", "--config", tmp_path / "sample.yaml", "--out", out], 2, *SHORT_TIMEOUT)
     kill_when(group, 0, lambda: holds_a_lease(group[0], out))
-    codes, output = ends(group)
+    codes, output = wait_for_all(group)
     assert codes == [-signal.SIGKILL, 0], output
     assert read_corpus(out) == read_corpus(alone)
     assert not list(out.rglob("*.lease"))
@@ -180,12 +180,12 @@ def test_the_other_processes_complete_scoring_after_a_kill(alone: Path, tmp_path
     yaml_io.save(tmp_path / "options.yaml", options)
     words = [stage, "--config", tmp_path / "options.yaml", "--out"]
     out = tmp_path / "base.json"
-    group = start([*words, out], 2, *SHORT_TIMEOUT)
+    group = start_processes([*words, out], 2, *SHORT_TIMEOUT)
     kill_when(group, 0, lambda: holds_a_lease(group[0], tmp_path))
-    codes, output = ends(group)
+    codes, output = wait_for_all(group)
     assert codes == [-signal.SIGKILL, 0], output
     assert not list(tmp_path.rglob("*.parts"))
-    codes, output = ends(start([*words, tmp_path / "undisturbed.json"], 1))
+    codes, output = wait_for_all(start_processes([*words, tmp_path / "undisturbed.json"], 1))
     assert codes == [0], output
     assert out.read_bytes() == (tmp_path / "undisturbed.json").read_bytes()
     if stage == "score":
@@ -198,16 +198,16 @@ def test_a_run_that_loses_a_process_in_sampling_completes_the_corpus_and_resumes
     alone: Path, words: Words, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    group = start(words(out), 2, *SHORT_TIMEOUT)
+    group = start_processes(words(out), 2, *SHORT_TIMEOUT)
     kill_when(group, 1, lambda: any(holds_a_lease(group[1], folder) for folder in stage_folders(out, "sample")))
-    codes, output = ends(group)
+    codes, output = wait_for_all(group)
     assert codes == [75, -signal.SIGKILL], output
     assert re.match(
         "jax-selftrain run: error: process 1 of 2 was lost; .*run the same command again", sentence(output[0])
     )
     assert read_corpus(out) == read_corpus(alone)
     assert not (out / "model").exists()
-    codes, output = ends(start(words(out), 2))
+    codes, output = wait_for_all(start_processes(words(out), 2))
     assert codes == [0, 0], output
     assert read_corpus(out) == read_corpus(alone)
     np.testing.assert_allclose(read_losses(out), read_losses(alone), rtol=1e-5)

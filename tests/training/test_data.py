@@ -1,4 +1,4 @@
-"""Training on several corpora: which rows a batch holds, exact resumption, limits on repetition, what is refused."""
+"""Batches and mixtures: rows of a batch, exact resumption, epoch limits, refusals."""
 
 import dataclasses
 import json
@@ -41,15 +41,15 @@ def mixture(corpus_folder: Path, other_corpus: Path) -> Mixture:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(small_model: Path, corpus_folder: Path, other_corpus: Path, tmp_path_factory) -> Path:
+def reference_run(small_model: Path, corpus_folder: Path, other_corpus: Path, tmp_path_factory) -> Path:
     """Six steps on a mixture, never interrupted."""
-    at = small_model, corpus_folder, tmp_path_factory.mktemp("undisturbed") / "run"
+    at = small_model, corpus_folder, tmp_path_factory.mktemp("reference_run") / "run"
     return train(run_options(at, mixture=(f"{other_corpus}=0.25",)))
 
 
 @pytest.fixture
-def mixed(options: Callable[..., TrainConfig], other_corpus: Path) -> Callable[..., TrainConfig]:
-    """`mixed(**changes)` → the options of `undisturbed`, in `tmp_path/run`."""
+def mixed_options(options: Callable[..., TrainConfig], other_corpus: Path) -> Callable[..., TrainConfig]:
+    """Return `mixed_options(**changes)`: the options of `reference_run` in `tmp_path/run`."""
 
     def make(**changes) -> TrainConfig:
         return options(**{"mixture": (f"{other_corpus}=0.25",), **changes})
@@ -82,8 +82,8 @@ def test_one_corpus_gives_the_batches_of_batch_indices(mixture: Mixture, options
                 np.testing.assert_array_equal(np.asarray(found)[0], expected)
 
 
-class Recorded:
-    """An array that notes which of its rows are read at a time."""
+class RecordedArray:
+    """An array that records the rows of each read."""
 
     def __init__(self, array: np.ndarray):
         self.array, self.shape, self.dtype = array, array.shape, array.dtype
@@ -98,9 +98,9 @@ class Recorded:
 
 
 def test_each_device_reads_its_own_rows_and_no_others(mixture: Mixture, options: Callable[..., TrainConfig]):
-    """What a process reads is what its devices ask for, each by a call of its own."""
+    """Each device reads by a call of its own."""
     config = options(mesh="data=4,model=2", batch_size=16)
-    tokens = [Recorded(part.tokens) for part in mixture.components]
+    tokens = [RecordedArray(part.tokens) for part in mixture.components]
     parts = [dataclasses.replace(part, tokens=noted) for part, noted in zip(mixture.components, tokens, strict=True)]
     with mesh_context(make_mesh(config.mesh)):
         load_batch(config, sharding_rules_for(config), Mixture(tuple(parts), mixture.weights), 2)
@@ -136,9 +136,9 @@ def test_random_loss_sign_multiplies_the_weights_of_whole_documents(
 # ---------------------------------------------------------------- runs
 
 
-def test_run_folder_says_what_was_mixed(undisturbed: Path, corpus_folder: Path, other_corpus: Path):
+def test_run_folder_records_the_mixture(reference_run: Path, corpus_folder: Path, other_corpus: Path):
     main, other = (pack_corpus(open_corpus(folder), 48, "masked") for folder in (corpus_folder, other_corpus))
-    record = atomic.read_json(undisturbed / "run.json")
+    record = atomic.read_json(reference_run / "run.json")
     (mixed,) = record["mixture"]
     assert mixed == {
         "ref": str(other_corpus),
@@ -152,16 +152,16 @@ def test_run_folder_says_what_was_mixed(undisturbed: Path, corpus_folder: Path, 
     assert (record["corpus"]["share"], record["corpus"]["epochs"]) == ("3/4", 36 / len(main))
     assert record["rows"] == record["corpus"]["rows"] == len(main)
     for place, rows in (("rows", main), ("rows-1", other)):
-        np.testing.assert_array_equal(np.load(undisturbed / place / "tokens.npy"), rows.tokens)
-    metadata = atomic.read_json(undisturbed / "model" / "selftrain.json")["metadata"]
+        np.testing.assert_array_equal(np.load(reference_run / place / "tokens.npy"), rows.tokens)
+    metadata = atomic.read_json(reference_run / "model" / "selftrain.json")["metadata"]
     assert metadata["fingerprints"].keys() == {"model", "tokenizer", "corpus", "mixture"}
 
 
-def test_mixing_changes_what_is_learnt_and_a_run_without_it_stays_as_it_was(
-    undisturbed: Path, options: Callable[..., TrainConfig]
+def test_mixing_changes_the_result_and_a_run_without_it_does_not_record_it(
+    reference_run: Path, options: Callable[..., TrainConfig]
 ):
     alone = train(options())
-    assert weights(alone) != weights(undisturbed)
+    assert weights(alone) != weights(reference_run)
     assert not (alone / "rows-1").exists()
     assert atomic.read_json(alone / "run.json")["mixture"] == []
     metadata = atomic.read_json(alone / "model" / "selftrain.json")["metadata"]
@@ -169,18 +169,20 @@ def test_mixing_changes_what_is_learnt_and_a_run_without_it_stays_as_it_was(
 
 
 @pytest.mark.parametrize("step", [1, 3, 4])
-def test_interrupted_mixed_run_ends_with_the_same_bits(step: int, undisturbed: Path, mixed: Callable[..., TrainConfig]):
+def test_interrupted_mixed_run_ends_with_the_same_bits(
+    step: int, reference_run: Path, mixed_options: Callable[..., TrainConfig]
+):
     with pytest.raises(Interruption):
-        train(mixed(), hooks=[Hook(interrupt, steps=(step,))])
-    run = train(mixed())
-    assert weights(run) == weights(undisturbed)
-    assert (run / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+        train(mixed_options(), hooks=[Hook(interrupt, steps=(step,))])
+    run = train(mixed_options())
+    assert weights(run) == weights(reference_run)
+    assert (run / "metrics.jsonl").read_bytes() == (reference_run / "metrics.jsonl").read_bytes()
 
 
 @pytest.mark.slow
-def test_killed_mixed_run_ends_with_the_same_bits(mixed: Callable[..., TrainConfig], tmp_path: Path):
-    undisturbed = train(mixed(out=str(tmp_path / "undisturbed"), steps=20))
-    config = mixed(steps=20)
+def test_killed_mixed_run_ends_with_the_same_bits(mixed_options: Callable[..., TrainConfig], tmp_path: Path):
+    reference_run = train(mixed_options(out=str(tmp_path / "reference_run"), steps=20))
+    config = mixed_options(steps=20)
     metrics = Path(config.out) / "metrics.jsonl"
     yaml_io.save(tmp_path / "train.yaml", config)
     for lines in (1, 9):
@@ -188,38 +190,38 @@ def test_killed_mixed_run_ends_with_the_same_bits(mixed: Callable[..., TrainConf
         while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < lines):
             time.sleep(0.005)
         process.kill()
-        _, said = process.communicate()
-        assert process.returncode == -signal.SIGKILL, said
-    assert weights(train(config)) == weights(undisturbed)
-    assert metrics.read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+        _, errors = process.communicate()
+        assert process.returncode == -signal.SIGKILL, errors
+    assert weights(train(config)) == weights(reference_run)
+    assert metrics.read_bytes() == (reference_run / "metrics.jsonl").read_bytes()
 
 
-def test_corpora_may_move_and_their_rows_be_lost_while_a_run_waits(
-    undisturbed: Path, mixed: Callable[..., TrainConfig], other_corpus: Path, tmp_path: Path
+def test_run_resumes_after_corpora_moved_and_packed_rows_were_deleted(
+    reference_run: Path, mixed_options: Callable[..., TrainConfig], other_corpus: Path, tmp_path: Path
 ):
     with pytest.raises(Interruption):
-        train(mixed(), hooks=[Hook(interrupt, steps=(3,))])
+        train(mixed_options(), hooks=[Hook(interrupt, steps=(3,))])
     moved = shutil.copytree(other_corpus, tmp_path / "moved=here")
     shutil.rmtree(tmp_path / "run" / "rows-1")
-    assert weights(train(mixed(mixture=(f"{moved}=.250",)))) == weights(undisturbed)
+    assert weights(train(mixed_options(mixture=(f"{moved}=.250",)))) == weights(reference_run)
 
 
 @pytest.mark.slow
-def test_steps_default_to_one_pass_over_the_main_corpus(mixed: Callable[..., TrainConfig], mixture: Mixture):
-    run = train(mixed(steps=None, checkpoint_every=None))
+def test_steps_default_to_one_pass_over_the_main_corpus(mixed_options: Callable[..., TrainConfig], mixture: Mixture):
+    run = train(mixed_options(steps=None, checkpoint_every=None))
     record = atomic.read_json(run / "run.json")
     assert record["steps"] == -(-len(mixture.components[0]) * 4 // 3 // 8)
     assert record["corpus"]["epochs"] >= 1 > record["corpus"]["epochs"] * (record["steps"] - 1) / record["steps"]
-    assert train(mixed(steps=None, checkpoint_every=None)) == run, "found finished"
+    assert train(mixed_options(steps=None, checkpoint_every=None)) == run, "found finished"
 
 
 # ---------------------------------------------------------------- repetition
 
 
 def test_more_epochs_than_allowed_are_refused_with_the_steps_that_are_allowed(
-    mixed: Callable[..., TrainConfig], other_corpus: Path, mixture: Mixture
+    mixed_options: Callable[..., TrainConfig], other_corpus: Path, mixture: Mixture
 ):
-    config = mixed(steps=100, max_epochs=2.5, checkpoint_every=100)
+    config = mixed_options(steps=100, max_epochs=2.5, checkpoint_every=100)
     with pytest.raises(InputError) as caught:
         train(config)
     message = str(caught.value)
@@ -240,43 +242,47 @@ def test_the_main_corpus_is_limited_too(options: Callable[..., TrainConfig], cor
         train(options(steps=50, max_epochs=1.0))
 
 
-def test_a_corpus_too_small_for_one_step_is_said_to_be(mixed: Callable[..., TrainConfig]):
+def test_a_corpus_too_small_for_one_step_is_refused(mixed_options: Callable[..., TrainConfig]):
     with pytest.raises(InputError, match="not even one step is allowed: use a smaller --batch-size"):
-        train(mixed(max_epochs=0.1))
+        train(mixed_options(max_epochs=0.1))
 
 
-def test_the_limit_is_no_part_of_what_a_run_is(undisturbed: Path, mixed: Callable[..., TrainConfig]):
-    assert train(mixed(out=str(undisturbed), max_epochs=100.0)) == undisturbed
+def test_the_epoch_limit_is_not_part_of_the_identity(reference_run: Path, mixed_options: Callable[..., TrainConfig]):
+    assert train(mixed_options(out=str(reference_run), max_epochs=100.0)) == reference_run
     with pytest.raises(InputError, match=r"more than --max-epochs 0\.5 allows"):
-        train(mixed(out=str(undisturbed), max_epochs=0.5))
+        train(mixed_options(out=str(reference_run), max_epochs=0.5))
 
 
 # ---------------------------------------------------------------- refusals
 
 
-def test_another_mix_in_the_same_folder_is_refused_by_name(
-    undisturbed: Path, mixed: Callable[..., TrainConfig], other_corpus: Path, small_model: Path, tmp_path: Path
+def test_another_mixture_in_the_same_folder_is_refused(
+    reference_run: Path,
+    mixed_options: Callable[..., TrainConfig],
+    other_corpus: Path,
+    small_model: Path,
+    tmp_path: Path,
 ):
-    before = folder_manifest(undisturbed)
+    before = folder_manifest(reference_run)
     started = rf"was started with --mixture {other_corpus}=0\.25, not "
     with pytest.raises(InputError, match=rf"{started}--mixture {other_corpus}=0\.5;"):
-        train(mixed(out=str(undisturbed), mixture=(f"{other_corpus}=0.5",)))
+        train(mixed_options(out=str(reference_run), mixture=(f"{other_corpus}=0.5",)))
     with pytest.raises(InputError, match=rf"{started}no --mixture;"):
-        train(mixed(out=str(undisturbed), mixture=()))
+        train(mixed_options(out=str(reference_run), mixture=()))
     (tmp_path / "texts.jsonl").write_text('{"text": "Something else."}\n')
     import_text(
         ImportCorpusConfig(source=str(tmp_path / "texts.jsonl"), model=str(small_model), out=str(tmp_path / "new"))
     )
     with pytest.raises(InputError, match=rf"{started}--mixture {tmp_path}/new=0\.25;"):
-        train(mixed(out=str(undisturbed), mixture=(f"{tmp_path}/new=0.25",)))
-    assert folder_manifest(undisturbed) == before
+        train(mixed_options(out=str(reference_run), mixture=(f"{tmp_path}/new=0.25",)))
+    assert folder_manifest(reference_run) == before
 
 
 def test_other_content_under_the_same_name_is_refused(
-    mixed: Callable[..., TrainConfig], other_corpus: Path, small_model: Path, tmp_path: Path
+    mixed_options: Callable[..., TrainConfig], other_corpus: Path, small_model: Path, tmp_path: Path
 ):
     place = Path(shutil.copytree(other_corpus, tmp_path / "mixed"))
-    config = mixed(mixture=(f"{place}=0.25",))
+    config = mixed_options(mixture=(f"{place}=0.25",))
     with pytest.raises(Interruption):
         train(config, hooks=[Hook(interrupt, steps=(3,))])
     shutil.rmtree(place)
@@ -287,7 +293,7 @@ def test_other_content_under_the_same_name_is_refused(
 
 
 def test_every_mixed_corpus_must_fit_the_model(
-    mixed: Callable[..., TrainConfig], corpus_folder: Path, tiny_model, tmp_path: Path
+    mixed_options: Callable[..., TrainConfig], corpus_folder: Path, tiny_model, tmp_path: Path
 ):
     full = tiny_model("llama", vocab_size=340, hidden_size=32)
     texts = tmp_path / "texts.jsonl"
@@ -306,7 +312,7 @@ def test_every_mixed_corpus_must_fit_the_model(
             r"foreign: document \d holds token id 33\d, but .* has only 330 tokens",
         ),
     ):
-        config = mixed(**changes)
+        config = mixed_options(**changes)
         with pytest.raises(InputError, match=message):
             train(config)
         assert not Path(config.out).exists()

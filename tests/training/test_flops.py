@@ -1,4 +1,4 @@
-"""Arithmetic per token, counted by hand for two small models, and the share of the hardware's."""
+"""FLOPs per token of two small models, counted by hand, and MFU."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def test_attention_grows_with_the_row_and_nothing_else_does():
     assert flops_per_token(NEOX, 64) - flops_per_token(NEOX, 32) == 12 * 3 * 16 * 32
 
 
-def test_utilisation_is_the_share_of_the_peak_and_absent_where_that_is_unknown():
+def test_mfu_is_the_share_of_the_peak_and_absent_if_that_is_unknown():
     assert Throughput(flops_per_token=1000, peak_flops=4e6).flops_and_mfu(1000.0) == {
         "flops_per_second": 1e6,
         "mfu": 0.25,
@@ -64,7 +64,7 @@ def test_peaks_are_of_all_devices_of_the_mesh(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.slow
-def test_the_log_of_a_run_tells_its_throughput(options: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch):
+def test_timings_of_a_run_have_its_throughput(options: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch):
     config = options(steps=3)
     kind = make_mesh(config.mesh).devices.flat[0].device_kind
     for dtype, keys in (("float32", {"flops_per_second"}), ("bfloat16", {"flops_per_second", "mfu"})):

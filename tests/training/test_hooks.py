@@ -17,11 +17,11 @@ from jax_selftrain.training import Hook, train
 from jax_selftrain.training.checkpoints import steps_to_keep
 
 Options = Callable[..., TrainConfig]
-EVALUATED: dict[str, Any] = {"eval_every": 2, "eval_texts": ("handed in by a hook.jsonl",)}
+EVALUATED: dict[str, Any] = {"eval_every": 2, "eval_texts": ("of a hook.jsonl",)}
 
 
 def first_scale(step: int, model: LoadedModel) -> dict[str, float]:
-    """A number that depends on every bit of a parameter."""
+    """Return the sum of a parameter."""
     return {"probe/nll": float(np.asarray(model.params["final_norm"]["scale"], np.float64).sum())}
 
 
@@ -36,11 +36,11 @@ def curve(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "curve.jsonl").read_text().splitlines()]
 
 
-def steps_of(run: Path) -> list[int]:
+def list_saved_steps(run: Path) -> list[int]:
     return sorted(int(path.name) for path in (run / "checkpoints").iterdir())
 
 
-def test_the_curve_has_a_line_before_the_first_step_every_so_many_and_after_the_last(options: Options):
+def test_the_curve_has_a_line_before_the_first_step_every_eval_and_after_the_last(options: Options):
     run = train(options(**EVALUATED, steps=5), hooks=[measuring(first_scale)])
     assert [line["step"] for line in curve(run)] == [0, 2, 4, 5]
     assert {tuple(line) for line in curve(run)} == {("step", "probe/nll")}
@@ -64,32 +64,32 @@ def test_a_measure_that_is_not_finite_is_refused(options: Options):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(small_model: Path, corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reference_run(small_model: Path, corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that `options(**EVALUATED)` describes, never interrupted."""
-    config = run_options((small_model, corpus_folder, tmp_path_factory.mktemp("undisturbed") / "run"), **EVALUATED)
+    config = run_options((small_model, corpus_folder, tmp_path_factory.mktemp("reference_run") / "run"), **EVALUATED)
     return train(config, hooks=[measuring(first_scale)])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [0, 3, 4, 6])
-def test_interrupted_run_has_the_bytes_of_an_undisturbed_curve(step: int, options: Options, undisturbed: Path):
+def test_interrupted_run_has_the_bytes_of_an_undisturbed_curve(step: int, options: Options, reference_run: Path):
     config = options(**EVALUATED)
     with pytest.raises(Interruption):
         train(config, hooks=[measuring(first_scale), Hook(interrupt, steps=(step,))])
     run = train(config, hooks=[measuring(first_scale)])
-    assert (run / "curve.jsonl").read_bytes() == (undisturbed / "curve.jsonl").read_bytes()
-    assert weights(run) == weights(undisturbed)
+    assert (run / "curve.jsonl").read_bytes() == (reference_run / "curve.jsonl").read_bytes()
+    assert weights(run) == weights(reference_run)
 
 
 @pytest.mark.slow
-def test_interrupted_run_goes_on_on_another_mesh_along_the_same_curve(options: Options, undisturbed: Path):
+def test_interrupted_run_resumes_on_another_mesh_along_the_same_curve(options: Options, reference_run: Path):
     with pytest.raises(Interruption):
         train(options(**EVALUATED), hooks=[measuring(first_scale), Hook(interrupt, steps=(3,))])
     run = train(options(**EVALUATED, mesh="data=4,model=2", preset="replicated"), hooks=[measuring(first_scale)])
-    assert curve(run)[:2] == curve(undisturbed)[:2]
-    measured, expected = ([line["probe/nll"] for line in curve(one)] for one in (run, undisturbed))
+    assert curve(run)[:2] == curve(reference_run)[:2]
+    measured, expected = ([line["probe/nll"] for line in curve(one)] for one in (run, reference_run))
     np.testing.assert_allclose(measured, expected, rtol=1e-5)  # fp32 sums in another order from step 3 on
-    np.testing.assert_allclose(losses(run), losses(undisturbed), rtol=1e-5)
+    np.testing.assert_allclose(losses(run), losses(reference_run), rtol=1e-5)
 
 
 def test_lines_after_the_restored_step_are_dropped_even_if_the_last_is_torn(options: Options):
@@ -105,7 +105,7 @@ def test_lines_after_the_restored_step_are_dropped_even_if_the_last_is_torn(opti
     assert [line["step"] for line in curve(train(config, hooks=[measuring(first_scale)]))] == [0, 2, 4, 6]
 
 
-def test_a_run_that_goes_on_must_measure_the_same(options: Options):
+def test_a_resumed_run_must_measure_the_same(options: Options):
     config = options(**EVALUATED)
     train(config, hooks=[measuring(first_scale)])
     with pytest.raises(InputError, match="started with another evaluation"):
@@ -115,7 +115,7 @@ def test_a_run_that_goes_on_must_measure_the_same(options: Options):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"eval_texts": ("a.jsonl",)}, "--eval-texts needs --eval-every"),
         ({"eval_limit": 3}, "--eval-limit needs --eval-every"),
@@ -124,20 +124,20 @@ def test_a_run_that_goes_on_must_measure_the_same(options: Options):
         ({"keep_every": 0}, "--keep-every 0: must be at least 1"),
     ],
 )
-def test_options_that_do_not_belong_together_are_refused(change: dict, said: str, options: Options):
+def test_inconsistent_evaluation_options_are_refused(change: dict, message: str, options: Options):
     config = options(**change)
-    with pytest.raises(InputError, match=said) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         train(config, hooks=[measuring(first_scale)])
     assert "\n" not in str(caught.value)
     assert not Path(config.out).exists()
 
 
-def test_an_evaluation_that_nobody_makes_is_refused(options: Options):
+def test_an_evaluation_without_a_hook_is_refused(options: Options):
     with pytest.raises(InputError, match="nothing measures"):
         train(options(**EVALUATED))
 
 
-# ---------------------------------------------------------------- checkpoints that stay
+# ---------------------------------------------------------------- permanent checkpoints
 
 
 @pytest.mark.parametrize(
@@ -149,6 +149,6 @@ def test_latest_and_permanent_checkpoints_are_kept(keep: int, keep_every: int | 
 
 
 @pytest.mark.slow
-def test_every_so_manyth_checkpoint_is_kept_for_good(options: Options):
+def test_every_keep_every_th_checkpoint_is_permanent(options: Options):
     run = train(options(steps=9, checkpoint_every=4, keep_every=3, keep=1))
-    assert steps_of(run) == [3, 6, 9], "3 and 9 are no multiples of 4: they are saved in order to be kept"
+    assert list_saved_steps(run) == [3, 6, 9], "3 and 9 are no multiples of 4: they are saved to be kept"

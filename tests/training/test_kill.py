@@ -1,4 +1,4 @@
-"""Real processes, really killed: whatever the moment, the next start ends with the bits of an undisturbed run."""
+"""Killed training processes: a resumed run ends with the same bits."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def long_run(small_model: Path, corpus_folder: Path, tmp_path_factory: pytest.Te
 
 
 class Launcher:
-    """Starts a run in a process of its own, again and again, without importing everything anew.
+    """Launcher of processes of one run, without new imports.
 
     A server imports and then forks for each launch; the child starts its devices itself, as any other process.
     """
@@ -93,7 +93,7 @@ class Launcher:
         self._said.close()
 
     def launch_and_signal(self, number: int, ready: Callable[[], bool], delay: float) -> int:
-        """Launch; once it is `ready`, wait for `delay` seconds and send the signal. Returns the exit code."""
+        """Launch, send a signal `delay` seconds after `ready()`, return the exit code."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         self._server.stdin.write("launch\n")
@@ -112,16 +112,16 @@ def lines_in(path: Path) -> int:
 
 
 KINDS = ("start",) * 2 + ("compile",) * 2 + ("steps",) * 3 + ("saving",) * 3
-"""What a launch is doing when it is killed."""
+"""Phases of a launch in which it is killed."""
 
 
 def moment(kind: str, chance: random.Random, run: Path) -> tuple[Callable[[], bool], float]:
-    """A random moment of the next launch: what to wait for, and seconds to wait after that."""
+    """Choose a random moment of the next launch: (condition, seconds after it)."""
     launches, ahead = lines_in(run / "launches.jsonl"), chance.randrange(1, 6)
     before: list[int] = []
 
     def under_way() -> bool:
-        """From when on records are written: they have been cut back to the restored step by then."""
+        """Return True once the records are truncated to the restored step."""
         return lines_in(run / "launches.jsonl") > launches
 
     def steps_are_done() -> bool:
@@ -149,7 +149,7 @@ def test_run_killed_at_ten_random_moments_ends_with_the_same_bits(
         "steps": 40, "checkpoint_every": 4, "keep_every": 14, "eval_every": 2, "eval_texts": ("probe.jsonl",),
     }  # fmt: skip
     at = (small_model, corpus_folder)
-    undisturbed = train(run_options((*at, tmp_path / "undisturbed"), **changes), hooks=[probe(2)])
+    reference = train(run_options((*at, tmp_path / "reference"), **changes), hooks=[probe(2)])
     config = run_options((*at, tmp_path / "killed"), **changes)
     run, chance = Path(config.out), random.Random(seed)
     with Launcher(config, tmp_path) as launcher:
@@ -160,18 +160,18 @@ def test_run_killed_at_ten_random_moments_ends_with_the_same_bits(
             expected = Preempted.exit_code if kind == "SIGTERM" else -signal.SIGKILL
             assert code == expected, (tmp_path / "said.txt").read_text()
     train(config, hooks=[probe(2)])
-    assert weights(run) == weights(undisturbed)
+    assert weights(run) == weights(reference)
     for name in ("metrics.jsonl", "curve.jsonl"):
-        assert (run / name).read_bytes() == (undisturbed / name).read_bytes()
+        assert (run / name).read_bytes() == (reference / name).read_bytes()
     assert [path.name for path in checkpoints.list_steps(run / "checkpoints")] == [
-        path.name for path in checkpoints.list_steps(undisturbed / "checkpoints")
+        path.name for path in checkpoints.list_steps(reference / "checkpoints")
     ]
     hidden = [path for folder in (run, run / "checkpoints") for path in folder.iterdir() if path.name.startswith(".")]
     assert not hidden, "nothing half-written is left behind"
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_the_next_start_goes_on_exactly(
+def test_sigterm_saves_and_the_next_launch_resumes_exactly(
     long_run: Path, options: Callable[..., TrainConfig], tmp_path: Path
 ):
     config = options(steps=300, checkpoint_every=300)
@@ -179,10 +179,10 @@ def test_sigterm_saves_and_the_next_start_goes_on_exactly(
     process = start(config, tmp_path)
     wait_for_lines(run / "metrics.jsonl", 2, process)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate()
-    assert process.returncode == Preempted.exit_code, said
+    _, errors = process.communicate()
+    assert process.returncode == Preempted.exit_code, errors
     (checkpoint,) = (run / "checkpoints").iterdir()
-    assert f"stopped and saved after step {int(checkpoint.name)} of 300" in said
+    assert f"stopped and saved after step {int(checkpoint.name)} of 300" in errors
     assert not (run / "model").exists()
 
     train(config)
@@ -193,20 +193,20 @@ def test_sigterm_saves_and_the_next_start_goes_on_exactly(
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_of_two_processes_stops_both_and_one_process_can_go_on(
+def test_sigterm_to_one_of_two_processes_stops_both_and_one_process_can_resume(
     long_run: Path, options: Callable[..., TrainConfig], tmp_path: Path
 ):
-    """As on a pod: each process holds half of the mesh, a preempted host takes the others with it."""
+    """On a pod, a preempted host stops the others, too."""
     config = options(steps=300, checkpoint_every=300, mesh="data=2")
     run = Path(config.out)
     yaml_io.save(tmp_path / "train.yaml", config)
-    processes = process_group.start(["train", "--config", tmp_path / "train.yaml"], 2, devices=1)
+    processes = process_group.start_processes(["train", "--config", tmp_path / "train.yaml"], 2, devices=1)
     wait_for_lines(run / "metrics.jsonl", 2, processes[0])
     processes[0].send_signal(signal.SIGTERM)
-    codes, said = process_group.ends(processes)
-    assert codes == [Preempted.exit_code] * 2, said
+    codes, errors = process_group.wait_for_all(processes)
+    assert codes == [Preempted.exit_code] * 2, errors
     (checkpoint,) = (run / "checkpoints").iterdir()
-    assert all(f"stopped and saved after step {int(checkpoint.name)} of 300" in text for text in said)
+    assert all(f"stopped and saved after step {int(checkpoint.name)} of 300" in text for text in errors)
 
     train(config)  # here, on two simulated devices
     launches = [json.loads(line) for line in (run / "launches.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""The run: exact resumption, learning-rate zero, hooks, records, finished runs."""
+"""The training run: exact resumption, learning rate 0, hooks, records, finished runs."""
 
 import dataclasses
 import importlib.util
@@ -21,67 +21,67 @@ from jax_selftrain.training import Hook, train
 
 
 @pytest.fixture(scope="module")
-def undisturbed(small_model: Path, corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reference_run(small_model: Path, corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that `options()` describes, never interrupted."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    folder = tmp_path_factory.mktemp("reference_run") / "run"
     return train(run_options((small_model, corpus_folder, folder)))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
-def test_transformers_opens_the_model_with_our_logits(undisturbed: Path):
+def test_transformers_opens_the_model_with_our_logits(reference_run: Path):
     from transformers import AutoTokenizer
 
-    model, tokens = load_model(undisturbed, "data=1"), np.arange(64).reshape(2, 32)
+    model, tokens = load_model(reference_run, "data=1"), np.arange(64).reshape(2, 32)
     expected = model.logits(tokens)
-    np.testing.assert_allclose(transformers_logits(undisturbed / "model", tokens), expected, atol=1e-4)
+    np.testing.assert_allclose(transformers_logits(reference_run / "model", tokens), expected, atol=1e-4)
     text = "Once there was a fox."
-    assert AutoTokenizer.from_pretrained(undisturbed / "model").encode(text) == model.tokenizer.encode(text)
+    assert AutoTokenizer.from_pretrained(reference_run / "model").encode(text) == model.tokenizer.encode(text)
 
 
-def test_a_checkpoint_converts_to_the_final_model(undisturbed: Path, tmp_path: Path):
-    checkpoint = undisturbed / "checkpoints" / "000006"
+def test_a_checkpoint_converts_to_the_final_model(reference_run: Path, tmp_path: Path):
+    checkpoint = reference_run / "checkpoints" / "000006"
     hf = convert(ConvertConfig(source=str(checkpoint), out=str(tmp_path / "hf"), format="hf"))
-    assert sha256_file(hf / "model.safetensors") == sha256_file(undisturbed / "model" / "model.safetensors")
-    flax = convert(ConvertConfig(source=str(undisturbed), out=str(tmp_path / "flax"), format="flax"))
-    assert weights(flax) == weights(undisturbed)
+    assert sha256_file(hf / "model.safetensors") == sha256_file(reference_run / "model" / "model.safetensors")
+    flax = convert(ConvertConfig(source=str(reference_run), out=str(tmp_path / "flax"), format="flax"))
+    assert weights(flax) == weights(reference_run)
 
 
-def test_run_folder_holds_model_checkpoints_and_records(undisturbed: Path, small_model: Path):
-    assert {path.name for path in undisturbed.iterdir()} == {
+def test_run_folder_holds_model_checkpoints_and_records(reference_run: Path, small_model: Path):
+    assert {path.name for path in reference_run.iterdir()} == {
         "config.yaml", "run.json", "rows", "metrics.jsonl", "timings.jsonl", "launches.jsonl", "tensorboard",
         "checkpoints", "model",
     }  # fmt: skip
-    assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir()) == ["000004", "000006"], "keeps two"
-    assert weights(undisturbed) == weights(undisturbed / "checkpoints" / "000006" / "model") != weights(small_model)
-    assert yaml_io.load(TrainConfig, undisturbed / "config.yaml").steps == 6
-    record = atomic.read_json(undisturbed / "run.json")
+    assert sorted(path.name for path in (reference_run / "checkpoints").iterdir()) == ["000004", "000006"], "keeps two"
+    assert weights(reference_run) == weights(reference_run / "checkpoints" / "000006" / "model") != weights(small_model)
+    assert yaml_io.load(TrainConfig, reference_run / "config.yaml").steps == 6
+    record = atomic.read_json(reference_run / "run.json")
     assert {"jax", "optax", "python"} <= record["versions"].keys()
     assert len(record["model"]["fingerprint"]) == len(record["corpus"]["fingerprint"]) == 64
-    lines = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (reference_run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert {tuple(line) for line in lines} == {("step", "loss", "grad_norm", "learning_rate", "tokens")}
     assert all(
-        json.loads(line)["tokens_per_second"] > 0 for line in (undisturbed / "timings.jsonl").read_text().splitlines()
+        json.loads(line)["tokens_per_second"] > 0 for line in (reference_run / "timings.jsonl").read_text().splitlines()
     )
-    assert list((undisturbed / "tensorboard").glob("events.out.tfevents.*"))
+    assert list((reference_run / "tensorboard").glob("events.out.tfevents.*"))
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 6])
-def test_interrupted_run_ends_with_the_same_bits(step: int, undisturbed: Path, options: Callable[..., TrainConfig]):
+def test_interrupted_run_ends_with_the_same_bits(step: int, reference_run: Path, options: Callable[..., TrainConfig]):
     with pytest.raises(Interruption):
         train(options(), hooks=[Hook(interrupt, steps=(step,))])
     run = train(options())
-    assert weights(run) == weights(undisturbed)
-    assert (run / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+    assert weights(run) == weights(reference_run)
+    assert (run / "metrics.jsonl").read_bytes() == (reference_run / "metrics.jsonl").read_bytes()
 
 
 @pytest.mark.slow
-def test_interrupted_run_goes_on_on_another_mesh(undisturbed: Path, options: Callable[..., TrainConfig]):
+def test_interrupted_run_resumes_on_another_mesh(reference_run: Path, options: Callable[..., TrainConfig]):
     with pytest.raises(Interruption):
         train(options(), hooks=[Hook(interrupt, steps=(3,))])
     run = train(options(mesh="data=2,model=2"))
     # fp32 sums in another order from step 3 on.
-    np.testing.assert_allclose(losses(run), losses(undisturbed), rtol=1e-5)
+    np.testing.assert_allclose(losses(run), losses(reference_run), rtol=1e-5)
     launches = [json.loads(line) for line in (run / "launches.jsonl").read_text().splitlines()]
     assert [(launch["from_step"], launch["mesh"]) for launch in launches] == [
         (0, {"data": 2, "model": 1}),
@@ -89,16 +89,16 @@ def test_interrupted_run_goes_on_on_another_mesh(undisturbed: Path, options: Cal
     ]
 
 
-def test_finished_run_is_left_alone(
-    undisturbed: Path, options: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
+def test_finished_run_is_not_changed(
+    reference_run: Path, options: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
 ):
-    before = folder_manifest(undisturbed)
-    assert train(options(out=str(undisturbed))) == undisturbed
+    before = folder_manifest(reference_run)
+    assert train(options(out=str(reference_run))) == reference_run
     assert "already finished" in capsys.readouterr().out
-    assert folder_manifest(undisturbed) == before
+    assert folder_manifest(reference_run) == before
 
 
-def test_lost_final_model_is_made_again_from_the_last_checkpoint(options: Callable[..., TrainConfig]):
+def test_missing_final_model_is_rewritten_from_the_last_checkpoint(options: Callable[..., TrainConfig]):
     run = train(options())
     before = weights(run)
     (run / "model").rename(run / "moved")
@@ -106,7 +106,7 @@ def test_lost_final_model_is_made_again_from_the_last_checkpoint(options: Callab
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"learning_rate": 2e-3}, r"started with --learning-rate 0\.001, not 0\.002"),
         ({"seed": 1}, "started with --seed 0, not 1"),
@@ -115,25 +115,25 @@ def test_lost_final_model_is_made_again_from_the_last_checkpoint(options: Callab
     ],
 )
 def test_other_options_in_the_same_folder_are_refused(
-    change: dict, said: str, undisturbed: Path, options: Callable[..., TrainConfig]
+    change: dict, message: str, reference_run: Path, options: Callable[..., TrainConfig]
 ):
-    before = folder_manifest(undisturbed)
-    with pytest.raises(InputError, match=said):
-        train(options(out=str(undisturbed), **change))
-    assert folder_manifest(undisturbed) == before
+    before = folder_manifest(reference_run)
+    with pytest.raises(InputError, match=message):
+        train(options(out=str(reference_run), **change))
+    assert folder_manifest(reference_run) == before
 
 
 def test_other_model_or_corpus_in_the_same_folder_is_refused(
-    undisturbed: Path, options: Callable[..., TrainConfig], small_model: Path, corpus_folder: Path, tmp_path: Path
+    reference_run: Path, options: Callable[..., TrainConfig], small_model: Path, corpus_folder: Path, tmp_path: Path
 ):
     with pytest.raises(InputError, match="started with another model"):
-        train(options(out=str(undisturbed), model=str(undisturbed)))
+        train(options(out=str(reference_run), model=str(reference_run)))
     (tmp_path / "other.jsonl").write_text('{"text": "Something else."}\n')
     import_text(
         ImportCorpusConfig(source=str(tmp_path / "other.jsonl"), model=str(small_model), out=str(tmp_path / "other"))
     )
     with pytest.raises(InputError, match="started with another corpus"):
-        train(options(out=str(undisturbed), corpus=str(tmp_path / "other")))
+        train(options(out=str(reference_run), corpus=str(tmp_path / "other")))
 
 
 def test_learning_rate_zero_leaves_every_bit(small_model: Path, options: Callable[..., TrainConfig]):
@@ -143,15 +143,15 @@ def test_learning_rate_zero_leaves_every_bit(small_model: Path, options: Callabl
 
 @pytest.mark.slow
 def test_model_learns(tiny_model, corpus_folder: Path, options: Callable[..., TrainConfig]):
-    """Sixty sentences of one mould: far below the ln 320 = 5.8 nats of a uniform guess after sixty steps."""
+    """The loss falls far below 5.8 nats, that of a uniform guess."""
     model = tiny_model("gpt_neox", hidden_size=32, intermediate_size=64, num_hidden_layers=1, vocab_size=320)
     run = train(options(model=str(model), init="scratch", steps=60, learning_rate=1e-2, checkpoint_every=60))
     curve = losses(run)
-    assert curve[0] == pytest.approx(np.log(320), abs=0.2), "a fresh model knows nothing"
+    assert curve[0] == pytest.approx(np.log(320), abs=0.2), "an untrained model predicts uniformly"
     assert np.mean(curve[-5:]) < 3.0
 
 
-def test_fresh_initialisation_needs_no_weights_and_follows_the_seed(
+def test_training_from_scratch_needs_no_weights_and_depends_on_the_seed(
     tmp_path: Path, small_model: Path, options: Callable[..., TrainConfig]
 ):
     bare = tmp_path / "bare"
@@ -174,7 +174,7 @@ def test_steps_default_to_one_epoch_and_a_small_corpus_is_repeated_within_a_batc
     config = options(steps=None, checkpoint_every=None, corpus=str(tmp_path / "few"), packing="single")
     run = train(config)
     record = atomic.read_json(run / "run.json")
-    assert (record["rows"], record["steps"], len(losses(run))) == (2, 1, 1), "eight rows a step, of which there are two"
+    assert (record["rows"], record["steps"], len(losses(run))) == (2, 1, 1), "two rows fill the eight of a step"
     assert train(config) == run, "found finished"
 
 
@@ -195,11 +195,11 @@ def test_hooks_are_called_at_their_steps_with_the_model_of_that_step(options: Ca
     np.testing.assert_allclose(logits[-1], np.asarray(final.logits(np.array([[1, 5, 9]], np.int32))), atol=1e-4)
 
 
-def test_metrics_are_written_every_so_many_steps_and_at_the_end(options: Callable[..., TrainConfig]):
+def test_metrics_are_written_every_log_every_steps_and_at_the_end(options: Callable[..., TrainConfig]):
     run = train(options(log_every=4))
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [4, 6]
 
 
-def test_options_survive_their_yaml(undisturbed: Path, options: Callable[..., TrainConfig]):
-    saved = yaml_io.load(TrainConfig, undisturbed / "config.yaml")
-    assert saved == dataclasses.replace(options(), out=str(undisturbed))
+def test_options_survive_their_yaml(reference_run: Path, options: Callable[..., TrainConfig]):
+    saved = yaml_io.load(TrainConfig, reference_run / "config.yaml")
+    assert saved == dataclasses.replace(options(), out=str(reference_run))

@@ -1,4 +1,4 @@
-"""The loss: its gradients against torch, its segment masks, its memory."""
+"""The loss: gradients against torch, segment masks, memory."""
 
 import dataclasses
 import re
@@ -32,7 +32,7 @@ from jax_selftrain.training.loss import LOGITS_BYTES, choose_chunk_size
 
 
 def rows_on_device(model: LoadedModel, tokens: np.ndarray, weights: np.ndarray, **arrays: np.ndarray) -> Batch:
-    """Rows of one document each, unless `segments` and `positions` are given."""
+    """Make a batch of rows of one document each, by default."""
     rows, length = weights.shape
     segments = arrays.get("segments", np.ones((rows, length), np.int32))
     positions = arrays.get("positions", np.tile(np.arange(length, dtype=np.int32), (rows, 1)))
@@ -40,7 +40,7 @@ def rows_on_device(model: LoadedModel, tokens: np.ndarray, weights: np.ndarray, 
     return Batch(*(jax.device_put(array, sharding) for array in (tokens, segments, positions, weights)))
 
 
-def sums_of(model: LoadedModel, batch: Batch, **options: Any) -> LossStats:
+def compute_stats(model: LoadedModel, batch: Batch, **options: Any) -> LossStats:
     with mesh_context(model.sharding_rules.mesh):
         return jax.jit(partial(loss_fn, model.config, model.sharding_rules, **options))(model.params, batch)[1]
 
@@ -78,13 +78,13 @@ def test_gradient_equals_torchs(family: str, tiny_model, tmp_path: Path):
         assert error <= 1e-4, name
 
 
-def test_masked_row_costs_what_its_documents_cost_one_by_one(small_model: Path, corpus_folder: Path):
+def test_loss_of_a_masked_row_is_the_sum_of_its_documents_losses(small_model: Path, corpus_folder: Path):
     model = load_model(small_model, "data=1")
     corpus = open_corpus(corpus_folder)
     rows = pack_corpus(corpus, 120, "masked")
     assert rows.segments.max() >= 3, "several documents share a row"
     packed = rows_on_device(model, rows.tokens, rows.weights, segments=rows.segments, positions=rows.positions)
-    together = float(sums_of(model, packed).loss)
+    together = float(compute_stats(model, packed).loss)
 
     documents = [np.append(corpus.start_id, sample.tokens).astype(np.int32) for sample in corpus.iter_samples()]
     longest = max(len(document) for document in documents)
@@ -92,18 +92,18 @@ def test_masked_row_costs_what_its_documents_cost_one_by_one(small_model: Path, 
     for row, document in enumerate(documents):
         tokens[row, : len(document)] = document
         weights[row, : len(document) - 1] = 1  # causal: the padding behind a document cannot be seen from it
-    apart = float(sums_of(model, rows_on_device(model, tokens, weights)).loss)
+    apart = float(compute_stats(model, rows_on_device(model, tokens, weights)).loss)
     # Sums of about 2,000 fp32 terms in another order.
     assert together == pytest.approx(apart, rel=1e-5)
 
 
-def test_slices_of_positions_add_up_to_the_whole(small_model: Path):
+def test_chunks_sum_to_the_whole(small_model: Path):
     model = load_model(small_model, "data=1")
     rng = np.random.default_rng(1)
     batch = rows_on_device(
         model, rng.integers(0, 320, (4, 23)).astype(np.int32), rng.uniform(0, 1, (4, 22)).astype(np.float32)
     )
-    whole, sliced = (sums_of(model, batch, chunk_size=size) for size in (22, 5))
+    whole, sliced = (compute_stats(model, batch, chunk_size=size) for size in (22, 5))
     logits = np.asarray(model.logits(np.asarray(batch.tokens[:, :-1])))
     assert float(sliced.loss) == pytest.approx(float(whole.loss), rel=1e-6)  # the same terms in another order
     assert (float(sliced.weight), int(sliced.tokens)) == (float(whole.weight), int(whole.tokens))
@@ -175,7 +175,7 @@ def _pythia(vocabulary: int) -> DecoderConfig:
 
 
 @pytest.mark.parametrize("rows", [1, 32, 1024])
-def test_slice_fits_the_budget_for_pythias_vocabulary(rows: int):
+def test_chunk_fits_the_budget_for_pythias_vocabulary(rows: int):
     config = _pythia(50304)
     rules = make_sharding_rules("tensor", make_mesh("data=1,model=2"), axis_sizes(config))
     chunk = choose_chunk_size(config, rules, rows, 2048)
@@ -187,8 +187,8 @@ def test_bfloat16_operands_change_the_loss_by_their_rounding_only(small_model: P
     model = load_model(small_model, "data=1")
     tokens = np.random.default_rng(2).integers(0, 320, (4, 33)).astype(np.int32)
     batch = rows_on_device(model, tokens, np.ones((4, 32), np.float32))
-    exact = float(sums_of(model, batch).loss)
-    rounded = float(sums_of(model, batch, compute_dtype=jnp.bfloat16).loss)
+    exact = float(compute_stats(model, batch).loss)
+    rounded = float(compute_stats(model, batch, compute_dtype=jnp.bfloat16).loss)
     assert rounded != exact
     assert rounded == pytest.approx(exact, rel=1e-2)  # bfloat16 keeps 8 bits: 4e-3 per operand
 
@@ -201,7 +201,7 @@ def test_bfloat16_operands_change_the_loss_by_their_rounding_only(small_model: P
         ("data=4", "fsdp", "dots"),
     ],
 )
-def test_gradients_with_bfloat16_operands_are_the_exact_ones_but_for_rounding(
+def test_gradients_with_bfloat16_operands_differ_by_rounding_only(
     small_model: Path, mesh: str, preset: Any, remat: Any
 ):
     model = load_model(small_model, mesh, preset=preset)
@@ -221,7 +221,7 @@ def test_gradients_with_bfloat16_operands_are_the_exact_ones_but_for_rounding(
         assert 0 < error < 0.02 * np.linalg.norm(np.asarray(leaf, np.float64)), path
 
 
-def test_replicas_add_up_the_output_matrix_once_and_not_for_every_slice(small_model: Path):
+def test_replicas_reduce_the_output_matrix_once_and_not_for_every_chunk(small_model: Path):
     model = load_model(small_model, "data=4", preset="replicated")
     batch = rows_on_device(model, np.zeros((4, 65), np.int32), np.ones((4, 64), np.float32))
     with mesh_context(model.sharding_rules.mesh):
@@ -239,7 +239,7 @@ def test_replicas_add_up_the_output_matrix_once_and_not_for_every_slice(small_mo
 
 
 def test_a_large_vocabulary_costs_far_less_memory_than_its_logits():
-    """The temporary memory of a step's gradient with V = 50304 over that with V = 512 (compiled memory analysis)."""
+    """Temporary memory of the gradient grows little with the vocabulary."""
 
     def temporary(vocabulary: int) -> int:
         config = dataclasses.replace(_pythia(vocabulary), hidden_size=64)

@@ -1,4 +1,4 @@
-"""What cannot be trained on or resumed from is refused in one sentence, before anything is written."""
+"""Invalid inputs and damaged checkpoints are refused with one sentence."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from jax_selftrain.training import Hook, train
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"batch_size": 7}, "--batch-size 7 .* must be a multiple of 2"),
         ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
@@ -35,11 +35,11 @@ from jax_selftrain.training import Hook, train
         ({"corpus": ""}, "--corpus"),
     ],
 )
-def test_impossible_options_are_refused_before_anything_is_written(
-    change: dict, said: str, options: Callable[..., TrainConfig]
+def test_invalid_options_are_refused_before_anything_is_written(
+    change: dict, message: str, options: Callable[..., TrainConfig]
 ):
     config = options(**change)
-    with pytest.raises(InputError, match=said) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         train(config)
     assert "\n" not in str(caught.value)
     assert not Path(config.out).exists()
@@ -60,7 +60,7 @@ def test_token_ids_beyond_the_model_are_refused(tiny_model, options: Callable[..
         train(options(model=str(cut), corpus=str(tmp_path / "corpus")))
 
 
-def test_folder_that_is_no_run_is_left_alone(options: Callable[..., TrainConfig], corpus_folder: Path):
+def test_folder_without_a_run_is_refused_and_not_changed(options: Callable[..., TrainConfig], corpus_folder: Path):
     before = folder_manifest(corpus_folder)
     with pytest.raises(InputError, match="is not a run folder"):
         train(options(out=str(corpus_folder)))
@@ -84,7 +84,7 @@ def test_weights_with_nan_are_refused_by_name(small_model: Path, tmp_path: Path,
         train(options(model=str(broken)))
 
 
-def test_diverging_run_stops_at_its_step_and_keeps_what_was_good(options: Callable[..., TrainConfig]):
+def test_diverging_run_stops_and_keeps_earlier_records(options: Callable[..., TrainConfig]):
     config = options(learning_rate=1e30, warmup_ratio=0.0, steps=8, checkpoint_every=1, keep=10)
     with pytest.raises(InputError, match=r"(loss|grad_norm|NaN).*step \d") as caught:
         train(config)
@@ -102,7 +102,7 @@ def test_diverging_run_stops_at_its_step_and_keeps_what_was_good(options: Callab
 
 @pytest.fixture(scope="module")
 def interrupted_run(small_model: Path, corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that `options()` describes, ended after step 5, with checkpoints of steps 2 and 4."""
+    """The run of `options()`, interrupted after step 5."""
     folder = tmp_path_factory.mktemp("interrupted") / "run"
 
     def stop(step: int, model: LoadedModel) -> None:
@@ -114,7 +114,7 @@ def interrupted_run(small_model: Path, corpus_folder: Path, tmp_path_factory: py
 
 
 @pytest.fixture
-def interrupted(interrupted_run: Path, options: Callable[..., TrainConfig]) -> Path:
+def interrupted_copy(interrupted_run: Path, options: Callable[..., TrainConfig]) -> Path:
     """A copy of it, where `options()` looks for it."""
     return Path(shutil.copytree(interrupted_run, options().out))
 
@@ -145,8 +145,10 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_checkpoint_is_refused_by_name(damage: str, interrupted: Path, options: Callable[..., TrainConfig]):
-    newest = interrupted / "checkpoints" / "000004"
+def test_damaged_checkpoint_is_refused_by_name(
+    damage: str, interrupted_copy: Path, options: Callable[..., TrainConfig]
+):
+    newest = interrupted_copy / "checkpoints" / "000004"
     DAMAGE[damage](newest)
     with pytest.raises(InputError) as caught:
         train(options())
@@ -154,20 +156,20 @@ def test_damaged_checkpoint_is_refused_by_name(damage: str, interrupted: Path, o
     assert str(newest) in message
     assert f"to fall back to step 2, delete {newest} and run the same command again" in message
     assert newest.exists()
-    assert not (interrupted / "model").exists()
+    assert not (interrupted_copy / "model").exists()
 
 
 def test_after_deleting_the_damaged_checkpoint_the_run_falls_back(
-    interrupted: Path, options: Callable[..., TrainConfig]
+    interrupted_copy: Path, options: Callable[..., TrainConfig]
 ):
-    shutil.rmtree(interrupted / "checkpoints" / "000004")
+    shutil.rmtree(interrupted_copy / "checkpoints" / "000004")
     run = train(options())
     launches = [json.loads(line) for line in (run / "launches.jsonl").read_text().splitlines()]
     assert [launch["from_step"] for launch in launches] == [0, 2]
 
 
-def test_save_that_fails_in_the_background_is_heard(options: Callable[..., TrainConfig]):
-    """A file stands where step 2's checkpoint should go: the write fails on its thread, the run must say so."""
+def test_failure_of_a_background_save_is_raised(options: Callable[..., TrainConfig]):
+    """A file blocks the folder of the checkpoint of step 2."""
 
     def block(step: int, model: LoadedModel) -> None:
         (Path(options().out) / "checkpoints").mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The step: AdamW against an independent reference, meshes, gradient accumulation, where the state lies."""
+"""The step: AdamW against references, meshes, gradient accumulation, sharding."""
 
 import dataclasses
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def rows(corpus_folder: Path) -> PackedRows:
 
 
 def run_steps(config: TrainConfig, rows: PackedRows, n: int) -> tuple[TrainState, list[dict[str, float]]]:
-    """`n` steps as the training loop takes them."""
+    """Run `n` steps as the training loop does."""
     mesh = make_mesh(config.mesh)
     model = load_model(config.model, mesh, preset=config.preset)
     with mesh_context(mesh):
@@ -42,7 +42,7 @@ def run_steps(config: TrainConfig, rows: PackedRows, n: int) -> tuple[TrainState
 
 
 def test_ten_steps_equal_adamw_written_out_in_numpy(options: Callable[..., TrainConfig], rows: PackedRows):
-    """In fp64, where nothing is hidden by rounding; Adam's formulas as Loshchilov & Hutter print them (algorithm 2)."""
+    """In fp64, with the formulas of Loshchilov & Hutter (algorithm 2)."""
     changes: dict[str, Any] = {"dtype": "float64"}  # not offered to users: `highest` fp32 is what devices have
     config = dataclasses.replace(
         options(mesh="data=1", steps=10, learning_rate=0.01, schedule="cosine", final_learning_rate=0.001),
@@ -93,7 +93,7 @@ def test_ten_steps_equal_adamw_written_out_in_numpy(options: Callable[..., Train
 
 
 def test_ten_steps_equal_torchs_adamw(options: Callable[..., TrainConfig], rows: PackedRows):
-    """torch's AdamW on the same gradients, both in fp64. (transformers' norms are in fp32 whatever its type.)"""
+    """Both use the same fp64 gradients: norms in transformers are fp32."""
     torch = pytest.importorskip("torch")
     changes: dict[str, Any] = {"dtype": "float64"}
     config = dataclasses.replace(
@@ -196,9 +196,6 @@ def test_master_weights_stay_float32_under_bfloat16_compute(options: Callable[..
 def test_batch_that_does_not_divide_is_refused_with_the_sizes_that_do(options: Callable[..., TrainConfig]):
     with pytest.raises(InputError, match=r"must be a multiple of 6, for instance 6, 12, 18"):
         abstract_train_step(options(batch_size=8, grad_accum=3), make_mesh("data=2"))
-
-
-# ---------------------------------------------------------------- what runs share
 
 
 def test_runs_share_compiled_programs_unless_an_option_changes_them(options: Callable[..., TrainConfig]):

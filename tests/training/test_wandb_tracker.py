@@ -1,4 +1,4 @@
-"""Weights & Biases is asked for what it should be, by a stand-in for its package: the boundary, not the service."""
+"""Calls to Weights & Biases, recorded by a replacement of its package."""
 
 import sys
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class RefusalError(Exception):
 
 
 class Recorder:
-    """What `wandb.init` returns, and what it was told."""
+    """Result of `wandb.init`, which records its calls."""
 
     def __init__(self, **options: Any):
         self.options, self.logged, self.finished = options, dict[int, dict[str, float]](), False
@@ -37,17 +37,17 @@ class Recorder:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
-    """The W&B runs that were begun."""
-    begun: list[Recorder] = []
+    """W&B runs that were started."""
+    started: list[Recorder] = []
 
     def init(**options: Any) -> Recorder:
-        if options["project"] == "nobody's":
-            raise RefusalError("nobody is logged in")
-        begun.append(Recorder(**options))
-        return begun[-1]
+        if options["project"] == "private":
+            raise RefusalError("no login")
+        started.append(Recorder(**options))
+        return started[-1]
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RefusalError))
-    return begun
+    return started
 
 
 def test_a_resumed_run_keeps_its_id_and_logs_metrics_and_measures(
@@ -76,18 +76,18 @@ def test_a_resumed_run_keeps_its_id_and_logs_metrics_and_measures(
 
 
 @pytest.mark.slow
-def test_nothing_is_asked_of_it_unless_it_is_named(options: Callable[..., TrainConfig], runs: list[Recorder]):
+def test_without_a_project_nothing_is_called(options: Callable[..., TrainConfig], runs: list[Recorder]):
     train(options(steps=1))
     assert runs == []
 
 
-def test_what_it_refuses_is_said_in_one_sentence(options: Callable[..., TrainConfig], runs: list[Recorder]):
-    with pytest.raises(InputError, match="--wandb nobody's: nobody is logged in; correct this"):
-        train(options(wandb="nobody's"))
-    assert train(options(wandb="")), "and the run goes on without it"
+def test_an_error_of_wandb_is_one_sentence(options: Callable[..., TrainConfig], runs: list[Recorder]):
+    with pytest.raises(InputError, match="--wandb private: no login; correct this"):
+        train(options(wandb="private"))
+    assert train(options(wandb="")), "the run works without it"
 
 
-def test_a_missing_package_is_said_before_anything_is_written(
+def test_a_missing_package_is_an_error_before_anything_is_written(
     options: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setitem(sys.modules, "wandb", None)
