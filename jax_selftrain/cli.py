@@ -102,7 +102,7 @@ def _main(argv: list[str]) -> int:
             raise InputError(f"unknown command `{argv[0]}`{hint}")
         name = argv[0]
         program = f"jax-selftrain {name}"
-        options, processes = parse_all(name, argv[1:])
+        options, processes = parse_command_line(name, argv[1:])
         _enable_compilation_cache()
         module, function = COMMANDS[name].function.split(":")
         with ExitStack() as stack:
@@ -162,12 +162,12 @@ def _is_first_process() -> bool:
 # ---------------------------------------------------------------- options
 
 
-def parse(name: str, words: Sequence[str]) -> Any:
-    """Return the options of a command; see `parse_all`."""
-    return parse_all(name, words)[0]
+def parse_options(name: str, words: Sequence[str]) -> Any:
+    """Return the options of a command; see `parse_command_line`."""
+    return parse_command_line(name, words)[0]
 
 
-def parse_all(name: str, words: Sequence[str]) -> tuple[Any, DistributedConfig]:
+def parse_command_line(name: str, words: Sequence[str]) -> tuple[Any, DistributedConfig]:
     """Parse the words after a command's name.
 
     Flags override the file that `--config` names, which overrides the defaults. The options of several processes are
@@ -237,17 +237,19 @@ def _parse_words(
             flag = ""
             bare.append(word)
     for flag, strings in given.items():
-        if not strings and fields[flag].type is not bool:
-            raise InputError(f"{flag} needs a value: {yaml_io.type_name(fields[flag].type)}")
+        if fields[flag].type is not bool:
+            if not strings:
+                raise InputError(f"{flag} needs a value: {yaml_io.type_name(fields[flag].type)}")
+            values[flag] = yaml_io.parse_value(fields[flag].type, strings, where=flag)
     for index, word in enumerate(bare):
         if index >= len(positionals):
             raise InputError(f"unexpected argument `{word}`; options start with `--`")
         shown, name = list(positionals.items())[index]
-        if yaml_io.flag(name) in given:
-            raise InputError(f"{shown} is given twice, as `{word}` and with {yaml_io.flag(name)}")
-        values[yaml_io.flag(name)] = yaml_io.parse(fields[yaml_io.flag(name)].type, [word], where=shown)
-    typed = {flag: yaml_io.parse(fields[flag].type, given[flag], where=flag) for flag in given if flag not in values}
-    return values | typed
+        flag = yaml_io.flag(name)
+        if flag in given:
+            raise InputError(f"{shown} is given twice, as `{word}` and with {flag}")
+        values[flag] = yaml_io.parse_value(fields[flag].type, [word], where=shown)
+    return values
 
 
 def _flag_with_value(field: yaml_io.Field, value: str) -> InputError:

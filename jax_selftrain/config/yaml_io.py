@@ -124,7 +124,7 @@ def iter_fields(cls: type, _prefix: tuple[str, ...] = ()) -> Iterator[Field]:
             yield Field(path, tp, field.default)
 
 
-def parse(tp: Any, args: Sequence[str], *, where: str) -> Any:
+def parse_value(tp: Any, args: Sequence[str], *, where: str) -> Any:
     """Convert the words after a flag; `none` unsets an optional value.
 
     Raises:
@@ -135,7 +135,7 @@ def parse(tp: Any, args: Sequence[str], *, where: str) -> Any:
         return None
     if get_origin(inner) is tuple:
         item = get_args(inner)[0]
-        return tuple(parse(item, [word], where=where) for word in args)
+        return tuple(parse_value(item, [word], where=where) for word in args)
     if len(args) != 1:
         raise InputError(f"{where}: expected {type_name(tp)}, found {len(args)} values")
     return _convert(tp, _parse_scalar(inner, args[0]), where=where, section="", root=None)

@@ -185,7 +185,7 @@ def test_fields_are_the_flags():
 
 def test_words_are_parsed_by_the_type_of_the_field():
     def parse(tp: object, *given_words: str) -> object:
-        return yaml_io.parse(tp, given_words, where="--flag")
+        return yaml_io.parse_value(tp, given_words, where="--flag")
 
     assert parse(int, "-5") == -5
     assert parse(float, "1e-4") == 1e-4

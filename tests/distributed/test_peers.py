@@ -42,12 +42,12 @@ def resolve(**given: Any) -> DistributedConfig | None:
 def test_commands_with_devices_take_the_flags_and_no_configuration_does() -> None:
     for name in cli.DISTRIBUTED_COMMANDS:
         words = [*COORDINATOR, "--heartbeat-timeout=7"]
-        options, given = cli.parse_all(name, [*words, *required_options(name)])
+        options, given = cli.parse_command_line(name, [*words, *required_options(name)])
         assert given == DistributedConfig("localhost:8476", 2, 0, heartbeat_timeout=7)
-        assert options == cli.parse(name, required_options(name))
+        assert options == cli.parse_options(name, required_options(name))
     for name in ("study", "import", "report"):
         with pytest.raises(InputError, match="unknown option `--coordinator`"):
-            cli.parse(name, COORDINATOR)
+            cli.parse_options(name, COORDINATOR)
 
 
 def required_options(name: str) -> list[str]:
