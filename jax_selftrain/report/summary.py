@@ -111,7 +111,7 @@ def _interaction_cards(results: Results) -> Iterator[Card]:
     main = main_measure(results)
     contrast = fmt.parse_estimate(results["interaction"]["measures"][main]["contrast"])
     difference, interval = fmt.format_change(contrast, main)
-    text = f"{escape(fmt.format_measure(main))}, 95 % interval over {contrast.n} seeds: {interval}. "
+    text = f"{escape(fmt.format_measure(main))}, 95 % interval over {_count(contrast.n, 'seed')}: {interval}. "
     yield (
         "Home − away: is text of its own lineage better for a student?",
         difference,
