@@ -184,7 +184,7 @@ def test_log_odds_are_means_over_questions(made: Path) -> None:
     cells = atomic.read_json(made / "results.json")["cells"]
     for stages, cell in zip(design.cells, cells, strict=True):
         assert stages.score is not None
-        table = pq.read_table(design.folder(stages.score) / "score.documents.parquet").to_pandas()
+        table = pq.read_table(design.folder(stages.score) / "score.items.parquet").to_pandas()
         means = table.groupby("task")["log_odds"].mean()
         for task in cell["tasks"]:
             assert cell["measures"][f"log_odds/{task['name']}"]["after"]["value"] == pytest.approx(means[task["name"]])
