@@ -159,7 +159,7 @@ class ClaimConfig:
     measure: str = "accuracy"
     """`accuracy` (chance-normalized, of eligible tasks), `task/NAME`, `log_odds` or `log_odds/NAME` (of the answer),
     `text/NAME` (bits per byte), `exact_match`, `log_pz` or `pz`, of all sequences or of a class, group or view
-    (`exact_match/held_out`, `exact_match/H`, `log_pz/relearned`)."""
+    (`exact_match/held_out`, `exact_match/H`, `log_pz/format NAME`, `log_pz/after_relearning`)."""
     direction: Literal["raises", "lowers", "preserves"] = "raises"
     """Claimed change of the measure."""
     margin: float | None = None
