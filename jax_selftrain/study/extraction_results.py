@@ -118,16 +118,6 @@ def read_table(path: Path) -> Arrays:
     return {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
 
 
-def check_same_keys(before: Arrays, after: Arrays, keys: Sequence[str], folder: Path) -> None:
-    """Refuse tables of different sequences. Raises InputError."""
-    for key in keys:
-        if not np.array_equal(before[key], after[key]):
-            raise InputError(
-                f"{folder}: base and student were measured on different sequences ({key} differs); delete this folder"
-                " and run again"
-            )
-
-
 # One cell -------------------------------------------------------------------------------------------------------
 
 
@@ -163,7 +153,10 @@ def cell_extraction(config: StudyConfig, design: Design, cell: StudyCell) -> dic
 def _tables(design: Design, base: Stage, student: Stage) -> tuple[Arrays, Arrays]:
     folders = design.folder(base), design.folder(student)
     before, after = (read_table(folder / "extract.sequences.parquet") for folder in folders)
-    check_same_keys(before, after, ("sequence",), folders[1])
+    if not np.array_equal(before["sequence"], after["sequence"]):
+        raise InputError(
+            f"{folders[1]}: base and student were measured on different sequences; delete this folder and run again"
+        )
     return before, after
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -56,9 +56,8 @@ def check_study(config: StudyConfig) -> None:
         _require_text(config.extract.sequences)
     for name in students:
         _check_student(config, models[name])
-    for name in sources:
-        options = _fill_in(config, "sample", models[name])
-        sampling.abstract_program(options, make_mesh(options.mesh, devices=jax.local_devices()))
+    if not config.dry_run:  # a plan may be made on another machine
+        _check_programs(config, [models[name] for name in students], [models[name] for name in sources])
 
 
 def _members(config: StudyConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -165,7 +164,7 @@ def _require_text(sequences: str) -> None:
 
 
 def _check_student(config: StudyConfig, model: str) -> None:
-    """Check a student's training, scoring and extraction."""
+    """Check a student's training and extraction."""
     options: TrainConfig = _fill_in(config, "train", model)
     decoder = hub.open_model(model).config
     if options.seq_len > decoder.max_positions:
@@ -176,14 +175,23 @@ def _check_student(config: StudyConfig, model: str) -> None:
     training.check_ranges(options)
     for folder, _ in parse_mixture(options.mixture):
         open_corpus(folder, tokenizer_fingerprint=hub.open_model(model).tokenizer_fingerprint)
-    training.abstract_train_step(options, make_mesh(options.mesh))
     training.check_hooks(options, evaluation_hooks(options))
     training.check_tracking(options.wandb)
-    if config.score.tasks or config.score.texts:
-        scoring = _fill_in(config, "score", model)
-        likelihood.scoring_program(scoring, make_mesh(scoring.mesh))
     if config.extract.sequences:
         evals.load_extraction_sets(_fill_in(config, "extract", model))
+
+
+def _check_programs(config: StudyConfig, students: Sequence[str], sources: Sequence[str]) -> None:
+    """Check that programs fit the meshes of this machine."""
+    for model in sources:
+        options = _fill_in(config, "sample", model)
+        sampling.abstract_program(options, make_mesh(options.mesh, devices=jax.local_devices()))
+    for model in students:
+        options = with_default_evals(_fill_in(config, "train", model), config.score, config.extract)
+        training.abstract_train_step(options, make_mesh(options.mesh))
+        if config.score.tasks or config.score.texts:
+            options = _fill_in(config, "score", model)
+            likelihood.scoring_program(options, make_mesh(options.mesh))
 
 
 def _fill_in(config: StudyConfig, section: str, model: str) -> Any:

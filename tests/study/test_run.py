@@ -341,7 +341,7 @@ def test_bad_input_is_found_before_sampling(
 
 
 def test_a_missing_model_is_refused(options: Options, tmp_path: Path) -> None:
-    assert "no such model folder" in refusal(options(tmp_path / "out", model=str(tmp_path / "nothing")))
+    assert "no such model folder" in refusal(replace(options(tmp_path / "out"), model=str(tmp_path / "nothing")))
 
 
 def test_a_run_without_anything_to_measure_is_refused(options: Options, tmp_path: Path) -> None:
