@@ -27,8 +27,6 @@ class CorpusOverlap:
     """Longest matches of suffixes with a corpus."""
 
     overlaps: Overlaps
-    min_length: int
-    """Shorter matches count as none."""
     matched_on: str
     """`tokens`, or `text` if the corpus has another tokenizer."""
 
@@ -43,7 +41,7 @@ def corpus_overlap(corpus: Corpus, model: str, suffixes: np.ndarray, min_overlap
     same_tokens = corpus.manifest["tokenizer_fingerprint"] == source.tokenizer_fingerprint
     text = corpus if same_tokens else LazilyTokenized(corpus.iter_texts, source.tokenizer)
     overlaps = longest_overlaps(RaggedTokens.from_list(suffixes), text, min_length=min_length)
-    return CorpusOverlap(overlaps, min_length, "tokens" if same_tokens else "text")
+    return CorpusOverlap(overlaps, "tokens" if same_tokens else "text")
 
 
 def classify(lengths: np.ndarray, suffix: int, min_overlap: int) -> np.ndarray:
