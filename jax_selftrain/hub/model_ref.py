@@ -92,7 +92,7 @@ class ModelRef:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The transformers tokenizer."""
+        """The transformers tokenizer, shared by all users of the model."""
         return read_tokenizer(self.folder)
 
     @cached_property
@@ -143,20 +143,18 @@ class ModelRef:
         return hash_json({"config": self.raw_config, "weights": weights})
 
     def verify_weights(self, fix_hint: str = _FIX_HINT) -> None:
-        """Verify the weight files of a folder with a manifest, once.
+        """Verify the safetensors files of a folder with a manifest, once.
 
         Raises:
           InputError: a file is missing, truncated, changed or not in the manifest.
         """
-        if self.is_orbax:
-            orbax_io.verify_tree(self.folder / PARAMS, remedy=fix_hint)
-        elif self.manifest and "verified" not in self.__dict__:
-            names = weight_files(self.folder)
-            listed = {name: entry for name, entry in self.manifest["files"].items() if name.endswith(".safetensors")}
-            verify_checksums(self.folder, listed, fix_hint=fix_hint)
-            if unknown := [name for name in names if name not in listed]:
-                raise InputError(f"{self.folder / unknown[0]}: is not in {MANIFEST}; {fix_hint}")
-            self.__dict__["verified"] = True
+        if not self.manifest or "_is_verified" in self.__dict__:
+            return
+        listed = {name: entry for name, entry in self.manifest["files"].items() if name.endswith(".safetensors")}
+        verify_checksums(self.folder, listed, fix_hint=fix_hint)
+        if unknown := [name for name in weight_files(self.folder) if name not in listed]:
+            raise InputError(f"{self.folder / unknown[0]}: is not in {MANIFEST}; {fix_hint}")
+        self.__dict__["_is_verified"] = True
 
 
 def open_model(ref: Ref | ModelRef) -> ModelRef:

@@ -368,12 +368,13 @@ def test_nan_names_the_request(tiny_model, local):
         answers(HarnessLM(broken), [local["tasks"]["my_choices"]])
 
 
-def test_a_chat_template_is_the_tokenizers_own(tiny_model):
+def test_a_chat_template_is_the_tokenizers_own(tiny_model, monkeypatch):
     lm = our_backend(tiny_model())
     chat = [{"role": "user", "content": "Who?"}]
     with pytest.raises(InputError, match="has no chat template"):
         lm.apply_chat_template(chat)
-    lm.tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    monkeypatch.setattr(lm.tokenizer, "chat_template", template)
     assert lm.apply_chat_template(chat) == "[user]Who?"
 
 
