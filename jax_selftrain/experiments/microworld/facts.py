@@ -6,7 +6,7 @@ import itertools
 import random
 from collections.abc import Collection, Iterator
 
-from jax_selftrain.experiments.microworld.world_types import SYLLABLES, Fact, Question, WorldConfig, keyed_rng
+from jax_selftrain.experiments.microworld.world_types import SYLLABLES, ChoiceQuestion, Fact, WorldConfig, keyed_rng
 
 _RELATIONS = {
     "home": ("{who} lives in", "{who} went back to"),
@@ -63,7 +63,7 @@ def two_hop_lines(config: WorldConfig, facts: list[Fact]) -> list[str]:
     return lines * max(1, max(config.fact_exposures) // 4)
 
 
-def two_hop_questions(config: WorldConfig, facts: list[Fact]) -> Iterator[Question]:
+def two_hop_questions(config: WorldConfig, facts: list[Fact]) -> Iterator[ChoiceQuestion]:
     """Yield questions on the held-out two-hop facts."""
     rng = keyed_rng(config, "two-hop questions")
     values = _list_values(facts)
@@ -94,7 +94,7 @@ def fact_lines(fact: Fact) -> Iterator[str]:
     return (fact_line(fact, form) for form in range(fact.exposures))
 
 
-def fact_questions(config: WorldConfig, facts: list[Fact]) -> Iterator[Question]:
+def fact_questions(config: WorldConfig, facts: list[Fact]) -> Iterator[ChoiceQuestion]:
     """Yield a question on each fact."""
     rng = keyed_rng(config, "fact questions")
     values = _list_values(facts)
@@ -107,10 +107,12 @@ def _list_values(facts: list[Fact]) -> dict[str, list[str]]:
     return {relation: sorted({fact.value for fact in facts if fact.relation == relation}) for relation in _RELATIONS}
 
 
-def _question(rng: random.Random, context: str, fact: Fact, values: dict[str, list[str]], cluster: str) -> Question:
+def _question(
+    rng: random.Random, context: str, fact: Fact, values: dict[str, list[str]], cluster: str
+) -> ChoiceQuestion:
     """Return a question with the values of others as wrong choices."""
     others = rng.sample([value for value in values[fact.relation] if value != fact.value], 3)
     choices = [fact.value, *others]
     rng.shuffle(choices)
     grade = f"shown {fact.exposures}×"
-    return Question(context, tuple(f" {choice}" for choice in choices), choices.index(fact.value), grade, cluster)
+    return ChoiceQuestion(context, tuple(f" {choice}" for choice in choices), choices.index(fact.value), grade, cluster)

@@ -6,7 +6,7 @@ import itertools
 import random
 from collections.abc import Iterator
 
-from jax_selftrain.experiments.microworld.world_types import Question, WorldConfig, item_rng, keyed_rng
+from jax_selftrain.experiments.microworld.world_types import ChoiceQuestion, WorldConfig, item_rng, keyed_rng
 
 _NOUNS = {
     "dog": "dogs", "cat": "cats", "bird": "birds", "horse": "horses", "boy": "boys", "girl": "girls",
@@ -75,14 +75,14 @@ def agreement_lines(config: WorldConfig, split: str, count: int, held_out: list[
         count -= 1
 
 
-def agreement_questions(config: WorldConfig, held_out: list[_Subject]) -> Iterator[Question]:
+def agreement_questions(config: WorldConfig, held_out: list[_Subject]) -> Iterator[ChoiceQuestion]:
     """Yield a question on each held-out subject."""
     rng = item_rng(config, "agreement questions")
     for subject in held_out:
         singular = rng.choice(tuple(_VERBS))
         choices = (f" {singular}", f" {_VERBS[singular]}")
         distracting = sum(plural != subject[0][1] for _, plural in subject[1:])
-        yield Question(_subject_text(subject, rng), choices, int(subject[0][1]), f"{distracting} distracting")
+        yield ChoiceQuestion(_subject_text(subject, rng), choices, int(subject[0][1]), f"{distracting} distracting")
 
 
 # Sums -----------------------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def sum_lines(config: WorldConfig, split: str, count: int, held_out: list[tuple[
         count -= 1
 
 
-def sum_questions(config: WorldConfig, held_out: list[tuple[int, int]]) -> Iterator[Question]:
+def sum_questions(config: WorldConfig, held_out: list[tuple[int, int]]) -> Iterator[ChoiceQuestion]:
     """Yield a question on each held-out sum."""
     rng = item_rng(config, "sum questions")
     for a, b in held_out:
@@ -116,7 +116,7 @@ def sum_questions(config: WorldConfig, held_out: list[tuple[int, int]]) -> Itera
         rng.shuffle(choices)
         # The period belongs to the choice: without it "3" is a prefix of "34".
         context, grade = f"{a} + {b} =", f"{_count_carries(a, b)} carries"
-        yield Question(context, tuple(f" {choice}." for choice in choices), choices.index(a + b), grade)
+        yield ChoiceQuestion(context, tuple(f" {choice}." for choice in choices), choices.index(a + b), grade)
 
 
 def _count_carries(a: int, b: int) -> int:

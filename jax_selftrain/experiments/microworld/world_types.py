@@ -68,7 +68,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Question:
+class ChoiceQuestion:
     """A multiple-choice item; context and choice are concatenated."""
 
     context: str
@@ -90,7 +90,7 @@ class World:
     """More text of the same size: the same facts, other sentences and sums, no probes."""
     facts: tuple[Fact, ...]
     probes: tuple[Probe, ...]
-    tasks: dict[str, tuple[Question, ...]]
+    tasks: dict[str, tuple[ChoiceQuestion, ...]]
 
 
 def keyed_rng(config: WorldConfig, *key: str) -> random.Random:
