@@ -19,7 +19,7 @@ class FingerprintCache:
         return self._hash(source) if Path(source).is_file() else source
 
     def eval_files(self, reference: str) -> str:
-        """Hash a file, `LAYOUT:FILE` or task folder; return the name of a named task."""
+        """Hash a file, `LAYOUT:FILE` or folder; return a task name."""
         path = Path(reference.partition(":")[2] if ":" in reference else reference)
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.suffix in (".jsonl", ".yaml", ".yml", ".py"))
