@@ -78,7 +78,8 @@ def load_tree(folder: str | Path, abstract: Tree, *, remedy: str = "make it agai
         from those of `abstract`.
     """
     folder = Path(folder).absolute()
-    manifest = verify_tree(folder, remedy=remedy)
+    manifest = read_manifest(folder, remedy=remedy)
+    verify_checksums(folder, manifest["files"], fix_hint=remedy)
     saved = {path: tuple(entry["shape"]) for path, entry in manifest["arrays"].items()}
     expected = {path: tuple(leaf.shape) for path, leaf in _key_paths(abstract).items()}
     for path in sorted(saved.keys() | expected.keys()):
@@ -89,13 +90,6 @@ def load_tree(folder: str | Path, abstract: Tree, *, remedy: str = "make it agai
             )
     with _context(abstract):
         return ocp.load(folder, abstract)
-
-
-def verify_tree(folder: Path, *, remedy: str) -> dict[str, Any]:
-    """Verify every file of a saved tree, and return the manifest."""
-    manifest = read_manifest(folder, remedy=remedy)
-    verify_checksums(folder, manifest["files"], fix_hint=remedy)
-    return manifest
 
 
 def read_manifest(folder: Path, *, remedy: str = "make it again, or restore it from a copy") -> dict[str, Any]:
