@@ -46,7 +46,7 @@ def make_manifest(samples: int, per_shard: int, **changes) -> dict:
 
 @pytest.fixture(scope="session")
 def make_corpus() -> MakeCorpus:
-    """`make_corpus(folder, documents, per_shard=4, **manifest)` writes the token lists as a corpus and opens it."""
+    """Return a function that writes token lists as a corpus."""
 
     def make(folder: Path, documents: Sequence[Sequence[int]], per_shard: int = 4, **changes) -> Corpus:
         for index in range(shard_count(len(documents), per_shard)):
@@ -67,7 +67,7 @@ def documents() -> list[list[int]]:
 
 @pytest.fixture(scope="session")
 def start_python() -> Callable[..., subprocess.Popen]:
-    """`start_python(script, *arguments)` starts a Python process that imports the same package as the tests."""
+    """Return a function that starts a Python process with this package."""
 
     def start(script: str, *arguments: object) -> subprocess.Popen:
         package = Path(jax_selftrain.__file__).resolve().parents[1]
@@ -80,7 +80,7 @@ def start_python() -> Callable[..., subprocess.Popen]:
 
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No file of this process can grow past 64 KiB: to a writer the same as a disk that fills up."""
+    """Limit files of this process to 64 KiB, like a full disk."""
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # modules, cut off, would be read by all other tests
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))

@@ -1,4 +1,4 @@
-"""Corpora without what they show of held-out sequences, and their companions."""
+"""Decontaminated corpora and their size-matched controls."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +13,12 @@ from jax_selftrain.errors import InputError
 HELD_OUT = np.arange(100, 124, dtype=np.int32)[None]
 """One suffix of 24 tokens."""
 RUNS = {3: 15, 7: 16, 11: 17, 20: 24}
-"""So many of its tokens stand in these samples; with 16 and more they are dropped."""
+"""{sample: number of suffix tokens in it}; samples with 16 or more are dropped."""
 
 
 @pytest.fixture
 def source(tiny_model: Callable[..., Path], tmp_path: Path) -> Corpus:
-    """Forty samples of 32 to 71 tokens, every third one cut, with planted runs, in five shards."""
+    """Forty samples with planted runs, in five shards."""
     rng = np.random.default_rng(0)
     samples = []
     for i in range(40):
@@ -52,17 +52,17 @@ def test_of_a_short_suffix_all_must_be_shared(source: Corpus, tmp_path: Path):
     assert dropped_from(source, remove_overlapping(source.folder, HELD_OUT[:, -15:], tmp_path / "clean")) == set(RUNS)
 
 
-def test_the_companion_keeps_them_and_drops_as_many_alike(source: Corpus, tmp_path: Path):
-    companion = size_matched_control(source.folder, HELD_OUT, tmp_path / "companion", seed=1)
-    dropped = dropped_from(source, companion)
-    assert len(dropped) == companion.manifest["dropped"] == 3
+def test_the_size_matched_control_drops_as_many_similar_others(source: Corpus, tmp_path: Path):
+    control = size_matched_control(source.folder, HELD_OUT, tmp_path / "control", seed=1)
+    dropped = dropped_from(source, control)
+    assert len(dropped) == control.manifest["dropped"] == 3
     assert not dropped & {7, 11, 20}
     # Each sample is a token longer than the one before it, and two in three end by themselves, as these three do:
     # the nearest is at most two away, unless another has taken it.
     assert all(number % 3 for number in dropped)
     assert all(min(abs(place - number) for number in dropped) <= 2 for place in (7, 11, 20))
     again = size_matched_control(source.folder, HELD_OUT, tmp_path / "again", seed=1)
-    assert again.fingerprint == companion.fingerprint
+    assert again.fingerprint == control.fingerprint
 
 
 def test_among_equals_the_seed_chooses(tiny_model: Callable[..., Path], tmp_path: Path):
@@ -88,7 +88,7 @@ def test_an_interrupted_one_is_completed_with_the_same_bytes(source: Corpus, tmp
         remove_overlapping(source.folder, HELD_OUT, tmp_path / "part", length=8)
 
 
-def test_what_cannot_be_dropped_is_said(source: Corpus, tmp_path: Path):
+def test_impossible_requests_are_refused(source: Corpus, tmp_path: Path):
     everything = np.stack([sample.tokens[:18] for sample in source.iter_samples()])
     with pytest.raises(InputError, match="none would remain"):
         remove_overlapping(source.folder, everything, tmp_path / "none")

@@ -1,4 +1,4 @@
-"""What other libraries open after an export is what the corpus holds, in its order."""
+"""Other libraries read an exported corpus completely and in order."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Real text becomes a corpus: every document once, in order, in the model's tokens, or one clear sentence why not."""
+"""Imported text becomes a corpus, each document once and in order."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ def results(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_documents_are_the_tokenised_texts_with_the_stop_id(tmp_path, model, tokenizer):
+def test_documents_are_the_tokenized_texts_with_the_stop_id(tmp_path, model, tokenizer):
     texts = [*stories(7), "naïve 字 🙂", "  two spaces\n\nand lines  "]
     source = write_jsonl(tmp_path / "t.jsonl", [{"text": text, "n": i} for i, text in enumerate(texts)])
     corpus = import_text(ImportCorpusConfig(source, model, str(tmp_path / "c"), samples_per_shard=4))
@@ -150,10 +150,10 @@ import_text(ImportCorpusConfig({source!r}, {model!r}, sys.argv[1], samples_per_s
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
 
-    def committed() -> dict[str, tuple[int, int]]:
+    def count_committed() -> dict[str, tuple[int, int]]:
         return {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in killed.glob("shard-*")}
 
-    before = committed()
+    before = count_committed()
     assert 3 <= len(before) < 40
     with pytest.raises(InputError, match=r"of 40 shards are missing"):
         open_corpus(killed)
@@ -164,7 +164,7 @@ import_text(ImportCorpusConfig({source!r}, {model!r}, sys.argv[1], samples_per_s
 
     assert finish("killed") == finish("undisturbed")
     recorded = {name for name in before if name != max(before)}  # the last one may have lacked its record
-    assert {name: committed()[name] for name in recorded} == {name: before[name] for name in recorded}
+    assert {name: count_committed()[name] for name in recorded} == {name: before[name] for name in recorded}
 
 
 def test_a_deleted_shard_is_regenerated_and_a_damaged_one_named(tmp_path, model):

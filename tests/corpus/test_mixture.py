@@ -1,4 +1,4 @@
-"""Mixed corpora: exact shares of every prefix, whole epochs of each, and a batch without walking from the start."""
+"""Mixtures keep exact shares of every prefix and whole epochs."""
 
 import math
 from fractions import Fraction
@@ -12,23 +12,23 @@ from jax_selftrain.corpus import Mixture, PackedRows, batch_indices, parse_mixtu
 from jax_selftrain.errors import InputError
 
 
-def rows_of(n: int) -> PackedRows:
+def make_rows(n: int) -> PackedRows:
     """`n` rows of one position; what they hold plays no part here."""
     empty = np.zeros((n, 1), np.int32)
     return PackedRows(np.zeros((n, 2), np.int32), empty, empty, empty.astype(np.float32))
 
 
-def mixture_of(sizes: tuple[int, ...], parts: tuple[int, ...]) -> Mixture:
+def make_mixture(sizes: tuple[int, ...], parts: tuple[int, ...]) -> Mixture:
     """Corpora of these numbers of rows, mixed in proportion to `parts`."""
-    return Mixture(tuple(map(rows_of, sizes)), tuple(Fraction(part, sum(parts)) for part in parts))
+    return Mixture(tuple(map(make_rows, sizes)), tuple(Fraction(part, sum(parts)) for part in parts))
 
 
-def walk(shares: tuple[Fraction, ...], places: int) -> list[int]:
-    """The corpus of each place, by walking: each corpus in turn carries what it is owed, and takes a place at ½."""
+def walk(shares: tuple[Fraction, ...], positions: int) -> list[int]:
+    """Assign a corpus to each row sequentially."""
     rests = [1 - sum(shares[:i], Fraction(0)) for i in range(len(shares))]
     owed = [Fraction(1, 2)] * len(shares)
     taken = []
-    for _ in range(places):
+    for _ in range(positions):
         corpus = 0
         while corpus < len(shares) - 1:
             owed[corpus] += shares[corpus] / rests[corpus]
@@ -42,7 +42,7 @@ def walk(shares: tuple[Fraction, ...], places: int) -> list[int]:
 
 mixtures = st.integers(1, 5).flatmap(
     lambda n: st.builds(
-        mixture_of,
+        make_mixture,
         st.lists(st.integers(1, 30), min_size=n, max_size=n).map(tuple),
         st.lists(st.integers(1, 40), min_size=n, max_size=n).map(tuple),
     )
@@ -73,7 +73,7 @@ def test_every_prefix_holds_each_corpus_by_its_share(mixture: Mixture):
 
 
 def test_two_corpora_are_within_half_a_row_of_their_shares():
-    mixture = mixture_of((5, 5), (7, 3))
+    mixture = make_mixture((5, 5), (7, 3))
     counts = mixture.draws_before(range(1000))
     assert abs(counts - np.outer([0.7, 0.3], np.arange(1000))).max() <= 0.5 + 1e-9  # products of binary fractions
 
@@ -93,36 +93,36 @@ def test_every_epoch_of_every_corpus_visits_each_row_once(mixture: Mixture, batc
 @settings(max_examples=60)
 @given(n_rows=st.integers(1, 40), batch_size=st.integers(1, 50), seed=seeds, n=st.integers(0, 2**40))
 def test_one_corpus_alone_gives_the_batches_of_one_corpus(n_rows: int, batch_size: int, seed: int, n: int):
-    source, row = mixture_of((n_rows,), (1,)).batch(batch_size, seed, n)
+    source, row = make_mixture((n_rows,), (1,)).batch(batch_size, seed, n)
     assert not source.any()
     np.testing.assert_array_equal(row, batch_indices(n_rows, batch_size, seed, n))
 
 
 def test_the_main_corpus_keeps_the_order_it_has_alone():
-    mixture = mixture_of((20, 7), (3, 1))
+    mixture = make_mixture((20, 7), (3, 1))
     source, row = stream(mixture, 16, 5, 10)
     alone = np.concatenate([batch_indices(20, 20, 5, epoch) for epoch in range(7)])
     np.testing.assert_array_equal(row[source == 0], alone[: np.count_nonzero(source == 0)])
 
 
 def test_corpora_of_one_size_have_orders_of_their_own():
-    source, row = stream(mixture_of((50, 50, 50), (1, 1, 1)), 150, 0, 2)
+    source, row = stream(make_mixture((50, 50, 50), (1, 1, 1)), 150, 0, 2)
     orders = {tuple(row[source == corpus][epoch * 50 : (epoch + 1) * 50]) for corpus in range(3) for epoch in range(2)}
     assert len(orders) == 6
 
 
 def test_batches_are_cut_from_one_sequence_whatever_their_size():
-    mixture = mixture_of((11, 3, 8), (5, 2, 1))
+    mixture = make_mixture((11, 3, 8), (5, 2, 1))
     by_6, by_14 = stream(mixture, 6, 3, 28), stream(mixture, 14, 3, 12)
     np.testing.assert_array_equal(by_6[0], by_14[0])
     np.testing.assert_array_equal(by_6[1], by_14[1])
 
 
 def test_counts_stay_exact_far_out_and_for_awkward_shares():
-    """Where floating point has lost the ones: 2^55 places, shares of seventeen digits."""
+    """Counts stay exact beyond float64: 2^55 rows, shares of seventeen digits."""
     ((_, share),) = parse_mixture(["a=0.12345678901234567"])
     assert share == Fraction(12345678901234567, 10**17)
-    mixture = Mixture((rows_of(3), rows_of(4)), (1 - share, share))
+    mixture = Mixture((make_rows(3), make_rows(4)), (1 - share, share))
     k = 2**55 + 1
     main = math.floor((1 - share) * k + Fraction(1, 2))
     assert mixture.draws_before([k]).tolist() == [[main], [k - main]]
@@ -154,7 +154,7 @@ def test_steps_within_a_limit_are_the_most_that_keep_it(mixture, batch_size: int
 
 def test_the_sequence_is_the_same_in_every_version():
     """Pinned: resuming a run after an upgrade must not reorder its rows."""
-    source, row = mixture_of((6, 4), (2, 1)).batch(12, 0, 1)
+    source, row = make_mixture((6, 4), (2, 1)).batch(12, 0, 1)
     assert source.tolist() == [0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0]
     assert row.tolist() == [2, 0, 4, 1, 1, 0, 2, 2, 1, 3, 3, 5]
 

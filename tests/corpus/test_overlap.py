@@ -1,4 +1,4 @@
-"""Overlaps are counted exactly: what is found is there, what is there is found, and nothing crosses documents."""
+"""Overlaps are exact and do not cross documents."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def overlaps(queries, documents, shortest=1) -> overlap.Overlaps:
 
 
 def runs_in(query, documents) -> list[int]:
-    """For each place of the query the longest run from there that stands in a document, by trying every one."""
+    """Find the longest run from each query position by brute force."""
     grams = {tuple(d[i:j]) for d in documents for i in range(len(d)) for j in range(i + 1, len(d) + 1)}
     return [
         max((j - i for j in range(i + 1, len(query) + 1) if tuple(query[i:j]) in grams), default=0)
@@ -95,7 +95,7 @@ def test_an_overlap_is_found_in_any_shard_but_not_across_documents(tmp_path, mak
     secret = rng.integers(1000, 2000, 32)
     documents = [rng.integers(3, 900, 60).tolist() for _ in range(8)]
     documents[3][-15:] = secret[:15].tolist()  # ends a shard …
-    documents[4][:17] = secret[15:].tolist()  # … and goes on at the start of the next: 15 and 17, never 32
+    documents[4][:17] = secret[15:].tolist()  # … and continues at the start of the next: 15 and 17, never 32
     corpus = make_corpus(tmp_path / "c", documents, per_shard=4)
     found = longest_overlaps(RaggedTokens.from_list([secret]), corpus, min_length=8)
     assert (found.length[0], found.text_doc[0], found.text_start[0], found.covered[0]) == (17, 4, 0, 32)
@@ -120,7 +120,7 @@ def test_repetitive_text_is_handled():
 
 @pytest.mark.parametrize("shortest", [8, 16, 32, 50])
 def test_a_document_larger_than_a_piece_hides_nothing(shortest, tmp_path):
-    """One document of five pieces, read from a mapped file, with an overlap across each of four seams."""
+    """A memory-mapped document of five chunks has an overlap across each boundary."""
     rng = np.random.Generator(np.random.Philox(5))
     tokens = rng.integers(0, 50_000, 5 * overlap.CHUNK_TOKENS).astype(np.int32)
     queries = rng.integers(0, 50_000, (8, 64)).astype(np.int32)
@@ -131,8 +131,8 @@ def test_a_document_larger_than_a_piece_hides_nothing(shortest, tmp_path):
     assert isinstance(mapped.tokens, np.memmap)
     found = longest_overlaps(RaggedTokens.from_list(queries), mapped, min_length=shortest)
     assert found.length.tolist() == [50, 51, 63, 64, 0, 0, 0, 0]
-    places = [overlap.CHUNK_TOKENS * (row + 1) - 10 * (row + 1) for row in range(4)]
-    assert found.text_start.tolist() == [*places, -1, -1, -1, -1]
+    positions = [overlap.CHUNK_TOKENS * (row + 1) - 10 * (row + 1) for row in range(4)]
+    assert found.text_start.tolist() == [*positions, -1, -1, -1, -1]
 
 
 def test_many_queries_over_many_tokens_agree_with_one_at_a_time():

@@ -1,4 +1,4 @@
-"""Rows are another arrangement of the corpus: every token predicted once, nothing added, nothing lost."""
+"""Packed rows predict every token of the corpus exactly once."""
 
 import tempfile
 from collections import Counter
@@ -23,8 +23,8 @@ seq_lens = st.integers(1, 12)
 # ---------------------------------------------------------------- the plain-Python reference
 
 
-def pieces_of(documents, seq_len):
-    """The token lists that segments must hold: a first input and at most `seq_len` targets each."""
+def split_documents(documents, seq_len):
+    """Return the expected segments: a first input and at most `seq_len` targets."""
     for document in documents:
         whole = [START, *document]
         for begin in range(0, len(document), seq_len):
@@ -32,7 +32,7 @@ def pieces_of(documents, seq_len):
 
 
 def best_fit_decreasing(sizes, capacity):
-    """Free slots of the rows after placing each size, largest first, where the least room is left over."""
+    """Return the free slots of rows after best-fit decreasing."""
     rows: list[int] = []
     for size in sorted(sizes, reverse=True):
         fitting = [i for i, free in enumerate(rows) if free >= size]
@@ -66,21 +66,21 @@ def packed_rows(documents, seq_len):
     return rows
 
 
-def segments_of(rows: PackedRows):
-    """[(row, first place, tokens)] of the segments, after checking that they are well formed."""
+def find_segments(rows: PackedRows):
+    """Return [(row, first slot, tokens)] of the segments, after checks."""
     found = []
     for r in range(len(rows)):
         segments, seq_len = rows.segments[r].tolist(), rows.segments.shape[1]
         assert segments == sorted(s for s in segments if s) + [0] * segments.count(0)
         assert set(segments) - {0} == set(range(1, max(segments) + 1))
         for segment in range(1, max(segments) + 1):
-            places = [t for t in range(seq_len) if segments[t] == segment]
-            assert rows.positions[r, places].tolist() == list(range(len(places)))
-            weights = rows.weights[r, places].tolist()
+            slots = [t for t in range(seq_len) if segments[t] == segment]
+            assert rows.positions[r, slots].tolist() == list(range(len(slots)))
+            weights = rows.weights[r, slots].tolist()
             # Only the last input of a segment may have nothing to predict, and at the end of a row it may be cut off.
-            assert weights[:-1] == [1.0] * (len(places) - 1)
-            last = places[-1] + int(weights[-1])
-            found.append((r, places[0], rows.tokens[r, places[0] : last + 1].tolist()))
+            assert weights[:-1] == [1.0] * (len(slots) - 1)
+            last = slots[-1] + int(weights[-1])
+            found.append((r, slots[0], rows.tokens[r, slots[0] : last + 1].tolist()))
         padding = [t for t in range(seq_len) if segments[t] == 0]
         assert not rows.weights[r, padding].any()
         assert not rows.positions[r, padding].any()
@@ -114,8 +114,8 @@ def test_masked_predicts_every_token_once_in_whole_documents_wherever_they_fit(m
         rows = pack_corpus(make_corpus(Path(folder), documents), seq_len, "masked")
     check_types(rows, seq_len)
     check_statistics(rows, documents, seq_len)
-    expected = list(pieces_of(documents, seq_len))
-    found = segments_of(rows)
+    expected = list(split_documents(documents, seq_len))
+    found = find_segments(rows)
     assert Counter(tuple(tokens) for _, _, tokens in found) == Counter(map(tuple, expected))
     free = best_fit_decreasing(map(len, expected), seq_len + 1)
     used: Counter[int] = Counter()
@@ -142,9 +142,9 @@ def test_single_gives_every_document_its_own_row_in_order(make_corpus, documents
         rows = pack_corpus(make_corpus(Path(folder), documents), seq_len, "single")
     check_types(rows, seq_len)
     check_statistics(rows, documents, seq_len)
-    found = segments_of(rows)
+    found = find_segments(rows)
     assert [(row, place) for row, place, _ in found] == [(row, 0) for row in range(len(rows))]
-    assert [tokens for _, _, tokens in found] == list(pieces_of(documents, seq_len))
+    assert [tokens for _, _, tokens in found] == list(split_documents(documents, seq_len))
 
 
 @settings(max_examples=30)
@@ -179,7 +179,7 @@ def test_best_fit_wastes_little_on_documents_of_natural_lengths(tmp_path, make_c
     lengths = np.clip(rng.lognormal(4.2, 0.6, 2000), 1, 400).astype(int)
     documents = [[7] * length for length in lengths]
     rows = pack_corpus(make_corpus(tmp_path, documents, per_shard=500), 256, "masked")
-    slots = sum(len(piece) for piece in pieces_of(documents, 256))
+    slots = sum(len(piece) for piece in split_documents(documents, 256))
     assert len(rows) <= 1.01 * slots / 257  # no arrangement can do with fewer rows than slots / 257
 
 

@@ -1,4 +1,4 @@
-"""A corpus is opened whole and undamaged, for the right tokenizer, or refused in one sentence that says what to do."""
+"""A corpus opens complete and undamaged, or is refused with a remedy."""
 
 import json
 from itertools import pairwise
@@ -154,7 +154,7 @@ def test_the_datasets_library_opens_the_shards(corpus, documents, tmp_path):
     assert dataset.column_names == ["sample_id", "tokens", "text", "logprob", "finish_reason"]
 
 
-def test_the_datasets_library_opens_the_folder_as_it_stands(corpus, documents, tmp_path):
+def test_the_datasets_library_opens_the_folder(corpus, documents, tmp_path):
     datasets = pytest.importorskip("datasets")
     dataset = datasets.load_dataset(str(corpus.folder), split="train", cache_dir=str(tmp_path / "cache"))
     assert dataset["tokens"][:] == documents

@@ -1,4 +1,4 @@
-"""Shards and manifests: whole or not at all, the same bytes whoever writes them, and never silently wrong."""
+"""Shards and manifests are complete or absent, and deterministic."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The statistics of a corpus are those of counting by hand, the same wherever they are counted, at constant memory."""
+"""Corpus statistics equal those counted by hand, at constant memory."""
 
 import json
 import math
@@ -43,7 +43,7 @@ NAN = float("nan")
 
 
 def write(folder: Path, samples: Sequence[Sample], per_shard: int = 4, order=None, **record) -> list[dict]:
-    """Write the samples as shards and return what there is to know about them."""
+    """Write the samples as shards and return the shard records."""
     for index in order or range(shard_count(len(samples), per_shard)):
         ids = shard_ids(index, len(samples), per_shard)
         write_shard(folder, index, samples[ids.start : ids.stop], record)
@@ -54,11 +54,11 @@ def sample(sample_id: int, tokens: ArrayLike, logprob: float = -1.0, reason: str
     return Sample(sample_id, np.array(tokens, np.int32), "", logprob, reason)
 
 
-def measured(folder: Path, documents: Sequence[ArrayLike], **record) -> dict:
+def measure(folder: Path, documents: Sequence[ArrayLike], **record) -> dict:
     return corpus_statistics(folder, write(folder, [sample(i, tokens) for i, tokens in enumerate(documents)], **record))
 
 
-def counted(samples: Sequence[Sample]) -> dict:
+def count(samples: Sequence[Sample]) -> dict:
     """The same statistics by loops over tuples."""
     texts = [tuple(s.tokens.tolist()) for s in samples]
     lengths = [len(text) for text in texts]
@@ -82,7 +82,7 @@ def counted(samples: Sequence[Sample]) -> dict:
 
 
 def assert_same(found: dict, expected: dict) -> None:
-    """Equal but for the sixth decimal, to which what is written is rounded."""
+    """Compare numbers up to the sixth decimal."""
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         if isinstance(value, dict):
@@ -95,7 +95,7 @@ def assert_same(found: dict, expected: dict) -> None:
 
 
 def test_a_corpus_small_enough_to_count_on_paper(tmp_path):
-    """Nine bigrams, of which four are different: 56 67 75 | 56 67 | 56 67 75 | 59."""
+    """Nine bigrams, four of them distinct: 56 67 75, 56 67, …."""
     documents = [
         ([5, 6, 7, 5], -4.0, "stop"),
         ([5, 6, 7], -2.5, "length"),
@@ -129,7 +129,7 @@ documents_strategy = st.lists(
 def test_statistics_are_those_of_counting_by_hand(documents):
     samples = [sample(i, *document) for i, document in enumerate(documents)]
     with tempfile.TemporaryDirectory() as folder:
-        assert_same(corpus_statistics(folder, write(Path(folder), samples)), counted(samples))
+        assert_same(corpus_statistics(folder, write(Path(folder), samples)), count(samples))
 
 
 def test_large_ids_and_many_batches_are_counted_by_hand_too(tmp_path):
@@ -140,21 +140,21 @@ def test_large_ids_and_many_batches_are_counted_by_hand_too(tmp_path):
         sample(i, tokens, float(-len(tokens) * rng.random()), "stop" if i % 3 else "length")
         for i, tokens in enumerate(np.split(ids, np.cumsum(lengths)[:-1]))
     ]
-    assert_same(corpus_statistics(tmp_path, write(tmp_path, samples, per_shard=1700)), counted(samples))
+    assert_same(corpus_statistics(tmp_path, write(tmp_path, samples, per_shard=1700)), count(samples))
 
 
 # ---------------------------------------------------------------- numbers that there are not
 
 
 def test_a_single_token_has_no_longer_ngrams(tmp_path):
-    found = measured(tmp_path, [[3]])
+    found = measure(tmp_path, [[3]])
     assert found["distinct"] == {"tokens": 1, "1": 1.0, "2": None, "3": None, "4": None}
     assert found["length"] == {"mean": 1.0, "std": 0.0, "min": 1, "median": 1.0, "max": 1}
     assert (found["nll_per_token"], found["duplicates"]) == (1.0, 0.0)
 
 
 def test_samples_without_tokens_have_lengths_and_nothing_per_token(tmp_path):
-    found = measured(tmp_path, [[], []], policy_logprob=0.0)
+    found = measure(tmp_path, [[], []], policy_logprob=0.0)
     assert found["length"]["max"] == 0
     assert found["distinct"] == {"tokens": 0, "1": None, "2": None, "3": None, "4": None}
     assert (found["nll_per_token"], found["entropy_per_token"], found["duplicates"]) == (None, None, 0.5)
@@ -171,7 +171,7 @@ def test_what_one_sample_or_one_shard_does_not_tell_the_corpus_does_not(tmp_path
 
 
 def test_a_policy_without_choice_has_no_entropy(tmp_path):
-    found = measured(tmp_path, [[3, 4], [3, 4]], policy_logprob=-0.0)
+    found = measure(tmp_path, [[3, 4], [3, 4]], policy_logprob=-0.0)
     assert str(found["entropy_per_token"]) == "0.0"
     assert found["duplicates"] == 0.5
 
@@ -183,14 +183,14 @@ def test_an_imported_corpus_has_statistics_but_for_what_only_a_source_can_tell(t
     corpus = import_text(ImportCorpusConfig(str(tmp_path / "t.jsonl"), model, str(tmp_path / "c"), max_tokens=12))
     samples = list(corpus.iter_samples())
     found = corpus.manifest["statistics"]
-    assert_same(found, counted(samples))
+    assert_same(found, count(samples))
     assert (found["nll_per_token"], found["entropy_per_token"], found["duplicates"]) == (None, None, 0.25)
     tokenizer = hub.open_model(model).tokenizer
     whole = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) < 12 for text in texts]
     assert 0 < found["stopped"] == sum(whole) / 4 < 1
 
 
-# ---------------------------------------------------------------- the same for everybody
+# ---------------------------------------------------------------- determinism
 
 
 def test_the_manifest_does_not_depend_on_who_wrote_which_shard_when_and_where(tmp_path):
@@ -223,26 +223,26 @@ def test_a_corpus_made_before_there_were_statistics_opens_and_can_be_measured(tm
 
 
 def test_distinct_ngrams_are_counted_on_whole_samples_from_the_start_up_to_a_fixed_size(tmp_path):
-    """A sample that does not fit ends the count, though a later one would fit: it would be another kind of text."""
+    """The first sample that does not fit ends the count."""
     size = 2**18
     half = np.arange(size // 2)
-    fits = measured(tmp_path / "fits", [half, half + size, [0, 0]])["distinct"]
+    fits = measure(tmp_path / "fits", [half, half + size, [0, 0]])["distinct"]
     assert fits == {"tokens": size, "1": 1.0, "2": 1.0, "3": 1.0, "4": 1.0}
-    too_long = measured(tmp_path / "long", [half, [*half, 0], [0, 0]])["distinct"]
+    too_long = measure(tmp_path / "long", [half, [*half, 0], [0, 0]])["distinct"]
     assert too_long["tokens"] == size // 2
-    repeated = measured(tmp_path / "repeated", [half, half, [0, 0]])["distinct"]
+    repeated = measure(tmp_path / "repeated", [half, half, [0, 0]])["distinct"]
     assert repeated == {"tokens": size, "1": 0.5, "2": 0.5, "3": 0.5, "4": 0.5}
 
 
 def test_memory_does_not_grow_with_the_corpus_but_for_eight_bytes_a_sample(tmp_path, monkeypatch):
-    """Nothing may hide beneath the memory, always the same, in which n-grams are counted: it is made small here."""
+    """The constant memory of n-gram counting is made small here."""
     monkeypatch.setattr("jax_selftrain.corpus.statistics.DISTINCT_TOKENS", 1 << 12)
     rows, length = 4096, 300
     tokens = np.random.Generator(np.random.Philox(5)).integers(0, 50_000, (rows, length))
     shards = write(tmp_path, [sample(i, row) for i, row in enumerate(tokens)], per_shard=rows)
 
     def peak(repeats: int) -> tuple[int, int]:
-        """Bytes that Python and numpy, and that Arrow held at most, the corpus being so many times the one shard."""
+        """Return the peak bytes of Python, NumPy and Arrow for repeated shards."""
         before = pa.default_memory_pool()
         pool = pa.proxy_memory_pool(before)
         pa.set_memory_pool(pool)

@@ -1,4 +1,4 @@
-"""Corpora made from corpora: what travels through text, what is lost on the way and counted, and shuffled tokens."""
+"""Retokenized corpora keep the text and count losses; shuffled ones keep tokens."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ Tiny = Callable[..., Path]
 
 @pytest.fixture
 def source(tiny_model: Tiny, tmp_path: Path) -> Corpus:
-    """Ten stories in the tokens of a Llama, every second one cut; one with a special string, one with a broken byte."""
+    """Ten stories for a Llama, with truncation, special strings and broken bytes."""
     model = tiny_model("llama")
     tokenizer, samples = hub.open_model(model).tokenizer, []
     texts = [*tiny_texts(8, seed=2), "a </s> b <s>", "half \N{REPLACEMENT CHARACTER} a character"]

@@ -1,4 +1,4 @@
-"""Commits are whole or absent whatever kills the writer, damage is named, and a lease has one holder at a time."""
+"""Commits are atomic, damage is named, a lease has one holder."""
 
 import errno
 import json
@@ -56,8 +56,8 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def test_a_committed_file_is_whole_and_nothing_else_is_left(tmp_path):
-    with atomic.commit_file(tmp_path / "new" / "a.bin") as aside:
-        aside.write_bytes(b"half")
+    with atomic.commit_file(tmp_path / "new" / "a.bin") as temp:
+        temp.write_bytes(b"half")
         assert not (tmp_path / "new" / "a.bin").exists()
     assert (tmp_path / "new" / "a.bin").read_bytes() == b"half"
     assert os.listdir(tmp_path / "new") == ["a.bin"]
@@ -65,13 +65,13 @@ def test_a_committed_file_is_whole_and_nothing_else_is_left(tmp_path):
 
 def test_a_failed_commit_leaves_what_was_there_before(tmp_path):
     def fail_in_file() -> None:
-        with atomic.commit_file(tmp_path / "a.txt") as aside:
-            aside.write_text("new")
+        with atomic.commit_file(tmp_path / "a.txt") as temp:
+            temp.write_text("new")
             raise ZeroDivisionError
 
     def fail_in_folder() -> None:
-        with atomic.commit_folder(tmp_path / "f") as aside:
-            (aside / "x").write_text("x")
+        with atomic.commit_folder(tmp_path / "f") as temp:
+            (temp / "x").write_text("x")
             raise KeyboardInterrupt
 
     atomic.write_text(tmp_path / "a.txt", "old")
@@ -85,9 +85,9 @@ def test_a_failed_commit_leaves_what_was_there_before(tmp_path):
 
 def test_a_committed_folder_appears_at_once_and_is_never_written_over_unasked(tmp_path):
     def fill(value: str, **options: bool) -> None:
-        with atomic.commit_folder(tmp_path / "f", **options) as aside:
-            (aside / "deep").mkdir()
-            (aside / "deep" / "x").write_text(value)
+        with atomic.commit_folder(tmp_path / "f", **options) as temp:
+            (temp / "deep").mkdir()
+            (temp / "deep" / "x").write_text(value)
 
     fill("1")
     with pytest.raises(InputError, match=r"f: already exists"):
@@ -100,8 +100,8 @@ def test_a_committed_folder_appears_at_once_and_is_never_written_over_unasked(tm
 
 def test_a_folder_filled_by_somebody_else_meanwhile_is_kept(tmp_path):
     def lose_the_race() -> None:
-        with atomic.commit_folder(tmp_path / "f") as aside:
-            (aside / "x").write_text("ours")
+        with atomic.commit_folder(tmp_path / "f") as temp:
+            (temp / "x").write_text("ours")
             (tmp_path / "f").mkdir()
             (tmp_path / "f" / "x").write_text("theirs")
 
@@ -119,8 +119,8 @@ def test_kill_in_the_middle_of_a_commit_leaves_nothing_that_reads_as_whole(tmp_p
         import sys, time
         from jax_selftrain.io import atomic
         path, kind = sys.argv[1:]
-        with (atomic.commit_file if kind == "file" else atomic.commit_folder)(path) as aside:
-            (aside if kind == "file" else aside / "x").write_text("half of it")
+        with (atomic.commit_file if kind == "file" else atomic.commit_folder)(path) as temp:
+            (temp if kind == "file" else temp / "x").write_text("half of it")
             print("writing", flush=True)
             time.sleep(60)
         """,
@@ -133,8 +133,8 @@ def test_kill_in_the_middle_of_a_commit_leaves_nothing_that_reads_as_whole(tmp_p
     kill(process)
     assert not (tmp_path / "result").exists()
     if again:
-        with (atomic.commit_file if kind == "file" else atomic.commit_folder)(tmp_path / "result") as aside:
-            (aside if kind == "file" else aside / "x").write_text("all of it")
+        with (atomic.commit_file if kind == "file" else atomic.commit_folder)(tmp_path / "result") as temp:
+            (temp if kind == "file" else temp / "x").write_text("all of it")
     else:
         atomic.remove_stale_temp_files(tmp_path)
     assert os.listdir(tmp_path) == ["result"] * again
@@ -173,8 +173,8 @@ def test_a_reader_never_sees_a_mixture_while_a_file_is_rewritten_and_its_writer_
 
 
 def test_kill_in_the_instant_of_replacing_a_folder_is_undone(tmp_path):
-    with atomic.commit_folder(tmp_path / "f") as aside:
-        (aside / "x").write_text("old")
+    with atomic.commit_folder(tmp_path / "f") as temp:
+        (temp / "x").write_text("old")
     process = start(
         """
         import os, signal, sys
@@ -183,8 +183,8 @@ def test_kill_in_the_instant_of_replacing_a_folder_is_undone(tmp_path):
         def rename_once(source, target):
             rename(source, target)
             os.kill(os.getpid(), signal.SIGKILL)
-        with atomic.commit_folder(sys.argv[1], overwrite=True) as aside:
-            (aside / "x").write_text("new")
+        with atomic.commit_folder(sys.argv[1], overwrite=True) as temp:
+            (temp / "x").write_text("new")
             os.rename = rename_once
         """,
         tmp_path / "f",
@@ -200,17 +200,17 @@ def test_kill_in_the_instant_of_replacing_a_folder_is_undone(tmp_path):
 WRITERS = {
     "bytes": "atomic.write_bytes(path, bytes(1_000_000))",
     "numpy": "import numpy as np\n"
-    "with atomic.commit_file(path) as aside, aside.open('wb') as stream: np.save(stream, np.zeros(125_000))",
+    "with atomic.commit_file(path) as temp, temp.open('wb') as stream: np.save(stream, np.zeros(125_000))",
     "parquet": "import pyarrow as pa, pyarrow.parquet as pq, os\n"
-    "with atomic.commit_file(path) as aside: pq.write_table(pa.table({'a': [os.urandom(1_000_000)]}), aside)",
+    "with atomic.commit_file(path) as temp: pq.write_table(pa.table({'a': [os.urandom(1_000_000)]}), temp)",
     "safetensors": "import numpy as np\nfrom safetensors.numpy import save_file\n"
-    "with atomic.commit_folder(path) as aside: save_file({'a': np.zeros(125_000)}, aside / 'model.safetensors')",
+    "with atomic.commit_folder(path) as temp: save_file({'a': np.zeros(125_000)}, temp / 'model.safetensors')",
 }
 
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_full_disk_is_one_sentence_naming_the_file_and_leaves_nothing(tmp_path, writer):
-    # A limit on the size of a file (EFBIG) stands in for the full disk: the same failing write, on any machine.
+    # A limit on the size of a file (EFBIG) makes the same write fail as a full disk does, on any machine.
     # Python itself must write none of its modules there, cut off, where all other tests would read them.
     code = "import sys\nsys.dont_write_bytecode = True\n"
     code += "from jax_selftrain.io import atomic\npath = sys.argv[1]\n" + WRITERS[writer]
@@ -235,9 +235,9 @@ def test_a_really_full_disk(tmp_path):
             atomic.write_bytes(tmp_path / "disk/x", bytes(1_000_000))
         with (
             pytest.raises(InputError, match=r"disk/f: cannot be written"),
-            atomic.commit_folder(tmp_path / "disk/f") as aside,
+            atomic.commit_folder(tmp_path / "disk/f") as temp,
         ):
-            np.save(aside / "x.npy", np.zeros(125_000))
+            np.save(temp / "x.npy", np.zeros(125_000))
         assert os.listdir(tmp_path / "disk") == []
     finally:
         subprocess.run(["umount", tmp_path / "disk"], check=True)
@@ -247,7 +247,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "plain").write_text("a file, not a folder")
     with pytest.raises(InputError, match=r"plain/x\.json: cannot be written"):
         atomic.write_json(tmp_path / "plain" / "x.json", {})
-    with pytest.raises(InputError, match=r"gs://bucket/x: an address"):
+    with pytest.raises(InputError, match=r"gs://bucket/x: is a URI"):
         atomic.write_text("gs://bucket/x", "")
 
 
@@ -306,7 +306,7 @@ def test_a_manifest_lists_every_file_in_order(folder):
 def test_damage_is_named(folder):
     files = folder_manifest(folder)
 
-    def damaged(content: bytes | None) -> str:
+    def message_after(content: bytes | None) -> str:
         whole = (folder / "b.bin").read_bytes()
         if content is None:
             (folder / "b.bin").unlink()
@@ -322,10 +322,12 @@ def test_damage_is_named(folder):
 
     flipped = bytearray(b"0123456789" * 100)
     flipped[500] ^= 1
-    assert f"checksum differs from the manifest (expected {files['b.bin']['sha256'][:8]}…" in damaged(bytes(flipped))
-    assert "truncated (expected 1000 bytes, found 10)" in damaged(b"0123456789")
-    assert "of the wrong size" in damaged(bytes(1001))
-    assert "missing" in damaged(None)
+    assert f"checksum differs from the manifest (expected {files['b.bin']['sha256'][:8]}…" in message_after(
+        bytes(flipped)
+    )
+    assert "truncated (expected 1000 bytes, found 10)" in message_after(b"0123456789")
+    assert "of the wrong size" in message_after(bytes(1001))
+    assert "missing" in message_after(None)
     verify_checksums(folder, files)
 
 

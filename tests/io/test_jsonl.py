@@ -1,4 +1,4 @@
-"""JSON Lines: objects in order, blank lines skipped, and damage named by file and line."""
+"""JSON Lines are read in order; damaged lines are named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keyed random streams: a pure function of the key, and independent of each other."""
+"""Random streams depend on their key alone and are independent."""
 
 from __future__ import annotations
 

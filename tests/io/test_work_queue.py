@@ -1,4 +1,4 @@
-"""The work queue: each task runs once, in order of readiness, whoever runs it and whoever is killed."""
+"""The work queue runs each task once, in any number of processes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def start(folder: Path, name: str, seconds: float) -> subprocess.Popen:
 
 
 def run_here(folder: Path, tasks: range, **options: object) -> list[int]:
-    """Run tasks in this process; return them in the order in which they ran."""
+    """Run tasks in this process; return them in order of execution."""
     order: list[int] = []
 
     def run(claims: Iterator[Claim[int]]) -> None:

@@ -1,4 +1,4 @@
-"""Addresses in object storage: fsspec's file system in memory, and one of files where several processes take part."""
+"""URIs of object storage, with fsspec's in-memory and local file systems."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def another_machine(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
 
 
 def contents(store: MemoryFileSystem) -> dict[str, bytes]:
-    """What is in the store of the output, but for the list of files."""
+    """Return the objects of the output, without the list of files."""
     names = [name for name in store.find("/bucket/work") if "/." not in name]
     return {name.removeprefix("/bucket/work/"): store.cat_file(name) for name in names}
 
@@ -79,27 +79,27 @@ def test_inputs_are_fetched_wherever_they_stand(store: MemoryFileSystem):
 def test_only_what_has_changed_is_fetched_again(store: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch):
     store.pipe({"/bucket/texts/one": b"1", "/bucket/texts/two": b"2", "/bucket/texts/three": b"3"})
     folder = remote.download("memory://bucket/texts")
-    asked: list[str] = []
+    requests: list[str] = []
     get = MemoryFileSystem.get_file
 
-    def counted(self, path, *rest, **more):
-        asked.append(path)
+    def count_calls(self, path, *rest, **more):
+        requests.append(path)
         get(self, path, *rest, **more)
 
-    monkeypatch.setattr(MemoryFileSystem, "get_file", counted)
+    monkeypatch.setattr(MemoryFileSystem, "get_file", count_calls)
     assert remote.download("memory://bucket/texts") == folder
-    assert asked == []
+    assert requests == []
     store.pipe("/bucket/texts/two", b"II")
     store.rm_file("/bucket/texts/three")
     (folder / "one").write_bytes(b"changed by hand")
     remote.download("memory://bucket/texts")
-    assert sorted(asked) == ["/bucket/texts/one", "/bucket/texts/two"]
+    assert sorted(requests) == ["/bucket/texts/one", "/bucket/texts/two"]
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"one": b"1", "two": b"II"}
 
 
-def test_files_beside_a_result_come_with_it(store: MemoryFileSystem):
-    beside = ("base.json", "base.requests.parquet", "base.parts/0.npy", "base.seed1.json", "base2.json", "base")
-    for name in beside:
+def test_companion_files_of_a_result_are_downloaded(store: MemoryFileSystem):
+    companion = ("base.json", "base.requests.parquet", "base.parts/0.npy", "base.seed1.json", "base2.json", "base")
+    for name in companion:
         store.pipe(f"/bucket/scores/{name}", name.encode())
     file = remote.download("memory://bucket/scores/base.json")
     assert sorted(path.name for path in file.parent.iterdir()) == ["base.json", "base.parts", "base.requests.parquet"]
@@ -113,7 +113,7 @@ def test_an_output_is_sent_while_it_is_made_and_another_machine_goes_on_with_it(
         (folder / "old").write_text("old")
         (folder / "log").write_text("1\n")
         (folder / ".lease").write_text("mine")
-        wait_for(lambda: "out/old" in listed(store))
+        wait_for(lambda: "out/old" in list_names(store))
         (folder / "old").unlink()
         (folder / "steps").mkdir()
         (folder / "steps" / "new").write_text("new")
@@ -131,14 +131,14 @@ def test_an_output_is_sent_while_it_is_made_and_another_machine_goes_on_with_it(
 
 
 def test_what_ends_by_an_error_is_sent_too(store: MemoryFileSystem):
-    def stopped() -> None:
+    def stop_work() -> None:
         with remote.synced_output(OUT) as folder:
             folder.mkdir()
             (folder / "shard").write_text("whole")
             raise Preempted("on request")
 
     with pytest.raises(Preempted, match="on request"):
-        stopped()
+        stop_work()
     assert contents(store) == {"out/shard": b"whole"}
 
 
@@ -260,7 +260,7 @@ def test_a_long_last_send_gives_signs_of_life(store: MemoryFileSystem, monkeypat
 
 
 def test_a_copied_home_is_no_second_life(store: MemoryFileSystem):
-    """Who writes from another machine with the same mark is waited for, as anybody."""
+    """A writer with the same generation on another machine is waited for."""
     with remote.synced_output(OUT):
         pass
     mark = json.loads(store.cat_file("/bucket/work/.out.writer.json"))["generation"]
@@ -278,7 +278,7 @@ def test_who_was_taken_over_from_changes_nothing_any_more(
         with remote.synced_output(OUT) as folder:
             folder.mkdir(exist_ok=True)
             (folder / "first").write_text("first")
-            wait_for(lambda: "out/first" in listed(store))
+            wait_for(lambda: "out/first" in list_names(store))
             monkeypatch.setattr(upload_session, "HEARTBEAT_INTERVAL", 60.0)
             other_writer(store, "process 1 on another machine")
             (folder / "late").write_text("late")
@@ -295,8 +295,8 @@ def test_who_was_taken_over_from_changes_nothing_any_more(
     another_machine(monkeypatch, tmp_path / "first")
     with remote.synced_output(OUT) as folder:
         assert sorted(path.name for path in folder.iterdir()) == ["first", "second"]
-    said = capfd.readouterr().err
-    assert "1 files of this machine were never uploaded" in said
+    stderr = capfd.readouterr().err
+    assert "1 files of this machine were never uploaded" in stderr
     (late,) = (tmp_path / "first").rglob("late")
     assert late.read_text() == "late"
 
@@ -341,7 +341,7 @@ def test_what_was_removed_here_stays_removed(store: MemoryFileSystem, monkeypatc
     assert contents(store) == {"out/new": b"new"}
 
 
-def test_what_lies_in_an_output_is_read_by_its_list(store: MemoryFileSystem):
+def test_a_part_of_an_output_is_read_by_its_list(store: MemoryFileSystem):
     with remote.synced_output(OUT) as folder:
         (folder / "model").mkdir(parents=True)
         (folder / "model" / "weights").write_text("whole")
@@ -450,7 +450,7 @@ def test_several_processes_need_a_folder_that_all_see(
 def test_several_processes_mount_the_bucket(
     tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    """Two machines, each with a cache of its own, and a gcsfuse that mounts a folder in place of a bucket."""
+    """Two machines mount one bucket; gcsfuse is replaced by a bind mount."""
     model, bucket = tiny_model("llama"), tmp_path / "buckets" / "b"
     homes = [tmp_path / f"home{index}" for index in range(2)]
     points = [home / "jax_selftrain/mirror/mount/gs/b" for home in homes]
@@ -479,8 +479,8 @@ def test_several_processes_mount_the_bucket(
             )
             for index, home in enumerate(homes)
         ]
-        codes, said = wait_for_all(processes)
-        assert codes == [0, 0], said
+        codes, stderr = wait_for_all(processes)
+        assert codes == [0, 0], stderr
         assert all(map(os.path.ismount, points))
         local = {path.name: path.read_bytes() for path in (tmp_path / "local").glob("shard-*")}
         assert len(local) == 6
@@ -500,7 +500,7 @@ def test_several_processes_mount_the_bucket(
         ("memory://", "is not the URI"),
     ],
 )
-def test_a_mistake_is_told_in_one_sentence(address: str, says: str, capsys: pytest.CaptureFixture[str]):
+def test_a_mistake_is_reported_in_one_sentence(address: str, says: str, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["score", "--model", address, "--tasks", "quick", "--out", "x.json"]) == 2
     assert says in capsys.readouterr().err
 
@@ -575,7 +575,7 @@ def test_another_machine_resumes_a_run(
     assert len(records) == 3
     for name in ("out/results.json", *records):
         store.rm_file(f"/bucket/work/{name}")
-    left = set(listed(store))
+    left = set(list_names(store))
     store.pipe(
         "/bucket/work/.out.files.json",
         json.dumps({"files": sorted(left & contents(store).keys()), "uploading": [], "generation": "lost"}).encode(),
@@ -593,7 +593,7 @@ def test_another_machine_resumes_a_run(
 
 @pytest.mark.slow
 def test_a_machine_that_is_lost_costs_what_it_had_not_sent(tiny_model: Callable[..., Path], tmp_path: Path):
-    """Killed while it samples; another machine, which has nothing but the store, completes the corpus."""
+    """Another machine completes a corpus after a kill."""
     model, out = tiny_model("llama"), tmp_path / "store" / "corpus"
     options = ["--samples", "400", "--max-tokens", "64", "--batch-size", "4", "--samples-per-shard", "4"]
     options += ["--mesh", "data=1"]
@@ -629,8 +629,8 @@ def test_a_machine_that_is_lost_costs_what_it_had_not_sent(tiny_model: Callable[
     assert 1 <= len(timings) < 100, "killed in the middle"
 
     other = begin("other")
-    _, said = other.communicate(timeout=300)
-    assert other.returncode == 0, said
+    _, stderr = other.communicate(timeout=300)
+    assert other.returncode == 0, stderr
     for name, before in timings.items():
         assert (out.parent / name).read_bytes() == before, "not drawn twice"
     shards = sorted(path.name for path in (tmp_path / "local").glob("shard-*"))
@@ -644,7 +644,7 @@ def other_writer(store: MemoryFileSystem, name: str, **more: str) -> None:
     store.pipe("/bucket/work/.out.writer.json", json.dumps(content).encode())
 
 
-def listed(store: MemoryFileSystem) -> list[str]:
+def list_names(store: MemoryFileSystem) -> list[str]:
     return json.loads(store.cat_file("/bucket/work/.out.files.json"))["files"]
 
 

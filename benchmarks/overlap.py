@@ -1,11 +1,10 @@
-"""The exact n-gram index: speed, memory, and what it finds of planted overlaps.
+"""Speed, memory and exactness of the overlap search.
 
-A text of skewed random tokens (Zipf, the vocabulary of Pythia) is written to a file and mapped into memory. Half of the
-queries are planted in it, each with one run of exactly `--length` tokens, among them runs across the places where the
-search cuts the text; the other half, and as many runs that are one token too short, must not be found. What is timed is
-everything that a caller waits for: indexing the queries and streaming the text through them.
+A text of random tokens (Zipf, Pythia's vocabulary) is memory-mapped. Half of the queries are planted in it, each with
+one run of exactly `--length` tokens, some across chunk boundaries. A quarter is planted with a run broken in its
+middle; it and the rest must not be found. The time covers indexing the queries and streaming the text.
 
-    python benchmarks/ngrams.py --tokens 20000000
+    python benchmarks/overlap.py --tokens 20000000
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from jax_selftrain.corpus import RaggedTokens, longest_overlaps, memmap_tokens
 from jax_selftrain.corpus.overlap import CHUNK_TOKENS
 
 VOCABULARY = 50_277
-DOCUMENT = 500  # tokens; documents of one piece and a half are among them
+DOCUMENT = 500  # tokens; some documents are one and a half chunks long
 
 
 def main() -> None:
@@ -37,13 +36,11 @@ def main() -> None:
     given = options.parse_args()
     queries = np.random.default_rng(0).integers(0, VOCABULARY, (given.queries, given.length + 14)).astype(np.int32)
     with tempfile.TemporaryDirectory() as folder:
-        with ProcessPoolExecutor(1, get_context("spawn")) as elsewhere:  # its memory is not the search's
+        with ProcessPoolExecutor(1, get_context("spawn")) as elsewhere:  # keeps its memory out of the measurement
             offsets, wanted = elsewhere.submit(plant, queries, given.tokens, given.length, Path(folder)).result()
         text = RaggedTokens(np.memmap(Path(folder, "tokens.bin"), np.int32, "r"), offsets)
         print(describe_run(f"{given.tokens:,} tokens, {given.queries:,} queries of {queries.shape[1]}", given.rounds))
-        print(
-            "| least run counted | tokens/s | tokens per CPU second | planted | found | false | peak memory | before |"
-        )
+        print("| min_length | tokens/s | tokens per CPU second | planted | found | false | peak memory | before |")
         print("|---|---|---|---|---|---|---|---|")
         for shortest in (given.length, 32, 16, 8):
             before, seconds, busy = peak_memory(), [], time.process_time()
@@ -62,7 +59,7 @@ def main() -> None:
 
 
 def plant(queries: np.ndarray, tokens: int, length: int, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Write a text to a file; its documents' offsets, and which queries (bool [N]) have a run of that length in it."""
+    """Write the text; return offsets and a mask of planted queries."""
     rng = np.random.default_rng(1)
     flat = (rng.zipf(1.2, tokens) % VOCABULARY).astype(np.int32)
     long = 3 * CHUNK_TOKENS // 2
@@ -70,14 +67,16 @@ def plant(queries: np.ndarray, tokens: int, length: int, folder: Path) -> tuple[
     offsets = np.unique(np.concatenate([[0], ends, [tokens]]))
     wanted = np.arange(len(queries)) < len(queries) // 2
     near_misses = np.arange(len(queries)) >= len(queries) * 3 // 4
-    places = np.sort(rng.choice((tokens - 2 * length) // (2 * length), wanted.sum() + near_misses.sum(), replace=False))
-    places = rng.permutation(places * 2 * length)
-    for place, row in zip(places.tolist(), np.flatnonzero(wanted | near_misses).tolist(), strict=True):
-        end = int(offsets[np.searchsorted(offsets, place, side="right")])
-        place = min(place, end - length)  # whole within its document
-        flat[place : place + length] = queries[row, 7 : 7 + length]
+    positions = np.sort(
+        rng.choice((tokens - 2 * length) // (2 * length), wanted.sum() + near_misses.sum(), replace=False)
+    )
+    positions = rng.permutation(positions * 2 * length)
+    for position, row in zip(positions.tolist(), np.flatnonzero(wanted | near_misses).tolist(), strict=True):
+        end = int(offsets[np.searchsorted(offsets, position, side="right")])
+        position = min(position, end - length)  # within one document
+        flat[position : position + length] = queries[row, 7 : 7 + length]
         if near_misses[row]:
-            flat[place + length // 2] = (flat[place + length // 2] + 1) % VOCABULARY
+            flat[position + length // 2] = (flat[position + length // 2] + 1) % VOCABULARY
     memmap_tokens(RaggedTokens(flat, offsets), folder)
     return offsets, wanted
 
