@@ -208,7 +208,7 @@ def test_a_folder_of_another_request_is_refused(config, reference, change, named
     with pytest.raises(InputError) as error:
         sample(replace(config, out=str(reference.folder), **change))
     assert named in str(error.value)
-    assert "choose another place" in str(error.value)
+    assert "choose another folder" in str(error.value)
     assert _content(reference.folder) == before
 
 
