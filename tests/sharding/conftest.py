@@ -1,27 +1,5 @@
 """Tests on several devices: each module runs with eight simulated CPU devices."""
 
-from __future__ import annotations
+from simulated_devices import eight_devices
 
-from collections.abc import Iterator
-
-import jax
-import jax.extend
-import pytest
-
-DEVICES = 8
-
-
-def set_device_count(count: int) -> None:
-    """Restart JAX's CPU backend with simulated devices; arrays of the earlier backend become invalid."""
-    jax.extend.backend.clear_backends()
-    jax.config.update("jax_num_cpu_devices", count)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def eight_devices() -> Iterator[None]:
-    before = jax.device_count()
-    if before != DEVICES:
-        set_device_count(DEVICES)
-    yield
-    if before != DEVICES:
-        set_device_count(before)
+__all__ = ["eight_devices"]

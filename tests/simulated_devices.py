@@ -1,0 +1,30 @@
+"""Eight simulated CPU devices for the tests of a module.
+
+The conftest of a folder imports the fixture; it applies to each module of the folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import jax.extend
+import pytest
+
+DEVICES = 8
+
+
+def set_device_count(count: int) -> None:
+    """Restart JAX's CPU backend with simulated devices; arrays of the earlier backend become invalid."""
+    jax.extend.backend.clear_backends()
+    jax.config.update("jax_num_cpu_devices", count)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def eight_devices() -> Iterator[None]:
+    before = jax.device_count()
+    if before != DEVICES:
+        set_device_count(DEVICES)
+    yield
+    if before != DEVICES:
+        set_device_count(before)
