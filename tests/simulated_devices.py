@@ -15,7 +15,7 @@ DEVICES = 8
 
 
 def set_device_count(count: int) -> None:
-    """Restart JAX's CPU backend with simulated devices; arrays of the earlier backend become invalid."""
+    """Restart JAX's CPU backend, which invalidates existing arrays."""
     jax.extend.backend.clear_backends()
     jax.config.update("jax_num_cpu_devices", count)
 
