@@ -1,38 +1,24 @@
 """Shared by all tests: one simulated CPU device, a cache of compiled programs, real data where it is available.
 
-Environment variables are set before JAX is imported; subprocesses inherit them. Tests in `tests/sharding/` run with eight
-devices.
+Environment variables are set before JAX is imported, and subprocesses inherit them. The tests in folders named
+`sharding` run with eight devices.
 """
 
-import hashlib
 import os
-import platform
-from importlib.metadata import version
-from pathlib import Path
 
-
-def _cache_folder() -> Path:
-    """Return the folder of compiled programs for this JAX, processor and set of XLA flags."""
-    cpu = [platform.machine()]
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu += sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
-    key = "\n".join([version("jaxlib"), os.environ.get("XLA_FLAGS", ""), *cpu])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "jax_selftrain" / f"tests-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-
+from compile_cache import cache_folder
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_SELFTRAIN_TEST_PLATFORM", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Compilation is most of the cost of the suite: programs are shared by all tests, their subprocesses and later runs.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_folder()))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import gc
 from collections.abc import Callable
+from pathlib import Path
 
 import hypothesis
 import pytest

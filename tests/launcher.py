@@ -1,8 +1,8 @@
 """Start `jax-selftrain` commands in real processes without importing JAX in each of them.
 
 A fork server (`multiprocessing`) imports the package once per test process; each command is a fork of it. The fork sets
-its environment, standard output and standard error, starts its own devices, and runs `jax_selftrain.cli.main`. It can be
-killed and waited for like a `subprocess.Popen`.
+its environment, standard output and standard error, starts its own devices, and runs `jax_selftrain.cli.main`. It can
+be killed and waited for like a `subprocess.Popen`.
 """
 
 from __future__ import annotations

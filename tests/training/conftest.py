@@ -1,4 +1,4 @@
-"""Fixtures: eight simulated devices, a tiny corpus and run options for it."""
+"""Fixtures: a tiny corpus and run options for it."""
 
 import json
 from collections.abc import Callable
@@ -7,14 +7,10 @@ from pathlib import Path
 
 import pytest
 from models_factory import tiny_texts
-from simulated_devices import eight_devices
 from training_runs import run_options
 
 from jax_selftrain.config import ImportCorpusConfig, TrainConfig
 from jax_selftrain.corpus import import_text
-
-__all__ = ["corpus_folder", "eight_devices", "options", "other_corpus", "small_model"]
-
 
 @pytest.fixture(scope="session")
 def small_model(tiny_model) -> Path:
