@@ -135,15 +135,6 @@ def test_every_field_has_a_docstring(capsys):
             assert not after.startswith(("(", "--", "╰")), (name, field.flag, after[:40])
 
 
-def test_flags_reach_the_fields():
-    assert parse("sample", "--model m --out=o --samples 3 --top-p .5 --stop-ids 1 2 --seed -5") == (
-        SampleConfig(model="m", out="o", samples=3, top_p=0.5, stop_ids=(1, 2), seed=-5)
-    )
-    assert type(cli.parse_options("sample", ["--model", "m", "--out", "o"])) is SampleConfig
-    meshed = parse("sample", "--model m --out o --mesh data=4,model=2 --max_tokens 7 --dtype=bfloat16")
-    assert (meshed.mesh, meshed.max_tokens, meshed.dtype) == ("data=4,model=2", 7, "bfloat16")
-
-
 def test_booleans_are_flags():
     assert parse("demo", "--out o").study is False
     assert parse("demo", "--out o --study --seeds 1 2").study is True

@@ -128,15 +128,6 @@ def test_published_sets_get_the_answers_of_the_hf_backend(data_dir, tmp_path, na
     assert_equal_answers(answers(our_backend(folder), sets), answers(hf_backend(folder, batch_size=16), sets))
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
-def test_local_tasks_get_the_answers_of_the_hf_backend(tiny_model, local, family):
-    folder = tiny_model(family)
-    specs = [local["tasks"]["my_choices"], local["tasks"]["my_words"]]
-    theirs = answers(hf_backend(folder, batch_size=4), specs)
-    assert_equal_answers(answers(our_backend(folder), specs), theirs)
-    assert_equal_answers(answers(our_backend(folder, "data=2,model=2", batch_tokens=256), specs), theirs)
-
-
 def test_contexts_of_every_kind_get_the_answers_of_the_hf_backend(tiny_model):
     """Empty, trailing space, initial BOS, longer than the model."""
     folder = tiny_model("llama", max_position_embeddings=64)
@@ -200,36 +191,6 @@ def test_sampled_generation_follows_the_seed_and_refuses_what_it_cannot_do(tiny_
         lm.generate_until(instances("generate_until", [("a", {"do_sample": True, "temperature": 0.0})]))
     with pytest.raises(InputError, match="1024 tokens to generate must be fewer than the model's 1024 positions"):
         lm.generate_until(instances("generate_until", [("a", {"max_gen_toks": 1024})]))
-
-
-def test_the_registry_knows_the_model_by_name(tiny_model, local):
-    import lm_eval
-    from lm_eval.api.registry import get_model
-    from lm_eval.tasks import TaskManager
-
-    from jax_selftrain.evals.lm_eval_adapter import HarnessLM
-
-    assert get_model("jax-selftrain") is HarnessLM
-    manager = TaskManager(include_defaults=False, include_path=str(local["folder"]))
-    folder = tiny_model()
-    given = {
-        "model": {"model": HarnessLM(hub.load_model(folder, "data=2,model=2"))},
-        "string": {
-            "model": "jax-selftrain",
-            "model_args": f"pretrained={folder},dtype=float32,mesh=data=2:model=2",
-        },
-        "mapping": {"model": "jax-selftrain", "model_args": {"pretrained": str(folder), "mesh": "data=2,model=2"}},
-    }
-    found = {
-        way: lm_eval.simple_evaluate(
-            **options, tasks=["my_choices"], task_manager=manager, bootstrap_iters=0, log_samples=False
-        )["results"]
-        for way, options in given.items()
-    }
-    assert found["string"] == found["mapping"] == found["model"]
-    assert found["model"]["my_choices"]["sample_len"] == 12
-    with pytest.raises(InputError, match="device=cuda cannot be chosen here"):
-        HarnessLM.create_from_arg_string(f"pretrained={folder}", {"device": "cuda"})
 
 
 def options_for(tmp_path, tiny_model, local, **changes):

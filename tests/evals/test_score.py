@@ -2,9 +2,7 @@
 
 import json
 import os
-import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -276,26 +274,6 @@ def test_a_damaged_unit_is_named(many):
     part.write_bytes(data)
     with pytest.raises(InputError, match=r"unit-\d+\.parquet: .*delete it and run the same command again"):
         score(broken)
-
-
-@pytest.mark.slow
-def test_two_processes_divide_the_requests_and_write_the_bytes_of_one(many):
-    alone, together = many("alone"), replace(many("together"), mesh="")
-    score(alone)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        coordinator = f"localhost:{free.getsockname()[1]}"
-    flags = re.sub(r"(?<=device_count=)\d+", "1", os.environ["XLA_FLAGS"])
-    processes = [start(together, coordinator, str(index), XLA_FLAGS=flags) for index in range(2)]
-    errors = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
-    assert results(together) == results(alone)
-    spent, units = timings(together), timings(alone)["units_by_process"]["0"]
-    assert units > 4
-    assert spent["units_by_process"]["1"] >= 1
-    assert sum(spent["units_by_process"].values()) == units
-    assert spent["computed_requests"] < MANY
-    assert not Path(together.out).with_suffix(".parts").exists()
 
 
 @pytest.fixture(scope="module")

@@ -91,13 +91,6 @@ def test_equal_parameters_stay_for_every_weight(tmp_path: Path):
     }
 
 
-@pytest.mark.parametrize(("mesh", "preset"), [("data=4,model=2", "fsdp"), ("data=2,model=2", "tensor")])
-def test_the_mesh_changes_no_bit(mesh: str, preset: str, models: tuple[Path, Path], merge_result: Path, tmp_path: Path):
-    out = hub.merge(options(models, tmp_path / "out", -0.5, mesh=mesh, preset=preset))
-    assert param_bytes(out) == param_bytes(merge_result)
-    assert hub.open_model(out).fingerprint == hub.open_model(merge_result).fingerprint
-
-
 def test_weight_is_a_coordinate_on_the_line(models: tuple[Path, Path], merge_result: Path, tmp_path: Path):
     """One third from −0.5 to 1.0 is 0.0, the base."""
     back = load_host_params(hub.merge(options((merge_result, models[1]), tmp_path / "out", 1 / 3)))

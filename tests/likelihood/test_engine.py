@@ -10,23 +10,19 @@ import numpy as np
 import pytest
 
 from jax_selftrain import hub
-from jax_selftrain.config import ScoreConfig
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
-from jax_selftrain.distributed.sharding import make_sharding_rules, shard_host_array
+from jax_selftrain.distributed.sharding import make_sharding_rules
 from jax_selftrain.errors import InputError
-from jax_selftrain.likelihood import LoglikelihoodRequest, loglikelihoods, scoring_program, token_scores
+from jax_selftrain.likelihood import LoglikelihoodRequest, loglikelihoods, token_scores
 from jax_selftrain.likelihood.batching import (
     BUFFER_BATCHES,
-    MAX_UNIQUE_TOKENS,
     PROJECTION_CHUNK,
     SMALL_BATCHES,
     UNIT_BATCHES,
     UNIT_TOKENS,
-    batch_rows,
     plan_units,
 )
-from jax_selftrain.likelihood.device_programs import logprobs_and_argmax
-from jax_selftrain.likelihood.engine import batch_program, deduplicate
+from jax_selftrain.likelihood.engine import deduplicate
 from jax_selftrain.likelihood.prefix_trie import (
     MAX_BUCKETS,
     MAX_TARGETS,
@@ -121,19 +117,6 @@ def test_loglikelihoods_of_a_trained_model_equal_those_of_transformers(data_dir,
         assert answer.is_greedy == is_greedy
 
 
-@pytest.mark.parametrize(
-    ("mesh", "preset"),
-    [("data=4", "tensor"), ("data=2,model=2", "tensor"), ("model=2", "replicated"), ("data=2,model=2", "fsdp")],
-)
-def test_any_mesh_gives_the_same_likelihoods(load, mesh, preset):
-    requests = random_requests(40, 512, 64)
-    one = token_scores(load(), requests, batch_tokens=BATCH)
-    many = token_scores(load("llama", mesh, preset), requests, batch_tokens=BATCH)
-    for a, b in zip(one, many, strict=True):
-        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)  # rounding noise of fp32 logits is about 1e-6
-        np.testing.assert_array_equal(a.greedy, b.greedy)
-
-
 @pytest.mark.slow
 def test_batch_size_does_not_matter(load):
     requests = random_requests(40, 512, 64)
@@ -215,27 +198,6 @@ def paths(row):
     seen = (index <= index[:, None]) & (index[:, None] < row.subtree_ends)
     np.testing.assert_array_equal(seen.sum(axis=1) - 1, row.positions)
     return [row.tokens[mine].tolist() for mine in seen]
-
-
-@pytest.mark.parametrize(
-    ("family", "mesh", "overrides"),
-    [
-        ("gpt_neox", "data=1", {}),
-        ("llama", "data=2,model=2", {}),
-        ("qwen2", "data=1", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}),
-    ],
-)
-def test_choices_of_a_question_are_scored_as_if_each_were_alone(tiny_model, family, mesh, overrides):
-    model = hub.load_model(tiny_model(family, max_position_embeddings=128, **overrides), mesh)
-    requests = questions(6)
-    for request, answer in zip(requests, token_scores(model, requests, batch_tokens=BATCH), strict=True):
-        n, end = len(request.continuation), len(request.context) + len(request.continuation) - 1
-        whole = np.zeros((model.sharding_rules.data_parallelism, 64), np.int32)  # one shape: later tokens are masked
-        whole[0, : end + 1] = [*request.context, *request.continuation]
-        logits = np.asarray(model.logits(whole))[0, end - n : end]
-        expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(n), whole[0, end - n + 1 : end + 1]]
-        np.testing.assert_allclose(answer.logprobs, expected, atol=2e-5)  # rounding noise of fp32 logits is about 1e-6
-        np.testing.assert_array_equal(answer.greedy, logits.argmax(-1))
 
 
 def test_a_context_is_computed_once_and_a_shared_prediction_projected_once():
@@ -342,36 +304,6 @@ def test_units_bound_the_cost_of_an_interruption_and_the_longest_come_first():
             assert len(unit.batches) <= SMALL_BATCHES
             assert len(unit.batches) in (UNIT_BATCHES, SMALL_BATCHES) or positions(unit) + own > UNIT_TOKENS
             assert positions(unit) <= max(UNIT_TOKENS, UNIT_BATCHES * own)
-
-
-def test_a_unit_lists_the_unique_tokens_of_each_device():
-    rules = make_sharding_rules("tensor", make_mesh("data=2"), axis_sizes(CONFIG))
-    requests = [(request.context, request.continuation[:1]) for request in random_requests(250, 50_000, 500)]
-    units = plan_units(rules, CONFIG, tokenize_all(requests), BATCH)
-    assert len(units) > 2
-    for unit in units:
-        own = [[], []]
-        for batch in unit.batches:
-            for number, row in enumerate(batch.rows):
-                own[number // (batch_rows(rules, batch.length, BATCH) // 2)].append(row.tokens)
-        for vocabulary, rows in zip(unit.unique_tokens, own, strict=True):
-            np.testing.assert_array_equal(vocabulary, np.unique(np.concatenate(rows)))
-    sizes = [max(map(len, unit.unique_tokens)) for unit in units]
-    assert MAX_UNIQUE_TOKENS - BATCH < max(sizes) <= MAX_UNIQUE_TOKENS
-
-
-@pytest.mark.parametrize("spec", ["data=1", "data=2,model=2"])
-def test_a_batch_with_too_many_unique_tokens_is_a_unit_alone(load, monkeypatch, spec):
-    requests = random_requests(40, 512, 300)
-    expected = token_scores(load(), requests, batch_tokens=BATCH)
-    monkeypatch.setattr("jax_selftrain.likelihood.batching.MAX_UNIQUE_TOKENS", 128)
-    model = load(mesh=spec)
-    units = plan_units(model.sharding_rules, model.config, deduplicate(model.config, requests)[0], BATCH)
-    assert {len(unit.batches) for unit in units} == {1}
-    assert max(len(unit.unique_tokens[0]) for unit in units) > 128
-    for a, b in zip(token_scores(model, requests, batch_tokens=BATCH), expected, strict=True):
-        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)
-        np.testing.assert_array_equal(a.greedy, b.greedy)
 
 
 def test_a_position_with_many_targets_fills_several_slots(load):
@@ -507,20 +439,6 @@ def test_greedy_means_that_every_token_is_the_most_probable(load):
     assert scores.greedy.tolist() == tokens[3:]  # the last token itself does not change what is predicted there
 
 
-@pytest.mark.parametrize(("mesh", "preset"), [("data=1", "tensor"), ("model=2", "tensor"), ("model=2", "replicated")])
-def test_the_argmax_of_equal_logits_is_the_lowest_id_and_large_logits_stay_finite(load, mesh, preset):
-    rules = load("llama", mesh, preset).sharding_rules
-    values = [[0.0, 5.0, 5.0, -jnp.inf, 1.0, 5.0, 5.0, 2.0], [3e4, -3e4, 0.0, 3e4, 3e4, 0.0, -3e4, 3e4]]
-    targets = [[2, 0, 7], [1, 0, 4]]
-    with mesh_context(rules.mesh):
-        logits = shard_host_array(rules, np.array([values], np.float32), ("batch", None, "vocab"))
-        wanted = shard_host_array(rules, np.array([targets], np.int32), ("batch", None, None))
-        logprobs, best = jax.jit(logprobs_and_argmax, static_argnums=0)(rules, logits, wanted)
-    assert best.tolist() == [[1, 0]]
-    expected = jax.nn.log_softmax(jnp.array(values))[jnp.array([[0], [1]]), jnp.array(targets)]
-    np.testing.assert_allclose(np.asarray(logprobs)[0], expected, rtol=1e-6)
-
-
 def test_invalid_requests_are_refused(load):
     model = load()
     for request, message in (
@@ -532,29 +450,3 @@ def test_invalid_requests_are_refused(load):
     ):
         with pytest.raises(InputError, match=f"request 1: .*{message}"):
             loglikelihoods(model, [([3], [4]), request])
-
-
-def test_the_program_compiles_without_weights_and_never_holds_all_logits(tiny_model):
-    vocab = 8192  # large enough that logits would dwarf everything else
-    folder = tiny_model("llama", vocab_size=vocab, max_position_embeddings=128, tokenizer=False)
-    config = ScoreConfig(model=str(folder), batch_tokens=8192)
-    mesh = make_mesh("data=2,model=2")
-    function, arguments, donated = scoring_program(config, mesh)
-    with mesh_context(mesh):
-        compiled = jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
-    all_logits = 4 * config.batch_tokens * vocab // 4  # bytes on each of the four devices
-    memory = compiled.memory_analysis()
-    assert memory is not None
-    assert memory.temp_size_in_bytes < all_logits / 2
-
-
-def test_the_engine_runs_the_program_that_it_plans(load):
-    model = load("llama", "data=2")
-    function, arguments, _ = batch_program(model.config, model.sharding_rules, model.compute_dtype, BATCH, 64)
-    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), arguments[0])
-    assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), model.params)
-    assert make_sharding_rules("tensor", model.sharding_rules.mesh, axis_sizes(model.config)) == model.sharding_rules
-    with mesh_context(model.sharding_rules.mesh):
-        logprobs, greedy = jax.eval_shape(function, *arguments)
-    *_, targets, _ = arguments
-    assert (logprobs.shape, greedy.shape) == (targets.shape, targets.shape[:2])

@@ -7,7 +7,6 @@ import pytest
 from sampling_reference import draw_with_margins, random_bits, tree_path
 from scipy import special, stats
 
-from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.sampling import categorical, level_sizes
 
 _draw = jax.jit(categorical)
@@ -106,21 +105,6 @@ def test_the_only_allowed_token_is_drawn():
     logits = np.full((vocab_size, vocab_size), -np.inf, np.float32)
     np.fill_diagonal(logits, np.linspace(-1e30, 1e30, vocab_size))
     np.testing.assert_array_equal(draw(logits, _words(vocab_size, vocab_size)), np.arange(vocab_size))
-
-
-@pytest.mark.parametrize(
-    ("spec", "rows"), [("data=8,model=1", 64), ("data=2,model=4", 64), ("data=4,model=2", 4), ("data=1,model=8", 1)]
-)
-def test_the_draw_is_the_same_on_any_mesh(spec, rows):
-    logits, words = _logits(rows, 512, 3.0), _words(rows, 512)
-    expected = np.asarray(draw(logits, words))
-    mesh = make_mesh(spec)
-    with mesh_context(mesh):
-        logits = jax.device_put(logits, jax.NamedSharding(mesh, jax.P("data", "model")))
-        words = jax.device_put(words, jax.NamedSharding(mesh, jax.P("data", None)))
-        got = draw(logits, words)
-    assert jax.typeof(got).sharding.spec == jax.P("data")
-    np.testing.assert_array_equal(got, expected)
 
 
 def test_a_row_does_not_depend_on_its_neighbors():

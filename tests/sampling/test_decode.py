@@ -218,30 +218,6 @@ def test_a_sample_is_bitwise_the_same_in_any_slot_with_any_neighbors(model, draw
         np.testing.assert_array_equal(getattr(others, name)[::2], getattr(drawn, name)[::2])
 
 
-@pytest.mark.parametrize(
-    ("spec", "num_slots"),
-    [
-        pytest.param("data=1,model=1", 16, marks=pytest.mark.slow),
-        pytest.param("data=2,model=1", 16, marks=pytest.mark.slow),
-        ("data=4,model=1", 16),
-    ],
-)
-def test_refilled_slots_draw_the_samples_of_static_batches(spec, num_slots):
-    """Samples start at other steps, in other slots, with other neighbors."""
-    model, ids = small_model(spec), np.arange(150)
-    replicas = model.spec.sharding_rules.data_parallelism
-    static = [
-        model.draw(ENDING, part, num_slots=num_slots, queue_size=num_slots)
-        for part in np.split(ids, range(16 * replicas, 150, 16 * replicas))
-    ]
-    refilled = model.draw(ENDING, ids, num_slots=num_slots)
-    for name in FIELDS:
-        expected = np.concatenate([getattr(batch, name) for batch in static])
-        np.testing.assert_array_equal(getattr(refilled, name), expected)
-    assert refilled.slot_steps < sum(batch.slot_steps for batch in static)
-    assert refilled.utilization == refilled.lengths.sum() / refilled.slot_steps
-
-
 @pytest.mark.parametrize("queue_size", [8, 11, 64])
 def test_idle_slots_and_queue_entries_change_nothing(model, drawn, queue_size):
     """Fewer samples than slots or than queue entries."""

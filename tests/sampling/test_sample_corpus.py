@@ -18,13 +18,10 @@ from safetensors.numpy import load_file, save_file
 from jax_selftrain import hub
 from jax_selftrain.config import SampleConfig, yaml_io
 from jax_selftrain.corpus import open_corpus
-from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.errors import InputError, Preempted
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import sha256_file
-from jax_selftrain.sampling import abstract_program, sample
-
-SHARDS = 3
+from jax_selftrain.sampling import sample
 
 
 @pytest.fixture(scope="module")
@@ -218,19 +215,6 @@ def test_a_folder_of_another_model_is_refused(config, reference, tiny_model):
         sample(replace(config, out=str(reference.folder), model=str(other)))
 
 
-def test_a_moved_model_and_another_mesh_and_batch_size_are_allowed(config, reference, tmp_path):
-    moved, folder = tmp_path / "moved", tmp_path / "corpus"
-    shutil.copytree(config.model, moved)
-    shutil.copytree(reference.folder, folder)
-    (folder / "shard-000002.parquet").unlink()
-    (folder / "corpus.json").unlink()
-    again = sample(replace(config, model=str(moved), out=str(folder), mesh="data=2,model=1", batch_size=4))
-    assert again.manifest["source"] == reference.manifest["source"]
-    assert [
-        atomic.read_json(folder / "records" / f"shard-00000{i}.json")["slots_per_replica"] for i in range(SHARDS)
-    ] == [8, 8, 4]
-
-
 @pytest.mark.parametrize(
     ("tensor", "value", "named"),
     [
@@ -272,22 +256,6 @@ def test_impossible_requests_are_refused_and_write_nothing(config, tmp_path, cha
 
 
 # ---------------------------------------------------------------- ahead-of-time compilation
-
-
-def test_the_program_compiles_from_shapes_alone(config):
-    """No weights are loaded; the state is donated to the result."""
-    mesh = make_mesh("data=2,model=2")
-    function, arguments, donation = abstract_program(config, mesh)
-    with mesh_context(mesh):
-        compiled = jax.jit(function, donate_argnums=donation).lower(*arguments).compile()
-    state, cache = arguments[2], arguments[2].cache.k
-    shapes = [[leaf.shape for leaf in jax.tree.leaves(tree)] for tree in (compiled.out_info, state)]
-    assert shapes[0] == shapes[1]
-    assert cache.shape == (2, 1, 16, 2, 32, 16)
-    assert jax.typeof(cache).sharding.spec[:4] == (None, None, "data", "model")
-    memory = compiled.memory_analysis()
-    assert memory is not None
-    assert memory.alias_size_in_bytes >= 2 * cache.size * 4 // 4, "keys and values are copied"
 
 
 def test_the_returned_corpus_equals_the_opened_one(reference):

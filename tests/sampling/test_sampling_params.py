@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from jax_selftrain.config import SampleConfig
-from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.errors import InputError
 from jax_selftrain.sampling.sampling_params import (
     SamplingParams,
@@ -95,17 +94,6 @@ def test_zero_and_minus_zero_are_equal():
     logits = jnp.array([[0.0, -0.0, -1.0, 0.0]], jnp.float32)
     got = np.asarray(warp_logits(logits, replace(PLAIN, top_k=1)))
     np.testing.assert_array_equal(np.isfinite(got), [[True, True, False, True]])
-
-
-def test_truncation_is_the_same_on_any_mesh():
-    sampling_params = replace(PLAIN, temperature=0.8, top_k=50, top_p=0.9, min_p=0.02)
-    logits = _logits(rows=8)
-    expected = np.asarray(jax.jit(warp_logits, static_argnums=1)(logits, sampling_params))
-    mesh = make_mesh("data=2,model=4")
-    with mesh_context(mesh):
-        placed = jax.device_put(logits, jax.NamedSharding(mesh, jax.P("data", "model")))
-        got = jax.jit(warp_logits, static_argnums=1)(placed, sampling_params)
-    np.testing.assert_array_equal(got, expected)
 
 
 @pytest.mark.parametrize(

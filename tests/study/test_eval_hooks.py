@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from process_group import start_processes, wait_for_all
 from study_designs import run_design
 
 from jax_selftrain import cli
-from jax_selftrain.config import ExtractConfig, ImportCorpusConfig, RunConfig, ScoreConfig, TrainConfig, yaml_io
+from jax_selftrain.config import ExtractConfig, ImportCorpusConfig, RunConfig, ScoreConfig, TrainConfig
 from jax_selftrain.corpus import import_text
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals import extract, score
@@ -160,20 +159,6 @@ def test_the_train_command_evaluates(training: TrainConfig, tmp_path: Path) -> N
     words += ["--eval-every", "2", "--eval-texts", *training.eval_texts, "--eval-limit", "5"]
     assert cli.main(words) == 0
     assert [tuple(line) for line in curve(tmp_path / "run")] == [("step", "stories/nll")] * 3
-
-
-@pytest.mark.slow
-def test_two_processes_evaluate_together(training: TrainConfig, tmp_path: Path) -> None:
-    config = replace(training, mesh="data=2", steps=2, eval_every=1, checkpoint_every=2, eval_limit=8)
-    config = replace(config, eval_tasks=config.eval_tasks[:1], eval_sequences="")
-    alone, together = (replace(config, out=str(tmp_path / name)) for name in ("alone", "together"))
-    train_with_evals(alone)
-    yaml_io.save(tmp_path / "train.yaml", together)
-    codes, message = wait_for_all(start_processes(["train", "--config", tmp_path / "train.yaml"], 2, devices=1))
-    assert codes == [0, 0], message
-    # Gloo sums in another order than one process does; the learning rate amplifies the rounding.
-    for measured, expected in zip(curve(Path(together.out)), curve(Path(alone.out)), strict=True):
-        assert measured == pytest.approx(expected, rel=1e-3)
 
 
 # ---------------------------------------------------------------- a run

@@ -204,16 +204,6 @@ def test_another_option_makes_new_stages_and_keeps_the_others(
     assert hub.open_model(folder).fingerprint != hub.open_model(finished_run).fingerprint
 
 
-def test_title_mesh_and_sampling_batch_make_no_new_stages(finished_run: Path, options: Options, tmp_path: Path) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(finished_run, folder)
-    before = output_times(folder)
-    config = options(folder, title="A better title", mesh="data=2")
-    run(replace(config, sample=replace(config.sample, batch_size=4)))
-    assert output_times(folder) == before
-    assert atomic.read_json(folder / "results.json")["title"] == "A better title"
-
-
 def test_a_changed_file_makes_new_stages(options: Options, inputs: dict[str, str], tmp_path: Path) -> None:
     tasks = tmp_path / "animals.jsonl"
     tasks.write_text(Path(inputs["choices"]).read_text())
@@ -312,32 +302,6 @@ def test_a_run_has_one_seed(options: Options, tmp_path: Path) -> None:
     config = options(tmp_path / "out")
     message = refusal(replace(config, sample=replace(config.sample, seed=4)))
     assert "sample.seed is 4 and train.seed is 3" in message
-
-
-@pytest.mark.parametrize(
-    ("section", "changes", "message"),
-    [
-        ("score", {"tasks": ("missing.jsonl",)}, "missing.jsonl"),
-        ("score", {"texts": ("missing.jsonl",)}, "missing.jsonl"),
-        ("score", {"batch_tokens": 0}, "batch-tokens"),
-        ("extract", {"sequences": "missing.npy"}, "missing.npy"),
-        ("extract", {"prefix": 1020}, "1024 positions"),
-        ("extract", {"prefix": 100}, "tokens, fewer than"),
-        ("sample", {"temperature": 0.0}, "temperature"),
-        ("sample", {"max_tokens": 5000}, "1024 positions"),
-        ("train", {"seq_len": 5000}, "1024 positions"),
-        ("train", {"learning_rate": -1.0}, "learning-rate"),
-        ("train", {"batch_size": 3, "mesh": "data=2"}, "batch"),
-        ("train", {"mesh": "data=3,model=5"}, "mesh"),
-        ("train", {"mixture": ("missing=0.1",)}, "missing: no such corpus folder"),
-        ("train", {"mixture": ("missing",)}, "FOLDER=SHARE"),
-    ],
-)
-def test_bad_input_is_found_before_sampling(
-    options: Options, tmp_path: Path, section: str, changes: dict[str, Any], message: str
-) -> None:
-    config = options(tmp_path / "out")
-    assert message in refusal(replace(config, **{section: replace(getattr(config, section), **changes)}))
 
 
 def test_a_missing_model_is_refused(options: Options, tmp_path: Path) -> None:

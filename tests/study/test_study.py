@@ -39,7 +39,6 @@ from jax_selftrain.study.design import Design, make_design
 from jax_selftrain.study.proxies import hash_sample, task_questions
 from jax_selftrain.study.results import interactions
 from jax_selftrain.study.stage_factory import StageFactory
-from jax_selftrain.study.validation import check_study
 
 Make = Callable[..., StudyConfig]
 
@@ -375,24 +374,6 @@ def test_every_model_has_its_own_stop_ids(make: Make, tmp_path: Path):
     ends = {label: identity["stop_id"] for (kind, label), identity in identities.items() if kind == "retokenize"}
     assert {stop for label, stop in ends.items() if "for llama" in label} == {7}
     assert {stop for label, stop in ends.items() if "for neox" in label} == {None}
-
-
-def test_the_key_of_continuations_holds_their_options_and_relearning_may_use_a_named_data_set(
-    make: Make, inputs: dict[str, str], tmp_path: Path
-):
-    probes = MemorizationConfig(unseen_text=inputs["texts"], relearn_corpus="datasets:none/of-these")
-    config = make(tmp_path / "out", memorization=probes)
-    check_study(config)
-
-    def keys(**changes: Any) -> set[str]:
-        kinds = StageFactory(replace(config, extract=replace(config.extract, **changes)))
-        return {kinds.continue_unseen_text(kinds.base(name)).key for name in ("llama", "neox")}
-
-    plain = keys()
-    changes: tuple[dict[str, Any], ...] = ({"dtype": "bfloat16"}, {"prefix": 5}, {"suffix": 5}, {"start_token": "bos"})
-    assert len(plain) == 2
-    assert len(plain.union(*(keys(**one) for one in changes))) == 2 * (1 + len(changes))
-    assert keys(batch_tokens=512, mesh="data=2") == plain  # rounding, at most
 
 
 def test_a_dry_run_counts_and_writes_nothing(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -12,6 +12,7 @@ from training_runs import run_options
 from jax_selftrain.config import ImportCorpusConfig, TrainConfig
 from jax_selftrain.corpus import import_text
 
+
 @pytest.fixture(scope="session")
 def small_model(tiny_model) -> Path:
     """A Llama that compiles and trains in seconds."""

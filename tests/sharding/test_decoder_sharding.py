@@ -1,0 +1,210 @@
+"""Tests of `decoder` on several devices."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_selftrain.distributed.mesh import make_mesh, mesh_context
+from jax_selftrain.distributed.sharding import ShardingRules, make_sharding_rules, shard_host_array
+from jax_selftrain.models import (
+    TAIL_LEN,
+    DecoderConfig,
+    RopeConfig,
+    abstract_precomputed,
+    axis_sizes,
+    decode_step,
+    flush_tail,
+    forward,
+    init_cache,
+    init_params,
+    num_used_blocks,
+    param_shardings,
+    precompute,
+    unembed,
+)
+
+LLAMA = DecoderConfig(
+    vocab_size=512, hidden_size=64, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=8, intermediate_size=172,
+    max_positions=512, norm="rmsnorm", norm_eps=1e-5, activation="silu", gated_mlp=True, parallel_residual=False,
+    rotary_dim=8, rope=RopeConfig(), qkv_bias=False, out_bias=False, mlp_bias=False, qk_norm=True,
+    tie_word_embeddings=True, initializer_range=0.1,
+)  # fmt: skip
+
+
+NEOX = dataclasses.replace(
+    LLAMA, num_kv_heads=8, norm="layernorm", activation="gelu", gated_mlp=False, parallel_residual=True, rotary_dim=2,
+    qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=False, tie_word_embeddings=False, sliding_window=(40, None),
+)  # fmt: skip
+
+
+MQA = dataclasses.replace(LLAMA, num_kv_heads=1)
+
+
+slow = pytest.mark.slow
+
+
+FAMILIES = [pytest.param(LLAMA, id="gqa"), pytest.param(NEOX, id="neox"), pytest.param(MQA, id="mqa", marks=slow)]
+
+
+ROUNDING = 2e-5
+"""Logits are of order 1–10; another order of fp32 sums of a few hundred terms changes them by about 1e-6."""
+
+
+def sharding_rules_for(config: DecoderConfig, spec: str = "data=1", preset: str = "tensor") -> ShardingRules:
+    return make_sharding_rules(preset, make_mesh(spec), axis_sizes(config))
+
+
+def random_tokens(rows: int, length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 512, (rows, length)).astype(np.int32)
+
+
+def compute_logits(config: DecoderConfig, rules: ShardingRules, tokens: np.ndarray, **given) -> np.ndarray:
+    params = init_params(config, 0, rules)
+    given = {name: shard_host_array(rules, value, ("batch", None)) for name, value in given.items()}
+    with mesh_context(rules.mesh):
+        run = jax.jit(lambda p, t, kw: unembed(config, rules, p, forward(config, rules, p, t, **kw)))
+        return np.asarray(run(params, shard_host_array(rules, tokens, ("batch", None)), given))
+
+
+@pytest.mark.parametrize("config", FAMILIES)
+@pytest.mark.parametrize(("layers", "preset"), [(1, "tensor"), (2, "fsdp"), (3, "tensor")])
+def test_precomputed_activations_give_the_same_logits(config: DecoderConfig, layers: int, preset: str):
+    """Each device has its own table, which overwrites an older one."""
+    windows = config.sliding_window and (40, *[None] * (layers - 1))
+    config = dataclasses.replace(config, num_layers=layers, sliding_window=windows)
+    rules, tokens = sharding_rules_for(config, "data=2,model=2", preset), random_tokens(4, 70)
+    random = np.random.default_rng(1)
+    at = random.integers(0, 70, (4, 9)).astype(np.int32)
+    vocabularies = [random.permutation(np.unique(own)).astype(np.int32) for own in tokens.reshape(2, -1)]
+    table, indices = np.zeros((2, 160), np.int32), np.zeros_like(tokens)
+    for device, own in enumerate(vocabularies):
+        table[device, : len(own)] = own
+        mine = slice(2 * device, 2 * device + 2)
+        indices[mine] = np.argsort(own)[np.searchsorted(np.sort(own), tokens[mine])]
+    with mesh_context(rules.mesh):
+        params = init_params(config, 0, rules)
+        shapes = abstract_precomputed(config, rules, params, 160, jnp.float32)
+        before = jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, out_sharding=leaf.sharding), shapes)
+        learn = jax.jit(partial(precompute, config, rules), static_argnums=4)
+        chunks = shard_host_array(rules, np.asarray(-(-max(map(len, vocabularies)) // 16), np.int32), ())
+        known = learn(params, before, shard_host_array(rules, table, ("batch", None)), chunks, 16)
+        run = jax.jit(
+            lambda p, t, at, known: unembed(
+                config, rules, p, forward(config, rules, p, t, query_positions=at, precomputed=known)
+            )
+        )
+        found = run(params, *(shard_host_array(rules, array, ("batch", None)) for array in (indices, at)), known)
+    np.testing.assert_allclose(found, compute_logits(config, rules, tokens, query_positions=at), atol=ROUNDING)
+
+
+@pytest.mark.parametrize("config", FAMILIES)
+@pytest.mark.parametrize(
+    ("spec", "preset"),
+    [("data=4", "fsdp"), ("data=2,model=2", "fsdp"), ("model=4", "tensor"), ("data=8", "replicated")],
+)
+def test_logits_and_parameters_are_the_same_on_any_mesh(config, spec, preset):
+    tokens = random_tokens(8, 48)
+    one, many = sharding_rules_for(config), sharding_rules_for(config, spec, preset)
+    jax.tree.map(np.testing.assert_array_equal, init_params(config, 0, one), init_params(config, 0, many))
+    np.testing.assert_allclose(compute_logits(config, many, tokens), compute_logits(config, one, tokens), atol=ROUNDING)
+
+
+class StepwiseDecoder:
+    """Decodes one token per row and step."""
+
+    def __init__(self, config: DecoderConfig, rules: ShardingRules, rows: int, capacity: int, **options):
+        self.config, self.sharding_rules, self.params = config, rules, init_params(config, 0, rules)
+        with mesh_context(rules.mesh):
+            self.cache = jax.jit(lambda: init_cache(config, rules, rows, capacity, **options))()
+        self.committed_len = np.zeros(rows, np.int32)
+
+        @jax.jit
+        def step(params, cache, token, committed_len, offset):
+            hidden, cache = decode_step(
+                config,
+                rules,
+                params,
+                cache,
+                token,
+                committed_len + offset,
+                committed_len,
+                num_used_blocks(cache, committed_len),
+                offset,
+            )
+            return unembed(config, rules, params, hidden), cache
+
+        self._step, self._flush = step, jax.jit(partial(flush_tail, rules))
+
+    def decode_chunk(self, tokens: np.ndarray) -> np.ndarray:
+        """Decode tokens [B, T ≤ TAIL_LEN] to logits; flush a full tail."""
+        logits = []
+        with mesh_context(self.sharding_rules.mesh):
+            committed_len = shard_host_array(self.sharding_rules, self.committed_len, ("batch",))
+            for t in range(tokens.shape[1]):
+                token = shard_host_array(self.sharding_rules, tokens[:, t], ("batch",))
+                out, self.cache = self._step(self.params, self.cache, token, committed_len, jnp.int32(t))
+                logits.append(np.asarray(out))
+            if tokens.shape[1] == TAIL_LEN:
+                self.cache = self._flush(self.cache, committed_len)
+        self.committed_len = self.committed_len + TAIL_LEN
+        return np.stack(logits, axis=1)
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        return np.concatenate(
+            [self.decode_chunk(tokens[:, t : t + TAIL_LEN]) for t in range(0, tokens.shape[1], TAIL_LEN)], axis=1
+        )
+
+
+@pytest.mark.parametrize("spec", ["data=1", "data=2"])
+def test_a_row_has_the_same_bits_for_any_neighbors_and_capacity(spec):
+    """Row 0 restarts while row 1 continues, as in continuous batching."""
+    config, rules, tokens = LLAMA, sharding_rules_for(LLAMA, spec), random_tokens(4, 4 * TAIL_LEN)
+    fresh, long = tokens[:2], tokens[2:]
+    alone, decoding = [
+        StepwiseDecoder(config, rules, 2, capacity, block_size=block_size)
+        for capacity, block_size in ((4 * TAIL_LEN, TAIL_LEN), (8 * TAIL_LEN, TAIL_LEN))
+    ]
+    expected = (
+        alone.decode(long),
+        StepwiseDecoder(config, rules, 2, TAIL_LEN, block_size=TAIL_LEN).decode_chunk(fresh[:, :TAIL_LEN]),
+    )
+    mixed = np.stack([fresh[0], long[1]])
+    found = [decoding.decode_chunk(long[:, t : t + TAIL_LEN]) for t in range(0, 3 * TAIL_LEN, TAIL_LEN)]
+    decoding.committed_len = np.array([0, 3 * TAIL_LEN], np.int32)
+    mixed = np.stack([fresh[0, :TAIL_LEN], long[1, 3 * TAIL_LEN :]])
+    found.append(decoding.decode_chunk(mixed))
+    np.testing.assert_array_equal(np.concatenate(found, axis=1)[1], expected[0][1])
+    np.testing.assert_array_equal(found[-1][0], expected[1][0])
+
+
+def test_rematerialization_changes_memory_only():
+    rules, tokens = sharding_rules_for(LLAMA, "data=2,model=2", "fsdp"), random_tokens(4, 24)
+    params = init_params(LLAMA, 0, rules)
+
+    def loss(params, tokens, remat):
+        hidden = forward(LLAMA, rules, params, tokens, remat=remat)
+        return jnp.square(unembed(LLAMA, rules, params, hidden)).mean()
+
+    with mesh_context(rules.mesh):
+        placed = shard_host_array(rules, tokens, ("batch", None))
+        gradient = jax.jit(jax.grad(loss), static_argnums=2)
+        plain, *others = (gradient(params, placed, remat) for remat in ("none", "dots", "full"))
+    for other in others:
+        for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(np.asarray(b)).max())
+
+
+def test_gradients_have_the_shardings_of_their_parameters():
+    rules = sharding_rules_for(NEOX, "data=2,model=2", "fsdp")
+    params = init_params(NEOX, 0, rules)
+    with mesh_context(rules.mesh):
+        tokens = shard_host_array(rules, random_tokens(4, 8), ("batch", None))
+        gradients = jax.jit(jax.grad(lambda p: forward(NEOX, rules, p, tokens).sum()))(params)
+    shardings = param_shardings(NEOX, rules)
+    jax.tree.map(
+        lambda g, s: g.sharding.is_equivalent_to(s, g.ndim) or pytest.fail(f"{g.sharding} != {s}"), gradients, shardings
+    )

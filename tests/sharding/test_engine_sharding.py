@@ -1,0 +1,185 @@
+"""Tests of `engine` on several devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_selftrain import hub
+from jax_selftrain.config import ScoreConfig
+from jax_selftrain.distributed.mesh import make_mesh, mesh_context
+from jax_selftrain.distributed.sharding import make_sharding_rules, shard_host_array
+from jax_selftrain.likelihood import LoglikelihoodRequest, scoring_program, token_scores
+from jax_selftrain.likelihood.batching import (
+    MAX_UNIQUE_TOKENS,
+    batch_rows,
+    plan_units,
+)
+from jax_selftrain.likelihood.device_programs import logprobs_and_argmax
+from jax_selftrain.likelihood.engine import batch_program, deduplicate
+from jax_selftrain.likelihood.prefix_trie import (
+    TokenizedRequest,
+)
+from jax_selftrain.models import DecoderConfig, RopeConfig, axis_sizes
+
+POSITIONS = 640
+
+
+BATCH = 1280
+
+
+def random_requests(n: int, vocab: int, longest: int, seed: int = 0) -> list[LoglikelihoodRequest]:
+    """Return requests of random lengths, some longer than the model."""
+    rng = np.random.default_rng(seed)
+    requests = []
+    for _ in range(n):
+        total = int(rng.integers(2, longest + 1))
+        continuation = int(rng.integers(1, min(total, longest // 2)))
+        tokens = rng.integers(0, vocab, total).tolist()
+        requests.append(LoglikelihoodRequest(tokens[:-continuation], tokens[-continuation:]))
+    return requests
+
+
+@pytest.fixture(scope="module")
+def load(tiny_model):
+    """`load(family, mesh, preset)` → a tiny model of 640 positions."""
+
+    def load_family(family: str = "llama", mesh: str = "data=1", preset: str = "tensor") -> hub.LoadedModel:
+        return hub.load_model(tiny_model(family, max_position_embeddings=POSITIONS), mesh, preset=preset)
+
+    return load_family
+
+
+@pytest.mark.parametrize(
+    ("mesh", "preset"),
+    [("data=4", "tensor"), ("data=2,model=2", "tensor"), ("model=2", "replicated"), ("data=2,model=2", "fsdp")],
+)
+def test_any_mesh_gives_the_same_likelihoods(load, mesh, preset):
+    requests = random_requests(40, 512, 64)
+    one = token_scores(load(), requests, batch_tokens=BATCH)
+    many = token_scores(load("llama", mesh, preset), requests, batch_tokens=BATCH)
+    for a, b in zip(one, many, strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)  # rounding noise of fp32 logits is about 1e-6
+        np.testing.assert_array_equal(a.greedy, b.greedy)
+
+
+def questions(n: int, seed: int = 3) -> list[LoglikelihoodRequest]:
+    """Return questions of four choices; one choice is a prefix of another."""
+    rng = np.random.default_rng(seed)
+    requests = []
+    for _ in range(n):
+        context = rng.integers(0, 512, int(rng.integers(5, 40))).tolist()
+        long = rng.integers(0, 512, 6).tolist()
+        choices = [long, long[:3], rng.integers(0, 512, 1).tolist(), rng.integers(0, 512, 4).tolist()]
+        requests += [LoglikelihoodRequest(context, choice) for choice in choices]
+        requests.append(LoglikelihoodRequest([*context, *long[:2]], long[2:]))  # the same text, split elsewhere
+    return requests
+
+
+CONFIG = DecoderConfig(
+    vocab_size=512, hidden_size=512, num_layers=6, num_heads=8, num_kv_heads=8, head_dim=64, intermediate_size=2048,
+    max_positions=POSITIONS, norm="layernorm", norm_eps=1e-5, activation="gelu", gated_mlp=False,
+    parallel_residual=True, rotary_dim=16, rope=RopeConfig(), qkv_bias=True, out_bias=True, mlp_bias=True,
+    qk_norm=False, tie_word_embeddings=False,
+)  # fmt: skip
+"""Config of the planned requests."""
+
+
+def tokenize_all(requests):
+    """Validated requests, sorted as the engine sorts them."""
+    return sorted((tokenize_request(*request) for request in requests), key=lambda request: request.sort_key)
+
+
+def tokenize_request(context, continuation):
+    return TokenizedRequest(np.array([*context, *continuation], np.int32), len(continuation))
+
+
+@pytest.mark.parametrize(
+    ("family", "mesh", "overrides"),
+    [
+        ("gpt_neox", "data=1", {}),
+        ("llama", "data=2,model=2", {}),
+        ("qwen2", "data=1", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}),
+    ],
+)
+def test_choices_of_a_question_are_scored_as_if_each_were_alone(tiny_model, family, mesh, overrides):
+    model = hub.load_model(tiny_model(family, max_position_embeddings=128, **overrides), mesh)
+    requests = questions(6)
+    for request, answer in zip(requests, token_scores(model, requests, batch_tokens=BATCH), strict=True):
+        n, end = len(request.continuation), len(request.context) + len(request.continuation) - 1
+        whole = np.zeros((model.sharding_rules.data_parallelism, 64), np.int32)  # one shape: later tokens are masked
+        whole[0, : end + 1] = [*request.context, *request.continuation]
+        logits = np.asarray(model.logits(whole))[0, end - n : end]
+        expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(n), whole[0, end - n + 1 : end + 1]]
+        np.testing.assert_allclose(answer.logprobs, expected, atol=2e-5)  # rounding noise of fp32 logits is about 1e-6
+        np.testing.assert_array_equal(answer.greedy, logits.argmax(-1))
+
+
+def test_a_unit_lists_the_unique_tokens_of_each_device():
+    rules = make_sharding_rules("tensor", make_mesh("data=2"), axis_sizes(CONFIG))
+    requests = [(request.context, request.continuation[:1]) for request in random_requests(250, 50_000, 500)]
+    units = plan_units(rules, CONFIG, tokenize_all(requests), BATCH)
+    assert len(units) > 2
+    for unit in units:
+        own = [[], []]
+        for batch in unit.batches:
+            for number, row in enumerate(batch.rows):
+                own[number // (batch_rows(rules, batch.length, BATCH) // 2)].append(row.tokens)
+        for vocabulary, rows in zip(unit.unique_tokens, own, strict=True):
+            np.testing.assert_array_equal(vocabulary, np.unique(np.concatenate(rows)))
+    sizes = [max(map(len, unit.unique_tokens)) for unit in units]
+    assert MAX_UNIQUE_TOKENS - BATCH < max(sizes) <= MAX_UNIQUE_TOKENS
+
+
+@pytest.mark.parametrize("spec", ["data=1", "data=2,model=2"])
+def test_a_batch_with_too_many_unique_tokens_is_a_unit_alone(load, monkeypatch, spec):
+    requests = random_requests(40, 512, 300)
+    expected = token_scores(load(), requests, batch_tokens=BATCH)
+    monkeypatch.setattr("jax_selftrain.likelihood.batching.MAX_UNIQUE_TOKENS", 128)
+    model = load(mesh=spec)
+    units = plan_units(model.sharding_rules, model.config, deduplicate(model.config, requests)[0], BATCH)
+    assert {len(unit.batches) for unit in units} == {1}
+    assert max(len(unit.unique_tokens[0]) for unit in units) > 128
+    for a, b in zip(token_scores(model, requests, batch_tokens=BATCH), expected, strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)
+        np.testing.assert_array_equal(a.greedy, b.greedy)
+
+
+@pytest.mark.parametrize(("mesh", "preset"), [("data=1", "tensor"), ("model=2", "tensor"), ("model=2", "replicated")])
+def test_the_argmax_of_equal_logits_is_the_lowest_id_and_large_logits_stay_finite(load, mesh, preset):
+    rules = load("llama", mesh, preset).sharding_rules
+    values = [[0.0, 5.0, 5.0, -jnp.inf, 1.0, 5.0, 5.0, 2.0], [3e4, -3e4, 0.0, 3e4, 3e4, 0.0, -3e4, 3e4]]
+    targets = [[2, 0, 7], [1, 0, 4]]
+    with mesh_context(rules.mesh):
+        logits = shard_host_array(rules, np.array([values], np.float32), ("batch", None, "vocab"))
+        wanted = shard_host_array(rules, np.array([targets], np.int32), ("batch", None, None))
+        logprobs, best = jax.jit(logprobs_and_argmax, static_argnums=0)(rules, logits, wanted)
+    assert best.tolist() == [[1, 0]]
+    expected = jax.nn.log_softmax(jnp.array(values))[jnp.array([[0], [1]]), jnp.array(targets)]
+    np.testing.assert_allclose(np.asarray(logprobs)[0], expected, rtol=1e-6)
+
+
+def test_the_program_compiles_without_weights_and_never_holds_all_logits(tiny_model):
+    vocab = 8192  # large enough that logits would dwarf everything else
+    folder = tiny_model("llama", vocab_size=vocab, max_position_embeddings=128, tokenizer=False)
+    config = ScoreConfig(model=str(folder), batch_tokens=8192)
+    mesh = make_mesh("data=2,model=2")
+    function, arguments, donated = scoring_program(config, mesh)
+    with mesh_context(mesh):
+        compiled = jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
+    all_logits = 4 * config.batch_tokens * vocab // 4  # bytes on each of the four devices
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < all_logits / 2
+
+
+def test_the_engine_runs_the_program_that_it_plans(load):
+    model = load("llama", "data=2")
+    function, arguments, _ = batch_program(model.config, model.sharding_rules, model.compute_dtype, BATCH, 64)
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), arguments[0])
+    assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), model.params)
+    assert make_sharding_rules("tensor", model.sharding_rules.mesh, axis_sizes(model.config)) == model.sharding_rules
+    with mesh_context(model.sharding_rules.mesh):
+        logprobs, greedy = jax.eval_shape(function, *arguments)
+    *_, targets, _ = arguments
+    assert (logprobs.shape, greedy.shape) == (targets.shape, targets.shape[:2])

@@ -1,0 +1,33 @@
+"""Tests of `loop` on several devices."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from training_runs import Interruption, interrupt, losses, run_options
+
+from jax_selftrain.config import TrainConfig
+from jax_selftrain.training import Hook, train
+
+
+@pytest.fixture(scope="module")
+def reference_run(small_model: Path, corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that `options()` describes, never interrupted."""
+    folder = tmp_path_factory.mktemp("reference_run") / "run"
+    return train(run_options((small_model, corpus_folder, folder)))
+
+
+@pytest.mark.slow
+def test_interrupted_run_resumes_on_another_mesh(reference_run: Path, options: Callable[..., TrainConfig]):
+    with pytest.raises(Interruption):
+        train(options(), hooks=[Hook(interrupt, steps=(3,))])
+    run = train(options(mesh="data=2,model=2"))
+    # fp32 sums in another order from step 3 on.
+    np.testing.assert_allclose(losses(run), losses(reference_run), rtol=1e-5)
+    launches = [json.loads(line) for line in (run / "launches.jsonl").read_text().splitlines()]
+    assert [(launch["from_step"], launch["mesh"]) for launch in launches] == [
+        (0, {"data": 2, "model": 1}),
+        (2, {"data": 2, "model": 2}),
+    ]
