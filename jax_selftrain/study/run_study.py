@@ -26,6 +26,7 @@ from typing import Any
 import jax
 
 from jax_selftrain.config import MemorizationConfig, ModelConfig, RunConfig, StudyConfig, yaml_io
+from jax_selftrain.config.metadata import Role
 from jax_selftrain.distributed import broadcast_one_to_all
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic, lease
@@ -44,9 +45,11 @@ def run(config: RunConfig) -> Path:
         The folder, with `results.json` and `model`.
 
     Raises:
-        InputError: an option, model or file is missing or does not fit.
+        InputError: an option, model or file is missing or does not fit, or the folder has a run with other options.
     """
-    return run_study(one_cell_study(config))
+    study = one_cell_study(config)
+    _check_same_run(study, Path(config.out) / "config.yaml")
+    return run_study(study)
 
 
 def one_cell_study(config: RunConfig) -> StudyConfig:
@@ -96,6 +99,28 @@ def one_cell_study(config: RunConfig) -> StudyConfig:
         preset=config.preset,
         dtype=config.dtype,
     )
+
+
+def _check_same_run(config: StudyConfig, path: Path) -> None:
+    """Refuse a folder that has a run with other options."""
+    if not path.exists():
+        return
+    earlier, now = (_identity(one) for one in (yaml_io.load(StudyConfig, path), config))
+    for name in now:
+        if earlier[name] != now[name]:
+            raise InputError(
+                f"{path.parent}: contains a run with {name} = {earlier[name]!r}, this one has {now[name]!r}; repeat "
+                "the earlier options, or choose another --out"
+            )
+
+
+def _identity(config: StudyConfig) -> dict[str, Any]:
+    """Return the options that change the results of a run."""
+    sections = {name: getattr(config, name) for name in ("sample", "train", "score", "extract")}
+    found = {"seeds": config.seeds, "students": config.students, "sources": config.sources, "dtype": config.dtype}
+    for section, options in sections.items():
+        found |= {f"{section}.{name}": value for name, value in yaml_io.to_dict(options, Role.IDENTITY).items()}
+    return found
 
 
 def run_study(config: StudyConfig) -> Path:

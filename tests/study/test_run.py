@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from study_designs import run_design
 
-from jax_selftrain import hub, load_model
+from jax_selftrain import load_model
 from jax_selftrain.config import ImportCorpusConfig, RunConfig, StudyConfig, yaml_io
 from jax_selftrain.corpus import import_text, open_corpus
 from jax_selftrain.errors import InputError
@@ -186,22 +186,13 @@ def test_learning_rate_zero_changes_exactly_nothing(options: Options, tmp_path: 
         assert before.equals(after.select(before.column_names))
 
 
-def test_another_option_makes_new_stages_and_keeps_the_others(
-    finished_run: Path, options: Options, tmp_path: Path
-) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(finished_run, folder)
-    before, config = output_times(folder), options(folder)
-    run(replace(config, train=replace(config.train, learning_rate=2e-2)))
-    after = output_times(folder)
-    assert {name: after[name] for name in before} == before
-    new = {
-        Path(name).relative_to(folder / "stages").parts[0].partition("-")[0] for name in after.keys() - before.keys()
-    }
-    assert new == {"train", "score", "extract"}
-    (cell,) = run_design(replace(config, train=replace(config.train, learning_rate=2e-2))).cells
-    assert hub.open_model(folder).fingerprint == hub.open_model(folder / "stages" / cell.train.name).fingerprint
-    assert hub.open_model(folder).fingerprint != hub.open_model(finished_run).fingerprint
+def test_a_folder_of_a_run_with_other_options_is_refused_by_name(finished_run: Path, options: Options) -> None:
+    before, config = output_times(finished_run), options(finished_run)
+    with pytest.raises(InputError, match=r"contains a run with train.learning_rate = 0.01, this one has 0.02"):
+        run(replace(config, train=replace(config.train, learning_rate=2e-2)))
+    assert output_times(finished_run) == before
+    run(replace(config, train=replace(config.train, log_every=2)))  # no part of what a run is
+    assert output_times(finished_run) == before
 
 
 def test_a_changed_file_makes_new_stages(options: Options, inputs: dict[str, str], tmp_path: Path) -> None:
