@@ -1,7 +1,7 @@
-"""Shared by all tests: one simulated CPU device, a cache of compiled programs, real data where it is available.
+"""Environment and fixtures of all tests.
 
-Environment variables are set before JAX is imported, and subprocesses inherit them. The tests in folders named
-`sharding` run with eight devices.
+Environment variables are set before JAX is imported, and subprocesses inherit them. Tests use one simulated CPU device,
+in folders named `sharding` eight, and share a cache of compiled programs.
 """
 
 import os
@@ -12,7 +12,7 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_SELFTRAIN_TEST_PLATFORM", "cpu
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Compilation is most of the cost of the suite: programs are shared by all tests, their subprocesses and later runs.
+# Compilation is most of the cost of the tests: all tests, their subprocesses and later runs share programs.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
@@ -24,14 +24,14 @@ import hypothesis
 import pytest
 from models_factory import write_tiny_hf_model
 
-hypothesis.settings.register_profile("any machine", deadline=None)  # how long an example takes says nothing of ours
-hypothesis.settings.load_profile("any machine")
-gc.set_threshold(20_000, 10, 10)  # JAX keeps millions of objects, which are searched for garbage again and again
+hypothesis.settings.register_profile("no deadline", deadline=None)  # the time of an example depends on the machine
+hypothesis.settings.load_profile("no deadline")
+gc.set_threshold(20_000, 10, 10)  # JAX keeps millions of objects, so that each garbage collection is slow
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a module that has module-scoped fixtures in one worker, so that they are made once."""
+    """Run modules with module-scoped fixtures in one worker, which makes them once."""
     for item in items:
         definitions = getattr(item, "_fixtureinfo", None)
         if definitions and any(d[-1].scope == "module" for d in definitions.name2fixturedefs.values()):
@@ -40,30 +40,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The folder of real data (a trained model, tokenizers, benchmarks) named by JAX_SELFTRAIN_DATA."""
+    """Folder of real data: a trained model, tokenizers and benchmarks."""
     value = os.environ.get("JAX_SELFTRAIN_DATA")
     if not value:
-        pytest.skip("JAX_SELFTRAIN_DATA is not set: this test needs the real model and texts")
+        pytest.skip("JAX_SELFTRAIN_DATA is not set; this test needs a trained model and texts")
     return Path(value).resolve()
 
 
 @pytest.fixture(scope="session")
 def stories260k(data_dir: Path) -> Path:
-    """The really trained 260,032-parameter Llama in Hugging Face layout."""
+    """Hugging Face folder of a trained Llama with 260,032 parameters."""
     return data_dir / "stories260k"
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`tiny_model(family="llama", **overrides)` → a Hugging Face folder with random weights and a real tokenizer."""
-    made: dict[str, Path] = {}
+    """Function `(family, **overrides)` that returns a Hugging Face folder."""
+    folders: dict[str, Path] = {}
 
     def make(family: str = "llama", **overrides) -> Path:
         key = repr((family, sorted(overrides.items())))
-        if key not in made:
+        if key not in folders:
             folder = tmp_path_factory.mktemp("tiny") / family
             write_tiny_hf_model(folder, family, **overrides)
-            made[key] = folder
-        return made[key]
+            folders[key] = folder
+        return folders[key]
 
     return make

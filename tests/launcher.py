@@ -1,8 +1,7 @@
-"""Start `jax-selftrain` commands in real processes without importing JAX in each of them.
+"""Start `jax-selftrain` commands in processes without importing JAX in each.
 
 A fork server (`multiprocessing`) imports the package once per test process; each command is a fork of it. The fork sets
-its environment, standard output and standard error, starts its own devices, and runs `jax_selftrain.cli.main`. It can
-be killed and waited for like a `subprocess.Popen`.
+its environment, standard output and standard error, and runs `jax_selftrain.cli.main` with its own devices.
 """
 
 from __future__ import annotations
@@ -16,14 +15,22 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-PRELOADED = ["jax_selftrain.cli", "jax", "flax.nnx", "optax", "orbax.checkpoint", "pyarrow.parquet", "tokenizers"]
+PRELOADED_MODULES = [
+    "jax_selftrain.cli",
+    "jax",
+    "flax.nnx",
+    "optax",
+    "orbax.checkpoint",
+    "pyarrow.parquet",
+    "tokenizers",
+]
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(PRELOADED)
+_SERVER.set_forkserver_preload(PRELOADED_MODULES)
 
 
-class Launched:
-    """A command in a process of its own, with the part of the interface of `subprocess.Popen` that tests use."""
+class CommandProcess:
+    """A command in its own process; the interface is part of `subprocess.Popen`."""
 
     def __init__(self, argv: Sequence[object], environment: Mapping[str, str] | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -57,19 +64,19 @@ class Launched:
         return self._process.exitcode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Wait for the end and return (standard output, standard error)."""
+        """Wait for the process; return (standard output, standard error)."""
         self.wait(timeout)
         out, err = (path.read_text(encoding="utf-8", errors="replace") if path.exists() else "" for path in self._files)
         return out, err
 
 
-def launch(*argv: object, **environment: str) -> Launched:
-    """Start `jax-selftrain ARGV` with variables added to this process's environment."""
-    return Launched(argv, {**os.environ, **environment})
+def launch(*argv: object, **environment: str) -> CommandProcess:
+    """Start `jax-selftrain ARGV` with additional environment variables."""
+    return CommandProcess(argv, {**os.environ, **environment})
 
 
 def run_command(*argv: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `jax-selftrain ARGV` to its end."""
+    """Run `jax-selftrain ARGV` and wait for it."""
     process = launch(*argv, **environment)
     out, err = process.communicate()
     return subprocess.CompletedProcess(list(argv), process.wait(), out, err)
@@ -92,7 +99,7 @@ def _run_command(argv: list[str], environment: dict[str, str], out: Path, err: P
 
 
 def _apply_to_jax(environment: Mapping[str, str]) -> None:
-    """Repeat what JAX does with its environment variables when it is imported, for those that differ."""
+    """Set the options of JAX, which was imported with other variables."""
     import jax
 
     for name, text in environment.items():

@@ -1,9 +1,8 @@
-"""Small real models for tests, written without torch: random weights, a true config and a true tokenizer.
+"""Small Hugging Face models with random weights for tests, written without torch.
 
-The folders that `write_tiny_hf_model` makes are ordinary Hugging Face folders (config.json, model.safetensors,
-tokenizer.json …): `transformers.AutoModelForCausalLM` opens them, and so must we. Tensor names and shapes are written
-down here independently of `jax_selftrain.hub`, so that a mistake there cannot hide itself. Norm scales and biases are
-drawn away from their usual 1 and 0: a forward pass that forgets one of them gives other logits.
+`write_tiny_hf_model` writes config.json, model.safetensors and tokenizer.json, as `transformers` does. The names and
+shapes of tensors do not come from `jax_selftrain.hub`, so that the tests find errors there. Norm scales and biases are
+not 1 and 0, so that a forward pass without one of them gives other logits.
 """
 
 from __future__ import annotations
@@ -27,10 +26,11 @@ _ROPE_KEYS = {"rope_parameters", "rope_theta", "rope_scaling", "rotary_pct", "ro
 
 
 def tiny_config(family: Family, *, vocab_size: int = 512, **overrides: Any) -> dict[str, Any]:
-    """Raw `config.json` of a small model (D 64, L 2, H 4, K 16, F 96 (NeoX 128), 1024 positions).
+    """Return the raw `config.json` of a small model.
 
-    `overrides` are raw config keys. Giving any rotary key replaces the family's whole default rotary schema, so that
-    both transformers 4 (`rope_theta`, `rope_scaling`, `rotary_pct`) and 5 (`rope_parameters`) can be written.
+    It has D 64, L 2, H 4, K 16, F 96 (GPT-NeoX: 128) and 1024 positions. `overrides` are raw config keys. A rotary key
+    among them replaces all default rotary keys of the family, so that a test can use the keys of transformers 4
+    (`rope_theta`, `rope_scaling`, `rotary_pct`) or 5 (`rope_parameters`).
     """
     common: dict[str, Any] = {
         "model_type": family,
@@ -73,7 +73,7 @@ def tiny_config(family: Family, *, vocab_size: int = 512, **overrides: Any) -> d
 
 
 def tiny_tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that transformers saves for a (raw) config."""
+    """Return the names and shapes of the tensors of a raw config."""
     family = config["model_type"]
     width, heads, vocab = config["hidden_size"], config["num_attention_heads"], config["vocab_size"]
     mlp = config["intermediate_size"]
@@ -126,10 +126,10 @@ def tiny_tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def tiny_weights(config: Mapping[str, Any], seed: int = 0, dtype: WeightType = "float32") -> dict[str, np.ndarray]:
-    """Random tensors for a (raw) config, the same on every platform and numpy version.
+    """Return random tensors, the same on every platform and NumPy version.
 
-    Matrices keep their input's variance, so that every part of a layer matters to the logits (whose standard
-    deviation comes out between 1 and 3). `mixed` gives the tensors float32, bfloat16 and float16 in turn.
+    Matrices preserve the variance of their input, so that every part of a layer affects the logits (whose standard
+    deviation is between 1 and 3). `mixed` cycles through float32, bfloat16 and float16.
     """
     width = config["hidden_size"]
     bits = np.random.Philox(seed)
@@ -137,7 +137,7 @@ def tiny_weights(config: Mapping[str, Any], seed: int = 0, dtype: WeightType = "
     one_type = {"float32": types[0], "bfloat16": types[1], "float16": types[2]}
     weights = {}
     for n, (name, shape) in enumerate(sorted(tiny_tensor_shapes(config).items())):
-        draw = _nearly_normal(bits, shape)
+        draw = _draw_irwin_hall(bits, shape)
         if name.endswith(("embed_tokens.weight", "embed_in.weight")):
             draw *= 2.0 / np.sqrt(width)
         elif len(shape) == 2:
@@ -150,11 +150,11 @@ def tiny_weights(config: Mapping[str, Any], seed: int = 0, dtype: WeightType = "
     return weights
 
 
-def _nearly_normal(bits: np.random.Philox, shape: tuple[int, ...]) -> np.ndarray:
-    """Zero mean, unit variance: each value the sum of four 16-bit uniforms.
+def _draw_irwin_hall(bits: np.random.Philox, shape: tuple[int, ...]) -> np.ndarray:
+    """Return sums of four 16-bit uniforms with zero mean and unit variance.
 
-    numpy promises the raw bits of a generator for ever, but not its normal variates; golden logits need the same
-    weights on every machine.
+    NumPy guarantees the raw bits of a generator in all versions, but not its normal variates; golden logits need the
+    same weights on every machine.
     """
     raw = np.asarray(bits.random_raw(int(np.prod(shape))), dtype="<u8").view("<u2").reshape(-1, 4)
     centered = raw.sum(axis=1, dtype=np.int64) - 2 * 65535
@@ -174,18 +174,21 @@ def write_tiny_hf_model(
     max_shard_bytes: int | None = None,
     **overrides: Any,
 ) -> Path:
-    """Write a small random model as a Hugging Face folder and return the folder.
+    """Write a small random model as a Hugging Face folder.
 
     Args:
         vocab_size: rows of the embedding.
         tokenizer: also write a byte-level BPE tokenizer trained on `tiny_texts` (`<unk>` 0, `<s>` 1 = BOS, `</s>` 2 =
             EOS) and a generation_config.json.
-        tokenizer_size: entries of the tokenizer; unset: `vocab_size`. A smaller one leaves padded rows, as Pythia has.
-        dtype: type of the weights; `mixed` takes turns over the tensors.
+        tokenizer_size: entries of the tokenizer; unset: `vocab_size`. A smaller one leaves padded rows, as in Pythia.
+        dtype: type of the weights; `mixed` cycles through the types.
         legacy_buffers: GPT-NeoX only: add the `attention.bias`, `attention.masked_bias` and `rotary_emb.inv_freq`
-            tensors that old checkpoints hold.
-        max_shard_bytes: split the weights into several files of at most about this size, with an index.
+            tensors that old checkpoints contain.
+        max_shard_bytes: split the weights into files of at most about this size, with an index.
         overrides: raw config keys, see `tiny_config`.
+
+    Returns:
+        The folder.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -203,7 +206,7 @@ def write_tiny_hf_model(
 
 
 def write_safetensors(folder: Path, weights: Mapping[str, np.ndarray], max_shard_bytes: int | None = None) -> None:
-    """`model.safetensors`, or `model-0000i-of-0000n.safetensors` with `model.safetensors.index.json`."""
+    """Write `model.safetensors`, or several files with `model.safetensors.index.json`."""
     metadata = {"format": "pt"}
     if max_shard_bytes is None:
         save_file(dict(weights), folder / "model.safetensors", metadata=metadata)
@@ -224,13 +227,14 @@ def write_safetensors(folder: Path, weights: Mapping[str, np.ndarray], max_shard
 
 
 def tiny_texts(n: int, seed: int = 0) -> Iterator[str]:
-    """`n` short procedurally generated stories, the same for the same seed."""
+    """Yield `n` short stories, generated from the seed."""
     rng = np.random.Generator(np.random.Philox(seed))
     syllables = ["ka", "lo", "mi", "ren", "tu", "sa", "vo", "bel", "dri", "fa", "gon", "hu", "jin", "pa", "quo", "zel"]
     creatures = ["fox", "bear", "girl", "boy", "owl", "cat", "frog", "king"]
     things = ["ball", "stone", "book", "apple", "lamp", "boat", "hat", "key"]
     colors = ["red", "blue", "green", "small", "big", "old", "bright", "soft"]
-    places = ["river", "forest", "park", "house", "hill", "garden", "castle", "lake"]
+    locations = ["river", "forest", "park", "house", "hill", "garden", "castle", "lake"]
+    question_verb = "asked"
 
     def pick(words: list[str]) -> str:
         return words[int(rng.integers(len(words)))]
@@ -240,16 +244,16 @@ def tiny_texts(n: int, seed: int = 0) -> Iterator[str]:
         thing, friend = pick(things), "".join(pick(syllables) for _ in range(2)).capitalize()
         yield (
             f"Once there was a {pick(colors)} {pick(creatures)} named {name}. "
-            f"{name} found a {pick(colors)} {thing} near the {pick(places)}. "
-            f'"Is this your {thing}?" asked {name}. "No," said {friend} the {pick(creatures)}, "but I have '
-            f'{int(rng.integers(2, 100))} more." They went to the {pick(places)} and were happy.'
+            f"{name} found a {pick(colors)} {thing} near the {pick(locations)}. "
+            f'"Is this your {thing}?" {question_verb} {name}. "No," said {friend} the {pick(creatures)}, "but I have '
+            f'{int(rng.integers(2, 100))} more." They went to the {pick(locations)} and were happy.'
         )
 
 
 def write_tiny_tokenizer(folder: str | Path, size: int) -> None:
-    """Train a byte-level BPE of exactly `size` entries on `tiny_texts` and save it so that AutoTokenizer opens it.
+    """Train a byte-level BPE with `size` entries on `tiny_texts` and save it.
 
-    From 320 entries on every byte has a token; smaller tokenizers know only the characters of the texts.
+    With 320 entries or more, every byte has a token; smaller tokenizers have only the characters of the texts.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -264,7 +268,7 @@ def write_tiny_tokenizer(folder: str | Path, size: int) -> None:
     )
     tokenizer.train_from_iterator(tiny_texts(400), trainer)
     if tokenizer.get_vocab_size() != size:
-        raise ValueError(f"the test texts give a tokenizer of {tokenizer.get_vocab_size()} entries, not {size}")
+        raise ValueError(f"expected a tokenizer with {size} entries, got {tokenizer.get_vocab_size()}")
     folder = Path(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
@@ -272,7 +276,7 @@ def write_tiny_tokenizer(folder: str | Path, size: int) -> None:
         "bos_token": BOS,
         "eos_token": EOS,
         "unk_token": UNK,
-        "pad_token": EOS,  # unset, transformers' Qwen2 class would add a token of its own past the vocabulary
+        "pad_token": EOS,  # if unset, transformers' Qwen2 class adds a token outside the vocabulary
         "model_max_length": 1024,
         "clean_up_tokenization_spaces": False,
     }

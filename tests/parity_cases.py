@@ -1,7 +1,7 @@
-"""Every variant of every family that a Hugging Face config can express and we claim to follow.
+"""Configs of all supported variants of all families.
 
-Each case is (family, raw config keys). Windows, rotary lengths and the number of positions are chosen so that within
-528 positions every branch is met: unscaled, blended and scaled frequencies, queries beyond their window.
+Each case is (family, raw config keys). Sliding windows and rotary lengths are small, so that 528 positions reach every
+branch: unscaled, interpolated and scaled frequencies, and queries beyond the window.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LLAMA3 = {
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 256}
 
 CASES: dict[str, tuple[Family, dict[str, Any]]] = {
-    # GPT-NeoX; Pythia is the first
+    # GPT-NeoX; the first is Pythia
     "neox": ("gpt_neox", {"rotary_pct": 0.25, "rotary_emb_base": 10000}),
     "neox-sequential": ("gpt_neox", {"use_parallel_residual": False, "rotary_pct": 1.0, "layer_norm_eps": 1e-3}),
     "neox-tied": ("gpt_neox", {"tie_word_embeddings": True}),
@@ -85,13 +85,13 @@ CASES: dict[str, tuple[Family, dict[str, Any]]] = {
 
 
 def case_tokens() -> np.ndarray:
-    """The input of every case: ids [ROWS, POSITIONS], the same on every machine."""
+    """Return the input of every case: token ids [ROWS, POSITIONS]."""
     raw = np.random.Philox(7).random_raw(ROWS * POSITIONS)
     return (np.asarray(raw) % VOCABULARY).astype(np.int64).reshape(ROWS, POSITIONS)
 
 
 def transformers_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    """fp32 logits [B, T, V] of transformers' eager implementation."""
+    """Return fp32 logits [B, T, V] of transformers with eager attention."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -100,8 +100,15 @@ def transformers_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
         return model.eval()(torch.tensor(tokens)).logits.numpy()
 
 
-def golden_part(logits: np.ndarray) -> np.ndarray:
-    """What is kept of logits [B, T, V]: [T, len(GOLDEN_IDS) + 1] fp32, the last column being the log-sum-exp."""
+def golden_logits(logits: np.ndarray) -> np.ndarray:
+    """Select the stored logits of one row and append their log-sum-exp.
+
+    Args:
+        logits: [B, T, V].
+
+    Returns:
+        [T, len(GOLDEN_IDS) + 1], fp32; the last column is the log-sum-exp over V.
+    """
     row = logits[GOLDEN_ROW].astype(np.float64)
     top = row.max(axis=-1, keepdims=True)
     total = top + np.log(np.exp(row - top).sum(axis=-1, keepdims=True))

@@ -1,4 +1,4 @@
-"""Start commands as programs of several processes on this machine."""
+"""Start commands in several processes on one machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from launcher import Launched, launch
+from launcher import CommandProcess, launch
 
 import jax_selftrain
 
@@ -21,23 +21,23 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start_process(words: Sequence[object], *flags: object, devices: int = 2, **environment: str) -> Launched:
-    """Start `jax-selftrain WORDS FLAGS` with simulated devices."""
-    return launch(*words, *flags, JAX_NUM_CPU_DEVICES=str(devices), **environment)
+def start_process(args: Sequence[object], *flags: object, devices: int = 2, **environment: str) -> CommandProcess:
+    """Start `jax-selftrain ARGS FLAGS` with simulated devices."""
+    return launch(*args, *flags, JAX_NUM_CPU_DEVICES=str(devices), **environment)
 
 
-def start_processes(words: Sequence[object], processes: int, *flags: object, devices: int = 2) -> list[Launched]:
+def start_processes(args: Sequence[object], processes: int, *flags: object, devices: int = 2) -> list[CommandProcess]:
     """Start a command in several processes; one process needs no flags."""
     if processes == 1:
-        return [start_process(words, *flags, devices=devices)]
+        return [start_process(args, *flags, devices=devices)]
     coordinator = ("--coordinator", f"localhost:{free_port()}", "--num-processes", processes)
     return [
-        start_process(words, *coordinator, "--process-id", index, *flags, devices=devices) for index in range(processes)
+        start_process(args, *coordinator, "--process-id", index, *flags, devices=devices) for index in range(processes)
     ]
 
 
-def wait_for_all(processes: Sequence[Launched], seconds: float = 300.0) -> tuple[list[int], list[str]]:
-    """Wait for all processes; return (exit codes, texts of standard error)."""
+def wait_for_all(processes: Sequence[CommandProcess], seconds: float = 300.0) -> tuple[list[int], list[str]]:
+    """Wait for all processes; return (exit codes, standard error of each)."""
     deadline = time.monotonic() + seconds
     errors = []
     try:
@@ -49,12 +49,14 @@ def wait_for_all(processes: Sequence[Launched], seconds: float = 300.0) -> tuple
     return [process.returncode for process in processes], errors
 
 
-def kill_when(processes: Sequence[Launched], victim: int, ready: Callable[[], bool], seconds: float = 240.0) -> float:
-    """Kill a process when `ready()`; return the monotonic time."""
+def kill_when(
+    processes: Sequence[CommandProcess], victim: int, is_ready: Callable[[], bool], seconds: float = 240.0
+) -> float:
+    """Kill a process when `is_ready()`; return the monotonic time."""
     deadline = time.monotonic() + seconds
-    while not ready():
+    while not is_ready():
         if time.monotonic() > deadline or any(process.poll() is not None for process in processes):
-            raise AssertionError(f"the condition of the kill was never met: {wait_for_all(processes, 5)}")
+            raise AssertionError(f"the condition of the kill was not met: {wait_for_all(processes, 5)}")
         time.sleep(0.01)
     processes[victim].send_signal(signal.SIGKILL)
     return time.monotonic()

@@ -1,4 +1,4 @@
-"""The stages of runs, for tests that look into their folders."""
+"""Stages of runs, for tests that read their folders."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from jax_selftrain.study.run_study import one_cell_study
 
 
 def run_design(config: RunConfig) -> Design:
-    """Return the design of a run, which knows the folders of its stages."""
+    """Return the design of a run, with the folders of its stages."""
     return make_design(one_cell_study(config))

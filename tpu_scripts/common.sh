@@ -1,28 +1,28 @@
-# Shared by the scripts of this folder: reading the config, calling gcloud, saying what is wrong.
+# Functions of the scripts in this folder: read the config, call gcloud, report errors.
 # shellcheck shell=bash
 
 set -euo pipefail
 
 readonly KEYS="PROJECT ZONE TYPE NAME RUNTIME TIER INSTALL BUCKET POLL_SECONDS CLUSTER IMAGE STORAGE RESTARTS"
 # shellcheck disable=SC2016 # expanded on the workers
-readonly PLACE='$HOME/selftrain'
+readonly WORK_DIR='$HOME/selftrain'
 
 CONFIG=pod.env
 DRY_RUN=false
 YES=false
 REST=()
 
-die() { # one clear sentence, exit code 2
+die() { # print one sentence and exit with code 2
   echo "$(basename "$0"): $*" >&2
   exit 2
 }
 
-usage() { # the comment at the top of the script is its help
+usage() { # print the comment at the top of the script
   sed -n '2,/^$/ s/^# \{0,1\}//p' "$0"
   exit 0
 }
 
-parse() { # the flags that all scripts have; the rest stays in REST
+parse() { # parse the flags of all scripts; store the other arguments in REST
   while (($#)); do
     case $1 in
       --help | -h) usage ;;
@@ -45,44 +45,44 @@ parse() { # the flags that all scripts have; the rest stays in REST
   read_config
 }
 
-read_config() { # KEY=value lines, nothing of which is executed
-  [[ -f $CONFIG ]] || die "$CONFIG: no such file; copy $(dirname "$0")/pod.env.example and fill it in"
+read_config() { # read KEY=value lines; nothing in them is executed
+  [[ -f $CONFIG ]] || die "$CONFIG: no such file; copy $(dirname "$0")/pod.env.example and edit it"
   local line key number=0
   while IFS= read -r line || [[ -n $line ]]; do
     number=$((number + 1))
     [[ $line =~ ^[[:space:]]*(#|$) ]] && continue
-    [[ $line =~ ^([A-Z_]+)=(.*)$ ]] || die "$CONFIG:$number: not a line of the form KEY=value"
+    [[ $line =~ ^([A-Z_]+)=(.*)$ ]] || die "$CONFIG:$number: expected a line of the form KEY=value"
     key=${BASH_REMATCH[1]}
-    [[ " $KEYS " == *" $key "* ]] || die "$CONFIG:$number: $key is unknown; known: $KEYS"
+    [[ " $KEYS " == *" $key "* ]] || die "$CONFIG:$number: unknown key $key; the keys are $KEYS"
     printf -v "$key" '%s' "${BASH_REMATCH[2]}"
   done <"$CONFIG"
   for key in PROJECT ZONE TYPE NAME; do
     [[ -n ${!key:-} ]] || die "$CONFIG: $key is missing"
   done
-  RUNTIME=${RUNTIME:-$(runtime_of "$TYPE")}
+  RUNTIME=${RUNTIME:-$(runtime_version "$TYPE")}
   TIER=${TIER:-spot}
   POLL_SECONDS=${POLL_SECONDS:-30}
   BUCKET=${BUCKET:-}
   # shellcheck disable=SC2016 # expanded on the workers
   INSTALL=${INSTALL:-'python3 -m venv $HOME/selftrain/venv && $HOME/selftrain/venv/bin/pip install -q "jax-selftrain[tpu]"'}
-  [[ $NAME =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || die "$CONFIG: NAME $NAME: small letters, digits and dashes only"
+  [[ $NAME =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || die "$CONFIG: NAME is $NAME; it must have only lowercase letters, digits and dashes"
   [[ $TIER =~ ^(spot|reserved|on-demand)$ ]] || die "$CONFIG: TIER is $TIER; it must be spot, reserved or on-demand"
-  [[ -z $BUCKET || $BUCKET == gs://* ]] || die "$CONFIG: BUCKET $BUCKET: must begin with gs://"
+  [[ -z $BUCKET || $BUCKET == gs://* ]] || die "$CONFIG: BUCKET is $BUCKET; it must begin with gs://"
   # shellcheck disable=SC2034 # read by run and resume
   JOB=$(dirname "$CONFIG")/.$NAME.job
 }
 
-runtime_of() { # the software that Google names for each generation
+runtime_version() { # TYPE: print Google's runtime version for this TPU generation
   case $1 in
     v6e-*) echo v2-alpha-tpuv6e ;;
     v5p-*) echo v2-alpha-tpuv5 ;;
     v5litepod-*) echo v2-alpha-tpuv5-lite ;;
     v2-* | v3-* | v4-*) echo tpu-ubuntu2204-base ;;
-    *) die "$CONFIG: TYPE $1 is unknown (v4-…, v5litepod-…, v5p-…, v6e-…); name its software with RUNTIME" ;;
+    *) die "$CONFIG: unknown TYPE $1 (v4-…, v5litepod-…, v5p-…, v6e-…); set RUNTIME to its runtime version" ;;
   esac
 }
 
-confirm() { # WHERE: before something is deleted
+confirm() { # LOCATION: ask before a deletion
   if ! $YES && ! $DRY_RUN; then
     local typed
     read -r -p "Delete $NAME $1? Type its name: " typed
@@ -90,7 +90,7 @@ confirm() { # WHERE: before something is deleted
   fi
 }
 
-call() { # gcloud, or what would be called
+call() { # run gcloud, or print the command in a dry run
   if $DRY_RUN; then
     printf 'gcloud'
     printf ' %q' "$@"
@@ -100,30 +100,30 @@ call() { # gcloud, or what would be called
   fi
 }
 
-queued() { # a verb of queued resources
+queued() { # VERB FLAGS: run a verb of `gcloud compute tpus queued-resources`
   local verb=$1
   shift
   call compute tpus queued-resources "$verb" "$NAME" --project="$PROJECT" --zone="$ZONE" "$@"
 }
 
-on_workers() { # WORKER COMMAND: over ssh
+on_workers() { # WORKER COMMAND: run the command over ssh
   call compute tpus tpu-vm ssh "$NAME" --project="$PROJECT" --zone="$ZONE" --worker="$1" --command="$2"
 }
 
-state() { # of the queued resource; ABSENT where there is none, UNKNOWN (and what gcloud says) where it cannot be asked
-  local said
-  if said=$(gcloud compute tpus queued-resources describe "$NAME" --project="$PROJECT" --zone="$ZONE" \
+state() { # print the state of the queued resource: ABSENT if it does not exist, UNKNOWN if gcloud fails
+  local output
+  if output=$(gcloud compute tpus queued-resources describe "$NAME" --project="$PROJECT" --zone="$ZONE" \
     --format='value(state.state)' 2>&1); then
-    tail -n 1 <<<"$said"
-  elif [[ $said == *NOT_FOUND* ]]; then
+    tail -n 1 <<<"$output"
+  elif [[ $output == *NOT_FOUND* ]]; then
     echo ABSENT
   else
-    echo "$said" >&2
+    echo "$output" >&2
     echo UNKNOWN
   fi
 }
 
-request() { # ask for the slice
+request() { # request the slice
   local -a tier=()
   case $TIER in
     spot) tier=(--spot) ;;
@@ -132,7 +132,7 @@ request() { # ask for the slice
   queued create --node-id="$NAME" --accelerator-type="$TYPE" --runtime-version="$RUNTIME" "${tier[@]}"
 }
 
-wait_until_granted() { # asks again whenever the request has failed or the slice was taken away
+wait_until_granted() { # request the slice again after a failure or a preemption
   if $DRY_RUN; then
     request
     return
@@ -146,33 +146,33 @@ wait_until_granted() { # asks again whenever the request has failed or the slice
       ACTIVE) return ;;
       ABSENT) request ;;
       FAILED | SUSPENDED) queued delete --force --quiet ;;
-      UNKNOWN) ((++failed < 10)) || die "gcloud failed ten times; see above" ;;
+      UNKNOWN) ((++failed < 10)) || die "gcloud failed ten times; see the errors above" ;;
     esac
     [[ $now == ABSENT ]] || sleep "$POLL_SECONDS"
   done
 }
 
-install() { # the same on all workers; a bucket is mounted where the results are to outlive the slice
+install() { # install on all workers and mount the bucket, which keeps the results after a preemption
   local mount=true bucket=${BUCKET#gs://}
   local folder=${bucket#"${bucket%%/*}"}
   folder=${folder#/}
   if [[ -n $BUCKET ]]; then
-    mount="(mountpoint -q $PLACE/out || gcsfuse --implicit-dirs ${folder:+--only-dir $folder} ${bucket%%/*} $PLACE/out)"
+    mount="(mountpoint -q $WORK_DIR/out || gcsfuse --implicit-dirs ${folder:+--only-dir $folder} ${bucket%%/*} $WORK_DIR/out)"
   fi
-  on_workers all "mkdir -p $PLACE/out && $mount && $INSTALL"
+  on_workers all "mkdir -p $WORK_DIR/out && $mount && $INSTALL"
 }
 
-start() { # a command, quoted as for a shell: detached, on all workers; its exit code is kept
+start() { # COMMAND (shell-quoted): start it detached on all workers; it writes its exit code to a file
   local script
   script="PATH=\$HOME/selftrain/venv/bin:\$PATH
 $1 >>log 2>&1
 echo \$? >exit.new && mv exit.new exit"
-  on_workers all "cd $PLACE && rm -f exit && printf '%s\n' $(printf '%q' "$script") >job.sh && { setsid nohup bash job.sh </dev/null >/dev/null 2>&1 & echo \$! >pid; }"
+  on_workers all "cd $WORK_DIR && rm -f exit && printf '%s\n' $(printf '%q' "$script") >job.sh && { setsid nohup bash job.sh </dev/null >/dev/null 2>&1 & echo \$! >pid; }"
 }
 
-exit_codes() { # one line for each worker: its exit code, or `running`, or `gone`
-  local said
-  said=$(on_workers all "cd $PLACE 2>/dev/null && if [ -f exit ]; then cat exit; elif kill -0 \$(cat pid) 2>/dev/null; then echo running; else echo gone; fi || echo gone") || return
-  $DRY_RUN && echo "$said" && return
-  grep -E '^(running|gone|[0-9]+)$' <<<"$said"
+exit_codes() { # print one line for each worker: the exit code, `running` or `gone`
+  local output
+  output=$(on_workers all "cd $WORK_DIR 2>/dev/null && if [ -f exit ]; then cat exit; elif kill -0 \$(cat pid) 2>/dev/null; then echo running; else echo gone; fi || echo gone") || return
+  $DRY_RUN && echo "$output" && return
+  grep -E '^(running|gone|[0-9]+)$' <<<"$output"
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from models_factory import write_tiny_hf_model
-from parity_cases import CASES, GOLDEN, case_tokens, golden_part, transformers_logits
+from parity_cases import CASES, GOLDEN, case_tokens, golden_logits, transformers_logits
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
     for name, (family, overrides) in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
             write_tiny_hf_model(folder, family, tokenizer=False, **overrides)
-            parts[name] = golden_part(transformers_logits(Path(folder), case_tokens()))
+            parts[name] = golden_logits(transformers_logits(Path(folder), case_tokens()))
     GOLDEN.parent.mkdir(exist_ok=True)
     np.savez_compressed(GOLDEN, **parts)
     print(f"{GOLDEN}: {len(parts)} cases, {GOLDEN.stat().st_size} bytes")

