@@ -5,7 +5,7 @@ computed for each seed, and its interval is Student's t over seeds. Intervals ov
 
 | field | content |
 |---|---|
-| `config` | the StudyConfig without `out`, `mesh`, `dry_run` |
+| `config` | the StudyConfig without its output and execution options |
 | `design` | `models` (as configured, with size and fingerprint), `students`, `sources` |
 | `base_ability` | {model: {task or text: accuracy or bits per byte}} |
 | `cells` | `student`, `treatment` (`source NAME` or an arm), `source`, `seed`, `corpus` (key of `corpora`), \
