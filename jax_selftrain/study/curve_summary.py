@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 METRIC_KINDS = {
-    "nll": ("texts", "nats per token", 1),
-    "acc": ("tasks", "accuracy (%)", 100),
-    "exact_match": ("sequences", "exact match (%)", 100),
-    "log_pz": ("sequences", "log p_z (nats)", 1),
-    "pz": ("sequences", "mean p_z (%)", 100),
+    "nll": "texts",
+    "acc": "tasks",
+    "exact_match": "sequences",
+    "log_pz": "sequences",
+    "pz": "sequences",
 }
-"""By the last part of a metric's name: kind of file, axis label, display scale."""
+"""Kind of file, by the last part of a metric's name."""
 
 
 def summarize_curve(
@@ -32,7 +32,7 @@ def summarize_curve(
     sizes = {
         f"{name}/{kind}": entry["n"]
         for files in measured
-        for kind, (part, _, _) in METRIC_KINDS.items()
+        for kind, part in METRIC_KINDS.items()
         for name, entry in files.get(part, {}).items()
     }
     names = [name for name in curve[0] if name != "step"]
