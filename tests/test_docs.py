@@ -1,0 +1,78 @@
+"""Options, files and tests that the documentation and the messages name exist."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jax_selftrain.cli import COMMANDS, CONFIG_FILE, DISTRIBUTED_COMMANDS
+from jax_selftrain.config import StudyConfig, yaml_io
+from jax_selftrain.distributed import DistributedConfig
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEXTS = [*PAGES, *sorted((ROOT / "configs").glob("*.yaml")), *sorted((ROOT / "tpu_scripts").iterdir())]
+MODULES = sorted((ROOT / "jax_selftrain").rglob("*.py"))
+PYTHON_FILES = [
+    str(file) for folder in ("jax_selftrain", "tests", "benchmarks") for file in (ROOT / folder).rglob("*.py")
+]
+OTHER_FLAGS = {"--help", "--version", "--implicit-dirs", "--gpus-per-task"}
+"""Flags in the package that are not options of a command."""
+FLAG = r"(?<![\w-])--[a-z][\w.-]*\w"
+
+
+def flags(command: str) -> set[str]:
+    fields = [*yaml_io.iter_fields(COMMANDS[command].config_class), CONFIG_FILE]
+    if command in DISTRIBUTED_COMMANDS:
+        fields += yaml_io.iter_fields(DistributedConfig)
+    negated = {yaml_io.negated_flag(*field.path) for field in fields if field.type is bool}
+    return {field.flag for field in fields} | negated | {"--help"}
+
+
+FLAGS = {command: flags(command) for command in COMMANDS}
+ALL_FLAGS = set[str]().union(*FLAGS.values())
+
+
+def commands(text: str) -> Iterator[tuple[str, set[str]]]:
+    """Yield the name and the flags of each command in a text."""
+    for line in text.replace("\\\n", " ").splitlines():
+        for name, words in re.findall(r"(?:jax-selftrain +|`)([a-z]+)\b((?:(?!jax-selftrain)[^`|#;])*)", line):
+            if name in COMMANDS:
+                yield name, set(re.findall(FLAG, words))
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_commands_have_the_options_that_a_text_names(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    unknown = {(name, flag) for name, found in commands(text) for flag in found - FLAGS[name]}
+    if path in PAGES:
+        unknown |= {("", flag) for flag in re.findall(rf"`({FLAG})", text) if flag not in ALL_FLAGS}
+    assert not unknown
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_messages_and_docstrings_name_existing_options(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    strings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    found = {flag for text in strings for flag in re.findall(FLAG, text) if not flag.startswith("--xla")}
+    assert found <= ALL_FLAGS | OTHER_FLAGS | {flag.replace("--", "--train.", 1) for flag in ALL_FLAGS}
+
+
+@pytest.mark.parametrize("path", [*PAGES, *MODULES], ids=lambda path: path.name)
+def test_options_of_a_section_exist(path: Path) -> None:
+    sections = {field.path for field in yaml_io.iter_fields(StudyConfig) if len(field.path) == 2}
+    named = re.findall(r"`(sample|train|score|extract|memorization)\.([a-z]\w*)`", path.read_text(encoding="utf-8"))
+    assert set(named) <= sections | {("score", "json")}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_and_files_of_a_page_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
+    assert [link for link in links if "://" not in link and not (path.parent / link).exists()] == []
+    named = {file for span in re.findall(r"`([^`\n]+)`", text) for file in re.findall(r"[\w./-]+\.py\b", span)}
+    assert {file for file in named if not any(name.endswith(f"/{file}") for name in PYTHON_FILES)} == set()
