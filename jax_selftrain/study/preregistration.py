@@ -67,6 +67,9 @@ def freeze_claims(folder: Path, claims: Sequence[ClaimConfig]) -> list[str]:
     """Freeze the first run's claims; return the names of post hoc claims.
 
     A study that started without claims has frozen an empty list.
+
+    Raises:
+        InputError: the frozen claims were changed, or another version wrote them.
     """
     path = folder / "claims.json"
     now = [yaml_io.to_dict(claim) for claim in claims]
@@ -77,6 +80,8 @@ def freeze_claims(folder: Path, claims: Sequence[ClaimConfig]) -> list[str]:
     frozen = atomic.read_json(path)
     if not isinstance(frozen, dict) or hash_json(frozen.get("claims")) != frozen.get("sha256"):
         raise InputError(f"{path}: was changed after it was written; restore it")
+    if any(claim.keys() != yaml_io.to_dict(ClaimConfig()).keys() for claim in frozen["claims"]):
+        raise InputError(f"{path}: has claims of another version of this program; choose another --out")
     return [claim["name"] for claim in now if claim not in frozen["claims"]]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,12 @@ def test_claims_are_frozen_at_the_first_run(tmp_path: Path) -> None:
     path.write_text(text.replace("0.01", "0.05"))
     with pytest.raises(InputError, match="was changed after it was written"):
         freeze_claims(tmp_path, [edited])
+
+
+def test_claims_of_another_version_are_refused(tmp_path: Path) -> None:
+    shutil.copy(Path(__file__).parents[2] / "docs/micro-world/claims.json", tmp_path)
+    with pytest.raises(InputError, match="another version"):
+        freeze_claims(tmp_path, [KEEPS])
 
 
 def test_claims_after_the_first_results_are_post_hoc(tmp_path: Path) -> None:
