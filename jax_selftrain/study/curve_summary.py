@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-METRIC_KINDS = {
-    "nll": "texts",
-    "acc": "tasks",
-    "exact_match": "sequences",
-    "log_pz": "sequences",
-    "pz": "sequences",
-}
+METRIC_KINDS = {"nll": "texts", "acc": "tasks", "exact_match": "sequences", "log_pz": "sequences", "pz": "sequences"}
 """Kind of file, by the last part of a metric's name."""
 
 
