@@ -18,6 +18,8 @@ from jax_selftrain import cli, config, errors, hub
 from jax_selftrain.config import RunConfig, SampleConfig, yaml_io
 from jax_selftrain.config.metadata import Role, roles
 
+pytestmark = pytest.mark.compat
+
 ROOT = Path(jax_selftrain.__file__).parents[1]
 
 

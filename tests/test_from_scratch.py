@@ -68,7 +68,7 @@ def train_from_scratch(
     return scores
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_models_trained_from_scratch_equal_transformers(data_dir: Path, tmp_path: Path):
     scores = train_from_scratch(tmp_path, data_dir, vocabulary=512, steps=30, samples=64, length=128, limit=20)
     (text,) = scores["base"]["texts"]

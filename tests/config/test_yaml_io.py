@@ -12,6 +12,8 @@ from jax_selftrain import config
 from jax_selftrain.config import yaml_io
 from jax_selftrain.errors import InputError
 
+pytestmark = pytest.mark.compat
+
 
 @dataclass(frozen=True)
 class Optimizer:

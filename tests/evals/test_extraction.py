@@ -241,7 +241,6 @@ def test_results_are_grouped_by_number_of_duplicates(tmp_path, options, greedy_p
     assert result["duplicates"]["1"]["sampling_policies"]["temperature=1,top-k=40"]["pz"] is not None
 
 
-@pytest.mark.slow
 def test_a_start_token_and_an_offset_move_the_window(tmp_path, options, model, greedy_paths):
     """Extraction depends on BOS and on the position of the window."""
     padded = np.concatenate([np.full((32, 3), 9), greedy_paths], axis=1)
@@ -316,7 +315,6 @@ def test_unusable_input_is_refused_and_nothing_written(tmp_path, options, array,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
 def test_on_the_real_model_classes_and_p_z_are_those_of_plain_python_and_transformers(tmp_path, stories260k, data_dir):
     """Half of the sequences are samples, so every class occurs."""
     sample(SampleConfig(model=str(stories260k), out=str(tmp_path / "corpus"), samples=96, max_tokens=128, seed=3,

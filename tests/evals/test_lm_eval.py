@@ -119,7 +119,6 @@ def assert_equal_answers(ours, theirs):
             assert values.get(metric) == their_metrics[name].get(metric)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["stories260k", "pythia-14m"])
 def test_published_sets_get_the_answers_of_the_hf_backend(data_dir, tmp_path, name):
     folder = data_dir / name if name == "stories260k" else write_pythia_shape(data_dir, tmp_path / name)
@@ -205,7 +204,6 @@ def options_for(tmp_path, tiny_model, local, **changes):
     return ScoreConfig(**(options | changes))
 
 
-@pytest.mark.slow
 def test_named_tasks_and_local_files_are_in_one_result(tmp_path, tiny_model, local):
     options = options_for(tmp_path, tiny_model, local)
     result = score(options)
@@ -339,7 +337,6 @@ def test_a_chat_template_is_the_tokenizers_own(tiny_model, monkeypatch):
     assert lm.apply_chat_template(chat) == "[user]Who?"
 
 
-@pytest.mark.slow
 def test_an_unknown_name_suggests_the_nearest(tmp_path, tiny_model, local):
     with pytest.raises(InputError, match=r"task 'lambada_opanai' is neither .* did you mean `lambada_openai`\?"):
         score(options_for(tmp_path, tiny_model, local, tasks=("lambada_opanai",), task_folder="", texts=()))

@@ -62,7 +62,7 @@ def run(tmp_path_factory, sequences) -> Path:
     return folder / "run"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_planted_sequences_are_extracted_and_controls_are_not(run, sequences, tmp_path):
     for name, rows in zip(("planted", "controls"), sequences, strict=True):
         np.save(tmp_path / f"{name}.npy", rows)
@@ -95,7 +95,7 @@ def test_planted_sequences_are_extracted_and_controls_are_not(run, sequences, tm
     assert without["exact_match"] <= 0.5 * result["exact_match"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_all_measures_equal_those_of_transformers_on_the_export(run, sequences, tmp_path):
     torch = pytest.importorskip("torch", reason="transformers needs torch to run the exported model")
     from transformers import (

@@ -156,7 +156,6 @@ def test_a_model_without_tokenizer_cannot_be_given_texts(tmp_path, tiny_model, f
         score(config(tmp_path, tiny_model, files, model=str(tiny_model(tokenizer=False))))
 
 
-@pytest.mark.slow
 def test_bfloat16_scores_differ_little(tmp_path, tiny_model, files):
     exact = score(config(tmp_path, tiny_model, files))["texts"]["stories"]["nll"]
     rounded = score(config(tmp_path, tiny_model, files, dtype="bfloat16"))["texts"]["stories"]["nll"]
@@ -234,7 +233,6 @@ def kill_after_first_unit(options: ScoreConfig) -> list[Path]:
     return sorted(parts.glob("*/*.parquet"))
 
 
-@pytest.mark.slow
 def test_a_killed_scoring_resumes_and_writes_the_same_bytes(many):
     whole, broken = many("whole"), many("broken")
     score(whole)
@@ -249,7 +247,7 @@ def test_a_killed_scoring_resumes_and_writes_the_same_bytes(many):
     assert not Path(broken.out).with_suffix(".parts").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_results_of_another_model_or_task_are_not_reused(many, tiny_model):
     broken = many("broken")
     kill_after_first_unit(broken)
@@ -324,7 +322,6 @@ def test_perplexity_of_a_trained_model_equals_an_independent_one(data_dir, stori
     assert found["nll"] == pytest.approx(sum(map(torch_nll, tokens)) / found["tokens"], abs=1e-5)
 
 
-@pytest.mark.slow
 def test_stories260k_has_its_known_loss(data_dir, stories_model):
     """The data's README states 1.272 nats per token on 400 held-out stories.
 

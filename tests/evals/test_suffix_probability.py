@@ -56,7 +56,6 @@ def test_discoverable_follows_the_definition_and_survives_tiny_probabilities():
     assert not n_p_discoverable(np.array([-np.inf]))["10000@0.1"].any()
 
 
-@pytest.mark.slow
 def test_a_suffix_that_a_policy_excludes_has_probability_zero(model):
     """One token of the suffix is not among the two most probable."""
     rng = np.random.default_rng(3)
@@ -77,7 +76,6 @@ def test_a_suffix_that_a_policy_excludes_has_probability_zero(model):
 DRAWS = 40_000
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "word", ["temperature=1", "temperature=0.3", "temperature=0.6,top-k=5", "temperature=0.5,top-p=0.7"]
 )

@@ -25,8 +25,6 @@ from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import folder_manifest
 from jax_selftrain.study.design import make_design
 
-pytestmark = pytest.mark.slow
-
 TINY = replace(
     ONE_MODEL_SCALE,
     world=WorldConfig(

@@ -106,7 +106,7 @@ def test_extra_text_has_the_facts_without_the_probes(worlds: dict[str, World]) -
             assert re.search(rf"{fact.who} .*{fact.value}\.", extra)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_crossover_study_ends_with_a_report(tmp_path: Path) -> None:
     config = DemoConfig(out=str(tmp_path / "out"), study=True, seeds=(0,))
     assert demo(config, TINY) == tmp_path / "out" / "report.html"
@@ -134,7 +134,6 @@ def test_the_crossover_study_ends_with_a_report(tmp_path: Path) -> None:
         write_worlds(tmp_path / "out" / "world", replace(TINY, samples=25))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scale", [ONE_MODEL_SCALE, CROSSOVER_SCALE], ids=["one model", "crossover"])
 def test_the_suffix_is_in_the_probe_and_the_prefix_identifies_it(scale: MicroScale, tmp_path: Path) -> None:
     """All tokenizers, at full size: no two prefixes are the same."""

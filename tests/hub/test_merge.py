@@ -54,7 +54,6 @@ def merge_result(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFac
 # ---------------------------------------------------------------- values
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "mixed"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_0_and_1_are_the_models_bit_for_bit(family: Family, dtype, tmp_path: Path):
@@ -64,7 +63,6 @@ def test_weights_0_and_1_are_the_models_bit_for_bit(family: Family, dtype, tmp_p
         assert param_bytes(out) == param_bytes(model)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", ["neox", "neox-tied", "llama-gqa", "llama-tied", "qwen2-window", "qwen3"])
 @pytest.mark.parametrize("weight", [-1.5, 0.3, 2.0])
 def test_every_parameter_is_interpolated(case: str, weight: float, tmp_path: Path):

@@ -11,6 +11,8 @@ from parity_cases import CASES, GOLDEN, case_tokens, golden_logits, transformers
 
 from jax_selftrain import hub
 
+pytestmark = pytest.mark.compat
+
 # fp32 rounding of a few layers stays below 1e-5 here; 1e-4 is what the project promises for real models, too.
 TOLERANCE = 1e-4
 

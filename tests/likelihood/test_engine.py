@@ -117,7 +117,6 @@ def test_loglikelihoods_of_a_trained_model_equal_those_of_transformers(data_dir,
         assert answer.is_greedy == is_greedy
 
 
-@pytest.mark.slow
 def test_batch_size_does_not_matter(load):
     requests = random_requests(40, 512, 64)
     large = np.array([answer.loglikelihood for answer in loglikelihoods(load(), requests, batch_tokens=4096)])
@@ -426,7 +425,6 @@ def test_lengths_are_rounded_to_buckets():
     assert [round_up_to_bucket(n, 20) for n in (5, 17, 20)] == [8, 20, 20]
 
 
-@pytest.mark.slow
 def test_greedy_means_that_every_token_is_the_most_probable(load):
     model = load()
     tokens = [1, 40, 77]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.distributed.sharding import ShardingRules, make_sharding_rules, shard_host_array
 from jax_selftrain.models.attention import dot_product_attention
+
+pytestmark = pytest.mark.compat
 
 B, T, G, R, K = 2, 256, 2, 4, 64
 AXES = (("batch", None, "kv_heads", "q_per_kv", None), ("batch", None, "kv_heads", None), ("batch", None))

@@ -148,8 +148,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> PlanConfig:
 
 
 @needs_libtpu
-@pytest.mark.slow
-@pytest.mark.parametrize(("topology", "width"), [("v5e:2x2", 256), ("v5e:4x4", 512)])
+@pytest.mark.parametrize(
+    ("topology", "width"), [("v5e:2x2", 256), pytest.param("v5e:4x4", 512, marks=pytest.mark.nightly)]
+)
 def test_collectives_of_training_agree_with_the_formula(small: PlanConfig, tmp_path: Path, topology: str, width: int):
     options = replace(small, model=str(write_model(tmp_path, width)), stage=("train",), topology=(topology,))
     (row,) = plan_memory(options)["rows"]
@@ -181,16 +182,16 @@ def test_replicas_are_row_by_row_in_the_torus(topology: str, mesh: str, lines: l
             assert sum(len(set(values)) > 1 for values in zip(*[coordinates[k] for k in group], strict=True)) == 1
 
 
+@pytest.mark.nightly
 @needs_libtpu
-@pytest.mark.slow
 def test_scoring_compiles(small: PlanConfig):
     (row,) = plan_memory(replace(small, stage=("score",)))["rows"]
     check_memory(row)
     assert row["traffic"] > row["memory"]["arguments"] - row["memory"]["aliased"] - 2**20  # all parameters are read
 
 
+@pytest.mark.nightly
 @needs_libtpu
-@pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "v5e:2x4", "v5e:4x4"])
 def test_every_generation_compiles_for_the_chips_of_one_host(small: PlanConfig, topology: str):
     (row,) = plan_memory(replace(small, topology=(topology,), stage=("sample",)))["rows"]
@@ -198,8 +199,8 @@ def test_every_generation_compiles_for_the_chips_of_one_host(small: PlanConfig, 
     assert row["num_meshes"] * row["mesh"]["data"] == row["chips"]
 
 
+@pytest.mark.nightly
 @needs_libtpu
-@pytest.mark.slow
 def test_two_plans_can_run_at_once():
     words = ["plan", "--model", "pythia-14m", "--topology", "v5e:2x2", "--stage", "sample", "--dtype", "bfloat16"]
     both = [launch(*words, "--sample.samples", 64) for _ in range(2)]
@@ -213,8 +214,8 @@ def test_an_unknown_slice_is_an_error():
         plan_rows(model="pythia-14m", topology=("v5e:3x4",), stage=("sample",))
 
 
+@pytest.mark.nightly
 @needs_libtpu
-@pytest.mark.slow
 def test_a_program_out_of_memory_has_the_message_of_the_compiler():
     sample = replace(SAMPLE, max_tokens=2048, batch_size=1024)
     (row,) = plan_rows(model="pythia-1b", topology=("v5e:2x2",), stage=("sample",), sample=sample)

@@ -503,7 +503,7 @@ def test_the_command_line_reads_and_writes_addresses(
     assert f"{OUT}: was created with seed = 0" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_another_machine_resumes_a_run(
     store: MemoryFileSystem,
     tiny_model: Callable[..., Path],
@@ -546,7 +546,7 @@ def test_another_machine_resumes_a_run(
         assert now[name] == there[name], name
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_machine_that_is_lost_costs_what_it_had_not_sent(tiny_model: Callable[..., Path], tmp_path: Path):
     """Another machine completes a corpus after a kill."""
     model, out = tiny_model("llama"), tmp_path / "store" / "corpus"

@@ -94,7 +94,7 @@ def model() -> Model:
 
 
 @pytest.mark.parametrize(
-    "sharpness", [pytest.param(0.45, id="flat"), pytest.param(2.0, id="peaked", marks=pytest.mark.slow)]
+    "sharpness", [pytest.param(0.45, id="flat"), pytest.param(2.0, id="peaked", marks=pytest.mark.nightly)]
 )
 @pytest.mark.parametrize(
     "options",

@@ -54,7 +54,6 @@ def test_results_do_not_depend_on_the_batch(model):
     assert together == alone
 
 
-@pytest.mark.slow
 def test_draws_follow_the_distribution_and_depend_on_seed_and_request_id_alone(model):
     sampling_params = SamplingParams(max_tokens=1, temperature=0.7, top_k=4)
     (prompt,) = prompts([37])

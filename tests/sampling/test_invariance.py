@@ -41,7 +41,6 @@ def reference(load) -> SampleBatch:
 # ---------------------------------------------------------------- the real model
 
 
-@pytest.mark.slow
 def test_stories_end_with_the_id_the_model_was_trained_on(load, reference):
     ended = reference.stopped
     assert 2 < ended.sum() < SAMPLES / 4

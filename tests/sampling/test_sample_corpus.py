@@ -106,7 +106,6 @@ def test_a_model_without_tokenizer_gives_empty_text(config, tiny_model, tmp_path
 # ---------------------------------------------------------------- restarts and workers
 
 
-@pytest.mark.slow
 def test_a_killed_process_does_not_change_the_corpus(request_and_reference, tmp_path):
     """SIGKILL after the first shard, then the same command again."""
     config, reference = request_and_reference

@@ -89,8 +89,8 @@ FIELDS = ("tokens", "lengths", "logprobs", "policy_logprobs", "stopped")
 @pytest.mark.parametrize(
     ("spec", "num_slots"),
     [
-        pytest.param("data=1,model=1", 16, marks=pytest.mark.slow),
-        pytest.param("data=2,model=1", 16, marks=pytest.mark.slow),
+        pytest.param("data=1,model=1", 16, marks=pytest.mark.nightly),
+        pytest.param("data=2,model=1", 16, marks=pytest.mark.nightly),
         ("data=4,model=1", 16),
     ],
 )

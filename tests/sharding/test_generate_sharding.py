@@ -23,7 +23,7 @@ def greedy(max_tokens: int) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, temperature=0)
 
 
-@pytest.mark.parametrize("mesh", [pytest.param("data=1", marks=pytest.mark.slow), "data=2,model=2"])
+@pytest.mark.parametrize("mesh", [pytest.param("data=1", marks=pytest.mark.nightly), "data=2,model=2"])
 def test_each_greedy_token_is_the_argmax_of_the_full_forward_pass(tiny_model, mesh):
     model = load_model(tiny_model("gpt_neox"), mesh)
     for prompt, generated in zip(prompts(), generate(model, prompts(), greedy(40), batch_size=2), strict=True):

@@ -47,7 +47,6 @@ def reference(load) -> SampleBatch:
     return _sample(load("data=1,model=1"), 64, SAMPLES, PARAMS)
 
 
-@pytest.mark.slow
 def test_samples_are_the_same_on_any_mesh_and_batch_except_at_rounding_ties(load, reference):
     """Every divergence is shown to be a rounding tie in fp64.
 
@@ -85,7 +84,6 @@ def test_samples_are_the_same_on_any_mesh_and_batch_except_at_rounding_ties(load
             assert margin < bound
 
 
-@pytest.mark.slow
 def test_the_bound_for_rounding_ties_is_strict(load, reference):
     """The margins of most draws are far above the bound for ties."""
     model, step = load("data=1,model=1"), 20

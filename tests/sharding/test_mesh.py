@@ -22,6 +22,8 @@ from jax_selftrain.distributed.mesh import (
 from jax_selftrain.distributed.sharding import make_sharding_rules, shard_host_array
 from jax_selftrain.errors import InputError
 
+pytestmark = pytest.mark.compat
+
 SIZES = {"embed": 64, "vocab": 512, "mlp": 172, "kv_heads": 4, "q_per_kv": 2}
 
 

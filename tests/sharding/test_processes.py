@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from models_factory import tiny_weights, write_tiny_hf_model
 from params_hash import hash_params
 
@@ -17,7 +16,6 @@ from jax_selftrain.io.atomic import read_json
 from jax_selftrain.io.manifest import sha256_file
 
 
-@pytest.mark.slow
 def test_two_processes_read_half_each_and_save_merge_and_convert_together(tmp_path: Path):
     folder = write_tiny_hf_model(tmp_path / "hf", "gpt_neox", tokenizer=False)
     hub.convert(ConvertConfig(source=str(folder), out=str(tmp_path / "ours")))

@@ -36,7 +36,7 @@ def another_machine(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_several_processes_mount_the_bucket(
     tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):

@@ -72,7 +72,6 @@ def timings(options: ScoreConfig) -> dict[str, Any]:
     return json.loads(Path(options.out).with_suffix(".timings.json").read_text())
 
 
-@pytest.mark.slow
 def test_two_processes_divide_the_requests_and_write_the_bytes_of_one(many):
     alone, together = many("alone"), replace(many("together"), mesh="")
     score(alone)

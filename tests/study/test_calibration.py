@@ -12,7 +12,6 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import pytest
 
 from jax_selftrain.stats import estimators
 from jax_selftrain.stats.estimators import Estimate
@@ -105,7 +104,6 @@ def test_questions_about_one_entity_are_one_observation() -> None:
     assert found["items as units"] < 0.93
 
 
-@pytest.mark.slow
 def test_bad_sources_and_slow_students_are_no_relation() -> None:
     found = interaction_coverage(np.random.default_rng(3), 3 * STUDIES)
     assert all(0.94 <= share <= 0.96 for share in found.values()), found

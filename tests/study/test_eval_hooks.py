@@ -152,7 +152,6 @@ def test_two_files_of_one_name_are_refused(training: TrainConfig, inputs: dict[s
         train_with_evals(replace(training, out=str(tmp_path / "out"), eval_texts=(str(twin),)))
 
 
-@pytest.mark.slow
 def test_the_train_command_evaluates(training: TrainConfig, tmp_path: Path) -> None:
     words = ["train", "--model", training.model, "--corpus", training.corpus, "--out", str(tmp_path / "run")]
     words += ["--steps", "4", "--batch-size", "4", "--seq-len", "32", "--mesh", "data=1"]

@@ -15,7 +15,13 @@ import pytest
 
 from jax_selftrain.config import RunConfig, yaml_io
 
-MOMENTS = ("score-*.json", "sample-*/shard-000000.parquet", "train-*/steps", "train-*.json", "extract-*/extract.json")
+MOMENTS = (
+    "score-*.json",
+    "sample-*/shard-000000.parquet",
+    "train-*/checkpoints",
+    "train-*.json",
+    "extract-*/extract.json",
+)
 """A kill comes a random moment after each of these has appeared in `stages`: during a stage, or between stages."""
 
 
@@ -27,7 +33,7 @@ def start(config: RunConfig, folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **cache})
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_killed_runs_end_with_the_same_bytes(
     finished_run: Path, options: Callable[..., RunConfig], tmp_path: Path
 ) -> None:

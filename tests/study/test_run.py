@@ -161,7 +161,6 @@ def test_the_same_run_in_another_folder_gives_the_same_bytes(
     assert snapshot(tmp_path / "elsewhere") == snapshot(finished_run)
 
 
-@pytest.mark.slow
 def test_learning_rate_zero_changes_exactly_nothing(options: Options, tmp_path: Path) -> None:
     config = options(tmp_path / "null")
     config = replace(config, train=replace(config.train, learning_rate=0.0))
@@ -206,7 +205,6 @@ def test_a_changed_file_makes_new_stages(options: Options, inputs: dict[str, str
     assert changed == ["score", "score"]
 
 
-@pytest.mark.slow
 def test_a_mixed_corpus_counts_by_content(options: Options, inputs: dict[str, str], tmp_path: Path) -> None:
     config, mixed = options(tmp_path / "out"), tmp_path / "mixed"
     config = without_extraction(replace(config, score=replace(config.score, tasks=())))

@@ -119,7 +119,6 @@ def read_cells(folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
     return {(cell["student"], cell["treatment"], cell["seed"]): cell for cell in cells}
 
 
-@pytest.mark.slow
 def test_every_cell_is_measured_and_the_null_is_exactly_zero(finished_study: Path):
     cells = read_cells(finished_study)
     assert len(cells) == 2 * 2 + len(ARMS) + 1
@@ -139,7 +138,6 @@ def test_every_cell_is_measured_and_the_null_is_exactly_zero(finished_study: Pat
     assert len(distinct) == len(cells) - 2
 
 
-@pytest.mark.slow
 def test_cells_share_what_they_have_in_common(finished_study: Path):
     kinds = [path.name.split("-")[0] for path in (finished_study / "stages").iterdir() if path.is_dir()]
     # A corpus of either model, a cool one, and one of the second generation.
@@ -156,7 +154,6 @@ def test_cells_share_what_they_have_in_common(finished_study: Path):
     assert (kinds.count("continue"), kinds.count("decontaminate"), kinds.count("size_matched")) == (2, 1, 1)
 
 
-@pytest.mark.slow
 def test_a_retokenized_corpus_has_the_text_of_its_source(finished_study: Path):
     design = make_design(yaml_io.load(StudyConfig, finished_study / "config.yaml"))
     for cell in design.cells:
@@ -169,7 +166,6 @@ def test_a_retokenized_corpus_has_the_text_of_its_source(finished_study: Path):
         ]
 
 
-@pytest.mark.slow
 def test_memorization_is_probed_in_formats_after_relearning_and_on_unseen_text(finished_study: Path):
     results = json.loads((finished_study / "results.json").read_text())
     design = make_design(yaml_io.load(StudyConfig, finished_study / "config.yaml"))
@@ -233,7 +229,6 @@ def test_a_decontaminated_corpus_has_no_overlap_with_h_and_its_control_is_as_lar
     assert len(left[True]) == len(left[False])
 
 
-@pytest.mark.slow
 def test_noise_has_the_norm_of_the_change_of_training(finished_study: Path):
     from jax_selftrain import load_model
 
@@ -253,7 +248,6 @@ def test_noise_has_the_norm_of_the_change_of_training(finished_study: Path):
     assert weights == {1.0, 3.0}
 
 
-@pytest.mark.slow
 def test_the_report_is_a_function_of_the_results(finished_study: Path, tmp_path: Path):
     shutil.copy(finished_study / "results.json", tmp_path)
     write_report(tmp_path)
@@ -276,7 +270,6 @@ def test_the_report_is_a_function_of_the_results(finished_study: Path, tmp_path:
     assert (tmp_path / "figures" / "trajectories_llama.svg").exists()
 
 
-@pytest.mark.slow
 def test_killed_shared_and_grown_studies_end_with_the_same_tables(make: Make, tmp_path: Path):
     """Kill one process, then finish with two, an arm and a seed."""
     small = partial(make, students=("llama",), sources=("llama", "neox"))
@@ -412,7 +405,6 @@ def test_a_bad_source_is_no_interaction_and_an_incompatible_one_is():
     assert interactions(simulate_cells(lambda *_: 0.0), {"A": "A", "B": "A"}) is None  # one lineage: no source is away
 
 
-@pytest.mark.slow
 def test_proxies_equal_those_from_plain_logits(finished_study: Path):
     from jax_selftrain import load_model
 

@@ -22,8 +22,6 @@ from jax_selftrain.config import ExtractConfig, RunConfig, ScoreConfig, StudyCon
 from jax_selftrain.io import atomic
 from jax_selftrain.study.design import make_design
 
-pytestmark = pytest.mark.slow
-
 Words = Callable[[Path], list[object]]
 
 
@@ -119,7 +117,7 @@ def sentence(output: str) -> str:
     return line
 
 
-@pytest.mark.parametrize(("processes", "victim"), [(3, 1), (2, 0)])
+@pytest.mark.parametrize(("processes", "victim"), [pytest.param(3, 1, marks=pytest.mark.nightly), (2, 0)])
 def test_a_kill_in_training_ends_the_other_processes_with_one_sentence(
     alone: Path, tmp_path: Path, processes: int, victim: int
 ) -> None:
@@ -168,6 +166,7 @@ def write_many_rows(path: str, to: Path, rows: int) -> str:
     return str(to)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("stage", ["score", "extract"])
 def test_the_other_processes_complete_scoring_after_a_kill(alone: Path, tmp_path: Path, stage: str) -> None:
     config = one_process_options(alone)
@@ -194,6 +193,7 @@ def test_the_other_processes_complete_scoring_after_a_kill(alone: Path, tmp_path
         )  # work for two processes
 
 
+@pytest.mark.nightly
 def test_a_run_that_loses_a_process_in_sampling_completes_the_corpus_and_resumes(
     alone: Path, words: Words, tmp_path: Path
 ) -> None:

@@ -102,7 +102,7 @@ def test_a_slice_is_created_used_and_deleted(cloud: Cloud, tmp_path: Path) -> No
     assert cloud.script("status").stdout == "pod-1: ABSENT\n"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_preempted_run_resumes_with_the_same_results(
     cloud: Cloud, finished_run: Path, options: Callable[..., RunConfig], tmp_path: Path
 ) -> None:

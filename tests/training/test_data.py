@@ -123,7 +123,6 @@ def test_interrupted_mixed_run_ends_with_the_same_bits(
     assert (run / "metrics.jsonl").read_bytes() == (reference_run / "metrics.jsonl").read_bytes()
 
 
-@pytest.mark.slow
 def test_killed_mixed_run_ends_with_the_same_bits(mixed_options: Callable[..., TrainConfig], tmp_path: Path):
     reference_run = train(mixed_options(out=str(tmp_path / "reference_run"), steps=20))
     config = mixed_options(steps=20)
@@ -150,7 +149,6 @@ def test_run_resumes_after_corpora_moved_and_packed_rows_were_deleted(
     assert weights(train(mixed_options(mixture=(f"{moved}=.250",)))) == weights(reference_run)
 
 
-@pytest.mark.slow
 def test_steps_default_to_one_pass_over_the_main_corpus(mixed_options: Callable[..., TrainConfig], mixture: Mixture):
     run = train(mixed_options(steps=None, checkpoint_every=None))
     record = atomic.read_json(run / "run.json")

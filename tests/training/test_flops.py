@@ -63,7 +63,6 @@ def test_peaks_are_of_all_devices_of_the_mesh(monkeypatch: pytest.MonkeyPatch):
     assert make_throughput(TrainConfig(dtype="float32"), NEOX, mesh).peak_flops is None
 
 
-@pytest.mark.slow
 def test_timings_of_a_run_have_its_throughput(options: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch):
     config = options(steps=3)
     kind = make_mesh(config.mesh).devices.flat[0].device_kind

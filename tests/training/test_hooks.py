@@ -48,7 +48,6 @@ def test_the_curve_has_a_line_before_the_first_step_every_eval_and_after_the_las
     assert atomic.read_json(run / "run.json")["evaluation"]["measured"] == [{"probe": "as it is"}]
 
 
-@pytest.mark.slow
 def test_hooks_of_the_same_step_share_a_line_and_not_a_name(options: Options):
     one = Hook(lambda step, model: {"a": 1.0}, steps=(1, 2))
     two = Hook(lambda step, model: {"b": 2.0}, steps=(2,))
@@ -70,7 +69,6 @@ def reference_run(small_model: Path, corpus_folder: Path, tmp_path_factory: pyte
     return train(config, hooks=[measuring(first_scale)])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("step", [0, 3, 4, 6])
 def test_interrupted_run_has_the_bytes_of_an_undisturbed_curve(step: int, options: Options, reference_run: Path):
     config = options(**EVALUATED)
@@ -137,7 +135,6 @@ def test_latest_and_permanent_checkpoints_are_kept(keep: int, keep_every: int | 
     assert steps_to_keep([0, 2, 4, 6, 8, 10, 12], keep, keep_every) == kept
 
 
-@pytest.mark.slow
 def test_every_keep_every_th_checkpoint_is_permanent(options: Options):
     run = train(options(steps=9, checkpoint_every=4, keep_every=3, keep=1))
     assert list_saved_steps(run) == [3, 6, 9], "3 and 9 are no multiples of 4: they are saved to be kept"

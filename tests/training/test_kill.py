@@ -136,7 +136,7 @@ def moment(kind: str, chance: random.Random, run: Path) -> tuple[Callable[[], bo
     return lambda: steps_are_done() and any((run / "checkpoints").glob(".*")), chance.uniform(0, 0.03)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_run_killed_at_ten_random_moments_ends_with_the_same_bits(
     small_model: Path, corpus_folder: Path, tmp_path: Path
 ):
@@ -168,7 +168,7 @@ def test_run_killed_at_ten_random_moments_ends_with_the_same_bits(
     assert not hidden, "nothing half-written is left behind"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_sigterm_saves_and_the_next_launch_resumes_exactly(
     long_run: Path, options: Callable[..., TrainConfig], tmp_path: Path
 ):

@@ -127,7 +127,6 @@ def test_learning_rate_zero_leaves_every_bit(small_model: Path, options: Callabl
     assert weights(run) == weights(small_model)
 
 
-@pytest.mark.slow
 def test_model_learns(tiny_model, corpus_folder: Path, options: Callable[..., TrainConfig]):
     """The loss falls far below 5.8 nats, that of a uniform guess."""
     model = tiny_model("gpt_neox", hidden_size=32, intermediate_size=64, num_hidden_layers=1, vocab_size=320)

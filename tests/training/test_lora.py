@@ -67,7 +67,6 @@ def test_invalid_lora_options_are_refused(change: dict, message: str, options: O
         check_lora(options(lora_rank=2, **change))
 
 
-@pytest.mark.slow
 def test_interrupted_lora_run_ends_with_the_same_bits(options: Options, tmp_path: Path):
     whole = train(options(lora_rank=2, out=str(tmp_path / "whole")))
     with pytest.raises(Interruption):

@@ -75,7 +75,6 @@ def test_a_resumed_run_keeps_its_id_and_logs_metrics_and_measures(
     assert {"loss", "learning_rate", "tokens_per_second", "flops_per_second", "probe/loss"} <= set(second.logged[6])
 
 
-@pytest.mark.slow
 def test_without_a_project_nothing_is_called(options: Callable[..., TrainConfig], runs: list[Recorder]):
     train(options(steps=1))
     assert runs == []

@@ -47,7 +47,7 @@ def curve(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_evaluate_together(training: TrainConfig, tmp_path: Path) -> None:
     config = replace(training, mesh="data=2", steps=2, eval_every=1, checkpoint_every=2, eval_limit=8)
     config = replace(config, eval_tasks=config.eval_tasks[:1], eval_sequences="")

@@ -42,7 +42,6 @@ def reference_run(small_model: Path, corpus_folder: Path, tmp_path_factory: pyte
     return train(config, hooks=[measuring(first_scale)])
 
 
-@pytest.mark.slow
 def test_interrupted_run_resumes_on_another_mesh_along_the_same_curve(options: Options, reference_run: Path):
     with pytest.raises(Interruption):
         train(options(**EVALUATED), hooks=[measuring(first_scale), Hook(interrupt, steps=(3,))])

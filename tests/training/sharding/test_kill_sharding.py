@@ -30,7 +30,7 @@ def long_run(small_model: Path, corpus_folder: Path, tmp_path_factory: pytest.Te
     return train(run_options((small_model, corpus_folder, folder), steps=300, checkpoint_every=300))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_sigterm_to_one_of_two_processes_stops_both_and_one_process_can_resume(
     long_run: Path, options: Callable[..., TrainConfig], tmp_path: Path
 ):

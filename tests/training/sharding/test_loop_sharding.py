@@ -19,7 +19,6 @@ def reference_run(small_model: Path, corpus_folder: Path, tmp_path_factory: pyte
     return train(run_options((small_model, corpus_folder, folder)))
 
 
-@pytest.mark.slow
 def test_interrupted_run_resumes_on_another_mesh(reference_run: Path, options: Callable[..., TrainConfig]):
     with pytest.raises(Interruption):
         train(options(), hooks=[Hook(interrupt, steps=(3,))])

@@ -16,7 +16,7 @@ from jax_selftrain.training.step import init_state
 Options = Callable[..., TrainConfig]
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["gpt_neox", pytest.param("llama", marks=pytest.mark.nightly)])
 def test_adapted_model_equals_the_merged_one(family: str, tiny_model, options: Options):
     config = options(model=str(tiny_model(family)), lora_rank=3, lora_alpha=5.0, mesh="data=2,model=2")
     model = load_model(config.model, config.mesh, preset=config.preset)

@@ -112,7 +112,7 @@ def test_chunks_sum_to_the_whole(small_model: Path):
     assert float(whole.loss) == pytest.approx(float(expected), rel=1e-6)
 
 
-@pytest.mark.parametrize("mesh", [pytest.param("data=1", marks=pytest.mark.slow), "data=2,model=2"])
+@pytest.mark.parametrize("mesh", [pytest.param("data=1", marks=pytest.mark.nightly), "data=2,model=2"])
 def test_loss_and_gradient_equal_those_of_full_logits(mesh: str, small_model: Path):
     model = load_model(small_model, mesh, preset="fsdp")
     config, rules = model.config, model.sharding_rules
@@ -196,8 +196,8 @@ def test_bfloat16_operands_change_the_loss_by_their_rounding_only(small_model: P
 @pytest.mark.parametrize(
     ("mesh", "preset", "remat"),
     [
-        pytest.param("data=1", "tensor", "none", marks=pytest.mark.slow),
-        pytest.param("data=2,model=2", "tensor", "none", marks=pytest.mark.slow),
+        pytest.param("data=1", "tensor", "none", marks=pytest.mark.nightly),
+        pytest.param("data=2,model=2", "tensor", "none", marks=pytest.mark.nightly),
         ("data=4", "fsdp", "dots"),
     ],
 )

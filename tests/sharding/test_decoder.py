@@ -22,9 +22,13 @@ from jax_selftrain.models import (
     init_cache,
     init_params,
     num_used_blocks,
+    param_shardings,
+    precompute,
     unembed,
 )
 from jax_selftrain.planning.jaxpr_flops import flops
+
+pytestmark = pytest.mark.compat
 
 LLAMA = DecoderConfig(
     vocab_size=512, hidden_size=64, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=8, intermediate_size=172,
@@ -37,9 +41,9 @@ NEOX = dataclasses.replace(
     qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=False, tie_word_embeddings=False, sliding_window=(40, None),
 )  # fmt: skip
 MQA = dataclasses.replace(LLAMA, num_kv_heads=1)
-slow = pytest.mark.slow
-FAMILIES = [pytest.param(LLAMA, id="gqa"), pytest.param(NEOX, id="neox"), pytest.param(MQA, id="mqa", marks=slow)]
-MESHES = [pytest.param("data=1", marks=slow), "data=2,model=2"]
+nightly = pytest.mark.nightly
+FAMILIES = [pytest.param(LLAMA, id="gqa"), pytest.param(NEOX, id="neox"), pytest.param(MQA, id="mqa", marks=nightly)]
+MESHES = [pytest.param("data=1", marks=nightly), "data=2,model=2"]
 
 ROUNDING = 2e-5
 """Logits are of order 1–10; another order of fp32 sums of a few hundred terms changes them by about 1e-6."""
@@ -72,6 +76,37 @@ def test_query_positions_select_positions_of_the_full_result(config: DecoderConf
     np.testing.assert_allclose(found, np.take_along_axis(whole, at[..., None], axis=1), atol=ROUNDING)
 
 
+@pytest.mark.parametrize("config", FAMILIES)
+@pytest.mark.parametrize(("layers", "preset"), [(1, "tensor"), (2, "fsdp"), (3, "tensor")])
+def test_precomputed_activations_give_the_same_logits(config: DecoderConfig, layers: int, preset: str):
+    """Each device has its own table, which overwrites an older one."""
+    windows = config.sliding_window and (40, *[None] * (layers - 1))
+    config = dataclasses.replace(config, num_layers=layers, sliding_window=windows)
+    rules, tokens = sharding_rules_for(config, "data=2,model=2", preset), random_tokens(4, 70)
+    random = np.random.default_rng(1)
+    at = random.integers(0, 70, (4, 9)).astype(np.int32)
+    vocabularies = [random.permutation(np.unique(own)).astype(np.int32) for own in tokens.reshape(2, -1)]
+    table, indices = np.zeros((2, 160), np.int32), np.zeros_like(tokens)
+    for device, own in enumerate(vocabularies):
+        table[device, : len(own)] = own
+        mine = slice(2 * device, 2 * device + 2)
+        indices[mine] = np.argsort(own)[np.searchsorted(np.sort(own), tokens[mine])]
+    with mesh_context(rules.mesh):
+        params = init_params(config, 0, rules)
+        shapes = abstract_precomputed(config, rules, params, 160, jnp.float32)
+        before = jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, out_sharding=leaf.sharding), shapes)
+        learn = jax.jit(partial(precompute, config, rules), static_argnums=4)
+        chunks = shard_host_array(rules, np.asarray(-(-max(map(len, vocabularies)) // 16), np.int32), ())
+        known = learn(params, before, shard_host_array(rules, table, ("batch", None)), chunks, 16)
+        run = jax.jit(
+            lambda p, t, at, known: unembed(
+                config, rules, p, forward(config, rules, p, t, query_positions=at, precomputed=known)
+            )
+        )
+        found = run(params, *(shard_host_array(rules, array, ("batch", None)) for array in (indices, at)), known)
+    np.testing.assert_allclose(found, compute_logits(config, rules, tokens, query_positions=at), atol=ROUNDING)
+
+
 @pytest.mark.parametrize(("config", "saved"), [(NEOX, "qkv and MLP"), (LLAMA, "qkv")])
 def test_precomputed_activations_save_the_products_of_the_first_layer(config: DecoderConfig, saved: str):
     rules = sharding_rules_for(config)
@@ -93,6 +128,18 @@ def test_precomputed_activations_save_the_products_of_the_first_layer(config: De
     if saved == "qkv and MLP":
         width += 2 * config.intermediate_size
     assert difference == 2 * 4 * 70 * config.hidden_size * width
+
+
+@pytest.mark.parametrize("config", FAMILIES)
+@pytest.mark.parametrize(
+    ("spec", "preset"),
+    [("data=4", "fsdp"), ("data=2,model=2", "fsdp"), ("model=4", "tensor"), ("data=8", "replicated")],
+)
+def test_logits_and_parameters_are_the_same_on_any_mesh(config, spec, preset):
+    tokens = random_tokens(8, 48)
+    one, many = sharding_rules_for(config), sharding_rules_for(config, spec, preset)
+    jax.tree.map(np.testing.assert_array_equal, init_params(config, 0, one), init_params(config, 0, many))
+    np.testing.assert_allclose(compute_logits(config, many, tokens), compute_logits(config, one, tokens), atol=ROUNDING)
 
 
 class StepwiseDecoder:
@@ -150,6 +197,28 @@ def test_decode_steps_equal_the_forward_pass(config, spec, block_size):
     np.testing.assert_allclose(decoded, compute_logits(config, rules, tokens), atol=ROUNDING)
 
 
+@pytest.mark.parametrize("spec", ["data=1", "data=2"])
+def test_a_row_has_the_same_bits_for_any_neighbors_and_capacity(spec):
+    """Row 0 restarts while row 1 continues, as in continuous batching."""
+    config, rules, tokens = LLAMA, sharding_rules_for(LLAMA, spec), random_tokens(4, 4 * TAIL_LEN)
+    fresh, long = tokens[:2], tokens[2:]
+    alone, decoding = [
+        StepwiseDecoder(config, rules, 2, capacity, block_size=block_size)
+        for capacity, block_size in ((4 * TAIL_LEN, TAIL_LEN), (8 * TAIL_LEN, TAIL_LEN))
+    ]
+    expected = (
+        alone.decode(long),
+        StepwiseDecoder(config, rules, 2, TAIL_LEN, block_size=TAIL_LEN).decode_chunk(fresh[:, :TAIL_LEN]),
+    )
+    mixed = np.stack([fresh[0], long[1]])
+    found = [decoding.decode_chunk(long[:, t : t + TAIL_LEN]) for t in range(0, 3 * TAIL_LEN, TAIL_LEN)]
+    decoding.committed_len = np.array([0, 3 * TAIL_LEN], np.int32)
+    mixed = np.stack([fresh[0, :TAIL_LEN], long[1, 3 * TAIL_LEN :]])
+    found.append(decoding.decode_chunk(mixed))
+    np.testing.assert_array_equal(np.concatenate(found, axis=1)[1], expected[0][1])
+    np.testing.assert_array_equal(found[-1][0], expected[1][0])
+
+
 def test_committed_blocks_in_eight_bits_are_close():
     """int8 errors are at most 1/254 of a maximum, bfloat16 errors 2^-9."""
     config, rules, tokens = LLAMA, sharding_rules_for(LLAMA), random_tokens(4, 3 * TAIL_LEN)
@@ -188,6 +257,23 @@ def test_a_sliding_window_contains_exactly_the_latest_positions():
         assert changed == is_visible
 
 
+def test_rematerialization_changes_memory_only():
+    rules, tokens = sharding_rules_for(LLAMA, "data=2,model=2", "fsdp"), random_tokens(4, 24)
+    params = init_params(LLAMA, 0, rules)
+
+    def loss(params, tokens, remat):
+        hidden = forward(LLAMA, rules, params, tokens, remat=remat)
+        return jnp.square(unembed(LLAMA, rules, params, hidden)).mean()
+
+    with mesh_context(rules.mesh):
+        placed = shard_host_array(rules, tokens, ("batch", None))
+        gradient = jax.jit(jax.grad(loss), static_argnums=2)
+        plain, *others = (gradient(params, placed, remat) for remat in ("none", "dots", "full"))
+    for other in others:
+        for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(np.asarray(b)).max())
+
+
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_no_residual_has_the_size_of_the_scores(remat: str):
     rules = sharding_rules_for(LLAMA)
@@ -198,6 +284,18 @@ def test_no_residual_has_the_size_of_the_scores(remat: str):
     kept = [leaf.size for leaf in jax.tree.leaves(backward) if 96 in leaf.shape]
     assert kept, "activations are kept"
     assert not [leaf.shape for leaf in jax.tree.leaves(backward) if leaf.ndim > 3 and leaf.shape[-2:] == (96, 96)]
+
+
+def test_gradients_have_the_shardings_of_their_parameters():
+    rules = sharding_rules_for(NEOX, "data=2,model=2", "fsdp")
+    params = init_params(NEOX, 0, rules)
+    with mesh_context(rules.mesh):
+        tokens = shard_host_array(rules, random_tokens(4, 8), ("batch", None))
+        gradients = jax.jit(jax.grad(lambda p: forward(NEOX, rules, p, tokens).sum()))(params)
+    shardings = param_shardings(NEOX, rules)
+    jax.tree.map(
+        lambda g, s: g.sharding.is_equivalent_to(s, g.ndim) or pytest.fail(f"{g.sharding} != {s}"), gradients, shardings
+    )
 
 
 def test_program_size_does_not_grow_with_depth():
