@@ -147,14 +147,20 @@ def convert(config: ConvertConfig) -> Path:
     """Write a model as safetensors (`hf`) or an Orbax tree (`flax`).
 
     Raises:
-      InputError: the model cannot be read, or the folder exists already or cannot be written.
+      InputError: the model cannot be read, a weight overflows in `--dtype`, or the folder exists already or cannot be
+        written.
     """
     yaml_io.require(config)
     source = open_model(config.source)
     dtype = None if config.dtype == "keep" else np.dtype(config.dtype)
-    params, export = read_params(source, _conversion_sharding(source.config), dtype)
+    rules = _conversion_sharding(source.config)
+    params, export = read_params(source, rules, dtype)
     if dtype is not None:
         export = export.cast(dict.fromkeys(export.tensors, dtype.name))
+        with mesh_context(rules.mesh):
+            overflow = orbax_io.find_nonfinite(params)
+        if overflow:
+            raise InputError(f"--dtype {dtype.name}: {overflow} would be infinite; convert to bfloat16 or float32")
     metadata = {"made_by": "convert", "dtype": config.dtype}
     return save_model(config.out, params, source=source, export=export, metadata=metadata, format=config.format)
 

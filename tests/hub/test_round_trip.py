@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from jax_selftrain import hub
 from jax_selftrain.config import ConvertConfig
+from jax_selftrain.errors import InputError
 from jax_selftrain.hub import safetensors_io
 from jax_selftrain.hub.families import FAMILIES as TABLES
 from jax_selftrain.io.atomic import read_json
@@ -108,6 +109,17 @@ def test_conversion_casts_to_the_given_dtype(tmp_path: Path):
     out = hub.convert(ConvertConfig(source=str(source), out=str(tmp_path / "out"), format="hf", dtype="bfloat16"))
     expected = tiny_weights(read_json(source / "config.json"), dtype="bfloat16")
     assert_same_tensors(load_tensors(out), expected)
+
+
+def test_conversion_refuses_a_dtype_in_which_a_weight_overflows(tmp_path: Path):
+    source = write_tiny_hf_model(tmp_path / "hf", "llama", tokenizer=False, dtype="float32")
+    tensors = load_tensors(source)
+    tensors["model.norm.weight"][0] = 1e5
+    save_file(tensors, source / "model.safetensors")
+    config = ConvertConfig(source=str(source), out=str(tmp_path / "out"), format="hf", dtype="float16")
+    with pytest.raises(InputError, match=r"--dtype float16: final_norm/scale would be infinite"):
+        hub.convert(config)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_with_other_weights_is_saved_under_the_same_names(tmp_path: Path):
