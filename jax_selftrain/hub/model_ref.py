@@ -197,7 +197,7 @@ def _resolve(ref: Ref) -> Path:
             )
     if (path / CONFIG).is_file():
         return path
-    if (path / "model" / MANIFEST).is_file():
+    if (path / "model" / CONFIG).is_file():
         return path / "model"
     if (path / "run.json").is_file():
         raise InputError(

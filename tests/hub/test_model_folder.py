@@ -48,6 +48,9 @@ def test_a_reference_is_a_folder_or_a_run(
     shutil.copytree(folder, run / "model")
     assert hub.open_model(run).folder == run / "model"
     assert hub.open_model(run).config == hub.open_model(tiny_model("llama")).config
+    (run / "model" / "selftrain.json").unlink()
+    if kind == "safetensors_folder":  # without its manifest it is a Hugging Face folder
+        assert hub.open_model(run).folder == run / "model"
 
 
 def test_a_model_is_opened_once_until_a_file_changes(tmp_path: Path):
