@@ -202,7 +202,7 @@ HEADER = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "tasks", nargs="+", metavar="LAYOUT:FILE", help="task files, as `jax-selftrain score` reads them"
+        "tasks", nargs="+", metavar="FORMAT:FILE", help="task files, as `jax-selftrain score` reads them"
     )
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a tokenizer that fits the shape")
     parser.add_argument("--shape", default="pythia-70m", choices=SHAPES)

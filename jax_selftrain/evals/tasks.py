@@ -61,7 +61,7 @@ def load_tasks(references: Sequence[str], limit: int | None = None) -> list[Task
     Raises:
       InputError: a file is missing or cannot be read, or two tasks have one name.
     """
-    tasks = [_load_task(path, layout, limit) for reference in references for path, layout in _resolve(reference)]
+    tasks = [_load_task(path, format, limit) for reference in references for path, format in _resolve(reference)]
     repeated = [name for name, times in Counter(task.name for task in tasks).items() if times > 1]
     if repeated:
         paths = " and ".join(str(task.path) for task in tasks if task.name == repeated[0])
