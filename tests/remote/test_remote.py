@@ -263,9 +263,9 @@ def test_a_copied_home_is_no_second_life(store: MemoryFileSystem):
     """A writer with the same generation on another machine is waited for."""
     with remote.synced_output(OUT):
         pass
-    mark = json.loads(store.cat_file("/bucket/work/.out.writer.json"))["generation"]
+    generation = json.loads(store.cat_file("/bucket/work/.out.writer.json"))["generation"]
     for where, waits in ((boot_and_pid_namespace(), False), ("another host", True)):
-        other_writer(store, "process 1", mark=mark, scope=where)
+        other_writer(store, "process 1", generation=generation, scope=where)
         began = time.monotonic()
         with remote.synced_output(OUT):
             assert (time.monotonic() - began > upload_session.WRITER_TIMEOUT) == waits
@@ -557,8 +557,8 @@ def test_a_machine_that_is_lost_costs_what_it_had_not_sent(tiny_model: Callable[
 
     def begin(home: str) -> subprocess.Popen[str]:
         code = (
-            "import sys; from jax_selftrain import cli; from jax_selftrain.remote import writer;"
-            "writer.SEND_SECONDS = writer.BEAT_SECONDS = 0.1; writer.SILENT_SECONDS = 1.0;"
+            "import sys; from jax_selftrain import cli; from jax_selftrain.remote import upload_session as session;"
+            "session.UPLOAD_INTERVAL = session.HEARTBEAT_INTERVAL = 0.1; session.WRITER_TIMEOUT = 1.0;"
             "sys.exit(cli.main(sys.argv[1:]))"
         )
         environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / home), "PYTHONPATH": str(ROOT)}
