@@ -5,6 +5,7 @@ The conftest of a folder imports the fixture; it applies to each module of the f
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import jax
@@ -18,6 +19,7 @@ def set_device_count(count: int) -> None:
     """Restart JAX's CPU backend, which invalidates existing arrays."""
     jax.extend.backend.clear_backends()
     jax.config.update("jax_num_cpu_devices", count)
+    os.environ["JAX_NUM_CPU_DEVICES"] = str(count)  # of the commands that tests start
 
 
 @pytest.fixture(scope="module", autouse=True)

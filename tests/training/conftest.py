@@ -1,4 +1,4 @@
-"""Fixtures: a tiny corpus and run options for it."""
+"""Fixtures: eight simulated devices, a tiny corpus and run options for it (two devices by default)."""
 
 import json
 from collections.abc import Callable
@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 from models_factory import tiny_texts
+from simulated_devices import eight_devices
 from training_runs import run_options
 
 from jax_selftrain.config import ImportCorpusConfig, TrainConfig
 from jax_selftrain.corpus import import_text
+
+__all__ = ["eight_devices"]
 
 
 @pytest.fixture(scope="session")
