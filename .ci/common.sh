@@ -1,6 +1,7 @@
+# shellcheck shell=bash
 # Functions of `.ci/run` and `.ci/nightly`: fresh virtual environments by README's test command, one for each Python.
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 data=${JAX_SELFTRAIN_DATA:-../shared/data} # tests that need real data are skipped without it
 if [[ -d $data ]]; then
   JAX_SELFTRAIN_DATA=$(cd "$data" && pwd)
