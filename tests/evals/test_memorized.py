@@ -56,7 +56,7 @@ def run(tmp_path_factory, sequences) -> Path:
     )
     yaml_io.save(folder / "train.yaml", config)
     # The tests may run with XLA optimizations off; these steps are faster with them.
-    flags = re.sub(r"--xla_backend_optimization_level=\d", "", os.environ["XLA_FLAGS"])
+    flags = re.sub(r"--xla_backend_optimization_level=\d", "", os.environ.get("XLA_FLAGS", ""))
     command = [sys.executable, "-m", "jax_selftrain", "train", "--config", str(folder / "train.yaml")]
     subprocess.run(command, env={**os.environ, "XLA_FLAGS": flags}, check=True)
     return folder / "run"
