@@ -91,7 +91,7 @@ def test_the_folder_records_config_and_environment(config, reference):
     record = atomic.read_json(reference.folder / "records" / "shard-000001.json")
     assert record["mesh"] == {"data": 1, "model": 1}
     assert record["slots_per_replica"] == 8
-    assert record["xla_flags"]["XLA_FLAGS"] == os.environ.get("XLA_FLAGS", "")
+    assert record["xla_flags"].get("XLA_FLAGS", "") == os.environ.get("XLA_FLAGS", "")
     assert record["versions"]["jax"] == jax.__version__
     assert atomic.read_json(reference.folder / "timings" / "shard-000001.json")["seconds"] > 0
 
