@@ -105,21 +105,19 @@ def _check_same_run(config: StudyConfig, path: Path) -> None:
     """Refuse a folder that has a run with other options."""
     if not path.exists():
         return
-    earlier, now = (_identity(one) for one in (yaml_io.load(StudyConfig, path), config))
-    for name in now:
-        if earlier[name] != now[name]:
-            raise InputError(
-                f"{path.parent}: contains a run with {name} = {earlier[name]!r}, this one has {now[name]!r}; repeat "
-                "the earlier options, or choose another --out"
-            )
+    earlier = _identity(yaml_io.load(StudyConfig, path))
+    for name, value in _identity(config).items():
+        if earlier[name] != value:
+            found = f"{path.parent}: contains a run with {name} = {earlier[name]!r}, this one has {value!r}"
+            raise InputError(f"{found}; repeat the earlier options, or choose another --out")
 
 
 def _identity(config: StudyConfig) -> dict[str, Any]:
     """Return the options that change the results of a run."""
-    sections = {name: getattr(config, name) for name in ("sample", "train", "score", "extract")}
-    found = {"seeds": config.seeds, "students": config.students, "sources": config.sources, "dtype": config.dtype}
-    for section, options in sections.items():
-        found |= {f"{section}.{name}": value for name, value in yaml_io.to_dict(options, Role.IDENTITY).items()}
+    found = {name: getattr(config, name) for name in ("seeds", "students", "sources", "dtype")}
+    for section in ("sample", "train", "score", "extract"):
+        options = yaml_io.to_dict(getattr(config, section), Role.IDENTITY)
+        found |= {f"{section}.{name}": value for name, value in options.items()}
     return found
 
 
