@@ -283,8 +283,8 @@ def more_devices_than_there_are(p: Workspace) -> Case:
 
 
 @case
-def mesh_that_does_not_divide(p: Workspace) -> Case:
-    return p.sample(p.valid.model, "--mesh", "model=5"), "model can be"
+def mesh_larger_than_the_machine(p: Workspace) -> Case:
+    return p.sample(p.valid.model, "--mesh", "model=500"), "needs 500 devices"
 
 
 @case

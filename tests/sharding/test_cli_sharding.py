@@ -17,3 +17,12 @@ def test_flags_reach_the_fields():
     assert type(cli.parse_options("sample", ["--model", "m", "--out", "o"])) is SampleConfig
     meshed = parse("sample", "--model m --out o --mesh data=4,model=2 --max_tokens 7 --dtype=bfloat16")
     assert (meshed.mesh, meshed.max_tokens, meshed.dtype) == ("data=4,model=2", 7, "bfloat16")
+
+
+def test_a_mesh_that_does_not_divide_the_model_is_one_error_sentence(tiny_model, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = f"sample --model {tiny_model()} --out {out} --samples 1 --max-tokens 4 --mesh model=5"
+    assert cli.main(words.split()) == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1 and "model can be 1, 2" in error
+    assert not out.exists()
