@@ -24,5 +24,6 @@ def test_a_mesh_that_does_not_divide_the_model_is_one_error_sentence(tiny_model,
     words = f"sample --model {tiny_model()} --out {out} --samples 1 --max-tokens 4 --mesh model=5"
     assert cli.main(words.split()) == 2
     error = capsys.readouterr().err.strip()
-    assert len(error.splitlines()) == 1 and "model can be 1, 2" in error
+    assert len(error.splitlines()) == 1
+    assert "model can be 1, 2" in error
     assert not out.exists()
