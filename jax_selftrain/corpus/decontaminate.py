@@ -22,12 +22,12 @@ from jax_selftrain.io.rng import make_rng, random_permutation
 
 
 def remove_overlapping(
-    corpus: atomic.PathLike, sequences: np.ndarray, out: atomic.PathLike, *, length: int = 16
+    corpus: atomic.PathLike | Corpus, sequences: np.ndarray, out: atomic.PathLike, *, length: int = 16
 ) -> Corpus:
     """Copy a corpus without the documents that share tokens with a sequence.
 
     Args:
-        corpus: a corpus folder.
+        corpus: a corpus, or its folder.
         sequences: int [N, S], tokens of the corpus's tokenizer.
         out: the corpus folder to write; its documents get new ids.
         length: number of consecutive shared tokens (S if fewer) that drops a document.
@@ -38,12 +38,14 @@ def remove_overlapping(
     source = open_corpus(corpus)
     overlapping = _overlaps_any(source, sequences, length)
     if overlapping.all():
-        raise InputError(f"{corpus}: every document shares {length} tokens with a held-out sequence; none would remain")
+        raise InputError(
+            f"{source.folder}: every document shares {length} tokens with a held-out sequence; none would remain"
+        )
     return _write_without(source, out, "decontaminated", overlapping, {"length": length}, sequences)
 
 
 def size_matched_control(
-    corpus: atomic.PathLike, sequences: np.ndarray, out: atomic.PathLike, *, seed: int, length: int = 16
+    corpus: atomic.PathLike | Corpus, sequences: np.ndarray, out: atomic.PathLike, *, seed: int, length: int = 16
 ) -> Corpus:
     """Drop as many documents as `remove_overlapping`, but without overlap.
 

@@ -101,18 +101,28 @@ class Corpus:
                         yield batch
 
 
-def open_corpus(folder: atomic.PathLike, *, tokenizer_fingerprint: str | None = None) -> Corpus:
+def open_corpus(ref: atomic.PathLike | Corpus, *, tokenizer_fingerprint: str | None = None) -> Corpus:
     """Open a corpus folder and verify its manifest and shards.
 
     Args:
-        folder: the corpus folder.
+        ref: the corpus folder, or what `open_corpus` returned, which is not verified again.
         tokenizer_fingerprint: the expected `ModelRef.tokenizer_fingerprint`; None accepts any.
 
     Raises:
         InputError: the folder is absent, not a corpus, incomplete or empty, or of another tokenizer; or a shard is
             missing or damaged.
     """
-    folder = Path(folder)
+    corpus = ref if isinstance(ref, Corpus) else _read_corpus(Path(ref))
+    found = corpus.manifest["tokenizer_fingerprint"]
+    if tokenizer_fingerprint is not None and found != tokenizer_fingerprint:
+        raise InputError(
+            f"{corpus.folder}: its tokens come from another tokenizer (corpus {found[:8]}…, model "
+            f"{tokenizer_fingerprint[:8]}…); retokenize it for the model, or import its text again"
+        )
+    return corpus
+
+
+def _read_corpus(folder: Path) -> Corpus:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such corpus folder; make it with `jax-selftrain sample`")
     if not (folder / shards.MANIFEST).is_file():
@@ -123,11 +133,6 @@ def open_corpus(folder: atomic.PathLike, *, tokenizer_fingerprint: str | None = 
         )
     manifest = atomic.read_json(folder / shards.MANIFEST)
     _check_manifest(folder / shards.MANIFEST, manifest)
-    if tokenizer_fingerprint is not None and manifest["tokenizer_fingerprint"] != tokenizer_fingerprint:
-        raise InputError(
-            f"{folder}: its tokens come from another tokenizer (corpus {manifest['tokenizer_fingerprint'][:8]}…, model "
-            f"{tokenizer_fingerprint[:8]}…); retokenize it for the model, or import its text again"
-        )
     shards.check_shards(folder, manifest["shards"])
     return Corpus(folder, manifest)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,6 +36,10 @@ from jax_selftrain.io import atomic
 from jax_selftrain.io.rng import make_rng, random_permutation
 from jax_selftrain.version import versions
 
+if TYPE_CHECKING:
+    from jax_selftrain.hub import ModelRef
+    from jax_selftrain.hub.model_ref import Ref
+
 REPLACEMENT_CHAR = "\N{REPLACEMENT CHARACTER}"
 """Decoding of bytes that are not UTF-8."""
 
@@ -43,11 +47,13 @@ _COUNTS = ("changed", "broken_characters", "empty", "source_tokens", "text_bytes
 _NO_LOGPROB = float("nan")
 
 
-def retokenize(corpus: atomic.PathLike, model: str, out: atomic.PathLike, *, stop_id: int | None = None) -> Corpus:
+def retokenize(
+    corpus: atomic.PathLike | Corpus, model: Ref | ModelRef, out: atomic.PathLike, *, stop_id: int | None = None
+) -> Corpus:
     """Tokenize the texts of a corpus for another model.
 
     Args:
-        corpus: a corpus folder.
+        corpus: a corpus, or its folder.
         model: a model or tokenizer folder.
         out: the corpus folder to write, with the same documents in the same order.
         stop_id: token that ends a text for the model; by default the tokenizer's EOS, else the first EOS of the model's
@@ -63,7 +69,7 @@ def retokenize(corpus: atomic.PathLike, model: str, out: atomic.PathLike, *, sto
     start_id = target.special_tokens.bos_token_id
     stop_id = target.special_tokens.eos_token_id if stop_id is None else stop_id
     if start_id is None or stop_id is None:
-        raise InputError(f"{model}: names no BOS or no EOS, so documents cannot start and end in its tokens")
+        raise InputError(f"{target.ref}: names no BOS or no EOS, so documents cannot start and end in its tokens")
     fingerprint = target.tokenizer_fingerprint
     same = fingerprint == source.manifest["tokenizer_fingerprint"]
 
@@ -88,11 +94,11 @@ def retokenize(corpus: atomic.PathLike, model: str, out: atomic.PathLike, *, sto
     return map_corpus(source, Path(out), "retokenized", provenance, {}, convert)
 
 
-def shuffle(corpus: atomic.PathLike, model: str, out: atomic.PathLike, seed: int) -> Corpus:
+def shuffle(corpus: atomic.PathLike | Corpus, model: Ref | ModelRef, out: atomic.PathLike, seed: int) -> Corpus:
     """Shuffle the tokens of every document, except its stop id.
 
     Args:
-        corpus: a corpus folder.
+        corpus: a corpus, or its folder.
         model: the model or tokenizer folder of its tokens, which decodes the shuffled tokens.
         out: the corpus folder to write.
         seed: seed of the orders; that of document i depends on (seed, i) alone.
