@@ -10,9 +10,11 @@ fi
 unset PYTHONDONTWRITEBYTECODE # tests start many processes: each would compile its imports again
 export PIP_COMPILE=0          # most of the installed files are never imported
 
-# Compiled programs (tests/conftest.py) and pip's wheels are kept between runs; a cache that has grown too large starts anew.
+# Compiled programs (tests/conftest.py), types and pip's wheels are kept between runs; a cache that has grown too large
+# starts anew.
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/jax_selftrain
 if [[ -d $cache && $(du -sm "$cache" | cut -f 1) -gt 8192 ]]; then rm -rf "$cache"; fi
+export MYPY_CACHE_DIR=$cache/mypy RUFF_CACHE_DIR=$cache/ruff
 
 test_command=$(grep -m 1 -E '^python3 -m venv .* && \.venv/bin/pytest$' README.md)
 install_command=${test_command% && .venv/bin/pytest}
@@ -38,6 +40,7 @@ install_for() { # README's install command in the copy for a version
   (cd "$work/$1" && PATH="$work/bin-$1:$PATH" bash -c "$install_command")
 }
 
-run_in() { # a command in the copy for a version
+run_in() { # a command in the copy for a version; prints the seconds since the start
   (cd "$work/$1" && shift && "$@")
+  echo "$SECONDS s: Python $*"
 }
