@@ -23,7 +23,7 @@ def interrupt(step: int, model: LoadedModel) -> None:
 
 
 def run_options(at: tuple[Path, Path, Path], **changes: Any) -> TrainConfig:
-    """Return options of a few steps on two devices.
+    """Return options of a few steps on at most two devices.
 
     Args:
       at: (model, corpus, run folder).
@@ -39,7 +39,7 @@ def run_options(at: tuple[Path, Path, Path], **changes: Any) -> TrainConfig:
         "seq_len": 48,
         "learning_rate": 1e-3,
         "checkpoint_every": 2,
-        "mesh": "data=2",
+        "mesh": f"data={min(2, jax.device_count())}",
     }
     return TrainConfig(**{**values, **changes})
 

@@ -47,25 +47,32 @@ def reference(load) -> SampleBatch:
     return _sample(load("data=1,model=1"), 64, SAMPLES, PARAMS)
 
 
-def test_samples_are_the_same_on_any_mesh_and_batch_except_at_rounding_ties(load, reference):
+SHORT = SamplingParams(start_id=1, stop_ids=(1, 2), max_tokens=64)
+EVERYDAY = [  # mesh, slots per replica, samples, sampling parameters
+    ("data=1,model=1", 7, 56, SHORT),
+    ("data=4,model=1", 7, 56, SHORT),
+    ("data=2,model=2", 64, 256, SHORT),
+    ("data=1,model=4", 1, 16, SHORT),
+]
+OTHERS = [
+    ("data=1,model=1", 1, 16, SHORT),
+    ("data=4,model=1", 64, 256, SHORT),
+    ("data=4,model=1", 1, 16, SHORT),
+    ("data=2,model=2", 7, 56, SHORT),
+    ("data=2,model=2", 1, 16, SHORT),
+    ("data=1,model=4", 64, 256, PARAMS),
+    ("data=1,model=4", 7, 56, SHORT),
+]
+
+
+@pytest.mark.parametrize(
+    "cases", [EVERYDAY, pytest.param(OTHERS, marks=pytest.mark.nightly)], ids=["everyday", "others"]
+)
+def test_samples_are_the_same_on_any_mesh_and_batch_except_at_rounding_ties(load, reference, cases):
     """Every divergence is shown to be a rounding tie in fp64.
 
     Observed: no divergence in 83,841 tokens.
     """
-    short = SamplingParams(start_id=1, stop_ids=(1, 2), max_tokens=64)
-    cases = [  # mesh, slots per replica, samples, sampling parameters
-        ("data=1,model=1", 7, 56, short),
-        ("data=1,model=1", 1, 16, short),
-        ("data=4,model=1", 64, 256, short),
-        ("data=4,model=1", 7, 56, short),
-        ("data=4,model=1", 1, 16, short),
-        ("data=2,model=2", 64, 256, short),
-        ("data=2,model=2", 7, 56, short),
-        ("data=2,model=2", 1, 16, short),
-        ("data=1,model=4", 64, 256, PARAMS),
-        ("data=1,model=4", 7, 56, short),
-        ("data=1,model=4", 1, 16, short),
-    ]
     divergences, compared = [], 0
     for spec, rows, samples, sampling_params in cases:
         found = _sample(load(spec), rows, samples, sampling_params)

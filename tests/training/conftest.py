@@ -1,4 +1,4 @@
-"""Fixtures: eight simulated devices, a tiny corpus and run options for it (two devices by default)."""
+"""Fixtures: a tiny corpus and run options for it."""
 
 import json
 from collections.abc import Callable
@@ -7,13 +7,10 @@ from pathlib import Path
 
 import pytest
 from models_factory import tiny_texts
-from simulated_devices import eight_devices
 from training_runs import run_options
 
 from jax_selftrain.config import ImportCorpusConfig, TrainConfig
 from jax_selftrain.corpus import import_text
-
-__all__ = ["eight_devices"]
 
 
 @pytest.fixture(scope="session")
@@ -48,5 +45,5 @@ def other_corpus(small_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def options(small_model: Path, corpus_folder: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
-    """Return `options(**changes)`: a short run on two devices in `tmp_path/run`."""
+    """Return `options(**changes)`: a short run in `tmp_path/run`."""
     return partial(run_options, (small_model, corpus_folder, tmp_path / "run"))
