@@ -119,7 +119,7 @@ def assert_equal_answers(ours, theirs):
             assert values.get(metric) == their_metrics[name].get(metric)
 
 
-@pytest.mark.parametrize("name", ["stories260k", "pythia-14m"])
+@pytest.mark.parametrize("name", ["stories260k", pytest.param("pythia-14m", marks=pytest.mark.nightly)])
 def test_published_sets_get_the_answers_of_the_hf_backend(data_dir, tmp_path, name):
     folder = data_dir / name if name == "stories260k" else write_pythia_shape(data_dir, tmp_path / name)
     sets = published_sets(data_dir, tmp_path / "sets", limit=12)

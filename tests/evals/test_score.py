@@ -322,6 +322,7 @@ def test_perplexity_of_a_trained_model_equals_an_independent_one(data_dir, stori
     assert found["nll"] == pytest.approx(sum(map(torch_nll, tokens)) / found["tokens"], abs=1e-5)
 
 
+@pytest.mark.nightly
 def test_stories260k_has_its_known_loss(data_dir, stories_model):
     """The data's README states 1.272 nats per token on 400 held-out stories.
 

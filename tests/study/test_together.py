@@ -77,8 +77,11 @@ def read_losses(folder: Path) -> list[float]:
     return [line["loss"] for line in read_lines(run / "metrics.jsonl")]
 
 
-def test_a_run_of_several_processes_gives_the_results_of_one(words: Words, alone: Path, tmp_path: Path) -> None:
-    out, processes = tmp_path / "out", 4
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.nightly)])
+def test_a_run_of_several_processes_gives_the_results_of_one(
+    words: Words, alone: Path, tmp_path: Path, processes: int
+) -> None:
+    out = tmp_path / "out"
     codes, output = wait_for_all(start_processes(words(out), processes))
     assert codes == [0] * processes, output
     assert read_corpus(out) == read_corpus(alone)
