@@ -77,7 +77,10 @@ def test_query_positions_select_positions_of_the_full_result(config: DecoderConf
 
 
 @pytest.mark.parametrize("config", FAMILIES)
-@pytest.mark.parametrize(("layers", "preset"), [(1, "tensor"), (2, "fsdp"), (3, "tensor")])
+@pytest.mark.parametrize(
+    ("layers", "preset"),
+    [pytest.param(1, "tensor", marks=nightly), (2, "fsdp"), pytest.param(3, "tensor", marks=nightly)],
+)
 def test_precomputed_activations_give_the_same_logits(config: DecoderConfig, layers: int, preset: str):
     """Each device has its own table, which overwrites an older one."""
     windows = config.sliding_window and (40, *[None] * (layers - 1))
@@ -190,7 +193,7 @@ class StepwiseDecoder:
 
 @pytest.mark.parametrize("config", FAMILIES)
 @pytest.mark.parametrize("spec", MESHES)
-@pytest.mark.parametrize("block_size", [TAIL_LEN, 2 * TAIL_LEN])
+@pytest.mark.parametrize("block_size", [TAIL_LEN, pytest.param(2 * TAIL_LEN, marks=nightly)])
 def test_decode_steps_equal_the_forward_pass(config, spec, block_size):
     rules, tokens = sharding_rules_for(config, spec), random_tokens(4, 3 * TAIL_LEN + 9)
     decoded = StepwiseDecoder(config, rules, 4, 3 * TAIL_LEN, block_size=block_size).decode(tokens)
@@ -257,7 +260,8 @@ def test_a_sliding_window_contains_exactly_the_latest_positions():
         assert changed == is_visible
 
 
-def test_rematerialization_changes_memory_only():
+@pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=nightly)])
+def test_rematerialization_changes_memory_only(remat: str):
     rules, tokens = sharding_rules_for(LLAMA, "data=2,model=2", "fsdp"), random_tokens(4, 24)
     params = init_params(LLAMA, 0, rules)
 
@@ -268,10 +272,9 @@ def test_rematerialization_changes_memory_only():
     with mesh_context(rules.mesh):
         placed = shard_host_array(rules, tokens, ("batch", None))
         gradient = jax.jit(jax.grad(loss), static_argnums=2)
-        plain, *others = (gradient(params, placed, remat) for remat in ("none", "dots", "full"))
-    for other in others:
-        for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(np.asarray(b)).max())
+        plain, other = (gradient(params, placed, policy) for policy in ("none", remat))
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(np.asarray(b)).max())
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])

@@ -131,7 +131,7 @@ def test_a_unit_lists_the_unique_tokens_of_each_device():
     assert MAX_UNIQUE_TOKENS - BATCH < max(sizes) <= MAX_UNIQUE_TOKENS
 
 
-@pytest.mark.parametrize("spec", ["data=1", "data=2,model=2"])
+@pytest.mark.parametrize("spec", ["data=1", pytest.param("data=2,model=2", marks=pytest.mark.nightly)])
 def test_a_batch_with_too_many_unique_tokens_is_a_unit_alone(load, monkeypatch, spec):
     requests = random_requests(40, 512, 300)
     expected = token_scores(load(), requests, batch_tokens=BATCH)

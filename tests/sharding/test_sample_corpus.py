@@ -39,7 +39,7 @@ def reference(config, tmp_path_factory):
     return sample(replace(config, out=str(tmp_path_factory.mktemp("reference") / "corpus")))
 
 
-@pytest.fixture(scope="module", params=["tiny", "stories260k"])
+@pytest.fixture(scope="module", params=["tiny", pytest.param("stories260k", marks=pytest.mark.nightly)])
 def request_and_reference(request, config, reference, tmp_path_factory) -> tuple[SampleConfig, Path]:
     """A request, and the corpus of one uninterrupted process."""
     if request.param == "tiny":
@@ -167,13 +167,14 @@ def test_only_a_deleted_shard_is_sampled_again(reference, config, tmp_path):
     assert [path.stat().st_mtime_ns for path in kept] == before
 
 
-def test_the_corpus_is_the_same_for_any_number_of_replicas(request_and_reference, tmp_path):
+@pytest.mark.parametrize(
+    "replicas", [pytest.param(2, marks=pytest.mark.nightly), 4, pytest.param(8, marks=pytest.mark.nightly)]
+)
+def test_the_corpus_is_the_same_for_any_number_of_replicas(request_and_reference, tmp_path, replicas):
     """With 8 slots per replica, files are bitwise the same."""
     config, reference = request_and_reference
-    for replicas in (2, 4, 8):
-        folder = tmp_path / str(replicas)
-        sample(replace(config, out=str(folder), mesh=f"data={replicas},model=1"))
-        assert _content(folder) == _content(reference)
+    sample(replace(config, out=str(tmp_path / "corpus"), mesh=f"data={replicas},model=1"))
+    assert _content(tmp_path / "corpus") == _content(reference)
 
 
 def test_shard_size_does_not_change_samples(config, reference, tmp_path):

@@ -196,9 +196,9 @@ def test_bfloat16_operands_change_the_loss_by_their_rounding_only(small_model: P
 @pytest.mark.parametrize(
     ("mesh", "preset", "remat"),
     [
-        pytest.param("data=1", "tensor", "none", marks=pytest.mark.nightly),
+        ("data=1", "tensor", "none"),
         pytest.param("data=2,model=2", "tensor", "none", marks=pytest.mark.nightly),
-        ("data=4", "fsdp", "dots"),
+        pytest.param("data=4", "fsdp", "dots", marks=pytest.mark.nightly),
     ],
 )
 def test_gradients_with_bfloat16_operands_differ_by_rounding_only(
