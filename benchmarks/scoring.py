@@ -40,7 +40,7 @@ from jax_selftrain import hub
 from jax_selftrain.distributed.mesh import mesh_context, xla_options
 from jax_selftrain.evals import load_tasks
 from jax_selftrain.likelihood import loglikelihoods
-from jax_selftrain.likelihood.batching import batch_rows, plan_units
+from jax_selftrain.likelihood.batching import plan_units
 from jax_selftrain.likelihood.engine import deduplicate
 from jax_selftrain.likelihood.tokenize import encode_pairs, start_token
 from jax_selftrain.models import forward
@@ -99,7 +99,8 @@ def plain(model: hub.LoadedModel, texts: Texts, batch_tokens: int | None) -> tup
     requests, _ = deduplicate(model.config, encode_pairs(model.tokenizer, prefix, texts))
     units = plan_units(model.sharding_rules, model.config, requests, batch_tokens)
     batches = [batch for unit in units for batch in unit.batches]
-    shapes = [(batch_rows(model.sharding_rules, batch.length, batch_tokens), batch.length) for batch in batches]
+    replicas = model.sharding_rules.data_parallelism
+    shapes = [(replicas * batch.rows_per_device, batch.length) for batch in batches]
     run = jax.jit(
         lambda params, tokens: forward(model.config, model.sharding_rules, params, tokens).sum(),
         compiler_options=xla_options(),

@@ -8,12 +8,15 @@ vocabulary, one position at a time. All batches have one shape, so a result does
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -21,13 +24,15 @@ from jaxtyping import Array, Float, Int
 from jax_selftrain import hub
 from jax_selftrain.distributed.mesh import mesh_context
 from jax_selftrain.distributed.sharding import ShardingRules, shard_host_array
-from jax_selftrain.errors import InputError
-from jax_selftrain.evals.suffix_probability import NamedSamplingParams, column_name
+from jax_selftrain.likelihood.engine import check_finite
+from jax_selftrain.likelihood.resumable import PartialResults, compute_units
 from jax_selftrain.models import DecoderConfig, Params, forward, unembed
 from jax_selftrain.sampling import SamplingParams, generate, warp_logits
 
 MAX_BATCH_ROWS = 512
 """Maximum batch size of a device: at V = 50k the fp32 logits of one position take 100 MB."""
+BATCHES_PER_UNIT = 4
+"""Number of batches in a work unit of `extract_resumable`."""
 
 
 def extraction_metrics(
@@ -35,7 +40,7 @@ def extraction_metrics(
     sequences: np.ndarray,
     prefix: int,
     *,
-    policies: Sequence[NamedSamplingParams] = (),
+    policies: Mapping[str, SamplingParams] = MappingProxyType({}),
     batch_tokens: int = 8192,
     greedy_decode: bool = True,
 ) -> dict[str, np.ndarray]:
@@ -45,7 +50,7 @@ def extraction_metrics(
       model: from `hub.load_model`.
       sequences: integer [N, prefix + suffix].
       prefix: number of given tokens, at least one.
-      policies: sampling policies for log p_z, in addition to temperature 1.
+      policies: sampling policies for log p_z by name, in addition to temperature 1.
       batch_tokens: token positions in one device batch.
       greedy_decode: compute `token_accuracy`, which is most of the work.
 
@@ -53,67 +58,81 @@ def extraction_metrics(
       Arrays [N]: `exact_match` (bool), `matched_tokens` (length of the longest common prefix of suffix and greedy
       continuation), `token_accuracy` (share of the suffix tokens that the greedy continuation has at the same
       position), `teacher_forced_accuracy` (the same given the true previous tokens), `logprob` (log p_z at temperature
-      1, nats), and log p_z under each policy by its `column_name`; −inf if p_z = 0.
+      1, nats), and `logprob NAME`, log p_z under each policy; −inf if p_z = 0.
 
     Raises:
       InputError: a log-probability is not a number.
     """
-    forced = score_suffixes(model, sequences, prefix, policies=policies, batch_tokens=batch_tokens)
-    if not greedy_decode:
-        return forced
-    exact, suffixes = forced["exact_match"], sequences[:, prefix:]
-    decoded = suffixes.copy()  # with exact match, the greedy continuation is the suffix
-    rows = (
-        extraction_batch_size(model.sharding_rules, sequences.shape[1], batch_tokens)
-        // model.sharding_rules.data_parallelism
-    )
-    greedy = SamplingParams(max_tokens=suffixes.shape[1], temperature=0)
-    generated = generate(model, sequences[~exact, :prefix].tolist(), greedy, batch_size=rows)
-    decoded[~exact] = np.reshape(generated, (-1, suffixes.shape[1]))
-    return {
-        "exact_match": exact,
-        "matched_tokens": forced.pop("matched_tokens"),
-        "token_accuracy": (decoded == suffixes).mean(axis=1),
-        **forced,
-    }
-
-
-def score_suffixes(
-    model: hub.LoadedModel,
-    sequences: np.ndarray,
-    prefix: int,
-    *,
-    policies: Sequence[NamedSamplingParams] = (),
-    batch_tokens: int = 8192,
-) -> dict[str, np.ndarray]:
-    """Compute all metrics of `extraction_metrics` except `token_accuracy`."""
-    suffixes = np.asarray(sequences)[:, prefix:]
-    rows = extraction_batch_size(model.sharding_rules, sequences.shape[1], batch_tokens)
-    sampling_params = tuple(named.sampling_params for named in policies)
+    rules, suffixes = model.sharding_rules, np.asarray(sequences)[:, prefix:]
+    rows = extraction_batch_size(rules, sequences.shape[1], batch_tokens)
+    static = (model.config, rules, model.compute_dtype, prefix, tuple(policies.values()))
     greedy = np.empty(suffixes.shape, np.int32)
-    logprobs = np.empty((len(suffixes), 1 + len(sampling_params), suffixes.shape[1]), np.float32)
-    with mesh_context(model.sharding_rules.mesh):
+    logprobs = np.empty((len(suffixes), 1 + len(policies), suffixes.shape[1]), np.float32)
+    with mesh_context(rules.mesh):
         for first in range(0, len(sequences), rows):
             batch = np.zeros((rows, sequences.shape[1]), np.int32)
             members = sequences[first : first + rows]
             batch[: len(members)] = members
-            tokens = shard_host_array(model.sharding_rules, batch, ("batch", None))
-            scores = suffix_scores_program(
-                model.config, model.sharding_rules, model.compute_dtype, prefix, sampling_params, model.params, tokens
-            )
+            scores = suffix_scores_program(*static, model.params, shard_host_array(rules, batch, ("batch", None)))
             for array, part in zip((logprobs, greedy), jax.device_get(scores), strict=True):
                 array[first : first + rows] = part[: len(members)]
-    hits = greedy == suffixes
     sums = logprobs.sum(axis=2, dtype=np.float64)
-    _check(sums, [named.name for named in policies])
+    check_finite(sums[:, 0], (f"sequence {i}" for i in range(len(sums))))
+    for name, values in zip(policies, sums.T[1:], strict=True):
+        # A policy may exclude a token of the suffix.
+        check_finite(np.where(np.isneginf(values), 0, values), (f"sequence {i} under {name}" for i in range(len(sums))))
+    hits = greedy == suffixes
     exact = hits.all(axis=1)
-    return {
-        "exact_match": exact,
-        "matched_tokens": np.where(exact, suffixes.shape[1], np.argmin(hits, axis=1)),
-        "teacher_forced_accuracy": hits.mean(axis=1),
-        "logprob": sums[:, 0],
-        **{column_name(named): sums[:, 1 + i] for i, named in enumerate(policies)},
+    matched = np.where(exact, suffixes.shape[1], np.argmin(hits, axis=1)).astype(np.int32)
+    measured = {"exact_match": exact, "matched_tokens": matched}
+    if greedy_decode:
+        decoded = suffixes.copy()  # with exact match, the greedy continuation is the suffix
+        sampling_params = SamplingParams(max_tokens=suffixes.shape[1], temperature=0)
+        prompts = sequences[~exact, :prefix].tolist()
+        generated = generate(model, prompts, sampling_params, batch_size=rows // rules.data_parallelism)
+        decoded[~exact] = np.reshape(generated, (-1, suffixes.shape[1]))
+        measured["token_accuracy"] = (decoded == suffixes).mean(axis=1)
+    measured |= {"teacher_forced_accuracy": hits.mean(axis=1), "logprob": sums[:, 0]}
+    return measured | {f"logprob {name}": values for name, values in zip(policies, sums.T[1:], strict=True)}
+
+
+def extract_resumable(
+    model: hub.LoadedModel,
+    sequences: np.ndarray,
+    prefix: int,
+    parts: PartialResults,
+    *,
+    policies: Mapping[str, SamplingParams],
+    batch_tokens: int,
+    greedy_decode: bool,
+) -> dict[str, np.ndarray]:
+    """Measure extraction, and keep finished units in `parts`; see `extraction_metrics`.
+
+    A unit is a few whole batches. All batches have one shape, so a unit gives the same bits as one call for all.
+
+    Raises:
+      InputError: see `extraction_metrics`; or a file in the folder is damaged.
+    """
+    size = BATCHES_PER_UNIT * extraction_batch_size(model.sharding_rules, sequences.shape[1], batch_tokens)
+    units = [range(first, min(first + size, len(sequences))) for first in range(0, len(sequences), size)]
+    inputs = {
+        "sequences": hashlib.sha256(np.ascontiguousarray(sequences, np.int64).tobytes()).hexdigest(),
+        "shape": list(sequences.shape),
+        "prefix": prefix,
+        "policies": repr(dict(policies)),
+        "greedy_decode": greedy_decode,
+        "batch_tokens": batch_tokens,
     }
+    measure = partial(
+        extraction_metrics, model, policies=policies, batch_tokens=batch_tokens, greedy_decode=greedy_decode
+    )
+
+    def compute(indices: Iterable[int]) -> Iterator[tuple[int, pa.Table]]:
+        for i in indices:
+            yield i, pa.table(measure(sequences=sequences[units[i]], prefix=prefix))
+
+    table = compute_units(model, parts, inputs, units, compute).drop_columns("item")
+    return {name: table[name].to_numpy() for name in table.column_names}
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -157,13 +176,11 @@ def suffix_scores_program(
 
 def kept_lost_gained(before: np.ndarray, after: np.ndarray) -> dict[str, int]:
     """Count the transitions of boolean outcomes [N]."""
-    before, after = _check_paired(before, after)
-    return {
-        "kept": int((before & after).sum()),
-        "lost": int((before & ~after).sum()),
-        "gained": int((~before & after).sum()),
-        "never": int((~before & ~after).sum()),
-    }
+    before, after = np.asarray(before, bool), np.asarray(after, bool)
+    if before.shape != after.shape or not before.size:
+        raise ValueError(f"not the outcomes of the same sequences: {before.shape} and {after.shape}")
+    outcomes = {"kept": before & after, "lost": before & ~after, "gained": ~before & after, "never": ~before & ~after}
+    return {name: int(members.sum()) for name, members in outcomes.items()}
 
 
 def flip_rate(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]) -> float:
@@ -173,10 +190,10 @@ def flip_rate(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray])
     of any comparison.
 
     Args:
-      first, second: from `extraction_metrics` or `score_suffixes`, of the same sequences.
+      first, second: from `extraction_metrics`, of the same sequences.
     """
-    before, after = _check_paired(first["exact_match"], second["exact_match"])
-    return float((before != after).mean())
+    moved = kept_lost_gained(first["exact_match"], second["exact_match"])
+    return (moved["lost"] + moved["gained"]) / sum(moved.values())
 
 
 def _log_prob(logits: Float[Array, "B V"], target: Array) -> Float[Array, " B"]:
@@ -189,23 +206,3 @@ def _log_prob(logits: Float[Array, "B V"], target: Array) -> Float[Array, " B"]:
 def extraction_batch_size(rules: ShardingRules, length: int, batch_tokens: int) -> int:
     """Return the global batch size for sequences of a length."""
     return min(MAX_BATCH_ROWS, max(1, batch_tokens // (length * rules.data_parallelism))) * rules.data_parallelism
-
-
-def _check(sums: np.ndarray, names: Sequence[str]) -> None:
-    wrong = np.isnan(sums)
-    wrong[:, 0] |= np.isinf(sums[:, 0])
-    if not wrong.any():
-        return
-    row, policy = np.argwhere(wrong)[0].tolist()
-    under = f" under {names[policy - 1]}" if policy else ""
-    raise InputError(
-        f"the log-probability of sequence {row}{under} is {sums[row, policy]}: the model's weights are damaged or "
-        "overflow in this --dtype; check them, or try float32"
-    )
-
-
-def _check_paired(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    before, after = np.asarray(before, bool), np.asarray(after, bool)
-    if before.shape != after.shape or not before.size:
-        raise ValueError(f"not the outcomes of the same sequences: {before.shape} and {after.shape}")
-    return before, after

@@ -12,7 +12,7 @@ forgetting.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,32 +21,21 @@ from jax.sharding import Mesh
 
 from jax_selftrain import hub
 from jax_selftrain.config import ExtractConfig, yaml_io
-from jax_selftrain.corpus import open_corpus
+from jax_selftrain.corpus import Corpus, Overlaps, open_corpus
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals.exact_match import kept_lost_gained
-from jax_selftrain.evals.overlap_classes import (
-    CLASSES,
-    THRESHOLDS,
-    CorpusOverlap,
-    classify,
-    corpus_overlap,
-    duplicate_buckets,
-    overlap_columns,
-)
-from jax_selftrain.evals.result_files import output_paths, write_results
-from jax_selftrain.evals.resumable_extraction import extract_resumable
+from jax_selftrain.evals.exact_match import extract_resumable, kept_lost_gained
+from jax_selftrain.evals.overlap_classes import CLASSES, THRESHOLDS, classify, corpus_overlap, duplicate_buckets
+from jax_selftrain.evals.result_files import describe_mean, output_paths, write_results
 from jax_selftrain.evals.score import check_positive, scoring_mesh
 from jax_selftrain.evals.sequences import ExtractionSet, PromptWindow, load_sequences, sequences_fingerprint
 from jax_selftrain.evals.suffix_probability import (
-    NamedSamplingParams,
-    column_name,
     n_p_discoverable_rate,
     parse_sampling_policies,
     summarize_suffix_probability,
 )
 from jax_selftrain.io.manifest import sha256_file
 from jax_selftrain.likelihood.resumable import PartialResults, process_local_if_possible
-from jax_selftrain.stats.standard_errors import mean_and_stderr, wilson_interval
+from jax_selftrain.stats.standard_errors import wilson_interval
 from jax_selftrain.version import versions
 
 PROTOCOLS = {"pythia": (32, 32), "lm-extraction": (50, 50)}
@@ -54,10 +43,14 @@ PROTOCOLS = {"pythia": (32, 32), "lm-extraction": (50, 50)}
 DEFAULT_LENGTHS = (32, 32)
 
 
-def extract(config: ExtractConfig) -> dict[str, Any]:
+def extract(config: ExtractConfig, *, corpus: Corpus | None = None) -> dict[str, Any]:
     """Measure extraction, and write the result.
 
     Writes `FILE.json`, `FILE.sequences.parquet`, `FILE.config.yaml`, `FILE.timings.json`.
+
+    Args:
+      config: the options.
+      corpus: the corpus of `config.corpus`; None: it is opened.
 
     Returns:
       The content of `FILE.json`: the summary of all sequences (see `summarize`) and
@@ -78,22 +71,29 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
     output_paths(config.out)
     mesh = scoring_mesh(config.mesh)
     with process_local_if_possible(mesh):
-        return _extract(config, mesh, sequences, controls, started)
+        if corpus is None and config.corpus:
+            corpus = open_corpus(config.corpus)
+        return _extract(config, mesh, sequences, controls, corpus, started)
 
 
 def _extract(
-    config: ExtractConfig, mesh: Mesh, sequences: ExtractionSet, controls: ExtractionSet | None, started: float
+    config: ExtractConfig,
+    mesh: Mesh,
+    sequences: ExtractionSet,
+    controls: ExtractionSet | None,
+    corpus: Corpus | None,
+    started: float,
 ) -> dict[str, Any]:
     policies = parse_sampling_policies(config.sampling_policies)
-    fingerprints = extraction_fingerprints(config)
     window, start = make_window(config), find_start_tokens(config)
-    overlap = None
-    if config.corpus:
-        corpus = open_corpus(config.corpus)
+    fingerprints = _fingerprints(config)
+    overlaps, matched_on = None, ""
+    if corpus is not None:
         fingerprints["corpus"] = corpus.fingerprint
-        overlap = corpus_overlap(corpus, config.model, sequences.tokens[:, window.prefix :], config.min_overlap)
+        suffixes = sequences.tokens[:, window.prefix :]
+        overlaps, matched_on = corpus_overlap(corpus, config.model, suffixes, config.min_overlap)
     prepared = time.monotonic()
-    parts = PartialResults(output_paths(config.out, "parts")[1], {})
+    parts = PartialResults(output_paths(config.out, "parts")[1])
 
     def measure(ref: str, *sets: ExtractionSet) -> list[dict[str, np.ndarray]]:
         """Measure extraction sets with one model, and free its memory."""
@@ -127,26 +127,28 @@ def _extract(
         "random_offset": window.random_offset,
         "start_token": config.start_token,
         "num_skipped": sequences.num_skipped,
-        **_summarize_groups(measured, sequences, overlap, window, config.min_overlap, policies),
+        **_summarize_groups(config, measured, sequences, overlaps, policies),
         "fingerprints": fingerprints,
         "versions": versions(),
     }
     tables = {}
-    if overlap:
-        result |= {"min_overlap": config.min_overlap, "matched_on": overlap.matched_on}
-        measured |= overlap_columns(overlap, window.suffix, config.min_overlap)
+    if overlaps is not None:
+        result |= {"min_overlap": config.min_overlap, "matched_on": matched_on}
+        measured |= {
+            "overlap": overlaps.length.astype(np.int32),
+            "document": overlaps.text_doc,
+            "class": classify(overlaps.length, window.suffix, config.min_overlap),
+        }
     if controls:
         result["controls"] = {
-            **summarize(control_results[0], np.ones(len(controls.tokens), bool), policies),
+            **summarize(control_results[0], policies=policies),
             "sequences": config.control_sequences,
             "num_skipped": controls.num_skipped,
         }
         tables["controls"] = _make_table(control_results[0], controls)
     if baseline is not None:
-        result["baseline"] = {
-            "model": config.untrained_baseline,
-            **_summarize_groups(baseline, sequences, overlap, window, config.min_overlap, policies),
-        }
+        summary = _summarize_groups(config, baseline, sequences, overlaps, policies)
+        result["baseline"] = {"model": config.untrained_baseline, **summary}
         measured |= {f"baseline {name}": baseline[name] for name in ("exact_match", "logprob")}
     if config.verify:
         result["verification"] = {
@@ -191,13 +193,8 @@ def load_extraction_sets(config: ExtractConfig) -> tuple[ExtractionSet, Extracti
       InputError: an invalid option, or a set that cannot be read or does not fit the model.
     """
     window = make_window(config)
-    check_positive(
-        batch_tokens=config.batch_tokens,
-        prefix=window.prefix,
-        suffix=window.suffix,
-        min_overlap=config.min_overlap,
-        limit=config.limit,
-    )
+    lengths = {"prefix": window.prefix, "suffix": window.suffix}
+    check_positive(batch_tokens=config.batch_tokens, min_overlap=config.min_overlap, limit=config.limit, **lengths)
     if config.offset < 0:
         raise InputError(f"--offset is {config.offset}; it must be at least 0")
     if config.base and not config.verify:
@@ -206,21 +203,20 @@ def load_extraction_sets(config: ExtractConfig) -> tuple[ExtractionSet, Extracti
     names = ("model", "untrained_baseline", "base")
     models = {name: hub.open_model(ref) for name in names if (ref := getattr(config, name))}
     start = find_start_tokens(config)
-    for model in models.values():
+    for name, model in models.items():
         if window.length + len(start) > model.config.max_positions:
             before = " + the start token" if start else ""
             raise InputError(
                 f"--prefix {window.prefix} + --suffix {window.suffix}{before} is longer than the "
                 f"{model.config.max_positions} positions of {model.ref}; shorten one of them"
             )
-    for name, model in models.items():
-        if name != "model" and model.tokenizer_fingerprint != models["model"].tokenizer_fingerprint:
+        if model.tokenizer_fingerprint != models["model"].tokenizer_fingerprint:
             raise InputError(
                 f"{yaml_io.flag(name)} {model.ref}: has another tokenizer than {config.model}, so the same tokens are "
                 "another text; choose a model with the same tokenizer"
             )
 
-    def load(reference: str, duplicates: str) -> ExtractionSet:
+    def load(reference: str, duplicates: str = "") -> ExtractionSet:
         return load_sequences(
             reference,
             window,
@@ -231,7 +227,7 @@ def load_extraction_sets(config: ExtractConfig) -> tuple[ExtractionSet, Extracti
         )
 
     sequences = load(config.sequences, config.duplicate_counts)
-    return sequences, load(config.control_sequences, "") if config.control_sequences else None
+    return sequences, load(config.control_sequences) if config.control_sequences else None
 
 
 def find_start_tokens(config: ExtractConfig) -> list[int]:
@@ -244,33 +240,29 @@ def find_start_tokens(config: ExtractConfig) -> list[int]:
     return [start]
 
 
-def extraction_fingerprints(config: ExtractConfig) -> dict[str, str]:
+def _fingerprints(config: ExtractConfig) -> dict[str, str]:
     """Return the fingerprints of all inputs except the corpus."""
-    model = hub.open_model(config.model)
-    fingerprints = {
-        "model": model.fingerprint,
-        "tokenizer": model.tokenizer_fingerprint,
-        "sequences": sequences_fingerprint(config.sequences),
+    hash_input = {
+        "model": lambda ref: hub.open_model(ref).fingerprint,
+        "untrained_baseline": lambda ref: hub.open_model(ref).fingerprint,
+        "base": lambda ref: hub.open_model(ref).fingerprint,
+        "sequences": sequences_fingerprint,
+        "control_sequences": sequences_fingerprint,
+        "duplicate_counts": sha256_file,
     }
-    for name, ref in (("untrained_baseline", config.untrained_baseline), ("base", config.base)):
-        if ref:
-            fingerprints[name] = hub.open_model(ref).fingerprint
-    if config.control_sequences:
-        fingerprints["control_sequences"] = sequences_fingerprint(config.control_sequences)
-    if config.duplicate_counts:
-        fingerprints["duplicate_counts"] = sha256_file(config.duplicate_counts)
-    return fingerprints
+    fingerprints = {name: function(ref) for name, function in hash_input.items() if (ref := getattr(config, name))}
+    return fingerprints | {"tokenizer": hub.open_model(config.model).tokenizer_fingerprint}
 
 
 def summarize(
-    measured: Mapping[str, np.ndarray], members: np.ndarray, policies: tuple[NamedSamplingParams, ...] = ()
+    measured: Mapping[str, np.ndarray], members: np.ndarray | slice = slice(None), policies: Iterable[str] = ()
 ) -> dict[str, Any]:
     """Average the results of `extraction_metrics` over some sequences.
 
     Args:
       measured: arrays [N].
-      members: bool [N], the sequences to average over.
-      policies: sampling policies of the results.
+      members: bool [N], the sequences to average over; default: all.
+      policies: names of the sampling policies of the results.
 
     Returns:
       `n`; `exact_match` with its Wilson 95 % interval; `token_accuracy`, `teacher_forced_accuracy`, `matched_tokens`;
@@ -278,66 +270,48 @@ def summarize(
       `discoverable` by "n@p", at temperature 1; `sampling_policies`: `summarize_suffix_probability` of each. Standard
       errors are under `…_stderr`. Means are None if n is 0 or the metric was not computed.
     """
-    n = int(members.sum())
-    exact = measured["exact_match"][members]
-    result: dict[str, Any] = {"n": n, "exact_match_interval": wilson_interval(exact) if n else None}
-    values = {**measured, "pz": np.exp(measured["logprob"])}
+    values = {name: array[members] for name, array in measured.items()}
+    exact, logprob = values["exact_match"], values["logprob"]
+    values["pz"] = np.exp(logprob)
+    result: dict[str, Any] = {"n": len(exact), "exact_match_interval": wilson_interval(exact) if len(exact) else None}
     for name in ("exact_match", "token_accuracy", "teacher_forced_accuracy", "matched_tokens", "logprob", "pz"):
-        value, stderr = mean_and_stderr(values[name][members]) if n and name in values else (None, None)
-        result |= {name: value, f"{name}_stderr": stderr}
-    result |= n_p_discoverable_rate(measured["logprob"][members])
+        result |= describe_mean(name, values.get(name, np.zeros(0)))
+    result |= n_p_discoverable_rate(logprob)
     if policies:
-        result["sampling_policies"] = {
-            policy.name: summarize_suffix_probability(measured[column_name(policy)][members]) for policy in policies
-        }
+        summaries = {name: summarize_suffix_probability(values[f"logprob {name}"]) for name in policies}
+        result["sampling_policies"] = summaries
     return result
 
 
 def _summarize_groups(
+    config: ExtractConfig,
     measured: Mapping[str, np.ndarray],
     sequences: ExtractionSet,
-    overlap: CorpusOverlap | None,
-    window: PromptWindow,
-    min_overlap: int,
-    policies: tuple[NamedSamplingParams, ...],
+    overlaps: Overlaps | None,
+    policies: Iterable[str],
 ) -> dict[str, Any]:
     """Summarize all sequences, the overlap classes, and the buckets of duplicates."""
-    result = summarize(measured, np.ones(len(sequences.tokens), bool), policies)
-    if overlap:
-        lengths = overlap.overlaps.length
-        classes = classify(lengths, window.suffix, min_overlap)
+    result = summarize(measured, policies=policies)
+    if overlaps is not None:
+        suffix = make_window(config).suffix
+        classes = classify(overlaps.length, suffix, config.min_overlap)
         result |= {name: summarize(measured, classes == name, policies) for name in CLASSES}
-        result["thresholds"] = {
-            str(threshold): {
-                name: _headline(measured, classify(lengths, window.suffix, threshold) == name) for name in CLASSES
+        result["thresholds"] = {}
+        for threshold in THRESHOLDS:
+            classes = classify(overlaps.length, suffix, threshold)
+            summaries = {name: summarize(measured, classes == name) for name in CLASSES}
+            shown = ("n", "exact_match", "exact_match_interval", "logprob")
+            result["thresholds"][str(threshold)] = {
+                name: {key: summary[key] for key in shown} for name, summary in summaries.items()
             }
-            for threshold in THRESHOLDS
-        }
     if sequences.duplicates is not None:
         buckets = duplicate_buckets(sequences.duplicates)
         result["duplicates"] = {name: summarize(measured, members, policies) for name, members in buckets.items()}
     return result
 
 
-def _headline(measured: Mapping[str, np.ndarray], members: np.ndarray) -> dict[str, Any]:
-    summary = summarize(measured, members)
-    return {name: summary[name] for name in ("n", "exact_match", "exact_match_interval", "logprob")}
-
-
 def _make_table(measured: Mapping[str, np.ndarray], sequences: ExtractionSet) -> pa.Table:
-    types = {
-        "exact_match": pa.bool_(),
-        "verified": pa.bool_(),
-        "baseline exact_match": pa.bool_(),
-        "matched_tokens": pa.int32(),
-        "overlap": pa.int32(),
-        "document": pa.int64(),
-        "class": pa.string(),
-    }
     ids = {"sequence": np.arange(len(sequences.tokens)), "index": sequences.sequence_id}
     if sequences.duplicates is not None:
         ids["duplicates"] = sequences.duplicates
-    columns = {name: pa.array(values, pa.int64()) for name, values in ids.items()}
-    return pa.table(
-        columns | {name: pa.array(values, types.get(name, pa.float64())) for name, values in measured.items()}
-    )
+    return pa.table({**ids, **measured})

@@ -9,8 +9,7 @@ a template) are not independent.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,7 +25,20 @@ from jax_selftrain.io.manifest import hash_json
 
 if TYPE_CHECKING:
     from jax_selftrain.evals.perplexity import TokenizedText
-    from jax_selftrain.evals.tasks import Question, Task
+    from jax_selftrain.evals.tasks import Task
+
+REQUESTS = pa.schema(
+    [
+        ("task", pa.string()),
+        ("doc", pa.int64()),
+        ("choice", pa.int32()),
+        ("loglikelihood", pa.float64()),
+        ("is_greedy", pa.bool_()),
+        ("tokens", pa.int32()),
+    ]
+)
+"""One row per request, in task, document, choice order: task files, text files (`choice` is the window), tasks of
+lm-evaluation-harness."""
 
 ITEMS = pa.schema(
     [
@@ -72,12 +84,12 @@ class ItemResults:
     kind: Kind
     item_hash: np.ndarray
     """SHA-256 (hex) of the content."""
-    cluster: np.ndarray | None
-    """Cluster label of each item; None if no item has one."""
     choices: np.ndarray
     loglikelihood: np.ndarray
     tokens: np.ndarray
     bytes: np.ndarray
+    cluster: np.ndarray | None = None
+    """Cluster label of each item; None if no item has one."""
     acc: np.ndarray | None = None
     acc_norm: np.ndarray | None = None
     log_odds: np.ndarray | None = None
@@ -97,10 +109,8 @@ class ItemResults:
         if split == "all":
             return self
         members = np.array([dev_test_split(item) == split for item in self.item_hash], bool)
-        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(
-            self, **{name: values[members] for name, values in arrays.items() if isinstance(values, np.ndarray)}
-        )
+        arrays = {name: values for name, values in vars(self).items() if isinstance(values, np.ndarray)}
+        return replace(self, **{name: values[members] for name, values in arrays.items()})
 
 
 @dataclass(frozen=True)
@@ -134,29 +144,41 @@ def tabulate_items(tasks: Sequence[Task], texts: Mapping[str, Sequence[Tokenized
     Args:
       tasks: the questions and their right answers.
       texts: the scored part of each document, by text file.
-      requests: scores of one model (`score.REQUESTS`).
+      requests: scores of one model, `REQUESTS`.
     """
-    scores = {name: requests[name].to_numpy(zero_copy_only=False) for name in requests.column_names}
-    rows: list[tuple[Any, ...]] = []
+    columns = {name: requests[name].to_numpy(zero_copy_only=False) for name in requests.column_names}
+    rows: list[dict[str, Any]] = []
     for task in tasks:
-        task_scores = _select_task(scores, task.name)
-        score = _score_last_word if task.kind == "last_word" else _score_multiple_choice
-        bounds = np.cumsum([0, *(len(question.continuations) for question in task.questions)])
-        for doc, (question, (start, stop)) in enumerate(zip(task.questions, pairwise(bounds), strict=True)):
-            choices = {name: values[start:stop] for name, values in task_scores.items()}
-            item = item_hash(question.context, question.continuations)
-            length = int(choices["tokens"][question.answer]), len(question.continuations[question.answer].encode())
-            metrics = score(question, choices)
-            rows.append((task.name, doc, item, question.cluster, len(question.continuations), *metrics, *length))
+        scores = {name: values[columns["task"] == task.name] for name, values in columns.items()}
+        start = 0
+        for doc, question in enumerate(task.questions):
+            answer, choices = question.answer, len(question.continuations)
+            values = scores["loglikelihood"][start : start + choices]
+            row = {
+                "task": task.name,
+                "doc": doc,
+                "item_hash": item_hash(question.context, question.continuations),
+                "cluster": question.cluster,
+                "choices": choices,
+                "loglikelihood": values[answer],
+                "tokens": scores["tokens"][start + answer],
+                "bytes": len(question.continuations[answer].encode()),
+            }
+            if task.kind == "last_word":
+                row["acc"] = scores["is_greedy"][start]
+            else:
+                row["acc"] = np.argmax(values) == answer
+                row["acc_norm"] = np.argmax(values / np.array(question.lengths)) == answer
+                row["log_odds"] = log_odds(values, answer)
+            rows.append(row)
+            start += choices
     for name, texts_of_file in texts.items():
-        windows = _select_task(scores, name)
-        totals = np.bincount(windows["doc"], windows["loglikelihood"], len(texts_of_file)).tolist()
+        members = columns["task"] == name
+        totals = np.bincount(columns["doc"][members], columns["loglikelihood"][members], len(texts_of_file))
         for doc, (text, total) in enumerate(zip(texts_of_file, totals, strict=True)):
-            rows.append((name, doc, text.item_hash, None, 0, None, None, total, None, len(text.tokens), text.bytes))
-    columns = zip(*rows, strict=True) if rows else [()] * len(ITEMS)
-    return pa.Table.from_arrays(
-        [pa.array(column, field.type) for column, field in zip(columns, ITEMS, strict=True)], schema=ITEMS
-    )
+            row = {"task": name, "doc": doc, "item_hash": text.item_hash, "choices": 0}
+            rows.append(row | {"loglikelihood": total, "tokens": len(text.tokens), "bytes": text.bytes})
+    return pa.Table.from_pylist(rows, schema=ITEMS)
 
 
 def log_odds(loglikelihoods: Sequence[float] | np.ndarray, answer: int) -> float:
@@ -206,44 +228,16 @@ def _is_score_result(result: Any) -> bool:
     return {*result["tasks"], *result["texts"]} <= fingerprints["files"].keys()
 
 
-def _select_task(columns: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
-    members = columns["task"] == name
-    return {key: values[members] for key, values in columns.items()}
-
-
-def _score_last_word(question: Question, scores: Mapping[str, np.ndarray]) -> tuple[Any, ...]:
-    return bool(scores["is_greedy"][0]), None, float(scores["loglikelihood"][0]), None
-
-
-def _score_multiple_choice(question: Question, scores: Mapping[str, np.ndarray]) -> tuple[Any, ...]:
-    values, answer = scores["loglikelihood"], question.answer
-    return (
-        int(np.argmax(values)) == answer,
-        int(np.argmax(values / np.array(question.lengths))) == answer,
-        float(values[answer]),
-        log_odds(values, answer),
-    )
-
-
 def select_items(table: pa.Table, name: str) -> ItemResults:
     """Return the items of one task or text file."""
-    rows = table.filter(pc.equal(table["task"], name))
-    columns = {key: rows[key].to_numpy(zero_copy_only=False) for key in rows.column_names}
+    rows = table.filter(pc.equal(table["task"], name)).drop_columns(["task", "doc"])
+    names = [key for key in rows.column_names if key != "cluster" and rows[key].null_count == 0]
+    columns: dict[str, np.ndarray] = {key: rows[key].to_numpy(zero_copy_only=False) for key in names}
     choices = columns["choices"]
     kind: Kind = "choice" if choices.min(initial=2) > 1 else "last_word" if choices.min() == 1 else "text"
-    cluster = None
+    columns["item_hash"] = columns["item_hash"].astype(str)
     if rows["cluster"].null_count < rows.num_rows:
         # An item without a label is its own cluster; no label begins with a NUL.
-        cluster = np.array([f"\0{i}" if label is None else label for i, label in enumerate(columns["cluster"])])
-    present = {key: columns[key] for key in ("acc", "acc_norm", "log_odds") if rows[key].null_count == 0}
-    return ItemResults(
-        name,
-        kind,
-        columns["item_hash"].astype(str),
-        cluster,
-        choices,
-        columns["loglikelihood"],
-        columns["tokens"],
-        columns["bytes"],
-        **{key: values.astype(bool) if key != "log_odds" else values for key, values in present.items()},
-    )
+        labels = enumerate(rows["cluster"].to_pylist())
+        columns["cluster"] = np.array([f"\0{i}" if label is None else label for i, label in labels])
+    return ItemResults(name, kind, **columns)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from jax_selftrain.config import LeakageConfig, yaml_io
 from jax_selftrain.corpus import (
     Corpus,
     LazilyTokenized,
-    Overlaps,
     RaggedTokens,
     TokenSource,
     longest_overlaps,
@@ -32,29 +30,25 @@ from jax_selftrain.corpus import (
     open_corpus,
 )
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals.result_files import is_text, output_paths, write_results
+from jax_selftrain.evals.result_files import describe_mean, is_text, output_paths, write_results
 from jax_selftrain.evals.score import check_positive
 from jax_selftrain.evals.sequences import load_npy
 from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.io.manifest import sha256_file
-from jax_selftrain.stats.standard_errors import mean_and_stderr, wilson_interval
+from jax_selftrain.stats.standard_errors import wilson_interval
 from jax_selftrain.version import versions
 
 _CHUNK = 1 << 24  # tokens
 
 
-@dataclass(frozen=True)
-class _TrainingTokens:
-    documents: TokenSource
-    num_documents: int
-    num_tokens: int
-    fingerprint: str
-
-
-def measure_leakage(config: LeakageConfig) -> dict[str, Any]:
+def measure_leakage(config: LeakageConfig, *, corpus: Corpus | None = None) -> dict[str, Any]:
     """Measure leakage of a training text, and write the result.
 
     Writes `FILE.json`, `FILE.samples.parquet`, `FILE.config.yaml`, `FILE.timings.json`.
+
+    Args:
+      config: the options.
+      corpus: the corpus of `config.corpus`; None: it is opened.
 
     Returns:
       The content of `FILE.json`: `samples`; `leaking_samples`; `leak_rate`, their share, with standard error and
@@ -68,52 +62,62 @@ def measure_leakage(config: LeakageConfig) -> dict[str, Any]:
     check_positive(min_match=config.min_match)
     output_paths(config.out)
     started = time.monotonic()
-    corpus = open_corpus(config.corpus)
+    corpus = open_corpus(config.corpus) if corpus is None else corpus
     with tempfile.TemporaryDirectory() as folder:
-        text = _open_text(config, corpus, Path(folder))
+        documents, text, text_fingerprint = _open_text(config, corpus, Path(folder))
         opened = time.monotonic()
-        overlaps = longest_overlaps(corpus, text.documents, min_length=config.min_match)
+        overlaps = longest_overlaps(corpus, documents, min_length=config.min_match)
     lengths = np.concatenate([lengths for _, lengths in corpus.token_batches()])
     is_leaking = overlaps.length >= config.min_match
-    rate, stderr = mean_and_stderr(is_leaking)
     result: dict[str, Any] = {
         "corpus": config.corpus,
         "min_match": config.min_match,
         "samples": len(lengths),
         "leaking_samples": int(is_leaking.sum()),
-        "leak_rate": rate,
-        "leak_rate_stderr": stderr,
+        **describe_mean("leak_rate", is_leaking),
         "leak_rate_interval": wilson_interval(is_leaking),
         "tokens": int(lengths.sum()),
         "covered_tokens": int(overlaps.covered.sum()),
         "coverage": float(overlaps.covered.sum() / max(1, lengths.sum())),
         "longest": int(overlaps.length.max()),
-        "texts": {"path": config.texts, "documents": text.num_documents, "tokens": text.num_tokens},
-        "fingerprints": {"corpus": corpus.fingerprint, "texts": text.fingerprint},
+        "texts": {"path": config.texts, **text},
+        "fingerprints": {"corpus": corpus.fingerprint, "texts": text_fingerprint},
         "versions": versions(),
     }
+    columns = {
+        "sample_id": np.arange(len(lengths)),
+        "tokens": lengths,
+        "longest": overlaps.length,
+        "start": overlaps.query_start,
+        "document": overlaps.text_doc,
+        "document_start": overlaps.text_start,
+        "covered": overlaps.covered,
+    }
     timings = {"open_seconds": opened - started, "search_seconds": time.monotonic() - opened}
-    write_results(config.out, config, result, {"samples": _make_table(lengths, overlaps)}, timings)
+    write_results(config.out, config, result, {"samples": pa.table(columns)}, timings)
     return result
 
 
-def _open_text(config: LeakageConfig, corpus: Corpus, folder: Path) -> _TrainingTokens:
+def _open_text(config: LeakageConfig, corpus: Corpus, folder: Path) -> tuple[TokenSource, dict[str, int], str]:
+    """Return the documents of a training text, their numbers, and a fingerprint."""
     path = Path(config.texts)
     if path.suffix == ".npy":
-        return _open_array(path)
-    if path.is_dir():
+        documents, fingerprint = _open_array(path), sha256_file(path)
+    elif path.is_dir():
         other = open_corpus(path)
         if other.manifest["tokenizer_fingerprint"] == corpus.manifest["tokenizer_fingerprint"]:
-            return _TrainingTokens(other, len(other), other.n_tokens, other.fingerprint)
+            return other, {"documents": len(other), "tokens": other.n_tokens}, other.fingerprint
         tokenized = LazilyTokenized(other.iter_texts, _load_tokenizer(config, corpus))
-        return _memmap(tokenized, folder, other.fingerprint)
-    if not path.is_file():
+        documents, fingerprint = memmap_tokens(tokenized, folder), other.fingerprint
+    elif path.is_file():
+        tokenized = LazilyTokenized(lambda: _iter_texts(path, config.text_field), _load_tokenizer(config, corpus))
+        documents, fingerprint = memmap_tokens(tokenized, folder), sha256_file(path)
+    else:
         raise InputError(f"--texts {path}: no such file or folder")
-    tokenizer = _load_tokenizer(config, corpus)
-    return _memmap(LazilyTokenized(lambda: _iter_texts(path, config.text_field), tokenizer), folder, sha256_file(path))
+    return documents, {"documents": len(documents.offsets) - 1, "tokens": len(documents.tokens)}, fingerprint
 
 
-def _open_array(path: Path) -> _TrainingTokens:
+def _open_array(path: Path) -> RaggedTokens:
     array = load_npy(path)
     if array.ndim not in (1, 2) or not array.size:
         raise InputError(f"{path}: must be token ids [tokens] or [documents, tokens], not {list(array.shape)}")
@@ -122,12 +126,7 @@ def _open_array(path: Path) -> _TrainingTokens:
         chunk = documents.tokens[first : first + _CHUNK]
         if int(chunk.min()) < 0 or int(chunk.max()) >= 2**31:
             raise InputError(f"{path}: holds a number that is no token id (below 0, or beyond 32 bits)")
-    return _TrainingTokens(documents, len(documents.offsets) - 1, len(documents.tokens), sha256_file(path))
-
-
-def _memmap(tokenized: LazilyTokenized, folder: Path, fingerprint: str) -> _TrainingTokens:
-    documents = memmap_tokens(tokenized, folder)
-    return _TrainingTokens(documents, len(documents.offsets) - 1, len(documents.tokens), fingerprint)
+    return documents
 
 
 def _load_tokenizer(config: LeakageConfig, corpus: Corpus) -> Any:
@@ -150,16 +149,3 @@ def _iter_texts(path: Path, field: str) -> Iterator[str]:
         if not is_text(row.get(field)):
             raise InputError(f"{where}: no text under {field!r}; name the right field with --text-field")
         yield row[field]
-
-
-def _make_table(lengths: np.ndarray, overlaps: Overlaps) -> pa.Table:
-    columns = {
-        "sample_id": np.arange(len(lengths)),
-        "tokens": lengths,
-        "longest": overlaps.length,
-        "start": overlaps.query_start,
-        "document": overlaps.text_doc,
-        "document_start": overlaps.text_start,
-        "covered": overlaps.covered,
-    }
-    return pa.table({name: pa.array(values, pa.int64()) for name, values in columns.items()})

@@ -22,8 +22,8 @@ from jax_selftrain import hub
 from jax_selftrain.config import SampleConfig, yaml_io
 from jax_selftrain.errors import InputError
 from jax_selftrain.likelihood.engine import Likelihood, LoglikelihoodRequest, check_finite, loglikelihoods
-from jax_selftrain.likelihood.tokenize import check_tokenizer, encode_pairs, rolling_windows, start_token, tokenize
-from jax_selftrain.sampling.generate import PROMPT_TOKENS, generate
+from jax_selftrain.likelihood.tokenize import check_tokenizer, encode_pairs, rolling_windows, start_token
+from jax_selftrain.sampling.generate import PROMPT_TOKENS, StopCriterion, generate
 from jax_selftrain.sampling.sampling_params import SamplingParams, make_sampling_params
 
 try:
@@ -102,20 +102,12 @@ class HarnessLM(TemplateLM):
         self.tokenizer = self.model.tokenizer
         self.seed = seed
         self.batch_size = _parse_batch_size(batch_size)
+        self.max_length = self.model.config.max_positions
+        """Longest input in tokens."""
         self._batch_tokens = batch_tokens
         self._loglikelihoods = loglikelihood_fn or partial(loglikelihoods, self.model, batch_tokens=batch_tokens)
-        self.answered: list[AnsweredInstance] | None = None
-        """Set to a list to record all answers."""
-
-    @property
-    def max_length(self) -> int:
-        """Longest input in tokens."""
-        return self.model.config.max_positions
-
-    @property
-    def max_gen_toks(self) -> int:
-        """Default number of generated tokens."""
-        return MAX_GEN_TOKS
+        self.answered: list[AnsweredInstance] = []
+        """All requests so far, with their answers."""
 
     @property
     def prefix_token_id(self) -> int:
@@ -136,7 +128,7 @@ class HarnessLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Tokenize a text as `HFLM.tok_encode` does."""
         if add_special_tokens is None:
-            return tokenize(self.tokenizer, self.prefix_token_id, string)
+            add_special_tokens = not string.startswith(self.tok_decode(self.prefix_token_id, False))
         return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
 
     def tok_decode(self, tokens: int | Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -179,7 +171,7 @@ class HarnessLM(TemplateLM):
         likelihoods = self._score(tokenized, map(_describe, requests))
         answers = [(likelihood.loglikelihood, likelihood.is_greedy) for likelihood in likelihoods]
         for instance, likelihood, answer in zip(requests, likelihoods, answers, strict=True):
-            self._record(AnsweredInstance(instance, [likelihood]))
+            self.answered.append(AnsweredInstance(instance, [likelihood]))
             self.cache_hook.add_partial("loglikelihood", instance.args, answer)
         return answers
 
@@ -204,7 +196,7 @@ class HarnessLM(TemplateLM):
         for instance, text in zip(requests, windows, strict=True):
             scores = [next(likelihoods) for _ in text]
             totals.append(math.fsum(window.loglikelihood for window in scores))
-            self._record(AnsweredInstance(instance, scores))
+            self.answered.append(AnsweredInstance(instance, scores))
             self.cache_hook.add_partial("loglikelihood_rolling", instance.args, totals[-1])
         return totals
 
@@ -222,13 +214,13 @@ class HarnessLM(TemplateLM):
             for i, text in zip(members, self._generate([requests[i] for i in members], members), strict=True):
                 texts[i] = text
         for instance, text in zip(requests, texts, strict=True):
-            self._record(AnsweredInstance(instance, [], text))
+            self.answered.append(AnsweredInstance(instance, [], text))
             self.cache_hook.add_partial("generate_until", instance.args, text)
         return texts
 
     def _generate(self, requests: Sequence[Instance], ids: Sequence[int]) -> list[str]:
         """Generate for requests with equal options; `ids` key the random bits."""
-        options = normalize_gen_kwargs(requests[0].args[1], self.max_gen_toks)
+        options = normalize_gen_kwargs(requests[0].args[1], MAX_GEN_TOKS)
         where = _describe(requests[0])
         until = handle_stop_sequences(options["until"], eos=self.tok_decode(self.eot_token_id, False))
         room = self.max_length - options["max_gen_toks"]
@@ -244,7 +236,7 @@ class HarnessLM(TemplateLM):
             _sampling_params(self.model, options, where),
             seed=self.seed,
             request_ids=ids,
-            stop=_StopSequences(self.tokenizer, until),
+            stop=_stop_criterion(self.tokenizer, until),
             batch_size=self.batch_size,
             batch_tokens=self._batch_tokens or PROMPT_TOKENS,
         )
@@ -258,33 +250,22 @@ class HarnessLM(TemplateLM):
 
     def _score(self, requests: Sequence[LoglikelihoodRequest], labels: Iterable[str]) -> list[Likelihood]:
         likelihoods = self._loglikelihoods(requests)
-        check_finite(likelihoods, labels)
+        check_finite((likelihood.loglikelihood for likelihood in likelihoods), labels)
         return likelihoods
 
-    def _record(self, answered: AnsweredInstance) -> None:
-        if self.answered is not None:
-            self.answered.append(answered)
 
-
-class _StopSequences:
-    """Stop criterion: a stop string in the last tokens.
+def _stop_criterion(tokenizer: Any, until: Sequence[str]) -> StopCriterion:
+    """Return a stop criterion: a stop string in the last tokens.
 
     As in the harness's `MultiTokenEOSCriteria`, the number of last tokens is that of the stop string plus two.
     """
+    lengths = {string: len(tokenizer.encode(string, add_special_tokens=False)) + 2 for string in until}
 
-    def __init__(self, tokenizer: Any, until: Sequence[str]):
-        self.tokenizer = tokenizer
-        self.windows: dict[int, list[str]] = {}
-        for string in until:
-            length = len(tokenizer.encode(string, add_special_tokens=False)) + 2
-            self.windows.setdefault(length, []).append(string)
+    def stop(tokens: Sequence[int]) -> bool:
+        texts = {length: tokenizer.decode(tokens[-length:]) for length in set(lengths.values())}
+        return any(string in texts[length] for string, length in lengths.items())
 
-    def __call__(self, tokens: Sequence[int]) -> bool:
-        for length, strings in self.windows.items():
-            text = self.tokenizer.decode(tokens[-length:])
-            if any(string in text for string in strings):
-                return True
-        return False
+    return stop
 
 
 def _parse_batch_size(batch_size: int | str | None) -> int:
@@ -303,28 +284,19 @@ def _sampling_params(model: hub.LoadedModel, options: Mapping[str, Any], where: 
             f"{where}: generation with {unknown[0]} is not supported"
             f"{yaml_io.did_you_mean(unknown[0], _GENERATION)}; possible are {', '.join(sorted(_GENERATION))}"
         )
+    stop_ids = model.special_tokens.eos_token_ids
     if not options["do_sample"]:
-        return SamplingParams(
-            max_tokens=options["max_gen_toks"], stop_ids=model.special_tokens.eos_token_ids, temperature=0
-        )
-    truncation = {name: kind(options[name]) for name, kind in _TRUNCATION.items() if options.get(name) is not None}
-    config = SampleConfig(
-        model=model.source.ref,
-        max_tokens=options["max_gen_toks"],
-        temperature=float(options["temperature"]),
-        **truncation,
-    )
+        return SamplingParams(max_tokens=options["max_gen_toks"], stop_ids=stop_ids, temperature=0)
+    kinds: dict[str, Any] = {"temperature": float, "top_k": int, "top_p": float, "min_p": float}
+    given = {name: kind(options[name]) for name, kind in kinds.items() if options.get(name) is not None}
     return make_sampling_params(
-        config,
+        SampleConfig(model=model.source.ref, max_tokens=options["max_gen_toks"], **given),
         start_id=start_token(model),
-        stop_ids=model.special_tokens.eos_token_ids,
+        stop_ids=stop_ids,
         vocab_size=model.config.vocab_size,
         tokenizer_length=model.special_tokens.tokenizer_length,
         max_positions=model.config.max_positions,
     )
-
-
-_TRUNCATION = {"top_k": int, "top_p": float, "min_p": float}
 
 
 def _describe(instance: Instance) -> str:

@@ -12,14 +12,14 @@ import os
 import random
 import re
 import sys
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import redirect_stdout
 from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,7 @@ import pyarrow as pa
 from jax_selftrain import hub
 from jax_selftrain.config import yaml_io
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals.lm_eval_items import items_from_answers
+from jax_selftrain.evals.item_results import ITEMS, REQUESTS, log_odds
 from jax_selftrain.io.manifest import hash_json
 
 if TYPE_CHECKING:
@@ -51,33 +51,6 @@ _SEED, _FEWSHOT_SEED = 0, 1234
 """Seeds of the harness: of Python's `random`; of numpy and few-shot examples."""
 
 
-@dataclass(frozen=True)
-class LmEvalTasks:
-    """Tasks of the harness with their data."""
-
-    loaded: TaskDict
-    version: str
-    """Version of lm-eval."""
-
-
-@dataclass(frozen=True)
-class HarnessEvaluation:
-    """Results of the harness."""
-
-    tasks: dict[str, dict[str, Any]]
-    """By task: metrics with their standard errors, and `n`."""
-    groups: dict[str, dict[str, Any]]
-    """The same by group."""
-    provenance: dict[str, Any]
-    """`version` of the harness; by task its `version`, `num_fewshot` and `requests`, a hash of all requests."""
-    rows: list[dict[str, Any]]
-    """Rows of `score.REQUESTS`, in task, document, choice order."""
-    items: pa.Table
-    """Table `item_results.ITEMS`."""
-    generations: pa.Table
-    """Table `GENERATIONS`; empty without generation tasks."""
-
-
 GENERATIONS = pa.schema([("task", pa.string()), ("doc", pa.int64()), ("choice", pa.int32()), ("text", pa.string())])
 """One row per generated text; `choice` numbers the repeats of a request."""
 
@@ -91,7 +64,7 @@ def split_names(references: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def load_lm_eval_tasks(
     names: Sequence[str], reserved_names: Collection[str] = (), *, folder: str = "", num_fewshot: int | None = None
-) -> LmEvalTasks:
+) -> TaskDict:
     """Load tasks and their data with `datasets`.
 
     Args:
@@ -122,25 +95,24 @@ def load_lm_eval_tasks(
         if default is None or (num_fewshot is not None and default != 0):
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
-    return LmEvalTasks(loaded, metadata.version("lm_eval"))
+    return loaded
 
 
 def evaluate_tasks(
-    model: hub.LoadedModel,
-    tasks: LmEvalTasks,
-    *,
-    limit: int | None = None,
-    batch_tokens: int | None = None,
-    loglikelihood_fn: LoglikelihoodFn | None = None,
-) -> HarnessEvaluation:
+    model: hub.LoadedModel, tasks: TaskDict, *, limit: int | None, loglikelihood_fn: LoglikelihoodFn
+) -> tuple[dict[str, Any], dict[str, pa.Table]]:
     """Evaluate a model in memory on tasks of the harness.
 
     Args:
       model: with a tokenizer.
       tasks: from `load_lm_eval_tasks`. They store their requests, so load them again for another model.
       limit: maximum number of documents of each task.
-      batch_tokens: token positions in one device batch; None: the engine's default.
-      loglikelihood_fn: replaces `likelihood.loglikelihoods`.
+      loglikelihood_fn: see `HarnessLM`.
+
+    Returns:
+      Entries of `FILE.json`: `tasks`, the metrics with their standard errors and `n`; `groups`, the same by group;
+      `harness`, its `version`, and by task `version`, `num_fewshot` and `requests`, a hash of all requests. Tables:
+      `requests` and `items` (`item_results.REQUESTS`, `ITEMS`), and `generations` if a task generates.
 
     Raises:
       InputError: a request does not fit the model, or its log-likelihood is not a finite number.
@@ -149,57 +121,103 @@ def evaluate_tasks(
 
     from jax_selftrain.evals.lm_eval_adapter import HarnessLM
 
-    lm = HarnessLM(model, batch_tokens=batch_tokens, loglikelihood_fn=loglikelihood_fn)
-    lm.answered = []
+    lm = HarnessLM(model, loglikelihood_fn=loglikelihood_fn)
     _set_seeds()
-    with _disable_multiprocessing(), redirect_stdout(sys.stderr):  # the harness prints its progress to stdout
-        results = evaluate(lm, tasks.loaded, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=True)
+    # The harness prints its progress to stdout. Its bootstrap would fork, which breaks JAX's threads.
+    with patch.dict(os.environ, DISABLE_MULTIPROC="1"), redirect_stdout(sys.stderr):
+        results = evaluate(lm, tasks, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=True)
     if results is None:
         raise AssertionError("the harness returns results on rank 0, which is the only one")
-    order = {name: i for i, name in enumerate(tasks.loaded["tasks"])}
+    order = {name: i for i, name in enumerate(tasks["tasks"])}
     answered = sorted(lm.answered, key=lambda a: (order[a.instance.task_name], a.instance.doc_id, a.instance.idx))
-    requests: dict[str, list[Any]] = {name: [] for name in order}
+    arguments: dict[str, list[Any]] = {name: [] for name in order}
     for answer in answered:
-        requests[answer.instance.task_name].append(answer.instance.args)
+        arguments[answer.instance.task_name].append(answer.instance.args)
+    facts = {
+        name: {
+            "version": results["versions"].get(name),
+            "num_fewshot": results["n-shot"].get(name),
+            "requests": hash_json(arguments[name]),
+        }
+        for name in order
+    }
     metrics = {name: _metrics(values) for name, values in results["results"].items()}
-    return HarnessEvaluation(
-        tasks={name: metrics[name] for name in order},
-        groups={name: _metrics(values) for name, values in results.get("groups", {}).items()},
-        provenance={
-            "version": tasks.version,
-            "tasks": {
-                name: {
-                    "version": results["versions"].get(name),
-                    "num_fewshot": results["n-shot"].get(name),
-                    "requests": hash_json(requests[name]),
-                }
-                for name in order
-            },
-        },
-        rows=list(_likelihood_rows(answered)),
-        items=items_from_answers(tasks.loaded["tasks"], answered, results["samples"]),
-        generations=pa.Table.from_pylist(list(_generation_rows(answered)), schema=GENERATIONS),
-    )
+    entries = {
+        "tasks": {name: metrics[name] for name in order},
+        "groups": {name: _metrics(values) for name, values in results.get("groups", {}).items()},
+        "harness": {"version": metadata.version("lm_eval"), "tasks": facts},
+    }
+    requests, generations = _tabulate_answers(answered)
+    tables = {"requests": requests, "items": _tabulate_items(tasks["tasks"], answered, results["samples"])}
+    return entries, tables | ({"generations": generations} if generations.num_rows else {})
 
 
-def _likelihood_rows(answered: Sequence[AnsweredInstance]) -> Iterator[dict[str, Any]]:
-    previous = None
-    for instance, likelihoods, _ in answered:
-        is_rolling = instance.request_type == "loglikelihood_rolling"
-        if instance is not previous:  # a repeated request has one likelihood
-            for i, likelihood in enumerate(likelihoods):
-                choice = i if is_rolling else instance.idx
-                yield {"task": instance.task_name, "doc": instance.doc_id, "choice": choice, **likelihood._asdict()}
-        previous = instance
-
-
-def _generation_rows(answered: Sequence[AnsweredInstance]) -> Iterator[dict[str, Any]]:
+def _tabulate_answers(answered: Sequence[AnsweredInstance]) -> tuple[pa.Table, pa.Table]:
+    """Return the tables `REQUESTS` and `GENERATIONS`."""
+    requests: list[dict[str, Any]] = []
+    generations: list[dict[str, Any]] = []
     repeats: Counter[tuple[str, int]] = Counter()
-    for instance, _, text in answered:
+    previous = None
+    for instance, likelihoods, text in answered:
+        key = {"task": instance.task_name, "doc": instance.doc_id}
         if text is not None:
-            key = instance.task_name, instance.doc_id
-            yield {"task": key[0], "doc": key[1], "choice": repeats[key], "text": text}
-            repeats[key] += 1
+            generations.append({**key, "choice": repeats[instance.task_name, instance.doc_id], "text": text})
+            repeats[instance.task_name, instance.doc_id] += 1
+        if instance is not previous:  # a repeated request has one likelihood
+            is_rolling = instance.request_type == "loglikelihood_rolling"
+            for i, likelihood in enumerate(likelihoods):
+                requests.append({**key, "choice": i if is_rolling else instance.idx, **likelihood._asdict()})
+        previous = instance
+    return pa.Table.from_pylist(requests, schema=REQUESTS), pa.Table.from_pylist(generations, schema=GENERATIONS)
+
+
+def _tabulate_items(
+    tasks: Mapping[str, Any], answered: Sequence[AnsweredInstance], samples: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> pa.Table:
+    """Return the table `ITEMS`, in task and document order.
+
+    The right answer and `acc` come from the harness; log-odds come from the requests. A task has items if every
+    document has one right answer (multiple choice, or one continuation as in LAMBADA). Generation tasks, and tasks
+    whose `acc` is not 0 or 1, have none.
+    """
+    answers: dict[tuple[str, int], list[AnsweredInstance]] = defaultdict(list)
+    for answer in answered:
+        if answer.instance.request_type == "loglikelihood":
+            answers[answer.instance.task_name, answer.instance.doc_id].append(answer)
+    rows = []
+    for name, task in tasks.items():
+        # A document has a sample for each filter; the first counts.
+        documents = {sample["doc_id"]: sample for sample in reversed(samples.get(name, ()))}
+        items = [_describe_item(task, documents[doc], answers[name, doc]) for doc in sorted(documents)]
+        rows += [{"task": name, **item} for item in items if item] if all(items) else []
+    return pa.Table.from_pylist(rows, schema=ITEMS)
+
+
+def _describe_item(task: Any, sample: Mapping[str, Any], answers: Sequence[AnsweredInstance]) -> dict[str, Any] | None:
+    """Return a row of `ITEMS`; None without single right answer."""
+    if "acc_mutual_info" in sample:
+        answers = answers[: len(answers) // 2]  # the second half are the choices without context
+    gold: Any = None
+    if task.OUTPUT_TYPE == "loglikelihood":
+        gold = 0 if len(answers) == 1 else None
+    elif task.OUTPUT_TYPE == "multiple_choice":
+        is_by_context = getattr(task, "multiple_input", 0)
+        gold = task.doc_to_text(sample["doc"]) if is_by_context else task.doc_to_target(sample["doc"])
+    if type(gold) is not int or not 0 <= gold < len(answers) or sample.get("acc") not in (0, 1):
+        return None
+    scores = [answer.likelihoods[0].loglikelihood for answer in answers]
+    acc_norm = sample.get("acc_norm")
+    return {
+        "doc": sample["doc_id"],
+        "item_hash": hash_json([list(answer.instance.args) for answer in answers]),
+        "choices": len(answers),
+        "acc": bool(sample["acc"]),
+        "acc_norm": None if acc_norm is None else bool(acc_norm),
+        "loglikelihood": scores[gold],
+        "log_odds": log_odds(scores, gold) if len(scores) > 1 else None,
+        "tokens": answers[gold].likelihoods[0].tokens,
+        "bytes": len(answers[gold].instance.args[1].encode()),
+    }
 
 
 def _is_name(reference: str) -> bool:
@@ -240,15 +258,17 @@ def _default_manager() -> TaskManager:
 
 
 def _is_complete(manager: TaskManager, name: str) -> bool:
-    """Return True if an index has a name and its group members."""
+    """Return True if an index has a name and its members."""
     entry = manager.task_index.get(name)
-    if entry is None:
-        return False
-    return all(isinstance(member, str) and _is_complete(manager, member) for member in _group_members(entry))
+    return entry is not None and all(
+        isinstance(member, str) and _is_complete(manager, member) for member in _members(entry)
+    )
 
 
-def _group_members(entry: Any) -> list[Any]:
-    """Return the names of a group's tasks; empty for a task."""
+def _members(entry: Any) -> list[Any]:
+    """Return the names of the tasks of a group or tag; empty for a task."""
+    if entry.kind.name == "TAG":
+        return sorted(entry.tags)
     members = entry.cfg.get("task") if entry.kind.name == "GROUP" and entry.cfg else None
     if not isinstance(members, list):
         return []
@@ -277,19 +297,21 @@ def _load_name(manager: TaskManager, name: str) -> TaskDict:
     except ModuleNotFoundError as error:
         raise InputError(f"task {name} needs the package {error.name}; install it: pip install {error.name}") from error
     except Exception as error:  # a task runs arbitrary code of the harness over external data
-        task = _find_broken_task(manager, name, type(error))
-        entry = manager.task_index.get(task)
+        entry = manager.task_index.get(name)
+        for member in _members(entry) if entry else ():
+            if member in manager.task_index:
+                _load_name(manager, member)  # names the first that cannot be loaded
         data = ((entry.cfg if entry else None) or {}).get("dataset_path")
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if data is None or not isinstance(error, OSError | DatasetsError):
-            raise InputError(f"task {task} cannot be set up ({reason})") from error
+            raise InputError(f"task {name} cannot be set up ({reason})") from error
         if data in _LOCAL:
             raise InputError(
-                f"task {task}: its data files cannot be read ({reason}); correct data_files in its YAML file (paths "
+                f"task {name}: its data files cannot be read ({reason}); correct data_files in its YAML file (paths "
                 "are relative to where the command is run)"
             ) from error
         raise InputError(
-            f"task {task}: its data set {data} cannot be fetched ({reason}); run once with a network, after which "
+            f"task {name}: its data set {data} cannot be fetched ({reason}); run once with a network, after which "
             "HF_DATASETS_OFFLINE=1 finds it in the cache of `datasets`, or give a local JSONL file instead of the "
             "name, or a task file over local data with --task-folder"
         ) from error
@@ -297,20 +319,6 @@ def _load_name(manager: TaskManager, name: str) -> TaskDict:
 
 _LOCAL = ("json", "csv", "parquet", "text", "arrow")
 """Builders of `datasets` that read files named by the task."""
-
-
-def _find_broken_task(manager: TaskManager, name: str, kind: type[Exception]) -> str:
-    """Return the first task of a group that cannot be loaded."""
-    entry = manager.task_index.get(name)
-    if entry is None:
-        return name
-    for member in sorted(entry.tags) if entry.kind.name == "TAG" else _group_members(entry):
-        if member in manager.task_index:
-            try:
-                manager.load([member])
-            except kind:
-                return _find_broken_task(manager, member, kind)
-    return name
 
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -332,17 +340,3 @@ def _set_seeds() -> None:
     """Seed few-shot examples and the order of choices as the harness does."""
     random.seed(_SEED)
     np.random.seed(_FEWSHOT_SEED)
-
-
-@contextmanager
-def _disable_multiprocessing() -> Iterator[None]:
-    """Keep the harness's bootstrap from forking, which breaks JAX's threads."""
-    before = os.environ.get("DISABLE_MULTIPROC")
-    os.environ["DISABLE_MULTIPROC"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["DISABLE_MULTIPROC"]
-        else:
-            os.environ["DISABLE_MULTIPROC"] = before

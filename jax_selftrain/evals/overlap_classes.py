@@ -9,9 +9,6 @@ ends inside a token loses that token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 
 from jax_selftrain import hub
@@ -22,26 +19,20 @@ THRESHOLDS = (8, 16, 32)
 """Alternative thresholds that are reported, in tokens."""
 
 
-@dataclass(frozen=True)
-class CorpusOverlap:
-    """Longest matches of suffixes with a corpus."""
-
-    overlaps: Overlaps
-    matched_on: str
-    """`tokens`, or `text` if the corpus has another tokenizer."""
-
-
-def corpus_overlap(corpus: Corpus, model: str, suffixes: np.ndarray, min_overlap: int) -> CorpusOverlap:
+def corpus_overlap(corpus: Corpus, model: str, suffixes: np.ndarray, min_overlap: int) -> tuple[Overlaps, str]:
     """Find the longest matches of suffixes [N, suffix] in a corpus.
 
     Matches shorter than all thresholds count as none.
+
+    Returns:
+      The matches, and `tokens`, or `text` if the corpus has another tokenizer.
     """
     min_length = min(*THRESHOLDS, min_overlap, suffixes.shape[1])
     source = hub.open_model(model)
     same_tokens = corpus.manifest["tokenizer_fingerprint"] == source.tokenizer_fingerprint
     text = corpus if same_tokens else LazilyTokenized(corpus.iter_texts, source.tokenizer)
     overlaps = longest_overlaps(RaggedTokens.from_list(suffixes), text, min_length=min_length)
-    return CorpusOverlap(overlaps, "tokens" if same_tokens else "text")
+    return overlaps, "tokens" if same_tokens else "text"
 
 
 def classify(lengths: np.ndarray, suffix: int, min_overlap: int) -> np.ndarray:
@@ -59,12 +50,3 @@ def duplicate_buckets(duplicates: np.ndarray) -> dict[str, np.ndarray]:
             buckets[str(low) if low == high else f"{low}-{high}"] = members
         low, high = high + 1, max(1, 2 * high)
     return buckets
-
-
-def overlap_columns(overlap: CorpusOverlap, suffix: int, min_overlap: int) -> dict[str, Any]:
-    """Return match length, matched document and class of each sequence."""
-    return {
-        "overlap": overlap.overlaps.length,
-        "document": overlap.overlaps.text_doc,
-        "class": classify(overlap.overlaps.length, suffix, min_overlap),
-    }

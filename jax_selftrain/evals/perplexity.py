@@ -17,7 +17,7 @@ import numpy as np
 
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.item_results import ItemResults, item_hash
-from jax_selftrain.evals.result_files import is_text
+from jax_selftrain.evals.result_files import is_text, with_stderr
 from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.stats.standard_errors import exp_and_stderr, ratio_and_stderr
 
@@ -50,7 +50,18 @@ def load_texts(paths: Sequence[str], limit: int | None = None) -> list[TextFile]
     Raises:
       InputError: a file is missing or not JSONL, has a line without text, or has no texts.
     """
-    return [_load(Path(path), limit) for path in paths]
+    files = []
+    for path in map(Path, paths):
+        documents = []
+        for where, row in read_jsonl(path, limit):
+            if not is_text(row.get("text")):
+                raise InputError(f"{where}: no text under `text`")
+            if row["text"].strip():
+                documents.append(row["text"])
+        if not documents:
+            raise InputError(f"{path}: no texts in it")
+        files.append(TextFile(path.name.removesuffix(".jsonl"), path, tuple(documents)))
+    return files
 
 
 def encode_text(tokenizer: Any, text: str, max_tokens: int | None = None) -> TokenizedText:
@@ -81,26 +92,12 @@ def perplexity_metrics(results: ItemResults, words: Sequence[int]) -> dict[str, 
     counts = {"tokens": results.tokens, "bytes": results.bytes, "words": np.asarray(words)}
     per_token, per_byte, per_word = (ratio_and_stderr(nll, count) for count in counts.values())
     bits = per_byte[0] / np.log(2), None if per_byte[1] is None else per_byte[1] / np.log(2)
-    estimates = {
-        "nll": per_token,
-        "perplexity": exp_and_stderr(*per_token),
-        "word_perplexity": exp_and_stderr(*per_word),
-        "byte_perplexity": exp_and_stderr(*per_byte),
-        "bits_per_byte": bits,
+    return {
+        "n": results.count,
+        **{unit: int(count.sum()) for unit, count in counts.items()},
+        **with_stderr("nll", per_token),
+        **with_stderr("perplexity", exp_and_stderr(*per_token)),
+        **with_stderr("word_perplexity", exp_and_stderr(*per_word)),
+        **with_stderr("byte_perplexity", exp_and_stderr(*per_byte)),
+        **with_stderr("bits_per_byte", bits),
     }
-    result: dict[str, Any] = {"n": results.count} | {unit: int(count.sum()) for unit, count in counts.items()}
-    for name, (value, stderr) in estimates.items():
-        result |= {name: value, f"{name}_stderr": stderr}
-    return result
-
-
-def _load(path: Path, limit: int | None) -> TextFile:
-    documents = []
-    for where, row in read_jsonl(path, limit):
-        if not is_text(row.get("text")):
-            raise InputError(f"{where}: no text under `text`")
-        if row["text"].strip():
-            documents.append(row["text"])
-    if not documents:
-        raise InputError(f"{path}: no texts in it")
-    return TextFile(path.name.removesuffix(".jsonl"), path, tuple(documents))

@@ -1,4 +1,4 @@
-"""Files of a result: `FILE.json`, tables, config and timings."""
+"""Files of a result (`FILE.json`, tables, config, timings) and entries of `FILE.json`."""
 
 from __future__ import annotations
 
@@ -6,17 +6,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jax_selftrain.config import yaml_io
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
+from jax_selftrain.stats.standard_errors import mean_and_stderr
 
 
 def is_text(value: Any) -> bool:
     """Return True if a JSON value is a string without lone surrogates."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def with_stderr(name: str, estimate: tuple[float | None, float | None]) -> dict[str, float | None]:
+    """Return the entries of an estimate and of its standard error."""
+    return {name: estimate[0], f"{name}_stderr": estimate[1]}
+
+
+def describe_mean(name: str, values: np.ndarray) -> dict[str, float | None]:
+    """Return the entries of a mean; None without values."""
+    return with_stderr(name, mean_and_stderr(values) if len(values) else (None, None))
 
 
 def output_paths(out: str, *suffixes: str) -> tuple[Path, ...]:

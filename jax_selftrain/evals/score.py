@@ -23,7 +23,7 @@ from jax_selftrain import hub
 from jax_selftrain.config import ScoreConfig, yaml_io
 from jax_selftrain.distributed.mesh import make_mesh, parse_mesh
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals.item_results import hash_items, select_items, tabulate_items
+from jax_selftrain.evals.item_results import REQUESTS, hash_items, select_items, tabulate_items
 from jax_selftrain.evals.lm_eval_tasks import evaluate_tasks, load_lm_eval_tasks, split_names
 from jax_selftrain.evals.perplexity import TextFile, TokenizedText, encode_text, load_texts, perplexity_metrics
 from jax_selftrain.evals.result_files import output_paths, write_results
@@ -31,27 +31,8 @@ from jax_selftrain.evals.tasks import Task, load_tasks, task_metrics
 from jax_selftrain.io.manifest import sha256_file
 from jax_selftrain.likelihood.engine import LoglikelihoodRequest, check_finite, loglikelihoods
 from jax_selftrain.likelihood.resumable import PartialResults, loglikelihoods_resumable, process_local_if_possible
-from jax_selftrain.likelihood.tokenize import (
-    TokenizedModelInfo,
-    check_tokenizer,
-    encode_pairs,
-    rolling_windows,
-    start_token,
-)
+from jax_selftrain.likelihood.tokenize import check_tokenizer, encode_pairs, rolling_windows, start_token
 from jax_selftrain.version import versions
-
-REQUESTS = pa.schema(
-    [
-        ("task", pa.string()),
-        ("doc", pa.int64()),
-        ("choice", pa.int32()),
-        ("loglikelihood", pa.float64()),
-        ("is_greedy", pa.bool_()),
-        ("tokens", pa.int32()),
-    ]
-)
-"""One row per request, in task, document, choice order: task files, text files (`choice` is the window), tasks of
-lm-evaluation-harness."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +42,7 @@ class Evaluation:
     tasks: dict[str, dict[str, Any]]
     texts: dict[str, dict[str, Any]]
     requests: pa.Table
-    """Table `REQUESTS`."""
+    """Table `item_results.REQUESTS`."""
     items: pa.Table
     """Table `item_results.ITEMS`."""
 
@@ -116,39 +97,37 @@ def _score(config: ScoreConfig, mesh: Mesh) -> dict[str, Any]:
     model = hub.load_model(config.model, mesh, config.dtype, preset=config.preset)
     check_tokenizer(model)
     loaded = time.monotonic()
-    fingerprints: dict[str, Any] = {
-        "model": model.source.fingerprint,
-        "tokenizer": model.source.tokenizer_fingerprint,
-    }
-    parts = PartialResults(output_paths(config.out, "parts")[1], dict(fingerprints))
+    parts = PartialResults(output_paths(config.out, "parts")[1])
     loglikelihood_fn = partial(loglikelihoods_resumable, model, parts=parts, batch_tokens=config.batch_tokens)
     try:
         request_set = build_requests(model, tasks, texts, text_max_tokens=config.text_max_tokens)
         evaluation = score_requests(model, request_set, batch_tokens=config.batch_tokens, parts=parts)
-        harness = None
+        named: dict[str, Any] = {}
+        named_tables: dict[str, pa.Table] = {}
         if lm_eval_tasks is not None:
-            harness = evaluate_tasks(model, lm_eval_tasks, limit=config.limit, loglikelihood_fn=loglikelihood_fn)
+            named, named_tables = evaluate_tasks(
+                model, lm_eval_tasks, limit=config.limit, loglikelihood_fn=loglikelihood_fn
+            )
     except InputError:  # the model cannot be scored, so its partial results are useless
         parts.finish()
         raise
-    fingerprints["files"] = {name: sha256_file(path) for name, path in files.items()}
+    tables = {"requests": evaluation.requests, "items": evaluation.items}
+    for name, table in named_tables.items():
+        tables[name] = pa.concat_tables([tables[name], table]) if name in tables else table
+    requests = {name: task["requests"] for name, task in named["harness"]["tasks"].items()} if named else {}
     result: dict[str, Any] = {
         "model": config.model,
-        "tasks": evaluation.tasks,
         "texts": evaluation.texts,
-        "fingerprints": fingerprints,
+        **named,
+        "tasks": evaluation.tasks | named.get("tasks", {}),
+        "fingerprints": {
+            "model": model.source.fingerprint,
+            "tokenizer": model.source.tokenizer_fingerprint,
+            "files": {name: sha256_file(path) for name, path in files.items()} | requests,
+            "items": hash_items(tables["items"]),
+        },
         "versions": versions(),
     }
-    tables = {"requests": evaluation.requests, "items": evaluation.items}
-    if harness is not None:
-        result |= {"tasks": evaluation.tasks | harness.tasks, "groups": harness.groups, "harness": harness.provenance}
-        fingerprints["files"] |= {name: task["requests"] for name, task in harness.provenance["tasks"].items()}
-        requests = pa.Table.from_pylist(harness.rows, schema=REQUESTS)
-        tables["requests"] = pa.concat_tables([evaluation.requests, requests])
-        tables["items"] = pa.concat_tables([evaluation.items, harness.items])
-        if harness.generations.num_rows:
-            tables["generations"] = harness.generations
-    fingerprints["items"] = hash_items(tables["items"])
     timings = {"load_seconds": loaded - started, "score_seconds": time.monotonic() - loaded, **parts.counts()}
     parts.finish(lambda: write_results(config.out, config, result, tables, timings))
     return result
@@ -162,7 +141,7 @@ def scoring_mesh(spec: str) -> Mesh:
 
 
 def build_requests(
-    model: TokenizedModelInfo,
+    model: hub.LoadedModel | hub.ModelRef,
     tasks: Sequence[Task] = (),
     texts: Sequence[TextFile] = (),
     *,
@@ -217,13 +196,10 @@ def score_requests(
         likelihoods = loglikelihoods(model, request_set.requests, batch_tokens=batch_tokens)
     else:
         likelihoods = loglikelihoods_resumable(model, request_set.requests, parts, batch_tokens=batch_tokens)
-    check_finite(likelihoods, (f"{task}, document {doc}, choice {i}" for task, doc, i in request_set.index))
-    rows = [(*index, *likelihood) for index, likelihood in zip(request_set.index, likelihoods, strict=True)]
-    columns = zip(*rows, strict=True) if rows else [()] * len(REQUESTS)
-    requests = pa.Table.from_arrays(
-        [pa.array(column, kind.type) for column, kind in zip(columns, REQUESTS, strict=True)],
-        schema=REQUESTS,
-    )
+    labels = (f"{task}, document {doc}, choice {i}" for task, doc, i in request_set.index)
+    check_finite((likelihood.loglikelihood for likelihood in likelihoods), labels)
+    rows = ((*index, *likelihood) for index, likelihood in zip(request_set.index, likelihoods, strict=True))
+    requests = pa.Table.from_pylist([dict(zip(REQUESTS.names, row, strict=True)) for row in rows], schema=REQUESTS)
     items = tabulate_items(request_set.tasks, request_set.texts, requests)
     return Evaluation(
         tasks={task.name: task_metrics(select_items(items, task.name)) for task in request_set.tasks},
@@ -262,7 +238,7 @@ def check_positive(**options: int | None) -> None:
 
 
 def _task_requests(
-    model: TokenizedModelInfo, task: Task
+    model: hub.LoadedModel | hub.ModelRef, task: Task
 ) -> Iterator[tuple[tuple[str, int, int], LoglikelihoodRequest]]:
     """Yield the index and the request of each choice."""
     pairs = [(question.context, continuation) for question in task.questions for continuation in question.continuations]

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import pyarrow.types as types
 from numpy.lib.stride_tricks import sliding_window_view
 
 from jax_selftrain.errors import InputError
@@ -73,9 +74,9 @@ def load_sequences(
     """Load the window of each sequence.
 
     Args:
-      reference: see the module. window: with an offset, sequences that are too short are skipped, otherwise refused. In
-        a pair of files, the prefix
-        ends at the end of the first file, plus the offset.
+      reference: see the module.
+      window: with an offset, sequences that are too short are skipped, otherwise refused. In a pair of files, the
+        prefix ends at the end of the first file, plus the offset.
       vocab_size: upper bound of ids.
       limit: maximum number of sequences to read.
       tokenizer: loads the tokenizer; called only for text.
@@ -84,48 +85,44 @@ def load_sequences(
     Raises:
       InputError: not readable, empty, pickled, not integers, too short, or ids outside the vocabulary.
     """
-    source = _read(str(reference), window, limit, tokenizer)
+    where = str(reference)
+    table, begin, labels = _read(where, window, limit, tokenizer)
+    tokens, lengths = _flatten_tokens(where, table)
+    index, copies = _optional_column(where, table, "index"), _optional_column(where, table, "duplicates")
+    index = np.arange(len(lengths), dtype=np.int64) if index is None else index
     if duplicates:
-        source = replace(source, duplicates=_read_duplicates(duplicates, len(source.lengths), source.duplicates))
-    where, begin = source.where, source.begin
-    long_enough = source.lengths >= begin + window.length
+        copies = _read_duplicates(duplicates, len(lengths), copies)
+    long_enough = lengths >= begin + window.length
     if not window.offset and not long_enough.all():
-        first = int(np.flatnonzero(~long_enough)[0])
+        first = int(np.argmin(long_enough))
+        label = labels[first] if labels else f"{where}: sequence {first}"
         raise InputError(
-            f"{source.label(first)}: {source.lengths[first]} tokens, fewer than prefix + suffix = {window.length}; "
-            "shorten these, or remove the sequence"
+            f"{label}: {lengths[first]} tokens, fewer than prefix + suffix = {window.length}; shorten these, or remove "
+            "the sequence"
         )
-    if not len(source.lengths):
+    if not len(lengths):
         raise InputError(f"{where}: no sequences in it")
-    if not long_enough.any():
+    members = np.flatnonzero(long_enough)
+    if not len(members):
         raise InputError(
             f"{where}: no sequence has {begin + window.length} tokens, as --offset {window.offset} with prefix + "
             f"suffix = {window.length} needs; lower one of them"
         )
-    rows = _apply_window(source, np.flatnonzero(long_enough), window)
+    starts = (np.cumsum(lengths) - lengths)[members] + begin
+    if window.random_offset:
+        spare = (lengths[members] - begin - window.length).tolist()
+        hashes = [int.from_bytes(hashlib.sha256(f"offset {i}".encode()).digest()[:8]) for i in index[members]]
+        starts += np.array([n % (most + 1) for n, most in zip(hashes, spare, strict=True)])
+    rows = np.asarray(sliding_window_view(tokens, window.length)[starts])
     outside = np.argwhere((rows < 0) | (rows >= vocab_size))
     if len(outside):
         row, column = outside[0]
         raise InputError(
-            f"{where}: token id {rows[row, column]} of sequence {np.flatnonzero(long_enough)[row]} is outside the "
-            f"model's vocabulary of {vocab_size}; are the sequences of another tokenizer?"
+            f"{where}: token id {rows[row, column]} of sequence {members[row]} is outside the model's vocabulary of "
+            f"{vocab_size}; are the sequences of another tokenizer?"
         )
-    return ExtractionSet(
-        rows.astype(np.int32),
-        source.index[long_enough],
-        None if source.duplicates is None else source.duplicates[long_enough],
-        int(np.count_nonzero(~long_enough)),
-    )
-
-
-def _apply_window(source: _Source, members: np.ndarray, window: PromptWindow) -> np.ndarray:
-    """Cut the window of some sequences, integer [n, length]."""
-    starts = source.starts[members] + source.begin
-    if window.random_offset:
-        spare = (source.lengths[members] - source.begin - window.length).tolist()
-        hashes = [int.from_bytes(hashlib.sha256(f"offset {i}".encode()).digest()[:8]) for i in source.index[members]]
-        starts += np.array([n % (most + 1) for n, most in zip(hashes, spare, strict=True)])
-    return np.asarray(sliding_window_view(source.tokens, window.length)[starts])
+    copies = None if copies is None else copies[members]
+    return ExtractionSet(rows.astype(np.int32), index[members], copies, len(lengths) - len(members))
 
 
 def sequences_fingerprint(reference: str | Path) -> str:
@@ -150,45 +147,38 @@ def held_out_half(fingerprint: str, index: np.ndarray) -> np.ndarray:
     return np.array([hashlib.sha256(f"{fingerprint} {i}".encode()).digest()[0] % 2 == 0 for i in index.tolist()], bool)
 
 
-# ---------------------------------------------------------------- sources
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Sequences of any length."""
-
-    where: str
-    tokens: np.ndarray
-    """Integers, one sequence after the other."""
-    starts: np.ndarray
-    """int64 [N]: start of each sequence in `tokens`."""
-    lengths: np.ndarray
-    """int64 [N]."""
-    begin: int
-    """Start of the window in a sequence."""
-    index: np.ndarray
-    duplicates: np.ndarray | None
-    labels: list[str] | None = None
-    """Labels of the sequences in error messages."""
-
-    def label(self, i: int) -> str:
-        return self.labels[i] if self.labels else f"{self.where}: sequence {i}"
-
-
-def _read(reference: str, window: PromptWindow, limit: int | None, tokenizer: Callable[[], Any]) -> _Source:
+def _read(
+    reference: str, window: PromptWindow, limit: int | None, tokenizer: Callable[[], Any]
+) -> tuple[pa.Table, int, list[str]]:
+    """Return columns of the sequences, the start of the window, and labels for errors."""
     files, path = _files(reference), Path(reference)
-    if len(files) == 2 and all(file.suffix == ".npy" for file in files):
-        return _from_pair(reference, files, window, limit)
     if files[0].suffix == ".npy":
-        return _from_array(reference, _read_npy(files[0])[:limit], window.offset)
+        arrays = [_read_npy(file)[:limit] for file in files]
+        if len({len(array) for array in arrays}) > 1:
+            first, second = map(len, arrays)
+            raise InputError(f"{reference}: {first} prefixes and {second} suffixes; these must be of one set")
+        width = arrays[0].shape[1]
+        if len(files) == 2 and window.prefix > width + window.offset:
+            raise InputError(
+                f"{files[0]}: its prefixes have {width} tokens, fewer than --prefix {window.prefix}; shorten it"
+            )
+        begin = window.offset + (width - window.prefix if len(files) == 2 else 0)
+        return _to_table(arrays[0] if len(arrays) == 1 else np.hstack(arrays)), begin, []
     if files[0].suffix == ".parquet":
         table = pa.concat_tables([_read_parquet(file) for file in files])
     elif path.is_dir():
         table = _read_dataset(path)
     else:
         table, labels = _read_jsonl_table(path, limit, tokenizer)
-        return _from_table(str(path), table, window.offset, labels)
-    return _from_table(reference, table.slice(0, limit), window.offset)
+        return table, window.offset, labels
+    return table.slice(0, limit), window.offset, []
+
+
+def _to_table(array: np.ndarray) -> pa.Table:
+    flat = array.reshape(-1)
+    values = pa.array(np.asarray(flat, flat.dtype.newbyteorder("=")))
+    offsets = np.arange(len(array) + 1, dtype=np.int64) * array.shape[1]
+    return pa.table({"tokens": pa.LargeListArray.from_arrays(offsets, values)})
 
 
 def _files(reference: str) -> list[Path]:
@@ -231,50 +221,28 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _from_array(where: str, array: np.ndarray, begin: int) -> _Source:
-    rows = np.arange(len(array), dtype=np.int64)
-    lengths = np.full_like(rows, array.shape[1])
-    return _Source(where, array.reshape(-1), rows * array.shape[1], lengths, begin, rows, None)
-
-
-def _from_pair(reference: str, files: list[Path], window: PromptWindow, limit: int | None) -> _Source:
-    first, second = (_read_npy(file)[:limit] for file in files)
-    if len(first) != len(second):
-        raise InputError(f"{reference}: {len(first)} prefixes and {len(second)} suffixes; these must be of one set")
-    if window.prefix > first.shape[1] + window.offset:
-        raise InputError(
-            f"{files[0]}: its prefixes have {first.shape[1]} tokens, fewer than --prefix {window.prefix}; shorten it"
-        )
-    return _from_array(reference, np.hstack([first, second]), first.shape[1] - window.prefix + window.offset)
-
-
-def _from_table(where: str, table: pa.Table, begin: int, labels: list[str] | None = None) -> _Source:
+def _flatten_tokens(where: str, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Return the concatenated tokens, and the length of each sequence."""
     if "tokens" not in table.column_names:
         raise InputError(f"{where}: has no column `tokens` (its columns: {', '.join(table.column_names) or 'none'})")
-    table = table.combine_chunks()
-    tokens = table.column("tokens")
-    kind = tokens.type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)) or not (
-        pa.types.is_integer(kind.value_type)
-    ):
-        raise InputError(f"{where}: its column `tokens` holds {kind}, not lists of whole numbers")
-    flat = pc.list_flatten(tokens)
-    if tokens.null_count or flat.null_count:
+    column = table["tokens"]
+    lists = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which copies
+    is_list = any(test(lists.type) for test in (types.is_list, types.is_large_list, types.is_fixed_size_list))
+    if not is_list or not types.is_integer(lists.type.value_type):
+        raise InputError(f"{where}: its column `tokens` holds {lists.type}, not lists of whole numbers")
+    flat = lists.flatten()
+    if lists.null_count or flat.null_count:
         raise InputError(f"{where}: its column `tokens` has nulls; drop those sequences")
-    lengths = pc.list_value_length(tokens).to_numpy().astype(np.int64)
+    return flat.to_numpy(), pc.list_value_length(lists).to_numpy().astype(np.int64)
 
-    def optional(name: str) -> np.ndarray | None:
-        if name not in table.column_names:
-            return None
-        values = table.column(name)
-        if not pa.types.is_integer(values.type) or values.null_count:
-            raise InputError(f"{where}: its column `{name}` must hold a whole number for every sequence")
-        return values.to_numpy().astype(np.int64)
 
-    index = optional("index")
-    index = np.arange(len(lengths), dtype=np.int64) if index is None else index
-    starts = np.cumsum(lengths) - lengths
-    return _Source(where, flat.to_numpy(), starts, lengths, begin, index, optional("duplicates"), labels)
+def _optional_column(where: str, table: pa.Table, name: str) -> np.ndarray | None:
+    if name not in table.column_names:
+        return None
+    values = table[name]
+    if not types.is_integer(values.type) or values.null_count:
+        raise InputError(f"{where}: its column `{name}` must hold a whole number for every sequence")
+    return values.to_numpy().astype(np.int64)
 
 
 def _read_jsonl_table(path: Path, limit: int | None, tokenizer: Callable[[], Any]) -> tuple[pa.Table, list[str]]:
@@ -311,9 +279,6 @@ def _get_tokens(where: str, row: dict[str, Any], tokenizer: Callable[[], Any]) -
     if isinstance(row.get("text"), str):
         return tokenizer().encode(row["text"], add_special_tokens=False)
     raise InputError(f"{where}: neither `tokens` nor `text`")
-
-
-# ---------------------------------------------------------------- files
 
 
 def _read_npy(path: Path) -> np.ndarray:

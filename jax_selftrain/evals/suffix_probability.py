@@ -11,15 +11,14 @@ A sequence is (n, p)-discoverable if n independent samples contain the suffix wi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from jax_selftrain.config import SampleConfig
 from jax_selftrain.errors import InputError
+from jax_selftrain.evals.result_files import describe_mean
 from jax_selftrain.sampling import SamplingParams, check_sample_config
-from jax_selftrain.stats.standard_errors import mean_and_stderr
 
 N_SAMPLES = (*(mantissa * 10**power for power in range(4) for mantissa in (1, 2, 5)), 10_000)
 """Values of n."""
@@ -29,24 +28,18 @@ P_LEVELS = (0.1, 0.5, 0.9)
 _FIELDS = {"temperature": float, "top-k": int, "top-p": float, "min-p": float}
 
 
-@dataclass(frozen=True)
-class NamedSamplingParams:
-    """Sampling policy with a canonical name."""
-
-    name: str
-    """Canonical specification: `temperature=1,top-k=40`."""
-    sampling_params: SamplingParams
-
-
-def parse_sampling_policies(specs: Sequence[str]) -> tuple[NamedSamplingParams, ...]:
+def parse_sampling_policies(specs: Sequence[str]) -> dict[str, SamplingParams]:
     """Parse policies such as `temperature=0.7,top-k=40,top-p=0.9,min-p=0.05`.
 
     Missing fields are off. Plain temperature 1 is dropped because it is always measured.
 
+    Returns:
+      Sampling parameters by canonical specification, `temperature=1,top-k=40`.
+
     Raises:
       InputError: wrong syntax, an invalid value, or a policy given twice.
     """
-    policies: dict[str, NamedSamplingParams] = {}
+    policies: dict[str, SamplingParams] = {}
     for spec in specs:
         given: dict[str, Any] = {}
         for part in spec.split(","):
@@ -65,17 +58,20 @@ def parse_sampling_policies(specs: Sequence[str]) -> tuple[NamedSamplingParams, 
             check_sample_config(SampleConfig(**values))
         except InputError as error:
             raise InputError(f"--sampling-policies {spec}: {error}") from None
-        sampling_params = SamplingParams(start_id=0, stop_ids=(), max_tokens=1, **values)
-        named = NamedSamplingParams(_name(sampling_params), sampling_params)
-        if named.name in policies:
-            raise InputError(f"--sampling-policies: {named.name} is given twice")
-        policies[named.name] = named
-    return tuple(named for named in policies.values() if named.sampling_params.changes_distribution)
+        policy = SamplingParams(start_id=0, stop_ids=(), max_tokens=1, **values)
+        name = _canonical_name(policy)
+        if name in policies:
+            raise InputError(f"--sampling-policies: {name} is given twice")
+        policies[name] = policy
+    return {name: policy for name, policy in policies.items() if policy.changes_distribution}
 
 
-def column_name(policy: NamedSamplingParams) -> str:
-    """Return the column of log p_z under a policy."""
-    return f"logprob {policy.name}"
+def _canonical_name(policy: SamplingParams) -> str:
+    parts = [f"temperature={policy.temperature:g}"]
+    parts += [f"top-k={policy.top_k}"] if policy.top_k else []
+    parts += [f"top-p={policy.top_p:g}"] if policy.top_p < 1 else []
+    parts += [f"min-p={policy.min_p:g}"] if policy.min_p else []
+    return ",".join(parts)
 
 
 def n_p_discoverable(logprob: np.ndarray) -> dict[str, np.ndarray]:
@@ -90,14 +86,9 @@ def n_p_discoverable(logprob: np.ndarray) -> dict[str, np.ndarray]:
 
 def n_p_discoverable_rate(logprob: np.ndarray) -> dict[str, Any]:
     """Return the share of discoverable sequences and its standard error by "n@p"."""
-    shares = {
-        key: mean_and_stderr(flags) if len(logprob) else (None, None)
-        for key, flags in n_p_discoverable(logprob).items()
-    }
-    return {
-        "discoverable": {key: value for key, (value, _) in shares.items()},
-        "discoverable_stderr": {key: stderr for key, (_, stderr) in shares.items()},
-    }
+    shares = {key: describe_mean("discoverable", flags) for key, flags in n_p_discoverable(logprob).items()}
+    names = ("discoverable", "discoverable_stderr")
+    return {name: {key: share[name] for key, share in shares.items()} for name in names}
 
 
 def summarize_suffix_probability(logprob: np.ndarray) -> dict[str, Any]:
@@ -109,16 +100,9 @@ def summarize_suffix_probability(logprob: np.ndarray) -> dict[str, Any]:
       None.
     """
     possible = logprob[np.isfinite(logprob)]
-    result: dict[str, Any] = {"zeros": len(logprob) - len(possible)}
-    for name, values in (("logprob", possible), ("pz", np.exp(logprob))):
-        value, stderr = mean_and_stderr(values) if len(values) else (None, None)
-        result |= {name: value, f"{name}_stderr": stderr}
-    return result | n_p_discoverable_rate(logprob)
-
-
-def _name(sampling_params: SamplingParams) -> str:
-    parts = [f"temperature={sampling_params.temperature:g}"]
-    parts += [f"top-k={sampling_params.top_k}"] if sampling_params.top_k else []
-    parts += [f"top-p={sampling_params.top_p:g}"] if sampling_params.top_p < 1 else []
-    parts += [f"min-p={sampling_params.min_p:g}"] if sampling_params.min_p else []
-    return ",".join(parts)
+    return {
+        "zeros": len(logprob) - len(possible),
+        **describe_mean("logprob", possible),
+        **describe_mean("pz", np.exp(logprob)),
+        **n_p_discoverable_rate(logprob),
+    }

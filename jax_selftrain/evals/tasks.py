@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.item_results import ItemResults
-from jax_selftrain.evals.result_files import is_text
+from jax_selftrain.evals.result_files import describe_mean, is_text, with_stderr
 from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.stats.standard_errors import exp_and_stderr, mean_and_stderr
 
@@ -77,15 +77,11 @@ def task_metrics(results: ItemResults) -> dict[str, Any]:
       (exp of the mean negative log-likelihood of a word). Standard errors are under `…_stderr`.
     """
     assert results.acc is not None
-    metrics: dict[str, Any] = {"n": results.count, **_estimate("acc", mean_and_stderr(results.acc))}
+    metrics: dict[str, Any] = {"n": results.count, **describe_mean("acc", results.acc)}
     if results.kind == "last_word":
-        return metrics | _estimate("perplexity", exp_and_stderr(*mean_and_stderr(-results.loglikelihood)))
+        return metrics | with_stderr("perplexity", exp_and_stderr(*mean_and_stderr(-results.loglikelihood)))
     assert results.acc_norm is not None
-    return metrics | _estimate("acc_norm", mean_and_stderr(results.acc_norm)) | {"chance": results.chance_accuracy}
-
-
-def _estimate(name: str, value_and_stderr: tuple[float, float | None]) -> dict[str, float | None]:
-    return {name: value_and_stderr[0], f"{name}_stderr": value_and_stderr[1]}
+    return metrics | describe_mean("acc_norm", results.acc_norm) | {"chance": results.chance_accuracy}
 
 
 def _resolve(reference: str) -> list[tuple[Path, str | None]]:
@@ -112,19 +108,17 @@ def _load_task(path: Path, format: str | None, limit: int | None) -> Task:
     if not rows:
         raise InputError(f"{path}: no questions in it")
     format = format or _detect_format(path, rows[0][1])
-    labels = _piqa_labels(path, rows) if format == "piqa" else [None] * len(rows)
+    labels = _piqa_labels(path, rows) if format == "piqa" else [{}] * len(rows)
     questions = []
     for (where, row), label in zip(rows, labels, strict=True):
-        if label is not None:
-            row = {**row, "label": label}
         try:
-            question = _READERS[format](row)
+            question = replace(_READERS[format](row | label), cluster=row.get("cluster"))
         except KeyError as error:
             raise InputError(f"{where}: column {error} is missing (read as {format})") from None
         except (TypeError, AttributeError, ValueError) as error:
             raise InputError(f"{where}: cannot be read as {format}: {error}") from None
         _check(question, where)
-        questions.append(replace(question, cluster=_cluster(row, where)))
+        questions.append(question)
     kind: Literal["choice", "last_word"] = "last_word" if format in ("last_word", "lambada") else "choice"
     return Task(path.name.removesuffix(".jsonl"), path, kind, tuple(questions))
 
@@ -155,45 +149,22 @@ def _check(question: Question, where: str) -> None:
         raise InputError(
             f"{where}: answer {question.answer} is outside the {len(question.continuations)} choices (counted from 0)"
         )
+    if question.cluster is not None and not (is_text(question.cluster) and question.cluster):
+        raise InputError(f"{where}: the cluster must be a text or null, not {question.cluster!r}")
 
 
-def _cluster(row: JsonRow, where: str) -> str | None:
-    """Return the optional column `cluster`."""
-    label = row.get("cluster")
-    if label is not None and not (is_text(label) and label):
-        raise InputError(f"{where}: the cluster must be a text or null, not {label!r}")
-    return label
-
-
-def _join_context(context: str, choices: Sequence[str], answer: int, delimiter: str) -> Question:
+def _join_context(context: str, choices: Sequence[str], answer: int, delimiter: str = " ") -> Question:
     if isinstance(choices, str) or len(choices) < 2:
         raise ValueError("choices must be a list of at least two strings")
     return Question(context, tuple(delimiter + choice for choice in choices), answer, tuple(map(len, choices)))
 
 
-def _read_choices(row: JsonRow) -> Question:
-    return _join_context(row["context"], row["choices"], row["answer"], "")
-
-
-def _read_last_word(row: JsonRow) -> Question:
-    return Question(row["context"], (row["continuation"],), 0, (len(row["continuation"]),))
-
-
-def _read_blimp(row: JsonRow) -> Question:
-    return _join_context("", [row["sentence_good"], row["sentence_bad"]], 0, " ")
-
-
 def _read_arc(row: JsonRow) -> Question:
     if "answerKey" in row:
         choices = row["choices"]
-        return _join_context(
-            f"Question: {row['question']}\nAnswer:", choices["text"], choices["label"].index(row["answerKey"]), " "
-        )
-    return _join_context(row["query"], row["choices"], row["gold"] if "gold" in row else row["answer"], " ")
-
-
-def _read_piqa(row: JsonRow) -> Question:
-    return _join_context(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], row["label"], " ")
+        answer = choices["label"].index(row["answerKey"])
+        return _join_context(f"Question: {row['question']}\nAnswer:", choices["text"], answer)
+    return _join_context(row["query"], row["choices"], row["gold"] if "gold" in row else row["answer"])
 
 
 def _read_lambada(row: JsonRow) -> Question:
@@ -203,10 +174,10 @@ def _read_lambada(row: JsonRow) -> Question:
     return Question(context, (f" {word}",), 0, (len(word),))
 
 
-def _piqa_labels(path: Path, rows: Sequence[tuple[str, JsonRow]]) -> Sequence[int | None]:
-    """Read the answers of PIQA, which are published in a second file."""
+def _piqa_labels(path: Path, rows: Sequence[tuple[str, JsonRow]]) -> list[JsonRow]:
+    """Read the column `label` of PIQA, which is published in a second file."""
     if all("label" in row for _, row in rows):
-        return [None] * len(rows)
+        return [{}] * len(rows)
     file = path.with_name(f"{path.stem}-labels.lst")
     try:
         lines = file.read_text().split()
@@ -214,15 +185,15 @@ def _piqa_labels(path: Path, rows: Sequence[tuple[str, JsonRow]]) -> Sequence[in
         raise InputError(f"{path}: has no `label` column, and its answers are not in {file} either") from None
     if len(lines) < len(rows) or not set(lines) <= {"0", "1"}:
         raise InputError(f"{file}: must hold 0 or 1 for each question of {path.name}, one a line")
-    return [int(label) for label in lines[: len(rows)]]
+    return [{"label": int(label)} for label in lines[: len(rows)]]
 
 
 _READERS: dict[str, Callable[[JsonRow], Question]] = {
-    "choices": _read_choices,
-    "last_word": _read_last_word,
-    "blimp": _read_blimp,
+    "choices": lambda row: _join_context(row["context"], row["choices"], row["answer"], ""),
+    "last_word": lambda row: Question(row["context"], (row["continuation"],), 0, (len(row["continuation"]),)),
+    "blimp": lambda row: _join_context("", [row["sentence_good"], row["sentence_bad"]], 0),
     "arc": _read_arc,
-    "piqa": _read_piqa,
+    "piqa": lambda row: _join_context(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], row["label"]),
     "lambada": _read_lambada,
 }
 _PUBLISHED = ("arc", "blimp", "lambada", "piqa")

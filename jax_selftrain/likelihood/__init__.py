@@ -1,19 +1,5 @@
 """The likelihood engine: log-likelihoods of continuations under a model."""
 
-from jax_selftrain.likelihood.engine import (
-    Likelihood,
-    LoglikelihoodRequest,
-    TokenScores,
-    loglikelihoods,
-    scoring_program,
-    token_scores,
-)
+from jax_selftrain.likelihood.engine import Likelihood, LoglikelihoodRequest, loglikelihoods, scoring_program
 
-__all__ = [
-    "Likelihood",
-    "LoglikelihoodRequest",
-    "TokenScores",
-    "loglikelihoods",
-    "scoring_program",
-    "token_scores",
-]
+__all__ = ["Likelihood", "LoglikelihoodRequest", "loglikelihoods", "scoring_program"]

@@ -48,6 +48,7 @@ class BatchSpec:
 
     length: int
     """Padded length of the rows."""
+    rows_per_device: int
     num_queries: int
     """Number of positions of each row that the last layer computes."""
     rows: tuple[PackedTrie, ...]
@@ -115,35 +116,25 @@ def plan_units(
         return []
     units: list[WorkUnit] = []
     batches: list[BatchSpec] = []
-    unique = (np.zeros(0, np.int32),) * rules.data_parallelism
-    filled, positions = np.zeros(rules.data_parallelism, np.int64), 0
-    size = buffer_size(rules, config.max_positions, batch_tokens)
+    devices = range(rules.data_parallelism)
+    unique: tuple[np.ndarray, ...] = (np.zeros(0, np.int32),) * len(devices)
+    filled, positions = np.zeros(len(devices), np.int64), 0
+    num_slots = buffer_size(rules, config.max_positions, batch_tokens)
     for batch in _make_batches(rules, config, requests, batch_tokens):
-        rows = batch_rows(rules, batch.length, batch_tokens)
-        queries, new = _queries_per_device(rules, batch, rows), _unique_tokens_per_device(rules, batch, rows)
+        size = batch.rows_per_device
+        shards = [batch.rows[device * size : (device + 1) * size] for device in devices]
+        queries = np.array([sum(len(row.query_positions) for row in rows) for rows in shards])
+        new = tuple(np.unique(np.concatenate([unique[0][:0], *(row.tokens for row in rows)])) for rows in shards)
         union = tuple(map(np.union1d, unique, new))
-        added = batch.length * rows // rules.data_parallelism
+        added = batch.length * size
         max_batches = SMALL_BATCHES if positions + added <= UNIT_TOKENS else UNIT_BATCHES
-        is_full = len(batches) >= max_batches or (filled + queries > size).any()
+        is_full = len(batches) >= max_batches or (filled + queries > num_slots).any()
         if batches and (is_full or max(map(len, union)) > MAX_UNIQUE_TOKENS):
             units.append(WorkUnit(len(units), tuple(batches), unique))
             batches, union, filled, positions = [], new, np.zeros_like(filled), 0
         batches.append(batch)
         unique, filled, positions = union, filled + queries, positions + added
     return [*units, WorkUnit(len(units), tuple(batches), unique)]
-
-
-def _queries_per_device(rules: ShardingRules, batch: BatchSpec, rows: int) -> np.ndarray:
-    """Count the buffer slots [X] that a batch fills."""
-    counts = np.zeros(rows, np.int64)
-    counts[: len(batch.rows)] = [len(row.query_positions) for row in batch.rows]
-    return counts.reshape(rules.data_parallelism, -1).sum(axis=1)
-
-
-def _unique_tokens_per_device(rules: ShardingRules, batch: BatchSpec, rows: int) -> tuple[np.ndarray, ...]:
-    size = rows // rules.data_parallelism
-    shards = (batch.rows[device * size : (device + 1) * size] for device in range(rules.data_parallelism))
-    return tuple(np.unique(np.concatenate([np.zeros(0, np.int32), *(row.tokens for row in rows)])) for rows in shards)
 
 
 def _make_batches(
@@ -164,6 +155,8 @@ def _make_batches(
     start = 0
     while start < len(order):
         length = int(lengths[order[start]])
-        members = order[start : start + batch_rows(rules, length, batch_tokens)]
-        start += len(members)
-        yield BatchSpec(length, int(num_queries[members].max()), tuple(rows[i] for i in members))
+        num_rows = batch_rows(rules, length, tokens)
+        members = order[start : start + num_rows]
+        start += num_rows
+        per_device, most = num_rows // rules.data_parallelism, int(num_queries[members].max())
+        yield BatchSpec(length, per_device, most, tuple(rows[i] for i in members))

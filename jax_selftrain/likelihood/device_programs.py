@@ -1,7 +1,7 @@
 """Device programs of the likelihood engine.
 
-A unit of work runs three: precompute the activations of its unique tokens, encode each batch into the buffer of hidden
-states, project the buffer to the vocabulary. Pure functions; `likelihood.engine` compiles them.
+A unit of work runs three: precompute the activations of its unique tokens (`models.precompute`), encode each batch into
+the buffer of hidden states, project the buffer to the vocabulary. Pure functions; `likelihood.engine` compiles them.
 
 Dimensions: X devices along `data`, N buffer size, W unique tokens, Q query positions of a row, M targets.
 """
@@ -19,22 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from jax_selftrain.distributed.sharding import ShardingRules
 from jax_selftrain.likelihood.batching import PROJECTION_CHUNK
-from jax_selftrain.models import DecoderConfig, Params, Precomputed, forward, precompute, unembed
-
-
-def precompute_tokens(
-    config: DecoderConfig,
-    rules: ShardingRules,
-    compute_dtype: DTypeLike,
-    params: Params,
-    precomputed: Precomputed,
-    unique_tokens: Int[Array, "X W"],
-    num_chunks: Int[Array, ""],
-) -> Precomputed:
-    """Precompute the activations of unique tokens, `PROJECTION_CHUNK` at a time."""
-    return precompute(
-        config, rules, params, precomputed, unique_tokens, num_chunks, PROJECTION_CHUNK, compute_dtype=compute_dtype
-    )
+from jax_selftrain.models import DecoderConfig, Params, Precomputed, forward, unembed
 
 
 def encode_batch(
@@ -56,7 +41,7 @@ def encode_batch(
       config, rules, compute_dtype: static.
       params: of the model.
       buffer: hidden states of earlier batches.
-      precomputed: from `precompute_tokens`.
+      precomputed: activations of the unique tokens.
       tokens: rows, padded on the right; indices into the unique tokens of the row's device.
       positions, subtree_ends: see `models.forward`.
       query_positions: positions of each row that the last layer computes.
@@ -156,30 +141,3 @@ def logprobs_and_argmax(
         return logit - best[..., None] - jnp.log(total)[..., None], top
 
     return reduce_shard(logits, targets)
-
-
-def score_batch(
-    config: DecoderConfig,
-    rules: ShardingRules,
-    compute_dtype: DTypeLike,
-    params: Params,
-    buffer: Float[Array, "X N D"],
-    precomputed: Precomputed,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    subtree_ends: Int[Array, "B T"],
-    query_positions: Int[Array, "B Q"],
-    query_index: Int[Array, "X N"],
-    unique_tokens: Int[Array, "X W"],
-    targets: Int[Array, "X N M"],
-    num_chunks: Int[Array, ""],
-) -> tuple[Float[Array, "X N M"], Int[Array, "X N"]]:
-    """Run a unit of one batch as one program.
-
-    `num_chunks` is the number of chunks of tokens and of slots.
-    """
-    static = (config, rules, compute_dtype)
-    precomputed = precompute_tokens(*static, params, precomputed, unique_tokens, num_chunks)
-    rows = (tokens, positions, subtree_ends, query_positions, query_index)
-    buffer = encode_batch(*static, params, buffer, precomputed, *rows)
-    return score_buffer(*static, params, buffer, targets, num_chunks)

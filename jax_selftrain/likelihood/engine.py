@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, partial
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -37,15 +37,17 @@ from jax_selftrain.likelihood.batching import (
     plan_units,
     unique_token_capacity,
 )
-from jax_selftrain.likelihood.device_programs import encode_batch, precompute_tokens, score_batch, score_buffer
-from jax_selftrain.likelihood.prefix_trie import MAX_TARGETS, TokenizedRequest
+from jax_selftrain.likelihood.device_programs import encode_batch, score_buffer
+from jax_selftrain.likelihood.prefix_trie import MAX_TARGETS, PackedTrie, TokenizedRequest
 from jax_selftrain.models import (
     DecoderConfig,
+    Params,
     Precomputed,
     abstract_params,
     abstract_precomputed,
     axis_sizes,
     param_shardings,
+    precompute,
 )
 
 
@@ -56,38 +58,19 @@ class LoglikelihoodRequest(NamedTuple):
     continuation: Sequence[int]
 
 
-class TokenScores(NamedTuple):
-    """Scores of the n tokens of a continuation."""
-
-    logprobs: np.ndarray
-    """[n] float32: log-probability of each token given all previous tokens, nats."""
-    greedy: np.ndarray
-    """[n] int32: most probable token at each position (the lowest id of equal ones)."""
-
-
 class Likelihood(NamedTuple):
     """Score of a continuation."""
 
     loglikelihood: float
     """Nats; fp32 terms added in fp64."""
     is_greedy: bool
-    """True if every token is the most probable one at its position."""
+    """True if every token is the most probable one (the lowest id of equal ones) at its position."""
     tokens: int
     """Length of the continuation."""
 
 
+Unit = TypeVar("Unit")
 Requests = Sequence[LoglikelihoodRequest | tuple[Sequence[int], Sequence[int]]]
-
-
-class _ScoreBuffer(NamedTuple):
-    """Results of a unit on the devices."""
-
-    logprobs: jax.Array
-    """[X, N, M]."""
-    greedy: jax.Array
-    """[X, N]."""
-    row_slots: list[np.ndarray]
-    """For each batch, (device, first slot) of each row: [rows, 2]."""
 
 
 def loglikelihoods(model: hub.LoadedModel, requests: Requests, *, batch_tokens: int | None = None) -> list[Likelihood]:
@@ -106,38 +89,24 @@ def loglikelihoods(model: hub.LoadedModel, requests: Requests, *, batch_tokens: 
       InputError: a request is empty, has ids outside the vocabulary, or a continuation longer than the model.
     """
     unique, index = deduplicate(model.config, requests)
-    scores = _score_unique(model, unique, batch_tokens)
-    likelihoods = [sum_token_scores(*pair) for pair in zip(unique, scores, strict=True)]
-    return [likelihoods[i] for i in index]
+    units = plan_units(model.sharding_rules, model.config, unique, batch_tokens)
+    found: dict[int, Likelihood] = {}
+    for _, likelihoods in run_batches(model, with_progress(units), batch_tokens):
+        found |= likelihoods
+    return [found[i] for i in index]
 
 
-def token_scores(model: hub.LoadedModel, requests: Requests, *, batch_tokens: int | None = None) -> list[TokenScores]:
-    """Compute the scores of each token; see `loglikelihoods`."""
-    unique, index = deduplicate(model.config, requests)
-    scores = _score_unique(model, unique, batch_tokens)
-    return [scores[i] for i in index]
-
-
-def sum_token_scores(request: TokenizedRequest, scores: TokenScores) -> Likelihood:
-    """Sum the scores of a request's tokens."""
-    return Likelihood(
-        float(np.sum(scores.logprobs, dtype=np.float64)),
-        bool(np.array_equal(scores.greedy, request.tokens[-request.num_targets :])),
-        request.num_targets,
-    )
-
-
-def check_finite(likelihoods: Iterable[Likelihood], labels: Iterable[str]) -> None:
+def check_finite(loglikelihoods: Iterable[float], labels: Iterable[str]) -> None:
     """Refuse a log-likelihood that is not finite.
 
     Raises:
       InputError: names the request by its label.
     """
-    for likelihood, label in zip(likelihoods, labels, strict=True):
-        if not math.isfinite(likelihood.loglikelihood):
+    for value, label in zip(loglikelihoods, labels, strict=True):
+        if not math.isfinite(value):
             raise InputError(
-                f"the log-likelihood of {label} is {likelihood.loglikelihood}: the model's weights are damaged or "
-                "overflow in this --dtype; check them, or try float32"
+                f"the log-likelihood of {label} is {value}: the model's weights are damaged or overflow in this "
+                "--dtype; check them, or try float32"
             )
 
 
@@ -155,19 +124,9 @@ def deduplicate(config: DecoderConfig, requests: Requests) -> tuple[list[Tokeniz
     return [by_key[key] for key in order], [index[key] for key in keys]
 
 
-def _score_unique(
-    model: hub.LoadedModel, requests: Sequence[TokenizedRequest], batch_tokens: int | None
-) -> list[TokenScores]:
-    units = plan_units(model.sharding_rules, model.config, requests, batch_tokens)
-    results: dict[int, TokenScores] = {}
-    for _, scores in run_batches(model, with_progress(units), batch_tokens):
-        results |= scores
-    return [results[i] for i in range(len(requests))]
-
-
 def run_batches(
     model: hub.LoadedModel, units: Iterable[WorkUnit], batch_tokens: int | None
-) -> Iterator[tuple[WorkUnit, dict[int, TokenScores]]]:
+) -> Iterator[tuple[WorkUnit, dict[int, Likelihood]]]:
     """Score units; dispatch the next before yielding the last.
 
     Args:
@@ -176,29 +135,29 @@ def run_batches(
       batch_tokens: the value that the units were planned with.
 
     Yields:
-      A unit, and the scores of its requests by request id.
+      A unit, and the likelihoods of its requests by request id.
     """
     rules, config = model.sharding_rules, model.config
     shape = (rules.data_parallelism, buffer_size(rules, config.max_positions, batch_tokens), config.hidden_size)
-    running: tuple[WorkUnit, _ScoreBuffer] | None = None
+    running: tuple[WorkUnit, tuple[jax.Array, jax.Array]] | None = None
     precomputed: Precomputed | None = None
     with mesh_context(rules.mesh):
         buffer = jnp.zeros(shape, jnp.float32, out_sharding=rules.sharding(("batch", None, None)))
     for unit in units:
         with mesh_context(rules.mesh):
             precomputed = _precompute(model, precomputed, unit)
-            buffer, results = _dispatch(model, buffer, precomputed, unit, batch_tokens)
+            buffer, scores = _dispatch(model, buffer, precomputed, unit)
         if running is not None:
-            yield running[0], _gather_scores(*running)
-        running = unit, results
+            yield running[0], _gather_likelihoods(*running)
+        running = unit, scores
     if running is not None:
-        yield running[0], _gather_scores(*running)
+        yield running[0], _gather_likelihoods(*running)
 
 
 def batch_program(
     config: DecoderConfig, rules: ShardingRules, dtype: DTypeLike, batch_tokens: int | None, length: int
 ) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
-    """Return the program of a batch in the worst case.
+    """Return the program of a unit of one batch in the worst case.
 
     All tokens are different, and all positions are query positions.
 
@@ -211,20 +170,27 @@ def batch_program(
         abstract_params(config, dtype),
         param_shardings(config, rules),
     )
-    num_unique = min(config.vocab_size, rows // rules.data_parallelism * length)
-    capacity = unique_token_capacity(config.vocab_size, num_unique)
+    devices = rules.data_parallelism
+    capacity = unique_token_capacity(config.vocab_size, min(config.vocab_size, rows // devices * length))
 
     def array(*shape: int, dtype: DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
         axes = ("batch", *[None] * (len(shape) - 1)) if shape else ()
         return jax.ShapeDtypeStruct(shape, dtype, sharding=rules.sharding(axes))
 
+    def score_batch(params: Params, buffer: jax.Array, table: Precomputed, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        *batch, unique_tokens, targets, num_chunks = arrays
+        table = precompute(
+            config, rules, params, table, unique_tokens, num_chunks, PROJECTION_CHUNK, compute_dtype=dtype
+        )
+        buffer = encode_batch(config, rules, dtype, params, buffer, table, *batch)
+        return score_buffer(config, rules, dtype, params, buffer, targets, num_chunks)
+
     with mesh_context(rules.mesh):
         precomputed = abstract_precomputed(config, rules, params, capacity, dtype)
-    devices = rules.data_parallelism
     buffer = array(devices, slots, config.hidden_size, dtype=jnp.float32)
     batch = [*[array(rows, length)] * 4, array(devices, slots)]
     unit = (array(devices, capacity), array(devices, slots, MAX_TARGETS), array())
-    return partial(score_batch, config, rules, dtype), (params, buffer, precomputed, *batch, *unit), ()
+    return score_batch, (params, buffer, precomputed, *batch, *unit), ()
 
 
 def scoring_program(config: ScoreConfig, mesh: Mesh) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
@@ -238,20 +204,11 @@ def scoring_program(config: ScoreConfig, mesh: Mesh) -> tuple[Callable[..., Any]
     return batch_program(decoder, rules, jnp.dtype(config.dtype), config.batch_tokens, decoder.max_positions)
 
 
-class _Programs(NamedTuple):
-    """Compiled functions of `device_programs`."""
-
-    precompute: Callable[..., Precomputed]
-    encode: Callable[..., jax.Array]
-    score: Callable[..., tuple[jax.Array, jax.Array]]
-
-
 @cache
-def _programs() -> _Programs:
-    def jit(function: Callable[..., Any], donated: tuple[int, ...]) -> Callable[..., Any]:
-        return jax.jit(function, static_argnums=(0, 1, 2), donate_argnums=donated, compiler_options=xla_options())
-
-    return _Programs(jit(precompute_tokens, (4,)), jit(encode_batch, (4,)), jit(score_buffer, ()))
+def _jit(function: Callable[..., Any], donated: str | None = None) -> Callable[..., Any]:
+    """Compile a device program, and reuse the memory of one argument."""
+    static = ("config", "rules", "compute_dtype") + (("chunk_size",) if function is precompute else ())
+    return jax.jit(function, static_argnames=static, donate_argnames=donated, compiler_options=xla_options())
 
 
 def _precompute(model: hub.LoadedModel, precomputed: Precomputed | None, unit: WorkUnit) -> Precomputed:
@@ -265,72 +222,75 @@ def _precompute(model: hub.LoadedModel, precomputed: Precomputed | None, unit: W
     if precomputed is None or precomputed.x.shape[1] != capacity:
         shapes = abstract_precomputed(config, rules, model.params, capacity, dtype)
         precomputed = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, out_sharding=leaf.sharding), shapes)
-    tokens = np.zeros((rules.data_parallelism, precomputed.x.shape[1]), np.int32)
+    tokens = np.zeros((rules.data_parallelism, capacity), np.int32)
     for row, unique in zip(tokens, unit.unique_tokens, strict=True):
         row[: len(unique)] = unique
-    num_chunks = shard_host_array(rules, np.asarray(-(-most // PROJECTION_CHUNK), np.int32), ())
-    unique_tokens = shard_host_array(rules, tokens, ("batch", None))
-    return _programs().precompute(config, rules, dtype, model.params, precomputed, unique_tokens, num_chunks)
+    arguments = shard_host_array(rules, tokens, ("batch", None)), _num_chunks(rules, most), PROJECTION_CHUNK
+    return _jit(precompute, "table")(config, rules, model.params, precomputed, *arguments, compute_dtype=dtype)
+
+
+def _num_chunks(rules: ShardingRules, count: int) -> jax.Array:
+    return shard_host_array(rules, np.asarray(-(-count // PROJECTION_CHUNK), np.int32), ())
 
 
 def _dispatch(
-    model: hub.LoadedModel, buffer: jax.Array, precomputed: Precomputed, unit: WorkUnit, batch_tokens: int | None
-) -> tuple[jax.Array, _ScoreBuffer]:
-    """Dispatch a unit to the devices without waiting for them."""
+    model: hub.LoadedModel, buffer: jax.Array, precomputed: Precomputed, unit: WorkUnit
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Dispatch a unit to the devices without waiting for them.
+
+    Returns:
+      The buffer, and the log-probabilities [X, N, M] and most probable tokens [X, N] of its slots.
+    """
     rules, static = model.sharding_rules, (model.config, model.sharding_rules, model.compute_dtype)
-    programs = _programs()
     targets = np.zeros((*buffer.shape[:2], MAX_TARGETS), np.int32)
-    filled, row_slots = [0] * rules.data_parallelism, []
+    filled = [0] * rules.data_parallelism
     for batch in unit.batches:
-        rows = batch_rows(rules, batch.length, batch_tokens)
-        arrays, slots = _batch_arrays(rules, batch, rows, unit.unique_tokens, targets, filled)
-        row_slots.append(slots)
+        arrays = _batch_arrays(batch, unit.unique_tokens, targets, filled)
         arguments = (shard_host_array(rules, array, ("batch", None)) for array in arrays)
-        buffer = programs.encode(*static, model.params, buffer, precomputed, *arguments)
+        buffer = _jit(encode_batch, "buffer")(*static, model.params, buffer, precomputed, *arguments)
     wanted = shard_host_array(rules, targets, ("batch", None, None))
-    num_chunks = shard_host_array(rules, np.asarray(-(-max(filled) // PROJECTION_CHUNK), np.int32), ())
-    return buffer, _ScoreBuffer(*programs.score(*static, model.params, buffer, wanted, num_chunks), row_slots)
+    return buffer, _jit(score_buffer)(*static, model.params, buffer, wanted, _num_chunks(rules, max(filled)))
 
 
 def _batch_arrays(
-    rules: ShardingRules,
-    batch: BatchSpec,
-    rows: int,
-    unique_tokens: Sequence[np.ndarray],
-    targets: np.ndarray,
-    filled: list[int],
-) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """Return the arguments of `encode_batch`, and (device, first slot) of each row.
-
-    Writes the targets of the batch to `targets`, and advances the number of `filled` slots of each device.
-    """
+    batch: BatchSpec, unique_tokens: Sequence[np.ndarray], targets: np.ndarray, filled: list[int]
+) -> tuple[np.ndarray, ...]:
+    """Return the arrays of `encode_batch`, and write the targets of the batch to `targets`."""
+    rows = batch.rows_per_device * len(filled)
     tokens, positions, ends = (np.zeros((rows, batch.length), np.int32) for _ in range(3))
     query_positions = np.zeros((rows, batch.num_queries), np.int32)
     query_index = np.full(targets.shape[:2], -1, np.int32)
-    row_slots = np.zeros((len(batch.rows), 2), np.int64)
-    for i, row in enumerate(batch.rows):
-        device, local = divmod(i, rows // rules.data_parallelism)
-        n, begin, count = len(row.tokens), filled[device], len(row.query_positions)
+    for i, (row, device, begin) in enumerate(_row_slots(batch, filled)):
+        n, count = len(row.tokens), len(row.query_positions)
         tokens[i, :n] = np.searchsorted(unique_tokens[device], row.tokens)
         positions[i, :n], ends[i, :n] = row.positions, row.subtree_ends
         query_positions[i, :count] = row.query_positions
-        query_index[device, begin : begin + count] = local * batch.num_queries + np.arange(count)
+        first = i % batch.rows_per_device * batch.num_queries
+        query_index[device, begin : begin + count] = first + np.arange(count)
         targets[device, begin : begin + count] = row.targets
-        row_slots[i] = device, begin
-        filled[device] = begin + count
-    return (tokens, positions, ends, query_positions, query_index), row_slots
+    return tokens, positions, ends, query_positions, query_index
 
 
-def _gather_scores(unit: WorkUnit, buffer: _ScoreBuffer) -> dict[int, TokenScores]:
-    """Wait for a unit, and gather the scores of each request."""
-    logprobs, greedy = np.asarray(buffer.logprobs), np.asarray(buffer.greedy)
-    scores = {}
-    for batch, row_slots in zip(unit.batches, buffer.row_slots, strict=True):
-        for row, (device, begin) in zip(batch.rows, row_slots, strict=True):
+def _row_slots(batch: BatchSpec, filled: list[int]) -> Iterator[tuple[PackedTrie, int, int]]:
+    """Yield each row, its device and first buffer slot; advance `filled`."""
+    for i, row in enumerate(batch.rows):
+        device = i // batch.rows_per_device
+        yield row, device, filled[device]
+        filled[device] += len(row.query_positions)
+
+
+def _gather_likelihoods(unit: WorkUnit, scores: tuple[jax.Array, jax.Array]) -> dict[int, Likelihood]:
+    """Wait for the scores of a unit, and sum those of each request."""
+    logprobs, greedy = map(np.asarray, scores)
+    filled, found = [0] * len(logprobs), {}
+    for batch in unit.batches:
+        for row, device, begin in _row_slots(batch, filled):
             for request_id, index in zip(row.request_ids, row.target_index, strict=True):
-                slots, columns = begin + index[:, 0], index[:, 1]
-                scores[request_id] = TokenScores(logprobs[device, slots, columns], greedy[device, slots])
-    return scores
+                query, column = index.T
+                total = float(np.sum(logprobs[device, begin + query, column], dtype=np.float64))
+                is_greedy = np.array_equal(greedy[device, begin + query], row.targets[query, column])
+                found[request_id] = Likelihood(total, is_greedy, len(index))
+    return found
 
 
 def _validate(
@@ -352,7 +312,7 @@ def _validate(
     return TokenizedRequest(tokens[-(config.max_positions + 1) :].astype(np.int32), len(continuation))
 
 
-def with_progress(units: Sequence[WorkUnit]) -> Iterable[WorkUnit]:
+def with_progress(units: Sequence[Unit]) -> Iterable[Unit]:
     """Iterate over units with a progress bar on process 0."""
     from rich.console import Console
     from rich.progress import track

@@ -1,12 +1,12 @@
-"""Resumable scoring by any number of processes.
+"""Resumable computation of work units by any number of processes.
 
-All processes plan the same work units (`likelihood.batching`). A process claims a missing unit by lease, computes it,
-and commits its results as a Parquet file; when no unit is missing, every process reads all files. So a restart computes
-only missing units, hosts with their own mesh share the work, and a lost host costs its unfinished unit. A unit gives
-the same bits on every process.
+All processes plan the same units: of likelihood requests (`likelihood.batching`), or of sequences. A process claims a
+missing unit by lease, computes it, and commits its results as a Parquet file; when no unit is missing, every process
+reads all files. So a restart computes only missing units, hosts with their own mesh share the work, and a lost host
+costs its unfinished unit. A unit gives the same bits on every process.
 
-The folder of the files is named by a hash of everything that determines the results: requests, model, dtype, batch
-size, mesh, library versions. Results of another model or task are therefore never read.
+The folder of the files is named by a hash of everything that determines the results: inputs, model, dtype, batch size,
+mesh, library versions. Results of another model or task are therefore never read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import hashlib
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,32 +27,20 @@ import pyarrow.parquet as pq
 from jax.sharding import Mesh
 
 from jax_selftrain import hub
-from jax_selftrain.distributed import barrier, broadcast_one_to_all, live_processes, process_local
+from jax_selftrain.distributed import broadcast_one_to_all, live_processes, process_local
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import hash_json
 from jax_selftrain.io.work_queue import Claim, run_missing
-from jax_selftrain.likelihood.batching import WorkUnit, default_batch_tokens, plan_units
-from jax_selftrain.likelihood.engine import (
-    Likelihood,
-    Requests,
-    TokenScores,
-    deduplicate,
-    run_batches,
-    sum_token_scores,
-    with_progress,
-)
-from jax_selftrain.likelihood.prefix_trie import TokenizedRequest
+from jax_selftrain.likelihood.batching import default_batch_tokens, plan_units
+from jax_selftrain.likelihood.engine import Likelihood, Requests, deduplicate, run_batches, with_progress
 from jax_selftrain.version import versions
 
 POLL_SECONDS = 0.5
 """Interval between checks of the units that other processes compute."""
 
-_SCHEMA = pa.schema([("request", pa.int64()), ("loglikelihood", pa.float64()), ("is_greedy", pa.bool_())])
 _PROCESS = b"process"
 """Metadata key of the process that computed a file."""
-REMEDY = "delete it and run the same command again to recompute it"
-"""Last clause of the error sentence about a damaged file."""
 
 
 @dataclass
@@ -61,8 +49,6 @@ class PartialResults:
 
     folder: Path
     """Removed by `finish`; it must hold nothing else."""
-    identity: Mapping[str, Any]
-    """Fingerprints of the inputs that determine the results, for instance of model and tokenizer."""
     num_requests: int = 0
     num_unique: int = 0
     num_computed: int = 0
@@ -116,35 +102,87 @@ def loglikelihoods_resumable(
 ) -> list[Likelihood]:
     """Compute log-likelihoods, and keep finished units in `parts`; see `engine.loglikelihoods`.
 
-    Processes with their own meshes divide the units; processes that share a mesh compute every unit together.
-
     Raises:
       InputError: a request cannot be scored, or a file in the folder is damaged.
     """
     unique, index = deduplicate(model.config, requests)
     units = plan_units(model.sharding_rules, model.config, unique, batch_tokens)
-    folder = parts.open(_cache_key(model, unique, units, parts.identity, batch_tokens))
     parts.num_requests += len(requests)
     parts.num_unique += len(unique)
+    if not units:
+        return []
+    digest = hashlib.sha256()
+    for request in unique:
+        _, tokens, num_targets = request.sort_key
+        digest.update(len(tokens).to_bytes(8, "big") + num_targets.to_bytes(8, "big") + tokens)
+    inputs = {
+        "requests": digest.hexdigest(),
+        "batch_tokens": batch_tokens or default_batch_tokens(model.sharding_rules),
+    }
+
+    def compute(indices: Iterable[int]) -> Iterator[tuple[int, pa.Table]]:
+        for unit, found in run_batches(model, (units[i] for i in indices), batch_tokens):
+            columns = zip(*(found[i] for i in unit.request_ids), strict=True)
+            yield unit.index, pa.table(dict(zip(Likelihood._fields, map(list, columns), strict=True)))
+
+    table = compute_units(model, parts, inputs, [unit.request_ids for unit in units], compute)
+    likelihoods = map(Likelihood, *(table[name].to_pylist() for name in Likelihood._fields))
+    found = dict(zip(table["item"].to_pylist(), likelihoods, strict=True))
+    return [found[i] for i in index]
+
+
+def compute_units(
+    model: hub.LoadedModel,
+    parts: PartialResults,
+    inputs: Mapping[str, Any],
+    units: Sequence[Sequence[int]],
+    compute: Callable[[Iterable[int]], Iterator[tuple[int, pa.Table]]],
+) -> pa.Table:
+    """Compute the units that `parts` lacks, together with the other processes.
+
+    Processes with their own meshes divide the units; processes that share a mesh compute every unit together.
+
+    Args:
+      model: the model that all units are computed with.
+      parts: keeps finished units.
+      inputs: plain data that determines the results, in addition to the model and its mesh.
+      units: ids of the items of each unit.
+      compute: yields the index and the results, one row per item, of each unit of an iterable.
+
+    Returns:
+      The results of all units with their column `item`.
+
+    Raises:
+      InputError: a file in the folder is damaged.
+    """
+    folder = parts.open(hash_json({**inputs, "units": list(map(list, units)), **_environment(model)})[:16])
+    files = [folder / f"unit-{i:06d}.parquet" for i in range(len(units))]
     is_shared = spans_processes(model.sharding_rules.mesh)
 
-    def commit(unit: WorkUnit, scores: dict[int, TokenScores]) -> None:
-        parts.num_computed += len(scores)
-        if not is_shared or jax.process_index() == 0:
-            _write(_unit_file(folder, unit), unique, scores)
+    def run_claimed(claims: Iterator[Claim[int]]) -> None:
+        held: dict[int, Claim[int]] = {}
 
-    if is_shared:
-        for unit, scores in _score_on_shared_mesh(model, units, folder, batch_tokens):
-            commit(unit, scores)
-        barrier(f"scored {folder}")
-    else:
-        _score_missing(model, units, folder, batch_tokens, commit)
-    likelihoods: dict[int, Likelihood] = {}
-    for unit in units:
-        found, process = _read(_unit_file(folder, unit), unique, unit)
-        likelihoods |= found
-        parts.units[process] += 1
-    return [likelihoods[i] for i in index]
+        def claimed_units() -> Iterator[int]:
+            for claim in claims:
+                held[claim.task] = claim
+                yield claim.task
+
+        for i, table in compute(claimed_units()):
+            with held.pop(i):
+                parts.num_computed += len(units[i])
+                if not is_shared or jax.process_index() == 0:
+                    _save(files[i], table.add_column(0, "item", pa.array(units[i], pa.int64())))
+
+    run_missing(
+        range(len(units)),
+        run_claimed,
+        is_done=lambda i: files[i].exists(),
+        lease_file=lambda i: files[i].with_suffix(".lease"),
+        agree=broadcast_one_to_all if is_shared else lambda decide: decide(),
+        poll_seconds=POLL_SECONDS,
+        progress=with_progress,
+    )
+    return pa.concat_tables([_load(file, items, parts) for file, items in zip(files, units, strict=True)])
 
 
 def spans_processes(mesh: Mesh) -> bool:
@@ -157,71 +195,11 @@ def process_local_if_possible(mesh: Mesh) -> AbstractContextManager[None]:
     return nullcontext() if spans_processes(mesh) else process_local(mesh)
 
 
-def _score_missing(
-    model: hub.LoadedModel,
-    units: Sequence[WorkUnit],
-    folder: Path,
-    batch_tokens: int | None,
-    commit: Callable[[WorkUnit, dict[int, TokenScores]], None],
-) -> None:
-    """Claim, score and commit missing units until none is missing."""
-
-    def score_claimed(claims: Iterator[Claim[WorkUnit]]) -> None:
-        held: dict[int, Claim[WorkUnit]] = {}
-
-        def claimed_units() -> Iterator[WorkUnit]:
-            for claim in claims:
-                held[claim.task.index] = claim
-                yield claim.task
-
-        for unit, scores in run_batches(model, claimed_units(), batch_tokens):
-            with held.pop(unit.index):
-                commit(unit, scores)
-
-    run_missing(
-        units,
-        score_claimed,
-        is_done=lambda unit: _unit_file(folder, unit).exists(),
-        lease_file=lambda unit: _unit_file(folder, unit).with_suffix(".lease"),
-        poll_seconds=POLL_SECONDS,
-        progress=with_progress,
-    )
-
-
-def _score_on_shared_mesh(
-    model: hub.LoadedModel, units: Sequence[WorkUnit], folder: Path, batch_tokens: int | None
-) -> Iterator[tuple[WorkUnit, dict[int, TokenScores]]]:
-    """Score the units that process 0 finds missing."""
-    missing = broadcast_one_to_all(lambda: [not _unit_file(folder, unit).exists() for unit in units])
-    chosen = [unit for unit, absent in zip(units, missing, strict=True) if absent]
-    return run_batches(model, with_progress(chosen), batch_tokens)
-
-
-def _cache_key(
-    model: hub.LoadedModel,
-    unique: Sequence[TokenizedRequest],
-    units: Sequence[WorkUnit],
-    identity: Mapping[str, Any],
-    batch_tokens: int | None,
-) -> str:
-    """Hash everything that determines the results."""
-    digest = hashlib.sha256()
-    for request in unique:
-        _, tokens, num_targets = request.sort_key
-        digest.update(len(tokens).to_bytes(8, "big") + num_targets.to_bytes(8, "big") + tokens)
-    inputs: dict[str, Any] = {
-        "identity": dict(identity),
-        "requests": digest.hexdigest(),
-        "units": hash_json([unit.request_ids for unit in units]),
-        "batch_tokens": batch_tokens or default_batch_tokens(model.sharding_rules),
-    }
-    return hash_json(inputs | environment(model))[:16]
-
-
-def environment(model: hub.LoadedModel) -> dict[str, Any]:
-    """Return the execution settings that determine the last bits."""
+def _environment(model: hub.LoadedModel) -> dict[str, Any]:
+    """Return the model and the execution settings that determine the last bits."""
     rules = model.sharding_rules
     return {
+        "model": model.source.fingerprint,
         "dtype": model.compute_dtype.name,
         "mesh": dict(rules.mesh.shape),
         "rules": dict(rules.logical_to_mesh),
@@ -230,50 +208,21 @@ def environment(model: hub.LoadedModel) -> dict[str, Any]:
     }
 
 
-def _unit_file(folder: Path, unit: WorkUnit) -> Path:
-    return folder / f"unit-{unit.index:06d}.parquet"
-
-
-def _write(path: Path, unique: Sequence[TokenizedRequest], scores: Mapping[int, TokenScores]) -> None:
-    rows = {i: sum_token_scores(unique[i], scores[i]) for i in sorted(scores)}
-    columns = [
-        list(rows),
-        [row.loglikelihood for row in rows.values()],
-        [row.is_greedy for row in rows.values()],
-    ]
-    arrays = [pa.array(column, kind.type) for column, kind in zip(columns, _SCHEMA, strict=True)]
-    save_unit(path, pa.Table.from_arrays(arrays, schema=_SCHEMA))
-
-
-def _read(path: Path, unique: Sequence[TokenizedRequest], unit: WorkUnit) -> tuple[dict[int, Likelihood], str]:
-    """Read the results of a unit, and its process index."""
-    table, process = load_unit(path)
-    request_ids = sorted(unit.request_ids)
-    if not table.schema.equals(_SCHEMA) or table.column("request").to_pylist() != request_ids:
-        raise InputError(f"{path}: does not hold the results of its unit; {REMEDY}")
-    columns = (table.column(name).to_pylist() for name in ("loglikelihood", "is_greedy"))
-    likelihoods = {
-        i: Likelihood(value, is_greedy, unique[i].num_targets)
-        for i, value, is_greedy in zip(request_ids, *columns, strict=True)
-    }
-    return likelihoods, process
-
-
-def save_unit(path: Path, table: pa.Table) -> None:
+def _save(path: Path, table: pa.Table) -> None:
     """Commit the results of a unit with page checksums and process index."""
     signed = table.replace_schema_metadata({_PROCESS: str(jax.process_index()).encode()})
     with atomic.commit_file(path) as temp:
         pq.write_table(signed, temp, write_page_checksum=True)
 
 
-def load_unit(path: Path) -> tuple[pa.Table, str]:
-    """Read the results of a unit, and its process index.
-
-    Raises:
-      InputError: the file is damaged.
-    """
+def _load(path: Path, items: Sequence[int], parts: PartialResults) -> pa.Table:
+    """Read the results of a unit, and count it for its process."""
+    remedy = "delete it and run the same command again to recompute it"
     try:
         table = pq.read_table(path, page_checksum_verification=True)
     except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())}); {REMEDY}") from error
-    return table.replace_schema_metadata(None), (table.schema.metadata or {}).get(_PROCESS, b"?").decode()
+        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())}); {remedy}") from error
+    if "item" not in table.column_names or table["item"].to_pylist() != list(items):
+        raise InputError(f"{path}: does not hold the results of its unit; {remedy}")
+    parts.units[(table.schema.metadata or {}).get(_PROCESS, b"?").decode()] += 1
+    return table.replace_schema_metadata(None)

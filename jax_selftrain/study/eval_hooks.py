@@ -126,7 +126,7 @@ class _EvalSuite:
         measures = {f"{text.name}/nll": found.texts[text.name]["nll"] for text in self.texts}
         measures |= {f"{task.name}/acc": found.tasks[task.name]["acc"] for task in self.tasks}
         for name, rows in self.sequences.items():
-            forced = evals.score_suffixes(model, rows, self.prefix)
+            forced = evals.extraction_metrics(model, rows, self.prefix, greedy_decode=False)
             measures[f"{name}/exact_match"] = float(forced["exact_match"].mean())
             measures[f"{name}/log_pz"] = float(forced["logprob"].mean())
             measures[f"{name}/pz"] = float(np.exp(forced["logprob"]).mean())

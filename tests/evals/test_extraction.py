@@ -19,11 +19,10 @@ from jax_selftrain.evals import (
     extract,
     extraction_metrics,
     flip_rate,
-    kept_lost_gained,
     make_window,
-    score_suffixes,
-    summarize,
 )
+from jax_selftrain.evals.exact_match import kept_lost_gained
+from jax_selftrain.evals.extraction import summarize
 from jax_selftrain.sampling import SamplingParams, generate, sample
 
 PREFIX, SUFFIX = 8, 24
@@ -268,11 +267,13 @@ def test_the_flip_rate_of_a_model_against_itself_is_zero_across_batches_and_smal
     model, tiny_model, greedy_paths, random_sequences
 ):
     sequences = np.concatenate([greedy_paths, random_sequences])
-    first = score_suffixes(model, sequences, PREFIX, batch_tokens=BATCH)
+    first = extraction_metrics(model, sequences, PREFIX, batch_tokens=BATCH, greedy_decode=False)
     for batch_tokens in (32, 200):
-        again = score_suffixes(model, sequences, PREFIX, batch_tokens=batch_tokens)
+        again = extraction_metrics(model, sequences, PREFIX, batch_tokens=batch_tokens, greedy_decode=False)
         assert flip_rate(first, again) == 0.0
-    rounded = score_suffixes(hub.load_model(tiny_model(), "data=1", "bfloat16"), sequences, PREFIX, batch_tokens=BATCH)
+    rounded = extraction_metrics(
+        hub.load_model(tiny_model(), "data=1", "bfloat16"), sequences, PREFIX, batch_tokens=BATCH, greedy_decode=False
+    )
     flips = np.count_nonzero(first["exact_match"] != rounded["exact_match"])
     assert flip_rate(first, rounded) == flips / 64
     assert 0 < flips <= 32  # greedy paths of a random model are fragile; random sequences cannot flip

@@ -12,10 +12,9 @@ from models_factory import tiny_texts
 
 from jax_selftrain.config import ScoreConfig
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals import dev_test_split, load_score_result, load_tasks, score
-from jax_selftrain.evals.item_results import ITEMS, item_hash, tabulate_items
+from jax_selftrain.evals import load_score_result, load_tasks, score
+from jax_selftrain.evals.item_results import ITEMS, REQUESTS, dev_test_split, item_hash, tabulate_items
 from jax_selftrain.evals.perplexity import TokenizedText
-from jax_selftrain.evals.score import REQUESTS
 from jax_selftrain.io import atomic
 
 

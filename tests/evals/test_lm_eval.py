@@ -16,9 +16,8 @@ from jax_selftrain import cli, hub
 from jax_selftrain.config import ScoreConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals import score
-from jax_selftrain.evals.item_results import load_score_result
+from jax_selftrain.evals.item_results import REQUESTS, load_score_result
 from jax_selftrain.evals.lm_eval_tasks import SUITES, split_names
-from jax_selftrain.evals.score import REQUESTS
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 

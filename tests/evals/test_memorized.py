@@ -18,8 +18,8 @@ from models_factory import write_tiny_hf_model
 from jax_selftrain import hub
 from jax_selftrain.config import ExtractConfig, TrainConfig, yaml_io
 from jax_selftrain.corpus import Sample
-from jax_selftrain.evals import extract, extraction_metrics, parse_sampling_policies
-from jax_selftrain.evals.suffix_probability import column_name
+from jax_selftrain.evals import extract, extraction_metrics
+from jax_selftrain.evals.suffix_probability import parse_sampling_policies
 
 PREFIX, SUFFIX, N = 8, 16, 500
 STEPS = 800
@@ -134,7 +134,7 @@ def test_all_measures_equal_those_of_transformers_on_the_export(run, sequences, 
         POLICIES[0]: [TemperatureLogitsWarper(1.0), TopKLogitsWarper(40)],
         POLICIES[1]: [TemperatureLogitsWarper(0.8), TopKLogitsWarper(20), TopPLogitsWarper(0.9)],
     }
-    names = ["logprob", *(column_name(named) for named in parse_sampling_policies(POLICIES))]
+    names = ["logprob", *(f"logprob {name}" for name in parse_sampling_policies(POLICIES))]
     for name, chain in zip(names, warpers.values(), strict=True):
         flat = LogitsProcessorList(chain)(None, logits.reshape(-1, logits.shape[-1]))
         shares = torch.log_softmax(flat.double(), -1).reshape(logits.shape)

@@ -19,7 +19,7 @@ from jax_selftrain import hub
 from jax_selftrain.config import ScoreConfig, yaml_io
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals import build_requests, load_tasks, load_texts, score, score_requests
-from jax_selftrain.evals.score import REQUESTS
+from jax_selftrain.evals.item_results import REQUESTS
 
 
 def write(path, rows):

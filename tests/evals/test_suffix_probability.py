@@ -6,8 +6,13 @@ import pytest
 
 from jax_selftrain import hub
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals import extraction_metrics, n_p_discoverable, parse_sampling_policies
-from jax_selftrain.evals.suffix_probability import N_SAMPLES, P_LEVELS, column_name, summarize_suffix_probability
+from jax_selftrain.evals import extraction_metrics, n_p_discoverable
+from jax_selftrain.evals.suffix_probability import (
+    N_SAMPLES,
+    P_LEVELS,
+    parse_sampling_policies,
+    summarize_suffix_probability,
+)
 from jax_selftrain.sampling import warp_logits
 
 
@@ -18,8 +23,11 @@ def model(tiny_model):
 
 def test_policies_have_one_name_each():
     words = ["top-k=40,temperature=1.0", "temperature=0.70", "top-p=0.9 , min-p=0.05", "temperature=1"]
-    names = [named.name for named in parse_sampling_policies(words)]
-    assert names == ["temperature=1,top-k=40", "temperature=0.7", "temperature=1,top-p=0.9,min-p=0.05"]
+    assert list(parse_sampling_policies(words)) == [
+        "temperature=1,top-k=40",
+        "temperature=0.7",
+        "temperature=1,top-p=0.9,min-p=0.05",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -63,10 +71,10 @@ def test_a_suffix_that_a_policy_excludes_has_probability_zero(model):
     for at in range(6, 12):
         order = np.argsort(-np.asarray(model.logits(sequence[:, :at]))[0, -1])
         sequence[0, at] = order[2 if at == 8 else 1]
-    top2, top3 = parse_sampling_policies(["top-k=2", "top-k=3"])
-    measured = extraction_metrics(model, sequence, 6, policies=[top2, top3])
-    assert measured[column_name(top2)][0] == -np.inf
-    assert measured["logprob"][0] < measured[column_name(top3)][0] < 0
+    policies = parse_sampling_policies(["top-k=2", "top-k=3"])
+    measured = extraction_metrics(model, sequence, 6, policies=policies)
+    assert measured["logprob temperature=1,top-k=2"][0] == -np.inf
+    assert measured["logprob"][0] < measured["logprob temperature=1,top-k=3"][0] < 0
     summary = summarize_suffix_probability(np.array([-np.inf, np.log(0.5)]))
     assert (summary["zeros"], summary["pz"], summary["logprob"]) == (1, 0.25, np.log(0.5))
     assert summary["discoverable"]["10000@0.9"] == 0.5
@@ -91,7 +99,7 @@ def test_p_z_and_the_curve_agree_with_direct_sampling(model, word):
         before, group = np.unique(drawn[:, :token], axis=0, return_inverse=True)
         contexts = np.concatenate([np.tile(prefix, (len(before), 1)), before], axis=1).astype(np.int32)
         logits = model.logits(contexts)[:, -1]
-        masked = np.asarray(shape(logits, policies[0].sampling_params) if policies else logits, np.float64)
+        masked = np.asarray(shape(logits, *policies.values()) if policies else logits, np.float64)
         odds = np.exp(masked - masked.max(axis=1, keepdims=True)).cumsum(axis=1)
         sought = rng.random(DRAWS) * odds[group, -1]
         drawn[:, token] = [np.searchsorted(odds[row], at, side="right") for row, at in zip(group, sought, strict=True)]
@@ -100,7 +108,7 @@ def test_p_z_and_the_curve_agree_with_direct_sampling(model, word):
     chosen = values[np.argmax(counts)]  # chosen on one half of the draws, counted on the other
     hits = (drawn[half:] == chosen).all(axis=1)
     measured = extraction_metrics(model, np.concatenate([prefix, chosen])[None], length, policies=policies)
-    logprob = measured[column_name(policies[0]) if policies else "logprob"]
+    logprob = measured[" ".join(["logprob", *policies])]
     p_z = float(np.exp(logprob[0]))
     for n in (1, 5, 20, 100):
         groups = hits[: half // n * n].reshape(-1, n).any(axis=1)

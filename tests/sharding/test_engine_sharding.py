@@ -9,10 +9,9 @@ from jax_selftrain import hub
 from jax_selftrain.config import ScoreConfig
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.distributed.sharding import make_sharding_rules, shard_host_array
-from jax_selftrain.likelihood import LoglikelihoodRequest, scoring_program, token_scores
+from jax_selftrain.likelihood import LoglikelihoodRequest, loglikelihoods, scoring_program
 from jax_selftrain.likelihood.batching import (
     MAX_UNIQUE_TOKENS,
-    batch_rows,
     plan_units,
 )
 from jax_selftrain.likelihood.device_programs import logprobs_and_argmax
@@ -56,11 +55,26 @@ def load(tiny_model):
 )
 def test_any_mesh_gives_the_same_likelihoods(load, mesh, preset):
     requests = random_requests(40, 512, 64)
-    one = token_scores(load(), requests, batch_tokens=BATCH)
-    many = token_scores(load("llama", mesh, preset), requests, batch_tokens=BATCH)
-    for a, b in zip(one, many, strict=True):
-        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)  # rounding noise of fp32 logits is about 1e-6
-        np.testing.assert_array_equal(a.greedy, b.greedy)
+    assert_equal_scores(load("llama", mesh, preset), load(), requests)
+
+
+def assert_equal_scores(model, reference, requests):
+    """Compare the requests, each of their tokens, and the most probable tokens."""
+    tokens = [
+        LoglikelihoodRequest([*context, *continuation[:i]], [continuation[i]])
+        for context, continuation in requests
+        for i in range(len(continuation))
+    ]
+    found, expected = (loglikelihoods(one, [*requests, *tokens], batch_tokens=BATCH) for one in (model, reference))
+    for a, b in zip(found, expected, strict=True):
+        assert a.loglikelihood == pytest.approx(b.loglikelihood, abs=2e-5 * a.tokens)  # fp32 logits are right to 1e-6
+        assert (a.is_greedy, a.tokens) == (b.is_greedy, b.tokens)
+    padded = np.zeros((len(tokens), 64), np.int32)  # later tokens are masked
+    for row, (context, _) in zip(padded, tokens, strict=True):
+        row[: len(context)] = context
+    best = np.asarray(reference.logits(padded)).argmax(-1)
+    greedy = [(context, [int(row[len(context) - 1])]) for row, (context, _) in zip(best, tokens, strict=True)]
+    assert all(answer.is_greedy for answer in loglikelihoods(model, greedy, batch_tokens=BATCH))
 
 
 def questions(n: int, seed: int = 3) -> list[LoglikelihoodRequest]:
@@ -104,15 +118,19 @@ def tokenize_request(context, continuation):
 )
 def test_choices_of_a_question_are_scored_as_if_each_were_alone(tiny_model, family, mesh, overrides):
     model = hub.load_model(tiny_model(family, max_position_embeddings=128, **overrides), mesh)
-    requests = questions(6)
-    for request, answer in zip(requests, token_scores(model, requests, batch_tokens=BATCH), strict=True):
+    requests, greedy = questions(6), []
+    for request, answer in zip(requests, loglikelihoods(model, requests, batch_tokens=BATCH), strict=True):
         n, end = len(request.continuation), len(request.context) + len(request.continuation) - 1
         whole = np.zeros((model.sharding_rules.data_parallelism, 64), np.int32)  # one shape: later tokens are masked
         whole[0, : end + 1] = [*request.context, *request.continuation]
         logits = np.asarray(model.logits(whole))[0, end - n : end]
-        expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(n), whole[0, end - n + 1 : end + 1]]
-        np.testing.assert_allclose(answer.logprobs, expected, atol=2e-5)  # rounding noise of fp32 logits is about 1e-6
-        np.testing.assert_array_equal(answer.greedy, logits.argmax(-1))
+        targets = whole[0, end - n + 1 : end + 1]
+        expected = np.asarray(jax.nn.log_softmax(logits), np.float64)[np.arange(n), targets].sum()
+        assert answer.loglikelihood == pytest.approx(expected, abs=2e-5)  # rounding noise of fp32 logits is about 1e-6
+        best = logits.argmax(-1).tolist()
+        assert answer.is_greedy == (best == targets.tolist())
+        greedy += [([*request.context, *request.continuation[:i]], [token]) for i, token in enumerate(best)]
+    assert all(answer.is_greedy for answer in loglikelihoods(model, greedy, batch_tokens=BATCH))
 
 
 def test_a_unit_lists_the_unique_tokens_of_each_device():
@@ -124,7 +142,7 @@ def test_a_unit_lists_the_unique_tokens_of_each_device():
         own = [[], []]
         for batch in unit.batches:
             for number, row in enumerate(batch.rows):
-                own[number // (batch_rows(rules, batch.length, BATCH) // 2)].append(row.tokens)
+                own[number // batch.rows_per_device].append(row.tokens)
         for vocabulary, rows in zip(unit.unique_tokens, own, strict=True):
             np.testing.assert_array_equal(vocabulary, np.unique(np.concatenate(rows)))
     sizes = [max(map(len, unit.unique_tokens)) for unit in units]
@@ -134,15 +152,15 @@ def test_a_unit_lists_the_unique_tokens_of_each_device():
 @pytest.mark.parametrize("spec", ["data=1", pytest.param("data=2,model=2", marks=pytest.mark.nightly)])
 def test_a_batch_with_too_many_unique_tokens_is_a_unit_alone(load, monkeypatch, spec):
     requests = random_requests(40, 512, 300)
-    expected = token_scores(load(), requests, batch_tokens=BATCH)
+    expected = loglikelihoods(load(), requests, batch_tokens=BATCH)
     monkeypatch.setattr("jax_selftrain.likelihood.batching.MAX_UNIQUE_TOKENS", 128)
     model = load(mesh=spec)
     units = plan_units(model.sharding_rules, model.config, deduplicate(model.config, requests)[0], BATCH)
     assert {len(unit.batches) for unit in units} == {1}
     assert max(len(unit.unique_tokens[0]) for unit in units) > 128
-    for a, b in zip(token_scores(model, requests, batch_tokens=BATCH), expected, strict=True):
-        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)
-        np.testing.assert_array_equal(a.greedy, b.greedy)
+    for a, b in zip(loglikelihoods(model, requests, batch_tokens=BATCH), expected, strict=True):
+        assert a.loglikelihood == pytest.approx(b.loglikelihood, abs=2e-5 * a.tokens)
+        assert a.is_greedy == b.is_greedy
 
 
 @pytest.mark.parametrize(("mesh", "preset"), [("data=1", "tensor"), ("model=2", "tensor"), ("model=2", "replicated")])

@@ -4,10 +4,8 @@ import numpy as np
 import pytest
 
 from jax_selftrain import hub
-from jax_selftrain.evals import (
-    parse_sampling_policies,
-    score_suffixes,
-)
+from jax_selftrain.evals import extraction_metrics
+from jax_selftrain.evals.suffix_probability import parse_sampling_policies
 from jax_selftrain.sampling import SamplingParams, generate
 
 PREFIX, SUFFIX = 8, 24
@@ -40,9 +38,10 @@ def random_sequences():
 def test_measures_do_not_depend_on_the_mesh(model, tiny_model, greedy_paths, random_sequences, mesh):
     sequences = np.concatenate([greedy_paths[:9], random_sequences[:8]])
     policies = parse_sampling_policies(["temperature=1,top-k=40", "temperature=0.7,top-p=0.9"])
-    alone = score_suffixes(model, sequences, PREFIX, policies=policies, batch_tokens=BATCH)
-    spread = score_suffixes(
-        hub.load_model(tiny_model(), mesh), sequences, PREFIX, policies=policies, batch_tokens=BATCH
+    models = (model, hub.load_model(tiny_model(), mesh))
+    alone, spread = (
+        extraction_metrics(one, sequences, PREFIX, policies=policies, batch_tokens=BATCH, greedy_decode=False)
+        for one in models
     )
     for name, values in alone.items():
         np.testing.assert_allclose(spread[name], values, atol=2e-5, err_msg=name)  # 24 fp32 roundings of 1e-6
