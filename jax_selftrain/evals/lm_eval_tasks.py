@@ -266,7 +266,7 @@ def _is_complete(manager: TaskManager, name: str) -> bool:
 
 
 def _members(entry: Any) -> list[Any]:
-    """Return the names of the tasks of a group or tag; empty for a task."""
+    """Return the members of a group or tag; empty for a task."""
     if entry.kind.name == "TAG":
         return sorted(entry.tags)
     members = entry.cfg.get("task") if entry.kind.name == "GROUP" and entry.cfg else None

@@ -150,7 +150,7 @@ def held_out_half(fingerprint: str, index: np.ndarray) -> np.ndarray:
 def _read(
     reference: str, window: PromptWindow, limit: int | None, tokenizer: Callable[[], Any]
 ) -> tuple[pa.Table, int, list[str]]:
-    """Return columns of the sequences, the start of the window, and labels for errors."""
+    """Return sequences, start of the window, and labels for errors."""
     files, path = _files(reference), Path(reference)
     if files[0].suffix == ".npy":
         arrays = [_read_npy(file)[:limit] for file in files]

@@ -175,7 +175,7 @@ def _read_lambada(row: JsonRow) -> Question:
 
 
 def _piqa_labels(path: Path, rows: Sequence[tuple[str, JsonRow]]) -> list[JsonRow]:
-    """Read the column `label` of PIQA, which is published in a second file."""
+    """Read the labels of PIQA, which are published in a second file."""
     if all("label" in row for _, row in rows):
         return [{}] * len(rows)
     file = path.with_name(f"{path.stem}-labels.lst")

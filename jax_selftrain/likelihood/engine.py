@@ -157,7 +157,7 @@ def run_batches(
 def batch_program(
     config: DecoderConfig, rules: ShardingRules, dtype: DTypeLike, batch_tokens: int | None, length: int
 ) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
-    """Return the program of a unit of one batch in the worst case.
+    """Return the program of a unit with one batch, at worst.
 
     All tokens are different, and all positions are query positions.
 
@@ -255,7 +255,7 @@ def _dispatch(
 def _batch_arrays(
     batch: BatchSpec, unique_tokens: Sequence[np.ndarray], targets: np.ndarray, filled: list[int]
 ) -> tuple[np.ndarray, ...]:
-    """Return the arrays of `encode_batch`, and write the targets of the batch to `targets`."""
+    """Return the arrays of `encode_batch`, and fill in `targets`."""
     rows = batch.rows_per_device * len(filled)
     tokens, positions, ends = (np.zeros((rows, batch.length), np.int32) for _ in range(3))
     query_positions = np.zeros((rows, batch.num_queries), np.int32)
@@ -280,7 +280,7 @@ def _row_slots(batch: BatchSpec, filled: list[int]) -> Iterator[tuple[PackedTrie
 
 
 def _gather_likelihoods(unit: WorkUnit, scores: tuple[jax.Array, jax.Array]) -> dict[int, Likelihood]:
-    """Wait for the scores of a unit, and sum those of each request."""
+    """Wait for the scores of a unit, and sum them by request."""
     logprobs, greedy = map(np.asarray, scores)
     filled, found = [0] * len(logprobs), {}
     for batch in unit.batches:
