@@ -36,7 +36,9 @@ from jax_selftrain import hub
 from jax_selftrain.distributed.mesh import make_mesh, xla_options
 from jax_selftrain.distributed.sharding import make_sharding_rules
 from jax_selftrain.models import DecoderConfig, abstract_params, axis_sizes, init_params
-from jax_selftrain.sampling import DecodeLoop, DecodeSpec, SamplingParams, per_sample_keys
+from jax_selftrain.sampling import SamplingParams
+from jax_selftrain.sampling.counter_rng import per_sample_keys
+from jax_selftrain.sampling.decode import DecodeLoop, DecodeSpec
 
 # ---------------------------------------------------------------- contestants
 

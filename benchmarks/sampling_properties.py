@@ -30,18 +30,13 @@ from jax_selftrain import hub
 from jax_selftrain.config import SampleConfig
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.distributed.sharding import make_sharding_rules, shard_host_array
-from jax_selftrain.models import TAIL_LEN, DecoderConfig, Params, axis_sizes, forward, init_params, unembed
+from jax_selftrain.models import DecoderConfig, Params, axis_sizes, forward, init_params, unembed
+from jax_selftrain.models.kv_cache import TAIL_LEN
 from jax_selftrain.planning import neox_config
-from jax_selftrain.sampling import (
-    DecodeLoop,
-    DecodeSpec,
-    SampleBatch,
-    SamplingParams,
-    per_sample_keys,
-    sample,
-)
+from jax_selftrain.sampling import SamplingParams, sample
 from jax_selftrain.sampling.categorical import take_per_row
-from jax_selftrain.sampling.decode import compute_logits, decode_chunk
+from jax_selftrain.sampling.counter_rng import per_sample_keys
+from jax_selftrain.sampling.decode import DecodeLoop, DecodeSpec, SampleBatch, compute_logits, decode_chunk
 
 
 def random_model(config: DecoderConfig, mesh: str = "data=1,model=1") -> tuple[DecodeSpec, Params]:

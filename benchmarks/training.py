@@ -36,8 +36,9 @@ from jax_selftrain.config import TrainConfig
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context, xla_options
 from jax_selftrain.distributed.sharding import make_sharding_rules
 from jax_selftrain.models import DecoderConfig, axis_sizes, init_params
-from jax_selftrain.training import Batch, abstract_train_step
-from jax_selftrain.training.flops import make_throughput
+from jax_selftrain.training import abstract_train_step
+from jax_selftrain.training.flops import measure_speed
+from jax_selftrain.training.loss import Batch
 from jax_selftrain.training.step import init_state
 
 
@@ -130,9 +131,7 @@ def measure(case: Case, dtype: str, remat: str, rounds: int) -> str:
     seconds = alternate(contestants, rounds)
     speed = {name: [case.rows * case.tokens / value for value in values] for name, values in seconds.items()}
     middle = statistics.median(speed["ours"])
-    achieved = make_throughput(train_config(case, dtype, remat), config, make_mesh("data=1,model=1")).flops_and_mfu(
-        middle
-    )
+    achieved = measure_speed(train_config(case, dtype, remat), config, make_mesh("data=1,model=1"), middle)
     flops, reached = achieved["flops_per_second"], product_flops(dtype)
     mfu = f"{100 * achieved['mfu']:.0f} %" if "mfu" in achieved else "—"
     row = (

@@ -24,7 +24,8 @@ from typing import Annotated, Any, get_type_hints
 from jax_selftrain import config
 from jax_selftrain.config import yaml_io
 from jax_selftrain.config.metadata import Role, fields_with_role, roles
-from jax_selftrain.distributed import DistributedConfig, current, distributed_context, hard_exit, live_processes
+from jax_selftrain.distributed import peers, sync
+from jax_selftrain.distributed.cluster import DistributedConfig
 from jax_selftrain.errors import InputError, SelftrainError
 from jax_selftrain.io.import_guard import mark_cli_process
 from jax_selftrain.io.lease import wait_for_lease
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         mark_cli_process()
     code = _main(list(sys.argv[1:] if argv is None else argv))
-    hard_exit(code)
+    sync.hard_exit(code)
     if argv is None:
         gc.freeze()  # the final garbage collection over all imported modules takes long
     return code
@@ -107,8 +108,8 @@ def _main(argv: list[str]) -> int:
         module, function = COMMANDS[name].function.split(":")
         with ExitStack() as stack:
             if name in DISTRIBUTED_COMMANDS:
-                stack.enter_context(distributed_context(processes, program=program))
-            options = stack.enter_context(localize_uris(options, exclusive=current() is None))
+                stack.enter_context(sync.distributed_context(processes, program=program))
+            options = stack.enter_context(localize_uris(options, exclusive=peers.current() is None))
             result = getattr(import_module(module), function)(options.folder if name == "report" else options)
             if name in ("run", "study") and not getattr(options, "dry_run", False) and _is_first_process():
                 with wait_for_lease(Path(options.out) / ".report.lease"):  # processes that share the folder
@@ -156,7 +157,7 @@ def _cpu_model() -> str:
 def _is_first_process() -> bool:
     jax = sys.modules.get("jax")
     # `process_index` starts the devices, so a command without a model does not call it.
-    return jax is None or not jax.distributed.is_initialized() or jax.process_index() == live_processes()[0]
+    return jax is None or not jax.distributed.is_initialized() or jax.process_index() == sync.live_processes()[0]
 
 
 # ---------------------------------------------------------------- options

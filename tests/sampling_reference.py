@@ -9,9 +9,10 @@ import numpy as np
 from jaxtyping import Float, Int, UInt32
 
 from jax_selftrain.models import Params
-from jax_selftrain.sampling import DecodeLoop, DecodeSpec, SampleBatch, SamplingParams, level_sizes, per_sample_keys
-from jax_selftrain.sampling.categorical import RADIX
-from jax_selftrain.sampling.counter_rng import token_random_bits
+from jax_selftrain.sampling import SamplingParams
+from jax_selftrain.sampling.categorical import RADIX, level_sizes
+from jax_selftrain.sampling.counter_rng import per_sample_keys, token_random_bits
+from jax_selftrain.sampling.decode import DecodeLoop, DecodeSpec, SampleBatch
 
 _token_random_bits = jax.jit(token_random_bits, static_argnums=2)
 

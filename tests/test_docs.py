@@ -11,7 +11,7 @@ import pytest
 
 from jax_selftrain.cli import COMMANDS, CONFIG_FILE, DISTRIBUTED_COMMANDS
 from jax_selftrain.config import StudyConfig, yaml_io
-from jax_selftrain.distributed import DistributedConfig
+from jax_selftrain.distributed.cluster import DistributedConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -6,26 +6,7 @@ that, and a thread polls the live processes (`peers`). Collective work then ends
 process-local work continues.
 """
 
-from jax_selftrain.distributed.cluster import DistributedConfig
-from jax_selftrain.distributed.peers import current
-from jax_selftrain.distributed.signals import sigterm_handler
-from jax_selftrain.distributed.sync import (
-    barrier,
-    broadcast_one_to_all,
-    distributed_context,
-    hard_exit,
-    live_processes,
-    process_local,
-)
+from jax_selftrain.distributed.signals import sigterm_event, sigterm_handler
+from jax_selftrain.distributed.sync import barrier, broadcast_one_to_all, live_processes, process_local
 
-__all__ = [
-    "DistributedConfig",
-    "barrier",
-    "broadcast_one_to_all",
-    "current",
-    "distributed_context",
-    "hard_exit",
-    "live_processes",
-    "process_local",
-    "sigterm_handler",
-]
+__all__ = ["barrier", "broadcast_one_to_all", "live_processes", "process_local", "sigterm_event", "sigterm_handler"]

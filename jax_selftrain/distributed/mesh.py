@@ -117,44 +117,31 @@ def mesh_context(mesh: Mesh | AbstractMesh) -> Iterator[None]:
             yield
 
 
-class _CompilationCacheToggle:
-    """Switch of JAX's compilation cache; off while it has users."""
-
-    def __init__(self) -> None:
-        self.lock, self.users, self.before = threading.Lock(), 0, True
-
-    def disable(self) -> None:
-        """Add a user."""
-        with self.lock:
-            if self.users == 0:
-                self.before = jax.config.values["jax_enable_compilation_cache"]
-                self._set(False)
-            self.users += 1
-
-    def restore(self) -> None:
-        """Remove a user."""
-        with self.lock:
-            self.users -= 1
-            if self.users == 0:
-                self._set(self.before)
-
-    @staticmethod
-    def _set(enabled: bool) -> None:
-        jax.config.update("jax_enable_compilation_cache", enabled)
-        compilation_cache.reset_cache()  # JAX reads the option at its first compilation
-
-
-_CACHE = _CompilationCacheToggle()
+_CACHE_LOCK = threading.Lock()
+_num_cache_blockers, _was_cache_enabled = 0, True
 
 
 @contextmanager
 def no_compilation_cache() -> Iterator[None]:
-    """Neither read nor write JAX's compilation cache while inside."""
-    _CACHE.disable()
+    """Neither read nor write JAX's compilation cache while inside, in any thread."""
+    global _num_cache_blockers, _was_cache_enabled
+
+    def enable(value: bool) -> None:
+        jax.config.update("jax_enable_compilation_cache", value)
+        compilation_cache.reset_cache()  # JAX reads the option at its first compilation
+
+    with _CACHE_LOCK:
+        if not _num_cache_blockers:
+            _was_cache_enabled = jax.config.values["jax_enable_compilation_cache"]
+            enable(False)
+        _num_cache_blockers += 1
     try:
         yield
     finally:
-        _CACHE.restore()
+        with _CACHE_LOCK:
+            _num_cache_blockers -= 1
+            if not _num_cache_blockers:
+                enable(_was_cache_enabled)
 
 
 def xla_options() -> dict[str, bool]:

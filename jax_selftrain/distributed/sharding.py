@@ -15,13 +15,14 @@ Parameters, optimizer state, KV cache and batches take their shardings from it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from jax_selftrain.errors import InputError
 
@@ -55,6 +56,10 @@ class ShardingRules:
     def sharding(self, axes: Axes) -> NamedSharding:
         """Return the sharding of an array with these logical axes."""
         return NamedSharding(self.mesh, self.spec(axes))
+
+    def abstract_array(self, shape: tuple[int, ...], dtype: DTypeLike, axes: Axes) -> jax.ShapeDtypeStruct:
+        """Return a `ShapeDtypeStruct` with the sharding of these logical axes."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.sharding(axes))
 
     def unsharded_embed(self, axes: Axes) -> NamedSharding:
         """Return the sharding of a parameter that is gathered along `embed`."""
@@ -98,7 +103,8 @@ def make_sharding_rules(preset: str, mesh: Mesh, sizes: Mapping[str, int]) -> Sh
             legal = [n for n in range(1, max(sizes.values()) + 1) if _model_axis_fits(n, sizes)]
             raise InputError(
                 f"--mesh model={model} does not divide this model's heads, MLP width and vocabulary "
-                f"({_describe(sizes)}); model can be {_join(legal)}"
+                f"({sizes['kv_heads'] * sizes['q_per_kv']} heads over {sizes['kv_heads']} key/value heads, "
+                f"{sizes['mlp']}, {sizes['vocab']}); model can be {', '.join(map(str, legal))}"
             )
         rules |= {"vocab": "model", "mlp": "model"}
         rules["kv_heads" if sizes["kv_heads"] % model == 0 else "q_per_kv"] = "model"
@@ -108,7 +114,7 @@ def make_sharding_rules(preset: str, mesh: Mesh, sizes: Mapping[str, int]) -> Sh
             legal = [n for n in range(1, sizes["embed"] + 1) if sizes["embed"] % n == 0]
             raise InputError(
                 f"--preset fsdp --mesh data={data} does not divide this model's width {sizes['embed']}; "
-                f"data can be {_join(legal)}"
+                f"data can be {', '.join(map(str, legal))}"
             )
         rules["embed"] = "data"
     return ShardingRules(mesh, tuple(rules.items()))
@@ -119,11 +125,6 @@ def _model_axis_fits(model: int, sizes: Mapping[str, int]) -> bool:
     return heads_fit and sizes["vocab"] % model == 0 and sizes["mlp"] % model == 0
 
 
-def _describe(sizes: Mapping[str, int]) -> str:
-    heads = sizes["kv_heads"] * sizes["q_per_kv"]
-    return f"{heads} heads over {sizes['kv_heads']} key/value heads, {sizes['mlp']}, {sizes['vocab']}"
-
-
 def shard_host_array(rules: ShardingRules, array: np.ndarray, axes: Axes) -> jax.Array:
     """Shard a host array over the mesh.
 
@@ -131,7 +132,3 @@ def shard_host_array(rules: ShardingRules, array: np.ndarray, axes: Axes) -> jax
     """
     sharding = rules.sharding(axes)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-
-def _join(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))

@@ -32,6 +32,14 @@ def sigterm_handler(on_sigterm: Callable[[], object]) -> Iterator[None]:
             libc().signal(signal.SIGTERM, c_handler)
 
 
+@contextmanager
+def sigterm_event() -> Iterator[threading.Event]:
+    """Yield an event that SIGTERM sets, in the main thread."""
+    received = threading.Event()
+    with sigterm_handler(received.set):
+        yield received
+
+
 def libc() -> Any:
     """Return the C library, with the types of `signal` declared."""
     library = ctypes.CDLL(None)

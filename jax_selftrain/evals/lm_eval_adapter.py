@@ -289,14 +289,9 @@ def _sampling_params(model: hub.LoadedModel, options: Mapping[str, Any], where: 
         return SamplingParams(max_tokens=options["max_gen_toks"], stop_ids=stop_ids, temperature=0)
     kinds: dict[str, Any] = {"temperature": float, "top_k": int, "top_p": float, "min_p": float}
     given = {name: kind(options[name]) for name, kind in kinds.items() if options.get(name) is not None}
-    return make_sampling_params(
-        SampleConfig(model=model.source.ref, max_tokens=options["max_gen_toks"], **given),
-        start_id=start_token(model),
-        stop_ids=stop_ids,
-        vocab_size=model.config.vocab_size,
-        tokenizer_length=model.special_tokens.tokenizer_length,
-        max_positions=model.config.max_positions,
-    )
+    given |= {"max_tokens": options["max_gen_toks"], "start_id": start_token(model)}
+    config = SampleConfig(model=model.source.ref, **given)
+    return make_sampling_params(config, model.config, model.special_tokens)
 
 
 def _describe(instance: Instance) -> str:

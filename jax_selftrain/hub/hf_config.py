@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub.families import FAMILIES
-from jax_selftrain.models import DecoderConfig, RopeConfig
+from jax_selftrain.models import DecoderConfig
+from jax_selftrain.models.config import RopeConfig
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_python": "gelu", "silu": "silu", "swish": "silu", "relu": "relu"}
 _ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh"), "gelu_tanh")

@@ -24,7 +24,8 @@ from jax_selftrain.hub.model_folder import ExportSpec, export_spec, save_model
 from jax_selftrain.hub.model_ref import CONFIG, PARAMS, ModelRef, Ref, open_model
 from jax_selftrain.hub.safetensors_io import load_params, open_weights
 from jax_selftrain.hub.tokenizer import SpecialTokens
-from jax_selftrain.models import DecoderConfig, Params, abstract_params, axis_sizes, forward, param_shardings, unembed
+from jax_selftrain.models import DecoderConfig, Params, abstract_params, axis_sizes, forward, unembed
+from jax_selftrain.models.params import param_shardings
 
 
 @dataclass(frozen=True, eq=False)

@@ -41,7 +41,8 @@ from jax_selftrain.hub.weight_mapping import (
     param_sources,
 )
 from jax_selftrain.io import atomic
-from jax_selftrain.models import DecoderConfig, Params, param_shardings
+from jax_selftrain.models import DecoderConfig, Params
+from jax_selftrain.models.params import param_shardings
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9

@@ -25,16 +25,11 @@ from jax_selftrain.io.remote_paths import restore_uris
 
 PathLike = str | os.PathLike[str]
 
-_REMEDY = {
-    errno.ENOSPC: "free some space and run the same command again",
-    errno.EDQUOT: "free some of your quota and run the same command again",
-    errno.EFBIG: "the file size limit was reached: raise it (ulimit -f) and run the same command again",
-    errno.EACCES: "choose a folder that you may write to",
-    errno.EPERM: "choose a folder that you may write to",
-    errno.EROFS: "choose a folder that you may write to",
+_FULL_DISK = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
 }
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _FOREIGN_TEMP_SECONDS = 86_400.0
 """Age at which a temporary file of another host, whose processes cannot be checked, counts as stale."""
@@ -173,13 +168,9 @@ _TEMP_NAME = re.compile(
 )
 
 
-TRASH_PREFIX = ".discarded-"
-"""Prefix of the name of a folder that is being removed."""
-
-
 def is_temporary(name: str) -> bool:
     """Return True for the name of a lease or a temporary file."""
-    return name.endswith(".lease") or name.startswith(TRASH_PREFIX) or _TEMP_NAME.fullmatch(name) is not None
+    return name.endswith(".lease") or _TEMP_NAME.fullmatch(name) is not None
 
 
 def temp_path(target: Path, kind: str) -> Path:
@@ -198,35 +189,24 @@ def _resolve_target(path: PathLike) -> Path:
 
 
 @contextmanager
-def os_errors_as_input_errors(target: Path, temp: Path) -> Iterator[None]:
-    """Turn a failure to write `target` into an InputError; other errors pass."""
+def os_errors_as_input_errors(target: Path, temp: Path | None = None) -> Iterator[None]:
+    """Turn a failure to write `target` or `temp` into an InputError."""
     try:
         yield
-    except OSError as error:
-        if error.errno is None:
-            _explain_text(target, error)
-            raise
-        if error.filename is not None and error.errno not in _NO_ROOM:
-            culprit = Path(os.fsdecode(error.filename))
-            if culprit not in (temp, target, *target.parents) and temp not in culprit.parents:
-                raise
-        remedy = _REMEDY.get(error.errno, "choose another folder or fix this one")
-        raise InputError(f"{target}: cannot be written ({os.strerror(error.errno)}); {remedy}") from error
     except InputError:
         raise
     except Exception as error:
-        _explain_text(target, error)
-        raise
-
-
-def _explain_text(target: Path, error: Exception) -> None:
-    """Raise InputError if a library (NumPy, safetensors, Orbax) wrapped a full-disk error."""
-    match = re.search(
-        r"No space left on device|Disk quota exceeded|File too large|\d+ requested and \d+ written", str(error)
-    )
-    if match:
-        remedy = _REMEDY[errno.ENOSPC]
-        raise InputError(f"{target}: cannot be written ({match[0]}: the disk or quota is full); {remedy}") from error
+        text = str(error)  # libraries (NumPy, safetensors, Orbax) wrap the error of a full disk
+        is_short = re.search(r"\d+ requested and \d+ written", text) is not None
+        code = errno.ENOSPC if is_short else next((code for code in _FULL_DISK if os.strerror(code) in text), None)
+        if code is None and isinstance(error, OSError) and error.errno is not None:
+            culprit = target if error.filename is None else Path(os.fsdecode(error.filename))
+            if culprit in (temp, target, *target.parents) or temp in culprit.parents:
+                code = error.errno
+        if code is None:
+            raise
+        remedy = f"{_FULL_DISK[code]} and run the same command again" if code in _FULL_DISK else "choose another folder"
+        raise InputError(f"{target}: cannot be written ({os.strerror(code)}); {remedy}") from error
 
 
 def _fsync(path: Path) -> None:

@@ -14,8 +14,8 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -33,30 +33,39 @@ def lease(path: PathLike, *, stale_after: float = 600.0) -> Iterator[bool]:
     wins. On a file system without locks two processes may win, which costs duplicate work only.
     """
     path = Path(path)
-    token = uuid.uuid4().hex
-    content = json.dumps({**asdict(this_process()), "token": token}).encode()
+    content = json.dumps({**asdict(this_process()), "token": uuid.uuid4().hex}).encode()
     if not _acquire(path, content, stale_after):
         yield False
         return
+
+    def touch() -> None:
+        with suppress(OSError):  # a transient fault of a network file system; the next call comes in time
+            if path.read_bytes() == content:  # else another process took over while this one was suspended
+                os.utime(path)
+
+    try:
+        with repeat_in_thread(touch, stale_after / 10, f"lease {path.name}"):
+            yield True
+    finally:
+        _release(path, content)
+
+
+@contextmanager
+def repeat_in_thread(action: Callable[[], object], seconds: float, name: str) -> Iterator[None]:
+    """Call an action every `seconds` in a thread while inside."""
     done = threading.Event()
 
-    def touch_repeatedly() -> None:
-        while not done.wait(stale_after / 10):
-            try:
-                os.utime(path)
-            except FileNotFoundError:
-                return  # another process took over while this one was suspended
-            except OSError:
-                continue  # transient fault of a network file system; the next beat comes before the lease is stale
+    def repeat() -> None:
+        while not done.wait(seconds):
+            action()
 
-    heartbeat = threading.Thread(target=touch_repeatedly, name=f"lease {path.name}", daemon=True)
-    heartbeat.start()
+    thread = threading.Thread(target=repeat, name=name, daemon=True)
+    thread.start()
     try:
-        yield True
+        yield
     finally:
         done.set()
-        heartbeat.join()
-        _release(path, content)
+        thread.join()
 
 
 @contextmanager

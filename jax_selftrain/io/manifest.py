@@ -25,6 +25,11 @@ def hash_json(obj: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def manifest_entry(path: Path) -> dict[str, Any]:
+    """Return the checksum and the size in bytes of a file."""
+    return {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+
+
 def folder_manifest(folder: PathLike, *, exclude: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
     """Return the checksum and size of every file below a folder.
 
@@ -34,7 +39,7 @@ def folder_manifest(folder: PathLike, *, exclude: Iterable[str] = ()) -> dict[st
     root, patterns = Path(folder), tuple(exclude)
     names = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
     kept = sorted(name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns))
-    return {name: {"sha256": sha256_file(root / name), "bytes": (root / name).stat().st_size} for name in kept}
+    return {name: manifest_entry(root / name) for name in kept}
 
 
 def verify_checksums(

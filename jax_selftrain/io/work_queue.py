@@ -9,33 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from jax_selftrain.io.lease import lease
 
 Task = TypeVar("Task")
 
 
-@dataclass(frozen=True)
-class Claim(Generic[Task]):
-    """A task that this process holds; a context manager that releases it."""
-
-    task: Task
-    release: Callable[[], None]
-
-    def __enter__(self) -> Task:
-        return self.task
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-
 def run_missing(
     tasks: Iterable[Task],
-    run_claimed: Callable[[Iterator[Claim[Task]]], None],
+    run_claimed: Callable[[Iterator[tuple[Task, ExitStack]]], None],
     *,
     is_done: Callable[[Task], bool],
     lease_file: Callable[[Task], Path],
@@ -50,8 +35,9 @@ def run_missing(
 
     Args:
       tasks: the tasks, in the order in which they are tried; the same in every process.
-      run_claimed: run the tasks of an iterator, which claims the next task when it is advanced. On return every claimed
-        task must be done. Claims that it does not release end then, or with its exception.
+      run_claimed: run the tasks of an iterator, which claims the next task when it is advanced and yields it with its
+        claim, a context manager. On return every claimed task must be done. Other claims end then, or with its
+        exception.
       is_done: return True if the output of a task is committed.
       lease_file: return the path of a task's lease; its folder must exist.
       is_ready: return True if a task can run now.
@@ -66,7 +52,7 @@ def run_missing(
         remaining: list[Task] = []
         is_idle = True
 
-        def claim_tasks(claims: ExitStack) -> Iterator[Claim[Task]]:
+        def claim_tasks(claims: ExitStack) -> Iterator[tuple[Task, ExitStack]]:
             nonlocal is_idle
             for task in progress(pending):
                 if not is_ready(task):
@@ -79,7 +65,7 @@ def run_missing(
                     with ExitStack() as attempt:
                         if agree(partial(try_claim, task, attempt)):
                             is_idle = False
-                            yield Claim(task, claims.enter_context(attempt.pop_all()).close)
+                            yield task, claims.enter_context(attempt.pop_all())
 
         with ExitStack() as claims:
             run_claimed(claim_tasks(claims))

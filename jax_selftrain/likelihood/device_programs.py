@@ -19,7 +19,8 @@ from jaxtyping import Array, Float, Int
 
 from jax_selftrain.distributed.sharding import ShardingRules
 from jax_selftrain.likelihood.batching import PROJECTION_CHUNK
-from jax_selftrain.models import DecoderConfig, Params, Precomputed, forward, unembed
+from jax_selftrain.models import DecoderConfig, Params, forward, unembed
+from jax_selftrain.models.token_precompute import Precomputed
 
 
 def encode_batch(

@@ -39,16 +39,8 @@ from jax_selftrain.likelihood.batching import (
 )
 from jax_selftrain.likelihood.device_programs import encode_batch, score_buffer
 from jax_selftrain.likelihood.prefix_trie import MAX_TARGETS, PackedTrie, TokenizedRequest
-from jax_selftrain.models import (
-    DecoderConfig,
-    Params,
-    Precomputed,
-    abstract_params,
-    abstract_precomputed,
-    axis_sizes,
-    param_shardings,
-    precompute,
-)
+from jax_selftrain.models import DecoderConfig, Params, abstract_params, axis_sizes
+from jax_selftrain.models.token_precompute import Precomputed, abstract_precomputed, precompute
 
 
 class LoglikelihoodRequest(NamedTuple):
@@ -165,17 +157,13 @@ def batch_program(
       Function, abstract arguments with shardings, indices of donated arguments.
     """
     rows, slots = batch_rows(rules, length, batch_tokens), buffer_size(rules, config.max_positions, batch_tokens)
-    params = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract_params(config, dtype),
-        param_shardings(config, rules),
-    )
+    params = abstract_params(config, dtype, rules)
     devices = rules.data_parallelism
     capacity = unique_token_capacity(config.vocab_size, min(config.vocab_size, rows // devices * length))
 
     def array(*shape: int, dtype: DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
         axes = ("batch", *[None] * (len(shape) - 1)) if shape else ()
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=rules.sharding(axes))
+        return rules.abstract_array(shape, dtype, axes)
 
     def score_batch(params: Params, buffer: jax.Array, table: Precomputed, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         *batch, unique_tokens, targets, num_chunks = arrays

@@ -16,7 +16,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from jax_selftrain.distributed import broadcast_one_to_all, live_processes, proc
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import hash_json
-from jax_selftrain.io.work_queue import Claim, run_missing
+from jax_selftrain.io.work_queue import run_missing
 from jax_selftrain.likelihood.batching import default_batch_tokens, plan_units
 from jax_selftrain.likelihood.engine import Likelihood, Requests, deduplicate, run_batches, with_progress
 from jax_selftrain.version import versions
@@ -159,13 +159,13 @@ def compute_units(
     files = [folder / f"unit-{i:06d}.parquet" for i in range(len(units))]
     is_shared = spans_processes(model.sharding_rules.mesh)
 
-    def run_claimed(claims: Iterator[Claim[int]]) -> None:
-        held: dict[int, Claim[int]] = {}
+    def run_claimed(claims: Iterator[tuple[int, ExitStack]]) -> None:
+        held: dict[int, ExitStack] = {}
 
         def claimed_units() -> Iterator[int]:
-            for claim in claims:
-                held[claim.task] = claim
-                yield claim.task
+            for i, claim in claims:
+                held[i] = claim
+                yield i
 
         for i, table in compute(claimed_units()):
             with held.pop(i):

@@ -18,10 +18,10 @@ from jax_selftrain.config import Remat
 from jax_selftrain.distributed.sharding import ShardingRules
 from jax_selftrain.models.attention import can_use_splash, dot_product_attention, splash_attention
 from jax_selftrain.models.config import DecoderConfig
+from jax_selftrain.models.fsdp import embedding_lookup
 from jax_selftrain.models.layers import (
     PreAttention,
     decoder_layer,
-    embed,
     layer_slice,
     norm,
     rotary_tables,
@@ -107,11 +107,13 @@ def forward(
 
     inputs = scan_xs(config, params)
     if query_positions is None:
-        x, _ = jax.lax.scan(_REMAT_POLICIES[remat](layer), embed(rules, params, tokens, dtype), inputs)
+        x, _ = jax.lax.scan(
+            _REMAT_POLICIES[remat](layer), embedding_lookup(rules, params["embed"]["embedding"], tokens, dtype), inputs
+        )
     else:
         first, last = 0, config.num_layers - 1
         if precomputed is None:
-            x = embed(rules, params, tokens, dtype)
+            x = embedding_lookup(rules, params["embed"]["embedding"], tokens, dtype)
         else:
             precomputed = lookup(rules, precomputed, tokens)
             x = precomputed.x

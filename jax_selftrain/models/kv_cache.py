@@ -20,10 +20,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_selftrain.distributed.sharding import ShardingRules
+from jax_selftrain.distributed.sharding import Axes, ShardingRules
 from jax_selftrain.models.attention import dot_product_attention
 from jax_selftrain.models.config import DecoderConfig
-from jax_selftrain.models.layers import decoder_layer, embed, norm, rotary_tables, scan_xs
+from jax_selftrain.models.fsdp import embedding_lookup
+from jax_selftrain.models.layers import decoder_layer, layer_slice, norm, rotary_tables, scan_xs
 from jax_selftrain.models.matmul import accumulation_dtype, mixed_precision_einsum
 from jax_selftrain.models.params import Params
 
@@ -91,17 +92,15 @@ def init_cache(
     shape = (config.num_layers, -(-capacity // block_size), batch_size, config.num_kv_heads, block_size)
     tail_shape = (config.num_layers, batch_size, config.num_kv_heads, TAIL_LEN, config.head_dim)
 
-    def blocks() -> Array:
-        return jnp.zeros((*shape, config.head_dim), committed_dtype, out_sharding=rules.sharding(_BLOCK_AXES))
+    def zeros(shape: tuple[int, ...], dtype: DTypeLike, axes: Axes) -> Array:
+        return jnp.zeros(shape, dtype, out_sharding=rules.sharding(axes))
 
     def scale() -> Array | None:
-        if jnp.issubdtype(committed_dtype, jnp.floating):
-            return None
-        return jnp.zeros(shape, jnp.float32, out_sharding=rules.sharding(_SCALE_AXES))
+        is_float = jnp.issubdtype(committed_dtype, jnp.floating)
+        return None if is_float else zeros(shape, jnp.float32, _SCALE_AXES)
 
-    def tail() -> Array:
-        return jnp.zeros(tail_shape, dtype, out_sharding=rules.sharding(_TAIL_AXES))
-
+    blocks = partial(zeros, (*shape, config.head_dim), committed_dtype, _BLOCK_AXES)
+    tail = partial(zeros, tail_shape, dtype, _TAIL_AXES)
     return KVCache(blocks(), blocks(), scale(), scale(), tail(), tail())
 
 
@@ -154,7 +153,7 @@ def decode_step(
             new_k = jax.lax.dynamic_update_slice(tail_k, _to_tail_entry(k, tail_k.dtype), start)
             new_v = jax.lax.dynamic_update_slice(tail_v, _to_tail_entry(v, tail_v.dtype), start)
             query = q[:, 0] * scale
-            tail = _KVBlock(_layer_slice(new_k, index), _layer_slice(new_v, index), None, None)
+            tail = _KVBlock(layer_slice(new_k, index), layer_slice(new_v, index), None, None)
 
             def add_block(n: Array, softmax: _OnlineSoftmax) -> _OnlineSoftmax:
                 position = n * cache.block_size + block_index[None]
@@ -169,7 +168,7 @@ def decode_step(
         x, (tail_k, tail_v) = decoder_layer(config, rules, inputs["weights"], x, rotary, attend, compute_dtype)
         return (x, tail_k, tail_v), None
 
-    x = embed(rules, params, tokens[:, None], dtype)
+    x = embedding_lookup(rules, params["embed"]["embedding"], tokens[:, None], dtype)
     inputs = scan_xs(config, params) | {"index": jnp.arange(config.num_layers, dtype=jnp.int32)}
     (x, tail_k, tail_v), _ = jax.lax.scan(layer, (x, cache.tail_k, cache.tail_v), inputs)
     hidden = norm(config, rules, x[:, 0], params["final_norm"])
@@ -237,7 +236,7 @@ def prefill(
 
         return decoder_layer(config, rules, inputs["weights"], x, rotary, attend, compute_dtype)
 
-    x = embed(rules, params, tokens, dtype)
+    x = embedding_lookup(rules, params["embed"]["embedding"], tokens, dtype)
     _, (keys, values) = jax.lax.scan(layer, x, scan_xs(config, params))
     return KVCache(_to_blocks(cache, keys), _to_blocks(cache, values), None, None, cache.tail_k, cache.tail_v)
 
@@ -315,7 +314,3 @@ def _quantize(tail: Array, like: Array) -> tuple[Array, Array | None]:
 
 def _to_tail_entry(x: Float[Array, "B 1 G K"], dtype: DTypeLike) -> Float[Array, "1 B G 1 K"]:
     return jnp.transpose(x, (1, 0, 2, 3))[:, :, :, None].astype(dtype)
-
-
-def _layer_slice(stacked: Array, layer: Array) -> Array:
-    return jax.lax.dynamic_index_in_dim(stacked, layer, 0, keepdims=False)

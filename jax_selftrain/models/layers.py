@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jax_selftrain.distributed.sharding import ShardingRules
 from jax_selftrain.models.config import DecoderConfig, RopeConfig
-from jax_selftrain.models.fsdp import embedding_lookup, unshard_param
+from jax_selftrain.models.fsdp import unshard_param
 from jax_selftrain.models.matmul import dense
 from jax_selftrain.models.params import Params
 
@@ -229,11 +229,6 @@ def scan_xs(config: DecoderConfig, params: Params) -> dict[str, Any]:
     return {"weights": params["layers"], "window": jnp.asarray(windows)}
 
 
-def layer_slice(inputs: dict[str, Any], index: Array | int) -> dict[str, Any]:
-    """Select the scan inputs of one layer."""
+def layer_slice(inputs: Any, index: Array | int) -> Any:
+    """Select one layer of stacked arrays."""
     return jax.tree.map(lambda stacked: jax.lax.dynamic_index_in_dim(stacked, index, keepdims=False), inputs)
-
-
-def embed(rules: ShardingRules, params: Params, tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
-    """Look up embeddings, in the type of the residual stream."""
-    return embedding_lookup(rules, params["embed"]["embedding"], tokens, dtype)

@@ -55,72 +55,58 @@ class Dense(nnx.Module):
             self.bias = _param(bias, "zeros")
 
 
-class Attention(nnx.Module):
-    """Projections of grouped-query attention; Hugging Face's head is g·R + r."""
+class Decoder(nnx.Module):
+    """Parameters of a decoder: `embed`, stacked `layers`, `final_norm` and, unless tied, `head`.
+
+    Hugging Face's attention head is g·R + r.
+    """
 
     def __init__(self, config: DecoderConfig):
-        layers, embed = {"layers": config.num_layers}, {"embed": config.hidden_size}
+        layers, embed, vocab = (
+            {"layers": config.num_layers},
+            {"embed": config.hidden_size},
+            {"vocab": config.vocab_size},
+        )
         kv = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
         queries = {"kv_heads": config.num_kv_heads, "q_per_kv": config.num_query_groups, "head_dim": config.head_dim}
-        self.q = Dense(layers | queries | embed, layers | queries if config.qkv_bias else None)
-        self.k = Dense(layers | kv | embed, layers | kv if config.qkv_bias else None)
-        self.v = Dense(layers | kv | embed, layers | kv if config.qkv_bias else None)
-        self.o = Dense(layers | embed | queries, layers | embed if config.out_bias else None)
+        inner, vocab = {"mlp": config.intermediate_size}, {"vocab": config.vocab_size}
+        has_norm_bias = config.norm == "layernorm"
+        attn: dict[str, nnx.Module] = {
+            "q": Dense(layers | queries | embed, layers | queries if config.qkv_bias else None),
+            "k": Dense(layers | kv | embed, layers | kv if config.qkv_bias else None),
+            "v": Dense(layers | kv | embed, layers | kv if config.qkv_bias else None),
+            "o": Dense(layers | embed | queries, layers | embed if config.out_bias else None),
+        }
         if config.qk_norm:
-            self.q_norm = Norm(layers | {"head_dim": config.head_dim}, bias=False)
-            self.k_norm = Norm(layers | {"head_dim": config.head_dim}, bias=False)
-
-
-class MLP(nnx.Module):
-    """Two matrices, or three when gated."""
-
-    def __init__(self, config: DecoderConfig):
-        layers, embed = {"layers": config.num_layers}, {"embed": config.hidden_size}
-        mlp = {"mlp": config.intermediate_size}
-        if config.gated_mlp:
-            self.gate = Dense(layers | mlp | embed, layers | mlp if config.mlp_bias else None)
-        self.up = Dense(layers | mlp | embed, layers | mlp if config.mlp_bias else None)
-        self.down = Dense(layers | embed | mlp, layers | embed if config.mlp_bias else None)
-
-
-class Layers(nnx.Module):
-    """All layers, stacked."""
-
-    def __init__(self, config: DecoderConfig):
-        width = {"layers": config.num_layers, "embed": config.hidden_size}
-        self.attn_norm = Norm(width, bias=config.norm == "layernorm")
-        self.attn = Attention(config)
-        self.mlp_norm = Norm(width, bias=config.norm == "layernorm")
-        self.mlp = MLP(config)
-
-
-class Embedding(nnx.Module):
-    """Token embedding `[V, D]`."""
-
-    def __init__(self, config: DecoderConfig):
-        self.embedding = _param({"vocab": config.vocab_size, "embed": config.hidden_size}, "normal")
-
-
-class Decoder(nnx.Module):
-    """Parameters of a decoder: `embed`, `layers`, `final_norm` and, unless tied, `head`."""
-
-    def __init__(self, config: DecoderConfig):
-        self.embed = Embedding(config)
-        self.layers = Layers(config)
-        self.final_norm = Norm({"embed": config.hidden_size}, bias=config.norm == "layernorm")
+            attn |= {name: Norm(layers | {"head_dim": config.head_dim}, bias=False) for name in ("q_norm", "k_norm")}
+        mlp = {
+            name: Dense(layers | inner | embed, layers | inner if config.mlp_bias else None)
+            for name in (("gate", "up") if config.gated_mlp else ("up",))
+        }
+        mlp["down"] = Dense(layers | embed | inner, layers | embed if config.mlp_bias else None)
+        self.embed = nnx.Dict(embedding=_param(vocab | embed, "normal"))
+        self.layers = nnx.Dict(attn=nnx.Dict(attn), mlp=nnx.Dict(mlp))
+        for name in ("attn_norm", "mlp_norm"):
+            self.layers[name] = Norm(layers | embed, bias=has_norm_bias)
+        self.final_norm = Norm(embed, bias=has_norm_bias)
         if not config.tie_word_embeddings:
-            self.head = Dense({"vocab": config.vocab_size, "embed": config.hidden_size}, None)
+            self.head = Dense(vocab | embed, None)
 
 
 def _param_tree(config: DecoderConfig) -> list[tuple[tuple[str, ...], Any]]:
     return list(nnx.to_flat_state(nnx.split(Decoder(config))[1]))
 
 
-def abstract_params(config: DecoderConfig, dtype: DTypeLike = jnp.float32) -> Params:
-    """Return the shapes of all parameters as `jax.ShapeDtypeStruct`."""
-    return traverse_util.unflatten_dict(
-        {path: jax.ShapeDtypeStruct(declared.get_value().shape, dtype) for path, declared in _param_tree(config)}
-    )
+def abstract_params(
+    config: DecoderConfig, dtype: DTypeLike = jnp.float32, rules: ShardingRules | None = None
+) -> Params:
+    """Return all parameters as `jax.ShapeDtypeStruct`, sharded if there are rules."""
+
+    def declare(declared: Any) -> jax.ShapeDtypeStruct:
+        shape, axes = declared.get_value().shape, declared.get_metadata("axes")
+        return jax.ShapeDtypeStruct(shape, dtype) if rules is None else rules.abstract_array(shape, dtype, axes)
+
+    return traverse_util.unflatten_dict({path: declare(declared) for path, declared in _param_tree(config)})
 
 
 def param_axes(config: DecoderConfig) -> Params:

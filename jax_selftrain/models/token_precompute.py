@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from jax_selftrain.distributed.sharding import ShardingRules
 from jax_selftrain.models.config import DecoderConfig
-from jax_selftrain.models.layers import PreAttention, embed, layer_slice, pre_attention, scan_xs
+from jax_selftrain.models.fsdp import embedding_lookup
+from jax_selftrain.models.layers import PreAttention, layer_slice, pre_attention, scan_xs
 from jax_selftrain.models.matmul import accumulation_dtype
 from jax_selftrain.models.params import Params
 
@@ -34,9 +35,7 @@ def abstract_precomputed(
     config: DecoderConfig, rules: ShardingRules, params: Params, capacity: int, compute_dtype: DTypeLike
 ) -> Precomputed:
     """Return shapes and shardings for `capacity` tokens on each device."""
-    tokens = jax.ShapeDtypeStruct(
-        (rules.data_parallelism, capacity), jnp.int32, sharding=rules.sharding(("batch", None))
-    )
+    tokens = rules.abstract_array((rules.data_parallelism, capacity), jnp.int32, ("batch", None))
     return jax.eval_shape(partial(_compute, config, rules, compute_dtype=compute_dtype), params, tokens)
 
 
@@ -82,6 +81,6 @@ def lookup(rules: ShardingRules, table: Precomputed, indices: Int[Array, "B T"])
 def _compute(
     config: DecoderConfig, rules: ShardingRules, params: Params, tokens: Array, *, compute_dtype: DTypeLike
 ) -> Precomputed:
-    x = embed(rules, params, tokens, accumulation_dtype(compute_dtype))
+    x = embedding_lookup(rules, params["embed"]["embedding"], tokens, accumulation_dtype(compute_dtype))
     weights = layer_slice(scan_xs(config, params), 0)["weights"]
     return Precomputed(x, pre_attention(config, rules, weights, x, compute_dtype))

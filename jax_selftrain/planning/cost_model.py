@@ -14,7 +14,8 @@ import numpy as np
 
 from jax_selftrain.config import SampleConfig, TrainConfig
 from jax_selftrain.likelihood.batching import PROJECTION_CHUNK
-from jax_selftrain.models import TAIL_LEN, DecoderConfig, abstract_params
+from jax_selftrain.models import DecoderConfig, abstract_params
+from jax_selftrain.models.kv_cache import TAIL_LEN
 from jax_selftrain.planning.hlo_cost import Collective
 from jax_selftrain.planning.jaxpr_flops import per_device_bytes
 from jax_selftrain.planning.stage_programs import StageProgram

@@ -18,7 +18,7 @@ from jax_selftrain.config import PlanConfig, SampleConfig, ScoreConfig, TrainCon
 from jax_selftrain.distributed.mesh import AXES, make_mesh, parse_mesh
 from jax_selftrain.errors import InputError
 from jax_selftrain.likelihood.batching import PROJECTION_CHUNK
-from jax_selftrain.models import TAIL_LEN
+from jax_selftrain.models.kv_cache import TAIL_LEN
 from jax_selftrain.planning.hardware import Topology, topology_devices
 
 StageConfig = SampleConfig | TrainConfig | ScoreConfig

@@ -77,21 +77,18 @@ class LocalCache:
 
     def _look(self) -> dict[str, FileStamp]:
         found: dict[str, FileStamp] = {}
-
-        def see(path: Path) -> None:
-            if (stamp := _file_stamp(path)) is not None:
-                found[path.relative_to(self.local_path.parent).as_posix()] = stamp
-
-        for root in self.local_path.parent.iterdir() if self.local_path.parent.is_dir() else ():
-            if self.store.owns_key(root.name) and not root.is_dir():
-                see(root)
-            elif self.store.owns_key(root.name):
-                for folder, folders, names in os.walk(root):  # ignores files that vanish
-                    folders[:] = [name for name in folders if not atomic.is_temporary(name)]
-                    for name in names:
-                        if not atomic.is_temporary(name):
-                            see(Path(folder, name))
+        for root in self._roots():
+            tree = os.walk(root) if root.is_dir() else [(root.parent, list[str](), [root.name])]
+            for folder, folders, names in tree:  # ignores files that vanish
+                folders[:] = [name for name in folders if not atomic.is_temporary(name)]
+                paths = [Path(folder, name) for name in names if not atomic.is_temporary(name)]
+                stamps = {path.relative_to(self.local_path.parent).as_posix(): _file_stamp(path) for path in paths}
+                found |= {key: stamp for key, stamp in stamps.items() if stamp is not None}
         return found
+
+    def _roots(self) -> list[Path]:
+        parent = self.local_path.parent
+        return [path for path in parent.iterdir() if self.store.owns_key(path.name)] if parent.is_dir() else []
 
     def pull(self, there: Mapping[str, str], *, only_missing: bool = False) -> None:
         """Make the local copy equal to the store.
@@ -128,7 +125,7 @@ class LocalCache:
 
     def _prune(self) -> None:
         """Remove empty folders: an existing folder may count as complete."""
-        for root in [path for path in self.local_path.parent.iterdir() if self.store.owns_key(path.name)]:
+        for root in self._roots():
             for folder, _, _ in os.walk(root, topdown=False):
                 if not any(Path(folder).iterdir()):
                     Path(folder).rmdir()

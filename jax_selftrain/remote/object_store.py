@@ -122,19 +122,13 @@ class Store:
 
     def read_list(self, path: str = "") -> dict[str, Any] | None:
         """Read a list of files, by default that of this URI."""
-        content = self._read(path or self.uri_for(self.list_key))
-        if content is not None and not {"files", "uploading", "generation"} <= content.keys():
-            raise InputError(
-                f"{path or self.list_key}: is not a list of files of this version; delete it and the output"
-            )
-        return content
+        problem = "is not a list of files of this version; delete it and the output"
+        return self._read(path or self.uri_for(self.list_key), {"files", "uploading", "generation"}, problem)
 
     def read_writer(self) -> dict[str, Any] | None:
         """Read the writer's heartbeat."""
-        content = self._read(self.uri_for(self.writer_key))
-        if content is not None and not {"writer", "id", "generation", "scope", "heartbeat"} <= content.keys():
-            raise InputError(f"{self.uri}: {self.writer_key} is not a heartbeat of this version; delete it")
-        return content
+        keys = {"writer", "id", "generation", "scope", "heartbeat"}
+        return self._read(self.uri_for(self.writer_key), keys, "is not a heartbeat of this version; delete it")
 
     def get(self, keys: list[str], folder: Path) -> None:
         """Download objects into a folder."""
@@ -158,7 +152,7 @@ class Store:
                 except FileNotFoundError:
                     continue  # it was never uploaded
 
-    def _read(self, path: str) -> dict[str, Any] | None:
+    def _read(self, path: str, keys: set[str], problem: str) -> dict[str, Any] | None:
         with self.translate_errors():
             self.files.invalidate_cache()
             try:
@@ -169,7 +163,9 @@ class Store:
             content = json.loads(data)
         except ValueError as error:
             raise InputError(f"{self.uri}: {path} is damaged ({error}); delete it") from error
-        return content if isinstance(content, dict) else {}
+        if not isinstance(content, dict) or not keys <= content.keys():
+            raise InputError(f"{self.uri}: {path} {problem}")
+        return content
 
     def write(self, key: str, content: Mapping[str, Any]) -> None:
         """Replace an object atomically."""

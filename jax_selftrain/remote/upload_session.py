@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import platform
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from jax_selftrain.distributed import sigterm_handler
 from jax_selftrain.errors import SelftrainError, UnavailableError
+from jax_selftrain.io.lease import repeat_in_thread
 from jax_selftrain.io.process_id import boot_and_pid_namespace
 from jax_selftrain.remote.local_cache import FileStamp, LocalCache
 from jax_selftrain.remote.object_store import Store, first_line
@@ -44,8 +44,8 @@ class UploadSession:
         self.is_last_writer = False
         """The list bears the generation of this local copy."""
         self.is_successful = False
-        self._heartbeat_task = PeriodicTask(self._heartbeat_loop, HEARTBEAT_INTERVAL, store.uri)
-        self._upload_task = PeriodicTask(self._sync, UPLOAD_INTERVAL, store.uri)
+        self._heartbeats, self._uploads = ExitStack(), ExitStack()
+        """Threads, once they run."""
 
     def __enter__(self) -> UploadSession:
         self._wait_for_others()
@@ -53,18 +53,18 @@ class UploadSession:
             self._heartbeat(True)
             time.sleep(CONSISTENCY_DELAY)
             self._require_claim()
-            self._heartbeat_task.start()
+            self._heartbeats.enter_context(self._repeat(self._renew_claim, HEARTBEAT_INTERVAL))
             self._fetch()
         except BaseException:
             self._release()
             raise
-        self._upload_task.start()
+        self._uploads.enter_context(self._repeat(self._sync, UPLOAD_INTERVAL))
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         with sigterm_handler(lambda: None):  # SIGTERM does not interrupt the upload
             try:
-                self._upload_task.stop()
+                self._uploads.close()
                 self._sync()
             except (SelftrainError, OSError) as failure:
                 exact = failure if isinstance(failure, SelftrainError) else UnavailableError(first_line(failure))
@@ -99,7 +99,7 @@ class UploadSession:
 
     def _release(self) -> None:
         """Stop the heartbeat and give up the claim, if the store answers."""
-        self._heartbeat_task.stop()
+        self._heartbeats.close()
         with suppress(SelftrainError):
             self._require_claim()
             self._heartbeat(False)
@@ -112,7 +112,16 @@ class UploadSession:
             who = found["writer"] or "another process"
             raise UnavailableError(f"{self.store.uri}: {who} has taken over from this process")
 
-    def _heartbeat_loop(self) -> None:
+    def _repeat(self, action: Callable[[], None], seconds: float) -> AbstractContextManager[None]:
+        def attempt() -> None:
+            try:
+                action()
+            except (SelftrainError, OSError) as error:  # retried, for the last time at the end
+                print(f"{self.store.uri}: not uploaded yet ({first_line(error)})", file=sys.stderr)
+
+        return repeat_in_thread(attempt, seconds, self.store.uri)
+
+    def _renew_claim(self) -> None:
         self._require_claim()
         self._heartbeat(True)
 
@@ -190,28 +199,3 @@ class UploadSession:
 def _batches(keys: list[str]) -> Iterator[list[str]]:
     for start in range(0, len(keys), _BATCH):
         yield keys[start : start + _BATCH]
-
-
-class PeriodicTask:
-    """A thread that repeats an action until it is stopped."""
-
-    def __init__(self, action: Callable[[], None], seconds: float, uri: str):
-        self.action, self.seconds, self.uri = action, seconds, uri
-        self._done, self._thread = threading.Event(), threading.Thread(target=self._run, daemon=True)
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Stop after the current action; a no-op if not running."""
-        self._done.set()
-        if self._thread.ident is not None:
-            self._thread.join()
-
-    def _run(self) -> None:
-        while not self._done.wait(self.seconds):
-            try:
-                self.action()
-            except (SelftrainError, OSError) as error:  # retried, for the last time at the end
-                print(f"{self.uri}: not uploaded yet ({first_line(error)})", file=sys.stderr)

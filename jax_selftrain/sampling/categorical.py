@@ -58,7 +58,8 @@ def categorical(
     tree: list[Array] = []
     for width in reversed(widths):
         # Without the barrier XLA fuses each level into its readers and computes the exponentials again.
-        level_nodes = jax.lax.optimization_barrier(_pad_to(values, RADIX * width))
+        padded = jnp.pad(values, ((0, RADIX * width - values.shape[0]), (0, 0)))
+        level_nodes = jax.lax.optimization_barrier(padded)
         tree.insert(0, _with_batch_spec(logits, level_nodes, batch=1))
         values = _sum_of_16(tree[0])
     node = _with_batch_spec(logits, jnp.zeros(logits.shape[0], jnp.int32))
@@ -92,10 +93,6 @@ def _children(nodes: Float[Array, "nodes B"], parent: Int[Array, " B"], width: i
     order = width * jnp.arange(RADIX, dtype=jnp.int32)
     pick = jax.vmap(lambda column, i: column.at[i + order].get(mode="promise_in_bounds"), in_axes=(1, 0))
     return pick(nodes, parent)
-
-
-def _pad_to(values: Float[Array, "nodes B"], n: int) -> Float[Array, "n B"]:
-    return jnp.pad(values, ((0, n - values.shape[0]), (0, 0)))
 
 
 def _sum_of_16(nodes: Float[Array, "16*width B"]) -> Float[Array, "width B"]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from jax_selftrain.distributed.sharding import ShardingRules
-from jax_selftrain.models import TAIL_LEN, KVCache
+from jax_selftrain.models.kv_cache import TAIL_LEN, KVCache
 from jax_selftrain.sampling.sampling_params import SamplingParams
 
 

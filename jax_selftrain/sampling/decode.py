@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,17 +26,8 @@ from jaxtyping import Array, Bool, Float32, Int32, UInt32
 from jax_selftrain.distributed.mesh import mesh_context, mesh_platform, xla_options
 from jax_selftrain.distributed.sharding import ShardingRules, shard_host_array
 from jax_selftrain.hub import LoadedModel
-from jax_selftrain.models import (
-    TAIL_LEN,
-    DecoderConfig,
-    KVCache,
-    Params,
-    decode_step,
-    flush_tail,
-    init_cache,
-    num_used_blocks,
-    unembed,
-)
+from jax_selftrain.models import DecoderConfig, Params, unembed
+from jax_selftrain.models.kv_cache import TAIL_LEN, KVCache, decode_step, flush_tail, init_cache, num_used_blocks
 from jax_selftrain.sampling.categorical import categorical, level_sizes, replicate_vocab, take_per_row
 from jax_selftrain.sampling.continuous_batching import (
     DecodeSlots,
@@ -97,8 +88,7 @@ class DecodeSpec:
         return next((size for size in (128, 64) if size * position_bytes <= CPU_BLOCK_BYTES), TAIL_LEN)
 
 
-@dataclass(frozen=True)
-class DecodeProgress:
+class DecodeProgress(NamedTuple):
     """Progress of a call of `DecodeLoop.generate`."""
 
     num_finished: int

@@ -20,7 +20,8 @@ from jax_selftrain.distributed.mesh import mesh_context
 from jax_selftrain.distributed.sharding import shard_host_array
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import LoadedModel
-from jax_selftrain.models import TAIL_LEN, KVCache, Params, prefill
+from jax_selftrain.models import Params
+from jax_selftrain.models.kv_cache import TAIL_LEN, KVCache, prefill
 from jax_selftrain.sampling.categorical import categorical, level_sizes
 from jax_selftrain.sampling.counter_rng import per_sample_keys, token_random_bits
 from jax_selftrain.sampling.decode import DecodeSpec, compute_logits, decode_chunk
@@ -45,10 +46,6 @@ class _Request:
     def prefilled_len(self) -> int:
         """Prompt tokens in whole chunks; at least one token remains."""
         return (len(self.prompt) - 1) // TAIL_LEN * TAIL_LEN
-
-    @property
-    def remaining_prompt(self) -> Sequence[int]:
-        return self.prompt[self.prefilled_len :]
 
     def append(self, tokens: Sequence[int], sampling_params: SamplingParams, stop: StopCriterion | None) -> None:
         """Append tokens up to the end of the generation."""
@@ -126,7 +123,7 @@ def _generate_batch(
     inputs = np.zeros((TAIL_LEN + 1, num_rows), np.int32)
     for b, row in enumerate(rows):
         prompts[b, : len(row.prompt)] = row.prompt
-        inputs[: len(row.remaining_prompt), b] = row.remaining_prompt
+        inputs[: len(row.prompt) - row.prefilled_len, b] = row.prompt[row.prefilled_len :]
     committed_len = np.array([row.prefilled_len for row in rows], np.int32)
     prompt_len = np.array([len(row.prompt) for row in rows], np.int32)
     is_forced = np.arange(1, TAIL_LEN + 1)[:, None] < prompt_len - committed_len

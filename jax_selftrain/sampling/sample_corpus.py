@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,18 +42,18 @@ from jax_selftrain.corpus import (
     write_shard,
 )
 from jax_selftrain.corpus.shards import REQUEST
-from jax_selftrain.distributed import process_local, sigterm_handler
+from jax_selftrain.distributed import process_local, sigterm_event
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
+from jax_selftrain.distributed.progress import progress_bar
 from jax_selftrain.distributed.sharding import make_sharding_rules
 from jax_selftrain.errors import InputError, Preempted
 from jax_selftrain.hub import LoadedModel, ModelRef
 from jax_selftrain.io import atomic
-from jax_selftrain.io.work_queue import Claim, run_missing
-from jax_selftrain.models import Params, abstract_params, axis_sizes, param_shardings
+from jax_selftrain.io.work_queue import run_missing
+from jax_selftrain.models import Params, abstract_params, axis_sizes
 from jax_selftrain.sampling.continuous_batching import DecodeState, RequestQueue, initial_state, padded_output_len
 from jax_selftrain.sampling.counter_rng import per_sample_keys
 from jax_selftrain.sampling.decode import DecodeLoop, DecodeProgress, DecodeSpec, SampleBatch, decode_chunks
-from jax_selftrain.sampling.detokenize import detokenize
 from jax_selftrain.sampling.sampling_params import SamplingParams, check_sample_config, make_sampling_params
 from jax_selftrain.version import versions
 
@@ -84,7 +83,7 @@ def _sample(config: SampleConfig) -> Corpus:
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; choose a folder")
     source = hub.open_model(config.model)
-    sampling_params = _make_sampling_params(config, source)
+    sampling_params = make_sampling_params(config, source.config, source.special_tokens)
     request = _make_request(config, source, sampling_params)
     if (out / REQUEST).exists():
         request["source"]["ref"] = _read_ref(out, request)
@@ -94,7 +93,7 @@ def _sample(config: SampleConfig) -> Corpus:
     if missing_shards(out, n_shards):
         mesh = make_mesh(config.mesh, devices=jax.local_devices())
         model = hub.load_model(source, mesh, config.dtype, preset=config.preset)
-        with _remove_if_empty(out), _sigterm_flag() as stop, _progress_bar(config.samples) as progress:
+        with _remove_if_empty(out), sigterm_event() as stop, progress_bar("sampling", config.samples) as progress:
             _sample_missing(_SamplingRun(config, out, sampling_params, request, model, stop, progress), n_shards)
     finalize_corpus(out, request)
     return open_corpus(out)
@@ -114,20 +113,15 @@ def abstract_program(
     """
     check_sample_config(config)
     source = hub.open_model(config.model)
-    model, sampling_params = source.config, _make_sampling_params(config, source)
+    model = source.config
+    sampling_params = make_sampling_params(config, model, source.special_tokens)
     rules = make_sharding_rules(config.preset, mesh, axis_sizes(model))
     spec = DecodeSpec(model, rules, config.dtype, config.cache_dtype)
     num_slots = config.batch_size * rules.data_parallelism
-    params = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract_params(model, config.dtype),
-        param_shardings(model, rules),
-    )
+    params = abstract_params(model, config.dtype, rules)
     queue_size = _queue_size(config, rules.data_parallelism)
-    keys: Any = jax.ShapeDtypeStruct(
-        (queue_size * rules.data_parallelism, 2), jnp.uint32, sharding=rules.sharding(("batch", None))
-    )
-    count: Any = jax.ShapeDtypeStruct((rules.data_parallelism,), jnp.int32, sharding=rules.sharding(("batch",)))
+    keys: Any = rules.abstract_array((queue_size * rules.data_parallelism, 2), jnp.uint32, ("batch", None))
+    count: Any = rules.abstract_array((rules.data_parallelism,), jnp.int32, ("batch",))
     queue = RequestQueue(keys, count)
     with mesh_context(mesh):
         cache = jax.eval_shape(partial(spec.init_cache, num_slots, padded_output_len(sampling_params)))
@@ -148,21 +142,9 @@ class _SamplingRun:
     sampling_params: SamplingParams
     request: dict[str, Any]
     model: LoadedModel
-    stop_requested: Callable[[], bool]
-    progress: Callable[[DecodeProgress], None]
-    """Receives the increments since its last call."""
-
-
-def _make_sampling_params(config: SampleConfig, source: ModelRef) -> SamplingParams:
-    special = source.special_tokens
-    return make_sampling_params(
-        config,
-        start_id=special.bos_token_id,
-        stop_ids=special.eos_token_ids,
-        vocab_size=source.config.vocab_size,
-        tokenizer_length=special.tokenizer_length,
-        max_positions=source.config.max_positions,
-    )
+    stop: threading.Event
+    show: Callable[[int, str], None]
+    """Updates the progress bar."""
 
 
 def _make_request(config: SampleConfig, source: ModelRef, sampling_params: SamplingParams) -> dict[str, Any]:
@@ -197,15 +179,32 @@ def _sample_missing(run: _SamplingRun, n_shards: int) -> None:
     config, spec = run.config, DecodeSpec.from_model(run.model, run.config.cache_dtype)
     queue_size = _queue_size(config, spec.sharding_rules.data_parallelism)
     loop = DecodeLoop(spec, run.sampling_params, run.model.params, num_slots=config.batch_size, queue_size=queue_size)
+    start_time = time.monotonic()
+    shards: list[DecodeProgress] = []  # the latest progress of each shard that this process samples
 
-    def sample_claimed(claims: Iterator[Claim[int]]) -> None:
+    def report(now: DecodeProgress) -> None:
+        _check_stop(run)
+        shards[-1] = now
+        num_finished, tokens, slot_steps = map(sum, zip(*shards, strict=True))
+        speed, utilization = tokens / (time.monotonic() - start_time), 100 * tokens / max(slot_steps, 1)
+        run.show(num_finished, f"samples, {speed:,.0f} tokens/s, {utilization:.0f} % utilization")
+
+    def sample_claimed(claims: Iterator[tuple[int, ExitStack]]) -> None:
         with ThreadPoolExecutor(1, "write shards") as writer:
             written = writer.submit(lambda: None)
-            for claim in claims:
-                start_time = time.time()
-                batch = _sample_shard(run, loop, claim.task)
+            for index, claim in claims:
+                begin = time.time()
+                ids = np.asarray(shard_ids(index, config.samples, config.samples_per_shard), np.int64)
+                shards.append(DecodeProgress(0, 0, 0))
+                batch = loop.generate(per_sample_keys(config.seed, ids), progress_callback=report)
+                if not batch.finite.all():
+                    raise InputError(
+                        f"{config.model}: its logits are NaN or infinite at {config.dtype} (seen in sample "
+                        f"{ids[np.argmin(batch.finite)]}), so it cannot be sampled; check its weights, or use another "
+                        "--dtype"
+                    )
                 written.result()
-                written = writer.submit(_write_shard, run, claim, batch, start_time)
+                written = writer.submit(_write_shard, run, index, claim, batch, begin)
             written.result()
 
     (run.out / "records").mkdir(parents=True, exist_ok=True)
@@ -219,52 +218,15 @@ def _sample_missing(run: _SamplingRun, n_shards: int) -> None:
     )
 
 
-def _sample_shard(run: _SamplingRun, loop: DecodeLoop, index: int) -> SampleBatch:
-    """Draw the samples of a shard.
-
-    Raises:
-      InputError: the model's logits are no distribution.
-      Preempted: SIGTERM arrived.
-    """
-    config, before = run.config, DecodeProgress(0, 0, 0)
-    ids = np.asarray(shard_ids(index, config.samples, config.samples_per_shard), np.int64)
-
-    def report(now: DecodeProgress) -> None:
-        nonlocal before
-        _check_stop(run)
-        run.progress(
-            DecodeProgress(
-                now.num_finished - before.num_finished, now.tokens - before.tokens, now.slot_steps - before.slot_steps
-            )
-        )
-        before = now
-
-    batch = loop.generate(per_sample_keys(config.seed, ids), progress_callback=report)
-    if not batch.finite.all():
-        raise InputError(
-            f"{config.model}: its logits are NaN or infinite at {config.dtype} (seen in sample "
-            f"{ids[np.argmin(batch.finite)]}), so it cannot be sampled; check its weights, or use another --dtype"
-        )
-    return batch
-
-
-def _write_shard(run: _SamplingRun, claim: Claim[int], batch: SampleBatch, start_time: float) -> None:
+def _write_shard(run: _SamplingRun, index: int, claim: ExitStack, batch: SampleBatch, start_time: float) -> None:
     """Detokenize and commit a shard, and release its claim."""
     decode_seconds = time.time() - start_time
-    with claim as index:
+    with claim:
         tokens = [row[:length] for row, length in zip(batch.tokens, batch.lengths, strict=True)]
-        texts, mismatches = detokenize(run.model.tokenizer, tokens, stop_ids=run.sampling_params.stop_ids)
+        texts, mismatches = _detokenize(run.model.tokenizer, tokens, run.sampling_params.stop_ids)
         ids = shard_ids(index, run.config.samples, run.config.samples_per_shard)
-        samples = [
-            Sample(
-                sample_id=sample_id,
-                tokens=tokens[i],
-                text=texts[i],
-                logprob=float(batch.logprobs[i]),
-                finish_reason="stop" if batch.stopped[i] else "length",
-            )
-            for i, sample_id in enumerate(ids)
-        ]
+        logprobs, reasons = batch.logprobs.tolist(), np.where(batch.stopped, "stop", "length").tolist()
+        samples = list(map(Sample, ids, tokens, texts, logprobs, reasons))
         init_corpus(run.out, run.request)
         if not (run.out / "config.yaml").exists():
             start_id, stop_ids = run.sampling_params.start_id, run.sampling_params.stop_ids
@@ -283,6 +245,30 @@ def _write_shard(run: _SamplingRun, claim: Claim[int], batch: SampleBatch, start
         atomic.write_json(run.out / "timings" / f"{Path(record['file']).stem}.json", timing)
 
 
+def _detokenize(tokenizer: Any, tokens: Sequence[np.ndarray], stop_ids: Sequence[int]) -> tuple[list[str], int]:
+    """Decode samples without special tokens, and count re-encoding mismatches.
+
+    The tokens stay authoritative: a model draws sequences that its tokenizer would never produce from the text (with
+    byte-level vocabularies even bytes that are no text), so that text loses information. A mismatch is a text whose
+    encoding, special strings as plain text, differs from the sample's tokens without stop id and special tokens.
+    """
+    if tokenizer is None:
+        return [""] * len(tokens), 0
+    special = set(tokenizer.all_special_ids)
+    ended = [row[:-1] if len(row) and row[-1] in stop_ids else row for row in tokens]
+    kept = [[token for token in row.tolist() if token not in special] for row in ended]
+    texts = [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in kept]
+    again = tokenizer(
+        texts,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+    return texts, sum(before != after for before, after in zip(kept, again, strict=True))
+
+
 def _describe_environment(run: _SamplingRun) -> dict[str, Any]:
     """Record what a bitwise repetition of a shard needs besides the request."""
     mesh = run.model.sharding_rules.mesh
@@ -297,16 +283,8 @@ def _describe_environment(run: _SamplingRun) -> dict[str, Any]:
 
 
 def _check_stop(run: _SamplingRun) -> None:
-    if run.stop_requested():
+    if run.stop.is_set():
         raise Preempted(f"{run.out}: stopped; finished shards stay, run the same command again to continue")
-
-
-@contextmanager
-def _sigterm_flag() -> Iterator[Callable[[], bool]]:
-    """Catch SIGTERM (main thread only); yield a function that reports it."""
-    requested = threading.Event()
-    with sigterm_handler(requested.set):
-        yield requested.is_set
 
 
 @contextmanager
@@ -320,33 +298,3 @@ def _remove_if_empty(out: Path) -> Iterator[None]:
             with suppress(FileNotFoundError):  # another process has removed it
                 if not any(folder.iterdir()):
                     folder.rmdir()
-
-
-@contextmanager
-def _progress_bar(samples: int) -> Iterator[Callable[[DecodeProgress], None]]:
-    """Show a progress bar on a terminal; yield its update function."""
-    if jax.process_index() or not sys.stderr.isatty():
-        yield lambda increment: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("sampling"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("samples, {task.fields[speed]}"),
-        TimeRemainingColumn(),
-    )
-    start_time, tokens, slot_steps = time.monotonic(), 0, 0
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("sampling", total=samples, speed="compiling")
-
-        def advance(increment: DecodeProgress) -> None:
-            nonlocal tokens, slot_steps
-            tokens, slot_steps = tokens + increment.tokens, slot_steps + increment.slot_steps
-            utilization = 100 * tokens / max(slot_steps, 1)
-            speed = f"{tokens / (time.monotonic() - start_time):,.0f} tokens/s, {utilization:.0f} % utilization"
-            bar.update(task, advance=increment.num_finished, speed=speed)
-
-        yield advance

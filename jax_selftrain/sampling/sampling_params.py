@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,8 @@ from jaxtyping import Array, Bool, Float
 
 from jax_selftrain.config import SampleConfig
 from jax_selftrain.errors import InputError
+from jax_selftrain.hub import SpecialTokens
+from jax_selftrain.models import DecoderConfig
 from jax_selftrain.sampling.categorical import replicate_vocab
 from jax_selftrain.sampling.counter_rng import MAX_SEED
 
@@ -52,46 +53,37 @@ class SamplingParams:
         return self.temperature != 1.0 or self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
 
-def make_sampling_params(
-    config: SampleConfig,
-    *,
-    start_id: int | None,
-    stop_ids: tuple[int, ...],
-    vocab_size: int,
-    tokenizer_length: int | None,
-    max_positions: int,
-) -> SamplingParams:
+def make_sampling_params(config: SampleConfig, model: DecoderConfig, special: SpecialTokens) -> SamplingParams:
     """Combine the options of a stage with the defaults of a model.
 
     Args:
       config: its options override the defaults.
-      start_id, stop_ids: the defaults of the model's files (`start_id` None: the files name none).
-      vocab_size: V of the model; tokenizer_length: number of ids of the tokenizer (None: no tokenizer).
-      max_positions: maximum sequence length of the model.
+      model: the architecture.
+      special: start and stop ids of the model's files.
 
     Raises:
       InputError: there is no start token, an id is outside the vocabulary, or samples are longer than the model allows.
     """
     check_sample_config(config)
-    start = config.start_id if config.start_id is not None else start_id
+    start = config.start_id if config.start_id is not None else special.bos_token_id
     if start is None:
         raise InputError(
             f"{config.model}: neither its tokenizer nor its config names a BOS or EOS token to start from; "
             "choose one with --start-id"
         )
-    stops = config.stop_ids if config.stop_ids is not None else stop_ids
-    valid = vocab_size if tokenizer_length is None else min(vocab_size, tokenizer_length)
-    if not 0 <= start < vocab_size:
-        raise InputError(f"--start-id {start} is outside the vocabulary of {config.model} (0 … {vocab_size - 1})")
+    stops = config.stop_ids if config.stop_ids is not None else special.eos_token_ids
+    valid = model.vocab_size if special.tokenizer_length is None else min(model.vocab_size, special.tokenizer_length)
+    if not 0 <= start < model.vocab_size:
+        raise InputError(f"--start-id {start} is outside the vocabulary of {config.model} (0 … {model.vocab_size - 1})")
     for stop in stops:
         if not 0 <= stop < valid:
             raise InputError(
                 f"--stop-ids {stop} is outside the vocabulary of {config.model}, whose tokens are 0 … {valid - 1}"
             )
-    if config.max_tokens > max_positions:
+    if config.max_tokens > model.max_positions:
         raise InputError(
-            f"--max-tokens {config.max_tokens} is longer than the {max_positions} positions of {config.model}; "
-            f"ask for at most {max_positions}"
+            f"--max-tokens {config.max_tokens} is longer than the {model.max_positions} positions of {config.model}; "
+            f"ask for at most {model.max_positions}"
         )
     return SamplingParams(
         start_id=start,
@@ -101,7 +93,7 @@ def make_sampling_params(
         top_k=config.top_k,
         top_p=config.top_p,
         min_p=config.min_p,
-        num_valid_ids=valid if valid < vocab_size else None,
+        num_valid_ids=valid if valid < model.vocab_size else None,
     )
 
 
@@ -138,11 +130,14 @@ def warp_logits(logits: Float[Array, "B V"], sampling_params: SamplingParams) ->
     if sampling_params.temperature != 1.0:
         logits = logits / np.float32(sampling_params.temperature)
     if 0 < sampling_params.top_k < logits.shape[1]:
-        logits = _threshold_search(logits, partial(_has_at_least, sampling_params.top_k))
+        k = sampling_params.top_k
+        logits = _threshold_search(logits, lambda kept: jnp.sum(kept, -1, keepdims=True, dtype=jnp.int32) >= k)
     if sampling_params.top_p < 1.0:
         weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-        max_dropped_mass = np.float32(1.0 - sampling_params.top_p) * jnp.sum(weights, axis=-1, keepdims=True)
-        logits = _threshold_search(logits, partial(_has_dropped_at_most, max_dropped_mass, weights))
+        max_dropped = np.float32(1.0 - sampling_params.top_p) * jnp.sum(weights, axis=-1, keepdims=True)
+        logits = _threshold_search(
+            logits, lambda kept: jnp.sum(jnp.where(kept, 0.0, weights), axis=-1, keepdims=True) <= max_dropped
+        )
     if sampling_params.min_p > 0.0:
         ratio = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
         logits = jnp.where(ratio < np.float32(sampling_params.min_p), -jnp.inf, logits)
@@ -167,16 +162,6 @@ def full_logsumexp(
     if num_valid_ids is None or num_valid_ids >= logits.shape[1]:
         return warped_logsumexp
     return jnp.logaddexp(warped_logsumexp, jax.nn.logsumexp(logits[:, num_valid_ids:], axis=-1))
-
-
-def _has_at_least(k: int, kept: Bool[Array, "B V"]) -> Bool[Array, "B 1"]:
-    return jnp.sum(kept, axis=-1, keepdims=True, dtype=jnp.int32) >= k
-
-
-def _has_dropped_at_most(
-    mass: Float[Array, "B 1"], weights: Float[Array, "B V"], kept: Bool[Array, "B V"]
-) -> Bool[Array, "B 1"]:
-    return jnp.sum(jnp.where(kept, 0.0, weights), axis=-1, keepdims=True) <= mass
 
 
 def _threshold_search(

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from jax_selftrain.distributed import broadcast_one_to_all
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import hash_json
-from jax_selftrain.io.work_queue import Claim, run_missing
+from jax_selftrain.io.work_queue import run_missing
 from jax_selftrain.version import versions
 
 STAGE_FORMAT = 2
@@ -175,9 +176,9 @@ def run_all(root: Path, stages: Sequence[Stage]) -> None:
             done.add(stage.key)
             _log(f"{len(done)} of {len(stages)}: {stage.label}")
 
-    def run_claimed(claims: Iterator[Claim[Stage]]) -> None:
-        for claim in claims:
-            with claim as stage:
+    def run_claimed(claims: Iterator[tuple[Stage, ExitStack]]) -> None:
+        for stage, claim in claims:
+            with claim:
                 _run_stage(root, stage)
                 finish(stage)
 

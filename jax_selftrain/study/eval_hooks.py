@@ -44,7 +44,7 @@ def evaluation_hooks(config: TrainConfig) -> list[Hook]:
       InputError: options conflict, or a file cannot be read or does not fit the model.
     """
     yaml_io.require(config, "model")
-    training.check_ranges(config)
+    training.check_train_config(config)
     if config.eval_every is None:
         return []
     suite = _load_suite(config)

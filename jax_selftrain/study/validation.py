@@ -172,11 +172,10 @@ def _check_student(config: StudyConfig, model: str) -> None:
             f"train.seq_len {options.seq_len}: {model} has only {decoder.max_positions} positions; shorten the rows"
         )
     options = with_default_evals(options, config.score, config.extract)
-    training.check_ranges(options)
+    training.check_train_config(options)
     for folder, _ in parse_mixture(options.mixture):
         open_corpus(folder, tokenizer_fingerprint=hub.open_model(model).tokenizer_fingerprint)
     training.check_hooks(options, evaluation_hooks(options))
-    training.check_tracking(options.wandb)
     if config.extract.sequences:
         evals.load_extraction_sets(_fill_in(config, "extract", model))
 

@@ -2,22 +2,7 @@
 
 from jax_selftrain.training.flops import flops_per_token
 from jax_selftrain.training.hooks import Hook, check_hooks
-from jax_selftrain.training.loop import train
-from jax_selftrain.training.loss import Batch, LossStats, loss_fn
-from jax_selftrain.training.run_folder import check_ranges
-from jax_selftrain.training.step import TrainState, abstract_train_step
-from jax_selftrain.training.wandb_tracker import check_tracking
+from jax_selftrain.training.loop import check_train_config, train
+from jax_selftrain.training.step import abstract_train_step
 
-__all__ = [
-    "Batch",
-    "Hook",
-    "LossStats",
-    "TrainState",
-    "abstract_train_step",
-    "check_hooks",
-    "check_ranges",
-    "check_tracking",
-    "flops_per_token",
-    "loss_fn",
-    "train",
-]
+__all__ = ["Hook", "abstract_train_step", "check_hooks", "check_train_config", "flops_per_token", "train"]

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -23,13 +23,13 @@ import numpy as np
 
 from jax_selftrain import hub
 from jax_selftrain.config import TrainConfig
-from jax_selftrain.distributed.sharding import ShardingRules
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import orbax_io
 from jax_selftrain.hub.model_folder import commit_from_all_processes
 from jax_selftrain.hub.orbax_io import find_nonfinite
 from jax_selftrain.io import atomic
-from jax_selftrain.io.manifest import hash_json, sha256_file, verify_checksums
+from jax_selftrain.io.manifest import hash_json, manifest_entry, verify_checksums
+from jax_selftrain.training.run_folder import Run
 from jax_selftrain.training.step import TrainState, export_params
 
 FORMAT = 2
@@ -42,14 +42,23 @@ SaveModel = Callable[[Path, Any, int], None]
 _CORRUPT_HINT = "the checkpoint is damaged"
 
 
-class Checkpointer:
-    """Context manager that saves the checkpoints of a run in the background."""
+@contextmanager
+def open_checkpointer(run: Run, save_model: SaveModel) -> Iterator[Checkpointer]:
+    """Yield a checkpointer; wait for its save, also after an error."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint") as executor:
+        checkpointer = Checkpointer(run, save_model, executor)
+        try:
+            yield checkpointer
+        finally:
+            checkpointer.wait()
 
-    def __init__(self, run: Path, *, config: TrainConfig, save_model: SaveModel, identity: str):
-        """Save below the folder `run`; `identity` is the fingerprint of the run."""
-        self._config, self._save_model, self._identity = config, save_model, identity
-        self._folder = run / "checkpoints"
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+
+class Checkpointer:
+    """Saves the checkpoints of a run in the background."""
+
+    def __init__(self, run: Run, save_model: SaveModel, executor: ThreadPoolExecutor):
+        self._run, self._save_model, self._executor = run, save_model, executor
+        self._folder = run.folder / "checkpoints"
         self._pending: Future[None] | None = None
 
     def save(self, state: TrainState) -> None:
@@ -61,7 +70,7 @@ class Checkpointer:
         """
         self.wait()
         step = int(state.step)
-        trees = export_params(self._config, state), _optimizer_tree(self._config, state)
+        trees = export_params(self._run.config, state), _optimizer_tree(self._run.config, state)
         broken = find_nonfinite(*trees)
         if broken is not None:
             raise InputError(
@@ -78,24 +87,14 @@ class Checkpointer:
         if pending is not None:
             pending.result()
 
-    def __enter__(self) -> Checkpointer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            self.wait()  # after an error, too: the pending save is valid
-        finally:
-            self._executor.shutdown()
-
     def prune(self) -> None:
         """Delete the checkpoints that are not to keep, on process 0."""
         if jax.process_index():
             return
+        config = self._run.config
         folders = {int(folder.name): folder for folder in list_steps(self._folder)}
-        for step in folders.keys() - steps_to_keep(list(folders), self._config.keep, self._config.keep_every):
-            hidden = self._folder / (atomic.TRASH_PREFIX + folders[step].name)
+        for step in folders.keys() - steps_to_keep(list(folders), config.keep, config.keep_every):
+            hidden = atomic.temp_path(folders[step], "tmp")
             folders[step].rename(hidden)  # after a kill, no partial folder looks like a checkpoint
             shutil.rmtree(hidden)
 
@@ -104,9 +103,8 @@ class Checkpointer:
             self._save_model(temporary / "model", params, step)
             orbax_io.save_tree(temporary / "optimizer", rest)
             if not jax.process_index():
-                files = {name: temporary / name for name in MANIFESTS}
-                hashes = {name: {"sha256": sha256_file(p), "bytes": p.stat().st_size} for name, p in files.items()}
-                record = {"format": FORMAT, "step": step, "run": self._identity, "manifests": hashes}
+                hashes = {name: manifest_entry(temporary / name) for name in MANIFESTS}
+                record = {"format": FORMAT, "step": step, "run": self._run.run_hash, "manifests": hashes}
                 atomic.write_json(temporary / "step.json", {**record, "fingerprint": hash_json(record)})
         self.prune()
 
@@ -117,25 +115,21 @@ def steps_to_keep(steps: Sequence[int], keep: int, keep_every: int | None = None
     return {step for step in steps if step in latest or (keep_every and step and step % keep_every == 0)}
 
 
-def restore(
-    folder: Path, *, rules: ShardingRules, config: TrainConfig, abstract: TrainState, identity: str
-) -> TrainState:
+def restore(folder: Path, run: Run, abstract: TrainState) -> TrainState:
     """Restore the state, without `frozen_base`, and verify every byte.
 
     Args:
       folder: from `latest_step`.
-      rules: target sharding; may differ from that of the save.
-      config: the run's options.
+      run: its sharding may differ from that of the save.
       abstract: shapes and shardings of the state (`step.abstract_state`).
-      identity: fingerprint of the run.
 
     Raises:
       InputError: a file is missing, truncated, changed, or of another run; says what to delete.
     """
     try:
-        record = _read_record(folder, identity)
-        model = hub.load_model(folder / "model", rules.mesh, "float32", preset=config.preset)
-        rest = orbax_io.load_tree(folder / "optimizer", _optimizer_tree(config, abstract), remedy=_CORRUPT_HINT)
+        record = _read_record(folder, run.run_hash)
+        model = hub.load_model(folder / "model", run.inputs.sharding_rules.mesh, "float32", preset=run.config.preset)
+        rest = orbax_io.load_tree(folder / "optimizer", _optimizer_tree(run.config, abstract), remedy=_CORRUPT_HINT)
     except InputError as error:
         earlier = [other for other in list_steps(folder.parent) if other < folder]
         fallback = f"step {int(earlier[-1].name)}" if earlier else "the start, as no other checkpoint is left"
@@ -163,8 +157,6 @@ def remove_partial(run: Path) -> None:
     """Remove partial writes and deletions of a killed process; requires the lease."""
     atomic.remove_stale_temp_files(run)
     atomic.remove_stale_temp_files(run / "checkpoints")
-    for folder in (run / "checkpoints").glob(f"{atomic.TRASH_PREFIX}*"):
-        shutil.rmtree(folder)
 
 
 def _copy_to_host(tree: Any) -> Any:

@@ -8,7 +8,7 @@ vocabulary, also if it is tied to the embedding, but not the embedding lookup. T
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import cache
 from math import prod
 
 import jax
@@ -43,20 +43,7 @@ A100, H100, H200 and HGX B200 (without sparsity).
 """
 
 
-@dataclass(frozen=True)
-class Throughput:
-    """Conversion of tokens per second to FLOP/s and MFU."""
-
-    flops_per_token: int
-    peak_flops: float | None
-    """Dense FLOP/s of all devices together; None: unknown."""
-
-    def flops_and_mfu(self, tokens_per_second: float) -> dict[str, float]:
-        """Return `flops_per_second` and, if the peak is known, `mfu` (0 … 1)."""
-        achieved = tokens_per_second * self.flops_per_token
-        return {"flops_per_second": achieved} | ({} if self.peak_flops is None else {"mfu": achieved / self.peak_flops})
-
-
+@cache
 def num_matmul_params(model: DecoderConfig) -> int:
     """Count the weights in matrix products: kernels and the output projection."""
     leaves = jax.tree_util.tree_leaves_with_path(abstract_params(model))
@@ -70,7 +57,9 @@ def flops_per_token(model: DecoderConfig, seq_len: int) -> int:
     return 6 * num_matmul_params(model) + attention
 
 
-def make_throughput(config: TrainConfig, model: DecoderConfig, mesh: Mesh) -> Throughput:
-    """Return the conversion for a run; only bfloat16 runs have an MFU."""
+def measure_speed(config: TrainConfig, model: DecoderConfig, mesh: Mesh, tokens_per_second: float) -> dict[str, float]:
+    """Return tokens and FLOPs per second, and `mfu` in bfloat16."""
+    achieved = tokens_per_second * flops_per_token(model, config.seq_len)
+    speed = {"tokens_per_second": tokens_per_second, "flops_per_second": achieved}
     peak = PEAK_FLOPS.get(mesh.devices.flat[0].device_kind) if config.dtype == "bfloat16" else None
-    return Throughput(flops_per_token(model, config.seq_len), None if peak is None else peak * mesh.devices.size)
+    return speed if peak is None else speed | {"mfu": achieved / (peak * mesh.devices.size)}

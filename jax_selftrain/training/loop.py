@@ -10,46 +10,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 from jax.experimental import multihost_utils
 
 from jax_selftrain import hub
 from jax_selftrain.config import TrainConfig, yaml_io
-from jax_selftrain.config.metadata import Role
-from jax_selftrain.distributed import barrier, sigterm_handler
+from jax_selftrain.distributed import barrier, sigterm_event
 from jax_selftrain.distributed.mesh import mesh_context
 from jax_selftrain.errors import InputError, Preempted
 from jax_selftrain.hub.orbax_io import find_nonfinite
 from jax_selftrain.models import Params, init_params
 from jax_selftrain.training import checkpoints
-from jax_selftrain.training.checkpoints import Checkpointer
+from jax_selftrain.training.checkpoints import Checkpointer, open_checkpointer
 from jax_selftrain.training.data import load_batch
-from jax_selftrain.training.flops import make_throughput
-from jax_selftrain.training.hooks import Hook, check_hooks, run_hooks
-from jax_selftrain.training.metrics_writer import (
-    NO_STEP,
-    MetricsWriter,
-    open_metrics_writer,
-    write_launch_info,
-)
-from jax_selftrain.training.run_folder import Run, acquire_run_folder, check_ranges, load_inputs
-from jax_selftrain.training.step import (
-    Metrics,
-    TrainState,
-    abstract_state,
-    compiled_step,
-    export_params,
-    init_state,
-)
-from jax_selftrain.training.wandb_tracker import WandbTracker, check_tracking
+from jax_selftrain.training.hooks import Hook, check_evaluation, check_hooks, run_hooks
+from jax_selftrain.training.lora import check_lora
+from jax_selftrain.training.metrics_writer import NO_STEP, MetricsWriter, import_wandb, open_metrics_writer
+from jax_selftrain.training.run_folder import Run, acquire_run_folder, load_inputs
+from jax_selftrain.training.step import TrainState, abstract_state, compiled_step, export_params, init_state, jit_key
 
 
 def train(config: TrainConfig, *, hooks: Sequence[Hook] = ()) -> Path:
@@ -69,11 +54,11 @@ def train(config: TrainConfig, *, hooks: Sequence[Hook] = ()) -> Path:
       UnavailableError: another process trains in the same folder.
       Preempted: SIGTERM arrived; the state was saved.
     """
-    check_ranges(config)
+    yaml_io.require(config)
+    check_train_config(config)
     check_hooks(config, hooks)
-    check_tracking(config.wandb)
     with acquire_run_folder(load_inputs(config, [hook.measured for hook in hooks if hook.measured])) as run:
-        if run.is_finished:
+        if (run.folder / "model").exists():
             if not jax.process_index():
                 print(f"{run.folder}: already finished, after {run.config.steps} steps; nothing to do")
             return run.folder
@@ -88,18 +73,15 @@ def _train(run: Run, hooks: Sequence[Hook]) -> None:
     if not jax.process_index():
         checkpoints.remove_partial(run.folder)
     barrier("partial checkpoints are removed")
-    run_step = compiled_step(config, run.inputs.model, rules, steps)
+    run_step = compiled_step(jit_key(config), run.inputs.source.config, rules, steps)
     resumed = checkpoints.latest_step(run.folder) is not None
     state = _restore_or_init(run)
     first = int(state.step)
     model = hub.model_with_params(run.inputs.source, export_params(config, state), rules)
-    save_checkpoint_model = partial(_save_model, run, format="flax")
     with (
-        Checkpointer(
-            run.folder, config=config, save_model=save_checkpoint_model, identity=run.run_hash
-        ) as checkpointer,
-        open_metrics_writer(partial(_make_writer, run, first if resumed else NO_STEP)) as writer,
-        _watch_sigterm() as should_stop,
+        open_checkpointer(run, partial(_save_model, run, format="flax")) as checkpointer,
+        open_metrics_writer(run, first if resumed else NO_STEP) as writer,
+        _watch_preemption() as should_stop,
     ):
 
         def evaluate(step: int, state: TrainState) -> None:
@@ -108,11 +90,9 @@ def _train(run: Run, hooks: Sequence[Hook]) -> None:
             if values and writer is not None:
                 writer.write_eval(step, values, seconds=time.perf_counter() - start)
 
-        if writer is not None:
-            write_launch_info(run.folder, _describe_launch(run, first))
         if not resumed:
             evaluate(0, state)
-        unread: tuple[int, Metrics] | None = None
+        unread: tuple[int, dict[str, jax.Array]] | None = None
         for step in range(first + 1, steps + 1):
             state, metrics = run_step(state, load_batch(config, rules, run.rows, step - 1))
             if unread is not None:
@@ -143,30 +123,14 @@ def _is_checkpoint_due(config: TrainConfig, step: int) -> bool:
     return step == config.steps or any(every and step % every == 0 for every in intervals)
 
 
-def _make_writer(run: Run, last_step: int) -> MetricsWriter:
-    config = run.config
-    tracker = None
-    if config.wandb:
-        tracker = WandbTracker(config.wandb, run.folder, identity=run.run_hash, config=yaml_io.to_dict(config))
-    return MetricsWriter(
-        run.folder,
-        last_step=last_step,
-        steps=config.steps or 1,
-        log_every=config.log_every,
-        throughput=make_throughput(config, run.inputs.model, run.inputs.sharding_rules.mesh),
-        tracker=tracker,
-    )
-
-
 def _restore_or_init(run: Run) -> TrainState:
     """Return the state of the latest checkpoint, or the initial state."""
     config, rules = run.config, run.inputs.sharding_rules
-    model, steps = run.inputs.model, config.steps or 1
+    model, steps = run.inputs.source.config, config.steps or 1
     folder = checkpoints.latest_step(run.folder)
     if folder is None:
         return init_state(config, model, rules, _initial_params(run), steps)
-    abstract = abstract_state(config, model, rules, steps)
-    state = checkpoints.restore(folder, rules=rules, config=config, abstract=abstract, identity=run.run_hash)
+    state = checkpoints.restore(folder, run, abstract_state(config, model, rules, steps))
     return state._replace(frozen_base=_initial_params(run)) if config.lora_rank else state
 
 
@@ -174,7 +138,7 @@ def _initial_params(run: Run) -> Params:
     """Load or initialize the model before training, float32."""
     config, rules = run.config, run.inputs.sharding_rules
     if config.init == "scratch":
-        params = init_params(run.inputs.model, config.seed, rules)
+        params = init_params(run.inputs.source.config, config.seed, rules)
     else:
         params = hub.load_model(run.inputs.source, rules.mesh, "float32", preset=config.preset).params
     broken = find_nonfinite(params)
@@ -184,7 +148,7 @@ def _initial_params(run: Run) -> Params:
 
 
 def _finalize_step(
-    run: Run, checkpointer: Checkpointer, writer: MetricsWriter | None, step: int, metrics: Metrics
+    run: Run, checkpointer: Checkpointer, writer: MetricsWriter | None, step: int, metrics: dict[str, jax.Array]
 ) -> None:
     """Wait for the metrics of a step, check and record them."""
     values = {name: value.item() for name, value in jax.device_get(metrics).items()}
@@ -208,27 +172,41 @@ def _save_model(run: Run, folder: Path, params: Params, step: int, *, format: Li
     hub.save_model(folder, params, source=run.inputs.source, metadata=metadata, format=format)
 
 
-def _describe_launch(run: Run, first: int) -> dict[str, Any]:
-    devices = run.inputs.sharding_rules.mesh.devices
-    return {
-        "from_step": first,
-        "options": yaml_io.to_dict(run.config, Role.EXECUTION),
-        "mesh": dict(run.inputs.sharding_rules.mesh.shape),
-        "device": devices.flat[0].device_kind,
-        "processes": jax.process_count(),
-    }
-
-
 @contextmanager
-def _watch_sigterm() -> Iterator[Callable[[int], bool]]:
+def _watch_preemption() -> Iterator[Callable[[int], bool]]:
     """Yield a function that tests if training should stop after a step.
 
     Several processes must stop after the same step; JAX's coordination service, which handles SIGTERM itself, chooses
-    it. One process handles SIGTERM here, if training runs in its main thread.
+    it.
     """
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
         return
-    received = threading.Event()
-    with sigterm_handler(received.set):
+    with sigterm_event() as received:
         yield lambda step: received.is_set()
+
+
+def check_train_config(config: TrainConfig) -> None:
+    """Check the values of options before any file is read.
+
+    Raises:
+      InputError: an option is out of range for every model and corpus, or `wandb` is not installed.
+    """
+    counts = "steps batch_size seq_len grad_accum checkpoint_every keep keep_every log_every"
+    rules: tuple[tuple[Callable[[float], bool], str, str], ...] = (
+        (lambda value: 0 < value < math.inf, "at least 1", f"{counts} eval_every eval_limit eval_prefix eval_suffix"),
+        (lambda value: 0 < value < math.inf, "more than 0", "eps max_epochs"),
+        (lambda value: 0 <= value < math.inf, "0 or more", "learning_rate final_learning_rate weight_decay clip_norm"),
+        (lambda value: 0 <= value < math.inf, "0 or more", "lora_rank lora_alpha"),
+        (lambda value: 0 <= value < 1, "in [0, 1)", "beta1 beta2"),
+        (lambda value: 0 <= value <= 1, "in [0, 1]", "warmup_ratio"),
+    )
+    for is_valid, expected, names in rules:
+        for name in names.split():
+            value = getattr(config, name)
+            if value is not None and not is_valid(value):
+                raise InputError(f"{yaml_io.flag(name)} {value}: must be {expected}")
+    check_evaluation(config)
+    check_lora(config)
+    if config.wandb:
+        import_wandb()

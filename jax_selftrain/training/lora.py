@@ -19,7 +19,8 @@ from jax_selftrain.config import TrainConfig
 from jax_selftrain.distributed.sharding import ShardingRules
 from jax_selftrain.errors import InputError
 from jax_selftrain.io.rng import make_rng
-from jax_selftrain.models import DecoderConfig, Params, abstract_params, param_axes
+from jax_selftrain.models import DecoderConfig, Params, abstract_params
+from jax_selftrain.models.params import param_axes
 
 NUM_OUTPUT_DIMS = {
     ("attn", "q"): 3,
@@ -72,17 +73,14 @@ def init_adapters(config: TrainConfig, model: DecoderConfig, rules: ShardingRule
 def abstract_adapters(config: TrainConfig, model: DecoderConfig, rules: ShardingRules) -> Params:
     """Return the adapters as shapes and shardings."""
     shapes, axes = abstract_params(model)["layers"], param_axes(model)["layers"]
-
-    def struct(shape: tuple[int, ...], names: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rules.sharding(names))
-
+    struct, rank = rules.abstract_array, config.lora_rank
     layers: Params = {}
     for (group, name), outputs in NUM_OUTPUT_DIMS.items():
         if name in config.lora_targets and name in shapes[group]:
             (depth, *sizes), (layer_axis, *names) = shapes[group][name]["kernel"].shape, axes[group][name]["kernel"]
             layers.setdefault(group, {})[name] = {
-                "lora_a": struct((depth, *sizes[outputs:], config.lora_rank), (layer_axis, *names[outputs:], None)),
-                "lora_b": struct((depth, config.lora_rank, *sizes[:outputs]), (layer_axis, None, *names[:outputs])),
+                "lora_a": struct((depth, *sizes[outputs:], rank), jnp.float32, (layer_axis, *names[outputs:], None)),
+                "lora_b": struct((depth, rank, *sizes[:outputs]), jnp.float32, (layer_axis, None, *names[:outputs])),
             }
     return {"layers": layers}
 

@@ -21,8 +21,9 @@ from jaxtyping import Array, Float, Int
 
 from jax_selftrain.config import Remat
 from jax_selftrain.distributed.sharding import Axes, ShardingRules
-from jax_selftrain.models import DecoderConfig, Params, forward, param_axes, unembed
+from jax_selftrain.models import DecoderConfig, Params, forward, unembed
 from jax_selftrain.models.fsdp import all_gather_param, is_fsdp_sharded, psum_scatter_grad, unshard_param
+from jax_selftrain.models.params import param_axes
 
 LOGITS_BYTES = 2**26
 """Upper bound on the float32 logits of one chunk on one device, in bytes."""
@@ -57,13 +58,7 @@ class LossStats(NamedTuple):
 
 
 def choose_chunk_size(config: DecoderConfig, rules: ShardingRules, rows: int, length: int) -> int:
-    """Return the number of positions to project at once.
-
-    Args:
-      config, rules: the model.
-      rows: global number of rows.
-      length: positions of each row.
-    """
+    """Return the positions to project at once for `rows` rows of `length`."""
     vocab_sharded = dict(rules.logical_to_mesh)["vocab"] is not None
     vocab = config.vocab_size // (rules.tensor_parallelism if vocab_sharded else 1)
     largest = max(1, LOGITS_BYTES // (4 * vocab * max(1, rows // rules.data_parallelism)))
@@ -132,16 +127,9 @@ class _HeadSpec(NamedTuple):
         """Logical axes of the output matrix."""
         return param_axes(self.config)[self.path[0]][self.path[1]]
 
-    def all_gather_kernel(self, kernel: Float[Array, ...]) -> Float[Array, ...]:
+    def all_gather(self, kernel: Float[Array, ...]) -> Float[Array, ...]:
         """All-gather the output matrix, once for all chunks."""
         return all_gather_param(self.rules, kernel, self.axes, self.compute_dtype)
-
-    def reduce_scatter_grads(self, grads: Float[Array, ...]) -> Float[Array, ...]:
-        """Reduce-scatter the replicas' gradients, which are stacked along axis 0."""
-        if not is_fsdp_sharded(self.rules, self.axes):
-            return jnp.sum(grads, axis=0)
-        specs = (PartitionSpec("data", *self.rules.unsharded_embed(self.axes).spec),)
-        return psum_scatter_grad(self.rules, self.axes, lambda own: own[0], specs, grads)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -160,7 +148,7 @@ def _head_loss(
 
         return jax.lax.scan(add, _zero(hidden), _split(head.chunk_size, hidden, *rest))[0][None]
 
-    return jnp.sum(_map_replicas(head, local_loss, head.all_gather_kernel(kernel), hidden, targets, weights))
+    return jnp.sum(_map_replicas(head, local_loss, head.all_gather(kernel), hidden, targets, weights))
 
 
 def _head_loss_forward(
@@ -177,10 +165,16 @@ def _head_loss_forward(
         (loss, d_kernel), d_hidden = jax.lax.scan(add, initial, _split(head.chunk_size, hidden, *rest))
         return loss[None], d_kernel[None], _unsplit(d_hidden, hidden.shape[1])
 
-    gathered = head.all_gather_kernel(kernel)
+    gathered = head.all_gather(kernel)
     losses, d_kernels, d_hidden = _map_replicas(head, local_loss, gathered, hidden, targets, weights)
     # XLA 0.10 cannot sum over one of several mesh axes inside `shard_map`: the sum over replicas is out here.
-    return jnp.sum(losses), (head.reduce_scatter_grads(d_kernels).astype(kernel.dtype), d_hidden)
+    loss = jnp.sum(losses)
+    if is_fsdp_sharded(head.rules, head.axes):
+        specs = (PartitionSpec("data", *head.rules.unsharded_embed(head.axes).spec),)
+        d_kernel = psum_scatter_grad(head.rules, head.axes, lambda own: own[0], specs, d_kernels)
+    else:
+        d_kernel = jnp.sum(d_kernels, axis=0)
+    return loss, (d_kernel.astype(kernel.dtype), d_hidden)
 
 
 def _head_loss_backward(

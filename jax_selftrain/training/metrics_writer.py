@@ -1,28 +1,31 @@
-"""Records of a training run: metrics, evaluations, timings.
+"""Records of a training run: metrics, evaluations, timings, launches.
 
 `metrics.jsonl` and `curve.jsonl` are functions of the run's inputs, so that an interrupted and an uninterrupted run are
-equal byte for byte. Wall-clock times are in `timings.jsonl`. TensorBoard, and W&B if requested, receive all of
-them. Only process 0 writes.
+equal byte for byte. Wall-clock times are in `timings.jsonl`, and `launches.jsonl` has a line for each launch.
+TensorBoard, and W&B if requested (`--wandb PROJECT`), receive metrics and timings. Only process 0 writes.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
 import jax
 
+from jax_selftrain.config import yaml_io
+from jax_selftrain.config.metadata import Role
+from jax_selftrain.distributed.progress import progress_bar
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.io.import_guard import block_torch_import
-from jax_selftrain.training.flops import Throughput
-from jax_selftrain.training.wandb_tracker import WandbTracker
+from jax_selftrain.training.flops import measure_speed
+from jax_selftrain.training.run_folder import Run
 from jax_selftrain.version import versions
 
 METRICS = ("loss", "grad_norm", "learning_rate", "tokens")
@@ -32,153 +35,96 @@ NO_STEP = -1
 """Value of `last_step` for a run without records."""
 
 
+@contextmanager
+def open_metrics_writer(run: Run, last_step: int) -> Iterator[MetricsWriter | None]:
+    """Open the records on process 0; yield None on the others."""
+    if jax.process_index():
+        yield None
+        return
+    with ExitStack() as stack:
+        yield MetricsWriter(run, last_step, stack)
+
+
 class MetricsWriter:
-    """Metrics, evaluations, timings, TensorBoard and progress bar of a run folder."""
+    """Records, TensorBoard, W&B and progress bar of a run."""
 
-    def __init__(
-        self,
-        run: Path,
-        *,
-        last_step: int,
-        steps: int,
-        log_every: int,
-        throughput: Throughput,
-        tracker: WandbTracker | None = None,
-    ):
-        """Open the files and drop records after `last_step`.
-
-        Args:
-          run: run folder.
-          last_step: step of the restored checkpoint, or NO_STEP.
-          steps: number of steps of the run.
-          log_every: number of steps between records.
-          throughput: conversion of tokens per second to FLOP/s.
-          tracker: W&B run, closed with this writer.
-        """
+    def __init__(self, run: Run, last_step: int, stack: ExitStack):
         with block_torch_import():
             from tensorboardX import SummaryWriter
 
-        self._path, self._steps, self._log_every = run / "metrics.jsonl", steps, log_every
-        self._curve_path = run / "curve.jsonl"
-        self._curve: IO[str] | None = None
-        _truncate(self._path, last_step)
-        _truncate(self._curve_path, last_step)
-        self._metrics = _open_to_append(self._path)
-        self._timings = _open_to_append(run / "timings.jsonl")
-        self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=last_step + 1)
-        self._tracker, self._throughput = tracker, throughput
-        self._progress = _ProgressBar(max(0, last_step), steps) if sys.stderr.isatty() else None
-        self._since, self._tokens = time.perf_counter(), 0
+        self._run, self._files = run, dict[str, IO[str]]()
+        stack.callback(self._close)
+        for name in ("metrics.jsonl", "curve.jsonl"):
+            _truncate(run.folder / name, last_step)
+        self._tensorboard = SummaryWriter(str(run.folder / "tensorboard"), purge_step=last_step + 1)
+        stack.callback(self._tensorboard.close)
+        self._wandb = _start_wandb(run) if run.config.wandb else None
+        if self._wandb is not None:
+            stack.callback(self._wandb.finish)
+        first, mesh = max(0, last_step), run.inputs.sharding_rules.mesh
+        self._show = stack.enter_context(progress_bar("training", run.config.steps or 1, first, transient=False))
+        launch = {
+            "device": mesh.devices.flat[0].device_kind,
+            "from_step": first,
+            "mesh": dict(mesh.shape),
+            "options": yaml_io.to_dict(run.config, Role.EXECUTION),
+            "processes": jax.process_count(),
+            "time": time.time(),
+            "versions": versions(),
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        }
+        self._append("launches.jsonl", launch)
+        self._since, self._tokens, self._speed = time.perf_counter(), 0, ""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of every `log_every`-th step and of the last."""
+        config = self._run.config
         self._tokens += int(metrics["tokens"])
-        if self._progress is not None:
-            self._progress.update(step, metrics["loss"])
-        if step % self._log_every and step != self._steps:
-            return
-        now = time.perf_counter()
-        rate = self._tokens / (now - self._since)
-        speed = {"tokens_per_second": rate, **self._throughput.flops_and_mfu(rate)}
-        timing = {"step": step, "time": time.time(), "seconds": now - self._since, **speed}
-        self._since, self._tokens = now, 0
-        _append(self._metrics, {"step": step, **{name: metrics[name] for name in METRICS}})
-        _append(self._timings, timing)
-        if self._progress is not None:
-            self._progress.show_speed(speed)
-        self._log(step, {**metrics, **speed})
+        if step % config.log_every == 0 or step == config.steps:
+            now = time.perf_counter()
+            seconds, self._since = now - self._since, now
+            model, mesh = self._run.inputs.source.config, self._run.inputs.sharding_rules.mesh
+            speed = measure_speed(config, model, mesh, self._tokens / seconds)
+            self._tokens = 0
+            self._append("metrics.jsonl", {"step": step, **{name: metrics[name] for name in METRICS}})
+            self._append("timings.jsonl", {"step": step, "time": time.time(), "seconds": seconds, **speed})
+            self._log(step, {**metrics, **speed})
+            self._speed = f"{speed['tokens_per_second']:,.0f} tokens/s, {speed['flops_per_second'] / 1e12:.3g} TFLOP/s"
+            if "mfu" in speed:
+                self._speed += f", MFU {speed['mfu']:.1%}"
+        self._show(step, f"loss {metrics['loss']:.4f} {self._speed}")
 
     def write_eval(self, step: int, metrics: Mapping[str, float], *, seconds: float) -> None:
         """Record an evaluation; its `seconds` do not count as training time."""
         self._since += seconds
-        if self._curve is None:
-            self._curve = _open_to_append(self._curve_path)
-        _append(self._curve, {"step": step, **metrics})
+        self._append("curve.jsonl", {"step": step, **metrics})
         self._log(step, metrics)
 
     def sync(self) -> None:
         """Flush all records to disk, before a checkpoint that implies them."""
-        try:
-            for file in self._files():
+        for name, file in self._files.items():
+            with atomic.os_errors_as_input_errors(self._run.folder / name):
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError as error:
-            raise _write_error(self._path, error) from error
         self._tensorboard.flush()
 
-    def close(self) -> None:
-        """Flush and close all files."""
-        if self._progress is not None:
-            self._progress.close()
-        self._tensorboard.close()
-        if self._tracker is not None:
-            self._tracker.close()
-        try:
-            for file in self._files():
+    def _close(self) -> None:
+        for name, file in self._files.items():
+            with atomic.os_errors_as_input_errors(self._run.folder / name):
                 file.close()
-        except OSError as error:
-            raise _write_error(self._path, error) from error
 
-    def _files(self) -> list[IO[str]]:
-        return [self._metrics, self._timings, *([] if self._curve is None else [self._curve])]
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        path = self._run.folder / name
+        with atomic.os_errors_as_input_errors(path):
+            if name not in self._files:  # line-buffered: complete lines survive a kill
+                self._files[name] = path.open("a", buffering=1, encoding="utf-8")
+            self._files[name].write(json.dumps(line, allow_nan=False) + "\n")
 
     def _log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
-        if self._tracker is not None:
-            self._tracker.log(step, values)
-
-
-@contextmanager
-def open_metrics_writer(make: Callable[[], MetricsWriter]) -> Iterator[MetricsWriter | None]:
-    """Open the writer on process 0; yield None on the others."""
-    if jax.process_index():
-        yield None
-        return
-    writer = make()
-    try:
-        yield writer
-    finally:
-        writer.close()
-
-
-def write_launch_info(run: Path, facts: Mapping[str, Any]) -> None:
-    """Append the time, the facts and the versions to `launches.jsonl`."""
-    line = {"time": time.time(), **facts, "versions": versions(), "xla_flags": os.environ.get("XLA_FLAGS", "")}
-    with _open_to_append(run / "launches.jsonl") as file:
-        file.write(json.dumps(line, sort_keys=True) + "\n")
-
-
-class _ProgressBar:
-    """Progress bar with the latest loss, on standard error."""
-
-    def __init__(self, step: int, steps: int):
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
-            TextColumn("{task.fields[speed]}"),
-            TimeRemainingColumn(),
-        )
-        self._progress = Progress(*columns, console=Console(stderr=True))
-        self._task = self._progress.add_task("training", total=steps, completed=step, loss="…", speed="")
-        self._progress.start()
-
-    def update(self, step: int, loss: float) -> None:
-        self._progress.update(self._task, completed=step, loss=f"{loss:.4f}")
-
-    def show_speed(self, speed: Mapping[str, float]) -> None:
-        text = f"{speed['tokens_per_second']:,.0f} tokens/s, {speed['flops_per_second'] / 1e12:.3g} TFLOP/s"
-        if "mfu" in speed:
-            text += f", MFU {speed['mfu']:.1%}"
-        self._progress.update(self._task, speed=text)
-
-    def close(self) -> None:
-        self._progress.stop()
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=step)
 
 
 def _truncate(path: Path, step: int) -> None:
@@ -195,19 +141,32 @@ def _truncate(path: Path, step: int) -> None:
     atomic.write_text(path, "".join(kept))
 
 
-def _open_to_append(path: Path) -> IO[str]:
+def import_wandb() -> Any:
+    """Import Weights & Biases.
+
+    Raises:
+      InputError: the package is missing; says how to install it.
+    """
     try:
-        return open(path, "a", buffering=1, encoding="utf-8")  # line-buffered: complete lines survive a kill
-    except OSError as error:
-        raise _write_error(path, error) from error
+        return import_module("wandb")
+    except ImportError as error:
+        raise InputError(
+            "--wandb needs the package wandb, which is not installed: pip install 'jax-selftrain[wandb]', or omit the "
+            "option"
+        ) from error
 
 
-def _append(file: IO[str], line: Mapping[str, float]) -> None:
+def _start_wandb(run: Run) -> Any:
+    """Start or resume the W&B run with the id of this run.
+
+    W&B accepts each step once and in order, so that repeated steps of a resumed run are not logged twice.
+    """
+    wandb, config = import_wandb(), run.config
+    name, folder = run.folder.name, str(run.folder)
+    options = yaml_io.to_dict(config)
     try:
-        file.write(json.dumps(line, allow_nan=False) + "\n")
-    except OSError as error:
-        raise _write_error(Path(file.name), error) from error
-
-
-def _write_error(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path}: cannot be written ({error.strerror}); correct this and run the same command again")
+        return wandb.init(
+            project=config.wandb, id=run.run_hash[:32], resume="allow", name=name, dir=folder, config=options
+        )
+    except wandb.Error as error:
+        raise InputError(f"--wandb {config.wandb}: {error}; correct this, or omit the option") from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -30,9 +30,7 @@ from jax_selftrain.errors import InputError, UnavailableError
 from jax_selftrain.io import atomic, lease
 from jax_selftrain.io.manifest import hash_json
 from jax_selftrain.io.remote_paths import restore_uris
-from jax_selftrain.models import DecoderConfig, axis_sizes
-from jax_selftrain.training.hooks import check_evaluation
-from jax_selftrain.training.lora import check_lora
+from jax_selftrain.models import axis_sizes
 from jax_selftrain.training.step import abstract_batch
 from jax_selftrain.version import versions
 
@@ -44,7 +42,6 @@ class TrainInputs:
     """Checked inputs of a run."""
 
     config: TrainConfig
-    model: DecoderConfig
     source: hub.ModelRef
     sharding_rules: ShardingRules
     corpora: tuple[Corpus, ...]
@@ -69,11 +66,6 @@ class Run:
     run_hash: str
     """Fingerprint of everything that determines the result."""
 
-    @property
-    def is_finished(self) -> bool:
-        """True if the final model exists."""
-        return (self.folder / "model").exists()
-
 
 def load_inputs(config: TrainConfig, evaluation: Sequence[Mapping[str, Any]] = ()) -> TrainInputs:
     """Open and check everything that a run reads, without writing.
@@ -83,11 +75,8 @@ def load_inputs(config: TrainConfig, evaluation: Sequence[Mapping[str, Any]] = (
       evaluation: descriptions of its evaluations.
 
     Raises:
-      InputError: an option is out of range, a file is missing or damaged, or model, corpus, batch and mesh are
-        incompatible.
+      InputError: a file is missing or damaged, or model, corpus, batch and mesh are incompatible.
     """
-    yaml_io.require(config)
-    check_ranges(config)
     source = hub.open_model(config.model)
     model = source.config
     rules = make_sharding_rules(config.preset, make_mesh(config.mesh), axis_sizes(model))
@@ -101,7 +90,13 @@ def load_inputs(config: TrainConfig, evaluation: Sequence[Mapping[str, Any]] = (
     mixture = parse_mixture(config.mixture)
     folders = [config.corpus, *(folder for folder, _ in mixture)]
     corpora = tuple(_open_corpus(config, folder, tokenizer, model.vocab_size) for folder in folders)
-    _check_unique_corpora(corpora)
+    for n, corpus in enumerate(corpora):
+        for twin in corpora[:n]:
+            if corpus.fingerprint == twin.fingerprint:
+                raise InputError(
+                    f"--mixture {corpus.folder}: holds the same corpus as {twin.folder}; list each corpus once, with "
+                    "its total share"
+                )
     shares = tuple(share for _, share in mixture)
     weights = hash_json(source.raw_config) if config.init == "scratch" else source.fingerprint
     fingerprints = {"model": weights, "tokenizer": tokenizer, "corpus": corpora[0].fingerprint}
@@ -111,7 +106,7 @@ def load_inputs(config: TrainConfig, evaluation: Sequence[Mapping[str, Any]] = (
     if evaluation:
         fingerprints["evaluation"] = hash_json(evaluation)
     shares = (1 - sum(shares, Fraction(0)), *shares)
-    return TrainInputs(config, model, source, rules, corpora, shares, fingerprints, evaluation)
+    return TrainInputs(config, source, rules, corpora, shares, fingerprints, evaluation)
 
 
 @contextmanager
@@ -128,10 +123,8 @@ def acquire_run_folder(inputs: TrainInputs) -> Iterator[Run]:
         yield _prepare_run(folder, inputs)
         return
     _refuse_foreign(folder)
-    try:
+    with atomic.os_errors_as_input_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be created ({error.strerror}); choose another --out") from error
     with lease.lease(folder / ".lease") as is_acquired:
         if not is_acquired:
             raise UnavailableError(f"{folder}: another process is training there; wait for it, or choose another --out")
@@ -182,10 +175,23 @@ def _check_epochs(config: TrainConfig, corpora: tuple[Corpus, ...], rows: Mixtur
 
 
 def _describe_run(run: Run) -> dict[str, Any]:
-    config, fingerprints = run.config, run.inputs.fingerprints
-    main, *mixed = _describe_corpora(run)
-    evaluation = {"fingerprint": fingerprints.get("evaluation"), "measured": list(run.inputs.evaluation)}
-    return {
+    config, inputs, fingerprints = run.config, run.inputs, run.inputs.fingerprints
+    epochs = run.rows.epochs((config.steps or 1) * config.batch_size)
+    main, *mixed = [
+        {
+            "ref": str(corpus.folder),
+            "fingerprint": corpus.fingerprint,
+            "samples": corpus.manifest["samples"],
+            "tokens": corpus.manifest["tokens"],
+            "share": str(share),
+            "rows": len(rows),
+            "epochs": float(visits),
+        }
+        for corpus, share, rows, visits in zip(
+            inputs.corpora, inputs.mixture_weights, run.rows.components, epochs, strict=True
+        )
+    ]
+    record = {
         "format": FORMAT,
         "versions": versions(),
         "model": {"ref": config.model, "init": config.init, "fingerprint": fingerprints["model"]},
@@ -195,26 +201,11 @@ def _describe_run(run: Run) -> dict[str, Any]:
         "rows": len(run.rows.components[0]),
         "steps": config.steps,
         "options": yaml_io.to_dict(config, Role.IDENTITY),
-        **({"evaluation": evaluation} if run.inputs.evaluation else {}),
         "identity": run.run_hash,
     }
-
-
-def _describe_corpora(run: Run) -> list[dict[str, Any]]:
-    inputs, total = run.inputs, (run.config.steps or 1) * run.config.batch_size
-    components = zip(inputs.corpora, inputs.mixture_weights, run.rows.components, run.rows.epochs(total), strict=True)
-    return [
-        {
-            "ref": str(corpus.folder),
-            "fingerprint": corpus.fingerprint,
-            "samples": corpus.manifest["samples"],
-            "tokens": corpus.manifest["tokens"],
-            "share": str(share),
-            "rows": len(rows),
-            "epochs": float(epochs),
-        }
-        for corpus, share, rows, epochs in components
-    ]
+    if inputs.evaluation:
+        record["evaluation"] = {"fingerprint": fingerprints["evaluation"], "measured": list(inputs.evaluation)}
+    return record
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -233,57 +224,35 @@ def _refuse_foreign(folder: Path) -> None:
 
 def _refuse_other_run(folder: Path, inputs: TrainInputs) -> None:
     """Refuse a folder whose `run.json` has other options or fingerprints."""
-    remedy = "repeat the options it was started with, or choose another --out"
-    record = atomic.read_json(folder / "run.json")
+    record, remedy = atomic.read_json(folder / "run.json"), "repeat its options, or choose another --out"
     try:
         if record["format"] != FORMAT:
             raise InputError(f"{folder}: has run format {record['format']}, not {FORMAT}; choose another --out")
-        options = record["options"]
-        fingerprints = {name: record[name]["fingerprint"] for name in ("model", "corpus")}
+        before = dict(record["options"])
+        hashes = {name: record[name]["fingerprint"] for name in ("model", "corpus")}
+        hashes |= {"tokenizer": record["tokenizer_fingerprint"]}
         if inputs.evaluation:
-            fingerprints["evaluation"] = record.get("evaluation", {}).get("fingerprint")
-        fingerprints["tokenizer"] = record["tokenizer_fingerprint"]
+            hashes["evaluation"] = record.get("evaluation", {}).get("fingerprint")
         mixture = [(entry["ref"], Fraction(entry["share"]), entry["fingerprint"]) for entry in record["mixture"]]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder / 'run.json'}: is damaged (no {error}); choose another --out") from error
-    now = yaml_io.to_dict(inputs.config, Role.IDENTITY)
+    now, found = yaml_io.to_dict(inputs.config, Role.IDENTITY), dict(inputs.fingerprints)
     if inputs.config.steps is None:
-        now["steps"] = options.get("steps")  # one epoch: corpus, packing and batch size imply it
-    for name in sorted(now.keys() | options.keys()):
-        if now.get(name) != options.get(name):
-            flag = yaml_io.flag(name)
-            raise InputError(f"{folder}: was started with {flag} {options.get(name)}, not {now.get(name)}; {remedy}")
-    _refuse_other_mixture(folder, mixture, inputs, remedy)
-    for name, before in fingerprints.items():
-        found = inputs.fingerprints[name]
-        if before != found:
-            raise InputError(
-                f"{folder}: was started with another {name} (fingerprint {str(before)[:8]}…, now {found[:8]}…); "
-                f"{remedy}"
-            )
-
-
-def _refuse_other_mixture(
-    folder: Path, before: list[tuple[str, Fraction, str]], inputs: TrainInputs, remedy: str
-) -> None:
-    """Compare mixtures, given as (name, share, fingerprint), by share and fingerprint."""
+        now["steps"] = before.get("steps")  # one epoch: corpus, packing and batch size imply it
     components = zip(inputs.corpora, inputs.mixture_weights, strict=True)
-    now = [(restore_uris(str(corpus.folder)), share, corpus.fingerprint) for corpus, share in components][1:]
-    if [entry[1:] for entry in before] == [entry[1:] for entry in now]:
-        return
-    if [entry[:2] for entry in before] != [entry[:2] for entry in now]:
-        raise InputError(f"{folder}: was started with {_format_mixture(before)}, not {_format_mixture(now)}; {remedy}")
-    for (name, _, old), (_, _, new) in zip(before, now, strict=True):
+    other = [(restore_uris(str(corpus.folder)), share, corpus.fingerprint) for corpus, share in components][1:]
+    if [entry[1:] for entry in mixture] != [entry[1:] for entry in other]:  # a corpus may have moved
+        for entries, options, fingerprints in ((mixture, before, hashes), (other, now, found)):
+            options["mixture"] = " ".join(f"{name}={float(share):g}" for name, share, _ in entries) or "none"
+            fingerprints |= {f"content of the mixed corpus {name}": value for name, _, value in entries}
+    for name in sorted(now.keys() | before.keys()):
+        old, new = before.get(name), now.get(name)
         if old != new:
-            raise InputError(
-                f"{folder}: was started with another content of the mixed corpus {name} (fingerprint {old[:8]}…, now "
-                f"{new[:8]}…); {remedy}"
-            )
-
-
-def _format_mixture(mixture: list[tuple[str, Fraction, str]]) -> str:
-    entries = [f"{name}={float(share):g}" for name, share, _ in mixture]
-    return " ".join(["--mixture", *entries]) if entries else "no --mixture"
+            raise InputError(f"{folder}: was started with {yaml_io.flag(name)} {old}, not {new}; {remedy}")
+    for name, old in hashes.items():
+        if old != found[name]:
+            values = f"fingerprint {str(old)[:8]}…, now {found[name][:8]}…"
+            raise InputError(f"{folder}: was started with another {name} ({values}); {remedy}")
 
 
 def _open_corpus(config: TrainConfig, folder: str, tokenizer: str, vocab_size: int) -> Corpus:
@@ -300,40 +269,3 @@ def _open_corpus(config: TrainConfig, folder: str, tokenizer: str, vocab_size: i
             f"{vocab_size} tokens; use a model with the tokenizer of the corpus"
         )
     return corpus
-
-
-def _check_unique_corpora(corpora: tuple[Corpus, ...]) -> None:
-    seen: dict[str, Corpus] = {}
-    for corpus in corpora:
-        twin = seen.setdefault(corpus.fingerprint, corpus)
-        if twin is not corpus:
-            raise InputError(
-                f"--mixture {corpus.folder}: holds the same corpus as {twin.folder}; list each corpus once, with its "
-                "total share"
-            )
-
-
-def check_ranges(config: TrainConfig) -> None:
-    """Refuse options that are out of range for every model and corpus.
-
-    Raises:
-      InputError: names the first one.
-    """
-    positive = (lambda value: 0 < value < math.inf), "more than 0"
-    positive_int = positive[0], "at least 1"
-    not_negative = (lambda value: 0 <= value < math.inf), "0 or more"
-    counts = "steps batch_size seq_len grad_accum checkpoint_every keep keep_every log_every eval_every eval_limit"
-    rules: dict[str, tuple[Callable[[float], bool], str]] = {
-        **dict.fromkeys(f"{counts} eval_prefix eval_suffix".split(), positive_int),
-        **dict.fromkeys(["learning_rate", "final_learning_rate", "weight_decay", "clip_norm"], not_negative),
-        **dict.fromkeys(("lora_rank", "lora_alpha"), not_negative),
-        **dict.fromkeys(("beta1", "beta2"), (lambda value: 0 <= value < 1, "in [0, 1)")),
-        "warmup_ratio": (lambda value: 0 <= value <= 1, "in [0, 1]"),
-        **dict.fromkeys(("eps", "max_epochs"), positive),
-    }
-    for name, (is_valid, expected) in rules.items():
-        value = getattr(config, name)
-        if value is not None and not is_valid(value):
-            raise InputError(f"{yaml_io.flag(name)} {value}: must be {expected}")
-    check_evaluation(config)
-    check_lora(config)

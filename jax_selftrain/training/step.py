@@ -22,7 +22,8 @@ from jax_selftrain.config.metadata import Role, keep_role
 from jax_selftrain.distributed.mesh import mesh_context, xla_options
 from jax_selftrain.distributed.sharding import ShardingRules, make_sharding_rules
 from jax_selftrain.errors import InputError
-from jax_selftrain.models import DecoderConfig, Params, abstract_params, accumulation_dtype, axis_sizes, param_shardings
+from jax_selftrain.models import DecoderConfig, Params, abstract_params, axis_sizes
+from jax_selftrain.models.matmul import accumulation_dtype
 from jax_selftrain.training.lora import abstract_adapters, apply_adapters, init_adapters, merge_adapters
 from jax_selftrain.training.loss import Batch, LossStats, loss_fn
 from jax_selftrain.training.optimizer import apply_updates, make_optimizer, make_schedule
@@ -52,8 +53,7 @@ def init_state(
     """Create the sharded state before the first step.
 
     Args:
-      config: the run's options.
-      model, rules: the architecture and its sharding, for the adapters.
+      config, model, rules: the run's options; architecture and sharding of the adapters.
       params: the student before training, float32; the state takes these arrays over.
       steps: number of steps of the run; only the learning rate depends on it.
     """
@@ -85,13 +85,9 @@ def jit_key(config: TrainConfig) -> TrainConfig:
     return keep_role(config, Role.COMPILED)
 
 
-def compiled_step(config: TrainConfig, model: DecoderConfig, rules: ShardingRules, steps: int) -> StepFunction:
-    """Return `make_step` under `jax.jit`, for this process's devices; it donates the state."""
-    return _compiled_step(jit_key(config), model, rules, steps)
-
-
 @lru_cache(maxsize=8)
-def _compiled_step(config: TrainConfig, model: DecoderConfig, rules: ShardingRules, steps: int) -> StepFunction:
+def compiled_step(config: TrainConfig, model: DecoderConfig, rules: ShardingRules, steps: int) -> StepFunction:
+    """Return `make_step` under `jax.jit`; it donates the state. `config` is a `jit_key`."""
     return jax.jit(make_step(config, model, rules, steps), donate_argnums=0, compiler_options=xla_options())
 
 
@@ -134,11 +130,7 @@ def make_step(config: TrainConfig, model: DecoderConfig, rules: ShardingRules, s
 
 def abstract_state(config: TrainConfig, model: DecoderConfig, rules: ShardingRules, steps: int) -> TrainState:
     """Return the state as shapes, types and shardings."""
-    params = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract_params(model),
-        param_shardings(model, rules),
-    )
+    params = abstract_params(model, rules=rules)
     trained = abstract_adapters(config, model, rules) if config.lora_rank else params
     with mesh_context(rules.mesh):
         state = jax.eval_shape(partial(_init, config, steps), trained, params)
@@ -165,11 +157,10 @@ def abstract_batch(config: TrainConfig, rules: ShardingRules) -> Batch:
             f"--batch-size {config.batch_size} does not divide into {config.grad_accum} micro-batches (--grad-accum) "
             f"over {replicas} devices (--mesh data={replicas}): it must be a multiple of {unit}, for instance {legal}"
         )
-    sharding = rules.sharding((None, "batch", None))
 
     def struct(length: int, dtype: str = "int32") -> Any:
         shape = (config.grad_accum, config.batch_size // config.grad_accum, length)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        return rules.abstract_array(shape, dtype, (None, "batch", None))
 
     length = config.seq_len
     return Batch(struct(length + 1), struct(length), struct(length), struct(length, "float32"))

@@ -16,8 +16,7 @@ from process_group import ROOT, free_port, start_process, wait_for_all
 
 from jax_selftrain import cli
 from jax_selftrain.config.metadata import Role, fields_with_role
-from jax_selftrain.distributed import DistributedConfig
-from jax_selftrain.distributed.cluster import local_device_ids, resolve_cluster
+from jax_selftrain.distributed.cluster import DistributedConfig, local_device_ids, resolve_cluster
 from jax_selftrain.errors import InputError
 
 COORDINATOR = ("--coordinator", "localhost:8476", "--num-processes", "2", "--process-id", "0")

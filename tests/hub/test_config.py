@@ -13,7 +13,8 @@ from parity_cases import CASES
 
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub.hf_config import parse_config
-from jax_selftrain.models import RopeConfig, abstract_params
+from jax_selftrain.models import abstract_params
+from jax_selftrain.models.config import RopeConfig
 
 # config.json of models as their makers published them
 PUBLISHED: dict[str, dict[str, Any]] = {

@@ -9,16 +9,8 @@ import pytest
 
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.distributed.sharding import ShardingRules, make_sharding_rules
-from jax_selftrain.models import (
-    DecoderConfig,
-    Params,
-    RopeConfig,
-    abstract_params,
-    axis_sizes,
-    forward,
-    init_params,
-    unembed,
-)
+from jax_selftrain.models import DecoderConfig, Params, abstract_params, axis_sizes, forward, init_params, unembed
+from jax_selftrain.models.config import RopeConfig
 
 BASE = DecoderConfig(
     vocab_size=32,

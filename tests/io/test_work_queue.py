@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 import jax_selftrain
 from jax_selftrain.io.lease import lease
-from jax_selftrain.io.work_queue import Claim, run_missing
+from jax_selftrain.io.work_queue import run_missing
 
 WORKER = """
 import sys, time
@@ -23,8 +24,8 @@ from jax_selftrain.io import atomic
 from jax_selftrain.io.work_queue import run_missing
 folder, name, seconds = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 def run(claims):
-    for claim in claims:
-        with claim as task:
+    for task, claim in claims:
+        with claim:
             with open(folder / f"log-{name}", "a") as log:
                 log.write(f"{task}\\n")
             time.sleep(seconds)
@@ -44,9 +45,9 @@ def run_here(folder: Path, tasks: range, **options: object) -> list[int]:
     """Run tasks in this process; return them in order of execution."""
     order: list[int] = []
 
-    def run(claims: Iterator[Claim[int]]) -> None:
-        for claim in claims:
-            with claim as task:
+    def run(claims: Iterator[tuple[int, ExitStack]]) -> None:
+        for task, claim in claims:
+            with claim:
                 order.append(task)
                 (folder / f"{task}.done").touch()
 
@@ -109,7 +110,7 @@ def test_a_process_waits_for_tasks_that_others_hold_and_can_be_stopped(tmp_path)
 
 
 def test_a_failing_task_releases_its_lease(tmp_path):
-    def fail(claims: Iterator[Claim[int]]) -> None:
+    def fail(claims: Iterator[tuple[int, ExitStack]]) -> None:
         for _ in claims:
             raise ZeroDivisionError
 
@@ -119,11 +120,11 @@ def test_a_failing_task_releases_its_lease(tmp_path):
 
 
 def test_claims_may_be_held_until_later_tasks_are_claimed(tmp_path):
-    def run_at_once(claims: Iterator[Claim[int]]) -> None:
+    def run_at_once(claims: Iterator[tuple[int, ExitStack]]) -> None:
         held = list(claims)
         assert len(list(tmp_path.glob("*.lease"))) == len(held)
-        for claim in held:
-            with claim as task:
+        for task, claim in held:
+            with claim:
                 (tmp_path / f"{task}.done").touch()
 
     run_missing(

@@ -35,7 +35,8 @@ from jax_selftrain.likelihood.prefix_trie import (
     pack_trie,
     round_up_to_bucket,
 )
-from jax_selftrain.models import DecoderConfig, RopeConfig, axis_sizes, forward, unembed
+from jax_selftrain.models import DecoderConfig, axis_sizes, forward, unembed
+from jax_selftrain.models.config import RopeConfig
 
 FAMILIES = ("gpt_neox", "llama")
 POSITIONS = 640

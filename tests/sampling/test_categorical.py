@@ -7,7 +7,7 @@ import pytest
 from sampling_reference import draw_with_margins, random_bits, tree_path
 from scipy import special, stats
 
-from jax_selftrain.sampling import categorical, level_sizes
+from jax_selftrain.sampling.categorical import categorical, level_sizes
 
 _draw = jax.jit(categorical)
 

@@ -13,7 +13,9 @@ from scipy import stats
 
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.distributed.sharding import make_sharding_rules, shard_host_array
-from jax_selftrain.models import TAIL_LEN, DecoderConfig, RopeConfig, axis_sizes, forward, init_params, unembed
+from jax_selftrain.models import DecoderConfig, axis_sizes, forward, init_params, unembed
+from jax_selftrain.models.config import RopeConfig
+from jax_selftrain.models.kv_cache import TAIL_LEN
 from jax_selftrain.sampling.continuous_batching import RequestQueue, initial_state, padded_output_len
 from jax_selftrain.sampling.counter_rng import per_sample_keys
 from jax_selftrain.sampling.decode import DecodeLoop, DecodeProgress, DecodeSpec, decode_chunks

@@ -7,12 +7,9 @@ import pytest
 from sampling_reference import draw_samples
 
 from jax_selftrain.hub import LoadedModel, load_model
-from jax_selftrain.sampling import (
-    DecodeSpec,
-    SampleBatch,
-    SamplingParams,
-    per_sample_keys,
-)
+from jax_selftrain.sampling import SamplingParams
+from jax_selftrain.sampling.counter_rng import per_sample_keys
+from jax_selftrain.sampling.decode import DecodeSpec, SampleBatch
 
 SEED, SAMPLES, TOKENS = 17, 256, 128
 PARAMS = SamplingParams(start_id=1, stop_ids=(1, 2), max_tokens=TOKENS)

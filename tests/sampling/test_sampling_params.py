@@ -1,6 +1,7 @@
 """Sampling parameters: transformers' truncation, and invalid options."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 
 from jax_selftrain.config import SampleConfig
 from jax_selftrain.errors import InputError
+from jax_selftrain.hub import SpecialTokens
 from jax_selftrain.sampling.sampling_params import (
     SamplingParams,
     check_sample_config,
@@ -123,15 +125,10 @@ def test_invalid_options_are_refused(options, message):
     assert "\n" not in str(error.value)
 
 
-def _sampling_params(config: SampleConfig, **model: Any) -> SamplingParams:
-    defaults: dict[str, Any] = {
-        "start_id": 1,
-        "stop_ids": (2,),
-        "vocab_size": 100,
-        "tokenizer_length": 90,
-        "max_positions": 64,
-    }
-    return make_sampling_params(config, **(defaults | model))
+def _sampling_params(config: SampleConfig, **changes: Any) -> SamplingParams:
+    special = SpecialTokens(bos_token_id=1, eos_token_id=2, eos_token_ids=(2,), tokenizer_length=90)
+    model: Any = SimpleNamespace(vocab_size=100, max_positions=64)
+    return make_sampling_params(config, model, replace(special, **changes))
 
 
 def test_options_override_defaults_of_the_model():
@@ -151,7 +148,7 @@ def test_options_override_defaults_of_the_model():
         ({"stop_ids": (-1,)}, {}, "--stop-ids -1 is outside the vocabulary"),
         ({"start_id": 100}, {}, "--start-id 100 is outside the vocabulary"),
         ({"max_tokens": 65}, {}, "--max-tokens 65 is longer than the 64 positions of m; ask for at most 64"),
-        ({}, {"start_id": None}, "choose one with --start-id"),
+        ({}, {"bos_token_id": None}, "choose one with --start-id"),
     ],
     ids=str,
 )

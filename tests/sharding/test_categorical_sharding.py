@@ -6,7 +6,7 @@ import pytest
 from sampling_reference import random_bits
 
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
-from jax_selftrain.sampling import categorical, level_sizes
+from jax_selftrain.sampling.categorical import categorical, level_sizes
 
 _draw = jax.jit(categorical)
 

@@ -10,7 +10,8 @@ from sampling_reference import draw_samples
 
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.distributed.sharding import make_sharding_rules
-from jax_selftrain.models import DecoderConfig, RopeConfig, axis_sizes, forward, init_params, unembed
+from jax_selftrain.models import DecoderConfig, axis_sizes, forward, init_params, unembed
+from jax_selftrain.models.config import RopeConfig
 from jax_selftrain.sampling.counter_rng import per_sample_keys
 from jax_selftrain.sampling.decode import DecodeSpec
 from jax_selftrain.sampling.sampling_params import SamplingParams

@@ -10,22 +10,11 @@ import pytest
 
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.distributed.sharding import ShardingRules, make_sharding_rules, shard_host_array
-from jax_selftrain.models import (
-    TAIL_LEN,
-    DecoderConfig,
-    RopeConfig,
-    abstract_precomputed,
-    axis_sizes,
-    decode_step,
-    flush_tail,
-    forward,
-    init_cache,
-    init_params,
-    num_used_blocks,
-    param_shardings,
-    precompute,
-    unembed,
-)
+from jax_selftrain.models import DecoderConfig, axis_sizes, forward, init_params, unembed
+from jax_selftrain.models.config import RopeConfig
+from jax_selftrain.models.kv_cache import TAIL_LEN, decode_step, flush_tail, init_cache, num_used_blocks
+from jax_selftrain.models.params import param_shardings
+from jax_selftrain.models.token_precompute import abstract_precomputed, precompute
 from jax_selftrain.planning.jaxpr_flops import flops
 
 pytestmark = pytest.mark.compat

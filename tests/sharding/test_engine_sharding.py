@@ -19,7 +19,8 @@ from jax_selftrain.likelihood.engine import batch_program, deduplicate
 from jax_selftrain.likelihood.prefix_trie import (
     TokenizedRequest,
 )
-from jax_selftrain.models import DecoderConfig, RopeConfig, axis_sizes
+from jax_selftrain.models import DecoderConfig, axis_sizes
+from jax_selftrain.models.config import RopeConfig
 
 POSITIONS = 640
 

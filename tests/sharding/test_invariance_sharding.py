@@ -11,15 +11,12 @@ from sampling_reference import draw_samples, draw_with_margins, random_bits, tre
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.distributed.sharding import make_sharding_rules, shard_host_array
 from jax_selftrain.hub import LoadedModel, load_model
-from jax_selftrain.models import TAIL_LEN, axis_sizes, forward, unembed
-from jax_selftrain.sampling import (
-    DecodeSpec,
-    SampleBatch,
-    SamplingParams,
-    level_sizes,
-    per_sample_keys,
-)
-from jax_selftrain.sampling.decode import compute_logits, decode_chunk
+from jax_selftrain.models import axis_sizes, forward, unembed
+from jax_selftrain.models.kv_cache import TAIL_LEN
+from jax_selftrain.sampling import SamplingParams
+from jax_selftrain.sampling.categorical import level_sizes
+from jax_selftrain.sampling.counter_rng import per_sample_keys
+from jax_selftrain.sampling.decode import DecodeSpec, SampleBatch, compute_logits, decode_chunk
 
 SEED, SAMPLES, TOKENS = 17, 256, 128
 

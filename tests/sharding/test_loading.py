@@ -21,7 +21,8 @@ from jax_selftrain.hub.families import FAMILIES as TABLES
 from jax_selftrain.hub.safetensors_io import SafetensorsReader, load_params, open_weights
 from jax_selftrain.hub.weight_mapping import TensorInfo
 from jax_selftrain.io.atomic import read_json
-from jax_selftrain.models import axis_sizes, param_shardings
+from jax_selftrain.models import axis_sizes
+from jax_selftrain.models.params import param_shardings
 
 
 class CountingReader:

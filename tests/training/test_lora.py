@@ -13,10 +13,10 @@ from jax_selftrain.corpus import PackedRows, open_corpus, pack_corpus
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import load_model
-from jax_selftrain.training import Hook, TrainState, abstract_train_step, train
+from jax_selftrain.training import Hook, abstract_train_step, train
 from jax_selftrain.training.data import load_batch
 from jax_selftrain.training.lora import check_lora
-from jax_selftrain.training.step import export_params, init_state
+from jax_selftrain.training.step import TrainState, export_params, init_state
 
 Options = Callable[..., TrainConfig]
 

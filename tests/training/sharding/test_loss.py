@@ -17,18 +17,9 @@ from jax_selftrain.corpus import open_corpus, pack_corpus
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.distributed.sharding import make_sharding_rules
 from jax_selftrain.hub import LoadedModel, load_model
-from jax_selftrain.models import (
-    DecoderConfig,
-    Params,
-    RopeConfig,
-    abstract_params,
-    axis_sizes,
-    forward,
-    param_shardings,
-    unembed,
-)
-from jax_selftrain.training import Batch, LossStats, loss_fn
-from jax_selftrain.training.loss import LOGITS_BYTES, choose_chunk_size
+from jax_selftrain.models import DecoderConfig, Params, abstract_params, axis_sizes, forward, unembed
+from jax_selftrain.models.config import RopeConfig
+from jax_selftrain.training.loss import LOGITS_BYTES, Batch, LossStats, choose_chunk_size, loss_fn
 
 
 def rows_on_device(model: LoadedModel, tokens: np.ndarray, weights: np.ndarray, **arrays: np.ndarray) -> Batch:
@@ -248,11 +239,7 @@ def test_a_large_vocabulary_costs_far_less_memory_than_its_logits():
         sharding = rules.sharding(("batch", None))
         shapes = [((rows, length + 1), "int32"), *[((rows, length), "int32")] * 2, ((rows, length), "float32")]
         batch = Batch(*(jax.ShapeDtypeStruct(*shape, sharding=sharding) for shape in shapes))
-        params = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            abstract_params(config),
-            param_shardings(config, rules),
-        )
+        params = abstract_params(config, rules=rules)
         with mesh_context(rules.mesh):
             gradient = jax.jit(jax.grad(partial(loss_fn, config, rules), has_aux=True))
             memory = gradient.lower(params, batch).compile().memory_analysis()

@@ -15,10 +15,11 @@ from jax_selftrain.corpus import PackedRows, open_corpus, pack_corpus
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import load_model
-from jax_selftrain.training import TrainState, abstract_train_step, loss_fn
+from jax_selftrain.training import abstract_train_step
 from jax_selftrain.training.data import load_batch
+from jax_selftrain.training.loss import loss_fn
 from jax_selftrain.training.optimizer import decay_mask
-from jax_selftrain.training.step import abstract_batch, abstract_state, init_state, jit_key, make_step
+from jax_selftrain.training.step import TrainState, abstract_batch, abstract_state, init_state, jit_key, make_step
 
 
 @pytest.fixture(scope="module")
