@@ -85,7 +85,13 @@ DRAWS = 40_000
 
 
 @pytest.mark.parametrize(
-    "word", ["temperature=1", "temperature=0.3", "temperature=0.6,top-k=5", "temperature=0.5,top-p=0.7"]
+    "word",
+    [
+        "temperature=1",
+        pytest.param("temperature=0.3", marks=pytest.mark.nightly),
+        pytest.param("temperature=0.6,top-k=5", marks=pytest.mark.nightly),
+        "temperature=0.5,top-p=0.7",
+    ],
 )
 def test_p_z_and_the_curve_agree_with_direct_sampling(model, word):
     """The suffix is the most frequent sample, so p_z is not tiny."""

@@ -102,9 +102,9 @@ def model() -> Model:
     "options",
     [
         {},
-        {"top_k": 20},
+        pytest.param({"top_k": 20}, marks=pytest.mark.nightly),
         {"top_p": 0.8},
-        {"min_p": 0.1},
+        pytest.param({"min_p": 0.1}, marks=pytest.mark.nightly),
         {"temperature": 1.2, "top_k": 100, "top_p": 0.9, "min_p": 0.01},
     ],
     ids=str,

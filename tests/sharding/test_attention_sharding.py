@@ -54,8 +54,12 @@ def compute_context_and_gradients(rules: ShardingRules, attention, segmented: bo
     return tuple(np.asarray(array) for array in (context, *gradients))
 
 
-@pytest.mark.parametrize("segmented", [True, False], ids=["segments", "one segment"])
-@pytest.mark.parametrize("spec", ["data=1,model=1", "data=2,model=2", "data=1,model=4"])
+@pytest.mark.parametrize(
+    "segmented", [True, pytest.param(False, marks=pytest.mark.nightly)], ids=["segments", "one segment"]
+)
+@pytest.mark.parametrize(
+    "spec", ["data=1,model=1", "data=2,model=2", pytest.param("data=1,model=4", marks=pytest.mark.nightly)]
+)
 def test_splash_attention_equals_dot_product_attention(spec: str, segmented: bool):
     rules = sharding_rules_for(spec)
     splash = partial(splash_attention, rules, compute_dtype=jnp.bfloat16, interpret=True)

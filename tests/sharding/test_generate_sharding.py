@@ -28,7 +28,9 @@ def test_each_greedy_token_is_the_argmax_of_the_full_forward_pass(tiny_model, me
     model = load_model(tiny_model("gpt_neox"), mesh)
     for prompt, generated in zip(prompts(), generate(model, prompts(), greedy(40), batch_size=2), strict=True):
         assert len(generated) == 40
-        logits = model.logits(np.array([prompt + generated]))[0, len(prompt) - 1 : -1]
+        row = np.zeros((1, max(LENGTHS) + 40), np.int32)  # one shape: later tokens are masked
+        row[0, : len(prompt) + 40] = prompt + generated
+        logits = model.logits(row)[0, len(prompt) - 1 : len(prompt) + 39]
         chosen = np.take_along_axis(logits, np.array(generated)[:, None], axis=1)[:, 0]
         # Tolerance: fp32 noise between the two computations decides between closer logits.
         assert np.all(logits.max(axis=1) - chosen < 2e-5)
