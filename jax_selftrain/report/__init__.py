@@ -1,6 +1,4 @@
 """Reports of runs, studies and comparisons, from their JSON results alone."""
 
-from jax_selftrain.report.comparison_table import format_comparison
-from jax_selftrain.report.report import write_report
-
-__all__ = ["format_comparison", "write_report"]
+from jax_selftrain.report.comparison_table import format_comparison as format_comparison
+from jax_selftrain.report.report import write_report as write_report

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from jax_selftrain.report.tables import format_interval, format_number
+from jax_selftrain.report.tables import Record, format_interval, format_number
 from jax_selftrain.stats.estimators import Estimate
-
-TableRow = Sequence[str]
 
 EVIDENCE_LEVELS = {"none": "too few for a result", "exploration": "exploration, no verdict", "headline": "headline"}
 
 _HEAD = ("", "n", "before", "after", "change, 95 %", "lower limit", "margin", "p", "verdict")
 
 
-def format_comparison(result: Mapping[str, Any]) -> str:
+def format_comparison(result: Record) -> str:
     """Format a result of `compare`, with one line per task and text.
 
     Accuracies are in %, their changes in points, texts in bits per byte.
@@ -38,74 +35,56 @@ def format_comparison(result: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _pair_rows(pair: Mapping[str, Any]) -> list[TableRow]:
-    rows: list[TableRow] = []
+def _pair_rows(pair: Record) -> Iterator[Sequence[str]]:
     for task in pair["tasks"]:
-        levels = (_percent(task["accuracy"][side]["value"]) for side in ("before", "after"))
-        changes = _points(task["accuracy"]["change"]), *_decision_rule(task["non_inferiority"], task["p"])
-        rows.append((_name(task), f"{task['n']:,}", *levels, *changes))
+        levels = [task["accuracy"][side]["value"] for side in ("before", "after")]
+        yield _task_row(task, task["n"], levels, task["accuracy"]["change"], task["p"])
     if macro := pair["macro"]:
-        levels = (_percent(macro[side]) for side in ("before", "after"))
-        changes = _points(macro["change"]), *_decision_rule(macro["non_inferiority"], None)
-        rows.append((f"macro ({len(macro['tasks'])})", f"{macro['n']:,}", *levels, *changes))
+        named = {**macro, "name": f"macro ({len(macro['tasks'])})"}
+        yield _task_row(named, macro["n"], [macro["before"], macro["after"]], macro["change"], None)
     for text in pair["texts"]:
         bits = text["bits_per_byte"]
-        levels = (format_number(bits[side]["value"], 4) for side in ("before", "after"))
-        rows.append((text["name"], f"{text['documents']:,}", *levels, _bits(bits["change"]), "", "", "", ""))
-    return rows
+        levels = [format_number(bits[side]["value"], 4) for side in ("before", "after")]
+        yield (text["name"], f"{text['documents']:,}", *levels, _format_estimate(bits["change"], 4, 1), "", "", "", "")
 
 
-def _recipe_rows(recipe: Mapping[str, Any]) -> list[TableRow]:
-    seeds = f"{recipe['seeds']}"
-    rows: list[TableRow] = []
+def _recipe_rows(recipe: Record) -> Iterator[Sequence[str]]:
+    seeds = recipe["seeds"]
     for entry in [*recipe["tasks"], *([{"name": "macro", **recipe["macro"]}] if recipe["macro"] else [])]:
-        cells = _points(entry["change"]), *_decision_rule(entry["non_inferiority"], entry["p"])
-        if recipe["evidence_level"] != "headline":
-            cells = *cells[:-1], "no verdict"
-        rows.append((_name(entry), seeds, "", "", *cells))
-    for entry in recipe["texts"]:
-        p = "" if entry["p"] is None else _p_value(entry["p"])
-        rows.append((entry["name"], seeds, "", "", _bits(entry["change"]), "", "", p, ""))
-    return rows
+        row = _task_row(entry, seeds, [], entry["change"], entry["p"])
+        yield row if recipe["evidence_level"] == "headline" else [*row[:-1], "no verdict"]
+    for text in recipe["texts"]:
+        change, p = _format_estimate(text["change"], 4, 1), _p_value(text["p"])
+        yield text["name"], f"{seeds}", "", "", change, "", "", p, ""
 
 
-def _name(entry: Mapping[str, Any]) -> str:
-    return f"{entry['name']}*" if entry.get("role") == "primary" else entry["name"]
-
-
-def _decision_rule(rule: Mapping[str, Any] | None, p: float | None) -> tuple[str, str, str, str]:
-    """Return lower limit, margin, p-value and verdict of a change."""
+def _task_row(entry: Record, n: int, levels: Sequence[float], change: Record, p: float | None) -> Sequence[str]:
+    """Return name, n, levels, change, lower limit, margin, p-value and verdict."""
+    name = f"{entry['name']}*" if entry.get("role") == "primary" else entry["name"]
+    shown = [f"{format_number(level, 1, scale=100)} %" for level in levels] or ["", ""]
+    cells = [name, f"{n:,}", *shown, _format_estimate(change, 2, 100)]
+    rule = entry["non_inferiority"]
     if rule is None:
-        return "", "", "", ""
+        return [*cells, "", "", "", ""]
     verdict = rule["verdict"]
     if (corrected := rule.get("verdict_adjusted", verdict)) != verdict:
         verdict += f" ({corrected} after correction)"
     lower = "" if rule["lower"] is None else format_number(rule["lower"], 2, scale=100, signed=True)
-    return lower, format_number(-rule["margin"], 2, scale=100, signed=True), "" if p is None else _p_value(p), verdict
+    return [*cells, lower, format_number(-rule["margin"], 2, scale=100, signed=True), _p_value(p), verdict]
 
 
-def _percent(value: float) -> str:
-    return f"{format_number(value, 1, scale=100)} %"
-
-
-def _p_value(p: float) -> str:
+def _p_value(p: float | None) -> str:
+    if p is None:
+        return ""
     return "<0.001" if p < 0.001 else format_number(p, 3)
 
 
-def _points(change: Mapping[str, Any]) -> str:
-    return _format_estimate(Estimate(**change), 2, 100)
+def _format_estimate(entry: Record, digits: int, scale: float) -> str:
+    ends = format_interval(Estimate(**entry), digits, scale=scale, signed=True)
+    return f"{format_number(entry['value'], digits, scale=scale, signed=True)} {ends}"
 
 
-def _bits(change: Mapping[str, Any]) -> str:
-    return _format_estimate(Estimate(**change), 4, 1)
-
-
-def _format_estimate(estimate: Estimate, digits: int, scale: float) -> str:
-    ends = format_interval(estimate, digits, scale=scale, signed=True)
-    return f"{format_number(estimate.value, digits, scale=scale, signed=True)} {ends}"
-
-
-def _align(rows: Sequence[TableRow]) -> str:
+def _align(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:

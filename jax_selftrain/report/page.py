@@ -27,8 +27,9 @@ class Chapter:
         caption = escape(table.caption)
         self.html.append(f"<details><summary>{caption}</summary>\n{html}\n</details>" if folded else html)
 
-    def add_figure(self, name: str, svg: str, caption: str) -> None:
-        """Add a figure with its caption (plain text)."""
+    def add_figure(self, figure: tuple[str, str], caption: str) -> None:
+        """Add a figure, as (name, SVG), with its caption (plain text)."""
+        name, svg = figure
         self.figures[name] = svg
         self.html.append(f"<figure>\n{svg}<figcaption>{escape(caption)}</figcaption>\n</figure>")
 

@@ -10,34 +10,18 @@ from pathlib import Path
 
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
-from jax_selftrain.report.chapters.capability_chapter import write_capability, write_perplexity
-from jax_selftrain.report.chapters.claims_chapter import write_claims
-from jax_selftrain.report.chapters.corpus_chapter import write_corpora, write_samples
-from jax_selftrain.report.chapters.decoupling_chapter import write_decoupling
-from jax_selftrain.report.chapters.design_chapter import write_design
-from jax_selftrain.report.chapters.memorization_chapter import write_memorization
-from jax_selftrain.report.chapters.provenance_chapter import write_limits, write_provenance
-from jax_selftrain.report.chapters.proxy_chapter import write_proxies
-from jax_selftrain.report.chapters.source_chapter import write_source_matrix
-from jax_selftrain.report.chapters.training_chapter import write_training
+from jax_selftrain.report.chapters import capability_chapters, design_chapters, memorization_chapters, training_chapters
 from jax_selftrain.report.page import render_page
 from jax_selftrain.report.summary import write_summary
 from jax_selftrain.study.results import FORMAT, VERSION
 
 CHAPTERS = (
-    write_claims,
-    write_design,
-    write_source_matrix,
-    write_capability,
-    write_perplexity,
-    write_decoupling,
-    write_memorization,
-    write_proxies,
-    write_training,
-    write_corpora,
-    write_samples,
-    write_limits,
-    write_provenance,
+    *(design_chapters.write_claims, design_chapters.write_design),
+    *(capability_chapters.write_source_matrix, capability_chapters.write_capability),
+    *(capability_chapters.write_perplexity, memorization_chapters.write_decoupling),
+    *(memorization_chapters.write_memorization, capability_chapters.write_proxies),
+    *(training_chapters.write_training, training_chapters.write_corpora, training_chapters.write_samples),
+    *(design_chapters.write_limits, design_chapters.write_provenance),
 )
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from html import escape
-from typing import Any
 
 from jax_selftrain.report import formatting as fmt
-from jax_selftrain.report.chapters.claims_chapter import describe_claim, describe_evidence
+from jax_selftrain.report.chapters.design_chapters import describe_claim, describe_evidence
 from jax_selftrain.report.formatting import Results
 from jax_selftrain.report.page import Summary
-from jax_selftrain.report.tables import format_number
+from jax_selftrain.report.tables import Record, format_number, parse_estimate
 from jax_selftrain.stats.noninferiority import HEADLINE
 from jax_selftrain.study.measure_names import MAIN_EFFECT, display_scale, main_measure
 
@@ -30,8 +29,7 @@ def write_summary(results: Results) -> Summary:
     }
     parts = [_count(len(members), name) for name, members in counts.items()]
     kind = f"{', '.join(parts)}: {_count(len(results['cells']), 'cell')}."
-    cards = [*_claim_cards(results), *_effect_cards(results), *_interaction_cards(results)]
-    return Summary(kind, _describe_run(results), cards, _describe_evidence(results))
+    return Summary(kind, _describe_run(results), list(_make_cards(results)), _describe_evidence(results))
 
 
 def _count(n: int, noun: str) -> str:
@@ -60,7 +58,7 @@ def _describe_run(results: Results) -> str:
     )
 
 
-def _describe_sampling(corpus: Mapping[str, Any]) -> str:
+def _describe_sampling(corpus: Record) -> str:
     params = corpus["sampling_params"]
     if params is None:
         return "sampling parameters unknown"
@@ -70,53 +68,39 @@ def _describe_sampling(corpus: Mapping[str, Any]) -> str:
     return ", ".join([*parts, f"at most {params['max_tokens']:,} tokens each"])
 
 
-def _claim_cards(results: Results) -> Iterator[Card]:
+def _make_cards(results: Results) -> Iterator[Card]:
+    """Show claims, main measures and the interaction."""
     for claim in results["claims"]:
         text = f"Claim: {escape(describe_claim(claim))}. {escape(claim['reason'])}"
         yield f"{claim['name']} ({describe_evidence(claim)})", claim["verdict"], text
-
-
-def _effect_cards(results: Results) -> Iterator[Card]:
-    """Show the main measures of one effect, or one per student."""
-    effects = results["effects"]
+    main, effects = main_measure(results), results["effects"]
     if len(effects) == 1:
-        (effect,) = effects
-        capability = "accuracy" if "accuracy" in effect["measures"] else "task/"
-        for name, entry in effect["measures"].items():
+        measures = effects[0]["measures"]
+        capability = "accuracy" if "accuracy" in measures else "task/"
+        for name in measures:
             if name.startswith((capability, "text/")) or name == "exact_match":
-                yield _effect_card(fmt.format_measure(name), name, entry)
-        return
-    main = main_measure(results)
-    for effect in effects:
+                yield _effect_card(fmt.format_measure(name), name, measures[name])
+    for effect in effects if len(effects) > 1 else ():
         if effect["treatment"] == f"{MAIN_EFFECT}{effect['student']}":
             title = f"{effect['student']}, trained on its own text: {fmt.format_measure(main)}"
             yield _effect_card(title, main, effect["measures"][main])
+    if results["interaction"] is not None:
+        contrast = parse_estimate(results["interaction"]["measures"][main]["contrast"], main)
+        difference, interval = fmt.format_change(contrast, main)
+        over = f"95 % interval over {_count(contrast.n, 'seed')}: {interval}. {fmt.describe_zero(contrast)}"
+        title = "Home − away: is text of its own lineage better for a student?"
+        yield title, difference, f"{escape(fmt.format_measure(main))}, {over}"
 
 
-def _effect_card(title: str, measure: str, entry: Mapping[str, Any]) -> Card:
-    change, seeds = fmt.parse_change(entry), entry["change"]["n"]
-    levels = [
-        format_number(display_scale(measure) * level, fmt.get_decimals(measure))
-        for level in (entry["before"], entry["before"] + change.value)
-    ]
+def _effect_card(title: str, measure: str, entry: Record) -> Card:
+    change, seeds = fmt.parse_change(entry, measure), entry["change"]["n"]
+    before = display_scale(measure) * entry["before"]
+    after = display_scale(measure) * (entry["before"] + entry["change"]["value"])
+    was, now = (format_number(level, fmt.get_decimals(measure)) for level in (before, after))
     over = f"{seeds} seeds" if seeds > 1 else f"{entry['items']:,} items of one pair of checkpoints"
     difference, interval = fmt.format_change(change, measure)
     text = f"{difference}, 95 % interval over {over}: {interval}. {fmt.describe_zero(change)}"
-    return title, f'<span class="was">{levels[0]} →</span> {levels[1]}', text
-
-
-def _interaction_cards(results: Results) -> Iterator[Card]:
-    if results["interaction"] is None:
-        return
-    main = main_measure(results)
-    contrast = fmt.parse_estimate(results["interaction"]["measures"][main]["contrast"])
-    difference, interval = fmt.format_change(contrast, main)
-    text = f"{escape(fmt.format_measure(main))}, 95 % interval over {_count(contrast.n, 'seed')}: {interval}. "
-    yield (
-        "Home − away: is text of its own lineage better for a student?",
-        difference,
-        text + fmt.describe_zero(contrast),
-    )
+    return title, f'<span class="was">{was} →</span> {now}', text
 
 
 def _describe_evidence(results: Results) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
+from typing import Any
 
 from jax_selftrain.stats.estimators import Estimate
+from jax_selftrain.study.measure_names import display_scale
 
+Record = Mapping[str, Any]
 Cell = str | int | float | Estimate | None
 
 
@@ -18,9 +21,16 @@ class Level(float):
     """A level in a column of changes, shown without a plus sign."""
 
 
+def parse_estimate(entry: Record, measure: str = "") -> Estimate:
+    """Return an estimate of `results.json`, in the display unit of a measure."""
+    scale = display_scale(measure)
+    low, high = (None if entry[end] is None else scale * entry[end] for end in ("low", "high"))
+    return Estimate(scale * entry["value"], low, high, entry["n"])
+
+
 @dataclass(frozen=True)
 class Column:
-    """Name and rounding of one column."""
+    """Name, rounding and source of one column."""
 
     key: str
     """Name in the CSV; an estimate also fills `KEY_low` and `KEY_high`."""
@@ -34,10 +44,23 @@ class Column:
     """Show a plus sign, for changes."""
     p_value: bool = False
     """Show a number that rounds to zero as smaller than the last digit."""
+    path: tuple[str, ...] = ()
+    """Keys that lead to the value in a record; unset: `key`."""
+    measure: str = ""
+    """Measure of an estimate; page and CSV hold it in the display unit of the measure."""
 
     @property
     def heading(self) -> str:
         return self.title or self.key.replace("_", " ")
+
+    def find(self, record: Record) -> Cell:
+        """Return the value in a record; None if a part is missing."""
+        value: Any = record
+        for key in self.path or (self.key,):
+            value = None if value is None else value[key]
+        if isinstance(value, Mapping):
+            return parse_estimate(value, self.measure)
+        return ", ".join(value) if isinstance(value, list) else value
 
 
 def make_columns(*keys: str) -> list[Column]:
@@ -45,31 +68,41 @@ def make_columns(*keys: str) -> list[Column]:
     return [Column(key) for key in keys]
 
 
-def make_side_columns(key: str, title: str, digits: int = 1, scale: float = 100) -> list[Column]:
+def make_side_columns(key: str, title: str, digits: int = 1, scale: float = 100, path: str = "") -> list[Column]:
     """Return columns before, after and of the change; of proportions by default."""
     titles = {"before": f"{title}, before", "after": "after", "change": "change"}
-    return [Column(f"{key}_{side}", text, digits, scale, signed=side == "change") for side, text in titles.items()]
+    return [
+        Column(f"{key}_{side}", text, digits, scale, signed=side == "change", path=(path or key, side))
+        for side, text in titles.items()
+    ]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Columns and rows of a table."""
+    """Columns of a table, and a record for each row."""
 
     name: str
     """File name of the CSV, without its ending."""
     caption: str
     columns: Sequence[Column]
-    rows: Sequence[Sequence[Cell]]
+    records: Sequence[Record]
     totals: int = 0
     """Number of highlighted rows at the top."""
 
+    @property
+    def rows(self) -> list[list[Cell]]:
+        """Cells of each row."""
+        return [[column.find(record) for column in self.columns] for record in self.records]
+
     def to_html(self) -> str:
         """Return an HTML element; estimates have their interval below."""
-        kinds = [' class="text"' if _is_text([row[i] for row in self.rows]) else "" for i in range(len(self.columns))]
+        rows = self.rows
+        is_text = [any(isinstance(row[i], str) for row in rows) for i in range(len(self.columns))]
+        kinds = [' class="text"' if text else "" for text in is_text]
         head = "".join(f"<th{kind}>{escape(c.heading)}</th>" for c, kind in zip(self.columns, kinds, strict=True))
         lines = [f'<div class="scroll"><table><caption>{escape(self.caption)}</caption>']
         lines.append(f"<thead><tr>{head}</tr></thead>")
-        for i, row in enumerate(self.rows):
+        for i, row in enumerate(rows):
             lines.append('<tr class="total">' if i < self.totals else "<tr>")
             lines += [
                 f"<td{kind}>{_cell_html(cell, column)}</td>"
@@ -80,12 +113,13 @@ class Table:
 
     def to_csv(self) -> str:
         """Return the rows unrounded and unscaled."""
-        wide = [any(isinstance(row[i], Estimate) for row in self.rows) for i in range(len(self.columns))]
+        rows = self.rows
+        wide = [any(isinstance(row[i], Estimate) for row in rows) for i in range(len(self.columns))]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         endings = [("", "_low", "_high") if w else ("",) for w in wide]
         writer.writerow([f"{c.key}{end}" for c, group in zip(self.columns, endings, strict=True) for end in group])
-        for row in self.rows:
+        for row in rows:
             writer.writerow([value for cell, w in zip(row, wide, strict=True) for value in _csv_cells(cell, wide=w)])
         return text.getvalue()
 
@@ -128,7 +162,3 @@ def _csv_cells(cell: Cell, *, wide: bool) -> Sequence[str | int | float]:
     if isinstance(cell, Estimate):
         return [cell.value, *("" if end is None else end for end in (cell.low, cell.high))]
     return ["" if cell is None else cell, *(["", ""] if wide else [])]
-
-
-def _is_text(cells: Sequence[Cell]) -> bool:
-    return any(isinstance(cell, str) for cell in cells)

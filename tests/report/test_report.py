@@ -16,8 +16,7 @@ import pytest
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.report import write_report
-from jax_selftrain.report.formatting import parse_displayed_sides
-from jax_selftrain.report.tables import format_interval, format_number
+from jax_selftrain.report.tables import format_interval, format_number, parse_estimate
 from jax_selftrain.stats.estimators import Estimate
 
 VOID = {"meta", "br", "wbr", "path", "use", "rect", "line"}
@@ -226,7 +225,8 @@ def test_folders_without_results_are_refused(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
-def test_figures_of_changes_show_before_then_after(cell: dict[str, Any]) -> None:
-    estimates = parse_displayed_sides(cell["tasks"][0]["accuracy"], "task/")
-    values = [cell["tasks"][0]["accuracy"][side]["value"] for side in ("before", "after", "change")]
-    assert [one.value for one in estimates] == [100 * value for value in values]
+def test_estimates_are_in_display_units(cell: dict[str, Any]) -> None:
+    entry = cell["tasks"][0]["accuracy"]
+    for side in ("before", "after", "change"):
+        assert parse_estimate(entry[side], "task/").value == 100 * entry[side]["value"]
+        assert parse_estimate(entry[side]) == Estimate(**entry[side])

@@ -29,7 +29,8 @@ def test_numbers_have_fixed_decimals_and_a_true_minus(
 
 
 def test_an_estimate_without_interval_is_marked() -> None:
-    table = Table("t", "T", (Column("a", "A"), Column("p", p_value=True)), ((Estimate(1.0, None, None, 1), 1e-9),))
+    record = {"a": Estimate(1.0, None, None, 1), "p": 1e-9}
+    table = Table("t", "T", (Column("a", "A"), Column("p", p_value=True)), [record])
     assert "no interval from one" in table.to_html()
     assert "&lt; 0.001" in table.to_html()
     assert table.to_csv() == "a,a_low,a_high,p\n1.0,,,1e-09\n"
@@ -37,7 +38,8 @@ def test_an_estimate_without_interval_is_marked() -> None:
 
 def test_a_level_in_a_column_of_changes_has_no_plus_sign() -> None:
     column = Column("change", digits=1, signed=True)
-    table = Table("t", "t", (column,), ((Level(12.34),), (1.0,), (Estimate(-2.0, -3.0, -1.0, 5),)))
+    cells = (Level(12.34), 1.0, Estimate(-2.0, -3.0, -1.0, 5))
+    table = Table("t", "t", (column,), [{"change": cell} for cell in cells])
     html = table.to_html()
     assert "<td>12.3</td>" in html
     assert "<td>+1.0</td>" in html
@@ -47,6 +49,14 @@ def test_a_level_in_a_column_of_changes_has_no_plus_sign() -> None:
 def test_a_table_over_several_cells_names_them() -> None:
     one, other = ({"student": "a", "treatment": treatment, "seed": 3} for treatment in ("source a", "noise"))
     heads = [Column("n")]
-    assert make_cell_table("t", "t", heads, [(one, (1,)), (one, (2,))]).rows == [(1,), (2,)]
-    table = make_cell_table("t", "t", heads, [(one, (1,)), (other, (2,))])
+    assert make_cell_table("t", "t", heads, [(one, {"n": 1}), (one, {"n": 2})]).rows == [[1], [2]]
+    table = make_cell_table("t", "t", heads, [(one, {"n": 1}), (other, {"n": 2})])
     assert table.to_csv().splitlines() == ["student,treatment,seed,n", "a,source a,3,1", "a,noise,3,2"]
+
+
+def test_a_column_finds_its_value_in_a_record() -> None:
+    entry = {"value": 0.5, "low": 0.25, "high": None, "n": 8}
+    column = Column("change", path=("task", "change"), measure="exact_match")
+    assert column.find({"task": {"change": entry}}) == Estimate(50.0, 25.0, None, 8)
+    assert column.find({"task": None}) is None
+    assert Column("controls").find({"controls": ["noise", "text"]}) == "noise, text"
