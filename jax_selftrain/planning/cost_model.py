@@ -7,7 +7,6 @@ docs/pods.md describes the memory model.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import numpy as np
@@ -31,7 +30,7 @@ def param_counts(model: DecoderConfig) -> tuple[int, int, int]:
 
 def activation_bytes(program: StageProgram, model: DecoderConfig) -> int:
     """Estimate the temporary bytes of a program on each chip."""
-    config, model_axis = program.config, program.mesh_shape["model"]
+    config, model_axis = program.config, program.mesh.shape["model"]
     width, heads, compute = model.hidden_size, model.num_heads, np.dtype(config.dtype).itemsize
     if isinstance(config, SampleConfig):
         logits = 4 * config.batch_size * model.vocab_size * 4  # logits, warped logits, and partial sums of the sampler
@@ -42,7 +41,7 @@ def activation_bytes(program: StageProgram, model: DecoderConfig) -> int:
         if isinstance(config, TrainConfig)
         else program.abstract_args[3].shape
     )
-    rows //= program.mesh_shape["data"]
+    rows //= program.mesh.shape["data"]
     length -= isinstance(config, TrainConfig)
     hidden = rows * length * width * 4
     fused = isinstance(config, TrainConfig) and program.topology.chip.platform == "tpu" and config.dtype == "bfloat16"
@@ -51,11 +50,11 @@ def activation_bytes(program: StageProgram, model: DecoderConfig) -> int:
     if not isinstance(config, TrainConfig):
         return 6 * hidden + scores + mlp + 2 * PROJECTION_CHUNK * model.vocab_size * 4 // model_axis
     layers, embedding, head = param_counts(model)
-    gradient = per_device_bytes(program.abstract_args[0].params, tile_padded=False)
+    gradient = per_device_bytes(program.abstract_args[0].params)
     output = (head or embedding) // model_axis
     kept = {"full": hidden, "dots": hidden + 2 * rows * length * (4 * width + 2 * model.intermediate_size) * compute}
     activations = model.num_layers * kept.get(config.remat, 8 * hidden + mlp)
-    gathered = embedding * 4 + output * (4 + compute) if program.mesh_shape["data"] > 1 else output * 4
+    gathered = embedding * 4 + output * (4 + compute) if program.mesh.shape["data"] > 1 else output * 4
     layer = 3 * layers // model.num_layers // model_axis * compute
     return gradient + activations + gathered + layer + 6 * hidden + scores + mlp + 4 * LOGITS_BYTES
 
@@ -65,18 +64,16 @@ def hbm_traffic(program: StageProgram, model: DecoderConfig) -> float:
     config, compute = program.config, np.dtype(program.config.dtype).itemsize
     if isinstance(config, SampleConfig):
         params, cache = program.abstract_args[0], program.abstract_args[2].cache
-        weights = per_device_bytes(params, tile_padded=False) - per_device_bytes(params["embed"], tile_padded=False) * (
-            not model.tie_word_embeddings
-        )
-        committed = per_device_bytes((cache.k, cache.v, cache.k_scale, cache.v_scale), tile_padded=False)
-        tail = per_device_bytes((cache.tail_k, cache.tail_v), tile_padded=False)
+        weights = per_device_bytes(params) - per_device_bytes(params["embed"]) * (not model.tie_word_embeddings)
+        committed = per_device_bytes((cache.k, cache.v, cache.k_scale, cache.v_scale))
+        tail = per_device_bytes((cache.tail_k, cache.tail_v))
         filled = program.loop_trip_counts[1] * cache.block_size / cache.capacity
         return TAIL_LEN * (weights + committed * filled + tail)
     if isinstance(config, TrainConfig):
         state = program.abstract_args[0]
-        compute_bytes = sum(param_counts(model)) * compute // program.mesh_shape["model"]
-        return 2 * per_device_bytes(state, tile_padded=False) + 3 * compute_bytes * config.grad_accum
-    return float(per_device_bytes(program.abstract_args[0], tile_padded=False))
+        compute_bytes = sum(param_counts(model)) * compute // program.mesh.shape["model"]
+        return 2 * per_device_bytes(state) + 3 * compute_bytes * config.grad_accum
+    return float(per_device_bytes(program.abstract_args[0]))
 
 
 def collectives(program: StageProgram, model: DecoderConfig) -> list[Collective]:
@@ -87,7 +84,7 @@ def collectives(program: StageProgram, model: DecoderConfig) -> list[Collective]
     along `model` count per shard. With `replicated`, gradients are all-reduced. Sampling and scoring along `data` have
     no collectives. Collectives of the model axis are not included.
     """
-    config, data, model_axis = program.config, program.mesh_shape["data"], program.mesh_shape["model"]
+    config, data, model_axis = program.config, program.mesh.shape["data"], program.mesh.shape["model"]
     if not isinstance(config, TrainConfig) or data == 1:
         return []
     layers, embedding, head = (count / model_axis for count in param_counts(model))
@@ -98,8 +95,3 @@ def collectives(program: StageProgram, model: DecoderConfig) -> list[Collective]
     gathered = micro * (2.0 * layers * compute + 4.0 * embedding + output * compute)
     scattered = 4.0 * micro * (layers + embedding + output)
     return [Collective("all-gather", data, gathered, micro), Collective("reduce-scatter", data, scattered, micro)]
-
-
-def nbytes(arrays: Any, program: StageProgram) -> int:
-    """Return the bytes of a tree of arrays on each chip."""
-    return per_device_bytes(arrays, tile_padded=program.topology.chip.platform == "tpu")

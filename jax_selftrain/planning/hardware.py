@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice
 
 from jax_selftrain.config import yaml_io
 from jax_selftrain.errors import InputError
@@ -90,11 +89,6 @@ class Topology:
             return parse_topology(f"{generation}:{self.chips_per_host}")
         sizes = CHIPS_OF_ONE_HOST[generation][self.chips_per_host]
         return parse_topology(f"{generation}:{'x'.join(map(str, sizes[: 2 if generation in ('v5e', 'v6e') else 3]))}")
-
-    @property
-    def abstract_device(self) -> AbstractDevice:
-        """Abstract device for a mesh without devices."""
-        return AbstractDevice(self.chip.device_kind, 1, self.chip.platform)
 
 
 def parse_topology(name: str) -> Topology:

@@ -27,6 +27,7 @@ _FREE = {
     *("all-gather-done", "all-reduce-done", "collective-permute-done"),
 }
 """Instructions without traffic, or counted at their start."""
+_SLICES = ("dynamic-slice", "slice", "gather")
 _NO_TRAFFIC = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "AsyncCollective")
 
 
@@ -50,6 +51,27 @@ class Instruction:
     rest: str
     """Text after the operands (attributes), for constants and parameters with the value in parentheses."""
     is_root: bool
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the whole shape."""
+        return sum(leaf.bytes for leaf in self.shape)
+
+    @property
+    def bytes_in_memory(self) -> int:
+        """Bytes of the arrays in main memory."""
+        return sum(leaf.bytes for leaf in self.shape if leaf.in_memory)
+
+    @property
+    def literal(self) -> str:
+        """Value of a constant, or index of a parameter."""
+        return self.rest.split(")")[0]
+
+    def attribute(self, name: str) -> str:
+        """Return an attribute that is a name or a number."""
+        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
+        assert found is not None
+        return found[1]
 
     def callees(self) -> list[str]:
         """Return the computations that it calls."""
@@ -115,10 +137,8 @@ class HloModule:
                     trip_count = self._trip_count(name, instruction)
                     if trip_count is None and depth >= len(self.loop_trip_counts):
                         raise ValueError(f"the trip count of the loop {instruction.name} is unknown")
-                    body = re.search(r"body=%([\w.\-]+)", instruction.rest)
-                    assert body is not None
                     more = self.loop_trip_counts[depth] if trip_count is None else trip_count
-                    visit(body[1], times * more, depth + (trip_count is None))
+                    visit(instruction.attribute("body"), times * more, depth + (trip_count is None))
                 elif instruction.opcode in ("call", "conditional", "async-start"):
                     for callee in instruction.callees():
                         visit(callee, times, depth)
@@ -151,7 +171,7 @@ class HloModule:
                     seen.add(chain[1])
                 if kind == "all-reduce" and home.startswith("all-reduce-scatter"):
                     kind = "reduce-scatter"
-                chips, size = _group_size(instruction.rest), sum(leaf.bytes for leaf in instruction.shape)
+                chips, size = _group_size(instruction.rest), instruction.bytes
                 if kind == "reduce-scatter" and instruction.opcode == "reduce-scatter":
                     size *= chips  # its shape is one shard
                 if instruction.opcode.endswith("-start") and kind == "all-gather":
@@ -172,18 +192,14 @@ class HloModule:
 
     def _trip_count(self, home: str, loop: Instruction) -> int | None:
         """Return the trip count of a loop; None if it is dynamic."""
-        condition = re.search(r"condition=%([\w.\-]+)", loop.rest)
-        assert condition is not None
-        lines = self.computations[condition[1]]
+        lines = self.computations[loop.attribute("condition")]
         root = next(line for line in lines.values() if line.is_root)
         if root.opcode != "compare" or "direction=LT" not in root.rest:
             return None
         counter, bound = (lines[name] for name in root.operands)
         if bound.opcode != "constant" or counter.opcode != "get-tuple-element":
             return None
-        index = re.search(r"index=(\d+)", counter.rest)
-        assert index is not None
-        return int(bound.rest.split(")")[0]) - self._constant(home, loop.operands[0], int(index[1]))
+        return int(bound.literal) - self._constant(home, loop.operands[0], int(counter.attribute("index")))
 
     def _constant(self, home: str, tuple_name: str, index: int) -> int:
         """Return an element of a loop's initial tuple, or 0."""
@@ -191,63 +207,47 @@ class HloModule:
         value = lines.get(lines[tuple_name].operands[index]) if lines[tuple_name].opcode == "tuple" else None
         while value is not None and value.opcode in ("copy", "bitcast"):
             value = lines.get(value.operands[0])
-        written = value is not None and value.opcode == "constant" and value.rest.split(")")[0].lstrip("-").isdigit()
-        return int(value.rest.split(")")[0]) if value is not None and written else 0
+        is_known = value is not None and value.opcode == "constant" and value.literal.lstrip("-").isdigit()
+        return int(value.literal) if value is not None and is_known else 0
 
     def _instruction_traffic(self, home: str, instruction: Instruction) -> float:
         if instruction.opcode in _FREE or any(name in instruction.rest for name in _NO_TRAFFIC):
             return 0.0
-        lines = self.computations[home]
         if instruction.opcode in ("copy-start", "slice-start"):  # (target, source, …) or ((source), target, …)
             moved = [leaf for leaf in instruction.shape if leaf.bytes > 4][:2]
             size = min((leaf.bytes for leaf in moved), default=0)
             return float(size * sum(leaf.in_memory for leaf in moved))
+        operands = [self.computations[home][name] for name in instruction.operands]
         if instruction.opcode == "fusion":
             (callee,) = instruction.callees()[:1]
             reads = [
-                min(_in_memory(lines[name]), self._bytes_read(callee, index) if _in_memory(lines[name]) else 0.0)
-                for index, name in enumerate(instruction.operands)
+                min(operand.bytes_in_memory, self._bytes_read(callee, index) if operand.bytes_in_memory else 0.0)
+                for index, operand in enumerate(operands)
             ]
             return math.fsum(reads) + self._bytes_written(callee, instruction)
-        return self._operand_bytes(home, instruction) + self._result_bytes(home, instruction)
-
-    def _operand_bytes(self, home: str, instruction: Instruction) -> float:
-        lines = self.computations[home]
-        if instruction.opcode in ("dynamic-slice", "slice", "gather"):
-            return (
-                float(sum(leaf.bytes for leaf in instruction.shape))
-                if _in_memory(lines[instruction.operands[0]])
-                else 0
-            )
-        names = instruction.operands[1:] if instruction.opcode == "dynamic-update-slice" else instruction.operands
-        return float(sum(_in_memory(lines[name]) for name in names))
-
-    def _result_bytes(self, home: str, instruction: Instruction) -> float:
-        """Return the bytes that it writes; an in-place update writes the update."""
-        if instruction.opcode == "dynamic-update-slice" and _in_memory(instruction):
-            return float(sum(leaf.bytes for leaf in self.computations[home][instruction.operands[1]].shape))
-        return float(_in_memory(instruction))
+        written = instruction.bytes_in_memory
+        if instruction.opcode in _SLICES:
+            return float(written + (instruction.bytes if operands[0].bytes_in_memory else 0))
+        if instruction.opcode == "dynamic-update-slice":
+            operands, written = operands[1:], operands[1].bytes if written else 0
+        return float(written + sum(operand.bytes_in_memory for operand in operands))
 
     def _bytes_read(self, callee: str, index: int) -> float:
         """Return the bytes that a fusion reads of an operand."""
         lines = self.computations[callee]
-        parameter = next(
-            line for line in lines.values() if line.opcode == "parameter" and line.rest.split(")")[0] == str(index)
-        )
+        parameter = next(line for line in lines.values() if line.opcode == "parameter" and line.literal == str(index))
+        names = _aliases(lines, parameter.name)
         total = 0.0
-        for user in _users(lines, parameter.name):
-            if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] in _aliases(
-                lines, parameter.name
-            ):
-                total += sum(leaf.bytes for leaf in user.shape)
-            elif user.opcode == "dynamic-update-slice" and user.operands[0] in _aliases(lines, parameter.name):
+        for user in lines.values():
+            if user.name in names or names.isdisjoint(user.operands):
                 continue
-            elif user.opcode == "fusion":
-                names = _aliases(lines, parameter.name)
+            if user.opcode == "fusion":
                 position = next(i for i, name in enumerate(user.operands) if name in names)
                 total += self._bytes_read(user.callees()[0], position)
-            else:
-                return float(sum(leaf.bytes for leaf in parameter.shape))
+            elif user.opcode in _SLICES and user.operands[0] in names:
+                total += user.bytes
+            elif user.opcode != "dynamic-update-slice" or user.operands[0] not in names:
+                return float(parameter.bytes)
         return total
 
     def _bytes_written(self, callee: str, instruction: Instruction) -> float:
@@ -256,20 +256,14 @@ class HloModule:
         root = next(line for line in lines.values() if line.is_root)
         parts = [lines[name] for name in root.operands] if root.opcode == "tuple" else [root]
         if len(parts) != len(instruction.shape):
-            return float(_in_memory(instruction))
+            return float(instruction.bytes_in_memory)
         total = 0.0
         for part, leaf in zip(parts, instruction.shape, strict=True):
             while part.opcode in ("bitcast", "copy", "convert") and part.operands[0] in lines:
                 part = lines[part.operands[0]]
-            if leaf.in_memory and part.opcode == "dynamic-update-slice":
-                total += sum(update.bytes for update in lines[part.operands[1]].shape)
-            elif leaf.in_memory:
-                total += leaf.bytes
+            if leaf.in_memory:
+                total += lines[part.operands[1]].bytes if part.opcode == "dynamic-update-slice" else leaf.bytes
         return total
-
-
-def _in_memory(instruction: Instruction) -> int:
-    return sum(leaf.bytes for leaf in instruction.shape if leaf.in_memory)
 
 
 def _aliases(lines: dict[str, Instruction], name: str) -> set[str]:
@@ -279,11 +273,6 @@ def _aliases(lines: dict[str, Instruction], name: str) -> set[str]:
         if line.opcode == "bitcast" and line.operands[0] in names:
             names.add(line.name)
     return names
-
-
-def _users(lines: dict[str, Instruction], name: str) -> list[Instruction]:
-    names = _aliases(lines, name)
-    return [line for line in lines.values() if line.name not in names and not names.isdisjoint(line.operands)]
 
 
 def _group_size(rest: str) -> int:

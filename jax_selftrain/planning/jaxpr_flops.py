@@ -16,12 +16,11 @@ import numpy as np
 from jax.extend import core
 from jax.interpreters import partial_eval
 
-_DotGeneral = tuple[str, float]
-"""(dtype that decides the speed, operations)."""
 
+def flops_by_dtype(program: core.ClosedJaxpr, loop_trip_counts: Sequence[float] = ()) -> dict[str, float]:
+    """Count operations by the dtype that decides a product's speed.
 
-def flops(program: core.ClosedJaxpr, loop_trip_counts: Sequence[float] = ()) -> float:
-    """Count the floating-point operations of matrix products on each chip.
+    `float32`: an operand is float32 and the precision is `HIGHEST`, several passes on a TPU. Else `bfloat16`.
 
     Args:
       program: `jax.jit(…).trace(…).jaxpr`, over a mesh with explicit axes.
@@ -30,61 +29,50 @@ def flops(program: core.ClosedJaxpr, loop_trip_counts: Sequence[float] = ()) -> 
     Raises:
       ValueError: a `while` loop is nested deeper, or a primitive is not supported.
     """
-    return sum(flops_by_dtype(program, loop_trip_counts).values())
-
-
-def flops_by_dtype(program: core.ClosedJaxpr, loop_trip_counts: Sequence[float] = ()) -> dict[str, float]:
-    """Count operations by the dtype that decides the speed of a product.
-
-    `float32`: an operand is float32 and the precision is `HIGHEST`, several passes on a TPU. Else `bfloat16`.
-    """
-    found: dict[str, float] = {}
     # Dead code, such as gradients of frozen weights, is not compiled.
     needed, _ = partial_eval.dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars))
-    for dtype, operations in _dot_generals(needed, tuple(loop_trip_counts), 0):
+    found: dict[str, float] = {}
+    for dtype, operations in _list_products(needed, tuple(loop_trip_counts)):
         found[dtype] = found.get(dtype, 0.0) + operations
     return found
 
 
-def _dot_generals(
-    jaxpr: core.Jaxpr, trip_counts: tuple[float, ...], depth: int, times: float = 1.0
-) -> Iterator[_DotGeneral]:
+def _list_products(
+    jaxpr: core.Jaxpr, trip_counts: tuple[float, ...], times: float = 1.0
+) -> Iterator[tuple[str, float]]:
+    """Yield (dtype, operations); `trip_counts` are those of `while` loops inside."""
     for equation in jaxpr.eqns:
         name, parameters = equation.primitive.name, equation.params
         if name == "dot_general":
-            yield _product_dtype(equation), times * _count_product(equation)
+            dtype, operations = _count_product(equation)
+            yield dtype, times * operations
         elif name in ("conv_general_dilated", "ragged_dot", "ragged_dot_general"):
             raise ValueError(f"operations of {name} are not counted yet")
         elif name == "while":
-            if depth >= len(trip_counts):
+            if not trip_counts:
                 raise ValueError("the trip count of a loop is unknown")
             for part in (parameters["body_jaxpr"].jaxpr, parameters["cond_jaxpr"].jaxpr):
-                yield from _dot_generals(part, trip_counts, depth + 1, times * trip_counts[depth])
+                yield from _list_products(part, trip_counts[1:], times * trip_counts[0])
         elif name == "scan":
-            yield from _dot_generals(parameters["jaxpr"].jaxpr, trip_counts, depth, times * parameters["length"])
+            yield from _list_products(parameters["jaxpr"].jaxpr, trip_counts, times * parameters["length"])
         elif name == "cond":
-            branches = [
-                list(_dot_generals(branch.jaxpr, trip_counts, depth, times)) for branch in parameters["branches"]
-            ]
+            branches = [list(_list_products(branch.jaxpr, trip_counts, times)) for branch in parameters["branches"]]
             yield from max(branches, key=lambda products: sum(operations for _, operations in products))
         elif name == "pallas_call":
             tiles = math.prod(parameters["grid_mapping"].grid)
-            yield from _dot_generals(parameters["jaxpr"], trip_counts, depth, times * tiles)
+            yield from _list_products(parameters["jaxpr"], trip_counts, times * tiles)
         else:
             for inner in _inner_jaxprs(parameters.values()):
-                yield from _dot_generals(inner, trip_counts, depth, times)
+                yield from _list_products(inner, trip_counts, times)
 
 
-def _product_dtype(equation: Any) -> str:
+def _count_product(equation: Any) -> tuple[str, float]:
     wide = max(variable.aval.dtype.itemsize for variable in equation.invars) >= 4
-    precisions = equation.params["precision"] or ()
-    return "float32" if wide and jax.lax.Precision.HIGHEST in precisions else "bfloat16"
-
-
-def _count_product(equation: Any) -> float:
+    is_float32 = wide and jax.lax.Precision.HIGHEST in (equation.params["precision"] or ())
     (contracted, _), _ = equation.params["dimension_numbers"]
     left, result = _local_shape(equation.invars[0].aval), _local_shape(equation.outvars[0].aval)
-    return 2.0 * math.prod(result) * math.prod(left[dimension] for dimension in contracted)
+    operations = 2.0 * math.prod(result) * math.prod(left[dimension] for dimension in contracted)
+    return "float32" if is_float32 else "bfloat16", operations
 
 
 def _inner_jaxprs(values: Iterable[Any]) -> Iterator[core.Jaxpr]:
@@ -109,18 +97,14 @@ def _local_shape(aval: Any) -> tuple[int, ...]:
     return tuple(local)
 
 
-def per_device_bytes(arrays: Any, *, tile_padded: bool) -> int:
+def per_device_bytes(arrays: Any, *, tile_padded: bool = False) -> int:
     """Return the bytes of a tree of (abstract) arrays on each chip.
 
     Args:
       tile_padded: with the padding of a TPU to tiles of 8 × 128 elements.
     """
-    return sum(_local_bytes(leaf, tile_padded) for leaf in jax.tree.leaves(arrays))
-
-
-def _local_bytes(leaf: Any, tile_padded: bool) -> int:
-    shape = _local_shape(leaf)
-    return (_padded_size(shape) if tile_padded else math.prod(shape)) * np.dtype(leaf.dtype).itemsize
+    size = _padded_size if tile_padded else math.prod
+    return sum(size(_local_shape(leaf)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(arrays))
 
 
 def _padded_size(shape: tuple[int, ...]) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import jax
@@ -28,36 +28,23 @@ from jax_selftrain.models import DecoderConfig
 from jax_selftrain.planning import cost_model
 from jax_selftrain.planning.hardware import GIB, Topology, parse_topology
 from jax_selftrain.planning.hlo_cost import Collective, HloModule
-from jax_selftrain.planning.jaxpr_flops import flops_by_dtype
+from jax_selftrain.planning.jaxpr_flops import flops_by_dtype, per_device_bytes
 from jax_selftrain.planning.pythia_shapes import config_only_folder
-from jax_selftrain.planning.search import candidate_settings
 from jax_selftrain.planning.stage_programs import StageConfig, StageProgram, stage_options, stage_program
 from jax_selftrain.version import versions
 
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on each chip."""
-
-    arguments: int
-    """Parameters, state and batch, predicted from shapes and shardings."""
-    outputs: int
-    """Outputs, predicted, with those in donated buffers."""
-    aliased: int
-    """Outputs in buffers of arguments: donated, or as compiled."""
-    temporaries: int
-    """Temporary buffers, compiled or estimated."""
-    code: int
-    """Code, compiled, or 0."""
-    compiled_arguments: int | None = None
-    """`arguments` of the compiled program."""
-    compiled_outputs: int | None = None
-    """`outputs` of the compiled program."""
-
-    @property
-    def total(self) -> int:
-        """Memory that a chip needs."""
-        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+BATCH_SIZES = (16, 32, 64, 128, 256, 512)
+"""Slots on each replica in sampling."""
+BATCH_TOKENS = (2048, 4096, 8192, 16384)
+"""Tokens on each replica in scoring."""
+MODEL_AXES = (1, 2, 4, 8)
+"""Degrees of tensor parallelism."""
+_OPTIONS = {
+    "sample": ("batch_size", "max_tokens", "cache_dtype"),
+    "train": ("batch_size", "grad_accum", "seq_len", "remat"),
+    "score": ("batch_tokens",),
+}
+"""Options that change memory and time, with dtype and preset."""
 
 
 def plan_memory(config: PlanConfig) -> dict[str, Any]:
@@ -93,7 +80,7 @@ def _plan_settings(config: PlanConfig, stage: str, topology: Topology, folder: s
         return [plan_stage(config, stage, topology, options, model)]
     rows: list[dict[str, Any]] = []
     refusal: InputError | None = None
-    for settings in candidate_settings(options, topology):
+    for settings in _candidate_settings(options, topology):
         try:
             for setting in settings:  # in order of memory
                 row = plan_stage(config, stage, topology, setting, model)
@@ -107,6 +94,25 @@ def _plan_settings(config: PlanConfig, stage: str, topology: Topology, folder: s
     return sorted(rows, key=lambda row: (not row["fits"], -row["tokens_per_second"]))
 
 
+def _candidate_settings(config: StageConfig, topology: Topology) -> Iterator[list[StageConfig]]:
+    """Yield the settings of each mesh shape, in order of memory.
+
+    Training keeps its batch size and varies the number of micro-batches.
+    """
+    chips = topology.chips if isinstance(config, TrainConfig) else topology.chips_per_host
+    for model_axis in (n for n in MODEL_AXES if chips % n == 0):
+        data = chips // model_axis
+        candidate = replace(config, mesh=f"data={data},model={model_axis}")
+        if isinstance(candidate, SampleConfig):
+            yield [replace(candidate, batch_size=rows) for rows in BATCH_SIZES]
+        elif isinstance(candidate, TrainConfig):
+            rows = max(candidate.batch_size // data, 1)  # with fewer rows than replicas every setting is invalid
+            powers_of_two = [n for n in range(rows, 0, -1) if rows % n == 0 and n & (n - 1) == 0]
+            yield [replace(candidate, grad_accum=n) for n in powers_of_two]
+        else:
+            yield [replace(candidate, batch_tokens=tokens * data) for tokens in BATCH_TOKENS]
+
+
 def plan_stage(
     config: PlanConfig, stage: str, topology: Topology, setting: StageConfig, model: DecoderConfig
 ) -> dict[str, Any]:
@@ -114,6 +120,9 @@ def plan_stage(
 
     Returns:
       Memory, operations, traffic and collectives of each chip for one execution; tokens and chip-hours of the stage.
+      Memory in bytes: `arguments`, `outputs` (predicted, with those in donated buffers), `aliased` (outputs in buffers
+      of arguments), `temporaries`, `code`, `total`, `hbm`; `compiled_arguments` and `compiled_outputs` are None if the
+      program was not compiled.
 
     Raises:
       InputError: see `plan_memory`.
@@ -122,43 +131,49 @@ def plan_stage(
     program = stage_program(config, stage, topology, setting, compile=compiles)
     with mesh_context(program.mesh):
         traced = jax.jit(program.function, donate_argnums=program.donate_argnums).trace(*program.abstract_args)
-    flops = flops_by_dtype(traced.jaxpr, program.loop_trip_counts)
-    donated = [leaf for index in program.donate_argnums for leaf in jax.tree.leaves(program.abstract_args[index])]
-    memory = Memory(
-        arguments=cost_model.nbytes(program.abstract_args, program),
-        outputs=cost_model.nbytes(traced.jaxpr.out_avals, program),
-        aliased=cost_model.nbytes(donated, program),
-        temporaries=cost_model.activation_bytes(program, model),
-        code=0,
-    )
+    donated = [program.abstract_args[index] for index in program.donate_argnums]
+    padded = topology.chip.platform == "tpu"
+    memory: dict[str, Any] = {
+        "arguments": per_device_bytes(program.abstract_args, tile_padded=padded),
+        "outputs": per_device_bytes(traced.jaxpr.out_avals, tile_padded=padded),
+        "aliased": per_device_bytes(donated, tile_padded=padded),
+        "temporaries": cost_model.activation_bytes(program, model),
+        "code": 0,
+        "compiled_arguments": None,
+        "compiled_outputs": None,
+    }
     traffic, collectives = cost_model.hbm_traffic(program, model), cost_model.collectives(program, model)
-    seconds, too_large = None, ""
+    compile_seconds, too_large = None, ""
     if compiles:
         start = time.perf_counter()
         try:
             # Programs for other devices cannot be loaded from the compilation cache.
             with mesh_context(program.mesh), no_compilation_cache():
-                compiled = traced.lower().compile()
+                compiled: Any = traced.lower().compile()
         except JaxRuntimeError as error:
             too_large = _describe_out_of_memory(error)
         else:
-            memory = _from_memory_analysis(memory, compiled)
+            found = compiled.memory_analysis()
+            memory |= {
+                "aliased": found.alias_size_in_bytes,
+                "temporaries": found.temp_size_in_bytes,
+                "code": found.generated_code_size_in_bytes,
+                "compiled_arguments": found.argument_size_in_bytes,
+                "compiled_outputs": found.output_size_in_bytes,
+            }
             module = HloModule(compiled.as_text(), program.loop_trip_counts)
             traffic, collectives = module.traffic, module.collectives()
-        seconds = time.perf_counter() - start
-    return _to_row(program, memory, flops, traffic, collectives, too_large, seconds)
-
-
-def _from_memory_analysis(memory: Memory, compiled: Any) -> Memory:
-    found = compiled.memory_analysis()
-    return replace(
-        memory,
-        aliased=found.alias_size_in_bytes,
-        temporaries=found.temp_size_in_bytes,
-        code=found.generated_code_size_in_bytes,
-        compiled_arguments=found.argument_size_in_bytes,
-        compiled_outputs=found.output_size_in_bytes,
-    )
+        compile_seconds = time.perf_counter() - start
+    flops = flops_by_dtype(traced.jaxpr, program.loop_trip_counts)
+    row = _to_row(program, flops, traffic, collectives)
+    total = sum(memory[part] for part in ("arguments", "outputs", "temporaries", "code")) - memory["aliased"]
+    return row | {
+        "compiled": memory["compiled_arguments"] is not None,
+        "compile_seconds": compile_seconds,
+        "memory": {**memory, "total": total, "hbm": topology.chip.hbm_bytes},
+        "fits": not too_large and total <= topology.chip.hbm_bytes,
+        "too_large": too_large,
+    }
 
 
 def _describe_out_of_memory(error: JaxRuntimeError) -> str:
@@ -171,15 +186,10 @@ def _describe_out_of_memory(error: JaxRuntimeError) -> str:
 
 
 def _to_row(
-    program: StageProgram,
-    memory: Memory,
-    flops: dict[str, float],
-    traffic: float,
-    collectives: list[Collective],
-    too_large: str,
-    compile_seconds: float | None,
+    program: StageProgram, flops: dict[str, float], traffic: float, collectives: list[Collective]
 ) -> dict[str, Any]:
-    chip = program.topology.chip
+    """Return the program, and its time by the roofline."""
+    chip, chips, total = program.topology.chip, program.topology.chips, program.total_tokens
     seconds = {
         "compute": sum(count / chip.flops(dtype) for dtype, count in flops.items()),
         "memory": traffic / chip.bandwidth,
@@ -187,21 +197,15 @@ def _to_row(
     }
     bound = max(seconds, key=seconds.__getitem__)
     speed = program.tokens_per_execution * program.num_meshes / seconds[bound]
-    total, chips = program.total_tokens, program.topology.chips
     return {
         "stage": program.stage,
         "topology": program.topology.name,
         "chips": chips,
-        "mesh": dict(program.mesh_shape),
+        "mesh": dict(program.mesh.shape),
         "num_meshes": program.num_meshes,
-        "options": _cost_options(program.config),
+        "options": {name: getattr(program.config, name) for name in ("dtype", "preset", *_OPTIONS[program.stage])},
         "execution": program.execution_name,
         "assumptions": program.assumptions,
-        "compiled": memory.compiled_arguments is not None,
-        "compile_seconds": compile_seconds,
-        "memory": {**asdict(memory), "total": memory.total, "hbm": chip.hbm_bytes},
-        "fits": not too_large and memory.total <= chip.hbm_bytes,
-        "too_large": too_large,
         "flops": sum(flops.values()),
         "traffic": traffic,
         "collectives": [{**asdict(one), "bytes_received": one.bytes_received} for one in collectives],
@@ -213,53 +217,36 @@ def _to_row(
     }
 
 
-def _cost_options(config: StageConfig) -> dict[str, Any]:
-    """Return the options that change memory and time."""
-    names = ["dtype", "preset"]
-    if isinstance(config, SampleConfig):
-        names += ["batch_size", "max_tokens", "cache_dtype"]
-    elif isinstance(config, TrainConfig):
-        names += ["batch_size", "grad_accum", "seq_len", "remat"]
-    else:
-        names += ["batch_tokens"]
-    return {name: getattr(config, name) for name in names}
-
-
-_COLUMNS = (
-    *("stage", "topology", "mesh", "options", "arguments", "temporaries", "total", "fits"),
-    *("TFLOP", "traffic", "received", "bound", "tokens/s ≤", "tokens", "chip-hours ≥"),
-)
-
-
 def table(result: dict[str, Any]) -> str:
     """Format a plan as a Markdown table with notes."""
-    lines = [f"| {' | '.join(_COLUMNS)} |", "|" + "---|" * len(_COLUMNS)]
-    notes: dict[str, None] = {}
-    for row in result["rows"]:
-        lines.append(f"| {' | '.join(_format_row(row))} |")
-        notes.update(dict.fromkeys(_notes(row)))
-    return "\n".join([*lines, "", *(f"* {note}" for note in notes)])
+    rows = [_format_row(row) for row in result["rows"]]
+    lines = [f"| {' | '.join(cells)} |" for cells in (rows[0], *(row.values() for row in rows))]
+    notes = dict.fromkeys(note for row in result["rows"] for note in _notes(row))
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:], "", *(f"* {note}" for note in notes)])
 
 
-def _format_row(row: dict[str, Any]) -> Iterator[str]:
+def _format_row(row: dict[str, Any]) -> dict[str, str]:
     memory, sign = row["memory"], "" if row["compiled"] else "~"
-    yield row["stage"]
-    yield row["topology"]
     shape = ",".join(f"{axis}={size}" for axis, size in row["mesh"].items())
-    yield shape + (f" × {row['num_meshes']}" if row["num_meshes"] > 1 else "")
-    yield ", ".join(f"{name} {value}" for name, value in row["options"].items() if value is not None)
-    yield _gib(memory["arguments"])
-    yield sign + _gib(memory["temporaries"])
-    yield f"{sign}{_gib(memory['total'])} of {_gib(memory['hbm'])}"
-    yield "yes" if row["fits"] else "NO"
-    yield f"{row['flops'] / 1e12:,.3g}"
-    yield f"{sign}{_gib(row['traffic'])}"
     received = sum(one["bytes_received"] for one in row["collectives"])
-    yield f"{sign}{_gib(received)}" if received else "—"
-    yield row["bound"]
-    yield f"{row['tokens_per_second']:,.3g}" if row["tokens_per_second"] < 1000 else f"{row['tokens_per_second']:,.0f}"
-    yield "—" if row["total_tokens"] is None else f"{row['total_tokens']:,}"
-    yield "—" if row["chip_hours"] is None else f"{row['chip_hours']:,.3g}"
+    speed, tokens, hours = row["tokens_per_second"], row["total_tokens"], row["chip_hours"]
+    return {
+        "stage": row["stage"],
+        "topology": row["topology"],
+        "mesh": shape + (f" × {row['num_meshes']}" if row["num_meshes"] > 1 else ""),
+        "options": ", ".join(f"{name} {value}" for name, value in row["options"].items() if value is not None),
+        "arguments": _gib(memory["arguments"]),
+        "temporaries": sign + _gib(memory["temporaries"]),
+        "total": f"{sign}{_gib(memory['total'])} of {_gib(memory['hbm'])}",
+        "fits": "yes" if row["fits"] else "NO",
+        "TFLOP": f"{row['flops'] / 1e12:,.3g}",
+        "traffic": f"{sign}{_gib(row['traffic'])}",
+        "received": f"{sign}{_gib(received)}" if received else "—",
+        "bound": row["bound"],
+        "tokens/s ≤": f"{speed:,.3g}" if speed < 1000 else f"{speed:,.0f}",
+        "tokens": "—" if tokens is None else f"{tokens:,}",
+        "chip-hours ≥": "—" if hours is None else f"{hours:,.3g}",
+    }
 
 
 def _notes(row: dict[str, Any]) -> Iterator[str]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from jax_selftrain import likelihood, sampling, training
 from jax_selftrain.config import PlanConfig, SampleConfig, ScoreConfig, TrainConfig, common_options
@@ -31,7 +31,6 @@ class StageProgram:
     stage: str
     topology: Topology
     config: StageConfig
-    mesh_shape: dict[str, int]
     mesh: Mesh | AbstractMesh
     num_meshes: int
     """Meshes on the topology that run the program at once."""
@@ -46,7 +45,7 @@ class StageProgram:
     """Tokens of one execution on one mesh."""
     total_tokens: int | None
     """Tokens of the whole stage; None if unknown."""
-    assumptions: str
+    assumptions: str = ""
     """Assumptions of `total_tokens` and `loop_trip_counts`."""
 
 
@@ -73,47 +72,38 @@ def stage_program(
     used = topology.one_host() if per_host else topology
     if compile and per_host:
         topology_devices(topology)  # libtpu must know the whole slice
-    mesh: Any = _make_mesh(used, shape) if compile else _make_abstract_mesh(used, shape)
+    mesh: Any = _make_abstract_mesh(used, shape)
+    if compile:
+        mesh = make_mesh(",".join(f"{axis}={size}" for axis, size in shape.items()), topology_devices(used))
     program: tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]
     facts: dict[str, Any]
     if isinstance(config, SampleConfig):
-        program, facts = sampling.abstract_program(config, mesh), _sampling_facts(config, shape["data"])
+        program = sampling.abstract_program(config, mesh)
+        facts = _sampling_facts(config, shape["data"], program[1][2].cache.block_size)
     elif isinstance(config, TrainConfig):
         program, facts = training.abstract_train_step(config, mesh), _training_facts(config, plan.sample)
     else:
         program = likelihood.scoring_program(config, mesh)
-        facts = _scoring_facts(program[1][3].shape, shape["data"], plan.score_tokens)
-    function, abstract_args, donate_argnums = program
-    if isinstance(config, SampleConfig):
-        facts["loop_trip_counts"] = (1.0, _mean_cache_blocks(config, abstract_args[2].cache.block_size))
-    return StageProgram(
-        stage=stage,
-        topology=topology,
-        config=config,
-        mesh_shape=shape,
-        mesh=mesh,
-        num_meshes=topology.hosts if per_host else 1,
-        function=function,
-        abstract_args=abstract_args,
-        donate_argnums=donate_argnums,
-        **facts,
-    )
+        rows, length = program[1][3].shape
+        facts = {
+            "loop_trip_counts": (-(-(rows // shape["data"]) * length // PROJECTION_CHUNK),),
+            "execution_name": f"a batch of {rows} rows with {length} tokens, all of them targets",
+            "tokens_per_execution": rows * length,
+            "total_tokens": plan.score_tokens,
+        }
+    return StageProgram(stage, topology, config, mesh, topology.hosts if per_host else 1, *program, **facts)
 
 
-def _sampling_facts(config: SampleConfig, replicas: int) -> dict[str, Any]:
-    rows = config.batch_size * replicas
+def _sampling_facts(config: SampleConfig, replicas: int, block: int) -> dict[str, Any]:
+    rows, executions = config.batch_size * replicas, -(-config.max_tokens // TAIL_LEN)
+    mean_blocks = sum(-(-index * TAIL_LEN // block) for index in range(executions)) / executions
     return {
+        "loop_trip_counts": (1.0, mean_blocks),  # committed blocks of the cache
         "execution_name": f"{TAIL_LEN} tokens in each of {rows} slots",
         "tokens_per_execution": TAIL_LEN * rows,
         "total_tokens": config.samples * config.max_tokens,
         "assumptions": f"every sample has the maximum of {config.max_tokens} tokens",
     }
-
-
-def _mean_cache_blocks(config: SampleConfig, block: int) -> float:
-    """Return the mean number of committed cache blocks."""
-    executions = -(-config.max_tokens // TAIL_LEN)
-    return sum(-(-index * TAIL_LEN // block) for index in range(executions)) / executions
 
 
 def _training_facts(config: TrainConfig, sample: SampleConfig) -> dict[str, Any]:
@@ -129,17 +119,6 @@ def _training_facts(config: TrainConfig, sample: SampleConfig) -> dict[str, Any]
     }
 
 
-def _scoring_facts(shape: tuple[int, int], replicas: int, total_tokens: int | None) -> dict[str, Any]:
-    rows, length = shape
-    return {
-        "loop_trip_counts": (-(-(rows // replicas) * length // PROJECTION_CHUNK),),
-        "execution_name": f"a batch of {rows} rows with {length} tokens, all of them targets",
-        "tokens_per_execution": rows * length,
-        "total_tokens": total_tokens,
-        "assumptions": "",
-    }
-
-
 def stage_options(plan: PlanConfig, stage: str, model: str) -> StageConfig:
     """Return the options of a stage with the common options."""
     sections: dict[str, StageConfig] = {"sample": plan.sample, "train": plan.train, "score": plan.score}
@@ -147,14 +126,10 @@ def stage_options(plan: PlanConfig, stage: str, model: str) -> StageConfig:
     return replace(section, model=model, **common_options(plan, section))
 
 
-def _make_mesh(topology: Topology, shape: dict[str, int]) -> Mesh:
-    return make_mesh(",".join(f"{axis}={size}" for axis, size in shape.items()), topology_devices(topology))
-
-
 def _make_abstract_mesh(topology: Topology, shape: dict[str, int]) -> AbstractMesh:
     return AbstractMesh(
         tuple(shape[axis] for axis in AXES),
         AXES,
         axis_types=(AxisType.Explicit,) * len(AXES),
-        abstract_device=topology.abstract_device,
+        abstract_device=AbstractDevice(topology.chip.device_kind, 1, topology.chip.platform),
     )

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jax_selftrain.config import PlanConfig, SampleConfig, ScoreConfig, TrainConfig
 from jax_selftrain.distributed.mesh import AXES, mesh_context
 from jax_selftrain.planning.hardware import parse_topology
-from jax_selftrain.planning.jaxpr_flops import flops, flops_by_dtype, per_device_bytes
+from jax_selftrain.planning.jaxpr_flops import flops_by_dtype, per_device_bytes
 from jax_selftrain.planning.pythia_shapes import config_only_folder
 from jax_selftrain.planning.stage_programs import StageConfig, StageProgram, stage_program
 
@@ -29,6 +29,10 @@ def array(mesh: AbstractMesh, shape: tuple[int, ...], *spec: str | None, dtype: 
 def trace(mesh: AbstractMesh, function, *arguments):
     with mesh_context(mesh):
         return jax.jit(function).trace(*arguments).jaxpr
+
+
+def flops(program, loop_trip_counts=()):
+    return sum(flops_by_dtype(program, loop_trip_counts).values())
 
 
 def test_a_product_counts_its_shard_on_each_chip():

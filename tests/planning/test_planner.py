@@ -64,7 +64,7 @@ def test_an_invalid_plan_is_one_error_sentence(options: dict[str, Any], says: st
 
 def test_an_unknown_stage_is_an_error_with_the_known_stages():
     with pytest.raises(InputError, match="--stage: expected one of sample, train, score, found 'smaple'"):
-        cli.parse_options("plan", ["--model", "pythia-70m", "--topology", "v5e:4x4", "--stage", "smaple"])
+        cli.parse_command_line("plan", ["--model", "pythia-70m", "--topology", "v5e:4x4", "--stage", "smaple"])
 
 
 def test_a_search_without_a_valid_mesh_raises_the_last_error():
