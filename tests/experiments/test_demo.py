@@ -33,12 +33,16 @@ TINY = replace(
     ),
     models=(ModelSpec("A1", "A", tokenizer="A", width=32, layers=1, heads=2),),
     vocab_size=400,
-    samples=48,
-    steps=2,
-    eval_every=1,
-    eval_limit=10,
-    mesh="data=1",
+    study=replace(
+        ONE_MODEL_SCALE.study,
+        mesh="data=1",
+        sample=replace(ONE_MODEL_SCALE.study.sample, samples=48),
+        train=replace(ONE_MODEL_SCALE.study.train, steps=2, eval_every=1, eval_limit=10),
+    ),
 )  # fmt: skip
+EXTRACT = TINY.study.extract
+assert EXTRACT.prefix is not None
+assert EXTRACT.suffix is not None
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +78,7 @@ def test_the_demo_reports_all_arms(made: Path) -> None:
 
 def test_overlap_classes_of_the_configured_threshold_are_in_the_threshold_table(made: Path) -> None:
     """A suffix of eight tokens has one threshold, which is the demo's."""
-    assert TINY.min_overlap == TINY.suffix == 8
+    assert EXTRACT.min_overlap == EXTRACT.suffix == 8
     for cell in atomic.read_json(made / "results.json")["cells"]:
         if cell["corpus"]:
             found = {part["class"]: part["n"] for part in cell["extraction"]["thresholds"]}
@@ -127,7 +131,7 @@ def test_sequences_occur_in_the_corpus_as_often_as_their_group_says(made: Path) 
         # A probe at the start of a document has BOS before it; the others follow a line.
         passage = tokenizer.encode("\n" + inside, add_special_tokens=False) if inside else tokens
         assert tokens[-len(passage) :] == passage
-        assert len(tokens) >= TINY.prefix + TINY.suffix
+        assert len(tokens) >= EXTRACT.prefix + EXTRACT.suffix
         count = sum(
             np.array_equal(document[at : at + len(passage)], passage)
             for document in documents
@@ -164,15 +168,15 @@ def test_overlap_classes_and_p_z_equal_plain_python_and_transformers(made: Path,
     student = load_model(str(design.folder(cell.train)), "data=1")
     tokenizer = open_model(made / "world" / "untrained" / "A1").tokenizer
     lines = (made / "world" / "probes.jsonl").read_text().splitlines()
-    n = TINY.prefix + TINY.suffix
+    n = EXTRACT.prefix + EXTRACT.suffix
     rows = [tokenizer.encode(json.loads(line)["text"], add_special_tokens=False)[:n] for line in lines]
     documents = [sample.tokens.tolist() for sample in open_corpus(design.folder(cell.corpus)).iter_samples()]
     found = pq.read_table(design.folder(cell.extract) / "extract.sequences.parquet").to_pydict()
-    runs = longest_runs([row[TINY.prefix :] for row in rows], documents)
-    classes = [classify_overlap(run, TINY.suffix, TINY.min_overlap) for run in runs]
+    runs = longest_runs([row[EXTRACT.prefix :] for row in rows], documents)
+    classes = [classify_overlap(run, EXTRACT.suffix, EXTRACT.min_overlap) for run in runs]
     assert found["class"] == classes
     student.save_pretrained(tmp_path / "export")
-    logprobs, exact = compute_log_pz(tmp_path / "export", np.array(rows), TINY.prefix)
+    logprobs, exact = compute_log_pz(tmp_path / "export", np.array(rows), EXTRACT.prefix)
     np.testing.assert_allclose(found["logprob"], logprobs, atol=1e-3)
     np.testing.assert_array_equal(found["exact_match"], exact)
 

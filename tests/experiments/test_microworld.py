@@ -37,14 +37,15 @@ TINY = replace(
         ModelSpec("B1", "B", width=32, layers=1, heads=2, epochs=0.5),
         ModelSpec("C1", "A", family="llama", tokenizer="A", width=32, layers=1, heads=2, epochs=0.5),
     ),
-    students=("A1",),
-    sources=("A1", "C1"),
     vocab_size=400,
-    samples=24,
-    steps=1,
-    eval_every=1,
-    eval_limit=8,
-    mesh="data=1",
+    study=replace(
+        CROSSOVER_SCALE.study,
+        students=("A1",),
+        sources=("A1", "C1"),
+        mesh="data=1",
+        sample=replace(CROSSOVER_SCALE.study.sample, samples=24),
+        train=replace(CROSSOVER_SCALE.study.train, steps=1, eval_every=1, eval_limit=8),
+    ),
 )
 
 
@@ -115,7 +116,7 @@ def test_the_crossover_study_ends_with_a_report(tmp_path: Path) -> None:
         *("source A1", "source C1"),
         *("learning rate 0", "shuffled tokens", "weight noise", "weight noise ×4", "real text of world A"),
     }
-    assert [one["name"] for one in results["claims"]] == [claim.name for claim in CROSSOVER_SCALE.claims]
+    assert [one["name"] for one in results["claims"]] == [claim.name for claim in CROSSOVER_SCALE.study.claims]
     levels = {(one["verdict"], one["evidence_level"]) for one in results["claims"]}
     assert levels == {("not tested", "primary")}  # one seed
     groups = {f"group {world}, {shown}" for world in "AB" for shown in ("shown 1×", "shown 8×", "never shown")}
@@ -131,13 +132,16 @@ def test_the_crossover_study_ends_with_a_report(tmp_path: Path) -> None:
     demo(config, TINY)
     assert (tmp_path / "out" / "results.json").read_bytes() == before
     with pytest.raises(InputError, match="another micro-world"):
-        write_worlds(tmp_path / "out" / "world", replace(TINY, samples=25))
+        write_worlds(tmp_path / "out" / "world", replace(TINY, vocab_size=401))
 
 
 @pytest.mark.parametrize("scale", [ONE_MODEL_SCALE, CROSSOVER_SCALE], ids=["one model", "crossover"])
 def test_the_suffix_is_in_the_probe_and_the_prefix_identifies_it(scale: MicroScale, tmp_path: Path) -> None:
     """All tokenizers, at full size: no two prefixes are the same."""
     write_worlds(tmp_path / "world", scale)
+    prefix, suffix = scale.study.extract.prefix, scale.study.extract.suffix
+    assert prefix
+    assert suffix
     rows = [json.loads(line) for line in (tmp_path / "world" / "probes.jsonl").read_text().splitlines()]
     assert len(rows) == 2 * len(scale.world_ids) * 8 * scale.world.probes_per_level
     for model in {model.tokenizer: model for model in scale.models}.values():
@@ -145,9 +149,9 @@ def test_the_suffix_is_in_the_probe_and_the_prefix_identifies_it(scale: MicroSca
         beginnings = set()
         for row in rows:
             tokens = tokenizer.encode(row["text"], add_special_tokens=False)
-            assert len(tokens) >= scale.prefix + scale.suffix
+            assert len(tokens) >= prefix + suffix
             line, _, inside = row["text"].partition("\n")
             before = len(tokenizer.encode(f"{line}\n", add_special_tokens=False)) if inside else 1
-            assert scale.prefix - before >= 6
-            beginnings.add(tuple(tokens[before : scale.prefix]))
+            assert prefix - before >= 6
+            beginnings.add(tuple(tokens[before:prefix]))
         assert len(beginnings) == len(rows)

@@ -1,21 +1,15 @@
-"""A study of six small models of two micro-worlds.
+"""The demo: a study of small models on a CPU.
 
-| model | trained on | description |
-|---|---|---|
-| A1 | world A | a small Pythia |
-| A2 | world A | another size |
-| A1′ | world A | another initialization and data order |
-| B1 | world B | as A1; the worlds share grammar and arithmetic, and differ in people, facts and probes |
-| S | worlds A and B | larger, with more text |
-| C1 | world A | another tokenizer and architecture (Llama) |
-
-`CROSSOVER_SCALE` is the study of all six with students A1, B1 and C1; `ONE_MODEL_SCALE` is A1 alone with control arms.
+`OUT/world` holds texts, tasks, probes and untrained models, and `OUT/bases` the pretrained models. The rest of `OUT`
+is a study with control arms. All parts resume like any study.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import random
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +18,7 @@ from typing import Any, Literal
 from jax_selftrain.config import (
     ArmConfig,
     ClaimConfig,
+    DemoConfig,
     ExtractConfig,
     ImportCorpusConfig,
     ModelConfig,
@@ -33,25 +28,23 @@ from jax_selftrain.config import (
     TrainConfig,
 )
 from jax_selftrain.corpus import import_text, open_corpus
-from jax_selftrain.experiments.microworld.untrained_model import (
-    BOS_TOKEN,
-    is_up_to_date,
-    train_tokenizer,
-    write_untrained_model,
-)
+from jax_selftrain.errors import InputError
+from jax_selftrain.experiments.microworld.untrained_model import BOS_TOKEN, train_tokenizer, write_untrained_model
 from jax_selftrain.experiments.microworld.world import make_world
 from jax_selftrain.experiments.microworld.world_types import World, WorldConfig
 from jax_selftrain.io import atomic
 from jax_selftrain.io.jsonl import write_jsonl
 from jax_selftrain.io.manifest import sha256_file
+from jax_selftrain.report import write_report
 from jax_selftrain.study.dag import Stage, run_all
 from jax_selftrain.study.measure_names import MAIN_EFFECT
 from jax_selftrain.study.preregistration import INTERACTION
+from jax_selftrain.study.run_study import run_study
 from jax_selftrain.training import train
 
 SHUFFLED, NOISE = "shuffled tokens", "weight noise"
 """Names of arms."""
-VERSION = 2
+VERSION = 3
 """Version of the files of `OUT/world`."""
 
 
@@ -71,48 +64,29 @@ class ModelSpec:
     epochs: float = 1.3
     seed: int = 0
 
-    @property
-    def lineage(self) -> str:
-        """Lineage in the study's design."""
-        return "C" if self.family == "llama" else self.worlds
-
 
 MODELS = (
-    ModelSpec("A1", "A"),
-    ModelSpec("A2", "A", width=96, layers=3),
-    ModelSpec("A1′", "A", seed=1),
-    ModelSpec("B1", "B"),
-    ModelSpec("S", "AB", width=160, layers=3, epochs=0.9),
-    ModelSpec("C1", "A", family="llama", tokenizer="A"),
+    ModelSpec("A1", "A"),  # a small Pythia
+    ModelSpec("A2", "A", width=96, layers=3),  # another size
+    ModelSpec("A1′", "A", seed=1),  # another initialization and data order
+    ModelSpec("B1", "B"),  # as A1; the worlds share grammar and arithmetic, and differ in people, facts and probes
+    ModelSpec("S", "AB", width=160, layers=3, epochs=0.9),  # larger, with more text
+    ModelSpec("C1", "A", family="llama", tokenizer="A"),  # another tokenizer and architecture
 )
+"""Models of the crossover study."""
+LEARNING_RATE = 3e-3
+"""Peak learning rate of pretraining, which decays to a quarter; self-training uses that quarter."""
 
 
 @dataclass(frozen=True)
 class MicroScale:
-    """Models, sizes and measurements of a micro-world study."""
+    """Worlds, models and study of an experiment."""
 
-    title: str
     world: WorldConfig
     models: tuple[ModelSpec, ...]
-    students: tuple[str, ...]
-    sources: tuple[str, ...]
-    claims: tuple[ClaimConfig, ...] = ()
-    """Claims that are declared before the first run."""
+    study: StudyConfig
+    """The study, without models, files and the arms of real text."""
     vocab_size: int = 640
-    seq_len: int = 128
-    """Row length in training, and the longest sample."""
-    batch_size: int = 4
-    learning_rate: float = 3e-3
-    """Peak learning rate of pretraining, which decays to a quarter; self-training uses that quarter."""
-    samples: int = 2304
-    steps: int = 120
-    eval_every: int = 40
-    eval_limit: int = 120
-    """Questions, documents and sequences of each file in evaluations during training."""
-    prefix: int = 24
-    suffix: int = 8
-    min_overlap: int = 8
-    mesh: str = ""
 
     @property
     def world_ids(self) -> str:
@@ -127,43 +101,88 @@ class MicroScale:
 
 
 ONE_MODEL_SCALE = MicroScale(
-    title="A model of a micro-world, trained on its own text",
     world=WorldConfig(),
     models=(ModelSpec("A1", "A", tokenizer="A", epochs=2.1),),
-    students=("A1",),
-    sources=("A1",),
+    study=StudyConfig(
+        title="A model of a micro-world, trained on its own text",
+        students=("A1",),
+        sources=("A1",),
+        arms=(
+            ArmConfig("learning rate 0", learning_rate=0.0),
+            ArmConfig(SHUFFLED, "shuffled"),
+            ArmConfig(NOISE, "noise"),
+            ArmConfig("weight noise ×4", "noise", weight=4.0),
+        ),
+        negative_controls=(SHUFFLED,),
+        sample=SampleConfig(samples=2304, max_tokens=128),
+        train=TrainConfig(
+            steps=120,
+            batch_size=4,
+            seq_len=128,
+            learning_rate=LEARNING_RATE / 4,
+            eval_every=40,
+            eval_limit=120,
+            max_epochs=1.0,
+        ),
+        extract=ExtractConfig(prefix=24, suffix=8, min_overlap=8, greedy_decode=False),
+    ),
 )
 CROSSOVER_SCALE = MicroScale(
-    title="Six models of two micro-worlds: whose text can they learn from?",
     world=WorldConfig(
         people=170, two_hop=True, agreement_lines=8_000, sum_lines=30_000, probes_per_level=100, probe_words=10
     ),
     models=MODELS,
-    students=("A1", "B1", "C1"),
-    sources=tuple(model.name for model in MODELS),
-    claims=(
-        ClaimConfig("its own kind's text suits a model better", INTERACTION),
-        ClaimConfig("its own text keeps what A1 can do", f"{MAIN_EFFECT}A1", "A1", direction="preserves", margin=0.02),
-        ClaimConfig(
-            "its own text takes more of A1's memory than noise does",
-            f"{MAIN_EFFECT}A1",
-            "A1",
-            comparator=NOISE,
-            measure="pz",
-            direction="lowers",
+    study=replace(
+        ONE_MODEL_SCALE.study,
+        title="Six models of two micro-worlds: whose text can they learn from?",
+        students=("A1", "B1", "C1"),
+        sources=tuple(model.name for model in MODELS),
+        claims=(
+            ClaimConfig("its own kind's text suits a model better", INTERACTION),
+            ClaimConfig(
+                "its own text keeps what A1 can do", f"{MAIN_EFFECT}A1", "A1", direction="preserves", margin=0.02
+            ),
+            ClaimConfig(
+                "its own text takes more of A1's memory than noise does",
+                f"{MAIN_EFFECT}A1",
+                "A1",
+                comparator=NOISE,
+                measure="pz",
+                direction="lowers",
+            ),
         ),
+        sample=replace(ONE_MODEL_SCALE.study.sample, samples=1536),
+        train=replace(ONE_MODEL_SCALE.study.train, steps=80),
+        extract=replace(ONE_MODEL_SCALE.study.extract, prefix=20),
     ),
-    prefix=20,
-    steps=80,
-    samples=1536,
 )
 
 
-def prepare_study(out: Path, scale: MicroScale, seeds: Sequence[int]) -> StudyConfig:
-    """Write `out/world`, pretrain the bases in `out/bases`, and return the study.
+def demo(config: DemoConfig, scale: MicroScale | None = None) -> Path:
+    """Pretrain small models, and run and report a study of them.
 
-    Finished parts are kept. Raises InputError if `out` has other content.
+    Args:
+        config: the demo; `config.study` selects the crossover study of six models.
+        scale: sizes for tests.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        InputError: the folder has other content, or cannot be written.
     """
+    scale = scale or (CROSSOVER_SCALE if config.study else ONE_MODEL_SCALE)
+    scale = replace(scale, world=replace(scale.world, seed=config.seed))
+    if sys.stderr.isatty():
+        count = len(scale.models)
+        text = f"jax-selftrain demo: writing a micro-world and pretraining {count} model{'s' * (count > 1)}"
+        print(text, file=sys.stderr, flush=True)
+    study = _prepare_study(Path(config.out), scale, config.seeds if config.study else (config.seed,))
+    return write_report(run_study(study))
+
+
+def _prepare_study(out: Path, scale: MicroScale, seeds: Sequence[int]) -> StudyConfig:
+    """Write `out/world`, pretrain the bases in `out/bases`, and return the study."""
     folder = out / "world"
     write_worlds(folder, scale)
     bases = {model.name: _pretrain(out / "bases", folder, model, scale) for model in scale.models}
@@ -172,7 +191,7 @@ def prepare_study(out: Path, scale: MicroScale, seeds: Sequence[int]) -> StudyCo
         ModelConfig(
             name=model.name,
             model=str(out / "bases" / bases[model.name][-1].name),
-            lineage=model.lineage,
+            lineage="C" if model.family == "llama" else model.worlds,
             data=" and ".join(f"world {world}" for world in model.worlds),
             data_order=f"seed {model.seed}",
             initialization=f"seed {model.seed}",
@@ -183,52 +202,24 @@ def prepare_study(out: Path, scale: MicroScale, seeds: Sequence[int]) -> StudyCo
         for model in scale.models
     )
     data = {model.name: model.worlds for model in scale.models}
-    arms = [
-        ArmConfig("learning rate 0", learning_rate=0.0),
-        ArmConfig(SHUFFLED, "shuffled"),
-        ArmConfig(NOISE, "noise"),
-        ArmConfig("weight noise ×4", "noise", weight=4.0),
-    ]
-    real: list[str] = []
+    real = []
     for world in scale.world_ids:
-        students = tuple(name for name in scale.students if data[name] == world)
+        students = tuple(name for name in scale.study.students if data[name] == world)
         if students:
             text = str(folder / world / "more.jsonl")
-            real.append(f"real text of world {world}")
-            arms.append(ArmConfig(real[-1], "text", students=students, text=text))
-    return StudyConfig(
+            real.append(ArmConfig(f"real text of world {world}", "text", students=students, text=text))
+    return replace(
+        scale.study,
         out=str(out),
-        title=scale.title,
         models=models,
-        students=scale.students,
-        sources=scale.sources,
-        arms=tuple(arms),
-        claims=scale.claims,
-        positive_controls=tuple(real),
-        negative_controls=(SHUFFLED,),
+        arms=(*scale.study.arms, *real),
+        positive_controls=tuple(arm.name for arm in real),
         seeds=tuple(seeds),
-        mesh=scale.mesh,
-        sample=SampleConfig(samples=scale.samples, max_tokens=scale.seq_len),
-        train=TrainConfig(
-            steps=scale.steps,
-            batch_size=scale.batch_size,
-            seq_len=scale.seq_len,
-            learning_rate=scale.learning_rate / 4,
-            eval_every=scale.eval_every,
-            eval_limit=scale.eval_limit,
-            max_epochs=1.0,
-        ),
         score=ScoreConfig(
             tasks=tuple(str(folder / "tasks" / f"{name}.jsonl") for name in scale.tasks),
             texts=tuple(str(folder / world / f"heldout_{world}.jsonl") for world in scale.world_ids),
         ),
-        extract=ExtractConfig(
-            sequences=str(folder / "probes.jsonl"),
-            prefix=scale.prefix,
-            suffix=scale.suffix,
-            min_overlap=scale.min_overlap,
-            greedy_decode=False,
-        ),
+        extract=replace(scale.study.extract, sequences=str(folder / "probes.jsonl")),
     )
 
 
@@ -251,7 +242,12 @@ def write_worlds(folder: Path, scale: MicroScale) -> None:
         InputError: the folder has other content.
     """
     spec = {"format": "jax-selftrain micro-world", "version": VERSION, "scale": asdict(scale)}
-    if is_up_to_date(folder, spec):
+    if folder.exists():
+        if not (folder / "world.json").exists():
+            raise InputError(f"{folder}: exists but is not a micro-world; choose another --out")
+        # A JSON round trip turns tuples into lists.
+        if atomic.read_json(folder / "world.json") != json.loads(json.dumps(spec)):
+            raise InputError(f"{folder}: is another micro-world (another seed or version); choose another --out")
         return
     worlds = {name: world for name, world in make_worlds(scale.world).items() if name in scale.world_ids}
     with atomic.commit_folder(folder) as temporary:
@@ -274,11 +270,8 @@ def write_worlds(folder: Path, scale: MicroScale) -> None:
             write_untrained_model(
                 temporary / "untrained" / model.name,
                 tokenizers[model.tokenizer],
-                family=model.family,
-                width=model.width,
-                layers=model.layers,
-                heads=model.heads,
-                positions=2 * scale.seq_len,
+                positions=2 * scale.study.train.seq_len,
+                **{key: getattr(model, key) for key in ("family", "width", "layers", "heads")},
             )
         atomic.write_json(temporary / "world.json", spec)
 
@@ -324,28 +317,25 @@ def _pretrain(root: Path, folder: Path, model: ModelSpec, scale: MicroScale) -> 
         lambda out: import_text(ImportCorpusConfig(source=str(text), model=str(untrained), out=str(out))),
     )
 
+    options = TrainConfig(
+        model=str(untrained),
+        init="scratch",
+        batch_size=scale.study.train.batch_size,
+        seq_len=scale.study.train.seq_len,
+        learning_rate=LEARNING_RATE,
+        schedule="cosine",
+        final_learning_rate=LEARNING_RATE / 4,
+        weight_decay=0.1,
+        log_every=10,
+        mesh=scale.study.mesh,
+        seed=model.seed,
+    )
+
     def pretrain(out: Path) -> object:
         corpus = open_corpus(root / tokenized.name)
-        steps = max(1, round(model.epochs * corpus.n_tokens / (scale.batch_size * scale.seq_len)))
-        return train(
-            TrainConfig(
-                model=str(untrained),
-                corpus=str(corpus.folder),
-                out=str(out),
-                init="scratch",
-                steps=steps,
-                batch_size=scale.batch_size,
-                seq_len=scale.seq_len,
-                learning_rate=scale.learning_rate,
-                schedule="cosine",
-                final_learning_rate=scale.learning_rate / 4,
-                weight_decay=0.1,
-                log_every=10,
-                mesh=scale.mesh,
-                seed=model.seed,
-            )
-        )
+        steps = max(1, round(model.epochs * corpus.n_tokens / (options.batch_size * options.seq_len)))
+        return train(replace(options, corpus=str(corpus.folder), out=str(out), steps=steps))
 
-    sizes = {"batch_size": scale.batch_size, "seq_len": scale.seq_len, "learning_rate": scale.learning_rate}
+    sizes = {key: getattr(options, key) for key in ("batch_size", "seq_len", "learning_rate")}
     inputs: dict[str, str | Stage] = {"corpus": tokenized, "model": sha256_file(untrained / "config.json")}
     return tokenized, Stage("pretrain", f"pretrain {model.name}", {**asdict(model), **sizes}, inputs, pretrain)

@@ -15,38 +15,37 @@ from __future__ import annotations
 
 import itertools
 
-from jax_selftrain.experiments.microworld import facts as fact_text
-from jax_selftrain.experiments.microworld import grammar_and_sums
+from jax_selftrain.experiments.microworld import lines_and_questions as content
 from jax_selftrain.experiments.microworld.world_types import SYLLABLES, Probe, World, WorldConfig, keyed_rng
 
 
 def make_world(config: WorldConfig) -> World:
     """Build a world: text, held-out text, facts, probes and questions."""
-    facts = fact_text.draw_facts(config)
+    facts = content.draw_facts(config)
     probes = _draw_probes(config)
-    sums, subjects = grammar_and_sums.held_out_sums(config), grammar_and_sums.held_out_subjects(config)
+    sums, subjects = content.held_out_sums(config), content.held_out_subjects(config)
 
     def make_text(split: str, facts: list[str], agreement: int, added: int) -> list[str]:
         """Return documents of fact lines, agreement lines and sums."""
         kinds = [
             facts,
-            list(grammar_and_sums.agreement_lines(config, f"{split}agreement", agreement, subjects)),
-            list(grammar_and_sums.sum_lines(config, f"{split}sums", added, sums)),
+            list(content.agreement_lines(config, f"{split}agreement", agreement, subjects)),
+            list(content.sum_lines(config, f"{split}sums", added, sums)),
         ]
         return _group_lines(config, f"{split}documents", kinds)
 
-    lines = [line for fact in facts for line in fact_text.fact_lines(fact)]
+    lines = [line for fact in facts for line in content.fact_lines(fact)]
     if config.two_hop:
-        lines += fact_text.two_hop_lines(config, facts)
+        lines += content.two_hop_lines(config, facts)
     keyed_rng(config, "fact order").shuffle(lines)
     documents = _insert_probes(config, make_text("", lines, config.agreement_lines, config.sum_lines), probes)
 
-    extra = [line for fact in facts for line in fact_text.fact_lines(fact)]
+    extra = [line for fact in facts for line in content.fact_lines(fact)]
     keyed_rng(config, "more facts").shuffle(extra)
     more = make_text("more ", extra, config.agreement_lines, config.sum_lines)
 
     third = max(1, config.heldout_documents // 3) * 6
-    unseen = [fact_text.fact_line(facts[i % len(facts)], i) for i in range(max(len(facts) * 2, third))]
+    unseen = [content.fact_line(facts[i % len(facts)], i) for i in range(max(len(facts) * 2, third))]
     keyed_rng(config, "held-out facts").shuffle(unseen)
     heldout = make_text("held-out ", unseen[:third], third, third)
 
@@ -58,10 +57,10 @@ def make_world(config: WorldConfig) -> World:
         facts=tuple(facts),
         probes=tuple(probes),
         tasks={
-            "facts": tuple(fact_text.fact_questions(config, facts)),
-            **({"two_hop": tuple(fact_text.two_hop_questions(config, facts))} if config.two_hop else {}),
-            "agreement": tuple(grammar_and_sums.agreement_questions(config, subjects)),
-            "sums": tuple(grammar_and_sums.sum_questions(config, sums)),
+            "facts": tuple(content.fact_questions(config, facts)),
+            **({"two_hop": tuple(content.two_hop_questions(config, facts))} if config.two_hop else {}),
+            "agreement": tuple(content.agreement_questions(config, subjects)),
+            "sums": tuple(content.sum_questions(config, sums)),
         },
     )
 
