@@ -103,8 +103,7 @@ class Flips:
 
 def mean(values: ArrayLike) -> Estimate:
     """Return the mean of [n] values with Student's t interval."""
-    array = _as_finite(values)
-    return _estimate(*mean_and_stderr(array), array.size)
+    return mean_effect(values).estimate()
 
 
 def proportion(outcomes: ArrayLike) -> Estimate:
@@ -119,23 +118,12 @@ def proportion(outcomes: ArrayLike) -> Estimate:
 def ratio_of_sums(numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
     """Return Σ numerators / Σ denominators; the unit is one document."""
     above, below = _as_finite(numerators), _as_finite(denominators)
-    return _estimate(*ratio_and_stderr(above, below), above.size)
+    return _make_effect(*ratio_and_stderr(above, below), above.size).estimate()
 
 
 def macro_mean(groups: Sequence[ArrayLike]) -> Estimate:
-    """Return the unweighted mean over groups (tasks) of each group's mean.
-
-    The groups are fixed and their items are the sample.
-    """
-    arrays = [_as_finite(group) for group in groups]
-    if not arrays:
-        raise ValueError("the mean over no groups is undefined")
-    moments = [mean_and_stderr(array) for array in arrays]
-    value = float(np.mean([value for value, _ in moments]))
-    errors = [error for _, error in moments if error is not None]
-    whole = float(np.sqrt(np.sum(np.square(errors)))) / len(arrays) if len(errors) == len(arrays) else None
-    # The smallest group's degrees of freedom are a lower bound for a sum of independent errors.
-    return _estimate(value, whole, sum(array.size for array in arrays), min(array.size for array in arrays) - 1)
+    """Return the unweighted mean over groups; see `macro_effect`."""
+    return macro_effect([mean_effect(group) for group in groups]).estimate()
 
 
 def paired_proportion_change(before: ArrayLike, after: ArrayLike, clusters: ArrayLike | None = None) -> Estimate:
@@ -152,7 +140,9 @@ def paired_proportion_effect(before: ArrayLike, after: ArrayLike, clusters: Arra
             clusters, or Bonett and Price's if that is larger, with clusters − 1 degrees of freedom.
     """
     moved = mcnemar_table(before, after)
-    center, error = _agresti_min(moved)
+    # One flip of each kind is added (Agresti and Min).
+    gained, lost = (moved.gained + 1) / (moved.n + 2), (moved.lost + 1) / (moved.n + 2)
+    error = float(np.sqrt((gained + lost - (gained - lost) ** 2) / (moved.n + 2)))
     degrees = math.inf
     if clusters is not None:
         sums, sizes = (
@@ -162,14 +152,15 @@ def paired_proportion_effect(before: ArrayLike, after: ArrayLike, clusters: Arra
         clustered = ratio_and_stderr(sums, sizes)[1]
         error = math.inf if clustered is None else max(error, clustered)
         degrees = max(sums.size - 1, 1)
-    return Effect((moved.gained - moved.lost) / moved.n, center, error, degrees, moved.n)
+    return Effect((moved.gained - moved.lost) / moved.n, gained - lost, error, degrees, moved.n)
 
 
 def macro_effect(effects: Sequence[Effect], scales: ArrayLike | None = None) -> Effect:
     """Return the unweighted mean over groups (tasks) of each group's change.
 
     Args:
-        effects: one change for each group. The groups are fixed and their items are the sample.
+        effects: one change for each group. The groups are fixed and their items are the sample. The smallest group's
+            degrees of freedom are a lower bound for the sum of independent errors.
         scales: a factor for each group's change, for instance 1 / (1 − chance) to normalize by chance.
     """
     if not effects:
@@ -188,8 +179,7 @@ def macro_effect(effects: Sequence[Effect], scales: ArrayLike | None = None) -> 
 def mean_effect(values: ArrayLike) -> Effect:
     """Return the mean of [n] changes; a single change has infinite error."""
     array = _as_finite(values)
-    value, error = mean_and_stderr(array)
-    return Effect(value, value, math.inf if error is None else error, max(array.size - 1, 1), array.size)
+    return _make_effect(*mean_and_stderr(array), array.size)
 
 
 def mcnemar_table(before: ArrayLike, after: ArrayLike) -> Flips:
@@ -307,14 +297,5 @@ def _as_finite(values: ArrayLike) -> np.ndarray:
     return array
 
 
-def _agresti_min(moved: Flips) -> tuple[float, float]:
-    """Return center and standard error after adding one flip of each kind."""
-    gained, lost = (moved.gained + 1) / (moved.n + 2), (moved.lost + 1) / (moved.n + 2)
-    variance = (gained + lost - (gained - lost) ** 2) / (moved.n + 2)
-    return gained - lost, float(np.sqrt(variance))
-
-
-def _estimate(value: float, error: float | None, n: int, dof: int | None = None) -> Estimate:
-    if error is None:
-        return Estimate(value, None, None, n)
-    return Effect(value, value, error, n - 1 if dof is None else dof, n).estimate()
+def _make_effect(value: float, error: float | None, n: int) -> Effect:
+    return Effect(value, value, math.inf if error is None else error, max(n - 1, 1), n)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -46,38 +46,31 @@ class NoninferiorityResult:
     verdict: Verdict
 
 
-def noninferiority_test(effect: Effect, margin: float) -> NoninferiorityResult:
-    """Apply the rule; ValueError for a margin that is not positive."""
+def noninferiority_test(effect: Effect, margin: float, flips: tuple[int, int] | None = None) -> NoninferiorityResult:
+    """Apply the rule.
+
+    Args:
+        effect: the change.
+        margin: largest loss that counts as preserved.
+        flips: numbers of lost and gained items among `effect.n`, for a change of a proportion. A zero standard error (a
+            model compared with itself) skips Tango's test.
+
+    Raises:
+        ValueError: the margin is not positive.
+    """
     if not margin > 0:
         raise ValueError(f"the margin is {margin}, not a positive number")
     lower, upper = effect.bounds(1 - 2 * ALPHA)
     known = bool(np.isfinite([lower, upper]).all())
-    tests = effect.p_greater(-margin), effect.p_less(-margin)
-    return NoninferiorityResult(margin, lower if known else None, upper if known else None, *tests, decide(*tests))
-
-
-def paired_noninferiority_test(effect: Effect, lost: int, gained: int, margin: float) -> NoninferiorityResult:
-    """Apply the rule to a paired change of a proportion.
-
-    Args:
-        effect: the change. A zero standard error (a model compared with itself) skips Tango's test.
-        lost, gained: flips among the `effect.n` items.
-        margin: largest loss that counts as preserved.
-    """
-    result = noninferiority_test(effect, margin)
-    if effect.stderr == 0:
-        return result
-    low, high = score_confidence_limit(lost, gained, effect.n), -score_confidence_limit(gained, lost, effect.n)
-    p_preserved = max(result.p_preserved, score_test_p(lost, gained, effect.n, -margin))
-    p_degraded = max(result.p_degraded, score_test_p(gained, lost, effect.n, margin))
-    return replace(
-        result,
-        lower=None if result.lower is None else min(result.lower, low),
-        upper=None if result.upper is None else max(result.upper, high),
-        p_preserved=p_preserved,
-        p_degraded=p_degraded,
-        verdict=decide(p_preserved, p_degraded),
-    )
+    p_preserved, p_degraded = effect.p_greater(-margin), effect.p_less(-margin)
+    if flips is not None and effect.stderr != 0:
+        lost, gained = flips
+        lower = min(lower, score_confidence_limit(lost, gained, effect.n))
+        upper = max(upper, -score_confidence_limit(gained, lost, effect.n))
+        p_preserved = max(p_preserved, score_test_p(lost, gained, effect.n, -margin))
+        p_degraded = max(p_degraded, score_test_p(gained, lost, effect.n, margin))
+    ends: tuple[float | None, float | None] = (lower, upper) if known else (None, None)
+    return NoninferiorityResult(margin, *ends, p_preserved, p_degraded, decide(p_preserved, p_degraded))
 
 
 def score_test_p(lost: int, gained: int, n: int, threshold: float) -> float:

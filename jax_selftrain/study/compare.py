@@ -36,7 +36,6 @@ from jax_selftrain.stats.noninferiority import (
     evidence_level,
     holm,
     noninferiority_test,
-    paired_noninferiority_test,
 )
 from jax_selftrain.study.paired_results import (
     Interval,
@@ -223,7 +222,7 @@ def _effect(pair: Pair, identical: bool) -> Effect:
 
 def _judge_task(effect: Effect, pair: Pair, margin: float) -> NoninferiorityResult:
     moved = estimators.mcnemar_table(*pair.right)
-    return paired_noninferiority_test(effect, moved.lost, moved.gained, margin)
+    return noninferiority_test(effect, margin, (moved.lost, moved.gained))
 
 
 def _task(pair: Pair, effect: Effect, bootstrapped: Interval) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from jax_selftrain.stats.noninferiority import (
     evidence_level,
     holm,
     noninferiority_test,
-    paired_noninferiority_test,
     score_confidence_limit,
     score_test_p,
 )
@@ -43,9 +42,7 @@ def items(n: int, lost: int, gained: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def share_judgment(n: int, lost: int, gained: int, margin: float) -> NoninferiorityResult:
-    return paired_noninferiority_test(
-        estimators.paired_proportion_effect(*items(n, lost, gained)), lost, gained, margin
-    )
+    return noninferiority_test(estimators.paired_proportion_effect(*items(n, lost, gained)), margin, (lost, gained))
 
 
 # ------------------------------------------------------------------ McNemar
