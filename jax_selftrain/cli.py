@@ -69,7 +69,7 @@ COMMANDS: dict[str, Command] = {
 DISTRIBUTED_COMMANDS = ("convert", "sample", "train", "merge", "score", "extract", "run")
 """Commands that several processes can run together; they also take the flags of `DistributedConfig`."""
 
-CONFIG_FILE = yaml_io.Field(("config",), str, "")
+CONFIG_FILE = yaml_io.Field(("config",), str)
 _INTERRUPTED = 130  # the exit code of a shell for a program ended by Ctrl-C
 _HELP = frozenset({"-h", "--help"})
 
@@ -163,11 +163,6 @@ def _is_first_process() -> bool:
 # ---------------------------------------------------------------- options
 
 
-def parse_options(name: str, words: Sequence[str]) -> Any:
-    """Return the options of a command; see `parse_command_line`."""
-    return parse_command_line(name, words)[0]
-
-
 def parse_command_line(name: str, words: Sequence[str]) -> tuple[Any, DistributedConfig]:
     """Parse the words after a command's name.
 
@@ -183,7 +178,8 @@ def parse_command_line(name: str, words: Sequence[str]) -> tuple[Any, Distribute
     """
     command = COMMANDS[name]
     shared = [*yaml_io.iter_fields(DistributedConfig)] if name in DISTRIBUTED_COMMANDS else []
-    fields = {field.flag: field for field in (*_flag_fields(command.config_class), *shared, CONFIG_FILE)}
+    own = [field for field in yaml_io.iter_fields(command.config_class) if not field.has_sections]
+    fields = {field.flag: field for field in (*own, *shared, CONFIG_FILE)}
     needs_help = not _HELP.isdisjoint(words)
     values = _parse_words([word for word in words if word not in _HELP], fields, command.positionals)
     options, processes = command.config_class(), DistributedConfig()
@@ -200,15 +196,13 @@ def parse_command_line(name: str, words: Sequence[str]) -> tuple[Any, Distribute
     return options, processes
 
 
-def _flag_fields(cls: type) -> list[yaml_io.Field]:
-    """Return the options that can be flags, without lists of sections."""
-    return [field for field in yaml_io.iter_fields(cls) if not (field.is_sequence and field.has_sections)]
-
-
 def _parse_words(
     words: Sequence[str], fields: Mapping[str, yaml_io.Field], positionals: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Convert the words after a command to a value for each flag."""
+    """Convert the words after a command to a value for each flag.
+
+    tyro does not parse them: it silently keeps the last of two equal flags, and its errors are not sentences.
+    """
     negated = {yaml_io.negated_flag(*field.path): flag for flag, field in fields.items() if field.type is bool}
     given: dict[str, list[str]] = {}
     values: dict[str, Any] = {}
@@ -226,36 +220,35 @@ def _parse_words(
                 hint = "; give it all its values at once" if fields[flag].is_sequence else ""
                 raise InputError(f"{flag} is given twice{hint}")
             given[flag] = [value] if equals else []
-            if fields[flag].type is bool:
-                if equals:
-                    raise _flag_with_value(fields[flag], value)
-                values[flag] = spelled == flag
-        elif flag and fields[flag].type is bool and word.lower() in ("true", "false"):
-            raise _flag_with_value(fields[flag], word)
-        elif flag and fields[flag].type is not bool and (fields[flag].is_sequence or not given[flag]):
+            values[flag] = spelled == flag  # of a boolean
+        elif flag and _takes_word(fields[flag], given[flag], word):
             given[flag].append(word)
         else:
             flag = ""
             bare.append(word)
-    for flag, strings in given.items():
-        if fields[flag].type is not bool:
-            if not strings:
-                raise InputError(f"{flag} needs a value: {yaml_io.type_name(fields[flag].type)}")
-            values[flag] = yaml_io.parse_value(fields[flag].type, strings, where=flag)
-    for index, word in enumerate(bare):
-        if index >= len(positionals):
-            raise InputError(f"unexpected argument `{word}`; options start with `--`")
-        shown, name = list(positionals.items())[index]
+    for word, (shown, name) in zip(bare, positionals.items(), strict=False):
         flag = yaml_io.flag(name)
         if flag in given:
             raise InputError(f"{shown} is given twice, as `{word}` and with {flag}")
-        values[flag] = yaml_io.parse_value(fields[flag].type, [word], where=shown)
+        given[flag] = [word]
+    if len(bare) > len(positionals):
+        raise InputError(f"unexpected argument `{bare[len(positionals)]}`; options start with `--`")
+    for flag, strings in given.items():
+        field = fields[flag]
+        if field.type is not bool:
+            if not strings:
+                raise InputError(f"{flag} needs a value: {yaml_io.type_name(field.type)}")
+            values[flag] = yaml_io.parse_value(field.type, strings, where=flag)
+        elif strings:
+            negation = yaml_io.negated_flag(*field.path)
+            raise InputError(f"{flag} takes no value, found `{strings[0]}`; write {flag} or {negation}")
     return values
 
 
-def _flag_with_value(field: yaml_io.Field, value: str) -> InputError:
-    negated = yaml_io.negated_flag(*field.path)
-    return InputError(f"{field.flag} takes no value, found `{value}`; write {field.flag} or {negated}")
+def _takes_word(field: yaml_io.Field, given: Sequence[str], word: str) -> bool:
+    if field.type is bool:
+        return word.lower() in ("true", "false")  # an error
+    return field.is_sequence or not given
 
 
 def _replace(options: Any, path: Sequence[str], value: Any) -> Any:
@@ -267,21 +260,13 @@ def _replace(options: Any, path: Sequence[str], value: Any) -> Any:
 
 
 def _overview() -> str:
-    width = max(map(len, COMMANDS)) + 2
-    lines = [
-        f"  {name:<{width}}{(command.config_class.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()
-    ]
-    return "\n".join(
-        [
-            "usage: jax-selftrain COMMAND [options]",
-            "",
-            "Can a language model improve from text that it samples from itself, or from text of another model?",
-            "",
-            "commands:",
-            *lines,
-            "",
-            "`jax-selftrain COMMAND --help` lists the options; a YAML file given by --config can set each of them.",
-        ]
+    summaries = {name: (command.config_class.__doc__ or "").splitlines()[0] for name, command in COMMANDS.items()}
+    lines = "\n".join(f"  {name:<{max(map(len, COMMANDS)) + 2}}{text}" for name, text in summaries.items())
+    return (
+        "usage: jax-selftrain COMMAND [options]\n\n"
+        "Can a language model improve from text that it samples from itself, or from text of another model?\n\n"
+        f"commands:\n{lines}\n\n"
+        "`jax-selftrain COMMAND --help` lists the options; a YAML file given by --config can set each of them."
     )
 
 
@@ -296,25 +281,24 @@ def _print_help(name: str, options: Any) -> None:
     import tyro
 
     conf: Any = tyro.conf
-    command = COMMANDS[name]
-    groups: list[tuple[str, str, Any, set[str]]] = []
-    if not any(map(dataclasses.is_dataclass, get_type_hints(command.config_class).values())):
-        for role, doc in _HELP_GROUPS.items():
-            members = set(fields_with_role(command.config_class, role))
-            groups.append((str(role.name).lower(), doc, options, members))
-    hidden = {member for *_, members in groups for member in members}
+    command, cls = COMMANDS[name], type(options)
+    groups = {}
+    if not any(map(dataclasses.is_dataclass, get_type_hints(cls).values())):
+        groups = {role: set(fields_with_role(cls, role)) for role in _HELP_GROUPS}
+    main = set(roles(cls)).difference(*groups.values())
+    views = {
+        str(role.name).lower(): _select_fields(options, names, _HELP_GROUPS[role])
+        for role, names in groups.items()
+        if names
+    }
     if name in DISTRIBUTED_COMMANDS:
-        groups.append(("distributed", "Several processes.", DistributedConfig(), set(roles(DistributedConfig))))
+        views["distributed"] = _select_fields(DistributedConfig(), set(roles(DistributedConfig)), "Several processes.")
     note = conf.arg(metavar="FILE.yaml", help="Read options from this file; flags override it.", help_behavior_hint="")
     extra: list[tuple[str, Any, Any]] = [(CONFIG_FILE.path[0], Annotated[str, note], "")]
-    for title, doc, instance, members in groups:
-        if members:
-            group = _select_fields(instance, members, doc)
-            extra.append((title, conf.OmitArgPrefixes[group], dataclasses.field(default_factory=group)))
-    doc = command.config_class.__doc__ or ""
-    view = _select_fields(options, set(roles(command.config_class)) - hidden, doc, extra)
+    for title, view in views.items():
+        extra.append((title, conf.OmitArgPrefixes[view], dataclasses.field(default_factory=view)))
     usage = " ".join(["jax-selftrain", name, *(f"[{shown}]" for shown in command.positionals)])
-    tyro.cli(view, prog=usage, args=["--help"])
+    tyro.cli(_select_fields(options, main, cls.__doc__ or "", extra), prog=usage, args=["--help"])
 
 
 def _select_fields(options: Any, names: set[str], doc: str, extra: Sequence[tuple[str, Any, Any]] = ()) -> Any:
@@ -327,21 +311,19 @@ def _select_fields(options: Any, names: set[str], doc: str, extra: Sequence[tupl
     conf: Any = tyro.conf
     cls: Any = type(options)
     fields = []
-    hints = get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        is_required = Role.REQUIRED in roles(cls)[field.name]
-        note = conf.arg(help_behavior_hint=partial(_default_hint, required=is_required))
-        shown: Any = Annotated[hints[field.name], note]
-        default = partial(getattr, options, field.name)
-        if field.name not in names:
-            shown = conf.Suppress[conf.Fixed[hints[field.name]]]
-        elif dataclasses.is_dataclass(hints[field.name]):
-            section = hints[field.name]
-            own = set(fields_with_role(section, Role.SET_BY_STUDY))
+    for name, hint in get_type_hints(cls).items():
+        default = partial(getattr, options, name)
+        if name not in names:
+            shown = conf.Suppress[conf.Fixed[hint]]
+        elif dataclasses.is_dataclass(hint):
+            hidden = set(fields_with_role(hint, Role.SET_BY_STUDY))
             if not issubclass(cls, config.StudyConfig):  # a run has the seeds and special tokens of its stages
-                own &= set(fields_with_role(section, Role.INPUT | Role.OUTPUT))
-            shown = default = _select_fields(default(), set(roles(section)) - own, field.name)
-        fields.append((field.name, shown, dataclasses.field(default_factory=default)))
+                hidden &= set(fields_with_role(hint, Role.INPUT | Role.OUTPUT))
+            shown = default = _select_fields(default(), set(roles(hint)) - hidden, name)
+        else:
+            is_required = Role.REQUIRED in roles(cls)[name]
+            shown = Annotated[hint, conf.arg(help_behavior_hint=partial(_default_hint, required=is_required))]
+        fields.append((name, shown, dataclasses.field(default_factory=default)))
     namespace = {"__doc__": doc}
     return dataclasses.make_dataclass(cls.__name__, [*fields, *extra], bases=(cls,), frozen=True, namespace=namespace)
 
@@ -361,33 +343,27 @@ def summary(name: str, options: Any, result: Any) -> str:
         return f"{options.out}: {len(result):,} documents, {result.manifest['tokens']:,} tokens"
     if name == "train":
         return f"model: {Path(result) / 'model'}"
-    if name == "score":
-        measured = {**result.get("tasks", {}), **result.get("groups", {}), **result.get("texts", {})}
-        return "\n".join(
-            [*(_format_metrics(label, numbers) for label, numbers in measured.items()), f"written: {options.out}"]
-        )
-    if name == "compare":
-        from jax_selftrain.report import format_comparison
-
-        return "\n".join([format_comparison(result), f"written: {options.out}"])
-    if name == "extract":
-        shown = ("n", "exact_match", "exact_match_stderr", "token_accuracy", "token_accuracy_stderr")
-        groups = ("held_out", "partial", "seen", "controls", "baseline")
-        parts = {"all": result, **{part: result[part] for part in groups if part in result}}
-        lines = [_format_metrics(part, {key: numbers.get(key) for key in shown}) for part, numbers in parts.items()]
-        return "\n".join([*lines, f"written: {options.out}"])
-    if name == "leakage":
-        shown = ("samples", "leak_rate", "leak_rate_stderr", "longest", "coverage")
-        return "\n".join([_format_metrics("all", {key: result[key] for key in shown}), f"written: {options.out}"])
-    if name == "plan":
-        from jax_selftrain.planning import table
-
-        return "\n".join([table(result), *([f"written: {options.out}"] if options.out else [])])
     if name == "study" and options.dry_run:
         return f"nothing was run; without --dry-run, the study is written to {options.out}"
     if name in ("demo", "run", "study", "report"):
         return f"report: {Path(options.folder if name == 'report' else options.out) / 'report.html'}"
-    return f"written: {result}"
+    if name in ("compare", "plan"):
+        package, function = {"compare": ("report", "format_comparison"), "plan": ("planning", "table")}[name]
+        lines = [getattr(import_module(f"jax_selftrain.{package}"), function)(result)]
+    elif name == "score":
+        sections = [result.get(part, {}) for part in ("tasks", "groups", "texts")]
+        lines = [_format_metrics(label, numbers) for section in sections for label, numbers in section.items()]
+    elif name == "extract":
+        shown = ("n", "exact_match", "exact_match_stderr", "token_accuracy", "token_accuracy_stderr")
+        groups = ("held_out", "partial", "seen", "controls", "baseline")
+        parts = {"all": result, **{part: result[part] for part in groups if part in result}}
+        lines = [_format_metrics(part, {key: numbers.get(key) for key in shown}) for part, numbers in parts.items()]
+    elif name == "leakage":
+        shown = ("samples", "leak_rate", "leak_rate_stderr", "longest", "coverage")
+        lines = [_format_metrics("all", {key: result[key] for key in shown})]
+    else:
+        return f"written: {result}"
+    return "\n".join([*lines, *([f"written: {options.out}"] if options.out else [])])
 
 
 def _format_metrics(label: str, numbers: Mapping[str, Any]) -> str:

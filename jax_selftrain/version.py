@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 
 __version__ = "0.1.0"
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of this package and of its numerical libraries."""
-    return dict(_versions())
-
-
 @cache
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of this package and its numerical libraries."""
     found = {"jax_selftrain": __version__, "python": platform.python_version()}
     for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "pyarrow"):
-        try:
+        with suppress(metadata.PackageNotFoundError):  # optional dependencies
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue  # optional dependencies
     return found

@@ -46,8 +46,12 @@ def flag_fields(name: str) -> list[yaml_io.Field]:
     return [field for field in yaml_io.iter_fields(cls) if is_shown(field)]
 
 
+def parse_options(name: str, words: list[str]) -> Any:
+    return cli.parse_command_line(name, words)[0]
+
+
 def parse(name: str, line: str) -> Any:
-    return cli.parse_options(name, line.split())
+    return parse_options(name, line.split())
 
 
 @pytest.fixture
@@ -113,7 +117,7 @@ def test_the_overview_lists_every_command_with_its_summary():
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_help_of_a_command_lists_its_flags_with_their_docstrings(name, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.parse_options(name, ["--help"])
+        parse_options(name, ["--help"])
     assert stop.value.code == 0
     output, error = capsys.readouterr()
     assert error == ""
@@ -128,7 +132,7 @@ def test_help_of_a_command_lists_its_flags_with_their_docstrings(name, capsys):
 def test_every_field_has_a_docstring(capsys):
     for name in cli.COMMANDS:
         with pytest.raises(SystemExit):
-            cli.parse_options(name, ["--help"])
+            parse_options(name, ["--help"])
         text = " ".join(capsys.readouterr().out.replace("│", " ").split())
         text = re.sub(r"(--[\w.-]+), --[\w.-]+", r"\1 BOOL", text)
         for field in flag_fields(name):
@@ -147,8 +151,8 @@ def test_booleans_are_flags():
 
 def test_a_flag_wins_over_a_boolean_of_the_file(tmp_path):
     (tmp_path / "c.yaml").write_text("dry_run: true\nout: o\nmodels: [{name: a, model: m}]\n")
-    assert cli.parse_options("study", ["--config", str(tmp_path / "c.yaml")]).dry_run
-    assert not cli.parse_options("study", ["--config", str(tmp_path / "c.yaml"), "--no-dry-run"]).dry_run
+    assert parse_options("study", ["--config", str(tmp_path / "c.yaml")]).dry_run
+    assert not parse_options("study", ["--config", str(tmp_path / "c.yaml"), "--no-dry-run"]).dry_run
 
 
 def test_flags_of_a_section_reach_its_fields():
@@ -182,18 +186,18 @@ def test_a_file_gives_the_defaults_and_flags_win(tmp_path):
     (tmp_path / "c.yaml").write_text("model: m\nout: o\nsamples: 5\ntop-k: 3\nstop_ids: [1]\nstart_id: 4\n")
     file = ["--config", str(tmp_path / "c.yaml")]
     expected = SampleConfig(model="m", out="o", samples=5, top_k=3, stop_ids=(1,), start_id=4)
-    assert cli.parse_options("sample", file) == expected
-    changed = cli.parse_options("sample", [f"--config={tmp_path / 'c.yaml'}", "--samples", "6", "--start-id", "none"])
+    assert parse_options("sample", file) == expected
+    changed = parse_options("sample", [f"--config={tmp_path / 'c.yaml'}", "--samples", "6", "--start-id", "none"])
     assert changed == SampleConfig(model="m", out="o", samples=6, top_k=3, stop_ids=(1,))
     (tmp_path / "run.yaml").write_text("model: m\ntrain: {learning_rate: 1e-3, steps: 4}\n")
-    run = cli.parse_options("run", ["--config", str(tmp_path / "run.yaml"), "--out", "o", "--train.steps", "9"])
+    run = parse_options("run", ["--config", str(tmp_path / "run.yaml"), "--out", "o", "--train.steps", "9"])
     assert (run.train.learning_rate, run.train.steps) == (1e-3, 9)
 
 
 def test_help_shows_the_defaults_of_the_file(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("samples: 77\n")
     with pytest.raises(SystemExit):
-        cli.parse_options("sample", ["--config", str(tmp_path / "c.yaml"), "--help"])
+        parse_options("sample", ["--config", str(tmp_path / "c.yaml"), "--help"])
     assert "(default: 77)" in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 

@@ -4,56 +4,26 @@ The docstring of a field is its help text. The name of a field is its flag (`max
 a YAML file. Nothing here imports JAX, so that `jax-selftrain --help` is fast.
 """
 
-from jax_selftrain.config.commands import (
-    CompareConfig,
-    ConvertConfig,
-    ExportConfig,
-    ExtractConfig,
-    ImportCorpusConfig,
-    LeakageConfig,
-    MergeConfig,
-    Packing,
-    Remat,
-    SampleConfig,
-    ScoreConfig,
-    TrainConfig,
-)
-from jax_selftrain.config.study import (
-    ArmConfig,
-    ClaimConfig,
-    DemoConfig,
-    MemorizationConfig,
-    ModelConfig,
-    PlanConfig,
-    PromptFormat,
-    ReportConfig,
-    RunConfig,
-    StudyConfig,
-    common_options,
-)
-
-__all__ = [
-    "ArmConfig",
-    "ClaimConfig",
-    "CompareConfig",
-    "ConvertConfig",
-    "DemoConfig",
-    "ExportConfig",
-    "ExtractConfig",
-    "ImportCorpusConfig",
-    "LeakageConfig",
-    "MemorizationConfig",
-    "MergeConfig",
-    "ModelConfig",
-    "Packing",
-    "PlanConfig",
-    "PromptFormat",
-    "Remat",
-    "ReportConfig",
-    "RunConfig",
-    "SampleConfig",
-    "ScoreConfig",
-    "StudyConfig",
-    "TrainConfig",
-    "common_options",
-]
+from jax_selftrain.config.commands import CompareConfig as CompareConfig
+from jax_selftrain.config.commands import ConvertConfig as ConvertConfig
+from jax_selftrain.config.commands import ExportConfig as ExportConfig
+from jax_selftrain.config.commands import ExtractConfig as ExtractConfig
+from jax_selftrain.config.commands import ImportCorpusConfig as ImportCorpusConfig
+from jax_selftrain.config.commands import LeakageConfig as LeakageConfig
+from jax_selftrain.config.commands import MergeConfig as MergeConfig
+from jax_selftrain.config.commands import Packing as Packing
+from jax_selftrain.config.commands import Remat as Remat
+from jax_selftrain.config.commands import SampleConfig as SampleConfig
+from jax_selftrain.config.commands import ScoreConfig as ScoreConfig
+from jax_selftrain.config.commands import TrainConfig as TrainConfig
+from jax_selftrain.config.study import ArmConfig as ArmConfig
+from jax_selftrain.config.study import ClaimConfig as ClaimConfig
+from jax_selftrain.config.study import DemoConfig as DemoConfig
+from jax_selftrain.config.study import MemorizationConfig as MemorizationConfig
+from jax_selftrain.config.study import ModelConfig as ModelConfig
+from jax_selftrain.config.study import PlanConfig as PlanConfig
+from jax_selftrain.config.study import PromptFormat as PromptFormat
+from jax_selftrain.config.study import ReportConfig as ReportConfig
+from jax_selftrain.config.study import RunConfig as RunConfig
+from jax_selftrain.config.study import StudyConfig as StudyConfig
+from jax_selftrain.config.study import common_options as common_options

@@ -5,15 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
-from jax_selftrain.config.commands import (
-    DType,
-    ExtractConfig,
-    Packing,
-    Preset,
-    SampleConfig,
-    ScoreConfig,
-    TrainConfig,
-)
+from jax_selftrain.config.commands import DType, ExtractConfig, Packing, Preset, SampleConfig, ScoreConfig, TrainConfig
 from jax_selftrain.config.metadata import AppliesTo, Execution, Input, OutputFile, OutputFolder, Required
 
 

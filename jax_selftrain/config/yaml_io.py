@@ -39,10 +39,22 @@ def load(cls: type[Config], path: atomic.PathLike) -> Config:
       InputError: the file cannot be read, a key is unknown or duplicate, a value has a wrong type, or an environment
         variable is not set.
     """
-    return from_dict(cls, _read_mapping(Path(path)), where=str(path))
+    try:
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), _StrictLoader)
+    except OSError as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise InputError(f"{path}: {reason}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise InputError(f"{path}{line}: {problem}") from error
+    return from_dict(cls, {} if data is None else data, where=str(path))
 
 
-def from_dict(cls: type[Config], data: Mapping[str, Any], *, where: str) -> Config:
+def from_dict(cls: type[Config], data: Any, *, where: str) -> Config:
     """Convert plain data to a dataclass; `where` begins each error message.
 
     Raises:
@@ -68,11 +80,10 @@ def save(path: atomic.PathLike, obj: Any) -> None:
 
 def require(config: Any, *names: str) -> None:
     """Raise InputError for the first unset field: named, or required."""
-    for field in iter_fields(type(config)):
-        (name, *section) = field.path
-        is_required = name in (names or fields_with_role(type(config), Role.REQUIRED))
-        if not section and is_required and getattr(config, name) in (None, "", ()):
-            option = "" if field.has_sections else f"pass {field.flag}, or "
+    fields = {field.path: field for field in iter_fields(type(config))}
+    for name in names or fields_with_role(type(config), Role.REQUIRED):
+        if getattr(config, name) in (None, "", ()):
+            option = "" if fields[name,].has_sections else f"pass {flag(name)}, or "
             raise InputError(f"`{name}` is required: {option}set `{name}` in the configuration file")
 
 
@@ -85,7 +96,6 @@ class Field:
 
     path: tuple[str, ...]
     type: Any
-    default: Any
 
     @property
     def flag(self) -> str:
@@ -121,24 +131,25 @@ def iter_fields(cls: type, _prefix: tuple[str, ...] = ()) -> Iterator[Field]:
         if dataclasses.is_dataclass(tp):
             yield from iter_fields(cast(type, tp), path)
         else:
-            yield Field(path, tp, field.default)
+            yield Field(path, tp)
 
 
-def parse_value(tp: Any, args: Sequence[str], *, where: str) -> Any:
+def parse_value(tp: Any, words: Sequence[str], *, where: str) -> Any:
     """Convert the words after a flag; `none` unsets an optional value.
 
     Raises:
       InputError: the words do not fit the type; the message begins with `where`.
     """
-    optional, inner = tp != _strip_none(tp), _strip_none(tp)
-    if optional and [word.lower() for word in args] in (["none"], ["null"]):
+    inner = _strip_none(tp)
+    if inner != tp and [word.lower() for word in words] in (["none"], ["null"]):
         return None
     if get_origin(inner) is tuple:
-        item = get_args(inner)[0]
-        return tuple(parse_value(item, [word], where=where) for word in args)
-    if len(args) != 1:
-        raise InputError(f"{where}: expected {type_name(tp)}, found {len(args)} values")
-    return _convert(tp, _parse_scalar(inner, args[0]), where=where, section="", root=None)
+        return tuple(parse_value(get_args(inner)[0], [word], where=where) for word in words)
+    (word,) = words
+    value = {str(choice): choice for choice in get_args(inner)}.get(word, word)
+    if inner is int and re.fullmatch(r"[+-]?\d[\d_]*", word):
+        value = int(word)
+    return _convert(tp, value, where=where)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -185,36 +196,25 @@ def _build(cls: type[Config], data: Any, base: Any, *, where: str, section: str,
             inner = getattr(base, name)
             values[name] = _build(hints[name], value, inner, where=where, section=f"{prefix}{name}", root=root)
         else:
-            values[name] = _convert(hints[name], value, where=f"{where}: `{full}`", section=full, root=root)
+            values[name] = _convert(hints[name], value, where=f"{where}: `{full}`")
     return dataclasses.replace(base, **values)
 
 
-def _convert(tp: Any, value: Any, *, where: str, section: str, root: type | None) -> Any:
+def _convert(tp: Any, value: Any, *, where: str) -> Any:
     inner = _strip_none(tp)
     if value is None and inner != tp:
         return None
     origin, args = get_origin(inner), get_args(inner)
     if origin is tuple and isinstance(value, list | tuple):
-        return tuple(
-            _convert(args[0], item, where=f"{where}[{index}]", section=section, root=root)
-            for index, item in enumerate(value)
-        )
+        return tuple(_convert(args[0], item, where=f"{where}[{index}]") for index, item in enumerate(value))
     if dataclasses.is_dataclass(inner):
-        cls = cast(type, inner)
-        return _build(cls, value, cls(), where=where, section="", root=cls)
-    if origin is Literal:
-        for choice in args:
-            if type(choice) is type(value) and choice == value:
-                return choice
-    elif inner is float:
-        number = _parse_float(value)
-        if number is not None:
-            return number
-    elif inner in (int, str, bool):
-        if type(value) is inner:  # `isinstance` would accept a bool as an int
-            return value
-    elif origin is not tuple:
-        raise TypeError(f"{where}: a configuration cannot hold a field of type {tp}")
+        return from_dict(cast(type, inner), value, where=where)
+    if origin is Literal and any(type(choice) is type(value) and choice == value for choice in args):
+        return value
+    if inner in (int, str, bool) and type(value) is inner:  # `isinstance` would accept a bool as an int
+        return value
+    if inner is float and (number := _parse_float(value)) is not None:
+        return number
     quotes = "; put it in quotes" if inner is str and value is not None and not isinstance(value, list | dict) else ""
     raise InputError(f"{where}: expected {type_name(tp)}, found {_format_value(value)}{quotes}")
 
@@ -225,15 +225,6 @@ def _parse_float(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) else None
-
-
-def _parse_scalar(tp: Any, word: str) -> Any:
-    """Convert a word to a scalar if it fits the type."""
-    if get_origin(tp) is Literal:
-        return next((choice for choice in get_args(tp) if str(choice) == word), word)
-    if tp is int and re.fullmatch(r"[+-]?\d[\d_]*", word):
-        return int(word)
-    return word
 
 
 def _suggestion(name: str, known: Mapping[str, Any], prefix: str, root: type) -> str:
@@ -247,10 +238,8 @@ def _strip_none(tp: Any) -> Any:
     """Return `X` for `X | None`, and any other type itself."""
     if get_origin(tp) not in (Union, types.UnionType):
         return tp
-    kept = [arg for arg in get_args(tp) if arg is not type(None)]
-    if len(kept) != 1:
-        raise TypeError(f"a configuration cannot hold a union such as {tp}")
-    return kept[0]
+    (inner,) = (arg for arg in get_args(tp) if arg is not type(None))
+    return inner
 
 
 def _format_value(value: Any) -> str:
@@ -269,29 +258,6 @@ def _to_yaml(value: Any) -> Any:
 
 
 # ---------------------------------------------------------------- YAML
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    try:
-        data = yaml.load(text, _StrictLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise InputError(f"{path}{line}: {problem}") from error
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: expected a section of keys and values at the top level, found {_format_value(data)}")
-    return data
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -316,13 +282,11 @@ class _StrictLoader(yaml.SafeLoader):
                 continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {_format_value(key)} is not text; put it in quotes", key_node.start_mark
-                )
+                problem = f"the key {_format_value(key)} is not text; put it in quotes"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key `{key}` is given twice", key_node.start_mark
-                )
+                problem = f"the key `{key}` is given twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -342,7 +306,6 @@ def _expand(match: re.Match[str], node: yaml.ScalarNode) -> str:
     if escaped:
         return f"${{{name}}}"
     if name not in os.environ:
-        raise yaml.constructor.ConstructorError(
-            None, None, f"the environment variable {name} is not set; export it first", node.start_mark
-        )
+        problem = f"the environment variable {name} is not set; export it first"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
     return os.environ[name]

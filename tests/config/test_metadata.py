@@ -15,7 +15,7 @@ from jax_selftrain.config.metadata import (
     shared_overrides,
 )
 
-CONFIGS = [value for name in config.__all__ if isinstance(value := getattr(config, name), type)]
+CONFIGS = [value for value in vars(config).values() if isinstance(value, type)]
 FIRST = (Role.IDENTITY, Role.EXECUTION, Role.INPUT, Role.OUTPUT_FOLDER, Role.OUTPUT_FILE)
 
 

@@ -43,10 +43,10 @@ def test_commands_with_devices_take_the_flags_and_no_configuration_does() -> Non
         words = [*COORDINATOR, "--heartbeat-timeout=7"]
         options, given = cli.parse_command_line(name, [*words, *required_options(name)])
         assert given == DistributedConfig("localhost:8476", 2, 0, heartbeat_timeout=7)
-        assert options == cli.parse_options(name, required_options(name))
+        assert options == cli.parse_command_line(name, required_options(name))[0]
     for name in ("study", "import", "report"):
         with pytest.raises(InputError, match="unknown option `--coordinator`"):
-            cli.parse_options(name, COORDINATOR)
+            cli.parse_command_line(name, COORDINATOR)
 
 
 def required_options(name: str) -> list[str]:

@@ -7,14 +7,14 @@ from jax_selftrain.config import SampleConfig
 
 
 def parse(name: str, line: str) -> Any:
-    return cli.parse_options(name, line.split())
+    return cli.parse_command_line(name, line.split())[0]
 
 
 def test_flags_reach_the_fields():
     assert parse("sample", "--model m --out=o --samples 3 --top-p .5 --stop-ids 1 2 --seed -5") == (
         SampleConfig(model="m", out="o", samples=3, top_p=0.5, stop_ids=(1, 2), seed=-5)
     )
-    assert type(cli.parse_options("sample", ["--model", "m", "--out", "o"])) is SampleConfig
+    assert type(parse("sample", "--model m --out o")) is SampleConfig
     meshed = parse("sample", "--model m --out o --mesh data=4,model=2 --max_tokens 7 --dtype=bfloat16")
     assert (meshed.mesh, meshed.max_tokens, meshed.dtype) == ("data=4,model=2", 7, "bfloat16")
 
