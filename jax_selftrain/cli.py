@@ -69,7 +69,7 @@ COMMANDS: dict[str, Command] = {
 DISTRIBUTED_COMMANDS = ("convert", "sample", "train", "merge", "score", "extract", "run")
 """Commands that several processes can run together; they also take the flags of `DistributedConfig`."""
 
-CONFIG_FILE = yaml_io.Field(("config",), str)
+CONFIG_FILE = "config"
 _INTERRUPTED = 130  # the exit code of a shell for a program ended by Ctrl-C
 _HELP = frozenset({"-h", "--help"})
 
@@ -177,78 +177,76 @@ def parse_command_line(name: str, words: Sequence[str]) -> tuple[Any, Distribute
       SystemExit: `--help` was given; the help is printed.
     """
     command = COMMANDS[name]
-    shared = [*yaml_io.iter_fields(DistributedConfig)] if name in DISTRIBUTED_COMMANDS else []
-    own = [field for field in yaml_io.iter_fields(command.config_class) if not field.has_sections]
-    fields = {field.flag: field for field in (*own, *shared, CONFIG_FILE)}
+    shared = yaml_io.option_types(DistributedConfig) if name in DISTRIBUTED_COMMANDS else {}
+    own = {key: tp for key, tp in yaml_io.option_types(command.config_class).items() if not yaml_io.has_sections(tp)}
+    types = {**own, **shared, CONFIG_FILE: str}
     needs_help = not _HELP.isdisjoint(words)
-    values = _parse_words([word for word in words if word not in _HELP], fields, command.positionals)
+    values = _parse_words([word for word in words if word not in _HELP], types, command.positionals)
     options, processes = command.config_class(), DistributedConfig()
-    if file := values.pop(CONFIG_FILE.flag, ""):
+    if file := values.pop(CONFIG_FILE, ""):
         options = yaml_io.load(command.config_class, download(file) if "://" in file else file)
-    for flag, value in values.items():
-        if fields[flag] in shared:
-            processes = _replace(processes, fields[flag].path, value)
+    for key, value in values.items():
+        if key in shared:
+            processes = _replace(processes, key.split("."), value)
         else:
-            options = _replace(options, fields[flag].path, value)
+            options = _replace(options, key.split("."), value)
     if needs_help:
         _print_help(name, options)
     yaml_io.require(options)
     return options, processes
 
 
-def _parse_words(
-    words: Sequence[str], fields: Mapping[str, yaml_io.Field], positionals: Mapping[str, str]
-) -> dict[str, Any]:
-    """Convert the words after a command to a value for each flag.
+def _parse_words(words: Sequence[str], types: Mapping[str, Any], positionals: Mapping[str, str]) -> dict[str, Any]:
+    """Convert the words after a command to values of options.
 
     tyro does not parse them: it silently keeps the last of two equal flags, and its errors are not sentences.
     """
-    negated = {yaml_io.negated_flag(*field.path): flag for flag, field in fields.items() if field.type is bool}
+    flags = {yaml_io.flag(name): name for name in types}
+    negated = {yaml_io.negated_flag(name): name for name, tp in types.items() if tp is bool}
     given: dict[str, list[str]] = {}
     values: dict[str, Any] = {}
     bare: list[str] = []
-    flag = ""
+    name = ""
     for word in words:
         if word.startswith("-") and word != "-" and not re.match(r"-\.?\d", word):
-            spelled, equals, value = word.partition("=")
-            spelled = spelled.replace("_", "-")
-            flag = negated.get(spelled, spelled)
-            if flag not in fields:
-                hint = yaml_io.did_you_mean(spelled, [*fields, *negated]) or "; --help lists all options"
-                raise InputError(f"unknown option `{spelled}`{hint}")
-            if flag in given:
-                hint = "; give it all its values at once" if fields[flag].is_sequence else ""
-                raise InputError(f"{flag} is given twice{hint}")
-            given[flag] = [value] if equals else []
-            values[flag] = spelled == flag  # of a boolean
-        elif flag and _takes_word(fields[flag], given[flag], word):
-            given[flag].append(word)
+            flag, equals, value = word.partition("=")
+            flag = flag.replace("_", "-")
+            if flag not in flags and flag not in negated:
+                hint = yaml_io.did_you_mean(flag, [*flags, *negated]) or "; --help lists all options"
+                raise InputError(f"unknown option `{flag}`{hint}")
+            name = flags.get(flag) or negated[flag]
+            if name in given:
+                hint = "; give it all its values at once" if yaml_io.is_sequence(types[name]) else ""
+                raise InputError(f"{yaml_io.flag(name)} is given twice{hint}")
+            given[name] = [value] if equals else []
+            values[name] = flag in flags  # of a boolean
+        elif name and _takes_word(types[name], given[name], word):
+            given[name].append(word)
         else:
-            flag = ""
+            name = ""
             bare.append(word)
     for word, (shown, name) in zip(bare, positionals.items(), strict=False):
-        flag = yaml_io.flag(name)
-        if flag in given:
-            raise InputError(f"{shown} is given twice, as `{word}` and with {flag}")
-        given[flag] = [word]
+        if name in given:
+            raise InputError(f"{shown} is given twice, as `{word}` and with {yaml_io.flag(name)}")
+        given[name] = [word]
     if len(bare) > len(positionals):
         raise InputError(f"unexpected argument `{bare[len(positionals)]}`; options start with `--`")
-    for flag, strings in given.items():
-        field = fields[flag]
-        if field.type is not bool:
+    for name, strings in given.items():
+        flag = yaml_io.flag(name)
+        if types[name] is not bool:
             if not strings:
-                raise InputError(f"{flag} needs a value: {yaml_io.type_name(field.type)}")
-            values[flag] = yaml_io.parse_value(field.type, strings, where=flag)
+                raise InputError(f"{flag} needs a value: {yaml_io.type_name(types[name])}")
+            values[name] = yaml_io.parse_value(types[name], strings, where=flag)
         elif strings:
-            negation = yaml_io.negated_flag(*field.path)
+            negation = yaml_io.negated_flag(name)
             raise InputError(f"{flag} takes no value, found `{strings[0]}`; write {flag} or {negation}")
     return values
 
 
-def _takes_word(field: yaml_io.Field, given: Sequence[str], word: str) -> bool:
-    if field.type is bool:
+def _takes_word(tp: Any, given: Sequence[str], word: str) -> bool:
+    if tp is bool:
         return word.lower() in ("true", "false")  # an error
-    return field.is_sequence or not given
+    return yaml_io.is_sequence(tp) or not given
 
 
 def _replace(options: Any, path: Sequence[str], value: Any) -> Any:
@@ -281,7 +279,8 @@ def _print_help(name: str, options: Any) -> None:
     import tyro
 
     conf: Any = tyro.conf
-    command, cls = COMMANDS[name], type(options)
+    command = COMMANDS[name]
+    cls: Any = type(options)
     groups = {}
     if not any(map(dataclasses.is_dataclass, get_type_hints(cls).values())):
         groups = {role: set(fields_with_role(cls, role)) for role in _HELP_GROUPS}
@@ -294,7 +293,7 @@ def _print_help(name: str, options: Any) -> None:
     if name in DISTRIBUTED_COMMANDS:
         views["distributed"] = _select_fields(DistributedConfig(), set(roles(DistributedConfig)), "Several processes.")
     note = conf.arg(metavar="FILE.yaml", help="Read options from this file; flags override it.", help_behavior_hint="")
-    extra: list[tuple[str, Any, Any]] = [(CONFIG_FILE.path[0], Annotated[str, note], "")]
+    extra: list[tuple[str, Any, Any]] = [(CONFIG_FILE, Annotated[str, note], "")]
     for title, view in views.items():
         extra.append((title, conf.OmitArgPrefixes[view], dataclasses.field(default_factory=view)))
     usage = " ".join(["jax-selftrain", name, *(f"[{shown}]" for shown in command.positionals)])
@@ -316,10 +315,11 @@ def _select_fields(options: Any, names: set[str], doc: str, extra: Sequence[tupl
         if name not in names:
             shown = conf.Suppress[conf.Fixed[hint]]
         elif dataclasses.is_dataclass(hint):
-            hidden = set(fields_with_role(hint, Role.SET_BY_STUDY))
+            section: Any = hint
+            hidden = set(fields_with_role(section, Role.SET_BY_STUDY))
             if not issubclass(cls, config.StudyConfig):  # a run has the seeds and special tokens of its stages
-                hidden &= set(fields_with_role(hint, Role.INPUT | Role.OUTPUT))
-            shown = default = _select_fields(default(), set(roles(hint)) - hidden, name)
+                hidden &= set(fields_with_role(section, Role.INPUT | Role.OUTPUT))
+            shown = default = _select_fields(default(), set(roles(section)) - hidden, name)
         else:
             is_required = Role.REQUIRED in roles(cls)[name]
             shown = Annotated[hint, conf.arg(help_behavior_hint=partial(_default_hint, required=is_required))]

@@ -34,16 +34,16 @@ def command(*words: object, code: str = "") -> subprocess.CompletedProcess[str]:
     )
 
 
-def flag_fields(name: str) -> list[yaml_io.Field]:
-    """Return the options in the help of a command."""
+def help_flags(name: str) -> list[str]:
+    """Return the flags in the help of a command."""
     cls = cli.COMMANDS[name].config_class
     hints = get_type_hints(cls)
 
-    def is_shown(field: yaml_io.Field) -> bool:
-        section, *rest = field.path
-        return not field.has_sections and not (rest and Role.SET_BY_STUDY in roles(hints[section])[rest[0]])
+    def is_shown(option: str, tp: Any) -> bool:
+        section, *rest = option.split(".")
+        return not yaml_io.has_sections(tp) and not (rest and Role.SET_BY_STUDY in roles(hints[section])[rest[0]])
 
-    return [field for field in yaml_io.iter_fields(cls) if is_shown(field)]
+    return [yaml_io.flag(option) for option, tp in yaml_io.option_types(cls).items() if is_shown(option, tp)]
 
 
 def parse_options(name: str, words: list[str]) -> Any:
@@ -121,7 +121,7 @@ def test_help_of_a_command_lists_its_flags_with_their_docstrings(name, capsys):
     assert stop.value.code == 0
     output, error = capsys.readouterr()
     assert error == ""
-    for flag in ["--config", *(field.flag for field in flag_fields(name))]:
+    for flag in ["--config", *help_flags(name)]:
         assert re.search(rf"{flag}[ ,]", output)
     assert output.startswith(f"usage: jax-selftrain {name} ")
     assert (cli.COMMANDS[name].config_class.__doc__ or "")[:40] in output
@@ -135,10 +135,10 @@ def test_every_field_has_a_docstring(capsys):
             parse_options(name, ["--help"])
         text = " ".join(capsys.readouterr().out.replace("│", " ").split())
         text = re.sub(r"(--[\w.-]+), --[\w.-]+", r"\1 BOOL", text)
-        for field in flag_fields(name):
-            after = text.split(f"{field.flag} ", 1)[1]
+        for flag in help_flags(name):
+            after = text.split(f"{flag} ", 1)[1]
             after = after.split("] ", 1)[1] if after.startswith("[") else after.split(" ", 1)[1]
-            assert not after.startswith(("(", "--", "╰")), (name, field.flag, after[:40])
+            assert not after.startswith(("(", "--", "╰")), (name, flag, after[:40])
 
 
 def test_booleans_are_flags():

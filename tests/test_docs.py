@@ -26,11 +26,11 @@ FLAG = r"(?<![\w-])--[a-z][\w.-]*\w"
 
 
 def flags(command: str) -> set[str]:
-    fields = [*yaml_io.iter_fields(COMMANDS[command].config_class), CONFIG_FILE]
+    types = yaml_io.option_types(COMMANDS[command].config_class) | {CONFIG_FILE: str}
     if command in DISTRIBUTED_COMMANDS:
-        fields += yaml_io.iter_fields(DistributedConfig)
-    negated = {yaml_io.negated_flag(*field.path) for field in fields if field.type is bool}
-    return {field.flag for field in fields} | negated | {"--help"}
+        types |= yaml_io.option_types(DistributedConfig)
+    negated = {yaml_io.negated_flag(name) for name, tp in types.items() if tp is bool}
+    return {yaml_io.flag(name) for name in types} | negated | {"--help"}
 
 
 FLAGS = {command: flags(command) for command in COMMANDS}
@@ -64,7 +64,7 @@ def test_messages_and_docstrings_name_existing_options(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [*PAGES, *MODULES], ids=lambda path: path.name)
 def test_options_of_a_section_exist(path: Path) -> None:
-    sections = {field.path for field in yaml_io.iter_fields(StudyConfig) if len(field.path) == 2}
+    sections = {tuple(name.split(".")) for name in yaml_io.option_types(StudyConfig) if "." in name}
     named = re.findall(r"`(sample|train|score|extract|memorization)\.([a-z]\w*)`", path.read_text(encoding="utf-8"))
     assert set(named) <= sections | {("score", "json")}
 

@@ -14,7 +14,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
@@ -80,58 +80,46 @@ def save(path: atomic.PathLike, obj: Any) -> None:
 
 def require(config: Any, *names: str) -> None:
     """Raise InputError for the first unset field: named, or required."""
-    fields = {field.path: field for field in iter_fields(type(config))}
+    types = option_types(type(config))
     for name in names or fields_with_role(type(config), Role.REQUIRED):
         if getattr(config, name) in (None, "", ()):
-            option = "" if fields[name,].has_sections else f"pass {flag(name)}, or "
+            option = "" if has_sections(types[name]) else f"pass {flag(name)}, or "
             raise InputError(f"`{name}` is required: {option}set `{name}` in the configuration file")
 
 
-# ---------------------------------------------------------------- fields and flags
+# ---------------------------------------------------------------- options and flags
 
 
-@dataclasses.dataclass(frozen=True)
-class Field:
-    """One option; `path` is ("train", "learning_rate") for `--train.learning-rate`."""
-
-    path: tuple[str, ...]
-    type: Any
-
-    @property
-    def flag(self) -> str:
-        """The flag of the option."""
-        return flag(*self.path)
-
-    @property
-    def is_sequence(self) -> bool:
-        """Return True if the option takes any number of values."""
-        return get_origin(_strip_none(self.type)) is tuple
-
-    @property
-    def has_sections(self) -> bool:
-        """Return True if each value is a section of keys and values."""
-        return any(map(dataclasses.is_dataclass, get_args(_strip_none(self.type))))
-
-
-def flag(*path: str) -> str:
-    """Return the flag of a field: `--train.learning-rate`."""
-    return "--" + ".".join(path).replace("_", "-")
-
-
-def negated_flag(*path: str) -> str:
-    """Return the flag that sets a boolean to false: `--train.no-decay-embeddings`."""
-    return flag(*path[:-1], f"no-{path[-1]}")
-
-
-def iter_fields(cls: type, _prefix: tuple[str, ...] = ()) -> Iterator[Field]:
-    """Yield the options of a configuration class and of its sections."""
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cast(Any, cls)):
-        path, tp = (*_prefix, field.name), hints[field.name]
+def option_types(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Return the types of options by name, with those of sections (`train.learning_rate`)."""
+    found: dict[str, Any] = {}
+    for name, tp in typing.get_type_hints(cls).items():
         if dataclasses.is_dataclass(tp):
-            yield from iter_fields(cast(type, tp), path)
+            found |= option_types(cast(type, tp), f"{prefix}{name}.")
         else:
-            yield Field(path, tp)
+            found[f"{prefix}{name}"] = tp
+    return found
+
+
+def is_sequence(tp: Any) -> bool:
+    """Return True if an option takes any number of values."""
+    return get_origin(_strip_none(tp)) is tuple
+
+
+def has_sections(tp: Any) -> bool:
+    """Return True if each value of an option is a section of keys and values."""
+    return any(map(dataclasses.is_dataclass, get_args(_strip_none(tp))))
+
+
+def flag(name: str) -> str:
+    """Return the flag of an option: `--train.learning-rate`."""
+    return "--" + name.replace("_", "-")
+
+
+def negated_flag(name: str) -> str:
+    """Return the flag that sets a boolean to false: `--train.no-decay-embeddings`."""
+    section, dot, last = name.rpartition(".")
+    return flag(f"{section}{dot}no-{last}")
 
 
 def parse_value(tp: Any, words: Sequence[str], *, where: str) -> Any:
@@ -230,8 +218,7 @@ def _parse_float(value: Any) -> float | None:
 def _suggestion(name: str, known: Mapping[str, Any], prefix: str, root: type) -> str:
     if near := get_close_matches(name, known, 1, 0.6):
         return f"; did you mean `{prefix}{near[0]}`?"
-    elsewhere = [".".join(field.path) for field in iter_fields(root)]
-    return did_you_mean(name, elsewhere) or f"; known here: {', '.join(known)}"
+    return did_you_mean(name, option_types(root)) or f"; known here: {', '.join(known)}"
 
 
 def _strip_none(tp: Any) -> Any:

@@ -7,16 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jax_selftrain.report.page import Chapter
-from jax_selftrain.report.tables import (
-    Column,
-    Level,
-    Record,
-    Table,
-    format_interval,
-    format_number,
-    make_columns,
-    parse_estimate,
-)
+from jax_selftrain.report.tables import Column, Level, Record, Table, make_columns, parse_estimate
 from jax_selftrain.stats.estimators import Estimate
 from jax_selftrain.study.measure_names import display_scale
 
@@ -71,12 +62,6 @@ def parse_change(entry: Record, measure: str) -> Estimate:
     return parse_estimate(change, measure)
 
 
-def format_change(change: Estimate, measure: str) -> tuple[str, str]:
-    """Format a signed change and its interval, which are in display units."""
-    digits = get_decimals(measure)
-    return format_number(change.value, digits, signed=True), format_interval(change, digits, signed=True)
-
-
 def make_change_columns(measures: Iterable[str]) -> list[Column]:
     """Return a column of changes for each measure."""
     return [Column(measure, format_measure(measure), get_decimals(measure), signed=True) for measure in measures]
@@ -119,10 +104,3 @@ def make_cell_table(
     keys = ("student", "treatment", "seed")
     full = [{**record, **{key: str(cell[key]) for key in keys}} for cell, record in pairs]
     return Table(name, caption, [*make_columns(*keys), *columns], full)
-
-
-def describe_zero(change: Estimate) -> str:
-    """Say whether the interval includes zero; empty without an interval."""
-    if change.low is None or change.high is None:
-        return ""
-    return "The interval includes zero." if change.low <= 0 <= change.high else "The interval excludes zero."

@@ -10,7 +10,8 @@ from jax_selftrain.report import formatting as fmt
 from jax_selftrain.report.chapters.design_chapters import describe_claim, describe_evidence
 from jax_selftrain.report.formatting import Results
 from jax_selftrain.report.page import Summary
-from jax_selftrain.report.tables import Record, format_number, parse_estimate
+from jax_selftrain.report.tables import Record, format_interval, format_number, parse_estimate
+from jax_selftrain.stats.estimators import Estimate
 from jax_selftrain.stats.noninferiority import HEADLINE
 from jax_selftrain.study.measure_names import MAIN_EFFECT, display_scale, main_measure
 
@@ -86,21 +87,28 @@ def _make_cards(results: Results) -> Iterator[Card]:
             yield _effect_card(title, main, effect["measures"][main])
     if results["interaction"] is not None:
         contrast = parse_estimate(results["interaction"]["measures"][main]["contrast"], main)
-        difference, interval = fmt.format_change(contrast, main)
-        over = f"95 % interval over {_count(contrast.n, 'seed')}: {interval}. {fmt.describe_zero(contrast)}"
+        difference, text = _describe_change(contrast, main, _count(contrast.n, "seed"))
         title = "Home − away: is text of its own lineage better for a student?"
-        yield title, difference, f"{escape(fmt.format_measure(main))}, {over}"
+        yield title, difference, f"{escape(fmt.format_measure(main))}, {text}"
 
 
 def _effect_card(title: str, measure: str, entry: Record) -> Card:
-    change, seeds = fmt.parse_change(entry, measure), entry["change"]["n"]
+    seeds = entry["change"]["n"]
     before = display_scale(measure) * entry["before"]
     after = display_scale(measure) * (entry["before"] + entry["change"]["value"])
     was, now = (format_number(level, fmt.get_decimals(measure)) for level in (before, after))
     over = f"{seeds} seeds" if seeds > 1 else f"{entry['items']:,} items of one pair of checkpoints"
-    difference, interval = fmt.format_change(change, measure)
-    text = f"{difference}, 95 % interval over {over}: {interval}. {fmt.describe_zero(change)}"
-    return title, f'<span class="was">{was} →</span> {now}', text
+    difference, text = _describe_change(fmt.parse_change(entry, measure), measure, over)
+    return title, f'<span class="was">{was} →</span> {now}', f"{difference}, {text}"
+
+
+def _describe_change(change: Estimate, measure: str, over: str) -> tuple[str, str]:
+    """Return a change in display units, and a sentence about its interval."""
+    digits, zero = fmt.get_decimals(measure), ""
+    if change.low is not None and change.high is not None:
+        zero = "The interval includes zero." if change.low <= 0 <= change.high else "The interval excludes zero."
+    interval = format_interval(change, digits, signed=True)
+    return format_number(change.value, digits, signed=True), f"95 % interval over {over}: {interval}. {zero}"
 
 
 def _describe_evidence(results: Results) -> str:

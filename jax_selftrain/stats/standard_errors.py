@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
 
 CONFIDENCE_LEVEL = 0.95
@@ -45,8 +46,6 @@ def exp_and_stderr(value: float, stderr: float | None) -> tuple[float, float | N
 
 def wilson_interval(outcomes: Sequence[bool] | np.ndarray) -> list[float]:
     """Return Wilson's 95 % interval of a proportion."""
-    from scipy import stats
-
     array = np.asarray(outcomes, bool)
-    interval = stats.binomtest(int(array.sum()), array.size).proportion_ci(CONFIDENCE_LEVEL, method="wilson")
+    interval = scipy.stats.binomtest(int(array.sum()), array.size).proportion_ci(CONFIDENCE_LEVEL, method="wilson")
     return [float(interval.low), float(interval.high)]

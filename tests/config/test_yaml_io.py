@@ -176,13 +176,15 @@ def test_every_configuration_of_the_package_survives_yaml(tmp_path, cls):
     assert yaml_io.load(cls, tmp_path / "c.yaml") == cls()
 
 
-def test_fields_are_the_flags():
-    flags = {field.flag: field for field in yaml_io.iter_fields(config.RunConfig)}
-    assert {"--model", "--train.learning-rate", "--score.tasks", "--extract.sequences"} <= set(flags)
-    assert "--train" not in flags
-    assert flags["--score.tasks"].is_sequence
-    assert flags["--sample.stop-ids"].is_sequence
-    assert not flags["--sample.seed"].is_sequence
+def test_options_of_sections_have_flags():
+    types = {yaml_io.flag(name): tp for name, tp in yaml_io.option_types(config.RunConfig).items()}
+    assert {"--model", "--train.learning-rate", "--score.tasks", "--extract.sequences"} <= set(types)
+    assert "--train" not in types
+    assert yaml_io.is_sequence(types["--score.tasks"])
+    assert yaml_io.is_sequence(types["--sample.stop-ids"])
+    assert not yaml_io.is_sequence(types["--sample.seed"])
+    assert yaml_io.has_sections(yaml_io.option_types(config.StudyConfig)["models"])
+    assert yaml_io.negated_flag("train.decay_embeddings") == "--train.no-decay-embeddings"
 
 
 def test_words_are_parsed_by_the_type_of_the_field():
