@@ -107,7 +107,7 @@ def is_sequence(tp: Any) -> bool:
 
 
 def has_sections(tp: Any) -> bool:
-    """Return True if each value of an option is a section of keys and values."""
+    """Return True if the values of an option are sections."""
     return any(map(dataclasses.is_dataclass, get_args(_strip_none(tp))))
 
 

@@ -15,7 +15,7 @@ from jax_selftrain.models.config import RopeConfig
 from jax_selftrain.models.kv_cache import TAIL_LEN, decode_step, flush_tail, init_cache, num_used_blocks
 from jax_selftrain.models.params import param_shardings
 from jax_selftrain.models.token_precompute import abstract_precomputed, precompute
-from jax_selftrain.planning.jaxpr_flops import flops
+from jax_selftrain.planning.jaxpr_flops import flops_by_dtype
 
 pytestmark = pytest.mark.compat
 
@@ -111,9 +111,9 @@ def test_precomputed_activations_save_the_products_of_the_first_layer(config: De
         known = abstract_precomputed(config, rules, params, 160, jnp.float32)
 
         def operations(known) -> float:
-            return flops(
-                jax.make_jaxpr(partial(forward, config, rules))(params, tokens, query_positions=at, precomputed=known)
-            )
+            compute = partial(forward, config, rules)
+            program = jax.make_jaxpr(compute)(params, tokens, query_positions=at, precomputed=known)
+            return sum(flops_by_dtype(program).values())
 
         difference = operations(None) - operations(known)
     width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
