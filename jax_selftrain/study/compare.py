@@ -31,10 +31,8 @@ from jax_selftrain.stats import estimators
 from jax_selftrain.stats.estimators import Effect
 from jax_selftrain.stats.noninferiority import (
     NoninferiorityResult,
-    benjamini_hochberg,
     decide,
     evidence_level,
-    holm,
     noninferiority_test,
 )
 from jax_selftrain.study.paired_results import (
@@ -45,6 +43,7 @@ from jax_selftrain.study.paired_results import (
     ineligibility_reason,
     pair_results,
 )
+from jax_selftrain.study.preregistration import adjust_p_values
 from jax_selftrain.version import versions
 
 FORMAT = "jax-selftrain comparison"
@@ -57,6 +56,9 @@ SCOPE_RECIPE = (
     "Differences are paired by seed; intervals and p-values are Student's t over seeds. A verdict needs five seeds, an "
     "exploration three. Every seed needs its own corpus and order."
 )
+
+Pairs = Mapping[str, Pair]
+"""Tasks and texts of a base and a student, by name."""
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
@@ -72,25 +74,22 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         InputError: an option is out of range, a file is missing, damaged or not a result of `score`, or the models
             were scored on different documents.
     """
-    bases, students = _load(config)
-    pairs = [pair_results(base, student) for base, student in zip(bases, students, strict=True)]
-    for other in bases[1:]:
-        pair_results(bases[0], other)
+    scored = _load(config)
+    pairs = [pair_results(base, student) for base, student in scored]
+    for base, _ in scored[1:]:
+        pair_results(scored[0][0], base)
     _check_names(config, pairs[0])
     path, config_file = output_paths(config.out, "config.yaml")
-    models = [[one.fingerprint("model") for one in both] for both in zip(bases, students, strict=True)]
-    declaration = _declaration(config, models, path)
-    eligible = [_eligibility(pair) for pair in pairs]
-    entries = [
-        {**_model_summary(base, student), **_compare_pair(config, pair, fit)}
-        for base, student, pair, fit in zip(bases, students, pairs, eligible, strict=True)
-    ]
+    models = [[one.fingerprint("model") for one in both] for both in scored]
     result: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
-        "declaration": declaration,
-        "pairs": entries,
-        "recipe": _compare_seeds(config, pairs, eligible) if len(pairs) > 1 else None,
+        "declaration": _declaration(config, models, path),
+        "pairs": [
+            {"base": _summarize(base), "student": _summarize(student), **_compare_pair(config, pair)}
+            for (base, student), pair in zip(scored, pairs, strict=True)
+        ],
+        "recipe": _compare_seeds(config, pairs) if len(pairs) > 1 else None,
         "versions": versions(),
     }
     yaml_io.save(config_file, config)
@@ -101,7 +100,8 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 # Input ----------------------------------------------------------------------------------------------------------
 
 
-def _load(config: CompareConfig) -> tuple[list[ScoreResult], list[ScoreResult]]:
+def _load(config: CompareConfig) -> list[tuple[ScoreResult, ScoreResult]]:
+    """Return the scores of each base and its student."""
     yaml_io.require(config)
     for name in ("margin_macro", "margin_task"):
         if not 0 < getattr(config, name) <= 100:
@@ -119,19 +119,16 @@ def _load(config: CompareConfig) -> tuple[list[ScoreResult], list[ScoreResult]]:
     if overwritten := [file for file in (*config.base, *config.student) if Path(file).resolve() == out]:
         raise InputError(f"--out {config.out}: would overwrite {overwritten[0]}, an input; choose another name")
     bases, students = ([load_score_result(file) for file in files] for files in (config.base, config.student))
-    bases = bases * len(students) if len(bases) == 1 else bases
-    fingerprints = Counter(
-        student.fingerprint("model")
-        for base, student in zip(bases, students, strict=True)
-        if student.fingerprint("model") != base.fingerprint("model")  # the base against itself is a control
-    )
-    for student in students:
-        if fingerprints[student.fingerprint("model")] > 1:
+    scored = list(zip(bases * (len(students) // len(bases)), students, strict=True))
+    models = [[one.fingerprint("model") for one in both] for both in scored]
+    counts = Counter(student for base, student in models if student != base)  # the base against itself is a control
+    for _, student in scored:
+        if counts[student.fingerprint("model")] > 1:
             raise InputError(f"{student.path}: is given twice under --student; one checkpoint is one seed")
-    return bases, students
+    return scored
 
 
-def _check_names(config: CompareConfig, pairs: Mapping[str, Pair]) -> None:
+def _check_names(config: CompareConfig, pairs: Pairs) -> None:
     tasks = [name for name, pair in pairs.items() if pair.base.kind != "text"]
     for name in config.primary_tasks:
         if name not in tasks:
@@ -162,9 +159,8 @@ def _declaration(config: CompareConfig, models: Sequence[Sequence[str]], path: P
         raise InputError(f"--out {path}: exists and is not a comparison; choose another name")
     try:
         compared = [[pair[side]["fingerprint"] for side in ("base", "student")] for pair in earlier["pairs"]]
-        changed = (
-            bool(earlier["declaration"]["post_hoc"]) or earlier["declaration"]["fingerprint"] != now["fingerprint"]
-        )
+        before = earlier["declaration"]
+        changed = bool(before["post_hoc"]) or before["fingerprint"] != now["fingerprint"]
     except (KeyError, TypeError):
         raise InputError(f"--out {path}: is a damaged comparison; delete it and run the same command again") from None
     return now | {"post_hoc": changed and compared == models}
@@ -173,43 +169,38 @@ def _declaration(config: CompareConfig, models: Sequence[Sequence[str]], path: P
 # One pair -------------------------------------------------------------------------------------------------------
 
 
-def _model_summary(base: ScoreResult, student: ScoreResult) -> dict[str, Any]:
-    return {
-        side: {
-            "model": scored.result["model"],
-            "fingerprint": scored.fingerprint("model"),
-            "items": scored.fingerprint("items"),
-        }
-        for side, scored in (("base", base), ("student", student))
-    }
+def _summarize(scored: ScoreResult) -> dict[str, Any]:
+    fingerprints = {"fingerprint": scored.fingerprint("model"), "items": scored.fingerprint("items")}
+    return {"model": scored.result["model"], **fingerprints}
 
 
-def _eligibility(pairs: Mapping[str, Pair]) -> dict[str, str]:
-    """Return the reasons that tasks are not in the macro average."""
+def _ineligible(pairs: Pairs) -> dict[str, str | None]:
+    """Return, by task, the reason that it is not in the macro average, or None."""
     return {name: ineligibility_reason(pair) for name, pair in pairs.items() if pair.base.kind != "text"}
 
 
-def _compare_pair(config: CompareConfig, whole: Mapping[str, Pair], ineligibility: Mapping[str, str]) -> dict[str, Any]:
+def _compare_pair(config: CompareConfig, whole: Pairs) -> dict[str, Any]:
     identical = all(pair.identical() for pair in whole.values())
     pairs = {name: pair.part(config.split) for name, pair in whole.items()}
-    bootstrapped = partial(estimators.bootstrap, resamples=config.resamples, seed=config.seed)
-    tasks = {name: pair for name, pair in pairs.items() if name in ineligibility}
-    effects = {name: _effect(pair, identical) for name, pair in tasks.items()}
+    bootstrap = partial(estimators.bootstrap, resamples=config.resamples, seed=config.seed)
+    reasons = _ineligible(whole)
+    effects = {name: _effect(pairs[name], identical) for name in reasons}
     entries = [
         {
-            **_task(pair, effects[name], bootstrapped),
-            "not_eligible": ineligibility[name] or None,
-            "non_inferiority": asdict(_judge_task(effects[name], pair, config.margin_task / 100)),
+            **_task(pairs[name], effects[name], bootstrap),
+            "not_eligible": reason,
+            "non_inferiority": asdict(_judge_task(effects[name], pairs[name], config.margin_task / 100)),
         }
-        for name, pair in tasks.items()
+        for name, reason in reasons.items()
     ]
     _correct_multiplicity(entries, config.primary_tasks)
+    eligible = {name: pairs[name] for name, reason in reasons.items() if reason is None}
     return {
         "identical": identical,
         "scope": SCOPE_ONE_PAIR,
         "tasks": entries,
-        "macro": _macro(tasks, effects, [name for name in tasks if not ineligibility[name]], config.margin_macro / 100),
-        "texts": [_text(pair, bootstrapped) for name, pair in pairs.items() if name not in ineligibility],
+        "macro": _macro(eligible, effects, config.margin_macro / 100) if eligible else None,
+        "texts": [_text(pair, bootstrap) for name, pair in pairs.items() if name not in reasons],
     }
 
 
@@ -225,82 +216,67 @@ def _judge_task(effect: Effect, pair: Pair, margin: float) -> NoninferiorityResu
     return noninferiority_test(effect, margin, (moved.lost, moved.gained))
 
 
-def _task(pair: Pair, effect: Effect, bootstrapped: Interval) -> dict[str, Any]:
-    entry = describe_task(pair, bootstrapped)
+def _task(pair: Pair, effect: Effect, bootstrap: Interval) -> dict[str, Any]:
+    entry = describe_task(pair, bootstrap)
     entry["accuracy"]["change"] = asdict(effect.estimate())
-    old, new = (right.astype(np.int64) for right in pair.right)
-    entry["clusters"] = None
-    entry["p"] = entry["flips"]["mcnemar_p"]
+    entry |= {"clusters": None, "p": entry["flips"]["mcnemar_p"]}
     if pair.clusters is not None:
+        old, new = (right.astype(np.int64) for right in pair.right)
         gains = estimators.sum_by_cluster(new - old, pair.clusters)
         p, mid_p = estimators.sign_flip_test(np.rint(gains))
         entry |= {"clusters": gains.size, "p": p, "mid_p": mid_p}
-    if pair.base.acc_norm is not None and pair.student.acc_norm is not None:
-        moved = pair.student.acc_norm.astype(np.float64) - pair.base.acc_norm
-        entry["accuracy_norm"]["bootstrap"] = asdict(bootstrapped(moved, None, pair.clusters))
-    if "word_loglikelihood" in entry:
-        word = entry["word_loglikelihood"]
-        entry["perplexity"] = {side: float(np.exp(-word[side]["value"])) for side in ("before", "after")} | {
-            "ratio": _ratio_of_perplexities(_negative(word["change"]))
-        }
+    if "accuracy_norm" in entry:
+        old, new = (right.astype(np.float64) for right in pair.columns("acc_norm"))
+        entry["accuracy_norm"]["bootstrap"] = asdict(bootstrap(new - old, None, pair.clusters))
+    else:
+        entry["perplexity"] = _perplexity(entry["word_loglikelihood"], -1.0)
     return entry
 
 
-def _text(pair: Pair, bootstrapped: Interval) -> dict[str, Any]:
-    entry = describe_text(pair, bootstrapped)
-    nats = entry["nll"]
-    entry["perplexity"] = nats and {side: float(np.exp(nats[side]["value"])) for side in ("before", "after")} | {
-        "ratio": _ratio_of_perplexities(nats["change"])
-    }
-    return entry
+def _text(pair: Pair, bootstrap: Interval) -> dict[str, Any]:
+    entry = describe_text(pair, bootstrap)
+    return entry | {"perplexity": entry["nll"] and _perplexity(entry["nll"], 1.0)}
 
 
-def _negative(change: Mapping[str, Any]) -> dict[str, Any]:
-    low, high = change["low"], change["high"]
-    return {
-        "value": -change["value"],
-        "low": None if high is None else -high,
-        "high": None if low is None else -low,
-        "n": change["n"],
-    }
-
-
-def _ratio_of_perplexities(nats: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the ratio of perplexities: exp of the change of nats."""
-    ends = {key: None if nats[key] is None else float(np.exp(nats[key])) for key in ("value", "low", "high")}
-    return {**ends, "n": nats["n"]}
+def _perplexity(nats: Mapping[str, Any], sign: float) -> dict[str, Any]:
+    """Return exp(sign · nats) before and after, and their ratio."""
+    change = nats["change"]
+    ends = ("low", "high") if sign > 0 else ("high", "low")
+    value, low, high = (None if change[end] is None else float(np.exp(sign * change[end])) for end in ("value", *ends))
+    levels = {side: float(np.exp(sign * nats[side]["value"])) for side in ("before", "after")}
+    return levels | {"ratio": {"value": value, "low": low, "high": high, "n": change["n"]}}
 
 
 def _correct_multiplicity(entries: Sequence[dict[str, Any]], primary: Sequence[str]) -> None:
     """Add roles, and p-values and verdicts that are corrected within each role."""
     for entry in entries:
         entry["role"] = "primary" if entry["name"] in primary else "exploratory"
-    for role, correct in (("primary", holm), ("exploratory", benjamini_hochberg)):
-        family = [entry for entry in entries if entry["role"] == role and entry["non_inferiority"]]
-        rules = [entry["non_inferiority"] for entry in family]
-        for entry, p in zip(family, correct([entry["p"] for entry in family]), strict=True):
-            entry["p_adjusted"] = p
-        for key in ("p_preserved", "p_degraded"):
-            for rule, p in zip(rules, correct([rule[key] for rule in rules]), strict=True):
-                rule[f"{key}_adjusted"] = p
-        for rule in rules:
-            rule["verdict_adjusted"] = decide(rule["p_preserved_adjusted"], rule["p_degraded_adjusted"])
+    tested = [entry for entry in entries if entry["non_inferiority"]]
+    rules = [entry["non_inferiority"] for entry in tested]
+    for key, records in (("p", tested), ("p_preserved", rules), ("p_degraded", rules)):
+        adjusted = adjust_p_values([one[key] for one in records], [entry["role"] == "primary" for entry in tested])
+        for record, p in zip(records, adjusted, strict=True):
+            record[f"{key}_adjusted"] = p
+    for rule in rules:
+        rule["verdict_adjusted"] = decide(rule["p_preserved_adjusted"], rule["p_degraded_adjusted"])
 
 
-def _macro(
-    pairs: Mapping[str, Pair], effects: Mapping[str, Effect], names: Sequence[str], margin: float
-) -> dict[str, Any] | None:
-    """Compare chance-normalized accuracy over the eligible tasks; None if there are none."""
-    if not names:
-        return None
-    scales = [_scale(pairs[name]) for name in names]
-    effect = estimators.macro_effect([effects[name] for name in names], scales)
+def _macro(pairs: Pairs, effects: Mapping[str, Effect], margin: float) -> dict[str, Any]:
+    """Compare chance-normalized accuracy over the eligible tasks."""
+    scales = [pair.chance_scale for pair in pairs.values()]
+    effect = estimators.macro_effect([effects[name] for name in pairs], scales)
     judgment = noninferiority_test(effect, margin)
-    if len(names) == 1:  # the rule for one task takes rare flips into account
-        judgment = _rescale(_judge_task(effects[names[0]], pairs[names[0]], margin / scales[0]), scales[0])
-    before, after = (np.mean([_normalize(pairs[name], side) for name in names]) for side in (0, 1))
+    if len(pairs) == 1:  # the rule for one task takes rare flips into account
+        ((name, pair),) = pairs.items()
+        judgment = _judge_task(effects[name], pair, margin / scales[0])
+        lower, upper = (None if end is None else end * scales[0] for end in (judgment.lower, judgment.upper))
+        judgment = replace(judgment, margin=judgment.margin * scales[0], lower=lower, upper=upper)
+    before, after = (
+        np.mean([(float(pair.right[side].mean()) - pair.chance) * pair.chance_scale for pair in pairs.values()])
+        for side in (0, 1)
+    )
     return {
-        "tasks": list(names),
+        "tasks": list(pairs),
         "n": effect.n,
         "before": float(before),
         "after": float(after),
@@ -309,50 +285,36 @@ def _macro(
     }
 
 
-def _rescale(judgment: NoninferiorityResult, scale: float) -> NoninferiorityResult:
-    lower, upper = (None if end is None else end * scale for end in (judgment.lower, judgment.upper))
-    return replace(judgment, margin=judgment.margin * scale, lower=lower, upper=upper)
-
-
-def _scale(pair: Pair) -> float:
-    return 1 / (1 - (pair.base.chance_accuracy or 0.0))
-
-
-def _normalize(pair: Pair, side: int) -> float:
-    """(accuracy − chance) / (1 − chance)."""
-    return (float(pair.right[side].mean()) - (pair.base.chance_accuracy or 0.0)) * _scale(pair)
-
-
 # Several seeds --------------------------------------------------------------------------------------------------
 
 
-def _compare_seeds(
-    config: CompareConfig, whole: Sequence[Mapping[str, Pair]], reasons_by_pair: Sequence[Mapping[str, str]]
-) -> dict[str, Any]:
+def _compare_seeds(config: CompareConfig, whole: Sequence[Pairs]) -> dict[str, Any]:
     """Compare over seeds; macro tasks are those eligible with every base."""
+    reasons = [_ineligible(pairs) for pairs in whole]
     seeds = [{name: pair.part(config.split) for name, pair in pairs.items()} for pairs in whole]
-    changes = {name: [_accuracy_change(pairs[name]) for pairs in seeds] for name in reasons_by_pair[0]}
+    right = {name: [pairs[name].right for pairs in seeds] for name in reasons[0]}
+    changes = {name: [float(np.mean(new.astype(float) - old)) for old, new in both] for name, both in right.items()}
     same = all(pair.identical() for pairs in whole for pair in pairs.values())
     steps = {name: 0.0 if same else 1 / seeds[0][name].base.count for name in changes}
     tasks = [
         {"name": name, **_over_seeds(values, config.margin_task / 100, steps[name])} for name, values in changes.items()
     ]
     _correct_multiplicity(tasks, config.primary_tasks)
-    eligible = [name for name in changes if not any(reasons[name] for reasons in reasons_by_pair)]
+    eligible = [name for name in changes if not any(one[name] for one in reasons)]
     macro: dict[str, Any] | None = None
     if eligible:
-        scales = np.array([_scale(seeds[0][name]) for name in eligible])
+        scales = np.array([seeds[0][name].chance_scale for name in eligible])
         averages = scales @ np.array([changes[name] for name in eligible]) / len(eligible)
         step = float(np.linalg.norm(scales * [steps[name] for name in eligible])) / len(eligible)
-        macro = {"tasks": list(eligible), **_over_seeds(averages.tolist(), config.margin_macro / 100, step)}
+        macro = {"tasks": eligible, **_over_seeds(averages.tolist(), config.margin_macro / 100, step)}
+    level = evidence_level(len(seeds))
     for entry in [*tasks, *([macro] if macro else [])]:
         rule = entry["non_inferiority"]
-        headline = evidence_level(len(seeds)) == "headline"
-        entry["verdict"] = rule.get("verdict_adjusted", rule["verdict"]) if headline else None
+        entry["verdict"] = rule.get("verdict_adjusted", rule["verdict"]) if level == "headline" else None
     return {
         "scope": SCOPE_RECIPE,
         "seeds": len(seeds),
-        "evidence_level": evidence_level(len(seeds)),
+        "evidence_level": level,
         "tasks": tasks,
         "macro": macro,
         "texts": [
@@ -378,10 +340,6 @@ def _over_seeds(changes: Sequence[float], margin: float | None, step: float = 0.
         "p": min(1.0, 2 * min(effect.p_greater(0.0), effect.p_less(0.0))) if enough else None,
         "non_inferiority": asdict(noninferiority_test(effect, margin)) if enough and margin is not None else None,
     }
-
-
-def _accuracy_change(pair: Pair) -> float:
-    return float(np.mean(pair.right[1].astype(np.float64) - pair.right[0]))
 
 
 def _bits_change(pair: Pair) -> float:

@@ -12,7 +12,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -24,14 +23,11 @@ from jax_selftrain.distributed import broadcast_one_to_all
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import hash_json
-from jax_selftrain.io.work_queue import run_missing
+from jax_selftrain.io.work_queue import Claim, run_missing
 from jax_selftrain.version import versions
 
 STAGE_FORMAT = 2
 """Version of the output of stages; raise it when a stage writes other files or other numbers."""
-
-POLL_SECONDS = 0.5
-"""Pause between two looks at a stage that another process runs."""
 
 _FLAGS_WITHOUT_EFFECT = ("--xla_dump", "--xla_force_host_platform_device_count")
 """Beginnings of XLA flags that do not change numbers."""
@@ -58,6 +54,10 @@ def numerical_environment() -> dict[str, Any]:
     }
 
 
+Inputs = Mapping[str, "str | Stage"]
+"""Stages, and fingerprints of models and files from outside."""
+
+
 @dataclass(frozen=True, eq=False)
 class Stage:
     """A node of the study's graph."""
@@ -68,8 +68,7 @@ class Stage:
     """Description for logs and the report."""
     identity: Mapping[str, Any]
     """Every option that decides the output, as plain data."""
-    inputs: Mapping[str, str | Stage]
-    """Another stage, or the fingerprint of a model or file from outside."""
+    inputs: Inputs
     run: Callable[[Path], object] = field(repr=False)
     """Fill the stage's folder, or complete it, after all inputs are done."""
     tokens: int = 0
@@ -78,15 +77,13 @@ class Stage:
     """FLOPs for these tokens, by the convention of `training.flops_per_token`."""
     is_collective: bool = False
     """All processes of a distributed program run it together; other stages run in programs of one process."""
-    environment: Mapping[str, Any] = field(default_factory=numerical_environment, repr=False)
-    """`numerical_environment()`; set only by tests."""
 
     @cached_property
     def record(self) -> dict[str, Any]:
         """Everything that decides the output, as plain data."""
         return {
             "format": STAGE_FORMAT,
-            "environment": dict(self.environment),
+            "environment": numerical_environment(),
             "command": self.command,
             "identity": dict(self.identity),
             "inputs": {name: one.key if isinstance(one, Stage) else one for name, one in self.inputs.items()},
@@ -108,18 +105,13 @@ class Stage:
         return [one for one in self.inputs.values() if isinstance(one, Stage)]
 
 
-def done_file(root: Path, stage: Stage) -> Path:
-    """Return the path of the record that a stage is done."""
-    return root / f"{stage.name}.json"
-
-
 def is_done(root: Path, stage: Stage) -> bool:
     """Return True if the stage is finished.
 
     Raises:
         InputError: the record is damaged, or the stage's folder is missing.
     """
-    path = done_file(root, stage)
+    path = root / f"{stage.name}.json"
     if not path.exists():
         return False
     record = atomic.read_json(path)
@@ -146,11 +138,7 @@ def topological_order(targets: Iterable[Stage]) -> list[Stage]:
 
 
 def check_processes(stages: Iterable[Stage]) -> None:
-    """Refuse stages that processes of one program cannot run together.
-
-    Raises:
-        InputError: a stage is not collective.
-    """
+    """Refuse stages that processes of one program cannot run together. Raises InputError."""
     if jax.process_count() > 1 and (single := [stage.label for stage in stages if not stage.is_collective]):
         raise InputError(
             f"cannot {single[0]} in a program of {jax.process_count()} processes; start the command on every host "
@@ -174,12 +162,19 @@ def run_all(root: Path, stages: Sequence[Stage]) -> None:
     def finish(stage: Stage) -> None:
         if stage.key not in done:
             done.add(stage.key)
-            _log(f"{len(done)} of {len(stages)}: {stage.label}")
+            if sys.stderr.isatty() and jax.process_index() == 0:
+                print(f"jax-selftrain: {len(done)} of {len(stages)}: {stage.label}", file=sys.stderr, flush=True)
 
-    def run_claimed(claims: Iterator[tuple[Stage, ExitStack]]) -> None:
-        for stage, claim in claims:
-            with claim:
-                _run_stage(root, stage)
+    def run_claimed(claims: Iterator[Claim[Stage]]) -> None:
+        for claim in claims:
+            with claim as stage:
+                folder = root / stage.name
+                broadcast_one_to_all(partial(folder.mkdir, exist_ok=True))
+                began = time.monotonic()
+                stage.run(folder)
+                if jax.process_index() == 0:
+                    atomic.write_json(root / f"{stage.name}.seconds.json", {"seconds": time.monotonic() - began})
+                    atomic.write_json(root / f"{stage.name}.json", {"key": stage.key, **stage.record})
                 finish(stage)
 
     run_missing(
@@ -190,20 +185,4 @@ def run_all(root: Path, stages: Sequence[Stage]) -> None:
         is_ready=lambda stage: all(one.key in done for one in stage.dependencies),
         agree=broadcast_one_to_all,
         on_done=finish,
-        poll_seconds=POLL_SECONDS,
     )
-
-
-def _run_stage(root: Path, stage: Stage) -> None:
-    folder = root / stage.name
-    broadcast_one_to_all(lambda: folder.mkdir(exist_ok=True))
-    began = time.monotonic()
-    stage.run(folder)
-    if jax.process_index() == 0:
-        atomic.write_json(root / f"{stage.name}.seconds.json", {"seconds": time.monotonic() - began})
-        atomic.write_json(done_file(root, stage), {"key": stage.key, **stage.record})
-
-
-def _log(text: str) -> None:
-    if sys.stderr.isatty() and jax.process_index() == 0:
-        print(f"jax-selftrain: {text}", file=sys.stderr, flush=True)

@@ -10,20 +10,23 @@ control of enough damage, the verdict is **not tested**.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import scipy
-
 from jax_selftrain.stats import estimators
 from jax_selftrain.stats.noninferiority import ALPHA, HEADLINE
-from jax_selftrain.study.measure_names import reference_text
-
-Cells = Sequence[Mapping[str, Any]]
+from jax_selftrain.study.measure_names import Cells, group_cells, reference_text
 
 DECOUPLED, NOT_SHOWN, NOT_TESTED = "decoupled", "not shown", "not tested"
+FAILURES = {
+    "exact_match": "exact match is not below the control's",
+    "pz": "mean p_z is not below the control's",
+    "pz_change": "mean p_z has not fallen",
+}
+"""The three differences, and the reason if one is not below zero."""
+ROUNDING = 1e-12
+"""A change of this size is none."""
 
 
 def judge_decoupling(cells: Cells, controls: Sequence[str]) -> list[dict[str, Any]]:
@@ -34,62 +37,41 @@ def judge_decoupling(cells: Cells, controls: Sequence[str]) -> list[dict[str, An
         controls: names of the arms of kind `noise`.
     """
     found = []
-    for student, treatment in dict.fromkeys((cell["student"], cell["treatment"]) for cell in cells):
+    for (student, treatment), members in group_cells(cells).items():
         if treatment not in controls:
-            own = [cell for cell in cells if cell["student"] == student]
-            found.append({"student": student, "treatment": treatment, **_judge(own, treatment, controls)})
+            noisy = [cell for cell in cells if cell["student"] == student and cell["treatment"] in controls]
+            verdict, reason, differences = _judge(members, noisy)
+            entry = {"student": student, "treatment": treatment, "verdict": verdict, "reason": reason}
+            found.append({**entry, **dict.fromkeys(FAILURES), "controls": [], **differences})
     return found
 
 
-def _judge(cells: Cells, treatment: str, controls: Sequence[str]) -> dict[str, Any]:
-    members = [cell for cell in cells if cell["treatment"] == treatment]
+def _judge(members: Cells, noisy: Cells) -> tuple[str, str, dict[str, Any]]:
     loss = reference_text({name: measure["before"]["value"] for name, measure in members[0]["measures"].items()})
     if loss is None or "exact_match" not in members[0]["measures"]:
-        return _verdict(NOT_TESTED, "there is no held-out text or no extraction set.")
-    differences: dict[str, list[float]] = {"exact_match": [], "pz": [], "pz_change": []}
-    chosen = []
+        return NOT_TESTED, "there is no held-out text or no extraction set.", {}
+    rows, chosen = [], []
     for cell in members:
-        noisy = [one for one in cells if one["treatment"] in controls and one["seed"] == cell["seed"]]
-        worse = [one for one in noisy if _student_level(one, loss) >= _student_level(cell, loss)]
+        own = cell["measures"]
+        others = [one for one in noisy if one["seed"] == cell["seed"]]
+        worse = [one for one in others if _after(one["measures"], loss) >= _after(own, loss)]
         if not worse:
-            return _verdict(NOT_TESTED, f"no control is as damaged as the student of seed {cell['seed']}.")
-        control = min(worse, key=lambda one: _student_level(one, loss))
+            return NOT_TESTED, f"no control is as damaged as the student of seed {cell['seed']}.", {}
+        control = min(worse, key=lambda one: _after(one["measures"], loss))
         chosen.append(control["treatment"])
-        for measure in ("exact_match", "pz"):
-            differences[measure].append(_student_level(cell, measure) - _student_level(control, measure))
-        differences["pz_change"].append(cell["measures"]["pz"]["change"]["value"])
-    estimates = {name: estimators.mean(values) for name, values in differences.items()}
-    described = {name: asdict(estimate) for name, estimate in estimates.items()} | {
-        "controls": list(dict.fromkeys(chosen))
-    }
+        gaps = [_after(own, name) - _after(control["measures"], name) for name in ("exact_match", "pz")]
+        rows.append([*gaps, own["pz"]["change"]["value"]])
+    differences = dict(zip(FAILURES, zip(*rows, strict=True), strict=True))
+    found: dict[str, Any] = {name: asdict(estimators.mean(values)) for name, values in differences.items()}
+    found["controls"] = list(dict.fromkeys(chosen))
     if len(members) < HEADLINE:
-        return (
-            _verdict(NOT_TESTED, f"{len(members)} seed{'s' * (len(members) > 1)}; a verdict needs {HEADLINE}.")
-            | described
-        )
-    names = {
-        "exact_match": "exact match is not below the control's",
-        "pz": "mean p_z is not below the control's",
-        "pz_change": "mean p_z has not fallen",
-    }
-    failed = [text for name, text in names.items() if _p_less_than_zero(differences[name]) > ALPHA]
+        return NOT_TESTED, f"{len(members)} seed{'s' * (len(members) > 1)}; a verdict needs {HEADLINE}.", found
+    effects = {name: estimators.mean_effect(values) for name, values in differences.items()}
+    failed = [FAILURES[name] for name, effect in effects.items() if effect.p_less(-ROUNDING) > ALPHA]
     if failed:
-        return _verdict(NOT_SHOWN, f"{' and '.join(failed)}.") | described
-    return _verdict(DECOUPLED, "extraction is below the controls at no less damage, and p_z falls.") | described
+        return NOT_SHOWN, f"{' and '.join(failed)}.", found
+    return DECOUPLED, "extraction is below the controls at no less damage, and p_z falls.", found
 
 
-def _verdict(verdict: str, reason: str) -> dict[str, Any]:
-    empty: dict[str, Any] = {"exact_match": None, "pz": None, "pz_change": None, "controls": []}
-    return {"verdict": verdict, "reason": reason, **empty}
-
-
-def _student_level(cell: Mapping[str, Any], measure: str) -> float:
-    return float(cell["measures"][measure]["after"]["value"])
-
-
-def _p_less_than_zero(values: Sequence[float]) -> float:
-    """Return the one-sided p of a mean below zero."""
-    if max(values) - min(values) < 1e-12:
-        return 0.0 if values[0] < -1e-12 else 1.0
-    p = float(scipy.stats.ttest_1samp(values, 0.0, alternative="less").pvalue)
-    return 1.0 if math.isnan(p) else p
+def _after(measures: Mapping[str, Any], name: str) -> float:
+    return float(measures[name]["after"]["value"])

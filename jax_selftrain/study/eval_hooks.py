@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,10 @@ from jax_selftrain.config import ExtractConfig, ScoreConfig, TrainConfig, yaml_i
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import LoadedModel
 from jax_selftrain.io.manifest import hash_json
-from jax_selftrain.models import DecoderConfig
 from jax_selftrain.training import Hook
+
+METRICS = {"nll": "texts", "acc": "tasks", "exact_match": "sequences", "log_pz": "sequences", "pz": "sequences"}
+"""Kind of file of each metric."""
 
 
 def train_with_evals(config: TrainConfig, *, hooks: Sequence[Hook] = ()) -> Path:
@@ -47,16 +49,47 @@ def evaluation_hooks(config: TrainConfig) -> list[Hook]:
     training.check_train_config(config)
     if config.eval_every is None:
         return []
-    suite = _load_suite(config)
-    return [
-        Hook(
-            function=suite.measure,
-            every=config.eval_every,
-            run_at_start_and_end=True,
-            metric_names=suite.names(),
-            measured=suite.describe(),
-        )
-    ]
+    tasks = evals.load_tasks(config.eval_tasks, config.eval_limit)
+    texts = evals.load_texts(config.eval_texts, config.eval_limit)
+    evals.paths_by_name(tasks, texts)
+    requests = evals.RequestSet()
+    if tasks or texts:
+        requests = evals.build_requests(hub.open_model(config.model), tasks, texts)
+    sequences = _load_sequences(config)
+
+    def measure(step: int, model: LoadedModel) -> dict[str, float]:
+        model = replace(model, compute_dtype=np.dtype(config.dtype))
+        scored = evals.score_requests(model, requests)
+        found = {f"{text.name}/nll": scored.texts[text.name]["nll"] for text in texts}
+        found |= {f"{task.name}/acc": scored.tasks[task.name]["acc"] for task in tasks}
+        for name, rows in sequences.items():
+            forced = evals.score_suffixes(model, rows, config.eval_prefix)
+            found[f"{name}/exact_match"] = float(forced["exact_match"].mean())
+            found[f"{name}/log_pz"] = float(forced["logprob"].mean())
+            found[f"{name}/pz"] = float(np.exp(forced["logprob"]).mean())
+        return found
+
+    measured: dict[str, dict[str, Any]] = {
+        "texts": {text.name: {"n": len(text.documents), "fingerprint": hash_json(text.documents)} for text in texts},
+        "tasks": {
+            task.name: {
+                "n": len(task.questions),
+                "fingerprint": hash_json([task.kind, *map(asdict, task.questions)]),
+            }
+            for task in tasks
+        },
+        "sequences": {
+            name: {
+                "n": len(rows),
+                "prefix": config.eval_prefix,
+                "suffix": config.eval_suffix,
+                "fingerprint": hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest(),
+            }
+            for name, rows in sequences.items()
+        },
+    }
+    names = tuple(f"{name}/{metric}" for metric, kind in METRICS.items() for name in measured[kind])
+    return [Hook(measure, every=config.eval_every, run_at_start_and_end=True, metric_names=names, measured=measured)]
 
 
 def with_default_evals(train: TrainConfig, score: ScoreConfig, extract: ExtractConfig) -> TrainConfig:
@@ -74,93 +107,47 @@ def with_default_evals(train: TrainConfig, score: ScoreConfig, extract: ExtractC
     )
 
 
-@dataclass(frozen=True)
-class _EvalSuite:
-    """Tokenized tasks, texts and sequences."""
+def summarize_curve(
+    curve: Sequence[Mapping[str, float]], measured: Sequence[Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """Summarize the evaluations of a run for `results.json`; None if there were none.
 
-    tasks: Sequence[evals.Task]
-    texts: Sequence[evals.TextFile]
-    prepared: evals.RequestSet
-    sequences: Mapping[str, np.ndarray]
-    """int32 [N, prefix + suffix] by name; at most one set."""
-    prefix: int
-    dtype: np.dtype
-    """Dtype of the matmul operands, as in training."""
+    Args:
+        curve: the lines of `curve.jsonl`.
+        measured: `evaluation.measured` of `run.json`.
 
-    def names(self) -> tuple[str, ...]:
-        """Return the names of all metrics."""
-        return (
-            *(f"{text.name}/nll" for text in self.texts),
-            *(f"{task.name}/acc" for task in self.tasks),
-            *(f"{name}/{measure}" for name in self.sequences for measure in ("exact_match", "log_pz", "pz")),
-        )
-
-    def describe(self) -> dict[str, Any]:
-        """Return sizes and fingerprints of texts, tasks and sequences."""
-        return {
-            "texts": {
-                text.name: {"n": len(text.documents), "fingerprint": hash_json(text.documents)} for text in self.texts
-            },
-            "tasks": {
-                task.name: {
-                    "n": len(task.questions),
-                    "fingerprint": hash_json([task.kind, *map(asdict, task.questions)]),
-                }
-                for task in self.tasks
-            },
-            "sequences": {
-                name: {
-                    "n": len(rows),
-                    "prefix": self.prefix,
-                    "suffix": rows.shape[1] - self.prefix,
-                    "fingerprint": hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest(),
-                }
-                for name, rows in self.sequences.items()
-            },
-        }
-
-    def measure(self, step: int, model: LoadedModel) -> dict[str, float]:
-        """Return all metrics of a model, in the order of `names`."""
-        model = replace(model, compute_dtype=self.dtype)
-        found = evals.score_requests(model, self.prepared)
-        measures = {f"{text.name}/nll": found.texts[text.name]["nll"] for text in self.texts}
-        measures |= {f"{task.name}/acc": found.tasks[task.name]["acc"] for task in self.tasks}
-        for name, rows in self.sequences.items():
-            forced = evals.extraction_metrics(model, rows, self.prefix, greedy_decode=False)
-            measures[f"{name}/exact_match"] = float(forced["exact_match"].mean())
-            measures[f"{name}/log_pz"] = float(forced["logprob"].mean())
-            measures[f"{name}/pz"] = float(np.exp(forced["logprob"]).mean())
-        return measures
+    Returns:
+        `step`, and `measures`: each with `name`, `n` (documents, questions or sequences) and `values`, one a step.
+    """
+    if not curve:
+        return None
+    sizes = {
+        f"{name}/{metric}": entry["n"]
+        for files in measured
+        for metric, kind in METRICS.items()
+        for name, entry in files.get(kind, {}).items()
+    }
+    measures = [
+        {"name": name, "n": sizes[name], "values": [line[name] for line in curve]}
+        for name in curve[0]
+        if name != "step"
+    ]
+    return {"step": [line["step"] for line in curve], "measures": measures}
 
 
-def _load_suite(config: TrainConfig) -> _EvalSuite:
-    decoder = hub.open_model(config.model).config
-    tasks = evals.load_tasks(config.eval_tasks, config.eval_limit)
-    texts = evals.load_texts(config.eval_texts, config.eval_limit)
-    evals.paths_by_name(tasks, texts)
-    prepared = evals.RequestSet()
-    if tasks or texts:
-        prepared = evals.build_requests(hub.open_model(config.model), tasks, texts)
-    return _EvalSuite(
-        tasks, texts, prepared, _load_sequences(config, decoder), config.eval_prefix, np.dtype(config.dtype)
-    )
-
-
-def _load_sequences(config: TrainConfig, decoder: DecoderConfig) -> dict[str, np.ndarray]:
+def _load_sequences(config: TrainConfig) -> dict[str, np.ndarray]:
+    """Return int32 [N, prefix + suffix] by name; at most one set."""
     if not config.eval_sequences:
         return {}
+    model = hub.open_model(config.model)
     window = evals.PromptWindow(config.eval_prefix, config.eval_suffix)
-    if window.length > decoder.max_positions:
+    if window.length > model.config.max_positions:
         raise InputError(
             f"--eval-prefix {config.eval_prefix} + --eval-suffix {config.eval_suffix} is longer than the "
-            f"{decoder.max_positions} positions of {config.model}; shorten one of them"
+            f"{model.config.max_positions} positions of {config.model}; shorten one of them"
         )
-    path = Path(config.eval_sequences)
-    rows = evals.load_sequences(
-        path,
-        window,
-        vocab_size=decoder.vocab_size,
-        limit=config.eval_limit,
-        tokenizer=lambda: hub.open_model(config.model).tokenizer,
+    path, vocabulary = Path(config.eval_sequences), model.config.vocab_size
+    found = evals.load_sequences(
+        path, window, vocab_size=vocabulary, limit=config.eval_limit, tokenizer=lambda: model.tokenizer
     )
-    return {path.stem: rows.tokens}
+    return {path.stem: found.tokens}

@@ -15,7 +15,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from jax_selftrain import evals
-from jax_selftrain.config import ArmConfig, ExtractConfig, StudyConfig, yaml_io
+from jax_selftrain.config import ExtractConfig, StudyConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals import n_p_discoverable
 from jax_selftrain.evals.overlap_classes import CLASSES, THRESHOLDS
@@ -38,15 +39,17 @@ from jax_selftrain.study.measure_names import (
     GROUP,
     HELD_OUT,
     UNSEEN,
+    Cells,
+    common_measures,
+    group_cells,
     is_primary_format,
     is_secondary,
+    seed_values,
 )
 from jax_selftrain.study.paired_results import paired_means, paired_proportions
 from jax_selftrain.study.swap_effect import naive_difference, swap_effect
 
 Arrays = dict[str, np.ndarray]
-Cells = Sequence[Mapping[str, Any]]
-
 
 # Comparison with the base ---------------------------------------------------------------------------------------
 
@@ -74,27 +77,81 @@ def compare_extraction(before: Arrays, after: Arrays, groups: Sequence[str] | No
     }
 
 
-def compare_sequences(before: Arrays, after: Arrays, members: np.ndarray) -> dict[str, Any]:
-    """Compare the sequences in `members` (bool [N]) before and after.
+def compare_sequences(before: Arrays, after: Arrays, members: np.ndarray | slice = slice(None)) -> dict[str, Any]:
+    """Compare the sequences in `members` (bool [N], or all) before and after.
 
     The result has only `n` if there are none.
     `logprob` is the mean of log p_z, which improbable sequences dominate. `pz` is the mean of p_z: the share of
     sequences that one sample reproduces.
     """
-    if not members.any():
-        return {"n": 0}
     old, new = ({name: side[name][members] for name in side} for side in (before, after))
     exact = old["exact_match"], new["exact_match"]
+    if not exact[0].size:
+        return {"n": 0}
+    means = ("token_accuracy", "teacher_forced_accuracy", "logprob")
     return {
-        "n": int(members.sum()),
+        "n": exact[0].size,
         "exact_match": paired_proportions(*exact),
         "flips": asdict(estimators.mcnemar_table(*exact)),
-        **{
-            name: paired_means(old[name], new[name])
-            for name in ("token_accuracy", "teacher_forced_accuracy", "logprob")
-            if name in old
-        },
+        **{name: paired_means(old[name], new[name]) for name in means if name in old},
         "pz": paired_means(np.exp(old["logprob"]), np.exp(new["logprob"])),
+    }
+
+
+def extraction_measures(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the measures of a cell's extraction.
+
+    `exact_match` and `log_pz` are of all sequences and, as `/NAME`, of each class, group and probe; `pz`, the mean of
+    p_z, is of all sequences, H and the classes.
+    """
+    extraction = cell["extraction"]
+    if not extraction:
+        return {}
+    classes = extraction["classes"]
+    parts = classes | {f"{GROUP}{part['name']}": part for part in extraction["groups"]}
+    parts |= {n if n == AFTER_RELEARNING else f"{FORMATTED}{n}": part for n, part in cell["probes"].items()}
+    return {
+        measure if name == "all" else f"{measure}/{name}": part[key]
+        for name, part in parts.items()
+        for measure, key in (("exact_match", "exact_match"), ("log_pz", "logprob"), ("pz", "pz"))
+        if part["n"] and (measure != "pz" or name in classes)
+    }
+
+
+# One cell -------------------------------------------------------------------------------------------------------
+
+
+def cell_extraction(config: StudyConfig, design: Design, cell: StudyCell) -> dict[str, Any]:
+    """Return `extraction`, `probes`, `fragility` of a cell, and `identical`."""
+    if cell.extract is None:
+        return {"extraction": None, "probes": {}, "fragility": None, "identical": True}
+    before, after = _read_pair(design, design.extract_base[cell.student], cell.extract)
+    labels = {name: after[name] for name in ("overlap", "class") if name in after}
+    if any(arm.kind == "decontaminated" for arm in config.arms):
+        labels[HELD_OUT] = evals.held_out_half(evals.sequences_fingerprint(config.extract.sequences), before["index"])
+    window, groups = evals.make_window(config.extract), duplicate_groups(config.extract, before["sequence"].size)
+    extraction = {
+        "prefix": window.prefix,
+        "suffix": window.suffix,
+        "min_overlap": config.extract.min_overlap,
+        **compare_extraction(before | labels, after, groups),
+    }
+    if "overlap" in labels:
+        extraction["thresholds"] = [
+            {"threshold": threshold, "class": name, **compare_sequences(before, after, classes == name)}
+            for threshold in THRESHOLDS
+            if threshold <= window.suffix
+            for classes in (evals.classify(after["overlap"], window.suffix, threshold),)
+            for name in CLASSES
+        ]
+    bases = design.base_probes[cell.student, cell.seed]
+    probes = {name: _read_pair(design, bases[name], stage) for name, stage in cell.probes.items()}
+    unseen = probes.pop(UNSEEN, None)
+    return {
+        "extraction": extraction,
+        "probes": {name: compare_sequences(*pair) for name, pair in probes.items()},
+        "fragility": None if unseen is None else compare_with_matched((before, after), unseen),
+        "identical": np.array_equal(before["logprob"], after["logprob"]),
     }
 
 
@@ -109,89 +166,24 @@ def duplicate_groups(config: ExtractConfig, n: int) -> list[str] | None:
     return [str(group) for group in groups] if all(group is not None for group in groups) else None
 
 
-def read_table(path: Path) -> Arrays:
-    """Read the columns of a Parquet file."""
+def _read_pair(design: Design, base: Stage, student: Stage) -> tuple[Arrays, Arrays]:
+    before, after = _read_table(design, base), _read_table(design, student)
+    if not np.array_equal(before["sequence"], after["sequence"]):
+        raise InputError(
+            f"{design.folder(student)}: base and student were measured on different sequences; delete this folder and "
+            "run again"
+        )
+    return before, after
+
+
+def _read_table(design: Design, stage: Stage) -> Arrays:
+    """Read the columns of an extraction's table."""
+    path = design.folder(stage) / "extract.sequences.parquet"
     try:
         table = pq.read_table(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}); delete it and run the same command again") from None
     return {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
-
-
-# One cell -------------------------------------------------------------------------------------------------------
-
-
-def cell_extraction(config: StudyConfig, design: Design, cell: StudyCell) -> dict[str, Any]:
-    """Return `extraction`, `probes`, `fragility` of a cell, and `identical`."""
-    if cell.extract is None:
-        return {"extraction": None, "probes": {}, "fragility": None, "identical": True}
-    before, after = _tables(design, design.extract_base[cell.student], cell.extract)
-    labels = {name: after[name] for name in after if name in ("overlap", "class")}
-    if any(arm.kind == "decontaminated" for arm in config.arms):
-        labels[HELD_OUT] = evals.held_out_half(evals.sequences_fingerprint(config.extract.sequences), before["index"])
-    window, groups = evals.make_window(config.extract), duplicate_groups(config.extract, before["sequence"].size)
-    extraction = {
-        "prefix": window.prefix,
-        "suffix": window.suffix,
-        "min_overlap": config.extract.min_overlap,
-        **compare_extraction({**before, **labels}, after, groups),
-    }
-    if "overlap" in labels:
-        extraction["thresholds"] = _by_threshold(before, after, window.suffix)
-    bases = design.base_probes[cell.student, cell.seed]
-    probes = {name: _tables(design, bases[name], stage) for name, stage in cell.probes.items()}
-    unseen = probes.pop(UNSEEN, None)
-    everything = {name: np.ones(pair[0]["sequence"].size, bool) for name, pair in probes.items()}
-    return {
-        "extraction": extraction,
-        "probes": {name: compare_sequences(*pair, everything[name]) for name, pair in probes.items()},
-        "fragility": None if unseen is None else compare_with_matched((before, after), unseen),
-        "identical": np.array_equal(before["logprob"], after["logprob"]),
-    }
-
-
-def _tables(design: Design, base: Stage, student: Stage) -> tuple[Arrays, Arrays]:
-    folders = design.folder(base), design.folder(student)
-    before, after = (read_table(folder / "extract.sequences.parquet") for folder in folders)
-    if not np.array_equal(before["sequence"], after["sequence"]):
-        raise InputError(
-            f"{folders[1]}: base and student were measured on different sequences; delete this folder and run again"
-        )
-    return before, after
-
-
-def _by_threshold(before: Arrays, after: Arrays, suffix: int) -> list[dict[str, Any]]:
-    """Compare overlap classes at other thresholds."""
-    found = []
-    for threshold in (one for one in THRESHOLDS if one <= suffix):
-        classes = evals.classify(after["overlap"], suffix, threshold)
-        for name in CLASSES:
-            part = compare_sequences(before, after, classes == name)
-            found.append({"threshold": threshold, "class": name, **part})
-    return found
-
-
-def extraction_measures(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the measures of a cell's extraction.
-
-    `exact_match` and `log_pz` are of all sequences and, as `/NAME`, of each class, group and probe; `pz`, the mean of
-    p_z, is of all sequences, H and the classes.
-    """
-    extraction = cell["extraction"]
-    if not extraction:
-        return {}
-    parts = {"" if name == "all" else name: part for name, part in extraction["classes"].items()}
-    parts |= {f"{GROUP}{part['name']}": part for part in extraction["groups"]}
-    parts |= {n if n == AFTER_RELEARNING else f"{FORMATTED}{n}": part for n, part in cell["probes"].items()}
-    found = {}
-    for name, part in parts.items():
-        if part["n"]:
-            suffix = f"/{name}" if name else ""
-            found[f"exact_match{suffix}"] = part["exact_match"]
-            found[f"log_pz{suffix}"] = part["logprob"]
-            if name in ("", HELD_OUT, *CLASSES):
-                found[f"pz{suffix}"] = part["pz"]
-    return found
 
 
 # Over cells -----------------------------------------------------------------------------------------------------
@@ -202,64 +194,40 @@ def aa_flip_rate(design: Design) -> list[dict[str, Any]]:
     found = []
     for student, repeats in design.aa_repeats.items():
         for repeat, stage in repeats.items():
-            first, second = _tables(design, design.extract_base[student], stage)
-            found.append(
-                {
-                    "student": student,
-                    "repeat": repeat,
-                    "n": int(first["sequence"].size),
-                    "flips": evals.flip_rate(first, second),
-                    "log_pz": float(np.mean(np.abs(first["logprob"] - second["logprob"]))),
-                }
-            )
+            first, second = _read_pair(design, design.extract_base[student], stage)
+            flips, shift = evals.flip_rate(first, second), np.abs(first["logprob"] - second["logprob"])
+            entry = {"student": student, "repeat": repeat, "n": int(shift.size), "flips": flips}
+            found.append(entry | {"log_pz": float(np.mean(shift))})
     return found
 
 
 def decontamination_effect(config: StudyConfig, cells: Cells) -> list[dict[str, Any]]:
     """Compare students of decontaminated and size-matched corpora, seed by seed."""
-    found = []
-    pairs = [
-        (one.name, other.name)
-        for one in config.arms
-        for other in config.arms
-        if (one.kind, other.kind) == ("decontaminated", "size_matched") and _same_settings(one, other)
-    ]
-    for decontaminated, control in pairs:
+    groups, found = group_cells(cells), []
+    for one, other in product(config.arms, repeat=2):
+        if one.kind != "decontaminated" or other != replace(one, name=other.name, kind="size_matched"):
+            continue
         for student in dict.fromkeys(cell["student"] for cell in cells):
-            by_arm = {
-                arm: {c["seed"]: c["measures"] for c in cells if (c["student"], c["treatment"]) == (student, arm)}
-                for arm in (decontaminated, control)
-            }
-            if not by_arm[decontaminated] or by_arm[decontaminated].keys() != by_arm[control].keys():
+            treated, control = (groups.get((student, arm.name), []) for arm in (one, other))
+            if not treated or [cell["seed"] for cell in treated] != [cell["seed"] for cell in control]:
                 continue
-            sides = [list(by_arm[arm].values()) for arm in (decontaminated, control)]
-            for measure in sides[0][0]:
-                if not all(measure in one for side in sides for one in side):
-                    continue
+            for measure in common_measures([*treated, *control]):
                 if not (is_primary_format(measure) or is_secondary(measure) or measure.endswith(f"/{HELD_OUT}")):
                     continue
-                seeds = [
-                    one[measure]["after"]["value"] - other[measure]["after"]["value"]
-                    for one, other in zip(*sides, strict=True)
-                ]
+                after, matched = (seed_values(side, measure, "after") for side in (treated, control))
+                seeds = [after[seed] - matched[seed] for seed in after]
                 found.append(
                     {
                         "student": student,
-                        "decontaminated": decontaminated,
-                        "size_matched": control,
+                        "decontaminated": one.name,
+                        "size_matched": other.name,
                         "measure": measure,
                         "difference": asdict(estimators.mean(seeds)),
                         "seeds": seeds,
-                        "n": sides[0][0][measure]["change"]["n"],
+                        "n": treated[0]["measures"][measure]["change"]["n"],
                     }
                 )
     return found
-
-
-def _same_settings(one: ArmConfig, other: ArmConfig) -> bool:
-    """Return True if two arms differ in name and kind only."""
-    plain = [{k: v for k, v in yaml_io.to_dict(arm).items() if k not in ("name", "kind")} for arm in (one, other)]
-    return plain[0] == plain[1]
 
 
 def swap_effects(design: Design) -> list[dict[str, Any]]:
@@ -267,7 +235,7 @@ def swap_effects(design: Design) -> list[dict[str, Any]]:
     found = []
     for student, treatment in dict.fromkeys((cell.student, cell.treatment) for cell in design.cells):
         tables = [
-            read_table(design.folder(cell.extract) / "extract.sequences.parquet")
+            _read_table(design, cell.extract)
             for cell in design.cells
             if (cell.student, cell.treatment) == (student, treatment) and cell.extract is not None
         ]
@@ -276,8 +244,7 @@ def swap_effects(design: Design) -> list[dict[str, Any]]:
         classes = [table["class"] for table in tables]
         for measure, column in (("exact_match", "exact_match"), ("log_pz", "logprob")):
             outcomes = [table[column] for table in tables]
-            effect = swap_effect(outcomes, classes)
-            if effect is not None:
+            if (effect := swap_effect(outcomes, classes)) is not None:
                 naive = naive_difference(outcomes, classes)
                 entry = {"student": student, "treatment": treatment, "measure": measure, "seeds": len(tables)}
                 found.append(entry | {"effect": asdict(effect), "naive": naive})
@@ -287,28 +254,18 @@ def swap_effects(design: Design) -> list[dict[str, Any]]:
 def fragility(cells: Cells) -> list[dict[str, Any]]:
     """Average the comparison with matched continuations over seeds."""
     found = []
-    for student, treatment in dict.fromkeys((cell["student"], cell["treatment"]) for cell in cells):
-        members = [c["fragility"] for c in cells if (c["student"], c["treatment"]) == (student, treatment)]
+    for (student, treatment), group in group_cells(cells).items():
+        members = [cell["fragility"] for cell in group]
         if any(one is None for one in members):
             continue
-        is_measured = all(one["exact_match"] for one in members)
-        found.append(
-            {
-                "student": student,
-                "treatment": treatment,
-                "seeds": len(members),
-                "n": min(one["n"] for one in members),
-                "unmatched": max(one["unmatched"] for one in members),
-                "controls": min(one["controls"] for one in members),
-                **{
-                    measure: {
-                        side: asdict(estimators.mean([one[measure][side] for one in members]))
-                        for side in ("sequences", "controls", "difference")
-                    }
-                    if is_measured
-                    else None
-                    for measure in ("exact_match", "log_pz")
-                },
-            }
-        )
+        counts = {
+            key: pick(one[key] for one in members) for key, pick in (("n", min), ("unmatched", max), ("controls", min))
+        }
+        entry = {"student": student, "treatment": treatment, "seeds": len(members), **counts}
+        for measure in ("exact_match", "log_pz"):
+            entry[measure] = None
+            if all(one["exact_match"] for one in members):
+                sides = {side: [one[measure][side] for one in members] for side in members[0][measure]}
+                entry[measure] = {side: asdict(estimators.mean(values)) for side, values in sides.items()}
+        found.append(entry)
     return found

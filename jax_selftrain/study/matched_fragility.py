@@ -8,7 +8,7 @@ larger loss on the sequences than on the controls is not explained by damage.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,12 @@ def make_control_continuations(options: ExtractConfig, texts: str, n: int, out: 
         InputError: a file cannot be read, no text is long enough, or the lengths do not fit the model.
     """
     window = evals.make_window(options)
-    (file,) = evals.load_texts([texts], None)
-    tokenizer = hub.open_model(options.model).tokenizer
-    encoded = LazilyTokenized(lambda: iter(file.documents), tokenizer).token_batches()
+    (file,) = evals.load_texts([texts])
+    encoded = LazilyTokenized(lambda: iter(file.documents), hub.open_model(options.model).tokenizer).token_batches()
     documents = [row for flat, lengths in encoded for row in np.split(flat, np.cumsum(lengths)[:-1])]
-    chunks = np.array(list(islice(_chunks(documents, window.prefix), n)), np.int32)
+    ends = range(window.prefix, max(map(len, documents), default=0) + 1, window.prefix)
+    rows = (row[end - window.prefix : end] for end in ends for row in documents if len(row) >= end)
+    chunks = np.array(list(islice(rows, n)), np.int32)
     if not len(chunks):
         raise InputError(
             f"{texts}: no text has {window.prefix} tokens, the length of a prefix; shorten it, or give longer texts"
@@ -61,13 +62,6 @@ def make_control_continuations(options: ExtractConfig, texts: str, n: int, out: 
     found = np.concatenate([chunks, np.array(generate(model, prompts.tolist(), greedy), np.int32)], axis=1)
     with atomic.commit_file(out / CONTINUATIONS) as path, path.open("wb") as handle:
         np.save(handle, found, allow_pickle=False)
-
-
-def _chunks(documents: Sequence[np.ndarray], length: int) -> Iterator[np.ndarray]:
-    for begin in range(0, max(map(len, documents), default=0), length):
-        for document in documents:
-            if len(document) >= begin + length:
-                yield document[begin : begin + length]
 
 
 def compare_with_matched(memory: tuple[Arrays, Arrays], unseen: tuple[Arrays, Arrays]) -> dict[str, Any]:
@@ -84,30 +78,21 @@ def compare_with_matched(memory: tuple[Arrays, Arrays], unseen: tuple[Arrays, Ar
     """
     sides = []
     for before, after in (memory, unseen):
-        reproduced = np.asarray(before["exact_match"], bool)
-        logprob = np.asarray(before["logprob"], np.float64)[reproduced]
-        kept = np.asarray(after["exact_match"], np.float64)[reproduced]
-        sides.append((logprob, kept, np.asarray(after["logprob"], np.float64)[reproduced] - logprob))
-    (logprob, *outcomes), (other, *others) = sides
+        kept = np.asarray(before["exact_match"], bool)
+        logprob, new = (np.asarray(side["logprob"], np.float64)[kept] for side in (before, after))
+        sides.append((logprob, {"exact_match": after["exact_match"][kept].astype(float), "log_pz": new - logprob}))
+    (logprob, outcomes), (other, others) = sides
+    found: dict[str, Any] = {"n": 0, "unmatched": len(logprob), "controls": 0, "exact_match": None, "log_pz": None}
     if len(other) < 2 or not len(logprob):
-        return {"n": 0, "unmatched": len(logprob), "controls": 0, "exact_match": None, "log_pz": None}
+        return found
     order = np.argsort(other, kind="stable")
     right = np.clip(np.searchsorted(other[order], logprob), 1, len(order) - 1)
     nearer_left = logprob - other[order][right - 1] <= other[order][right] - logprob
     nearest = order[np.where(nearer_left, right - 1, right)]
     near = np.abs(other[nearest] - logprob) <= CALIPER
-    found: dict[str, Any] = {
-        "n": int(near.sum()),
-        "unmatched": int((~near).sum()),
-        "controls": len(np.unique(nearest[near])),
-    }
-    if found["n"] < MIN_MATCHED:
-        return found | {"exact_match": None, "log_pz": None}
-    for name, own, control in zip(("exact_match", "log_pz"), outcomes, others, strict=True):
-        sequences, controls = float(own[near].mean()), float(control[nearest[near]].mean())
-        found[name] = {
-            "sequences": sequences,
-            "controls": controls,
-            "difference": sequences - controls,
-        }
+    found |= {"n": int(near.sum()), "unmatched": int((~near).sum()), "controls": len(np.unique(nearest[near]))}
+    if found["n"] >= MIN_MATCHED:
+        for name, values in outcomes.items():
+            sequences, controls = float(values[near].mean()), float(others[name][nearest[near]].mean())
+            found[name] = {"sequences": sequences, "controls": controls, "difference": sequences - controls}
     return found

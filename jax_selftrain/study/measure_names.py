@@ -1,9 +1,12 @@
-"""Names of treatments and measures in `results.json`."""
+"""Names of treatments and measures in `results.json`, and how to look them up."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+Cells = Sequence[Mapping[str, Any]]
+"""`cells` of `results.json`."""
 
 MAIN_EFFECT = "source "
 """Prefix of the treatment of a main cell: `source NAME`."""
@@ -15,7 +18,22 @@ FORMATTED, GROUP = "format ", "group "
 """Prefixes: `exact_match/format NAME`, `exact_match/group NAME`."""
 
 
-def common_measures(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+def group_cells(cells: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
+    """Return the cells of each student and treatment."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for cell in cells:
+        groups.setdefault((cell["student"], cell["treatment"]), []).append(cell)
+    return groups
+
+
+def seed_values(cells: Cells, measure: str, side: str = "change") -> dict[int, float]:
+    """Return a measure before, after or the change by seed; empty if a cell lacks it."""
+    if not all(measure in cell["measures"] for cell in cells):
+        return {}
+    return {cell["seed"]: cell["measures"][measure][side]["value"] for cell in cells}
+
+
+def common_measures(cells: Cells) -> list[str]:
     """Return the measures that all cells (or effects) have."""
     return [name for name in cells[0]["measures"] if all(name in cell["measures"] for cell in cells)]
 
@@ -23,9 +41,8 @@ def common_measures(cells: Sequence[Mapping[str, Any]]) -> list[str]:
 def main_measure(results: Mapping[str, Any]) -> str:
     """Return the headline measure: accuracy, else a text, else exact match."""
     names = common_measures(results["cells"])
-    return next(
-        (name for name in ("accuracy", *(n for n in names if n.startswith("text/"))) if name in names), names[0]
-    )
+    texts = [name for name in names if name.startswith("text/")]
+    return "accuracy" if "accuracy" in names else (texts or names)[0]
 
 
 def reference_text(levels: Mapping[str, float]) -> str | None:
@@ -34,8 +51,7 @@ def reference_text(levels: Mapping[str, float]) -> str | None:
     Args:
         levels: the base's level by measure.
     """
-    texts = [name for name in levels if name.startswith("text/")]
-    return min(texts, key=lambda name: levels[name]) if texts else None
+    return min((name for name in levels if name.startswith("text/")), key=lambda name: levels[name], default=None)
 
 
 def is_primary_format(measure: str) -> bool:

@@ -1,11 +1,11 @@
-"""Paired results of two models: levels and paired changes.
+"""Paired results of two models: levels and paired changes of tasks, texts and their averages.
 
 Studies use Student's t and linearized ratios for intervals of means; `compare` uses the bootstrap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -20,7 +20,6 @@ from jax_selftrain.stats.standard_errors import mean_and_stderr, ratio_and_stder
 OptionalArray = np.ndarray | None
 Interval = Callable[[np.ndarray, OptionalArray, OptionalArray], Estimate]
 """(numerators, denominators or None for a mean, clusters or None) → estimate."""
-
 
 ABOVE_CHANCE, CEILING = 4.0, 0.95
 """A task is eligible for the macro average if the base is more than 4 standard errors above chance and below 95 %."""
@@ -40,14 +39,25 @@ class Pair(NamedTuple):
     @property
     def right(self) -> tuple[np.ndarray, np.ndarray]:
         """Correct answers of a task, bool [n], before and after."""
-        return _both(self, "acc")
+        return self.columns("acc")
+
+    @property
+    def chance(self) -> float:
+        """Expected accuracy of guessing; 0 without choices."""
+        return self.base.chance_accuracy or 0.0
+
+    @property
+    def chance_scale(self) -> float:
+        """Factor of chance-normalized changes."""
+        return 1 / (1 - self.chance)
+
+    def columns(self, name: str) -> tuple[Any, Any]:
+        """Return an array of `ItemResults` [n], before and after."""
+        return getattr(self.base, name), getattr(self.student, name)
 
     def identical(self) -> bool:
         """Return True if all results are bitwise equal."""
-        return np.array_equal(self.base.loglikelihood, self.student.loglikelihood) and all(
-            getattr(self.base, name) is None or np.array_equal(*_both(self, name))
-            for name in ("acc", "acc_norm", "log_odds")
-        )
+        return all(np.array_equal(*self.columns(name)) for name in ("loglikelihood", "acc", "acc_norm", "log_odds"))
 
     def part(self, split: Split) -> Pair:
         """Return the documents of a split."""
@@ -88,11 +98,11 @@ def pair_results(base: ScoreResult, student: ScoreResult) -> dict[str, Pair]:
     return pairs
 
 
-def ineligibility_reason(pair: Pair) -> str:
-    """Return the reason that a task is not in the macro average.
+def ineligibility_reason(pair: Pair) -> str | None:
+    """Return the reason that a task is not in the macro average, or None.
 
-    An empty string means that it is. The base alone decides, over all items. Clustered questions have the larger of the
-    standard errors over clusters and over items.
+    The base alone decides, over all items. Clustered questions have the larger of the standard errors over clusters and
+    over items.
     """
     right = pair.right[0].astype(np.float64)
     value, error = mean_and_stderr(right)
@@ -100,25 +110,12 @@ def ineligibility_reason(pair: Pair) -> str:
         sums, sizes = (estimators.sum_by_cluster(values, pair.clusters) for values in (right, np.ones_like(right)))
         clustered = ratio_and_stderr(sums, sizes)[1]
         error = None if clustered is None else max(error, clustered)
-    chance = pair.base.chance_accuracy or 0.0
-    if error is None or value <= chance + ABOVE_CHANCE * error:
+    if error is None or value <= pair.chance + ABOVE_CHANCE * error:
         return "the base is not 4 standard errors above chance"
-    return "the base is at 95 % or above" if value >= CEILING else ""
+    return "the base is at 95 % or above" if value >= CEILING else None
 
 
-def ratio_interval(numerators: np.ndarray, denominators: OptionalArray, clusters: OptionalArray) -> Estimate:
-    """Estimate a mean (Student's t) or ratio (linearized), over clusters."""
-    if denominators is None and clusters is None:
-        return estimators.mean(numerators)
-    below = np.ones(numerators.size) if denominators is None else denominators
-    if clusters is None:
-        return estimators.ratio_of_sums(numerators, below)
-    return estimators.ratio_of_sums(
-        estimators.sum_by_cluster(numerators, clusters), estimators.sum_by_cluster(below, clusters)
-    )
-
-
-def describe_task(pair: Pair, interval: Interval = ratio_interval) -> dict[str, Any]:
+def describe_task(pair: Pair, interval: Interval | None = None) -> dict[str, Any]:
     """Compare accuracy and log-odds of a task; `interval` estimates changes of means."""
     before, clusters = pair.base, pair.clusters
     entry: dict[str, Any] = {
@@ -130,14 +127,14 @@ def describe_task(pair: Pair, interval: Interval = ratio_interval) -> dict[str, 
         "flips": asdict(estimators.mcnemar_table(*pair.right)),
     }
     if before.kind == "last_word":
-        return entry | {"word_loglikelihood": paired_means(*_both(pair, "loglikelihood"), None, clusters, interval)}
+        return entry | {"word_loglikelihood": paired_means(*pair.columns("loglikelihood"), None, clusters, interval)}
     return entry | {
-        "accuracy_norm": paired_proportions(*_both(pair, "acc_norm"), clusters),
-        "log_odds": paired_means(*_both(pair, "log_odds"), None, clusters, interval),
+        "accuracy_norm": paired_proportions(*pair.columns("acc_norm"), clusters),
+        "log_odds": paired_means(*pair.columns("log_odds"), None, clusters, interval),
     }
 
 
-def describe_text(pair: Pair, interval: Interval = ratio_interval) -> dict[str, Any]:
+def describe_text(pair: Pair, interval: Interval | None = None) -> dict[str, Any]:
     """Compare nats per token and bits per byte of a text file.
 
     Nats per token are None if the tokenizers differ.
@@ -157,14 +154,34 @@ def describe_text(pair: Pair, interval: Interval = ratio_interval) -> dict[str, 
     }
 
 
+def average_tasks(pairs: Sequence[Pair]) -> dict[str, Any] | None:
+    """Average accuracy, chance-normalized accuracy and log-odds of the right choice over tasks.
+
+    Chance-normalized: (accuracy − chance) / (1 − chance). Log-odds are None if no task has choices; without tasks, all
+    is None.
+    """
+    if not pairs:
+        return None
+    effects = [estimators.paired_proportion_effect(*pair.right, pair.clusters) for pair in pairs]
+    normalized = [[(right - pair.chance) / (1 - pair.chance) for right in pair.right] for pair in pairs]
+    scales = [pair.chance_scale for pair in pairs]
+    odds = [pair.columns("log_odds") for pair in pairs if pair.base.kind == "choice"]
+    return {
+        "tasks": len(pairs),
+        "n": sum(pair.base.count for pair in pairs),
+        "accuracy": _macro_sides([pair.right for pair in pairs], estimators.macro_effect(effects).estimate()),
+        "chance_normalized": _macro_sides(normalized, estimators.macro_effect(effects, scales).estimate()),
+        "log_odds": _macro_sides(odds, estimators.macro_mean([new - old for old, new in odds])) if odds else None,
+    }
+
+
 def paired_proportions(before: np.ndarray, after: np.ndarray, clusters: OptionalArray = None) -> dict[str, Any]:
     """Estimate a proportion before and after, and its change."""
     levels = [
-        estimators.proportion(side) if clusters is None else ratio_interval(side.astype(np.float64), None, clusters)
+        estimators.proportion(side) if clusters is None else _ratio(side.astype(np.float64), None, clusters)
         for side in (before, after)
     ]
-    change = estimators.paired_proportion_change(before, after, clusters)
-    return {"before": asdict(levels[0]), "after": asdict(levels[1]), "change": asdict(change)}
+    return _sides(levels, estimators.paired_proportion_change(before, after, clusters))
 
 
 def paired_means(
@@ -172,18 +189,27 @@ def paired_means(
     after: np.ndarray,
     denominators: OptionalArray = None,
     clusters: OptionalArray = None,
-    interval: Interval = ratio_interval,
+    interval: Interval | None = None,
 ) -> dict[str, Any]:
-    """Estimate a mean or ratio before and after, and its change."""
-    return {
-        "before": asdict(ratio_interval(before, denominators, clusters)),
-        "after": asdict(ratio_interval(after, denominators, clusters)),
-        "change": asdict(interval(after - before, denominators, clusters)),
-    }
+    """Estimate a mean or ratio before and after, and its change (by `interval`)."""
+    levels = [_ratio(side, denominators, clusters) for side in (before, after)]
+    return _sides(levels, (interval or _ratio)(after - before, denominators, clusters))
 
 
-def _both(pair: Pair, name: str) -> tuple[np.ndarray, np.ndarray]:
-    before, after = (getattr(side, name) for side in pair)
-    if before is None or after is None:
-        raise ValueError(f"{pair.base.name} is a {pair.base.kind} file and has no {name}")
-    return before, after
+def _ratio(numerators: np.ndarray, denominators: OptionalArray, clusters: OptionalArray) -> Estimate:
+    """Estimate a mean (Student's t) or ratio (linearized), over clusters."""
+    if denominators is None and clusters is None:
+        return estimators.mean(numerators)
+    sums = [numerators, np.ones(numerators.size) if denominators is None else denominators]
+    if clusters is not None:
+        sums = [estimators.sum_by_cluster(values, clusters) for values in sums]
+    return estimators.ratio_of_sums(*sums)
+
+
+def _macro_sides(tasks: Sequence[Sequence[np.ndarray]], change: Estimate) -> dict[str, Any]:
+    return _sides((estimators.macro_mean(side) for side in zip(*tasks, strict=True)), change)
+
+
+def _sides(levels: Iterable[Estimate], change: Estimate) -> dict[str, Any]:
+    before, after = levels
+    return {"before": asdict(before), "after": asdict(after), "change": asdict(change)}

@@ -14,6 +14,10 @@ its first run; a claim that differs from them is *post hoc* and stays labeled so
 
 Tests are Student's t over seeds. *Preserves* is non-inferiority: supported if the loss is smaller than the margin,
 contradicted if it is larger. Exploratory and post hoc claims are corrected by Benjamini and Hochberg's method.
+
+The power of a test, printed by `study --dry-run`, depends on how much the difference varies over seeds, which only a
+pilot can show. Without a pilot, two typical standard deviations are assumed. Holm's method shares the level among the
+primary claims: a claim is tested at a fraction of the level at worst, and at the full level at best.
 """
 
 from __future__ import annotations
@@ -30,37 +34,45 @@ from jax_selftrain.config import ClaimConfig, StudyConfig, yaml_io
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import hash_json
-from jax_selftrain.stats.estimators import Effect
+from jax_selftrain.stats.estimators import Effect, mean_effect
 from jax_selftrain.stats.noninferiority import ALPHA, HEADLINE, benjamini_hochberg, holm
-from jax_selftrain.stats.standard_errors import mean_and_stderr
+from jax_selftrain.stats.power import minimum_detectable_effect, power
+from jax_selftrain.study.measure_names import Cells, display_scale, group_cells, seed_values
 
 INTERACTION = "home - away"
 """Treatment of a claim about the interaction."""
 PRIMARY_FAMILY = 3
 """Maximum number of primary claims."""
-
-Cells = Sequence[Mapping[str, Any]]
+ASSUMED_STDDEVS = (0.005, 0.01)
+"""Standard deviations of an accuracy over seeds: half a point and one point."""
 
 
 def check_claims(config: StudyConfig) -> None:
     """Refuse claims with missing or conflicting options. Raises InputError."""
     names = [claim.name for claim in config.claims]
     for claim in config.claims:
-        where = f"claims: {claim.name}"
         if not claim.name or names.count(claim.name) > 1:
             raise InputError("claims: each needs a unique `name`")
-        if not claim.treatment:
-            raise InputError(f"{where}: `treatment` is required: an arm, `source NAME`, or `{INTERACTION}`")
-        if (claim.treatment == INTERACTION) == bool(claim.student):
-            raise InputError(f"{where}: `student` is required, except for `{INTERACTION}`, which has none")
-        if claim.treatment == INTERACTION and (claim.comparator or claim.direction == "preserves"):
-            raise InputError(f"{where}: the interaction is a contrast; it has no `comparator` and no margin")
-        if (claim.direction == "preserves") != (claim.margin is not None):
-            raise InputError(f"{where}: `margin` is required for direction `preserves`, and for no other")
-        if claim.margin is not None and not 0 < claim.margin < math.inf:
-            raise InputError(f"{where}: the margin is {claim.margin}; it must be a positive number")
+        crossed, preserves = claim.treatment == INTERACTION, claim.direction == "preserves"
+        margin = claim.margin
+        problems = {
+            f"`treatment` is required: an arm, `source NAME`, or `{INTERACTION}`": not claim.treatment,
+            f"`student` is required, except for `{INTERACTION}`, which has none": crossed == bool(claim.student),
+            "the interaction is a contrast; it has no `comparator` and no margin": crossed
+            and bool(claim.comparator or preserves),
+            "`margin` is required for direction `preserves`, and for no other": preserves != (margin is not None),
+            f"the margin is {margin}; it must be a positive number": margin is not None and not 0 < margin < math.inf,
+        }
+        refuse_first(f"claims: {claim.name}", problems)
     if sum(claim.primary for claim in config.claims) > PRIMARY_FAMILY:
         raise InputError(f"claims: at most {PRIMARY_FAMILY} can be primary; set `primary: false` for the others")
+
+
+def refuse_first(where: str, problems: Mapping[str, bool]) -> None:
+    """Raise InputError for the first problem that is present."""
+    for problem, is_present in problems.items():
+        if is_present:
+            raise InputError(f"{where}: {problem}")
 
 
 def freeze_claims(folder: Path, claims: Sequence[ClaimConfig]) -> list[str]:
@@ -90,21 +102,14 @@ def judge_claims(
 ) -> list[dict[str, Any]]:
     """Judge each claim: verdict, reason, effect, p-values, seeds."""
     differences = [claim_differences(claim, cells, interaction) for claim in config.claims]
-    effects = [_effect(values) if len(values) > 1 else None for values in differences]
+    effects = [mean_effect(values) if len(values) > 1 else None for values in differences]
     tests = [_tests(claim, effect) for claim, effect in zip(config.claims, effects, strict=True)]
     primary = [claim.primary and claim.name not in post_hoc for claim in config.claims]
-    adjusted = [list(pair) for pair in tests]
-    for side in (0, 1):
-        for correct, members in (
-            (holm, [n for n, one in enumerate(primary) if one]),
-            (benjamini_hochberg, [n for n, one in enumerate(primary) if not one]),
-        ):
-            for n, p in zip(members, correct([tests[n][side] for n in members]), strict=True):
-                adjusted[n][side] = p
+    adjusted = [adjust_p_values(side, primary) for side in zip(*tests, strict=True)]
     found = []
-    for n, claim in enumerate(config.claims):
-        effect, seeds = effects[n], len(differences[n])
-        verdict, reason = _decide(config, claim, cells, seeds, effect, *adjusted[n])
+    for n, (claim, effect) in enumerate(zip(config.claims, effects, strict=True)):
+        seeds, p, opposite = len(differences[n]), adjusted[0][n], adjusted[1][n]
+        verdict, reason = _decide(config, claim, cells, seeds, p, opposite)
         found.append(
             {
                 **yaml_io.to_dict(claim),
@@ -115,10 +120,18 @@ def judge_claims(
                 "seeds": seeds,
                 "effect": asdict(effect.estimate()) if effect else None,
                 "p": tests[n][0] if effect else None,
-                "p_adjusted": adjusted[n][0] if effect else None,
+                "p_adjusted": p if effect else None,
             }
         )
     return found
+
+
+def adjust_p_values(p_values: Sequence[float], primary: Sequence[bool]) -> list[float]:
+    """Correct p-values of primary tests by Holm, of others by Benjamini and Hochberg."""
+    adjusted, is_primary = np.array(p_values, np.float64), np.array(primary, bool)
+    for correct, members in ((holm, is_primary), (benjamini_hochberg, ~is_primary)):
+        adjusted[members] = correct(adjusted[members].tolist())
+    return adjusted.tolist()
 
 
 def claim_differences(claim: ClaimConfig, cells: Cells, interaction: Mapping[str, Any] | None) -> list[float]:
@@ -126,48 +139,34 @@ def claim_differences(claim: ClaimConfig, cells: Cells, interaction: Mapping[str
     if claim.treatment == INTERACTION:
         found = (interaction or {"measures": {}})["measures"].get(claim.measure)
         return list(found["seeds"]) if found else []
-    change = _paired_changes(cells, claim.student, claim.treatment, claim.measure)
+    change = _changes(cells, claim.student, claim.treatment, claim.measure)
     if not claim.comparator:
         return list(change.values())
-    comparator = _paired_changes(cells, claim.student, claim.comparator, claim.measure)
+    comparator = _changes(cells, claim.student, claim.comparator, claim.measure)
     return [change[seed] - comparator[seed] for seed in change] if change.keys() == comparator.keys() else []
 
 
-def _paired_changes(cells: Cells, student: str, treatment: str, measure: str) -> dict[int, float]:
-    members = [cell for cell in cells if (cell["student"], cell["treatment"]) == (student, treatment)]
-    if not all(measure in cell["measures"] for cell in members):
-        return {}
-    return {cell["seed"]: cell["measures"][measure]["change"]["value"] for cell in members}
-
-
-def _effect(values: Sequence[float]) -> Effect:
-    value, error = mean_and_stderr(np.asarray(values, np.float64))
-    return Effect(value, value, math.inf if error is None else error, len(values) - 1, len(values))
+def _changes(cells: Cells, student: str, treatment: str, measure: str) -> dict[int, float]:
+    return seed_values(group_cells(cells).get((student, treatment), []), measure)
 
 
 def _tests(claim: ClaimConfig, effect: Effect | None) -> tuple[float, float]:
     """Return one-sided p-values of the claim and of its opposite."""
     if effect is None:
         return 1.0, 1.0
-    if claim.direction == "preserves":
-        margin = claim.margin or 0.0
-        if _lower_is_better(claim.measure):
-            return effect.p_less(margin), effect.p_greater(margin)
-        return effect.p_greater(-margin), effect.p_less(-margin)
-    pair = effect.p_greater(0.0), effect.p_less(0.0)
-    return pair if claim.direction == "raises" else pair[::-1]
-
-
-def _lower_is_better(measure: str) -> bool:
-    return measure.startswith("text/")
+    lower_is_better = claim.measure.startswith("text/")
+    threshold = (claim.margin or 0.0) * (1.0 if lower_is_better else -1.0)
+    pair = effect.p_greater(threshold), effect.p_less(threshold)
+    is_fall = lower_is_better if claim.direction == "preserves" else claim.direction == "lowers"
+    return pair[::-1] if is_fall else pair
 
 
 def _decide(
-    config: StudyConfig, claim: ClaimConfig, cells: Cells, seeds: int, effect: Effect | None, p: float, opposite: float
+    config: StudyConfig, claim: ClaimConfig, cells: Cells, seeds: int, p: float, opposite: float
 ) -> tuple[str, str]:
     if seeds == 0:
         return "not tested", "the study does not have these cells or this measure."
-    if seeds < HEADLINE or effect is None:
+    if seeds < HEADLINE:
         return "not tested", f"{seeds} seed{'s' if seeds > 1 else ''}; a verdict needs {HEADLINE}."
     if claim.measure.startswith(("accuracy", "task/", "log_odds")) and (failed := _assay_failed(config, claim, cells)):
         return "assay insensitive", failed
@@ -183,14 +182,74 @@ def _assay_failed(config: StudyConfig, claim: ClaimConfig, cells: Cells) -> str:
     """Return the reason that a control arm failed, or an empty string."""
     students = [claim.student] if claim.student else list(dict.fromkeys(cell["student"] for cell in cells))
     for student in students:
-        for option, wanted in (("positive_controls", 1.0), ("negative_controls", -1.0)):
-            arms = getattr(config, option)
-            own = [arm for arm in arms if _paired_changes(cells, student, arm, claim.measure)]
-            if not own:
+        for option, verb in (("positive_controls", "raise"), ("negative_controls", "lower")):
+            changes = {arm: _changes(cells, student, arm, claim.measure) for arm in getattr(config, option)}
+            if not any(changes.values()):
                 return f"{student} has no arm in {option} with this measure."
-            for arm in own:
-                effect = _effect([wanted * x for x in _paired_changes(cells, student, arm, claim.measure).values()])
-                if not effect.p_greater(0.0) < ALPHA:
-                    verb = "raise" if wanted > 0 else "lower"
-                    return f"{arm} did not {verb} {claim.measure} of {student} (p = {effect.p_greater(0.0):.3g})."
+            for arm, by_seed in changes.items():
+                effect = mean_effect(list(by_seed.values())) if by_seed else None
+                p = 0.0 if effect is None else effect.p_greater(0.0) if verb == "raise" else effect.p_less(0.0)
+                if not p < ALPHA:
+                    return f"{arm} did not {verb} {claim.measure} of {student} (p = {p:.3g})."
     return ""
+
+
+def describe_power(config: StudyConfig, earlier: Mapping[str, Any] | None = None) -> list[str]:
+    """Return lines that say what each claim can find.
+
+    Args:
+        config: the study.
+        earlier: the `results.json` of a pilot or of fewer seeds.
+    """
+    seeds, primary = len(config.seeds), sum(claim.primary for claim in config.claims)
+    if not config.claims:
+        return ["no claims are declared: there will be no verdicts"]
+    if seeds < HEADLINE:
+        return [f"no claim gets a verdict with {seeds} seed{'s' * (seeds > 1)}: a verdict needs {HEADLINE}"]
+    lines = [
+        f"power of one-sided tests over {seeds} seeds at {ALPHA:g}, with Holm's method for {primary} primary claims:"
+    ]
+    for claim in config.claims:
+        alpha = ALPHA / max(primary, 1) if claim.primary else ALPHA
+        values = claim_differences(claim, earlier["cells"], earlier["interaction"]) if earlier else []
+        measured = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        lines += [f"  {claim.name}: {line}" for line in _describe_claim(claim, seeds, alpha, measured)]
+    return lines
+
+
+def _describe_claim(claim: ClaimConfig, seeds: int, alpha: float, measured: float | None) -> list[str]:
+    if measured is None and display_scale(claim.measure) != 100:
+        return ["its standard deviation over seeds is unknown without a pilot"]
+    if measured == 0:
+        return ["the seeds of the earlier run agree exactly, so the power cannot be computed"]
+    stddevs, source = (ASSUMED_STDDEVS, "assumed") if measured is None else ((measured,), "measured")
+    return [
+        f"with a standard deviation of {_format_amount(stddev, claim)} ({source}), "
+        f"{_describe_effects(claim, stddev, seeds, alpha)}"
+        for stddev in stddevs
+    ]
+
+
+def _describe_effects(claim: ClaimConfig, stddev: float, seeds: int, alpha: float) -> str:
+    def chance(effect: float) -> str:
+        """Format the power at worst and at best under Holm's method."""
+        chances = [f"{100 * power(effect, stddev, seeds, level):.0f}" for level in sorted({ALPHA, alpha})]
+        return " to ".join(dict.fromkeys(chances)) + " %"
+
+    if claim.margin is not None:
+        return (
+            f"{chance(claim.margin)} to show a change within {_format_amount(claim.margin, claim)} if nothing changes"
+        )
+    least, most = (_format_amount(minimum_detectable_effect(stddev, seeds, level), claim) for level in (ALPHA, alpha))
+    parts = [f"80 % for a change of {least} at best, {most} at worst"]
+    if display_scale(claim.measure) == 100:
+        parts += [f"{chance(change)} for {_format_amount(change, claim)}" for change in (0.01, 0.02)]
+    return ", ".join(parts)
+
+
+def _format_amount(value: float, claim: ClaimConfig) -> str:
+    """Format a value in the unit that the report shows."""
+    shown = f"{display_scale(claim.measure) * value:.3g}"
+    if display_scale(claim.measure) != 100:
+        return f"{shown} of its unit"
+    return f"{shown} point" if shown == "1" else f"{shown} points"

@@ -9,14 +9,20 @@
 | `distinct_2` | distinct token bigrams of the corpus, as a share of all |
 | `compression` | size after zlib at level 9, as a share of the size before |
 
-Student and source score the same documents, chosen by a hash. Values per token depend on the tokenizer.
+Student and source score the same documents, chosen by a hash. Values per token depend on the tokenizer. More of each
+proxy is expected to predict more gain.
+
+Contamination of a corpus by task questions is the 13-gram check of GPT-3 (appendix C of arXiv:2005.14165): a question
+is found if 13 consecutive words of it, in lower case and without punctuation, occur in one document. Shorter questions
+cannot be found and are counted separately.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,48 +33,35 @@ from jax_selftrain.config import ScoreConfig
 from jax_selftrain.corpus import Corpus, open_corpus
 from jax_selftrain.io import atomic
 
-EXPECTED_SIGN = {
-    "loglikelihood_per_token": 1,
-    "loglikelihood_per_byte": 1,
-    "gap_per_byte": 1,
-    "similarity": 1,
-    "semantic_similarity": 1,
-    "distinct_2": 1,
-    "compression": 1,
-}
-"""The proxies, each with 1 (or −1) if more of it is expected to predict more (or less) gain."""
+NGRAM_LENGTH = 13
 
 
-def corpus_proxies(
-    corpus: Path, model: str, score: ScoreConfig, out: Path, *, documents: int, embedding_model: str = ""
-) -> None:
+def corpus_proxies(corpus: Corpus, score: ScoreConfig, out: Path, documents: int, embedding_model: str = "") -> None:
     """Write the proxies of a corpus under a model to `out/proxies.json`.
 
     Args:
-        corpus: the corpus folder.
-        model: the student or the source.
-        score: mesh, preset, dtype and batch of scoring, and the tasks.
+        corpus: the corpus.
+        score: the model (the student or the source), mesh, preset, dtype and batch of scoring, and the tasks.
         out: the folder to write to.
         documents: number of documents.
         embedding_model: model for `evals.embed_texts`; empty: no `semantic_similarity`.
 
     Raises:
-        InputError: the corpus or one of the models cannot be read.
+        InputError: the corpus has another tokenizer, or one of the models cannot be read.
     """
-    opened = open_corpus(corpus, tokenizer_fingerprint=hub.open_model(model).tokenizer_fingerprint)
-    chosen = set(hash_sample(len(opened), documents, 0))
-    samples = [sample for sample in opened.iter_samples() if sample.sample_id in chosen and len(sample.tokens)]
-    loaded = hub.load_model(model, score.mesh, score.dtype, preset=score.preset)
-    requests = [((opened.start_id,), sample.tokens.tolist()) for sample in samples]
+    open_corpus(corpus, tokenizer_fingerprint=hub.open_model(score.model).tokenizer_fingerprint)
+    chosen = set(hash_sample(len(corpus), documents, 0))
+    samples = [sample for sample in corpus.iter_samples() if sample.sample_id in chosen and len(sample.tokens)]
+    loaded = hub.load_model(score.model, score.mesh, score.dtype, preset=score.preset)
+    requests = [((corpus.start_id,), sample.tokens.tolist()) for sample in samples]
     answers = likelihood.loglikelihoods(loaded, requests, batch_tokens=score.batch_tokens)
-    texts = [sample.text for sample in samples]
-    questions = task_questions(score)
+    texts, questions = [sample.text for sample in samples], task_questions(score)
     found = {
         "documents": len(samples),
         "loglikelihood": float(np.sum([answer.loglikelihood for answer in answers])),
         "tokens": sum(answer.tokens for answer in answers),
         "bytes": sum(len(text.encode()) for text in texts),
-        "compression": _compression(texts),
+        "compression": compression(texts),
         "similarity": similarity(texts, questions),
     }
     if embedding_model:
@@ -78,17 +71,17 @@ def corpus_proxies(
     atomic.write_json(out / "proxies.json", found)
 
 
-def cell_proxies(student: Mapping[str, Any], source: Mapping[str, Any], corpus: Corpus) -> dict[str, float | None]:
-    """Return the proxies of a cell from those under student and source."""
-    per_byte = [side["loglikelihood"] / side["bytes"] if side["bytes"] else None for side in (student, source)]
-    gap = None if per_byte[0] is None or per_byte[1] is None else per_byte[0] - per_byte[1]
+def cell_proxies(
+    student: Mapping[str, Any], source: Mapping[str, Any], statistics: Mapping[str, Any]
+) -> dict[str, float | None]:
+    """Return the proxies of a cell from those under student and source, and the statistics of its corpus."""
+    own, others = (side["loglikelihood"] / side["bytes"] if side["bytes"] else None for side in (student, source))
     return {
         "loglikelihood_per_token": student["loglikelihood"] / student["tokens"] if student["tokens"] else None,
-        "loglikelihood_per_byte": per_byte[0],
-        "gap_per_byte": gap,
-        "similarity": student["similarity"],
-        **{name: student[name] for name in ("semantic_similarity",) if name in student},
-        "distinct_2": corpus.manifest["statistics"]["distinct"]["2"],
+        "loglikelihood_per_byte": own,
+        "gap_per_byte": None if own is None or others is None else own - others,
+        **{name: student[name] for name in ("similarity", "semantic_similarity") if name in student},
+        "distinct_2": statistics["distinct"]["2"],
         "compression": student["compression"],
     }
 
@@ -101,8 +94,7 @@ def semantic_similarity(embedder: hub.LoadedModel, texts: Sequence[str], questio
         if not words:
             return None
         means.append(evals.embed_texts(embedder, words).mean(axis=0, dtype=np.float64))
-    one, other = means
-    return float(one @ other / (np.linalg.norm(one) * np.linalg.norm(other)))
+    return _cosine(*means)
 
 
 def task_questions(score: ScoreConfig) -> list[str]:
@@ -114,7 +106,8 @@ def task_questions(score: ScoreConfig) -> list[str]:
     ]
 
 
-def _compression(texts: Sequence[str]) -> float | None:
+def compression(texts: Sequence[str]) -> float | None:
+    """Return the size after zlib at level 9 as a share; None without text."""
     whole = "\n".join(texts).encode()
     return len(zlib.compress(whole, 9)) / len(whole) if whole else None
 
@@ -128,6 +121,10 @@ def similarity(texts: Sequence[str], questions: Sequence[str]) -> float | None:
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\w+|[^\w\s]")
     rows = vectorizer.fit_transform([*texts, *questions])
     one, other = (np.asarray(part.mean(axis=0)).ravel() for part in (rows[: len(texts)], rows[len(texts) :]))
+    return _cosine(one, other)
+
+
+def _cosine(one: np.ndarray, other: np.ndarray) -> float | None:
     size = float(np.linalg.norm(one) * np.linalg.norm(other))
     return float(one @ other) / size if size else None
 
@@ -135,3 +132,18 @@ def similarity(texts: Sequence[str], questions: Sequence[str]) -> float | None:
 def hash_sample(n: int, k: int, seed: int | None) -> list[int]:
     """Choose k of the ids 0 … n−1 by hash."""
     return sorted(range(n), key=lambda i: hashlib.sha256(f"shown in the report {seed} {i}".encode()).digest())[:k]
+
+
+def contaminated_share(texts: Iterable[str], questions: Sequence[str]) -> dict[str, int]:
+    """Count `questions` of 13 words or more, those `found`, those `too_short`."""
+    grams = [set(_ngrams(question)) for question in questions]
+    wanted = set().union(*grams)
+    seen = {gram for text in (texts if wanted else ()) for gram in _ngrams(text) if gram in wanted}
+    long_enough = sum(map(bool, grams))
+    found = sum(not members.isdisjoint(seen) for members in grams)
+    return {"questions": long_enough, "found": found, "too_short": len(grams) - long_enough}
+
+
+def _ngrams(text: str) -> Iterator[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.lower())
+    return (tuple(words[i : i + NGRAM_LENGTH]) for i in range(len(words) - NGRAM_LENGTH + 1))

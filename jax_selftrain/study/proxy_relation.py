@@ -14,6 +14,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ import scipy
 
 from jax_selftrain.io.rng import make_rng
 from jax_selftrain.stats.noninferiority import benjamini_hochberg
+from jax_selftrain.study.measure_names import Cells
 
 ALPHA = 0.05
 MISSING = 0.3
@@ -37,7 +40,6 @@ def judge_relations(
     base_ability: np.ndarray | None = None,
     *,
     self_mask: np.ndarray | None = None,
-    directions: Mapping[str, int] | None = None,
 ) -> list[dict[str, Any]]:
     """Judge the relation of each proxy to the gain.
 
@@ -46,7 +48,6 @@ def judge_relations(
         effects: change of capability in every cell [seeds, students, sources].
         base_ability: ability of each source before training [sources]; None: nothing is partialled out.
         self_mask: cells of a student with its own text, bool [students, sources].
-        directions: by proxy, the expected sign of the relation; default 1.
 
     Returns:
         Per proxy: `correlation`, `p` and `p_adjusted`, `partial` and `p_partial`, `without_own` and its p, the 90 %
@@ -54,37 +55,26 @@ def judge_relations(
         by the proxy, and `random_regret` of a random choice. Undefined numbers are None.
     """
     mean = effects.mean(axis=0)
-    found = []
+    found: list[dict[str, Any]] = []
     for name, values in proxies.items():
-        r, p = _permutation_test(values, mean)
-        partial, p_partial = (r, p) if base_ability is None else _permutation_test(values, mean, base_ability)
-        without, p_without = (
-            (None, None) if self_mask is None else _permutation_test(np.where(self_mask, np.nan, values), mean)
-        )
-        low, high = _interval(r, mean.shape[1])
-        regret, random_regret = _selection_regret(values * (directions or {}).get(name, 1), mean)
-        found.append(
-            {
-                "name": name,
-                "cells": int(np.sum(np.isfinite(values) & np.isfinite(mean))),
-                "sources": mean.shape[1],
-                "correlation": r,
-                "p": p,
-                "partial": partial,
-                "p_partial": p_partial,
-                "without_own": without,
-                "p_without_own": p_without,
-                "low": low,
-                "high": high,
-                "regret": regret,
-                "random_regret": random_regret,
-            }
-        )
+        whole = _permutation_test(values, mean)
+        partial = whole if base_ability is None else _permutation_test(values, mean, base_ability)
+        others = (None, None) if self_mask is None else _permutation_test(np.where(self_mask, np.nan, values), mean)
+        columns = {
+            ("correlation", "p"): whole,
+            ("partial", "p_partial"): partial,
+            ("without_own", "p_without_own"): others,
+            ("low", "high"): _interval(whole[0], mean.shape[1]),
+            ("regret", "random_regret"): _selection_regret(values, mean),
+        }
+        cells = int(np.sum(np.isfinite(values) & np.isfinite(mean)))
+        found.append({"name": name, "cells": cells, "sources": mean.shape[1], "p_adjusted": None})
+        for keys, pair in columns.items():
+            found[-1] |= zip(keys, pair, strict=True)
     testable = [one for one in found if one["p"] is not None]
     for one, adjusted in zip(testable, benjamini_hochberg([one["p"] for one in testable]), strict=True):
         one["p_adjusted"] = adjusted
     for one in found:
-        one.setdefault("p_adjusted", None)
         one["verdict"], one["reason"] = _judge(one)
     return found
 
@@ -117,17 +107,18 @@ def _permutation_test(
     sources = gain.shape[1]
     if sources < 3:
         return None, None
-    whole = np.isfinite(proxy) & np.isfinite(gain)
+    known = np.isfinite(proxy) & np.isfinite(gain)
     orders = _orders(sources)
-    one, rest = _centered_ranks(proxy, whole), _centered_ranks(gain, whole)
-    if strength is not None:
-        held = _centered_ranks(np.broadcast_to(strength, gain.shape), whole)
-        one, rest = _residualize(one, held), _residualize(rest, held)
-        r = _correlation(one, _residualize(np.where(whole, np.moveaxis(rest[:, orders], 1, 0), 0.0), held))
-    elif whole.all():  # ranks move with their sources
-        r = _correlation(one, np.moveaxis(rest[:, orders], 1, 0))
+    if strength is None:
+        permuted = np.moveaxis(gain[:, orders], 1, 0)
+        valid = np.isfinite(proxy) & np.isfinite(permuted)
+        r = _correlation(_centered_ranks(proxy, valid), _centered_ranks(permuted, valid))
     else:
-        r = np.array([_correlate_valid(proxy, gain[:, order]) for order in orders])
+        one, rest, held = (
+            _centered_ranks(np.broadcast_to(values, gain.shape), known) for values in (proxy, gain, strength)
+        )
+        one, rest = _residualize(one, held), _residualize(rest, held)
+        r = _correlation(one, _residualize(np.where(known, np.moveaxis(rest[:, orders], 1, 0), 0.0), held))
     if not np.isfinite(r[0]):
         return None, None
     reached = np.abs(r[np.isfinite(r)]) >= abs(r[0]) - 1e-9
@@ -141,11 +132,6 @@ def _orders(sources: int) -> np.ndarray:
     rng = make_rng("permutations of sources", sources)
     drawn = rng.permuted(np.tile(np.arange(sources), (PERMUTATIONS - 1, 1)), axis=1)
     return np.concatenate([np.arange(sources)[None], drawn])
-
-
-def _correlate_valid(proxy: np.ndarray, gain: np.ndarray) -> float:
-    valid = np.isfinite(proxy) & np.isfinite(gain)
-    return float(_correlation(_centered_ranks(proxy, valid), _centered_ranks(gain, valid)))
 
 
 def _correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -164,12 +150,8 @@ def _residualize(ranks: np.ndarray, held: np.ndarray) -> np.ndarray:
 
 def _centered_ranks(values: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """Return mid-ranks among valid values minus their mean [… sources]; 0 elsewhere."""
-    known = np.where(valid, values, 0.0)
-    below = known[..., None, :] < known[..., :, None]
-    equal = known[..., None, :] == known[..., :, None]
-    ranks = np.sum((below + 0.5 * equal) * valid[..., None, :], axis=-1)
-    count = np.maximum(valid.sum(axis=-1, keepdims=True), 1)
-    return np.where(valid, ranks - np.sum(ranks * valid, axis=-1, keepdims=True) / count, 0.0)
+    ranks = scipy.stats.rankdata(np.where(valid, values, np.inf), axis=-1)
+    return np.where(valid, ranks - (valid.sum(axis=-1, keepdims=True) + 1) / 2, 0.0)
 
 
 def _interval(r: float | None, sources: int) -> tuple[float | None, float | None]:
@@ -204,20 +186,11 @@ def _judge(one: Mapping[str, Any]) -> tuple[str, str]:
     return INCONCLUSIVE, f"{one['sources']} sources are too few for this correlation."
 
 
-def cell_arrays(
-    cells: Sequence[Mapping[str, Any]], students: Sequence[str], sources: Sequence[str], measure: str
-) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """Return proxies, gains by seed, and the mask of self-trained cells."""
-    seeds = list(dict.fromkeys(cell["seed"] for cell in cells))
-    names = list(cells[0]["proxies"])
-    gains = np.full((len(seeds), len(students), len(sources)), np.nan)
-    values = {name: np.full(gains.shape, np.nan) for name in names}
-    for cell in cells:
-        index = seeds.index(cell["seed"]), students.index(cell["student"]), sources.index(cell["source"])
-        if measure in cell["measures"]:
-            gains[index] = cell["measures"][measure]["change"]["value"]
-        for name in names:
-            if cell["proxies"][name] is not None:
-                values[name][index] = cell["proxies"][name]
-    own = np.array([[source == student for source in sources] for student in students])
-    return {name: array.mean(axis=0) for name, array in values.items()}, gains, own
+def cell_array(cells: Cells, students: Sequence[str], sources: Sequence[str], *path: str) -> np.ndarray:
+    """Return a number of every cell [seeds, students, sources], found by its keys; NaN where missing."""
+    found = {(cell["seed"], cell["student"], cell["source"]): reduce(getitem, path, cell) for cell in cells}
+    seeds = dict.fromkeys(cell["seed"] for cell in cells)
+    return np.array(
+        [[[found.get((seed, student, source)) for source in sources] for student in students] for seed in seeds],
+        np.float64,
+    )

@@ -28,7 +28,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -38,30 +37,29 @@ import numpy as np
 from jax_selftrain import hub
 from jax_selftrain.config import ModelConfig, StudyConfig, yaml_io
 from jax_selftrain.config.metadata import Role, fields_with_role
-from jax_selftrain.corpus import Corpus, open_corpus
 from jax_selftrain.evals import ScoreResult, load_score_result
 from jax_selftrain.io import atomic
 from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.models import abstract_params
 from jax_selftrain.stats import estimators
-from jax_selftrain.study.curve_summary import summarize_curve
+from jax_selftrain.stats.noninferiority import benjamini_hochberg
+from jax_selftrain.study import extraction_results, paired_results
+from jax_selftrain.study.dag import Stage
 from jax_selftrain.study.decoupling import judge_decoupling
 from jax_selftrain.study.design import Design, StudyCell
-from jax_selftrain.study.extraction_results import (
-    aa_flip_rate,
-    cell_extraction,
-    decontamination_effect,
-    extraction_measures,
-    fragility,
-    swap_effects,
+from jax_selftrain.study.eval_hooks import summarize_curve
+from jax_selftrain.study.measure_names import (
+    MAIN_EFFECT,
+    Cells,
+    common_measures,
+    group_cells,
+    main_measure,
+    seed_values,
 )
-from jax_selftrain.study.measure_names import MAIN_EFFECT, common_measures, main_measure
-from jax_selftrain.study.ngram_contamination import contaminated_share
-from jax_selftrain.study.paired_results import describe_text, ineligibility_reason, pair_results
+from jax_selftrain.study.paired_results import Pair
 from jax_selftrain.study.preregistration import judge_claims
-from jax_selftrain.study.proxies import EXPECTED_SIGN, cell_proxies, hash_sample, task_questions
-from jax_selftrain.study.proxy_relation import cell_arrays, judge_relations, reliability
-from jax_selftrain.study.task_results import compare_tasks, macro_change
+from jax_selftrain.study.proxies import cell_proxies, contaminated_share, hash_sample, task_questions
+from jax_selftrain.study.proxy_relation import cell_array, judge_relations, reliability
 from jax_selftrain.version import versions
 
 FORMAT = "jax-selftrain results"
@@ -70,8 +68,6 @@ EXAMPLES = 6
 """Samples shown of each corpus."""
 LOG_POINTS = 256
 """Upper bound of the logged training steps of a cell in `results.json`, to within a factor of two."""
-
-PairedChange = Mapping[str, Any]
 
 
 def collect_study(config: StudyConfig, design: Design, post_hoc: Sequence[str] = ()) -> dict[str, Any]:
@@ -85,33 +81,37 @@ def collect_study(config: StudyConfig, design: Design, post_hoc: Sequence[str] =
     Raises:
         InputError: a stage's output is missing or damaged.
     """
-    bases = {name: _load_scores(design.folder(stage)) for name, stage in design.score_base.items()}
-    cells = [_cell(config, design, bases, cell) for cell in design.cells]
+    bases = {name: _load_scores(design, stage) for name, stage in design.score_base.items()}
+    corpora = _describe_corpora(design, task_questions(config.score))
+    cells = [_describe_cell(config, design, bases, corpora, cell) for cell in design.cells]
     crossed = interactions(cells, {name: model.lineage or name for name, model in design.models.items()})
     machine = fields_with_role(StudyConfig, Role.OUTPUT | Role.EXECUTION)
-    options = {name: value for name, value in yaml_io.to_dict(config).items() if name not in machine}
     return {
         "format": FORMAT,
         "version": VERSION,
         "title": config.title or _default_title(design),
-        "config": options,
+        "config": {name: value for name, value in yaml_io.to_dict(config).items() if name not in machine},
         "design": {
-            "models": [_model(model) for model in design.models.values()],
+            "models": [_describe_model(model) for model in design.models.values()],
             "students": list(design.students),
             "sources": list(design.sources),
         },
-        "base_ability": _base_ability(bases),
+        "base_ability": {
+            name: {task: numbers["acc"] for task, numbers in scored.result["tasks"].items() if "acc" in numbers}
+            | {text: numbers["bits_per_byte"] for text, numbers in scored.result["texts"].items()}
+            for name, scored in bases.items()
+        },
         "cells": cells,
         "effects": treatment_effects(cells),
         "interaction": crossed,
         "claims": judge_claims(config, cells, crossed, post_hoc),
-        "swap_effects": swap_effects(design),
-        "decontamination": decontamination_effect(config, cells),
-        "fragility": fragility(cells),
-        "aa_repeats": aa_flip_rate(design),
+        "swap_effects": extraction_results.swap_effects(design),
+        "decontamination": extraction_results.decontamination_effect(config, cells),
+        "fragility": extraction_results.fragility(cells),
+        "aa_repeats": extraction_results.aa_flip_rate(design),
         "decoupling": judge_decoupling(cells, [arm.name for arm in config.arms if arm.kind == "noise"]),
-        "proxies": _proxies(cells, design, bases),
-        "corpora": _corpora(design, task_questions(config.score)),
+        "proxies": _relate_proxies(cells, design, bases),
+        "corpora": corpora,
         "stages": [{"label": stage.label, "key": stage.key} for stage in design.ordered_stages],
         "versions": versions(),
     }
@@ -124,13 +124,13 @@ def _default_title(design: Design) -> str:
     return f"{student}, trained on {'its own text' if source == student else f'text by {source}'}"
 
 
-def _model(model: ModelConfig) -> dict[str, Any]:
+def _describe_model(model: ModelConfig) -> dict[str, Any]:
     opened = hub.open_model(model.model)
-    config, raw = opened.config, opened.raw_config
+    config = opened.config
     return {
         **{key: value for key, value in asdict(model).items() if key != "model"},
-        "family": raw["model_type"],
-        "parameters": sum(prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config))),
+        "family": opened.raw_config["model_type"],
+        "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config))),
         "layers": config.num_layers,
         "width": config.hidden_size,
         "vocabulary": config.vocab_size,
@@ -138,61 +138,106 @@ def _model(model: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _describe_corpora(design: Design, questions: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Describe every training corpus, by the key of its stage."""
+    found: dict[str, dict[str, Any]] = {}
+    for stage in (cell.corpus for cell in design.cells):
+        if stage is None or stage.key in found:
+            continue
+        corpus = design.read_corpus(stage)
+        manifest, seed = corpus.manifest, corpus.manifest["seed"]
+        shown = set(hash_sample(len(corpus), EXAMPLES, seed))
+        found[stage.key] = {
+            "label": stage.label,
+            "samples": len(corpus),
+            "tokens": corpus.n_tokens,
+            "sampling_params": None if seed is None else manifest["policy"],
+            "seed": seed,
+            "statistics": manifest["statistics"],
+            "contamination": contaminated_share(corpus.iter_texts(), questions),
+            "retokenized": manifest.get("retokenized"),
+            "retokenization_mismatches": manifest["retokenization_mismatches"],
+            "examples": [
+                {
+                    "sample_id": sample.sample_id,
+                    "text": sample.text,
+                    "tokens": len(sample.tokens),
+                    "finish_reason": sample.finish_reason,
+                    "logprob": None if math.isnan(sample.logprob) else float(sample.logprob),
+                }
+                for sample in corpus.iter_samples()
+                if sample.sample_id in shown
+            ],
+        }
+    return found
+
+
+def _load_scores(design: Design, stage: Stage) -> ScoreResult:
+    return load_score_result(str(design.folder(stage) / "score.json"))
+
+
 # One cell -------------------------------------------------------------------------------------------------------
 
 
-def _cell(config: StudyConfig, design: Design, bases: Mapping[str, ScoreResult], cell: StudyCell) -> dict[str, Any]:
+def _describe_cell(
+    config: StudyConfig,
+    design: Design,
+    bases: Mapping[str, ScoreResult],
+    corpora: Mapping[str, Mapping[str, Any]],
+    cell: StudyCell,
+) -> dict[str, Any]:
+    pairs = paired_results.pair_results(bases[cell.student], _load_scores(design, cell.score)) if cell.score else {}
+    extracted = extraction_results.cell_extraction(config, design, cell)
+    proxies = [atomic.read_json(design.folder(stage) / "proxies.json") for stage in cell.proxies or ()]
     found: dict[str, Any] = {
         "student": cell.student,
         "treatment": cell.treatment,
         "source": cell.source,
         "seed": cell.seed,
-        "texts": [],
-        "tasks": [],
-        "macro": None,
-        "training": None,
-        "corpus": None if cell.corpus is None else cell.corpus.key,
-        "identical": True,
+        "corpus": cell.corpus and cell.corpus.key,
+        **_compare_tasks([pair for pair in pairs.values() if pair.base.kind != "text"]),
+        "texts": [paired_results.describe_text(pair) for pair in pairs.values() if pair.base.kind == "text"],
+        **extracted,
+        "identical": extracted["identical"] and all(pair.identical() for pair in pairs.values()),
+        "training": cell.train and _describe_training(design.folder(cell.train)),
+        "proxies": None,
     }
-    if cell.score is not None:
-        pairs = pair_results(bases[cell.student], _load_scores(design.folder(cell.score)))
-        found["identical"] &= all(pair.identical() for pair in pairs.values())
-        tasks = [pair for pair in pairs.values() if pair.base.kind != "text"]
-        reasons = [ineligibility_reason(pair) for pair in tasks]
-        compared = zip(compare_tasks(tasks), reasons, strict=True)
-        found["tasks"] = [entry | {"not_eligible": reason or None} for entry, reason in compared]
-        eligible = [pair for pair, reason in zip(tasks, reasons, strict=True) if not reason]
-        found["macro"] = macro_change(eligible) if eligible else None
-        found["texts"] = [describe_text(pair) for pair in pairs.values() if pair.base.kind == "text"]
-    extracted = cell_extraction(config, design, cell)
-    found["identical"] &= extracted.pop("identical")
-    found |= extracted
-    if cell.train is not None:
-        found["training"] = _training(design.folder(cell.train))
-    found["proxies"] = None
-    if cell.proxies is not None and cell.corpus is not None:
-        student, source = (atomic.read_json(design.folder(stage) / "proxies.json") for stage in cell.proxies)
-        found["proxies"] = cell_proxies(student, source, open_corpus(design.folder(cell.corpus)))
-    found["measures"] = cell_measures(found)
-    return found
+    if proxies:
+        found["proxies"] = cell_proxies(*proxies, corpora[found["corpus"]]["statistics"])
+    return found | {"measures": cell_measures(found)}
 
 
-def _training(run: Path) -> dict[str, Any]:
-    description, lines = atomic.read_json(run / "run.json"), _read_records(run / "metrics.jsonl")
+def _compare_tasks(pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Compare each task, and the average over the eligible ones.
+
+    `q` is p after Benjamini and Hochberg's correction over the tasks.
+    """
+    reasons = [paired_results.ineligibility_reason(pair) for pair in pairs]
+    entries = [
+        paired_results.describe_task(pair) | {"not_eligible": reason}
+        for pair, reason in zip(pairs, reasons, strict=True)
+    ]
+    adjusted = benjamini_hochberg([entry["flips"]["mcnemar_p"] for entry in entries])
+    for entry, q in zip(entries, adjusted, strict=True):
+        entry["flips"]["q"] = q
+    eligible = [pair for pair, reason in zip(pairs, reasons, strict=True) if reason is None]
+    return {"tasks": entries, "macro": paired_results.average_tasks(eligible)}
+
+
+def _describe_training(run: Path) -> dict[str, Any]:
+    description = atomic.read_json(run / "run.json")
+    lines, curve = (
+        [row for _, row in read_jsonl(path)] if path.exists() else []
+        for path in (run / "metrics.jsonl", run / "curve.jsonl")
+    )
     logged = lines[:: max(1, len(lines) // LOG_POINTS)]
-    evaluations = description.get("evaluation", {}).get("measured", ())
     return {
         "steps": description["steps"],
         "rows": description["rows"],
         "targets": sum(int(line["tokens"]) for line in lines) if len(lines) == description["steps"] else None,
         "log": {key: [line[key] for line in logged] for key in ("step", "loss", "learning_rate", "grad_norm")},
-        "evaluations": summarize_curve(_read_records(run / "curve.jsonl"), evaluations),
+        "evaluations": summarize_curve(curve, description.get("evaluation", {}).get("measured", ())),
     }
-
-
-def _read_records(path: Path) -> list[dict[str, Any]]:
-    """Read the objects of a JSONL file that may not exist."""
-    return [row for _, row in read_jsonl(path)] if path.exists() else []
 
 
 def cell_measures(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -202,120 +247,74 @@ def cell_measures(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     absent if there are none), `log_odds` the log-odds of the right choice over the same tasks, `task/NAME` and
     `log_odds/NAME` the values of each task, `text/NAME` bits per byte; further those of `extraction_measures`.
     """
-    found: dict[str, dict[str, Any]] = {}
-    if cell["macro"]:
-        found["accuracy"] = cell["macro"]["chance_normalized"]
-        if cell["macro"]["log_odds"]:
-            found["log_odds"] = cell["macro"]["log_odds"]
+    macro = cell["macro"] or {"chance_normalized": None, "log_odds": None}
+    found = {"accuracy": macro["chance_normalized"], "log_odds": macro["log_odds"]}
     found |= {f"task/{task['name']}": task["accuracy"] for task in cell["tasks"]}
-    found |= {f"log_odds/{task['name']}": task["log_odds"] for task in cell["tasks"] if "log_odds" in task}
+    found |= {f"log_odds/{task['name']}": task.get("log_odds") for task in cell["tasks"]}
     found |= {f"text/{text['name']}": text["bits_per_byte"] for text in cell["texts"]}
-    return found | extraction_measures(cell)
+    return {name: measure for name, measure in found.items() if measure} | extraction_results.extraction_measures(cell)
 
 
-# Over seeds -----------------------------------------------------------------------------------------------------
+# Over cells -----------------------------------------------------------------------------------------------------
 
 
-def treatment_effects(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def treatment_effects(cells: Cells) -> list[dict[str, Any]]:
     """Return each measure's change over seeds, by student and treatment."""
-    found = []
-    for student, treatment in dict.fromkeys((cell["student"], cell["treatment"]) for cell in cells):
-        members = [cell for cell in cells if (cell["student"], cell["treatment"]) == (student, treatment)]
-        found.append(
-            {
-                "student": student,
-                "treatment": treatment,
-                "source": members[0]["source"],
-                "seeds": [cell["seed"] for cell in members],
-                "measures": {
-                    name: _seed_effect([cell["measures"][name] for cell in members])
-                    for name in common_measures(members)
-                },
-            }
-        )
-    return found
+    return [
+        {
+            "student": student,
+            "treatment": treatment,
+            "source": members[0]["source"],
+            "seeds": [cell["seed"] for cell in members],
+            "measures": {name: _seed_effect(members, name) for name in common_measures(members)},
+        }
+        for (student, treatment), members in group_cells(cells).items()
+    ]
 
 
-def _seed_effect(parts: Sequence[PairedChange]) -> dict[str, Any]:
-    changes = [part["change"]["value"] for part in parts]
-    single = parts[0]["change"]
+def _seed_effect(members: Cells, name: str) -> dict[str, Any]:
+    first, changes = members[0]["measures"][name], list(seed_values(members, name).values())
     return {
-        "before": parts[0]["before"]["value"],
+        "before": first["before"]["value"],
         "change": asdict(estimators.mean(changes)),
         "seeds": changes,
-        "items": single["n"],
-        "one_pair": [single["low"], single["high"]],
+        "items": first["change"]["n"],
+        "one_pair": [first["change"]["low"], first["change"]["high"]],
     }
 
 
-def interactions(cells: Sequence[Mapping[str, Any]], lineage: Mapping[str, str]) -> dict[str, Any] | None:
+def interactions(cells: Cells, lineage: Mapping[str, str]) -> dict[str, Any] | None:
     """Return home − away of each measure over seeds.
 
     None unless every student has home and away sources.
     """
     matrix = [cell for cell in cells if cell["treatment"] == f"{MAIN_EFFECT}{cell['source']}"]
-    students = list(dict.fromkeys(cell["student"] for cell in matrix))
-    sides = {
-        student: {lineage[cell["source"]] == lineage[student] for cell in matrix if cell["student"] == student}
-        for student in students
-    }
-    if len({lineage[student] for student in students}) < 2 or any(side != {True, False} for side in sides.values()):
+    students, sources, seeds = (list(dict.fromkeys(c[key] for c in matrix)) for key in ("student", "source", "seed"))
+    home = np.array([[lineage[source] == lineage[student] for source in sources] for student in students])
+    if len({lineage[student] for student in students}) < 2 or (home.all(axis=1) | ~home.any(axis=1)).any():
         return None
-    seeds = list(dict.fromkeys(cell["seed"] for cell in matrix))
-
-    def contrast(name: str, seed: int) -> float:
-        differences = []
-        for student in students:
-            own = [cell for cell in matrix if (cell["student"], cell["seed"]) == (student, seed)]
-            home, away = (
-                np.mean(
-                    [
-                        cell["measures"][name]["change"]["value"]
-                        for cell in own
-                        if (lineage[cell["source"]] == lineage[student]) is side
-                    ]
-                )
-                for side in (True, False)
-            )
-            differences.append(home - away)
-        return float(np.mean(differences))
-
-    names = common_measures(matrix)
-    found = {name: [contrast(name, seed) for seed in seeds] for name in names}
-    return {
-        "students": students,
-        "seeds": seeds,
-        "measures": {
-            name: {"contrast": asdict(estimators.mean(values)), "seeds": values} for name, values in found.items()
-        },
-    }
+    measures = {}
+    for name in common_measures(matrix):
+        changes = cell_array(matrix, students, sources, "measures", name, "change", "value")
+        values = [
+            float(np.mean([row[own].mean() - row[~own].mean() for row, own in zip(rows, home, strict=True)]))
+            for rows in changes
+        ]
+        measures[name] = {"contrast": asdict(estimators.mean(values)), "seeds": values}
+    return {"students": students, "seeds": seeds, "measures": measures}
 
 
-# Models and corpora -----------------------------------------------------------------------------------------------
-
-
-def _base_ability(bases: Mapping[str, ScoreResult]) -> dict[str, dict[str, float]]:
-    """Return {model: {task: accuracy, text: bits per byte}} before training."""
-    return {
-        name: {
-            **{task: numbers["acc"] for task, numbers in scored.result["tasks"].items() if "acc" in numbers},
-            **{text: numbers["bits_per_byte"] for text, numbers in scored.result.get("texts", {}).items()},
-        }
-        for name, scored in bases.items()
-    }
-
-
-def _proxies(
-    cells: Sequence[Mapping[str, Any]], design: Design, bases: Mapping[str, ScoreResult]
-) -> dict[str, Any] | None:
+def _relate_proxies(cells: Cells, design: Design, bases: Mapping[str, ScoreResult]) -> dict[str, Any] | None:
     """Relate the proxies of the main cells to the gain."""
     matrix = [cell for cell in cells if cell["proxies"] is not None]
     if not matrix:
         return None
-    measure = main_measure({"cells": matrix})
-    values, gains, own = cell_arrays(matrix, design.students, design.sources, measure)
+    measure, sides = main_measure({"cells": matrix}), (design.students, design.sources)
+    gains = cell_array(matrix, *sides, "measures", measure, "change", "value")
     if measure.startswith("text/"):
         gains = -gains  # fewer bits per byte are a gain
+    proxies = {name: cell_array(matrix, *sides, "proxies", name).mean(axis=0) for name in matrix[0]["proxies"]}
+    own = np.array([[source == student for source in design.sources] for student in design.students])
     tasks = [
         [items.acc.mean() for items in bases[name].items.values() if items.acc is not None]
         for name in design.sources
@@ -324,46 +323,6 @@ def _proxies(
     strength = np.mean(tasks, axis=1) if tasks and tasks[0] else None
     return {
         "measure": measure,
-        "relations": judge_relations(values, gains, strength, self_mask=own, directions=EXPECTED_SIGN),
+        "relations": judge_relations(proxies, gains, strength, self_mask=own),
         "reliability": reliability(gains),
     }
-
-
-def _corpora(design: Design, questions: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Describe every training corpus, by the key of its stage."""
-    found: dict[str, dict[str, Any]] = {}
-    for cell in design.cells:
-        if cell.corpus is not None and cell.corpus.key not in found:
-            corpus = open_corpus(design.folder(cell.corpus))
-            found[cell.corpus.key] = {
-                "label": cell.corpus.label,
-                "samples": len(corpus),
-                "tokens": corpus.n_tokens,
-                "sampling_params": None if corpus.manifest["seed"] is None else corpus.manifest["policy"],
-                "seed": corpus.manifest["seed"],
-                "statistics": corpus.manifest["statistics"],
-                "contamination": contaminated_share(corpus.iter_texts(), questions),
-                "retokenized": corpus.manifest.get("retokenized"),
-                "retokenization_mismatches": corpus.manifest["retokenization_mismatches"],
-                "examples": _examples(corpus),
-            }
-    return found
-
-
-def _examples(corpus: Corpus) -> list[dict[str, Any]]:
-    shown = set(hash_sample(len(corpus), EXAMPLES, corpus.manifest["seed"]))
-    return [
-        {
-            "sample_id": sample.sample_id,
-            "text": sample.text,
-            "tokens": len(sample.tokens),
-            "finish_reason": sample.finish_reason,
-            "logprob": None if math.isnan(sample.logprob) else float(sample.logprob),
-        }
-        for sample in corpus.iter_samples()
-        if sample.sample_id in shown
-    ]
-
-
-def _load_scores(folder: Path) -> ScoreResult:
-    return load_score_result(str(folder / "score.json"))

@@ -18,8 +18,8 @@ import filecmp
 import math
 import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,13 @@ import jax
 
 from jax_selftrain.config import MemorizationConfig, ModelConfig, RunConfig, StudyConfig, yaml_io
 from jax_selftrain.config.metadata import Role
+from jax_selftrain.corpus import open_corpus
 from jax_selftrain.distributed import broadcast_one_to_all
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic, lease
 from jax_selftrain.study.dag import check_processes, is_done, run_all
 from jax_selftrain.study.design import Design, make_design
-from jax_selftrain.study.power_analysis import describe_power
-from jax_selftrain.study.preregistration import freeze_claims
+from jax_selftrain.study.preregistration import describe_power, freeze_claims
 from jax_selftrain.study.results import FORMAT, VERSION, collect_study
 from jax_selftrain.study.validation import check_study
 
@@ -47,8 +47,13 @@ def run(config: RunConfig) -> Path:
     Raises:
         InputError: an option, model or file is missing or does not fit, or the folder has a run with other options.
     """
-    study = one_cell_study(config)
-    _check_same_run(study, Path(config.out) / "config.yaml")
+    study, path = one_cell_study(config), Path(config.out) / "config.yaml"
+    if path.exists():
+        earlier = _identity(yaml_io.load(StudyConfig, path))
+        for name, value in _identity(study).items():
+            if earlier[name] != value:
+                found = f"{path.parent}: contains a run with {name} = {earlier[name]!r}, this one has {value!r}"
+                raise InputError(f"{found}; repeat the earlier options, or choose another --out")
     return run_study(study)
 
 
@@ -67,49 +72,25 @@ def one_cell_study(config: RunConfig) -> StudyConfig:
             f"sample.seed is {config.sample.seed} and train.seed is {config.train.seed}: a run has one seed; set both "
             "to the same number"
         )
-    source = config.source or config.model
-    names = {config.model: Path(config.model).name}
-    if source not in names:
-        name = Path(source).name
-        names[source] = name if name != names[config.model] else f"{name} (source)"
-    stop_ids, start_id = config.sample.stop_ids, config.sample.start_id
-    models = tuple(
-        ModelConfig(
-            name=name,
-            model=ref,
-            stop_ids=stop_ids if ref == source else None,
-            start_id=start_id if ref == source else None,
-        )
-        for ref, name in names.items()
-    )
+    ids: dict[str, Any] = {"stop_ids": config.sample.stop_ids, "start_id": config.sample.start_id}
+    student, source = Path(config.model).name, Path(config.source or config.model).name
+    models = [ModelConfig(student, config.model)]
+    if config.source in ("", config.model):
+        models = [replace(models[0], **ids)]
+    else:
+        source += " (source)" if source == student else ""
+        models.append(ModelConfig(source, config.source, **ids))
     return StudyConfig(
-        out=config.out,
-        title=config.title,
-        models=models,
-        students=(names[config.model],),
-        sources=(names[source],),
+        models=tuple(models),
+        students=(student,),
+        sources=(source,),
         seeds=(config.sample.seed,),
         keep_source_tokens=True,
         sample=replace(config.sample, seed=0, stop_ids=None, start_id=None),
         train=replace(config.train, seed=0),
-        score=config.score,
-        extract=config.extract,
         memorization=MemorizationConfig(aa_repeat=False),
-        mesh=config.mesh,
-        preset=config.preset,
-        dtype=config.dtype,
+        **{name: getattr(config, name) for name in ("out", "title", "score", "extract", "mesh", "preset", "dtype")},
     )
-
-
-def _check_same_run(config: StudyConfig, path: Path) -> None:
-    """Refuse a folder that has a run with other options."""
-    if not path.exists():
-        return
-    earlier = _identity(yaml_io.load(StudyConfig, path))
-    for name, value in _identity(config).items():
-        if earlier[name] != value:
-            found = f"{path.parent}: contains a run with {name} = {earlier[name]!r}, this one has {value!r}"
-            raise InputError(f"{found}; repeat the earlier options, or choose another --out")
 
 
 def _identity(config: StudyConfig) -> dict[str, Any]:
@@ -130,12 +111,13 @@ def run_study(config: StudyConfig) -> Path:
     Raises:
         InputError: an option, model or file is missing or does not fit.
     """
-    check_study(config)
-    design = make_design(config)
+    read_corpus = cache(open_corpus)
+    check_study(config, read_corpus)
+    design = make_design(config, read_corpus)
     check_processes(design.ordered_stages)
     folder = Path(config.out)
     if config.dry_run:
-        print("\n".join([format_plan(design), *describe_power(config, _load_earlier_results(folder))]))
+        print("\n".join([format_plan(design), *describe_power(config, _load_earlier_results(folder / "results.json"))]))
         return folder
     post_hoc = broadcast_one_to_all(lambda: _start(config, folder))
     run_all(design.root, design.ordered_stages)
@@ -161,11 +143,11 @@ def _start(config: StudyConfig, folder: Path) -> list[str]:
 
 def _publish_model(source: Path, target: Path) -> None:
     """Make `target` equal to `source`, by hard links or copies."""
-    files = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
-    if target.is_dir():
-        published = sorted(path.relative_to(target) for path in target.rglob("*") if path.is_file())
-        if published == files and all(filecmp.cmp(source / file, target / file) for file in files):
-            return
+    files, published = (
+        sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file()) for folder in (source, target)
+    )
+    if published == files and all(filecmp.cmp(source / file, target / file) for file in files):
+        return
     with atomic.commit_folder(target, overwrite=True) as folder:
         for file in files:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -175,9 +157,8 @@ def _publish_model(source: Path, target: Path) -> None:
                 shutil.copy2(source / file, folder / file)
 
 
-def _load_earlier_results(folder: Path) -> Mapping[str, Any] | None:
+def _load_earlier_results(path: Path) -> dict[str, Any] | None:
     """Return the results of the study so far, or None."""
-    path = folder / "results.json"
     found = atomic.read_json(path) if path.exists() else None
     if found is not None and (not isinstance(found, dict) or found.get("format") != FORMAT):
         raise InputError(f"{path}: is not the results of a study; choose another --out")

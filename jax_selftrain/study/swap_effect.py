@@ -17,10 +17,8 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import scipy
 
-from jax_selftrain.stats.estimators import Estimate
-from jax_selftrain.stats.standard_errors import CONFIDENCE_LEVEL
+from jax_selftrain.stats.estimators import Effect, Estimate
 
 SEEN, HELD_OUT = "seen", "held_out"
 DESCRIPTIVE = 50
@@ -41,26 +39,24 @@ def swap_effect(outcomes: Sequence[np.ndarray], groups: Sequence[np.ndarray]) ->
     values = [np.asarray(one, np.float64) for one in outcomes]
     total, pairs = 0.0, 0
     influence, is_used = np.zeros(values[0].size), np.zeros(values[0].size, bool)
-    for a, b in itertools.combinations(range(len(values)), 2):
-        only = [(groups[i] == SEEN) & (groups[j] == HELD_OUT) for i, j in ((a, b), (b, a))]
-        if not all(members.any() for members in only):
+    for pair in itertools.combinations(range(len(values)), 2):
+        directions = [
+            ((groups[i] == SEEN) & (groups[j] == HELD_OUT), values[i] - values[j]) for i, j in (pair, pair[::-1])
+        ]
+        if not all(members.any() for members, _ in directions):
             continue
         pairs += 1
-        for members, sign in zip(only, (1.0, -1.0), strict=True):
-            difference = sign * (values[a] - values[b])
+        for members, difference in directions:
             mean = float(difference[members].mean())
             total += mean / 2
             influence += np.where(members, (difference - mean) / members.sum(), 0.0) / 2
             is_used |= members
     if not pairs:
         return None
-    n = int(is_used.sum())
-    value = total / pairs
-    if n < DESCRIPTIVE:
-        return Estimate(value, None, None, n)
-    error = math.sqrt(float(np.sum(influence**2))) / pairs * math.sqrt(n / max(n - 1, 1))
-    half = float(scipy.stats.norm.ppf((1 + CONFIDENCE_LEVEL) / 2)) * error
-    return Estimate(value, value - half, value + half, n)
+    n, value, error = int(is_used.sum()), total / pairs, math.inf
+    if n >= DESCRIPTIVE:
+        error = math.sqrt(float(np.sum(influence**2))) / pairs * math.sqrt(n / (n - 1))
+    return Effect(value, value, error, math.inf, n).estimate()
 
 
 def naive_difference(outcomes: Sequence[np.ndarray], groups: Sequence[np.ndarray]) -> float | None:

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from jax_selftrain import evals, hub, likelihood, sampling, training
-from jax_selftrain.config import ArmConfig, ExtractConfig, StudyConfig, TrainConfig, common_options, yaml_io
+from jax_selftrain.config import ArmConfig, ExtractConfig, StudyConfig, TrainConfig, yaml_io
 from jax_selftrain.config.metadata import Role, applicable_kinds, fields_with_role, shared_overrides
-from jax_selftrain.corpus import open_corpus, parse_mixture
+from jax_selftrain.corpus import Corpus, open_corpus, parse_mixture
 from jax_selftrain.distributed.mesh import make_mesh
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.score import check_positive
 from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.study.eval_hooks import evaluation_hooks, with_default_evals
 from jax_selftrain.study.measure_names import AFTER_RELEARNING, MAIN_EFFECT, UNSEEN
-from jax_selftrain.study.preregistration import check_claims
+from jax_selftrain.study.preregistration import check_claims, refuse_first
+from jax_selftrain.study.stage_factory import stage_options
 
 
-def check_study(config: StudyConfig) -> None:
+def check_study(config: StudyConfig, read_corpus: Callable[[str], Corpus] = open_corpus) -> None:
     """Check the options, files and models of a study; load no weights.
+
+    Args:
+        config: the study.
+        read_corpus: `open_corpus`, or a cache of it.
 
     Raises:
         InputError: something is missing, unknown or does not fit.
@@ -33,6 +37,9 @@ def check_study(config: StudyConfig) -> None:
     yaml_io.require(config)
     if Path(config.out).is_file():
         raise InputError(f"--out {config.out}: is a file; give a folder")
+    models = {model.name: model.model for model in config.models}
+    students = config.students or tuple(models)
+    sources = config.sources or students
     _check_names(config)
     for section in ("sample", "train", "score", "extract"):
         given, default = getattr(config, section), getattr(StudyConfig(), section)
@@ -41,28 +48,26 @@ def check_study(config: StudyConfig) -> None:
                 raise InputError(f"{section}.{name} is set by the study; remove it")
     if not (config.score.tasks or config.score.texts or config.extract.sequences):
         raise InputError("nothing to measure: set score.tasks, score.texts or extract.sequences")
-    students, sources = _members(config)
     if config.train.steps is None and (len(students) > 1 or len(sources) > 1 or len(config.seeds) > 1 or config.arms):
         raise InputError("train.steps is required: all cells of a study are trained for the same number of steps")
     for arm in config.arms:
+        _check_known(f"arms: {arm.name}: students", arm.students, students)
         _check_arm(arm, config)
     _check_memorization(config)
     check_claims(config)
-    _check_files(config)
-    models = {model.name: model.model for model in config.models}
+    score = config.score
+    names = ("batch_tokens", "limit", "text_limit", "text_max_tokens")
+    check_positive(**{name: getattr(score, name) for name in names})
+    evals.paths_by_name(evals.load_tasks(score.tasks, score.limit), evals.load_texts(score.texts, score.text_limit))
     for ref in models.values():
         _ = hub.open_model(ref).fingerprint
     if config.extract.sequences and len({hub.open_model(models[name]).tokenizer_fingerprint for name in students}) > 1:
         _require_text(config.extract.sequences)
+    mixture = [read_corpus(folder) for folder, _ in parse_mixture(config.train.mixture)]
     for name in students:
-        _check_student(config, models[name])
+        _check_student(config, models[name], mixture)
     if not config.dry_run:  # a plan may be made on another machine
         _check_programs(config, [models[name] for name in students], [models[name] for name in sources])
-
-
-def _members(config: StudyConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    students = config.students or tuple(model.name for model in config.models)
-    return students, config.sources or students
 
 
 def _check_names(config: StudyConfig) -> None:
@@ -78,10 +83,13 @@ def _check_names(config: StudyConfig) -> None:
         for value, count in Counter[object](values).items():
             if count > 1:
                 raise InputError(f"{kind} {value!r} is given twice; name each once")
-    for option in ("students", "sources"):
-        _check_known(option, getattr(config, option), names)
-    for option in ("positive_controls", "negative_controls"):
-        _check_known(option, getattr(config, option), arms)
+    for option, known in (
+        ("students", names),
+        ("sources", names),
+        ("positive_controls", arms),
+        ("negative_controls", arms),
+    ):
+        _check_known(option, getattr(config, option), known)
 
 
 def _check_known(option: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -94,29 +102,27 @@ def _check_known(option: str, given: Iterable[str], known: Iterable[str]) -> Non
 
 
 def _check_arm(arm: ArmConfig, config: StudyConfig) -> None:
-    _check_known(f"arms: {arm.name}: students", arm.students, _members(config)[0])
-    if arm.name.startswith(MAIN_EFFECT):
-        raise InputError(f"arms: {arm.name!r}: names of main cells begin with {MAIN_EFFECT!r}; choose another name")
-    if (arm.kind == "text") != bool(arm.text):
-        raise InputError(f"arms: {arm.name}: `text` names the file of an arm of kind `text`, and of no other kind")
-    if arm.kind == "extrapolate" and arm.weight is None:
-        raise InputError(f"arms: {arm.name}: an arm of kind `extrapolate` needs its `weight`")
-    if arm.kind not in ("extrapolate", "noise") and arm.weight is not None:
-        raise InputError(f"arms: {arm.name}: `weight` belongs to arms of kind `extrapolate` and `noise` only")
-    if arm.kind == "noise" and arm.weight is not None and not 0 < arm.weight < math.inf:
-        raise InputError(f"arms: {arm.name}: the weight of noise is {arm.weight}; it must be a positive number")
+    kind, weight = arm.kind, arm.weight
+    needs_sequences = kind in ("decontaminated", "size_matched")
+    positive = weight is None or 0 < weight < math.inf
+    problems = {
+        f"names of main cells begin with {MAIN_EFFECT!r}; choose another name": arm.name.startswith(MAIN_EFFECT),
+        "`text` names the file of an arm of kind `text`, and of no other kind": (kind == "text") != bool(arm.text),
+        "an arm of kind `extrapolate` needs its `weight`": kind == "extrapolate" and weight is None,
+        "`weight` belongs to arms of kind `extrapolate` and `noise` only": weight is not None
+        and kind not in ("extrapolate", "noise"),
+        f"the weight of noise is {weight}; it must be a positive number": kind == "noise" and not positive,
+        f"kind `{kind}` needs extract.sequences; half of the sequences are held out": needs_sequences
+        and not config.extract.sequences,
+        f"generations is {arm.generations}; it must be at least 1": arm.generations < 1,
+    }
     for field in fields(arm):
         kinds = applicable_kinds(ArmConfig, field.name)
-        if kinds and arm.kind not in kinds and getattr(arm, field.name) != field.default:
-            raise InputError(
-                f"arms: {arm.name}: `{field.name}` does not apply to an arm of kind `{arm.kind}`; remove it"
-            )
-    if arm.kind in ("decontaminated", "size_matched") and not config.extract.sequences:
-        raise InputError(
-            f"arms: {arm.name}: kind `{arm.kind}` needs extract.sequences; half of the sequences are held out"
+        is_set = getattr(arm, field.name) != field.default
+        problems[f"`{field.name}` does not apply to an arm of kind `{kind}`; remove it"] = (
+            is_set and kinds is not None and kind not in kinds
         )
-    if arm.generations < 1:
-        raise InputError(f"arms: {arm.name}: generations is {arm.generations}; it must be at least 1")
+    refuse_first(f"arms: {arm.name}", problems)
 
 
 def _check_memorization(config: StudyConfig) -> None:
@@ -141,17 +147,6 @@ def _check_memorization(config: StudyConfig) -> None:
         raise InputError(f"memorization.relearn_corpus {options.relearn_corpus}: no such file")
 
 
-def _check_files(config: StudyConfig) -> None:
-    score = config.score
-    check_positive(
-        batch_tokens=score.batch_tokens,
-        limit=score.limit,
-        text_limit=score.text_limit,
-        text_max_tokens=score.text_max_tokens,
-    )
-    evals.paths_by_name(evals.load_tasks(score.tasks, score.limit), evals.load_texts(score.texts, score.text_limit))
-
-
 def _require_text(sequences: str) -> None:
     """Refuse token ids, which are different texts to students with different tokenizers."""
     path = Path(sequences)
@@ -163,37 +158,33 @@ def _require_text(sequences: str) -> None:
         )
 
 
-def _check_student(config: StudyConfig, model: str) -> None:
+def _check_student(config: StudyConfig, model: str, mixture: Iterable[Corpus]) -> None:
     """Check a student's training and extraction."""
-    options: TrainConfig = _fill_in(config, "train", model)
-    decoder = hub.open_model(model).config
-    if options.seq_len > decoder.max_positions:
+    options, opened = _train_options(config, model), hub.open_model(model)
+    if options.seq_len > opened.config.max_positions:
         raise InputError(
-            f"train.seq_len {options.seq_len}: {model} has only {decoder.max_positions} positions; shorten the rows"
+            f"train.seq_len {options.seq_len}: {model} has only {opened.config.max_positions} positions; shorten it"
         )
-    options = with_default_evals(options, config.score, config.extract)
-    training.check_train_config(options)
-    for folder, _ in parse_mixture(options.mixture):
-        open_corpus(folder, tokenizer_fingerprint=hub.open_model(model).tokenizer_fingerprint)
+    training.check_ranges(options)
+    for corpus in mixture:
+        open_corpus(corpus, tokenizer_fingerprint=opened.tokenizer_fingerprint)
     training.check_hooks(options, evaluation_hooks(options))
+    training.check_tracking(options.wandb)
     if config.extract.sequences:
-        evals.load_extraction_sets(_fill_in(config, "extract", model))
+        evals.load_extraction_sets(stage_options(config, config.extract, model))
 
 
-def _check_programs(config: StudyConfig, students: Sequence[str], sources: Sequence[str]) -> None:
+def _check_programs(config: StudyConfig, students: Iterable[str], sources: Iterable[str]) -> None:
     """Check that programs fit the meshes of this machine."""
     for model in sources:
-        options = _fill_in(config, "sample", model)
-        sampling.abstract_program(options, make_mesh(options.mesh, devices=jax.local_devices()))
+        sampled = stage_options(config, config.sample, model)
+        sampling.abstract_program(sampled, make_mesh(sampled.mesh, devices=jax.local_devices()))
     for model in students:
-        options = with_default_evals(_fill_in(config, "train", model), config.score, config.extract)
-        training.abstract_train_step(options, make_mesh(options.mesh))
-        if config.score.tasks or config.score.texts:
-            options = _fill_in(config, "score", model)
-            likelihood.scoring_program(options, make_mesh(options.mesh))
+        trained, scored = _train_options(config, model), stage_options(config, config.score, model)
+        training.abstract_train_step(trained, make_mesh(trained.mesh))
+        if scored.tasks or scored.texts:
+            likelihood.scoring_program(scored, make_mesh(scored.mesh))
 
 
-def _fill_in(config: StudyConfig, section: str, model: str) -> Any:
-    """Return a section's options with the model, mesh and dtype filled in."""
-    options = getattr(config, section)
-    return replace(options, model=model, **common_options(config, options))
+def _train_options(config: StudyConfig, model: str) -> TrainConfig:
+    return with_default_evals(stage_options(config, config.train, model), config.score, config.extract)

@@ -54,8 +54,10 @@ GOLDEN = {
 
 
 @pytest.fixture
-def factory(tiny_model: Callable[..., Path], tmp_path: Path) -> Callable[..., StageFactory]:
-    """`factory(environment)`: stages of a study with files of fixed content."""
+def factory(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., StageFactory]:
+    """`factory(environment)`: stages of a study with files of fixed content, in an environment."""
     for name, row in (
         ("tasks", {"context": "a", "choices": [" b", " c"], "answer": 0}),
         ("texts", {"text": "A text."}),
@@ -73,7 +75,8 @@ def factory(tiny_model: Callable[..., Path], tmp_path: Path) -> Callable[..., St
     )
 
     def make(environment: Mapping[str, Any] = ENVIRONMENT) -> StageFactory:
-        return StageFactory(config, environment)
+        monkeypatch.setattr(dag, "numerical_environment", lambda: environment)
+        return StageFactory(config)
 
     return make
 
@@ -93,12 +96,12 @@ def all_stages(stages: StageFactory) -> dict[str, Stage]:
         stages.decontaminate(base, corpus, 100, size_matched=False),
         stages.decontaminate(base, corpus, 100, size_matched=True),
         student.fingerprint,
-        stages.add_noise(base, student, ArmConfig(), 100).fingerprint,
-        stages.merge(base, student, ArmConfig(weight=-1.0)).fingerprint,
+        stages.change_weights(base, student, ArmConfig(kind="noise"), 100).fingerprint,
+        stages.change_weights(base, student, ArmConfig(kind="extrapolate", weight=-1.0), 100).fingerprint,
         stages.score(student),
         stages.extract(student, corpus, base),
         stages.continue_unseen_text(base),
-        stages.measure_proxies(base, base, corpus, 100)[0],
+        stages.measure_proxies(base, corpus),
     ]
     return {stage.command: stage for stage in found if isinstance(stage, Stage)}
 
@@ -109,8 +112,11 @@ def test_the_keys_are_those_of_the_last_version(factory: Callable[..., StageFact
 
 @pytest.mark.parametrize("name", ENVIRONMENT)
 def test_every_part_of_the_environment_changes_every_key(factory: Callable[..., StageFactory], name: str) -> None:
-    before, after = all_stages(factory()), all_stages(factory(ENVIRONMENT | {name: "another"}))
-    assert all(before[command].key != after[command].key for command in before)
+    before, after = (
+        {command: stage.key for command, stage in all_stages(factory(environment)).items()}
+        for environment in (ENVIRONMENT, ENVIRONMENT | {name: "another"})
+    )
+    assert all(before[command] != after[command] for command in before)
 
 
 def test_the_format_version_changes_every_key(
@@ -123,7 +129,7 @@ def test_the_format_version_changes_every_key(
 
 
 def test_command_identity_and_inputs_change_the_key() -> None:
-    stage = Stage("sample", "label", {"seed": 0}, {"model": "f"}, print, environment=ENVIRONMENT)
+    stage = Stage("sample", "label", {"seed": 0}, {"model": "f"}, print)
     changes: tuple[dict[str, Any], ...] = (
         {"command": "train"}, {"identity": {"seed": 1}}, {"inputs": {"model": "g"}}, {"inputs": {"model": stage}}
     )  # fmt: skip
