@@ -1,13 +1,8 @@
 """`compare`: paired comparison of scored models, for one pair or several seeds.
 
-The result separates two kinds of statement:
-
-* `pairs`: a base and its student, over documents. It speaks of one pair of checkpoints: where the seeds of a recipe
-  differ by 0.5 or 1 point, McNemar's test calls 12 or 29 % of pairs significant although the recipe does nothing.
-* `recipe`: the differences of all pairs, over seeds, by Student's t. Only this speaks of a recipe.
-
-A verdict applies the rule of `stats.noninferiority` to a margin that was declared in advance. A comparison of the same
-models under another declaration is marked post hoc.
+The result separates statements about one pair of checkpoints, over documents (`pairs`), and about a recipe, over seeds
+(`recipe`). A verdict applies the rule of `stats.noninferiority` to a margin that was declared in advance. A comparison
+of the same models under another declaration is marked post hoc.
 """
 
 from __future__ import annotations

@@ -108,8 +108,7 @@ class Stage:
 def is_done(root: Path, stage: Stage) -> bool:
     """Return True if the stage is finished.
 
-    Raises:
-        InputError: the record is damaged, or the stage's folder is missing.
+    Raises InputError if the record is damaged, or the stage's folder is missing.
     """
     path = root / f"{stage.name}.json"
     if not path.exists():

@@ -32,9 +32,7 @@ ROUNDING = 1e-12
 def judge_decoupling(cells: Cells, controls: Sequence[str]) -> list[dict[str, Any]]:
     """Judge every student and treatment: verdict, reason and three differences.
 
-    Args:
-        cells: `cells` of `results.json`.
-        controls: names of the arms of kind `noise`.
+    `controls` names the arms of kind `noise`.
     """
     found = []
     for (student, treatment), members in group_cells(cells).items():

@@ -83,12 +83,7 @@ class Design:
 def make_design(config: StudyConfig, read_corpus: Callable[[str], Corpus] | None = None) -> Design:
     """Make all cells of a study.
 
-    Args:
-        config: the study.
-        read_corpus: a cache of `open_corpus`; None: a new one.
-
-    Raises:
-        InputError: a model does not exist, or options conflict.
+    `read_corpus` is a cache of `open_corpus`. Raises InputError if a model does not exist, or options conflict.
     """
     stages = StageFactory(config, read_corpus)
     models = {model.name: model for model in config.models}

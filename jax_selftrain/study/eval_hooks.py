@@ -69,25 +69,16 @@ def evaluation_hooks(config: TrainConfig) -> list[Hook]:
             found[f"{name}/pz"] = float(np.exp(forced["logprob"]).mean())
         return found
 
-    measured: dict[str, dict[str, Any]] = {
-        "texts": {text.name: {"n": len(text.documents), "fingerprint": hash_json(text.documents)} for text in texts},
-        "tasks": {
-            task.name: {
-                "n": len(task.questions),
-                "fingerprint": hash_json([task.kind, *map(asdict, task.questions)]),
-            }
-            for task in tasks
-        },
-        "sequences": {
-            name: {
-                "n": len(rows),
-                "prefix": config.eval_prefix,
-                "suffix": config.eval_suffix,
-                "fingerprint": hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest(),
-            }
-            for name, rows in sequences.items()
-        },
-    }
+    measured: dict[str, dict[str, Any]] = {kind: {} for kind in METRICS.values()}
+    for text in texts:
+        measured["texts"][text.name] = {"n": len(text.documents), "fingerprint": hash_json(text.documents)}
+    for task in tasks:
+        fingerprint = hash_json([task.kind, *map(asdict, task.questions)])
+        measured["tasks"][task.name] = {"n": len(task.questions), "fingerprint": fingerprint}
+    for name, rows in sequences.items():
+        fingerprint = hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest()
+        lengths = {"prefix": config.eval_prefix, "suffix": config.eval_suffix}
+        measured["sequences"][name] = {"n": len(rows), **lengths, "fingerprint": fingerprint}
     names = tuple(f"{name}/{metric}" for metric, kind in METRICS.items() for name in measured[kind])
     return [Hook(measure, every=config.eval_every, run_at_start_and_end=True, metric_names=names, measured=measured)]
 
@@ -110,11 +101,7 @@ def with_default_evals(train: TrainConfig, score: ScoreConfig, extract: ExtractC
 def summarize_curve(
     curve: Sequence[Mapping[str, float]], measured: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any] | None:
-    """Summarize the evaluations of a run for `results.json`; None if there were none.
-
-    Args:
-        curve: the lines of `curve.jsonl`.
-        measured: `evaluation.measured` of `run.json`.
+    """Summarize `curve.jsonl` and `evaluation.measured` of `run.json`; None without lines.
 
     Returns:
         `step`, and `measures`: each with `name`, `n` (documents, questions or sequences) and `values`, one a step.

@@ -126,7 +126,7 @@ def cell_extraction(config: StudyConfig, design: Design, cell: StudyCell) -> dic
     if cell.extract is None:
         return {"extraction": None, "probes": {}, "fragility": None, "identical": True}
     before, after = _read_pair(design, design.extract_base[cell.student], cell.extract)
-    labels = {name: after[name] for name in ("overlap", "class") if name in after}
+    labels: Arrays = {name: after[name] for name in ("overlap", "class") if name in after}
     if any(arm.kind == "decontaminated" for arm in config.arms):
         labels[HELD_OUT] = evals.held_out_half(evals.sequences_fingerprint(config.extract.sequences), before["index"])
     window, groups = evals.make_window(config.extract), duplicate_groups(config.extract, before["sequence"].size)

@@ -46,11 +46,7 @@ def main_measure(results: Mapping[str, Any]) -> str:
 
 
 def reference_text(levels: Mapping[str, float]) -> str | None:
-    """Return the text that a base predicts best, for measuring damage.
-
-    Args:
-        levels: the base's level by measure.
-    """
+    """Return the text with the lowest level under a base, for measuring damage."""
     return min((name for name in levels if name.startswith("text/")), key=lambda name: levels[name], default=None)
 
 

@@ -16,6 +16,7 @@ from jax_selftrain.evals.item_results import ItemResults, ScoreResult, Split
 from jax_selftrain.stats import estimators
 from jax_selftrain.stats.estimators import Estimate
 from jax_selftrain.stats.standard_errors import mean_and_stderr, ratio_and_stderr
+from jax_selftrain.study.preregistration import refuse_first
 
 OptionalArray = np.ndarray | None
 Interval = Callable[[np.ndarray, OptionalArray, OptionalArray], Estimate]
@@ -79,22 +80,17 @@ def pair_results(base: ScoreResult, student: ScoreResult) -> dict[str, Pair]:
                 )
     pairs = {name: Pair(items, student.items[name]) for name, items in base.items.items()}
     for name, (before, after) in pairs.items():
-        files = [scored.result["fingerprints"]["files"][name] for scored in (base, student)]
-        if files[0] != files[1]:
-            raise InputError(
-                f"{where}: {name} differs ({files[0][:8]}… and {files[1][:8]}…); score both on the same file"
-            )
-        if before.count != after.count:
-            raise InputError(
-                f"{where}: {name} has {before.count:,} and {after.count:,} documents; score both with the same limit"
-            )
-        if not np.array_equal(before.item_hash, after.item_hash) or before.kind != after.kind:
-            raise InputError(f"{where}: {name} has different questions although its file is the same; score both again")
-        if not np.array_equal(before.bytes, after.bytes):
-            raise InputError(
-                f"{where}: different parts of {name} were scored; score both with the same --text-max-tokens, "
-                "or without it if their tokenizers differ"
-            )
+        old, new = (scored.result["fingerprints"]["files"][name] for scored in (base, student))
+        counts = f"{before.count:,} and {after.count:,}"
+        same_items = np.array_equal(before.item_hash, after.item_hash) and before.kind == after.kind
+        problems = {
+            f"{name} differs ({old[:8]}… and {new[:8]}…); score both on the same file": old != new,
+            f"{name} has {counts} documents; score both with the same limit": before.count != after.count,
+            f"{name} has different questions although its file is the same; score both again": not same_items,
+            f"different parts of {name} were scored; score both with the same --text-max-tokens, or without it if "
+            "their tokenizers differ": not np.array_equal(before.bytes, after.bytes),
+        }
+        refuse_first(where, problems)
     return pairs
 
 

@@ -53,19 +53,23 @@ def check_claims(config: StudyConfig) -> None:
     for claim in config.claims:
         if not claim.name or names.count(claim.name) > 1:
             raise InputError("claims: each needs a unique `name`")
-        crossed, preserves = claim.treatment == INTERACTION, claim.direction == "preserves"
-        margin = claim.margin
+        crossed, preserves, margin = claim.treatment == INTERACTION, claim.direction == "preserves", claim.margin
+        contrasts = bool(claim.comparator or preserves)
         problems = {
             f"`treatment` is required: an arm, `source NAME`, or `{INTERACTION}`": not claim.treatment,
             f"`student` is required, except for `{INTERACTION}`, which has none": crossed == bool(claim.student),
-            "the interaction is a contrast; it has no `comparator` and no margin": crossed
-            and bool(claim.comparator or preserves),
+            "the interaction is a contrast; it has no `comparator` and no margin": crossed and contrasts,
             "`margin` is required for direction `preserves`, and for no other": preserves != (margin is not None),
-            f"the margin is {margin}; it must be a positive number": margin is not None and not 0 < margin < math.inf,
+            f"the margin is {margin}; it must be a positive number": not is_positive(margin),
         }
         refuse_first(f"claims: {claim.name}", problems)
     if sum(claim.primary for claim in config.claims) > PRIMARY_FAMILY:
         raise InputError(f"claims: at most {PRIMARY_FAMILY} can be primary; set `primary: false` for the others")
+
+
+def is_positive(value: float | None) -> bool:
+    """Return True for a positive finite number, and for None."""
+    return value is None or 0 < value < math.inf
 
 
 def refuse_first(where: str, problems: Mapping[str, bool]) -> None:
@@ -78,10 +82,8 @@ def refuse_first(where: str, problems: Mapping[str, bool]) -> None:
 def freeze_claims(folder: Path, claims: Sequence[ClaimConfig]) -> list[str]:
     """Freeze the first run's claims; return the names of post hoc claims.
 
-    A study that started without claims has frozen an empty list.
-
-    Raises:
-        InputError: the frozen claims were changed, or another version wrote them.
+    A study that started without claims has frozen an empty list. Raises InputError if the frozen claims were changed,
+    or another version wrote them.
     """
     path = folder / "claims.json"
     now = [yaml_io.to_dict(claim) for claim in claims]
@@ -197,9 +199,7 @@ def _assay_failed(config: StudyConfig, claim: ClaimConfig, cells: Cells) -> str:
 def describe_power(config: StudyConfig, earlier: Mapping[str, Any] | None = None) -> list[str]:
     """Return lines that say what each claim can find.
 
-    Args:
-        config: the study.
-        earlier: the `results.json` of a pilot or of fewer seeds.
+    `earlier` is the `results.json` of a pilot or of fewer seeds.
     """
     seeds, primary = len(config.seeds), sum(claim.primary for claim in config.claims)
     if not config.claims:

@@ -39,15 +39,8 @@ NGRAM_LENGTH = 13
 def corpus_proxies(corpus: Corpus, score: ScoreConfig, out: Path, documents: int, embedding_model: str = "") -> None:
     """Write the proxies of a corpus under a model to `out/proxies.json`.
 
-    Args:
-        corpus: the corpus.
-        score: the model (the student or the source), mesh, preset, dtype and batch of scoring, and the tasks.
-        out: the folder to write to.
-        documents: number of documents.
-        embedding_model: model for `evals.embed_texts`; empty: no `semantic_similarity`.
-
-    Raises:
-        InputError: the corpus has another tokenizer, or one of the models cannot be read.
+    `score` names the model (the student or the source) and the tasks. Without an embedding model, there is no
+    `semantic_similarity`. Raises InputError if the corpus has another tokenizer, or a model cannot be read.
     """
     open_corpus(corpus, tokenizer_fingerprint=hub.open_model(score.model).tokenizer_fingerprint)
     chosen = set(hash_sample(len(corpus), documents, 0))

@@ -89,8 +89,7 @@ def reliability(gains: np.ndarray) -> float | None:
         The reliability, from the mean correlation between seeds of gains centered within students. None for one seed
         or constant gains.
     """
-    centered = gains - gains.mean(axis=2, keepdims=True)
-    flat = centered.reshape(len(gains), -1)
+    flat = (gains - gains.mean(axis=2, keepdims=True)).reshape(len(gains), -1)
     if len(flat) < 2 or not np.all(flat.std(axis=1) > 0):
         return None
     between = np.corrcoef(flat)[np.triu_indices(len(flat), 1)].mean()
@@ -165,13 +164,12 @@ def _interval(r: float | None, sources: int) -> tuple[float | None, float | None
 
 def _selection_regret(promise: np.ndarray, gain: np.ndarray) -> tuple[float | None, float | None]:
     """Return the mean regret of choosing by the proxy, and at random."""
-    regrets, random = [], []
-    for promised, gained in zip(promise, gain, strict=True):
-        known = np.isfinite(promised) & np.isfinite(gained)
-        if known.any():
-            regrets.append(gained[known].max() - gained[known][np.argmax(promised[known])])
-            random.append(gained[known].max() - gained[known].mean())
-    return (float(np.mean(regrets)), float(np.mean(random))) if regrets else (None, None)
+    known = np.isfinite(promise) & np.isfinite(gain)
+    rows = [(p[members], g[members]) for p, g, members in zip(promise, gain, known, strict=True) if members.any()]
+    if not rows:
+        return None, None
+    regret, random = zip(*((g.max() - g[np.argmax(p)], g.max() - g.mean()) for p, g in rows), strict=True)
+    return float(np.mean(regret)), float(np.mean(random))
 
 
 def _judge(one: Mapping[str, Any]) -> tuple[str, str]:

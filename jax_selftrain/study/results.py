@@ -71,15 +71,10 @@ LOG_POINTS = 256
 
 
 def collect_study(config: StudyConfig, design: Design, post_hoc: Sequence[str] = ()) -> dict[str, Any]:
-    """Collect the results of all stages of a study.
+    """Collect the results of all stages of a study, which are done.
 
-    Args:
-        config: the study.
-        design: its cells, whose stages are done.
-        post_hoc: names of claims that were not declared at the first run.
-
-    Raises:
-        InputError: a stage's output is missing or damaged.
+    `post_hoc` names claims that were not declared at the first run. Raises InputError if a stage's output is missing or
+    damaged.
     """
     bases = {name: _load_scores(design, stage) for name, stage in design.score_base.items()}
     corpora = _describe_corpora(design, task_questions(config.score))
@@ -188,7 +183,6 @@ def _describe_cell(
 ) -> dict[str, Any]:
     pairs = paired_results.pair_results(bases[cell.student], _load_scores(design, cell.score)) if cell.score else {}
     extracted = extraction_results.cell_extraction(config, design, cell)
-    proxies = [atomic.read_json(design.folder(stage) / "proxies.json") for stage in cell.proxies or ()]
     found: dict[str, Any] = {
         "student": cell.student,
         "treatment": cell.treatment,
@@ -202,8 +196,9 @@ def _describe_cell(
         "training": cell.train and _describe_training(design.folder(cell.train)),
         "proxies": None,
     }
-    if proxies:
-        found["proxies"] = cell_proxies(*proxies, corpora[found["corpus"]]["statistics"])
+    if cell.proxies:
+        student, source = (atomic.read_json(design.folder(stage) / "proxies.json") for stage in cell.proxies)
+        found["proxies"] = cell_proxies(student, source, corpora[found["corpus"]]["statistics"])
     return found | {"measures": cell_measures(found)}
 
 

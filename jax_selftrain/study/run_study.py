@@ -61,10 +61,7 @@ def one_cell_study(config: RunConfig) -> StudyConfig:
     """Translate a run into a study with one cell.
 
     The student is trained on the sampled tokens if it has the source's tokenizer. Unset `train.steps` is one pass over
-    the corpus.
-
-    Raises:
-        InputError: an option is missing, or the seeds of sampling and training differ.
+    the corpus. Raises InputError if an option is missing, or the seeds of sampling and training differ.
     """
     yaml_io.require(config)
     if config.sample.seed != config.train.seed:

@@ -277,7 +277,7 @@ class StageFactory:
     def extract_in_format(self, model: StudyModel, form: PromptFormat) -> Stage:
         """Extract the study's sequences in another format."""
         window = evals.make_window(self._probe)
-        changes = {"protocol": None, "prefix": window.prefix, "suffix": window.suffix}
+        changes: dict[str, Any] = {"protocol": None, "prefix": window.prefix, "suffix": window.suffix}
         changes |= shared_overrides(form, ExtractConfig)
         return self._extract(model, self._probe, f"extract from {model.label}, {form.name}", **changes)
 
@@ -285,7 +285,10 @@ class StageFactory:
         """Extract again with another batch size and with another dtype."""
         other = "bfloat16" if (self.config.dtype or self._probe.dtype) == "float32" else "float32"
         tokens = _SMALL_BATCH * (evals.make_window(self._probe).length + 1)
-        repeats = {f"batch of {_SMALL_BATCH} rows": {"batch_tokens": tokens}, other: {"dtype": other}}
+        repeats: dict[str, dict[str, Any]] = {
+            f"batch of {_SMALL_BATCH} rows": {"batch_tokens": tokens},
+            other: {"dtype": other},
+        }
         return {
             name: self._extract(model, self._probe, f"extract from {model.label}, {name}", {"aa_repeat": name}, **one)
             for name, one in repeats.items()

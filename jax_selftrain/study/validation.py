@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -20,19 +19,14 @@ from jax_selftrain.evals.score import check_positive
 from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.study.eval_hooks import evaluation_hooks, with_default_evals
 from jax_selftrain.study.measure_names import AFTER_RELEARNING, MAIN_EFFECT, UNSEEN
-from jax_selftrain.study.preregistration import check_claims, refuse_first
+from jax_selftrain.study.preregistration import check_claims, is_positive, refuse_first
 from jax_selftrain.study.stage_factory import stage_options
 
 
 def check_study(config: StudyConfig, read_corpus: Callable[[str], Corpus] = open_corpus) -> None:
     """Check the options, files and models of a study; load no weights.
 
-    Args:
-        config: the study.
-        read_corpus: `open_corpus`, or a cache of it.
-
-    Raises:
-        InputError: something is missing, unknown or does not fit.
+    `read_corpus` is a cache of `open_corpus`. Raises InputError if something is missing, unknown or does not fit.
     """
     yaml_io.require(config)
     if Path(config.out).is_file():
@@ -56,8 +50,8 @@ def check_study(config: StudyConfig, read_corpus: Callable[[str], Corpus] = open
     _check_memorization(config)
     check_claims(config)
     score = config.score
-    names = ("batch_tokens", "limit", "text_limit", "text_max_tokens")
-    check_positive(**{name: getattr(score, name) for name in names})
+    check_positive(batch_tokens=score.batch_tokens, limit=score.limit)
+    check_positive(text_limit=score.text_limit, text_max_tokens=score.text_max_tokens)
     evals.paths_by_name(evals.load_tasks(score.tasks, score.limit), evals.load_texts(score.texts, score.text_limit))
     for ref in models.values():
         _ = hub.open_model(ref).fingerprint
@@ -83,17 +77,12 @@ def _check_names(config: StudyConfig) -> None:
         for value, count in Counter[object](values).items():
             if count > 1:
                 raise InputError(f"{kind} {value!r} is given twice; name each once")
-    for option, known in (
-        ("students", names),
-        ("sources", names),
-        ("positive_controls", arms),
-        ("negative_controls", arms),
-    ):
-        _check_known(option, getattr(config, option), known)
+    known = {"students": names, "sources": names, "positive_controls": arms, "negative_controls": arms}
+    for option, values in known.items():
+        _check_known(option, getattr(config, option), values)
 
 
-def _check_known(option: str, given: Iterable[str], known: Iterable[str]) -> None:
-    known = list(known)
+def _check_known(option: str, given: Iterable[str], known: Sequence[str]) -> None:
     for name in given:
         if name not in known:
             raise InputError(
@@ -103,25 +92,20 @@ def _check_known(option: str, given: Iterable[str], known: Iterable[str]) -> Non
 
 def _check_arm(arm: ArmConfig, config: StudyConfig) -> None:
     kind, weight = arm.kind, arm.weight
-    needs_sequences = kind in ("decontaminated", "size_matched")
-    positive = weight is None or 0 < weight < math.inf
+    uses_weight, halves = kind in ("extrapolate", "noise"), kind in ("decontaminated", "size_matched")
     problems = {
         f"names of main cells begin with {MAIN_EFFECT!r}; choose another name": arm.name.startswith(MAIN_EFFECT),
         "`text` names the file of an arm of kind `text`, and of no other kind": (kind == "text") != bool(arm.text),
         "an arm of kind `extrapolate` needs its `weight`": kind == "extrapolate" and weight is None,
-        "`weight` belongs to arms of kind `extrapolate` and `noise` only": weight is not None
-        and kind not in ("extrapolate", "noise"),
-        f"the weight of noise is {weight}; it must be a positive number": kind == "noise" and not positive,
-        f"kind `{kind}` needs extract.sequences; half of the sequences are held out": needs_sequences
-        and not config.extract.sequences,
+        "`weight` belongs to arms of kind `extrapolate` and `noise` only": weight is not None and not uses_weight,
+        f"the weight of noise is {weight}; it must be a positive number": kind == "noise" and not is_positive(weight),
+        f"kind `{kind}` needs extract.sequences; half of them are held out": halves and not config.extract.sequences,
         f"generations is {arm.generations}; it must be at least 1": arm.generations < 1,
     }
     for field in fields(arm):
-        kinds = applicable_kinds(ArmConfig, field.name)
-        is_set = getattr(arm, field.name) != field.default
-        problems[f"`{field.name}` does not apply to an arm of kind `{kind}`; remove it"] = (
-            is_set and kinds is not None and kind not in kinds
-        )
+        kinds = applicable_kinds(ArmConfig, field.name) or (kind,)
+        problem = f"`{field.name}` does not apply to an arm of kind `{kind}`; remove it"
+        problems[problem] = kind not in kinds and getattr(arm, field.name) != field.default
     refuse_first(f"arms: {arm.name}", problems)
 
 
