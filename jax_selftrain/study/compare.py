@@ -170,7 +170,7 @@ def _summarize(scored: ScoreResult) -> dict[str, Any]:
 
 
 def _ineligible(pairs: Pairs) -> dict[str, str | None]:
-    """Return, by task, the reason that it is not in the macro average, or None."""
+    """Return the reason that a task is ineligible, or None, by task."""
     return {name: ineligibility_reason(pair) for name, pair in pairs.items() if pair.base.kind != "text"}
 
 

@@ -149,7 +149,7 @@ def _make_cell(
 def _treat(
     stages: StageFactory, base: StudyModel, writer: StudyModel, arm: ArmConfig, seed: int
 ) -> tuple[StudyModel, Stage | None]:
-    """Return the student after a treatment, and the last corpus it was trained on."""
+    """Return the treated student and its last corpus."""
     if arm.kind in ("noise", "extrapolate"):
         usual, corpus = _treat(stages, base, base, ArmConfig(), seed)
         return stages.change_weights(base, usual, arm, seed), corpus if arm.kind == "extrapolate" else None

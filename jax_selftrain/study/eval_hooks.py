@@ -63,7 +63,7 @@ def evaluation_hooks(config: TrainConfig) -> list[Hook]:
         found = {f"{text.name}/nll": scored.texts[text.name]["nll"] for text in texts}
         found |= {f"{task.name}/acc": scored.tasks[task.name]["acc"] for task in tasks}
         for name, rows in sequences.items():
-            forced = evals.score_suffixes(model, rows, config.eval_prefix)
+            forced = evals.extraction_metrics(model, rows, config.eval_prefix, greedy_decode=False)
             found[f"{name}/exact_match"] = float(forced["exact_match"].mean())
             found[f"{name}/log_pz"] = float(forced["logprob"].mean())
             found[f"{name}/pz"] = float(np.exp(forced["logprob"]).mean())

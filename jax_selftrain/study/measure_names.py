@@ -1,4 +1,4 @@
-"""Names of treatments and measures in `results.json`, and how to look them up."""
+"""Names and values of treatments and measures in `results.json`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def group_cells(cells: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], lis
 
 
 def seed_values(cells: Cells, measure: str, side: str = "change") -> dict[int, float]:
-    """Return a measure before, after or the change by seed; empty if a cell lacks it."""
+    """Return a measure by seed; empty if a cell lacks it."""
     if not all(measure in cell["measures"] for cell in cells):
         return {}
     return {cell["seed"]: cell["measures"][measure][side]["value"] for cell in cells}
@@ -46,7 +46,7 @@ def main_measure(results: Mapping[str, Any]) -> str:
 
 
 def reference_text(levels: Mapping[str, float]) -> str | None:
-    """Return the text with the lowest level under a base, for measuring damage."""
+    """Return the text with the lowest level, for measuring damage."""
     return min((name for name in levels if name.startswith("text/")), key=lambda name: levels[name], default=None)
 
 

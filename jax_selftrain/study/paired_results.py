@@ -1,4 +1,4 @@
-"""Paired results of two models: levels and paired changes of tasks, texts and their averages.
+"""Paired results of two models: levels and paired changes.
 
 Studies use Student's t and linearized ratios for intervals of means; `compare` uses the bootstrap.
 """
@@ -95,7 +95,7 @@ def pair_results(base: ScoreResult, student: ScoreResult) -> dict[str, Pair]:
 
 
 def ineligibility_reason(pair: Pair) -> str | None:
-    """Return the reason that a task is not in the macro average, or None.
+    """Return why a task is not in the macro average, or None.
 
     The base alone decides, over all items. Clustered questions have the larger of the standard errors over clusters and
     over items.
@@ -187,7 +187,7 @@ def paired_means(
     clusters: OptionalArray = None,
     interval: Interval | None = None,
 ) -> dict[str, Any]:
-    """Estimate a mean or ratio before and after, and its change (by `interval`)."""
+    """Estimate a mean or ratio before and after, and its change."""
     levels = [_ratio(side, denominators, clusters) for side in (before, after)]
     return _sides(levels, (interval or _ratio)(after - before, denominators, clusters))
 

@@ -129,7 +129,7 @@ def judge_claims(
 
 
 def adjust_p_values(p_values: Sequence[float], primary: Sequence[bool]) -> list[float]:
-    """Correct p-values of primary tests by Holm, of others by Benjamini and Hochberg."""
+    """Correct primary p-values by Holm, others by Benjamini and Hochberg."""
     adjusted, is_primary = np.array(p_values, np.float64), np.array(primary, bool)
     for correct, members in ((holm, is_primary), (benjamini_hochberg, ~is_primary)):
         adjusted[members] = correct(adjusted[members].tolist())

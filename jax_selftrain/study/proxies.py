@@ -67,7 +67,7 @@ def corpus_proxies(corpus: Corpus, score: ScoreConfig, out: Path, documents: int
 def cell_proxies(
     student: Mapping[str, Any], source: Mapping[str, Any], statistics: Mapping[str, Any]
 ) -> dict[str, float | None]:
-    """Return the proxies of a cell from those under student and source, and the statistics of its corpus."""
+    """Return a cell's proxies from both models and the corpus statistics."""
     own, others = (side["loglikelihood"] / side["bytes"] if side["bytes"] else None for side in (student, source))
     return {
         "loglikelihood_per_token": student["loglikelihood"] / student["tokens"] if student["tokens"] else None,
@@ -100,7 +100,7 @@ def task_questions(score: ScoreConfig) -> list[str]:
 
 
 def compression(texts: Sequence[str]) -> float | None:
-    """Return the size after zlib at level 9 as a share; None without text."""
+    """Return the compressed size as a share; None without text."""
     whole = "\n".join(texts).encode()
     return len(zlib.compress(whole, 9)) / len(whole) if whole else None
 

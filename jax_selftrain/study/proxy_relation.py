@@ -185,7 +185,7 @@ def _judge(one: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def cell_array(cells: Cells, students: Sequence[str], sources: Sequence[str], *path: str) -> np.ndarray:
-    """Return a number of every cell [seeds, students, sources], found by its keys; NaN where missing."""
+    """Return a number of every cell [seeds, students, sources], or NaN."""
     found = {(cell["seed"], cell["student"], cell["source"]): reduce(getitem, path, cell) for cell in cells}
     seeds = dict.fromkeys(cell["seed"] for cell in cells)
     return np.array(

@@ -66,8 +66,8 @@ class StudyModel:
         return self.stop_ids[0] if self.stop_ids else None
 
 
-def stage_options(config: StudyConfig, options: Options, model: str, **changes: Any) -> Options:
-    """Return the options of a stage with the model and the study's mesh, preset and dtype."""
+def fill_options(config: StudyConfig, options: Options, model: str, **changes: Any) -> Options:
+    """Fill in a stage's model and the study's mesh, preset and dtype."""
     return replace(options, model=model, **common_options(config, options) | changes)
 
 
@@ -100,12 +100,12 @@ class StageFactory:
         return self.root / stage.name
 
     def read_corpus(self, stage: Stage) -> Corpus:
-        """Return the corpus of a finished stage, which is opened and verified once."""
+        """Return the corpus of a finished stage; it is verified once."""
         return self._read_corpus(str(self.folder(stage)))
 
     def sample(self, source: StudyModel, arm: ArmConfig, seed: int) -> Stage:
         """Sample a corpus from a model."""
-        options = stage_options(
+        options = fill_options(
             self.config,
             self.config.sample,
             source.ref,
@@ -188,7 +188,7 @@ class StageFactory:
     def train(
         self, start: StudyModel, on: Sequence[Stage], arm: ArmConfig, seed: int, steps: int | None = None
     ) -> StudyModel:
-        """Train a model by the study's recipe, with the changes of an arm.
+        """Train a model by the study's recipe, changed by an arm.
 
         The corpora have equal shares of the rows that the recipe's `mixture` leaves. `seed` orders the rows. With
         `steps`, train for this number of steps, without evaluation.
@@ -198,7 +198,7 @@ class StageFactory:
             recipe = replace(recipe, steps=steps, max_epochs=None, **_NO_EVALUATION)
         mixture = parse_mixture(recipe.mixture)
         share = (1 - float(sum(part for _, part in mixture))) / len(on)
-        options = stage_options(
+        options = fill_options(
             self.config,
             recipe,
             start.ref,
@@ -228,7 +228,7 @@ class StageFactory:
         return replace(start, ref=str(self.folder(stage)), fingerprint=stage, label=label)
 
     def change_weights(self, base: StudyModel, trained: StudyModel, arm: ArmConfig, seed: int) -> StudyModel:
-        """Add noise of the size of the change of training to a base, or extrapolate that change."""
+        """Add weight noise of the size of training, or extrapolate it."""
         weight = 1.0 if arm.weight is None else arm.weight
         command, label = "merge", f"{base.label} merged with {trained.label} at {weight}"
         identity: dict[str, Any] = {"weight": weight}
@@ -249,7 +249,7 @@ class StageFactory:
 
     def score(self, model: StudyModel) -> Stage:
         """Score a model on the study's tasks and texts."""
-        options = stage_options(self.config, self.config.score, model.ref)
+        options = fill_options(self.config, self.config.score, model.ref)
         # By name and content, not by path: a study may be moved with its files.
         references = (*options.tasks, *options.texts, *([options.task_folder] if options.task_folder else []))
         files = {f"{n}: {Path(path).name}": self._hash(path) for n, path in enumerate(references)}
@@ -263,7 +263,7 @@ class StageFactory:
         )
 
     def extract(self, model: StudyModel, corpus: Stage | None = None, base: StudyModel | None = None) -> Stage:
-        """Extract the study's sequences from a model, classified by overlap with the corpus.
+        """Extract the study's sequences, classified by overlap with the corpus.
 
         `base` is the checkpoint that `verify` compares with; None: the model itself.
         """
@@ -310,7 +310,7 @@ class StageFactory:
 
     def continue_unseen_text(self, base: StudyModel) -> Stage:
         """Decode a base's greedy continuations of unseen text."""
-        options = stage_options(self.config, self.config.extract, base.ref)
+        options = fill_options(self.config, self.config.extract, base.ref)
         texts, n = self.config.memorization.unseen_text, self.config.memorization.max_continuations
         return Stage(
             "continue",
@@ -321,8 +321,8 @@ class StageFactory:
         )
 
     def measure_proxies(self, reader: StudyModel, corpus: Stage, embedder: str = "") -> Stage:
-        """Measure a corpus under a model, and with an embedding model its similarity to the tasks."""
-        options = stage_options(self.config, self.config.score, reader.ref)
+        """Measure the proxies of a corpus under a model."""
+        options = fill_options(self.config, self.config.score, reader.ref)
         documents, vectors = self.config.proxy_sample_size, {}
         if embedder:
             opened = hub.open_model(embedder)
@@ -339,7 +339,7 @@ class StageFactory:
     def _extract(
         self, model: StudyModel, options: ExtractConfig, label: str, special: Inputs | None = None, **changes: Any
     ) -> Stage:
-        options = stage_options(self.config, options, model.ref, **changes)
+        options = fill_options(self.config, options, model.ref, **changes)
         inputs: dict[str, str | Stage] = {"model": model.fingerprint, "tokenizer": model.tokenizer, **(special or {})}
         for name in ("base", "untrained_baseline"):
             if ref := getattr(options, name):
@@ -368,7 +368,7 @@ class StageFactory:
 
 
 def _tokens_and_flops(model: StudyModel, tokens: int, length: int, *, passes: int) -> tuple[int, float]:
-    """Return the tokens and FLOPs of passes over rows of `length` tokens; a backward pass is two passes."""
+    """Return tokens and FLOPs; a backward pass counts as two passes."""
     decoder = hub.open_model(model.tokenizer_ref).config
     return tokens, tokens * training.flops_per_token(decoder, length) * passes / 3
 

@@ -20,7 +20,7 @@ from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.study.eval_hooks import evaluation_hooks, with_default_evals
 from jax_selftrain.study.measure_names import AFTER_RELEARNING, MAIN_EFFECT, UNSEEN
 from jax_selftrain.study.preregistration import check_claims, is_positive, refuse_first
-from jax_selftrain.study.stage_factory import stage_options
+from jax_selftrain.study.stage_factory import fill_options
 
 
 def check_study(config: StudyConfig, read_corpus: Callable[[str], Corpus] = open_corpus) -> None:
@@ -155,20 +155,20 @@ def _check_student(config: StudyConfig, model: str, mixture: Iterable[Corpus]) -
     training.check_hooks(options, evaluation_hooks(options))
     training.check_tracking(options.wandb)
     if config.extract.sequences:
-        evals.load_extraction_sets(stage_options(config, config.extract, model))
+        evals.load_extraction_sets(fill_options(config, config.extract, model))
 
 
 def _check_programs(config: StudyConfig, students: Iterable[str], sources: Iterable[str]) -> None:
     """Check that programs fit the meshes of this machine."""
     for model in sources:
-        sampled = stage_options(config, config.sample, model)
+        sampled = fill_options(config, config.sample, model)
         sampling.abstract_program(sampled, make_mesh(sampled.mesh, devices=jax.local_devices()))
     for model in students:
-        trained, scored = _train_options(config, model), stage_options(config, config.score, model)
+        trained, scored = _train_options(config, model), fill_options(config, config.score, model)
         training.abstract_train_step(trained, make_mesh(trained.mesh))
         if scored.tasks or scored.texts:
             likelihood.scoring_program(scored, make_mesh(scored.mesh))
 
 
 def _train_options(config: StudyConfig, model: str) -> TrainConfig:
-    return with_default_evals(stage_options(config, config.train, model), config.score, config.extract)
+    return with_default_evals(fill_options(config, config.train, model), config.score, config.extract)
