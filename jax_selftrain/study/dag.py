@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from jax_selftrain.distributed import broadcast_one_to_all
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import hash_json
-from jax_selftrain.io.work_queue import Claim, run_missing
+from jax_selftrain.io.work_queue import run_missing
 from jax_selftrain.version import versions
 
 STAGE_FORMAT = 2
@@ -164,9 +165,9 @@ def run_all(root: Path, stages: Sequence[Stage]) -> None:
             if sys.stderr.isatty() and jax.process_index() == 0:
                 print(f"jax-selftrain: {len(done)} of {len(stages)}: {stage.label}", file=sys.stderr, flush=True)
 
-    def run_claimed(claims: Iterator[Claim[Stage]]) -> None:
-        for claim in claims:
-            with claim as stage:
+    def run_claimed(claims: Iterator[tuple[Stage, ExitStack]]) -> None:
+        for stage, claim in claims:
+            with claim:
                 folder = root / stage.name
                 broadcast_one_to_all(partial(folder.mkdir, exist_ok=True))
                 began = time.monotonic()

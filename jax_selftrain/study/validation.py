@@ -149,11 +149,10 @@ def _check_student(config: StudyConfig, model: str, mixture: Iterable[Corpus]) -
         raise InputError(
             f"train.seq_len {options.seq_len}: {model} has only {opened.config.max_positions} positions; shorten it"
         )
-    training.check_ranges(options)
+    training.check_train_config(options)
     for corpus in mixture:
         open_corpus(corpus, tokenizer_fingerprint=opened.tokenizer_fingerprint)
     training.check_hooks(options, evaluation_hooks(options))
-    training.check_tracking(options.wandb)
     if config.extract.sequences:
         evals.load_extraction_sets(fill_options(config, config.extract, model))
 
