@@ -1,34 +1,53 @@
-"""A sampled corpus out of given samples, as tests need it."""
+"""Sampled corpora, rows and batches, as tests need them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
 
 from jax_selftrain import hub
-from jax_selftrain.corpus import Corpus, Sample, finalize_corpus, open_corpus, write_shard
+from jax_selftrain.config import Packing
+from jax_selftrain.corpus import Corpus, CorpusWriter, Mixture, PackedRows, Sample, build_packed_rows
 
 
 def write_sampled_corpus(
     folder: Path, model: Path | str, samples: Sequence[Sample], *, per_shard: int | None = None, seed: int = 0
 ) -> Corpus:
     """Samples in the tokens of `model` (BOS 1, EOS 2), `per_shard` (default: all) to a shard."""
-    per_shard = per_shard or len(samples)
-    for first in range(0, len(samples), per_shard):
-        write_shard(folder, first // per_shard, samples[first : first + per_shard], {})
-    finalize_corpus(
-        folder,
-        {
-            "kind": "sampled",
-            "source": {"ref": "here", "fingerprint": "0" * 64},
-            "tokenizer_fingerprint": hub.open_model(model).tokenizer_fingerprint,
-            "start_id": 1,
-            "stop_ids": [2],
-            "policy": {},
-            "seed": seed,
-            "samples": len(samples),
-            "samples_per_shard": per_shard,
-            "retokenization_mismatches": 0,
-        },
-    )
-    return open_corpus(folder)
+    request = {
+        "kind": "sampled",
+        "source": {"ref": "here", "fingerprint": "0" * 64},
+        "tokenizer_fingerprint": hub.open_model(model).tokenizer_fingerprint,
+        "start_id": 1,
+        "stop_ids": [2],
+        "policy": {},
+        "seed": seed,
+        "samples": len(samples),
+        "samples_per_shard": per_shard or len(samples),
+    }
+    writer = CorpusWriter.open(folder, request)
+    writer.convert_missing(samples, lambda found, ids: (found, {}))
+    return writer.finalize()
+
+
+def pack_corpus(corpus: Corpus, seq_len: int, packing: Packing) -> PackedRows:
+    """Pack a corpus into rows in memory."""
+    with TemporaryDirectory() as folder:
+        rows = build_packed_rows(corpus, Path(folder, "rows"), seq_len, packing)
+        arrays = (np.array(array) for array in (rows.tokens, rows.segments, rows.positions, rows.weights))
+        return PackedRows(*arrays, rows.statistics)
+
+
+def make_rows(n: int) -> PackedRows:
+    """Make `n` rows of one position, for tests in which their content plays no part."""
+    empty = np.zeros((n, 1), np.int32)
+    return PackedRows(np.zeros((n, 2), np.int32), empty, empty, empty.astype(np.float32), {})
+
+
+def batch_indices(n_rows: int, batch_size: int, seed: int, n: int) -> np.ndarray:
+    """Return the rows of batch `n` of a single corpus, int64 [batch_size]."""
+    return Mixture((make_rows(n_rows),), (Fraction(1),)).batch(batch_size, seed, n)[1]

@@ -7,7 +7,7 @@ the same finish reasons and similar lengths.
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +41,7 @@ def remove_overlapping(
         raise InputError(
             f"{source.folder}: every document shares {length} tokens with a held-out sequence; none would remain"
         )
-    return _write_without(source, out, "decontaminated", overlapping, {"length": length}, sequences)
+    return _write_without(source, out, "decontaminated", overlapping, sequences, length=length)
 
 
 def size_matched_control(
@@ -61,18 +61,6 @@ def size_matched_control(
     """
     source = open_corpus(corpus)
     overlapping = _overlaps_any(source, sequences, length)
-    dropped = _match_on_length_and_stop(source, overlapping, seed)
-    return _write_without(source, out, "size-matched control", dropped, {"length": length, "seed": seed}, sequences)
-
-
-def _overlaps_any(source: Corpus, sequences: np.ndarray, length: int) -> np.ndarray:
-    """Return bool [N]: True for documents that overlap with a sequence."""
-    shortest = min(length, sequences.shape[1])
-    return longest_overlaps(source, RaggedTokens.from_list(sequences), min_length=shortest).length >= shortest
-
-
-def _match_on_length_and_stop(source: Corpus, overlapping: np.ndarray, seed: int) -> np.ndarray:
-    """Return bool [N]: as many other documents of matching reason and length."""
     _, offsets, reasons = source.token_arrays()
     lengths = np.diff(offsets)
     order = random_permutation(make_rng("size-matched control", seed), len(source))
@@ -88,26 +76,21 @@ def _match_on_length_and_stop(source: Corpus, overlapping: np.ndarray, seed: int
         for document in wanted:
             distance = np.where(dropped[free], np.iinfo(np.int64).max, np.abs(lengths[free] - lengths[document]))
             dropped[free[np.argmin(distance)]] = True
-    return dropped
+    return _write_without(source, out, "size-matched control", dropped, sequences, length=length, seed=seed)
+
+
+def _overlaps_any(source: Corpus, sequences: np.ndarray, length: int) -> np.ndarray:
+    """Return bool [N]: True for documents that overlap with a sequence."""
+    shortest = min(length, sequences.shape[1])
+    return longest_overlaps(source, RaggedTokens.from_list(sequences), min_length=shortest).length >= shortest
 
 
 def _write_without(
-    source: Corpus,
-    out: atomic.PathLike,
-    kind: str,
-    dropped: np.ndarray,
-    options: dict[str, int],
-    sequences: np.ndarray,
+    source: Corpus, out: atomic.PathLike, kind: str, dropped: np.ndarray, sequences: np.ndarray, **options: int
 ) -> Corpus:
-    sequences_hash = hash_json(np.asarray(sequences, np.int64).tolist())
-    policy = {f"{kind} {name}": value for name, value in options.items()}
-    inherited = {key: source.manifest[key] for key in ("tokenizer_fingerprint", "start_id", "stop_ids")}
-    return map_corpus(
-        source,
-        Path(out),
-        kind,
-        inherited | {"dropped": int(dropped.sum()), "held_out_sequences": sequences_hash},
-        policy,
-        lambda samples: (samples, {}),
-        np.flatnonzero(~dropped),
-    )
+    facts: dict[str, Any] = {
+        "policy": {f"{kind} {name}": value for name, value in options.items()},
+        "dropped": int(dropped.sum()),
+        "held_out_sequences": hash_json(np.asarray(sequences, np.int64).tolist()),
+    }
+    return map_corpus(source, out, kind, facts, lambda samples: (samples, {}), keep=~dropped)

@@ -20,14 +20,10 @@ import numpy as np
 
 from jax_selftrain.config import ExportConfig, yaml_io
 from jax_selftrain.corpus.reader import Corpus, open_corpus
-from jax_selftrain.corpus.schema import Sample
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.io.jsonl import write_jsonl
 from jax_selftrain.version import versions
-
-_DATASET = "selftrain_corpus"
-_DATASET_VERSION = "1.0.0"
 
 
 def export_corpus(config: ExportConfig) -> Path:
@@ -57,50 +53,45 @@ def export_corpus(config: ExportConfig) -> Path:
 
 
 def _export_jsonl(corpus: Corpus, folder: Path) -> None:
-    write_jsonl(folder / "samples.jsonl", map(_json_row, corpus.iter_samples()))
-
-
-def _json_row(sample: Sample) -> dict[str, Any]:
-    row = _as_dict(sample) | {"tokens": sample.tokens.tolist()}
-    return row | {"logprob": None} if np.isnan(sample.logprob) else row
+    rows = (
+        vars(sample)
+        | {"tokens": sample.tokens.tolist(), "logprob": None if np.isnan(sample.logprob) else sample.logprob}
+        for sample in corpus.iter_samples()
+    )
+    write_jsonl(folder / "samples.jsonl", rows)
 
 
 def _export_tfds(corpus: Corpus, folder: Path) -> None:
     if absent := [name for name in ("tensorflow_datasets", "array_record") if find_spec(name) is None]:
         raise InputError(f"--format tfds needs {absent[0]}; pip install tensorflow-datasets array_record")
     import tensorflow_datasets as tfds
-    from tensorflow_datasets.core import registered
 
-    features = tfds.features.FeaturesDict(
-        {
-            "sample_id": np.int64,
-            "tokens": tfds.features.Tensor(shape=(None,), dtype=np.int32),
-            "text": tfds.features.Text(),
-            "logprob": np.float32,
-            "finish_reason": tfds.features.Text(),
-        }
-    )
+    features = {
+        "sample_id": np.int64,
+        "tokens": tfds.features.Tensor(shape=(None,), dtype=np.int32),
+        "text": tfds.features.Text(),
+        "logprob": np.float32,
+        "finish_reason": tfds.features.Text(),
+    }
 
-    with registered.skip_registration():
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = "selftrain_corpus"
+        VERSION = tfds.core.Version("1.0.0")
 
-        class Builder(tfds.core.GeneratorBasedBuilder):
-            name = _DATASET
-            VERSION = tfds.core.Version(_DATASET_VERSION)
+        def _info(self) -> Any:
+            return tfds.core.DatasetInfo(
+                builder=self,
+                description=f"A {corpus.manifest['kind']} corpus of jax_selftrain, {corpus.fingerprint}",
+                features=tfds.features.FeaturesDict(features),
+                disable_shuffling=True,
+            )
 
-            def _info(self) -> Any:
-                return tfds.core.DatasetInfo(
-                    builder=self,
-                    description=f"A {corpus.manifest['kind']} corpus of jax_selftrain, {corpus.fingerprint}",
-                    features=features,
-                    disable_shuffling=True,
-                )
+        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+            return {"train": self._generate_examples()}
 
-            def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-                return {"train": self._generate_examples()}
-
-            def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
-                for sample in corpus.iter_samples():
-                    yield sample.sample_id, _as_dict(sample)
+        def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+            for sample in corpus.iter_samples():
+                yield sample.sample_id, vars(sample)
 
     making = folder / "making"
     builder = Builder(data_dir=making, file_format="array_record")
@@ -111,13 +102,3 @@ def _export_tfds(corpus: Corpus, folder: Path) -> None:
     for path in Path(builder.data_path).iterdir():
         os.rename(path, folder / path.name)
     shutil.rmtree(making)
-
-
-def _as_dict(sample: Sample) -> dict[str, Any]:
-    return {
-        "sample_id": sample.sample_id,
-        "tokens": sample.tokens,
-        "text": sample.text,
-        "logprob": sample.logprob,
-        "finish_reason": sample.finish_reason,
-    }

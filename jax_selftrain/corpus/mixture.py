@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache, lru_cache, partial
 
 import numpy as np
 
-from jax_selftrain.corpus.packing import PackedRows, epoch_permutation
+from jax_selftrain.corpus.packing import PackedRows
 from jax_selftrain.errors import InputError
+from jax_selftrain.io.rng import random_permutation
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,10 +30,6 @@ class Mixture:
     """Rows of each corpus, the main corpus first; all of one length."""
     weights: tuple[Fraction, ...]
     """Share of the training rows from each corpus; positive, with sum 1."""
-
-    def __post_init__(self) -> None:
-        if len(self.components) != len(self.weights) or sum(self.weights) != 1 or min(self.weights) <= 0:
-            raise ValueError(f"weights {[str(weight) for weight in self.weights]} of {len(self.components)} corpora")
 
     def draws_before(self, positions: Iterable[int]) -> np.ndarray:
         """Count the rows of each corpus among the first k rows.
@@ -54,7 +52,7 @@ class Mixture:
         """Return the rows of batch `n`.
 
         A pure function of its arguments, the weights and the numbers of rows. Each epoch of a corpus visits every row
-        once in a random order; for a single corpus see `batch_indices`.
+        once in a random order; batches are consecutive pieces of the endless sequence of epochs.
 
         Returns:
             (corpus index, row index) of each row of the batch, int64 [batch_size] each.
@@ -64,8 +62,10 @@ class Mixture:
         visit = counts[source, np.arange(batch_size)]
         row = np.empty(batch_size, np.int64)
         for corpus in np.unique(source).tolist():
-            chosen = source == corpus
-            row[chosen] = epoch_permutation(len(self.components[corpus]), seed, visit[chosen], corpus=corpus)
+            size = len(self.components[corpus])
+            for epoch in np.unique(visit[source == corpus] // size).tolist():
+                chosen = (source == corpus) & (visit // size == epoch)
+                row[chosen] = _orders(corpus)(size, seed, epoch)[visit[chosen] % size]
         return source, row
 
     def epochs(self, rows: int) -> tuple[Fraction, ...]:
@@ -85,6 +85,18 @@ class Mixture:
         return bisect.bisect_left(
             range(1, steps + 1), True, key=lambda n: max(self.epochs(n * batch_size)) > max_epochs
         )
+
+
+@cache
+def _orders(corpus: int) -> Callable[[int, int, int], np.ndarray]:
+    """Cache the last two orders; a batch may span two epochs."""
+    return lru_cache(maxsize=2)(partial(_epoch_order, corpus))
+
+
+def _epoch_order(corpus: int, n_rows: int, seed: int, epoch: int) -> np.ndarray:
+    # This key, not that of `make_rng`, so that stored runs resume with the same batches.
+    bits = np.random.Philox(key=np.array([seed % 2**64, (corpus << 32) + epoch], np.uint64))
+    return random_permutation(np.random.Generator(bits), n_rows)
 
 
 def parse_mixture(entries: Sequence[str]) -> tuple[tuple[str, Fraction], ...]:

@@ -121,7 +121,7 @@ class _Index:
         self._shift = np.uint64(64 - bits)
         self._maybe = np.zeros(1 << bits, bool)  # a table of a few MB rejects nearly every position
         self._maybe[self._known >> self._shift] = True
-        slots = len(self._suffixes.suffixes)
+        slots = max(1, len(self._suffixes.suffixes))  # one for queries without tokens
         self._match, self._document, self._start = (np.zeros(slots, np.int64) for _ in range(3))
 
     def scan(self, chunk: _Chunk) -> None:
@@ -161,8 +161,8 @@ class _Index:
         return Overlaps(
             length=longest,
             query_start=np.where(none, -1, best - starts),
-            text_doc=np.where(none, -1, self._document[slot_of[best]]) if len(order) else np.full(len(none), -1),
-            text_start=np.where(none, -1, self._start[slot_of[best]]) if len(order) else np.full(len(none), -1),
+            text_doc=np.where(none, -1, self._document[slot_of[best]]),
+            text_start=np.where(none, -1, self._start[slot_of[best]]),
             covered=np.add.reduceat(covered.astype(np.int64), starts),
         )
 

@@ -6,17 +6,16 @@ tokens[:, t+1] with weights[:, t]. Every corpus token is predicted once:
 - `masked`: documents share rows, but not attention (segments) or positions. A document is split only if it exceeds a
   row, because its continuation without its beginning is not what the model would sample. Each piece is a segment that
   starts with the last token of the previous piece. Best-fit decreasing (Ding et al. 2024, arXiv:2404.10830).
-- `packed`: one stream, cut every `seq_len` tokens; attention crosses documents, as in Pythia's training. A start id
-  after the same id is omitted; predicting a start id has weight 0.
 - `single`: one document (or piece) a row.
+- `packed`: all documents as a single one, so that attention crosses documents, as in Pythia's training. Start ids
+  separate them, except after the same id; predicting a start id has weight 0.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cache, lru_cache, partial
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,7 @@ from jax_selftrain.corpus.reader import Corpus
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import folder_manifest, verify_checksums
-from jax_selftrain.io.rng import random_permutation
 
-_FORMAT = "jax-selftrain rows"
-_VERSION = 1
 _ARRAYS = {"tokens": np.int32, "segments": np.int32, "positions": np.int32, "weights": np.float32}
 _BLOCK_TOKENS = 1 << 20  # tokens of a block of rows: bounded memory, vectorized work
 
@@ -47,7 +43,7 @@ class PackedRows:
     """int32 [N, T]: position of the input in its segment; padding is 0."""
     weights: np.ndarray
     """float32 [N, T]: weight of predicting tokens[:, t+1] from t."""
-    statistics: Mapping[str, Any] = field(default_factory=dict)
+    statistics: Mapping[str, Any]
     """packing, seq_len, rows, documents, long_documents (longer than seq_len), tokens (predicted, each once),
     padding_share (of the positions)."""
 
@@ -55,206 +51,106 @@ class PackedRows:
         return len(self.tokens)
 
 
-def pack_corpus(corpus: Corpus, seq_len: int, packing: Packing) -> PackedRows:
-    """Pack a corpus into rows in memory (16 bytes a position).
+def build_packed_rows(corpus: Corpus, folder: atomic.PathLike, seq_len: int, packing: Packing) -> PackedRows:
+    """Pack a corpus into memory-mapped arrays in a folder, unless they exist.
+
+    Packing holds the tokens of the corpus (a few bytes each) and a block of rows in memory. A folder that is damaged,
+    or of another corpus, length or packing, is replaced.
 
     Args:
         corpus: the corpus.
+        folder: the folder of the arrays.
         seq_len: T, loss positions in a row.
         packing: `masked`, `packed` or `single`, see the module's docstring.
 
     Raises:
-        InputError: seq_len is below 1, the packing is unknown, or the corpus has no token.
-    """
-    plan = _plan_packing(corpus, seq_len, packing)
-    arrays = {name: np.empty(plan.shape(name), dtype) for name, dtype in _ARRAYS.items()}
-    for first, block in _blocks(plan):
-        for name, values in block.items():
-            arrays[name][first : first + len(values)] = values
-    return PackedRows(**arrays, statistics=plan.statistics)
-
-
-def build_packed_rows(corpus: Corpus, folder: atomic.PathLike, seq_len: int, packing: Packing) -> PackedRows:
-    """Pack a corpus into memory-mapped arrays in a folder, unless they exist.
-
-    Packing holds the tokens of the corpus (4 bytes each) and a block of rows in memory. A folder that is damaged, or of
-    another corpus, length or packing, is replaced.
-
-    Raises:
-        InputError: see `pack_corpus`; or the folder cannot be written.
+        InputError: seq_len is below 1, the packing is unknown, the corpus has no token, or the folder cannot be
+            written.
     """
     folder = Path(folder)
     atomic.remove_stale_temp_files(folder.parent)
     wanted = {
-        "format": _FORMAT,
-        "version": _VERSION,
+        "format": "jax-selftrain rows",
+        "version": 1,
         "corpus": corpus.fingerprint,
         "seq_len": seq_len,
         "packing": packing,
     }
     if not _is_current(folder, wanted):
-        plan = _plan_packing(corpus, seq_len, packing)
+        pieces, statistics = _split_documents(corpus, seq_len, packing)
         with atomic.commit_folder(folder, overwrite=True) as temp:
-            _write_arrays(plan, temp)
-            facts = {**wanted, "statistics": plan.statistics, "files": folder_manifest(temp)}
+            _write_arrays(pieces, temp, statistics["rows"], seq_len)
+            facts = {**wanted, "statistics": statistics, "files": folder_manifest(temp)}
             atomic.write_json(temp / "rows.json", facts)
     maps = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
     return PackedRows(**maps, statistics=atomic.read_json(folder / "rows.json")["statistics"])
 
 
-def batch_indices(n_rows: int, batch_size: int, seed: int, n: int) -> np.ndarray:
-    """Return the rows of batch `n`, int64 [batch_size].
-
-    Epochs are permutations of all rows; batches are consecutive pieces of the endless sequence of epochs.
-    """
-    if n_rows < 1 or batch_size < 1 or n < 0:
-        raise ValueError(f"batch {n} of {batch_size} rows out of {n_rows} does not exist")
-    return epoch_permutation(n_rows, seed, np.arange(n * batch_size, (n + 1) * batch_size))
-
-
-def epoch_permutation(n_rows: int, seed: int, epoch_positions: np.ndarray, *, corpus: int = 0) -> np.ndarray:
-    """Return the rows at positions of the endless sequence of epochs.
-
-    Args:
-        n_rows: number of rows of the corpus.
-        seed: seed of the run.
-        epoch_positions: int64 [N], positions in the sequence.
-        corpus: index of the corpus in the mixture; each has its own permutations.
-
-    Returns:
-        int64 [N].
-    """
-    epochs, within = np.divmod(epoch_positions, n_rows)
-    rows = np.empty(len(epoch_positions), np.int64)
-    for epoch in np.unique(epochs).tolist():
-        chosen = epochs == epoch
-        rows[chosen] = _orders(corpus)(n_rows, seed, epoch)[within[chosen]]
-    return rows
-
-
-@cache
-def _orders(corpus: int) -> Callable[[int, int, int], np.ndarray]:
-    """Cache the last two orders; a batch may span two epochs."""
-    return lru_cache(maxsize=2)(partial(_epoch_order, corpus))
-
-
-def _epoch_order(corpus: int, n_rows: int, seed: int, epoch: int) -> np.ndarray:
-    # This key, not that of `make_rng`, so that stored runs resume with the same batches.
-    bits = np.random.Philox(key=np.array([seed % 2**64, (corpus << 32) + epoch], np.uint64))
-    return random_permutation(np.random.Generator(bits), n_rows)
+def _is_current(folder: Path, wanted: Mapping[str, Any]) -> bool:
+    """Return True if the rows are undamaged and up to date."""
+    try:
+        found = atomic.read_json(folder / "rows.json")
+        if not isinstance(found, dict) or any(found.get(key) != value for key, value in wanted.items()):
+            return False
+        verify_checksums(folder, {f"{name}.npy": found["files"][f"{name}.npy"] for name in _ARRAYS})
+    except (InputError, KeyError):
+        return False  # rows are a cache, so damaged rows are rebuilt
+    return True
 
 
 @dataclass(frozen=True, eq=False)
-class _PackingPlan:
-    """Assignment of tokens to rows, and a function that builds rows."""
+class _Pieces:
+    """Pieces of documents in order of their rows; a piece of n targets takes n + 1 slots."""
 
-    make: Callable[[int, int], dict[str, np.ndarray]]
-    """make(a, b) returns rows a … b−1 of every array."""
-    statistics: dict[str, Any]
-
-    def shape(self, name: str) -> tuple[int, int]:
-        return self.statistics["rows"], self.statistics["seq_len"] + (name == "tokens")
-
-
-@dataclass(frozen=True, eq=False)
-class _Documents:
-    """Documents flat[starts[d]:starts[d] + lengths[d]], lengths ≥ 1, start ids implied."""
-
-    flat: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
+    tokens: np.ndarray
+    """int32: documents without start ids."""
+    is_target: np.ndarray
+    """bool, for each token: False for a start id between documents."""
     start_id: int
+    row: np.ndarray
+    """Row of each piece, ascending."""
+    before: np.ndarray
+    """Index in `tokens` of the token in a piece's first slot; for a first piece, that of the implied start id."""
+    slots: np.ndarray
+    """Number of slots."""
+    is_first: np.ndarray
+    """bool: True for the first piece of a document."""
 
 
-def _plan_packing(corpus: Corpus, seq_len: int, packing: Packing) -> _PackingPlan:
+def _split_documents(corpus: Corpus, seq_len: int, packing: Packing) -> tuple[_Pieces, dict[str, Any]]:
+    """Split documents into pieces and assign them to rows; return statistics, too."""
     if seq_len < 1:
         raise InputError(f"seq_len {seq_len}: a row needs at least one loss position")
     if packing not in ("masked", "packed", "single"):
         raise InputError(f"packing {packing!r}: choose masked, packed or single")
-    flat, offsets, _ = corpus.token_arrays()
-    lengths = np.diff(offsets)
-    kept = lengths > 0  # an empty document has no targets
-    begins, lengths = offsets[:-1][kept], lengths[kept]
+    tokens, offsets, _ = corpus.token_arrays()
+    kept = np.diff(offsets) > 0  # an empty document has no targets
+    starts, lengths = offsets[:-1][kept], np.diff(offsets)[kept]
     if not len(lengths):
         raise InputError(f"{corpus.folder}: no document has a token, so there is nothing to train on")
-    documents = _Documents(flat, begins, lengths, corpus.start_id)
-    if packing == "packed":
-        return _plan_stream(documents, seq_len)
-    return _plan_pieces(documents, seq_len, packing)
-
-
-def _blocks(plan: _PackingPlan) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Yield (first row, block of rows) in order."""
-    n_rows, seq_len = plan.shape("segments")
-    step = max(1, _BLOCK_TOKENS // seq_len)
-    for first in range(0, n_rows, step):
-        yield first, plan.make(first, min(first + step, n_rows))
-
-
-def _write_arrays(plan: _PackingPlan, folder: Path) -> None:
-    # Written, not memory-mapped: on a full disk a mapped page kills the process, a write raises an error.
-    with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context(open(folder / f"{name}.npy", "wb")) for name in _ARRAYS}
-        for name, dtype in _ARRAYS.items():
-            descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
-            header = {"descr": descr, "fortran_order": False, "shape": plan.shape(name)}
-            np.lib.format.write_array_header_1_0(files[name], header)
-        for _, block in _blocks(plan):
-            for name, values in block.items():
-                files[name].write(np.ascontiguousarray(values).data)
-
-
-def _statistics(documents: _Documents, seq_len: int, packing: Packing, n_rows: int, inputs: int) -> dict[str, Any]:
-    return {
+    statistics: dict[str, Any] = {
         "packing": packing,
         "seq_len": seq_len,
-        "rows": n_rows,
-        "documents": len(documents.lengths),
-        "long_documents": int(np.count_nonzero(documents.lengths > seq_len)),
-        "tokens": int(documents.lengths.sum()),
-        "padding_share": 1 - inputs / (n_rows * seq_len),
+        "documents": len(lengths),
+        "long_documents": int(np.count_nonzero(lengths > seq_len)),
+        "tokens": int(lengths.sum()),
     }
+    is_target = np.ones(len(tokens), bool)
+    if packing == "packed":
+        separated = starts[1:][tokens[starts[1:] - 1] != corpus.start_id]
+        tokens, is_target = np.insert(tokens, separated, corpus.start_id), np.insert(is_target, separated, False)
+        starts, lengths = np.zeros(1, np.int64), np.array([len(tokens)])
 
-
-def _plan_pieces(documents: _Documents, seq_len: int, packing: Packing) -> _PackingPlan:
-    """Plan rows of pieces; n targets take n+1 of T+1 slots."""
-    pieces = -(-documents.lengths // seq_len)
-    owner = np.repeat(np.arange(len(pieces)), pieces)
-    nth = _ragged_arange(pieces)
-    n_targets = np.minimum(seq_len, documents.lengths[owner] - nth * seq_len)
-    # Index in `flat` of the token before the first target; for the first piece it is the slot of the start id.
-    before = documents.starts[owner] + nth * seq_len - 1
-    slots = n_targets + 1
+    counts = -(-lengths // seq_len)
+    owner, nth = np.repeat(np.arange(len(counts)), counts), _ragged_arange(counts)
+    slots = np.minimum(seq_len, lengths[owner] - nth * seq_len) + 1
     row = _best_fit(slots, seq_len + 1) if packing == "masked" else np.arange(len(slots))
     order = np.argsort(row, kind="stable")  # by row, then in document order
-    row, before, slots, is_first = row[order], before[order], slots[order], (nth == 0)[order]
-    rank = _ragged_arange(np.bincount(row))
-    ends = np.cumsum(slots)
-    in_row = ends - slots - (ends - slots)[np.searchsorted(row, row)]  # slots of earlier pieces of the row
-
-    def make(a: int, b: int) -> dict[str, np.ndarray]:
-        chosen = slice(*np.searchsorted(row, [a, b]))
-        sizes = slots[chosen]
-        piece = np.repeat(np.arange(len(sizes)), sizes)
-        within = _ragged_arange(sizes)
-        slot = ((row[chosen] - a) * (seq_len + 1) + in_row[chosen])[piece] + within
-        source = before[chosen][piece] + within
-        implied = is_first[chosen][piece] & (within == 0)
-        values = {
-            "tokens": np.where(implied, documents.start_id, documents.flat[np.maximum(source, 0)]),
-            "segments": rank[chosen][piece] + 1,
-            "positions": within,
-            "weights": within < sizes[piece] - 1,  # the last token of a piece has no target
-        }
-        block = {}
-        for name, value in values.items():
-            flat_rows = np.zeros((b - a) * (seq_len + 1), _ARRAYS[name])
-            flat_rows[slot] = value
-            block[name] = flat_rows.reshape(b - a, seq_len + 1)[:, : None if name == "tokens" else seq_len]
-        return block
-
-    inputs = int((np.minimum(in_row + slots, seq_len) - in_row).sum())
-    return _PackingPlan(make, _statistics(documents, seq_len, packing, int(row[-1]) + 1, inputs))
+    before = starts[owner] + nth * seq_len - 1
+    pieces = _Pieces(tokens, is_target, corpus.start_id, row[order], before[order], slots[order], (nth == 0)[order])
+    inputs = np.minimum(np.bincount(row, slots), seq_len).sum()
+    rows = int(row.max()) + 1
+    return pieces, statistics | {"rows": rows, "padding_share": 1 - int(inputs) / (rows * seq_len)}
 
 
 def _best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
@@ -288,52 +184,49 @@ def _best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
     return number[row_index]
 
 
-def _plan_stream(documents: _Documents, seq_len: int) -> _PackingPlan:
-    """Plan one stream of start ids and documents, cut every T tokens."""
-    last = documents.flat[documents.starts + documents.lengths - 1]
-    separated = np.concatenate([[True], last[:-1] != documents.start_id])
-    ends = np.cumsum(documents.lengths + separated)
-    heads = ends - documents.lengths  # stream positions of the first tokens of documents
-    total = int(ends[-1])
+def _write_arrays(pieces: _Pieces, folder: Path, n_rows: int, seq_len: int) -> None:
+    # Written, not memory-mapped: on a full disk a mapped page kills the process, a write raises an error.
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(open(folder / f"{name}.npy", "wb")) for name in _ARRAYS}
+        for name, dtype in _ARRAYS.items():
+            descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+            header = {"descr": descr, "fortran_order": False, "shape": (n_rows, seq_len + (name == "tokens"))}
+            np.lib.format.write_array_header_1_0(files[name], header)
+        for block in _blocks(pieces, n_rows, seq_len):
+            for name, values in block.items():
+                files[name].write(np.ascontiguousarray(values).data)
 
-    def make(a: int, b: int) -> dict[str, np.ndarray]:
-        positions = np.arange(a * seq_len, min(b * seq_len + 1, total))
-        owner = np.searchsorted(ends, positions, side="right")
-        within = positions - heads[owner]  # −1 is the start id before the document
-        source = np.maximum(documents.starts[owner] + within, 0)
-        tokens = np.where(within < 0, documents.start_id, documents.flat[source])
-        inputs = (b - a) * seq_len
-        stream = np.zeros(inputs + 1, np.int32)
-        stream[: len(tokens)] = tokens
-        weights = np.zeros(inputs, np.float32)
-        weights[: len(tokens) - 1] = within[1:] >= 0
-        segments = np.zeros(inputs, np.int32)
-        segments[: len(tokens)] = 1
-        return {
-            "tokens": np.lib.stride_tricks.sliding_window_view(stream, seq_len + 1)[::seq_len],
-            "segments": segments.reshape(b - a, seq_len),
-            "positions": np.tile(np.arange(seq_len, dtype=np.int32), (b - a, 1)) * segments.reshape(b - a, seq_len),
-            "weights": weights.reshape(b - a, seq_len),
+
+def _blocks(pieces: _Pieces, n_rows: int, seq_len: int) -> Iterator[dict[str, np.ndarray]]:
+    """Yield blocks of rows of every array in order."""
+    step = max(1, _BLOCK_TOKENS // seq_len)
+    for first in range(0, n_rows, step):
+        last = min(first + step, n_rows)
+        chosen = slice(*np.searchsorted(pieces.row, [first, last]))
+        row, sizes = pieces.row[chosen] - first, pieces.slots[chosen]
+        rank = _ragged_arange(np.bincount(row))  # index of a piece in its row
+        piece, within = np.repeat(np.arange(len(sizes)), sizes), _ragged_arange(sizes)
+        # Slots of the pieces of a row follow each other, so a slot's column counts those before it in its row.
+        slot = row[piece] * (seq_len + 1) + _ragged_arange(np.bincount(row, sizes).astype(np.int64))
+        source = pieces.before[chosen][piece] + within
+        is_start = pieces.is_first[chosen][piece] & (within == 0)
+        has_target = within < sizes[piece] - 1
+        has_target[has_target] = pieces.is_target[source[has_target] + 1]
+        values = {
+            "tokens": np.where(is_start, pieces.start_id, pieces.tokens[np.maximum(source, 0)]),
+            "segments": rank[piece] + 1,
+            "positions": within,
+            "weights": has_target,
         }
-
-    n_rows = -(-(total - 1) // seq_len)
-    inputs = min(total, n_rows * seq_len)
-    return _PackingPlan(make, _statistics(documents, seq_len, "packed", n_rows, inputs))
+        block = {}
+        for name, value in values.items():
+            rows = np.zeros((last - first) * (seq_len + 1), _ARRAYS[name])
+            rows[slot] = value
+            block[name] = rows.reshape(last - first, seq_len + 1)[:, : None if name == "tokens" else seq_len]
+        yield block
 
 
 def _ragged_arange(counts: np.ndarray) -> np.ndarray:
     """Concatenate 0 … counts[i]−1 for all i."""
     ends = np.cumsum(counts)
     return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
-
-
-def _is_current(folder: Path, wanted: Mapping[str, Any]) -> bool:
-    """Return True if the rows are undamaged and up to date."""
-    try:
-        found = atomic.read_json(folder / "rows.json")
-        if not isinstance(found, dict) or any(found.get(key) != value for key, value in wanted.items()):
-            return False
-        verify_checksums(folder, {f"{name}.npy": found["files"][f"{name}.npy"] for name in _ARRAYS})
-    except (InputError, KeyError):
-        return False  # rows are a cache, so damaged rows are rebuilt
-    return True

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,14 +14,30 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from jax_selftrain.corpus import shards
 from jax_selftrain.corpus.schema import FINISH_REASONS, SCHEMA, Sample, to_samples
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
-from jax_selftrain.io.manifest import hash_json
+from jax_selftrain.io.manifest import hash_json, verify_checksums
 
+FORMAT, VERSION = "jax-selftrain corpus", 2
+MANIFEST, REQUEST = "corpus.json", "request.json"
+FIX_HINT = "delete the shard and run the same command to regenerate it"
+REQUEST_KEYS = {
+    "kind": object,
+    "source": object,
+    "tokenizer_fingerprint": object,
+    "start_id": int,
+    "stop_ids": list,
+    "policy": object,
+    "seed": object,
+    "samples": int,
+    "samples_per_shard": int,
+}
+"""Keys of `request.json`, which determine the content of a corpus, and their types in `corpus.json`."""
+SHARD_KEYS = ("file", "sha256", "bytes", "rows", "tokens", "mismatches")
+
+_COMPLETE = "run the command that created it again to complete it"
 _BATCH_ROWS = 1024
-_TYPES = {"start_id": int, "stop_ids": list, "samples": int, "samples_per_shard": int, "tokens": int, "shards": list}
 
 
 @dataclass(frozen=True)
@@ -56,8 +73,13 @@ class Corpus:
 
     def iter_samples(self) -> Iterator[Sample]:
         """Yield the samples in order of their ids."""
-        for batch in self._batches(SCHEMA.names):
+        for batch in self.batches(SCHEMA.names):
             yield from to_samples(batch)
+
+    def iter_texts(self) -> Iterator[str]:
+        """Yield the texts in order of their ids."""
+        for batch in self.batches(["text"]):
+            yield from batch.column("text").to_pylist()
 
     def token_arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Read all tokens into memory.
@@ -66,39 +88,34 @@ class Corpus:
             tokens int32 [n_tokens], documents concatenated; offsets int64 [N+1], document d being
             tokens[offsets[d]:offsets[d+1]]; finish reasons uint8 [N], indices into `FINISH_REASONS`.
         """
-        flat = np.empty(self.n_tokens, np.int32)
-        offsets = np.zeros(len(self) + 1, np.int64)
-        reasons = np.empty(len(self), np.uint8)
-        row = 0
-        for batch in self._batches(["tokens", "finish_reason"]):
-            lists = batch.column("tokens")
-            ends = offsets[row] + np.cumsum(pc.list_value_length(lists).to_numpy(), dtype=np.int64)
-            offsets[row + 1 : row + 1 + len(ends)] = ends
-            flat[offsets[row] : ends[-1]] = lists.flatten().to_numpy()
+        flat, end = np.empty(self.n_tokens, np.int32), 0
+        lengths, reasons = [np.zeros(1, np.int64)], []
+        for batch in self.batches(["tokens", "finish_reason"]):
+            tokens, batch_lengths = batch_tokens(batch)
+            flat[end : end + len(tokens)] = tokens
+            end += len(tokens)
+            lengths.append(batch_lengths)
             codes = pc.index_in(batch.column("finish_reason"), pa.array(FINISH_REASONS))
-            reasons[row : row + len(ends)] = codes.to_numpy()
-            row += len(ends)
-        return flat, offsets, reasons
+            reasons.append(codes.to_numpy().astype(np.uint8))
+        return flat, np.cumsum(np.concatenate(lengths)), np.concatenate(reasons)
 
     def token_batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield (concatenated int32 tokens, int64 lengths) of batches of documents."""
-        for batch in self._batches(["tokens"]):
-            lists = batch.column("tokens")
-            yield lists.flatten().to_numpy(), pc.list_value_length(lists).to_numpy().astype(np.int64)
+        return map(batch_tokens, self.batches(["tokens"]))
 
-    def iter_texts(self) -> Iterator[str]:
-        """Yield the texts in order of their ids."""
-        for batch in self._batches(["text"]):
-            yield from batch.column("text").to_pylist()
-
-    def _batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    def batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        """Yield columns of `SCHEMA`, some rows at a time."""
         for shard in self.manifest["shards"]:
             with pq.ParquetFile(self.folder / shard["file"]) as file:
                 if not file.schema_arrow.equals(SCHEMA):
                     raise InputError(f"{self.folder / shard['file']}: its columns are not those of a corpus")
-                for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
-                    if batch.num_rows:
-                        yield batch
+                yield from (batch for batch in file.iter_batches(_BATCH_ROWS, columns=columns) if batch.num_rows)
+
+
+def batch_tokens(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
+    """Return the concatenated tokens and the lengths of a batch's documents."""
+    lists = batch.column("tokens")
+    return lists.flatten().to_numpy(), pc.list_value_length(lists).to_numpy().astype(np.int64)
 
 
 def open_corpus(ref: atomic.PathLike | Corpus, *, tokenizer_fingerprint: str | None = None) -> Corpus:
@@ -112,52 +129,63 @@ def open_corpus(ref: atomic.PathLike | Corpus, *, tokenizer_fingerprint: str | N
         InputError: the folder is absent, not a corpus, incomplete or empty, or of another tokenizer; or a shard is
             missing or damaged.
     """
-    corpus = ref if isinstance(ref, Corpus) else _read_corpus(Path(ref))
+    corpus = ref if isinstance(ref, Corpus) else Corpus(Path(ref), _read_manifest(Path(ref)))
     found = corpus.manifest["tokenizer_fingerprint"]
     if tokenizer_fingerprint is not None and found != tokenizer_fingerprint:
         raise InputError(
-            f"{corpus.folder}: its tokens come from another tokenizer (corpus {found[:8]}…, model "
+            f"{corpus.folder}: its tokens come from another tokenizer (corpus {str(found)[:8]}…, model "
             f"{tokenizer_fingerprint[:8]}…); retokenize it for the model, or import its text again"
         )
     return corpus
 
 
-def _read_corpus(folder: Path) -> Corpus:
+def shard_names(samples: int, samples_per_shard: int) -> list[str]:
+    """Return the file names of the shards of a corpus."""
+    return [f"shard-{index:06d}.parquet" for index in range(math.ceil(samples / samples_per_shard))]
+
+
+def check_shards_exist(folder: Path, shards: Sequence[str]) -> None:
+    """Raise InputError if shard files are missing; names the first three."""
+    if missing := [name for name in shards if not (folder / name).is_file()]:
+        verb = "is" if len(missing) == 1 else "are"
+        names = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+        raise InputError(
+            f"{folder}: incomplete corpus, {len(missing)} of {len(shards)} shards {verb} missing ({names}); {_COMPLETE}"
+        )
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
     if not folder.is_dir():
         raise InputError(f"{folder}: no such corpus folder; make it with `jax-selftrain sample`")
-    if not (folder / shards.MANIFEST).is_file():
-        if (folder / shards.REQUEST).exists() or any(folder.glob("shard-*.parquet")):
-            raise InputError(shards.missing_shards_message(folder))
-        raise InputError(
-            f"{folder}: not a corpus folder (it has no {shards.MANIFEST}); give the folder that was sampled"
-        )
-    manifest = atomic.read_json(folder / shards.MANIFEST)
-    _check_manifest(folder / shards.MANIFEST, manifest)
-    shards.check_shards(folder, manifest["shards"])
-    return Corpus(folder, manifest)
-
-
-def _check_manifest(path: Path, manifest: Any) -> None:
-    if not isinstance(manifest, dict) or manifest.get("format") != shards.FORMAT:
+    if not path.is_file():
+        if not (folder / REQUEST).exists():
+            raise InputError(f"{folder}: not a corpus folder (it has no {MANIFEST}); give the folder that was sampled")
+        request = atomic.read_json(folder / REQUEST)
+        check_shards_exist(folder, shard_names(request["samples"], request["samples_per_shard"]))
+        raise InputError(f"{folder}: incomplete corpus, {MANIFEST} is missing; {_COMPLETE}")
+    manifest = atomic.read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputError(f"{path}: not the manifest of a corpus")
-    if manifest.get("version") != shards.VERSION:
+    if manifest.get("version") != VERSION:
         raise InputError(
-            f"{path}: corpus format {manifest.get('version')!r}, this program reads {shards.VERSION}; delete the "
-            "folder and run the command that created it again"
+            f"{path}: corpus format {manifest.get('version')!r}, this program reads {VERSION}; delete the folder and "
+            "run the command that created it again"
         )
     remedy = f"delete {path.name} and run the command that created it again"
-    for key in (*shards.REQUEST_KEYS, "tokens", "shards"):
-        if key not in manifest:
-            raise InputError(f"{path}: {key!r} is missing; {remedy}")
-        if not isinstance(manifest[key], _TYPES.get(key, object)):
-            raise InputError(f"{path}: {key!r} is damaged; {remedy}")
-    listed, total = manifest["shards"], manifest["samples"]
-    if not all(isinstance(shard, dict) and shard.keys() >= set(shards.SHARD_RECORD_KEYS) for shard in listed):
+    for key, kind in {**REQUEST_KEYS, "tokens": int, "shards": list}.items():
+        if key not in manifest or not isinstance(manifest[key], kind):
+            raise InputError(f"{path}: {key!r} is missing or damaged; {remedy}")
+    shards = manifest["shards"]
+    if not all(isinstance(shard, dict) and shard.keys() >= set(SHARD_KEYS) for shard in shards):
         raise InputError(f"{path}: its list of shards is damaged; {remedy}")
-    if not listed or total < 1:
-        raise InputError(f"{path.parent}: the corpus is empty; sample or import at least one document")
-    counts = [(shard["rows"], shard["tokens"]) for shard in listed]
-    if (sum(rows for rows, _ in counts), sum(tokens for _, tokens in counts)) != (total, manifest["tokens"]):
+    if not shards or manifest["samples"] < 1:
+        raise InputError(f"{folder}: the corpus is empty; sample or import at least one document")
+    if [sum(shard[key] for shard in shards) for key in ("rows", "tokens")] != [manifest["samples"], manifest["tokens"]]:
         raise InputError(
-            f"{path}: its shards do not add up to its {total} samples and {manifest['tokens']} tokens; {remedy}"
+            f"{path}: its shards do not add up to its {manifest['samples']} samples and {manifest['tokens']} tokens; "
+            f"{remedy}"
         )
+    check_shards_exist(folder, [shard["file"] for shard in shards])
+    verify_checksums(folder, {shard["file"]: shard for shard in shards}, fix_hint=FIX_HINT)
+    return manifest

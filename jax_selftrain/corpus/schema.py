@@ -49,20 +49,10 @@ def to_table(samples: Sequence[Sample]) -> pa.Table:
     for sample in samples:
         if sample.finish_reason not in FINISH_REASONS:
             raise ValueError(f"sample {sample.sample_id}: unknown finish_reason {sample.finish_reason!r}")
-        if sample.tokens.ndim != 1 or not np.issubdtype(sample.tokens.dtype, np.integer):
-            raise ValueError(f"sample {sample.sample_id}: tokens must be a vector of integers")
-    offsets = np.zeros(len(samples) + 1, np.int32)
-    np.cumsum([len(sample.tokens) for sample in samples], out=offsets[1:])
-    flat = np.concatenate([np.empty(0, np.int32), *(sample.tokens for sample in samples)]).astype(np.int32)
-    logprobs = np.array([sample.logprob for sample in samples], np.float32)
-    columns = {
-        "sample_id": pa.array([sample.sample_id for sample in samples], pa.int64()),
-        "tokens": pa.ListArray.from_arrays(offsets, flat),
-        "text": pa.array([sample.text for sample in samples], pa.string()),
-        "logprob": pa.array(logprobs, mask=np.isnan(logprobs)),
-        "finish_reason": pa.array([sample.finish_reason for sample in samples], pa.string()),
-    }
-    return pa.table(columns, schema=SCHEMA)
+        if not np.issubdtype(sample.tokens.dtype, np.integer):
+            raise ValueError(f"sample {sample.sample_id}: tokens must be integers")
+    rows = [vars(sample) | {"logprob": None if np.isnan(sample.logprob) else sample.logprob} for sample in samples]
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
 def to_samples(batch: pa.RecordBatch) -> Iterator[Sample]:

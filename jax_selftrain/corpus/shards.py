@@ -8,41 +8,34 @@ on meshes and restarts; the rest (mesh, seconds) stays in the records.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow.parquet as pq
 
+from jax_selftrain.corpus.reader import (
+    FIX_HINT,
+    FORMAT,
+    MANIFEST,
+    REQUEST,
+    SHARD_KEYS,
+    VERSION,
+    Corpus,
+    check_shards_exist,
+    shard_names,
+)
 from jax_selftrain.corpus.schema import Sample, to_table
 from jax_selftrain.corpus.statistics import corpus_statistics
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import sha256_file, verify_checksums
-
-FORMAT = "jax-selftrain corpus"
-VERSION = 2
-MANIFEST = "corpus.json"
-REQUEST = "request.json"
-FIX_HINT = "delete the shard and run the same command to regenerate it"
+from jax_selftrain.version import versions
 
 _ROW_GROUP = 1024
-SHARD_RECORD_KEYS = ("file", "sha256", "bytes", "rows", "tokens", "mismatches")
-REQUEST_KEYS = (
-    "kind",
-    "source",
-    "tokenizer_fingerprint",
-    "start_id",
-    "stop_ids",
-    "policy",
-    "seed",
-    "samples",
-    "samples_per_shard",
-)
-"""Keys of `corpus.json` that the caller of `finalize_corpus` supplies."""
-
-
 # With this card `datasets.load_dataset(FOLDER)` reads only the shards, locally and on the hub.
 _CARD = """\
 ---
@@ -53,45 +46,36 @@ configs:
 {samples} texts ({kind}); `corpus.json` describes their origin.
 """
 
-
-def shard_name(index: int) -> str:
-    """Return the file name of a shard: `shard-000000.parquet`."""
-    return f"shard-{index:06d}.parquet"
+_Item = TypeVar("_Item")
 
 
-def shard_ids(index: int, samples: int, samples_per_shard: int) -> range:
-    """Return the sample ids of a shard."""
-    return range(index * samples_per_shard, min((index + 1) * samples_per_shard, samples))
+@dataclass(frozen=True)
+class CorpusWriter:
+    """A corpus folder that is being written, by one or several processes."""
 
+    folder: Path
+    request: Mapping[str, Any]
+    """Plain data that determines the content: `reader.REQUEST_KEYS`, without meshes and times."""
 
-def shard_count(samples: int, samples_per_shard: int) -> int:
-    """Return the number of shards of a corpus."""
-    return math.ceil(samples / samples_per_shard)
+    @classmethod
+    def open(cls, folder: atomic.PathLike, request: Mapping[str, Any]) -> CorpusWriter:
+        """Create or resume a corpus; its first shard makes the folder.
 
+        Temporary files of killed processes and the records of deleted shards are removed. The stored request is used:
+        it may differ from `request` in `source.ref` alone, because models and files may move.
 
-def init_corpus(folder: atomic.PathLike, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Create or resume a corpus; its request is stored in `request.json`.
-
-    Temporary files of killed processes and the records of deleted shards are removed.
-
-    Args:
-        folder: the corpus folder; created if missing.
-        request: plain data that determines the content (source, tokenizer, policy, seed, …), without meshes and times.
-
-    Returns:
-        The stored request. It may differ from `request` in `source.ref` alone, because models and files may move.
-
-    Raises:
-        InputError: the folder holds another request; the message names the first difference.
-    """
-    folder = Path(folder)
-    atomic.remove_stale_temp_files(folder)
-    atomic.remove_stale_temp_files(folder / "records")
-    path = folder / REQUEST
-    if path.exists():
-        before = atomic.read_json(path)
-        difference = first_mismatch(before, dict(request))
-        if difference:
+        Raises:
+            InputError: the folder holds another request; the message names the first difference.
+        """
+        folder = Path(folder)
+        for path in (folder, folder / "records"):
+            atomic.remove_stale_temp_files(path)
+        if not (folder / REQUEST).exists():
+            if (folder / MANIFEST).exists() or any(folder.glob("shard-*.parquet")):
+                raise InputError(f"{folder}: holds shards but no {REQUEST}; choose another folder")
+            return cls(folder, dict(request))
+        before = atomic.read_json(folder / REQUEST)
+        if difference := first_mismatch(before, dict(request)):
             raise InputError(
                 f"{folder}: was created with {difference[0]} = {difference[1]!r}, this command has "
                 f"{difference[2]!r}; choose another folder, or delete this one to start over"
@@ -99,180 +83,145 @@ def init_corpus(folder: atomic.PathLike, request: Mapping[str, Any]) -> dict[str
         for record in folder.glob("records/shard-*.json"):
             if not (folder / f"{record.stem}.parquet").exists():
                 record.unlink(missing_ok=True)
-        return before
-    if (folder / MANIFEST).exists() or any(folder.glob("shard-*.parquet")):
-        raise InputError(f"{folder}: holds shards but no {REQUEST}; choose another folder")
-    atomic.write_json(path, dict(request))
-    return dict(request)
+        return cls(folder, before)
 
+    @cached_property
+    def shards(self) -> list[str]:
+        """File names of all shards: shard-000000.parquet, …."""
+        return shard_names(self.request["samples"], self.request["samples_per_shard"])
 
-def write_shard(
-    folder: atomic.PathLike, index: int, samples: Sequence[Sample], record: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Commit a shard, then its record.
+    def sample_ids(self, index: int) -> range:
+        """Return the sample ids of a shard."""
+        size = self.request["samples_per_shard"]
+        return range(index * size, min((index + 1) * size, self.request["samples"]))
 
-    Args:
-        folder: the corpus folder.
-        index: index of the shard.
-        samples: its samples, with consecutive ids.
-        record: plain data for the record. `mismatches` (samples whose re-encoded text differs from their tokens) also
-            enters `corpus.json`. `policy_logprob` (sum over the samples of their log-probability under the sampling
-            distribution, in nats; absent for text that was not sampled) enters its `statistics`.
+    def record_path(self, index: int) -> Path:
+        """Return the path of a shard's record."""
+        return self.folder / "records" / f"{Path(self.shards[index]).stem}.json"
 
-    Returns:
-        The record as written: `record` and file, sha256, bytes, rows, tokens, first_sample_id.
+    def is_done(self, index: int) -> bool:
+        """Return True if a shard and its record exist."""
+        return (self.folder / self.shards[index]).exists() and self.record_path(index).exists()
 
-    Raises:
-        ValueError: no samples, or ids with gaps.
-        InputError: the disk is full or not writable; no partial file remains.
-    """
-    if not samples:
-        raise ValueError(f"shard {index} has no samples")
-    first = samples[0].sample_id
-    if [sample.sample_id for sample in samples] != list(range(first, first + len(samples))):
-        raise ValueError(f"shard {index}: sample ids are not consecutive")
-    folder = Path(folder)
-    path = folder / shard_name(index)
-    _record_path(folder, index).unlink(missing_ok=True)  # the old record does not describe the new bytes
-    with atomic.commit_file(path) as aside:
-        pq.write_table(
-            to_table(samples),
-            aside,
-            version="2.6",
-            data_page_version="1.0",
-            compression="zstd",
-            compression_level=3,
-            use_dictionary=["tokens.list.element", "finish_reason"],
-            row_group_size=_ROW_GROUP,
-        )
-    written = {
-        **record,
-        "file": path.name,
-        "sha256": sha256_file(path),
-        "bytes": path.stat().st_size,
-        "rows": len(samples),
-        "tokens": sum(len(sample.tokens) for sample in samples),
-        "first_sample_id": first,
-    }
-    atomic.write_json(_record_path(folder, index), written)
-    return written
+    def missing(self) -> list[int]:
+        """Return the indices of shards that are not done, ascending."""
+        return [index for index in range(len(self.shards)) if not self.is_done(index)]
 
+    def write_shard(self, index: int, samples: Sequence[Sample], record: Mapping[str, Any]) -> dict[str, Any]:
+        """Commit a shard, then its record.
 
-def read_records(folder: atomic.PathLike) -> dict[int, dict[str, Any]]:
-    """Return {shard index: record} of all committed shards.
+        Args:
+            index: index of the shard.
+            samples: its samples, with the ids `sample_ids(index)`.
+            record: plain data for the record. `mismatches` (samples whose re-encoded text differs from their tokens)
+                also enters `corpus.json`. `policy_logprob` (sum over the samples of their log-probability under the
+                sampling distribution, in nats; absent for text that was not sampled) enters its `statistics`.
 
-    Raises:
-        InputError: a record is damaged.
-    """
-    folder = Path(folder)
-    records = {}
-    for path in sorted(folder.glob("records/shard-*.json")):
-        record = atomic.read_json(path)
-        if not isinstance(record, dict) or not {"file", "sha256", "bytes", "rows", "tokens"} <= record.keys():
-            raise InputError(f"{path}: not the record of a shard; {FIX_HINT}")
-        index = int(path.stem.removeprefix("shard-"))
-        if (folder / shard_name(index)).exists():
-            records[index] = record
-    return records
+        Returns:
+            The record as written: `record` and file, sha256, bytes, rows, tokens, first_sample_id, versions.
 
-
-def is_shard_done(folder: atomic.PathLike, index: int) -> bool:
-    """Return True if a shard and its record exist."""
-    return Path(folder, shard_name(index)).exists() and _record_path(Path(folder), index).exists()
-
-
-def missing_shards(folder: atomic.PathLike, n_shards: int) -> list[int]:
-    """Return the indices of shards that are not done, ascending."""
-    return [index for index in range(n_shards) if not is_shard_done(folder, index)]
-
-
-def finalize_corpus(folder: atomic.PathLike, manifest: Mapping[str, Any]) -> None:
-    """Verify every shard, compute `corpus_statistics` and commit `corpus.json`.
-
-    Args:
-        folder: the corpus folder, with all shards.
-        manifest: the `REQUEST_KEYS` (kind, source {ref, fingerprint}, tokenizer_fingerprint, …); other data is kept.
-
-    Raises:
-        InputError: there are no samples, or a shard is missing, damaged or of another corpus.
-        ValueError: a key of the manifest is missing.
-    """
-    folder = Path(folder)
-    if absent := [key for key in REQUEST_KEYS if key not in manifest]:
-        raise ValueError(f"the manifest lacks {absent}")
-    samples, per_shard = manifest["samples"], manifest["samples_per_shard"]
-    if samples < 1:
-        raise InputError(f"{folder}: the corpus would be empty; give it at least one document")
-    n_shards = shard_count(samples, per_shard)
-    if missing := missing_shards(folder, n_shards):
-        raise InputError(_incomplete(folder, missing, n_shards))
-    records = read_records(folder)
-    expected = {shard_name(index) for index in range(n_shards)}
-    if strays := sorted(path.name for path in folder.glob("shard-*.parquet") if path.name not in expected):
-        raise InputError(f"{folder / strays[0]}: does not belong to this corpus of {n_shards} shards; delete it")
-    for index in range(n_shards):
-        ids = shard_ids(index, samples, per_shard)
-        found = (records[index].get("first_sample_id"), records[index]["rows"])
-        if found != (ids.start, len(ids)):
-            raise InputError(
-                f"{folder / shard_name(index)}: holds {found[1]} samples from id {found[0]} where this corpus has "
-                f"{len(ids)} from id {ids.start}; {FIX_HINT}"
+        Raises:
+            ValueError: the samples have other ids.
+            InputError: the folder holds another corpus now, or the disk is full or not writable; no partial file
+                remains.
+        """
+        if [sample.sample_id for sample in samples] != list(self.sample_ids(index)):
+            raise ValueError(f"shard {index}: its samples should have the ids {self.sample_ids(index)}")
+        self.open(self.folder, self.request)
+        if not (self.folder / REQUEST).exists():
+            atomic.write_json(self.folder / REQUEST, self.request)
+        path = self.folder / self.shards[index]
+        self.record_path(index).unlink(missing_ok=True)  # the old record does not describe the new bytes
+        with atomic.commit_file(path) as aside:
+            pq.write_table(
+                to_table(samples),
+                aside,
+                version="2.6",
+                data_page_version="1.0",
+                compression="zstd",
+                compression_level=3,
+                use_dictionary=["tokens.list.element", "finish_reason"],
+                row_group_size=_ROW_GROUP,
             )
-    shards = [{"mismatches": 0} | records[index] for index in range(n_shards)]
-    check_shards(folder, shards)
-    atomic.write_text(folder / "README.md", _CARD.format(**manifest))
-    atomic.write_json(
-        folder / MANIFEST,
-        {
-            **manifest,
+        written = {
+            "versions": versions(),
+            **record,
+            "file": path.name,
+            "sha256": sha256_file(path),
+            "bytes": path.stat().st_size,
+            "rows": len(samples),
+            "tokens": sum(len(sample.tokens) for sample in samples),
+            "first_sample_id": samples[0].sample_id,
+        }
+        atomic.write_json(self.record_path(index), written)
+        return written
+
+    def convert_missing(
+        self, items: Iterable[_Item], convert: Callable[[list[_Item], range], tuple[list[Sample], Mapping[str, int]]]
+    ) -> None:
+        """Write the missing shards, made from a stream of one item a sample.
+
+        Args:
+            items: the items of all samples, in order; consumed up to the last missing shard.
+            convert: convert the items of some sample ids; return samples and counts for the record.
+        """
+        stream, position = iter(items), 0
+        for index in self.missing():
+            ids = self.sample_ids(index)
+            samples, counts = convert(list(islice(stream, ids.start - position, ids.stop - position)), ids)
+            self.write_shard(index, samples, counts)
+            position = ids.stop
+
+    def records(self) -> list[dict[str, Any]]:
+        """Read the records of all shards.
+
+        Raises:
+            InputError: a shard or its record is missing, or a record is damaged or of another range of samples.
+        """
+        check_shards_exist(self.folder, self.shards)
+        records = []
+        for index in range(len(self.shards)):
+            path, ids = self.record_path(index), self.sample_ids(index)
+            record = atomic.read_json(path)
+            if not isinstance(record, dict) or not {*SHARD_KEYS, "first_sample_id"} - {"mismatches"} <= record.keys():
+                raise InputError(f"{path}: not the record of a shard; {FIX_HINT}")
+            if (record["first_sample_id"], record["rows"]) != (ids.start, len(ids)):
+                raise InputError(
+                    f"{path}: holds {record['rows']} samples from id {record['first_sample_id']} where this corpus has "
+                    f"{len(ids)} from id {ids.start}; {FIX_HINT}"
+                )
+            records.append({"mismatches": 0} | record)
+        return records
+
+    def finalize(self, facts: Mapping[str, Any] | None = None) -> Corpus:
+        """Verify every shard, compute `corpus_statistics` and commit `corpus.json`.
+
+        Args:
+            facts: plain data for `corpus.json` besides the request.
+
+        Raises:
+            InputError: a shard is missing, damaged or of another corpus.
+        """
+        records = self.records()
+        if strays := {path.name for path in self.folder.glob("shard-*.parquet")} - set(self.shards):
+            raise InputError(
+                f"{self.folder / min(strays)}: does not belong to this corpus of {len(records)} shards; delete it"
+            )
+        verify_checksums(self.folder, dict(zip(self.shards, records, strict=True)), fix_hint=FIX_HINT)
+        manifest = {
+            **self.request,
+            **(facts or {}),
             "format": FORMAT,
             "version": VERSION,
-            "tokens": sum(shard["tokens"] for shard in shards),
-            "retokenization_mismatches": sum(shard["mismatches"] for shard in shards),
-            "statistics": corpus_statistics(folder, shards),
-            "shards": [{key: shard[key] for key in SHARD_RECORD_KEYS} for shard in shards],
-        },
-    )
-
-
-def check_shards(folder: atomic.PathLike, shards: Sequence[Mapping[str, Any]]) -> None:
-    """Verify the checksum of every shard.
-
-    Raises:
-        InputError: a shard is missing or damaged; the sentence names the first and its remedy.
-    """
-    folder = Path(folder)
-    if gone := [index for index, shard in enumerate(shards) if not (folder / shard["file"]).is_file()]:
-        raise InputError(_incomplete(folder, gone, len(shards)))
-    verify_checksums(folder, {shard["file"]: shard for shard in shards}, fix_hint=FIX_HINT)
-
-
-def missing_shards_message(folder: atomic.PathLike) -> str:
-    """Return the error sentence for a folder without `corpus.json`."""
-    folder = Path(folder)
-    request = atomic.read_json(folder / REQUEST) if (folder / REQUEST).exists() else {}
-    samples, per_shard = (request.get(key) for key in ("samples", "samples_per_shard"))
-    if samples and per_shard:
-        n_shards = shard_count(samples, per_shard)
-        if missing := missing_shards(folder, n_shards):
-            return _incomplete(folder, missing, n_shards)
-    return (
-        f"{folder}: incomplete corpus, {len(read_records(folder))} shards exist but {MANIFEST} is missing; "
-        "run the command that created it again to complete it"
-    )
-
-
-def _incomplete(folder: Path, missing: Sequence[int], n_shards: int) -> str:
-    verb = "is" if len(missing) == 1 else "are"
-    names = ", ".join(shard_name(index) for index in missing[:3]) + (", …" if len(missing) > 3 else "")
-    return (
-        f"{folder}: incomplete corpus, {len(missing)} of {n_shards} shards {verb} missing ({names}); "
-        "run the command that created it again to complete it"
-    )
-
-
-def _record_path(folder: Path, index: int) -> Path:
-    return folder / "records" / f"shard-{index:06d}.json"
+            "tokens": sum(record["tokens"] for record in records),
+            "retokenization_mismatches": sum(record["mismatches"] for record in records),
+            "shards": [{key: record[key] for key in SHARD_KEYS} for record in records],
+        }
+        policy_logprobs = [record.get("policy_logprob") for record in records]
+        manifest["statistics"] = corpus_statistics(Corpus(self.folder, manifest), policy_logprobs)
+        atomic.write_text(self.folder / "README.md", _CARD.format(**manifest))
+        atomic.write_json(self.folder / MANIFEST, manifest)
+        return Corpus(self.folder, manifest)
 
 
 def first_mismatch(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:

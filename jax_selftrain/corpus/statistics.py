@@ -10,35 +10,30 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from jax_selftrain.io import atomic
+from jax_selftrain.corpus.reader import Corpus, batch_tokens
 
 DISTINCT_TOKENS = 1 << 18
 """Maximum number of tokens for distinct-n."""
-DISTINCT_ORDERS = (1, 2, 3, 4)
 
 _DECIMALS = 6
-_BATCH_ROWS = 1024
 _HASH_BYTES = 8  # of a billion samples, 0.03 pairs collide
 _COMPARED_AT_ONCE = 1 << 16  # hashes
 
 
-def corpus_statistics(folder: atomic.PathLike, shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def corpus_statistics(corpus: Corpus, policy_logprobs: Iterable[float | None] = (None,)) -> dict[str, Any]:
     """Compute the `statistics` of `corpus.json`.
 
     Args:
-        folder: the corpus folder.
-        shards: one or more records, in order, with `file`, `rows` and, if sampled, `policy_logprob`: the sum over
-            samples of the log-probability under the sampling distribution, in nats.
+        corpus: the corpus; its manifest needs `samples` and `shards`.
+        policy_logprobs: of each shard, if sampled, the sum over samples of the log-probability under the sampling
+            distribution, in nats.
 
     Returns:
         Plain data, floats rounded to 6 decimals:
@@ -53,34 +48,39 @@ def corpus_statistics(folder: atomic.PathLike, shards: Sequence[Mapping[str, Any
           2^18 tokens together; `tokens` is their number. Corpora with much fewer are not comparable.
         - duplicates: share of samples whose tokens equal those of an earlier sample.
     """
-    samples = sum(shard["rows"] for shard in shards)
+    samples = len(corpus)
     lengths: Counter[int] = Counter()
     hashes = np.empty(samples, np.uint64)
+    head, head_lengths = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]  # the first samples, for distinct-n
     stopped = row = 0
-    logprob = 0.0
-    for batch in _read(folder, shards, ["tokens", "logprob", "finish_reason"]):
-        flat, batch_lengths = _batch_tokens(batch)
+    free, logprob = DISTINCT_TOKENS, 0.0
+    for batch in corpus.batches(["tokens", "logprob", "finish_reason"]):
+        flat, batch_lengths = batch_tokens(batch)
+        ends = np.cumsum(batch_lengths)
+        fitting = int(np.searchsorted(ends, free, side="right"))
+        head.append(flat[: batch_lengths[:fitting].sum()].copy())
+        head_lengths.append(batch_lengths[:fitting])
+        free = free - int(ends[-1]) if fitting == len(ends) else -1
         lengths.update(batch_lengths.tolist())
-        hashes[row : row + len(batch_lengths)] = _hash_samples(flat, batch_lengths)
-        row += len(batch_lengths)
+        hashes[row : row + len(ends)] = _hash_samples(flat, ends)
+        row += len(ends)
         stopped += pc.equal(batch.column("finish_reason"), "stop").true_count
         logprob += math.fsum(batch.column("logprob").to_numpy(zero_copy_only=False).tolist())  # null is NaN
     tokens = sum(length * count for length, count in lengths.items())
-    policy_logprobs = [shard.get("policy_logprob") for shard in shards]
     policy_logprob = math.fsum(math.nan if value is None else value for value in policy_logprobs)
     return _to_json(
         {
-            "length": length_statistics(lengths),
+            "length": _length_statistics(lengths),
             "stopped": stopped / samples,
             "nll_per_token": _ratio(-logprob, tokens),
             "entropy_per_token": _ratio(-policy_logprob, tokens),
-            "distinct": distinct_ngrams(*_head(folder, shards, DISTINCT_TOKENS)),
+            "distinct": _distinct_ngrams(np.concatenate(head), np.concatenate(head_lengths)),
             "duplicates": _count_repeated(hashes) / samples,
         }
     )
 
 
-def length_statistics(lengths: Mapping[int, int]) -> dict[str, float]:
+def _length_statistics(lengths: Mapping[int, int]) -> dict[str, float]:
     """Return moments and quantiles of lengths given as {length: number of samples}."""
     ascending = sorted(lengths)
     up_to = np.cumsum([lengths[length] for length in ascending])
@@ -97,7 +97,7 @@ def length_statistics(lengths: Mapping[int, int]) -> dict[str, float]:
     }
 
 
-def distinct_ngrams(flat: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
+def _distinct_ngrams(flat: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
     """Return the share of distinct n-grams among the n-grams within samples.
 
     The rank of an n-gram and the rank of the next token form the key of the (n+1)-gram (Karp, Miller & Rosenberg 1972),
@@ -114,7 +114,7 @@ def distinct_ngrams(flat: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
     words, word = np.unique(flat, return_inverse=True)
     found: dict[str, float] = {"tokens": len(flat)}
     gram = np.zeros(len(flat), np.int64)  # rank of the (n−1)-gram at each position; all empty grams are equal
-    for n in DISTINCT_ORDERS:
+    for n in (1, 2, 3, 4):
         positions = np.flatnonzero(left >= n)
         different, rank = np.unique(gram[positions] * len(words) + word[positions + n - 1], return_inverse=True)
         gram[positions] = rank
@@ -122,38 +122,10 @@ def distinct_ngrams(flat: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
     return found
 
 
-def _read(folder: atomic.PathLike, shards: Sequence[Mapping[str, Any]], columns: list[str]) -> Iterator[pa.RecordBatch]:
-    for shard in shards:
-        with pq.ParquetFile(Path(folder, shard["file"])) as file:
-            yield from file.iter_batches(_BATCH_ROWS, columns=columns)
-
-
-def _batch_tokens(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
-    """Return (concatenated tokens, lengths) of a batch."""
-    lists = batch.column("tokens")
-    return lists.flatten().to_numpy(), pc.list_value_length(lists).to_numpy()
-
-
-def _head(folder: atomic.PathLike, shards: Sequence[Mapping[str, Any]], most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return tokens and lengths of the first samples within `most` tokens."""
-    tokens, lengths = [], []
-    for batch in _read(folder, shards, ["tokens"]):
-        flat, batch_lengths = _batch_tokens(batch)
-        ends = np.cumsum(batch_lengths, dtype=np.int64)
-        fitting = int(np.searchsorted(ends, most, side="right"))
-        used = int(ends[fitting - 1]) if fitting else 0
-        tokens.append(flat[:used])
-        lengths.append(batch_lengths[:fitting])
-        most -= used
-        if fitting < len(ends):
-            break
-    return np.concatenate(tokens), np.concatenate(lengths)
-
-
-def _hash_samples(flat: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def _hash_samples(flat: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """Hash the tokens (little-endian int32) of each sample by BLAKE2b; uint64 [N]."""
     data = flat.astype("<i4", copy=False).tobytes()
-    bounds = [0, *(4 * np.cumsum(lengths, dtype=np.int64)).tolist()]
+    bounds = [0, *(4 * ends).tolist()]
     digests = (hashlib.blake2b(data[a:b], digest_size=_HASH_BYTES).digest() for a, b in pairwise(bounds))
     return np.frombuffer(b"".join(digests), "<u8")
 

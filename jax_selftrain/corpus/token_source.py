@@ -10,9 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jax_selftrain.corpus.ingest import encode_texts, text_batches
-
-_TEXTS_AT_ONCE = 256
+ENCODE_CHARACTERS = 1 << 20
+"""Characters of the texts that are tokenized at once."""
 
 
 class TokenSource(Protocol):
@@ -56,26 +55,47 @@ class LazilyTokenized:
     tokenizer: Any
 
     def token_batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield a few hundred texts at a time."""
-        batch: list[str] = []
-        for text in chain(self.texts(), [None]):
-            if text is not None:
-                batch.append(text)
-            if len(batch) == _TEXTS_AT_ONCE or (text is None and batch):
-                for first, last in text_batches(batch):
-                    ids = encode_texts(self.tokenizer, batch[first:last])["input_ids"]
-                    flat = np.fromiter(chain.from_iterable(ids), np.int32)
-                    yield flat, np.array([len(row) for row in ids], np.int64)
-                batch = []
+        """Yield the tokens of some texts at a time."""
+        for rows in encode_texts(self.tokenizer, self.texts()):
+            yield np.fromiter(chain.from_iterable(rows), np.int32), np.array([len(row) for row in rows], np.int64)
+
+
+def encode_texts(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[list[int]]]:
+    """Yield the tokens of texts, without added tokens, in batches.
+
+    Special strings are plain text. A batch has about `ENCODE_CHARACTERS` characters.
+    """
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= ENCODE_CHARACTERS:
+            yield encode_batch(tokenizer, batch)["input_ids"]
+            batch, characters = [], 0
+    if batch:
+        yield encode_batch(tokenizer, batch)["input_ids"]
+
+
+def encode_batch(tokenizer: Any, texts: list[str]) -> Any:
+    """Tokenize texts together; return a `BatchEncoding`."""
+    return tokenizer(
+        texts,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
 
 
 def memmap_tokens(documents: TokenSource, folder: Path) -> RaggedTokens:
     """Write documents to a file in a folder, and memory-map it."""
-    path, lengths = folder / "tokens.bin", []
+    path, lengths = folder / "tokens.bin", [np.zeros(1, np.int64)]
     with path.open("wb") as file:
         for flat, batch_lengths in documents.token_batches():
             file.write(np.ascontiguousarray(flat, np.int32).tobytes())
             lengths.append(batch_lengths)
-    offsets = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)
+    offsets = np.cumsum(np.concatenate(lengths), dtype=np.int64)
     tokens = np.memmap(path, np.int32, "r") if offsets[-1] else np.zeros(0, np.int32)
     return RaggedTokens(tokens, offsets)

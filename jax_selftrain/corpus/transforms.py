@@ -10,31 +10,20 @@ Shuffling the tokens of every document keeps token frequencies and destroys the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
-from pathlib import Path
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jax_selftrain.corpus.ingest import encode_texts, text_batches
 from jax_selftrain.corpus.reader import Corpus, open_corpus
 from jax_selftrain.corpus.schema import Sample
-from jax_selftrain.corpus.shards import (
-    MANIFEST,
-    finalize_corpus,
-    init_corpus,
-    missing_shards,
-    read_records,
-    shard_count,
-    shard_ids,
-    write_shard,
-)
+from jax_selftrain.corpus.shards import CorpusWriter
+from jax_selftrain.corpus.token_source import encode_texts
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.io.rng import make_rng, random_permutation
-from jax_selftrain.version import versions
 
 if TYPE_CHECKING:
     from jax_selftrain.hub import ModelRef
@@ -65,33 +54,29 @@ def retokenize(
     from jax_selftrain import hub  # imports JAX and transformers, which readers of a corpus do not need
 
     source, target = open_corpus(corpus), hub.open_model(model)
-    tokenizer = target.tokenizer
     start_id = target.special_tokens.bos_token_id
     stop_id = target.special_tokens.eos_token_id if stop_id is None else stop_id
     if start_id is None or stop_id is None:
         raise InputError(f"{target.ref}: names no BOS or no EOS, so documents cannot start and end in its tokens")
-    fingerprint = target.tokenizer_fingerprint
-    same = fingerprint == source.manifest["tokenizer_fingerprint"]
+    facts = {"tokenizer_fingerprint": target.tokenizer_fingerprint, "start_id": start_id, "stop_ids": [stop_id]}
+    same = target.tokenizer_fingerprint == source.manifest["tokenizer_fingerprint"]
 
     def convert(samples: list[Sample]) -> tuple[list[Sample], dict[str, int]]:
         texts = [sample.text.replace(REPLACEMENT_CHAR, "") for sample in samples]
         counts = dict.fromkeys(_COUNTS, 0)
-        converted: list[Sample] = []
-        for first, last in text_batches(texts):
-            for i, tokens in enumerate(encode_texts(tokenizer, texts[first:last])["input_ids"], start=first):
-                sample, text = samples[i], texts[i]
-                ended = sample.finish_reason == "stop"
-                row = np.array([*tokens, *([stop_id] if ended else [])], np.int32)
-                counts["broken_characters"] += sample.text.count(REPLACEMENT_CHAR)
-                counts["empty"] += not tokens
-                counts["source_tokens"] += len(sample.tokens)
-                counts["text_bytes"] += len(text.encode())
-                counts["changed"] += same and not np.array_equal(row, sample.tokens)
-                converted.append(Sample(sample.sample_id, row, text, _NO_LOGPROB, sample.finish_reason))
+        converted = []
+        encoded = chain.from_iterable(encode_texts(target.tokenizer, texts))
+        for sample, text, tokens in zip(samples, texts, encoded, strict=True):
+            row = np.array([*tokens, *([stop_id] if sample.finish_reason == "stop" else [])], np.int32)
+            counts["broken_characters"] += sample.text.count(REPLACEMENT_CHAR)
+            counts["empty"] += not tokens
+            counts["source_tokens"] += len(sample.tokens)
+            counts["text_bytes"] += len(text.encode())
+            counts["changed"] += same and not np.array_equal(row, sample.tokens)
+            converted.append(replace(sample, tokens=row, text=text, logprob=_NO_LOGPROB))
         return converted, counts
 
-    provenance = {"tokenizer_fingerprint": fingerprint, "start_id": start_id, "stop_ids": [stop_id]}
-    return map_corpus(source, Path(out), "retokenized", provenance, {}, convert)
+    return map_corpus(source, out, "retokenized", facts, convert, counts=_COUNTS)
 
 
 def shuffle(corpus: atomic.PathLike | Corpus, model: Ref | ModelRef, out: atomic.PathLike, seed: int) -> Corpus:
@@ -118,77 +103,47 @@ def shuffle(corpus: atomic.PathLike | Corpus, model: Ref | ModelRef, out: atomic
             order = random_permutation(make_rng("shuffled tokens", seed, sample.sample_id), n)
             row = np.concatenate([sample.tokens[:n][order], sample.tokens[n:]])
             text = tokenizer.decode(row[:n].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            converted.append(Sample(sample.sample_id, row, text, _NO_LOGPROB, sample.finish_reason))
+            converted.append(replace(sample, tokens=row, text=text, logprob=_NO_LOGPROB))
         return converted, {}
 
-    inherited = {key: source.manifest[key] for key in ("tokenizer_fingerprint", "start_id", "stop_ids")}
-    return map_corpus(source, Path(out), "shuffled", inherited, {"shuffle_seed": seed}, convert)
+    return map_corpus(source, out, "shuffled", {"policy": {"shuffle_seed": seed}}, convert)
 
 
 def map_corpus(
     source: Corpus,
-    out: Path,
-    transform_name: str,
-    inherited: Mapping[str, Any],
-    policy: Mapping[str, Any],
+    out: atomic.PathLike,
+    kind: str,
+    facts: Mapping[str, Any],
     convert: Callable[[list[Sample]], tuple[list[Sample], dict[str, int]]],
-    keep_ids: np.ndarray | None = None,
+    *,
+    keep: np.ndarray | None = None,
+    counts: Sequence[str] = (),
 ) -> Corpus:
     """Write the missing shards of a corpus converted from another.
 
     Args:
         source: the corpus to convert.
         out: the corpus folder to write.
-        transform_name: `kind` of the result.
-        inherited: further fields of `corpus.json`.
-        policy: additions to the source's `policy`.
-        convert: convert samples; return them and counts for the shard's record.
-        keep_ids: ascending sample ids of the documents to keep, which get new ids; None keeps all.
+        kind: `kind` of the result.
+        facts: fields of `corpus.json` that differ from the source's, and additions to its `policy`.
+        convert: convert samples; return them and `counts` for the shard's record.
+        keep: bool [N], the documents to keep, which get new ids; None keeps all.
+        counts: names of counts whose sums are stored in `corpus.json` under `kind`.
     """
-    ids = range(len(source)) if keep_ids is None else keep_ids.tolist()
-    samples, per_shard = len(ids), source.manifest["samples_per_shard"]
-    request = init_corpus(
-        out,
-        {
-            "kind": transform_name,
-            "source": {"ref": str(source.folder), "fingerprint": source.fingerprint},
-            "policy": {**source.manifest["policy"], **policy},
-            "seed": source.manifest["seed"],
-            "samples": samples,
-            "samples_per_shard": per_shard,
-            **inherited,
-        },
+    keep = np.ones(len(source), bool) if keep is None else keep
+    inherited = ("tokenizer_fingerprint", "start_id", "stop_ids", "seed", "samples_per_shard")
+    request = {
+        **{key: source.manifest[key] for key in inherited},
+        **facts,
+        "kind": kind,
+        "source": {"ref": str(source.folder), "fingerprint": source.fingerprint},
+        "policy": {**source.manifest["policy"], **facts.get("policy", {})},
+        "samples": int(keep.sum()),
+    }
+    writer = CorpusWriter.open(out, request)
+    writer.convert_missing(
+        (sample for sample in source.iter_samples() if keep[sample.sample_id]),
+        lambda samples, ids: convert([replace(x, sample_id=i) for x, i in zip(samples, ids, strict=True)]),
     )
-    missing = missing_shards(out, shard_count(samples, per_shard))
-    chosen = _select(source, ids)
-    position = 0
-    for index in missing:
-        numbers = shard_ids(index, samples, per_shard)
-        shard = [
-            replace(sample, sample_id=number)
-            for number, sample in zip(
-                numbers, islice(chosen, numbers.start - position, numbers.stop - position), strict=True
-            )
-        ]
-        position = numbers.stop
-        converted, counts = convert(shard)
-        write_shard(out, index, converted, {**counts, "versions": versions()})
-    if missing or not (out / MANIFEST).exists():
-        totals = _totals(out) if transform_name == "retokenized" else {}
-        finalize_corpus(out, {**request, **({"retokenized": totals} if totals else {})})
-    return open_corpus(out)
-
-
-def _select(source: Corpus, ids: Sequence[int]) -> Iterator[Sample]:
-    """Yield the samples with the given ascending ids."""
-    wanted = iter(ids)
-    next_id = next(wanted, None)
-    for sample in source.iter_samples():
-        if sample.sample_id == next_id:
-            yield sample
-            next_id = next(wanted, None)
-
-
-def _totals(out: Path) -> dict[str, int]:
-    records = read_records(out).values()
-    return {name: sum(record[name] for record in records) for name in _COUNTS}
+    totals = {name: sum(record[name] for record in writer.records()) for name in counts}
+    return writer.finalize({kind: totals} if totals else {})

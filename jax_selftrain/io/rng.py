@@ -4,7 +4,7 @@ A stream depends on its key alone: neither the order of calls nor the number of 
 al., SC 2011) accepts any key, so a hash of the purpose, the seed and further identifiers gives independent streams.
 
 Two streams have a key of their own, because stored runs depend on them: the order of training rows
-(`corpus.packing.epoch_permutation`) and the signs of the sign-flip arm (`training.data`).
+(`corpus.mixture`) and the signs of the sign-flip arm (`training.data`).
 """
 
 from __future__ import annotations

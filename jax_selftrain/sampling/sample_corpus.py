@@ -28,20 +28,8 @@ from jax.sharding import Mesh
 
 from jax_selftrain import hub
 from jax_selftrain.config import SampleConfig, yaml_io
-from jax_selftrain.corpus import (
-    Corpus,
-    Sample,
-    finalize_corpus,
-    init_corpus,
-    is_shard_done,
-    missing_shards,
-    open_corpus,
-    shard_count,
-    shard_ids,
-    shard_name,
-    write_shard,
-)
-from jax_selftrain.corpus.shards import REQUEST
+from jax_selftrain.corpus import Corpus, CorpusWriter, Sample
+from jax_selftrain.corpus.token_source import encode_batch
 from jax_selftrain.distributed import process_local, sigterm_event
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.distributed.progress import progress_bar
@@ -55,7 +43,6 @@ from jax_selftrain.sampling.continuous_batching import DecodeState, RequestQueue
 from jax_selftrain.sampling.counter_rng import per_sample_keys
 from jax_selftrain.sampling.decode import DecodeLoop, DecodeProgress, DecodeSpec, SampleBatch, decode_chunks
 from jax_selftrain.sampling.sampling_params import SamplingParams, check_sample_config, make_sampling_params
-from jax_selftrain.version import versions
 
 POLL_SECONDS = 1.0
 """Interval of checks for shards that another process has finished or given up."""
@@ -84,19 +71,14 @@ def _sample(config: SampleConfig) -> Corpus:
         raise InputError(f"--out {out}: is a file; choose a folder")
     source = hub.open_model(config.model)
     sampling_params = make_sampling_params(config, source.config, source.special_tokens)
-    request = _make_request(config, source, sampling_params)
-    if (out / REQUEST).exists():
-        request["source"]["ref"] = _read_ref(out, request)
-        init_corpus(out, request)
-        atomic.remove_stale_temp_files(out / "timings")
-    n_shards = shard_count(config.samples, config.samples_per_shard)
-    if missing_shards(out, n_shards):
+    writer = CorpusWriter.open(out, _make_request(config, source, sampling_params))
+    atomic.remove_stale_temp_files(out / "timings")
+    if writer.missing():
         mesh = make_mesh(config.mesh, devices=jax.local_devices())
         model = hub.load_model(source, mesh, config.dtype, preset=config.preset)
         with _remove_if_empty(out), sigterm_event() as stop, progress_bar("sampling", config.samples) as progress:
-            _sample_missing(_SamplingRun(config, out, sampling_params, request, model, stop, progress), n_shards)
-    finalize_corpus(out, request)
-    return open_corpus(out)
+            _sample_missing(_SamplingRun(config, writer, sampling_params, model, stop, progress))
+    return writer.finalize()
 
 
 def abstract_program(
@@ -138,9 +120,8 @@ def _queue_size(config: SampleConfig, replicas: int) -> int:
 @dataclass(frozen=True)
 class _SamplingRun:
     config: SampleConfig
-    out: Path
+    writer: CorpusWriter
     sampling_params: SamplingParams
-    request: dict[str, Any]
     model: LoadedModel
     stop: threading.Event
     show: Callable[[int, str], None]
@@ -165,13 +146,7 @@ def _make_request(config: SampleConfig, source: ModelRef, sampling_params: Sampl
     }
 
 
-def _read_ref(out: Path, request: dict[str, Any]) -> str:
-    """Keep the recorded path of an unchanged source: models may be moved."""
-    source = atomic.read_json(out / REQUEST).get("source", {})
-    return source["ref"] if source.get("fingerprint") == request["source"]["fingerprint"] else request["source"]["ref"]
-
-
-def _sample_missing(run: _SamplingRun, n_shards: int) -> None:
+def _sample_missing(run: _SamplingRun) -> None:
     """Sample every missing shard that no other process samples.
 
     A thread writes each shard while the next one is sampled; its lease is held until it is written.
@@ -194,7 +169,7 @@ def _sample_missing(run: _SamplingRun, n_shards: int) -> None:
             written = writer.submit(lambda: None)
             for index, claim in claims:
                 begin = time.time()
-                ids = np.asarray(shard_ids(index, config.samples, config.samples_per_shard), np.int64)
+                ids = np.asarray(run.writer.sample_ids(index), np.int64)
                 shards.append(DecodeProgress(0, 0, 0))
                 batch = loop.generate(per_sample_keys(config.seed, ids), progress_callback=report)
                 if not batch.finite.all():
@@ -207,12 +182,12 @@ def _sample_missing(run: _SamplingRun, n_shards: int) -> None:
                 written = writer.submit(_write_shard, run, index, claim, batch, begin)
             written.result()
 
-    (run.out / "records").mkdir(parents=True, exist_ok=True)
+    (run.writer.folder / "records").mkdir(parents=True, exist_ok=True)
     run_missing(
-        range(n_shards),
+        range(len(run.writer.shards)),
         sample_claimed,
-        is_done=lambda index: is_shard_done(run.out, index),
-        lease_file=lambda index: run.out / "records" / f"{Path(shard_name(index)).stem}.lease",
+        is_done=run.writer.is_done,
+        lease_file=lambda index: run.writer.record_path(index).with_suffix(".lease"),
         poll_seconds=POLL_SECONDS,
         on_wait=lambda: _check_stop(run),
     )
@@ -224,16 +199,15 @@ def _write_shard(run: _SamplingRun, index: int, claim: ExitStack, batch: SampleB
     with claim:
         tokens = [row[:length] for row, length in zip(batch.tokens, batch.lengths, strict=True)]
         texts, mismatches = _detokenize(run.model.tokenizer, tokens, run.sampling_params.stop_ids)
-        ids = shard_ids(index, run.config.samples, run.config.samples_per_shard)
         logprobs, reasons = batch.logprobs.tolist(), np.where(batch.stopped, "stop", "length").tolist()
-        samples = list(map(Sample, ids, tokens, texts, logprobs, reasons))
-        init_corpus(run.out, run.request)
-        if not (run.out / "config.yaml").exists():
+        samples = list(map(Sample, run.writer.sample_ids(index), tokens, texts, logprobs, reasons))
+        folder = run.writer.folder
+        if not (folder / "config.yaml").exists():
             start_id, stop_ids = run.sampling_params.start_id, run.sampling_params.stop_ids
-            yaml_io.save(run.out / "config.yaml", replace(run.config, start_id=start_id, stop_ids=stop_ids))
+            yaml_io.save(folder / "config.yaml", replace(run.config, start_id=start_id, stop_ids=stop_ids))
         policy_logprob = math.fsum(map(float, batch.policy_logprobs))
         metadata = {"mismatches": mismatches, "policy_logprob": policy_logprob, **_describe_environment(run)}
-        record = write_shard(run.out, index, samples, metadata)
+        record = run.writer.write_shard(index, samples, metadata)
         timing = {
             "start_time": start_time,
             "seconds": time.time() - start_time,
@@ -242,7 +216,7 @@ def _write_shard(run: _SamplingRun, index: int, claim: ExitStack, batch: SampleB
             "utilization": batch.utilization,
             "process": jax.process_index(),
         }
-        atomic.write_json(run.out / "timings" / f"{Path(record['file']).stem}.json", timing)
+        atomic.write_json(folder / "timings" / f"{Path(record['file']).stem}.json", timing)
 
 
 def _detokenize(tokenizer: Any, tokens: Sequence[np.ndarray], stop_ids: Sequence[int]) -> tuple[list[str], int]:
@@ -258,14 +232,7 @@ def _detokenize(tokenizer: Any, tokens: Sequence[np.ndarray], stop_ids: Sequence
     ended = [row[:-1] if len(row) and row[-1] in stop_ids else row for row in tokens]
     kept = [[token for token in row.tolist() if token not in special] for row in ended]
     texts = [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in kept]
-    again = tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]
+    again = encode_batch(tokenizer, texts)["input_ids"]
     return texts, sum(before != after for before, after in zip(kept, again, strict=True))
 
 
@@ -278,13 +245,12 @@ def _describe_environment(run: _SamplingRun) -> dict[str, Any]:
         "slots_per_replica": run.config.batch_size,
         "device": mesh.devices.flat[0].device_kind,
         "xla_flags": {name: os.environ[name] for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") if name in os.environ},
-        "versions": versions(),
     }
 
 
 def _check_stop(run: _SamplingRun) -> None:
     if run.stop.is_set():
-        raise Preempted(f"{run.out}: stopped; finished shards stay, run the same command again to continue")
+        raise Preempted(f"{run.writer.folder}: stopped; finished shards stay, run the same command again to continue")
 
 
 @contextmanager

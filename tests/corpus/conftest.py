@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jax_selftrain
-from jax_selftrain.corpus import Corpus, Sample, finalize_corpus, open_corpus, shard_count, shard_ids, write_shard
+from jax_selftrain.corpus import Corpus, CorpusWriter, Sample
 
 MakeCorpus = Callable[..., Corpus]
 
@@ -49,11 +49,11 @@ def make_corpus() -> MakeCorpus:
     """Return a function that writes token lists as a corpus."""
 
     def make(folder: Path, documents: Sequence[Sequence[int]], per_shard: int = 4, **changes) -> Corpus:
-        for index in range(shard_count(len(documents), per_shard)):
-            samples = make_samples(documents, shard_ids(index, len(documents), per_shard))
-            write_shard(folder, index, samples, {"mismatches": index, "mesh": "1x1"})
-        finalize_corpus(folder, make_manifest(len(documents), per_shard, **changes))
-        return open_corpus(folder)
+        writer = CorpusWriter.open(folder, make_manifest(len(documents), per_shard, **changes))
+        for index in range(len(writer.shards)):
+            samples = make_samples(documents, writer.sample_ids(index))
+            writer.write_shard(index, samples, {"mismatches": index, "mesh": "1x1"})
+        return writer.finalize()
 
     return make
 

@@ -13,7 +13,7 @@ from models_factory import BOS_ID, EOS_ID, tiny_texts
 
 from jax_selftrain import hub
 from jax_selftrain.config import ImportCorpusConfig, yaml_io
-from jax_selftrain.corpus import import_text, ingest, open_corpus
+from jax_selftrain.corpus import import_text, open_corpus, token_source
 from jax_selftrain.errors import InputError
 
 
@@ -123,7 +123,7 @@ def test_the_batches_of_the_tokenizer_leave_no_mark(tmp_path, model, monkeypatch
     source = write_jsonl(tmp_path / "t.jsonl", [{"text": text} for text in stories(9)])
     config = ImportCorpusConfig(source, model, str(tmp_path / "a"), max_tokens=50, samples_per_shard=5)
     import_text(config)
-    monkeypatch.setattr(ingest, "_ENCODE_CHARACTERS", 1)
+    monkeypatch.setattr(token_source, "ENCODE_CHARACTERS", 1)
     import_text(dataclasses.replace(config, out=str(tmp_path / "b")))
     a, b = results(tmp_path / "a"), results(tmp_path / "b")
     assert {k: v for k, v in a.items() if k != "config.yaml"} == {k: v for k, v in b.items() if k != "config.yaml"}

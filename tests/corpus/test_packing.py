@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from corpus_factory import batch_indices, pack_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_selftrain.corpus import PackedRows, batch_indices, build_packed_rows, pack_corpus
+from jax_selftrain.corpus import PackedRows, build_packed_rows
 from jax_selftrain.errors import InputError
 
 START = 1

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_selftrain.corpus import FINISH_REASONS, init_corpus, open_corpus, write_shard
+from jax_selftrain.corpus import FINISH_REASONS, open_corpus
 from jax_selftrain.errors import InputError
 
 
@@ -71,7 +71,7 @@ def test_an_unfinished_corpus_says_how_much_is_missing(corpus):
     (corpus.folder / "corpus.json").unlink()
     begun = {key: corpus.manifest[key] for key in ("samples", "samples_per_shard")}
     (corpus.folder / "request.json").write_text(json.dumps(begun))
-    with pytest.raises(InputError, match=r"incomplete corpus, 3 shards exist but corpus.json is missing"):
+    with pytest.raises(InputError, match=r"incomplete corpus, corpus.json is missing"):
         open_corpus(corpus.folder)
     (corpus.folder / "shard-000001.parquet").unlink()
     with pytest.raises(InputError, match=r"incomplete corpus, 1 of 3 shards is missing \(shard-000001.parquet\)"):
@@ -79,15 +79,17 @@ def test_an_unfinished_corpus_says_how_much_is_missing(corpus):
 
 
 def test_a_corpus_only_begun_is_incomplete(tmp_path):
-    init_corpus(tmp_path / "c", {"samples": 9, "samples_per_shard": 2})
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "request.json").write_text('{"samples": 9, "samples_per_shard": 2}')
     with pytest.raises(InputError, match="5 of 5 shards are missing"):
         open_corpus(tmp_path / "c")
 
 
-def test_shards_without_any_manifest_are_incomplete(tmp_path, corpus):
-    write_shard(tmp_path / "c", 0, list(corpus.iter_samples()), {})
-    with pytest.raises(InputError, match="incomplete corpus, 1 shards"):
-        open_corpus(tmp_path / "c")
+def test_shards_without_any_manifest_are_no_corpus(corpus):
+    for name in ("corpus.json", "request.json"):
+        (corpus.folder / name).unlink()
+    with pytest.raises(InputError, match="not a corpus folder"):
+        open_corpus(corpus.folder)
 
 
 def test_the_wrong_tokenizer_is_refused(corpus):
@@ -111,8 +113,8 @@ def test_a_missing_or_foreign_folder_is_refused(tmp_path):
         ({"samples": 0, "shards": [], "tokens": 0}, "the corpus is empty"),
         ({"samples": 11}, "do not add up"),
         ({"shards": [{"file": "x"}]}, "list of shards is damaged"),
-        ({"shards": None}, "'shards' is damaged"),
-        ({"start_id": "one"}, "'start_id' is damaged"),
+        ({"shards": None}, "'shards' is missing or damaged"),
+        ({"start_id": "one"}, "'start_id' is missing or damaged"),
     ],
 )
 def test_a_damaged_manifest_is_refused(corpus, change, message):

@@ -18,17 +18,8 @@ from numpy.typing import ArrayLike
 
 from jax_selftrain import hub
 from jax_selftrain.config import ImportCorpusConfig
-from jax_selftrain.corpus import (
-    Sample,
-    corpus_statistics,
-    finalize_corpus,
-    import_text,
-    open_corpus,
-    read_records,
-    shard_count,
-    shard_ids,
-    write_shard,
-)
+from jax_selftrain.corpus import Corpus, CorpusWriter, Sample, import_text, open_corpus
+from jax_selftrain.corpus.statistics import corpus_statistics
 
 MANIFEST = {
     "kind": "sampled",
@@ -42,12 +33,13 @@ MANIFEST = {
 NAN = float("nan")
 
 
-def write(folder: Path, samples: Sequence[Sample], per_shard: int = 4, order=None, **record) -> list[dict]:
-    """Write the samples as shards and return the shard records."""
-    for index in order or range(shard_count(len(samples), per_shard)):
-        ids = shard_ids(index, len(samples), per_shard)
-        write_shard(folder, index, samples[ids.start : ids.stop], record)
-    return [record for _, record in sorted(read_records(folder).items())]
+def write(folder: Path, samples: Sequence[Sample], per_shard: int = 4, order=None, **record) -> Corpus:
+    """Write the samples as a corpus."""
+    writer = CorpusWriter.open(folder, {**MANIFEST, "samples": len(samples), "samples_per_shard": per_shard})
+    for index in order or range(len(writer.shards)):
+        ids = writer.sample_ids(index)
+        writer.write_shard(index, samples[ids.start : ids.stop], record)
+    return writer.finalize()
 
 
 def sample(sample_id: int, tokens: ArrayLike, logprob: float = -1.0, reason: str = "stop") -> Sample:
@@ -55,7 +47,8 @@ def sample(sample_id: int, tokens: ArrayLike, logprob: float = -1.0, reason: str
 
 
 def measure(folder: Path, documents: Sequence[ArrayLike], **record) -> dict:
-    return corpus_statistics(folder, write(folder, [sample(i, tokens) for i, tokens in enumerate(documents)], **record))
+    samples = [sample(i, tokens) for i, tokens in enumerate(documents)]
+    return write(folder, samples, **record).manifest["statistics"]
 
 
 def count(samples: Sequence[Sample]) -> dict:
@@ -104,7 +97,6 @@ def test_a_corpus_small_enough_to_count_on_paper(tmp_path):
     ]
     samples = [sample(i, *document) for i, document in enumerate(documents)]
     write(tmp_path, samples, per_shard=2, policy_logprob=-3.25)
-    finalize_corpus(tmp_path, {**MANIFEST, "samples": 4, "samples_per_shard": 2})
     assert json.loads((tmp_path / "corpus.json").read_text())["statistics"] == {
         "length": {"mean": 3.25, "std": 0.829156, "min": 2, "median": 3.5, "max": 4},  # std = √(11/16)
         "stopped": 0.5,
@@ -129,7 +121,7 @@ documents_strategy = st.lists(
 def test_statistics_are_those_of_counting_by_hand(documents):
     samples = [sample(i, *document) for i, document in enumerate(documents)]
     with tempfile.TemporaryDirectory() as folder:
-        assert_same(corpus_statistics(folder, write(Path(folder), samples)), count(samples))
+        assert_same(write(Path(folder), samples).manifest["statistics"], count(samples))
 
 
 def test_large_ids_and_many_batches_are_counted_by_hand_too(tmp_path):
@@ -140,7 +132,7 @@ def test_large_ids_and_many_batches_are_counted_by_hand_too(tmp_path):
         sample(i, tokens, float(-len(tokens) * rng.random()), "stop" if i % 3 else "length")
         for i, tokens in enumerate(np.split(ids, np.cumsum(lengths)[:-1]))
     ]
-    assert_same(corpus_statistics(tmp_path, write(tmp_path, samples, per_shard=1700)), count(samples))
+    assert_same(write(tmp_path, samples, per_shard=1700).manifest["statistics"], count(samples))
 
 
 # ---------------------------------------------------------------- numbers that there are not
@@ -162,12 +154,11 @@ def test_samples_without_tokens_have_lengths_and_nothing_per_token(tmp_path):
 
 def test_what_one_sample_or_one_shard_does_not_tell_the_corpus_does_not(tmp_path):
     samples = [sample(i, [3, 4], NAN if i == 5 else -1.0) for i in range(8)]
-    records = write(tmp_path, samples, policy_logprob=-2.0)
-    found = corpus_statistics(tmp_path, records)
+    corpus = write(tmp_path, samples, policy_logprob=-2.0)
+    found = corpus.manifest["statistics"]
     assert (found["nll_per_token"], found["entropy_per_token"]) == (None, 0.25)
-    for unknown in ({"policy_logprob": None}, {}):
-        partly = [records[0], {key: records[1][key] for key in ("file", "rows")} | unknown]
-        assert corpus_statistics(tmp_path, partly)["entropy_per_token"] is None
+    assert corpus_statistics(corpus, [-2.0, None])["entropy_per_token"] is None
+    assert write(tmp_path / "unknown", samples).manifest["statistics"]["entropy_per_token"] is None
 
 
 def test_a_policy_without_choice_has_no_entropy(tmp_path):
@@ -198,14 +189,13 @@ def test_the_manifest_does_not_depend_on_who_wrote_which_shard_when_and_where(tm
     samples = [sample(i, rng.integers(0, 9, 6), -rng.random()) for i in range(10)]
     for name, order in (("a", [0, 1, 2]), ("b", [2, 0, 1])):
         write(tmp_path / name, samples, order=order, mesh=name, policy_logprob=-1.1)
-        finalize_corpus(tmp_path / name, {**MANIFEST, "samples": 10, "samples_per_shard": 4})
     assert (tmp_path / "a" / "corpus.json").read_bytes() == (tmp_path / "b" / "corpus.json").read_bytes()
 
 
 def test_shards_of_other_sizes_hold_a_corpus_of_the_same_statistics(tmp_path):
     rng = np.random.Generator(np.random.Philox(2))
     samples = [sample(i, rng.integers(0, 9, 6), -rng.random()) for i in range(10)]
-    found = [corpus_statistics(tmp_path / str(n), write(tmp_path / str(n), samples, n)) for n in (1, 3, 10)]
+    found = [write(tmp_path / str(n), samples, n).manifest["statistics"] for n in (1, 3, 10)]
     assert found[0] == found[1] == found[2]
 
 
@@ -216,7 +206,7 @@ def test_a_corpus_made_before_there_were_statistics_opens_and_can_be_measured(tm
     (tmp_path / "corpus.json").write_text(json.dumps(manifest))
     old = open_corpus(tmp_path)
     assert len(old) == len(corpus)
-    assert corpus_statistics(old.folder, old.manifest["shards"]) == expected
+    assert corpus_statistics(old) == expected
 
 
 # ---------------------------------------------------------------- large corpora
@@ -239,16 +229,17 @@ def test_memory_does_not_grow_with_the_corpus_but_for_eight_bytes_a_sample(tmp_p
     monkeypatch.setattr("jax_selftrain.corpus.statistics.DISTINCT_TOKENS", 1 << 12)
     rows, length = 4096, 300
     tokens = np.random.Generator(np.random.Philox(5)).integers(0, 50_000, (rows, length))
-    shards = write(tmp_path, [sample(i, row) for i, row in enumerate(tokens)], per_shard=rows)
+    corpus = write(tmp_path, [sample(i, row) for i, row in enumerate(tokens)], per_shard=rows)
 
     def peak(repeats: int) -> tuple[int, int]:
         """Return the peak bytes of Python, NumPy and Arrow for repeated shards."""
+        repeated = Corpus(tmp_path, {"samples": repeats * rows, "shards": repeats * corpus.manifest["shards"]})
         before = pa.default_memory_pool()
         pool = pa.proxy_memory_pool(before)
         pa.set_memory_pool(pool)
         tracemalloc.start()
         try:
-            found = corpus_statistics(tmp_path, shards * repeats)
+            found = corpus_statistics(repeated)
             held = tracemalloc.get_traced_memory()[1], pool.max_memory()
         finally:
             tracemalloc.stop()

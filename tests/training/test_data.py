@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from corpus_factory import pack_corpus
 from launcher import launch
 from models_factory import tiny_texts
 from training_runs import Interruption, interrupt, run_options, weights
 
 from jax_selftrain.config import ImportCorpusConfig, TrainConfig, yaml_io
-from jax_selftrain.corpus import Mixture, import_text, open_corpus, pack_corpus
+from jax_selftrain.corpus import Mixture, import_text, open_corpus
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.distributed.sharding import make_sharding_rules
 from jax_selftrain.errors import InputError

@@ -6,10 +6,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from corpus_factory import pack_corpus
 from training_runs import Interruption, interrupt, weights
 
 from jax_selftrain.config import TrainConfig
-from jax_selftrain.corpus import PackedRows, open_corpus, pack_corpus
+from jax_selftrain.corpus import PackedRows, open_corpus
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import load_model

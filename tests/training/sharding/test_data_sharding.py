@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from corpus_factory import batch_indices, pack_corpus
 
 from jax_selftrain.config import TrainConfig
-from jax_selftrain.corpus import Mixture, batch_indices, open_corpus, pack_corpus
+from jax_selftrain.corpus import Mixture, open_corpus
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.distributed.sharding import ShardingRules, make_sharding_rules
 from jax_selftrain.training.data import load_batch

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from corpus_factory import pack_corpus
 
-from jax_selftrain.corpus import open_corpus, pack_corpus
+from jax_selftrain.corpus import open_corpus
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.distributed.sharding import make_sharding_rules
 from jax_selftrain.hub import LoadedModel, load_model
