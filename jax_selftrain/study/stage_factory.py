@@ -207,7 +207,9 @@ class StageFactory:
             seed=seed,
             **shared_overrides(arm, TrainConfig),
         )
-        evaluated = (*options.eval_texts, *options.eval_tasks, options.eval_sequences)
+        evaluated = [self._hash(file) for file in (*options.eval_texts, *options.eval_tasks)]
+        if options.eval_sequences:
+            evaluated.append(evals.sequences_fingerprint(options.eval_sequences))
         stage = Stage(
             "train",
             f"train {start.label} on: {on[-1].label}" + (f" ({arm.name})" if arm.name else ""),
@@ -216,7 +218,7 @@ class StageFactory:
                 "model": start.fingerprint,
                 **{f"corpus {number}": one for number, one in enumerate(on)},
                 **{f"mixture {n}": self._read_corpus(folder).fingerprint for n, (folder, _) in enumerate(mixture)},
-                **{f"eval {n}": self._hash(file) for n, file in enumerate(evaluated) if file},
+                **{f"eval {n}": fingerprint for n, fingerprint in enumerate(evaluated)},
             },
             lambda out: train_with_evals(replace(options, out=str(out))),
             *_tokens_and_flops(
