@@ -189,7 +189,7 @@ def _check_split(config: ImportCorpusConfig, split: str, found: Mapping[str, Any
 
 
 def _open_dataset(name: str | Path, config: ImportCorpusConfig) -> TextStream:
-    """Open a named data set, or one that `save_to_disk` wrote into a folder."""
+    """Open a named data set, or a folder of `save_to_disk`."""
     if isinstance(name, Path) and (name / "dataset_info.json").exists() and (name / "features.json").exists():
         raise InputError(f"{name}: is a TFDS folder; write tfds:{name}")
     try:

@@ -100,7 +100,10 @@ def _is_current(folder: Path, wanted: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Pieces:
-    """Pieces of documents in order of their rows; a piece of n targets takes n + 1 slots."""
+    """Pieces of documents in order of their rows.
+
+    A piece of n targets takes n + 1 slots.
+    """
 
     tokens: np.ndarray
     """int32: documents without start ids."""

@@ -159,7 +159,7 @@ class CorpusWriter:
     def convert_missing(
         self, items: Iterable[_Item], convert: Callable[[list[_Item], range], tuple[list[Sample], Mapping[str, int]]]
     ) -> None:
-        """Write the missing shards, made from a stream of one item a sample.
+        """Write the missing shards from a stream with one item a sample.
 
         Args:
             items: the items of all samples, in order; consumed up to the last missing shard.

@@ -58,8 +58,9 @@ def corpus_statistics(corpus: Corpus, policy_logprobs: Iterable[float | None] = 
         flat, batch_lengths = batch_tokens(batch)
         ends = np.cumsum(batch_lengths)
         fitting = int(np.searchsorted(ends, free, side="right"))
-        head.append(flat[: batch_lengths[:fitting].sum()].copy())
-        head_lengths.append(batch_lengths[:fitting])
+        if fitting:
+            head.append(flat[: ends[fitting - 1]].copy())
+            head_lengths.append(batch_lengths[:fitting])
         free = free - int(ends[-1]) if fitting == len(ends) else -1
         lengths.update(batch_lengths.tolist())
         hashes[row : row + len(ends)] = _hash_samples(flat, ends)
