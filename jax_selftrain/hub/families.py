@@ -2,9 +2,8 @@
 
 A row is (names, path, pattern). The pattern describes one layer's tensor in the notation of einops: parentheses fuse
 axes into one dimension of the file; the right-hand side is our array without the leading layer dimension. `2of3` is
-index 2 of a dimension of three (GPT-NeoX fuses query, key and value as (heads, 3, head width)). Reading, writing,
-shapes and the inverse follow from the pattern. To add a family, add a table here, a reader in `hf_config` and a parity
-case.
+index 2 of a dimension of three (GPT-NeoX fuses query, key and value as (heads, 3, head width)). Shapes, reading and
+writing follow from the pattern. To add a family, add a table here, a reader in `hf_config` and a parity case.
 
 Letters: D width, G key/value heads, R queries per key/value head, K head width, F MLP width, V vocabulary.
 """
@@ -15,15 +14,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
 from math import prod
 
 import numpy as np
 
 from jax_selftrain.models import DecoderConfig
-
-Slices = tuple[slice, ...]
-"""Bounds along each dimension of an array; start and stop are set, step is not."""
 
 
 @dataclass(frozen=True)
@@ -33,75 +28,26 @@ class Pattern:
     template: str
 
     @cached_property
-    def file_axes(self) -> tuple[tuple[str, ...], ...]:
-        """Axes fused in each dimension of the file: (("g", "2of3", "k"), ("d",))."""
-        left = self.template.split("->")[0]
-        return tuple(tuple((fused or single).split()) for fused, single in re.findall(r"\(([^)]*)\)|(\S+)", left))
-
-    @cached_property
-    def axes(self) -> tuple[str, ...]:
-        """Axes of our layer: ("d", "g", "k")."""
-        return tuple(self.template.split("->")[1].split())
-
-    @property
-    def _flat(self) -> tuple[str, ...]:
-        return tuple(axis for group in self.file_axes for axis in group)
-
-    @property
-    def _order(self) -> tuple[int, ...]:
-        """Transposition from the file's axes, without `2of3`, to ours."""
-        named = [axis for axis in self._flat if "of" not in axis]
-        return tuple(named.index(axis) for axis in self.axes)
+    def _sides(self) -> tuple[list[list[str]], list[str]]:
+        """Axes of each dimension of the file; axes of our layer."""
+        left, right = self.template.split("->")
+        return [(fused or single).split() for fused, single in re.findall(r"\(([^)]*)\)|(\S+)", left)], right.split()
 
     def file_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Compute the shape of the tensor in the file."""
-        return tuple(prod(_size(axis, sizes) for axis in group) for group in self.file_axes)
+        return tuple(prod(_size(axis, sizes) for axis in group) for group in self._sides[0])
 
-    def file_runs(self, box: Slices, sizes: Mapping[str, int]) -> list[list[tuple[int, int]]]:
-        """Find the runs (start, stop) of each file dimension that hold `box`."""
-        bounds = {axis: (part.start, part.stop) for axis, part in zip(self.axes, box, strict=True)}
-        return [
-            _contiguous_runs([_bounds(a, bounds) for a in group], [_size(a, sizes) for a in group])
-            for group in self.file_axes
-        ]
-
-    def from_hf(self, part: np.ndarray, box: Slices) -> np.ndarray:
-        """View the concatenated `file_runs` as our layer, of shape `box`."""
-        extents = {axis: bound.stop - bound.start for axis, bound in zip(self.axes, box, strict=True)}
-        named = [extents[axis] for axis in self._flat if "of" not in axis]
-        return part.reshape(named).transpose(self._order)
-
-    def to_hf(self, layer: np.ndarray, tensor: np.ndarray, sizes: Mapping[str, int]) -> None:
-        """Write one layer into a tensor of the file's shape."""
-        spread = tensor.reshape([_size(axis, sizes) for axis in self._flat])
-        index = tuple(int(axis.split("of")[0]) if "of" in axis else slice(None) for axis in self._flat)
-        spread[index] = layer.transpose(np.argsort(self._order))
+    def view(self, tensor: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
+        """View a contiguous tensor of the file as our layer."""
+        flat = [axis for group in self._sides[0] for axis in group]
+        index = tuple(int(axis.split("of")[0]) if "of" in axis else slice(None) for axis in flat)
+        named = [axis for axis in flat if "of" not in axis]
+        spread = tensor.reshape([_size(axis, sizes) for axis in flat])
+        return spread[index].transpose([named.index(axis) for axis in self._sides[1]])
 
 
 def _size(axis: str, sizes: Mapping[str, int]) -> int:
     return int(axis.split("of")[1]) if "of" in axis else sizes[axis]
-
-
-def _bounds(axis: str, bounds: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
-    if "of" not in axis:
-        return bounds[axis]
-    index = int(axis.split("of")[0])
-    return index, index + 1
-
-
-def _contiguous_runs(bounds: list[tuple[int, int]], sizes: list[int]) -> list[tuple[int, int]]:
-    """Find the contiguous runs of a fused dimension that cover a box."""
-    last = max((i for i, (b, n) in enumerate(zip(bounds, sizes, strict=True)) if b != (0, n)), default=0)
-    tail = prod(sizes[last + 1 :])
-    start, stop = bounds[last]
-    runs = []
-    for index in product(*(range(*b) for b in bounds[:last])):
-        offset = 0
-        for i, n in zip(index, sizes, strict=False):
-            offset = offset * n + i
-        offset *= sizes[last]
-        runs.append(((offset + start) * tail, (offset + stop) * tail))
-    return runs
 
 
 @dataclass(frozen=True)
@@ -112,11 +58,6 @@ class TensorRule:
     """Alternative names; the first is that of a new file."""
     path: str
     pattern: Pattern
-
-    @property
-    def is_stacked(self) -> bool:
-        """Return True if every layer has one."""
-        return self.path.startswith("layers/")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ Both schemas of rotary settings are read: transformers 4 (`rope_theta`, `rope_sc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 from jax_selftrain.errors import InputError
@@ -52,16 +52,7 @@ _DISABLED_VALUES: dict[str, tuple[Any, ...]] = {
 }
 """Values that switch off a feature that is not supported."""
 
-_ROPE_KEYS = {
-    "default": set(),
-    "linear": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-    "yarn": {
-        *("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
-        *("mscale", "mscale_all_dim", "truncate"),
-    },
-}
-
+_ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 _ROPE_REFUSED = {
     "dynamic": "dynamic NTK: its cached and its full forward pass disagree in transformers itself",
     "longrope": "its frequencies depend on the length of the input",
@@ -81,7 +72,7 @@ def parse_config(raw: Mapping[str, Any], path: str) -> DecoderConfig:
     """
     if not isinstance(raw, Mapping):
         raise InputError(f"{path}: is not a JSON object; it should be the config.json of a Hugging Face model")
-    keys = _Keys(raw, path)
+    keys = _Keys(raw, path, _IGNORED_KEYS)
     family = keys.pop("model_type", str, None)
     if family not in _READERS:
         raise InputError(f"{path}: model_type {family!r} is not supported; choose from {', '.join(_READERS)}")
@@ -91,17 +82,17 @@ def parse_config(raw: Mapping[str, Any], path: str) -> DecoderConfig:
 
 
 class _Keys:
-    """The raw config and the keys that were read."""
+    """The raw config or its rotary settings, with the known keys."""
 
-    def __init__(self, raw: Mapping[str, Any], path: str):
-        self._raw, self.path, self._read = raw, path, set[str]()
+    def __init__(self, raw: Mapping[str, Any], path: str, ignored: Iterable[str]):
+        self._raw, self.path, self._known = raw, path, set(ignored)
 
     def __contains__(self, key: str) -> bool:
         return key in self._raw
 
     def pop(self, key: str, kind: type | tuple[type, ...], default: Any) -> Any:
         """Read a key; refuse another type (bool is not int)."""
-        self._read.add(key)
+        self._known.add(key)
         value = self._raw.get(key)
         if value is None:
             return default
@@ -119,16 +110,12 @@ class _Keys:
             self.refuse(key, "should be at least 1")
         return value
 
-    def number(self, key: str, default: float) -> float:
-        """Read a positive finite number."""
+    def number(self, key: str, default: float | None = None) -> float:
+        """Read a positive finite number; required unless there is a default."""
         value = self.pop(key, (int, float), default)
-        if not (math.isfinite(value) and value > 0):
+        if value is None or not (math.isfinite(value) and value > 0):
             self.refuse(key, "should be a positive number")
         return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        """Read true or false."""
-        return self.pop(key, bool, default)
 
     def activation(self, default: str) -> Any:
         """Read `hidden_act`."""
@@ -144,8 +131,7 @@ class _Keys:
     def finish(self) -> None:
         """Raise InputError about any key that no reader read."""
         for key, value in self._raw.items():
-            is_known = key in self._read or key in _IGNORED_KEYS
-            if not is_known and value not in _DISABLED_VALUES.get(key, ()):
+            if key not in self._known and value not in _DISABLED_VALUES.get(key, ()):
                 self.refuse(key, "is not supported: ignoring it could change the model's output")
 
 
@@ -159,7 +145,7 @@ def _common_fields(keys: _Keys) -> dict[str, Any]:
         "num_layers": keys.size("num_hidden_layers"),
         "num_heads": keys.size("num_attention_heads"),
         "intermediate_size": keys.size("intermediate_size"),
-        "tie_word_embeddings": keys.flag("tie_word_embeddings", False),
+        "tie_word_embeddings": keys.pop("tie_word_embeddings", bool, False),
         "initializer_range": keys.number("initializer_range", 0.02),
     }
 
@@ -167,7 +153,7 @@ def _common_fields(keys: _Keys) -> dict[str, Any]:
 def _gpt_neox(keys: _Keys) -> DecoderConfig:
     common = _common_fields(keys)
     head_dim = _default_head_dim(keys, common)
-    bias = keys.flag("attention_bias", True)
+    bias = keys.pop("attention_bias", bool, True)
     positions = keys.size("max_position_embeddings", 2048)
     rope, fraction = _rope(keys, positions, theta_key="rotary_emb_base", fraction_key="rotary_pct", fraction=0.25)
     rotary_dim = int(head_dim * fraction)
@@ -185,7 +171,7 @@ def _gpt_neox(keys: _Keys) -> DecoderConfig:
         norm_eps=keys.number("layer_norm_eps", 1e-5),
         activation=keys.activation("gelu"),
         gated_mlp=False,
-        parallel_residual=keys.flag("use_parallel_residual", True),
+        parallel_residual=keys.pop("use_parallel_residual", bool, True),
         rotary_dim=rotary_dim,
         rope=rope,
         qkv_bias=bias,
@@ -196,8 +182,8 @@ def _gpt_neox(keys: _Keys) -> DecoderConfig:
 
 
 def _llama(keys: _Keys) -> DecoderConfig:
-    bias = keys.flag("attention_bias", False)
-    return _llama_like(keys, qkv_bias=bias, out_bias=bias, mlp_bias=keys.flag("mlp_bias", False))
+    bias = keys.pop("attention_bias", bool, False)
+    return _llama_like(keys, qkv_bias=bias, out_bias=bias, mlp_bias=keys.pop("mlp_bias", bool, False))
 
 
 def _qwen2(keys: _Keys) -> DecoderConfig:
@@ -205,7 +191,7 @@ def _qwen2(keys: _Keys) -> DecoderConfig:
 
 
 def _qwen3(keys: _Keys) -> DecoderConfig:
-    bias = keys.flag("attention_bias", False)
+    bias = keys.pop("attention_bias", bool, False)
     return _llama_like(keys, qkv_bias=bias, out_bias=bias, qk_norm=True, has_windows=True, head_dim=128)
 
 
@@ -278,7 +264,7 @@ def _sliding_windows(keys: _Keys, layers: int, has_windows: bool) -> tuple[int |
         if types is not None and set(types) != {"full_attention"}:
             keys.refuse("layer_types", "is not followed by the code of this family in transformers")
         return None
-    is_used = keys.flag("use_sliding_window", False)
+    is_used = keys.pop("use_sliding_window", bool, False)
     window = keys.pop("sliding_window", int, 4096 if "sliding_window" not in keys else None)
     first = keys.pop("max_window_layers", int, 28)
     is_on = is_used and window is not None
@@ -305,83 +291,69 @@ def _rope(
     scaling, parameters = keys.pop("rope_scaling", dict, None), keys.pop("rope_parameters", dict, None)
     if scaling and parameters:
         keys.refuse("rope_scaling", "is given together with rope_parameters; keep one of the two")
-    given = dict(scaling or parameters or {})
-    where = f"{keys.path}: {'rope_scaling' if scaling else 'rope_parameters'}"
-    theta = _require_equal(keys, given, "rope_theta", {theta_key, "rope_theta"}, 10_000.0)
-    fraction = _require_equal(keys, given, "partial_rotary_factor", {fraction_key, "partial_rotary_factor"}, fraction)
-
-    names = {given.pop(key) for key in ("rope_type", "type") if given.get(key) is not None}
-    if len(names) > 1:
-        raise InputError(f"{where}: rope_type and type disagree ({', '.join(sorted(map(repr, names)))})")
-    kind = names.pop() if names else "default"
-    if kind not in _ROPE_KEYS:
-        why = _ROPE_REFUSED.get(kind, f"choose from {', '.join(_ROPE_KEYS)}")
-        raise InputError(f"{where}: rope type {kind!r} is not supported ({why})")
-    for key, value in given.items():
-        if key not in _ROPE_KEYS[kind] and value is not None:
-            raise InputError(f"{where}: {key} = {value!r} is not known for rope type {kind!r}")
-
-    def number(key: str, default: float | None = None) -> float:
-        value = default if given.get(key) is None else given[key]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
-            raise InputError(f"{where}: {key} = {value!r} should be a positive number for rope type {kind!r}")
-        return float(value)
-
-    if kind == "default":
-        return RopeConfig(theta=theta), fraction
+    given, name = scaling or parameters or {}, "rope_scaling" if scaling else "rope_parameters"
+    rope = _Keys(given, f"{keys.path}: {name}", ignored=(key for key, value in given.items() if value is None))
+    theta = _agreed_number(keys, theta_key, rope, "rope_theta", 10_000.0)
+    fraction = _agreed_number(keys, fraction_key, rope, "partial_rotary_factor", fraction)
+    kinds = {rope.pop(key, str, None) for key in ("rope_type", "type")} - {None}
+    if len(kinds) > 1:
+        raise InputError(f"{rope.path}: rope_type and type disagree ({', '.join(sorted(kinds))})")
+    kind = kinds.pop() if kinds else "default"
+    if kind not in _ROPE_KINDS:
+        why = _ROPE_REFUSED.get(kind, f"choose from {', '.join(_ROPE_KINDS)}")
+        raise InputError(f"{rope.path}: rope type {kind!r} is not supported ({why})")
+    settings: dict[str, Any] = {}
     if kind == "linear":
-        return RopeConfig(theta=theta, kind="linear", factor=number("factor")), fraction
-    # Where the length before extension is given twice, transformers uses the one outside the rotary settings.
-    outside = keys.pop("original_max_position_embeddings", int, None)
-    original = number("original_max_position_embeddings", outside or positions)
-    if outside not in (None, original):
-        keys.refuse("original_max_position_embeddings", f"contradicts {original:.0f} in the rotary settings")
-    if kind == "llama3":
-        low, high = number("low_freq_factor"), number("high_freq_factor")
-        if low >= high:
-            raise InputError(f"{where}: low_freq_factor = {low} should be below high_freq_factor = {high}")
-        rope = RopeConfig(theta, "llama3", number("factor"), int(original), low, high)
-        return rope, fraction
-    return _yarn(given, number, theta, positions, original, where), fraction
+        settings = {"factor": rope.number("factor")}
+    elif kind != "default":
+        # Where the length before extension is given twice, transformers uses the one outside the rotary settings.
+        outside = keys.pop("original_max_position_embeddings", int, None)
+        original = rope.number("original_max_position_embeddings", outside or positions)
+        if outside not in (None, original):
+            keys.refuse("original_max_position_embeddings", f"contradicts {original:.0f} in the rotary settings")
+        settings = _llama3(rope) if kind == "llama3" else _yarn(rope, positions / original)
+        settings["original_max_position"] = int(original)
+    rope.finish()
+    return RopeConfig(theta, kind, **settings), fraction
 
 
-def _yarn(
-    given: Mapping[str, Any], number: Callable[..., float], theta: float, positions: int, original: float, where: str
-) -> RopeConfig:
-    factor, truncate = number("factor", positions / original), given.get("truncate", True)
-    if truncate not in (True, False, None):
-        raise InputError(f"{where}: truncate = {truncate!r} should be true or false")
+def _llama3(rope: _Keys) -> dict[str, Any]:
+    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    if low >= high:
+        rope.refuse("low_freq_factor", f"should be below high_freq_factor = {high}")
+    return {"factor": rope.number("factor"), "low_freq_factor": low, "high_freq_factor": high}
+
+
+def _yarn(rope: _Keys, extension: float) -> dict[str, Any]:
+    factor = rope.number("factor", extension)
     scale: float | None = None if factor > 1 else 1.0
-    if given.get("attention_factor") is not None:
-        scale = number("attention_factor")
-    elif given.get("mscale") and given.get("mscale_all_dim"):
-        scale = _mscale(factor, number("mscale")) / _mscale(factor, number("mscale_all_dim"))
-    return RopeConfig(
-        theta=theta,
-        kind="yarn",
-        factor=factor,
-        original_max_position=int(original),
-        beta_fast=number("beta_fast", 32.0),
-        beta_slow=number("beta_slow", 1.0),
-        attention_factor=scale,
-        truncate=bool(truncate),
-    )
-
-
-def _require_equal(keys: _Keys, given: dict[str, Any], inside: str, outside: set[str], default: float) -> float:
-    """Read a number inside or outside the rotary settings, which must agree."""
-    stated = [key for key in sorted(outside) if keys.pop(key, (int, float), None) is not None]
-    found = {key: keys.number(key, default) for key in stated}
-    nested = given.pop(inside, None)
-    if nested is not None:
-        if isinstance(nested, bool) or not isinstance(nested, int | float) or not nested > 0:
-            raise InputError(f"{keys.path}: rope_parameters: {inside} = {nested!r} should be a positive number")
-        found[f"rope_parameters.{inside}"] = float(nested)
-    if len(set(found.values())) > 1:
-        values = ", ".join(f"{key} = {value}" for key, value in found.items())
-        raise InputError(f"{keys.path}: {values} contradict each other; keep the right one")
-    return next(iter(found.values()), default)
+    numerator, denominator = (rope.pop(key, (int, float), None) for key in ("mscale", "mscale_all_dim"))
+    if rope.pop("attention_factor", (int, float), None) is not None:
+        scale = rope.number("attention_factor")
+    elif numerator and denominator:
+        scale = _mscale(factor, rope.number("mscale")) / _mscale(factor, rope.number("mscale_all_dim"))
+    return {
+        "factor": factor,
+        "beta_fast": rope.number("beta_fast", 32.0),
+        "beta_slow": rope.number("beta_slow", 1.0),
+        "attention_factor": scale,
+        "truncate": rope.pop("truncate", bool, "truncate" not in rope),
+    }
 
 
 def _mscale(factor: float, weight: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def _agreed_number(keys: _Keys, outside: str, rope: _Keys, name: str, default: float) -> float:
+    """Read a number inside or outside the rotary settings, which must agree."""
+    stated = {outside: (keys, outside), name: (keys, name), f"rope_parameters.{name}": (rope, name)}
+    found = {
+        label: where.number(key)
+        for label, (where, key) in stated.items()
+        if where.pop(key, (int, float), None) is not None
+    }
+    if len(set(found.values())) > 1:
+        values = ", ".join(f"{label} = {value}" for label, value in found.items())
+        raise InputError(f"{keys.path}: {values} contradict each other; keep the right one")
+    return next(iter(found.values()), default)

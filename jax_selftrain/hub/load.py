@@ -22,7 +22,7 @@ from jax_selftrain.hub import orbax_io
 from jax_selftrain.hub.families import FAMILIES
 from jax_selftrain.hub.model_folder import ExportSpec, export_spec, save_model
 from jax_selftrain.hub.model_ref import CONFIG, PARAMS, ModelRef, Ref, open_model
-from jax_selftrain.hub.safetensors_io import load_params, open_weights
+from jax_selftrain.hub.safetensors_io import load_params
 from jax_selftrain.hub.tokenizer import SpecialTokens
 from jax_selftrain.models import DecoderConfig, Params, abstract_params, axis_sizes, forward, unembed
 from jax_selftrain.models.params import param_shardings
@@ -87,7 +87,8 @@ class LoadedModel:
 
         Every tensor gets the dtype it came with, or that of the parameters where that is narrower.
         """
-        tensors = {name: _narrower_dtype(dtype, self.compute_dtype.name) for name, dtype in self.export.tensors.items()}
+        dtypes, ours = self.export.tensors, self.compute_dtype
+        tensors = {name: x if np.dtype(x).itemsize <= ours.itemsize else ours.name for name, x in dtypes.items()}
         export = self.export if tensors == self.export.tensors else self.export.cast(tensors)
         return save_model(
             folder, self.params, source=self.source, export=export, metadata={"made_by": "save_pretrained"}
@@ -154,7 +155,11 @@ def convert(config: ConvertConfig) -> Path:
     yaml_io.require(config)
     source = open_model(config.source)
     dtype = None if config.dtype == "keep" else np.dtype(config.dtype)
-    rules = _conversion_sharding(source.config)
+    if jax.process_count() == 1:
+        rules = host_sharding(source.config)
+    else:
+        sizes = axis_sizes(source.config)
+        rules = make_sharding_rules("replicated" if sizes["embed"] % jax.device_count() else "fsdp", make_mesh(), sizes)
     params, export = read_params(source, rules, dtype)
     if dtype is not None:
         export = export.cast(dict.fromkeys(export.tensors, dtype.name))
@@ -166,29 +171,22 @@ def convert(config: ConvertConfig) -> Path:
     return save_model(config.out, params, source=source, export=export, metadata=metadata, format=config.format)
 
 
-def _conversion_sharding(config: DecoderConfig) -> ShardingRules:
-    """Keep parameters in host memory; several processes shard them over all devices."""
-    sizes = axis_sizes(config)
-    if jax.process_count() == 1:
-        return make_sharding_rules("replicated", make_mesh("", [cpu_device()]), sizes)
-    return make_sharding_rules("replicated" if sizes["embed"] % jax.device_count() else "fsdp", make_mesh(), sizes)
-
-
-def cpu_device() -> jax.Device:
-    """Return a CPU device if any, for work that needs memory only."""
+def host_sharding(config: DecoderConfig) -> ShardingRules:
+    """Keep parameters on a CPU device, for work without computation."""
     try:
-        return jax.local_devices(backend="cpu")[0]
+        device = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS names the accelerator alone
-        return jax.local_devices()[0]
+        device = jax.local_devices()[0]
+    return make_sharding_rules("replicated", make_mesh("", [device]), axis_sizes(config))
 
 
 def read_params(source: ModelRef, rules: ShardingRules, dtype: np.dtype | None) -> tuple[Params, ExportSpec]:
     """Verify and read parameters in `dtype` (None: as stored)."""
     if not source.is_orbax:
         source.verify_weights()
-        with open_weights(source.folder) as reader:
-            params, found = load_params(reader, FAMILIES[source.raw_config["model_type"]], source.config, rules, dtype)
-        return params, ExportSpec(source.raw_config, found.tensors, found.dropped)
+        family = FAMILIES[source.raw_config["model_type"]]
+        params, tensors, dropped = load_params(source.folder, family, source.config, rules, dtype)
+        return params, ExportSpec(source.raw_config, tensors, dropped)
     stored = orbax_io.read_manifest(source.folder / PARAMS)["arrays"]
     shapes = flatten_dict(abstract_params(source.config), sep="/")
     if stored.keys() != shapes.keys():
@@ -203,8 +201,4 @@ def read_params(source: ModelRef, rules: ShardingRules, dtype: np.dtype | None) 
         nonfinite = orbax_io.find_nonfinite(params)
     if nonfinite:
         raise InputError(f"{source.folder}: {nonfinite} holds NaN or infinity; the model is broken, so use another one")
-    return params, ExportSpec(source.raw_config, source.manifest["tensors"], tuple(source.manifest["dropped"]))
-
-
-def _narrower_dtype(one: str, other: str) -> str:
-    return one if np.dtype(one).itemsize <= np.dtype(other).itemsize else other
+    return params, ExportSpec(source.raw_config, source.manifest["tensors"], source.manifest["dropped"])

@@ -25,13 +25,10 @@ from jax_selftrain.config import MergeConfig, yaml_io
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.distributed.sharding import ShardingRules, make_sharding_rules
 from jax_selftrain.errors import InputError
-from jax_selftrain.hub.load import cpu_device, read_params
+from jax_selftrain.hub.load import host_sharding, read_params
 from jax_selftrain.hub.model_folder import save_model
 from jax_selftrain.hub.model_ref import MANIFEST, ModelRef, open_model
-from jax_selftrain.models import DecoderConfig, Params, axis_sizes
-
-_ONLY_FOR_TRAINING = ("initializer_range",)
-"""Fields of the architecture that do not change a model with weights."""
+from jax_selftrain.models import Params, axis_sizes
 
 
 def merge(config: MergeConfig) -> Path:
@@ -56,10 +53,11 @@ def merge(config: MergeConfig) -> Path:
         if not jax.process_index():
             print(f"{out}: this merge exists already; nothing to do")
         return out
-    is_local = not config.mesh and jax.process_count() == 1
-    mesh = make_mesh("", [cpu_device()]) if is_local else make_mesh(config.mesh)
-    rules = make_sharding_rules(config.preset, mesh, axis_sizes(base.config))
-    with mesh_context(mesh):
+    if not config.mesh and jax.process_count() == 1:
+        rules = host_sharding(base.config)
+    else:
+        rules = make_sharding_rules(config.preset, make_mesh(config.mesh), axis_sizes(base.config))
+    with mesh_context(rules.mesh):
         params = _interpolate(load_stored(base, rules), load_stored(student, rules), weight)
         return save_model(out, params, source=base, metadata=metadata)
 
@@ -94,26 +92,20 @@ def _lerp(base: jax.Array, student: jax.Array, weight: jax.Array) -> jax.Array:
 
 def check_compatible(base: ModelRef, student: ModelRef) -> None:
     """Raise InputError where two models differ in architecture or tokenizer."""
-    expected, found = _architecture(base.config), _architecture(student.config)
+    expected, found = _architecture(base), _architecture(student)
     for name, value in expected.items():
         if found[name] != value:
             raise InputError(
                 f"{student.ref}: has {name} {found[name]}, but {base.ref} has {value}; only models of one architecture "
-                "can be merged"
+                "and tokenizer can be merged"
             )
-    hashes = [model.tokenizer_fingerprint if model.has_tokenizer else None for model in (base, student)]
-    if hashes[0] != hashes[1]:
-        shown = [f"{value[:8]}…" if value else "none" for value in hashes]
-        raise InputError(
-            f"{student.ref}: has another tokenizer ({shown[1]}) than {base.ref} ({shown[0]}); only models with the "
-            "same tokens can be merged"
-        )
 
 
-def _architecture(config: DecoderConfig) -> dict[str, Any]:
-    """Return {"hidden_size": 64, "rope/theta": 10000.0, …}."""
-    fields = flatten_dict(dataclasses.asdict(config), sep="/")
-    return {name: value for name, value in fields.items() if name not in _ONLY_FOR_TRAINING}
+def _architecture(model: ModelRef) -> dict[str, Any]:
+    """Return {"hidden_size": 64, "rope/theta": 10000.0, …, "tokenizer": fingerprint}."""
+    fields = flatten_dict(dataclasses.asdict(model.config), sep="/")
+    del fields["initializer_range"]  # does not change a model with weights
+    return {**fields, "tokenizer": model.tokenizer_fingerprint if model.has_tokenizer else None}
 
 
 def _is_complete(out: Path, expected: Mapping[str, Any]) -> bool:
@@ -124,18 +116,14 @@ def _is_complete(out: Path, expected: Mapping[str, Any]) -> bool:
     metadata = model.manifest["metadata"] if model else {}
     if model is None or metadata.get("made_by") != "merge":
         raise InputError(f"{out}: already exists; remove it or choose another --out")
-    for name in ("base", "student"):
-        found, fingerprint = metadata.get(name), expected[name]["fingerprint"]
-        recorded = found.get("fingerprint") if isinstance(found, dict) else None
-        if recorded != fingerprint:
+    for name, now in expected.items():
+        before = metadata.get(name)
+        if isinstance(before, dict):  # a model may have moved
+            before, now = before.get("fingerprint"), now["fingerprint"]
+        if before != now:
             raise InputError(
-                f"{out}: holds a merge with another {name} (fingerprint {str(recorded)[:8]}…, now {fingerprint[:8]}…); "
-                "remove it or choose another --out"
+                f"{out}: holds a merge with another {name} (before {before}, now {now}); remove it or choose another "
+                "--out"
             )
-    if metadata.get("weight") != expected["weight"]:
-        raise InputError(
-            f"{out}: holds a merge with --weight {metadata.get('weight')}, not {expected['weight']}; remove it or "
-            "choose another --out"
-        )
     model.verify_weights(fix_hint="remove the folder and run the same command again")
     return True

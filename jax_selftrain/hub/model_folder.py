@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +54,7 @@ class ExportSpec:
     """Content of config.json."""
     tensors: Mapping[str, str]
     """Dtype of every tensor by name: "float32", "bfloat16" or "float16"."""
-    dropped: tuple[str, ...] = ()
+    dropped: Sequence[str] = ()
     """Tensors that are not stored: legacy buffers, copies of tied embeddings."""
 
     def cast(self, tensors: Mapping[str, str]) -> ExportSpec:
@@ -97,11 +97,10 @@ def save_model(
     """
     source = open_model(source)
     export = export or export_spec(source, params)
-    provenance = {"ref": source.ref, "fingerprint": _source_fingerprint(source)}
     with commit_from_all_processes(folder) as temporary:
         if not jax.process_index():
             _copy_config_and_tokenizer(temporary, export.raw_config, source.folder)
-        complete_model(temporary, params, export=export, source=provenance, metadata=metadata, format=format)
+        complete_model(temporary, params, source=source, export=export, metadata=metadata, format=format)
     return Path(folder)
 
 
@@ -109,25 +108,27 @@ def complete_model(
     folder: Path,
     params: Params,
     *,
-    export: ExportSpec,
-    source: Mapping[str, str],
+    source: ModelRef,
     metadata: Mapping[str, Any],
+    export: ExportSpec | None = None,
     format: Format = "hf",
 ) -> None:
-    """Add everything but config and tokenizer to a model folder."""
+    """Add everything but config and tokenizer to a model folder; see `save_model`."""
+    export = export or export_spec(source, params)
+    fingerprint = source.fingerprint if source.has_weights else hash_json({"config": source.raw_config})
+    provenance = {"ref": source.ref, "fingerprint": fingerprint}
     family = FAMILIES[export.raw_config["model_type"]]
     if format == "flax":
         orbax_io.save_tree(folder / PARAMS, params)
     else:
-        config = parse_config(export.raw_config, CONFIG)
-        save_weights(folder, family, config, params, export.tensors)
+        save_weights(folder, family, parse_config(export.raw_config, CONFIG), params, export.tensors)
     if jax.process_index():
         return
     if not (folder / GENERATION_CONFIG).is_file():
         special = ModelRef(str(folder), folder).special_tokens
         ids = {"bos_token_id": special.bos_token_id, "eos_token_id": list(special.eos_token_ids) or None}
         atomic.write_json(folder / GENERATION_CONFIG, {name: value for name, value in ids.items() if value is not None})
-    atomic.write_text(folder / MODEL_CARD, restore_uris(_model_card(source, metadata)))
+    atomic.write_text(folder / MODEL_CARD, restore_uris(_model_card(provenance, metadata)))
     files = folder_manifest(folder, exclude=[f"{PARAMS}/*", MODEL_CARD])  # people edit model cards
     if format == "flax":
         name = f"{PARAMS}/{orbax_io.MANIFEST}"
@@ -136,7 +137,7 @@ def complete_model(
         "format": FORMAT,
         "version": VERSION,
         "weights": "orbax" if format == "flax" else "safetensors",
-        "source": dict(source),
+        "source": provenance,
         "tensors": dict(export.tensors),
         "dropped": sorted(export.dropped),
         "metadata": dict(metadata),
@@ -155,10 +156,6 @@ def _copy_config_and_tokenizer(folder: Path, raw_config: Mapping[str, Any], sour
     for name in (*TOKENIZER_FILES, GENERATION_CONFIG):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-
-
-def _source_fingerprint(source: ModelRef) -> str:
-    return source.fingerprint if source.has_weights else hash_json({"config": source.raw_config})
 
 
 def _model_card(source: Mapping[str, str], metadata: Mapping[str, Any]) -> str:

@@ -108,11 +108,10 @@ class ModelRef:
         if not isinstance(generation, dict):
             raise InputError(f"{path}: is not a JSON object; download it again")
         tokenizer = self.tokenizer if self.has_tokenizer else None
-        if tokenizer is not None and not (self.folder / CONFIG).is_file():
-            return resolve_special_tokens({}, generation, tokenizer, vocab_size=len(tokenizer), where=str(self.folder))
-        return resolve_special_tokens(
-            self.raw_config, generation, tokenizer, vocab_size=self.config.vocab_size, where=str(self.folder)
-        )
+        raw, size = {}, len(tokenizer or ())
+        if tokenizer is None or (self.folder / CONFIG).is_file():
+            raw, size = self.raw_config, self.config.vocab_size
+        return resolve_special_tokens(raw, generation, tokenizer, vocab_size=size, where=str(self.folder))
 
     @property
     def is_orbax(self) -> bool:
@@ -131,8 +130,7 @@ class ModelRef:
             return frozenset(self.manifest["tensors"])
         if not self.has_weights:
             return frozenset()
-        with open_weights(self.folder) as reader:
-            return frozenset(reader.tensors)
+        return frozenset(open_weights(self.folder))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -190,7 +188,8 @@ def _resolve(ref: Ref) -> Path:
     if not path.is_dir():
         raise InputError(f"{ref}: is a file; give the folder that holds the model's {CONFIG}")
     for folder in (path, path / "model"):
-        if (folder / OLD_MANIFEST).is_file() and not (folder / MANIFEST).is_file():
+        old = folder / OLD_MANIFEST
+        if old.is_file() and not (folder / MANIFEST).is_file() and FORMAT.encode() in old.read_bytes():
             raise InputError(
                 f"{folder}: has the model format of an earlier version; make it again, or convert it with the release "
                 f"that wrote it: jax-selftrain convert {folder} OUT --format hf"

@@ -1,6 +1,6 @@
 """Stream Hugging Face weights to and from a mesh.
 
-For each device of this process, loading reads the slices of each layer's tensor that the device holds from the
+For each device of this process, loading copies the part of each layer's tensor that the device holds from the
 memory-mapped files. The host holds no more than one device's shard of one array. Writing gathers the tensors of one
 output file at a time.
 
@@ -11,13 +11,11 @@ and be finite. Pickle checkpoints are refused unread.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
 from functools import partial
-from itertools import product
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import jax
 import numpy as np
@@ -30,16 +28,8 @@ from safetensors.numpy import save_file
 from jax_selftrain.distributed.mesh import mesh_context
 from jax_selftrain.distributed.sharding import ShardingRules
 from jax_selftrain.errors import InputError
-from jax_selftrain.hub.families import Family, Pattern, Slices, pattern_sizes
-from jax_selftrain.hub.weight_mapping import (
-    DTYPES,
-    ParamSource,
-    TensorInfo,
-    TensorReader,
-    WeightMapping,
-    map_tensors,
-    param_sources,
-)
+from jax_selftrain.hub.families import Family, Pattern, pattern_sizes
+from jax_selftrain.hub.weight_mapping import DTYPES, ParamSource, StoredTensor, map_tensors, param_sources
 from jax_selftrain.io import atomic
 from jax_selftrain.models import DecoderConfig, Params
 from jax_selftrain.models.params import param_shardings
@@ -48,22 +38,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
 """Weights above this size are written as several files with an index, as Hugging Face does."""
 
-_EXPONENT_BITS = {"float32": 0x7F80_0000, "bfloat16": 0x7F80, "float16": 0x7C00}
-
 _TORCH_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-
-
-@dataclass(frozen=True)
-class SafetensorsReader:
-    """Open safetensors files of one model."""
-
-    folder: Path
-    tensors: Mapping[str, TensorInfo]
-    handles: Mapping[str, Any]
-
-    def read(self, name: str, bounds: tuple[slice, ...]) -> np.ndarray:
-        """Read slices of a tensor, in the file's dtype."""
-        return self.handles[self.tensors[name].file].get_slice(name)[bounds]
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -94,59 +69,70 @@ def weight_files(folder: Path) -> list[str]:
     raise InputError(f"{folder}: holds no weights ({WEIGHTS} or {INDEX}); download them or name another folder")
 
 
-@contextmanager
-def open_weights(folder: Path) -> Iterator[SafetensorsReader]:
-    """Open all weights of a Hugging Face folder and read their headers.
+def open_weights(folder: Path) -> dict[str, StoredTensor]:
+    """Memory-map all weights of a Hugging Face folder and read their headers.
 
     Raises:
       InputError: a file is missing, truncated or not safetensors, or two files hold the same tensor.
     """
-    with ExitStack() as stack:
-        handles: dict[str, Any] = {}
-        tensors: dict[str, TensorInfo] = {}
-        for file in weight_files(folder):
-            try:
-                handle = stack.enter_context(safe_open(folder / file, framework="numpy"))
-            except (SafetensorError, OSError) as error:
+    tensors: dict[str, StoredTensor] = {}
+    for path in (folder / name for name in weight_files(folder)):
+        try:
+            with safe_open(path, framework="numpy"):
+                pass  # checks the header and the size of the file
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: not a whole safetensors file ({error}); download or copy it again") from error
+        data = np.memmap(path, np.uint8, "r")
+        start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+        header = json.loads(data[8:start].tobytes())
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            if name in tensors:
                 raise InputError(
-                    f"{folder / file}: not a whole safetensors file ({error}); download or copy it again"
-                ) from error
-            handles[file] = handle
-            for name in handle.offset_keys():
-                if name in tensors:
-                    raise InputError(f"{folder}: tensor {name} is in both {tensors[name].file} and {file}; keep one")
-                header = handle.get_slice(name)
-                tensors[name] = TensorInfo(file, header.get_dtype(), tuple(header.get_shape()))
-        yield SafetensorsReader(folder, tensors, handles)
+                    f"{folder}: tensor {name} is in both {tensors[name].file.name} and {path.name}; keep one"
+                )
+            begin, end = entry["data_offsets"]
+            tensors[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), data[start + begin : start + end])
+    return tensors
 
 
 # ---------------------------------------------------------------- in
 
 
 def load_params(
-    reader: TensorReader, family: Family, config: DecoderConfig, rules: ShardingRules, dtype: np.dtype | None = None
-) -> tuple[Params, WeightMapping]:
-    """Read the weights of a checkpoint onto a mesh.
+    folder: Path, family: Family, config: DecoderConfig, rules: ShardingRules, dtype: np.dtype | None = None
+) -> tuple[Params, dict[str, str], list[str]]:
+    """Read the weights of a Hugging Face folder onto a mesh.
 
     Args:
-      reader: of the checkpoint.
+      folder: the folder.
       rules: sharding of the parameters.
       dtype: of all parameters; None keeps each array in the dtype that holds its tensors exactly.
+
+    Returns:
+      Parameters; dtype of every tensor that is used: {name: "float32" | "bfloat16" | "float16"}; unused tensors.
 
     Raises:
       InputError: the checkpoint does not fit the config (see `map_tensors`), or a weight is NaN or infinite.
     """
-    mapping = map_tensors(reader, family, config)
+    tensors = open_weights(folder)
+    leaves, dropped = map_tensors(folder, tensors, family, config)
+    dtypes = {name: DTYPES[tensors[name].dtype].name for leaf in leaves for name in leaf.names}
     sizes, shardings = pattern_sizes(config), flatten_dict(param_shardings(config, rules), sep="/")
-    loaded = {
-        leaf.path: _load_leaf(reader, leaf, sizes, shardings[leaf.path], dtype or mapping.stored_dtype(leaf))
-        for leaf in mapping.leaves
-    }
-    return unflatten_dict(loaded, sep="/"), mapping
+    loaded = {}
+    for leaf in leaves:
+        stored = {dtypes[name] for name in leaf.names}
+        exact = np.dtype(stored.pop() if len(stored) == 1 else np.float32)
+        loaded[leaf.path] = _load_leaf(tensors, leaf, sizes, shardings[leaf.path], dtype or exact)
+    return unflatten_dict(loaded, sep="/"), dtypes, dropped
 
 
 def _load_leaf(
-    reader: TensorReader, leaf: ParamSource, sizes: Mapping[str, int], sharding: jax.sharding.Sharding, dtype: np.dtype
+    tensors: Mapping[str, StoredTensor],
+    leaf: ParamSource,
+    sizes: Mapping[str, int],
+    sharding: jax.sharding.Sharding,
+    dtype: np.dtype,
 ) -> jax.Array:
     holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
@@ -157,38 +143,30 @@ def _load_leaf(
         box = tuple(slice(*b) for b in bounds)
         host = np.empty([b.stop - b.start for b in box], dtype)
         if leaf.is_stacked:
-            for row, layer in enumerate(range(box[0].start, box[0].stop)):
-                host[row] = _read_slice(reader, leaf.names[layer], leaf.pattern, box[1:], sizes)
+            for row, name in zip(host, leaf.names[box[0]], strict=True):
+                row[...] = read_box(name, tensors[name], leaf.pattern, box[1:], sizes)
         else:
-            host[...] = _read_slice(reader, leaf.names[0], leaf.pattern, box, sizes)
+            host[...] = read_box(leaf.names[0], tensors[leaf.names[0]], leaf.pattern, box, sizes)
         # A CPU device may adopt the buffer (hence a new one each time); waiting bounds the number of buffers.
         arrays += jax.block_until_ready([jax.device_put(host, device) for device in devices])
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
 
 
-def _read_slice(reader: TensorReader, name: str, pattern: Pattern, box: Slices, sizes: Mapping[str, int]) -> np.ndarray:
-    parts = pattern.file_runs(box, sizes)
-    if all(len(runs) == 1 for runs in parts):
-        data = reader.read(name, tuple(slice(*runs[0]) for runs in parts))
-    else:
-        offsets = [np.cumsum([0] + [stop - start for start, stop in runs]) for runs in parts]
-        data = np.empty([int(offset[-1]) for offset in offsets], DTYPES[reader.tensors[name].dtype])
-        for pieces in product(*(range(len(runs)) for runs in parts)):
-            here = tuple(slice(offset[i], offset[i + 1]) for offset, i in zip(offsets, pieces, strict=True))
-            data[here] = reader.read(name, tuple(slice(*runs[i]) for runs, i in zip(parts, pieces, strict=True)))
-    if not is_finite(data):
+def read_box(
+    name: str, tensor: StoredTensor, pattern: Pattern, box: tuple[slice, ...], sizes: Mapping[str, int]
+) -> np.ndarray:
+    """Copy the part of a tensor that fills a box.
+
+    Raises:
+      InputError: a value is NaN or infinite.
+    """
+    data = np.array(pattern.view(tensor.array, sizes)[box])
+    if not np.isfinite(data).all():
         raise InputError(
-            f"{reader.folder / reader.tensors[name].file}: tensor {name} holds NaN or infinity; the model is broken, "
-            "so use another checkpoint (fp16 is known to overflow in small Pythia models)"
+            f"{tensor.file}: tensor {name} holds NaN or infinity; the model is broken, so use another checkpoint (fp16 "
+            "is known to overflow in small Pythia models)"
         )
-    return pattern.from_hf(data, box)
-
-
-def is_finite(values: np.ndarray) -> bool:
-    """Return True if no exponent has all its bits set (NaN, infinity)."""
-    mask = _EXPONENT_BITS[values.dtype.name]
-    bits = np.ascontiguousarray(values).view(f"u{values.itemsize}")
-    return not values.size or int((bits & mask).max()) != mask
+    return data
 
 
 # ---------------------------------------------------------------- out
@@ -200,8 +178,6 @@ def save_weights(
     config: DecoderConfig,
     params: Params,
     tensors: Mapping[str, str],
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write parameters as Hugging Face safetensors into `folder` (which the caller commits).
 
@@ -211,34 +187,31 @@ def save_weights(
       folder: where process 0 writes.
       params: host or device arrays.
       tensors: dtype of every tensor by name: {"lm_head.weight": "bfloat16", …}.
-      max_shard_bytes: larger weights are split over several files with an index.
     """
-    leaves, sizes, arrays = param_sources(family, config, tensors), pattern_sizes(config), flatten_dict(params, sep="/")
+    sizes, arrays = pattern_sizes(config), flatten_dict(params, sep="/")
     sources: dict[str, list[tuple[ParamSource, int]]] = {}
-    for leaf in leaves:
+    for leaf in param_sources(family, config, tensors):
         for layer, name in enumerate(leaf.names):
             sources.setdefault(name, []).append((leaf, layer))
     if sources.keys() != tensors.keys():
         wrong = sorted(sources.keys() ^ tensors.keys())[0]
         raise ValueError(f"tensor {wrong} is either not in the model or has no dtype given")
 
+    shapes = {name: parts[0][0].pattern.file_shape(sizes) for name, parts in sources.items()}
+
     def assemble(name: str) -> np.ndarray:
-        tensor = np.empty(sources[name][0][0].pattern.file_shape(sizes), np.dtype(tensors[name]))
+        tensor = np.empty(shapes[name], np.dtype(tensors[name]))
         for leaf, layer in sources[name]:
             part = _to_host(arrays[leaf.path], layer if leaf.is_stacked else None)
             if part is not None:
-                leaf.pattern.to_hf(part, tensor, sizes)
+                leaf.pattern.view(tensor, sizes)[...] = part
         return tensor
 
-    def count_bytes(name: str) -> int:
-        shape = sources[name][0][0].pattern.file_shape(sizes)
-        return int(np.prod(shape)) * np.dtype(tensors[name]).itemsize
-
     split = split_state_dict_into_shards_factory(
-        {name: count_bytes(name) for name in _sort_by_layer(sources)},
+        {name: math.prod(shapes[name]) * np.dtype(tensors[name]).itemsize for name in _sort_by_layer(sources)},
         get_storage_size=lambda size: size,
         filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_bytes,
+        max_shard_size=MAX_SHARD_BYTES,
     )
     for file, names in split.filename_to_tensors.items():
         if jax.process_index():

@@ -11,15 +11,13 @@ from pathlib import Path
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from jax_selftrain.distributed.mesh import make_mesh, mesh_context
-from jax_selftrain.distributed.sharding import make_sharding_rules
+from jax_selftrain.distributed.mesh import mesh_context
 from jax_selftrain.errors import InputError
-from jax_selftrain.hub.load import cpu_device
+from jax_selftrain.hub.load import host_sharding
 from jax_selftrain.hub.merge import check_compatible, describe_inputs, load_stored
 from jax_selftrain.hub.model_folder import save_model
 from jax_selftrain.hub.model_ref import open_model
 from jax_selftrain.io.rng import make_rng
-from jax_selftrain.models import axis_sizes
 
 
 def add_weight_noise(base: str, student: str, out: str | Path, seed: int, weight: float = 1.0) -> Path:
@@ -39,9 +37,8 @@ def add_weight_noise(base: str, student: str, out: str | Path, seed: int, weight
     """
     first, second = open_model(base), open_model(student)
     check_compatible(first, second)
-    mesh = make_mesh("", [cpu_device()])
-    rules = make_sharding_rules("replicated", mesh, axis_sizes(first.config))
-    with mesh_context(mesh):
+    rules = host_sharding(first.config)
+    with mesh_context(rules.mesh):
         before, after = load_stored(first, rules), load_stored(second, rules)
         params = {}
         for path in sorted(before):

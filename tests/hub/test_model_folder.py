@@ -91,6 +91,8 @@ def test_a_file_or_an_empty_folder_is_no_model(tmp_path: Path):
 def test_the_format_of_an_earlier_version_is_refused(tmp_path: Path, tiny_model: Callable[..., Path]):
     folder = shutil.copytree(tiny_model("llama"), tmp_path / "run" / "model")
     (folder / "model.json").write_text("{}")
+    assert hub.open_model(folder).folder == folder  # the file of another program
+    (folder / "model.json").write_text('{"format": "jax_selftrain.model", "version": 2}')
     for ref in (folder, tmp_path / "run"):
         with pytest.raises(InputError, match=r"earlier version; make it again.*convert .* --format hf"):
             hub.open_model(ref)
