@@ -22,7 +22,7 @@ from jax_selftrain.config import ImportCorpusConfig, yaml_io
 from jax_selftrain.corpus.reader import Corpus
 from jax_selftrain.corpus.schema import Sample
 from jax_selftrain.corpus.shards import CorpusWriter
-from jax_selftrain.corpus.token_source import encode_batch, encode_texts
+from jax_selftrain.corpus.token_source import encode_texts, tokenize_batch
 from jax_selftrain.errors import InputError
 from jax_selftrain.io.jsonl import read_jsonl
 
@@ -149,7 +149,7 @@ def _tokenize(
         if max_tokens is None or len(tokens) < max_tokens:
             sample = Sample(sample_id, np.array([*tokens, stop_id], np.int32), text, float("nan"), "stop")
         else:
-            text = text[: encode_batch(tokenizer, [text]).token_to_chars(0, max_tokens - 1).end]
+            text = text[: tokenize_batch(tokenizer, [text]).token_to_chars(0, max_tokens - 1).end]
             sample = Sample(sample_id, np.array(tokens[:max_tokens], np.int32), text, float("nan"), "length")
             truncated.append(sample)
         samples.append(sample)

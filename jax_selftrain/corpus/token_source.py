@@ -71,13 +71,13 @@ def encode_texts(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[list[int
         batch.append(text)
         characters += len(text)
         if characters >= ENCODE_CHARACTERS:
-            yield encode_batch(tokenizer, batch)["input_ids"]
+            yield tokenize_batch(tokenizer, batch)["input_ids"]
             batch, characters = [], 0
     if batch:
-        yield encode_batch(tokenizer, batch)["input_ids"]
+        yield tokenize_batch(tokenizer, batch)["input_ids"]
 
 
-def encode_batch(tokenizer: Any, texts: list[str]) -> Any:
+def tokenize_batch(tokenizer: Any, texts: list[str]) -> Any:
     """Tokenize texts together; return a `BatchEncoding`."""
     return tokenizer(
         texts,

@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 from jax_selftrain import hub
 from jax_selftrain.config import SampleConfig, yaml_io
 from jax_selftrain.corpus import Corpus, CorpusWriter, Sample
-from jax_selftrain.corpus.token_source import encode_batch
+from jax_selftrain.corpus.token_source import tokenize_batch
 from jax_selftrain.distributed import process_local, sigterm_event
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.distributed.progress import progress_bar
@@ -232,7 +232,7 @@ def _detokenize(tokenizer: Any, tokens: Sequence[np.ndarray], stop_ids: Sequence
     ended = [row[:-1] if len(row) and row[-1] in stop_ids else row for row in tokens]
     kept = [[token for token in row.tolist() if token not in special] for row in ended]
     texts = [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in kept]
-    again = encode_batch(tokenizer, texts)["input_ids"]
+    again = tokenize_batch(tokenizer, texts)["input_ids"]
     return texts, sum(before != after for before, after in zip(kept, again, strict=True))
 
 
