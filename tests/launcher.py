@@ -1,7 +1,8 @@
 """Start `jax-selftrain` commands in processes without importing JAX in each.
 
 A fork server (`multiprocessing`) imports the package once per test process; each command is a fork of it. The fork sets
-its environment, standard output and standard error, and runs `jax_selftrain.cli.main` with its own devices.
+its environment, standard output and standard error, and runs `jax_selftrain.cli.main` or other code with its own
+devices.
 """
 
 from __future__ import annotations
@@ -12,30 +13,35 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import textwrap
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from multiprocessing import forkserver
 from pathlib import Path
 
-PRELOADED_MODULES = [
-    "jax_selftrain.cli",
-    "jax",
-    "flax.nnx",
-    "optax",
-    "orbax.checkpoint",
-    "pyarrow.parquet",
-    "tokenizers",
-]
+import pytest
+
+COMMAND = """
+import sys
+from jax_selftrain.cli import main
+sys.exit(main())
+"""
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(PRELOADED_MODULES)
+_SERVER.set_forkserver_preload(["launcher_imports"])
 
 
 class CommandProcess:
     """A command in its own process; the interface is part of `subprocess.Popen`."""
 
-    def __init__(self, argv: Sequence[object], environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, argv: Sequence[object], environment: Mapping[str, str], code: str = "") -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._files = tuple(Path(self._folder.name, name) for name in ("stdout", "stderr"))
-        arguments = (list(map(str, argv)), dict(os.environ if environment is None else environment), *self._files)
+        with pytest.MonkeyPatch.context() as patch:  # the server has the path of this process only by the environment
+            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+            forkserver.ensure_running()
+        arguments = (list(map(str, argv)), dict(environment), textwrap.dedent(code), *self._files)
         self._process = _SERVER.Process(target=_run_command, args=arguments)
         self._process.start()
 
@@ -51,8 +57,9 @@ class CommandProcess:
         return self._process.exitcode
 
     def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
+        with suppress(ProcessLookupError):  # it has ended: the exit code tells
+            if self.poll() is None:
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
@@ -62,6 +69,13 @@ class CommandProcess:
         if self._process.exitcode is None:
             raise subprocess.TimeoutExpired(["jax-selftrain"], timeout or 0.0)
         return self._process.exitcode
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 300.0) -> None:
+        """Wait until the condition holds or the process has ended."""
+        deadline = time.monotonic() + seconds
+        while self.poll() is None and not condition():
+            assert time.monotonic() < deadline, "the condition was not met"
+            time.sleep(0.002)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait for the process; return (standard output, standard error)."""
@@ -75,14 +89,27 @@ def launch(*argv: object, **environment: str) -> CommandProcess:
     return CommandProcess(argv, {**os.environ, **environment})
 
 
+def launch_code(code: str, *argv: object, **environment: str) -> CommandProcess:
+    """Start Python code with `sys.argv[1:]` = ARGV, as `python -c` does."""
+    return CommandProcess(argv, {**os.environ, **environment}, code)
+
+
 def run_command(*argv: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `jax-selftrain ARGV` and wait for it."""
-    process = launch(*argv, **environment)
+    return _complete(launch(*argv, **environment))
+
+
+def run_code(code: str, *argv: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code and wait for it."""
+    return _complete(launch_code(code, *argv, **environment))
+
+
+def _complete(process: CommandProcess) -> subprocess.CompletedProcess[str]:
     out, err = process.communicate()
-    return subprocess.CompletedProcess(list(argv), process.wait(), out, err)
+    return subprocess.CompletedProcess([], process.wait(), out, err)
 
 
-def _run_command(argv: list[str], environment: dict[str, str], out: Path, err: Path) -> None:
+def _run_command(argv: list[str], environment: dict[str, str], code: str, out: Path, err: Path) -> None:
     os.setsid()
     changed = {name: value for name, value in environment.items() if os.environ.get(name) != value}
     os.environ.clear()
@@ -93,9 +120,7 @@ def _run_command(argv: list[str], environment: dict[str, str], out: Path, err: P
         os.close(descriptor)
     _apply_to_jax(changed)
     sys.argv = ["jax-selftrain", *argv]
-    from jax_selftrain.cli import main
-
-    sys.exit(main())
+    exec(code or COMMAND, {"__name__": "__main__"})
 
 
 def _apply_to_jax(environment: Mapping[str, str]) -> None:

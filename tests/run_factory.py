@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from models_factory import tiny_texts
 
 from jax_selftrain.config import ExtractConfig, RunConfig, SampleConfig, ScoreConfig, TrainConfig
+from jax_selftrain.errors import InputError
+from jax_selftrain.study import run
+from jax_selftrain.study.design import Design, make_design
+from jax_selftrain.study.run_study import one_cell_study
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
@@ -48,3 +53,22 @@ def make_run_config(model: Path, inputs: Mapping[str, str], out: Path, **changes
         extract=ExtractConfig(sequences=inputs["sequences"], prefix=12, suffix=8, min_overlap=4, batch_tokens=1024),
     )
     return replace(config, **changes)
+
+
+def run_design(config: RunConfig) -> Design:
+    """Return the design of a run, with the folders of its stages."""
+    return make_design(one_cell_study(config))
+
+
+def output_times(folder: Path) -> dict[str, int]:
+    """Return when each file of a stage was written."""
+    files = (path for path in (folder / "stages").rglob("*") if path.is_file())
+    return {str(path): path.stat().st_mtime_ns for path in files}
+
+
+def refusal(config: RunConfig) -> str:
+    """Return the error of a run that writes nothing."""
+    with pytest.raises(InputError) as error:
+        run(config)
+    assert not Path(config.out).exists(), "nothing is written before the inputs are checked"
+    return str(error.value)

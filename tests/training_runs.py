@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 from jax_selftrain.config import TrainConfig
 from jax_selftrain.hub import LoadedModel, load_model
 from jax_selftrain.training import Hook
+
+EVALUATED: dict[str, Any] = {"eval_every": 2, "eval_texts": ("of a hook.jsonl",)}
 
 
 class Interruption(Exception):
@@ -44,6 +47,18 @@ def run_options(at: tuple[Path, Path, Path], **changes: Any) -> TrainConfig:
     return TrainConfig(**{**values, **changes})
 
 
+def first_scale(step: int, model: LoadedModel) -> dict[str, float]:
+    """Return the sum of a parameter."""
+    return {"probe/nll": float(np.asarray(model.params["final_norm"]["scale"], np.float64).sum())}
+
+
+def measuring(function: Callable[[int, LoadedModel], Mapping[str, float]], **changes: Any) -> Hook:
+    options: dict[str, Any] = {
+        "every": 2, "run_at_start_and_end": True, "metric_names": ("probe/nll",), "measured": {"probe": "as it is"},
+    }  # fmt: skip
+    return Hook(function, **{**options, **changes})
+
+
 def weights(model: Path | str) -> dict[str, bytes]:
     """Return the bytes of every parameter of a model."""
     leaves = jax.tree_util.tree_leaves_with_path(load_model(model, "data=1").params)
@@ -52,7 +67,20 @@ def weights(model: Path | str) -> dict[str, bytes]:
 
 def losses(run: Path) -> list[float]:
     """Return the loss of every logged step."""
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in _read_jsonl(run / "metrics.jsonl")]
+
+
+def curve(run: Path) -> list[dict[str, float]]:
+    """Return the evaluations during training."""
+    return _read_jsonl(run / "curve.jsonl")
+
+
+def count_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def _read_jsonl(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _hash_weights(step: int, model: LoadedModel) -> dict[str, float]:

@@ -1,11 +1,7 @@
 """The score stage end to end: numbers against independent computations, files, refusals."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from launcher import launch, launch_code
 from models_factory import tiny_texts
+from process_group import free_port, wait_for_all
 
 from jax_selftrain import hub
 from jax_selftrain.config import ScoreConfig, yaml_io
@@ -109,10 +107,8 @@ def test_limits_take_the_first_documents_and_tokens(tmp_path, tiny_model, files)
 
 
 def test_nan_names_the_request_and_writes_nothing(tmp_path, tiny_model, files):
-    import dataclasses
-
     model = hub.load_model(tiny_model(), "data=1")
-    broken = dataclasses.replace(
+    broken = replace(
         model, params={**model.params, "final_norm": {"scale": model.params["final_norm"]["scale"] * np.nan}}
     )
     with pytest.raises(InputError, match="log-likelihood of choices, document 0, choice 0 is nan"):
@@ -171,23 +167,19 @@ def test_out_must_not_be_a_folder(tmp_path, tiny_model, files):
 # ---------------------------------------------------------------- interruptions and several processes
 
 
-SCORE = """
-import sys, time
+SCORE_LATE = """
+import os, sys, time
 from pathlib import Path
-import jax
-from jax_selftrain.config import ScoreConfig, yaml_io
-from jax_selftrain.evals import score
-config = yaml_io.load(ScoreConfig, sys.argv[1])
-if len(sys.argv) > 2:
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
-    jax.local_devices()  # processes wait for each other where their devices start
-    parts = Path(config.out).with_suffix(".parts")
-    while sys.argv[3] == "0" and not list(parts.glob("*/*.parquet")):
-        time.sleep(0.01)  # so that process 1 has scored something that process 0 gathers
-score(config)
+from jax_selftrain import cli, evals
+score = evals.score
+def score_late(config):
+    while not list(Path(os.environ["PARTS"]).glob("*/*.parquet")):
+        time.sleep(0.01)
+    return score(config)
+evals.score = score_late
+sys.exit(cli.main())
 """
-
+"""The command `score` of a process that waits until another process has scored something."""
 
 MANY = 384
 
@@ -206,11 +198,10 @@ def many(tmp_path, tiny_model):
     return options
 
 
-def start(options: ScoreConfig, *words: str, **environment: str) -> subprocess.Popen:
+def save_options(options: ScoreConfig) -> Path:
     file = Path(options.out).with_suffix(".yaml")
     yaml_io.save(file, options)
-    command = [sys.executable, "-c", SCORE, str(file), *words]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    return file
 
 
 def results(options: ScoreConfig) -> list[bytes]:
@@ -224,10 +215,9 @@ def timings(options: ScoreConfig) -> dict[str, Any]:
 def kill_after_first_unit(options: ScoreConfig) -> list[Path]:
     """Return the unit files of a scoring that was killed."""
     parts = Path(options.out).with_suffix(".parts")
-    process = start(options)
-    while process.poll() is None and not list(parts.glob("*/*.parquet")):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
+    process = launch("score", "--config", save_options(options))
+    process.wait_until(lambda: any(parts.glob("*/*.parquet")))
+    process.kill()
     assert process.wait() == -signal.SIGKILL, process.communicate()[1]
     assert not Path(options.out).exists()
     return sorted(parts.glob("*/*.parquet"))
@@ -245,6 +235,27 @@ def test_a_killed_scoring_resumes_and_writes_the_same_bytes(many):
     assert 0 < kept < MANY
     assert spent["computed_requests"] == MANY - kept
     assert not Path(broken.out).with_suffix(".parts").exists()
+
+
+def test_two_processes_divide_the_requests_and_write_the_bytes_of_one(many):
+    alone, together = many("alone"), replace(many("together"), mesh="")
+    score(alone)
+    file = save_options(together)
+    cluster = ("--coordinator", f"localhost:{free_port()}", "--num-processes", 2)
+    parts = Path(together.out).with_suffix(".parts")
+    processes = [
+        launch_code(SCORE_LATE, "score", "--config", file, *cluster, "--process-id", 0, PARTS=str(parts)),
+        launch("score", "--config", file, *cluster, "--process-id", 1),
+    ]
+    codes, errors = wait_for_all(processes)
+    assert codes == [0, 0], errors
+    assert results(together) == results(alone)
+    spent, units = timings(together), timings(alone)["units_by_process"]["0"]
+    assert units > 4
+    assert spent["units_by_process"]["1"] >= 1
+    assert sum(spent["units_by_process"].values()) == units
+    assert spent["computed_requests"] < MANY
+    assert not Path(together.out).with_suffix(".parts").exists()
 
 
 @pytest.mark.nightly

@@ -3,11 +3,22 @@
 import dataclasses
 import itertools
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scoring_requests import (
+    BATCH,
+    CONFIG,
+    POSITIONS,
+    load_with_positions,
+    questions,
+    random_requests,
+    tokenize_all,
+    tokenize_request,
+)
 
 from jax_selftrain import hub
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
@@ -26,7 +37,6 @@ from jax_selftrain.likelihood.engine import deduplicate
 from jax_selftrain.likelihood.prefix_trie import (
     MAX_BUCKETS,
     MAX_TARGETS,
-    TokenizedRequest,
     adjacent_lcp,
     bin_pack,
     choose_bucket_lengths,
@@ -35,24 +45,9 @@ from jax_selftrain.likelihood.prefix_trie import (
     pack_trie,
     round_up_to_bucket,
 )
-from jax_selftrain.models import DecoderConfig, axis_sizes, forward, unembed
-from jax_selftrain.models.config import RopeConfig
+from jax_selftrain.models import axis_sizes, forward, unembed
 
 FAMILIES = ("gpt_neox", "llama")
-POSITIONS = 640
-BATCH = 1280
-
-
-def random_requests(n: int, vocab: int, longest: int, seed: int = 0) -> list[LoglikelihoodRequest]:
-    """Return requests of random lengths, some longer than the model."""
-    rng = np.random.default_rng(seed)
-    requests = []
-    for _ in range(n):
-        total = int(rng.integers(2, longest + 1))
-        continuation = int(rng.integers(1, min(total, longest // 2)))
-        tokens = rng.integers(0, vocab, total).tolist()
-        requests.append(LoglikelihoodRequest(tokens[:-continuation], tokens[-continuation:]))
-    return requests
 
 
 def edge_requests(tokens: np.ndarray, positions: int) -> list[LoglikelihoodRequest]:
@@ -84,12 +79,7 @@ def reference(folder, requests, positions):
 
 @pytest.fixture(scope="module")
 def load(tiny_model):
-    """`load(family, mesh, preset)` → a tiny model of 640 positions."""
-
-    def load_family(family: str = "llama", mesh: str = "data=1", preset: str = "tensor") -> hub.LoadedModel:
-        return hub.load_model(tiny_model(family, max_position_embeddings=POSITIONS), mesh, preset=preset)
-
-    return load_family
+    return partial(load_with_positions, tiny_model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -140,41 +130,10 @@ def test_scores_do_not_depend_on_order_and_up_to_rounding_on_other_requests(load
 # ---------------------------------------------------------------- shared prefixes
 
 
-def questions(n: int, seed: int = 3) -> list[LoglikelihoodRequest]:
-    """Return questions of four choices; one choice is a prefix of another."""
-    rng = np.random.default_rng(seed)
-    requests = []
-    for _ in range(n):
-        context = rng.integers(0, 512, int(rng.integers(5, 40))).tolist()
-        long = rng.integers(0, 512, 6).tolist()
-        choices = [long, long[:3], rng.integers(0, 512, 1).tolist(), rng.integers(0, 512, 4).tolist()]
-        requests += [LoglikelihoodRequest(context, choice) for choice in choices]
-        requests.append(LoglikelihoodRequest([*context, *long[:2]], long[2:]))  # the same text, split elsewhere
-    return requests
-
-
-CONFIG = DecoderConfig(
-    vocab_size=512, hidden_size=512, num_layers=6, num_heads=8, num_kv_heads=8, head_dim=64, intermediate_size=2048,
-    max_positions=POSITIONS, norm="layernorm", norm_eps=1e-5, activation="gelu", gated_mlp=False,
-    parallel_residual=True, rotary_dim=16, rope=RopeConfig(), qkv_bias=True, out_bias=True, mlp_bias=True,
-    qk_norm=False, tie_word_embeddings=False,
-)  # fmt: skip
-"""Config of the planned requests."""
-
-
 def plan(requests, max_positions=POSITIONS, batch_tokens=BATCH):
     config = dataclasses.replace(CONFIG, max_positions=max_positions)
     rules = make_sharding_rules("tensor", make_mesh("data=1"), axis_sizes(config))
     return plan_units(rules, config, tokenize_all(requests), batch_tokens)
-
-
-def tokenize_all(requests):
-    """Validated requests, sorted as the engine sorts them."""
-    return sorted((tokenize_request(*request) for request in requests), key=lambda request: request.sort_key)
-
-
-def tokenize_request(context, continuation):
-    return TokenizedRequest(np.array([*context, *continuation], np.int32), len(continuation))
 
 
 def in_order(requests):

@@ -6,9 +6,7 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +17,8 @@ from pathlib import Path
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from process_group import ROOT
+from launcher import CommandProcess, launch_code
+from process_group import free_port, start_process, wait_for_all
 
 from jax_selftrain import cli, remote
 from jax_selftrain.config import ArmConfig, RunConfig, SampleConfig, ScoreConfig, StudyConfig
@@ -546,6 +545,16 @@ def test_another_machine_resumes_a_run(
         assert now[name] == there[name], name
 
 
+QUICK_UPLOADS = """
+import sys
+from jax_selftrain import cli
+from jax_selftrain.remote import upload_session
+upload_session.UPLOAD_INTERVAL = upload_session.HEARTBEAT_INTERVAL = 0.1
+upload_session.WRITER_TIMEOUT = 1.0
+sys.exit(cli.main())
+"""
+
+
 @pytest.mark.nightly
 def test_a_machine_that_is_lost_costs_what_it_had_not_sent(tiny_model: Callable[..., Path], tmp_path: Path):
     """Another machine completes a corpus after a kill."""
@@ -555,19 +564,8 @@ def test_a_machine_that_is_lost_costs_what_it_had_not_sent(tiny_model: Callable[
     command = ["sample", "--model", str(model), *options]
     assert cli.main([*command, "--out", str(tmp_path / "local")]) == 0
 
-    def begin(home: str) -> subprocess.Popen[str]:
-        code = (
-            "import sys; from jax_selftrain import cli; from jax_selftrain.remote import upload_session as session;"
-            "session.UPLOAD_INTERVAL = session.HEARTBEAT_INTERVAL = 0.1; session.WRITER_TIMEOUT = 1.0;"
-            "sys.exit(cli.main(sys.argv[1:]))"
-        )
-        environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / home), "PYTHONPATH": str(ROOT)}
-        return subprocess.Popen(
-            [sys.executable, "-c", code, *command, "--out", f"file://{out}"],
-            env=environment,
-            text=True,
-            stderr=subprocess.PIPE,
-        )
+    def begin(home: str) -> CommandProcess:
+        return launch_code(QUICK_UPLOADS, *command, "--out", f"file://{out}", XDG_CACHE_HOME=str(tmp_path / home))
 
     lost = begin("lost")
     list_file = out.parent / ".corpus.files.json"
@@ -576,9 +574,9 @@ def test_a_machine_that_is_lost_costs_what_it_had_not_sent(tiny_model: Callable[
         there = list_file.exists() and json.loads(list_file.read_text())["files"]
         return "corpus/timings/shard-000001.json" in (there or ())
 
-    wait_for(has_sent_two_shards, seconds=120)
-    lost.send_signal(signal.SIGKILL)
-    lost.communicate()
+    lost.wait_until(has_sent_two_shards)
+    lost.kill()
+    lost.wait()
     listed_then = json.loads(list_file.read_text())["files"]
     timings = {name: (out.parent / name).read_bytes() for name in listed_then if "/timings/" in name}
     assert 1 <= len(timings) < 100, "killed in the middle"
@@ -592,6 +590,50 @@ def test_a_machine_that_is_lost_costs_what_it_had_not_sent(tiny_model: Callable[
     assert len(shards) == 100
     for name in shards:
         assert (out / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+
+
+@pytest.mark.nightly
+def test_several_processes_mount_the_bucket(tiny_model: Callable[..., Path], tmp_path: Path):
+    """Two machines mount one bucket; gcsfuse is replaced by a bind mount."""
+    model, bucket = tiny_model("llama"), tmp_path / "buckets" / "b"
+    homes = [tmp_path / f"home{index}" for index in range(2)]
+    points = [home / "jax_selftrain/mirror/mount/gs/b" for home in homes]
+    for folder in (bucket, tmp_path / "bin"):
+        folder.mkdir(parents=True)
+    disk = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", bucket]  # a file system of its own, as gcsfuse's is
+    if subprocess.run(disk, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not permitted here")
+    gcsfuse = tmp_path / "bin" / "gcsfuse"
+    gcsfuse.write_text(f'#!/bin/sh\nmount --bind "{tmp_path}/buckets/$2" "$3"\n')
+    gcsfuse.chmod(0o755)
+    command = ["sample", "--model", model, "--samples", "12", "--max-tokens", "8", "--batch-size", "2"]
+    command += ["--samples-per-shard", "2"]
+    codes, stderr = wait_for_all([start_process([*command, "--mesh", "data=2", "--out", tmp_path / "local"])])
+    assert codes == [0], stderr
+    meeting = ("--coordinator", f"localhost:{free_port()}", "--num-processes", 2)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    try:
+        processes = [
+            start_process(
+                [*command, "--out", "gs://b/work/out"],
+                *meeting,
+                "--process-id",
+                index,
+                PATH=path,
+                XDG_CACHE_HOME=str(home),
+            )
+            for index, home in enumerate(homes)
+        ]
+        codes, stderr = wait_for_all(processes)
+        assert codes == [0, 0], stderr
+        assert all(map(os.path.ismount, points))
+        local = {path.name: path.read_bytes() for path in (tmp_path / "local").glob("shard-*")}
+        assert len(local) == 6
+        assert {path.name: path.read_bytes() for path in (bucket / "work/out").glob("shard-*")} == local
+        assert "corpus.json" in os.listdir(bucket / "work/out")
+    finally:
+        for point in (*points, bucket):
+            subprocess.run(["umount", point], capture_output=True, check=False)
 
 
 def other_writer(store: MemoryFileSystem, name: str, **more: str) -> None:

@@ -1,37 +1,29 @@
 """The token draw is exact and diverges at rounding ties only."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sampling_reference import draw_with_margins, random_bits, tree_path
+from sampling_reference import (
+    draw,
+    draw_with_logsumexp,
+    draw_with_margins,
+    first_bits,
+    random_logits,
+    tree_path,
+)
 from scipy import special, stats
 
-from jax_selftrain.sampling.categorical import categorical, level_sizes
-
-_draw = jax.jit(categorical)
-
-
-def draw(logits, words):
-    return _draw(logits, words)[0]
-
-
-def _words(rows: int, vocab_size: int, seed: int = 0) -> np.ndarray:
-    return random_bits(seed, np.arange(rows), 0, len(level_sizes(vocab_size)))
-
-
-def _logits(rows: int, vocab_size: int, scale: float, seed: int = 0) -> np.ndarray:
-    return scale * np.random.default_rng(seed).standard_normal((rows, vocab_size), dtype=np.float32)
+from jax_selftrain.sampling.categorical import level_sizes
 
 
 @pytest.mark.parametrize("vocab_size", [5, 512, 50304])
 def test_a_draw_returns_the_logsumexp_of_its_logits(vocab_size):
-    logits, words = _logits(64, vocab_size, 3.0), _words(64, vocab_size)
+    logits, words = random_logits(64, vocab_size, 3.0), first_bits(64, vocab_size)
     expected = special.logsumexp(logits.astype(np.float64), axis=1)
-    np.testing.assert_allclose(_draw(logits, words)[1], expected, rtol=1e-6)
+    np.testing.assert_allclose(draw_with_logsumexp(logits, words)[1], expected, rtol=1e-6)
     for value in (np.nan, np.inf):
         logits[3, 2] = value
-        assert np.isfinite(_draw(logits, words)[1]).tolist() == [row != 3 for row in range(64)]
+        assert np.isfinite(draw_with_logsumexp(logits, words)[1]).tolist() == [row != 3 for row in range(64)]
 
 
 @pytest.mark.parametrize(
@@ -46,10 +38,10 @@ def test_level_sizes_cover_the_vocabulary(vocab_size, widths):
 def test_a_million_draws_follow_the_distribution(scale):
     """Chi-square over all tokens, with fixed seed and level 1e-4."""
     vocab_size, rows, rounds = 300, 20_000, 50
-    logits = _logits(1, vocab_size, scale)[0]
+    logits = random_logits(1, vocab_size, scale)[0]
     counts = np.zeros(vocab_size)
     for seed in range(rounds):
-        tokens = draw(jnp.tile(logits, (rows, 1)), _words(rows, vocab_size, seed))
+        tokens = draw(jnp.tile(logits, (rows, 1)), first_bits(rows, vocab_size, seed))
         counts += np.bincount(np.asarray(tokens), minlength=vocab_size)
     p = np.exp(logits.astype(np.float64))
     expected = rows * rounds * p / p.sum()
@@ -68,7 +60,7 @@ def test_a_million_draws_follow_the_distribution(scale):
 @pytest.mark.parametrize("vocab_size", [1, 5, 16, 17, 300, 512, 4097, 50304])
 def test_the_draw_equals_the_draw_in_fp64_except_at_ties(vocab_size):
     rows = 2000 if vocab_size < 5000 else 200
-    logits, words = _logits(rows, vocab_size, 2.0), _words(rows, vocab_size)
+    logits, words = random_logits(rows, vocab_size, 2.0), first_bits(rows, vocab_size)
     tokens = np.asarray(draw(logits, words))
     expected, margins = draw_with_margins(logits, words)
     diverged = tokens != expected
@@ -92,7 +84,7 @@ def test_paths_run_from_the_root_to_the_token():
 def test_excluded_tokens_are_never_drawn(word):
     """The words include both ends of the range of the uniform number."""
     vocab_size = 300
-    logits = _logits(400, vocab_size, 2.0)
+    logits = random_logits(400, vocab_size, 2.0)
     allowed = np.random.default_rng(1).random(logits.shape) < np.linspace(0.003, 0.5, 400)[:, None]
     allowed[np.arange(400), np.random.default_rng(2).integers(0, vocab_size, 400)] = True
     words = np.full((400, len(level_sizes(vocab_size))), word, np.uint32)
@@ -104,11 +96,11 @@ def test_the_only_allowed_token_is_drawn():
     vocab_size = 300
     logits = np.full((vocab_size, vocab_size), -np.inf, np.float32)
     np.fill_diagonal(logits, np.linspace(-1e30, 1e30, vocab_size))
-    np.testing.assert_array_equal(draw(logits, _words(vocab_size, vocab_size)), np.arange(vocab_size))
+    np.testing.assert_array_equal(draw(logits, first_bits(vocab_size, vocab_size)), np.arange(vocab_size))
 
 
 def test_a_row_does_not_depend_on_its_neighbors():
-    logits, words = _logits(50, 700, 3.0), _words(50, 700)
+    logits, words = random_logits(50, 700, 3.0), first_bits(50, 700)
     together = np.asarray(draw(logits, words))
     order = np.random.default_rng(0).permutation(50)
     np.testing.assert_array_equal(draw(logits[order], words[order]), together[order])
@@ -118,7 +110,7 @@ def test_a_row_does_not_depend_on_its_neighbors():
 def test_noisy_logits_diverge_only_within_the_stated_margin():
     """Noise a hundred times that of meshes gives enough divergences."""
     vocab_size, rows, noise = 512, 20_000, 5e-4
-    logits, words = _logits(rows, vocab_size, 2.0), _words(rows, vocab_size)
+    logits, words = random_logits(rows, vocab_size, 2.0), first_bits(rows, vocab_size)
     noisy = logits + np.random.default_rng(3).uniform(-noise, noise, logits.shape).astype(np.float32)
     before, after = (np.asarray(draw(x, words)) for x in (logits, noisy))
     exact, margins = draw_with_margins(logits, words)

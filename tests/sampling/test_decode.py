@@ -8,72 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sampling_reference import draw_samples
+from sampling_reference import ENDING, SAMPLE_FIELDS, SMALL_CONFIG, SmallModel, draw_samples
 from scipy import stats
 
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.distributed.sharding import make_sharding_rules, shard_host_array
-from jax_selftrain.models import DecoderConfig, axis_sizes, forward, init_params, unembed
-from jax_selftrain.models.config import RopeConfig
+from jax_selftrain.models import axis_sizes, init_params
 from jax_selftrain.models.kv_cache import TAIL_LEN
 from jax_selftrain.sampling.continuous_batching import RequestQueue, initial_state, padded_output_len
 from jax_selftrain.sampling.counter_rng import per_sample_keys
 from jax_selftrain.sampling.decode import DecodeLoop, DecodeProgress, DecodeSpec, decode_chunks
 from jax_selftrain.sampling.sampling_params import SamplingParams, warp_logits
 
-CONFIG = DecoderConfig(
-    vocab_size=200,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    intermediate_size=32,
-    max_positions=256,
-    norm="rmsnorm",
-    norm_eps=1e-6,
-    activation="silu",
-    gated_mlp=True,
-    parallel_residual=False,
-    rotary_dim=4,
-    rope=RopeConfig(),
-    qkv_bias=False,
-    out_bias=False,
-    mlp_bias=False,
-    qk_norm=False,
-    tie_word_embeddings=False,
-    initializer_range=0.4,
-)
 PLAIN = SamplingParams(start_id=1, stop_ids=(), max_tokens=2)
-
-
-class Model:
-    """A small random model on a mesh."""
-
-    def __init__(self, spec: str = "data=1,model=1", sharpness: float = 1.0):
-        rules = make_sharding_rules("tensor", make_mesh(spec), axis_sizes(CONFIG))
-        self.spec = DecodeSpec(CONFIG, rules, "float32")
-        self.params = init_params(CONFIG, 0, rules)
-        with mesh_context(rules.mesh):
-            self.params["head"]["kernel"] = self.params["head"]["kernel"] * sharpness
-
-    def draw(
-        self, sampling_params: SamplingParams, ids: np.ndarray, seed: int = 0, num_slots: int | None = None, **options
-    ):
-        num_slots = len(ids) // self.spec.sharding_rules.data_parallelism if num_slots is None else num_slots
-        keys = per_sample_keys(seed, ids)
-        return draw_samples(self.spec, sampling_params, self.params, keys, num_slots=num_slots, **options)
-
-    def logits(self, tokens: np.ndarray) -> np.ndarray:
-        """Compute logits [B, T, V] by the full forward pass, the reference."""
-        with mesh_context(self.spec.sharding_rules.mesh):
-            return np.asarray(_full_logits(self.spec, self.params, jnp.asarray(tokens)))
-
-
-@partial(jax.jit, static_argnums=0)
-def _full_logits(spec, params, tokens):
-    hidden = forward(spec.config, spec.sharding_rules, params, tokens)
-    return unembed(spec.config, spec.sharding_rules, params, hidden)
+small_model = cache(SmallModel)
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -82,13 +30,8 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
-@cache
-def small_model(spec: str = "data=1,model=1", sharpness: float = 1.0) -> Model:
-    return Model(spec, sharpness)
-
-
 @pytest.fixture
-def model() -> Model:
+def model() -> SmallModel:
     return small_model()
 
 
@@ -123,15 +66,17 @@ def test_first_and_second_tokens_follow_the_exact_distribution(sharpness, option
         masked = np.asarray(warp_logits(jnp.asarray(model.logits(tokens)[:, -1]), sampling_params))
         return np.exp(_log_softmax(masked))
 
-    vocabulary = np.arange(CONFIG.vocab_size)
+    vocabulary = np.arange(SMALL_CONFIG.vocab_size)
     first = probabilities(np.array([[PLAIN.start_id]]))[0]
     second = probabilities(np.stack([np.full_like(vocabulary, PLAIN.start_id), vocabulary], axis=1))
-    pairs = drawn.tokens[:, 0] * CONFIG.vocab_size + drawn.tokens[:, 1]
-    assert _chi_square(np.bincount(drawn.tokens[:, 0], minlength=CONFIG.vocab_size), first) > 1e-4
-    assert _chi_square(np.bincount(pairs, minlength=CONFIG.vocab_size**2), (first[:, None] * second).ravel()) > 1e-4
+    pairs = drawn.tokens[:, 0] * SMALL_CONFIG.vocab_size + drawn.tokens[:, 1]
+    assert _chi_square(np.bincount(drawn.tokens[:, 0], minlength=SMALL_CONFIG.vocab_size), first) > 1e-4
+    assert (
+        _chi_square(np.bincount(pairs, minlength=SMALL_CONFIG.vocab_size**2), (first[:, None] * second).ravel()) > 1e-4
+    )
     # The test can fail: it rejects half the logits.
     wrong = np.sqrt(first) / np.sqrt(first).sum()
-    assert _chi_square(np.bincount(drawn.tokens[:, 0], minlength=CONFIG.vocab_size), wrong) < 1e-4
+    assert _chi_square(np.bincount(drawn.tokens[:, 0], minlength=SMALL_CONFIG.vocab_size), wrong) < 1e-4
 
 
 def _chi_square(counts: np.ndarray, p: np.ndarray) -> float:
@@ -144,9 +89,6 @@ def _chi_square(counts: np.ndarray, p: np.ndarray) -> float:
 
 
 # ---------------------------------------------------------------- log-probabilities and ends
-
-ENDING = SamplingParams(start_id=1, stop_ids=(5, 77, 123), max_tokens=70)
-"""Three of two hundred ids stop a sample: about two thirds end early, the others fill more than two chunks."""
 
 
 @pytest.fixture(scope="module")
@@ -208,14 +150,11 @@ def test_padding_ids_are_never_drawn(model):
 # ---------------------------------------------------------------- slots
 
 
-FIELDS = ("tokens", "lengths", "logprobs", "policy_logprobs", "stopped")
-
-
 def test_a_sample_is_bitwise_the_same_in_any_slot_with_any_neighbors(model, drawn):
     order = np.random.default_rng(0).permutation(64)
     shuffled = model.draw(ENDING, order)
     others = model.draw(ENDING, np.where(np.arange(64) % 2, 1000 + np.arange(64), np.arange(64)))
-    for name in FIELDS:
+    for name in SAMPLE_FIELDS:
         np.testing.assert_array_equal(getattr(shuffled, name), getattr(drawn, name)[order])
         np.testing.assert_array_equal(getattr(others, name)[::2], getattr(drawn, name)[::2])
 
@@ -224,7 +163,7 @@ def test_a_sample_is_bitwise_the_same_in_any_slot_with_any_neighbors(model, draw
 def test_idle_slots_and_queue_entries_change_nothing(model, drawn, queue_size):
     """Fewer samples than slots or than queue entries."""
     few = model.draw(ENDING, np.arange(8), num_slots=64, queue_size=queue_size)
-    for name in FIELDS:
+    for name in SAMPLE_FIELDS:
         np.testing.assert_array_equal(getattr(few, name), getattr(drawn, name)[:8])
 
 
@@ -252,8 +191,10 @@ def test_policy_log_probabilities_are_those_of_the_warped_logits(model):
     sampling_params = replace(ENDING, temperature=0.7, top_k=50, num_valid_ids=190)
     drawn = model.draw(sampling_params, np.arange(64))
     inputs = np.concatenate([np.full((64, 1), ENDING.start_id), drawn.tokens[:, :-1]], axis=1)
-    masked = np.asarray(warp_logits(jnp.asarray(model.logits(inputs).reshape(-1, CONFIG.vocab_size)), sampling_params))
-    logprobs = _log_softmax(masked).reshape(64, -1, CONFIG.vocab_size)
+    masked = np.asarray(
+        warp_logits(jnp.asarray(model.logits(inputs).reshape(-1, SMALL_CONFIG.vocab_size)), sampling_params)
+    )
+    logprobs = _log_softmax(masked).reshape(64, -1, SMALL_CONFIG.vocab_size)
     logprobs = np.take_along_axis(logprobs, drawn.tokens[:, :, None], axis=2)[:, :, 0]
     counted = np.arange(drawn.tokens.shape[1]) < drawn.lengths[:, None]
     expected = np.where(counted, logprobs, 0).sum(axis=1)
@@ -266,7 +207,7 @@ def test_another_seed_gives_other_samples(model, drawn):
 
 
 def test_nan_logits_are_reported(drawn):
-    broken = Model()
+    broken = SmallModel()
     kernel = np.asarray(broken.params["head"]["kernel"]).copy()
     kernel[150, 3] = np.nan
     broken.params["head"]["kernel"] = jax.device_put(kernel, broken.params["head"]["kernel"].sharding)
@@ -278,7 +219,7 @@ def test_nan_logits_are_reported(drawn):
 
 
 def _compiled_text(layers: int = 2, rows: int = 16, tokens: int = 256) -> str:
-    config = replace(CONFIG, num_layers=layers)
+    config = replace(SMALL_CONFIG, num_layers=layers)
     rules = make_sharding_rules("tensor", make_mesh("data=1,model=1"), axis_sizes(config))
     spec, sampling_params = DecodeSpec(config, rules, "float32"), replace(ENDING, max_tokens=tokens)
     keys, count = np.zeros((rows, 2), np.uint32), np.array([rows], np.int32)
@@ -300,7 +241,7 @@ def _sizes(text: str, operations: str) -> list[int]:
 def test_no_step_copies_the_cache():
     """No copy has the size of a layer's committed blocks."""
     text = _compiled_text()
-    one_layer = 16 * 256 * CONFIG.num_kv_heads * CONFIG.head_dim
+    one_layer = 16 * 256 * SMALL_CONFIG.num_kv_heads * SMALL_CONFIG.head_dim
     assert max(_sizes(text, "dynamic-update-slice")) == 2 * one_layer, "committed blocks are updated in place"
     assert max(_sizes(text, "copy|transpose|concatenate|gather")) < one_layer
     assert max(_sizes(text, "dynamic-slice")) == one_layer // 2, "a block is half of 256 positions"
@@ -323,7 +264,7 @@ def test_a_loop_reuses_its_cache_and_its_programs(model):
     finally:
         jax.monitoring.clear_event_listeners()
     assert not [event for event in compiled if "compile" in event]
-    for name in FIELDS:
+    for name in SAMPLE_FIELDS:
         np.testing.assert_array_equal(getattr(again, name), getattr(drawn, name))
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sampling_reference import random_logits
 
 from jax_selftrain.config import SampleConfig
 from jax_selftrain.errors import InputError
@@ -20,10 +21,6 @@ from jax_selftrain.sampling.sampling_params import (
 )
 
 PLAIN = SamplingParams(start_id=0, stop_ids=(), max_tokens=1)
-
-
-def _logits(rows: int = 32, vocab_size: int = 200, scale: float = 2.0) -> np.ndarray:
-    return scale * np.random.default_rng(0).standard_normal((rows, vocab_size), dtype=np.float32)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +51,7 @@ def test_truncation_is_that_of_transformers(options):
         "top_p": hf.TopPLogitsWarper,
         "min_p": hf.MinPLogitsWarper,
     }
-    logits = _logits()
+    logits = random_logits(32, 200, 2.0)
     scores = torch.from_numpy(logits.copy())
     for name, warper in warpers.items():
         if name in options:
@@ -73,7 +70,7 @@ def test_equal_logits_are_kept_or_dropped_together(options):
 
 
 def test_padding_ids_are_excluded_before_truncation():
-    logits = _logits(vocab_size=200)
+    logits = random_logits(32, 200, 2.0)
     logits[:, 150:] += 100.0
     sampling_params = replace(PLAIN, num_valid_ids=150, top_k=5, top_p=0.95, min_p=0.01)
     got = np.asarray(warp_logits(jnp.asarray(logits), sampling_params))
@@ -83,7 +80,7 @@ def test_padding_ids_are_excluded_before_truncation():
 
 
 def test_disabled_steps_compile_to_nothing():
-    logits = jnp.asarray(_logits())
+    logits = jnp.asarray(random_logits(32, 200, 2.0))
     np.testing.assert_array_equal(warp_logits(logits, PLAIN), logits)
     cooler, both = replace(PLAIN, temperature=0.5, min_p=0.1), replace(PLAIN, top_k=9, top_p=0.9)
     for sampling_params, searches in ((PLAIN, 0), (cooler, 0), (both, 2)):

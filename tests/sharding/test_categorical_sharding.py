@@ -3,31 +3,16 @@
 import jax
 import numpy as np
 import pytest
-from sampling_reference import random_bits
+from sampling_reference import draw, first_bits, random_logits
 
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
-from jax_selftrain.sampling.categorical import categorical, level_sizes
-
-_draw = jax.jit(categorical)
-
-
-def draw(logits, words):
-    return _draw(logits, words)[0]
-
-
-def _words(rows: int, vocab_size: int, seed: int = 0) -> np.ndarray:
-    return random_bits(seed, np.arange(rows), 0, len(level_sizes(vocab_size)))
-
-
-def _logits(rows: int, vocab_size: int, scale: float, seed: int = 0) -> np.ndarray:
-    return scale * np.random.default_rng(seed).standard_normal((rows, vocab_size), dtype=np.float32)
 
 
 @pytest.mark.parametrize(
     ("spec", "rows"), [("data=8,model=1", 64), ("data=2,model=4", 64), ("data=4,model=2", 4), ("data=1,model=8", 1)]
 )
 def test_the_draw_is_the_same_on_any_mesh(spec, rows):
-    logits, words = _logits(rows, 512, 3.0), _words(rows, 512)
+    logits, words = random_logits(rows, 512, 3.0), first_bits(rows, 512)
     expected = np.asarray(draw(logits, words))
     mesh = make_mesh(spec)
     with mesh_context(mesh):

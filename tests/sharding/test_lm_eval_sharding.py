@@ -1,8 +1,7 @@
 """Tests of `lm_eval` on several devices."""
 
 import pytest
-from harness_sets import CHOICE, LAST_WORD, task, write_jsonl, write_tasks
-from models_factory import tiny_texts
+from harness_sets import answers, assert_equal_answers, hf_backend, our_backend, write_local_tasks
 
 from jax_selftrain import hub
 from jax_selftrain.errors import InputError
@@ -10,95 +9,9 @@ from jax_selftrain.errors import InputError
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
 
-TOLERANCE = 1e-3  # nats per request, in fp32: the harness's parity that the project promises
-
-
 @pytest.fixture(scope="module")
 def local(tmp_path_factory):
-    """Small tasks of every kind: YAML files and their data files."""
-    folder = tmp_path_factory.mktemp("local")
-    stories = list(tiny_texts(12, seed=5))
-    choices = [
-        {"context": text[:40], "choices": [text[40:60], " red lamp"], "answer": i % 2} for i, text in enumerate(stories)
-    ]
-    words = [{"context": text[:40], "continuation": text[40:50]} for text in stories[:5]]
-    texts = [{"text": text * repeat} for repeat, text in zip((1, 9, 30), stories, strict=False)]
-    prompts = [{"context": text[:length]} for length, text in zip((20, 90, 55, 1), stories, strict=False)]
-    files = {
-        name: write_jsonl(folder / f"local_{name}.jsonl", rows)
-        for name, rows in {"choices": choices, "words": words, "texts": texts, "prompts": prompts}.items()
-    }
-    plain = {"target_delimiter": "", "num_fewshot": 0}
-    generation = {"until": [".", "\n\n"], "max_gen_toks": 24, "do_sample": False}
-    rolling = [{"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}]
-    tasks = [
-        task("my_choices", files["choices"], "multiple_choice", CHOICE, **plain),
-        task("my_words", files["words"], "loglikelihood", LAST_WORD, **plain),
-        task("my_shots", files["choices"], "multiple_choice", CHOICE, target_delimiter="", fewshot_split="test"),
-        task(
-            "my_texts",
-            files["texts"],
-            "loglikelihood_rolling",
-            {"doc_to_text": "", "doc_to_target": "{{text}}"},
-            metric_list=rolling,
-        ),
-        task(
-            "my_prompts",
-            files["prompts"],
-            "generate_until",
-            {"doc_to_text": "{{context}}", "doc_to_target": ""},
-            generation_kwargs=generation,
-            repeats=2,
-            metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-        ),
-    ]
-    group = {
-        "group": "my_group",
-        "task": ["my_choices", "my_words"],
-        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
-        "metadata": {"version": 2.0},
-    }
-    return {
-        "folder": write_tasks(folder / "tasks", [*tasks, group]),
-        "files": files,
-        "tasks": {t["task"]: t for t in tasks},
-    }
-
-
-def answers(lm, specs, limit=None):
-    """Return {(task, document, choice): answer} and {task: metrics}."""
-    from lm_eval.evaluator import evaluate
-    from lm_eval.tasks import TaskManager
-
-    loaded = TaskManager(include_defaults=False).load([dict(spec) for spec in specs])
-    for one in loaded["tasks"].values():
-        one.set_config(key="num_fewshot", value=0)
-    found = evaluate(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=False)
-    given = {(i.task_name, i.doc_id, i.idx): i.resps[0] for one in loaded["tasks"].values() for i in one.instances}
-    return given, found["results"]
-
-
-def hf_backend(folder, **options):
-    pytest.importorskip("torch", reason="the harness's own backend needs torch")
-    from lm_eval.models.huggingface import HFLM
-
-    return HFLM(pretrained=str(folder), device="cpu", dtype="float32", **options)
-
-
-def our_backend(folder, mesh="data=1", **options):
-    from jax_selftrain.evals.lm_eval_adapter import HarnessLM
-
-    return HarnessLM(str(folder), mesh=mesh, **options)
-
-
-def assert_equal_answers(ours, theirs):
-    (given, metrics), (expected, their_metrics) = ours, theirs
-    assert given.keys() == expected.keys()
-    assert max(abs(given[key][0] - expected[key][0]) for key in given) < TOLERANCE
-    assert [given[key][1] for key in given] == [expected[key][1] for key in given]
-    for name, values in metrics.items():
-        for metric in ("acc,none", "acc_norm,none"):
-            assert values.get(metric) == their_metrics[name].get(metric)
+    return write_local_tasks(tmp_path_factory.mktemp("local"))
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])

@@ -18,10 +18,13 @@ from safetensors.numpy import load_file, save_file
 from jax_selftrain import hub
 from jax_selftrain.config import SampleConfig, yaml_io
 from jax_selftrain.corpus import open_corpus
+from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.errors import InputError, Preempted
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import sha256_file
-from jax_selftrain.sampling import sample
+from jax_selftrain.sampling import abstract_program, sample
+
+SHARDS = 3
 
 
 @pytest.fixture(scope="module")
@@ -113,10 +116,8 @@ def test_a_killed_process_does_not_change_the_corpus(request_and_reference, tmp_
     yaml_io.save(tmp_path / "sample.yaml", config)
     process = launch("sample", "--config", tmp_path / "sample.yaml")
     try:
-        first_record = tmp_path / "corpus" / "records" / "shard-000000.json"
-        while not first_record.exists():
-            assert process.poll() is None, "the process ended before it wrote a shard"
-            time.sleep(0.005)
+        process.wait_until((tmp_path / "corpus" / "records" / "shard-000000.json").exists)
+        assert process.poll() is None, "the process ended before it wrote a shard"
     finally:
         process.kill()
         process.wait()
@@ -182,6 +183,19 @@ def test_shard_size_does_not_change_samples(config, reference, tmp_path):
     for a, b in zip(whole.iter_samples(), reference.iter_samples(), strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
         assert (a.sample_id, a.text, a.logprob, a.finish_reason) == (b.sample_id, b.text, b.logprob, b.finish_reason)
+
+
+def test_a_moved_model_and_another_mesh_and_batch_size_are_allowed(config, reference, tmp_path):
+    moved, folder = tmp_path / "moved", tmp_path / "corpus"
+    shutil.copytree(config.model, moved)
+    shutil.copytree(reference.folder, folder)
+    (folder / "shard-000002.parquet").unlink()
+    (folder / "corpus.json").unlink()
+    again = sample(replace(config, model=str(moved), out=str(folder), mesh="data=2,model=1", batch_size=4))
+    assert again.manifest["source"] == reference.manifest["source"]
+    assert [
+        atomic.read_json(folder / "records" / f"shard-00000{i}.json")["slots_per_replica"] for i in range(SHARDS)
+    ] == [8, 8, 4]
 
 
 # ---------------------------------------------------------------- errors
@@ -256,6 +270,22 @@ def test_impossible_requests_are_refused_and_write_nothing(config, tmp_path, cha
 
 
 # ---------------------------------------------------------------- ahead-of-time compilation
+
+
+def test_the_program_compiles_from_shapes_alone(config):
+    """No weights are loaded; the state is donated to the result."""
+    mesh = make_mesh("data=2,model=2")
+    function, arguments, donation = abstract_program(config, mesh)
+    with mesh_context(mesh):
+        compiled = jax.jit(function, donate_argnums=donation).lower(*arguments).compile()
+    state, cache = arguments[2], arguments[2].cache.k
+    shapes = [[leaf.shape for leaf in jax.tree.leaves(tree)] for tree in (compiled.out_info, state)]
+    assert shapes[0] == shapes[1]
+    assert cache.shape == (2, 1, 16, 2, 32, 16)
+    assert jax.typeof(cache).sharding.spec[:4] == (None, None, "data", "model")
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.alias_size_in_bytes >= 2 * cache.size * 4 // 4, "keys and values are copied"
 
 
 def test_the_returned_corpus_equals_the_opened_one(reference):

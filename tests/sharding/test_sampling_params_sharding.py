@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import jax
 import numpy as np
+from sampling_reference import random_logits
 
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.sampling.sampling_params import (
@@ -14,13 +15,9 @@ from jax_selftrain.sampling.sampling_params import (
 PLAIN = SamplingParams(start_id=0, stop_ids=(), max_tokens=1)
 
 
-def _logits(rows: int = 32, vocab_size: int = 200, scale: float = 2.0) -> np.ndarray:
-    return scale * np.random.default_rng(0).standard_normal((rows, vocab_size), dtype=np.float32)
-
-
 def test_truncation_is_the_same_on_any_mesh():
     sampling_params = replace(PLAIN, temperature=0.8, top_k=50, top_p=0.9, min_p=0.02)
-    logits = _logits(rows=8)
+    logits = random_logits(8, 200, 2.0)
     expected = np.asarray(jax.jit(warp_logits, static_argnums=1)(logits, sampling_params))
     mesh = make_mesh("data=2,model=4")
     with mesh_context(mesh):

@@ -1,8 +1,8 @@
 """Stages run once, and their keys hold everything that decides their output."""
 
-import subprocess
-import sys
 from pathlib import Path
+
+from launcher import run_code
 
 from jax_selftrain.study.dag import Stage, run_all
 
@@ -33,7 +33,7 @@ def test_the_lease_of_a_process_that_was_killed_after_its_stage_is_removed(tmp_p
     stage = Stage("import", "text", {}, {"text": "a"}, lambda out: None)
     run_all(tmp_path, [stage])
     lease = tmp_path / f".{stage.name}.lease"
-    subprocess.run([sys.executable, "-c", KILLED, str(lease)], check=False)
+    run_code(KILLED, lease)
     assert lease.exists()
     run_all(tmp_path, [stage])
     assert not list(tmp_path.glob(".*"))

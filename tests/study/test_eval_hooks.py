@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from study_designs import run_design
+from process_group import start_processes, wait_for_all
+from run_factory import run_design
+from training_runs import curve
 
 from jax_selftrain import cli
-from jax_selftrain.config import ExtractConfig, ImportCorpusConfig, RunConfig, ScoreConfig, TrainConfig
+from jax_selftrain.config import ExtractConfig, ImportCorpusConfig, RunConfig, ScoreConfig, TrainConfig, yaml_io
 from jax_selftrain.corpus import import_text
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals import extract, score
@@ -53,10 +55,6 @@ def training(
 @pytest.fixture(scope="module")
 def run_folder(training: TrainConfig) -> Path:
     return train_with_evals(training)
-
-
-def curve(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
 
 
 def test_the_curve_equals_score_and_extract_of_each_checkpoint(
@@ -158,6 +156,21 @@ def test_the_train_command_evaluates(training: TrainConfig, tmp_path: Path) -> N
     words += ["--eval-every", "2", "--eval-texts", *training.eval_texts, "--eval-limit", "5"]
     assert cli.main(words) == 0
     assert [tuple(line) for line in curve(tmp_path / "run")] == [("step", "stories/nll")] * 3
+
+
+@pytest.mark.nightly
+def test_two_processes_evaluate_together(training: TrainConfig, tmp_path: Path) -> None:
+    config = replace(training, mesh="data=2", steps=2, eval_every=1, checkpoint_every=2, eval_limit=8)
+    config = replace(config, eval_tasks=config.eval_tasks[:1], eval_sequences="")
+    yaml_io.save(tmp_path / "train.yaml", config)
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    for out, processes in ((alone, 1), (together, 2)):
+        command = ["train", "--config", tmp_path / "train.yaml", "--out", out]
+        codes, message = wait_for_all(start_processes(command, processes, devices=2 // processes))
+        assert codes == [0] * processes, message
+    # Gloo sums in another order than one process does; the learning rate amplifies the rounding.
+    for measured, expected in zip(curve(together), curve(alone), strict=True):
+        assert measured == pytest.approx(expected, rel=1e-3)
 
 
 # ---------------------------------------------------------------- a run

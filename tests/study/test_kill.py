@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from launcher import CommandProcess, launch
 
 from jax_selftrain.config import RunConfig, yaml_io
 
@@ -25,12 +23,11 @@ MOMENTS = (
 """A kill comes a random moment after each of these has appeared in `stages`: during a stage, or between stages."""
 
 
-def start(config: RunConfig, folder: Path) -> subprocess.Popen[str]:
+def start(config: RunConfig, folder: Path) -> CommandProcess:
     yaml_io.save(folder / "run.yaml", config)
     # All starts share compiled programs.
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    command = [sys.executable, "-m", "jax_selftrain", "run", "--config", str(folder / "run.yaml")]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **cache})
+    return launch("run", "--config", folder / "run.yaml", **cache)
 
 
 @pytest.mark.nightly
@@ -40,8 +37,7 @@ def test_killed_runs_end_with_the_same_bytes(
     config, moments, kills = options(tmp_path / "out"), random.Random(7), 0
     for appears in MOMENTS:
         process = start(config, tmp_path)
-        while process.poll() is None and not any((tmp_path / "out" / "stages").glob(appears)):
-            time.sleep(0.005)
+        process.wait_until(lambda appears=appears: any((tmp_path / "out" / "stages").glob(appears)))
         time.sleep(moments.uniform(0, 0.3))
         process.kill()
         _, output = process.communicate()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from study_designs import run_design
+from run_factory import output_times, refusal, run_design
 
 from jax_selftrain import load_model
 from jax_selftrain.config import ImportCorpusConfig, RunConfig, StudyConfig, yaml_io
@@ -28,12 +28,6 @@ Options = Callable[..., RunConfig]
 
 def snapshot(folder: Path) -> bytes:
     return (folder / "results.json").read_bytes()
-
-
-def output_times(folder: Path) -> dict[str, int]:
-    """Return when each file of a stage was written."""
-    files = (path for path in (folder / "stages").rglob("*") if path.is_file())
-    return {str(path): path.stat().st_mtime_ns for path in files}
 
 
 def read_cell(folder: Path) -> dict[str, Any]:
@@ -268,13 +262,6 @@ def test_the_stop_and_start_ids_of_a_run_are_those_of_its_source(options: Option
 
 
 # Refusals before anything is written ----------------------------------------------------------------------------
-
-
-def refusal(config: RunConfig) -> str:
-    with pytest.raises(InputError) as error:
-        run(config)
-    assert not Path(config.out).exists(), "nothing is written before the inputs are checked"
-    return str(error.value)
 
 
 @pytest.mark.parametrize(

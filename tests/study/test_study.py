@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -39,6 +38,7 @@ from jax_selftrain.study.design import Design, make_design
 from jax_selftrain.study.proxies import hash_sample, task_questions
 from jax_selftrain.study.results import interactions
 from jax_selftrain.study.stage_factory import StageFactory
+from jax_selftrain.study.validation import check_study
 
 Make = Callable[..., StudyConfig]
 
@@ -200,6 +200,24 @@ def test_memorization_is_probed_in_formats_after_relearning_and_on_unseen_text(f
     assert thresholds == []  # the suffixes have four tokens, the smallest threshold is eight
 
 
+def test_the_key_of_continuations_holds_their_options_and_relearning_may_use_a_named_data_set(
+    make: Make, inputs: dict[str, str], tmp_path: Path
+):
+    probes = MemorizationConfig(unseen_text=inputs["texts"], relearn_corpus="datasets:none/of-these")
+    config = make(tmp_path / "out", memorization=probes)
+    check_study(config)
+
+    def keys(**changes: Any) -> set[str]:
+        kinds = StageFactory(replace(config, extract=replace(config.extract, **changes)))
+        return {kinds.continue_unseen_text(kinds.base(name)).key for name in ("llama", "neox")}
+
+    plain = keys()
+    changes: tuple[dict[str, Any], ...] = ({"dtype": "bfloat16"}, {"prefix": 5}, {"suffix": 5}, {"start_token": "bos"})
+    assert len(plain) == 2
+    assert len(plain.union(*(keys(**one) for one in changes))) == 2 * (1 + len(changes))
+    assert keys(batch_tokens=512, mesh="data=2") == plain  # rounding, at most
+
+
 def open_table(design: Design, stage: Stage) -> dict[str, Any]:
     return pq.read_table(design.folder(stage) / "extract.sequences.parquet").to_pydict()
 
@@ -278,8 +296,7 @@ def test_killed_shared_and_grown_studies_end_with_the_same_tables(make: Make, tm
     command = ("study", "--config", tmp_path / "study.yaml")
     first = launch(*command)
     stages = tmp_path / "out" / "stages"
-    while first.poll() is None and len(list(stages.glob("*-*.json"))) < 2:
-        time.sleep(0.01)
+    first.wait_until(lambda: len(list(stages.glob("*-*.json"))) >= 2)
     first.kill()
     first.wait()
     yaml_io.save(tmp_path / "study.yaml", small(tmp_path / "out", arms=(NULL,)))

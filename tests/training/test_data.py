@@ -5,9 +5,7 @@ import json
 import re
 import shutil
 import signal
-import time
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ import pytest
 from corpus_factory import pack_corpus
 from launcher import launch
 from models_factory import tiny_texts
-from training_runs import Interruption, interrupt, run_options, weights
+from training_runs import Interruption, count_lines, interrupt, run_options, weights
 
 from jax_selftrain.config import ImportCorpusConfig, TrainConfig, yaml_io
 from jax_selftrain.corpus import Mixture, import_text, open_corpus
@@ -26,13 +24,6 @@ from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import folder_manifest
 from jax_selftrain.training import Hook, train
 from jax_selftrain.training.data import load_batch, random_signs
-
-
-@pytest.fixture(scope="module")
-def mixture(corpus_folder: Path, other_corpus: Path) -> Mixture:
-    """A quarter of the other corpus."""
-    parts = [pack_corpus(open_corpus(folder), 48, "masked") for folder in (corpus_folder, other_corpus)]
-    return Mixture(tuple(parts), (Fraction(3, 4), Fraction(1, 4)))
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +122,7 @@ def test_killed_mixed_run_ends_with_the_same_bits(mixed_options: Callable[..., T
     yaml_io.save(tmp_path / "train.yaml", config)
     for lines in (1, 9):
         process = launch("train", "--config", tmp_path / "train.yaml")
-        while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < lines):
-            time.sleep(0.005)
+        process.wait_until(lambda lines=lines: count_lines(metrics) >= lines)
         process.kill()
         _, errors = process.communicate()
         assert process.returncode == -signal.SIGKILL, errors

@@ -1,13 +1,10 @@
 """Evaluations during training: each is recorded once per step and survives interruptions."""
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from training_runs import Interruption, interrupt, run_options, weights
+from training_runs import EVALUATED, Interruption, curve, first_scale, interrupt, measuring, weights
 
 from jax_selftrain.config import TrainConfig
 from jax_selftrain.errors import InputError
@@ -17,23 +14,6 @@ from jax_selftrain.training import Hook, train
 from jax_selftrain.training.checkpoints import steps_to_keep
 
 Options = Callable[..., TrainConfig]
-EVALUATED: dict[str, Any] = {"eval_every": 2, "eval_texts": ("of a hook.jsonl",)}
-
-
-def first_scale(step: int, model: LoadedModel) -> dict[str, float]:
-    """Return the sum of a parameter."""
-    return {"probe/nll": float(np.asarray(model.params["final_norm"]["scale"], np.float64).sum())}
-
-
-def measuring(function: Callable[[int, LoadedModel], Mapping[str, float]], **changes: Any) -> Hook:
-    options: dict[str, Any] = {
-        "every": 2, "run_at_start_and_end": True, "metric_names": ("probe/nll",), "measured": {"probe": "as it is"},
-    }  # fmt: skip
-    return Hook(function, **{**options, **changes})
-
-
-def curve(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "curve.jsonl").read_text().splitlines()]
 
 
 def list_saved_steps(run: Path) -> list[int]:
@@ -62,21 +42,14 @@ def test_a_measure_that_is_not_finite_is_refused(options: Options):
         train(options(), hooks=[Hook(lambda step, model: {"probe": float("nan")}, steps=(1,))])
 
 
-@pytest.fixture(scope="module")
-def reference_run(small_model: Path, corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that `options(**EVALUATED)` describes, never interrupted."""
-    config = run_options((small_model, corpus_folder, tmp_path_factory.mktemp("reference_run") / "run"), **EVALUATED)
-    return train(config, hooks=[measuring(first_scale)])
-
-
 @pytest.mark.parametrize("step", [0, 3, 4, 6])
-def test_interrupted_run_has_the_bytes_of_an_undisturbed_curve(step: int, options: Options, reference_run: Path):
+def test_interrupted_run_has_the_bytes_of_an_undisturbed_curve(step: int, options: Options, evaluated_run: Path):
     config = options(**EVALUATED)
     with pytest.raises(Interruption):
         train(config, hooks=[measuring(first_scale), Hook(interrupt, steps=(step,))])
     run = train(config, hooks=[measuring(first_scale)])
-    assert (run / "curve.jsonl").read_bytes() == (reference_run / "curve.jsonl").read_bytes()
-    assert weights(run) == weights(reference_run)
+    assert (run / "curve.jsonl").read_bytes() == (evaluated_run / "curve.jsonl").read_bytes()
+    assert weights(run) == weights(evaluated_run)
 
 
 def test_lines_after_the_restored_step_are_dropped_even_if_the_last_is_torn(options: Options):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from parity_cases import transformers_logits
-from training_runs import Interruption, interrupt, losses, run_options, weights
+from training_runs import Interruption, interrupt, losses, weights
 
 from jax_selftrain.config import ConvertConfig, ImportCorpusConfig, TrainConfig, yaml_io
 from jax_selftrain.corpus import import_text
@@ -18,13 +18,6 @@ from jax_selftrain.hub import LoadedModel, convert, load_model
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import folder_manifest, sha256_file
 from jax_selftrain.training import Hook, train
-
-
-@pytest.fixture(scope="module")
-def reference_run(small_model: Path, corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that `options()` describes, never interrupted."""
-    folder = tmp_path_factory.mktemp("reference_run") / "run"
-    return train(run_options((small_model, corpus_folder, folder)))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")

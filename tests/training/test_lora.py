@@ -6,11 +6,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from corpus_factory import pack_corpus
 from training_runs import Interruption, interrupt, weights
 
 from jax_selftrain.config import TrainConfig
-from jax_selftrain.corpus import PackedRows, open_corpus
+from jax_selftrain.corpus import PackedRows
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import load_model
@@ -20,11 +19,6 @@ from jax_selftrain.training.lora import check_lora
 from jax_selftrain.training.step import TrainState, export_params, init_state
 
 Options = Callable[..., TrainConfig]
-
-
-@pytest.fixture(scope="module")
-def rows(corpus_folder: Path) -> PackedRows:
-    return pack_corpus(open_corpus(corpus_folder), 48, "masked")
 
 
 def run_steps(config: TrainConfig, rows: PackedRows, n: int) -> tuple[TrainState, list[float]]:

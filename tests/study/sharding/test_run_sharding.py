@@ -9,19 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_factory import output_times, refusal
 
 from jax_selftrain.config import RunConfig
-from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.study import run
 
 Options = Callable[..., RunConfig]
-
-
-def output_times(folder: Path) -> dict[str, int]:
-    """Return when each file of a stage was written."""
-    files = (path for path in (folder / "stages").rglob("*") if path.is_file())
-    return {str(path): path.stat().st_mtime_ns for path in files}
 
 
 def test_title_mesh_and_sampling_batch_make_no_new_stages(finished_run: Path, options: Options, tmp_path: Path) -> None:
@@ -32,13 +26,6 @@ def test_title_mesh_and_sampling_batch_make_no_new_stages(finished_run: Path, op
     run(replace(config, sample=replace(config.sample, batch_size=4)))
     assert output_times(folder) == before
     assert atomic.read_json(folder / "results.json")["title"] == "A better title"
-
-
-def refusal(config: RunConfig) -> str:
-    with pytest.raises(InputError) as error:
-        run(config)
-    assert not Path(config.out).exists(), "nothing is written before the inputs are checked"
-    return str(error.value)
 
 
 @pytest.mark.parametrize(

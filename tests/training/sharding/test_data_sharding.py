@@ -2,15 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
-from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus_factory import batch_indices, pack_corpus
+from corpus_factory import batch_indices
 
 from jax_selftrain.config import TrainConfig
-from jax_selftrain.corpus import Mixture, open_corpus
+from jax_selftrain.corpus import Mixture
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.distributed.sharding import ShardingRules, make_sharding_rules
 from jax_selftrain.training.data import load_batch
@@ -20,13 +18,6 @@ NAMES = ("tokens", "segments", "positions", "weights")
 
 def sharding_rules_for(config: TrainConfig) -> ShardingRules:
     return make_sharding_rules("replicated", make_mesh(config.mesh), {})
-
-
-@pytest.fixture(scope="module")
-def mixture(corpus_folder: Path, other_corpus: Path) -> Mixture:
-    """A quarter of the other corpus."""
-    parts = [pack_corpus(open_corpus(folder), 48, "masked") for folder in (corpus_folder, other_corpus)]
-    return Mixture(tuple(parts), (Fraction(3, 4), Fraction(1, 4)))
 
 
 @pytest.mark.parametrize("mesh", ["data=1", "data=2,model=2", "data=8"])

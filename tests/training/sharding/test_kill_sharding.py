@@ -2,32 +2,17 @@
 
 import json
 import signal
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import process_group
 import pytest
-from training_runs import losses, run_options
+from process_group import start_processes, wait_for_all
+from training_runs import count_lines, losses
 
 from jax_selftrain.config import TrainConfig, yaml_io
 from jax_selftrain.errors import Preempted
 from jax_selftrain.training import train
-
-
-def wait_for_lines(path: Path, count: int, process: subprocess.Popen[str]) -> None:
-    """Until `path` has `count` lines (or the process ended by itself)."""
-    while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < count):
-        time.sleep(0.005)
-
-
-@pytest.fixture(scope="module")
-def long_run(small_model: Path, corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three hundred steps, never interrupted."""
-    folder = tmp_path_factory.mktemp("long") / "run"
-    return train(run_options((small_model, corpus_folder, folder), steps=300, checkpoint_every=300))
 
 
 @pytest.mark.nightly
@@ -38,10 +23,10 @@ def test_sigterm_to_one_of_two_processes_stops_both_and_one_process_can_resume(
     config = options(steps=300, checkpoint_every=300, mesh="data=2")
     run = Path(config.out)
     yaml_io.save(tmp_path / "train.yaml", config)
-    processes = process_group.start_processes(["train", "--config", tmp_path / "train.yaml"], 2, devices=1)
-    wait_for_lines(run / "metrics.jsonl", 2, processes[0])
+    processes = start_processes(["train", "--config", tmp_path / "train.yaml"], 2, devices=1)
+    processes[0].wait_until(lambda: count_lines(run / "metrics.jsonl") >= 2)
     processes[0].send_signal(signal.SIGTERM)
-    codes, errors = process_group.wait_for_all(processes)
+    codes, errors = wait_for_all(processes)
     assert codes == [Preempted.exit_code] * 2, errors
     (checkpoint,) = (run / "checkpoints").iterdir()
     assert all(f"stopped and saved after step {int(checkpoint.name)} of 300" in text for text in errors)

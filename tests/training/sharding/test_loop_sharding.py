@@ -6,17 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training_runs import Interruption, interrupt, losses, run_options
+from training_runs import Interruption, interrupt, losses
 
 from jax_selftrain.config import TrainConfig
 from jax_selftrain.training import Hook, train
-
-
-@pytest.fixture(scope="module")
-def reference_run(small_model: Path, corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that `options()` describes, never interrupted."""
-    folder = tmp_path_factory.mktemp("reference_run") / "run"
-    return train(run_options((small_model, corpus_folder, folder)))
 
 
 def test_interrupted_run_resumes_on_another_mesh(reference_run: Path, options: Callable[..., TrainConfig]):

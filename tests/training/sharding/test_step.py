@@ -2,17 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from corpus_factory import pack_corpus
 
 from jax_selftrain.config import TrainConfig
-from jax_selftrain.corpus import PackedRows, open_corpus
+from jax_selftrain.corpus import PackedRows
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import load_model
@@ -21,11 +19,6 @@ from jax_selftrain.training.data import load_batch
 from jax_selftrain.training.loss import loss_fn
 from jax_selftrain.training.optimizer import decay_mask
 from jax_selftrain.training.step import TrainState, abstract_batch, abstract_state, init_state, jit_key, make_step
-
-
-@pytest.fixture(scope="module")
-def rows(corpus_folder: Path) -> PackedRows:
-    return pack_corpus(open_corpus(corpus_folder), 48, "masked")
 
 
 def run_steps(config: TrainConfig, rows: PackedRows, n: int) -> tuple[TrainState, list[dict[str, float]]]:

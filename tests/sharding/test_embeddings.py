@@ -1,7 +1,8 @@
-"""Tests of `embeddings` on several devices."""
+"""Text embeddings equal those of transformers, from a checkpoint without a head."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pytest
 from models_factory import tiny_texts
 from safetensors.numpy import load_file, save_file
 
+from jax_selftrain.errors import InputError
 from jax_selftrain.evals import embed_texts
 from jax_selftrain.hub import load_model
+from jax_selftrain.study.proxies import semantic_similarity
 
 TEXTS = [*tiny_texts(6), "a", " ".join(tiny_texts(40, seed=1))]
 
@@ -43,3 +46,27 @@ def test_embeddings_equal_those_of_transformers(body: Path, mesh: str) -> None:
             ids = tokenizer(text, truncation=True, max_length=512, return_tensors="pt")["input_ids"]
             last = reference(ids).last_hidden_state[0, -1].numpy()
             np.testing.assert_allclose(vector, last / np.linalg.norm(last), atol=1e-5)
+
+
+def test_an_embedding_does_not_depend_on_the_other_texts(body: Path) -> None:
+    model = load_model(body, "data=1")
+    together, alone = embed_texts(model, TEXTS), [embed_texts(model, [text])[0] for text in TEXTS]
+    np.testing.assert_allclose(together, np.stack(alone), atol=1e-6)
+    assert embed_texts(model, []).shape == (0, 64)
+
+
+def test_similarity_is_the_cosine_of_mean_embeddings(body: Path) -> None:
+    model, others = load_model(body, "data=1"), list(tiny_texts(5, seed=9))
+    assert semantic_similarity(model, TEXTS, TEXTS[::-1]) == pytest.approx(1)
+    one, other = (embed_texts(model, side).astype(np.float64).mean(axis=0) for side in (TEXTS, others))
+    cosine = one @ other / np.sqrt((one @ one) * (other @ other))
+    assert semantic_similarity(model, TEXTS, [*others, " "]) == pytest.approx(cosine, abs=1e-9)
+    assert semantic_similarity(model, ["  "], others) is None
+
+
+def test_a_model_without_a_tokenizer_cannot_embed(body: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((body / name).read_bytes())
+    with pytest.raises(InputError, match="has no tokenizer"):
+        embed_texts(load_model(tmp_path, "data=1"), ["text"])
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "qwen3"

@@ -27,6 +27,32 @@ def greedy(max_tokens: int) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, temperature=0)
 
 
+@pytest.mark.parametrize("mesh", [pytest.param("data=1", marks=pytest.mark.nightly), "data=2,model=2"])
+def test_each_greedy_token_is_the_argmax_of_the_full_forward_pass(tiny_model, mesh):
+    model = load_model(tiny_model("gpt_neox"), mesh)
+    for prompt, generated in zip(prompts(), generate(model, prompts(), greedy(40), batch_size=2), strict=True):
+        assert len(generated) == 40
+        row = np.zeros((1, max(LENGTHS) + 40), np.int32)  # one shape: later tokens are masked
+        row[0, : len(prompt) + 40] = prompt + generated
+        logits = model.logits(row)[0, len(prompt) - 1 : len(prompt) + 39]
+        chosen = np.take_along_axis(logits, np.array(generated)[:, None], axis=1)[:, 0]
+        # Tolerance: fp32 noise between the two computations decides between closer logits.
+        assert np.all(logits.max(axis=1) - chosen < 2e-5)
+
+
+def test_greedy_text_is_that_of_transformers(stories260k):
+    torch = pytest.importorskip("torch", reason="the reference needs torch")
+    from transformers import AutoModelForCausalLM
+
+    model = load_model(stories260k, "data=2,model=2")
+    reference = AutoModelForCausalLM.from_pretrained(stories260k)
+    expected = reference.generate(torch.tensor([[1]]), max_new_tokens=60, do_sample=False)[0, 1:].tolist()
+    tokens, again = generate(model, [[1], [1]], greedy(60), batch_size=1)
+    assert tokens == again == expected
+    text = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+    assert model.tokenizer.decode(tokens).startswith(text)
+
+
 def test_sliding_windows_apply_to_prompts(tiny_model):
     folder = tiny_model("qwen2", use_sliding_window=True, sliding_window=24, max_window_layers=1)
     model = load_model(folder, "data=1")

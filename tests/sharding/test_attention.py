@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +11,11 @@ import pytest
 
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.distributed.sharding import ShardingRules, make_sharding_rules, shard_host_array
-from jax_selftrain.models.attention import dot_product_attention
-
-pytestmark = pytest.mark.compat
+from jax_selftrain.models.attention import dot_product_attention, splash_attention
 
 B, T, G, R, K = 2, 256, 2, 4, 64
+
+
 AXES = (("batch", None, "kv_heads", "q_per_kv", None), ("batch", None, "kv_heads", None), ("batch", None))
 
 
@@ -52,6 +54,23 @@ def compute_context_and_gradients(rules: ShardingRules, attention, segmented: bo
     return tuple(np.asarray(array) for array in (context, *gradients))
 
 
+@pytest.mark.parametrize(
+    "segmented", [True, pytest.param(False, marks=pytest.mark.nightly)], ids=["segments", "one segment"]
+)
+@pytest.mark.parametrize(
+    "spec", ["data=1,model=1", "data=2,model=2", pytest.param("data=1,model=4", marks=pytest.mark.nightly)]
+)
+def test_splash_attention_equals_dot_product_attention(spec: str, segmented: bool):
+    rules = sharding_rules_for(spec)
+    splash = partial(splash_attention, rules, compute_dtype=jnp.bfloat16, interpret=True)
+    expected = compute_context_and_gradients(rules, plain_attention, segmented)
+    found = compute_context_and_gradients(rules, splash, segmented)
+    for one, other in zip(found, expected, strict=True):
+        # Both round operands to bfloat16 (8 bits), at different steps of the computation.
+        np.testing.assert_allclose(one, other, atol=2.0**-6 * np.abs(expected[0]).max(), rtol=2.0**-5)
+
+
+@pytest.mark.compat
 def test_segments_change_the_result():
     rules = sharding_rules_for("data=1,model=1")
     whole, cut = (compute_context_and_gradients(rules, plain_attention, segmented)[0] for segmented in (False, True))
