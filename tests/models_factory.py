@@ -205,6 +205,12 @@ def write_tiny_hf_model(
     return folder
 
 
+def write_model_pair(folder: Path, family: Family, **changes: Any) -> tuple[Path, Path]:
+    """Write a base and a student that differ in every weight."""
+    base = write_tiny_hf_model(folder / "base", family, seed=1, **changes)
+    return base, write_tiny_hf_model(folder / "student", family, seed=2, **changes)
+
+
 def write_safetensors(folder: Path, weights: Mapping[str, np.ndarray], max_shard_bytes: int | None = None) -> None:
     """Write `model.safetensors`, or several files with `model.safetensors.index.json`."""
     metadata = {"format": "pt"}

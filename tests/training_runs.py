@@ -1,4 +1,4 @@
-"""Helpers of the training tests: options, weights and losses of small runs."""
+"""Helpers of the training tests: options and losses of small runs."""
 
 import json
 import zlib
@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jax_selftrain.config import TrainConfig
-from jax_selftrain.hub import LoadedModel, load_model
+from jax_selftrain.hub import LoadedModel
 from jax_selftrain.training import Hook
 
 EVALUATED: dict[str, Any] = {"eval_every": 2, "eval_texts": ("of a hook.jsonl",)}
@@ -57,12 +57,6 @@ def measuring(function: Callable[[int, LoadedModel], Mapping[str, float]], **cha
         "every": 2, "run_at_start_and_end": True, "metric_names": ("probe/nll",), "measured": {"probe": "as it is"},
     }  # fmt: skip
     return Hook(function, **{**options, **changes})
-
-
-def weights(model: Path | str) -> dict[str, bytes]:
-    """Return the bytes of every parameter of a model."""
-    leaves = jax.tree_util.tree_leaves_with_path(load_model(model, "data=1").params)
-    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
 
 
 def losses(run: Path) -> list[float]:

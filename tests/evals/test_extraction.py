@@ -6,8 +6,18 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from by_hand import classify_overlap, compute_log_pz, longest_runs
 from corpus_factory import write_sampled_corpus
+from extraction_reference import (
+    BATCH,
+    GREEDY,
+    PREFIX,
+    SUFFIX,
+    classify_overlap,
+    compute_log_pz,
+    draw_greedy_paths,
+    draw_random_sequences,
+    longest_runs,
+)
 from models_factory import tiny_texts
 
 from jax_selftrain import hub
@@ -23,12 +33,9 @@ from jax_selftrain.evals import (
 )
 from jax_selftrain.evals.exact_match import kept_lost_gained
 from jax_selftrain.evals.extraction import summarize
-from jax_selftrain.sampling import SamplingParams, generate, sample
+from jax_selftrain.sampling import generate, sample
 
-PREFIX, SUFFIX = 8, 24
-GREEDY = SamplingParams(max_tokens=SUFFIX, temperature=0)
 CLASSES = ("held_out", "partial", "seen")
-BATCH = 1024
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +45,12 @@ def model(tiny_model):
 
 @pytest.fixture(scope="module")
 def greedy_paths(model):
-    """32 sequences whose suffix is the greedy continuation of the prefix."""
-    prefixes = np.random.default_rng(0).integers(3, 512, (32, PREFIX)).astype(np.int32)
-    return np.concatenate([prefixes, np.array(generate(model, prefixes.tolist(), GREEDY), np.int32)], axis=1)
+    return draw_greedy_paths(model)
 
 
 @pytest.fixture(scope="module")
 def random_sequences():
-    return np.random.default_rng(1).integers(3, 512, (32, PREFIX + SUFFIX)).astype(np.int32)
+    return draw_random_sequences()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from by_hand import classify_overlap, compute_log_pz, longest_runs
+from extraction_reference import classify_overlap, compute_log_pz, longest_runs
 
 from jax_selftrain import load_model
 from jax_selftrain.config import DemoConfig, StudyConfig, yaml_io

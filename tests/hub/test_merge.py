@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
-from models_factory import FAMILIES, Family, write_tiny_hf_model
+from model_params import load_host_params, param_bytes
+from models_factory import FAMILIES, Family, write_model_pair, write_tiny_hf_model
 from parity_cases import CASES, transformers_logits
 from safetensors.numpy import load_file, save_file
 
@@ -21,28 +21,13 @@ from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import folder_manifest
 
 
-def load_host_params(model: Path) -> dict[str, np.ndarray]:
-    leaves = jax.tree_util.tree_leaves_with_path(hub.load_model(model, "data=1").params)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-
-
-def param_bytes(model: Path) -> dict[str, bytes]:
-    return {name: value.tobytes() for name, value in load_host_params(model).items()}
-
-
-def pair(folder: Path, family: Family, **changes: Any) -> tuple[Path, Path]:
-    """A base and a student that differ in every weight."""
-    base = write_tiny_hf_model(folder / "base", family, seed=1, **changes)
-    return base, write_tiny_hf_model(folder / "student", family, seed=2, **changes)
-
-
 def options(at: tuple[Path, Path], out: Path, weight: float, **changes: Any) -> MergeConfig:
     return MergeConfig(base=str(at[0]), student=str(at[1]), weight=weight, out=str(out), **changes)
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return pair(tmp_path_factory.mktemp("models"), "llama")
+    return write_model_pair(tmp_path_factory.mktemp("models"), "llama")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +42,7 @@ def merge_result(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFac
 @pytest.mark.parametrize("dtype", ["float32", "mixed"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_0_and_1_are_the_models_bit_for_bit(family: Family, dtype, tmp_path: Path):
-    base, student = pair(tmp_path, family, tokenizer=False, dtype=dtype)
+    base, student = write_model_pair(tmp_path, family, tokenizer=False, dtype=dtype)
     for weight, model in ((0.0, base), (1.0, student)):
         out = hub.merge(options((base, student), tmp_path / str(weight), weight))
         assert param_bytes(out) == param_bytes(model)
@@ -67,7 +52,7 @@ def test_weights_0_and_1_are_the_models_bit_for_bit(family: Family, dtype, tmp_p
 @pytest.mark.parametrize("weight", [-1.5, 0.3, 2.0])
 def test_every_parameter_is_interpolated(case: str, weight: float, tmp_path: Path):
     family, changes = CASES[case]
-    base, student = pair(tmp_path, family, tokenizer=False, **changes)
+    base, student = write_model_pair(tmp_path, family, tokenizer=False, **changes)
     found = load_host_params(hub.merge(options((base, student), tmp_path / "out", weight)))
     first, second = load_host_params(base), load_host_params(student)
     for name, value in found.items():
@@ -113,7 +98,7 @@ def test_the_result_is_float32_and_its_manifest_names_both_models(models: tuple[
 
 
 def test_narrow_models_give_a_float32_result(tmp_path: Path):
-    at = pair(tmp_path, "gpt_neox", dtype="float16", torch_dtype="float16", tokenizer=False)
+    at = write_model_pair(tmp_path, "gpt_neox", dtype="float16", torch_dtype="float16", tokenizer=False)
     out = hub.merge(options(at, tmp_path / "out", 0.5))
     assert {value.dtype for value in load_file(out / "model.safetensors").values()} == {np.dtype(np.float32)}
     assert atomic.read_json(out / "config.json")["torch_dtype"] == "float32"
@@ -127,7 +112,7 @@ def test_orbax_trees_and_safetensors_merge_alike(models: tuple[Path, Path], merg
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_opens_a_merge_with_our_logits(family: Family, tmp_path: Path):
-    at = pair(tmp_path, family)
+    at = write_model_pair(tmp_path, family)
     out = hub.merge(options(at, tmp_path / "out", 0.25))
     tokens = np.arange(5, 69).reshape(2, 32)
     expected = hub.load_model(out, "data=1").logits(tokens)

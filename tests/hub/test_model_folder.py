@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from model_params import hash_params
 from models_factory import EOS_ID, tiny_config, write_tiny_hf_model, write_tiny_tokenizer
-from params_hash import hash_params
 from parity_cases import transformers_logits
 
 from jax_selftrain import hub

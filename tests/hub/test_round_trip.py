@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from model_params import assert_same_tensors, load_tensors
 from models_factory import FAMILIES, Family, WeightType, tiny_weights, write_tiny_hf_model
 from parity_cases import transformers_logits
 from safetensors.numpy import load_file, save_file
@@ -17,19 +18,6 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.hub import safetensors_io
 from jax_selftrain.hub.families import FAMILIES as TABLES
 from jax_selftrain.io.atomic import read_json
-
-
-def load_tensors(folder: Path) -> dict[str, np.ndarray]:
-    files = sorted(folder.glob("*.safetensors"))
-    return {name: value for file in files for name, value in load_file(file).items()}
-
-
-def assert_same_tensors(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        assert ours[name].dtype == value.dtype, name
-        assert ours[name].shape == value.shape, name
-        assert ours[name].tobytes() == value.tobytes(), name
 
 
 def convert_twice(source: Path, tmp_path: Path) -> Path:

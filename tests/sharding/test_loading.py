@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model_params import count_read_bytes
 from models_factory import FAMILIES, tiny_weights, write_tiny_hf_model
 from parity_cases import case_tokens
 
@@ -56,21 +57,12 @@ def test_logits_are_the_same_on_eight_devices(family: str, mesh: str, preset: st
 @pytest.mark.parametrize(
     ("mesh", "preset"), [("data=1", "tensor"), ("data=2,model=4", "replicated"), ("data=2,model=4", "fsdp")]
 )
-def test_every_byte_is_read_once(
-    mesh: str, preset: str, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-):
+def test_every_byte_is_read_once(mesh: str, preset: str, tiny_model: Callable[..., Path]):
     folder = tiny_model("gpt_neox")
     config = hub.open_model(folder).config
     rules = make_sharding_rules(preset, make_mesh(mesh), axis_sizes(config))
-    sizes, read_box = [], safetensors_io.read_box
-
-    def count(*arguments: Any) -> np.ndarray:
-        data = read_box(*arguments)
-        sizes.append(data.nbytes)
-        return data
-
-    monkeypatch.setattr(safetensors_io, "read_box", count)
-    safetensors_io.load_params(folder, TABLES["gpt_neox"], config, rules)
+    with count_read_bytes() as sizes:
+        safetensors_io.load_params(folder, TABLES["gpt_neox"], config, rules)
     assert sum(sizes) == sum(value.nbytes for value in tiny_weights(read_json(folder / "config.json")).values())
 
 

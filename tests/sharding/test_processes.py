@@ -1,18 +1,23 @@
 """Two processes load, save, merge and convert together or alone."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
+from launcher import launch_code
+from model_params import hash_params
 from models_factory import tiny_weights, write_tiny_hf_model
-from params_hash import hash_params
+from process_group import free_port, wait_for_all
 
 from jax_selftrain import hub
 from jax_selftrain.config import ConvertConfig, MergeConfig
 from jax_selftrain.io.atomic import read_json
 from jax_selftrain.io.manifest import sha256_file
+
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+from two_processes import main
+main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+"""
 
 
 def test_two_processes_read_half_each_and_save_merge_and_convert_together(tmp_path: Path):
@@ -20,27 +25,12 @@ def test_two_processes_read_half_each_and_save_merge_and_convert_together(tmp_pa
     hub.convert(ConvertConfig(source=str(folder), out=str(tmp_path / "ours")))
     student = write_tiny_hf_model(tmp_path / "student", "gpt_neox", tokenizer=False, seed=1)
     merged = hub.merge(MergeConfig(base=str(folder), student=str(student), weight=0.5, out=str(tmp_path / "one")))
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        coordinator = f"localhost:{probe.getsockname()[1]}"
-    script = Path(__file__).with_name("two_processes.py")
-    environment = os.environ | {
-        "JAX_NUM_CPU_DEVICES": "4",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]),
-    }
-    command = [sys.executable, str(script), coordinator]
+    coordinator = f"localhost:{free_port()}"
     processes = [
-        subprocess.Popen(
-            [*command, str(index), str(tmp_path)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        for index in range(2)
+        launch_code(TWO_PROCESSES, coordinator, index, tmp_path, JAX_NUM_CPU_DEVICES="4") for index in range(2)
     ]
-    try:
-        outputs = [process.communicate(timeout=120)[0].decode() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    codes, errors = wait_for_all(processes)
+    assert codes == [0, 0], "\n".join(errors)
 
     expected = hash_params(hub.load_model(folder, "data=1").params)
     total = sum(value.nbytes for value in tiny_weights(read_json(folder / "config.json")).values())

@@ -4,25 +4,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from model_params import assert_same_tensors, load_tensors
 from models_factory import write_tiny_hf_model
-from safetensors.numpy import load_file
 
 from jax_selftrain import hub
 from jax_selftrain.distributed.mesh import mesh_context
 from jax_selftrain.io.atomic import read_json
-
-
-def load_tensors(folder: Path) -> dict[str, np.ndarray]:
-    files = sorted(folder.glob("*.safetensors"))
-    return {name: value for file in files for name, value in load_file(file).items()}
-
-
-def assert_same_tensors(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        assert ours[name].dtype == value.dtype, name
-        assert ours[name].shape == value.shape, name
-        assert ours[name].tobytes() == value.tobytes(), name
 
 
 def test_trained_weights_are_exported_in_fp32(tmp_path: Path):

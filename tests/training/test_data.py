@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from corpus_factory import pack_corpus
 from launcher import launch
+from model_params import param_bytes
 from models_factory import tiny_texts
-from training_runs import Interruption, count_lines, interrupt, run_options, weights
+from training_runs import Interruption, count_lines, interrupt, run_options
 
 from jax_selftrain.config import ImportCorpusConfig, TrainConfig, yaml_io
 from jax_selftrain.corpus import Mixture, import_text, open_corpus
@@ -97,7 +98,7 @@ def test_mixing_changes_the_result_and_a_run_without_it_does_not_record_it(
     reference_run: Path, options: Callable[..., TrainConfig]
 ):
     alone = train(options())
-    assert weights(alone) != weights(reference_run)
+    assert param_bytes(alone) != param_bytes(reference_run)
     assert not (alone / "rows-1").exists()
     assert atomic.read_json(alone / "run.json")["mixture"] == []
     metadata = atomic.read_json(alone / "model" / "selftrain.json")["metadata"]
@@ -111,7 +112,7 @@ def test_interrupted_mixed_run_ends_with_the_same_bits(
     with pytest.raises(Interruption):
         train(mixed_options(), hooks=[Hook(interrupt, steps=(step,))])
     run = train(mixed_options())
-    assert weights(run) == weights(reference_run)
+    assert param_bytes(run) == param_bytes(reference_run)
     assert (run / "metrics.jsonl").read_bytes() == (reference_run / "metrics.jsonl").read_bytes()
 
 
@@ -126,7 +127,7 @@ def test_killed_mixed_run_ends_with_the_same_bits(mixed_options: Callable[..., T
         process.kill()
         _, errors = process.communicate()
         assert process.returncode == -signal.SIGKILL, errors
-    assert weights(train(config)) == weights(reference_run)
+    assert param_bytes(train(config)) == param_bytes(reference_run)
     assert metrics.read_bytes() == (reference_run / "metrics.jsonl").read_bytes()
 
 
@@ -137,7 +138,7 @@ def test_run_resumes_after_corpora_moved_and_packed_rows_were_deleted(
         train(mixed_options(), hooks=[Hook(interrupt, steps=(3,))])
     moved = shutil.copytree(other_corpus, tmp_path / "moved=here")
     shutil.rmtree(tmp_path / "run" / "rows-1")
-    assert weights(train(mixed_options(mixture=(f"{moved}=.250",)))) == weights(reference_run)
+    assert param_bytes(train(mixed_options(mixture=(f"{moved}=.250",)))) == param_bytes(reference_run)
 
 
 def test_steps_default_to_one_pass_over_the_main_corpus(mixed_options: Callable[..., TrainConfig], mixture: Mixture):

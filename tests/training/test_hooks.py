@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from training_runs import EVALUATED, Interruption, curve, first_scale, interrupt, measuring, weights
+from model_params import param_bytes
+from training_runs import EVALUATED, Interruption, curve, first_scale, interrupt, measuring
 
 from jax_selftrain.config import TrainConfig
 from jax_selftrain.errors import InputError
@@ -49,7 +50,7 @@ def test_interrupted_run_has_the_bytes_of_an_undisturbed_curve(step: int, option
         train(config, hooks=[measuring(first_scale), Hook(interrupt, steps=(step,))])
     run = train(config, hooks=[measuring(first_scale)])
     assert (run / "curve.jsonl").read_bytes() == (evaluated_run / "curve.jsonl").read_bytes()
-    assert weights(run) == weights(evaluated_run)
+    assert param_bytes(run) == param_bytes(evaluated_run)
 
 
 def test_lines_after_the_restored_step_are_dropped_even_if_the_last_is_torn(options: Options):

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from launcher import CommandProcess, launch, launch_code
-from training_runs import count_lines, probe, run_options, weights
+from model_params import param_bytes
+from training_runs import count_lines, probe, run_options
 
 from jax_selftrain.config import TrainConfig, yaml_io
 from jax_selftrain.errors import Preempted
@@ -88,7 +89,7 @@ def test_run_killed_at_ten_random_moments_ends_with_the_same_bits(
         print(f"{kind}: {count_lines(run / 'metrics.jsonl')} steps logged")
         assert code == (Preempted.exit_code if kind == "SIGTERM" else -signal.SIGKILL), errors
     train(config, hooks=[probe(2)])
-    assert weights(run) == weights(reference)
+    assert param_bytes(run) == param_bytes(reference)
     for name in ("metrics.jsonl", "curve.jsonl"):
         assert (run / name).read_bytes() == (reference / name).read_bytes()
     assert [path.name for path in checkpoints.list_steps(run / "checkpoints")] == [
@@ -115,5 +116,5 @@ def test_sigterm_saves_and_the_next_launch_resumes_exactly(
     train(config)
     first, second = (json.loads(line) for line in (run / "launches.jsonl").read_text().splitlines())
     assert (first["from_step"], second["from_step"]) == (0, int(checkpoint.name))
-    assert weights(run) == weights(long_run)
+    assert param_bytes(run) == param_bytes(long_run)
     assert (run / "metrics.jsonl").read_bytes() == (long_run / "metrics.jsonl").read_bytes()

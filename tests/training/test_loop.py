@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from model_params import param_bytes
 from parity_cases import transformers_logits
-from training_runs import Interruption, interrupt, losses, weights
+from training_runs import Interruption, interrupt, losses
 
 from jax_selftrain.config import ConvertConfig, ImportCorpusConfig, TrainConfig, yaml_io
 from jax_selftrain.corpus import import_text
@@ -36,7 +37,7 @@ def test_a_checkpoint_converts_to_the_final_model(reference_run: Path, tmp_path:
     hf = convert(ConvertConfig(source=str(checkpoint), out=str(tmp_path / "hf"), format="hf"))
     assert sha256_file(hf / "model.safetensors") == sha256_file(reference_run / "model" / "model.safetensors")
     flax = convert(ConvertConfig(source=str(reference_run), out=str(tmp_path / "flax"), format="flax"))
-    assert weights(flax) == weights(reference_run)
+    assert param_bytes(flax) == param_bytes(reference_run)
 
 
 def test_run_folder_holds_model_checkpoints_and_records(reference_run: Path, small_model: Path):
@@ -45,7 +46,8 @@ def test_run_folder_holds_model_checkpoints_and_records(reference_run: Path, sma
         "checkpoints", "model",
     }  # fmt: skip
     assert sorted(path.name for path in (reference_run / "checkpoints").iterdir()) == ["000004", "000006"], "keeps two"
-    assert weights(reference_run) == weights(reference_run / "checkpoints" / "000006" / "model") != weights(small_model)
+    last = param_bytes(reference_run / "checkpoints" / "000006" / "model")
+    assert param_bytes(reference_run) == last != param_bytes(small_model)
     assert yaml_io.load(TrainConfig, reference_run / "config.yaml").steps == 6
     record = atomic.read_json(reference_run / "run.json")
     assert {"jax", "optax", "python"} <= record["versions"].keys()
@@ -64,7 +66,7 @@ def test_interrupted_run_ends_with_the_same_bits(step: int, reference_run: Path,
     with pytest.raises(Interruption):
         train(options(), hooks=[Hook(interrupt, steps=(step,))])
     run = train(options())
-    assert weights(run) == weights(reference_run)
+    assert param_bytes(run) == param_bytes(reference_run)
     assert (run / "metrics.jsonl").read_bytes() == (reference_run / "metrics.jsonl").read_bytes()
 
 
@@ -79,9 +81,9 @@ def test_finished_run_is_not_changed(
 
 def test_missing_final_model_is_rewritten_from_the_last_checkpoint(options: Callable[..., TrainConfig]):
     run = train(options())
-    before = weights(run)
+    before = param_bytes(run)
     (run / "model").rename(run / "moved")
-    assert weights(train(options())) == before
+    assert param_bytes(train(options())) == before
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,7 @@ def test_other_model_or_corpus_in_the_same_folder_is_refused(
 
 def test_learning_rate_zero_leaves_every_bit(small_model: Path, options: Callable[..., TrainConfig]):
     run = train(options(learning_rate=0.0, weight_decay=0.1))
-    assert weights(run) == weights(small_model)
+    assert param_bytes(run) == param_bytes(small_model)
 
 
 def test_model_learns(tiny_model, corpus_folder: Path, options: Callable[..., TrainConfig]):
@@ -137,7 +139,7 @@ def test_training_from_scratch_needs_no_weights_and_depends_on_the_seed(
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (bare / name).write_bytes((small_model / name).read_bytes())
     made = [
-        weights(train(options(model=str(bare), init="scratch", steps=1, seed=seed, out=str(tmp_path / out))))
+        param_bytes(train(options(model=str(bare), init="scratch", steps=1, seed=seed, out=str(tmp_path / out))))
         for seed, out in ((0, "a"), (0, "b"), (1, "c"))
     ]
     assert made[0] == made[1] != made[2]

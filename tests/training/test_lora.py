@@ -6,7 +6,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from training_runs import Interruption, interrupt, weights
+from model_params import param_bytes
+from training_runs import Interruption, interrupt
 
 from jax_selftrain.config import TrainConfig
 from jax_selftrain.corpus import PackedRows
@@ -68,6 +69,6 @@ def test_interrupted_lora_run_ends_with_the_same_bits(options: Options, tmp_path
         train(options(lora_rank=2), hooks=[Hook(interrupt, steps=(5,))])
     assert (tmp_path / "run" / "checkpoints" / "000004").exists()
     resumed = train(options(lora_rank=2))
-    assert weights(whole / "model") == weights(resumed / "model")
+    assert param_bytes(whole / "model") == param_bytes(resumed / "model")
     assert (whole / "metrics.jsonl").read_bytes() == (resumed / "metrics.jsonl").read_bytes()
-    assert weights(whole / "model") != weights(options().model)
+    assert param_bytes(whole / "model") != param_bytes(options().model)

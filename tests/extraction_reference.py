@@ -1,4 +1,4 @@
-"""Independent extraction results: overlaps in plain Python, probabilities by transformers."""
+"""Sequences to extract, and independent results: overlaps in plain Python, probabilities by transformers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from jax_selftrain.hub import LoadedModel
+from jax_selftrain.sampling import SamplingParams, generate
+
+PREFIX, SUFFIX = 8, 24
+GREEDY = SamplingParams(max_tokens=SUFFIX, temperature=0)
+BATCH = 1024
+
+
+def draw_greedy_paths(model: LoadedModel) -> np.ndarray:
+    """Return 32 sequences whose suffix is the greedy continuation of the prefix."""
+    prefixes = np.random.default_rng(0).integers(3, 512, (32, PREFIX)).astype(np.int32)
+    return np.concatenate([prefixes, np.array(generate(model, prefixes.tolist(), GREEDY), np.int32)], axis=1)
+
+
+def draw_random_sequences() -> np.ndarray:
+    return np.random.default_rng(1).integers(3, 512, (32, PREFIX + SUFFIX)).astype(np.int32)
 
 
 def longest_runs(suffixes: Sequence[Sequence[int]], documents: Sequence[Sequence[int]]) -> list[int]:

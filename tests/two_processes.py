@@ -1,14 +1,11 @@
 """One process of `test_processes.py`; writes its results as JSON."""
 
 import json
-import sys
 from pathlib import Path
-from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
-from params_hash import hash_params
+from model_params import count_read_bytes, hash_params
 
 from jax_selftrain import hub
 from jax_selftrain.config import ConvertConfig, MergeConfig
@@ -20,19 +17,6 @@ from jax_selftrain.hub.families import FAMILIES
 from jax_selftrain.models import axis_sizes
 
 
-def count_read_bytes() -> list[int]:
-    """Return a list that gets the size of each part of a tensor that is read."""
-    sizes, read_box = [], safetensors_io.read_box
-
-    def count(*arguments: Any) -> np.ndarray:
-        data = read_box(*arguments)
-        sizes.append(data.nbytes)
-        return data
-
-    safetensors_io.read_box = count
-    return sizes
-
-
 def main(coordinator: str, index: int, work: Path) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(coordinator, num_processes=2, process_id=index)
@@ -41,8 +25,8 @@ def main(coordinator: str, index: int, work: Path) -> None:
     base = hub.open_model(work / "hf")
     config, raw = base.config, base.raw_config
     rules = make_sharding_rules("fsdp", make_mesh("data=4,model=2"), axis_sizes(config))
-    sizes = count_read_bytes()
-    params = safetensors_io.load_params(work / "hf", FAMILIES[raw["model_type"]], config, rules)[0]
+    with count_read_bytes() as sizes:
+        params = safetensors_io.load_params(work / "hf", FAMILIES[raw["model_type"]], config, rules)[0]
     seen["read"] = sum(sizes)
     seen["fingerprint"] = hash_params(params)
 
@@ -64,7 +48,4 @@ def main(coordinator: str, index: int, work: Path) -> None:
         seen["alone"] = hash_params(hub.load_model(work / "ours", make_mesh("model=2", jax.local_devices())).params)
     (work / f"seen-{index}.json").write_text(json.dumps(seen))
     multihost_utils.sync_global_devices("done")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    jax.distributed.shutdown()
