@@ -83,10 +83,11 @@ class PartialResults:
         me = jax.process_index()
         if jax.process_count() > 1:
             atomic.write_text(self.ready_file(me), "")
-        while live_processes()[0] != me:
-            if not self.folder.exists():
+        if live_processes()[0] != me:
+            while self.folder.exists() and live_processes()[0] != me:
+                time.sleep(POLL_SECONDS)
+            if not self.folder.exists():  # the process that has written may have ended since
                 return
-            time.sleep(POLL_SECONDS)
         while not all(self.ready_file(index).exists() for index in live_processes() if index != me):
             time.sleep(POLL_SECONDS)
         write()
