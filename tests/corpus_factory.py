@@ -1,17 +1,25 @@
-"""Sampled corpora, rows and batches, as tests need them."""
+"""Files of texts, sampled corpora, rows and batches, as tests need them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
 from jax_selftrain import hub
 from jax_selftrain.config import Packing
 from jax_selftrain.corpus import Corpus, CorpusWriter, Mixture, PackedRows, Sample, build_packed_rows
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
+    """Write one JSON object per line; return the path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
 
 
 def write_sampled_corpus(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from corpus_factory import write_jsonl
 from models_factory import tiny_texts
 
 from jax_selftrain.config import ExtractConfig, RunConfig, SampleConfig, ScoreConfig, TrainConfig
@@ -17,11 +17,6 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.study import run
 from jax_selftrain.study.design import Design, make_design
 from jax_selftrain.study.run_study import one_cell_study
-
-
-def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 def write_inputs(folder: Path) -> dict[str, str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bad_input import flip_byte
 
 from jax_selftrain.corpus import FINISH_REASONS, open_corpus
 from jax_selftrain.errors import InputError
@@ -42,9 +43,7 @@ def test_more_rows_than_a_read_batch_keep_their_order(tmp_path, make_corpus):
 
 def test_a_flipped_byte_is_refused_naming_shard_and_remedy(corpus):
     path = corpus.folder / "shard-000001.parquet"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(bytes(data))
+    flip_byte(path)
     expected = corpus.manifest["shards"][1]["sha256"]
     with pytest.raises(InputError) as caught:
         open_corpus(corpus.folder)

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from bad_input import flip_byte
 
 from jax_selftrain.corpus import SCHEMA, CorpusWriter, Sample, open_corpus
 from jax_selftrain.errors import InputError
@@ -202,9 +203,3 @@ def test_kill_9_while_a_shard_is_written_then_the_same_command_gives_the_same_by
     assert start_python(WRITER, tmp_path / "killed").wait() == 0
     assert start_python(WRITER, tmp_path / "undisturbed").wait() == 0
     assert files(tmp_path / "killed") == files(tmp_path / "undisturbed")
-
-
-def flip_byte(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(bytes(data))

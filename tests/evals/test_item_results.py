@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from corpus_factory import write_jsonl
 from models_factory import tiny_texts
 
 from jax_selftrain.config import ScoreConfig
@@ -16,11 +17,6 @@ from jax_selftrain.evals import load_score_result, load_tasks, score
 from jax_selftrain.evals.item_results import ITEMS, REQUESTS, dev_test_split, item_hash, tabulate_items
 from jax_selftrain.evals.perplexity import TokenizedText
 from jax_selftrain.io import atomic
-
-
-def write(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def requests(*rows: tuple) -> pa.Table:
@@ -34,7 +30,7 @@ def test_items_have_the_expected_rows(tmp_path):
         {"context": "Ravens are", "choices": [" né", " black", " x"], "answer": 1, "cluster": None},
     ]
     words = [{"context": "Once upon a", "continuation": " time"}]
-    tasks = load_tasks([write(tmp_path / "choices.jsonl", choices), write(tmp_path / "words.jsonl", words)])
+    tasks = load_tasks([write_jsonl(tmp_path / "choices.jsonl", choices), write_jsonl(tmp_path / "words.jsonl", words)])
     table = tabulate_items(
         tasks,
         {"stories": [TokenizedText((5, 6, 7), 11, 2, "aa"), TokenizedText((8,), 3, 1, "bb")]},
@@ -92,7 +88,7 @@ FROZEN = ["test", "dev", "test", "dev", "dev", "dev", "test", "test"]
 
 
 def test_a_cluster_must_be_a_text(tmp_path):
-    file = write(tmp_path / "t.jsonl", [{"context": "a", "choices": [" b", " c"], "answer": 0, "cluster": 3}])
+    file = write_jsonl(tmp_path / "t.jsonl", [{"context": "a", "choices": [" b", " c"], "answer": 0, "cluster": 3}])
     with pytest.raises(InputError, match=r"t\.jsonl:1: the cluster must be a text or null, not 3"):
         load_tasks([file])
 
@@ -102,15 +98,15 @@ def result_file(tmp_path_factory, tiny_model):
     """`FILE.json` of a scored model."""
     folder = tmp_path_factory.mktemp("scored")
     stories = list(tiny_texts(12, seed=3))
-    task = write(
+    task = write_jsonl(
         folder / "task.jsonl",
         [
             {"context": s[:40], "choices": [s[40:60], " red lamp"], "answer": 0, "cluster": f"c{i % 3}" if i else None}
             for i, s in enumerate(stories)
         ],
     )
-    words = write(folder / "a_word.jsonl", [{"context": s[:40], "continuation": s[40:50]} for s in stories])
-    texts = write(folder / "stories.jsonl", [{"text": s} for s in stories])
+    words = write_jsonl(folder / "a_word.jsonl", [{"context": s[:40], "continuation": s[40:50]} for s in stories])
+    texts = write_jsonl(folder / "stories.jsonl", [{"text": s} for s in stories])
     out = str(folder / "result.json")
     options = {"tasks": (task, words), "texts": (texts,), "out": out}
     score(ScoreConfig(str(tiny_model()), **options, batch_tokens=2048, mesh="data=1"))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from corpus_factory import write_jsonl
 from launcher import launch, launch_code
 from models_factory import tiny_texts
 from process_group import free_port, wait_for_all
@@ -18,11 +19,6 @@ from jax_selftrain.config import ScoreConfig, yaml_io
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals import build_requests, load_tasks, load_texts, score, score_requests
 from jax_selftrain.evals.item_results import REQUESTS
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def evaluate(model, tasks=(), texts=(), **options):
@@ -36,9 +32,9 @@ def files(tmp_path):
     choices = [{"context": text[:40], "choices": [text[40:60], " red lamp"], "answer": 0} for text in stories]
     words = [{"context": text[:40], "continuation": text[40:50]} for text in stories[:5]]
     return {
-        "choices": write(tmp_path / "choices.jsonl", choices),
-        "words": write(tmp_path / "words.jsonl", words),
-        "stories": write(tmp_path / "stories.jsonl", [{"text": text * 24} for text in stories[:4]]),
+        "choices": write_jsonl(tmp_path / "choices.jsonl", choices),
+        "words": write_jsonl(tmp_path / "words.jsonl", words),
+        "stories": write_jsonl(tmp_path / "stories.jsonl", [{"text": text * 24} for text in stories[:4]]),
     }
 
 
@@ -134,7 +130,7 @@ def test_bad_options_are_refused_before_anything_is_loaded(tmp_path, tiny_model,
 
 def test_a_task_and_a_text_file_of_one_name_are_refused(tmp_path, tiny_model, files):
     (tmp_path / "other").mkdir()
-    twin = write(tmp_path / "other" / "stories.jsonl", [{"context": "a", "continuation": " b"}])
+    twin = write_jsonl(tmp_path / "other" / "stories.jsonl", [{"context": "a", "continuation": " b"}])
     with pytest.raises(InputError, match="two files to score are named 'stories'"):
         score(config(tmp_path, tiny_model, files, tasks=(twin,)))
 
@@ -142,7 +138,7 @@ def test_a_task_and_a_text_file_of_one_name_are_refused(tmp_path, tiny_model, fi
 def test_a_choice_longer_than_the_model_is_refused_by_place(tmp_path, tiny_model):
     model = hub.load_model(tiny_model(), "data=1")
     long = "xyzw" * 1024
-    file = write(tmp_path / "long.jsonl", [{"context": "a", "choices": [" b", long], "answer": 0}])
+    file = write_jsonl(tmp_path / "long.jsonl", [{"context": "a", "choices": [" b", long], "answer": 0}])
     with pytest.raises(InputError, match=r"long\.jsonl: choice 1 of question 0 has \d+ tokens, more than the 1024"):
         evaluate(model, load_tasks([file]))
 
@@ -189,7 +185,7 @@ def many(tmp_path, tiny_model):
     """`many(name)` configures scoring of a task of six units into NAME.json."""
     texts = list(tiny_texts(MANY, seed=9))
     rows = [{"context": f"{i} {text[:30]}", "continuation": f" {text[30:40]}"} for i, text in enumerate(texts)]
-    task = write(tmp_path / "many.jsonl", rows)
+    task = write_jsonl(tmp_path / "many.jsonl", rows)
 
     def options(name: str) -> ScoreConfig:
         out = str(tmp_path / f"{name}.json")

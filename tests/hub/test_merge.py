@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bad_input import flip_byte
 from model_params import load_host_params, param_bytes
 from models_factory import FAMILIES, Family, write_model_pair, write_tiny_hf_model
 from parity_cases import CASES, transformers_logits
@@ -156,9 +157,7 @@ def test_another_merge_in_the_same_place_is_refused(models: tuple[Path, Path], m
 def test_a_damaged_result_is_refused(models: tuple[Path, Path], merge_result: Path, tmp_path: Path):
     copy = Path(shutil.copytree(merge_result, tmp_path / "copy"))
     largest = copy / "model.safetensors"
-    data = bytearray(largest.read_bytes())
-    data[len(data) // 2] ^= 1
-    largest.write_bytes(data)
+    flip_byte(largest)
     with pytest.raises(InputError, match=rf"{largest.name}: checksum differs.* remove the folder"):
         hub.merge(options(models, copy, -0.5))
 

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from corpus_factory import write_jsonl
 from models_factory import tiny_texts, write_tiny_hf_model
 from scipy import stats
 
@@ -96,24 +97,19 @@ def answers(n: int, right: int, lost: int = 0, gained: int = 0) -> np.ndarray:
 # ------------------------------------------------------------------ real models
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def score_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the scores of two models on tasks and texts."""
     folder = tmp_path_factory.mktemp("scored")
     stories = list(tiny_texts(40, seed=5))
     tasks = (
-        write(
+        write_jsonl(
             folder / "choices.jsonl",
             [{"context": s[:40], "choices": [s[40:50], " red lamp"], "answer": 0} for s in stories],
         ),
-        write(folder / "words.jsonl", [{"context": s[:30], "continuation": s[30:40]} for s in stories]),
+        write_jsonl(folder / "words.jsonl", [{"context": s[:30], "continuation": s[30:40]} for s in stories]),
     )
-    texts = (write(folder / "stories.jsonl", [{"text": s} for s in stories[:12]]),)
+    texts = (write_jsonl(folder / "stories.jsonl", [{"text": s} for s in stories[:12]]),)
     for seed, name in enumerate(("base", "student")):
         model = str(write_tiny_hf_model(folder / f"model-{name}", "llama", seed=seed))
         options = {"tasks": tasks, "texts": texts, "out": str(folder / f"{name}.json")}

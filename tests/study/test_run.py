@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from bad_input import flip_byte
 from run_factory import output_times, refusal, run_design
 
 from jax_selftrain import load_model
@@ -218,9 +219,7 @@ def test_a_damaged_shard_is_named(finished_run: Path, options: Options, tmp_path
     folder = tmp_path / "copy"
     shutil.copytree(finished_run, folder)
     (shard,) = (folder / "stages").rglob("shard-000001.parquet")
-    data = bytearray(shard.read_bytes())
-    data[len(data) // 2] ^= 1
-    shard.write_bytes(data)
+    flip_byte(shard)
     with pytest.raises(InputError, match=r"shard-000001\.parquet"):
         run(options(folder))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bad_input import flip_byte
 from models_factory import tiny_texts
 from safetensors.numpy import load_file, save_file
 from training_runs import Interruption, run_options
@@ -93,24 +94,18 @@ def interrupted_copy(interrupted_run: Path, options: Callable[..., TrainConfig])
     return Path(shutil.copytree(interrupted_run, options().out))
 
 
-def flip_a_byte(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(bytes(data))
-
-
 def largest(folder: Path) -> Path:
     return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
-    "flipped byte in the weights": lambda checkpoint: flip_a_byte(largest(checkpoint / "model" / "params")),
-    "flipped byte in the moments": lambda checkpoint: flip_a_byte(largest(checkpoint / "optimizer")),
+    "flipped byte in the weights": lambda checkpoint: flip_byte(largest(checkpoint / "model" / "params")),
+    "flipped byte in the moments": lambda checkpoint: flip_byte(largest(checkpoint / "optimizer")),
     "truncated moments": lambda checkpoint: largest(checkpoint / "optimizer").write_bytes(b"short"),
     "missing moments": lambda checkpoint: largest(checkpoint / "optimizer").unlink(),
     "missing manifest": lambda checkpoint: (checkpoint / "optimizer" / "manifest.json").unlink(),
     "missing model": lambda checkpoint: shutil.rmtree(checkpoint / "model"),
-    "edited config": lambda checkpoint: flip_a_byte(checkpoint / "model" / "config.json"),
+    "edited config": lambda checkpoint: flip_byte(checkpoint / "model" / "config.json"),
     "edited step": lambda checkpoint: (checkpoint / "step.json").write_text(
         (checkpoint / "step.json").read_text().replace('"step": 4', '"step": 3')
     ),
