@@ -1,5 +1,8 @@
 """Eight simulated CPU devices for the tests of a module.
 
+Programs over several CPU devices are not cached between runs (`mesh_context`), and these tests compile longer than they
+compute. They compile with few optimizations, unless JAX_DISABLE_MOST_OPTIMIZATIONS is set.
+
 The conftest of a folder imports the fixture; it applies to each module of the folder.
 """
 
@@ -13,6 +16,7 @@ import jax.extend
 import pytest
 
 DEVICES = 8
+OPTIMIZATIONS = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 
 
 def set_device_count(count: int) -> None:
@@ -27,6 +31,13 @@ def eight_devices() -> Iterator[None]:
     before = jax.device_count()
     if before != DEVICES:
         set_device_count(DEVICES)
+    optimizes_by_default = OPTIMIZATIONS not in os.environ
+    if optimizes_by_default:
+        jax.config.update("jax_disable_most_optimizations", True)
+        os.environ[OPTIMIZATIONS] = "1"  # of the commands that tests start
     yield
+    if optimizes_by_default:
+        del os.environ[OPTIMIZATIONS]
+        jax.config.update("jax_disable_most_optimizations", False)
     if before != DEVICES:
         set_device_count(before)
