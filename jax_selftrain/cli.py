@@ -281,15 +281,12 @@ def _print_help(name: str, options: Any) -> None:
     conf: Any = tyro.conf
     command = COMMANDS[name]
     cls: Any = type(options)
-    groups = {}
+    main, views = set(roles(cls)), {}
     if not any(map(dataclasses.is_dataclass, get_type_hints(cls).values())):
-        groups = {role: set(fields_with_role(cls, role)) for role in _HELP_GROUPS}
-    main = set(roles(cls)).difference(*groups.values())
-    views = {
-        str(role.name).lower(): _select_fields(options, names, _HELP_GROUPS[role])
-        for role, names in groups.items()
-        if names
-    }
+        for role, doc in _HELP_GROUPS.items():
+            if members := set(fields_with_role(cls, role)):
+                main -= members
+                views[str(role.name).lower()] = _select_fields(options, members, doc)
     if name in DISTRIBUTED_COMMANDS:
         views["distributed"] = _select_fields(DistributedConfig(), set(roles(DistributedConfig)), "Several processes.")
     note = conf.arg(metavar="FILE.yaml", help="Read options from this file; flags override it.", help_behavior_hint="")

@@ -61,8 +61,8 @@ GPUS = {
     "b200": Chip("NVIDIA B200", "gpu", 180 * 10**9, 8000e9, 900e9, 75 / 2250),
 }
 CARDS_PER_HOST = 8
-CHIPS_OF_ONE_HOST = {"v4": {4: (2, 2, 1)}, "v5p": {4: (2, 2, 1)}} | {
-    generation: {1: (1, 1, 1), 4: (2, 2, 1), 8: (2, 4, 1)} for generation in ("v5e", "v6e")
+HOST_SHAPES = {"v4": {4: "2x2x1"}, "v5p": {4: "2x2x1"}} | {
+    generation: {1: "1x1", 4: "2x2", 8: "2x4"} for generation in ("v5e", "v6e")
 }
 """Shapes of slices with one host, by the number of chips."""
 EXAMPLES = "v5e:4x4, v4:2x2x4, v5p:2x2x2, v6e:4x4 (TPU slices), h100:8 or h100:4x8 (GPUs)"
@@ -84,11 +84,8 @@ class Topology:
 
     def one_host(self) -> Topology:
         """Return the topology of one host."""
-        generation = self.name.partition(":")[0]
-        if generation in GPUS:
-            return parse_topology(f"{generation}:{self.chips_per_host}")
-        sizes = CHIPS_OF_ONE_HOST[generation][self.chips_per_host]
-        return parse_topology(f"{generation}:{'x'.join(map(str, sizes[: 2 if generation in ('v5e', 'v6e') else 3]))}")
+        generation, chips = self.name.partition(":")[0], self.chips_per_host
+        return parse_topology(f"{generation}:{HOST_SHAPES.get(generation, {}).get(chips, chips)}")
 
 
 def parse_topology(name: str) -> Topology:
@@ -103,14 +100,14 @@ def parse_topology(name: str) -> Topology:
         hint = yaml_io.did_you_mean(generation, known) or f"; for instance {EXAMPLES}"
         raise InputError(f"--topology {name}: unknown machine `{generation}`{hint}")
     sizes = [int(size) for size in shape.split("x")] if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) else []
-    dimensions = {"v4": (3,), "v5p": (3,)}.get(generation, (2,) if generation in TPUS else (1, 2))
+    dimensions = (HOST_SHAPES[generation][4].count("x") + 1,) if generation in TPUS else (1, 2)
     if not separator or len(sizes) not in dimensions:
         raise InputError(
             f"--topology {name}: {shape or 'nothing'} is not a shape of {generation}; for instance {EXAMPLES}"
         )
     chips = math.prod(sizes)
     if generation in TPUS:  # hosts of larger slices have four chips each
-        per_host = chips if chips in CHIPS_OF_ONE_HOST[generation] else 4
+        per_host = chips if chips in HOST_SHAPES[generation] else 4
     else:
         per_host = sizes[-1] if len(sizes) == 2 else min(chips, CARDS_PER_HOST)
     if chips % per_host:
@@ -127,7 +124,8 @@ def topology_devices(topology: Topology) -> Sequence[Any]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the metadata server exists only on a TPU
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several plans can run at once
     generation = topology.name.partition(":")[0]
-    options: dict[str, Any] = {"chips_per_host_bounds": CHIPS_OF_ONE_HOST[generation][topology.chips_per_host]}
+    bounds = [int(size) for size in HOST_SHAPES[generation][topology.chips_per_host].split("x")]
+    options: dict[str, Any] = {"chips_per_host_bounds": (*bounds, 1)[:3]}
     if generation == "v4":
         options["chip_config_name"] = "megacore"  # one device for both cores of a chip
     try:

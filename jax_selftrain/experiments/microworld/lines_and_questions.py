@@ -185,12 +185,11 @@ def agreement_lines(config: WorldConfig, split: str, count: int, held_out: list[
     excluded = set(held_out)
     while count:
         subject = _draw_subject(rng)
-        if subject in excluded:
-            continue
-        singular = rng.choice(tuple(_VERBS))
-        verb = _VERBS[singular] if subject[0][1] else singular
-        yield f"{_subject_text(subject, rng)} {verb} {rng.choice(_ADVERBS)}."
-        count -= 1
+        if subject not in excluded:
+            singular = rng.choice(tuple(_VERBS))
+            verb = _VERBS[singular] if subject[0][1] else singular
+            yield f"{_subject_text(subject, rng)} {verb} {rng.choice(_ADVERBS)}."
+            count -= 1
 
 
 def agreement_questions(config: WorldConfig, held_out: list[_Subject]) -> Iterator[ChoiceQuestion]:
@@ -219,10 +218,9 @@ def sum_lines(config: WorldConfig, split: str, count: int, held_out: list[tuple[
     excluded = set(held_out)
     while count:
         a, b = rng.randint(0, config.largest_addend), rng.randint(0, config.largest_addend)
-        if (a, b) in excluded:
-            continue
-        yield f"{a} + {b} = {a + b}."
-        count -= 1
+        if (a, b) not in excluded:
+            yield f"{a} + {b} = {a + b}."
+            count -= 1
 
 
 def sum_questions(config: WorldConfig, held_out: list[tuple[int, int]]) -> Iterator[ChoiceQuestion]:
