@@ -80,12 +80,12 @@ class Store:
             siblings = self.files.ls(self.parent, detail=True)
         except FileNotFoundError:
             return []
-        names = [entry["name"].rstrip("/").rpartition("/") for entry in siblings]
-        return [
-            entry
-            for entry, (folder, _, name) in zip(siblings, names, strict=True)
-            if folder == self.parent and self.owns_key(name)
-        ]
+
+        def is_own(entry: dict[str, Any]) -> bool:
+            folder, _, name = entry["name"].rstrip("/").rpartition("/")
+            return folder == self.parent and self.owns_key(name)
+
+        return list(filter(is_own, siblings))
 
     def listed_objects(self, *, within_others: bool = False) -> dict[str, str]:
         """Return the listed objects; all objects if there is no list.
