@@ -122,9 +122,7 @@ def gcsfuse_mount(uri: str) -> Iterator[Path]:
     scheme, _, rest = uri.partition("://")
     bucket, _, inside = rest.strip("/").partition("/")
     if scheme != "gs" or shutil.which("gcsfuse") is None:
-        remedy = (
-            "install gcsfuse, which mounts the bucket" if scheme == "gs" else "mount the bucket and pass that folder"
-        )
+        remedy = "mount the bucket and pass that folder" if scheme != "gs" else "install gcsfuse to mount the bucket"
         raise InputError(f"{uri}: several processes need a shared folder; {remedy}")
     if not inside or ".." in inside.split("/"):
         raise InputError(f"{uri}: is not the URI of a folder in a bucket")
