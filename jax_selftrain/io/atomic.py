@@ -98,15 +98,10 @@ def commit_folder(path: PathLike, *, overwrite: bool = False) -> Iterator[Path]:
             _remove(temp)
 
 
-def write_bytes(path: PathLike, data: bytes) -> None:
-    """Commit `data` as the whole content of `path`."""
-    with commit_file(path) as temp:
-        temp.write_bytes(data)
-
-
 def write_text(path: PathLike, text: str) -> None:
     """Commit `text` in UTF-8 as the whole content of `path`."""
-    write_bytes(path, text.encode())
+    with commit_file(path) as temp:
+        temp.write_bytes(text.encode())
 
 
 def write_json(path: PathLike, obj: Any) -> None:

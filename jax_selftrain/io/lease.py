@@ -69,7 +69,7 @@ def repeat_in_thread(action: Callable[[], object], seconds: float, name: str) ->
 
 
 @contextmanager
-def wait_for_lease(path: PathLike, *, resource: str = "", poll_seconds: float = 0.5) -> Iterator[None]:
+def wait_for_lease(path: PathLike, *, resource: str = "") -> Iterator[None]:
     """Hold a lease; wait while another process holds it."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     is_waiting = False
@@ -81,7 +81,7 @@ def wait_for_lease(path: PathLike, *, resource: str = "", poll_seconds: float = 
         if resource and not is_waiting:
             print(f"waiting for another process that uses {resource}", file=sys.stderr)
         is_waiting = True
-        time.sleep(poll_seconds)
+        time.sleep(0.5)
 
 
 def _acquire(path: Path, content: bytes, stale_after: float) -> bool:

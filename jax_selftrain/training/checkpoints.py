@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -36,17 +36,14 @@ FORMAT = 2
 MANIFESTS = ("model/selftrain.json", "optimizer/manifest.json")
 """Files with the hashes of all others."""
 
-SaveModel = Callable[[Path, Any, int], None]
-"""Writes a model folder: (folder, host or device arrays, step)."""
-
 _CORRUPT_HINT = "the checkpoint is damaged"
 
 
 @contextmanager
-def open_checkpointer(run: Run, save_model: SaveModel) -> Iterator[Checkpointer]:
+def open_checkpointer(run: Run) -> Iterator[Checkpointer]:
     """Yield a checkpointer; wait for its save, also after an error."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint") as executor:
-        checkpointer = Checkpointer(run, save_model, executor)
+        checkpointer = Checkpointer(run, executor)
         try:
             yield checkpointer
         finally:
@@ -56,8 +53,8 @@ def open_checkpointer(run: Run, save_model: SaveModel) -> Iterator[Checkpointer]
 class Checkpointer:
     """Saves the checkpoints of a run in the background."""
 
-    def __init__(self, run: Run, save_model: SaveModel, executor: ThreadPoolExecutor):
-        self._run, self._save_model, self._executor = run, save_model, executor
+    def __init__(self, run: Run, executor: ThreadPoolExecutor):
+        self._run, self._executor = run, executor
         self._folder = run.folder / "checkpoints"
         self._pending: Future[None] | None = None
 
@@ -100,13 +97,20 @@ class Checkpointer:
 
     def _write(self, step: int, params: Any, rest: dict[str, Any]) -> None:
         with commit_from_all_processes(self._folder / f"{step:06d}") as temporary:
-            self._save_model(temporary / "model", params, step)
+            save_run_model(self._run, temporary / "model", params, step, "flax")
             orbax_io.save_tree(temporary / "optimizer", rest)
             if not jax.process_index():
                 hashes = {name: manifest_entry(temporary / name) for name in MANIFESTS}
                 record = {"format": FORMAT, "step": step, "run": self._run.run_hash, "manifests": hashes}
                 atomic.write_json(temporary / "step.json", {**record, "fingerprint": hash_json(record)})
         self.prune()
+
+
+def save_run_model(run: Run, folder: Path, params: Any, step: int, format: Literal["hf", "flax"]) -> None:
+    """Save a model folder; `hf` for the result, `flax` for a checkpoint."""
+    metadata = {"made_by": "train", "step": step, "steps": run.config.steps, "run": run.run_hash}
+    metadata["fingerprints"] = run.inputs.fingerprints
+    hub.save_model(folder, params, source=run.inputs.source, metadata=metadata, format=format)
 
 
 def steps_to_keep(steps: Sequence[int], keep: int, keep_every: int | None = None) -> set[int]:

@@ -13,9 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import jax
 from jax.experimental import multihost_utils
@@ -79,7 +77,7 @@ def _train(run: Run, hooks: Sequence[Hook]) -> None:
     first = int(state.step)
     model = hub.model_with_params(run.inputs.source, export_params(config, state), rules)
     with (
-        open_checkpointer(run, partial(_save_model, run, format="flax")) as checkpointer,
+        open_checkpointer(run) as checkpointer,
         open_metrics_writer(run, first if resumed else NO_STEP) as writer,
         _watch_preemption() as should_stop,
     ):
@@ -115,7 +113,7 @@ def _train(run: Run, hooks: Sequence[Hook]) -> None:
                 raise Preempted(f"{run.folder}: stopped and saved after step {step} of {steps}; run again to resume")
         checkpointer.wait()
         checkpointer.prune()
-        _save_model(run, run.folder / "model", export_params(config, state), int(state.step))
+        checkpoints.save_run_model(run, run.folder / "model", export_params(config, state), int(state.step), "hf")
 
 
 def _is_checkpoint_due(config: TrainConfig, step: int) -> bool:
@@ -163,13 +161,6 @@ def _finalize_step(
             )
     if writer is not None:
         writer.write(step, values)
-
-
-def _save_model(run: Run, folder: Path, params: Params, step: int, *, format: Literal["hf", "flax"] = "hf") -> None:
-    """Save a model: `hf` for the result, `flax` for a checkpoint."""
-    metadata = {"made_by": "train", "step": step, "steps": run.config.steps, "run": run.run_hash}
-    metadata["fingerprints"] = run.inputs.fingerprints
-    hub.save_model(folder, params, source=run.inputs.source, metadata=metadata, format=format)
 
 
 @contextmanager

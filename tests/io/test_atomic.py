@@ -143,15 +143,15 @@ def test_kill_in_the_middle_of_a_commit_leaves_nothing_that_reads_as_whole(tmp_p
 def test_a_reader_never_sees_a_mixture_while_a_file_is_rewritten_and_its_writer_killed(tmp_path):
     size = 200_000
     path = tmp_path / "data"
-    atomic.write_bytes(path, b"a" * size)
+    atomic.write_text(path, "a" * size)
     for pause in (0.0, 0.013, 0.037):
         process = start(
             """
             import itertools, sys
             from jax_selftrain.io import atomic
             print("start_time", flush=True)
-            for letter in itertools.cycle(b"abcdefgh"):
-                atomic.write_bytes(sys.argv[1], bytes([letter]) * int(sys.argv[2]))
+            for letter in itertools.cycle("abcdefgh"):
+                atomic.write_text(sys.argv[1], letter * int(sys.argv[2]))
             """,
             path,
             size,
@@ -198,7 +198,7 @@ def test_kill_in_the_instant_of_replacing_a_folder_is_undone(tmp_path):
 
 
 WRITERS = {
-    "bytes": "atomic.write_bytes(path, bytes(1_000_000))",
+    "text": "atomic.write_text(path, 'a' * 1_000_000)",
     "numpy": "import numpy as np\n"
     "with atomic.commit_file(path) as temp, temp.open('wb') as stream: np.save(stream, np.zeros(125_000))",
     "parquet": "import pyarrow as pa, pyarrow.parquet as pq, os\n"
@@ -232,7 +232,7 @@ def test_a_really_full_disk(tmp_path):
         pytest.skip("mounting a small disk is not permitted here")
     try:
         with pytest.raises(InputError, match=r"disk/x: cannot be written \(No space left on device\); free some space"):
-            atomic.write_bytes(tmp_path / "disk/x", bytes(1_000_000))
+            atomic.write_text(tmp_path / "disk/x", "a" * 1_000_000)
         with (
             pytest.raises(InputError, match=r"disk/f: cannot be written"),
             atomic.commit_folder(tmp_path / "disk/f") as temp,
