@@ -142,8 +142,11 @@ def refill_slots(
         )
 
     buffers = (samples.tokens, samples.logprobs, samples.policy_logprobs)
+    tokens, logprobs, policy_logprobs = jax.lax.fori_loop(0, len(slots.queue_index), store, buffers)
     samples = SampleBuffer(
-        *jax.lax.fori_loop(0, len(slots.queue_index), store, buffers),
+        tokens=tokens,
+        logprobs=logprobs,
+        policy_logprobs=policy_logprobs,
         length=samples.length.at[slots.queue_index].set(slots.length),
         stopped=samples.stopped.at[slots.queue_index].set(slots.stopped),
         finite=samples.finite.at[slots.queue_index].set(slots.finite),
