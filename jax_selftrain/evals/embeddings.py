@@ -42,36 +42,27 @@ def embed_texts(model: LoadedModel, texts: Sequence[str]) -> Float[np.ndarray, "
         raise InputError(f"{model.source.ref}: has no tokenizer, so it cannot embed texts")
     if not texts:
         return np.zeros((0, model.config.hidden_size), np.float32)
-    longest = min(BUCKETS[-1], model.config.max_positions)
+    longest, rules = min(BUCKETS[-1], model.config.max_positions), model.sharding_rules
     encoded = model.tokenizer(list(texts), truncation=True, max_length=longest, verbose=False)["input_ids"]
     embeddings = np.zeros((len(texts), model.config.hidden_size), np.float32)
-    for length in sorted({_length(len(tokens), longest) for tokens in encoded}):
-        members = [i for i, tokens in enumerate(encoded) if _length(len(tokens), longest) == length]
-        rows = max(1, BATCH_TOKENS // length) * model.sharding_rules.data_parallelism
+    lengths = np.minimum(np.take(BUCKETS, np.searchsorted(BUCKETS, list(map(len, encoded)))), longest)
+    for length in np.unique(lengths).tolist():
+        members = np.flatnonzero(lengths == length)
+        rows = max(1, BATCH_TOKENS // length) * rules.data_parallelism
         for start in range(0, len(members), rows):
             batch = members[start : start + rows]
-            embeddings[batch] = _embed_batch(model, [encoded[i] for i in batch], rows, length)
+            tokens, last = np.zeros((rows, length), np.int32), np.zeros((rows, 1), np.int32)
+            for row, i in enumerate(batch):
+                tokens[row, : len(encoded[i])] = encoded[i]
+                last[row] = len(encoded[i]) - 1
+            with mesh_context(rules.mesh):
+                arrays = (shard_host_array(rules, array, ("batch", None)) for array in (tokens, last))
+                hidden = _last_hidden(model.config, rules, model.compute_dtype, model.params, *arrays)
+                embeddings[batch] = np.asarray(hidden)[: len(batch)]
     norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
     if not (np.isfinite(norms).all() and norms.all()):
         raise InputError(f"{model.source.ref}: its embeddings are zero or not finite; choose another model")
     return embeddings / norms
-
-
-def _length(tokens: int, longest: int) -> int:
-    return next(min(length, longest) for length in BUCKETS if tokens <= min(length, longest))
-
-
-def _embed_batch(model: LoadedModel, encoded: Sequence[Sequence[int]], rows: int, length: int) -> np.ndarray:
-    """Return the hidden states of the last tokens of right-padded rows."""
-    tokens, last = np.zeros((rows, length), np.int32), np.zeros((rows, 1), np.int32)
-    for row, ids in enumerate(encoded):
-        tokens[row, : len(ids)] = ids
-        last[row] = len(ids) - 1
-    rules = model.sharding_rules
-    with mesh_context(rules.mesh):
-        arrays = (shard_host_array(rules, array, ("batch", None)) for array in (tokens, last))
-        hidden = _last_hidden(model.config, rules, model.compute_dtype, model.params, *arrays)
-        return np.asarray(hidden)[: len(encoded)]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

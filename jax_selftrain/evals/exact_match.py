@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from jaxtyping import Array, Float, Int
 from jax_selftrain import hub
 from jax_selftrain.distributed.mesh import mesh_context
 from jax_selftrain.distributed.sharding import ShardingRules, shard_host_array
+from jax_selftrain.likelihood.device_programs import logprobs_and_argmax
 from jax_selftrain.likelihood.engine import check_finite
 from jax_selftrain.likelihood.resumable import PartialResults, compute_units
 from jax_selftrain.models import DecoderConfig, Params, forward, unembed
@@ -32,7 +34,7 @@ from jax_selftrain.sampling import SamplingParams, generate, warp_logits
 MAX_BATCH_ROWS = 512
 """Maximum batch size of a device: at V = 50k the fp32 logits of one position take 100 MB."""
 BATCHES_PER_UNIT = 4
-"""Number of batches in a work unit of `extract_resumable`."""
+"""Number of batches in a work unit."""
 
 
 def extraction_metrics(
@@ -43,8 +45,11 @@ def extraction_metrics(
     policies: Mapping[str, SamplingParams] = MappingProxyType({}),
     batch_tokens: int = 8192,
     greedy_decode: bool = True,
+    parts: PartialResults | None = None,
 ) -> dict[str, np.ndarray]:
     """Measure extraction of N sequences by a model in memory.
+
+    All batches have one shape, so results do not depend on how the sequences are divided.
 
     Args:
       model: from `hub.load_model`.
@@ -53,6 +58,7 @@ def extraction_metrics(
       policies: sampling policies for log p_z by name, in addition to temperature 1.
       batch_tokens: token positions in one device batch.
       greedy_decode: compute `token_accuracy`, which is most of the work.
+      parts: keeps finished units of a few batches.
 
     Returns:
       Arrays [N]: `exact_match` (bool), `matched_tokens` (length of the longest common prefix of suffix and greedy
@@ -61,10 +67,14 @@ def extraction_metrics(
       1, nats), and `logprob NAME`, log p_z under each policy; −inf if p_z = 0.
 
     Raises:
-      InputError: a log-probability is not a number.
+      InputError: a log-probability is not a number, or a file of `parts` is damaged.
     """
     rules, suffixes = model.sharding_rules, np.asarray(sequences)[:, prefix:]
-    rows = extraction_batch_size(rules, sequences.shape[1], batch_tokens)
+    per_device = min(MAX_BATCH_ROWS, max(1, batch_tokens // (sequences.shape[1] * rules.data_parallelism)))
+    rows = per_device * rules.data_parallelism
+    if parts is not None:
+        options = {"policies": dict(policies), "batch_tokens": batch_tokens, "greedy_decode": greedy_decode}
+        return _measure_units(model, sequences, options | {"prefix": prefix}, BATCHES_PER_UNIT * rows, parts)
     static = (model.config, rules, model.compute_dtype, prefix, tuple(policies.values()))
     greedy = np.empty(suffixes.shape, np.int32)
     logprobs = np.empty((len(suffixes), 1 + len(policies), suffixes.shape[1]), np.float32)
@@ -96,41 +106,18 @@ def extraction_metrics(
     return measured | {f"logprob {name}": values for name, values in zip(policies, sums.T[1:], strict=True)}
 
 
-def extract_resumable(
-    model: hub.LoadedModel,
-    sequences: np.ndarray,
-    prefix: int,
-    parts: PartialResults,
-    *,
-    policies: Mapping[str, SamplingParams],
-    batch_tokens: int,
-    greedy_decode: bool,
+def _measure_units(
+    model: hub.LoadedModel, sequences: np.ndarray, options: dict[str, Any], size: int, parts: PartialResults
 ) -> dict[str, np.ndarray]:
-    """Measure extraction, and keep finished units in `parts`; see `extraction_metrics`.
-
-    A unit is a few whole batches. All batches have one shape, so a unit gives the same bits as one call for all.
-
-    Raises:
-      InputError: see `extraction_metrics`; or a file in the folder is damaged.
-    """
-    size = BATCHES_PER_UNIT * extraction_batch_size(model.sharding_rules, sequences.shape[1], batch_tokens)
+    """Measure extraction in units of `size` sequences."""
     units = [range(first, min(first + size, len(sequences))) for first in range(0, len(sequences), size)]
-    inputs = {
-        "sequences": hashlib.sha256(np.ascontiguousarray(sequences, np.int64).tobytes()).hexdigest(),
-        "shape": list(sequences.shape),
-        "prefix": prefix,
-        "policies": repr(dict(policies)),
-        "greedy_decode": greedy_decode,
-        "batch_tokens": batch_tokens,
-    }
-    measure = partial(
-        extraction_metrics, model, policies=policies, batch_tokens=batch_tokens, greedy_decode=greedy_decode
-    )
+    tokens = hashlib.sha256(np.ascontiguousarray(sequences, np.int64).tobytes()).hexdigest()
 
     def compute(indices: Iterable[int]) -> Iterator[tuple[int, pa.Table]]:
         for i in indices:
-            yield i, pa.table(measure(sequences=sequences[units[i]], prefix=prefix))
+            yield i, pa.table(extraction_metrics(model, sequences[units[i]], **options))
 
+    inputs = {"sequences": tokens, "shape": list(sequences.shape), "options": repr(options)}
     table = compute_units(model, parts, inputs, units, compute).drop_columns("item")
     return {name: table[name].to_numpy() for name in table.column_names}
 
@@ -162,12 +149,9 @@ def suffix_scores_program(
     def score_position(_: None, inputs: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
         rows, target = inputs
         logits = unembed(config, rules, params, rows, compute_dtype=compute_dtype)
-        ids = jax.lax.broadcasted_iota(jnp.int32, (1, logits.shape[-1]), 1)
-        best = jnp.max(logits, axis=-1, keepdims=True)
-        # Reductions over V work on its shards; a gather or `argmax` would move the logits.
-        greedy = jnp.min(jnp.where(logits == best, ids, logits.shape[-1]), axis=-1)
         views = [logits, *(warp_logits(logits, sampling_params) for sampling_params in policies)]
-        return None, (jnp.stack([_log_prob(view, ids == target[:, None]) for view in views], axis=1), greedy)
+        scores = [logprobs_and_argmax(view[:, None], target[:, None, None]) for view in views]
+        return None, (jnp.concatenate([logprobs[:, 0] for logprobs, _ in scores], axis=1), scores[0][1][:, 0])
 
     _, (logprobs, greedy) = jax.lax.scan(score_position, None, suffix)
     replicated = PartitionSpec()
@@ -194,15 +178,3 @@ def flip_rate(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray])
     """
     moved = kept_lost_gained(first["exact_match"], second["exact_match"])
     return (moved["lost"] + moved["gained"]) / sum(moved.values())
-
-
-def _log_prob(logits: Float[Array, "B V"], target: Array) -> Float[Array, " B"]:
-    """Compute log-softmax at the target of each row (bool [B, V])."""
-    best = jnp.max(logits, axis=-1, keepdims=True)
-    log_sum = jnp.log(jnp.sum(jnp.exp(logits - best), axis=-1))
-    return jnp.sum(jnp.where(target, logits - best, 0.0), axis=-1) - log_sum
-
-
-def extraction_batch_size(rules: ShardingRules, length: int, batch_tokens: int) -> int:
-    """Return the global batch size for sequences of a length."""
-    return min(MAX_BATCH_ROWS, max(1, batch_tokens // (length * rules.data_parallelism))) * rules.data_parallelism

@@ -23,7 +23,7 @@ from jax_selftrain import hub
 from jax_selftrain.config import ExtractConfig, yaml_io
 from jax_selftrain.corpus import Corpus, Overlaps, open_corpus
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals.exact_match import extract_resumable, kept_lost_gained
+from jax_selftrain.evals.exact_match import extraction_metrics, kept_lost_gained
 from jax_selftrain.evals.overlap_classes import CLASSES, THRESHOLDS, classify, corpus_overlap, duplicate_buckets
 from jax_selftrain.evals.result_files import describe_mean, output_paths, write_results
 from jax_selftrain.evals.score import check_positive, scoring_mesh
@@ -99,14 +99,14 @@ def _extract(
         """Measure extraction sets with one model, and free its memory."""
         model = hub.load_model(ref, mesh, config.dtype, preset=config.preset)
         return [
-            extract_resumable(
+            extraction_metrics(
                 model,
                 np.concatenate([np.tile(start, (len(one.tokens), 1)), one.tokens], axis=1),
                 window.prefix + len(start),
-                parts=parts,
                 policies=policies,
                 batch_tokens=config.batch_tokens,
                 greedy_decode=config.greedy_decode,
+                parts=parts,
             )
             for one in sets
         ]
@@ -161,7 +161,7 @@ def _extract(
     timings = {
         "prepare_seconds": prepared - started,
         "score_seconds": time.monotonic() - prepared,
-        "blocks_by_process": dict(sorted(parts.units.items())),
+        "blocks_by_process": parts.units_by_process,
     }
     parts.finish(lambda: write_results(config.out, config, result, tables, timings))
     return result
@@ -193,8 +193,7 @@ def load_extraction_sets(config: ExtractConfig) -> tuple[ExtractionSet, Extracti
       InputError: an invalid option, or a set that cannot be read or does not fit the model.
     """
     window = make_window(config)
-    lengths = {"prefix": window.prefix, "suffix": window.suffix}
-    check_positive(batch_tokens=config.batch_tokens, min_overlap=config.min_overlap, limit=config.limit, **lengths)
+    check_positive(config, "batch_tokens", "prefix", "suffix", "min_overlap", "limit")
     if config.offset < 0:
         raise InputError(f"--offset is {config.offset}; it must be at least 0")
     if config.base and not config.verify:

@@ -59,7 +59,7 @@ def measure_leakage(config: LeakageConfig, *, corpus: Corpus | None = None) -> d
       InputError: an input that cannot be read, or a training text that cannot be tokenized as the corpus.
     """
     yaml_io.require(config)
-    check_positive(min_match=config.min_match)
+    check_positive(config, "min_match")
     output_paths(config.out)
     started = time.monotonic()
     corpus = open_corpus(config.corpus) if corpus is None else corpus

@@ -14,14 +14,20 @@ Generation equals `HFLM.generate_until` with a batch of one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jax_selftrain import hub
 from jax_selftrain.config import SampleConfig, yaml_io
 from jax_selftrain.errors import InputError
-from jax_selftrain.likelihood.engine import Likelihood, LoglikelihoodRequest, check_finite, loglikelihoods
+from jax_selftrain.likelihood.engine import (
+    Likelihood,
+    LoglikelihoodFn,
+    LoglikelihoodRequest,
+    check_finite,
+    loglikelihoods,
+)
 from jax_selftrain.likelihood.tokenize import check_tokenizer, encode_pairs, rolling_windows, start_token
 from jax_selftrain.sampling.generate import PROMPT_TOKENS, StopCriterion, generate
 from jax_selftrain.sampling.sampling_params import SamplingParams, make_sampling_params
@@ -43,10 +49,6 @@ if TYPE_CHECKING:
 MAX_GEN_TOKS = 256
 """Default of `HFLM.max_gen_toks`."""
 _GENERATION = frozenset({"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "min_p"})
-
-
-LoglikelihoodFn = Callable[[Sequence[LoglikelihoodRequest]], list[Likelihood]]
-"""Function that scores requests, in their order."""
 
 
 class AnsweredInstance(NamedTuple):

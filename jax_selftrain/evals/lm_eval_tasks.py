@@ -29,12 +29,13 @@ from jax_selftrain.config import yaml_io
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.item_results import ITEMS, REQUESTS, log_odds
 from jax_selftrain.io.manifest import hash_json
+from jax_selftrain.likelihood.engine import LoglikelihoodFn
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks.manager import TaskDict
 
-    from jax_selftrain.evals.lm_eval_adapter import AnsweredInstance, LoglikelihoodFn
+    from jax_selftrain.evals.lm_eval_adapter import AnsweredInstance
 
 SUITES: dict[str, tuple[str, ...]] = {
     "pythia": ("lambada_openai", "piqa", "winogrande", "wsc", "arc_easy", "arc_challenge", "sciq", "logiqa"),

@@ -29,22 +29,10 @@ from jax_selftrain.evals.perplexity import TextFile, TokenizedText, encode_text,
 from jax_selftrain.evals.result_files import output_paths, write_results
 from jax_selftrain.evals.tasks import Task, load_tasks, task_metrics
 from jax_selftrain.io.manifest import sha256_file
-from jax_selftrain.likelihood.engine import LoglikelihoodRequest, check_finite, loglikelihoods
+from jax_selftrain.likelihood.engine import LoglikelihoodFn, LoglikelihoodRequest, check_finite
 from jax_selftrain.likelihood.resumable import PartialResults, loglikelihoods_resumable, process_local_if_possible
 from jax_selftrain.likelihood.tokenize import check_tokenizer, encode_pairs, rolling_windows, start_token
 from jax_selftrain.version import versions
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Results of `score_requests`."""
-
-    tasks: dict[str, dict[str, Any]]
-    texts: dict[str, dict[str, Any]]
-    requests: pa.Table
-    """Table `item_results.REQUESTS`."""
-    items: pa.Table
-    """Table `item_results.ITEMS`."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +60,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
       InputError: nothing to score, an input that cannot be read or does not fit the model, NaN.
     """
     yaml_io.require(config)
-    check_positive(
-        batch_tokens=config.batch_tokens,
-        limit=config.limit,
-        text_limit=config.text_limit,
-        text_max_tokens=config.text_max_tokens,
-    )
+    check_positive(config, "batch_tokens", "limit", "text_limit", "text_max_tokens")
     if not config.tasks and not config.texts:
         raise InputError("nothing to score: name task files with --tasks, or text files with --texts")
     output_paths(config.out)
@@ -91,9 +74,10 @@ def _score(config: ScoreConfig, mesh: Mesh) -> dict[str, Any]:
     references, names = split_names(config.tasks)
     tasks, texts = load_tasks(references, config.limit), load_texts(config.texts, config.text_limit)
     files = paths_by_name(tasks, texts)
-    lm_eval_tasks = (
-        load_lm_eval_tasks(names, files, folder=config.task_folder, num_fewshot=config.num_fewshot) if names else None
-    )
+    named_tasks = None
+    if names:
+        named_tasks = load_lm_eval_tasks(names, files, folder=config.task_folder, num_fewshot=config.num_fewshot)
+    hashes = {name: sha256_file(path) for name, path in files.items()}
     model = hub.load_model(config.model, mesh, config.dtype, preset=config.preset)
     check_tokenizer(model)
     loaded = time.monotonic()
@@ -101,33 +85,22 @@ def _score(config: ScoreConfig, mesh: Mesh) -> dict[str, Any]:
     loglikelihood_fn = partial(loglikelihoods_resumable, model, parts=parts, batch_tokens=config.batch_tokens)
     try:
         request_set = build_requests(model, tasks, texts, text_max_tokens=config.text_max_tokens)
-        evaluation = score_requests(model, request_set, batch_tokens=config.batch_tokens, parts=parts)
-        named: dict[str, Any] = {}
-        named_tables: dict[str, pa.Table] = {}
-        if lm_eval_tasks is not None:
+        entries, tables = score_requests(request_set, loglikelihood_fn)
+        if named_tasks is not None:
             named, named_tables = evaluate_tasks(
-                model, lm_eval_tasks, limit=config.limit, loglikelihood_fn=loglikelihood_fn
+                model, named_tasks, limit=config.limit, loglikelihood_fn=loglikelihood_fn
             )
+            entries |= named | {"tasks": entries["tasks"] | named["tasks"]}
+            hashes |= {name: task["requests"] for name, task in named["harness"]["tasks"].items()}
+            for name, table in named_tables.items():
+                tables[name] = pa.concat_tables([tables[name], table]) if name in tables else table
     except InputError:  # the model cannot be scored, so its partial results are useless
         parts.finish()
         raise
-    tables = {"requests": evaluation.requests, "items": evaluation.items}
-    for name, table in named_tables.items():
-        tables[name] = pa.concat_tables([tables[name], table]) if name in tables else table
-    requests = {name: task["requests"] for name, task in named["harness"]["tasks"].items()} if named else {}
-    result: dict[str, Any] = {
-        "model": config.model,
-        "texts": evaluation.texts,
-        **named,
-        "tasks": evaluation.tasks | named.get("tasks", {}),
-        "fingerprints": {
-            "model": model.source.fingerprint,
-            "tokenizer": model.source.tokenizer_fingerprint,
-            "files": {name: sha256_file(path) for name, path in files.items()} | requests,
-            "items": hash_items(tables["items"]),
-        },
-        "versions": versions(),
-    }
+    source = model.source
+    fingerprints = {"model": source.fingerprint, "tokenizer": source.tokenizer_fingerprint, "files": hashes}
+    fingerprints["items"] = hash_items(tables["items"])
+    result = {"model": config.model, **entries, "fingerprints": fingerprints, "versions": versions()}
     timings = {"load_seconds": loaded - started, "score_seconds": time.monotonic() - loaded, **parts.counts()}
     parts.finish(lambda: write_results(config.out, config, result, tables, timings))
     return result
@@ -175,41 +148,33 @@ def build_requests(
 
 
 def score_requests(
-    model: hub.LoadedModel,
-    request_set: RequestSet,
-    *,
-    batch_tokens: int | None = None,
-    parts: PartialResults | None = None,
-) -> Evaluation:
-    """Score a request set with a model in memory.
+    request_set: RequestSet, loglikelihood_fn: LoglikelihoodFn
+) -> tuple[dict[str, Any], dict[str, pa.Table]]:
+    """Score a request set.
 
     Args:
-      model: with the tokenizer of the requests.
       request_set: from `build_requests`.
-      batch_tokens: token positions in one device batch; None: see `loglikelihoods`.
-      parts: keeps partial results, so that an interruption costs little.
+      loglikelihood_fn: scores the requests with a model that has their tokenizer.
+
+    Returns:
+      Entries of `FILE.json`: `tasks` and `texts`, the metrics by name. Tables: `requests` and `items`
+      (`item_results.REQUESTS`, `ITEMS`).
 
     Raises:
       InputError: a log-likelihood is not a finite number.
     """
-    if parts is None:
-        likelihoods = loglikelihoods(model, request_set.requests, batch_tokens=batch_tokens)
-    else:
-        likelihoods = loglikelihoods_resumable(model, request_set.requests, parts, batch_tokens=batch_tokens)
+    likelihoods = loglikelihood_fn(request_set.requests)
     labels = (f"{task}, document {doc}, choice {i}" for task, doc, i in request_set.index)
     check_finite((likelihood.loglikelihood for likelihood in likelihoods), labels)
     rows = ((*index, *likelihood) for index, likelihood in zip(request_set.index, likelihoods, strict=True))
     requests = pa.Table.from_pylist([dict(zip(REQUESTS.names, row, strict=True)) for row in rows], schema=REQUESTS)
     items = tabulate_items(request_set.tasks, request_set.texts, requests)
-    return Evaluation(
-        tasks={task.name: task_metrics(select_items(items, task.name)) for task in request_set.tasks},
-        texts={
-            name: perplexity_metrics(select_items(items, name), [document.words for document in documents])
-            for name, documents in request_set.texts.items()
-        },
-        requests=requests,
-        items=items,
-    )
+    tasks = {task.name: task_metrics(select_items(items, task.name)) for task in request_set.tasks}
+    texts = {
+        name: perplexity_metrics(select_items(items, name), [document.words for document in documents])
+        for name, documents in request_set.texts.items()
+    }
+    return {"tasks": tasks, "texts": texts}, {"requests": requests, "items": items}
 
 
 def paths_by_name(tasks: Sequence[Task], texts: Sequence[TextFile]) -> dict[str, Path]:
@@ -226,13 +191,14 @@ def paths_by_name(tasks: Sequence[Task], texts: Sequence[TextFile]) -> dict[str,
     return files
 
 
-def check_positive(**options: int | None) -> None:
-    """Refuse options below one; names are those of the config fields.
+def check_positive(config: Any, *names: str) -> None:
+    """Refuse options below one.
 
     Raises:
       InputError: names the option.
     """
-    for name, value in options.items():
+    for name in names:
+        value = getattr(config, name)
         if value is not None and value < 1:
             raise InputError(f"{yaml_io.flag(name)} is {value}; it must be at least 1")
 

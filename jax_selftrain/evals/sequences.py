@@ -153,7 +153,11 @@ def _read(
     """Return sequences, start of the window, and labels for errors."""
     files, path = _files(reference), Path(reference)
     if files[0].suffix == ".npy":
-        arrays = [_read_npy(file)[:limit] for file in files]
+        arrays = [load_npy(file)[:limit] for file in files]
+        for file, array in zip(files, arrays, strict=True):
+            if array.ndim != 2:
+                found = f"{array.dtype} {list(array.shape)}"
+                raise InputError(f"{file}: must be an integer array [sequences, tokens], not {found}")
         if len({len(array) for array in arrays}) > 1:
             first, second = map(len, arrays)
             raise InputError(f"{reference}: {first} prefixes and {second} suffixes; these must be of one set")
@@ -279,13 +283,6 @@ def _get_tokens(where: str, row: dict[str, Any], tokenizer: Callable[[], Any]) -
     if isinstance(row.get("text"), str):
         return tokenizer().encode(row["text"], add_special_tokens=False)
     raise InputError(f"{where}: neither `tokens` nor `text`")
-
-
-def _read_npy(path: Path) -> np.ndarray:
-    array = load_npy(path)
-    if array.ndim != 2:
-        raise InputError(f"{path}: must be an integer array [sequences, tokens], not {array.dtype} {list(array.shape)}")
-    return array
 
 
 def load_npy(path: str | Path) -> np.ndarray:

@@ -63,6 +63,8 @@ class Likelihood(NamedTuple):
 
 Unit = TypeVar("Unit")
 Requests = Sequence[LoglikelihoodRequest | tuple[Sequence[int], Sequence[int]]]
+LoglikelihoodFn = Callable[[Sequence[LoglikelihoodRequest]], list[Likelihood]]
+"""Function that scores requests, in their order."""
 
 
 def loglikelihoods(model: hub.LoadedModel, requests: Requests, *, batch_tokens: int | None = None) -> list[Likelihood]:
@@ -146,20 +148,20 @@ def run_batches(
         yield running[0], _gather_likelihoods(*running)
 
 
-def batch_program(
-    config: DecoderConfig, rules: ShardingRules, dtype: DTypeLike, batch_tokens: int | None, length: int
-) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
-    """Return the program of a unit with one batch, at worst.
+def scoring_program(config: ScoreConfig, mesh: Mesh) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
+    """Return the largest program of scoring.
 
-    All tokens are different, and all positions are query positions.
+    It runs a unit of one batch of the longest rows; all tokens are different, and all positions are query positions.
+    Scoring compiles its three parts separately. Only the model's config is read.
 
     Returns:
       Function, abstract arguments with shardings, indices of donated arguments.
     """
-    rows, slots = batch_rows(rules, length, batch_tokens), buffer_size(rules, config.max_positions, batch_tokens)
-    params = abstract_params(config, dtype, rules)
-    devices = rules.data_parallelism
-    capacity = unique_token_capacity(config.vocab_size, min(config.vocab_size, rows // devices * length))
+    decoder, dtype = hub.open_model(config.model).config, jnp.dtype(config.dtype)
+    rules, length = make_sharding_rules(config.preset, mesh, axis_sizes(decoder)), decoder.max_positions
+    devices, rows = rules.data_parallelism, batch_rows(rules, length, config.batch_tokens)
+    slots = buffer_size(rules, length, config.batch_tokens)
+    capacity = unique_token_capacity(decoder.vocab_size, min(decoder.vocab_size, rows // devices * length))
 
     def array(*shape: int, dtype: DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
         axes = ("batch", *[None] * (len(shape) - 1)) if shape else ()
@@ -167,29 +169,18 @@ def batch_program(
 
     def score_batch(params: Params, buffer: jax.Array, table: Precomputed, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         *batch, unique_tokens, targets, num_chunks = arrays
-        table = precompute(
-            config, rules, params, table, unique_tokens, num_chunks, PROJECTION_CHUNK, compute_dtype=dtype
-        )
-        buffer = encode_batch(config, rules, dtype, params, buffer, table, *batch)
-        return score_buffer(config, rules, dtype, params, buffer, targets, num_chunks)
+        unique = (unique_tokens, num_chunks, PROJECTION_CHUNK)
+        table = precompute(decoder, rules, params, table, *unique, compute_dtype=dtype)
+        buffer = encode_batch(decoder, rules, dtype, params, buffer, table, *batch)
+        return score_buffer(decoder, rules, dtype, params, buffer, targets, num_chunks)
 
-    with mesh_context(rules.mesh):
-        precomputed = abstract_precomputed(config, rules, params, capacity, dtype)
-    buffer = array(devices, slots, config.hidden_size, dtype=jnp.float32)
+    params = abstract_params(decoder, dtype, rules)
+    with mesh_context(mesh):
+        precomputed = abstract_precomputed(decoder, rules, params, capacity, dtype)
+    buffer = array(devices, slots, decoder.hidden_size, dtype=jnp.float32)
     batch = [*[array(rows, length)] * 4, array(devices, slots)]
     unit = (array(devices, capacity), array(devices, slots, MAX_TARGETS), array())
     return score_batch, (params, buffer, precomputed, *batch, *unit), ()
-
-
-def scoring_program(config: ScoreConfig, mesh: Mesh) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
-    """Return the largest program of scoring; see `batch_program`.
-
-    It encodes a batch of the longest rows and projects the buffer; scoring compiles the two separately. Only the
-    model's config is read.
-    """
-    decoder = hub.open_model(config.model).config
-    rules = make_sharding_rules(config.preset, mesh, axis_sizes(decoder))
-    return batch_program(decoder, rules, jnp.dtype(config.dtype), config.batch_tokens, decoder.max_positions)
 
 
 @cache

@@ -49,21 +49,16 @@ class PartialResults:
 
     folder: Path
     """Removed by `finish`; it must hold nothing else."""
-    num_requests: int = 0
-    num_unique: int = 0
-    num_computed: int = 0
+    requests: int = 0
+    unique_requests: int = 0
+    computed_requests: int = 0
     """Number of unique requests that this process computed."""
-    units: Counter[str] = field(default_factory=Counter)
+    units_by_process: Counter[str] = field(default_factory=Counter)
     """Number of units by the process that computed them, in this or an earlier attempt."""
 
     def counts(self) -> dict[str, Any]:
         """Return the counts for `FILE.timings.json`."""
-        return {
-            "requests": self.num_requests,
-            "unique_requests": self.num_unique,
-            "computed_requests": self.num_computed,
-            "units_by_process": dict(sorted(self.units.items())),
-        }
+        return {name: value for name, value in vars(self).items() if name != "folder"}
 
     def open(self, key: str) -> Path:
         """Create the folder of a cache key, which must identify all inputs."""
@@ -108,8 +103,8 @@ def loglikelihoods_resumable(
     """
     unique, index = deduplicate(model.config, requests)
     units = plan_units(model.sharding_rules, model.config, unique, batch_tokens)
-    parts.num_requests += len(requests)
-    parts.num_unique += len(unique)
+    parts.requests += len(requests)
+    parts.unique_requests += len(unique)
     if not units:
         return []
     digest = hashlib.sha256()
@@ -170,7 +165,7 @@ def compute_units(
 
         for i, table in compute(claimed_units()):
             with held.pop(i):
-                parts.num_computed += len(units[i])
+                parts.computed_requests += len(units[i])
                 if not is_shared or jax.process_index() == 0:
                     _save(files[i], table.add_column(0, "item", pa.array(units[i], pa.int64())))
 
@@ -225,5 +220,5 @@ def _load(path: Path, items: Sequence[int], parts: PartialResults) -> pa.Table:
         raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())}); {remedy}") from error
     if "item" not in table.column_names or table["item"].to_pylist() != list(items):
         raise InputError(f"{path}: does not hold the results of its unit; {remedy}")
-    parts.units[(table.schema.metadata or {}).get(_PROCESS, b"?").decode()] += 1
+    parts.units_by_process[(table.schema.metadata or {}).get(_PROCESS, b"?").decode()] += 1
     return table.replace_schema_metadata(None)

@@ -18,12 +18,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jax_selftrain import evals, hub, training
+from jax_selftrain import evals, hub, likelihood, training
 from jax_selftrain.config import ExtractConfig, ScoreConfig, TrainConfig, yaml_io
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import LoadedModel
@@ -59,9 +60,9 @@ def evaluation_hooks(config: TrainConfig) -> list[Hook]:
 
     def measure(step: int, model: LoadedModel) -> dict[str, float]:
         model = replace(model, compute_dtype=np.dtype(config.dtype))
-        scored = evals.score_requests(model, requests)
-        found = {f"{text.name}/nll": scored.texts[text.name]["nll"] for text in texts}
-        found |= {f"{task.name}/acc": scored.tasks[task.name]["acc"] for task in tasks}
+        scored, _ = evals.score_requests(requests, partial(likelihood.loglikelihoods, model))
+        found = {f"{text.name}/nll": scored["texts"][text.name]["nll"] for text in texts}
+        found |= {f"{task.name}/acc": scored["tasks"][task.name]["acc"] for task in tasks}
         for name, rows in sequences.items():
             forced = evals.extraction_metrics(model, rows, config.eval_prefix, greedy_decode=False)
             found[f"{name}/exact_match"] = float(forced["exact_match"].mean())

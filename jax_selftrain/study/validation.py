@@ -50,8 +50,7 @@ def check_study(config: StudyConfig, read_corpus: Callable[[str], Corpus] = open
     _check_memorization(config)
     check_claims(config)
     score = config.score
-    check_positive(batch_tokens=score.batch_tokens, limit=score.limit)
-    check_positive(text_limit=score.text_limit, text_max_tokens=score.text_max_tokens)
+    check_positive(score, "batch_tokens", "limit", "text_limit", "text_max_tokens")
     evals.paths_by_name(evals.load_tasks(score.tasks, score.limit), evals.load_texts(score.texts, score.text_limit))
     for ref in models.values():
         _ = hub.open_model(ref).fingerprint

@@ -3,6 +3,7 @@
 import json
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from jax_selftrain.config import ScoreConfig, yaml_io
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals import build_requests, load_tasks, load_texts, score, score_requests
 from jax_selftrain.evals.item_results import REQUESTS
+from jax_selftrain.likelihood import loglikelihoods
 
 
 def evaluate(model, tasks=(), texts=(), **options):
-    return score_requests(model, build_requests(model, tasks, texts, **options))
+    return score_requests(build_requests(model, tasks, texts, **options), partial(loglikelihoods, model))[0]
 
 
 @pytest.fixture
@@ -304,7 +306,7 @@ def torch_nll(stories260k):
 
 def test_blimp_accuracy_of_a_trained_model_equals_an_independent_one(data_dir, stories_model, torch_nll):
     file = data_dir / "benchmarks/blimp/anaphor_gender_agreement.jsonl"
-    found = evaluate(stories_model, load_tasks([str(file)], limit=60)).tasks["anaphor_gender_agreement"]
+    found = evaluate(stories_model, load_tasks([str(file)], limit=60))["tasks"]["anaphor_gender_agreement"]
     right = []
     for line in file.read_text().splitlines()[:60]:
         row = json.loads(line)
@@ -319,7 +321,7 @@ def test_blimp_accuracy_of_a_trained_model_equals_an_independent_one(data_dir, s
 
 def test_perplexity_of_a_trained_model_equals_an_independent_one(data_dir, stories_model, torch_nll):
     file = data_dir / "tinystories/heldout.jsonl"
-    found = evaluate(stories_model, texts=load_texts([str(file)], 12), text_max_tokens=320).texts["heldout"]
+    found = evaluate(stories_model, texts=load_texts([str(file)], 12), text_max_tokens=320)["texts"]["heldout"]
     tokens = [
         [1, *stories_model.tokenizer.encode(json.loads(line)["text"], add_special_tokens=False)][:321]
         for line in file.read_text().splitlines()[:12]
@@ -338,6 +340,6 @@ def test_stories260k_has_its_known_loss(data_dir, stories_model):
     stories are 0.012 and 0.011.)
     """
     (file,) = load_texts([str(data_dir / "tinystories/train.jsonl")], 400)
-    found = evaluate(stories_model, texts=[file], text_max_tokens=320).texts["train"]
+    found = evaluate(stories_model, texts=[file], text_max_tokens=320)["texts"]["train"]
     assert (found["n"], found["tokens"]) == (400, 120859)
     assert found["nll"] == pytest.approx(1.27248, abs=2e-5)  # the figure to five places, by transformers

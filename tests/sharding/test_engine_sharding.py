@@ -18,7 +18,7 @@ from jax_selftrain.likelihood.batching import (
     plan_units,
 )
 from jax_selftrain.likelihood.device_programs import logprobs_and_argmax
-from jax_selftrain.likelihood.engine import batch_program, deduplicate
+from jax_selftrain.likelihood.engine import deduplicate
 from jax_selftrain.models import axis_sizes
 
 
@@ -118,7 +118,7 @@ def test_the_argmax_of_equal_logits_is_the_lowest_id_and_large_logits_stay_finit
     with mesh_context(rules.mesh):
         logits = shard_host_array(rules, np.array([values], np.float32), ("batch", None, "vocab"))
         wanted = shard_host_array(rules, np.array([targets], np.int32), ("batch", None, None))
-        logprobs, best = jax.jit(logprobs_and_argmax, static_argnums=0)(rules, logits, wanted)
+        logprobs, best = jax.jit(logprobs_and_argmax)(logits, wanted)
     assert best.tolist() == [[1, 0]]
     expected = jax.nn.log_softmax(jnp.array(values))[jnp.array([[0], [1]]), jnp.array(targets)]
     np.testing.assert_allclose(np.asarray(logprobs)[0], expected, rtol=1e-6)
@@ -140,7 +140,8 @@ def test_the_program_compiles_without_weights_and_never_holds_all_logits(tiny_mo
 
 def test_the_engine_runs_the_program_that_it_plans(load):
     model = load("llama", "data=2")
-    function, arguments, _ = batch_program(model.config, model.sharding_rules, model.compute_dtype, BATCH, 64)
+    config = ScoreConfig(model=model.source.ref, batch_tokens=BATCH)
+    function, arguments, _ = scoring_program(config, model.sharding_rules.mesh)
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), arguments[0])
     assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), model.params)
     assert make_sharding_rules("tensor", model.sharding_rules.mesh, axis_sizes(model.config)) == model.sharding_rules
