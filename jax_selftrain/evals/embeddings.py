@@ -20,6 +20,7 @@ from jax_selftrain.distributed.mesh import mesh_context
 from jax_selftrain.distributed.sharding import ShardingRules, shard_host_array
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import LoadedModel
+from jax_selftrain.likelihood.tokenize import check_tokenizer
 from jax_selftrain.models import DecoderConfig, Params, forward
 
 BUCKETS = (32, 128, 512)
@@ -38,8 +39,7 @@ def embed_texts(model: LoadedModel, texts: Sequence[str]) -> Float[np.ndarray, "
     Raises:
       InputError: the model has no tokenizer, or an embedding is zero or not finite.
     """
-    if model.tokenizer is None:
-        raise InputError(f"{model.source.ref}: has no tokenizer, so it cannot embed texts")
+    check_tokenizer(model)
     if not texts:
         return np.zeros((0, model.config.hidden_size), np.float32)
     longest, rules = min(BUCKETS[-1], model.config.max_positions), model.sharding_rules

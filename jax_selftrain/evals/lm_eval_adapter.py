@@ -14,8 +14,9 @@ Generation equals `HFLM.generate_until` with a batch of one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jax_selftrain import hub
@@ -170,10 +171,8 @@ class HarnessLM(TemplateLM):
                     f"{_describe(instance)}: {instance.args[1][:60]!r} has {len(request.continuation)} tokens after "
                     f"its context; the model can score 1 to {self.max_length}"
                 )
-        likelihoods = self._score(tokenized, map(_describe, requests))
-        answers = [(likelihood.loglikelihood, likelihood.is_greedy) for likelihood in likelihoods]
-        for instance, likelihood, answer in zip(requests, likelihoods, answers, strict=True):
-            self.answered.append(AnsweredInstance(instance, [likelihood]))
+        answers = [likelihood[:2] for (likelihood,) in self._score(requests, [[request] for request in tokenized])]
+        for instance, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", instance.args, answer)
         return answers
 
@@ -181,25 +180,18 @@ class HarnessLM(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """Score tokenized requests (texts, context, continuation)."""
-        tokenized = [LoglikelihoodRequest(context, continuation) for _, context, continuation in requests]
-        likelihoods = self._score(tokenized, (f"request {i}" for i in range(len(tokenized))))
-        return [(likelihood.loglikelihood, likelihood.is_greedy) for likelihood in likelihoods]
+        likelihoods = self._loglikelihoods([LoglikelihoodRequest(*tokens) for _, *tokens in requests])
+        check_finite((one.loglikelihood for one in likelihoods), (f"request {i}" for i in range(len(requests))))
+        return [likelihood[:2] for likelihood in likelihoods]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood (nats) of each text, in rolling windows."""
-        windows: list[list[LoglikelihoodRequest]] = []
-        for instance in requests:
-            (text,) = instance.args
-            windows.append(list(rolling_windows(self.tok_encode(text), self.prefix_token_id, self.max_length)))
-        tokenized = [window for text in windows for window in text]
-        labels = (_describe(instance) for instance, text in zip(requests, windows, strict=True) for _ in text)
-        likelihoods = iter(self._score(tokenized, labels))
-        totals = []
-        for instance, text in zip(requests, windows, strict=True):
-            scores = [next(likelihoods) for _ in text]
-            totals.append(math.fsum(window.loglikelihood for window in scores))
-            self.answered.append(AnsweredInstance(instance, scores))
-            self.cache_hook.add_partial("loglikelihood_rolling", instance.args, totals[-1])
+        texts = (self.tok_encode(instance.args[0]) for instance in requests)
+        windows = [list(rolling_windows(text, self.prefix_token_id, self.max_length)) for text in texts]
+        scores = self._score(requests, windows)
+        totals = [math.fsum(window.loglikelihood for window in text) for text in scores]
+        for instance, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", instance.args, total)
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -250,9 +242,16 @@ class HarnessLM(TemplateLM):
         special = not (bos is not None and text.startswith(bos))
         return list(self.tokenizer.encode(text, add_special_tokens=special)) or [self.prefix_token_id]
 
-    def _score(self, requests: Sequence[LoglikelihoodRequest], labels: Iterable[str]) -> list[Likelihood]:
-        likelihoods = self._loglikelihoods(requests)
-        check_finite((likelihood.loglikelihood for likelihood in likelihoods), labels)
+    def _score(
+        self, instances: Sequence[Instance], requests: Sequence[Sequence[LoglikelihoodRequest]]
+    ) -> list[list[Likelihood]]:
+        """Score and record the requests of each instance."""
+        found = self._loglikelihoods([request for group in requests for request in group])
+        labels = (_describe(one) for one, group in zip(instances, requests, strict=True) for _ in group)
+        check_finite((likelihood.loglikelihood for likelihood in found), labels)
+        remaining = iter(found)
+        likelihoods = [list(islice(remaining, len(group))) for group in requests]
+        self.answered += map(AnsweredInstance, instances, likelihoods)
         return likelihoods
 
 

@@ -60,15 +60,6 @@ class PartialResults:
         """Return the counts for `FILE.timings.json`."""
         return {name: value for name, value in vars(self).items() if name != "folder"}
 
-    def open(self, key: str) -> Path:
-        """Create the folder of a cache key, which must identify all inputs."""
-        # The file may remain from an attempt that was interrupted at its very end.
-        self.ready_file(jax.process_index()).unlink(missing_ok=True)
-        folder = self.folder / key
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic.remove_stale_temp_files(folder)
-        return folder
-
     def finish(self, write: Callable[[], None] = lambda: None) -> None:
         """Write the results on one process and remove the folder.
 
@@ -151,9 +142,23 @@ def compute_units(
     Raises:
       InputError: a file in the folder is damaged.
     """
-    folder = parts.open(hash_json({**inputs, "units": list(map(list, units)), **_environment(model)})[:16])
+    rules = model.sharding_rules
+    environment = {
+        "model": model.source.fingerprint,
+        "dtype": model.compute_dtype.name,
+        "mesh": dict(rules.mesh.shape),
+        "rules": dict(rules.logical_to_mesh),
+        "device": rules.mesh.devices.flat[0].device_kind,
+        "versions": versions(),
+    }
+    folder = parts.folder / hash_json({**inputs, "units": list(map(list, units)), **environment})[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic.remove_stale_temp_files(folder)
+    # The file may remain from an attempt that was interrupted at its very end.
+    parts.ready_file(jax.process_index()).unlink(missing_ok=True)
     files = [folder / f"unit-{i:06d}.parquet" for i in range(len(units))]
-    is_shared = spans_processes(model.sharding_rules.mesh)
+    is_shared = spans_processes(rules.mesh)
+    process = {_PROCESS: str(jax.process_index()).encode()}
 
     def run_claimed(claims: Iterator[tuple[int, ExitStack]]) -> None:
         held: dict[int, ExitStack] = {}
@@ -167,7 +172,9 @@ def compute_units(
             with held.pop(i):
                 parts.computed_requests += len(units[i])
                 if not is_shared or jax.process_index() == 0:
-                    _save(files[i], table.add_column(0, "item", pa.array(units[i], pa.int64())))
+                    table = table.add_column(0, "item", pa.array(units[i], pa.int64()))
+                    with atomic.commit_file(files[i]) as temp:
+                        pq.write_table(table.replace_schema_metadata(process), temp, write_page_checksum=True)
 
     run_missing(
         range(len(units)),
@@ -189,26 +196,6 @@ def spans_processes(mesh: Mesh) -> bool:
 def process_local_if_possible(mesh: Mesh) -> AbstractContextManager[None]:
     """Tolerate the loss of other processes if the mesh is local."""
     return nullcontext() if spans_processes(mesh) else process_local(mesh)
-
-
-def _environment(model: hub.LoadedModel) -> dict[str, Any]:
-    """Return the model and the execution settings that determine the last bits."""
-    rules = model.sharding_rules
-    return {
-        "model": model.source.fingerprint,
-        "dtype": model.compute_dtype.name,
-        "mesh": dict(rules.mesh.shape),
-        "rules": dict(rules.logical_to_mesh),
-        "device": rules.mesh.devices.flat[0].device_kind,
-        "versions": versions(),
-    }
-
-
-def _save(path: Path, table: pa.Table) -> None:
-    """Commit the results of a unit with page checksums and process index."""
-    signed = table.replace_schema_metadata({_PROCESS: str(jax.process_index()).encode()})
-    with atomic.commit_file(path) as temp:
-        pq.write_table(signed, temp, write_page_checksum=True)
 
 
 def _load(path: Path, items: Sequence[int], parts: PartialResults) -> pa.Table:

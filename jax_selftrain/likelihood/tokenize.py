@@ -27,7 +27,7 @@ def check_tokenizer(model: hub.LoadedModel) -> None:
       InputError: says what to add.
     """
     if model.tokenizer is None:
-        raise InputError(f"{model.source.ref}: has no tokenizer, so texts cannot be scored; add tokenizer.json")
+        raise InputError(f"{model.source.ref}: has no tokenizer, so it cannot read texts; add tokenizer.json")
 
 
 def start_token(model: hub.LoadedModel | hub.ModelRef) -> int:
