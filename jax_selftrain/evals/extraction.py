@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -215,17 +216,14 @@ def load_extraction_sets(config: ExtractConfig) -> tuple[ExtractionSet, Extracti
                 "another text; choose a model with the same tokenizer"
             )
 
-    def load(reference: str, duplicates: str = "") -> ExtractionSet:
-        return load_sequences(
-            reference,
-            window,
-            vocab_size=min(model.config.vocab_size for model in models.values()),
-            limit=config.limit,
-            tokenizer=lambda: models["model"].tokenizer,
-            duplicates=duplicates,
-        )
-
-    sequences = load(config.sequences, config.duplicate_counts)
+    load = partial(
+        load_sequences,
+        window=window,
+        vocab_size=min(model.config.vocab_size for model in models.values()),
+        limit=config.limit,
+        tokenizer=lambda: models["model"].tokenizer,
+    )
+    sequences = load(config.sequences, duplicates=config.duplicate_counts)
     return sequences, load(config.control_sequences) if config.control_sequences else None
 
 

@@ -192,7 +192,11 @@ def _files(reference: str) -> list[Path]:
         return [path]
     first, colon, second = reference.partition(":")
     if second.endswith(".npy"):
-        return [_existing(Path(first)), _existing(Path(second))]
+        pair = [Path(first), Path(second)]
+        for file in pair:
+            if not file.is_file():
+                raise InputError(f"{file}: no such file")
+        return pair
     folder, split = (Path(first), second) if colon else (path, "")
     if not folder.is_dir():
         raise InputError(f"{reference}: no such file or folder")
@@ -217,12 +221,6 @@ def _files(reference: str) -> list[Path]:
             f"{folder}: holds the splits {', '.join(sorted(set(splits.values())))}; name one of them as {folder}:SPLIT"
         )
     return tables
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    return path
 
 
 def _flatten_tokens(where: str, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
@@ -256,13 +254,19 @@ def _read_jsonl_table(path: Path, limit: int | None, tokenizer: Callable[[], Any
     optional: dict[str, list[int]] = {"index": [], "duplicates": []}
     tokenizer = functools.cache(tokenizer)
     for where, row in read_jsonl(path, limit):
+        if "tokens" not in row and not isinstance(row.get("text"), str):
+            raise InputError(f"{where}: neither `tokens` nor `text`")
+        tokens = row["tokens"] if "tokens" in row else tokenizer().encode(row["text"], add_special_tokens=False)
+        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+            raise InputError(f"{where}: `tokens` must be a list of whole numbers")
+        if any(abs(token) >= 2**31 for token in tokens):
+            raise InputError(f"{where}: a token id does not fit 32 bits")
         labels.append(where)
-        rows.append(_get_tokens(where, row, tokenizer))
-        for name, values in optional.items():
-            if name in row:
-                if type(row[name]) is not int or abs(row[name]) >= 2**63:
-                    raise InputError(f"{where}: `{name}` must be a whole number")
-                values.append(row[name])
+        rows.append(tokens)
+        for name in optional.keys() & row.keys():
+            if type(row[name]) is not int or abs(row[name]) >= 2**63:
+                raise InputError(f"{where}: `{name}` must be a whole number")
+            optional[name].append(row[name])
     for name, values in optional.items():
         if values and len(values) != len(rows):
             raise InputError(
@@ -270,19 +274,6 @@ def _read_jsonl_table(path: Path, limit: int | None, tokenizer: Callable[[], Any
             )
     columns = {name: pa.array(values, pa.int64()) for name, values in optional.items() if values}
     return pa.table({"tokens": pa.array(rows, pa.list_(pa.int64())), **columns}), labels
-
-
-def _get_tokens(where: str, row: dict[str, Any], tokenizer: Callable[[], Any]) -> list[int]:
-    if "tokens" in row:
-        tokens = row["tokens"]
-        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
-            raise InputError(f"{where}: `tokens` must be a list of whole numbers")
-        if any(abs(token) >= 2**31 for token in tokens):
-            raise InputError(f"{where}: a token id does not fit 32 bits")
-        return tokens
-    if isinstance(row.get("text"), str):
-        return tokenizer().encode(row["text"], add_special_tokens=False)
-    raise InputError(f"{where}: neither `tokens` nor `text`")
 
 
 def load_npy(path: str | Path) -> np.ndarray:
