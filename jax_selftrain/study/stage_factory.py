@@ -209,7 +209,7 @@ class StageFactory:
         )
         evaluated = [self._hash(file) for file in (*options.eval_texts, *options.eval_tasks)]
         if options.eval_sequences:
-            evaluated.append(evals.sequences_fingerprint(options.eval_sequences))
+            evaluated.append(self._hash_sequences(options.eval_sequences))
         stage = Stage(
             "train",
             f"train {start.label} on: {on[-1].label}" + (f" ({arm.name})" if arm.name else ""),
