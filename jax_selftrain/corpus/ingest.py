@@ -201,7 +201,7 @@ def _open_dataset(name: str | Path, config: ImportCorpusConfig) -> TextStream:
     function = "load_from_disk" if isinstance(name, Path) else "load_dataset"
     try:
         if isinstance(name, Path):
-            found = datasets.load_from_disk(str(name))
+            found: Any = datasets.load_from_disk(str(name))
         else:
             path, _, subset = name.partition(":")
             found = datasets.load_dataset(path, subset or None, split=config.split)

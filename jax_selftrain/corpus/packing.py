@@ -14,7 +14,7 @@ tokens[:, t+1] with weights[:, t]. Every corpus token is predicted once:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ from jax_selftrain.io.manifest import folder_manifest, verify_checksums
 
 _ARRAYS = {"tokens": np.int32, "segments": np.int32, "positions": np.int32, "weights": np.float32}
 _BLOCK_TOKENS = 1 << 20  # tokens of a block of rows: bounded memory, vectorized work
+
+MakeRows = Callable[[int, int], dict[str, np.ndarray]]
+"""Function (a, b) that makes rows a … b−1 of every array."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,9 +80,9 @@ def build_packed_rows(corpus: Corpus, folder: atomic.PathLike, seq_len: int, pac
         "packing": packing,
     }
     if not _is_current(folder, wanted):
-        pieces, statistics = _split_documents(corpus, seq_len, packing)
+        statistics, make_rows = _plan_rows(corpus, seq_len, packing)
         with atomic.commit_folder(folder, overwrite=True) as temp:
-            _write_arrays(pieces, temp, statistics["rows"], seq_len)
+            _write_arrays(make_rows, temp, statistics["rows"], seq_len)
             facts = {**wanted, "statistics": statistics, "files": folder_manifest(temp)}
             atomic.write_json(temp / "rows.json", facts)
     maps = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
@@ -98,30 +101,11 @@ def _is_current(folder: Path, wanted: Mapping[str, Any]) -> bool:
     return True
 
 
-@dataclass(frozen=True, eq=False)
-class _Pieces:
-    """Pieces of documents in order of their rows.
+def _plan_rows(corpus: Corpus, seq_len: int, packing: Packing) -> tuple[dict[str, Any], MakeRows]:
+    """Assign pieces of documents to rows; return statistics and their maker.
 
-    A piece of n targets takes n + 1 slots.
+    A piece of n targets takes n + 1 of the T + 1 slots of a row.
     """
-
-    tokens: np.ndarray
-    """int32: documents without start ids."""
-    is_target: np.ndarray
-    """bool, for each token: False for a start id between documents."""
-    start_id: int
-    row: np.ndarray
-    """Row of each piece, ascending."""
-    before: np.ndarray
-    """Index in `tokens` of the token in a piece's first slot; for a first piece, that of the implied start id."""
-    slots: np.ndarray
-    """Number of slots."""
-    is_first: np.ndarray
-    """bool: True for the first piece of a document."""
-
-
-def _split_documents(corpus: Corpus, seq_len: int, packing: Packing) -> tuple[_Pieces, dict[str, Any]]:
-    """Split documents into pieces and assign them to rows; return statistics, too."""
     if seq_len < 1:
         raise InputError(f"seq_len {seq_len}: a row needs at least one loss position")
     if packing not in ("masked", "packed", "single"):
@@ -149,11 +133,38 @@ def _split_documents(corpus: Corpus, seq_len: int, packing: Packing) -> tuple[_P
     slots = np.minimum(seq_len, lengths[owner] - nth * seq_len) + 1
     row = _best_fit(slots, seq_len + 1) if packing == "masked" else np.arange(len(slots))
     order = np.argsort(row, kind="stable")  # by row, then in document order
-    before = starts[owner] + nth * seq_len - 1
-    pieces = _Pieces(tokens, is_target, corpus.start_id, row[order], before[order], slots[order], (nth == 0)[order])
-    inputs = np.minimum(np.bincount(row, slots), seq_len).sum()
-    rows = int(row.max()) + 1
-    return pieces, statistics | {"rows": rows, "padding_share": 1 - int(inputs) / (rows * seq_len)}
+    # Index of the token in a piece's first slot; for the first piece of a document, that of the implied start id.
+    before = (starts[owner] + nth * seq_len - 1)[order]
+    row, slots, is_first = row[order], slots[order], (nth == 0)[order]
+    n_rows, inputs = int(row[-1]) + 1, int(np.minimum(np.bincount(row, slots), seq_len).sum())
+    statistics |= {"rows": n_rows, "padding_share": 1 - inputs / (n_rows * seq_len)}
+
+    def make_rows(first: int, last: int) -> dict[str, np.ndarray]:
+        chosen = slice(*np.searchsorted(row, [first, last]))
+        owner_row, sizes = row[chosen] - first, slots[chosen]
+        rank = _ragged_arange(np.bincount(owner_row))  # index of a piece in its row
+        piece, within = np.repeat(np.arange(len(sizes)), sizes), _ragged_arange(sizes)
+        # The pieces of a row follow each other.
+        column = _ragged_arange(np.bincount(owner_row, sizes).astype(np.int64))
+        slot = owner_row[piece] * (seq_len + 1) + column
+        source = before[chosen][piece] + within
+        is_start = is_first[chosen][piece] & (within == 0)
+        has_target = within < sizes[piece] - 1
+        has_target[has_target] = is_target[source[has_target] + 1]
+        values = {
+            "tokens": np.where(is_start, corpus.start_id, tokens[np.maximum(source, 0)]),
+            "segments": rank[piece] + 1,
+            "positions": within,
+            "weights": has_target,
+        }
+        block = {}
+        for name, value in values.items():
+            rows = np.zeros((last - first) * (seq_len + 1), _ARRAYS[name])
+            rows[slot] = value
+            block[name] = rows.reshape(last - first, seq_len + 1)[:, : None if name == "tokens" else seq_len]
+        return block
+
+    return statistics, make_rows
 
 
 def _best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
@@ -187,46 +198,18 @@ def _best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
     return number[row_index]
 
 
-def _write_arrays(pieces: _Pieces, folder: Path, n_rows: int, seq_len: int) -> None:
+def _write_arrays(make_rows: MakeRows, folder: Path, n_rows: int, seq_len: int) -> None:
     # Written, not memory-mapped: on a full disk a mapped page kills the process, a write raises an error.
+    step = max(1, _BLOCK_TOKENS // seq_len)
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / f"{name}.npy", "wb")) for name in _ARRAYS}
         for name, dtype in _ARRAYS.items():
             descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
             header = {"descr": descr, "fortran_order": False, "shape": (n_rows, seq_len + (name == "tokens"))}
             np.lib.format.write_array_header_1_0(files[name], header)
-        for block in _blocks(pieces, n_rows, seq_len):
-            for name, values in block.items():
+        for first in range(0, n_rows, step):
+            for name, values in make_rows(first, min(first + step, n_rows)).items():
                 files[name].write(np.ascontiguousarray(values).data)
-
-
-def _blocks(pieces: _Pieces, n_rows: int, seq_len: int) -> Iterator[dict[str, np.ndarray]]:
-    """Yield blocks of rows of every array in order."""
-    step = max(1, _BLOCK_TOKENS // seq_len)
-    for first in range(0, n_rows, step):
-        last = min(first + step, n_rows)
-        chosen = slice(*np.searchsorted(pieces.row, [first, last]))
-        row, sizes = pieces.row[chosen] - first, pieces.slots[chosen]
-        rank = _ragged_arange(np.bincount(row))  # index of a piece in its row
-        piece, within = np.repeat(np.arange(len(sizes)), sizes), _ragged_arange(sizes)
-        # Slots of the pieces of a row follow each other, so a slot's column counts those before it in its row.
-        slot = row[piece] * (seq_len + 1) + _ragged_arange(np.bincount(row, sizes).astype(np.int64))
-        source = pieces.before[chosen][piece] + within
-        is_start = pieces.is_first[chosen][piece] & (within == 0)
-        has_target = within < sizes[piece] - 1
-        has_target[has_target] = pieces.is_target[source[has_target] + 1]
-        values = {
-            "tokens": np.where(is_start, pieces.start_id, pieces.tokens[np.maximum(source, 0)]),
-            "segments": rank[piece] + 1,
-            "positions": within,
-            "weights": has_target,
-        }
-        block = {}
-        for name, value in values.items():
-            rows = np.zeros((last - first) * (seq_len + 1), _ARRAYS[name])
-            rows[slot] = value
-            block[name] = rows.reshape(last - first, seq_len + 1)[:, : None if name == "tokens" else seq_len]
-        yield block
 
 
 def _ragged_arange(counts: np.ndarray) -> np.ndarray:

@@ -57,11 +57,6 @@ class Corpus:
         return self.manifest["start_id"]
 
     @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end a document."""
-        return tuple(self.manifest["stop_ids"])
-
-    @property
     def n_tokens(self) -> int:
         """Number of tokens in all documents, without start ids."""
         return self.manifest["tokens"]

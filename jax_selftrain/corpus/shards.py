@@ -70,8 +70,10 @@ class CorpusWriter:
         folder = Path(folder)
         for path in (folder, folder / "records"):
             atomic.remove_stale_temp_files(path)
+        # Looked for first, because another process may write its request and a shard just now.
+        has_shards = (folder / MANIFEST).exists() or any(folder.glob("shard-*.parquet"))
         if not (folder / REQUEST).exists():
-            if (folder / MANIFEST).exists() or any(folder.glob("shard-*.parquet")):
+            if has_shards:
                 raise InputError(f"{folder}: holds shards but no {REQUEST}; choose another folder")
             return cls(folder, dict(request))
         before = atomic.read_json(folder / REQUEST)
@@ -118,7 +120,7 @@ class CorpusWriter:
                 sampling distribution, in nats; absent for text that was not sampled) enters its `statistics`.
 
         Returns:
-            The record as written: `record` and file, sha256, bytes, rows, tokens, first_sample_id, versions.
+            The record as written, with file, sha256, bytes, rows, tokens, first_sample_id and versions.
 
         Raises:
             ValueError: the samples have other ids.

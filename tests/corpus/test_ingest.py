@@ -53,7 +53,7 @@ def test_documents_are_the_tokenized_texts_with_the_stop_id(tmp_path, model, tok
     assert [s.tokens.tolist() for s in read] == [[*plain(tokenizer, text), EOS_ID] for text in texts]
     assert {s.finish_reason for s in read} == {"stop"}
     assert all(np.isnan(s.logprob) for s in read)
-    assert (corpus.manifest["kind"], corpus.start_id, corpus.stop_ids) == ("imported", BOS_ID, (EOS_ID,))
+    assert (corpus.manifest["kind"], corpus.start_id, corpus.manifest["stop_ids"]) == ("imported", BOS_ID, [EOS_ID])
     assert corpus.manifest["tokenizer_fingerprint"] == hub.open_model(model).tokenizer_fingerprint
     assert [shard["rows"] for shard in corpus.manifest["shards"]] == [4, 4, 1]
     resolved = yaml_io.load(ImportCorpusConfig, tmp_path / "c" / "config.yaml")
@@ -104,7 +104,7 @@ def test_start_and_stop_id_can_be_chosen(tmp_path, model):
     source = write_jsonl(tmp_path / "t.jsonl", [{"story": "one"}])
     config = ImportCorpusConfig(source, model, str(tmp_path / "c"), text_field="story", start_id=5, stop_id=BOS_ID)
     corpus = import_text(config)
-    assert (corpus.start_id, corpus.stop_ids) == (5, (BOS_ID,))
+    assert (corpus.start_id, corpus.manifest["stop_ids"]) == (5, [BOS_ID])
     assert next(corpus.iter_samples()).tokens[-1] == BOS_ID
 
 
@@ -115,7 +115,7 @@ def test_a_folder_with_nothing_but_a_tokenizer_will_do(tmp_path, model):
         (folder / name).write_bytes(Path(model, name).read_bytes())
     source = write_jsonl(tmp_path / "t.jsonl", [{"text": "one"}])
     corpus = import_text(ImportCorpusConfig(source, str(folder), str(tmp_path / "c")))
-    assert (corpus.start_id, corpus.stop_ids) == (BOS_ID, (EOS_ID,))
+    assert (corpus.start_id, corpus.manifest["stop_ids"]) == (BOS_ID, [EOS_ID])
 
 
 def test_the_batches_of_the_tokenizer_leave_no_mark(tmp_path, model, monkeypatch):
