@@ -2,7 +2,7 @@
 
 from jax_selftrain.hub.load import LoadedModel, convert, load_model, model_with_params
 from jax_selftrain.hub.merge import merge
-from jax_selftrain.hub.model_folder import complete_model, save_model
+from jax_selftrain.hub.model_folder import save_model
 from jax_selftrain.hub.model_ref import ModelRef, open_model
 from jax_selftrain.hub.tokenizer import SpecialTokens
 from jax_selftrain.hub.weight_noise import add_weight_noise
@@ -12,7 +12,6 @@ __all__ = [
     "ModelRef",
     "SpecialTokens",
     "add_weight_noise",
-    "complete_model",
     "convert",
     "load_model",
     "merge",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.hub.load import host_sharding, read_params
 from jax_selftrain.hub.model_folder import save_model
 from jax_selftrain.hub.model_ref import MANIFEST, ModelRef, open_model
-from jax_selftrain.models import Params, axis_sizes
+from jax_selftrain.models import axis_sizes
 
 
 def merge(config: MergeConfig) -> Path:
@@ -46,7 +46,6 @@ def merge(config: MergeConfig) -> Path:
     if not abs(weight) <= float(np.finfo(np.float32).max):
         raise InputError(f"--weight {weight}: must be a finite number within the range of float32")
     base, student = open_model(config.base), open_model(config.student)
-    check_compatible(base, student)
     metadata = {"made_by": "merge", "weight": weight} | describe_inputs(base, student)
     out = Path(config.out)
     if _is_complete(out, metadata):
@@ -57,9 +56,9 @@ def merge(config: MergeConfig) -> Path:
         rules = host_sharding(base.config)
     else:
         rules = make_sharding_rules(config.preset, make_mesh(config.mesh), axis_sizes(base.config))
-    with mesh_context(rules.mesh):
-        params = _interpolate(load_stored(base, rules), load_stored(student, rules), weight)
-        return save_model(out, params, source=base, metadata=metadata)
+    return combine_models(
+        base, student, out, rules, metadata, lambda _, before, after: _lerp(before, after, np.float32(weight))
+    )
 
 
 def describe_inputs(base: ModelRef, student: ModelRef) -> dict[str, Any]:
@@ -68,19 +67,32 @@ def describe_inputs(base: ModelRef, student: ModelRef) -> dict[str, Any]:
     return {name: {"ref": model.ref, "fingerprint": model.fingerprint} for name, model in models.items()}
 
 
-def load_stored(model: ModelRef, rules: ShardingRules) -> dict[str, jax.Array]:
-    """Load parameters by path, in their stored dtypes."""
-    return flatten_dict(read_params(model, rules, None)[0], sep="/")
+def combine_models(
+    base: ModelRef,
+    student: ModelRef,
+    out: Path,
+    rules: ShardingRules,
+    metadata: Mapping[str, Any],
+    combine: Callable[[str, jax.Array, jax.Array], Any],
+) -> Path:
+    """Write a model whose parameters are `combine(path, base's, student's)`.
 
-
-def _interpolate(base: dict[str, jax.Array], student: dict[str, jax.Array], weight: float) -> Params:
-    """Merge array by array; empties its arguments to free each array."""
-    merged = {}
-    for path in sorted(base):
-        merged[path] = _lerp(base.pop(path), student.pop(path), np.float32(weight))
-        if not bool(jnp.isfinite(merged[path]).all()):
-            raise InputError(f"--weight {weight:g}: {path} would be infinite; give a weight nearer to 0")
-    return unflatten_dict(merged, sep="/")
+    Raises:
+      InputError: a model cannot be read, the two differ in architecture or tokenizer, a parameter of the result is not
+        finite, or the folder holds something.
+    """
+    _check_compatible(base, student)
+    with mesh_context(rules.mesh):
+        sides = [flatten_dict(read_params(model, rules, None)[0], sep="/") for model in (base, student)]
+        combined = {}
+        for path in sorted(sides[0]):
+            combined[path] = combine(path, *(side.pop(path) for side in sides))  # frees the two arrays
+            if not bool(jnp.isfinite(combined[path]).all()):
+                raise InputError(
+                    f"{student.ref}: with weight {metadata['weight']:g}, {path} would be infinite; give a weight "
+                    "nearer to 0"
+                )
+        return save_model(out, unflatten_dict(combined, sep="/"), source=base, metadata=metadata)
 
 
 @jax.jit
@@ -90,7 +102,7 @@ def _lerp(base: jax.Array, student: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.where(weight == 0, base, jnp.where(weight == 1, student, between))
 
 
-def check_compatible(base: ModelRef, student: ModelRef) -> None:
+def _check_compatible(base: ModelRef, student: ModelRef) -> None:
     """Raise InputError where two models differ in architecture or tokenizer."""
     expected, found = _architecture(base), _architecture(student)
     for name, value in expected.items():

@@ -97,65 +97,48 @@ def save_model(
     """
     source = open_model(source)
     export = export or export_spec(source, params)
+    fingerprint = source.fingerprint if source.has_weights else hash_json({"config": source.raw_config})
+    provenance = {"ref": source.ref, "fingerprint": fingerprint}
     with commit_from_all_processes(folder) as temporary:
         if not jax.process_index():
-            _copy_config_and_tokenizer(temporary, export.raw_config, source.folder)
-        complete_model(temporary, params, source=source, export=export, metadata=metadata, format=format)
+            _write_config_and_tokenizer(temporary, export.raw_config, source)
+        if format == "flax":
+            orbax_io.save_tree(temporary / PARAMS, params)
+        else:
+            family, config = FAMILIES[export.raw_config["model_type"]], parse_config(export.raw_config, CONFIG)
+            save_weights(temporary, family, config, params, export.tensors)
+        if not jax.process_index():
+            files = folder_manifest(temporary, exclude=[f"{PARAMS}/*"])
+            if format == "flax":
+                name = f"{PARAMS}/{orbax_io.MANIFEST}"
+                files[name] = {"sha256": sha256_file(temporary / name), "bytes": (temporary / name).stat().st_size}
+            content = {
+                "format": FORMAT,
+                "version": VERSION,
+                "weights": "orbax" if format == "flax" else "safetensors",
+                "source": provenance,
+                "tensors": dict(export.tensors),
+                "dropped": sorted(export.dropped),
+                "metadata": dict(metadata),
+                "versions": versions(),
+                "files": files,
+            }
+            atomic.write_json(temporary / MANIFEST, content)
+            atomic.write_text(temporary / MODEL_CARD, restore_uris(_model_card(provenance, metadata)))
     return Path(folder)
 
 
-def complete_model(
-    folder: Path,
-    params: Params,
-    *,
-    source: ModelRef,
-    metadata: Mapping[str, Any],
-    export: ExportSpec | None = None,
-    format: Format = "hf",
-) -> None:
-    """Add everything but config and tokenizer to a model folder; see `save_model`."""
-    export = export or export_spec(source, params)
-    fingerprint = source.fingerprint if source.has_weights else hash_json({"config": source.raw_config})
-    provenance = {"ref": source.ref, "fingerprint": fingerprint}
-    family = FAMILIES[export.raw_config["model_type"]]
-    if format == "flax":
-        orbax_io.save_tree(folder / PARAMS, params)
-    else:
-        save_weights(folder, family, parse_config(export.raw_config, CONFIG), params, export.tensors)
-    if jax.process_index():
-        return
+def _write_config_and_tokenizer(folder: Path, raw_config: Mapping[str, Any], source: ModelRef) -> None:
+    """Copy files; config.json stays the same bytes unless its content changes."""
+    for name in (*TOKENIZER_FILES, GENERATION_CONFIG, CONFIG):
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, folder / name)
+    if source.raw_config != raw_config:
+        atomic.write_json(folder / CONFIG, raw_config)
     if not (folder / GENERATION_CONFIG).is_file():
-        special = ModelRef(str(folder), folder).special_tokens
+        special = source.special_tokens
         ids = {"bos_token_id": special.bos_token_id, "eos_token_id": list(special.eos_token_ids) or None}
         atomic.write_json(folder / GENERATION_CONFIG, {name: value for name, value in ids.items() if value is not None})
-    atomic.write_text(folder / MODEL_CARD, restore_uris(_model_card(provenance, metadata)))
-    files = folder_manifest(folder, exclude=[f"{PARAMS}/*", MODEL_CARD])  # people edit model cards
-    if format == "flax":
-        name = f"{PARAMS}/{orbax_io.MANIFEST}"
-        files[name] = {"sha256": sha256_file(folder / name), "bytes": (folder / name).stat().st_size}
-    content = {
-        "format": FORMAT,
-        "version": VERSION,
-        "weights": "orbax" if format == "flax" else "safetensors",
-        "source": provenance,
-        "tensors": dict(export.tensors),
-        "dropped": sorted(export.dropped),
-        "metadata": dict(metadata),
-        "versions": versions(),
-        "files": files,
-    }
-    atomic.write_json(folder / MANIFEST, content)
-
-
-def _copy_config_and_tokenizer(folder: Path, raw_config: Mapping[str, Any], source: Path) -> None:
-    """Copy files; config.json stays the same bytes unless its content changes."""
-    if atomic.read_json(source / CONFIG) == raw_config:
-        shutil.copyfile(source / CONFIG, folder / CONFIG)
-    else:
-        atomic.write_json(folder / CONFIG, raw_config)
-    for name in (*TOKENIZER_FILES, GENERATION_CONFIG):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
 
 
 def _model_card(source: Mapping[str, str], metadata: Mapping[str, Any]) -> str:
@@ -179,10 +162,6 @@ def commit_from_all_processes(path: str | Path) -> Iterator[Path]:
     Raises:
       InputError: on every process, when process 0 cannot make the folder.
     """
-    if jax.process_count() == 1:
-        with atomic.commit_folder(path) as temporary:
-            yield temporary
-        return
     with ExitStack() as stack:
         yield Path(broadcast_one_to_all(lambda: str(stack.enter_context(atomic.commit_folder(path)).absolute())))
         barrier(f"written {path}")

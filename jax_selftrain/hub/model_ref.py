@@ -108,7 +108,8 @@ class ModelRef:
         if not isinstance(generation, dict):
             raise InputError(f"{path}: is not a JSON object; download it again")
         tokenizer = self.tokenizer if self.has_tokenizer else None
-        raw, size = {}, len(tokenizer or ())
+        raw: Mapping[str, Any] = {}
+        size = len(tokenizer or ())
         if tokenizer is None or (self.folder / CONFIG).is_file():
             raw, size = self.raw_config, self.config.vocab_size
         return resolve_special_tokens(raw, generation, tokenizer, vocab_size=size, where=str(self.folder))
