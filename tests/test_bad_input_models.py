@@ -211,7 +211,7 @@ def malformed_json_line(p: Workspace) -> Case:
 def merge_of_other_tokenizers(p: Workspace) -> Case:
     model = p.model()
     shutil.copyfile(p.valid.other / "tokenizer.json", model / "tokenizer.json")
-    return p.merge(model, 0.5), "another tokenizer"
+    return p.merge(model, 0.5), "has tokenizer"
 
 
 @case
