@@ -1,8 +1,6 @@
 """Small corpora of given documents, written through the public functions."""
 
-import os
 import resource
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import jax_selftrain
 from jax_selftrain.corpus import Corpus, CorpusWriter, Sample
 
 MakeCorpus = Callable[..., Corpus]
@@ -63,19 +60,6 @@ def documents() -> list[list[int]]:
     """Ten token lists of lengths 1 … 40."""
     rng = np.random.Generator(np.random.Philox(7))
     return [rng.integers(3, 500, size).tolist() for size in rng.integers(1, 41, 10)]
-
-
-@pytest.fixture(scope="session")
-def start_python() -> Callable[..., subprocess.Popen]:
-    """Return a function that starts a Python process with this package."""
-
-    def start(script: str, *arguments: object) -> subprocess.Popen:
-        package = Path(jax_selftrain.__file__).resolve().parents[1]
-        paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-        return subprocess.Popen([sys.executable, "-c", script, *map(str, arguments)], env=environment)
-
-    return start
 
 
 @pytest.fixture

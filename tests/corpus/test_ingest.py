@@ -2,13 +2,11 @@
 
 import dataclasses
 import json
-import os
-import signal
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from launcher import launch_code
 from models_factory import BOS_ID, EOS_ID, tiny_texts
 
 from jax_selftrain import hub
@@ -132,7 +130,7 @@ def test_the_batches_of_the_tokenizer_leave_no_mark(tmp_path, model, monkeypatch
 # ---------------------------------------------------------------- restart and repair
 
 
-def test_kill_9_while_importing_then_the_same_command_gives_the_same_bytes(tmp_path, model, start_python):
+def test_kill_9_while_importing_then_the_same_command_gives_the_same_bytes(tmp_path, model):
     source = write_jsonl(tmp_path / "t.jsonl", [{"text": text} for text in stories(40)])
     killed = tmp_path / "killed"
     script = f"""
@@ -141,12 +139,9 @@ from jax_selftrain.config import ImportCorpusConfig
 from jax_selftrain.corpus import import_text
 import_text(ImportCorpusConfig({source!r}, {model!r}, sys.argv[1], samples_per_shard=1))
 """
-    process = start_python(script, killed)
-    deadline = time.monotonic() + 60
-    while len(list(killed.glob("shard-*"))) < 3:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
+    process = launch_code(script, killed)
+    process.wait_until(lambda: len(list(killed.glob("shard-*"))) >= 3)
+    process.kill()
     process.wait()
 
     def count_committed() -> dict[str, tuple[int, int]]:

@@ -1,9 +1,7 @@
 """Shards and manifests are complete or absent, and deterministic."""
 
 import json
-import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from bad_input import flip_byte
+from launcher import launch_code
 
 from jax_selftrain.corpus import SCHEMA, CorpusWriter, Sample, open_corpus
 from jax_selftrain.errors import InputError
@@ -186,20 +185,16 @@ writer.finalize()
 """
 
 
-def test_kill_9_while_a_shard_is_written_then_the_same_command_gives_the_same_bytes(tmp_path, start_python):
-    killed = start_python(WRITER, tmp_path / "killed")
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "killed").glob(".shard-000001*")):
-        assert killed.poll() is None, "the writer ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
+def test_kill_9_while_a_shard_is_written_then_the_same_command_gives_the_same_bytes(tmp_path):
+    killed = launch_code(WRITER, tmp_path / "killed")
+    killed.wait_until(lambda: any((tmp_path / "killed").glob(".shard-000001*")))
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL, "the writer ended before it could be killed"
     assert list((tmp_path / "killed").glob(".shard-000001*"))
     assert sorted(path.name for path in (tmp_path / "killed").glob("shard-*")) == ["shard-000000.parquet"]
     with pytest.raises(InputError, match="2 of 3 shards are missing"):
         open_corpus(tmp_path / "killed")
 
-    assert start_python(WRITER, tmp_path / "killed").wait() == 0
-    assert start_python(WRITER, tmp_path / "undisturbed").wait() == 0
+    assert launch_code(WRITER, tmp_path / "killed").wait() == 0
+    assert launch_code(WRITER, tmp_path / "undisturbed").wait() == 0
     assert files(tmp_path / "killed") == files(tmp_path / "undisturbed")

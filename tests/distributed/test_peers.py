@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launcher import run_code
 from process_group import ROOT, free_port, start_process, wait_for_all
 
 from jax_selftrain import cli
@@ -178,13 +179,8 @@ assert not jax.distributed.is_initialized()
 assert jax.process_count() == 1
 sys.exit(code)
 """
-    run = subprocess.run(
-        [sys.executable, "-c", code, "convert", str(tiny_model()), str(tmp_path / "ours"), "--format", "flax"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "KUBERNETES_SERVICE_HOST": "10.0.0.1", "SLURM_JOB_ID": "7"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words = ("convert", tiny_model(), tmp_path / "ours", "--format", "flax")
+    run = run_code(code, *words, KUBERNETES_SERVICE_HOST="10.0.0.1", SLURM_JOB_ID="7")
     assert run.returncode == 0, run.stderr
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launcher import launch
+from launcher import launch, run_command
 
 from jax_selftrain import cli, hub
 from jax_selftrain.config import PlanConfig, SampleConfig, ScoreConfig, TrainConfig
@@ -113,9 +110,7 @@ def test_a_search_ranks_settings_that_fit_and_keeps_the_batch_size():
 def test_the_command_prints_a_table_and_writes_the_plan(tmp_path: Path):
     out = tmp_path / "plan.json"
     words = ["plan", "--model", "pythia-14m", "--topology", "h100:8", "--stage", "sample", "--out", str(out)]
-    done = subprocess.run(
-        [sys.executable, "-m", "jax_selftrain", *words], capture_output=True, text=True, env={**os.environ}, timeout=300
-    )
+    done = run_command(*words)
     assert done.returncode == 0, done.stderr
     assert "| sample | h100:8 | data=8,model=1 |" in done.stdout
     assert json.loads(out.read_text())["rows"][0]["topology"] == "h100:8"
