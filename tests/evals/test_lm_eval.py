@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -22,7 +21,7 @@ from harness_sets import (
     write_pythia_shape,
     write_tasks,
 )
-from launcher import run_command
+from launcher import run_code, run_command
 from models_factory import tiny_texts
 
 from jax_selftrain import cli, hub
@@ -301,5 +300,5 @@ def test_local_scoring_and_help_never_import_the_harness(tmp_path, tiny_model, l
         f"import sys\nfrom jax_selftrain import cli\nassert cli.main({words!r}) == cli.main(['--help']) == 0\n"
         "assert not [name for name in sys.modules if name.split('.')[0] == 'lm_eval']"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_code(code)
     assert done.returncode == 0, done.stderr
