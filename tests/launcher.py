@@ -40,6 +40,8 @@ class CommandProcess:
         self._files = tuple(Path(self._folder.name, name) for name in ("stdout", "stderr"))
         with pytest.MonkeyPatch.context() as patch:  # the server has the path of this process only by the environment
             patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+            for name in [name for name in os.environ if name.startswith("JAX_")]:  # each process applies its own
+                patch.delenv(name)
             forkserver.ensure_running()
         arguments = (list(map(str, argv)), dict(environment), textwrap.dedent(code), *self._files)
         self._process = _SERVER.Process(target=_run_command, args=arguments)
