@@ -113,26 +113,26 @@ def _complete(process: CommandProcess) -> subprocess.CompletedProcess[str]:
 
 def _run_command(argv: list[str], environment: dict[str, str], code: str, out: Path, err: Path) -> None:
     os.setsid()
-    changed = {name: value for name, value in environment.items() if os.environ.get(name) != value}
     os.environ.clear()
     os.environ.update(environment)
     for path, number in ((out, 1), (err, 2)):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, number)
         os.close(descriptor)
-    _apply_to_jax(changed)
+    _apply_to_jax(environment)
     sys.argv = ["jax-selftrain", *argv]
     exec(code or COMMAND, {"__name__": "__main__"})
 
 
 def _apply_to_jax(environment: Mapping[str, str]) -> None:
-    """Set the options of JAX, which was imported with other variables."""
+    """Set the options of JAX, which was imported without variables."""
     import jax
 
+    options = jax.config.values
     for name, text in environment.items():
         option = name.lower()
-        if name.startswith("JAX_") and hasattr(jax.config, option):
-            kind = type(getattr(jax.config, option))
+        if option in options:
+            kind = type(options[option])
             value = (
                 text.lower() in ("1", "true", "yes") if kind is bool else kind(text) if kind in (int, float) else text
             )
