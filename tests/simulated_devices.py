@@ -1,7 +1,7 @@
 """Eight simulated CPU devices for the tests of a module.
 
 Programs over several CPU devices are not cached between runs (`mesh_context`), and these tests compile longer than they
-compute. They compile with few optimizations, unless JAX_DISABLE_MOST_OPTIMIZATIONS is set.
+compute. They compile with few optimizations, unless JAX_SELFTRAIN_TEST_OPTIMIZED is set.
 
 The conftest of a folder imports the fixture; it applies to each module of the folder.
 """
@@ -16,7 +16,6 @@ import jax.extend
 import pytest
 
 DEVICES = 8
-OPTIMIZATIONS = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 
 
 def set_device_count(count: int) -> None:
@@ -26,18 +25,20 @@ def set_device_count(count: int) -> None:
     os.environ["JAX_NUM_CPU_DEVICES"] = str(count)  # of the commands that tests start
 
 
+def set_optimizations(enabled: bool) -> None:
+    """Choose how XLA compiles in this process and in the commands that tests start."""
+    jax.config.update("jax_disable_most_optimizations", not enabled)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not enabled))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def eight_devices() -> Iterator[None]:
     before = jax.device_count()
     if before != DEVICES:
         set_device_count(DEVICES)
-    optimizes_by_default = OPTIMIZATIONS not in os.environ
-    if optimizes_by_default:
-        jax.config.update("jax_disable_most_optimizations", True)
-        os.environ[OPTIMIZATIONS] = "1"  # of the commands that tests start
+    if "JAX_SELFTRAIN_TEST_OPTIMIZED" not in os.environ:
+        set_optimizations(False)
     yield
-    if optimizes_by_default:
-        del os.environ[OPTIMIZATIONS]
-        jax.config.update("jax_disable_most_optimizations", False)
+    set_optimizations(True)
     if before != DEVICES:
         set_device_count(before)
