@@ -65,6 +65,7 @@ def _export_tfds(corpus: Corpus, folder: Path) -> None:
     if absent := [name for name in ("tensorflow_datasets", "array_record") if find_spec(name) is None]:
         raise InputError(f"--format tfds needs {absent[0]}; pip install tensorflow-datasets array_record")
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import registered
 
     features = {
         "sample_id": np.int64,
@@ -74,24 +75,26 @@ def _export_tfds(corpus: Corpus, folder: Path) -> None:
         "finish_reason": tfds.features.Text(),
     }
 
-    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        name = "selftrain_corpus"
-        VERSION = tfds.core.Version("1.0.0")
+    with registered.skip_registration():
 
-        def _info(self) -> Any:
-            return tfds.core.DatasetInfo(
-                builder=self,
-                description=f"A {corpus.manifest['kind']} corpus of jax_selftrain, {corpus.fingerprint}",
-                features=tfds.features.FeaturesDict(features),
-                disable_shuffling=True,
-            )
+        class Builder(tfds.core.GeneratorBasedBuilder):
+            name = "selftrain_corpus"
+            VERSION = tfds.core.Version("1.0.0")
 
-        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-            return {"train": self._generate_examples()}
+            def _info(self) -> Any:
+                return tfds.core.DatasetInfo(
+                    builder=self,
+                    description=f"A {corpus.manifest['kind']} corpus of jax_selftrain, {corpus.fingerprint}",
+                    features=tfds.features.FeaturesDict(features),
+                    disable_shuffling=True,
+                )
 
-        def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
-            for sample in corpus.iter_samples():
-                yield sample.sample_id, vars(sample)
+            def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+                return {"train": self._generate_examples()}
+
+            def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+                for sample in corpus.iter_samples():
+                    yield sample.sample_id, vars(sample)
 
     making = folder / "making"
     builder = Builder(data_dir=making, file_format="array_record")

@@ -298,7 +298,7 @@ def _rope(
     kinds = {rope.pop(key, str, None) for key in ("rope_type", "type")} - {None}
     if len(kinds) > 1:
         raise InputError(f"{rope.path}: rope_type and type disagree ({', '.join(sorted(kinds))})")
-    kind = kinds.pop() if kinds else "default"
+    kind: Any = kinds.pop() if kinds else "default"
     if kind not in _ROPE_KINDS:
         why = _ROPE_REFUSED.get(kind, f"choose from {', '.join(_ROPE_KINDS)}")
         raise InputError(f"{rope.path}: rope type {kind!r} is not supported ({why})")
