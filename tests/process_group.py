@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import time
@@ -22,7 +23,12 @@ def free_port() -> int:
 
 
 def start_process(args: Sequence[object], *flags: object, devices: int = 2, **environment: str) -> CommandProcess:
-    """Start `jax-selftrain ARGS FLAGS` with simulated devices."""
+    """Start `jax-selftrain ARGS FLAGS` with simulated devices.
+
+    Its programs compile as in folders named `sharding` (`simulated_devices`).
+    """
+    if "JAX_SELFTRAIN_TEST_OPTIMIZED" not in os.environ:
+        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     return launch(*args, *flags, JAX_NUM_CPU_DEVICES=str(devices), **environment)
 
 

@@ -264,6 +264,7 @@ def test_a_chat_template_is_the_tokenizers_own(tiny_model, monkeypatch):
     assert lm.apply_chat_template(chat) == "[user]Who?"
 
 
+@pytest.mark.nightly
 def test_an_unknown_name_suggests_the_nearest(tmp_path, tiny_model, local):
     with pytest.raises(InputError, match=r"task 'lambada_opanai' is neither .* did you mean `lambada_openai`\?"):
         score(options_for(tmp_path, tiny_model, local, tasks=("lambada_opanai",), task_folder="", texts=()))

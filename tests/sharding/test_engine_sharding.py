@@ -29,7 +29,12 @@ def load(tiny_model):
 
 @pytest.mark.parametrize(
     ("mesh", "preset"),
-    [("data=4", "tensor"), ("data=2,model=2", "tensor"), ("model=2", "replicated"), ("data=2,model=2", "fsdp")],
+    [
+        pytest.param("data=4", "tensor", marks=pytest.mark.nightly),
+        ("data=2,model=2", "tensor"),
+        pytest.param("model=2", "replicated", marks=pytest.mark.nightly),
+        ("data=2,model=2", "fsdp"),
+    ],
 )
 def test_any_mesh_gives_the_same_likelihoods(load, mesh, preset):
     requests = random_requests(40, 512, 64)

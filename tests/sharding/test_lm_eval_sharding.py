@@ -14,7 +14,7 @@ def local(tmp_path_factory):
     return write_local_tasks(tmp_path_factory.mktemp("local"))
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+@pytest.mark.parametrize("family", [pytest.param("gpt_neox", marks=pytest.mark.nightly), "llama"])
 def test_local_tasks_get_the_answers_of_the_hf_backend(tiny_model, local, family):
     folder = tiny_model(family)
     specs = [local["tasks"]["my_choices"], local["tasks"]["my_words"]]

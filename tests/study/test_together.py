@@ -77,7 +77,8 @@ def read_losses(folder: Path) -> list[float]:
     return [line["loss"] for line in read_lines(run / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("processes", [2, 4])
 def test_a_run_of_several_processes_gives_the_results_of_one(
     words: Words, alone: Path, tmp_path: Path, processes: int
 ) -> None:

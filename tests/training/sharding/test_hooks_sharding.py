@@ -13,6 +13,7 @@ from jax_selftrain.training import Hook, train
 Options = Callable[..., TrainConfig]
 
 
+@pytest.mark.nightly
 def test_interrupted_run_resumes_on_another_mesh_along_the_same_curve(options: Options, evaluated_run: Path):
     with pytest.raises(Interruption):
         train(options(**EVALUATED), hooks=[measuring(first_scale), Hook(interrupt, steps=(3,))])
