@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from jax_selftrain.config import (
@@ -126,6 +127,20 @@ def test_the_format_version_changes_every_key(
     monkeypatch.setattr(dag, "STAGE_FORMAT", dag.STAGE_FORMAT + 1)
     after = {command: stage.key for command, stage in all_stages(factory()).items()}
     assert all(before[command] != after[command] for command in before)
+
+
+def test_prefixes_and_suffixes_for_evaluation_change_the_key_of_training(
+    factory: Callable[..., StageFactory], tmp_path: Path
+) -> None:
+    config = factory().config
+    pair = [tmp_path / "prefixes.npy", tmp_path / "suffixes.npy"]
+    evaluated = replace(config.train, eval_every=1, eval_sequences=":".join(map(str, pair)))
+    keys = set()
+    for prefix, suffix in ((5, 6), (7, 6), (5, 8)):
+        for path, token in zip(pair, (prefix, suffix), strict=True):
+            np.save(path, np.full((2, 4), token, np.int32))
+        keys.add(all_stages(StageFactory(replace(config, train=evaluated)))["train"].key)
+    assert len(keys) == 3
 
 
 def test_command_identity_and_inputs_change_the_key() -> None:
