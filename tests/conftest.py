@@ -22,6 +22,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from bad_input import ValidInput
 from models_factory import write_tiny_hf_model
 
 hypothesis.settings.register_profile("no deadline", deadline=None)  # the time of an example depends on the machine
@@ -67,3 +68,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return folders[key]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory: pytest.TempPathFactory) -> ValidInput:
+    """Valid input for the tests of invalid input; each file is made when first used."""
+    return ValidInput(tmp_path_factory.mktemp("valid"))

@@ -19,12 +19,6 @@ from bad_input import (
 
 from jax_selftrain import cli
 
-
-@pytest.fixture(scope="module")
-def valid(tmp_path_factory: pytest.TempPathFactory) -> ValidInput:
-    return ValidInput(tmp_path_factory.mktemp("valid"))
-
-
 CASES: list[CaseFunction] = []
 case = partial(register_case, CASES)
 

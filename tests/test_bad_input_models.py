@@ -23,12 +23,6 @@ from launcher import run_code
 
 from jax_selftrain import cli
 
-
-@pytest.fixture(scope="module")
-def valid(tmp_path_factory: pytest.TempPathFactory) -> ValidInput:
-    return ValidInput(tmp_path_factory.mktemp("valid"))
-
-
 CASES: list[CaseFunction] = []
 case = partial(register_case, CASES)
 

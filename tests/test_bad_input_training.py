@@ -6,12 +6,6 @@ from pathlib import Path
 import pytest
 from bad_input import Case, CaseFunction, ValidInput, Workspace, assert_one_error_sentence, flip_byte, register_case
 
-
-@pytest.fixture(scope="module")
-def valid(tmp_path_factory: pytest.TempPathFactory) -> ValidInput:
-    return ValidInput(tmp_path_factory.mktemp("valid"))
-
-
 CASES: list[CaseFunction] = []
 case = partial(register_case, CASES)
 
