@@ -94,7 +94,7 @@ def comparison_with_other_tasks(p: Workspace) -> Case:
 
 @case
 def comparison_without_a_margin(p: Workspace) -> Case:
-    return p.compare(p.valid.scores, "--margin-task", 0), "--margin-task is 0"
+    return p.compare(p.valid.scores, "--margin-task", 0), "--margin-task 0"
 
 
 @case

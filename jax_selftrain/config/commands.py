@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
 
 from jax_selftrain.config.metadata import (
+    AtLeastOne,
     Compiled,
     Evaluation,
     Execution,
     Input,
+    NonNegative,
     OutputFile,
     OutputFolder,
+    Positive,
+    Probability,
+    Range,
     Required,
     SetByStudy,
 )
+
+T = TypeVar("T")
+_Decay = Annotated[T, Range("in [0, 1)", lambda value: 0 <= value < 1)]
+_Points = Annotated[T, Range("above 0 and at most 100 points", lambda value: 0 < value <= 100)]
 
 Preset = Literal["replicated", "fsdp", "tensor"]
 DType = Literal["float32", "bfloat16"]
@@ -31,27 +40,27 @@ class SampleConfig:
     """Model to sample from: a Hugging Face folder, a hub id, an Orbax tree of `convert`, or a run folder."""
     out: Required[SetByStudy[OutputFolder[str]]] = ""
     """Corpus folder to write; the same command resumes it."""
-    samples: int = 1024
+    samples: AtLeastOne[int] = 1024
     """Number of samples."""
-    max_tokens: int = 256
+    max_tokens: AtLeastOne[int] = 256
     """Maximum number of tokens of a sample, without the start token."""
-    temperature: float = 1.0
+    temperature: Positive[float] = 1.0
     """Softmax temperature, greater than 0."""
-    top_k: int = 0
+    top_k: NonNegative[int] = 0
     """Keep the k most probable tokens (0: all)."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Range("above 0 and at most 1", lambda value: 0 < value <= 1)] = 1.0
     """Keep the smallest set of tokens with a total probability of at least p (1: all)."""
-    min_p: float = 0.0
+    min_p: Probability[float] = 0.0
     """Drop tokens whose probability is below this fraction of the largest one (0: none)."""
     stop_ids: SetByStudy[tuple[int, ...] | None] = None
     """Token ids that end a sample; unset: the EOS ids of the tokenizer, config and generation config."""
     start_id: SetByStudy[int | None] = None
     """First token of each sample; unset: BOS of the tokenizer, else of the config, else EOS."""
-    seed: SetByStudy[int] = 0
+    seed: SetByStudy[Annotated[int, Range("between 0 and 2^64 - 1", lambda value: 0 <= value < 2**64)]] = 0
     """Random seed; token t of sample i depends only on (seed, i, t)."""
-    batch_size: Execution[int] = 64
+    batch_size: Execution[AtLeastOne[int]] = 64
     """Slots of the decode batch on each replica."""
-    samples_per_shard: int = 1024
+    samples_per_shard: AtLeastOne[int] = 1024
     """Samples in one Parquet shard, the unit of work and of resumption."""
     mesh: Execution[str] = ""
     """Device mesh, for instance `data=4,model=2`; unset: all devices on `data`."""
@@ -77,15 +86,15 @@ class ImportCorpusConfig:
     """Field with the text."""
     split: str = "train"
     """Split to read, if the source has splits."""
-    limit: int | None = None
+    limit: AtLeastOne[int | None] = None
     """Number of documents to read; unset: all."""
-    max_tokens: int | None = None
+    max_tokens: AtLeastOne[int | None] = None
     """Truncate documents to this many tokens (finish reason `length`)."""
     start_id: int | None = None
     """First token of each document; unset: BOS of the tokenizer, else of the config, else EOS."""
     stop_id: int | None = None
     """Token appended to each document that is not truncated; unset: EOS of the tokenizer, else the first stop id."""
-    samples_per_shard: int = 1024
+    samples_per_shard: AtLeastOne[int] = 1024
     """Documents in one Parquet shard."""
 
 
@@ -143,13 +152,13 @@ class TrainConfig:
     """Corpus folder to train on."""
     out: Required[SetByStudy[OutputFolder[str]]] = ""
     """Run folder; the same command resumes it."""
-    steps: int | None = None
+    steps: AtLeastOne[int | None] = None
     """Optimizer steps; unset: one epoch."""
-    batch_size: Compiled[int] = 32
+    batch_size: Compiled[AtLeastOne[int]] = 32
     """Rows of each optimizer step, over all devices."""
-    seq_len: Compiled[int] = 256
+    seq_len: Compiled[AtLeastOne[int]] = 256
     """Loss positions of a row."""
-    learning_rate: Compiled[float] = 1e-4
+    learning_rate: Compiled[NonNegative[float]] = 1e-4
     """Peak learning rate."""
     seed: SetByStudy[int] = 0
     """Random seed of the initialization and of the order of rows."""
@@ -159,33 +168,33 @@ class TrainConfig:
     """`masked`: documents share rows without attending to each other; `packed`: with attention; `single`: one each."""
     mixture: Input[tuple[str, ...]] = ()
     """Further corpora, each as `FOLDER=SHARE` of the rows; the remaining rows are from the corpus."""
-    max_epochs: Execution[float | None] = None
+    max_epochs: Execution[Positive[float | None]] = None
     """Refuse a run that visits any corpus more often than this."""
     schedule: Compiled[Schedule] = "constant"
     """Learning rate schedule after warmup."""
-    final_learning_rate: Compiled[float] = 0.0
+    final_learning_rate: Compiled[NonNegative[float]] = 0.0
     """Final learning rate of a cosine or linear schedule."""
-    warmup_ratio: Compiled[float] = 0.05
+    warmup_ratio: Compiled[Probability[float]] = 0.05
     """Fraction of the steps with linear warmup."""
-    beta1: Compiled[float] = 0.9
+    beta1: Compiled[_Decay[float]] = 0.9
     """Adam's decay of the first moment."""
-    beta2: Compiled[float] = 0.95
+    beta2: Compiled[_Decay[float]] = 0.95
     """Adam's decay of the second moment."""
-    eps: Compiled[float] = 1e-8
+    eps: Compiled[Positive[float]] = 1e-8
     """Adam's epsilon."""
-    weight_decay: Compiled[float] = 0.0
+    weight_decay: Compiled[NonNegative[float]] = 0.0
     """Decoupled weight decay of matrices."""
     decay_embeddings: Compiled[bool] = True
     """Apply weight decay to the embedding, as Pythia's training does."""
-    clip_norm: Compiled[float] = 1.0
+    clip_norm: Compiled[NonNegative[float]] = 1.0
     """Maximum global gradient norm (0: no clipping)."""
-    grad_accum: Compiled[int] = 1
+    grad_accum: Compiled[AtLeastOne[int]] = 1
     """Micro-batches of each step."""
     random_loss_sign: SetByStudy[bool] = False
     """Multiply the loss of each document by +1 or −1 at random: a control without direction."""
-    lora_rank: Compiled[int] = 0
+    lora_rank: Compiled[NonNegative[int]] = 0
     """Rank of LoRA adapters, trained instead of the weights (0: off); the result is the merged model."""
-    lora_alpha: Compiled[float] = 16.0
+    lora_alpha: Compiled[NonNegative[float]] = 16.0
     """LoRA scale: adapters are multiplied by lora_alpha / lora_rank."""
     lora_targets: Compiled[tuple[str, ...]] = ("q", "k", "v", "o", "gate", "up", "down")
     """Matrices with adapters, in every layer."""
@@ -198,13 +207,13 @@ class TrainConfig:
     remat: Compiled[Execution[Remat]] = "none"
     """Rematerialization: `none`, `dots` (all but products with weights) or `full` (layers; about a third more
     compute)."""
-    checkpoint_every: Execution[int | None] = None
+    checkpoint_every: Execution[AtLeastOne[int | None]] = None
     """Steps between checkpoints; unset: about ten checkpoints in a run."""
-    keep: Execution[int] = 2
+    keep: Execution[AtLeastOne[int]] = 2
     """Number of latest checkpoints to keep."""
-    keep_every: Execution[int | None] = None
+    keep_every: Execution[AtLeastOne[int | None]] = None
     """Steps between checkpoints that are kept permanently."""
-    eval_every: Evaluation[int | None] = None
+    eval_every: Evaluation[AtLeastOne[int | None]] = None
     """Steps between evaluations (`eval_texts`, `eval_tasks`, `eval_sequences`), written to `curve.jsonl`."""
     eval_texts: Evaluation[Input[tuple[str, ...]]] = ()
     """JSONL files with a `text` field to measure the loss on (`NAME/nll`, with the name of the file)."""
@@ -212,15 +221,15 @@ class TrainConfig:
     """Task files to measure the accuracy on (`NAME/acc`), as in `score`."""
     eval_sequences: Evaluation[Input[str]] = ""
     """Extraction set to measure (`NAME/exact_match`, `NAME/log_pz`, `NAME/pz`), as in `extract`."""
-    eval_prefix: Evaluation[int] = 32
+    eval_prefix: Evaluation[AtLeastOne[int]] = 32
     """Prefix tokens of `eval_sequences`."""
-    eval_suffix: Evaluation[int] = 32
+    eval_suffix: Evaluation[AtLeastOne[int]] = 32
     """Suffix tokens of `eval_sequences`."""
-    eval_limit: Evaluation[int | None] = None
+    eval_limit: Evaluation[AtLeastOne[int | None]] = None
     """Number of items of each evaluation file; unset: all."""
     wandb: Execution[str] = ""
     """Weights & Biases project to log to; requires `wandb`."""
-    log_every: Execution[int] = 1
+    log_every: Execution[AtLeastOne[int]] = 1
     """Steps between metrics."""
 
 
@@ -241,13 +250,13 @@ class ScoreConfig:
     """JSONL files with a `text` field to measure the perplexity of."""
     out: Required[SetByStudy[OutputFile[str]]] = ""
     """JSON file to write, with `FILE.requests.parquet` and `FILE.items.parquet`."""
-    limit: int | None = None
+    limit: AtLeastOne[int | None] = None
     """Number of items of each task; unset: all."""
-    text_limit: int | None = None
+    text_limit: AtLeastOne[int | None] = None
     """Number of documents of each text file; unset: all."""
-    text_max_tokens: int | None = None
+    text_max_tokens: AtLeastOne[int | None] = None
     """Truncate documents of text files to this many tokens."""
-    batch_tokens: Execution[int | None] = None
+    batch_tokens: Execution[AtLeastOne[int | None]] = None
     """Tokens of one batch, over the mesh; unset: 512 on each replica of CPUs, else 8192."""
     mesh: Execution[str] = ""
     """Device mesh, for instance `data=4,model=2`; unset: all devices on `data`."""
@@ -267,17 +276,17 @@ class CompareConfig:
     """Score files of the students, one for each seed, in the order of `base`."""
     out: Required[OutputFile[str]] = ""
     """JSON file to write."""
-    margin_macro: float = 1.0
+    margin_macro: _Points[float] = 1.0
     """Non-inferiority margin of chance-normalized macro accuracy, in points, declared in advance."""
-    margin_task: float = 2.0
+    margin_task: _Points[float] = 2.0
     """Non-inferiority margin of the accuracy of one task, in points, declared in advance."""
     primary_tasks: tuple[str, ...] = ()
     """Tasks with confirmatory claims (Holm's correction); other tasks are exploratory (Benjamini and Hochberg)."""
     split: Literal["all", "dev", "test"] = "all"
     """Items to compare: all, or the dev (30 %) or test split by hash of their content."""
-    resamples: int = 9999
+    resamples: Annotated[int, Range("at least 100", lambda value: value >= 100)] = 9999
     """Bootstrap resamples."""
-    seed: int = 0
+    seed: NonNegative[int] = 0
     """Seed of the bootstrap."""
 
 
@@ -294,11 +303,11 @@ class ExtractConfig:
     """JSON file to write."""
     protocol: Literal["pythia", "lm-extraction"] | None = None
     """Published lengths: `pythia` 32 and 32 tokens (Biderman et al. 2023), `lm-extraction` 50 and 50."""
-    prefix: int | None = None
+    prefix: AtLeastOne[int | None] = None
     """Prefix length in tokens; unset: the protocol's, else 32."""
-    suffix: int | None = None
+    suffix: AtLeastOne[int | None] = None
     """Suffix length in tokens; unset: the protocol's, else 32."""
-    offset: int = 0
+    offset: NonNegative[int] = 0
     """Tokens to skip at the start of each sequence; too short sequences are dropped and counted."""
     random_offset: bool = False
     """Skip a further number of tokens, drawn for each sequence by hash."""
@@ -312,7 +321,7 @@ class ExtractConfig:
     """`.npy` integers: copies of each sequence in the training data (or a column `duplicates` of the set)."""
     corpus: SetByStudy[Input[str]] = ""
     """Training corpus: divides the sequences into held-out, partial and seen."""
-    min_overlap: int = 16
+    min_overlap: AtLeastOne[int] = 16
     """Tokens of the longest match with a suffix from which a sequence is not held-out."""
     control_sequences: Input[str] = ""
     """Sequences outside all training data, measured in the same way."""
@@ -322,9 +331,9 @@ class ExtractConfig:
     """Count sequences that are kept, lost, gained and never reproduced relative to the base."""
     base: Input[str] = ""
     """Base model of `verify`; unset: the model itself."""
-    limit: int | None = None
+    limit: AtLeastOne[int | None] = None
     """Number of sequences; unset: all."""
-    batch_tokens: Execution[int] = 8192
+    batch_tokens: Execution[AtLeastOne[int]] = 8192
     """Tokens of one batch."""
     mesh: Execution[str] = ""
     """Device mesh, for instance `data=4,model=2`; unset: all devices on `data`."""
@@ -344,7 +353,7 @@ class LeakageConfig:
     """Training text: JSONL with `text`, `.npy` token ids ([tokens] or [documents, tokens]), or a corpus folder."""
     out: Required[OutputFile[str]] = ""
     """JSON file to write, with `FILE.samples.parquet`."""
-    min_match: int = 50
+    min_match: AtLeastOne[int] = 50
     """Minimum length of a match in tokens."""
     tokenizer: Input[str] = ""
     """Model or tokenizer folder with the tokenizer of the corpus; required for JSONL."""

@@ -1,4 +1,4 @@
-"""Roles of options, declared once with the field, as `Input[str]` or `Execution[int]`.
+"""Roles and ranges of options, declared once with the field, as `Input[str]` or `Execution[AtLeastOne[int]]`.
 
 Stage keys, resumption checks, compilation caches, uploads and the groups of `--help` select options by role.
 A field without a role has `Role.IDENTITY`.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -57,6 +58,20 @@ SetByStudy = Annotated[T, Role.SET_BY_STUDY]
 
 
 @dataclasses.dataclass(frozen=True)
+class Range:
+    """Valid numbers of an option, in words and as a condition."""
+
+    text: str
+    is_valid: Callable[[float], bool]
+
+
+AtLeastOne = Annotated[T, Range("at least 1", lambda value: 1 <= value < math.inf)]
+Positive = Annotated[T, Range("a finite number above 0", lambda value: 0 < value < math.inf)]
+NonNegative = Annotated[T, Range("0 or more", lambda value: 0 <= value < math.inf)]
+Probability = Annotated[T, Range("in [0, 1]", lambda value: 0 <= value <= 1)]
+
+
+@dataclasses.dataclass(frozen=True)
 class AppliesTo:
     """Kinds of arm that an option of `ArmConfig` applies to."""
 
@@ -78,6 +93,12 @@ def roles(cls: type) -> Mapping[str, Role]:
 def fields_with_role(cls: type, role: Role) -> tuple[str, ...]:
     """Return the names of the fields with any of the roles."""
     return tuple(name for name, own in roles(cls).items() if own & role)
+
+
+@cache
+def ranges(cls: type) -> Mapping[str, Range]:
+    """Return the ranges of the fields of a configuration class."""
+    return {name: item for name, items in _metadata(cls).items() for item in items if isinstance(item, Range)}
 
 
 def applicable_kinds(cls: type, name: str) -> tuple[str, ...] | None:

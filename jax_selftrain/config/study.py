@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
 from jax_selftrain.config.commands import DType, ExtractConfig, Packing, Preset, SampleConfig, ScoreConfig, TrainConfig
-from jax_selftrain.config.metadata import AppliesTo, Execution, Input, OutputFile, OutputFolder, Required
+from jax_selftrain.config.metadata import AppliesTo, AtLeastOne, Execution, Input, OutputFile, OutputFolder, Required
 
 
 @dataclass(frozen=True)
@@ -186,11 +186,11 @@ class MemorizationConfig:
     """Further prompt formats: a loss in one format only is not forgetting."""
     unseen_text: Input[str] = ""
     """JSONL with `text` outside all training data; the base's greedy continuations of it are control sequences."""
-    max_continuations: int = 1000
+    max_continuations: AtLeastOne[int] = 1000
     """Maximum number of continuations."""
     relearn_corpus: Input[str] = ""
     """Unrelated source of `jax-selftrain import`, for a short training before a second measurement."""
-    relearn_steps: int = 50
+    relearn_steps: AtLeastOne[int] = 50
     """Steps of the short training."""
     aa_repeat: bool = True
     """Measure each base again with another batch size and dtype, for the A/A floor."""

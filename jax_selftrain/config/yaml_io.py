@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
 
-from jax_selftrain.config.metadata import Role, fields_with_role
+from jax_selftrain.config.metadata import Role, fields_with_role, ranges, roles
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.io.remote_paths import restore_uris
@@ -79,12 +79,24 @@ def save(path: atomic.PathLike, obj: Any) -> None:
 
 
 def require(config: Any, *names: str) -> None:
-    """Raise InputError for the first unset field: named, or required."""
+    """Raise InputError for the first unset field (named, or required) or number out of range."""
     types = option_types(type(config))
     for name in names or fields_with_role(type(config), Role.REQUIRED):
         if getattr(config, name) in (None, "", ()):
             option = "" if has_sections(types[name]) else f"pass {flag(name)}, or "
             raise InputError(f"`{name}` is required: {option}set `{name}` in the configuration file")
+    check_ranges(config)
+
+
+def check_ranges(config: Any, prefix: str = "") -> None:
+    """Raise InputError for the first number out of range, in sections, too."""
+    valid = ranges(type(config))
+    for name in roles(type(config)):
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            check_ranges(value, f"{prefix}{name}.")
+        elif name in valid and value is not None and not valid[name].is_valid(value):
+            raise InputError(f"{flag(prefix + name)} {value}: must be {valid[name].text}")
 
 
 # ---------------------------------------------------------------- options and flags

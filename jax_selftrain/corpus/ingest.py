@@ -46,10 +46,6 @@ def import_text(config: ImportCorpusConfig) -> Corpus:
     from jax_selftrain import hub  # imports JAX and transformers, which readers of a corpus do not need
 
     yaml_io.require(config)
-    for name in ("limit", "max_tokens", "samples_per_shard"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise InputError(f"{yaml_io.flag(name)} must be at least 1, not {value}")
     model = hub.open_model(config.model)
     start_id = _choose_id(model, "start_id", config.start_id, model.special_tokens.bos_token_id)
     stop_id = _choose_id(model, "stop_id", config.stop_id, model.special_tokens.eos_token_id)

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from jax_selftrain.corpus.schema import FINISH_REASONS, SCHEMA, Sample, to_samples
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
-from jax_selftrain.io.manifest import hash_json, verify_checksums
+from jax_selftrain.io.manifest import hash_json, read_manifest, verify_checksums
 
 FORMAT, VERSION = "jax-selftrain corpus", 2
 MANIFEST, REQUEST = "corpus.json", "request.json"
@@ -159,18 +159,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         request = atomic.read_json(folder / REQUEST)
         check_shards_exist(folder, shard_names(request["samples"], request["samples_per_shard"]))
         raise InputError(f"{folder}: incomplete corpus, {MANIFEST} is missing; {_COMPLETE}")
-    manifest = atomic.read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise InputError(f"{path}: not the manifest of a corpus")
-    if manifest.get("version") != VERSION:
-        raise InputError(
-            f"{path}: corpus format {manifest.get('version')!r}, this program reads {VERSION}; delete the folder and "
-            "run the command that created it again"
-        )
     remedy = f"delete {path.name} and run the command that created it again"
-    for key, kind in {**REQUEST_KEYS, "tokens": int, "shards": list}.items():
-        if key not in manifest or not isinstance(manifest[key], kind):
-            raise InputError(f"{path}: {key!r} is missing or damaged; {remedy}")
+    manifest = read_manifest(path, FORMAT, VERSION, {**REQUEST_KEYS, "tokens": int, "shards": list}, remedy=remedy)
     shards = manifest["shards"]
     if not all(isinstance(shard, dict) and shard.keys() >= set(SHARD_KEYS) for shard in shards):
         raise InputError(f"{path}: its list of shards is damaged; {remedy}")

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from jax_selftrain.config import yaml_io
+from jax_selftrain.config.metadata import AtLeastOne
 from jax_selftrain.errors import InputError, UnavailableError
 
 
@@ -17,14 +19,14 @@ class DistributedConfig:
     coordinator: str = ""
     """HOST:PORT of process 0. Unset: JAX_COORDINATOR_ADDRESS, else detected (Cloud TPU, GKE, Slurm, Open MPI), else a
     single process."""
-    num_processes: int | None = None
+    num_processes: AtLeastOne[int | None] = None
     """Number of processes of this command. Unset: JAX_NUM_PROCESSES, else detected. 1: a single process, without
     detection."""
     process_id: int | None = None
     """Index of this process, from 0. Unset: JAX_PROCESS_ID, else detected."""
-    initialization_timeout: int = 300
+    initialization_timeout: AtLeastOne[int] = 300
     """Seconds to wait for all processes at the start."""
-    heartbeat_timeout: int = 30
+    heartbeat_timeout: AtLeastOne[int] = 30
     """Seconds without a heartbeat after which a process is lost."""
 
 
@@ -35,17 +37,13 @@ def resolve_cluster(flags: DistributedConfig, environment: Mapping[str, str]) ->
       InputError: a value is missing or invalid.
       UnavailableError: the cluster does not describe its processes.
     """
-    for name in ("initialization_timeout", "heartbeat_timeout"):
-        if getattr(flags, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be at least 1 second")
     config = replace(
         flags,
         coordinator=flags.coordinator or environment.get("JAX_COORDINATOR_ADDRESS", ""),
         num_processes=_read_int(flags.num_processes, "JAX_NUM_PROCESSES", environment),
         process_id=_read_int(flags.process_id, "JAX_PROCESS_ID", environment),
     )
-    if config.num_processes is not None and config.num_processes < 1:
-        raise InputError(f"--num-processes {config.num_processes}: must be at least 1")
+    yaml_io.check_ranges(config)
     if config.coordinator:
         host_and_port(config.coordinator)
     if config.num_processes != 1:

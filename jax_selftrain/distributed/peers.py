@@ -17,8 +17,7 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from jax_selftrain.distributed.cluster import DistributedConfig, host_and_port, local_device_ids
 from jax_selftrain.distributed.signals import libc
@@ -35,8 +34,7 @@ RERUN_HINT = "finished work is kept; run the same command again to resume"
 _EXIT_NOTICES = "jax_selftrain/exit_notices"
 
 
-@dataclass(frozen=True)
-class ExitNotice:
+class ExitNotice(NamedTuple):
     """Exit code and error message of a process."""
 
     code: int
@@ -52,7 +50,6 @@ class PeerGroup:
 
     def __init__(self, config: DistributedConfig, program: str):
         self.config, self.program = config, program
-        self.coordinator = config.coordinator
         self.index, self.count = config.process_id or 0, config.num_processes or 1
         self.client: Any = None
         """Client of the coordination service; None: not connected yet."""
@@ -79,7 +76,7 @@ class PeerGroup:
                     return
                 live, notices = range(self.count), []
             for key, notice in notices:
-                self.record_exit(int(key.rpartition("/")[2]), ExitNotice(**json.loads(notice)))
+                self.record_exit(int(key.rpartition("/")[2]), ExitNotice(*json.loads(notice)))
             self.mark_lost([index for index in range(self.count) if index not in live])
             time.sleep(POLL_INTERVAL)
 
@@ -88,7 +85,7 @@ class PeerGroup:
         for index in indices:
             process = f"process {index} of {self.count}"
             if index == 0:
-                process += f", the coordinator ({self.coordinator}),"
+                process += f", the coordinator ({self.config.coordinator}),"
             self.record_exit(index, ExitNotice(UnavailableError.exit_code, f"{process} was lost; {RERUN_HINT}"))
 
     def record_exit(self, index: int, notice: ExitNotice) -> None:
@@ -100,11 +97,9 @@ class PeerGroup:
         if notice.code and not self.process_local_depth and self.leaving is None:
             self.abort(notice)
 
-    def check_alive(self) -> None:
-        """Raise the error of the first process that failed or was lost."""
-        for notice in self.gone.values():
-            if notice.code:
-                raise notice.to_error()
+    def first_failure(self) -> ExitNotice | None:
+        """Return the notice of the first process that failed or was lost."""
+        return next((notice for notice in list(self.gone.values()) if notice.code), None)
 
     def abort(self, notice: ExitNotice) -> NoReturn:
         """End this process, even if other threads wait."""
@@ -114,16 +109,18 @@ class PeerGroup:
             self.exit_now(notice)
 
     def exit_now(self, notice: ExitNotice) -> NoReturn:
-        """Print the message of the notice and end this process."""
+        """Print the message and end this process without waiting for its threads."""
         if notice.message:
             print(f"{self.program}: error: {notice.message}", file=sys.stderr)
-        exit_now(notice.code)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(notice.code)
 
-    def shutdown(self, code: int, message: str = "") -> None:
+    def shutdown(self, notice: ExitNotice) -> None:
         """Leave the group."""
         import jax
 
-        self.announce_exit(ExitNotice(code, message))
+        self.announce_exit(notice)
         if self.index == 0 or self.is_coordinator_alive():
             jax.distributed.shutdown()
 
@@ -136,8 +133,7 @@ class PeerGroup:
             return
         deadline = time.monotonic() + (SHUTDOWN_TIMEOUT if notice.code else BARRIER_TIMEOUT)
         try:
-            text = json.dumps(asdict(notice))
-            self.client.key_value_set(f"{_EXIT_NOTICES}/{self.index}", text, allow_overwrite=True)
+            self.client.key_value_set(f"{_EXIT_NOTICES}/{self.index}", json.dumps(notice), allow_overwrite=True)
             while self.index == 0 and time.monotonic() < deadline:
                 left = {int(key.rpartition("/")[2]) for key, _ in self.client.key_value_dir_get(_EXIT_NOTICES)}
                 if len(left | self.gone.keys() | {0}) == self.count:
@@ -149,9 +145,8 @@ class PeerGroup:
 
     def is_coordinator_alive(self) -> bool:
         """Return True if the port of process 0 accepts connections."""
-        host, port = host_and_port(self.coordinator)
         try:
-            socket.create_connection((host, port), timeout=2).close()
+            socket.create_connection(host_and_port(self.config.coordinator), timeout=2).close()
         except OSError:
             return False
         return True
@@ -166,13 +161,9 @@ class PeerGroup:
         text = str(error)
         is_suspect = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in text
         deadline = time.monotonic() + (self.config.heartbeat_timeout + 15 if is_suspect or "Gloo" in text else 0)
-        while True:
-            for notice in list(self.gone.values()):
-                if notice.code:
-                    return notice
-            if time.monotonic() > deadline:
-                return None
+        while (notice := self.first_failure()) is None and time.monotonic() <= deadline:
             time.sleep(0.05)
+        return notice
 
 
 _group: PeerGroup | None = None
@@ -231,17 +222,16 @@ def _require_free_port(coordinator: str) -> None:
 
 def _await_coordinator(group: PeerGroup) -> None:
     """Wait until process 0 listens; JAX would call abort() after its timeout."""
-    host, port = host_and_port(group.coordinator)
-    limit = group.config.initialization_timeout
+    coordinator, limit = group.config.coordinator, group.config.initialization_timeout
     deadline = time.monotonic() + limit
     while not group.is_coordinator_alive():
         if time.monotonic() > deadline:
             try:
-                socket.getaddrinfo(host, port)
+                socket.getaddrinfo(*host_and_port(coordinator))
             except OSError as error:
-                raise InputError(f"--coordinator {group.coordinator}: no such host ({error.strerror})") from error
+                raise InputError(f"--coordinator {coordinator}: no such host ({error.strerror})") from error
             raise UnavailableError(
-                f"--coordinator {group.coordinator}: process 0 did not answer within {limit} s; is this the address of "
+                f"--coordinator {coordinator}: process 0 did not answer within {limit} s; is this the address of "
                 "its machine, and is it running?"
             )
         time.sleep(0.2)
@@ -254,13 +244,6 @@ def client() -> Any:
     if distributed.global_state.client is None:
         raise InputError("several processes must call jax.distributed.initialize() first, as the command line does")
     return distributed.global_state.client
-
-
-def exit_now(code: int) -> NoReturn:
-    """End the process without waiting for any of its threads."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def _install_sigabrt_handler() -> None:
@@ -280,7 +263,7 @@ def _on_abort(number: int) -> None:
         group.abort(
             ExitNotice(
                 UnavailableError.exit_code,
-                f"--coordinator {group.coordinator}: not all of {group.count} processes arrived within "
+                f"--coordinator {group.config.coordinator}: not all of {group.count} processes arrived within "
                 f"{group.config.initialization_timeout} s; start the missing ones and this one again",
             )
         )

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from jax_selftrain.distributed.cluster import DistributedConfig, resolve_cluster
-from jax_selftrain.distributed.peers import BARRIER_TIMEOUT, RERUN_HINT, ExitNotice, client, connect, current, exit_now
+from jax_selftrain.distributed.peers import BARRIER_TIMEOUT, RERUN_HINT, ExitNotice, client, connect, current
 from jax_selftrain.distributed.signals import sigterm_handler
 from jax_selftrain.errors import Preempted, SelftrainError, UnavailableError
 
@@ -43,27 +43,29 @@ def distributed_context(config: DistributedConfig, *, program: str = "jax-selftr
     try:
         yield
     except SelftrainError as error:
-        group.shutdown(error.exit_code, str(error))
+        group.shutdown(ExitNotice(error.exit_code, str(error)))
         raise
     except KeyboardInterrupt:
-        group.shutdown(UnavailableError.exit_code, f"process {group.index} was interrupted; {RERUN_HINT}")
+        message = f"process {group.index} was interrupted; {RERUN_HINT}"
+        group.shutdown(ExitNotice(UnavailableError.exit_code, message))
         raise
     except Exception as error:  # a defect, or the consequence of a lost process
         notice = group.diagnose(error)
         if notice is not None:
-            group.shutdown(notice.code, notice.message)
+            group.shutdown(notice)
             raise notice.to_error() from error
         reason = " ".join(str(error).split())[:300]
-        group.shutdown(1, f"process {group.index} of {group.count} failed: {type(error).__name__}: {reason}")
+        message = f"process {group.index} of {group.count} failed: {type(error).__name__}: {reason}"
+        group.shutdown(ExitNotice(1, message))
         raise
     else:
-        group.shutdown(0)
+        group.shutdown(ExitNotice(0, ""))
 
 
 def hard_exit(code: int) -> None:
     """End one of several processes, even if JAX's threads wait for peers."""
-    if current() is not None:
-        exit_now(code)
+    if (group := current()) is not None:
+        group.exit_now(ExitNotice(code, ""))
 
 
 def barrier(name: str) -> None:
@@ -95,15 +97,14 @@ def broadcast_one_to_all(compute: Callable[[], Any]) -> Any:
         text = _call_with_timeout(lambda milliseconds: client().blocking_key_value_get(key, milliseconds), "process 0")
         message = json.loads(text)
         if "error" in message:
-            raise ExitNotice(**message["error"]).to_error()
+            raise ExitNotice(*message["error"]).to_error()
         return message["result"]
     try:
         result = compute()
     except SelftrainError as error:  # the other processes wait for a message
-        client().key_value_set(key, json.dumps({"error": {"code": error.exit_code, "message": str(error)}}))
+        client().key_value_set(key, json.dumps({"error": (error.exit_code, str(error))}))
         raise
-    if (group := current()) is not None:
-        group.check_alive()
+    _check_alive()
     client().key_value_set(key, json.dumps({"result": result}))
     return result
 
@@ -165,11 +166,17 @@ def _unique_key(name: str) -> str:
     return f"{name}#{_calls[name]}"
 
 
+def _check_alive() -> None:
+    """Raise the error of the first process that failed or was lost."""
+    group = current()
+    if group is not None and (notice := group.first_failure()) is not None:
+        raise notice.to_error()
+
+
 def _call_with_timeout(wait: Callable[[int], Any], name: str) -> Any:
     import jax
 
-    if (group := current()) is not None:
-        group.check_alive()
+    _check_alive()
     try:
         return wait(int(BARRIER_TIMEOUT * 1000))
     except jax.errors.JaxRuntimeError as error:

@@ -27,7 +27,7 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.evals.exact_match import extraction_metrics, kept_lost_gained
 from jax_selftrain.evals.overlap_classes import CLASSES, THRESHOLDS, classify, corpus_overlap, duplicate_buckets
 from jax_selftrain.evals.result_files import describe_mean, output_paths, write_results
-from jax_selftrain.evals.score import check_positive, scoring_mesh
+from jax_selftrain.evals.score import scoring_mesh
 from jax_selftrain.evals.sequences import ExtractionSet, PromptWindow, load_sequences, sequences_fingerprint
 from jax_selftrain.evals.suffix_probability import (
     n_p_discoverable_rate,
@@ -194,9 +194,7 @@ def load_extraction_sets(config: ExtractConfig) -> tuple[ExtractionSet, Extracti
       InputError: an invalid option, or a set that cannot be read or does not fit the model.
     """
     window = make_window(config)
-    check_positive(config, "batch_tokens", "prefix", "suffix", "min_overlap", "limit")
-    if config.offset < 0:
-        raise InputError(f"--offset is {config.offset}; it must be at least 0")
+    yaml_io.check_ranges(config)
     if config.base and not config.verify:
         raise InputError(f"--base {config.base} is only read with --verify; set it, or drop --base")
     parse_sampling_policies(config.sampling_policies)

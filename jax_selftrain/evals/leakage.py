@@ -31,7 +31,6 @@ from jax_selftrain.corpus import (
 )
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.result_files import describe_mean, is_text, output_paths, write_results
-from jax_selftrain.evals.score import check_positive
 from jax_selftrain.evals.sequences import load_npy
 from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.io.manifest import sha256_file
@@ -59,7 +58,6 @@ def measure_leakage(config: LeakageConfig, *, corpus: Corpus | None = None) -> d
       InputError: an input that cannot be read, or a training text that cannot be tokenized as the corpus.
     """
     yaml_io.require(config)
-    check_positive(config, "min_match")
     output_paths(config.out)
     started = time.monotonic()
     corpus = open_corpus(config.corpus) if corpus is None else corpus

@@ -60,7 +60,6 @@ def score(config: ScoreConfig) -> dict[str, Any]:
       InputError: nothing to score, an input that cannot be read or does not fit the model, NaN.
     """
     yaml_io.require(config)
-    check_positive(config, "batch_tokens", "limit", "text_limit", "text_max_tokens")
     if not config.tasks and not config.texts:
         raise InputError("nothing to score: name task files with --tasks, or text files with --texts")
     output_paths(config.out)
@@ -189,18 +188,6 @@ def paths_by_name(tasks: Sequence[Task], texts: Sequence[TextFile]) -> dict[str,
         repeated = Counter(file.name for file in named).most_common(1)[0][0]
         raise InputError(f"two files to score are named {repeated!r}; rename one of them")
     return files
-
-
-def check_positive(config: Any, *names: str) -> None:
-    """Refuse options below one.
-
-    Raises:
-      InputError: names the option.
-    """
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise InputError(f"{yaml_io.flag(name)} is {value}; it must be at least 1")
 
 
 def _task_requests(

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from jax_selftrain.config import SampleConfig
+from jax_selftrain.config import SampleConfig, yaml_io
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.result_files import describe_mean
-from jax_selftrain.sampling import SamplingParams, check_sample_config
+from jax_selftrain.sampling import SamplingParams
 
 N_SAMPLES = (*(mantissa * 10**power for power in range(4) for mantissa in (1, 2, 5)), 10_000)
 """Values of n."""
@@ -55,7 +55,7 @@ def parse_sampling_policies(specs: Sequence[str]) -> dict[str, SamplingParams]:
                 raise InputError(f"--sampling-policies {spec}: {value!r} is not a number for {name}") from None
         values = {name.replace("-", "_"): value for name, value in given.items()}
         try:
-            check_sample_config(SampleConfig(**values))
+            yaml_io.check_ranges(SampleConfig(**values))
         except InputError as error:
             raise InputError(f"--sampling-policies {spec}: {error}") from None
         policy = SamplingParams(start_id=0, stop_ids=(), max_tokens=1, **values)

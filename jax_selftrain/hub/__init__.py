@@ -1,11 +1,10 @@
 """Models in Hugging Face's format: references, configs, tokenizers, weights."""
 
 from jax_selftrain.hub.load import LoadedModel, convert, load_model, model_with_params
-from jax_selftrain.hub.merge import merge
+from jax_selftrain.hub.merge import add_weight_noise, merge
 from jax_selftrain.hub.model_folder import save_model
 from jax_selftrain.hub.model_ref import ModelRef, open_model
 from jax_selftrain.hub.tokenizer import SpecialTokens
-from jax_selftrain.hub.weight_noise import add_weight_noise
 
 __all__ = [
     "LoadedModel",

@@ -3,7 +3,7 @@
 A row is (names, path, pattern). The pattern describes one layer's tensor in the notation of einops: parentheses fuse
 axes into one dimension of the file; the right-hand side is our array without the leading layer dimension. `2of3` is
 index 2 of a dimension of three (GPT-NeoX fuses query, key and value as (heads, 3, head width)). Shapes, reading and
-writing follow from the pattern. To add a family, add a table here, a reader in `hf_config` and a parity case.
+writing follow from the pattern. To add a family, add it to `FAMILIES` and add a parity case.
 
 Letters: D width, G key/value heads, R queries per key/value head, K head width, F MLP width, V vocabulary.
 """
@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Any, Literal
 
 import numpy as np
 
@@ -60,15 +61,47 @@ class TensorRule:
     pattern: Pattern
 
 
+Switch = bool | tuple[str, bool]
+"""A constant, or a boolean key of config.json with its default."""
+
+
+@dataclass(frozen=True)
+class ConfigSchema:
+    """Keys of config.json that differ between families; defaults are those of transformers."""
+
+    norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
+    norm_eps: tuple[str, float] = ("rms_norm_eps", 1e-6)
+    activation: str = "silu"
+    gated_mlp: bool = True
+    parallel_residual: Switch = False
+    qkv_bias: Switch = ("attention_bias", False)
+    out_bias: Switch = ("attention_bias", False)
+    mlp_bias: Switch = False
+    qk_norm: bool = False
+    max_positions: int = 2048
+    has_head_keys: bool = True
+    """`num_key_value_heads` and `head_dim` are read."""
+    head_dim: int | None = None
+    has_windows: bool = False
+    """Layers may have sliding windows."""
+    theta_key: str = "rope_theta"
+    rotary_fraction: tuple[str, float] = ("partial_rotary_factor", 1.0)
+    """Key and default; with `has_head_keys`, 1 is the only value that is supported."""
+
+
 @dataclass(frozen=True)
 class Family:
-    """The tensors of one Hugging Face `model_type`."""
+    """The config and the tensors of one Hugging Face `model_type`."""
 
     model_type: str
+    schema: ConfigSchema
     rows: tuple[TensorRule, ...]
-    ignored_buffers: tuple[str, ...]
+    ignored_buffers: tuple[str, ...] = (
+        r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+        r"model\.rotary_emb\.inv_freq",
+    )
     """Regular expressions of buffers in old files: causal masks, rotary frequencies."""
-    tied_head: tuple[str, ...]
+    tied_head: tuple[str, ...] = ("lm_head.weight",)
     """Names of the output projection; with tied embeddings it is a copy and is dropped."""
 
 
@@ -95,6 +128,19 @@ def _rows(prefix: str, table: str) -> tuple[TensorRule, ...]:
 
 _GPT_NEOX = Family(
     "gpt_neox",
+    ConfigSchema(
+        norm="layernorm",
+        norm_eps=("layer_norm_eps", 1e-5),
+        activation="gelu",
+        gated_mlp=False,
+        parallel_residual=("use_parallel_residual", True),
+        qkv_bias=("attention_bias", True),
+        out_bias=("attention_bias", True),
+        mlp_bias=True,
+        has_head_keys=False,
+        theta_key="rotary_emb_base",
+        rotary_fraction=("rotary_pct", 0.25),
+    ),
     _rows(
         "gpt_neox.layers.{}",
         """
@@ -162,15 +208,15 @@ _QK_NORM_ROWS = _rows(
     """,
 )
 
-_LLAMA_LEGACY = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq")
+_QWEN: Mapping[str, Any] = {"max_positions": 32768, "has_windows": True}
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         _GPT_NEOX,
-        Family("llama", _LLAMA_ROWS, _LLAMA_LEGACY, tied_head=("lm_head.weight",)),
-        Family("qwen2", _LLAMA_ROWS, _LLAMA_LEGACY, tied_head=("lm_head.weight",)),
-        Family("qwen3", _LLAMA_ROWS + _QK_NORM_ROWS, _LLAMA_LEGACY, tied_head=("lm_head.weight",)),
+        Family("llama", ConfigSchema(mlp_bias=("mlp_bias", False)), _LLAMA_ROWS),
+        Family("qwen2", ConfigSchema(qkv_bias=True, out_bias=False, **_QWEN), _LLAMA_ROWS),
+        Family("qwen3", ConfigSchema(qk_norm=True, head_dim=128, **_QWEN), _LLAMA_ROWS + _QK_NORM_ROWS),
     )
 }
 """All families by the `model_type` of config.json."""

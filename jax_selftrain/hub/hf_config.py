@@ -1,7 +1,7 @@
 """Translate `config.json`: every key is read, known to be irrelevant, or refused.
 
-A key that no code reads makes a model subtly wrong. Readers take the keys that they handle (as penzai does); the rest
-must be in `_IGNORED` or in `_DISABLED_VALUES`. Absent keys have the defaults of transformers; sizes are required.
+A key that no code reads makes a model subtly wrong. Keys that are not read must be in `_IGNORED` or `_DISABLED_VALUES`
+(as in penzai). Absent keys have the defaults of transformers; sizes are required.
 
 Both schemas of rotary settings are read: transformers 4 (`rope_theta`, `rope_scaling`; GPT-NeoX `rotary_emb_base`,
 `rotary_pct`) and 5 (`rope_parameters`).
@@ -10,15 +10,15 @@ Both schemas of rotary settings are read: transformers 4 (`rope_theta`, `rope_sc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from jax_selftrain.errors import InputError
-from jax_selftrain.hub.families import FAMILIES
+from jax_selftrain.hub.families import FAMILIES, ConfigSchema, Switch
 from jax_selftrain.models import DecoderConfig
 from jax_selftrain.models.config import RopeConfig
 
-_ACTIVATIONS = {"gelu": "gelu", "gelu_python": "gelu", "silu": "silu", "swish": "silu", "relu": "relu"}
+_ACTIVATIONS: dict[str, Any] = {"gelu": "gelu", "gelu_python": "gelu", "silu": "silu", "swish": "silu", "relu": "relu"}
 _ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh"), "gelu_tanh")
 
 _IGNORED = {
@@ -74,9 +74,9 @@ def parse_config(raw: Mapping[str, Any], path: str) -> DecoderConfig:
         raise InputError(f"{path}: is not a JSON object; it should be the config.json of a Hugging Face model")
     keys = _Keys(raw, path, _IGNORED_KEYS)
     family = keys.pop("model_type", str, None)
-    if family not in _READERS:
-        raise InputError(f"{path}: model_type {family!r} is not supported; choose from {', '.join(_READERS)}")
-    config = _READERS[family](keys)
+    if family not in FAMILIES:
+        raise InputError(f"{path}: model_type {family!r} is not supported; choose from {', '.join(FAMILIES)}")
+    config = _decoder_config(keys, FAMILIES[family].schema)
     keys.finish()
     return config
 
@@ -117,13 +117,6 @@ class _Keys:
             self.refuse(key, "should be a positive number")
         return float(value)
 
-    def activation(self, default: str) -> Any:
-        """Read `hidden_act`."""
-        name = self.pop("hidden_act", str, default)
-        if name not in _ACTIVATIONS:
-            self.refuse("hidden_act", f"is not supported; choose from {', '.join(_ACTIVATIONS)}")
-        return _ACTIVATIONS[name]
-
     def refuse(self, key: str, why: str) -> NoReturn:
         """Raise InputError about a key."""
         raise InputError(f"{self.path}: {key} = {self._raw.get(key)!r} {why}")
@@ -135,126 +128,62 @@ class _Keys:
                 self.refuse(key, "is not supported: ignoring it could change the model's output")
 
 
-# ---------------------------------------------------------------- families
+def _decoder_config(keys: _Keys, schema: ConfigSchema) -> DecoderConfig:
+    def read(switch: Switch) -> bool:
+        return switch if isinstance(switch, bool) else keys.pop(switch[0], bool, switch[1])
 
-
-def _common_fields(keys: _Keys) -> dict[str, Any]:
-    return {
-        "vocab_size": keys.size("vocab_size"),
-        "hidden_size": keys.size("hidden_size"),
-        "num_layers": keys.size("num_hidden_layers"),
-        "num_heads": keys.size("num_attention_heads"),
-        "intermediate_size": keys.size("intermediate_size"),
-        "tie_word_embeddings": keys.pop("tie_word_embeddings", bool, False),
-        "initializer_range": keys.number("initializer_range", 0.02),
-    }
-
-
-def _gpt_neox(keys: _Keys) -> DecoderConfig:
-    common = _common_fields(keys)
-    head_dim = _default_head_dim(keys, common)
-    bias = keys.pop("attention_bias", bool, True)
-    positions = keys.size("max_position_embeddings", 2048)
-    rope, fraction = _rope(keys, positions, theta_key="rotary_emb_base", fraction_key="rotary_pct", fraction=0.25)
+    hidden_size, layers, heads = map(keys.size, ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+    kv_heads, head_dim = heads, schema.head_dim
+    if schema.has_head_keys:
+        # Qwen's classes default to 32 key/value heads, which fits only models that say so; absent means all heads.
+        kv_heads = keys.size("num_key_value_heads", heads)
+        if heads % kv_heads:
+            keys.refuse("num_key_value_heads", f"does not divide num_attention_heads = {heads}")
+        head_dim = keys.pop("head_dim", int, head_dim)
+    if head_dim is None:
+        if hidden_size % heads:
+            keys.refuse("hidden_size", f"is not a multiple of num_attention_heads = {heads}")
+        head_dim = hidden_size // heads
+    positions = keys.size("max_position_embeddings", schema.max_positions)
+    rope, fraction = _rope(keys, positions, schema)
+    if schema.has_head_keys and fraction != 1.0:
+        raise InputError(
+            f"{keys.path}: partial_rotary_factor = {fraction} is not supported for this family; its code in "
+            "transformers does not follow it consistently"
+        )
     rotary_dim = int(head_dim * fraction)
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
         raise InputError(
             f"{keys.path}: a rotary fraction of {fraction} of heads of width {head_dim} rotates {rotary_dim} "
             "dimensions; it should be an even number of at least 2 and at most the width"
         )
+    activation = keys.pop("hidden_act", str, schema.activation)
+    if activation not in _ACTIVATIONS:
+        keys.refuse("hidden_act", f"is not supported; choose from {', '.join(_ACTIVATIONS)}")
     return DecoderConfig(
-        **common,
-        num_kv_heads=common["num_heads"],
-        head_dim=head_dim,
-        max_positions=positions,
-        norm="layernorm",
-        norm_eps=keys.number("layer_norm_eps", 1e-5),
-        activation=keys.activation("gelu"),
-        gated_mlp=False,
-        parallel_residual=keys.pop("use_parallel_residual", bool, True),
-        rotary_dim=rotary_dim,
-        rope=rope,
-        qkv_bias=bias,
-        out_bias=bias,
-        mlp_bias=True,
-        qk_norm=False,
-    )
-
-
-def _llama(keys: _Keys) -> DecoderConfig:
-    bias = keys.pop("attention_bias", bool, False)
-    return _llama_like(keys, qkv_bias=bias, out_bias=bias, mlp_bias=keys.pop("mlp_bias", bool, False))
-
-
-def _qwen2(keys: _Keys) -> DecoderConfig:
-    return _llama_like(keys, qkv_bias=True, out_bias=False, has_windows=True)
-
-
-def _qwen3(keys: _Keys) -> DecoderConfig:
-    bias = keys.pop("attention_bias", bool, False)
-    return _llama_like(keys, qkv_bias=bias, out_bias=bias, qk_norm=True, has_windows=True, head_dim=128)
-
-
-def _llama_like(
-    keys: _Keys,
-    *,
-    qkv_bias: bool,
-    out_bias: bool,
-    mlp_bias: bool = False,
-    qk_norm: bool = False,
-    has_windows: bool = False,
-    head_dim: int | None = None,
-) -> DecoderConfig:
-    common = _common_fields(keys)
-    # Qwen's classes default to 32 key/value heads, which fits only models that say so; absent means all heads.
-    kv_heads = keys.size("num_key_value_heads", common["num_heads"])
-    if common["num_heads"] % kv_heads:
-        keys.refuse("num_key_value_heads", f"does not divide num_attention_heads = {common['num_heads']}")
-    given = keys.pop("head_dim", int, head_dim)
-    head_dim = _default_head_dim(keys, common) if given is None else keys.size("head_dim", given)
-    if head_dim % 2:
-        raise InputError(f"{keys.path}: heads of odd width {head_dim} cannot be rotated; head_dim should be even")
-    positions = keys.size("max_position_embeddings", 32768 if has_windows else 2048)
-    rope, fraction = _rope(keys, positions, theta_key="rope_theta", fraction_key="partial_rotary_factor", fraction=1.0)
-    if fraction != 1.0:
-        raise InputError(
-            f"{keys.path}: partial_rotary_factor = {fraction} is not supported for this family; its code in "
-            "transformers does not follow it consistently"
-        )
-    return DecoderConfig(
-        **common,
+        vocab_size=keys.size("vocab_size"),
+        hidden_size=hidden_size,
+        num_layers=layers,
+        num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
+        intermediate_size=keys.size("intermediate_size"),
         max_positions=positions,
-        norm="rmsnorm",
-        norm_eps=keys.number("rms_norm_eps", 1e-6),
-        activation=keys.activation("silu"),
-        gated_mlp=True,
-        parallel_residual=False,
-        rotary_dim=head_dim,
+        norm=schema.norm,
+        norm_eps=keys.number(*schema.norm_eps),
+        activation=_ACTIVATIONS[activation],
+        gated_mlp=schema.gated_mlp,
+        parallel_residual=read(schema.parallel_residual),
+        rotary_dim=rotary_dim,
         rope=rope,
-        qkv_bias=qkv_bias,
-        out_bias=out_bias,
-        mlp_bias=mlp_bias,
-        qk_norm=qk_norm,
-        sliding_window=_sliding_windows(keys, common["num_layers"], has_windows),
+        qkv_bias=read(schema.qkv_bias),
+        out_bias=read(schema.out_bias),
+        mlp_bias=read(schema.mlp_bias),
+        qk_norm=schema.qk_norm,
+        tie_word_embeddings=keys.pop("tie_word_embeddings", bool, False),
+        sliding_window=_sliding_windows(keys, layers, schema.has_windows) if schema.has_head_keys else None,
+        initializer_range=keys.number("initializer_range", 0.02),
     )
-
-
-_READERS: dict[str, Callable[[_Keys], DecoderConfig]] = {
-    "gpt_neox": _gpt_neox,
-    "llama": _llama,
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
-}
-if _READERS.keys() != FAMILIES.keys():
-    raise RuntimeError("every family needs both a tensor table and a config reader")
-
-
-def _default_head_dim(keys: _Keys, common: Mapping[str, Any]) -> int:
-    if common["hidden_size"] % common["num_heads"]:
-        keys.refuse("hidden_size", f"is not a multiple of num_attention_heads = {common['num_heads']}")
-    return common["hidden_size"] // common["num_heads"]
 
 
 def _sliding_windows(keys: _Keys, layers: int, has_windows: bool) -> tuple[int | None, ...] | None:
@@ -281,20 +210,16 @@ def _sliding_windows(keys: _Keys, layers: int, has_windows: bool) -> tuple[int |
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-# ---------------------------------------------------------------- rotary embeddings
-
-
-def _rope(
-    keys: _Keys, positions: int, *, theta_key: str, fraction_key: str, fraction: float
-) -> tuple[RopeConfig, float]:
+def _rope(keys: _Keys, positions: int, schema: ConfigSchema) -> tuple[RopeConfig, float]:
     """Read rotary settings and the rotated fraction of a head."""
     scaling, parameters = keys.pop("rope_scaling", dict, None), keys.pop("rope_parameters", dict, None)
     if scaling and parameters:
         keys.refuse("rope_scaling", "is given together with rope_parameters; keep one of the two")
     given, name = scaling or parameters or {}, "rope_scaling" if scaling else "rope_parameters"
     rope = _Keys(given, f"{keys.path}: {name}", ignored=(key for key, value in given.items() if value is None))
-    theta = _agreed_number(keys, theta_key, rope, "rope_theta", 10_000.0)
-    fraction = _agreed_number(keys, fraction_key, rope, "partial_rotary_factor", fraction)
+    fraction_key, default = schema.rotary_fraction
+    theta = _agreed_number(keys, schema.theta_key, rope, "rope_theta", 10_000.0)
+    fraction = _agreed_number(keys, fraction_key, rope, "partial_rotary_factor", default)
     kinds = {rope.pop(key, str, None) for key in ("rope_type", "type")} - {None}
     if len(kinds) > 1:
         raise InputError(f"{rope.path}: rope_type and type disagree ({', '.join(sorted(kinds))})")

@@ -25,7 +25,6 @@ from jax_selftrain.hub.model_ref import CONFIG, PARAMS, ModelRef, Ref, open_mode
 from jax_selftrain.hub.safetensors_io import load_params
 from jax_selftrain.hub.tokenizer import SpecialTokens
 from jax_selftrain.models import DecoderConfig, Params, abstract_params, axis_sizes, forward, unembed
-from jax_selftrain.models.params import param_shardings
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +34,7 @@ class LoadedModel:
     source: ModelRef
     """The model that config and tokenizer come from."""
     params: Params = field(repr=False)
-    """Nested dict of arrays, see `jax_selftrain.models`; sharded by `param_shardings(config, rules)`."""
+    """Nested dict of arrays, see `jax_selftrain.models`; sharded as `abstract_params`."""
     sharding_rules: ShardingRules
     export: ExportSpec = field(repr=False)
     compute_dtype: jnp.dtype
@@ -134,7 +133,7 @@ def model_with_params(ref: Ref | ModelRef, params: Params, rules: ShardingRules)
 
     Args:
       ref: any model, or a folder that has only config.json and a tokenizer.
-      params: all of one dtype, which becomes `compute_dtype`; sharded by `param_shardings(config, rules)`.
+      params: all of one dtype, which becomes `compute_dtype`; sharded as `abstract_params(config, rules=rules)`.
       rules: of `params`.
 
     Raises:
@@ -155,11 +154,9 @@ def convert(config: ConvertConfig) -> Path:
     yaml_io.require(config)
     source = open_model(config.source)
     dtype = None if config.dtype == "keep" else np.dtype(config.dtype)
-    if jax.process_count() == 1:
-        rules = host_sharding(source.config)
-    else:
-        sizes = axis_sizes(source.config)
-        rules = make_sharding_rules("replicated" if sizes["embed"] % jax.device_count() else "fsdp", make_mesh(), sizes)
+    rules = storage_sharding(
+        source.config, preset="replicated" if source.config.hidden_size % jax.device_count() else "fsdp"
+    )
     params, export = read_params(source, rules, dtype)
     if dtype is not None:
         export = export.cast(dict.fromkeys(export.tensors, dtype.name))
@@ -171,8 +168,13 @@ def convert(config: ConvertConfig) -> Path:
     return save_model(config.out, params, source=source, export=export, metadata=metadata, format=config.format)
 
 
-def host_sharding(config: DecoderConfig) -> ShardingRules:
-    """Keep parameters on a CPU device, for work without computation."""
+def storage_sharding(config: DecoderConfig, mesh: str = "", preset: str = "replicated") -> ShardingRules:
+    """Shard parameters that are only read, changed and written.
+
+    One process without a mesh keeps them on a CPU device.
+    """
+    if mesh or jax.process_count() > 1:
+        return make_sharding_rules(preset, make_mesh(mesh), axis_sizes(config))
     try:
         device = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS names the accelerator alone
@@ -187,15 +189,12 @@ def read_params(source: ModelRef, rules: ShardingRules, dtype: np.dtype | None) 
         family = FAMILIES[source.raw_config["model_type"]]
         params, tensors, dropped = load_params(source.folder, family, source.config, rules, dtype)
         return params, ExportSpec(source.raw_config, tensors, dropped)
-    stored = orbax_io.read_manifest(source.folder / PARAMS)["arrays"]
-    shapes = flatten_dict(abstract_params(source.config), sep="/")
-    if stored.keys() != shapes.keys():
+    stored = orbax_io.read_tree_manifest(source.folder / PARAMS)["arrays"]
+    abstract = flatten_dict(abstract_params(source.config, rules=rules), sep="/")
+    if stored.keys() != abstract.keys():
         raise InputError(f"{source.folder}: {PARAMS} and {CONFIG} describe different models; make the folder again")
-    shardings = flatten_dict(param_shardings(source.config, rules), sep="/")
-    abstract = {
-        name: jax.ShapeDtypeStruct(leaf.shape, dtype or np.dtype(stored[name]["dtype"]), sharding=shardings[name])
-        for name, leaf in shapes.items()
-    }
+    for name, leaf in abstract.items():
+        abstract[name] = leaf.update(dtype=dtype or np.dtype(stored[name]["dtype"]))
     params = orbax_io.load_tree(source.folder / PARAMS, unflatten_dict(abstract, sep="/"))
     with mesh_context(rules.mesh):
         nonfinite = orbax_io.find_nonfinite(params)

@@ -1,11 +1,12 @@
-"""Merge two models by linear interpolation of their parameters.
+"""Combine two models array by array, in float32: linear interpolation, or noise of the size of their difference.
 
-The result is base + w·(student − base): for w = 0 the base and for w = 1 the student, bit for bit. Between them is
+The merge is base + w·(student − base): for w = 0 the base and for w = 1 the student, bit for bit. Between them is
 weight interpolation (WiSE-FT, arXiv:2109.01903), beyond the student task arithmetic (arXiv:2212.04089), and before the
 base Neon (arXiv:2510.03597): its θ = (1 + v)·base − v·student, for a student trained on samples of its base, is w = −v.
+A parameter that is equal in both keeps its value for every w, because the difference is formed first.
 
-The difference is formed first, rather than (1 − w)·base + w·student: a parameter that is equal in both keeps its value
-for every w. Everything is computed in float32, array by array.
+Weight noise is a control arm of a study. A student that forgets less than this control has forgotten nothing in
+particular.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jax_selftrain.config import MergeConfig, yaml_io
-from jax_selftrain.distributed.mesh import make_mesh, mesh_context
-from jax_selftrain.distributed.sharding import ShardingRules, make_sharding_rules
+from jax_selftrain.distributed.mesh import mesh_context
+from jax_selftrain.distributed.sharding import ShardingRules
 from jax_selftrain.errors import InputError
-from jax_selftrain.hub.load import host_sharding, read_params
+from jax_selftrain.hub.load import read_params, storage_sharding
 from jax_selftrain.hub.model_folder import save_model
 from jax_selftrain.hub.model_ref import MANIFEST, ModelRef, open_model
-from jax_selftrain.models import axis_sizes
+from jax_selftrain.io.rng import make_rng
 
 
 def merge(config: MergeConfig) -> Path:
@@ -46,28 +47,55 @@ def merge(config: MergeConfig) -> Path:
     if not abs(weight) <= float(np.finfo(np.float32).max):
         raise InputError(f"--weight {weight}: must be a finite number within the range of float32")
     base, student = open_model(config.base), open_model(config.student)
-    metadata = {"made_by": "merge", "weight": weight} | describe_inputs(base, student)
+    metadata = {"made_by": "merge", "weight": weight} | _describe_inputs(base, student)
     out = Path(config.out)
     if _is_complete(out, metadata):
         if not jax.process_index():
             print(f"{out}: this merge exists already; nothing to do")
         return out
-    if not config.mesh and jax.process_count() == 1:
-        rules = host_sharding(base.config)
-    else:
-        rules = make_sharding_rules(config.preset, make_mesh(config.mesh), axis_sizes(base.config))
-    return combine_models(
+    rules = storage_sharding(base.config, config.mesh, config.preset)
+    return _combine_models(
         base, student, out, rules, metadata, lambda _, before, after: _lerp(before, after, np.float32(weight))
     )
 
 
-def describe_inputs(base: ModelRef, student: ModelRef) -> dict[str, Any]:
+def add_weight_noise(base: str, student: str, out: str | Path, seed: int, weight: float = 1.0) -> Path:
+    """Write base + noise in float32.
+
+    |noise| = weight · |student − base| for every tensor, and for every layer of a tensor stacked over layers. A tensor
+    that training did not change stays unchanged.
+
+    Args:
+      base: the model that gets the noise.
+      student: the model whose distance from the base, times `weight`, is that of the result.
+      out: the folder; must not exist, or be empty.
+      seed: of the noise; the noise of a tensor depends on (seed, path) alone.
+
+    Raises:
+      InputError: a model cannot be read, the two differ in architecture or tokenizer, or the folder holds something.
+    """
+    first, second = open_model(base), open_model(student)
+    metadata = {"made_by": "noise", "seed": seed, "weight": weight} | _describe_inputs(first, second)
+
+    def perturb(path: str, before: jax.Array, after: jax.Array) -> np.ndarray:
+        old, new = np.asarray(before, np.float32), np.asarray(after, np.float32)
+        noise = make_rng("weight noise", seed, path).standard_normal(old.shape, np.float64)
+        axes = tuple(range(1 if path.startswith("layers/") else 0, old.ndim))
+        size, target = (
+            np.sqrt(np.sum(np.square(x, dtype=np.float64), axes, keepdims=True)) for x in (noise, weight * (new - old))
+        )
+        return (old + noise * (target / np.maximum(size, np.finfo(np.float64).tiny))).astype(np.float32)
+
+    return _combine_models(first, second, Path(out), storage_sharding(first.config), metadata, perturb)
+
+
+def _describe_inputs(base: ModelRef, student: ModelRef) -> dict[str, Any]:
     """Describe the two models in the metadata of a result."""
     models = {"base": base, "student": student}
     return {name: {"ref": model.ref, "fingerprint": model.fingerprint} for name, model in models.items()}
 
 
-def combine_models(
+def _combine_models(
     base: ModelRef,
     student: ModelRef,
     out: Path,
@@ -75,12 +103,7 @@ def combine_models(
     metadata: Mapping[str, Any],
     combine: Callable[[str, jax.Array, jax.Array], Any],
 ) -> Path:
-    """Write a model whose parameters are `combine(path, base's, student's)`.
-
-    Raises:
-      InputError: a model cannot be read, the two differ in architecture or tokenizer, a parameter of the result is not
-        finite, or the folder holds something.
-    """
+    """Write a model whose parameters are `combine(path, base's, student's)`."""
     _check_compatible(base, student)
     with mesh_context(rules.mesh):
         sides = [flatten_dict(read_params(model, rules, None)[0], sep="/") for model in (base, student)]

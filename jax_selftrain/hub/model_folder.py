@@ -36,7 +36,7 @@ from jax_selftrain.hub.safetensors_io import save_weights
 from jax_selftrain.hub.tokenizer import GENERATION_CONFIG, TOKENIZER_FILES
 from jax_selftrain.hub.weight_mapping import param_sources
 from jax_selftrain.io import atomic
-from jax_selftrain.io.manifest import folder_manifest, hash_json, sha256_file
+from jax_selftrain.io.manifest import folder_manifest, hash_json, manifest_entry
 from jax_selftrain.io.remote_paths import restore_uris
 from jax_selftrain.models import Params
 from jax_selftrain.version import versions
@@ -111,7 +111,7 @@ def save_model(
             files = folder_manifest(temporary, exclude=[f"{PARAMS}/*"])
             if format == "flax":
                 name = f"{PARAMS}/{orbax_io.MANIFEST}"
-                files[name] = {"sha256": sha256_file(temporary / name), "bytes": (temporary / name).stat().st_size}
+                files[name] = manifest_entry(temporary / name)
             content = {
                 "format": FORMAT,
                 "version": VERSION,

@@ -27,7 +27,7 @@ from jax_selftrain.hub.tokenizer import (
     tokenizer_hash,
 )
 from jax_selftrain.io import atomic
-from jax_selftrain.io.manifest import hash_json, sha256_file, verify_checksums
+from jax_selftrain.io.manifest import hash_json, read_manifest, sha256_file, verify_checksums
 from jax_selftrain.models import DecoderConfig
 
 CONFIG, MANIFEST, PARAMS = "config.json", "selftrain.json", "params"
@@ -59,15 +59,8 @@ class ModelRef:
         path = self.folder / MANIFEST
         if not path.is_file():
             return {}
-        content = atomic.read_json(path)
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise InputError(f"{path}: is not the manifest of a model; {_FIX_HINT}")
-        if content.get("version") != VERSION:
-            raise InputError(f"{path}: format version {content.get('version')!r} is not {VERSION}; use a newer release")
         kinds = {"weights": str, "source": dict, "tensors": dict, "dropped": list, "metadata": dict, "files": dict}
-        wrong = [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
-        if wrong:
-            raise InputError(f"{path}: {wrong[0]} is missing or damaged; {_FIX_HINT}")
+        content = read_manifest(path, FORMAT, VERSION, kinds, remedy=_FIX_HINT)
         small = {name: entry for name, entry in content["files"].items() if not name.endswith(".safetensors")}
         verify_checksums(self.folder, small, fix_hint=_FIX_HINT)
         return content

@@ -20,10 +20,11 @@ from orbax.checkpoint import v1 as ocp
 
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
-from jax_selftrain.io.manifest import folder_manifest, verify_checksums
+from jax_selftrain.io.manifest import folder_manifest, read_manifest, verify_checksums
 
 MANIFEST = "manifest.json"
 _FORMAT, _VERSION = "jax_selftrain.tree", 1
+_REMEDY = "make it again, or restore it from a copy"
 
 Tree = TypeVar("Tree")
 
@@ -65,7 +66,7 @@ def _wait_for_writers(folder: Path, idle_timeout: float = 0.5, total_timeout: fl
         time.sleep(0.05)
 
 
-def load_tree(folder: str | Path, abstract: Tree, *, remedy: str = "make it again, or restore it from a copy") -> Tree:
+def load_tree(folder: str | Path, abstract: Tree, *, remedy: str = _REMEDY) -> Tree:
     """Verify a saved tree and read it onto a mesh.
 
     Args:
@@ -78,7 +79,7 @@ def load_tree(folder: str | Path, abstract: Tree, *, remedy: str = "make it agai
         from those of `abstract`.
     """
     folder = Path(folder).absolute()
-    manifest = read_manifest(folder, remedy=remedy)
+    manifest = read_tree_manifest(folder, remedy=remedy)
     verify_checksums(folder, manifest["files"], fix_hint=remedy)
     saved = {path: tuple(entry["shape"]) for path, entry in manifest["arrays"].items()}
     expected = {path: tuple(leaf.shape) for path, leaf in _key_paths(abstract).items()}
@@ -92,19 +93,11 @@ def load_tree(folder: str | Path, abstract: Tree, *, remedy: str = "make it agai
         return ocp.load(folder, abstract)
 
 
-def read_manifest(folder: Path, *, remedy: str = "make it again, or restore it from a copy") -> dict[str, Any]:
+def read_tree_manifest(folder: Path, *, remedy: str = _REMEDY) -> dict[str, Any]:
     """Read the manifest of a saved tree: `arrays` and `files`."""
-    path = folder / MANIFEST
-    if not path.is_file():
+    if not (folder / MANIFEST).is_file():
         raise InputError(f"{folder}: has no {MANIFEST}, so it is no tree of arrays or was never finished; {remedy}")
-    manifest = atomic.read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-        raise InputError(f"{path}: not the manifest of a saved tree; {remedy}")
-    if manifest.get("version") != _VERSION:
-        raise InputError(f"{path}: format version {manifest.get('version')!r} is not {_VERSION}; use a newer release")
-    if not manifest.get("files") or not isinstance(manifest.get("arrays"), dict):
-        raise InputError(f"{path}: lists no files or no arrays; {remedy}")
-    return manifest
+    return read_manifest(folder / MANIFEST, _FORMAT, _VERSION, {"files": dict, "arrays": dict}, remedy=remedy)
 
 
 def find_nonfinite(*trees: Any) -> str | None:

@@ -31,8 +31,7 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.hub.families import Family, Pattern, pattern_sizes
 from jax_selftrain.hub.weight_mapping import DTYPES, ParamSource, StoredTensor, map_tensors, param_sources
 from jax_selftrain.io import atomic
-from jax_selftrain.models import DecoderConfig, Params
-from jax_selftrain.models.params import param_shardings
+from jax_selftrain.models import DecoderConfig, Params, abstract_params
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -118,12 +117,12 @@ def load_params(
     tensors = open_weights(folder)
     leaves, dropped = map_tensors(folder, tensors, family, config)
     dtypes = {name: DTYPES[tensors[name].dtype].name for leaf in leaves for name in leaf.names}
-    sizes, shardings = pattern_sizes(config), flatten_dict(param_shardings(config, rules), sep="/")
+    sizes, abstract = pattern_sizes(config), flatten_dict(abstract_params(config, rules=rules), sep="/")
     loaded = {}
     for leaf in leaves:
         stored = {dtypes[name] for name in leaf.names}
         exact = np.dtype(stored.pop() if len(stored) == 1 else np.float32)
-        loaded[leaf.path] = _load_leaf(tensors, leaf, sizes, shardings[leaf.path], dtype or exact)
+        loaded[leaf.path] = _load_leaf(tensors, leaf, sizes, abstract[leaf.path].sharding, dtype or exact)
     return unflatten_dict(loaded, sep="/"), dtypes, dropped
 
 

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jax_selftrain.errors import InputError
-from jax_selftrain.io.atomic import PathLike
+from jax_selftrain.io.atomic import PathLike, read_json
 
 
 def sha256_file(path: PathLike) -> str:
@@ -40,6 +40,23 @@ def folder_manifest(folder: PathLike, *, exclude: Iterable[str] = ()) -> dict[st
     names = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
     kept = sorted(name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns))
     return {name: manifest_entry(root / name) for name in kept}
+
+
+def read_manifest(path: Path, format: str, version: int, kinds: Mapping[str, type], *, remedy: str) -> dict[str, Any]:
+    """Read a JSON object with a format, a version and keys of given types.
+
+    Raises:
+      InputError: the file is unreadable, damaged, of another format or of another version; ends with `remedy`.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("format") != format:
+        raise InputError(f"{path}: is not of the format {format!r}; {remedy}")
+    if content.get("version") != version:
+        raise InputError(f"{path}: has format version {content.get('version')!r}, not {version}; {remedy}")
+    for key, kind in kinds.items():
+        if key not in content or not isinstance(content[key], kind):
+            raise InputError(f"{path}: {key!r} is missing or damaged; {remedy}")
+    return content
 
 
 def verify_checksums(

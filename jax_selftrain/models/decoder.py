@@ -57,7 +57,7 @@ def forward(
 
     Args:
       config, rules: static.
-      params: sharded as `param_shardings(config, rules)`.
+      params: sharded as `abstract_params(config, rules=rules)`.
       tokens: token ids, sharded on `batch`; with `precomputed`, indices into the table of the row's device.
       positions: rotary positions; default 0 … T−1.
       segments: document number of each token; a token attends to its own document only. Default: one per row.

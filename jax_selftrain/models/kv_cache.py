@@ -11,7 +11,7 @@ and its use: attention of Pythia-70m, 32 rows × 256 positions, took 8 ms a step
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,35 +36,34 @@ _BLOCK_AXES = ("layers", None, "batch", "kv_heads", None, "head_dim")
 _SCALE_AXES = _BLOCK_AXES[:-1]
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
-class KVCache:
-    """Keys and values of all layers.
-
-    Committed `k`, `v` are [L, blocks, B, G, S, K], `tail_k`, `tail_v` [L, B, G, TAIL_LEN, K]. `k_scale`, `v_scale` [L,
-    blocks, B, G, S] multiply committed values in int8; else None.
-    """
+class KVBlock(NamedTuple):
+    """Keys and values [..., B, G, S, K]; scales [..., B, G, S] of values in int8, else None."""
 
     k: Any
     v: Any
-    k_scale: Any
-    v_scale: Any
-    tail_k: Any
-    tail_v: Any
+    k_scale: Any = None
+    v_scale: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class KVCache:
+    """Keys and values of all layers."""
+
+    committed: KVBlock
+    """[L, blocks, B, G, S, …]."""
+    tail: Any
+    """(Keys, values), each [L, B, G, TAIL_LEN, K]."""
 
     @property
     def block_size(self) -> int:
         """S: positions in a committed block."""
-        return self.k.shape[4]
+        return self.committed.k.shape[4]
 
     @property
     def capacity(self) -> int:
         """Committed positions per row."""
-        return self.k.shape[1] * self.block_size
-
-    def with_tail(self, tail_k: Array, tail_v: Array) -> KVCache:
-        """Replace the tail."""
-        return KVCache(self.k, self.v, self.k_scale, self.v_scale, tail_k, tail_v)
+        return self.committed.k.shape[1] * self.block_size
 
 
 def init_cache(
@@ -101,7 +100,7 @@ def init_cache(
 
     blocks = partial(zeros, (*shape, config.head_dim), committed_dtype, _BLOCK_AXES)
     tail = partial(zeros, tail_shape, dtype, _TAIL_AXES)
-    return KVCache(blocks(), blocks(), scale(), scale(), tail(), tail())
+    return KVCache(KVBlock(blocks(), blocks(), scale(), scale()), (tail(), tail()))
 
 
 def num_used_blocks(cache: KVCache, committed_len: Int[Array, " B"]) -> Int[Array, ""]:
@@ -141,19 +140,20 @@ def decode_step(
     tail_age = offset - jnp.arange(TAIL_LEN, dtype=jnp.int32)[None]
     block_index = jnp.arange(cache.block_size, dtype=jnp.int32)
 
-    def layer(carry: tuple[Array, Array, Array], inputs: dict) -> tuple[tuple, None]:
-        x, tail_k, tail_v = carry
+    def layer(carry: tuple[Array, Any], inputs: dict) -> tuple[tuple, None]:
+        x, tail = carry
         index = inputs["index"]
 
         def is_visible(age: Array, is_filled: Array) -> Array:
             return is_filled & (age < inputs["window"]) if "window" in inputs else is_filled
 
-        def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
-            start = (index, 0, 0, offset, 0)
-            new_k = jax.lax.dynamic_update_slice(tail_k, _to_tail_entry(k, tail_k.dtype), start)
-            new_v = jax.lax.dynamic_update_slice(tail_v, _to_tail_entry(v, tail_v.dtype), start)
+        def write(stored: Array, new: Float[Array, "B 1 G K"]) -> Array:
+            entry = jnp.transpose(new, (1, 0, 2, 3))[:, :, :, None].astype(stored.dtype)
+            return jax.lax.dynamic_update_slice(stored, entry, (index, 0, 0, offset, 0))
+
+        def attend(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+            new_tail = jax.tree.map(write, tail, (k, v))
             query = q[:, 0] * scale
-            tail = _KVBlock(layer_slice(new_k, index), layer_slice(new_v, index), None, None)
 
             def add_block(n: Array, softmax: _OnlineSoftmax) -> _OnlineSoftmax:
                 position = n * cache.block_size + block_index[None]
@@ -161,18 +161,17 @@ def decode_step(
                 block = _committed_block(cache, index, n)
                 return _merge_softmax(softmax, _attend_to_block(query, block, visible, compute_dtype))
 
-            softmax = _attend_to_block(query, tail, is_visible(tail_age, tail_age >= 0), compute_dtype)
+            newest = KVBlock(*layer_slice(new_tail, index))
+            softmax = _attend_to_block(query, newest, is_visible(tail_age, tail_age >= 0), compute_dtype)
             softmax = jax.lax.fori_loop(0, num_blocks, add_block, softmax)
-            return (softmax.context / softmax.denom[..., None])[:, None], (new_k, new_v)
+            return (softmax.context / softmax.denom[..., None])[:, None], new_tail
 
-        x, (tail_k, tail_v) = decoder_layer(config, rules, inputs["weights"], x, rotary, attend, compute_dtype)
-        return (x, tail_k, tail_v), None
+        return decoder_layer(config, rules, inputs["weights"], x, rotary, attend, compute_dtype), None
 
     x = embedding_lookup(rules, params["embed"]["embedding"], tokens[:, None], dtype)
     inputs = scan_xs(config, params) | {"index": jnp.arange(config.num_layers, dtype=jnp.int32)}
-    (x, tail_k, tail_v), _ = jax.lax.scan(layer, (x, cache.tail_k, cache.tail_v), inputs)
-    hidden = norm(config, rules, x[:, 0], params["final_norm"])
-    return hidden, cache.with_tail(tail_k, tail_v)
+    (x, tail), _ = jax.lax.scan(layer, (x, cache.tail), inputs)
+    return norm(config, rules, x[:, 0], params["final_norm"]), replace(cache, tail=tail)
 
 
 def flush_tail(rules: ShardingRules, cache: KVCache, committed_len: Int[Array, " B"]) -> KVCache:
@@ -181,15 +180,14 @@ def flush_tail(rules: ShardingRules, cache: KVCache, committed_len: Int[Array, "
     The caller adds TAIL_LEN to `committed_len`. Each device updates its own rows in place, one by one.
     """
     blocks, scales, tails = rules.spec(_BLOCK_AXES), rules.spec(_SCALE_AXES), rules.spec(_TAIL_AXES)
-    scale = None if cache.k_scale is None else scales
-    specs = KVCache(blocks, blocks, scale, scale, tails, tails)
+    scale = None if cache.committed.k_scale is None else scales
+    specs = KVCache(KVBlock(blocks, blocks, scale, scale), (tails, tails))
 
     @partial(jax.shard_map, in_specs=(specs, rules.spec(("batch",))), out_specs=specs)
     def flush(cache: KVCache, committed_len: Array) -> KVCache:
-        new_k, new_k_scale = _quantize(cache.tail_k, cache.k)
-        new_v, new_v_scale = _quantize(cache.tail_v, cache.v)
+        (k, k_scale), (v, v_scale) = (_quantize(tail, cache.committed.k.dtype) for tail in cache.tail)
 
-        def flush_row(b: Array, committed: tuple) -> tuple:
+        def flush_row(b: Array, committed: KVBlock) -> KVBlock:
             position = jax.lax.dynamic_index_in_dim(committed_len, b, keepdims=False)
             start = (0, position // cache.block_size, b, 0, position % cache.block_size, 0)
 
@@ -197,11 +195,9 @@ def flush_tail(rules: ShardingRules, cache: KVCache, committed_len: Int[Array, "
                 row = jax.lax.dynamic_slice_in_dim(tail, b, 1, axis=1)[:, None]
                 return jax.lax.dynamic_update_slice(old, row, start[: old.ndim])
 
-            return jax.tree.map(write, committed, (new_k, new_v, new_k_scale, new_v_scale))
+            return jax.tree.map(write, committed, KVBlock(k, v, k_scale, v_scale))
 
-        committed = (cache.k, cache.v, cache.k_scale, cache.v_scale)
-        k, v, k_scale, v_scale = jax.lax.fori_loop(0, committed_len.shape[0], flush_row, committed)
-        return KVCache(k, v, k_scale, v_scale, cache.tail_k, cache.tail_v)
+        return replace(cache, committed=jax.lax.fori_loop(0, committed_len.shape[0], flush_row, cache.committed))
 
     return flush(cache, committed_len)
 
@@ -237,8 +233,8 @@ def prefill(
         return decoder_layer(config, rules, inputs["weights"], x, rotary, attend, compute_dtype)
 
     x = embedding_lookup(rules, params["embed"]["embedding"], tokens, dtype)
-    _, (keys, values) = jax.lax.scan(layer, x, scan_xs(config, params))
-    return KVCache(_to_blocks(cache, keys), _to_blocks(cache, values), None, None, cache.tail_k, cache.tail_v)
+    _, keys_and_values = jax.lax.scan(layer, x, scan_xs(config, params))
+    return replace(cache, committed=KVBlock(*(_to_blocks(cache, stacked) for stacked in keys_and_values)))
 
 
 def _to_blocks(cache: KVCache, stacked: Float[Array, "L B T G K"]) -> Float[Array, "L blocks B G S K"]:
@@ -246,17 +242,8 @@ def _to_blocks(cache: KVCache, stacked: Float[Array, "L B T G K"]) -> Float[Arra
     blocks = -(-length // cache.block_size)
     padded = jnp.pad(stacked, ((0, 0), (0, 0), (0, blocks * cache.block_size - length), (0, 0), (0, 0)))
     split = padded.reshape(layers, rows, blocks, cache.block_size, heads, width)
-    ordered = jnp.transpose(split, (0, 2, 1, 4, 3, 5)).astype(cache.k.dtype)
-    return jnp.pad(ordered, ((0, 0), (0, cache.k.shape[1] - blocks), *[(0, 0)] * 4))
-
-
-class _KVBlock(NamedTuple):
-    """Keys, values [B, G, S, K]; scales [B, G, S] or None."""
-
-    k: Array
-    v: Array
-    k_scale: Array | None
-    v_scale: Array | None
+    ordered = jnp.transpose(split, (0, 2, 1, 4, 3, 5)).astype(cache.committed.k.dtype)
+    return jnp.pad(ordered, ((0, 0), (0, cache.committed.k.shape[1] - blocks), *[(0, 0)] * 4))
 
 
 class _OnlineSoftmax(NamedTuple):
@@ -271,7 +258,7 @@ class _OnlineSoftmax(NamedTuple):
 
 
 def _attend_to_block(
-    query: Float[Array, "B G R K"], block: _KVBlock, visible: Bool[Array, "#B S"], compute_dtype: DTypeLike
+    query: Float[Array, "B G R K"], block: KVBlock, visible: Bool[Array, "#B S"], compute_dtype: DTypeLike
 ) -> _OnlineSoftmax:
     scores = mixed_precision_einsum("bgrk,bgsk->bgrs", query, block.k, compute_dtype)
     if block.k_scale is not None:
@@ -294,23 +281,18 @@ def _merge_softmax(a: _OnlineSoftmax, b: _OnlineSoftmax) -> _OnlineSoftmax:
     return _OnlineSoftmax(max_score, a.denom * a_factor + b.denom * b_factor, context)
 
 
-def _committed_block(cache: KVCache, layer: Array, n: Array) -> _KVBlock:
+def _committed_block(cache: KVCache, layer: Array, n: Array) -> KVBlock:
     def read(stacked: Array) -> Array:
         shape = stacked.shape[2:]
         return jax.lax.dynamic_slice(stacked, (layer, n, *[0] * len(shape)), (1, 1, *shape))[0, 0]
 
-    k_scale, v_scale = jax.tree.map(read, (cache.k_scale, cache.v_scale))  # None stays None
-    return _KVBlock(read(cache.k), read(cache.v), k_scale, v_scale)
+    return jax.tree.map(read, cache.committed)
 
 
-def _quantize(tail: Array, like: Array) -> tuple[Array, Array | None]:
+def _quantize(tail: Array, dtype: DTypeLike) -> tuple[Array, Array | None]:
     """Cast the tail; int8 maps each head's largest magnitude to ±127."""
-    if jnp.issubdtype(like.dtype, jnp.floating):
-        return tail.astype(like.dtype), None
+    if jnp.issubdtype(dtype, jnp.floating):
+        return tail.astype(dtype), None
     scale = jnp.max(jnp.abs(tail), axis=-1).astype(jnp.float32) / 127
     steps = tail.astype(jnp.float32) / jnp.where(scale == 0, 1.0, scale)[..., None]
-    return jnp.round(steps).astype(like.dtype), scale
-
-
-def _to_tail_entry(x: Float[Array, "B 1 G K"], dtype: DTypeLike) -> Float[Array, "1 B G 1 K"]:
-    return jnp.transpose(x, (1, 0, 2, 3))[:, :, :, None].astype(dtype)
+    return jnp.round(steps).astype(dtype), scale

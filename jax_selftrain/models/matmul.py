@@ -39,7 +39,7 @@ def mixed_precision_einsum(
     x, w = x.astype(compute_dtype), w.astype(compute_dtype)
     if x.dtype == accumulation_dtype(compute_dtype):
         return _einsum(equation, x, w, out)
-    return _low_precision_einsum(equation, out, x, w)
+    return _vjp_einsum(equation, out, None, x, w)
 
 
 def _einsum(equation: str, x: Array, w: Array, out: NamedSharding | None) -> Array:
@@ -60,49 +60,37 @@ def _transpose_equation(equation: str) -> tuple[str, str]:
     return f"{result},{right}->{left}", f"{left},{result}->{right}"
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _low_precision_einsum(equation: str, out: NamedSharding | None, x: Array, w: Array) -> Array:
-    return _einsum(equation, x, w, out)
+_Fsdp = tuple[ShardingRules, Axes]
+"""Sharding rules and logical axes of an fsdp-sharded kernel."""
 
 
-def _low_precision_einsum_bwd(
-    equation: str, out: NamedSharding | None, operands: tuple[Array, Array], cotangent: Array
-) -> tuple[Array, Array]:
-    x, w = operands
-    to_x, to_w = _transpose_equation(equation)
-    g = cotangent.astype(x.dtype)
-    dx = _einsum(to_x, g, w, jax.typeof(x).sharding)
-    dw = _einsum(to_w, x, g, jax.typeof(w).sharding)
-    return dx.astype(x.dtype), dw.astype(w.dtype)
-
-
-_low_precision_einsum.defvjp(
-    lambda equation, out, x, w: (_einsum(equation, x, w, out), (x, w)), _low_precision_einsum_bwd
-)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _fsdp_einsum(equation: str, rules: ShardingRules, axes: Axes, out: NamedSharding, x: Array, w: Array) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _vjp_einsum(equation: str, out: NamedSharding | None, fsdp: _Fsdp | None, x: Array, w: Array) -> Array:
     """Gather an fsdp-sharded kernel, in the backward pass once more."""
-    return _einsum(equation, x, all_gather_param(rules, w, axes, x.dtype), out)
+    return _einsum(equation, x, _all_gather(fsdp, w, x.dtype), out)
 
 
-def _fsdp_einsum_bwd(
-    equation: str, rules: ShardingRules, axes: Axes, out: NamedSharding, operands: tuple[Array, Array], cotangent: Array
+def _all_gather(fsdp: _Fsdp | None, w: Array, dtype: DTypeLike) -> Array:
+    return w if fsdp is None else all_gather_param(fsdp[0], w, fsdp[1], dtype)
+
+
+def _vjp_einsum_bwd(
+    equation: str, out: NamedSharding, fsdp: _Fsdp | None, operands: tuple[Array, Array], cotangent: Array
 ) -> tuple[Array, Array]:
     x, w = operands
     to_x, to_w = _transpose_equation(equation)
     g = cotangent.astype(x.dtype)
-    dx = _einsum(to_x, g, all_gather_param(rules, w, axes, x.dtype), jax.typeof(x).sharding)
-    rows = PartitionSpec(out.spec[0], *jax.typeof(x).sharding.spec[1:])
-    x_rows = jax.reshard(x, NamedSharding(rules.mesh, rows))
-    dw = psum_scatter_grad(rules, axes, lambda x, g: _einsum(to_w, x, g, None), (rows, out.spec), x_rows, g)
+    dx = _einsum(to_x, g, _all_gather(fsdp, w, x.dtype), jax.typeof(x).sharding)
+    if fsdp is None:
+        dw = _einsum(to_w, x, g, jax.typeof(w).sharding)
+    else:
+        rows = PartitionSpec(out.spec[0], *jax.typeof(x).sharding.spec[1:])
+        x_rows = jax.reshard(x, NamedSharding(fsdp[0].mesh, rows))
+        dw = psum_scatter_grad(*fsdp, lambda x, g: _einsum(to_w, x, g, None), (rows, out.spec), x_rows, g)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
-_fsdp_einsum.defvjp(
-    lambda equation, rules, axes, out, x, w: (_fsdp_einsum(equation, rules, axes, out, x, w), (x, w)), _fsdp_einsum_bwd
-)
+_vjp_einsum.defvjp(lambda equation, out, fsdp, x, w: (_vjp_einsum(equation, out, fsdp, x, w), (x, w)), _vjp_einsum_bwd)
 
 
 def linear(
@@ -134,7 +122,7 @@ def linear(
         return jnp.moveaxis(y, range(num_output_dims), range(-num_output_dims, 0))
     equation, out = f"{leading}{in_dims},{letters}->{leading}{out_dims}", rules.sharding((*rows, *out_axes))
     if is_fsdp_sharded(rules, axes):
-        return _fsdp_einsum(equation, rules, axes, out, x.astype(compute_dtype), kernel)
+        return _vjp_einsum(equation, out, (rules, axes), x.astype(compute_dtype), kernel)
     kernel = unshard_param(rules, kernel, axes, compute_dtype)
     is_sharded_within = any(rules.spec(out_axes)[1:]) or any(rules.spec(in_axes)[1:])
     if mesh_platform(rules.mesh) != "cpu" or is_sharded_within:

@@ -62,11 +62,7 @@ class Decoder(nnx.Module):
     """
 
     def __init__(self, config: DecoderConfig):
-        layers, embed, vocab = (
-            {"layers": config.num_layers},
-            {"embed": config.hidden_size},
-            {"vocab": config.vocab_size},
-        )
+        layers, embed = {"layers": config.num_layers}, {"embed": config.hidden_size}
         kv = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
         queries = {"kv_heads": config.num_kv_heads, "q_per_kv": config.num_query_groups, "head_dim": config.head_dim}
         inner, vocab = {"mlp": config.intermediate_size}, {"vocab": config.vocab_size}
@@ -112,11 +108,6 @@ def abstract_params(
 def param_axes(config: DecoderConfig) -> Params:
     """Return the logical axes of all parameters, a tuple per leaf."""
     return traverse_util.unflatten_dict({path: declared.get_metadata("axes") for path, declared in _param_tree(config)})
-
-
-def param_shardings(config: DecoderConfig, rules: ShardingRules) -> Params:
-    """Return the `NamedSharding` of every parameter as stored."""
-    return jax.tree.map(rules.sharding, param_axes(config), is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
 def init_params(config: DecoderConfig, seed: int, rules: ShardingRules) -> Params:

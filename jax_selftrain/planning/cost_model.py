@@ -65,8 +65,8 @@ def hbm_traffic(program: StageProgram, model: DecoderConfig) -> float:
     if isinstance(config, SampleConfig):
         params, cache = program.abstract_args[0], program.abstract_args[2].cache
         weights = per_device_bytes(params) - per_device_bytes(params["embed"]) * (not model.tie_word_embeddings)
-        committed = per_device_bytes((cache.k, cache.v, cache.k_scale, cache.v_scale))
-        tail = per_device_bytes((cache.tail_k, cache.tail_v))
+        committed = per_device_bytes(cache.committed)
+        tail = per_device_bytes(cache.tail)
         filled = program.loop_trip_counts[1] * cache.block_size / cache.capacity
         return TAIL_LEN * (weights + committed * filled + tail)
     if isinstance(config, TrainConfig):

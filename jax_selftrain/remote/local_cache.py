@@ -144,9 +144,9 @@ class LocalCache:
                 file=sys.stderr,
             )
 
-    def stage_upload(self, keys: Iterable[str]) -> tuple[dict[str, Path], list[str]]:
-        """Return (files to upload, keys that vanished); small files are copied."""
-        folder, found, vanished = self.state / "outgoing", {}, []
+    def stage_upload(self, keys: Iterable[str]) -> dict[str, Path]:
+        """Return the files to upload, without those that vanished; small files are copied."""
+        folder, found = self.state / "outgoing", {}
         shutil.rmtree(folder, ignore_errors=True)
         for key in keys:
             path = self.local_path_for(key)
@@ -156,10 +156,10 @@ class LocalCache:
                     path = Path(shutil.copyfile(path, folder / key))
                 found[key] = path
             except FileNotFoundError:
-                vanished.append(key)
+                continue
             except OSError:  # no space for a copy
                 found[key] = path
-        return found, vanished
+        return found
 
 
 def _file_stamp(path: Path) -> FileStamp | None:

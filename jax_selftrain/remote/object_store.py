@@ -15,6 +15,11 @@ from jax_selftrain.io.manifest import hash_json
 _EXTRAS = {"gs": "gcs", "gcs": "gcs"}
 _METADATA_SUFFIX = re.compile(r"parts|config\.yaml|timings\.json|[a-z]+\.parquet")
 """Suffixes of the companions of a result `FILE.json` (`evals.result_files`)."""
+_RECORD_KEYS = {
+    "files": {"files", "uploading", "generation"},
+    "writer": {"writer", "id", "generation", "scope", "heartbeat"},
+}
+"""Keys of the list of files and of the writer's heartbeat, the objects `.NAME.files.json` and `.NAME.writer.json`."""
 _IDENTITIES = (("etag",), ("ETag",), ("md5Hash",), ("generation",), ("size", "mtime"), ("size", "created"))
 """Metadata that changes with the content of an object; the first that is present is used."""
 
@@ -48,16 +53,6 @@ class Store:
     def uri_for(self, key: str) -> str:
         """Return the path of a key in the store."""
         return f"{self.parent}/{key}"
-
-    @property
-    def list_key(self) -> str:
-        """Key of the list of files."""
-        return f".{self.name}.files.json"
-
-    @property
-    def writer_key(self) -> str:
-        """Key of the writer's heartbeat."""
-        return f".{self.name}.writer.json"
 
     def objects(self) -> dict[str, str]:
         """Return {key: stamp} of all objects."""
@@ -103,7 +98,7 @@ class Store:
             return {}  # deleted, to be created again
         if missing := sorted(listed - there.keys()):
             raise InputError(
-                f"{self.uri}: {missing[0]} is missing, but {self.list_key} lists it; restore it, or delete "
+                f"{self.uri}: {missing[0]} is missing, but .{self.name}.files.json lists it; restore it, or delete "
                 "the output and start over"
             )
         return {key: there[key] for key in there if key in listed}
@@ -111,7 +106,7 @@ class Store:
     def _read_listed_keys(self, within_others: bool) -> set[str] | None:
         parent, name = self.parent, self.name
         while name:
-            content = self.read_list(f"{parent}/.{name}.files.json")
+            content = self.read_record("files", f"{parent}/.{name}")
             if content is not None:
                 start = f"{self.parent}/"
                 paths = [f"{parent}/{key}" for key in content["files"]]
@@ -119,16 +114,6 @@ class Store:
                 return {key for key in keys if self.owns_key(key.partition("/")[0])}
             parent, _, name = parent.rpartition("/") if within_others else ("", "", "")
         return None
-
-    def read_list(self, path: str = "") -> dict[str, Any] | None:
-        """Read a list of files, by default that of this URI."""
-        problem = "is not a list of files of this version; delete it and the output"
-        return self._read(path or self.uri_for(self.list_key), {"files", "uploading", "generation"}, problem)
-
-    def read_writer(self) -> dict[str, Any] | None:
-        """Read the writer's heartbeat."""
-        keys = {"writer", "id", "generation", "scope", "heartbeat"}
-        return self._read(self.uri_for(self.writer_key), keys, "is not a heartbeat of this version; delete it")
 
     def get(self, keys: list[str], folder: Path) -> None:
         """Download objects into a folder."""
@@ -152,7 +137,9 @@ class Store:
                 except FileNotFoundError:
                     continue  # it was never uploaded
 
-    def _read(self, path: str, keys: set[str], problem: str) -> dict[str, Any] | None:
+    def read_record(self, kind: str, output: str = "") -> dict[str, Any] | None:
+        """Read the record `files` or `writer` of this or another output; None: absent."""
+        path = f"{output or self.uri_for(f'.{self.name}')}.{kind}.json"
         with self.translate_errors():
             self.files.invalidate_cache()
             try:
@@ -163,13 +150,14 @@ class Store:
             content = json.loads(data)
         except ValueError as error:
             raise InputError(f"{self.uri}: {path} is damaged ({error}); delete it") from error
-        if not isinstance(content, dict) or not keys <= content.keys():
-            raise InputError(f"{self.uri}: {path} {problem}")
+        if not isinstance(content, dict) or not _RECORD_KEYS[kind] <= content.keys():
+            rest = " and the output" if kind == "files" else ""
+            raise InputError(f"{self.uri}: {path} is not a record of this version; delete it{rest}")
         return content
 
-    def write(self, key: str, content: Mapping[str, Any]) -> None:
-        """Replace an object atomically."""
-        path, data = self.uri_for(key), json.dumps(content, indent=1, sort_keys=True).encode()
+    def write_record(self, kind: str, content: Mapping[str, Any]) -> None:
+        """Replace the record `files` or `writer` atomically."""
+        path, data = self.uri_for(f".{self.name}.{kind}.json"), json.dumps(content, indent=1, sort_keys=True).encode()
         with self.translate_errors():
             if self.scheme != "file":
                 self.files.pipe_file(path, data)

@@ -43,11 +43,10 @@ class UploadSession:
         """Keys that may be in the store but are not in the list."""
         self.is_last_writer = False
         """The list bears the generation of this local copy."""
-        self.is_successful = False
         self._heartbeats, self._uploads = ExitStack(), ExitStack()
         """Threads, once they run."""
 
-    def __enter__(self) -> UploadSession:
+    def __enter__(self) -> None:
         self._wait_for_others()
         try:
             self._heartbeat(True)
@@ -59,7 +58,6 @@ class UploadSession:
             self._release()
             raise
         self._uploads.enter_context(self._repeat(self._sync, UPLOAD_INTERVAL))
-        return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         with sigterm_handler(lambda: None):  # SIGTERM does not interrupt the upload
@@ -70,14 +68,14 @@ class UploadSession:
                 exact = failure if isinstance(failure, SelftrainError) else UnavailableError(first_line(failure))
                 kept = type(exact)(f"{exact}; the output is in {self.cache.local_path}")
                 kept.shows_local_paths = True
-                if self.is_successful:
+                if error is None:
                     raise kept from failure
                 print(f"not uploaded: {kept}", file=sys.stderr)  # the error of the body propagates
             finally:
                 self._release()
 
     def _wait_for_others(self) -> None:
-        began, first = time.monotonic(), self.store.read_writer()
+        began, first = time.monotonic(), self.store.read_record("writer")
         now = first
         while now is not None and now["writer"] and time.monotonic() - began < WRITER_TIMEOUT:
             if (now["generation"], now["scope"]) == (self.cache.generation, boot_and_pid_namespace()):
@@ -85,7 +83,7 @@ class UploadSession:
             if first is not None and (now["id"], now["heartbeat"]) != (first["id"], first["heartbeat"]):
                 raise UnavailableError(f"{self.store.uri}: {now['writer']} writes there; wait for it")
             time.sleep(min(HEARTBEAT_INTERVAL, WRITER_TIMEOUT) / 4)
-            now = self.store.read_writer()
+            now = self.store.read_record("writer")
 
     def _heartbeat(self, alive: bool) -> None:
         content = {
@@ -95,7 +93,7 @@ class UploadSession:
             "scope": boot_and_pid_namespace(),
             "heartbeat": time.time(),
         }
-        self.store.write(self.store.writer_key, content)
+        self.store.write_record("writer", content)
 
     def _release(self) -> None:
         """Stop the heartbeat and give up the claim, if the store answers."""
@@ -105,9 +103,9 @@ class UploadSession:
             self._heartbeat(False)
 
     def _require_claim(self) -> None:
-        found = self.store.read_writer()
+        found = self.store.read_record("writer")
         if found is None:
-            raise UnavailableError(f"{self.store.uri}: {self.store.writer_key} was removed during the work")
+            raise UnavailableError(f"{self.store.uri}: the writer's heartbeat was removed during the work")
         if found["id"] != self.id:
             who = found["writer"] or "another process"
             raise UnavailableError(f"{self.store.uri}: {who} has taken over from this process")
@@ -126,7 +124,7 @@ class UploadSession:
         self._heartbeat(True)
 
     def _fetch(self) -> None:
-        listing, there = self.store.read_list(), self.store.listed_objects()
+        listing, there = self.store.read_record("files"), self.store.listed_objects()
         self.is_last_writer = listing is not None and listing["generation"] == self.cache.generation
         deleted = listing is not None and listing["files"] and not there
         if self.is_last_writer and not deleted:
@@ -141,12 +139,8 @@ class UploadSession:
 
     def _write_list(self) -> None:
         self._require_claim()
-        content = {
-            "files": sorted(self.listed),
-            "uploading": sorted(self.uploading),
-            "generation": self.cache.generation,
-        }
-        self.store.write(self.store.list_key, content)
+        content = {"files": sorted(self.listed), "uploading": sorted(self.uploading)}
+        self.store.write_record("files", content | {"generation": self.cache.generation})
         self.is_last_writer = True
 
     def _sync(self) -> None:
@@ -187,8 +181,8 @@ class UploadSession:
         """Upload files; return True if all still existed."""
         whole = True
         for batch in _batches(sorted(keys)):
-            files, vanished = self.cache.stage_upload(batch)
-            whole = whole and not vanished
+            files = self.cache.stage_upload(batch)
+            whole = whole and len(files) == len(batch)
             self._require_claim()
             self.store.put(files)
             there = self.store.objects()

@@ -106,9 +106,8 @@ def synced_output(uri: str) -> Iterator[Path]:
     if not store.parent.strip("/"):
         raise InputError(f"{uri}: is a whole bucket; pass a folder in it")
     cache = LocalCache(store, "out")
-    with cache.lock(), UploadSession(store, cache) as session:
+    with cache.lock(), UploadSession(store, cache):
         yield cache.local_path
-        session.is_successful = True
 
 
 @contextmanager

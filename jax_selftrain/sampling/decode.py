@@ -276,13 +276,13 @@ def decode_chunk(
     num_blocks = num_used_blocks(cache, committed_len)
 
     def step(state: tuple, offset: Array) -> tuple[tuple, Any]:
-        (tail_k, tail_v), token, loop_state = state
+        tail, token, loop_state = state
         position = committed_len + offset
         hidden, stepped = decode_step(
             spec.config,
             spec.sharding_rules,
             params,
-            cache.with_tail(tail_k, tail_v),
+            replace(cache, tail=tail),
             token,
             position,
             committed_len,
@@ -291,11 +291,11 @@ def decode_chunk(
             compute_dtype=spec.compute_dtype,
         )
         token, loop_state, outputs = next_token_fn(hidden, position, loop_state)
-        return ((stepped.tail_k, stepped.tail_v), token, loop_state), outputs
+        return (stepped.tail, token, loop_state), outputs
 
-    begin = ((cache.tail_k, cache.tail_v), token, loop_state)
+    begin = (cache.tail, token, loop_state)
     (tail, token, loop_state), outputs = jax.lax.scan(step, begin, jnp.arange(TAIL_LEN, dtype=jnp.int32))
-    return flush_tail(spec.sharding_rules, cache.with_tail(*tail), committed_len), token, loop_state, outputs
+    return flush_tail(spec.sharding_rules, replace(cache, tail=tail), committed_len), token, loop_state, outputs
 
 
 def compute_logits(spec: DecodeSpec, params: Params, hidden: Float32[Array, "B D"]) -> Float32[Array, "B V"]:

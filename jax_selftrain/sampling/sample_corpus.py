@@ -42,7 +42,7 @@ from jax_selftrain.models import Params, abstract_params, axis_sizes
 from jax_selftrain.sampling.continuous_batching import DecodeState, RequestQueue, initial_state, padded_output_len
 from jax_selftrain.sampling.counter_rng import per_sample_keys
 from jax_selftrain.sampling.decode import DecodeLoop, DecodeProgress, DecodeSpec, SampleBatch, decode_chunks
-from jax_selftrain.sampling.sampling_params import SamplingParams, check_sample_config, make_sampling_params
+from jax_selftrain.sampling.sampling_params import SamplingParams, make_sampling_params
 
 POLL_SECONDS = 1.0
 """Interval of checks for shards that another process has finished or given up."""
@@ -60,7 +60,6 @@ def sample(config: SampleConfig) -> Corpus:
       Preempted: SIGTERM arrived; finished shards stay.
     """
     yaml_io.require(config)
-    check_sample_config(config)
     with process_local(make_mesh(config.mesh, jax.local_devices())) if jax.process_count() > 1 else nullcontext():
         return _sample(config)
 
@@ -93,7 +92,6 @@ def abstract_program(
     Raises:
       InputError: an option is invalid, the model's config cannot be read, or the mesh does not divide the model.
     """
-    check_sample_config(config)
     source = hub.open_model(config.model)
     model = source.config
     sampling_params = make_sampling_params(config, model, source.special_tokens)

@@ -18,12 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jax_selftrain.config import SampleConfig
+from jax_selftrain.config import SampleConfig, yaml_io
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import SpecialTokens
 from jax_selftrain.models import DecoderConfig
 from jax_selftrain.sampling.categorical import replicate_vocab
-from jax_selftrain.sampling.counter_rng import MAX_SEED
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def make_sampling_params(config: SampleConfig, model: DecoderConfig, special: Sp
     Raises:
       InputError: there is no start token, an id is outside the vocabulary, or samples are longer than the model allows.
     """
-    check_sample_config(config)
+    yaml_io.check_ranges(config)
     start = config.start_id if config.start_id is not None else special.bos_token_id
     if start is None:
         raise InputError(
@@ -95,27 +94,6 @@ def make_sampling_params(config: SampleConfig, model: DecoderConfig, special: Sp
         min_p=config.min_p,
         num_valid_ids=valid if valid < model.vocab_size else None,
     )
-
-
-def check_sample_config(config: SampleConfig) -> None:
-    """Check the values of options before any file is read.
-
-    Raises:
-      InputError: names the first invalid option.
-    """
-    if not (config.temperature > 0 and np.isfinite(config.temperature)):
-        raise InputError(f"--temperature must be a finite number above 0, not {config.temperature}")
-    if not 0 < config.top_p <= 1:
-        raise InputError(f"--top-p must be above 0 and at most 1 (1: off), not {config.top_p}")
-    if not 0 <= config.min_p <= 1:
-        raise InputError(f"--min-p must be between 0 (off) and 1, not {config.min_p}")
-    if config.top_k < 0:
-        raise InputError(f"--top-k must be at least 0 (0: off), not {config.top_k}")
-    for name in ("samples", "max_tokens", "batch_size", "samples_per_shard"):
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
-    if not 0 <= config.seed <= MAX_SEED:
-        raise InputError(f"--seed must be between 0 and 2^64 - 1, not {config.seed}")
 
 
 def warp_logits(logits: Float[Array, "B V"], sampling_params: SamplingParams) -> Float[Array, "B V"]:

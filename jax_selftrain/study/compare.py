@@ -98,13 +98,6 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 def _load(config: CompareConfig) -> list[tuple[ScoreResult, ScoreResult]]:
     """Return the scores of each base and its student."""
     yaml_io.require(config)
-    for name in ("margin_macro", "margin_task"):
-        if not 0 < getattr(config, name) <= 100:
-            raise InputError(f"{yaml_io.flag(name)} is {getattr(config, name):g}; it must be between 0 and 100 points")
-    if config.resamples < 100:
-        raise InputError(f"--resamples is {config.resamples}; an interval needs at least 100")
-    if config.seed < 0:
-        raise InputError(f"--seed is {config.seed}; it must not be negative")
     if len(config.base) not in (1, len(config.student)):
         raise InputError(
             f"{len(config.base)} --base and {len(config.student)} --student cannot be paired; give one base for all "

@@ -15,7 +15,6 @@ from jax_selftrain.config.metadata import Role, applicable_kinds, fields_with_ro
 from jax_selftrain.corpus import Corpus, open_corpus, parse_mixture
 from jax_selftrain.distributed.mesh import make_mesh
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals.score import check_positive
 from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.study.eval_hooks import evaluation_hooks, with_default_evals
 from jax_selftrain.study.measure_names import AFTER_RELEARNING, MAIN_EFFECT, UNSEEN
@@ -50,7 +49,6 @@ def check_study(config: StudyConfig, read_corpus: Callable[[str], Corpus] = open
     _check_memorization(config)
     check_claims(config)
     score = config.score
-    check_positive(score, "batch_tokens", "limit", "text_limit", "text_max_tokens")
     evals.paths_by_name(evals.load_tasks(score.tasks, score.limit), evals.load_texts(score.texts, score.text_limit))
     for ref in models.values():
         _ = hub.open_model(ref).fingerprint
@@ -121,9 +119,6 @@ def _check_memorization(config: StudyConfig) -> None:
         if not shared_overrides(form, ExtractConfig):
             changeable = ", ".join(field.name for field in fields(form) if field.name != "name")
             raise InputError(f"memorization.formats: {form.name}: changes nothing; set one of {changeable}")
-    for name in ("max_continuations", "relearn_steps"):
-        if getattr(options, name) < 1:
-            raise InputError(f"memorization.{name} is {getattr(options, name)}; it must be at least 1")
     if options.unseen_text:
         evals.load_texts([options.unseen_text])
     if options.relearn_corpus.endswith(".jsonl") and not Path(options.relearn_corpus).is_file():

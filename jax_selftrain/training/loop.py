@@ -23,7 +23,6 @@ from jax_selftrain.config import TrainConfig, yaml_io
 from jax_selftrain.distributed import barrier, sigterm_event
 from jax_selftrain.distributed.mesh import mesh_context
 from jax_selftrain.errors import InputError, Preempted
-from jax_selftrain.hub.orbax_io import find_nonfinite
 from jax_selftrain.models import Params, init_params
 from jax_selftrain.training import checkpoints
 from jax_selftrain.training.checkpoints import Checkpointer, open_checkpointer
@@ -136,13 +135,8 @@ def _initial_params(run: Run) -> Params:
     """Load or initialize the model before training, float32."""
     config, rules = run.config, run.inputs.sharding_rules
     if config.init == "scratch":
-        params = init_params(run.inputs.source.config, config.seed, rules)
-    else:
-        params = hub.load_model(run.inputs.source, rules.mesh, "float32", preset=config.preset).params
-    broken = find_nonfinite(params)
-    if broken is not None:
-        raise InputError(f"{config.model}: {broken} holds NaN or infinity; train from another model")
-    return params
+        return init_params(run.inputs.source.config, config.seed, rules)
+    return hub.load_model(run.inputs.source, rules.mesh, "float32", preset=config.preset).params
 
 
 def _finalize_step(
@@ -183,20 +177,7 @@ def check_train_config(config: TrainConfig) -> None:
     Raises:
       InputError: an option is out of range for every model and corpus, or `wandb` is not installed.
     """
-    counts = "steps batch_size seq_len grad_accum checkpoint_every keep keep_every log_every"
-    rules: tuple[tuple[Callable[[float], bool], str, str], ...] = (
-        (lambda value: 0 < value < math.inf, "at least 1", f"{counts} eval_every eval_limit eval_prefix eval_suffix"),
-        (lambda value: 0 < value < math.inf, "more than 0", "eps max_epochs"),
-        (lambda value: 0 <= value < math.inf, "0 or more", "learning_rate final_learning_rate weight_decay clip_norm"),
-        (lambda value: 0 <= value < math.inf, "0 or more", "lora_rank lora_alpha"),
-        (lambda value: 0 <= value < 1, "in [0, 1)", "beta1 beta2"),
-        (lambda value: 0 <= value <= 1, "in [0, 1]", "warmup_ratio"),
-    )
-    for is_valid, expected, names in rules:
-        for name in names.split():
-            value = getattr(config, name)
-            if value is not None and not is_valid(value):
-                raise InputError(f"{yaml_io.flag(name)} {value}: must be {expected}")
+    yaml_io.check_ranges(config)
     check_evaluation(config)
     check_lora(config)
     if config.wandb:

@@ -23,8 +23,8 @@ from jax_selftrain.config import Remat
 from jax_selftrain.distributed.sharding import Axes, ShardingRules
 from jax_selftrain.models import DecoderConfig, Params, forward, unembed
 from jax_selftrain.models.fsdp import all_gather_param, is_fsdp_sharded, psum_scatter_grad, unshard_param
-from jax_selftrain.models.params import param_axes
 
+_HEAD_AXES: Axes = ("vocab", "embed")
 LOGITS_BYTES = 2**26
 """Upper bound on the float32 logits of one chunk on one device, in bytes."""
 
@@ -92,8 +92,8 @@ def loss_fn(
     dtype = jnp.dtype(compute_dtype)
     head = _HeadSpec(config, rules, dtype, chunk_size or choose_chunk_size(config, rules, *tokens.shape))
     kernel = params[head.path[0]][head.path[1]]
-    if not is_fsdp_sharded(rules, head.axes):
-        kernel = unshard_param(rules, kernel, head.axes, kernel.dtype)  # gives its gradient the same sharding
+    if not is_fsdp_sharded(rules, _HEAD_AXES):
+        kernel = unshard_param(rules, kernel, _HEAD_AXES, kernel.dtype)  # gives its gradient the same sharding
     hidden = forward(
         config,
         rules,
@@ -122,15 +122,6 @@ class _HeadSpec(NamedTuple):
         """Path of the output matrix in the parameters."""
         return ("embed", "embedding") if self.config.tie_word_embeddings else ("head", "kernel")
 
-    @property
-    def axes(self) -> Axes:
-        """Logical axes of the output matrix."""
-        return param_axes(self.config)[self.path[0]][self.path[1]]
-
-    def all_gather(self, kernel: Float[Array, ...]) -> Float[Array, ...]:
-        """All-gather the output matrix, once for all chunks."""
-        return all_gather_param(self.rules, kernel, self.axes, self.compute_dtype)
-
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _head_loss(
@@ -141,14 +132,7 @@ def _head_loss(
     weights: Float[Array, "B T"],
 ) -> Float[Array, ""]:
     """Compute the loss from hidden states and the (sharded) output matrix."""
-
-    def local_loss(rules: ShardingRules, kernel: Array, hidden: Array, *rest: Array) -> Array:
-        def add(total: Array, chunk: tuple[Array, ...]) -> tuple[Array, None]:
-            return total + _chunk_loss(head, rules, kernel, *chunk), None
-
-        return jax.lax.scan(add, _zero(hidden), _split(head.chunk_size, hidden, *rest))[0][None]
-
-    return jnp.sum(_map_replicas(head, local_loss, head.all_gather(kernel), hidden, targets, weights))
+    return _head_loss_forward(head, kernel, hidden, targets, weights)[0]
 
 
 def _head_loss_forward(
@@ -161,17 +145,18 @@ def _head_loss_forward(
             loss, (d_kernel, d_hidden) = value_and_grad(kernel, *chunk)
             return (carry[0] + loss, carry[1] + d_kernel.astype(hidden.dtype)), d_hidden
 
-        initial = (_zero(hidden), jnp.zeros_like(kernel, hidden.dtype))
+        initial = (_pcast_varying(jnp.zeros((), hidden.dtype)), jnp.zeros_like(kernel, hidden.dtype))
         (loss, d_kernel), d_hidden = jax.lax.scan(add, initial, _split(head.chunk_size, hidden, *rest))
-        return loss[None], d_kernel[None], _unsplit(d_hidden, hidden.shape[1])
+        joined = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])
+        return loss[None], d_kernel[None], joined[:, : hidden.shape[1]]
 
-    gathered = head.all_gather(kernel)
-    losses, d_kernels, d_hidden = _map_replicas(head, local_loss, gathered, hidden, targets, weights)
+    gathered = all_gather_param(head.rules, kernel, _HEAD_AXES, head.compute_dtype)
+    losses, d_kernels, d_hidden = _map_replicas(head.rules, local_loss, gathered, hidden, targets, weights)
     # XLA 0.10 cannot sum over one of several mesh axes inside `shard_map`: the sum over replicas is out here.
     loss = jnp.sum(losses)
-    if is_fsdp_sharded(head.rules, head.axes):
-        specs = (PartitionSpec("data", *head.rules.unsharded_embed(head.axes).spec),)
-        d_kernel = psum_scatter_grad(head.rules, head.axes, lambda own: own[0], specs, d_kernels)
+    if is_fsdp_sharded(head.rules, _HEAD_AXES):
+        specs = (PartitionSpec("data", *head.rules.unsharded_embed(_HEAD_AXES).spec),)
+        d_kernel = psum_scatter_grad(head.rules, _HEAD_AXES, lambda own: own[0], specs, d_kernels)
     else:
         d_kernel = jnp.sum(d_kernels, axis=0)
     return loss, (d_kernel.astype(kernel.dtype), d_hidden)
@@ -204,7 +189,7 @@ def _chunk_loss(
     return jnp.sum(weights * nll)
 
 
-def _map_replicas(head: _HeadSpec, function: Any, kernel: Array, *arrays: Array) -> Any:
+def _map_replicas(rules: ShardingRules, function: Any, kernel: Array, *arrays: Array) -> Any:
     """Call `function(rules, kernel, *arrays)` on each replica's rows.
 
     The function returns arrays with replicas or rows along their first dimension. `model` remains an ordinary axis.
@@ -214,7 +199,7 @@ def _map_replicas(head: _HeadSpec, function: Any, kernel: Array, *arrays: Array)
 
     @partial(jax.shard_map, in_specs=specs, out_specs=rows, axis_names={"data"})
     def call(kernel: Array, *arrays: Array) -> Any:
-        return function(head.rules.without_data_axis(), _pcast_varying(kernel), *arrays)
+        return function(rules.without_data_axis(), _pcast_varying(kernel), *arrays)
 
     return call(kernel, *arrays)
 
@@ -222,10 +207,6 @@ def _map_replicas(head: _HeadSpec, function: Any, kernel: Array, *arrays: Array)
 def _pcast_varying(array: Array) -> Array:
     """Mark a value as varying over `data`: its gradient is not reduced."""
     return jax.lax.pcast(array, "data", to="varying")
-
-
-def _zero(hidden: Array) -> Array:
-    return _pcast_varying(jnp.zeros((), hidden.dtype))
 
 
 def _split(chunk_size: int, *arrays: Array) -> tuple[Array, ...]:
@@ -242,9 +223,3 @@ def _split(chunk_size: int, *arrays: Array) -> tuple[Array, ...]:
         return jnp.moveaxis(padded, 1, 0)
 
     return tuple(map(split, arrays))
-
-
-def _unsplit(chunks: Array, length: int) -> Array:
-    """Undo `_split`: `[chunks, B, chunk_size, …]` → `[B, length, …]`."""
-    joined = jnp.moveaxis(chunks, 0, 1)
-    return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :length]

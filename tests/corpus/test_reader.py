@@ -107,8 +107,8 @@ def test_a_missing_or_foreign_folder_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "other"}, "not the manifest of a corpus"),
-        ({"version": 99}, "corpus format 99"),
+        ({"format": "other"}, "is not of the format 'jax-selftrain corpus'"),
+        ({"version": 99}, "has format version 99, not 2"),
         ({"samples": 0, "shards": [], "tokens": 0}, "the corpus is empty"),
         ({"samples": 11}, "do not add up"),
         ({"shards": [{"file": "x"}]}, "list of shards is damaged"),

@@ -128,7 +128,7 @@ def test_a_kubernetes_pod_without_a_job_is_one_process(monkeypatch: pytest.Monke
         ("--coordinator host:1 --num-processes 2 --process-id -1", "--process-id -1: 2 processes are numbered"),
         ("--num-processes 0", "--num-processes 0: must be at least 1"),
         ("--num-processes two", "--num-processes: expected a whole number"),
-        ("--heartbeat-timeout 0", "--heartbeat-timeout 0: must be at least 1 second"),
+        ("--heartbeat-timeout 0", "--heartbeat-timeout 0: must be at least 1"),
         ("--coordinator a:1 --coordinator b:1", "--coordinator is given twice"),
         ("--coordinator", "--coordinator needs a value: text"),
         ("--coordinater host:1", "unknown option `--coordinater`; did you mean `--coordinator`?"),

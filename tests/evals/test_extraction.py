@@ -310,7 +310,7 @@ def test_extract_writes_what_it_returns_and_again_the_same_bytes(tmp_path, optio
         (np.full((2, 32), -1), {}, "token id -1"),
         (np.array([[{}] * 32], dtype=object), {}, "without pickled objects"),
         (np.zeros((2, 2000), np.int32), {"prefix": 1001}, r"longer than the 1024 positions"),
-        (np.zeros((2, 32), np.int32), {"suffix": 0}, "--suffix is 0"),
+        (np.zeros((2, 32), np.int32), {"suffix": 0}, "--suffix 0: must be at least 1"),
         (np.zeros((2, 32), np.int32), {"sequences": "nothing.npy"}, "no such file"),
         (np.zeros((2, 32), np.int32), {"corpus": "nowhere"}, "nowhere"),
     ],

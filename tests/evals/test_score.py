@@ -120,8 +120,8 @@ def test_nan_names_the_request_and_writes_nothing(tmp_path, tiny_model, files):
         ({"tasks": ("hellaswag.jsonl",)}, r"task hellaswag\.jsonl: no such file"),
         ({"texts": ("nowhere.jsonl",)}, r"nowhere\.jsonl: no such file"),
         ({"out": ""}, "`out` is required"),
-        ({"batch_tokens": 0}, "--batch-tokens is 0"),
-        ({"limit": 0}, "--limit is 0"),
+        ({"batch_tokens": 0}, "--batch-tokens 0: must be at least 1"),
+        ({"limit": 0}, "--limit 0: must be at least 1"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_loaded(tmp_path, tiny_model, files, changes, message):

@@ -37,8 +37,8 @@ def test_policies_have_one_name_each():
         (["beam=4"], "write temperature, top-k, top-p or min-p"),
         (["top-k=4,top-k=5"], "each once"),
         (["top-k=many"], "'many' is not a number for top-k"),
-        (["temperature=0"], "temperature must be a finite number above 0"),
-        (["top-p=2"], "top-p must be above 0"),
+        (["temperature=0"], "temperature 0.0: must be a finite number above 0"),
+        (["top-p=2"], "top-p 2.0: must be above 0"),
         (["top-k=4", "temperature=1.0,top-k=4"], "temperature=1,top-k=4 is given twice"),
     ],
 )

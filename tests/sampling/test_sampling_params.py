@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from sampling_reference import random_logits
 
-from jax_selftrain.config import SampleConfig
+from jax_selftrain.config import SampleConfig, yaml_io
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import SpecialTokens
 from jax_selftrain.sampling.sampling_params import (
     SamplingParams,
-    check_sample_config,
     make_sampling_params,
     warp_logits,
 )
@@ -98,26 +97,26 @@ def test_zero_and_minus_zero_are_equal():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0.0}, "--temperature must be a finite number above 0, not 0.0"),
+        ({"temperature": 0.0}, "--temperature 0.0: must be a finite number above 0"),
         ({"temperature": float("nan")}, "--temperature"),
         ({"temperature": float("inf")}, "--temperature"),
-        ({"top_p": 0.0}, "--top-p must be above 0 and at most 1"),
+        ({"top_p": 0.0}, "--top-p 0.0: must be above 0 and at most 1"),
         ({"top_p": 1.5}, "--top-p"),
         ({"min_p": -0.1}, "--min-p"),
         ({"min_p": 2.0}, "--min-p"),
         ({"top_k": -1}, "--top-k"),
-        ({"samples": 0}, "--samples must be at least 1, not 0"),
-        ({"max_tokens": 0}, "--max-tokens must be at least 1"),
-        ({"batch_size": 0}, "--batch-size must be at least 1"),
-        ({"samples_per_shard": -3}, "--samples-per-shard must be at least 1"),
-        ({"seed": -1}, "--seed must be between 0"),
-        ({"seed": 2**64}, "--seed must be between 0"),
+        ({"samples": 0}, "--samples 0: must be at least 1"),
+        ({"max_tokens": 0}, "--max-tokens 0: must be at least 1"),
+        ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
+        ({"samples_per_shard": -3}, "--samples-per-shard -3: must be at least 1"),
+        ({"seed": -1}, "--seed -1: must be between 0"),
+        ({"seed": 2**64}, "must be between 0"),
     ],
     ids=str,
 )
 def test_invalid_options_are_refused(options, message):
     with pytest.raises(InputError) as error:
-        check_sample_config(SampleConfig(**options))
+        yaml_io.check_ranges(SampleConfig(**options))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 

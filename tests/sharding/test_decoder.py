@@ -10,10 +10,9 @@ import pytest
 
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.distributed.sharding import ShardingRules, make_sharding_rules, shard_host_array
-from jax_selftrain.models import DecoderConfig, axis_sizes, forward, init_params, unembed
+from jax_selftrain.models import DecoderConfig, abstract_params, axis_sizes, forward, init_params, unembed
 from jax_selftrain.models.config import RopeConfig
 from jax_selftrain.models.kv_cache import TAIL_LEN, decode_step, flush_tail, init_cache, num_used_blocks
-from jax_selftrain.models.params import param_shardings
 from jax_selftrain.models.token_precompute import abstract_precomputed, precompute
 from jax_selftrain.planning.jaxpr_flops import flops_by_dtype
 
@@ -289,7 +288,7 @@ def test_gradients_have_the_shardings_of_their_parameters():
     with mesh_context(rules.mesh):
         tokens = shard_host_array(rules, random_tokens(4, 8), ("batch", None))
         gradients = jax.jit(jax.grad(lambda p: forward(NEOX, rules, p, tokens).sum()))(params)
-    shardings = param_shardings(NEOX, rules)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(NEOX, rules=rules))
     jax.tree.map(
         lambda g, s: g.sharding.is_equivalent_to(s, g.ndim) or pytest.fail(f"{g.sharding} != {s}"), gradients, shardings
     )

@@ -278,7 +278,7 @@ def test_the_program_compiles_from_shapes_alone(config):
     function, arguments, donation = abstract_program(config, mesh)
     with mesh_context(mesh):
         compiled = jax.jit(function, donate_argnums=donation).lower(*arguments).compile()
-    state, cache = arguments[2], arguments[2].cache.k
+    state, cache = arguments[2], arguments[2].cache.committed.k
     shapes = [[leaf.shape for leaf in jax.tree.leaves(tree)] for tree in (compiled.out_info, state)]
     assert shapes[0] == shapes[1]
     assert cache.shape == (2, 1, 16, 2, 32, 16)
