@@ -1,7 +1,7 @@
-"""Roles and ranges of options, declared once with the field, as `Input[str]` or `Execution[AtLeastOne[int]]`.
+"""Roles and ranges of options, as `Input[str]` or `Execution[AtLeastOne[int]]`.
 
-Stage keys, resumption checks, compilation caches, uploads and the groups of `--help` select options by role.
-A field without a role has `Role.IDENTITY`.
+They are declared once, with the field. Stage keys, resumption checks, compilation caches, uploads and the groups of
+`--help` select options by role. A field without a role has `Role.IDENTITY`.
 """
 
 from __future__ import annotations

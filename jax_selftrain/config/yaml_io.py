@@ -79,7 +79,7 @@ def save(path: atomic.PathLike, obj: Any) -> None:
 
 
 def require(config: Any, *names: str) -> None:
-    """Raise InputError for the first unset field (named, or required) or number out of range."""
+    """Refuse unset fields, named or required, and numbers out of range."""
     types = option_types(type(config))
     for name in names or fields_with_role(type(config), Role.REQUIRED):
         if getattr(config, name) in (None, "", ()):
@@ -89,7 +89,7 @@ def require(config: Any, *names: str) -> None:
 
 
 def check_ranges(config: Any, prefix: str = "") -> None:
-    """Raise InputError for the first number out of range, in sections, too."""
+    """Refuse numbers out of range, also in sections."""
     valid = ranges(type(config))
     for name in roles(type(config)):
         value = getattr(config, name)

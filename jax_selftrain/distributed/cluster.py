@@ -74,11 +74,7 @@ def _read_int(flag: int | None, variable: str, environment: Mapping[str, str]) -
 
 
 def host_and_port(coordinator: str) -> tuple[str, int]:
-    """Split HOST:PORT.
-
-    Raises:
-      InputError: it has another form.
-    """
+    """Split HOST:PORT, or raise InputError."""
     host, colon, port = coordinator.rpartition(":")
     if not (host and colon and port.isdigit() and 0 < int(port) < 65536):
         raise InputError(f"--coordinator {coordinator!r}: expected HOST:PORT, for instance 10.0.0.2:8476")

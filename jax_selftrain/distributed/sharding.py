@@ -83,12 +83,7 @@ class ShardingRules:
 
 
 def make_sharding_rules(preset: str, mesh: Mesh, sizes: Mapping[str, int]) -> ShardingRules:
-    """Make the rules of a preset for a model's axis sizes.
-
-    Args:
-      preset: `replicated`, `tensor` or `fsdp` (table in the module docstring).
-      mesh: from `make_mesh`.
-      sizes: the model's `embed`, `vocab`, `mlp`, `kv_heads`, `q_per_kv` (`models.axis_sizes`).
+    """Make the rules of a preset for a model's sizes (`models.axis_sizes`).
 
     Raises:
       InputError: the preset is unknown, or the mesh does not divide the model; lists the sizes that do.

@@ -25,11 +25,7 @@ _calls: Counter[str] = Counter()
 def distributed_context(config: DistributedConfig, *, program: str = "jax-selftrain") -> Iterator[None]:
     """Connect the processes of a program while inside.
 
-    Enter it before JAX initializes its devices.
-
-    Args:
-      config: the flags.
-      program: prefix of the error message of a process that ends early.
+    Enter it before JAX initializes its devices. `program` is the prefix of error messages.
 
     Raises:
       InputError: the flags are inconsistent, or the coordinator cannot be reached.

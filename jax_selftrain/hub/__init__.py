@@ -1,6 +1,6 @@
 """Models in Hugging Face's format: references, configs, tokenizers, weights."""
 
-from jax_selftrain.hub.load import LoadedModel, convert, load_model, model_with_params
+from jax_selftrain.hub.load import LoadedModel, convert, load_model
 from jax_selftrain.hub.merge import add_weight_noise, merge
 from jax_selftrain.hub.model_folder import save_model
 from jax_selftrain.hub.model_ref import ModelRef, open_model
@@ -14,7 +14,6 @@ __all__ = [
     "convert",
     "load_model",
     "merge",
-    "model_with_params",
     "open_model",
     "save_model",
 ]

@@ -5,7 +5,7 @@ axes into one dimension of the file; the right-hand side is our array without th
 index 2 of a dimension of three (GPT-NeoX fuses query, key and value as (heads, 3, head width)). Shapes, reading and
 writing follow from the pattern. To add a family, add it to `FAMILIES` and add a parity case.
 
-Letters: D width, G key/value heads, R queries per key/value head, K head width, F MLP width, V vocabulary.
+The letters are `AXIS_LETTERS`. A family has the rows of its table whose parameters its config declares.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jax_selftrain.models import DecoderConfig
+from jax_selftrain.models import DecoderConfig, axis_sizes
+from jax_selftrain.models.config import AXIS_LETTERS
 
 
 @dataclass(frozen=True)
@@ -107,14 +108,7 @@ class Family:
 
 def pattern_sizes(config: DecoderConfig) -> dict[str, int]:
     """Return the sizes of the letters in patterns."""
-    return {
-        "d": config.hidden_size,
-        "g": config.num_kv_heads,
-        "r": config.num_query_groups,
-        "k": config.head_dim,
-        "f": config.intermediate_size,
-        "v": config.vocab_size,
-    }
+    return {AXIS_LETTERS[axis]: size for axis, size in axis_sizes(config).items()}
 
 
 def _rows(prefix: str, table: str) -> tuple[TensorRule, ...]:
@@ -187,6 +181,8 @@ _LLAMA_ROWS = _rows(
     ~.self_attn.q_proj.bias                 | layers/attn/q/bias      | (g r k) -> g r k
     ~.self_attn.k_proj.bias                 | layers/attn/k/bias      | (g k) -> g k
     ~.self_attn.v_proj.bias                 | layers/attn/v/bias      | (g k) -> g k
+    ~.self_attn.q_norm.weight               | layers/attn/q_norm/scale | k -> k
+    ~.self_attn.k_norm.weight               | layers/attn/k_norm/scale | k -> k
     ~.self_attn.o_proj.weight               | layers/attn/o/kernel    | d (g r k) -> d g r k
     ~.self_attn.o_proj.bias                 | layers/attn/o/bias      | d -> d
     ~.mlp.gate_proj.weight                  | layers/mlp/gate/kernel  | f d -> f d
@@ -200,14 +196,6 @@ _LLAMA_ROWS = _rows(
     """,
 )
 
-_QK_NORM_ROWS = _rows(
-    "model.layers.{}",
-    """
-    ~.self_attn.q_norm.weight               | layers/attn/q_norm/scale | k -> k
-    ~.self_attn.k_norm.weight               | layers/attn/k_norm/scale | k -> k
-    """,
-)
-
 _QWEN: Mapping[str, Any] = {"max_positions": 32768, "has_windows": True}
 
 FAMILIES: dict[str, Family] = {
@@ -216,7 +204,7 @@ FAMILIES: dict[str, Family] = {
         _GPT_NEOX,
         Family("llama", ConfigSchema(mlp_bias=("mlp_bias", False)), _LLAMA_ROWS),
         Family("qwen2", ConfigSchema(qkv_bias=True, out_bias=False, **_QWEN), _LLAMA_ROWS),
-        Family("qwen3", ConfigSchema(qk_norm=True, head_dim=128, **_QWEN), _LLAMA_ROWS + _QK_NORM_ROWS),
+        Family("qwen3", ConfigSchema(qk_norm=True, head_dim=128, **_QWEN), _LLAMA_ROWS),
     )
 }
 """All families by the `model_type` of config.json."""

@@ -61,11 +61,7 @@ _ROPE_REFUSED = {
 
 
 def parse_config(raw: Mapping[str, Any], path: str) -> DecoderConfig:
-    """Translate a Hugging Face config.
-
-    Args:
-      raw: the content of config.json.
-      path: the file, for messages.
+    """Translate the content of the config.json at `path`.
 
     Raises:
       InputError: the architecture is unknown, or a key is missing, unknown, contradictory or out of range.

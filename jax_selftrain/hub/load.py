@@ -20,7 +20,7 @@ from jax_selftrain.distributed.sharding import ShardingRules, make_sharding_rule
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import orbax_io
 from jax_selftrain.hub.families import FAMILIES
-from jax_selftrain.hub.model_folder import ExportSpec, export_spec, save_model
+from jax_selftrain.hub.model_folder import ExportSpec, save_model
 from jax_selftrain.hub.model_ref import CONFIG, PARAMS, ModelRef, Ref, open_model
 from jax_selftrain.hub.safetensors_io import load_params
 from jax_selftrain.hub.tokenizer import SpecialTokens
@@ -36,9 +36,10 @@ class LoadedModel:
     params: Params = field(repr=False)
     """Nested dict of arrays, see `jax_selftrain.models`; sharded as `abstract_params`."""
     sharding_rules: ShardingRules
-    export: ExportSpec = field(repr=False)
     compute_dtype: jnp.dtype
     """Dtype of parameters and matmul operands."""
+    export: ExportSpec | None = field(default=None, repr=False)
+    """Tensors of `source`; None: the parameters are not those of `source`."""
 
     @property
     def config(self) -> DecoderConfig:
@@ -86,12 +87,14 @@ class LoadedModel:
 
         Every tensor gets the dtype it came with, or that of the parameters where that is narrower.
         """
-        dtypes, ours = self.export.tensors, self.compute_dtype
-        tensors = {name: x if np.dtype(x).itemsize <= ours.itemsize else ours.name for name, x in dtypes.items()}
-        export = self.export if tensors == self.export.tensors else self.export.cast(tensors)
-        return save_model(
-            folder, self.params, source=self.source, export=export, metadata={"made_by": "save_pretrained"}
-        )
+        export, ours, metadata = self.export, self.compute_dtype, {"made_by": "save_pretrained"}
+        if export is not None:
+            tensors = {
+                name: stored if np.dtype(stored).itemsize <= ours.itemsize else ours.name
+                for name, stored in export.tensors.items()
+            }
+            export = export if tensors == export.tensors else export.cast(tensors)
+        return save_model(folder, self.params, source=self.source, export=export, metadata=metadata)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -125,23 +128,7 @@ def load_model(
     if source.has_tokenizer:
         _ = source.special_tokens  # refuses a tokenizer of another model before weights are read
     params, export = read_params(source, rules, np.dtype(dtype))
-    return LoadedModel(source, params, rules, export, np.dtype(dtype))
-
-
-def model_with_params(ref: Ref | ModelRef, params: Params, rules: ShardingRules) -> LoadedModel:
-    """Combine the config and tokenizer of `ref` with other weights.
-
-    Args:
-      ref: any model, or a folder that has only config.json and a tokenizer.
-      params: all of one dtype, which becomes `compute_dtype`; sharded as `abstract_params(config, rules=rules)`.
-      rules: of `params`.
-
-    Raises:
-      InputError: config or tokenizer of `ref` cannot be used.
-    """
-    source = open_model(ref)
-    dtype = np.dtype(next(iter(flatten_dict(params).values())).dtype)
-    return LoadedModel(source, params, rules, export_spec(source, params), dtype)
+    return LoadedModel(source, params, rules, np.dtype(dtype), export)
 
 
 def convert(config: ConvertConfig) -> Path:

@@ -1,9 +1,10 @@
-"""Combine two models array by array, in float32: linear interpolation, or noise of the size of their difference.
+"""Combine two models in float32: merge, or noise of their distance.
 
 The merge is base + w·(student − base): for w = 0 the base and for w = 1 the student, bit for bit. Between them is
 weight interpolation (WiSE-FT, arXiv:2109.01903), beyond the student task arithmetic (arXiv:2212.04089), and before the
 base Neon (arXiv:2510.03597): its θ = (1 + v)·base − v·student, for a student trained on samples of its base, is w = −v.
-A parameter that is equal in both keeps its value for every w, because the difference is formed first.
+A parameter that is equal in both keeps its value for every w, because the difference is formed first. Arrays are
+combined one by one.
 
 Weight noise is a control arm of a study. A student that forgets less than this control has forgotten nothing in
 particular.
@@ -62,14 +63,8 @@ def merge(config: MergeConfig) -> Path:
 def add_weight_noise(base: str, student: str, out: str | Path, seed: int, weight: float = 1.0) -> Path:
     """Write base + noise in float32.
 
-    |noise| = weight · |student − base| for every tensor, and for every layer of a tensor stacked over layers. A tensor
-    that training did not change stays unchanged.
-
-    Args:
-      base: the model that gets the noise.
-      student: the model whose distance from the base, times `weight`, is that of the result.
-      out: the folder; must not exist, or be empty.
-      seed: of the noise; the noise of a tensor depends on (seed, path) alone.
+    |noise| = weight · |student − base| (Frobenius norms) for every tensor, and for every layer of a tensor stacked over
+    layers. A tensor that training did not change stays unchanged. Noise depends on (seed, path of the tensor) alone.
 
     Raises:
       InputError: a model cannot be read, the two differ in architecture or tokenizer, or the folder holds something.

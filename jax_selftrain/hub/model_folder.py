@@ -65,7 +65,7 @@ class ExportSpec:
         return ExportSpec(raw, tensors, self.dropped)
 
 
-def export_spec(source: ModelRef, params: Params) -> ExportSpec:
+def _export_spec(source: ModelRef, params: Params) -> ExportSpec:
     """Make the spec of new weights: names of `source`, dtypes of `params`."""
     leaves = param_sources(FAMILIES[source.raw_config["model_type"]], source.config, source.tensor_names)
     dtypes = {path: np.dtype(array.dtype).name for path, array in flatten_dict(params, sep="/").items()}
@@ -89,14 +89,14 @@ def save_model(
       params: device or host arrays.
       source: the model whose config, tokenizer and generation config belong to this one.
       metadata: plain data for the manifest and the model card; `made_by` is the command.
-      export: names and dtypes of tensors; unset: `export_spec`, for new weights.
+      export: names and dtypes of tensors; unset: those of `source` and of `params`.
       format: `hf` for safetensors, `flax` for an Orbax tree.
 
     Raises:
       InputError: the folder exists, the source cannot be read, or the disk is full.
     """
     source = open_model(source)
-    export = export or export_spec(source, params)
+    export = export or _export_spec(source, params)
     fingerprint = source.fingerprint if source.has_weights else hash_json({"config": source.raw_config})
     provenance = {"ref": source.ref, "fingerprint": fingerprint}
     with commit_from_all_processes(folder) as temporary:
@@ -108,7 +108,7 @@ def save_model(
             family, config = FAMILIES[export.raw_config["model_type"]], parse_config(export.raw_config, CONFIG)
             save_weights(temporary, family, config, params, export.tensors)
         if not jax.process_index():
-            files = folder_manifest(temporary, exclude=[f"{PARAMS}/*"])
+            files = folder_manifest(temporary, exclude=f"{PARAMS}/")
             if format == "flax":
                 name = f"{PARAMS}/{orbax_io.MANIFEST}"
                 files[name] = manifest_entry(temporary / name)

@@ -32,9 +32,7 @@ Tree = TypeVar("Tree")
 def save_tree(folder: str | Path, tree: Any) -> None:
     """Write a pytree of device or host arrays with a manifest.
 
-    Args:
-      folder: must not exist. All processes pass the same one, on a shared file system.
-      tree: any pytree of jax or numpy arrays.
+    All processes pass the same folder, on a shared file system.
 
     Raises:
       InputError: the folder exists already, or cannot be written.

@@ -103,10 +103,7 @@ def load_params(
 ) -> tuple[Params, dict[str, str], list[str]]:
     """Read the weights of a Hugging Face folder onto a mesh.
 
-    Args:
-      folder: the folder.
-      rules: sharding of the parameters.
-      dtype: of all parameters; None keeps each array in the dtype that holds its tensors exactly.
+    `dtype` None keeps each array in the dtype that holds its tensors exactly.
 
     Returns:
       Parameters; dtype of every tensor that is used: {name: "float32" | "bfloat16" | "float16"}; unused tensors.
@@ -181,11 +178,7 @@ def save_weights(
     """Write parameters as Hugging Face safetensors into `folder` (which the caller commits).
 
     Process 0 writes. Arrays shared by processes are gathered layer by layer; all processes call this together.
-
-    Args:
-      folder: where process 0 writes.
-      params: host or device arrays.
-      tensors: dtype of every tensor by name: {"lm_head.weight": "bfloat16", …}.
+    `tensors` holds the dtype of every tensor by name: {"lm_head.weight": "bfloat16", …}.
     """
     sizes, arrays = pattern_sizes(config), flatten_dict(params, sep="/")
     sources: dict[str, list[tuple[ParamSource, int]]] = {}

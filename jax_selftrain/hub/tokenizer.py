@@ -92,12 +92,7 @@ def resolve_special_tokens(
 ) -> SpecialTokens:
     """Determine start and stop ids from all files that name them.
 
-    Args:
-      raw: config.json.
-      generation: generation_config.json, or {}.
-      tokenizer: from `read_tokenizer`, or None.
-      vocab_size: V; ids beyond it are refused.
-      where: the model, for messages.
+    `raw` is the content of config.json, `where` names the model in messages. Ids beyond `vocab_size` are refused.
     """
     named = {
         "tokenizer": (getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)),

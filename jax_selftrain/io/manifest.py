@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,20 +29,18 @@ def manifest_entry(path: Path) -> dict[str, Any]:
     return {"sha256": sha256_file(path), "bytes": path.stat().st_size}
 
 
-def folder_manifest(folder: PathLike, *, exclude: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+def folder_manifest(folder: PathLike, *, exclude: str | None = None) -> dict[str, dict[str, Any]]:
     """Return the checksum and size of every file below a folder.
 
-    Keys are relative POSIX paths, sorted; values are {"sha256", "bytes"}. `exclude` holds shell patterns for the path;
-    `*` also matches `/`, so `params/*` excludes a tree.
+    Keys are relative POSIX paths, sorted; values are {"sha256", "bytes"}. Paths that begin with `exclude` are skipped.
     """
-    root, patterns = Path(folder), tuple(exclude)
-    names = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
-    kept = sorted(name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns))
-    return {name: manifest_entry(root / name) for name in kept}
+    root = Path(folder)
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    return {name: manifest_entry(root / name) for name in names if exclude is None or not name.startswith(exclude)}
 
 
 def read_manifest(path: Path, format: str, version: int, kinds: Mapping[str, type], *, remedy: str) -> dict[str, Any]:
-    """Read a JSON object with a format, a version and keys of given types.
+    """Read a JSON object and check its format, version and keys.
 
     Raises:
       InputError: the file is unreadable, damaged, of another format or of another version; ends with `remedy`.

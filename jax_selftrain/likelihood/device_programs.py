@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from jax_selftrain.distributed.sharding import ShardingRules
 from jax_selftrain.likelihood.batching import PROJECTION_CHUNK
 from jax_selftrain.models import DecoderConfig, Params, forward, unembed
-from jax_selftrain.models.token_precompute import Precomputed
+from jax_selftrain.models.layers import PreAttention
 
 
 def encode_batch(
@@ -29,7 +29,7 @@ def encode_batch(
     compute_dtype: DTypeLike,
     params: Params,
     buffer: Float[Array, "X N D"],
-    precomputed: Precomputed,
+    precomputed: PreAttention,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     subtree_ends: Int[Array, "B T"],

@@ -40,7 +40,8 @@ from jax_selftrain.likelihood.batching import (
 from jax_selftrain.likelihood.device_programs import encode_batch, score_buffer
 from jax_selftrain.likelihood.prefix_trie import MAX_TARGETS, PackedTrie, TokenizedRequest
 from jax_selftrain.models import DecoderConfig, Params, abstract_params, axis_sizes
-from jax_selftrain.models.token_precompute import Precomputed, abstract_precomputed, precompute
+from jax_selftrain.models.layers import PreAttention
+from jax_selftrain.models.token_precompute import abstract_precomputed, precompute
 
 
 class LoglikelihoodRequest(NamedTuple):
@@ -134,7 +135,7 @@ def run_batches(
     rules, config = model.sharding_rules, model.config
     shape = (rules.data_parallelism, buffer_size(rules, config.max_positions, batch_tokens), config.hidden_size)
     running: tuple[WorkUnit, tuple[jax.Array, jax.Array]] | None = None
-    precomputed: Precomputed | None = None
+    precomputed: PreAttention | None = None
     with mesh_context(rules.mesh):
         buffer = jnp.zeros(shape, jnp.float32, out_sharding=rules.sharding(("batch", None, None)))
     for unit in units:
@@ -167,7 +168,9 @@ def scoring_program(config: ScoreConfig, mesh: Mesh) -> tuple[Callable[..., Any]
         axes = ("batch", *[None] * (len(shape) - 1)) if shape else ()
         return rules.abstract_array(shape, dtype, axes)
 
-    def score_batch(params: Params, buffer: jax.Array, table: Precomputed, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    def score_batch(
+        params: Params, buffer: jax.Array, table: PreAttention, *arrays: jax.Array
+    ) -> tuple[jax.Array, ...]:
         *batch, unique_tokens, targets, num_chunks = arrays
         unique = (unique_tokens, num_chunks, PROJECTION_CHUNK)
         table = precompute(decoder, rules, params, table, *unique, compute_dtype=dtype)
@@ -190,7 +193,7 @@ def _jit(function: Callable[..., Any], donated: str | None = None) -> Callable[.
     return jax.jit(function, static_argnames=static, donate_argnames=donated, compiler_options=xla_options())
 
 
-def _precompute(model: hub.LoadedModel, precomputed: Precomputed | None, unit: WorkUnit) -> Precomputed:
+def _precompute(model: hub.LoadedModel, precomputed: PreAttention | None, unit: WorkUnit) -> PreAttention:
     """Precompute the unique tokens of a unit, in the memory of `precomputed`.
 
     Memory of another size is not reused: programs would then depend on earlier units, and differ after a restart.
@@ -213,7 +216,7 @@ def _num_chunks(rules: ShardingRules, count: int) -> jax.Array:
 
 
 def _dispatch(
-    model: hub.LoadedModel, buffer: jax.Array, precomputed: Precomputed, unit: WorkUnit
+    model: hub.LoadedModel, buffer: jax.Array, precomputed: PreAttention, unit: WorkUnit
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Dispatch a unit to the devices without waiting for them.
 

@@ -91,12 +91,17 @@ class DecoderConfig:
         return self.num_heads // self.num_kv_heads
 
 
+AXIS_LETTERS = {"embed": "d", "vocab": "v", "mlp": "f", "kv_heads": "g", "q_per_kv": "r", "head_dim": "k"}
+"""Letters of the logical axes of a layer, in equations."""
+
+
 def axis_sizes(config: DecoderConfig) -> dict[str, int]:
-    """Return the sizes of the shardable logical axes, for `make_sharding_rules`."""
+    """Return the sizes of the logical axes of a layer."""
     return {
         "embed": config.hidden_size,
         "vocab": config.vocab_size,
         "mlp": config.intermediate_size,
         "kv_heads": config.num_kv_heads,
         "q_per_kv": config.num_query_groups,
+        "head_dim": config.head_dim,
     }

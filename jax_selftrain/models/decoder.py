@@ -30,7 +30,7 @@ from jax_selftrain.models.layers import (
 )
 from jax_selftrain.models.matmul import accumulation_dtype, linear
 from jax_selftrain.models.params import Params
-from jax_selftrain.models.token_precompute import Precomputed, lookup
+from jax_selftrain.models.token_precompute import lookup
 
 _REMAT_POLICIES: dict[Remat, Callable[[Callable], Callable]] = {
     "none": lambda layer: layer,
@@ -49,7 +49,7 @@ def forward(
     segments: Int[Array, "B T"] | None = None,
     subtree_ends: Int[Array, "B T"] | None = None,
     query_positions: Int[Array, "B Q"] | None = None,
-    precomputed: Precomputed | None = None,
+    precomputed: PreAttention | None = None,
     compute_dtype: DTypeLike = jnp.float32,
     remat: Remat = "none",
 ) -> Float[Array, "B T D"] | Float[Array, "B Q D"]:
@@ -90,9 +90,7 @@ def forward(
         subtree_ends is None and query_positions is None and can_use_splash(config, rules, length, compute_dtype)
     )
 
-    def layer(
-        x: Array, inputs: dict, queries: Array | None = None, pre: PreAttention | None = None
-    ) -> tuple[Array, None]:
+    def layer(x: Array | PreAttention, inputs: dict, queries: Array | None = None) -> tuple[Array, None]:
         mask = visible & (distance < inputs["window"]) if "window" in inputs else visible
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
@@ -102,7 +100,7 @@ def forward(
             return dot_product_attention(q, k, v, query_mask, compute_dtype), None
 
         return decoder_layer(
-            config, rules, inputs["weights"], x, rotary, attend, compute_dtype, query_positions=queries, precomputed=pre
+            config, rules, inputs["weights"], x, rotary, attend, compute_dtype, query_positions=queries
         )
 
     inputs = scan_xs(config, params)
@@ -115,10 +113,10 @@ def forward(
         if precomputed is None:
             x = embedding_lookup(rules, params["embed"]["embedding"], tokens, dtype)
         else:
-            precomputed = lookup(rules, precomputed, tokens)
-            x = precomputed.x
+            pre = lookup(rules, precomputed, tokens)
+            x = pre.x
             if last > 0:
-                x, _ = layer(x, layer_slice(inputs, 0), pre=precomputed.qkv_and_mlp)
+                x, _ = layer(pre, layer_slice(inputs, 0))
                 first = 1
 
         # A scan over slices of the stacked weights would copy them.

@@ -115,16 +115,17 @@ def _to_rows(shard: Array) -> Array:
     return shard.reshape(-1, _TPU_LANES if shard.size % _TPU_LANES == 0 else shard.shape[-1])
 
 
-_TABLE: Axes = ("vocab", "embed")
+EMBEDDING_AXES: Axes = ("vocab", "embed")
+"""Logical axes of the embedding and of the output projection."""
 
 
 def embedding_lookup(
     rules: ShardingRules, table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: DTypeLike
 ) -> Float[Array, "B T D"]:
     """Look up rows of a stored embedding; gradients are summed in `dtype`."""
-    if is_fsdp_sharded(rules, _TABLE):
+    if is_fsdp_sharded(rules, EMBEDDING_AXES):
         return _fsdp_embedding_lookup(rules, jnp.dtype(dtype), table, tokens)
-    return _take_rows(rules, dtype, unshard_param(rules, table, _TABLE, table.dtype), tokens)
+    return _take_rows(rules, dtype, unshard_param(rules, table, EMBEDDING_AXES, table.dtype), tokens)
 
 
 def _take_rows(rules: ShardingRules, dtype: DTypeLike, table: Array, tokens: Array) -> Array:
@@ -133,14 +134,14 @@ def _take_rows(rules: ShardingRules, dtype: DTypeLike, table: Array, tokens: Arr
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _fsdp_embedding_lookup(rules: ShardingRules, dtype: jnp.dtype, table: Array, tokens: Array) -> Array:
-    return _take_rows(rules, dtype, all_gather_param(rules, table, _TABLE, table.dtype), tokens)
+    return _take_rows(rules, dtype, all_gather_param(rules, table, EMBEDDING_AXES, table.dtype), tokens)
 
 
 def _fsdp_embedding_lookup_bwd(
     rules: ShardingRules, dtype: jnp.dtype, operands: tuple[Array, Array], cotangent: Array
 ) -> tuple[Array, None]:
     table, tokens = operands
-    axis = rules.spec(_TABLE)[0]
+    axis = rules.spec(EMBEDDING_AXES)[0]
     shard_size = table.shape[0] // (1 if axis is None else rules.tensor_parallelism)
 
     def partial_sum(tokens: Array, cotangent: Array) -> Array:
@@ -152,7 +153,7 @@ def _fsdp_embedding_lookup_bwd(
 
     batch = rules.sharding(("batch", None))
     specs = (batch.spec, rules.spec(("batch", None, None)))
-    gradient = psum_scatter_grad(rules, _TABLE, partial_sum, specs, jax.reshard(tokens, batch), cotangent)
+    gradient = psum_scatter_grad(rules, EMBEDDING_AXES, partial_sum, specs, jax.reshard(tokens, batch), cotangent)
     return gradient.astype(table.dtype), None
 
 

@@ -37,7 +37,10 @@ _SCALE_AXES = _BLOCK_AXES[:-1]
 
 
 class KVBlock(NamedTuple):
-    """Keys and values [..., B, G, S, K]; scales [..., B, G, S] of values in int8, else None."""
+    """Keys and values [..., B, G, S, K], in int8 with scales.
+
+    The scales are [..., B, G, S].
+    """
 
     k: Any
     v: Any

@@ -125,8 +125,10 @@ AttentionFn = Callable[[Array, Array, Array], tuple[Array, State]]
 
 
 class PreAttention(NamedTuple):
-    """Activations of a layer that depend on each token alone."""
+    """Activations of a layer before attention."""
 
+    x: Float[Array, "B T D"]
+    """Input of the layer."""
     q: Float[Array, "B T G R K"]
     """Before rotation."""
     k: Float[Array, "B T G K"]
@@ -144,7 +146,7 @@ def pre_attention(
     compute_dtype: DTypeLike,
     query_positions: Int[Array, "B Q"] | None = None,
 ) -> PreAttention:
-    """Compute keys, values, and queries and MLP at `query_positions`."""
+    """Compute keys, values, and the rest at `query_positions`."""
     normed, attn = norm(config, rules, x, weights["attn_norm"]), weights["attn"]
     q_axes, kv_axes = ("kv_heads", "q_per_kv", "head_dim", "embed"), ("kv_heads", "head_dim", "embed")
     k = dense(rules, attn["k"], kv_axes, 2, normed, compute_dtype)
@@ -156,40 +158,37 @@ def pre_attention(
     q = dense(rules, attn["q"], q_axes, 3, normed, compute_dtype)
     if config.qk_norm:
         q = rms_norm(q, attn["q_norm"]["scale"].astype(q.dtype), config.norm_eps)
-    return PreAttention(q, k, v, _mlp(config, rules, weights, x, compute_dtype) if config.parallel_residual else None)
+    mlp = _mlp(config, rules, weights, x, compute_dtype) if config.parallel_residual else None
+    return PreAttention(x, q, k, v, mlp)
 
 
 def decoder_layer(
     config: DecoderConfig,
     rules: ShardingRules,
     weights: Params,
-    x: Float[Array, "B T D"],
+    x: Float[Array, "B T D"] | PreAttention,
     rotary: Rotary,
     attend: AttentionFn[State],
     compute_dtype: DTypeLike,
     *,
     query_positions: Int[Array, "B Q"] | None = None,
-    precomputed: PreAttention | None = None,
 ) -> tuple[Float[Array, "B T D"] | Float[Array, "B Q D"], State]:
     """Apply one layer; `attend` applies a causal mask or a cache.
 
     Args:
+      x: input of the layer, or its precomputed activations (without `query_positions`).
       query_positions: positions of the queries and of the result; default: all.
-      precomputed: replaces `pre_attention` (without `query_positions`).
     """
-    pre = precomputed
-    if pre is None:
-        pre = pre_attention(config, rules, weights, x, compute_dtype, query_positions)
+    pre = x if isinstance(x, PreAttention) else pre_attention(config, rules, weights, x, compute_dtype, query_positions)
     k = apply_rotary(pre.k, rotary)
     if query_positions is not None:
-        x = take_positions(rules, x, query_positions)
         rotary = Rotary(*(take_positions(rules, table, query_positions) for table in rotary))
     context, state = attend(apply_rotary(pre.q, rotary), k, pre.v)
     axes = ("embed", "kv_heads", "q_per_kv", "head_dim")
     attention = dense(rules, weights["attn"]["o"], axes, 1, context, compute_dtype)
     if pre.mlp is not None:
-        return x + attention + pre.mlp, state
-    x = x + attention
+        return pre.x + attention + pre.mlp, state
+    x = pre.x + attention
     return x + _mlp(config, rules, weights, x, compute_dtype), state
 
 

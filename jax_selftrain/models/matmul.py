@@ -17,11 +17,9 @@ from jax.typing import DTypeLike
 
 from jax_selftrain.distributed.mesh import mesh_platform
 from jax_selftrain.distributed.sharding import Axes, ShardingRules
+from jax_selftrain.models.config import AXIS_LETTERS
 from jax_selftrain.models.fsdp import all_gather_param, is_fsdp_sharded, psum_scatter_grad, unshard_param
 from jax_selftrain.models.params import Params
-
-_LETTERS = {"embed": "d", "kv_heads": "g", "q_per_kv": "r", "head_dim": "k", "mlp": "f", "vocab": "v"}
-"""Einsum letters of kernel axes."""
 
 
 def accumulation_dtype(compute_dtype: DTypeLike) -> jnp.dtype:
@@ -110,7 +108,7 @@ def linear(
     Returns:
       [batch, …, outputs…].
     """
-    letters = "".join(_LETTERS[axis] for axis in axes if axis is not None)
+    letters = "".join(AXIS_LETTERS[axis] for axis in axes if axis is not None)
     out_dims, in_dims = letters[:num_output_dims], letters[num_output_dims:]
     leading = "btsuw"[: x.ndim - len(in_dims)]
     unsharded_axes = tuple(None if axis == "embed" else axis for axis in axes)
@@ -146,7 +144,7 @@ def dense(
     y = linear(rules, weights["kernel"], axes, num_output_dims, x, compute_dtype)
     out_axes = axes[:num_output_dims]
     if "lora_a" in weights:
-        letters = "".join(_LETTERS[axis] for axis in axes if axis is not None)
+        letters = "".join(AXIS_LETTERS[axis] for axis in axes if axis is not None)
         out_dims, in_dims = letters[:num_output_dims], letters[num_output_dims:]
         a = unshard_param(rules, weights["lora_a"], (*axes[num_output_dims:], None), compute_dtype)
         b = unshard_param(rules, weights["lora_b"], (None, *out_axes), compute_dtype)

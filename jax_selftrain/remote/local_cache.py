@@ -145,7 +145,7 @@ class LocalCache:
             )
 
     def stage_upload(self, keys: Iterable[str]) -> dict[str, Path]:
-        """Return the files to upload, without those that vanished; small files are copied."""
+        """Return the files that still exist, to upload; copy small ones."""
         folder, found = self.state / "outgoing", {}
         shutil.rmtree(folder, ignore_errors=True)
         for key in keys:

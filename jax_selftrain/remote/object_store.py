@@ -138,7 +138,7 @@ class Store:
                     continue  # it was never uploaded
 
     def read_record(self, kind: str, output: str = "") -> dict[str, Any] | None:
-        """Read the record `files` or `writer` of this or another output; None: absent."""
+        """Read the record `files` or `writer` of an output; None: absent."""
         path = f"{output or self.uri_for(f'.{self.name}')}.{kind}.json"
         with self.translate_errors():
             self.files.invalidate_cache()

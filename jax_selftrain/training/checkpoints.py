@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,24 +39,14 @@ MANIFESTS = ("model/selftrain.json", "optimizer/manifest.json")
 _CORRUPT_HINT = "the checkpoint is damaged"
 
 
-@contextmanager
-def open_checkpointer(run: Run) -> Iterator[Checkpointer]:
-    """Yield a checkpointer; wait for its save, also after an error."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint") as executor:
-        checkpointer = Checkpointer(run, executor)
-        try:
-            yield checkpointer
-        finally:
-            checkpointer.wait()
-
-
 class Checkpointer:
     """Saves the checkpoints of a run in the background."""
 
-    def __init__(self, run: Run, executor: ThreadPoolExecutor):
-        self._run, self._executor = run, executor
-        self._folder = run.folder / "checkpoints"
+    def __init__(self, run: Run, stack: ExitStack):
+        self._run, self._folder = run, run.folder / "checkpoints"
+        self._executor = stack.enter_context(ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint"))
         self._pending: Future[None] | None = None
+        stack.callback(self.wait)
 
     def save(self, state: TrainState) -> None:
         """Copy the state to the host and save it in the background.

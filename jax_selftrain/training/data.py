@@ -20,11 +20,6 @@ def load_batch(config: TrainConfig, rules: ShardingRules, rows: PackedRows | Mix
     Each process reads only the rows of its own devices from the memory-mapped corpora. Rows of a small corpus repeat
     within a batch, in the order of its next epoch. With `random_loss_sign`, the weights of each document in a row are
     multiplied by +1 or −1 (`random_signs`).
-
-    Args:
-      config, rules: the run's options and its mesh.
-      rows: one corpus, or several with their shares.
-      n: index of the batch.
     """
     mixture = rows if isinstance(rows, Mixture) else Mixture((rows,), (Fraction(1),))
     corpus_ids, row_ids = (

@@ -71,21 +71,13 @@ def run_hooks(hooks: Sequence[Hook], step: int, last: int, model: LoadedModel) -
 
 
 def check_hooks(config: TrainConfig, hooks: Sequence[Hook]) -> None:
-    """Refuse `eval_every` without a hook that measures.
-
-    Raises:
-      InputError: suggests `jax_selftrain.train`, which makes the hook.
-    """
+    """Refuse `eval_every` without a hook that measures."""
     if config.eval_every is not None and not any(hook.metric_names for hook in hooks):
         raise InputError("eval_every is set, but nothing measures: call `jax_selftrain.train`, or pass a Hook")
 
 
 def check_evaluation(config: TrainConfig) -> None:
-    """Refuse incomplete evaluation options.
-
-    Raises:
-      InputError: names the missing option.
-    """
+    """Refuse incomplete evaluation options."""
     given = [name for name in (*_EVAL_INPUTS, "eval_limit") if getattr(config, name) not in ("", (), None)]
     if config.eval_every is None and given:
         raise InputError(f"{yaml_io.flag(given[0])} needs --eval-every: the number of steps between two evaluations")

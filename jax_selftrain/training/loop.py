@@ -12,10 +12,11 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
 from jax_selftrain import hub
@@ -25,11 +26,11 @@ from jax_selftrain.distributed.mesh import mesh_context
 from jax_selftrain.errors import InputError, Preempted
 from jax_selftrain.models import Params, init_params
 from jax_selftrain.training import checkpoints
-from jax_selftrain.training.checkpoints import Checkpointer, open_checkpointer
+from jax_selftrain.training.checkpoints import Checkpointer
 from jax_selftrain.training.data import load_batch
 from jax_selftrain.training.hooks import Hook, check_evaluation, check_hooks, run_hooks
 from jax_selftrain.training.lora import check_lora
-from jax_selftrain.training.metrics_writer import NO_STEP, MetricsWriter, import_wandb, open_metrics_writer
+from jax_selftrain.training.metrics_writer import NO_STEP, MetricsWriter, import_wandb
 from jax_selftrain.training.run_folder import Run, acquire_run_folder, load_inputs
 from jax_selftrain.training.step import TrainState, abstract_state, compiled_step, export_params, init_state, jit_key
 
@@ -74,12 +75,11 @@ def _train(run: Run, hooks: Sequence[Hook]) -> None:
     resumed = checkpoints.latest_step(run.folder) is not None
     state = _restore_or_init(run)
     first = int(state.step)
-    model = hub.model_with_params(run.inputs.source, export_params(config, state), rules)
-    with (
-        open_checkpointer(run) as checkpointer,
-        open_metrics_writer(run, first if resumed else NO_STEP) as writer,
-        _watch_preemption() as should_stop,
-    ):
+    model = hub.LoadedModel(run.inputs.source, export_params(config, state), rules, jnp.dtype(jnp.float32))
+    with ExitStack() as stack:
+        checkpointer = Checkpointer(run, stack)
+        writer = None if jax.process_index() else MetricsWriter(run, first if resumed else NO_STEP, stack)
+        should_stop = stack.enter_context(_watch_preemption())
 
         def evaluate(step: int, state: TrainState) -> None:
             start = time.perf_counter()
@@ -172,11 +172,7 @@ def _watch_preemption() -> Iterator[Callable[[int], bool]]:
 
 
 def check_train_config(config: TrainConfig) -> None:
-    """Check the values of options before any file is read.
-
-    Raises:
-      InputError: an option is out of range for every model and corpus, or `wandb` is not installed.
-    """
+    """Refuse options that fit no model and corpus."""
     yaml_io.check_ranges(config)
     check_evaluation(config)
     check_lora(config)

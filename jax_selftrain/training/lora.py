@@ -35,11 +35,7 @@ NUM_OUTPUT_DIMS = {
 
 
 def check_lora(config: TrainConfig) -> None:
-    """Refuse LoRA options that cannot be used.
-
-    Raises:
-      InputError: a target is unknown or missing, or the model is not trained.
-    """
+    """Refuse unusable LoRA targets, and a model that is not trained."""
     known = [name for _, name in NUM_OUTPUT_DIMS]
     for target in config.lora_targets:
         if target not in known:

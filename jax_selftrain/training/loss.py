@@ -20,11 +20,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jax_selftrain.config import Remat
-from jax_selftrain.distributed.sharding import Axes, ShardingRules
+from jax_selftrain.distributed.sharding import ShardingRules
 from jax_selftrain.models import DecoderConfig, Params, forward, unembed
-from jax_selftrain.models.fsdp import all_gather_param, is_fsdp_sharded, psum_scatter_grad, unshard_param
+from jax_selftrain.models.fsdp import (
+    EMBEDDING_AXES,
+    all_gather_param,
+    is_fsdp_sharded,
+    psum_scatter_grad,
+    unshard_param,
+)
 
-_HEAD_AXES: Axes = ("vocab", "embed")
 LOGITS_BYTES = 2**26
 """Upper bound on the float32 logits of one chunk on one device, in bytes."""
 
@@ -78,8 +83,6 @@ def loss_fn(
     """Compute the teacher-forced loss of a batch.
 
     Args:
-      config, rules, params: the model.
-      batch: rows of T positions.
       compute_dtype: type of the matmul operands; logits and softmax are float32 (float64 for float64).
       remat: as in `models.forward`.
       chunk_size: positions projected at once; default: `choose_chunk_size`.
@@ -92,8 +95,8 @@ def loss_fn(
     dtype = jnp.dtype(compute_dtype)
     head = _HeadSpec(config, rules, dtype, chunk_size or choose_chunk_size(config, rules, *tokens.shape))
     kernel = params[head.path[0]][head.path[1]]
-    if not is_fsdp_sharded(rules, _HEAD_AXES):
-        kernel = unshard_param(rules, kernel, _HEAD_AXES, kernel.dtype)  # gives its gradient the same sharding
+    if not is_fsdp_sharded(rules, EMBEDDING_AXES):
+        kernel = unshard_param(rules, kernel, EMBEDDING_AXES, kernel.dtype)  # gives its gradient the same sharding
     hidden = forward(
         config,
         rules,
@@ -150,13 +153,13 @@ def _head_loss_forward(
         joined = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])
         return loss[None], d_kernel[None], joined[:, : hidden.shape[1]]
 
-    gathered = all_gather_param(head.rules, kernel, _HEAD_AXES, head.compute_dtype)
+    gathered = all_gather_param(head.rules, kernel, EMBEDDING_AXES, head.compute_dtype)
     losses, d_kernels, d_hidden = _map_replicas(head.rules, local_loss, gathered, hidden, targets, weights)
     # XLA 0.10 cannot sum over one of several mesh axes inside `shard_map`: the sum over replicas is out here.
     loss = jnp.sum(losses)
-    if is_fsdp_sharded(head.rules, _HEAD_AXES):
-        specs = (PartitionSpec("data", *head.rules.unsharded_embed(_HEAD_AXES).spec),)
-        d_kernel = psum_scatter_grad(head.rules, _HEAD_AXES, lambda own: own[0], specs, d_kernels)
+    if is_fsdp_sharded(head.rules, EMBEDDING_AXES):
+        specs = (PartitionSpec("data", *head.rules.unsharded_embed(EMBEDDING_AXES).spec),)
+        d_kernel = psum_scatter_grad(head.rules, EMBEDDING_AXES, lambda own: own[0], specs, d_kernels)
     else:
         d_kernel = jnp.sum(d_kernels, axis=0)
     return loss, (d_kernel.astype(kernel.dtype), d_hidden)

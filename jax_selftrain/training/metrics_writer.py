@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
@@ -33,16 +33,6 @@ METRICS = ("loss", "grad_norm", "learning_rate", "tokens")
 
 NO_STEP = -1
 """Value of `last_step` for a run without records."""
-
-
-@contextmanager
-def open_metrics_writer(run: Run, last_step: int) -> Iterator[MetricsWriter | None]:
-    """Open the records on process 0; yield None on the others."""
-    if jax.process_index():
-        yield None
-        return
-    with ExitStack() as stack:
-        yield MetricsWriter(run, last_step, stack)
 
 
 class MetricsWriter:
@@ -142,11 +132,7 @@ def _truncate(path: Path, step: int) -> None:
 
 
 def import_wandb() -> Any:
-    """Import Weights & Biases.
-
-    Raises:
-      InputError: the package is missing; says how to install it.
-    """
+    """Import Weights & Biases, or raise InputError."""
     try:
         return import_module("wandb")
     except ImportError as error:

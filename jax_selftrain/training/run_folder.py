@@ -70,10 +70,6 @@ class Run:
 def load_inputs(config: TrainConfig, evaluation: Sequence[Mapping[str, Any]] = ()) -> TrainInputs:
     """Open and check everything that a run reads, without writing.
 
-    Args:
-      config: the run's options.
-      evaluation: descriptions of its evaluations.
-
     Raises:
       InputError: a file is missing or damaged, or model, corpus, batch and mesh are incompatible.
     """

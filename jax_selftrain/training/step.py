@@ -52,10 +52,7 @@ def init_state(
 ) -> TrainState:
     """Create the sharded state before the first step.
 
-    Args:
-      config, model, rules: the run's options; architecture and sharding of the adapters.
-      params: the student before training, float32; the state takes these arrays over.
-      steps: number of steps of the run; only the learning rate depends on it.
+    The state takes over `params`, the student before training, float32. Only the learning rate depends on `steps`.
     """
     trained = init_adapters(config, model, rules) if config.lora_rank else params
     return jax.jit(_init, static_argnums=(0, 1))(jit_key(config), steps, trained, params)
@@ -171,9 +168,7 @@ def abstract_train_step(
 ) -> tuple[StepFunction, tuple[TrainState, Batch], tuple[int, ...]]:
     """Return the step function with abstract arguments, to compile it.
 
-    Args:
-      config: the run's options; unset `steps` count as 1, since only the learning rate depends on them.
-      mesh: the global mesh.
+    Unset `steps` count as 1, since only the learning rate depends on them.
 
     Returns:
       (step function, abstract (state, batch) with shardings, indices of the donated arguments), for
