@@ -95,22 +95,17 @@ def make_sharding_rules(preset: str, mesh: Mesh, sizes: Mapping[str, int]) -> Sh
     if preset != "replicated":
         model = mesh.shape["model"]
         if not _model_axis_fits(model, sizes):
-            legal = [n for n in range(1, max(sizes.values()) + 1) if _model_axis_fits(n, sizes)]
+            legal = ", ".join(str(n) for n in range(1, max(sizes.values()) + 1) if _model_axis_fits(n, sizes))
             raise InputError(
-                f"--mesh model={model} does not divide this model's heads, MLP width and vocabulary "
-                f"({sizes['kv_heads'] * sizes['q_per_kv']} heads over {sizes['kv_heads']} key/value heads, "
-                f"{sizes['mlp']}, {sizes['vocab']}); model can be {', '.join(map(str, legal))}"
+                f"--mesh model={model} does not divide heads, MLP width and vocabulary; model can be {legal}"
             )
         rules |= {"vocab": "model", "mlp": "model"}
         rules["kv_heads" if sizes["kv_heads"] % model == 0 else "q_per_kv"] = "model"
     if preset == "fsdp":
-        data = mesh.shape["data"]
-        if sizes["embed"] % data:
-            legal = [n for n in range(1, sizes["embed"] + 1) if sizes["embed"] % n == 0]
-            raise InputError(
-                f"--preset fsdp --mesh data={data} does not divide this model's width {sizes['embed']}; "
-                f"data can be {', '.join(map(str, legal))}"
-            )
+        data, width = mesh.shape["data"], sizes["embed"]
+        if width % data:
+            legal = ", ".join(str(n) for n in range(1, width + 1) if width % n == 0)
+            raise InputError(f"--mesh data={data} does not divide this model's width {width}; data can be {legal}")
         rules["embed"] = "data"
     return ShardingRules(mesh, tuple(rules.items()))
 

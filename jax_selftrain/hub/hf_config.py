@@ -143,15 +143,11 @@ def _decoder_config(keys: _Keys, schema: ConfigSchema) -> DecoderConfig:
     positions = keys.size("max_position_embeddings", schema.max_positions)
     rope, fraction = _rope(keys, positions, schema)
     if schema.has_head_keys and fraction != 1.0:
-        raise InputError(
-            f"{keys.path}: partial_rotary_factor = {fraction} is not supported for this family; its code in "
-            "transformers does not follow it consistently"
-        )
+        raise InputError(f"{keys.path}: partial_rotary_factor = {fraction} is not supported for this family")
     rotary_dim = int(head_dim * fraction)
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
         raise InputError(
-            f"{keys.path}: a rotary fraction of {fraction} of heads of width {head_dim} rotates {rotary_dim} "
-            "dimensions; it should be an even number of at least 2 and at most the width"
+            f"{keys.path}: rotary fraction {fraction} rotates {rotary_dim} of {head_dim}; it should be even"
         )
     activation = keys.pop("hidden_act", str, schema.activation)
     if activation not in _ACTIVATIONS:

@@ -65,16 +65,10 @@ class LoadedModel:
         tokens = np.asarray(tokens)
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
             raise InputError(f"tokens should be whole numbers [batch, time], not {tokens.dtype} {tokens.shape}")
-        if tokens.shape[1] > self.config.max_positions:
-            raise InputError(
-                f"{self.source.ref}: {tokens.shape[1]} tokens are more than the model's {self.config.max_positions} "
-                "positions; cut the sequences"
-            )
-        if tokens.size and not (tokens.min() >= 0 and tokens.max() < self.config.vocab_size):
-            raise InputError(
-                f"{self.source.ref}: token ids run from {tokens.min()} to {tokens.max()}, but the model knows 0 to "
-                f"{self.config.vocab_size - 1}; were they made with another tokenizer?"
-            )
+        if tokens.shape[1] > (limit := self.config.max_positions):
+            raise InputError(f"{self.source.ref}: {tokens.shape[1]} tokens are more than the model's {limit} positions")
+        if tokens.size and not (tokens.min() >= 0 and tokens.max() < (size := self.config.vocab_size)):
+            raise InputError(f"{self.source.ref}: knows ids from 0 to {size - 1}, not {tokens.min()} to {tokens.max()}")
         rows = len(tokens)
         padded = np.zeros((rows + -rows % self.sharding_rules.data_parallelism, tokens.shape[1]), np.int32)
         padded[:rows] = tokens

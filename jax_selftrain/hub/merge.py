@@ -100,16 +100,14 @@ def _combine_models(
 ) -> Path:
     """Write a model whose parameters are `combine(path, base's, student's)`."""
     _check_compatible(base, student)
+    weight = metadata["weight"]
     with mesh_context(rules.mesh):
         sides = [flatten_dict(read_params(model, rules, None)[0], sep="/") for model in (base, student)]
         combined = {}
         for path in sorted(sides[0]):
             combined[path] = combine(path, *(side.pop(path) for side in sides))  # frees the two arrays
             if not bool(jnp.isfinite(combined[path]).all()):
-                raise InputError(
-                    f"{student.ref}: with weight {metadata['weight']:g}, {path} would be infinite; give a weight "
-                    "nearer to 0"
-                )
+                raise InputError(f"{student.ref}: with weight {weight:g}, {path} would be infinite; move it toward 0")
         return save_model(out, unflatten_dict(combined, sep="/"), source=base, metadata=metadata)
 
 
@@ -125,10 +123,7 @@ def _check_compatible(base: ModelRef, student: ModelRef) -> None:
     expected, found = _architecture(base), _architecture(student)
     for name, value in expected.items():
         if found[name] != value:
-            raise InputError(
-                f"{student.ref}: has {name} {found[name]}, but {base.ref} has {value}; only models of one architecture "
-                "and tokenizer can be merged"
-            )
+            raise InputError(f"{student.ref}: has {name} {found[name]}, but {base.ref} has {value}; both must agree")
 
 
 def _architecture(model: ModelRef) -> dict[str, Any]:
@@ -151,9 +146,6 @@ def _is_complete(out: Path, expected: Mapping[str, Any]) -> bool:
         if isinstance(before, dict):  # a model may have moved
             before, now = before.get("fingerprint"), now["fingerprint"]
         if before != now:
-            raise InputError(
-                f"{out}: holds a merge with another {name} (before {before}, now {now}); remove it or choose another "
-                "--out"
-            )
+            raise InputError(f"{out}: holds a merge with another {name} (before {before}, now {now}); remove it")
     model.verify_weights(fix_hint="remove the folder and run the same command again")
     return True

@@ -193,10 +193,7 @@ def _resolve(ref: Ref) -> Path:
     if (path / "model" / CONFIG).is_file():
         return path / "model"
     if (path / "run.json").is_file():
-        raise InputError(
-            f"{ref}: this run has no final model yet; run the same train command again to finish it, or name one of "
-            "its checkpoints (checkpoints/STEP)"
-        )
+        raise InputError(f"{ref}: has no final model yet; run the same train command again, or name a checkpoint")
     if has_tokenizer(path):
         return path
     raise InputError(f"{ref}: holds no model ({CONFIG} is missing); name another folder")

@@ -83,10 +83,8 @@ def load_tree(folder: str | Path, abstract: Tree, *, remedy: str = _REMEDY) -> T
     expected = {path: tuple(leaf.shape) for path, leaf in _key_paths(abstract).items()}
     for path in sorted(saved.keys() | expected.keys()):
         if saved.get(path) != expected.get(path):
-            raise InputError(
-                f"{folder}: {path} has shape {saved.get(path, 'none')}, expected {expected.get(path, 'none')}, "
-                f"so it was saved from another model or optimizer; {remedy}"
-            )
+            found = f"has shape {saved.get(path, 'none')}, expected {expected.get(path, 'none')}"
+            raise InputError(f"{folder}: {path} {found}, so it is of another model or optimizer; {remedy}")
     with _context(abstract):
         return ocp.load(folder, abstract)
 

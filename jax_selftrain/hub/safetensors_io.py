@@ -87,9 +87,7 @@ def open_weights(folder: Path) -> dict[str, StoredTensor]:
         header.pop("__metadata__", None)
         for name, entry in header.items():
             if name in tensors:
-                raise InputError(
-                    f"{folder}: tensor {name} is in both {tensors[name].file.name} and {path.name}; keep one"
-                )
+                raise InputError(f"{folder}: {name} is in both {tensors[name].file.name} and {path.name}; keep one")
             begin, end = entry["data_offsets"]
             tensors[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), data[start + begin : start + end])
     return tensors
@@ -158,10 +156,7 @@ def read_box(
     """
     data = np.array(pattern.view(tensor.array, sizes)[box])
     if not np.isfinite(data).all():
-        raise InputError(
-            f"{tensor.file}: tensor {name} holds NaN or infinity; the model is broken, so use another checkpoint (fp16 "
-            "is known to overflow in small Pythia models)"
-        )
+        raise InputError(f"{tensor.file}: tensor {name} holds NaN or infinity; use another checkpoint")
     return data
 
 

@@ -49,10 +49,7 @@ def read_tokenizer(folder: Path) -> Any:
     _require_tokenizer(folder)
     settings = folder / "tokenizer_config.json"
     if settings.is_file() and "auto_map" in atomic.read_json(settings):
-        raise InputError(
-            f"{settings}: auto_map names code in the folder, which is never run here; save the tokenizer as a "
-            "standard fast tokenizer (tokenizer.json) with the software that it belongs to"
-        )
+        raise InputError(f"{settings}: auto_map names code, which is never run here; save it as tokenizer.json")
     with block_torch_import():
         from transformers import AutoTokenizer
 
@@ -105,8 +102,7 @@ def resolve_special_tokens(
     for token in stops if start is None else [start, *stops]:
         if not 0 <= token < vocab_size:
             raise InputError(
-                f"{where}: token id {token} is named as start or end of a text, but the model has only {vocab_size} "
-                "ids; tokenizer and model do not belong together"
+                f"{where}: id {token} is not below {vocab_size}; tokenizer and model do not belong together"
             )
     end = getattr(tokenizer, "eos_token_id", None)
     length = None if tokenizer is None else len(tokenizer)

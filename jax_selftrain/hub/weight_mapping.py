@@ -95,32 +95,22 @@ def map_tensors(
     sizes = pattern_sizes(config)
     expected = {name: leaf.pattern.file_shape(sizes) for leaf in leaves for name in leaf.names}
     if missing := [name for name in expected if name not in found]:
-        raise InputError(
-            f"{folder}: tensor {missing[0]} is missing{_more(missing)}; config.json requires it, so the weights are "
-            "incomplete or of another model"
-        )
+        raise InputError(f"{folder}: tensor {missing[0]} is missing{_more(missing)}, but config.json requires it")
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise InputError(f"{folder}: tensor {name} has shape {found[name].shape}, but config.json makes it {shape}")
         if found[name].dtype not in DTYPES:
             raise InputError(
-                f"{folder}: tensor {name} is of type {found[name].dtype}; only {', '.join(DTYPES)} are supported, so "
-                "dequantize or convert the model with the tool that made it"
+                f"{folder}: tensor {name} is of type {found[name].dtype}, not {'/'.join(DTYPES)}; convert it"
             )
     if config.tie_word_embeddings:
         embedding = next(leaf.names[0] for leaf in leaves if leaf.path == "embed/embedding")
         for copy in (name for name in family.tied_head if name in found):
             if not _equal(found[copy], found[embedding]):
-                raise InputError(
-                    f"{folder}: {copy} differs from {embedding} though config.json says tie_word_embeddings: true; "
-                    "set it to false if the two are meant to differ"
-                )
+                raise InputError(f"{folder}: {copy} differs from {embedding}, but config.json sets tie_word_embeddings")
             dropped.append(copy)
     if unknown := [name for name in found if name not in expected and name not in dropped]:
-        raise InputError(
-            f"{folder}: tensor {unknown[0]} is not known{_more(unknown)}: neither part of a {family.model_type} model "
-            "with this config.json nor a legacy buffer; ignoring it could change the model"
-        )
+        raise InputError(f"{folder}: tensor {unknown[0]} is not known{_more(unknown)}; without it the model may differ")
     return leaves, sorted(dropped)
 
 

@@ -177,9 +177,7 @@ def temp_path(target: Path, kind: str) -> Path:
 def _resolve_target(path: PathLike) -> Path:
     # `Path` would silently turn gs://bucket/x into the local folder gs:/bucket/x.
     if re.match(r"[a-z][a-z0-9+]*:/", os.fspath(path)):
-        raise InputError(
-            f"{os.fspath(path)}: is a URI; use the command line or `remote.localize_uris`, which map it to a folder"
-        )
+        raise InputError(f"{os.fspath(path)}: is a URI; use the command line or `remote.localize_uris`")
     return Path(path)
 
 

@@ -81,7 +81,5 @@ def verify_checksums(
             raise InputError(f"{path}: the file is {what} (expected {entry['bytes']} bytes, found {size}); {fix_hint}")
         found = sha256_file(path)
         if found != entry["sha256"]:
-            expected = str(entry["sha256"])
-            raise InputError(
-                f"{path}: checksum differs from the manifest (expected {expected[:8]}…, found {found[:8]}…); {fix_hint}"
-            )
+            hashes = f"expected {str(entry['sha256'])[:8]}…, found {found[:8]}…"
+            raise InputError(f"{path}: checksum differs from the manifest ({hashes}); {fix_hint}")

@@ -97,10 +97,8 @@ class Store:
         if there.keys().isdisjoint(listed):
             return {}  # deleted, to be created again
         if missing := sorted(listed - there.keys()):
-            raise InputError(
-                f"{self.uri}: {missing[0]} is missing, but .{self.name}.files.json lists it; restore it, or delete "
-                "the output and start over"
-            )
+            list_name = f".{self.name}.files.json"
+            raise InputError(f"{self.uri}: {missing[0]} is missing, but {list_name} lists it; restore or recreate it")
         return {key: there[key] for key in there if key in listed}
 
     def _read_listed_keys(self, within_others: bool) -> set[str] | None:

@@ -60,9 +60,7 @@ class Checkpointer:
         trees = export_params(self._run.config, state), _optimizer_tree(self._run.config, state)
         broken = find_nonfinite(*trees)
         if broken is not None:
-            raise InputError(
-                f"{self._folder}: {broken} holds NaN or infinity after step {step}; nothing of it was saved"
-            )
+            raise InputError(f"{self._folder}: {broken} holds NaN or infinity at step {step}; nothing of it was saved")
         if jax.process_count() > 1:
             self._write(step, *trees)
         else:
@@ -127,9 +125,7 @@ def restore(folder: Path, run: Run, abstract: TrainState) -> TrainState:
     except InputError as error:
         earlier = [other for other in list_steps(folder.parent) if other < folder]
         fallback = f"step {int(earlier[-1].name)}" if earlier else "the start, as no other checkpoint is left"
-        raise InputError(
-            f"{error}; to fall back to {fallback}, delete {folder} and run the same command again"
-        ) from error
+        raise InputError(f"{error}; to fall back to {fallback}, delete {folder} and run again") from error
     if int(rest["step"]) != record["step"]:
         raise InputError(f"{folder}: its optimizer is of step {int(rest['step'])}; delete {folder} and run again")
     return TrainState(rest["step"], rest.get("params", model.params), rest["optimizer"])

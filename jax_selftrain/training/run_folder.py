@@ -78,10 +78,7 @@ def load_inputs(config: TrainConfig, evaluation: Sequence[Mapping[str, Any]] = (
     rules = make_sharding_rules(config.preset, make_mesh(config.mesh), axis_sizes(model))
     abstract_batch(config, rules)  # raises if the batch does not divide
     if config.seq_len > model.max_positions:
-        raise InputError(
-            f"--seq-len {config.seq_len}: {config.model} has only {model.max_positions} positions; "
-            f"use at most --seq-len {model.max_positions}"
-        )
+        raise InputError(f"--seq-len {config.seq_len}: {config.model} has only {model.max_positions} positions")
     tokenizer = source.tokenizer_fingerprint
     mixture = parse_mixture(config.mixture)
     folders = [config.corpus, *(folder for folder, _ in mixture)]
@@ -89,10 +86,7 @@ def load_inputs(config: TrainConfig, evaluation: Sequence[Mapping[str, Any]] = (
     for n, corpus in enumerate(corpora):
         for twin in corpora[:n]:
             if corpus.fingerprint == twin.fingerprint:
-                raise InputError(
-                    f"--mixture {corpus.folder}: holds the same corpus as {twin.folder}; list each corpus once, with "
-                    "its total share"
-                )
+                raise InputError(f"--mixture {corpus.folder}: holds the same corpus as {twin.folder}; list it once")
     shares = tuple(share for _, share in mixture)
     weights = hash_json(source.raw_config) if config.init == "scratch" else source.fingerprint
     fingerprints = {"model": weights, "tokenizer": tokenizer, "corpus": corpora[0].fingerprint}
@@ -157,16 +151,15 @@ def _check_epochs(config: TrainConfig, corpora: tuple[Corpus, ...], rows: Mixtur
     if config.max_epochs is None:
         return
     limit = Fraction(str(config.max_epochs))
-    epochs, visited = rows.epochs(steps * config.batch_size), rows.draws_before([steps * config.batch_size])[:, 0]
+    epochs = rows.epochs(steps * config.batch_size)
     worst = epochs.index(max(epochs))
     if epochs[worst] <= limit:
         return
     most = rows.max_steps(limit, config.batch_size, steps)
     remedy = f"use at most --steps {most}" if most else "not even one step is allowed: use a smaller --batch-size"
     raise InputError(
-        f"{corpora[worst].folder}: {steps} steps of {config.batch_size} rows would visit its "
-        f"{len(rows.components[worst])} rows {visited[worst]} times ({float(epochs[worst]):.4g} epochs), more than "
-        f"--max-epochs {config.max_epochs:g} allows; {remedy}"
+        f"{corpora[worst].folder}: {steps} steps of {config.batch_size} rows are {float(epochs[worst]):.4g} epochs, "
+        f"more than --max-epochs {config.max_epochs:g} allows; {remedy}"
     )
 
 
@@ -213,9 +206,7 @@ def _refuse_foreign(folder: Path) -> None:
     allowed = re.compile(r"\..*|rows(-\d+)?|config\.yaml")
     foreign = sorted(path.name for path in folder.iterdir() if not allowed.fullmatch(path.name))
     if foreign:
-        raise InputError(
-            f"--out {folder}: holds {foreign[0]} but no run.json, so it is not a run folder; choose another"
-        )
+        raise InputError(f"--out {folder}: holds {foreign[0]} and is not a run folder; choose another")
 
 
 def _refuse_other_run(folder: Path, inputs: TrainInputs) -> None:
