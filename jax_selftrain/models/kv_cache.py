@@ -97,13 +97,10 @@ def init_cache(
     def zeros(shape: tuple[int, ...], dtype: DTypeLike, axes: Axes) -> Array:
         return jnp.zeros(shape, dtype, out_sharding=rules.sharding(axes))
 
-    def scale() -> Array | None:
-        is_float = jnp.issubdtype(committed_dtype, jnp.floating)
-        return None if is_float else zeros(shape, jnp.float32, _SCALE_AXES)
-
-    blocks = partial(zeros, (*shape, config.head_dim), committed_dtype, _BLOCK_AXES)
-    tail = partial(zeros, tail_shape, dtype, _TAIL_AXES)
-    return KVCache(KVBlock(blocks(), blocks(), scale(), scale()), (tail(), tail()))
+    blocks = [zeros((*shape, config.head_dim), committed_dtype, _BLOCK_AXES) for _ in range(2)]
+    is_float = jnp.issubdtype(committed_dtype, jnp.floating)
+    scales = [None if is_float else zeros(shape, jnp.float32, _SCALE_AXES) for _ in range(2)]
+    return KVCache(KVBlock(*blocks, *scales), tuple(zeros(tail_shape, dtype, _TAIL_AXES) for _ in range(2)))
 
 
 def num_used_blocks(cache: KVCache, committed_len: Int[Array, " B"]) -> Int[Array, ""]:

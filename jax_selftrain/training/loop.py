@@ -173,7 +173,6 @@ def _watch_preemption() -> Iterator[Callable[[int], bool]]:
 
 def check_train_config(config: TrainConfig) -> None:
     """Refuse options that fit no model and corpus."""
-    yaml_io.check_ranges(config)
     check_evaluation(config)
     check_lora(config)
     if config.wandb:

@@ -141,20 +141,27 @@ def _head_loss(
 def _head_loss_forward(
     head: _HeadSpec, kernel: Array, hidden: Array, targets: Array, weights: Array
 ) -> tuple[Array, tuple[Array, Array]]:
-    def local_loss(rules: ShardingRules, kernel: Array, hidden: Array, *rest: Array) -> tuple[Array, ...]:
-        value_and_grad = jax.value_and_grad(partial(_chunk_loss, head, rules), argnums=(0, 1))
+    rows = PartitionSpec("data")
+
+    # `model` remains an ordinary axis. The outputs have replicas or rows along their first dimension.
+    @partial(jax.shard_map, in_specs=(PartitionSpec(), rows, rows, rows), out_specs=rows, axis_names={"data"})
+    def local_loss(kernel: Array, hidden: Array, *rest: Array) -> tuple[Array, ...]:
+        # The gradient of a kernel that varies over `data` is not reduced.
+        kernel, zero = jax.lax.pcast((kernel, jnp.zeros((), hidden.dtype)), "data", to="varying")
+        chunk_loss = partial(_chunk_loss, head, head.rules.without_data_axis())
+        value_and_grad = jax.value_and_grad(chunk_loss, argnums=(0, 1))
 
         def add(carry: tuple[Array, Array], chunk: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
             loss, (d_kernel, d_hidden) = value_and_grad(kernel, *chunk)
             return (carry[0] + loss, carry[1] + d_kernel.astype(hidden.dtype)), d_hidden
 
-        initial = (_pcast_varying(jnp.zeros((), hidden.dtype)), jnp.zeros_like(kernel, hidden.dtype))
+        initial = (zero, jnp.zeros_like(kernel, hidden.dtype))
         (loss, d_kernel), d_hidden = jax.lax.scan(add, initial, _split(head.chunk_size, hidden, *rest))
         joined = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])
         return loss[None], d_kernel[None], joined[:, : hidden.shape[1]]
 
     gathered = all_gather_param(head.rules, kernel, EMBEDDING_AXES, head.compute_dtype)
-    losses, d_kernels, d_hidden = _map_replicas(head.rules, local_loss, gathered, hidden, targets, weights)
+    losses, d_kernels, d_hidden = local_loss(gathered, hidden, targets, weights)
     # XLA 0.10 cannot sum over one of several mesh axes inside `shard_map`: the sum over replicas is out here.
     loss = jnp.sum(losses)
     if is_fsdp_sharded(head.rules, EMBEDDING_AXES):
@@ -190,26 +197,6 @@ def _chunk_loss(
     is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
     nll = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
     return jnp.sum(weights * nll)
-
-
-def _map_replicas(rules: ShardingRules, function: Any, kernel: Array, *arrays: Array) -> Any:
-    """Call `function(rules, kernel, *arrays)` on each replica's rows.
-
-    The function returns arrays with replicas or rows along their first dimension. `model` remains an ordinary axis.
-    """
-    rows = PartitionSpec("data")
-    specs = (PartitionSpec(), *(rows for _ in arrays))
-
-    @partial(jax.shard_map, in_specs=specs, out_specs=rows, axis_names={"data"})
-    def call(kernel: Array, *arrays: Array) -> Any:
-        return function(rules.without_data_axis(), _pcast_varying(kernel), *arrays)
-
-    return call(kernel, *arrays)
-
-
-def _pcast_varying(array: Array) -> Array:
-    """Mark a value as varying over `data`: its gradient is not reduced."""
-    return jax.lax.pcast(array, "data", to="varying")
 
 
 def _split(chunk_size: int, *arrays: Array) -> tuple[Array, ...]:

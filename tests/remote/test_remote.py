@@ -355,7 +355,7 @@ def test_a_part_of_an_output_is_read_by_its_list(store: MemoryFileSystem):
     with pytest.raises(InputError, match="model/weights is missing"):
         remote.download(f"{OUT}/model")
     store.pipe("/bucket/work/.out.files.json", b"{}")
-    with pytest.raises(InputError, match="is not a list of files"):
+    with pytest.raises(InputError, match="is not a record of this version"):
         remote.download(f"{OUT}/model")
 
 
