@@ -16,8 +16,6 @@ from jax_selftrain.models.kv_cache import TAIL_LEN, decode_step, flush_tail, ini
 from jax_selftrain.models.token_precompute import abstract_precomputed, precompute
 from jax_selftrain.planning.jaxpr_flops import flops_by_dtype
 
-pytestmark = pytest.mark.compat
-
 LLAMA = DecoderConfig(
     vocab_size=512, hidden_size=64, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=8, intermediate_size=172,
     max_positions=512, norm="rmsnorm", norm_eps=1e-5, activation="silu", gated_mlp=True, parallel_residual=False,
@@ -30,6 +28,7 @@ NEOX = dataclasses.replace(
 )  # fmt: skip
 MQA = dataclasses.replace(LLAMA, num_kv_heads=1)
 nightly = pytest.mark.nightly
+compat = pytest.mark.compat
 FAMILIES = [pytest.param(LLAMA, id="gqa"), pytest.param(NEOX, id="neox"), pytest.param(MQA, id="mqa", marks=nightly)]
 MESHES = [pytest.param("data=1", marks=nightly), "data=2,model=2"]
 
@@ -53,6 +52,7 @@ def compute_logits(config: DecoderConfig, rules: ShardingRules, tokens: np.ndarr
         return np.asarray(run(params, shard_host_array(rules, tokens, ("batch", None)), given))
 
 
+@compat
 @pytest.mark.parametrize("config", FAMILIES)
 @pytest.mark.parametrize("spec", MESHES)
 def test_query_positions_select_positions_of_the_full_result(config: DecoderConfig, spec: str):
@@ -121,6 +121,7 @@ def test_precomputed_activations_save_the_products_of_the_first_layer(config: De
     assert difference == 2 * 4 * 70 * config.hidden_size * width
 
 
+@compat
 @pytest.mark.parametrize("config", FAMILIES)
 @pytest.mark.parametrize(
     ("spec", "preset"),
@@ -184,6 +185,7 @@ class StepwiseDecoder:
         )
 
 
+@compat
 @pytest.mark.parametrize("config", FAMILIES)
 @pytest.mark.parametrize("spec", MESHES)
 @pytest.mark.parametrize("block_size", [TAIL_LEN, pytest.param(2 * TAIL_LEN, marks=nightly)])
@@ -282,6 +284,7 @@ def test_no_residual_has_the_size_of_the_scores(remat: str):
     assert not [leaf.shape for leaf in jax.tree.leaves(backward) if leaf.ndim > 3 and leaf.shape[-2:] == (96, 96)]
 
 
+@compat
 def test_gradients_have_the_shardings_of_their_parameters():
     rules = sharding_rules_for(NEOX, "data=2,model=2", "fsdp")
     params = init_params(NEOX, 0, rules)
@@ -305,6 +308,7 @@ def test_program_size_does_not_grow_with_depth():
     assert program(2).count("stablehlo.dot_general") == program(12).count("stablehlo.dot_general")
 
 
+@compat
 def test_bfloat16_operands_keep_the_residual_stream_in_fp32():
     rules, tokens = sharding_rules_for(LLAMA), random_tokens(2, 16)
     params = init_params(LLAMA, 0, rules)

@@ -89,15 +89,19 @@ ARMS = tuple(
 )
 
 
+EVERYDAY_ARMS = tuple(arm for arm in ARMS if arm.name not in ("packed", "sign-flip", "shuffled", "away"))
+
 CLAIM = ClaimConfig(
     "own text keeps", "source llama", "llama", measure="task/animals", direction="preserves", margin=0.01
 )
 
 
-@pytest.fixture(scope="module")
-def finished_study(make: Make, inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(
+    scope="module", params=[EVERYDAY_ARMS, pytest.param(ARMS, marks=pytest.mark.nightly)], ids=["everyday", "all arms"]
+)
+def finished_study(request, make: Make, inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     real = ArmConfig("real text", "text", students=("llama",), text=inputs["texts"])
-    config = make(tmp_path_factory.mktemp("study") / "out", arms=(*ARMS, real), claims=(CLAIM,), seeds=(100,))
+    config = make(tmp_path_factory.mktemp("study") / "out", arms=(*request.param, real), claims=(CLAIM,), seeds=(100,))
     probes = MemorizationConfig(
         formats=(
             PromptFormat("prefix 4", prefix=4),
@@ -121,7 +125,7 @@ def read_cells(folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
 
 def test_every_cell_is_measured_and_the_null_is_exactly_zero(finished_study: Path):
     cells = read_cells(finished_study)
-    assert len(cells) == 2 * 2 + len(ARMS) + 1
+    assert len(cells) == 2 * 2 + len(yaml_io.load(StudyConfig, finished_study / "config.yaml").arms)
     for (_, treatment, _), cell in cells.items():
         assert cell["identical"] == (treatment == "learning rate 0")
         assert {"task/animals", "log_odds/animals", "text/stories", "exact_match", "log_pz"} <= cell["measures"].keys()
@@ -146,7 +150,8 @@ def test_cells_share_what_they_have_in_common(finished_study: Path):
     assert kinds.count("retokenize") == 2 * 2 + 1 + 1
     # Every main corpus under its student, and both sampled corpora under their source.
     assert kinds.count("proxies") == 2 * 2 + 2
-    assert (kinds.count("noise"), kinds.count("merge")) == (2, 1)
+    arms = yaml_io.load(StudyConfig, finished_study / "config.yaml").arms
+    assert (kinds.count("noise"), kinds.count("merge")) == (2, sum(arm.kind == "extrapolate" for arm in arms))
     cells = len(read_cells(finished_study))
     assert kinds.count("score") == 2 + cells  # two bases and every cell
     # Five times each: the sequences, two formats, continuations, after relearning; and two A/A repeats of both bases.
