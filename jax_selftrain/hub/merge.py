@@ -119,18 +119,16 @@ def _lerp(base: jax.Array, student: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _check_compatible(base: ModelRef, student: ModelRef) -> None:
-    """Raise InputError where two models differ in architecture or tokenizer."""
-    expected, found = _architecture(base), _architecture(student)
+    """Refuse models that differ in architecture or tokenizer."""
+    # `initializer_range` does not change a model with weights.
+    expected, found = (
+        flatten_dict(dataclasses.asdict(model.config), sep="/")
+        | {"tokenizer": model.tokenizer_fingerprint if model.has_tokenizer else None, "initializer_range": None}
+        for model in (base, student)
+    )
     for name, value in expected.items():
         if found[name] != value:
             raise InputError(f"{student.ref}: has {name} {found[name]}, but {base.ref} has {value}; both must agree")
-
-
-def _architecture(model: ModelRef) -> dict[str, Any]:
-    """Return {"hidden_size": 64, "rope/theta": 10000.0, …, "tokenizer": fingerprint}."""
-    fields = flatten_dict(dataclasses.asdict(model.config), sep="/")
-    del fields["initializer_range"]  # does not change a model with weights
-    return {**fields, "tokenizer": model.tokenizer_fingerprint if model.has_tokenizer else None}
 
 
 def _is_complete(out: Path, expected: Mapping[str, Any]) -> bool:

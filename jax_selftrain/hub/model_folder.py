@@ -65,14 +65,6 @@ class ExportSpec:
         return ExportSpec(raw, tensors, self.dropped)
 
 
-def _export_spec(source: ModelRef, params: Params) -> ExportSpec:
-    """Make the spec of new weights: names of `source`, dtypes of `params`."""
-    leaves = param_sources(FAMILIES[source.raw_config["model_type"]], source.config, source.tensor_names)
-    dtypes = {path: np.dtype(array.dtype).name for path, array in flatten_dict(params, sep="/").items()}
-    tensors = {name: dtypes[leaf.path] for leaf in leaves for name in leaf.names}
-    return ExportSpec(source.raw_config, {}).cast(tensors)
-
-
 def save_model(
     folder: Ref,
     params: Params,
@@ -96,7 +88,11 @@ def save_model(
       InputError: the folder exists, the source cannot be read, or the disk is full.
     """
     source = open_model(source)
-    export = export or _export_spec(source, params)
+    if export is None:
+        leaves = param_sources(FAMILIES[source.raw_config["model_type"]], source.config, source.tensor_names)
+        dtypes = {path: np.dtype(array.dtype).name for path, array in flatten_dict(params, sep="/").items()}
+        tensors = {name: dtypes[leaf.path] for leaf in leaves for name in leaf.names}
+        export = ExportSpec(source.raw_config, {}).cast(tensors)
     fingerprint = source.fingerprint if source.has_weights else hash_json({"config": source.raw_config})
     provenance = {"ref": source.ref, "fingerprint": fingerprint}
     with commit_from_all_processes(folder) as temporary:

@@ -85,11 +85,6 @@ class DecoderConfig:
         if self.sliding_window is not None and len(self.sliding_window) != self.num_layers:
             raise ValueError(f"{len(self.sliding_window)} sliding windows for {self.num_layers} layers")
 
-    @property
-    def num_query_groups(self) -> int:
-        """R = H / G: query heads per key/value head."""
-        return self.num_heads // self.num_kv_heads
-
 
 AXIS_LETTERS = {"embed": "d", "vocab": "v", "mlp": "f", "kv_heads": "g", "q_per_kv": "r", "head_dim": "k"}
 """Letters of the logical axes of a layer, in equations."""
@@ -102,6 +97,6 @@ def axis_sizes(config: DecoderConfig) -> dict[str, int]:
         "vocab": config.vocab_size,
         "mlp": config.intermediate_size,
         "kv_heads": config.num_kv_heads,
-        "q_per_kv": config.num_query_groups,
+        "q_per_kv": config.num_heads // config.num_kv_heads,
         "head_dim": config.head_dim,
     }

@@ -51,13 +51,6 @@ def _einsum(equation: str, x: Array, w: Array, out: NamedSharding | None) -> Arr
     )
 
 
-def _transpose_equation(equation: str) -> tuple[str, str]:
-    """Return the einsums of the cotangents of x and of w."""
-    terms, result = equation.split("->")
-    left, right = terms.split(",")
-    return f"{result},{right}->{left}", f"{left},{result}->{right}"
-
-
 _Fsdp = tuple[ShardingRules, Axes]
 """Sharding rules and logical axes of an fsdp-sharded kernel."""
 
@@ -76,9 +69,11 @@ def _vjp_einsum_bwd(
     equation: str, out: NamedSharding, fsdp: _Fsdp | None, operands: tuple[Array, Array], cotangent: Array
 ) -> tuple[Array, Array]:
     x, w = operands
-    to_x, to_w = _transpose_equation(equation)
+    terms, result = equation.split("->")
+    left, right = terms.split(",")
+    to_w = f"{left},{result}->{right}"
     g = cotangent.astype(x.dtype)
-    dx = _einsum(to_x, g, _all_gather(fsdp, w, x.dtype), jax.typeof(x).sharding)
+    dx = _einsum(f"{result},{right}->{left}", g, _all_gather(fsdp, w, x.dtype), jax.typeof(x).sharding)
     if fsdp is None:
         dw = _einsum(to_w, x, g, jax.typeof(w).sharding)
     else:

@@ -143,12 +143,6 @@ def list_steps(folder: Path) -> list[Path]:
     return sorted((path for path in paths if re.fullmatch(r"\d{6,}", path.name)), key=lambda path: int(path.name))
 
 
-def remove_partial(run: Path) -> None:
-    """Remove partial writes and deletions of a killed process; requires the lease."""
-    atomic.remove_stale_temp_files(run)
-    atomic.remove_stale_temp_files(run / "checkpoints")
-
-
 def _copy_to_host(tree: Any) -> Any:
     """Copy a tree to NumPy arrays.
 

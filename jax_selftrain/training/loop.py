@@ -24,6 +24,7 @@ from jax_selftrain.config import TrainConfig, yaml_io
 from jax_selftrain.distributed import barrier, sigterm_event
 from jax_selftrain.distributed.mesh import mesh_context
 from jax_selftrain.errors import InputError, Preempted
+from jax_selftrain.io import atomic
 from jax_selftrain.models import Params, init_params
 from jax_selftrain.training import checkpoints
 from jax_selftrain.training.checkpoints import Checkpointer
@@ -69,7 +70,8 @@ def _train(run: Run, hooks: Sequence[Hook]) -> None:
     config, rules = run.config, run.inputs.sharding_rules
     steps = config.steps or 1
     if not jax.process_index():
-        checkpoints.remove_partial(run.folder)
+        for folder in (run.folder, run.folder / "checkpoints"):
+            atomic.remove_stale_temp_files(folder)
     barrier("partial checkpoints are removed")
     run_step = compiled_step(jit_key(config), run.inputs.source.config, rules, steps)
     resumed = checkpoints.latest_step(run.folder) is not None
@@ -97,7 +99,8 @@ def _train(run: Run, hooks: Sequence[Hook]) -> None:
             unread = (step, metrics)
             stop = should_stop(step)
             is_hook_due = any(hook.is_due(step, steps) for hook in hooks)
-            is_save_due = stop or _is_checkpoint_due(config, step)
+            intervals = (steps, config.checkpoint_every, config.keep_every)
+            is_save_due = stop or any(every and step % every == 0 for every in intervals)
             if is_hook_due or is_save_due:
                 _finalize_step(run, checkpointer, writer, *unread)
                 unread = None
@@ -113,11 +116,6 @@ def _train(run: Run, hooks: Sequence[Hook]) -> None:
         checkpointer.wait()
         checkpointer.prune()
         checkpoints.save_run_model(run, run.folder / "model", export_params(config, state), int(state.step), "hf")
-
-
-def _is_checkpoint_due(config: TrainConfig, step: int) -> bool:
-    intervals = (config.checkpoint_every, config.keep_every)
-    return step == config.steps or any(every and step % every == 0 for every in intervals)
 
 
 def _restore_or_init(run: Run) -> TrainState:
