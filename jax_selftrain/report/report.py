@@ -10,6 +10,7 @@ from pathlib import Path
 
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
+from jax_selftrain.io.manifest import read_manifest
 from jax_selftrain.report.chapters import capability_chapters, design_chapters, memorization_chapters, training_chapters
 from jax_selftrain.report.page import render_page
 from jax_selftrain.report.summary import write_summary
@@ -41,9 +42,7 @@ def write_report(folder: atomic.PathLike) -> Path:
     if not path.exists():
         reason = "is not finished" if (folder / "config.yaml").exists() else "is not the folder of a run or study"
         raise InputError(f"{folder}: {reason} (it has no results.json); run `jax-selftrain run` or `study` first")
-    results = atomic.read_json(path)
-    if not isinstance(results, dict) or (results.get("format"), results.get("version")) != (FORMAT, VERSION):
-        raise InputError(f"{path}: not results of this version; run the study again in a new folder")
+    results = read_manifest(path, FORMAT, VERSION, {}, remedy="run the study again in a new folder")
     chapters = [chapter for write in CHAPTERS if (chapter := write(results)) is not None]
     figures = {f"{name}.svg": svg for chapter in chapters for name, svg in chapter.figures.items()}
     tables = {f"{table.name}.csv": table.to_csv() for chapter in chapters for table in chapter.tables}

@@ -31,6 +31,7 @@ from jax_selftrain.corpus import open_corpus
 from jax_selftrain.distributed import broadcast_one_to_all
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic, lease
+from jax_selftrain.io.manifest import read_manifest
 from jax_selftrain.study.dag import check_processes, is_done, run_all
 from jax_selftrain.study.design import Design, make_design
 from jax_selftrain.study.preregistration import describe_power, freeze_claims
@@ -156,12 +157,8 @@ def _publish_model(source: Path, target: Path) -> None:
 
 def _load_earlier_results(path: Path) -> dict[str, Any] | None:
     """Return the results of the study so far, or None."""
-    found = atomic.read_json(path) if path.exists() else None
-    if found is not None and (not isinstance(found, dict) or found.get("format") != FORMAT):
-        raise InputError(f"{path}: is not the results of a study; choose another --out")
-    if found is not None and found.get("version") != VERSION:
-        raise InputError(f"{path}: has version {found.get('version')}, expected {VERSION}; delete it")
-    return found
+    remedy = "delete it, or choose another --out"
+    return read_manifest(path, FORMAT, VERSION, {}, remedy=remedy) if path.exists() else None
 
 
 def format_plan(design: Design) -> str:

@@ -221,7 +221,7 @@ def test_folders_without_results_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not finished"):
         write_report(tmp_path)
     (tmp_path / "results.json").write_text(json.dumps({"format": "something else"}))
-    with pytest.raises(InputError, match="not results of this version"):
+    with pytest.raises(InputError, match="is not of the format 'jax-selftrain results'"):
         write_report(tmp_path)
 
 
