@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
 
-from jax_selftrain.config.metadata import Role, fields_with_role, ranges, roles
+from jax_selftrain.config.metadata import Role, fields_with_role, ranges
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.io.remote_paths import restore_uris
@@ -90,13 +90,13 @@ def require(config: Any, *names: str) -> None:
 
 def check_ranges(config: Any, prefix: str = "") -> None:
     """Refuse numbers out of range, also in sections."""
-    valid = ranges(type(config))
-    for name in roles(type(config)):
-        value = getattr(config, name)
+    cls: type = type(config)
+    for name, value in vars(config).items():
+        valid = ranges(cls).get(name)
         if dataclasses.is_dataclass(value):
             check_ranges(value, f"{prefix}{name}.")
-        elif name in valid and value is not None and not valid[name].is_valid(value):
-            raise InputError(f"{flag(prefix + name)} {value}: must be {valid[name].text}")
+        elif valid is not None and value is not None and not valid.is_valid(value):
+            raise InputError(f"{flag(prefix + name)} {value}: must be {valid.text}")
 
 
 # ---------------------------------------------------------------- options and flags
