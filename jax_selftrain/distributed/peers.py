@@ -231,8 +231,7 @@ def _await_coordinator(group: PeerGroup) -> None:
             except OSError as error:
                 raise InputError(f"--coordinator {coordinator}: no such host ({error.strerror})") from error
             raise UnavailableError(
-                f"--coordinator {coordinator}: process 0 did not answer within {limit} s; is this the address of "
-                "its machine, and is it running?"
+                f"--coordinator {coordinator}: process 0 did not answer within {limit} s; is it running there?"
             )
         time.sleep(0.2)
 
