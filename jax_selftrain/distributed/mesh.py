@@ -24,10 +24,7 @@ AXES = ("data", "model")
 def parse_mesh(spec: str, devices: int) -> dict[str, int]:
     """Parse `data=4,model=2`; a missing axis has size 1.
 
-    An empty spec has all `devices` along `data`.
-
-    Raises:
-      InputError: the spec has another form.
+    An empty spec has all `devices` along `data`; another form is an InputError.
     """
     if not spec.strip():
         return {"data": devices, "model": 1}

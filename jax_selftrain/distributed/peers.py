@@ -175,11 +175,7 @@ def current() -> PeerGroup | None:
 
 
 def connect(config: DistributedConfig, program: str) -> PeerGroup:
-    """Connect to the other processes.
-
-    Raises:
-      InputError, UnavailableError: as `distributed_context`.
-    """
+    """Connect to the other processes; errors as `distributed_context`."""
     global _group
     _group = group = PeerGroup(config, program)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # this module reports the loss of peers

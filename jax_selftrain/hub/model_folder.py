@@ -153,10 +153,7 @@ def _model_card(source: Mapping[str, str], metadata: Mapping[str, Any]) -> str:
 def commit_from_all_processes(path: str | Path) -> Iterator[Path]:
     """Yield one temporary folder to all processes; process 0 commits it.
 
-    All processes pass the same path on a shared file system.
-
-    Raises:
-      InputError: on every process, when process 0 cannot make the folder.
+    All processes pass the same path on a shared file system, and get the InputError of process 0.
     """
     with ExitStack() as stack:
         yield Path(broadcast_one_to_all(lambda: str(stack.enter_context(atomic.commit_folder(path)).absolute())))

@@ -135,11 +135,7 @@ class ModelRef:
         return hash_json({"config": self.raw_config, "weights": weights})
 
     def verify_weights(self, fix_hint: str = _FIX_HINT) -> None:
-        """Verify the safetensors files of a folder with a manifest, once.
-
-        Raises:
-          InputError: a file is missing, truncated, changed or not in the manifest.
-        """
+        """Refuse safetensors files that differ from the manifest, if any; once."""
         if not self.manifest or "_is_verified" in self.__dict__:
             return
         listed = {name: entry for name, entry in self.manifest["files"].items() if name.endswith(".safetensors")}

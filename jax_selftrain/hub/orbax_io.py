@@ -32,10 +32,7 @@ Tree = TypeVar("Tree")
 def save_tree(folder: str | Path, tree: Any) -> None:
     """Write a pytree of device or host arrays with a manifest.
 
-    All processes pass the same folder, on a shared file system.
-
-    Raises:
-      InputError: the folder exists already, or cannot be written.
+    All processes pass the same new folder, on a shared file system.
     """
     folder = Path(folder).absolute()
     if folder.exists():

@@ -41,11 +41,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """Open the tokenizer of a folder, without downloads or code execution.
-
-    Raises:
-      InputError: there is none, or transformers cannot open it.
-    """
+    """Open the tokenizer of a folder, without downloads or code execution."""
     _require_tokenizer(folder)
     settings = folder / "tokenizer_config.json"
     if settings.is_file() and "auto_map" in atomic.read_json(settings):
@@ -65,9 +61,6 @@ def tokenizer_hash(folder: Path) -> str:
 
     Settings that do not change ids are ignored: padding, truncation, `tokenizer_config.json`. Start and stop ids are
     recorded with a corpus.
-
-    Raises:
-      InputError: there is no tokenizer, or its file is damaged.
     """
     _require_tokenizer(folder)
     if (folder / "tokenizer.json").is_file():

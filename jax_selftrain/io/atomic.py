@@ -107,10 +107,7 @@ def write_text(path: PathLike, text: str) -> None:
 def write_json(path: PathLike, obj: Any) -> None:
     """Commit plain data as indented JSON with sorted keys.
 
-    Equal data gives equal bytes. Local copies of objects are recorded by their URI.
-
-    Raises:
-      ValueError: the data holds NaN or an infinity.
+    Equal data gives equal bytes. Local copies of objects are recorded by their URI. NaN is a ValueError.
     """
     try:
         text = json.dumps(obj, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)

@@ -83,13 +83,9 @@ class Store:
         return list(filter(is_own, siblings))
 
     def listed_objects(self, *, within_others: bool = False) -> dict[str, str]:
-        """Return the listed objects; all objects if there is no list.
+        """Return the listed objects, all present; all objects if there is no list.
 
-        Args:
-          within_others: also use the list of an output that contains this URI.
-
-        Raises:
-          InputError: a listed object is missing.
+        With `within_others`, also use the list of an output that contains this URI.
         """
         listed, there = self._read_listed_keys(within_others), self.objects()
         if listed is None:

@@ -80,10 +80,8 @@ def _download_inputs(value: Any) -> Any:
 def download(uri: str) -> Path:
     """Download the file or folder at a URI; return its local path.
 
-    Only changed files are downloaded. A result (`score.json`) comes with its companion files.
-
-    Raises:
-      InputError, UnavailableError: see `localize_uris`.
+    Only changed files are downloaded. A result (`score.json`) comes with its companion files. Errors are those of
+    `localize_uris`.
     """
     store = Store(uri)
     cache = LocalCache(store, "in")
@@ -97,11 +95,7 @@ def download(uri: str) -> Path:
 
 @contextmanager
 def synced_output(uri: str) -> Iterator[Path]:
-    """Yield the local path of an output, and upload it.
-
-    Raises:
-      InputError, UnavailableError: see `localize_uris`.
-    """
+    """Yield the local path of an output, and upload it."""
     store = Store(uri)
     if not store.parent.strip("/"):
         raise InputError(f"{uri}: is a whole bucket; pass a folder in it")

@@ -52,11 +52,7 @@ class Hook:
 
 
 def run_hooks(hooks: Sequence[Hook], step: int, last: int, model: LoadedModel) -> dict[str, float]:
-    """Call the hooks that are due, in order, and return their metrics.
-
-    Raises:
-      InputError: a metric is not finite.
-    """
+    """Call the due hooks; return their metrics, which must be finite."""
     metrics: dict[str, float] = {}
     for hook in hooks:
         if not hook.is_due(step, last):

@@ -68,11 +68,7 @@ class Run:
 
 
 def load_inputs(config: TrainConfig, evaluation: Sequence[Mapping[str, Any]] = ()) -> TrainInputs:
-    """Open and check everything that a run reads, without writing.
-
-    Raises:
-      InputError: a file is missing or damaged, or model, corpus, batch and mesh are incompatible.
-    """
+    """Open everything that a run reads, and refuse what does not fit together."""
     source = hub.open_model(config.model)
     model = source.config
     rules = make_sharding_rules(config.preset, make_mesh(config.mesh), axis_sizes(model))
