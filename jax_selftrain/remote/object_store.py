@@ -83,7 +83,7 @@ class Store:
         return list(filter(is_own, siblings))
 
     def listed_objects(self, *, within_others: bool = False) -> dict[str, str]:
-        """Return the listed objects, all present; all objects if there is no list.
+        """Return the listed objects; all objects if there is no list.
 
         With `within_others`, also use the list of an output that contains this URI.
         """

@@ -68,7 +68,7 @@ class Run:
 
 
 def load_inputs(config: TrainConfig, evaluation: Sequence[Mapping[str, Any]] = ()) -> TrainInputs:
-    """Open everything that a run reads, and refuse what does not fit together."""
+    """Open everything that a run reads; refuse what does not fit."""
     source = hub.open_model(config.model)
     model = source.config
     rules = make_sharding_rules(config.preset, make_mesh(config.mesh), axis_sizes(model))
