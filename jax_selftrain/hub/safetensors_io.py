@@ -149,7 +149,7 @@ def _load_leaf(
 def read_box(
     name: str, tensor: StoredTensor, pattern: Pattern, box: tuple[slice, ...], sizes: Mapping[str, int]
 ) -> np.ndarray:
-    """Copy the finite values of a tensor that fill a box."""
+    """Copy the part of a tensor that fills a box; refuse NaN."""
     data = np.array(pattern.view(tensor.array, sizes)[box])
     if not np.isfinite(data).all():
         raise InputError(f"{tensor.file}: tensor {name} holds NaN or infinity; use another checkpoint")
