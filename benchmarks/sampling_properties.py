@@ -47,7 +47,7 @@ def random_model(config: DecoderConfig, mesh: str = "data=1,model=1") -> tuple[D
 def compilation(_: str) -> None:
     """Measure compile time by depth, and count programs by length."""
     config = hub.open_model(write_config(neox_config(6, 128, 8, vocabulary=512))).config
-    sampling_params, keys = SamplingParams(start_id=0, stop_ids=(), max_tokens=32), per_sample_keys(0, np.arange(8))
+    sampling_params, keys = SamplingParams(start_ids=(0,), stop_ids=(), max_tokens=32), per_sample_keys(0, np.arange(8))
     for layers in (6, 36, 6, 36):
         spec, params = random_model(replace(config, num_layers=layers))
         jax.clear_caches()
@@ -80,7 +80,7 @@ def _compilations(loop: DecodeLoop, keys: np.ndarray) -> int:
 def utilization(ref: str) -> None:
     """Compare continuous with static batching, 2,048 samples of up to 512 tokens."""
     model = hub.load_model(ref, "data=1,model=1")
-    sampling_params = SamplingParams(start_id=1, stop_ids=(1, 2), max_tokens=512)
+    sampling_params = SamplingParams(start_ids=(1,), stop_ids=(1, 2), max_tokens=512)
     keys, results = per_sample_keys(0, np.arange(2048)), {}
     for name, queue in (("refill", 2048), ("static", 64)):
         loop = DecodeLoop(DecodeSpec.from_model(model), sampling_params, model.params, num_slots=64, queue_size=queue)
@@ -130,7 +130,7 @@ def length(_: str) -> None:
     """Measure milliseconds per step by position, Pythia-70m, 32 slots."""
     config = hub.open_model(write_config(SHAPES["pythia-70m"])).config
     spec, params = random_model(config)
-    sampling_params = SamplingParams(start_id=0, stop_ids=(), max_tokens=1024)
+    sampling_params = SamplingParams(start_ids=(0,), stop_ids=(), max_tokens=1024)
     steps: list[tuple[int, float]] = []
     last = time.perf_counter()
 
@@ -156,7 +156,7 @@ def divergences(ref: str) -> None:
     found = {}
     for mesh, rows in (("data=1,model=1", 64), ("data=1,model=1", 16), ("data=1,model=1", 7), ("data=1,model=2", 64)):
         model = hub.load_model(ref, mesh)
-        sampling_params = SamplingParams(start_id=1, stop_ids=(1, 2), max_tokens=256)
+        sampling_params = SamplingParams(start_ids=(1,), stop_ids=(1, 2), max_tokens=256)
         found[mesh, rows] = _draw(DecodeSpec.from_model(model), sampling_params, model.params, 2048, rows)
     _print_divergences("V = 512 (trained)", found)
     config = hub.open_model(write_config(SHAPES["pythia-70m"])).config
@@ -165,7 +165,7 @@ def divergences(ref: str) -> None:
         spec, params = random_model(config, mesh)
         with mesh_context(spec.sharding_rules.mesh):
             params["head"]["kernel"] = params["head"]["kernel"] * 8.0  # logits of a spread like a trained model's
-        sampling_params = SamplingParams(start_id=0, stop_ids=(), max_tokens=128)
+        sampling_params = SamplingParams(start_ids=(0,), stop_ids=(), max_tokens=128)
         found[mesh, rows] = _draw(spec, sampling_params, params, 512, rows)
         drawn = found[mesh, rows]
         print(f"entropy {-drawn.policy_logprobs.sum() / drawn.lengths.sum():.2f} nats a token")
@@ -176,7 +176,7 @@ def cache(ref: str) -> None:
     """Measure log-likelihood per token by cache type, 256 × 256 tokens."""
     model = hub.load_model(ref, "data=1,model=1")
     spec, rules = DecodeSpec.from_model(model), model.sharding_rules
-    sampling_params = SamplingParams(start_id=1, stop_ids=(), max_tokens=256)
+    sampling_params = SamplingParams(start_ids=(1,), stop_ids=(), max_tokens=256)
     tokens = _draw(spec, sampling_params, model.params, 256, 64).tokens
     fed = np.concatenate([np.full((256, 1), 1), tokens[:, :-1]], axis=1).astype(np.int32)
 

@@ -42,7 +42,7 @@ SMALL_CONFIG = DecoderConfig(
     tie_word_embeddings=False,
     initializer_range=0.4,
 )
-ENDING = SamplingParams(start_id=1, stop_ids=(5, 77, 123), max_tokens=70)
+ENDING = SamplingParams(start_ids=(1,), stop_ids=(5, 77, 123), max_tokens=70)
 """Three of two hundred ids stop a sample: about two thirds end early, the others fill more than two chunks."""
 SAMPLE_FIELDS = ("tokens", "lengths", "logprobs", "policy_logprobs", "stopped")
 

@@ -43,7 +43,9 @@ class SampleConfig:
     samples: AtLeastOne[int] = 1024
     """Number of samples."""
     max_tokens: AtLeastOne[int] = 256
-    """Maximum number of tokens of a sample, without the start token."""
+    """Maximum number of tokens of a sample, without the start tokens."""
+    min_tokens: NonNegative[int] = 0
+    """Minimum number of tokens of a sample; the probability of stop ids is zero before."""
     temperature: Positive[float] = 1.0
     """Softmax temperature, greater than 0."""
     top_k: NonNegative[int] = 0
@@ -56,6 +58,10 @@ class SampleConfig:
     """Token ids that end a sample; unset: the EOS ids of the tokenizer, config and generation config."""
     start_id: SetByStudy[int | None] = None
     """First token of each sample; unset: BOS of the tokenizer, else of the config, else EOS."""
+    start_text: SetByStudy[str | None] = None
+    """Text that precedes each sample, instead of `--start-id`; its special tokens are recognized."""
+    add_special_tokens: bool = False
+    """Tokenize the start text with the special tokens that the tokenizer adds: a BOS text then gives BOS twice."""
     seed: SetByStudy[Annotated[int, Range("between 0 and 2^64 - 1", lambda value: 0 <= value < 2**64)]] = 0
     """Random seed; token t of sample i depends only on (seed, i, t)."""
     batch_size: Execution[AtLeastOne[int]] = 64

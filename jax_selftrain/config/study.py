@@ -69,6 +69,8 @@ class ModelConfig:
     """Token ids that end its samples; the first one ends each training document. Unset: the tokenizer's."""
     start_id: int | None = None
     """First token of its samples; unset: BOS of the tokenizer, else of the config, else EOS."""
+    start_text: str | None = None
+    """Text that precedes its samples, instead of `start_id`."""
     lineage: str = ""
     """Models with the same lineage count as home for each other's text; unset: its name."""
     data: str = ""

@@ -58,7 +58,7 @@ def parse_sampling_policies(specs: Sequence[str]) -> dict[str, SamplingParams]:
             yaml_io.check_ranges(SampleConfig(**values))
         except InputError as error:
             raise InputError(f"--sampling-policies {spec}: {error}") from None
-        policy = SamplingParams(start_id=0, stop_ids=(), max_tokens=1, **values)
+        policy = SamplingParams(start_ids=(0,), stop_ids=(), max_tokens=1, **values)
         name = _canonical_name(policy)
         if name in policies:
             raise InputError(f"--sampling-policies: {name} is given twice")

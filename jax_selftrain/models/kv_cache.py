@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jax_selftrain.distributed.sharding import Axes, ShardingRules
 from jax_selftrain.models.attention import dot_product_attention
@@ -216,7 +216,7 @@ def prefill(
     The caller passes the number of valid positions (whole tails) as `committed_len`; later flushes overwrite padding.
 
     Args:
-      cache: empty, with committed blocks of a float type and room for T tokens.
+      cache: empty, with room for T tokens.
       tokens: prompts, padded on the right.
     """
     dtype = accumulation_dtype(compute_dtype)
@@ -234,16 +234,21 @@ def prefill(
 
     x = embedding_lookup(rules, params["embed"]["embedding"], tokens, dtype)
     _, keys_and_values = jax.lax.scan(layer, x, scan_xs(config, params))
-    return replace(cache, committed=KVBlock(*(_to_blocks(cache, stacked) for stacked in keys_and_values)))
+    (k, k_scale), (v, v_scale) = (_quantize(stacked, cache.committed.k.dtype) for stacked in keys_and_values)
+    return replace(cache, committed=jax.tree.map(partial(_to_blocks, cache), KVBlock(k, v, k_scale, v_scale)))
 
 
-def _to_blocks(cache: KVCache, stacked: Float[Array, "L B T G K"]) -> Float[Array, "L blocks B G S K"]:
-    layers, rows, length, heads, width = stacked.shape
+def _to_blocks(cache: KVCache, stacked: Shaped[Array, "L B T G ..."]) -> Shaped[Array, "L blocks B G S ..."]:
+    layers, rows, length, heads, *width = stacked.shape
     blocks = -(-length // cache.block_size)
-    padded = jnp.pad(stacked, ((0, 0), (0, 0), (0, blocks * cache.block_size - length), (0, 0), (0, 0)))
-    split = padded.reshape(layers, rows, blocks, cache.block_size, heads, width)
-    ordered = jnp.transpose(split, (0, 2, 1, 4, 3, 5)).astype(cache.committed.k.dtype)
-    return jnp.pad(ordered, ((0, 0), (0, cache.committed.k.shape[1] - blocks), *[(0, 0)] * 4))
+    padded = _pad_axis(stacked, 2, blocks * cache.block_size)
+    split = padded.reshape(layers, rows, blocks, cache.block_size, heads, *width)
+    ordered = jnp.transpose(split, (0, 2, 1, 4, 3, *range(5, split.ndim)))
+    return _pad_axis(ordered, 1, cache.committed.k.shape[1])
+
+
+def _pad_axis(array: Array, axis: int, length: int) -> Array:
+    return jnp.pad(array, [(0, length - size if dim == axis else 0) for dim, size in enumerate(array.shape)])
 
 
 class _OnlineSoftmax(NamedTuple):

@@ -43,7 +43,7 @@ class DecodeSlots:
     committed_len: Int32[Array, " B"]
     """Tokens in committed blocks of the cache."""
     length: Int32[Array, " B"]
-    """Tokens drawn, the stop id included."""
+    """Tokens drawn, the stop id included; the start tokens do not count."""
     done: Bool[Array, " B"]
     """The sample has ended, or there is none."""
     stopped: Bool[Array, " B"]
@@ -58,7 +58,7 @@ class SampleBuffer:
     """Drawn samples by queue entry, and one more entry for idle slots."""
 
     tokens: Int32[Array, "replicas*(queue+1) T"]
-    """0 after the end of a sample; T is the length limit rounded up to whole chunks."""
+    """0 after the end of a sample and for the forced start tokens; T is `SamplingParams.output_len`."""
     logprobs: Float32[Array, "replicas*(queue+1) T"]
     """Log-probability of each token at temperature 1 over the whole vocabulary, 0 after the end of a sample."""
     policy_logprobs: Float32[Array, "replicas*(queue+1) T"]
@@ -82,11 +82,6 @@ class DecodeState:
     """Chunks decoded so far."""
 
 
-def padded_output_len(sampling_params: SamplingParams) -> int:
-    """Round the length limit up to whole chunks."""
-    return -(-sampling_params.max_tokens // TAIL_LEN) * TAIL_LEN
-
-
 def initial_state(
     rules: ShardingRules, sampling_params: SamplingParams, num_slots: int, queue: RequestQueue, cache: KVCache
 ) -> DecodeState:
@@ -94,11 +89,12 @@ def initial_state(
 
     Args:
       num_slots: B, of all replicas.
-      cache: empty, or from a finished loop of the same shape (its finite old contents are masked).
+      cache: with the prefilled start tokens, or from a finished loop of the same shape and start tokens (its finite old
+        contents are masked).
     """
     batch, rows = rules.sharding(("batch",)), rules.sharding(("batch", None))
     entries = len(queue.keys) + rules.data_parallelism
-    length = padded_output_len(sampling_params)
+    length = sampling_params.output_len
     zeros = partial(jnp.zeros, out_sharding=batch)
     idle = DecodeSlots(
         queue_index=jnp.full((num_slots,), len(queue.keys) // rules.data_parallelism, jnp.int32, out_sharding=batch),
@@ -135,7 +131,7 @@ def refill_slots(
     """Store the outputs of a chunk, then refill finished slots."""
 
     def store(b: Array, buffers: tuple[Array, ...]) -> tuple[Array, ...]:
-        start = slots.queue_index[b], slots.committed_len[b]
+        start = slots.queue_index[b], slots.committed_len[b] - sampling_params.prefilled_len
         return tuple(
             jax.lax.dynamic_update_slice(old, jax.lax.dynamic_slice_in_dim(new, b, 1, axis=1).T, start)
             for old, new in zip(buffers, chunk_outputs, strict=True)
@@ -171,8 +167,8 @@ def _assign_requests(
     refilled = DecodeSlots(
         queue_index=queue_index,
         key=queue.keys.at[queue_index].get(mode="clip"),
-        token=reset(sampling_params.start_id, slots.token),
-        committed_len=reset(0, slots.committed_len),
+        token=reset(sampling_params.start_ids[sampling_params.prefilled_len], slots.token),
+        committed_len=reset(sampling_params.prefilled_len, slots.committed_len),
         length=reset(0, slots.length),
         done=slots.done & ~is_assigned,
         stopped=slots.stopped & ~slots.done,

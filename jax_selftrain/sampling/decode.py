@@ -1,9 +1,10 @@
-"""The decode loop of BOS-only sampling, in chunks of 32 steps.
+"""The decode loop of sampling without prompts, in chunks of 32 steps.
 
-Every sample starts at position 0 with the same token, so that none needs a prefill and all slots share one offset in
-the tail of the cache. A chunk is a `lax.scan` over `models.decode_step`. At its end each replica, by itself, flushes
-the tail of every slot behind its committed blocks, stores the outputs, and refills slots whose sample has ended. A
-`lax.while_loop` runs chunks; one program serves samples of any length.
+Every sample starts with the same tokens, so that all slots share one offset in the tail of the cache. The whole chunks
+of the start tokens are prefilled once: a refilled slot keeps them in its first committed blocks. The remaining ones
+are forced through the decode steps. A chunk is a `lax.scan` over `models.decode_step`. At its end each replica, by
+itself, flushes the tail of every slot behind its committed blocks, stores the outputs, and refills slots whose sample
+has ended. A `lax.while_loop` runs chunks; one program serves samples of any length.
 
 A sample depends on its key and the parameters alone: not on its slot, its neighbors, or its start. Slots share only the
 number of cache blocks read and of chunks run, and neither changes a bit of a slot (see `models.kv_cache`). Tokens drawn
@@ -15,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +28,15 @@ from jax_selftrain.distributed.mesh import mesh_context, mesh_platform, xla_opti
 from jax_selftrain.distributed.sharding import ShardingRules, shard_host_array
 from jax_selftrain.hub import LoadedModel
 from jax_selftrain.models import DecoderConfig, Params, unembed
-from jax_selftrain.models.kv_cache import TAIL_LEN, KVCache, decode_step, flush_tail, init_cache, num_used_blocks
+from jax_selftrain.models.kv_cache import (
+    TAIL_LEN,
+    KVCache,
+    decode_step,
+    flush_tail,
+    init_cache,
+    num_used_blocks,
+    prefill,
+)
 from jax_selftrain.sampling.categorical import categorical, level_sizes, replicate_vocab, take_per_row
 from jax_selftrain.sampling.continuous_batching import (
     DecodeSlots,
@@ -35,7 +44,6 @@ from jax_selftrain.sampling.continuous_batching import (
     RequestQueue,
     count_progress,
     initial_state,
-    padded_output_len,
     per_replica,
     refill_slots,
 )
@@ -165,10 +173,10 @@ class DecodeLoop:
                 shard_host_array(rules, counts, ("batch",)),
             )
             state, slot_steps = self._run(queue, progress_callback)
-        samples = jax.device_get(state.samples)
+        samples, forced = jax.device_get(state.samples), self.sampling_params.num_forced
         order = np.concatenate([r * (self.queue_size + 1) + np.arange(n) for r, n in enumerate(counts)])
         batch = SampleBatch(
-            tokens=np.ascontiguousarray(samples.tokens[order, : self.sampling_params.max_tokens]),
+            tokens=np.ascontiguousarray(samples.tokens[order][:, forced : forced + self.sampling_params.max_tokens]),
             lengths=samples.length[order],
             logprobs=samples.logprobs[order].sum(axis=1, dtype=np.float64).astype(np.float32),
             policy_logprobs=samples.policy_logprobs[order].sum(axis=1, dtype=np.float64).astype(np.float32),
@@ -186,7 +194,13 @@ class DecodeLoop:
         num_slots = self.num_slots * spec.sharding_rules.data_parallelism
         cache, self._cache = self._cache, None
         if cache is None:
-            cache = _init_cache(spec, num_slots, padded_output_len(sampling_params))
+            prefilled_ids = np.asarray(sampling_params.start_ids[: sampling_params.prefilled_len], np.int32)
+            cache = prefill_cache(
+                spec,
+                sampling_params.prefilled_len + sampling_params.output_len,
+                self.params,
+                shard_host_array(spec.sharding_rules, np.tile(prefilled_ids, (num_slots, 1)), ("batch", None)),
+            )
         state, chunks = _begin(spec.sharding_rules, sampling_params, num_slots, queue, cache), 1
         while True:
             start = time.perf_counter()
@@ -216,14 +230,24 @@ def decode_chunks(
       max_chunks: limit of this call.
     """
     rules, levels = spec.sharding_rules, len(level_sizes(spec.config.vocab_size))
+    start_ids = np.asarray(sampling_params.start_ids, np.int32)
 
     def next_token_fn(hidden: Array, position: Array, before: DecodeSlots) -> tuple[Array, DecodeSlots, Any]:
         logits = compute_logits(spec, params, hidden)
-        warped = warp_logits(logits, sampling_params)
-        token, warped_logsumexp = categorical(warped, token_random_bits(before.key, position, levels))
+        index = position - (len(start_ids) - 1)  # of the drawn token in its sample
+        warped = warp_logits(logits, sampling_params, index)
+        token, warped_logsumexp = categorical(warped, token_random_bits(before.key, index, levels))
         logsumexp = full_logsumexp(logits, sampling_params, warped_logsumexp)
         finite = jnp.isfinite(logsumexp)
         active = ~before.done
+        if sampling_params.num_forced:
+            is_forced = index < 0
+            following = (
+                jnp.asarray(start_ids)
+                .at[jnp.minimum(position, len(start_ids) - 2) + 1]
+                .get(out_sharding=rules.sharding(("batch",)))
+            )
+            token, active = jnp.where(is_forced, following, token), active & ~is_forced
         stop = jnp.zeros_like(active)
         for stop_id in sampling_params.stop_ids:
             stop = stop | (token == stop_id)
@@ -231,7 +255,7 @@ def decode_chunks(
         after = replace(
             before,
             length=length,
-            done=before.done | stop | ~finite | (length >= sampling_params.max_tokens),
+            done=before.done | (active & stop) | ~finite | (length >= sampling_params.max_tokens),
             stopped=before.stopped | (active & stop),
             finite=before.finite & (finite | before.done),
         )
@@ -304,7 +328,15 @@ def compute_logits(spec: DecodeSpec, params: Params, hidden: Float32[Array, "B D
     return replicate_vocab(logits[:, 0])
 
 
-_init_cache = jax.jit(DecodeSpec.init_cache, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1))
+def prefill_cache(spec: DecodeSpec, capacity: int, params: Params, tokens: Int32[Array, "B T"]) -> KVCache:
+    """Create a cache whose first T committed positions hold the tokens."""
+    cache = spec.init_cache(tokens.shape[0], capacity)
+    if not tokens.shape[1]:
+        return cache
+    return prefill(spec.config, spec.sharding_rules, params, cache, tokens, compute_dtype=spec.compute_dtype)
+
+
 _begin = jax.jit(initial_state, static_argnums=(0, 1, 2), donate_argnums=(4,))
 _count_progress = jax.jit(count_progress)
 

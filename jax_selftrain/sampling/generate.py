@@ -21,10 +21,10 @@ from jax_selftrain.distributed.sharding import shard_host_array
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import LoadedModel
 from jax_selftrain.models import Params
-from jax_selftrain.models.kv_cache import TAIL_LEN, KVCache, prefill
+from jax_selftrain.models.kv_cache import TAIL_LEN, KVCache
 from jax_selftrain.sampling.categorical import categorical, level_sizes
 from jax_selftrain.sampling.counter_rng import per_sample_keys, token_random_bits
-from jax_selftrain.sampling.decode import DecodeSpec, compute_logits, decode_chunk
+from jax_selftrain.sampling.decode import DecodeSpec, compute_logits, decode_chunk, prefill_cache
 from jax_selftrain.sampling.sampling_params import SamplingParams, warp_logits
 
 PROMPT_TOKENS = 8192
@@ -73,7 +73,7 @@ def generate(
     Args:
       model: on any mesh.
       prompts: token ids, at least one each; nothing is prepended.
-      sampling_params: temperature 0 is greedy decoding; `start_id` is unused.
+      sampling_params: temperature 0 is greedy decoding; `start_ids` and `min_tokens` are unused.
       seed: token t of request i is drawn with random bits that depend on (seed, i, t) alone.
       request_ids: the number i of each prompt; default: 0, 1, 2, …
       stop: called after each new token.
@@ -116,7 +116,7 @@ def _generate_batch(
     stop: StopCriterion | None,
 ) -> None:
     rules, spec = model.sharding_rules, DecodeSpec.from_model(model)
-    static_params = replace(sampling_params, max_tokens=0, stop_ids=())  # one program for any length
+    static_params = replace(sampling_params, max_tokens=0, min_tokens=0, stop_ids=())  # one program for any length
     rows = [*requests, *(_Request([0], 0, done=True) for _ in range(num_rows - len(requests)))]
     num_chunks = -(-(TAIL_LEN + sampling_params.max_tokens) // TAIL_LEN)
     prompts = np.zeros((num_rows, width), np.int32)
@@ -132,13 +132,8 @@ def _generate_batch(
     has_prefill = bool(committed_len.any())
     with mesh_context(rules.mesh):
         by_row = partial(shard_host_array, rules, axes=("batch",))
-        cache = _prefill(
-            spec,
-            width * has_prefill + num_chunks * TAIL_LEN,
-            has_prefill,
-            model.params,
-            shard_host_array(rules, prompts, ("batch", None)),
-        )
+        prefilled = shard_host_array(rules, prompts if has_prefill else prompts[:, :0], ("batch", None))
+        cache = prefill_cache(spec, prefilled.shape[1] + num_chunks * TAIL_LEN, model.params, prefilled)
         keys = shard_host_array(rules, per_sample_keys(seed, [row.index for row in rows]), ("batch", None))
         state = cache, by_row(committed_len), by_row(inputs[0])
         for _ in range(num_chunks):
@@ -163,17 +158,6 @@ def _generate_batch(
 def _padded_prompt_len(length: int) -> int:
     """Round up to a power of two: few programs are compiled."""
     return max(TAIL_LEN, 1 << (length - 1).bit_length())
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _prefill(
-    spec: DecodeSpec, capacity: int, has_prefill: bool, params: Params, prompts: Int32[Array, "B T"]
-) -> KVCache:
-    """Create a cache that holds the prompts, if any fills a chunk."""
-    cache = spec.init_cache(prompts.shape[0], capacity)
-    if not has_prefill:
-        return cache
-    return prefill(spec.config, spec.sharding_rules, params, cache, prompts, compute_dtype=spec.compute_dtype)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))

@@ -39,7 +39,7 @@ from jax_selftrain.hub import LoadedModel, ModelRef
 from jax_selftrain.io import atomic
 from jax_selftrain.io.work_queue import run_missing
 from jax_selftrain.models import Params, abstract_params, axis_sizes
-from jax_selftrain.sampling.continuous_batching import DecodeState, RequestQueue, initial_state, padded_output_len
+from jax_selftrain.sampling.continuous_batching import DecodeState, RequestQueue, initial_state
 from jax_selftrain.sampling.counter_rng import per_sample_keys
 from jax_selftrain.sampling.decode import DecodeLoop, DecodeProgress, DecodeSpec, SampleBatch, decode_chunks
 from jax_selftrain.sampling.sampling_params import SamplingParams, make_sampling_params
@@ -69,7 +69,7 @@ def _sample(config: SampleConfig) -> Corpus:
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; choose a folder")
     source = hub.open_model(config.model)
-    sampling_params = make_sampling_params(config, source.config, source.special_tokens)
+    sampling_params = _open_sampling_params(config, source)
     writer = CorpusWriter.open(out, _make_request(config, source, sampling_params))
     atomic.remove_stale_temp_files(out / "timings")
     if writer.missing():
@@ -94,7 +94,7 @@ def abstract_program(
     """
     source = hub.open_model(config.model)
     model = source.config
-    sampling_params = make_sampling_params(config, model, source.special_tokens)
+    sampling_params = _open_sampling_params(config, source)
     rules = make_sharding_rules(config.preset, mesh, axis_sizes(model))
     spec = DecodeSpec(model, rules, config.dtype, config.cache_dtype)
     num_slots = config.batch_size * rules.data_parallelism
@@ -104,10 +104,16 @@ def abstract_program(
     count: Any = rules.abstract_array((rules.data_parallelism,), jnp.int32, ("batch",))
     queue = RequestQueue(keys, count)
     with mesh_context(mesh):
-        cache = jax.eval_shape(partial(spec.init_cache, num_slots, padded_output_len(sampling_params)))
+        capacity = sampling_params.prefilled_len + sampling_params.output_len
+        cache = jax.eval_shape(partial(spec.init_cache, num_slots, capacity))
         state = jax.eval_shape(partial(initial_state, rules, sampling_params, num_slots), queue, cache)
     max_chunks = jax.ShapeDtypeStruct((), jnp.int32)
     return partial(decode_chunks, spec, sampling_params), (params, queue, state, max_chunks), (2,)
+
+
+def _open_sampling_params(config: SampleConfig, source: ModelRef) -> SamplingParams:
+    tokenizer = source.tokenizer if source.has_tokenizer else None
+    return make_sampling_params(config, source.config, source.special_tokens, tokenizer)
 
 
 def _queue_size(config: SampleConfig, replicas: int) -> int:
@@ -129,15 +135,21 @@ class _SamplingRun:
 def _make_request(config: SampleConfig, source: ModelRef, sampling_params: SamplingParams) -> dict[str, Any]:
     """Collect the options that determine the content of the corpus, for `corpus.json`."""
     types = {"dtype": config.dtype} | ({} if config.cache_dtype is None else {"cache_dtype": config.cache_dtype})
+    start_ids, bos = sampling_params.start_ids, source.special_tokens.bos_token_id
+    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p")
+    policy: dict[str, Any] = {name: getattr(sampling_params, name) for name in names}
+    if sampling_params.min_tokens:
+        policy["min_tokens"] = sampling_params.min_tokens
+    if len(start_ids) > 1:
+        policy["start_ids"] = list(start_ids)
     return {
         "kind": "sampled",
         "source": {"ref": config.model, "fingerprint": source.fingerprint} | types,
         "tokenizer_fingerprint": source.tokenizer_fingerprint if source.has_tokenizer else None,
-        "start_id": sampling_params.start_id,
+        # The first token of a training document: after a longer start text, BOS.
+        "start_id": start_ids[0] if len(start_ids) == 1 or bos is None else bos,
         "stop_ids": list(sampling_params.stop_ids),
-        "policy": {
-            name: getattr(sampling_params, name) for name in ("max_tokens", "temperature", "top_k", "top_p", "min_p")
-        },
+        "policy": policy,
         "seed": config.seed,
         "samples": config.samples,
         "samples_per_shard": config.samples_per_shard,
@@ -201,8 +213,10 @@ def _write_shard(run: _SamplingRun, index: int, claim: ExitStack, batch: SampleB
         samples = list(map(Sample, run.writer.sample_ids(index), tokens, texts, logprobs, reasons))
         folder = run.writer.folder
         if not (folder / "config.yaml").exists():
-            start_id, stop_ids = run.sampling_params.start_id, run.sampling_params.stop_ids
-            yaml_io.save(folder / "config.yaml", replace(run.config, start_id=start_id, stop_ids=stop_ids))
+            ids: dict[str, Any] = {"stop_ids": run.sampling_params.stop_ids}
+            if run.config.start_text is None:
+                (ids["start_id"],) = run.sampling_params.start_ids
+            yaml_io.save(folder / "config.yaml", replace(run.config, **ids))
         policy_logprob = math.fsum(map(float, batch.policy_logprobs))
         metadata = {"mismatches": mismatches, "policy_logprob": policy_logprob, **_describe_environment(run)}
         record = run.writer.write_shard(index, samples, metadata)

@@ -70,7 +70,7 @@ def one_cell_study(config: RunConfig) -> StudyConfig:
             f"sample.seed is {config.sample.seed} and train.seed is {config.train.seed}: a run has one seed; set both "
             "to the same number"
         )
-    ids: dict[str, Any] = {"stop_ids": config.sample.stop_ids, "start_id": config.sample.start_id}
+    ids: dict[str, Any] = {name: getattr(config.sample, name) for name in ("stop_ids", "start_id", "start_text")}
     student, source = Path(config.model).name, Path(config.source or config.model).name
     models = [ModelConfig(student, config.model)]
     if config.source in ("", config.model):
@@ -84,7 +84,7 @@ def one_cell_study(config: RunConfig) -> StudyConfig:
         sources=(source,),
         seeds=(config.sample.seed,),
         keep_source_tokens=True,
-        sample=replace(config.sample, seed=0, stop_ids=None, start_id=None),
+        sample=replace(config.sample, seed=0, stop_ids=None, start_id=None, start_text=None),
         train=replace(config.train, seed=0),
         memorization=MemorizationConfig(aa_repeat=False),
         **{name: getattr(config, name) for name in ("out", "title", "score", "extract", "mesh", "preset", "dtype")},

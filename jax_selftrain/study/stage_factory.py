@@ -59,6 +59,8 @@ class StudyModel:
     stop_ids: tuple[int, ...] | None = None
     start_id: int | None = None
     """Token ids that its samples end with and start from; None: the sampler's rules."""
+    start_text: str | None = None
+    """Text that its samples start from, instead of `start_id`."""
 
     @property
     def stop_id(self) -> int | None:
@@ -93,7 +95,8 @@ class StageFactory:
         model = self._models[name]
         opened, ref = hub.open_model(model.model), model.model
         tokenizer = opened.tokenizer_fingerprint
-        return StudyModel(ref, opened.fingerprint, name, tokenizer, ref, model.stop_ids, model.start_id)
+        ids = model.stop_ids, model.start_id, model.start_text
+        return StudyModel(ref, opened.fingerprint, name, tokenizer, ref, *ids)
 
     def folder(self, stage: Stage) -> Path:
         """Return the folder of a stage."""
@@ -112,6 +115,7 @@ class StageFactory:
             seed=seed,
             stop_ids=source.stop_ids,
             start_id=source.start_id,
+            start_text=source.start_text,
             **shared_overrides(arm, SampleConfig),
         )
         return Stage(

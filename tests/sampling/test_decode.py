@@ -15,12 +15,12 @@ from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.distributed.sharding import make_sharding_rules, shard_host_array
 from jax_selftrain.models import axis_sizes, init_params
 from jax_selftrain.models.kv_cache import TAIL_LEN
-from jax_selftrain.sampling.continuous_batching import RequestQueue, initial_state, padded_output_len
+from jax_selftrain.sampling.continuous_batching import RequestQueue, initial_state
 from jax_selftrain.sampling.counter_rng import per_sample_keys
 from jax_selftrain.sampling.decode import DecodeLoop, DecodeProgress, DecodeSpec, decode_chunks
 from jax_selftrain.sampling.sampling_params import SamplingParams, warp_logits
 
-PLAIN = SamplingParams(start_id=1, stop_ids=(), max_tokens=2)
+PLAIN = SamplingParams(start_ids=(1,), stop_ids=(), max_tokens=2)
 small_model = cache(SmallModel)
 
 
@@ -67,8 +67,8 @@ def test_first_and_second_tokens_follow_the_exact_distribution(sharpness, option
         return np.exp(_log_softmax(masked))
 
     vocabulary = np.arange(SMALL_CONFIG.vocab_size)
-    first = probabilities(np.array([[PLAIN.start_id]]))[0]
-    second = probabilities(np.stack([np.full_like(vocabulary, PLAIN.start_id), vocabulary], axis=1))
+    first = probabilities(np.array([[PLAIN.start_ids[0]]]))[0]
+    second = probabilities(np.stack([np.full_like(vocabulary, PLAIN.start_ids[0]), vocabulary], axis=1))
     pairs = drawn.tokens[:, 0] * SMALL_CONFIG.vocab_size + drawn.tokens[:, 1]
     assert _chi_square(np.bincount(drawn.tokens[:, 0], minlength=SMALL_CONFIG.vocab_size), first) > 1e-4
     assert (
@@ -100,7 +100,7 @@ def test_log_probabilities_are_those_of_the_full_forward_pass(model, drawn):
     """They are at temperature 1 over the whole vocabulary for any parameters."""
     sharpened = model.draw(replace(ENDING, temperature=0.7, top_k=50, num_valid_ids=190), np.arange(64))
     for result in (drawn, sharpened):
-        inputs = np.concatenate([np.full((64, 1), ENDING.start_id), result.tokens[:, :-1]], axis=1)
+        inputs = np.concatenate([np.full((64, 1), ENDING.start_ids[0]), result.tokens[:, :-1]], axis=1)
         logprobs = np.take_along_axis(_log_softmax(model.logits(inputs)), result.tokens[:, :, None], axis=2)[:, :, 0]
         counted = np.arange(result.tokens.shape[1]) < result.lengths[:, None]
         # fp32: about 1e-6 of noise per logit, and sums of up to 70 terms.
@@ -143,7 +143,9 @@ def test_without_stop_ids_every_sample_reaches_the_limit(model, drawn):
 
 
 def test_padding_ids_are_never_drawn(model):
-    tokens = model.draw(SamplingParams(start_id=1, stop_ids=(), max_tokens=64, num_valid_ids=20), np.arange(64)).tokens
+    tokens = model.draw(
+        SamplingParams(start_ids=(1,), stop_ids=(), max_tokens=64, num_valid_ids=20), np.arange(64)
+    ).tokens
     assert tokens.max() == 19
 
 
@@ -190,7 +192,7 @@ def test_policy_log_probabilities_are_those_of_the_warped_logits(model):
     np.testing.assert_allclose(plain.policy_logprobs, plain.logprobs, atol=1e-4)
     sampling_params = replace(ENDING, temperature=0.7, top_k=50, num_valid_ids=190)
     drawn = model.draw(sampling_params, np.arange(64))
-    inputs = np.concatenate([np.full((64, 1), ENDING.start_id), drawn.tokens[:, :-1]], axis=1)
+    inputs = np.concatenate([np.full((64, 1), ENDING.start_ids[0]), drawn.tokens[:, :-1]], axis=1)
     masked = np.asarray(
         warp_logits(jnp.asarray(model.logits(inputs).reshape(-1, SMALL_CONFIG.vocab_size)), sampling_params)
     )
@@ -226,7 +228,7 @@ def _compiled_text(layers: int = 2, rows: int = 16, tokens: int = 256) -> str:
     queue = RequestQueue(shard_host_array(rules, keys, ("batch", None)), shard_host_array(rules, count, ("batch",)))
     params = init_params(config, 0, rules)
     with mesh_context(rules.mesh):
-        cache = jax.eval_shape(partial(spec.init_cache, rows, padded_output_len(sampling_params)))
+        cache = jax.eval_shape(partial(spec.init_cache, rows, sampling_params.output_len))
         state = jax.eval_shape(partial(initial_state, rules, sampling_params, rows), queue, cache)
         run = jax.jit(partial(decode_chunks, spec, sampling_params), donate_argnums=(2,))
         return run.lower(params, queue, state, jnp.int32(1)).compile().as_text()
@@ -274,7 +276,7 @@ def test_a_cache_in_fewer_bits_gives_nearly_the_same_log_probabilities(model, dr
     spec = replace(model.spec, cache_dtype=cache_dtype)
     found = draw_samples(spec, ENDING, model.params, per_sample_keys(0, np.arange(64)), num_slots=64)
     np.testing.assert_array_equal(found.tokens[:, :TAIL_LEN], drawn.tokens[:, :TAIL_LEN])
-    inputs = np.concatenate([np.full((64, 1), ENDING.start_id), found.tokens[:, :-1]], axis=1)
+    inputs = np.concatenate([np.full((64, 1), ENDING.start_ids[0]), found.tokens[:, :-1]], axis=1)
     logprobs = np.take_along_axis(_log_softmax(model.logits(inputs)), found.tokens[:, :, None], axis=2)[:, :, 0]
     exact = np.where(np.arange(found.tokens.shape[1]) < found.lengths[:, None], logprobs, 0).sum(axis=1)
     error = np.abs(found.logprobs - exact) / found.lengths

@@ -19,7 +19,7 @@ from jax_selftrain.sampling.sampling_params import (
     warp_logits,
 )
 
-PLAIN = SamplingParams(start_id=0, stop_ids=(), max_tokens=1)
+PLAIN = SamplingParams(start_ids=(0,), stop_ids=(), max_tokens=1)
 
 
 @pytest.mark.parametrize(
@@ -129,12 +129,27 @@ def _sampling_params(config: SampleConfig, **changes: Any) -> SamplingParams:
 
 def test_options_override_defaults_of_the_model():
     config = SampleConfig(model="m", max_tokens=64)
-    assert _sampling_params(config) == SamplingParams(start_id=1, stop_ids=(2,), max_tokens=64, num_valid_ids=90)
+    assert _sampling_params(config) == SamplingParams(start_ids=(1,), stop_ids=(2,), max_tokens=64, num_valid_ids=90)
     chosen = _sampling_params(replace(config, start_id=95, stop_ids=(7, 3, 7)))
-    assert (chosen.start_id, chosen.stop_ids) == (95, (3, 7))
+    assert (chosen.start_ids, chosen.stop_ids) == ((95,), (3, 7))
     assert _sampling_params(replace(config, stop_ids=())).stop_ids == ()
     assert _sampling_params(config, tokenizer_length=None).num_valid_ids is None
     assert _sampling_params(config, tokenizer_length=150).num_valid_ids is None
+
+
+def test_start_tokens_take_positions_and_an_empty_start_text_is_refused():
+    special = SpecialTokens(bos_token_id=1, eos_token_id=2, eos_token_ids=(2,), tokenizer_length=90)
+    model: Any = SimpleNamespace(vocab_size=100, max_positions=64)
+
+    def tokenizer(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [1] * add_special_tokens + [ord(letter) - 90 for letter in text]}
+
+    config = SampleConfig(model="m", max_tokens=60, start_text="abcde")
+    assert make_sampling_params(config, model, special, tokenizer).start_ids == (7, 8, 9, 10, 11)
+    with pytest.raises(InputError, match="positions of m after 6 start tokens; ask for at most 59"):
+        make_sampling_params(replace(config, add_special_tokens=True), model, special, tokenizer)
+    with pytest.raises(InputError, match="--start-text '': has no tokens"):
+        make_sampling_params(replace(config, start_text=""), model, special, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +160,10 @@ def test_options_override_defaults_of_the_model():
         ({"start_id": 100}, {}, "--start-id 100 is outside the vocabulary"),
         ({"max_tokens": 65}, {}, "--max-tokens 65 is longer than the 64 positions of m; ask for at most 64"),
         ({}, {"bos_token_id": None}, "choose one with --start-id"),
+        ({"min_tokens": 9}, {}, "--min-tokens 9 is more than --max-tokens 8"),
+        ({"start_text": "a", "start_id": 1}, {}, "--start-id and --start-text exclude each other"),
+        ({"start_text": "a"}, {}, "m: has no tokenizer for --start-text; give --start-id"),
+        ({"add_special_tokens": True}, {}, "--add-special-tokens concerns --start-text"),
     ],
     ids=str,
 )

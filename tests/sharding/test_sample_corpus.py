@@ -106,6 +106,18 @@ def test_a_model_without_tokenizer_gives_empty_text(config, tiny_model, tmp_path
     assert corpus.manifest["tokenizer_fingerprint"] is None
 
 
+def test_a_corpus_with_start_text_and_min_tokens_is_the_same_for_any_number_of_replicas(config, tmp_path):
+    given = replace(config, start_text="<s> " + "the cat sat " * 12, min_tokens=20, temperature=1.25)
+    one = sample(replace(given, out=str(tmp_path / "one")))
+    assert len(one.manifest["policy"]["start_ids"]) > 33
+    assert one.manifest["policy"]["min_tokens"] == 20
+    assert {len(text.tokens) > 20 for text in one.iter_samples()} == {True}
+    four = sample(replace(given, out=str(tmp_path / "four"), mesh="data=4", batch_size=2))
+    assert _content(four.folder) == _content(one.folder)
+    with pytest.raises(InputError, match="min_tokens"):
+        sample(replace(given, out=str(tmp_path / "one"), min_tokens=21))
+
+
 # ---------------------------------------------------------------- restarts and workers
 
 

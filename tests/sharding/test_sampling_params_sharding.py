@@ -12,7 +12,7 @@ from jax_selftrain.sampling.sampling_params import (
     warp_logits,
 )
 
-PLAIN = SamplingParams(start_id=0, stop_ids=(), max_tokens=1)
+PLAIN = SamplingParams(start_ids=(0,), stop_ids=(), max_tokens=1)
 
 
 def test_truncation_is_the_same_on_any_mesh():
