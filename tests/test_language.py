@@ -151,6 +151,12 @@ def test_names_and_docstrings_follow_the_rules(file: Path):
     assert not list(offenses(file))
 
 
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.yaml")), ids=lambda file: file.name)
+def test_prose_in_yaml_follows_the_rules(file: Path):
+    text = file.read_text(encoding="utf-8")
+    assert not [*BANNED_PHRASES.findall(text), *BRITISH.findall(text)]
+
+
 @pytest.mark.parametrize("file", source_files(PACKAGE), ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_imports_follow_the_order(file: Path):
     rank = {name: i for i, row in enumerate(LAYERS) for name in row}

@@ -26,4 +26,4 @@ from jax_selftrain.config.study import PromptFormat as PromptFormat
 from jax_selftrain.config.study import ReportConfig as ReportConfig
 from jax_selftrain.config.study import RunConfig as RunConfig
 from jax_selftrain.config.study import StudyConfig as StudyConfig
-from jax_selftrain.config.study import common_options as common_options
+from jax_selftrain.config.study import fill_options as fill_options

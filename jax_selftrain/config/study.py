@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from jax_selftrain.config.commands import DType, ExtractConfig, Packing, Preset, SampleConfig, ScoreConfig, TrainConfig
@@ -88,6 +88,7 @@ class ModelConfig:
 
 
 _T = TypeVar("_T")
+_Options = TypeVar("_Options", SampleConfig, TrainConfig, ScoreConfig, ExtractConfig)
 _Sampling = Annotated[_T, AppliesTo(("self", "shuffled", "decontaminated", "size_matched", "generations"))]
 _Training = Annotated[_T, AppliesTo(("self", "text", "shuffled", "decontaminated", "size_matched", "generations"))]
 _Generations = Annotated[_T, AppliesTo(("generations",))]
@@ -270,12 +271,11 @@ class DemoConfig:
     """Seeds of the study."""
 
 
-def common_options(
-    config: RunConfig | StudyConfig, stage: SampleConfig | TrainConfig | ScoreConfig | ExtractConfig
-) -> dict[str, Any]:
-    """Return the mesh, preset and dtype of a stage."""
-    return {
-        "mesh": stage.mesh or config.mesh,
-        "preset": config.preset or stage.preset,
-        "dtype": config.dtype or stage.dtype,
+def fill_options(config: RunConfig | StudyConfig, options: _Options, model: str, **changes: Any) -> _Options:
+    """Fill in a stage's model and the common mesh, preset and dtype."""
+    common: dict[str, Any] = {
+        "mesh": options.mesh or config.mesh,
+        "preset": config.preset or options.preset,
+        "dtype": config.dtype or options.dtype,
     }
+    return replace(options, model=model, **common | changes)

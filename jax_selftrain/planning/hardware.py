@@ -91,8 +91,7 @@ class Topology:
 def parse_topology(name: str) -> Topology:
     """Parse the name of a topology, without libtpu.
 
-    Raises:
-      InputError: the name is unknown.
+    Raises InputError if the name is unknown.
     """
     generation, separator, shape = name.partition(":")
     known = {**TPUS, **GPUS}
@@ -118,8 +117,7 @@ def parse_topology(name: str) -> Topology:
 def topology_devices(topology: Topology) -> Sequence[Any]:
     """Return the devices of a TPU slice, as described by libtpu.
 
-    Raises:
-      InputError: libtpu is not installed, or does not know the slice.
+    Raises InputError if libtpu is not installed, or does not know the slice.
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the metadata server exists only on a TPU
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several plans can run at once

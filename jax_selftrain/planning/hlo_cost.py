@@ -17,6 +17,9 @@ from functools import cached_property
 _BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
 _LEAF = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 _HEADING = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*-> .*\{$")
+_OPCODE = re.compile(r"(.*?) ([\w\-]+)\(")
+_CLOSING = re.compile(r"\)(?=, \w+=|$)")
+"""The bracket after the operands."""
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%([\w.\-]+) = ")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|called_computations|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)\}?")
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -48,8 +51,9 @@ class Instruction:
     shape: tuple[BufferShape, ...]
     opcode: str
     operands: tuple[str, ...]
+    """Names; the value of a constant, the index of a parameter."""
     rest: str
-    """Text after the operands (attributes), for constants and parameters with the value in parentheses."""
+    """Text after the operands (attributes)."""
     is_root: bool
 
     @property
@@ -61,11 +65,6 @@ class Instruction:
     def bytes_in_memory(self) -> int:
         """Bytes of the arrays in main memory."""
         return sum(leaf.bytes for leaf in self.shape if leaf.in_memory)
-
-    @property
-    def literal(self) -> str:
-        """Value of a constant, or index of a parameter."""
-        return self.rest.split(")")[0]
 
     def attribute(self, name: str) -> str:
         """Return an attribute that is a name or a number."""
@@ -108,8 +107,7 @@ class HloModule:
         Args:
           loop_trip_counts: trip counts of loops with a dynamic trip count, by nesting depth of such loops.
 
-        Raises:
-          ValueError: such a loop is nested deeper, or the text cannot be parsed.
+        Raises ValueError if such a loop is nested deeper, or the text cannot be parsed.
         """
         self.loop_trip_counts = tuple(loop_trip_counts)
         self.computations: dict[str, dict[str, Instruction]] = {}
@@ -199,7 +197,7 @@ class HloModule:
         counter, bound = (lines[name] for name in root.operands)
         if bound.opcode != "constant" or counter.opcode != "get-tuple-element":
             return None
-        return int(bound.literal) - self._constant(home, loop.operands[0], int(counter.attribute("index")))
+        return int(bound.operands[0]) - self._constant(home, loop.operands[0], int(counter.attribute("index")))
 
     def _constant(self, home: str, tuple_name: str, index: int) -> int:
         """Return an element of a loop's initial tuple, or 0."""
@@ -207,8 +205,8 @@ class HloModule:
         value = lines.get(lines[tuple_name].operands[index]) if lines[tuple_name].opcode == "tuple" else None
         while value is not None and value.opcode in ("copy", "bitcast"):
             value = lines.get(value.operands[0])
-        is_known = value is not None and value.opcode == "constant" and value.literal.lstrip("-").isdigit()
-        return int(value.literal) if value is not None and is_known else 0
+        is_known = value is not None and value.opcode == "constant" and value.operands[0].lstrip("-").isdigit()
+        return int(value.operands[0]) if value is not None and is_known else 0
 
     def _instruction_traffic(self, home: str, instruction: Instruction) -> float:
         if instruction.opcode in _FREE or any(name in instruction.rest for name in _NO_TRAFFIC):
@@ -235,8 +233,11 @@ class HloModule:
     def _bytes_read(self, callee: str, index: int) -> float:
         """Return the bytes that a fusion reads of an operand."""
         lines = self.computations[callee]
-        parameter = next(line for line in lines.values() if line.opcode == "parameter" and line.literal == str(index))
-        names = _aliases(lines, parameter.name)
+        parameter = next(line for line in lines.values() if (line.opcode, *line.operands) == ("parameter", str(index)))
+        names = {parameter.name}
+        for line in lines.values():  # operands precede their users
+            if line.opcode == "bitcast" and line.operands[0] in names:
+                names.add(line.name)
         total = 0.0
         for user in lines.values():
             if user.name in names or names.isdisjoint(user.operands):
@@ -266,15 +267,6 @@ class HloModule:
         return total
 
 
-def _aliases(lines: dict[str, Instruction], name: str) -> set[str]:
-    """Return all names of an array in a computation, after bitcasts."""
-    names = {name}
-    for line in lines.values():  # operands precede their users
-        if line.opcode == "bitcast" and line.operands[0] in names:
-            names.add(line.name)
-    return names
-
-
 def _group_size(rest: str) -> int:
     """Parse `replica_groups={{0,1},…}`, `[groups,size]<=[…]` or `mesh['a'=4,'b'=2] {'b'}`."""
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
@@ -290,24 +282,13 @@ def _group_size(rest: str) -> int:
 
 
 def _parse(name: str, text: str, is_root: bool) -> Instruction:
-    end = _find_closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
-    shape, text = text[:end], text[end:].lstrip()
-    opcode, _, text = text.partition("(")
-    close = _find_closing("(" + text, 0) - 1
-    operands, rest = text[:close], text[close + 1 :]
-    if opcode in ("constant", "parameter"):
-        return Instruction(name, _leaves(shape), opcode, (), f"{operands}){rest}", is_root)
-    return Instruction(name, _leaves(shape), opcode, tuple(re.findall(r"%([\w.\-]+)", operands)), rest, is_root)
-
-
-def _find_closing(text: str, start: int) -> int:
-    """Return the index of the bracket that closes the one at `start`."""
-    depth = 0
-    for index in range(start, len(text)):
-        depth += (text[index] == "(") - (text[index] == ")")
-        if depth == 0:
-            return index
-    raise ValueError(f"unbalanced bracket: {text[:200]}")
+    found = _OPCODE.match(text)
+    if found is None:
+        raise ValueError(f"an instruction without opcode: {text[:200]}")
+    shape, opcode = _leaves(found[1]), found[2]
+    operands, *attributes = _CLOSING.split(text[found.end() :], maxsplit=1)
+    names = [operands] if opcode in ("constant", "parameter") else re.findall(r"%([\w.\-]+)", operands)
+    return Instruction(name, shape, opcode, tuple(names), "".join(attributes), is_root)
 
 
 def _leaves(shape: str) -> tuple[BufferShape, ...]:

@@ -26,8 +26,7 @@ def flops_by_dtype(program: core.ClosedJaxpr, loop_trip_counts: Sequence[float] 
       program: `jax.jit(…).trace(…).jaxpr`, over a mesh with explicit axes.
       loop_trip_counts: trip counts of `while` loops by nesting depth.
 
-    Raises:
-      ValueError: a `while` loop is nested deeper, or a primitive is not supported.
+    Raises ValueError if a `while` loop is nested deeper, or a primitive is not supported.
     """
     # Dead code, such as gradients of frozen weights, is not compiled.
     needed, _ = partial_eval.dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars))
@@ -116,16 +115,13 @@ def _padded_size(shape: tuple[int, ...]) -> int:
         size = math.prod(shape)
         return _round_up(size, 1024 if size >= 1024 else 128)
     return min(
-        _round_up(across, 128) * _padded_rows(down) * math.prod(shape) // (across * down)
+        _round_up(across, 128)
+        * (_round_up(down, 8) if down > 4 else 1 << (down - 1).bit_length())
+        * (math.prod(shape) // (across * down))
         for i, across in enumerate(shape)
         for j, down in enumerate(shape)
         if i != j
     )
-
-
-def _padded_rows(size: int) -> int:
-    """Return the padded size along the short side of tiles."""
-    return _round_up(size, 8) if size > 4 else 1 << (size - 1).bit_length()
 
 
 def _round_up(size: int, unit: int) -> int:

@@ -2,7 +2,7 @@
 
 For a TPU slice, libtpu compiles the program of the stage on any computer; temporaries, code, memory traffic and
 collectives are read from the compiled program. Arguments and outputs follow from shapes and shardings, floating-point
-operations from the jaxpr. Without a compiler (GPUs, `--no-compile`) the rest is estimated by formula (`cost_model`).
+operations from the jaxpr. Without a compiler (GPUs, `--no-compile`) the rest is estimated (`stage_programs`).
 
 Time is the roofline: the longest of compute at the chip's peak, memory traffic at its bandwidth, and collectives at the
 bandwidth of its links. It is a lower bound of time and chip-hours.
@@ -10,27 +10,36 @@ bandwidth of its links. It is a lower bound of time and chip-hours.
 
 from __future__ import annotations
 
+import json
 import re
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax.errors import JaxRuntimeError
 
 from jax_selftrain import hub
-from jax_selftrain.config import PlanConfig, SampleConfig, TrainConfig, yaml_io
+from jax_selftrain.config import PlanConfig, SampleConfig, TrainConfig, fill_options, yaml_io
 from jax_selftrain.distributed.mesh import mesh_context, no_compilation_cache
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.models import DecoderConfig
-from jax_selftrain.planning import cost_model
 from jax_selftrain.planning.hardware import GIB, Topology, parse_topology
 from jax_selftrain.planning.hlo_cost import Collective, HloModule
 from jax_selftrain.planning.jaxpr_flops import flops_by_dtype, per_device_bytes
-from jax_selftrain.planning.pythia_shapes import config_only_folder
-from jax_selftrain.planning.stage_programs import StageConfig, StageProgram, stage_options, stage_program
+from jax_selftrain.planning.stage_programs import (
+    StageConfig,
+    StageProgram,
+    activation_bytes,
+    collective_bytes,
+    hbm_traffic,
+    stage_program,
+)
 from jax_selftrain.version import versions
 
 BATCH_SIZES = (16, 32, 64, 128, 256, 512)
@@ -39,6 +48,19 @@ BATCH_TOKENS = (2048, 4096, 8192, 16384)
 """Tokens on each replica in scoring."""
 MODEL_AXES = (1, 2, 4, 8)
 """Degrees of tensor parallelism."""
+PYTHIA_SHAPES = {
+    "pythia-14m": (6, 128, 4, 50304),
+    "pythia-31m": (6, 256, 8, 50304),
+    "pythia-70m": (6, 512, 8, 50304),
+    "pythia-160m": (12, 768, 12, 50304),
+    "pythia-410m": (24, 1024, 16, 50304),
+    "pythia-1b": (16, 2048, 8, 50304),
+    "pythia-1.4b": (24, 2048, 16, 50304),
+    "pythia-2.8b": (32, 2560, 32, 50304),
+    "pythia-6.9b": (32, 4096, 32, 50432),
+    "pythia-12b": (36, 5120, 40, 50688),
+}
+"""Layers, hidden size, heads and vocabulary size of the Pythia models (EleutherAI/pythia, `models/*/*.yml`)."""
 _OPTIONS = {
     "sample": ("batch_size", "max_tokens", "cache_dtype"),
     "train": ("batch_size", "grad_accum", "seq_len", "remat"),
@@ -47,16 +69,55 @@ _OPTIONS = {
 """Options that change memory and time, with dtype and preset."""
 
 
+def neox_config(layers: int, width: int, heads: int, vocabulary: int = 50304) -> dict[str, Any]:
+    """Return the `config.json` of a Pythia model with this shape."""
+    return {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "model_type": "gpt_neox",
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * width,
+        "vocab_size": vocabulary,
+        "rotary_pct": 0.25,
+        "rotary_emb_base": 10000,
+        "max_position_embeddings": 2048,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "use_parallel_residual": True,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+
+
+@contextmanager
+def config_only_folder(ref: str) -> Iterator[str]:
+    """Yield the model, or a folder with a Pythia config.
+
+    Names of Pythia models: `pythia-1b`, `EleutherAI/pythia-1b-deduped`.
+
+    Raises InputError if the name is neither a folder nor a Pythia model.
+    """
+    name = ref.removeprefix("EleutherAI/").partition("@")[0].removesuffix("-deduped")
+    if Path(ref).exists() or (name not in PYTHIA_SHAPES and "/" in ref):
+        yield ref
+        return
+    if name not in PYTHIA_SHAPES:
+        hint = yaml_io.did_you_mean(name, PYTHIA_SHAPES) or f"; known names are {', '.join(PYTHIA_SHAPES)}"
+        raise InputError(f"--model {ref}: no such folder or Pythia model{hint}")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(neox_config(*PYTHIA_SHAPES[name])))
+        yield folder
+
+
 def plan_memory(config: PlanConfig) -> dict[str, Any]:
     """Plan stages of a model on topologies.
 
     JAX uses only the CPU in this process afterwards.
 
-    Returns:
-      `{"model": …, "rows": […]}`, one row for each stage, topology and, with `search`, setting; see `plan_stage`.
-
-    Raises:
-      InputError: options, topology, mesh or model are invalid, or libtpu is missing.
+    Returns `{"model": …, "rows": […]}`, one row for each stage, topology and, with `search`, setting; see `plan_stage`.
+    Raises InputError if options, topology, mesh or model are invalid, or libtpu is missing.
     """
     yaml_io.require(config)
     jax.config.update("jax_platforms", "cpu")  # a plan computes nothing, and another process may use the TPU
@@ -74,7 +135,7 @@ def plan_memory(config: PlanConfig) -> dict[str, Any]:
 
 
 def _plan_settings(config: PlanConfig, stage: str, topology: Topology, folder: str) -> list[dict[str, Any]]:
-    options = stage_options(config, stage, folder)
+    options: StageConfig = fill_options(config, getattr(config, stage), folder)
     model = hub.open_model(folder).config
     if not config.search:
         return [plan_stage(config, stage, topology, options, model)]
@@ -137,12 +198,12 @@ def plan_stage(
         "arguments": per_device_bytes(program.abstract_args, tile_padded=padded),
         "outputs": per_device_bytes(traced.jaxpr.out_avals, tile_padded=padded),
         "aliased": per_device_bytes(donated, tile_padded=padded),
-        "temporaries": cost_model.activation_bytes(program, model),
+        "temporaries": activation_bytes(program, model),
         "code": 0,
         "compiled_arguments": None,
         "compiled_outputs": None,
     }
-    traffic, collectives = cost_model.hbm_traffic(program, model), cost_model.collectives(program, model)
+    traffic, collectives = hbm_traffic(program, model), collective_bytes(program, model)
     compile_seconds, too_large = None, ""
     if compiles:
         start = time.perf_counter()

@@ -1,18 +1,25 @@
-"""Labels and units of measures, and tables of effects and cells."""
+"""Chapters, labels of measures, and tables of effects and cells."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from html import escape
+from importlib.resources import files
 from typing import Any
 
-from jax_selftrain.report.page import Chapter
+import yaml
+
 from jax_selftrain.report.tables import Column, Level, Record, Table, make_columns, parse_estimate
 from jax_selftrain.stats.estimators import Estimate
 from jax_selftrain.study.measure_names import display_scale
 
 Results = Mapping[str, Any]
 Records = Sequence[Record]
+NOTES: Mapping[str, Any] = yaml.safe_load(files("jax_selftrain.report").joinpath("notes.yaml").read_text("utf-8"))
+"""Prose of the chapters."""
 CURVE_METRICS = {
     "nll": ("loss on text (nats per token)", 1.0),
     "acc": ("accuracy (%)", 100.0),
@@ -21,6 +28,34 @@ CURVE_METRICS = {
     "pz": ("mean p_z (%)", 100.0),
 }
 """Axis label and scale of the evaluations during training, by the last part of their name."""
+
+
+@dataclass
+class Chapter:
+    """One chapter of the page, filled in the order of its parts."""
+
+    title: str
+    html: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    figures: dict[str, str] = field(default_factory=dict)
+    """SVG text by name."""
+
+    def add_table(self, table: Table, *, folded: bool = False) -> None:
+        """Add a table unless it is empty; a click opens folded ones."""
+        if table.records:
+            self.tables.append(table)
+            html, caption = table.to_html(), escape(table.caption)
+            self.html.append(f"<details><summary>{caption}</summary>\n{html}\n</details>" if folded else html)
+
+    def add_figure(self, figure: tuple[str, str], caption: str) -> None:
+        """Add a figure, as (name, SVG), with its caption (plain text)."""
+        name, svg = figure
+        self.figures[name] = svg
+        self.html.append(f"<figure>\n{svg}<figcaption>{escape(caption)}</figcaption>\n</figure>")
+
+    def add_note(self, text: str) -> None:
+        """Add a paragraph in small print (plain text)."""
+        self.html.append(f'<p class="note">{escape(text)}</p>')
 
 
 def get_decimals(measure: str) -> int:
@@ -63,14 +98,14 @@ def parse_change(entry: Record, measure: str) -> Estimate:
 
 
 def make_change_columns(measures: Iterable[str]) -> list[Column]:
-    """Return a column of changes for each measure."""
-    return [Column(measure, format_measure(measure), get_decimals(measure), signed=True) for measure in measures]
-
-
-def find_changes(effect: Record, measures: Iterable[str]) -> dict[str, Estimate | None]:
-    """Return the change of each measure; None if not measured."""
-    found = effect["measures"]
-    return {name: parse_change(found[name], name) if name in found else None for name in measures}
+    """Return a column of effects for each measure."""
+    return [
+        Column(
+            name, format_measure(name), get_decimals(name), signed=True, path=("measures", name),
+            convert=partial(parse_change, measure=name),
+        )
+        for name in measures
+    ]  # fmt: skip
 
 
 def add_effect_table(
@@ -79,24 +114,20 @@ def add_effect_table(
     """Add a table of levels before training and changes by treatment."""
     if not measures:
         return
-    base = {measure: one["measures"][measure]["before"] for one in effects for measure in one["measures"]}
-    levels = {one: Level(display_scale(one) * base[one]) if one in base else None for one in measures}
-    records: list[Record] = [{"treatment": "before", "seeds": None, **levels}]
-    for one in effects:
-        records.append(find_changes(one, measures) | {"treatment": one["treatment"], "seeds": len(one["seeds"])})
+    base = {name: entry["before"] for one in effects for name, entry in one["measures"].items()}
+    levels = {name: Level(display_scale(name) * level) for name, level in base.items()}
     columns = [*make_columns("treatment", "seeds"), *make_change_columns(measures)]
     caption = f"{student}, {caption}: before, and change by treatment"
+    records: list[Record] = [{"treatment": "before", "measures": levels}, *effects]
     chapter.add_table(Table(f"{name}_{slugify(student)}", caption, columns, records, 1))
 
 
 def make_cell_table(
     name: str, caption: str, columns: Sequence[Column], records: Iterable[tuple[Record, Record]]
 ) -> Table:
-    """Return a table over the cells of a study.
+    """Return a table over the cells of a study; `records` are (cell, record) pairs.
 
-    Args:
-        name, caption, columns: of the table.
-        records: (cell, record) pairs. Columns of student, treatment and seed are added if there are several cells.
+    Columns of student, treatment and seed are added if there are several cells.
     """
     pairs = list(records)
     if len({id(cell) for cell, _ in pairs}) < 2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -47,20 +47,28 @@ class Column:
     path: tuple[str, ...] = ()
     """Keys that lead to the value in a record; unset: `key`."""
     measure: str = ""
-    """Measure of an estimate; page and CSV hold it in the display unit of the measure."""
-
-    @property
-    def heading(self) -> str:
-        return self.title or self.key.replace("_", " ")
+    """Measure of the value; page and CSV hold it in the display unit. `*`: the measure that the record names."""
+    convert: Callable[[Any], Cell] | None = None
+    """Function of a value that is neither a number, a text nor an estimate."""
 
     def find(self, record: Record) -> Cell:
-        """Return the value in a record; None if a part is missing."""
+        """Return the value in a record; None if a part is missing.
+
+        Lists of names are joined; of other lists, the length is returned.
+        """
         value: Any = record
         for key in self.path or (self.key,):
-            value = None if value is None else value[key]
+            value = None if value is None else value.get(key)
+        if value is None or isinstance(value, Level):
+            return value
+        if self.convert is not None:
+            return self.convert(value)
+        measure = record["measure"] if self.measure == "*" else self.measure
         if isinstance(value, Mapping):
-            return parse_estimate(value, self.measure)
-        return ", ".join(value) if isinstance(value, list) else value
+            return parse_estimate(value, measure)
+        if isinstance(value, list):
+            return ", ".join(value) if all(isinstance(one, str) for one in value) else len(value)
+        return display_scale(measure) * value if measure else value
 
 
 def make_columns(*keys: str) -> list[Column]:
@@ -68,11 +76,16 @@ def make_columns(*keys: str) -> list[Column]:
     return [Column(key) for key in keys]
 
 
-def make_side_columns(key: str, title: str, digits: int = 1, scale: float = 100, path: str = "") -> list[Column]:
+def make_side_columns(
+    key: str, title: str, digits: int = 1, scale: float = 100, path: Sequence[str] | None = None
+) -> list[Column]:
     """Return columns before, after and of the change; of proportions by default."""
-    titles = {"before": f"{title}, before", "after": "after", "change": "change"}
+    titles, path = (
+        {"before": f"{title}, before", "after": "after", "change": "change"},
+        (key,) if path is None else path,
+    )
     return [
-        Column(f"{key}_{side}", text, digits, scale, signed=side == "change", path=(path or key, side))
+        Column(f"{key}_{side}", text, digits, scale, signed=side == "change", path=(*path, side))
         for side, text in titles.items()
     ]
 
@@ -99,7 +112,10 @@ class Table:
         rows = self.rows
         is_text = [any(isinstance(row[i], str) for row in rows) for i in range(len(self.columns))]
         kinds = [' class="text"' if text else "" for text in is_text]
-        head = "".join(f"<th{kind}>{escape(c.heading)}</th>" for c, kind in zip(self.columns, kinds, strict=True))
+        head = "".join(
+            f"<th{kind}>{escape(c.title or c.key.replace('_', ' '))}</th>"
+            for c, kind in zip(self.columns, kinds, strict=True)
+        )
         lines = [f'<div class="scroll"><table><caption>{escape(self.caption)}</caption>']
         lines.append(f"<thead><tr>{head}</tr></thead>")
         for i, row in enumerate(rows):

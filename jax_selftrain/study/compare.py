@@ -61,13 +61,9 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 
     The same input gives the same bytes.
 
-    Returns:
-        The content of `FILE.json`: `declaration`, `pairs` (one entry per base and student), `recipe` (None for one
-        pair), `versions`. Accuracies, changes and margins are fractions, not points.
-
-    Raises:
-        InputError: an option is out of range, a file is missing, damaged or not a result of `score`, or the models
-            were scored on different documents.
+    Returns the content of `FILE.json`: `declaration`, `pairs` (one entry per base and student), `recipe` (None for one
+    pair), `versions`. Accuracies, changes and margins are fractions, not points. Raises InputError if an option is out
+    of range, a file is missing, damaged or not a result of `score`, or the models were scored on different documents.
     """
     scored = _load(config)
     pairs = [pair_results(base, student) for base, student in scored]
@@ -90,9 +86,6 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     yaml_io.save(config_file, config)
     atomic.write_json(path, result)
     return result
-
-
-# Input ----------------------------------------------------------------------------------------------------------
 
 
 def _load(config: CompareConfig) -> list[tuple[ScoreResult, ScoreResult]]:
@@ -154,9 +147,6 @@ def _declaration(config: CompareConfig, models: Sequence[Sequence[str]], path: P
     return now | {"post_hoc": changed and compared == models}
 
 
-# One pair -------------------------------------------------------------------------------------------------------
-
-
 def _summarize(scored: ScoreResult) -> dict[str, Any]:
     fingerprints = {"fingerprint": scored.fingerprint("model"), "items": scored.fingerprint("items")}
     return {"model": scored.result["model"], **fingerprints}
@@ -196,7 +186,7 @@ def _effect(pair: Pair, identical: bool) -> Effect:
     """Estimate the change of accuracy; exactly zero without error for identical models."""
     if identical:
         return Effect(0.0, 0.0, 0.0, np.inf, pair.base.count)
-    return estimators.paired_proportion_effect(*pair.right, pair.clusters)
+    return estimators.paired_proportion_effect(*pair.right, pair.base.cluster)
 
 
 def _judge_task(effect: Effect, pair: Pair, margin: float) -> NoninferiorityResult:
@@ -208,14 +198,14 @@ def _task(pair: Pair, effect: Effect, bootstrap: Interval) -> dict[str, Any]:
     entry = describe_task(pair, bootstrap)
     entry["accuracy"]["change"] = asdict(effect.estimate())
     entry |= {"clusters": None, "p": entry["flips"]["mcnemar_p"]}
-    if pair.clusters is not None:
+    if pair.base.cluster is not None:
         old, new = (right.astype(np.int64) for right in pair.right)
-        gains = estimators.sum_by_cluster(new - old, pair.clusters)
+        gains = estimators.sum_by_cluster(new - old, pair.base.cluster)
         p, mid_p = estimators.sign_flip_test(np.rint(gains))
         entry |= {"clusters": gains.size, "p": p, "mid_p": mid_p}
     if "accuracy_norm" in entry:
         old, new = (right.astype(np.float64) for right in pair.columns("acc_norm"))
-        entry["accuracy_norm"]["bootstrap"] = asdict(bootstrap(new - old, None, pair.clusters))
+        entry["accuracy_norm"]["bootstrap"] = asdict(bootstrap(new - old, None, pair.base.cluster))
     else:
         entry["perplexity"] = _perplexity(entry["word_loglikelihood"], -1.0)
     return entry
@@ -271,9 +261,6 @@ def _macro(pairs: Pairs, effects: Mapping[str, Effect], margin: float) -> dict[s
         "change": asdict(effect.estimate()),
         "non_inferiority": asdict(judgment),
     }
-
-
-# Several seeds --------------------------------------------------------------------------------------------------
 
 
 def _compare_seeds(config: CompareConfig, whole: Sequence[Pairs]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from jax_selftrain.config import ArmConfig, ModelConfig, StudyConfig
 from jax_selftrain.corpus import Corpus
 from jax_selftrain.study.dag import Stage, topological_order
-from jax_selftrain.study.measure_names import AFTER_RELEARNING, MAIN_EFFECT, UNSEEN
+from jax_selftrain.study.measure_names import MAIN_EFFECT
 from jax_selftrain.study.stage_factory import StageFactory, StudyModel
 
 ProbeStages = Mapping[str, Stage]
@@ -113,7 +113,9 @@ def make_design(config: StudyConfig, read_corpus: Callable[[str], Corpus] | None
         cells=tuple(cells),
         score_base={name: stages.score(stages.base(name)) for name in scored},
         extract_base={name: stages.extract(base) for name, base in bases.items()},
-        base_probes={(name, seed): _probe(stages, b, b, seed) for name, b in bases.items() for seed in config.seeds},
+        base_probes={
+            (name, seed): stages.extract_probes(b, b, seed) for name, b in bases.items() for seed in config.seeds
+        },
         aa_repeats={name: stages.extract_aa(base) for name, base in repeated.items()},
         root=stages.root,
         read_corpus=stages.read_corpus,
@@ -141,7 +143,7 @@ def _make_cell(
         train=made if isinstance(made, Stage) and made.command == "train" else None,
         score=stages.score(after) if stages.is_scored else None,
         extract=stages.extract(after, corpus, base) if stages.is_extracted else None,
-        probes=_probe(stages, base, after, seed) if stages.is_extracted else {},
+        probes=stages.extract_probes(base, after, seed) if stages.is_extracted else {},
         proxies=proxies,
     )
 
@@ -173,14 +175,3 @@ def _write_corpus(stages: StageFactory, base: StudyModel, writer: StudyModel, ar
     if arm.kind in ("decontaminated", "size_matched"):
         return stages.decontaminate(base, corpus, seed, size_matched=arm.kind == "size_matched")
     return corpus
-
-
-def _probe(stages: StageFactory, base: StudyModel, model: StudyModel, seed: int) -> ProbeStages:
-    """Return the further extractions of a model made from a base."""
-    probes = stages.config.memorization
-    found = {form.name: stages.extract_in_format(model, form) for form in probes.formats}
-    if probes.unseen_text:
-        found[UNSEEN] = stages.extract_continuations(model, stages.continue_unseen_text(base))
-    if probes.relearn_corpus:
-        found[AFTER_RELEARNING] = stages.extract_after_relearning(model, seed)
-    return found

@@ -1,16 +1,10 @@
 """Evaluation during training: a training hook that scores the model in memory.
 
 Training and likelihood scoring do not import each other; they meet here. The files of `eval_texts`, `eval_tasks` and
-`eval_sequences` are read, checked and tokenized once, before training.
-
-| file | metrics | unit |
-|---|---|---|
-| text file | `NAME/nll` | nats per token |
-| task file | `NAME/acc` | share of questions answered correctly |
-| extraction set | `NAME/exact_match` | share of suffixes that greedy decoding reproduces |
-| | `NAME/log_pz`, `NAME/pz` | mean log-probability (nats), mean probability of the suffix |
-
-NAME is the file's stem.
+`eval_sequences` are read, checked and tokenized once, before training. Metrics are named by the file's stem:
+`NAME/nll` of a text file (nats per token), `NAME/acc` of a task file, and of an extraction set `NAME/exact_match`
+(share of suffixes that greedy decoding reproduces), `NAME/log_pz` (mean log-probability of the suffix, nats) and
+`NAME/pz` (mean probability).
 """
 
 from __future__ import annotations
@@ -43,8 +37,7 @@ def train_with_evals(config: TrainConfig, *, hooks: Sequence[Hook] = ()) -> Path
 def evaluation_hooks(config: TrainConfig) -> list[Hook]:
     """Return the evaluation hook; an empty list without `eval_every`.
 
-    Raises:
-      InputError: options conflict, or a file cannot be read or does not fit the model.
+    Raises InputError if options conflict, or a file cannot be read or does not fit the model.
     """
     yaml_io.require(config, "model")
     training.check_train_config(config)
@@ -70,16 +63,18 @@ def evaluation_hooks(config: TrainConfig) -> list[Hook]:
             found[f"{name}/pz"] = float(np.exp(forced["logprob"]).mean())
         return found
 
-    measured: dict[str, dict[str, Any]] = {kind: {} for kind in METRICS.values()}
-    for text in texts:
-        measured["texts"][text.name] = {"n": len(text.documents), "fingerprint": hash_json(text.documents)}
-    for task in tasks:
-        fingerprint = hash_json([task.kind, *map(asdict, task.questions)])
-        measured["tasks"][task.name] = {"n": len(task.questions), "fingerprint": fingerprint}
-    for name, rows in sequences.items():
-        fingerprint = hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest()
-        lengths = {"prefix": config.eval_prefix, "suffix": config.eval_suffix}
-        measured["sequences"][name] = {"n": len(rows), **lengths, "fingerprint": fingerprint}
+    lengths = {"prefix": config.eval_prefix, "suffix": config.eval_suffix}
+    measured: dict[str, dict[str, Any]] = {
+        "texts": {text.name: {"n": len(text.documents), "fingerprint": hash_json(text.documents)} for text in texts},
+        "tasks": {
+            task.name: {"n": len(task.questions), "fingerprint": hash_json([task.kind, *map(asdict, task.questions)])}
+            for task in tasks
+        },
+        "sequences": {
+            name: {"n": len(rows), **lengths, "fingerprint": hashlib.sha256(rows.tobytes()).hexdigest()}
+            for name, rows in sequences.items()
+        },
+    }
     names = tuple(f"{name}/{metric}" for metric, kind in METRICS.items() for name in measured[kind])
     return [Hook(measure, every=config.eval_every, run_at_start_and_end=True, metric_names=names, measured=measured)]
 
@@ -104,8 +99,7 @@ def summarize_curve(
 ) -> dict[str, Any] | None:
     """Summarize `curve.jsonl` and `evaluation.measured` of `run.json`; None without lines.
 
-    Returns:
-        `step`, and `measures`: each with `name`, `n` (documents, questions or sequences) and `values`, one a step.
+    Returns `step`, and `measures`: each with `name`, `n` (documents, questions or sequences) and `values`, one a step.
     """
     if not curve:
         return None

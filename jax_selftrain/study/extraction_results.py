@@ -1,13 +1,4 @@
-"""Extraction results of a study: students compared with their bases.
-
-| in `results.json` | content |
-|---|---|
-| a cell's `extraction` | all sequences; by overlap class (also at other thresholds), by group, H |
-| a cell's `probes` | the same sequences in other formats and after relearning, against the base in the same probe |
-| a cell's `fragility` | comparison with equally probable continuations of unseen text (`study.matched_fragility`) |
-| `aa_repeats` | share of sequences whose exact match flips when the same base is measured again |
-| `decontamination` | students of decontaminated corpora minus students of size-matched controls, over seeds |
-| `swap_effects` | effect of being in the corpus, by swapped corpora (`study.swap_effect`) |
+"""Extraction results of a study: students compared with their bases (fields: docs/study.md).
 
 **H** is half of the set, assigned by hash before sampling. It is reported where an arm is decontaminated.
 """
@@ -30,28 +21,13 @@ from jax_selftrain.evals import n_p_discoverable
 from jax_selftrain.evals.overlap_classes import CLASSES, THRESHOLDS
 from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.stats import estimators
+from jax_selftrain.study import measure_names as names
 from jax_selftrain.study.dag import Stage
 from jax_selftrain.study.design import Design, StudyCell
-from jax_selftrain.study.matched_fragility import compare_with_matched
-from jax_selftrain.study.measure_names import (
-    AFTER_RELEARNING,
-    FORMATTED,
-    GROUP,
-    HELD_OUT,
-    UNSEEN,
-    Cells,
-    common_measures,
-    group_cells,
-    is_primary_format,
-    is_secondary,
-    seed_values,
-)
+from jax_selftrain.study.memorization_contrasts import compare_with_matched, naive_difference, swap_effect
 from jax_selftrain.study.paired_results import paired_means, paired_proportions
-from jax_selftrain.study.swap_effect import naive_difference, swap_effect
 
 Arrays = dict[str, np.ndarray]
-
-# Comparison with the base ---------------------------------------------------------------------------------------
 
 
 def compare_extraction(before: Arrays, after: Arrays, groups: Sequence[str] | None) -> dict[str, Any]:
@@ -59,8 +35,8 @@ def compare_extraction(before: Arrays, after: Arrays, groups: Sequence[str] | No
     parts = {"all": np.ones(before["sequence"].size, bool)}
     if "class" in before:
         parts |= {name: before["class"] == name for name in CLASSES}
-    if HELD_OUT in before:
-        parts[HELD_OUT] = before[HELD_OUT]
+    if names.HELD_OUT in before:
+        parts[names.HELD_OUT] = before[names.HELD_OUT]
     labels = np.array(groups or [])
     old, new = (n_p_discoverable(side["logprob"]) for side in (before, after))
     return {
@@ -108,17 +84,14 @@ def extraction_measures(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     if not extraction:
         return {}
     classes = extraction["classes"]
-    parts = classes | {f"{GROUP}{part['name']}": part for part in extraction["groups"]}
-    parts |= {n if n == AFTER_RELEARNING else f"{FORMATTED}{n}": part for n, part in cell["probes"].items()}
+    parts = classes | {f"{names.GROUP}{part['name']}": part for part in extraction["groups"]}
+    parts |= {n if n == names.AFTER_RELEARNING else f"{names.FORMATTED}{n}": part for n, part in cell["probes"].items()}
     return {
         measure if name == "all" else f"{measure}/{name}": part[key]
         for name, part in parts.items()
         for measure, key in (("exact_match", "exact_match"), ("log_pz", "logprob"), ("pz", "pz"))
         if part["n"] and (measure != "pz" or name in classes)
     }
-
-
-# One cell -------------------------------------------------------------------------------------------------------
 
 
 def cell_extraction(config: StudyConfig, design: Design, cell: StudyCell) -> dict[str, Any]:
@@ -128,7 +101,9 @@ def cell_extraction(config: StudyConfig, design: Design, cell: StudyCell) -> dic
     before, after = _read_pair(design, design.extract_base[cell.student], cell.extract)
     labels: Arrays = {name: after[name] for name in ("overlap", "class") if name in after}
     if any(arm.kind == "decontaminated" for arm in config.arms):
-        labels[HELD_OUT] = evals.held_out_half(evals.sequences_fingerprint(config.extract.sequences), before["index"])
+        labels[names.HELD_OUT] = evals.held_out_half(
+            evals.sequences_fingerprint(config.extract.sequences), before["index"]
+        )
     window, groups = evals.make_window(config.extract), duplicate_groups(config.extract, before["sequence"].size)
     extraction = {
         "prefix": window.prefix,
@@ -146,7 +121,7 @@ def cell_extraction(config: StudyConfig, design: Design, cell: StudyCell) -> dic
         ]
     bases = design.base_probes[cell.student, cell.seed]
     probes = {name: _read_pair(design, bases[name], stage) for name, stage in cell.probes.items()}
-    unseen = probes.pop(UNSEEN, None)
+    unseen = probes.pop(names.UNSEEN, None)
     return {
         "extraction": extraction,
         "probes": {name: compare_sequences(*pair) for name, pair in probes.items()},
@@ -186,9 +161,6 @@ def _read_table(design: Design, stage: Stage) -> Arrays:
     return {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
 
 
-# Over cells -----------------------------------------------------------------------------------------------------
-
-
 def aa_flip_rate(design: Design) -> list[dict[str, Any]]:
     """Return the share of flips and |Δ log p_z| of A/A repeats."""
     found = []
@@ -201,9 +173,9 @@ def aa_flip_rate(design: Design) -> list[dict[str, Any]]:
     return found
 
 
-def decontamination_effect(config: StudyConfig, cells: Cells) -> list[dict[str, Any]]:
+def decontamination_effect(config: StudyConfig, cells: names.Cells) -> list[dict[str, Any]]:
     """Compare students of decontaminated and size-matched corpora, seed by seed."""
-    groups, found = group_cells(cells), []
+    groups, found = names.group_cells(cells), []
     for one, other in product(config.arms, repeat=2):
         if one.kind != "decontaminated" or other != replace(one, name=other.name, kind="size_matched"):
             continue
@@ -211,10 +183,14 @@ def decontamination_effect(config: StudyConfig, cells: Cells) -> list[dict[str, 
             treated, control = (groups.get((student, arm.name), []) for arm in (one, other))
             if not treated or [cell["seed"] for cell in treated] != [cell["seed"] for cell in control]:
                 continue
-            for measure in common_measures([*treated, *control]):
-                if not (is_primary_format(measure) or is_secondary(measure) or measure.endswith(f"/{HELD_OUT}")):
+            for measure in names.common_measures([*treated, *control]):
+                if not (
+                    names.is_primary_format(measure)
+                    or names.is_secondary(measure)
+                    or measure.endswith(f"/{names.HELD_OUT}")
+                ):
                     continue
-                after, matched = (seed_values(side, measure, "after") for side in (treated, control))
+                after, matched = (names.seed_values(side, measure, "after") for side in (treated, control))
                 seeds = [after[seed] - matched[seed] for seed in after]
                 found.append(
                     {
@@ -251,10 +227,10 @@ def swap_effects(design: Design) -> list[dict[str, Any]]:
     return found
 
 
-def fragility(cells: Cells) -> list[dict[str, Any]]:
+def fragility(cells: names.Cells) -> list[dict[str, Any]]:
     """Average the comparison with matched continuations over seeds."""
     found = []
-    for (student, treatment), group in group_cells(cells).items():
+    for (student, treatment), group in names.group_cells(cells).items():
         members = [cell["fragility"] for cell in group]
         if any(one is None for one in members):
             continue

@@ -33,11 +33,6 @@ class Pair(NamedTuple):
     student: ItemResults
 
     @property
-    def clusters(self) -> np.ndarray | None:
-        """Cluster of each document [n], or None."""
-        return self.base.cluster
-
-    @property
     def right(self) -> tuple[np.ndarray, np.ndarray]:
         """Correct answers of a task, bool [n], before and after."""
         return self.columns("acc")
@@ -68,8 +63,7 @@ class Pair(NamedTuple):
 def pair_results(base: ScoreResult, student: ScoreResult) -> dict[str, Pair]:
     """Pair the tasks and texts of two results by name.
 
-    Raises:
-        InputError: the two were scored on different documents (the message names the difference).
+    Raises InputError if the two were scored on different documents (the message names the difference).
     """
     where = f"{base.path} and {student.path}"
     for one, other in ((base, student), (student, base)):
@@ -102,8 +96,8 @@ def ineligibility_reason(pair: Pair) -> str | None:
     """
     right = pair.right[0].astype(np.float64)
     value, error = mean_and_stderr(right)
-    if pair.clusters is not None and error is not None:
-        sums, sizes = (estimators.sum_by_cluster(values, pair.clusters) for values in (right, np.ones_like(right)))
+    if pair.base.cluster is not None and error is not None:
+        sums, sizes = (estimators.sum_by_cluster(values, pair.base.cluster) for values in (right, np.ones_like(right)))
         clustered = ratio_and_stderr(sums, sizes)[1]
         error = None if clustered is None else max(error, clustered)
     if error is None or value <= pair.chance + ABOVE_CHANCE * error:
@@ -113,7 +107,7 @@ def ineligibility_reason(pair: Pair) -> str | None:
 
 def describe_task(pair: Pair, interval: Interval | None = None) -> dict[str, Any]:
     """Compare accuracy and log-odds of a task; `interval` estimates changes of means."""
-    before, clusters = pair.base, pair.clusters
+    before, clusters = pair.base, pair.base.cluster
     entry: dict[str, Any] = {
         "name": before.name,
         "kind": before.kind,
@@ -158,7 +152,7 @@ def average_tasks(pairs: Sequence[Pair]) -> dict[str, Any] | None:
     """
     if not pairs:
         return None
-    effects = [estimators.paired_proportion_effect(*pair.right, pair.clusters) for pair in pairs]
+    effects = [estimators.paired_proportion_effect(*pair.right, pair.base.cluster) for pair in pairs]
     normalized = [[(right - pair.chance) / (1 - pair.chance) for right in pair.right] for pair in pairs]
     scales = [pair.chance_scale for pair in pairs]
     odds = [pair.columns("log_odds") for pair in pairs if pair.base.kind == "choice"]

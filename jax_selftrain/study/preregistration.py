@@ -1,23 +1,12 @@
-"""Claims that are declared before the first run, and their verdicts.
+"""Claims that are declared before the first run: verdicts and power.
 
 A claim names an estimand (the change of a measure by a treatment of a student, against the base or another treatment;
 or the interaction), a direction and, for preservation, a margin. The claims of a study are frozen in `claims.json` at
-its first run; a claim that differs from them is *post hoc* and stays labeled so.
+its first run; a claim that differs from them is *post hoc* and stays labeled so. Tests are one-sided, by Student's t
+over seeds. *Preserves* is non-inferiority: supported if the loss is smaller than the margin, contradicted if larger.
 
-| verdict | condition |
-|---|---|
-| not tested | a cell is missing, or there are fewer than five seeds |
-| assay insensitive | a control arm did not change a capability as expected |
-| supported | the one-sided test over seeds is below .05 after Holm's correction over the primary claims |
-| contradicted | the opposite test is |
-| cannot tell | otherwise |
-
-Tests are Student's t over seeds. *Preserves* is non-inferiority: supported if the loss is smaller than the margin,
-contradicted if it is larger. Exploratory and post hoc claims are corrected by Benjamini and Hochberg's method.
-
-The power of a test, printed by `study --dry-run`, depends on how much the difference varies over seeds, which only a
-pilot can show. Without a pilot, two typical standard deviations are assumed. Holm's method shares the level among the
-primary claims: a claim is tested at a fraction of the level at worst, and at the full level at best.
+The power depends on how much the difference varies over seeds, which only a pilot can show. Holm's method shares the
+level among the primary claims: a claim is tested at a fraction of the level at worst, and at the full level at best.
 """
 
 from __future__ import annotations
@@ -43,7 +32,7 @@ INTERACTION = "home - away"
 """Treatment of a claim about the interaction."""
 PRIMARY_FAMILY = 3
 """Maximum number of primary claims."""
-ASSUMED_STDDEVS = (0.005, 0.01)
+ASSUMED_STDDEVS: tuple[float, ...] = (0.005, 0.01)
 """Standard deviations of an accuracy over seeds: half a point and one point."""
 
 
@@ -212,22 +201,19 @@ def describe_power(config: StudyConfig, earlier: Mapping[str, Any] | None = None
     for claim in config.claims:
         alpha = ALPHA / max(primary, 1) if claim.primary else ALPHA
         values = claim_differences(claim, earlier["cells"], earlier["interaction"]) if earlier else []
-        measured = float(np.std(values, ddof=1)) if len(values) > 1 else None
-        lines += [f"  {claim.name}: {line}" for line in _describe_claim(claim, seeds, alpha, measured)]
+        stddevs, source = ASSUMED_STDDEVS, "assumed"
+        if len(values) > 1:
+            stddevs, source = (float(np.std(values, ddof=1)),), "measured"
+        elif display_scale(claim.measure) != 100:
+            lines.append(f"  {claim.name}: its standard deviation over seeds is unknown without a pilot")
+            continue
+        for stddev in stddevs:
+            text = "the seeds of the earlier run agree exactly, so the power cannot be computed"
+            if stddev:
+                text = f"with a standard deviation of {_format_amount(stddev, claim)} ({source}), "
+                text += _describe_effects(claim, stddev, seeds, alpha)
+            lines.append(f"  {claim.name}: {text}")
     return lines
-
-
-def _describe_claim(claim: ClaimConfig, seeds: int, alpha: float, measured: float | None) -> list[str]:
-    if measured is None and display_scale(claim.measure) != 100:
-        return ["its standard deviation over seeds is unknown without a pilot"]
-    if measured == 0:
-        return ["the seeds of the earlier run agree exactly, so the power cannot be computed"]
-    stddevs, source = (ASSUMED_STDDEVS, "assumed") if measured is None else ((measured,), "measured")
-    return [
-        f"with a standard deviation of {_format_amount(stddev, claim)} ({source}), "
-        f"{_describe_effects(claim, stddev, seeds, alpha)}"
-        for stddev in stddevs
-    ]
 
 
 def _describe_effects(claim: ClaimConfig, stddev: float, seeds: int, alpha: float) -> str:

@@ -1,26 +1,7 @@
-"""The results of a study: `results.json`, the only input of the report.
+"""The results of a study: `results.json` (fields: docs/study.md).
 
 Every student is compared with its own base, item by item. A claim about a recipe rests on seeds: a measure's change is
 computed for each seed, and its interval is Student's t over seeds. Intervals over items speak of one pair of models.
-
-| field | content |
-|---|---|
-| `config` | the StudyConfig without its output and execution options |
-| `design` | `models` (as configured, with size and fingerprint), `students`, `sources` |
-| `base_ability` | {model: {task or text: accuracy or bits per byte}} |
-| `cells` | `student`, `treatment` (`source NAME` or an arm), `source`, `seed`, `corpus` (key of `corpora`), \
-results of scoring, extraction and training; `measures`: the numbers that cells are compared by |
-| `effects` | changes of every measure over seeds, by student and treatment |
-| `interaction` | home − away over seeds |
-| `claims` | the declared claims with their verdicts |
-| `swap_effects`, `decontamination`, `fragility`, `aa_repeats` | see `study.extraction_results` |
-| `decoupling`, `proxies` | see `study.decoupling`, `study.proxy_relation` |
-| `corpora` | by key: sizes, sampling params, statistics, contamination, examples |
-| `stages`, `versions` | keys of all stages; versions of the libraries |
-
-**Interaction.** A source is at *home* with a student of its lineage. Home − away is the change on home text minus the
-change on the other sources' text, averaged over students. A bad source is bad for all students and moves both sides;
-only text that suits its own lineage moves the difference.
 """
 
 from __future__ import annotations
@@ -40,26 +21,17 @@ from jax_selftrain.config.metadata import Role, fields_with_role
 from jax_selftrain.evals import ScoreResult, load_score_result
 from jax_selftrain.io import atomic
 from jax_selftrain.io.jsonl import read_jsonl
+from jax_selftrain.io.manifest import read_manifest
 from jax_selftrain.models import abstract_params
 from jax_selftrain.stats import estimators
 from jax_selftrain.stats.noninferiority import benjamini_hochberg
-from jax_selftrain.study import extraction_results, paired_results
-from jax_selftrain.study.dag import Stage
-from jax_selftrain.study.decoupling import judge_decoupling
+from jax_selftrain.study import extraction_results, paired_results, proxies
+from jax_selftrain.study import measure_names as names
 from jax_selftrain.study.design import Design, StudyCell
 from jax_selftrain.study.eval_hooks import summarize_curve
-from jax_selftrain.study.measure_names import (
-    MAIN_EFFECT,
-    Cells,
-    common_measures,
-    group_cells,
-    main_measure,
-    seed_values,
-)
+from jax_selftrain.study.memorization_contrasts import judge_decoupling
 from jax_selftrain.study.paired_results import Pair
 from jax_selftrain.study.preregistration import judge_claims
-from jax_selftrain.study.proxies import cell_proxies, contaminated_share, hash_sample, task_questions
-from jax_selftrain.study.proxy_relation import cell_array, judge_relations, reliability
 from jax_selftrain.version import versions
 
 FORMAT = "jax-selftrain results"
@@ -76,15 +48,17 @@ def collect_study(config: StudyConfig, design: Design, post_hoc: Sequence[str] =
     `post_hoc` names claims that were not declared at the first run. Raises InputError if a stage's output is missing or
     damaged.
     """
-    bases = {name: _load_scores(design, stage) for name, stage in design.score_base.items()}
-    corpora = _describe_corpora(design, task_questions(config.score))
+    bases = {
+        name: load_score_result(str(design.folder(stage) / "score.json")) for name, stage in design.score_base.items()
+    }
+    corpora = _describe_corpora(design, proxies.task_questions(config.score))
     cells = [_describe_cell(config, design, bases, corpora, cell) for cell in design.cells]
     crossed = interactions(cells, {name: model.lineage or name for name, model in design.models.items()})
     machine = fields_with_role(StudyConfig, Role.OUTPUT | Role.EXECUTION)
     return {
         "format": FORMAT,
         "version": VERSION,
-        "title": config.title or _default_title(design),
+        "title": config.title or _make_title(design),
         "config": {name: value for name, value in yaml_io.to_dict(config).items() if name not in machine},
         "design": {
             "models": [_describe_model(model) for model in design.models.values()],
@@ -112,7 +86,12 @@ def collect_study(config: StudyConfig, design: Design, post_hoc: Sequence[str] =
     }
 
 
-def _default_title(design: Design) -> str:
+def load_results(path: Path) -> dict[str, Any]:
+    """Read `results.json`. Raises InputError if another version of this program wrote it."""
+    return read_manifest(path, FORMAT, VERSION, {}, remedy="run the study again in a new folder")
+
+
+def _make_title(design: Design) -> str:
     if len(design.students) > 1 or len(design.sources) > 1:
         return "Whose text can a model learn from?"
     (student,), (source,) = design.students, design.sources
@@ -141,7 +120,7 @@ def _describe_corpora(design: Design, questions: Sequence[str]) -> dict[str, dic
             continue
         corpus = design.read_corpus(stage)
         manifest, seed = corpus.manifest, corpus.manifest["seed"]
-        shown = set(hash_sample(len(corpus), EXAMPLES, seed))
+        shown = set(proxies.hash_sample(len(corpus), EXAMPLES, seed))
         found[stage.key] = {
             "label": stage.label,
             "samples": len(corpus),
@@ -149,7 +128,7 @@ def _describe_corpora(design: Design, questions: Sequence[str]) -> dict[str, dic
             "sampling_params": None if seed is None else manifest["policy"],
             "seed": seed,
             "statistics": manifest["statistics"],
-            "contamination": contaminated_share(corpus.iter_texts(), questions),
+            "contamination": proxies.contaminated_share(corpus.iter_texts(), questions),
             "retokenized": manifest.get("retokenized"),
             "retokenization_mismatches": manifest["retokenization_mismatches"],
             "examples": [
@@ -167,13 +146,6 @@ def _describe_corpora(design: Design, questions: Sequence[str]) -> dict[str, dic
     return found
 
 
-def _load_scores(design: Design, stage: Stage) -> ScoreResult:
-    return load_score_result(str(design.folder(stage) / "score.json"))
-
-
-# One cell -------------------------------------------------------------------------------------------------------
-
-
 def _describe_cell(
     config: StudyConfig,
     design: Design,
@@ -181,7 +153,10 @@ def _describe_cell(
     corpora: Mapping[str, Mapping[str, Any]],
     cell: StudyCell,
 ) -> dict[str, Any]:
-    pairs = paired_results.pair_results(bases[cell.student], _load_scores(design, cell.score)) if cell.score else {}
+    pairs: dict[str, Pair] = {}
+    if cell.score:
+        scored = load_score_result(str(design.folder(cell.score) / "score.json"))
+        pairs = paired_results.pair_results(bases[cell.student], scored)
     extracted = extraction_results.cell_extraction(config, design, cell)
     found: dict[str, Any] = {
         "student": cell.student,
@@ -198,7 +173,7 @@ def _describe_cell(
     }
     if cell.proxies:
         student, source = (atomic.read_json(design.folder(stage) / "proxies.json") for stage in cell.proxies)
-        found["proxies"] = cell_proxies(student, source, corpora[found["corpus"]]["statistics"])
+        found["proxies"] = proxies.cell_proxies(student, source, corpora[found["corpus"]]["statistics"])
     return found | {"measures": cell_measures(found)}
 
 
@@ -250,10 +225,7 @@ def cell_measures(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: measure for name, measure in found.items() if measure} | extraction_results.extraction_measures(cell)
 
 
-# Over cells -----------------------------------------------------------------------------------------------------
-
-
-def treatment_effects(cells: Cells) -> list[dict[str, Any]]:
+def treatment_effects(cells: names.Cells) -> list[dict[str, Any]]:
     """Return each measure's change over seeds, by student and treatment."""
     return [
         {
@@ -261,36 +233,35 @@ def treatment_effects(cells: Cells) -> list[dict[str, Any]]:
             "treatment": treatment,
             "source": members[0]["source"],
             "seeds": [cell["seed"] for cell in members],
-            "measures": {name: _seed_effect(members, name) for name in common_measures(members)},
+            "measures": {
+                name: {
+                    "before": first["before"]["value"],
+                    "change": asdict(estimators.mean(changes)),
+                    "seeds": changes,
+                    "items": first["change"]["n"],
+                    "one_pair": [first["change"]["low"], first["change"]["high"]],
+                }
+                for name in names.common_measures(members)
+                for first, changes in ((members[0]["measures"][name], [*names.seed_values(members, name).values()]),)
+            },
         }
-        for (student, treatment), members in group_cells(cells).items()
+        for (student, treatment), members in names.group_cells(cells).items()
     ]
 
 
-def _seed_effect(members: Cells, name: str) -> dict[str, Any]:
-    first, changes = members[0]["measures"][name], list(seed_values(members, name).values())
-    return {
-        "before": first["before"]["value"],
-        "change": asdict(estimators.mean(changes)),
-        "seeds": changes,
-        "items": first["change"]["n"],
-        "one_pair": [first["change"]["low"], first["change"]["high"]],
-    }
-
-
-def interactions(cells: Cells, lineage: Mapping[str, str]) -> dict[str, Any] | None:
+def interactions(cells: names.Cells, lineage: Mapping[str, str]) -> dict[str, Any] | None:
     """Return home − away of each measure over seeds.
 
     None unless every student has home and away sources.
     """
-    matrix = [cell for cell in cells if cell["treatment"] == f"{MAIN_EFFECT}{cell['source']}"]
+    matrix = [cell for cell in cells if cell["treatment"] == f"{names.MAIN_EFFECT}{cell['source']}"]
     students, sources, seeds = (list(dict.fromkeys(c[key] for c in matrix)) for key in ("student", "source", "seed"))
     home = np.array([[lineage[source] == lineage[student] for source in sources] for student in students])
     if len({lineage[student] for student in students}) < 2 or (home.all(axis=1) | ~home.any(axis=1)).any():
         return None
     measures = {}
-    for name in common_measures(matrix):
-        changes = cell_array(matrix, students, sources, "measures", name, "change", "value")
+    for name in names.common_measures(matrix):
+        changes = proxies.cell_array(matrix, students, sources, "measures", name, "change", "value")
         values = [
             float(np.mean([row[own].mean() - row[~own].mean() for row, own in zip(rows, home, strict=True)]))
             for rows in changes
@@ -299,16 +270,16 @@ def interactions(cells: Cells, lineage: Mapping[str, str]) -> dict[str, Any] | N
     return {"students": students, "seeds": seeds, "measures": measures}
 
 
-def _relate_proxies(cells: Cells, design: Design, bases: Mapping[str, ScoreResult]) -> dict[str, Any] | None:
+def _relate_proxies(cells: names.Cells, design: Design, bases: Mapping[str, ScoreResult]) -> dict[str, Any] | None:
     """Relate the proxies of the main cells to the gain."""
     matrix = [cell for cell in cells if cell["proxies"] is not None]
     if not matrix:
         return None
-    measure, sides = main_measure({"cells": matrix}), (design.students, design.sources)
-    gains = cell_array(matrix, *sides, "measures", measure, "change", "value")
+    measure, sides = names.main_measure({"cells": matrix}), (design.students, design.sources)
+    gains = proxies.cell_array(matrix, *sides, "measures", measure, "change", "value")
     if measure.startswith("text/"):
         gains = -gains  # fewer bits per byte are a gain
-    proxies = {name: cell_array(matrix, *sides, "proxies", name).mean(axis=0) for name in matrix[0]["proxies"]}
+    means = {name: proxies.cell_array(matrix, *sides, "proxies", name).mean(axis=0) for name in matrix[0]["proxies"]}
     own = np.array([[source == student for source in design.sources] for student in design.students])
     tasks = [
         [items.acc.mean() for items in bases[name].items.values() if items.acc is not None]
@@ -318,6 +289,6 @@ def _relate_proxies(cells: Cells, design: Design, bases: Mapping[str, ScoreResul
     strength = np.mean(tasks, axis=1) if tasks and tasks[0] else None
     return {
         "measure": measure,
-        "relations": judge_relations(proxies, gains, strength, self_mask=own),
-        "reliability": reliability(gains),
+        "relations": proxies.judge_relations(means, gains, strength, self_mask=own),
+        "reliability": proxies.reliability(gains),
     }

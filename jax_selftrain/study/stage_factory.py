@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from jax_selftrain import corpus as corpora
 from jax_selftrain import evals, hub, training
@@ -15,12 +15,10 @@ from jax_selftrain.config import (
     ExtractConfig,
     ImportCorpusConfig,
     MergeConfig,
-    PromptFormat,
     SampleConfig,
-    ScoreConfig,
     StudyConfig,
     TrainConfig,
-    common_options,
+    fill_options,
     yaml_io,
 )
 from jax_selftrain.config.metadata import Role, fields_with_role, shared_overrides
@@ -29,19 +27,20 @@ from jax_selftrain.io.manifest import hash_json, sha256_file
 from jax_selftrain.sampling import sample
 from jax_selftrain.study.dag import Inputs, Stage
 from jax_selftrain.study.eval_hooks import train_with_evals, with_default_evals
-from jax_selftrain.study.matched_fragility import CONTINUATIONS, make_control_continuations
+from jax_selftrain.study.measure_names import AFTER_RELEARNING, UNSEEN
+from jax_selftrain.study.memorization_contrasts import CONTINUATIONS, make_control_continuations
 from jax_selftrain.study.proxies import corpus_proxies
 
 _SMALL_BATCH = 24
 """Rows of a batch in the A/A repeat with another batch size."""
 _WINDOW = ("protocol", "prefix", "suffix", "offset", "random_offset", "min_overlap", "limit")
 """Options of extraction that decide which tokens of a sequence are its suffix."""
+_COMPARED = ("base", "untrained_baseline")
+"""Options of extraction that name other models."""
 _NO_EVALUATION: dict[str, Any] = {
     name: getattr(TrainConfig(), name) for name in ("checkpoint_every", *fields_with_role(TrainConfig, Role.EVALUATION))
 }
 """Options of training without evaluation."""
-
-Options = TypeVar("Options", SampleConfig, TrainConfig, ScoreConfig, ExtractConfig)
 
 
 @dataclass(frozen=True)
@@ -68,11 +67,6 @@ class StudyModel:
         return self.stop_ids[0] if self.stop_ids else None
 
 
-def fill_options(config: StudyConfig, options: Options, model: str, **changes: Any) -> Options:
-    """Fill in a stage's model and the study's mesh, preset and dtype."""
-    return replace(options, model=model, **common_options(config, options) | changes)
-
-
 class StageFactory:
     """Makes the stages of a study; reads configs, tokenizers and fingerprints."""
 
@@ -83,10 +77,8 @@ class StageFactory:
         self._hash_file, self._hash_sequences = cache(sha256_file), cache(evals.sequences_fingerprint)
         self._models = {model.name: model for model in config.models}
         # Probes extract without decoding and without further inputs.
-        inputs: dict[str, Any] = dict.fromkeys(
-            ("base", "untrained_baseline", "control_sequences", "duplicate_counts"), ""
-        )
-        self._probe = replace(config.extract, greedy_decode=False, verify=False, **inputs)
+        unset: dict[str, Any] = dict.fromkeys((*_COMPARED, "control_sequences", "duplicate_counts"), "")
+        self._probe = replace(config.extract, greedy_decode=False, verify=False, **unset)
         self.is_scored = bool(config.score.tasks or config.score.texts)
         self.is_extracted = bool(config.extract.sequences)
 
@@ -108,16 +100,9 @@ class StageFactory:
 
     def sample(self, source: StudyModel, arm: ArmConfig, seed: int) -> Stage:
         """Sample a corpus from a model."""
-        options = fill_options(
-            self.config,
-            self.config.sample,
-            source.ref,
-            seed=seed,
-            stop_ids=source.stop_ids,
-            start_id=source.start_id,
-            start_text=source.start_text,
-            **shared_overrides(arm, SampleConfig),
-        )
+        changes = shared_overrides(arm, SampleConfig)
+        changes |= {name: getattr(source, name) for name in ("stop_ids", "start_id", "start_text")}
+        options = fill_options(self.config, self.config.sample, source.ref, seed=seed, **changes)
         return Stage(
             "sample",
             f"sample from {source.label}, seed {seed}",
@@ -136,14 +121,13 @@ class StageFactory:
         sampled = self.sample(source, arm, seed)
         if (arm.keep_source_tokens or self.config.keep_source_tokens) and source.tokenizer == student.tokenizer:
             return sampled
+        stop_id = student.stop_id
         return Stage(
             "retokenize",
             f"retokenize text of {source.label} for {student.label}, seed {seed}",
-            {"stop_id": student.stop_id},
+            {"stop_id": stop_id},
             {"corpus": sampled, "tokenizer": student.tokenizer},
-            lambda out: corpora.retokenize(
-                self.read_corpus(sampled), student.tokenizer_ref, out, stop_id=student.stop_id
-            ),
+            lambda out: corpora.retokenize(self.read_corpus(sampled), student.tokenizer_ref, out, stop_id=stop_id),
         )
 
     def import_text(self, student: StudyModel, arm: ArmConfig) -> Stage:
@@ -202,18 +186,13 @@ class StageFactory:
             recipe = replace(recipe, steps=steps, max_epochs=None, **_NO_EVALUATION)
         mixture = parse_mixture(recipe.mixture)
         share = (1 - float(sum(part for _, part in mixture))) / len(on)
-        options = fill_options(
-            self.config,
-            recipe,
-            start.ref,
-            corpus=str(self.folder(on[-1])),
-            mixture=(*(f"{self.folder(one)}={share:.9f}" for one in on[:-1]), *recipe.mixture),
-            seed=seed,
-            **shared_overrides(arm, TrainConfig),
-        )
+        changes = shared_overrides(arm, TrainConfig) | {"corpus": str(self.folder(on[-1])), "seed": seed}
+        changes["mixture"] = (*(f"{self.folder(one)}={share:.9f}" for one in on[:-1]), *recipe.mixture)
+        options = fill_options(self.config, recipe, start.ref, **changes)
         evaluated = [self._hash(file) for file in (*options.eval_texts, *options.eval_tasks)]
         if options.eval_sequences:
             evaluated.append(self._hash_sequences(options.eval_sequences))
+        tokens = (options.steps or 0) * options.batch_size * options.seq_len
         stage = Stage(
             "train",
             f"train {start.label} on: {on[-1].label}" + (f" ({arm.name})" if arm.name else ""),
@@ -225,9 +204,7 @@ class StageFactory:
                 **{f"eval {n}": fingerprint for n, fingerprint in enumerate(evaluated)},
             },
             lambda out: train_with_evals(replace(options, out=str(out))),
-            *_tokens_and_flops(
-                start, (options.steps or 0) * options.batch_size * options.seq_len, options.seq_len, passes=3
-            ),
+            *_tokens_and_flops(start, tokens, options.seq_len, passes=3),
             is_collective=True,
         )
         label = f"{start.label} after {arm.name or 'its own text'}, seed {seed}"
@@ -280,13 +257,6 @@ class StageFactory:
             options = replace(options, corpus=str(self.folder(corpus)))
         return self._extract(model, options, f"extract from {model.label}", {"corpus": corpus} if corpus else {})
 
-    def extract_in_format(self, model: StudyModel, form: PromptFormat) -> Stage:
-        """Extract the study's sequences in another format."""
-        window = evals.make_window(self._probe)
-        changes: dict[str, Any] = {"protocol": None, "prefix": window.prefix, "suffix": window.suffix}
-        changes |= shared_overrides(form, ExtractConfig)
-        return self._extract(model, self._probe, f"extract from {model.label}, {form.name}", **changes)
-
     def extract_aa(self, model: StudyModel) -> dict[str, Stage]:
         """Extract again with another batch size and with another dtype."""
         other = "bfloat16" if (self.config.dtype or self._probe.dtype) == "float32" else "float32"
@@ -300,19 +270,25 @@ class StageFactory:
             for name, one in repeats.items()
         }
 
-    def extract_continuations(self, model: StudyModel, continuations: Stage) -> Stage:
-        """Extract the base's own continuations of unseen text from a model."""
-        label = f"extract continuations of unseen text from {model.label}"
-        options = replace(self._probe, offset=0, random_offset=False, limit=None)
-        file = str(self.folder(continuations) / CONTINUATIONS)
-        return self._extract(model, options, label, {"sequences": continuations}, sequences=file)
-
-    def extract_after_relearning(self, model: StudyModel, seed: int) -> Stage:
-        """Train briefly on text unrelated to the sequences, then extract them."""
-        probes = self.config.memorization
-        text = self.import_text(model, ArmConfig("relearning", "text", text=probes.relearn_corpus))
-        trained = self.train(model, [text], ArmConfig("relearning"), seed, probes.relearn_steps)
-        return self._extract(trained, self._probe, f"extract from {trained.label}")
+    def extract_probes(self, base: StudyModel, model: StudyModel, seed: int) -> dict[str, Stage]:
+        """Extract in other formats, of unseen text, and after relearning."""
+        probes, window, label = self.config.memorization, evals.make_window(self._probe), f"extract from {model.label}"
+        found: dict[str, Stage] = {}
+        lengths: dict[str, Any] = {"protocol": None, "prefix": window.prefix, "suffix": window.suffix}
+        for form in probes.formats:
+            changes = lengths | shared_overrides(form, ExtractConfig)
+            found[form.name] = self._extract(model, self._probe, f"{label}, {form.name}", **changes)
+        if probes.unseen_text:
+            continuations = self.continue_unseen_text(base)
+            file = str(self.folder(continuations) / CONTINUATIONS)
+            options = replace(self._probe, sequences=file, offset=0, random_offset=False, limit=None)
+            label = f"extract continuations of unseen text from {model.label}"
+            found[UNSEEN] = self._extract(model, options, label, {"sequences": continuations})
+        if probes.relearn_corpus:
+            text = self.import_text(model, ArmConfig("relearning", "text", text=probes.relearn_corpus))
+            trained = self.train(model, [text], ArmConfig("relearning"), seed, probes.relearn_steps)
+            found[AFTER_RELEARNING] = self._extract(trained, self._probe, f"extract from {trained.label}")
+        return found
 
     def continue_unseen_text(self, base: StudyModel) -> Stage:
         """Decode a base's greedy continuations of unseen text."""
@@ -347,7 +323,7 @@ class StageFactory:
     ) -> Stage:
         options = fill_options(self.config, options, model.ref, **changes)
         inputs: dict[str, str | Stage] = {"model": model.fingerprint, "tokenizer": model.tokenizer, **(special or {})}
-        for name in ("base", "untrained_baseline"):
+        for name in _COMPARED:
             if ref := getattr(options, name):
                 inputs[name] = hub.open_model(ref).fingerprint
         for name in ("sequences", "control_sequences"):

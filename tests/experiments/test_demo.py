@@ -18,8 +18,8 @@ from jax_selftrain.corpus import open_corpus
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.overlap_classes import CLASSES
 from jax_selftrain.experiments.microworld import demo
+from jax_selftrain.experiments.microworld.lines_and_questions import WorldConfig
 from jax_selftrain.experiments.microworld.microworld_study import ONE_MODEL_SCALE, ModelSpec, write_worlds
-from jax_selftrain.experiments.microworld.world_types import WorldConfig
 from jax_selftrain.hub import open_model
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import folder_manifest

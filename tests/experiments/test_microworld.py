@@ -12,6 +12,7 @@ import pytest
 from jax_selftrain.config import DemoConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.experiments.microworld import demo
+from jax_selftrain.experiments.microworld.lines_and_questions import World, WorldConfig
 from jax_selftrain.experiments.microworld.microworld_study import (
     CROSSOVER_SCALE,
     ONE_MODEL_SCALE,
@@ -20,7 +21,6 @@ from jax_selftrain.experiments.microworld.microworld_study import (
     make_worlds,
     write_worlds,
 )
-from jax_selftrain.experiments.microworld.world_types import World, WorldConfig
 from jax_selftrain.hub import open_model
 from jax_selftrain.io import atomic
 

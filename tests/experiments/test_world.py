@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
+from jax_selftrain.experiments.microworld.lines_and_questions import World, WorldConfig
 from jax_selftrain.experiments.microworld.world import make_world
-from jax_selftrain.experiments.microworld.world_types import World, WorldConfig
 
 SMALL = WorldConfig(
     people=14,

@@ -14,7 +14,7 @@ from jax_selftrain.config import PlanConfig, SampleConfig, ScoreConfig, TrainCon
 from jax_selftrain.distributed.mesh import AXES, mesh_context
 from jax_selftrain.planning.hardware import parse_topology
 from jax_selftrain.planning.jaxpr_flops import flops_by_dtype, per_device_bytes
-from jax_selftrain.planning.pythia_shapes import config_only_folder
+from jax_selftrain.planning.planner import config_only_folder
 from jax_selftrain.planning.stage_programs import StageConfig, StageProgram, stage_program
 
 

@@ -14,14 +14,14 @@ import pytest
 from launcher import launch, run_command
 
 from jax_selftrain import cli, hub
-from jax_selftrain.config import PlanConfig, SampleConfig, ScoreConfig, TrainConfig
+from jax_selftrain.config import PlanConfig, SampleConfig, ScoreConfig, TrainConfig, fill_options
 from jax_selftrain.distributed.mesh import make_mesh, torus_axis_groups
 from jax_selftrain.errors import InputError
 from jax_selftrain.models import DecoderConfig
-from jax_selftrain.planning import cost_model, neox_config, plan_memory, table
+from jax_selftrain.planning import neox_config, plan_memory, table
 from jax_selftrain.planning.hardware import parse_topology, topology_devices
-from jax_selftrain.planning.pythia_shapes import config_only_folder
-from jax_selftrain.planning.stage_programs import StageProgram, stage_options, stage_program
+from jax_selftrain.planning.planner import config_only_folder
+from jax_selftrain.planning.stage_programs import StageProgram, collective_bytes, hbm_traffic, stage_program
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'jax-selftrain[tpu]'"
@@ -127,7 +127,7 @@ def test_data_parallel_sampling_has_no_collectives_and_copies_no_cache():
     check_memory(row)
     assert sum(one["bytes"] for one in row["collectives"]) <= 16  # one number every 32 steps: all finished?
     with plan_program(options) as (work, model):
-        least = cost_model.hbm_traffic(work, model)
+        least = hbm_traffic(work, model)
     assert row["traffic"] < 1.1 * least  # parameters and filled cache, read once in a step
 
 
@@ -153,7 +153,7 @@ def test_collectives_of_training_agree_with_the_formula(small: PlanConfig, tmp_p
     (row,) = plan_memory(options)["rows"]
     check_memory(row)
     with plan_program(options) as (work, model):
-        expected = sum(one.bytes_received for one in cost_model.collectives(work, model))
+        expected = sum(one.bytes_received for one in collective_bytes(work, model))
     assert sum(one["bytes_received"] for one in row["collectives"]) == pytest.approx(expected, rel=0.05)
 
 
@@ -234,6 +234,6 @@ def plan_program(options: PlanConfig) -> Iterator[tuple[StageProgram, DecoderCon
     """Yield the program of the only stage on the only topology."""
     (stage,), (topology,) = options.stage, options.topology
     with config_only_folder(options.model) as folder:
-        config = stage_options(options, stage, folder)
+        config = fill_options(options, getattr(options, stage), folder)
         program = stage_program(options, stage, parse_topology(topology), config, compile=False)
         yield program, hub.open_model(folder).config

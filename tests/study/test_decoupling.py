@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jax_selftrain.study.decoupling import judge_decoupling
+from jax_selftrain.study.memorization_contrasts import judge_decoupling
 
 SEEDS = range(100, 105)
 CONTROLS = ("noise ×1", "noise ×3", "noise ×9")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jax_selftrain.study.matched_fragility import MIN_MATCHED, compare_with_matched
+from jax_selftrain.study.memorization_contrasts import MIN_SEQUENCES, compare_with_matched
 
 N = 4000
 
@@ -49,12 +49,12 @@ def test_sequences_without_a_match_are_counted_and_few_matches_give_no_result():
     followed = memory[0]["exact_match"].sum()
     apart = tuple({**side, "logprob": side["logprob"] - 1.0} for side in unseen)
     found = compare_with_matched(memory, apart)
-    assert found["unmatched"] > found["n"] > MIN_MATCHED
+    assert found["unmatched"] > found["n"] > MIN_SEQUENCES
     assert found["exact_match"] is not None
     far = compare_with_matched(memory, tuple({**side, "logprob": side["logprob"] - 99.0} for side in unseen))
     one = compare_with_matched(memory, tuple({name: values[:1] for name, values in side.items()} for side in unseen))
     for nothing in (far, one):
         assert (nothing["n"], nothing["unmatched"]) == (0, followed)
         assert nothing["exact_match"] is nothing["log_pz"] is None
-    few = tuple({name: values[: MIN_MATCHED - 1] for name, values in side.items()} for side in memory)
+    few = tuple({name: values[: MIN_SEQUENCES - 1] for name, values in side.items()} for side in memory)
     assert compare_with_matched(few, unseen)["exact_match"] is None

@@ -37,8 +37,8 @@ from jax_selftrain.study.dag import Stage, is_done
 from jax_selftrain.study.design import Design, make_design
 from jax_selftrain.study.proxies import hash_sample, task_questions
 from jax_selftrain.study.results import interactions
+from jax_selftrain.study.run_study import check_study
 from jax_selftrain.study.stage_factory import StageFactory
-from jax_selftrain.study.validation import check_study
 
 Make = Callable[..., StudyConfig]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jax_selftrain.stats.estimators import Estimate
-from jax_selftrain.study.swap_effect import naive_difference, swap_effect
+from jax_selftrain.study.memorization_contrasts import naive_difference, swap_effect
 
 
 def simulate(

@@ -11,39 +11,32 @@ import json
 import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from jax_selftrain.config import (
     ArmConfig,
-    ClaimConfig,
     DemoConfig,
-    ExtractConfig,
     ImportCorpusConfig,
     ModelConfig,
-    SampleConfig,
     ScoreConfig,
     StudyConfig,
     TrainConfig,
+    yaml_io,
 )
 from jax_selftrain.corpus import import_text, open_corpus
 from jax_selftrain.errors import InputError
-from jax_selftrain.experiments.microworld.untrained_model import BOS_TOKEN, train_tokenizer, write_untrained_model
-from jax_selftrain.experiments.microworld.world import make_world
-from jax_selftrain.experiments.microworld.world_types import World, WorldConfig
+from jax_selftrain.experiments.microworld.lines_and_questions import World, WorldConfig
+from jax_selftrain.experiments.microworld.world import BOS_TOKEN, make_world, train_tokenizer, write_untrained_model
 from jax_selftrain.io import atomic
 from jax_selftrain.io.jsonl import write_jsonl
 from jax_selftrain.io.manifest import sha256_file
 from jax_selftrain.report import write_report
 from jax_selftrain.study.dag import Stage, run_all
-from jax_selftrain.study.measure_names import MAIN_EFFECT
-from jax_selftrain.study.preregistration import INTERACTION
 from jax_selftrain.study.run_study import run_study
 from jax_selftrain.training import train
 
-SHUFFLED, NOISE = "shuffled tokens", "weight noise"
-"""Names of arms."""
 VERSION = 3
 """Version of the files of `OUT/world`."""
 
@@ -52,8 +45,8 @@ VERSION = 3
 class ModelSpec:
     """A model that is pretrained from random initialization."""
 
-    name: str
-    worlds: str
+    name: str = ""
+    worlds: str = "A"
     """Training data: `A`, `B`, or `AB`."""
     family: Literal["gpt_neox", "llama"] = "gpt_neox"
     tokenizer: str = "AB"
@@ -65,26 +58,13 @@ class ModelSpec:
     seed: int = 0
 
 
-MODELS = (
-    ModelSpec("A1", "A"),  # a small Pythia
-    ModelSpec("A2", "A", width=96, layers=3),  # another size
-    ModelSpec("A1′", "A", seed=1),  # another initialization and data order
-    ModelSpec("B1", "B"),  # as A1; the worlds share grammar and arithmetic, and differ in people, facts and probes
-    ModelSpec("S", "AB", width=160, layers=3, epochs=0.9),  # larger, with more text
-    ModelSpec("C1", "A", family="llama", tokenizer="A"),  # another tokenizer and architecture
-)
-"""Models of the crossover study."""
-LEARNING_RATE = 3e-3
-"""Peak learning rate of pretraining, which decays to a quarter; self-training uses that quarter."""
-
-
 @dataclass(frozen=True)
 class MicroScale:
-    """Worlds, models and study of an experiment."""
+    """Worlds, models and study of an experiment, as in `one_model.yaml`."""
 
-    world: WorldConfig
-    models: tuple[ModelSpec, ...]
-    study: StudyConfig
+    world: WorldConfig = field(default_factory=WorldConfig)
+    models: tuple[ModelSpec, ...] = ()
+    study: StudyConfig = field(default_factory=StudyConfig)
     """The study, without models, files and the arms of real text."""
     vocab_size: int = 640
 
@@ -100,61 +80,8 @@ class MicroScale:
         return ("agreement", "sums", *(f"{task}_{world}" for task in own for world in self.world_ids))
 
 
-ONE_MODEL_SCALE = MicroScale(
-    world=WorldConfig(),
-    models=(ModelSpec("A1", "A", tokenizer="A", epochs=2.1),),
-    study=StudyConfig(
-        title="A model of a micro-world, trained on its own text",
-        students=("A1",),
-        sources=("A1",),
-        arms=(
-            ArmConfig("learning rate 0", learning_rate=0.0),
-            ArmConfig(SHUFFLED, "shuffled"),
-            ArmConfig(NOISE, "noise"),
-            ArmConfig("weight noise ×4", "noise", weight=4.0),
-        ),
-        negative_controls=(SHUFFLED,),
-        sample=SampleConfig(samples=2304, max_tokens=128),
-        train=TrainConfig(
-            steps=120,
-            batch_size=4,
-            seq_len=128,
-            learning_rate=LEARNING_RATE / 4,
-            eval_every=40,
-            eval_limit=120,
-            max_epochs=1.0,
-        ),
-        extract=ExtractConfig(prefix=24, suffix=8, min_overlap=8, greedy_decode=False),
-    ),
-)
-CROSSOVER_SCALE = MicroScale(
-    world=WorldConfig(
-        people=170, two_hop=True, agreement_lines=8_000, sum_lines=30_000, probes_per_level=100, probe_words=10
-    ),
-    models=MODELS,
-    study=replace(
-        ONE_MODEL_SCALE.study,
-        title="Six models of two micro-worlds: whose text can they learn from?",
-        students=("A1", "B1", "C1"),
-        sources=tuple(model.name for model in MODELS),
-        claims=(
-            ClaimConfig("its own kind's text suits a model better", INTERACTION),
-            ClaimConfig(
-                "its own text keeps what A1 can do", f"{MAIN_EFFECT}A1", "A1", direction="preserves", margin=0.02
-            ),
-            ClaimConfig(
-                "its own text takes more of A1's memory than noise does",
-                f"{MAIN_EFFECT}A1",
-                "A1",
-                comparator=NOISE,
-                measure="pz",
-                direction="lowers",
-            ),
-        ),
-        sample=replace(ONE_MODEL_SCALE.study.sample, samples=1536),
-        train=replace(ONE_MODEL_SCALE.study.train, steps=80),
-        extract=replace(ONE_MODEL_SCALE.study.extract, prefix=20),
-    ),
+ONE_MODEL_SCALE, CROSSOVER_SCALE = (
+    yaml_io.load(MicroScale, Path(__file__).with_name(name)) for name in ("one_model.yaml", "crossover.yaml")
 )
 
 
@@ -165,11 +92,7 @@ def demo(config: DemoConfig, scale: MicroScale | None = None) -> Path:
         config: the demo; `config.study` selects the crossover study of six models.
         scale: sizes for tests.
 
-    Returns:
-        The path of the report.
-
-    Raises:
-        InputError: the folder has other content, or cannot be written.
+    Returns the path of the report. Raises InputError if the folder has other content, or cannot be written.
     """
     scale = scale or (CROSSOVER_SCALE if config.study else ONE_MODEL_SCALE)
     scale = replace(scale, world=replace(scale.world, seed=config.seed))
@@ -223,9 +146,6 @@ def _prepare_study(out: Path, scale: MicroScale, seeds: Sequence[int]) -> StudyC
     )
 
 
-# Worlds on disk -------------------------------------------------------------------------------------------------
-
-
 def make_worlds(config: WorldConfig) -> dict[str, World]:
     """Make worlds A and B, with the same grammar and other people."""
     items = config.seed if config.items_seed is None else config.items_seed
@@ -238,8 +158,7 @@ def make_worlds(config: WorldConfig) -> dict[str, World]:
 def write_worlds(folder: Path, scale: MicroScale) -> None:
     """Write texts, tasks, probes and untrained models, unless the folder has them.
 
-    Raises:
-        InputError: the folder has other content.
+    Raises InputError if the folder has other content.
     """
     spec = {"format": "jax-selftrain micro-world", "version": VERSION, "scale": asdict(scale)}
     if folder.exists():
@@ -256,7 +175,7 @@ def write_worlds(folder: Path, scale: MicroScale) -> None:
             write_jsonl(temporary / name / f"heldout_{name}.jsonl", _rows(world.heldout))
             write_jsonl(temporary / name / "more.jsonl", _rows(world.extra_text))
         if any(model.worlds == "AB" for model in scale.models):
-            mixed = _interleave(worlds["A"].documents, worlds["B"].documents)
+            mixed = itertools.chain.from_iterable(zip(worlds["A"].documents, worlds["B"].documents, strict=False))
             write_jsonl(temporary / "AB" / "documents.jsonl", _rows(mixed))
         for task in scale.tasks:
             kind, _, name = task.rpartition("_") if task[-1] in scale.world_ids else (task, "", scale.world_ids[0])
@@ -280,11 +199,6 @@ def _rows(texts: Iterable[str]) -> Iterator[Mapping[str, Any]]:
     return ({"text": text} for text in texts)
 
 
-def _interleave(one: Sequence[str], other: Sequence[str]) -> Iterator[str]:
-    for pair in zip(one, other, strict=False):
-        yield from pair
-
-
 def _make_extraction_set(worlds: Mapping[str, World]) -> list[Mapping[str, Any]]:
     """Return probes and counterfactuals with the text before them.
 
@@ -303,9 +217,6 @@ def _make_extraction_set(worlds: Mapping[str, World]) -> list[Mapping[str, Any]]
     return rows
 
 
-# Bases ----------------------------------------------------------------------------------------------------------
-
-
 def _pretrain(root: Path, folder: Path, model: ModelSpec, scale: MicroScale) -> tuple[Stage, Stage]:
     """Return the stages of a base: its tokenized text, and its training."""
     untrained, text = folder / "untrained" / model.name, folder / model.worlds / "documents.jsonl"
@@ -322,9 +233,9 @@ def _pretrain(root: Path, folder: Path, model: ModelSpec, scale: MicroScale) -> 
         init="scratch",
         batch_size=scale.study.train.batch_size,
         seq_len=scale.study.train.seq_len,
-        learning_rate=LEARNING_RATE,
+        learning_rate=4 * scale.study.train.learning_rate,
         schedule="cosine",
-        final_learning_rate=LEARNING_RATE / 4,
+        final_learning_rate=scale.study.train.learning_rate,
         weight_decay=0.1,
         log_every=10,
         mesh=scale.study.mesh,

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from jax_selftrain.report import figures
 from jax_selftrain.report import formatting as fmt
-from jax_selftrain.report.formatting import Records, Results
-from jax_selftrain.report.page import Chapter
-from jax_selftrain.report.tables import Column, Record, Table, make_columns, make_side_columns, parse_estimate
+from jax_selftrain.report.formatting import NOTES, Chapter, Records, Results
+from jax_selftrain.report.tables import Column, Record, Table, make_columns, make_side_columns
 from jax_selftrain.stats.estimators import Estimate
 from jax_selftrain.study.measure_names import (
     MAIN_EFFECT,
@@ -36,15 +34,7 @@ def write_capability(results: Results) -> Chapter | None:
         figure = figures.plot_before_and_after("tasks", accuracies, "task/", "accuracy (%)", chance)
         chapter.add_figure(figure, "Accuracy before and after, and the paired change, with 95 % intervals.")
     chapter.add_table(_make_task_table(cells), folded=several)
-    chapter.add_note(
-        "An answer is correct when the correct choice has the highest likelihood. Chance-normalized means (accuracy − "
-        "chance) / (1 − chance). The macro average weights the eligible tasks equally: tasks in which the base is more "
-        "than four standard errors above chance and below 95 %. Intervals are over seeds; with one seed they are over "
-        "the items of one pair of checkpoints. Changes are paired by question. "
-        "McNemar's exact p tests whether losses and gains are equally likely; q is p after Benjamini and Hochberg's "
-        "correction over the tasks. Log-odds (nats) compare the correct choice with all other choices; for last-word "
-        "tasks the column shows the log-likelihood of the word."
-    )
+    chapter.add_note(NOTES["capability"])
     return chapter
 
 
@@ -71,20 +61,18 @@ def _make_task_table(cells: Records) -> Table:
         Column("q", p_value=True, path=("flips", "q")),
         Column("log_odds_change", "change of log-odds", signed=True, path=("log_odds", "change")),
     ]
-    records = [(cell, _make_task_record(task)) for cell in cells for task in cell["tasks"]]
-    unset = dict.fromkeys(("chance", "eligible", "flips", "log_odds"))
+    records = [
+        (cell, {"log_odds": task.get("word_loglikelihood"), **task, "eligible": task["not_eligible"] or "yes"})
+        for cell in cells
+        for task in cell["tasks"]
+    ]
     records += [
-        (cell, {**unset, "name": name, "n": cell["macro"]["n"], "accuracy": cell["macro"][key]})
+        (cell, {"name": name, "n": cell["macro"]["n"], "accuracy": cell["macro"][key]})
         for cell in cells
         if cell["macro"]
         for name, key in (("macro average", "accuracy"), ("chance-normalized macro average", "chance_normalized"))
     ]
     return fmt.make_cell_table("tasks", "Tasks before and after", columns, records)
-
-
-def _make_task_record(task: Record) -> dict[str, Any]:
-    log_odds = task.get("log_odds") or task["word_loglikelihood"]
-    return {**task, "eligible": task["not_eligible"] or "yes", "log_odds": log_odds}
 
 
 def write_perplexity(results: Results) -> Chapter | None:
@@ -100,28 +88,19 @@ def write_perplexity(results: Results) -> Chapter | None:
     columns = [
         *(Column("text", path=("name",)), *make_columns("documents", "tokens")),
         *make_side_columns("nll", "nats per token", 4, 1),
-        Column("perplexity_before", "perplexity, before", 2),
-        Column("perplexity_after", "after", 2),
+        Column("perplexity_before", "perplexity, before", 2, path=("nll", "before"), convert=_exponentiate),
+        Column("perplexity_after", "after", 2, path=("nll", "after"), convert=_exponentiate),
         Column("documents_better", "documents with a lower loss"),
     ]
-    records = [
-        (cell, text | {f"perplexity_{side}": _exponentiate(text["nll"], side) for side in ("before", "after")})
-        for cell in cells
-        for text in cell["texts"]
-    ]
+    records = [(cell, text) for cell in cells for text in cell["texts"]]
     chapter.add_table(fmt.make_cell_table("texts", "Texts before and after", columns, records), folded=several)
-    chapter.add_note(
-        "Each document is scored from the BOS token on; lower is better. Intervals take the document as the unit, "
-        "because tokens of one text are not independent. Changes are paired by document."
-    )
+    chapter.add_note(NOTES["perplexity"])
     return chapter
 
 
-def _exponentiate(entry: Record | None, side: str) -> Estimate | None:
-    if entry is None:
-        return None
-    low, high = (None if entry[side][end] is None else math.exp(entry[side][end]) for end in ("low", "high"))
-    return Estimate(math.exp(entry[side]["value"]), low, high, entry[side]["n"])
+def _exponentiate(entry: Record) -> Estimate:
+    low, high = (None if entry[end] is None else math.exp(entry[end]) for end in ("low", "high"))
+    return Estimate(math.exp(entry["value"]), low, high, entry["n"])
 
 
 def write_source_matrix(results: Results) -> Chapter | None:
@@ -135,30 +114,19 @@ def write_source_matrix(results: Results) -> Chapter | None:
     figure = figures.plot_effects("matrix", entries, main)
     chapter.add_figure(figure, "Mean over seeds with its 95 % interval (Student's t); a dot for each seed.")
     if results["interaction"] is None:
-        chapter.add_note(
-            "No interaction: it needs at least two lineages of students, each with text of its own lineage and of "
-            "another. Without it, a source that suits a student cannot be distinguished from a better source."
-        )
+        chapter.add_note(NOTES["no_interaction"])
     else:
-        chapter.add_table(_make_interaction_table(results["interaction"]))
-    records = [{**one, "seeds": len(one["seeds"]), **fmt.find_changes(one, names)} for one in matrix]
+        columns = [
+            Column("measure", convert=fmt.format_measure),
+            Column("contrast", "home − away", signed=True, measure="*"),
+            Column("seeds"),
+        ]
+        found = results["interaction"]["measures"]
+        records = [{"measure": name, **found[name]} for name in found if is_primary_format(name)]
+        chapter.add_table(Table("interaction", "Home − away, averaged over students", columns, records))
     columns = [*make_columns("student", "source", "seeds"), *fmt.make_change_columns(names)]
-    chapter.add_table(Table("matrix", "Change of each student, by source", columns, records))
+    chapter.add_table(Table("matrix", "Change of each student, by source", columns, matrix))
     return chapter
-
-
-def _make_interaction_table(found: Record) -> Table:
-    records = [
-        {
-            "measure": fmt.format_measure(name),
-            "contrast": parse_estimate(entry["contrast"], name),
-            "seeds": len(found["seeds"]),
-        }
-        for name, entry in found["measures"].items()
-        if is_primary_format(name)
-    ]
-    columns = [Column("measure"), Column("contrast", "home − away", signed=True), Column("seeds")]
-    return Table("interaction", "Home − away, averaged over students", columns, records)
 
 
 def write_proxies(results: Results) -> Chapter | None:
@@ -185,35 +153,36 @@ def write_proxies(results: Results) -> Chapter | None:
         f"Similarity is of TF-IDF vectors{semantic}. Likelihood per token is not comparable across tokenizers."
     )
     columns = [
-        *make_columns("student", "source", "seed"),
+        *(*make_columns("student", "source"), Column("seed", convert=str)),
         *(Column(one["name"], path=("proxies", one["name"])) for one in proxies["relations"]),
         Column(
             "change", f"change: {fmt.format_measure(measure)}", digits, scale, signed=True,
             path=("measures", measure, "change", "value"),
         ),
     ]  # fmt: skip
-    records = [{**cell, "seed": str(cell["seed"])} for cell in results["cells"] if cell["proxies"] is not None]
+    records = [cell for cell in results["cells"] if cell["proxies"] is not None]
     chapter.add_table(Table("proxies_by_cell", "Proxies of each corpus before training", columns, records))
     return chapter
 
 
 def _make_relation_table(relations: Records, scale: float, digits: int) -> Table:
     columns = [
-        *make_columns("proxy", "verdict", "reason"),
-        Column("correlation", "correlation", 2, signed=True),
+        Column("proxy", path=("name",), convert=lambda name: name.replace("_", " ")),
+        *make_columns("verdict", "reason"),
+        Column("correlation", digits=2, signed=True),
         Column("p_adjusted", "adjusted p", p_value=True),
         Column("partial", "partial correlation given source ability", 2, signed=True),
         Column("p_partial", "p", p_value=True),
         Column("without_own", "without own text", 2, signed=True),
         Column("p_without_own", "p", p_value=True),
         *make_columns("cells", "sources"),
-        Column("regret", "regret", digits, scale),
+        Column("regret", digits=digits, scale=scale),
         Column("random_regret", "regret of a random choice", digits, scale),
     ]
-    records = [{**one, "proxy": one["name"].replace("_", " "), "correlation": _to_estimate(one)} for one in relations]
+    records = [
+        {**one, "correlation": Estimate(one["correlation"], one["low"], one["high"], one["sources"])}
+        if one["correlation"] is not None
+        else one
+        for one in relations
+    ]
     return Table("proxies", "Proxies and the gain", columns, records)
-
-
-def _to_estimate(relation: Record) -> Estimate | None:
-    value, low, high, sources = (relation[key] for key in ("correlation", "low", "high", "sources"))
-    return None if value is None else Estimate(value, low, high, sources)

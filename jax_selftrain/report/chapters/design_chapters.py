@@ -1,16 +1,19 @@
-"""Chapters on claims, design, limits and provenance."""
+"""Chapters on claims, design, training, corpora, limits and provenance."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
+from typing import Any
 
 import yaml
 
-from jax_selftrain.report.formatting import Results
-from jax_selftrain.report.page import Chapter
-from jax_selftrain.report.tables import Column, Record, Table, make_columns
+from jax_selftrain.report import figures
+from jax_selftrain.report.formatting import CURVE_METRICS, NOTES, Chapter, Records, Results, make_cell_table
+from jax_selftrain.report.tables import Column, Record, Table, format_number, make_columns
 
 AXES = ("lineage", "data", "data_order", "initialization", "tokenizer", "architecture", "size")
+LOG_KEYS = ("step", "loss", "learning_rate", "grad_norm")
 SIZES = ("family", "parameters", "layers", "width", "vocabulary")
 
 
@@ -31,16 +34,9 @@ def write_claims(results: Results) -> Chapter:
             for claim in results["claims"]
         ]
         chapter.add_table(Table("claims", "Declared claims and their verdicts", columns, records))
-        chapter.add_note(
-            "Effects have the unit of the measure (0.01 is one point of accuracy), with 95 % intervals over seeds. "
-            "Tests are one-sided at .05, adjusted by Holm's method for primary claims and by Benjamini and "
-            "Hochberg's method for the others."
-        )
+        chapter.add_note(NOTES["claims"])
     else:
-        chapter.html.append(
-            "<p>Not tested: the configuration declares no claims. A verdict needs an estimand, a margin and a test "
-            "that are fixed before the first run.</p>"
-        )
+        chapter.html.append(NOTES["no_claims"])
     seeds: dict[tuple[str, str], list[str]] = {}
     for cell in results["cells"]:
         if cell["identical"]:
@@ -71,24 +67,17 @@ def write_design(results: Results) -> Chapter:
     axes = [axis for axis in AXES if any(model[axis] for model in design["models"])]
     roles = {"source": design["sources"], "student": design["students"]}
     records = [
-        {
-            **model,
-            **{axis: model[axis] or "not given" for axis in axes},
-            "role": " and ".join(role for role, names in roles.items() if model["name"] in names),
-            **dict.fromkeys(measured),
-            **ability.get(model["name"], {}),
-        }
+        model
+        | {axis: model[axis] or "not given" for axis in axes}
+        | {"role": " and ".join(role for role, names in roles.items() if model["name"] in names)}
+        | ability.get(model["name"], {})
         for model in design["models"]
     ]
     chapter = Chapter("Design")
     columns = [Column("model", path=("name",)), *make_columns("role", *axes, *SIZES, *measured)]
     chapter.add_table(Table("models", "Models and their ability before training", columns, records))
     chapter.add_table(_make_budget_table(results))
-    chapter.add_note(
-        "Ability before training: accuracy on tasks, bits per byte on texts. Steps, batch and learning rate are the "
-        "same in all cells except where an arm sets them. The numbers of tokens differ because documents fill rows "
-        "differently."
-    )
+    chapter.add_note(NOTES["design"])
     return chapter
 
 
@@ -108,34 +97,134 @@ def _make_budget_table(results: Results) -> Table:
     return Table("budget", "Training budgets, means over seeds", make_columns(*records[0]), records)
 
 
+def write_training(results: Results) -> Chapter | None:
+    """Return the chapter on training; None if nothing was trained."""
+    cells = [cell for cell in results["cells"] if cell["training"]]
+    if not cells:
+        return None
+    chapter = Chapter("Training")
+    logs = {f"{cell['treatment']}, seed {cell['seed']}, {cell['student']}": cell["training"]["log"] for cell in cells}
+    panels = [
+        ("optimizer step", title, {name: (log["step"], log[key]) for name, log in logs.items()})
+        for key, title in (("loss", "training loss (nats per token)"), ("learning_rate", "learning rate"))
+    ]
+    chapter.add_figure(figures.plot_panels("training", panels, figures.draw_curves), "Each logged step.")
+    records = [(cell, record) for cell in cells for record in _list_steps(cell["training"]["log"], LOG_KEYS)]
+    columns = [Column(key, digits=6) for key in LOG_KEYS]
+    chapter.add_table(make_cell_table("training", "Training log", columns, records), folded=True)
+    chapter.add_note(NOTES["training"])
+    _add_evaluations(chapter, [cell for cell in cells if cell["training"]["evaluations"]])
+    return chapter
+
+
+def _list_steps(series: Record, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """Return a record for each step of some series."""
+    return [dict(zip(keys, values, strict=True)) for values in zip(*(series[key] for key in keys), strict=True)]
+
+
+def _add_evaluations(chapter: Chapter, cells: Records) -> None:
+    if not cells:
+        return
+    first = cells[0]["training"]["evaluations"]
+    names = [one["name"] for one in first["measures"]]
+    curves = [
+        {"step": found["step"], **{one["name"]: one["values"] for one in found["measures"]}}
+        for found in (cell["training"]["evaluations"] for cell in cells)
+    ]
+    if len(cells) == 1:
+        panels = []
+        for kind, (title, scale) in CURVE_METRICS.items():
+            lines = {
+                name.rpartition("/")[0]: (first["step"], [scale * value for value in curves[0][name]])
+                for name in names
+                if name.endswith(f"/{kind}")
+            }
+            panels += [("optimizer step", title, lines)] if lines else []
+        for i in range(0, len(panels), 3):
+            figure = figures.plot_panels(f"evaluations_{i // 3}", panels[i : i + 3], figures.draw_curves)
+            chapter.add_figure(figure, "Evaluations by optimizer step.")
+    columns = [Column("step"), *(Column(name, name, 4) for name in names)]
+    records = [
+        (cell, record)
+        for cell, curve in zip(cells, curves, strict=True)
+        for record in _list_steps(curve, ["step", *names])
+    ]
+    table = make_cell_table("evaluations", "Evaluations during training", columns, records)
+    chapter.add_table(table, folded=len(cells) > 1)
+    sizes = "; ".join(f"{one['name']}: n = {one['n']:,}" for one in first["measures"])
+    chapter.add_note(
+        f"{sizes}. All points of a curve use the same documents and sequences. acc, exact_match and pz are "
+        "proportions, nll is in nats per token, log_pz in nats per suffix."
+    )
+
+
+def write_corpora(results: Results) -> Chapter:
+    """Return the chapter on the statistics of the corpora."""
+    chapter = Chapter("Training corpora")
+    columns = [
+        *(Column("corpus", path=("label",)), Column("documents", path=("samples",)), Column("tokens")),
+        *(Column(f"length_{key}", f"length, {key}", 1, path=("length", key)) for key in ("mean", "median", "max")),
+        Column("stopped", "ended by a stop token"),
+        Column("nll", "−log p per token (nats)", path=("nll_per_token",)),
+        Column("entropy", "entropy per token (nats)", path=("entropy_per_token",)),
+        *(Column(f"distinct_{n}", f"distinct-{n}", path=("distinct", str(n))) for n in (1, 2, 3, 4)),
+        Column("duplicates"),
+        Column("contaminated", "questions with a 13-gram in the corpus"),
+        Column("questions", "questions of at least 13 words", path=("contamination", "questions")),
+        Column("changed", "documents that retokenize differently"),
+        Column("broken", "broken characters dropped", path=("retokenized", "broken_characters")),
+        Column("tokens_per_byte"),
+    ]
+    records = [_make_corpus_record(corpus) for corpus in results["corpora"].values()]
+    chapter.add_table(Table("corpora", "Training corpora", columns, records))
+    chapter.add_note(NOTES["corpora"])
+    return chapter
+
+
+def _make_corpus_record(corpus: Record) -> Record:
+    changes, overlap = corpus["retokenized"] or {}, corpus["contamination"]
+    text_bytes = changes.get("text_bytes")
+    return {
+        **corpus["statistics"],
+        **corpus,
+        "contaminated": overlap["found"] if overlap["questions"] else None,
+        "changed": changes.get("changed", corpus["retokenization_mismatches"]),
+        "tokens_per_byte": corpus["tokens"] / text_bytes if text_bytes else None,
+    }
+
+
+def write_samples(results: Results) -> Chapter:
+    """Return the chapter on random samples."""
+    chapter = Chapter("Random samples")
+    chapter.add_note("Chosen by a hash of the seed and the sample ids.")
+    for corpus in results["corpora"].values():
+        chapter.html.append(f"<h3>{escape(corpus['label'])}</h3>")
+        chapter.html += [
+            f'<div class="sample"><p class="label">{_describe_sample(sample)}</p>\n'
+            f'<p class="words">{escape(sample["text"]) or "<em>(no text)</em>"}</p></div>'
+            for sample in corpus["examples"]
+        ]
+    return chapter
+
+
+def _describe_sample(sample: Record) -> str:
+    parts = [f"sample {sample['sample_id']:,}", f"{sample['tokens']:,} tokens"]
+    if sample["finish_reason"]:
+        parts.append("ended by a stop token" if sample["finish_reason"] == "stop" else "cut at the length limit")
+    if sample["logprob"] is not None and sample["tokens"]:
+        parts.append(f"{format_number(-sample['logprob'] / sample['tokens'])} nats per token")
+    return " · ".join(parts)
+
+
 def write_limits(results: Results) -> Chapter:
     """Return the chapter on what the results cannot show."""
-    sentences = [
-        "<strong>Other training settings.</strong> Learning rate, budget and the final step are fixed; other "
-        "settings may give other results.",
-        "<strong>No change.</strong> An interval that includes zero is no evidence of absence; preservation needs a "
-        "margin that is declared beforehand (<code>jax-selftrain compare</code>).",
-        "<strong>Compatibility of a source and a student,</strong> without the interaction: one student cannot "
-        "distinguish text that suits it from better text.",
-        "<strong>Other models.</strong> Seeds vary corpora and training order; the bases are fixed.",
-    ]
-    if len(results["config"]["seeds"]) == 1:
-        sentences.append(
-            "<strong>Training settings in general.</strong> That takes several seeds, each with its own corpus and "
-            "order; item-level tests such as McNemar's are significant too often for two seeds of the same settings."
-        )
-    if len(results["effects"]) == 1:
-        sentences.append(
-            "<strong>The cause of a change.</strong> Training on any text changes a model. The cause needs control "
-            "arms: real text, shuffled text, weight noise of the same norm, a sign-flipped loss."
-        )
-    if results["cells"][0]["extraction"]:
-        sentences += [
-            "<strong>Forgetting,</strong> unless exact match falls below the control arms at equal damage and "
-            "p<sub>z</sub> falls too. Weight noise also breaks greedy continuations.",
-            "<strong>The effect of the training text on a sequence.</strong> The source selects the classes held-out, "
-            "partial and seen; the causal effect needs a random assignment or swapped corpora.",
-        ]
+    applies = {
+        "always": True,
+        "one_seed": len(results["config"]["seeds"]) == 1,
+        "one_treatment": len(results["effects"]) == 1,
+        "extraction": bool(results["cells"][0]["extraction"]),
+    }
+    sentences = [sentence for name, members in NOTES["limits"].items() if applies[name] for sentence in members]
     items = "\n".join(f"<li>{sentence}</li>" for sentence in sentences)
     return Chapter("What this cannot show", [f"<ul>\n{items}\n</ul>"])
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from jax_selftrain.report import figures
 from jax_selftrain.report import formatting as fmt
-from jax_selftrain.report.formatting import Records, Results
-from jax_selftrain.report.page import Chapter
+from jax_selftrain.report.formatting import NOTES, Chapter, Records, Results
 from jax_selftrain.report.tables import Column, Record, Table, make_columns, make_side_columns, parse_estimate
 from jax_selftrain.stats import estimators
 from jax_selftrain.study.measure_names import HELD_OUT, common_measures, display_scale, is_secondary, reference_text
@@ -59,9 +58,29 @@ DECOUPLING_TABLES: dict[str, tuple[str, list[Column]]] = {
         ],
     ),
 }
-"""Caption and columns of the tables, by their name in `results.json`."""
-
-# Memorization against damage ------------------------------------------------------------------------------------
+MEMORIZATION_TABLES: dict[str, tuple[str, list[Column]]] = {
+    "decontamination": (
+        "Decontaminated corpus and size-matched control",
+        [
+            *make_columns("student", "decontaminated", "size_matched"),
+            Column("measure", convert=fmt.format_measure),
+            Column("difference", "decontaminated − size-matched", 4, signed=True, measure="*"),
+            *make_columns("n", "seeds"),
+        ],
+    ),
+    "swap_effects": (
+        "Effect of seen sequences, by swapped corpora",
+        [
+            *make_columns("student", "treatment"),
+            Column("measure", convert=fmt.format_measure),
+            Column("effect", "effect of the corpus containing a sequence", signed=True, measure="*"),
+            Column("naive", "seen − held-out", signed=True, measure="*"),
+            Column("n", path=("effect", "n")),
+            Column("seeds"),
+        ],
+    ),
+}
+"""Caption and columns of tables, by their name in `results.json`."""
 
 
 def write_decoupling(results: Results) -> Chapter | None:
@@ -78,17 +97,8 @@ def write_decoupling(results: Results) -> Chapter | None:
     if not chapter.figures:
         return None
     for name, (caption, columns) in DECOUPLING_TABLES.items():
-        if results[name]:
-            chapter.add_table(Table(name, caption, columns, results[name]))
-    chapter.add_note(
-        "Weight noise also breaks verbatim continuations, so a fall of exact match counts as forgetting only below "
-        "the noise controls at equal loss. The rule: over five seeds or more, exact match and mean p_z are below "
-        "those of the least damaged noise arm whose loss is not below the student's, and mean p_z has fallen "
-        "(one-sided t-tests at .05). The loss is that of the text with the lowest loss under the base. p_z is the "
-        "probability that one sample is the suffix. In the fragility table each sequence is matched with a "
-        "continuation by the base of text outside all training data, within 0.25 nats of log p_z; fewer than 50 "
-        "matched sequences give no result."
-    )
+        chapter.add_table(Table(name, caption, columns, results[name]))
+    chapter.add_note(NOTES["decoupling"])
     return chapter
 
 
@@ -151,21 +161,13 @@ def _add_trajectories(chapter: Chapter, student: str, cells: Records) -> None:
         )
 
 
-# Memorization by class, group and format ------------------------------------------------------------------------
-
-
 def write_memorization(results: Results) -> Chapter | None:
     """Return the chapter; None without an extraction set."""
     cells = results["cells"]
     if not cells[0]["extraction"]:
         return None
     chapter, first, several = Chapter("Verbatim memorization"), cells[0]["extraction"], len(cells) > 1
-    chapter.html.append(
-        f"<p>The model gets the first {first['prefix']} tokens of each sequence. <em>Exact match</em>: its greedy "
-        f"continuation equals the {first['suffix']} tokens of the suffix. <em>p<sub>z</sub></em>: the probability of "
-        "the suffix at temperature 1, which can stay high when a small drift breaks the greedy continuation. Read "
-        "both together. For text outside the training data these numbers show how predictable it is.</p>"
-    )
+    chapter.html.append(NOTES["exact_match"].format_map(first))
     for student in results["design"]["students"]:
         if several:
             _add_effects(chapter, student, [one for one in results["effects"] if one["student"] == student])
@@ -176,19 +178,10 @@ def write_memorization(results: Results) -> Chapter | None:
         chapter.add_figure(figure, "Exact match before and after, and the paired change, with 95 % intervals.")
         chapter.add_table(_make_discoverability_table(first), folded=True)
     chapter.add_table(_make_sequence_table(cells), folded=several)
-    for table in (_make_threshold_table(cells), _make_decontamination_table(results), _make_swap_table(results)):
-        if table.records:
-            chapter.add_table(table)
-    chapter.add_note(
-        f"Seen: the corpus contains the whole suffix; partial: at least {first['min_overlap']} of its tokens in a "
-        "row; held-out: fewer. Kept: reproduced before and after; lost: only before; gained: only after. The source "
-        "selects these classes, and a model writes what it memorized best, so their difference is not the effect of "
-        "the corpus. Swapped corpora estimate that effect from the same sequences in students that saw them and "
-        "students that did not. H is half of the set, assigned by hash before sampling: the decontaminated corpus "
-        "contains nothing of it, and the size-matched control lacks as much other text. p_z is the probability of "
-        "one tokenization. Classes of fewer than 50 sequences are descriptive. If the set was chosen because the "
-        "base reproduces it, part of a fall is regression to the mean."
-    )
+    chapter.add_table(_make_threshold_table(cells))
+    for name, (caption, columns) in MEMORIZATION_TABLES.items():
+        chapter.add_table(Table(name, caption, columns, results[name]))
+    chapter.add_note(NOTES["memorization"].format_map(first))
     return chapter
 
 
@@ -237,10 +230,10 @@ def _make_discoverability_table(extraction: Record) -> Table:
     columns = [
         Column("samples", "samples n", path=("draws",)),
         Column("p", "p", 1),
-        Column("sequences"),
-        *make_side_columns("extracted", "extracted (%)", path="estimates"),
+        Column("sequences", path=("before", "n")),
+        *make_side_columns("extracted", "extracted (%)", path=()),
     ]
-    records = [{**entry, "sequences": extraction["n"], "estimates": entry} for entry in extraction["discoverable"]]
+    records = extraction["discoverable"]
     return Table("discoverability", "(n, p)-discoverable extraction: 1 − (1 − p_z)ⁿ ≥ p", columns, records)
 
 
@@ -253,12 +246,7 @@ def _make_sequence_table(cells: Records) -> Table:
         Column("mcnemar_p", "McNemar p", p_value=True, path=("flips", "mcnemar_p")),
         *(column for name in measures for column in make_side_columns(name, *MEASURES[name])),
     ]
-    unset = dict.fromkeys(("flips", *measures))  # of a part without sequences
-    records = [
-        (cell, {"sequences": name, **(part if part["n"] else {**unset, "n": 0})})
-        for cell in cells
-        for name, part in _list_parts(cell["extraction"])
-    ]
+    records = [(cell, {"sequences": name, **part}) for cell in cells for name, part in _list_parts(cell["extraction"])]
     return fmt.make_cell_table("extraction", "Sequences before and after, by overlap class and group", columns, records)
 
 
@@ -295,41 +283,3 @@ def _average_change(entries: Records, measure: str) -> estimators.Estimate:
         return parse_estimate(entries[0]["change"], measure)
     mean = estimators.mean([entry["change"]["value"] for entry in entries])
     return parse_estimate(vars(mean), measure)
-
-
-def _make_decontamination_table(results: Results) -> Table:
-    columns = [
-        *make_columns("student", "decontaminated", "size_matched", "measure"),
-        Column("difference", "decontaminated − size-matched", 4, signed=True),
-        *make_columns("n", "seeds"),
-    ]
-    records = [
-        {
-            **one,
-            "measure": fmt.format_measure(one["measure"]),
-            "difference": parse_estimate(one["difference"], one["measure"]),
-            "seeds": len(one["seeds"]),
-        }
-        for one in results["decontamination"]
-    ]
-    return Table("decontamination", "Decontaminated corpus and size-matched control", columns, records)
-
-
-def _make_swap_table(results: Results) -> Table:
-    columns = [
-        *make_columns("student", "treatment", "measure"),
-        Column("effect", "effect of the corpus containing a sequence", signed=True),
-        Column("naive", "seen − held-out", signed=True),
-        *make_columns("n", "seeds"),
-    ]
-    records = [
-        {
-            **one,
-            "measure": fmt.format_measure(one["measure"]),
-            "effect": parse_estimate(one["effect"], one["measure"]),
-            "naive": None if one["naive"] is None else display_scale(one["measure"]) * one["naive"],
-            "n": one["effect"]["n"],
-        }
-        for one in results["swap_effects"]
-    ]
-    return Table("swap_effects", "Effect of seen sequences, by swapped corpora", columns, records)
