@@ -125,7 +125,7 @@ def add_effect_table(
 def make_cell_table(
     name: str, caption: str, columns: Sequence[Column], records: Iterable[tuple[Record, Record]]
 ) -> Table:
-    """Return a table over cells, from pairs of a cell and a record.
+    """Return a table over cells, from (cell, record) pairs.
 
     Columns of student, treatment and seed are added if there are several cells.
     """
