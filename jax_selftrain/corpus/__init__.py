@@ -1,38 +1,24 @@
 """Corpora: shards, manifest, statistics, import, export, packing, overlap."""
 
-from jax_selftrain.corpus.decontaminate import remove_overlapping, size_matched_control
-from jax_selftrain.corpus.export import export_corpus
-from jax_selftrain.corpus.ingest import import_text
-from jax_selftrain.corpus.mixture import Mixture, parse_mixture
-from jax_selftrain.corpus.overlap import Overlaps, longest_overlaps
-from jax_selftrain.corpus.packing import PackedRows, build_packed_rows
-from jax_selftrain.corpus.reader import Corpus, open_corpus
-from jax_selftrain.corpus.schema import FINISH_REASONS, SCHEMA, Sample
-from jax_selftrain.corpus.shards import CorpusWriter
-from jax_selftrain.corpus.token_source import LazilyTokenized, RaggedTokens, TokenSource, memmap_tokens
-from jax_selftrain.corpus.transforms import retokenize, shuffle
-
-__all__ = [
-    "FINISH_REASONS",
-    "SCHEMA",
-    "Corpus",
-    "CorpusWriter",
-    "LazilyTokenized",
-    "Mixture",
-    "Overlaps",
-    "PackedRows",
-    "RaggedTokens",
-    "Sample",
-    "TokenSource",
-    "build_packed_rows",
-    "export_corpus",
-    "import_text",
-    "longest_overlaps",
-    "memmap_tokens",
-    "open_corpus",
-    "parse_mixture",
-    "remove_overlapping",
-    "retokenize",
-    "shuffle",
-    "size_matched_control",
-]
+from jax_selftrain.corpus.export import export_corpus as export_corpus
+from jax_selftrain.corpus.ingest import import_text as import_text
+from jax_selftrain.corpus.mixture import Mixture as Mixture
+from jax_selftrain.corpus.mixture import parse_mixture as parse_mixture
+from jax_selftrain.corpus.overlap import Overlaps as Overlaps
+from jax_selftrain.corpus.overlap import longest_overlaps as longest_overlaps
+from jax_selftrain.corpus.packing import PackedRows as PackedRows
+from jax_selftrain.corpus.packing import build_packed_rows as build_packed_rows
+from jax_selftrain.corpus.reader import Corpus as Corpus
+from jax_selftrain.corpus.reader import open_corpus as open_corpus
+from jax_selftrain.corpus.schema import FINISH_REASONS as FINISH_REASONS
+from jax_selftrain.corpus.schema import SCHEMA as SCHEMA
+from jax_selftrain.corpus.schema import Sample as Sample
+from jax_selftrain.corpus.shards import CorpusWriter as CorpusWriter
+from jax_selftrain.corpus.token_source import LazilyTokenized as LazilyTokenized
+from jax_selftrain.corpus.token_source import RaggedTokens as RaggedTokens
+from jax_selftrain.corpus.token_source import TokenSource as TokenSource
+from jax_selftrain.corpus.token_source import memmap_tokens as memmap_tokens
+from jax_selftrain.corpus.transforms import remove_overlapping as remove_overlapping
+from jax_selftrain.corpus.transforms import retokenize as retokenize
+from jax_selftrain.corpus.transforms import shuffle as shuffle
+from jax_selftrain.corpus.transforms import size_matched_control as size_matched_control

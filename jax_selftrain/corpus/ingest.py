@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -50,19 +50,19 @@ def import_text(config: ImportCorpusConfig) -> Corpus:
     start_id = _choose_id(model, "start_id", config.start_id, model.special_tokens.bos_token_id)
     stop_id = _choose_id(model, "stop_id", config.stop_id, model.special_tokens.eos_token_id)
     texts = _open_source(config)
-    first_pass, second_pass = (_HashedTexts(_valid_texts(texts, config.limit)) for _ in range(2))
-    first_pass.read_to_end()
-    if not first_pass.count:
+    digest, digest_again = hashlib.sha256(), hashlib.sha256()
+    count = sum(1 for _ in _hash_texts(_valid_texts(texts, config.limit), digest))
+    if not count:
         raise InputError(f"{config.source}: holds no text")
     request = {
         "kind": "imported",
-        "source": {"ref": config.source, "fingerprint": first_pass.digest},
+        "source": {"ref": config.source, "fingerprint": digest.hexdigest()},
         "tokenizer_fingerprint": model.tokenizer_fingerprint,
         "start_id": start_id,
         "stop_ids": [stop_id],
         "policy": {"max_tokens": config.max_tokens},
         "seed": None,
-        "samples": first_pass.count,
+        "samples": count,
         "samples_per_shard": config.samples_per_shard,
     }
     writer = CorpusWriter.open(config.out, request)
@@ -75,9 +75,10 @@ def import_text(config: ImportCorpusConfig) -> Corpus:
         return _tokenize(model.tokenizer, documents, ids, stop_id, config.max_tokens)
 
     if writer.missing():
-        writer.convert_missing(second_pass, convert)
-        second_pass.read_to_end()
-        if second_pass.digest != first_pass.digest:
+        documents = _hash_texts(_valid_texts(texts, config.limit), digest_again)
+        writer.convert_missing(documents, convert)
+        deque(documents, maxlen=0)  # those after the last missing shard
+        if digest_again.digest() != digest.digest():
             raise changed
     return writer.finalize()
 
@@ -94,42 +95,24 @@ def _choose_id(model: ModelRef, name: str, flag: int | None, default: int | None
     return value
 
 
-class _HashedTexts:
-    """A stream of texts that counts and hashes what has been read."""
-
-    def __init__(self, texts: Iterator[str]) -> None:
-        self._texts, self._hash, self.count = texts, hashlib.sha256(), 0
-
-    def __iter__(self) -> Iterator[str]:
-        for text in self._texts:
-            data = text.encode()
-            self._hash.update(len(data).to_bytes(8, "little"))  # the digest depends on document boundaries
-            self._hash.update(data)
-            self.count += 1
-            yield text
-
-    def read_to_end(self) -> None:
-        deque(self, maxlen=0)
-
-    @property
-    def digest(self) -> str:
-        return self._hash.hexdigest()
+def _hash_texts(texts: Iterable[str], digest: hashlib._Hash) -> Iterator[str]:
+    """Yield texts; add them, with their boundaries, to a hash."""
+    for text in texts:
+        data = text.encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+        yield text
 
 
 def _valid_texts(texts: TextStream, limit: int | None) -> Iterator[str]:
     """Yield the first `limit` valid, non-blank texts of the source."""
 
     def check(where: str, value: object) -> str:
-        if not isinstance(value, str):
+        if not isinstance(value, str | bytes):
             raise InputError(f"{where}: the text field holds {type(value).__name__}, not text; fix or remove it")
         try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"{where}: the text holds half a surrogate pair at character {error.start}, which UTF-8 cannot "
-                "encode; fix or remove it"
-            ) from None
-        return value
+            return value.decode() if isinstance(value, bytes) else value.encode().decode()
+        except UnicodeError as error:  # half a surrogate pair, for instance
+            raise InputError(f"{where}: the text is not valid UTF-8 ({error}); fix or remove it") from None
 
     checked = (check(where, value) for where, value in texts())
     return islice((text for text in checked if text.strip()), limit)
@@ -158,14 +141,16 @@ def _open_source(config: ImportCorpusConfig) -> TextStream:
     kind, _, rest = config.source.partition(":")
     path = Path(config.source)
     if kind == "tfds":
-        return _open_tfds(rest, config)
-    if kind == "datasets" or path.is_dir():
-        return _open_dataset(rest if kind == "datasets" else path, config)
-    if not path.is_file():
+        values = _open_tfds(rest, config)
+    elif kind == "datasets" or path.is_dir():
+        values = _open_dataset(rest if kind == "datasets" else path, config)
+    elif path.is_file():
+        return lambda: ((where, _field(row, config.text_field, where)) for where, row in read_jsonl(path))
+    else:
         raise InputError(
             f"{path}: no such file or folder; give a JSONL file, a `save_to_disk` folder, tfds:FOLDER or datasets:NAME"
         )
-    return lambda: ((where, _field(row, config.text_field, where)) for where, row in read_jsonl(path))
+    return lambda: ((f"{config.source} row {row}", value) for row, value in enumerate(values()))
 
 
 def _field(entry: Mapping[str, object], text_field: str, where: str) -> object:
@@ -184,7 +169,7 @@ def _check_split(config: ImportCorpusConfig, split: str, found: Mapping[str, Any
         )
 
 
-def _open_dataset(name: str | Path, config: ImportCorpusConfig) -> TextStream:
+def _open_dataset(name: str | Path, config: ImportCorpusConfig) -> Callable[[], Iterable[object]]:
     """Open a named data set, or a folder of `save_to_disk`."""
     if isinstance(name, Path) and (name / "dataset_info.json").exists() and (name / "features.json").exists():
         raise InputError(f"{name}: is a TFDS folder; write tfds:{name}")
@@ -208,15 +193,10 @@ def _open_dataset(name: str | Path, config: ImportCorpusConfig) -> TextStream:
         found = found[config.split]
     _field(dict.fromkeys(found.column_names), config.text_field, config.source)
     column = found.select_columns([config.text_field])
-
-    def read() -> Iterator[tuple[str, object]]:
-        values = chain.from_iterable(batch[config.text_field] for batch in column.iter(batch_size=256))
-        return ((f"{config.source} row {row}", value) for row, value in enumerate(values))
-
-    return read
+    return lambda: chain.from_iterable(batch[config.text_field] for batch in column.iter(batch_size=256))
 
 
-def _open_tfds(folder: str, config: ImportCorpusConfig) -> TextStream:
+def _open_tfds(folder: str, config: ImportCorpusConfig) -> Callable[[], Iterable[object]]:
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -235,19 +215,7 @@ def _open_tfds(folder: str, config: ImportCorpusConfig) -> TextStream:
             f"{config.source}: {builder.info.file_format.value} files cannot be read here ({_first_line(error)}); "
             "prepare the data set with file_format array_record or parquet"
         ) from error
-
-    def decode(where: str, value: object) -> object:
-        try:
-            return value.decode() if isinstance(value, bytes) else value
-        except UnicodeDecodeError as error:
-            raise InputError(f"{where}: the text is not UTF-8 ({error.reason}); fix or remove it") from None
-
-    def read() -> Iterator[tuple[str, object]]:
-        for row in range(len(rows)):
-            where = f"{config.source} row {row}"
-            yield where, decode(where, rows[row][config.text_field])
-
-    return read
+    return lambda: (rows[row][config.text_field] for row in range(len(rows)))
 
 
 def _first_line(error: Exception) -> str:

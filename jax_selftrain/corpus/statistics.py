@@ -101,15 +101,8 @@ def _length_statistics(lengths: Mapping[int, int]) -> dict[str, float]:
 def _distinct_ngrams(flat: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
     """Return the share of distinct n-grams among the n-grams within samples.
 
-    The rank of an n-gram and the rank of the next token form the key of the (n+1)-gram (Karp, Miller & Rosenberg 1972),
-    so the counts are exact and keys of any vocabulary fit 64 bits.
-
-    Args:
-        flat: integer [sum of lengths], fewer than 2^31 tokens, samples concatenated.
-        lengths: integer [N].
-
-    Returns:
-        {"tokens": sum of lengths, "1": share, …}; NaN if no sample is that long.
+    Samples are concatenated in `flat`. The rank of an n-gram and the rank of the next token form the key of the
+    (n+1)-gram (Karp, Miller & Rosenberg 1972), so the counts are exact and keys of any vocabulary fit 64 bits.
     """
     left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(flat))  # tokens up to the end of the sample
     words, word = np.unique(flat, return_inverse=True)

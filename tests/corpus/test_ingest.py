@@ -235,7 +235,7 @@ def test_a_named_data_set_is_read(tmp_path, model, monkeypatch):
         (b"null", r"t.jsonl:3: NoneType instead of a JSON object"),
         (b'{"texts": "a"}', r"t.jsonl:3: has no field 'text' \(its fields: texts\)"),
         (b'{"text": 5}', r"t.jsonl:3: the text field holds int"),
-        (b'{"text": "\\ud800"}', r"t.jsonl:3: the text holds half a surrogate pair"),
+        (b'{"text": "\\ud800"}', r"t.jsonl:3: the text is not valid UTF-8"),
     ],
 )
 def test_a_malformed_line_is_named_and_nothing_is_written(tmp_path, model, line, message):
