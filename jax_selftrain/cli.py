@@ -201,8 +201,8 @@ def _parse_words(words: Sequence[str], types: Mapping[str, Any], positionals: Ma
 
     tyro does not parse them: it silently keeps the last of two equal flags, and its errors are not sentences.
     """
-    flags = {yaml_io.flag(name): name for name in types}
-    negated = {yaml_io.negated_flag(name): name for name, tp in types.items() if tp is bool}
+    flags = {yaml_io.flag(name): (name, True) for name in types}
+    flags |= {yaml_io.negated_flag(name): (name, False) for name, tp in types.items() if tp is bool}
     given: dict[str, list[str]] = {}
     values: dict[str, Any] = {}
     bare: list[str] = []
@@ -211,15 +211,14 @@ def _parse_words(words: Sequence[str], types: Mapping[str, Any], positionals: Ma
         if word.startswith("-") and word != "-" and not re.match(r"-\.?\d", word):
             flag, equals, value = word.partition("=")
             flag = flag.replace("_", "-")
-            if flag not in flags and flag not in negated:
-                hint = yaml_io.did_you_mean(flag, [*flags, *negated]) or "; --help lists all options"
+            if flag not in flags:
+                hint = yaml_io.did_you_mean(flag, flags) or "; --help lists all options"
                 raise InputError(f"unknown option `{flag}`{hint}")
-            name = flags.get(flag) or negated[flag]
+            name, is_true = flags[flag]
             if name in given:
                 hint = "; give it all its values at once" if yaml_io.is_sequence(types[name]) else ""
                 raise InputError(f"{yaml_io.flag(name)} is given twice{hint}")
-            given[name] = [value] if equals else []
-            values[name] = flag in flags  # of a boolean
+            given[name], values[name] = [value] if equals else [], is_true
         elif name and _takes_word(types[name], given[name], word):
             given[name].append(word)
         else:

@@ -27,8 +27,6 @@ UInt32Scalar = TypeVar("UInt32Scalar", jax.Array, np.ndarray)
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
 _LOW = 0xFFFF_FFFF
-MAX_SEED = 2**64 - 1
-"""Maximum seed: seeds and sample ids are 64-bit numbers."""
 
 
 def threefry2x32(

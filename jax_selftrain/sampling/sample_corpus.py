@@ -42,7 +42,7 @@ from jax_selftrain.models import Params, abstract_params, axis_sizes
 from jax_selftrain.sampling.continuous_batching import DecodeState, RequestQueue, initial_state
 from jax_selftrain.sampling.counter_rng import per_sample_keys
 from jax_selftrain.sampling.decode import DecodeLoop, DecodeProgress, DecodeSpec, SampleBatch, decode_chunks
-from jax_selftrain.sampling.sampling_params import SamplingParams, make_sampling_params
+from jax_selftrain.sampling.sampling_params import POLICY_FIELDS, SamplingParams, make_sampling_params
 
 POLL_SECONDS = 1.0
 """Interval of checks for shards that another process has finished or given up."""
@@ -136,8 +136,7 @@ def _make_request(config: SampleConfig, source: ModelRef, sampling_params: Sampl
     """Collect the options that determine the content of the corpus, for `corpus.json`."""
     types = {"dtype": config.dtype} | ({} if config.cache_dtype is None else {"cache_dtype": config.cache_dtype})
     start_ids, bos = sampling_params.start_ids, source.special_tokens.bos_token_id
-    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p")
-    policy: dict[str, Any] = {name: getattr(sampling_params, name) for name in names}
+    policy: dict[str, Any] = {name: getattr(sampling_params, name) for name in ("max_tokens", *POLICY_FIELDS)}
     if sampling_params.min_tokens:
         policy["min_tokens"] = sampling_params.min_tokens
     if len(start_ids) > 1:

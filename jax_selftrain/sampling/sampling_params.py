@@ -26,6 +26,9 @@ from jax_selftrain.models import DecoderConfig
 from jax_selftrain.models.kv_cache import TAIL_LEN
 from jax_selftrain.sampling.categorical import replicate_vocab
 
+POLICY_FIELDS: dict[str, type] = {"temperature": float, "top_k": int, "top_p": float, "min_p": float}
+"""Options of the distribution of a token, and their types."""
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -114,11 +117,8 @@ def make_sampling_params(
         min_tokens=config.min_tokens,
         stop_ids=tuple(sorted(set(stops))),
         max_tokens=config.max_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        min_p=config.min_p,
         num_valid_ids=valid if valid < model.vocab_size else None,
+        **{name: getattr(config, name) for name in POLICY_FIELDS},
     )
 
 
