@@ -156,25 +156,3 @@ def suffix_scores_program(
     _, (logprobs, greedy) = jax.lax.scan(score_position, None, suffix)
     replicated = PartitionSpec()
     return jax.reshard(jnp.moveaxis(logprobs, 0, 2), replicated), jax.reshard(greedy.T, replicated)
-
-
-def kept_lost_gained(before: np.ndarray, after: np.ndarray) -> dict[str, int]:
-    """Count the transitions of boolean outcomes [N]."""
-    before, after = np.asarray(before, bool), np.asarray(after, bool)
-    if before.shape != after.shape or not before.size:
-        raise ValueError(f"not the outcomes of the same sequences: {before.shape} and {after.shape}")
-    outcomes = {"kept": before & after, "lost": before & ~after, "gained": ~before & after, "never": ~before & ~after}
-    return {name: int(members.sum()) for name, members in outcomes.items()}
-
-
-def flip_rate(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]) -> float:
-    """Return the share of sequences whose exact match differs.
-
-    Between two measurements of one model (an A/A repeat with another batch size, mesh or dtype) it is the noise floor
-    of any comparison.
-
-    Args:
-      first, second: from `extraction_metrics`, of the same sequences.
-    """
-    moved = kept_lost_gained(first["exact_match"], second["exact_match"])
-    return (moved["lost"] + moved["gained"]) / sum(moved.values())

@@ -5,6 +5,11 @@ the suffix stays almost as probable. So p_z, the probability of the suffix under
 compared with sequences that no model was trained on (`controls`), with a model that never saw the data (`baseline`),
 and with the checkpoint that the set was selected on (`verification`).
 
+The longest verbatim match of a suffix with one document of the training corpus decides its overlap class: `held_out`
+(shorter than a threshold), `seen` (the whole suffix), `partial` (between). A model samples what it memorized best, so
+the classes are a selected split. A corpus with another tokenizer is matched on its text, tokenized with the model's
+tokenizer. A match that begins or ends inside a token loses that token.
+
 Token rows are used as given. A start token is prepended only on request: a format that training did not have looks like
 forgetting.
 """
@@ -12,7 +17,8 @@ forgetting.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -22,36 +28,30 @@ from jax.sharding import Mesh
 
 from jax_selftrain import hub
 from jax_selftrain.config import ExtractConfig, yaml_io
-from jax_selftrain.corpus import Corpus, Overlaps, open_corpus
+from jax_selftrain.corpus import Corpus, LazilyTokenized, Overlaps, RaggedTokens, longest_overlaps, open_corpus
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals.exact_match import extraction_metrics, kept_lost_gained
-from jax_selftrain.evals.overlap_classes import CLASSES, THRESHOLDS, classify, corpus_overlap, duplicate_buckets
+from jax_selftrain.evals.exact_match import extraction_metrics
 from jax_selftrain.evals.result_files import describe_mean, output_paths, write_results
 from jax_selftrain.evals.score import scoring_mesh
 from jax_selftrain.evals.sequences import ExtractionSet, PromptWindow, load_sequences, sequences_fingerprint
-from jax_selftrain.evals.suffix_probability import (
-    n_p_discoverable_rate,
-    parse_sampling_policies,
-    summarize_suffix_probability,
-)
-from jax_selftrain.io.manifest import sha256_file
+from jax_selftrain.evals.suffix_probability import parse_sampling_policies, summarize_suffix_probability
 from jax_selftrain.likelihood.resumable import PartialResults, process_local_if_possible
+from jax_selftrain.stats.estimators import mcnemar_table
 from jax_selftrain.stats.standard_errors import wilson_interval
 from jax_selftrain.version import versions
 
-PROTOCOLS = {"pythia": (32, 32), "lm-extraction": (50, 50)}
-"""(prefix, suffix): Biderman et al. 2023 (arXiv:2304.11158); google-research/lm-extraction-benchmark."""
-DEFAULT_LENGTHS = (32, 32)
+PROTOCOLS = {None: (32, 32), "pythia": (32, 32), "lm-extraction": (50, 50)}
+"""(prefix, suffix): our default; Biderman et al. 2023 (arXiv:2304.11158); google-research/lm-extraction-benchmark."""
+CLASSES = ("held_out", "partial", "seen")
+THRESHOLDS = (8, 16, 32)
+"""Alternative thresholds that are reported, in tokens."""
+_MODELS = ("model", "untrained_baseline", "base")
 
 
-def extract(config: ExtractConfig, *, corpus: Corpus | None = None) -> dict[str, Any]:
+def extract(config: ExtractConfig) -> dict[str, Any]:
     """Measure extraction, and write the result.
 
     Writes `FILE.json`, `FILE.sequences.parquet`, `FILE.config.yaml`, `FILE.timings.json`.
-
-    Args:
-      config: the options.
-      corpus: the corpus of `config.corpus`; None: it is opened.
 
     Returns:
       The content of `FILE.json`: the summary of all sequences (see `summarize`) and
@@ -67,29 +67,24 @@ def extract(config: ExtractConfig, *, corpus: Corpus | None = None) -> dict[str,
       InputError: an input that cannot be read, or sequences that do not fit the model or the options; NaN.
     """
     yaml_io.require(config)
-    started = time.monotonic()
-    sequences, controls = load_extraction_sets(config)
     output_paths(config.out)
     mesh = scoring_mesh(config.mesh)
     with process_local_if_possible(mesh):
-        if corpus is None and config.corpus:
-            corpus = open_corpus(config.corpus)
-        return _extract(config, mesh, sequences, controls, corpus, started)
+        return _extract(config, mesh)
 
 
-def _extract(
-    config: ExtractConfig,
-    mesh: Mesh,
-    sequences: ExtractionSet,
-    controls: ExtractionSet | None,
-    corpus: Corpus | None,
-    started: float,
-) -> dict[str, Any]:
+def _extract(config: ExtractConfig, mesh: Mesh) -> dict[str, Any]:
+    started = time.monotonic()
+    sequences, controls = load_extraction_sets(config)
     policies = parse_sampling_policies(config.sampling_policies)
     window, start = make_window(config), find_start_tokens(config)
-    fingerprints = _fingerprints(config)
+    hash_input = dict.fromkeys(("sequences", "control_sequences", "duplicate_counts"), sequences_fingerprint)
+    hash_input |= dict.fromkeys(_MODELS, lambda ref: hub.open_model(ref).fingerprint)
+    fingerprints = {name: function(ref) for name, function in hash_input.items() if (ref := getattr(config, name))}
+    fingerprints["tokenizer"] = hub.open_model(config.model).tokenizer_fingerprint
     overlaps, matched_on = None, ""
-    if corpus is not None:
+    if config.corpus:
+        corpus = open_corpus(config.corpus)
         fingerprints["corpus"] = corpus.fingerprint
         suffixes = sequences.tokens[:, window.prefix :]
         overlaps, matched_on = corpus_overlap(corpus, config.model, suffixes, config.min_overlap)
@@ -122,13 +117,10 @@ def _extract(
     result: dict[str, Any] = {
         "model": config.model,
         "protocol": config.protocol,
-        "prefix": window.prefix,
-        "suffix": window.suffix,
-        "offset": window.offset,
-        "random_offset": window.random_offset,
+        **asdict(window),
         "start_token": config.start_token,
         "num_skipped": sequences.num_skipped,
-        **_summarize_groups(config, measured, sequences, overlaps, policies),
+        **_summarize_groups(config, measured, sequences, overlaps),
         "fingerprints": fingerprints,
         "versions": versions(),
     }
@@ -142,20 +134,21 @@ def _extract(
         }
     if controls:
         result["controls"] = {
-            **summarize(control_results[0], policies=policies),
+            **summarize(control_results[0]),
             "sequences": config.control_sequences,
             "num_skipped": controls.num_skipped,
         }
         tables["controls"] = _make_table(control_results[0], controls)
     if baseline is not None:
-        summary = _summarize_groups(config, baseline, sequences, overlaps, policies)
+        summary = _summarize_groups(config, baseline, sequences, overlaps)
         result["baseline"] = {"model": config.untrained_baseline, **summary}
         measured |= {f"baseline {name}": baseline[name] for name in ("exact_match", "logprob")}
     if config.verify:
+        flips = mcnemar_table(verified, measured["exact_match"])
         result["verification"] = {
             "base": config.base or config.model,
             "verified": int(verified.sum()),
-            **kept_lost_gained(verified, measured["exact_match"]),
+            **{"kept": flips.kept, "lost": flips.lost, "gained": flips.gained, "never": flips.both_wrong},
         }
         measured["verified"] = verified
     tables["sequences"] = _make_table(measured, sequences)
@@ -174,11 +167,10 @@ def make_window(config: ExtractConfig) -> PromptWindow:
     Raises:
       InputError: a length contradicts the protocol.
     """
-    protocol = PROTOCOLS[config.protocol] if config.protocol else None
     lengths = {}
-    for name, default in zip(("prefix", "suffix"), protocol or DEFAULT_LENGTHS, strict=True):
+    for name, default in zip(("prefix", "suffix"), PROTOCOLS[config.protocol], strict=True):
         given = getattr(config, name)
-        if protocol and given not in (None, default):
+        if config.protocol and given not in (None, default):
             raise InputError(
                 f"--{name} {given} contradicts --protocol {config.protocol}, whose {name} has {default} tokens; drop "
                 "one of them"
@@ -194,12 +186,10 @@ def load_extraction_sets(config: ExtractConfig) -> tuple[ExtractionSet, Extracti
       InputError: an invalid option, or a set that cannot be read or does not fit the model.
     """
     window = make_window(config)
-    yaml_io.check_ranges(config)
     if config.base and not config.verify:
         raise InputError(f"--base {config.base} is only read with --verify; set it, or drop --base")
     parse_sampling_policies(config.sampling_policies)
-    names = ("model", "untrained_baseline", "base")
-    models = {name: hub.open_model(ref) for name in names if (ref := getattr(config, name))}
+    models = {name: hub.open_model(ref) for name in _MODELS if (ref := getattr(config, name))}
     start = find_start_tokens(config)
     for name, model in models.items():
         if window.length + len(start) > model.config.max_positions:
@@ -235,62 +225,41 @@ def find_start_tokens(config: ExtractConfig) -> list[int]:
     return [start]
 
 
-def _fingerprints(config: ExtractConfig) -> dict[str, str]:
-    """Return the fingerprints of all inputs except the corpus."""
-    hash_input = {
-        "model": lambda ref: hub.open_model(ref).fingerprint,
-        "untrained_baseline": lambda ref: hub.open_model(ref).fingerprint,
-        "base": lambda ref: hub.open_model(ref).fingerprint,
-        "sequences": sequences_fingerprint,
-        "control_sequences": sequences_fingerprint,
-        "duplicate_counts": sha256_file,
-    }
-    fingerprints = {name: function(ref) for name, function in hash_input.items() if (ref := getattr(config, name))}
-    return fingerprints | {"tokenizer": hub.open_model(config.model).tokenizer_fingerprint}
-
-
-def summarize(
-    measured: Mapping[str, np.ndarray], members: np.ndarray | slice = slice(None), policies: Iterable[str] = ()
-) -> dict[str, Any]:
+def summarize(measured: Mapping[str, np.ndarray], members: np.ndarray | slice = slice(None)) -> dict[str, Any]:
     """Average the results of `extraction_metrics` over some sequences.
 
     Args:
       measured: arrays [N].
       members: bool [N], the sequences to average over; default: all.
-      policies: names of the sampling policies of the results.
 
     Returns:
       `n`; `exact_match` with its Wilson 95 % interval; `token_accuracy`, `teacher_forced_accuracy`, `matched_tokens`;
-      `logprob` (mean log p_z, dominated by improbable suffixes); `pz` (mean p_z, the share that one sample extracts);
-      `discoverable` by "n@p", at temperature 1; `sampling_policies`: `summarize_suffix_probability` of each. Standard
-      errors are under `…_stderr`. Means are None if n is 0 or the metric was not computed.
+      `summarize_suffix_probability` at temperature 1, and under each of `sampling_policies`, with `zeros`, the number
+      of sequences with p_z = 0. Standard errors are under `…_stderr`. Means are None if n is 0 or the metric was not
+      computed.
     """
     values = {name: array[members] for name, array in measured.items()}
-    exact, logprob = values["exact_match"], values["logprob"]
-    values["pz"] = np.exp(logprob)
+    exact = values["exact_match"]
     result: dict[str, Any] = {"n": len(exact), "exact_match_interval": wilson_interval(exact) if len(exact) else None}
-    for name in ("exact_match", "token_accuracy", "teacher_forced_accuracy", "matched_tokens", "logprob", "pz"):
+    for name in ("exact_match", "token_accuracy", "teacher_forced_accuracy", "matched_tokens"):
         result |= describe_mean(name, values.get(name, np.zeros(0)))
-    result |= n_p_discoverable_rate(logprob)
-    if policies:
-        summaries = {name: summarize_suffix_probability(values[f"logprob {name}"]) for name in policies}
-        result["sampling_policies"] = summaries
+    result |= summarize_suffix_probability(values["logprob"])
+    for name, logprob in values.items():
+        if name.startswith("logprob "):
+            summary = {"zeros": int(np.isneginf(logprob).sum()), **summarize_suffix_probability(logprob)}
+            result.setdefault("sampling_policies", {})[name.removeprefix("logprob ")] = summary
     return result
 
 
 def _summarize_groups(
-    config: ExtractConfig,
-    measured: Mapping[str, np.ndarray],
-    sequences: ExtractionSet,
-    overlaps: Overlaps | None,
-    policies: Iterable[str],
+    config: ExtractConfig, measured: Mapping[str, np.ndarray], sequences: ExtractionSet, overlaps: Overlaps | None
 ) -> dict[str, Any]:
     """Summarize all sequences, the overlap classes, and the buckets of duplicates."""
-    result = summarize(measured, policies=policies)
+    result = summarize(measured)
     if overlaps is not None:
         suffix = make_window(config).suffix
         classes = classify(overlaps.length, suffix, config.min_overlap)
-        result |= {name: summarize(measured, classes == name, policies) for name in CLASSES}
+        result |= {name: summarize(measured, classes == name) for name in CLASSES}
         result["thresholds"] = {}
         for threshold in THRESHOLDS:
             classes = classify(overlaps.length, suffix, threshold)
@@ -301,8 +270,41 @@ def _summarize_groups(
             }
     if sequences.duplicates is not None:
         buckets = duplicate_buckets(sequences.duplicates)
-        result["duplicates"] = {name: summarize(measured, members, policies) for name, members in buckets.items()}
+        result["duplicates"] = {name: summarize(measured, members) for name, members in buckets.items()}
     return result
+
+
+def corpus_overlap(corpus: Corpus, model: str, suffixes: np.ndarray, min_overlap: int) -> tuple[Overlaps, str]:
+    """Find the longest matches of suffixes [N, suffix] in a corpus.
+
+    Matches shorter than all thresholds count as none.
+
+    Returns:
+      The matches, and `tokens`, or `text` if the corpus has another tokenizer.
+    """
+    min_length = min(*THRESHOLDS, min_overlap, suffixes.shape[1])
+    source = hub.open_model(model)
+    same_tokens = corpus.manifest["tokenizer_fingerprint"] == source.tokenizer_fingerprint
+    text = corpus if same_tokens else LazilyTokenized(corpus.iter_texts, source.tokenizer)
+    overlaps = longest_overlaps(RaggedTokens.from_list(suffixes), text, min_length=min_length)
+    return overlaps, "tokens" if same_tokens else "text"
+
+
+def classify(lengths: np.ndarray, suffix: int, min_overlap: int) -> np.ndarray:
+    """Return the class [N] of each sequence from its match length."""
+    return np.where(lengths >= suffix, "seen", np.where(lengths >= min_overlap, "partial", "held_out"))
+
+
+def duplicate_buckets(duplicates: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the members, bool [N], of buckets 0, 1, 2, 3–4 …."""
+    buckets: dict[str, np.ndarray] = {}
+    low, high = 0, 0
+    while low <= int(duplicates.max(initial=-1)):
+        members = (duplicates >= low) & (duplicates <= high)
+        if members.any():
+            buckets[str(low) if low == high else f"{low}-{high}"] = members
+        low, high = high + 1, max(1, 2 * high)
+    return buckets
 
 
 def _make_table(measured: Mapping[str, np.ndarray], sequences: ExtractionSet) -> pa.Table:

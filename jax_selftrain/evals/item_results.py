@@ -24,7 +24,6 @@ from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import hash_json
 
 if TYPE_CHECKING:
-    from jax_selftrain.evals.perplexity import TokenizedText
     from jax_selftrain.evals.tasks import Task
 
 REQUESTS = pa.schema(
@@ -138,11 +137,11 @@ def dev_test_split(item: str) -> Literal["dev", "test"]:
     return "dev" if int(item[:16], 16) < DEV_SHARE * 2**64 else "test"
 
 
-def tabulate_items(tasks: Sequence[Task], texts: Mapping[str, Sequence[TokenizedText]], requests: pa.Table) -> pa.Table:
+def tabulate_items(tasks: Sequence[Task], texts: Mapping[str, Sequence[str]], requests: pa.Table) -> pa.Table:
     """Compute the table `ITEMS` from a table of requests.
 
     Args:
-      tasks: the questions and their right answers.
+      tasks: the questions and their right answers, and text files.
       texts: the scored part of each document, by text file.
       requests: scores of one model, `REQUESTS`.
     """
@@ -150,6 +149,9 @@ def tabulate_items(tasks: Sequence[Task], texts: Mapping[str, Sequence[Tokenized
     rows: list[dict[str, Any]] = []
     for task in tasks:
         scores = {name: values[columns["task"] == task.name] for name, values in columns.items()}
+        totals, tokens = (
+            np.bincount(scores["doc"], scores[name], len(task.questions)) for name in ("loglikelihood", "tokens")
+        )
         start = 0
         for doc, question in enumerate(task.questions):
             answer, choices = question.answer, len(question.continuations)
@@ -159,6 +161,13 @@ def tabulate_items(tasks: Sequence[Task], texts: Mapping[str, Sequence[Tokenized
                 "doc": doc,
                 "item_hash": item_hash(question.context, question.continuations),
                 "cluster": question.cluster,
+            }
+            rows.append(row)
+            if task.kind == "text":
+                size = len(texts[task.name][doc].encode())
+                row |= {"choices": 0, "loglikelihood": totals[doc], "tokens": int(tokens[doc]), "bytes": size}
+                continue
+            row |= {
                 "choices": choices,
                 "loglikelihood": values[answer],
                 "tokens": scores["tokens"][start + answer],
@@ -170,14 +179,7 @@ def tabulate_items(tasks: Sequence[Task], texts: Mapping[str, Sequence[Tokenized
                 row["acc"] = np.argmax(values) == answer
                 row["acc_norm"] = np.argmax(values / np.array(question.lengths)) == answer
                 row["log_odds"] = log_odds(values, answer)
-            rows.append(row)
             start += choices
-    for name, texts_of_file in texts.items():
-        members = columns["task"] == name
-        totals = np.bincount(columns["doc"][members], columns["loglikelihood"][members], len(texts_of_file))
-        for doc, (text, total) in enumerate(zip(texts_of_file, totals, strict=True)):
-            row = {"task": name, "doc": doc, "item_hash": text.item_hash, "choices": 0}
-            rows.append(row | {"loglikelihood": total, "tokens": len(text.tokens), "bytes": text.bytes})
     return pa.Table.from_pylist(rows, schema=ITEMS)
 
 

@@ -40,14 +40,10 @@ from jax_selftrain.version import versions
 _CHUNK = 1 << 24  # tokens
 
 
-def measure_leakage(config: LeakageConfig, *, corpus: Corpus | None = None) -> dict[str, Any]:
+def measure_leakage(config: LeakageConfig) -> dict[str, Any]:
     """Measure leakage of a training text, and write the result.
 
     Writes `FILE.json`, `FILE.samples.parquet`, `FILE.config.yaml`, `FILE.timings.json`.
-
-    Args:
-      config: the options.
-      corpus: the corpus of `config.corpus`; None: it is opened.
 
     Returns:
       The content of `FILE.json`: `samples`; `leaking_samples`; `leak_rate`, their share, with standard error and
@@ -60,7 +56,7 @@ def measure_leakage(config: LeakageConfig, *, corpus: Corpus | None = None) -> d
     yaml_io.require(config)
     output_paths(config.out)
     started = time.monotonic()
-    corpus = open_corpus(config.corpus) if corpus is None else corpus
+    corpus = open_corpus(config.corpus)
     with tempfile.TemporaryDirectory() as folder:
         documents, text, text_fingerprint = _open_text(config, corpus, Path(folder))
         opened = time.monotonic()

@@ -22,16 +22,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jax_selftrain import hub
 from jax_selftrain.config import SampleConfig, yaml_io
 from jax_selftrain.errors import InputError
-from jax_selftrain.likelihood.engine import (
-    Likelihood,
-    LoglikelihoodFn,
-    LoglikelihoodRequest,
-    check_finite,
-    loglikelihoods,
-)
+from jax_selftrain.likelihood.engine import Likelihood, LoglikelihoodFn, LoglikelihoodRequest, check_finite
+from jax_selftrain.likelihood.resumable import loglikelihoods
 from jax_selftrain.likelihood.tokenize import check_tokenizer, encode_pairs, rolling_windows, start_token
 from jax_selftrain.sampling.generate import PROMPT_TOKENS, StopCriterion, generate
-from jax_selftrain.sampling.sampling_params import SamplingParams, make_sampling_params
+from jax_selftrain.sampling.sampling_params import POLICY_FIELDS, SamplingParams, make_sampling_params
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -49,7 +44,7 @@ if TYPE_CHECKING:
 
 MAX_GEN_TOKS = 256
 """Default of `HFLM.max_gen_toks`."""
-_GENERATION = frozenset({"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "min_p"})
+_GENERATION = frozenset({"until", "max_gen_toks", "do_sample", *POLICY_FIELDS})
 
 
 class AnsweredInstance(NamedTuple):
@@ -288,8 +283,9 @@ def _sampling_params(model: hub.LoadedModel, options: Mapping[str, Any], where: 
     stop_ids = model.special_tokens.eos_token_ids
     if not options["do_sample"]:
         return SamplingParams(max_tokens=options["max_gen_toks"], stop_ids=stop_ids, temperature=0)
-    kinds: dict[str, Any] = {"temperature": float, "top_k": int, "top_p": float, "min_p": float}
-    given = {name: kind(options[name]) for name, kind in kinds.items() if options.get(name) is not None}
+    given: dict[str, Any] = {
+        name: kind(options[name]) for name, kind in POLICY_FIELDS.items() if options.get(name) is not None
+    }
     given |= {"max_tokens": options["max_gen_toks"], "start_id": start_token(model)}
     config = SampleConfig(model=model.source.ref, **given)
     return make_sampling_params(config, model.config, model.special_tokens)

@@ -131,14 +131,11 @@ def evaluate_tasks(
         raise AssertionError("the harness returns results on rank 0, which is the only one")
     order = {name: i for i, name in enumerate(tasks["tasks"])}
     answered = sorted(lm.answered, key=lambda a: (order[a.instance.task_name], a.instance.doc_id, a.instance.idx))
-    arguments: dict[str, list[Any]] = {name: [] for name in order}
-    for answer in answered:
-        arguments[answer.instance.task_name].append(answer.instance.args)
     facts = {
         name: {
             "version": results["versions"].get(name),
             "num_fewshot": results["n-shot"].get(name),
-            "requests": hash_json(arguments[name]),
+            "requests": hash_json([a.instance.args for a in answered if a.instance.task_name == name]),
         }
         for name in order
     }

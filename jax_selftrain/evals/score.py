@@ -8,11 +8,9 @@ them; all must see the folder of FILE.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,13 +23,12 @@ from jax_selftrain.distributed.mesh import make_mesh, parse_mesh
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.item_results import REQUESTS, hash_items, select_items, tabulate_items
 from jax_selftrain.evals.lm_eval_tasks import evaluate_tasks, load_lm_eval_tasks, split_names
-from jax_selftrain.evals.perplexity import TextFile, TokenizedText, encode_text, load_texts, perplexity_metrics
 from jax_selftrain.evals.result_files import output_paths, write_results
-from jax_selftrain.evals.tasks import Task, load_tasks, task_metrics
+from jax_selftrain.evals.tasks import Task, load_tasks, load_texts, paths_by_name, task_metrics
 from jax_selftrain.io.manifest import sha256_file
 from jax_selftrain.likelihood.engine import LoglikelihoodFn, LoglikelihoodRequest, check_finite
-from jax_selftrain.likelihood.resumable import PartialResults, loglikelihoods_resumable, process_local_if_possible
-from jax_selftrain.likelihood.tokenize import check_tokenizer, encode_pairs, rolling_windows, start_token
+from jax_selftrain.likelihood.resumable import PartialResults, loglikelihoods, process_local_if_possible
+from jax_selftrain.likelihood.tokenize import check_tokenizer, encode_pairs, encode_text, rolling_windows, start_token
 from jax_selftrain.version import versions
 
 
@@ -39,12 +36,12 @@ from jax_selftrain.version import versions
 class RequestSet:
     """Tokenized requests of tasks and texts."""
 
-    tasks: tuple[Task, ...] = ()
-    texts: Mapping[str, Sequence[TokenizedText]] = field(default_factory=dict)
-    """Documents of each text file by its name."""
-    index: tuple[tuple[str, int, int], ...] = ()
+    tasks: tuple[Task, ...]
+    texts: Mapping[str, Sequence[str]]
+    """Scored part of each document, by text file."""
+    index: tuple[tuple[str, int, int], ...]
     """(task, doc, choice) of each request."""
-    requests: tuple[LoglikelihoodRequest, ...] = ()
+    requests: tuple[LoglikelihoodRequest, ...]
 
 
 def score(config: ScoreConfig) -> dict[str, Any]:
@@ -71,8 +68,8 @@ def score(config: ScoreConfig) -> dict[str, Any]:
 def _score(config: ScoreConfig, mesh: Mesh) -> dict[str, Any]:
     started = time.monotonic()
     references, names = split_names(config.tasks)
-    tasks, texts = load_tasks(references, config.limit), load_texts(config.texts, config.text_limit)
-    files = paths_by_name(tasks, texts)
+    tasks = [*load_tasks(references, config.limit), *load_texts(config.texts, config.text_limit)]
+    files = paths_by_name(tasks)
     named_tasks = None
     if names:
         named_tasks = load_lm_eval_tasks(names, files, folder=config.task_folder, num_fewshot=config.num_fewshot)
@@ -81,9 +78,9 @@ def _score(config: ScoreConfig, mesh: Mesh) -> dict[str, Any]:
     check_tokenizer(model)
     loaded = time.monotonic()
     parts = PartialResults(output_paths(config.out, "parts")[1])
-    loglikelihood_fn = partial(loglikelihoods_resumable, model, parts=parts, batch_tokens=config.batch_tokens)
+    loglikelihood_fn = partial(loglikelihoods, model, parts=parts, batch_tokens=config.batch_tokens)
     try:
-        request_set = build_requests(model, tasks, texts, text_max_tokens=config.text_max_tokens)
+        request_set = build_requests(model, tasks, text_max_tokens=config.text_max_tokens)
         entries, tables = score_requests(request_set, loglikelihood_fn)
         if named_tasks is not None:
             named, named_tables = evaluate_tasks(
@@ -113,37 +110,35 @@ def scoring_mesh(spec: str) -> Mesh:
 
 
 def build_requests(
-    model: hub.LoadedModel | hub.ModelRef,
-    tasks: Sequence[Task] = (),
-    texts: Sequence[TextFile] = (),
-    *,
-    text_max_tokens: int | None = None,
+    model: hub.LoadedModel | hub.ModelRef, tasks: Sequence[Task], *, text_max_tokens: int | None = None
 ) -> RequestSet:
-    """Tokenize tasks and texts for `score_requests`.
+    """Tokenize tasks for `score_requests`.
 
     Args:
       model: a model, or its reference.
-      tasks: from `load_tasks`.
-      texts: from `load_texts`.
+      tasks: from `load_tasks` and `load_texts`.
       text_max_tokens: maximum number of tokens of each text.
 
     Raises:
       InputError: a request does not fit the model.
     """
-    start = model.special_tokens.bos_token_id
-    if texts and start is None:
-        raise InputError("the model names no BOS or EOS token, so texts have no start token")
-    documents = {
-        text.name: [encode_text(model.tokenizer, document, text_max_tokens) for document in text.documents]
-        for text in texts
-    }
-    pairs = [pair for task in tasks for pair in _task_requests(model, task)]
-    for name, tokenized in documents.items():
-        for doc, document in enumerate(tokenized):
-            windows = rolling_windows(document.tokens, start or 0, model.config.max_positions)
-            pairs += [((name, doc, window), request) for window, request in enumerate(windows)]
+    texts: dict[str, list[str]] = {}
+    pairs: list[tuple[tuple[str, int, int], LoglikelihoodRequest]] = []
+    for task in tasks:
+        if task.kind != "text":
+            pairs += _task_requests(model, task)
+            continue
+        start = model.special_tokens.bos_token_id
+        if start is None:
+            raise InputError("the model names no BOS or EOS token, so texts have no start token")
+        texts[task.name] = []
+        for doc, document in enumerate(task.documents):
+            tokens, text = encode_text(model.tokenizer, document, text_max_tokens)
+            texts[task.name].append(text)
+            windows = rolling_windows(tokens, start, model.config.max_positions)
+            pairs += [((task.name, doc, window), request) for window, request in enumerate(windows)]
     index, requests = zip(*pairs, strict=True) if pairs else ((), ())
-    return RequestSet(tuple(tasks), documents, index, requests)
+    return RequestSet(tuple(tasks), texts, index, requests)
 
 
 def score_requests(
@@ -168,26 +163,11 @@ def score_requests(
     rows = ((*index, *likelihood) for index, likelihood in zip(request_set.index, likelihoods, strict=True))
     requests = pa.Table.from_pylist([dict(zip(REQUESTS.names, row, strict=True)) for row in rows], schema=REQUESTS)
     items = tabulate_items(request_set.tasks, request_set.texts, requests)
-    tasks = {task.name: task_metrics(select_items(items, task.name)) for task in request_set.tasks}
-    texts = {
-        name: perplexity_metrics(select_items(items, name), [document.words for document in documents])
-        for name, documents in request_set.texts.items()
-    }
-    return {"tasks": tasks, "texts": texts}, {"requests": requests, "items": items}
-
-
-def paths_by_name(tasks: Sequence[Task], texts: Sequence[TextFile]) -> dict[str, Path]:
-    """Return the file of each task and text.
-
-    Raises:
-      InputError: two files have one name.
-    """
-    named: list[Task | TextFile] = [*tasks, *texts]
-    files = {file.name: file.path for file in named}
-    if len(files) < len(named):
-        repeated = Counter(file.name for file in named).most_common(1)[0][0]
-        raise InputError(f"two files to score are named {repeated!r}; rename one of them")
-    return files
+    entries: dict[str, Any] = {"tasks": {}, "texts": {}}
+    for task in request_set.tasks:
+        results, texts = select_items(items, task.name), request_set.texts.get(task.name, ())
+        entries["texts" if task.kind == "text" else "tasks"][task.name] = task_metrics(results, texts)
+    return entries, {"requests": requests, "items": items}
 
 
 def _task_requests(

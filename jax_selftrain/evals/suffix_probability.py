@@ -18,14 +18,12 @@ import numpy as np
 from jax_selftrain.config import SampleConfig, yaml_io
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.result_files import describe_mean
-from jax_selftrain.sampling import SamplingParams
+from jax_selftrain.sampling.sampling_params import POLICY_FIELDS, SamplingParams
 
 N_SAMPLES = (*(mantissa * 10**power for power in range(4) for mantissa in (1, 2, 5)), 10_000)
 """Values of n."""
 P_LEVELS = (0.1, 0.5, 0.9)
 """Values of p."""
-
-_FIELDS = {"temperature": float, "top-k": int, "top-p": float, "min-p": float}
 
 
 def parse_sampling_policies(specs: Sequence[str]) -> dict[str, SamplingParams]:
@@ -41,19 +39,19 @@ def parse_sampling_policies(specs: Sequence[str]) -> dict[str, SamplingParams]:
     """
     policies: dict[str, SamplingParams] = {}
     for spec in specs:
-        given: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for part in spec.split(","):
-            name, equals, value = (piece.strip() for piece in part.partition("="))
-            if name not in _FIELDS or not equals or name in given:
+            flag, equals, value = (piece.strip() for piece in part.partition("="))
+            name = flag.replace("-", "_")
+            if name not in POLICY_FIELDS or not equals or name in values:
                 raise InputError(
                     f"--sampling-policies {spec}: write temperature, top-k, top-p or min-p, each once, as in "
                     "temperature=1,top-k=40"
                 )
             try:
-                given[name] = _FIELDS[name](value)
+                values[name] = POLICY_FIELDS[name](value)
             except ValueError:
-                raise InputError(f"--sampling-policies {spec}: {value!r} is not a number for {name}") from None
-        values = {name.replace("-", "_"): value for name, value in given.items()}
+                raise InputError(f"--sampling-policies {spec}: {value!r} is not a number for {flag}") from None
         try:
             yaml_io.check_ranges(SampleConfig(**values))
         except InputError as error:
@@ -84,25 +82,18 @@ def n_p_discoverable(logprob: np.ndarray) -> dict[str, np.ndarray]:
     return {f"{n}@{p}": n * log_miss <= np.log1p(-p) for n in N_SAMPLES for p in P_LEVELS}
 
 
-def n_p_discoverable_rate(logprob: np.ndarray) -> dict[str, Any]:
-    """Return the share of discoverable sequences and its standard error by "n@p"."""
-    shares = {key: describe_mean("discoverable", flags) for key, flags in n_p_discoverable(logprob).items()}
-    names = ("discoverable", "discoverable_stderr")
-    return {name: {key: share[name] for key, share in shares.items()} for name in names}
-
-
 def summarize_suffix_probability(logprob: np.ndarray) -> dict[str, Any]:
     """Summarize log p_z [N] under one policy.
 
     Returns:
-      `zeros`: number of sequences with p_z = 0; `logprob`: mean log p_z of the others, nats; `pz`: mean p_z, the share
-      that one sample extracts; `discoverable` by "n@p". Standard errors are under `…_stderr`. Means of nothing are
-      None.
+      `logprob`: mean log p_z, nats, of sequences with p_z > 0 (improbable suffixes dominate it); `pz`: mean p_z, the
+      share that one sample extracts; `discoverable` by "n@p", the share of (n, p)-discoverable sequences. Standard
+      errors are under `…_stderr`. Means of nothing are None.
     """
-    possible = logprob[np.isfinite(logprob)]
+    shares = {key: describe_mean("discoverable", flags) for key, flags in n_p_discoverable(logprob).items()}
+    names = ("discoverable", "discoverable_stderr")
     return {
-        "zeros": len(logprob) - len(possible),
-        **describe_mean("logprob", possible),
+        **describe_mean("logprob", logprob[np.isfinite(logprob)]),
         **describe_mean("pz", np.exp(logprob)),
-        **n_p_discoverable_rate(logprob),
+        **{name: {key: share[name] for key, share in shares.items()} for name in names},
     }

@@ -1,9 +1,13 @@
-"""Tasks from local JSONL files: multiple choice and last-word prediction.
+"""Tasks from local JSONL files: multiple choice, last-word prediction, perplexity of texts.
 
 Our formats join context and continuation without a separator. Published formats are read as published, and prompted as
 in lm-evaluation-harness 0.4.13 (`blimp_*`, `arc_easy`, `piqa`, `lambada_openai`): one space between context and choice,
 also before a BLiMP sentence, whose context is empty. `FORMATS` lists the columns. Any row may have a `cluster`, a label
 (entity, template) that it shares with the questions that it depends on.
+
+A text is scored as it would be sampled: start token, then its tokens, without an end token. (lm-evaluation-harness lets
+Llama-like tokenizers add a second BOS and scores its prediction.) The document is the unit of standard errors, because
+tokens of one text are not independent.
 
 `acc_norm` divides by the length of the choice in *characters*, without the separating space, as the harness's code does
 (`len(choice)`; its `acc_bytes` is another metric).
@@ -11,17 +15,20 @@ also before a BLiMP sentence, whose context is empty. `FORMATS` lists the column
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+import numpy as np
 
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals.item_results import ItemResults
+from jax_selftrain.evals.item_results import ItemResults, Kind
 from jax_selftrain.evals.result_files import describe_mean, is_text, with_stderr
 from jax_selftrain.io.jsonl import read_jsonl
-from jax_selftrain.stats.standard_errors import exp_and_stderr, mean_and_stderr
+from jax_selftrain.stats.standard_errors import exp_and_stderr, mean_and_stderr, ratio_and_stderr
 
 JsonRow = dict[str, Any]
 
@@ -32,7 +39,7 @@ class Question:
 
     context: str
     continuations: tuple[str, ...]
-    """The choices, or the last word."""
+    """The choices, the last word, or the text."""
     answer: int
     """Index of the right choice."""
     lengths: tuple[int, ...]
@@ -43,12 +50,17 @@ class Question:
 
 @dataclass(frozen=True)
 class Task:
-    """Questions of one file."""
+    """Questions or texts of one file."""
 
     name: str
     path: Path
-    kind: Literal["choice", "last_word"]
+    kind: Kind
     questions: tuple[Question, ...]
+
+    @property
+    def documents(self) -> list[str]:
+        """The texts, or the first choice of each question."""
+        return [question.continuations[0] for question in self.questions]
 
 
 def load_tasks(references: Sequence[str], limit: int | None = None) -> list[Task]:
@@ -59,25 +71,68 @@ def load_tasks(references: Sequence[str], limit: int | None = None) -> list[Task
       limit: maximum number of questions of each task.
 
     Raises:
-      InputError: a file is missing or cannot be read, or two tasks have one name.
+      InputError: a file is missing or cannot be read.
     """
-    tasks = [_load_task(path, format, limit) for reference in references for path, format in _resolve(reference)]
-    repeated = [name for name, times in Counter(task.name for task in tasks).items() if times > 1]
-    if repeated:
-        paths = " and ".join(str(task.path) for task in tasks if task.name == repeated[0])
-        raise InputError(f"two tasks are named {repeated[0]!r} ({paths}); rename one of the files")
+    return [_load_task(path, format, limit) for reference in references for path, format in _resolve(reference)]
+
+
+def load_texts(paths: Sequence[str], limit: int | None = None) -> list[Task]:
+    """Read the `text` field of JSONL files; skip blank texts.
+
+    Raises:
+      InputError: a file is missing or not JSONL, has a line without text, or has no texts.
+    """
+    tasks = []
+    for path in map(Path, paths):
+        questions = []
+        for where, row in read_jsonl(path, limit):
+            if not is_text(row.get("text")):
+                raise InputError(f"{where}: no text under `text`")
+            if row["text"].strip():
+                questions.append(Question("", (row["text"],), 0, (len(row["text"]),)))
+        if not questions:
+            raise InputError(f"{path}: no texts in it")
+        tasks.append(Task(path.name.removesuffix(".jsonl"), path, "text", tuple(questions)))
     return tasks
 
 
-def task_metrics(results: ItemResults) -> dict[str, Any]:
+def paths_by_name(tasks: Sequence[Task]) -> dict[str, Path]:
+    """Return the file of each task.
+
+    Raises:
+      InputError: two files have one name.
+    """
+    name, times = Counter(task.name for task in tasks).most_common(1)[0] if tasks else ("", 1)
+    if times > 1:
+        paths = " and ".join(str(task.path) for task in tasks if task.name == name)
+        raise InputError(f"two files to score are named {name!r} ({paths}); rename one of them")
+    return {task.name: task.path for task in tasks}
+
+
+def task_metrics(results: ItemResults, texts: Sequence[str] = ()) -> dict[str, Any]:
     """Compute the metrics of a task.
 
+    Args:
+      results: of each question or text.
+      texts: the scored part of each text.
+
     Returns:
-      `n` and `acc`; for multiple choice `acc_norm` and `chance` (accuracy of guessing); for last words `perplexity`
-      (exp of the mean negative log-likelihood of a word). Standard errors are under `…_stderr`.
+      `n`, and by kind: multiple choice: `acc`, `acc_norm` and `chance` (accuracy of guessing). Last words: `acc` and
+      `perplexity` (exp of the mean negative log-likelihood of a word). Texts: `tokens`, `bytes`, `words` (pieces
+      between white space, as in lm-evaluation-harness), `nll` (nats per token), `perplexity` (per token),
+      `word_perplexity`, `byte_perplexity`, `bits_per_byte`. Standard errors are under `…_stderr`.
     """
+    metrics: dict[str, Any] = {"n": results.count}
+    if results.kind == "text":
+        words = np.array([len(re.split(r"\s+", text)) for text in texts])
+        counts = {"tokens": results.tokens, "bytes": results.bytes, "words": words}
+        token, byte, word = (ratio_and_stderr(-results.loglikelihood, count) for count in counts.values())
+        metrics |= {unit: int(count.sum()) for unit, count in counts.items()} | with_stderr("nll", token)
+        for name, (value, error) in {"": token, "word_": word, "byte_": byte}.items():
+            metrics |= with_stderr(f"{name}perplexity", exp_and_stderr(value, error))
+        return metrics | with_stderr("bits_per_byte", (byte[0] / np.log(2), byte[1] and byte[1] / np.log(2)))
     assert results.acc is not None
-    metrics: dict[str, Any] = {"n": results.count, **describe_mean("acc", results.acc)}
+    metrics |= describe_mean("acc", results.acc)
     if results.kind == "last_word":
         return metrics | with_stderr("perplexity", exp_and_stderr(*mean_and_stderr(-results.loglikelihood)))
     assert results.acc_norm is not None
@@ -119,7 +174,7 @@ def _load_task(path: Path, format: str | None, limit: int | None) -> Task:
             raise InputError(f"{where}: cannot be read as {format}: {error}") from None
         _check(question, where)
         questions.append(question)
-    kind: Literal["choice", "last_word"] = "last_word" if format in ("last_word", "lambada") else "choice"
+    kind: Kind = "last_word" if format in ("last_word", "lambada") else "choice"
     return Task(path.name.removesuffix(".jsonl"), path, kind, tuple(questions))
 
 

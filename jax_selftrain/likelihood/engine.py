@@ -26,6 +26,7 @@ from jax.typing import DTypeLike
 from jax_selftrain import hub
 from jax_selftrain.config import ScoreConfig
 from jax_selftrain.distributed.mesh import mesh_context, xla_options
+from jax_selftrain.distributed.progress import progress_bar
 from jax_selftrain.distributed.sharding import ShardingRules, make_sharding_rules, shard_host_array
 from jax_selftrain.errors import InputError
 from jax_selftrain.likelihood.batching import (
@@ -34,7 +35,6 @@ from jax_selftrain.likelihood.batching import (
     WorkUnit,
     batch_rows,
     buffer_size,
-    plan_units,
     unique_token_capacity,
 )
 from jax_selftrain.likelihood.device_programs import encode_batch, score_buffer
@@ -66,29 +66,6 @@ Unit = TypeVar("Unit")
 Requests = Sequence[LoglikelihoodRequest | tuple[Sequence[int], Sequence[int]]]
 LoglikelihoodFn = Callable[[Sequence[LoglikelihoodRequest]], list[Likelihood]]
 """Function that scores requests, in their order."""
-
-
-def loglikelihoods(model: hub.LoadedModel, requests: Requests, *, batch_tokens: int | None = None) -> list[Likelihood]:
-    """Compute the log-likelihood of each continuation given its context.
-
-    Args:
-      model: from `hub.load_model`.
-      requests: pairs of token ids (context, continuation), both non-empty.
-      batch_tokens: token positions in one device batch, over the whole mesh; None: 512 per replica on a CPU, 8192
-        elsewhere.
-
-    Returns:
-      One `Likelihood` per request, in their order. The caller must check for NaN.
-
-    Raises:
-      InputError: a request is empty, has ids outside the vocabulary, or a continuation longer than the model.
-    """
-    unique, index = deduplicate(model.config, requests)
-    units = plan_units(model.sharding_rules, model.config, unique, batch_tokens)
-    found: dict[int, Likelihood] = {}
-    for _, likelihoods in run_batches(model, with_progress(units), batch_tokens):
-        found |= likelihoods
-    return [found[i] for i in index]
 
 
 def check_finite(loglikelihoods: Iterable[float], labels: Iterable[str]) -> None:
@@ -294,11 +271,9 @@ def _validate(
     return TokenizedRequest(tokens[-(config.max_positions + 1) :].astype(np.int32), len(continuation))
 
 
-def with_progress(units: Sequence[Unit]) -> Iterable[Unit]:
+def with_progress(units: Sequence[Unit]) -> Iterator[Unit]:
     """Iterate over units with a progress bar on process 0."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    is_hidden = not console.is_terminal or jax.process_index() != 0
-    return track(units, "scoring", console=console, transient=True, disable=is_hidden)
+    with progress_bar("scoring", len(units)) as show:
+        for done, unit in enumerate(units):
+            show(done, "")
+            yield unit

@@ -152,14 +152,9 @@ def pack_trie(requests: Sequence[TokenizedRequest], lcp: np.ndarray, members: Se
 
 
 def _merge_query_positions(positions: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Merge up to `MAX_TARGETS` different targets of one position into one query.
+    """Merge up to `MAX_TARGETS` targets [n] of one position [n].
 
-    Args:
-      positions: [n], indices into the row.
-      targets: [n], the token that is scored at each.
-
-    Returns:
-      `query_positions` [Q] and `targets` [Q, MAX_TARGETS] of the row, and the index of each pair in `targets` [n, 2].
+    Returns `query_positions` [Q] and `targets` [Q, MAX_TARGETS] of the row, and the index of each pair in `targets`.
     """
     pairs, inverse = np.unique(positions.astype(np.int64) << 32 | targets, return_inverse=True)
     positions, tokens = pairs >> 32, (pairs & 0xFFFFFFFF).astype(np.int32)

@@ -69,7 +69,6 @@ class PartialResults:
         me = jax.process_index()
         if jax.process_count() > 1:
             atomic.write_text(self.ready_file(me), "")
-        if live_processes()[0] != me:
             while self.folder.exists() and live_processes()[0] != me:
                 time.sleep(POLL_SECONDS)
             if not self.folder.exists():  # the process that has written may have ended since
@@ -84,16 +83,32 @@ class PartialResults:
         return self.folder / f"read-by-{process}"
 
 
-def loglikelihoods_resumable(
-    model: hub.LoadedModel, requests: Requests, parts: PartialResults, *, batch_tokens: int | None = None
+def loglikelihoods(
+    model: hub.LoadedModel, requests: Requests, *, batch_tokens: int | None = None, parts: PartialResults | None = None
 ) -> list[Likelihood]:
-    """Compute log-likelihoods, and keep finished units in `parts`; see `engine.loglikelihoods`.
+    """Compute the log-likelihood of each continuation given its context.
+
+    Args:
+      model: from `hub.load_model`.
+      requests: pairs of token ids (context, continuation), both non-empty.
+      batch_tokens: token positions in one device batch, over the whole mesh; None: 512 per replica on a CPU, 8192
+        elsewhere.
+      parts: keeps finished units, which are not computed again; None: nothing is kept.
+
+    Returns:
+      One `Likelihood` per request, in their order. The caller must check for NaN.
 
     Raises:
-      InputError: a request cannot be scored, or a file in the folder is damaged.
+      InputError: a request is empty, has ids outside the vocabulary, or a continuation longer than the model; or a file
+        of `parts` is damaged.
     """
     unique, index = deduplicate(model.config, requests)
     units = plan_units(model.sharding_rules, model.config, unique, batch_tokens)
+    found: dict[int, Likelihood] = {}
+    if parts is None:
+        for _, likelihoods in run_batches(model, with_progress(units), batch_tokens):
+            found |= likelihoods
+        return [found[i] for i in index]
     parts.requests += len(requests)
     parts.unique_requests += len(unique)
     if not units:
@@ -108,13 +123,13 @@ def loglikelihoods_resumable(
     }
 
     def compute(indices: Iterable[int]) -> Iterator[tuple[int, pa.Table]]:
-        for unit, found in run_batches(model, (units[i] for i in indices), batch_tokens):
-            columns = zip(*(found[i] for i in unit.request_ids), strict=True)
+        for unit, likelihoods in run_batches(model, (units[i] for i in indices), batch_tokens):
+            columns = zip(*(likelihoods[i] for i in unit.request_ids), strict=True)
             yield unit.index, pa.table(dict(zip(Likelihood._fields, map(list, columns), strict=True)))
 
     table = compute_units(model, parts, inputs, [unit.request_ids for unit in units], compute)
-    likelihoods = map(Likelihood, *(table[name].to_pylist() for name in Likelihood._fields))
-    found = dict(zip(table["item"].to_pylist(), likelihoods, strict=True))
+    columns = (table[name].to_pylist() for name in Likelihood._fields)
+    found |= zip(table["item"].to_pylist(), map(Likelihood, *columns), strict=True)
     return [found[i] for i in index]
 
 

@@ -82,6 +82,20 @@ def encode_pairs(tokenizer: Any, prefix: int, pairs: Sequence[tuple[str, str]]) 
     return requests
 
 
+def encode_text(tokenizer: Any, text: str, max_tokens: int | None = None) -> tuple[list[int], str]:
+    """Tokenize a text without special tokens; truncate tokens and text.
+
+    Special strings such as `</s>` in a text are plain text.
+    """
+    encoding = tokenizer(
+        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+    )
+    tokens = encoding["input_ids"]
+    if max_tokens is None or len(tokens) <= max_tokens:
+        return tokens, text
+    return tokens[:max_tokens], text[: encoding["offset_mapping"][max_tokens - 1][1]]
+
+
 def rolling_windows(tokens: Sequence[int], start: int, max_positions: int) -> Iterator[LoglikelihoodRequest]:
     """Yield requests that together score every token of a text once.
 

@@ -45,10 +45,8 @@ def evaluation_hooks(config: TrainConfig) -> list[Hook]:
         return []
     tasks = evals.load_tasks(config.eval_tasks, config.eval_limit)
     texts = evals.load_texts(config.eval_texts, config.eval_limit)
-    evals.paths_by_name(tasks, texts)
-    requests = evals.RequestSet()
-    if tasks or texts:
-        requests = evals.build_requests(hub.open_model(config.model), tasks, texts)
+    evals.paths_by_name([*tasks, *texts])
+    requests = evals.build_requests(hub.open_model(config.model), [*tasks, *texts])
     sequences = _load_sequences(config)
 
     def measure(step: int, model: LoadedModel) -> dict[str, float]:

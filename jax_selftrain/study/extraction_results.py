@@ -18,7 +18,7 @@ from jax_selftrain import evals
 from jax_selftrain.config import ExtractConfig, StudyConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals import n_p_discoverable
-from jax_selftrain.evals.overlap_classes import CLASSES, THRESHOLDS
+from jax_selftrain.evals.extraction import CLASSES, THRESHOLDS
 from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.stats import estimators
 from jax_selftrain.study import measure_names as names
@@ -167,8 +167,8 @@ def aa_flip_rate(design: Design) -> list[dict[str, Any]]:
     for student, repeats in design.aa_repeats.items():
         for repeat, stage in repeats.items():
             first, second = _read_pair(design, design.extract_base[student], stage)
-            flips, shift = evals.flip_rate(first, second), np.abs(first["logprob"] - second["logprob"])
-            entry = {"student": student, "repeat": repeat, "n": int(shift.size), "flips": flips}
+            flips, shift = first["exact_match"] != second["exact_match"], np.abs(first["logprob"] - second["logprob"])
+            entry = {"student": student, "repeat": repeat, "n": int(shift.size), "flips": float(np.mean(flips))}
             found.append(entry | {"log_pz": float(np.mean(shift))})
     return found
 

@@ -205,7 +205,8 @@ def check_study(config: StudyConfig, read_corpus: Callable[[str], Corpus] = open
     _check_memorization(config)
     check_claims(config)
     score = config.score
-    evals.paths_by_name(evals.load_tasks(score.tasks, score.limit), evals.load_texts(score.texts, score.text_limit))
+    texts = evals.load_texts(score.texts, score.text_limit)
+    evals.paths_by_name([*evals.load_tasks(score.tasks, score.limit), *texts])
     for ref in models.values():
         _ = hub.open_model(ref).fingerprint
     if config.extract.sequences and len({hub.open_model(models[name]).tokenizer_fingerprint for name in students}) > 1:

@@ -28,10 +28,8 @@ from jax_selftrain.evals import (
     classify,
     extract,
     extraction_metrics,
-    flip_rate,
     make_window,
 )
-from jax_selftrain.evals.exact_match import kept_lost_gained
 from jax_selftrain.evals.extraction import summarize
 from jax_selftrain.sampling import generate, sample
 
@@ -268,22 +266,20 @@ def test_protocols_set_prefix_and_suffix(options):
         make_window(options(array, prefix=None, suffix=40, protocol="lm-extraction"))
 
 
-def test_the_flip_rate_of_a_model_against_itself_is_zero_across_batches_and_small_in_bfloat16(
+def test_a_model_flips_nothing_against_itself_across_batches_and_little_in_bfloat16(
     model, tiny_model, greedy_paths, random_sequences
 ):
     sequences = np.concatenate([greedy_paths, random_sequences])
     first = extraction_metrics(model, sequences, PREFIX, batch_tokens=BATCH, greedy_decode=False)
     for batch_tokens in (32, 200):
         again = extraction_metrics(model, sequences, PREFIX, batch_tokens=batch_tokens, greedy_decode=False)
-        assert flip_rate(first, again) == 0.0
+        np.testing.assert_array_equal(first["exact_match"], again["exact_match"])
     rounded = extraction_metrics(
         hub.load_model(tiny_model(), "data=1", "bfloat16"), sequences, PREFIX, batch_tokens=BATCH, greedy_decode=False
     )
     flips = np.count_nonzero(first["exact_match"] != rounded["exact_match"])
-    assert flip_rate(first, rounded) == flips / 64
     assert 0 < flips <= 32  # greedy paths of a random model are fragile; random sequences cannot flip
-    moved = kept_lost_gained(first["exact_match"], rounded["exact_match"])
-    assert moved == {"kept": 32 - flips, "lost": flips, "gained": 0, "never": 32}
+    assert not rounded["exact_match"][32:].any()
 
 
 def test_extract_writes_what_it_returns_and_again_the_same_bytes(tmp_path, options, random_sequences):

@@ -13,9 +13,8 @@ from models_factory import tiny_texts
 
 from jax_selftrain.config import ScoreConfig
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals import load_score_result, load_tasks, score
+from jax_selftrain.evals import load_score_result, load_tasks, load_texts, score
 from jax_selftrain.evals.item_results import ITEMS, REQUESTS, dev_test_split, item_hash, tabulate_items
-from jax_selftrain.evals.perplexity import TokenizedText
 from jax_selftrain.io import atomic
 
 
@@ -31,9 +30,10 @@ def test_items_have_the_expected_rows(tmp_path):
     ]
     words = [{"context": "Once upon a", "continuation": " time"}]
     tasks = load_tasks([write_jsonl(tmp_path / "choices.jsonl", choices), write_jsonl(tmp_path / "words.jsonl", words)])
+    texts = load_texts([write_jsonl(tmp_path / "stories.jsonl", [{"text": "Once, a féline."}, {"text": "end"}])])
     table = tabulate_items(
-        tasks,
-        {"stories": [TokenizedText((5, 6, 7), 11, 2, "aa"), TokenizedText((8,), 3, 1, "bb")]},
+        [*tasks, *texts],
+        {"stories": ["Once, a fé", "end"]},  # the first is truncated
         requests(
             ("choices", 0, 0, -3.0, False, 1),
             ("choices", 0, 1, -4.8, False, 4),  # better per character than the right choice, worse in sum
@@ -67,8 +67,8 @@ def test_items_have_the_expected_rows(tmp_path):
         item_hash("The sky is", [" blue", " a fish tank"]),
         item_hash("Ravens are", [" né", " black", " x"]),
         item_hash("Once upon a", [" time"]),
-        "aa",
-        "bb",
+        item_hash("", ["Once, a féline."]),
+        item_hash("", ["end"]),
     ]
 
 

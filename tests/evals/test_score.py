@@ -1,6 +1,7 @@
 """The score stage end to end: numbers against independent computations, files, refusals."""
 
 import json
+import re
 import signal
 from dataclasses import replace
 from functools import partial
@@ -24,7 +25,7 @@ from jax_selftrain.likelihood import loglikelihoods
 
 
 def evaluate(model, tasks=(), texts=(), **options):
-    return score_requests(build_requests(model, tasks, texts, **options), partial(loglikelihoods, model))[0]
+    return score_requests(build_requests(model, [*tasks, *texts], **options), partial(loglikelihoods, model))[0]
 
 
 @pytest.fixture
@@ -89,6 +90,9 @@ def test_the_table_of_requests_reproduces_the_metrics(tmp_path, tiny_model, file
     summary = result["texts"]["stories"]
     assert summary["n"] == 4
     assert summary["tokens"] == sum(row["tokens"] for row in texts)
+    stories = [json.loads(line)["text"] for line in Path(files["stories"]).read_text().splitlines()]
+    assert summary["words"] == sum(len(re.split(r"\s+", text)) for text in stories)
+    assert summary["bytes"] == sum(len(text.encode()) for text in stories)
     assert summary["nll"] == pytest.approx(total / summary["tokens"], rel=1e-12)
     assert summary["perplexity"] == pytest.approx(np.exp(summary["nll"]), rel=1e-12)
     assert summary["byte_perplexity"] == pytest.approx(np.exp(total / summary["bytes"]), rel=1e-12)

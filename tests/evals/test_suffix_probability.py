@@ -76,7 +76,7 @@ def test_a_suffix_that_a_policy_excludes_has_probability_zero(model):
     assert measured["logprob temperature=1,top-k=2"][0] == -np.inf
     assert measured["logprob"][0] < measured["logprob temperature=1,top-k=3"][0] < 0
     summary = summarize_suffix_probability(np.array([-np.inf, np.log(0.5)]))
-    assert (summary["zeros"], summary["pz"], summary["logprob"]) == (1, 0.25, np.log(0.5))
+    assert (summary["pz"], summary["logprob"]) == (0.25, np.log(0.5))
     assert summary["discoverable"]["10000@0.9"] == 0.5
     assert summarize_suffix_probability(np.array([-np.inf]))["logprob"] is None
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals import Task, load_tasks, load_texts
+from jax_selftrain.evals import Task, load_tasks, load_texts, paths_by_name
 from jax_selftrain.evals.item_results import REQUESTS, select_items, tabulate_items
 from jax_selftrain.evals.tasks import task_metrics
 from jax_selftrain.likelihood import Likelihood
@@ -178,13 +178,13 @@ def test_two_tasks_of_one_name_are_refused(tmp_path):
     (tmp_path / "a").mkdir()
     row = {"context": "a", "continuation": " b"}
     first, second = write(tmp_path / "t.jsonl", row), write(tmp_path / "a" / "t.jsonl", row)
-    with pytest.raises(InputError, match="two tasks are named 't'"):
-        load_tasks([first, second])
+    with pytest.raises(InputError, match=r"two files to score are named 't' \(.*t\.jsonl and .*t\.jsonl\)"):
+        paths_by_name(load_tasks([first, second]))
 
 
 def test_blank_texts_are_skipped_and_lines_without_text_refused(tmp_path):
     (file,) = load_texts([write(tmp_path / "x.jsonl", {"text": "a"}, {"text": " \n"}, {"text": "b"})])
-    assert file.documents == ("a", "b")
+    assert [question.continuations for question in file.questions] == [("a",), ("b",)]
     with pytest.raises(InputError, match=r"y\.jsonl:1: no text"):
         load_texts([write(tmp_path / "y.jsonl", {"story": "a"})])
     with pytest.raises(InputError, match="no texts in it"):

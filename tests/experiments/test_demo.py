@@ -16,7 +16,7 @@ from jax_selftrain import load_model
 from jax_selftrain.config import DemoConfig, StudyConfig, yaml_io
 from jax_selftrain.corpus import open_corpus
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals.overlap_classes import CLASSES
+from jax_selftrain.evals.extraction import CLASSES
 from jax_selftrain.experiments.microworld import demo
 from jax_selftrain.experiments.microworld.lines_and_questions import WorldConfig
 from jax_selftrain.experiments.microworld.microworld_study import ONE_MODEL_SCALE, ModelSpec, write_worlds
