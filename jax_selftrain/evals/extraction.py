@@ -78,9 +78,9 @@ def _extract(config: ExtractConfig, mesh: Mesh) -> dict[str, Any]:
     sequences, controls = load_extraction_sets(config)
     policies = parse_sampling_policies(config.sampling_policies)
     window, start = make_window(config), find_start_tokens(config)
-    hash_input = dict.fromkeys(("sequences", "control_sequences", "duplicate_counts"), sequences_fingerprint)
-    hash_input |= dict.fromkeys(_MODELS, lambda ref: hub.open_model(ref).fingerprint)
-    fingerprints = {name: function(ref) for name, function in hash_input.items() if (ref := getattr(config, name))}
+    sets = ("sequences", "control_sequences", "duplicate_counts")
+    fingerprints = {name: sequences_fingerprint(ref) for name in sets if (ref := getattr(config, name))}
+    fingerprints |= {name: hub.open_model(ref).fingerprint for name in _MODELS if (ref := getattr(config, name))}
     fingerprints["tokenizer"] = hub.open_model(config.model).tokenizer_fingerprint
     overlaps, matched_on = None, ""
     if config.corpus:
