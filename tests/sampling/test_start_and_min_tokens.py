@@ -53,7 +53,7 @@ def test_log_probabilities_after_start_tokens_are_those_of_the_full_forward_pass
     logprobs = log_softmax(model.logits(with_start(params.start_ids, drawn.tokens[:, :-1]))[:, length - 1 :])
     logprobs = np.take_along_axis(logprobs, drawn.tokens[:, :, None], axis=2)[:, :, 0]
     counted = np.arange(drawn.tokens.shape[1]) < drawn.lengths[:, None]
-    # fp32: about 1e-6 of noise per logit, and sums of up to 70 terms. int8 rounds keys and values to 1/254 of a maximum;
+    # fp32: about 1e-6 of noise per logit, and sums of up to 70 terms. int8 rounds keys, values to 1/254 of a maximum;
     # a wrong position or scale changes a token by more than 0.3.
     error = np.abs(drawn.logprobs - (logprobs * counted).sum(axis=1)) / (1 if cache_dtype is None else drawn.lengths)
     assert error.max() < (1e-4 if cache_dtype is None else 0.03)
