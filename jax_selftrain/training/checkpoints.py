@@ -125,7 +125,8 @@ def restore(folder: Path, run: Run, abstract: TrainState) -> TrainState:
     except InputError as error:
         earlier = [other for other in list_steps(folder.parent) if other < folder]
         fallback = f"step {int(earlier[-1].name)}" if earlier else "the start, as no other checkpoint is left"
-        raise InputError(f"{error}; to fall back to {fallback}, delete {folder} and run again") from error
+        remedy = f"delete {folder} and run the same command again"
+        raise InputError(f"{error}; to fall back to {fallback}, {remedy}") from error
     if int(rest["step"]) != record["step"]:
         raise InputError(f"{folder}: its optimizer is of step {int(rest['step'])}; delete {folder} and run again")
     return TrainState(rest["step"], rest.get("params", model.params), rest["optimizer"])
