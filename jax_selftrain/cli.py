@@ -59,6 +59,10 @@ COMMANDS: dict[str, Command] = {
         config.CompareConfig, "jax_selftrain.study:compare", {"BASE.json": "base", "STUDENT.json": "student"}
     ),
     "extract": Command(config.ExtractConfig, "jax_selftrain.evals:extract"),
+    "subset": Command(config.SubsetConfig, "jax_selftrain.corpus:draw_subset", {"CORPUS": "corpus", "OUT": "out"}),
+    "decontaminate": Command(
+        config.DecontaminateConfig, "jax_selftrain.evals:decontaminate", {"CORPUS": "corpus", "OUT": "out"}
+    ),
     "leakage": Command(config.LeakageConfig, "jax_selftrain.evals:measure_leakage"),
     "run": Command(config.RunConfig, "jax_selftrain.study:run"),
     "study": Command(config.StudyConfig, "jax_selftrain.study:run_study"),
@@ -335,7 +339,7 @@ def _default_hint(default: str, *, required: bool) -> str:
 
 def summary(name: str, options: Any, result: Any) -> str:
     """Summarize the result of a command in a few lines."""
-    if name in ("sample", "import"):
+    if name in ("sample", "import", "subset"):
         return f"{options.out}: {len(result):,} documents, {result.manifest['tokens']:,} tokens"
     if name == "train":
         return f"model: {Path(result) / 'model'}"
@@ -354,6 +358,8 @@ def summary(name: str, options: Any, result: Any) -> str:
         groups = ("held_out", "partial", "seen", "controls", "baseline")
         parts = {"all": result, **{part: result[part] for part in groups if part in result}}
         lines = [_format_metrics(part, {key: numbers.get(key) for key in shown}) for part, numbers in parts.items()]
+    elif name == "decontaminate":
+        lines = [import_module("jax_selftrain.evals.decontamination").describe_report(result)]
     elif name == "leakage":
         shown = ("samples", "leak_rate", "leak_rate_stderr", "longest", "coverage")
         lines = [_format_metrics("all", {key: result[key] for key in shown})]

@@ -6,16 +6,18 @@ a YAML file. Nothing here imports JAX, so that `jax-selftrain --help` is fast.
 
 from jax_selftrain.config.commands import CompareConfig as CompareConfig
 from jax_selftrain.config.commands import ConvertConfig as ConvertConfig
-from jax_selftrain.config.commands import ExportConfig as ExportConfig
 from jax_selftrain.config.commands import ExtractConfig as ExtractConfig
-from jax_selftrain.config.commands import ImportCorpusConfig as ImportCorpusConfig
-from jax_selftrain.config.commands import LeakageConfig as LeakageConfig
 from jax_selftrain.config.commands import MergeConfig as MergeConfig
 from jax_selftrain.config.commands import Packing as Packing
 from jax_selftrain.config.commands import Remat as Remat
 from jax_selftrain.config.commands import SampleConfig as SampleConfig
 from jax_selftrain.config.commands import ScoreConfig as ScoreConfig
 from jax_selftrain.config.commands import TrainConfig as TrainConfig
+from jax_selftrain.config.corpus_commands import DecontaminateConfig as DecontaminateConfig
+from jax_selftrain.config.corpus_commands import ExportConfig as ExportConfig
+from jax_selftrain.config.corpus_commands import ImportCorpusConfig as ImportCorpusConfig
+from jax_selftrain.config.corpus_commands import LeakageConfig as LeakageConfig
+from jax_selftrain.config.corpus_commands import SubsetConfig as SubsetConfig
 from jax_selftrain.config.study import ArmConfig as ArmConfig
 from jax_selftrain.config.study import ClaimConfig as ClaimConfig
 from jax_selftrain.config.study import DemoConfig as DemoConfig

@@ -79,44 +79,6 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
-class ImportCorpusConfig:
-    """Import real text from JSONL, `datasets` or TFDS as a corpus."""
-
-    source: Required[Input[str]] = ""
-    """`FILE.jsonl`, `tfds:FOLDER`, `datasets:NAME[:SUBSET]`, or a folder for `datasets.load_from_disk`."""
-    model: Required[Input[str]] = ""
-    """Model or tokenizer folder whose tokenizer is used."""
-    out: Required[OutputFolder[str]] = ""
-    """Corpus folder to write."""
-    text_field: str = "text"
-    """Field with the text."""
-    split: str = "train"
-    """Split to read, if the source has splits."""
-    limit: AtLeastOne[int | None] = None
-    """Number of documents to read; unset: all."""
-    max_tokens: AtLeastOne[int | None] = None
-    """Truncate documents to this many tokens (finish reason `length`)."""
-    start_id: int | None = None
-    """First token of each document; unset: BOS of the tokenizer, else of the config, else EOS."""
-    stop_id: int | None = None
-    """Token appended to each document that is not truncated; unset: EOS of the tokenizer, else the first stop id."""
-    samples_per_shard: AtLeastOne[int] = 1024
-    """Documents in one Parquet shard."""
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """Export a corpus to the format of another library."""
-
-    corpus: Required[Input[str]] = ""
-    """Corpus folder to read."""
-    out: Required[OutputFolder[str]] = ""
-    """Folder to write."""
-    format: Literal["tfds", "jsonl"] = "tfds"
-    """`tfds` (for `tfds.builder_from_directory`) or `jsonl`."""
-
-
-@dataclass(frozen=True)
 class ConvertConfig:
     """Convert a model between Hugging Face and Orbax."""
 
@@ -347,21 +309,3 @@ class ExtractConfig:
     """Sharding of parameters."""
     dtype: DType = "float32"
     """Type of parameters and matrix products."""
-
-
-@dataclass(frozen=True)
-class LeakageConfig:
-    """Measure the fraction of samples that contain training text verbatim."""
-
-    corpus: Required[Input[str]] = ""
-    """Corpus folder to examine."""
-    texts: Required[Input[str]] = ""
-    """Training text: JSONL with `text`, `.npy` token ids ([tokens] or [documents, tokens]), or a corpus folder."""
-    out: Required[OutputFile[str]] = ""
-    """JSON file to write, with `FILE.samples.parquet`."""
-    min_match: AtLeastOne[int] = 50
-    """Minimum length of a match in tokens."""
-    tokenizer: Input[str] = ""
-    """Model or tokenizer folder with the tokenizer of the corpus; required for JSONL."""
-    text_field: str = "text"
-    """Field of JSONL with the text."""

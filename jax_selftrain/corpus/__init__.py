@@ -14,6 +14,7 @@ from jax_selftrain.corpus.schema import FINISH_REASONS as FINISH_REASONS
 from jax_selftrain.corpus.schema import SCHEMA as SCHEMA
 from jax_selftrain.corpus.schema import Sample as Sample
 from jax_selftrain.corpus.shards import CorpusWriter as CorpusWriter
+from jax_selftrain.corpus.subset import draw_subset as draw_subset
 from jax_selftrain.corpus.token_source import LazilyTokenized as LazilyTokenized
 from jax_selftrain.corpus.token_source import RaggedTokens as RaggedTokens
 from jax_selftrain.corpus.token_source import TokenSource as TokenSource

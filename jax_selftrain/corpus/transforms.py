@@ -154,7 +154,24 @@ def size_matched_control(
         InputError: a folder cannot be read or written, `out` holds another corpus, or there are too few others.
     """
     source = open_corpus(corpus)
-    overlapping = _overlaps_any(source, sequences, length)
+    dropped = choose_size_matched(source, _overlaps_any(source, sequences, length), seed)
+    return _write_without(source, out, "size-matched control", dropped, sequences, length=length, seed=seed)
+
+
+def choose_size_matched(source: Corpus, overlapping: np.ndarray, seed: int) -> np.ndarray:
+    """Choose documents without overlap that match those with overlap.
+
+    Args:
+        source: the corpus.
+        overlapping: bool [N].
+        seed: seed of the order, see `size_matched_control`.
+
+    Returns:
+        bool [N]: True for the chosen documents.
+
+    Raises:
+        InputError: there are too few documents without overlap.
+    """
     _, offsets, reasons = source.token_arrays()
     lengths = np.diff(offsets)
     order = random_permutation(make_rng("size-matched control", seed), len(source))
@@ -164,13 +181,12 @@ def size_matched_control(
         free, wanted = same_reason[~overlapping[same_reason]], same_reason[overlapping[same_reason]]
         if len(free) < len(wanted):
             raise InputError(
-                f"{source.folder}: too few documents without overlap to match those with overlap; "
-                "sample more, or hold out fewer sequences"
+                f"{source.folder}: too few documents without overlap to match those with overlap; sample more documents"
             )
         for document in wanted:
             distance = np.where(dropped[free], np.iinfo(np.int64).max, np.abs(lengths[free] - lengths[document]))
             dropped[free[np.argmin(distance)]] = True
-    return _write_without(source, out, "size-matched control", dropped, sequences, length=length, seed=seed)
+    return dropped
 
 
 def _overlaps_any(source: Corpus, sequences: np.ndarray, length: int) -> np.ndarray:
@@ -187,7 +203,7 @@ def _write_without(
         "dropped": int(dropped.sum()),
         "held_out_sequences": hash_json(np.asarray(sequences, np.int64).tolist()),
     }
-    return map_corpus(source, out, kind, facts, lambda samples: (samples, {}), keep=~dropped)
+    return map_corpus(source, out, kind, facts, lambda samples: (samples, {}), copies=~dropped)
 
 
 def map_corpus(
@@ -197,7 +213,7 @@ def map_corpus(
     facts: Mapping[str, Any],
     convert: Callable[[list[Sample]], tuple[list[Sample], dict[str, int]]],
     *,
-    keep: np.ndarray | None = None,
+    copies: np.ndarray | None = None,
     counts: Sequence[str] = (),
 ) -> Corpus:
     """Write the missing shards of a corpus converted from another.
@@ -208,10 +224,10 @@ def map_corpus(
         kind: `kind` of the result.
         facts: fields of `corpus.json` that differ from the source's, and additions to its `policy`.
         convert: convert samples; return them and `counts` for the shard's record.
-        keep: bool [N], the documents to keep, which get new ids; None keeps all.
+        copies: int or bool [N], copies of each document, which get new ids; None: one of each.
         counts: names of counts whose sums are stored in `corpus.json` under `kind`.
     """
-    keep = np.ones(len(source), bool) if keep is None else keep
+    copies = np.ones(len(source), int) if copies is None else copies.astype(int)
     inherited = ("tokenizer_fingerprint", "start_id", "stop_ids", "seed", "samples_per_shard")
     request = {
         **{key: source.manifest[key] for key in inherited},
@@ -219,11 +235,11 @@ def map_corpus(
         "kind": kind,
         "source": {"ref": str(source.folder), "fingerprint": source.fingerprint},
         "policy": {**source.manifest["policy"], **facts.get("policy", {})},
-        "samples": int(keep.sum()),
+        "samples": int(copies.sum()),
     }
     writer = CorpusWriter.open(out, request)
     writer.convert_missing(
-        (sample for sample in source.iter_samples() if keep[sample.sample_id]),
+        (sample for sample in source.iter_samples() for _ in range(copies[sample.sample_id])),
         lambda samples, ids: convert([replace(x, sample_id=i) for x, i in zip(samples, ids, strict=True)]),
     )
     totals = {name: sum(record[name] for record in writer.records()) for name in counts}

@@ -1,5 +1,6 @@
 """Evaluation: tasks and texts by likelihood, extraction, leakage, embeddings."""
 
+from jax_selftrain.evals.decontamination import decontaminate as decontaminate
 from jax_selftrain.evals.embeddings import embed_texts as embed_texts
 from jax_selftrain.evals.exact_match import extraction_metrics as extraction_metrics
 from jax_selftrain.evals.extraction import classify as classify

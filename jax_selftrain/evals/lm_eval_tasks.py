@@ -13,7 +13,7 @@ import random
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import cache
 from importlib import import_module, metadata
@@ -97,6 +97,37 @@ def load_lm_eval_tasks(
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
     return loaded
+
+
+def task_documents(
+    names: Sequence[str], reserved_names: Collection[str] = (), *, folder: str = ""
+) -> dict[str, list[str]]:
+    """Read the documents of tasks, of all splits.
+
+    Args:
+      names, reserved_names, folder: see `load_lm_eval_tasks`.
+
+    Returns:
+      By task one text per document: the question with all its choices, or with its answer.
+    """
+    tasks = load_lm_eval_tasks(names, reserved_names, folder=folder)["tasks"]
+    return {name: [_document_text(task, document) for document in _all_documents(task)] for name, task in tasks.items()}
+
+
+def _all_documents(task: Any) -> Iterator[Any]:
+    for split in ("training", "validation", "test"):
+        if getattr(task, f"has_{split}_docs")():
+            yield from getattr(task, f"{split}_docs")()
+
+
+def _document_text(task: Any, document: Any) -> str:
+    """Join the question of a document and its choices or answer."""
+    has_choices = task.OUTPUT_TYPE == "multiple_choice"
+    answer = task.doc_to_choice(document) if has_choices else task.doc_to_target(document)
+    parts = [task.doc_to_text(document), *(answer if isinstance(answer, list) else [answer])]
+    if getattr(task, "multiple_input", 0):  # the choices are contexts, the target ends each of them
+        parts.append(task.doc_to_target(document))
+    return " ".join(part for part in parts if isinstance(part, str))
 
 
 def evaluate_tasks(
