@@ -38,18 +38,18 @@ ENVIRONMENT = {
 
 GOLDEN = {
     "continue": "07fd11d77ea572f5",
-    "decontaminate": "c81b020aabcfe838",
-    "extract": "5ed91669b2a81fc2",
+    "decontaminate": "869df91ff61f484c",
+    "extract": "86de4db7f03107e3",
     "import": "9c4843b595aee3ae",
-    "merge": "1a78519cde8990d6",
-    "noise": "e774ca9d98d51e56",
-    "proxies": "660c9039247c7fa2",
-    "retokenize": "21ed2cec82cad1a0",
-    "sample": "85ae403ca6cb5165",
-    "score": "cd50a4eb64a214af",
-    "shuffle": "c21496a74931bcd1",
-    "size_matched": "de9549140b384506",
-    "train": "36771cca16e64677",
+    "merge": "f00ab0a1de9cfe15",
+    "noise": "1122c4f46561c141",
+    "proxies": "4d969c6d0e2a47fe",
+    "retokenize": "26e392a033834cab",
+    "sample": "30d6a278bb6e076d",
+    "score": "6502edf19a7c14ce",
+    "shuffle": "f85eb4d7355a5629",
+    "size_matched": "95215a5f82e4a5a8",
+    "train": "4a6d9c96a5cfa81a",
 }
 """First 16 digits. After an intended change of a stage's output, raise `dag.STAGE_FORMAT` and copy the new keys."""
 
