@@ -122,6 +122,8 @@ class TrainConfig:
     """Run folder; the same command resumes it."""
     steps: AtLeastOne[int | None] = None
     """Optimizer steps; unset: one epoch."""
+    epochs: AtLeastOne[int | None] = None
+    """Epochs over the corpus, instead of steps; by default, evaluations and checkpoints are at the end of each."""
     batch_size: Compiled[AtLeastOne[int]] = 32
     """Rows of each optimizer step, over all devices."""
     seq_len: Compiled[AtLeastOne[int]] = 256
@@ -176,13 +178,14 @@ class TrainConfig:
     """Rematerialization: `none`, `dots` (all but products with weights) or `full` (layers; about a third more
     compute)."""
     checkpoint_every: Execution[AtLeastOne[int | None]] = None
-    """Steps between checkpoints; unset: about ten checkpoints in a run."""
+    """Steps between checkpoints; unset: each epoch, or about ten checkpoints in a run."""
     keep: Execution[AtLeastOne[int]] = 2
     """Number of latest checkpoints to keep."""
     keep_every: Execution[AtLeastOne[int | None]] = None
     """Steps between checkpoints that are kept permanently."""
     eval_every: Evaluation[AtLeastOne[int | None]] = None
-    """Steps between evaluations (`eval_texts`, `eval_tasks`, `eval_sequences`), written to `curve.jsonl`."""
+    """Steps between evaluations (`eval_texts`, `eval_tasks`, `eval_sequences`), written to `curve.jsonl`; unset with
+    `epochs`: each epoch."""
     eval_texts: Evaluation[Input[tuple[str, ...]]] = ()
     """JSONL files with a `text` field to measure the loss on (`NAME/nll`, with the name of the file)."""
     eval_tasks: Evaluation[Input[tuple[str, ...]]] = ()

@@ -75,10 +75,11 @@ class Mixture:
             for count, part in zip(self.draws_before([rows])[:, 0].tolist(), self.components, strict=True)
         )
 
-    def steps_per_epoch(self, batch_size: int) -> int:
-        """Return the fewest steps that visit every row of the first corpus."""
+    def count_steps(self, epochs: int, batch_size: int) -> int:
+        """Return the fewest steps with `epochs` visits of each main row."""
         # ⌊w·k + ½⌋ ≥ rows holds from k = (rows − ½) / w on.
-        return math.ceil(math.ceil(Fraction(2 * len(self.components[0]) - 1, 2) / self.weights[0]) / batch_size)
+        rows = epochs * len(self.components[0])
+        return math.ceil(math.ceil(Fraction(2 * rows - 1, 2) / self.weights[0]) / batch_size)
 
     def max_steps(self, max_epochs: Fraction, batch_size: int, steps: int) -> int:
         """Return the most steps with at most `max_epochs` of any corpus."""

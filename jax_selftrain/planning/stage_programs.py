@@ -115,8 +115,10 @@ def _sampling_facts(config: SampleConfig, replicas: int, block: int) -> dict[str
 
 def _training_facts(config: TrainConfig, sample: SampleConfig) -> dict[str, Any]:
     tokens = config.batch_size * config.seq_len
-    steps = config.steps or max(1, sample.samples * sample.max_tokens // tokens)
-    epoch = f"one epoch of {sample.samples:,} samples with the maximum of tokens: {steps:,} steps"
+    epochs = config.epochs or 1
+    steps = config.steps or max(1, epochs * sample.samples * sample.max_tokens // tokens)
+    count = "one epoch" if epochs == 1 else f"{epochs} epochs"
+    epoch = f"{count} of {sample.samples:,} samples with the maximum of tokens: {steps:,} steps"
     return {
         "loop_trip_counts": (),
         "execution_name": f"a step of {config.batch_size} rows with {config.seq_len} tokens",

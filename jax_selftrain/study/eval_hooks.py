@@ -30,18 +30,18 @@ METRICS = {"nll": "texts", "acc": "tasks", "exact_match": "sequences", "log_pz":
 
 
 def train_with_evals(config: TrainConfig, *, hooks: Sequence[Hook] = ()) -> Path:
-    """Train a model on a corpus, with evaluation if `config.eval_every` is set."""
+    """Train a model on a corpus, with the evaluations of `config`."""
     return training.train(config, hooks=[*evaluation_hooks(config), *hooks])
 
 
 def evaluation_hooks(config: TrainConfig) -> list[Hook]:
-    """Return the evaluation hook; an empty list without `eval_every`.
+    """Return the evaluation hook; an empty list without evaluation.
 
     Raises InputError if options conflict, or a file cannot be read or does not fit the model.
     """
     yaml_io.require(config, "model")
     training.check_train_config(config)
-    if config.eval_every is None:
+    if config.eval_every is None and not _is_evaluated_each_epoch(config):
         return []
     tasks = evals.load_tasks(config.eval_tasks, config.eval_limit)
     texts = evals.load_texts(config.eval_texts, config.eval_limit)
@@ -74,12 +74,27 @@ def evaluation_hooks(config: TrainConfig) -> list[Hook]:
         },
     }
     names = tuple(f"{name}/{metric}" for metric, kind in METRICS.items() for name in measured[kind])
-    return [Hook(measure, every=config.eval_every, run_at_start_and_end=True, metric_names=names, measured=measured)]
+    each_epoch = config.eval_every is None
+    return [
+        Hook(
+            measure,
+            every=config.eval_every,
+            each_epoch=each_epoch,
+            run_at_start_and_end=True,
+            metric_names=names,
+            measured=measured,
+        )
+    ]
+
+
+def _is_evaluated_each_epoch(config: TrainConfig) -> bool:
+    return config.epochs is not None and bool(config.eval_texts or config.eval_tasks or config.eval_sequences)
 
 
 def with_default_evals(train: TrainConfig, score: ScoreConfig, extract: ExtractConfig) -> TrainConfig:
     """Fill in the files of `score` and `extract` if `train` names none."""
-    if train.eval_every is None or train.eval_texts or train.eval_tasks or train.eval_sequences:
+    is_evaluated = train.eval_every is not None or train.epochs is not None
+    if not is_evaluated or train.eval_texts or train.eval_tasks or train.eval_sequences:
         return train
     window = evals.make_window(extract)
     return replace(

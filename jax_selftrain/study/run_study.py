@@ -197,8 +197,12 @@ def check_study(config: StudyConfig, read_corpus: Callable[[str], Corpus] = open
                 raise InputError(f"{section}.{name} is set by the study; remove it")
     if not (config.score.tasks or config.score.texts or config.extract.sequences):
         raise InputError("nothing to measure: set score.tasks, score.texts or extract.sequences")
-    if config.train.steps is None and (len(students) > 1 or len(sources) > 1 or len(config.seeds) > 1 or config.arms):
-        raise InputError("train.steps is required: all cells of a study are trained for the same number of steps")
+    if (
+        config.train.steps is None
+        and config.train.epochs is None
+        and (len(students) > 1 or len(sources) > 1 or len(config.seeds) > 1 or config.arms)
+    ):
+        raise InputError("train.steps or train.epochs is required: all cells of a study are trained alike")
     for arm in config.arms:
         _check_known(f"arms: {arm.name}: students", arm.students, students)
         _check_arm(arm, config)

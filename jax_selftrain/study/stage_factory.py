@@ -183,7 +183,7 @@ class StageFactory:
         """
         recipe = with_default_evals(self.config.train, self.config.score, self.config.extract)
         if steps is not None:
-            recipe = replace(recipe, steps=steps, max_epochs=None, **_NO_EVALUATION)
+            recipe = replace(recipe, steps=steps, epochs=None, max_epochs=None, **_NO_EVALUATION)
         mixture = parse_mixture(recipe.mixture)
         share = (1 - float(sum(part for _, part in mixture))) / len(on)
         changes = shared_overrides(arm, TrainConfig) | {"corpus": str(self.folder(on[-1])), "seed": seed}

@@ -35,6 +35,8 @@ class Hook:
     """Numbers of updates after which to call it; 0 is before the first."""
     every: int | None = None
     """Number of updates between calls."""
+    each_epoch: bool = False
+    """Call it after each epoch of a run with `epochs`."""
     run_at_start_and_end: bool = False
     """Call it before the first update and after the last, too."""
     metric_names: tuple[str, ...] = ()
@@ -75,8 +77,10 @@ def check_hooks(config: TrainConfig, hooks: Sequence[Hook]) -> None:
 def check_evaluation(config: TrainConfig) -> None:
     """Refuse incomplete evaluation options."""
     given = [name for name in (*_EVAL_INPUTS, "eval_limit") if getattr(config, name) not in ("", (), None)]
-    if config.eval_every is None and given:
-        raise InputError(f"{yaml_io.flag(given[0])} needs --eval-every: the number of steps between two evaluations")
+    if config.eval_every is None and config.epochs is None and given:
+        raise InputError(
+            f"{yaml_io.flag(given[0])} needs --eval-every, the number of steps between two evaluations, or --epochs"
+        )
     if config.eval_every is not None and not set(given) & set(_EVAL_INPUTS):
         flags = ", ".join(yaml_io.flag(name) for name in _EVAL_INPUTS)
         raise InputError(f"--eval-every {config.eval_every}: nothing to evaluate; name files with one of {flags}")

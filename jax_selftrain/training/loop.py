@@ -73,6 +73,7 @@ def _train(run: Run, hooks: Sequence[Hook]) -> None:
         for folder in (run.folder, run.folder / "checkpoints"):
             atomic.remove_stale_temp_files(folder)
     barrier("partial checkpoints are removed")
+    hooks = [dataclasses.replace(hook, steps=run.epoch_ends) if hook.each_epoch else hook for hook in hooks]
     run_step = compiled_step(jit_key(config), run.inputs.source.config, rules, steps)
     resumed = checkpoints.latest_step(run.folder) is not None
     state = _restore_or_init(run)
@@ -101,6 +102,7 @@ def _train(run: Run, hooks: Sequence[Hook]) -> None:
             is_hook_due = any(hook.is_due(step, steps) for hook in hooks)
             intervals = (steps, config.checkpoint_every, config.keep_every)
             is_save_due = stop or any(every and step % every == 0 for every in intervals)
+            is_save_due |= config.checkpoint_every is None and step in run.epoch_ends
             if is_hook_due or is_save_due:
                 _finalize_step(run, checkpointer, writer, *unread)
                 unread = None
@@ -171,6 +173,8 @@ def _watch_preemption() -> Iterator[Callable[[int], bool]]:
 
 def check_train_config(config: TrainConfig) -> None:
     """Refuse options that fit no model and corpus."""
+    if config.steps is not None and config.epochs is not None:
+        raise InputError("--steps and --epochs exclude each other; give one of them")
     check_evaluation(config)
     check_lora(config)
     if config.wandb:

@@ -63,6 +63,8 @@ class Run:
     """The run's options, with `steps` and `checkpoint_every` resolved."""
     inputs: TrainInputs
     rows: Mixture
+    epoch_ends: tuple[int, ...]
+    """The last step of each epoch, with the option `epochs`."""
     run_hash: str
     """Fingerprint of everything that determines the result."""
 
@@ -134,17 +136,19 @@ def _prepare_run(folder: Path, inputs: TrainInputs) -> Run:
         for corpus, path in zip(inputs.corpora, folders, strict=True)
     ]
     rows = Mixture(tuple(components), inputs.mixture_weights)
-    steps = config.steps or rows.steps_per_epoch(config.batch_size)
-    checkpoint_every = config.checkpoint_every or math.ceil(steps / 10)
-    config = dataclasses.replace(config, steps=steps, checkpoint_every=checkpoint_every)
+    steps = config.steps or rows.count_steps(config.epochs or 1, config.batch_size)
+    epoch_ends = tuple(rows.count_steps(n + 1, config.batch_size) for n in range(config.epochs or 0))
+    if config.checkpoint_every is None and not epoch_ends:
+        config = dataclasses.replace(config, checkpoint_every=math.ceil(steps / 10))
+    config = dataclasses.replace(config, steps=steps)
     _check_epochs(config, inputs.corpora, rows, steps)
     run_hash = hash_json({**inputs.fingerprints, "options": yaml_io.to_dict(config, Role.IDENTITY)})
-    return Run(folder, config, inputs, rows, run_hash)
+    return Run(folder, config, inputs, rows, epoch_ends, run_hash)
 
 
 def _check_epochs(config: TrainConfig, corpora: tuple[Corpus, ...], rows: Mixture, steps: int) -> None:
     """Refuse a run that repeats a corpus more than `max_epochs` times."""
-    if config.max_epochs is None:
+    if config.max_epochs is None or config.epochs:
         return
     limit = Fraction(str(config.max_epochs))
     epochs = rows.epochs(steps * config.batch_size)
@@ -221,7 +225,7 @@ def _refuse_other_run(folder: Path, inputs: TrainInputs) -> None:
         raise InputError(f"{folder / 'run.json'}: is damaged (no {error}); choose another --out") from error
     now, found = yaml_io.to_dict(inputs.config, Role.IDENTITY), dict(inputs.fingerprints)
     if inputs.config.steps is None:
-        now["steps"] = before.get("steps")  # one epoch: corpus, packing and batch size imply it
+        now["steps"] = before.get("steps")  # epochs, corpus, packing and batch size imply it
     components = zip(inputs.corpora, inputs.mixture_weights, strict=True)
     other = [(restore_uris(str(corpus.folder)), share, corpus.fingerprint) for corpus, share in components][1:]
     if [entry[1:] for entry in mixture] != [entry[1:] for entry in other]:  # a corpus may have moved

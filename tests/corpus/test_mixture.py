@@ -129,10 +129,12 @@ def test_counts_stay_exact_far_out_and_for_awkward_shares():
 
 
 @settings(max_examples=60)
-@given(mixture=mixtures, batch_size=st.integers(1, 20))
-def test_steps_of_one_pass_are_the_fewest_that_visit_every_row_of_the_main_corpus(mixture: Mixture, batch_size: int):
-    steps = mixture.steps_per_epoch(batch_size)
-    assert mixture.epochs(steps * batch_size)[0] >= 1 > mixture.epochs((steps - 1) * batch_size)[0]
+@given(mixture=mixtures, epochs=st.integers(1, 50), batch_size=st.integers(1, 20))
+def test_steps_of_epochs_are_the_fewest_that_visit_every_row_of_the_main_corpus_so_often(
+    mixture: Mixture, epochs: int, batch_size: int
+):
+    steps = mixture.count_steps(epochs, batch_size)
+    assert mixture.epochs(steps * batch_size)[0] >= epochs > mixture.epochs((steps - 1) * batch_size)[0]
 
 
 @settings(max_examples=60)

@@ -100,6 +100,14 @@ def test_the_curve_equals_score_and_extract_of_each_checkpoint(
     assert lines[0]["stories/nll"] > lines[2]["stories/nll"], "it was trained on these very stories"
 
 
+def test_training_by_epochs_is_evaluated_after_each(training: TrainConfig, tmp_path: Path) -> None:
+    config = replace(training, steps=None, epochs=2, eval_every=None, eval_sequences="", out=str(tmp_path / "run"))
+    folder = train_with_evals(config)
+    steps = json.loads((folder / "run.json").read_text())["steps"]
+    assert [line["step"] for line in curve(folder)] == [0, steps // 2 + steps % 2, steps]
+    assert {"animals/acc", "stories/nll"} < curve(folder)[1].keys()
+
+
 def test_the_run_records_what_was_measured(run_folder: Path) -> None:
     (measured,) = atomic.read_json(run_folder / "run.json")["evaluation"]["measured"]
     assert {kind: {name: entry["n"] for name, entry in files.items()} for kind, files in measured.items()} == {

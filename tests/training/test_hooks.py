@@ -1,6 +1,7 @@
 """Evaluations during training: each is recorded once per step and survives interruptions."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,30 @@ def test_the_curve_has_a_line_before_the_first_step_every_eval_and_after_the_las
     assert {tuple(line) for line in curve(run)} == {("step", "probe/nll")}
     assert len({line["probe/nll"] for line in curve(run)}) == 4, "each from the model of its own step"
     assert atomic.read_json(run / "run.json")["evaluation"]["measured"] == [{"probe": "as it is"}]
+
+
+def test_a_run_by_epochs_evaluates_and_saves_at_the_end_of_each(options: Options):
+    """Interrupted within an epoch, it ends with the same bytes."""
+    by_epochs = {"steps": None, "epochs": 3, "checkpoint_every": None, "keep": 9, "eval_texts": ("of a hook.jsonl",)}
+    hook = measuring(first_scale, every=None, each_epoch=True)
+    whole = options(**by_epochs, batch_size=3)
+    run = train(whole, hooks=[hook])
+    record = atomic.read_json(run / "run.json")
+    ends = [-(-record["rows"] * (epoch + 1) // 3) for epoch in range(3)]
+    assert ends[1] - ends[0] > 2
+    assert (record["steps"], record["corpus"]["epochs"]) == (ends[-1], pytest.approx(3, abs=3 / record["rows"]))
+    assert [line["step"] for line in curve(run)] == [0, *ends]
+    assert list_saved_steps(run) == ends
+    broken = replace(whole, out=f"{whole.out} 2")
+    with pytest.raises(Interruption):
+        train(broken, hooks=[hook, Hook(interrupt, steps=(ends[0] + 2,))])
+    again = train(broken, hooks=[hook])
+    assert param_bytes(again) == param_bytes(run)
+    assert (again / "curve.jsonl").read_bytes() == (run / "curve.jsonl").read_bytes()
+    with pytest.raises(InputError, match="started with --epochs 3, not 4"):
+        train(replace(broken, epochs=4), hooks=[hook])
+    with pytest.raises(InputError, match="--steps and --epochs exclude each other"):
+        train(replace(broken, steps=4), hooks=[hook])
 
 
 def test_hooks_of_the_same_step_share_a_line_and_not_a_name(options: Options):
