@@ -39,17 +39,17 @@ ENVIRONMENT = {
 GOLDEN = {
     "continue": "07fd11d77ea572f5",
     "decontaminate": "869df91ff61f484c",
-    "extract": "86de4db7f03107e3",
+    "extract": "a8ec50f2e20156c5",
     "import": "9c4843b595aee3ae",
-    "merge": "f00ab0a1de9cfe15",
-    "noise": "1122c4f46561c141",
+    "merge": "0f17a040e54bc4bf",
+    "noise": "54acb55da9f3f609",
     "proxies": "4d969c6d0e2a47fe",
     "retokenize": "26e392a033834cab",
     "sample": "30d6a278bb6e076d",
-    "score": "6502edf19a7c14ce",
+    "score": "fa23ea70b98a10be",
     "shuffle": "f85eb4d7355a5629",
     "size_matched": "95215a5f82e4a5a8",
-    "train": "4a6d9c96a5cfa81a",
+    "train": "52651fa2c478f220",
 }
 """First 16 digits. After an intended change of a stage's output, raise `dag.STAGE_FORMAT` and copy the new keys."""
 
