@@ -212,9 +212,9 @@ class ScoreConfig:
     """Model to score."""
     tasks: Input[tuple[str, ...]] = ()
     """JSONL task files (`blimp:FILE`, `arc:FILE`, `piqa:FILE`, `lambada:FILE`), lm-evaluation-harness tasks, or a
-    suite."""
+    suite; `NAME@25` has 25 few-shot examples."""
     num_fewshot: int | None = None
-    """Few-shot examples of lm-evaluation-harness tasks; unset: the task's own number, else 0."""
+    """Few-shot examples of lm-evaluation-harness tasks without their own; unset: the task's number, else 0."""
     task_folder: Input[str] = ""
     """Folder with further lm-evaluation-harness tasks (YAML files)."""
     texts: Input[tuple[str, ...]] = ()

@@ -56,23 +56,43 @@ GENERATIONS = pa.schema([("task", pa.string()), ("doc", pa.int64()), ("choice", 
 """One row per generated text; `choice` numbers the repeats of a request."""
 
 
-def split_names(references: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split the values of `--tasks` into paths and names; expand suites."""
-    files = [reference for reference in references if not _is_name(reference)]
-    names = [name for reference in references if _is_name(reference) for name in SUITES.get(reference, (reference,))]
-    return files, list(dict.fromkeys(names))
+def split_names(references: Sequence[str]) -> tuple[list[str], dict[str, int | None]]:
+    """Split the values of `--tasks` into paths and names; expand suites.
+
+    Returns:
+      Paths; and names with their number of few-shot examples (`NAME@25`), or None.
+
+    Raises:
+      InputError: the number is not a number.
+    """
+    files: list[str] = []
+    names: dict[str, int | None] = {}
+    for reference in references:
+        name, at, count = reference.partition("@")
+        if not _is_name(reference):
+            files.append(reference)
+        elif at and not count.isdecimal():
+            raise InputError(f"task {reference}: give the number of few-shot examples after `@`, for instance {name}@5")
+        else:
+            names |= dict.fromkeys(SUITES.get(name, (name,)), int(count) if at else None)
+    return files, names
 
 
 def load_lm_eval_tasks(
-    names: Sequence[str], reserved_names: Collection[str] = (), *, folder: str = "", num_fewshot: int | None = None
+    names: Mapping[str, int | None],
+    reserved_names: Collection[str] = (),
+    *,
+    folder: str = "",
+    num_fewshot: int | None = None,
 ) -> TaskDict:
     """Load tasks and their data with `datasets`.
 
     Args:
-      names: tasks, groups or tags of the harness, or of `folder`.
+      names: tasks, groups or tags of the harness, or of `folder`, with their own number of few-shot examples, or None.
       reserved_names: names that no task may have.
       folder: YAML files of more tasks, which override tasks of the harness.
-      num_fewshot: number of few-shot examples; None: the task's value, else 0. A task with the value 0 keeps it.
+      num_fewshot: number of few-shot examples of the other tasks; None: the task's value, else 0. A task with the value
+        0 keeps it.
 
     Raises:
       InputError: lm-eval or a package of a task is missing, a name is unknown or reserved, or data are unavailable.
@@ -82,8 +102,10 @@ def load_lm_eval_tasks(
         raise InputError(f"--task-folder {folder}: no such folder; give the one that holds the task files (*.yaml)")
     manager = _manager_for(names, folder)
     _set_seeds()
-    loaded = _load(manager, names)
+    loaded, requested = _load(manager, list(names))
     for name, task in loaded["tasks"].items():
+        own = names[requested[name]]
+        count = num_fewshot if own is None else own
         if name in reserved_names:
             raise InputError(
                 f"a file to score and a task of lm-evaluation-harness are both named {name!r}; rename the file"
@@ -93,25 +115,28 @@ def load_lm_eval_tasks(
         if getattr(task, "UNSAFE_CODE", False):
             raise InputError(f"task {name} executes code from a model, which is not supported")
         default = task.get_config("num_fewshot")
-        if default is None or (num_fewshot is not None and default != 0):
-            task.set_config(key="num_fewshot", value=num_fewshot or 0)
+        if default is None or (count is not None and default != 0):
+            task.set_config(key="num_fewshot", value=count or 0)
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
     return loaded
 
 
-def task_documents(
-    names: Sequence[str], reserved_names: Collection[str] = (), *, folder: str = ""
-) -> dict[str, list[str]]:
-    """Read the documents of tasks, of all splits.
-
-    Args:
-      names, reserved_names, folder: see `load_lm_eval_tasks`.
+def task_documents(tasks: TaskDict) -> dict[str, list[str]]:
+    """List the documents of tasks, of all splits.
 
     Returns:
       By task one text per document: the question with all its choices, or with its answer.
     """
-    tasks = load_lm_eval_tasks(names, reserved_names, folder=folder)["tasks"]
-    return {name: [_document_text(task, document) for document in _all_documents(task)] for name, task in tasks.items()}
+    return {
+        name: [_document_text(task, document) for document in _all_documents(task)]
+        for name, task in tasks["tasks"].items()
+    }
+
+
+def hash_lm_eval_tasks(tasks: TaskDict) -> str:
+    """Hash the versions, few-shot counts and documents of tasks."""
+    settings = {name: [task.VERSION, task.get_config("num_fewshot")] for name, task in tasks["tasks"].items()}
+    return hash_json([metadata.version("lm_eval"), settings, task_documents(tasks)])
 
 
 def _all_documents(task: Any) -> Iterator[Any]:
@@ -259,7 +284,7 @@ def _is_name(reference: str) -> bool:
 _FILES = (".jsonl", ".json", ".yaml", ".yml", ".lst", ".parquet")
 
 
-def _manager_for(names: Sequence[str], folder: str) -> TaskManager:
+def _manager_for(names: Collection[str], folder: str) -> TaskManager:
     """Return a task index that has all names."""
     from lm_eval.tasks import TaskManager
 
@@ -304,8 +329,8 @@ def _members(entry: Any) -> list[Any]:
     return [member if isinstance(member, str) else member.get("group", member.get("task")) for member in members]
 
 
-def _load(manager: TaskManager, names: Sequence[str]) -> TaskDict:
-    """Load the tasks and groups of all names."""
+def _load(manager: TaskManager, names: Sequence[str]) -> tuple[TaskDict, dict[str, str]]:
+    """Load all names; also return the name that gave each task."""
     merged: TaskDict = {"tasks": {}, "groups": {}, "group_map": {}}
     origin: dict[str, str] = {}
     for name in names:
@@ -315,7 +340,7 @@ def _load(manager: TaskManager, names: Sequence[str]) -> TaskDict:
                 raise InputError(f"task {task} is requested twice, by {origin[task]} and by {name}; remove one of them")
         for section in merged:
             merged[section].update(part.get(section, {}))
-    return merged
+    return merged, origin
 
 
 def _load_name(manager: TaskManager, name: str) -> TaskDict:

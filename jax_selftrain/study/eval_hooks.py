@@ -21,6 +21,7 @@ import numpy as np
 from jax_selftrain import evals, hub, likelihood, training
 from jax_selftrain.config import ExtractConfig, ScoreConfig, TrainConfig, yaml_io
 from jax_selftrain.errors import InputError
+from jax_selftrain.evals.lm_eval_tasks import split_names
 from jax_selftrain.hub import LoadedModel
 from jax_selftrain.io.manifest import hash_json
 from jax_selftrain.training import Hook
@@ -100,7 +101,7 @@ def with_default_evals(train: TrainConfig, score: ScoreConfig, extract: ExtractC
     return replace(
         train,
         eval_texts=score.texts,
-        eval_tasks=score.tasks,
+        eval_tasks=tuple(split_names(score.tasks)[0]),
         eval_sequences=extract.sequences,
         eval_prefix=window.prefix,
         eval_suffix=window.suffix,

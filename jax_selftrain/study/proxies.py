@@ -27,6 +27,7 @@ import scipy
 from jax_selftrain import evals, hub, likelihood
 from jax_selftrain.config import ScoreConfig
 from jax_selftrain.corpus import Corpus, open_corpus
+from jax_selftrain.evals.lm_eval_tasks import split_names
 from jax_selftrain.io import atomic
 from jax_selftrain.io.rng import make_rng
 from jax_selftrain.stats.noninferiority import ALPHA, benjamini_hochberg
@@ -96,10 +97,10 @@ def semantic_similarity(embedder: hub.LoadedModel, texts: Sequence[str], questio
 
 
 def task_questions(score: ScoreConfig) -> list[str]:
-    """Return every question of the tasks with its right answer."""
+    """Return every question of the task files with its right answer."""
     return [
         question.context + question.continuations[question.answer]
-        for task in evals.load_tasks(score.tasks, score.limit)
+        for task in evals.load_tasks(split_names(score.tasks)[0], score.limit)
         for question in task.questions
     ]
 

@@ -37,6 +37,7 @@ from jax_selftrain.corpus import Corpus, open_corpus, parse_mixture
 from jax_selftrain.distributed import broadcast_one_to_all
 from jax_selftrain.distributed.mesh import make_mesh
 from jax_selftrain.errors import InputError
+from jax_selftrain.evals.lm_eval_tasks import load_lm_eval_tasks, split_names
 from jax_selftrain.io import atomic, lease
 from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.study.dag import check_processes, is_done, run_all
@@ -210,7 +211,10 @@ def check_study(config: StudyConfig, read_corpus: Callable[[str], Corpus] = open
     check_claims(config)
     score = config.score
     texts = evals.load_texts(score.texts, score.text_limit)
-    evals.paths_by_name([*evals.load_tasks(score.tasks, score.limit), *texts])
+    files, names = split_names(score.tasks)
+    paths = evals.paths_by_name([*evals.load_tasks(files, score.limit), *texts])
+    if names and not config.dry_run:
+        load_lm_eval_tasks(names, paths, folder=score.task_folder, num_fewshot=score.num_fewshot)
     for ref in models.values():
         _ = hub.open_model(ref).fingerprint
     if config.extract.sequences and len({hub.open_model(models[name]).tokenizer_fingerprint for name in students}) > 1:

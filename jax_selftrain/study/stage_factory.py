@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from jax_selftrain.config import (
 )
 from jax_selftrain.config.metadata import Role, fields_with_role, shared_overrides
 from jax_selftrain.corpus import Corpus, open_corpus, parse_mixture
+from jax_selftrain.errors import InputError
+from jax_selftrain.evals.lm_eval_tasks import hash_lm_eval_tasks, load_lm_eval_tasks, split_names
 from jax_selftrain.io.manifest import hash_json, sha256_file
 from jax_selftrain.sampling import sample
 from jax_selftrain.study.dag import Inputs, Stage
@@ -236,6 +238,8 @@ class StageFactory:
         # By name and content, not by path: a study may be moved with its files.
         references = (*options.tasks, *options.texts, *([options.task_folder] if options.task_folder else []))
         files = {f"{n}: {Path(path).name}": self._hash(path) for n, path in enumerate(references)}
+        if self._harness_fingerprint:
+            files["lm-evaluation-harness"] = self._harness_fingerprint
         return Stage(
             "score",
             f"score {model.label}",
@@ -339,6 +343,25 @@ class StageFactory:
             lambda out: evals.extract(replace(options, out=str(out / "extract.json"))),
             is_collective=True,
         )
+
+    @cached_property
+    def _harness_fingerprint(self) -> str:
+        """Hash the harness tasks and their data; empty without any.
+
+        A dry run does without data that it cannot read.
+        """
+        score = self.config.score
+        _, names = split_names(score.tasks)
+        if not names:
+            return ""
+        try:
+            return hash_lm_eval_tasks(
+                load_lm_eval_tasks(names, folder=score.task_folder, num_fewshot=score.num_fewshot)
+            )
+        except InputError:
+            if self.config.dry_run:
+                return ""
+            raise
 
     def _hash(self, reference: str) -> str:
         """Hash a file, `LAYOUT:FILE` or folder; return a task name."""

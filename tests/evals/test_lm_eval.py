@@ -203,10 +203,13 @@ def test_few_shots_come_before_each_question_and_limits_hold(tmp_path, tiny_mode
 def test_references_are_files_names_or_suites(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "piqa").mkdir()
-    given = ["blimp", "piqa", "blimp:x.jsonl", "sciq", "quick", "missing.jsonl", "a/b"]
+    given = ["blimp", "piqa", "blimp:x.jsonl", "sciq", "quick", "missing.jsonl", "a/b", "gsm8k@8", "a@b/c"]
     files, names = split_names(given)
-    assert files == ["piqa", "blimp:x.jsonl", "missing.jsonl", "a/b"]
-    assert names == ["blimp", "sciq", "lambada_openai", "arc_easy", "piqa"]
+    assert files == ["piqa", "blimp:x.jsonl", "missing.jsonl", "a/b", "a@b/c"]
+    assert list(names) == ["blimp", "sciq", "lambada_openai", "arc_easy", "piqa", "gsm8k"]
+    assert set(names.values()) == {None, 8}
+    with pytest.raises(InputError, match="task gsm8k@eight: give the number of few-shot examples"):
+        split_names(["gsm8k@eight"])
     assert SUITES["pythia"] == (
         *("lambada_openai", "piqa", "winogrande", "wsc", "arc_easy", "arc_challenge", "sciq", "logiqa"),
     )
