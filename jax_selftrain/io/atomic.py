@@ -44,18 +44,11 @@ def commit_file(path: PathLike) -> Iterator[Path]:
     Raises:
       InputError: the disk is full or `path` cannot be written.
     """
-    target = _resolve_target(path)
-    temp = temp_path(target, "tmp")
-    with os_errors_as_input_errors(target, temp):
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            remove_stale_temp_files(target.parent, target.name)
-            yield temp
-            _fsync(temp)
-            os.replace(temp, target)
-            _fsync(target.parent)
-        finally:
-            temp.unlink(missing_ok=True)
+    with _temporary(path) as (target, temp):
+        yield temp
+        _fsync(temp)
+        os.replace(temp, target)
+        _fsync(target.parent)
 
 
 @contextmanager
@@ -68,32 +61,42 @@ def commit_folder(path: PathLike, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
       InputError: without `overwrite`, `path` exists and is not empty; or it cannot be written.
     """
-    target = _resolve_target(path)
-    temp, retired = temp_path(target, "tmp"), temp_path(target, "old")
-    occupied = f"{target}: already exists; remove it or choose another folder"
-    remove_stale_temp_files(target.parent, target.name)
-    if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(occupied)
+    with _temporary(path) as (target, temp):
+        occupied = f"{target}: already exists; remove it or choose another folder"
+        if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
+            raise InputError(occupied)
+        temp.mkdir()
+        yield temp
+        for written in (*temp.rglob("*"), temp):
+            _fsync(written)
+        retired = temp_path(target, "old")
+        if overwrite and target.exists():
+            os.rename(target, retired)
+        try:
+            os.rename(temp, target)
+        except OSError as error:
+            if retired.exists():
+                os.rename(retired, target)
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise InputError(occupied) from error  # another process filled it meanwhile
+            raise
+        _fsync(target.parent)
+        _remove(retired)
+
+
+@contextmanager
+def _temporary(path: PathLike) -> Iterator[tuple[Path, Path]]:
+    """Yield the target and a temporary path, removed at the end."""
+    # `Path` would silently turn gs://bucket/x into the local folder gs:/bucket/x.
+    if re.match(r"[a-z][a-z0-9+]*:/", os.fspath(path)):
+        raise InputError(f"{os.fspath(path)}: is a URI; use the command line or `remote.localize_uris`")
+    target = Path(path)
+    temp = temp_path(target, "tmp")
     with os_errors_as_input_errors(target, temp):
         try:
-            temp.mkdir(parents=True)
-            yield temp
-            for folder, _, names in os.walk(temp):
-                for name in names:
-                    _fsync(Path(folder, name))
-                _fsync(Path(folder))
-            if overwrite and target.exists():
-                os.rename(target, retired)
-            try:
-                os.rename(temp, target)
-            except OSError as error:
-                if retired.exists():
-                    os.rename(retired, target)
-                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                    raise InputError(occupied) from error  # another process filled it meanwhile
-                raise
-            _fsync(target.parent)
-            _remove(retired)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove_stale_temp_files(target.parent, target.name)
+            yield target, temp
         finally:
             _remove(temp)
 
@@ -169,13 +172,6 @@ def temp_path(target: Path, kind: str) -> Path:
     """Return a new path next to `target` that names this process."""
     me = this_process()
     return target.with_name(f".{target.name}.{kind}-{me.scope}-{me.pid}-{me.start_time}-{uuid.uuid4().hex[:8]}")
-
-
-def _resolve_target(path: PathLike) -> Path:
-    # `Path` would silently turn gs://bucket/x into the local folder gs:/bucket/x.
-    if re.match(r"[a-z][a-z0-9+]*:/", os.fspath(path)):
-        raise InputError(f"{os.fspath(path)}: is a URI; use the command line or `remote.localize_uris`")
-    return Path(path)
 
 
 @contextmanager

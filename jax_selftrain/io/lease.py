@@ -102,12 +102,9 @@ def _acquire(path: Path, content: bytes, stale_after: float) -> bool:
 
 
 def _release(path: Path, content: bytes) -> None:
-    try:
-        with _lock_folder(path.parent):
-            if path.read_bytes() == content:  # else another process took over while this one was suspended
-                path.unlink()
-    except FileNotFoundError:
-        return  # the folder or the lease was removed
+    with suppress(FileNotFoundError), _lock_folder(path.parent):  # the folder or the lease may have been removed
+        if path.read_bytes() == content:  # else another process took over while this one was suspended
+            path.unlink()
 
 
 def _is_stale(path: Path, *, now: float, stale_after: float) -> bool:
@@ -117,10 +114,8 @@ def _is_stale(path: Path, *, now: float, stale_after: float) -> bool:
             return True
         data = json.loads(path.read_bytes())
         holder = ProcessId(data["host"], data["scope"], data["pid"], data["start_time"])
-    except FileNotFoundError:
-        return False  # just released: the next attempt finds it free
-    except (ValueError, KeyError, TypeError):
-        return False  # being written, or truncated by a crash: only its age counts
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False  # just released, being written, or truncated by a crash: only its age counts
     return is_alive(holder) is False
 
 

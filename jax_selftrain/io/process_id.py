@@ -29,8 +29,7 @@ class ProcessId:
 def this_process() -> ProcessId:
     """Return the identity of this process."""
     pid = os.getpid()  # not cached: a fork is another process
-    state = _proc_stat(pid)
-    return ProcessId(platform.node(), boot_and_pid_namespace(), pid, state[1] if state else 0)
+    return ProcessId(platform.node(), boot_and_pid_namespace(), pid, _start_time(pid) or 0)
 
 
 @cache
@@ -43,14 +42,14 @@ def boot_and_pid_namespace() -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
-def _proc_stat(pid: int) -> tuple[str, int] | None:
-    """Return (state letter, start time in ticks) from /proc, or None."""
+def _start_time(pid: int) -> int | None:
+    """Return the start time of a live process in /proc, or None."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
     fields = stat[stat.rindex(")") + 2 :].split()  # the command name may hold spaces and parentheses
-    return fields[0], int(fields[19])
+    return None if fields[0] in "ZX" else int(fields[19])
 
 
 def is_alive(process: ProcessId) -> bool | None:
@@ -58,12 +57,11 @@ def is_alive(process: ProcessId) -> bool | None:
     if process.scope != boot_and_pid_namespace():
         return None
     if Path("/proc/self/stat").exists():
-        state = _proc_stat(process.pid)
-        return state is not None and state[0] not in "ZX" and state[1] == process.start_time
+        return _start_time(process.pid) == process.start_time
     try:
         os.kill(process.pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
+        pass  # a process of another user
     return True
