@@ -36,8 +36,7 @@ from jax_selftrain.evals.score import scoring_mesh
 from jax_selftrain.evals.sequences import ExtractionSet, PromptWindow, load_sequences, sequences_fingerprint
 from jax_selftrain.evals.suffix_probability import parse_sampling_policies, summarize_suffix_probability
 from jax_selftrain.likelihood.resumable import PartialResults, process_local_if_possible
-from jax_selftrain.stats.estimators import mcnemar_table
-from jax_selftrain.stats.standard_errors import wilson_interval
+from jax_selftrain.stats.estimators import mcnemar_table, wilson_interval
 from jax_selftrain.version import versions
 
 PROTOCOLS = {None: (32, 32), "pythia": (32, 32), "lm-extraction": (50, 50)}

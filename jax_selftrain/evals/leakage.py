@@ -34,7 +34,7 @@ from jax_selftrain.evals.result_files import describe_mean, is_text, output_path
 from jax_selftrain.evals.sequences import load_npy
 from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.io.manifest import sha256_file
-from jax_selftrain.stats.standard_errors import wilson_interval
+from jax_selftrain.stats.estimators import wilson_interval
 from jax_selftrain.version import versions
 
 _CHUNK = 1 << 24  # tokens

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from jax_selftrain.config import yaml_io
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
-from jax_selftrain.stats.standard_errors import mean_and_stderr
+from jax_selftrain.stats.estimators import mean_and_stderr
 
 
 def is_text(value: Any) -> bool:

@@ -28,7 +28,7 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.evals.item_results import ItemResults, Kind
 from jax_selftrain.evals.result_files import describe_mean, is_text, with_stderr
 from jax_selftrain.io.jsonl import read_jsonl
-from jax_selftrain.stats.standard_errors import exp_and_stderr, mean_and_stderr, ratio_and_stderr
+from jax_selftrain.stats.estimators import exp_and_stderr, mean_and_stderr, ratio_and_stderr
 
 JsonRow = dict[str, Any]
 

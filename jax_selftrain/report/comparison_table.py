@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from jax_selftrain.report.tables import Record, format_interval, format_number
+from jax_selftrain.report.formatting import Record, format_interval, format_number
 from jax_selftrain.stats.estimators import Estimate
 
 EVIDENCE_LEVELS = {"none": "too few for a result", "exploration": "exploration, no verdict", "headline": "headline"}

@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jax_selftrain.report.formatting import format_measure
-from jax_selftrain.report.tables import Record, parse_estimate
+from jax_selftrain.report.formatting import Record, format_measure, parse_estimate
 from jax_selftrain.stats.estimators import Estimate
 from jax_selftrain.study.measure_names import display_scale
 

@@ -17,8 +17,7 @@ from jax_selftrain.io import atomic
 from jax_selftrain.report import formatting as fmt
 from jax_selftrain.report.chapters import capability_chapters, design_chapters, memorization_chapters
 from jax_selftrain.report.chapters.design_chapters import describe_claim, describe_evidence
-from jax_selftrain.report.formatting import Chapter, Results
-from jax_selftrain.report.tables import Record, format_interval, format_number, parse_estimate
+from jax_selftrain.report.formatting import Chapter, Record, Results, format_interval, format_number, parse_estimate
 from jax_selftrain.stats.estimators import Estimate
 from jax_selftrain.stats.noninferiority import HEADLINE
 from jax_selftrain.study.measure_names import MAIN_EFFECT, display_scale, main_measure

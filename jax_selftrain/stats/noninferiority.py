@@ -1,4 +1,4 @@
-"""Non-inferiority tests (Piaggio et al., JAMA 308, 2012).
+"""Verdicts and their power: non-inferiority tests (Piaggio et al., JAMA 308, 2012).
 
 | one-sided 95 % limits of the change | verdict |
 |---|---|
@@ -24,6 +24,7 @@ from jax_selftrain.stats.estimators import Effect
 
 ALPHA = 0.05
 """One-sided error rate of either verdict."""
+TARGET_POWER = 0.8
 EXPLORATION, HEADLINE = 3, 5
 """Minimum number of seeds for exploring a difference between recipes, and for a verdict on it."""
 
@@ -120,3 +121,27 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
     """Return Benjamini and Hochberg's adjusted p-values, which control the false discovery rate."""
     return scipy.stats.false_discovery_control(p_values).tolist() if len(p_values) else []
+
+
+def power(effect: float, stddev: float, seeds: int, alpha: float = ALPHA) -> float:
+    """Return the probability that the test finds a true mean of `effect`.
+
+    Args:
+        effect: the true mean difference.
+        stddev: standard deviation of the difference over seeds, in the unit of `effect`.
+        seeds: number of differences.
+        alpha: one-sided level of the test.
+
+    Raises:
+        ValueError: fewer than two seeds, or a standard deviation that is not positive.
+    """
+    if seeds < 2 or stddev <= 0:
+        raise ValueError(f"{seeds} seeds with a standard deviation of {stddev} have no power")
+    critical = scipy.stats.t.isf(alpha, seeds - 1)
+    return float(scipy.stats.nct.sf(critical, seeds - 1, effect / stddev * math.sqrt(seeds)))
+
+
+def minimum_detectable_effect(stddev: float, seeds: int, alpha: float = ALPHA, target: float = TARGET_POWER) -> float:
+    """Return the true mean that the test finds with probability `target`."""
+    ratio = scipy.optimize.brentq(lambda ratio: power(ratio, 1.0, seeds, alpha) - target, 0.0, 1e3)
+    return float(ratio) * stddev

@@ -24,20 +24,9 @@ from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import hash_json
 from jax_selftrain.stats import estimators
 from jax_selftrain.stats.estimators import Effect
-from jax_selftrain.stats.noninferiority import (
-    NoninferiorityResult,
-    decide,
-    evidence_level,
-    noninferiority_test,
-)
-from jax_selftrain.study.paired_results import (
-    Interval,
-    Pair,
-    describe_task,
-    describe_text,
-    ineligibility_reason,
-    pair_results,
-)
+from jax_selftrain.stats.noninferiority import NoninferiorityResult, decide, evidence_level, noninferiority_test
+from jax_selftrain.study import paired_results
+from jax_selftrain.study.paired_results import Interval, Pair
 from jax_selftrain.study.preregistration import adjust_p_values
 from jax_selftrain.version import versions
 
@@ -66,9 +55,9 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     of range, a file is missing, damaged or not a result of `score`, or the models were scored on different documents.
     """
     scored = _load(config)
-    pairs = [pair_results(base, student) for base, student in scored]
+    pairs = [paired_results.pair_results(base, student) for base, student in scored]
     for base, _ in scored[1:]:
-        pair_results(scored[0][0], base)
+        paired_results.pair_results(scored[0][0], base)
     _check_names(config, pairs[0])
     path, config_file = output_paths(config.out, "config.yaml")
     models = [[one.fingerprint("model") for one in both] for both in scored]
@@ -154,7 +143,7 @@ def _summarize(scored: ScoreResult) -> dict[str, Any]:
 
 def _ineligible(pairs: Pairs) -> dict[str, str | None]:
     """Return the reason that a task is ineligible, or None, by task."""
-    return {name: ineligibility_reason(pair) for name, pair in pairs.items() if pair.base.kind != "text"}
+    return {name: paired_results.ineligibility_reason(pair) for name, pair in pairs.items() if pair.base.kind != "text"}
 
 
 def _compare_pair(config: CompareConfig, whole: Pairs) -> dict[str, Any]:
@@ -195,7 +184,7 @@ def _judge_task(effect: Effect, pair: Pair, margin: float) -> NoninferiorityResu
 
 
 def _task(pair: Pair, effect: Effect, bootstrap: Interval) -> dict[str, Any]:
-    entry = describe_task(pair, bootstrap)
+    entry = paired_results.describe_task(pair, bootstrap)
     entry["accuracy"]["change"] = asdict(effect.estimate())
     entry |= {"clusters": None, "p": entry["flips"]["mcnemar_p"]}
     if pair.base.cluster is not None:
@@ -212,7 +201,7 @@ def _task(pair: Pair, effect: Effect, bootstrap: Interval) -> dict[str, Any]:
 
 
 def _text(pair: Pair, bootstrap: Interval) -> dict[str, Any]:
-    entry = describe_text(pair, bootstrap)
+    entry = paired_results.describe_text(pair, bootstrap)
     return entry | {"perplexity": entry["nll"] and _perplexity(entry["nll"], 1.0)}
 
 

@@ -42,25 +42,14 @@ def evaluation_hooks(config: TrainConfig) -> list[Hook]:
     """
     yaml_io.require(config, "model")
     training.check_train_config(config)
-    if config.eval_every is None and not _is_evaluated_each_epoch(config):
+    is_named = bool(config.eval_texts or config.eval_tasks or config.eval_sequences)
+    if config.eval_every is None and (config.epochs is None or not is_named):
         return []
     tasks = evals.load_tasks(config.eval_tasks, config.eval_limit)
     texts = evals.load_texts(config.eval_texts, config.eval_limit)
     evals.paths_by_name([*tasks, *texts])
     requests = evals.build_requests(hub.open_model(config.model), [*tasks, *texts])
     sequences = _load_sequences(config)
-
-    def measure(step: int, model: LoadedModel) -> dict[str, float]:
-        model = replace(model, compute_dtype=np.dtype(config.dtype))
-        scored, _ = evals.score_requests(requests, partial(likelihood.loglikelihoods, model))
-        found = {f"{text.name}/nll": scored["texts"][text.name]["nll"] for text in texts}
-        found |= {f"{task.name}/acc": scored["tasks"][task.name]["acc"] for task in tasks}
-        for name, rows in sequences.items():
-            forced = evals.extraction_metrics(model, rows, config.eval_prefix, greedy_decode=False)
-            found[f"{name}/exact_match"] = float(forced["exact_match"].mean())
-            found[f"{name}/log_pz"] = float(forced["logprob"].mean())
-            found[f"{name}/pz"] = float(np.exp(forced["logprob"]).mean())
-        return found
 
     lengths = {"prefix": config.eval_prefix, "suffix": config.eval_suffix}
     measured: dict[str, dict[str, Any]] = {
@@ -74,22 +63,25 @@ def evaluation_hooks(config: TrainConfig) -> list[Hook]:
             for name, rows in sequences.items()
         },
     }
-    names = tuple(f"{name}/{metric}" for metric, kind in METRICS.items() for name in measured[kind])
-    each_epoch = config.eval_every is None
-    return [
-        Hook(
-            measure,
-            every=config.eval_every,
-            each_epoch=each_epoch,
-            run_at_start_and_end=True,
-            metric_names=names,
-            measured=measured,
-        )
-    ]
+    metrics = {f"{name}/{metric}": (kind, name, metric) for metric, kind in METRICS.items() for name in measured[kind]}
 
+    def measure(step: int, model: LoadedModel) -> dict[str, float]:
+        model = replace(model, compute_dtype=np.dtype(config.dtype))
+        scored, _ = evals.score_requests(requests, partial(likelihood.loglikelihoods, model))
+        scored["sequences"] = {}
+        for name, rows in sequences.items():
+            forced = evals.extraction_metrics(model, rows, config.eval_prefix, greedy_decode=False)
+            exact, log_pz = forced["exact_match"], forced["logprob"]
+            means = {"exact_match": exact.mean(), "log_pz": log_pz.mean(), "pz": np.exp(log_pz).mean()}
+            scored["sequences"][name] = means
+        return {label: float(scored[kind][name][metric]) for label, (kind, name, metric) in metrics.items()}
 
-def _is_evaluated_each_epoch(config: TrainConfig) -> bool:
-    return config.epochs is not None and bool(config.eval_texts or config.eval_tasks or config.eval_sequences)
+    at: dict[str, Any] = {
+        "every": config.eval_every,
+        "each_epoch": config.eval_every is None,
+        "run_at_start_and_end": True,
+    }
+    return [Hook(measure, metric_names=tuple(metrics), measured=measured, **at)]
 
 
 def with_default_evals(train: TrainConfig, score: ScoreConfig, extract: ExtractConfig) -> TrainConfig:

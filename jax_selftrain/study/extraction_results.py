@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
@@ -28,29 +28,6 @@ from jax_selftrain.study.memorization_contrasts import compare_with_matched, nai
 from jax_selftrain.study.paired_results import paired_means, paired_proportions
 
 Arrays = dict[str, np.ndarray]
-
-
-def compare_extraction(before: Arrays, after: Arrays, groups: Sequence[str] | None) -> dict[str, Any]:
-    """Compare all sequences, each overlap class, and each group of the set."""
-    parts = {"all": np.ones(before["sequence"].size, bool)}
-    if "class" in before:
-        parts |= {name: before["class"] == name for name in CLASSES}
-    if names.HELD_OUT in before:
-        parts[names.HELD_OUT] = before[names.HELD_OUT]
-    labels = np.array(groups or [])
-    old, new = (n_p_discoverable(side["logprob"]) for side in (before, after))
-    return {
-        "n": before["sequence"].size,
-        "classes": {name: compare_sequences(before, after, members) for name, members in parts.items()},
-        "groups": [
-            {"name": name, **compare_sequences(before, after, labels == name)} for name in dict.fromkeys(groups or [])
-        ],
-        "discoverable": [
-            {"draws": int(draws), "p": float(p), **paired_proportions(old[key], new[key])}
-            for key in old
-            for draws, p in (key.split("@"),)
-        ],
-    }
 
 
 def compare_sequences(before: Arrays, after: Arrays, members: np.ndarray | slice = slice(None)) -> dict[str, Any]:
@@ -99,19 +76,32 @@ def cell_extraction(config: StudyConfig, design: Design, cell: StudyCell) -> dic
     if cell.extract is None:
         return {"extraction": None, "probes": {}, "fragility": None, "identical": True}
     before, after = _read_pair(design, design.extract_base[cell.student], cell.extract)
-    labels: Arrays = {name: after[name] for name in ("overlap", "class") if name in after}
+    window, n = evals.make_window(config.extract), before["sequence"].size
+    parts: dict[str, Any] = {"all": slice(None)}
+    if "class" in after:
+        parts |= {name: after["class"] == name for name in CLASSES}
     if any(arm.kind == "decontaminated" for arm in config.arms):
-        labels[names.HELD_OUT] = evals.held_out_half(
-            evals.sequences_fingerprint(config.extract.sequences), before["index"]
-        )
-    window, groups = evals.make_window(config.extract), duplicate_groups(config.extract, before["sequence"].size)
-    extraction = {
+        fingerprint = evals.sequences_fingerprint(config.extract.sequences)
+        parts[names.HELD_OUT] = evals.held_out_half(fingerprint, before["index"])
+    groups = np.array(duplicate_groups(config.extract, n))
+    old, new = (n_p_discoverable(side["logprob"]) for side in (before, after))
+    extraction: dict[str, Any] = {
         "prefix": window.prefix,
         "suffix": window.suffix,
         "min_overlap": config.extract.min_overlap,
-        **compare_extraction(before | labels, after, groups),
+        "n": n,
+        "classes": {name: compare_sequences(before, after, members) for name, members in parts.items()},
+        "groups": [
+            {"name": name, **compare_sequences(before, after, groups == name)}
+            for name in dict.fromkeys(groups.tolist())
+        ],
+        "discoverable": [
+            {"draws": int(draws), "p": float(p), **paired_proportions(old[key], new[key])}
+            for key in old
+            for draws, p in (key.split("@"),)
+        ],
     }
-    if "overlap" in labels:
+    if "overlap" in after:
         extraction["thresholds"] = [
             {"threshold": threshold, "class": name, **compare_sequences(before, after, classes == name)}
             for threshold in THRESHOLDS
@@ -130,15 +120,15 @@ def cell_extraction(config: StudyConfig, design: Design, cell: StudyCell) -> dic
     }
 
 
-def duplicate_groups(config: ExtractConfig, n: int) -> list[str] | None:
-    """Return the `group` of every line of a JSONL set, else None."""
+def duplicate_groups(config: ExtractConfig, n: int) -> list[str]:
+    """Return the `group` of every line of a JSONL set; an empty list without them."""
     path = Path(config.sequences)
     if not path.is_file() or path.suffix in (".npy", ".parquet") or config.offset:
-        return None
+        return []
     groups = [row.get("group") for _, row in read_jsonl(path, config.limit)]
     if len(groups) != n:
         raise InputError(f"{path}: has changed since extraction; run the same command again")
-    return [str(group) for group in groups] if all(group is not None for group in groups) else None
+    return [str(group) for group in groups] if all(group is not None for group in groups) else []
 
 
 def _read_pair(design: Design, base: Stage, student: Stage) -> tuple[Arrays, Arrays]:
@@ -168,8 +158,8 @@ def aa_flip_rate(design: Design) -> list[dict[str, Any]]:
         for repeat, stage in repeats.items():
             first, second = _read_pair(design, design.extract_base[student], stage)
             flips, shift = first["exact_match"] != second["exact_match"], np.abs(first["logprob"] - second["logprob"])
-            entry = {"student": student, "repeat": repeat, "n": int(shift.size), "flips": float(np.mean(flips))}
-            found.append(entry | {"log_pz": float(np.mean(shift))})
+            means = {"flips": float(np.mean(flips)), "log_pz": float(np.mean(shift))}
+            found.append({"student": student, "repeat": repeat, "n": int(shift.size), **means})
     return found
 
 
@@ -184,11 +174,8 @@ def decontamination_effect(config: StudyConfig, cells: names.Cells) -> list[dict
             if not treated or [cell["seed"] for cell in treated] != [cell["seed"] for cell in control]:
                 continue
             for measure in names.common_measures([*treated, *control]):
-                if not (
-                    names.is_primary_format(measure)
-                    or names.is_secondary(measure)
-                    or measure.endswith(f"/{names.HELD_OUT}")
-                ):
+                is_format = names.is_primary_format(measure) or names.is_secondary(measure)
+                if not is_format and not measure.endswith(f"/{names.HELD_OUT}"):
                     continue
                 after, matched = (names.seed_values(side, measure, "after") for side in (treated, control))
                 seeds = [after[seed] - matched[seed] for seed in after]

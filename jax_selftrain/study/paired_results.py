@@ -14,8 +14,7 @@ import numpy as np
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.item_results import ItemResults, ScoreResult, Split
 from jax_selftrain.stats import estimators
-from jax_selftrain.stats.estimators import Estimate
-from jax_selftrain.stats.standard_errors import mean_and_stderr, ratio_and_stderr
+from jax_selftrain.stats.estimators import Estimate, mean_and_stderr, ratio_and_stderr
 from jax_selftrain.study.preregistration import refuse_first
 
 OptionalArray = np.ndarray | None
@@ -171,7 +170,7 @@ def paired_proportions(before: np.ndarray, after: np.ndarray, clusters: Optional
         estimators.proportion(side) if clusters is None else _ratio(side.astype(np.float64), None, clusters)
         for side in (before, after)
     ]
-    return _sides(levels, estimators.paired_proportion_change(before, after, clusters))
+    return _sides(levels, estimators.paired_proportion_effect(before, after, clusters).estimate())
 
 
 def paired_means(

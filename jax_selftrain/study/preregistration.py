@@ -23,9 +23,9 @@ from jax_selftrain.config import ClaimConfig, StudyConfig, yaml_io
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import hash_json
+from jax_selftrain.stats import noninferiority
 from jax_selftrain.stats.estimators import Effect, mean_effect
-from jax_selftrain.stats.noninferiority import ALPHA, HEADLINE, benjamini_hochberg, holm
-from jax_selftrain.stats.power import minimum_detectable_effect, power
+from jax_selftrain.stats.noninferiority import ALPHA, HEADLINE, minimum_detectable_effect, power
 from jax_selftrain.study.measure_names import Cells, display_scale, group_cells, seed_values
 
 INTERACTION = "home - away"
@@ -120,7 +120,7 @@ def judge_claims(
 def adjust_p_values(p_values: Sequence[float], primary: Sequence[bool]) -> list[float]:
     """Correct primary p-values by Holm, others by Benjamini and Hochberg."""
     adjusted, is_primary = np.array(p_values, np.float64), np.array(primary, bool)
-    for correct, members in ((holm, is_primary), (benjamini_hochberg, ~is_primary)):
+    for correct, members in ((noninferiority.holm, is_primary), (noninferiority.benjamini_hochberg, ~is_primary)):
         adjusted[members] = correct(adjusted[members].tolist())
     return adjusted.tolist()
 

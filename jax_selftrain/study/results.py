@@ -182,15 +182,12 @@ def _compare_tasks(pairs: Sequence[Pair]) -> dict[str, Any]:
 
     `q` is p after Benjamini and Hochberg's correction over the tasks.
     """
-    reasons = [paired_results.ineligibility_reason(pair) for pair in pairs]
-    entries = [
-        paired_results.describe_task(pair) | {"not_eligible": reason}
-        for pair, reason in zip(pairs, reasons, strict=True)
-    ]
+    entries = [paired_results.describe_task(pair) for pair in pairs]
     adjusted = benjamini_hochberg([entry["flips"]["mcnemar_p"] for entry in entries])
-    for entry, q in zip(entries, adjusted, strict=True):
+    for pair, entry, q in zip(pairs, entries, adjusted, strict=True):
         entry["flips"]["q"] = q
-    eligible = [pair for pair, reason in zip(pairs, reasons, strict=True) if reason is None]
+        entry["not_eligible"] = paired_results.ineligibility_reason(pair)
+    eligible = [pair for pair, entry in zip(pairs, entries, strict=True) if entry["not_eligible"] is None]
     return {"tasks": entries, "macro": paired_results.average_tasks(eligible)}
 
 

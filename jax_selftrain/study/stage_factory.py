@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from jax_selftrain.config import (
     fill_options,
     yaml_io,
 )
-from jax_selftrain.config.metadata import Role, fields_with_role, shared_overrides
+from jax_selftrain.config.metadata import Role, fields_with_role, keep_role, shared_overrides
 from jax_selftrain.corpus import Corpus, open_corpus, parse_mixture
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.lm_eval_tasks import hash_lm_eval_tasks, load_lm_eval_tasks, split_names
@@ -37,12 +37,8 @@ _SMALL_BATCH = 24
 """Rows of a batch in the A/A repeat with another batch size."""
 _WINDOW = ("protocol", "prefix", "suffix", "offset", "random_offset", "min_overlap", "limit")
 """Options of extraction that decide which tokens of a sequence are its suffix."""
-_COMPARED = ("base", "untrained_baseline")
-"""Options of extraction that name other models."""
-_NO_EVALUATION: dict[str, Any] = {
-    name: getattr(TrainConfig(), name) for name in ("checkpoint_every", *fields_with_role(TrainConfig, Role.EVALUATION))
-}
-"""Options of training without evaluation."""
+_UNMEASURED = ("epochs", "max_epochs", "checkpoint_every", *fields_with_role(TrainConfig, Role.EVALUATION))
+"""Options of training that a number of steps without evaluation leaves unset."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +53,18 @@ class StudyModel:
     """Fingerprint of the tokenizer, which training does not change."""
     tokenizer_ref: str
     """The model of the study that it was made from; its config and tokenizer exist before any stage has run."""
-    stop_ids: tuple[int, ...] | None = None
-    start_id: int | None = None
-    """Token ids that its samples end with and start from; None: the sampler's rules."""
-    start_text: str | None = None
-    """Text that its samples start from, instead of `start_id`."""
+    start_and_stop: Mapping[str, Any] = field(default_factory=dict)
+    """`stop_ids`, `start_id` and `start_text` of its samples; unset: the sampler's rules."""
 
     @property
     def stop_id(self) -> int | None:
         """Token that ends its training documents; None: the tokenizer's EOS."""
-        return self.stop_ids[0] if self.stop_ids else None
+        return next(iter(self.start_and_stop.get("stop_ids") or ()), None)
+
+    @property
+    def inputs(self) -> dict[str, str | Stage]:
+        """Inputs of a stage that reads the model."""
+        return {"model": self.fingerprint, "tokenizer": self.tokenizer}
 
 
 class StageFactory:
@@ -77,10 +75,15 @@ class StageFactory:
         self.root = Path(config.out) / "stages"
         self._read_corpus = read_corpus or cache(open_corpus)
         self._hash_file, self._hash_sequences = cache(sha256_file), cache(evals.sequences_fingerprint)
+        self._hash_inputs: dict[str, Callable[[str], str]] = {
+            **dict.fromkeys(("base", "untrained_baseline"), lambda ref: hub.open_model(ref).fingerprint),
+            **dict.fromkeys(("sequences", "control_sequences"), self._hash_sequences),
+            "duplicate_counts": self._hash,
+        }
         self._models = {model.name: model for model in config.models}
         # Probes extract without decoding and without further inputs.
-        unset: dict[str, Any] = dict.fromkeys((*_COMPARED, "control_sequences", "duplicate_counts"), "")
-        self._probe = replace(config.extract, greedy_decode=False, verify=False, **unset)
+        unset = keep_role(config.extract, ~Role.INPUT)
+        self._probe = replace(unset, sequences=config.extract.sequences, greedy_decode=False, verify=False)
         self.is_scored = bool(config.score.tasks or config.score.texts)
         self.is_extracted = bool(config.extract.sequences)
 
@@ -88,9 +91,8 @@ class StageFactory:
         """Return a model of the study as it is before training."""
         model = self._models[name]
         opened, ref = hub.open_model(model.model), model.model
-        tokenizer = opened.tokenizer_fingerprint
-        ids = model.stop_ids, model.start_id, model.start_text
-        return StudyModel(ref, opened.fingerprint, name, tokenizer, ref, *ids)
+        start_and_stop = {option: getattr(model, option) for option in ("stop_ids", "start_id", "start_text")}
+        return StudyModel(ref, opened.fingerprint, name, opened.tokenizer_fingerprint, ref, start_and_stop)
 
     def folder(self, stage: Stage) -> Path:
         """Return the folder of a stage."""
@@ -102,18 +104,11 @@ class StageFactory:
 
     def sample(self, source: StudyModel, arm: ArmConfig, seed: int) -> Stage:
         """Sample a corpus from a model."""
-        changes = shared_overrides(arm, SampleConfig)
-        changes |= {name: getattr(source, name) for name in ("stop_ids", "start_id", "start_text")}
+        changes = shared_overrides(arm, SampleConfig) | dict(source.start_and_stop)
         options = fill_options(self.config, self.config.sample, source.ref, seed=seed, **changes)
-        return Stage(
-            "sample",
-            f"sample from {source.label}, seed {seed}",
-            yaml_io.to_dict(options, Role.IDENTITY),
-            {"model": source.fingerprint, "tokenizer": source.tokenizer},
-            lambda out: sample(replace(options, out=str(out))),
-            *_tokens_and_flops(source, options.samples * options.max_tokens, options.max_tokens, passes=1),
-            is_collective=True,
-        )
+        cost = _cost(source, options.samples * options.max_tokens, options.max_tokens, passes=1)
+        label = f"sample from {source.label}, seed {seed}"
+        return _command_stage("sample", label, sample, options, source.inputs, **cost)
 
     def sample_for(self, student: StudyModel, source: StudyModel, arm: ArmConfig, seed: int) -> Stage:
         """Sample from a source and retokenize the text for a student.
@@ -185,7 +180,7 @@ class StageFactory:
         """
         recipe = with_default_evals(self.config.train, self.config.score, self.config.extract)
         if steps is not None:
-            recipe = replace(recipe, steps=steps, epochs=None, max_epochs=None, **_NO_EVALUATION)
+            recipe = replace(recipe, steps=steps, **{name: getattr(TrainConfig(), name) for name in _UNMEASURED})
         mixture = parse_mixture(recipe.mixture)
         share = (1 - float(sum(part for _, part in mixture))) / len(on)
         changes = shared_overrides(arm, TrainConfig) | {"corpus": str(self.folder(on[-1])), "seed": seed}
@@ -195,20 +190,14 @@ class StageFactory:
         if options.eval_sequences:
             evaluated.append(self._hash_sequences(options.eval_sequences))
         tokens = (options.steps or 0) * options.batch_size * options.seq_len
-        stage = Stage(
-            "train",
-            f"train {start.label} on: {on[-1].label}" + (f" ({arm.name})" if arm.name else ""),
-            yaml_io.to_dict(options, Role.IDENTITY) | {"mixture": [str(part) for _, part in mixture]},
-            {
-                "model": start.fingerprint,
-                **{f"corpus {number}": one for number, one in enumerate(on)},
-                **{f"mixture {n}": self._read_corpus(folder).fingerprint for n, (folder, _) in enumerate(mixture)},
-                **{f"eval {n}": fingerprint for n, fingerprint in enumerate(evaluated)},
-            },
-            lambda out: train_with_evals(replace(options, out=str(out))),
-            *_tokens_and_flops(start, tokens, options.seq_len, passes=3),
-            is_collective=True,
-        )
+        inputs: dict[str, str | Stage] = {"model": start.fingerprint}
+        inputs |= {f"corpus {n}": one for n, one in enumerate(on)}
+        inputs |= {f"mixture {n}": self._read_corpus(folder).fingerprint for n, (folder, _) in enumerate(mixture)}
+        inputs |= {f"eval {n}": fingerprint for n, fingerprint in enumerate(evaluated)}
+        cost = _cost(start, tokens, options.seq_len, passes=3)
+        label = f"train {start.label} on: {on[-1].label}" + (f" ({arm.name})" if arm.name else "")
+        stage = _command_stage("train", label, train_with_evals, options, inputs, **cost)
+        stage = replace(stage, identity={**stage.identity, "mixture": [str(part) for _, part in mixture]})
         label = f"{start.label} after {arm.name or 'its own text'}, seed {seed}"
         return replace(start, ref=str(self.folder(stage)), fingerprint=stage, label=label)
 
@@ -240,26 +229,19 @@ class StageFactory:
         files = {f"{n}: {Path(path).name}": self._hash(path) for n, path in enumerate(references)}
         if self._harness_fingerprint:
             files["lm-evaluation-harness"] = self._harness_fingerprint
-        return Stage(
-            "score",
-            f"score {model.label}",
-            yaml_io.to_dict(options, Role.IDENTITY),
-            {"model": model.fingerprint, "tokenizer": model.tokenizer, **files},
-            lambda out: evals.score(replace(options, out=str(out / "score.json"))),
-            is_collective=True,
-        )
+        return _command_stage("score", f"score {model.label}", evals.score, options, model.inputs | files)
 
     def extract(self, model: StudyModel, corpus: Stage | None = None, base: StudyModel | None = None) -> Stage:
         """Extract the study's sequences, classified by overlap with the corpus.
 
         `base` is the checkpoint that `verify` compares with; None: the model itself.
         """
-        options = self.config.extract
+        options, label = self.config.extract, f"extract from {model.label}"
         if base is not None and options.verify and not options.base:
             options = replace(options, base=base.ref)
-        if corpus is not None:
-            options = replace(options, corpus=str(self.folder(corpus)))
-        return self._extract(model, options, f"extract from {model.label}", {"corpus": corpus} if corpus else {})
+        if corpus is None:
+            return self._extract(model, options, label)
+        return self._extract(model, options, label, {"corpus": corpus}, corpus=str(self.folder(corpus)))
 
     def extract_aa(self, model: StudyModel) -> dict[str, Stage]:
         """Extract again with another batch size and with another dtype."""
@@ -284,10 +266,10 @@ class StageFactory:
             found[form.name] = self._extract(model, self._probe, f"{label}, {form.name}", **changes)
         if probes.unseen_text:
             continuations = self.continue_unseen_text(base)
-            file = str(self.folder(continuations) / CONTINUATIONS)
-            options = replace(self._probe, sequences=file, offset=0, random_offset=False, limit=None)
+            changes = {"sequences": str(self.folder(continuations) / CONTINUATIONS)}
+            changes |= {"offset": 0, "random_offset": False, "limit": None}
             label = f"extract continuations of unseen text from {model.label}"
-            found[UNSEEN] = self._extract(model, options, label, {"sequences": continuations})
+            found[UNSEEN] = self._extract(model, self._probe, label, {"sequences": continuations}, **changes)
         if probes.relearn_corpus:
             text = self.import_text(model, ArmConfig("relearning", "text", text=probes.relearn_corpus))
             trained = self.train(model, [text], ArmConfig("relearning"), seed, probes.relearn_steps)
@@ -302,7 +284,7 @@ class StageFactory:
             "continue",
             f"continue {Path(texts).name} by {base.label}",
             _window_options(options) | {"sequences": n, "start_token": options.start_token, "dtype": options.dtype},
-            {"model": base.fingerprint, "tokenizer": base.tokenizer, "texts": self._hash(texts)},
+            base.inputs | {"texts": self._hash(texts)},
             lambda out: make_control_continuations(options, texts, n, out),
         )
 
@@ -318,7 +300,7 @@ class StageFactory:
             "proxies",
             f"proxies under {reader.label}: {corpus.label}",
             {"documents": documents, "dtype": options.dtype, "limit": options.limit},
-            {"corpus": corpus, "model": reader.fingerprint, "tokenizer": reader.tokenizer, **tasks, **vectors},
+            {"corpus": corpus, **reader.inputs, **tasks, **vectors},
             lambda out: corpus_proxies(self.read_corpus(corpus), options, out, documents, embedder),
         )
 
@@ -326,23 +308,11 @@ class StageFactory:
         self, model: StudyModel, options: ExtractConfig, label: str, special: Inputs | None = None, **changes: Any
     ) -> Stage:
         options = fill_options(self.config, options, model.ref, **changes)
-        inputs: dict[str, str | Stage] = {"model": model.fingerprint, "tokenizer": model.tokenizer, **(special or {})}
-        for name in _COMPARED:
-            if ref := getattr(options, name):
-                inputs[name] = hub.open_model(ref).fingerprint
-        for name in ("sequences", "control_sequences"):
+        inputs = {**model.inputs, **(special or {})}
+        for name, hash_input in self._hash_inputs.items():
             if name not in inputs and (reference := getattr(options, name)):
-                inputs[name] = self._hash_sequences(reference)
-        if options.duplicate_counts:
-            inputs["duplicate_counts"] = self._hash(options.duplicate_counts)
-        return Stage(
-            "extract",
-            label,
-            yaml_io.to_dict(options, Role.IDENTITY),
-            inputs,
-            lambda out: evals.extract(replace(options, out=str(out / "extract.json"))),
-            is_collective=True,
-        )
+                inputs[name] = hash_input(reference)
+        return _command_stage("extract", label, evals.extract, options, inputs)
 
     @cached_property
     def _harness_fingerprint(self) -> str:
@@ -372,10 +342,22 @@ class StageFactory:
         return self._hash_file(str(path)) if path.is_file() else reference
 
 
-def _tokens_and_flops(model: StudyModel, tokens: int, length: int, *, passes: int) -> tuple[int, float]:
+def _command_stage(
+    command: str, label: str, run: Callable[[Any], object], options: Any, inputs: Inputs, **cost: Any
+) -> Stage:
+    """Return the stage of a command; roles of its options give identity and output."""
+    file = f"{command}.json" if fields_with_role(type(options), Role.OUTPUT_FILE) else ""
+
+    def fill(out: Path) -> object:
+        return run(replace(options, out=str(out / file)))
+
+    return Stage(command, label, yaml_io.to_dict(options, Role.IDENTITY), inputs, fill, **cost, is_collective=True)
+
+
+def _cost(model: StudyModel, tokens: int, length: int, *, passes: int) -> dict[str, float]:
     """Return tokens and FLOPs; a backward pass counts as two passes."""
     decoder = hub.open_model(model.tokenizer_ref).config
-    return tokens, tokens * training.flops_per_token(decoder, length) * passes / 3
+    return {"tokens": tokens, "flops": tokens * training.flops_per_token(decoder, length) * passes / 3}
 
 
 def _window_options(options: ExtractConfig) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from jax_selftrain.config import ImportCorpusConfig, LeakageConfig
 from jax_selftrain.corpus import Sample, import_text, overlap
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals import measure_leakage
-from jax_selftrain.stats.standard_errors import wilson_interval
+from jax_selftrain.stats.estimators import wilson_interval
 
 
 def write_corpus(folder, model, documents):

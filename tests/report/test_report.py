@@ -16,7 +16,7 @@ import pytest
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.report import write_report
-from jax_selftrain.report.tables import format_interval, format_number, parse_estimate
+from jax_selftrain.report.formatting import format_interval, format_number, parse_estimate
 from jax_selftrain.stats.estimators import Estimate
 
 VOID = {"meta", "br", "wbr", "path", "use", "rect", "line"}

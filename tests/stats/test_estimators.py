@@ -62,7 +62,7 @@ def test_paired_change_ignores_what_pairs_share() -> None:
 def test_share_change_matches_bonett_and_price_by_hand() -> None:
     before = np.array([1] * 40 + [0] * 10 + [1] * 4 + [0] * 6, bool)
     after = np.array([1] * 40 + [0] * 10 + [0] * 4 + [1] * 6, bool)
-    found = estimators.paired_proportion_change(before, after)
+    found = estimators.paired_proportion_effect(before, after).estimate()
     gained, lost = 7 / 62, 5 / 62
     half = stats.norm.ppf(0.975) * np.sqrt((gained + lost - (gained - lost) ** 2) / 62)
     assert (found.value, found.n) == (2 / 60, 60)
@@ -75,7 +75,7 @@ def test_share_change_covers_the_truth(p_before: float, p_after: float, n: int) 
     covered = 0
     for _ in range(1000):
         before, after = rng.random(n) < p_before, rng.random(n) < p_after
-        found = estimators.paired_proportion_change(before, after)
+        found = estimators.paired_proportion_effect(before, after).estimate()
         assert found.low is not None
         assert found.high is not None
         covered += found.low <= p_after - p_before <= found.high
@@ -85,7 +85,7 @@ def test_share_change_covers_the_truth(p_before: float, p_after: float, n: int) 
 
 def test_no_flip_at_all_is_not_called_certain() -> None:
     same = np.zeros(96, bool)
-    found = estimators.paired_proportion_change(same, same)
+    found = estimators.paired_proportion_effect(same, same).estimate()
     assert found.value == 0.0
     assert found.low is not None
     assert found.high is not None
@@ -109,7 +109,7 @@ def test_a_checkpoint_compared_with_itself_differs_by_exactly_nothing() -> None:
     answers, losses, tokens = rng.random(50) < 0.5, rng.gamma(2.0, size=50), rng.integers(1, 9, 50)
     assert estimators.mean(losses - losses) == Estimate(0.0, 0.0, 0.0, 50)
     assert estimators.ratio_of_sums(losses - losses, tokens) == Estimate(0.0, 0.0, 0.0, 50)
-    assert estimators.paired_proportion_change(answers, answers).value == 0.0
+    assert estimators.paired_proportion_effect(answers, answers).estimate().value == 0.0
     assert macro_change([(answers, answers), (~answers, ~answers)]).value == 0.0
     assert estimators.mcnemar_table(answers, answers).mcnemar_p == 1.0
 
@@ -126,7 +126,7 @@ def test_macro_weighs_groups_equally() -> None:
 def test_one_group_is_its_own_macro() -> None:
     rng = np.random.default_rng(7)
     before, after = rng.random(80) < 0.5, rng.random(80) < 0.5
-    assert macro_change([(before, after)]) == estimators.paired_proportion_change(before, after)
+    assert macro_change([(before, after)]) == estimators.paired_proportion_effect(before, after).estimate()
     mean, macro = estimators.mean(before), estimators.macro_mean([before])
     assert (macro.value, macro.low, macro.high) == pytest.approx((mean.value, mean.low, mean.high))
 

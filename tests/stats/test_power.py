@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jax_selftrain.stats.power import minimum_detectable_effect, power
+from jax_selftrain.stats.noninferiority import minimum_detectable_effect, power
 
 
 @pytest.mark.parametrize(

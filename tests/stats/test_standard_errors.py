@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from jax_selftrain.stats.standard_errors import exp_and_stderr, mean_and_stderr, ratio_and_stderr, wilson_interval
+from jax_selftrain.stats.estimators import exp_and_stderr, mean_and_stderr, ratio_and_stderr, wilson_interval
 
 
 def test_the_error_of_a_share_has_n_minus_one():

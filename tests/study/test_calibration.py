@@ -49,11 +49,11 @@ def recipe_coverage(rng: np.random.Generator, studies: int) -> dict[str, float]:
         better = rng.normal(0, 0.03, (SEEDS, 1))
         after = rng.random((SEEDS, items)) < p + RECIPE + better
         truth = float(p.mean() + RECIPE - before.mean())
-        pairs = [estimators.paired_proportion_change(before, one) for one in after]
+        pairs = [estimators.paired_proportion_effect(before, one).estimate() for one in after]
         (effect,) = treatment_effects([cell("a", "a", seed, pair) for seed, pair in enumerate(pairs)])
         found["t over seeds"] += covers(parse_estimate(effect["measures"]["accuracy"]["change"]), truth)
         found["one pair's items"] += covers(pairs[0], truth)
-        pooled = estimators.paired_proportion_change(np.tile(before, SEEDS), after.ravel())
+        pooled = estimators.paired_proportion_effect(np.tile(before, SEEDS), after.ravel()).estimate()
         found["all items of all seeds"] += covers(pooled, truth)
     return {name: hits / studies for name, hits in found.items()}
 
@@ -66,8 +66,10 @@ def pair_coverage(rng: np.random.Generator, studies: int) -> dict[str, float]:
         p = rng.uniform(0.3, 0.6, entities)[labels]
         reacts = rng.uniform(-0.25, 0.25, entities)[labels]
         before, after = rng.random(labels.size) < p, rng.random(labels.size) < p + RECIPE + reacts
-        found["entities as units"] += covers(estimators.paired_proportion_change(before, after, labels), RECIPE)
-        found["items as units"] += covers(estimators.paired_proportion_change(before, after), RECIPE)
+        found["entities as units"] += covers(
+            estimators.paired_proportion_effect(before, after, labels).estimate(), RECIPE
+        )
+        found["items as units"] += covers(estimators.paired_proportion_effect(before, after).estimate(), RECIPE)
     return {name: hits / studies for name, hits in found.items()}
 
 

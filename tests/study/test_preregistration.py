@@ -13,7 +13,7 @@ import pytest
 
 from jax_selftrain.config import ArmConfig, ClaimConfig, StudyConfig
 from jax_selftrain.errors import InputError
-from jax_selftrain.stats.power import minimum_detectable_effect
+from jax_selftrain.stats.noninferiority import minimum_detectable_effect
 from jax_selftrain.study.preregistration import check_claims, describe_power, freeze_claims, judge_claims
 
 SEEDS = tuple(range(100, 105))

@@ -6,8 +6,7 @@ import math
 
 from jax_selftrain.report import figures
 from jax_selftrain.report import formatting as fmt
-from jax_selftrain.report.formatting import NOTES, Chapter, Records, Results
-from jax_selftrain.report.tables import Column, Record, Table, make_columns, make_side_columns
+from jax_selftrain.report.formatting import Chapter, Column, Record, Records, Results, Table, make_columns
 from jax_selftrain.stats.estimators import Estimate
 from jax_selftrain.study.measure_names import (
     MAIN_EFFECT,
@@ -34,7 +33,7 @@ def write_capability(results: Results) -> Chapter | None:
         figure = figures.plot_before_and_after("tasks", accuracies, "task/", "accuracy (%)", chance)
         chapter.add_figure(figure, "Accuracy before and after, and the paired change, with 95 % intervals.")
     chapter.add_table(_make_task_table(cells), folded=several)
-    chapter.add_note(NOTES["capability"])
+    chapter.add_note(fmt.NOTES["capability"])
     return chapter
 
 
@@ -55,7 +54,7 @@ def _make_task_table(cells: Records) -> Table:
         *(Column("task", path=("name",)), Column("n")),
         Column("chance", "chance (%)", 1, 100),
         Column("eligible", "in the macro average"),
-        *make_side_columns("accuracy", "accuracy (%)"),
+        *fmt.make_side_columns("accuracy", "accuracy (%)"),
         *(Column(key, path=("flips", key)) for key in ("lost", "gained")),
         Column("mcnemar_p", "McNemar p", p_value=True, path=("flips", "mcnemar_p")),
         Column("q", p_value=True, path=("flips", "q")),
@@ -87,14 +86,14 @@ def write_perplexity(results: Results) -> Chapter | None:
         fmt.add_effect_table(chapter, "texts", student, "held-out texts", effects, names)
     columns = [
         *(Column("text", path=("name",)), *make_columns("documents", "tokens")),
-        *make_side_columns("nll", "nats per token", 4, 1),
+        *fmt.make_side_columns("nll", "nats per token", 4, 1),
         Column("perplexity_before", "perplexity, before", 2, path=("nll", "before"), convert=_exponentiate),
         Column("perplexity_after", "after", 2, path=("nll", "after"), convert=_exponentiate),
         Column("documents_better", "documents with a lower loss"),
     ]
     records = [(cell, text) for cell in cells for text in cell["texts"]]
     chapter.add_table(fmt.make_cell_table("texts", "Texts before and after", columns, records), folded=several)
-    chapter.add_note(NOTES["perplexity"])
+    chapter.add_note(fmt.NOTES["perplexity"])
     return chapter
 
 
@@ -114,7 +113,7 @@ def write_source_matrix(results: Results) -> Chapter | None:
     figure = figures.plot_effects("matrix", entries, main)
     chapter.add_figure(figure, "Mean over seeds with its 95 % interval (Student's t); a dot for each seed.")
     if results["interaction"] is None:
-        chapter.add_note(NOTES["no_interaction"])
+        chapter.add_note(fmt.NOTES["no_interaction"])
     else:
         columns = [
             Column("measure", convert=fmt.format_measure),

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from jax_selftrain.report import figures
-from jax_selftrain.report.formatting import CURVE_METRICS, NOTES, Chapter, Records, Results, make_cell_table
-from jax_selftrain.report.tables import Column, Record, Table, format_number, make_columns
+from jax_selftrain.report import formatting as fmt
+from jax_selftrain.report.formatting import Chapter, Column, Record, Records, Results, Table, make_columns
 
 AXES = ("lineage", "data", "data_order", "initialization", "tokenizer", "architecture", "size")
 LOG_KEYS = ("step", "loss", "learning_rate", "grad_norm")
@@ -34,9 +34,9 @@ def write_claims(results: Results) -> Chapter:
             for claim in results["claims"]
         ]
         chapter.add_table(Table("claims", "Declared claims and their verdicts", columns, records))
-        chapter.add_note(NOTES["claims"])
+        chapter.add_note(fmt.NOTES["claims"])
     else:
-        chapter.html.append(NOTES["no_claims"])
+        chapter.html.append(fmt.NOTES["no_claims"])
     seeds: dict[tuple[str, str], list[str]] = {}
     for cell in results["cells"]:
         if cell["identical"]:
@@ -77,7 +77,7 @@ def write_design(results: Results) -> Chapter:
     columns = [Column("model", path=("name",)), *make_columns("role", *axes, *SIZES, *measured)]
     chapter.add_table(Table("models", "Models and their ability before training", columns, records))
     chapter.add_table(_make_budget_table(results))
-    chapter.add_note(NOTES["design"])
+    chapter.add_note(fmt.NOTES["design"])
     return chapter
 
 
@@ -111,8 +111,8 @@ def write_training(results: Results) -> Chapter | None:
     chapter.add_figure(figures.plot_panels("training", panels, figures.draw_curves), "Each logged step.")
     records = [(cell, record) for cell in cells for record in _list_steps(cell["training"]["log"], LOG_KEYS)]
     columns = [Column(key, digits=6) for key in LOG_KEYS]
-    chapter.add_table(make_cell_table("training", "Training log", columns, records), folded=True)
-    chapter.add_note(NOTES["training"])
+    chapter.add_table(fmt.make_cell_table("training", "Training log", columns, records), folded=True)
+    chapter.add_note(fmt.NOTES["training"])
     _add_evaluations(chapter, [cell for cell in cells if cell["training"]["evaluations"]])
     return chapter
 
@@ -133,7 +133,7 @@ def _add_evaluations(chapter: Chapter, cells: Records) -> None:
     ]
     if len(cells) == 1:
         panels = []
-        for kind, (title, scale) in CURVE_METRICS.items():
+        for kind, (title, scale) in fmt.CURVE_METRICS.items():
             lines = {
                 name.rpartition("/")[0]: (first["step"], [scale * value for value in curves[0][name]])
                 for name in names
@@ -149,7 +149,7 @@ def _add_evaluations(chapter: Chapter, cells: Records) -> None:
         for cell, curve in zip(cells, curves, strict=True)
         for record in _list_steps(curve, ["step", *names])
     ]
-    table = make_cell_table("evaluations", "Evaluations during training", columns, records)
+    table = fmt.make_cell_table("evaluations", "Evaluations during training", columns, records)
     chapter.add_table(table, folded=len(cells) > 1)
     sizes = "; ".join(f"{one['name']}: n = {one['n']:,}" for one in first["measures"])
     chapter.add_note(
@@ -177,7 +177,7 @@ def write_corpora(results: Results) -> Chapter:
     ]
     records = [_make_corpus_record(corpus) for corpus in results["corpora"].values()]
     chapter.add_table(Table("corpora", "Training corpora", columns, records))
-    chapter.add_note(NOTES["corpora"])
+    chapter.add_note(fmt.NOTES["corpora"])
     return chapter
 
 
@@ -212,7 +212,7 @@ def _describe_sample(sample: Record) -> str:
     if sample["finish_reason"]:
         parts.append("ended by a stop token" if sample["finish_reason"] == "stop" else "cut at the length limit")
     if sample["logprob"] is not None and sample["tokens"]:
-        parts.append(f"{format_number(-sample['logprob'] / sample['tokens'])} nats per token")
+        parts.append(f"{fmt.format_number(-sample['logprob'] / sample['tokens'])} nats per token")
     return " · ".join(parts)
 
 
@@ -224,7 +224,7 @@ def write_limits(results: Results) -> Chapter:
         "one_treatment": len(results["effects"]) == 1,
         "extraction": bool(results["cells"][0]["extraction"]),
     }
-    sentences = [sentence for name, members in NOTES["limits"].items() if applies[name] for sentence in members]
+    sentences = [sentence for name, members in fmt.NOTES["limits"].items() if applies[name] for sentence in members]
     items = "\n".join(f"<li>{sentence}</li>" for sentence in sentences)
     return Chapter("What this cannot show", [f"<ul>\n{items}\n</ul>"])
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from jax_selftrain.report import figures
 from jax_selftrain.report import formatting as fmt
-from jax_selftrain.report.formatting import NOTES, Chapter, Records, Results
-from jax_selftrain.report.tables import Column, Record, Table, make_columns, make_side_columns, parse_estimate
+from jax_selftrain.report.formatting import Chapter, Column, Record, Records, Results, Table, make_columns
 from jax_selftrain.stats import estimators
 from jax_selftrain.study.measure_names import HELD_OUT, common_measures, display_scale, is_secondary, reference_text
 
@@ -98,7 +97,7 @@ def write_decoupling(results: Results) -> Chapter | None:
         return None
     for name, (caption, columns) in DECOUPLING_TABLES.items():
         chapter.add_table(Table(name, caption, columns, results[name]))
-    chapter.add_note(NOTES["decoupling"])
+    chapter.add_note(fmt.NOTES["decoupling"])
     return chapter
 
 
@@ -167,7 +166,7 @@ def write_memorization(results: Results) -> Chapter | None:
     if not cells[0]["extraction"]:
         return None
     chapter, first, several = Chapter("Verbatim memorization"), cells[0]["extraction"], len(cells) > 1
-    chapter.html.append(NOTES["exact_match"].format_map(first))
+    chapter.html.append(fmt.NOTES["exact_match"].format_map(first))
     for student in results["design"]["students"]:
         if several:
             _add_effects(chapter, student, [one for one in results["effects"] if one["student"] == student])
@@ -181,7 +180,7 @@ def write_memorization(results: Results) -> Chapter | None:
     chapter.add_table(_make_threshold_table(cells))
     for name, (caption, columns) in MEMORIZATION_TABLES.items():
         chapter.add_table(Table(name, caption, columns, results[name]))
-    chapter.add_note(NOTES["memorization"].format_map(first))
+    chapter.add_note(fmt.NOTES["memorization"].format_map(first))
     return chapter
 
 
@@ -231,7 +230,7 @@ def _make_discoverability_table(extraction: Record) -> Table:
         Column("samples", "samples n", path=("draws",)),
         Column("p", "p", 1),
         Column("sequences", path=("before", "n")),
-        *make_side_columns("extracted", "extracted (%)", path=()),
+        *fmt.make_side_columns("extracted", "extracted (%)", path=()),
     ]
     records = extraction["discoverable"]
     return Table("discoverability", "(n, p)-discoverable extraction: 1 − (1 − p_z)ⁿ ≥ p", columns, records)
@@ -244,7 +243,7 @@ def _make_sequence_table(cells: Records) -> Table:
         *make_columns("sequences", "n"),
         *(Column(key, path=("flips", field)) for key, field in flips.items()),
         Column("mcnemar_p", "McNemar p", p_value=True, path=("flips", "mcnemar_p")),
-        *(column for name in measures for column in make_side_columns(name, *MEASURES[name])),
+        *(column for name in measures for column in fmt.make_side_columns(name, *MEASURES[name])),
     ]
     records = [(cell, {"sequences": name, **part}) for cell in cells for name, part in _list_parts(cell["extraction"])]
     return fmt.make_cell_table("extraction", "Sequences before and after, by overlap class and group", columns, records)
@@ -280,6 +279,6 @@ def _make_threshold_table(cells: Records) -> Table:
 
 def _average_change(entries: Records, measure: str) -> estimators.Estimate:
     if len(entries) == 1:
-        return parse_estimate(entries[0]["change"], measure)
+        return fmt.parse_estimate(entries[0]["change"], measure)
     mean = estimators.mean([entry["change"]["value"] for entry in entries])
-    return parse_estimate(vars(mean), measure)
+    return fmt.parse_estimate(vars(mean), measure)

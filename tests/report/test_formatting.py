@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from jax_selftrain.report.formatting import make_cell_table
-from jax_selftrain.report.tables import Column, Level, Table, format_number
+from jax_selftrain.report.formatting import Column, Level, Table, format_number, make_cell_table
 from jax_selftrain.stats.estimators import Estimate
 
 
