@@ -93,9 +93,8 @@ def plot_panels(name: str, panels: Sequence[Panel], draw: Callable[..., None]) -
 
     def draw_all(figure: Figure) -> None:
         handles: dict[str, Any] = {}
-        for axes, (x_label, y_label, lines) in zip(
-            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-        ):
+        (row,) = figure.subplots(1, len(panels), squeeze=False)
+        for axes, (x_label, y_label, lines) in zip(row, panels, strict=True):
             draw(axes, lines, styles)
             axes.set(xlabel=x_label, ylabel=y_label)
             handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}

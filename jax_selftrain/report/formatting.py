@@ -99,10 +99,8 @@ def make_side_columns(
     key: str, title: str, digits: int = 1, scale: float = 100, path: Sequence[str] | None = None
 ) -> list[Column]:
     """Return columns before, after and of the change; of proportions by default."""
-    titles, path = (
-        {"before": f"{title}, before", "after": "after", "change": "change"},
-        (key,) if path is None else path,
-    )
+    titles = {"before": f"{title}, before", "after": "after", "change": "change"}
+    path = (key,) if path is None else path
     return [
         Column(f"{key}_{side}", text, digits, scale, signed=side == "change", path=(*path, side))
         for side, text in titles.items()

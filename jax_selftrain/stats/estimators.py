@@ -179,11 +179,8 @@ def paired_proportion_effect(before: ArrayLike, after: ArrayLike, clusters: Arra
     error = float(np.sqrt((gained + lost - (gained - lost) ** 2) / (moved.n + 2)))
     degrees = math.inf
     if clusters is not None:
-        sums, sizes = (
-            sum_by_cluster(np.asarray(after, np.float64) - np.asarray(before, np.float64), clusters),
-            sum_by_cluster(np.ones(moved.n), clusters),
-        )
-        clustered = ratio_and_stderr(sums, sizes)[1]
+        sums = sum_by_cluster(np.asarray(after, np.float64) - np.asarray(before, np.float64), clusters)
+        clustered = ratio_and_stderr(sums, sum_by_cluster(np.ones(moved.n), clusters))[1]
         error = math.inf if clustered is None else max(error, clustered)
         degrees = max(sums.size - 1, 1)
     return Effect((moved.gained - moved.lost) / moved.n, gained - lost, error, degrees, moved.n)

@@ -9,6 +9,7 @@ from jax_selftrain.report import figures
 from jax_selftrain.report import formatting as fmt
 from jax_selftrain.report.formatting import Chapter, Column, Record, Records, Results, Table, make_columns
 from jax_selftrain.stats import estimators
+from jax_selftrain.study import measure_names
 from jax_selftrain.study.measure_names import HELD_OUT, common_measures, display_scale, is_secondary, reference_text
 
 CLASSES = {"all": "all sequences", "held_out": "held-out", "partial": "partial", "seen": "seen", HELD_OUT: "H"}
@@ -113,14 +114,10 @@ def _add_damage(chapter: Chapter, student: str, effects: Records) -> None:
     def select(name: str, at: Mapping[str, float]) -> list[float]:
         return [display_scale(name) * at[name]]
 
-    panels = [
-        (
-            fmt.format_measure(loss),
-            fmt.format_measure(name),
-            {label: (select(loss, at), select(name, at)) for label, at in levels.items()},
-        )
-        for name in ("exact_match", "pz")
-    ]
+    panels = []
+    for name in ("exact_match", "pz"):
+        lines = {label: (select(loss, at), select(name, at)) for label, at in levels.items()}
+        panels.append((fmt.format_measure(loss), fmt.format_measure(name), lines))
     chapter.add_figure(
         figures.plot_panels(f"damage_{fmt.slugify(student)}", panels, figures.draw_damage),
         f"{student}: memorization against loss on {loss.removeprefix('text/')} after each treatment (means over "
@@ -201,23 +198,18 @@ def _list_parts(extraction: Record) -> list[tuple[str, Record]]:
 
 def _add_discoverability(chapter: Chapter, student: str, cells: Records) -> None:
     """Plot (n, p)-discoverable extraction, means over seeds."""
-    entries = cells[0]["extraction"]["discoverable"]
-    treatments = list(dict.fromkeys(cell["treatment"] for cell in cells))
 
     def average(members: Records, p: float, side: str) -> tuple[list[int], list[float]]:
         curves = [[e for e in cell["extraction"]["discoverable"] if e["p"] == p] for cell in members]
         values = [[100 * entry[side]["value"] for entry in curve] for curve in curves]
         return [entry["draws"] for entry in curves[0]], [sum(at) / len(at) for at in zip(*values, strict=True)]
 
-    panels = [
-        (
-            f"samples n, p ≥ {p:g}",
-            "% of sequences",
-            {"before": average(cells[:1], p, "before")}
-            | {one: average([cell for cell in cells if cell["treatment"] == one], p, "after") for one in treatments},
-        )
-        for p in dict.fromkeys(entry["p"] for entry in entries)
-    ]
+    panels = []
+    for p in dict.fromkeys(entry["p"] for entry in cells[0]["extraction"]["discoverable"]):
+        lines = {"before": average(cells[:1], p, "before")}
+        for (_, treatment), members in measure_names.group_cells(cells).items():
+            lines[treatment] = average(members, p, "after")
+        panels.append((f"samples n, p ≥ {p:g}", "% of sequences", lines))
     chapter.add_figure(
         figures.plot_panels(f"discoverability_{fmt.slugify(student)}", panels, figures.draw_discoverability),
         f"{student}: (n, p)-discoverable extraction, the share of {cells[0]['extraction']['n']:,} sequences that n "
