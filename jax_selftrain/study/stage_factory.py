@@ -106,9 +106,9 @@ class StageFactory:
         """Sample a corpus from a model."""
         changes = shared_overrides(arm, SampleConfig) | dict(source.start_and_stop)
         options = fill_options(self.config, self.config.sample, source.ref, seed=seed, **changes)
-        cost = _cost(source, options.samples * options.max_tokens, options.max_tokens, passes=1)
+        cost = _estimate_cost(source, options.samples * options.max_tokens, options.max_tokens, passes=1)
         label = f"sample from {source.label}, seed {seed}"
-        return _command_stage("sample", label, sample, options, source.inputs, **cost)
+        return _make_stage("sample", label, sample, options, source.inputs, **cost)
 
     def sample_for(self, student: StudyModel, source: StudyModel, arm: ArmConfig, seed: int) -> Stage:
         """Sample from a source and retokenize the text for a student.
@@ -194,9 +194,9 @@ class StageFactory:
         inputs |= {f"corpus {n}": one for n, one in enumerate(on)}
         inputs |= {f"mixture {n}": self._read_corpus(folder).fingerprint for n, (folder, _) in enumerate(mixture)}
         inputs |= {f"eval {n}": fingerprint for n, fingerprint in enumerate(evaluated)}
-        cost = _cost(start, tokens, options.seq_len, passes=3)
+        cost = _estimate_cost(start, tokens, options.seq_len, passes=3)
         label = f"train {start.label} on: {on[-1].label}" + (f" ({arm.name})" if arm.name else "")
-        stage = _command_stage("train", label, train_with_evals, options, inputs, **cost)
+        stage = _make_stage("train", label, train_with_evals, options, inputs, **cost)
         stage = replace(stage, identity={**stage.identity, "mixture": [str(part) for _, part in mixture]})
         label = f"{start.label} after {arm.name or 'its own text'}, seed {seed}"
         return replace(start, ref=str(self.folder(stage)), fingerprint=stage, label=label)
@@ -229,7 +229,7 @@ class StageFactory:
         files = {f"{n}: {Path(path).name}": self._hash(path) for n, path in enumerate(references)}
         if self._harness_fingerprint:
             files["lm-evaluation-harness"] = self._harness_fingerprint
-        return _command_stage("score", f"score {model.label}", evals.score, options, model.inputs | files)
+        return _make_stage("score", f"score {model.label}", evals.score, options, model.inputs | files)
 
     def extract(self, model: StudyModel, corpus: Stage | None = None, base: StudyModel | None = None) -> Stage:
         """Extract the study's sequences, classified by overlap with the corpus.
@@ -312,7 +312,7 @@ class StageFactory:
         for name, hash_input in self._hash_inputs.items():
             if name not in inputs and (reference := getattr(options, name)):
                 inputs[name] = hash_input(reference)
-        return _command_stage("extract", label, evals.extract, options, inputs)
+        return _make_stage("extract", label, evals.extract, options, inputs)
 
     @cached_property
     def _harness_fingerprint(self) -> str:
@@ -342,7 +342,7 @@ class StageFactory:
         return self._hash_file(str(path)) if path.is_file() else reference
 
 
-def _command_stage(
+def _make_stage(
     command: str, label: str, run: Callable[[Any], object], options: Any, inputs: Inputs, **cost: Any
 ) -> Stage:
     """Return the stage of a command; roles of its options give identity and output."""
@@ -354,7 +354,7 @@ def _command_stage(
     return Stage(command, label, yaml_io.to_dict(options, Role.IDENTITY), inputs, fill, **cost, is_collective=True)
 
 
-def _cost(model: StudyModel, tokens: int, length: int, *, passes: int) -> dict[str, float]:
+def _estimate_cost(model: StudyModel, tokens: int, length: int, *, passes: int) -> dict[str, float]:
     """Return tokens and FLOPs; a backward pass counts as two passes."""
     decoder = hub.open_model(model.tokenizer_ref).config
     return {"tokens": tokens, "flops": tokens * training.flops_per_token(decoder, length) * passes / 3}
