@@ -12,6 +12,7 @@ from jax_selftrain.config.metadata import (
     OutputFile,
     OutputFolder,
     Required,
+    SetByStudy,
 )
 
 
@@ -57,17 +58,17 @@ class ExportConfig:
 class SubsetConfig:
     """Draw random documents of a corpus, up to a token budget."""
 
-    corpus: Required[Input[str]] = ""
+    corpus: Required[SetByStudy[Input[str]]] = ""
     """Corpus folder to read."""
-    out: Required[OutputFolder[str]] = ""
+    out: Required[SetByStudy[OutputFolder[str]]] = ""
     """Corpus folder to write."""
     tokens: Required[AtLeastOne[int | None]] = None
     """Number of tokens at which drawing ends."""
     draw: Literal["bootstrap", "without-replacement"] = "bootstrap"
     """`bootstrap`: uniformly with replacement; `without-replacement`: each document at most once."""
-    subset: NonNegative[int] = 0
+    subset: SetByStudy[NonNegative[int]] = 0
     """Number of the subset; subsets of one seed are independent."""
-    seed: NonNegative[int] = 0
+    seed: SetByStudy[NonNegative[int]] = 0
     """Random seed."""
 
 
@@ -75,9 +76,9 @@ class SubsetConfig:
 class DecontaminateConfig:
     """Remove the samples of a corpus that share word n-grams with benchmarks."""
 
-    corpus: Required[Input[str]] = ""
+    corpus: Required[SetByStudy[Input[str]]] = ""
     """Corpus folder to read."""
-    out: Required[OutputFolder[str]] = ""
+    out: Required[SetByStudy[OutputFolder[str]]] = ""
     """Corpus folder to write, with `decontamination.json`."""
     tasks: Input[tuple[str, ...]] = ()
     """Benchmarks: tasks of lm-evaluation-harness (all splits), or task files as for `score`."""
@@ -85,9 +86,9 @@ class DecontaminateConfig:
     """JSONL files with `text`, as for `score`."""
     ngram: AtLeastOne[int] = 8
     """Number of consecutive words that a sample and a benchmark document share."""
-    control: OutputFolder[str] = ""
+    control: SetByStudy[OutputFolder[str]] = ""
     """Folder of a size-matched control: it loses as many samples without overlap, of the same lengths."""
-    seed: NonNegative[int] = 0
+    seed: SetByStudy[NonNegative[int]] = 0
     """Seed of the control."""
     task_folder: Input[str] = ""
     """Folder with YAML files of further tasks, as for `score`."""

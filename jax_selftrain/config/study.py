@@ -6,7 +6,17 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from jax_selftrain.config.commands import DType, ExtractConfig, Packing, Preset, SampleConfig, ScoreConfig, TrainConfig
-from jax_selftrain.config.metadata import AppliesTo, AtLeastOne, Execution, Input, OutputFile, OutputFolder, Required
+from jax_selftrain.config.corpus_commands import DecontaminateConfig, SubsetConfig
+from jax_selftrain.config.metadata import (
+    AppliesTo,
+    AtLeastOne,
+    Execution,
+    Input,
+    NonNegative,
+    OutputFile,
+    OutputFolder,
+    Required,
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +33,10 @@ class RunConfig:
     """Title of the report; unset: derived from the model name."""
     sample: SampleConfig = field(default_factory=SampleConfig)
     """Sampling of the corpus."""
+    decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
+    """Removal of benchmark overlap from the samples; skipped without `tasks` and `texts`."""
+    subset: SubsetConfig = field(default_factory=SubsetConfig)
+    """Subset of the samples to train on; skipped without `tokens`."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Training of the student."""
     score: ScoreConfig = field(default_factory=ScoreConfig)
@@ -227,6 +241,12 @@ class StudyConfig:
     """Train on the sampled tokens where source and student have the same tokenizer, instead of retokenized text."""
     sample: SampleConfig = field(default_factory=SampleConfig)
     """Sampling of the corpora."""
+    sample_seed: NonNegative[int | None] = None
+    """Seed of the samples of all seeds, which then differ in their subset and order only; unset: each seed samples."""
+    decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
+    """Removal of benchmark overlap from the samples; skipped without `tasks` and `texts`."""
+    subset: SubsetConfig = field(default_factory=SubsetConfig)
+    """Subset of the samples that each seed trains on; skipped without `tokens`."""
     train: TrainConfig = field(default_factory=lambda: TrainConfig(max_epochs=1.0))
     """Training of all cells; `steps` is required."""
     score: ScoreConfig = field(default_factory=ScoreConfig)

@@ -93,14 +93,17 @@ def one_cell_study(config: RunConfig) -> StudyConfig:
         sample=replace(config.sample, seed=0, stop_ids=None, start_id=None, start_text=None),
         train=replace(config.train, seed=0),
         memorization=MemorizationConfig(aa_repeat=False),
-        **{name: getattr(config, name) for name in ("out", "title", "score", "extract", "mesh", "preset", "dtype")},
+        **{
+            name: getattr(config, name)
+            for name in ("out", "title", "decontaminate", "subset", "score", "extract", "mesh", "preset", "dtype")
+        },
     )
 
 
 def _identity(config: StudyConfig) -> dict[str, Any]:
     """Return the options that change the results of a run."""
     found = {name: getattr(config, name) for name in ("seeds", "students", "sources", "dtype")}
-    for section in ("sample", "train", "score", "extract"):
+    for section in ("sample", "decontaminate", "subset", "train", "score", "extract"):
         options = yaml_io.to_dict(getattr(config, section), Role.IDENTITY)
         found |= {f"{section}.{name}": value for name, value in options.items()}
     return found
@@ -191,7 +194,7 @@ def check_study(config: StudyConfig, read_corpus: Callable[[str], Corpus] = open
     students = config.students or tuple(models)
     sources = config.sources or students
     _check_names(config)
-    for section in ("sample", "train", "score", "extract"):
+    for section in ("sample", "decontaminate", "subset", "train", "score", "extract"):
         given, default = getattr(config, section), getattr(StudyConfig(), section)
         for name in fields_with_role(type(given), Role.SET_BY_STUDY):
             if getattr(given, name) != getattr(default, name):
@@ -211,12 +214,14 @@ def check_study(config: StudyConfig, read_corpus: Callable[[str], Corpus] = open
     check_claims(config)
     score = config.score
     texts = evals.load_texts(score.texts, score.text_limit)
-    files, names = split_names(score.tasks)
-    paths = evals.paths_by_name([*evals.load_tasks(files, score.limit), *texts])
-    if names and not config.dry_run:
-        load_lm_eval_tasks(names, paths, folder=score.task_folder, num_fewshot=score.num_fewshot)
-    for ref in models.values():
-        _ = hub.open_model(ref).fingerprint
+    audit = config.decontaminate
+    for options, limit, loaded in ((score, score.limit, texts), (audit, None, evals.load_texts(audit.texts))):
+        files, names = split_names(options.tasks)
+        paths = evals.paths_by_name([*evals.load_tasks(files, limit), *loaded])
+        if names and not config.dry_run:
+            load_lm_eval_tasks(names, paths, folder=options.task_folder)
+    for model in map(hub.open_model, models.values()):
+        _ = model.config if config.dry_run else model.fingerprint
     if config.extract.sequences and len({hub.open_model(models[name]).tokenizer_fingerprint for name in students}) > 1:
         _require_text(config.extract.sequences)
     mixture = [read_corpus(folder) for folder, _ in parse_mixture(config.train.mixture)]

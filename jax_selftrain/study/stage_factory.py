@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ from jax_selftrain import corpus as corpora
 from jax_selftrain import evals, hub, training
 from jax_selftrain.config import (
     ArmConfig,
+    DecontaminateConfig,
     ExtractConfig,
     ImportCorpusConfig,
     MergeConfig,
     SampleConfig,
+    ScoreConfig,
     StudyConfig,
     TrainConfig,
     fill_options,
@@ -80,6 +82,7 @@ class StageFactory:
             **dict.fromkeys(("sequences", "control_sequences"), self._hash_sequences),
             "duplicate_counts": self._hash,
         }
+        self._hash_harness = cache(self._hash_harness_tasks)
         self._models = {model.name: model for model in config.models}
         # Probes extract without decoding and without further inputs.
         unset = keep_role(config.extract, ~Role.INPUT)
@@ -92,7 +95,10 @@ class StageFactory:
         model = self._models[name]
         opened, ref = hub.open_model(model.model), model.model
         start_and_stop = {option: getattr(model, option) for option in ("stop_ids", "start_id", "start_text")}
-        return StudyModel(ref, opened.fingerprint, name, opened.tokenizer_fingerprint, ref, start_and_stop)
+        # A plan needs no weights.
+        has_weights = opened.has_weights or not self.config.dry_run
+        fingerprint = opened.fingerprint if has_weights else hash_json(dict(opened.raw_config))
+        return StudyModel(ref, fingerprint, name, opened.tokenizer_fingerprint, ref, start_and_stop)
 
     def folder(self, stage: Stage) -> Path:
         """Return the folder of a stage."""
@@ -103,6 +109,22 @@ class StageFactory:
         return self._read_corpus(str(self.folder(stage)))
 
     def sample(self, source: StudyModel, arm: ArmConfig, seed: int) -> Stage:
+        """Sample a corpus, remove benchmark overlap, draw a subset."""
+        config, first = self.config, self.config.sample_seed
+        corpus = self._sample(source, arm, seed if first is None else first)
+        text = f"text of {source.label}, seed {seed}"
+        audit = replace(config.decontaminate, corpus=str(self.folder(corpus)))
+        if audit.tasks or audit.texts:
+            label, inputs = f"remove benchmark overlap from {text}", {"corpus": corpus, **self._task_inputs(audit)}
+            stage = _make_stage("decontaminate_tasks", label, evals.decontaminate, audit, inputs)
+            corpus = replace(stage, is_collective=False)
+        if config.subset.tokens is not None:
+            subset = replace(config.subset, corpus=str(self.folder(corpus)), seed=first or 0, subset=seed)
+            stage = _make_stage("subset", f"subset of {text}", corpora.draw_subset, subset, {"corpus": corpus})
+            corpus = replace(stage, is_collective=False)
+        return corpus
+
+    def _sample(self, source: StudyModel, arm: ArmConfig, seed: int) -> Stage:
         """Sample a corpus from a model."""
         changes = shared_overrides(arm, SampleConfig) | dict(source.start_and_stop)
         options = fill_options(self.config, self.config.sample, source.ref, seed=seed, **changes)
@@ -189,7 +211,10 @@ class StageFactory:
         evaluated = [self._hash(file) for file in (*options.eval_texts, *options.eval_tasks)]
         if options.eval_sequences:
             evaluated.append(self._hash_sequences(options.eval_sequences))
+        sampled, budget = self.config.sample, self.config.subset.tokens
         tokens = (options.steps or 0) * options.batch_size * options.seq_len
+        if options.epochs:
+            tokens = options.epochs * (budget or sampled.samples * sampled.max_tokens)
         inputs: dict[str, str | Stage] = {"model": start.fingerprint}
         inputs |= {f"corpus {n}": one for n, one in enumerate(on)}
         inputs |= {f"mixture {n}": self._read_corpus(folder).fingerprint for n, (folder, _) in enumerate(mixture)}
@@ -224,12 +249,8 @@ class StageFactory:
     def score(self, model: StudyModel) -> Stage:
         """Score a model on the study's tasks and texts."""
         options = fill_options(self.config, self.config.score, model.ref)
-        # By name and content, not by path: a study may be moved with its files.
-        references = (*options.tasks, *options.texts, *([options.task_folder] if options.task_folder else []))
-        files = {f"{n}: {Path(path).name}": self._hash(path) for n, path in enumerate(references)}
-        if self._harness_fingerprint:
-            files["lm-evaluation-harness"] = self._harness_fingerprint
-        return _make_stage("score", f"score {model.label}", evals.score, options, model.inputs | files)
+        inputs = {**model.inputs, **self._task_inputs(options, options.num_fewshot)}
+        return _make_stage("score", f"score {model.label}", evals.score, options, inputs)
 
     def extract(self, model: StudyModel, corpus: Stage | None = None, base: StudyModel | None = None) -> Stage:
         """Extract the study's sequences, classified by overlap with the corpus.
@@ -314,23 +335,22 @@ class StageFactory:
                 inputs[name] = hash_input(reference)
         return _make_stage("extract", label, evals.extract, options, inputs)
 
-    @cached_property
-    def _harness_fingerprint(self) -> str:
-        """Hash the harness tasks and their data; empty without any.
+    def _task_inputs(self, options: ScoreConfig | DecontaminateConfig, num_fewshot: int | None = None) -> Inputs:
+        """Hash tasks and texts by name and content: a study may be moved with its files."""
+        references = (*options.tasks, *options.texts, *([options.task_folder] if options.task_folder else []))
+        files: Inputs = {f"{n}: {Path(path).name}": self._hash(path) for n, path in enumerate(references)}
+        if names := split_names(options.tasks)[1]:
+            found = self._hash_harness(tuple(names.items()), options.task_folder, num_fewshot)
+            files = {**files, "lm-evaluation-harness": found}
+        return files
 
-        A dry run does without data that it cannot read.
-        """
-        score = self.config.score
-        _, names = split_names(score.tasks)
-        if not names:
-            return ""
+    def _hash_harness_tasks(self, names: Any, folder: str, num_fewshot: int | None) -> str:
+        """Hash harness tasks with their data; a dry run does without data."""
         try:
-            return hash_lm_eval_tasks(
-                load_lm_eval_tasks(names, folder=score.task_folder, num_fewshot=score.num_fewshot)
-            )
+            return hash_lm_eval_tasks(load_lm_eval_tasks(dict(names), folder=folder, num_fewshot=num_fewshot))
         except InputError:
             if self.config.dry_run:
-                return ""
+                return "unknown"
             raise
 
     def _hash(self, reference: str) -> str:

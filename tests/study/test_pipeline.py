@@ -1,0 +1,95 @@
+"""Samples, without benchmark overlap, drawn to a budget: one corpus for all seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from corpus_factory import write_jsonl
+
+from jax_selftrain.config import DecontaminateConfig, ExtractConfig, ModelConfig, RunConfig, StudyConfig, SubsetConfig
+from jax_selftrain.corpus import open_corpus
+from jax_selftrain.errors import InputError
+from jax_selftrain.study import run, run_study
+from jax_selftrain.study.design import make_design
+
+
+@pytest.fixture(scope="module")
+def config(
+    options: Callable[..., RunConfig], tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> StudyConfig:
+    """Two students with other tokenizers, two seeds, three epochs of 300 tokens."""
+    small, folder = options(Path("unused")), tmp_path_factory.mktemp("pipeline")
+    texts = write_jsonl(folder / "benchmark.jsonl", [{"text": "The benchmark has these five words."}])
+    return StudyConfig(
+        out=str(folder / "out"),
+        models=(
+            ModelConfig("llama", str(tiny_model("llama")), start_text="<s>"),
+            ModelConfig("neox", str(tiny_model("gpt_neox", vocab_size=320))),
+        ),
+        seeds=(100, 101),
+        mesh="data=1",
+        sample=replace(small.sample, seed=0, min_tokens=9, temperature=1.25),
+        sample_seed=7,
+        decontaminate=DecontaminateConfig(texts=(texts,), ngram=3),
+        subset=SubsetConfig(tokens=300),
+        train=replace(small.train, seed=0, epochs=3, checkpoint_every=None, schedule="cosine", warmup_ratio=0.1),
+        score=small.score,
+        extract=ExtractConfig(),
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(config: StudyConfig) -> Path:
+    return run_study(config)
+
+
+def test_seeds_share_the_samples_and_draw_their_own_subsets(finished: Path, config: StudyConfig):
+    design = make_design(config)
+    kinds = [stage.command for stage in design.ordered_stages]
+    assert (kinds.count("sample"), kinds.count("decontaminate_tasks"), kinds.count("subset")) == (2, 2, 4)
+    for stage in design.ordered_stages:
+        if stage.command == "subset":
+            (clean,) = stage.dependencies
+            subset, source = open_corpus(design.folder(stage)), open_corpus(design.folder(clean))
+            assert 300 <= subset.n_tokens < 300 + 24
+            assert set(subset.iter_texts()) <= set(source.iter_texts())
+            assert subset.manifest["policy"]["min_tokens"] == 9
+            assert subset.manifest["policy"]["temperature"] == 1.25
+            assert (design.folder(clean) / "decontamination.json").exists()
+    results = json.loads((finished / "results.json").read_text())
+    assert len(results["cells"]) == 8
+    assert len({cell["corpus"] for cell in results["cells"]}) == 8
+
+
+def test_every_epoch_is_evaluated(finished: Path, config: StudyConfig):
+    for cell in make_design(config).cells:
+        folder = finished / "stages" / cell.train.name
+        steps = json.loads((folder / "run.json").read_text())["steps"]
+        lines = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines][-1] == steps
+        assert len(lines) == 4
+        assert "animals/acc" in lines[0]
+
+
+def test_a_run_takes_the_same_options(options: Callable[..., RunConfig], config: StudyConfig, tmp_path: Path):
+    small = options(tmp_path / "run", decontaminate=config.decontaminate, subset=config.subset, extract=ExtractConfig())
+    folder = run(replace(small, train=replace(small.train, checkpoint_every=None, epochs=2)))
+    kinds = {path.name.split("-")[0] for path in (folder / "stages").iterdir() if path.is_dir()}
+    assert {"sample", "decontaminate_tasks", "subset", "train"} <= kinds
+    with pytest.raises(InputError, match=r"contains a run with subset\.tokens = 300"):
+        run(replace(small, subset=SubsetConfig(tokens=301)))
+
+
+def test_options_of_the_study_are_refused(config: StudyConfig, tmp_path: Path):
+    for changed, message in (
+        ({"subset": SubsetConfig(tokens=300, seed=4)}, r"subset\.seed is set by the study"),
+        ({"decontaminate": replace(config.decontaminate, control="c")}, r"decontaminate\.control is set by the study"),
+        ({"decontaminate": replace(config.decontaminate, texts=("none.jsonl",))}, "none.jsonl"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run_study(replace(config, out=str(tmp_path / "out"), **changed))
+        assert not (tmp_path / "out").exists()
