@@ -336,7 +336,7 @@ class StageFactory:
         return _make_stage("extract", label, evals.extract, options, inputs)
 
     def _task_inputs(self, options: ScoreConfig | DecontaminateConfig, num_fewshot: int | None = None) -> Inputs:
-        """Hash tasks and texts by name and content: a study may be moved with its files."""
+        """Hash tasks and texts by name and content, not path."""
         references = (*options.tasks, *options.texts, *([options.task_folder] if options.task_folder else []))
         files: Inputs = {f"{n}: {Path(path).name}": self._hash(path) for n, path in enumerate(references)}
         if names := split_names(options.tasks)[1]:
