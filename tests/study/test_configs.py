@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import jax
 import pytest
+from models_factory import tiny_config
 
 from jax_selftrain.config import RunConfig, StudyConfig, yaml_io
 from jax_selftrain.distributed.sharding import make_sharding_rules
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub.hf_config import parse_config
 from jax_selftrain.models import axis_sizes
+from jax_selftrain.study import run_study
 
 FOLDER = Path(__file__).parents[2] / "configs"
+PAPER = FOLDER / "study-paper.yaml"
 STUDIES = sorted(FOLDER.glob("study-*.yaml"))
 CONFIGS = sorted(set(FOLDER.glob("*.yaml")) - set(STUDIES))
 PYTHIA = {  # layers, width, heads, vocabulary rows, final learning rate: EleutherAI/pythia, models/*/*.yml
@@ -46,14 +52,51 @@ def test_a_study_follows_the_protocol(path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("JAX_SELFTRAIN_DATA", "/data")
     config = yaml_io.load(StudyConfig, path)
     assert (config.out, config.mesh) == ("", ""), "a config does not depend on the machine"
-    assert (config.sample.temperature, config.sample.top_k, config.sample.top_p, config.sample.min_p) == (1, 0, 1, 0)
-    assert (config.train.schedule, config.train.warmup_ratio) == ("constant", 0.05)
-    assert (config.train.weight_decay, config.train.packing) == (0.0, "masked")
-    assert config.train.steps
+    is_paper = path == PAPER
+    assert (config.sample.top_k, config.sample.top_p, config.sample.min_p) == (0, 1, 0)
+    assert config.sample.temperature == (1.25 if is_paper else 1)
+    assert (config.train.schedule, config.train.warmup_ratio) == (("cosine", 0.1) if is_paper else ("constant", 0.05))
+    assert (config.train.weight_decay, config.train.packing) == (0.0, "packed" if is_paper else "masked")
+    assert config.train.epochs if is_paper else config.train.steps
     assert min(config.seeds) >= 100  # those below are for pilots
     assert {"text", "shuffled", "noise", "extrapolate"} <= {arm.kind for arm in config.arms}
     assert any(arm.learning_rate == 0 for arm in config.arms)
     assert any(arm.random_loss_sign for arm in config.arms)
+
+
+def test_the_paper_is_planned_from_configs_and_tokenizers_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shapes of the published models without weights."""
+    monkeypatch.setenv("JAX_SELFTRAIN_DATA", str(data_dir))
+    config = yaml_io.load(StudyConfig, PAPER)
+    shapes = {  # config.json of the models: layers, width, heads, key/value heads, MLP, vocabulary
+        "qwen-0.5b": ("qwen2", 24, 896, 14, 2, 4864, 151936),
+        "llama-1b": ("llama", 16, 2048, 32, 8, 8192, 128256),
+        "qwen-7b": ("qwen2", 28, 3584, 28, 4, 18944, 152064),
+        "qwen3-8b": ("qwen3", 36, 4096, 32, 8, 12288, 151936),
+    }
+    models = []
+    for model in config.models:
+        family, layers, width, heads, kv_heads, mlp, vocabulary = shapes[model.name]
+        folder = tmp_path / model.name
+        folder.mkdir()
+        for name in ("tokenizer.json", "tokenizer_config.json"):  # any tokenizer
+            shutil.copy(data_dir / "pythia-tokenizer" / name, folder)
+        raw = tiny_config(
+            cast(Any, family), vocab_size=vocabulary, num_hidden_layers=layers, hidden_size=width,
+            num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=mlp, bos_token_id=0,
+            eos_token_id=0, max_position_embeddings=32768, **({"head_dim": 128} if family == "qwen3" else {}),
+        )  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(raw))
+        models.append(replace(model, model=str(folder)))
+    run_study(replace(config, models=tuple(models), out=str(tmp_path / "out"), dry_run=True))
+    printed = capsys.readouterr().out
+    assert "140 cells" in printed  # 2 students × (4 sources + 10 arms) × 5 seeds
+    # Each seed draws its subset from shared samples: 4 sources and 4 further temperatures of both students.
+    counts = {line.split()[0]: int(line.split()[1].replace(",", "")) for line in printed.splitlines() if "done" in line}
+    assert (counts["sample"], counts["decontaminate_tasks"], counts["subset"]) == (12, 12, 60)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
