@@ -121,7 +121,7 @@ def cell_extraction(config: StudyConfig, design: Design, cell: StudyCell) -> dic
 
 
 def duplicate_groups(config: ExtractConfig, n: int) -> list[str]:
-    """Return the `group` of every line of a JSONL set; an empty list without them."""
+    """Return the `group` of each line of a JSONL set, or nothing."""
     path = Path(config.sequences)
     if not path.is_file() or path.suffix in (".npy", ".parquet") or config.offset:
         return []

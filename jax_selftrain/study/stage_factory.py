@@ -365,7 +365,7 @@ class StageFactory:
 def _make_stage(
     command: str, label: str, run: Callable[[Any], object], options: Any, inputs: Inputs, **cost: Any
 ) -> Stage:
-    """Return the stage of a command; roles of its options give identity and output."""
+    """Make a stage of a command from the roles of its options."""
     file = f"{command}.json" if fields_with_role(type(options), Role.OUTPUT_FILE) else ""
 
     def fill(out: Path) -> object:
