@@ -304,5 +304,5 @@ def test_a_file_as_out_is_refused(options: Options, tmp_path: Path) -> None:
 
 def test_a_study_of_several_cells_needs_its_steps(options: Options, tmp_path: Path) -> None:
     study = one_cell_study(options(tmp_path / "out"))
-    with pytest.raises(InputError, match=r"train\.steps is required"):
+    with pytest.raises(InputError, match=r"train\.steps or train\.epochs is required"):
         run_study(replace(study, seeds=(3, 4)))
