@@ -11,8 +11,8 @@ def parse(name: str, line: str) -> Any:
 
 
 def test_flags_reach_the_fields():
-    assert parse("sample", "--model m --out=o --samples 3 --top-p .5 --stop-ids 1 2 --seed -5") == (
-        SampleConfig(model="m", out="o", samples=3, top_p=0.5, stop_ids=(1, 2), seed=-5)
+    assert parse("sample", "--model m --out=o --samples 3 --top-p .5 --stop-ids 1 2 --start-id -5") == (
+        SampleConfig(model="m", out="o", samples=3, top_p=0.5, stop_ids=(1, 2), start_id=-5)
     )
     assert type(parse("sample", "--model m --out o")) is SampleConfig
     meshed = parse("sample", "--model m --out o --mesh data=4,model=2 --max_tokens 7 --dtype=bfloat16")

@@ -159,7 +159,7 @@ def test_more_epochs_than_allowed_are_refused_with_the_steps_that_are_allowed(
         train(config)
     message = str(caught.value)
     size = len(mixture.components[1])
-    assert f"{other_corpus}: 100 steps of 8 rows would visit its {size} rows 200 times" in message
+    assert f"{other_corpus}: 100 steps of 8 rows are {200 / size:.4g} epochs, more than --max-epochs 2.5" in message
     assert "more than --max-epochs 2.5 allows" in message
     assert not (Path(config.out) / "run.json").exists()
     (steps,) = re.findall(r"use at most --steps (\d+)", message)
