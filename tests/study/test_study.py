@@ -371,7 +371,7 @@ def test_an_embedding_model_without_tokenizer_is_refused_before_anything_is_writ
 
 def test_steps_are_required_and_options_of_the_study_are_refused(make: Make, inputs: dict[str, str], tmp_path: Path):
     config = make(tmp_path / "out")
-    with pytest.raises(InputError, match="steps or train.epochs is required"):
+    with pytest.raises(InputError, match=r"steps or train\.epochs is required"):
         run_study(replace(config, train=replace(config.train, steps=None)))
     with pytest.raises(InputError, match=r"sample\.seed is set by the study"):
         run_study(replace(config, sample=replace(config.sample, seed=4)))
