@@ -24,7 +24,6 @@ def draw_subset(config: SubsetConfig) -> Corpus:
         InputError: an option is out of range, a folder cannot be read or written, or the corpus has too few tokens.
     """
     yaml_io.require(config)
-    yaml_io.check_ranges(config)
     source = open_corpus(config.corpus)
     lengths = np.concatenate([lengths for _, lengths in source.token_batches()])
     copies = count_draws(lengths, config.tokens or 0, config.draw, config.seed, config.subset, where=config.corpus)

@@ -38,7 +38,6 @@ def decontaminate(config: DecontaminateConfig) -> dict[str, Any]:
       InputError: an input cannot be read, a folder holds another corpus, or no sample or too few would remain.
     """
     yaml_io.require(config)
-    yaml_io.check_ranges(config)
     source, documents = open_corpus(config.corpus), benchmark_documents(config)
     removed, report = find_overlaps(source, NgramIndex.build(documents, config.ngram))
     if removed.all():

@@ -97,10 +97,7 @@ def load_lm_eval_tasks(
     Raises:
       InputError: lm-eval or a package of a task is missing, a name is unknown or reserved, or data are unavailable.
     """
-    import_module("jax_selftrain.evals.lm_eval_adapter")  # raises InputError if lm-eval is not installed
-    if folder and not Path(folder).is_dir():
-        raise InputError(f"--task-folder {folder}: no such folder; give the one that holds the task files (*.yaml)")
-    manager = _manager_for(names, folder)
+    manager = make_task_manager(names, folder)
     _set_seeds()
     loaded, requested = _load(manager, list(names))
     for name, task in loaded["tasks"].items():
@@ -284,8 +281,11 @@ def _is_name(reference: str) -> bool:
 _FILES = (".jsonl", ".json", ".yaml", ".yml", ".lst", ".parquet")
 
 
-def _manager_for(names: Collection[str], folder: str) -> TaskManager:
-    """Return a task index that has all names."""
+def make_task_manager(names: Collection[str], folder: str = "") -> TaskManager:
+    """Return a task index that has all names, or raise InputError."""
+    import_module("jax_selftrain.evals.lm_eval_adapter")  # raises InputError if lm-eval is not installed
+    if folder and not Path(folder).is_dir():
+        raise InputError(f"--task-folder {folder}: no such folder; give the one that holds the task files (*.yaml)")
     from lm_eval.tasks import TaskManager
 
     if folder:

@@ -13,20 +13,21 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from operator import getitem
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import scipy
 
 from jax_selftrain import evals, hub, likelihood
 from jax_selftrain.config import ScoreConfig
 from jax_selftrain.corpus import Corpus, open_corpus
+from jax_selftrain.corpus.word_ngrams import NgramIndex
 from jax_selftrain.evals.lm_eval_tasks import split_names
 from jax_selftrain.io import atomic
 from jax_selftrain.io.rng import make_rng
@@ -135,17 +136,12 @@ def hash_sample(n: int, k: int, seed: int | None) -> list[int]:
 
 def contaminated_share(texts: Iterable[str], questions: Sequence[str]) -> dict[str, int]:
     """Count `questions` of 13 words or more, those `found`, those `too_short`."""
-    grams = [set(_ngrams(question)) for question in questions]
-    wanted = set().union(*grams)
-    seen = {gram for text in (texts if wanted else ()) for gram in _ngrams(text) if gram in wanted}
-    long_enough = sum(map(bool, grams))
-    found = sum(not members.isdisjoint(seen) for members in grams)
-    return {"questions": long_enough, "found": found, "too_short": len(grams) - long_enough}
-
-
-def _ngrams(text: str) -> Iterator[tuple[str, ...]]:
-    words = re.findall(r"\w+", text.lower())
-    return (tuple(words[i : i + NGRAM_LENGTH]) for i in range(len(words) - NGRAM_LENGTH + 1))
+    index = NgramIndex.build({str(number): [question] for number, question in enumerate(questions)}, NGRAM_LENGTH)
+    long_enough, found, remaining = len(np.unique(index.members[:, 1])), np.zeros(0, np.int64), iter(texts)
+    while long_enough and (batch := list(itertools.islice(remaining, 1024))):
+        _, ngrams = index.find(pa.array(batch, pa.string()))
+        found = np.union1d(found, index.list_groups(ngrams)[1])
+    return {"questions": long_enough, "found": len(found), "too_short": len(questions) - long_enough}
 
 
 def judge_relations(

@@ -37,7 +37,7 @@ from jax_selftrain.corpus import Corpus, open_corpus, parse_mixture
 from jax_selftrain.distributed import broadcast_one_to_all
 from jax_selftrain.distributed.mesh import make_mesh
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals.lm_eval_tasks import load_lm_eval_tasks, split_names
+from jax_selftrain.evals.lm_eval_tasks import load_lm_eval_tasks, make_task_manager, split_names
 from jax_selftrain.io import atomic, lease
 from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.study.dag import check_processes, is_done, run_all
@@ -218,7 +218,9 @@ def check_study(config: StudyConfig, read_corpus: Callable[[str], Corpus] = open
     for options, limit, loaded in ((score, score.limit, texts), (audit, None, evals.load_texts(audit.texts))):
         files, names = split_names(options.tasks)
         paths = evals.paths_by_name([*evals.load_tasks(files, limit), *loaded])
-        if names and not config.dry_run:
+        if names and config.dry_run:
+            make_task_manager(names, options.task_folder)
+        elif names:
             load_lm_eval_tasks(names, paths, folder=options.task_folder)
     for model in map(hub.open_model, models.values()):
         _ = model.config if config.dry_run else model.fingerprint

@@ -116,12 +116,12 @@ class StageFactory:
         audit = replace(config.decontaminate, corpus=str(self.folder(corpus)))
         if audit.tasks or audit.texts:
             label, inputs = f"remove benchmark overlap from {text}", {"corpus": corpus, **self._task_inputs(audit)}
-            stage = _make_stage("decontaminate_tasks", label, evals.decontaminate, audit, inputs)
-            corpus = replace(stage, is_collective=False)
+            corpus = _make_stage("decontaminate_tasks", label, evals.decontaminate, audit, inputs, is_collective=False)
         if config.subset.tokens is not None:
             subset = replace(config.subset, corpus=str(self.folder(corpus)), seed=first or 0, subset=seed)
-            stage = _make_stage("subset", f"subset of {text}", corpora.draw_subset, subset, {"corpus": corpus})
-            corpus = replace(stage, is_collective=False)
+            corpus = _make_stage(
+                "subset", f"subset of {text}", corpora.draw_subset, subset, {"corpus": corpus}, is_collective=False
+            )
         return corpus
 
     def _sample(self, source: StudyModel, arm: ArmConfig, seed: int) -> Stage:
@@ -363,7 +363,7 @@ class StageFactory:
 
 
 def _make_stage(
-    command: str, label: str, run: Callable[[Any], object], options: Any, inputs: Inputs, **cost: Any
+    command: str, label: str, run: Callable[[Any], object], options: Any, inputs: Inputs, **settings: Any
 ) -> Stage:
     """Make a stage of a command from the roles of its options."""
     file = f"{command}.json" if fields_with_role(type(options), Role.OUTPUT_FILE) else ""
@@ -371,10 +371,11 @@ def _make_stage(
     def fill(out: Path) -> object:
         return run(replace(options, out=str(out / file)))
 
-    return Stage(command, label, yaml_io.to_dict(options, Role.IDENTITY), inputs, fill, **cost, is_collective=True)
+    identity = yaml_io.to_dict(options, Role.IDENTITY)
+    return Stage(command, label, identity, inputs, fill, **({"is_collective": True} | settings))
 
 
-def _estimate_cost(model: StudyModel, tokens: int, length: int, *, passes: int) -> dict[str, float]:
+def _estimate_cost(model: StudyModel, tokens: int, length: int, *, passes: int) -> dict[str, Any]:
     """Return tokens and FLOPs; a backward pass counts as two passes."""
     decoder = hub.open_model(model.tokenizer_ref).config
     return {"tokens": tokens, "flops": tokens * training.flops_per_token(decoder, length) * passes / 3}

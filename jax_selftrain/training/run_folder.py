@@ -60,7 +60,7 @@ class Run:
 
     folder: Path
     config: TrainConfig
-    """The run's options, with `steps` and `checkpoint_every` resolved."""
+    """The run's options, with `steps` and, without `epochs`, `checkpoint_every` resolved."""
     inputs: TrainInputs
     rows: Mixture
     epoch_ends: tuple[int, ...]

@@ -115,6 +115,7 @@ def test_tasks_that_cannot_be_loaded_are_refused_before_anything_is_written(conf
         (("animals@all",), "give the number of few-shot examples"),
     ):
         changed = replace(config, out=str(tmp_path / "out"), score=replace(config.score, tasks=tasks))
-        with pytest.raises(InputError, match=message):
-            run_study(changed)
+        for dry_run in (False, True):
+            with pytest.raises(InputError, match=message):
+                run_study(replace(changed, dry_run=dry_run))
         assert not (tmp_path / "out").exists()
