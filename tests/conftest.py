@@ -18,12 +18,18 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import hypothesis
 import pytest
 from bad_input import ValidInput
 from models_factory import write_tiny_hf_model
+from run_factory import make_run_config, write_inputs
+
+from jax_selftrain.config import RunConfig
+from jax_selftrain.report import write_report
+from jax_selftrain.study import run
 
 hypothesis.settings.register_profile("no deadline", deadline=None)  # the time of an example depends on the machine
 hypothesis.settings.load_profile("no deadline")
@@ -32,10 +38,13 @@ gc.set_threshold(20_000, 10, 10)  # JAX keeps millions of objects, so that each 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run modules with module-scoped fixtures in one worker, which makes them once."""
+    """Run the tests of a module-scoped fixture, and those of the finished run, in one worker, which makes it once."""
     for item in items:
-        definitions = getattr(item, "_fixtureinfo", None)
-        if definitions and any(d[-1].scope == "module" for d in definitions.name2fixturedefs.values()):
+        info = getattr(item, "_fixtureinfo", None)
+        fixtures = info.name2fixturedefs if info else {}
+        if "finished_run" in fixtures:
+            item.add_marker(pytest.mark.xdist_group("finished_run"))
+        elif any(definitions[-1].scope == "module" for definitions in fixtures.values()):
             item.add_marker(pytest.mark.xdist_group(item.path.relative_to(item.config.rootpath).as_posix()))
 
 
@@ -68,6 +77,26 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return folders[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Task, text and sequence files by name."""
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="session")
+def options(tiny_model: Callable[..., Path], inputs: dict[str, str]) -> Callable[..., RunConfig]:
+    """`options(out, **changes)`: the small run, all stages on one device."""
+    return partial(make_run_config, tiny_model("llama"), inputs)
+
+
+@pytest.fixture(scope="session")
+def finished_run(options: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished small run with its report; tests must not change it."""
+    folder = run(options(tmp_path_factory.mktemp("run") / "out"))
+    write_report(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -288,19 +288,18 @@ def make_task_manager(names: Collection[str], folder: str = "") -> TaskManager:
         raise InputError(f"--task-folder {folder}: no such folder; give the one that holds the task files (*.yaml)")
     from lm_eval.tasks import TaskManager
 
-    if folder:
-        custom = TaskManager(include_path=folder, include_defaults=False)
-        if all(_is_complete(custom, name) for name in names):
-            return custom
-    manager = TaskManager(include_path=folder) if folder else _default_manager()
+    custom = TaskManager(include_path=folder or None, include_defaults=False)
+    if all(_is_complete(custom, name) for name in names):
+        return custom
+    default = _default_manager()
     for name in names:
-        if name not in manager.task_index:
-            hint = yaml_io.did_you_mean(name, [*SUITES, *manager.all_tasks])
+        if name not in custom.task_index and name not in default.task_index:
+            hint = yaml_io.did_you_mean(name, [*SUITES, *custom.all_tasks, *default.all_tasks])
             raise InputError(
                 f"task {name!r} is neither a file nor a task, group or tag of lm-evaluation-harness "
                 f"{metadata.version('lm_eval')}{f' or of {folder}' if folder else ''}{hint}"
             )
-    return manager
+    return TaskManager(include_path=folder) if folder else default
 
 
 @cache

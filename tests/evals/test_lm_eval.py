@@ -271,9 +271,9 @@ def test_a_chat_template_is_the_tokenizers_own(tiny_model, monkeypatch):
 def test_an_unknown_name_suggests_the_nearest(tmp_path, tiny_model, local):
     with pytest.raises(InputError, match=r"task 'lambada_opanai' is neither .* did you mean `lambada_openai`\?"):
         score(options_for(tmp_path, tiny_model, local, tasks=("lambada_opanai",), task_folder="", texts=()))
-    from jax_selftrain.evals.lm_eval_tasks import _manager_for
+    from jax_selftrain.evals.lm_eval_tasks import make_task_manager
 
-    assert all(name in _manager_for(names, "").task_index for names in SUITES.values() for name in names)
+    assert all(name in make_task_manager(names).task_index for names in SUITES.values() for name in names)
 
 
 def test_the_command_scores_named_tasks(tmp_path, tiny_model, local):

@@ -57,13 +57,13 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def results(run_folder: Path) -> dict[str, Any]:
-    return atomic.read_json(run_folder / "results.json")
+def results(finished_run: Path) -> dict[str, Any]:
+    return atomic.read_json(finished_run / "results.json")
 
 
 @pytest.fixture(scope="module")
-def page(run_folder: Path) -> Page:
-    return Page((run_folder / "report.html").read_text(encoding="utf-8"))
+def page(finished_run: Path) -> Page:
+    return Page((finished_run / "report.html").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -72,16 +72,16 @@ def cell(results: dict[str, Any]) -> dict[str, Any]:
     return one
 
 
-def rows(run_folder: Path, name: str) -> list[dict[str, str]]:
-    with (run_folder / "tables" / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+def rows(finished_run: Path, name: str) -> list[dict[str, str]]:
+    with (finished_run / "tables" / f"{name}.csv").open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def test_the_page_is_well_formed_and_self_contained(page: Page, run_folder: Path) -> None:
+def test_the_page_is_well_formed_and_self_contained(page: Page, finished_run: Path) -> None:
     assert page.open == []
     assert all(link is not None and link.startswith("#") for link in page.links)
     assert not page.tags & {"script", "link", "img", "iframe", "object"}
-    text = (run_folder / "report.html").read_text(encoding="utf-8")
+    text = (finished_run / "report.html").read_text(encoding="utf-8")
     assert set(re.findall(r"https?://[^\s\"'<]+", text)) <= {
         "http://www.w3.org/2000/svg",
         "http://www.w3.org/1999/xlink",
@@ -127,8 +127,8 @@ def test_the_page_shows_every_number_of_the_tables(page: Page, cell: dict[str, A
             assert format_interval(Estimate(**part["logprob"]["change"]), 2, signed=True) in page.text
 
 
-def test_csv_files_hold_unrounded_numbers(run_folder: Path, cell: dict[str, Any]) -> None:
-    written = {row["task"]: row for row in rows(run_folder, "tasks")}
+def test_csv_files_hold_unrounded_numbers(finished_run: Path, cell: dict[str, Any]) -> None:
+    written = {row["task"]: row for row in rows(finished_run, "tasks")}
     for task in cell["tasks"]:
         row = written[task["name"]]
         assert int(row["n"]) == task["n"]
@@ -137,12 +137,12 @@ def test_csv_files_hold_unrounded_numbers(run_folder: Path, cell: dict[str, Any]
             ends = [float(row[f"accuracy_{side}{end}"]) for end in ("", "_low", "_high")]
             assert ends == [estimate["value"], estimate["low"], estimate["high"]]
     parts = [*cell["extraction"]["classes"].values(), *cell["extraction"]["groups"]]
-    for row, part in zip(rows(run_folder, "extraction"), parts, strict=True):
+    for row, part in zip(rows(finished_run, "extraction"), parts, strict=True):
         assert int(row["n"]) == part["n"]
         if part["n"]:
             flips = [part["flips"][kind] for kind in ("kept", "lost", "gained", "both_wrong")]
             assert [int(row[kind]) for kind in ("kept", "lost", "gained", "neither")] == flips
-    assert [int(row["step"]) for row in rows(run_folder, "training")] == cell["training"]["log"]["step"]
+    assert [int(row["step"]) for row in rows(finished_run, "training")] == cell["training"]["log"]["step"]
 
 
 def test_the_page_shows_the_samples_of_the_corpus(page: Page, results: dict[str, Any]) -> None:
@@ -162,27 +162,27 @@ def test_the_page_shows_provenance_and_limits(page: Page, results: dict[str, Any
     assert results["versions"]["jax"] in page.text
 
 
-def test_figures_are_files_and_in_the_page(run_folder: Path) -> None:
-    text = (run_folder / "report.html").read_text(encoding="utf-8")
-    figures = sorted(path.stem for path in (run_folder / "figures").iterdir())
+def test_figures_are_files_and_in_the_page(finished_run: Path) -> None:
+    text = (finished_run / "report.html").read_text(encoding="utf-8")
+    figures = sorted(path.stem for path in (finished_run / "figures").iterdir())
     assert figures == ["discoverability_llama", "extraction", "tasks", "training"]
-    for path in (run_folder / "figures").iterdir():
+    for path in (finished_run / "figures").iterdir():
         svg = path.read_text(encoding="utf-8")
         assert svg in text
         assert "<metadata" not in svg
         assert "dc:date" not in svg
 
 
-def test_the_same_results_give_the_same_bytes(run_folder: Path, tmp_path: Path) -> None:
+def test_the_same_results_give_the_same_bytes(finished_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "moved"
     folder.mkdir()
-    shutil.copy(run_folder / "results.json", folder)
+    shutil.copy(finished_run / "results.json", folder)
     write_report(folder)
     for part in ("report.html", "figures/*.svg", "tables/*.csv"):
-        paths = sorted(run_folder.glob(part))
+        paths = sorted(finished_run.glob(part))
         assert paths
         for path in paths:
-            assert (folder / path.relative_to(run_folder)).read_bytes() == path.read_bytes()
+            assert (folder / path.relative_to(finished_run)).read_bytes() == path.read_bytes()
 
 
 def test_sampled_text_is_escaped(results: dict[str, Any], tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def body(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
-@pytest.mark.parametrize("mesh", ["data=1", "data=2,model=2"])
+@pytest.mark.parametrize("mesh", ["data=1", pytest.param("data=2,model=2", marks=pytest.mark.nightly)])
 def test_embeddings_equal_those_of_transformers(body: Path, mesh: str) -> None:
     torch = pytest.importorskip("torch")
     from transformers import AutoModel, AutoTokenizer

@@ -18,7 +18,7 @@ from jax_selftrain.sampling.categorical import level_sizes
 from jax_selftrain.sampling.counter_rng import per_sample_keys
 from jax_selftrain.sampling.decode import DecodeSpec, SampleBatch, compute_logits, decode_chunk
 
-SEED, SAMPLES, TOKENS = 17, 256, 128
+SEED, TOKENS = 17, 128
 
 
 PARAMS = SamplingParams(start_ids=(1,), stop_ids=(1, 2), max_tokens=TOKENS)
@@ -38,10 +38,10 @@ def _sample(model: LoadedModel, num_slots: int, samples: int, sampling_params: S
     return drawn
 
 
-@pytest.fixture(scope="module")
-def reference(load) -> SampleBatch:
+@pytest.fixture(scope="module", params=[64, pytest.param(256, marks=pytest.mark.nightly)], ids="{} samples".format)
+def reference(load, request) -> SampleBatch:
     """One device, 64 rows."""
-    return _sample(load("data=1,model=1"), 64, SAMPLES, PARAMS)
+    return _sample(load("data=1,model=1"), 64, request.param, PARAMS)
 
 
 # ---------------------------------------------------------------- the real model
@@ -49,7 +49,7 @@ def reference(load) -> SampleBatch:
 
 def test_stories_end_with_the_id_the_model_was_trained_on(load, reference):
     ended = reference.stopped
-    assert 2 < ended.sum() < SAMPLES / 4
+    assert 0 < ended.sum() < len(ended) / 4
     assert set(reference.tokens[ended, reference.lengths[ended] - 1]) == {1}
     text = load("data=1,model=1").tokenizer.decode(reference.tokens[0])
     assert text.startswith("Once upon a time")
@@ -59,7 +59,9 @@ def test_log_probabilities_are_those_of_transformers(stories260k, reference):
     torch = pytest.importorskip("torch", reason="the independent reference needs torch")
     from transformers import AutoModelForCausalLM
 
-    inputs = np.concatenate([np.full((SAMPLES, 1), PARAMS.start_ids[0]), reference.tokens[:, :-1]], axis=1)
+    inputs = np.concatenate(
+        [np.full((len(reference.tokens), 1), PARAMS.start_ids[0]), reference.tokens[:, :-1]], axis=1
+    )
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(stories260k)(torch.from_numpy(inputs)).logits
     logprobs = torch.log_softmax(logits, dim=-1).numpy()
@@ -76,12 +78,13 @@ SHORT = SamplingParams(start_ids=(1,), stop_ids=(1, 2), max_tokens=64)
 EVERYDAY = [  # mesh, slots per replica, samples, sampling parameters
     ("data=1,model=1", 7, 56, SHORT),
     ("data=4,model=1", 7, 56, SHORT),
-    ("data=2,model=2", 64, 256, SHORT),
+    ("data=2,model=2", 32, 64, SHORT),
 ]
 OTHERS = [
     ("data=1,model=4", 1, 16, SHORT),
     ("data=1,model=1", 1, 16, SHORT),
     ("data=4,model=1", 64, 256, SHORT),
+    ("data=2,model=2", 64, 256, SHORT),
     ("data=4,model=1", 1, 16, SHORT),
     ("data=2,model=2", 7, 56, SHORT),
     ("data=2,model=2", 1, 16, SHORT),
@@ -100,6 +103,7 @@ def test_samples_are_the_same_on_any_mesh_and_batch_except_at_rounding_ties(load
     """
     divergences, compared = [], 0
     for spec, rows, samples, sampling_params in cases:
+        samples = min(samples, len(reference.tokens))
         found = _sample(load(spec), rows, samples, sampling_params)
         expected = reference.tokens[:samples, : sampling_params.max_tokens]
         compared += int(np.minimum(reference.lengths[:samples], sampling_params.max_tokens).sum())

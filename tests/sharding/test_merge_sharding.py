@@ -11,7 +11,10 @@ from jax_selftrain import hub
 from jax_selftrain.config import MergeConfig
 
 
-@pytest.mark.parametrize(("mesh", "preset"), [("data=4,model=2", "fsdp"), ("data=2,model=2", "tensor")])
+@pytest.mark.parametrize(
+    ("mesh", "preset"),
+    [("data=4,model=2", "fsdp"), pytest.param("data=2,model=2", "tensor", marks=pytest.mark.nightly)],
+)
 def test_the_mesh_changes_no_bit(mesh: str, preset: str, tmp_path: Path):
     base, student = map(str, write_model_pair(tmp_path, "llama"))
     config = MergeConfig(base=base, student=student, weight=-0.5, out=str(tmp_path / "one"))

@@ -109,13 +109,21 @@ def test_a_finished_study_is_not_computed_again_and_new_data_are(
     assert score_keys(config) == keys
 
 
-def test_tasks_that_cannot_be_loaded_are_refused_before_anything_is_written(config: StudyConfig, tmp_path: Path):
-    for tasks, message in (
-        (("animals@3", "color@1"), "task 'color' is neither a file nor a task"),
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
         (("animals@all",), "give the number of few-shot examples"),
-    ):
-        changed = replace(config, out=str(tmp_path / "out"), score=replace(config.score, tasks=tasks))
-        for dry_run in (False, True):
-            with pytest.raises(InputError, match=message):
-                run_study(replace(changed, dry_run=dry_run))
-        assert not (tmp_path / "out").exists()
+        pytest.param(  # indexes all tasks of the harness
+            ("animals@3", "color@1"), "task 'color' is neither a file nor a task", marks=pytest.mark.nightly
+        ),
+    ],
+    ids=["count", "name"],
+)
+def test_tasks_that_cannot_be_loaded_are_refused_before_anything_is_written(
+    config: StudyConfig, tmp_path: Path, tasks: tuple[str, ...], message: str
+):
+    changed = replace(config, out=str(tmp_path / "out"), score=replace(config.score, tasks=tasks))
+    for dry_run in (False, True):
+        with pytest.raises(InputError, match=message):
+            run_study(replace(changed, dry_run=dry_run))
+    assert not (tmp_path / "out").exists()
