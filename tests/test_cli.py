@@ -331,6 +331,7 @@ def test_the_public_functions_are_imported_lazily():
         _ = jax_selftrain.nothing
 
 
+@pytest.mark.nightly
 def test_compiled_programs_are_kept_for_the_next_command(tiny_model, tmp_path, monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -342,6 +343,14 @@ def test_compiled_programs_are_kept_for_the_next_command(tiny_model, tmp_path, m
     assert run.returncode == 0, run.stderr
     (folder,) = (tmp_path / "cache" / "jax_selftrain").iterdir()
     assert any("decode_chunks" in path.name for path in folder.iterdir())
+
+
+def test_the_cache_of_compiled_programs_is_below_the_cache_folder_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "0")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    cli._enable_compilation_cache()
+    assert Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).parent == tmp_path / "cache" / "jax_selftrain"
 
 
 def test_the_users_cache_folder_is_kept_and_a_read_only_home_is_not_an_error(tmp_path, monkeypatch):

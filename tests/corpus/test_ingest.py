@@ -130,6 +130,7 @@ def test_the_batches_of_the_tokenizer_leave_no_mark(tmp_path, model, monkeypatch
 # ---------------------------------------------------------------- restart and repair
 
 
+@pytest.mark.nightly
 def test_kill_9_while_importing_then_the_same_command_gives_the_same_bytes(tmp_path, model):
     source = write_jsonl(tmp_path / "t.jsonl", [{"text": text} for text in stories(40)])
     killed = tmp_path / "killed"

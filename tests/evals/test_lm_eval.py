@@ -45,10 +45,17 @@ def instances(kind, arguments):
     return [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]
 
 
-@pytest.mark.parametrize("name", ["stories260k", pytest.param("pythia-14m", marks=pytest.mark.nightly)])
-def test_published_sets_get_the_answers_of_the_hf_backend(data_dir, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [
+        ("stories260k", 5),
+        pytest.param("stories260k", 12, marks=pytest.mark.nightly),
+        pytest.param("pythia-14m", 12, marks=pytest.mark.nightly),
+    ],
+)
+def test_published_sets_get_the_answers_of_the_hf_backend(data_dir, tmp_path, name, limit):
     folder = data_dir / name if name == "stories260k" else write_pythia_shape(data_dir, tmp_path / name)
-    sets = published_sets(data_dir, tmp_path / "sets", limit=12)
+    sets = published_sets(data_dir, tmp_path / "sets", limit=limit)
     assert len(sets) == 11
     assert_equal_answers(answers(our_backend(folder), sets), answers(hf_backend(folder, batch_size=16), sets))
 
@@ -89,14 +96,14 @@ def test_generation_is_that_of_the_hf_backend(stories260k):
     long = "Tom and Sue went to the park. They saw a big dog and a cat. " * 16
     prompts = ["Once upon a time", "Lily had a red ball. She", long, "The sun was hot.\n", "<s>Once", ""]
     options = [
-        {"until": [".", "!"], "max_gen_toks": 60, "do_sample": False},
-        {"until": ["\n\n", "Lily"], "max_gen_toks": 40},
-        {"until": "park", "max_gen_toks": 300, "temperature": 0.0},
+        {"until": [".", "!"], "max_gen_toks": 40, "do_sample": False},
+        {"until": ["\n\n", "Lily"], "max_gen_toks": 30},
+        {"until": "park", "max_gen_toks": 120, "temperature": 0.0},
     ]
     pairs = [(prompt, dict(option)) for option in options[:2] for prompt in prompts[:-1]]
     requests = instances("generate_until", [*pairs, *((prompt, dict(options[2])) for prompt in (prompts[0], long))])
     ours = our_backend(stories260k)
-    assert len(ours.tok_encode(long)) > ours.max_length - 300
+    assert len(ours.tok_encode(long)) > ours.max_length - 120
     found = ours.generate_until(requests)
     assert found == hf_backend(stories260k, batch_size=1).generate_until(requests)
     assert any(len(ours.tok_encode(text)) > 32 for text in found)

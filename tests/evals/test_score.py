@@ -225,6 +225,7 @@ def kill_after_first_unit(options: ScoreConfig) -> list[Path]:
     return sorted(parts.glob("*/*.parquet"))
 
 
+@pytest.mark.nightly
 def test_a_killed_scoring_resumes_and_writes_the_same_bytes(many):
     whole, broken = many("whole"), many("broken")
     score(whole)

@@ -135,7 +135,9 @@ def test_the_crossover_study_ends_with_a_report(tmp_path: Path) -> None:
         write_worlds(tmp_path / "out" / "world", replace(TINY, vocab_size=401))
 
 
-@pytest.mark.parametrize("scale", [ONE_MODEL_SCALE, CROSSOVER_SCALE], ids=["one model", "crossover"])
+@pytest.mark.parametrize(
+    "scale", [ONE_MODEL_SCALE, pytest.param(CROSSOVER_SCALE, marks=pytest.mark.nightly)], ids=["one model", "crossover"]
+)
 def test_the_suffix_is_in_the_probe_and_the_prefix_identifies_it(scale: MicroScale, tmp_path: Path) -> None:
     """All tokenizers, at full size: no two prefixes are the same."""
     write_worlds(tmp_path / "world", scale)

@@ -119,6 +119,7 @@ def test_the_command_prints_a_table_and_writes_the_plan(tmp_path: Path):
     assert json.loads(out.read_text())["rows"][0]["topology"] == "h100:8"
 
 
+@pytest.mark.nightly
 @needs_libtpu
 def test_data_parallel_sampling_has_no_collectives_and_copies_no_cache():
     sample = SampleConfig(samples=4096, samples_per_shard=4096, max_tokens=1024, batch_size=64, dtype="bfloat16")
@@ -187,9 +188,14 @@ def test_scoring_compiles(small: PlanConfig):
     assert row["traffic"] > row["memory"]["arguments"] - row["memory"]["aliased"] - 2**20  # all parameters are read
 
 
-@pytest.mark.nightly
 @needs_libtpu
-@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "v5e:2x4", "v5e:4x4"])
+@pytest.mark.parametrize(
+    "topology",
+    [
+        "v6e:2x2",
+        *(pytest.param(name, marks=pytest.mark.nightly) for name in ("v4:2x2x1", "v5p:2x2x1", "v5e:2x4", "v5e:4x4")),
+    ],
+)
 def test_every_generation_compiles_for_the_chips_of_one_host(small: PlanConfig, topology: str):
     (row,) = plan_memory(replace(small, topology=(topology,), stage=("sample",)))["rows"]
     check_memory(row)

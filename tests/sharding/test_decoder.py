@@ -187,7 +187,7 @@ class StepwiseDecoder:
 
 
 @compat
-@pytest.mark.parametrize("config", FAMILIES)
+@pytest.mark.parametrize("config", GQA_EVERY_DAY)
 @pytest.mark.parametrize("spec", MESHES)
 @pytest.mark.parametrize("block_size", [TAIL_LEN, pytest.param(2 * TAIL_LEN, marks=nightly)])
 def test_decode_steps_equal_the_forward_pass(config, spec, block_size):

@@ -31,7 +31,7 @@ def load(tiny_model):
     ("mesh", "preset"),
     [
         pytest.param("data=4", "tensor", marks=pytest.mark.nightly),
-        ("data=2,model=2", "tensor"),
+        pytest.param("data=2,model=2", "tensor", marks=pytest.mark.nightly),
         pytest.param("model=2", "replicated", marks=pytest.mark.nightly),
         ("data=2,model=2", "fsdp"),
     ],

@@ -9,7 +9,7 @@ from jax_selftrain.evals import extraction_metrics
 from jax_selftrain.evals.suffix_probability import parse_sampling_policies
 
 
-@pytest.mark.parametrize("mesh", ["data=4", "data=2,model=2"])
+@pytest.mark.parametrize("mesh", [pytest.param("data=4", marks=pytest.mark.nightly), "data=2,model=2"])
 def test_measures_do_not_depend_on_the_mesh(tiny_model, mesh):
     model = hub.load_model(tiny_model(), "data=1")
     sequences = np.concatenate([draw_greedy_paths(model)[:9], draw_random_sequences()[:8]])

@@ -120,6 +120,7 @@ def test_samples_are_the_same_on_any_mesh_and_batch_except_at_rounding_ties(load
             assert margin < bound
 
 
+@pytest.mark.nightly
 def test_the_bound_for_rounding_ties_is_strict(load, reference):
     """The margins of most draws are far above the bound for ties."""
     model, step = load("data=1,model=1"), 20

@@ -53,7 +53,7 @@ def config(
     return StudyConfig(
         out=str(tmp_path_factory.mktemp("study") / "out"),
         models=(ModelConfig("llama", str(tiny_model("llama"))),),
-        seeds=(100, 101),
+        seeds=(100,),
         mesh="data=1",
         sample=replace(small.sample, seed=0),
         train=replace(small.train, steps=2, checkpoint_every=2, seed=0, max_epochs=1.0),
@@ -73,7 +73,7 @@ def test_accuracies_are_those_of_the_harness_with_its_hf_backend(finished: Path,
 
     manager = TaskManager(include_path=config.score.task_folder, include_defaults=False)
     cells = json.loads((finished / "results.json").read_text())["cells"]
-    assert len(cells) == 2
+    assert len(cells) == 1
     design = make_design(config)
     for cell, planned in zip(cells, design.cells, strict=True):
         folders = {"before": config.models[0].model, "after": str(design.folder(planned.train) / "model")}

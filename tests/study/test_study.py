@@ -89,7 +89,8 @@ ARMS = tuple(
 )
 
 
-EVERYDAY_ARMS = tuple(arm for arm in ARMS if arm.name not in ("packed", "sign-flip", "shuffled", "away"))
+EVERYDAY = ("learning rate 0", "noise", "noise ×3", "decontaminated", "size-matched", "two generations")
+EVERYDAY_ARMS = tuple(arm for arm in ARMS if arm.name in EVERYDAY)
 
 CLAIM = ClaimConfig(
     "own text keeps", "source llama", "llama", measure="task/animals", direction="preserves", margin=0.01
@@ -144,13 +145,14 @@ def test_every_cell_is_measured_and_the_null_is_exactly_zero(finished_study: Pat
 
 def test_cells_share_what_they_have_in_common(finished_study: Path):
     kinds = [path.name.split("-")[0] for path in (finished_study / "stages").iterdir() if path.is_dir()]
-    # A corpus of either model, a cool one, and one of the second generation.
-    assert kinds.count("sample") == 2 + 1 + 1
+    arms = yaml_io.load(StudyConfig, finished_study / "config.yaml").arms
+    cool = any(arm.temperature is not None for arm in arms)
+    # A corpus of either model, one of the second generation, and perhaps a cool one.
+    assert kinds.count("sample") == 2 + 1 + cool
     # Both main corpora are retokenized for both students, each other corpus for its own student.
-    assert kinds.count("retokenize") == 2 * 2 + 1 + 1
+    assert kinds.count("retokenize") == 2 * 2 + 1 + cool
     # Every main corpus under its student, and both sampled corpora under their source.
     assert kinds.count("proxies") == 2 * 2 + 2
-    arms = yaml_io.load(StudyConfig, finished_study / "config.yaml").arms
     assert (kinds.count("noise"), kinds.count("merge")) == (2, sum(arm.kind == "extrapolate" for arm in arms))
     cells = len(read_cells(finished_study))
     assert kinds.count("score") == 2 + cells  # two bases and every cell
@@ -293,10 +295,12 @@ def test_the_report_is_a_function_of_the_results(finished_study: Path, tmp_path:
     assert (tmp_path / "figures" / "trajectories_llama.svg").exists()
 
 
-def test_killed_shared_and_grown_studies_end_with_the_same_tables(make: Make, tmp_path: Path):
-    """Kill one process, then finish with two, an arm and a seed."""
+@pytest.mark.parametrize("seeds", [(100,), pytest.param((100, 101), marks=pytest.mark.nightly)], ids="seeds {}".format)
+def test_killed_shared_and_grown_studies_end_with_the_same_tables(make: Make, tmp_path: Path, seeds: tuple[int, ...]):
+    """Kill one process, then finish with two and an arm; every night also with another seed."""
     small = partial(make, students=("llama",), sources=("llama",), extract=ExtractConfig())
-    whole = run_study(small(tmp_path / "whole", arms=(NULL,)))
+    grown = partial(small, arms=(NULL,), seeds=seeds)
+    whole = run_study(grown(tmp_path / "whole"))
     yaml_io.save(tmp_path / "study.yaml", small(tmp_path / "out", seeds=(100,)))
     command = ("study", "--config", tmp_path / "study.yaml")
     first = launch(*command)
@@ -304,13 +308,13 @@ def test_killed_shared_and_grown_studies_end_with_the_same_tables(make: Make, tm
     first.wait_until(lambda: len(list(stages.glob("*-*.json"))) >= 2)
     first.kill()
     first.wait()
-    yaml_io.save(tmp_path / "study.yaml", small(tmp_path / "out", arms=(NULL,)))
+    yaml_io.save(tmp_path / "study.yaml", grown(tmp_path / "out"))
     both = [launch(*command) for _ in range(2)]
     assert [one.wait() for one in both] == [0, 0]
     assert not list(stages.glob(".*"))  # no lease, nothing half-written
     assert (tmp_path / "out" / "results.json").read_bytes() == (whole / "results.json").read_bytes()
     assert (tmp_path / "out" / "report.html").exists()
-    design = make_design(small(tmp_path / "out", arms=(NULL,)))
+    design = make_design(grown(tmp_path / "out"))
     assert all(is_done(design.root, stage) for stage in design.ordered_stages)
 
 

@@ -26,26 +26,41 @@ Words = Callable[[Path], list[object]]
 
 
 @pytest.fixture(scope="module")
-def words(options: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Words:
-    """`words(out)`: the command line of the small run, with ten shards."""
-    file = tmp_path_factory.mktemp("together") / "run.yaml"
+def config(options: Callable[..., RunConfig]) -> RunConfig:
+    """The small run, with ten shards."""
     config = options(Path("out"), mesh="")
-    config = replace(
+    return replace(
         config,
         sample=replace(config.sample, batch_size=2, samples_per_shard=4),
         train=replace(config.train, batch_size=8, steps=6),
         score=replace(config.score, tasks=config.score.tasks[:1], texts=(), batch_tokens=128),
         extract=replace(config.extract, batch_tokens=64, greedy_decode=False),
     )
+
+
+@pytest.fixture(scope="module")
+def words(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Words:
+    """`words(out)`: the command line of the run."""
+    file = tmp_path_factory.mktemp("together") / "run.yaml"
     yaml_io.save(file, config)
     return lambda out: ["run", "--config", file, "--out", out]
 
 
-def one_process_options(alone: Path) -> RunConfig:
-    """Return the options of the run of one process."""
-    study = yaml_io.load(StudyConfig, alone / "config.yaml")
-    seeded = {name: replace(getattr(study, name), seed=study.seeds[0]) for name in ("sample", "train")}
-    return RunConfig(model=study.models[0].model, score=study.score, extract=study.extract, **seeded)
+@pytest.fixture(scope="module")
+def sample_words(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Words:
+    """`sample_words(out)`: the command line that samples the corpus of the run."""
+    file = tmp_path_factory.mktemp("together") / "sample.yaml"
+    yaml_io.save(file, replace(config.sample, model=config.model))
+    return lambda out: ["sample", "--config", file, "--out", out]
+
+
+@pytest.fixture(scope="module")
+def corpus(sample_words: Words, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus of one process."""
+    out = tmp_path_factory.mktemp("corpus") / "out"
+    codes, output = wait_for_all(start_processes(sample_words(out), 1))
+    assert codes == [0], output
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -123,13 +138,12 @@ def sentence(output: str) -> str:
 
 @pytest.mark.parametrize(("processes", "victim"), [pytest.param(3, 1, marks=pytest.mark.nightly), (2, 0)])
 def test_a_kill_in_training_ends_the_other_processes_with_one_sentence(
-    alone: Path, tmp_path: Path, processes: int, victim: int
+    config: RunConfig, corpus: Path, tmp_path: Path, processes: int, victim: int
 ) -> None:
-    config = one_process_options(alone)
     options = replace(
         config.train,
         model=config.model,
-        corpus=str(stage_folders(alone, "sample")[0]),
+        corpus=str(corpus),
         steps=5000,
         batch_size=12,
         preset="replicated",
@@ -148,15 +162,15 @@ def test_a_kill_in_training_ends_the_other_processes_with_one_sentence(
         )
 
 
-def test_the_other_processes_complete_the_corpus_after_a_kill(alone: Path, words: Words, tmp_path: Path) -> None:
-    config = one_process_options(alone)
-    yaml_io.save(tmp_path / "sample.yaml", replace(config.sample, model=config.model))
+def test_the_other_processes_complete_the_corpus_after_a_kill(
+    sample_words: Words, corpus: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "corpus"
-    group = start_processes(["sample", "--config", tmp_path / "sample.yaml", "--out", out], 2, *SHORT_TIMEOUT)
+    group = start_processes(sample_words(out), 2, *SHORT_TIMEOUT)
     kill_when(group, 0, lambda: holds_a_lease(group[0], out))
     codes, output = wait_for_all(group)
     assert codes == [-signal.SIGKILL, 0], output
-    assert read_corpus(out) == read_corpus(alone)
+    assert read_corpus(out) == read_corpus(corpus)
     assert not list(out.rglob("*.lease"))
 
 
@@ -172,12 +186,13 @@ def write_many_rows(path: str, to: Path, rows: int) -> str:
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("stage", ["score", "extract"])
-def test_the_other_processes_complete_scoring_after_a_kill(alone: Path, tmp_path: Path, stage: str) -> None:
-    config = one_process_options(alone)
+def test_the_other_processes_complete_scoring_after_a_kill(
+    config: RunConfig, corpus: Path, tmp_path: Path, stage: str
+) -> None:
     options: ScoreConfig | ExtractConfig = replace(getattr(config, stage), model=config.model)
     if isinstance(options, ExtractConfig):
         sequences = write_many_rows(options.sequences, tmp_path / "sequences.jsonl", 800)
-        options = replace(options, corpus=str(stage_folders(alone, "sample")[0]), sequences=sequences)
+        options = replace(options, corpus=str(corpus), sequences=sequences)
     else:
         options = replace(options, tasks=(write_many_rows(options.tasks[0], tmp_path / "animals.jsonl", 1200),))
     yaml_io.save(tmp_path / "options.yaml", options)
