@@ -56,22 +56,22 @@ ITEMS = pa.schema(
 )
 """One row per item, in the order of the requests.
 
-| column | multiple choice | last word | text |
-|---|---|---|---|
-| item_hash | SHA-256 of context and choices | of context and word | of the text |
-| cluster | from the task file, or null | the same | null |
-| choices | number of choices | 1 | 0 |
-| acc | the right choice is the most likely | the word is the greedy continuation | null |
-| acc_norm | the same by log-likelihood per character | null | null |
-| loglikelihood | of the right choice, nats | of the word | of the scored part |
-| log_odds | of the right choice against all others, nats | null | null |
-| tokens, bytes | of the right choice | of the word | of the scored part |
+| column | multiple choice | last word | text | generation |
+|---|---|---|---|---|
+| item_hash | SHA-256 of context and choices | of context and word | of the text | of the context |
+| cluster | from the task file, or null | the same | null | null |
+| choices | number of choices | 1 | 0 | null |
+| acc | the right choice is the most likely | the word is the greedy continuation | null | the answer is right |
+| acc_norm | the same by log-likelihood per character | null | null | null |
+| loglikelihood | of the right choice, nats | of the word | of the scored part | null |
+| log_odds | of the right choice against all others, nats | null | null | null |
+| tokens, bytes | of the right choice | of the word | of the scored part | 0 |
 """
 
 DEV_SHARE = 0.3
 """Share of the items in the dev split."""
 
-Kind = Literal["choice", "last_word", "text"]
+Kind = Literal["choice", "last_word", "text", "generation"]
 Split = Literal["all", "dev", "test"]
 
 
@@ -85,6 +85,7 @@ class ItemResults:
     """SHA-256 (hex) of the content."""
     choices: np.ndarray
     loglikelihood: np.ndarray
+    """NaN if a task generates."""
     tokens: np.ndarray
     bytes: np.ndarray
     cluster: np.ndarray | None = None
@@ -235,8 +236,11 @@ def select_items(table: pa.Table, name: str) -> ItemResults:
     rows = table.filter(pc.equal(table["task"], name)).drop_columns(["task", "doc"])
     names = [key for key in rows.column_names if key != "cluster" and rows[key].null_count == 0]
     columns: dict[str, np.ndarray] = {key: rows[key].to_numpy(zero_copy_only=False) for key in names}
-    choices = columns["choices"]
-    kind: Kind = "choice" if choices.min(initial=2) > 1 else "last_word" if choices.min() == 1 else "text"
+    columns = {"choices": np.zeros(rows.num_rows, np.int32), "loglikelihood": np.full(rows.num_rows, np.nan), **columns}
+    fewest = columns["choices"].min(initial=2)
+    kind: Kind = (
+        "choice" if fewest > 1 else "last_word" if fewest == 1 else "text" if "acc" not in columns else "generation"
+    )
     columns["item_hash"] = columns["item_hash"].astype(str)
     if rows["cluster"].null_count < rows.num_rows:
         # An item without a label is its own cluster; no label begins with a NUL.

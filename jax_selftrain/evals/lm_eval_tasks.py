@@ -228,12 +228,12 @@ def _tabulate_items(
     """Return the table `ITEMS`, in task and document order.
 
     The right answer and `acc` come from the harness; log-odds come from the requests. A task has items if every
-    document has one right answer (multiple choice, or one continuation as in LAMBADA). Generation tasks, and tasks
-    whose `acc` is not 0 or 1, have none.
+    document has one right answer (multiple choice, or one continuation as in LAMBADA) and its `acc` is 0 or 1. `acc` of
+    a generation task is its first metric, after its first filter.
     """
     answers: dict[tuple[str, int], list[AnsweredInstance]] = defaultdict(list)
     for answer in answered:
-        if answer.instance.request_type == "loglikelihood":
+        if answer.instance.request_type in ("loglikelihood", "generate_until"):
             answers[answer.instance.task_name, answer.instance.doc_id].append(answer)
     rows = []
     for name, task in tasks.items():
@@ -249,6 +249,10 @@ def _describe_item(task: Any, sample: Mapping[str, Any], answers: Sequence[Answe
     if "acc_mutual_info" in sample:
         answers = answers[: len(answers) // 2]  # the second half are the choices without context
     gold: Any = None
+    if task.OUTPUT_TYPE == "generate_until":
+        acc = sample[sample["metrics"][0]]
+        row = {"doc": sample["doc_id"], "item_hash": hash_json(answers[0].instance.args[0]), "acc": bool(acc)}
+        return row | {"tokens": 0, "bytes": 0} if acc in (0, 1) else None
     if task.OUTPUT_TYPE == "loglikelihood":
         gold = 0 if len(answers) == 1 else None
     elif task.OUTPUT_TYPE == "multiple_choice":

@@ -195,7 +195,7 @@ def _task(pair: Pair, effect: Effect, bootstrap: Interval) -> dict[str, Any]:
     if "accuracy_norm" in entry:
         old, new = (right.astype(np.float64) for right in pair.columns("acc_norm"))
         entry["accuracy_norm"]["bootstrap"] = asdict(bootstrap(new - old, None, pair.base.cluster))
-    else:
+    elif "word_loglikelihood" in entry:
         entry["perplexity"] = _perplexity(entry["word_loglikelihood"], -1.0)
     return entry
 

@@ -115,6 +115,8 @@ def describe_task(pair: Pair, interval: Interval | None = None) -> dict[str, Any
         "accuracy": paired_proportions(*pair.right, clusters),
         "flips": asdict(estimators.mcnemar_table(*pair.right)),
     }
+    if before.kind == "generation":
+        return entry
     if before.kind == "last_word":
         return entry | {"word_loglikelihood": paired_means(*pair.columns("loglikelihood"), None, clusters, interval)}
     return entry | {

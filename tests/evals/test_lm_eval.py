@@ -25,11 +25,12 @@ from launcher import run_code, run_command
 from models_factory import tiny_texts
 
 from jax_selftrain import cli, hub
-from jax_selftrain.config import ScoreConfig
+from jax_selftrain.config import CompareConfig, ScoreConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals import score
 from jax_selftrain.evals.item_results import REQUESTS, load_score_result
 from jax_selftrain.evals.lm_eval_tasks import SUITES, split_names
+from jax_selftrain.study import compare
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
@@ -184,7 +185,7 @@ def test_items_of_named_tasks_can_be_compared(tmp_path, tiny_model, local):
     options = options_for(tmp_path, tiny_model, local)
     result = score(options)
     scored = load_score_result(options.out)
-    assert list(scored.items) == ["local_choices", "local_texts", "my_choices", "my_words"]
+    assert list(scored.items) == ["local_choices", "local_texts", "my_choices", "my_words", "my_prompts"]
     own, named = scored.items["local_choices"], scored.items["my_choices"]
     for column in ("choices", "acc", "acc_norm", "loglikelihood", "log_odds", "tokens", "bytes"):
         # Both are the same requests, which may share rows with others: equal but for rounding.
@@ -193,6 +194,30 @@ def test_items_of_named_tasks_can_be_compared(tmp_path, tiny_model, local):
     assert words.kind == "last_word"
     assert words.acc.mean() == result["tasks"]["my_words"]["acc"]
     assert len({*named.item_hash, *words.item_hash}) == named.count + words.count
+
+
+def test_generation_tasks_have_items_with_their_first_metric(tmp_path, tiny_model, local):
+    """Half of the targets are what the model generates."""
+    prompts = [text[:50] for text in tiny_texts(8, seed=3)]
+    until = {"until": ["\n\n"], "max_gen_toks": 6, "do_sample": False}
+    found = our_backend(tiny_model()).generate_until(instances("generate_until", [(text, until) for text in prompts]))
+    rows = [{"context": p, "answer": t if i % 2 else "no"} for i, (p, t) in enumerate(zip(prompts, found, strict=True))]
+    metric = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
+    file = write_jsonl(tmp_path / "sums.jsonl", rows)
+    columns = {"doc_to_text": "{{context}}", "doc_to_target": "{{answer}}", "metric_list": [metric]}
+    spec = task("sums", file, "generate_until", columns, generation_kwargs=until, num_fewshot=0)
+    folder = write_tasks(tmp_path / "tasks", [spec])
+    options = options_for(tmp_path, tiny_model, local, tasks=("sums",), texts=(), task_folder=str(folder))
+    result = score(options)
+    items = load_score_result(options.out).items["sums"]
+    assert items.kind == "generation"
+    assert items.acc.tolist() == [False, True] * 4
+    assert result["tasks"]["sums"]["exact_match"] == 0.5
+    assert items.chance_accuracy is None
+    assert len(set(items.item_hash)) == 8
+    config = CompareConfig(base=(options.out,), student=(options.out,), out=str(tmp_path / "comparison.json"))
+    (entry,) = compare(config)["pairs"][0]["tasks"]
+    assert (entry["name"], entry["kind"], entry["accuracy"]["change"]["value"]) == ("sums", "generation", 0)
 
 
 def test_few_shots_come_before_each_question_and_limits_hold(tmp_path, tiny_model, local):
