@@ -41,6 +41,8 @@ install_for() { # README's install command in the copy for a version
 }
 
 run_in() { # a command in the copy for a version; prints the seconds since the start
-  (cd "$work/$1" && shift && "$@")
+  local status=0
+  (cd "$work/$1" && shift && "$@") || status=$?
   echo "$SECONDS s: Python $*"
+  return "$status"
 }
