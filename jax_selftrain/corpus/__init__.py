@@ -10,8 +10,6 @@ from jax_selftrain.corpus.packing import PackedRows as PackedRows
 from jax_selftrain.corpus.packing import build_packed_rows as build_packed_rows
 from jax_selftrain.corpus.reader import Corpus as Corpus
 from jax_selftrain.corpus.reader import open_corpus as open_corpus
-from jax_selftrain.corpus.schema import FINISH_REASONS as FINISH_REASONS
-from jax_selftrain.corpus.schema import SCHEMA as SCHEMA
 from jax_selftrain.corpus.schema import Sample as Sample
 from jax_selftrain.corpus.shards import CorpusWriter as CorpusWriter
 from jax_selftrain.corpus.subset import draw_subset as draw_subset

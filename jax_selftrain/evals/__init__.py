@@ -3,13 +3,10 @@
 from jax_selftrain.evals.decontamination import decontaminate as decontaminate
 from jax_selftrain.evals.embeddings import embed_texts as embed_texts
 from jax_selftrain.evals.exact_match import extraction_metrics as extraction_metrics
-from jax_selftrain.evals.extraction import classify as classify
 from jax_selftrain.evals.extraction import extract as extract
 from jax_selftrain.evals.extraction import find_start_tokens as find_start_tokens
 from jax_selftrain.evals.extraction import load_extraction_sets as load_extraction_sets
 from jax_selftrain.evals.extraction import make_window as make_window
-from jax_selftrain.evals.item_results import ScoreResult as ScoreResult
-from jax_selftrain.evals.item_results import load_score_result as load_score_result
 from jax_selftrain.evals.leakage import measure_leakage as measure_leakage
 from jax_selftrain.evals.score import build_requests as build_requests
 from jax_selftrain.evals.score import score as score
@@ -18,8 +15,6 @@ from jax_selftrain.evals.sequences import PromptWindow as PromptWindow
 from jax_selftrain.evals.sequences import held_out_half as held_out_half
 from jax_selftrain.evals.sequences import load_sequences as load_sequences
 from jax_selftrain.evals.sequences import sequences_fingerprint as sequences_fingerprint
-from jax_selftrain.evals.suffix_probability import n_p_discoverable as n_p_discoverable
-from jax_selftrain.evals.tasks import Task as Task
 from jax_selftrain.evals.tasks import load_tasks as load_tasks
 from jax_selftrain.evals.tasks import load_texts as load_texts
 from jax_selftrain.evals.tasks import paths_by_name as paths_by_name

@@ -48,10 +48,8 @@ def parse_sampling_policies(specs: Sequence[str]) -> dict[str, SamplingParams]:
                     f"--sampling-policies {spec}: write temperature, top-k, top-p or min-p, each once, as in "
                     "temperature=1,top-k=40"
                 )
-            try:
-                values[name] = POLICY_FIELDS[name](value)
-            except ValueError:
-                raise InputError(f"--sampling-policies {spec}: {value!r} is not a number for {flag}") from None
+            where = f"--sampling-policies {spec}: {flag}"
+            values[name] = yaml_io.parse_value(POLICY_FIELDS[name], [value], where=where)
         try:
             yaml_io.check_ranges(SampleConfig(**values))
         except InputError as error:
