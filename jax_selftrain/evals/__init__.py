@@ -11,9 +11,7 @@ from jax_selftrain.evals.leakage import measure_leakage as measure_leakage
 from jax_selftrain.evals.score import build_requests as build_requests
 from jax_selftrain.evals.score import score as score
 from jax_selftrain.evals.score import score_requests as score_requests
-from jax_selftrain.evals.sequences import PromptWindow as PromptWindow
 from jax_selftrain.evals.sequences import held_out_half as held_out_half
-from jax_selftrain.evals.sequences import load_sequences as load_sequences
 from jax_selftrain.evals.sequences import sequences_fingerprint as sequences_fingerprint
 from jax_selftrain.evals.tasks import load_tasks as load_tasks
 from jax_selftrain.evals.tasks import load_texts as load_texts

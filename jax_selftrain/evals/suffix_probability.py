@@ -50,10 +50,7 @@ def parse_sampling_policies(specs: Sequence[str]) -> dict[str, SamplingParams]:
                 )
             where = f"--sampling-policies {spec}: {flag}"
             values[name] = yaml_io.parse_value(POLICY_FIELDS[name], [value], where=where)
-        try:
-            yaml_io.check_ranges(SampleConfig(**values))
-        except InputError as error:
-            raise InputError(f"--sampling-policies {spec}: {error}") from None
+        yaml_io.check_ranges(SampleConfig(**values), f"--sampling-policies {spec}: --")
         policy = SamplingParams(start_ids=(0,), stop_ids=(), max_tokens=1, **values)
         name = _canonical_name(policy)
         if name in policies:
