@@ -41,8 +41,7 @@ def evaluation_hooks(config: TrainConfig) -> list[Hook]:
     """
     yaml_io.require(config, "model")
     training.check_train_config(config)
-    is_named = bool(config.eval_texts or config.eval_tasks or config.eval_sequences)
-    if config.eval_every is None and (config.epochs is None or not is_named):
+    if not (config.eval_texts or config.eval_tasks or config.eval_sequences):
         return []
     tasks = evals.load_tasks(config.eval_tasks, config.eval_limit)
     texts = evals.load_texts(config.eval_texts, config.eval_limit)
