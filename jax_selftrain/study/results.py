@@ -154,10 +154,7 @@ def _describe_cell(
         pairs = paired_results.pair_results(bases[cell.student], scored)
     extracted = extraction_results.cell_extraction(config, design, cell)
     found: dict[str, Any] = {
-        "student": cell.student,
-        "treatment": cell.treatment,
-        "source": cell.source,
-        "seed": cell.seed,
+        **{name: getattr(cell, name) for name in ("student", "treatment", "source", "seed")},
         "corpus": cell.corpus and cell.corpus.key,
         **_compare_tasks([pair for pair in pairs.values() if pair.base.kind != "text"]),
         "texts": [paired_results.describe_text(pair) for pair in pairs.values() if pair.base.kind == "text"],
