@@ -42,6 +42,11 @@ def write_sampled_corpus(
     return writer.finalize()
 
 
+def whole_mixture(rows: PackedRows) -> Mixture:
+    """Return the mixture of one corpus."""
+    return Mixture((rows,), (Fraction(1),))
+
+
 def pack_corpus(corpus: Corpus, seq_len: int, packing: Packing) -> PackedRows:
     """Pack a corpus into rows in memory."""
     with TemporaryDirectory() as folder:

@@ -5,15 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jax_selftrain.config.metadata import (
-    AtLeastOne,
-    Input,
-    NonNegative,
-    OutputFile,
-    OutputFolder,
-    Required,
-    SetByStudy,
-)
+from jax_selftrain.config.metadata import AtLeastOne, Input, NonNegative, OutputFile, OutputFolder, Required, SetByStudy
 
 
 @dataclass(frozen=True)

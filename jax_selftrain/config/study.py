@@ -15,6 +15,7 @@ from jax_selftrain.config.metadata import (
     NonNegative,
     OutputFile,
     OutputFolder,
+    Positive,
     Required,
 )
 
@@ -128,9 +129,9 @@ class ArmConfig:
     """Students with this arm; unset: all."""
     text: Input[str] = ""
     """For `text`: source of `jax-selftrain import`."""
-    weight: float | None = None
+    weight: Annotated[float | None, AppliesTo(("extrapolate", "noise"))] = None
     """For `extrapolate`: weight of the student. For `noise`: size relative to the change of training; unset: 1."""
-    generations: _Generations[int] = 2
+    generations: _Generations[AtLeastOne[int]] = 2
     """For `generations`: their number."""
     replay: _Generations[Literal["replace", "accumulate", "fresh"]] = "replace"
     """For `generations`: train the base on the latest corpus or on all corpora, or the latest model on a new one
@@ -171,7 +172,7 @@ class ClaimConfig:
     (`exact_match/held_out`, `exact_match/H`, `log_pz/format NAME`, `log_pz/after_relearning`)."""
     direction: Literal["raises", "lowers", "preserves"] = "raises"
     """Claimed change of the measure."""
-    margin: float | None = None
+    margin: Positive[float | None] = None
     """For `preserves`: non-inferiority margin in the unit of the measure (0.01: one point of accuracy)."""
     primary: bool = True
     """Confirmatory claim (Holm's correction; at most three), or exploratory."""

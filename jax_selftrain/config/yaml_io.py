@@ -88,15 +88,18 @@ def require(config: Any, *names: str) -> None:
     check_ranges(config)
 
 
-def check_ranges(config: Any, prefix: str = "") -> None:
-    """Refuse numbers out of range, also in sections."""
+def check_ranges(config: Any, prefix: str = "--") -> None:
+    """Refuse numbers out of range, also in sections and lists of sections."""
     cls: type = type(config)
     for name, value in vars(config).items():
-        valid = ranges(cls).get(name)
+        option, valid = prefix + name.replace("_", "-"), ranges(cls).get(name)
         if dataclasses.is_dataclass(value):
-            check_ranges(value, f"{prefix}{name}.")
+            check_ranges(value, f"{option}.")
         elif valid is not None and value is not None and not valid.is_valid(value):
-            raise InputError(f"{flag(prefix + name)} {value}: must be {valid.text}")
+            raise InputError(f"{option} {value}: must be {valid.text}")
+        for entry in value if isinstance(value, tuple) else ():
+            if dataclasses.is_dataclass(entry):
+                check_ranges(entry, f"{option.removeprefix('--')}: {vars(entry)['name']}: ")
 
 
 # ---------------------------------------------------------------- options and flags

@@ -10,15 +10,13 @@ from jax_selftrain.corpus.packing import PackedRows as PackedRows
 from jax_selftrain.corpus.packing import build_packed_rows as build_packed_rows
 from jax_selftrain.corpus.reader import Corpus as Corpus
 from jax_selftrain.corpus.reader import open_corpus as open_corpus
-from jax_selftrain.corpus.schema import FINISH_REASONS as FINISH_REASONS
-from jax_selftrain.corpus.schema import SCHEMA as SCHEMA
 from jax_selftrain.corpus.schema import Sample as Sample
 from jax_selftrain.corpus.shards import CorpusWriter as CorpusWriter
-from jax_selftrain.corpus.subset import draw_subset as draw_subset
 from jax_selftrain.corpus.token_source import LazilyTokenized as LazilyTokenized
 from jax_selftrain.corpus.token_source import RaggedTokens as RaggedTokens
 from jax_selftrain.corpus.token_source import TokenSource as TokenSource
 from jax_selftrain.corpus.token_source import memmap_tokens as memmap_tokens
+from jax_selftrain.corpus.transforms import draw_subset as draw_subset
 from jax_selftrain.corpus.transforms import remove_overlapping as remove_overlapping
 from jax_selftrain.corpus.transforms import retokenize as retokenize
 from jax_selftrain.corpus.transforms import shuffle as shuffle

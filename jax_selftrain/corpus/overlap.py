@@ -127,7 +127,10 @@ class _Index:
     def scan(self, chunk: _Chunk) -> None:
         """Match the positions of a chunk with their neighbors in the array."""
         sought = chunk.with_terminator(QUERY_END)
-        begin = self._candidates(sought)
+        hashes = _hashes(sought, self._min_length)
+        begin = np.flatnonzero(self._maybe[hashes >> self._shift])
+        nearest = np.minimum(np.searchsorted(self._known, hashes[begin]), len(self._known) - 1)
+        begin = begin[self._known[nearest] == hashes[begin]]  # their hash occurs among the queries
         if not len(begin):
             return
         low, low_match, high_match = self._suffixes.locate(sought, begin)
@@ -146,7 +149,11 @@ class _Index:
 
     def overlaps(self) -> Overlaps:
         """Return the overlaps of the queries."""
-        match, source = self._spread_matches()
+        shared = self._suffixes.lcp_array()
+        shared[shared < self._min_length] = 0
+        match, source = self._match.copy(), np.arange(len(shared))  # the longest match of each slot, and its source
+        _propagate_max(match, source, shared)
+        _propagate_max(match[::-1], source[::-1], np.append(shared[1:], 0)[::-1])
         text, order = self._suffixes.text, self._suffixes.suffixes
         run, slot_of = np.zeros(len(text), np.int64), np.zeros(len(text), np.int64)
         run[order], slot_of[order] = match, source
@@ -165,23 +172,6 @@ class _Index:
             text_start=np.where(none, -1, self._start[slot_of[best]]),
             covered=np.add.reduceat(covered.astype(np.int64), starts),
         )
-
-    def _candidates(self, sought: np.ndarray) -> np.ndarray:
-        """Return positions with a hash that occurs among the queries."""
-        hashes = _hashes(sought, self._min_length)
-        positions = np.flatnonzero(self._maybe[hashes >> self._shift])
-        wanted = hashes[positions]
-        nearest = np.searchsorted(self._known, wanted)
-        return positions[self._known[np.minimum(nearest, len(self._known) - 1)] == wanted]
-
-    def _spread_matches(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the longest match and its source of each slot."""
-        shared = self._suffixes.lcp_array()
-        shared[shared < self._min_length] = 0
-        match, source = self._match.copy(), np.arange(len(shared))
-        _propagate_max(match, source, shared)
-        _propagate_max(match[::-1], source[::-1], np.append(shared[1:], 0)[::-1])
-        return match, source
 
 
 def _propagate_max(match: np.ndarray, source: np.ndarray, shared: np.ndarray) -> None:

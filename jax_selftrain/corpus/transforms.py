@@ -1,4 +1,4 @@
-"""Corpora made from other corpora: retokenized, shuffled, decontaminated.
+"""Corpora made from other corpora: retokenized, shuffled, decontaminated, subsets.
 
 Retokenizing brings text to a student with another tokenizer, and, so that all cells of a study are treated equally, a
 model's own text to itself. Only text is carried over. A document that ended with a stop id ends with the student's stop
@@ -10,6 +10,9 @@ Shuffling the tokens of every document keeps token frequencies and destroys the 
 A decontaminated corpus lacks every document that shares a run of tokens with some sequences: its student did not read
 them. It is also smaller and holds other text. The size-matched control therefore drops equally many other documents of
 the same finish reasons and similar lengths.
+
+A subset has random documents up to a token budget. Draw k of subset s is keyed by (seed, s, k), so that a larger subset
+begins with the draws of a smaller one and subsets are independent replicates. arXiv:2605.31126 draws with replacement.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jax_selftrain.config import SubsetConfig, yaml_io
 from jax_selftrain.corpus.overlap import longest_overlaps
 from jax_selftrain.corpus.reader import Corpus, open_corpus
 from jax_selftrain.corpus.schema import Sample
@@ -204,6 +208,54 @@ def _write_without(
         "held_out_sequences": hash_json(np.asarray(sequences, np.int64).tolist()),
     }
     return map_corpus(source, out, kind, facts, lambda samples: (samples, {}), copies=~dropped)
+
+
+def draw_subset(config: SubsetConfig) -> Corpus:
+    """Write documents drawn from a corpus until the token budget is reached.
+
+    The last draw may exceed the budget. Documents are in the order of the source; one drawn twice is there twice.
+
+    Raises:
+        InputError: an option is out of range, a folder cannot be read or written, or the corpus has too few tokens.
+    """
+    yaml_io.require(config)
+    source = open_corpus(config.corpus)
+    lengths = np.concatenate([lengths for _, lengths in source.token_batches()])
+    copies = count_draws(lengths, config.tokens or 0, config.draw, config.seed, config.subset, where=config.corpus)
+    policy = {f"subset {name}": getattr(config, name) for name in ("tokens", "draw", "subset", "seed")}
+    return map_corpus(source, config.out, "subset", {"policy": policy}, lambda samples: (samples, {}), copies=copies)
+
+
+def count_draws(lengths: np.ndarray, tokens: int, draw: str, seed: int, subset: int, *, where: str) -> np.ndarray:
+    """Count how often each document is drawn.
+
+    Args:
+        lengths: int [N], tokens of each document.
+        tokens: the budget.
+        draw: `bootstrap` (with replacement) or `without-replacement`.
+        seed, subset: key of the draws.
+        where: the corpus, for messages.
+
+    Returns:
+        int64 [N].
+    """
+    total = int(lengths.sum())
+    if not total or (draw == "without-replacement" and total < tokens):
+        raise InputError(
+            f"{where}: has {total:,} tokens, less than the {tokens:,} to draw without replacement; sample more, lower "
+            "--tokens, or draw with --draw bootstrap"
+        )
+    rng = make_rng("subset", seed, subset)
+    order, drawn = np.zeros(0, np.int64), np.zeros(1, np.int64)
+    if draw == "without-replacement":
+        order = random_permutation(rng, len(lengths))
+        drawn = np.cumsum(lengths[order])
+    while drawn[-1] < tokens:
+        # 64 random bits modulo N: the bias is below N / 2^64.
+        more = (rng.bit_generator.random_raw(4096) % np.uint64(len(lengths))).astype(np.int64)
+        order = np.concatenate([order, more])
+        drawn = np.cumsum(lengths[order])
+    return np.bincount(order[: np.searchsorted(drawn, tokens) + 1], minlength=len(lengths))
 
 
 def map_corpus(

@@ -120,5 +120,4 @@ def shard_host_array(rules: ShardingRules, array: np.ndarray, axes: Axes) -> jax
 
     Every process passes the same full array; its devices hold their shards.
     """
-    sharding = rules.sharding(axes)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    return jax.make_array_from_callback(array.shape, rules.sharding(axes), lambda index: array[index])

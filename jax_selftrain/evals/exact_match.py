@@ -49,8 +49,6 @@ def extraction_metrics(
 ) -> dict[str, np.ndarray]:
     """Measure extraction of N sequences by a model in memory.
 
-    All batches have one shape, so results do not depend on how the sequences are divided.
-
     Args:
       model: from `hub.load_model`.
       sequences: integer [N, prefix + suffix].

@@ -192,9 +192,9 @@ def load_extraction_sets(config: ExtractConfig) -> tuple[ExtractionSet, Extracti
     start = find_start_tokens(config)
     for name, model in models.items():
         if window.length + len(start) > model.config.max_positions:
-            before = " + the start token" if start else ""
+            start_token = ", the start token" if start else ""
             raise InputError(
-                f"--prefix {window.prefix} + --suffix {window.suffix}{before} is longer than the "
+                f"a prefix of {window.prefix} tokens{start_token} and a suffix of {window.suffix} are longer than the "
                 f"{model.config.max_positions} positions of {model.ref}; shorten one of them"
             )
         if model.tokenizer_fingerprint != models["model"].tokenizer_fingerprint:

@@ -190,11 +190,6 @@ def log_odds(loglikelihoods: Sequence[float] | np.ndarray, answer: int) -> float
     return float(scores[answer] - np.logaddexp.reduce(np.delete(scores, answer)))
 
 
-def hash_items(table: pa.Table) -> str:
-    """Hash the values of a table of items."""
-    return hash_json(table.to_pydict())
-
-
 def load_score_result(path: str) -> ScoreResult:
     """Read a result of `score`: `FILE.json` and `FILE.items.parquet`.
 
@@ -214,7 +209,7 @@ def load_score_result(path: str) -> ScoreResult:
         table = pq.read_table(file)
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: cannot be read ({error}); score the model again") from None
-    if not table.schema.equals(ITEMS) or hash_items(table) != expected:
+    if not table.schema.equals(ITEMS) or hash_json(table.to_pydict()) != expected:
         raise InputError(f"{file}: does not match {Path(path).name}; score the model again")
     names = table["task"].unique().to_pylist()  # in the order of scoring; the keys of the JSON are sorted
     return ScoreResult(Path(path), result, {name: select_items(table, name) for name in names})

@@ -99,7 +99,17 @@ def load_lm_eval_tasks(
     """
     manager = make_task_manager(names, folder)
     _set_seeds()
-    loaded, requested = _load(manager, list(names))
+    loaded: TaskDict = {"tasks": {}, "groups": {}, "group_map": {}}
+    requested: dict[str, str] = {}
+    for name in names:
+        part = _load_name(manager, name)
+        for task in part["tasks"]:
+            if requested.setdefault(task, name) != name:
+                raise InputError(
+                    f"task {task} is requested twice, by {requested[task]} and by {name}; remove one of them"
+                )
+        for section in loaded:
+            loaded[section].update(part.get(section, {}))
     for name, task in loaded["tasks"].items():
         own = names[requested[name]]
         count = num_fewshot if own is None else own
@@ -330,20 +340,6 @@ def _members(entry: Any) -> list[Any]:
     if not isinstance(members, list):
         return []
     return [member if isinstance(member, str) else member.get("group", member.get("task")) for member in members]
-
-
-def _load(manager: TaskManager, names: Sequence[str]) -> tuple[TaskDict, dict[str, str]]:
-    """Load all names; also return the name that gave each task."""
-    merged: TaskDict = {"tasks": {}, "groups": {}, "group_map": {}}
-    origin: dict[str, str] = {}
-    for name in names:
-        part = _load_name(manager, name)
-        for task in part["tasks"]:
-            if origin.setdefault(task, name) != name:
-                raise InputError(f"task {task} is requested twice, by {origin[task]} and by {name}; remove one of them")
-        for section in merged:
-            merged[section].update(part.get(section, {}))
-    return merged, origin
 
 
 def _load_name(manager: TaskManager, name: str) -> TaskDict:

@@ -44,12 +44,6 @@ def output_paths(out: str, *suffixes: str) -> tuple[Path, ...]:
     return path, *(path.with_name(f"{stem}.{suffix}") for suffix in suffixes)
 
 
-def write_table(out: str, name: str, table: pa.Table) -> None:
-    """Commit `FILE.NAME.parquet`."""
-    with atomic.commit_file(output_paths(out, f"{name}.parquet")[1]) as temp:
-        pq.write_table(table, temp, compression="zstd")
-
-
 def write_results(
     out: str, config: Any, result: Mapping[str, Any], tables: Mapping[str, pa.Table], timings: Mapping[str, Any]
 ) -> None:
@@ -59,7 +53,8 @@ def write_results(
     """
     path, config_file, timings_file = output_paths(out, "config.yaml", "timings.json")
     for name, table in tables.items():
-        write_table(out, name, table)
+        with atomic.commit_file(output_paths(out, f"{name}.parquet")[1]) as temp:
+            pq.write_table(table, temp, compression="zstd")
     yaml_io.save(config_file, config)
     atomic.write_json(timings_file, timings)
     atomic.write_json(path, result)

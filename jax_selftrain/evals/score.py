@@ -21,11 +21,11 @@ from jax_selftrain import hub
 from jax_selftrain.config import ScoreConfig, yaml_io
 from jax_selftrain.distributed.mesh import make_mesh, parse_mesh
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals.item_results import REQUESTS, hash_items, select_items, tabulate_items
+from jax_selftrain.evals.item_results import REQUESTS, select_items, tabulate_items
 from jax_selftrain.evals.lm_eval_tasks import evaluate_tasks, load_lm_eval_tasks, split_names
 from jax_selftrain.evals.result_files import output_paths, write_results
 from jax_selftrain.evals.tasks import Task, load_tasks, load_texts, paths_by_name, task_metrics
-from jax_selftrain.io.manifest import sha256_file
+from jax_selftrain.io.manifest import hash_json, sha256_file
 from jax_selftrain.likelihood.engine import LoglikelihoodFn, LoglikelihoodRequest, check_finite
 from jax_selftrain.likelihood.resumable import PartialResults, loglikelihoods, process_local_if_possible
 from jax_selftrain.likelihood.tokenize import check_tokenizer, encode_pairs, encode_text, rolling_windows, start_token
@@ -95,7 +95,7 @@ def _score(config: ScoreConfig, mesh: Mesh) -> dict[str, Any]:
         raise
     source = model.source
     fingerprints = {"model": source.fingerprint, "tokenizer": source.tokenizer_fingerprint, "files": hashes}
-    fingerprints["items"] = hash_items(tables["items"])
+    fingerprints["items"] = hash_json(tables["items"].to_pydict())
     result = {"model": config.model, **entries, "fingerprints": fingerprints, "versions": versions()}
     timings = {"load_seconds": loaded - started, "score_seconds": time.monotonic() - loaded, **parts.counts()}
     parts.finish(lambda: write_results(config.out, config, result, tables, timings))

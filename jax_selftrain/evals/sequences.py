@@ -202,24 +202,22 @@ def _files(reference: str) -> list[Path]:
         raise InputError(f"{reference}: no such file or folder")
     if any((folder / name).is_file() for name in _DATASET_FILES):
         return sorted(file for file in folder.rglob("*") if file.is_file())
-    pairs = sorted(folder.glob("*prefix.npy"))
-    pairs = [file for file in pairs if (folder / file.name.replace("prefix.npy", "suffix.npy")).is_file()]
+    pairs = [[file, folder / file.name.replace("prefix.npy", "suffix.npy")] for file in folder.glob("*prefix.npy")]
+    pairs = [pair for pair in pairs if pair[1].is_file()]
     if len(pairs) == 1:
-        return [pairs[0], folder / pairs[0].name.replace("prefix.npy", "suffix.npy")]
+        return pairs[0]
     tables = sorted(folder.glob("*.parquet"))
     splits = {file: match["split"] for file in tables if (match := _SPLIT_FILE.fullmatch(file.name))}
     if split:
         tables = [file for file in tables if splits.get(file) == split]
+    names = sorted(set(splits.values()))
     if not tables:
-        names = ", ".join(sorted(set(splits.values()))) or "none"
         raise InputError(
-            f"{reference}: has no Parquet files of that split (its splits: {names}), no `save_to_disk` data set and no "
-            "pair of …prefix.npy and …suffix.npy"
+            f"{reference}: has no Parquet files of that split (its splits: {', '.join(names) or 'none'}), no "
+            "`save_to_disk` data set and no pair of …prefix.npy and …suffix.npy"
         )
-    if not split and len(set(splits.values())) > 1:
-        raise InputError(
-            f"{folder}: holds the splits {', '.join(sorted(set(splits.values())))}; name one of them as {folder}:SPLIT"
-        )
+    if not split and len(names) > 1:
+        raise InputError(f"{folder}: holds the splits {', '.join(names)}; name one of them as {folder}:SPLIT")
     return tables
 
 

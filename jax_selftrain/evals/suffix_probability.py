@@ -48,14 +48,9 @@ def parse_sampling_policies(specs: Sequence[str]) -> dict[str, SamplingParams]:
                     f"--sampling-policies {spec}: write temperature, top-k, top-p or min-p, each once, as in "
                     "temperature=1,top-k=40"
                 )
-            try:
-                values[name] = POLICY_FIELDS[name](value)
-            except ValueError:
-                raise InputError(f"--sampling-policies {spec}: {value!r} is not a number for {flag}") from None
-        try:
-            yaml_io.check_ranges(SampleConfig(**values))
-        except InputError as error:
-            raise InputError(f"--sampling-policies {spec}: {error}") from None
+            where = f"--sampling-policies {spec}: {flag}"
+            values[name] = yaml_io.parse_value(POLICY_FIELDS[name], [value], where=where)
+        yaml_io.check_ranges(SampleConfig(**values), f"--sampling-policies {spec}: --")
         policy = SamplingParams(start_ids=(0,), stop_ids=(), max_tokens=1, **values)
         name = _canonical_name(policy)
         if name in policies:

@@ -122,9 +122,7 @@ class ModelRef:
         """Hugging Face names of the tensors (embed_out or lm_head)."""
         if self.manifest:
             return frozenset(self.manifest["tensors"])
-        if not self.has_weights:
-            return frozenset()
-        return frozenset(open_weights(self.folder))
+        return frozenset(open_weights(self.folder) if self.has_weights else ())
 
     @cached_property
     def fingerprint(self) -> str:

@@ -98,10 +98,9 @@ def read_tree_manifest(folder: Path, *, remedy: str = _REMEDY) -> dict[str, Any]
 
 def find_nonfinite(*trees: Any) -> str | None:
     """Find the path of the first array that holds NaN or infinity."""
-    paths, leaves = zip(*jax.tree_util.tree_flatten_with_path(trees)[0], strict=True)
+    paths, leaves = zip(*(leaf for tree in trees for leaf in _key_paths(tree).items()), strict=True)
     finite = jax.device_get(_all_finite(leaves))
-    found = (path for path, is_finite in zip(paths, finite, strict=True) if not is_finite)
-    return next((jax.tree_util.keystr(path[1:], simple=True, separator="/") for path in found), None)
+    return next((path for path, is_finite in zip(paths, finite, strict=True) if not is_finite), None)
 
 
 @jax.jit

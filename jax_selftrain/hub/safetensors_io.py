@@ -160,11 +160,7 @@ def read_box(
 
 
 def save_weights(
-    folder: Path,
-    family: Family,
-    config: DecoderConfig,
-    params: Params,
-    tensors: Mapping[str, str],
+    folder: Path, family: Family, config: DecoderConfig, params: Params, tensors: Mapping[str, str]
 ) -> None:
     """Write parameters as Hugging Face safetensors into `folder` (which the caller commits).
 

@@ -99,7 +99,8 @@ def generate(
     requests = [_Request(prompt, index) for prompt, index in zip(prompts, ids, strict=True)]
     queue = sorted(requests, key=lambda request: -len(request.prompt))  # longest first: too little memory shows early
     while queue:
-        width = _padded_prompt_len(len(queue[0].prompt))
+        # A power of two: few programs are compiled.
+        width = max(TAIL_LEN, 1 << (len(queue[0].prompt) - 1).bit_length())
         num_rows = max(1, min(batch_size, batch_tokens // width)) * model.sharding_rules.data_parallelism
         batch, queue = queue[:num_rows], queue[num_rows:]
         _generate_batch(model, batch, num_rows, width, sampling_params, seed, stop)
@@ -153,11 +154,6 @@ def _generate_batch(
             if all(row.done for row in rows):
                 return
             is_forced, num_forced, all_forced = np.zeros_like(is_forced), np.zeros_like(num_forced), np.int32(0)
-
-
-def _padded_prompt_len(length: int) -> int:
-    """Round up to a power of two: few programs are compiled."""
-    return max(TAIL_LEN, 1 << (length - 1).bit_length())
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))

@@ -18,7 +18,7 @@ import numpy as np
 
 from jax_selftrain.config import CompareConfig, yaml_io
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals import ScoreResult, load_score_result
+from jax_selftrain.evals.item_results import ScoreResult, load_score_result
 from jax_selftrain.evals.result_files import output_paths
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import hash_json

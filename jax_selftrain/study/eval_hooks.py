@@ -20,7 +20,6 @@ import numpy as np
 
 from jax_selftrain import evals, hub, likelihood, training
 from jax_selftrain.config import ExtractConfig, ScoreConfig, TrainConfig, yaml_io
-from jax_selftrain.errors import InputError
 from jax_selftrain.evals.lm_eval_tasks import split_names
 from jax_selftrain.hub import LoadedModel
 from jax_selftrain.io.manifest import hash_json
@@ -42,8 +41,7 @@ def evaluation_hooks(config: TrainConfig) -> list[Hook]:
     """
     yaml_io.require(config, "model")
     training.check_train_config(config)
-    is_named = bool(config.eval_texts or config.eval_tasks or config.eval_sequences)
-    if config.eval_every is None and (config.epochs is None or not is_named):
+    if not (config.eval_texts or config.eval_tasks or config.eval_sequences):
         return []
     tasks = evals.load_tasks(config.eval_tasks, config.eval_limit)
     texts = evals.load_texts(config.eval_texts, config.eval_limit)
@@ -127,15 +125,11 @@ def _load_sequences(config: TrainConfig) -> dict[str, np.ndarray]:
     """Return int32 [N, prefix + suffix] by name; at most one set."""
     if not config.eval_sequences:
         return {}
-    model = hub.open_model(config.model)
-    window = evals.PromptWindow(config.eval_prefix, config.eval_suffix)
-    if window.length > model.config.max_positions:
-        raise InputError(
-            f"--eval-prefix {config.eval_prefix} + --eval-suffix {config.eval_suffix} is longer than the "
-            f"{model.config.max_positions} positions of {config.model}; shorten one of them"
-        )
-    path, vocabulary = Path(config.eval_sequences), model.config.vocab_size
-    found = evals.load_sequences(
-        path, window, vocab_size=vocabulary, limit=config.eval_limit, tokenizer=lambda: model.tokenizer
+    options = ExtractConfig(
+        model=config.model,
+        sequences=config.eval_sequences,
+        prefix=config.eval_prefix,
+        suffix=config.eval_suffix,
+        limit=config.eval_limit,
     )
-    return {path.stem: found.tokens}
+    return {Path(config.eval_sequences).stem: evals.load_extraction_sets(options)[0].tokens}

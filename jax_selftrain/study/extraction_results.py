@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from jax_selftrain import evals
 from jax_selftrain.config import ExtractConfig, StudyConfig
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals import n_p_discoverable
-from jax_selftrain.evals.extraction import CLASSES, THRESHOLDS
+from jax_selftrain.evals.extraction import CLASSES, THRESHOLDS, classify
+from jax_selftrain.evals.suffix_probability import n_p_discoverable
 from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.stats import estimators
 from jax_selftrain.study import measure_names as names
@@ -106,7 +106,7 @@ def cell_extraction(config: StudyConfig, design: Design, cell: StudyCell) -> dic
             {"threshold": threshold, "class": name, **compare_sequences(before, after, classes == name)}
             for threshold in THRESHOLDS
             if threshold <= window.suffix
-            for classes in (evals.classify(after["overlap"], window.suffix, threshold),)
+            for classes in (classify(after["overlap"], window.suffix, threshold),)
             for name in CLASSES
         ]
     bases = design.base_probes[cell.student, cell.seed]

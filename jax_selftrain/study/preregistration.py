@@ -11,7 +11,6 @@ level among the primary claims: a claim is tested at a fraction of the level at 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -42,23 +41,17 @@ def check_claims(config: StudyConfig) -> None:
     for claim in config.claims:
         if not claim.name or names.count(claim.name) > 1:
             raise InputError("claims: each needs a unique `name`")
-        crossed, preserves, margin = claim.treatment == INTERACTION, claim.direction == "preserves", claim.margin
+        crossed, preserves = claim.treatment == INTERACTION, claim.direction == "preserves"
         contrasts = bool(claim.comparator or preserves)
         problems = {
             f"`treatment` is required: an arm, `source NAME`, or `{INTERACTION}`": not claim.treatment,
             f"`student` is required, except for `{INTERACTION}`, which has none": crossed == bool(claim.student),
             "the interaction is a contrast; it has no `comparator` and no margin": crossed and contrasts,
-            "`margin` is required for direction `preserves`, and for no other": preserves != (margin is not None),
-            f"the margin is {margin}; it must be a positive number": not is_positive(margin),
+            "`margin` is required for direction `preserves`, and for no other": preserves != (claim.margin is not None),
         }
         refuse_first(f"claims: {claim.name}", problems)
     if sum(claim.primary for claim in config.claims) > PRIMARY_FAMILY:
         raise InputError(f"claims: at most {PRIMARY_FAMILY} can be primary; set `primary: false` for the others")
-
-
-def is_positive(value: float | None) -> bool:
-    """Return True for a positive finite number, and for None."""
-    return value is None or 0 < value < math.inf
 
 
 def refuse_first(where: str, problems: Mapping[str, bool]) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from jax_selftrain import hub
 from jax_selftrain.config import ModelConfig, StudyConfig, yaml_io
 from jax_selftrain.config.metadata import Role, fields_with_role
-from jax_selftrain.evals import ScoreResult, load_score_result
+from jax_selftrain.evals.item_results import ScoreResult, load_score_result
 from jax_selftrain.io import atomic
 from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.io.manifest import read_manifest
@@ -132,13 +132,8 @@ def _describe_corpora(design: Design, questions: Sequence[str]) -> dict[str, dic
             "retokenized": manifest.get("retokenized"),
             "retokenization_mismatches": manifest["retokenization_mismatches"],
             "examples": [
-                {
-                    "sample_id": sample.sample_id,
-                    "text": sample.text,
-                    "tokens": len(sample.tokens),
-                    "finish_reason": sample.finish_reason,
-                    "logprob": None if math.isnan(sample.logprob) else float(sample.logprob),
-                }
+                vars(sample)
+                | {"tokens": len(sample.tokens), "logprob": None if math.isnan(sample.logprob) else sample.logprob}
                 for sample in corpus.iter_samples()
                 if sample.sample_id in shown
             ],
@@ -159,10 +154,7 @@ def _describe_cell(
         pairs = paired_results.pair_results(bases[cell.student], scored)
     extracted = extraction_results.cell_extraction(config, design, cell)
     found: dict[str, Any] = {
-        "student": cell.student,
-        "treatment": cell.treatment,
-        "source": cell.source,
-        "seed": cell.seed,
+        **{name: getattr(cell, name) for name in ("student", "treatment", "source", "seed")},
         "corpus": cell.corpus and cell.corpus.key,
         **_compare_tasks([pair for pair in pairs.values() if pair.base.kind != "text"]),
         "texts": [paired_results.describe_text(pair) for pair in pairs.values() if pair.base.kind == "text"],

@@ -44,7 +44,7 @@ from jax_selftrain.study.dag import check_processes, is_done, run_all
 from jax_selftrain.study.design import Design, make_design
 from jax_selftrain.study.eval_hooks import evaluation_hooks, with_default_evals
 from jax_selftrain.study.measure_names import AFTER_RELEARNING, MAIN_EFFECT, UNSEEN
-from jax_selftrain.study.preregistration import check_claims, describe_power, freeze_claims, is_positive, refuse_first
+from jax_selftrain.study.preregistration import check_claims, describe_power, freeze_claims, refuse_first
 from jax_selftrain.study.results import collect_study, load_results
 
 
@@ -261,15 +261,13 @@ def _check_known(option: str, given: Iterable[str], known: Sequence[str]) -> Non
 
 def _check_arm(arm: ArmConfig, config: StudyConfig) -> None:
     kind, weight = arm.kind, arm.weight
-    uses_weight, halves = kind in ("extrapolate", "noise"), kind in ("decontaminated", "size_matched")
+    halves, noise = kind in ("decontaminated", "size_matched"), 1.0 if weight is None else weight
     problems = {
         f"names of main cells begin with {MAIN_EFFECT!r}; choose another name": arm.name.startswith(MAIN_EFFECT),
         "`text` names the file of an arm of kind `text`, and of no other kind": (kind == "text") != bool(arm.text),
         "an arm of kind `extrapolate` needs its `weight`": kind == "extrapolate" and weight is None,
-        "`weight` belongs to arms of kind `extrapolate` and `noise` only": weight is not None and not uses_weight,
-        f"the weight of noise is {weight}; it must be a positive number": kind == "noise" and not is_positive(weight),
+        f"the weight of noise is {weight}; it must be a positive number": kind == "noise" and not 0 < noise < math.inf,
         f"kind `{kind}` needs extract.sequences; half of them are held out": halves and not config.extract.sequences,
-        f"generations is {arm.generations}; it must be at least 1": arm.generations < 1,
     }
     for field in fields(arm):
         kinds = applicable_kinds(ArmConfig, field.name) or (kind,)

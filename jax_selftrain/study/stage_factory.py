@@ -111,7 +111,12 @@ class StageFactory:
     def sample(self, source: StudyModel, arm: ArmConfig, seed: int) -> Stage:
         """Sample a corpus, remove benchmark overlap, draw a subset."""
         config, first = self.config, self.config.sample_seed
-        corpus = self._sample(source, arm, seed if first is None else first)
+        sample_seed = seed if first is None else first
+        changes = shared_overrides(arm, SampleConfig) | dict(source.start_and_stop)
+        options = fill_options(config, config.sample, source.ref, seed=sample_seed, **changes)
+        cost = _estimate_cost(source, options.samples * options.max_tokens, options.max_tokens, passes=1)
+        label = f"sample from {source.label}, seed {sample_seed}"
+        corpus = _make_stage("sample", label, sample, options, source.inputs, **cost)
         text = f"text of {source.label}, seed {seed}"
         audit = replace(config.decontaminate, corpus=str(self.folder(corpus)))
         if audit.tasks or audit.texts:
@@ -123,14 +128,6 @@ class StageFactory:
                 "subset", f"subset of {text}", corpora.draw_subset, subset, {"corpus": corpus}, is_collective=False
             )
         return corpus
-
-    def _sample(self, source: StudyModel, arm: ArmConfig, seed: int) -> Stage:
-        """Sample a corpus from a model."""
-        changes = shared_overrides(arm, SampleConfig) | dict(source.start_and_stop)
-        options = fill_options(self.config, self.config.sample, source.ref, seed=seed, **changes)
-        cost = _estimate_cost(source, options.samples * options.max_tokens, options.max_tokens, passes=1)
-        label = f"sample from {source.label}, seed {seed}"
-        return _make_stage("sample", label, sample, options, source.inputs, **cost)
 
     def sample_for(self, student: StudyModel, source: StudyModel, arm: ArmConfig, seed: int) -> Stage:
         """Sample from a source and retokenize the text for a student.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from typing import Any
 
 import jax
@@ -14,14 +13,13 @@ from jax_selftrain.distributed.sharding import ShardingRules
 from jax_selftrain.training.loss import Batch
 
 
-def load_batch(config: TrainConfig, rules: ShardingRules, rows: PackedRows | Mixture, n: int) -> Batch:
+def load_batch(config: TrainConfig, rules: ShardingRules, mixture: Mixture, n: int) -> Batch:
     """Load batch n onto the mesh, `[grad_accum, batch_size / grad_accum, …]`.
 
     Each process reads only the rows of its own devices from the memory-mapped corpora. Rows of a small corpus repeat
     within a batch, in the order of its next epoch. With `random_loss_sign`, the weights of each document in a row are
     multiplied by +1 or −1 (`random_signs`).
     """
-    mixture = rows if isinstance(rows, Mixture) else Mixture((rows,), (Fraction(1),))
     corpus_ids, row_ids = (
         ids.reshape(config.grad_accum, -1) for ids in mixture.batch(config.batch_size, config.seed, n)
     )

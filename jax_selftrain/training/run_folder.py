@@ -130,12 +130,11 @@ def acquire_run_folder(inputs: TrainInputs) -> Iterator[Run]:
 def _prepare_run(folder: Path, inputs: TrainInputs) -> Run:
     """Pack the rows of the corpora and resolve the default options."""
     config = inputs.config
-    folders = [folder / ("rows" if n == 0 else f"rows-{n}") for n in range(len(inputs.corpora))]
-    components = [
-        build_packed_rows(corpus, path, config.seq_len, config.packing)
-        for corpus, path in zip(inputs.corpora, folders, strict=True)
-    ]
-    rows = Mixture(tuple(components), inputs.mixture_weights)
+    components = tuple(
+        build_packed_rows(corpus, folder / (f"rows-{n}" if n else "rows"), config.seq_len, config.packing)
+        for n, corpus in enumerate(inputs.corpora)
+    )
+    rows = Mixture(components, inputs.mixture_weights)
     steps = config.steps or rows.count_steps(config.epochs or 1, config.batch_size)
     epoch_ends = tuple(rows.count_steps(n + 1, config.batch_size) for n in range(config.epochs or 0))
     if config.checkpoint_every is None and not epoch_ends:

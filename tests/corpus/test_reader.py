@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from bad_input import flip_byte
 
-from jax_selftrain.corpus import FINISH_REASONS, open_corpus
+from jax_selftrain.corpus import open_corpus
+from jax_selftrain.corpus.schema import FINISH_REASONS
 from jax_selftrain.errors import InputError
 
 

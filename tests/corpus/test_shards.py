@@ -12,7 +12,8 @@ import pytest
 from bad_input import flip_byte
 from launcher import launch_code
 
-from jax_selftrain.corpus import SCHEMA, CorpusWriter, Sample, open_corpus
+from jax_selftrain.corpus import CorpusWriter, Sample, open_corpus
+from jax_selftrain.corpus.schema import SCHEMA
 from jax_selftrain.errors import InputError
 
 REQUEST: dict[str, Any] = {

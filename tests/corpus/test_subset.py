@@ -12,7 +12,7 @@ from scipy import stats
 
 from jax_selftrain.config import SubsetConfig
 from jax_selftrain.corpus import Corpus, Sample, draw_subset
-from jax_selftrain.corpus.subset import count_draws
+from jax_selftrain.corpus.transforms import count_draws
 from jax_selftrain.errors import InputError
 
 

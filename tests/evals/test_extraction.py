@@ -24,13 +24,8 @@ from jax_selftrain import hub
 from jax_selftrain.config import ExtractConfig, ImportCorpusConfig, SampleConfig
 from jax_selftrain.corpus import Sample, import_text, open_corpus
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals import (
-    classify,
-    extract,
-    extraction_metrics,
-    make_window,
-)
-from jax_selftrain.evals.extraction import summarize
+from jax_selftrain.evals import extract, extraction_metrics, make_window
+from jax_selftrain.evals.extraction import classify, summarize
 from jax_selftrain.sampling import generate, sample
 
 CLASSES = ("held_out", "partial", "seen")

@@ -13,8 +13,15 @@ from models_factory import tiny_texts
 
 from jax_selftrain.config import ScoreConfig
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals import load_score_result, load_tasks, load_texts, score
-from jax_selftrain.evals.item_results import ITEMS, REQUESTS, dev_test_split, item_hash, tabulate_items
+from jax_selftrain.evals import load_tasks, load_texts, score
+from jax_selftrain.evals.item_results import (
+    ITEMS,
+    REQUESTS,
+    dev_test_split,
+    item_hash,
+    load_score_result,
+    tabulate_items,
+)
 from jax_selftrain.io import atomic
 
 

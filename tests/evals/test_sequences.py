@@ -9,8 +9,13 @@ import pytest
 
 from jax_selftrain import hub
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals import PromptWindow, held_out_half, load_sequences, sequences_fingerprint
-from jax_selftrain.evals.sequences import ExtractionSet
+from jax_selftrain.evals.sequences import (
+    ExtractionSet,
+    PromptWindow,
+    held_out_half,
+    load_sequences,
+    sequences_fingerprint,
+)
 
 WINDOW = PromptWindow(8, 24)
 ROWS = np.random.default_rng(0).integers(3, 512, (6, 40))

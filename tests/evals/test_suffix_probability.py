@@ -6,10 +6,11 @@ import pytest
 
 from jax_selftrain import hub
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals import extraction_metrics, n_p_discoverable
+from jax_selftrain.evals import extraction_metrics
 from jax_selftrain.evals.suffix_probability import (
     N_SAMPLES,
     P_LEVELS,
+    n_p_discoverable,
     parse_sampling_policies,
     summarize_suffix_probability,
 )
@@ -36,7 +37,7 @@ def test_policies_have_one_name_each():
         (["top-k"], "write temperature, top-k, top-p or min-p"),
         (["beam=4"], "write temperature, top-k, top-p or min-p"),
         (["top-k=4,top-k=5"], "each once"),
-        (["top-k=many"], "'many' is not a number for top-k"),
+        (["top-k=many"], "top-k: expected a whole number, found 'many'"),
         (["temperature=0"], "temperature 0.0: must be a finite number above 0"),
         (["top-p=2"], "top-p 2.0: must be above 0"),
         (["top-k=4", "temperature=1.0,top-k=4"], "temperature=1,top-k=4 is given twice"),

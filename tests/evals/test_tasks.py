@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals import Task, load_tasks, load_texts, paths_by_name
+from jax_selftrain.evals import load_tasks, load_texts, paths_by_name
 from jax_selftrain.evals.item_results import REQUESTS, select_items, tabulate_items
-from jax_selftrain.evals.tasks import task_metrics
+from jax_selftrain.evals.tasks import Task, task_metrics
 from jax_selftrain.likelihood import Likelihood
 
 

@@ -19,8 +19,8 @@ from jax_selftrain import cli
 from jax_selftrain.config import CompareConfig, ScoreConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals import score
-from jax_selftrain.evals.item_results import ITEMS, dev_test_split, hash_items, item_hash
-from jax_selftrain.evals.result_files import write_table
+from jax_selftrain.evals.item_results import ITEMS, dev_test_split, item_hash
+from jax_selftrain.evals.result_files import output_paths
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import hash_json
 from jax_selftrain.io.rng import make_rng
@@ -57,7 +57,7 @@ def fabricate(tmp_path: Path) -> Fabricate:
             [pa.array(c, f.type) for c, f in zip(zip(*rows, strict=True), ITEMS, strict=True)], schema=ITEMS
         )
         path = tmp_path / f"{name}.json"
-        write_table(str(path), "items", table)
+        pq.write_table(table, output_paths(str(path), "items.parquet")[1])
         files = {task: hash_json(task) for task in [*tasks, *(["text"] if text is not None else [])]}
         result = {
             "model": name,
@@ -66,7 +66,7 @@ def fabricate(tmp_path: Path) -> Fabricate:
             "fingerprints": {
                 "model": hash_json(name),
                 "tokenizer": hash_json(tokens),
-                "items": hash_items(table),
+                "items": hash_json(table.to_pydict()),
                 "files": files,
             },
             "versions": {},

@@ -135,7 +135,7 @@ def test_files_count_by_content(
         ({"eval_tasks": ("gone.jsonl",)}, r"gone\.jsonl: no such file"),
         ({"eval_sequences": "gone.npy"}, r"gone\.npy: no such file"),
         ({"eval_prefix": 13}, r"fewer than prefix \+ suffix = 21"),
-        ({"eval_prefix": 2000}, r"--eval-prefix 2000 \+ --eval-suffix 8 is longer than"),
+        ({"eval_prefix": 2000}, "a prefix of 2000 tokens and a suffix of 8 are longer than"),
         ({"eval_suffix": 0}, "--eval-suffix 0: must be at least 1"),
         ({"eval_every": None}, "--eval-texts needs --eval-every"),
         ({"eval_texts": (), "eval_tasks": (), "eval_sequences": ""}, "nothing to evaluate"),

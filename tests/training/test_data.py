@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus_factory import pack_corpus
+from corpus_factory import pack_corpus, whole_mixture
 from launcher import launch
 from model_params import param_bytes
 from models_factory import tiny_texts
@@ -54,7 +54,7 @@ def test_random_loss_sign_multiplies_the_weights_of_whole_documents(
     rules = make_sharding_rules("replicated", mesh, {})
     configs = [options(), options(random_loss_sign=True), options(random_loss_sign=True, steps=7)]
     with mesh_context(mesh):
-        plain, flipped, again = (load_batch(config, rules, rows, 0) for config in configs)
+        plain, flipped, again = (load_batch(config, rules, whole_mixture(rows), 0) for config in configs)
     before, after, segments = (np.asarray(x) for x in (plain.weights, flipped.weights, plain.segments))
     np.testing.assert_array_equal(np.abs(after), before)
     np.testing.assert_array_equal(after, np.asarray(again.weights))

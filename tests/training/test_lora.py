@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from corpus_factory import whole_mixture
 from model_params import param_bytes
 from training_runs import Interruption, interrupt
 
@@ -31,7 +32,7 @@ def run_steps(config: TrainConfig, rows: PackedRows, n: int) -> tuple[TrainState
         step, losses = jax.jit(function), []
         state = init_state(config, model.config, model.sharding_rules, model.params)
         for i in range(n):
-            state, metrics = step(state, load_batch(config, model.sharding_rules, rows, i))
+            state, metrics = step(state, load_batch(config, model.sharding_rules, whole_mixture(rows), i))
             losses.append(float(metrics["loss"]))
     return state, losses
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from corpus_factory import batch_indices
+from corpus_factory import batch_indices, whole_mixture
 
 from jax_selftrain.config import TrainConfig
 from jax_selftrain.corpus import Mixture
@@ -36,7 +36,7 @@ def test_one_corpus_gives_the_batches_of_batch_indices(mixture: Mixture, options
     config, rows = options(mesh="data=2", seed=3), mixture.components[0]
     with mesh_context(make_mesh("data=2")):
         for n in range(5):
-            batch = load_batch(config, sharding_rules_for(config), rows, n)
+            batch = load_batch(config, sharding_rules_for(config), whole_mixture(rows), n)
             for name, found in zip(NAMES, batch, strict=True):
                 expected = getattr(rows, name)[batch_indices(len(rows), 8, 3, n)]
                 np.testing.assert_array_equal(np.asarray(found)[0], expected)

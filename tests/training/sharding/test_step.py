@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from corpus_factory import whole_mixture
 
 from jax_selftrain.config import TrainConfig
 from jax_selftrain.corpus import PackedRows
@@ -31,7 +32,7 @@ def run_steps(config: TrainConfig, rows: PackedRows, n: int) -> tuple[TrainState
         state = init_state(config, model.config, model.sharding_rules, model.params, config.steps or 1)
         history = []
         for i in range(n):
-            state, metrics = step(state, load_batch(config, model.sharding_rules, rows, i))
+            state, metrics = step(state, load_batch(config, model.sharding_rules, whole_mixture(rows), i))
             history.append({name: float(value) for name, value in metrics.items()})
     return state, history
 
@@ -61,9 +62,9 @@ def test_ten_steps_equal_adamw_written_out_in_numpy(options: Callable[..., Train
         first, second = [np.zeros_like(p) for p in expected], [np.zeros_like(p) for p in expected]
         clipped = 0
         for n in range(10):
-            state, metrics = step(state, load_batch(config, base.sharding_rules, rows, n))
+            state, metrics = step(state, load_batch(config, base.sharding_rules, whole_mixture(rows), n))
 
-            whole = load_batch(dataclasses.replace(config, grad_accum=1), base.sharding_rules, rows, n)
+            whole = load_batch(dataclasses.replace(config, grad_accum=1), base.sharding_rules, whole_mixture(rows), n)
             gradient = gradient_of(jax.tree.unflatten(jax.tree.structure(params), expected), whole)
             leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(gradient)]
             norm = np.sqrt(sum(np.sum(leaf**2) for leaf in leaves))
@@ -116,8 +117,8 @@ def test_ten_steps_equal_torchs_adamw(options: Callable[..., TrainConfig], rows:
         state = init_state(config, base.config, base.sharding_rules, params, 10)
         step = jax.jit(make_step(config, base.config, base.sharding_rules, 10))
         for n in range(10):
-            state, _ = step(state, load_batch(config, base.sharding_rules, rows, n))
-            batch = load_batch(dataclasses.replace(config, grad_accum=1), base.sharding_rules, rows, n)
+            state, _ = step(state, load_batch(config, base.sharding_rules, whole_mixture(rows), n))
+            batch = load_batch(dataclasses.replace(config, grad_accum=1), base.sharding_rules, whole_mixture(rows), n)
             at = jax.tree.unflatten(structure, [jnp.asarray(p.detach().numpy()) for p in theirs])
             for p, gradient in zip(theirs, jax.tree.leaves(gradient_of(at, batch)), strict=True):
                 p.grad = torch.tensor(np.array(gradient))
