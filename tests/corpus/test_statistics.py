@@ -224,7 +224,7 @@ def test_distinct_ngrams_are_counted_on_whole_samples_from_the_start_up_to_a_fix
     assert repeated == {"tokens": size, "1": 0.5, "2": 0.5, "3": 0.5, "4": 0.5}
 
 
-def test_memory_does_not_grow_with_the_corpus_but_for_sixteen_bytes_a_sample(tmp_path, monkeypatch):
+def test_memory_does_not_grow_with_the_corpus_but_for_eight_bytes_a_sample(tmp_path, monkeypatch):
     """The constant memory of n-gram counting is made small here."""
     monkeypatch.setattr("jax_selftrain.corpus.statistics.DISTINCT_TOKENS", 1 << 12)
     rows, length = 4096, 300
@@ -249,5 +249,5 @@ def test_memory_does_not_grow_with_the_corpus_but_for_sixteen_bytes_a_sample(tmp
 
     peak(1)  # whatever is loaded or cached at first use
     once, often = peak(1), peak(20)
-    assert often[0] - once[0] < 19 * rows * 16 + 100_000, "100 kB for garbage that is not yet collected"
+    assert often[0] - once[0] < 19 * rows * 8 + 100_000, "100 kB for garbage that is not yet collected"
     assert 0 < often[1] < once[1] + 2_000_000, "Arrow reads ahead by some pages, depending on its threads"
