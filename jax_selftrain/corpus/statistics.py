@@ -6,8 +6,6 @@ machine. Undefined numbers (n-grams longer than any sample, the log-probability 
 in JSON.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Iterable
