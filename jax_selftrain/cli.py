@@ -4,8 +4,6 @@ A command is a dataclass of `jax_selftrain.config` and a function, which is impo
 Values of flags are converted as in a YAML file (`config.yaml_io`), with the same error sentences. tyro writes the help.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import gc
 import hashlib

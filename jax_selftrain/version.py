@@ -1,7 +1,5 @@
 """Versions of this package and of libraries that change its numbers."""
 
-from __future__ import annotations
-
 import platform
 from contextlib import suppress
 from functools import cache

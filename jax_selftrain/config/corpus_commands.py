@@ -1,7 +1,5 @@
 """Options of the commands that read and write corpora."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Options of the commands that combine stages: run, study, plan, report, demo."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, TypeVar
 

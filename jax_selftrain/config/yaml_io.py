@@ -6,8 +6,6 @@ their position and the nearest valid key. YAML 1.1 reads `1e-4` as text (here: a
 `$${` is a literal `${`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os

@@ -3,8 +3,6 @@
 tensorflow-datasets writes and reads `array_record` files without TensorFlow.
 """
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path

@@ -6,8 +6,6 @@ line). A batch is thus found in time proportional to its size. In any prefix, th
 from its share by at most (i + 1) / 2 rows. Weights are fractions and counts Python integers, so nothing is rounded.
 """
 
-from __future__ import annotations
-
 import bisect
 import math
 from collections.abc import Callable, Iterable, Sequence

@@ -7,8 +7,6 @@ array; its match with them spreads to further neighbors through the LCP array, s
 longest match. The text is read once for every `QUERY_BLOCK` query tokens; memory holds one such block and one chunk.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import NamedTuple

@@ -11,8 +11,6 @@ tokens[:, t+1] with weights[:, t]. Every corpus token is predicted once:
   separate them, except after the same id; predicting a start id has weight 0.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

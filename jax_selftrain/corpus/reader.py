@@ -1,7 +1,5 @@
 """Reader of corpora: checks every checksum, then streams shards."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@
 for imported text, appended), but not the start id, which is in `corpus.json`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

@@ -6,8 +6,6 @@ samples and the pyarrow version alone. `corpus.json` is assembled from the recor
 on meshes and restarts; the rest (mesh, seconds) stays in the records.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -58,7 +56,7 @@ class CorpusWriter:
     """Plain data that determines the content: `reader.REQUEST_KEYS`, without meshes and times."""
 
     @classmethod
-    def open(cls, folder: atomic.PathLike, request: Mapping[str, Any]) -> CorpusWriter:
+    def open(cls, folder: atomic.PathLike, request: Mapping[str, Any]) -> "CorpusWriter":
         """Create or resume a corpus; its first shard makes the folder.
 
         Temporary files of killed processes and the records of deleted shards are removed. The stored request is used:

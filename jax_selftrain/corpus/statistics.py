@@ -5,8 +5,6 @@ exact, floats are summed in sample order and hashes are standard, so the numbers
 numbers (n-grams longer than any sample, the log-probability of imported text) are NaN here and null in JSON.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections import Counter

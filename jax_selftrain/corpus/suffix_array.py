@@ -5,8 +5,6 @@ that no match crosses a boundary. Prefix doubling on tied suffixes builds the ar
 searches keep the matched lengths at both ends of their intervals.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +25,7 @@ class SuffixArray:
     """int32 [tokens]: positions in `text`, sorted by the suffix up to the end of its text."""
 
     @classmethod
-    def build(cls, text: np.ndarray) -> SuffixArray:
+    def build(cls, text: np.ndarray) -> "SuffixArray":
         """Sort the suffixes of tokens with a separator after each text."""
         if len(text) >= 2**31:
             raise ValueError(f"{len(text):,} tokens are too many for one suffix array")

@@ -1,7 +1,5 @@
 """Sources of tokenized documents: arrays, memory-mapped files, texts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -32,7 +30,7 @@ class RaggedTokens:
     """int64 [N+1]: document d is tokens[offsets[d]:offsets[d+1]]."""
 
     @classmethod
-    def from_list(cls, documents: Iterable[Sequence[int] | np.ndarray]) -> RaggedTokens:
+    def from_list(cls, documents: Iterable[Sequence[int] | np.ndarray]) -> "RaggedTokens":
         """Concatenate documents; the rows of an array [N, T] are not copied."""
         if isinstance(documents, np.ndarray) and documents.ndim == 2:
             rows, length = documents.shape

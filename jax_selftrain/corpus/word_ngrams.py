@@ -7,8 +7,6 @@ The documents are indexed; texts are streamed in Arrow batches. A word that no d
 leaves few candidates. 64-bit hashes select candidates, and their words are compared: the result is exact.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -56,7 +54,7 @@ class NgramIndex:
     multiplier: int
 
     @classmethod
-    def build(cls, documents: Mapping[str, Iterable[str]], n: int) -> NgramIndex:
+    def build(cls, documents: Mapping[str, Iterable[str]], n: int) -> "NgramIndex":
         """Index documents by the name of their group."""
         texts = {group: list(found) for group, found in documents.items()}
         counts = np.array([len(found) for found in texts.values()], np.int64)

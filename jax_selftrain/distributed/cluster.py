@@ -1,7 +1,5 @@
 """Discovery of the processes of a program: flags, environment, or a cluster."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -4,8 +4,6 @@ The sharding of an array over explicit axes is part of its type, so that no arra
 automatic axes `jit(tx.init)` replicated Adam's moments.)
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext

@@ -7,8 +7,6 @@ Process 0 hosts the coordination service. JAX answers its loss by abort() in a t
 for this case fails with std::bad_cast (0.10.2, 0.12.0.1). So a SIGABRT handler treats it as the loss of process 0.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import os

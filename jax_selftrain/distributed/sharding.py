@@ -13,8 +13,6 @@ Parameters, optimizer state, KV cache and batches take their shardings from it.
 | `layers`, `head_dim` | L, K | – | – | – |
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -65,7 +63,7 @@ class ShardingRules:
         """Return the sharding of a parameter that is gathered along `embed`."""
         return self.sharding(tuple(None if axis == "embed" else axis for axis in axes))
 
-    def without_data_axis(self) -> ShardingRules:
+    def without_data_axis(self) -> "ShardingRules":
         """Return the rules for the inside of a `jax.shard_map` over `data`."""
         rules = tuple((axis, None if mesh_axis == "data" else mesh_axis) for axis, mesh_axis in self.logical_to_mesh)
         # The abstract mesh has all that shardings need of a Mesh.

@@ -1,7 +1,5 @@
 """SIGTERM and SIGABRT, whose handlers may be in C or in Python."""
 
-from __future__ import annotations
-
 import ctypes
 import signal
 import threading

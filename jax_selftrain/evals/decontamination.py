@@ -5,8 +5,6 @@ is the question with all its choices, or with its answer, as one text. The docum
 are those of all its splits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

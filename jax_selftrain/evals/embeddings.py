@@ -5,8 +5,6 @@ The convention of Qwen3-Embedding (arXiv:2506.05176): the text is tokenized with
 trained for it give meaningful distances.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 

@@ -6,8 +6,6 @@ vocabulary, one position at a time. All batches have one shape, so a result does
 `token_accuracy`, sequences without exact match are decoded greedily.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial

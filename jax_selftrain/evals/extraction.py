@@ -14,8 +14,6 @@ Token rows are used as given. A start token is prepended only on request: a form
 forgetting.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from dataclasses import asdict

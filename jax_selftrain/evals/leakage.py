@@ -7,8 +7,6 @@ The samples are indexed in blocks, and the training text is streamed (`corpus.lo
 block and one piece of text. Text that must be tokenized first takes four bytes per token of temporary disk space.
 """
 
-from __future__ import annotations
-
 import tempfile
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Files of a result (`FILE.json`, tables, config, timings) and entries of `FILE.json`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ what is missing, and writes the same bytes. Several processes share the requests
 them; all must see the folder of FILE.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ A reference is `FILE.npy` (integers [N, T]), `PREFIX.npy:SUFFIX.npy` or the fold
 `duplicates` (number of copies in the training data). Pickled object arrays are refused.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import re

@@ -8,8 +8,6 @@ A sequence is (n, p)-discoverable if n independent samples contain the suffix wi
 1 − (1 − p_z)^n ≥ p (Hayes et al., arXiv:2410.19482).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -13,8 +13,6 @@ tokens of one text are not independent.
 (`len(choice)`; its `acc_bytes` is another metric).
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence

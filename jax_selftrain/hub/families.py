@@ -8,8 +8,6 @@ writing follow from the pattern. To add a family, add it to `FAMILIES` and add a
 The letters are `AXIS_LETTERS`. A family has the rows of its table whose parameters its config declares.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ Both schemas of rotary settings are read: transformers 4 (`rope_theta`, `rope_sc
 `rotary_pct`) and 5 (`rope_parameters`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn

@@ -1,7 +1,5 @@
 """Load models onto a mesh, and convert between formats."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path

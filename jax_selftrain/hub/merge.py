@@ -10,8 +10,6 @@ Weight noise is a control arm of a study. A student that forgets less than this 
 particular.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Mapping

@@ -13,8 +13,6 @@ A folder holds config.json, safetensors, tokenizer, generation config, a model c
 | `files` | SHA-256 and size of every file; those of `params/` are in `params/manifest.json` |
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,7 +55,7 @@ class ExportSpec:
     dropped: Sequence[str] = ()
     """Tensors that are not stored: legacy buffers, copies of tied embeddings."""
 
-    def cast(self, tensors: Mapping[str, str]) -> ExportSpec:
+    def cast(self, tensors: Mapping[str, str]) -> "ExportSpec":
         """Change dtypes, also in config.json, which transformers obeys."""
         types = set(tensors.values())
         dtype = types.pop() if len(types) == 1 else "float32"

@@ -4,8 +4,6 @@ A folder that this package wrote has a manifest, `selftrain.json`. Small files a
 weights when they are loaded.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

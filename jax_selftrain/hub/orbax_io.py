@@ -7,8 +7,6 @@ manifest was never finished and is refused.
 Arrays are restored onto any mesh. Several processes save together; loading onto devices of one process needs no other.
 """
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Any, TypeVar

@@ -8,8 +8,6 @@ Every tensor of a file must be in the family's table or a legacy buffer, have th
 and be finite. Pickle checkpoints are refused unread.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping

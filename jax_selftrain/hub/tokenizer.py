@@ -1,7 +1,5 @@
 """Tokenizers, and the rule for start and stop ids."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

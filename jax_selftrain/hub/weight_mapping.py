@@ -3,8 +3,6 @@
 A checkpoint fits its config tensor by tensor, or the first tensor that does not is named.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ its writer, so that the next commit removes those of dead processes. Paths are l
 `remote` handles object storage.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

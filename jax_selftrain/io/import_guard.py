@@ -5,8 +5,6 @@ start-up time. Libraries remember that torch is absent, so the guard is off in a
 lm-evaluation-harness is loaded, since its tasks may use torch.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ A lease is taken over when its holder is dead. Commits are atomic and results de
 duplicate work; correctness does not depend on it.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

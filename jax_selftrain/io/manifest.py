@@ -1,7 +1,5 @@
 """SHA-256 of files and JSON data, and manifests that detect damaged files."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

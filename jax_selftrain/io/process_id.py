@@ -3,8 +3,6 @@
 Host, boot, PID namespace, PID and start time identify a process, because PIDs repeat, in containers nearly always.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import platform

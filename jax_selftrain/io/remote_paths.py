@@ -3,8 +3,6 @@
 Separate from `remote`, so that records can name URIs instead of folders of one machine.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

@@ -7,8 +7,6 @@ Two streams have a key of their own, because stored runs depend on them: the ord
 (`corpus.mixture`) and the signs of the sign-flip arm (`training.data`).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 

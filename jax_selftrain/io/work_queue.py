@@ -4,8 +4,6 @@ A task is done when its committed output exists, so there is no queue to keep: a
 lost process costs its unfinished tasks, whose leases the others take over (`io.lease`).
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack

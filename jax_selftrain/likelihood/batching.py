@@ -9,8 +9,6 @@ are precomputed once for each unique token of a unit (`models.token_precompute`)
 unit depends only on the requests and the batch size, so it can be committed and found again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

@@ -6,8 +6,6 @@ the buffer of hidden states, project the buffer to the vocabulary. Pure function
 Dimensions: X devices along `data`, N buffer size, W unique tokens, Q query positions of a row, M targets.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import jax

@@ -10,8 +10,6 @@ results are equal up to fp32 rounding. Inputs longer than the model are truncate
 `HFLM._loglikelihood_tokens` of lm-eval 0.4.13: input = (context + continuation)[-(max_positions + 1):][:-1].
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache

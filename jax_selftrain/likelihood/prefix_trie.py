@@ -9,8 +9,6 @@ other. A *group* of requests takes the next request while that saves a third of 
 attention over long rows, and compilation.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise

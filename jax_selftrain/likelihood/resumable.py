@@ -9,8 +9,6 @@ The folder of the files is named by a hash of everything that determines the res
 mesh, library versions. Results of another model or task are therefore never read.
 """
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 import time

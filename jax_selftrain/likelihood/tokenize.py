@@ -10,8 +10,6 @@ From lm-eval 0.4.13: `TemplateLM._encode_pair`, `TemplateLM.loglikelihood`, `HFL
   context of white space only, which fails in the harness, counts as empty.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

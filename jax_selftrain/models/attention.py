@@ -6,8 +6,6 @@ grouped queries: scores stay in the chip's fast memory, and fully masked tiles a
 multiplies in bfloat16 with an fp32 softmax. It would round fp32 operands to bfloat16, so that fp32 uses the plain form.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import jax

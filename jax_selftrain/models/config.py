@@ -4,8 +4,6 @@ GPT-NeoX (all of Pythia), Llama 1/2/3, Qwen2/2.5 and Qwen3 differ in these field
 in the forward pass. `hub` translates Hugging Face configs.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -4,8 +4,6 @@ Pure functions of (config, rules, params, inputs); config and rules are hashable
 inside `mesh_context(rules.mesh)`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

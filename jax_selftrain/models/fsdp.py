@@ -4,8 +4,6 @@ Each replica computes its term of a gradient in a `shard_map`, followed by one r
 Left to XLA as one program over the mesh, whole gradients may be summed on every replica, or in a narrower type.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 

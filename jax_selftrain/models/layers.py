@@ -5,8 +5,6 @@ One rule of numerics for every family: the residual stream, norms, rotary tables
 along `embed` where they are used, so that fsdp gathers one layer at a time inside the scan.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial

@@ -4,8 +4,6 @@
 highest precision on every device. With fp64 parameters everything is fp64, for reference tests.
 """
 
-from __future__ import annotations
-
 import math
 from functools import partial
 

@@ -5,8 +5,6 @@ time does not grow with depth. A module is abstract: it declares and holds no me
 functions take, its shapes, shardings and random initialization derive from it.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, Literal
 

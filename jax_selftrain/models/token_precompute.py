@@ -4,8 +4,6 @@ Positions enter a decoder by rotation alone: the embedding, the first layer's qu
 parallel residual (GPT-NeoX) its MLP depend on nothing but the token. Scored texts repeat few tokens many times.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import jax

@@ -4,8 +4,6 @@ A TPU topology (`v5e:4x4`) is a description of libtpu; programs are compiled for
 named by kind and number (`h100:8`, or `h100:4x8` for four hosts with eight each) and are planned by formula.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re
@@ -82,7 +80,7 @@ class Topology:
         """Number of hosts, one process each."""
         return self.chips // self.chips_per_host
 
-    def one_host(self) -> Topology:
+    def one_host(self) -> "Topology":
         """Return the topology of one host."""
         generation, chips = self.name.partition(":")[0], self.chips_per_host
         return parse_topology(f"{generation}:{HOST_SHAPES.get(generation, {}).get(chips, chips)}")

@@ -6,8 +6,6 @@ Traffic is what instructions read and write in main memory (HBM). Buffers in fas
 a slice reads only the slice, and an in-place update writes only the update. Tile padding is not counted.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Sequence

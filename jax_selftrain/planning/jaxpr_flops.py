@@ -5,8 +5,6 @@ compilation. Only matrix products count, with 2 · m · n · k operations; other
 percent. Loops count with their trip counts. A fused kernel counts all tiles, with those that it skips.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any

@@ -8,8 +8,6 @@ Time is the roofline: the longest of compute at the chip's peak, memory traffic 
 bandwidth of its links. It is a lower bound of time and chip-hours.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import tempfile

@@ -6,8 +6,6 @@ chips. Bytes of arguments are exact (`jaxpr_flops.per_device_bytes`). Temporarie
 arrays; docs/pods.md describes the memory model.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

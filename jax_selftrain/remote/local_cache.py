@@ -1,7 +1,5 @@
 """Local copy of a URI, and a record of synced files."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """Files at a URI of object storage, read and written with fsspec."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping

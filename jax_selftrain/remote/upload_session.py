@@ -1,7 +1,5 @@
 """Upload of an output during the work, with a heartbeat."""
 
-from __future__ import annotations
-
 import os
 import platform
 import sys

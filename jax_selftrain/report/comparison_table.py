@@ -1,7 +1,5 @@
 """Comparisons as text for the terminal."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 from jax_selftrain.report.formatting import Record, format_interval, format_number

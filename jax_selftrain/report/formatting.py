@@ -3,8 +3,6 @@
 The page shows the numbers of a table rounded, its CSV file holds them unrounded.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import re

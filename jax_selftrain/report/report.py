@@ -4,8 +4,6 @@
 The page needs no network and no script.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from html import escape

@@ -9,8 +9,6 @@ vectors, in half the time of adjacent children. All sums have one explicit order
 compiler's), so that a draw is the same wherever arithmetic follows IEEE 754.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import numpy as np

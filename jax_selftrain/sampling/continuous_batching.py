@@ -4,8 +4,6 @@ Each replica works by itself. Arrays hold the slots, or the queues, of all repli
 `data`; inside `per_replica` a function sees the shard of its replica.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial

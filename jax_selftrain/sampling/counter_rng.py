@@ -12,8 +12,6 @@ and library versions: a corpus must survive an upgrade.
 64-bit numbers are (high, low) pairs of words, as in `jax.random.PRNGKey`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import TypeVar
 

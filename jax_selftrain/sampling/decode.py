@@ -11,8 +11,6 @@ number of cache blocks read and of chunks run, and neither changes a bit of a sl
 between the end of a sample and the end of its chunk are discarded.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -71,7 +69,7 @@ class DecodeSpec:
     """Type of committed keys and values: a float type or int8; None: `compute_dtype`."""
 
     @classmethod
-    def from_model(cls, model: LoadedModel, cache_dtype: str | None = None) -> DecodeSpec:
+    def from_model(cls, model: LoadedModel, cache_dtype: str | None = None) -> "DecodeSpec":
         """Take config, sharding rules and compute type from a loaded model."""
         return cls(model.config, model.sharding_rules, np.dtype(model.compute_dtype).name, cache_dtype)
 

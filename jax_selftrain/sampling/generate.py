@@ -5,8 +5,6 @@ decode steps, so that all rows share one offset in the tail of the cache. The ho
 chunk: a stop string may end inside a token, which no device program can see.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial

@@ -7,8 +7,6 @@ The process that finds all shards written commits `corpus.json`, whose bytes do 
 before the first shard has been drawn, so that a model that cannot be sampled leaves no trace.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import threading

@@ -8,8 +8,6 @@ min-p, each applied to the result of the one before. Two rules are our own:
 * *Padding.* Ids past the tokenizer's length (GPT-NeoX pads its vocabulary) are excluded first: they have no text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

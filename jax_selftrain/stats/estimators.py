@@ -9,8 +9,6 @@ Sampling Techniques, §2.11). Proportions have Wilson intervals. Paired changes 
 (J. Educ. Behav. Stat. 37, 2012). Items of one entity or template form a cluster, and the cluster is then the unit.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Sequence

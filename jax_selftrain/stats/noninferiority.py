@@ -10,8 +10,6 @@ The margin is declared beforehand. Each limit is an end of the two-sided 90 % in
 the more conservative of Bonett and Price's (8 % errors where flips are rare) and Tango's (Stat. Med. 17, 1998).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ The result separates statements about one pair of checkpoints, over documents (`
 of the same models under another declaration is marked post hoc.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace

@@ -6,8 +6,6 @@ whose configuration grows keeps its finished stages. `STUDY/stages/COMMAND-KEY/`
 stage that is ready. An interrupted stage leaves an unfinished folder, which the next process completes.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import time
@@ -101,7 +99,7 @@ class Stage:
         return f"{self.command}-{self.key[:16]}"
 
     @property
-    def dependencies(self) -> list[Stage]:
+    def dependencies(self) -> list["Stage"]:
         """Inputs that are stages."""
         return [one for one in self.inputs.values() if isinstance(one, Stage)]
 

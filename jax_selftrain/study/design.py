@@ -8,8 +8,6 @@ it names. Every corpus reaches its student through text (`corpus.retokenize`), t
 The design reads configs, tokenizers and fingerprints, and exists before any stage runs.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

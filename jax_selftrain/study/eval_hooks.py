@@ -7,8 +7,6 @@ Training and likelihood scoring do not import each other; they meet here. The fi
 `NAME/pz` (mean probability).
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace

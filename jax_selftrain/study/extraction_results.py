@@ -3,8 +3,6 @@
 **H** is half of the set, assigned by hash before sampling. It is reported where an arm is decontaminated.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from itertools import product

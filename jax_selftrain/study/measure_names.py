@@ -1,7 +1,5 @@
 """Names and values of treatments and measures in `results.json`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

@@ -6,8 +6,6 @@ on, which it reproduces by construction (`compare_with_matched`). A model emits 
 held-out within one student is confounded by selection. `swap_effect` compares every sequence with itself.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Mapping, Sequence

@@ -3,8 +3,6 @@
 Studies use Student's t and linearized ratios for intervals of means; `compare` uses the bootstrap.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -54,7 +52,7 @@ class Pair(NamedTuple):
         """Return True if all results are bitwise equal."""
         return all(np.array_equal(*self.columns(name)) for name in ("loglikelihood", "acc", "acc_norm", "log_odds"))
 
-    def part(self, split: Split) -> Pair:
+    def part(self, split: Split) -> "Pair":
         """Return the documents of a split."""
         return Pair(self.base.select(split), self.student.select(split))
 

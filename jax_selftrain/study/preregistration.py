@@ -9,8 +9,6 @@ The power depends on how much the difference varies over seeds, which only a pil
 level among the primary claims: a claim is tested at a fraction of the level at worst, and at the full level at best.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path

@@ -8,8 +8,6 @@ sources. Naive tests over cells call 9–27 % of unrelated proxies significant.
 Contamination of a corpus by task questions is the 13-gram check of GPT-3 (appendix C of arXiv:2005.14165).
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import math

@@ -4,8 +4,6 @@ Every student is compared with its own base, item by item. A claim about a recip
 computed for each seed, and its interval is Student's t over seeds. Intervals over items speak of one pair of models.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict

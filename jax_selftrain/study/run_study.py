@@ -5,8 +5,6 @@ study has one cell, the trained student in `model/`. The configuration may grow:
 command runs the new stages only. Several processes may share one folder, at the same time or one after the other.
 """
 
-from __future__ import annotations
-
 import filecmp
 import math
 import os

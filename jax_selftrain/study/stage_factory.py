@@ -1,7 +1,5 @@
 """Stages by command: their identities, inputs and functions."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache

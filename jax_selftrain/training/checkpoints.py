@@ -8,8 +8,6 @@ A background thread writes and hashes the host copy of the state. With several p
 in the foreground, since its collectives must not interleave with those of the training step.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Batches on the mesh, a function of (rows, shares, seed, index)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

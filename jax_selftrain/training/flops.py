@@ -6,8 +6,6 @@ rematerialization do not change the count, so that implementations can be compar
 vocabulary, also if it is tied to the embedding, but not the embedding lookup. Tokens are targets; padding is not work.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from math import prod
 

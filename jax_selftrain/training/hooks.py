@@ -4,8 +4,6 @@ Training does not depend on scoring. A hook declares its metrics beforehand, so 
 starts and recognized when it resumes; its metrics go to `curve.jsonl`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

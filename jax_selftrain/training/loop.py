@@ -6,8 +6,6 @@ function of the saved state and its index, so that a killed run ends with bitwis
 Records are flushed to disk before the checkpoint that implies them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import time

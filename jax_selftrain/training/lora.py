@@ -5,8 +5,6 @@ is W + (alpha / r) · A B. The tree of adapters mirrors that of the parameters, 
 the kernel. The forward pass multiplies by both factors in turn; only an exported model contains their product.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from math import prod
 from typing import Any

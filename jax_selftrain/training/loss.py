@@ -8,8 +8,6 @@ Each replica accumulates the gradient of the output matrix over its own rows. Re
 automatic partitioning they would reduce this matrix for every chunk.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -57,7 +55,7 @@ class LossStats(NamedTuple):
     """Number of targets (w ≠ 0)."""
 
     @classmethod
-    def zero(cls, dtype: DTypeLike = jnp.float32) -> LossStats:
+    def zero(cls, dtype: DTypeLike = jnp.float32) -> "LossStats":
         """Return the sums of an empty batch."""
         return cls(jnp.zeros((), dtype), jnp.zeros((), dtype), jnp.zeros((), jnp.int32))
 
@@ -129,7 +127,7 @@ class _HeadSpec(NamedTuple):
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _head_loss(
     head: _HeadSpec,
-    kernel: Float[Array, ...],
+    kernel: Float[Array, "..."],
     hidden: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
@@ -185,7 +183,7 @@ _head_loss.defvjp(_head_loss_forward, _head_loss_backward)
 def _chunk_loss(
     head: _HeadSpec,
     rules: ShardingRules,
-    kernel: Float[Array, ...],
+    kernel: Float[Array, "..."],
     hidden: Float[Array, "B C D"],
     targets: Int[Array, "B C"],
     weights: Float[Array, "B C"],

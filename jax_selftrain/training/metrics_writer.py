@@ -5,8 +5,6 @@ equal byte for byte. Wall-clock times are in `timings.jsonl`, and `launches.json
 TensorBoard, and W&B if requested (`--wandb PROJECT`), receive metrics and timings. Only process 0 writes.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import time

@@ -4,8 +4,6 @@ GPT-NeoX (`get_params_for_weight_decay_optimization`) decays all parameters, the
 biases. Adam has bias correction and decoupled decay (Loshchilov & Hutter, arXiv:1711.05101), as `optax.adamw`.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import jax

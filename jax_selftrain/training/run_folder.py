@@ -4,8 +4,6 @@ The weights of the base, the corpora and the options that change the result dete
 fingerprints. Execution options such as the mesh may change between launches; `launches.jsonl` records each launch.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

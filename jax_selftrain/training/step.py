@@ -5,8 +5,6 @@ gradients of its micro-batches, divided once by the total weight. Gradient accum
 if micro-batches have different numbers of targets; a mean of means does not.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, NamedTuple

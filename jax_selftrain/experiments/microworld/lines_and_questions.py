@@ -1,7 +1,5 @@
 """Facts, agreement and sums of a micro-world, as lines and questions."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Collection, Iterator

@@ -4,8 +4,6 @@
 is a study with control arms. All parts resume like any study.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import random

@@ -11,8 +11,6 @@
 Questions on sums and agreement use combinations outside the text. A world is a pure function of its `WorldConfig`.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from pathlib import Path

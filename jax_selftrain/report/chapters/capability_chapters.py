@@ -1,7 +1,5 @@
 """Chapters on tasks, texts, the matrix of sources, and proxies."""
 
-from __future__ import annotations
-
 import math
 
 from jax_selftrain.report import figures

@@ -1,7 +1,5 @@
 """Chapters on claims, design, training, corpora, limits and provenance."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from html import escape
 from typing import Any

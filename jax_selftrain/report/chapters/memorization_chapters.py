@@ -1,7 +1,5 @@
 """Chapters on verbatim memorization, against damage and by kind of sequence."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
