@@ -215,6 +215,8 @@ class ScoreConfig:
     """Few-shot examples of lm-evaluation-harness tasks without their own; unset: the task's number, else 0."""
     task_folder: Input[str] = ""
     """Folder with further lm-evaluation-harness tasks (YAML files)."""
+    confirm_run_unsafe_code: Execution[bool] = False
+    """Run lm-evaluation-harness tasks that execute code which the model writes (HumanEval)."""
     texts: Input[tuple[str, ...]] = ()
     """JSONL files with a `text` field to measure the perplexity of."""
     out: Required[SetByStudy[OutputFile[str]]] = ""

@@ -136,6 +136,10 @@ class ArmConfig:
     (`fresh`)."""
     keep_source_tokens: _Sampling[bool] = False
     """Keep the sampled tokens instead of retokenizing the text."""
+    start_id: _Sampling[int | None] = None
+    """First token of its samples, instead of the source's."""
+    start_text: _Sampling[str | None] = None
+    """Text that precedes its samples, instead of the source's."""
     temperature: _Sampling[float | None] = None
     """Sampling temperature."""
     top_k: _Sampling[int | None] = None
@@ -146,6 +150,8 @@ class ArmConfig:
     """Drop tokens whose probability is below this fraction of the largest one."""
     learning_rate: _Training[float | None] = None
     """Peak learning rate."""
+    epochs: _Training[AtLeastOne[int | None]] = None
+    """Passes over the corpus."""
     packing: _Training[Packing | None] = None
     """Packing of documents into rows."""
     random_loss_sign: _Training[bool] = False

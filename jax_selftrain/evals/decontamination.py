@@ -16,7 +16,8 @@ from jax_selftrain.corpus import Corpus, open_corpus
 from jax_selftrain.corpus.transforms import choose_size_matched, map_corpus
 from jax_selftrain.corpus.word_ngrams import NgramIndex
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals.lm_eval_tasks import load_lm_eval_tasks, split_names, task_documents
+from jax_selftrain.evals.lm_eval_tasks import load_lm_eval_tasks, task_documents
+from jax_selftrain.evals.task_names import split_names
 from jax_selftrain.evals.tasks import load_tasks, load_texts, paths_by_name
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import hash_json
@@ -66,7 +67,8 @@ def benchmark_documents(config: DecontaminateConfig) -> dict[str, list[str]]:
         for task in tasks
     }
     if names:
-        documents |= task_documents(load_lm_eval_tasks(names, documents, folder=config.task_folder))
+        tasks = load_lm_eval_tasks(names, documents, folder=config.task_folder, confirm_run_unsafe_code=True)
+        documents |= task_documents(tasks)  # no code of a model is executed
     if not documents:
         raise InputError("decontaminate: needs --tasks or --texts, the benchmarks to compare with")
     return documents

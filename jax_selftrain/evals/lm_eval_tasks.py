@@ -1,8 +1,7 @@
-"""Tasks of lm-evaluation-harness by name.
+"""Tasks of lm-evaluation-harness by name (`task_names`).
 
-A value of `--tasks` that is neither a file nor a folder is the name of a task, group or tag of the harness, or of one
-of our suites. The harness builds the requests and computes the metrics; `lm_eval_adapter` scores the requests. The
-harness is imported only for a name, so local files can be scored without it.
+The harness builds the requests and computes the metrics; `lm_eval_adapter` scores the requests. The harness is imported
+only for a name, so local files can be scored without it.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import random
-import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -28,6 +26,7 @@ from jax_selftrain import hub
 from jax_selftrain.config import yaml_io
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.item_results import ITEMS, REQUESTS, log_odds
+from jax_selftrain.evals.task_names import SUITES
 from jax_selftrain.io.manifest import hash_json
 from jax_selftrain.likelihood.engine import LoglikelihoodFn
 
@@ -36,13 +35,6 @@ if TYPE_CHECKING:
     from lm_eval.tasks.manager import TaskDict
 
     from jax_selftrain.evals.lm_eval_adapter import AnsweredInstance
-
-SUITES: dict[str, tuple[str, ...]] = {
-    "pythia": ("lambada_openai", "piqa", "winogrande", "wsc", "arc_easy", "arc_challenge", "sciq", "logiqa"),
-    "quick": ("lambada_openai", "sciq", "arc_easy", "piqa"),
-    "blimp": ("blimp",),
-}
-"""Our suites: Pythia's published tasks, tasks with signal at small sizes, the 67 sets of BLiMP."""
 
 BOOTSTRAPS = 1000
 """Bootstrap resamples for the standard error of perplexity and F1; the error of a standard error is 2 %. The harness
@@ -56,34 +48,13 @@ GENERATIONS = pa.schema([("task", pa.string()), ("doc", pa.int64()), ("choice", 
 """One row per generated text; `choice` numbers the repeats of a request."""
 
 
-def split_names(references: Sequence[str]) -> tuple[list[str], dict[str, int | None]]:
-    """Split the values of `--tasks` into paths and names; expand suites.
-
-    Returns:
-      Paths; and names with their number of few-shot examples (`NAME@25`), or None.
-
-    Raises:
-      InputError: the number is not a number.
-    """
-    files: list[str] = []
-    names: dict[str, int | None] = {}
-    for reference in references:
-        name, at, count = reference.partition("@")
-        if not _is_name(reference):
-            files.append(reference)
-        elif at and not count.isdecimal():
-            raise InputError(f"task {reference}: give the number of few-shot examples after `@`, for instance {name}@5")
-        else:
-            names |= dict.fromkeys(SUITES.get(name, (name,)), int(count) if at else None)
-    return files, names
-
-
 def load_lm_eval_tasks(
     names: Mapping[str, int | None],
     reserved_names: Collection[str] = (),
     *,
     folder: str = "",
     num_fewshot: int | None = None,
+    confirm_run_unsafe_code: bool = False,
 ) -> TaskDict:
     """Load tasks and their data with `datasets`.
 
@@ -93,11 +64,16 @@ def load_lm_eval_tasks(
       folder: YAML files of more tasks, which override tasks of the harness.
       num_fewshot: number of few-shot examples of the other tasks; None: the task's value, else 0. A task with the value
         0 keeps it.
+      confirm_run_unsafe_code: allow tasks that execute code of the model.
 
     Raises:
       InputError: lm-eval or a package of a task is missing, a name is unknown or reserved, or data are unavailable.
     """
     manager = make_task_manager(names, folder)
+    if confirm_run_unsafe_code:
+        os.environ.setdefault("HF_ALLOW_CODE_EVAL", "1")  # the metric of such tasks reads it when it is loaded
+    else:
+        _refuse_unsafe_code(manager, names)
     _set_seeds()
     loaded: TaskDict = {"tasks": {}, "groups": {}, "group_map": {}}
     requested: dict[str, str] = {}
@@ -119,8 +95,6 @@ def load_lm_eval_tasks(
             )
         if getattr(task, "MULTIMODAL", False):
             raise InputError(f"task {name} has images or audio, which language models cannot read")
-        if getattr(task, "UNSAFE_CODE", False):
-            raise InputError(f"task {name} executes code from a model, which is not supported")
         default = task.get_config("num_fewshot")
         if default is None or (count is not None and default != 0):
             task.set_config(key="num_fewshot", value=count or 0)
@@ -189,7 +163,9 @@ def evaluate_tasks(
     _set_seeds()
     # The harness prints its progress to stdout. Its bootstrap would fork, which breaks JAX's threads.
     with patch.dict(os.environ, DISABLE_MULTIPROC="1"), redirect_stdout(sys.stderr):
-        results = evaluate(lm, tasks, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=True)
+        results = evaluate(
+            lm, tasks, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=True, confirm_run_unsafe_code=True
+        )
     if results is None:
         raise AssertionError("the harness returns results on rank 0, which is the only one")
     order = {name: i for i, name in enumerate(tasks["tasks"])}
@@ -202,10 +178,10 @@ def evaluate_tasks(
         }
         for name in order
     }
-    metrics = {name: _metrics(values) for name, values in results["results"].items()}
+    groups = results.get("groups", {}).items()
     entries = {
-        "tasks": {name: metrics[name] for name in order},
-        "groups": {name: _metrics(values) for name, values in results.get("groups", {}).items()},
+        "tasks": {name: _metrics(results["results"][name]) for name in order},
+        "groups": {name: _metrics(values) for name, values in groups if "sample_len" in values},  # aggregated ones
         "harness": {"version": metadata.version("lm_eval"), "tasks": facts},
     }
     requests, generations = _tabulate_answers(answered)
@@ -285,16 +261,6 @@ def _describe_item(task: Any, sample: Mapping[str, Any], answers: Sequence[Answe
     }
 
 
-def _is_name(reference: str) -> bool:
-    """Return True if a reference does not look like a path."""
-    return re.fullmatch(r"[^/:]+", reference) is not None and not (
-        Path(reference).exists() or Path(reference).suffix in _FILES
-    )
-
-
-_FILES = (".jsonl", ".json", ".yaml", ".yml", ".lst", ".parquet")
-
-
 def make_task_manager(names: Collection[str], folder: str = "") -> TaskManager:
     """Return a task index that has all names, or raise InputError."""
     import_module("jax_selftrain.evals.lm_eval_adapter")  # raises InputError if lm-eval is not installed
@@ -330,6 +296,17 @@ def _is_complete(manager: TaskManager, name: str) -> bool:
     return entry is not None and all(
         isinstance(member, str) and _is_complete(manager, member) for member in _members(entry)
     )
+
+
+def _refuse_unsafe_code(manager: TaskManager, names: Collection[str]) -> None:
+    """Refuse tasks that execute code of the model."""
+    for name in names:
+        entry = manager.task_index.get(name)
+        if entry and (entry.cfg or {}).get("unsafe_code"):
+            raise InputError(
+                f"task {name} executes code that the model writes; run it in a sandbox, with --confirm-run-unsafe-code"
+            )
+        _refuse_unsafe_code(manager, _members(entry) if entry else ())
 
 
 def _members(entry: Any) -> list[Any]:

@@ -20,8 +20,9 @@ from jax_selftrain.config import ScoreConfig, yaml_io
 from jax_selftrain.distributed.mesh import make_mesh, parse_mesh
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.item_results import REQUESTS, select_items, tabulate_items
-from jax_selftrain.evals.lm_eval_tasks import evaluate_tasks, load_lm_eval_tasks, split_names
+from jax_selftrain.evals.lm_eval_tasks import evaluate_tasks, load_lm_eval_tasks
 from jax_selftrain.evals.result_files import output_paths, write_results
+from jax_selftrain.evals.task_names import split_names
 from jax_selftrain.evals.tasks import Task, load_tasks, load_texts, paths_by_name, task_metrics
 from jax_selftrain.io.manifest import hash_json, sha256_file
 from jax_selftrain.likelihood.engine import LoglikelihoodFn, LoglikelihoodRequest, check_finite
@@ -70,7 +71,12 @@ def _score(config: ScoreConfig, mesh: Mesh) -> dict[str, Any]:
     files = paths_by_name(tasks)
     named_tasks = None
     if names:
-        named_tasks = load_lm_eval_tasks(names, files, folder=config.task_folder, num_fewshot=config.num_fewshot)
+        named_tasks = load_lm_eval_tasks(
+            *(names, files),
+            folder=config.task_folder,
+            num_fewshot=config.num_fewshot,
+            confirm_run_unsafe_code=config.confirm_run_unsafe_code,
+        )
     hashes = {name: sha256_file(path) for name, path in files.items()}
     model = hub.load_model(config.model, mesh, config.dtype, preset=config.preset)
     check_tokenizer(model)

@@ -135,6 +135,13 @@ def draw_trajectories(axes: Axes, lines: Mapping[str, Line], styles: Mapping[str
     axes.locator_params(axis="x", nbins=4)
 
 
+def draw_response(axes: Axes, lines: Mapping[str, Line], styles: Mapping[str, Mapping[str, Any]]) -> None:
+    """Draw lines with markers, and a rule at no change."""
+    axes.axhline(0, color=ACCENT, linewidth=1, zorder=0)
+    for label, (x, y) in lines.items():
+        axes.plot(x, y, **styles[label], markersize=4, linewidth=1, label=label)
+
+
 def draw_discoverability(axes: Axes, lines: Mapping[str, Line], styles: Mapping[str, Mapping[str, Any]]) -> None:
     """Draw percentages of extracted sequences against numbers of samples."""
     for label, (x, y) in lines.items():

@@ -30,6 +30,7 @@ CHAPTERS = (
     *(capability_chapters.write_source_matrix, capability_chapters.write_capability),
     *(capability_chapters.write_perplexity, memorization_chapters.write_decoupling),
     *(memorization_chapters.write_memorization, capability_chapters.write_proxies),
+    capability_chapters.write_response_surface,
     *(design_chapters.write_training, design_chapters.write_corpora, design_chapters.write_samples),
     *(design_chapters.write_limits, design_chapters.write_provenance),
 )

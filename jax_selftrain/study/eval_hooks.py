@@ -18,7 +18,7 @@ import numpy as np
 
 from jax_selftrain import evals, hub, likelihood, training
 from jax_selftrain.config import ExtractConfig, ScoreConfig, TrainConfig, yaml_io
-from jax_selftrain.evals.lm_eval_tasks import split_names
+from jax_selftrain.evals.task_names import split_names
 from jax_selftrain.hub import LoadedModel
 from jax_selftrain.io.manifest import hash_json
 from jax_selftrain.training import Hook

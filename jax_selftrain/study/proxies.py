@@ -26,7 +26,7 @@ from jax_selftrain import evals, hub, likelihood
 from jax_selftrain.config import ScoreConfig
 from jax_selftrain.corpus import Corpus, open_corpus
 from jax_selftrain.corpus.word_ngrams import NgramIndex
-from jax_selftrain.evals.lm_eval_tasks import split_names
+from jax_selftrain.evals.task_names import split_names
 from jax_selftrain.io import atomic
 from jax_selftrain.io.rng import make_rng
 from jax_selftrain.stats.noninferiority import ALPHA, benjamini_hochberg

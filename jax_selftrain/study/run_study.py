@@ -35,7 +35,8 @@ from jax_selftrain.corpus import Corpus, open_corpus, parse_mixture
 from jax_selftrain.distributed import broadcast_one_to_all
 from jax_selftrain.distributed.mesh import make_mesh
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals.lm_eval_tasks import load_lm_eval_tasks, make_task_manager, split_names
+from jax_selftrain.evals.lm_eval_tasks import load_lm_eval_tasks, make_task_manager
+from jax_selftrain.evals.task_names import split_names
 from jax_selftrain.io import atomic, lease
 from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.study.dag import check_processes, is_done, run_all
@@ -44,6 +45,7 @@ from jax_selftrain.study.eval_hooks import evaluation_hooks, with_default_evals
 from jax_selftrain.study.measure_names import AFTER_RELEARNING, MAIN_EFFECT, UNSEEN
 from jax_selftrain.study.preregistration import check_claims, describe_power, freeze_claims, refuse_first
 from jax_selftrain.study.results import collect_study, load_results
+from jax_selftrain.training.flops import PEAK_FLOPS
 
 
 def run(config: RunConfig) -> Path:
@@ -159,6 +161,10 @@ def _publish_model(source: Path, target: Path) -> None:
                 shutil.copy2(source / file, folder / file)
 
 
+_MFU = 0.4
+_CHIPS = {"v5e": "TPU v5e", "v6e": "TPU v6e", "H100": "NVIDIA H100 80GB HBM3"}
+
+
 def format_plan(design: Design) -> str:
     """Format the numbers of stages by command, done and remaining."""
     stages = design.ordered_stages
@@ -168,7 +174,10 @@ def format_plan(design: Design) -> str:
         total, left = ([stage for stage in group if stage.command == command] for group in (stages, remaining))
         tokens, flops = sum(stage.tokens for stage in left), sum(stage.flops for stage in left)
         size = f", at most {tokens:,} tokens remain: {flops:.2g} FLOPs" if tokens else ""
-        lines.append(f"  {command:<15}{len(total):>6,}   {len(total) - len(left):,} done{size}")
+        lines.append(f"  {command:<19}{len(total):>6,}   {len(total) - len(left):,} done{size}")
+    if flops := sum(stage.flops for stage in remaining):
+        hours = (f"{flops / (_MFU * PEAK_FLOPS[kind]) / 3600:,.2g} ({chip})" for chip, kind in _CHIPS.items())
+        lines.append(f"chip-hours at {_MFU:.0%} of peak: {', '.join(hours)}; memory makes sampling slower")
     rates = [
         atomic.read_json(path)["seconds"] / stage.tokens
         for stage in stages
@@ -219,7 +228,8 @@ def check_study(config: StudyConfig, read_corpus: Callable[[str], Corpus] = open
         if names and config.dry_run:
             make_task_manager(names, options.task_folder)
         elif names:
-            load_lm_eval_tasks(names, paths, folder=options.task_folder)
+            unsafe = options is audit or score.confirm_run_unsafe_code
+            load_lm_eval_tasks(names, paths, folder=options.task_folder, confirm_run_unsafe_code=unsafe)
     for model in map(hub.open_model, models.values()):
         _ = model.config if config.dry_run else model.fingerprint
     if config.extract.sequences and len({hub.open_model(models[name]).tokenizer_fingerprint for name in students}) > 1:

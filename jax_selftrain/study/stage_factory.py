@@ -24,7 +24,8 @@ from jax_selftrain.config import (
 from jax_selftrain.config.metadata import Role, fields_with_role, keep_role, shared_overrides
 from jax_selftrain.corpus import Corpus, open_corpus, parse_mixture
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals.lm_eval_tasks import hash_lm_eval_tasks, load_lm_eval_tasks, split_names
+from jax_selftrain.evals.lm_eval_tasks import hash_lm_eval_tasks, load_lm_eval_tasks
+from jax_selftrain.evals.task_names import split_names
 from jax_selftrain.io.manifest import hash_json, sha256_file
 from jax_selftrain.sampling import sample
 from jax_selftrain.study.dag import Inputs, Stage
@@ -110,7 +111,10 @@ class StageFactory:
         """Sample a corpus, remove benchmark overlap, draw a subset."""
         config, first = self.config, self.config.sample_seed
         sample_seed = seed if first is None else first
-        changes = shared_overrides(arm, SampleConfig) | dict(source.start_and_stop)
+        changes, start = shared_overrides(arm, SampleConfig), dict(source.start_and_stop)
+        if changes.keys() & {"start_id", "start_text"}:
+            start |= {"start_id": None, "start_text": None}
+        changes = start | changes
         options = fill_options(config, config.sample, source.ref, seed=sample_seed, **changes)
         cost = _estimate_cost(source, options.samples * options.max_tokens, options.max_tokens, passes=1)
         label = f"sample from {source.label}, seed {sample_seed}"
@@ -201,6 +205,8 @@ class StageFactory:
         mixture = parse_mixture(recipe.mixture)
         share = (1 - float(sum(part for _, part in mixture))) / len(on)
         changes = shared_overrides(arm, TrainConfig) | {"corpus": str(self.folder(on[-1])), "seed": seed}
+        if arm.epochs is not None:
+            changes["steps"] = None
         changes["mixture"] = (*(f"{self.folder(one)}={share:.9f}" for one in on[:-1]), *recipe.mixture)
         options = fill_options(self.config, recipe, start.ref, **changes)
         evaluated = [self._hash(file) for file in (*options.eval_texts, *options.eval_tasks)]
@@ -342,7 +348,9 @@ class StageFactory:
     def _hash_harness_tasks(self, names: Any, folder: str, num_fewshot: int | None) -> str:
         """Hash harness tasks with their data; a dry run does without data."""
         try:
-            return hash_lm_eval_tasks(load_lm_eval_tasks(dict(names), folder=folder, num_fewshot=num_fewshot))
+            return hash_lm_eval_tasks(
+                load_lm_eval_tasks(dict(names), folder=folder, num_fewshot=num_fewshot, confirm_run_unsafe_code=True)
+            )
         except InputError:
             if self.config.dry_run:
                 return "unknown"

@@ -29,7 +29,7 @@ from jax_selftrain.config import CompareConfig, ScoreConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals import score
 from jax_selftrain.evals.item_results import REQUESTS, load_score_result
-from jax_selftrain.evals.lm_eval_tasks import SUITES, split_names
+from jax_selftrain.evals.task_names import SUITES, split_names
 from jax_selftrain.study import compare
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
@@ -240,8 +240,14 @@ def test_references_are_files_names_or_suites(tmp_path, monkeypatch):
     assert files == ["piqa", "blimp:x.jsonl", "missing.jsonl", "a/b", "a@b/c"]
     assert list(names) == ["blimp", "sciq", "lambada_openai", "arc_easy", "piqa", "gsm8k"]
     assert set(names.values()) == {None, 8}
-    with pytest.raises(InputError, match="task gsm8k@eight: give the number of few-shot examples"):
-        split_names(["gsm8k@eight"])
+    for wrong in ("gsm8k@eight", "gsm8k@"):
+        with pytest.raises(InputError, match=f"task {wrong}: give the number of few-shot examples"):
+            split_names([wrong])
+    assert split_names(["paper-b"])[1] == {"arc_challenge": 25, "gsm8k": 8, "hellaswag": 5, "minerva_math": 4}
+    assert set(split_names(["paper-a"])[1].values()) == {0}
+    assert set(split_names(["paper-a@2"])[1].values()) == {2}
+    with pytest.raises(InputError, match="gsm8k is requested with 0 and with 8 few-shot examples"):
+        split_names(["paper-a", "gsm8k@8"])
     assert SUITES["pythia"] == (
         *("lambada_openai", "piqa", "winogrande", "wsc", "arc_easy", "arc_challenge", "sciq", "logiqa"),
     )
@@ -271,6 +277,20 @@ def test_unusable_tasks_are_refused_in_one_sentence(tmp_path, tiny_model, local,
     with pytest.raises(InputError, match=message):
         score(options_for(tmp_path, tiny_model, local, **options))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_task_that_executes_code_of_the_model_needs_a_confirmation(tmp_path, tiny_model, local):
+    folder = write_tasks(
+        tmp_path / "tasks",
+        [{**local["tasks"]["my_prompts"], "unsafe_code": True}, {"group": "all", "task": ["my_prompts"]}],
+    )
+    options = options_for(tmp_path, tiny_model, local, tasks=("all",), texts=(), task_folder=str(folder))
+    with pytest.raises(
+        InputError, match=r"task my_prompts executes code that the model writes.*--confirm-run-unsafe-code"
+    ):
+        score(options)
+    assert not (tmp_path / "out").exists()
+    assert "my_prompts" in score(dataclasses.replace(options, confirm_run_unsafe_code=True))["tasks"]
 
 
 def test_a_file_and_a_task_of_one_name_are_refused(tmp_path, tiny_model, local):
@@ -305,7 +325,7 @@ def test_an_unknown_name_suggests_the_nearest(tmp_path, tiny_model, local):
         score(options_for(tmp_path, tiny_model, local, tasks=("lambada_opanai",), task_folder="", texts=()))
     from jax_selftrain.evals.lm_eval_tasks import make_task_manager
 
-    assert all(name in make_task_manager(names).task_index for names in SUITES.values() for name in names)
+    assert all(make_task_manager(split_names([suite])[1]) for suite in SUITES)
 
 
 def test_the_command_scores_named_tasks(tmp_path, tiny_model, local):

@@ -22,6 +22,7 @@ from jax_selftrain.study import run_study
 
 FOLDER = Path(__file__).parents[2] / "configs"
 PAPER = FOLDER / "study-paper.yaml"
+STORIES_PIPELINES = [FOLDER / f"study-{name}-stories260k.yaml" for name in ("paper", "grid")]
 STUDIES = sorted(FOLDER.glob("study-*.yaml"))
 CONFIGS = sorted(set(FOLDER.glob("*.yaml")) - set(STUDIES))
 PYTHIA = {  # layers, width, heads, vocabulary rows, final learning rate: EleutherAI/pythia, models/*/*.yml
@@ -52,16 +53,25 @@ def test_a_study_follows_the_protocol(path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("JAX_SELFTRAIN_DATA", "/data")
     config = yaml_io.load(StudyConfig, path)
     assert (config.out, config.mesh) == ("", ""), "a config does not depend on the machine"
-    is_paper = path == PAPER
+    is_paper, is_small = path.stem.startswith(("study-paper", "study-grid")), path in STORIES_PIPELINES
     assert (config.sample.top_k, config.sample.top_p, config.sample.min_p) == (0, 1, 0)
     assert config.sample.temperature == (1.25 if is_paper else 1)
     assert (config.train.schedule, config.train.warmup_ratio) == (("cosine", 0.1) if is_paper else ("constant", 0.05))
     assert (config.train.weight_decay, config.train.packing) == (0.0, "packed" if is_paper else "masked")
     assert config.train.epochs if is_paper else config.train.steps
     assert min(config.seeds) >= 100  # those below are for pilots
-    assert {"text", "shuffled", "noise", "extrapolate"} <= {arm.kind for arm in config.arms}
     assert any(arm.learning_rate == 0 for arm in config.arms)
-    assert any(arm.random_loss_sign for arm in config.arms)
+    if not is_small:
+        assert {"text", "shuffled", "noise", "extrapolate"} <= {arm.kind for arm in config.arms}
+        assert any(arm.random_loss_sign for arm in config.arms)
+
+
+def test_the_grid_has_every_temperature_with_every_number_of_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_SELFTRAIN_DATA", "/data")
+    config = yaml_io.load(StudyConfig, FOLDER / "study-grid-stories260k.yaml")
+    grid = {(arm.temperature, arm.epochs) for arm in config.arms if arm.temperature is not None}
+    grid.add((config.sample.temperature, config.train.epochs))
+    assert grid == {(temperature, epochs) for temperature in (0.7, 1.0, 1.25, 1.5) for epochs in (1, 10, 40)}
 
 
 def test_the_paper_is_planned_from_configs_and_tokenizers_alone(
@@ -96,6 +106,11 @@ def test_the_paper_is_planned_from_configs_and_tokenizers_alone(
     # Each seed draws its subset from shared samples: 4 sources and 4 further temperatures of both students.
     counts = {line.split()[0]: int(line.split()[1].replace(",", "")) for line in printed.splitlines() if "done" in line}
     assert (counts["sample"], counts["decontaminate_tasks"], counts["subset"]) == (12, 12, 60)
+    flops = sum(float(line.split()[-2]) for line in printed.splitlines() if line.endswith("FLOPs"))
+    (chip_hours,) = (line for line in printed.splitlines() if line.startswith("chip-hours at 40% of peak"))
+    hours = re.search(r"([\d.,e+]+) \(H100\)", chip_hours)
+    assert hours
+    assert float(hours[1].replace(",", "")) == pytest.approx(flops / (0.4 * 989.4e12) / 3600, rel=0.06)  # 2 digits
     assert not (tmp_path / "out").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,9 +11,18 @@ from pathlib import Path
 import pytest
 from corpus_factory import write_jsonl
 
-from jax_selftrain.config import DecontaminateConfig, ExtractConfig, ModelConfig, RunConfig, StudyConfig, SubsetConfig
+from jax_selftrain.config import (
+    ArmConfig,
+    DecontaminateConfig,
+    ExtractConfig,
+    ModelConfig,
+    RunConfig,
+    StudyConfig,
+    SubsetConfig,
+)
 from jax_selftrain.corpus import open_corpus
 from jax_selftrain.errors import InputError
+from jax_selftrain.report import write_report
 from jax_selftrain.study import run, run_study
 from jax_selftrain.study.design import make_design
 
@@ -21,17 +31,16 @@ from jax_selftrain.study.design import make_design
 def config(
     options: Callable[..., RunConfig], tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> StudyConfig:
-    """One student, two sources with other tokenizers, two seeds, three epochs of 300 tokens."""
+    """Own text with two starts, two seeds, one or three epochs of 300 tokens."""
     small, folder = options(Path("unused")), tmp_path_factory.mktemp("pipeline")
     texts = write_jsonl(folder / "benchmark.jsonl", [{"text": "The benchmark has these five words."}])
     return StudyConfig(
         out=str(folder / "out"),
-        models=(
-            ModelConfig("llama", str(tiny_model("llama")), start_text="<s>"),
-            ModelConfig("neox", str(tiny_model("gpt_neox", vocab_size=320))),
+        models=(ModelConfig("llama", str(tiny_model("llama")), start_text="<s>"),),
+        arms=(
+            ArmConfig("one epoch", epochs=1),
+            ArmConfig("one epoch, cool, from a text", epochs=1, temperature=0.7, start_text="the cat"),
         ),
-        students=("llama",),
-        sources=("llama", "neox"),
         seeds=(100, 101),
         mesh="data=1",
         sample=replace(small.sample, seed=0, min_tokens=9, temperature=1.25),
@@ -60,21 +69,37 @@ def test_seeds_share_the_samples_and_draw_their_own_subsets(finished: Path, conf
             assert 300 <= subset.n_tokens < 300 + 24
             assert set(subset.iter_texts()) <= set(source.iter_texts())
             assert subset.manifest["policy"]["min_tokens"] == 9
-            assert subset.manifest["policy"]["temperature"] == 1.25
             assert (design.folder(clean) / "decontamination.json").exists()
+            sampled = clean.dependencies[0].identity
+            assert (sampled["start_text"], sampled["temperature"]) in {("<s>", 1.25), ("the cat", 0.7)}
     results = json.loads((finished / "results.json").read_text())
-    assert len(results["cells"]) == 4
+    assert len(results["cells"]) == 6
     assert len({cell["corpus"] for cell in results["cells"]}) == 4
 
 
 def test_every_epoch_is_evaluated(finished: Path, config: StudyConfig):
     for cell in make_design(config).cells:
+        epochs = 1 if "one epoch" in cell.treatment else 3
         folder = finished / "stages" / cell.train.name
         steps = json.loads((folder / "run.json").read_text())["steps"]
         lines = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines][-1] == steps
-        assert len(lines) == 4
+        assert len(lines) == 1 + epochs
         assert "animals/acc" in lines[0]
+
+
+def test_arms_that_vary_sampling_and_training_make_a_response_surface(finished: Path):
+    write_report(finished)
+    with (finished / "tables" / "response_llama.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    found = [(row["start_text"], float(row["temperature"]), int(row["epochs"])) for row in rows]
+    assert sorted(found) == [("<s>", 1.25, 1), ("<s>", 1.25, 3), ("the cat", 0.7, 1)]
+    effects = {one["treatment"]: one for one in json.loads((finished / "results.json").read_text())["effects"]}
+    for row, name in zip(rows, ("one epoch", "one epoch, cool, from a text", "source llama"), strict=True):
+        change = effects[name]["measures"]["text/stories"]["change"]
+        assert float(row["text/stories"]) == change["value"]
+    assert (finished / "figures" / "response_llama.svg").exists()
+    assert "Response surface" in (finished / "report.html").read_text()
 
 
 def test_a_run_takes_the_same_options(options: Callable[..., RunConfig], config: StudyConfig, tmp_path: Path):

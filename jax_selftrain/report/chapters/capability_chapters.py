@@ -14,6 +14,9 @@ from jax_selftrain.study.measure_names import (
     main_measure,
 )
 
+_FACTORS = ("start_id", "start_text", "temperature", "learning_rate", "epochs")
+"""Options of arms with own text, from the corpus to the training; the last one that varies is the horizontal axis."""
+
 
 def write_capability(results: Results) -> Chapter | None:
     """Return the chapter on tasks."""
@@ -123,6 +126,45 @@ def write_source_matrix(results: Results) -> Chapter | None:
         chapter.add_table(Table("interaction", "Home − away, averaged over students", columns, records))
     columns = [*make_columns("student", "source", "seeds"), *fmt.make_change_columns(names)]
     chapter.add_table(Table("matrix", "Change of each student, by source", columns, matrix))
+    return chapter
+
+
+def write_response_surface(results: Results) -> Chapter | None:
+    """Return the chapter on arms that vary several options; else None."""
+    config = results["config"]
+    arms = {arm["name"]: arm for arm in config["arms"] if arm["kind"] == "self"}
+    study = {**config["sample"], **config["train"]}
+    models = {model["name"]: model for model in results["design"]["models"]}
+    records, main = [], main_measure(results)
+    for effect in results["effects"]:
+        is_own = effect["treatment"] == f"{MAIN_EFFECT}{effect['student']}"
+        if effect["treatment"] in arms or is_own:
+            arm = {name: value for name, value in arms.get(effect["treatment"], {}).items() if value is not None}
+            source = {} if arm.keys() & {"start_id", "start_text"} else models[effect["student"]]
+            settings = {**study, **source, **arm}
+            records.append({**effect, **{name: settings.get(name) for name in _FACTORS}})
+    factors = [name for name in _FACTORS if len({str(record[name]) for record in records}) > 1]
+    if len(factors) < 2:
+        return None
+    chapter = Chapter("Response surface")
+    *others, across = factors
+    names = [name for name in common_measures(records) if is_primary_format(name)]
+    for student in dict.fromkeys(record["student"] for record in records):
+        own = sorted((one for one in records if one["student"] == student), key=lambda one: float(one[across] or 0))
+        lines: dict[str, tuple[list[float], list[float]]] = {}
+        for one in own:
+            label = ", ".join(f"{name.replace('_', ' ')} {one[name]}" for name in others)
+            x, y = lines.setdefault(label, ([], []))
+            x.append(float(one[across] or 0))
+            y.append(fmt.parse_change(one["measures"][main], main).value)
+        panel = (across.replace("_", " "), f"change: {fmt.format_measure(main)}", lines)
+        key = fmt.slugify(student)
+        chapter.add_figure(
+            figures.plot_panels(f"response_{key}", [panel], figures.draw_response), f"{student}: mean over seeds."
+        )
+        columns = [*(Column(name) for name in factors), Column("seeds"), *fmt.make_change_columns(names)]
+        chapter.add_table(Table(f"response_{key}", f"{student}: change by setting", columns, own))
+    chapter.add_note(fmt.NOTES["response_surface"])
     return chapter
 
 
