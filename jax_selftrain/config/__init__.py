@@ -23,6 +23,7 @@ from jax_selftrain.config.study import ClaimConfig as ClaimConfig
 from jax_selftrain.config.study import DemoConfig as DemoConfig
 from jax_selftrain.config.study import MemorizationConfig as MemorizationConfig
 from jax_selftrain.config.study import ModelConfig as ModelConfig
+from jax_selftrain.config.study import PairConfig as PairConfig
 from jax_selftrain.config.study import PlanConfig as PlanConfig
 from jax_selftrain.config.study import PromptFormat as PromptFormat
 from jax_selftrain.config.study import ReportConfig as ReportConfig

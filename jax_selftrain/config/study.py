@@ -84,6 +84,12 @@ class ModelConfig:
     """First token of its samples; unset: BOS of the tokenizer, else of the config, else EOS."""
     start_text: str | None = None
     """Text that precedes its samples, instead of `start_id`."""
+    learning_rate: float | None = None
+    """Peak learning rate of its training, unless an arm has its own; unset: the study's."""
+    mesh: Execution[str] = ""
+    """Device mesh of its stages; unset: the stage's or the study's."""
+    dtype: DType | None = None
+    """Type of its parameters and matrix products; unset: the study's."""
     lineage: str = ""
     """Models with the same lineage count as home for each other's text; unset: its name."""
     data: str = ""
@@ -219,6 +225,16 @@ class MemorizationConfig:
 
 
 @dataclass(frozen=True)
+class PairConfig:
+    """Cell of the matrix: a student and the source of its text."""
+
+    student: str = ""
+    """Name of the student."""
+    source: str = ""
+    """Name of the source."""
+
+
+@dataclass(frozen=True)
 class StudyConfig:
     """Run a study: sources, students, control arms, seeds and a report."""
 
@@ -232,6 +248,8 @@ class StudyConfig:
     """Models to train; unset: all."""
     sources: tuple[str, ...] = ()
     """Models to sample from; unset: the students."""
+    pairs: tuple[PairConfig, ...] = ()
+    """Cells of the matrix; unset: each student with each source."""
     arms: tuple[ArmConfig, ...] = ()
     """Treatments in addition to the matrix."""
     claims: tuple[ClaimConfig, ...] = ()
@@ -296,11 +314,16 @@ class DemoConfig:
     """Seeds of the study."""
 
 
-def fill_options(config: RunConfig | StudyConfig, options: _Options, model: str, **changes: Any) -> _Options:
-    """Fill in a stage's model and the common mesh, preset and dtype."""
+def fill_options(
+    config: RunConfig | StudyConfig, options: _Options, model: str, own: ModelConfig | None = None, **changes: Any
+) -> _Options:
+    """Fill in a stage's model, its own options, and the common mesh, preset and dtype."""
+    own = own or ModelConfig()
     common: dict[str, Any] = {
-        "mesh": options.mesh or config.mesh,
+        "mesh": own.mesh or options.mesh or config.mesh,
         "preset": config.preset or options.preset,
-        "dtype": config.dtype or options.dtype,
+        "dtype": own.dtype or config.dtype or options.dtype,
     }
+    if own.learning_rate is not None and isinstance(options, TrainConfig):
+        common["learning_rate"] = own.learning_rate
     return replace(options, model=model, **common | changes)

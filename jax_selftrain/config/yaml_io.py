@@ -97,7 +97,7 @@ def check_ranges(config: Any, prefix: str = "--") -> None:
             raise InputError(f"{option} {value}: must be {valid.text}")
         for entry in value if isinstance(value, tuple) else ():
             if dataclasses.is_dataclass(entry):
-                check_ranges(entry, f"{option.removeprefix('--')}: {vars(entry)['name']}: ")
+                check_ranges(entry, f"{option.removeprefix('--')}: {next(iter(vars(entry).values()))}: ")
 
 
 # ---------------------------------------------------------------- options and flags

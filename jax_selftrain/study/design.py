@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from jax_selftrain.config import ArmConfig, ModelConfig, StudyConfig
+from jax_selftrain.config import ArmConfig, ModelConfig, PairConfig, StudyConfig
 from jax_selftrain.corpus import Corpus
 from jax_selftrain.study.dag import Stage, topological_order
 from jax_selftrain.study.measure_names import MAIN_EFFECT
@@ -92,6 +92,7 @@ def make_design(config: StudyConfig, read_corpus: Callable[[str], Corpus] | None
         for seed in config.seeds
         for student in students
         for source in sources
+        if not config.pairs or PairConfig(student, source) in config.pairs
     ]
     cells += [
         _make_cell(stages, arm, student, "" if arm.kind in ("text", "noise") else student, seed)

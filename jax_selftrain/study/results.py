@@ -243,14 +243,17 @@ def interactions(cells: names.Cells, lineage: Mapping[str, str]) -> dict[str, An
     """
     matrix = [cell for cell in cells if cell["treatment"] == f"{names.MAIN_EFFECT}{cell['source']}"]
     students, sources, seeds = (list(dict.fromkeys(c[key] for c in matrix)) for key in ("student", "source", "seed"))
-    home = np.array([[lineage[source] == lineage[student] for source in sources] for student in students])
-    if len({lineage[student] for student in students}) < 2 or (home.all(axis=1) | ~home.any(axis=1)).any():
+    pairs = {(cell["student"], cell["source"]) for cell in matrix}
+    exists = np.array([[(student, source) in pairs for source in sources] for student in students])
+    is_kin = np.array([[lineage[source] == lineage[student] for source in sources] for student in students])
+    home, away = exists & is_kin, exists & ~is_kin
+    if len({lineage[student] for student in students}) < 2 or not (home.any(axis=1) & away.any(axis=1)).all():
         return None
     measures = {}
     for name in names.common_measures(matrix):
         changes = proxies.cell_array(matrix, students, sources, "measures", name, "change", "value")
         values = [
-            float(np.mean([row[own].mean() - row[~own].mean() for row, own in zip(rows, home, strict=True)]))
+            float(np.mean([row[own].mean() - row[far].mean() for row, own, far in zip(rows, home, away, strict=True)]))
             for rows in changes
         ]
         measures[name] = {"contrast": asdict(estimators.mean(values)), "seeds": values}
@@ -264,6 +267,8 @@ def _relate_proxies(cells: names.Cells, design: Design, bases: Mapping[str, Scor
         return None
     measure, sides = names.main_measure({"cells": matrix}), (design.students, design.sources)
     gains = proxies.cell_array(matrix, *sides, "measures", measure, "change", "value")
+    if np.isnan(gains).any():
+        return None  # with `pairs`, students have different sources
     if measure.startswith("text/"):
         gains = -gains  # fewer bits per byte are a gain
     means = {name: proxies.cell_array(matrix, *sides, "proxies", name).mean(axis=0) for name in matrix[0]["proxies"]}

@@ -25,6 +25,7 @@ from jax_selftrain.config import (
     MemorizationConfig,
     ModelConfig,
     RunConfig,
+    SampleConfig,
     StudyConfig,
     TrainConfig,
     fill_options,
@@ -197,10 +198,13 @@ def check_study(config: StudyConfig, read_corpus: Callable[[str], Corpus] = open
     yaml_io.require(config)
     if Path(config.out).is_file():
         raise InputError(f"--out {config.out}: is a file; give a folder")
-    models = {model.name: model.model for model in config.models}
+    models = {model.name: model for model in config.models}
     students = config.students or tuple(models)
     sources = config.sources or students
     _check_names(config)
+    for pair in config.pairs:
+        _check_known("pairs: student", [pair.student], students)
+        _check_known("pairs: source", [pair.source], sources)
     for section in ("sample", "decontaminate", "subset", "train", "score", "extract"):
         given, default = getattr(config, section), getattr(StudyConfig(), section)
         for name in fields_with_role(type(given), Role.SET_BY_STUDY):
@@ -230,9 +234,12 @@ def check_study(config: StudyConfig, read_corpus: Callable[[str], Corpus] = open
         elif names:
             unsafe = options is audit or score.confirm_run_unsafe_code
             load_lm_eval_tasks(names, paths, folder=options.task_folder, confirm_run_unsafe_code=unsafe)
-    for model in map(hub.open_model, models.values()):
+    for model in (hub.open_model(model.model) for model in config.models):
         _ = model.config if config.dry_run else model.fingerprint
-    if config.extract.sequences and len({hub.open_model(models[name]).tokenizer_fingerprint for name in students}) > 1:
+    if (
+        config.extract.sequences
+        and len({hub.open_model(models[name].model).tokenizer_fingerprint for name in students}) > 1
+    ):
         _require_text(config.extract.sequences)
     mixture = [read_corpus(folder) for folder, _ in parse_mixture(config.train.mixture)]
     for name in students:
@@ -314,32 +321,51 @@ def _require_text(sequences: str) -> None:
         )
 
 
-def _check_student(config: StudyConfig, model: str, mixture: Iterable[Corpus]) -> None:
+def _check_student(config: StudyConfig, model: ModelConfig, mixture: Iterable[Corpus]) -> None:
     """Check a student's training and extraction."""
-    options, opened = _train_options(config, model), hub.open_model(model)
+    options, opened = _train_options(config, model), hub.open_model(model.model)
     if options.seq_len > opened.config.max_positions:
         raise InputError(
-            f"train.seq_len {options.seq_len}: {model} has only {opened.config.max_positions} positions; shorten it"
+            f"train.seq_len {options.seq_len}: {model.model} has only {opened.config.max_positions} positions; lower it"
         )
     training.check_train_config(options)
+    _check_corpus_size(config.sample, options)
     for corpus in mixture:
         open_corpus(corpus, tokenizer_fingerprint=opened.tokenizer_fingerprint)
     training.check_hooks(options, evaluation_hooks(options))
     if config.extract.sequences:
-        evals.load_extraction_sets(fill_options(config, config.extract, model))
+        evals.load_extraction_sets(fill_options(config, config.extract, model.model, model))
 
 
-def _check_programs(config: StudyConfig, students: Iterable[str], sources: Iterable[str]) -> None:
+def _check_corpus_size(sampled: SampleConfig, options: TrainConfig) -> None:
+    """Refuse more steps than the longest possible corpus of own text allows."""
+    if options.steps is None or options.max_epochs is None:
+        return
+    longest = sampled.max_tokens + 1  # with the start token
+    rows = sampled.samples * -(-longest // options.seq_len)
+    if options.packing == "packed":
+        rows = -(-sampled.samples * longest // options.seq_len)
+    share = 1 - sum(part for _, part in parse_mixture(options.mixture))
+    needed = options.steps * options.batch_size * share
+    if needed > rows * options.max_epochs:
+        raise InputError(
+            f"train.steps {options.steps}: needs {float(needed):,.0f} rows, but {sampled.samples:,} samples of at most "
+            f"{sampled.max_tokens:,} tokens are at most {rows:,} rows of {options.seq_len} tokens, and max_epochs is "
+            f"{options.max_epochs:g}; sample more, or lower the steps"
+        )
+
+
+def _check_programs(config: StudyConfig, students: Iterable[ModelConfig], sources: Iterable[ModelConfig]) -> None:
     """Check that programs fit the meshes of this machine."""
     for model in sources:
-        sampled = fill_options(config, config.sample, model)
+        sampled = fill_options(config, config.sample, model.model, model)
         sampling.abstract_program(sampled, make_mesh(sampled.mesh, devices=jax.local_devices()))
     for model in students:
-        trained, scored = _train_options(config, model), fill_options(config, config.score, model)
+        trained, scored = _train_options(config, model), fill_options(config, config.score, model.model, model)
         training.abstract_train_step(trained, make_mesh(trained.mesh))
         if scored.tasks or scored.texts:
             likelihood.scoring_program(scored, make_mesh(scored.mesh))
 
 
-def _train_options(config: StudyConfig, model: str) -> TrainConfig:
-    return with_default_evals(fill_options(config, config.train, model), config.score, config.extract)
+def _train_options(config: StudyConfig, model: ModelConfig) -> TrainConfig:
+    return with_default_evals(fill_options(config, config.train, model.model, model), config.score, config.extract)

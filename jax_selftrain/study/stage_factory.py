@@ -1,6 +1,6 @@
 """Stages by command: their identities, inputs and functions."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -14,6 +14,7 @@ from jax_selftrain.config import (
     ExtractConfig,
     ImportCorpusConfig,
     MergeConfig,
+    ModelConfig,
     SampleConfig,
     ScoreConfig,
     StudyConfig,
@@ -54,13 +55,13 @@ class StudyModel:
     """Fingerprint of the tokenizer, which training does not change."""
     tokenizer_ref: str
     """The model of the study that it was made from; its config and tokenizer exist before any stage has run."""
-    start_and_stop: Mapping[str, Any] = field(default_factory=dict)
-    """`stop_ids`, `start_id` and `start_text` of its samples; unset: the sampler's rules."""
+    options: ModelConfig = field(default_factory=ModelConfig)
+    """Its entry in the study."""
 
     @property
     def stop_id(self) -> int | None:
         """Token that ends its training documents; None: the tokenizer's EOS."""
-        return next(iter(self.start_and_stop.get("stop_ids") or ()), None)
+        return next(iter(self.options.stop_ids or ()), None)
 
     @property
     def inputs(self) -> dict[str, str | Stage]:
@@ -93,11 +94,10 @@ class StageFactory:
         """Return a model of the study as it is before training."""
         model = self._models[name]
         opened, ref = hub.open_model(model.model), model.model
-        start_and_stop = {option: getattr(model, option) for option in ("stop_ids", "start_id", "start_text")}
         # A plan needs no weights.
         has_weights = opened.has_weights or not self.config.dry_run
         fingerprint = opened.fingerprint if has_weights else hash_json(dict(opened.raw_config))
-        return StudyModel(ref, fingerprint, name, opened.tokenizer_fingerprint, ref, start_and_stop)
+        return StudyModel(ref, fingerprint, name, opened.tokenizer_fingerprint, ref, model)
 
     def folder(self, stage: Stage) -> Path:
         """Return the folder of a stage."""
@@ -111,11 +111,10 @@ class StageFactory:
         """Sample a corpus, remove benchmark overlap, draw a subset."""
         config, first = self.config, self.config.sample_seed
         sample_seed = seed if first is None else first
-        changes, start = shared_overrides(arm, SampleConfig), dict(source.start_and_stop)
-        if changes.keys() & {"start_id", "start_text"}:
-            start |= {"start_id": None, "start_text": None}
-        changes = start | changes
-        options = fill_options(config, config.sample, source.ref, seed=sample_seed, **changes)
+        changes = shared_overrides(arm, SampleConfig)
+        own = ("stop_ids",) if changes.keys() & {"start_id", "start_text"} else ("stop_ids", "start_id", "start_text")
+        changes = {name: getattr(source.options, name) for name in own} | changes
+        options = fill_options(config, config.sample, source.ref, source.options, seed=sample_seed, **changes)
         cost = _estimate_cost(source, options.samples * options.max_tokens, options.max_tokens, passes=1)
         label = f"sample from {source.label}, seed {sample_seed}"
         corpus = _make_stage("sample", label, sample, options, source.inputs, **cost)
@@ -208,7 +207,7 @@ class StageFactory:
         if arm.epochs is not None:
             changes["steps"] = None
         changes["mixture"] = (*(f"{self.folder(one)}={share:.9f}" for one in on[:-1]), *recipe.mixture)
-        options = fill_options(self.config, recipe, start.ref, **changes)
+        options = fill_options(self.config, recipe, start.ref, start.options, **changes)
         evaluated = [self._hash(file) for file in (*options.eval_texts, *options.eval_tasks)]
         if options.eval_sequences:
             evaluated.append(self._hash_sequences(options.eval_sequences))
@@ -249,7 +248,7 @@ class StageFactory:
 
     def score(self, model: StudyModel) -> Stage:
         """Score a model on the study's tasks and texts."""
-        options = fill_options(self.config, self.config.score, model.ref)
+        options = fill_options(self.config, self.config.score, model.ref, model.options)
         inputs = {**model.inputs, **self._task_inputs(options, options.num_fewshot)}
         return _make_stage("score", f"score {model.label}", evals.score, options, inputs)
 
@@ -300,7 +299,7 @@ class StageFactory:
 
     def continue_unseen_text(self, base: StudyModel) -> Stage:
         """Decode a base's greedy continuations of unseen text."""
-        options = fill_options(self.config, self.config.extract, base.ref)
+        options = fill_options(self.config, self.config.extract, base.ref, base.options)
         texts, n = self.config.memorization.unseen_text, self.config.memorization.max_continuations
         return Stage(
             "continue",
@@ -312,7 +311,7 @@ class StageFactory:
 
     def measure_proxies(self, reader: StudyModel, corpus: Stage, embedder: str = "") -> Stage:
         """Measure the proxies of a corpus under a model."""
-        options = fill_options(self.config, self.config.score, reader.ref)
+        options = fill_options(self.config, self.config.score, reader.ref, reader.options)
         documents, vectors = self.config.proxy_sample_size, {}
         if embedder:
             opened = hub.open_model(embedder)
@@ -329,7 +328,7 @@ class StageFactory:
     def _extract(
         self, model: StudyModel, options: ExtractConfig, label: str, special: Inputs | None = None, **changes: Any
     ) -> Stage:
-        options = fill_options(self.config, options, model.ref, **changes)
+        options = fill_options(self.config, options, model.ref, model.options, **changes)
         inputs = {**model.inputs, **(special or {})}
         for name, hash_input in self._hash_inputs.items():
             if name not in inputs and (reference := getattr(options, name)):

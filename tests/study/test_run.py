@@ -180,13 +180,16 @@ def test_learning_rate_zero_changes_exactly_nothing(options: Options, tmp_path: 
         assert before.equals(after.select(before.column_names))
 
 
-def test_a_folder_of_a_run_with_other_options_is_refused_by_name(finished_run: Path, options: Options) -> None:
-    before, config = output_times(finished_run), options(finished_run)
+def test_a_folder_of_a_run_with_other_options_is_refused_by_name(
+    finished_run: Path, options: Options, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(finished_run, tmp_path / "copy")
+    before, config = output_times(folder), options(folder)
     with pytest.raises(InputError, match=r"contains a run with train.learning_rate = 0.01, this one has 0.02"):
         run(replace(config, train=replace(config.train, learning_rate=2e-2)))
-    assert output_times(finished_run) == before
+    assert output_times(folder) == before
     run(replace(config, train=replace(config.train, log_every=2)))  # no part of what a run is
-    assert output_times(finished_run) == before
+    assert output_times(folder) == before
 
 
 def test_a_changed_file_makes_new_stages(options: Options, inputs: dict[str, str], tmp_path: Path) -> None:

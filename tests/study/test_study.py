@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +24,7 @@ from jax_selftrain.config import (
     ExtractConfig,
     MemorizationConfig,
     ModelConfig,
+    PairConfig,
     PromptFormat,
     RunConfig,
     StudyConfig,
@@ -378,6 +380,13 @@ def test_steps_are_required_and_options_of_the_study_are_refused(make: Make, inp
     config = make(tmp_path / "out")
     with pytest.raises(InputError, match=r"steps or train\.epochs is required"):
         run_study(replace(config, train=replace(config.train, steps=None)))
+    # 40 samples are at most 40 rows, or 32 full ones.
+    for steps, packing, rows in ((11, "masked", 40), (9, "packed", 32)):
+        with pytest.raises(
+            InputError, match=rf"train\.steps {steps}: needs {4 * steps} rows, but 40 .* at most {rows} rows"
+        ):
+            check_study(replace(config, train=replace(config.train, steps=steps, packing=packing)))
+        check_study(replace(config, train=replace(config.train, steps=steps - 1, packing=packing)))
     with pytest.raises(InputError, match=r"sample\.seed is set by the study"):
         run_study(replace(config, sample=replace(config.sample, seed=4)))
     with pytest.raises(InputError, match="different tokenizers"):
@@ -394,6 +403,38 @@ def test_every_model_has_its_own_stop_ids(make: Make, tmp_path: Path):
     ends = {label: identity["stop_id"] for (kind, label), identity in identities.items() if kind == "retokenize"}
     assert {stop for label, stop in ends.items() if "for llama" in label} == {7}
     assert {stop for label, stop in ends.items() if "for neox" in label} == {None}
+
+
+def test_pairs_are_the_cells_of_the_matrix(make: Make, tmp_path: Path):
+    pairs = (PairConfig("llama", "llama"), PairConfig("llama", "neox"), PairConfig("neox", "neox"))
+    design = make_design(make(tmp_path / "out", pairs=pairs))
+    found = [(cell.student, cell.source) for cell in design.cells]
+    assert found == 2 * [("llama", "llama"), ("llama", "neox"), ("neox", "neox")]
+    assert len({stage.key for stage in design.ordered_stages if stage.command == "retokenize"}) == 2 * 3
+    with pytest.raises(InputError, match="pairs: source: 'gpt' is unknown"):
+        check_study(make(tmp_path / "out", pairs=(PairConfig("llama", "gpt"),)))
+
+
+def test_a_model_has_its_own_rate_dtype_and_mesh(make: Make, tmp_path: Path):
+    config = make(tmp_path / "out", arms=(ArmConfig("rate of the arm", learning_rate=0.5),))
+    llama = replace(config.models[0], learning_rate=0.25, dtype="bfloat16", mesh="data=1,model=1")
+    design, plain = make_design(replace(config, models=(llama, config.models[1]))), make_design(config)
+
+    def identities(design: Design, command: str, option: str) -> dict[str, Any]:
+        return {stage.label: stage.identity[option] for stage in design.ordered_stages if stage.command == command}
+
+    for command in ("sample", "train", "score"):  # the A/A repeats extract in bfloat16 anyway
+        of_model, of_study = identities(design, command, "dtype"), identities(plain, command, "dtype")
+        assert set(of_study.values()) == {"float32"}
+        assert {label for label, dtype in of_model.items() if dtype == "bfloat16"} == {
+            label for label in of_study if re.match(r"(sample|train|score)( from)? llama", label)
+        }
+    rates = identities(design, "train", "learning_rate")
+    assert {rate for label, rate in rates.items() if "rate of the arm" in label} == {0.5}
+    assert {rate for label, rate in rates.items() if re.match(r"train llama .*\(source", label)} == {0.25}
+    assert {rate for label, rate in rates.items() if re.match(r"train neox .*\(source", label)} == {
+        config.train.learning_rate
+    }
 
 
 def test_a_dry_run_counts_and_writes_nothing(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -430,6 +471,15 @@ def test_a_bad_source_is_no_interaction_and_an_incompatible_one_is():
     assert bad["measures"]["accuracy"]["contrast"]["value"] == pytest.approx(0.0, abs=1e-12)
     assert incompatible["measures"]["accuracy"]["contrast"]["value"] == pytest.approx(0.1)
     assert interactions(simulate_cells(lambda *_: 0.0), {"A": "A", "B": "A"}) is None  # one lineage: no source is away
+    cells = simulate_cells(lambda student, source: 0.0 if student == source else -0.1)
+    third = [
+        {**cell, "source": "C", "treatment": "source C"} for cell in cells if cell["student"] == cell["source"] == "A"
+    ]
+    incomplete = interactions([*cells, *third], {**lineage, "C": "A"})  # C, kin of A, is a source of A alone
+    assert incomplete is not None
+    assert incomplete["measures"]["accuracy"]["contrast"]["value"] == pytest.approx(0.1)
+    one_sided = [cell for cell in cells if (cell["student"], cell["source"]) != ("A", "B")]
+    assert interactions(one_sided, lineage) is None  # A has no source of another lineage
 
 
 def test_proxies_equal_those_from_plain_logits(finished_study: Path):
