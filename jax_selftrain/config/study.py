@@ -317,7 +317,7 @@ class DemoConfig:
 def fill_options(
     config: RunConfig | StudyConfig, options: _Options, model: str, own: ModelConfig | None = None, **changes: Any
 ) -> _Options:
-    """Fill in the model of a stage, and the mesh, preset and dtype."""
+    """Fill in the model, mesh, preset and dtype of a stage."""
     own = own or ModelConfig()
     common: dict[str, Any] = {
         "mesh": own.mesh or options.mesh or config.mesh,
