@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _PALETTE = ("#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#24303a")
 BEFORE, AFTER, ACCENT, INK, RULE = "#6b7680", "#0072b2", "#d55e00", "#24303a", "#d5dbe0"
 _MARKS = ("o", "s", "^", "D", "v", "P")
-Line = tuple[Sequence[float], Sequence[float]]
+Line = tuple[Sequence[float], ...]
 """Points of a line: horizontal, vertical."""
 Panel = tuple[str, str, Mapping[str, Line]]
 """Labels of both axes, and lines by label."""
@@ -136,10 +136,16 @@ def draw_trajectories(axes: Axes, lines: Mapping[str, Line], styles: Mapping[str
 
 
 def draw_response(axes: Axes, lines: Mapping[str, Line], styles: Mapping[str, Mapping[str, Any]]) -> None:
-    """Draw lines with markers, and a rule at no change."""
+    """Draw lines with intervals (two further sequences), and a rule at no change."""
     axes.axhline(0, color=ACCENT, linewidth=1, zorder=0)
-    for label, (x, y) in lines.items():
+    for label, (x, y, low, high) in lines.items():
         axes.plot(x, y, **styles[label], markersize=4, linewidth=1, label=label)
+        axes.vlines(x, low, high, color=styles[label]["color"], linewidth=1.5, alpha=0.6)
+    points = [value for x, *_ in lines.values() for value in x]
+    if min(points) > 0 and max(points) >= 10 * min(points):
+        axes.set_xscale("log")
+        axes.set_xticks(sorted(set(points)), [f"{value:g}" for value in sorted(set(points))])
+        axes.minorticks_off()
 
 
 def draw_discoverability(axes: Axes, lines: Mapping[str, Line], styles: Mapping[str, Mapping[str, Any]]) -> None:

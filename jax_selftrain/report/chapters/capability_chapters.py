@@ -1,7 +1,9 @@
 """Chapters on tasks, texts, the matrix of sources, and proxies."""
 
 import math
+from dataclasses import asdict
 
+from jax_selftrain.config import ArmConfig
 from jax_selftrain.report import figures
 from jax_selftrain.report import formatting as fmt
 from jax_selftrain.report.formatting import Chapter, Column, Record, Records, Results, Table, make_columns
@@ -131,18 +133,7 @@ def write_source_matrix(results: Results) -> Chapter | None:
 
 def write_response_surface(results: Results) -> Chapter | None:
     """Return the chapter on arms that vary several options; else None."""
-    config = results["config"]
-    arms = {arm["name"]: arm for arm in config["arms"] if arm["kind"] == "self"}
-    study = {**config["sample"], **config["train"]}
-    models = {model["name"]: model for model in results["design"]["models"]}
-    records, main = [], main_measure(results)
-    for effect in results["effects"]:
-        is_own = effect["treatment"] == f"{MAIN_EFFECT}{effect['student']}"
-        if effect["treatment"] in arms or is_own:
-            arm = {name: value for name, value in arms.get(effect["treatment"], {}).items() if value is not None}
-            source = {} if arm.keys() & {"start_id", "start_text"} else models[effect["student"]]
-            settings = {**study, **source, **arm}
-            records.append({**effect, **{name: settings.get(name) for name in _FACTORS}})
+    records, main = _list_settings(results), main_measure(results)
     factors = [name for name in _FACTORS if len({str(record[name]) for record in records}) > 1]
     if len(factors) < 2:
         return None
@@ -151,21 +142,41 @@ def write_response_surface(results: Results) -> Chapter | None:
     names = [name for name in common_measures(records) if is_primary_format(name)]
     for student in dict.fromkeys(record["student"] for record in records):
         own = sorted((one for one in records if one["student"] == student), key=lambda one: float(one[across] or 0))
-        lines: dict[str, tuple[list[float], list[float]]] = {}
+        points: dict[str, list[tuple[float, ...]]] = {}
         for one in own:
             label = ", ".join(f"{name.replace('_', ' ')} {one[name]}" for name in others)
-            x, y = lines.setdefault(label, ([], []))
-            x.append(float(one[across] or 0))
-            y.append(fmt.parse_change(one["measures"][main], main).value)
+            change = fmt.parse_change(one["measures"][main], main)
+            low, high = (change.value if end is None else end for end in (change.low, change.high))
+            points.setdefault(label, []).append((float(one[across] or 0), change.value, low, high))
+        lines = {label: tuple(zip(*rows, strict=True)) for label, rows in points.items()}
         panel = (across.replace("_", " "), f"change: {fmt.format_measure(main)}", lines)
         key = fmt.slugify(student)
-        chapter.add_figure(
-            figures.plot_panels(f"response_{key}", [panel], figures.draw_response), f"{student}: mean over seeds."
-        )
+        figure = figures.plot_panels(f"response_{key}", [panel], figures.draw_response)
+        chapter.add_figure(figure, f"{student}: mean over seeds with its 95 % interval.")
         columns = [*(Column(name) for name in factors), Column("seeds"), *fmt.make_change_columns(names)]
         chapter.add_table(Table(f"response_{key}", f"{student}: change by setting", columns, own))
     chapter.add_note(fmt.NOTES["response_surface"])
     return chapter
+
+
+def _list_settings(results: Results) -> list[Record]:
+    """Return the effects of own text with their factors; arms that change anything else are left out."""
+    config, unset = results["config"], asdict(ArmConfig())
+    models = {model["name"]: model for model in results["design"]["models"]}
+    arms = {arm["name"]: arm for arm in config["arms"]}
+    records: list[Record] = []
+    for effect in results["effects"]:
+        student, treatment = effect["student"], effect["treatment"]
+        arm = {} if treatment == f"{MAIN_EFFECT}{student}" else arms.get(treatment, {"kind": "another source"})
+        changed = {name: value for name, value in arm.items() if value != unset[name]}
+        if changed.keys() - {"name", "students", *_FACTORS} or changed.get("learning_rate") == 0:
+            continue
+        own = {name: value for name, value in models[student].items() if value is not None}
+        if changed.keys() & {"start_id", "start_text"}:
+            own = {"learning_rate": own["learning_rate"]} if "learning_rate" in own else {}
+        settings = {**config["sample"], **config["train"], **own, **changed}
+        records.append({**effect, **{name: settings.get(name) for name in _FACTORS}})
+    return records
 
 
 def write_proxies(results: Results) -> Chapter | None:
