@@ -136,7 +136,7 @@ def draw_trajectories(axes: Axes, lines: Mapping[str, Line], styles: Mapping[str
 
 
 def draw_response(axes: Axes, lines: Mapping[str, Line], styles: Mapping[str, Mapping[str, Any]]) -> None:
-    """Draw lines with intervals (two further sequences), and a rule at no change."""
+    """Draw lines with their intervals, and a rule at no change."""
     axes.axhline(0, color=ACCENT, linewidth=1, zorder=0)
     for label, (x, y, low, high) in lines.items():
         axes.plot(x, y, **styles[label], markersize=4, linewidth=1, label=label)

@@ -160,7 +160,7 @@ def write_response_surface(results: Results) -> Chapter | None:
 
 
 def _list_settings(results: Results) -> list[Record]:
-    """Return the effects of own text with their factors; arms that change anything else are left out."""
+    """Return the effects of arms that change factors only, with their values."""
     config, unset = results["config"], asdict(ArmConfig())
     models = {model["name"]: model for model in results["design"]["models"]}
     arms = {arm["name"]: arm for arm in config["arms"]}
