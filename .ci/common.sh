@@ -19,7 +19,7 @@ export MYPY_CACHE_DIR=$cache/mypy RUFF_CACHE_DIR=$cache/ruff
 test_command=$(grep -m 1 -E '^python3 -m venv .* && \.venv/bin/pytest$' README.md)
 install_command=${test_command% && .venv/bin/pytest}
 work=$(mktemp -d)
-trap 'wait; rm -rf "$work"' EXIT
+trap 'wait; rm -rf "$work" & disown' EXIT # half a minute, which nothing waits for
 
 copy_for() { # a clean copy of the tree in $work/VERSION, with `python3` being that Python
   local version=$1
