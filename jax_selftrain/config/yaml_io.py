@@ -96,7 +96,7 @@ def check_ranges(config: Any, prefix: str = "--") -> None:
         elif valid is not None and value is not None and not valid.is_valid(value):
             raise InputError(f"{option} {value}: must be {valid.text}")
         for entry in value if isinstance(value, tuple) else ():
-            if dataclasses.is_dataclass(entry):
+            if dataclasses.is_dataclass(entry):  # its first option names it
                 check_ranges(entry, f"{option.removeprefix('--')}: {next(iter(vars(entry).values()))}: ")
 
 

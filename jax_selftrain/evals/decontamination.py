@@ -67,8 +67,7 @@ def benchmark_documents(config: DecontaminateConfig) -> dict[str, list[str]]:
         for task in tasks
     }
     if names:
-        tasks = load_lm_eval_tasks(names, documents, folder=config.task_folder, confirm_run_unsafe_code=True)
-        documents |= task_documents(tasks)  # no code of a model is executed
+        documents |= task_documents(load_lm_eval_tasks(names, documents, folder=config.task_folder))
     if not documents:
         raise InputError("decontaminate: needs --tasks or --texts, the benchmarks to compare with")
     return documents

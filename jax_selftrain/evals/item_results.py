@@ -231,11 +231,12 @@ def select_items(table: pa.Table, name: str) -> ItemResults:
     rows = table.filter(pc.equal(table["task"], name)).drop_columns(["task", "doc"])
     names = [key for key in rows.column_names if key != "cluster" and rows[key].null_count == 0]
     columns: dict[str, np.ndarray] = {key: rows[key].to_numpy(zero_copy_only=False) for key in names}
-    columns = {"choices": np.zeros(rows.num_rows, np.int32), "loglikelihood": np.full(rows.num_rows, np.nan), **columns}
-    fewest = columns["choices"].min(initial=2)
-    kind: Kind = (
-        "choice" if fewest > 1 else "last_word" if fewest == 1 else "text" if "acc" not in columns else "generation"
-    )
+    kind: Kind = "generation"
+    if "choices" in columns:
+        fewest = columns["choices"].min(initial=2)
+        kind = "choice" if fewest > 1 else "last_word" if fewest == 1 else "text"
+    else:
+        columns |= {"choices": np.zeros(rows.num_rows, np.int32), "loglikelihood": np.full(rows.num_rows, np.nan)}
     columns["item_hash"] = columns["item_hash"].astype(str)
     if rows["cluster"].null_count < rows.num_rows:
         # An item without a label is its own cluster; no label begins with a NUL.

@@ -54,7 +54,6 @@ def load_lm_eval_tasks(
     *,
     folder: str = "",
     num_fewshot: int | None = None,
-    confirm_run_unsafe_code: bool = False,
 ) -> TaskDict:
     """Load tasks and their data with `datasets`.
 
@@ -64,16 +63,11 @@ def load_lm_eval_tasks(
       folder: YAML files of more tasks, which override tasks of the harness.
       num_fewshot: number of few-shot examples of the other tasks; None: the task's value, else 0. A task with the value
         0 keeps it.
-      confirm_run_unsafe_code: allow tasks that execute code of the model.
 
     Raises:
       InputError: lm-eval or a package of a task is missing, a name is unknown or reserved, or data are unavailable.
     """
     manager = make_task_manager(names, folder)
-    if confirm_run_unsafe_code:
-        os.environ.setdefault("HF_ALLOW_CODE_EVAL", "1")  # the metric of such tasks reads it when it is loaded
-    else:
-        _refuse_unsafe_code(manager, names)
     _set_seeds()
     loaded: TaskDict = {"tasks": {}, "groups": {}, "group_map": {}}
     requested: dict[str, str] = {}
@@ -100,6 +94,15 @@ def load_lm_eval_tasks(
             task.set_config(key="num_fewshot", value=count or 0)
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
     return loaded
+
+
+def refuse_unsafe_code(tasks: TaskDict) -> None:
+    """Refuse tasks that execute code of the model."""
+    for name, task in tasks["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise InputError(
+                f"task {name} executes code that the model writes; run it in a sandbox, with --confirm-run-unsafe-code"
+            )
 
 
 def task_documents(tasks: TaskDict) -> dict[str, list[str]]:
@@ -137,7 +140,12 @@ def _document_text(task: Any, document: Any) -> str:
 
 
 def evaluate_tasks(
-    model: hub.LoadedModel, tasks: TaskDict, *, limit: int | None, loglikelihood_fn: LoglikelihoodFn
+    model: hub.LoadedModel,
+    tasks: TaskDict,
+    *,
+    limit: int | None,
+    loglikelihood_fn: LoglikelihoodFn,
+    confirm_run_unsafe_code: bool = False,
 ) -> tuple[dict[str, Any], dict[str, pa.Table]]:
     """Evaluate a model in memory on tasks of the harness.
 
@@ -146,6 +154,7 @@ def evaluate_tasks(
       tasks: from `load_lm_eval_tasks`. They store their requests, so load them again for another model.
       limit: maximum number of documents of each task.
       loglikelihood_fn: see `HarnessLM`.
+      confirm_run_unsafe_code: run tasks that execute code of the model; otherwise the harness refuses them.
 
     Returns:
       Entries of `FILE.json`: `tasks`, the metrics with their standard errors and `n`; `groups`, the same by group;
@@ -162,9 +171,14 @@ def evaluate_tasks(
     lm = HarnessLM(model, loglikelihood_fn=loglikelihood_fn)
     _set_seeds()
     # The harness prints its progress to stdout. Its bootstrap would fork, which breaks JAX's threads.
-    with patch.dict(os.environ, DISABLE_MULTIPROC="1"), redirect_stdout(sys.stderr):
+    allow = {"DISABLE_MULTIPROC": "1", **({"HF_ALLOW_CODE_EVAL": "1"} if confirm_run_unsafe_code else {})}
+    with patch.dict(os.environ, allow), redirect_stdout(sys.stderr):
         results = evaluate(
-            lm, tasks, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=True, confirm_run_unsafe_code=True
+            *(lm, tasks),
+            limit=limit,
+            bootstrap_iters=BOOTSTRAPS,
+            log_samples=True,
+            confirm_run_unsafe_code=confirm_run_unsafe_code,
         )
     if results is None:
         raise AssertionError("the harness returns results on rank 0, which is the only one")
@@ -298,17 +312,6 @@ def _is_complete(manager: TaskManager, name: str) -> bool:
     )
 
 
-def _refuse_unsafe_code(manager: TaskManager, names: Collection[str]) -> None:
-    """Refuse tasks that execute code of the model."""
-    for name in names:
-        entry = manager.task_index.get(name)
-        if entry and (entry.cfg or {}).get("unsafe_code"):
-            raise InputError(
-                f"task {name} executes code that the model writes; run it in a sandbox, with --confirm-run-unsafe-code"
-            )
-        _refuse_unsafe_code(manager, _members(entry) if entry else ())
-
-
 def _members(entry: Any) -> list[Any]:
     """Return the members of a group or tag; empty for a task."""
     if entry.kind.name == "TAG":
@@ -323,7 +326,9 @@ def _load_name(manager: TaskManager, name: str) -> TaskDict:
     from datasets.exceptions import DatasetsError
 
     try:
-        return manager.load([name])
+        # The metric of code reads the variable when it is loaded; it then executes an example of its own only.
+        with patch.dict(os.environ, HF_ALLOW_CODE_EVAL="1"):
+            return manager.load([name])
     except ModuleNotFoundError as error:
         raise InputError(f"task {name} needs the package {error.name}; install it: pip install {error.name}") from error
     except Exception as error:  # a task runs arbitrary code of the harness over external data

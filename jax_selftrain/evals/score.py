@@ -20,7 +20,7 @@ from jax_selftrain.config import ScoreConfig, yaml_io
 from jax_selftrain.distributed.mesh import make_mesh, parse_mesh
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.item_results import REQUESTS, select_items, tabulate_items
-from jax_selftrain.evals.lm_eval_tasks import evaluate_tasks, load_lm_eval_tasks
+from jax_selftrain.evals.lm_eval_tasks import evaluate_tasks, load_lm_eval_tasks, refuse_unsafe_code
 from jax_selftrain.evals.result_files import output_paths, write_results
 from jax_selftrain.evals.task_names import split_names
 from jax_selftrain.evals.tasks import Task, load_tasks, load_texts, paths_by_name, task_metrics
@@ -71,12 +71,9 @@ def _score(config: ScoreConfig, mesh: Mesh) -> dict[str, Any]:
     files = paths_by_name(tasks)
     named_tasks = None
     if names:
-        named_tasks = load_lm_eval_tasks(
-            *(names, files),
-            folder=config.task_folder,
-            num_fewshot=config.num_fewshot,
-            confirm_run_unsafe_code=config.confirm_run_unsafe_code,
-        )
+        named_tasks = load_lm_eval_tasks(names, files, folder=config.task_folder, num_fewshot=config.num_fewshot)
+        if not config.confirm_run_unsafe_code:
+            refuse_unsafe_code(named_tasks)
     hashes = {name: sha256_file(path) for name, path in files.items()}
     model = hub.load_model(config.model, mesh, config.dtype, preset=config.preset)
     check_tokenizer(model)
@@ -88,7 +85,10 @@ def _score(config: ScoreConfig, mesh: Mesh) -> dict[str, Any]:
         entries, tables = score_requests(request_set, loglikelihood_fn)
         if named_tasks is not None:
             named, named_tables = evaluate_tasks(
-                model, named_tasks, limit=config.limit, loglikelihood_fn=loglikelihood_fn
+                *(model, named_tasks),
+                limit=config.limit,
+                loglikelihood_fn=loglikelihood_fn,
+                confirm_run_unsafe_code=config.confirm_run_unsafe_code,
             )
             entries |= named | {"tasks": entries["tasks"] | named["tasks"]}
             hashes |= {name: task["requests"] for name, task in named["harness"]["tasks"].items()}

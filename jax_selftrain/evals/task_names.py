@@ -48,9 +48,10 @@ def split_names(references: Sequence[str]) -> tuple[list[str], dict[str, int | N
                 raise InputError(f"task {reference}: give the number of few-shot examples after `@`, as in {name}@5")
             found = int(count) if count else None
             if names.setdefault(name, found) != found:
+                one, other = ("its default" if n is None else n for n in (names[name], found))
                 raise InputError(
-                    f"task {name} is requested with {names[name]} and with {found} few-shot examples; score it twice, "
-                    "with one number each"
+                    f"task {name} is requested with {one} and with {other} few-shot examples; score it twice, with one "
+                    "number each"
                 )
     return files, names
 

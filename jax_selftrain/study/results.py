@@ -100,7 +100,7 @@ def _describe_model(model: ModelConfig) -> dict[str, Any]:
     opened = hub.open_model(model.model)
     config = opened.config
     return {
-        **{key: value for key, value in asdict(model).items() if key != "model"},
+        **{key: value for key, value in asdict(model).items() if key not in ("model", "mesh")},
         "family": opened.raw_config["model_type"],
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config))),
         "layers": config.num_layers,

@@ -24,6 +24,7 @@ from jax_selftrain.config import (
     ExtractConfig,
     MemorizationConfig,
     ModelConfig,
+    PairConfig,
     RunConfig,
     SampleConfig,
     StudyConfig,
@@ -36,7 +37,7 @@ from jax_selftrain.corpus import Corpus, open_corpus, parse_mixture
 from jax_selftrain.distributed import broadcast_one_to_all
 from jax_selftrain.distributed.mesh import make_mesh
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals.lm_eval_tasks import load_lm_eval_tasks, make_task_manager
+from jax_selftrain.evals.lm_eval_tasks import load_lm_eval_tasks, make_task_manager, refuse_unsafe_code
 from jax_selftrain.evals.task_names import split_names
 from jax_selftrain.io import atomic, lease
 from jax_selftrain.io.jsonl import read_jsonl
@@ -232,8 +233,9 @@ def check_study(config: StudyConfig, read_corpus: Callable[[str], Corpus] = open
         if names and config.dry_run:
             make_task_manager(names, options.task_folder)
         elif names:
-            unsafe = options is audit or score.confirm_run_unsafe_code
-            load_lm_eval_tasks(names, paths, folder=options.task_folder, confirm_run_unsafe_code=unsafe)
+            tasks = load_lm_eval_tasks(names, paths, folder=options.task_folder)
+            if options is score and not score.confirm_run_unsafe_code:
+                refuse_unsafe_code(tasks)
     for model in (hub.open_model(model.model) for model in config.models):
         _ = model.config if config.dry_run else model.fingerprint
     if (
@@ -244,6 +246,9 @@ def check_study(config: StudyConfig, read_corpus: Callable[[str], Corpus] = open
     mixture = [read_corpus(folder) for folder, _ in parse_mixture(config.train.mixture)]
     for name in students:
         _check_student(config, models[name], mixture)
+        has_own_text = PairConfig(name, name) in config.pairs if config.pairs else name in sources
+        if has_own_text and config.subset.tokens is None:  # a subset may repeat samples
+            _check_corpus_size(config.sample, _train_options(config, models[name]))
     if not config.dry_run:  # a plan may be made on another machine
         _check_programs(config, [models[name] for name in students], [models[name] for name in sources])
 
@@ -329,7 +334,6 @@ def _check_student(config: StudyConfig, model: ModelConfig, mixture: Iterable[Co
             f"train.seq_len {options.seq_len}: {model.model} has only {opened.config.max_positions} positions; lower it"
         )
     training.check_train_config(options)
-    _check_corpus_size(config.sample, options)
     for corpus in mixture:
         open_corpus(corpus, tokenizer_fingerprint=opened.tokenizer_fingerprint)
     training.check_hooks(options, evaluation_hooks(options))

@@ -347,9 +347,7 @@ class StageFactory:
     def _hash_harness_tasks(self, names: Any, folder: str, num_fewshot: int | None) -> str:
         """Hash harness tasks with their data; a dry run does without data."""
         try:
-            return hash_lm_eval_tasks(
-                load_lm_eval_tasks(dict(names), folder=folder, num_fewshot=num_fewshot, confirm_run_unsafe_code=True)
-            )
+            return hash_lm_eval_tasks(load_lm_eval_tasks(dict(names), folder=folder, num_fewshot=num_fewshot))
         except InputError:
             if self.config.dry_run:
                 return "unknown"

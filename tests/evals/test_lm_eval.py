@@ -92,19 +92,22 @@ def test_rolling_likelihood_of_a_trained_model(data_dir, stories260k):
     np.testing.assert_allclose(ours.loglikelihood_rolling(requests), expected, atol=TOLERANCE)
 
 
-def test_generation_is_that_of_the_hf_backend(stories260k):
+@pytest.mark.parametrize(
+    "most", [(40, 30, 120), pytest.param((60, 40, 300), marks=pytest.mark.nightly)], ids="{0[2]} tokens".format
+)
+def test_generation_is_that_of_the_hf_backend(stories260k, most):
     """Stop strings, an end token, a length limit and a truncated prompt."""
     long = "Tom and Sue went to the park. They saw a big dog and a cat. " * 16
     prompts = ["Once upon a time", "Lily had a red ball. She", long, "The sun was hot.\n", "<s>Once", ""]
     options = [
-        {"until": [".", "!"], "max_gen_toks": 40, "do_sample": False},
-        {"until": ["\n\n", "Lily"], "max_gen_toks": 30},
-        {"until": "park", "max_gen_toks": 120, "temperature": 0.0},
+        {"until": [".", "!"], "max_gen_toks": most[0], "do_sample": False},
+        {"until": ["\n\n", "Lily"], "max_gen_toks": most[1]},
+        {"until": "park", "max_gen_toks": most[2], "temperature": 0.0},
     ]
     pairs = [(prompt, dict(option)) for option in options[:2] for prompt in prompts[:-1]]
     requests = instances("generate_until", [*pairs, *((prompt, dict(options[2])) for prompt in (prompts[0], long))])
     ours = our_backend(stories260k)
-    assert len(ours.tok_encode(long)) > ours.max_length - 120
+    assert len(ours.tok_encode(long)) > ours.max_length - most[2]
     found = ours.generate_until(requests)
     assert found == hf_backend(stories260k, batch_size=1).generate_until(requests)
     assert any(len(ours.tok_encode(text)) > 32 for text in found)

@@ -80,11 +80,11 @@ def test_results_do_not_depend_on_the_batch(model):
     assert together == alone
 
 
-def test_draws_follow_the_distribution_and_depend_on_seed_and_request_id_alone(model):
+@pytest.mark.parametrize("n", [200, pytest.param(500, marks=pytest.mark.nightly)])
+def test_draws_follow_the_distribution_and_depend_on_seed_and_request_id_alone(model, n):
     sampling_params = SamplingParams(max_tokens=1, temperature=0.7, top_k=4)
     (prompt,) = prompts([37])
-    n = 200
-    first = generate(model, [prompt] * n, sampling_params, seed=3, batch_size=100)
+    first = generate(model, [prompt] * n, sampling_params, seed=3, batch_size=n // 2)
     logits = np.sort(model.logits(np.array([prompt]))[0, -1].astype(np.float64))[::-1][:4]
     expected = np.exp(logits / 0.7) / np.exp(logits / 0.7).sum() * n
     tokens, counts = np.unique([row[0] for row in first], return_counts=True)
@@ -92,10 +92,10 @@ def test_draws_follow_the_distribution_and_depend_on_seed_and_request_id_alone(m
     found = np.zeros(4)
     found[[order.index(token) for token in tokens]] = counts
     assert stats.chisquare(found, expected).pvalue > 1e-3
-    again = generate(model, [prompt] * 3, sampling_params, seed=3, request_ids=[7, 199, 0], batch_size=100)
-    assert again == [first[7], first[199], first[0]]
-    other = generate(model, [prompt] * 100, sampling_params, seed=4, batch_size=100)
-    assert other != first[:100]
+    again = generate(model, [prompt] * 3, sampling_params, seed=3, request_ids=[7, n - 1, 0], batch_size=n // 2)
+    assert again == [first[7], first[n - 1], first[0]]
+    other = generate(model, [prompt] * (n // 2), sampling_params, seed=4, batch_size=n // 2)
+    assert other != first[: n // 2]
 
 
 def test_more_tokens_than_positions_are_refused(model):

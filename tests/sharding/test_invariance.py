@@ -49,7 +49,7 @@ def reference(load, request) -> SampleBatch:
 
 def test_stories_end_with_the_id_the_model_was_trained_on(load, reference):
     ended = reference.stopped
-    assert 0 < ended.sum() < len(ended) / 4
+    assert len(ended) / 100 < ended.sum() < len(ended) / 4
     assert set(reference.tokens[ended, reference.lengths[ended] - 1]) == {1}
     text = load("data=1,model=1").tokenizer.decode(reference.tokens[0])
     assert text.startswith("Once upon a time")

@@ -106,14 +106,15 @@ def test_a_model_without_tokenizer_gives_empty_text(config, tiny_model, tmp_path
     assert corpus.manifest["tokenizer_fingerprint"] is None
 
 
-def test_a_corpus_with_start_text_and_min_tokens_is_the_same_for_any_number_of_replicas(config, tmp_path):
+@pytest.mark.parametrize("replicas", [2, pytest.param(4, marks=pytest.mark.nightly)])
+def test_a_corpus_with_start_text_and_min_tokens_is_the_same_for_any_number_of_replicas(config, tmp_path, replicas):
     given = replace(config, start_text="<s> " + "the cat sat " * 12, min_tokens=20, temperature=1.25)
     one = sample(replace(given, out=str(tmp_path / "one")))
     assert len(one.manifest["policy"]["start_ids"]) > 33
     assert one.manifest["policy"]["min_tokens"] == 20
     assert {len(text.tokens) > 20 for text in one.iter_samples()} == {True}
-    two = sample(replace(given, out=str(tmp_path / "two"), mesh="data=2"))
-    assert _content(two.folder) == _content(one.folder)
+    many = sample(replace(given, out=str(tmp_path / "many"), mesh=f"data={replicas}"))
+    assert _content(many.folder) == _content(one.folder)
     with pytest.raises(InputError, match="min_tokens"):
         sample(replace(given, out=str(tmp_path / "one"), min_tokens=21))
 

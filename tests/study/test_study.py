@@ -28,6 +28,7 @@ from jax_selftrain.config import (
     PromptFormat,
     RunConfig,
     StudyConfig,
+    SubsetConfig,
     yaml_io,
 )
 from jax_selftrain.corpus import Corpus, Sample, open_corpus
@@ -387,6 +388,9 @@ def test_steps_are_required_and_options_of_the_study_are_refused(make: Make, inp
         ):
             check_study(replace(config, train=replace(config.train, steps=steps, packing=packing)))
         check_study(replace(config, train=replace(config.train, steps=steps - 1, packing=packing)))
+    long = replace(config, train=replace(config.train, steps=100))
+    check_study(replace(long, subset=SubsetConfig(tokens=100_000)))  # drawn with replacement
+    check_study(replace(long, students=("neox",), sources=("llama",)))  # another tokenizer may need more tokens
     with pytest.raises(InputError, match=r"sample\.seed is set by the study"):
         run_study(replace(config, sample=replace(config.sample, seed=4)))
     with pytest.raises(InputError, match="different tokenizers"):

@@ -54,22 +54,23 @@ def sample_words(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) ->
     return lambda out: ["sample", "--config", file, "--out", out]
 
 
+def run_alone(words: Words, out: Path) -> Path:
+    """Run a command in one process."""
+    codes, output = wait_for_all(start_processes(words(out), 1))
+    assert codes == [0], output
+    return out
+
+
 @pytest.fixture(scope="module")
 def corpus(sample_words: Words, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The corpus of one process."""
-    out = tmp_path_factory.mktemp("corpus") / "out"
-    codes, output = wait_for_all(start_processes(sample_words(out), 1))
-    assert codes == [0], output
-    return out
+    return run_alone(sample_words, tmp_path_factory.mktemp("corpus") / "out")
 
 
 @pytest.fixture(scope="module")
 def alone(words: Words, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process."""
-    out = tmp_path_factory.mktemp("alone") / "out"
-    codes, output = wait_for_all(start_processes(words(out), 1))
-    assert codes == [0], output
-    return out
+    return run_alone(words, tmp_path_factory.mktemp("alone") / "out")
 
 
 def stage_folders(out: Path, command: str) -> list[Path]:

@@ -17,7 +17,7 @@ from jax_selftrain.study.measure_names import (
 )
 
 _FACTORS = ("start_id", "start_text", "temperature", "learning_rate", "epochs")
-"""Options of arms with own text, from the corpus to the training; the last one that varies is the horizontal axis."""
+"""Options of arms with own text, from the corpus to the training; the last number that varies is horizontal."""
 
 
 def write_capability(results: Results) -> Chapter | None:
@@ -135,19 +135,20 @@ def write_response_surface(results: Results) -> Chapter | None:
     """Return the chapter on arms that vary several options; else None."""
     records, main = _list_settings(results), main_measure(results)
     factors = [name for name in _FACTORS if len({str(record[name]) for record in records}) > 1]
-    if len(factors) < 2:
+    numbers = [name for name in factors if all(isinstance(record[name], int | float) for record in records)]
+    if len(factors) < 2 or not numbers:
         return None
-    chapter = Chapter("Response surface")
-    *others, across = factors
+    chapter, across = Chapter("Response surface"), numbers[-1]
     names = [name for name in common_measures(records) if is_primary_format(name)]
     for student in dict.fromkeys(record["student"] for record in records):
-        own = sorted((one for one in records if one["student"] == student), key=lambda one: float(one[across] or 0))
+        own = sorted((one for one in records if one["student"] == student), key=lambda one: float(one[across]))
         points: dict[str, list[tuple[float, ...]]] = {}
         for one in own:
+            others = (name for name in factors if name != across and one[name] is not None)
             label = ", ".join(f"{name.replace('_', ' ')} {one[name]}" for name in others)
             change = fmt.parse_change(one["measures"][main], main)
             low, high = (change.value if end is None else end for end in (change.low, change.high))
-            points.setdefault(label, []).append((float(one[across] or 0), change.value, low, high))
+            points.setdefault(label, []).append((float(one[across]), change.value, low, high))
         lines = {label: tuple(zip(*rows, strict=True)) for label, rows in points.items()}
         panel = (across.replace("_", " "), f"change: {fmt.format_measure(main)}", lines)
         key = fmt.slugify(student)
