@@ -41,8 +41,11 @@ def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(
+    scope="module", params=[(100,), pytest.param((100, 101), marks=pytest.mark.nightly)], ids="seeds {}".format
+)
 def config(
+    request: pytest.FixtureRequest,
     task_folder: Path,
     options: Callable[..., RunConfig],
     tiny_model: Callable[..., Path],
@@ -53,7 +56,7 @@ def config(
     return StudyConfig(
         out=str(tmp_path_factory.mktemp("study") / "out"),
         models=(ModelConfig("llama", str(tiny_model("llama"))),),
-        seeds=(100,),
+        seeds=request.param,
         mesh="data=1",
         sample=replace(small.sample, seed=0),
         train=replace(small.train, steps=2, checkpoint_every=2, seed=0, max_epochs=1.0),
@@ -73,7 +76,7 @@ def test_accuracies_are_those_of_the_harness_with_its_hf_backend(finished: Path,
 
     manager = TaskManager(include_path=config.score.task_folder, include_defaults=False)
     cells = json.loads((finished / "results.json").read_text())["cells"]
-    assert len(cells) == 1
+    assert len(cells) == len(config.seeds)
     design = make_design(config)
     for cell, planned in zip(cells, design.cells, strict=True):
         folders = {"before": config.models[0].model, "after": str(design.folder(planned.train) / "model")}

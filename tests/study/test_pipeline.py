@@ -27,16 +27,26 @@ from jax_selftrain.study import run, run_study
 from jax_selftrain.study.design import make_design
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(
+    scope="module", params=[("llama",), pytest.param(("llama", "neox"), marks=pytest.mark.nightly)], ids=" ".join
+)
 def config(
-    options: Callable[..., RunConfig], tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    options: Callable[..., RunConfig],
+    tiny_model: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> StudyConfig:
-    """Own text with two starts, two seeds, one or three epochs of 300 tokens."""
+    """Own text with two starts, two seeds, one or three epochs of 300 tokens; every night also a second source."""
     small, folder = options(Path("unused")), tmp_path_factory.mktemp("pipeline")
     texts = write_jsonl(folder / "benchmark.jsonl", [{"text": "The benchmark has these five words."}])
     return StudyConfig(
         out=str(folder / "out"),
-        models=(ModelConfig("llama", str(tiny_model("llama")), start_text="<s>"),),
+        models=(
+            ModelConfig("llama", str(tiny_model("llama")), start_text="<s>"),
+            ModelConfig("neox", str(tiny_model("gpt_neox", vocab_size=320))),
+        ),
+        students=("llama",),
+        sources=request.param,
         arms=(
             ArmConfig("one epoch", epochs=1),
             ArmConfig("one epoch, cool, from a text", epochs=1, temperature=0.7, start_text="the cat"),
@@ -61,7 +71,12 @@ def finished(config: StudyConfig) -> Path:
 def test_seeds_share_the_samples_and_draw_their_own_subsets(finished: Path, config: StudyConfig):
     design = make_design(config)
     kinds = [stage.command for stage in design.ordered_stages]
-    assert (kinds.count("sample"), kinds.count("decontaminate_tasks"), kinds.count("subset")) == (2, 2, 4)
+    corpora = 1 + len(config.sources)  # of each source, and of the arm with another start
+    assert [kinds.count(kind) for kind in ("sample", "decontaminate_tasks", "subset")] == [
+        corpora,
+        corpora,
+        2 * corpora,
+    ]
     for stage in design.ordered_stages:
         if stage.command == "subset":
             (clean,) = stage.dependencies
@@ -71,10 +86,11 @@ def test_seeds_share_the_samples_and_draw_their_own_subsets(finished: Path, conf
             assert subset.manifest["policy"]["min_tokens"] == 9
             assert (design.folder(clean) / "decontamination.json").exists()
             sampled = clean.dependencies[0].identity
-            assert (sampled["start_text"], sampled["temperature"]) in {("<s>", 1.25), ("the cat", 0.7)}
+            assert subset.manifest["policy"]["temperature"] == sampled["temperature"]
+            assert (sampled["start_text"], sampled["temperature"]) in {("<s>", 1.25), ("the cat", 0.7), (None, 1.25)}
     results = json.loads((finished / "results.json").read_text())
-    assert len(results["cells"]) == 6
-    assert len({cell["corpus"] for cell in results["cells"]}) == 4
+    assert len(results["cells"]) == 2 * (len(config.sources) + len(config.arms))
+    assert len({cell["corpus"] for cell in results["cells"]}) == 2 * corpora
 
 
 def test_every_epoch_is_evaluated(finished: Path, config: StudyConfig):
