@@ -68,7 +68,7 @@ COMMANDS: dict[str, Command] = {
     "report": Command(config.ReportConfig, "jax_selftrain.report:write_report", {"DIR": "folder"}),
 }
 
-DISTRIBUTED_COMMANDS = ("convert", "sample", "train", "merge", "score", "extract", "run")
+DISTRIBUTED_COMMANDS = ("convert", "sample", "train", "merge", "score", "extract", "run", "study")
 """Commands that several processes can run together; they also take the flags of `DistributedConfig`."""
 
 CONFIG_FILE = "config"

@@ -21,6 +21,7 @@ from jax_selftrain.config.corpus_commands import SubsetConfig as SubsetConfig
 from jax_selftrain.config.study import ArmConfig as ArmConfig
 from jax_selftrain.config.study import ClaimConfig as ClaimConfig
 from jax_selftrain.config.study import DemoConfig as DemoConfig
+from jax_selftrain.config.study import KeepModels as KeepModels
 from jax_selftrain.config.study import MemorizationConfig as MemorizationConfig
 from jax_selftrain.config.study import ModelConfig as ModelConfig
 from jax_selftrain.config.study import PairConfig as PairConfig

@@ -17,9 +17,11 @@ from jax_selftrain.config.metadata import (
     Range,
     Required,
     SetByStudy,
+    Shorthand,
 )
 
 T = TypeVar("T")
+_Tasks = Annotated[T, Shorthand("{name}@{num_fewshot}")]
 _Decay = Annotated[T, Range("in [0, 1)", lambda value: 0 <= value < 1)]
 _Points = Annotated[T, Range("above 0 and at most 100 points", lambda value: 0 < value <= 100)]
 
@@ -66,6 +68,8 @@ class SampleConfig:
     """Slots of the decode batch on each replica."""
     samples_per_shard: AtLeastOne[int] = 1024
     """Samples in one Parquet shard, the unit of work and of resumption."""
+    extend: SetByStudy[Input[str]] = ""
+    """Corpus with fewer samples and otherwise the same options, whose full shards are copied instead of drawn."""
     mesh: Execution[str] = ""
     """Device mesh, for instance `data=4,model=2`; unset: all devices on `data`."""
     preset: Execution[Preset] = "tensor"
@@ -196,6 +200,10 @@ class TrainConfig:
     """Suffix tokens of `eval_sequences`."""
     eval_limit: Evaluation[AtLeastOne[int | None]] = None
     """Number of items of each evaluation file; unset: all."""
+    eval_split: Evaluation[Literal["all", "dev", "test"]] = "all"
+    """Items of `eval_texts` and `eval_tasks`: all, or the dev (30 %) or test split by hash of their content."""
+    best_epoch: bool = False
+    """The result is the epoch with the best accuracy of `eval_tasks` on dev items, instead of the last epoch."""
     wandb: Execution[str] = ""
     """Weights & Biases project to log to; requires `wandb`."""
     log_every: Execution[AtLeastOne[int]] = 1
@@ -208,9 +216,9 @@ class ScoreConfig:
 
     model: Required[SetByStudy[Input[str]]] = ""
     """Model to score."""
-    tasks: Input[tuple[str, ...]] = ()
+    tasks: _Tasks[Input[tuple[str, ...]]] = ()
     """JSONL task files (`blimp:FILE`, `arc:FILE`, `piqa:FILE`, `lambada:FILE`), lm-evaluation-harness tasks, or a
-    suite; `NAME@25` has 25 few-shot examples."""
+    suite; `NAME@25`, or in YAML `{name: NAME, num_fewshot: 25}`, has 25 few-shot examples."""
     num_fewshot: int | None = None
     """Few-shot examples of lm-evaluation-harness tasks without their own; unset: the task's number, else 0."""
     task_folder: Input[str] = ""

@@ -46,14 +46,16 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class SubsetConfig:
-    """Draw random documents of a corpus, up to a token budget."""
+    """Draw random documents of a corpus, up to a size."""
 
     corpus: Required[SetByStudy[Input[str]]] = ""
     """Corpus folder to read."""
     out: Required[SetByStudy[OutputFolder[str]]] = ""
     """Corpus folder to write."""
-    tokens: Required[AtLeastOne[int | None]] = None
+    tokens: AtLeastOne[int | None] = None
     """Number of tokens at which drawing ends."""
+    bytes: AtLeastOne[int | None] = None
+    """Number of bytes of text (UTF-8) at which drawing ends, instead of tokens: equal for all tokenizers."""
     draw: Literal["bootstrap", "without-replacement"] = "bootstrap"
     """`bootstrap`: uniformly with replacement; `without-replacement`: each document at most once."""
     subset: SetByStudy[NonNegative[int]] = 0

@@ -72,6 +72,14 @@ Probability = Annotated[T, Range("in [0, 1]", lambda value: 0 <= value <= 1)]
 
 
 @dataclasses.dataclass(frozen=True)
+class Shorthand:
+    """Section that is accepted as an entry instead of text."""
+
+    template: str
+    """The equal text, with the keys of the section, which are required, in braces."""
+
+
+@dataclasses.dataclass(frozen=True)
 class AppliesTo:
     """Kinds of arm that an option of `ArmConfig` applies to."""
 
@@ -99,6 +107,12 @@ def fields_with_role(cls: type, role: Role) -> tuple[str, ...]:
 def ranges(cls: type) -> Mapping[str, Range]:
     """Return the ranges of the fields of a configuration class."""
     return {name: item for name, items in _metadata(cls).items() for item in items if isinstance(item, Range)}
+
+
+@cache
+def shorthands(cls: type) -> Mapping[str, Shorthand]:
+    """Return the shorthands of the fields of a configuration class."""
+    return {name: item for name, items in _metadata(cls).items() for item in items if isinstance(item, Shorthand)}
 
 
 def applicable_kinds(cls: type, name: str) -> tuple[str, ...] | None:

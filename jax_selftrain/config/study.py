@@ -17,6 +17,8 @@ from jax_selftrain.config.metadata import (
     Required,
 )
 
+KeepModels = Literal["all", "last", "none"]
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -35,7 +37,7 @@ class RunConfig:
     decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
     """Removal of benchmark overlap from the samples; skipped without `tasks` and `texts`."""
     subset: SubsetConfig = field(default_factory=SubsetConfig)
-    """Subset of the samples to train on; skipped without `tokens`."""
+    """Subset of the samples to train on; skipped without `tokens` and `bytes`."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Training of the student."""
     score: ScoreConfig = field(default_factory=ScoreConfig)
@@ -78,6 +80,8 @@ class ModelConfig:
     """Name in the study."""
     model: Input[str] = ""
     """Model, as in other commands."""
+    revisions: tuple[str, ...] = ()
+    """Revisions on the Hugging Face hub (branches, tags, commits): each is a model NAME@REVISION of the study."""
     stop_ids: tuple[int, ...] | None = None
     """Token ids that end its samples; the first one ends each training document. Unset: the tokenizer's."""
     start_id: int | None = None
@@ -269,7 +273,7 @@ class StudyConfig:
     decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
     """Removal of benchmark overlap from the samples; skipped without `tasks` and `texts`."""
     subset: SubsetConfig = field(default_factory=SubsetConfig)
-    """Subset of the samples that each seed trains on; skipped without `tokens`."""
+    """Subset of the samples that each seed trains on; skipped without `tokens` and `bytes`."""
     train: TrainConfig = field(default_factory=lambda: TrainConfig(max_epochs=1.0))
     """Training of all cells; `steps` is required."""
     score: ScoreConfig = field(default_factory=ScoreConfig)
@@ -288,6 +292,12 @@ class StudyConfig:
     """Sharding of parameters in all stages; unset: the stage's own."""
     dtype: DType | None = None
     """Type for all stages; unset: the stage's own."""
+    split: Literal["all", "dev", "test"] = "all"
+    """Items of tasks and texts that the results compare: all, or the dev (30 %) or test split by hash of their content;
+    the recipe may be tuned on dev items alone."""
+    keep_models: Execution[KeepModels] = "all"
+    """Weights to keep: `all`, `last` (trained models, without checkpoints), or `none` (models until every stage that
+    reads them is done; a later stage trains them again)."""
     dry_run: Execution[bool] = False
     """Print the stages and their cost without running them."""
 

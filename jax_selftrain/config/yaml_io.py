@@ -10,6 +10,7 @@ import dataclasses
 import math
 import os
 import re
+import string
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
 
-from jax_selftrain.config.metadata import Role, fields_with_role, ranges
+from jax_selftrain.config.metadata import Role, fields_with_role, ranges, shorthands
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.io.remote_paths import restore_uris
@@ -184,6 +185,7 @@ def _build(cls: type[Config], data: Any, base: Any, *, where: str, section: str,
     if not isinstance(data, Mapping):
         position = f"`{section}`" if section else "the top level"
         raise InputError(f"{where}: expected a section of keys and values at {position}, found {_format_value(data)}")
+    schema: type = cls
     hints = typing.get_type_hints(cls)
     prefix = f"{section}." if section else ""
     values: dict[str, Any] = {}
@@ -197,8 +199,21 @@ def _build(cls: type[Config], data: Any, base: Any, *, where: str, section: str,
             inner = getattr(base, name)
             values[name] = _build(hints[name], value, inner, where=where, section=f"{prefix}{name}", root=root)
         else:
+            if (short := shorthands(schema).get(name)) and isinstance(value, list):
+                value = [_shorten(short.template, entry, where=f"{where}: `{full}`") for entry in value]
             values[name] = _convert(hints[name], value, where=f"{where}: `{full}`")
     return dataclasses.replace(base, **values)
+
+
+def _shorten(template: str, entry: Any, *, where: str) -> Any:
+    """Replace a section by the equal text."""
+    if not isinstance(entry, Mapping):
+        return entry
+    keys = [key for _, key, _, _ in string.Formatter().parse(template) if key]
+    if sorted(map(str, entry)) != sorted(keys):
+        needed = " and ".join(f"`{key}`" for key in keys)
+        raise InputError(f"{where}: an entry is text, or a section with {needed}; found {_format_value(dict(entry))}")
+    return template.format(**entry)
 
 
 def _convert(tp: Any, value: Any, *, where: str) -> Any:

@@ -16,6 +16,7 @@ from jax_selftrain.corpus.token_source import LazilyTokenized as LazilyTokenized
 from jax_selftrain.corpus.token_source import RaggedTokens as RaggedTokens
 from jax_selftrain.corpus.token_source import TokenSource as TokenSource
 from jax_selftrain.corpus.token_source import memmap_tokens as memmap_tokens
+from jax_selftrain.corpus.transforms import check_subset as check_subset
 from jax_selftrain.corpus.transforms import draw_subset as draw_subset
 from jax_selftrain.corpus.transforms import remove_overlapping as remove_overlapping
 from jax_selftrain.corpus.transforms import retokenize as retokenize

@@ -6,6 +6,7 @@ samples and the pyarrow version alone. `corpus.json` is assembled from the recor
 on meshes and restarts; the rest (mesh, seconds) stays in the records.
 """
 
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -155,6 +156,32 @@ class CorpusWriter:
         }
         atomic.write_json(self.record_path(index), written)
         return written
+
+    def copy_shards(self, folder: atomic.PathLike) -> None:
+        """Copy the missing shards that a corpus with fewer samples has.
+
+        Raises:
+            InputError: the corpus differs in more than the number of samples (the message names the difference), or is
+                not complete.
+        """
+        folder = Path(folder)
+        request = atomic.read_json(folder / REQUEST)
+        if difference := first_mismatch({**request, "samples": self.request["samples"]}, dict(self.request)):
+            raise InputError(
+                f"{folder}: was created with {difference[0]} = {difference[1]!r}, this command has "
+                f"{difference[2]!r}; it cannot be extended"
+            )
+        shorter = CorpusWriter(folder, request)
+        for index in self.missing():
+            if index >= len(shorter.shards) or shorter.sample_ids(index) != self.sample_ids(index):
+                return
+            name, record = self.shards[index], atomic.read_json(shorter.record_path(index))
+            verify_checksums(folder, {name: record}, fix_hint=FIX_HINT)
+            if not (self.folder / REQUEST).exists():
+                atomic.write_json(self.folder / REQUEST, self.request)
+            with atomic.commit_file(self.folder / name) as aside:
+                shutil.copyfile(folder / name, aside)
+            atomic.write_json(self.record_path(index), record)
 
     def convert_missing(
         self, items: Iterable[_Item], convert: Callable[[list[_Item], range], tuple[list[Sample], Mapping[str, int]]]

@@ -11,8 +11,9 @@ A decontaminated corpus lacks every document that shares a run of tokens with so
 them. It is also smaller and holds other text. The size-matched control therefore drops equally many other documents of
 the same finish reasons and similar lengths.
 
-A subset has random documents up to a token budget. Draw k of subset s is keyed by (seed, s, k), so that a larger subset
-begins with the draws of a smaller one and subsets are independent replicates. arXiv:2605.31126 draws with replacement.
+A subset has random documents up to a number of tokens or bytes. Draw k of subset s is keyed by (seed, s, k), so that a
+larger subset begins with the draws of a smaller one and subsets are independent replicates. arXiv:2605.31126 draws with
+replacement.
 """
 
 from __future__ import annotations
@@ -211,7 +212,7 @@ def _write_without(
 
 
 def draw_subset(config: SubsetConfig) -> Corpus:
-    """Write documents drawn from a corpus until the token budget is reached.
+    """Write documents drawn from a corpus until the budget is reached.
 
     The last draw may exceed the budget. Documents are in the order of the source; one drawn twice is there twice.
 
@@ -219,43 +220,52 @@ def draw_subset(config: SubsetConfig) -> Corpus:
         InputError: an option is out of range, a folder cannot be read or written, or the corpus has too few tokens.
     """
     yaml_io.require(config)
+    check_subset(config)
     source = open_corpus(config.corpus)
-    lengths = np.concatenate([lengths for _, lengths in source.token_batches()])
-    copies = count_draws(lengths, config.tokens or 0, config.draw, config.seed, config.subset, where=config.corpus)
-    policy = {f"subset {name}": getattr(config, name) for name in ("tokens", "draw", "subset", "seed")}
+    if config.tokens is None:
+        unit, lengths = "bytes", np.array([len(text.encode()) for text in source.iter_texts()])
+    else:
+        unit, lengths = "tokens", np.concatenate([lengths for _, lengths in source.token_batches()])
+    copies = count_draws(lengths, unit, config, where=config.corpus)
+    policy = {f"subset {name}": getattr(config, name) for name in (unit, "draw", "subset", "seed")}
     return map_corpus(source, config.out, "subset", {"policy": policy}, lambda samples: (samples, {}), copies=copies)
 
 
-def count_draws(lengths: np.ndarray, tokens: int, draw: str, seed: int, subset: int, *, where: str) -> np.ndarray:
+def check_subset(config: SubsetConfig) -> None:
+    """Refuse a subset without a budget, or with two."""
+    if (config.tokens is None) == (config.bytes is None):
+        raise InputError("a subset has a number of --tokens or of --bytes; give one of them")
+
+
+def count_draws(lengths: np.ndarray, unit: str, config: SubsetConfig, *, where: str) -> np.ndarray:
     """Count how often each document is drawn.
 
     Args:
-        lengths: int [N], tokens of each document.
-        tokens: the budget.
-        draw: `bootstrap` (with replacement) or `without-replacement`.
-        seed, subset: key of the draws.
+        lengths: int [N], tokens or bytes of each document.
+        unit: unit of the lengths and of the budget, `tokens` or `bytes`.
+        config: the budget, the draw and the key of the draws.
         where: the corpus, for messages.
 
     Returns:
         int64 [N].
     """
-    total = int(lengths.sum())
-    if not total or (draw == "without-replacement" and total < tokens):
+    total, budget = int(lengths.sum()), getattr(config, unit)
+    if not total or (config.draw == "without-replacement" and total < budget):
         raise InputError(
-            f"{where}: has {total:,} tokens, less than the {tokens:,} to draw without replacement; sample more, lower "
-            "--tokens, or draw with --draw bootstrap"
+            f"{where}: has {total:,} {unit}, less than the {budget:,} to draw without replacement; sample more, lower "
+            f"--{unit}, or draw with --draw bootstrap"
         )
-    rng = make_rng("subset", seed, subset)
+    rng = make_rng("subset", config.seed, config.subset)
     order, drawn = np.zeros(0, np.int64), np.zeros(1, np.int64)
-    if draw == "without-replacement":
+    if config.draw == "without-replacement":
         order = random_permutation(rng, len(lengths))
         drawn = np.cumsum(lengths[order])
-    while drawn[-1] < tokens:
+    while drawn[-1] < budget:
         # 64 random bits modulo N: the bias is below N / 2^64.
         more = (rng.bit_generator.random_raw(4096) % np.uint64(len(lengths))).astype(np.int64)
         order = np.concatenate([order, more])
         drawn = np.cumsum(lengths[order])
-    return np.bincount(order[: np.searchsorted(drawn, tokens) + 1], minlength=len(lengths))
+    return np.bincount(order[: np.searchsorted(drawn, budget) + 1], minlength=len(lengths))
 
 
 def map_corpus(

@@ -13,7 +13,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,14 @@ def _temporary(path: PathLike) -> Iterator[tuple[Path, Path]]:
             yield target, temp
         finally:
             _remove(temp)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, if it exists, by one rename."""
+    hidden = temp_path(path, "tmp")
+    with suppress(FileNotFoundError):  # another process may remove it
+        path.rename(hidden)
+        _remove(hidden)
 
 
 def write_text(path: PathLike, text: str) -> None:

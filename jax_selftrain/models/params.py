@@ -73,6 +73,11 @@ def _param_tree(config: DecoderConfig) -> list[tuple[tuple[str, ...], Any]]:
     return list(nnx.to_flat_state(nnx.split(Decoder(config))[1]))
 
 
+def count_params(config: DecoderConfig) -> int:
+    """Return the number of parameters."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
+
+
 def abstract_params(
     config: DecoderConfig, dtype: DTypeLike = jnp.float32, rules: ShardingRules | None = None
 ) -> Params:

@@ -69,6 +69,8 @@ def _sample(config: SampleConfig) -> Corpus:
     source = hub.open_model(config.model)
     sampling_params = _open_sampling_params(config, source)
     writer = CorpusWriter.open(out, _make_request(config, source, sampling_params))
+    if config.extend:
+        writer.copy_shards(config.extend)
     atomic.remove_stale_temp_files(out / "timings")
     if writer.missing():
         mesh = make_mesh(config.mesh, devices=jax.local_devices())

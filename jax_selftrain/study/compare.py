@@ -104,11 +104,6 @@ def _check_names(config: CompareConfig, pairs: Pairs) -> None:
             raise InputError(
                 f"--primary-tasks {name}: is not a scored task{yaml_io.did_you_mean(name, tasks) or known}"
             )
-    for name, pair in pairs.items():
-        if pair.part(config.split).base.count == 0:
-            raise InputError(
-                f"{name}: none of its {pair.base.count:,} documents is in the {config.split} split; use --split all"
-            )
 
 
 def _declaration(config: CompareConfig, models: Sequence[Sequence[str]], path: Path) -> dict[str, Any]:

@@ -18,9 +18,11 @@ from typing import Any
 
 import jax
 
+from jax_selftrain.config import KeepModels
 from jax_selftrain.distributed import broadcast_one_to_all
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
+from jax_selftrain.io.lease import lease
 from jax_selftrain.io.manifest import hash_json
 from jax_selftrain.io.work_queue import run_missing
 from jax_selftrain.version import versions
@@ -75,7 +77,11 @@ class Stage:
     flops: float = 0.0
     """FLOPs for these tokens, by the convention of `training.flops_per_token`."""
     is_collective: bool = False
-    """All processes of a distributed program run it together; other stages run in programs of one process."""
+    """All processes of a distributed program run it together; of other stages, process 0."""
+    needs_devices: bool = False
+    """Computes on devices; such a stage that is not collective runs in programs of one process only."""
+    model_bytes: int = 0
+    """Size of the model that it writes, in float32."""
 
     @cached_property
     def record(self) -> dict[str, Any]:
@@ -137,29 +143,44 @@ def topological_order(targets: Iterable[Stage]) -> list[Stage]:
 
 def check_processes(stages: Iterable[Stage]) -> None:
     """Refuse stages that processes of one program cannot run together. Raises InputError."""
-    if jax.process_count() > 1 and (single := [stage.label for stage in stages if not stage.is_collective]):
+    single = [stage.label for stage in stages if stage.needs_devices and not stage.is_collective]
+    if single and jax.process_count() > 1:
         raise InputError(
             f"cannot {single[0]} in a program of {jax.process_count()} processes; start the command on every host "
-            "without --coordinator: the hosts then share the stages"
+            "with --num-processes 1: the hosts then share the stages"
         )
 
 
-def run_all(root: Path, stages: Sequence[Stage]) -> None:
+def run_all(root: Path, stages: Sequence[Stage], keep_models: KeepModels = "all") -> None:
     """Run all stages and their dependencies; return when all are done.
 
     Processes that share the folder share the stages. The processes of one distributed program run every stage together,
-    and process 0 claims it.
+    and process 0 claims it. `keep_models`: see `StudyConfig`.
     """
     stages = topological_order(stages)
     check_processes(stages)
     if jax.process_index() == 0:
         root.mkdir(parents=True, exist_ok=True)
         atomic.remove_stale_temp_files(root)
+        _forget_removed(root, stages)
     done: set[str] = set()
+    readers: dict[str, set[str]] = {stage.key: set() for stage in stages}
+    for stage in stages:
+        for one in stage.dependencies:
+            readers[one.key].add(stage.key)
+
+    def remove_weights(stage: Stage) -> None:
+        if jax.process_index() == 0 and stage.model_bytes:
+            atomic.remove_folder(root / stage.name / "checkpoints")
+            if keep_models == "none" and readers[stage.key] <= done and (root / stage.name / "model").is_dir():
+                atomic.write_json(root / f"{stage.name}.json", {"key": stage.key, **stage.record, "removed": True})
+                atomic.remove_folder(root / stage.name / "model")
 
     def finish(stage: Stage) -> None:
         if stage.key not in done:
             done.add(stage.key)
+            for one in (stage, *stage.dependencies) if keep_models != "all" else ():
+                remove_weights(one)
             if sys.stderr.isatty() and jax.process_index() == 0:
                 print(f"jax-selftrain: {len(done)} of {len(stages)}: {stage.label}", file=sys.stderr, flush=True)
 
@@ -169,7 +190,8 @@ def run_all(root: Path, stages: Sequence[Stage]) -> None:
                 folder = root / stage.name
                 broadcast_one_to_all(partial(folder.mkdir, exist_ok=True))
                 began = time.monotonic()
-                stage.run(folder)
+                run = partial(stage.run, folder)
+                _ = run() if stage.is_collective else broadcast_one_to_all(partial(_without_result, run))
                 if jax.process_index() == 0:
                     atomic.write_json(root / f"{stage.name}.seconds.json", {"seconds": time.monotonic() - began})
                     atomic.write_json(root / f"{stage.name}.json", {"key": stage.key, **stage.record})
@@ -184,3 +206,19 @@ def run_all(root: Path, stages: Sequence[Stage]) -> None:
         agree=broadcast_one_to_all,
         on_done=finish,
     )
+
+
+def _without_result(run: Callable[[], object]) -> None:
+    run()
+
+
+def _forget_removed(root: Path, stages: Iterable[Stage]) -> None:
+    """Make finished stages missing whose removed model a missing stage reads."""
+    pending = [stage for stage in stages if not is_done(root, stage)]
+    while pending:
+        for stage in pending.pop().dependencies:
+            with lease(root / f".{stage.name}.lease") as is_acquired:  # else, another process runs it again
+                if is_acquired and is_done(root, stage) and "removed" in atomic.read_json(root / f"{stage.name}.json"):
+                    (root / f"{stage.name}.json").unlink()
+                    atomic.remove_folder(root / stage.name)
+                    pending.append(stage)

@@ -9,12 +9,13 @@ The design reads configs, tokenizers and fingerprints, and exists before any sta
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jax_selftrain.config import ArmConfig, ModelConfig, PairConfig, StudyConfig
 from jax_selftrain.corpus import Corpus
+from jax_selftrain.errors import InputError
 from jax_selftrain.study.dag import Stage, topological_order
 from jax_selftrain.study.measure_names import MAIN_EFFECT
 from jax_selftrain.study.stage_factory import StageFactory, StudyModel
@@ -76,6 +77,41 @@ class Design:
     def folder(self, stage: Stage) -> Path:
         """Return the folder of a stage."""
         return self.root / stage.name
+
+
+def expand_revisions(config: StudyConfig) -> StudyConfig:
+    """Replace each model with `revisions` by one model for each of them.
+
+    Lists of models that name it name all of them then; a pair of it with itself is each with itself. Raises InputError
+    if its reference has a revision already.
+    """
+    found = {model.name: [f"{model.name}@{one}" for one in model.revisions] or [model.name] for model in config.models}
+
+    def expand(names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(one for name in names for one in found.get(name, [name]))
+
+    models: list[ModelConfig] = []
+    for model in config.models:
+        if model.revisions and (Path(model.model).exists() or "@" in model.model):
+            raise InputError(f"models: {model.name}: {model.model} has no `revisions`; give a hub id without `@`")
+        lineage = model.lineage or (model.name if model.revisions else "")
+        models += [
+            replace(model, name=f"{model.name}@{one}", model=f"{model.model}@{one}", lineage=lineage, revisions=())
+            for one in model.revisions
+        ] or [model]
+    return replace(
+        config,
+        models=tuple(models),
+        students=expand(config.students),
+        sources=expand(config.sources),
+        pairs=tuple(
+            PairConfig(student, source)
+            for pair in config.pairs
+            for student in expand([pair.student])
+            for source in ([student] if pair.source == pair.student else expand([pair.source]))
+        ),
+        arms=tuple(replace(arm, students=expand(arm.students)) for arm in config.arms),
+    )
 
 
 def make_design(config: StudyConfig, read_corpus: Callable[[str], Corpus] | None = None) -> Design:

@@ -18,7 +18,10 @@ import numpy as np
 
 from jax_selftrain import evals, hub, likelihood, training
 from jax_selftrain.config import ExtractConfig, ScoreConfig, TrainConfig, yaml_io
+from jax_selftrain.errors import InputError
+from jax_selftrain.evals.item_results import Split, dev_test_split, item_hash
 from jax_selftrain.evals.task_names import split_names
+from jax_selftrain.evals.tasks import Task
 from jax_selftrain.hub import LoadedModel
 from jax_selftrain.io.manifest import hash_json
 from jax_selftrain.training import Hook
@@ -41,8 +44,10 @@ def evaluation_hooks(config: TrainConfig) -> list[Hook]:
     training.check_train_config(config)
     if not (config.eval_texts or config.eval_tasks or config.eval_sequences):
         return []
-    tasks = evals.load_tasks(config.eval_tasks, config.eval_limit)
-    texts = evals.load_texts(config.eval_texts, config.eval_limit)
+    tasks, texts = (
+        [_select(task, config.eval_split) for task in load(files, config.eval_limit)]
+        for load, files in ((evals.load_tasks, config.eval_tasks), (evals.load_texts, config.eval_texts))
+    )
     evals.paths_by_name([*tasks, *texts])
     requests = evals.build_requests(hub.open_model(config.model), [*tasks, *texts])
     sequences = _load_sequences(config)
@@ -117,6 +122,18 @@ def summarize_curve(
         if name != "step"
     ]
     return {"step": [line["step"] for line in curve], "measures": measures}
+
+
+def _select(task: Task, split: Split) -> Task:
+    """Return a task or text file with the items of a split."""
+    members = [
+        question
+        for question in task.questions
+        if split in ("all", dev_test_split(item_hash(question.context, question.continuations)))
+    ]
+    if not members:
+        raise InputError(f"{task.path}: none of its items is in the {split} split; use --eval-split all")
+    return replace(task, questions=tuple(members))
 
 
 def _load_sequences(config: TrainConfig) -> dict[str, np.ndarray]:

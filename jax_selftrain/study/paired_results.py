@@ -53,8 +53,14 @@ class Pair(NamedTuple):
         return all(np.array_equal(*self.columns(name)) for name in ("loglikelihood", "acc", "acc_norm", "log_odds"))
 
     def part(self, split: Split) -> "Pair":
-        """Return the documents of a split."""
-        return Pair(self.base.select(split), self.student.select(split))
+        """Return the documents of a split. Raises InputError if there are none."""
+        found = Pair(self.base.select(split), self.student.select(split))
+        if not found.base.count:
+            raise InputError(
+                f"{self.base.name}: none of its {self.base.count:,} documents is in the {split} split; use the split "
+                "`all`"
+            )
+        return found
 
 
 def pair_results(base: ScoreResult, student: ScoreResult) -> dict[str, Pair]:

@@ -10,17 +10,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from jax_selftrain import hub
+from jax_selftrain import hub, training
 from jax_selftrain.config import ModelConfig, StudyConfig, yaml_io
 from jax_selftrain.config.metadata import Role, fields_with_role
-from jax_selftrain.evals.item_results import ScoreResult, load_score_result
+from jax_selftrain.evals.item_results import ScoreResult, Split, load_score_result
 from jax_selftrain.io import atomic
 from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.io.manifest import read_manifest
-from jax_selftrain.models import abstract_params
+from jax_selftrain.models import count_params
 from jax_selftrain.stats import estimators
 from jax_selftrain.stats.noninferiority import benjamini_hochberg
 from jax_selftrain.study import extraction_results, paired_results, proxies
@@ -100,9 +99,9 @@ def _describe_model(model: ModelConfig) -> dict[str, Any]:
     opened = hub.open_model(model.model)
     config = opened.config
     return {
-        **{key: value for key, value in asdict(model).items() if key not in ("model", "mesh")},
+        **{key: value for key, value in asdict(model).items() if key not in ("model", "mesh", "revisions")},
         "family": opened.raw_config["model_type"],
-        "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config))),
+        "parameters": count_params(config),
         "layers": config.num_layers,
         "width": config.hidden_size,
         "vocabulary": config.vocab_size,
@@ -154,8 +153,10 @@ def _describe_cell(
     found: dict[str, Any] = {
         **{name: getattr(cell, name) for name in ("student", "treatment", "source", "seed")},
         "corpus": cell.corpus and cell.corpus.key,
-        **_compare_tasks([pair for pair in pairs.values() if pair.base.kind != "text"]),
-        "texts": [paired_results.describe_text(pair) for pair in pairs.values() if pair.base.kind == "text"],
+        **_compare_tasks([pair for pair in pairs.values() if pair.base.kind != "text"], config.split),
+        "texts": [
+            paired_results.describe_text(pair.part(config.split)) for pair in pairs.values() if pair.base.kind == "text"
+        ],
         **extracted,
         "identical": extracted["identical"] and all(pair.identical() for pair in pairs.values()),
         "training": cell.train and _describe_training(design.folder(cell.train)),
@@ -167,32 +168,31 @@ def _describe_cell(
     return found | {"measures": cell_measures(found)}
 
 
-def _compare_tasks(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Compare each task, and the average over the eligible ones.
+def _compare_tasks(pairs: Sequence[Pair], split: Split) -> dict[str, Any]:
+    """Compare each task and their average on a split.
 
-    `q` is p after Benjamini and Hochberg's correction over the tasks.
+    The average is over the eligible tasks, which all items decide. `q` is p after Benjamini and Hochberg's correction
+    over the tasks.
     """
-    entries = [paired_results.describe_task(pair) for pair in pairs]
+    entries = [paired_results.describe_task(pair.part(split)) for pair in pairs]
     adjusted = benjamini_hochberg([entry["flips"]["mcnemar_p"] for entry in entries])
     for pair, entry, q in zip(pairs, entries, adjusted, strict=True):
         entry["flips"]["q"] = q
         entry["not_eligible"] = paired_results.ineligibility_reason(pair)
-    eligible = [pair for pair, entry in zip(pairs, entries, strict=True) if entry["not_eligible"] is None]
+    eligible = [pair.part(split) for pair, entry in zip(pairs, entries, strict=True) if entry["not_eligible"] is None]
     return {"tasks": entries, "macro": paired_results.average_tasks(eligible)}
 
 
 def _describe_training(run: Path) -> dict[str, Any]:
     description = atomic.read_json(run / "run.json")
-    lines, curve = (
-        [row for _, row in read_jsonl(path)] if path.exists() else []
-        for path in (run / "metrics.jsonl", run / "curve.jsonl")
-    )
+    lines, curve = [row for _, row in read_jsonl(run / "metrics.jsonl")], training.read_curve(run)
     logged = lines[:: max(1, len(lines) // LOG_POINTS)]
     return {
         "steps": description["steps"],
         "rows": description["rows"],
         "targets": sum(int(line["tokens"]) for line in lines) if len(lines) == description["steps"] else None,
         "log": {key: [line[key] for line in logged] for key in ("step", "loss", "learning_rate", "grad_norm")},
+        "best_step": training.best_step(curve) if description["options"].get("best_epoch") else None,
         "evaluations": summarize_curve(curve, description.get("evaluation", {}).get("measured", ())),
     }
 

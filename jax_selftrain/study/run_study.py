@@ -33,7 +33,7 @@ from jax_selftrain.config import (
     yaml_io,
 )
 from jax_selftrain.config.metadata import Role, applicable_kinds, fields_with_role, shared_overrides
-from jax_selftrain.corpus import Corpus, open_corpus, parse_mixture
+from jax_selftrain.corpus import Corpus, check_subset, open_corpus, parse_mixture
 from jax_selftrain.distributed import broadcast_one_to_all
 from jax_selftrain.distributed.mesh import make_mesh
 from jax_selftrain.errors import InputError
@@ -42,7 +42,7 @@ from jax_selftrain.evals.task_names import split_names
 from jax_selftrain.io import atomic, lease
 from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.study.dag import check_processes, is_done, run_all
-from jax_selftrain.study.design import Design, make_design
+from jax_selftrain.study.design import Design, expand_revisions, make_design
 from jax_selftrain.study.eval_hooks import evaluation_hooks, with_default_evals
 from jax_selftrain.study.measure_names import AFTER_RELEARNING, MAIN_EFFECT, UNSEEN
 from jax_selftrain.study.preregistration import check_claims, describe_power, freeze_claims, refuse_first
@@ -116,21 +116,21 @@ def run_study(config: StudyConfig) -> Path:
 
     Returns the folder, with `results.json`. Raises InputError if an option, model or file is missing or does not fit.
     """
-    read_corpus = cache(open_corpus)
+    config, read_corpus = expand_revisions(config), cache(open_corpus)
     check_study(config, read_corpus)
     design = make_design(config, read_corpus)
     check_processes(design.ordered_stages)
     folder = Path(config.out)
     if config.dry_run:
         earlier = load_results(folder / "results.json") if (folder / "results.json").exists() else None
-        print("\n".join([format_plan(design), *describe_power(config, earlier)]))
+        print("\n".join([format_plan(config, design), *describe_power(config, earlier)]))
         return folder
     post_hoc = broadcast_one_to_all(lambda: _start(config, folder))
-    run_all(design.root, design.ordered_stages)
+    run_all(design.root, design.ordered_stages, config.keep_models)
     if jax.process_index() == 0:
         with lease.wait_for_lease(folder / ".results.lease"):  # other processes write the same bytes
             trained = [cell.train for cell in design.cells]
-            if len(trained) == 1 and trained[0] is not None:
+            if len(trained) == 1 and trained[0] is not None and config.keep_models != "none":
                 _publish_model(design.folder(trained[0]) / "model", folder / "model")
             atomic.write_json(folder / "results.json", collect_study(config, design, post_hoc))
     return folder
@@ -167,7 +167,7 @@ _MFU = 0.4
 _CHIPS = {"v5e": "TPU v5e", "v6e": "TPU v6e", "H100": "NVIDIA H100 80GB HBM3"}
 
 
-def format_plan(design: Design) -> str:
+def format_plan(config: StudyConfig, design: Design) -> str:
     """Format the numbers of stages by command, done and remaining."""
     stages = design.ordered_stages
     remaining = [stage for stage in stages if not is_done(design.root, stage)]
@@ -185,6 +185,10 @@ def format_plan(design: Design) -> str:
         for stage in stages
         if stage.tokens and (path := design.root / f"{stage.name}.seconds.json").exists()
     ]
+    if sizes := [stage.model_bytes for stage in remaining if stage.model_bytes]:
+        run = max(sizes) * (1 + 3 * config.train.keep)  # a checkpoint holds the parameters and two moments
+        kept = {"all": sum(sizes) * run / max(sizes), "last": sum(sizes) + run, "none": run}[config.keep_models]
+        lines.append(f"disk: {kept / 1e9:,.3g} GB of models and checkpoints (keep_models: {config.keep_models})")
     if rates:
         minutes = sum(stage.tokens for stage in remaining) * math.fsum(rates) / len(rates) / 60
         lines.append(f"by the finished stages, sampling and training will take about {minutes:,.0f} more minutes")
@@ -224,6 +228,8 @@ def check_study(config: StudyConfig, read_corpus: Callable[[str], Corpus] = open
         _check_arm(arm, config)
     _check_memorization(config)
     check_claims(config)
+    if config.subset.tokens or config.subset.bytes:
+        check_subset(config.subset)
     score = config.score
     texts = evals.load_texts(score.texts, score.text_limit)
     audit = config.decontaminate
@@ -247,7 +253,7 @@ def check_study(config: StudyConfig, read_corpus: Callable[[str], Corpus] = open
     for name in students:
         _check_student(config, models[name], mixture)
         has_own_text = PairConfig(name, name) in config.pairs if config.pairs else name in sources
-        if has_own_text and config.subset.tokens is None:  # a subset may repeat samples
+        if has_own_text and not (config.subset.tokens or config.subset.bytes):  # a subset may repeat samples
             _check_corpus_size(config.sample, _train_options(config, models[name]))
     if not config.dry_run:  # a plan may be made on another machine
         _check_programs(config, [models[name] for name in students], [models[name] for name in sources])

@@ -10,13 +10,11 @@ from jax_selftrain import corpus as corpora
 from jax_selftrain import evals, hub, training
 from jax_selftrain.config import (
     ArmConfig,
-    DecontaminateConfig,
     ExtractConfig,
     ImportCorpusConfig,
     MergeConfig,
     ModelConfig,
     SampleConfig,
-    ScoreConfig,
     StudyConfig,
     TrainConfig,
     fill_options,
@@ -24,13 +22,13 @@ from jax_selftrain.config import (
 )
 from jax_selftrain.config.metadata import Role, fields_with_role, keep_role, shared_overrides
 from jax_selftrain.corpus import Corpus, open_corpus, parse_mixture
-from jax_selftrain.errors import InputError
-from jax_selftrain.evals.lm_eval_tasks import hash_lm_eval_tasks, load_lm_eval_tasks
-from jax_selftrain.evals.task_names import split_names
-from jax_selftrain.io.manifest import hash_json, sha256_file
+from jax_selftrain.io import atomic
+from jax_selftrain.io.manifest import hash_json
+from jax_selftrain.models import count_params
 from jax_selftrain.sampling import sample
 from jax_selftrain.study.dag import Inputs, Stage
 from jax_selftrain.study.eval_hooks import train_with_evals, with_default_evals
+from jax_selftrain.study.input_hashes import InputHashes
 from jax_selftrain.study.measure_names import AFTER_RELEARNING, UNSEEN
 from jax_selftrain.study.memorization_contrasts import CONTINUATIONS, make_control_continuations
 from jax_selftrain.study.proxies import corpus_proxies
@@ -76,13 +74,12 @@ class StageFactory:
         self.config = config
         self.root = Path(config.out) / "stages"
         self._read_corpus = read_corpus or cache(open_corpus)
-        self._hash_file, self._hash_sequences = cache(sha256_file), cache(evals.sequences_fingerprint)
+        self._hashes = InputHashes(dry_run=config.dry_run)
         self._hash_inputs: dict[str, Callable[[str], str]] = {
             **dict.fromkeys(("base", "untrained_baseline"), lambda ref: hub.open_model(ref).fingerprint),
-            **dict.fromkeys(("sequences", "control_sequences"), self._hash_sequences),
-            "duplicate_counts": self._hash,
+            **dict.fromkeys(("sequences", "control_sequences"), self._hashes.sequences),
+            "duplicate_counts": self._hashes.reference,
         }
-        self._hash_harness = cache(self._hash_harness_tasks)
         self._models = {model.name: model for model in config.models}
         # Probes extract without decoding and without further inputs.
         unset = keep_role(config.extract, ~Role.INPUT)
@@ -117,18 +114,33 @@ class StageFactory:
         options = fill_options(config, config.sample, source.ref, source.options, seed=sample_seed, **changes)
         cost = _estimate_cost(source, options.samples * options.max_tokens, options.max_tokens, passes=1)
         label = f"sample from {source.label}, seed {sample_seed}"
-        corpus = _make_stage("sample", label, sample, options, source.inputs, **cost)
+        sampled = _make_stage("sample", label, sample, options, source.inputs, **cost)
+        corpus = replace(
+            sampled, run=lambda out: sample(replace(options, out=str(out), extend=self._find_shorter(sampled)))
+        )
         text = f"text of {source.label}, seed {seed}"
         audit = replace(config.decontaminate, corpus=str(self.folder(corpus)))
         if audit.tasks or audit.texts:
-            label, inputs = f"remove benchmark overlap from {text}", {"corpus": corpus, **self._task_inputs(audit)}
+            inputs: Inputs = {"corpus": corpus, **self._hashes.tasks(audit)}
+            label = f"remove benchmark overlap from {text}"
             corpus = _make_stage("decontaminate_tasks", label, evals.decontaminate, audit, inputs, is_collective=False)
-        if config.subset.tokens is not None:
+        if config.subset.tokens or config.subset.bytes:
             subset = replace(config.subset, corpus=str(self.folder(corpus)), seed=first or 0, subset=seed)
             corpus = _make_stage(
                 "subset", f"subset of {text}", corpora.draw_subset, subset, {"corpus": corpus}, is_collective=False
             )
         return corpus
+
+    def _find_shorter(self, stage: Stage) -> str:
+        """Return the finished corpus that differs in fewer samples alone, or nothing."""
+        found = {0: ""}
+        for path in self.root.glob("sample-*.json"):
+            record = atomic.read_json(path)
+            samples = record.get("identity", {}).get("samples", 0)
+            fewer = {**stage.record, "identity": {**stage.identity, "samples": samples}}
+            if samples < stage.identity["samples"] and record.get("key") == hash_json(fewer):
+                found[samples] = str(self.folder(stage).with_name(path.stem))
+        return found[max(found)]
 
     def sample_for(self, student: StudyModel, source: StudyModel, arm: ArmConfig, seed: int) -> Stage:
         """Sample from a source and retokenize the text for a student.
@@ -150,7 +162,7 @@ class StageFactory:
     def import_text(self, student: StudyModel, arm: ArmConfig) -> Stage:
         """Tokenize real text for a student."""
         options = ImportCorpusConfig(source=arm.text, model=student.tokenizer_ref, stop_id=student.stop_id)
-        text = self._hash_file(arm.text) if Path(arm.text).is_file() else arm.text  # else the name of a data set
+        text = self._hashes.file(arm.text) if Path(arm.text).is_file() else arm.text  # else the name of a data set
         return Stage(
             "import",
             f"import {Path(arm.text).name} for {student.label}",
@@ -172,7 +184,7 @@ class StageFactory:
     def decontaminate(self, student: StudyModel, corpus: Stage, seed: int, *, size_matched: bool) -> Stage:
         """Remove the documents that overlap with H, or as many others."""
         options = replace(self.config.extract, model=student.tokenizer_ref)
-        fingerprint, length = self._hash_sequences(options.sequences), options.min_overlap
+        fingerprint, length = self._hashes.sequences(options.sequences), options.min_overlap
 
         def make(out: Path) -> object:
             found, _ = evals.load_extraction_sets(options)
@@ -208,18 +220,18 @@ class StageFactory:
             changes["steps"] = None
         changes["mixture"] = (*(f"{self.folder(one)}={share:.9f}" for one in on[:-1]), *recipe.mixture)
         options = fill_options(self.config, recipe, start.ref, start.options, **changes)
-        evaluated = [self._hash(file) for file in (*options.eval_texts, *options.eval_tasks)]
+        evaluated = [self._hashes.reference(file) for file in (*options.eval_texts, *options.eval_tasks)]
         if options.eval_sequences:
-            evaluated.append(self._hash_sequences(options.eval_sequences))
-        sampled, budget = self.config.sample, self.config.subset.tokens
+            evaluated.append(self._hashes.sequences(options.eval_sequences))
+        sampled, subset = self.config.sample, self.config.subset
         tokens = (options.steps or 0) * options.batch_size * options.seq_len
         if options.epochs:
-            tokens = options.epochs * (budget or sampled.samples * sampled.max_tokens)
+            tokens = options.epochs * (subset.tokens or subset.bytes or sampled.samples * sampled.max_tokens)
         inputs: dict[str, str | Stage] = {"model": start.fingerprint}
         inputs |= {f"corpus {n}": one for n, one in enumerate(on)}
         inputs |= {f"mixture {n}": self._read_corpus(folder).fingerprint for n, (folder, _) in enumerate(mixture)}
         inputs |= {f"eval {n}": fingerprint for n, fingerprint in enumerate(evaluated)}
-        cost = _estimate_cost(start, tokens, options.seq_len, passes=3)
+        cost = _estimate_cost(start, tokens, options.seq_len, passes=3) | {"model_bytes": _model_bytes(start)}
         label = f"train {start.label} on: {on[-1].label}" + (f" ({arm.name})" if arm.name else "")
         stage = _make_stage("train", label, train_with_evals, options, inputs, **cost)
         stage = replace(stage, identity={**stage.identity, "mixture": [str(part) for _, part in mixture]})
@@ -237,19 +249,20 @@ class StageFactory:
 
         def make(out: Path) -> None:
             folder = out / "model"
-            if not folder.exists() and arm.kind == "noise":
-                hub.add_weight_noise(base.ref, trained.ref, folder, seed, weight)
-            elif not folder.exists():
+            if arm.kind == "extrapolate":
                 hub.merge(MergeConfig(base=base.ref, student=trained.ref, weight=weight, out=str(folder)))
+            elif not folder.exists():
+                hub.add_weight_noise(base.ref, trained.ref, folder, seed, weight)
 
         inputs = {"base": base.fingerprint, "student": trained.fingerprint}
-        stage = Stage(command, label, identity, inputs, make)
+        settings: dict[str, Any] = {"needs_devices": True, "model_bytes": _model_bytes(base)}
+        stage = Stage(command, label, identity, inputs, make, is_collective=arm.kind == "extrapolate", **settings)
         return replace(base, ref=str(self.folder(stage) / "model"), fingerprint=stage, label=label)
 
     def score(self, model: StudyModel) -> Stage:
         """Score a model on the study's tasks and texts."""
         options = fill_options(self.config, self.config.score, model.ref, model.options)
-        inputs = {**model.inputs, **self._task_inputs(options, options.num_fewshot)}
+        inputs = {**model.inputs, **self._hashes.tasks(options, options.num_fewshot)}
         return _make_stage("score", f"score {model.label}", evals.score, options, inputs)
 
     def extract(self, model: StudyModel, corpus: Stage | None = None, base: StudyModel | None = None) -> Stage:
@@ -305,8 +318,9 @@ class StageFactory:
             "continue",
             f"continue {Path(texts).name} by {base.label}",
             _window_options(options) | {"sequences": n, "start_token": options.start_token, "dtype": options.dtype},
-            base.inputs | {"texts": self._hash(texts)},
+            base.inputs | {"texts": self._hashes.reference(texts)},
             lambda out: make_control_continuations(options, texts, n, out),
+            needs_devices=True,
         )
 
     def measure_proxies(self, reader: StudyModel, corpus: Stage, embedder: str = "") -> Stage:
@@ -316,13 +330,14 @@ class StageFactory:
         if embedder:
             opened = hub.open_model(embedder)
             vectors = {"embedder": opened.fingerprint, "embedder_tokenizer": opened.tokenizer_fingerprint}
-        tasks = {f"task {n}": self._hash(path) for n, path in enumerate(options.tasks)}
+        tasks = {f"task {n}": self._hashes.reference(path) for n, path in enumerate(options.tasks)}
         return Stage(
             "proxies",
             f"proxies under {reader.label}: {corpus.label}",
             {"documents": documents, "dtype": options.dtype, "limit": options.limit},
             {"corpus": corpus, **reader.inputs, **tasks, **vectors},
             lambda out: corpus_proxies(self.read_corpus(corpus), options, out, documents, embedder),
+            needs_devices=True,
         )
 
     def _extract(
@@ -334,32 +349,6 @@ class StageFactory:
             if name not in inputs and (reference := getattr(options, name)):
                 inputs[name] = hash_input(reference)
         return _make_stage("extract", label, evals.extract, options, inputs)
-
-    def _task_inputs(self, options: ScoreConfig | DecontaminateConfig, num_fewshot: int | None = None) -> Inputs:
-        """Hash tasks and texts by name and content, not path."""
-        references = (*options.tasks, *options.texts, *([options.task_folder] if options.task_folder else []))
-        files: Inputs = {f"{n}: {Path(path).name}": self._hash(path) for n, path in enumerate(references)}
-        if names := split_names(options.tasks)[1]:
-            found = self._hash_harness(tuple(names.items()), options.task_folder, num_fewshot)
-            files = {**files, "lm-evaluation-harness": found}
-        return files
-
-    def _hash_harness_tasks(self, names: Any, folder: str, num_fewshot: int | None) -> str:
-        """Hash harness tasks with their data; a dry run does without data."""
-        try:
-            return hash_lm_eval_tasks(load_lm_eval_tasks(dict(names), folder=folder, num_fewshot=num_fewshot))
-        except InputError:
-            if self.config.dry_run:
-                return "unknown"
-            raise
-
-    def _hash(self, reference: str) -> str:
-        """Hash a file, `LAYOUT:FILE` or folder; return a task name."""
-        path = Path(reference.partition(":")[2] if ":" in reference else reference)
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix in (".jsonl", ".yaml", ".yml", ".py"))
-            return hash_json([self._hash_file(str(file)) for file in files])
-        return self._hash_file(str(path)) if path.is_file() else reference
 
 
 def _make_stage(
@@ -379,6 +368,10 @@ def _estimate_cost(model: StudyModel, tokens: int, length: int, *, passes: int) 
     """Return tokens and FLOPs; a backward pass counts as two passes."""
     decoder = hub.open_model(model.tokenizer_ref).config
     return {"tokens": tokens, "flops": tokens * training.flops_per_token(decoder, length) * passes / 3}
+
+
+def _model_bytes(model: StudyModel) -> int:
+    return 4 * count_params(hub.open_model(model.tokenizer_ref).config)
 
 
 def _window_options(options: ExtractConfig) -> dict[str, Any]:

@@ -1,8 +1,18 @@
 """Training: loss, step, checkpoints, and the run that resumes exactly."""
 
+from jax_selftrain.training.checkpoints import best_step, read_curve
 from jax_selftrain.training.flops import flops_per_token
 from jax_selftrain.training.hooks import Hook, check_hooks
 from jax_selftrain.training.loop import check_train_config, train
 from jax_selftrain.training.step import abstract_train_step
 
-__all__ = ["Hook", "abstract_train_step", "check_hooks", "check_train_config", "flops_per_token", "train"]
+__all__ = [
+    "Hook",
+    "abstract_train_step",
+    "best_step",
+    "check_hooks",
+    "check_train_config",
+    "flops_per_token",
+    "read_curve",
+    "train",
+]

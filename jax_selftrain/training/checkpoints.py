@@ -9,11 +9,11 @@ in the foreground, since its collectives must not interleave with those of the t
 """
 
 import re
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import jax
@@ -26,6 +26,7 @@ from jax_selftrain.hub import orbax_io
 from jax_selftrain.hub.model_folder import commit_from_all_processes
 from jax_selftrain.hub.orbax_io import find_nonfinite
 from jax_selftrain.io import atomic
+from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.io.manifest import hash_json, manifest_entry, verify_checksums
 from jax_selftrain.training.run_folder import Run
 from jax_selftrain.training.step import TrainState, export_params
@@ -76,10 +77,11 @@ class Checkpointer:
             return
         config = self._run.config
         folders = {int(folder.name): folder for folder in list_steps(self._folder)}
-        for step in folders.keys() - steps_to_keep(list(folders), config.keep, config.keep_every):
-            hidden = atomic.temp_path(folders[step], "tmp")
-            folders[step].rename(hidden)  # after a kill, no partial folder looks like a checkpoint
-            shutil.rmtree(hidden)
+        kept = steps_to_keep(list(folders), config.keep, config.keep_every)
+        if config.best_epoch and (curve := read_curve(self._run.folder)):
+            kept.add(best_step(curve))
+        for step in folders.keys() - kept:
+            atomic.remove_folder(folders[step])
 
     def _write(self, step: int, params: Any, rest: dict[str, Any]) -> None:
         with commit_from_all_processes(self._folder / f"{step:06d}") as temporary:
@@ -103,6 +105,20 @@ def steps_to_keep(steps: Sequence[int], keep: int, keep_every: int | None = None
     """Return the steps to keep: the latest `keep` and every `keep_every`-th."""
     latest = set(sorted(steps)[-keep:])
     return {step for step in steps if step in latest or (keep_every and step and step % keep_every == 0)}
+
+
+def best_step(curve: Sequence[Mapping[str, float]]) -> int:
+    """Return the first step with the highest mean accuracy after an epoch."""
+    accuracy = {
+        int(line["step"]): fmean(value for name, value in line.items() if name.endswith("/acc")) for line in curve
+    }
+    return max((step for step in accuracy if step), key=lambda step: (accuracy[step], -step), default=0)
+
+
+def read_curve(run: Path) -> list[dict[str, float]]:
+    """Read `curve.jsonl` of a run; empty without one."""
+    path = run / "curve.jsonl"
+    return [row for _, row in read_jsonl(path)] if path.exists() else []
 
 
 def restore(folder: Path, run: Run, abstract: TrainState) -> TrainState:

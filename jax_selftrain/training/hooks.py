@@ -79,6 +79,10 @@ def check_evaluation(config: TrainConfig) -> None:
         raise InputError(
             f"{yaml_io.flag(given[0])} needs --eval-every, the number of steps between two evaluations, or --epochs"
         )
+    if config.best_epoch and not (config.epochs and config.eval_tasks and config.eval_split == "dev"):
+        raise InputError("--best-epoch is chosen on dev items; it needs --epochs, --eval-tasks and --eval-split dev")
+    if config.best_epoch and config.eval_every is not None:
+        raise InputError("--best-epoch needs an evaluation after each epoch; remove --eval-every")
     if config.eval_every is not None and not set(given) & set(_EVAL_INPUTS):
         flags = ", ".join(yaml_io.flag(name) for name in _EVAL_INPUTS)
         raise InputError(f"--eval-every {config.eval_every}: nothing to evaluate; name files with one of {flags}")

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from jax_selftrain import hub
 from jax_selftrain.config import TrainConfig, yaml_io
-from jax_selftrain.distributed import barrier, sigterm_event
+from jax_selftrain.distributed import barrier, broadcast_one_to_all, sigterm_event
 from jax_selftrain.distributed.mesh import mesh_context
 from jax_selftrain.errors import InputError, Preempted
 from jax_selftrain.io import atomic
@@ -100,7 +100,7 @@ def _train(run: Run, hooks: Sequence[Hook]) -> None:
             is_hook_due = any(hook.is_due(step, steps) for hook in hooks)
             intervals = (steps, config.checkpoint_every, config.keep_every)
             is_save_due = stop or any(every and step % every == 0 for every in intervals)
-            is_save_due |= config.checkpoint_every is None and step in run.epoch_ends
+            is_save_due |= (config.checkpoint_every is None or config.best_epoch) and step in run.epoch_ends
             if is_hook_due or is_save_due:
                 _finalize_step(run, checkpointer, writer, *unread)
                 unread = None
@@ -115,7 +115,12 @@ def _train(run: Run, hooks: Sequence[Hook]) -> None:
                 raise Preempted(f"{run.folder}: stopped and saved after step {step} of {steps}; run again to resume")
         checkpointer.wait()
         checkpointer.prune()
-        checkpoints.save_run_model(run, run.folder / "model", export_params(config, state), int(state.step), "hf")
+        step, params = int(state.step), export_params(config, state)
+        if config.best_epoch:
+            step = broadcast_one_to_all(lambda: checkpoints.best_step(checkpoints.read_curve(run.folder)))
+            best = run.folder / "checkpoints" / f"{step:06d}" / "model"
+            params = hub.load_model(best, rules.mesh, "float32", preset=config.preset).params
+        checkpoints.save_run_model(run, run.folder / "model", params, step, "hf")
 
 
 def _restore_or_init(run: Run) -> TrainState:

@@ -52,7 +52,7 @@ def test_draws_are_uniform():
     """Chi-square over 1,000 documents; the level is 1e-4."""
     for draw, budget in (("bootstrap", 100_000), ("without-replacement", 300)):
         times = sum(
-            count_draws(np.ones(1000, int), budget, draw, 0, subset, where="c")
+            count_draws(np.ones(1000, int), "tokens", SubsetConfig(tokens=budget, draw=draw, subset=subset), where="c")
             for subset in range(1 if draw == "bootstrap" else 300)
         )
         assert stats.chisquare(times).pvalue > 1e-4
@@ -66,3 +66,14 @@ def test_too_few_tokens_are_refused_without_replacement_alone(source: Corpus, tm
     assert draw_subset(config).n_tokens >= 1000
     with pytest.raises(InputError, match="--tokens"):
         draw_subset(replace(config, tokens=0))
+
+
+def test_a_budget_of_bytes_counts_the_bytes_of_the_text(source: Corpus, tmp_path: Path):
+    config = SubsetConfig(str(source.folder), str(tmp_path / "a"), bytes=300, draw="without-replacement")
+    subset = draw_subset(config)
+    sizes = [len(text.encode()) for text in subset.iter_texts()]
+    assert 300 <= sum(sizes) < 300 + max(sizes)
+    assert draw_subset(replace(config, out=str(tmp_path / "b"), bytes=301)).fingerprint != subset.fingerprint
+    for budget in ({"bytes": None}, {"tokens": 300}):
+        with pytest.raises(InputError, match="give one of them"):
+            draw_subset(replace(config, out=str(tmp_path / "c"), **budget))

@@ -191,6 +191,21 @@ def test_the_corpus_is_the_same_for_any_number_of_replicas(request_and_reference
     assert _content(tmp_path / "corpus") == _content(reference)
 
 
+def test_a_corpus_may_be_extended(config, reference, tmp_path):
+    """Full shards of a shorter corpus are copied; the last is drawn again. The bytes are those of a new corpus."""
+    shorter = sample(replace(config, out=str(tmp_path / "shorter"), samples=24))
+    longer = replace(config, out=str(tmp_path / "longer"), extend=str(shorter.folder))
+    sample(longer)
+    files = ["corpus.json", *(f"shard-{index:06d}.parquet" for index in range(3))]
+    for name in files:
+        assert (tmp_path / "longer" / name).read_bytes() == (reference.folder / name).read_bytes()
+    timed = sorted(path.stem for path in (tmp_path / "longer" / "timings").iterdir())
+    assert timed == ["shard-000001", "shard-000002"]
+    with pytest.raises(InputError, match=r"shorter: was created with policy\.temperature = 1\.0, .*cannot be extended"):
+        sample(replace(longer, out=str(tmp_path / "other"), temperature=0.5))
+    assert not (tmp_path / "other").exists()
+
+
 def test_shard_size_does_not_change_samples(config, reference, tmp_path):
     whole = sample(replace(config, out=str(tmp_path / "corpus"), samples_per_shard=1000))
     for a, b in zip(whole.iter_samples(), reference.iter_samples(), strict=True):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import jax
+import numpy as np
 import pytest
 from models_factory import tiny_config
 
@@ -19,11 +21,11 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.hub.hf_config import parse_config
 from jax_selftrain.models import axis_sizes
 from jax_selftrain.study import run_study
+from jax_selftrain.study.design import expand_revisions
 
 FOLDER = Path(__file__).parents[2] / "configs"
-PAPER = FOLDER / "study-paper.yaml"
 STORIES_PIPELINES = [FOLDER / f"study-{name}-stories260k.yaml" for name in ("paper", "grid")]
-STUDIES = sorted(FOLDER.glob("study-*.yaml"))
+STUDIES = sorted([*FOLDER.glob("study-*.yaml"), *FOLDER.glob("paper-*.yaml")])
 CONFIGS = sorted(set(FOLDER.glob("*.yaml")) - set(STUDIES))
 PYTHIA = {  # layers, width, heads, vocabulary rows, final learning rate: EleutherAI/pythia, models/*/*.yml
     "14m": (6, 128, 4, 50304, 1e-4),
@@ -53,7 +55,8 @@ def test_a_study_follows_the_protocol(path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("JAX_SELFTRAIN_DATA", "/data")
     config = yaml_io.load(StudyConfig, path)
     assert (config.out, config.mesh) == ("", ""), "a config does not depend on the machine"
-    is_paper, is_small = path.stem.startswith(("study-paper", "study-grid")), path in STORIES_PIPELINES
+    is_paper = config.sample.min_tokens > 0
+    is_small = path in STORIES_PIPELINES or path.stem.startswith("paper-")
     assert (config.sample.top_k, config.sample.top_p, config.sample.min_p) == (0, 1, 0)
     assert config.sample.temperature == (1.25 if is_paper else 1)
     assert (config.train.schedule, config.train.warmup_ratio) == (("cosine", 0.1) if is_paper else ("constant", 0.05))
@@ -74,44 +77,89 @@ def test_the_grid_has_every_temperature_with_every_number_of_epochs(monkeypatch:
     assert grid == {(temperature, epochs) for temperature in (0.7, 1.0, 1.25, 1.5) for epochs in (1, 10, 40)}
 
 
-def test_the_paper_is_planned_from_configs_and_tokenizers_alone(
+SHAPES = {  # config.json of the models: layers, width, heads, key/value heads, MLP, vocabulary
+    "qwen-0.5b": ("qwen2", 24, 896, 14, 2, 4864, 151936),
+    "llama-1b": ("llama", 16, 2048, 32, 8, 8192, 128256),
+    "qwen-7b": ("qwen2", 28, 3584, 28, 4, 18944, 152064),
+    "qwen3-8b": ("qwen3", 36, 4096, 32, 8, 12288, 151936),
+    **{
+        size: ("gpt_neox", layers, width, heads, heads, 4 * width, vocabulary)
+        for size, (layers, width, heads, vocabulary, _) in PYTHIA.items()
+    },
+}
+
+
+@pytest.fixture
+def plan(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Shapes of the published models without weights."""
-    monkeypatch.setenv("JAX_SELFTRAIN_DATA", str(data_dir))
-    config = yaml_io.load(StudyConfig, PAPER)
-    shapes = {  # config.json of the models: layers, width, heads, key/value heads, MLP, vocabulary
-        "qwen-0.5b": ("qwen2", 24, 896, 14, 2, 4864, 151936),
-        "llama-1b": ("llama", 16, 2048, 32, 8, 8192, 128256),
-        "qwen-7b": ("qwen2", 28, 3584, 28, 4, 18944, 152064),
-        "qwen3-8b": ("qwen3", 36, 4096, 32, 8, 12288, 151936),
-    }
-    models = []
-    for model in config.models:
-        family, layers, width, heads, kv_heads, mlp, vocabulary = shapes[model.name]
-        folder = tmp_path / model.name
-        folder.mkdir()
-        for name in ("tokenizer.json", "tokenizer_config.json"):  # any tokenizer
-            shutil.copy(data_dir / "pythia-tokenizer" / name, folder)
-        raw = tiny_config(
-            cast(Any, family), vocab_size=vocabulary, num_hidden_layers=layers, hidden_size=width,
-            num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=mlp, bos_token_id=0,
-            eos_token_id=0, max_position_embeddings=32768, **({"head_dim": 128} if family == "qwen3" else {}),
-        )  # fmt: skip
-        (folder / "config.json").write_text(json.dumps(raw))
-        models.append(replace(model, model=str(folder)))
-    run_study(replace(config, models=tuple(models), out=str(tmp_path / "out"), dry_run=True))
-    printed = capsys.readouterr().out
-    assert "140 cells" in printed  # 2 students × (4 sources + 10 arms) × 5 seeds
-    # Each seed draws its subset from shared samples: 4 sources and 4 further temperatures of both students.
-    counts = {line.split()[0]: int(line.split()[1].replace(",", "")) for line in printed.splitlines() if "done" in line}
-    assert (counts["sample"], counts["decontaminate_tasks"], counts["subset"]) == (12, 12, 60)
+) -> Callable[[str], str]:
+    """`plan(name)`: the dry run of a study with shapes of the published models, without weights."""
+
+    def run(name: str) -> str:
+        monkeypatch.setenv("JAX_SELFTRAIN_DATA", str(data_dir))
+        config = expand_revisions(yaml_io.load(StudyConfig, FOLDER / f"{name}.yaml"))
+        models = []
+        for model in config.models:
+            family, layers, width, heads, kv_heads, mlp, vocabulary = SHAPES[model.name.partition("@")[0]]
+            folder = tmp_path / model.name
+            folder.mkdir()
+            for file in ("tokenizer.json", "tokenizer_config.json"):  # any tokenizer
+                shutil.copy(data_dir / "pythia-tokenizer" / file, folder)
+            own = {} if family == "gpt_neox" else {"num_key_value_heads": kv_heads}
+            own |= {"head_dim": 128} if family == "qwen3" else {}
+            raw = tiny_config(
+                cast(Any, family), vocab_size=vocabulary, num_hidden_layers=layers, hidden_size=width,
+                num_attention_heads=heads, intermediate_size=mlp, bos_token_id=0, eos_token_id=0,
+                max_position_embeddings=32768, **own,
+            )  # fmt: skip
+            (folder / "config.json").write_text(json.dumps(raw))
+            models.append(replace(model, model=str(folder)))
+        if config.extract.sequences:
+            np.save(tmp_path / "memorized.npy", np.arange(64_000, dtype=np.int32).reshape(1000, 64) % 50_000)
+            extract = replace(config.extract, sequences=str(tmp_path / "memorized.npy"))
+            config = replace(config, extract=extract)
+        run_study(replace(config, models=tuple(models), out=str(tmp_path / "out"), dry_run=True))
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().out
+
+    return run
+
+
+def count_stages(printed: str) -> dict[str, int]:
+    return {line.split()[0]: int(line.split()[1].replace(",", "")) for line in printed.splitlines() if "done" in line}
+
+
+def test_the_paper_is_planned_from_configs_and_tokenizers_alone(plan: Callable[[str], str]) -> None:
+    printed = plan("study-paper")
+    assert "150 cells" in printed  # (2 students × (4 sources + 10 arms) + 2 starts) × 5 seeds
+    # Each seed draws its subset from shared samples: 4 sources, 4 further temperatures of both students, 2 starts.
+    counts = count_stages(printed)
+    assert (counts["sample"], counts["decontaminate_tasks"], counts["subset"]) == (14, 14, 70)
     flops = sum(float(line.split()[-2]) for line in printed.splitlines() if line.endswith("FLOPs"))
     (chip_hours,) = (line for line in printed.splitlines() if line.startswith("chip-hours at 40% of peak"))
     hours = re.search(r"([\d.,e+]+) \(H100\)", chip_hours)
     assert hours
     assert float(hours[1].replace(",", "")) == pytest.approx(flops / (0.4 * 989.4e12) / 3600, rel=0.06)  # 2 digits
-    assert not (tmp_path / "out").exists()
+    # One run of Llama 3.2 1B (1,235,814,400 parameters; here with a head of its own) at a time: weights, 2 checkpoints.
+    size = 4 * (1_235_814_400 + 2048 * 128_256) * 7 / 1e9
+    assert f"disk: {size:,.3g} GB of models and checkpoints (keep_models: none)" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "cells", "models"),
+    [
+        ("paper-qwen2.5-0.5b", 3 * 2, {"score": 1 + 3 * 2, "sample": 1}),
+        ("paper-llama-3.2-1b", 3 * 2, {"score": 1 + 3 * 2, "sample": 1}),
+        # Six models, each with own text and ten arms; the samples are those of own text.
+        ("study-pythia-memorization", 5 * 6 * 11, {"sample": 5 * 6, "decontaminate": 5 * 6, "noise": 5 * 6 * 3}),
+    ],
+)
+def test_other_studies_of_the_paper_are_planned(
+    plan: Callable[[str], str], name: str, cells: int, models: dict[str, int]
+) -> None:
+    printed = plan(name)
+    assert f"{cells} cells" in printed
+    assert models.items() <= count_stages(printed).items()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import pytest
 from launcher import run_code
 
+from jax_selftrain.config import KeepModels
+from jax_selftrain.errors import InputError
 from jax_selftrain.study.dag import Stage, run_all
 
 
@@ -36,4 +39,44 @@ def test_the_lease_of_a_process_that_was_killed_after_its_stage_is_removed(tmp_p
     run_code(KILLED, lease)
     assert lease.exists()
     run_all(tmp_path, [stage])
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("keep", ["all", "last", "none"])
+def test_models_are_kept_as_requested_and_made_again_for_a_new_reader(tmp_path: Path, keep: KeepModels):
+    runs: list[str] = []
+
+    def train(out: Path) -> None:
+        runs.append("train")
+        for name in ("model", "checkpoints"):
+            (out / name).mkdir()
+        (out / "run.json").write_text("{}")
+
+    trained = Stage("train", "train", {}, {"model": "a"}, train, model_bytes=4)
+    folder = tmp_path / trained.name
+
+    def reader(name: str) -> Stage:
+        def read(out: Path) -> None:
+            assert (folder / "model").is_dir()
+            runs.append(name)
+            if name == "fail" and runs.count("fail") == 1:
+                raise InputError("stopped")
+
+        return Stage("score", name, {"name": name}, {"model": trained}, read)
+
+    readers = [reader("one"), reader("fail"), reader("late")]
+    with pytest.raises(InputError, match="stopped"):
+        run_all(tmp_path, readers[:2], keep)
+    assert (folder / "model").is_dir()  # a reader is missing
+    run_all(tmp_path, readers[:2], keep)
+    assert runs == ["train", "one", "fail", "fail"]
+    for _ in range(2):
+        assert (folder / "model").is_dir() == (keep != "none")
+        assert (folder / "checkpoints").is_dir() == (keep == "all")
+        assert (folder / "run.json").exists()
+        run_all(tmp_path, readers[:2], keep)  # nothing to do
+    assert len(runs) == 4
+    run_all(tmp_path, readers, keep)
+    assert runs[4:] == (["train", "late"] if keep == "none" else ["late"])
+    assert (folder / "model").is_dir() == (keep != "none")
     assert not list(tmp_path.glob(".*"))

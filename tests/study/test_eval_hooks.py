@@ -18,8 +18,11 @@ from jax_selftrain.config import ExtractConfig, ImportCorpusConfig, RunConfig, S
 from jax_selftrain.corpus import import_text
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals import extract, score
+from jax_selftrain.evals.item_results import dev_test_split, item_hash
 from jax_selftrain.io import atomic
+from jax_selftrain.io.manifest import hash_json
 from jax_selftrain.study import run, train_with_evals
+from jax_selftrain.study.eval_hooks import evaluation_hooks
 
 MEASURES = ("stories/nll", "animals/acc", "words/acc", "sequences/exact_match", "sequences/log_pz", "sequences/pz")
 
@@ -221,3 +224,26 @@ def test_a_run_refuses_bad_evaluation_before_sampling(options: Callable[..., Run
         with pytest.raises(InputError, match=message):
             run(changed)
         assert not Path(config.out).exists()
+
+
+def test_evaluations_may_be_on_the_items_of_a_split(training: TrainConfig) -> None:
+    def measured(split: Any) -> dict[str, Any]:
+        (hook,) = evaluation_hooks(replace(training, eval_split=split, eval_limit=None))
+        return {name: entry["n"] for kind in ("texts", "tasks") for name, entry in hook.measured[kind].items()}
+
+    whole, dev, test = map(measured, ("all", "dev", "test"))
+    assert whole.keys() == dev.keys() == test.keys() == {"stories", "animals", "words"}
+    for name, n in whole.items():
+        assert 0 < dev[name] < n
+        assert dev[name] + test[name] == n
+    (hook,) = evaluation_hooks(replace(training, eval_split="dev", eval_limit=None))
+    documents = hash_json([row["text"] for row in read_rows(training.eval_texts[0]) if is_dev("", row["text"])])
+    assert hook.measured["texts"]["stories"]["fingerprint"] == documents
+
+
+def read_rows(path: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def is_dev(context: str, *continuations: str) -> bool:
+    return dev_test_split(item_hash(context, continuations)) == "dev"

@@ -39,17 +39,17 @@ ENVIRONMENT = {
 GOLDEN = {
     "continue": "07fd11d77ea572f5",
     "decontaminate": "869df91ff61f484c",
-    "extract": "a8ec50f2e20156c5",
+    "extract": "8fa7f6df4b6b1bda",
     "import": "9c4843b595aee3ae",
-    "merge": "0f17a040e54bc4bf",
-    "noise": "54acb55da9f3f609",
+    "merge": "4cab3af0becceb1c",
+    "noise": "73f72e8ff4d56772",
     "proxies": "4d969c6d0e2a47fe",
     "retokenize": "26e392a033834cab",
     "sample": "30d6a278bb6e076d",
-    "score": "fa23ea70b98a10be",
+    "score": "0476be5b6cfcb547",
     "shuffle": "f85eb4d7355a5629",
     "size_matched": "95215a5f82e4a5a8",
-    "train": "52651fa2c478f220",
+    "train": "6a7c0d428085b886",
 }
 """First 16 digits. After an intended change of a stage's output, raise `dag.STAGE_FORMAT` and copy the new keys."""
 

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,10 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.evals import embed_texts, held_out_half, sequences_fingerprint
 from jax_selftrain.report import write_report
 from jax_selftrain.study import run_study
-from jax_selftrain.study.dag import Stage, is_done
-from jax_selftrain.study.design import Design, make_design
+from jax_selftrain.study.dag import Stage, is_done, run_all
+from jax_selftrain.study.design import Design, expand_revisions, make_design
 from jax_selftrain.study.proxies import hash_sample, task_questions
-from jax_selftrain.study.results import interactions
+from jax_selftrain.study.results import collect_study, interactions
 from jax_selftrain.study.run_study import check_study
 from jax_selftrain.study.stage_factory import StageFactory
 
@@ -300,18 +301,21 @@ def test_the_report_is_a_function_of_the_results(finished_study: Path, tmp_path:
 
 @pytest.mark.parametrize("seeds", [(100,), pytest.param((100, 101), marks=pytest.mark.nightly)], ids="seeds {}".format)
 def test_killed_shared_and_grown_studies_end_with_the_same_tables(make: Make, tmp_path: Path, seeds: tuple[int, ...]):
-    """Kill one process, then finish with two and an arm; every night also with another seed."""
+    """Kill one process, then finish with two and an arm; every night also with another seed.
+
+    The models are removed as soon as they are measured, which changes no result.
+    """
     small = partial(make, students=("llama",), sources=("llama",), extract=ExtractConfig())
     grown = partial(small, arms=(NULL,), seeds=seeds)
     whole = run_study(grown(tmp_path / "whole"))
-    yaml_io.save(tmp_path / "study.yaml", small(tmp_path / "out", seeds=(100,)))
+    yaml_io.save(tmp_path / "study.yaml", small(tmp_path / "out", seeds=(100,), keep_models="none"))
     command = ("study", "--config", tmp_path / "study.yaml")
     first = launch(*command)
     stages = tmp_path / "out" / "stages"
     first.wait_until(lambda: len(list(stages.glob("*-*.json"))) >= 2)
     first.kill()
     first.wait()
-    yaml_io.save(tmp_path / "study.yaml", grown(tmp_path / "out"))
+    yaml_io.save(tmp_path / "study.yaml", grown(tmp_path / "out", keep_models="none"))
     both = [launch(*command) for _ in range(2)]
     assert [one.wait() for one in both] == [0, 0]
     assert not list(stages.glob(".*"))  # no lease, nothing half-written
@@ -319,6 +323,7 @@ def test_killed_shared_and_grown_studies_end_with_the_same_tables(make: Make, tm
     assert (tmp_path / "out" / "report.html").exists()
     design = make_design(grown(tmp_path / "out"))
     assert all(is_done(design.root, stage) for stage in design.ordered_stages)
+    assert [len(list(path.glob("stages/train-*/model"))) for path in (whole, tmp_path / "out")] == [2 * len(seeds), 0]
 
 
 @pytest.mark.parametrize(
@@ -439,6 +444,61 @@ def test_a_model_has_its_own_rate_dtype_and_mesh(make: Make, tmp_path: Path):
     assert {rate for label, rate in rates.items() if re.match(r"train neox .*\(source", label)} == {
         config.train.learning_rate
     }
+
+
+def test_revisions_of_a_model_are_models(make: Make, tmp_path: Path):
+    models = (ModelConfig("pythia", "org/pythia", revisions=("step1", "main")), make(tmp_path).models[1])
+    config = make(
+        tmp_path / "out",
+        models=models,
+        students=("pythia",),
+        sources=("neox", "pythia"),
+        pairs=(PairConfig("pythia", "neox"), PairConfig("pythia", "pythia")),
+        arms=(replace(NULL, students=("pythia", "neox")),),
+    )
+    found = expand_revisions(config)
+    assert [(one.name, one.model) for one in found.models[:2]] == [
+        ("pythia@step1", "org/pythia@step1"),
+        ("pythia@main", "org/pythia@main"),
+    ]
+    assert {one.lineage for one in found.models[:2]} == {"pythia"}
+    both = ("pythia@step1", "pythia@main")
+    assert (found.students, found.sources, found.arms[0].students) == (both, ("neox", *both), (*both, "neox"))
+    assert found.pairs == tuple(
+        PairConfig(student, source) for student, source in [*product(both, ["neox"]), *zip(both, both, strict=True)]
+    )
+    assert expand_revisions(found) == found
+    for ref in (models[1].model, "org/pythia@step2"):
+        with pytest.raises(InputError, match="has no `revisions`; give a hub id"):
+            expand_revisions(replace(config, models=(replace(models[0], model=ref), models[1])))
+
+
+def test_more_samples_extend_the_corpora(make: Make, tmp_path: Path):
+    small = make(tmp_path / "out", students=("llama",), sources=("llama",), seeds=(100,))
+    config = replace(small, sample=replace(small.sample, samples_per_shard=16))
+    sampled = []
+    for samples in (40, 50):
+        design = make_design(replace(config, sample=replace(config.sample, samples=samples)))
+        (stage,) = (stage for stage in design.ordered_stages if stage.command == "sample")
+        run_all(design.root, [stage])
+        sampled.append(design.folder(stage))
+    timed = [sorted(path.stem for path in (folder / "timings").iterdir()) for folder in sampled]
+    assert timed == [["shard-000000", "shard-000001", "shard-000002"], ["shard-000002", "shard-000003"]]
+    assert len(open_corpus(sampled[1])) == 50
+
+
+def test_the_results_may_be_of_one_split(finished_study: Path):
+    config = yaml_io.load(StudyConfig, finished_study / "config.yaml")
+    design = make_design(config)
+    parts = {split: collect_study(replace(config, split=split), design) for split in ("all", "dev", "test")}
+    for whole, dev, test in zip(*(part["cells"] for part in parts.values()), strict=True):
+        for one, few, many in zip(whole["tasks"], dev["tasks"], test["tasks"], strict=True):
+            assert 0 < few["n"] < many["n"]
+            assert few["n"] + many["n"] == one["n"]
+            assert few["not_eligible"] == many["not_eligible"] == one["not_eligible"]
+            totals = [task["n"] * task["accuracy"]["change"]["value"] for task in (one, few, many)]
+            np.testing.assert_allclose(totals[0], totals[1] + totals[2], atol=1e-12)
+    assert parts["dev"]["config"]["split"] == "dev"
 
 
 def test_a_dry_run_counts_and_writes_nothing(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

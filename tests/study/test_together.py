@@ -18,7 +18,16 @@ import numpy as np
 import pytest
 from process_group import kill_when, start_processes, wait_for_all
 
-from jax_selftrain.config import ExtractConfig, RunConfig, ScoreConfig, StudyConfig, yaml_io
+from jax_selftrain.config import (
+    ArmConfig,
+    ExtractConfig,
+    ModelConfig,
+    RunConfig,
+    ScoreConfig,
+    StudyConfig,
+    SubsetConfig,
+    yaml_io,
+)
 from jax_selftrain.io import atomic
 from jax_selftrain.study.design import make_design
 
@@ -232,3 +241,41 @@ def test_a_run_that_loses_a_process_in_sampling_completes_the_corpus_and_resumes
     assert read_corpus(out) == read_corpus(alone)
     np.testing.assert_allclose(read_losses(out), read_losses(alone), rtol=1e-5)
     assert (out / "report.html").exists()
+
+
+@pytest.mark.nightly
+def test_process_0_makes_the_texts_of_a_study_of_several_processes(config: RunConfig, tmp_path: Path) -> None:
+    study = StudyConfig(
+        models=(ModelConfig("llama", config.model),),
+        arms=(ArmConfig("away", "extrapolate", weight=-0.5),),
+        subset=SubsetConfig(tokens=100),
+        sample=replace(config.sample, seed=0),
+        train=replace(config.train, seed=0, steps=2),
+        score=config.score,
+    )
+    yaml_io.save(tmp_path / "study.yaml", study)
+    words = ["study", "--config", tmp_path / "study.yaml", "--out"]
+    folders = {processes: tmp_path / str(processes) for processes in (1, 2)}
+    for processes, out in folders.items():
+        codes, output = wait_for_all(start_processes([*words, out], processes))
+        assert codes == [0] * processes, output
+    for command in ("sample", "subset", "retokenize"):
+        one, two = ([path.name for path in stage_folders(out, command)] for out in folders.values())
+        assert one == two
+        (name,) = one
+        one, two = (
+            [path.read_bytes() for path in sorted((out / "stages" / name).glob("shard-*.parquet"))]
+            for out in folders.values()
+        )
+        assert one == two
+    np.testing.assert_allclose(*map(read_losses, folders.values()), rtol=1e-5)
+    cells = json.loads((folders[2] / "results.json").read_text())["cells"]
+    assert [cell["treatment"] for cell in cells] == ["source llama", "away"]
+    assert not list(tmp_path.rglob("*.lease"))
+
+    noisy = replace(study, arms=(ArmConfig("noise", "noise"),))
+    yaml_io.save(tmp_path / "noise.yaml", noisy)
+    words = ["study", "--config", tmp_path / "noise.yaml", "--out", tmp_path / "noise"]
+    codes, output = wait_for_all(start_processes(words, 2))
+    assert codes == [2, 2], output
+    assert "in a program of 2 processes; start the command on every host with --num-processes 1" in output[0]

@@ -54,6 +54,39 @@ def test_a_run_by_epochs_evaluates_and_saves_at_the_end_of_each(options: Options
         train(replace(broken, steps=4), hooks=[hook])
 
 
+ON_DEV = {"steps": None, "epochs": 3, "batch_size": 3, "eval_tasks": ("of a hook.jsonl",), "eval_split": "dev"}
+
+
+@pytest.mark.parametrize("best", [1, 2])
+def test_the_best_epoch_on_dev_items_may_be_the_result(options: Options, best: int):
+    """Interrupted after that epoch, with one checkpoint to keep."""
+    config = options(**ON_DEV, best_epoch=True, keep=1, keep_every=None, checkpoint_every=2)
+    all_kept = options(**ON_DEV, keep=99, checkpoint_every=None, out=f"{config.out} all")
+    ends: list[int] = []
+
+    def accuracy(step: int, model: LoadedModel) -> dict[str, float]:
+        if step and step not in ends:
+            ends.append(step)
+        return (
+            {"one/acc": 1.0 if ends.index(step) + 1 >= best else 0.5, "other/acc": 0.5}
+            if step
+            else {
+                "one/acc": 1.0,
+                "other/acc": 1.0,
+            }
+        )
+
+    hook = measuring(accuracy, every=None, each_epoch=True, metric_names=("one/acc", "other/acc"))
+    whole = train(all_kept, hooks=[hook])
+    with pytest.raises(Interruption):
+        train(config, hooks=[hook, Hook(interrupt, steps=(ends[best - 1] + 3,))])
+    run = train(config, hooks=[hook])
+    assert set(list_saved_steps(run)) == {ends[best - 1], ends[-1]}
+    assert atomic.read_json(run / "model" / "selftrain.json")["metadata"]["step"] == ends[best - 1]
+    assert param_bytes(run) == param_bytes(whole / "checkpoints" / f"{ends[best - 1]:06d}" / "model")
+    assert param_bytes(run) != param_bytes(whole)
+
+
 def test_hooks_of_the_same_step_share_a_line_and_not_a_name(options: Options):
     one = Hook(lambda step, model: {"a": 1.0}, steps=(1, 2))
     two = Hook(lambda step, model: {"b": 2.0}, steps=(2,))
@@ -107,6 +140,8 @@ def test_a_resumed_run_must_measure_the_same(options: Options):
         ({"eval_limit": 3}, "--eval-limit needs --eval-every"),
         ({"eval_every": 2}, "--eval-every 2: nothing to evaluate"),
         ({**EVALUATED, "eval_every": 0}, "--eval-every 0: must be at least 1"),
+        ({**ON_DEV, "best_epoch": True, "eval_split": "all"}, "--best-epoch is chosen on dev items; it needs --epochs"),
+        ({**ON_DEV, "best_epoch": True, "eval_every": 2}, "--best-epoch needs an evaluation after each epoch"),
         ({"keep_every": 0}, "--keep-every 0: must be at least 1"),
     ],
 )

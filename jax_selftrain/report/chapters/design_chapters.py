@@ -74,6 +74,8 @@ def write_design(results: Results) -> Chapter:
     chapter = Chapter("Design")
     columns = [Column("model", path=("name",)), *make_columns("role", *axes, *SIZES, *measured)]
     chapter.add_table(Table("models", "Models and their ability before training", columns, records))
+    if (split := results["config"].get("split", "all")) != "all":
+        chapter.add_note(fmt.NOTES["split"].format(split=split))
     chapter.add_table(_make_budget_table(results))
     chapter.add_note(fmt.NOTES["design"])
     return chapter
@@ -88,6 +90,8 @@ def _make_budget_table(results: Results) -> Table:
         corpora = [results["corpora"][cell["corpus"]] for cell in cells if cell["corpus"]]
         values = {name: [part[name] for part in trained if part[name] is not None] for name in ("steps", "rows")}
         values["target_tokens"] = [part["targets"] for part in trained if part["targets"] is not None]
+        if any(part.get("best_step") for part in trained):
+            values["best_step"] = [part["best_step"] for part in trained]
         values["corpus_documents"] = [part["samples"] for part in corpora]
         values["corpus_tokens"] = [part["tokens"] for part in corpora]
         means = {name: round(sum(one) / len(one)) if one else None for name, one in values.items()}
@@ -111,6 +115,8 @@ def write_training(results: Results) -> Chapter | None:
     columns = [Column(key, digits=6) for key in LOG_KEYS]
     chapter.add_table(fmt.make_cell_table("training", "Training log", columns, records), folded=True)
     chapter.add_note(fmt.NOTES["training"])
+    if any(cell["training"].get("best_step") for cell in cells):
+        chapter.add_note(fmt.NOTES["best_epoch"])
     _add_evaluations(chapter, [cell for cell in cells if cell["training"]["evaluations"]])
     return chapter
 
