@@ -18,6 +18,7 @@ import numpy as np
 
 from jax_selftrain.config import ClaimConfig, StudyConfig, yaml_io
 from jax_selftrain.errors import InputError
+from jax_selftrain.evals.item_results import Split
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import hash_json
 from jax_selftrain.stats import noninferiority
@@ -59,24 +60,27 @@ def refuse_first(where: str, problems: Mapping[str, bool]) -> None:
             raise InputError(f"{where}: {problem}")
 
 
-def freeze_claims(folder: Path, claims: Sequence[ClaimConfig]) -> list[str]:
+def freeze_claims(folder: Path, claims: Sequence[ClaimConfig], split: Split) -> list[str]:
     """Freeze the first run's claims; return the names of post hoc claims.
 
-    A study that started without claims has frozen an empty list. Raises InputError if the frozen claims were changed,
-    or another version wrote them.
+    A study that started without claims has frozen an empty list. Results on dev items are of pilots: until others are
+    requested, claims may change. Another split than the first after them makes every claim post hoc. Raises InputError
+    if the frozen claims were changed, or another version wrote them.
     """
     path = folder / "claims.json"
     now = [yaml_io.to_dict(claim) for claim in claims]
-    if not path.exists():
-        declared = [] if (folder / "results.json").exists() else now
-        atomic.write_json(path, {"claims": declared, "sha256": hash_json(declared)})
-        return [claim["name"] for claim in now if claim not in declared]
-    frozen = atomic.read_json(path)
-    if not isinstance(frozen, dict) or hash_json(frozen.get("claims")) != frozen.get("sha256"):
+    frozen = atomic.read_json(path) if path.exists() else None
+    if frozen is None or (isinstance(frozen, dict) and frozen.get("split") == "dev"):
+        found = {"claims": [] if frozen is None and (folder / "results.json").exists() else now, "split": split}
+        atomic.write_json(path, {**found, "sha256": hash_json(found)})
+        return [claim["name"] for claim in now if claim not in found["claims"]]
+    if not isinstance(frozen, dict) or not {"claims", "split"} <= frozen.keys():
+        raise InputError(f"{path}: has claims of another version of this program; choose another --out")
+    if hash_json({name: frozen[name] for name in ("claims", "split")}) != frozen.get("sha256"):
         raise InputError(f"{path}: was changed after it was written; restore it")
     if any(claim.keys() != yaml_io.to_dict(ClaimConfig()).keys() for claim in frozen["claims"]):
         raise InputError(f"{path}: has claims of another version of this program; choose another --out")
-    return [claim["name"] for claim in now if claim not in frozen["claims"]]
+    return [claim["name"] for claim in now if split != frozen["split"] or claim not in frozen["claims"]]
 
 
 def judge_claims(

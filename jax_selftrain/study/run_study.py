@@ -47,6 +47,7 @@ from jax_selftrain.study.eval_hooks import evaluation_hooks, with_default_evals
 from jax_selftrain.study.measure_names import AFTER_RELEARNING, MAIN_EFFECT, UNSEEN
 from jax_selftrain.study.preregistration import check_claims, describe_power, freeze_claims, refuse_first
 from jax_selftrain.study.results import collect_study, load_results
+from jax_selftrain.study.stage_factory import format_options
 from jax_selftrain.training.flops import PEAK_FLOPS
 
 
@@ -144,7 +145,7 @@ def _start(config: StudyConfig, folder: Path) -> list[str]:
         raise InputError(f"--out {folder}: cannot be created ({error.strerror}); choose another folder") from error
     atomic.remove_stale_temp_files(folder)
     yaml_io.save(folder / "config.yaml", config)
-    return freeze_claims(folder, config.claims)
+    return freeze_claims(folder, config.claims, config.split)
 
 
 def _publish_model(source: Path, target: Path) -> None:
@@ -344,7 +345,13 @@ def _check_student(config: StudyConfig, model: ModelConfig, mixture: Iterable[Co
         open_corpus(corpus, tokenizer_fingerprint=opened.tokenizer_fingerprint)
     training.check_hooks(options, evaluation_hooks(options))
     if config.extract.sequences:
-        evals.load_extraction_sets(fill_options(config, config.extract, model.model, model))
+        sequences = fill_options(config, config.extract, model.model, model)
+        evals.load_extraction_sets(sequences)
+        for form in config.memorization.formats:
+            try:
+                evals.load_extraction_sets(replace(sequences, **format_options(sequences, form)))
+            except InputError as error:
+                raise InputError(f"memorization.formats: {form.name}: {error}") from error
 
 
 def _check_corpus_size(sampled: SampleConfig, options: TrainConfig) -> None:

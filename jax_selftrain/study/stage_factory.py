@@ -14,6 +14,7 @@ from jax_selftrain.config import (
     ImportCorpusConfig,
     MergeConfig,
     ModelConfig,
+    PromptFormat,
     SampleConfig,
     StudyConfig,
     TrainConfig,
@@ -292,11 +293,10 @@ class StageFactory:
 
     def extract_probes(self, base: StudyModel, model: StudyModel, seed: int) -> dict[str, Stage]:
         """Extract in other formats, of unseen text, and after relearning."""
-        probes, window, label = self.config.memorization, evals.make_window(self._probe), f"extract from {model.label}"
+        probes, label = self.config.memorization, f"extract from {model.label}"
         found: dict[str, Stage] = {}
-        lengths: dict[str, Any] = {"protocol": None, "prefix": window.prefix, "suffix": window.suffix}
         for form in probes.formats:
-            changes = lengths | shared_overrides(form, ExtractConfig)
+            changes = format_options(self._probe, form)
             found[form.name] = self._extract(model, self._probe, f"{label}, {form.name}", **changes)
         if probes.unseen_text:
             continuations = self.continue_unseen_text(base)
@@ -372,6 +372,13 @@ def _estimate_cost(model: StudyModel, tokens: int, length: int, *, passes: int) 
 
 def _model_bytes(model: StudyModel) -> int:
     return 4 * count_params(hub.open_model(model.tokenizer_ref).config)
+
+
+def format_options(options: ExtractConfig, form: PromptFormat) -> dict[str, Any]:
+    """Return the options of `extract` that a prompt format sets."""
+    window = evals.make_window(options)
+    lengths = {"protocol": None, "prefix": window.prefix, "suffix": window.suffix}
+    return lengths | shared_overrides(form, ExtractConfig)
 
 
 def _window_options(options: ExtractConfig) -> dict[str, Any]:

@@ -143,26 +143,40 @@ def test_false_positives_are_held_over_three_claims() -> None:
 
 
 def test_claims_are_frozen_at_the_first_run(tmp_path: Path) -> None:
-    assert freeze_claims(tmp_path, [KEEPS]) == []
-    assert freeze_claims(tmp_path, [KEEPS]) == []
+    assert freeze_claims(tmp_path, [KEEPS], "all") == []
+    assert freeze_claims(tmp_path, [KEEPS], "all") == []
     edited = ClaimConfig("keeps", OWN, "A", direction="preserves", margin=0.05)
-    assert freeze_claims(tmp_path, [edited, RAISES]) == ["keeps", "raises"]
+    assert freeze_claims(tmp_path, [edited, RAISES], "all") == ["keeps", "raises"]
     path = tmp_path / "claims.json"
     text = path.read_text()
     path.write_text(text.replace("0.01", "0.05"))
     with pytest.raises(InputError, match="was changed after it was written"):
-        freeze_claims(tmp_path, [edited])
+        freeze_claims(tmp_path, [edited], "all")
+
+
+def test_claims_may_change_while_only_dev_items_are_seen(tmp_path: Path) -> None:
+    assert freeze_claims(tmp_path, [KEEPS], "dev") == []
+    (tmp_path / "results.json").write_text("{}")
+    assert freeze_claims(tmp_path, [RAISES], "dev") == []
+    assert freeze_claims(tmp_path, [RAISES, KEEPS], "test") == []
+    assert freeze_claims(tmp_path, [RAISES], "test") == []
+    for split in ("all", "dev"):
+        assert freeze_claims(tmp_path, [RAISES], split) == ["raises"]
+    path = tmp_path / "claims.json"
+    path.write_text(path.read_text().replace('"test"', '"all"'))
+    with pytest.raises(InputError, match="was changed after it was written"):
+        freeze_claims(tmp_path, [RAISES], "all")
 
 
 def test_claims_of_another_version_are_refused(tmp_path: Path) -> None:
     shutil.copy(Path(__file__).parents[2] / "docs/micro-world/claims.json", tmp_path)
     with pytest.raises(InputError, match="another version"):
-        freeze_claims(tmp_path, [KEEPS])
+        freeze_claims(tmp_path, [KEEPS], "all")
 
 
 def test_claims_after_the_first_results_are_post_hoc(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("{}")
-    assert freeze_claims(tmp_path, [KEEPS]) == ["keeps"]
+    assert freeze_claims(tmp_path, [KEEPS], "all") == ["keeps"]
     assert json.loads((tmp_path / "claims.json").read_text())["claims"] == []
 
 

@@ -359,6 +359,10 @@ def test_killed_shared_and_grown_studies_end_with_the_same_tables(make: Make, tm
         ({"memorization": MemorizationConfig(relearn_corpus="none.jsonl")}, "none.jsonl: no such file"),
         ({"memorization": MemorizationConfig((PromptFormat(prefix=4),))}, "a unique `name`"),
         ({"memorization": MemorizationConfig((PromptFormat("after_relearning", prefix=4),))}, "a unique `name`"),
+        (
+            {"memorization": MemorizationConfig((PromptFormat("long", prefix=999),))},
+            r"formats: long: .* tokens, fewer than prefix \+ suffix",
+        ),
         ({"memorization": MemorizationConfig((PromptFormat("as ever"),))}, "as ever: changes nothing"),
         ({"arms": (ArmConfig("x"), ArmConfig("x", keep_source_tokens=True))}, "arm 'x' is given twice"),
     ],
