@@ -250,7 +250,9 @@ def count_draws(lengths: np.ndarray, unit: str, config: SubsetConfig, *, where: 
         int64 [N].
     """
     total, budget = int(lengths.sum()), getattr(config, unit)
-    if not total or (config.draw == "without-replacement" and total < budget):
+    if not total:
+        raise InputError(f"{where}: has no {unit}; sample longer texts")
+    if config.draw == "without-replacement" and total < budget:
         raise InputError(
             f"{where}: has {total:,} {unit}, less than the {budget:,} to draw without replacement; sample more, lower "
             f"--{unit}, or draw with --draw bootstrap"

@@ -77,11 +77,11 @@ def barrier(name: str) -> None:
     _call_with_timeout(lambda milliseconds: client().wait_at_barrier(_unique_key(name), milliseconds), name)
 
 
-def broadcast_one_to_all(compute: Callable[[], Any]) -> Any:
+def broadcast_one_to_all(compute: Callable[[], Any], *, has_deadline: bool = True) -> Any:
     """Broadcast the result of `compute` on process 0, plain data, to all.
 
     Raises:
-      UnavailableError: a process was lost, or process 0 did not arrive within BARRIER_TIMEOUT.
+      UnavailableError: a process was lost, or, with a deadline, process 0 did not arrive within BARRIER_TIMEOUT.
       SelftrainError: the error of `compute` on process 0, on every process.
     """
     import jax
@@ -90,7 +90,11 @@ def broadcast_one_to_all(compute: Callable[[], Any]) -> Any:
         return compute()
     key = f"jax_selftrain/messages/{_unique_key('message')}"
     if jax.process_index():
-        text = _call_with_timeout(lambda milliseconds: client().blocking_key_value_get(key, milliseconds), "process 0")
+        text = _call_with_timeout(
+            lambda milliseconds: client().blocking_key_value_get(key, milliseconds),
+            "process 0",
+            repeat=not has_deadline,
+        )
         message = json.loads(text)
         if "error" in message:
             raise ExitNotice(*message["error"]).to_error()
@@ -169,15 +173,18 @@ def _check_alive() -> None:
         raise notice.to_error()
 
 
-def _call_with_timeout(wait: Callable[[int], Any], name: str) -> Any:
+def _call_with_timeout(wait: Callable[[int], Any], name: str, *, repeat: bool = False) -> Any:
     import jax
 
-    _check_alive()
-    try:
-        return wait(int(BARRIER_TIMEOUT * 1000))
-    except jax.errors.JaxRuntimeError as error:
-        if "DEADLINE_EXCEEDED" not in str(error):
-            raise
-        raise UnavailableError(
-            f"not all processes reached {name!r} within {BARRIER_TIMEOUT:.0f} s, though none was lost; {RERUN_HINT}"
-        ) from error
+    while True:
+        _check_alive()
+        try:
+            return wait(int(BARRIER_TIMEOUT * 1000))
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+            if not repeat:
+                raise UnavailableError(
+                    f"not all processes reached {name!r} within {BARRIER_TIMEOUT:.0f} s, though none was lost; "
+                    f"{RERUN_HINT}"
+                ) from error

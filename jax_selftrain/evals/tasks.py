@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals.item_results import ItemResults, Kind
+from jax_selftrain.evals.item_results import ItemResults, Kind, Split, dev_test_split, item_hash
 from jax_selftrain.evals.result_files import describe_mean, is_text, with_stderr
 from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.stats.estimators import exp_and_stderr, mean_and_stderr, ratio_and_stderr
@@ -92,6 +92,18 @@ def load_texts(paths: Sequence[str], limit: int | None = None) -> list[Task]:
             raise InputError(f"{path}: no texts in it")
         tasks.append(Task(path.name.removesuffix(".jsonl"), path, "text", tuple(questions)))
     return tasks
+
+
+def select_split(task: Task, split: Split) -> Task:
+    """Return a task or text file with the items of a split. Raises InputError if there are none."""
+    members = [
+        question
+        for question in task.questions
+        if split in ("all", dev_test_split(item_hash(question.context, question.continuations)))
+    ]
+    if not members:
+        raise InputError(f"{task.path}: none of its {len(task.questions):,} items is in the {split} split; use all")
+    return replace(task, questions=tuple(members))
 
 
 def paths_by_name(tasks: Sequence[Task]) -> dict[str, Path]:

@@ -98,6 +98,8 @@ def _load(config: CompareConfig) -> list[tuple[ScoreResult, ScoreResult]]:
 
 def _check_names(config: CompareConfig, pairs: Pairs) -> None:
     tasks = [name for name, pair in pairs.items() if pair.base.kind != "text"]
+    for pair in pairs.values():
+        pair.part(config.split)
     for name in config.primary_tasks:
         if name not in tasks:
             known = f"; scored were {', '.join(tasks)}" if tasks else "; no task was scored"

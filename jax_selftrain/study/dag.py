@@ -162,63 +162,132 @@ def run_all(root: Path, stages: Sequence[Stage], keep_models: KeepModels = "all"
     if jax.process_index() == 0:
         root.mkdir(parents=True, exist_ok=True)
         atomic.remove_stale_temp_files(root)
-        _forget_removed(root, stages)
     done: set[str] = set()
-    readers: dict[str, set[str]] = {stage.key: set() for stage in stages}
-    for stage in stages:
-        for one in stage.dependencies:
-            readers[one.key].add(stage.key)
+    readers = _readers(stages)
 
-    def remove_weights(stage: Stage) -> None:
-        if jax.process_index() == 0 and stage.model_bytes:
-            atomic.remove_folder(root / stage.name / "checkpoints")
-            if keep_models == "none" and readers[stage.key] <= done and (root / stage.name / "model").is_dir():
-                atomic.write_json(root / f"{stage.name}.json", {"key": stage.key, **stage.record, "removed": True})
-                atomic.remove_folder(root / stage.name / "model")
+    def remove_weights(candidates: Iterable[Stage]) -> None:
+        if keep_models != "all" and jax.process_index() == 0:
+            for one in candidates:
+                if one.model_bytes:
+                    _remove_weights(root, one, all_weights=keep_models == "none" and readers[one.key] <= done)
 
     def finish(stage: Stage) -> None:
         if stage.key not in done:
             done.add(stage.key)
-            for one in (stage, *stage.dependencies) if keep_models != "all" else ():
-                remove_weights(one)
+            remove_weights((stage, *stage.dependencies))
             if sys.stderr.isatty() and jax.process_index() == 0:
                 print(f"jax-selftrain: {len(done)} of {len(stages)}: {stage.label}", file=sys.stderr, flush=True)
 
     def run_claimed(claims: Iterator[tuple[Stage, ExitStack]]) -> None:
         for stage, claim in claims:
             with claim:
-                folder = root / stage.name
-                broadcast_one_to_all(partial(folder.mkdir, exist_ok=True))
-                began = time.monotonic()
-                run = partial(stage.run, folder)
-                _ = run() if stage.is_collective else broadcast_one_to_all(partial(_without_result, run))
-                if jax.process_index() == 0:
-                    atomic.write_json(root / f"{stage.name}.seconds.json", {"seconds": time.monotonic() - began})
-                    atomic.write_json(root / f"{stage.name}.json", {"key": stage.key, **stage.record})
-                finish(stage)
+                _make_removed_again(root, stage)
+                _run(root, stage)
+            finish(stage)
 
     run_missing(
         stages,
         run_claimed,
         is_done=partial(is_done, root),
-        lease_file=lambda stage: root / f".{stage.name}.lease",
+        lease_file=partial(_lease_file, root),
         is_ready=lambda stage: all(one.key in done for one in stage.dependencies),
         agree=broadcast_one_to_all,
         on_done=finish,
     )
+    remove_weights(stages)  # also models that were made again
 
 
-def _without_result(run: Callable[[], object]) -> None:
-    run()
+def _run(root: Path, stage: Stage) -> None:
+    folder = root / stage.name
+    broadcast_one_to_all(partial(folder.mkdir, exist_ok=True))
+    began = time.monotonic()
+    if stage.is_collective:
+        stage.run(folder)
+    else:
+        broadcast_one_to_all(partial(_discard_result, stage.run, folder), has_deadline=False)
+    if jax.process_index() == 0:
+        atomic.write_json(root / f"{stage.name}.seconds.json", {"seconds": time.monotonic() - began})
+        atomic.write_json(root / f"{stage.name}.json", {"key": stage.key, **stage.record})
 
 
-def _forget_removed(root: Path, stages: Iterable[Stage]) -> None:
-    """Make finished stages missing whose removed model a missing stage reads."""
+def _discard_result(run: Callable[[Path], object], folder: Path) -> None:
+    run(folder)
+
+
+# ---------------------------------------------------------------- models that are removed
+
+
+def list_remaining(root: Path, stages: Iterable[Stage]) -> list[Stage]:
+    """Return the stages to run, dependencies first.
+
+    They are those that are not done, and those whose removed model one of them reads.
+    """
+
     pending = [stage for stage in stages if not is_done(root, stage)]
+    found = {stage.key: stage for stage in pending}
     while pending:
-        for stage in pending.pop().dependencies:
-            with lease(root / f".{stage.name}.lease") as is_acquired:  # else, another process runs it again
-                if is_acquired and is_done(root, stage) and "removed" in atomic.read_json(root / f"{stage.name}.json"):
-                    (root / f"{stage.name}.json").unlink()
-                    atomic.remove_folder(root / stage.name)
-                    pending.append(stage)
+        for one in pending.pop().dependencies:
+            if one.key not in found and _is_removed(root, one):
+                found[one.key] = one
+                pending.append(one)
+    return [stage for stage in topological_order(found.values()) if stage.key in found]
+
+
+def peak_bytes(stages: Sequence[Stage], keep_models: KeepModels, checkpoints: int) -> int:
+    """Return the largest size of models and checkpoints while stages run in order.
+
+    A run has `checkpoints` checkpoints, each with the parameters and two moments in float32.
+    """
+    readers, done = _readers(stages), set[str]()
+    held, peak, saved = dict[str, int](), 0, 0
+    for stage in stages:
+        written = 3 * checkpoints * stage.model_bytes if stage.command == "train" else 0
+        held[stage.key] = stage.model_bytes
+        peak = max(peak, saved + sum(held.values()) + written)
+        saved += written if keep_models == "all" else 0
+        done.add(stage.key)
+        if keep_models == "none":
+            held = {key: size for key, size in held.items() if not readers[key] <= done}
+    return peak
+
+
+def _readers(stages: Iterable[Stage]) -> dict[str, set[str]]:
+    """Return the keys of the stages that read the output of each stage."""
+    found: dict[str, set[str]] = {}
+    for stage in stages:
+        found.setdefault(stage.key, set())
+        for one in stage.dependencies:
+            found.setdefault(one.key, set()).add(stage.key)
+    return found
+
+
+def _lease_file(root: Path, stage: Stage) -> Path:
+    return root / f".{stage.name}.lease"
+
+
+def _is_removed(root: Path, stage: Stage) -> bool:
+    """Return True if the model of a finished stage was removed."""
+    return bool(stage.model_bytes) and "removed" in atomic.read_json(root / f"{stage.name}.json")
+
+
+def _remove_weights(root: Path, stage: Stage, *, all_weights: bool) -> None:
+    """Remove the checkpoints of a finished stage, and its model with `all_weights`."""
+    with lease(_lease_file(root, stage)) as is_acquired:
+        if not is_acquired or not is_done(root, stage) or _is_removed(root, stage):
+            return  # another process removes it or makes it again
+        atomic.remove_folder(root / stage.name / "checkpoints")
+        if all_weights:
+            atomic.write_json(root / f"{stage.name}.json", {"key": stage.key, **stage.record, "removed": True})
+            atomic.remove_folder(root / stage.name / "model")
+
+
+def _make_removed_again(root: Path, reader: Stage) -> None:
+    """Make the removed models that a stage reads."""
+    for stage in reader.dependencies:
+        while broadcast_one_to_all(partial(_is_removed, root, stage)):
+            _make_removed_again(root, stage)
+            with ExitStack() as claim:
+                if broadcast_one_to_all(partial(claim.enter_context, lease(_lease_file(root, stage)))):
+                    _run(root, stage)
+                else:
+                    time.sleep(0.5)  # another process makes it

@@ -66,11 +66,16 @@ class Design:
 
     @property
     def ordered_stages(self) -> list[Stage]:
-        """All stages, dependencies first; the bases are scored before anything is sampled."""
+        """All stages, dependencies first.
+
+        The bases are scored before anything is sampled. The cells of one seed and student follow each other, because
+        they read the same models.
+        """
+        seeds = list(dict.fromkeys(cell.seed for cell in self.cells))
         wanted: list[Stage | None] = [*self.score_base.values(), *self.extract_base.values()]
         for probes in (*self.base_probes.values(), *self.aa_repeats.values()):
             wanted += probes.values()
-        for cell in self.cells:
+        for cell in sorted(self.cells, key=lambda cell: (seeds.index(cell.seed), self.students.index(cell.student))):
             wanted += (cell.corpus, cell.train, cell.score, cell.extract, *cell.probes.values(), *(cell.proxies or ()))
         return topological_order(stage for stage in wanted if stage is not None)
 

@@ -18,10 +18,7 @@ import numpy as np
 
 from jax_selftrain import evals, hub, likelihood, training
 from jax_selftrain.config import ExtractConfig, ScoreConfig, TrainConfig, yaml_io
-from jax_selftrain.errors import InputError
-from jax_selftrain.evals.item_results import Split, dev_test_split, item_hash
 from jax_selftrain.evals.task_names import split_names
-from jax_selftrain.evals.tasks import Task
 from jax_selftrain.hub import LoadedModel
 from jax_selftrain.io.manifest import hash_json
 from jax_selftrain.training import Hook
@@ -45,7 +42,7 @@ def evaluation_hooks(config: TrainConfig) -> list[Hook]:
     if not (config.eval_texts or config.eval_tasks or config.eval_sequences):
         return []
     tasks, texts = (
-        [_select(task, config.eval_split) for task in load(files, config.eval_limit)]
+        [evals.select_split(task, config.eval_split) for task in load(files, config.eval_limit)]
         for load, files in ((evals.load_tasks, config.eval_tasks), (evals.load_texts, config.eval_texts))
     )
     evals.paths_by_name([*tasks, *texts])
@@ -122,18 +119,6 @@ def summarize_curve(
         if name != "step"
     ]
     return {"step": [line["step"] for line in curve], "measures": measures}
-
-
-def _select(task: Task, split: Split) -> Task:
-    """Return a task or text file with the items of a split."""
-    members = [
-        question
-        for question in task.questions
-        if split in ("all", dev_test_split(item_hash(question.context, question.continuations)))
-    ]
-    if not members:
-        raise InputError(f"{task.path}: none of its items is in the {split} split; use --eval-split all")
-    return replace(task, questions=tuple(members))
 
 
 def _load_sequences(config: TrainConfig) -> dict[str, np.ndarray]:

@@ -57,8 +57,7 @@ class Pair(NamedTuple):
         found = Pair(self.base.select(split), self.student.select(split))
         if not found.base.count:
             raise InputError(
-                f"{self.base.name}: none of its {self.base.count:,} documents is in the {split} split; use the split "
-                "`all`"
+                f"{self.base.name}: none of its {self.base.count:,} documents is in the {split} split; use split all"
             )
         return found
 

@@ -63,24 +63,44 @@ def refuse_first(where: str, problems: Mapping[str, bool]) -> None:
 def freeze_claims(folder: Path, claims: Sequence[ClaimConfig], split: Split) -> list[str]:
     """Freeze the first run's claims; return the names of post hoc claims.
 
-    A study that started without claims has frozen an empty list. Results on dev items are of pilots: until others are
-    requested, claims may change. Another split than the first after them makes every claim post hoc. Raises InputError
-    if the frozen claims were changed, or another version wrote them.
+    A study that started without claims has frozen an empty list. Results on dev items are of pilots: claims about tasks
+    and texts may change until test items are requested, and are post hoc after another change of the split. Raises
+    InputError if the frozen claims were changed, or another version wrote them.
     """
     path = folder / "claims.json"
     now = [yaml_io.to_dict(claim) for claim in claims]
-    frozen = atomic.read_json(path) if path.exists() else None
-    if frozen is None or (isinstance(frozen, dict) and frozen.get("split") == "dev"):
-        found = {"claims": [] if frozen is None and (folder / "results.json").exists() else now, "split": split}
-        atomic.write_json(path, {**found, "sha256": hash_json(found)})
-        return [claim["name"] for claim in now if claim not in found["claims"]]
-    if not isinstance(frozen, dict) or not {"claims", "split"} <= frozen.keys():
-        raise InputError(f"{path}: has claims of another version of this program; choose another --out")
-    if hash_json({name: frozen[name] for name in ("claims", "split")}) != frozen.get("sha256"):
+    if path.exists():
+        frozen = _read_frozen(path)
+        if frozen["split"] == "dev" and split in ("dev", "test"):
+            kept = [claim for claim in frozen["claims"] if not _depends_on_split(claim)]
+            frozen = {"claims": kept + [claim for claim in now if _depends_on_split(claim)], "split": split}
+    else:
+        frozen = {"claims": [] if (folder / "results.json").exists() else now, "split": split}
+    atomic.write_json(path, {**frozen, "sha256": hash_json(frozen)})
+    return [
+        claim["name"]
+        for claim in now
+        if claim not in frozen["claims"] or (split != frozen["split"] and _depends_on_split(claim))
+    ]
+
+
+def _read_frozen(path: Path) -> dict[str, Any]:
+    """Read `claims` and `split` of `claims.json`."""
+    found = atomic.read_json(path)
+    another = f"{path}: has claims of another version of this program; choose another --out"
+    if not isinstance(found, dict) or not {"claims", "split"} <= found.keys():
+        raise InputError(another)
+    frozen = {name: found[name] for name in ("claims", "split")}
+    if hash_json(frozen) != found.get("sha256"):
         raise InputError(f"{path}: was changed after it was written; restore it")
     if any(claim.keys() != yaml_io.to_dict(ClaimConfig()).keys() for claim in frozen["claims"]):
-        raise InputError(f"{path}: has claims of another version of this program; choose another --out")
-    return [claim["name"] for claim in now if split != frozen["split"] or claim not in frozen["claims"]]
+        raise InputError(another)
+    return frozen
+
+
+def _depends_on_split(claim: Mapping[str, Any]) -> bool:
+    """Return True for a claim about tasks or texts."""
+    return claim["measure"].partition("/")[0] in ("accuracy", "task", "log_odds", "text")
 
 
 def judge_claims(

@@ -41,7 +41,7 @@ from jax_selftrain.evals.lm_eval_tasks import load_lm_eval_tasks, make_task_mana
 from jax_selftrain.evals.task_names import split_names
 from jax_selftrain.io import atomic, lease
 from jax_selftrain.io.jsonl import read_jsonl
-from jax_selftrain.study.dag import check_processes, is_done, run_all
+from jax_selftrain.study.dag import check_processes, list_remaining, peak_bytes, run_all
 from jax_selftrain.study.design import Design, expand_revisions, make_design
 from jax_selftrain.study.eval_hooks import evaluation_hooks, with_default_evals
 from jax_selftrain.study.measure_names import AFTER_RELEARNING, MAIN_EFFECT, UNSEEN
@@ -131,7 +131,7 @@ def run_study(config: StudyConfig) -> Path:
     if jax.process_index() == 0:
         with lease.wait_for_lease(folder / ".results.lease"):  # other processes write the same bytes
             trained = [cell.train for cell in design.cells]
-            if len(trained) == 1 and trained[0] is not None and config.keep_models != "none":
+            if len(trained) == 1 and trained[0] is not None:
                 _publish_model(design.folder(trained[0]) / "model", folder / "model")
             atomic.write_json(folder / "results.json", collect_study(config, design, post_hoc))
     return folder
@@ -149,7 +149,9 @@ def _start(config: StudyConfig, folder: Path) -> list[str]:
 
 
 def _publish_model(source: Path, target: Path) -> None:
-    """Make `target` equal to `source`, by hard links or copies."""
+    """Make `target` equal to `source`, by hard links or copies, unless `keep_models` has removed it."""
+    if not source.is_dir():
+        return
     files, published = (
         sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file()) for folder in (source, target)
     )
@@ -171,7 +173,7 @@ _CHIPS = {"v5e": "TPU v5e", "v6e": "TPU v6e", "H100": "NVIDIA H100 80GB HBM3"}
 def format_plan(config: StudyConfig, design: Design) -> str:
     """Format the numbers of stages by command, done and remaining."""
     stages = design.ordered_stages
-    remaining = [stage for stage in stages if not is_done(design.root, stage)]
+    remaining = list_remaining(design.root, stages)
     lines = [f"{len(design.cells):,} cells, {len(stages):,} stages"]
     for command in dict.fromkeys(stage.command for stage in stages):
         total, left = ([stage for stage in group if stage.command == command] for group in (stages, remaining))
@@ -186,10 +188,8 @@ def format_plan(config: StudyConfig, design: Design) -> str:
         for stage in stages
         if stage.tokens and (path := design.root / f"{stage.name}.seconds.json").exists()
     ]
-    if sizes := [stage.model_bytes for stage in remaining if stage.model_bytes]:
-        run = max(sizes) * (1 + 3 * config.train.keep)  # a checkpoint holds the parameters and two moments
-        kept = {"all": sum(sizes) * run / max(sizes), "last": sum(sizes) + run, "none": run}[config.keep_models]
-        lines.append(f"disk: {kept / 1e9:,.3g} GB of models and checkpoints (keep_models: {config.keep_models})")
+    if size := peak_bytes(remaining, config.keep_models, config.train.keep):
+        lines.append(f"disk: {size / 1e9:,.3g} GB of models and checkpoints (keep_models: {config.keep_models})")
     if rates:
         minutes = sum(stage.tokens for stage in remaining) * math.fsum(rates) / len(rates) / 60
         lines.append(f"by the finished stages, sampling and training will take about {minutes:,.0f} more minutes")
@@ -236,7 +236,10 @@ def check_study(config: StudyConfig, read_corpus: Callable[[str], Corpus] = open
     audit = config.decontaminate
     for options, limit, loaded in ((score, score.limit, texts), (audit, None, evals.load_texts(audit.texts))):
         files, names = split_names(options.tasks)
-        paths = evals.paths_by_name([*evals.load_tasks(files, limit), *loaded])
+        loaded = [*evals.load_tasks(files, limit), *loaded]
+        paths = evals.paths_by_name(loaded)
+        for task in loaded if options is score else ():
+            evals.select_split(task, config.split)
         if names and config.dry_run:
             make_task_manager(names, options.task_folder)
         elif names:

@@ -36,9 +36,17 @@ from jax_selftrain.study.proxies import corpus_proxies
 
 _SMALL_BATCH = 24
 """Rows of a batch in the A/A repeat with another batch size."""
+_BYTES_PER_TOKEN = 4
+"""About this many bytes of text are one token, for estimates."""
 _WINDOW = ("protocol", "prefix", "suffix", "offset", "random_offset", "min_overlap", "limit")
 """Options of extraction that decide which tokens of a sequence are its suffix."""
-_UNMEASURED = ("epochs", "max_epochs", "checkpoint_every", *fields_with_role(TrainConfig, Role.EVALUATION))
+_UNMEASURED = (
+    "epochs",
+    "best_epoch",
+    "max_epochs",
+    "checkpoint_every",
+    *fields_with_role(TrainConfig, Role.EVALUATION),
+)
 """Options of training that a number of steps without evaluation leaves unset."""
 
 
@@ -92,9 +100,9 @@ class StageFactory:
         """Return a model of the study as it is before training."""
         model = self._models[name]
         opened, ref = hub.open_model(model.model), model.model
-        # A plan needs no weights.
+        # A plan needs no weights; revisions have the same config.
         has_weights = opened.has_weights or not self.config.dry_run
-        fingerprint = opened.fingerprint if has_weights else hash_json(dict(opened.raw_config))
+        fingerprint = opened.fingerprint if has_weights else hash_json([model.model, dict(opened.raw_config)])
         return StudyModel(ref, fingerprint, name, opened.tokenizer_fingerprint, ref, model)
 
     def folder(self, stage: Stage) -> Path:
@@ -139,8 +147,9 @@ class StageFactory:
             record = atomic.read_json(path)
             samples = record.get("identity", {}).get("samples", 0)
             fewer = {**stage.record, "identity": {**stage.identity, "samples": samples}}
-            if samples < stage.identity["samples"] and record.get("key") == hash_json(fewer):
-                found[samples] = str(self.folder(stage).with_name(path.stem))
+            folder = path.with_suffix("")
+            if samples < stage.identity["samples"] and record.get("key") == hash_json(fewer) and folder.is_dir():
+                found[samples] = str(folder)
         return found[max(found)]
 
     def sample_for(self, student: StudyModel, source: StudyModel, arm: ArmConfig, seed: int) -> Stage:
@@ -227,7 +236,9 @@ class StageFactory:
         sampled, subset = self.config.sample, self.config.subset
         tokens = (options.steps or 0) * options.batch_size * options.seq_len
         if options.epochs:
-            tokens = options.epochs * (subset.tokens or subset.bytes or sampled.samples * sampled.max_tokens)
+            tokens = options.epochs * (
+                subset.tokens or (subset.bytes or 0) // _BYTES_PER_TOKEN or sampled.samples * sampled.max_tokens
+            )
         inputs: dict[str, str | Stage] = {"model": start.fingerprint}
         inputs |= {f"corpus {n}": one for n, one in enumerate(on)}
         inputs |= {f"mixture {n}": self._read_corpus(folder).fingerprint for n, (folder, _) in enumerate(mixture)}

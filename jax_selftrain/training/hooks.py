@@ -79,6 +79,10 @@ def check_evaluation(config: TrainConfig) -> None:
         raise InputError(
             f"{yaml_io.flag(given[0])} needs --eval-every, the number of steps between two evaluations, or --epochs"
         )
+    if config.eval_split != "all" and not (config.eval_texts or config.eval_tasks):
+        raise InputError(
+            f"--eval-split {config.eval_split}: needs --eval-texts or --eval-tasks, whose items it selects"
+        )
     if config.best_epoch and not (config.epochs and config.eval_tasks and config.eval_split == "dev"):
         raise InputError("--best-epoch is chosen on dev items; it needs --epochs, --eval-tasks and --eval-split dev")
     if config.best_epoch and config.eval_every is not None:

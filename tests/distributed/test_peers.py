@@ -45,7 +45,7 @@ def test_commands_with_devices_take_the_flags_and_no_configuration_does() -> Non
         options, given = cli.parse_command_line(name, [*words, *required_options(name)])
         assert given == DistributedConfig("localhost:8476", 2, 0, heartbeat_timeout=7)
         assert options == cli.parse_command_line(name, required_options(name))[0]
-    for name in ("study", "import", "report"):
+    for name in ("demo", "import", "report"):
         with pytest.raises(InputError, match="unknown option `--coordinator`"):
             cli.parse_command_line(name, COORDINATOR)
 
@@ -53,7 +53,8 @@ def test_commands_with_devices_take_the_flags_and_no_configuration_does() -> Non
 def required_options(name: str) -> list[str]:
     words = []
     for field in fields_with_role(cli.COMMANDS[name].config_class, Role.REQUIRED):
-        words += [f"--{field}", "0.5" if field == "weight" else "x"]
+        if field != "models":  # a list of sections, for YAML alone
+            words += [f"--{field}", {"weight": "0.5", "seeds": "1"}.get(field, "x")]
     return words
 
 

@@ -140,8 +140,9 @@ def test_the_paper_is_planned_from_configs_and_tokenizers_alone(plan: Callable[[
     hours = re.search(r"([\d.,e+]+) \(H100\)", chip_hours)
     assert hours
     assert float(hours[1].replace(",", "")) == pytest.approx(flops / (0.4 * 989.4e12) / 3600, rel=0.06)  # 2 digits
-    # One run of Llama 3.2 1B (1,235,814,400 parameters; here with a head of its own) at a time: weights, 2 checkpoints.
-    size = 4 * (1_235_814_400 + 2048 * 128_256) * 7 / 1e9
+    # Llama 3.2 1B (1,235,814,400 parameters; here with a head of its own): a student that the noise of its seed reads,
+    # and one run with weights and two checkpoints.
+    size = 4 * (1_235_814_400 + 2048 * 128_256) * (1 + 7) / 1e9
     assert f"disk: {size:,.3g} GB of models and checkpoints (keep_models: none)" in printed
 
 

@@ -7,7 +7,7 @@ from launcher import run_code
 
 from jax_selftrain.config import KeepModels
 from jax_selftrain.errors import InputError
-from jax_selftrain.study.dag import Stage, run_all
+from jax_selftrain.study.dag import Stage, list_remaining, peak_bytes, run_all
 
 
 def test_a_stage_that_is_needed_twice_runs_once(tmp_path: Path):
@@ -80,3 +80,41 @@ def test_models_are_kept_as_requested_and_made_again_for_a_new_reader(tmp_path: 
     assert runs[4:] == (["train", "late"] if keep == "none" else ["late"])
     assert (folder / "model").is_dir() == (keep != "none")
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_chain_of_removed_models_is_made_again(tmp_path: Path):
+    """The second model is trained from the first; a plan counts both."""
+    runs: list[str] = []
+
+    def make(name: str, before: Stage | None) -> Stage:
+        def train(out: Path) -> None:
+            assert before is None or (tmp_path / before.name / "model").is_dir()
+            runs.append(name)
+            (out / "model").mkdir()
+
+        return Stage("train", name, {"name": name}, {"model": before or "a"}, train, model_bytes=4)
+
+    first = make("first", None)
+    second = make("second", first)
+    late = [
+        Stage("score", name, {"name": name}, {"model": second}, lambda out, name=name: runs.append(name))
+        for name in ("one", "two")
+    ]
+    assert list_remaining(tmp_path, [first, second, late[0]]) == [first, second, late[0]]
+    run_all(tmp_path, late[:1], "none")
+    assert list_remaining(tmp_path, [first, second, *late]) == [first, second, late[1]]
+    run_all(tmp_path, late, "none")
+    assert runs == ["first", "second", "one", "first", "second", "two"]
+    assert not list(tmp_path.glob("*/model"))
+    assert list_remaining(tmp_path, [first, second, *late]) == []
+
+
+def test_the_size_on_disk_is_that_of_the_models_that_are_still_read():
+    trained = [Stage("train", f"{n}", {"n": n}, {}, print, model_bytes=10) for n in range(3)]
+    scores = [Stage("score", f"{n}", {"n": n}, {"model": one}, print) for n, one in enumerate(trained)]
+    noise = Stage("noise", "noise", {}, {"base": trained[0]}, print, model_bytes=10)
+    in_order = [stage for pair in zip(trained, scores, strict=True) for stage in pair]
+    assert peak_bytes([*in_order, noise], "none", 2) == 10 + 10 + 60  # the first model until its noise, and one run
+    assert peak_bytes([*in_order[:2], noise, *in_order[2:]], "none", 2) == 10 + 60  # noise is never read
+    assert peak_bytes([*in_order, noise], "last", 2) == 3 * 10 + 60
+    assert peak_bytes([*in_order, noise], "all", 2) == 3 * (10 + 60) + 10

@@ -154,18 +154,25 @@ def test_claims_are_frozen_at_the_first_run(tmp_path: Path) -> None:
         freeze_claims(tmp_path, [edited], "all")
 
 
-def test_claims_may_change_while_only_dev_items_are_seen(tmp_path: Path) -> None:
-    assert freeze_claims(tmp_path, [KEEPS], "dev") == []
+def test_claims_about_tasks_may_change_while_only_dev_items_are_seen(tmp_path: Path) -> None:
+    memory = ClaimConfig("memory", OWN, "A", measure="exact_match/H")
+    flipped = replace(memory, direction="lowers")
+    assert freeze_claims(tmp_path, [KEEPS, memory], "dev") == []
     (tmp_path / "results.json").write_text("{}")
-    assert freeze_claims(tmp_path, [RAISES], "dev") == []
-    assert freeze_claims(tmp_path, [RAISES, KEEPS], "test") == []
-    assert freeze_claims(tmp_path, [RAISES], "test") == []
+    assert freeze_claims(tmp_path, [RAISES, memory], "dev") == []
+    assert freeze_claims(tmp_path, [RAISES, KEEPS, flipped], "test") == ["memory"]  # its results are of all sequences
+    assert freeze_claims(tmp_path, [RAISES, memory], "test") == []
     for split in ("all", "dev"):
-        assert freeze_claims(tmp_path, [RAISES], split) == ["raises"]
+        assert freeze_claims(tmp_path, [RAISES, memory], split) == ["raises"]
     path = tmp_path / "claims.json"
     path.write_text(path.read_text().replace('"test"', '"all"'))
     with pytest.raises(InputError, match="was changed after it was written"):
         freeze_claims(tmp_path, [RAISES], "all")
+
+
+def test_all_items_after_dev_items_make_claims_post_hoc(tmp_path: Path) -> None:
+    assert freeze_claims(tmp_path, [KEEPS], "dev") == []
+    assert freeze_claims(tmp_path, [KEEPS], "all") == ["keeps"]
 
 
 def test_claims_of_another_version_are_refused(tmp_path: Path) -> None:

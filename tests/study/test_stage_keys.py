@@ -143,6 +143,21 @@ def test_prefixes_and_suffixes_for_evaluation_change_the_key_of_training(
     assert len(keys) == 3
 
 
+def test_a_short_training_has_nothing_of_the_recipes_evaluation(factory: Callable[..., StageFactory]) -> None:
+    config = factory().config
+    by_epochs = TrainConfig(epochs=2, best_epoch=True, eval_split="dev", eval_tasks=config.score.tasks)
+    stages = StageFactory(replace(config, train=by_epochs))
+    ref = config.models[0].model
+    base = StudyModel(ref, "f" * 64, "a", "e" * 64, ref)
+    corpus = stages.sample_for(base, base, ArmConfig(), 100)
+    whole, short = (stages.train(base, [corpus], ArmConfig(), 100, steps).fingerprint for steps in (None, 5))
+    assert isinstance(whole, Stage)
+    assert isinstance(short, Stage)
+    options = ("steps", "epochs", "best_epoch", "eval_split")
+    assert [whole.identity[name] for name in options] == [None, 2, True, "dev"]
+    assert [short.identity[name] for name in options] == [5, None, False, "all"]
+
+
 def test_command_identity_and_inputs_change_the_key() -> None:
     stage = Stage("sample", "label", {"seed": 0}, {"model": "f"}, print)
     changes: tuple[dict[str, Any], ...] = (

@@ -138,6 +138,7 @@ def test_a_resumed_run_must_measure_the_same(options: Options):
     [
         ({"eval_texts": ("a.jsonl",)}, "--eval-texts needs --eval-every"),
         ({"eval_limit": 3}, "--eval-limit needs --eval-every"),
+        ({"eval_split": "dev"}, "--eval-split dev: needs --eval-texts or --eval-tasks"),
         ({"eval_every": 2}, "--eval-every 2: nothing to evaluate"),
         ({**EVALUATED, "eval_every": 0}, "--eval-every 0: must be at least 1"),
         ({**ON_DEV, "best_epoch": True, "eval_split": "all"}, "--best-epoch is chosen on dev items; it needs --epochs"),
