@@ -95,7 +95,11 @@ def load_texts(paths: Sequence[str], limit: int | None = None) -> list[Task]:
 
 
 def select_split(task: Task, split: Split) -> Task:
-    """Return a task or text file with the items of a split. Raises InputError if there are none."""
+    """Return the items of a task or text file in a split.
+
+    Raises:
+      InputError: there are none.
+    """
     members = [
         question
         for question in task.questions

@@ -14,7 +14,15 @@ from typing import Any
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import orbax_io
 from jax_selftrain.hub.hf_config import parse_config
-from jax_selftrain.hub.safetensors_io import INDEX, WEIGHTS, open_weights, weight_files
+from jax_selftrain.hub.safetensors_io import (
+    INDEX,
+    TORCH_INDEX,
+    TORCH_WEIGHTS,
+    WEIGHTS,
+    has_weight_files,
+    open_weights,
+    weight_files,
+)
 from jax_selftrain.hub.tokenizer import (
     GENERATION_CONFIG,
     TOKENIZER_FILES,
@@ -33,7 +41,7 @@ FORMAT, VERSION = "jax_selftrain.model", 3
 OLD_MANIFEST = "model.json"
 """Manifest of versions 1 and 2, whose weights were an Orbax tree."""
 _FIX_HINT = f"restore the folder from a copy or make it again (if you changed it on purpose, delete its {MANIFEST})"
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w.-]+)?")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
 Ref = str | Path
 """A model folder, a hub id (`org/name` or `org/name@revision`), or a RUN folder."""
@@ -113,7 +121,7 @@ class ModelRef:
     @property
     def has_weights(self) -> bool:
         """Return True if the folder holds weights, not only an architecture."""
-        return self.is_orbax or any((self.folder / name).is_file() for name in (WEIGHTS, INDEX))
+        return self.is_orbax or has_weight_files(self.folder)
 
     @cached_property
     def tensor_names(self) -> frozenset[str]:
@@ -197,15 +205,18 @@ def _download(ref: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = ref.partition("@")
-    patterns = [CONFIG, MANIFEST, GENERATION_CONFIG, *TOKENIZER_FILES, WEIGHTS, INDEX, "model-*.safetensors"]
+    small = [CONFIG, MANIFEST, GENERATION_CONFIG, *TOKENIZER_FILES]
     try:
-        folder = snapshot_download(name, revision=revision or None, allow_patterns=patterns)
+        for weights in ((WEIGHTS, INDEX, "model-*.safetensors"), (TORCH_WEIGHTS, TORCH_INDEX, "pytorch_model-*.bin")):
+            folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=[*small, *weights]))
+            if has_weight_files(folder):
+                break
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"{ref}: no such local folder, and the download from the Hugging Face hub failed ({reason}); check the "
             "name and the network, or give a local folder"
         ) from error
-    if not (Path(folder) / CONFIG).is_file():
+    if not (folder / CONFIG).is_file():
         raise InputError(f"{ref}: the Hugging Face hub has no {CONFIG} for it; check the name")
-    return Path(folder)
+    return folder

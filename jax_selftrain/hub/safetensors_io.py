@@ -5,7 +5,7 @@ memory-mapped files. The host holds no more than one device's shard of one array
 output file at a time.
 
 Every tensor of a file must be in the family's table or a legacy buffer, have the right shape, be fp32, bf16 or fp16,
-and be finite. Pickle checkpoints are refused unread.
+and be finite. PyTorch files are read without executing anything (`torch_weights`).
 """
 
 import json
@@ -27,6 +27,7 @@ from jax_selftrain.distributed.mesh import mesh_context
 from jax_selftrain.distributed.sharding import ShardingRules
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub.families import Family, Pattern, pattern_sizes
+from jax_selftrain.hub.torch_weights import open_torch_file
 from jax_selftrain.hub.weight_mapping import DTYPES, ParamSource, StoredTensor, map_tensors, param_sources
 from jax_selftrain.io import atomic
 from jax_selftrain.models import DecoderConfig, Params, abstract_params
@@ -35,59 +36,76 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
 """Weights above this size are written as several files with an index, as Hugging Face does."""
 
-_TORCH_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def has_weight_files(folder: Path) -> bool:
+    """Return True if a Hugging Face folder holds weights."""
+    return any((folder / name).is_file() for name in (WEIGHTS, INDEX, TORCH_WEIGHTS, TORCH_INDEX))
 
 
 def weight_files(folder: Path) -> list[str]:
-    """List the safetensors files of a Hugging Face folder.
+    """List the safetensors files of a folder, else its PyTorch files.
 
     Raises:
-      InputError: there are none; for a pickle checkpoint, says how to convert it.
+      InputError: there are none, or an index names a file that is missing.
     """
-    if (folder / WEIGHTS).is_file():
-        return [WEIGHTS]
-    if (folder / INDEX).is_file():
-        index = atomic.read_json(folder / INDEX)
-        files = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(files, dict) or not files or not all(isinstance(f, str) for f in files.values()):
-            raise InputError(f"{folder / INDEX}: has no weight_map of tensor names to files; download it again")
-        for file in files.values():
-            if Path(file).name != file or not (folder / file).is_file():
-                raise InputError(f"{folder / file}: the index names this file, but it is not there; download it again")
-        return sorted(set(files.values()))
-    pickled = sorted(path.name for pattern in _TORCH_WEIGHTS for path in folder.glob(pattern))
-    if pickled:
+    for file, index in ((WEIGHTS, INDEX), (TORCH_WEIGHTS, TORCH_INDEX)):
+        if (folder / file).is_file():
+            return [file]
+        if (folder / index).is_file():
+            return _indexed_files(folder, index)
+    if pickled := sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern)):
         raise InputError(
-            f"{folder / pickled[0]}: a pickle checkpoint can run any code when it is opened and is not read here; "
-            'convert it once where you trust it, with torch installed: python -c "from transformers import '
-            f"AutoModelForCausalLM as M; M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\", "
-            "and copy the tokenizer files to the new folder"
+            f"{folder / pickled[0]}: is not read; weights are {WEIGHTS} or {TORCH_WEIGHTS}, or several files with "
+            f"{INDEX} or {TORCH_INDEX}; write them where you trust the file, with transformers' save_pretrained"
         )
-    raise InputError(f"{folder}: holds no weights ({WEIGHTS} or {INDEX}); download them or name another folder")
+    raise InputError(f"{folder}: holds no weights ({WEIGHTS} or {TORCH_WEIGHTS}); name another folder or revision")
+
+
+def _indexed_files(folder: Path, name: str) -> list[str]:
+    index = atomic.read_json(folder / name)
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict) or not files or not all(isinstance(f, str) for f in files.values()):
+        raise InputError(f"{folder / name}: has no weight_map of tensor names to files; download it again")
+    for file in files.values():
+        if Path(file).name != file or not (folder / file).is_file():
+            raise InputError(f"{folder / file}: the index names this file, but it is not there; download it again")
+    return sorted(set(files.values()))
 
 
 def open_weights(folder: Path) -> dict[str, StoredTensor]:
     """Memory-map all weights of a Hugging Face folder and read their headers.
 
     Raises:
-      InputError: a file is missing, truncated or not safetensors, or two files hold the same tensor.
+      InputError: a file is missing, truncated or of another format, or two files hold the same tensor.
     """
     tensors: dict[str, StoredTensor] = {}
     for path in (folder / name for name in weight_files(folder)):
-        try:
-            with safe_open(path, framework="numpy"):
-                pass  # checks the header and the size of the file
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: not a whole safetensors file ({error}); download or copy it again") from error
-        data = np.memmap(path, np.uint8, "r")
-        start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-        header = json.loads(data[8:start].tobytes())
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
+        found = open_torch_file(path) if path.suffix == ".bin" else _open_safetensors(path)
+        for name in found:
             if name in tensors:
                 raise InputError(f"{folder}: {name} is in both {tensors[name].file.name} and {path.name}; keep one")
-            begin, end = entry["data_offsets"]
-            tensors[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), data[start + begin : start + end])
+        tensors |= found
+    return tensors
+
+
+def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
+    try:
+        with safe_open(path, framework="numpy"):
+            pass  # checks the header and the size of the file
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error}); download or copy it again") from error
+    data = np.memmap(path, np.uint8, "r")
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    header = json.loads(data[8:start].tobytes())
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        tensors[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), data[start + begin : start + end])
     return tensors
 
 

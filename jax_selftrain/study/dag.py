@@ -234,9 +234,10 @@ def list_remaining(root: Path, stages: Iterable[Stage]) -> list[Stage]:
 
 
 def peak_bytes(stages: Sequence[Stage], keep_models: KeepModels, checkpoints: int) -> int:
-    """Return the largest size of models and checkpoints while stages run in order.
+    """Return the largest size of the files that stages hold together.
 
-    A run has `checkpoints` checkpoints, each with the parameters and two moments in float32.
+    The stages run in order, and their models are kept as `keep_models` says. A run has `checkpoints` checkpoints, each
+    with the parameters and two moments in float32.
     """
     readers, done = _readers(stages), set[str]()
     held, peak, saved = dict[str, int](), 0, 0
@@ -252,7 +253,7 @@ def peak_bytes(stages: Sequence[Stage], keep_models: KeepModels, checkpoints: in
 
 
 def _readers(stages: Iterable[Stage]) -> dict[str, set[str]]:
-    """Return the keys of the stages that read the output of each stage."""
+    """Return the keys of the readers of each stage."""
     found: dict[str, set[str]] = {}
     for stage in stages:
         found.setdefault(stage.key, set())

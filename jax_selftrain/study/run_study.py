@@ -149,7 +149,10 @@ def _start(config: StudyConfig, folder: Path) -> list[str]:
 
 
 def _publish_model(source: Path, target: Path) -> None:
-    """Make `target` equal to `source`, by hard links or copies, unless `keep_models` has removed it."""
+    """Make `target` equal to `source`, by hard links or copies.
+
+    A model that `keep_models` has removed stays as it was published.
+    """
     if not source.is_dir():
         return
     files, published = (
@@ -188,8 +191,8 @@ def format_plan(config: StudyConfig, design: Design) -> str:
         for stage in stages
         if stage.tokens and (path := design.root / f"{stage.name}.seconds.json").exists()
     ]
-    if size := peak_bytes(remaining, config.keep_models, config.train.keep):
-        lines.append(f"disk: {size / 1e9:,.3g} GB of models and checkpoints (keep_models: {config.keep_models})")
+    if peak := peak_bytes(remaining, config.keep_models, config.train.keep):
+        lines.append(f"disk: {peak / 1e9:,.3g} GB of models and checkpoints (keep_models: {config.keep_models})")
     if rates:
         minutes = sum(stage.tokens for stage in remaining) * math.fsum(rates) / len(rates) / 60
         lines.append(f"by the finished stages, sampling and training will take about {minutes:,.0f} more minutes")

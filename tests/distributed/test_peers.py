@@ -39,12 +39,14 @@ def resolve(**given: Any) -> DistributedConfig | None:
     return resolve_cluster(DistributedConfig(**given), os.environ)
 
 
-def test_commands_with_devices_take_the_flags_and_no_configuration_does() -> None:
+def test_commands_with_devices_take_the_flags_and_no_configuration_does(tmp_path: Path) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text("models: [{name: a, model: b}]")  # sections, which have no flags
     for name in cli.DISTRIBUTED_COMMANDS:
-        words = [*COORDINATOR, "--heartbeat-timeout=7"]
-        options, given = cli.parse_command_line(name, [*words, *required_options(name)])
+        words = [f"--config={study}", "--out=c"] if name == "study" else required_options(name)
+        options, given = cli.parse_command_line(name, [*COORDINATOR, "--heartbeat-timeout=7", *words])
         assert given == DistributedConfig("localhost:8476", 2, 0, heartbeat_timeout=7)
-        assert options == cli.parse_command_line(name, required_options(name))[0]
+        assert options == cli.parse_command_line(name, words)[0]
     for name in ("demo", "import", "report"):
         with pytest.raises(InputError, match="unknown option `--coordinator`"):
             cli.parse_command_line(name, COORDINATOR)
@@ -53,8 +55,7 @@ def test_commands_with_devices_take_the_flags_and_no_configuration_does() -> Non
 def required_options(name: str) -> list[str]:
     words = []
     for field in fields_with_role(cli.COMMANDS[name].config_class, Role.REQUIRED):
-        if field != "models":  # a list of sections, for YAML alone
-            words += [f"--{field}", {"weight": "0.5", "seeds": "1"}.get(field, "x")]
+        words += [f"--{field}", "0.5" if field == "weight" else "x"]
     return words
 
 

@@ -50,8 +50,8 @@ def test_a_file_that_is_no_safetensors(folder: Path):
 
 
 def test_pickle_is_refused_with_the_way_out(folder: Path):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    assert_refused(folder, "pytorch_model.bin", "pickle", "save_pretrained", "AutoModelForCausalLM")
+    (folder / "model.safetensors").rename(folder / "model.pt")
+    assert_refused(folder, "model.pt", "is not read", "save_pretrained", "pytorch_model.bin")
 
 
 def test_no_weights_at_all(folder: Path):
