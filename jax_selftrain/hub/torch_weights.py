@@ -127,7 +127,7 @@ def _check_stored(entry: zipfile.ZipInfo) -> None:
 def _locate(
     path: Path, data: np.ndarray, entries: Mapping[str, zipfile.ZipInfo], root: str, tensor: _Tensor
 ) -> StoredTensor:
-    """Return a tensor, as a view of the file if it is contiguous."""
+    """Return a tensor: a view of the file, if it is contiguous."""
     storage = tensor.storage
     entry = entries.get(f"{root}data/{storage.key}")
     if entry is None:
