@@ -17,11 +17,10 @@ from jax_selftrain.config.metadata import (
     Range,
     Required,
     SetByStudy,
-    Shorthand,
+    TaskNames,
 )
 
 T = TypeVar("T")
-_Tasks = Annotated[T, Shorthand("{name}@{num_fewshot}")]
 _Decay = Annotated[T, Range("in [0, 1)", lambda value: 0 <= value < 1)]
 _Points = Annotated[T, Range("above 0 and at most 100 points", lambda value: 0 < value <= 100)]
 
@@ -216,7 +215,7 @@ class ScoreConfig:
 
     model: Required[SetByStudy[Input[str]]] = ""
     """Model to score."""
-    tasks: _Tasks[Input[tuple[str, ...]]] = ()
+    tasks: TaskNames[Input[tuple[str, ...]]] = ()
     """JSONL task files (`blimp:FILE`, `arc:FILE`, `piqa:FILE`, `lambada:FILE`), lm-evaluation-harness tasks, or a
     suite; `NAME@25`, or in YAML `{name: NAME, num_fewshot: 25}`, has 25 few-shot examples."""
     num_fewshot: int | None = None

@@ -3,7 +3,16 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from jax_selftrain.config.metadata import AtLeastOne, Input, NonNegative, OutputFile, OutputFolder, Required, SetByStudy
+from jax_selftrain.config.metadata import (
+    AtLeastOne,
+    Input,
+    NonNegative,
+    OutputFile,
+    OutputFolder,
+    Required,
+    SetByStudy,
+    TaskNames,
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ class DecontaminateConfig:
     """Corpus folder to read."""
     out: Required[SetByStudy[OutputFolder[str]]] = ""
     """Corpus folder to write, with `decontamination.json`."""
-    tasks: Input[tuple[str, ...]] = ()
+    tasks: TaskNames[Input[tuple[str, ...]]] = ()
     """Benchmarks: tasks of lm-evaluation-harness (all splits), or task files as for `score`."""
     texts: Input[tuple[str, ...]] = ()
     """JSONL files with `text`, as for `score`."""

@@ -79,6 +79,9 @@ class Shorthand:
     """The equal text, with the keys of the section, which are required, in braces."""
 
 
+TaskNames = Annotated[T, Shorthand("{name}@{num_fewshot}")]
+
+
 @dataclasses.dataclass(frozen=True)
 class AppliesTo:
     """Kinds of arm that an option of `ArmConfig` applies to."""

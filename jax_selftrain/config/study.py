@@ -275,7 +275,7 @@ class StudyConfig:
     subset: SubsetConfig = field(default_factory=SubsetConfig)
     """Subset of the samples that each seed trains on; skipped without `tokens` and `bytes`."""
     train: TrainConfig = field(default_factory=lambda: TrainConfig(max_epochs=1.0))
-    """Training of all cells; `steps` is required."""
+    """Training of all cells; `steps` or `epochs` is required."""
     score: ScoreConfig = field(default_factory=ScoreConfig)
     """Capability evaluation of each model."""
     extract: ExtractConfig = field(default_factory=lambda: ExtractConfig(greedy_decode=False))

@@ -106,7 +106,9 @@ def select_split(task: Task, split: Split) -> Task:
         if split in ("all", dev_test_split(item_hash(question.context, question.continuations)))
     ]
     if not members:
-        raise InputError(f"{task.path}: none of its {len(task.questions):,} items is in the {split} split; use all")
+        raise InputError(
+            f"{task.path}: none of its {len(task.questions):,} items is in the {split} split; use split all"
+        )
     return replace(task, questions=tuple(members))
 
 

@@ -85,33 +85,36 @@ def open_torch_file(path: Path) -> dict[str, StoredTensor]:
         a state dict does not need (the message names it).
     """
     try:
-        with zipfile.ZipFile(path) as container:
-            return _open_container(path, container)
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error) as error:  # all of `zipfile`
-        raise InputError(
-            f"{path}: is not a zip container of PyTorch 1.6 or later ({error}); download it again, or convert it to "
-            "safetensors where you trust it"
-        ) from error
+        root, entries, pickle = _read_container(path)
+        data = np.memmap(path, np.uint8, "r")
+        found = _read_pickle(pickle, str(path))
+        return {name: _locate(path, data, entries, root, tensor) for name, tensor in found.items()}
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except _DamagedError as error:
         raise InputError(f"{path}: is not a whole state dict of PyTorch ({error}); download it again") from error
 
 
-def _open_container(path: Path, container: zipfile.ZipFile) -> dict[str, StoredTensor]:
-    entries = {entry.filename: entry for entry in container.infolist()}
-    roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
-    if len(roots) != 1 or len(entries) != len(container.infolist()):
-        raise _DamagedError("it does not have one data.pkl and one entry of each name")
-    (root,) = roots
-    if entries[root + "data.pkl"].file_size > MAX_PICKLE_BYTES:
-        raise _DamagedError(f"data.pkl has more than {MAX_PICKLE_BYTES:,} bytes")
-    order = root + "byteorder"
-    if order in entries and _read(container, entries[order]) != b"little":
-        raise _DamagedError("its byte order is not little")
-    data = np.memmap(path, np.uint8, "r")
-    found = _read_pickle(_read(container, entries[root + "data.pkl"]), str(path))
-    return {name: _locate(path, data, entries, root, tensor) for name, tensor in found.items()}
+def _read_container(path: Path) -> tuple[str, dict[str, zipfile.ZipInfo], bytes]:
+    """Return the folder in the container, its entries by name, and `data.pkl`."""
+    try:
+        with zipfile.ZipFile(path) as container:
+            entries = {entry.filename: entry for entry in container.infolist()}
+            roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
+            if len(roots) != 1 or len(entries) != len(container.infolist()):
+                raise _DamagedError("it does not have one data.pkl and one entry of each name")
+            (root,) = roots
+            if entries[root + "data.pkl"].file_size > MAX_PICKLE_BYTES:
+                raise _DamagedError(f"data.pkl has more than {MAX_PICKLE_BYTES:,} bytes")
+            order = root + "byteorder"
+            if order in entries and _read(container, entries[order]) != b"little":
+                raise _DamagedError("its byte order is not little")
+            return root, entries, _read(container, entries[root + "data.pkl"])
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error) as error:  # all of `zipfile`
+        raise InputError(
+            f"{path}: is not a zip container of PyTorch 1.6 or later ({error}); download it again, or convert it to "
+            "safetensors where you trust it"
+        ) from error
 
 
 def _read(container: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:

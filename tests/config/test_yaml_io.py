@@ -206,7 +206,8 @@ def test_words_are_parsed_by_the_type_of_the_field():
 
 def test_few_shot_counts_may_be_sections(read):
     text = "tasks: [piqa, {name: arc_challenge, num_fewshot: 25}, {num_fewshot: 0, name: gsm8k}]"
-    assert read(text, config.ScoreConfig).tasks == ("piqa", "arc_challenge@25", "gsm8k@0")
+    for cls in (config.ScoreConfig, config.DecontaminateConfig):
+        assert read(text, cls).tasks == ("piqa", "arc_challenge@25", "gsm8k@0")
     for entry in ("{name: piqa}", "{name: piqa, fewshot: 3}", "{}"):
         with pytest.raises(InputError, match=r"`tasks`: an entry is text, or a section with `name` and `num_fewshot`"):
             read(f"tasks: [{entry}]", config.ScoreConfig)
