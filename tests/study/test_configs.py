@@ -129,6 +129,7 @@ def count_stages(printed: str) -> dict[str, int]:
     return {line.split()[0]: int(line.split()[1].replace(",", "")) for line in printed.splitlines() if "done" in line}
 
 
+@pytest.mark.xdist_group("plans")  # one worker builds the index of harness tasks
 def test_the_paper_is_planned_from_configs_and_tokenizers_alone(plan: Callable[[str], str]) -> None:
     printed = plan("study-paper")
     assert "150 cells" in printed  # (2 students × (4 sources + 10 arms) + 2 starts) × 5 seeds
@@ -146,6 +147,7 @@ def test_the_paper_is_planned_from_configs_and_tokenizers_alone(plan: Callable[[
     assert f"disk: {size:,.3g} GB of models and checkpoints (keep_models: none)" in printed
 
 
+@pytest.mark.xdist_group("plans")
 @pytest.mark.parametrize(
     ("name", "cells", "models"),
     [
