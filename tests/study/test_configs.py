@@ -147,6 +147,7 @@ def test_the_paper_is_planned_from_configs_and_tokenizers_alone(plan: Callable[[
     assert f"disk: {size:,.3g} GB of models and checkpoints (keep_models: none)" in printed
 
 
+@pytest.mark.nightly
 @pytest.mark.xdist_group("plans")
 @pytest.mark.parametrize(
     ("name", "cells", "models"),

@@ -58,7 +58,7 @@ def make(options: Callable[..., RunConfig], tiny_model: Callable[..., Path], inp
                 out=str(out),
                 models=(
                     ModelConfig("llama", str(tiny_model("llama")), size="tiny"),
-                    ModelConfig("neox", str(tiny_model("gpt_neox", vocab_size=320))),
+                    ModelConfig("second", str(tiny_model("llama", tokenizer_size=400, seed=1))),
                 ),
                 seeds=(100, 101),
                 mesh="data=1",
@@ -102,11 +102,23 @@ CLAIM = ClaimConfig(
 
 
 @pytest.fixture(
-    scope="module", params=[EVERYDAY_ARMS, pytest.param(ARMS, marks=pytest.mark.nightly)], ids=["everyday", "all arms"]
+    scope="module",
+    params=[(EVERYDAY_ARMS, "llama"), pytest.param((ARMS, "gpt_neox"), marks=pytest.mark.nightly)],
+    ids=["everyday", "all arms, two families"],
 )
-def finished_study(request, make: Make, inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_study(
+    request,
+    make: Make,
+    inputs: dict[str, str],
+    tiny_model: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    arms, family = request.param
     real = ArmConfig("real text", "text", students=("llama",), text=inputs["texts"])
-    config = make(tmp_path_factory.mktemp("study") / "out", arms=(*request.param, real), claims=(CLAIM,), seeds=(100,))
+    config = make(tmp_path_factory.mktemp("study") / "out", arms=(*arms, real), claims=(CLAIM,), seeds=(100,))
+    if family == "gpt_neox":
+        other = replace(config.models[1], model=str(tiny_model("gpt_neox", vocab_size=320)))
+        config = replace(config, models=(config.models[0], other))
     probes = MemorizationConfig(
         formats=(
             PromptFormat("prefix 4", prefix=4),
@@ -189,14 +201,14 @@ def test_memorization_is_probed_in_formats_after_relearning_and_on_unseen_text(f
         changed = {cell["measures"][f"log_pz/{view}"]["change"]["value"] != 0 for view in probes}
         assert changed == {key[1] != "learning rate 0"}  # the base and it relearn alike
     # By construction a base reproduces its own continuations; a student does not reproduce all of them.
-    for name, seed in ((name, 100) for name in ("llama", "neox")):
+    for name, seed in ((name, 100) for name in ("llama", "second")):
         of_base = open_table(design, design.base_probes[name, seed]["unseen"])
         assert len(of_base["exact_match"]) == 60
         assert np.mean(of_base["exact_match"]) == 1
         (own,) = (cell for cell in design.cells if (cell.student, cell.treatment) == (name, f"source {name}"))
         assert np.mean(open_table(design, own.probes["unseen"])["logprob"]) != np.mean(of_base["logprob"])
     assert {(one["student"], one["repeat"]) for one in results["aa_repeats"]} == {
-        (name, repeat) for name in ("llama", "neox") for repeat in ("batch of 24 rows", "bfloat16")
+        (name, repeat) for name in ("llama", "second") for repeat in ("batch of 24 rows", "bfloat16")
     }
     for one in results["aa_repeats"]:
         assert one["n"] == 30
@@ -220,7 +232,7 @@ def test_the_key_of_continuations_holds_their_options_and_relearning_may_use_a_n
 
     def keys(**changes: Any) -> set[str]:
         kinds = StageFactory(replace(config, extract=replace(config.extract, **changes)))
-        return {kinds.continue_unseen_text(kinds.base(name)).key for name in ("llama", "neox")}
+        return {kinds.continue_unseen_text(kinds.base(name)).key for name in ("llama", "second")}
 
     plain = keys()
     changes: tuple[dict[str, Any], ...] = ({"dtype": "bfloat16"}, {"prefix": 5}, {"suffix": 5}, {"start_token": "bos"})
@@ -399,7 +411,7 @@ def test_steps_are_required_and_options_of_the_study_are_refused(make: Make, inp
         check_study(replace(config, train=replace(config.train, steps=steps - 1, packing=packing)))
     long = replace(config, train=replace(config.train, steps=100))
     check_study(replace(long, subset=SubsetConfig(tokens=100_000)))  # drawn with replacement
-    check_study(replace(long, students=("neox",), sources=("llama",)))  # another tokenizer may need more tokens
+    check_study(replace(long, students=("second",), sources=("llama",)))  # another tokenizer may need more tokens
     with pytest.raises(InputError, match=r"sample\.seed is set by the study"):
         run_study(replace(config, sample=replace(config.sample, seed=4)))
     with pytest.raises(InputError, match="different tokenizers"):
@@ -412,17 +424,17 @@ def test_every_model_has_its_own_stop_ids(make: Make, tmp_path: Path):
     design = make_design(replace(config, models=models))
     identities = {(one.command, one.label): one.identity for one in design.ordered_stages}
     assert identities["sample", "sample from llama, seed 100"]["stop_ids"] == [7, 2]
-    assert identities["sample", "sample from neox, seed 100"]["stop_ids"] is None
+    assert identities["sample", "sample from second, seed 100"]["stop_ids"] is None
     ends = {label: identity["stop_id"] for (kind, label), identity in identities.items() if kind == "retokenize"}
     assert {stop for label, stop in ends.items() if "for llama" in label} == {7}
-    assert {stop for label, stop in ends.items() if "for neox" in label} == {None}
+    assert {stop for label, stop in ends.items() if "for second" in label} == {None}
 
 
 def test_pairs_are_the_cells_of_the_matrix(make: Make, tmp_path: Path):
-    pairs = (PairConfig("llama", "llama"), PairConfig("llama", "neox"), PairConfig("neox", "neox"))
+    pairs = (PairConfig("llama", "llama"), PairConfig("llama", "second"), PairConfig("second", "second"))
     design = make_design(make(tmp_path / "out", pairs=pairs))
     found = [(cell.student, cell.source) for cell in design.cells]
-    assert found == 2 * [("llama", "llama"), ("llama", "neox"), ("neox", "neox")]
+    assert found == 2 * [("llama", "llama"), ("llama", "second"), ("second", "second")]
     assert len({stage.key for stage in design.ordered_stages if stage.command == "retokenize"}) == 2 * 3
     with pytest.raises(InputError, match="pairs: source: 'gpt' is unknown"):
         check_study(make(tmp_path / "out", pairs=(PairConfig("llama", "gpt"),)))
@@ -445,7 +457,7 @@ def test_a_model_has_its_own_rate_dtype_and_mesh(make: Make, tmp_path: Path):
     rates = identities(design, "train", "learning_rate")
     assert {rate for label, rate in rates.items() if "rate of the arm" in label} == {0.5}
     assert {rate for label, rate in rates.items() if re.match(r"train llama .*\(source", label)} == {0.25}
-    assert {rate for label, rate in rates.items() if re.match(r"train neox .*\(source", label)} == {
+    assert {rate for label, rate in rates.items() if re.match(r"train second .*\(source", label)} == {
         config.train.learning_rate
     }
 
@@ -456,9 +468,9 @@ def test_revisions_of_a_model_are_models(make: Make, tmp_path: Path):
         tmp_path / "out",
         models=models,
         students=("pythia",),
-        sources=("neox", "pythia"),
-        pairs=(PairConfig("pythia", "neox"), PairConfig("pythia", "pythia")),
-        arms=(replace(NULL, students=("pythia", "neox")),),
+        sources=("second", "pythia"),
+        pairs=(PairConfig("pythia", "second"), PairConfig("pythia", "pythia")),
+        arms=(replace(NULL, students=("pythia", "second")),),
     )
     found = expand_revisions(config)
     assert [(one.name, one.model) for one in found.models[:2]] == [
@@ -467,9 +479,9 @@ def test_revisions_of_a_model_are_models(make: Make, tmp_path: Path):
     ]
     assert {one.lineage for one in found.models[:2]} == {"pythia"}
     both = ("pythia@step1", "pythia@main")
-    assert (found.students, found.sources, found.arms[0].students) == (both, ("neox", *both), (*both, "neox"))
+    assert (found.students, found.sources, found.arms[0].students) == (both, ("second", *both), (*both, "second"))
     assert found.pairs == tuple(
-        PairConfig(student, source) for student, source in [*product(both, ["neox"]), *zip(both, both, strict=True)]
+        PairConfig(student, source) for student, source in [*product(both, ["second"]), *zip(both, both, strict=True)]
     )
     assert expand_revisions(found) == found
     for ref in (models[1].model, "org/pythia@step2"):
