@@ -10,18 +10,27 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-Family = Literal["gpt_neox", "llama", "qwen2", "qwen3"]
-FAMILIES: tuple[Family, ...] = ("gpt_neox", "llama", "qwen2", "qwen3")
+Family = Literal["gpt_neox", "llama", "qwen2", "qwen3", "mistral", "olmo2", "olmo3", "smollm3", "gpt2", "gpt_neo"]
+FAMILIES: tuple[Family, ...] = get_args(Family)
 WeightType = Literal["float32", "bfloat16", "float16", "mixed"]
 
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
+_CLASSES = {
+    "llama": "Llama",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "mistral": "Mistral",
+    "olmo2": "Olmo2",
+    "olmo3": "Olmo3",
+    "smollm3": "SmolLM3",
+}
 _ROPE_KEYS = {"rope_parameters", "rope_theta", "rope_scaling", "rotary_pct", "rotary_emb_base", "partial_rotary_factor"}
 
 
@@ -56,9 +65,11 @@ def tiny_config(family: Family, *, vocab_size: int = 512, **overrides: Any) -> d
             "attention_bias": True,
         }
         rope["partial_rotary_factor"] = 0.25
+    elif family in ("gpt2", "gpt_neo"):
+        return _gpt2_config(common) | overrides if family == "gpt2" else _gpt_neo_config(common) | overrides
     else:
         own = {
-            "architectures": [{"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family] + "ForCausalLM"],
+            "architectures": [_CLASSES[family] + "ForCausalLM"],
             "intermediate_size": 96,
             "num_key_value_heads": 2,
             "hidden_act": "silu",
@@ -68,13 +79,76 @@ def tiny_config(family: Family, *, vocab_size: int = 512, **overrides: Any) -> d
             own |= {"attention_bias": False, "mlp_bias": False}
         if family == "qwen3":
             own |= {"attention_bias": False, "head_dim": 16}
+        if family == "mistral":
+            own |= {"sliding_window": 100}
+        if family == "olmo3":
+            own |= {"num_hidden_layers": 4, "sliding_window": 100}
+            rope = {"full_attention": rope, "sliding_attention": rope}
+        if family == "smollm3":
+            own |= {"no_rope_layers": [1, 0], "use_sliding_window": False, "mlp_bias": False, "pad_token_id": EOS_ID}
     schema = {} if _ROPE_KEYS & overrides.keys() else {"rope_parameters": rope}
     return common | own | schema | overrides
+
+
+def _gpt2_config(common: dict[str, Any]) -> dict[str, Any]:
+    names = {
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+    }
+    own = {"architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+    return {names.get(key, key): value for key, value in common.items()} | own | {"tie_word_embeddings": True}
+
+
+def _gpt_neo_config(common: dict[str, Any]) -> dict[str, Any]:
+    names = {"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}
+    own = {
+        "architectures": ["GPTNeoForCausalLM"],
+        "activation_function": "gelu_new",
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 100,
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+    }
+    return {names.get(key, key): value for key, value in common.items()} | own
+
+
+def _gpt2_tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of GPT-2, whose matrices are stored inputs first, and of GPT-Neo."""
+    is_gpt2 = config["model_type"] == "gpt2"
+    width = config["n_embd" if is_gpt2 else "hidden_size"]
+    mlp = config.get("n_inner" if is_gpt2 else "intermediate_size") or 4 * width
+    positions = config["n_positions" if is_gpt2 else "max_position_embeddings"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "transformer.wte.weight": (config["vocab_size"], width),
+        "transformer.wpe.weight": (positions, width),
+    }
+    for i in range(config["n_layer" if is_gpt2 else "num_layers"]):
+        layer = f"transformer.h.{i}"
+        for norm in ("ln_1", "ln_2"):
+            shapes[f"{layer}.{norm}.weight"] = shapes[f"{layer}.{norm}.bias"] = (width,)
+        if is_gpt2:
+            matrices = {"attn.c_attn": (width, 3 * width), "attn.c_proj": (width, width)}
+            matrices |= {"mlp.c_fc": (width, mlp), "mlp.c_proj": (mlp, width)}
+        else:
+            matrices = {f"attn.attention.{name}": (width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+            matrices |= {"mlp.c_fc": (mlp, width), "mlp.c_proj": (width, mlp)}
+        for name, shape in matrices.items():
+            shapes[f"{layer}.{name}.weight"] = shape
+            if not name.endswith(("q_proj", "k_proj", "v_proj")):
+                shapes[f"{layer}.{name}.bias"] = (shape[1 if is_gpt2 else 0],)
+    shapes["transformer.ln_f.weight"] = shapes["transformer.ln_f.bias"] = (width,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], width)
+    return shapes
 
 
 def tiny_tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes of the tensors of a raw config."""
     family = config["model_type"]
+    if family in ("gpt2", "gpt_neo"):
+        return _gpt2_tensor_shapes(config)
     width, heads, vocab = config["hidden_size"], config["num_attention_heads"], config["vocab_size"]
     mlp = config["intermediate_size"]
     shapes: dict[str, tuple[int, ...]] = {}
@@ -105,17 +179,22 @@ def tiny_tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     attention_bias = bool(config.get("attention_bias", False))
     qkv_bias = True if family == "qwen2" else attention_bias
     out_bias = False if family == "qwen2" else attention_bias
-    mlp_bias = family == "llama" and bool(config.get("mlp_bias", False))
+    is_olmo = family in ("olmo2", "olmo3")
+    norms = ("post_attention_layernorm", "post_feedforward_layernorm" if is_olmo else "input_layernorm")
+    mlp_bias = family in ("llama", "smollm3") and bool(config.get("mlp_bias", False))
     shapes["model.embed_tokens.weight"] = (vocab, width)
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}"
-        shapes[f"{layer}.input_layernorm.weight"] = shapes[f"{layer}.post_attention_layernorm.weight"] = (width,)
+        shapes |= {f"{layer}.{norm}.weight": (width,) for norm in norms}
         linear(f"{layer}.self_attn.q_proj", heads * head_dim, width, qkv_bias)
         linear(f"{layer}.self_attn.k_proj", kv_heads * head_dim, width, qkv_bias)
         linear(f"{layer}.self_attn.v_proj", kv_heads * head_dim, width, qkv_bias)
         linear(f"{layer}.self_attn.o_proj", width, heads * head_dim, out_bias)
         if family == "qwen3":
             shapes[f"{layer}.self_attn.q_norm.weight"] = shapes[f"{layer}.self_attn.k_norm.weight"] = (head_dim,)
+        if is_olmo:
+            shapes[f"{layer}.self_attn.q_norm.weight"] = (heads * head_dim,)
+            shapes[f"{layer}.self_attn.k_norm.weight"] = (kv_heads * head_dim,)
         linear(f"{layer}.mlp.gate_proj", mlp, width, mlp_bias)
         linear(f"{layer}.mlp.up_proj", mlp, width, mlp_bias)
         linear(f"{layer}.mlp.down_proj", width, mlp, mlp_bias)
@@ -131,20 +210,20 @@ def tiny_weights(config: Mapping[str, Any], seed: int = 0, dtype: WeightType = "
     Matrices preserve the variance of their input, so that every part of a layer affects the logits (whose standard
     deviation is between 1 and 3). `mixed` cycles through float32, bfloat16 and float16.
     """
-    width = config["hidden_size"]
+    width = config.get("hidden_size") or config["n_embd"]
     bits = np.random.Philox(seed)
     types = [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)]
     one_type = {"float32": types[0], "bfloat16": types[1], "float16": types[2]}
     weights = {}
     for n, (name, shape) in enumerate(sorted(tiny_tensor_shapes(config).items())):
         draw = _draw_irwin_hall(bits, shape)
-        if name.endswith(("embed_tokens.weight", "embed_in.weight")):
+        if name.endswith(("embed_tokens.weight", "embed_in.weight", "wte.weight", "wpe.weight")):
             draw *= 2.0 / np.sqrt(width)
         elif len(shape) == 2:
-            draw /= np.sqrt(shape[1])
+            draw /= np.sqrt(shape[0 if config["model_type"] == "gpt2" and name != "lm_head.weight" else 1])
         else:
             draw *= 0.2
-            if name.endswith("norm.weight"):
+            if name.endswith(("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight")):
                 draw += 1.0
         weights[name] = draw.astype(types[n % 3] if dtype == "mixed" else one_type[dtype])
     return weights

@@ -25,7 +25,8 @@ _LLAMA3 = {
     "original_max_position_embeddings": 256,
     "rope_type": "llama3",
 }
-_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 256}
+_YARN_ALONE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+_YARN = _YARN_ALONE | {"rope_theta": 10000.0}
 
 CASES: dict[str, tuple[Family, dict[str, Any]]] = {
     # GPT-NeoX; the first is Pythia
@@ -81,6 +82,46 @@ CASES: dict[str, tuple[Family, dict[str, Any]]] = {
         "qwen3",
         {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1, "num_hidden_layers": 3},
     ),
+    # Mistral
+    "mistral": ("mistral", {"sliding_window": None, "rope_theta": 1000000.0}),
+    "mistral-window": ("mistral", {"sliding_window": 64, "head_dim": 32}),
+    # OLMo-2, OLMo-3
+    "olmo2": ("olmo2", {"rope_theta": 500000.0, "rms_norm_eps": 1e-6, "num_key_value_heads": 4}),
+    "olmo2-gqa": ("olmo2", {"attention_bias": True, "tie_word_embeddings": True}),
+    "olmo3": ("olmo3", {"rope_theta": 500000.0, "rope_scaling": _YARN_ALONE, "sliding_window": 64}),
+    "olmo3-layer-types": (
+        "olmo3",
+        {
+            "num_hidden_layers": 2,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": _LLAMA3 | {"rope_theta": 10000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 30000.0},
+            },
+        },
+    ),
+    # SmolLM3
+    "smollm3": ("smollm3", {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "tie_word_embeddings": True}),
+    "smollm3-interval": (
+        "smollm3",
+        {
+            "num_hidden_layers": 4,
+            "no_rope_layers": None,
+            "no_rope_layer_interval": 2,
+            "use_sliding_window": True,
+            "sliding_window": 64,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    # GPT-2; with gelu, Cerebras-GPT
+    "gpt2": ("gpt2", {}),
+    "cerebras-gpt": ("gpt2", {"activation_function": "gelu", "n_inner": 160, "layer_norm_epsilon": 1e-3}),
+    "gpt2-untied": ("gpt2", {"tie_word_embeddings": False, "n_head": 2}),
+    # GPT-Neo
+    "gpt-neo": ("gpt_neo", {}),
+    "gpt-neo-global": ("gpt_neo", {"attention_types": [[["global"], 2]], "tie_word_embeddings": False}),
+    "gpt-neo-local": ("gpt_neo", {"num_layers": 3, "attention_types": [[["local"], 1], [["global", "local"], 1]]}),
 }
 
 

@@ -10,7 +10,7 @@ Parameters, optimizer state, KV cache and batches take their shardings from it.
 | `vocab`, `mlp` | V, F | – | model | model |
 | `kv_heads` | G | – | model, if it divides G | as tensor |
 | `q_per_kv` | R = H/G | – | model, if G < model and model divides R | as tensor |
-| `layers`, `head_dim` | L, K | – | – | – |
+| `layers`, `head_dim`, `positions` | L, K, P | – | – | – |
 """
 
 from collections.abc import Mapping
@@ -87,7 +87,7 @@ def make_sharding_rules(preset: str, mesh: Mesh, sizes: Mapping[str, int]) -> Sh
       InputError: the preset is unknown, or the mesh does not divide the model; lists the sizes that do.
     """
     rules: dict[str, str | None] = {"batch": "data"}
-    rules |= dict.fromkeys(("layers", "embed", "vocab", "kv_heads", "q_per_kv", "head_dim", "mlp"))
+    rules |= dict.fromkeys(("layers", "embed", "vocab", "positions", "kv_heads", "q_per_kv", "head_dim", "mlp"))
     if preset not in ("replicated", "tensor", "fsdp"):
         raise InputError(f"--preset {preset!r} is unknown; choose replicated, tensor or fsdp")
     if preset != "replicated":

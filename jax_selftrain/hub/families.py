@@ -10,7 +10,7 @@ The letters are `AXIS_LETTERS`. A family has the rows of its table whose paramet
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Any, Literal
@@ -68,6 +68,8 @@ Switch = bool | tuple[str, bool]
 class ConfigSchema:
     """Keys of config.json that differ between families; defaults are those of transformers."""
 
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """The family's names of keys that most families call otherwise."""
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
     norm_eps: tuple[str, float] = ("rms_norm_eps", 1e-6)
     activation: str = "silu"
@@ -76,14 +78,24 @@ class ConfigSchema:
     qkv_bias: Switch = ("attention_bias", False)
     out_bias: Switch = ("attention_bias", False)
     mlp_bias: Switch = False
-    qk_norm: bool = False
+    mlp_ratio: int | None = None
+    """The default of `intermediate_size` as a multiple of `hidden_size`; None: required."""
+    qk_norm: Literal["head", "width"] | None = None
+    post_norm: bool = False
+    learned_positions: bool = False
+    """Positions are embedded, not rotated."""
+    attention_scale: float | None = None
+    tie_word_embeddings: bool = False
     max_positions: int = 2048
     has_head_keys: bool = True
     """`num_key_value_heads` and `head_dim` are read."""
     head_dim: int | None = None
-    has_windows: bool = False
-    """Layers may have sliding windows."""
+    windows: Literal["qwen", "mistral", "olmo3", "smollm3", "gpt_neo"] | None = None
+    """How sliding windows are given (`hub.layer_keys`)."""
+    ropes: Literal["olmo3", "smollm3"] | None = None
+    """How layers differ in rotation (`hub.layer_keys`)."""
     theta_key: str = "rope_theta"
+    theta: float = 10_000.0
     rotary_fraction: tuple[str, float] = ("partial_rotary_factor", 1.0)
     """Key and default; with `has_head_keys`, 1 is the only value that is supported."""
 
@@ -95,6 +107,8 @@ class Family:
     model_type: str
     schema: ConfigSchema
     rows: tuple[TensorRule, ...]
+    prefix: str = "model."
+    """Beginning of the body's tensor names, which a file may lack."""
     ignored_buffers: tuple[str, ...] = (
         r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
         r"model\.rotary_emb\.inv_freq",
@@ -116,6 +130,12 @@ def _rows(prefix: str, table: str) -> tuple[TensorRule, ...]:
         full = tuple(name.replace("~", prefix) for name in names.split(" or "))
         rows.append(TensorRule(full, path, Pattern(pattern)))
     return tuple(rows)
+
+
+def _replace_rows(rows: tuple[TensorRule, ...], prefix: str, table: str) -> tuple[TensorRule, ...]:
+    """Replace the rows of the same parameters."""
+    others = {row.path: row for row in _rows(prefix, table)}
+    return tuple(others.get(row.path, row) for row in rows)
 
 
 _GPT_NEOX = Family(
@@ -158,6 +178,7 @@ _GPT_NEOX = Family(
         embed_out.weight or lm_head.weight      | head/kernel             | v d -> v d
         """,
     ),
+    prefix="gpt_neox.",
     ignored_buffers=(
         r"gpt_neox\.layers\.\d+\.attention\.bias",
         r"gpt_neox\.layers\.\d+\.attention\.masked_bias",
@@ -194,7 +215,93 @@ _LLAMA_ROWS = _rows(
     """,
 )
 
-_QWEN: Mapping[str, Any] = {"max_positions": 32768, "has_windows": True}
+_OLMO_ROWS = _replace_rows(
+    _LLAMA_ROWS,
+    "model.layers.{}",
+    """
+    ~.post_attention_layernorm.weight       | layers/attn_norm/scale  | d -> d
+    ~.post_feedforward_layernorm.weight     | layers/mlp_norm/scale   | d -> d
+    ~.self_attn.q_norm.weight               | layers/attn/q_norm/scale | (g r k) -> g r k
+    ~.self_attn.k_norm.weight               | layers/attn/k_norm/scale | (g k) -> g k
+    """,
+)
+
+_GPT2_ROWS = _rows(
+    "transformer.h.{}",
+    """
+    transformer.wte.weight                  | embed/embedding         | v d -> v d
+    transformer.wpe.weight                  | embed/positions         | p d -> p d
+    ~.ln_1.weight                           | layers/attn_norm/scale  | d -> d
+    ~.ln_1.bias                             | layers/attn_norm/bias   | d -> d
+    ~.ln_2.weight                           | layers/mlp_norm/scale   | d -> d
+    ~.ln_2.bias                             | layers/mlp_norm/bias    | d -> d
+    ~.attn.c_attn.weight                    | layers/attn/q/kernel    | d (0of3 g r k) -> g r k d
+    ~.attn.c_attn.weight                    | layers/attn/k/kernel    | d (1of3 g k) -> g k d
+    ~.attn.c_attn.weight                    | layers/attn/v/kernel    | d (2of3 g k) -> g k d
+    ~.attn.c_attn.bias                      | layers/attn/q/bias      | (0of3 g r k) -> g r k
+    ~.attn.c_attn.bias                      | layers/attn/k/bias      | (1of3 g k) -> g k
+    ~.attn.c_attn.bias                      | layers/attn/v/bias      | (2of3 g k) -> g k
+    ~.attn.c_proj.weight                    | layers/attn/o/kernel    | (g r k) d -> d g r k
+    ~.attn.c_proj.bias                      | layers/attn/o/bias      | d -> d
+    ~.mlp.c_fc.weight                       | layers/mlp/up/kernel    | d f -> f d
+    ~.mlp.c_fc.bias                         | layers/mlp/up/bias      | f -> f
+    ~.mlp.c_proj.weight                     | layers/mlp/down/kernel  | f d -> d f
+    ~.mlp.c_proj.bias                       | layers/mlp/down/bias    | d -> d
+    transformer.ln_f.weight                 | final_norm/scale        | d -> d
+    transformer.ln_f.bias                   | final_norm/bias         | d -> d
+    lm_head.weight                          | head/kernel             | v d -> v d
+    """,
+)
+
+_GPT_NEO_ROWS = _replace_rows(
+    _GPT2_ROWS,
+    "transformer.h.{}",
+    """
+    ~.attn.attention.q_proj.weight          | layers/attn/q/kernel    | (g r k) d -> g r k d
+    ~.attn.attention.k_proj.weight          | layers/attn/k/kernel    | (g k) d -> g k d
+    ~.attn.attention.v_proj.weight          | layers/attn/v/kernel    | (g k) d -> g k d
+    ~.attn.attention.out_proj.weight        | layers/attn/o/kernel    | d (g r k) -> d g r k
+    ~.attn.attention.out_proj.bias          | layers/attn/o/bias      | d -> d
+    ~.mlp.c_fc.weight                       | layers/mlp/up/kernel    | f d -> f d
+    ~.mlp.c_proj.weight                     | layers/mlp/down/kernel  | d f -> d f
+    """,
+)
+
+_QWEN: Mapping[str, Any] = {"max_positions": 32768, "windows": "qwen"}
+_SMOLLM3 = ConfigSchema(
+    mlp_bias=("mlp_bias", False),
+    tie_word_embeddings=True,
+    max_positions=32768,
+    windows="smollm3",
+    ropes="smollm3",
+    theta=2_000_000.0,
+)
+_OLMO: Mapping[str, Any] = {"norm_eps": ("rms_norm_eps", 1e-5), "qk_norm": "width", "post_norm": True}
+_GPT2: Mapping[str, Any] = {
+    "norm": "layernorm",
+    "norm_eps": ("layer_norm_epsilon", 1e-5),
+    "activation": "gelu_new",
+    "gated_mlp": False,
+    "out_bias": True,
+    "mlp_bias": True,
+    "mlp_ratio": 4,
+    "learned_positions": True,
+    "tie_word_embeddings": True,
+    "has_head_keys": False,
+}
+_GPT2_KEYS = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+    "intermediate_size": "n_inner",
+    "hidden_act": "activation_function",
+}
+_GPT_NEO_KEYS = {
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "hidden_act": "activation_function",
+}
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -202,7 +309,29 @@ FAMILIES: dict[str, Family] = {
         _GPT_NEOX,
         Family("llama", ConfigSchema(mlp_bias=("mlp_bias", False)), _LLAMA_ROWS),
         Family("qwen2", ConfigSchema(qkv_bias=True, out_bias=False, **_QWEN), _LLAMA_ROWS),
-        Family("qwen3", ConfigSchema(qk_norm=True, head_dim=128, **_QWEN), _LLAMA_ROWS),
+        Family("qwen3", ConfigSchema(qk_norm="head", head_dim=128, **_QWEN), _LLAMA_ROWS),
+        Family(
+            "mistral",
+            ConfigSchema(qkv_bias=False, out_bias=False, max_positions=131072, windows="mistral"),
+            _LLAMA_ROWS,
+        ),
+        Family("olmo2", ConfigSchema(**_OLMO), _OLMO_ROWS),
+        Family("olmo3", ConfigSchema(windows="olmo3", ropes="olmo3", theta=500_000.0, **_OLMO), _OLMO_ROWS),
+        Family("smollm3", _SMOLLM3, _LLAMA_ROWS),
+        Family(
+            "gpt2",
+            ConfigSchema(keys=_GPT2_KEYS, qkv_bias=True, max_positions=1024, **_GPT2),
+            _GPT2_ROWS,
+            prefix="transformer.",
+            ignored_buffers=(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",),
+        ),
+        Family(
+            "gpt_neo",
+            ConfigSchema(keys=_GPT_NEO_KEYS, qkv_bias=False, windows="gpt_neo", attention_scale=1.0, **_GPT2),
+            _GPT_NEO_ROWS,
+            prefix="transformer.",
+            ignored_buffers=(r"(transformer\.)?h\.\d+\.attn\.attention\.(bias|masked_bias)",),
+        ),
     )
 }
 """All families by the `model_type` of config.json."""

@@ -84,8 +84,7 @@ def add_weight_noise(base: str, student: str, out: str | Path, seed: int, weight
 
 def _describe_inputs(base: ModelRef, student: ModelRef) -> dict[str, Any]:
     """Describe the two models in the metadata of a result."""
-    models = {"base": base, "student": student}
-    return {name: {"ref": model.ref, "fingerprint": model.fingerprint} for name, model in models.items()}
+    return {"base": base.provenance, "student": student.provenance}
 
 
 def _combine_models(

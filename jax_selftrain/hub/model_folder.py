@@ -91,8 +91,8 @@ def save_model(
         dtypes = {path: np.dtype(array.dtype).name for path, array in flatten_dict(params, sep="/").items()}
         tensors = {name: dtypes[leaf.path] for leaf in leaves for name in leaf.names}
         export = ExportSpec(source.raw_config, {}).cast(tensors)
-    fingerprint = source.fingerprint if source.has_weights else hash_json({"config": source.raw_config})
-    provenance = {"ref": source.ref, "fingerprint": fingerprint}
+    provenance = {"ref": source.ref, "fingerprint": hash_json({"config": source.raw_config})}
+    provenance = source.provenance if source.has_weights else provenance
     with commit_from_all_processes(folder) as temporary:
         if not jax.process_index():
             _write_config_and_tokenizer(temporary, export.raw_config, source)

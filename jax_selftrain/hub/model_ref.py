@@ -138,6 +138,16 @@ class ModelRef:
         weights = {n: listed[n]["sha256"] if n in listed else sha256_file(self.folder / n) for n in names}
         return hash_json({"config": self.raw_config, "weights": weights})
 
+    @property
+    def commit(self) -> dict[str, str]:
+        """The commit of a model in the cache of the Hugging Face hub, as {"commit": …}; else empty."""
+        return {"commit": self.folder.name} if self.folder.parent.name == "snapshots" else {}
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """Reference, fingerprint and commit, for the record of what is made from the model."""
+        return {"ref": self.ref, "fingerprint": self.fingerprint, **self.commit}
+
     def verify_weights(self, fix_hint: str = _FIX_HINT) -> None:
         """Refuse safetensors files that differ from the manifest, if any; once."""
         if not self.manifest or "_is_verified" in self.__dict__:

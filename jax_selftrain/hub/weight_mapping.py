@@ -63,17 +63,18 @@ def param_sources(family: Family, config: DecoderConfig, known: Collection[str] 
     for row in family.rows:
         if row.path in shapes:
             is_stacked = row.path.startswith("layers/")
-            names = tuple(_choose(row, layer, known) for layer in range(config.num_layers if is_stacked else 1))
+            layers = range(config.num_layers if is_stacked else 1)
+            names = tuple(_choose(row, family.prefix, layer, known) for layer in layers)
             leaves.append(ParamSource(row.path, row.pattern, shapes[row.path], names, is_stacked))
     if unfilled := shapes.keys() - {leaf.path for leaf in leaves}:
         raise ValueError(f"the table of {family.model_type} does not fill {unfilled}")
     return leaves
 
 
-def _choose(rule: TensorRule, layer: int, known: Collection[str]) -> str:
+def _choose(rule: TensorRule, prefix: str, layer: int, known: Collection[str]) -> str:
     names = [name.format(layer) for name in rule.names]
-    # Embedding models hold the body alone, without the body's prefix.
-    names += [name.removeprefix("model.").removeprefix("gpt_neox.") for name in names]
+    # Embedding models hold the body alone, without the body's prefix, and so do GPT-2's files.
+    names += [name.removeprefix(prefix) for name in names]
     return next((name for name in names if name in known), names[0])
 
 

@@ -1,7 +1,7 @@
 """One architecture config for every family.
 
-GPT-NeoX (all of Pythia), Llama 1/2/3, Qwen2/2.5 and Qwen3 differ in these fields alone; no family has code of its own
-in the forward pass. `hub` translates Hugging Face configs.
+All families (`hub.families`) differ in these fields alone; no family has code of its own in the forward pass. `hub`
+translates Hugging Face configs.
 """
 
 from dataclasses import dataclass
@@ -61,17 +61,25 @@ class DecoderConfig:
     parallel_residual: bool
     """Attention and MLP both read the input of the layer (GPT-J, GPT-NeoX)."""
     rotary_dim: int
-    """Rotated dimensions of a head (even)."""
+    """Rotated dimensions of a head (even); 0: no rotation."""
     rope: RopeConfig
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
-    qk_norm: bool
-    """RMSNorm over each head of queries and keys before rotation (Qwen3)."""
+    qk_norm: Literal["head", "width"] | None
+    """RMSNorm of queries and keys before rotation: over each head (Qwen3), or over all heads (OLMo-2)."""
     tie_word_embeddings: bool
     """The output projection is the embedding, transposed."""
     sliding_window: tuple[int | None, ...] | None = None
     """Window of each layer: visible positions, the query's own included; None: all."""
+    layer_ropes: tuple[RopeConfig | None, ...] | None = None
+    """Rotation of each layer instead of `rope`; an entry None: no rotation."""
+    post_norm: bool = False
+    """Norms are applied to the outputs of attention and MLP (OLMo-2), not to their inputs."""
+    learned_positions: bool = False
+    """Embeddings of positions are added to those of tokens (GPT-2)."""
+    attention_scale: float | None = None
+    """Factor of the attention scores; None: 1/√K."""
     initializer_range: float = 0.02
     """Standard deviation of initialized matrices."""
 
@@ -82,9 +90,21 @@ class DecoderConfig:
             raise ValueError(f"rotary_dim {self.rotary_dim} must be even and at most head_dim {self.head_dim}")
         if self.sliding_window is not None and len(self.sliding_window) != self.num_layers:
             raise ValueError(f"{len(self.sliding_window)} sliding windows for {self.num_layers} layers")
+        if self.layer_ropes is not None and len(self.layer_ropes) != self.num_layers:
+            raise ValueError(f"{len(self.layer_ropes)} rotations for {self.num_layers} layers")
+        if self.post_norm and self.parallel_residual:
+            raise ValueError("a parallel residual reads normed inputs; post_norm has none")
 
 
-AXIS_LETTERS = {"embed": "d", "vocab": "v", "mlp": "f", "kv_heads": "g", "q_per_kv": "r", "head_dim": "k"}
+AXIS_LETTERS = {
+    "embed": "d",
+    "vocab": "v",
+    "positions": "p",
+    "mlp": "f",
+    "kv_heads": "g",
+    "q_per_kv": "r",
+    "head_dim": "k",
+}
 """Letters of the logical axes of a layer, in equations."""
 
 
@@ -93,6 +113,7 @@ def axis_sizes(config: DecoderConfig) -> dict[str, int]:
     return {
         "embed": config.hidden_size,
         "vocab": config.vocab_size,
+        "positions": config.max_positions,
         "mlp": config.intermediate_size,
         "kv_heads": config.num_kv_heads,
         "q_per_kv": config.num_heads // config.num_kv_heads,

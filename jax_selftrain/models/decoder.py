@@ -16,10 +16,11 @@ from jax_selftrain.config import Remat
 from jax_selftrain.distributed.sharding import ShardingRules
 from jax_selftrain.models.attention import can_use_splash, dot_product_attention, splash_attention
 from jax_selftrain.models.config import DecoderConfig
-from jax_selftrain.models.fsdp import embedding_lookup
 from jax_selftrain.models.layers import (
     PreAttention,
+    add_positions,
     decoder_layer,
+    embed,
     layer_slice,
     norm,
     rotary_tables,
@@ -98,22 +99,29 @@ def forward(
             return dot_product_attention(q, k, v, query_mask, compute_dtype), None
 
         return decoder_layer(
-            config, rules, inputs["weights"], x, rotary, attend, compute_dtype, query_positions=queries
+            config,
+            rules,
+            inputs["weights"],
+            x,
+            rotary.of_layer(inputs),
+            attend,
+            compute_dtype,
+            query_positions=queries,
         )
 
     inputs = scan_xs(config, params)
     if query_positions is None:
         x, _ = jax.lax.scan(
-            _REMAT_POLICIES[remat](layer), embedding_lookup(rules, params["embed"]["embedding"], tokens, dtype), inputs
+            _REMAT_POLICIES[remat](layer), embed(config, rules, params, tokens, positions, dtype), inputs
         )
     else:
         first, last = 0, config.num_layers - 1
         if precomputed is None:
-            x = embedding_lookup(rules, params["embed"]["embedding"], tokens, dtype)
+            x = embed(config, rules, params, tokens, positions, dtype)
         else:
             pre = lookup(rules, precomputed, tokens)
-            x = pre.x
-            if last > 0:
+            x = add_positions(config, rules, params, pre.x, positions)
+            if pre.q is not None and last > 0:
                 x, _ = layer(pre, layer_slice(inputs, 0))
                 first = 1
 

@@ -21,8 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from jax_selftrain.distributed.sharding import Axes, ShardingRules
 from jax_selftrain.models.attention import dot_product_attention
 from jax_selftrain.models.config import DecoderConfig
-from jax_selftrain.models.fsdp import embedding_lookup
-from jax_selftrain.models.layers import decoder_layer, layer_slice, norm, rotary_tables, scan_xs
+from jax_selftrain.models.layers import decoder_layer, embed, layer_slice, norm, rotary_tables, scan_xs
 from jax_selftrain.models.matmul import accumulation_dtype, mixed_precision_einsum
 from jax_selftrain.models.params import Params
 
@@ -164,9 +163,10 @@ def decode_step(
             softmax = jax.lax.fori_loop(0, num_blocks, add_block, softmax)
             return (softmax.context / softmax.denom[..., None])[:, None], new_tail
 
-        return decoder_layer(config, rules, inputs["weights"], x, rotary, attend, compute_dtype), None
+        layer_rotary = rotary.of_layer(inputs)
+        return decoder_layer(config, rules, inputs["weights"], x, layer_rotary, attend, compute_dtype), None
 
-    x = embedding_lookup(rules, params["embed"]["embedding"], tokens[:, None], dtype)
+    x = embed(config, rules, params, tokens[:, None], positions[:, None], dtype)
     inputs = scan_xs(config, params) | {"index": jnp.arange(config.num_layers, dtype=jnp.int32)}
     (x, tail), _ = jax.lax.scan(layer, (x, cache.tail), inputs)
     return norm(config, rules, x[:, 0], params["final_norm"]), replace(cache, tail=tail)
@@ -228,9 +228,9 @@ def prefill(
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
             return dot_product_attention(q, k, v, mask[None], compute_dtype), (k, v)
 
-        return decoder_layer(config, rules, inputs["weights"], x, rotary, attend, compute_dtype)
+        return decoder_layer(config, rules, inputs["weights"], x, rotary.of_layer(inputs), attend, compute_dtype)
 
-    x = embedding_lookup(rules, params["embed"]["embedding"], tokens, dtype)
+    x = embed(config, rules, params, tokens, index[None], dtype)
     _, keys_and_values = jax.lax.scan(layer, x, scan_xs(config, params))
     (k, k_scale), (v, v_scale) = (_quantize(stacked, cache.committed.k.dtype) for stacked in keys_and_values)
     return replace(cache, committed=jax.tree.map(partial(_to_blocks, cache), KVBlock(k, v, k_scale, v_scale)))

@@ -5,8 +5,10 @@ One rule of numerics for every family: the residual stream, norms, rotary tables
 along `embed` where they are used, so that fsdp gathers one layer at a time inside the scan.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,7 +20,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jax_selftrain.distributed.sharding import ShardingRules
 from jax_selftrain.models.config import DecoderConfig, RopeConfig
-from jax_selftrain.models.fsdp import unshard_param
+from jax_selftrain.models.fsdp import embedding_lookup, unshard_param
 from jax_selftrain.models.matmul import dense
 from jax_selftrain.models.params import Params
 
@@ -51,8 +53,9 @@ def norm(config: DecoderConfig, rules: ShardingRules, x: Array, weights: Params)
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """Return x / sqrt(mean(x²) + eps) · scale over the last dimension."""
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps) * scale
+    """Return x / sqrt(mean(x²) + eps) · scale over the dimensions of `scale`, the last ones of x."""
+    axes = tuple(range(-scale.ndim, 0))
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True) + eps) * scale
 
 
 def rope_frequencies(rope: RopeConfig, rotary_dim: int) -> tuple[np.ndarray, float]:
@@ -94,17 +97,37 @@ def rope_frequencies(rope: RopeConfig, rotary_dim: int) -> tuple[np.ndarray, flo
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines [B, T, rotary_dim/2], scaled by the attention factor."""
+    """Cosines and sines [B, T, rotary_dim/2], scaled by the attention factor.
+
+    With `layer_ropes` [N, B, T, rotary_dim/2], of which each layer selects one.
+    """
 
     cos: Array
     sin: Array
 
+    def of_layer(self, inputs: Mapping[str, Any]) -> Rotary:
+        """Select the rotation of a layer by its entry of `scan_xs`."""
+        return layer_slice(self, inputs["rope"]) if "rope" in inputs else self
+
+
+def _unique_ropes(config: DecoderConfig) -> list[RopeConfig | None]:
+    return list(dict.fromkeys(config.layer_ropes or ()))
+
 
 def rotary_tables(config: DecoderConfig, positions: Int[Array, "B T"], dtype: DTypeLike) -> Rotary:
-    """Compute the rotation of each position, shared by all layers."""
-    frequencies, scale = rope_frequencies(config.rope, config.rotary_dim)
-    angles = positions[..., None].astype(dtype) * jnp.asarray(frequencies, dtype)
-    return Rotary(jnp.cos(angles) * scale, jnp.sin(angles) * scale)
+    """Compute the rotation of each position."""
+
+    def table(rope: RopeConfig | None) -> Rotary:
+        if rope is None:
+            frequencies, scale = np.zeros(config.rotary_dim // 2, np.float32), 1.0
+        else:
+            frequencies, scale = rope_frequencies(rope, config.rotary_dim)
+        angles = positions[..., None].astype(dtype) * jnp.asarray(frequencies, dtype)
+        return Rotary(jnp.cos(angles) * scale, jnp.sin(angles) * scale)
+
+    if config.layer_ropes is None:
+        return table(config.rope)
+    return jax.tree.map(lambda *tables: jnp.stack(tables), *map(table, _unique_ropes(config)))
 
 
 def apply_rotary(x: Array, rotary: Rotary) -> Array:
@@ -127,11 +150,11 @@ class PreAttention(NamedTuple):
 
     x: Float[Array, "B T D"]
     """Input of the layer."""
-    q: Float[Array, "B T G R K"]
+    q: Float[Array, "B T G R K"] | None
+    """Before rotation; None with k and v if they depend on the position."""
+    k: Float[Array, "B T G K"] | None
     """Before rotation."""
-    k: Float[Array, "B T G K"]
-    """Before rotation."""
-    v: Float[Array, "B T G K"]
+    v: Float[Array, "B T G K"] | None
     mlp: Float[Array, "B T D"] | None
     """Output of the MLP with a parallel residual; else None."""
 
@@ -145,7 +168,7 @@ def pre_attention(
     query_positions: Int[Array, "B Q"] | None = None,
 ) -> PreAttention:
     """Compute keys, values, and the rest at `query_positions`."""
-    normed, attn = norm(config, rules, x, weights["attn_norm"]), weights["attn"]
+    normed, attn = x if config.post_norm else norm(config, rules, x, weights["attn_norm"]), weights["attn"]
     q_axes, kv_axes = ("kv_heads", "q_per_kv", "head_dim", "embed"), ("kv_heads", "head_dim", "embed")
     k = dense(rules, attn["k"], kv_axes, 2, normed, compute_dtype)
     if config.qk_norm:
@@ -156,6 +179,8 @@ def pre_attention(
     q = dense(rules, attn["q"], q_axes, 3, normed, compute_dtype)
     if config.qk_norm:
         q = rms_norm(q, attn["q_norm"]["scale"].astype(q.dtype), config.norm_eps)
+    if config.attention_scale is not None:
+        q *= config.attention_scale * config.head_dim**0.5  # attention divides by √K
     mlp = _mlp(config, rules, weights, x, compute_dtype) if config.parallel_residual else None
     return PreAttention(x, q, k, v, mlp)
 
@@ -186,6 +211,8 @@ def decoder_layer(
     attention = dense(rules, weights["attn"]["o"], axes, 1, context, compute_dtype)
     if pre.mlp is not None:
         return pre.x + attention + pre.mlp, state
+    if config.post_norm:
+        attention = norm(config, rules, attention, weights["attn_norm"])
     x = pre.x + attention
     return x + _mlp(config, rules, weights, x, compute_dtype), state
 
@@ -206,24 +233,52 @@ def take_positions(
 
 
 def _mlp(config: DecoderConfig, rules: ShardingRules, weights: Params, x: Array, compute_dtype: DTypeLike) -> Array:
-    x = norm(config, rules, x, weights["mlp_norm"])
-    weights = weights["mlp"]
+    x = x if config.post_norm else norm(config, rules, x, weights["mlp_norm"])
+    mlp = weights["mlp"]
     act = ACTIVATIONS[config.activation]
-    hidden = dense(rules, weights["up"], ("mlp", "embed"), 1, x, compute_dtype)
+    hidden = dense(rules, mlp["up"], ("mlp", "embed"), 1, x, compute_dtype)
     if config.gated_mlp:
-        hidden = act(dense(rules, weights["gate"], ("mlp", "embed"), 1, x, compute_dtype)) * hidden
+        hidden = act(dense(rules, mlp["gate"], ("mlp", "embed"), 1, x, compute_dtype)) * hidden
     else:
         hidden = act(hidden)
-    return dense(rules, weights["down"], ("embed", "mlp"), 1, hidden, compute_dtype)
+    output = dense(rules, mlp["down"], ("embed", "mlp"), 1, hidden, compute_dtype)
+    return norm(config, rules, output, weights["mlp_norm"]) if config.post_norm else output
+
+
+def embed(
+    config: DecoderConfig,
+    rules: ShardingRules,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "#B T"],
+    dtype: DTypeLike,
+) -> Float[Array, "B T D"]:
+    """Look up the embeddings of tokens and, if learned, of their positions."""
+    x = embedding_lookup(rules, params["embed"]["embedding"], tokens, dtype)
+    return add_positions(config, rules, params, x, positions)
+
+
+def add_positions(
+    config: DecoderConfig, rules: ShardingRules, params: Params, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]
+) -> Float[Array, "B T D"]:
+    """Add the embeddings of positions, if they are learned."""
+    if not config.learned_positions:
+        return x
+    rows = unshard_param(rules, params["embed"]["positions"], ("positions", "embed"), x.dtype)
+    axes = ("batch" if positions.shape[0] == x.shape[0] else None, None, None)
+    return x + rows.at[positions].get(out_sharding=rules.sharding(axes))
 
 
 def scan_xs(config: DecoderConfig, params: Params) -> dict[str, Any]:
-    """Collect the inputs of the scan over layers: stacked weights and windows."""
-    if config.sliding_window is None:
-        return {"weights": params["layers"]}
-    unlimited = np.iinfo(np.int32).max
-    windows = np.array([unlimited if window is None else window for window in config.sliding_window], np.int32)
-    return {"weights": params["layers"], "window": jnp.asarray(windows)}
+    """Collect the inputs of the scan over layers: stacked weights, windows, numbers of rotations."""
+    inputs: dict[str, Any] = {"weights": params["layers"]}
+    if config.sliding_window is not None:
+        unlimited = np.iinfo(np.int32).max
+        windows = np.array([unlimited if window is None else window for window in config.sliding_window], np.int32)
+        inputs["window"] = jnp.asarray(windows)
+    if config.layer_ropes is not None:
+        inputs["rope"] = jnp.asarray([_unique_ropes(config).index(rope) for rope in config.layer_ropes], jnp.int32)
+    return inputs
 
 
 def layer_slice(inputs: Any, index: Array | int) -> Any:

@@ -56,11 +56,15 @@ class Decoder(nnx.Module):
             "o": dense("embed", queries, config.out_bias),
         }
         if config.qk_norm:
-            attn |= {name: nnx.Dict(scale=param("layers head_dim", "ones")) for name in ("q_norm", "k_norm")}
+            for name, axes in (("q_norm", queries), ("k_norm", kv)):
+                axes = axes if config.qk_norm == "width" else "head_dim"
+                attn[name] = nnx.Dict(scale=param(f"layers {axes}", "ones"))
         names = ("gate", "up") if config.gated_mlp else ("up",)
         mlp = {name: dense("mlp", "embed", config.mlp_bias) for name in names}
         mlp["down"] = dense("embed", "mlp", config.mlp_bias)
         self.embed = nnx.Dict(embedding=param("vocab embed", "normal"))
+        if config.learned_positions:
+            self.embed["positions"] = param("positions embed", "normal")
         self.layers = nnx.Dict(
             attn=nnx.Dict(attn), mlp=nnx.Dict(mlp), attn_norm=norm("layers embed"), mlp_norm=norm("layers embed")
         )

@@ -1,7 +1,8 @@
 """Precomputed first-layer activations that depend only on the token id.
 
-Positions enter a decoder by rotation alone: the embedding, the first layer's queries, keys and values, and with a
-parallel residual (GPT-NeoX) its MLP depend on nothing but the token. Scored texts repeat few tokens many times.
+Where positions enter by rotation alone, the embedding, the first layer's queries, keys and values, and with a parallel
+residual (GPT-NeoX) its MLP depend on nothing but the token; with learned positions (GPT-2) only the embedding does.
+Scored texts repeat few tokens many times.
 """
 
 from functools import partial
@@ -70,5 +71,7 @@ def _compute(
     config: DecoderConfig, rules: ShardingRules, params: Params, tokens: Array, *, compute_dtype: DTypeLike
 ) -> PreAttention:
     x = embedding_lookup(rules, params["embed"]["embedding"], tokens, accumulation_dtype(compute_dtype))
+    if config.learned_positions:
+        return PreAttention(x, None, None, None, None)
     weights = layer_slice(scan_xs(config, params), 0)["weights"]
     return pre_attention(config, rules, weights, x, compute_dtype)

@@ -13,7 +13,7 @@ import optax
 from jax_selftrain.config import TrainConfig
 from jax_selftrain.models import Params
 
-WEIGHT_DECAY_PATHS = frozenset({"kernel", "embedding", "lora_a", "lora_b"})
+WEIGHT_DECAY_PATHS = frozenset({"kernel", "embedding", "positions", "lora_a", "lora_b"})
 """Names of the parameters with weight decay; norm scales and biases have none."""
 
 
@@ -57,8 +57,8 @@ def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformat
 
 
 def decay_mask(params: Params, *, embeddings: bool = True) -> Params:
-    """Return True for parameters with weight decay: matrices, optionally the embedding."""
-    names = WEIGHT_DECAY_PATHS if embeddings else WEIGHT_DECAY_PATHS - {"embedding"}
+    """Return True for parameters with weight decay: matrices, optionally the embeddings."""
+    names = WEIGHT_DECAY_PATHS if embeddings else WEIGHT_DECAY_PATHS - {"embedding", "positions"}
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in names, params)
 
 

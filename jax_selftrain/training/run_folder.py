@@ -180,7 +180,7 @@ def _describe_run(run: Run) -> dict[str, Any]:
     record = {
         "format": FORMAT,
         "versions": versions(),
-        "model": {"ref": config.model, "init": config.init, "fingerprint": fingerprints["model"]},
+        "model": {"ref": config.model, "init": config.init, "fingerprint": fingerprints["model"], **inputs.source.commit},
         "tokenizer_fingerprint": fingerprints["tokenizer"],
         "corpus": main,
         "mixture": mixed,
