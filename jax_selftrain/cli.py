@@ -65,6 +65,7 @@ COMMANDS: dict[str, Command] = {
     "run": Command(config.RunConfig, "jax_selftrain.study:run"),
     "study": Command(config.StudyConfig, "jax_selftrain.study:run_study"),
     "plan": Command(config.PlanConfig, "jax_selftrain.planning:plan_memory"),
+    "push": Command(config.PushConfig, "jax_selftrain.report:push", {"FOLDER": "folder", "ORG/NAME": "repo"}),
     "report": Command(config.ReportConfig, "jax_selftrain.report:write_report", {"DIR": "folder"}),
 }
 

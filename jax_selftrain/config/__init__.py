@@ -9,6 +9,7 @@ from jax_selftrain.config.commands import ConvertConfig as ConvertConfig
 from jax_selftrain.config.commands import ExtractConfig as ExtractConfig
 from jax_selftrain.config.commands import MergeConfig as MergeConfig
 from jax_selftrain.config.commands import Packing as Packing
+from jax_selftrain.config.commands import PushConfig as PushConfig
 from jax_selftrain.config.commands import Remat as Remat
 from jax_selftrain.config.commands import SampleConfig as SampleConfig
 from jax_selftrain.config.commands import ScoreConfig as ScoreConfig

@@ -91,6 +91,22 @@ class ConvertConfig:
     """`hf`: a Hugging Face folder; `flax`: an Orbax tree of parameters."""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """Type of the written weights; `keep`: the type of each tensor in the source."""
+    ignore_config_keys: tuple[str, ...] = ()
+    """Keys of config.json to remove: keys that this package does not know, and that do not change the model."""
+
+
+@dataclass(frozen=True)
+class PushConfig:
+    """Upload a model or a corpus to the Hugging Face hub."""
+
+    folder: Required[Input[str]] = ""
+    """Model folder, run folder or corpus; its card is written anew."""
+    repo: Required[str] = ""
+    """Repository, `org/name`; created if it does not exist."""
+    revision: str = ""
+    """Branch to upload to; created if it does not exist; unset: `main`."""
+    private: bool = False
+    """Create the repository as a private one."""
 
 
 @dataclass(frozen=True)

@@ -127,11 +127,11 @@ def convert(config: ConvertConfig) -> Path:
     """Write a model as safetensors (`hf`) or an Orbax tree (`flax`).
 
     Raises:
-      InputError: the model cannot be read, a weight overflows in `--dtype`, or the folder exists already or cannot be
+      InputError: the model cannot be read, a key to ignore is not in its config, a weight overflows in `--dtype`, or the folder exists already or cannot be
         written.
     """
     yaml_io.require(config)
-    source = open_model(config.source)
+    source = open_model(config.source).without_keys(config.ignore_config_keys)
     dtype = None if config.dtype == "keep" else np.dtype(config.dtype)
     rules = storage_sharding(
         source.config, preset="replicated" if source.config.hidden_size % jax.device_count() else "fsdp"
@@ -143,7 +143,9 @@ def convert(config: ConvertConfig) -> Path:
             overflow = orbax_io.find_nonfinite(params)
         if overflow:
             raise InputError(f"--dtype {dtype.name}: {overflow} would be infinite; convert to bfloat16 or float32")
-    metadata = {"made_by": "convert", "dtype": config.dtype}
+    metadata: dict[str, Any] = {"made_by": "convert", "dtype": config.dtype}
+    if config.ignore_config_keys:
+        metadata["ignored_config_keys"] = list(config.ignore_config_keys)
     return save_model(config.out, params, source=source, export=export, metadata=metadata, format=config.format)
 
 

@@ -29,7 +29,17 @@ from jax_selftrain.distributed import barrier, broadcast_one_to_all
 from jax_selftrain.hub import orbax_io
 from jax_selftrain.hub.families import FAMILIES
 from jax_selftrain.hub.hf_config import parse_config
-from jax_selftrain.hub.model_ref import CONFIG, FORMAT, MANIFEST, PARAMS, VERSION, ModelRef, Ref, open_model
+from jax_selftrain.hub.model_ref import (
+    CONFIG,
+    FORMAT,
+    MANIFEST,
+    MODEL_CARD,
+    PARAMS,
+    VERSION,
+    ModelRef,
+    Ref,
+    open_model,
+)
 from jax_selftrain.hub.safetensors_io import save_weights
 from jax_selftrain.hub.tokenizer import GENERATION_CONFIG, TOKENIZER_FILES
 from jax_selftrain.hub.weight_mapping import param_sources
@@ -39,7 +49,6 @@ from jax_selftrain.io.remote_paths import restore_uris
 from jax_selftrain.models import Params
 from jax_selftrain.version import versions
 
-MODEL_CARD = "README.md"
 Format = Literal["hf", "flax"]
 """Safetensors, or an Orbax tree."""
 
@@ -93,6 +102,8 @@ def save_model(
         export = ExportSpec(source.raw_config, {}).cast(tensors)
     provenance = {"ref": source.ref, "fingerprint": hash_json({"config": source.raw_config})}
     provenance = source.provenance if source.has_weights else provenance
+    if source.license is not None:
+        provenance["license"] = source.license
     with commit_from_all_processes(folder) as temporary:
         if not jax.process_index():
             _write_config_and_tokenizer(temporary, export.raw_config, source)
@@ -118,7 +129,7 @@ def save_model(
                 "files": files,
             }
             atomic.write_json(temporary / MANIFEST, content)
-            atomic.write_text(temporary / MODEL_CARD, restore_uris(_model_card(provenance, metadata)))
+            atomic.write_text(temporary / MODEL_CARD, model_card(content))
     return Path(folder)
 
 
@@ -135,16 +146,44 @@ def _write_config_and_tokenizer(folder: Path, raw_config: Mapping[str, Any], sou
         atomic.write_json(folder / GENERATION_CONFIG, {name: value for name, value in ids.items() if value is not None})
 
 
-def _model_card(source: Mapping[str, str], metadata: Mapping[str, Any]) -> str:
-    """Text of README.md: base model and how this one was made."""
-    ref = source["ref"]
-    is_hub_id = not Path(ref).exists() and "@" not in ref and ref.count("/") == 1
-    lines = ["---", "library_name: transformers", "tags: [jax_selftrain]", *([f"base_model: {ref}"] * is_hub_id), "---"]
-    lines += ["", f"Written by `jax-selftrain {metadata.get('made_by', '')}`".replace(" `", "`") + ".", ""]
-    lines += [f"- base: `{ref}` (fingerprint `{source['fingerprint']}`)"]
+def model_card(manifest: Mapping[str, Any], changes: str = "") -> str:
+    """Write README.md as Markdown: base, corpus, recipe, fingerprints.
+
+    Args:
+      manifest: content of `selftrain.json`.
+      changes: a section with measured changes.
+    """
+    from huggingface_hub import ModelCardData
+
+    base, metadata = dict(manifest["source"]), dict(manifest["metadata"])
+    ref, base_license = base.pop("ref"), base.pop("license", None)
+    hub_id, made_by = ref.partition("@")[0], f"jax-selftrain {metadata.pop('made_by', '')}".strip()
+    data = ModelCardData(
+        base_model=hub_id if not Path(ref).exists() and hub_id.count("/") == 1 else None,
+        library_name="transformers",
+        license=base_license,
+        tags=["jax_selftrain"],
+    )
+    lines = [
+        "---",
+        data.to_yaml(),
+        "---",
+        "",
+        f"Written by `{made_by}`.",
+    ]
+    lines += ["", f"- base: `{ref}`", f"- license of the base: {base_license or 'not stated'}"]
+    lines += [f"- {name} of the base: `{value}`" for name, value in base.items()]
+    tables = {name: metadata.pop(name) for name in ("corpora", "recipe", "fingerprints") if name in metadata}
     lines += [f"- {name}: `{json.dumps(value, sort_keys=True)}`" for name, value in sorted(metadata.items())]
-    lines += ["", f"`{MANIFEST}` lists the SHA-256 of every file and the versions of libraries.", ""]
-    return "\n".join(lines)
+    for title, rows in tables.items():
+        lines += ["", f"## {title.capitalize()}", "", "| | |", "|---|---|"]
+        lines += [f"| {name} | `{json.dumps(value, sort_keys=True)}` |" for name, value in sorted(rows.items())]
+    lines += [
+        *(["", changes] if changes else []),
+        "",
+        f"`{MANIFEST}` lists the SHA-256 of every file and the versions of libraries.",
+    ]
+    return restore_uris("\n".join([*lines, ""]))
 
 
 @contextmanager

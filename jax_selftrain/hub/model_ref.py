@@ -5,7 +5,7 @@ weights when they are loaded.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -36,7 +36,7 @@ from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import hash_json, read_manifest, sha256_file, verify_checksums
 from jax_selftrain.models import DecoderConfig
 
-CONFIG, MANIFEST, PARAMS = "config.json", "selftrain.json", "params"
+CONFIG, MANIFEST, PARAMS, MODEL_CARD = "config.json", "selftrain.json", "params", "README.md"
 FORMAT, VERSION = "jax_selftrain.model", 3
 OLD_MANIFEST = "model.json"
 """Manifest of versions 1 and 2, whose weights were an Orbax tree."""
@@ -148,6 +148,27 @@ class ModelRef:
         """Reference, fingerprint and commit, for the record of what is made from the model."""
         return {"ref": self.ref, "fingerprint": self.fingerprint, **self.commit}
 
+    @cached_property
+    def license(self) -> str | None:
+        """The license that the model card states; None without one."""
+        from huggingface_hub.repocard import metadata_load
+        from yaml import YAMLError
+
+        try:
+            card = metadata_load(self.folder / MODEL_CARD) if (self.folder / MODEL_CARD).is_file() else None
+        except (ValueError, YAMLError):  # free text that begins like a card
+            return None
+        stated = (card or {}).get("license")
+        return stated if isinstance(stated, str) else None
+
+    def without_keys(self, keys: Collection[str]) -> "ModelRef":
+        """Return the model without some keys of config.json, which must be there."""
+        if missing := [key for key in keys if key not in self.raw_config]:
+            raise InputError(f"--ignore-config-keys {missing[0]}: is not in {self.folder / CONFIG}")
+        model = ModelRef(self.ref, self.folder)
+        model.__dict__["raw_config"] = {key: value for key, value in self.raw_config.items() if key not in keys}
+        return model
+
     def verify_weights(self, fix_hint: str = _FIX_HINT) -> None:
         """Refuse safetensors files that differ from the manifest, if any; once."""
         if not self.manifest or "_is_verified" in self.__dict__:
@@ -215,7 +236,7 @@ def _download(ref: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = ref.partition("@")
-    small = [CONFIG, MANIFEST, GENERATION_CONFIG, *TOKENIZER_FILES]
+    small = [CONFIG, MANIFEST, MODEL_CARD, GENERATION_CONFIG, *TOKENIZER_FILES]
     try:
         for weights in ((WEIGHTS, INDEX, "model-*.safetensors"), (TORCH_WEIGHTS, TORCH_INDEX, "pytorch_model-*.bin")):
             folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=[*small, *weights]))

@@ -1,4 +1,5 @@
-"""Reports of runs, studies and comparisons, from their JSON results alone."""
+"""Reports of runs, studies and comparisons, from their JSON results alone; and uploads."""
 
 from jax_selftrain.report.comparison_table import format_comparison as format_comparison
+from jax_selftrain.report.push import push as push
 from jax_selftrain.report.report import write_report as write_report

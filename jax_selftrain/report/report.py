@@ -10,12 +10,15 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
+from jax_selftrain import hub
 from jax_selftrain.errors import InputError
+from jax_selftrain.hub.model_ref import MANIFEST, MODEL_CARD
 from jax_selftrain.io import atomic
 from jax_selftrain.report import formatting as fmt
 from jax_selftrain.report.chapters import capability_chapters, design_chapters, memorization_chapters
 from jax_selftrain.report.chapters.design_chapters import describe_claim, describe_evidence
 from jax_selftrain.report.formatting import Chapter, Record, Results, format_interval, format_number, parse_estimate
+from jax_selftrain.report.push import describe_model
 from jax_selftrain.stats.estimators import Estimate
 from jax_selftrain.stats.noninferiority import HEADLINE
 from jax_selftrain.study.measure_names import MAIN_EFFECT, display_scale, main_measure
@@ -37,7 +40,7 @@ CHAPTERS = (
 
 
 def write_report(folder: atomic.PathLike) -> Path:
-    """Write `report.html`, `figures/*.svg` and `tables/*.csv` from `results.json`.
+    """Write `report.html`, `figures/*.svg` and `tables/*.csv` from `results.json`, and the card of a run's model.
 
     Returns the path of `report.html`. Raises InputError if the folder has no results, or those of another version.
     """
@@ -58,6 +61,8 @@ def write_report(folder: atomic.PathLike) -> Path:
                 (temporary / file).write_text(text, encoding="utf-8")
     page = folder / "report.html"
     atomic.write_text(page, _render_page(results["title"], _write_summary(results), chapters))
+    if (folder / "model" / MANIFEST).is_file():
+        atomic.write_text(folder / "model" / MODEL_CARD, describe_model(hub.open_model(folder / "model")))
     return page
 
 

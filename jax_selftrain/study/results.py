@@ -147,6 +147,7 @@ def _describe_cell(
     cell: StudyCell,
 ) -> dict[str, Any]:
     pairs: dict[str, Pair] = {}
+    scored: ScoreResult | None = None
     if cell.score:
         scored = load_score_result(str(design.folder(cell.score) / "score.json"))
         pairs = paired_results.pair_results(bases[cell.student], scored)
@@ -154,6 +155,7 @@ def _describe_cell(
     found: dict[str, Any] = {
         **{name: getattr(cell, name) for name in ("student", "treatment", "source", "seed")},
         "corpus": cell.corpus and cell.corpus.key,
+        "model": scored.fingerprint("model") if scored else None,
         **_compare_tasks([pair for pair in pairs.values() if pair.base.kind != "text"], config.split),
         "texts": [
             paired_results.describe_text(pair.part(config.split)) for pair in pairs.values() if pair.base.kind == "text"

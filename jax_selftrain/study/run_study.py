@@ -39,6 +39,7 @@ from jax_selftrain.distributed.mesh import make_mesh
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.lm_eval_tasks import load_lm_eval_tasks, make_task_manager, refuse_unsafe_code
 from jax_selftrain.evals.task_names import split_names
+from jax_selftrain.hub.model_ref import MODEL_CARD
 from jax_selftrain.io import atomic, lease
 from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.study.dag import check_processes, list_remaining, peak_bytes, run_all
@@ -158,7 +159,8 @@ def _publish_model(source: Path, target: Path) -> None:
     files, published = (
         sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file()) for folder in (source, target)
     )
-    if published == files and all(filecmp.cmp(source / file, target / file) for file in files):
+    same = (filecmp.cmp(source / file, target / file) for file in files if file.name != MODEL_CARD)  # the report's own
+    if published == files and all(same):
         return
     with atomic.commit_folder(target, overwrite=True) as folder:
         for file in files:

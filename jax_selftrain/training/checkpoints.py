@@ -20,7 +20,8 @@ import jax
 import numpy as np
 
 from jax_selftrain import hub
-from jax_selftrain.config import TrainConfig
+from jax_selftrain.config import TrainConfig, yaml_io
+from jax_selftrain.config.metadata import Role
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import orbax_io
 from jax_selftrain.hub.model_folder import commit_from_all_processes
@@ -96,8 +97,13 @@ class Checkpointer:
 
 def save_run_model(run: Run, folder: Path, params: Any, step: int, format: Literal["hf", "flax"]) -> None:
     """Save a model folder; `hf` for the result, `flax` for a checkpoint."""
-    metadata = {"made_by": "train", "step": step, "steps": run.config.steps, "run": run.run_hash}
-    metadata["fingerprints"] = run.inputs.fingerprints
+    metadata: dict[str, Any] = {"made_by": "train", "step": step, "steps": run.config.steps, "run": run.run_hash}
+    metadata |= {"fingerprints": run.inputs.fingerprints, "recipe": yaml_io.to_dict(run.config, Role.IDENTITY)}
+    names = ("kind", "samples", "tokens", "policy", "seed")
+    metadata["corpora"] = {
+        str(n): {"fingerprint": corpus.fingerprint, **{name: corpus.manifest.get(name) for name in names}}
+        for n, corpus in enumerate(run.inputs.corpora)
+    }
     hub.save_model(folder, params, source=run.inputs.source, metadata=metadata, format=format)
 
 

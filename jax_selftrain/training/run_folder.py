@@ -180,7 +180,12 @@ def _describe_run(run: Run) -> dict[str, Any]:
     record = {
         "format": FORMAT,
         "versions": versions(),
-        "model": {"ref": config.model, "init": config.init, "fingerprint": fingerprints["model"], **inputs.source.commit},
+        "model": {
+            "ref": config.model,
+            "init": config.init,
+            "fingerprint": fingerprints["model"],
+            **inputs.source.commit,
+        },
         "tokenizer_fingerprint": fingerprints["tokenizer"],
         "corpus": main,
         "mixture": mixed,

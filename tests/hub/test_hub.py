@@ -1,0 +1,180 @@
+"""Models from the cache of the Hugging Face hub, and uploads to it, over a server on loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import HubServer
+from models_factory import write_tiny_hf_model
+
+from jax_selftrain import hub
+from jax_selftrain.config import ModelConfig, RunConfig, StudyConfig
+from jax_selftrain.corpus import open_corpus
+from jax_selftrain.errors import InputError
+from jax_selftrain.hub.model_ref import _download
+from jax_selftrain.study import run_study
+
+CARD = "---\nlicense: apache-2.0\n---\nA model.\n"
+
+
+def run_online(code: str, server: HubServer, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process for which the server is the hub (huggingface_hub reads variables when imported)."""
+    variables = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
+    variables |= {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(cache.parent), "HF_HUB_CACHE": str(cache)}
+    variables |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=variables | environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> HubServer:
+    """One model with two revisions and a pull request; another without weights."""
+    server, folder = HubServer(), tmp_path_factory.mktemp("repos")
+    for seed, revision in enumerate(("main", "step1000", "refs/pr/1")):
+        model = write_tiny_hf_model(folder / str(seed), "llama", seed=seed)
+        (model / "README.md").write_text(CARD)
+        server.add_folder("org/tiny", revision, model)
+    (model / "model.safetensors").unlink()
+    server.add_folder("org/empty", "main", model)
+    return server
+
+
+@pytest.fixture(scope="module")
+def cache(server: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of huggingface_hub after a download of all revisions."""
+    folder = tmp_path_factory.mktemp("home") / "hub"
+    refs = ["org/tiny", "org/tiny@step1000", "org/tiny@refs/pr/1", "org/empty"]
+    with server.serve():
+        code = f"from jax_selftrain import hub\nfor ref in {refs}: hub.open_model(ref)"
+        finished = run_online(code, server, folder)
+    assert finished.returncode == 0, finished.stderr
+    return folder
+
+
+@pytest.fixture
+def offline(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    _download.cache_clear()
+    return cache
+
+
+def test_each_revision_is_its_own_model_with_its_commit(offline: Path, server: HubServer):
+    found = {revision: hub.open_model(f"org/tiny@{revision}") for revision in ("main", "step1000", "refs/pr/1")}
+    assert hub.open_model("org/tiny").fingerprint == found["main"].fingerprint
+    assert len({model.fingerprint for model in found.values()}) == 3
+    for revision, model in found.items():
+        commit, _ = server.find("org/tiny", revision) or ("", {})
+        assert model.commit == {"commit": commit}
+        assert model.license == "apache-2.0"
+        assert (model.folder / "model.safetensors").is_symlink()
+    commit = found["step1000"].commit["commit"]
+    assert hub.open_model(f"org/tiny@{commit}").fingerprint == found["step1000"].fingerprint
+
+
+def test_a_revision_that_is_not_in_the_cache_is_one_error_sentence(offline: Path):
+    with pytest.raises(InputError, match="org/tiny@step2000: no such local folder, and the download"):
+        hub.open_model("org/tiny@step2000")
+
+
+def test_a_revision_without_weights_is_named(offline: Path):
+    model = hub.open_model("org/empty")
+    assert not model.has_weights
+    with pytest.raises(InputError, match=r"org/empty.* has no weights"):
+        hub.load_model("org/empty", "data=1")
+
+
+def test_a_study_over_revisions_runs_offline(offline: Path, options: Callable[..., RunConfig], tmp_path: Path):
+    small = options(Path("unused"))
+    config = StudyConfig(
+        out=str(tmp_path / "out"),
+        models=(ModelConfig("tiny", "org/tiny", revisions=("step1000", "main")),),
+        mesh="data=1",
+        sample=replace(small.sample, samples=8, seed=0),
+        train=replace(small.train, steps=1, checkpoint_every=1, seed=0, max_epochs=9.0),
+        score=replace(small.score, texts=()),
+    )
+    results = json.loads((run_study(config) / "results.json").read_text())
+    models = results["design"]["models"]
+    assert {entry["name"]: len(entry["commit"]) for entry in models} == {"tiny@step1000": 40, "tiny@main": 40}
+    assert len(results["cells"]) == 4
+
+
+PUSH = """
+import json, sys
+from jax_selftrain.cli import main
+sys.exit(main(json.loads({arguments!r})))
+"""
+
+
+def push(server: HubServer, cache: Path, *arguments: object, **environment: str) -> tuple[int, str, str]:
+    code = PUSH.format(arguments=json.dumps(["push", *map(str, arguments)]))
+    with server.serve():
+        finished = run_online(code, server, cache, **environment)
+    return finished.returncode, finished.stdout, finished.stderr
+
+
+def test_a_run_is_uploaded_with_its_measured_changes(
+    server: HubServer, cache: Path, finished_run: Path, tmp_path: Path
+):
+    code, out, err = push(server, cache, finished_run, "me/student", "--revision", "v2", HF_TOKEN="hf_secret")
+    assert code == 0, err
+    assert "/me/student/commit/" in out
+    files = server.repos["me/student"]["v2"]
+    model = finished_run / "model"
+    assert files.keys() == {path.name for path in model.iterdir()}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    card = files["README.md"].decode()
+    results = json.loads((finished_run / "results.json").read_text())
+    assert all(f"| {name} | " in card for name in results["cells"][0]["measures"])
+    assert hub.open_model(tmp_path).fingerprint == hub.open_model(model).fingerprint
+    hub.open_model(tmp_path).verify_weights()
+    assert set(server.tokens) == {"hf_secret"}
+
+
+def test_a_corpus_is_uploaded_as_a_data_set(server: HubServer, cache: Path, finished_run: Path, tmp_path: Path):
+    folder = next(path for path in (finished_run / "stages").glob("sample-*") if path.is_dir())
+    code, _, err = push(server, cache, folder, "me/texts", HF_TOKEN="hf_secret")
+    assert code == 0, err
+    for name, content in server.repos["me/texts"]["main"].items():
+        path = tmp_path / "again" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    assert list(open_corpus(tmp_path / "again").iter_texts()) == list(open_corpus(folder).iter_texts())
+    assert "data_files: shard-*.parquet" in (tmp_path / "again" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [({}, "there is no token"), ({"HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set")],
+    ids=["no token", "offline"],
+)
+def test_nothing_is_uploaded_without_a_token_or_offline(
+    environment: dict[str, str], message: str, server: HubServer, cache: Path, tiny_model: Callable[..., Path]
+):
+    before = json.dumps(sorted(server.repos))
+    code, _, err = push(server, cache, tiny_model("llama"), "me/none", **environment)
+    assert (code, err.count("\n")) == (2, 1)
+    assert message in err
+    assert json.dumps(sorted(server.repos)) == before
+
+
+def test_a_damaged_model_is_not_uploaded(server: HubServer, cache: Path, finished_run: Path, tmp_path: Path):
+    model = tmp_path / "model"
+    shutil.copytree(finished_run / "model", model)
+    weights: Any = model / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    code, _, err = push(server, cache, model, "me/damaged", HF_TOKEN="hf_x")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "me/damaged" not in server.repos
