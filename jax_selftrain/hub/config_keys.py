@@ -65,9 +65,8 @@ class Keys:
         Args:
           disabled: by key the values that switch off a feature.
         """
+        remedy = "" if disabled is None else "; if you know that it does not, `convert` with --ignore-config-keys drops it"
         for key, value in self._raw.items():
             if key not in self._known and value not in (disabled or {}).get(key, ()):
-                raise InputError(
-                    f"{self.path}: {key} = {value!r} is not supported: ignoring it could change the model's output; if you know "
-                    f"that it does not, remove it: jax-selftrain convert MODEL OUT --format hf --ignore-config-keys {key}"
-                )
+                why = f"is not supported: ignoring it could change the model's output{remedy}"
+                raise InputError(f"{self.path}: {key} = {value!r} {why}")

@@ -127,8 +127,8 @@ def convert(config: ConvertConfig) -> Path:
     """Write a model as safetensors (`hf`) or an Orbax tree (`flax`).
 
     Raises:
-      InputError: the model cannot be read, a key to ignore is not in its config, a weight overflows in `--dtype`, or the folder exists already or cannot be
-        written.
+      InputError: the model cannot be read, a key to ignore is not in its config, a weight overflows in `--dtype`, or
+        the folder exists already or cannot be written.
     """
     yaml_io.require(config)
     source = open_model(config.source).without_keys(config.ignore_config_keys)
