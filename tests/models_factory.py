@@ -14,10 +14,16 @@ from typing import Any, Literal, get_args
 
 import ml_dtypes
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
 Family = Literal["gpt_neox", "llama", "qwen2", "qwen3", "mistral", "olmo2", "olmo3", "smollm3", "gpt2", "gpt_neo"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
+OF_EACH_TABLE = [
+    pytest.param(family, marks=[] if family in ("gpt_neox", "llama", "olmo2", "gpt2") else pytest.mark.nightly)
+    for family in FAMILIES
+]
+"""All families, every day one of each kind of table."""
 WeightType = Literal["float32", "bfloat16", "float16", "mixed"]
 
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"

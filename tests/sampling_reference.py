@@ -38,7 +38,7 @@ SMALL_CONFIG = DecoderConfig(
     qkv_bias=False,
     out_bias=False,
     mlp_bias=False,
-    qk_norm=False,
+    qk_norm=None,
     tie_word_embeddings=False,
     initializer_range=0.4,
 )

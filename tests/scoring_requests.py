@@ -20,7 +20,7 @@ CONFIG = DecoderConfig(
     vocab_size=512, hidden_size=512, num_layers=6, num_heads=8, num_kv_heads=8, head_dim=64, intermediate_size=2048,
     max_positions=POSITIONS, norm="layernorm", norm_eps=1e-5, activation="gelu", gated_mlp=False,
     parallel_residual=True, rotary_dim=16, rope=RopeConfig(), qkv_bias=True, out_bias=True, mlp_bias=True,
-    qk_norm=False, tie_word_embeddings=False,
+    qk_norm=None, tie_word_embeddings=False,
 )  # fmt: skip
 """Config of the planned requests."""
 

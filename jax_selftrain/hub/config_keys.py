@@ -65,7 +65,7 @@ class Keys:
         Args:
           disabled: by key the values that switch off a feature.
         """
-        remedy = "" if disabled is None else "; if you know that it does not, `convert` with --ignore-config-keys drops it"
+        remedy = "" if disabled is None else "; if it does not, drop it by `convert --ignore-config-keys`"
         for key, value in self._raw.items():
             if key not in self._known and value not in (disabled or {}).get(key, ()):
                 why = f"is not supported: ignoring it could change the model's output{remedy}"

@@ -87,7 +87,7 @@ def _decoder_config(keys: Keys, schema: ConfigSchema) -> DecoderConfig:
         head_dim = keys.pop("head_dim", int, head_dim)
     if head_dim is None:
         if hidden_size % heads:
-            keys.refuse("hidden_size", f"is not a multiple of num_attention_heads = {heads}")
+            keys.refuse("hidden_size", f"is not a multiple of {keys.name('num_attention_heads')} = {heads}")
         head_dim = hidden_size // heads
     positions = keys.size("max_position_embeddings", schema.max_positions)
     rope, layer_ropes, fraction = RopeConfig(), None, 0.0

@@ -5,7 +5,7 @@ import pytest
 
 from jax_selftrain.hub.families import FAMILIES, Pattern
 
-SIZES = {"d": 5, "g": 3, "r": 2, "k": 4, "f": 6, "v": 7}
+SIZES = {"d": 5, "g": 3, "r": 2, "k": 4, "f": 6, "v": 7, "p": 8}
 PATTERNS = sorted({row.pattern.template for family in FAMILIES.values() for row in family.rows})
 
 

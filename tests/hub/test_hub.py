@@ -88,7 +88,7 @@ def test_a_revision_that_is_not_in_the_cache_is_one_error_sentence(offline: Path
 def test_a_revision_without_weights_is_named(offline: Path):
     model = hub.open_model("org/empty")
     assert not model.has_weights
-    with pytest.raises(InputError, match=r"org/empty.* has no weights"):
+    with pytest.raises(InputError, match=r"org/empty.*holds no weights"):
         hub.load_model("org/empty", "data=1")
 
 

@@ -31,7 +31,7 @@ BASE = DecoderConfig(
     qkv_bias=True,
     out_bias=True,
     mlp_bias=True,
-    qk_norm=True,
+    qk_norm="head",
     tie_word_embeddings=False,
     sliding_window=None,
     initializer_range=0.5,
@@ -56,9 +56,13 @@ FIELDS: dict[str, Any] = {
     "qkv_bias": False,
     "out_bias": False,
     "mlp_bias": False,
-    "qk_norm": False,
+    "qk_norm": None,
     "tie_word_embeddings": True,
     "sliding_window": (4, None),
+    "layer_ropes": (None, RopeConfig(theta=100.0)),
+    "post_norm": True,
+    "learned_positions": True,
+    "attention_scale": 1.0,
     "initializer_range": 0.25,
 }
 LLAMA3 = RopeConfig(theta=100.0, kind="llama3", factor=4.0, original_max_position=64)

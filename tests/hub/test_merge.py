@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from bad_input import flip_byte
 from model_params import load_host_params, param_bytes
-from models_factory import FAMILIES, Family, write_model_pair, write_tiny_hf_model
+from models_factory import OF_EACH_TABLE, Family, write_model_pair, write_tiny_hf_model
 from parity_cases import CASES, transformers_logits
 from safetensors.numpy import load_file, save_file
 
@@ -41,7 +41,7 @@ def merge_result(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("dtype", ["float32", "mixed"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", OF_EACH_TABLE)
 def test_weights_0_and_1_are_the_models_bit_for_bit(family: Family, dtype, tmp_path: Path):
     base, student = write_model_pair(tmp_path, family, tokenizer=False, dtype=dtype)
     for weight, model in ((0.0, base), (1.0, student)):
@@ -111,7 +111,7 @@ def test_orbax_trees_and_safetensors_merge_alike(models: tuple[Path, Path], merg
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", OF_EACH_TABLE)
 def test_transformers_opens_a_merge_with_our_logits(family: Family, tmp_path: Path):
     at = write_model_pair(tmp_path, family)
     out = hub.merge(options(at, tmp_path / "out", 0.25))

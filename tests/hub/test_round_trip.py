@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from model_params import assert_same_tensors, load_tensors
-from models_factory import FAMILIES, Family, WeightType, tiny_weights, write_tiny_hf_model
+from models_factory import OF_EACH_TABLE, Family, WeightType, tiny_weights, write_tiny_hf_model
 from parity_cases import transformers_logits
 from safetensors.numpy import load_file, save_file
 
@@ -26,7 +26,7 @@ def convert_twice(source: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "mixed"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", OF_EACH_TABLE)
 def test_round_trip_is_bitwise(family: Family, dtype: WeightType, tmp_path: Path):
     source = write_tiny_hf_model(tmp_path / "hf", family, dtype=dtype, max_shard_bytes=100_000, tokenizer=False)
     assert len(list(source.glob("*.safetensors"))) > 2
@@ -122,7 +122,7 @@ def test_a_model_with_other_weights_is_saved_under_the_same_names(tmp_path: Path
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", OF_EACH_TABLE)
 def test_transformers_opens_an_export_with_equal_logits(family: Family, tmp_path: Path):
     from transformers import AutoTokenizer
 

@@ -19,12 +19,12 @@ from jax_selftrain.planning.jaxpr_flops import flops_by_dtype
 LLAMA = DecoderConfig(
     vocab_size=512, hidden_size=64, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=8, intermediate_size=172,
     max_positions=512, norm="rmsnorm", norm_eps=1e-5, activation="silu", gated_mlp=True, parallel_residual=False,
-    rotary_dim=8, rope=RopeConfig(), qkv_bias=False, out_bias=False, mlp_bias=False, qk_norm=True,
+    rotary_dim=8, rope=RopeConfig(), qkv_bias=False, out_bias=False, mlp_bias=False, qk_norm="head",
     tie_word_embeddings=True, initializer_range=0.1,
 )  # fmt: skip
 NEOX = dataclasses.replace(
     LLAMA, num_kv_heads=8, norm="layernorm", activation="gelu", gated_mlp=False, parallel_residual=True, rotary_dim=2,
-    qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=False, tie_word_embeddings=False, sliding_window=(40, None),
+    qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=None, tie_word_embeddings=False, sliding_window=(40, None),
 )  # fmt: skip
 MQA = dataclasses.replace(LLAMA, num_kv_heads=1)
 nightly = pytest.mark.nightly

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from model_params import count_read_bytes
-from models_factory import FAMILIES, tiny_weights, write_tiny_hf_model
+from models_factory import OF_EACH_TABLE, tiny_weights, write_tiny_hf_model
 from parity_cases import case_tokens
 
 from jax_selftrain import hub
@@ -31,9 +31,9 @@ def leaves(tree) -> list:
 @pytest.mark.parametrize(
     ("mesh", "preset"), [("data=2,model=4", "tensor"), ("data=4,model=2", "fsdp"), ("data=8", "fsdp")]
 )
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", OF_EACH_TABLE)
 def test_parameters_are_the_same_on_any_mesh(family: str, mesh: str, preset: str, tiny_model: Callable[..., Path]):
-    heads = {} if family == "gpt_neox" else {"num_attention_heads": 8, "head_dim": 16}
+    heads = {} if family in ("gpt_neox", "gpt2", "gpt_neo") else {"num_attention_heads": 8, "head_dim": 16}
     folder = tiny_model(family, dtype="mixed", **heads)
     one, many = hub.load_model(folder, "data=1"), hub.load_model(folder, mesh, preset=preset)
     shardings = [leaf.sharding for leaf in leaves(abstract_params(many.config, rules=many.sharding_rules))]

@@ -17,12 +17,12 @@ from jax_selftrain.training.flops import PEAK_FLOPS, flops_per_token, measure_sp
 NEOX = DecoderConfig(
     vocab_size=100, hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=4, intermediate_size=64,
     max_positions=128, norm="layernorm", norm_eps=1e-5, activation="gelu", gated_mlp=False, parallel_residual=True,
-    rotary_dim=2, rope=RopeConfig(), qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=False,
+    rotary_dim=2, rope=RopeConfig(), qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=None,
     tie_word_embeddings=False,
 )  # fmt: skip
 GATED = replace(
     NEOX, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=8, intermediate_size=40, gated_mlp=True, qkv_bias=False,
-    out_bias=False, mlp_bias=False, norm="rmsnorm", qk_norm=True, parallel_residual=False, tie_word_embeddings=True,
+    out_bias=False, mlp_bias=False, norm="rmsnorm", qk_norm="head", parallel_residual=False, tie_word_embeddings=True,
 )  # fmt: skip
 
 

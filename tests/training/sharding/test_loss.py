@@ -162,7 +162,7 @@ def _pythia(vocabulary: int) -> DecoderConfig:
         vocab_size=vocabulary, hidden_size=64, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=16,
         intermediate_size=64, max_positions=2048, norm="layernorm", norm_eps=1e-5, activation="gelu", gated_mlp=False,
         parallel_residual=True, rotary_dim=4, rope=RopeConfig(), qkv_bias=True, out_bias=True, mlp_bias=True,
-        qk_norm=False, tie_word_embeddings=False,
+        qk_norm=None, tie_word_embeddings=False,
     )  # fmt: skip
 
 
