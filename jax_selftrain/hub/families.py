@@ -91,9 +91,9 @@ class ConfigSchema:
     """`num_key_value_heads` and `head_dim` are read."""
     head_dim: int | None = None
     windows: Literal["qwen", "mistral", "olmo3", "smollm3", "gpt_neo"] | None = None
-    """How sliding windows are given (`hub.layer_keys`)."""
+    """The keys of sliding windows (`hub.layer_keys`)."""
     ropes: Literal["olmo3", "smollm3"] | None = None
-    """How layers differ in rotation (`hub.layer_keys`)."""
+    """The keys of layers that differ in rotation (`hub.layer_keys`)."""
     theta_key: str = "rope_theta"
     theta: float = 10_000.0
     rotary_fraction: tuple[str, float] = ("partial_rotary_factor", 1.0)

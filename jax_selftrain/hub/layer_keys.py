@@ -22,7 +22,7 @@ _ROPE_REFUSED = {
 
 
 def read_windows(keys: Keys, layers: int, schema: ConfigSchema) -> tuple[int | None, ...] | None:
-    """Read the sliding window of each layer; None if no layer has one."""
+    """Read the window of each layer; None if no layer has one."""
     if schema.windows == "gpt_neo":
         return _gpt_neo_windows(keys, layers)
     types = keys.pop("layer_types", list, None)
@@ -58,7 +58,7 @@ def read_windows(keys: Keys, layers: int, schema: ConfigSchema) -> tuple[int | N
 
 
 def _gpt_neo_windows(keys: Keys, layers: int) -> tuple[int | None, ...] | None:
-    """Read `attention_types`, such as [[["global", "local"], 12]], of which `attention_layers` is a copy."""
+    """Read `attention_types`, such as [[["global", "local"], 12]], and its copy `attention_layers`."""
     groups = keys.pop("attention_types", list, [[["global", "local"], 12]])
     try:
         kinds = [kind for pattern, repeats in groups for kind in pattern * repeats]
@@ -73,7 +73,7 @@ def _gpt_neo_windows(keys: Keys, layers: int) -> tuple[int | None, ...] | None:
 
 
 def _rotated_layers(keys: Keys, layers: int) -> list[bool]:
-    """Read SmolLM3's layers with rotation: `no_rope_layers` has 1 for them, or every n-th is without."""
+    """Read which layers of SmolLM3 have rotation (1 in `no_rope_layers`)."""
     interval = keys.size("no_rope_layer_interval", 4)
     flags = keys.pop("no_rope_layers", list, [int((layer + 1) % interval != 0) for layer in range(layers)])
     if len(flags) < layers or not all(flag in (0, 1) for flag in flags):
@@ -106,7 +106,10 @@ def read_ropes(
 
 
 def _olmo3_ropes(keys: Keys, positions: int, schema: ConfigSchema) -> dict[str, RopeConfig]:
-    """Read `rope_parameters` by type of layer, or `rope_theta` and `rope_scaling`, which is that of full attention."""
+    """Read `rope_parameters` by type of layer.
+
+    In older configs, `rope_scaling` is that of full attention.
+    """
     kinds = ("full_attention", "sliding_attention")
     by_type, scaling = keys.pop("rope_parameters", dict, None), keys.pop("rope_scaling", dict, None)
     if by_type is None:
@@ -114,7 +117,7 @@ def _olmo3_ropes(keys: Keys, positions: int, schema: ConfigSchema) -> dict[str, 
         if keys.pop("rope_theta", (int, float), schema.theta) != schema.theta:
             keys.refuse("rope_theta", "outside rope_parameters: versions of transformers use it for different layers")
     elif scaling or not set(by_type) <= set(kinds):
-        keys.refuse("rope_parameters", f"should have {' and '.join(kinds)}, and no rope_scaling beside it")
+        keys.refuse("rope_parameters", f"should have {' and '.join(kinds)}, without rope_scaling")
     return {
         kind: _rope(keys, by_type.get(kind) or {}, f"rope_parameters.{kind}", positions, schema)[0] for kind in kinds
     }
@@ -123,7 +126,7 @@ def _olmo3_ropes(keys: Keys, positions: int, schema: ConfigSchema) -> dict[str, 
 def _rope(
     keys: Keys, given: Mapping[str, Any], name: str, positions: int, schema: ConfigSchema
 ) -> tuple[RopeConfig, float]:
-    """Read the rotary settings in `given` and the rotated fraction of a head."""
+    """Read the settings in `given` and the rotated fraction of a head."""
     rope = Keys(given, f"{keys.path}: {name}", ignored=(key for key, value in given.items() if value is None))
     fraction_key, default = schema.rotary_fraction
     theta = _agreed_number(keys, schema.theta_key, rope, "rope_theta", schema.theta)

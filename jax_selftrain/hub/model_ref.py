@@ -140,12 +140,15 @@ class ModelRef:
 
     @property
     def commit(self) -> dict[str, str]:
-        """The commit of a model in the cache of the Hugging Face hub, as {"commit": …}; else empty."""
+        """The commit of a model of the Hugging Face hub.
+
+        It is {"commit": …}, or empty for other folders.
+        """
         return {"commit": self.folder.name} if self.folder.parent.name == "snapshots" else {}
 
     @property
     def provenance(self) -> dict[str, str]:
-        """Reference, fingerprint and commit, for the record of what is made from the model."""
+        """Reference, fingerprint and commit, for records."""
         return {"ref": self.ref, "fingerprint": self.fingerprint, **self.commit}
 
     @cached_property

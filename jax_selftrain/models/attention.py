@@ -11,7 +11,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -87,25 +86,11 @@ def dot_product_attention(
     """Compute softmax(q kᵀ / √K) v over visible positions: the reference.
 
     The context, not the weights, is divided by their sum, so that the backward pass has no further sum over [T, S]; it
-    recomputes the weights and keeps no array of that shape. Both products are batched matrix products of each group's
-    R·T queries: XLA would transpose the scores, the largest array, to move R in front of T (on a CPU, Pythia's heads
-    over 256 positions took 1.6 times as long).
+    recomputes the weights and keeps no array of that shape.
     """
-    q, k, v = jnp.transpose(q, (0, 2, 3, 1, 4)) * q.shape[-1] ** -0.5, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    scores = mixed_precision_einsum("bgxk,bgsk->bgxs", _merge_rows(q), k, compute_dtype)
-    scores = _split_rows(scores, q)
+    scores = mixed_precision_einsum("btgrk,bsgk->bgrts", q * q.shape[-1] ** -0.5, k, compute_dtype)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    denom = jnp.sum(weights, axis=-1)
-    context = _split_rows(mixed_precision_einsum("bgxs,bgsk->bgxk", _merge_rows(weights), v, compute_dtype), q)
-    return jnp.transpose(checkpoint_name(context, "attention over values") / denom[..., None], (0, 3, 1, 2, 4))
-
-
-def _merge_rows(x: Float[Array, "B G R T N"]) -> Float[Array, "B G RT N"]:
-    batch, groups, rows, _, _ = (sharding := jax.typeof(x).sharding).spec
-    merged = NamedSharding(sharding.mesh, PartitionSpec(batch, groups, rows, None))
-    return jnp.reshape(x, (*x.shape[:2], -1, x.shape[-1]), out_sharding=merged)
-
-
-def _split_rows(x: Float[Array, "B G RT N"], like: Float[Array, "B G R T K"]) -> Float[Array, "B G R T N"]:
-    return jnp.reshape(x, (*like.shape[:4], x.shape[-1]), out_sharding=jax.typeof(like).sharding)
+    denom = jnp.einsum("bgrts->btgr", weights)
+    context = mixed_precision_einsum("bgrts,bsgk->btgrk", weights, v, compute_dtype)
+    return checkpoint_name(context, "attention over values") / denom[..., None]

@@ -53,7 +53,7 @@ def norm(config: DecoderConfig, rules: ShardingRules, x: Array, weights: Params)
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """Return x / sqrt(mean(x²) + eps) · scale over the dimensions of `scale`, the last ones of x."""
+    """Return x / sqrt(mean(x²) + eps) · scale, over scale's dimensions."""
     axes = tuple(range(-scale.ndim, 0))
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True) + eps) * scale
 
@@ -99,7 +99,7 @@ def rope_frequencies(rope: RopeConfig, rotary_dim: int) -> tuple[np.ndarray, flo
 class Rotary(NamedTuple):
     """Cosines and sines [B, T, rotary_dim/2], scaled by the attention factor.
 
-    With `layer_ropes` [N, B, T, rotary_dim/2], of which each layer selects one.
+    With `layer_ropes` [N, B, T, rotary_dim/2]: each layer selects one of N rotations.
     """
 
     cos: Array
@@ -203,6 +203,8 @@ def decoder_layer(
       query_positions: positions of the queries and of the result; default: all.
     """
     pre = x if isinstance(x, PreAttention) else pre_attention(config, rules, weights, x, compute_dtype, query_positions)
+    if pre.q is None or pre.k is None or pre.v is None:
+        raise ValueError("the activations of a first layer with learned positions are not precomputed")
     k = apply_rotary(pre.k, rotary)
     if query_positions is not None:
         rotary = Rotary(*(take_positions(rules, table, query_positions) for table in rotary))
@@ -270,7 +272,7 @@ def add_positions(
 
 
 def scan_xs(config: DecoderConfig, params: Params) -> dict[str, Any]:
-    """Collect the inputs of the scan over layers: stacked weights, windows, numbers of rotations."""
+    """Collect the inputs of the scan: weights, windows, numbers of rotations."""
     inputs: dict[str, Any] = {"weights": params["layers"]}
     if config.sliding_window is not None:
         unlimited = np.iinfo(np.int32).max

@@ -1,4 +1,4 @@
-"""Reports of runs, studies and comparisons, from their JSON results alone; and uploads."""
+"""Reports of runs, studies and comparisons from their results; uploads."""
 
 from jax_selftrain.report.comparison_table import format_comparison as format_comparison
 from jax_selftrain.report.push import push as push

@@ -1,4 +1,4 @@
-"""Upload of models and corpora to the Hugging Face hub, with their cards."""
+"""Uploads of models and corpora, with their cards."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,7 +55,10 @@ def _model_files(folder: Path) -> dict[str, Path | bytes]:
 
 
 def describe_model(model: hub.ModelRef) -> str:
-    """Write the card of a model, with the changes measured by the run or study around its folder."""
+    """Write the card of a model with its measured changes.
+
+    They are in the results of the run or study that holds the model's folder.
+    """
     path = next((p for above in model.folder.resolve().parents[:3] if (p := above / "results.json").is_file()), None)
     cells = [] if path is None else load_results(path)["cells"]
     cell = next((cell for cell in cells if cell["model"] == model.fingerprint), None)

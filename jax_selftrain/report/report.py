@@ -40,7 +40,9 @@ CHAPTERS = (
 
 
 def write_report(folder: atomic.PathLike) -> Path:
-    """Write `report.html`, `figures/*.svg` and `tables/*.csv` from `results.json`, and the card of a run's model.
+    """Write `report.html`, `figures/*.svg` and `tables/*.csv` from `results.json`.
+
+    The card of a run's model gets its measured changes.
 
     Returns the path of `report.html`. Raises InputError if the folder has no results, or those of another version.
     """

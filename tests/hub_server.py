@@ -125,7 +125,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.hub.tokens.append(token)
         kinds = r"/api/(models|datasets)/([^/]+/[^/]+)"
-        if path == "/api/repos/create":
+        if path == "/api/validate-yaml":
+            self._send(200, {"errors": [], "warnings": []})
+        elif path == "/api/repos/create":
             request = json.loads(raw)
             repo = f"{request['organization']}/{request['name']}"
             self.hub.repos.setdefault(repo, {"main": {}})
