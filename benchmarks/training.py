@@ -57,7 +57,7 @@ def ours(case: Case, config: DecoderConfig, dtype: str, remat: str) -> Callable[
     """A call trains one step."""
     mesh, train = make_mesh("data=1,model=1"), train_config(case, dtype, remat)
     rules = make_sharding_rules(train.preset, mesh, axis_sizes(config))
-    function, (_, batch), donation = abstract_train_step(train, mesh)
+    function, (_, batch, _), donation = abstract_train_step(train, mesh)
     step = jax.jit(function, donate_argnums=donation, compiler_options=xla_options())
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, config.vocab_size, batch.tokens.shape, np.int32)
@@ -66,12 +66,12 @@ def ours(case: Case, config: DecoderConfig, dtype: str, remat: str) -> Callable[
     arrays = Batch(tokens, ones, positions, ones.astype(np.float32))
     placed = jax.tree.map(lambda array, like: jax.device_put(array, like.sharding), arrays, batch)
     with mesh_context(mesh):
-        state = init_state(train, config, rules, init_params(config, 0, rules), 1000)
+        state = init_state(train, config, rules, init_params(config, 0, rules))
 
     def run() -> None:
         nonlocal state
         with mesh_context(mesh):
-            state, metrics = step(state, placed)
+            state, metrics = step(state, placed, np.float32(1e-4))
         assert np.isfinite(float(metrics["loss"]))
 
     return run

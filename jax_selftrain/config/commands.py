@@ -145,7 +145,7 @@ class TrainConfig:
     """Rows of each optimizer step, over all devices."""
     seq_len: Compiled[AtLeastOne[int]] = 256
     """Loss positions of a row."""
-    learning_rate: Compiled[NonNegative[float]] = 1e-4
+    learning_rate: NonNegative[float] = 1e-4
     """Peak learning rate."""
     seed: SetByStudy[int] = 0
     """Random seed of the initialization and of the order of rows."""
@@ -157,11 +157,11 @@ class TrainConfig:
     """Further corpora, each as `FOLDER=SHARE` of the rows; the remaining rows are from the corpus."""
     max_epochs: Execution[Positive[float | None]] = None
     """Refuse a run that visits any corpus more often than this."""
-    schedule: Compiled[Schedule] = "constant"
+    schedule: Schedule = "constant"
     """Learning rate schedule after warmup."""
-    final_learning_rate: Compiled[NonNegative[float]] = 0.0
+    final_learning_rate: NonNegative[float] = 0.0
     """Final learning rate of a cosine or linear schedule."""
-    warmup_ratio: Compiled[Probability[float]] = 0.05
+    warmup_ratio: Probability[float] = 0.05
     """Fraction of the steps with linear warmup."""
     beta1: Compiled[_Decay[float]] = 0.9
     """Adam's decay of the first moment."""

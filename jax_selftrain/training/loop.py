@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
 
 from jax_selftrain import hub
@@ -30,6 +31,7 @@ from jax_selftrain.training.data import load_batch
 from jax_selftrain.training.hooks import Hook, check_evaluation, check_hooks, run_hooks
 from jax_selftrain.training.lora import check_lora
 from jax_selftrain.training.metrics_writer import NO_STEP, MetricsWriter, import_wandb
+from jax_selftrain.training.optimizer import learning_rates
 from jax_selftrain.training.run_folder import Run, acquire_run_folder, load_inputs
 from jax_selftrain.training.step import TrainState, abstract_state, compiled_step, export_params, init_state, jit_key
 
@@ -59,12 +61,13 @@ def train(config: TrainConfig, *, hooks: Sequence[Hook] = ()) -> Path:
             if not jax.process_index():
                 print(f"{run.folder}: already finished, after {run.config.steps} steps; nothing to do")
             return run.folder
+        rates = learning_rates(run.config, run.config.steps or 1)
         with mesh_context(run.inputs.sharding_rules.mesh):
-            _train(run, hooks)
+            _train(run, rates, hooks)
         return run.folder
 
 
-def _train(run: Run, hooks: Sequence[Hook]) -> None:
+def _train(run: Run, rates: np.ndarray, hooks: Sequence[Hook]) -> None:
     config, rules = run.config, run.inputs.sharding_rules
     steps = config.steps or 1
     if not jax.process_index():
@@ -72,7 +75,7 @@ def _train(run: Run, hooks: Sequence[Hook]) -> None:
             atomic.remove_stale_temp_files(folder)
     barrier("partial checkpoints are removed")
     hooks = [dataclasses.replace(hook, steps=run.epoch_ends) if hook.each_epoch else hook for hook in hooks]
-    run_step = compiled_step(jit_key(config), run.inputs.source.config, rules, steps)
+    run_step = compiled_step(jit_key(config), run.inputs.source.config, rules)
     resumed = checkpoints.latest_step(run.folder) is not None
     state = _restore_or_init(run)
     first = int(state.step)
@@ -92,7 +95,7 @@ def _train(run: Run, hooks: Sequence[Hook]) -> None:
             evaluate(0, state)
         unread: tuple[int, dict[str, jax.Array]] | None = None
         for step in range(first + 1, steps + 1):
-            state, metrics = run_step(state, load_batch(config, rules, run.rows, step - 1))
+            state, metrics = run_step(state, load_batch(config, rules, run.rows, step - 1), rates[step - 1])
             if unread is not None:
                 _finalize_step(run, checkpointer, writer, *unread)
             unread = (step, metrics)
@@ -126,11 +129,11 @@ def _train(run: Run, hooks: Sequence[Hook]) -> None:
 def _restore_or_init(run: Run) -> TrainState:
     """Return the state of the latest checkpoint, or the initial state."""
     config, rules = run.config, run.inputs.sharding_rules
-    model, steps = run.inputs.source.config, config.steps or 1
+    model = run.inputs.source.config
     folder = checkpoints.latest_step(run.folder)
     if folder is None:
-        return init_state(config, model, rules, _initial_params(run), steps)
-    state = checkpoints.restore(folder, run, abstract_state(config, model, rules, steps))
+        return init_state(config, model, rules, _initial_params(run))
+    state = checkpoints.restore(folder, run, abstract_state(config, model, rules))
     return state._replace(frozen_base=_initial_params(run)) if config.lora_rank else state
 
 

@@ -8,6 +8,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jax_selftrain.config import TrainConfig
@@ -42,11 +43,19 @@ def make_schedule(config: TrainConfig, steps: int) -> optax.Schedule:
     return schedule
 
 
-def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
-    """Return the optimizer: global-norm clipping, then AdamW with the schedule."""
+def learning_rates(config: TrainConfig, steps: int) -> np.ndarray:
+    """Compute the learning rates of all updates [steps].
+
+    They are data for the training step, so that runs of any length and schedule share its program.
+    """
+    return np.asarray(jax.jit(jax.vmap(make_schedule(config, steps)))(jnp.arange(steps)))
+
+
+def make_optimizer(config: TrainConfig, learning_rate: jax.typing.ArrayLike) -> optax.GradientTransformation:
+    """Return the optimizer of one update: global-norm clipping, then AdamW."""
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     adamw = optax.adamw(
-        make_schedule(config, steps),
+        lambda count: learning_rate,
         b1=config.beta1,
         b2=config.beta2,
         eps=config.eps,

@@ -24,7 +24,7 @@ from jax_selftrain.models import DecoderConfig, Params, abstract_params, axis_si
 from jax_selftrain.models.matmul import accumulation_dtype
 from jax_selftrain.training.lora import abstract_adapters, apply_adapters, init_adapters, merge_adapters
 from jax_selftrain.training.loss import Batch, LossStats, loss_fn
-from jax_selftrain.training.optimizer import apply_updates, make_optimizer, make_schedule
+from jax_selftrain.training.optimizer import apply_updates, make_optimizer
 
 Metrics = dict[str, jax.Array]
 """Scalars: `loss` (nats per target), `grad_norm` (before clipping), `learning_rate`, `tokens` (targets)."""
@@ -42,22 +42,21 @@ class TrainState(NamedTuple):
     """Weights below the adapters, constant; None without LoRA."""
 
 
-StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+StepFunction = Callable[[TrainState, Batch, jax.typing.ArrayLike], tuple[TrainState, Metrics]]
+"""The third argument is the learning rate, a scalar."""
 
 
-def init_state(
-    config: TrainConfig, model: DecoderConfig, rules: ShardingRules, params: Params, steps: int = 1
-) -> TrainState:
+def init_state(config: TrainConfig, model: DecoderConfig, rules: ShardingRules, params: Params) -> TrainState:
     """Create the sharded state before the first step.
 
-    The state takes over `params`, the student before training, float32. Only the learning rate depends on `steps`.
+    The state takes over `params`, the student before training, float32.
     """
     trained = init_adapters(config, model, rules) if config.lora_rank else params
-    return jax.jit(_init, static_argnums=(0, 1))(jit_key(config), steps, trained, params)
+    return jax.jit(_init, static_argnums=0)(jit_key(config), trained, params)
 
 
-def _init(config: TrainConfig, steps: int, trained: Params, params: Params) -> TrainState:
-    opt_state = make_optimizer(config, steps).init(trained)
+def _init(config: TrainConfig, trained: Params, params: Params) -> TrainState:
+    opt_state = make_optimizer(config, 0.0).init(trained)
     return TrainState(jnp.zeros((), jnp.int32), trained, opt_state, params if config.lora_rank else None)
 
 
@@ -81,25 +80,23 @@ def jit_key(config: TrainConfig) -> TrainConfig:
 
 
 @lru_cache(maxsize=8)
-def compiled_step(config: TrainConfig, model: DecoderConfig, rules: ShardingRules, steps: int) -> StepFunction:
+def compiled_step(config: TrainConfig, model: DecoderConfig, rules: ShardingRules) -> StepFunction:
     """Return `make_step` under `jax.jit`; it donates the state. `config` is a `jit_key`."""
-    return jax.jit(make_step(config, model, rules, steps), donate_argnums=0, compiler_options=xla_options())
+    return jax.jit(make_step(config, model, rules), donate_argnums=0, compiler_options=xla_options())
 
 
-def make_step(config: TrainConfig, model: DecoderConfig, rules: ShardingRules, steps: int) -> StepFunction:
-    """Return the step function of a run of `steps` steps.
+def make_step(config: TrainConfig, model: DecoderConfig, rules: ShardingRules) -> StepFunction:
+    """Return the step function of a run.
 
     The leading axis of its batch is `grad_accum` micro-batches.
     """
-    optimizer = make_optimizer(config, steps)
-    schedule = make_schedule(config, steps)
     compute_dtype = jnp.dtype(config.dtype)
 
     def micro_loss(trained: Params, base: Params | None, batch: Batch) -> tuple[jax.Array, LossStats]:
         params = trained if base is None else apply_adapters(config, base, trained)
         return loss_fn(model, rules, params, batch, compute_dtype=compute_dtype, remat=config.remat)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch, learning_rate: jax.typing.ArrayLike) -> tuple[TrainState, Metrics]:
         dtype = accumulation_dtype(compute_dtype)
 
         def accumulate(carry: tuple[Params, LossStats], micro: Batch) -> tuple[tuple[Params, LossStats], None]:
@@ -110,11 +107,11 @@ def make_step(config: TrainConfig, model: DecoderConfig, rules: ShardingRules, s
         (grads, stats), _ = jax.lax.scan(accumulate, (zeros, LossStats.zero(dtype)), batch)
         weight = jnp.where(stats.weight > 0, stats.weight, 1.0)  # a batch may be padding only
         grads = jax.tree.map(lambda grad: grad / weight, grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = make_optimizer(config, learning_rate).update(grads, state.opt_state, state.params)
         metrics = {
             "loss": stats.loss / weight,
             "grad_norm": optax.tree.norm(grads),
-            "learning_rate": schedule(state.step),
+            "learning_rate": jnp.asarray(learning_rate),
             "tokens": stats.tokens,
         }
         params = apply_updates(state.params, updates)
@@ -123,12 +120,12 @@ def make_step(config: TrainConfig, model: DecoderConfig, rules: ShardingRules, s
     return train_step
 
 
-def abstract_state(config: TrainConfig, model: DecoderConfig, rules: ShardingRules, steps: int) -> TrainState:
+def abstract_state(config: TrainConfig, model: DecoderConfig, rules: ShardingRules) -> TrainState:
     """Return the state as shapes, types and shardings."""
     params = abstract_params(model, rules=rules)
     trained = abstract_adapters(config, model, rules) if config.lora_rank else params
     with mesh_context(rules.mesh):
-        state = jax.eval_shape(partial(_init, config, steps), trained, params)
+        state = jax.eval_shape(partial(_init, config), trained, params)
 
     def bind_to_mesh(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
@@ -163,13 +160,11 @@ def abstract_batch(config: TrainConfig, rules: ShardingRules) -> Batch:
 
 def abstract_train_step(
     config: TrainConfig, mesh: Mesh
-) -> tuple[StepFunction, tuple[TrainState, Batch], tuple[int, ...]]:
+) -> tuple[StepFunction, tuple[TrainState, Batch, jax.ShapeDtypeStruct], tuple[int, ...]]:
     """Return the step function with abstract arguments, to compile it.
 
-    Unset `steps` count as 1, since only the learning rate depends on them.
-
     Returns:
-      (step function, abstract (state, batch) with shardings, indices of the donated arguments), for
+      (step function, abstract (state, batch, rate) with shardings, indices of the donated arguments), for
       `jax.jit(function, donate_argnums=donated).lower(*arguments)` inside `mesh_context(mesh)`.
 
     Raises:
@@ -177,6 +172,9 @@ def abstract_train_step(
     """
     model = hub.open_model(config.model).config
     rules = make_sharding_rules(config.preset, mesh, axis_sizes(model))
-    steps = config.steps or 1
-    arguments = (abstract_state(config, model, rules, steps), abstract_batch(config, rules))
-    return make_step(config, model, rules, steps), arguments, (0,)
+    rate = rules.abstract_array((), "float32", ())
+    return (
+        make_step(config, model, rules),
+        (abstract_state(config, model, rules), abstract_batch(config, rules), rate),
+        (0,),
+    )

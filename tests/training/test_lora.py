@@ -18,6 +18,7 @@ from jax_selftrain.hub import load_model
 from jax_selftrain.training import Hook, abstract_train_step, train
 from jax_selftrain.training.data import load_batch
 from jax_selftrain.training.lora import check_lora
+from jax_selftrain.training.optimizer import learning_rates
 from jax_selftrain.training.step import TrainState, export_params, init_state
 
 Options = Callable[..., TrainConfig]
@@ -31,8 +32,9 @@ def run_steps(config: TrainConfig, rows: PackedRows, n: int) -> tuple[TrainState
         function, _, _ = abstract_train_step(config, mesh)
         step, losses = jax.jit(function), []
         state = init_state(config, model.config, model.sharding_rules, model.params)
+        rates = learning_rates(config, n)
         for i in range(n):
-            state, metrics = step(state, load_batch(config, model.sharding_rules, whole_mixture(rows), i))
+            state, metrics = step(state, load_batch(config, model.sharding_rules, whole_mixture(rows), i), rates[i])
             losses.append(float(metrics["loss"]))
     return state, losses
 

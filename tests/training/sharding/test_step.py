@@ -18,7 +18,7 @@ from jax_selftrain.hub import load_model
 from jax_selftrain.training import abstract_train_step
 from jax_selftrain.training.data import load_batch
 from jax_selftrain.training.loss import loss_fn
-from jax_selftrain.training.optimizer import decay_mask
+from jax_selftrain.training.optimizer import decay_mask, learning_rates
 from jax_selftrain.training.step import TrainState, abstract_batch, abstract_state, init_state, jit_key, make_step
 
 
@@ -29,10 +29,11 @@ def run_steps(config: TrainConfig, rows: PackedRows, n: int) -> tuple[TrainState
     with mesh_context(mesh):
         function, _, donation = abstract_train_step(config, mesh)
         step = jax.jit(function, donate_argnums=donation)
-        state = init_state(config, model.config, model.sharding_rules, model.params, config.steps or 1)
+        state = init_state(config, model.config, model.sharding_rules, model.params)
+        rates = learning_rates(config, config.steps or 1)
         history = []
         for i in range(n):
-            state, metrics = step(state, load_batch(config, model.sharding_rules, whole_mixture(rows), i))
+            state, metrics = step(state, load_batch(config, model.sharding_rules, whole_mixture(rows), i), rates[i])
             history.append({name: float(value) for name, value in metrics.items()})
     return state, history
 
@@ -47,8 +48,9 @@ def test_ten_steps_equal_adamw_written_out_in_numpy(options: Callable[..., Train
     base = load_model(config.model, "data=1")
     with jax.enable_x64(True), mesh_context(base.sharding_rules.mesh):
         params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), base.params)
-        state = init_state(config, base.config, base.sharding_rules, params, 10)
-        step = jax.jit(make_step(config, base.config, base.sharding_rules, 10))
+        state = init_state(config, base.config, base.sharding_rules, params)
+        step = jax.jit(make_step(config, base.config, base.sharding_rules))
+        rates = learning_rates(config, 10)
 
         def mean_loss(params: dict, batch) -> jax.Array:
             only = jax.tree.map(lambda leaf: leaf[0], batch)  # of one micro-batch
@@ -62,7 +64,7 @@ def test_ten_steps_equal_adamw_written_out_in_numpy(options: Callable[..., Train
         first, second = [np.zeros_like(p) for p in expected], [np.zeros_like(p) for p in expected]
         clipped = 0
         for n in range(10):
-            state, metrics = step(state, load_batch(config, base.sharding_rules, whole_mixture(rows), n))
+            state, metrics = step(state, load_batch(config, base.sharding_rules, whole_mixture(rows), n), rates[n])
 
             whole = load_batch(dataclasses.replace(config, grad_accum=1), base.sharding_rules, whole_mixture(rows), n)
             gradient = gradient_of(jax.tree.unflatten(jax.tree.structure(params), expected), whole)
@@ -114,10 +116,11 @@ def test_ten_steps_equal_torchs_adamw(options: Callable[..., TrainConfig], rows:
             return loss / sums.weight
 
         gradient_of = jax.jit(jax.grad(mean_loss))
-        state = init_state(config, base.config, base.sharding_rules, params, 10)
-        step = jax.jit(make_step(config, base.config, base.sharding_rules, 10))
+        state = init_state(config, base.config, base.sharding_rules, params)
+        step = jax.jit(make_step(config, base.config, base.sharding_rules))
+        rates = learning_rates(config, 10)
         for n in range(10):
-            state, _ = step(state, load_batch(config, base.sharding_rules, whole_mixture(rows), n))
+            state, _ = step(state, load_batch(config, base.sharding_rules, whole_mixture(rows), n), rates[n])
             batch = load_batch(dataclasses.replace(config, grad_accum=1), base.sharding_rules, whole_mixture(rows), n)
             at = jax.tree.unflatten(structure, [jnp.asarray(p.detach().numpy()) for p in theirs])
             for p, gradient in zip(theirs, jax.tree.leaves(gradient_of(at, batch)), strict=True):
@@ -216,13 +219,13 @@ def test_runs_share_compiled_programs_unless_an_option_changes_them(options: Cal
 
     changed = {field.name: other(getattr(config, field.name)) for field in dataclasses.fields(config)}
     sharing = {name for name in changed if jit_key(config) == jit_key(options(**{name: changed[name]}))}
-    assert {"out", "corpus", "seed", "random_loss_sign"} <= sharing
-    assert not sharing & {"learning_rate", "schedule", "lora_rank", "dtype", "remat"}
+    assert {"out", "corpus", "seed", "random_loss_sign", "learning_rate", "schedule", "steps"} <= sharing
+    assert not sharing & {"beta1", "lora_rank", "dtype", "remat"}
 
     with mesh_context(rules.mesh):
-        arguments = abstract_state(config, model.config, rules, 5), abstract_batch(config, rules)
+        arguments = abstract_state(config, model.config, rules), abstract_batch(config, rules), np.float32(0.1)
         first, second = (
-            str(jax.make_jaxpr(make_step(one, model.config, rules, 5))(*arguments))
+            str(jax.make_jaxpr(make_step(one, model.config, rules))(*arguments))
             for one in (config, dataclasses.replace(config, **{name: changed[name] for name in sharing}))
         )
     assert first == second
