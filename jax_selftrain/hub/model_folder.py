@@ -157,9 +157,9 @@ def model_card(manifest: Mapping[str, Any], changes: str = "") -> str:
 
     base, metadata = dict(manifest["source"]), dict(manifest["metadata"])
     ref, base_license = base.pop("ref"), base.pop("license", None)
-    hub_id, made_by = ref.partition("@")[0], f"jax-selftrain {metadata.pop('made_by', '')}".strip()
+    made_by = f"jax-selftrain {metadata.pop('made_by', '')}".strip()
     data = ModelCardData(
-        base_model=hub_id if not Path(ref).exists() and hub_id.count("/") == 1 else None,
+        base_model=ref.partition("@")[0] if "commit" in base else None,
         library_name="transformers",
         license=base_license,
         tags=["jax_selftrain"],

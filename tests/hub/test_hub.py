@@ -102,7 +102,11 @@ def test_a_study_over_revisions_runs_offline(offline: Path, options: Callable[..
         train=replace(small.train, steps=1, checkpoint_every=1, seed=0, max_epochs=9.0),
         score=replace(small.score, texts=()),
     )
-    results = json.loads((run_study(config) / "results.json").read_text())
+    folder = run_study(config)
+    cards = [path.read_text() for path in folder.glob("stages/train-*/model/README.md")]
+    assert len(cards) == 4
+    assert all("base_model: org/tiny\n" in card and "license: apache-2.0\n" in card for card in cards)
+    results = json.loads((folder / "results.json").read_text())
     models = results["design"]["models"]
     assert {entry["name"]: len(entry["commit"]) for entry in models} == {"tiny@step1000": 40, "tiny@main": 40}
     assert len(results["cells"]) == 4

@@ -2,6 +2,7 @@
 
 import pytest
 from harness_sets import answers, assert_equal_answers, hf_backend, our_backend, write_local_tasks
+from models_factory import FAMILIES
 
 from jax_selftrain import hub
 from jax_selftrain.errors import InputError
@@ -14,7 +15,9 @@ def local(tmp_path_factory):
     return write_local_tasks(tmp_path_factory.mktemp("local"))
 
 
-@pytest.mark.parametrize("family", [pytest.param("gpt_neox", marks=pytest.mark.nightly), "llama"])
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=[] if family == "llama" else pytest.mark.nightly) for family in FAMILIES]
+)
 def test_local_tasks_get_the_answers_of_the_hf_backend(tiny_model, local, family):
     folder = tiny_model(family)
     specs = [local["tasks"]["my_choices"], local["tasks"]["my_words"]]
