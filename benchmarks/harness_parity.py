@@ -5,7 +5,8 @@
 Both backends score the same tasks over the same local files. A row of the table is one set: number of requests, largest
 difference (nats), number of disagreements on is-greedy, and both accuracies. Each disagreement is listed with the
 smallest distance between the two best logits: in fp32 rounding breaks such ties. Questions of PIQA with a choice longer
-than the model are removed (stories260k). `pythia-14m` has random weights and Pythia's tokenizer.
+than the model are removed (stories260k). `pythia-14m` has random weights and Pythia's tokenizer; other names are model
+folders.
 """
 
 from __future__ import annotations
@@ -62,14 +63,16 @@ def main() -> None:
     data = Path(os.environ["JAX_SELFTRAIN_DATA"]).resolve()
     with tempfile.TemporaryDirectory() as work:
         for name in options.models:
-            folder = data / name if name == "stories260k" else write_pythia_shape(data, Path(work) / name)
+            folder = data / name if name == "stories260k" else Path(name)
+            if name == "pythia-14m":
+                folder = write_pythia_shape(data, Path(work) / name)
             model = hub.load_model(folder, "data=1")
             ours = HarnessLM(model)
 
             def fits(text: str, lm: HarnessLM = ours) -> bool:
                 return len(lm.tok_encode(text)) <= lm.max_length
 
-            sets = published_sets(data, Path(work) / f"sets of {name}", options.limit, fits)
+            sets = published_sets(data, Path(work) / f"sets of {folder.name}", options.limit, fits)
             sets = [spec for spec in sets if spec["task"].startswith(tuple(options.sets or [""]))]
             theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=options.batch_size)
             print(f"\n{name}\n")
