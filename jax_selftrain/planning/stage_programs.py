@@ -151,7 +151,7 @@ def activation_bytes(program: StageProgram, model: DecoderConfig) -> int:
         layer = param_counts(model)[0] * compute // model.num_layers // model_axis
         return logits + layer
     rows, length = (
-        program.abstract_args[-1].tokens.shape[-2:]
+        program.abstract_args[1].tokens.shape[-2:]
         if isinstance(config, TrainConfig)
         else program.abstract_args[3].shape
     )

@@ -40,8 +40,8 @@ def test_roles_can_be_queried_together():
 
 
 def test_keep_role_resets_the_other_options():
-    options = TrainConfig(model="m", learning_rate=0.5, log_every=7)
-    assert keep_role(options, Role.COMPILED) == TrainConfig(learning_rate=0.5)
+    options = TrainConfig(model="m", learning_rate=0.5, beta1=0.5, log_every=7)
+    assert keep_role(options, Role.COMPILED) == TrainConfig(beta1=0.5)
 
 
 def test_shared_overrides_hold_what_is_set_in_both():

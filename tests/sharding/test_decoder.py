@@ -27,6 +27,10 @@ NEOX = dataclasses.replace(
     qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=None, tie_word_embeddings=False, sliding_window=(40, None),
 )  # fmt: skip
 MQA = dataclasses.replace(LLAMA, num_kv_heads=1)
+GPT2 = dataclasses.replace(NEOX, parallel_residual=False, rotary_dim=0, learned_positions=True, attention_scale=1.0)
+OLMO3 = dataclasses.replace(
+    LLAMA, qk_norm="width", post_norm=True, layer_ropes=(RopeConfig(), None), sliding_window=(40, None)
+)
 nightly = pytest.mark.nightly
 compat = pytest.mark.compat
 FAMILIES = [pytest.param(LLAMA, id="gqa"), pytest.param(NEOX, id="neox"), pytest.param(MQA, id="mqa", marks=nightly)]
@@ -187,7 +191,7 @@ class StepwiseDecoder:
 
 
 @compat
-@pytest.mark.parametrize("config", GQA_EVERY_DAY)
+@pytest.mark.parametrize("config", [*GQA_EVERY_DAY, pytest.param(GPT2, id="gpt2"), pytest.param(OLMO3, id="olmo3")])
 @pytest.mark.parametrize("spec", MESHES)
 @pytest.mark.parametrize("block_size", [TAIL_LEN, pytest.param(2 * TAIL_LEN, marks=nightly)])
 def test_decode_steps_equal_the_forward_pass(config, spec, block_size):

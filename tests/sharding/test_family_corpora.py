@@ -15,14 +15,9 @@ from jax_selftrain.config import SampleConfig
 from jax_selftrain.likelihood import LoglikelihoodRequest, loglikelihoods
 from jax_selftrain.sampling import sample
 
-nightly = pytest.mark.nightly
-NEW = [
-    "gpt2",
-    *(pytest.param(family, marks=nightly) for family in ("olmo2", "olmo3", "mistral", "smollm3", "gpt_neo")),
-]
 
-
-@pytest.mark.parametrize("family", NEW)
+@pytest.mark.nightly
+@pytest.mark.parametrize("family", ["mistral", "olmo2", "olmo3", "smollm3", "gpt2", "gpt_neo"])
 def test_a_corpus_is_the_same_on_any_mesh_with_the_log_probabilities_of_transformers(
     family: Family, tiny_model, tmp_path: Path
 ):
