@@ -1,4 +1,4 @@
-"""A stand-in for the HTTP interface of the Hugging Face hub, over which huggingface_hub downloads and uploads."""
+"""A local server with the endpoints of the Hugging Face hub that huggingface_hub uses."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ class PushConfig:
     """Upload a model or a corpus to the Hugging Face hub."""
 
     folder: Required[Input[str]] = ""
-    """Model folder, run folder or corpus; its card is written anew."""
+    """Model folder, run folder or corpus; the card of a model gets its measured changes."""
     repo: Required[str] = ""
     """Repository, `org/name`; created if it does not exist."""
     revision: str = ""

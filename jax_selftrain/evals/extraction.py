@@ -113,7 +113,7 @@ def _extract(config: ExtractConfig, mesh: Mesh) -> dict[str, Any]:
         raise
     result: dict[str, Any] = {
         "model": config.model,
-        **hub.open_model(config.model).commit,
+        "commit": hub.open_model(config.model).commit,
         "protocol": config.protocol,
         **asdict(window),
         "start_token": config.start_token,

@@ -100,7 +100,13 @@ def _score(config: ScoreConfig, mesh: Mesh) -> dict[str, Any]:
     source = model.source
     fingerprints = {"model": source.fingerprint, "tokenizer": source.tokenizer_fingerprint, "files": hashes}
     fingerprints["items"] = hash_json(tables["items"].to_pydict())
-    result = {"model": config.model, **source.commit, **entries, "fingerprints": fingerprints, "versions": versions()}
+    result = {
+        "model": config.model,
+        "commit": source.commit,
+        **entries,
+        "fingerprints": fingerprints,
+        "versions": versions(),
+    }
     timings = {"load_seconds": loaded - started, "score_seconds": time.monotonic() - loaded, **parts.counts()}
     parts.finish(lambda: write_results(config.out, config, result, tables, timings))
     return result

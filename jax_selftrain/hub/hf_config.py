@@ -90,9 +90,10 @@ def _decoder_config(keys: Keys, schema: ConfigSchema) -> DecoderConfig:
             keys.refuse("hidden_size", f"is not a multiple of {keys.name('num_attention_heads')} = {heads}")
         head_dim = hidden_size // heads
     positions = keys.size("max_position_embeddings", schema.max_positions)
+    windows = read_windows(keys, layers, schema) if schema.has_head_keys or schema.windows else None
     rope, layer_ropes, fraction = RopeConfig(), None, 0.0
     if not schema.learned_positions:
-        rope, layer_ropes, fraction = read_ropes(keys, layers, positions, schema)
+        rope, layer_ropes, fraction = read_ropes(keys, windows, layers, positions, schema)
         if schema.has_head_keys and fraction != 1.0:
             raise InputError(f"{keys.path}: partial_rotary_factor = {fraction} is not supported for this family")
     rotary_dim = int(head_dim * fraction)
@@ -124,7 +125,7 @@ def _decoder_config(keys: Keys, schema: ConfigSchema) -> DecoderConfig:
         mlp_bias=read(schema.mlp_bias),
         qk_norm=schema.qk_norm,
         tie_word_embeddings=keys.pop("tie_word_embeddings", bool, schema.tie_word_embeddings),
-        sliding_window=read_windows(keys, layers, schema) if schema.has_head_keys or schema.windows else None,
+        sliding_window=windows,
         layer_ropes=layer_ropes,
         post_norm=schema.post_norm,
         learned_positions=schema.learned_positions,

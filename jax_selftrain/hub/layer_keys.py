@@ -5,7 +5,7 @@ Both schemas of rotary settings are read: transformers 4 (`rope_theta`, `rope_sc
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax_selftrain.errors import InputError
@@ -38,10 +38,12 @@ def read_windows(keys: Keys, layers: int, schema: ConfigSchema) -> tuple[int | N
     if is_on and window < 1:
         keys.refuse("sliding_window", "should be at least 1")
 
+    rotated = _rotated_layers(keys, layers) if schema.windows == "smollm3" else [False] * layers
+
     def has_window(layer: int) -> bool:
         if schema.windows == "olmo3":
             return bool((layer + 1) % 4)
-        return is_on and (layer >= first if schema.windows != "smollm3" else not _rotated_layers(keys, layers)[layer])
+        return is_on and layer >= first and not rotated[layer]
 
     expected = ["sliding_attention" if has_window(layer) else "full_attention" for layer in range(layers)]
     if types is None:
@@ -82,17 +84,20 @@ def _rotated_layers(keys: Keys, layers: int) -> list[bool]:
 
 
 def read_ropes(
-    keys: Keys, layers: int, positions: int, schema: ConfigSchema
+    keys: Keys, windows: Sequence[int | None] | None, layers: int, positions: int, schema: ConfigSchema
 ) -> tuple[RopeConfig, tuple[RopeConfig | None, ...] | None, float]:
     """Read rotary settings.
+
+    Args:
+      windows: sliding windows, of `read_windows`.
 
     Returns:
       The settings; those of each layer if they differ; and the rotated fraction of a head.
     """
     if schema.ropes == "olmo3":
         by_type = _olmo3_ropes(keys, positions, schema)
-        types = keys.pop("layer_types", list, ["full_attention" if (i + 1) % 4 == 0 else "" for i in range(layers)])
-        ropes = tuple(by_type["full_attention" if kind == "full_attention" else "sliding_attention"] for kind in types)
+        kinds = ("full_attention" if window is None else "sliding_attention" for window in windows or [None] * layers)
+        ropes = tuple(by_type[kind] for kind in kinds)
         return ropes[-1], ropes if len(set(ropes)) > 1 else None, 1.0
     scaling, parameters = keys.pop("rope_scaling", dict, None), keys.pop("rope_parameters", dict, None)
     if scaling and parameters:

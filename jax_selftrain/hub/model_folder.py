@@ -44,7 +44,7 @@ from jax_selftrain.hub.safetensors_io import save_weights
 from jax_selftrain.hub.tokenizer import GENERATION_CONFIG, TOKENIZER_FILES
 from jax_selftrain.hub.weight_mapping import param_sources
 from jax_selftrain.io import atomic
-from jax_selftrain.io.manifest import folder_manifest, hash_json, manifest_entry
+from jax_selftrain.io.manifest import folder_manifest, manifest_entry
 from jax_selftrain.io.remote_paths import restore_uris
 from jax_selftrain.models import Params
 from jax_selftrain.version import versions
@@ -100,10 +100,6 @@ def save_model(
         dtypes = {path: np.dtype(array.dtype).name for path, array in flatten_dict(params, sep="/").items()}
         tensors = {name: dtypes[leaf.path] for leaf in leaves for name in leaf.names}
         export = ExportSpec(source.raw_config, {}).cast(tensors)
-    provenance = {"ref": source.ref, "fingerprint": hash_json({"config": source.raw_config})}
-    provenance = source.provenance if source.has_weights else provenance
-    if source.license is not None:
-        provenance["license"] = source.license
     with commit_from_all_processes(folder) as temporary:
         if not jax.process_index():
             _write_config_and_tokenizer(temporary, export.raw_config, source)
@@ -121,7 +117,7 @@ def save_model(
                 "format": FORMAT,
                 "version": VERSION,
                 "weights": "orbax" if format == "flax" else "safetensors",
-                "source": provenance,
+                "source": source.provenance,
                 "tensors": dict(export.tensors),
                 "dropped": sorted(export.dropped),
                 "metadata": dict(metadata),
@@ -138,7 +134,7 @@ def _write_config_and_tokenizer(folder: Path, raw_config: Mapping[str, Any], sou
     for name in (*TOKENIZER_FILES, GENERATION_CONFIG, CONFIG):
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, folder / name)
-    if source.raw_config != raw_config:
+    if not (folder / CONFIG).is_file() or atomic.read_json(folder / CONFIG) != raw_config:
         atomic.write_json(folder / CONFIG, raw_config)
     if not (folder / GENERATION_CONFIG).is_file():
         special = source.special_tokens
@@ -159,20 +155,14 @@ def model_card(manifest: Mapping[str, Any], changes: str = "") -> str:
     ref, base_license = base.pop("ref"), base.pop("license", None)
     made_by = f"jax-selftrain {metadata.pop('made_by', '')}".strip()
     data = ModelCardData(
-        base_model=ref.partition("@")[0] if "commit" in base else None,
+        base_model=ref.partition("@")[0] if base.get("commit") else None,
         library_name="transformers",
         license=base_license,
         tags=["jax_selftrain"],
     )
-    lines = [
-        "---",
-        data.to_yaml(),
-        "---",
-        "",
-        f"Written by `{made_by}`.",
-    ]
+    lines = ["---", data.to_yaml(), "---", "", f"Written by `{made_by}`."]
     lines += ["", f"- base: `{ref}`", f"- license of the base: {base_license or 'not stated'}"]
-    lines += [f"- {name} of the base: `{value}`" for name, value in base.items()]
+    lines += [f"- {name} of the base: `{value}`" for name, value in base.items() if value]
     tables = {name: metadata.pop(name) for name in ("corpora", "recipe", "fingerprints") if name in metadata}
     lines += [f"- {name}: `{json.dumps(value, sort_keys=True)}`" for name, value in sorted(metadata.items())]
     for title, rows in tables.items():

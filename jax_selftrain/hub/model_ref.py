@@ -139,17 +139,15 @@ class ModelRef:
         return hash_json({"config": self.raw_config, "weights": weights})
 
     @property
-    def commit(self) -> dict[str, str]:
-        """The commit of a model of the Hugging Face hub.
-
-        It is {"commit": …}, or empty for other folders.
-        """
-        return {"commit": self.folder.name} if self.folder.parent.name == "snapshots" else {}
+    def commit(self) -> str | None:
+        """The commit of a model of the hub; None for other folders."""
+        return self.folder.name if self.folder.parent.name == "snapshots" else None
 
     @property
-    def provenance(self) -> dict[str, str]:
-        """Reference, fingerprint and commit, for records."""
-        return {"ref": self.ref, "fingerprint": self.fingerprint, **self.commit}
+    def provenance(self) -> dict[str, str | None]:
+        """Reference, fingerprint, commit and license, for records."""
+        weights = self.fingerprint if self.has_weights else hash_json({"config": self.raw_config})
+        return {"ref": self.ref, "fingerprint": weights, "commit": self.commit, "license": self.license}
 
     @cached_property
     def license(self) -> str | None:

@@ -37,8 +37,8 @@ def push(config: PushConfig) -> str:
 
 def _corpus_files(folder: Path) -> dict[str, Path | bytes]:
     corpus = open_corpus(folder)
-    names = [*(name for name in _CORPUS_FILES if (folder / name).is_file())]
-    return {name: folder / name for name in [*names, *(shard["file"] for shard in corpus.manifest["shards"])]}
+    names = (*_CORPUS_FILES, *(shard["file"] for shard in corpus.manifest["shards"]))
+    return {name: folder / name for name in names if (folder / name).is_file()}
 
 
 def _model_files(folder: Path) -> dict[str, Path | bytes]:
@@ -61,7 +61,7 @@ def describe_model(model: hub.ModelRef) -> str:
     """
     path = next((p for above in model.folder.resolve().parents[:3] if (p := above / "results.json").is_file()), None)
     cells = [] if path is None else load_results(path)["cells"]
-    cell = next((cell for cell in cells if cell["model"] == model.fingerprint), None)
+    cell = next((cell for cell in cells if cell.get("model") == model.fingerprint), None)
     return model_card(model.manifest, "" if cell is None else _changes_table(cell))
 
 

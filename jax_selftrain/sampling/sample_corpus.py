@@ -251,7 +251,7 @@ def _describe_environment(run: _SamplingRun) -> dict[str, Any]:
     """Record what a bitwise repetition of a shard needs besides the request."""
     mesh = run.model.sharding_rules.mesh
     return {
-        **run.model.source.commit,
+        "model_commit": run.model.source.commit,
         "mesh": dict(mesh.shape),
         "preset": run.config.preset,
         "slots_per_replica": run.config.batch_size,

@@ -106,7 +106,7 @@ def _describe_model(model: ModelConfig) -> dict[str, Any]:
         "width": config.hidden_size,
         "vocabulary": config.vocab_size,
         "fingerprint": opened.fingerprint,
-        **opened.commit,
+        "commit": opened.commit,
     }
 
 

@@ -184,7 +184,7 @@ def _describe_run(run: Run) -> dict[str, Any]:
             "ref": config.model,
             "init": config.init,
             "fingerprint": fingerprints["model"],
-            **inputs.source.commit,
+            "commit": inputs.source.commit,
         },
         "tokenizer_fingerprint": fingerprints["tokenizer"],
         "corpus": main,

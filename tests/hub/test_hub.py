@@ -21,6 +21,7 @@ from jax_selftrain.config import ModelConfig, RunConfig, StudyConfig
 from jax_selftrain.corpus import open_corpus
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub.model_ref import _download
+from jax_selftrain.report import write_report
 from jax_selftrain.study import run_study
 
 CARD = "---\nlicense: apache-2.0\n---\nA model.\n"
@@ -73,11 +74,10 @@ def test_each_revision_is_its_own_model_with_its_commit(offline: Path, server: H
     assert len({model.fingerprint for model in found.values()}) == 3
     for revision, model in found.items():
         commit, _ = server.find("org/tiny", revision) or ("", {})
-        assert model.commit == {"commit": commit}
+        assert model.commit == commit
         assert model.license == "apache-2.0"
         assert (model.folder / "model.safetensors").is_symlink()
-    commit = found["step1000"].commit["commit"]
-    assert hub.open_model(f"org/tiny@{commit}").fingerprint == found["step1000"].fingerprint
+    assert hub.open_model(f"org/tiny@{found['step1000'].commit}").fingerprint == found["step1000"].fingerprint
 
 
 def test_a_revision_that_is_not_in_the_cache_is_one_error_sentence(offline: Path):
@@ -189,3 +189,15 @@ def test_a_damaged_model_is_not_uploaded(server: HubServer, cache: Path, finishe
     code, _, err = push(server, cache, model, "me/damaged", HF_TOKEN="hf_x")
     assert (code, err.count("\n")) == (2, 1)
     assert "me/damaged" not in server.repos
+
+
+def test_results_without_the_model_of_a_cell_make_a_card_without_changes(finished_run: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run, folder)
+    results = json.loads((folder / "results.json").read_text())
+    for cell in results["cells"]:
+        del cell["model"]
+    (folder / "results.json").write_text(json.dumps(results))
+    write_report(folder)
+    assert "Measured changes" not in (folder / "model" / "README.md").read_text()
+    assert "Measured changes" in (finished_run / "model" / "README.md").read_text()

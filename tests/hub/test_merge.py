@@ -86,12 +86,13 @@ def test_weight_is_a_coordinate_on_the_line(models: tuple[Path, Path], merge_res
 
 
 def test_the_result_is_float32_and_its_manifest_names_both_models(models: tuple[Path, Path], merge_result: Path):
+    local = {"commit": None, "license": None}
     record = atomic.read_json(merge_result / "selftrain.json")
     assert record["metadata"] == {
         "made_by": "merge",
         "weight": -0.5,
-        "base": {"ref": str(models[0]), "fingerprint": hub.open_model(models[0]).fingerprint},
-        "student": {"ref": str(models[1]), "fingerprint": hub.open_model(models[1]).fingerprint},
+        "base": {"ref": str(models[0]), "fingerprint": hub.open_model(models[0]).fingerprint} | local,
+        "student": {"ref": str(models[1]), "fingerprint": hub.open_model(models[1]).fingerprint} | local,
     }
     assert set(record["tensors"].values()) == {"float32"}
     assert hub.open_model(merge_result).tokenizer_fingerprint == hub.open_model(models[0]).tokenizer_fingerprint

@@ -104,7 +104,8 @@ def test_the_manifest_says_how_the_model_was_made(
 ):
     folder, source = request.getfixturevalue(kind), tiny_model("llama")
     manifest = read_json(folder / "selftrain.json")
-    assert manifest["source"] == {"ref": str(source), "fingerprint": hub.open_model(source).fingerprint}
+    fingerprint = hub.open_model(source).fingerprint
+    assert manifest["source"] == {"ref": str(source), "fingerprint": fingerprint, "commit": None, "license": None}
     assert manifest["tensors"]["model.norm.weight"] == "float32"
     weights = "params/manifest.json" if kind == "orbax_folder" else "model.safetensors"
     assert {"config.json", "tokenizer.json", "generation_config.json", weights} <= manifest["files"].keys()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -176,3 +177,20 @@ def test_a_damaged_tokenizer_is_refused(tmp_path: Path):
     folder = write_tiny_hf_model(tmp_path / "m", "llama")
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
     assert_refused(folder, "tokenizer cannot be opened")
+
+
+def test_an_unknown_key_is_dropped_by_convert_alone_and_on_request(folder: Path, tmp_path: Path):
+    expected = hub.load_model(folder, "data=1").logits(np.arange(8)[None])
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"harmless": 1}))
+    assert_refused(folder, "harmless", "--ignore-config-keys")
+    for format in ("hf", "flax"):
+        config = ConvertConfig(source=str(folder), out=str(tmp_path / format), format=format)
+        with pytest.raises(InputError, match="harmless"):
+            hub.convert(config)
+        out = hub.convert(replace(config, ignore_config_keys=("harmless",)))
+        np.testing.assert_array_equal(hub.load_model(out, "data=1").logits(np.arange(8)[None]), expected)
+        assert json.loads((out / "config.json").read_text()) == raw
+        assert hub.open_model(out).manifest["metadata"]["ignored_config_keys"] == ["harmless"]
+    with pytest.raises(InputError, match="--ignore-config-keys absent: is not in"):
+        hub.convert(ConvertConfig(source=str(folder), out=str(tmp_path / "no"), ignore_config_keys=("absent",)))
