@@ -13,9 +13,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
-from functools import cache
-from importlib import import_module, metadata
-from pathlib import Path
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -23,10 +21,9 @@ import numpy as np
 import pyarrow as pa
 
 from jax_selftrain import hub
-from jax_selftrain.config import yaml_io
 from jax_selftrain.errors import InputError
+from jax_selftrain.evals.harness_index import make_task_manager, task_members
 from jax_selftrain.evals.item_results import ITEMS, REQUESTS, log_odds
-from jax_selftrain.evals.task_names import SUITES
 from jax_selftrain.io.manifest import hash_json
 from jax_selftrain.likelihood.engine import LoglikelihoodFn
 
@@ -275,53 +272,6 @@ def _describe_item(task: Any, sample: Mapping[str, Any], answers: Sequence[Answe
     }
 
 
-def make_task_manager(names: Collection[str], folder: str = "") -> TaskManager:
-    """Return a task index that has all names, or raise InputError."""
-    import_module("jax_selftrain.evals.lm_eval_adapter")  # raises InputError if lm-eval is not installed
-    if folder and not Path(folder).is_dir():
-        raise InputError(f"--task-folder {folder}: no such folder; give the one that holds the task files (*.yaml)")
-    from lm_eval.tasks import TaskManager
-
-    custom = TaskManager(include_path=folder or None, include_defaults=False)
-    if all(_is_complete(custom, name) for name in names):
-        return custom
-    default = _default_manager()
-    for name in names:
-        if name not in custom.task_index and name not in default.task_index:
-            hint = yaml_io.did_you_mean(name, [*SUITES, *custom.all_tasks, *default.all_tasks])
-            raise InputError(
-                f"task {name!r} is neither a file nor a task, group or tag of lm-evaluation-harness "
-                f"{metadata.version('lm_eval')}{f' or of {folder}' if folder else ''}{hint}"
-            )
-    return TaskManager(include_path=folder) if folder else default
-
-
-@cache
-def _default_manager() -> TaskManager:
-    """Index the tasks of the harness: 14,000 files, which takes seconds."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager()
-
-
-def _is_complete(manager: TaskManager, name: str) -> bool:
-    """Return True if an index has a name and its members."""
-    entry = manager.task_index.get(name)
-    return entry is not None and all(
-        isinstance(member, str) and _is_complete(manager, member) for member in _members(entry)
-    )
-
-
-def _members(entry: Any) -> list[Any]:
-    """Return the members of a group or tag; empty for a task."""
-    if entry.kind.name == "TAG":
-        return sorted(entry.tags)
-    members = entry.cfg.get("task") if entry.kind.name == "GROUP" and entry.cfg else None
-    if not isinstance(members, list):
-        return []
-    return [member if isinstance(member, str) else member.get("group", member.get("task")) for member in members]
-
-
 def _load_name(manager: TaskManager, name: str) -> TaskDict:
     from datasets.exceptions import DatasetsError
 
@@ -333,7 +283,7 @@ def _load_name(manager: TaskManager, name: str) -> TaskDict:
         raise InputError(f"task {name} needs the package {error.name}; install it: pip install {error.name}") from error
     except Exception as error:  # a task runs arbitrary code of the harness over external data
         entry = manager.task_index.get(name)
-        for member in _members(entry) if entry else ():
+        for member in task_members(entry) if entry else ():
             if member in manager.task_index:
                 _load_name(manager, member)  # names the first that cannot be loaded
         data = ((entry.cfg if entry else None) or {}).get("dataset_path")

@@ -37,7 +37,8 @@ from jax_selftrain.corpus import Corpus, check_subset, open_corpus, parse_mixtur
 from jax_selftrain.distributed import broadcast_one_to_all
 from jax_selftrain.distributed.mesh import make_mesh
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals.lm_eval_tasks import load_lm_eval_tasks, make_task_manager, refuse_unsafe_code
+from jax_selftrain.evals.harness_index import make_task_manager
+from jax_selftrain.evals.lm_eval_tasks import load_lm_eval_tasks, refuse_unsafe_code
 from jax_selftrain.evals.task_names import split_names
 from jax_selftrain.hub.model_ref import MODEL_CARD
 from jax_selftrain.io import atomic, lease

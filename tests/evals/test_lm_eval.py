@@ -322,13 +322,31 @@ def test_a_chat_template_is_the_tokenizers_own(tiny_model, monkeypatch):
     assert lm.apply_chat_template(chat) == "[user]Who?"
 
 
-@pytest.mark.nightly
 def test_an_unknown_name_suggests_the_nearest(tmp_path, tiny_model, local):
     with pytest.raises(InputError, match=r"task 'lambada_opanai' is neither .* did you mean `lambada_openai`\?"):
         score(options_for(tmp_path, tiny_model, local, tasks=("lambada_opanai",), task_folder="", texts=()))
-    from jax_selftrain.evals.lm_eval_tasks import make_task_manager
 
-    assert all(make_task_manager(split_names([suite])[1]) for suite in SUITES)
+
+@pytest.mark.nightly
+def test_the_folders_of_a_name_have_what_the_whole_index_has():
+    """A task, groups of tasks, of tags and of other folders' tasks, tags, and a name in quotes."""
+    from lm_eval.tasks import TaskManager
+
+    from jax_selftrain.evals.harness_index import make_task_manager, task_members
+
+    whole = TaskManager()
+
+    def files(manager, name):
+        entry = manager.task_index[name]
+        members = [m for m in task_members(entry) if isinstance(m, str) and m in whole.task_index]
+        return [(name, entry.kind, entry.yaml_path), *(file for m in members for file in files(manager, m))]
+
+    names = {name for suite in SUITES for name in split_names([suite])[1]}
+    for name in [*names, "leaderboard", "ai2_arc", "mmlu_stem_tasks", "glue", "mmmlu_bn_bd_moral_disputes"]:
+        found = make_task_manager([name])
+        assert files(found, name) == files(whole, name)
+        if name in ("arc_easy", "piqa", "minerva_math"):
+            assert len(found.task_index) < len(whole.task_index) / 100
 
 
 def test_the_command_scores_named_tasks(tmp_path, tiny_model, local):
