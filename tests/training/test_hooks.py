@@ -54,13 +54,13 @@ def test_a_run_by_epochs_evaluates_and_saves_at_the_end_of_each(options: Options
         train(replace(broken, steps=4), hooks=[hook])
 
 
-ON_DEV = {"steps": None, "epochs": 3, "batch_size": 3, "eval_tasks": ("of a hook.jsonl",), "eval_split": "dev"}
+ON_DEV = {"steps": None, "epochs": 3, "batch_size": 6, "eval_tasks": ("of a hook.jsonl",), "eval_split": "dev"}
 
 
 @pytest.mark.parametrize("best", [pytest.param(1, marks=pytest.mark.nightly), 2])
 def test_the_best_epoch_on_dev_items_may_be_the_result(options: Options, best: int):
     """Interrupted after that epoch, with one checkpoint to keep."""
-    config = options(**ON_DEV, best_epoch=True, keep=1, keep_every=None, checkpoint_every=2)
+    config = options(**ON_DEV, best_epoch=True, keep=1, keep_every=None, checkpoint_every=4)
     all_kept = options(**ON_DEV, keep=99, checkpoint_every=None, out=f"{config.out} all")
     ends: list[int] = []
 
