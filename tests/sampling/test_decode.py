@@ -46,7 +46,7 @@ def model() -> SmallModel:
     [
         {},
         pytest.param({"top_k": 20}, marks=pytest.mark.nightly),
-        {"top_p": 0.8},
+        pytest.param({"top_p": 0.8}, marks=pytest.mark.nightly),
         pytest.param({"min_p": 0.1}, marks=pytest.mark.nightly),
         {"temperature": 1.2, "top_k": 100, "top_p": 0.9, "min_p": 0.01},
     ],
@@ -250,8 +250,8 @@ def test_no_step_copies_the_cache():
 
 
 def test_the_program_does_not_grow_with_depth_or_length():
-    lines = [len(_compiled_text(*sizes).splitlines()) for sizes in ((12,), (48,), (12, 16, 2048))]
-    assert max(lines) <= 1.02 * lines[0]
+    lines = [len(_compiled_text(*sizes).splitlines()) for sizes in ((12,), (48, 16, 2048))]
+    assert lines[1] <= 1.02 * lines[0]
 
 
 def test_a_loop_reuses_its_cache_and_its_programs(model):

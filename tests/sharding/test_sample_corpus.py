@@ -106,7 +106,8 @@ def test_a_model_without_tokenizer_gives_empty_text(config, tiny_model, tmp_path
     assert corpus.manifest["tokenizer_fingerprint"] is None
 
 
-@pytest.mark.parametrize("replicas", [2, pytest.param(4, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("replicas", [2, 4])
 def test_a_corpus_with_start_text_and_min_tokens_is_the_same_for_any_number_of_replicas(config, tmp_path, replicas):
     given = replace(config, start_text="<s> " + "the cat sat " * 12, min_tokens=20, temperature=1.25)
     one = sample(replace(given, out=str(tmp_path / "one")))
