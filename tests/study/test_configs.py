@@ -53,10 +53,11 @@ def test_every_pythia_and_stories260k_has_a_config() -> None:
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_a_study_follows_the_protocol(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAX_SELFTRAIN_DATA", "/data")
+    monkeypatch.setenv("CANARIES", "/canaries")
     config = yaml_io.load(StudyConfig, path)
     assert (config.out, config.mesh) == ("", ""), "a config does not depend on the machine"
     is_paper = config.sample.min_tokens > 0
-    is_small = path in STORIES_PIPELINES or path.stem.startswith("paper-")
+    is_small = path in STORIES_PIPELINES or path.stem.startswith(("paper-", "study-smollm2"))
     assert (config.sample.top_k, config.sample.top_p, config.sample.min_p) == (0, 1, 0)
     assert config.sample.temperature == (1.25 if is_paper else 1)
     assert (config.train.schedule, config.train.warmup_ratio) == (("cosine", 0.1) if is_paper else ("constant", 0.05))
