@@ -151,15 +151,23 @@ def _load_leaf(
     arrays = []
     for bounds, devices in holders.items():
         box = tuple(slice(*b) for b in bounds)
-        host = np.empty([b.stop - b.start for b in box], dtype)
+        host = _empty_aligned([b.stop - b.start for b in box], dtype)
         if leaf.is_stacked:
             for row, name in zip(host, leaf.names[box[0]], strict=True):
                 row[...] = read_box(name, tensors[name], leaf.pattern, box[1:], sizes)
         else:
             host[...] = read_box(leaf.names[0], tensors[leaf.names[0]], leaf.pattern, box, sizes)
-        # A CPU device may adopt the buffer (hence a new one each time); waiting bounds the number of buffers.
+        # A CPU device adopts the buffer (hence a new one each time); waiting bounds the number of buffers.
         arrays += jax.block_until_ready([jax.device_put(host, device) for device in devices])
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
+
+
+def _empty_aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """Allocate at a multiple of 64 bytes; CPU devices copy others."""
+    size = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def read_box(

@@ -89,8 +89,8 @@ def test_the_host_never_holds_a_second_copy(tmp_path: Path, monkeypatch: pytest.
     params = safetensors_io.load_params(folder, TABLES["llama"], config, rules, np.dtype(np.float32))[0]
     arrays = [array.nbytes for array in leaves(params)]
     assert max(arrays) < sum(arrays) / 3
-    # The model, one array on its way, and what the allocators keep for themselves; a second copy would be 2.
-    assert max(used) - before < sum(arrays) + max(arrays) + 0.15 * sum(arrays)
+    # The devices adopt the host's buffers. The rest: a tensor on its way, and what allocators keep for themselves.
+    assert max(used) - before < 1.1 * sum(arrays) < sum(arrays) + max(arrays) / 2
 
 
 def test_donating_loaded_parameters_does_not_touch_other_devices(tiny_model: Callable[..., Path]):
