@@ -69,7 +69,7 @@ def _harness_texts() -> dict[Path, str]:
     texts: dict[Path, str] = defaultdict(str)
     root = Path(lm_eval.tasks.__file__).parent
     for path in sorted(root.glob("*/**/*.yaml"), key=Path.as_posix, reverse=True):
-        texts[root / path.relative_to(root).parts[0]] += path.read_text() + "\n"
+        texts[root / path.relative_to(root).parts[0]] += path.read_text(encoding="utf-8") + "\n"
     return texts
 
 
