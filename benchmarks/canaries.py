@@ -50,7 +50,7 @@ def main() -> None:
     with (Path(os.environ["JAX_SELFTRAIN_DATA"]) / "fairytales/sections.jsonl").open() as file:
         documents = [json.loads(line)["text"] for line in file]
     rng.shuffle(documents)
-    counts = Counter(word for text in documents for word in re.findall(r"[a-z]{3,}", text))
+    counts = Counter(word for text in documents for word in re.findall(r"\b[a-z]{3,}\b", text))
     words = sorted(word for word, _ in counts.most_common(3000))
 
     def draw_sequence() -> tuple[str, list[int]]:
