@@ -66,7 +66,7 @@ def main() -> None:
     remaining = iter(documents)
 
     def take(tokens: int) -> list[str]:
-        """Take documents with at least so many tokens."""
+        """Take documents until their total length reaches `tokens`."""
         taken: list[str] = []
         while tokens > 0:
             taken.append(next(remaining))

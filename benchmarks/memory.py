@@ -40,6 +40,7 @@ def texts(rows: int) -> list[tuple[str, str]]:
 
 def ours(job: str, args: argparse.Namespace) -> Callable[[], Any]:
     import jax
+    from training import random_batch
 
     from jax_selftrain import hub
     from jax_selftrain.config import TrainConfig
@@ -50,7 +51,6 @@ def ours(job: str, args: argparse.Namespace) -> Callable[[], Any]:
     from jax_selftrain.sampling.counter_rng import per_sample_keys
     from jax_selftrain.sampling.decode import DecodeLoop, DecodeSpec
     from jax_selftrain.training import abstract_train_step
-    from jax_selftrain.training.loss import Batch
     from jax_selftrain.training.step import init_state
 
     jax.devices()
@@ -73,11 +73,7 @@ def ours(job: str, args: argparse.Namespace) -> Callable[[], Any]:
         train = TrainConfig(model=str(args.model), batch_size=args.rows, seq_len=args.tokens, steps=9)
         function, (_, batch, _), donation = abstract_train_step(train, rules.mesh)
         step = jax.jit(function, donate_argnums=donation, compiler_options=xla_options())
-        ones = np.ones(batch.segments.shape, np.int32)
-        tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, batch.tokens.shape, np.int32)
-        positions = np.broadcast_to(np.arange(args.tokens, dtype=np.int32), ones.shape)
-        arrays = Batch(tokens, ones, positions, ones.astype(np.float32))
-        placed = jax.tree.map(lambda array, like: jax.device_put(array, like.sharding), arrays, batch)
+        placed = random_batch(batch, model.config.vocab_size)
         with mesh_context(rules.mesh):
             state = init_state(train, model.config, rules, model.params)
             del model

@@ -53,18 +53,22 @@ def train_config(case: Case, dtype: Any, remat: Any) -> TrainConfig:
     )
 
 
+def random_batch(like: Batch, vocab_size: int) -> Batch:
+    """Return one document of random ids per row."""
+    tokens = np.random.default_rng(0).integers(0, vocab_size, like.tokens.shape, np.int32)
+    ones = np.ones(like.segments.shape, np.int32)
+    positions = np.broadcast_to(np.arange(ones.shape[-1], dtype=np.int32), ones.shape)
+    arrays = Batch(tokens, ones, positions, ones.astype(np.float32))
+    return jax.tree.map(lambda array, leaf: jax.device_put(array, leaf.sharding), arrays, like)
+
+
 def ours(case: Case, config: DecoderConfig, dtype: str, remat: str) -> Callable[[], Any]:
     """A call trains one step."""
     mesh, train = make_mesh("data=1,model=1"), train_config(case, dtype, remat)
     rules = make_sharding_rules(train.preset, mesh, axis_sizes(config))
     function, (_, batch, _), donation = abstract_train_step(train, mesh)
     step = jax.jit(function, donate_argnums=donation, compiler_options=xla_options())
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, config.vocab_size, batch.tokens.shape, np.int32)
-    ones = np.ones(batch.segments.shape, np.int32)
-    positions = np.broadcast_to(np.arange(case.tokens, dtype=np.int32), ones.shape)
-    arrays = Batch(tokens, ones, positions, ones.astype(np.float32))
-    placed = jax.tree.map(lambda array, like: jax.device_put(array, like.sharding), arrays, batch)
+    placed = random_batch(batch, config.vocab_size)
     with mesh_context(mesh):
         state = init_state(train, config, rules, init_params(config, 0, rules))
 

@@ -32,8 +32,8 @@ def make_task_manager(names: Collection[str], folder: str = "") -> TaskManager:
     own = [folder] if folder else []
     manager = TaskManager(include_path=own, include_defaults=False)
     folders: set[Path] = set()
-    while gaps := _find_gaps(manager, names):
-        found = {path for name in gaps for path in _find_folders(name, defined=True) or _find_folders(name)}
+    while missing := _find_missing(manager, names):
+        found = {path for name in missing for path in _find_folders(name, defined=True) or _find_folders(name)}
         if found <= folders:
             if all(name in manager.task_index or _find_folders(name) for name in names):
                 manager = TaskManager(include_path=own) if own else _default_manager()
@@ -82,19 +82,19 @@ def _find_folders(name: str, *, defined: bool = False) -> list[Path]:
     return [path for path, text in _harness_texts().items() if re.search(pattern, text, re.MULTILINE)]
 
 
-def _find_gaps(manager: TaskManager, names: Iterable[str]) -> set[str]:
+def _find_missing(manager: TaskManager, names: Iterable[str]) -> set[str]:
     """Find names, and members of groups, that an index lacks.
 
     A tag of several folders counts as lacking, since the members in the last folder replace the others.
     """
-    gaps: set[str] = set()
+    missing: set[str] = set()
     for name in names:
         entry = manager.task_index.get(name)
         if entry is None or (entry.kind.name == "TAG" and len(_find_folders(name)) > 1):
-            gaps.add(name)
+            missing.add(name)
         else:
-            gaps |= _find_gaps(manager, map(str, task_members(entry)))
-    return gaps
+            missing |= _find_missing(manager, map(str, task_members(entry)))
+    return missing
 
 
 def task_members(entry: Any) -> list[Any]:

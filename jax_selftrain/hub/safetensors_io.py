@@ -157,13 +157,13 @@ def _load_leaf(
                 row[...] = read_box(name, tensors[name], leaf.pattern, box[1:], sizes)
         else:
             host[...] = read_box(leaf.names[0], tensors[leaf.names[0]], leaf.pattern, box, sizes)
-        # A CPU device adopts the buffer (hence a new one each time); waiting bounds the number of buffers.
+        # To a CPU device this is zero-copy (hence a new buffer each time); waiting bounds the number of buffers.
         arrays += jax.block_until_ready([jax.device_put(host, device) for device in devices])
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
 
 
 def _empty_aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
-    """Allocate at a multiple of 64 bytes; CPU devices copy others."""
+    """Allocate with 64-byte alignment: `device_put` to a CPU is zero-copy."""
     size = math.prod(shape) * dtype.itemsize
     buffer = np.empty(size + 64, np.uint8)
     start = -buffer.ctypes.data % 64

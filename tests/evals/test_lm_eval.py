@@ -328,7 +328,7 @@ def test_an_unknown_name_suggests_the_nearest(tmp_path, tiny_model, local):
 
 
 @pytest.mark.nightly
-def test_the_folders_of_a_name_have_what_the_whole_index_has():
+def test_tasks_found_by_folder_equal_those_of_the_full_index():
     """A task, groups of tasks, of tags and of other folders' tasks, tags, and a name in quotes."""
     from lm_eval.tasks import TaskManager
 

@@ -89,7 +89,7 @@ def test_the_host_never_holds_a_second_copy(tmp_path: Path, monkeypatch: pytest.
     params = safetensors_io.load_params(folder, TABLES["llama"], config, rules, np.dtype(np.float32))[0]
     arrays = [array.nbytes for array in leaves(params)]
     assert max(arrays) < sum(arrays) / 3
-    # The devices adopt the host's buffers. The rest: a tensor on its way, and what allocators keep for themselves.
+    # `device_put` is zero-copy. The rest: one tensor of the file, and what allocators keep for themselves.
     assert max(used) - before < 1.1 * sum(arrays) < sum(arrays) + max(arrays) / 2
 
 

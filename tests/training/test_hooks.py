@@ -60,7 +60,7 @@ ON_DEV = {"steps": None, "epochs": 3, "batch_size": 6, "eval_tasks": ("of a hook
 @pytest.mark.parametrize("best", [pytest.param(1, marks=pytest.mark.nightly), 2])
 def test_the_best_epoch_on_dev_items_may_be_the_result(options: Options, best: int):
     """Interrupted after that epoch, with one checkpoint to keep."""
-    config = options(**ON_DEV, best_epoch=True, keep=1, keep_every=None, checkpoint_every=4)
+    config = options(**ON_DEV, best_epoch=True, keep=1, keep_every=None, checkpoint_every=3)
     all_kept = options(**ON_DEV, keep=99, checkpoint_every=None, out=f"{config.out} all")
     ends: list[int] = []
 
