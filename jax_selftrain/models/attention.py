@@ -10,7 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -73,9 +73,6 @@ def splash_attention(
     return attend(*operands, segments).astype(q.dtype)
 
 
-@partial(
-    jax.checkpoint, static_argnums=(4,), policy=jax.checkpoint_policies.save_only_these_names("attention over values")
-)
 def dot_product_attention(
     q: Float[Array, "B T G R K"],
     k: Float[Array, "B S G K"],
@@ -85,12 +82,57 @@ def dot_product_attention(
 ) -> Float[Array, "B T G R K"]:
     """Compute softmax(q kᵀ / √K) v over visible positions: the reference.
 
-    The context, not the weights, is divided by their sum, so that the backward pass has no further sum over [T, S]; it
-    recomputes the weights and keeps no array of that shape.
+    The backward pass recomputes the weights from their log-normalizer, as in flash attention (arXiv:2205.14135). Every
+    product reads and writes the [T, S] arrays as stored: on a CPU, XLA transposes them slowly.
     """
-    scores = mixed_precision_einsum("btgrk,bsgk->bgrts", q * q.shape[-1] ** -0.5, k, compute_dtype)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    denom = jnp.einsum("bgrts->btgr", weights)
-    context = mixed_precision_einsum("bgrts,bsgk->btgrk", weights, v, compute_dtype)
-    return checkpoint_name(context, "attention over values") / denom[..., None]
+    queries = jnp.moveaxis(q * q.shape[-1] ** -0.5, 1, 3)
+    context = _attend(compute_dtype, queries, jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2), mask)
+    return jnp.moveaxis(context, 3, 1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+    compute_dtype: DTypeLike,
+    q: Float[Array, "B G R T K"],
+    k: Float[Array, "B G S K"],
+    v: Float[Array, "B G S K"],
+    mask: Bool[Array, "#B T S"],
+) -> Float[Array, "B G R T K"]:
+    return _attend_fwd(compute_dtype, q, k, v, mask)[0]
+
+
+def _masked_scores(compute_dtype: DTypeLike, q: Array, k: Array, mask: Array) -> Float[Array, "B G R T S"]:
+    scores = mixed_precision_einsum("bgrtk,bgsk->bgrts", q, k, compute_dtype)
+    return jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
+
+
+def _attend_fwd(
+    compute_dtype: DTypeLike, q: Array, k: Array, v: Array, mask: Array
+) -> tuple[Array, tuple[Array, ...]]:
+    scores = _masked_scores(compute_dtype, q, k, mask)
+    largest = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - largest)
+    denom = jnp.sum(weights, axis=-1, keepdims=True)
+    context = mixed_precision_einsum("bgrts,bgsk->bgrtk", weights, v, compute_dtype) / denom
+    return context, (q, k, v, mask, context, largest + jnp.log(denom))
+
+
+def _attend_bwd(
+    compute_dtype: DTypeLike, residuals: tuple[Array, ...], grad: Array
+) -> tuple[Array, Array, Array, None]:
+    q, k, v, mask, context, log_denom = residuals
+    weights = jnp.exp(_masked_scores(compute_dtype, q, k, mask) - log_denom)
+    d_weights = mixed_precision_einsum("bgrtk,bgsk->bgrts", grad, v, compute_dtype)
+    d_scores = weights * (d_weights - jnp.sum(grad * context, axis=-1, keepdims=True))
+    d_q = mixed_precision_einsum("bgrts,bgsk->bgrtk", d_scores, k, compute_dtype)
+
+    def sum_over_queries(x: Array, y: Array) -> Array:
+        sharding = jax.typeof(k).sharding
+        out = sharding.update(spec=PartitionSpec(*sharding.spec[:2], None, None))
+        summed = mixed_precision_einsum("bgrtk,bgrts->bgks", x, y, compute_dtype, out)
+        return jnp.swapaxes(jax.lax.optimization_barrier(summed), 2, 3)  # without it, XLA transposes y
+
+    return d_q, sum_over_queries(q, d_scores), sum_over_queries(grad, weights), None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from jax_selftrain.distributed.mesh import mesh_platform
 from jax_selftrain.distributed.sharding import Axes, ShardingRules
@@ -84,6 +85,27 @@ def _vjp_einsum_bwd(
 _vjp_einsum.defvjp(lambda equation, out, fsdp, x, w: (_vjp_einsum(equation, out, fsdp, x, w), (x, w)), _vjp_einsum_bwd)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cpu_matmul(out: NamedSharding, x: Float[Array, "B T I"], w: Float[Array, "O I"]) -> Float[Array, "B T O"]:
+    """Compute x wᵀ; its gradients transpose the smaller of two arrays, since XLA transposes slowly on a CPU."""
+    return _einsum("bti,oi->bto", x, w, out)
+
+
+def _cpu_matmul_bwd(_: NamedSharding, operands: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    x, w = operands
+    g, sharding = cotangent.astype(x.dtype), jax.typeof(w).sharding
+    dx = _einsum("bto,oi->bti", g, w, jax.typeof(x).sharding)
+    if w.shape[0] <= w.shape[1]:
+        dw = _einsum("bto,bti->oi", g, x, sharding)
+    else:
+        transposed = sharding.update(spec=PartitionSpec(*sharding.spec[::-1]))
+        dw = jax.lax.optimization_barrier(_einsum("bti,bto->io", x, g, transposed)).T  # without it, XLA transposes g
+    return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+_cpu_matmul.defvjp(lambda out, x, w: (_cpu_matmul(out, x, w), (x, w)), _cpu_matmul_bwd)
+
+
 def linear(
     rules: ShardingRules, kernel: Array, axes: Axes, num_output_dims: int, x: Array, compute_dtype: DTypeLike
 ) -> Array:
@@ -122,7 +144,8 @@ def linear(
     x = jnp.reshape(x, (*shape[: len(leading)], -1), out_sharding=rules.sharding((*rows, in_axes[0])))
     kernel = jnp.reshape(kernel, (size, -1), out_sharding=rules.sharding((out_axes[0], in_axes[0])))
     flat = rules.sharding((*rows, out_axes[0]))
-    y = mixed_precision_einsum(f"{leading}i,oi->{leading}o", x, kernel, compute_dtype, flat)
+    x, kernel = x.astype(compute_dtype), kernel.astype(compute_dtype)
+    y = _cpu_matmul(flat, x, kernel) if len(leading) == 2 else _einsum(f"{leading}i,oi->{leading}o", x, kernel, flat)
     return jnp.reshape(y, shape, out_sharding=out)
 
 
