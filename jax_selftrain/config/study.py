@@ -95,7 +95,9 @@ class ModelConfig:
     dtype: DType | None = None
     """Type of its parameters and matrix products; unset: the study's."""
     lineage: str = ""
-    """Models with the same lineage count as home for each other's text; unset: its name."""
+    """Models of one lineage were pre-trained alike (`contrasts`); unset: its name."""
+    family: str = ""
+    """Models of different families have different architectures and tokenizers, as Llama and Qwen; unset: unknown."""
     data: str = ""
     """Pre-training data, for the design table, as are the following options."""
     data_order: str = ""
@@ -175,9 +177,10 @@ class ClaimConfig:
     name: str = ""
     """Name in the report."""
     treatment: str = ""
-    """`source NAME`, the name of an arm, or `home - away`: the interaction of the matrix."""
+    """`source NAME`, the name of an arm, or a difference of relations of source and student: `self - same lineage`,
+    `same lineage - stronger other`, `same lineage - cross family`, `self - other`, `self - cross family`."""
     student: str = ""
-    """Student of the claim (for `home - away`: all students)."""
+    """Student of the claim; unset, for a difference of relations: all students."""
     comparator: str = ""
     """Treatment whose change is subtracted; unset: the base."""
     measure: str = "accuracy"

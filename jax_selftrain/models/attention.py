@@ -106,9 +106,7 @@ def _masked_scores(compute_dtype: DTypeLike, q: Array, k: Array, mask: Array) ->
     return jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
 
 
-def _attend_fwd(
-    compute_dtype: DTypeLike, q: Array, k: Array, v: Array, mask: Array
-) -> tuple[Array, tuple[Array, ...]]:
+def _attend_fwd(compute_dtype: DTypeLike, q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, tuple[Array, ...]]:
     scores = _masked_scores(compute_dtype, q, k, mask)
     largest = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - largest)

@@ -87,7 +87,7 @@ _vjp_einsum.defvjp(lambda equation, out, fsdp, x, w: (_vjp_einsum(equation, out,
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cpu_matmul(out: NamedSharding, x: Float[Array, "B T I"], w: Float[Array, "O I"]) -> Float[Array, "B T O"]:
-    """Compute x wᵀ; its gradients transpose the smaller of two arrays, since XLA transposes slowly on a CPU."""
+    """Compute x wᵀ; XLA transposes the smaller operand of a gradient."""
     return _einsum("bti,oi->bto", x, w, out)
 
 

@@ -243,6 +243,11 @@ def format_measure(measure: str) -> str:
     }[kind]
 
 
+def format_contrast(contrast: str) -> str:
+    """Return a difference with a minus sign."""
+    return contrast.replace(" - ", " − ")
+
+
 def slugify(name: str) -> str:
     """Return a name as part of a file name."""
     return "".join(letter if letter.isalnum() else "_" for letter in name)
@@ -260,6 +265,10 @@ def parse_change(entry: Record, measure: str) -> Estimate:
         low, high = entry["one_pair"]
         change = {"value": change["value"], "low": low, "high": high, "n": entry["items"]}
     return parse_estimate(change, measure)
+
+
+def _parse_crossed(entry: Record, measure: str) -> Estimate | None:
+    return entry["crossed"] and parse_estimate(entry["crossed"], measure)
 
 
 def make_change_columns(measures: Iterable[str]) -> list[Column]:
@@ -282,6 +291,13 @@ def add_effect_table(
     base = {name: entry["before"] for one in effects for name, entry in one["measures"].items()}
     levels = {name: Level(display_scale(name) * level) for name, level in base.items()}
     columns = [*make_columns("treatment", "seeds"), *make_change_columns(measures)]
+    if any(one["measures"][measures[0]]["crossed"] for one in effects):
+        columns.append(
+            Column(
+                "crossed", f"{format_measure(measures[0])}, over seeds and items", get_decimals(measures[0]),
+                signed=True, path=("measures", measures[0]), convert=partial(_parse_crossed, measure=measures[0]),
+            )
+        )  # fmt: skip
     caption = f"{student}, {caption}: before, and change by treatment"
     records: list[Record] = [{"treatment": "before", "measures": levels}, *effects]
     chapter.add_table(Table(f"{name}_{slugify(student)}", caption, columns, records, 1))

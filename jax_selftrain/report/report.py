@@ -139,7 +139,7 @@ def _describe_sampling(corpus: Record) -> str:
 
 
 def _make_cards(results: Results) -> Iterator[Card]:
-    """Show claims, main measures and the interaction."""
+    """Show claims, main measures and relations of source and student."""
     for claim in results["claims"]:
         text = f"Claim: {escape(describe_claim(claim))}. {escape(claim['reason'])}"
         yield f"{claim['name']} ({describe_evidence(claim)})", claim["verdict"], text
@@ -154,11 +154,12 @@ def _make_cards(results: Results) -> Iterator[Card]:
         if effect["treatment"] == f"{MAIN_EFFECT}{effect['student']}":
             title = f"{effect['student']}, trained on its own text: {fmt.format_measure(main)}"
             yield _effect_card(title, main, effect["measures"][main])
-    if results["interaction"] is not None:
-        contrast = parse_estimate(results["interaction"]["measures"][main]["contrast"], main)
-        difference, text = _describe_change(contrast, main, _count(contrast.n, "seed"))
-        title = "Home − away: is text of its own lineage better for a student?"
-        yield title, difference, f"{escape(fmt.format_measure(main))}, {text}"
+    for relation in (results["relations"] or {"contrasts": ()})["contrasts"]:
+        if not relation["student"] and main in relation["measures"]:
+            contrast = parse_estimate(relation["measures"][main]["contrast"], main)
+            difference, text = _describe_change(contrast, main, _count(contrast.n, "seed"))
+            title = f"Whose text: {fmt.format_contrast(relation['contrast'])}"
+            yield title, difference, f"{escape(fmt.format_measure(main))}, {text}"
 
 
 def _effect_card(title: str, measure: str, entry: Record) -> Card:

@@ -12,7 +12,7 @@ Sampling Techniques, §2.11). Proportions have Wilson intervals. Paired changes 
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy
@@ -205,10 +205,47 @@ def macro_effect(effects: Sequence[Effect], scales: ArrayLike | None = None) -> 
     )
 
 
-def mean_effect(values: ArrayLike) -> Effect:
-    """Return the mean of [n] changes; a single change has infinite error."""
+def mean_effect(values: ArrayLike, step: float = 0.0) -> Effect:
+    """Return the mean of [n] changes; a single change has infinite error.
+
+    `step` is the resolution of the values, for instance one question of an accuracy: values may agree by rounding to
+    it. The standard deviation is at least that of rounding, step / √12.
+    """
     array = _as_finite(values)
-    return _make_effect(*mean_and_stderr(array), array.size)
+    found = _make_effect(*mean_and_stderr(array), array.size)
+    return replace(found, stderr=max(found.stderr, step / math.sqrt(12 * array.size)))
+
+
+def crossed_effect(tasks: Sequence[np.ndarray], step: float = 0.0) -> Effect:
+    """Return the mean change where seeds and items both are samples.
+
+    Over seeds alone, the items are fixed: an item that changes in every seed counts as certain. The variance of the
+    mean over crossed seeds and items is σ²(seeds)/S + σ²(items)/n + σ²(seeds × items)/(S n), estimated by the mean
+    squares of a two-way analysis of variance in each task, with Satterthwaite's degrees of freedom.
+
+    Args:
+        tasks: changes [S, n] of each task, times its weight in the mean; tasks are fixed and share the seeds.
+        step: as in `mean_effect`.
+
+    Returns the wider of this effect and the one over seeds alone. `n` counts seeds.
+    """
+    over_seeds = mean_effect(np.sum([table.mean(axis=1) for table in tasks], axis=0), step)
+    seeds = over_seeds.n
+    if seeds < 2 or any(table.shape[1] < 2 for table in tasks):
+        return over_seeds
+    terms = [(over_seeds.stderr**2, seeds - 1.0)]
+    for table in tasks:
+        items = table.mean(axis=0)
+        residuals = table - items - table.mean(axis=1, keepdims=True) + table.mean()
+        degrees = (seeds - 1) * (items.size - 1)
+        terms.append((float(items.var(ddof=1)) / items.size, items.size - 1.0))
+        terms.append((-float(np.sum(residuals**2)) / degrees / (seeds * items.size), degrees))
+    variance = sum(term for term, _ in terms)
+    if variance <= over_seeds.stderr**2:
+        return over_seeds
+    degrees = variance**2 / sum(term**2 / dof for term, dof in terms if term)
+    crossed = replace(over_seeds, stderr=math.sqrt(variance), dof=degrees)
+    return max(over_seeds, crossed, key=lambda effect: effect.bounds()[1])
 
 
 def mcnemar_table(before: ArrayLike, after: ArrayLike) -> Flips:

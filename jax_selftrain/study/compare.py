@@ -290,8 +290,7 @@ def _over_seeds(changes: Sequence[float], margin: float | None, step: float = 0.
     Accuracies change in steps of one question, so seeds may agree by rounding. The standard deviation over seeds is at
     least that of rounding to the step, step / √12.
     """
-    effect = estimators.mean_effect(changes)
-    effect = replace(effect, stderr=max(effect.stderr, step / np.sqrt(12 * len(changes))))
+    effect = estimators.mean_effect(changes, step)
     enough = evidence_level(len(changes)) != "none"
     return {
         "changes": list(changes),

@@ -11,6 +11,7 @@ The design reads configs, tokenizers and fingerprints, and exists before any sta
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from jax_selftrain.config import ArmConfig, ModelConfig, PairConfig, StudyConfig
@@ -59,6 +60,8 @@ class Design:
     """By student and seed: the base in every probe of its cells."""
     aa_repeats: Mapping[str, ProbeStages]
     """By student: the base measured again in another batch size and dtype."""
+    hash_inputs: Callable[[], dict[str, str]]
+    """Hashes of all files and models of the study, by option."""
     root: Path
     """Folder of the stages."""
     read_corpus: Callable[[Stage], Corpus]
@@ -78,6 +81,12 @@ class Design:
         for cell in sorted(self.cells, key=lambda cell: (seeds.index(cell.seed), self.students.index(cell.student))):
             wanted += (cell.corpus, cell.train, cell.score, cell.extract, *cell.probes.values(), *(cell.proxies or ()))
         return topological_order(stage for stage in wanted if stage is not None)
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The (student, source) of the main cells."""
+        main = (cell for cell in self.cells if cell.treatment == f"{MAIN_EFFECT}{cell.source}")
+        return list(dict.fromkeys((cell.student, cell.source) for cell in main))
 
     def folder(self, stage: Stage) -> Path:
         """Return the folder of a stage."""
@@ -157,6 +166,7 @@ def make_design(config: StudyConfig, read_corpus: Callable[[str], Corpus] | None
             (name, seed): stages.extract_probes(b, b, seed) for name, b in bases.items() for seed in config.seeds
         },
         aa_repeats={name: stages.extract_aa(base) for name, base in repeated.items()},
+        hash_inputs=partial(stages.hashes.study, config),
         root=stages.root,
         read_corpus=stages.read_corpus,
     )

@@ -70,9 +70,9 @@ def extraction_measures(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def cell_extraction(config: StudyConfig, design: Design, cell: StudyCell) -> dict[str, Any]:
-    """Return `extraction`, `probes`, `fragility` of a cell, and `identical`."""
+    """Return `extraction`, `probes`, `fragility` of a cell, `identical`, and `items`: their changes."""
     if cell.extract is None:
-        return {"extraction": None, "probes": {}, "fragility": None, "identical": True}
+        return {"extraction": None, "probes": {}, "fragility": None, "identical": True, "items": {}}
     before, after = _read_pair(design, design.extract_base[cell.student], cell.extract)
     window, n = evals.make_window(config.extract), before["sequence"].size
     parts: dict[str, Any] = {"all": slice(None)}
@@ -115,6 +115,11 @@ def cell_extraction(config: StudyConfig, design: Design, cell: StudyCell) -> dic
         "probes": {name: compare_sequences(*pair) for name, pair in probes.items()},
         "fragility": None if unseen is None else compare_with_matched((before, after), unseen),
         "identical": np.array_equal(before["logprob"], after["logprob"]),
+        "items": {
+            "exact_match": [after["exact_match"].astype(np.float64) - before["exact_match"]],
+            "log_pz": [after["logprob"] - before["logprob"]],
+            "pz": [np.exp(after["logprob"]) - np.exp(before["logprob"])],
+        },
     }
 
 

@@ -4,8 +4,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jax_selftrain import evals
-from jax_selftrain.config import DecontaminateConfig, ScoreConfig
+from jax_selftrain import evals, hub
+from jax_selftrain.config import DecontaminateConfig, ScoreConfig, StudyConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.lm_eval_tasks import hash_lm_eval_tasks, load_lm_eval_tasks
 from jax_selftrain.evals.task_names import split_names
@@ -34,6 +34,24 @@ class InputHashes:
         found = {f"{n}: {Path(path).name}": self.reference(path) for n, path in enumerate(references)}
         if names := split_names(options.tasks)[1]:
             found["lm-evaluation-harness"] = self._harness(tuple(names.items()), options.task_folder, num_fewshot)
+        return found
+
+    def study(self, config: StudyConfig) -> dict[str, str]:
+        """Hash all inputs of a study, by option."""
+        arms, memorization = config.arms, config.memorization
+        references = {f"arms.{arm.name}.text": arm.text for arm in arms}
+        references |= {
+            f"memorization.{name}": getattr(memorization, name) for name in ("unseen_text", "relearn_corpus")
+        }
+        found = {option: self.reference(value) for option, value in references.items() if value}
+        found |= {f"models.{model.name}.model": hub.open_model(model.model).fingerprint for model in config.models}
+        for section in ("score", "decontaminate"):
+            options = getattr(config, section)
+            hashes = self.tasks(options, getattr(options, "num_fewshot", None))
+            found |= {f"{section}.{name}": value for name, value in hashes.items()}
+        for name in ("sequences", "control_sequences"):
+            if value := getattr(config.extract, name):
+                found[f"extract.{name}"] = self.sequences(value)
         return found
 
     def _hash_harness(self, names: Any, folder: str, num_fewshot: int | None) -> str:

@@ -90,6 +90,46 @@ def pair_results(base: ScoreResult, student: ScoreResult) -> dict[str, Pair]:
     return pairs
 
 
+def item_changes(pairs: Sequence[Pair], split: Split) -> dict[str, list[np.ndarray]]:
+    """Return the changes of items, by measure: an array for each task.
+
+    The mean of a task's array, times its weight, is its part of the measure's change. A cluster counts as one item, and
+    the arrays of ratios and of clusters of different sizes are linearized.
+    """
+    parts = {pair.base.name: pair.part(split) for pair in pairs}
+    found: dict[str, list[np.ndarray]] = {}
+    average: dict[str, list[np.ndarray]] = {"accuracy": [], "log_odds": []}
+    for pair in pairs:
+        name, part = pair.base.name, parts[pair.base.name]
+        if pair.base.kind == "text":
+            old, new = part.columns("loglikelihood")
+            found[f"text/{name}"] = [_linearize((old - new) / np.log(2), part.base.bytes, None)]
+            continue
+        cluster, is_eligible = part.base.cluster, ineligibility_reason(pair) is None
+        old, new = part.right
+        found[f"task/{name}"] = [_linearize(new.astype(np.float64) - old, None, cluster)]
+        if is_eligible:
+            average["accuracy"].append(part.chance_scale * found[f"task/{name}"][0])
+        if pair.base.kind == "choice":
+            old, new = part.columns("log_odds")
+            found[f"log_odds/{name}"] = [_linearize(new - old, None, cluster)]
+            average["log_odds"] += found[f"log_odds/{name}"] if is_eligible else []
+    return found | {name: [one / len(tasks) for one in tasks] for name, tasks in average.items() if tasks}
+
+
+def _linearize(changes: np.ndarray, denominators: OptionalArray, clusters: OptionalArray) -> np.ndarray:
+    """Linearize a ratio of sums.
+
+    Returns values [units] with its mean and the variance of its linearization.
+    """
+    sums = [changes.astype(np.float64), np.ones(changes.size) if denominators is None else denominators]
+    if clusters is not None:
+        sums = [estimators.sum_by_cluster(values, clusters) for values in sums]
+    above, below = sums
+    ratio = above.sum() / below.sum()
+    return ratio + (above - ratio * below) * (below.size / below.sum())
+
+
 def ineligibility_reason(pair: Pair) -> str | None:
     """Return why a task is not in the macro average, or None.
 

@@ -1,33 +1,40 @@
 """Claims that are declared before the first run: verdicts and power.
 
 A claim names an estimand (the change of a measure by a treatment of a student, against the base or another treatment;
-or the interaction), a direction and, for preservation, a margin. The claims of a study are frozen in `claims.json` at
-its first run; a claim that differs from them is *post hoc* and stays labeled so. Tests are one-sided, by Student's t
-over seeds. *Preserves* is non-inferiority: supported if the loss is smaller than the margin, contradicted if larger.
+or a difference of relations, `contrasts`), a direction and, for preservation, a margin. `registration` freezes claims
+and design at the first run. Each claim has two one-sided tests at .025, so that a verdict of either kind is wrong with
+probability .05 at most, and none contradicts its 95 % interval. *Preserves* is non-inferiority:
+supported if the loss is smaller than the margin, contradicted if larger.
 
 The power depends on how much the difference varies over seeds, which only a pilot can show. Holm's method shares the
 level among the primary claims: a claim is tested at a fraction of the level at worst, and at the full level at best.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jax_selftrain.config import ClaimConfig, StudyConfig, yaml_io
+from jax_selftrain.config import ClaimConfig, ModelConfig, StudyConfig, yaml_io
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals.item_results import Split
-from jax_selftrain.io import atomic
-from jax_selftrain.io.manifest import hash_json
 from jax_selftrain.stats import noninferiority
-from jax_selftrain.stats.estimators import Effect, mean_effect
-from jax_selftrain.stats.noninferiority import ALPHA, HEADLINE, minimum_detectable_effect, power
-from jax_selftrain.study.measure_names import Cells, display_scale, group_cells, seed_values
+from jax_selftrain.stats.estimators import Effect
+from jax_selftrain.stats.noninferiority import HEADLINE, minimum_detectable_effect, power
+from jax_selftrain.study.contrasts import (
+    Contrast,
+    ItemChanges,
+    Pairs,
+    contrast_effect,
+    parse_contrast,
+    relation_contrast,
+)
+from jax_selftrain.study.measure_names import Cells, display_scale
+from jax_selftrain.study.registration import PILOT_SEEDS, Registration
 
-INTERACTION = "home - away"
-"""Treatment of a claim about the interaction."""
+VERDICT_ALPHA = 0.025
+"""Level of each of the two one-sided tests of a claim or a control arm."""
 PRIMARY_FAMILY = 3
 """Maximum number of primary claims."""
 ASSUMED_STDDEVS: tuple[float, ...] = (0.005, 0.01)
@@ -40,12 +47,12 @@ def check_claims(config: StudyConfig) -> None:
     for claim in config.claims:
         if not claim.name or names.count(claim.name) > 1:
             raise InputError("claims: each needs a unique `name`")
-        crossed, preserves = claim.treatment == INTERACTION, claim.direction == "preserves"
-        contrasts = bool(claim.comparator or preserves)
+        related, preserves = parse_contrast(claim.treatment) is not None, claim.direction == "preserves"
         problems = {
-            f"`treatment` is required: an arm, `source NAME`, or `{INTERACTION}`": not claim.treatment,
-            f"`student` is required, except for `{INTERACTION}`, which has none": crossed == bool(claim.student),
-            "the interaction is a contrast; it has no `comparator` and no margin": crossed and contrasts,
+            "`treatment` is required: an arm, `source NAME`, or `RELATION - RELATION`": not claim.treatment,
+            "`student` is required, except for a difference of relations": not (related or claim.student),
+            "a difference of relations has no `comparator` and no margin": related
+            and bool(claim.comparator or preserves),
             "`margin` is required for direction `preserves`, and for no other": preserves != (claim.margin is not None),
         }
         refuse_first(f"claims: {claim.name}", problems)
@@ -60,70 +67,46 @@ def refuse_first(where: str, problems: Mapping[str, bool]) -> None:
             raise InputError(f"{where}: {problem}")
 
 
-def freeze_claims(folder: Path, claims: Sequence[ClaimConfig], split: Split) -> list[str]:
-    """Freeze the first run's claims; return the names of post hoc claims.
-
-    A study that started without claims has frozen an empty list. Results on dev items are of pilots: claims about tasks
-    and texts may change until test items are requested, and are post hoc after another change of the split. Raises
-    InputError if the frozen claims were changed, or another version wrote them.
-    """
-    path = folder / "claims.json"
-    now = [yaml_io.to_dict(claim) for claim in claims]
-    if path.exists():
-        frozen = _read_frozen(path)
-        if frozen["split"] == "dev" and split in ("dev", "test"):
-            kept = [claim for claim in frozen["claims"] if not _depends_on_split(claim)]
-            frozen = {"claims": kept + [claim for claim in now if _depends_on_split(claim)], "split": split}
-    else:
-        frozen = {"claims": [] if (folder / "results.json").exists() else now, "split": split}
-    atomic.write_json(path, {**frozen, "sha256": hash_json(frozen)})
-    return [
-        claim["name"]
-        for claim in now
-        if claim not in frozen["claims"] or (split != frozen["split"] and _depends_on_split(claim))
-    ]
-
-
-def _read_frozen(path: Path) -> dict[str, Any]:
-    """Read `claims` and `split` of `claims.json`."""
-    found = atomic.read_json(path)
-    another = f"{path}: has claims of another version of this program; choose another --out"
-    if not isinstance(found, dict) or not {"claims", "split"} <= found.keys():
-        raise InputError(another)
-    frozen = {name: found[name] for name in ("claims", "split")}
-    if hash_json(frozen) != found.get("sha256"):
-        raise InputError(f"{path}: was changed after it was written; restore it")
-    if any(claim.keys() != yaml_io.to_dict(ClaimConfig()).keys() for claim in frozen["claims"]):
-        raise InputError(another)
-    return frozen
-
-
-def _depends_on_split(claim: Mapping[str, Any]) -> bool:
-    """Return True for a claim about tasks or texts."""
-    return claim["measure"].partition("/")[0] in ("accuracy", "task", "log_odds", "text")
-
-
 def judge_claims(
-    config: StudyConfig, cells: Cells, interaction: Mapping[str, Any] | None, post_hoc: Sequence[str]
+    config: StudyConfig,
+    cells: Cells,
+    contrasts: Sequence[Contrast | None],
+    registration: Registration,
+    items: ItemChanges | None = None,
 ) -> list[dict[str, Any]]:
-    """Judge each claim: verdict, reason, effect, p-values, seeds."""
-    differences = [claim_differences(claim, cells, interaction) for claim in config.claims]
-    effects = [mean_effect(values) if len(values) > 1 else None for values in differences]
-    tests = [_tests(claim, effect) for claim, effect in zip(config.claims, effects, strict=True)]
-    primary = [claim.primary and claim.name not in post_hoc for claim in config.claims]
+    """Judge each claim, also withdrawn ones: verdict, reason, effect, p-values, seeds.
+
+    Only declared seeds that are not a pilot's count. A primary claim that was withdrawn or changed stays in the family
+    that Holm's method corrects. After a change of the declared design, all claims are exploratory.
+
+    Args:
+      cells: of all seeds.
+      contrasts: estimand of each of the study's claims, then of each withdrawn one (`claim_contrasts`).
+      registration: what the study declared at its first run.
+      items: changes of the items.
+    """
+    cells = [cell for cell in cells if cell["seed"] in registration.seeds and cell["seed"] not in PILOT_SEEDS]
+    claims = [*config.claims, *registration.withdrawn]
+    late = [claim.name in registration.post_hoc for claim in config.claims] + [False] * len(registration.withdrawn)
+    effects = [estimate_claim(claim, cells, one, items) for claim, one in zip(claims, contrasts, strict=True)]
+    tests = [_tests(claim, effect) for claim, effect in zip(claims, effects, strict=True)]
+    primary = [claim.primary and not is_late for claim, is_late in zip(claims, late, strict=True)]
     adjusted = [adjust_p_values(side, primary) for side in zip(*tests, strict=True)]
+    changed = "".join(f" Changed since the first run: {one}." for one in registration.deviations)
     found = []
-    for n, (claim, effect) in enumerate(zip(config.claims, effects, strict=True)):
-        seeds, p, opposite = len(differences[n]), adjusted[0][n], adjusted[1][n]
-        verdict, reason = _decide(config, claim, cells, seeds, p, opposite)
+    for n, (claim, effect) in enumerate(zip(claims, effects, strict=True)):
+        p, opposite = adjusted[0][n], adjusted[1][n]
+        verdict, reason = "withdrawn", "it was declared at the first run and is no longer in the configuration."
+        if n < len(config.claims):
+            verdict, reason = _decide(config, claim, cells, effect, p, opposite)
         found.append(
             {
                 **yaml_io.to_dict(claim),
                 "verdict": verdict,
-                "reason": reason,
-                "evidence_level": "primary" if primary[n] else "exploratory",
-                "post_hoc": claim.name in post_hoc,
-                "seeds": seeds,
+                "reason": reason + changed,
+                "evidence_level": "primary" if primary[n] and not changed else "exploratory",
+                "post_hoc": late[n],
+                "seeds": effect.n if effect else 0,
                 "effect": asdict(effect.estimate()) if effect else None,
                 "p": tests[n][0] if effect else None,
                 "p_adjusted": p if effect else None,
@@ -140,25 +123,31 @@ def adjust_p_values(p_values: Sequence[float], primary: Sequence[bool]) -> list[
     return adjusted.tolist()
 
 
-def claim_differences(claim: ClaimConfig, cells: Cells, interaction: Mapping[str, Any] | None) -> list[float]:
-    """Return the estimand of each seed; empty if anything is missing."""
-    if claim.treatment == INTERACTION:
-        found = (interaction or {"measures": {}})["measures"].get(claim.measure)
-        return list(found["seeds"]) if found else []
-    change = _changes(cells, claim.student, claim.treatment, claim.measure)
-    if not claim.comparator:
-        return list(change.values())
-    comparator = _changes(cells, claim.student, claim.comparator, claim.measure)
-    return [change[seed] - comparator[seed] for seed in change] if change.keys() == comparator.keys() else []
+def claim_contrasts(
+    claims: Iterable[ClaimConfig], models: Mapping[str, ModelConfig], pairs: Pairs, stronger: Pairs
+) -> list[Contrast | None]:
+    """Return the estimand of each claim; None if it cannot be estimated."""
+    found: list[Contrast | None] = []
+    for claim in claims:
+        relations = parse_contrast(claim.treatment)
+        if relations:
+            found.append(relation_contrast(models, pairs, stronger, relations, claim.student))
+        else:
+            comparator = {(claim.student, claim.comparator): -1.0} if claim.comparator else {}
+            found.append({(claim.student, claim.treatment): 1.0} | comparator)
+    return found
 
 
-def _changes(cells: Cells, student: str, treatment: str, measure: str) -> dict[int, float]:
-    return seed_values(group_cells(cells).get((student, treatment), []), measure)
+def estimate_claim(
+    claim: ClaimConfig, cells: Cells, contrast: Contrast | None, items: ItemChanges | None = None
+) -> Effect | None:
+    """Estimate a claim's estimand; None if a cell or measure is missing."""
+    return None if contrast is None else contrast_effect(cells, contrast, claim.measure, items or {})
 
 
 def _tests(claim: ClaimConfig, effect: Effect | None) -> tuple[float, float]:
     """Return one-sided p-values of the claim and of its opposite."""
-    if effect is None:
+    if effect is None or effect.n < 2 or effect.stderr == 0:
         return 1.0, 1.0
     lower_is_better = claim.measure.startswith("text/")
     threshold = (claim.margin or 0.0) * (1.0 if lower_is_better else -1.0)
@@ -168,80 +157,135 @@ def _tests(claim: ClaimConfig, effect: Effect | None) -> tuple[float, float]:
 
 
 def _decide(
-    config: StudyConfig, claim: ClaimConfig, cells: Cells, seeds: int, p: float, opposite: float
+    config: StudyConfig, claim: ClaimConfig, cells: Cells, effect: Effect | None, p: float, opposite: float
 ) -> tuple[str, str]:
-    if seeds == 0:
+    if effect is None:
         return "not tested", "the study does not have these cells or this measure."
-    if seeds < HEADLINE:
-        return "not tested", f"{seeds} seed{'s' if seeds > 1 else ''}; a verdict needs {HEADLINE}."
-    if claim.measure.startswith(("accuracy", "task/", "log_odds")) and (failed := _assay_failed(config, claim, cells)):
+    if effect.n < HEADLINE:
+        return "not tested", f"{effect.n} seed{'s' if effect.n > 1 else ''}; a verdict needs {HEADLINE}."
+    if effect.stderr == 0:
+        return "not tested", "all seeds agree exactly: they are not independent."
+    if failed := _failed_control(config, claim, cells):
         return "assay insensitive", failed
-    words = f"p = {p:.3g} after correction over {seeds} seeds"
-    if p < ALPHA:
+    words = f"p = {p:.3g} after correction over {effect.n} seeds"
+    if p < VERDICT_ALPHA:
         return "supported", f"{words}."
-    if opposite < ALPHA:
-        return "contradicted", f"the opposite has p = {opposite:.3g} after correction over {seeds} seeds."
+    if opposite < VERDICT_ALPHA:
+        return "contradicted", f"the opposite has p = {opposite:.3g} after correction over {effect.n} seeds."
     return "cannot tell", f"{words}, and the opposite has {opposite:.3g}."
 
 
-def _assay_failed(config: StudyConfig, claim: ClaimConfig, cells: Cells) -> str:
+def _controls(config: StudyConfig, claim: ClaimConfig) -> tuple[str, str, tuple[str, ...]] | None:
+    """Return the option, verb and arms of a claim's controls, or None.
+
+    Only claims about capabilities need one. That a capability is raised takes an arm that can raise it; that it is
+    kept, lowered or better with one source than another, an arm with a known harm.
+    """
+    if not claim.measure.startswith(("accuracy", "task/", "log_odds")):
+        return None
+    if claim.direction == "raises" and parse_contrast(claim.treatment) is None:
+        return "positive_controls", "raise", config.positive_controls
+    return "negative_controls", "lower", config.negative_controls
+
+
+def _failed_control(config: StudyConfig, claim: ClaimConfig, cells: Cells) -> str:
     """Return the reason that a control arm failed, or an empty string."""
-    students = [claim.student] if claim.student else list(dict.fromkeys(cell["student"] for cell in cells))
-    for student in students:
-        for option, verb in (("positive_controls", "raise"), ("negative_controls", "lower")):
-            changes = {arm: _changes(cells, student, arm, claim.measure) for arm in getattr(config, option)}
-            if not any(changes.values()):
-                return f"{student} has no arm in {option} with this measure."
-            for arm, by_seed in changes.items():
-                effect = mean_effect(list(by_seed.values())) if by_seed else None
-                p = 0.0 if effect is None else effect.p_greater(0.0) if verb == "raise" else effect.p_less(0.0)
-                if not p < ALPHA:
-                    return f"{arm} did not {verb} {claim.measure} of {student} (p = {p:.3g})."
+    controls = _controls(config, claim)
+    if controls is None:
+        return ""
+    option, verb, arms = controls
+    for student in [claim.student] if claim.student else list(dict.fromkeys(cell["student"] for cell in cells)):
+        effects = {arm: contrast_effect(cells, {(student, arm): 1.0}, claim.measure, {}) for arm in arms}
+        if not any(effects.values()):
+            return f"{student} has no arm in {option} with this measure."
+        for arm, effect in effects.items():
+            p = 0.0 if effect is None else effect.p_greater(0.0) if verb == "raise" else effect.p_less(0.0)
+            if not p < VERDICT_ALPHA:
+                return f"{arm} did not {verb} {claim.measure} of {student} (p = {p:.3g})."
     return ""
 
 
-def describe_power(config: StudyConfig, earlier: Mapping[str, Any] | None = None) -> list[str]:
+def check_contrasts(claims: Sequence[ClaimConfig], models: Mapping[str, ModelConfig], pairs: Pairs) -> None:
+    """Refuse differences of relations that a design cannot estimate. Raises InputError."""
+    possible = [claim_contrasts(claims, models, pairs, stronger) for stronger in ((), pairs)]
+    for claim, *found in zip(claims, *possible, strict=True):
+        problem = f"`{claim.treatment}` cannot be estimated from these pairs of student and source"
+        refuse_first(f"claims: {claim.name}", {problem: found == [None, None]})
+
+
+def describe_power(
+    config: StudyConfig,
+    models: Mapping[str, ModelConfig],
+    pairs: Pairs,
+    earlier: Mapping[str, Any] | None = None,
+) -> list[str]:
     """Return lines that say what each claim can find.
 
-    `earlier` is the `results.json` of a pilot or of fewer seeds.
+    `earlier` is the `results.json` of a pilot or of fewer seeds; without it, sources of other lineages count as
+    stronger.
     """
+    known = earlier["relations"]["stronger"] if earlier and earlier["relations"] else pairs
+    contrasts = claim_contrasts(config.claims, models, pairs, {(student, source) for student, source in known})
     seeds, primary = len(config.seeds), sum(claim.primary for claim in config.claims)
     if not config.claims:
         return ["no claims are declared: there will be no verdicts"]
     if seeds < HEADLINE:
         return [f"no claim gets a verdict with {seeds} seed{'s' * (seeds > 1)}: a verdict needs {HEADLINE}"]
     lines = [
-        f"power of one-sided tests over {seeds} seeds at {ALPHA:g}, with Holm's method for {primary} primary claims:"
+        f"power of one-sided tests over {seeds} seeds at {VERDICT_ALPHA:g}, with Holm's method for {primary} primary "
+        "claims, on these items:"
     ]
-    for claim in config.claims:
-        alpha = ALPHA / max(primary, 1) if claim.primary else ALPHA
-        values = claim_differences(claim, earlier["cells"], earlier["interaction"]) if earlier else []
+    for claim, contrast in zip(config.claims, contrasts, strict=True):
+        alpha = VERDICT_ALPHA / max(primary, 1) if claim.primary else VERDICT_ALPHA
+        effect = estimate_claim(claim, earlier["cells"], contrast) if earlier else None
         stddevs, source = ASSUMED_STDDEVS, "assumed"
-        if len(values) > 1:
-            stddevs, source = (float(np.std(values, ddof=1)),), "measured"
+        if effect and effect.n > 1:
+            stddevs, source = (effect.stderr * math.sqrt(effect.n),), "measured"
         elif display_scale(claim.measure) != 100:
             lines.append(f"  {claim.name}: its standard deviation over seeds is unknown without a pilot")
             continue
+        gate = _describe_gate(config, claim, earlier["cells"] if earlier else ())
         for stddev in stddevs:
             text = "the seeds of the earlier run agree exactly, so the power cannot be computed"
             if stddev:
                 text = f"with a standard deviation of {_format_amount(stddev, claim)} ({source}), "
-                text += _describe_effects(claim, stddev, seeds, alpha)
+                text += _describe_effects(claim, stddev, seeds, alpha) + gate
             lines.append(f"  {claim.name}: {text}")
     return lines
+
+
+def _describe_gate(config: StudyConfig, claim: ClaimConfig, cells: Cells) -> str:
+    """Describe the probability that the control arms of a claim pass."""
+    controls = _controls(config, claim)
+    if controls is None:
+        return ""
+    option, verb, arms = controls
+    chance, known = 1.0, False
+    for arm in arms:
+        for student in [claim.student] if claim.student else list(dict.fromkeys(cell["student"] for cell in cells)):
+            effect = contrast_effect(cells, {(student, arm): 1.0}, claim.measure, {})
+            if effect and effect.n > 1 and effect.stderr:
+                size = effect.value if verb == "raise" else -effect.value
+                stddev = effect.stderr * math.sqrt(effect.n)
+                chance, known = chance * power(size, stddev, len(config.seeds), VERDICT_ALPHA), True
+    if known:
+        return f"; times {100 * chance:.0f} % that its {option} {verb} the measure, as in the earlier run"
+    return f"; times the probability that its {option} {verb} the measure, which a pilot shows"
 
 
 def _describe_effects(claim: ClaimConfig, stddev: float, seeds: int, alpha: float) -> str:
     def chance(effect: float) -> str:
         """Format the power at worst and at best under Holm's method."""
-        chances = [f"{100 * power(effect, stddev, seeds, level):.0f}" for level in sorted({ALPHA, alpha})]
+        chances = [f"{100 * power(effect, stddev, seeds, level):.0f}" for level in sorted({VERDICT_ALPHA, alpha})]
         return " to ".join(dict.fromkeys(chances)) + " %"
 
     if claim.margin is not None:
         return (
             f"{chance(claim.margin)} to show a change within {_format_amount(claim.margin, claim)} if nothing changes"
         )
-    least, most = (_format_amount(minimum_detectable_effect(stddev, seeds, level), claim) for level in (ALPHA, alpha))
+    least, most = (
+        _format_amount(minimum_detectable_effect(stddev, seeds, level), claim) for level in (VERDICT_ALPHA, alpha)
+    )
     parts = [f"80 % for a change of {least} at best, {most} at worst"]
     if display_scale(claim.measure) == 100:
         parts += [f"{chance(change)} for {_format_amount(change, claim)}" for change in (0.01, 0.02)]

@@ -24,33 +24,45 @@ from jax_selftrain.stats import estimators
 from jax_selftrain.stats.noninferiority import benjamini_hochberg
 from jax_selftrain.study import extraction_results, paired_results, proxies
 from jax_selftrain.study import measure_names as names
+from jax_selftrain.study.contrasts import (
+    ItemChanges,
+    Pairs,
+    contrast_effect,
+    contrast_values,
+    reported_contrasts,
+    unrelated_sources,
+)
 from jax_selftrain.study.design import Design, StudyCell
 from jax_selftrain.study.eval_hooks import summarize_curve
 from jax_selftrain.study.memorization_contrasts import judge_decoupling
 from jax_selftrain.study.paired_results import Pair
-from jax_selftrain.study.preregistration import judge_claims
+from jax_selftrain.study.preregistration import VERDICT_ALPHA, claim_contrasts, judge_claims
+from jax_selftrain.study.registration import Registration
 from jax_selftrain.version import versions
 
 FORMAT = "jax-selftrain results"
-VERSION = 4
+VERSION = 5
 EXAMPLES = 6
 """Samples shown of each corpus."""
 LOG_POINTS = 256
 """Upper bound of the logged training steps of a cell in `results.json`, to within a factor of two."""
 
 
-def collect_study(config: StudyConfig, design: Design, post_hoc: Sequence[str] = ()) -> dict[str, Any]:
+def collect_study(config: StudyConfig, design: Design, registration: Registration) -> dict[str, Any]:
     """Collect the results of all stages of a study, which are done.
 
-    `post_hoc` names claims that were not declared at the first run. Raises InputError if a stage's output is missing or
+    `registration` is what the study declared at its first run. Raises InputError if a stage's output is missing or
     damaged.
     """
     bases = {
         name: load_score_result(str(design.folder(stage) / "score.json")) for name, stage in design.score_base.items()
     }
     corpora = _describe_corpora(design, proxies.task_questions(config.score))
-    cells = [_describe_cell(config, design, bases, corpora, cell) for cell in design.cells]
-    crossed = interactions(cells, {name: model.lineage or name for name, model in design.models.items()})
+    items: dict[tuple[str, str, int], dict[str, list[np.ndarray]]] = {}
+    cells = [_describe_cell(config, design, bases, corpora, cell, items) for cell in design.cells]
+    stronger = [pair for pair in design.pairs if _is_stronger(bases, *pair)]
+    claims = [*config.claims, *registration.withdrawn]
+    claimed = claim_contrasts(claims, design.models, design.pairs, stronger)
     machine = fields_with_role(StudyConfig, Role.OUTPUT | Role.EXECUTION)
     return {
         "format": FORMAT,
@@ -68,9 +80,10 @@ def collect_study(config: StudyConfig, design: Design, post_hoc: Sequence[str] =
             for name, scored in bases.items()
         },
         "cells": cells,
-        "effects": treatment_effects(cells),
-        "interaction": crossed,
-        "claims": judge_claims(config, cells, crossed, post_hoc),
+        "effects": treatment_effects(cells, items),
+        "relations": relation_effects(cells, design.models, design.pairs, stronger, items),
+        "deviations": list(registration.deviations),
+        "claims": judge_claims(config, cells, claimed, registration, items),
         "swap_effects": extraction_results.swap_effects(design),
         "decontamination": extraction_results.decontamination_effect(config, cells),
         "fragility": extraction_results.fragility(cells),
@@ -100,7 +113,7 @@ def _describe_model(model: ModelConfig) -> dict[str, Any]:
     config = opened.config
     return {
         **{key: value for key, value in asdict(model).items() if key not in ("model", "mesh", "revisions")},
-        "family": opened.raw_config["model_type"],
+        "family": model.family or opened.raw_config["model_type"],
         "parameters": count_params(config),
         "layers": config.num_layers,
         "width": config.hidden_size,
@@ -145,13 +158,17 @@ def _describe_cell(
     bases: Mapping[str, ScoreResult],
     corpora: Mapping[str, Mapping[str, Any]],
     cell: StudyCell,
+    items: dict[tuple[str, str, int], dict[str, list[np.ndarray]]],
 ) -> dict[str, Any]:
+    """Describe a cell; add the changes of its items to `items`."""
     pairs: dict[str, Pair] = {}
     scored: ScoreResult | None = None
     if cell.score:
         scored = load_score_result(str(design.folder(cell.score) / "score.json"))
         pairs = paired_results.pair_results(bases[cell.student], scored)
     extracted = extraction_results.cell_extraction(config, design, cell)
+    changes = paired_results.item_changes(list(pairs.values()), config.split) | extracted.pop("items")
+    items[cell.student, cell.treatment, cell.seed] = changes
     found: dict[str, Any] = {
         **{name: getattr(cell, name) for name in ("student", "treatment", "source", "seed")},
         "corpus": cell.corpus and cell.corpus.key,
@@ -215,8 +232,11 @@ def cell_measures(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: measure for name, measure in found.items() if measure} | extraction_results.extraction_measures(cell)
 
 
-def treatment_effects(cells: names.Cells) -> list[dict[str, Any]]:
-    """Return each measure's change over seeds, by student and treatment."""
+def treatment_effects(cells: names.Cells, items: ItemChanges) -> list[dict[str, Any]]:
+    """Return each measure's change over seeds, by student and treatment.
+
+    `change` has the interval on these items, `crossed` that over seeds and items.
+    """
     return [
         {
             "student": student,
@@ -227,6 +247,7 @@ def treatment_effects(cells: names.Cells) -> list[dict[str, Any]]:
                 name: {
                     "before": first["before"]["value"],
                     "change": asdict(estimators.mean(changes)),
+                    "crossed": _estimate_crossed(members, (student, treatment), name, items),
                     "seeds": changes,
                     "items": first["change"]["n"],
                     "one_pair": [first["change"]["low"], first["change"]["high"]],
@@ -239,28 +260,55 @@ def treatment_effects(cells: names.Cells) -> list[dict[str, Any]]:
     ]
 
 
-def interactions(cells: names.Cells, lineage: Mapping[str, str]) -> dict[str, Any] | None:
-    """Return home − away of each measure over seeds.
+def _estimate_crossed(
+    members: names.Cells, key: tuple[str, str], measure: str, items: ItemChanges
+) -> dict[str, Any] | None:
+    """Estimate a change over seeds and items.
 
-    None unless every student has home and away sources.
+    None where the items differ between seeds, and for one seed.
+    """
+    if len(members) < 2 or any(measure not in items.get((*key, cell["seed"]), {}) for cell in members):
+        return None
+    effect = contrast_effect(members, {key: 1.0}, measure, items)
+    return asdict(effect.estimate()) if effect else None
+
+
+def relation_effects(
+    cells: names.Cells, models: Mapping[str, ModelConfig], pairs: Pairs, stronger: Pairs, items: ItemChanges
+) -> dict[str, Any] | None:
+    """Estimate the differences of relations that the design has; None if none.
+
+    `sources` has the sum of the weights of each source's cells, which is zero.
     """
     matrix = [cell for cell in cells if cell["treatment"] == f"{names.MAIN_EFFECT}{cell['source']}"]
-    students, sources, seeds = (list(dict.fromkeys(c[key] for c in matrix)) for key in ("student", "source", "seed"))
-    pairs = {(cell["student"], cell["source"]) for cell in matrix}
-    exists = np.array([[(student, source) in pairs for source in sources] for student in students])
-    is_kin = np.array([[lineage[source] == lineage[student] for source in sources] for student in students])
-    home, away = exists & is_kin, exists & ~is_kin
-    if len({lineage[student] for student in students}) < 2 or not (home.any(axis=1) & away.any(axis=1)).all():
+    found = []
+    for treatment, student, contrast in reported_contrasts(models, pairs, stronger):
+        sums = {source: 0.0 for _, source in pairs}
+        for (_, cell_treatment), weight in contrast.items():
+            sums[cell_treatment.removeprefix(names.MAIN_EFFECT)] += weight
+        measures = {}
+        for name in names.common_measures(matrix):
+            effect = contrast_effect(matrix, contrast, name, items)
+            if effect is not None:
+                seeds = [*contrast_values(matrix, contrast, name).values()]
+                measures[name] = {"contrast": asdict(effect.estimate()), "seeds": seeds}
+        found.append({"contrast": treatment, "student": student, "sources": sums, "measures": measures})
+    if not found:
         return None
-    measures = {}
-    for name in names.common_measures(matrix):
-        changes = proxies.cell_array(matrix, students, sources, "measures", name, "change", "value")
-        values = [
-            float(np.mean([row[own].mean() - row[far].mean() for row, own, far in zip(rows, home, away, strict=True)]))
-            for rows in changes
-        ]
-        measures[name] = {"contrast": asdict(estimators.mean(values)), "seeds": values}
-    return {"students": students, "seeds": seeds, "measures": measures}
+    return {"contrasts": found, "stronger": stronger, "unrelated_sources": unrelated_sources(models, pairs)}
+
+
+def _is_stronger(bases: Mapping[str, ScoreResult], student: str, source: str) -> bool:
+    """Test whether the source's base is more accurate than the student's."""
+    if student == source or not {student, source} <= bases.keys():
+        return False
+    pairs = [
+        Pair(items, bases[source].items[name]) for name, items in bases[student].items.items() if items.kind != "text"
+    ]
+    if not pairs:
+        return False
+    effects = [estimators.paired_proportion_effect(*pair.right, pair.base.cluster) for pair in pairs]
+    return estimators.macro_effect(effects, [pair.chance_scale for pair in pairs]).p_greater(0.0) < VERDICT_ALPHA
 
 
 def _relate_proxies(cells: names.Cells, design: Design, bases: Mapping[str, ScoreResult]) -> dict[str, Any] | None:

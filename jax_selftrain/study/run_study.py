@@ -47,7 +47,8 @@ from jax_selftrain.study.dag import check_processes, list_remaining, peak_bytes,
 from jax_selftrain.study.design import Design, expand_revisions, make_design
 from jax_selftrain.study.eval_hooks import evaluation_hooks, with_default_evals
 from jax_selftrain.study.measure_names import AFTER_RELEARNING, MAIN_EFFECT, UNSEEN
-from jax_selftrain.study.preregistration import check_claims, describe_power, freeze_claims, refuse_first
+from jax_selftrain.study.preregistration import check_claims, check_contrasts, describe_power, refuse_first
+from jax_selftrain.study.registration import Registration, register
 from jax_selftrain.study.results import collect_study, load_results
 from jax_selftrain.study.stage_factory import format_options
 from jax_selftrain.training.flops import PEAK_FLOPS
@@ -122,32 +123,34 @@ def run_study(config: StudyConfig) -> Path:
     config, read_corpus = expand_revisions(config), cache(open_corpus)
     check_study(config, read_corpus)
     design = make_design(config, read_corpus)
+    check_contrasts(config.claims, design.models, design.pairs)
     check_processes(design.ordered_stages)
     folder = Path(config.out)
     if config.dry_run:
         earlier = load_results(folder / "results.json") if (folder / "results.json").exists() else None
-        print("\n".join([format_plan(config, design), *describe_power(config, earlier)]))
+        power = describe_power(config, design.models, design.pairs, earlier)
+        print("\n".join([format_plan(config, design), *power]))
         return folder
-    post_hoc = broadcast_one_to_all(lambda: _start(config, folder))
+    registration = Registration(*broadcast_one_to_all(lambda: _start(config, design, folder)))
     run_all(design.root, design.ordered_stages, config.keep_models)
     if jax.process_index() == 0:
         with lease.wait_for_lease(folder / ".results.lease"):  # other processes write the same bytes
             trained = [cell.train for cell in design.cells]
             if len(trained) == 1 and trained[0] is not None:
                 _publish_model(design.folder(trained[0]) / "model", folder / "model")
-            atomic.write_json(folder / "results.json", collect_study(config, design, post_hoc))
+            atomic.write_json(folder / "results.json", collect_study(config, design, registration))
     return folder
 
 
-def _start(config: StudyConfig, folder: Path) -> list[str]:
-    """Write configuration and claims; return the names of post hoc claims."""
+def _start(config: StudyConfig, design: Design, folder: Path) -> Registration:
+    """Write configuration and declaration."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {folder}: cannot be created ({error.strerror}); choose another folder") from error
     atomic.remove_stale_temp_files(folder)
     yaml_io.save(folder / "config.yaml", config)
-    return freeze_claims(folder, config.claims, config.split)
+    return register(folder, config, design.hash_inputs())
 
 
 def _publish_model(source: Path, target: Path) -> None:

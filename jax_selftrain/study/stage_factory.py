@@ -83,11 +83,11 @@ class StageFactory:
         self.config = config
         self.root = Path(config.out) / "stages"
         self._read_corpus = read_corpus or cache(open_corpus)
-        self._hashes = InputHashes(dry_run=config.dry_run)
+        self.hashes = InputHashes(dry_run=config.dry_run)
         self._hash_inputs: dict[str, Callable[[str], str]] = {
             **dict.fromkeys(("base", "untrained_baseline"), lambda ref: hub.open_model(ref).fingerprint),
-            **dict.fromkeys(("sequences", "control_sequences"), self._hashes.sequences),
-            "duplicate_counts": self._hashes.reference,
+            **dict.fromkeys(("sequences", "control_sequences"), self.hashes.sequences),
+            "duplicate_counts": self.hashes.reference,
         }
         self._models = {model.name: model for model in config.models}
         # Probes extract without decoding and without further inputs.
@@ -130,7 +130,7 @@ class StageFactory:
         text = f"text of {source.label}, seed {seed}"
         audit = replace(config.decontaminate, corpus=str(self.folder(corpus)))
         if audit.tasks or audit.texts:
-            inputs: Inputs = {"corpus": corpus, **self._hashes.tasks(audit)}
+            inputs: Inputs = {"corpus": corpus, **self.hashes.tasks(audit)}
             label = f"remove benchmark overlap from {text}"
             corpus = _make_stage("decontaminate_tasks", label, evals.decontaminate, audit, inputs, is_collective=False)
         if config.subset.tokens or config.subset.bytes:
@@ -172,7 +172,7 @@ class StageFactory:
     def import_text(self, student: StudyModel, arm: ArmConfig) -> Stage:
         """Tokenize real text for a student."""
         options = ImportCorpusConfig(source=arm.text, model=student.tokenizer_ref, stop_id=student.stop_id)
-        text = self._hashes.file(arm.text) if Path(arm.text).is_file() else arm.text  # else the name of a data set
+        text = self.hashes.file(arm.text) if Path(arm.text).is_file() else arm.text  # else the name of a data set
         return Stage(
             "import",
             f"import {Path(arm.text).name} for {student.label}",
@@ -194,7 +194,7 @@ class StageFactory:
     def decontaminate(self, student: StudyModel, corpus: Stage, seed: int, *, size_matched: bool) -> Stage:
         """Remove the documents that overlap with H, or as many others."""
         options = replace(self.config.extract, model=student.tokenizer_ref)
-        fingerprint, length = self._hashes.sequences(options.sequences), options.min_overlap
+        fingerprint, length = self.hashes.sequences(options.sequences), options.min_overlap
 
         def make(out: Path) -> object:
             found, _ = evals.load_extraction_sets(options)
@@ -230,9 +230,9 @@ class StageFactory:
             changes["steps"] = None
         changes["mixture"] = (*(f"{self.folder(one)}={share:.9f}" for one in on[:-1]), *recipe.mixture)
         options = fill_options(self.config, recipe, start.ref, start.options, **changes)
-        evaluated = [self._hashes.reference(file) for file in (*options.eval_texts, *options.eval_tasks)]
+        evaluated = [self.hashes.reference(file) for file in (*options.eval_texts, *options.eval_tasks)]
         if options.eval_sequences:
-            evaluated.append(self._hashes.sequences(options.eval_sequences))
+            evaluated.append(self.hashes.sequences(options.eval_sequences))
         sampled, subset = self.config.sample, self.config.subset
         tokens = (options.steps or 0) * options.batch_size * options.seq_len
         if options.epochs:
@@ -274,7 +274,7 @@ class StageFactory:
     def score(self, model: StudyModel) -> Stage:
         """Score a model on the study's tasks and texts."""
         options = fill_options(self.config, self.config.score, model.ref, model.options)
-        inputs = {**model.inputs, **self._hashes.tasks(options, options.num_fewshot)}
+        inputs = {**model.inputs, **self.hashes.tasks(options, options.num_fewshot)}
         return _make_stage("score", f"score {model.label}", evals.score, options, inputs)
 
     def extract(self, model: StudyModel, corpus: Stage | None = None, base: StudyModel | None = None) -> Stage:
@@ -329,7 +329,7 @@ class StageFactory:
             "continue",
             f"continue {Path(texts).name} by {base.label}",
             _window_options(options) | {"sequences": n, "start_token": options.start_token, "dtype": options.dtype},
-            base.inputs | {"texts": self._hashes.reference(texts)},
+            base.inputs | {"texts": self.hashes.reference(texts)},
             lambda out: make_control_continuations(options, texts, n, out),
             needs_devices=True,
         )
@@ -341,7 +341,7 @@ class StageFactory:
         if embedder:
             opened = hub.open_model(embedder)
             vectors = {"embedder": opened.fingerprint, "embedder_tokenizer": opened.tokenizer_fingerprint}
-        tasks = {f"task {n}": self._hashes.reference(path) for n, path in enumerate(options.tasks)}
+        tasks = {f"task {n}": self.hashes.reference(path) for n, path in enumerate(options.tasks)}
         return Stage(
             "proxies",
             f"proxies under {reader.label}: {corpus.label}",

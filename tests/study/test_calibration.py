@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jax_selftrain.config import ModelConfig
 from jax_selftrain.stats import estimators
-from jax_selftrain.stats.estimators import Estimate
-from jax_selftrain.study.results import interactions, treatment_effects
+from jax_selftrain.stats.estimators import Estimate, crossed_effect
+from jax_selftrain.study.contrasts import contrast_effect, relation_contrast
+from jax_selftrain.study.results import treatment_effects
 
 STUDIES = 3_000
 SEEDS = 5
@@ -31,9 +33,11 @@ def covers(estimate: Estimate, truth: float) -> bool:
 
 
 def cell(student: str, source: str, seed: int, change: Estimate) -> dict[str, Any]:
-    measure = {"before": {"value": 0.5}, "change": asdict(change)}
-    measures = {"accuracy": measure}
-    return {"student": student, "treatment": f"source {source}", "source": source, "seed": seed, "measures": measures}
+    return {
+        **{"student": student, "treatment": f"source {source}", "source": source, "seed": seed},
+        "tasks": [{"n": 1000, "chance": 0.0, "not_eligible": None}],
+        "measures": {"accuracy": {"before": {"value": 0.5}, "change": asdict(change)}},
+    }
 
 
 def parse_estimate(entry: dict[str, Any]) -> Estimate:
@@ -50,7 +54,7 @@ def recipe_coverage(rng: np.random.Generator, studies: int) -> dict[str, float]:
         after = rng.random((SEEDS, items)) < p + RECIPE + better
         truth = float(p.mean() + RECIPE - before.mean())
         pairs = [estimators.paired_proportion_effect(before, one).estimate() for one in after]
-        (effect,) = treatment_effects([cell("a", "a", seed, pair) for seed, pair in enumerate(pairs)])
+        (effect,) = treatment_effects([cell("a", "a", seed, pair) for seed, pair in enumerate(pairs)], {})
         found["t over seeds"] += covers(parse_estimate(effect["measures"]["accuracy"]["change"]), truth)
         found["one pair's items"] += covers(pairs[0], truth)
         pooled = estimators.paired_proportion_effect(np.tile(before, SEEDS), after.ravel()).estimate()
@@ -73,24 +77,67 @@ def pair_coverage(rng: np.random.Generator, studies: int) -> dict[str, float]:
     return {name: hits / studies for name, hits in found.items()}
 
 
-def interaction_coverage(rng: np.random.Generator, studies: int) -> dict[str, float]:
-    """Return the coverage of home − away, with and without an interaction."""
-    names, found = ("a", "b"), {}
+LINEAGES = {"A1": "A", "A2": "A", "A3": "A", "B1": "B", "S": "S", "C1": "C"}
+"""Six sources, of which A1, B1 and C1 are students: every source is home less or more often than another."""
+
+
+def relation_coverage(
+    rng: np.random.Generator, studies: int, spread: float = 0.05
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the coverage of *self − other*, and the shares of wrong verdicts without a relation.
+
+    The naive method is the mean of own text and own lineage minus the mean of all other text.
+    """
+    models = {name: ModelConfig(name, name, lineage=lineage) for name, lineage in LINEAGES.items()}
+    students = ("A1", "B1", "C1")
+    pairs = [(student, source) for student in students for source in models]
+    contrast = relation_contrast(models, pairs, (), ("self", "other"))
+    assert contrast is not None
+    home = np.array([[LINEAGES[one] == LINEAGES[other] for other in models] for one in students])
+    found, wrong = {}, {"least squares": 0, "home − away": 0}
     for relation in (0.0, 0.02):
         hits = 0
         for _ in range(studies):
-            source, student = rng.normal(0, 0.05, (2, 2))
-            cells = []
-            for seed in range(SEEDS):
-                noise = rng.normal(0, 0.01, (2, 2))
-                for i, reader in enumerate(names):
-                    for j, writer in enumerate(names):
-                        change = student[i] + source[j] + noise[i, j] + relation * (i == j)
-                        cells.append(cell(reader, writer, seed, Estimate(float(change), None, None, 1)))
-            crossed = interactions(cells, {name: name for name in names})
-            assert crossed is not None
-            hits += covers(parse_estimate(crossed["measures"]["accuracy"]["contrast"]), relation)
-        found[f"home − away, relation {relation:g}"] = hits / studies
+            abilities = rng.normal(0, spread, 3)[:, None] + rng.normal(0, spread, 6)
+            own = np.array([[one == other for other in models] for one in students])
+            changes = abilities + relation * own + rng.normal(0, 0.01, (SEEDS, 3, 6))
+            cells = [
+                cell(student, source, seed, Estimate(float(changes[seed, i, j]), None, None, 1000))
+                for seed in range(SEEDS)
+                for i, student in enumerate(students)
+                for j, source in enumerate(models)
+            ]
+            effect = contrast_effect(cells, contrast, "accuracy", {})
+            assert effect is not None
+            hits += covers(effect.estimate(), relation)
+            if not relation:
+                wrong["least squares"] += not covers(effect.estimate(), 0.0)
+                means = [
+                    [row[one].mean() - row[~one].mean() for row, one in zip(rows, home, strict=True)]
+                    for rows in changes
+                ]
+                wrong["home − away"] += not covers(estimators.mean(np.mean(means, axis=1)), 0.0)
+        found[f"self − other, truly {relation:g}"] = hits / studies
+    return found, {name: count / studies for name, count in wrong.items()}
+
+
+def crossed_coverage(rng: np.random.Generator, studies: int) -> dict[str, tuple[float, float]]:
+    """Return the coverage of the change on new items, over seeds alone and over seeds and items.
+
+    By the share of the items that change in every seed. In each seed, 4 % more change at random.
+    """
+    found = {}
+    for share in (0.0, 0.02, 0.04, 0.08):
+        hits = np.zeros(2)
+        for _ in range(studies):
+            fixed, free = (
+                rng.choice((-1.0, 0.0, 1.0), shape, p=(p / 2, 1 - p, p / 2))
+                for p, shape in ((share, (1, 1000)), (0.04, (SEEDS, 1000)))
+            )
+            changes = np.where(fixed == 0, free, fixed)
+            for place, effect in enumerate((estimators.mean_effect(changes.mean(axis=1)), crossed_effect([changes]))):
+                hits[place] += covers(effect.estimate(), 0.0)
+        found[f"{share:.0%} of the items change in every seed"] = (hits[0] / studies, hits[1] / studies)
     return found
 
 
@@ -108,16 +155,30 @@ def test_questions_about_one_entity_are_one_observation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("studies", "error"), [(1_000, 0.02), pytest.param(3 * STUDIES, 0.01, marks=pytest.mark.nightly)]
+    ("studies", "error"), [(500, 0.03), pytest.param(3 * STUDIES, 0.01, marks=pytest.mark.nightly)]
 )
 def test_bad_sources_and_slow_students_are_no_relation(studies: int, error: float) -> None:
-    """The standard error of the coverage is 0.007 or 0.0023."""
-    found = interaction_coverage(np.random.default_rng(3), studies)
+    """Coverage has a standard error of 0.01 or 0.0023; the naive contrast is wrong in most studies."""
+    found, wrong = relation_coverage(np.random.default_rng(3), studies)
     assert all(abs(share - 0.95) <= error for share in found.values()), found
+    assert wrong["least squares"] <= 0.05 + error
+    assert wrong["home − away"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("studies", "error"), [(300, 0.04), pytest.param(3 * STUDIES, 0.01, marks=pytest.mark.nightly)]
+)
+def test_items_that_change_in_every_seed_are_one_observation(studies: int, error: float) -> None:
+    """The standard error of the coverage is 0.013 or 0.0023."""
+    found = crossed_coverage(np.random.default_rng(4), studies)
+    assert all(abs(crossed - 0.95) <= error for _, crossed in found.values()), found
+    assert list(found.values())[-1][0] < 0.65
 
 
 if __name__ == "__main__":
     size = int(sys.argv[1]) if len(sys.argv) > 1 else STUDIES
-    for simulate in (recipe_coverage, pair_coverage, interaction_coverage):
-        for name, share in simulate(np.random.default_rng(0), size).items():
-            print(f"{name}: {share:.4f}")
+    for simulate in (recipe_coverage, pair_coverage, crossed_coverage, relation_coverage):
+        print(simulate.__name__, simulate(np.random.default_rng(0), size))
+    for spread in (0.01, 0.03, 0.05):
+        _, wrong = relation_coverage(np.random.default_rng(0), size, spread)
+        print(f"wrong verdicts, sources differ by {spread:g}:", wrong)

@@ -2,59 +2,38 @@
 
 from __future__ import annotations
 
-import json
-import shutil
+import itertools
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from claims_factory import KEEPS, OWN, RAISES, SEEDS, TASKS, WOBBLE, make_cells, make_study
 
-from jax_selftrain.config import ArmConfig, ClaimConfig, StudyConfig
+from jax_selftrain.config import ClaimConfig, ModelConfig, StudyConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.stats.noninferiority import minimum_detectable_effect
-from jax_selftrain.study.preregistration import check_claims, describe_power, freeze_claims, judge_claims
-
-SEEDS = tuple(range(100, 105))
-WOBBLE = (0.001, -0.002, 0.0015, 0.0, -0.0005)
-OWN = "source A"
-
-
-def make_study(*claims: ClaimConfig, **changes: Any) -> StudyConfig:
-    options: dict[str, Any] = {
-        "claims": claims,
-        "arms": (ArmConfig("real"), ArmConfig("shuffled")),
-        "positive_controls": ("real",),
-        "negative_controls": ("shuffled",),
-    }
-    return StudyConfig(**options | changes)
+from jax_selftrain.stats.noninferiority import power as seeds_power
+from jax_selftrain.study.preregistration import (
+    check_claims,
+    check_contrasts,
+    claim_contrasts,
+    describe_power,
+    judge_claims,
+)
+from jax_selftrain.study.registration import Registration
 
 
-def make_cells(seeds: tuple[int, ...] = SEEDS, own: float = 0.0, **changes: float) -> list[dict[str, Any]]:
-    """Simulate cells of student A with changes of accuracy by treatment."""
-    effects = {OWN: own, "real": 0.05, "shuffled": -0.05} | changes
-    return [
-        {
-            "student": "A",
-            "treatment": treatment,
-            "seed": seed,
-            "measures": {"accuracy": {"change": {"value": change + WOBBLE[(n + place) % 5]}}},
-        }
-        for place, (treatment, change) in enumerate(effects.items())
-        for n, seed in enumerate(seeds)
-    ]
+def judge(config: StudyConfig, cells: list[dict[str, Any]], post_hoc: Sequence[str] = ()) -> list[dict[str, Any]]:
+    pairs = {(cell["student"], cell["treatment"].removeprefix("source ")) for cell in cells if "source" in cell}
+    contrasts = claim_contrasts(config.claims, {model.name: model for model in config.models}, pairs, ())
+    return judge_claims(config, cells, contrasts, Registration(tuple(post_hoc), (), (), SEEDS))
 
 
-def verdict(
-    config: StudyConfig, cells: list[dict[str, Any]], interaction: dict[str, Any] | None = None
-) -> tuple[str, str]:
-    (found,) = judge_claims(config, cells, interaction, ())
+def verdict(config: StudyConfig, cells: list[dict[str, Any]]) -> tuple[str, str]:
+    (found,) = judge(config, cells)
     return found["verdict"], found["reason"]
-
-
-KEEPS = ClaimConfig("keeps", OWN, "A", direction="preserves", margin=0.01)
-RAISES = ClaimConfig("raises", OWN, "A")
 
 
 @pytest.mark.parametrize(
@@ -86,42 +65,67 @@ def test_four_seeds_or_missing_cells_are_not_tested() -> None:
 
 
 def test_a_failed_or_missing_control_makes_the_assay_insensitive() -> None:
-    config = make_study(RAISES)
-    for name, wanted in (("real", "raise"), ("shuffled", "lower")):
+    """A gain takes a control that gains, a preserved capability one that loses."""
+    for claim, name, wanted, other in ((RAISES, "real", "raise", "shuffled"), (KEEPS, "shuffled", "lower", "real")):
+        config = make_study(claim)
         found, why = verdict(config, make_cells(own=0.5, **{name: 0.0}))
         assert found == "assay insensitive"
         assert why.startswith(f"{name} did not {wanted} accuracy of A")
-    found, why = verdict(make_study(RAISES, negative_controls=()), make_cells(own=0.5))
+        assert verdict(config, make_cells(own=0.5, **{other: 0.0}))[0] == "supported"
+    found, why = verdict(make_study(KEEPS, negative_controls=()), make_cells(own=0.5))
     assert (found, why) == ("assay insensitive", "A has no arm in negative_controls with this measure.")
-    cells = make_cells(real=0.0)
+    cells = make_cells(real=0.0, shuffled=0.0)
     for cell in cells:  # what it remembers is not what the assay speaks of
         cell["measures"]["log_pz"] = {"change": {"value": -1.0 + cell["measures"]["accuracy"]["change"]["value"]}}
     forgets = ClaimConfig("forgets", OWN, "A", measure="log_pz", direction="lowers")
     assert verdict(make_study(forgets), cells)[0] == "supported"
 
 
-def test_the_interaction_is_judged_over_its_seeds() -> None:
-    claim = ClaimConfig("own kind", "home - away")
-    crossed = {"measures": {"accuracy": {"seeds": [0.02 + x for x in WOBBLE]}}}
-    assert verdict(make_study(claim), make_cells(), crossed)[0] == "supported"
-    assert verdict(make_study(claim), make_cells(), None)[0] == "not tested"
+def test_seeds_that_agree_exactly_are_not_certain() -> None:
+    """One question of 2,000 gained in each of five seeds, and a continuous measure without variance."""
+    cells = make_cells()
+    for cell in cells:
+        if cell["treatment"] == OWN:
+            cell["tasks"] = [{"n": 2_000, "chance": 0.0, "not_eligible": None}]
+            cell["measures"] = {"accuracy": {"change": {"value": 1 / 2_000}}, "log_pz": {"change": {"value": 0.5}}}
+    assert verdict(make_study(RAISES), cells)[0] == "supported"  # five gains are more than rounding
+    for cell in cells:
+        if cell["treatment"] == OWN:
+            cell["measures"]["accuracy"]["change"]["value"] = 0.1 / 2_000
+    assert verdict(make_study(RAISES), cells)[0] == "cannot tell"
+    equal = verdict(make_study(replace(RAISES, measure="log_pz")), cells)
+    assert equal == ("not tested", "all seeds agree exactly: they are not independent.")
+
+
+def test_a_difference_of_relations_is_judged_over_its_seeds() -> None:
+    claim = ClaimConfig("own kind", "self - other")
+    models = tuple(ModelConfig(name, name) for name in "AB")
+    cells = [one for one in make_cells() if one["treatment"] != OWN]
+    for n, (student, source) in enumerate(itertools.product("AB", repeat=2)):
+        for place, seed in enumerate(SEEDS):
+            change = 0.02 * (student == source) - 0.1 * (source == "B") + WOBBLE[(n + place) % 5]
+            key = {"student": student, "treatment": f"source {source}", "source": source, "seed": seed}
+            cells.append(key | {"tasks": TASKS, "measures": {"accuracy": {"change": {"value": change}}}})
+    cells += [one | {"student": "B"} for one in make_cells() if one["treatment"] == "shuffled"]
+    assert verdict(make_study(claim, models=models), cells)[0] == "supported"
+    assert verdict(make_study(claim, models=models), [one for one in cells if one["student"] == "A"])[0] == "not tested"
 
 
 def test_primary_claims_are_corrected_separately_by_holm() -> None:
-    weak = 0.0016  # p of about .03 alone
+    weak = 0.0019  # p of about .018 alone
     claims = [ClaimConfig(f"c{n}", OWN, "A") for n in range(3)]
-    alone = judge_claims(make_study(claims[0]), make_cells(own=weak), None, ())[0]
-    together = judge_claims(make_study(*claims), make_cells(own=weak), None, ())
-    assert alone["p_adjusted"] == alone["p"] < 0.05
+    alone = judge(make_study(claims[0]), make_cells(own=weak))[0]
+    together = judge(make_study(*claims), make_cells(own=weak))
+    assert alone["p_adjusted"] == alone["p"] < 0.025
     assert together[0]["p_adjusted"] == pytest.approx(3 * alone["p"])
     assert [one["verdict"] for one in (alone, *together)] == ["supported", *["cannot tell"] * 3]
-    late = judge_claims(make_study(*claims), make_cells(own=weak), None, ["c1", "c2"])
+    late = judge(make_study(*claims), make_cells(own=weak), ["c1", "c2"])
     assert [one["evidence_level"] for one in late] == ["primary", "exploratory", "exploratory"]
     assert late[0]["p_adjusted"] == alone["p"]
 
 
 def test_false_positives_are_held_over_three_claims() -> None:
-    """The familywise error of three null claims is at most .06."""
+    """The probability of any wrong verdict on three null claims, supported or contradicted, is at most .06."""
     rng, wrong = np.random.default_rng(0), 0
     claims = [ClaimConfig(f"c{n}", f"t{n}", "A", measure="log_pz") for n in range(3)]
     for _ in range(2000):
@@ -135,56 +139,15 @@ def test_false_positives_are_held_over_three_claims() -> None:
             for n in range(3)
             for seed in SEEDS
         ]
-        wrong += any(one["verdict"] == "supported" for one in judge_claims(make_study(*claims), cells, None, ()))
+        found = judge(make_study(*claims), cells)
+        wrong += any(one["verdict"] in ("supported", "contradicted") for one in found)
+        for one in found:
+            inside = one["effect"]["low"] <= 0 <= one["effect"]["high"]
+            assert not (inside and one["verdict"] in ("supported", "contradicted"))
     assert 0.03 <= wrong / 2000 <= 0.06
 
 
-# ---------------------------------------------------------------- declared beforehand
-
-
-def test_claims_are_frozen_at_the_first_run(tmp_path: Path) -> None:
-    assert freeze_claims(tmp_path, [KEEPS], "all") == []
-    assert freeze_claims(tmp_path, [KEEPS], "all") == []
-    edited = ClaimConfig("keeps", OWN, "A", direction="preserves", margin=0.05)
-    assert freeze_claims(tmp_path, [edited, RAISES], "all") == ["keeps", "raises"]
-    path = tmp_path / "claims.json"
-    text = path.read_text()
-    path.write_text(text.replace("0.01", "0.05"))
-    with pytest.raises(InputError, match="was changed after it was written"):
-        freeze_claims(tmp_path, [edited], "all")
-
-
-def test_claims_about_tasks_may_change_while_only_dev_items_are_seen(tmp_path: Path) -> None:
-    memory = ClaimConfig("memory", OWN, "A", measure="exact_match/H")
-    flipped = replace(memory, direction="lowers")
-    assert freeze_claims(tmp_path, [KEEPS, memory], "dev") == []
-    (tmp_path / "results.json").write_text("{}")
-    assert freeze_claims(tmp_path, [RAISES, memory], "dev") == []
-    assert freeze_claims(tmp_path, [RAISES, KEEPS, flipped], "test") == ["memory"]  # its results are of all sequences
-    assert freeze_claims(tmp_path, [RAISES, memory], "test") == []
-    for split in ("all", "dev"):
-        assert freeze_claims(tmp_path, [RAISES, memory], split) == ["raises"]
-    path = tmp_path / "claims.json"
-    path.write_text(path.read_text().replace('"test"', '"all"'))
-    with pytest.raises(InputError, match="was changed after it was written"):
-        freeze_claims(tmp_path, [RAISES], "all")
-
-
-def test_all_items_after_dev_items_make_claims_post_hoc(tmp_path: Path) -> None:
-    assert freeze_claims(tmp_path, [KEEPS], "dev") == []
-    assert freeze_claims(tmp_path, [KEEPS], "all") == ["keeps"]
-
-
-def test_claims_of_another_version_are_refused(tmp_path: Path) -> None:
-    shutil.copy(Path(__file__).parents[2] / "docs/micro-world/claims.json", tmp_path)
-    with pytest.raises(InputError, match="another version"):
-        freeze_claims(tmp_path, [KEEPS], "all")
-
-
-def test_claims_after_the_first_results_are_post_hoc(tmp_path: Path) -> None:
-    (tmp_path / "results.json").write_text("{}")
-    assert freeze_claims(tmp_path, [KEEPS], "all") == ["keeps"]
-    assert json.loads((tmp_path / "claims.json").read_text())["claims"] == []
+# ---------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
@@ -194,8 +157,8 @@ def test_claims_after_the_first_results_are_post_hoc(tmp_path: Path) -> None:
         ([RAISES, RAISES], "a unique `name`"),
         ([ClaimConfig("x", student="A")], "`treatment` is required"),
         ([ClaimConfig("x", OWN)], "`student` is required"),
-        ([ClaimConfig("x", "home - away", "A")], "which has none"),
-        ([ClaimConfig("x", "home - away", direction="preserves", margin=1.0)], "no margin"),
+        ([ClaimConfig("x", "self - other", comparator="real")], "no `comparator`"),
+        ([ClaimConfig("x", "self - other", direction="preserves", margin=1.0)], "no margin"),
         ([ClaimConfig("x", OWN, "A", direction="preserves")], "`margin` is required for"),
         ([ClaimConfig("x", OWN, "A", margin=0.1)], "`margin` is required for"),
         ([ClaimConfig(f"c{n}", OWN, "A") for n in range(4)], "at most 3 can be primary"),
@@ -207,6 +170,17 @@ def test_bad_claims_are_refused(claims: list[ClaimConfig], message: str) -> None
         check_claims(make_study(*claims))
 
 
+def test_a_difference_that_a_design_cannot_estimate_is_refused() -> None:
+    models = {name: ModelConfig(name, name, lineage="L" if name in "AC" else name) for name in "ABC"}
+    claim = ClaimConfig("kind", "self - same lineage")
+    full = list(itertools.product("AB", "ABC"))
+    check_contrasts([claim], models, full)
+    with pytest.raises(InputError, match="claims: kind: `self - same lineage` cannot be estimated"):
+        check_contrasts([claim], models, [pair for pair in full if pair[0] == "A"])
+    with pytest.raises(InputError, match="cannot be estimated"):  # no families are known
+        check_contrasts([ClaimConfig("x", "same lineage - cross family")], models, full)
+
+
 # ---------------------------------------------------------------- power
 
 
@@ -215,16 +189,25 @@ HOLDS = ClaimConfig("keeps", "source a", "a", direction="preserves", margin=0.01
 CONFIG = StudyConfig(seeds=(100, 101, 102, 103, 104), claims=(GAINS, HOLDS))
 
 
+def power(config: StudyConfig, earlier: dict[str, Any] | None = None) -> list[str]:
+    return describe_power(config, {}, [], earlier)
+
+
 def test_a_dry_run_describes_the_power_of_each_claim() -> None:
-    lines = "\n".join(describe_power(CONFIG))
-    assert "over 5 seeds at 0.05, with Holm's method for 2 primary claims" in lines
-    assert "40 to 58 % for 1 point, 91 to 97 % for 2 points" in lines  # with one of a point
-    # With a standard deviation of half a point.
-    assert "91 to 97 % to show a change within 1 point if nothing changes" in lines
-    assert describe_power(replace(CONFIG, claims=())) == ["no claims are declared: there will be no verdicts"]
-    assert describe_power(replace(CONFIG, seeds=(100,))) == ["no claim gets a verdict with 1 seed: a verdict needs 5"]
+    lines = "\n".join(power(CONFIG))
+    assert "over 5 seeds at 0.025, with Holm's method for 2 primary claims" in lines
+    for stddev, change, words in (
+        (0.01, 0.01, "for 1 point"),
+        (0.01, 0.02, "for 2 points"),
+        (0.005, 0.01, "to show a change within 1 point if nothing changes"),
+    ):
+        worst, best = (100 * seeds_power(change, stddev, 5, level) for level in (0.0125, 0.025))
+        assert f"{worst:.0f} to {best:.0f} % {words}" in lines
+    assert "times the probability that its positive_controls raise the measure, which a pilot shows" in lines
+    assert power(replace(CONFIG, claims=())) == ["no claims are declared: there will be no verdicts"]
+    assert power(replace(CONFIG, seeds=(100,))) == ["no claim gets a verdict with 1 seed: a verdict needs 5"]
     nats = replace(CONFIG, claims=(replace(GAINS, measure="log_pz"),))
-    assert "unknown without a pilot" in describe_power(nats)[1]
+    assert "unknown without a pilot" in power(nats)[1]
 
 
 def test_a_pilot_gives_the_standard_deviation_over_seeds() -> None:
@@ -234,11 +217,19 @@ def test_a_pilot_gives_the_standard_deviation_over_seeds() -> None:
             "student": "a",
             "treatment": "source a",
             "seed": seed,
+            "tasks": TASKS,
             "measures": {"accuracy": {"change": {"value": change}}},
         }
         for seed, change in changes.items()
     ]
-    (_, line, _) = describe_power(CONFIG, {"cells": cells, "interaction": None})
+    harmful = [
+        cell | {"treatment": "shuffled", "measures": {"accuracy": {"change": {"value": -0.002}}}} for cell in cells
+    ]
+    harmful[0]["measures"] = {"accuracy": {"change": {"value": -0.004}}}
+    config = replace(CONFIG, negative_controls=("shuffled",))
+    (_, line, keeps) = power(config, {"cells": [*cells, *harmful], "relations": None})
+    passes = seeds_power(0.008 / 3, float(np.std([0.004, 0.002, 0.002], ddof=1)), 5, 0.025)
+    assert f"times {100 * passes:.0f} % that its negative_controls lower the measure" in keeps
     assert "with a standard deviation of 0.4 points (measured)" in line
-    best, worst = (100 * minimum_detectable_effect(0.004, 5, level) for level in (0.05, 0.025))
+    best, worst = (100 * minimum_detectable_effect(0.004, 5, level) for level in (0.025, 0.0125))
     assert f"80 % for a change of {best:.3g} points at best, {worst:.3g} points at worst" in line

@@ -37,10 +37,12 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.evals import embed_texts, held_out_half, sequences_fingerprint
 from jax_selftrain.report import write_report
 from jax_selftrain.study import run_study
+from jax_selftrain.study.contrasts import Pairs
 from jax_selftrain.study.dag import Stage, is_done, run_all
 from jax_selftrain.study.design import Design, expand_revisions, make_design
 from jax_selftrain.study.proxies import hash_sample, task_questions
-from jax_selftrain.study.results import collect_study, interactions
+from jax_selftrain.study.registration import Registration
+from jax_selftrain.study.results import collect_study, relation_effects
 from jax_selftrain.study.run_study import check_study
 from jax_selftrain.study.stage_factory import StageFactory
 
@@ -295,7 +297,7 @@ def test_the_report_is_a_function_of_the_results(finished_study: Path, tmp_path:
     assert (tmp_path / "report.html").read_bytes() == (finished_study / "report.html").read_bytes()
     html = (tmp_path / "report.html").read_text()
     for words in (
-        "Home − away",
+        "self − other",
         "two generations",
         "What this cannot show",
         "own text keeps (primary)",
@@ -307,7 +309,7 @@ def test_the_report_is_a_function_of_the_results(finished_study: Path, tmp_path:
     ):
         assert words in html
     assert str(finished_study) not in html
-    assert (tmp_path / "tables" / "interaction.csv").exists()
+    assert (tmp_path / "tables" / "relations.csv").exists()
     assert (tmp_path / "figures" / "trajectories_llama.svg").exists()
 
 
@@ -506,7 +508,8 @@ def test_more_samples_extend_the_corpora(make: Make, tmp_path: Path):
 def test_the_results_may_be_of_one_split(finished_study: Path):
     config = yaml_io.load(StudyConfig, finished_study / "config.yaml")
     design = make_design(config)
-    parts = {split: collect_study(replace(config, split=split), design) for split in ("all", "dev", "test")}
+    declared = Registration((), (), (), config.seeds)
+    parts = {split: collect_study(replace(config, split=split), design, declared) for split in ("all", "dev", "test")}
     for whole, dev, test in zip(*(part["cells"] for part in parts.values()), strict=True):
         for one, few, many in zip(whole["tasks"], dev["tasks"], test["tasks"], strict=True):
             assert 0 < few["n"] < many["n"]
@@ -524,7 +527,7 @@ def test_a_dry_run_counts_and_writes_nothing(make: Make, tmp_path: Path, capsys:
     assert not (tmp_path / "out").exists()
 
 
-# ---------------------------------------------------------------- the interaction
+# ---------------------------------------------------------------- relations of source and student
 
 
 def simulate_cells(effect: Callable[[str, str], float]) -> list[dict[str, Any]]:
@@ -534,32 +537,59 @@ def simulate_cells(effect: Callable[[str, str], float]) -> list[dict[str, Any]]:
             "source": source,
             "treatment": f"source {source}",
             "seed": seed,
+            "tasks": [{"n": 1000, "chance": 0.0, "not_eligible": None}],
             "measures": {"accuracy": {"change": {"value": effect(student, source) + 0.001 * seed}}},
         }
         for seed in range(3)
         for student in "AB"
-        for source in "AB"
+        for source in "ABC"
     ]
 
 
-def test_a_bad_source_is_no_interaction_and_an_incompatible_one_is():
-    lineage = {"A": "A", "B": "B"}
-    bad = interactions(simulate_cells(lambda _, source: -0.1 if source == "B" else 0.0), lineage)
-    incompatible = interactions(simulate_cells(lambda student, source: 0.0 if student == source else -0.1), lineage)
-    assert bad is not None
-    assert incompatible is not None
-    assert bad["measures"]["accuracy"]["contrast"]["value"] == pytest.approx(0.0, abs=1e-12)
-    assert incompatible["measures"]["accuracy"]["contrast"]["value"] == pytest.approx(0.1)
-    assert interactions(simulate_cells(lambda *_: 0.0), {"A": "A", "B": "A"}) is None  # one lineage: no source is away
-    cells = simulate_cells(lambda student, source: 0.0 if student == source else -0.1)
-    third = [
-        {**cell, "source": "C", "treatment": "source C"} for cell in cells if cell["student"] == cell["source"] == "A"
-    ]
-    incomplete = interactions([*cells, *third], {**lineage, "C": "A"})  # C, kin of A, is a source of A alone
-    assert incomplete is not None
-    assert incomplete["measures"]["accuracy"]["contrast"]["value"] == pytest.approx(0.1)
-    one_sided = [cell for cell in cells if (cell["student"], cell["source"]) != ("A", "B")]
-    assert interactions(one_sided, lineage) is None  # A has no source of another lineage
+def estimate_relations(cells: list[dict[str, Any]], stronger: Pairs = (), **models: str) -> dict[str, float]:
+    """Return the differences of relations of all students; models have `LINEAGE/FAMILY`."""
+    described = {
+        name: ModelConfig(name, name, lineage=lineage, family=family)
+        for name, value in models.items()
+        for lineage, _, family in [value.partition("/")]
+    }
+    pairs = list(dict.fromkeys((cell["student"], cell["source"]) for cell in cells))
+    found = relation_effects(cells, described, pairs, stronger, {}) or {"contrasts": ()}
+    for one in found["contrasts"]:
+        assert max(map(abs, one["sources"].values())) < 1e-12
+    return {
+        one["contrast"]: one["measures"]["accuracy"]["contrast"]["value"]
+        for one in found["contrasts"]
+        if not one["student"]
+    }
+
+
+def test_a_bad_source_is_no_relation_and_an_incompatible_one_is():
+    """C is no student's own; it is bad for all, and does not move the difference."""
+    models = {"A": "A", "B": "B", "C": "C"}
+    bad = estimate_relations(simulate_cells(lambda _, source: -0.1 if source in "BC" else 0.0), **models)
+    assert bad == pytest.approx({"self - other": 0.0}, abs=1e-12)
+    incompatible = estimate_relations(simulate_cells(lambda *pair: 0.0 if pair[0] == pair[1] else -0.1), **models)
+    assert incompatible == pytest.approx({"self - other": 0.1})
+    one_student = [cell for cell in simulate_cells(lambda *_: 0.0) if cell["student"] == "A"]
+    assert estimate_relations(one_student, **models) == {}  # text that suits A, or better text
+
+
+def test_own_text_is_not_its_lineages():
+    """Own text is better by 3, its lineage's by 1, and a stronger model's by 0.5 than cross-family text."""
+    gains = {"self": 0.03, "same lineage": 0.01, "stronger other": 0.005, "cross family": 0.0}
+    relations = {"AA": "self", "BB": "self", "AC": "same lineage", "BC": "stronger other", "AB": "cross family"}
+    relations["BA"] = "cross family"
+    cells = simulate_cells(lambda student, source: gains[relations[student + source]] - 0.2 * (source == "C"))
+    models = {"A": "A/x", "C": "A", "B": "B/y"}
+    found = estimate_relations(cells, [("B", "C")], **models)
+    separable = {"same lineage - stronger other": 0.005, "self - cross family": 0.03}
+    assert found == pytest.approx(separable)  # how good the text of C is, is not known apart from its relations
+    relations |= {"BC": "cross family"}  # C has a family now
+    cells = simulate_cells(lambda student, source: gains[relations[student + source]] - 0.2 * (source == "C"))
+    assert estimate_relations(cells, **models | {"C": "A/x"}) == pytest.approx(
+        {"self - same lineage": 0.02, "same lineage - cross family": 0.01, "self - cross family": 0.03}
+    )
 
 
 def test_proxies_equal_those_from_plain_logits(finished_study: Path):

@@ -113,6 +113,7 @@ def _prepare_study(out: Path, scale: MicroScale, seeds: Sequence[int]) -> StudyC
             name=model.name,
             model=str(out / "bases" / bases[model.name][-1].name),
             lineage="C" if model.family == "llama" else model.worlds,
+            family=model.family,
             data=" and ".join(f"world {world}" for world in model.worlds),
             data_order=f"seed {model.seed}",
             initialization=f"seed {model.seed}",

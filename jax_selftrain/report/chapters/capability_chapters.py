@@ -115,17 +115,24 @@ def write_source_matrix(results: Results) -> Chapter | None:
     entries = {f"{one['student']}, {one['treatment']}": one["measures"][main] for one in matrix}
     figure = figures.plot_effects("matrix", entries, main)
     chapter.add_figure(figure, "Mean over seeds with its 95 % interval (Student's t); a dot for each seed.")
-    if results["interaction"] is None:
-        chapter.add_note(fmt.NOTES["no_interaction"])
-    else:
+    chapter.add_note(fmt.NOTES["relations" if results["relations"] else "no_relations"])
+    if results["relations"]:
         columns = [
+            Column("contrast", "relation of source and student", convert=fmt.format_contrast),
+            Column("student", convert=lambda student: student or "all"),
             Column("measure", convert=fmt.format_measure),
-            Column("contrast", "home − away", signed=True, measure="*"),
+            Column("estimate", "difference", signed=True, measure="*"),
             Column("seeds"),
         ]
-        found = results["interaction"]["measures"]
-        records = [{"measure": name, **found[name]} for name in found if is_primary_format(name)]
-        chapter.add_table(Table("interaction", "Home − away, averaged over students", columns, records))
+        records = [
+            {**one, "measure": name, "estimate": found["contrast"], "seeds": found["seeds"]}
+            for one in results["relations"]["contrasts"]
+            for name, found in one["measures"].items()
+            if is_primary_format(name)
+        ]
+        chapter.add_table(Table("relations", "Differences between relations of source and student", columns, records))
+        if alone := results["relations"]["unrelated_sources"]:
+            chapter.add_note(fmt.NOTES["unrelated_sources"].format(sources=", ".join(alone)))
     columns = [*make_columns("student", "source", "seeds"), *fmt.make_change_columns(names)]
     chapter.add_table(Table("matrix", "Change of each student, by source", columns, matrix))
     return chapter
