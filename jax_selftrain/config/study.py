@@ -98,6 +98,8 @@ class ModelConfig:
     """Models of one lineage were pre-trained alike (`contrasts`); unset: its name."""
     family: str = ""
     """Models of different families have different architectures and tokenizers, as Llama and Qwen; unset: unknown."""
+    damage_text: str = ""
+    """Text of `score.texts` like its pre-training data, whose bits per byte measure damage; unset: the only text."""
     data: str = ""
     """Pre-training data, for the design table, as are the following options."""
     data_order: str = ""

@@ -70,14 +70,26 @@ def extraction_measures(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def cell_extraction(config: StudyConfig, design: Design, cell: StudyCell) -> dict[str, Any]:
-    """Return `extraction`, `probes`, `fragility` of a cell, `identical`, and `items`: their changes."""
+    """Return `extraction`, `probes`, `fragility` of a cell, `identical`.
+
+    Further `items`, the changes of its sequences, and `own_classes`, their overlap classes by its corpus. A student
+    without a corpus gets the classes of the self-trained student of its seed.
+    """
     if cell.extract is None:
-        return {"extraction": None, "probes": {}, "fragility": None, "identical": True, "items": {}}
+        return {
+            "extraction": None,
+            "probes": {},
+            "fragility": None,
+            "identical": True,
+            "items": {},
+            "own_classes": None,
+        }
     before, after = _read_pair(design, design.extract_base[cell.student], cell.extract)
     window, n = evals.make_window(config.extract), before["sequence"].size
     parts: dict[str, Any] = {"all": slice(None)}
-    if "class" in after:
-        parts |= {name: after["class"] == name for name in CLASSES}
+    classes = after.get("class", _self_trained_classes(design, cell))
+    if classes is not None:
+        parts |= {name: classes == name for name in CLASSES}
     if any(arm.kind == "decontaminated" for arm in config.arms):
         fingerprint = evals.sequences_fingerprint(config.extract.sequences)
         parts[names.HELD_OUT] = evals.held_out_half(fingerprint, before["index"])
@@ -120,7 +132,17 @@ def cell_extraction(config: StudyConfig, design: Design, cell: StudyCell) -> dic
             "log_pz": [after["logprob"] - before["logprob"]],
             "pz": [np.exp(after["logprob"]) - np.exp(before["logprob"])],
         },
+        "own_classes": after.get("class"),
     }
+
+
+def _self_trained_classes(design: Design, cell: StudyCell) -> np.ndarray | None:
+    """Return the overlap classes by the corpus of self-training."""
+    for other in design.cells:
+        is_own = other.treatment == f"{names.MAIN_EFFECT}{cell.student}"
+        if is_own and (other.student, other.seed) == (cell.student, cell.seed) and other.extract is not None:
+            return _read_table(design, other.extract).get("class")
+    return None
 
 
 def duplicate_groups(config: ExtractConfig, n: int) -> list[str]:

@@ -43,11 +43,6 @@ def main_measure(results: Mapping[str, Any]) -> str:
     return "accuracy" if "accuracy" in names else (texts or names)[0]
 
 
-def reference_text(levels: Mapping[str, float]) -> str | None:
-    """Return the text with the lowest level, for measuring damage."""
-    return min((name for name in levels if name.startswith("text/")), key=lambda name: levels[name], default=None)
-
-
 def is_primary_format(measure: str) -> bool:
     """Return True unless the measure is of some sequences or tasks."""
     return not measure.startswith(("exact_match/", "log_pz/", "pz/", "log_odds/"))

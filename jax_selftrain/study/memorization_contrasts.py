@@ -1,9 +1,9 @@
 """Contrasts that separate forgetting from damage, and being seen from selection (docs/study.md).
 
-Any change of the weights breaks some greedy reproductions. Forgetting is a larger loss than that of controls with as
-much damage: weight noise (`judge_decoupling`), or the base's own greedy continuations of text that no model was trained
-on, which it reproduces by construction (`compare_with_matched`). A model emits what it memorized best, so seen −
-held-out within one student is confounded by selection. `swap_effect` compares every sequence with itself.
+Any change of the weights breaks some greedy reproductions. Forgetting is a larger loss than that of controls: weight
+noise of equal damage (`judge_decoupling`), or the base's own greedy continuations of text that no model was trained on,
+which it reproduces by construction (`compare_with_matched`). A model emits what it memorized best, so seen − held-out
+within one student is confounded by selection. `swap_effect` compares every sequence with itself.
 """
 
 import itertools
@@ -23,8 +23,10 @@ from jax_selftrain.io import atomic
 from jax_selftrain.sampling import SamplingParams, generate
 from jax_selftrain.stats import estimators
 from jax_selftrain.stats.estimators import Effect, Estimate
-from jax_selftrain.stats.noninferiority import ALPHA, HEADLINE
-from jax_selftrain.study.measure_names import Cells, group_cells, reference_text
+from jax_selftrain.stats.noninferiority import HEADLINE
+from jax_selftrain.study.contrasts import ItemChanges, contrast_effect
+from jax_selftrain.study.measure_names import Cells, group_cells
+from jax_selftrain.study.preregistration import VERDICT_ALPHA
 
 CONTINUATIONS = "continuations.npy"
 CALIPER = 0.25
@@ -33,60 +35,138 @@ MIN_SEQUENCES = 50
 """Minimum number of sequences for a matched comparison, and for an interval of the swap estimator."""
 DECOUPLED, NOT_SHOWN, NOT_TESTED = "decoupled", "not shown", "not tested"
 FAILURES = {
-    "exact_match": "exact match is not below the control's",
-    "pz": "mean p_z is not below the control's",
-    "pz_change": "mean p_z has not fallen",
+    "accuracy": "capability is not shown to be preserved within 1 point",
+    "exact_match": "held-out exact match is not below the control's",
+    "pz": "held-out mean p_z is not below the control's",
+    "pz_change": "held-out mean p_z has not fallen",
 }
-"""The three differences, and the reason if one is not below zero."""
+"""The four conditions, and the reason if one is not shown."""
+MARGIN = 0.01
+"""Largest loss of chance-normalized accuracy that counts as preserved."""
+DAMAGE_RATIO = 1.25
+"""Largest ratio of the damage of a control to that of the student, either way."""
+BRACKET_RATIO = 5.0
+"""Largest ratio of the damages of two controls between which a control of equal damage is interpolated."""
 ROUNDING = 1e-12
 """A change of this size is none."""
 
 Arrays = Mapping[str, np.ndarray]
+_Key = tuple[str, str, int]
 
 
-def judge_decoupling(cells: Cells, controls: Sequence[str]) -> list[dict[str, Any]]:
-    """Judge every student and treatment: verdict, reason and three differences.
+def judge_decoupling(
+    cells: Cells,
+    controls: Sequence[str],
+    damage_texts: Mapping[str, str],
+    items: ItemChanges,
+    classes: Mapping[tuple[str, str, int], np.ndarray],
+) -> list[dict[str, Any]]:
+    """Judge every student and treatment: verdict, reason and four differences.
 
-    For each seed, the control is the arm in `controls` (of kind `noise`) with the smallest loss on held-out text that
-    is not below the student's. A student is **decoupled** if over seeds (one-sided t, each at .05) exact match and mean
-    p_z are below the control's and mean p_z has fallen. The loss is that of the text that the base predicts best.
+    A student is **decoupled** if its capability is preserved, held-out exact match and mean p_z are below those of
+    weight noise of equal damage, and held-out mean p_z has fallen (each at .025). Held-out sequences are those that its
+    corpus does not contain; the controls are measured on the same ones. For each seed, the control is the arm whose
+    damage is that of the student within a ratio of 1.25, or is interpolated between two arms.
+
+    Args:
+      cells: of all students.
+      controls: names of the arms of kind `noise`.
+      damage_texts: by student, the text whose bits per byte measure damage; empty: unknown.
+      items: changes of exact match and p_z of every sequence.
+      classes: overlap class of every sequence, of the cells with a corpus.
     """
     found = []
     for (student, treatment), members in group_cells(cells).items():
         if treatment not in controls:
             noisy = [cell for cell in cells if cell["student"] == student and cell["treatment"] in controls]
-            verdict, reason, differences = _judge_cells(members, noisy)
+            verdict, reason, differences = _judge_cells(members, noisy, f"text/{damage_texts[student]}", items, classes)
             entry = {"student": student, "treatment": treatment, "verdict": verdict, "reason": reason}
             found.append({**entry, **dict.fromkeys(FAILURES), "controls": [], **differences})
     return found
 
 
-def _judge_cells(members: Cells, noisy: Cells) -> tuple[str, str, dict[str, Any]]:
-    loss = reference_text({name: measure["before"]["value"] for name, measure in members[0]["measures"].items()})
-    if loss is None or "exact_match" not in members[0]["measures"]:
-        return NOT_TESTED, "there is no held-out text or no extraction set.", {}
-    rows, chosen = [], []
-    for cell in members:
-        others = [one for one in noisy if one["seed"] == cell["seed"] and _after(one, loss) >= _after(cell, loss)]
-        if not others:
-            return NOT_TESTED, f"no control is as damaged as the student of seed {cell['seed']}.", {}
-        control = min(others, key=lambda one: _after(one, loss))
-        chosen.append(control["treatment"])
-        gaps = [_after(cell, name) - _after(control, name) for name in ("exact_match", "pz")]
-        rows.append([*gaps, cell["measures"]["pz"]["change"]["value"]])
-    effects = {name: estimators.mean_effect(gaps) for name, gaps in zip(FAILURES, zip(*rows, strict=True), strict=True)}
+def _judge_cells(
+    members: Cells,
+    noisy: Cells,
+    damage_text: str,
+    items: ItemChanges,
+    classes: Mapping[tuple[str, str, int], np.ndarray],
+) -> tuple[str, str, dict[str, Any]]:
+    measures = members[0]["measures"]
+    keys = [_cell_key(cell) for cell in members]
+    problems = {
+        "there is no extraction set.": "exact_match" not in measures,
+        "the text that measures damage is not known: set `damage_text`.": damage_text not in measures,
+        "there is no eligible task to show that capability is preserved.": "accuracy" not in measures,
+        "it has no corpus, so no sequence is held out.": any(key not in classes for key in keys),
+    }
+    for problem, is_present in problems.items():
+        if is_present:
+            return NOT_TESTED, problem, {}
+    rows, chosen, fewest = [], [], math.inf
+    for cell, key in zip(members, keys, strict=True):
+        damage = _damage(cell, damage_text)
+        others = {_cell_key(one): _damage(one, damage_text) for one in noisy if one["seed"] == cell["seed"]}
+        weights, held_out = match_damage(damage, others), classes[key] == "held_out"
+        if not weights or not held_out.any():
+            problem = "has no control of equal damage" if held_out.any() else "has no held-out sequence"
+            return NOT_TESTED, f"the student of seed {cell['seed']} {problem}.", {}
+        chosen += [treatment for _, treatment, _ in weights]
+        fewest = min(fewest, int(held_out.sum()))
+        after = {name: items[key][name][0][held_out].mean() for name in ("exact_match", "pz")}
+        gaps = [
+            after[name] - sum(weight * items[one][name][0][held_out].mean() for one, weight in weights.items())
+            for name in after
+        ]
+        rows.append([*gaps, after["pz"]])
+    names = [name for name in FAILURES if name != "accuracy"]
+    effects = {
+        name: estimators.mean_effect(gaps, math.sqrt(2) / fewest if name == "exact_match" else 0.0)
+        for name, gaps in zip(names, zip(*rows, strict=True), strict=True)
+    }
+    accuracy = contrast_effect(members, {keys[0][:2]: 1.0}, "accuracy", items)
+    assert accuracy is not None
     found: dict[str, Any] = {name: asdict(effect.estimate()) for name, effect in effects.items()}
-    found["controls"] = list(dict.fromkeys(chosen))
+    found |= {"accuracy": asdict(accuracy.estimate()), "controls": list(dict.fromkeys(chosen))}
     if len(members) < HEADLINE:
         return NOT_TESTED, f"{len(members)} seed{'s' * (len(members) > 1)}; a verdict needs {HEADLINE}.", found
-    failed = [FAILURES[name] for name, effect in effects.items() if effect.p_less(-ROUNDING) > ALPHA]
+    p_values = {"accuracy": accuracy.p_greater(-MARGIN)} | {
+        name: one.p_less(-ROUNDING) for name, one in effects.items()
+    }
+    failed = [words for name, words in FAILURES.items() if p_values[name] > VERDICT_ALPHA]
     if failed:
         return NOT_SHOWN, f"{' and '.join(failed)}.", found
-    return DECOUPLED, "extraction is below the controls at no less damage, and p_z falls.", found
+    return DECOUPLED, "capability is preserved, and held-out text is lost that equal damage does not take.", found
 
 
-def _after(cell: Mapping[str, Any], measure: str) -> float:
-    return float(cell["measures"][measure]["after"]["value"])
+def match_damage(damage: float, controls: Mapping[_Key, float]) -> dict[_Key, float]:
+    """Return the weights of the controls whose changes sum to this damage.
+
+    The nearest control within `DAMAGE_RATIO`, times the rest of the ratio: a student with 10 % more damage than its
+    control would otherwise be called decoupled for it. Else the two nearest ones, below and above, within
+    `BRACKET_RATIO` of each other. Empty if there are none, or without damage.
+    """
+    ratios = {one: other / damage for one, other in controls.items() if other > 0} if damage > 0 else {}
+    nearest = min(ratios, key=lambda one: abs(math.log(ratios[one])), default=None)
+    if nearest is None:
+        return {}
+    if 1 / DAMAGE_RATIO <= ratios[nearest] <= DAMAGE_RATIO:
+        return {nearest: 1 / ratios[nearest]}
+    below = max((one for one in ratios if ratios[one] < 1), key=lambda one: ratios[one], default=None)
+    above = min((one for one in ratios if ratios[one] > 1), key=lambda one: ratios[one], default=None)
+    if below is None or above is None or ratios[above] > BRACKET_RATIO * ratios[below]:
+        return {}
+    share = (1 - ratios[below]) / (ratios[above] - ratios[below])
+    return {below: 1 - share, above: share}
+
+
+def _cell_key(cell: Mapping[str, Any]) -> _Key:
+    return cell["student"], cell["treatment"], cell["seed"]
+
+
+def _damage(cell: Mapping[str, Any], text: str) -> float:
+    """Return the rise of bits per byte."""
+    return float(cell["measures"][text]["change"]["value"]) if text in cell["measures"] else 0.0
 
 
 def swap_effect(outcomes: Sequence[np.ndarray], groups: Sequence[np.ndarray]) -> Estimate | None:

@@ -59,7 +59,12 @@ def collect_study(config: StudyConfig, design: Design, registration: Registratio
     }
     corpora = _describe_corpora(design, proxies.task_questions(config.score))
     items: dict[tuple[str, str, int], dict[str, list[np.ndarray]]] = {}
-    cells = [_describe_cell(config, design, bases, corpora, cell, items) for cell in design.cells]
+    classes: dict[tuple[str, str, int], np.ndarray] = {}
+    cells = [_describe_cell(config, design, bases, corpora, cell, items, classes) for cell in design.cells]
+    texts = [name.removeprefix("text/") for name in names.common_measures(cells) if name.startswith("text/")]
+    only = texts[0] if len(texts) == 1 else ""
+    damage_texts = {name: design.models[name].damage_text or only for name in design.students}
+    noise = [arm.name for arm in config.arms if arm.kind == "noise"]
     stronger = [pair for pair in design.pairs if _is_stronger(bases, *pair)]
     claims = [*config.claims, *registration.withdrawn]
     claimed = claim_contrasts(claims, design.models, design.pairs, stronger)
@@ -88,7 +93,8 @@ def collect_study(config: StudyConfig, design: Design, registration: Registratio
         "decontamination": extraction_results.decontamination_effect(config, cells),
         "fragility": extraction_results.fragility(cells),
         "aa_repeats": extraction_results.aa_flip_rate(design),
-        "decoupling": judge_decoupling(cells, [arm.name for arm in config.arms if arm.kind == "noise"]),
+        "damage_texts": damage_texts,
+        "decoupling": judge_decoupling(cells, noise, damage_texts, items, classes),
         "proxies": _relate_proxies(cells, design, bases),
         "corpora": corpora,
         "stages": [{"label": stage.label, "key": stage.key} for stage in design.ordered_stages],
@@ -159,8 +165,9 @@ def _describe_cell(
     corpora: Mapping[str, Mapping[str, Any]],
     cell: StudyCell,
     items: dict[tuple[str, str, int], dict[str, list[np.ndarray]]],
+    classes: dict[tuple[str, str, int], np.ndarray],
 ) -> dict[str, Any]:
-    """Describe a cell; add the changes of its items to `items`."""
+    """Describe a cell; add to `items` and `classes`."""
     pairs: dict[str, Pair] = {}
     scored: ScoreResult | None = None
     if cell.score:
@@ -168,7 +175,11 @@ def _describe_cell(
         pairs = paired_results.pair_results(bases[cell.student], scored)
     extracted = extraction_results.cell_extraction(config, design, cell)
     changes = paired_results.item_changes(list(pairs.values()), config.split) | extracted.pop("items")
-    items[cell.student, cell.treatment, cell.seed] = changes
+    key = cell.student, cell.treatment, cell.seed
+    items[key] = changes
+    own_classes = extracted.pop("own_classes")
+    if own_classes is not None:
+        classes[key] = own_classes
     found: dict[str, Any] = {
         **{name: getattr(cell, name) for name in ("student", "treatment", "source", "seed")},
         "corpus": cell.corpus and cell.corpus.key,

@@ -240,9 +240,9 @@ def check_study(config: StudyConfig, read_corpus: Callable[[str], Corpus] = open
     check_claims(config)
     if config.subset.tokens or config.subset.bytes:
         check_subset(config.subset)
-    score = config.score
+    score, audit = config.score, config.decontaminate
     texts = evals.load_texts(score.texts, score.text_limit)
-    audit = config.decontaminate
+    _check_known("models: damage_text", filter(None, (m.damage_text for m in config.models)), [t.name for t in texts])
     for options, limit, loaded in ((score, score.limit, texts), (audit, None, evals.load_texts(audit.texts))):
         files, names = split_names(options.tasks)
         loaded = [*evals.load_tasks(files, limit), *loaded]

@@ -114,7 +114,14 @@ def test_the_crossover_study_ends_with_a_report(tmp_path: Path) -> None:
     results = atomic.read_json(tmp_path / "out" / "results.json")
     assert {cell["treatment"] for cell in results["cells"]} == {
         *("source A1", "source C1"),
-        *("learning rate 0", "shuffled tokens", "weight noise", "weight noise ×4", "real text of world A"),
+        *(
+            "learning rate 0",
+            "shuffled tokens",
+            "weight noise",
+            "weight noise ×2",
+            "weight noise ×4",
+            "real text of world A",
+        ),
     }
     assert [one["name"] for one in results["claims"]] == [claim.name for claim in CROSSOVER_SCALE.study.claims]
     levels = {(one["verdict"], one["evidence_level"]) for one in results["claims"]}

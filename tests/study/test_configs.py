@@ -133,7 +133,7 @@ def count_stages(printed: str) -> dict[str, int]:
 @pytest.mark.xdist_group("plans")  # one worker builds the index of harness tasks
 def test_the_paper_is_planned_from_configs_and_tokenizers_alone(plan: Callable[[str], str]) -> None:
     printed = plan("study-paper")
-    assert "150 cells" in printed  # (2 students × (4 sources + 10 arms) + 2 starts) × 5 seeds
+    assert "170 cells" in printed  # (2 students × (4 sources + 12 arms) + 2 starts) × 5 seeds
     # Each seed draws its subset from shared samples: 4 sources, 4 further temperatures of both students, 2 starts.
     counts = count_stages(printed)
     assert (counts["sample"], counts["decontaminate_tasks"], counts["subset"]) == (14, 14, 70)

@@ -114,6 +114,7 @@ def _prepare_study(out: Path, scale: MicroScale, seeds: Sequence[int]) -> StudyC
             model=str(out / "bases" / bases[model.name][-1].name),
             lineage="C" if model.family == "llama" else model.worlds,
             family=model.family,
+            damage_text=f"heldout_{model.worlds[0]}",
             data=" and ".join(f"world {world}" for world in model.worlds),
             data_order=f"seed {model.seed}",
             initialization=f"seed {model.seed}",

@@ -8,7 +8,7 @@ from jax_selftrain.report import formatting as fmt
 from jax_selftrain.report.formatting import Chapter, Column, Record, Records, Results, Table, make_columns
 from jax_selftrain.stats import estimators
 from jax_selftrain.study import measure_names
-from jax_selftrain.study.measure_names import HELD_OUT, common_measures, display_scale, is_secondary, reference_text
+from jax_selftrain.study.measure_names import HELD_OUT, common_measures, display_scale, is_secondary
 
 CLASSES = {"all": "all sequences", "held_out": "held-out", "partial": "partial", "seen": "seen", HELD_OUT: "H"}
 MEASURES: dict[str, tuple[str, int, float]] = {
@@ -30,9 +30,10 @@ DECOUPLING_TABLES: dict[str, tuple[str, list[Column]]] = {
         "Selective forgetting or general damage",
         [
             *make_columns("student", "treatment", "verdict", "reason", "controls"),
-            Column("exact_match", "exact match (points) − control", 2, signed=True, measure="exact_match"),
-            Column("pz", "mean p_z (points) − control", 2, signed=True, measure="pz"),
-            Column("pz_change", "change: mean p_z (points)", 2, signed=True, measure="pz"),
+            Column("accuracy", "change: accuracy (points)", 2, signed=True, measure="accuracy"),
+            Column("exact_match", "held-out exact match (points) − control", 2, signed=True, measure="exact_match"),
+            Column("pz", "held-out mean p_z (points) − control", 2, signed=True, measure="pz"),
+            Column("pz_change", "change: held-out mean p_z (points)", 2, signed=True, measure="pz"),
         ],
     ),
     "fragility": (
@@ -89,8 +90,9 @@ def write_decoupling(results: Results) -> Chapter | None:
     chapter = Chapter("Memorization against damage")
     for student in results["design"]["students"]:
         effects, cells = ([o for o in results[key] if o["student"] == student] for key in ("effects", "cells"))
-        if len(effects) > 1:
-            _add_damage(chapter, student, effects)
+        loss = f"text/{results['damage_texts'][student]}"
+        if len(effects) > 1 and loss in effects[0]["measures"]:
+            _add_damage(chapter, student, effects, loss)
         _add_trajectories(chapter, student, cells)
     if not chapter.figures:
         return None
@@ -100,10 +102,9 @@ def write_decoupling(results: Results) -> Chapter | None:
     return chapter
 
 
-def _add_damage(chapter: Chapter, student: str, effects: Records) -> None:
+def _add_damage(chapter: Chapter, student: str, effects: Records, loss: str) -> None:
     measures = effects[0]["measures"]
     base = {name: entry["before"] for name, entry in measures.items()}
-    loss = reference_text(base) or ""
     levels = {
         one["treatment"]: {name: entry["before"] + entry["change"]["value"] for name, entry in one["measures"].items()}
         for one in effects
