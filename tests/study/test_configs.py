@@ -155,8 +155,8 @@ def test_the_paper_is_planned_from_configs_and_tokenizers_alone(plan: Callable[[
     [
         ("paper-qwen2.5-0.5b", 3 * 2, {"score": 1 + 3 * 2, "sample": 1}),
         ("paper-llama-3.2-1b", 3 * 2, {"score": 1 + 3 * 2, "sample": 1}),
-        # Six models, each with own text and ten arms; the samples are those of own text.
-        ("study-pythia-memorization", 5 * 6 * 11, {"sample": 5 * 6, "decontaminate": 5 * 6, "noise": 5 * 6 * 3}),
+        # Six models, each with own text and twelve arms; the samples are those of own text.
+        ("study-pythia-memorization", 5 * 6 * 13, {"sample": 5 * 6, "decontaminate": 5 * 6, "noise": 5 * 6 * 5}),
     ],
 )
 def test_other_studies_of_the_paper_are_planned(
