@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jax_selftrain.config import ArmConfig, ClaimConfig, StudyConfig
+from jax_selftrain.config import ArmConfig, ClaimConfig, ModelConfig, ScoreConfig, StudyConfig
 
 SEEDS = tuple(range(100, 105))
 WOBBLE = (0.001, -0.002, 0.0015, 0.0, -0.0005)
@@ -18,6 +18,8 @@ def make_study(*claims: ClaimConfig, **changes: Any) -> StudyConfig:
         "arms": (ArmConfig("real"), ArmConfig("shuffled")),
         "positive_controls": ("real",),
         "negative_controls": ("shuffled",),
+        "models": (ModelConfig("A", "A"),),
+        "score": ScoreConfig(tasks=("tasks.jsonl",)),
     }
     return StudyConfig(**options | changes)
 

@@ -66,7 +66,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
 
 def _score(config: ScoreConfig, mesh: Mesh) -> dict[str, Any]:
     started = time.monotonic()
-    references, names = split_names(config.tasks)
+    references, names = split_names(config.tasks, config)
     tasks = [*load_tasks(references, config.limit), *load_texts(config.texts, config.text_limit)]
     files = paths_by_name(tasks)
     named_tasks = None

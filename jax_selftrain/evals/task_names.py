@@ -7,6 +7,7 @@ or of one of our suites. `NAME@25` has 25 few-shot examples.
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jax_selftrain.errors import InputError
 
@@ -25,14 +26,18 @@ arXiv:2605.31126 (zero-shot, and with few-shot examples)."""
 _FILES = (".jsonl", ".json", ".yaml", ".yml", ".lst", ".parquet")
 
 
-def split_names(references: Sequence[str]) -> tuple[list[str], dict[str, int | None]]:
+def split_names(references: Sequence[str], options: Any = None) -> tuple[list[str], dict[str, int | None]]:
     """Split the values of `--tasks` into paths and names; expand suites.
+
+    Args:
+      references: values of `--tasks`.
+      options: the other options of the command; those that apply to names only are refused without names.
 
     Returns:
       Paths; and names with their number of few-shot examples (`NAME@25`), or None.
 
     Raises:
-      InputError: the number is not a number, or a task is requested with two numbers.
+      InputError: the number is not a number, a task is requested with two numbers, or an option applies to no task.
     """
     files: list[str] = []
     names: dict[str, int | None] = {}
@@ -53,6 +58,10 @@ def split_names(references: Sequence[str]) -> tuple[list[str], dict[str, int | N
                     f"task {name} is requested with {one} and with {other} few-shot examples; score it twice, with one "
                     "number each"
                 )
+    for option in () if names else ("num_fewshot", "task_folder"):
+        if getattr(options, option, None):
+            flag = f"--{option.replace('_', '-')}"
+            raise InputError(f"{flag} applies to tasks of lm-evaluation-harness by name; remove it")
     return files, names
 
 

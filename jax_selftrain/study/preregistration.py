@@ -12,13 +12,15 @@ level among the primary claims: a claim is tested at a fraction of the level at 
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
 
-from jax_selftrain.config import ClaimConfig, ModelConfig, StudyConfig, yaml_io
+from jax_selftrain.config import ArmConfig, ClaimConfig, ModelConfig, StudyConfig, yaml_io
+from jax_selftrain.config.yaml_io import did_you_mean
 from jax_selftrain.errors import InputError
+from jax_selftrain.evals.extraction import CLASSES
 from jax_selftrain.stats import noninferiority
 from jax_selftrain.stats.estimators import Effect
 from jax_selftrain.stats.noninferiority import HEADLINE, minimum_detectable_effect, power
@@ -30,7 +32,8 @@ from jax_selftrain.study.contrasts import (
     parse_contrast,
     relation_contrast,
 )
-from jax_selftrain.study.measure_names import Cells, display_scale
+from jax_selftrain.study.measure_names import AFTER_RELEARNING, FORMATTED, HELD_OUT, MAIN_EFFECT, Cells, display_scale
+from jax_selftrain.study.proxies import SOURCES_FOR_ABSENCE
 from jax_selftrain.study.registration import PILOT_SEEDS, Registration
 
 VERDICT_ALPHA = 0.025
@@ -56,8 +59,47 @@ def check_claims(config: StudyConfig) -> None:
             "`margin` is required for direction `preserves`, and for no other": preserves != (claim.margin is not None),
         }
         refuse_first(f"claims: {claim.name}", problems)
+        refuse_first(f"claims: {claim.name}", _untestable(config, claim))
     if sum(claim.primary for claim in config.claims) > PRIMARY_FAMILY:
         raise InputError(f"claims: at most {PRIMARY_FAMILY} can be primary; set `primary: false` for the others")
+
+
+def _untestable(config: StudyConfig, claim: ClaimConfig) -> dict[str, bool]:
+    """Return reasons not to test a claim, and whether they hold."""
+    students = config.students or tuple(model.name for model in config.models)
+    sources, arms = config.sources or students, {arm.name: arm for arm in config.arms}
+    treatments = [f"{MAIN_EFFECT}{source}" for source in sources] + [*arms]
+    named = [one for one in (claim.treatment, claim.comparator) if one and parse_contrast(one) is None]
+    kind, _, part = claim.measure.partition("/")
+    memorization, is_probe = config.memorization, kind in ("exact_match", "log_pz", "pz")
+    formats = [f"{FORMATTED}{one.name}" for one in memorization.formats]
+    unclassed = [one for one in named if one in arms and arms[one].kind == "noise" and claim.student not in sources]
+    problems = {f"{one!r} is not a treatment{did_you_mean(one, treatments)}": one not in treatments for one in named}
+    return problems | {
+        f"{claim.student!r} is not a student": bool(claim.student) and claim.student not in students,
+        f"`{claim.measure}` needs extract.sequences": is_probe and not config.extract.sequences,
+        f"`{claim.measure}` needs score.tasks": kind in ("accuracy", "task", "log_odds") and not config.score.tasks,
+        f"`{claim.measure}` needs score.texts": kind == "text" and not config.score.texts,
+        f"`{claim.measure}` needs an arm of kind `decontaminated`": is_probe
+        and part == HELD_OUT
+        and all(arm.kind != "decontaminated" for arm in config.arms),
+        f"memorization.formats has no such format; it has {', '.join(formats) or 'none'}": part.startswith(FORMATTED)
+        and part not in formats,
+        f"`{claim.measure}` needs memorization.relearn_corpus": part == AFTER_RELEARNING
+        and not memorization.relearn_corpus,
+        "noise has no corpus: its sequences are classed by the student's own text, which is no source": is_probe
+        and part in CLASSES
+        and bool(unclassed),
+        "its two arms differ in more than one option": _count_differences(claim, arms) > 1,
+    }
+
+
+def _count_differences(claim: ClaimConfig, arms: Mapping[str, ArmConfig]) -> int:
+    """Count the options in which two arms of one kind differ."""
+    pair = [arms[name] for name in (claim.treatment, claim.comparator) if name in arms]
+    if len(pair) < 2 or pair[0].kind != pair[1].kind:
+        return 0
+    return sum(getattr(pair[0], field.name) != getattr(pair[1], field.name) for field in fields(ArmConfig)) - 1
 
 
 def refuse_first(where: str, problems: Mapping[str, bool]) -> None:
@@ -231,6 +273,7 @@ def describe_power(
         return ["no claims are declared: there will be no verdicts"]
     if seeds < HEADLINE:
         return [f"no claim gets a verdict with {seeds} seed{'s' * (seeds > 1)}: a verdict needs {HEADLINE}"]
+    sources = {source for _, source in pairs}
     lines = [
         f"power of one-sided tests over {seeds} seeds at {VERDICT_ALPHA:g}, with Holm's method for {primary} primary "
         "claims, on these items:"
@@ -251,6 +294,8 @@ def describe_power(
                 text = f"with a standard deviation of {_format_amount(stddev, claim)} ({source}), "
                 text += _describe_effects(claim, stddev, seeds, alpha) + gate
             lines.append(f"  {claim.name}: {text}")
+    if config.proxy_sample_size and 1 < len(sources) < SOURCES_FOR_ABSENCE:
+        lines.append(f"  proxies: {len(sources)} sources; that one is unrelated takes {SOURCES_FOR_ABSENCE}")
     return lines
 
 

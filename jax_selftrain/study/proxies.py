@@ -35,6 +35,8 @@ from jax_selftrain.study.measure_names import Cells
 NGRAM_LENGTH = 13
 MISSING = 0.3
 """Bound of the 90 % interval of a correlation that is called absent."""
+SOURCES_FOR_ABSENCE = 32
+"""Sources from which the interval of a correlation of zero is inside the bound."""
 PERMUTATIONS = 5_040
 """Number of permutations: all for up to seven sources, else random ones."""
 
@@ -166,7 +168,9 @@ def judge_relations(
     for name, values in proxies.items():
         whole = _permutation_test(values, mean)
         partial = whole if base_ability is None else _permutation_test(values, mean, base_ability)
-        others = (None, None) if self_mask is None else _permutation_test(np.where(self_mask, np.nan, values), mean)
+        others: tuple[float | None, float | None] = None, None
+        if self_mask is not None:  # an own gain would spoil the null distribution of the other cells
+            others = _permutation_test(np.where(self_mask, np.nan, values), np.where(self_mask, np.nan, mean))
         columns = {
             ("correlation", "p"): whole,
             ("partial", "p_partial"): partial,
@@ -182,7 +186,7 @@ def judge_relations(
     for one, adjusted in zip(testable, benjamini_hochberg([one["p"] for one in testable]), strict=True):
         one["p_adjusted"] = adjusted
     for one in found:
-        one["verdict"], one["reason"] = _judge(one)
+        one["verdict"], one["reason"] = _judge(one, has_own=self_mask is not None and bool(self_mask.any()))
     return found
 
 
@@ -278,16 +282,32 @@ def _selection_regret(promise: np.ndarray, gain: np.ndarray) -> tuple[float | No
     return float(np.mean(regret)), float(np.mean(random))
 
 
-def _judge(one: Mapping[str, Any]) -> tuple[str, str]:
+def _judge(one: Mapping[str, Any], *, has_own: bool) -> tuple[str, str]:
     if one["p_adjusted"] is None:
         return INCONCLUSIVE, "there are fewer than three sources, or nothing varies."
     if one["p_adjusted"] <= ALPHA:
-        if one["p_partial"] is not None and one["p_partial"] <= ALPHA:
-            return CONFIRMED, "it correlates with the gain, also at equal base ability of the sources."
-        return INCONCLUSIVE, "it correlates with the gain, but so does the base ability of the sources."
+        problems = {
+            "more of it goes with less gain.": one["correlation"] < 0,
+            "it correlates with the gain, but so does the base ability of the sources.": not _is_small(
+                one["p_partial"]
+            ),
+            "without the students' own texts it does not correlate with the gain.": has_own
+            and not (_is_small(one["p_without_own"]) and one["without_own"] > 0),
+        }
+        for problem, is_present in problems.items():
+            if is_present:
+                return INCONCLUSIVE, problem
+        return (
+            CONFIRMED,
+            "it correlates with the gain, also without own texts and at equal base ability of the sources.",
+        )
     if one["low"] is not None and one["low"] > -MISSING and one["high"] < MISSING:
         return REJECTED, f"the 90 % interval is inside ±{MISSING:g}."
     return INCONCLUSIVE, f"{one['sources']} sources are too few for this correlation."
+
+
+def _is_small(p: float | None) -> bool:
+    return p is not None and p <= ALPHA
 
 
 def cell_array(cells: Cells, students: Sequence[str], sources: Sequence[str], *path: str) -> np.ndarray:

@@ -244,7 +244,7 @@ def check_study(config: StudyConfig, read_corpus: Callable[[str], Corpus] = open
     texts = evals.load_texts(score.texts, score.text_limit)
     _check_known("models: damage_text", filter(None, (m.damage_text for m in config.models)), [t.name for t in texts])
     for options, limit, loaded in ((score, score.limit, texts), (audit, None, evals.load_texts(audit.texts))):
-        files, names = split_names(options.tasks)
+        files, names = split_names(options.tasks, options)
         loaded = [*evals.load_tasks(files, limit), *loaded]
         paths = evals.paths_by_name(loaded)
         for task in loaded if options is score else ():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from claims_factory import KEEPS, OWN, RAISES, SEEDS, TASKS, WOBBLE, make_cells, make_study
 
-from jax_selftrain.config import ClaimConfig, ModelConfig, StudyConfig
+from jax_selftrain.config import ArmConfig, ClaimConfig, ExtractConfig, ModelConfig, ScoreConfig, StudyConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.stats.noninferiority import minimum_detectable_effect
 from jax_selftrain.stats.noninferiority import power as seeds_power
@@ -23,6 +24,8 @@ from jax_selftrain.study.preregistration import (
     judge_claims,
 )
 from jax_selftrain.study.registration import Registration
+
+SEQUENCES = ExtractConfig(sequences="sequences.jsonl")
 
 
 def judge(config: StudyConfig, cells: list[dict[str, Any]], post_hoc: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -148,6 +151,50 @@ def test_false_positives_are_held_over_three_claims() -> None:
 
 
 # ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("claim", "changes", "message"),
+    [
+        (ClaimConfig("x", "reel", "A"), {}, "'reel' is not a treatment; did you mean `real`?"),
+        (ClaimConfig("x", "source B", "A"), {}, "'source B' is not a treatment"),
+        (ClaimConfig("x", OWN, "B"), {}, "'B' is not a student"),
+        (replace(RAISES, measure="exact_match"), {}, "needs extract.sequences"),
+        (RAISES, {"score": ScoreConfig(texts=("t.jsonl",))}, "`accuracy` needs score.tasks"),
+        (replace(RAISES, measure="text/t"), {}, "`text/t` needs score.texts"),
+        (replace(RAISES, measure="pz/H"), {"extract": SEQUENCES}, "needs an arm of kind `decontaminated`"),
+        (replace(RAISES, measure="log_pz/format x"), {"extract": SEQUENCES}, "has no such format; it has none"),
+        (replace(RAISES, measure="pz/after_relearning"), {"extract": SEQUENCES}, "needs memorization.relearn_corpus"),
+        (
+            ClaimConfig("x", "noise", "A", measure="pz/held_out"),
+            {
+                "extract": SEQUENCES,
+                "arms": (ArmConfig("noise", "noise"),),
+                "models": (ModelConfig("A", "A"), ModelConfig("B", "B")),
+                "sources": ("B",),
+            },
+            "noise has no corpus",
+        ),
+        (
+            ClaimConfig("x", "hot", "A", comparator="cold"),
+            {"arms": (ArmConfig("hot", temperature=1.5, epochs=10), ArmConfig("cold", temperature=0.7, epochs=1))},
+            "its two arms differ in more than one option",
+        ),
+    ],
+    ids=str,
+)
+def test_claims_that_cannot_be_tested_are_refused(claim: ClaimConfig, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        check_claims(make_study(claim, **changes))
+
+
+def test_held_out_sequences_of_noise_are_those_of_the_own_text() -> None:
+    arms = (ArmConfig("noise", "noise"), ArmConfig("hot", temperature=1.5), ArmConfig("cold", temperature=0.7))
+    for claim in (
+        ClaimConfig("x", OWN, "A", comparator="noise", measure="pz/held_out"),
+        ClaimConfig("y", "hot", "A", comparator="cold"),
+    ):
+        check_claims(make_study(claim, arms=arms, extract=SEQUENCES))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jax_selftrain.study.proxies import _permutation_test, judge_relations, reliability
+from jax_selftrain.study.proxies import SOURCES_FOR_ABSENCE, _interval, _permutation_test, judge_relations, reliability
 
 
 def matrix(rng: np.random.Generator, students: int, sources: int, link: float) -> tuple[np.ndarray, np.ndarray]:
@@ -59,7 +59,35 @@ def test_a_proxy_that_only_follows_the_size_of_the_source_is_not_called_related(
     assert verdicts.count("related") <= 5
 
 
+def own_text_matrix(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Simulate unrelated proxies, source effects, and own text that is special for both."""
+    own = np.eye(3, 6, dtype=bool)
+    proxy, gain = matrix(rng, 3, 6, 0.0)
+    return proxy + 8.0 * own, gain + 8.0 * own, own
+
+
+def test_a_proxy_that_only_knows_the_own_text_is_not_called_related() -> None:
+    rng, verdicts, naive, p_values = np.random.default_rng(7), [], 0, []
+    for _ in range(150):
+        proxy, gain, own = own_text_matrix(rng)
+        (found,) = judge_relations({"own": proxy}, gain[None], self_mask=own)
+        verdicts.append(found["verdict"])
+        naive += judge_relations({"own": proxy}, gain[None])[0]["verdict"] == "related"
+        p_values.append(found["p_without_own"])
+    assert verdicts.count("related") / 150 <= 0.05
+    assert naive / 150 > 0.2
+    assert np.mean(np.array(p_values) <= 0.05) < 0.05 + 2.6 * np.sqrt(0.05 * 0.95 / 150)
+
+
+def test_a_relation_in_the_other_direction_is_not_called_related() -> None:
+    proxy, gain = matrix(np.random.default_rng(8), 4, 8, 5.0)
+    (found,) = judge_relations({"reversed": -proxy}, gain[None])
+    assert found["p"] <= 0.05
+    assert (found["verdict"], found["reason"]) == ("cannot tell", "more of it goes with less gain.")
+
+
 def test_absence_needs_many_sources() -> None:
+    assert _interval(0.0, SOURCES_FOR_ABSENCE)[1] < 0.3 < _interval(0.0, SOURCES_FOR_ABSENCE - 1)[1]
     rng = np.random.default_rng(3)
     few = [
         judge_relations({"none": proxy}, gain[None])[0]["verdict"]

@@ -227,7 +227,7 @@ def _make_relation_table(relations: Records, scale: float, digits: int) -> Table
     columns = [
         Column("proxy", path=("name",), convert=lambda name: name.replace("_", " ")),
         *make_columns("verdict", "reason"),
-        Column("correlation", digits=2, signed=True),
+        Column("correlation", "correlation [90 % interval]", 2, signed=True),
         Column("p_adjusted", "adjusted p", p_value=True),
         Column("partial", "partial correlation given source ability", 2, signed=True),
         Column("p_partial", "p", p_value=True),
