@@ -143,6 +143,8 @@ class ArmConfig:
     """For `text`: source of `jax-selftrain import`."""
     weight: Annotated[float | None, AppliesTo(("extrapolate", "noise"))] = None
     """For `extrapolate`: weight of the student. For `noise`: size relative to the change of training; unset: 1."""
+    match_damage: Annotated[bool, AppliesTo(("noise",))] = False
+    """For `noise`: search the weight whose damage on the `damage_text` is that of self-training, for each seed."""
     generations: _Generations[AtLeastOne[int]] = 2
     """For `generations`: their number."""
     replay: _Generations[Literal["replace", "accumulate", "fresh"]] = "replace"

@@ -20,6 +20,7 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.study.dag import Stage, topological_order
 from jax_selftrain.study.measure_names import MAIN_EFFECT
 from jax_selftrain.study.stage_factory import StageFactory, StudyModel
+from jax_selftrain.study.weight_changes import change_weights
 
 ProbeStages = Mapping[str, Stage]
 """Further extractions of a model, by name."""
@@ -204,7 +205,7 @@ def _treat(
     """Return the treated student and its last corpus."""
     if arm.kind in ("noise", "extrapolate"):
         usual, corpus = _treat(stages, base, base, ArmConfig(), seed)
-        return stages.change_weights(base, usual, arm, seed), corpus if arm.kind == "extrapolate" else None
+        return change_weights(stages, base, usual, arm, seed), corpus if arm.kind == "extrapolate" else None
     model, corpora = base, []
     for generation in range(arm.generations if arm.kind == "generations" else 1):
         # The first generation shares its corpus with the other arms.

@@ -12,7 +12,6 @@ from jax_selftrain.config import (
     ArmConfig,
     ExtractConfig,
     ImportCorpusConfig,
-    MergeConfig,
     ModelConfig,
     PromptFormat,
     SampleConfig,
@@ -243,33 +242,12 @@ class StageFactory:
         inputs |= {f"corpus {n}": one for n, one in enumerate(on)}
         inputs |= {f"mixture {n}": self._read_corpus(folder).fingerprint for n, (folder, _) in enumerate(mixture)}
         inputs |= {f"eval {n}": fingerprint for n, fingerprint in enumerate(evaluated)}
-        cost = _estimate_cost(start, tokens, options.seq_len, passes=3) | {"model_bytes": _model_bytes(start)}
+        cost = _estimate_cost(start, tokens, options.seq_len, passes=3) | {"model_bytes": model_bytes(start)}
         label = f"train {start.label} on: {on[-1].label}" + (f" ({arm.name})" if arm.name else "")
         stage = _make_stage("train", label, train_with_evals, options, inputs, **cost)
         stage = replace(stage, identity={**stage.identity, "mixture": [str(part) for _, part in mixture]})
         label = f"{start.label} after {arm.name or 'its own text'}, seed {seed}"
         return replace(start, ref=str(self.folder(stage)), fingerprint=stage, label=label)
-
-    def change_weights(self, base: StudyModel, trained: StudyModel, arm: ArmConfig, seed: int) -> StudyModel:
-        """Add weight noise of the size of training, or extrapolate it."""
-        weight = 1.0 if arm.weight is None else arm.weight
-        command, label = "merge", f"{base.label} merged with {trained.label} at {weight}"
-        identity: dict[str, Any] = {"weight": weight}
-        if arm.kind == "noise":
-            command, label = "noise", f"{base.label} with noise of {weight:g} times the change, seed {seed}"
-            identity["seed"] = seed
-
-        def make(out: Path) -> None:
-            folder = out / "model"
-            if arm.kind == "extrapolate":
-                hub.merge(MergeConfig(base=base.ref, student=trained.ref, weight=weight, out=str(folder)))
-            elif not folder.exists():
-                hub.add_weight_noise(base.ref, trained.ref, folder, seed, weight)
-
-        inputs = {"base": base.fingerprint, "student": trained.fingerprint}
-        settings: dict[str, Any] = {"needs_devices": True, "model_bytes": _model_bytes(base)}
-        stage = Stage(command, label, identity, inputs, make, is_collective=arm.kind == "extrapolate", **settings)
-        return replace(base, ref=str(self.folder(stage) / "model"), fingerprint=stage, label=label)
 
     def score(self, model: StudyModel) -> Stage:
         """Score a model on the study's tasks and texts."""
@@ -381,7 +359,8 @@ def _estimate_cost(model: StudyModel, tokens: int, length: int, *, passes: int) 
     return {"tokens": tokens, "flops": tokens * training.flops_per_token(decoder, length) * passes / 3}
 
 
-def _model_bytes(model: StudyModel) -> int:
+def model_bytes(model: StudyModel) -> int:
+    """Return the size of the float32 parameters."""
     return 4 * count_params(hub.open_model(model.tokenizer_ref).config)
 
 

@@ -61,7 +61,7 @@ def test_the_demo_reports_all_arms(made: Path) -> None:
     results = atomic.read_json(made / "results.json")
     treatments = [cell["treatment"] for cell in results["cells"]]
     assert treatments[:3] == ["source A1", "learning rate 0", "shuffled tokens"]
-    assert treatments[3:] == ["weight noise", "weight noise ×2", "weight noise ×4", "real text of world A"]
+    assert treatments[3:] == ["weight noise", "matched noise", "weight noise ×4", "real text of world A"]
     for cell in results["cells"]:
         assert [task["name"] for task in cell["tasks"]] == ["agreement", "sums", "facts_A"]
         groups = [group["name"] for group in cell["extraction"]["groups"]]

@@ -118,7 +118,7 @@ def test_the_crossover_study_ends_with_a_report(tmp_path: Path) -> None:
             "learning rate 0",
             "shuffled tokens",
             "weight noise",
-            "weight noise ×2",
+            "matched noise",
             "weight noise ×4",
             "real text of world A",
         ),

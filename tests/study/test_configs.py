@@ -133,7 +133,7 @@ def count_stages(printed: str) -> dict[str, int]:
 @pytest.mark.xdist_group("plans")  # one worker builds the index of harness tasks
 def test_the_paper_is_planned_from_configs_and_tokenizers_alone(plan: Callable[[str], str]) -> None:
     printed = plan("study-paper")
-    assert "170 cells" in printed  # (2 students × (4 sources + 12 arms) + 2 starts) × 5 seeds
+    assert "150 cells" in printed  # (2 students × (4 sources + 10 arms) + 2 starts) × 5 seeds
     # Each seed draws its subset from shared samples: 4 sources, 4 further temperatures of both students, 2 starts.
     counts = count_stages(printed)
     assert (counts["sample"], counts["decontaminate_tasks"], counts["subset"]) == (14, 14, 70)
@@ -155,8 +155,8 @@ def test_the_paper_is_planned_from_configs_and_tokenizers_alone(plan: Callable[[
     [
         ("paper-qwen2.5-0.5b", 3 * 2, {"score": 1 + 3 * 2, "sample": 1}),
         ("paper-llama-3.2-1b", 3 * 2, {"score": 1 + 3 * 2, "sample": 1}),
-        # Six models, each with own text and twelve arms; the samples are those of own text.
-        ("study-pythia-memorization", 5 * 6 * 13, {"sample": 5 * 6, "decontaminate": 5 * 6, "noise": 5 * 6 * 5}),
+        # Six models, each with own text and eleven arms; the samples are those of own text.
+        ("study-pythia-memorization", 5 * 6 * 12, {"sample": 5 * 6, "decontaminate": 5 * 6, "noise": 5 * 6 * 4}),
     ],
 )
 def test_other_studies_of_the_paper_are_planned(

@@ -25,6 +25,7 @@ from jax_selftrain.config import (
 from jax_selftrain.study import dag
 from jax_selftrain.study.dag import Stage
 from jax_selftrain.study.stage_factory import StageFactory, StudyModel
+from jax_selftrain.study.weight_changes import change_weights
 from jax_selftrain.version import versions
 
 ENVIRONMENT = {
@@ -97,8 +98,8 @@ def all_stages(stages: StageFactory) -> dict[str, Stage]:
         stages.decontaminate(base, corpus, 100, size_matched=False),
         stages.decontaminate(base, corpus, 100, size_matched=True),
         student.fingerprint,
-        stages.change_weights(base, student, ArmConfig(kind="noise"), 100).fingerprint,
-        stages.change_weights(base, student, ArmConfig(kind="extrapolate", weight=-1.0), 100).fingerprint,
+        change_weights(stages, base, student, ArmConfig(kind="noise"), 100).fingerprint,
+        change_weights(stages, base, student, ArmConfig(kind="extrapolate", weight=-1.0), 100).fingerprint,
         stages.score(student),
         stages.extract(student, corpus, base),
         stages.continue_unseen_text(base),

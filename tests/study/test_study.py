@@ -19,6 +19,7 @@ from corpus_factory import write_sampled_corpus
 from flax.traverse_util import flatten_dict
 from launcher import launch
 
+from jax_selftrain import evals
 from jax_selftrain.config import (
     ArmConfig,
     ClaimConfig,
@@ -28,6 +29,7 @@ from jax_selftrain.config import (
     PairConfig,
     PromptFormat,
     RunConfig,
+    ScoreConfig,
     StudyConfig,
     SubsetConfig,
     yaml_io,
@@ -45,6 +47,7 @@ from jax_selftrain.study.registration import Registration
 from jax_selftrain.study.results import collect_study, relation_effects
 from jax_selftrain.study.run_study import check_study
 from jax_selftrain.study.stage_factory import StageFactory
+from jax_selftrain.study.weight_changes import add_matching_noise, search_weight
 
 Make = Callable[..., StudyConfig]
 
@@ -289,6 +292,46 @@ def test_noise_has_the_norm_of_the_change_of_training(finished_study: Path):
             assert np.linalg.norm(shift) == pytest.approx(weight * np.linalg.norm(change), rel=1e-4)
             assert change.size < 100 or abs(np.vdot(change, shift)) < 0.5 * weight * np.linalg.norm(change) ** 2
     assert weights == {1.0, 3.0}
+
+
+def test_noise_may_match_the_damage_of_training(finished_study: Path, tmp_path: Path):
+    """The weight is searched with real scores; the damage is that of a second score."""
+    config = yaml_io.load(StudyConfig, finished_study / "config.yaml")
+    design = make_design(config)
+    (cell,) = (cell for cell in design.cells if (cell.student, cell.treatment) == ("llama", "source llama"))
+    assert cell.train
+    base, trained = design.models["llama"].model, str(design.folder(cell.train) / "model")
+    options = ScoreConfig(texts=config.score.texts[:1], text_limit=20)
+
+    def damage(model: str) -> float:
+        levels = [
+            evals.score(replace(options, model=one, out=str(tmp_path / f"{n}.json")))["texts"]
+            for n, one in enumerate((base, model))
+        ]
+        (before,), (after,) = (level.values() for level in levels)
+        return after["bits_per_byte"] - before["bits_per_byte"]
+
+    if damage(trained) <= 0:
+        base, trained = trained, base  # the damage of undoing the training
+    add_matching_noise(base, trained, tmp_path / "noise", 100, options)
+    record = json.loads((tmp_path / "noise/noise.json").read_text())
+    assert sorted(path.name for path in (tmp_path / "noise").iterdir()) == ["model", "noise.json"]
+    assert 1 / 1.1 <= record["damage"] / record["target"] <= 1.1, record
+    assert record["target"] == pytest.approx(damage(trained), rel=1e-5)
+    for file in tmp_path.glob("?.json"):
+        file.unlink()
+    assert record["damage"] == pytest.approx(damage(str(tmp_path / "noise/model")), rel=1e-5)
+    add_matching_noise(base, trained, tmp_path / "noise", 100, options)  # done: nothing is scored again
+
+
+@pytest.mark.parametrize("power", [1.5, 2.0, 3.0])
+@pytest.mark.parametrize("target", [1e-4, 0.02, 3.0])
+def test_the_search_finds_the_weight_of_a_damage(power: float, target: float):
+    tried: list[tuple[float, float]] = []
+    weight = search_weight(lambda weight: 0.01 * weight**power - 1e-5, target, tried)
+    assert 0.01 * weight**power - 1e-5 == pytest.approx(target, rel=0.1)
+    assert len(tried) <= 8
+    assert search_weight(lambda weight: weight, -1.0, []) == 1.0  # training did no damage: noise of its size
 
 
 def test_the_report_is_a_function_of_the_results(finished_study: Path, tmp_path: Path):
