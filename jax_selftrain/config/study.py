@@ -190,7 +190,7 @@ class ClaimConfig:
     measure: str = "accuracy"
     """`accuracy` (chance-normalized, of eligible tasks), `task/NAME`, `log_odds` or `log_odds/NAME` (of the answer),
     `text/NAME` (bits per byte), `exact_match`, `log_pz` or `pz`, of all sequences or of a class, group or format
-    (`exact_match/held_out`, `exact_match/H`, `log_pz/format NAME`, `log_pz/after_relearning`)."""
+    (`exact_match/held_out`, `exact_match/H_emitted`, `log_pz/format NAME`, `log_pz/after_relearning`)."""
     direction: Literal["raises", "lowers", "preserves"] = "raises"
     """Claimed change of the measure."""
     margin: Positive[float | None] = None

@@ -87,12 +87,15 @@ def cell_extraction(config: StudyConfig, design: Design, cell: StudyCell) -> dic
     before, after = _read_pair(design, design.extract_base[cell.student], cell.extract)
     window, n = evals.make_window(config.extract), before["sequence"].size
     parts: dict[str, Any] = {"all": slice(None)}
-    classes = after.get("class", _self_trained_classes(design, cell))
+    emitted = _self_trained_classes(design, cell)
+    classes = after.get("class", emitted)
     if classes is not None:
         parts |= {name: classes == name for name in CLASSES}
     if any(arm.kind == "decontaminated" for arm in config.arms):
         fingerprint = evals.sequences_fingerprint(config.extract.sequences)
         parts[names.HELD_OUT] = evals.held_out_half(fingerprint, before["index"])
+        if emitted is not None:
+            parts[names.EMITTED] = parts[names.HELD_OUT] & (emitted != "held_out")
     groups = np.array(duplicate_groups(config.extract, n))
     old, new = (n_p_discoverable(side["logprob"]) for side in (before, after))
     extraction: dict[str, Any] = {
@@ -200,7 +203,7 @@ def decontamination_effect(config: StudyConfig, cells: names.Cells) -> list[dict
                 continue
             for measure in names.common_measures([*treated, *control]):
                 is_format = names.is_primary_format(measure) or names.is_secondary(measure)
-                if not is_format and not measure.endswith(f"/{names.HELD_OUT}"):
+                if not is_format and measure.partition("/")[2] not in (names.HELD_OUT, names.EMITTED):
                     continue
                 after, matched = (names.seed_values(side, measure, "after") for side in (treated, control))
                 seeds = [after[seed] - matched[seed] for seed in after]

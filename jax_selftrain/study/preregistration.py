@@ -32,7 +32,15 @@ from jax_selftrain.study.contrasts import (
     parse_contrast,
     relation_contrast,
 )
-from jax_selftrain.study.measure_names import AFTER_RELEARNING, FORMATTED, HELD_OUT, MAIN_EFFECT, Cells, display_scale
+from jax_selftrain.study.measure_names import (
+    AFTER_RELEARNING,
+    EMITTED,
+    FORMATTED,
+    HELD_OUT,
+    MAIN_EFFECT,
+    Cells,
+    display_scale,
+)
 from jax_selftrain.study.proxies import SOURCES_FOR_ABSENCE
 from jax_selftrain.study.registration import PILOT_SEEDS, Registration
 
@@ -81,7 +89,7 @@ def _untestable(config: StudyConfig, claim: ClaimConfig) -> dict[str, bool]:
         f"`{claim.measure}` needs score.tasks": kind in ("accuracy", "task", "log_odds") and not config.score.tasks,
         f"`{claim.measure}` needs score.texts": kind == "text" and not config.score.texts,
         f"`{claim.measure}` needs an arm of kind `decontaminated`": is_probe
-        and part == HELD_OUT
+        and part in (HELD_OUT, EMITTED)
         and all(arm.kind != "decontaminated" for arm in config.arms),
         f"memorization.formats has no such format; it has {', '.join(formats) or 'none'}": part.startswith(FORMATTED)
         and part not in formats,

@@ -224,6 +224,10 @@ def test_memorization_is_probed_in_formats_after_relearning_and_on_unseen_text(f
     halves = {cell["extraction"]["classes"]["H"]["n"] for cell in cells.values()}
     assert len(halves) == 1
     assert halves < set(range(5, 26))
+    for cell in cells.values():  # the classes are those of the self-trained student, also for weight noise
+        classes = cell["extraction"]["classes"]
+        assert classes["H_emitted"]["n"] <= classes["H"]["n"]
+        assert sum(classes[name]["n"] for name in ("held_out", "partial", "seen")) == classes["all"]["n"]
     thresholds = cells["llama", "decontaminated", 100]["extraction"]["thresholds"]
     assert thresholds == []  # the suffixes have four tokens, the smallest threshold is eight
 

@@ -8,9 +8,16 @@ from jax_selftrain.report import formatting as fmt
 from jax_selftrain.report.formatting import Chapter, Column, Record, Records, Results, Table, make_columns
 from jax_selftrain.stats import estimators
 from jax_selftrain.study import measure_names
-from jax_selftrain.study.measure_names import HELD_OUT, common_measures, display_scale, is_secondary
+from jax_selftrain.study.measure_names import EMITTED, HELD_OUT, common_measures, display_scale, is_secondary
 
-CLASSES = {"all": "all sequences", "held_out": "held-out", "partial": "partial", "seen": "seen", HELD_OUT: "H"}
+CLASSES = {
+    "all": "all sequences",
+    "held_out": "held-out",
+    "partial": "partial",
+    "seen": "seen",
+    HELD_OUT: "H",
+    EMITTED: "H, emitted",
+}
 MEASURES: dict[str, tuple[str, int, float]] = {
     "exact_match": ("exact match (%)", 1, 100),
     "token_accuracy": ("greedy token accuracy (%)", 1, 100),
