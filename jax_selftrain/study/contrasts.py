@@ -26,8 +26,8 @@ Pairs = Collection[tuple[str, str]]
 """(student, source)."""
 Contrast = Mapping[tuple[str, str], float]
 """Weight by (student, treatment)."""
-ItemChanges = Mapping[tuple[str, str, int], Mapping[str, list[np.ndarray]]]
-"""By (student, treatment, seed) and measure: the changes of the items of each task, times the task's weight."""
+ItemChanges = Mapping[tuple[str, str, int], Mapping[str, Mapping[str, np.ndarray]]]
+"""By (student, treatment, seed), measure and task: the changes of the items, times the task's weight."""
 SEPARATOR = " - "
 REPORTED: tuple[tuple[Relation, Relation], ...] = (
     ("self", "same lineage"),
@@ -155,9 +155,11 @@ def contrast_effect(cells: Cells, contrast: Contrast, measure: str, items: ItemC
     if not values:
         return None
     step = float(np.linalg.norm(list(contrast.values()))) * measure_step(cells, contrast, measure)
-    by_seed = [[items.get((*key, seed), {}).get(measure) for key in contrast] for seed in values]
-    if any(one is None for row in by_seed for one in row):
+    changes = [[items.get((*key, seed), {}).get(measure, {}) for key in contrast] for seed in values]
+    panels = {tuple((task, one[task].size) for task in sorted(one)) for row in changes for one in row}
+    tasks = [task for task, _ in next(iter(panels))]
+    if len(panels) > 1 or not tasks:  # students may have different eligible tasks
         return mean_effect(list(values.values()), step)
     weights = np.array(list(contrast.values()))
-    rows = [[weights @ np.stack(parts) for parts in zip(*row, strict=True)] for row in by_seed]
-    return crossed_effect([np.stack(task) for task in zip(*rows, strict=True)], step)
+    tables = [np.stack([weights @ np.stack([one[task] for one in row]) for row in changes]) for task in tasks]
+    return crossed_effect(tables, step)

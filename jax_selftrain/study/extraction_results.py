@@ -131,9 +131,9 @@ def cell_extraction(config: StudyConfig, design: Design, cell: StudyCell) -> dic
         "fragility": None if unseen is None else compare_with_matched((before, after), unseen),
         "identical": np.array_equal(before["logprob"], after["logprob"]),
         "items": {
-            "exact_match": [after["exact_match"].astype(np.float64) - before["exact_match"]],
-            "log_pz": [after["logprob"] - before["logprob"]],
-            "pz": [np.exp(after["logprob"]) - np.exp(before["logprob"])],
+            "exact_match": {names.SEQUENCES: after["exact_match"].astype(np.float64) - before["exact_match"]},
+            "log_pz": {names.SEQUENCES: after["logprob"] - before["logprob"]},
+            "pz": {names.SEQUENCES: np.exp(after["logprob"]) - np.exp(before["logprob"])},
         },
         "own_classes": after.get("class"),
     }

@@ -25,7 +25,7 @@ from jax_selftrain.stats import estimators
 from jax_selftrain.stats.estimators import Effect, Estimate
 from jax_selftrain.stats.noninferiority import HEADLINE
 from jax_selftrain.study.contrasts import ItemChanges, contrast_effect
-from jax_selftrain.study.measure_names import Cells, group_cells
+from jax_selftrain.study.measure_names import SEQUENCES, Cells, group_cells
 from jax_selftrain.study.preregistration import VERDICT_ALPHA
 
 CONTINUATIONS = "continuations.npy"
@@ -113,9 +113,9 @@ def _judge_cells(
             return NOT_TESTED, f"the student of seed {cell['seed']} {problem}.", {}
         chosen += [treatment for _, treatment, _ in weights]
         fewest = min(fewest, int(held_out.sum()))
-        after = {name: items[key][name][0][held_out].mean() for name in ("exact_match", "pz")}
+        after = {name: items[key][name][SEQUENCES][held_out].mean() for name in ("exact_match", "pz")}
         gaps = [
-            after[name] - sum(weight * items[one][name][0][held_out].mean() for one, weight in weights.items())
+            after[name] - sum(weight * items[one][name][SEQUENCES][held_out].mean() for one, weight in weights.items())
             for name in after
         ]
         rows.append([*gaps, after["pz"]])

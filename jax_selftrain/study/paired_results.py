@@ -90,31 +90,33 @@ def pair_results(base: ScoreResult, student: ScoreResult) -> dict[str, Pair]:
     return pairs
 
 
-def item_changes(pairs: Sequence[Pair], split: Split) -> dict[str, list[np.ndarray]]:
-    """Return the changes of items, by measure: an array for each task.
+def item_changes(pairs: Sequence[Pair], split: Split) -> dict[str, dict[str, np.ndarray]]:
+    """Return the changes of items, by measure and task.
 
     The mean of a task's array, times its weight, is its part of the measure's change. A cluster counts as one item, and
     the arrays of ratios and of clusters of different sizes are linearized.
     """
     parts = {pair.base.name: pair.part(split) for pair in pairs}
-    found: dict[str, list[np.ndarray]] = {}
-    average: dict[str, list[np.ndarray]] = {"accuracy": [], "log_odds": []}
+    found: dict[str, dict[str, np.ndarray]] = {}
+    average: dict[str, dict[str, np.ndarray]] = {"accuracy": {}, "log_odds": {}}
     for pair in pairs:
         name, part = pair.base.name, parts[pair.base.name]
         if pair.base.kind == "text":
             old, new = part.columns("loglikelihood")
-            found[f"text/{name}"] = [_linearize((old - new) / np.log(2), part.base.bytes, None)]
+            found[f"text/{name}"] = {name: _linearize((old - new) / np.log(2), part.base.bytes, None)}
             continue
         cluster, is_eligible = part.base.cluster, ineligibility_reason(pair) is None
         old, new = part.right
-        found[f"task/{name}"] = [_linearize(new.astype(np.float64) - old, None, cluster)]
+        changes = _linearize(new.astype(np.float64) - old, None, cluster)
+        found[f"task/{name}"] = {name: changes}
         if is_eligible:
-            average["accuracy"].append(part.chance_scale * found[f"task/{name}"][0])
+            average["accuracy"][name] = part.chance_scale * changes
         if pair.base.kind == "choice":
             old, new = part.columns("log_odds")
-            found[f"log_odds/{name}"] = [_linearize(new - old, None, cluster)]
-            average["log_odds"] += found[f"log_odds/{name}"] if is_eligible else []
-    return found | {name: [one / len(tasks) for one in tasks] for name, tasks in average.items() if tasks}
+            found[f"log_odds/{name}"] = {name: _linearize(new - old, None, cluster)}
+            average["log_odds"] |= found[f"log_odds/{name}"] if is_eligible else {}
+    means = {measure: {name: one / len(tasks) for name, one in tasks.items()} for measure, tasks in average.items()}
+    return found | {measure: tasks for measure, tasks in means.items() if tasks}
 
 
 def _linearize(changes: np.ndarray, denominators: OptionalArray, clusters: OptionalArray) -> np.ndarray:

@@ -58,7 +58,7 @@ def collect_study(config: StudyConfig, design: Design, registration: Registratio
         name: load_score_result(str(design.folder(stage) / "score.json")) for name, stage in design.score_base.items()
     }
     corpora = _describe_corpora(design, proxies.task_questions(config.score))
-    items: dict[tuple[str, str, int], dict[str, list[np.ndarray]]] = {}
+    items: dict[tuple[str, str, int], dict[str, dict[str, np.ndarray]]] = {}
     classes: dict[tuple[str, str, int], np.ndarray] = {}
     cells = [_describe_cell(config, design, bases, corpora, cell, items, classes) for cell in design.cells]
     texts = [name.removeprefix("text/") for name in names.common_measures(cells) if name.startswith("text/")]
@@ -164,7 +164,7 @@ def _describe_cell(
     bases: Mapping[str, ScoreResult],
     corpora: Mapping[str, Mapping[str, Any]],
     cell: StudyCell,
-    items: dict[tuple[str, str, int], dict[str, list[np.ndarray]]],
+    items: dict[tuple[str, str, int], dict[str, dict[str, np.ndarray]]],
     classes: dict[tuple[str, str, int], np.ndarray],
 ) -> dict[str, Any]:
     """Describe a cell; add to `items` and `classes`."""

@@ -165,6 +165,24 @@ def test_bad_sources_and_slow_students_are_no_relation(studies: int, error: floa
     assert wrong["home − away"] > 0.5
 
 
+def test_items_are_crossed_only_where_all_cells_have_the_same() -> None:
+    rng = np.random.default_rng(5)
+    cells = [cell("a", source, seed, Estimate(0.0, None, None, 1000)) for source in "ab" for seed in range(SEEDS)]
+    fixed = rng.choice((-1.0, 1.0), 100)
+    items = {
+        ("a", f"source {source}", seed): {"accuracy": {"one": fixed * (source == "a") + rng.normal(0, 0.01, 100)}}
+        for source in "ab"
+        for seed in range(SEEDS)
+    }
+    contrast = {("a", "source a"): 1.0, ("a", "source b"): -1.0}
+    crossed = contrast_effect(cells, contrast, "accuracy", items)
+    assert crossed is not None
+    assert crossed.stderr == pytest.approx(0.1, rel=0.05)  # of 100 items, in every seed
+    items["a", "source b", 0] = {"accuracy": {"two": fixed}}
+    alone = contrast_effect(cells, contrast, "accuracy", items)
+    assert alone == contrast_effect(cells, contrast, "accuracy", {})
+
+
 @pytest.mark.parametrize(
     ("studies", "error"), [(300, 0.04), pytest.param(3 * STUDIES, 0.01, marks=pytest.mark.nightly)]
 )

@@ -23,7 +23,7 @@ class Simulation:
 
     rng: np.random.Generator
     cells: list[dict[str, Any]] = field(default_factory=list)
-    items: dict[tuple[str, str, int], dict[str, list[np.ndarray]]] = field(default_factory=dict)
+    items: dict[tuple[str, str, int], dict[str, dict[str, np.ndarray]]] = field(default_factory=dict)
     classes: dict[tuple[str, str, int], np.ndarray] = field(default_factory=dict)
 
     def add(self, treatment: str, seed: int, damage: float, forgets: float = 0.0, accuracy: float = 0.0) -> None:
@@ -36,12 +36,12 @@ class Simulation:
             self.classes[key] = np.where(self.rng.random(SEQUENCES) < 0.6, "held_out", "seen")
             after *= np.where((self.classes[key] == "held_out") & (self.rng.random(SEQUENCES) < forgets), 0.1, 1.0)
         self.items[key] = {
-            "exact_match": [(after > 0.5).astype(float) - known],
-            "pz": [after - probability],
-            "accuracy": [accuracy + self.rng.choice((-1.0, 0.0, 1.0), 2000, p=(0.02, 0.96, 0.02))],
+            "exact_match": {"sequences": (after > 0.5).astype(float) - known},
+            "pz": {"sequences": after - probability},
+            "accuracy": {"task": accuracy + self.rng.choice((-1.0, 0.0, 1.0), 2000, p=(0.02, 0.96, 0.02))},
         }
-        change = {"accuracy": float(self.items[key]["accuracy"][0].mean()), "text/stories": damage}
-        change |= {name: float(self.items[key][name][0].mean()) for name in ("exact_match", "pz")}
+        change = {"accuracy": float(self.items[key]["accuracy"]["task"].mean()), "text/stories": damage}
+        change |= {name: float(self.items[key][name]["sequences"].mean()) for name in ("exact_match", "pz")}
         measures = {name: {"change": {"value": value, "n": SEQUENCES}} for name, value in change.items()}
         cell = {"student": "a", "treatment": treatment, "seed": seed, "tasks": TASKS, "measures": measures}
         self.cells.append(cell)
@@ -104,7 +104,7 @@ def test_an_equal_loss_of_seen_sequences_is_not_needed() -> None:
         if key[1] == "source a":
             seen = study.classes[key] == "seen"
             for name in ("exact_match", "pz"):
-                changes[name][0][seen] += 0.5
+                changes[name]["sequences"][seen] += 0.5
     assert study.judge()["verdict"] == "decoupled"
 
 
