@@ -190,11 +190,17 @@ class ClaimConfig:
     measure: str = "accuracy"
     """`accuracy` (chance-normalized, of eligible tasks), `task/NAME`, `log_odds` or `log_odds/NAME` (of the answer),
     `text/NAME` (bits per byte), `exact_match`, `log_pz` or `pz`, of all sequences or of a class, group or format
-    (`exact_match/held_out`, `exact_match/H_emitted`, `log_pz/format NAME`, `log_pz/after_relearning`)."""
+    (`exact_match/held_out`, `exact_match/reproduced_held_out`, `exact_match/H_emitted`, `log_pz/format NAME`,
+    `log_pz/after_relearning`)."""
     direction: Literal["raises", "lowers", "preserves"] = "raises"
     """Claimed change of the measure."""
     margin: Positive[float | None] = None
     """For `preserves`: non-inferiority margin in the unit of the measure (0.01: one point of accuracy)."""
+    at_least: Positive[float | None] = None
+    """For `raises` and `lowers`: least change, in the unit of the measure; unset: any. The measure
+    `exact_match/reproduced_held_out` is 1 before training, so that 0.95 is a fall by at least 95 %."""
+    requires: tuple[str, ...] = ()
+    """Names of claims that must be supported too: this claim is then that all of them hold."""
     primary: bool = True
     """Confirmatory claim (Holm's correction; at most three), or exploratory."""
 

@@ -91,6 +91,7 @@ def cell_extraction(config: StudyConfig, design: Design, cell: StudyCell) -> dic
     classes = after.get("class", emitted)
     if classes is not None:
         parts |= {name: classes == name for name in CLASSES}
+        parts[names.REPRODUCED] = np.asarray(before["exact_match"], bool) & parts["held_out"]
     if any(arm.kind == "decontaminated" for arm in config.arms):
         fingerprint = evals.sequences_fingerprint(config.extract.sequences)
         parts[names.HELD_OUT] = evals.held_out_half(fingerprint, before["index"])

@@ -65,6 +65,10 @@ def check_claims(config: StudyConfig) -> None:
             "a difference of relations has no `comparator` and no margin": related
             and bool(claim.comparator or preserves),
             "`margin` is required for direction `preserves`, and for no other": preserves != (claim.margin is not None),
+            "`at_least` is for directions `raises` and `lowers`": preserves and claim.at_least is not None,
+            "`requires` names no other claim": any(one == claim.name or one not in names for one in claim.requires),
+            "a claim that another one requires has no `requires`": bool(claim.requires)
+            and any(claim.name in one.requires for one in config.claims),
         }
         refuse_first(f"claims: {claim.name}", problems)
         refuse_first(f"claims: {claim.name}", _untestable(config, claim))
@@ -139,7 +143,13 @@ def judge_claims(
     claims = [*config.claims, *registration.withdrawn]
     late = [claim.name in registration.post_hoc for claim in config.claims] + [False] * len(registration.withdrawn)
     effects = [estimate_claim(claim, cells, one, items) for claim, one in zip(claims, contrasts, strict=True)]
-    tests = [_tests(claim, effect) for claim, effect in zip(claims, effects, strict=True)]
+    single = [_tests(claim, effect) for claim, effect in zip(claims, effects, strict=True)]
+    # All required claims must pass, each at the full level; if one is contradicted, all together are.
+    places = {claim.name: n for n, claim in reversed(list(enumerate(claims)))}
+    parts = [[n, *(places[one] for one in claim.requires if one in places)] for n, claim in enumerate(claims)]
+    tests = [
+        (max(single[k][0] for k in found), min(1.0, len(found) * min(single[k][1] for k in found))) for found in parts
+    ]
     primary = [claim.primary and not is_late for claim, is_late in zip(claims, late, strict=True)]
     adjusted = [adjust_p_values(side, primary) for side in zip(*tests, strict=True)]
     changed = "".join(f" Changed since the first run: {one}." for one in registration.deviations)
@@ -148,7 +158,10 @@ def judge_claims(
         p, opposite = adjusted[0][n], adjusted[1][n]
         verdict, reason = "withdrawn", "it was declared at the first run and is no longer in the configuration."
         if n < len(config.claims):
-            verdict, reason = _decide(config, claim, cells, effect, p, opposite)
+            for k in reversed(parts[n]):
+                verdict, reason = _decide(config, claims[k], cells, effects[k], p, opposite)
+                if verdict in ("not tested", "assay insensitive"):
+                    break
         found.append(
             {
                 **yaml_io.to_dict(claim),
@@ -201,6 +214,8 @@ def _tests(claim: ClaimConfig, effect: Effect | None) -> tuple[float, float]:
         return 1.0, 1.0
     lower_is_better = claim.measure.startswith("text/")
     threshold = (claim.margin or 0.0) * (1.0 if lower_is_better else -1.0)
+    if claim.at_least is not None:
+        threshold = claim.at_least if claim.direction == "raises" else -claim.at_least
     pair = effect.p_greater(threshold), effect.p_less(threshold)
     is_fall = lower_is_better if claim.direction == "preserves" else claim.direction == "lowers"
     return pair[::-1] if is_fall else pair

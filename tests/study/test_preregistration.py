@@ -114,6 +114,41 @@ def test_a_difference_of_relations_is_judged_over_its_seeds() -> None:
     assert verdict(make_study(claim, models=models), [one for one in cells if one["student"] == "A"])[0] == "not tested"
 
 
+FORGETS = ClaimConfig(
+    "forgets",
+    OWN,
+    "A",
+    measure="exact_match/reproduced_held_out",
+    direction="lowers",
+    at_least=0.95,
+    requires=("keeps",),
+)
+
+
+@pytest.mark.parametrize(
+    ("fall", "accuracy", "expected"),
+    [
+        (0.99, 0.0, "supported"),
+        (0.95, 0.0, "cannot tell"),  # exactly the least change
+        (0.6, 0.0, "contradicted"),
+        (0.99, -0.05, "contradicted"),  # what it requires is contradicted
+        (0.99, -0.0097, "cannot tell"),
+    ],
+)
+def test_held_out_text_is_forgotten_by_a_share_while_capability_is_kept(
+    fall: float, accuracy: float, expected: str
+) -> None:
+    """The third finding of arXiv:2605.31126 as one claim."""
+    cells = make_cells(own=accuracy)
+    for n, cell in enumerate(cells):
+        change = -fall + WOBBLE[n % 5] if cell["treatment"] == OWN else 0.0
+        cell["measures"]["exact_match/reproduced_held_out"] = {"change": {"value": change, "n": 200}}
+    found = judge(make_study(KEEPS, FORGETS), cells)
+    assert found[1]["verdict"] == expected
+    blind = judge(make_study(KEEPS, FORGETS, negative_controls=()), cells)
+    assert [one["verdict"] for one in blind] == ["assay insensitive"] * 2
+
+
 def test_primary_claims_are_corrected_separately_by_holm() -> None:
     weak = 0.0019  # p of about .018 alone
     claims = [ClaimConfig(f"c{n}", OWN, "A") for n in range(3)]
@@ -208,6 +243,9 @@ def test_held_out_sequences_of_noise_are_those_of_the_own_text() -> None:
         ([ClaimConfig("x", "self - other", direction="preserves", margin=1.0)], "no margin"),
         ([ClaimConfig("x", OWN, "A", direction="preserves")], "`margin` is required for"),
         ([ClaimConfig("x", OWN, "A", margin=0.1)], "`margin` is required for"),
+        ([replace(KEEPS, at_least=0.1)], "`at_least` is for directions"),
+        ([replace(RAISES, requires=("nobody",))], "`requires` names no other claim"),
+        ([replace(RAISES, requires=("keeps",)), replace(KEEPS, requires=("raises",))], "has no `requires`"),
         ([ClaimConfig(f"c{n}", OWN, "A") for n in range(4)], "at most 3 can be primary"),
     ],
     ids=str,

@@ -50,7 +50,9 @@ def describe_claim(claim: Record) -> str:
     student = f" of {claim['student']}" if claim["student"] else ""
     comparator = f" more than {claim['comparator']}" if claim["comparator"] else ""
     margin = f" within {claim['margin']:g}" if claim["margin"] is not None else ""
-    return f"{claim['treatment']} {claim['direction']} {claim['measure']}{student}{comparator}{margin}"
+    least = f" by at least {claim['at_least']:g}" if claim["at_least"] is not None else ""
+    others = f", and: {', '.join(claim['requires'])}" if claim["requires"] else ""
+    return f"{claim['treatment']} {claim['direction']} {claim['measure']}{student}{comparator}{margin}{least}{others}"
 
 
 def describe_evidence(claim: Record) -> str:

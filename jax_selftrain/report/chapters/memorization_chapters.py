@@ -8,7 +8,14 @@ from jax_selftrain.report import formatting as fmt
 from jax_selftrain.report.formatting import Chapter, Column, Record, Records, Results, Table, make_columns
 from jax_selftrain.stats import estimators
 from jax_selftrain.study import measure_names
-from jax_selftrain.study.measure_names import EMITTED, HELD_OUT, common_measures, display_scale, is_secondary
+from jax_selftrain.study.measure_names import (
+    EMITTED,
+    HELD_OUT,
+    REPRODUCED,
+    common_measures,
+    display_scale,
+    is_secondary,
+)
 
 CLASSES = {
     "all": "all sequences",
@@ -17,6 +24,7 @@ CLASSES = {
     "seen": "seen",
     HELD_OUT: "H",
     EMITTED: "H, emitted",
+    REPRODUCED: "held-out, reproduced by the base",
 }
 MEASURES: dict[str, tuple[str, int, float]] = {
     "exact_match": ("exact match (%)", 1, 100),
