@@ -145,8 +145,8 @@ def judge_claims(
     effects = [estimate_claim(claim, cells, one, items) for claim, one in zip(claims, contrasts, strict=True)]
     single = [_tests(claim, effect) for claim, effect in zip(claims, effects, strict=True)]
     # All required claims must pass, each at the full level; if one is contradicted, all together are.
-    places = {claim.name: n for n, claim in reversed(list(enumerate(claims)))}
-    parts = [[n, *(places[one] for one in claim.requires if one in places)] for n, claim in enumerate(claims)]
+    first = {claim.name: n for n, claim in reversed(list(enumerate(claims)))}
+    parts = [[n, *(first[one] for one in claim.requires if one in first)] for n, claim in enumerate(claims)]
     tests = [
         (max(single[k][0] for k in found), min(1.0, len(found) * min(single[k][1] for k in found))) for found in parts
     ]
