@@ -5,6 +5,7 @@ from typing import Annotated, Literal, TypeVar
 
 from jax_selftrain.config.metadata import (
     AtLeastOne,
+    AtLeastTwo,
     Compiled,
     Evaluation,
     Execution,
@@ -179,6 +180,9 @@ class TrainConfig:
     """Micro-batches of each step."""
     random_loss_sign: SetByStudy[bool] = False
     """Multiply the loss of each document by +1 or −1 at random: a control without direction."""
+    goldfish_k: AtLeastTwo[int | None] = None
+    """Drop one of k targets from the loss, chosen by a hash of the 13 tokens before it (goldfish loss,
+    arXiv:2406.10209): text is learned, but not verbatim. Unset: none."""
     lora_rank: Compiled[NonNegative[int]] = 0
     """Rank of LoRA adapters, trained instead of the weights (0: off); the result is the merged model."""
     lora_alpha: Compiled[NonNegative[float]] = 16.0

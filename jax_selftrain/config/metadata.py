@@ -66,6 +66,7 @@ class Range:
 
 
 AtLeastOne = Annotated[T, Range("at least 1", lambda value: 1 <= value < math.inf)]
+AtLeastTwo = Annotated[T, Range("at least 2", lambda value: 2 <= value < math.inf)]
 Positive = Annotated[T, Range("a finite number above 0", lambda value: 0 < value < math.inf)]
 NonNegative = Annotated[T, Range("0 or more", lambda value: 0 <= value < math.inf)]
 Probability = Annotated[T, Range("in [0, 1]", lambda value: 0 <= value <= 1)]

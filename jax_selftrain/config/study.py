@@ -8,6 +8,7 @@ from jax_selftrain.config.corpus_commands import DecontaminateConfig, SubsetConf
 from jax_selftrain.config.metadata import (
     AppliesTo,
     AtLeastOne,
+    AtLeastTwo,
     Execution,
     Input,
     NonNegative,
@@ -170,6 +171,8 @@ class ArmConfig:
     """Passes over the corpus."""
     packing: _Training[Packing | None] = None
     """Packing of documents into rows."""
+    goldfish_k: _Training[AtLeastTwo[int | None]] = None
+    """Drop one of k targets by a hash of the tokens before it (goldfish loss): a control that must forget."""
     random_loss_sign: _Training[bool] = False
     """Multiply the loss of each document by +1 or −1 at random."""
 

@@ -27,7 +27,7 @@ from jax_selftrain.io.manifest import hash_json
 from jax_selftrain.io.work_queue import run_missing
 from jax_selftrain.version import versions
 
-STAGE_FORMAT = 2
+STAGE_FORMAT = 3
 """Version of the output of stages; raise it when a stage writes other files or other numbers."""
 
 _FLAGS_WITHOUT_EFFECT = ("--xla_dump", "--xla_force_host_platform_device_count")

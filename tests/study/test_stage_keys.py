@@ -38,19 +38,19 @@ ENVIRONMENT = {
 }
 
 GOLDEN = {
-    "continue": "07fd11d77ea572f5",
-    "decontaminate": "869df91ff61f484c",
-    "extract": "8fa7f6df4b6b1bda",
-    "import": "9c4843b595aee3ae",
-    "merge": "4cab3af0becceb1c",
-    "noise": "73f72e8ff4d56772",
-    "proxies": "4d969c6d0e2a47fe",
-    "retokenize": "26e392a033834cab",
-    "sample": "30d6a278bb6e076d",
-    "score": "0476be5b6cfcb547",
-    "shuffle": "f85eb4d7355a5629",
-    "size_matched": "95215a5f82e4a5a8",
-    "train": "6a7c0d428085b886",
+    "continue": "a535dc86d89ac91a",
+    "decontaminate": "e1c1691731e9bfe3",
+    "extract": "c63310acd0a26bd0",
+    "import": "a26d270ced8bbcc4",
+    "merge": "b4f8d9952cad3981",
+    "noise": "8491a20954261fd8",
+    "proxies": "3a27cb375588da07",
+    "retokenize": "729ebf21e23a7fe7",
+    "sample": "39058e26a92153d5",
+    "score": "b1549bbdee669e3d",
+    "shuffle": "e7a21fb6f269a411",
+    "size_matched": "76e7180bd4b4d3ea",
+    "train": "1a8bd08c774f5f05",
 }
 """First 16 digits. After an intended change of a stage's output, raise `dag.STAGE_FORMAT` and copy the new keys."""
 

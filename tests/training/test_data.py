@@ -24,7 +24,7 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import folder_manifest
 from jax_selftrain.training import Hook, train
-from jax_selftrain.training.data import load_batch, random_signs
+from jax_selftrain.training.data import goldfish_mask, load_batch, random_signs
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,34 @@ def test_random_loss_sign_multiplies_the_weights_of_whole_documents(
     share = np.mean([(weights > 0).sum() / (weights != 0).sum() for weights in by_seed])
     assert share == pytest.approx(0.5, abs=0.1)
     assert not np.array_equal(by_seed[0], by_seed[1])
+
+
+def test_goldfish_drops_targets_by_the_tokens_before_them(mixture: Mixture, options: Callable[..., TrainConfig]):
+    """The same tokens are dropped wherever a passage occurs, and in every epoch; others are unchanged."""
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 50, (40, 201)).astype(np.int32)
+    rows[1, 60:160] = rows[0, 20:120]  # the same passage at another place
+    mask = goldfish_mask(rows, 4)
+    assert mask.dtype == np.float32
+    assert set(np.unique(mask)) == {0.0, 1.0}
+    np.testing.assert_array_equal(mask[1, 60 + 12 : 159], mask[0, 20 + 12 : 119])
+    assert (mask[:, :12] == 1).all(), "fewer than 13 tokens precede these targets"
+    assert (mask[:, 12:] == 0).mean() == pytest.approx(0.25, abs=0.02)
+    decisions: dict[tuple[int, ...], float] = {}  # plain Python: one decision for each 13 tokens
+    for row, kept in zip(rows[:2].tolist(), mask[:2], strict=True):
+        for place in range(12, 200):
+            assert decisions.setdefault(tuple(row[place - 12 : place + 1]), kept[place]) == kept[place]
+    assert (goldfish_mask(rows[:, :10], 4) == 1).all()
+    assert not np.array_equal(goldfish_mask(rows, 3), mask)
+
+    part, mesh = mixture.components[0], make_mesh("data=1")
+    rules = make_sharding_rules("replicated", mesh, {})
+    with mesh_context(mesh):
+        plain, fished = (load_batch(options(goldfish_k=k), rules, whole_mixture(part), 0) for k in (None, 2))
+    tokens = np.asarray(plain.tokens).reshape(-1, plain.tokens.shape[-1])
+    expected = np.asarray(plain.weights).reshape(len(tokens), -1) * goldfish_mask(tokens, 2)
+    np.testing.assert_array_equal(np.asarray(fished.weights).reshape(len(tokens), -1), expected)
+    assert (expected != 0).sum() < (np.asarray(plain.weights) != 0).sum()
 
 
 # ---------------------------------------------------------------- runs
