@@ -22,7 +22,13 @@ from jax_selftrain.stats import estimators
 from jax_selftrain.study import measure_names as names
 from jax_selftrain.study.dag import Stage
 from jax_selftrain.study.design import Design, StudyCell
-from jax_selftrain.study.memorization_contrasts import compare_with_matched, naive_difference, swap_effect
+from jax_selftrain.study.memorization_contrasts import (
+    CONTINUATIONS,
+    compare_with_matched,
+    find_loops,
+    naive_difference,
+    swap_effect,
+)
 from jax_selftrain.study.paired_results import paired_means, paired_proportions
 
 Arrays = dict[str, np.ndarray]
@@ -125,11 +131,17 @@ def cell_extraction(config: StudyConfig, design: Design, cell: StudyCell) -> dic
         ]
     bases = design.base_probes[cell.student, cell.seed]
     probes = {name: _read_pair(design, bases[name], stage) for name, stage in cell.probes.items()}
-    unseen = probes.pop(names.UNSEEN, None)
+    unseen, loops = probes.pop(names.UNSEEN, None), 0
+    if unseen is not None:
+        made = cell.probes[names.UNSEEN].inputs["sequences"]
+        assert isinstance(made, Stage)
+        rows = np.load(design.folder(made) / CONTINUATIONS)[unseen[0]["index"]]
+        is_loop = find_loops(rows[:, -window.suffix :])
+        loops, unseen = int(is_loop.sum()), (_select(unseen[0], ~is_loop), _select(unseen[1], ~is_loop))
     return {
         "extraction": extraction,
         "probes": {name: compare_sequences(*pair) for name, pair in probes.items()},
-        "fragility": None if unseen is None else compare_with_matched((before, after), unseen),
+        "fragility": None if unseen is None else compare_with_matched((before, after), unseen) | {"loops": loops},
         "identical": np.array_equal(before["logprob"], after["logprob"]),
         "items": {
             "exact_match": {names.SEQUENCES: after["exact_match"].astype(np.float64) - before["exact_match"]},
@@ -158,6 +170,10 @@ def duplicate_groups(config: ExtractConfig, n: int) -> list[str]:
     if len(groups) != n:
         raise InputError(f"{path}: has changed since extraction; run the same command again")
     return [str(group) for group in groups] if all(group is not None for group in groups) else []
+
+
+def _select(table: Arrays, members: np.ndarray) -> Arrays:
+    return {name: values[members] for name, values in table.items()}
 
 
 def _read_pair(design: Design, base: Stage, student: Stage) -> tuple[Arrays, Arrays]:
@@ -251,7 +267,8 @@ def fragility(cells: names.Cells) -> list[dict[str, Any]]:
         if any(one is None for one in members):
             continue
         counts = {
-            key: pick(one[key] for one in members) for key, pick in (("n", min), ("unmatched", max), ("controls", min))
+            key: pick(one[key] for one in members)
+            for key, pick in (("n", min), ("unmatched", max), ("controls", min), ("loops", max))
         }
         entry = {"student": student, "treatment": treatment, "seeds": len(members), **counts}
         for measure in ("exact_match", "log_pz"):

@@ -252,6 +252,20 @@ def make_control_continuations(options: ExtractConfig, texts: str, n: int, out: 
         np.save(handle, found, allow_pickle=False)
 
 
+def find_loops(tokens: np.ndarray) -> np.ndarray:
+    """Find rows whose second half repeats itself, bool [N].
+
+    Small models often continue greedily in loops, which damage hardly breaks: they are no controls of memory.
+
+    Args:
+        tokens: int [N, S]. The period of a loop is at most S / 4.
+    """
+    length = tokens.shape[1]
+    tail = tokens[:, length - length // 2 :]
+    periods = range(1, length // 4 + 1)
+    return np.any([(tail[:, p:] == tail[:, :-p]).all(axis=1) for p in periods] or [np.zeros(len(tokens), bool)], axis=0)
+
+
 def compare_with_matched(memory: tuple[Arrays, Arrays], unseen: tuple[Arrays, Arrays]) -> dict[str, Any]:
     """Compare reproduced sequences with equally probable continuations of unseen text.
 

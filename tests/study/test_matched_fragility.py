@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jax_selftrain.study.memorization_contrasts import MIN_SEQUENCES, compare_with_matched
+from jax_selftrain.study.memorization_contrasts import MIN_SEQUENCES, compare_with_matched, find_loops
 
 N = 4000
 
@@ -58,3 +58,12 @@ def test_sequences_without_a_match_are_counted_and_few_matches_give_no_result():
         assert nothing["exact_match"] is nothing["log_pz"] is None
     few = tuple({name: values[: MIN_SEQUENCES - 1] for name, values in side.items()} for side in memory)
     assert compare_with_matched(few, unseen)["exact_match"] is None
+
+
+def test_continuations_that_loop_are_found() -> None:
+    """The second half of 16 tokens repeats one to four tokens."""
+    text = np.arange(16)
+    rows = [text, np.where(text < 8, text, 7), np.where(text < 7, text, text % 2), np.where(text < 8, text, text % 4)]
+    rows += [np.where(text < 8, text, text % 5), np.where(text < 10, text, 3), np.zeros(16, int)]
+    assert find_loops(np.array(rows)).tolist() == [False, True, True, True, False, False, True]
+    assert find_loops(np.array(rows)[:, :3]).tolist() == [False] * 7

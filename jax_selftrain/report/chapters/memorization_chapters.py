@@ -59,7 +59,7 @@ DECOUPLING_TABLES: dict[str, tuple[str, list[Column]]] = {
             _make_kept_column("kept_controls", "kept of the matched controls (%)", "controls"),
             _make_kept_column("difference", "difference (points)", "difference"),
             Column("log_pz", "change of log p_z, difference (nats)", signed=True, path=("log_pz", "difference")),
-            *make_columns("n", "unmatched", "controls", "seeds"),
+            *make_columns("n", "unmatched", "controls", "loops", "seeds"),
         ],
     ),
     "aa_repeats": (
