@@ -93,7 +93,11 @@ def test_results_equal_the_measurements_of_the_stages(finished_run: Path, option
             key = f"{entry['draws']}@{entry['p']}"
             assert entry[side]["value"] == pytest.approx(measured["discoverable"][key])
     assert [group["name"] for group in found["extraction"]["groups"]] == ["rarely", "often"]
-    assert found["extraction"]["classes"].keys() == {"all", "held_out", "partial", "seen"}
+    classes = found["extraction"]["classes"]
+    assert classes.keys() == {"all", "held_out", "partial", "seen", "reproduced_held_out"}
+    reproduced, held_out = classes["reproduced_held_out"], classes["held_out"]
+    assert reproduced["n"] == round(held_out["exact_match"]["before"]["value"] * held_out["n"])
+    assert not reproduced["n"] or reproduced["exact_match"]["before"]["value"] == 1
 
 
 def test_every_change_is_after_minus_before(finished_run: Path) -> None:
