@@ -280,6 +280,8 @@ def _estimate_crossed(
     """
     if len(members) < 2 or any(measure not in items.get((*key, cell["seed"]), {}) for cell in members):
         return None
+    if all(cell["identical"] for cell in members):
+        return asdict(estimators.mean([0.0] * len(members)))  # exactly, not to within one item
     effect = contrast_effect(members, {key: 1.0}, measure, items)
     return asdict(effect.estimate()) if effect else None
 

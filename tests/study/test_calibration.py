@@ -35,6 +35,7 @@ def covers(estimate: Estimate, truth: float) -> bool:
 def cell(student: str, source: str, seed: int, change: Estimate) -> dict[str, Any]:
     return {
         **{"student": student, "treatment": f"source {source}", "source": source, "seed": seed},
+        "identical": False,
         "tasks": [{"n": 1000, "chance": 0.0, "not_eligible": None}],
         "measures": {"accuracy": {"before": {"value": 0.5}, "change": asdict(change)}},
     }
