@@ -22,12 +22,11 @@ from jax_selftrain.report.push import describe_model
 from jax_selftrain.stats.estimators import Estimate
 from jax_selftrain.stats.noninferiority import HEADLINE
 from jax_selftrain.study.measure_names import MAIN_EFFECT, display_scale, main_measure
+from jax_selftrain.study.registration import PILOT_SEEDS
 from jax_selftrain.study.results import load_results
 
 Card = tuple[str, str, str]
 """Title (plain text), value and sentence of an answer (HTML)."""
-PILOT_SEEDS = 100
-"""Seeds below this are for pilots."""
 CHAPTERS = (
     *(design_chapters.write_claims, design_chapters.write_design),
     *(capability_chapters.write_source_matrix, capability_chapters.write_capability),
@@ -199,4 +198,4 @@ def _describe_evidence(results: Results) -> str:
         )
     if len(results["effects"]) == 1:
         text += " There is no control arm: a change is not necessarily the effect of this text."
-    return text + (" Seeds below 100 are for pilots." if min(seeds) < PILOT_SEEDS else "")
+    return text + (" Seeds 0 to 9 are for pilots." if min(seeds) in PILOT_SEEDS else "")

@@ -26,8 +26,10 @@ Pairs = Collection[tuple[str, str]]
 """(student, source)."""
 Contrast = Mapping[tuple[str, str], float]
 """Weight by (student, treatment)."""
-ItemChanges = Mapping[tuple[str, str, int], Mapping[str, Mapping[str, np.ndarray]]]
-"""By (student, treatment, seed), measure and task: the changes of the items, times the task's weight."""
+CellKey = tuple[str, str, int]
+"""(student, treatment, seed)."""
+ItemChanges = Mapping[CellKey, Mapping[str, Mapping[str, np.ndarray]]]
+"""By cell, measure and task: the changes of the items, times the task's weight."""
 SEPARATOR = " - "
 REPORTED: tuple[tuple[Relation, Relation], ...] = (
     ("self", "same lineage"),

@@ -24,7 +24,7 @@ from jax_selftrain.sampling import SamplingParams, generate
 from jax_selftrain.stats import estimators
 from jax_selftrain.stats.estimators import Effect, Estimate
 from jax_selftrain.stats.noninferiority import HEADLINE
-from jax_selftrain.study.contrasts import ItemChanges, contrast_effect
+from jax_selftrain.study.contrasts import CellKey, ItemChanges, contrast_effect
 from jax_selftrain.study.measure_names import SEQUENCES, Cells, group_cells
 from jax_selftrain.study.preregistration import VERDICT_ALPHA
 
@@ -51,7 +51,6 @@ ROUNDING = 1e-12
 """A change of this size is none."""
 
 Arrays = Mapping[str, np.ndarray]
-_Key = tuple[str, str, int]
 
 
 def judge_decoupling(
@@ -59,7 +58,7 @@ def judge_decoupling(
     controls: Sequence[str],
     damage_texts: Mapping[str, str],
     items: ItemChanges,
-    classes: Mapping[tuple[str, str, int], np.ndarray],
+    classes: Mapping[CellKey, np.ndarray],
 ) -> list[dict[str, Any]]:
     """Judge every student and treatment: verdict, reason and four differences.
 
@@ -90,7 +89,7 @@ def _judge_cells(
     noisy: Cells,
     damage_text: str,
     items: ItemChanges,
-    classes: Mapping[tuple[str, str, int], np.ndarray],
+    classes: Mapping[CellKey, np.ndarray],
 ) -> tuple[str, str, dict[str, Any]]:
     measures = members[0]["measures"]
     keys = [_cell_key(cell) for cell in members]
@@ -130,16 +129,15 @@ def _judge_cells(
     found |= {"accuracy": asdict(accuracy.estimate()), "controls": list(dict.fromkeys(chosen))}
     if len(members) < HEADLINE:
         return NOT_TESTED, f"{len(members)} seed{'s' * (len(members) > 1)}; a verdict needs {HEADLINE}.", found
-    p_values = {"accuracy": accuracy.p_greater(-MARGIN)} | {
-        name: one.p_less(-ROUNDING) for name, one in effects.items()
-    }
+    p_values = {name: effect.p_less(-ROUNDING) for name, effect in effects.items()}
+    p_values["accuracy"] = accuracy.p_greater(-MARGIN)
     failed = [words for name, words in FAILURES.items() if p_values[name] > VERDICT_ALPHA]
     if failed:
         return NOT_SHOWN, f"{' and '.join(failed)}.", found
     return DECOUPLED, "capability is preserved, and held-out text is lost that equal damage does not take.", found
 
 
-def match_damage(damage: float, controls: Mapping[_Key, float]) -> dict[_Key, float]:
+def match_damage(damage: float, controls: Mapping[CellKey, float]) -> dict[CellKey, float]:
     """Return the weights of the controls whose changes sum to this damage.
 
     The nearest control within `DAMAGE_RATIO`, times the rest of the ratio: a student with 10 % more damage than its
@@ -160,7 +158,7 @@ def match_damage(damage: float, controls: Mapping[_Key, float]) -> dict[_Key, fl
     return {below: 1 - share, above: share}
 
 
-def _cell_key(cell: Mapping[str, Any]) -> _Key:
+def _cell_key(cell: Mapping[str, Any]) -> CellKey:
     return cell["student"], cell["treatment"], cell["seed"]
 
 

@@ -66,8 +66,8 @@ def check_claims(config: StudyConfig) -> None:
             and bool(claim.comparator or preserves),
             "`margin` is required for direction `preserves`, and for no other": preserves != (claim.margin is not None),
             "`at_least` is for directions `raises` and `lowers`": preserves and claim.at_least is not None,
-            "`requires` names no other claim": any(one == claim.name or one not in names for one in claim.requires),
-            "a claim that another one requires has no `requires`": bool(claim.requires)
+            "`requires` must name other claims of the study": not {*claim.requires} <= {*names} - {claim.name},
+            "a claim that is required by another one cannot have `requires`": bool(claim.requires)
             and any(claim.name in one.requires for one in config.claims),
         }
         refuse_first(f"claims: {claim.name}", problems)

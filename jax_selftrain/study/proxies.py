@@ -287,7 +287,7 @@ def _judge(one: Mapping[str, Any], *, has_own: bool) -> tuple[str, str]:
         return INCONCLUSIVE, "there are fewer than three sources, or nothing varies."
     if one["p_adjusted"] <= ALPHA:
         problems = {
-            "more of it goes with less gain.": one["correlation"] < 0,
+            "it correlates negatively with the gain.": one["correlation"] < 0,
             "it correlates with the gain, but so does the base ability of the sources.": not _is_small(
                 one["p_partial"]
             ),

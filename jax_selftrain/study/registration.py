@@ -1,8 +1,8 @@
 """The declaration of a study at its first run.
 
-`claims.json` holds claims, seeds and the whole design, with their SHA-256. A claim that differs from it is *post hoc*
-and stays labeled so; a declared claim that is gone is *withdrawn* and still counts as tested; every verdict names later
-changes of the design. Seeds that are added later inform no verdict: results would decide when to stop.
+`claims.json` holds claims, seeds and the whole design, with their SHA-256. A claim that differs from it is *post hoc*.
+A declared claim that was removed is *withdrawn* and still counts as tested. Every verdict names later changes of the
+design. Verdicts ignore seeds that are added later, because results could decide when to stop.
 """
 
 import json
@@ -27,7 +27,7 @@ class Registration(NamedTuple):
     post_hoc: tuple[str, ...]
     """Names of claims that were not declared as they are."""
     withdrawn: tuple[ClaimConfig, ...]
-    """Declared claims that are gone or changed."""
+    """Declared claims that were removed or changed."""
     deviations: tuple[str, ...]
     """Changes of the design and of the seeds."""
     seeds: tuple[int, ...]

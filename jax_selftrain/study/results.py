@@ -25,6 +25,7 @@ from jax_selftrain.stats.noninferiority import benjamini_hochberg
 from jax_selftrain.study import extraction_results, paired_results, proxies
 from jax_selftrain.study import measure_names as names
 from jax_selftrain.study.contrasts import (
+    CellKey,
     ItemChanges,
     Pairs,
     contrast_effect,
@@ -58,8 +59,8 @@ def collect_study(config: StudyConfig, design: Design, registration: Registratio
         name: load_score_result(str(design.folder(stage) / "score.json")) for name, stage in design.score_base.items()
     }
     corpora = _describe_corpora(design, proxies.task_questions(config.score))
-    items: dict[tuple[str, str, int], dict[str, dict[str, np.ndarray]]] = {}
-    classes: dict[tuple[str, str, int], np.ndarray] = {}
+    items: dict[CellKey, dict[str, dict[str, np.ndarray]]] = {}
+    classes: dict[CellKey, np.ndarray] = {}
     cells = [_describe_cell(config, design, bases, corpora, cell, items, classes) for cell in design.cells]
     texts = [name.removeprefix("text/") for name in names.common_measures(cells) if name.startswith("text/")]
     only = texts[0] if len(texts) == 1 else ""
@@ -164,8 +165,8 @@ def _describe_cell(
     bases: Mapping[str, ScoreResult],
     corpora: Mapping[str, Mapping[str, Any]],
     cell: StudyCell,
-    items: dict[tuple[str, str, int], dict[str, dict[str, np.ndarray]]],
-    classes: dict[tuple[str, str, int], np.ndarray],
+    items: dict[CellKey, dict[str, dict[str, np.ndarray]]],
+    classes: dict[CellKey, np.ndarray],
 ) -> dict[str, Any]:
     """Describe a cell; add to `items` and `classes`."""
     pairs: dict[str, Pair] = {}
@@ -177,8 +178,7 @@ def _describe_cell(
     changes = paired_results.item_changes(list(pairs.values()), config.split) | extracted.pop("items")
     key = cell.student, cell.treatment, cell.seed
     items[key] = changes
-    own_classes = extracted.pop("own_classes")
-    if own_classes is not None:
+    if (own_classes := extracted.pop("own_classes")) is not None:
         classes[key] = own_classes
     found: dict[str, Any] = {
         **{name: getattr(cell, name) for name in ("student", "treatment", "source", "seed")},

@@ -80,6 +80,7 @@ def add_matching_noise(base: str, trained: str, out: Path, seed: int, options: S
     if folder.exists():
         return
     search = out / "search"
+    shutil.rmtree(search, ignore_errors=True)  # of a killed search
 
     def measure(name: str, model: str | Path) -> float:
         result = evals.score(replace(options, model=str(model), out=str(search / f"{name}.json")))

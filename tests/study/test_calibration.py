@@ -79,7 +79,7 @@ def pair_coverage(rng: np.random.Generator, studies: int) -> dict[str, float]:
 
 
 LINEAGES = {"A1": "A", "A2": "A", "A3": "A", "B1": "B", "S": "S", "C1": "C"}
-"""Six sources, of which A1, B1 and C1 are students: every source is home less or more often than another."""
+"""Six sources; the students are A1, B1 and C1. The design is not balanced: three sources share the lineage of A1."""
 
 
 def relation_coverage(

@@ -83,7 +83,7 @@ def test_a_relation_in_the_other_direction_is_not_called_related() -> None:
     proxy, gain = matrix(np.random.default_rng(8), 4, 8, 5.0)
     (found,) = judge_relations({"reversed": -proxy}, gain[None])
     assert found["p"] <= 0.05
-    assert (found["verdict"], found["reason"]) == ("cannot tell", "more of it goes with less gain.")
+    assert (found["verdict"], found["reason"]) == ("cannot tell", "it correlates negatively with the gain.")
 
 
 def test_absence_needs_many_sources() -> None:

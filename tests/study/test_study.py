@@ -317,6 +317,8 @@ def test_noise_may_match_the_damage_of_training(finished_study: Path, tmp_path: 
 
     if damage(trained) <= 0:
         base, trained = trained, base  # the damage of undoing the training
+    (tmp_path / "noise/search/noise 0").mkdir(parents=True)  # of a killed search
+    (tmp_path / "noise/search/base.json").write_text("damaged")
     add_matching_noise(base, trained, tmp_path / "noise", 100, options)
     record = json.loads((tmp_path / "noise/noise.json").read_text())
     assert sorted(path.name for path in (tmp_path / "noise").iterdir()) == ["model", "noise.json"]
