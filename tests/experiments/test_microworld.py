@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jax_selftrain.config import DemoConfig
+from jax_selftrain.config import DemoConfig, ModelConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.experiments.microworld import demo
 from jax_selftrain.experiments.microworld.lines_and_questions import World, WorldConfig
@@ -23,6 +24,7 @@ from jax_selftrain.experiments.microworld.microworld_study import (
 )
 from jax_selftrain.hub import open_model
 from jax_selftrain.io import atomic
+from jax_selftrain.study.preregistration import check_contrasts
 
 SMALL = WorldConfig(
     people=16, probe_copies=(1, 8), probes_per_level=3, agreement_lines=300, sum_lines=300, items_per_task=30,
@@ -42,6 +44,7 @@ TINY = replace(
         CROSSOVER_SCALE.study,
         students=("A1",),
         sources=("A1", "C1"),
+        claims=tuple(claim for claim in CROSSOVER_SCALE.study.claims if claim.student),  # relations need more students
         mesh="data=1",
         sample=replace(CROSSOVER_SCALE.study.sample, samples=24),
         train=replace(CROSSOVER_SCALE.study.train, steps=1, eval_every=1, eval_limit=8),
@@ -107,6 +110,17 @@ def test_extra_text_has_the_facts_without_the_probes(worlds: dict[str, World]) -
             assert re.search(rf"{fact.who} .*{fact.value}\.", extra)
 
 
+def test_the_crossover_study_can_estimate_its_relations() -> None:
+    study = CROSSOVER_SCALE.study
+    models = {
+        one.name: ModelConfig(one.name, lineage="C" if one.family == "llama" else one.worlds, family=one.family)
+        for one in CROSSOVER_SCALE.models
+    }
+    relations = [claim for claim in study.claims if not claim.student]
+    assert len(relations) == 3
+    check_contrasts(relations, models, list(itertools.product(study.students, study.sources)))
+
+
 @pytest.mark.nightly
 def test_the_crossover_study_ends_with_a_report(tmp_path: Path) -> None:
     config = DemoConfig(out=str(tmp_path / "out"), study=True, seeds=(0,))
@@ -123,9 +137,9 @@ def test_the_crossover_study_ends_with_a_report(tmp_path: Path) -> None:
             "real text of world A",
         ),
     }
-    assert [one["name"] for one in results["claims"]] == [claim.name for claim in CROSSOVER_SCALE.study.claims]
+    assert [one["name"] for one in results["claims"]] == [claim.name for claim in TINY.study.claims]
     levels = {(one["verdict"], one["evidence_level"]) for one in results["claims"]}
-    assert levels == {("not tested", "primary")}  # one seed
+    assert levels == {("not tested", "exploratory")}  # one seed, of a pilot
     groups = {f"group {world}, {shown}" for world in "AB" for shown in ("shown 1×", "shown 8×", "never shown")}
     for cell in results["cells"]:
         names = cell["measures"].keys()
