@@ -99,6 +99,8 @@ class ModelConfig:
     """Models of one lineage were pre-trained alike (`contrasts`); unset: its name."""
     family: str = ""
     """Models of different families have different architectures and tokenizers, as Llama and Qwen; unset: unknown."""
+    score: bool = True
+    """Score the base on the study's tasks and texts; a student always is."""
     damage_text: str = ""
     """Text of `score.texts` like its pre-training data, whose bits per byte measure damage; unset: the only text."""
     data: Execution[str] = ""

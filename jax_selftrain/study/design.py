@@ -153,7 +153,8 @@ def make_design(config: StudyConfig, read_corpus: Callable[[str], Corpus] | None
         if not arm.students or student in arm.students
     ]
     # A single source has nothing to be compared with: it is scored only if it is a student.
-    scored = (*students, *(sources if len(sources) > 1 else ())) if stages.is_scored else ()
+    compared = [name for name in sources if models[name].score] if len(sources) > 1 else []
+    scored = dict.fromkeys((*students, *compared)) if stages.is_scored else {}
     bases = {name: stages.base(name) for name in students} if stages.is_extracted else {}
     repeated = bases if config.memorization.aa_repeat else {}
     return Design(

@@ -342,7 +342,7 @@ def _relate_proxies(cells: names.Cells, design: Design, bases: Mapping[str, Scor
         for name in design.sources
         if name in bases
     ]
-    strength = np.mean(tasks, axis=1) if tasks and tasks[0] else None
+    strength = np.mean(tasks, axis=1) if len(tasks) == len(design.sources) and tasks[0] else None
     return {
         "measure": measure,
         "relations": proxies.judge_relations(means, gains, strength, self_mask=own),

@@ -481,6 +481,13 @@ def test_every_model_has_its_own_stop_ids(make: Make, tmp_path: Path):
     assert {stop for label, stop in ends.items() if "for second" in label} == {None}
 
 
+def test_a_source_need_not_be_scored(make: Make, tmp_path: Path):
+    config = make(tmp_path / "out", students=("llama",), sources=("llama", "second"))
+    assert set(make_design(config).score_base) == {"llama", "second"}
+    models = tuple(replace(model, score=False) for model in config.models)
+    assert set(make_design(replace(config, models=models)).score_base) == {"llama"}
+
+
 def test_pairs_are_the_cells_of_the_matrix(make: Make, tmp_path: Path):
     pairs = (PairConfig("llama", "llama"), PairConfig("llama", "second"), PairConfig("second", "second"))
     design = make_design(make(tmp_path / "out", pairs=pairs))

@@ -35,8 +35,10 @@ from jax_selftrain.study.dag import Stage, run_all
 from jax_selftrain.study.run_study import run_study
 from jax_selftrain.training import train
 
-VERSION = 3
+VERSION = 4
 """Version of the files of `OUT/world`."""
+POSITIVE_CONTROL = "real text"
+"""Name of the arms that are positive controls."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class MicroScale:
     world: WorldConfig = field(default_factory=WorldConfig)
     models: tuple[ModelSpec, ...] = ()
     study: StudyConfig = field(default_factory=StudyConfig)
-    """The study, without models, files and the arms of real text."""
+    """The study, without models and files; the `text` of an arm is a file of each world's folder."""
     vocab_size: int = 640
 
     @property
@@ -124,19 +126,13 @@ def _prepare_study(out: Path, scale: MicroScale, seeds: Sequence[int]) -> StudyC
         )
         for model in scale.models
     )
-    data = {model.name: model.worlds for model in scale.models}
-    real = []
-    for world in scale.world_ids:
-        students = tuple(name for name in scale.study.students if data[name] == world)
-        if students:
-            text = str(folder / world / "more.jsonl")
-            real.append(ArmConfig(f"real text of world {world}", "text", students=students, text=text))
+    arms = tuple(_fill_worlds(scale, folder))
     return replace(
         scale.study,
         out=str(out),
         models=models,
-        arms=(*scale.study.arms, *real),
-        positive_controls=tuple(arm.name for arm in real),
+        arms=arms,
+        positive_controls=tuple(arm.name for arm in arms if arm.name.startswith(POSITIVE_CONTROL)),
         seeds=tuple(seeds),
         score=ScoreConfig(
             tasks=tuple(str(folder / "tasks" / f"{name}.jsonl") for name in scale.tasks),
@@ -144,6 +140,23 @@ def _prepare_study(out: Path, scale: MicroScale, seeds: Sequence[int]) -> StudyC
         ),
         extract=replace(scale.study.extract, sequences=str(folder / "probes.jsonl")),
     )
+
+
+def _fill_worlds(scale: MicroScale, folder: Path) -> Iterator[ArmConfig]:
+    """Yield the arms, with an arm of real text for each world.
+
+    Its students were pretrained on that world, and its `text` is a file of the world's folder.
+    """
+    data = {model.name: model.worlds for model in scale.models}
+    for arm in scale.study.arms:
+        if arm.kind != "text":
+            yield arm
+            continue
+        for world in scale.world_ids:
+            students = tuple(name for name in arm.students or scale.study.students if data[name] == world)
+            if students:
+                text = str(folder / world / arm.text)
+                yield replace(arm, name=f"{arm.name} of world {world}", students=students, text=text)
 
 
 def make_worlds(config: WorldConfig) -> dict[str, World]:
@@ -160,7 +173,15 @@ def write_worlds(folder: Path, scale: MicroScale) -> None:
 
     Raises InputError if the folder has other content.
     """
-    spec = {"format": "jax-selftrain micro-world", "version": VERSION, "scale": asdict(scale)}
+    positions = 2 * scale.study.train.seq_len
+    spec = {
+        "format": "jax-selftrain micro-world",
+        "version": VERSION,
+        "world": asdict(scale.world),
+        "models": [asdict(model) for model in scale.models],
+        "vocab_size": scale.vocab_size,
+        "positions": positions,
+    }
     if folder.exists():
         if not (folder / "world.json").exists():
             raise InputError(f"{folder}: exists but is not a micro-world; choose another --out")
@@ -189,7 +210,7 @@ def write_worlds(folder: Path, scale: MicroScale) -> None:
             write_untrained_model(
                 temporary / "untrained" / model.name,
                 tokenizers[model.tokenizer],
-                positions=2 * scale.study.train.seq_len,
+                positions=positions,
                 **{key: getattr(model, key) for key in ("family", "width", "layers", "heads")},
             )
         atomic.write_json(temporary / "world.json", spec)
