@@ -13,7 +13,7 @@ import pytest
 from extraction_reference import classify_overlap, compute_log_pz, longest_runs
 
 from jax_selftrain import load_model
-from jax_selftrain.config import DemoConfig, StudyConfig, yaml_io
+from jax_selftrain.config import ArmConfig, DemoConfig, StudyConfig, yaml_io
 from jax_selftrain.corpus import open_corpus
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.extraction import CLASSES
@@ -194,3 +194,22 @@ def test_log_odds_are_means_over_questions(made: Path) -> None:
         assert ("log_odds" in cell["measures"]) == bool(eligible)
         if eligible:
             assert cell["measures"]["log_odds"]["after"]["value"] == pytest.approx(means[eligible].mean())
+
+
+@pytest.mark.nightly
+def test_the_goldfish_loss_makes_a_model_forget_and_keeps_its_capability(tmp_path: Path) -> None:
+    """The control that must forget, in the world of the demo at full size."""
+    arm = ArmConfig("pretraining corpus", "text", text="documents.jsonl", epochs=2)
+    goldfish = replace(arm, name="goldfish loss", goldfish_k=2)
+    study = replace(ONE_MODEL_SCALE.study, arms=(arm, goldfish), negative_controls=(), mesh="data=1")
+    demo(DemoConfig(out=str(tmp_path / "out"), seed=0), replace(ONE_MODEL_SCALE, study=study))
+    results = atomic.read_json(tmp_path / "out" / "results.json")
+    changes = {
+        effect["treatment"].removesuffix(" of world A"): {
+            name: effect["measures"][name]["change"]["value"] for name in ("exact_match", "accuracy")
+        }
+        for effect in results["effects"]
+    }
+    assert changes["pretraining corpus"]["exact_match"] > 0
+    assert changes["goldfish loss"]["exact_match"] < -0.15  # of 0.28
+    assert changes["goldfish loss"]["accuracy"] > -0.01  # the margin of non-inferiority

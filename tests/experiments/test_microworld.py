@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from dataclasses import replace
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jax_selftrain.config import DemoConfig, ModelConfig
+from jax_selftrain.config import DemoConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.experiments.microworld import demo
 from jax_selftrain.experiments.microworld.lines_and_questions import World, WorldConfig
@@ -19,12 +18,13 @@ from jax_selftrain.experiments.microworld.microworld_study import (
     ONE_MODEL_SCALE,
     MicroScale,
     ModelSpec,
+    make_study,
     make_worlds,
     write_worlds,
 )
 from jax_selftrain.hub import open_model
 from jax_selftrain.io import atomic
-from jax_selftrain.study.preregistration import check_contrasts
+from jax_selftrain.study.run_study import run_study
 
 SMALL = WorldConfig(
     people=16, probe_copies=(1, 8), probes_per_level=3, agreement_lines=300, sum_lines=300, items_per_task=30,
@@ -110,15 +110,19 @@ def test_extra_text_has_the_facts_without_the_probes(worlds: dict[str, World]) -
             assert re.search(rf"{fact.who} .*{fact.value}\.", extra)
 
 
-def test_the_crossover_study_can_estimate_its_relations() -> None:
-    study = CROSSOVER_SCALE.study
-    models = {
-        one.name: ModelConfig(one.name, lineage="C" if one.family == "llama" else one.worlds, family=one.family)
-        for one in CROSSOVER_SCALE.models
+def test_the_claims_of_the_crossover_study_can_be_tested(tmp_path: Path) -> None:
+    scale = replace(CROSSOVER_SCALE, world=SMALL, vocab_size=400)
+    write_worlds(tmp_path / "world", scale)
+    untrained = {model.name: tmp_path / "world" / "untrained" / model.name for model in scale.models}
+    study = replace(make_study(tmp_path, scale, range(200, 205), untrained), dry_run=True)  # reads no weights
+    run_study(study)
+    assert {arm.name for arm in study.arms if arm.students} == {
+        *("real text of world A", "real text of world B"),
+        *("pretraining corpus of world A", "goldfish loss on the corpus of world A"),
     }
-    relations = [claim for claim in study.claims if not claim.student]
-    assert len(relations) == 3
-    check_contrasts(relations, models, list(itertools.product(study.students, study.sources)))
+    assert study.positive_controls == ("real text of world A", "real text of world B")
+    with pytest.raises(InputError, match="cannot be estimated"):
+        run_study(replace(study, sources=("A1", "B1", "C1")))
 
 
 @pytest.mark.nightly
@@ -134,7 +138,12 @@ def test_the_crossover_study_ends_with_a_report(tmp_path: Path) -> None:
             "weight noise",
             "matched noise",
             "weight noise ×4",
+            "sign-flip",
+            "temperature 1.25",
+            "many epochs at temperature 1.25",
             "real text of world A",
+            "pretraining corpus of world A",
+            "goldfish loss on the corpus of world A",
         ),
     }
     assert [one["name"] for one in results["claims"]] == [claim.name for claim in TINY.study.claims]

@@ -106,14 +106,19 @@ def demo(config: DemoConfig, scale: MicroScale | None = None) -> Path:
 
 def _prepare_study(out: Path, scale: MicroScale, seeds: Sequence[int]) -> StudyConfig:
     """Write `out/world`, pretrain the bases in `out/bases`, and return the study."""
-    folder = out / "world"
-    write_worlds(folder, scale)
-    bases = {model.name: _pretrain(out / "bases", folder, model, scale) for model in scale.models}
+    write_worlds(out / "world", scale)
+    bases = {model.name: _pretrain(out / "bases", out / "world", model, scale) for model in scale.models}
     run_all(out / "bases", [stage for stages in bases.values() for stage in stages])
+    return make_study(out, scale, seeds, {name: out / "bases" / stages[-1].name for name, stages in bases.items()})
+
+
+def make_study(out: Path, scale: MicroScale, seeds: Sequence[int], bases: Mapping[str, Path]) -> StudyConfig:
+    """Return the study of models, by name, with the files of `out/world`."""
+    folder = out / "world"
     models = tuple(
         ModelConfig(
             name=model.name,
-            model=str(out / "bases" / bases[model.name][-1].name),
+            model=str(bases[model.name]),
             lineage="C" if model.family == "llama" else model.worlds,
             family=model.family,
             damage_text=f"heldout_{model.worlds[0]}",
