@@ -190,6 +190,9 @@ class ClaimConfig:
     `same lineage - stronger other`, `same lineage - cross family`, `self - other`, `self - cross family`."""
     student: str = ""
     """Student of the claim; unset, for a difference of relations: all students."""
+    bases: tuple[str, ...] = ()
+    """Students that differ in the seed of pretraining, instead of `student`: the claim is about bases like these, and
+    its interval counts them, not seeds. The treatment `own text` is the text of each base."""
     comparator: str = ""
     """Treatment whose change is subtracted; unset: the base."""
     measure: str = "accuracy"

@@ -153,15 +153,50 @@ def contrast_effect(cells: Cells, contrast: Contrast, measure: str, items: ItemC
 
     Over seeds alone where their items differ. None if a cell is missing.
     """
-    values = contrast_values(cells, contrast, measure)
+    values = list(contrast_values(cells, contrast, measure).values())
     if not values:
         return None
-    step = float(np.linalg.norm(list(contrast.values()))) * measure_step(cells, contrast, measure)
-    changes = [[items.get((*key, seed), {}).get(measure, {}) for key in contrast] for seed in values]
+    tables = _item_tables(cells, contrast, measure, items)
+    step = _contrast_step(cells, contrast, measure)
+    return crossed_effect(list(tables.values()), step) if tables else mean_effect(values, step)
+
+
+def effect_over_bases(cells: Cells, contrast: Contrast, measure: str, items: ItemChanges) -> Effect | None:
+    """Estimate a mean contrast of several students over these and items.
+
+    Each student is one observation, the mean of its seeds: the variance between them contains that of seeds. `n` counts
+    students. None if a cell is missing.
+    """
+    students = list(dict.fromkeys(student for student, _ in contrast))
+    parts = [{key: weight * len(students) for key, weight in contrast.items() if key[0] == one} for one in students]
+    values = [list(contrast_values(cells, part, measure).values()) for part in parts]
+    if not all(values):
+        return None
+    step = _contrast_step(cells, parts[0], measure)
+    tables = [_item_tables(cells, part, measure, items) for part in parts]
+    panels = {tuple((task, table.shape[1]) for task, table in one.items()) for one in tables}
+    if len(panels) > 1 or not tables[0]:
+        return mean_effect([np.mean(one) for one in values], step)
+    return crossed_effect([np.stack([one[task].mean(axis=0) for one in tables]) for task in tables[0]], step)
+
+
+def _contrast_step(cells: Cells, contrast: Contrast, measure: str) -> float:
+    """Return the change of a contrast by one item."""
+    return float(np.linalg.norm(list(contrast.values()))) * measure_step(cells, contrast, measure)
+
+
+def _item_tables(cells: Cells, contrast: Contrast, measure: str, items: ItemChanges) -> dict[str, np.ndarray]:
+    """Return the contrast of each item [S, n], by task.
+
+    Empty if the items differ.
+    """
+    seeds = contrast_values(cells, contrast, measure)
+    changes = [[items.get((*key, seed), {}).get(measure, {}) for key in contrast] for seed in seeds]
     panels = {tuple((task, one[task].size) for task in sorted(one)) for row in changes for one in row}
-    tasks = [task for task, _ in next(iter(panels))]
-    if len(panels) > 1 or not tasks:  # students may have different eligible tasks
-        return mean_effect(list(values.values()), step)
+    if len(panels) > 1:  # students may have different eligible tasks
+        return {}
     weights = np.array(list(contrast.values()))
-    tables = [np.stack([weights @ np.stack([one[task] for one in row]) for row in changes]) for task in tasks]
-    return crossed_effect(tables, step)
+    return {
+        task: np.stack([weights @ np.stack([one[task] for one in row]) for row in changes])
+        for task, _ in next(iter(panels))
+    }

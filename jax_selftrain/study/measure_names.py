@@ -8,6 +8,8 @@ Cells = Sequence[Mapping[str, Any]]
 
 MAIN_EFFECT = "source "
 """Prefix of the treatment of a main cell: `source NAME`."""
+OWN_TEXT = "own text"
+"""Treatment of a claim about several bases: each is trained on its own text."""
 HELD_OUT = "H"
 """Suffix of measures of the held-out half of the sequences: `exact_match/H`."""
 EMITTED = "H_emitted"

@@ -29,6 +29,7 @@ from jax_selftrain.study.contrasts import (
     ItemChanges,
     Pairs,
     contrast_effect,
+    effect_over_bases,
     parse_contrast,
     relation_contrast,
 )
@@ -38,6 +39,7 @@ from jax_selftrain.study.measure_names import (
     FORMATTED,
     HELD_OUT,
     MAIN_EFFECT,
+    OWN_TEXT,
     Cells,
     display_scale,
 )
@@ -61,9 +63,14 @@ def check_claims(config: StudyConfig) -> None:
         related, preserves = parse_contrast(claim.treatment) is not None, claim.direction == "preserves"
         problems = {
             "`treatment` is required: an arm, `source NAME`, or `RELATION - RELATION`": not claim.treatment,
-            "`student` is required, except for a difference of relations": not (related or claim.student),
-            "a difference of relations has no `comparator` and no margin": related
-            and bool(claim.comparator or preserves),
+            "`student` is required (or `bases`), except for a difference of relations": not (
+                related or claim.student or claim.bases
+            ),
+            "`student` and `bases` exclude each other": bool(claim.student and claim.bases),
+            "a difference of relations has no `comparator`, no `bases` and no margin": related
+            and bool(claim.comparator or claim.bases or preserves),
+            f"the treatment `{OWN_TEXT}` is for claims with `bases`": OWN_TEXT in (claim.treatment, claim.comparator)
+            and not claim.bases,
             "`margin` is required for direction `preserves`, and for no other": preserves != (claim.margin is not None),
             "`at_least` is for directions `raises` and `lowers`": preserves and claim.at_least is not None,
             "`requires` must name other claims of the study": not {*claim.requires} <= {*names} - {claim.name},
@@ -81,14 +88,15 @@ def _untestable(config: StudyConfig, claim: ClaimConfig) -> dict[str, bool]:
     students = config.students or tuple(model.name for model in config.models)
     sources, arms = config.sources or students, {arm.name: arm for arm in config.arms}
     treatments = [f"{MAIN_EFFECT}{source}" for source in sources] + [*arms]
-    named = [one for one in (claim.treatment, claim.comparator) if one and parse_contrast(one) is None]
+    subjects = _subjects(claim)
+    named = list(dict.fromkeys(one for student in subjects for one in _treatments(claim, student)))
     kind, _, part = claim.measure.partition("/")
     memorization, is_probe = config.memorization, kind in ("exact_match", "log_pz", "pz")
     formats = [f"{FORMATTED}{one.name}" for one in memorization.formats]
-    unclassed = [one for one in named if one in arms and arms[one].kind == "noise" and claim.student not in sources]
-    problems = {f"{one!r} is not a treatment{did_you_mean(one, treatments)}": one not in treatments for one in named}
+    unclassed = [one for one in named if one in arms and arms[one].kind == "noise" and not {*subjects} <= {*sources}]
+    problems = {f"{one!r} is not a student": one not in students for one in subjects}
+    problems |= {f"{one!r} is not a treatment{did_you_mean(one, treatments)}": one not in treatments for one in named}
     return problems | {
-        f"{claim.student!r} is not a student": bool(claim.student) and claim.student not in students,
         f"`{claim.measure}` needs extract.sequences": is_probe and not config.extract.sequences,
         f"`{claim.measure}` needs score.tasks": kind in ("accuracy", "task", "log_odds") and not config.score.tasks,
         f"`{claim.measure}` needs score.texts": kind == "text" and not config.score.texts,
@@ -196,16 +204,36 @@ def claim_contrasts(
         if relations:
             found.append(relation_contrast(models, pairs, stronger, relations, claim.student))
         else:
-            comparator = {(claim.student, claim.comparator): -1.0} if claim.comparator else {}
-            found.append({(claim.student, claim.treatment): 1.0} | comparator)
+            students = _subjects(claim)
+            found.append(
+                {
+                    (student, treatment): sign / len(students)
+                    for student in students
+                    for treatment, sign in zip(_treatments(claim, student), (1.0, -1.0), strict=False)
+                }
+            )
     return found
+
+
+def _subjects(claim: ClaimConfig) -> tuple[str, ...]:
+    """Return the students that a claim names."""
+    return claim.bases or ((claim.student,) if claim.student else ())
+
+
+def _treatments(claim: ClaimConfig, student: str) -> list[str]:
+    """Return the treatment of a student and its comparator."""
+    if parse_contrast(claim.treatment):
+        return []
+    own = {OWN_TEXT: f"{MAIN_EFFECT}{student}"}
+    return [own.get(one, one) for one in (claim.treatment, claim.comparator) if one]
 
 
 def estimate_claim(
     claim: ClaimConfig, cells: Cells, contrast: Contrast | None, items: ItemChanges | None = None
 ) -> Effect | None:
     """Estimate a claim's estimand; None if a cell or measure is missing."""
-    return None if contrast is None else contrast_effect(cells, contrast, claim.measure, items or {})
+    estimate = effect_over_bases if claim.bases else contrast_effect
+    return None if contrast is None else estimate(cells, contrast, claim.measure, items or {})
 
 
 def _tests(claim: ClaimConfig, effect: Effect | None) -> tuple[float, float]:
@@ -226,17 +254,18 @@ def _decide(
 ) -> tuple[str, str]:
     if effect is None:
         return "not tested", "the study does not have these cells or this measure."
+    unit = "bases" if claim.bases else "seeds"
     if effect.n < HEADLINE:
-        return "not tested", f"{effect.n} seed{'s' if effect.n > 1 else ''}; a verdict needs {HEADLINE}."
+        return "not tested", f"{effect.n} {unit if effect.n > 1 else unit[:-1]}; a verdict needs {HEADLINE}."
     if effect.stderr == 0:
-        return "not tested", "all seeds agree exactly: they are not independent."
+        return "not tested", f"all {unit} agree exactly: they are not independent."
     if failed := _failed_control(config, claim, cells):
         return "assay insensitive", failed
-    words = f"p = {p:.3g} after correction over {effect.n} seeds"
+    words = f"p = {p:.3g} after correction over {effect.n} {unit}"
     if p < VERDICT_ALPHA:
         return "supported", f"{words}."
     if opposite < VERDICT_ALPHA:
-        return "contradicted", f"the opposite has p = {opposite:.3g} after correction over {effect.n} seeds."
+        return "contradicted", f"the opposite has p = {opposite:.3g} after correction over {effect.n} {unit}."
     return "cannot tell", f"{words}, and the opposite has {opposite:.3g}."
 
 
@@ -259,7 +288,7 @@ def _failed_control(config: StudyConfig, claim: ClaimConfig, cells: Cells) -> st
     if controls is None:
         return ""
     option, verb, arms = controls
-    for student in [claim.student] if claim.student else list(dict.fromkeys(cell["student"] for cell in cells)):
+    for student in _subjects(claim) or dict.fromkeys(cell["student"] for cell in cells):
         effects = {arm: contrast_effect(cells, {(student, arm): 1.0}, claim.measure, {}) for arm in arms}
         if not any(effects.values()):
             return f"{student} has no arm in {option} with this measure."
@@ -298,10 +327,11 @@ def describe_power(
         return [f"no claim gets a verdict with {seeds} seed{'s' * (seeds > 1)}: a verdict needs {HEADLINE}"]
     sources = {source for _, source in pairs}
     lines = [
-        f"power of one-sided tests over {seeds} seeds at {VERDICT_ALPHA:g}, with Holm's method for {primary} primary "
-        "claims, on these items:"
+        f"power of one-sided tests over {seeds} seeds, or the bases of a claim, at {VERDICT_ALPHA:g}, with Holm's "
+        f"method for {primary} primary claims, on these items:"
     ]
     for claim, contrast in zip(config.claims, contrasts, strict=True):
+        units = len(claim.bases) or seeds
         alpha = VERDICT_ALPHA / max(primary, 1) if claim.primary else VERDICT_ALPHA
         effect = estimate_claim(claim, earlier["cells"], contrast) if earlier else None
         stddevs, source = ASSUMED_STDDEVS, "assumed"
@@ -315,7 +345,7 @@ def describe_power(
             text = "the seeds of the earlier run agree exactly, so the power cannot be computed"
             if stddev:
                 text = f"with a standard deviation of {_format_amount(stddev, claim)} ({source}), "
-                text += _describe_effects(claim, stddev, seeds, alpha) + gate
+                text += _describe_effects(claim, stddev, units, alpha) + gate
             lines.append(f"  {claim.name}: {text}")
     if config.proxy_sample_size and 1 < len(sources) < SOURCES_FOR_ABSENCE:
         lines.append(f"  proxies: {len(sources)} sources; that one is unrelated takes {SOURCES_FOR_ABSENCE}")
@@ -330,7 +360,7 @@ def _describe_gate(config: StudyConfig, claim: ClaimConfig, cells: Cells) -> str
     option, verb, arms = controls
     chance, known = 1.0, False
     for arm in arms:
-        for student in [claim.student] if claim.student else list(dict.fromkeys(cell["student"] for cell in cells)):
+        for student in _subjects(claim) or dict.fromkeys(cell["student"] for cell in cells):
             effect = contrast_effect(cells, {(student, arm): 1.0}, claim.measure, {})
             if effect and effect.n > 1 and effect.stderr:
                 size = effect.value if verb == "raise" else -effect.value

@@ -7,6 +7,7 @@ students; sources are good or bad for all students. The functions under test are
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import asdict
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 from jax_selftrain.config import ModelConfig
 from jax_selftrain.stats import estimators
 from jax_selftrain.stats.estimators import Estimate, crossed_effect
-from jax_selftrain.study.contrasts import contrast_effect, relation_contrast
+from jax_selftrain.study.contrasts import contrast_effect, effect_over_bases, relation_contrast
 from jax_selftrain.study.results import treatment_effects
 
 STUDIES = 3_000
@@ -142,6 +143,31 @@ def crossed_coverage(rng: np.random.Generator, studies: int) -> dict[str, tuple[
     return found
 
 
+def base_coverage(rng: np.random.Generator, studies: int) -> dict[str, tuple[float, float]]:
+    """Return the coverage of a recipe's effect on new bases, over seeds and over bases.
+
+    By the standard deviation between six bases of three seeds. Seeds and 500 items differ too.
+    """
+    bases, seeds, found = [f"base {n}" for n in range(6)], range(3), {}
+    contrast = {(base, f"source {base}"): 1 / len(bases) for base in bases}
+    for spread in (0.0, 0.005, 0.01, 0.02):
+        hits = np.zeros(2)
+        for _ in range(studies):
+            of_items = rng.normal(0, 0.1, 500)
+            changes = rng.normal(0, spread, (6, 1, 1)) + rng.normal(0, 0.01, (6, 3, 1)) + of_items
+            changes = RECIPE + changes + rng.normal(0, 0.2, (6, 3, 500))
+            cells, items = [], {}
+            for (n, base), seed in itertools.product(enumerate(bases), seeds):
+                cells.append(cell(base, base, seed, Estimate(float(changes[n, seed].mean()), None, None, 500)))
+                items[base, f"source {base}", seed] = {"accuracy": {"task": changes[n, seed]}}
+            for place, estimate in enumerate((contrast_effect, effect_over_bases)):
+                effect = estimate(cells, contrast, "accuracy", items)
+                assert effect is not None
+                hits[place] += covers(effect.estimate(), RECIPE)
+        found[f"bases differ by {spread:g}"] = (hits[0] / studies, hits[1] / studies)
+    return found
+
+
 def test_a_recipe_is_judged_by_its_seeds() -> None:
     found = recipe_coverage(np.random.default_rng(1), STUDIES)
     assert 0.94 <= found["t over seeds"] <= 0.96
@@ -194,9 +220,17 @@ def test_items_that_change_in_every_seed_are_one_observation(studies: int, error
     assert list(found.values())[-1][0] < 0.65
 
 
+@pytest.mark.parametrize(("studies", "error"), [(150, 0.05), pytest.param(STUDIES, 0.015, marks=pytest.mark.nightly)])
+def test_bases_that_react_in_their_own_way_are_observations(studies: int, error: float) -> None:
+    """The standard error of the coverage is 0.018 or 0.004."""
+    found = base_coverage(np.random.default_rng(6), studies)
+    assert all(0.95 - error <= over_bases for _, over_bases in found.values()), found
+    assert list(found.values())[-1][0] < 0.85
+
+
 if __name__ == "__main__":
     size = int(sys.argv[1]) if len(sys.argv) > 1 else STUDIES
-    for simulate in (recipe_coverage, pair_coverage, crossed_coverage, relation_coverage):
+    for simulate in (recipe_coverage, pair_coverage, crossed_coverage, base_coverage, relation_coverage):
         print(simulate.__name__, simulate(np.random.default_rng(0), size))
     for spread in (0.01, 0.03, 0.05):
         _, wrong = relation_coverage(np.random.default_rng(0), size, spread)

@@ -48,6 +48,34 @@ def test_the_rule_decides(claim: ClaimConfig, change: float, expected: str) -> N
     assert verdict(make_study(claim), make_cells(own=change))[0] == expected
 
 
+def test_a_claim_about_bases_counts_bases() -> None:
+    bases = ("A", "B", "C", "D", "E")
+    claim = ClaimConfig("recipe", "own text", bases=bases, comparator="real", direction="lowers")
+    models = tuple(ModelConfig(name, name) for name in bases)
+    cells = [
+        {**one, "student": base, "treatment": one["treatment"].replace("source A", f"source {base}")}
+        | {"measures": {"accuracy": {"change": {"value": one["measures"]["accuracy"]["change"]["value"] + shift}}}}
+        for base, shift in zip(bases, (0.0, 0.01, -0.01, 0.02, -0.02), strict=True)
+        for one in make_cells(SEEDS[:2], own=-0.02)
+    ]
+    config = make_study(claim, models=models)
+    check_claims(config)
+    (found,) = judge(config, cells)
+    assert found["verdict"] == "supported"
+    assert found["seeds"] == 5
+    assert found["reason"].endswith("over 5 bases.")
+    assert found["effect"]["value"] == pytest.approx(-0.07, abs=0.002)
+    four = replace(claim, bases=bases[:4])
+    assert judge(make_study(four, models=models), cells)[0]["reason"] == "4 bases; a verdict needs 5."
+    for changes, message in {
+        "both": ({"student": "A"}, "exclude each other"),
+        "unknown": ({"bases": ("A", "Z")}, "'Z' is not a student"),
+        "alone": ({"bases": (), "student": "A"}, "is for claims with `bases`"),
+    }.values():
+        with pytest.raises(InputError, match=message):
+            check_claims(make_study(replace(claim, **changes), models=models))
+
+
 def test_four_seeds_or_missing_cells_are_not_tested() -> None:
     config = make_study(RAISES)
     assert verdict(config, make_cells(SEEDS[:4], own=0.5)) == ("not tested", "4 seeds; a verdict needs 5.")
@@ -247,7 +275,7 @@ def power(config: StudyConfig, earlier: dict[str, Any] | None = None) -> list[st
 
 def test_a_dry_run_describes_the_power_of_each_claim() -> None:
     lines = "\n".join(power(CONFIG))
-    assert "over 5 seeds at 0.025, with Holm's method for 2 primary claims" in lines
+    assert "over 5 seeds, or the bases of a claim, at 0.025, with Holm's method for 2 primary claims" in lines
     for stddev, change, words in (
         (0.01, 0.01, "for 1 point"),
         (0.01, 0.02, "for 2 points"),

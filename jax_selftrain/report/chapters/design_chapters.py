@@ -47,7 +47,7 @@ def write_claims(results: Results) -> Chapter:
 
 def describe_claim(claim: Record) -> str:
     """Return a claim in words."""
-    student = f" of {claim['student']}" if claim["student"] else ""
+    student = f" of {claim['student'] or ', '.join(claim['bases'])}" if claim["student"] or claim["bases"] else ""
     comparator = f" more than {claim['comparator']}" if claim["comparator"] else ""
     margin = f" within {claim['margin']:g}" if claim["margin"] is not None else ""
     least = f" by at least {claim['at_least']:g}" if claim["at_least"] is not None else ""
