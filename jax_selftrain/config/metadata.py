@@ -42,6 +42,8 @@ class Role(enum.Flag):
     """A study sets the option of each stage; a second role."""
     REQUIRED = enum.auto()
     """The option must be set; a second role."""
+    OMIT_DEFAULT = enum.auto()
+    """The identity has the option only if it is not the default, so that older results stay valid; a second role."""
     OUTPUT = OUTPUT_FOLDER | OUTPUT_FILE
 
 
@@ -55,6 +57,7 @@ Compiled = Annotated[T, Role.COMPILED]
 Evaluation = Annotated[T, Role.EVALUATION]
 Required = Annotated[T, Role.REQUIRED]
 SetByStudy = Annotated[T, Role.SET_BY_STUDY]
+OmitDefault = Annotated[T, Role.OMIT_DEFAULT]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,10 +65,20 @@ def from_dict(cls: type[Config], data: Any, *, where: str) -> Config:
 def to_dict(obj: Any, role: Role | None = None) -> dict[str, Any]:
     """Convert a dataclass to plain data; the inverse of `from_dict`.
 
-    A local copy of an object in object storage is written as its URI. With `role`, only fields with that role.
+    A local copy of an object in object storage is written as its URI. With `role`, only fields with that role, without
+    the defaults of those with `Role.OMIT_DEFAULT`.
     """
-    names = [field.name for field in dataclasses.fields(obj)] if role is None else fields_with_role(type(obj), role)
+    names = [field.name for field in dataclasses.fields(obj)]
+    if role is not None:
+        default, omitted = type(obj)(), fields_with_role(type(obj), Role.OMIT_DEFAULT)
+        names = [
+            name for name in fields_with_role(type(obj), role) if name not in omitted or _is_set(name, obj, default)
+        ]
     return {name: _to_yaml(getattr(obj, name)) for name in names}
+
+
+def _is_set(name: str, obj: Any, default: Any) -> bool:
+    return bool(getattr(obj, name) != getattr(default, name))
 
 
 def save(path: atomic.PathLike, obj: Any) -> None:

@@ -3,6 +3,8 @@
 from jax_selftrain.evals.decontamination import decontaminate as decontaminate
 from jax_selftrain.evals.embeddings import embed_texts as embed_texts
 from jax_selftrain.evals.exact_match import extraction_metrics as extraction_metrics
+from jax_selftrain.evals.extraction import classify as classify
+from jax_selftrain.evals.extraction import corpus_overlap as corpus_overlap
 from jax_selftrain.evals.extraction import extract as extract
 from jax_selftrain.evals.extraction import find_start_tokens as find_start_tokens
 from jax_selftrain.evals.extraction import load_extraction_sets as load_extraction_sets

@@ -224,7 +224,7 @@ def _describe_training(run: Path) -> dict[str, Any]:
         "targets": sum(int(line["tokens"]) for line in lines) if len(lines) == description["steps"] else None,
         "log": {key: [line[key] for line in logged] for key in ("step", "loss", "learning_rate", "grad_norm")},
         "best_step": training.best_step(curve) if description["options"].get("best_epoch") else None,
-        "evaluations": summarize_curve(curve, description.get("evaluation", {}).get("measured", ())),
+        "evaluations": summarize_curve(run, description.get("evaluation", {}).get("measured", ())),
     }
 
 
