@@ -87,6 +87,14 @@ TaskNames = Annotated[T, Shorthand("{name}@{num_fewshot}")]
 
 
 @dataclasses.dataclass(frozen=True)
+class SingleValue:
+    """Mark of a list that may be written as one value."""
+
+
+OneOrMore = Annotated[T, SingleValue()]
+
+
+@dataclasses.dataclass(frozen=True)
 class AppliesTo:
     """Kinds of arm that an option of `ArmConfig` applies to."""
 
@@ -120,6 +128,12 @@ def ranges(cls: type) -> Mapping[str, Range]:
 def shorthands(cls: type) -> Mapping[str, Shorthand]:
     """Return the shorthands of the fields of a configuration class."""
     return {name: item for name, items in _metadata(cls).items() for item in items if isinstance(item, Shorthand)}
+
+
+@cache
+def scalar_lists(cls: type) -> frozenset[str]:
+    """Return the names of lists whose single value is written alone."""
+    return frozenset(name for name, items in _metadata(cls).items() if SingleValue() in items)
 
 
 def applicable_kinds(cls: type, name: str) -> tuple[str, ...] | None:

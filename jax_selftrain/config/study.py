@@ -12,6 +12,7 @@ from jax_selftrain.config.metadata import (
     Execution,
     Input,
     NonNegative,
+    OneOrMore,
     OutputFile,
     OutputFolder,
     Positive,
@@ -196,7 +197,7 @@ class ClaimConfig:
     """`accuracy` (chance-normalized, of eligible tasks), `task/NAME`, `log_odds` or `log_odds/NAME` (of the answer),
     `text/NAME` (bits per byte), `exact_match`, `log_pz` or `pz`, of all sequences or of a class, group or format
     (`exact_match/held_out`, `exact_match/reproduced_held_out`, `exact_match/H_emitted`, `log_pz/format NAME`,
-    `log_pz/after_relearning`)."""
+    `log_pz/after_relearning 50`, `exact_match/after_relearning_H 50`: with the number of steps)."""
     direction: Literal["raises", "lowers", "preserves"] = "raises"
     """Claimed change of the measure."""
     margin: Positive[float | None] = None
@@ -240,8 +241,11 @@ class MemorizationConfig:
     """Maximum number of continuations."""
     relearn_corpus: Input[str] = ""
     """Unrelated source of `jax-selftrain import`, for a short training before a second measurement."""
-    relearn_steps: AtLeastOne[int] = 50
-    """Steps of the short training."""
+    relearn_steps: OneOrMore[AtLeastOne[tuple[int, ...]]] = (50,)
+    """Steps of the short training; with several numbers, as `[1, 3, 10, 50]`, one training of each length at a constant
+    learning rate without warmup, so that a shorter one is the beginning of a longer one."""
+    relearn_sequences: bool = False
+    """Also train shortly on one half of H, the held-out half of the sequences, and measure the other half."""
     aa_repeat: bool = True
     """Measure each base again with another batch size and dtype, for the A/A floor."""
 

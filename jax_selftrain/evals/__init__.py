@@ -14,6 +14,7 @@ from jax_selftrain.evals.score import build_requests as build_requests
 from jax_selftrain.evals.score import score as score
 from jax_selftrain.evals.score import score_requests as score_requests
 from jax_selftrain.evals.sequences import held_out_half as held_out_half
+from jax_selftrain.evals.sequences import relearned_halves as relearned_halves
 from jax_selftrain.evals.sequences import sequences_fingerprint as sequences_fingerprint
 from jax_selftrain.evals.tasks import load_tasks as load_tasks
 from jax_selftrain.evals.tasks import load_texts as load_texts

@@ -19,7 +19,8 @@ from jax_selftrain.corpus import Corpus
 from jax_selftrain.errors import InputError
 from jax_selftrain.study.dag import Stage, topological_order
 from jax_selftrain.study.measure_names import MAIN_EFFECT
-from jax_selftrain.study.stage_factory import StageFactory, StudyModel
+from jax_selftrain.study.stage_factory import StageFactory
+from jax_selftrain.study.study_model import StudyModel
 from jax_selftrain.study.weight_changes import change_weights
 
 ProbeStages = Mapping[str, Stage]

@@ -168,7 +168,7 @@ def _load_sequences(config: TrainConfig) -> dict[str, np.ndarray]:
 
 
 def _classify_sequences(config: TrainConfig, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the members, bool [N], of each overlap class; nothing without a corpus."""
+    """Return members, bool [N], of each class; nothing without a corpus."""
     if not config.corpus:
         return {}
     folders = [config.corpus, *(folder for folder, _ in parse_mixture(config.mixture))]

@@ -38,8 +38,10 @@ from jax_selftrain.study.measure_names import (
     FORMATTED,
     HELD_OUT,
     MAIN_EFFECT,
+    NOT_SHOWN,
     Cells,
     display_scale,
+    relearning_probes,
 )
 from jax_selftrain.study.proxies import SOURCES_FOR_ABSENCE
 from jax_selftrain.study.registration import PILOT_SEEDS, Registration
@@ -85,6 +87,7 @@ def _untestable(config: StudyConfig, claim: ClaimConfig) -> dict[str, bool]:
     kind, _, part = claim.measure.partition("/")
     memorization, is_probe = config.memorization, kind in ("exact_match", "log_pz", "pz")
     formats = [f"{FORMATTED}{one.name}" for one in memorization.formats]
+    relearned = relearning_probes(memorization)
     unclassed = [one for one in named if one in arms and arms[one].kind == "noise" and claim.student not in sources]
     problems = {f"{one!r} is not a treatment{did_you_mean(one, treatments)}": one not in treatments for one in named}
     return problems | {
@@ -97,8 +100,14 @@ def _untestable(config: StudyConfig, claim: ClaimConfig) -> dict[str, bool]:
         and all(arm.kind != "decontaminated" for arm in config.arms),
         f"memorization.formats has no such format; it has {', '.join(formats) or 'none'}": part.startswith(FORMATTED)
         and part not in formats,
-        f"`{claim.measure}` needs memorization.relearn_corpus": part == AFTER_RELEARNING
-        and not memorization.relearn_corpus,
+        f"`{claim.measure}` needs memorization.relearn_corpus or relearn_sequences, and one of relearn_steps; there "
+        f"are {', '.join(relearned) or 'none'}": is_probe
+        and part.startswith(AFTER_RELEARNING)
+        and part not in relearned,
+        f"`{claim.measure}` needs memorization.relearn_sequences": is_probe
+        and part == NOT_SHOWN
+        and not memorization.relearn_sequences,
+        f"`{claim.measure}`: formats have exact_match and log_pz": kind == "pz" and part.startswith(FORMATTED),
         "noise has no corpus: its sequences are classed by the student's own text, which is no source": is_probe
         and part in CLASSES
         and bool(unclassed),

@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 from claims_factory import KEEPS, OWN, RAISES, SEEDS, TASKS, WOBBLE, judge, make_cells, make_study
 
-from jax_selftrain.config import ArmConfig, ClaimConfig, ExtractConfig, ModelConfig, ScoreConfig, StudyConfig
+from jax_selftrain.config import (
+    ArmConfig,
+    ClaimConfig,
+    ExtractConfig,
+    MemorizationConfig,
+    ModelConfig,
+    ScoreConfig,
+    StudyConfig,
+)
 from jax_selftrain.errors import InputError
 from jax_selftrain.stats.noninferiority import minimum_detectable_effect
 from jax_selftrain.stats.noninferiority import power as seeds_power
@@ -167,6 +175,17 @@ def test_primary_claims_are_corrected_separately_by_holm() -> None:
         (replace(RAISES, measure="pz/H"), {"extract": SEQUENCES}, "needs an arm of kind `decontaminated`"),
         (replace(RAISES, measure="log_pz/format x"), {"extract": SEQUENCES}, "has no such format; it has none"),
         (replace(RAISES, measure="pz/after_relearning"), {"extract": SEQUENCES}, "needs memorization.relearn_corpus"),
+        (
+            replace(RAISES, measure="pz/after_relearning 10"),
+            {"extract": SEQUENCES, "memorization": MemorizationConfig(relearn_corpus="o.jsonl", relearn_steps=(1, 50))},
+            "there are after_relearning 1, after_relearning 50",
+        ),
+        (
+            replace(RAISES, measure="pz/after_relearning_H 50"),
+            {"extract": SEQUENCES, "memorization": MemorizationConfig(relearn_corpus="o.jsonl")},
+            "there are after_relearning 50",
+        ),
+        (replace(RAISES, measure="pz/H_not_shown"), {"extract": SEQUENCES}, "needs memorization.relearn_sequences"),
         (
             ClaimConfig("x", "noise", "A", measure="pz/held_out"),
             {

@@ -132,7 +132,7 @@ def finished_study(
         unseen_text=inputs["texts"],
         max_continuations=60,
         relearn_corpus=inputs["texts"],
-        relearn_steps=1,
+        relearn_steps=(1,),
     )
     train = replace(config.train, eval_every=1, eval_limit=8)
     folder = run_study(replace(config, train=train, memorization=probes, embedding_model=config.models[0].model))
@@ -198,7 +198,7 @@ def test_memorization_is_probed_in_formats_after_relearning_and_on_unseen_text(f
     results = json.loads((finished_study / "results.json").read_text())
     design = make_design(yaml_io.load(StudyConfig, finished_study / "config.yaml"))
     cells = read_cells(finished_study)
-    probes = {"format prefix 4", "format inside, after BOS", "after_relearning"}
+    probes = {"format prefix 4", "format inside, after BOS", "after_relearning 1"}
     for key, cell in cells.items():
         assert {f"{measure}/{view}" for measure in ("exact_match", "log_pz") for view in probes} <= cell[
             "measures"
@@ -413,10 +413,11 @@ def test_killed_shared_and_grown_studies_end_with_the_same_tables(make: Make, tm
         ({"arms": (ArmConfig("x", replay="fresh"),)}, "`replay` does not apply"),
         ({"arms": (ArmConfig("x", "decontaminated"),), "extract": ExtractConfig()}, "needs extract.sequences"),
         (
-            {"memorization": MemorizationConfig(relearn_steps=2), "extract": ExtractConfig()},
+            {"memorization": MemorizationConfig(relearn_steps=(2,)), "extract": ExtractConfig()},
             "memorization: needs extract.sequences",
         ),
-        ({"memorization": MemorizationConfig(relearn_steps=0)}, "--memorization.relearn-steps 0"),
+        ({"memorization": MemorizationConfig(relearn_steps=(1, 0))}, "--memorization.relearn-steps 0"),
+        ({"memorization": MemorizationConfig(relearn_steps=(2, 2))}, r"relearn_steps \[2, 2\]: give each number"),
         ({"memorization": MemorizationConfig(max_continuations=0)}, "--memorization.max-continuations 0"),
         ({"memorization": MemorizationConfig(unseen_text="none.jsonl")}, "none.jsonl"),
         ({"memorization": MemorizationConfig(relearn_corpus="none.jsonl")}, "none.jsonl: no such file"),
