@@ -120,8 +120,9 @@ class ModelConfig:
 
 _T = TypeVar("_T")
 _Options = TypeVar("_Options", SampleConfig, TrainConfig, ScoreConfig, ExtractConfig)
-_Sampling = Annotated[_T, AppliesTo(("self", "shuffled", "decontaminated", "size_matched", "generations"))]
-_Training = Annotated[_T, AppliesTo(("self", "text", "shuffled", "decontaminated", "size_matched", "generations"))]
+_OWN_TEXT = ("self", "shuffled", "decontaminated", "size_matched", "generations")
+_Sampling = Annotated[_T, AppliesTo((*_OWN_TEXT, "mixture"))]
+_Training = Annotated[_T, AppliesTo((*_OWN_TEXT, "text", "mixture"))]
 _Generations = Annotated[_T, AppliesTo(("generations",))]
 
 
@@ -135,22 +136,24 @@ class ArmConfig:
     name: str = ""
     """Name in the report."""
     kind: Literal[
-        "self", "text", "shuffled", "decontaminated", "size_matched", "noise", "extrapolate", "generations"
+        "self", "text", "mixture", "shuffled", "decontaminated", "size_matched", "noise", "extrapolate", "generations"
     ] = "self"
-    """`self`: own text. `text`: real text. `shuffled`: own text with shuffled tokens.
+    """`self`: own text. `text`: real text. `mixture`: both. `shuffled`: own text with shuffled tokens.
     `decontaminated`: own text without the samples that overlap with the held-out half of the extraction set;
     `size_matched`: without as many others. `noise`: weight noise of the size of the change.
     `extrapolate`: base + weight · (self-trained − base). `generations`: repeated self-training."""
     students: tuple[str, ...] = ()
     """Students with this arm; unset: all."""
     text: Input[str] = ""
-    """For `text`: source of `jax-selftrain import`."""
+    """For `text` and `mixture`: source of `jax-selftrain import`."""
+    share: Annotated[float | None, AppliesTo(("mixture",))] = None
+    """For `mixture`: share of the rows with real text."""
     weight: Annotated[float | None, AppliesTo(("extrapolate", "noise"))] = None
     """For `extrapolate`: weight of the student. For `noise`: size relative to the change of training; unset: 1."""
     match_damage: Annotated[bool, AppliesTo(("noise",))] = False
     """For `noise`: search the weight whose damage on the `damage_text` is that of self-training, for each seed."""
     generations: _Generations[AtLeastOne[int]] = 2
-    """For `generations`: their number."""
+    """For `generations`: their number; the treatments are `NAME, generation 1` and so on, and NAME for the last."""
     replay: _Generations[Literal["replace", "accumulate", "fresh"]] = "replace"
     """For `generations`: train the base on the latest corpus or on all corpora, or the latest model on a new one
     (`fresh`)."""
@@ -170,7 +173,7 @@ class ArmConfig:
     """Drop tokens whose probability is below this fraction of the largest one."""
     learning_rate: _Training[float | None] = None
     """Peak learning rate."""
-    epochs: _Training[AtLeastOne[int | None]] = None
+    epochs: Annotated[AtLeastOne[int | None], AppliesTo((*_OWN_TEXT, "text"))] = None
     """Passes over the corpus."""
     packing: _Training[Packing | None] = None
     """Packing of documents into rows."""

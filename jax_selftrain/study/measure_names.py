@@ -1,9 +1,10 @@
 """Names and values of treatments and measures in `results.json`."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from jax_selftrain.config import MemorizationConfig
+from jax_selftrain.config import ArmConfig, MemorizationConfig
 
 Cells = Sequence[Mapping[str, Any]]
 """`cells` of `results.json`."""
@@ -27,6 +28,22 @@ NOT_SHOWN = "H_not_shown"
 """Suffix of measures of that other half of H, before relearning."""
 FORMATTED, GROUP = "format ", "group "
 """Prefixes: `exact_match/format NAME`, `exact_match/group NAME`."""
+
+
+def name_generations(arm: str, n: int) -> list[str]:
+    """Return the treatments of an arm's generations; the last has its name."""
+    return [*(f"{arm}, generation {generation}" for generation in range(1, n)), arm]
+
+
+def expand_generations(arms: Iterable[ArmConfig]) -> list[ArmConfig]:
+    """Replace each arm of kind `generations` by one for every generation."""
+    return [
+        replace(arm, name=name, generations=generation) if arm.kind == "generations" else arm
+        for arm in arms
+        for generation, name in enumerate(
+            name_generations(arm.name, arm.generations if arm.kind == "generations" else 1), 1
+        )
+    ]
 
 
 def group_cells(cells: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[Mapping[str, Any]]]:

@@ -18,9 +18,14 @@ def check_arm(arm: ArmConfig, config: StudyConfig) -> None:
     """Refuse options that an arm cannot have. Raises InputError."""
     kind, weight = arm.kind, arm.weight
     halves, noise = kind in ("decontaminated", "size_matched"), 1.0 if weight is None else weight
+    has_text, is_mixed = kind in ("text", "mixture"), kind == "mixture"
     problems = {
         f"names of main cells begin with {MAIN_EFFECT!r}; choose another name": arm.name.startswith(MAIN_EFFECT),
-        "`text` names the file of an arm of kind `text`, and of no other kind": (kind == "text") != bool(arm.text),
+        "`text` names the file of an arm of kind `text` or `mixture`, and of no other kind": has_text != bool(arm.text),
+        f"`share` is {arm.share}; a mixture needs a share of real text above 0 and below 1": is_mixed
+        and not 0 < (arm.share or 0) < 1,
+        "a mixture is trained for as many steps as own text; set train.steps instead of train.epochs": is_mixed
+        and config.train.epochs is not None,
         "an arm of kind `extrapolate` needs its `weight`": kind == "extrapolate" and weight is None,
         f"the weight of noise is {weight}; it must be a positive number": kind == "noise" and not 0 < noise < math.inf,
         f"kind `{kind}` needs extract.sequences; half of them are held out": halves and not config.extract.sequences,

@@ -41,6 +41,7 @@ from jax_selftrain.study.measure_names import (
     NOT_SHOWN,
     Cells,
     display_scale,
+    expand_generations,
     relearning_probes,
 )
 from jax_selftrain.study.proxies import SOURCES_FOR_ABSENCE
@@ -81,7 +82,7 @@ def check_claims(config: StudyConfig) -> None:
 def _untestable(config: StudyConfig, claim: ClaimConfig) -> dict[str, bool]:
     """Return reasons not to test a claim, and whether they hold."""
     students = config.students or tuple(model.name for model in config.models)
-    sources, arms = config.sources or students, {arm.name: arm for arm in config.arms}
+    sources, arms = config.sources or students, {arm.name: arm for arm in expand_generations(config.arms)}
     treatments = [f"{MAIN_EFFECT}{source}" for source in sources] + [*arms]
     named = [one for one in (claim.treatment, claim.comparator) if one and parse_contrast(one) is None]
     kind, _, part = claim.measure.partition("/")

@@ -43,6 +43,7 @@ from jax_selftrain.io import atomic, lease
 from jax_selftrain.study.dag import check_processes, list_remaining, peak_bytes, run_all
 from jax_selftrain.study.design import Design, expand_revisions, make_design
 from jax_selftrain.study.eval_hooks import evaluation_hooks, with_default_evals
+from jax_selftrain.study.measure_names import expand_generations
 from jax_selftrain.study.option_checks import check_arm, check_memorization, check_relearned_half, require_text
 from jax_selftrain.study.preregistration import check_claims, check_contrasts, describe_power
 from jax_selftrain.study.registration import Registration, register
@@ -280,7 +281,7 @@ def _check_names(config: StudyConfig) -> None:
             )
     if not all(arm.name for arm in config.arms):
         raise InputError("arms: each needs a `name`")
-    names, arms = [model.name for model in config.models], [arm.name for arm in config.arms]
+    names, arms = [model.name for model in config.models], [arm.name for arm in expand_generations(config.arms)]
     for kind, values in (("model", names), ("seed", config.seeds), ("arm", arms)):
         for value, count in Counter[object](values).items():
             if count > 1:

@@ -189,9 +189,10 @@ class StageFactory:
     ) -> StudyModel:
         """Train a model by the study's recipe, changed by an arm.
 
-        The corpora have equal shares of the rows that the recipe's `mixture` leaves. `seed` orders the rows. With
-        `steps`, train for this number of steps, without evaluation; where several numbers of steps are relearned, at a
-        constant rate without warmup, so that a shorter training is the beginning of a longer one.
+        The corpora have equal shares of the rows that the recipe's `mixture` leaves; in a `mixture` arm, the first has
+        `share`. `seed` orders the rows. With `steps`, train for this number of steps, without evaluation; where several
+        numbers of steps are relearned, at a constant rate without warmup, so that a shorter training is the beginning
+        of a longer one.
         """
         recipe = with_default_evals(self.config.train, self.config.score, self.config.extract)
         if steps is not None:
@@ -199,11 +200,13 @@ class StageFactory:
             if len(self.config.memorization.relearn_steps) > 1:
                 recipe = replace(recipe, schedule="constant", warmup_ratio=0.0)
         mixture = parse_mixture(recipe.mixture)
-        share = (1 - float(sum(part for _, part in mixture))) / len(on)
+        left = 1 - float(sum(part for _, part in mixture))
+        shares = [left * (arm.share or 0)] if arm.kind == "mixture" else [left / len(on)] * (len(on) - 1)
         changes = shared_overrides(arm, TrainConfig) | {"corpus": str(self.folder(on[-1])), "seed": seed}
         if arm.epochs is not None:
             changes["steps"] = None
-        changes["mixture"] = (*(f"{self.folder(one)}={share:.9f}" for one in on[:-1]), *recipe.mixture)
+        mixed = (f"{self.folder(one)}={share:.9f}" for one, share in zip(on[:-1], shares, strict=True))
+        changes["mixture"] = (*mixed, *recipe.mixture)
         options = fill_options(self.config, recipe, start.ref, start.options, **changes)
         evaluated = [self.hashes.reference(file) for file in (*options.eval_texts, *options.eval_tasks)]
         if options.eval_sequences:
@@ -221,7 +224,8 @@ class StageFactory:
         cost = estimate_cost(start, tokens, options.seq_len, passes=3) | {"model_bytes": model_bytes(start)}
         label = f"train {start.label} on: {on[-1].label}" + (f" ({arm.name})" if arm.name else "")
         stage = _make_stage("train", label, train_with_evals, options, inputs, **cost)
-        stage = replace(stage, identity={**stage.identity, "mixture": [str(part) for _, part in mixture]})
+        own = {"share": arm.share} if arm.kind == "mixture" else {}
+        stage = replace(stage, identity={**stage.identity, "mixture": [str(part) for _, part in mixture], **own})
         label = f"{start.label} after {arm.name or 'its own text'}, seed {seed}"
         return replace(start, ref=str(self.folder(stage)), fingerprint=stage, label=label)
 
@@ -231,17 +235,24 @@ class StageFactory:
         inputs = {**model.inputs, **self.hashes.tasks(options, options.num_fewshot)}
         return _make_stage("score", f"score {model.label}", evals.score, options, inputs)
 
-    def extract(self, model: StudyModel, corpus: Stage | None = None, base: StudyModel | None = None) -> Stage:
-        """Extract the study's sequences, classified by overlap with the corpus.
+    def extract(self, model: StudyModel, corpora: Sequence[Stage] = (), base: StudyModel | None = None) -> Stage:
+        """Extract the study's sequences, classified by overlap with the corpora.
 
-        `base` is the checkpoint that `verify` compares with; None: the model itself.
+        The corpora of the recipe's `mixture` count too. `base` is the checkpoint that `verify` compares with; None: the
+        model itself.
         """
         options, label = self.config.extract, f"extract from {model.label}"
         if base is not None and options.verify and not options.base:
             options = replace(options, base=base.ref)
-        if corpus is None:
+        if not corpora:
             return self._extract(model, options, label)
-        return self._extract(model, options, label, {"corpus": corpus}, corpus=str(self.folder(corpus)))
+        *mixed, corpus = corpora
+        folders = [folder for folder, _ in parse_mixture(self.config.train.mixture)]
+        inputs: dict[str, str | Stage] = {"corpus": corpus}
+        inputs |= {f"mixed corpus {n}": one for n, one in enumerate(mixed)}
+        inputs |= {f"mixture {n}": self._read_corpus(folder).fingerprint for n, folder in enumerate(folders)}
+        read = (*(str(self.folder(one)) for one in mixed), *folders)
+        return self._extract(model, options, label, inputs, corpus=str(self.folder(corpus)), mixed_corpora=read)
 
     def extract_aa(self, model: StudyModel) -> dict[str, Stage]:
         """Extract again with another batch size and with another dtype."""

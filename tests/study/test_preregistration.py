@@ -209,6 +209,15 @@ def test_claims_that_cannot_be_tested_are_refused(claim: ClaimConfig, changes: d
         check_claims(make_study(claim, **changes))
 
 
+def test_every_generation_can_have_a_claim() -> None:
+    changes: dict[str, Any] = {"arms": (ArmConfig("chain", "generations", generations=3),), "positive_controls": ()}
+    changes["negative_controls"] = ()
+    claim = ClaimConfig("x", "chain", "A", comparator="chain, generation 1")
+    check_claims(make_study(claim, **changes))
+    with pytest.raises(InputError, match="'chain, generation 3' is not a treatment"):  # it is named chain
+        check_claims(make_study(replace(claim, comparator="chain, generation 3"), **changes))
+
+
 def test_held_out_sequences_of_noise_are_those_of_the_own_text() -> None:
     arms = (ArmConfig("noise", "noise"), ArmConfig("hot", temperature=1.5), ArmConfig("cold", temperature=0.7))
     for claim in (

@@ -103,7 +103,7 @@ def all_stages(stages: StageFactory) -> dict[str, Stage]:
         change_weights(stages, base, student, ArmConfig(kind="noise"), 100).fingerprint,
         change_weights(stages, base, student, ArmConfig(kind="extrapolate", weight=-1.0), 100).fingerprint,
         stages.score(student),
-        stages.extract(student, corpus, base),
+        stages.extract(student, [corpus], base),
         stages.continue_unseen_text(base),
         stages.measure_proxies(base, corpus),
         stages.import_shown_half(base),
