@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -44,6 +45,11 @@ def alternate(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[st
             if turn:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
+
+
+def peak_memory() -> float:
+    """Return the peak memory of this process, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def add_peers(

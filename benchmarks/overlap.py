@@ -10,7 +10,6 @@ middle; it and the rest must not be found. The time covers indexing the queries 
 from __future__ import annotations
 
 import argparse
-import resource
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -18,7 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from measuring import describe_run
+from measuring import describe_run, peak_memory
 
 from jax_selftrain.corpus import RaggedTokens, longest_overlaps, memmap_tokens
 from jax_selftrain.corpus.overlap import CHUNK_TOKENS
@@ -79,10 +78,6 @@ def plant(queries: np.ndarray, tokens: int, length: int, folder: Path) -> tuple[
             flat[position + length // 2] = (flat[position + length // 2] + 1) % VOCABULARY
     memmap_tokens(RaggedTokens(flat, offsets), folder)
     return offsets, wanted
-
-
-def peak_memory() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 if __name__ == "__main__":

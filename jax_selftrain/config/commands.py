@@ -11,6 +11,7 @@ from jax_selftrain.config.metadata import (
     Execution,
     Input,
     NonNegative,
+    OmitDefault,
     OutputFile,
     OutputFolder,
     Positive,
@@ -212,11 +213,14 @@ class TrainConfig:
     eval_tasks: Evaluation[Input[tuple[str, ...]]] = ()
     """Task files to measure the accuracy on (`NAME/acc`), as in `score`."""
     eval_sequences: Evaluation[Input[str]] = ""
-    """Extraction set to measure (`NAME/exact_match`, `NAME/log_pz`, `NAME/pz`), as in `extract`."""
+    """Extraction set to measure (`NAME/exact_match`, `NAME/log_pz`, `NAME/pz`), also by overlap with the training
+    corpora (`NAME/exact_match/held_out`), as in `extract`."""
     eval_prefix: Evaluation[AtLeastOne[int]] = 32
     """Prefix tokens of `eval_sequences`."""
     eval_suffix: Evaluation[AtLeastOne[int]] = 32
     """Suffix tokens of `eval_sequences`."""
+    eval_min_overlap: OmitDefault[Evaluation[AtLeastOne[int]]] = 16
+    """Tokens of the longest match with a suffix from which a sequence of `eval_sequences` is not held-out."""
     eval_limit: Evaluation[AtLeastOne[int | None]] = None
     """Number of items of each evaluation file; unset: all."""
     eval_split: Evaluation[Literal["all", "dev", "test"]] = "all"
@@ -319,6 +323,8 @@ class ExtractConfig:
     """`.npy` integers: copies of each sequence in the training data (or a column `duplicates` of the set)."""
     corpus: SetByStudy[Input[str]] = ""
     """Training corpus: divides the sequences into held-out, partial and seen."""
+    mixed_corpora: SetByStudy[Input[tuple[str, ...]]] = ()
+    """Further training corpora; the longest match with any corpus decides."""
     min_overlap: AtLeastOne[int] = 16
     """Tokens of the longest match with a suffix from which a sequence is not held-out."""
     control_sequences: Input[str] = ""

@@ -42,6 +42,8 @@ class Role(enum.Flag):
     """A study sets the option of each stage; a second role."""
     REQUIRED = enum.auto()
     """The option must be set; a second role."""
+    OMIT_DEFAULT = enum.auto()
+    """The identity has the option only if it is not the default, so that older results stay valid; a second role."""
     OUTPUT = OUTPUT_FOLDER | OUTPUT_FILE
 
 
@@ -55,6 +57,7 @@ Compiled = Annotated[T, Role.COMPILED]
 Evaluation = Annotated[T, Role.EVALUATION]
 Required = Annotated[T, Role.REQUIRED]
 SetByStudy = Annotated[T, Role.SET_BY_STUDY]
+OmitDefault = Annotated[T, Role.OMIT_DEFAULT]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +84,14 @@ class Shorthand:
 
 
 TaskNames = Annotated[T, Shorthand("{name}@{num_fewshot}")]
+
+
+@dataclasses.dataclass(frozen=True)
+class SingleValue:
+    """Mark of a list that may be written as one value."""
+
+
+OneOrMore = Annotated[T, SingleValue()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +128,12 @@ def ranges(cls: type) -> Mapping[str, Range]:
 def shorthands(cls: type) -> Mapping[str, Shorthand]:
     """Return the shorthands of the fields of a configuration class."""
     return {name: item for name, items in _metadata(cls).items() for item in items if isinstance(item, Shorthand)}
+
+
+@cache
+def scalar_lists(cls: type) -> frozenset[str]:
+    """Return the names of lists whose single value is written alone."""
+    return frozenset(name for name, items in _metadata(cls).items() if SingleValue() in items)
 
 
 def applicable_kinds(cls: type, name: str) -> tuple[str, ...] | None:

@@ -12,6 +12,7 @@ from jax_selftrain.config.metadata import (
     Execution,
     Input,
     NonNegative,
+    OneOrMore,
     OutputFile,
     OutputFolder,
     Positive,
@@ -119,8 +120,9 @@ class ModelConfig:
 
 _T = TypeVar("_T")
 _Options = TypeVar("_Options", SampleConfig, TrainConfig, ScoreConfig, ExtractConfig)
-_Sampling = Annotated[_T, AppliesTo(("self", "shuffled", "decontaminated", "size_matched", "generations"))]
-_Training = Annotated[_T, AppliesTo(("self", "text", "shuffled", "decontaminated", "size_matched", "generations"))]
+_OWN_TEXT = ("self", "shuffled", "decontaminated", "size_matched", "generations")
+_Sampling = Annotated[_T, AppliesTo((*_OWN_TEXT, "mixture"))]
+_Training = Annotated[_T, AppliesTo((*_OWN_TEXT, "text", "mixture"))]
 _Generations = Annotated[_T, AppliesTo(("generations",))]
 
 
@@ -134,22 +136,24 @@ class ArmConfig:
     name: str = ""
     """Name in the report."""
     kind: Literal[
-        "self", "text", "shuffled", "decontaminated", "size_matched", "noise", "extrapolate", "generations"
+        "self", "text", "mixture", "shuffled", "decontaminated", "size_matched", "noise", "extrapolate", "generations"
     ] = "self"
-    """`self`: own text. `text`: real text. `shuffled`: own text with shuffled tokens.
+    """`self`: own text. `text`: real text. `mixture`: both. `shuffled`: own text with shuffled tokens.
     `decontaminated`: own text without the samples that overlap with the held-out half of the extraction set;
     `size_matched`: without as many others. `noise`: weight noise of the size of the change.
     `extrapolate`: base + weight · (self-trained − base). `generations`: repeated self-training."""
     students: tuple[str, ...] = ()
     """Students with this arm; unset: all."""
     text: Input[str] = ""
-    """For `text`: source of `jax-selftrain import`."""
+    """For `text` and `mixture`: source of `jax-selftrain import`."""
+    share: Annotated[float | None, AppliesTo(("mixture",))] = None
+    """For `mixture`: share of the rows with real text."""
     weight: Annotated[float | None, AppliesTo(("extrapolate", "noise"))] = None
     """For `extrapolate`: weight of the student. For `noise`: size relative to the change of training; unset: 1."""
     match_damage: Annotated[bool, AppliesTo(("noise",))] = False
     """For `noise`: search the weight whose damage on the `damage_text` is that of self-training, for each seed."""
     generations: _Generations[AtLeastOne[int]] = 2
-    """For `generations`: their number."""
+    """For `generations`: their number; the treatments are `NAME, generation 1` and so on, and NAME for the last."""
     replay: _Generations[Literal["replace", "accumulate", "fresh"]] = "replace"
     """For `generations`: train the base on the latest corpus or on all corpora, or the latest model on a new one
     (`fresh`)."""
@@ -169,7 +173,7 @@ class ArmConfig:
     """Drop tokens whose probability is below this fraction of the largest one."""
     learning_rate: _Training[float | None] = None
     """Peak learning rate."""
-    epochs: _Training[AtLeastOne[int | None]] = None
+    epochs: Annotated[AtLeastOne[int | None], AppliesTo((*_OWN_TEXT, "text"))] = None
     """Passes over the corpus."""
     packing: _Training[Packing | None] = None
     """Packing of documents into rows."""
@@ -199,7 +203,7 @@ class ClaimConfig:
     """`accuracy` (chance-normalized, of eligible tasks), `task/NAME`, `log_odds` or `log_odds/NAME` (of the answer),
     `text/NAME` (bits per byte), `exact_match`, `log_pz` or `pz`, of all sequences or of a class, group or format
     (`exact_match/held_out`, `exact_match/reproduced_held_out`, `exact_match/H_emitted`, `log_pz/format NAME`,
-    `log_pz/after_relearning`)."""
+    `log_pz/after_relearning 50`, `exact_match/after_relearning_H 50`: with the number of steps)."""
     direction: Literal["raises", "lowers", "preserves"] = "raises"
     """Claimed change of the measure."""
     margin: Positive[float | None] = None
@@ -243,8 +247,11 @@ class MemorizationConfig:
     """Maximum number of continuations."""
     relearn_corpus: Input[str] = ""
     """Unrelated source of `jax-selftrain import`, for a short training before a second measurement."""
-    relearn_steps: AtLeastOne[int] = 50
-    """Steps of the short training."""
+    relearn_steps: OneOrMore[AtLeastOne[tuple[int, ...]]] = (50,)
+    """Steps of the short training; with several numbers, as `[1, 3, 10, 50]`, one training of each length at a constant
+    learning rate without warmup, so that a shorter one is the beginning of a longer one."""
+    relearn_sequences: bool = False
+    """Also train shortly on one half of H, the held-out half of the sequences, and measure the other half."""
     aa_repeat: bool = True
     """Measure each base again with another batch size and dtype, for the A/A floor."""
 

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
 
-from jax_selftrain.config.metadata import Role, fields_with_role, ranges, shorthands
+from jax_selftrain.config.metadata import Role, fields_with_role, ranges, scalar_lists, shorthands
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.io.remote_paths import restore_uris
@@ -65,10 +65,25 @@ def from_dict(cls: type[Config], data: Any, *, where: str) -> Config:
 def to_dict(obj: Any, role: Role | None = None) -> dict[str, Any]:
     """Convert a dataclass to plain data; the inverse of `from_dict`.
 
-    A local copy of an object in object storage is written as its URI. With `role`, only fields with that role.
+    A local copy of an object in object storage is written as its URI. With `role`, only fields with that role, without
+    the defaults of those with `Role.OMIT_DEFAULT`.
     """
-    names = [field.name for field in dataclasses.fields(obj)] if role is None else fields_with_role(type(obj), role)
-    return {name: _to_yaml(getattr(obj, name)) for name in names}
+    names = [field.name for field in dataclasses.fields(obj)]
+    if role is not None:
+        default, omitted = type(obj)(), fields_with_role(type(obj), Role.OMIT_DEFAULT)
+        names = [
+            name for name in fields_with_role(type(obj), role) if name not in omitted or _is_set(name, obj, default)
+        ]
+    return {name: _field_to_yaml(obj, name) for name in names}
+
+
+def _field_to_yaml(obj: Any, name: str) -> Any:
+    value = _to_yaml(getattr(obj, name))
+    return value[0] if name in scalar_lists(type(obj)) and len(value) == 1 else value
+
+
+def _is_set(name: str, obj: Any, default: Any) -> bool:
+    return bool(getattr(obj, name) != getattr(default, name))
 
 
 def save(path: atomic.PathLike, obj: Any) -> None:
@@ -94,8 +109,9 @@ def check_ranges(config: Any, prefix: str = "--") -> None:
         option, valid = prefix + name.replace("_", "-"), ranges(cls).get(name)
         if dataclasses.is_dataclass(value):
             check_ranges(value, f"{option}.")
-        elif valid is not None and value is not None and not valid.is_valid(value):
-            raise InputError(f"{option} {value}: must be {valid.text}")
+        for number in value if isinstance(value, tuple) else (value,):
+            if valid is not None and number is not None and not valid.is_valid(number):
+                raise InputError(f"{option} {number}: must be {valid.text}")
         for entry in value if isinstance(value, tuple) else ():
             if dataclasses.is_dataclass(entry):  # its first option names it
                 check_ranges(entry, f"{option.removeprefix('--')}: {next(iter(vars(entry).values()))}: ")
@@ -201,6 +217,8 @@ def _build(cls: type[Config], data: Any, base: Any, *, where: str, section: str,
         else:
             if (short := shorthands(schema).get(name)) and isinstance(value, list):
                 value = [_shorten(short.template, entry, where=f"{where}: `{full}`") for entry in value]
+            if name in scalar_lists(schema) and not isinstance(value, list | tuple):
+                value = [value]
             values[name] = _convert(hints[name], value, where=f"{where}: `{full}`")
     return dataclasses.replace(base, **values)
 

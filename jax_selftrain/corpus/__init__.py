@@ -2,9 +2,9 @@
 
 from jax_selftrain.corpus.export import export_corpus as export_corpus
 from jax_selftrain.corpus.ingest import import_text as import_text
+from jax_selftrain.corpus.ingest import import_tokens as import_tokens
 from jax_selftrain.corpus.mixture import Mixture as Mixture
 from jax_selftrain.corpus.mixture import parse_mixture as parse_mixture
-from jax_selftrain.corpus.overlap import Overlaps as Overlaps
 from jax_selftrain.corpus.overlap import longest_overlaps as longest_overlaps
 from jax_selftrain.corpus.packing import PackedRows as PackedRows
 from jax_selftrain.corpus.packing import build_packed_rows as build_packed_rows

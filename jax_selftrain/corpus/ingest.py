@@ -12,6 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,6 +81,44 @@ def import_text(config: ImportCorpusConfig) -> Corpus:
         deque(documents, maxlen=0)  # those after the last missing shard
         if digest_again.digest() != digest.digest():
             raise changed
+    return writer.finalize()
+
+
+def import_tokens(rows: np.ndarray, model: str, out: str | Path) -> Corpus:
+    """Write token rows as documents without a stop id.
+
+    Args:
+        rows: int [N, T], tokens of the model's tokenizer.
+        model: a model or tokenizer folder.
+        out: the corpus folder to write.
+
+    Raises:
+        InputError: the model has no BOS or EOS, or the folder holds another corpus.
+    """
+    from jax_selftrain import hub
+
+    source = hub.open_model(model)
+    request = {
+        "kind": "imported",
+        "source": {"ref": "", "fingerprint": hashlib.sha256(rows.astype("<i4").tobytes()).hexdigest()},
+        "tokenizer_fingerprint": source.tokenizer_fingerprint,
+        "start_id": _choose_id(source, "start_id", None, source.special_tokens.bos_token_id),
+        "stop_ids": [_choose_id(source, "stop_id", None, source.special_tokens.eos_token_id)],
+        "policy": {"max_tokens": rows.shape[1]},
+        "seed": None,
+        "samples": len(rows),
+        "samples_per_shard": ImportCorpusConfig().samples_per_shard,
+    }
+
+    def convert(items: list[np.ndarray], ids: range) -> tuple[list[Sample], dict[str, int]]:
+        decode = partial(source.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        samples = [
+            Sample(i, row, decode(row.tolist()), float("nan"), "length") for i, row in zip(ids, items, strict=True)
+        ]
+        return samples, {}
+
+    writer = CorpusWriter.open(out, request)
+    writer.convert_missing(iter(rows.astype(np.int32)), convert)
     return writer.finalize()
 
 

@@ -19,6 +19,8 @@ from jax_selftrain.corpus.reader import Corpus, batch_tokens
 
 DISTINCT_TOKENS = 1 << 18
 """Maximum number of tokens for distinct-n."""
+RARE_FREQUENCY = 1e-4
+"""Tokens of a lower relative frequency are rare."""
 
 _DECIMALS = 6
 _HASH_BYTES = 8  # of a billion samples, 0.03 pairs collide
@@ -77,6 +79,48 @@ def corpus_statistics(corpus: Corpus, policy_logprobs: Iterable[float | None] = 
             "duplicates": _count_repeated(hashes) / samples,
         }
     )
+
+
+def tail_statistics(corpus: Corpus, first: Corpus, n: int) -> dict[str, Any]:
+    """Compute diversity and rare tokens of the first `n` tokens.
+
+    These numbers depend on the size of a text, so they are computed on equally many tokens of every corpus.
+
+    Args:
+        corpus: a corpus of at least `n` tokens.
+        first: corpus of at least 2·n tokens. Its tokens n … 2n define the rare tokens; in the tokens that define them,
+            rare tokens would be rarer than in any other text.
+        n: number of tokens.
+
+    Returns:
+        Plain data: distinct (see `corpus_statistics`; the last sample is cut), unigram_entropy (of the distribution of
+        tokens, in nats, without a correction for the size), rare_mass (share of tokens that are rare).
+    """
+    flat, lengths = _read_range(corpus, 0, n)
+    reference, _ = _read_range(first, n, 2 * n)
+    size = 1 + int(max(flat.max(), reference.max()))
+    counts, before = (np.bincount(tokens, minlength=size) for tokens in (flat, reference))
+    shares = counts[counts > 0] / n
+    return _to_json(
+        {
+            "distinct": _distinct_ngrams(flat, lengths),
+            "unigram_entropy": -math.fsum((shares * np.log(shares)).tolist()),
+            "rare_mass": int(counts[before < RARE_FREQUENCY * n].sum()) / n,
+        }
+    )
+
+
+def _read_range(corpus: Corpus, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return tokens `start` to `stop`, and the lengths of their samples."""
+    tokens, ends, read = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)], 0
+    for flat, lengths in corpus.token_batches():
+        if read >= stop:
+            break
+        tokens.append(flat)
+        ends.append(read + np.cumsum(lengths))
+        read += len(flat)
+    bounds = np.clip(np.concatenate(ends), start, stop) - start
+    return np.concatenate(tokens)[start:stop], np.diff(np.concatenate([[0], bounds]))
 
 
 def _length_statistics(lengths: Mapping[int, int]) -> dict[str, float]:

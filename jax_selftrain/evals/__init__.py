@@ -3,6 +3,8 @@
 from jax_selftrain.evals.decontamination import decontaminate as decontaminate
 from jax_selftrain.evals.embeddings import embed_texts as embed_texts
 from jax_selftrain.evals.exact_match import extraction_metrics as extraction_metrics
+from jax_selftrain.evals.extraction import classify as classify
+from jax_selftrain.evals.extraction import corpus_overlap as corpus_overlap
 from jax_selftrain.evals.extraction import extract as extract
 from jax_selftrain.evals.extraction import find_start_tokens as find_start_tokens
 from jax_selftrain.evals.extraction import load_extraction_sets as load_extraction_sets
@@ -12,6 +14,7 @@ from jax_selftrain.evals.score import build_requests as build_requests
 from jax_selftrain.evals.score import score as score
 from jax_selftrain.evals.score import score_requests as score_requests
 from jax_selftrain.evals.sequences import held_out_half as held_out_half
+from jax_selftrain.evals.sequences import relearned_halves as relearned_halves
 from jax_selftrain.evals.sequences import sequences_fingerprint as sequences_fingerprint
 from jax_selftrain.evals.tasks import load_tasks as load_tasks
 from jax_selftrain.evals.tasks import load_texts as load_texts

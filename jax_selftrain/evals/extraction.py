@@ -5,7 +5,7 @@ the suffix stays almost as probable. So p_z, the probability of the suffix under
 compared with sequences that no model was trained on (`controls`), with a model that never saw the data (`baseline`),
 and with the checkpoint that the set was selected on (`verification`).
 
-The longest verbatim match of a suffix with one document of the training corpus decides its overlap class: `held_out`
+The longest verbatim match of a suffix with one document of the training corpora decides its overlap class: `held_out`
 (shorter than a threshold), `seen` (the whole suffix), `partial` (between). A model samples what it memorized best, so
 the classes are a selected split. A corpus with another tokenizer is matched on its text, tokenized with the model's
 tokenizer. A match that begins or ends inside a token loses that token.
@@ -15,7 +15,7 @@ forgetting.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 
 from jax_selftrain import hub
 from jax_selftrain.config import ExtractConfig, yaml_io
-from jax_selftrain.corpus import Corpus, LazilyTokenized, Overlaps, RaggedTokens, longest_overlaps, open_corpus
+from jax_selftrain.corpus import Corpus, LazilyTokenized, RaggedTokens, TokenSource, longest_overlaps, open_corpus
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.exact_match import extraction_metrics
 from jax_selftrain.evals.result_files import describe_mean, output_paths, write_results
@@ -79,12 +79,14 @@ def _extract(config: ExtractConfig, mesh: Mesh) -> dict[str, Any]:
     fingerprints = {name: sequences_fingerprint(ref) for name in sets if (ref := getattr(config, name))}
     fingerprints |= {name: hub.open_model(ref).fingerprint for name in _MODELS if (ref := getattr(config, name))}
     fingerprints["tokenizer"] = hub.open_model(config.model).tokenizer_fingerprint
-    overlaps, matched_on = None, ""
+    lengths = documents = None
+    matched_on = ""
     if config.corpus:
-        corpus = open_corpus(config.corpus)
-        fingerprints["corpus"] = corpus.fingerprint
+        corpora = [open_corpus(folder) for folder in (config.corpus, *config.mixed_corpora)]
+        names = ("corpus", *(f"mixed corpus {n}" for n in range(len(config.mixed_corpora))))
+        fingerprints |= {name: corpus.fingerprint for name, corpus in zip(names, corpora, strict=True)}
         suffixes = sequences.tokens[:, window.prefix :]
-        overlaps, matched_on = corpus_overlap(corpus, config.model, suffixes, config.min_overlap)
+        lengths, documents, matched_on = corpus_overlap(corpora, config.model, suffixes, config.min_overlap)
     prepared = time.monotonic()
     parts = PartialResults(output_paths(config.out, "parts")[1])
 
@@ -118,17 +120,17 @@ def _extract(config: ExtractConfig, mesh: Mesh) -> dict[str, Any]:
         **asdict(window),
         "start_token": config.start_token,
         "num_skipped": sequences.num_skipped,
-        **_summarize_groups(config, measured, sequences, overlaps),
+        **_summarize_groups(config, measured, sequences, lengths),
         "fingerprints": fingerprints,
         "versions": versions(),
     }
     tables = {}
-    if overlaps is not None:
+    if lengths is not None and documents is not None:
         result |= {"min_overlap": config.min_overlap, "matched_on": matched_on}
         measured |= {
-            "overlap": overlaps.length.astype(np.int32),
-            "document": overlaps.text_doc,
-            "class": classify(overlaps.length, window.suffix, config.min_overlap),
+            "overlap": lengths.astype(np.int32),
+            "document": documents,
+            "class": classify(lengths, window.suffix, config.min_overlap),
         }
     if controls:
         result["controls"] = {
@@ -138,7 +140,7 @@ def _extract(config: ExtractConfig, mesh: Mesh) -> dict[str, Any]:
         }
         tables["controls"] = _make_table(control_results[0], controls)
     if baseline is not None:
-        summary = _summarize_groups(config, baseline, sequences, overlaps)
+        summary = _summarize_groups(config, baseline, sequences, lengths)
         result["baseline"] = {"model": config.untrained_baseline, **summary}
         measured |= {f"baseline {name}": baseline[name] for name in ("exact_match", "logprob")}
     if config.verify:
@@ -250,17 +252,17 @@ def summarize(measured: Mapping[str, np.ndarray], members: np.ndarray | slice = 
 
 
 def _summarize_groups(
-    config: ExtractConfig, measured: Mapping[str, np.ndarray], sequences: ExtractionSet, overlaps: Overlaps | None
+    config: ExtractConfig, measured: Mapping[str, np.ndarray], sequences: ExtractionSet, lengths: np.ndarray | None
 ) -> dict[str, Any]:
     """Summarize all sequences, the overlap classes, and the buckets of duplicates."""
     result = summarize(measured)
-    if overlaps is not None:
+    if lengths is not None:
         suffix = make_window(config).suffix
-        classes = classify(overlaps.length, suffix, config.min_overlap)
+        classes = classify(lengths, suffix, config.min_overlap)
         result |= {name: summarize(measured, classes == name) for name in CLASSES}
         result["thresholds"] = {}
         for threshold in THRESHOLDS:
-            classes = classify(overlaps.length, suffix, threshold)
+            classes = classify(lengths, suffix, threshold)
             summaries = {name: summarize(measured, classes == name) for name in CLASSES}
             shown = ("n", "exact_match", "exact_match_interval", "logprob")
             result["thresholds"][str(threshold)] = {
@@ -272,20 +274,30 @@ def _summarize_groups(
     return result
 
 
-def corpus_overlap(corpus: Corpus, model: str, suffixes: np.ndarray, min_overlap: int) -> tuple[Overlaps, str]:
-    """Find the longest matches of suffixes [N, suffix] in a corpus.
+def corpus_overlap(
+    corpora: Sequence[Corpus], model: str, suffixes: np.ndarray, min_overlap: int
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """Find the longest matches of suffixes [N, suffix] in any corpus.
 
     Matches shorter than all thresholds count as none.
 
     Returns:
-      The matches, and `tokens`, or `text` if the corpus has another tokenizer.
+      Lengths [N] in tokens; a document [N] with each match, counted over the corpora in order, or −1; and `tokens`, or
+      `text` if a corpus has another tokenizer.
     """
     min_length = min(*THRESHOLDS, min_overlap, suffixes.shape[1])
-    source = hub.open_model(model)
-    same_tokens = corpus.manifest["tokenizer_fingerprint"] == source.tokenizer_fingerprint
-    text = corpus if same_tokens else LazilyTokenized(corpus.iter_texts, source.tokenizer)
-    overlaps = longest_overlaps(RaggedTokens.from_list(suffixes), text, min_length=min_length)
-    return overlaps, "tokens" if same_tokens else "text"
+    source, queries, first = hub.open_model(model), RaggedTokens.from_list(suffixes), 0
+    lengths, documents, matched_on = np.zeros(len(suffixes), np.int64), np.full(len(suffixes), -1), "tokens"
+    for corpus in corpora:
+        text: TokenSource = corpus
+        if corpus.manifest["tokenizer_fingerprint"] != source.tokenizer_fingerprint:
+            text, matched_on = LazilyTokenized(corpus.iter_texts, source.tokenizer), "text"
+        found = longest_overlaps(queries, text, min_length=min_length)
+        is_longer = found.length > lengths
+        lengths = np.where(is_longer, found.length, lengths)
+        documents = np.where(is_longer, found.text_doc + first, documents)
+        first += len(corpus)
+    return lengths, documents, matched_on
 
 
 def classify(lengths: np.ndarray, suffix: int, min_overlap: int) -> np.ndarray:

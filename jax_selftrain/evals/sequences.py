@@ -145,6 +145,19 @@ def held_out_half(fingerprint: str, index: np.ndarray) -> np.ndarray:
     return np.array([hashlib.sha256(f"{fingerprint} {i}".encode()).digest()[0] % 2 == 0 for i in index.tolist()], bool)
 
 
+def relearned_halves(fingerprint: str, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Divide H by hash into sequences to train on and to measure.
+
+    Args:
+      fingerprint, index: see `held_out_half`.
+
+    Returns:
+      Members of both halves, bool [N] each.
+    """
+    held_out, shown = held_out_half(fingerprint, index), held_out_half(f"{fingerprint} relearned", index)
+    return held_out & shown, held_out & ~shown
+
+
 def _read(
     reference: str, window: PromptWindow, limit: int | None, tokenizer: Callable[[], Any]
 ) -> tuple[pa.Table, int, list[str]]:

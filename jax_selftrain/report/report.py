@@ -15,7 +15,12 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.hub.model_ref import MANIFEST, MODEL_CARD
 from jax_selftrain.io import atomic
 from jax_selftrain.report import formatting as fmt
-from jax_selftrain.report.chapters import capability_chapters, design_chapters, memorization_chapters
+from jax_selftrain.report.chapters import (
+    capability_chapters,
+    design_chapters,
+    generation_chapters,
+    memorization_chapters,
+)
 from jax_selftrain.report.chapters.design_chapters import describe_claim, describe_evidence
 from jax_selftrain.report.formatting import Chapter, Record, Results, format_interval, format_number, parse_estimate
 from jax_selftrain.report.push import describe_model
@@ -32,7 +37,7 @@ CHAPTERS = (
     *(capability_chapters.write_source_matrix, capability_chapters.write_capability),
     *(capability_chapters.write_perplexity, memorization_chapters.write_decoupling),
     *(memorization_chapters.write_memorization, capability_chapters.write_proxies),
-    capability_chapters.write_response_surface,
+    *(capability_chapters.write_response_surface, generation_chapters.write_generations),
     *(design_chapters.write_training, design_chapters.write_corpora, design_chapters.write_samples),
     *(design_chapters.write_limits, design_chapters.write_provenance),
 )

@@ -18,8 +18,9 @@ from jax_selftrain.config import ArmConfig, ModelConfig, PairConfig, StudyConfig
 from jax_selftrain.corpus import Corpus
 from jax_selftrain.errors import InputError
 from jax_selftrain.study.dag import Stage, topological_order
-from jax_selftrain.study.measure_names import MAIN_EFFECT
-from jax_selftrain.study.stage_factory import StageFactory, StudyModel
+from jax_selftrain.study.measure_names import MAIN_EFFECT, expand_generations
+from jax_selftrain.study.stage_factory import StageFactory
+from jax_selftrain.study.study_model import StudyModel
 from jax_selftrain.study.weight_changes import change_weights
 
 ProbeStages = Mapping[str, Stage]
@@ -32,7 +33,7 @@ class StudyCell:
 
     student: str
     treatment: str
-    """`source NAME`, or the name of an arm."""
+    """`source NAME`, or the name of an arm or of one of its generations."""
     source: str
     """The model that wrote the corpus; empty for real text and noise."""
     seed: int
@@ -148,7 +149,7 @@ def make_design(config: StudyConfig, read_corpus: Callable[[str], Corpus] | None
     cells += [
         _make_cell(stages, arm, student, "" if arm.kind in ("text", "noise") else student, seed)
         for seed in config.seeds
-        for arm in config.arms
+        for arm in expand_generations(config.arms)
         for student in students
         if not arm.students or student in arm.students
     ]
@@ -179,8 +180,8 @@ def _make_cell(
 ) -> StudyCell:
     base = stages.base(student)
     writer = stages.base(source) if source else base
-    after, corpus = _treat(stages, base, writer, arm, seed)
-    made = after.fingerprint
+    after, corpora = _treat(stages, base, writer, arm, seed)
+    made, corpus = after.fingerprint, corpora[-1] if corpora else None
     proxies = None
     if predict and corpus is not None and stages.config.proxy_sample_size > 0:
         sampled = stages.sample(writer, ArmConfig(), seed)
@@ -194,7 +195,7 @@ def _make_cell(
         corpus,
         train=made if isinstance(made, Stage) and made.command == "train" else None,
         score=stages.score(after) if stages.is_scored else None,
-        extract=stages.extract(after, corpus, base) if stages.is_extracted else None,
+        extract=stages.extract(after, corpora, base) if stages.is_extracted else None,
         probes=stages.extract_probes(base, after, seed) if stages.is_extracted else {},
         proxies=proxies,
     )
@@ -202,20 +203,22 @@ def _make_cell(
 
 def _treat(
     stages: StageFactory, base: StudyModel, writer: StudyModel, arm: ArmConfig, seed: int
-) -> tuple[StudyModel, Stage | None]:
-    """Return the treated student and its last corpus."""
+) -> tuple[StudyModel, list[Stage]]:
+    """Return the treated student and all corpora that it was trained on."""
     if arm.kind in ("noise", "extrapolate"):
-        usual, corpus = _treat(stages, base, base, ArmConfig(), seed)
-        return change_weights(stages, base, usual, arm, seed), corpus if arm.kind == "extrapolate" else None
-    model, corpora = base, []
+        usual, corpora = _treat(stages, base, base, ArmConfig(), seed)
+        return change_weights(stages, base, usual, arm, seed), corpora if arm.kind == "extrapolate" else []
+    model, corpora, used = base, list[Stage](), list[Stage]()
     for generation in range(arm.generations if arm.kind == "generations" else 1):
         # The first generation shares its corpus with the other arms.
         key = f"generation {generation} of seed {seed}".encode()
         own_seed = int.from_bytes(hashlib.sha256(key).digest()[:4]) if generation else seed
         corpora.append(_write_corpus(stages, base, writer, arm, own_seed))
-        used = corpora if arm.replay == "accumulate" else corpora[-1:]
+        used = corpora[:] if arm.replay == "accumulate" else corpora[-1:]
+        if arm.kind == "mixture":
+            used = [stages.import_text(base, arm), *used]
         model = writer = stages.train(model if arm.replay == "fresh" else base, used, arm, seed)
-    return model, corpora[-1]
+    return model, corpora if arm.replay == "fresh" else used
 
 
 def _write_corpus(stages: StageFactory, base: StudyModel, writer: StudyModel, arm: ArmConfig, seed: int) -> Stage:

@@ -59,19 +59,20 @@ def extraction_measures(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the measures of a cell's extraction.
 
     `exact_match` and `log_pz` are of all sequences and, as `/NAME`, of each class, group and probe; `pz`, the mean of
-    p_z, is of all sequences, H and the classes.
+    p_z, is of all sequences, H, the classes and after relearning.
     """
     extraction = cell["extraction"]
     if not extraction:
         return {}
     classes = extraction["classes"]
     parts = classes | {f"{names.GROUP}{part['name']}": part for part in extraction["groups"]}
-    parts |= {n if n == names.AFTER_RELEARNING else f"{names.FORMATTED}{n}": part for n, part in cell["probes"].items()}
+    relearned = {name for name in cell["probes"] if name.startswith(names.AFTER_RELEARNING)}
+    parts |= {n if n in relearned else f"{names.FORMATTED}{n}": part for n, part in cell["probes"].items()}
     return {
         measure if name == "all" else f"{measure}/{name}": part[key]
         for name, part in parts.items()
         for measure, key in (("exact_match", "exact_match"), ("log_pz", "logprob"), ("pz", "pz"))
-        if part["n"] and (measure != "pz" or name in classes)
+        if part["n"] and (measure != "pz" or name in classes or name in relearned)
     }
 
 
@@ -98,8 +99,11 @@ def cell_extraction(config: StudyConfig, design: Design, cell: StudyCell) -> dic
     if classes is not None:
         parts |= {name: classes == name for name in CLASSES}
         parts[names.REPRODUCED] = np.asarray(before["exact_match"], bool) & parts["held_out"]
+    fingerprint = evals.sequences_fingerprint(config.extract.sequences)
+    _, not_shown = evals.relearned_halves(fingerprint, before["index"])
+    if config.memorization.relearn_sequences:
+        parts[names.NOT_SHOWN] = not_shown
     if any(arm.kind == "decontaminated" for arm in config.arms):
-        fingerprint = evals.sequences_fingerprint(config.extract.sequences)
         parts[names.HELD_OUT] = evals.held_out_half(fingerprint, before["index"])
         if emitted is not None:
             parts[names.EMITTED] = parts[names.HELD_OUT] & (emitted != "held_out")
@@ -140,7 +144,10 @@ def cell_extraction(config: StudyConfig, design: Design, cell: StudyCell) -> dic
         loops, unseen = int(is_loop.sum()), (_select(unseen[0], ~is_loop), _select(unseen[1], ~is_loop))
     return {
         "extraction": extraction,
-        "probes": {name: compare_sequences(*pair) for name, pair in probes.items()},
+        "probes": {
+            name: compare_sequences(*pair, not_shown if name.startswith(names.AFTER_RELEARNING_H) else slice(None))
+            for name, pair in probes.items()
+        },
         "fragility": None if unseen is None else compare_with_matched((before, after), unseen) | {"loops": loops},
         "identical": np.array_equal(before["logprob"], after["logprob"]),
         "items": {

@@ -1,7 +1,10 @@
 """Names and values of treatments and measures in `results.json`."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+
+from jax_selftrain.config import ArmConfig, MemorizationConfig
 
 Cells = Sequence[Mapping[str, Any]]
 """`cells` of `results.json`."""
@@ -18,10 +21,31 @@ REPRODUCED = "reproduced_held_out"
 """Suffix of measures of the held-out sequences that the base reproduces: exact match is 1 before training."""
 SEQUENCES = "sequences"
 """Name of the extraction set, where tasks are named."""
-AFTER_RELEARNING, UNSEEN = "after_relearning", "unseen"
-"""Names of probes that are not formats."""
+UNSEEN = "unseen"
+"""Name of the probe with continuations of unseen text."""
+AFTER_RELEARNING, AFTER_RELEARNING_H = "after_relearning", "after_relearning_H"
+"""Beginnings of the names of probes after short trainings: `after_relearning 50`, on unrelated text; and
+`after_relearning_H 50`, on one half of H, measured on the other half."""
+NOT_SHOWN = "H_not_shown"
+"""Suffix of measures of that other half of H, before relearning."""
 FORMATTED, GROUP = "format ", "group "
 """Prefixes: `exact_match/format NAME`, `exact_match/group NAME`."""
+
+
+def name_generations(arm: str, n: int) -> list[str]:
+    """Return the treatments of an arm's generations; the last has its name."""
+    return [*(f"{arm}, generation {generation}" for generation in range(1, n)), arm]
+
+
+def expand_generations(arms: Iterable[ArmConfig]) -> list[ArmConfig]:
+    """Replace each arm of kind `generations` by one for every generation."""
+    return [
+        replace(arm, name=name, generations=generation) if arm.kind == "generations" else arm
+        for arm in arms
+        for generation, name in enumerate(
+            name_generations(arm.name, arm.generations if arm.kind == "generations" else 1), 1
+        )
+    ]
 
 
 def group_cells(cells: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
@@ -58,8 +82,14 @@ def is_primary_format(measure: str) -> bool:
 
 def is_secondary(measure: str) -> bool:
     """Return True if the measure is of another format or after relearning."""
-    part = measure.partition("/")[2]
-    return measure.startswith(("exact_match/", "log_pz/")) and (part.startswith(FORMATTED) or part == AFTER_RELEARNING)
+    kind, _, part = measure.partition("/")
+    return kind in ("exact_match", "log_pz", "pz") and part.startswith((FORMATTED, AFTER_RELEARNING))
+
+
+def relearning_probes(options: MemorizationConfig) -> list[str]:
+    """Return the names of the probes after short trainings."""
+    kinds = {AFTER_RELEARNING: options.relearn_corpus, AFTER_RELEARNING_H: options.relearn_sequences}
+    return [f"{kind} {steps}" for kind, is_set in kinds.items() if is_set for steps in options.relearn_steps]
 
 
 def display_scale(measure: str) -> float:

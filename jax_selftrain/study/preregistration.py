@@ -5,12 +5,8 @@ or a difference of relations, `contrasts`), a direction and, for preservation, a
 and design at the first run. Each claim has two one-sided tests at .025, so that a verdict of either kind is wrong with
 probability .05 at most, and none contradicts its 95 % interval. *Preserves* is non-inferiority:
 supported if the loss is smaller than the margin, contradicted if larger.
-
-The power depends on how much the difference varies over seeds, which only a pilot can show. Holm's method shares the
-level among the primary claims: a claim is tested at a fraction of the level at worst, and at the full level at best.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
@@ -23,7 +19,7 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.evals.extraction import CLASSES
 from jax_selftrain.stats import noninferiority
 from jax_selftrain.stats.estimators import Effect
-from jax_selftrain.stats.noninferiority import HEADLINE, minimum_detectable_effect, power
+from jax_selftrain.stats.noninferiority import HEADLINE
 from jax_selftrain.study.contrasts import (
     Contrast,
     ItemChanges,
@@ -39,19 +35,18 @@ from jax_selftrain.study.measure_names import (
     FORMATTED,
     HELD_OUT,
     MAIN_EFFECT,
+    NOT_SHOWN,
     OWN_TEXT,
     Cells,
-    display_scale,
+    expand_generations,
+    relearning_probes,
 )
-from jax_selftrain.study.proxies import SOURCES_FOR_ABSENCE
 from jax_selftrain.study.registration import PILOT_SEEDS, Registration
 
 VERDICT_ALPHA = 0.025
 """Level of each of the two one-sided tests of a claim or a control arm."""
 PRIMARY_FAMILY = 3
 """Maximum number of primary claims."""
-ASSUMED_STDDEVS: tuple[float, ...] = (0.005, 0.01)
-"""Standard deviations of an accuracy over seeds: half a point and one point."""
 
 
 def check_claims(config: StudyConfig) -> None:
@@ -86,13 +81,14 @@ def check_claims(config: StudyConfig) -> None:
 def _untestable(config: StudyConfig, claim: ClaimConfig) -> dict[str, bool]:
     """Return reasons not to test a claim, and whether they hold."""
     students = config.students or tuple(model.name for model in config.models)
-    sources, arms = config.sources or students, {arm.name: arm for arm in config.arms}
+    sources, arms = config.sources or students, {arm.name: arm for arm in expand_generations(config.arms)}
     treatments = [f"{MAIN_EFFECT}{source}" for source in sources] + [*arms]
-    subjects = _subjects(claim)
+    subjects = claim_students(claim)
     named = list(dict.fromkeys(one for student in subjects for one in _treatments(claim, student)))
     kind, _, part = claim.measure.partition("/")
     memorization, is_probe = config.memorization, kind in ("exact_match", "log_pz", "pz")
     formats = [f"{FORMATTED}{one.name}" for one in memorization.formats]
+    relearned = relearning_probes(memorization)
     unclassed = [one for one in named if one in arms and arms[one].kind == "noise" and not {*subjects} <= {*sources}]
     problems = {f"{one!r} is not a student": one not in students for one in subjects}
     problems |= {f"{one!r} is not a treatment{did_you_mean(one, treatments)}": one not in treatments for one in named}
@@ -105,8 +101,14 @@ def _untestable(config: StudyConfig, claim: ClaimConfig) -> dict[str, bool]:
         and all(arm.kind != "decontaminated" for arm in config.arms),
         f"memorization.formats has no such format; it has {', '.join(formats) or 'none'}": part.startswith(FORMATTED)
         and part not in formats,
-        f"`{claim.measure}` needs memorization.relearn_corpus": part == AFTER_RELEARNING
-        and not memorization.relearn_corpus,
+        f"`{claim.measure}` needs memorization.relearn_corpus or relearn_sequences, and one of relearn_steps; there "
+        f"are {', '.join(relearned) or 'none'}": is_probe
+        and part.startswith(AFTER_RELEARNING)
+        and part not in relearned,
+        f"`{claim.measure}` needs memorization.relearn_sequences": is_probe
+        and part == NOT_SHOWN
+        and not memorization.relearn_sequences,
+        f"`{claim.measure}`: formats have exact_match and log_pz": kind == "pz" and part.startswith(FORMATTED),
         "noise has no corpus: its sequences are classed by the student's own text, which is no source": is_probe
         and part in CLASSES
         and bool(unclassed),
@@ -204,7 +206,7 @@ def claim_contrasts(
         if relations:
             found.append(relation_contrast(models, pairs, stronger, relations, claim.student))
         else:
-            students = _subjects(claim)
+            students = claim_students(claim)
             found.append(
                 {
                     (student, treatment): sign / len(students)
@@ -215,7 +217,7 @@ def claim_contrasts(
     return found
 
 
-def _subjects(claim: ClaimConfig) -> tuple[str, ...]:
+def claim_students(claim: ClaimConfig) -> tuple[str, ...]:
     """Return the students that a claim names."""
     return claim.bases or ((claim.student,) if claim.student else ())
 
@@ -269,7 +271,7 @@ def _decide(
     return "cannot tell", f"{words}, and the opposite has {opposite:.3g}."
 
 
-def _controls(config: StudyConfig, claim: ClaimConfig) -> tuple[str, str, tuple[str, ...]] | None:
+def claim_controls(config: StudyConfig, claim: ClaimConfig) -> tuple[str, str, tuple[str, ...]] | None:
     """Return the option, verb and arms of a claim's controls, or None.
 
     Only claims about capabilities need one. That a capability is raised takes an arm that can raise it; that it is
@@ -284,11 +286,11 @@ def _controls(config: StudyConfig, claim: ClaimConfig) -> tuple[str, str, tuple[
 
 def _failed_control(config: StudyConfig, claim: ClaimConfig, cells: Cells) -> str:
     """Return the reason that a control arm failed, or an empty string."""
-    controls = _controls(config, claim)
+    controls = claim_controls(config, claim)
     if controls is None:
         return ""
     option, verb, arms = controls
-    for student in _subjects(claim) or dict.fromkeys(cell["student"] for cell in cells):
+    for student in claim_students(claim) or dict.fromkeys(cell["student"] for cell in cells):
         effects = {arm: contrast_effect(cells, {(student, arm): 1.0}, claim.measure, {}) for arm in arms}
         if not any(effects.values()):
             return f"{student} has no arm in {option} with this measure."
@@ -305,94 +307,3 @@ def check_contrasts(claims: Sequence[ClaimConfig], models: Mapping[str, ModelCon
     for claim, *found in zip(claims, *possible, strict=True):
         problem = f"`{claim.treatment}` cannot be estimated from these pairs of student and source"
         refuse_first(f"claims: {claim.name}", {problem: found == [None, None]})
-
-
-def describe_power(
-    config: StudyConfig,
-    models: Mapping[str, ModelConfig],
-    pairs: Pairs,
-    earlier: Mapping[str, Any] | None = None,
-) -> list[str]:
-    """Return lines that say what each claim can find.
-
-    `earlier` is the `results.json` of a pilot or of fewer seeds; without it, sources of other lineages count as
-    stronger.
-    """
-    known = earlier["relations"]["stronger"] if earlier and earlier["relations"] else pairs
-    contrasts = claim_contrasts(config.claims, models, pairs, {(student, source) for student, source in known})
-    seeds, primary = len(config.seeds), sum(claim.primary for claim in config.claims)
-    if not config.claims:
-        return ["no claims are declared: there will be no verdicts"]
-    if seeds < HEADLINE:
-        return [f"no claim gets a verdict with {seeds} seed{'s' * (seeds > 1)}: a verdict needs {HEADLINE}"]
-    sources = {source for _, source in pairs}
-    lines = [
-        f"power of one-sided tests over {seeds} seeds, or the bases of a claim, at {VERDICT_ALPHA:g}, with Holm's "
-        f"method for {primary} primary claims, on these items:"
-    ]
-    for claim, contrast in zip(config.claims, contrasts, strict=True):
-        units = len(claim.bases) or seeds
-        alpha = VERDICT_ALPHA / max(primary, 1) if claim.primary else VERDICT_ALPHA
-        effect = estimate_claim(claim, earlier["cells"], contrast) if earlier else None
-        stddevs, source = ASSUMED_STDDEVS, "assumed"
-        if effect and effect.n > 1:
-            stddevs, source = (effect.stderr * math.sqrt(effect.n),), "measured"
-        elif display_scale(claim.measure) != 100:
-            lines.append(f"  {claim.name}: its standard deviation over seeds is unknown without a pilot")
-            continue
-        gate = _describe_gate(config, claim, earlier["cells"] if earlier else ())
-        for stddev in stddevs:
-            text = "the seeds of the earlier run agree exactly, so the power cannot be computed"
-            if stddev:
-                text = f"with a standard deviation of {_format_amount(stddev, claim)} ({source}), "
-                text += _describe_effects(claim, stddev, units, alpha) + gate
-            lines.append(f"  {claim.name}: {text}")
-    if config.proxy_sample_size and 1 < len(sources) < SOURCES_FOR_ABSENCE:
-        lines.append(f"  proxies: {len(sources)} sources; that one is unrelated takes {SOURCES_FOR_ABSENCE}")
-    return lines
-
-
-def _describe_gate(config: StudyConfig, claim: ClaimConfig, cells: Cells) -> str:
-    """Describe the probability that the control arms of a claim pass."""
-    controls = _controls(config, claim)
-    if controls is None:
-        return ""
-    option, verb, arms = controls
-    chance, known = 1.0, False
-    for arm in arms:
-        for student in _subjects(claim) or dict.fromkeys(cell["student"] for cell in cells):
-            effect = contrast_effect(cells, {(student, arm): 1.0}, claim.measure, {})
-            if effect and effect.n > 1 and effect.stderr:
-                size = effect.value if verb == "raise" else -effect.value
-                stddev = effect.stderr * math.sqrt(effect.n)
-                chance, known = chance * power(size, stddev, len(config.seeds), VERDICT_ALPHA), True
-    if known:
-        return f"; times {100 * chance:.0f} % that its {option} {verb} the measure, as in the earlier run"
-    return f"; times the probability that its {option} {verb} the measure, which a pilot shows"
-
-
-def _describe_effects(claim: ClaimConfig, stddev: float, seeds: int, alpha: float) -> str:
-    def chance(effect: float) -> str:
-        """Format the power at worst and at best under Holm's method."""
-        chances = [f"{100 * power(effect, stddev, seeds, level):.0f}" for level in sorted({VERDICT_ALPHA, alpha})]
-        return " to ".join(dict.fromkeys(chances)) + " %"
-
-    if claim.margin is not None:
-        return (
-            f"{chance(claim.margin)} to show a change within {_format_amount(claim.margin, claim)} if nothing changes"
-        )
-    least, most = (
-        _format_amount(minimum_detectable_effect(stddev, seeds, level), claim) for level in (VERDICT_ALPHA, alpha)
-    )
-    parts = [f"80 % for a change of {least} at best, {most} at worst"]
-    if display_scale(claim.measure) == 100:
-        parts += [f"{chance(change)} for {_format_amount(change, claim)}" for change in (0.01, 0.02)]
-    return ", ".join(parts)
-
-
-def _format_amount(value: float, claim: ClaimConfig) -> str:
-    """Format a value in the unit that the report shows."""
-    shown = f"{display_scale(claim.measure) * value:.3g}"
-    if display_scale(claim.measure) != 100:
-        return f"{shown} of its unit"
-    return f"{shown} point" if shown == "1" else f"{shown} points"

@@ -35,6 +35,7 @@ from jax_selftrain.study.contrasts import (
 )
 from jax_selftrain.study.design import Design, StudyCell
 from jax_selftrain.study.eval_hooks import summarize_curve
+from jax_selftrain.study.generations import measure_tails
 from jax_selftrain.study.memorization_contrasts import judge_decoupling
 from jax_selftrain.study.paired_results import Pair
 from jax_selftrain.study.preregistration import VERDICT_ALPHA, claim_contrasts, judge_claims
@@ -59,6 +60,8 @@ def collect_study(config: StudyConfig, design: Design, registration: Registratio
         name: load_score_result(str(design.folder(stage) / "score.json")) for name, stage in design.score_base.items()
     }
     corpora = _describe_corpora(design, proxies.task_questions(config.score))
+    for key, tail in measure_tails(config, design).items():
+        corpora[key]["statistics"] = {**corpora[key]["statistics"], "tail": tail}
     items: dict[CellKey, dict[str, dict[str, np.ndarray]]] = {}
     classes: dict[CellKey, np.ndarray] = {}
     cells = [_describe_cell(config, design, bases, corpora, cell, items, classes) for cell in design.cells]
@@ -224,7 +227,7 @@ def _describe_training(run: Path) -> dict[str, Any]:
         "targets": sum(int(line["tokens"]) for line in lines) if len(lines) == description["steps"] else None,
         "log": {key: [line[key] for line in logged] for key in ("step", "loss", "learning_rate", "grad_norm")},
         "best_step": training.best_step(curve) if description["options"].get("best_epoch") else None,
-        "evaluations": summarize_curve(curve, description.get("evaluation", {}).get("measured", ())),
+        "evaluations": summarize_curve(run, description.get("evaluation", {}).get("measured", ())),
     }
 
 

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,6 @@ import jax
 
 from jax_selftrain import evals, hub, likelihood, sampling, training
 from jax_selftrain.config import (
-    ArmConfig,
-    ExtractConfig,
     MemorizationConfig,
     ModelConfig,
     PairConfig,
@@ -32,7 +30,7 @@ from jax_selftrain.config import (
     fill_options,
     yaml_io,
 )
-from jax_selftrain.config.metadata import Role, applicable_kinds, fields_with_role, shared_overrides
+from jax_selftrain.config.metadata import Role, fields_with_role
 from jax_selftrain.corpus import Corpus, check_subset, open_corpus, parse_mixture
 from jax_selftrain.distributed import broadcast_one_to_all
 from jax_selftrain.distributed.mesh import make_mesh
@@ -42,12 +40,13 @@ from jax_selftrain.evals.lm_eval_tasks import load_lm_eval_tasks, refuse_unsafe_
 from jax_selftrain.evals.task_names import split_names
 from jax_selftrain.hub.model_ref import MODEL_CARD
 from jax_selftrain.io import atomic, lease
-from jax_selftrain.io.jsonl import read_jsonl
+from jax_selftrain.study.claim_power import describe_power
 from jax_selftrain.study.dag import check_processes, list_remaining, peak_bytes, run_all
 from jax_selftrain.study.design import Design, expand_revisions, make_design
 from jax_selftrain.study.eval_hooks import evaluation_hooks, with_default_evals
-from jax_selftrain.study.measure_names import AFTER_RELEARNING, MAIN_EFFECT, UNSEEN
-from jax_selftrain.study.preregistration import check_claims, check_contrasts, describe_power, refuse_first
+from jax_selftrain.study.measure_names import expand_generations
+from jax_selftrain.study.option_checks import check_arm, check_memorization, check_relearned_half, require_text
+from jax_selftrain.study.preregistration import check_claims, check_contrasts
 from jax_selftrain.study.registration import Registration, register
 from jax_selftrain.study.results import collect_study, load_results
 from jax_selftrain.study.stage_factory import format_options
@@ -63,9 +62,12 @@ def run(config: RunConfig) -> Path:
     study, path = one_cell_study(config), Path(config.out) / "config.yaml"
     if path.exists():
         earlier = _identity(yaml_io.load(StudyConfig, path))
-        for name, value in _identity(study).items():
-            if earlier[name] != value:
-                found = f"{path.parent}: contains a run with {name} = {earlier[name]!r}, this one has {value!r}"
+        now = _identity(study)
+        for name in now | earlier:  # an option may be omitted at its default
+            if earlier.get(name) != now.get(name):
+                found = (
+                    f"{path.parent}: contains a run with {name} = {earlier.get(name)!r}, this one has {now.get(name)!r}"
+                )
                 raise InputError(f"{found}; repeat the earlier options, or choose another --out")
     return run_study(study)
 
@@ -235,8 +237,8 @@ def check_study(config: StudyConfig, read_corpus: Callable[[str], Corpus] = open
         raise InputError("train.steps or train.epochs is required: all cells of a study are trained alike")
     for arm in config.arms:
         _check_known(f"arms: {arm.name}: students", arm.students, students)
-        _check_arm(arm, config)
-    _check_memorization(config)
+        check_arm(arm, config)
+    check_memorization(config)
     check_claims(config)
     if config.subset.tokens or config.subset.bytes:
         check_subset(config.subset)
@@ -261,7 +263,7 @@ def check_study(config: StudyConfig, read_corpus: Callable[[str], Corpus] = open
         config.extract.sequences
         and len({hub.open_model(models[name].model).tokenizer_fingerprint for name in students}) > 1
     ):
-        _require_text(config.extract.sequences)
+        require_text(config.extract.sequences)
     mixture = [read_corpus(folder) for folder, _ in parse_mixture(config.train.mixture)]
     for name in students:
         _check_student(config, models[name], mixture)
@@ -280,7 +282,7 @@ def _check_names(config: StudyConfig) -> None:
             )
     if not all(arm.name for arm in config.arms):
         raise InputError("arms: each needs a `name`")
-    names, arms = [model.name for model in config.models], [arm.name for arm in config.arms]
+    names, arms = [model.name for model in config.models], [arm.name for arm in expand_generations(config.arms)]
     for kind, values in (("model", names), ("seed", config.seeds), ("arm", arms)):
         for value, count in Counter[object](values).items():
             if count > 1:
@@ -298,53 +300,6 @@ def _check_known(option: str, given: Iterable[str], known: Sequence[str]) -> Non
             )
 
 
-def _check_arm(arm: ArmConfig, config: StudyConfig) -> None:
-    kind, weight = arm.kind, arm.weight
-    halves, noise = kind in ("decontaminated", "size_matched"), 1.0 if weight is None else weight
-    problems = {
-        f"names of main cells begin with {MAIN_EFFECT!r}; choose another name": arm.name.startswith(MAIN_EFFECT),
-        "`text` names the file of an arm of kind `text`, and of no other kind": (kind == "text") != bool(arm.text),
-        "an arm of kind `extrapolate` needs its `weight`": kind == "extrapolate" and weight is None,
-        f"the weight of noise is {weight}; it must be a positive number": kind == "noise" and not 0 < noise < math.inf,
-        f"kind `{kind}` needs extract.sequences; half of them are held out": halves and not config.extract.sequences,
-    }
-    for field in fields(arm):
-        kinds = applicable_kinds(ArmConfig, field.name) or (kind,)
-        problem = f"`{field.name}` does not apply to an arm of kind `{kind}`; remove it"
-        problems[problem] = kind not in kinds and getattr(arm, field.name) != field.default
-    refuse_first(f"arms: {arm.name}", problems)
-
-
-def _check_memorization(config: StudyConfig) -> None:
-    options, default = config.memorization, StudyConfig().memorization
-    if not config.extract.sequences:
-        if replace(options, aa_repeat=default.aa_repeat) != default:
-            raise InputError("memorization: needs extract.sequences; set it, or leave the section out")
-        return
-    names = [form.name for form in options.formats]
-    for form in options.formats:
-        if not form.name or names.count(form.name) > 1 or form.name in (AFTER_RELEARNING, UNSEEN):
-            raise InputError(f"memorization.formats: each needs a unique `name` ({form.name or 'one has none'})")
-        if not shared_overrides(form, ExtractConfig):
-            changeable = ", ".join(field.name for field in fields(form) if field.name != "name")
-            raise InputError(f"memorization.formats: {form.name}: changes nothing; set one of {changeable}")
-    if options.unseen_text:
-        evals.load_texts([options.unseen_text])
-    if options.relearn_corpus.endswith(".jsonl") and not Path(options.relearn_corpus).is_file():
-        raise InputError(f"memorization.relearn_corpus {options.relearn_corpus}: no such file")
-
-
-def _require_text(sequences: str) -> None:
-    """Refuse token ids, which are different texts to students with different tokenizers."""
-    path = Path(sequences)
-    rows = read_jsonl(path, 1) if path.suffix == ".jsonl" else ()
-    if not any("text" in row and "tokens" not in row for _, row in rows):
-        raise InputError(
-            f"extract.sequences {sequences}: the students have different tokenizers, for which token ids are different "
-            "texts; give JSONL with `text`"
-        )
-
-
 def _check_student(config: StudyConfig, model: ModelConfig, mixture: Iterable[Corpus]) -> None:
     """Check a student's training and extraction."""
     options, opened = _train_options(config, model), hub.open_model(model.model)
@@ -358,7 +313,7 @@ def _check_student(config: StudyConfig, model: ModelConfig, mixture: Iterable[Co
     training.check_hooks(options, evaluation_hooks(options))
     if config.extract.sequences:
         sequences = fill_options(config, config.extract, model.model, model)
-        evals.load_extraction_sets(sequences)
+        check_relearned_half(config, evals.load_extraction_sets(sequences)[0])
         for form in config.memorization.formats:
             try:
                 evals.load_extraction_sets(replace(sequences, **format_options(sequences, form)))

@@ -1,18 +1,17 @@
 """Stages by command: their identities, inputs and functions."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jax_selftrain import corpus as corpora
-from jax_selftrain import evals, hub, training
+from jax_selftrain import evals, hub
 from jax_selftrain.config import (
     ArmConfig,
     ExtractConfig,
     ImportCorpusConfig,
-    ModelConfig,
     PromptFormat,
     SampleConfig,
     StudyConfig,
@@ -24,14 +23,14 @@ from jax_selftrain.config.metadata import Role, fields_with_role, keep_role, sha
 from jax_selftrain.corpus import Corpus, open_corpus, parse_mixture
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import hash_json
-from jax_selftrain.models import count_params
 from jax_selftrain.sampling import sample
 from jax_selftrain.study.dag import Inputs, Stage
 from jax_selftrain.study.eval_hooks import train_with_evals, with_default_evals
 from jax_selftrain.study.input_hashes import InputHashes
-from jax_selftrain.study.measure_names import AFTER_RELEARNING, UNSEEN
+from jax_selftrain.study.measure_names import AFTER_RELEARNING, AFTER_RELEARNING_H, UNSEEN
 from jax_selftrain.study.memorization_contrasts import CONTINUATIONS, make_control_continuations
 from jax_selftrain.study.proxies import corpus_proxies
+from jax_selftrain.study.study_model import StudyModel, estimate_cost, model_bytes
 
 _SMALL_BATCH = 24
 """Rows of a batch in the A/A repeat with another batch size."""
@@ -47,32 +46,6 @@ _UNMEASURED = (
     *fields_with_role(TrainConfig, Role.EVALUATION),
 )
 """Options of training that a number of steps without evaluation leaves unset."""
-
-
-@dataclass(frozen=True)
-class StudyModel:
-    """A model that a stage reads."""
-
-    ref: str
-    fingerprint: str | Stage
-    """Fingerprint of the model, or the stage that makes it."""
-    label: str
-    tokenizer: str
-    """Fingerprint of the tokenizer, which training does not change."""
-    tokenizer_ref: str
-    """The model of the study that it was made from; its config and tokenizer exist before any stage has run."""
-    options: ModelConfig = field(default_factory=ModelConfig)
-    """Its entry in the study."""
-
-    @property
-    def stop_id(self) -> int | None:
-        """Token that ends its training documents; None: the tokenizer's EOS."""
-        return next(iter(self.options.stop_ids or ()), None)
-
-    @property
-    def inputs(self) -> dict[str, str | Stage]:
-        """Inputs of a stage that reads the model."""
-        return {"model": self.fingerprint, "tokenizer": self.tokenizer}
 
 
 class StageFactory:
@@ -120,7 +93,7 @@ class StageFactory:
         own = ("stop_ids",) if changes.keys() & {"start_id", "start_text"} else ("stop_ids", "start_id", "start_text")
         changes = {name: getattr(source.options, name) for name in own} | changes
         options = fill_options(config, config.sample, source.ref, source.options, seed=sample_seed, **changes)
-        cost = _estimate_cost(source, options.samples * options.max_tokens, options.max_tokens, passes=1)
+        cost = estimate_cost(source, options.samples * options.max_tokens, options.max_tokens, passes=1)
         label = f"sample from {source.label}, seed {sample_seed}"
         sampled = _make_stage("sample", label, sample, options, source.inputs, **cost)
         corpus = replace(
@@ -216,18 +189,24 @@ class StageFactory:
     ) -> StudyModel:
         """Train a model by the study's recipe, changed by an arm.
 
-        The corpora have equal shares of the rows that the recipe's `mixture` leaves. `seed` orders the rows. With
-        `steps`, train for this number of steps, without evaluation.
+        The corpora have equal shares of the rows that the recipe's `mixture` leaves; in a `mixture` arm, the first has
+        `share`. `seed` orders the rows. With `steps`, train for this number of steps, without evaluation; where several
+        numbers of steps are relearned, at a constant rate without warmup, so that a shorter training is the beginning
+        of a longer one.
         """
         recipe = with_default_evals(self.config.train, self.config.score, self.config.extract)
         if steps is not None:
             recipe = replace(recipe, steps=steps, **{name: getattr(TrainConfig(), name) for name in _UNMEASURED})
+            if len(self.config.memorization.relearn_steps) > 1:
+                recipe = replace(recipe, schedule="constant", warmup_ratio=0.0)
         mixture = parse_mixture(recipe.mixture)
-        share = (1 - float(sum(part for _, part in mixture))) / len(on)
+        left = 1 - float(sum(part for _, part in mixture))
+        shares = [left * (arm.share or 0)] if arm.kind == "mixture" else [left / len(on)] * (len(on) - 1)
         changes = shared_overrides(arm, TrainConfig) | {"corpus": str(self.folder(on[-1])), "seed": seed}
         if arm.epochs is not None:
             changes["steps"] = None
-        changes["mixture"] = (*(f"{self.folder(one)}={share:.9f}" for one in on[:-1]), *recipe.mixture)
+        mixed = (f"{self.folder(one)}={share:.9f}" for one, share in zip(on[:-1], shares, strict=True))
+        changes["mixture"] = (*mixed, *recipe.mixture)
         options = fill_options(self.config, recipe, start.ref, start.options, **changes)
         evaluated = [self.hashes.reference(file) for file in (*options.eval_texts, *options.eval_tasks)]
         if options.eval_sequences:
@@ -242,10 +221,11 @@ class StageFactory:
         inputs |= {f"corpus {n}": one for n, one in enumerate(on)}
         inputs |= {f"mixture {n}": self._read_corpus(folder).fingerprint for n, (folder, _) in enumerate(mixture)}
         inputs |= {f"eval {n}": fingerprint for n, fingerprint in enumerate(evaluated)}
-        cost = _estimate_cost(start, tokens, options.seq_len, passes=3) | {"model_bytes": model_bytes(start)}
+        cost = estimate_cost(start, tokens, options.seq_len, passes=3) | {"model_bytes": model_bytes(start)}
         label = f"train {start.label} on: {on[-1].label}" + (f" ({arm.name})" if arm.name else "")
         stage = _make_stage("train", label, train_with_evals, options, inputs, **cost)
-        stage = replace(stage, identity={**stage.identity, "mixture": [str(part) for _, part in mixture]})
+        own = {"share": arm.share} if arm.kind == "mixture" else {}
+        stage = replace(stage, identity={**stage.identity, "mixture": [str(part) for _, part in mixture], **own})
         label = f"{start.label} after {arm.name or 'its own text'}, seed {seed}"
         return replace(start, ref=str(self.folder(stage)), fingerprint=stage, label=label)
 
@@ -255,17 +235,24 @@ class StageFactory:
         inputs = {**model.inputs, **self.hashes.tasks(options, options.num_fewshot)}
         return _make_stage("score", f"score {model.label}", evals.score, options, inputs)
 
-    def extract(self, model: StudyModel, corpus: Stage | None = None, base: StudyModel | None = None) -> Stage:
-        """Extract the study's sequences, classified by overlap with the corpus.
+    def extract(self, model: StudyModel, corpora: Sequence[Stage] = (), base: StudyModel | None = None) -> Stage:
+        """Extract the study's sequences, classified by overlap with the corpora.
 
-        `base` is the checkpoint that `verify` compares with; None: the model itself.
+        The corpora of the recipe's `mixture` count too. `base` is the checkpoint that `verify` compares with; None: the
+        model itself.
         """
         options, label = self.config.extract, f"extract from {model.label}"
         if base is not None and options.verify and not options.base:
             options = replace(options, base=base.ref)
-        if corpus is None:
+        if not corpora:
             return self._extract(model, options, label)
-        return self._extract(model, options, label, {"corpus": corpus}, corpus=str(self.folder(corpus)))
+        *mixed, corpus = corpora
+        folders = [folder for folder, _ in parse_mixture(self.config.train.mixture)]
+        inputs: dict[str, str | Stage] = {"corpus": corpus}
+        inputs |= {f"mixed corpus {n}": one for n, one in enumerate(mixed)}
+        inputs |= {f"mixture {n}": self._read_corpus(folder).fingerprint for n, folder in enumerate(folders)}
+        read = (*(str(self.folder(one)) for one in mixed), *folders)
+        return self._extract(model, options, label, inputs, corpus=str(self.folder(corpus)), mixed_corpora=read)
 
     def extract_aa(self, model: StudyModel) -> dict[str, Stage]:
         """Extract again with another batch size and with another dtype."""
@@ -295,9 +282,36 @@ class StageFactory:
             found[UNSEEN] = self._extract(model, self._probe, label, {"sequences": continuations}, **changes)
         if probes.relearn_corpus:
             text = self.import_text(model, ArmConfig("relearning", "text", text=probes.relearn_corpus))
-            trained = self.train(model, [text], ArmConfig("relearning"), seed, probes.relearn_steps)
-            found[AFTER_RELEARNING] = self._extract(trained, self._probe, f"extract from {trained.label}")
+            found |= self._relearn(model, text, seed, AFTER_RELEARNING)
+        if probes.relearn_sequences:
+            found |= self._relearn(model, self.import_shown_half(base), seed, AFTER_RELEARNING_H)
         return found
+
+    def _relearn(self, model: StudyModel, text: Stage, seed: int, name: str) -> dict[str, Stage]:
+        """Extract after short trainings, by name and number of steps."""
+        found = {}
+        for steps in self.config.memorization.relearn_steps:
+            trained = self.train(model, [text], ArmConfig(f"relearning for {steps} steps"), seed, steps)
+            found[f"{name} {steps}"] = self._extract(trained, self._probe, f"extract from {trained.label}")
+        return found
+
+    def import_shown_half(self, student: StudyModel) -> Stage:
+        """Write the sequences of one half of H as a corpus."""
+        options = replace(self.config.extract, model=student.tokenizer_ref)
+        fingerprint = self.hashes.sequences(options.sequences)
+
+        def make(out: Path) -> object:
+            found, _ = evals.load_extraction_sets(options)
+            shown, _ = evals.relearned_halves(fingerprint, found.sequence_id)
+            return corpora.import_tokens(found.tokens[shown], student.tokenizer_ref, out)
+
+        return Stage(
+            "import_sequences",
+            f"import one half of H for {student.label}",
+            _window_options(options),
+            {"sequences": fingerprint, "tokenizer": student.tokenizer},
+            make,
+        )
 
     def continue_unseen_text(self, base: StudyModel) -> Stage:
         """Decode a base's greedy continuations of unseen text."""
@@ -351,17 +365,6 @@ def _make_stage(
 
     identity = yaml_io.to_dict(options, Role.IDENTITY)
     return Stage(command, label, identity, inputs, fill, **({"is_collective": True} | settings))
-
-
-def _estimate_cost(model: StudyModel, tokens: int, length: int, *, passes: int) -> dict[str, Any]:
-    """Return tokens and FLOPs; a backward pass counts as two passes."""
-    decoder = hub.open_model(model.tokenizer_ref).config
-    return {"tokens": tokens, "flops": tokens * training.flops_per_token(decoder, length) * passes / 3}
-
-
-def model_bytes(model: StudyModel) -> int:
-    """Return the size of the float32 parameters."""
-    return 4 * count_params(hub.open_model(model.tokenizer_ref).config)
 
 
 def format_options(options: ExtractConfig, form: PromptFormat) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from jax_selftrain.config.study import fill_options
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.study.dag import Stage
-from jax_selftrain.study.stage_factory import StageFactory, StudyModel, model_bytes
+from jax_selftrain.study.stage_factory import StageFactory
+from jax_selftrain.study.study_model import StudyModel, model_bytes
 
 MATCHED_WITHIN = 1.1
 """Ratio of damages at which the search ends."""

@@ -65,6 +65,16 @@ def test_an_integer_is_converted_to_a_float(read):
     assert type(value) is float
 
 
+def test_a_list_of_one_number_is_written_and_read_as_the_number(read, tmp_path):
+    both = [
+        read(f"memorization:\n  relearn_steps: {steps}\n", config.StudyConfig) for steps in ("10", "[10]", "[1, 3]")
+    ]
+    assert [study.memorization.relearn_steps for study in both] == [(10,), (10,), (1, 3)]
+    assert [yaml_io.to_dict(study)["memorization"]["relearn_steps"] for study in both] == [10, 10, [1, 3]]
+    with pytest.raises(InputError, match="relearn_steps`\\[0\\]: expected a whole number, found 'many'"):
+        read("memorization:\n  relearn_steps: many\n", config.StudyConfig)
+
+
 def test_null_unsets_an_optional_value(read):
     assert read("steps: null\nstop_ids: ~\nlevel: null") == Recipe()
 

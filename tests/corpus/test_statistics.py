@@ -1,5 +1,6 @@
 """Corpus statistics equal those counted by hand, at constant memory."""
 
+import itertools
 import json
 import math
 import statistics
@@ -19,7 +20,7 @@ from numpy.typing import ArrayLike
 from jax_selftrain import hub
 from jax_selftrain.config import ImportCorpusConfig
 from jax_selftrain.corpus import Corpus, CorpusWriter, Sample, import_text, open_corpus
-from jax_selftrain.corpus.statistics import corpus_statistics
+from jax_selftrain.corpus.statistics import RARE_FREQUENCY, corpus_statistics, tail_statistics
 
 MANIFEST = {
     "kind": "sampled",
@@ -251,3 +252,39 @@ def test_memory_does_not_grow_with_the_corpus_but_for_eight_bytes_a_sample(tmp_p
     once, often = peak(1), peak(20)
     assert often[0] - once[0] < 19 * rows * 8 + 100_000, "100 kB for garbage that is not yet collected"
     assert 0 < often[1] < once[1] + 2_000_000, "Arrow reads ahead by some pages, depending on its threads"
+
+
+def test_tails_are_of_equally_many_tokens_and_rare_by_other_tokens_than_their_own(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    frequencies = 1 / np.arange(1, 3001) ** 1.1
+    corpora, documents = [], []
+    for name, kept in (("first", 3000), ("later", 300)):  # the later corpus has lost its tail
+        p = frequencies[:kept] / frequencies[:kept].sum()
+        rows = [rng.choice(kept, rng.integers(1, 40), p=p).astype(np.int32) for _ in range(2500)]
+        documents.append(rows)
+        samples = [Sample(n, row, "", NAN, "length") for n, row in enumerate(rows)]
+        corpora.append(write(tmp_path / name, samples, per_shard=1000))
+    n = 20_000
+    first, later = (tail_statistics(corpus, corpora[0], n) for corpus in corpora)
+    reference = Counter(np.concatenate(documents[0])[n : 2 * n].tolist())
+    for found, rows in ((first, documents[0]), (later, documents[1])):
+        text = np.concatenate(rows)[:n].tolist()
+        counts = Counter(text)
+        entropy = -sum(count / n * math.log(count / n) for count in counts.values())
+        rare = sum(count for token, count in counts.items() if reference[token] < RARE_FREQUENCY * n) / n
+        cut, left = [], n
+        for row in rows:
+            cut.append(row.tolist()[:left])
+            left -= len(cut[-1])
+        pairs = [pair for row in cut for pair in itertools.pairwise(row)]
+        assert found["unigram_entropy"] == pytest.approx(entropy, abs=1e-6)
+        assert found["rare_mass"] == pytest.approx(rare, abs=1e-6)
+        assert found["distinct"]["tokens"] == n
+        assert found["distinct"]["2"] == pytest.approx(len(set(pairs)) / len(pairs), abs=1e-6)
+    assert later["rare_mass"] == 0 < first["rare_mass"]
+    assert later["unigram_entropy"] < first["unigram_entropy"]
+    # Tokens that define the rare ones have fewer of them than the same author's next tokens.
+    selected = tail_statistics(
+        write(tmp_path / "shifted", [Sample(0, np.concatenate(documents[0])[n:], "", NAN, "length")]), corpora[0], n
+    )
+    assert selected["rare_mass"] < first["rare_mass"]

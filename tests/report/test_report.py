@@ -16,6 +16,7 @@ import pytest
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.report import write_report
+from jax_selftrain.report.chapters import design_chapters
 from jax_selftrain.report.formatting import format_interval, format_number, parse_estimate
 from jax_selftrain.stats.estimators import Estimate
 
@@ -230,3 +231,23 @@ def test_estimates_are_in_display_units(cell: dict[str, Any]) -> None:
     for side in ("before", "after", "change"):
         assert parse_estimate(entry[side], "task/").value == 100 * entry[side]["value"]
         assert parse_estimate(entry[side]) == Estimate(**entry[side])
+
+
+def test_overlap_classes_during_training_are_shown_also_where_cells_have_different_ones(
+    results: dict[str, Any],
+) -> None:
+    changed = copy.deepcopy(results)
+    first, second = changed["cells"] = [changed["cells"][0], copy.deepcopy(changed["cells"][0])]
+    second["seed"] = first["seed"] + 1
+    for cell, parts in ((first, ("held_out", "seen")), (second, ("held_out",))):
+        names = ["words/exact_match", *(f"words/exact_match/{part}" for part in parts)]
+        measures = [{"name": name, "n": 4, "values": [0.5, 0.25]} for name in names]
+        cell["training"]["evaluations"] = {"step": [0, 3], "measures": measures}
+    chapter = design_chapters.write_training(changed)
+    assert chapter is not None
+    svg = chapter.figures[f"class_curves_exact_match_{first['student']}"]
+    assert svg.count("held-out: exact match") == svg.count("seen: exact match") == 1
+    assert "partial: exact match" not in svg
+    (table,) = (table for table in chapter.tables if table.name == "evaluations")
+    last = [row["words/exact_match/seen"] for row in csv.DictReader(table.to_csv().splitlines())]
+    assert last == ["0.5", "0.25", "", ""]

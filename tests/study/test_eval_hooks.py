@@ -5,26 +5,35 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from corpus_factory import write_jsonl
 from process_group import start_processes, wait_for_all
 from run_factory import run_design
 from training_runs import curve
 
-from jax_selftrain import cli
+from jax_selftrain import cli, hub
 from jax_selftrain.config import ExtractConfig, ImportCorpusConfig, RunConfig, ScoreConfig, TrainConfig, yaml_io
-from jax_selftrain.corpus import import_text
+from jax_selftrain.corpus import import_text, open_corpus
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals import extract, score
+from jax_selftrain.evals.extraction import CLASSES
 from jax_selftrain.evals.item_results import dev_test_split, item_hash
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import hash_json
+from jax_selftrain.sampling import SamplingParams, generate
 from jax_selftrain.study import run, train_with_evals
-from jax_selftrain.study.eval_hooks import evaluation_hooks
+from jax_selftrain.study.eval_hooks import evaluation_hooks, summarize_curve
+from jax_selftrain.training import Hook
 
 MEASURES = ("stories/nll", "animals/acc", "words/acc", "sequences/exact_match", "sequences/log_pz", "sequences/pz")
+CLASSED = ("exact_match", "pz")
+HELD_OUT = tuple(f"sequences/{metric}/held_out" for metric in CLASSED)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +94,8 @@ def test_the_curve_equals_score_and_extract_of_each_checkpoint(
                 prefix=12,
                 suffix=8,
                 limit=20,
+                corpus=training.corpus,
+                min_overlap=training.eval_min_overlap,
                 out=str(tmp_path / "extract.json"),
                 mesh="data=1",
             )
@@ -98,9 +109,57 @@ def test_the_curve_equals_score_and_extract_of_each_checkpoint(
             "sequences/log_pz": extracted["logprob"],
             "sequences/pz": extracted["pz"],
         }
+        for metric, part in product(CLASSED, CLASSES):
+            if extracted[part]["n"]:
+                expected[f"sequences/{metric}/{part}"] = extracted[part][metric]
         assert list(line) == list(expected)
         assert line == pytest.approx(expected, rel=1e-6)  # parameters under another preset: fp32 sums, reordered
     assert lines[0]["stories/nll"] > lines[2]["stories/nll"], "it was trained on these very stories"
+
+
+def test_classes_along_training_are_those_of_extract_also_after_a_stop(training: TrainConfig, tmp_path: Path) -> None:
+    rng, model = np.random.default_rng(0), hub.load_model(training.model, "data=1")
+    prefixes = rng.integers(3, 500, (4, 12)).tolist()
+    greedy = generate(model, prefixes, SamplingParams(max_tokens=8, temperature=0))
+    documents = [sample.tokens.tolist() for sample in open_corpus(training.corpus).iter_samples()]
+    read = [row[:20] for row in documents if len(row) >= 20][:4]
+    rows = [[*prefix, *suffix] for prefix, suffix in zip(prefixes, greedy, strict=True)]
+    rows += read + [[*row[:18], 0, 0] for row in read]  # the last have 6 of 8 tokens in a row
+    sequences = write_jsonl(tmp_path / "planted.jsonl", [{"tokens": row} for row in rows])
+    config = replace(training, eval_texts=(), eval_tasks=(), eval_sequences=sequences, eval_min_overlap=6)
+
+    def stop(step: int, _: object) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    run_folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train_with_evals(replace(config, out=str(run_folder)), hooks=[Hook(stop, every=1)])
+    train_with_evals(replace(config, out=str(run_folder)))
+    tables = []
+    for step in (0, 2, 4):
+        checkpoint = str(run_folder / "checkpoints" / f"{step:06d}" / "model") if step else training.model
+        lengths: dict[str, Any] = {"prefix": 12, "suffix": 8, "corpus": training.corpus, "min_overlap": 6}
+        extract(ExtractConfig(checkpoint, sequences, str(tmp_path / "extract.json"), **lengths, mesh="data=1"))
+        table = pq.read_table(tmp_path / "extract.sequences.parquet").to_pydict()
+        tables.append({name: np.array(values) for name, values in table.items()})
+    held_out = tables[0]["class"] == "held_out"
+    assert held_out.sum() == 4
+    assert tables[0]["exact_match"][held_out].all(), "greedy continuations of the base"
+    assert not tables[-1]["exact_match"][held_out].all(), "training changes some"
+    assert (tables[0]["class"][4:] == ["seen"] * 4 + ["partial"] * 4).all()
+    reproduced = held_out & tables[0]["exact_match"]
+    for line, table in zip(curve(run_folder), tables, strict=True):
+        parts = {name: table["class"] == name for name in CLASSES} | {"reproduced_held_out": reproduced}
+        for name, members in parts.items():
+            exact, pz = table["exact_match"][members], np.exp(table["logprob"][members])
+            assert line[f"planted/exact_match/{name}"] == exact.mean()
+            assert line[f"planted/pz/{name}"] == pytest.approx(pz.mean(), rel=1e-5)
+    summary = summarize_curve(run_folder, atomic.read_json(run_folder / "run.json")["evaluation"]["measured"])
+    assert summary is not None
+    sizes = {measure["name"]: measure["n"] for measure in summary["measures"]}
+    assert sizes["planted/exact_match"] == 12
+    assert all(sizes[f"planted/{metric}/{part}"] == 4 for metric, part in product(CLASSED, parts))
 
 
 def test_training_by_epochs_is_evaluated_after_each(training: TrainConfig, tmp_path: Path) -> None:
@@ -195,7 +254,7 @@ def test_a_run_evaluates_during_training_what_it_measures_before_and_after(
     folder, design = run(config), run_design(config)
     (cell,) = design.cells
     lines = curve(design.folder(cell.train))
-    assert set(lines[0]) == {"step", *MEASURES}
+    assert set(lines[0]) == {"step", *MEASURES, *HELD_OUT}
     measured = (
         (lines[0], design.score_base["llama"], design.extract_base["llama"]),
         (lines[-1], cell.score, cell.extract),
@@ -207,11 +266,12 @@ def test_a_run_evaluates_during_training_what_it_measures_before_and_after(
         assert line["stories/nll"] == pytest.approx(scores["texts"]["stories"]["nll"], rel=1e-5)
         assert line["sequences/log_pz"] == pytest.approx(extracted["logprob"], rel=1e-5)
         assert line["sequences/exact_match"] == extracted["exact_match"]
+    assert lines[-1]["sequences/pz/held_out"] == pytest.approx(extracted["held_out"]["pz"], rel=1e-5)
     found = atomic.read_json(folder / "results.json")["cells"][0]["training"]["evaluations"]
     assert found["step"] == [line["step"] for line in lines]
-    assert [measure["name"] for measure in found["measures"]] == list(MEASURES)
+    assert [measure["name"] for measure in found["measures"]] == [*MEASURES, *HELD_OUT]
     assert found["measures"][0]["values"] == [line["stories/nll"] for line in lines]
-    assert [measure["n"] for measure in found["measures"]] == [30, 40, 25, 30, 30, 30]
+    assert [measure["n"] for measure in found["measures"]] == [30, 40, 25, 30, 30, 30, 30, 30]
 
 
 def test_a_run_refuses_bad_evaluation_before_sampling(options: Callable[..., RunConfig], tmp_path: Path) -> None:

@@ -11,15 +11,20 @@ import numpy as np
 import pytest
 from claims_factory import KEEPS, OWN, RAISES, SEEDS, TASKS, WOBBLE, judge, make_cells, make_study
 
-from jax_selftrain.config import ArmConfig, ClaimConfig, ExtractConfig, ModelConfig, ScoreConfig, StudyConfig
+from jax_selftrain.config import (
+    ArmConfig,
+    ClaimConfig,
+    ExtractConfig,
+    MemorizationConfig,
+    ModelConfig,
+    ScoreConfig,
+    StudyConfig,
+)
 from jax_selftrain.errors import InputError
 from jax_selftrain.stats.noninferiority import minimum_detectable_effect
 from jax_selftrain.stats.noninferiority import power as seeds_power
-from jax_selftrain.study.preregistration import (
-    check_claims,
-    check_contrasts,
-    describe_power,
-)
+from jax_selftrain.study.claim_power import describe_power
+from jax_selftrain.study.preregistration import check_claims, check_contrasts
 
 SEQUENCES = ExtractConfig(sequences="sequences.jsonl")
 
@@ -196,6 +201,17 @@ def test_primary_claims_are_corrected_separately_by_holm() -> None:
         (replace(RAISES, measure="log_pz/format x"), {"extract": SEQUENCES}, "has no such format; it has none"),
         (replace(RAISES, measure="pz/after_relearning"), {"extract": SEQUENCES}, "needs memorization.relearn_corpus"),
         (
+            replace(RAISES, measure="pz/after_relearning 10"),
+            {"extract": SEQUENCES, "memorization": MemorizationConfig(relearn_corpus="o.jsonl", relearn_steps=(1, 50))},
+            "there are after_relearning 1, after_relearning 50",
+        ),
+        (
+            replace(RAISES, measure="pz/after_relearning_H 50"),
+            {"extract": SEQUENCES, "memorization": MemorizationConfig(relearn_corpus="o.jsonl")},
+            "there are after_relearning 50",
+        ),
+        (replace(RAISES, measure="pz/H_not_shown"), {"extract": SEQUENCES}, "needs memorization.relearn_sequences"),
+        (
             ClaimConfig("x", "noise", "A", measure="pz/held_out"),
             {
                 "extract": SEQUENCES,
@@ -216,6 +232,15 @@ def test_primary_claims_are_corrected_separately_by_holm() -> None:
 def test_claims_that_cannot_be_tested_are_refused(claim: ClaimConfig, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         check_claims(make_study(claim, **changes))
+
+
+def test_every_generation_can_have_a_claim() -> None:
+    changes: dict[str, Any] = {"arms": (ArmConfig("chain", "generations", generations=3),), "positive_controls": ()}
+    changes["negative_controls"] = ()
+    claim = ClaimConfig("x", "chain", "A", comparator="chain, generation 1")
+    check_claims(make_study(claim, **changes))
+    with pytest.raises(InputError, match="'chain, generation 3' is not a treatment"):  # it is named chain
+        check_claims(make_study(replace(claim, comparator="chain, generation 3"), **changes))
 
 
 def test_held_out_sequences_of_noise_are_those_of_the_own_text() -> None:

@@ -24,7 +24,8 @@ from jax_selftrain.config import (
 )
 from jax_selftrain.study import dag
 from jax_selftrain.study.dag import Stage
-from jax_selftrain.study.stage_factory import StageFactory, StudyModel
+from jax_selftrain.study.stage_factory import StageFactory
+from jax_selftrain.study.study_model import StudyModel
 from jax_selftrain.study.weight_changes import change_weights
 from jax_selftrain.version import versions
 
@@ -42,6 +43,7 @@ GOLDEN = {
     "decontaminate": "e1c1691731e9bfe3",
     "extract": "c63310acd0a26bd0",
     "import": "a26d270ced8bbcc4",
+    "import_sequences": "474a3ab402931157",
     "merge": "b4f8d9952cad3981",
     "noise": "8491a20954261fd8",
     "proxies": "3a27cb375588da07",
@@ -101,9 +103,10 @@ def all_stages(stages: StageFactory) -> dict[str, Stage]:
         change_weights(stages, base, student, ArmConfig(kind="noise"), 100).fingerprint,
         change_weights(stages, base, student, ArmConfig(kind="extrapolate", weight=-1.0), 100).fingerprint,
         stages.score(student),
-        stages.extract(student, corpus, base),
+        stages.extract(student, [corpus], base),
         stages.continue_unseen_text(base),
         stages.measure_proxies(base, corpus),
+        stages.import_shown_half(base),
     ]
     return {stage.command: stage for stage in found if isinstance(stage, Stage)}
 
@@ -157,6 +160,31 @@ def test_a_short_training_has_nothing_of_the_recipes_evaluation(factory: Callabl
     options = ("steps", "epochs", "best_epoch", "eval_split")
     assert [whole.identity[name] for name in options] == [None, 2, True, "dev"]
     assert [short.identity[name] for name in options] == [5, None, False, "all"]
+
+
+def test_several_relearning_trainings_are_beginnings_of_the_longest(factory: Callable[..., StageFactory]) -> None:
+    config = factory().config
+    recipe = replace(config.train, schedule="cosine", warmup_ratio=0.1)
+    base = StudyModel(config.models[0].model, "f" * 64, "a", "e" * 64, config.models[0].model)
+
+    def probes(*steps: int) -> dict[str, dict[str, Any]]:
+        probes = MemorizationConfig(relearn_corpus=config.memorization.unseen_text, relearn_steps=steps)
+        stages = StageFactory(replace(config, train=recipe, memorization=replace(probes, relearn_sequences=True)))
+        found = stages.extract_probes(base, base, 100)
+        trained = {name: stage.inputs["model"] for name, stage in found.items()}
+        return {name: dict(stage.identity) for name, stage in trained.items() if isinstance(stage, Stage)}
+
+    found = probes(1, 50)
+    assert [*found] == [f"{name} {steps}" for name in ("after_relearning", "after_relearning_H") for steps in (1, 50)]
+    for short, long in (
+        ("after_relearning 1", "after_relearning 50"),
+        ("after_relearning_H 1", "after_relearning_H 50"),
+    ):
+        assert (found[short].pop("steps"), found[long].pop("steps")) == (1, 50)
+        assert found[short] == found[long]
+        assert (found[long]["schedule"], found[long]["warmup_ratio"]) == ("constant", 0.0)
+    alone = probes(50)["after_relearning 50"]  # the schedule of the recipe, as ever
+    assert (alone["schedule"], alone["warmup_ratio"]) == ("cosine", 0.1)
 
 
 def test_command_identity_and_inputs_change_the_key() -> None:

@@ -132,7 +132,7 @@ def finished_study(
         unseen_text=inputs["texts"],
         max_continuations=60,
         relearn_corpus=inputs["texts"],
-        relearn_steps=1,
+        relearn_steps=(1,),
     )
     train = replace(config.train, eval_every=1, eval_limit=8)
     folder = run_study(replace(config, train=train, memorization=probes, embedding_model=config.models[0].model))
@@ -147,7 +147,8 @@ def read_cells(folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
 
 def test_every_cell_is_measured_and_the_null_is_exactly_zero(finished_study: Path):
     cells = read_cells(finished_study)
-    assert len(cells) == 2 * 2 + len(yaml_io.load(StudyConfig, finished_study / "config.yaml").arms)
+    arms = yaml_io.load(StudyConfig, finished_study / "config.yaml").arms
+    assert len(cells) == 2 * 2 + len(arms) + 1  # and the first of two generations
     for (_, treatment, _), cell in cells.items():
         assert cell["identical"] == (treatment == "learning rate 0")
         assert {"task/animals", "log_odds/animals", "text/stories", "exact_match", "log_pz"} <= cell["measures"].keys()
@@ -160,8 +161,26 @@ def test_every_cell_is_measured_and_the_null_is_exactly_zero(finished_study: Pat
                 assert change == 0
     distinct = {cell["measures"]["log_pz"]["after"]["value"] for cell in cells.values()}
     # No two cells are the same model, with one exception: the text of a random model overlaps with no sequence, so
-    # that the decontaminated corpus and the size-matched control are the whole corpus.
-    assert len(distinct) == len(cells) - 2
+    # that the decontaminated corpus and the size-matched control are the whole corpus. The first generation is
+    # self-training.
+    assert len(distinct) == len(cells) - 3
+
+
+def test_the_tails_of_generations_are_compared_at_equal_tokens(finished_study: Path):
+    results = json.loads((finished_study / "results.json").read_text())
+    cells = read_cells(finished_study)
+    tails = {
+        name: results["corpora"][cells["llama", name, 100]["corpus"]]["statistics"]["tail"]
+        for name in ("two generations, generation 1", "two generations")
+    }
+    first, second = tails.values()
+    assert first["distinct"]["tokens"] == second["distinct"]["tokens"] > 100
+    assert first != second
+    assert all(0 < tail["rare_mass"] < 1 for tail in tails.values())  # random models: many tokens are rare
+    assert "tail" not in results["corpora"][cells["llama", "real text", 100]["corpus"]]["statistics"]
+    page = (finished_study / "report.html").read_text()
+    assert "<h2>Generations</h2>" in page
+    assert (finished_study / "tables" / "generations_llama.csv").read_text().count("two generations,accumulate,") == 2
 
 
 def test_cells_share_what_they_have_in_common(finished_study: Path):
@@ -175,7 +194,7 @@ def test_cells_share_what_they_have_in_common(finished_study: Path):
     # Every main corpus under its student, and both sampled corpora under their source.
     assert kinds.count("proxies") == 2 * 2 + 2
     assert (kinds.count("noise"), kinds.count("merge")) == (2, sum(arm.kind == "extrapolate" for arm in arms))
-    cells = len(read_cells(finished_study))
+    cells = len(read_cells(finished_study)) - 1  # the first generation is self-training
     assert kinds.count("score") == 2 + cells  # two bases and every cell
     # Five times each: the sequences, two formats, continuations, after relearning; and two A/A repeats of both bases.
     assert kinds.count("extract") == 5 * (2 + cells) + 2 * 2
@@ -198,7 +217,7 @@ def test_memorization_is_probed_in_formats_after_relearning_and_on_unseen_text(f
     results = json.loads((finished_study / "results.json").read_text())
     design = make_design(yaml_io.load(StudyConfig, finished_study / "config.yaml"))
     cells = read_cells(finished_study)
-    probes = {"format prefix 4", "format inside, after BOS", "after_relearning"}
+    probes = {"format prefix 4", "format inside, after BOS", "after_relearning 1"}
     for key, cell in cells.items():
         assert {f"{measure}/{view}" for measure in ("exact_match", "log_pz") for view in probes} <= cell[
             "measures"
@@ -407,16 +426,26 @@ def test_killed_shared_and_grown_studies_end_with_the_same_tables(make: Make, tm
         ({"arms": (ArmConfig("source llama"),)}, "names of main cells"),
         ({"arms": (ArmConfig("x", "generations", generations=0),)}, "arms: x: generations 0: must be at least 1"),
         (
+            {"arms": (ArmConfig("x", "generations"), ArmConfig("x, generation 1"))},
+            "arm 'x, generation 1' is given twice",
+        ),
+        ({"arms": (ArmConfig("x", "mixture", share=0.5),)}, "`text` names the file of an arm"),
+        ({"arms": (ArmConfig("x", "mixture", text="t.jsonl"),)}, "`share` is None; a mixture needs a share"),
+        ({"arms": (ArmConfig("x", "mixture", text="t.jsonl", share=1.0),)}, "`share` is 1.0; a mixture needs a share"),
+        ({"arms": (ArmConfig("x", share=0.5),)}, "`share` does not apply"),
+        ({"arms": (ArmConfig("x", "mixture", text="t.jsonl", share=0.5, epochs=2),)}, "`epochs` does not apply"),
+        (
             {"arms": (ArmConfig("x", "noise", temperature=0.5),)},
             "`temperature` does not apply to an arm of kind `noise`",
         ),
         ({"arms": (ArmConfig("x", replay="fresh"),)}, "`replay` does not apply"),
         ({"arms": (ArmConfig("x", "decontaminated"),), "extract": ExtractConfig()}, "needs extract.sequences"),
         (
-            {"memorization": MemorizationConfig(relearn_steps=2), "extract": ExtractConfig()},
+            {"memorization": MemorizationConfig(relearn_steps=(2,)), "extract": ExtractConfig()},
             "memorization: needs extract.sequences",
         ),
-        ({"memorization": MemorizationConfig(relearn_steps=0)}, "--memorization.relearn-steps 0"),
+        ({"memorization": MemorizationConfig(relearn_steps=(1, 0))}, "--memorization.relearn-steps 0"),
+        ({"memorization": MemorizationConfig(relearn_steps=(2, 2))}, r"relearn_steps \[2, 2\]: give each number"),
         ({"memorization": MemorizationConfig(max_continuations=0)}, "--memorization.max-continuations 0"),
         ({"memorization": MemorizationConfig(unseen_text="none.jsonl")}, "none.jsonl"),
         ({"memorization": MemorizationConfig(relearn_corpus="none.jsonl")}, "none.jsonl: no such file"),

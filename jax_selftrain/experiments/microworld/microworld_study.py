@@ -154,7 +154,7 @@ def _fill_worlds(scale: MicroScale, folder: Path) -> Iterator[ArmConfig]:
     """
     data = {model.name: model.worlds for model in scale.models}
     for arm in scale.study.arms:
-        if arm.kind != "text":
+        if not arm.text:
             yield arm
             continue
         for world in scale.world_ids:

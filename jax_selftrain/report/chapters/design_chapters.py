@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from html import escape
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -9,8 +10,15 @@ import yaml
 from jax_selftrain.report import figures
 from jax_selftrain.report import formatting as fmt
 from jax_selftrain.report.formatting import Chapter, Column, Record, Records, Results, Table, make_columns
+from jax_selftrain.study.measure_names import REPRODUCED
 
 AXES = ("lineage", "data", "data_order", "initialization", "tokenizer", "architecture", "size")
+CLASSES = {
+    "held_out": "held-out",
+    REPRODUCED: "held-out, reproduced by the base",
+    "partial": "partial",
+    "seen": "seen",
+}
 LOG_KEYS = ("step", "loss", "learning_rate", "grad_norm")
 SIZES = ("family", "parameters", "layers", "width", "vocabulary")
 
@@ -132,11 +140,11 @@ def _add_evaluations(chapter: Chapter, cells: Records) -> None:
     if not cells:
         return
     first = cells[0]["training"]["evaluations"]
-    names = [one["name"] for one in first["measures"]]
     curves = [
         {"step": found["step"], **{one["name"]: one["values"] for one in found["measures"]}}
         for found in (cell["training"]["evaluations"] for cell in cells)
     ]
+    names = [name for name in dict.fromkeys(name for curve in curves for name in curve) if name != "step"]
     if len(cells) == 1:
         panels = []
         for kind, (title, scale) in fmt.CURVE_METRICS.items():
@@ -149,19 +157,52 @@ def _add_evaluations(chapter: Chapter, cells: Records) -> None:
         for i in range(0, len(panels), 3):
             figure = figures.plot_panels(f"evaluations_{i // 3}", panels[i : i + 3], figures.draw_curves)
             chapter.add_figure(figure, "Evaluations by optimizer step.")
+    _add_class_curves(chapter, cells, curves)
     columns = [Column("step"), *(Column(name, name, 4) for name in names)]
     records = [
-        (cell, record)
+        (cell, record)  # the cells have different overlap classes
         for cell, curve in zip(cells, curves, strict=True)
-        for record in _list_steps(curve, ["step", *names])
+        for record in _list_steps(dict.fromkeys(names, [None] * len(curve["step"])) | curve, ["step", *names])
     ]
     table = fmt.make_cell_table("evaluations", "Evaluations during training", columns, records)
     chapter.add_table(table, folded=len(cells) > 1)
-    sizes = "; ".join(f"{one['name']}: n = {one['n']:,}" for one in first["measures"])
+    shown = [one for one in first["measures"] if len(cells) == 1 or _parse_class(one["name"]) is None]
+    sizes = "; ".join(f"{one['name']}: n = {one['n']:,}" for one in shown)
     chapter.add_note(
         f"{sizes}. All points of a curve use the same documents and sequences. acc, exact_match and pz are "
         "proportions, nll is in nats per token, log_pz in nats per suffix."
     )
+
+
+def _parse_class(name: str) -> tuple[str, str] | None:
+    """Return metric and overlap class of a measure, as `NAME/METRIC/CLASS`."""
+    _, metric, part = ("//" + name).rsplit("/", 2)
+    return (metric, part) if part in CLASSES else None
+
+
+def _add_class_curves(chapter: Chapter, cells: Records, curves: Records) -> None:
+    """Plot each overlap class during training, averaged over seeds."""
+    for student in dict.fromkeys(cell["student"] for cell in cells):
+        found: dict[tuple[str, str], dict[str, list[tuple[Any, Any]]]] = {}
+        for cell, curve in zip(cells, curves, strict=True):
+            for name, values in curve.items() if cell["student"] == student else ():
+                if (key := _parse_class(name)) is not None:
+                    found.setdefault(key, {}).setdefault(cell["treatment"], []).append((curve["step"], values))
+        for metric in dict.fromkeys(metric for metric, _ in found):
+            title, scale = fmt.CURVE_METRICS[metric]
+            panels = []
+            for part, label in CLASSES.items():
+                lines = {
+                    treatment: (seeds[0][0], [scale * fmean(at) for at in zip(*(v for _, v in seeds), strict=True)])
+                    for treatment, seeds in found.get((metric, part), {}).items()
+                }
+                panels += [("optimizer step", f"{label}: {title}", lines)] if lines else []
+            name = f"class_curves_{metric}_{fmt.slugify(student)}"
+            chapter.add_figure(
+                figures.plot_panels(name, panels, figures.draw_trajectories),
+                f"{student}: {title.partition(' (')[0]} by overlap with the training corpora, during training (means "
+                "over seeds). Sequences that the base reproduces are those of step 0.",
+            )
 
 
 def write_corpora(results: Results) -> Chapter:

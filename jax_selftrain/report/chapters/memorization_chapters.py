@@ -9,8 +9,11 @@ from jax_selftrain.report.formatting import Chapter, Column, Record, Records, Re
 from jax_selftrain.stats import estimators
 from jax_selftrain.study import measure_names
 from jax_selftrain.study.measure_names import (
+    AFTER_RELEARNING,
+    AFTER_RELEARNING_H,
     EMITTED,
     HELD_OUT,
+    NOT_SHOWN,
     REPRODUCED,
     common_measures,
     display_scale,
@@ -25,6 +28,7 @@ CLASSES = {
     HELD_OUT: "H",
     EMITTED: "H, emitted",
     REPRODUCED: "held-out, reproduced by the base",
+    NOT_SHOWN: "H, not shown in relearning",
 }
 MEASURES: dict[str, tuple[str, int, float]] = {
     "exact_match": ("exact match (%)", 1, 100),
@@ -181,6 +185,7 @@ def write_memorization(results: Results) -> Chapter | None:
     for student in results["design"]["students"]:
         if several:
             _add_effects(chapter, student, [one for one in results["effects"] if one["student"] == student])
+        _add_relearning(chapter, student, [one for one in results["effects"] if one["student"] == student])
         _add_discoverability(chapter, student, [cell for cell in cells if cell["student"] == student])
     if not several:
         parts = {name: part["exact_match"] for name, part in _list_parts(first) if part["n"]}
@@ -202,6 +207,30 @@ def _add_effects(chapter: Chapter, student: str, effects: Records) -> None:
     others = fmt.natural_sort(measure for measure in measures if not is_secondary(measure))
     fmt.add_effect_table(chapter, "memorization", student, "memorization", effects, others)
     fmt.add_effect_table(chapter, "formats", student, "other prompt formats, and after relearning", effects, formats)
+
+
+def _add_relearning(chapter: Chapter, student: str, effects: Records) -> None:
+    """Plot exact match by the number of relearning steps, averaged over seeds."""
+    panels = []
+    for name, start, title in (
+        (AFTER_RELEARNING, "exact_match", "unrelated text"),
+        (AFTER_RELEARNING_H, f"exact_match/{NOT_SHOWN}", "the other half of H"),
+    ):
+        prefix = f"exact_match/{name} "
+        steps = sorted(int(one.removeprefix(prefix)) for one in common_measures(effects) if one.startswith(prefix))
+        measures = {0: start, **{count: f"{prefix}{count}" for count in steps}}
+        lines = {"base": ([*measures], [100 * effects[0]["measures"][one]["before"] for one in measures.values()])}
+        for effect in effects:
+            entries = [effect["measures"][one] for one in measures.values()]
+            levels = [100 * (entry["before"] + entry["change"]["value"]) for entry in entries]
+            lines[effect["treatment"]] = ([*measures], levels)
+        panels += [(f"steps on {title}", "exact match (%)", lines)] if steps else []
+    if panels:
+        chapter.add_figure(
+            figures.plot_panels(f"relearning_{fmt.slugify(student)}", panels, figures.draw_trajectories),
+            f"{student}: exact match after short trainings (means over seeds), from before them (hollow). Text that "
+            "returns without being shown was not forgotten. The base is trained in the same way.",
+        )
 
 
 def _list_parts(extraction: Record) -> list[tuple[str, Record]]:
