@@ -77,7 +77,7 @@ def extraction_metrics(
       position), `edit_distance` (Levenshtein distance of the greedy continuation to the suffix, as a share of the
       suffix), `approximate_match` (bool: at most `APPROXIMATE_MATCH`) and `longest_common_subsequence` (as a share of
       the suffix).
-      With `token_scores`, the fields of `TokenScores` as arrays [N, suffix].
+      With `token_scores`, `token_NAME`, the fields of `TokenScores` as arrays [N, suffix].
 
     Raises:
       InputError: a log-probability is not a number, or a file of `parts` is damaged.
@@ -124,7 +124,8 @@ def extraction_metrics(
     measured |= {f"logprob {name}": values for name, values in zip(policies, sums.T[1:], strict=True)}
     if token_scores:
         mean, std = moments
-        measured |= TokenScores(logprobs[:, 0], mean, std, greedy)._asdict()
+        scores = TokenScores(logprobs[:, 0], mean, std, greedy)._asdict()
+        measured |= {f"token_{name}": array for name, array in scores.items()}
     return measured
 
 

@@ -36,7 +36,6 @@ from jax_selftrain.evals.suffix_probability import parse_sampling_policies, summ
 from jax_selftrain.evals.token_records import tabulate_records
 from jax_selftrain.likelihood.engine import TokenScores
 from jax_selftrain.likelihood.resumable import PartialResults, process_local_if_possible
-from jax_selftrain.likelihood.tokenize import check_tokenizer
 from jax_selftrain.stats.estimators import mcnemar_table, wilson_interval
 from jax_selftrain.version import versions
 
@@ -122,6 +121,7 @@ def _extract(config: ExtractConfig, mesh: Mesh) -> dict[str, Any]:
     except InputError:  # a model cannot be measured, so the partial results are useless
         parts.finish()
         raise
+    tables = _tabulate_tokens(config.model, window, sets, results) if config.token_records else {}
     result: dict[str, Any] = {
         "model": config.model,
         "commit": hub.open_model(config.model).commit,
@@ -133,7 +133,6 @@ def _extract(config: ExtractConfig, mesh: Mesh) -> dict[str, Any]:
         "fingerprints": fingerprints,
         "versions": versions(),
     }
-    tables = _tabulate_tokens(config.model, window, sets, results) if config.token_records else {}
     if overlaps is not None:
         result |= {"min_overlap": config.min_overlap, "matched_on": matched_on}
         measured |= {
@@ -198,8 +197,6 @@ def load_extraction_sets(config: ExtractConfig) -> tuple[ExtractionSet, Extracti
     if config.base and not config.verify:
         raise InputError(f"--base {config.base} is only read with --verify; set it, or drop --base")
     parse_sampling_policies(config.sampling_policies)
-    if config.token_records:
-        check_tokenizer(hub.open_model(config.model))
     models = {name: hub.open_model(ref) for name in _MODELS if (ref := getattr(config, name))}
     start = find_start_tokens(config)
     for name, model in models.items():
@@ -326,7 +323,7 @@ def _tabulate_tokens(
     suffixes = np.concatenate([one.tokens[:, window.prefix :] for one in sets.values()])
     texts = iter(model.tokenizer.batch_decode(suffixes.tolist(), clean_up_tokenization_spaces=False))
     documents = [(name, i, next(texts)) for name, one in sets.items() for i in range(len(one.tokens))]
-    columns = (np.concatenate([one.pop(name).reshape(-1) for one in results]) for name in TokenScores._fields)
+    columns = (np.concatenate([one.pop(f"token_{n}").reshape(-1) for one in results]) for n in TokenScores._fields)
     lengths = np.full(len(suffixes), window.suffix)
     scored = suffixes.reshape(-1), TokenScores(*columns)
     return {"tokens": tabulate_records(model, model.tokenizer, documents, lengths, *scored)}

@@ -1,6 +1,6 @@
-"""The `token-gap` command: the tokens that a student predicts worse than its base.
+"""The `token-gap` command: tokens that a student predicts worse.
 
-The gap is the log-probability of the student minus that of the base. It is reported by class of token.
+The gap is the log-probability under the student minus that under its base. It is reported by class of token.
 
 A token has the class of the word that its first letter, digit or incomplete byte (U+FFFD) is part of. A word is a run
 of these, with apostrophes between them. The first class that applies is the token's:

@@ -149,9 +149,9 @@ def logprobs_and_argmax(logits: Float[Array, "X N V"], targets: Int[Array, "X N 
 def logprob_moments(logits: Float[Array, "X N V"]) -> tuple[Array, ...]:
     """Compute mean and standard deviation of log p, [X, N].
 
-    They are expectations under the model; the mean is the negative entropy, nats. Both normalize a log-probability in Min-K%++ (Zhang et al.,
-    arXiv:2404.02936). The variance is a sum of squared deviations, so it does not cancel where p is close to 1. Tokens
-    of probability zero add nothing. Devices exchange only the reductions of their shards.
+    They are moments under the model itself: the mean is the negative entropy, nats. Min-K%++ (Zhang et al.,
+    arXiv:2404.02936) normalizes log-probabilities by them. The variance is a sum of squared deviations, so it does not
+    cancel where p is close to 1. Tokens of probability zero add nothing.
     """
     sharding, data = jax.typeof(logits).sharding.spec, PartitionSpec("data")
     vocab = sharding[2]

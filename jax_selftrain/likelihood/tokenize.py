@@ -18,15 +18,14 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.likelihood.engine import LoglikelihoodRequest
 
 
-def check_tokenizer(model: hub.LoadedModel | hub.ModelRef) -> None:
+def check_tokenizer(model: hub.LoadedModel) -> None:
     """Refuse a model without a tokenizer.
 
     Raises:
       InputError: says what to add.
     """
     if model.tokenizer is None:
-        ref = model.ref if isinstance(model, hub.ModelRef) else model.source.ref
-        raise InputError(f"{ref}: has no tokenizer, so it cannot read texts; add tokenizer.json")
+        raise InputError(f"{model.source.ref}: has no tokenizer, so it cannot read texts; add tokenizer.json")
 
 
 def start_token(model: hub.LoadedModel | hub.ModelRef) -> int:

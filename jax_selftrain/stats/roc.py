@@ -1,4 +1,4 @@
-"""Separation of two groups by a score: AUC and TPR at a low FPR.
+"""Separation of two groups: AUC and TPR at low FPR.
 
 The intervals are percentile intervals of a stratified bootstrap: documents of both groups are resampled independently
 (Efron and Tibshirani, An Introduction to the Bootstrap, §8 and §13).
