@@ -58,13 +58,12 @@ def test_records_of_texts_join_windows_and_equal_those_of_all_logits(tmp_path, f
     for row in rows:
         assert row["tokens"] == model.tokenizer.encode(row["text"], add_special_tokens=False)
         assert "".join(row["pieces"]) == row["text"]
-        logits = []
-        for context, continuation in rolling_windows(row["tokens"], 1, POSITIONS):  # BOS is 1
-            window = np.zeros((1, POSITIONS), np.int32)  # one shape: later tokens are masked
-            window[0, : len(context) + len(continuation) - 1] = [*context, *continuation[:-1]]
-            end = len(context) + len(continuation) - 1
-            logits.append(np.asarray(model.logits(window))[0, end - len(continuation) : end])
-        check_row(row, np.concatenate(logits))
+        windows = list(rolling_windows(row["tokens"], 1, POSITIONS))  # BOS is 1
+        inputs = np.zeros((8, POSITIONS), np.int32)  # one shape: later tokens are masked
+        for whole, (context, continuation) in zip(inputs, windows, strict=False):
+            whole[: len(context) + len(continuation) - 1] = [*context, *continuation[:-1]]
+        logits = zip(np.asarray(model.logits(inputs)), windows, strict=False)
+        check_row(row, np.concatenate([one[len(w.context) - 1 :][: len(w.continuation)] for one, w in logits]))
     requests = pq.read_table(tmp_path / "with.requests.parquet").to_pylist()
     sums = np.bincount([row["doc"] for row in requests], [row["loglikelihood"] for row in requests])
     np.testing.assert_allclose([np.sum(row["logprob"]) for row in rows], sums, rtol=1e-12)
