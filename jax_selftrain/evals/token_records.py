@@ -177,6 +177,10 @@ def load_records(path: str) -> TokenRecords:
             f"{path}: holds no token records; give a FILE.tokens.parquet that `score` or `extract` wrote with "
             "--token-records"
         )
+    sizes = pc.list_value_length(table["tokens"])
+    are_aligned = all(pc.list_value_length(table[name]).equals(sizes) for name in RECORDS.names[3:])
+    if not are_aligned or not all(np.isfinite(pc.list_flatten(table[name])).all() for name in RECORDS.names[5:]):
+        raise InputError(f"{path}: is damaged (a token without a score, or one that is not finite); write it again")
     return TokenRecords(Path(path), table, {name: metadata[name] for name in _FINGERPRINTS})
 
 

@@ -96,6 +96,8 @@ def test_unusable_input_is_refused_and_nothing_written(tmp_path, options):
     fewer = str(write_records(tmp_path / "f.parquet", sets | {"in": sets["in"][:2]}))
     pq.write_table(pq.read_table(records).drop_columns("greedy"), tmp_path / "x.parquet")
     (tmp_path / "t.parquet").write_text("text")
+    short, infinite = ({"in": [one]} for one in ({"pieces": [], "logprob": [-1.0]}, {"logprob": [-np.inf]}))
+    damaged = [str(write_records(tmp_path / f"d{i}.parquet", one)) for i, one in enumerate((short, infinite))]
     for changes, message in (
         ({"members": "on"}, "has no set 'on'; its sets are in, out, none"),
         ({"members": "out"}, "--members and --nonmembers are both 'out'"),
@@ -103,6 +105,8 @@ def test_unusable_input_is_refused_and_nothing_written(tmp_path, options):
         ({"records": str(tmp_path / "gone.parquet")}, "no such file"),
         ({"records": str(tmp_path / "t.parquet")}, "cannot be read as Parquet"),
         ({"records": str(tmp_path / "x.parquet")}, "holds no token records"),
+        ({"records": damaged[0]}, "is damaged"),
+        ({"records": damaged[1]}, "is damaged"),
         ({"reference": other}, "its tokens of document 0 of 'in' differ"),
         ({"reference": fewer}, "its documents are not those of"),
     ):
