@@ -62,6 +62,8 @@ COMMANDS: dict[str, Command] = {
         config.DecontaminateConfig, "jax_selftrain.evals:decontaminate", {"CORPUS": "corpus", "OUT": "out"}
     ),
     "leakage": Command(config.LeakageConfig, "jax_selftrain.evals:measure_leakage"),
+    "membership": Command(config.MembershipConfig, "jax_selftrain.evals:measure_membership"),
+    "token-gap": Command(config.TokenGapConfig, "jax_selftrain.evals:measure_token_gap"),
     "run": Command(config.RunConfig, "jax_selftrain.study:run"),
     "study": Command(config.StudyConfig, "jax_selftrain.study:run_study"),
     "plan": Command(config.PlanConfig, "jax_selftrain.planning:plan_memory"),
@@ -362,6 +364,11 @@ def summary(name: str, options: Any, result: Any) -> str:
     elif name == "leakage":
         shown = ("samples", "leak_rate", "leak_rate_stderr", "longest", "coverage")
         lines = [_format_metrics("all", {key: result[key] for key in shown})]
+    elif name == "membership":
+        lines = [_format_metrics(label, numbers) for label, numbers in result["scores"].items()]
+    elif name == "token-gap":
+        classes = {f"{part} {label}": row for part, rows in result["sets"].items() for label, row in rows.items()}
+        lines = [_format_metrics(label, numbers) for label, numbers in classes.items()]
     else:
         return f"written: {result}"
     return "\n".join([*lines, *([f"written: {options.out}"] if options.out else [])])

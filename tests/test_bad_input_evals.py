@@ -265,6 +265,22 @@ def leakage_of_pickled_tokens(p: Workspace) -> Case:
 
 
 @case
+def membership_of_a_table_without_records(p: Workspace) -> Case:
+    table = p.valid.scores / "base.items.parquet"
+    return ["membership", "--records", table, "--members", "a", "--nonmembers", "b", "--out", p.out], "--token-records"
+
+
+@case
+def token_gap_of_a_missing_file(p: Workspace) -> Case:
+    return ["token-gap", "--base", p.folder / "gone.parquet", "--student", "x", "--out", p.out], "gone.parquet"
+
+
+@case
+def token_records_of_tasks(p: Workspace) -> Case:
+    return p.score("--tasks", p.valid.task, "--token-records"), "--token-records records the tokens of --texts"
+
+
+@case
 def run_that_sets_the_source_of_its_stage(p: Workspace) -> Case:
     yaml = f"model: {p.valid.model}\nsample: {{model: elsewhere}}\nscore: {{texts: [{p.valid.texts}]}}\n"
     return ["run", "--config", p.file("run.yaml", yaml), "--out", p.out], "sample.model"

@@ -258,6 +258,8 @@ class ScoreConfig:
     """Number of documents of each text file; unset: all."""
     text_max_tokens: AtLeastOne[int | None] = None
     """Truncate documents of text files to this many tokens."""
+    token_records: OmitDefault[bool] = False
+    """Also write `FILE.tokens.parquet`: the scores of each token of the texts (not of the tasks)."""
     batch_tokens: Execution[AtLeastOne[int | None]] = None
     """Tokens of one batch, over the mesh; unset: 512 on each replica of CPUs, else 8192."""
     mesh: Execution[str] = ""
@@ -316,7 +318,9 @@ class ExtractConfig:
     start_token: Literal["none", "bos"] = "none"
     """Token before the prefix: none, or BOS."""
     greedy_decode: bool = True
-    """Decode all sequences, for `token_accuracy`; most of the compute. A study never decodes."""
+    """Decode all sequences, for `token_accuracy` and `edit_distance`; most of the compute. A study never decodes."""
+    token_records: OmitDefault[bool] = False
+    """Also write `FILE.tokens.parquet`: the scores of each suffix token of the sequences and controls."""
     sampling_policies: tuple[str, ...] = ("temperature=1,top-k=40",)
     """Sampling parameters for the probability of the suffix, in addition to temperature 1."""
     duplicate_counts: Input[str] = ""

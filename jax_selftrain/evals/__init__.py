@@ -10,6 +10,7 @@ from jax_selftrain.evals.extraction import find_start_tokens as find_start_token
 from jax_selftrain.evals.extraction import load_extraction_sets as load_extraction_sets
 from jax_selftrain.evals.extraction import make_window as make_window
 from jax_selftrain.evals.leakage import measure_leakage as measure_leakage
+from jax_selftrain.evals.membership import measure_membership as measure_membership
 from jax_selftrain.evals.score import build_requests as build_requests
 from jax_selftrain.evals.score import score as score
 from jax_selftrain.evals.score import score_requests as score_requests
@@ -20,3 +21,4 @@ from jax_selftrain.evals.tasks import load_tasks as load_tasks
 from jax_selftrain.evals.tasks import load_texts as load_texts
 from jax_selftrain.evals.tasks import paths_by_name as paths_by_name
 from jax_selftrain.evals.tasks import select_split as select_split
+from jax_selftrain.evals.token_gap import measure_token_gap as measure_token_gap

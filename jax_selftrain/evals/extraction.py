@@ -33,6 +33,8 @@ from jax_selftrain.evals.result_files import describe_mean, output_paths, write_
 from jax_selftrain.evals.score import scoring_mesh
 from jax_selftrain.evals.sequences import ExtractionSet, PromptWindow, load_sequences, sequences_fingerprint
 from jax_selftrain.evals.suffix_probability import parse_sampling_policies, summarize_suffix_probability
+from jax_selftrain.evals.token_records import tabulate_records
+from jax_selftrain.likelihood.engine import TokenScores
 from jax_selftrain.likelihood.resumable import PartialResults, process_local_if_possible
 from jax_selftrain.stats.estimators import mcnemar_table, wilson_interval
 from jax_selftrain.version import versions
@@ -43,12 +45,17 @@ CLASSES = ("held_out", "partial", "seen")
 THRESHOLDS = (8, 16, 32)
 """Alternative thresholds that are reported, in tokens."""
 _MODELS = ("model", "untrained_baseline", "base")
+_MEANS = (
+    *("exact_match", "token_accuracy", "teacher_forced_accuracy", "matched_tokens"),
+    *("extraction_strength", "edit_distance", "approximate_match", "longest_common_subsequence"),
+)
 
 
 def extract(config: ExtractConfig) -> dict[str, Any]:
     """Measure extraction, and write the result.
 
-    Writes `FILE.json`, `FILE.sequences.parquet`, `FILE.config.yaml`, `FILE.timings.json`.
+    Writes `FILE.json`, `FILE.sequences.parquet`, `FILE.config.yaml`, `FILE.timings.json`; on request
+    `FILE.controls.parquet` and `FILE.tokens.parquet`.
 
     Returns:
       The content of `FILE.json`: the summary of all sequences (see `summarize`) and
@@ -75,8 +82,8 @@ def _extract(config: ExtractConfig, mesh: Mesh) -> dict[str, Any]:
     sequences, controls = load_extraction_sets(config)
     policies = parse_sampling_policies(config.sampling_policies)
     window, start = make_window(config), find_start_tokens(config)
-    sets = ("sequences", "control_sequences", "duplicate_counts")
-    fingerprints = {name: sequences_fingerprint(ref) for name in sets if (ref := getattr(config, name))}
+    files = ("sequences", "control_sequences", "duplicate_counts")
+    fingerprints = {name: sequences_fingerprint(ref) for name in files if (ref := getattr(config, name))}
     fingerprints |= {name: hub.open_model(ref).fingerprint for name in _MODELS if (ref := getattr(config, name))}
     fingerprints["tokenizer"] = hub.open_model(config.model).tokenizer_fingerprint
     lengths = documents = None
@@ -90,7 +97,7 @@ def _extract(config: ExtractConfig, mesh: Mesh) -> dict[str, Any]:
     prepared = time.monotonic()
     parts = PartialResults(output_paths(config.out, "parts")[1])
 
-    def measure(ref: str, *sets: ExtractionSet) -> list[dict[str, np.ndarray]]:
+    def measure(ref: str, *sets: ExtractionSet, token_scores: bool = False) -> list[dict[str, np.ndarray]]:
         """Measure extraction sets with one model, and free its memory."""
         model = hub.load_model(ref, mesh, config.dtype, preset=config.preset)
         return [
@@ -101,18 +108,22 @@ def _extract(config: ExtractConfig, mesh: Mesh) -> dict[str, Any]:
                 policies=policies,
                 batch_tokens=config.batch_tokens,
                 greedy_decode=config.greedy_decode,
+                token_scores=token_scores,
                 parts=parts,
             )
             for one in sets
         ]
 
     try:
-        measured, *control_results = measure(config.model, sequences, *([controls] if controls else []))
+        sets = {"sequences": sequences, **({"controls": controls} if controls else {})}
+        results = measure(config.model, *sets.values(), token_scores=config.token_records)
+        measured, *control_results = results
         baseline = measure(config.untrained_baseline, sequences)[0] if config.untrained_baseline else None
         verified = measure(config.base, sequences)[0]["exact_match"] if config.base else measured["exact_match"]
     except InputError:  # a model cannot be measured, so the partial results are useless
         parts.finish()
         raise
+    tables = _tabulate_tokens(config.model, window, sets, results) if config.token_records else {}
     result: dict[str, Any] = {
         "model": config.model,
         "commit": hub.open_model(config.model).commit,
@@ -124,7 +135,6 @@ def _extract(config: ExtractConfig, mesh: Mesh) -> dict[str, Any]:
         "fingerprints": fingerprints,
         "versions": versions(),
     }
-    tables = {}
     if lengths is not None and documents is not None:
         result |= {"min_overlap": config.min_overlap, "matched_on": matched_on}
         measured |= {
@@ -233,15 +243,15 @@ def summarize(measured: Mapping[str, np.ndarray], members: np.ndarray | slice = 
       members: bool [N], the sequences to average over; default: all.
 
     Returns:
-      `n`; `exact_match` with its Wilson 95 % interval; `token_accuracy`, `teacher_forced_accuracy`, `matched_tokens`;
-      `summarize_suffix_probability` at temperature 1, and under each of `sampling_policies`, with `zeros`, the number
-      of sequences with p_z = 0. Standard errors are under `…_stderr`. Means are None if n is 0 or the metric was not
-      computed.
+      `n`; `exact_match` with its Wilson 95 % interval; `token_accuracy`, `teacher_forced_accuracy`, `matched_tokens`,
+      and the near-verbatim measures (see `evals.exact_match`); `summarize_suffix_probability` at temperature 1, and
+      under each of `sampling_policies`, with `zeros`, the number of sequences with p_z = 0. Standard errors are under
+      `…_stderr`. Means are None if n is 0 or the metric was not computed.
     """
     values = {name: array[members] for name, array in measured.items()}
     exact = values["exact_match"]
     result: dict[str, Any] = {"n": len(exact), "exact_match_interval": wilson_interval(exact) if len(exact) else None}
-    for name in ("exact_match", "token_accuracy", "teacher_forced_accuracy", "matched_tokens"):
+    for name in _MEANS:
         result |= describe_mean(name, values.get(name, np.zeros(0)))
     result |= summarize_suffix_probability(values["logprob"])
     for name, logprob in values.items():
@@ -315,6 +325,20 @@ def duplicate_buckets(duplicates: np.ndarray) -> dict[str, np.ndarray]:
             buckets[str(low) if low == high else f"{low}-{high}"] = members
         low, high = high + 1, max(1, 2 * high)
     return buckets
+
+
+def _tabulate_tokens(
+    ref: str, window: PromptWindow, sets: Mapping[str, ExtractionSet], results: Sequence[dict[str, np.ndarray]]
+) -> dict[str, pa.Table]:
+    """Remove the scores of tokens from the results, and tabulate them."""
+    model = hub.open_model(ref)
+    suffixes = np.concatenate([one.tokens[:, window.prefix :] for one in sets.values()])
+    texts = iter(model.tokenizer.batch_decode(suffixes.tolist(), clean_up_tokenization_spaces=False))
+    documents = [(name, i, next(texts)) for name, one in sets.items() for i in range(len(one.tokens))]
+    columns = (np.concatenate([one.pop(f"token_{n}").reshape(-1) for one in results]) for n in TokenScores._fields)
+    lengths = np.full(len(suffixes), window.suffix)
+    scored = suffixes.reshape(-1), TokenScores(*columns)
+    return {"tokens": tabulate_records(model, model.tokenizer, documents, lengths, *scored)}
 
 
 def _make_table(measured: Mapping[str, np.ndarray], sequences: ExtractionSet) -> pa.Table:

@@ -1,5 +1,7 @@
 """The `score` command: likelihood evaluation of tasks and texts.
 
+With `--token-records`, `FILE.tokens.parquet` holds the scores of each token of the texts (`evals.token_records`).
+
 Partial results are kept in `FILE.parts/` (`likelihood.resumable`). After an interruption the same command computes only
 what is missing, and writes the same bytes. Several processes share the requests if the mesh fits the devices of one of
 them; all must see the folder of FILE.
@@ -24,6 +26,7 @@ from jax_selftrain.evals.lm_eval_tasks import evaluate_tasks, load_lm_eval_tasks
 from jax_selftrain.evals.result_files import output_paths, write_results
 from jax_selftrain.evals.task_names import split_names
 from jax_selftrain.evals.tasks import Task, load_tasks, load_texts, paths_by_name, task_metrics
+from jax_selftrain.evals.token_records import tabulate_texts
 from jax_selftrain.io.manifest import hash_json, sha256_file
 from jax_selftrain.likelihood.engine import LoglikelihoodFn, LoglikelihoodRequest, check_finite
 from jax_selftrain.likelihood.resumable import PartialResults, loglikelihoods, process_local_if_possible
@@ -46,8 +49,8 @@ class RequestSet:
 def score(config: ScoreConfig) -> dict[str, Any]:
     """Score a model, and write the result.
 
-    Writes `FILE.json`, `FILE.requests.parquet`, `FILE.items.parquet`, `FILE.config.yaml`, `FILE.timings.json`. A second
-    run writes the same bytes, except the timings.
+    Writes `FILE.json`, `FILE.requests.parquet`, `FILE.items.parquet`, `FILE.config.yaml`, `FILE.timings.json`, and
+    `FILE.tokens.parquet` on request. A second run writes the same bytes, except the timings.
 
     Returns:
       The content of `FILE.json`: `model`, `tasks` and `texts` by name, `fingerprints`, `versions`.
@@ -58,6 +61,8 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     yaml_io.require(config)
     if not config.tasks and not config.texts:
         raise InputError("nothing to score: name task files with --tasks, or text files with --texts")
+    if config.token_records and not config.texts:
+        raise InputError("--token-records records the tokens of --texts; name text files, or drop it")
     output_paths(config.out)
     mesh = scoring_mesh(config.mesh)
     with process_local_if_possible(mesh):
@@ -82,7 +87,11 @@ def _score(config: ScoreConfig, mesh: Mesh) -> dict[str, Any]:
     loglikelihood_fn = partial(loglikelihoods, model, parts=parts, batch_tokens=config.batch_tokens)
     try:
         request_set = build_requests(model, tasks, text_max_tokens=config.text_max_tokens)
-        entries, tables = score_requests(request_set, loglikelihood_fn)
+        likelihoods = loglikelihood_fn(request_set.requests, token_scores=config.token_records)
+        entries, tables = score_requests(request_set, lambda _: likelihoods)
+        if config.token_records:
+            scored = request_set.texts, request_set.index, request_set.requests, likelihoods
+            tables["tokens"] = tabulate_texts(model.source, model.tokenizer, *scored)
         if named_tasks is not None:
             named, named_tables = evaluate_tasks(
                 *(model, named_tasks),
@@ -170,7 +179,7 @@ def score_requests(
     likelihoods = loglikelihood_fn(request_set.requests)
     labels = (f"{task}, document {doc}, choice {i}" for task, doc, i in request_set.index)
     check_finite((likelihood.loglikelihood for likelihood in likelihoods), labels)
-    rows = ((*index, *likelihood) for index, likelihood in zip(request_set.index, likelihoods, strict=True))
+    rows = ((*index, *likelihood[:3]) for index, likelihood in zip(request_set.index, likelihoods, strict=True))
     requests = pa.Table.from_pylist([dict(zip(REQUESTS.names, row, strict=True)) for row in rows], schema=REQUESTS)
     items = tabulate_items(request_set.tasks, request_set.texts, requests)
     entries: dict[str, Any] = {"tasks": {}, "texts": {}}

@@ -81,42 +81,46 @@ def score_buffer(
     buffer: Float[Array, "X N D"],
     targets: Int[Array, "X N M"],
     num_chunks: Int[Array, ""],
-) -> tuple[Float[Array, "X N M"], Int[Array, "X N"]]:
+    moments: bool = False,
+) -> tuple[Array, ...]:
     """Project the buffer to the vocabulary, and score the targets.
 
     Args:
-      config, rules, compute_dtype: static.
+      config, rules, compute_dtype, moments: static.
       params: of the model.
       buffer: from `encode_batch`.
       targets: tokens to score at each slot.
       num_chunks: chunks of `PROJECTION_CHUNK` slots that the fullest device uses.
 
     Returns:
-      Log-probability of each target (nats, fp32) and the most probable token of each slot, replicated.
+      Log-probability of each target ([X, N, M], nats, fp32) and the most probable token of each slot ([X, N]); with
+      `moments` also the two arrays [X, N] of `logprob_moments`. Replicated.
     """
     replicated = PartitionSpec()
 
-    def score_chunk(i: Array, scores: tuple[Array, Array]) -> tuple[Array, Array]:
+    def score_chunk(i: Array, scores: tuple[Array, ...]) -> tuple[Array, ...]:
         hidden, wanted = (
             jax.lax.dynamic_slice_in_dim(array, i * PROJECTION_CHUNK, PROJECTION_CHUNK, axis=1)
             for array in (buffer, targets)
         )
-        new = logprobs_and_argmax(unembed(config, rules, params, hidden, compute_dtype=compute_dtype), wanted)
-        logprobs, greedy = (
+        logits = unembed(config, rules, params, hidden, compute_dtype=compute_dtype)
+        new = logprobs_and_argmax(logits, wanted)
+        if moments:  # the barrier keeps the fusions, and so the bits, of the other results
+            new += logprob_moments(jax.lax.optimization_barrier(logits))
+        return tuple(
             jax.lax.dynamic_update_slice_in_dim(old, part, i * PROJECTION_CHUNK, axis=1)
             for old, part in zip(scores, new, strict=True)
         )
-        return logprobs, greedy
 
-    init = (jnp.zeros_like(targets, jnp.float32), jnp.zeros_like(targets[..., 0]))
-    logprobs, greedy = jax.lax.fori_loop(0, num_chunks, score_chunk, init)
-    return jax.reshard(logprobs, replicated), jax.reshard(greedy, replicated)
+    init: tuple[Array, ...] = (jnp.zeros_like(targets, jnp.float32), jnp.zeros_like(targets[..., 0]))
+    if moments:
+        init += (jnp.zeros_like(init[0][..., 0]),) * 2
+    scores = jax.lax.fori_loop(0, num_chunks, score_chunk, init)
+    return tuple(jax.reshard(array, replicated) for array in scores)
 
 
-def logprobs_and_argmax(
-    logits: Float[Array, "X N V"], targets: Int[Array, "X N M"]
-) -> tuple[Float[Array, "X N M"], Int[Array, "X N"]]:
-    """Compute log-softmax at the targets, and the argmax.
+def logprobs_and_argmax(logits: Float[Array, "X N V"], targets: Int[Array, "X N M"]) -> tuple[Array, ...]:
+    """Compute log-softmax at the targets, [X, N, M], and argmax, [X, N].
 
     The argmax is the lowest id of equal logits. A device reduces its shard of the logits; devices exchange only the
     reductions. (Masked sums over V took three times as long on a CPU.)
@@ -140,3 +144,32 @@ def logprobs_and_argmax(
         return logit - best[..., None] - jnp.log(total)[..., None], top
 
     return reduce_shard(logits, targets)
+
+
+def logprob_moments(logits: Float[Array, "X N V"]) -> tuple[Array, ...]:
+    """Compute mean and standard deviation of log p, [X, N].
+
+    They are moments under the model itself: the mean is the negative entropy, nats. Min-K%++ (Zhang et al.,
+    arXiv:2404.02936) normalizes log-probabilities by them. The variance is a sum of squared deviations, so it does not
+    cancel where p is close to 1. Tokens of probability zero add nothing.
+    """
+    sharding, data = jax.typeof(logits).sharding.spec, PartitionSpec("data")
+    vocab = sharding[2]
+
+    @partial(jax.shard_map, in_specs=sharding, out_specs=(data, data))
+    def reduce_shard(logits: Array) -> tuple[Array, Array]:
+        over_devices = (lambda reduce, x: reduce(x, vocab)) if vocab else (lambda reduce, x: x)
+        best = over_devices(jax.lax.pmax, jnp.max(logits, axis=-1))
+        shifted = logits - best[..., None]
+        weights = jnp.exp(shifted)
+
+        def expect(values: Array) -> Array:
+            terms = jnp.where(weights > 0, weights * values, 0.0)
+            return over_devices(jax.lax.psum, jnp.sum(terms, axis=-1)) / total
+
+        total = over_devices(jax.lax.psum, jnp.sum(weights, axis=-1))
+        mean = expect(shifted)
+        variance = expect(jnp.square(shifted - mean[..., None]))
+        return mean - jnp.log(total), jnp.sqrt(variance)
+
+    return reduce_shard(logits)

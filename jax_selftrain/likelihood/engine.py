@@ -49,6 +49,19 @@ class LoglikelihoodRequest(NamedTuple):
     continuation: Sequence[int]
 
 
+class TokenScores(NamedTuple):
+    """Scores of the n tokens of a continuation, arrays [n]."""
+
+    logprob: np.ndarray
+    """float32, nats."""
+    mean_logprob: np.ndarray
+    """float32, nats: expectation of log p over the vocabulary under the model, which is the negative entropy."""
+    std_logprob: np.ndarray
+    """float32, nats: standard deviation of log p under the model."""
+    greedy: np.ndarray
+    """int32: the most probable token (the lowest id of equal ones) after the true previous tokens."""
+
+
 class Likelihood(NamedTuple):
     """Score of a continuation."""
 
@@ -58,6 +71,8 @@ class Likelihood(NamedTuple):
     """True if every token is the most probable one (the lowest id of equal ones) at its position."""
     tokens: int
     """Length of the continuation."""
+    token_scores: TokenScores | None = None
+    """Scores of each token; None unless requested."""
 
 
 Unit = TypeVar("Unit")
@@ -95,7 +110,7 @@ def deduplicate(config: DecoderConfig, requests: Requests) -> tuple[list[Tokeniz
 
 
 def run_batches(
-    model: hub.LoadedModel, units: Iterable[WorkUnit], batch_tokens: int | None
+    model: hub.LoadedModel, units: Iterable[WorkUnit], batch_tokens: int | None, *, token_scores: bool = False
 ) -> Iterator[tuple[WorkUnit, dict[int, Likelihood]]]:
     """Score units; dispatch the next before yielding the last.
 
@@ -103,20 +118,21 @@ def run_batches(
       model: all processes of its mesh must call this with the same units.
       units: some of those from `plan_units`.
       batch_tokens: the value that the units were planned with.
+      token_scores: also return the scores of each token.
 
     Yields:
       A unit, and the likelihoods of its requests by request id.
     """
     rules, config = model.sharding_rules, model.config
     shape = (rules.data_parallelism, buffer_size(rules, config.max_positions, batch_tokens), config.hidden_size)
-    running: tuple[WorkUnit, tuple[jax.Array, jax.Array]] | None = None
+    running: tuple[WorkUnit, tuple[jax.Array, ...]] | None = None
     precomputed: PreAttention | None = None
     with mesh_context(rules.mesh):
         buffer = jnp.zeros(shape, jnp.float32, out_sharding=rules.sharding(("batch", None, None)))
     for unit in units:
         with mesh_context(rules.mesh):
             precomputed = _precompute(model, precomputed, unit)
-            buffer, scores = _dispatch(model, buffer, precomputed, unit)
+            buffer, scores = _dispatch(model, buffer, precomputed, unit, token_scores)
         if running is not None:
             yield running[0], _gather_likelihoods(*running)
         running = unit, scores
@@ -164,7 +180,8 @@ def scoring_program(config: ScoreConfig, mesh: Mesh) -> tuple[Callable[..., Any]
 @cache
 def _jit(function: Callable[..., Any], donated: str | None = None) -> Callable[..., Any]:
     """Compile a device program, and reuse the memory of one argument."""
-    static = ("config", "rules", "compute_dtype") + (("chunk_size",) if function is precompute else ())
+    own = {precompute: ("chunk_size",), score_buffer: ("moments",)}
+    static = ("config", "rules", "compute_dtype", *own.get(function, ()))
     return jax.jit(function, static_argnames=static, donate_argnames=donated, compiler_options=xla_options())
 
 
@@ -191,12 +208,12 @@ def _num_chunks(rules: ShardingRules, count: int) -> jax.Array:
 
 
 def _dispatch(
-    model: hub.LoadedModel, buffer: jax.Array, precomputed: PreAttention, unit: WorkUnit
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    model: hub.LoadedModel, buffer: jax.Array, precomputed: PreAttention, unit: WorkUnit, moments: bool
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Dispatch a unit to the devices without waiting for them.
 
     Returns:
-      The buffer, and the log-probabilities [X, N, M] and most probable tokens [X, N] of its slots.
+      The buffer, and the results of `score_buffer` for its slots.
     """
     rules, static = model.sharding_rules, (model.config, model.sharding_rules, model.compute_dtype)
     targets = np.zeros((*buffer.shape[:2], MAX_TARGETS), np.int32)
@@ -206,7 +223,9 @@ def _dispatch(
         arguments = (shard_host_array(rules, array, ("batch", None)) for array in arrays)
         buffer = _jit(encode_batch, "buffer")(*static, model.params, buffer, precomputed, *arguments)
     wanted = shard_host_array(rules, targets, ("batch", None, None))
-    return buffer, _jit(score_buffer)(*static, model.params, buffer, wanted, _num_chunks(rules, max(filled)))
+    options = {"moments": True} if moments else {}
+    num_chunks = _num_chunks(rules, max(filled))
+    return buffer, _jit(score_buffer)(*static, model.params, buffer, wanted, num_chunks, **options)
 
 
 def _batch_arrays(
@@ -236,17 +255,23 @@ def _row_slots(batch: BatchSpec, filled: list[int]) -> Iterator[tuple[PackedTrie
         filled[device] += len(row.query_positions)
 
 
-def _gather_likelihoods(unit: WorkUnit, scores: tuple[jax.Array, jax.Array]) -> dict[int, Likelihood]:
+def _gather_likelihoods(unit: WorkUnit, scores: tuple[jax.Array, ...]) -> dict[int, Likelihood]:
     """Wait for the scores of a unit, and sum them by request."""
-    logprobs, greedy = map(np.asarray, scores)
+    logprobs, greedy, *moments = map(np.asarray, scores)
     filled, found = [0] * len(logprobs), {}
     for batch in unit.batches:
         for row, device, begin in _row_slots(batch, filled):
             for request_id, index in zip(row.request_ids, row.target_index, strict=True):
                 query, column = index.T
-                total = float(np.sum(logprobs[device, begin + query, column], dtype=np.float64))
-                is_greedy = np.array_equal(greedy[device, begin + query], row.targets[query, column])
-                found[request_id] = Likelihood(total, is_greedy, len(index))
+                slots = device, begin + query
+                logprob, best = logprobs[*slots, column], greedy[slots]
+                total = float(np.sum(logprob, dtype=np.float64))
+                is_greedy = np.array_equal(best, row.targets[query, column])
+                each = None
+                if moments:
+                    mean, std = (array[slots] for array in moments)
+                    each = TokenScores(logprob, mean, std, best)
+                found[request_id] = Likelihood(total, is_greedy, len(index), each)
     return found
 
 

@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jax.sharding import Mesh
 
@@ -31,12 +33,13 @@ from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import hash_json
 from jax_selftrain.io.work_queue import run_missing
 from jax_selftrain.likelihood.batching import default_batch_tokens, plan_units
-from jax_selftrain.likelihood.engine import Likelihood, Requests, deduplicate, run_batches, with_progress
+from jax_selftrain.likelihood.engine import Likelihood, Requests, TokenScores, deduplicate, run_batches, with_progress
 from jax_selftrain.version import versions
 
 POLL_SECONDS = 0.5
 """Interval between checks of the units that other processes compute."""
 
+_SUMS = tuple(name for name in Likelihood._fields if name != "token_scores")
 _PROCESS = b"process"
 """Metadata key of the process that computed a file."""
 
@@ -82,7 +85,12 @@ class PartialResults:
 
 
 def loglikelihoods(
-    model: hub.LoadedModel, requests: Requests, *, batch_tokens: int | None = None, parts: PartialResults | None = None
+    model: hub.LoadedModel,
+    requests: Requests,
+    *,
+    batch_tokens: int | None = None,
+    parts: PartialResults | None = None,
+    token_scores: bool = False,
 ) -> list[Likelihood]:
     """Compute the log-likelihood of each continuation given its context.
 
@@ -92,6 +100,7 @@ def loglikelihoods(
       batch_tokens: token positions in one device batch, over the whole mesh; None: 512 per replica on a CPU, 8192
         elsewhere.
       parts: keeps finished units, which are not computed again; None: nothing is kept.
+      token_scores: also return the scores of each token.
 
     Returns:
       One `Likelihood` per request, in their order. The caller must check for NaN.
@@ -104,7 +113,7 @@ def loglikelihoods(
     units = plan_units(model.sharding_rules, model.config, unique, batch_tokens)
     found: dict[int, Likelihood] = {}
     if parts is None:
-        for _, likelihoods in run_batches(model, with_progress(units), batch_tokens):
+        for _, likelihoods in run_batches(model, with_progress(units), batch_tokens, token_scores=token_scores):
             found |= likelihoods
         return [found[i] for i in index]
     parts.requests += len(requests)
@@ -118,17 +127,44 @@ def loglikelihoods(
     inputs = {
         "requests": digest.hexdigest(),
         "batch_tokens": batch_tokens or default_batch_tokens(model.sharding_rules),
+        **({"token_scores": True} if token_scores else {}),
     }
 
     def compute(indices: Iterable[int]) -> Iterator[tuple[int, pa.Table]]:
-        for unit, likelihoods in run_batches(model, (units[i] for i in indices), batch_tokens):
-            columns = zip(*(likelihoods[i] for i in unit.request_ids), strict=True)
-            yield unit.index, pa.table(dict(zip(Likelihood._fields, map(list, columns), strict=True)))
+        claimed = (units[i] for i in indices)
+        for unit, likelihoods in run_batches(model, claimed, batch_tokens, token_scores=token_scores):
+            yield unit.index, _to_table([likelihoods[i] for i in unit.request_ids])
 
     table = compute_units(model, parts, inputs, [unit.request_ids for unit in units], compute)
-    columns = (table[name].to_pylist() for name in Likelihood._fields)
-    found |= zip(table["item"].to_pylist(), map(Likelihood, *columns), strict=True)
+    found |= zip(table["item"].to_pylist(), _to_likelihoods(table), strict=True)
     return [found[i] for i in index]
+
+
+def _to_table(likelihoods: Sequence[Likelihood]) -> pa.Table:
+    """Return one row per likelihood, with lists of token scores."""
+    *sums, each = map(list, zip(*likelihoods, strict=True))
+    columns = dict(zip(_SUMS, sums, strict=True))
+    if each[0] is not None:
+        columns |= dict(zip(TokenScores._fields, map(list, zip(*each, strict=True)), strict=True))
+    return pa.table(columns)
+
+
+def _to_likelihoods(table: pa.Table) -> Iterator[Likelihood]:
+    """Yield the likelihoods of a table from `_to_table`."""
+    sums = zip(*(table[name].to_pylist() for name in _SUMS), strict=True)
+    if not set(TokenScores._fields) <= set(table.column_names):
+        yield from (Likelihood(*row) for row in sums)
+        return
+    lists = (split_lists(table[name]) for name in TokenScores._fields)
+    for row, each in zip(sums, zip(*lists, strict=True), strict=True):
+        yield Likelihood(*row)._replace(token_scores=TokenScores(*each))
+
+
+def split_lists(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """Return the lists of a column as views of one array."""
+    ends = np.cumsum(pc.list_value_length(column).to_numpy())
+    flat = pc.list_flatten(column).to_numpy()
+    return np.split(flat, ends[:-1]) if len(ends) else []
 
 
 def compute_units(

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike
 from jax_selftrain.io.rng import make_rng
 
 CONFIDENCE_LEVEL = 0.95
-_BOOTSTRAP_ELEMENTS = 2**21
+BOOTSTRAP_ELEMENTS = 2**21
 """Numbers that are resampled in one batch: 16 MiB an array."""
 _ROUNDING = 1e-12
 """Relative differences below this are rounding of float64 sums."""
@@ -336,7 +336,7 @@ def bootstrap(
             paired=True,
             vectorized=True,
             n_resamples=resamples,
-            batch=max(1, _BOOTSTRAP_ELEMENTS // n),
+            batch=max(1, BOOTSTRAP_ELEMENTS // n),
             confidence_level=CONFIDENCE_LEVEL,
             rng=make_rng("bootstrap", seed),
         )

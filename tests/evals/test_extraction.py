@@ -100,12 +100,13 @@ def test_exact_match_equals_that_of_greedy_decoding(model, greedy_paths, random_
     assert measured["matched_tokens"].tolist() == agreed
 
 
-def test_without_decoding_only_token_accuracy_is_missing(options, greedy_paths, random_sequences):
+def test_without_decoding_only_measures_of_the_continuation_are_missing(options, greedy_paths, random_sequences):
     both = np.concatenate([greedy_paths, random_sequences])
     whole, quick = (extract(options(both, greedy_decode=decoded)) for decoded in (True, False))
-    assert quick.pop("token_accuracy") is quick.pop("token_accuracy_stderr") is None
-    assert 0 < whole.pop("token_accuracy") < 1
-    del whole["token_accuracy_stderr"]
+    for name in ("token_accuracy", "edit_distance", "approximate_match", "longest_common_subsequence"):
+        assert quick.pop(name) is quick.pop(f"{name}_stderr") is None
+        assert 0 < whole.pop(name) < 1
+        del whole[f"{name}_stderr"]
     assert quick == whole
 
 

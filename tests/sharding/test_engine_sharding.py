@@ -48,8 +48,11 @@ def assert_equal_scores(model, reference, requests):
         for context, continuation in requests
         for i in range(len(continuation))
     ]
-    found, expected = (loglikelihoods(one, [*requests, *tokens], batch_tokens=BATCH) for one in (model, reference))
+    whole = [*requests, *tokens]
+    found, expected = (loglikelihoods(one, whole, batch_tokens=BATCH, token_scores=True) for one in (model, reference))
     for a, b in zip(found, expected, strict=True):
+        for values, known in zip(a.token_scores, b.token_scores, strict=True):
+            np.testing.assert_allclose(values, known, atol=2e-5)
         assert a.loglikelihood == pytest.approx(b.loglikelihood, abs=2e-5 * a.tokens)  # fp32 logits are right to 1e-6
         assert (a.is_greedy, a.tokens) == (b.is_greedy, b.tokens)
     padded = np.zeros((len(tokens), 64), np.int32)  # later tokens are masked

@@ -16,7 +16,9 @@ def test_measures_do_not_depend_on_the_mesh(tiny_model, mesh):
     policies = parse_sampling_policies(["temperature=1,top-k=40", "temperature=0.7,top-p=0.9"])
     models = (model, hub.load_model(tiny_model(), mesh))
     alone, spread = (
-        extraction_metrics(one, sequences, PREFIX, policies=policies, batch_tokens=BATCH, greedy_decode=False)
+        extraction_metrics(
+            one, sequences, PREFIX, policies=policies, batch_tokens=BATCH, greedy_decode=False, token_scores=True
+        )
         for one in models
     )
     for name, values in alone.items():
