@@ -81,7 +81,8 @@ def evaluation_hooks(config: TrainConfig) -> list[Hook]:
     def measure(step: int, model: LoadedModel) -> dict[str, float]:
         model = replace(model, compute_dtype=np.dtype(config.dtype))
         scored, _ = evals.score_requests(requests, partial(likelihood.loglikelihoods, model))
-        scored["sequences"], by_class = {}, {}
+        scored["sequences"] = {}
+        by_class: dict[str, float] = {}
         for name, rows in sequences.items():
             forced = evals.extraction_metrics(model, rows, config.eval_prefix, greedy_decode=False)
             exact, log_pz = forced["exact_match"], forced["logprob"]
