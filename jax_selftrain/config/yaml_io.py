@@ -78,8 +78,9 @@ def to_dict(obj: Any, role: Role | None = None) -> dict[str, Any]:
 
 
 def _field_to_yaml(obj: Any, name: str) -> Any:
+    cls: type = type(obj)
     value = _to_yaml(getattr(obj, name))
-    return value[0] if name in scalar_lists(type(obj)) and len(value) == 1 else value
+    return value[0] if name in scalar_lists(cls) and len(value) == 1 else value
 
 
 def _is_set(name: str, obj: Any, default: Any) -> bool:

@@ -99,11 +99,12 @@ def cell_extraction(config: StudyConfig, design: Design, cell: StudyCell) -> dic
     if classes is not None:
         parts |= {name: classes == name for name in CLASSES}
         parts[names.REPRODUCED] = np.asarray(before["exact_match"], bool) & parts["held_out"]
-    fingerprint = evals.sequences_fingerprint(config.extract.sequences)
-    _, not_shown = evals.relearned_halves(fingerprint, before["index"])
+    is_decontaminated = any(arm.kind == "decontaminated" for arm in config.arms)
+    if is_decontaminated or config.memorization.relearn_sequences:
+        fingerprint = evals.sequences_fingerprint(config.extract.sequences)
     if config.memorization.relearn_sequences:
-        parts[names.NOT_SHOWN] = not_shown
-    if any(arm.kind == "decontaminated" for arm in config.arms):
+        _, parts[names.NOT_SHOWN] = evals.relearned_halves(fingerprint, before["index"])
+    if is_decontaminated:
         parts[names.HELD_OUT] = evals.held_out_half(fingerprint, before["index"])
         if emitted is not None:
             parts[names.EMITTED] = parts[names.HELD_OUT] & (emitted != "held_out")
@@ -145,7 +146,7 @@ def cell_extraction(config: StudyConfig, design: Design, cell: StudyCell) -> dic
     return {
         "extraction": extraction,
         "probes": {
-            name: compare_sequences(*pair, not_shown if name.startswith(names.AFTER_RELEARNING_H) else slice(None))
+            name: compare_sequences(*pair, parts[names.NOT_SHOWN if names.AFTER_RELEARNING_H in name else "all"])
             for name, pair in probes.items()
         },
         "fragility": None if unseen is None else compare_with_matched((before, after), unseen) | {"loops": loops},

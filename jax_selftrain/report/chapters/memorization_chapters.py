@@ -218,13 +218,15 @@ def _add_relearning(chapter: Chapter, student: str, effects: Records) -> None:
     ):
         prefix = f"exact_match/{name} "
         steps = sorted(int(one.removeprefix(prefix)) for one in common_measures(effects) if one.startswith(prefix))
+        if not steps:
+            continue
         measures = {0: start, **{count: f"{prefix}{count}" for count in steps}}
         lines = {"base": ([*measures], [100 * effects[0]["measures"][one]["before"] for one in measures.values()])}
         for effect in effects:
             entries = [effect["measures"][one] for one in measures.values()]
             levels = [100 * (entry["before"] + entry["change"]["value"]) for entry in entries]
             lines[effect["treatment"]] = ([*measures], levels)
-        panels += [(f"steps on {title}", "exact match (%)", lines)] if steps else []
+        panels.append((f"steps on {title}", "exact match (%)", lines))
     if panels:
         chapter.add_figure(
             figures.plot_panels(f"relearning_{fmt.slugify(student)}", panels, figures.draw_trajectories),
