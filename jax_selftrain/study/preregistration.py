@@ -41,7 +41,7 @@ from jax_selftrain.study.measure_names import (
     Cells,
     display_scale,
 )
-from jax_selftrain.study.proxies import SOURCES_FOR_ABSENCE
+from jax_selftrain.study.proxy_relations import SOURCES_FOR_ABSENCE
 from jax_selftrain.study.registration import PILOT_SEEDS, Registration
 
 VERDICT_ALPHA = 0.025

@@ -113,7 +113,9 @@ def test_extra_text_has_the_facts_without_the_probes(worlds: dict[str, World]) -
 def test_the_crossover_study_can_estimate_its_relations() -> None:
     study = CROSSOVER_SCALE.study
     models = {
-        one.name: ModelConfig(one.name, lineage="C" if one.family == "llama" else one.worlds, family=one.family)
+        one.name: ModelConfig(
+            one.name, one.name, lineage="C" if one.family == "llama" else one.worlds, family=one.family
+        )
         for one in CROSSOVER_SCALE.models
     }
     relations = [claim for claim in study.claims if not claim.student]

@@ -24,6 +24,7 @@ from jax_selftrain.config import (
 )
 from jax_selftrain.study import dag
 from jax_selftrain.study.dag import Stage
+from jax_selftrain.study.proxy_stages import measure_student
 from jax_selftrain.study.stage_factory import StageFactory, StudyModel
 from jax_selftrain.study.weight_changes import change_weights
 from jax_selftrain.version import versions
@@ -44,7 +45,7 @@ GOLDEN = {
     "import": "a26d270ced8bbcc4",
     "merge": "b4f8d9952cad3981",
     "noise": "8491a20954261fd8",
-    "proxies": "3a27cb375588da07",
+    "proxies": "56c64dcdbaead30c",
     "retokenize": "729ebf21e23a7fe7",
     "sample": "39058e26a92153d5",
     "score": "b1549bbdee669e3d",
@@ -103,7 +104,7 @@ def all_stages(stages: StageFactory) -> dict[str, Stage]:
         stages.score(student),
         stages.extract(student, corpus, base),
         stages.continue_unseen_text(base),
-        stages.measure_proxies(base, corpus),
+        measure_student(stages, base, corpus),
     ]
     return {stage.command: stage for stage in found if isinstance(stage, Stage)}
 

@@ -42,7 +42,7 @@ from jax_selftrain.study import run_study
 from jax_selftrain.study.contrasts import Pairs
 from jax_selftrain.study.dag import Stage, is_done, run_all
 from jax_selftrain.study.design import Design, expand_revisions, make_design
-from jax_selftrain.study.proxies import hash_sample, task_questions
+from jax_selftrain.study.proxies import hash_sample, questions_by_task
 from jax_selftrain.study.registration import Registration
 from jax_selftrain.study.results import collect_study, relation_effects
 from jax_selftrain.study.run_study import check_study
@@ -682,7 +682,8 @@ def test_proxies_equal_those_from_plain_logits(finished_study: Path):
             corpus = open_corpus(design.folder(cell.corpus))
             chosen = set(hash_sample(len(corpus), 256, 0))
             texts = [one.text for one in corpus.iter_samples() if one.sample_id in chosen and one.text.strip()]
-            sides = (texts, task_questions(config.score))
+            (questions,) = questions_by_task(config.score).values()
+            sides = (texts, questions)
             one, other = (embed_texts(embedder, side).mean(axis=0) for side in sides)
             cosine = one @ other / np.linalg.norm(one) / np.linalg.norm(other)
             assert proxies["semantic_similarity"] == pytest.approx(float(cosine), abs=1e-5)
