@@ -11,7 +11,7 @@ tasks, whose rows are then students × tasks with one permutation of the sources
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from functools import reduce
+from functools import cache, reduce
 from operator import getitem
 from typing import Any
 
@@ -201,22 +201,25 @@ def _permutation_test(
 
     With `strength`, the ranks of both are residualized, and the residuals of the gain are permuted (Freedman and Lane).
     """
-    sources = gain.shape[1]
-    if sources < 3:
-        return None, None
     known = np.isfinite(proxy) & np.isfinite(gain)
-    orders = _orders(sources)
+    rows, sources = known.any(axis=1), gain.shape[1]
+    if sources < 3 or not rows.any():
+        return None, None
+    if strength is not None:
+        strength = np.broadcast_to(strength, gain.shape)[rows]
+    proxy, gain, known, orders = proxy[rows], gain[rows], known[rows], _orders(sources)
     blocks = np.array_split(orders, -(-orders.size * len(gain) // _BLOCK_SIZE))
-    if strength is None:
+    if strength is None and known.all():
+        one, rest = _centered_ranks(proxy, known), _centered_ranks(gain, known)
+        correlations = [_correlation(one, np.moveaxis(rest[:, block], 1, 0)) for block in blocks]
+    elif strength is None:  # ranks among the cells where both are known
         correlations = []
         for block in blocks:
             permuted = np.moveaxis(gain[:, block], 1, 0)
             valid = np.isfinite(proxy) & np.isfinite(permuted)
             correlations.append(_correlation(_centered_ranks(proxy, valid), _centered_ranks(permuted, valid)))
     else:
-        one, rest, held = (
-            _centered_ranks(np.broadcast_to(values, gain.shape), known) for values in (proxy, gain, strength)
-        )
+        one, rest, held = (_centered_ranks(values, known) for values in (proxy, gain, strength))
         one, rest = _residualize(one, held), _residualize(rest, held)
         correlations = [
             _correlation(one, _residualize(np.where(known, np.moveaxis(rest[:, block], 1, 0), 0.0), held))
@@ -229,6 +232,7 @@ def _permutation_test(
     return float(r[0]), float(reached.mean())
 
 
+@cache
 def _orders(sources: int) -> np.ndarray:
     """Return permutations of the sources [P, sources], the identity first."""
     if math.factorial(sources) <= PERMUTATIONS:
