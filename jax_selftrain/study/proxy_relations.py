@@ -122,13 +122,14 @@ def judge_tasks(tasks: Mapping[str, TaskProxies], *, self_mask: np.ndarray | Non
     `over_tasks`: one relation of each proxy, over the rows of all tasks.
     """
     has_own = self_mask is not None and bool(self_mask.any())
-    by_task = [
-        {"task": task, "relations": _test_relations(proxies, effects, ability, self_mask)}
+    relations = {
+        task: _test_relations(proxies, effects, ability, self_mask)
         for task, (proxies, effects, ability) in tasks.items()
-    ]
-    _judge_family([relation for one in by_task for relation in one["relations"]], has_own=has_own)
+    }
+    _judge_family([one for found in relations.values() for one in found], has_own=has_own)
+    by_task = [{"task": task, "relations": found} for task, found in relations.items()]
     if not tasks:
-        return {"by_task": [], "over_tasks": []}
+        return {"by_task": by_task, "over_tasks": []}
     parts = list(tasks.values())
     values = {name: np.concatenate([proxies[name] for proxies, _, _ in parts]) for name in parts[0][0]}
     known = [np.broadcast_to(ability, effects.shape[1:]) for _, effects, ability in parts if ability is not None]

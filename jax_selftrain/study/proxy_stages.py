@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from jax_selftrain import hub
 from jax_selftrain.config import ArmConfig, ScoreConfig, fill_options
-from jax_selftrain.study.dag import Inputs, Stage
+from jax_selftrain.study.dag import Stage
 from jax_selftrain.study.proxies import corpus_likelihood, corpus_proxies
 from jax_selftrain.study.stage_factory import StageFactory, StudyModel
 
@@ -50,7 +50,7 @@ def measure_student(stages: StageFactory, student: StudyModel, corpus: Stage) ->
     score = fill_options(config, config.score, student.ref, student.options)
     train = fill_options(config, config.train, student.ref, student.options) if score.texts else None
     identity = _make_identity(stages, score) | {"limit": score.limit, "by_task": True}
-    inputs: Inputs = {f"task {n}": stages.hashes.reference(path) for n, path in enumerate(score.tasks)}
+    inputs = {f"task {n}": stages.hashes.reference(path) for n, path in enumerate(score.tasks)}
     if train is not None:
         inputs |= {f"text {n}": stages.hashes.reference(path) for n, path in enumerate(score.texts)}
         identity |= {name: getattr(score, name) for name in ("text_limit", "text_max_tokens")}

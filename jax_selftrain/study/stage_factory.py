@@ -118,9 +118,9 @@ class StageFactory:
         sample_seed = seed if first is None else first
         changes = shared_overrides(arm, SampleConfig)
         own = ("stop_ids",) if changes.keys() & {"start_id", "start_text"} else ("stop_ids", "start_id", "start_text")
-        if source.options.temperature is not None:
-            own += ("temperature",)
         changes = {name: getattr(source.options, name) for name in own} | changes
+        if source.options.temperature is not None:
+            changes = {"temperature": source.options.temperature} | changes
         options = fill_options(config, config.sample, source.ref, source.options, seed=sample_seed, **changes)
         cost = _estimate_cost(source, options.samples * options.max_tokens, options.max_tokens, passes=1)
         label = f"sample from {source.label}, seed {sample_seed}"
