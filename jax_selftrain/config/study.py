@@ -90,6 +90,8 @@ class ModelConfig:
     """First token of its samples; unset: BOS of the tokenizer, else of the config, else EOS."""
     start_text: str | None = None
     """Text that precedes its samples, instead of `start_id`."""
+    temperature: Positive[float | None] = None
+    """Sampling temperature of its text, unless an arm has its own; unset: the study's."""
     learning_rate: float | None = None
     """Peak learning rate of its training, unless an arm has its own; unset: the study's."""
     mesh: Execution[str] = ""
@@ -311,7 +313,9 @@ class StudyConfig:
     memorization: MemorizationConfig = field(default_factory=MemorizationConfig)
     """Further memorization measurements; requires `extract.sequences`."""
     proxy_sample_size: int = 256
-    """Documents of each corpus for likelihood proxies, if there are several sources; 0: none."""
+    """Documents of each corpus for proxies, if there are several sources; 0: none."""
+    proxy_steps: NonNegative[int] = 0
+    """Steps of a short training on each corpus, for the proxy `probe_gain`; 0: none."""
     embedding_model: Input[str] = ""
     """Embedding model (such as Qwen3-Embedding) for the similarity of corpora and tasks; unset: TF-IDF only."""
     mesh: Execution[str] = ""

@@ -19,7 +19,7 @@ from jax_selftrain.study.preregistration import (
     claim_students,
     estimate_claim,
 )
-from jax_selftrain.study.proxies import SOURCES_FOR_ABSENCE
+from jax_selftrain.study.proxy_relations import SOURCES_FOR_ABSENCE
 
 ASSUMED_STDDEVS: tuple[float, ...] = (0.005, 0.01)
 """Standard deviations of an accuracy over seeds: half a point and one point."""

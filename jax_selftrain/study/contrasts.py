@@ -51,8 +51,11 @@ def parse_contrast(treatment: str) -> tuple[Relation, Relation] | None:
 
 
 def find_relation(student: ModelConfig, source: ModelConfig, stronger: Pairs) -> Relation:
-    """Return the relation of a source to a student."""
-    if student.name == source.name:
+    """Return the relation of a source to a student.
+
+    A source with the student's model is its own text, also at another temperature.
+    """
+    if student.model == source.model:
         return "self"
     if (student.lineage or student.name) == (source.lineage or source.name):
         return "same lineage"

@@ -19,6 +19,7 @@ from jax_selftrain.corpus import Corpus
 from jax_selftrain.errors import InputError
 from jax_selftrain.study.dag import Stage, topological_order
 from jax_selftrain.study.measure_names import MAIN_EFFECT, expand_generations
+from jax_selftrain.study.proxy_stages import ProxyStages, make_proxy_stages
 from jax_selftrain.study.stage_factory import StageFactory
 from jax_selftrain.study.study_model import StudyModel
 from jax_selftrain.study.weight_changes import change_weights
@@ -44,8 +45,8 @@ class StudyCell:
     score: Stage | None
     extract: Stage | None
     probes: ProbeStages
-    proxies: tuple[Stage, Stage] | None
-    """The corpus under the student before training, and under the source; not for arms."""
+    proxies: ProxyStages | None
+    """None for arms."""
 
 
 @dataclass(frozen=True)
@@ -182,11 +183,6 @@ def _make_cell(
     writer = stages.base(source) if source else base
     after, corpora = _treat(stages, base, writer, arm, seed)
     made, corpus = after.fingerprint, corpora[-1] if corpora else None
-    proxies = None
-    if predict and corpus is not None and stages.config.proxy_sample_size > 0:
-        sampled = stages.sample(writer, ArmConfig(), seed)
-        embedder = stages.config.embedding_model
-        proxies = stages.measure_proxies(base, corpus, embedder), stages.measure_proxies(writer, sampled)
     return StudyCell(
         student,
         arm.name,
@@ -197,7 +193,7 @@ def _make_cell(
         score=stages.score(after) if stages.is_scored else None,
         extract=stages.extract(after, corpora, base) if stages.is_extracted else None,
         probes=stages.extract_probes(base, after, seed) if stages.is_extracted else {},
-        proxies=proxies,
+        proxies=make_proxy_stages(stages, base, corpus, writer, seed) if predict and corpus is not None else None,
     )
 
 

@@ -39,6 +39,8 @@ from jax_selftrain.study.generations import measure_tails
 from jax_selftrain.study.memorization_contrasts import judge_decoupling
 from jax_selftrain.study.paired_results import Pair
 from jax_selftrain.study.preregistration import VERDICT_ALPHA, claim_contrasts, judge_claims
+from jax_selftrain.study.proxy_relations import relate_proxies
+from jax_selftrain.study.proxy_stages import ProxyStages
 from jax_selftrain.study.registration import Registration
 from jax_selftrain.version import versions
 
@@ -59,7 +61,8 @@ def collect_study(config: StudyConfig, design: Design, registration: Registratio
     bases = {
         name: load_score_result(str(design.folder(stage) / "score.json")) for name, stage in design.score_base.items()
     }
-    corpora = _describe_corpora(design, proxies.task_questions(config.score))
+    questions = [question for task in proxies.questions_by_task(config.score).values() for question in task]
+    corpora = _describe_corpora(design, questions)
     for key, tail in measure_tails(config, design).items():
         corpora[key]["statistics"] = {**corpora[key]["statistics"], "tail": tail}
     items: dict[CellKey, dict[str, dict[str, np.ndarray]]] = {}
@@ -99,7 +102,7 @@ def collect_study(config: StudyConfig, design: Design, registration: Registratio
         "aa_repeats": extraction_results.aa_flip_rate(design),
         "damage_texts": damage_texts,
         "decoupling": judge_decoupling(cells, noise, damage_texts, items, classes),
-        "proxies": _relate_proxies(cells, design, bases),
+        "proxies": relate_proxies(cells, design.models, design.students, design.sources, bases),
         "corpora": corpora,
         "stages": [{"label": stage.label, "key": stage.key} for stage in design.ordered_stages],
         "versions": versions(),
@@ -195,11 +198,20 @@ def _describe_cell(
         "identical": extracted["identical"] and all(pair.identical() for pair in pairs.values()),
         "training": cell.train and _describe_training(design.folder(cell.train)),
         "proxies": None,
+        "task_proxies": None,
     }
     if cell.proxies:
-        student, source = (atomic.read_json(design.folder(stage) / "proxies.json") for stage in cell.proxies)
-        found["proxies"] = proxies.cell_proxies(student, source, corpora[found["corpus"]]["statistics"])
+        found |= _describe_proxies(design, cell.proxies, corpora[found["corpus"]]["statistics"])
     return found | {"measures": cell_measures(found)}
+
+
+def _describe_proxies(design: Design, stages: ProxyStages, statistics: Mapping[str, Any]) -> dict[str, Any]:
+    student, source = (atomic.read_json(design.folder(one) / "proxies.json") for one in (stages.student, stages.source))
+    found = proxies.cell_proxies(student, source, statistics)
+    scored = [load_score_result(str(design.folder(one) / "score.json")) for one in stages[2:] if one is not None]
+    if scored:
+        found["probe_gain"] = proxies.probe_gain(*scored)
+    return {"proxies": found, "task_proxies": student["tasks"]}
 
 
 def _compare_tasks(pairs: Sequence[Pair], split: Split) -> dict[str, Any]:
@@ -325,29 +337,3 @@ def _is_stronger(bases: Mapping[str, ScoreResult], student: str, source: str) ->
         return False
     effects = [estimators.paired_proportion_effect(*pair.right, pair.base.cluster) for pair in pairs]
     return estimators.macro_effect(effects, [pair.chance_scale for pair in pairs]).p_greater(0.0) < VERDICT_ALPHA
-
-
-def _relate_proxies(cells: names.Cells, design: Design, bases: Mapping[str, ScoreResult]) -> dict[str, Any] | None:
-    """Relate the proxies of the main cells to the gain."""
-    matrix = [cell for cell in cells if cell["proxies"] is not None]
-    if not matrix:
-        return None
-    measure, sides = names.main_measure({"cells": matrix}), (design.students, design.sources)
-    gains = proxies.cell_array(matrix, *sides, "measures", measure, "change", "value")
-    if np.isnan(gains).any():
-        return None  # with `pairs`, students have different sources
-    if measure.startswith("text/"):
-        gains = -gains  # fewer bits per byte are a gain
-    means = {name: proxies.cell_array(matrix, *sides, "proxies", name).mean(axis=0) for name in matrix[0]["proxies"]}
-    own = np.array([[source == student for source in design.sources] for student in design.students])
-    tasks = [
-        [items.acc.mean() for items in bases[name].items.values() if items.acc is not None]
-        for name in design.sources
-        if name in bases
-    ]
-    strength = np.mean(tasks, axis=1) if len(tasks) == len(design.sources) and tasks[0] else None
-    return {
-        "measure": measure,
-        "relations": proxies.judge_relations(means, gains, strength, self_mask=own),
-        "reliability": proxies.reliability(gains),
-    }

@@ -47,6 +47,7 @@ from jax_selftrain.study.eval_hooks import evaluation_hooks, with_default_evals
 from jax_selftrain.study.measure_names import expand_generations
 from jax_selftrain.study.option_checks import check_arm, check_memorization, check_relearned_half, require_text
 from jax_selftrain.study.preregistration import check_claims, check_contrasts
+from jax_selftrain.study.proxies import check_proxies
 from jax_selftrain.study.registration import Registration, register
 from jax_selftrain.study.results import collect_study, load_results
 from jax_selftrain.study.stage_factory import format_options
@@ -219,9 +220,8 @@ def check_study(config: StudyConfig, read_corpus: Callable[[str], Corpus] = open
     students = config.students or tuple(models)
     sources = config.sources or students
     _check_names(config)
-    for pair in config.pairs:
-        _check_known("pairs: student", [pair.student], students)
-        _check_known("pairs: source", [pair.source], sources)
+    _check_known("pairs: student", (pair.student for pair in config.pairs), students)
+    _check_known("pairs: source", (pair.source for pair in config.pairs), sources)
     for section in ("sample", "decontaminate", "subset", "train", "score", "extract"):
         given, default = getattr(config, section), getattr(StudyConfig(), section)
         for name in fields_with_role(type(given), Role.SET_BY_STUDY):
@@ -240,6 +240,7 @@ def check_study(config: StudyConfig, read_corpus: Callable[[str], Corpus] = open
         check_arm(arm, config)
     check_memorization(config)
     check_claims(config)
+    check_proxies(config)
     if config.subset.tokens or config.subset.bytes:
         check_subset(config.subset)
     score, audit = config.score, config.decontaminate
@@ -329,8 +330,7 @@ def _check_corpus_size(sampled: SampleConfig, options: TrainConfig) -> None:
     rows = sampled.samples * -(-longest // options.seq_len)
     if options.packing == "packed":
         rows = -(-sampled.samples * longest // options.seq_len)
-    share = 1 - sum(part for _, part in parse_mixture(options.mixture))
-    needed = options.steps * options.batch_size * share
+    needed = options.steps * options.batch_size * (1 - sum(part for _, part in parse_mixture(options.mixture)))
     if needed > rows * options.max_epochs:
         raise InputError(
             f"train.steps {options.steps}: needs {float(needed):,.0f} rows, but {sampled.samples:,} samples of at most "

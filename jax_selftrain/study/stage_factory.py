@@ -14,6 +14,7 @@ from jax_selftrain.config import (
     ImportCorpusConfig,
     PromptFormat,
     SampleConfig,
+    ScoreConfig,
     StudyConfig,
     TrainConfig,
     fill_options,
@@ -29,7 +30,6 @@ from jax_selftrain.study.eval_hooks import train_with_evals, with_default_evals
 from jax_selftrain.study.input_hashes import InputHashes
 from jax_selftrain.study.measure_names import AFTER_RELEARNING, AFTER_RELEARNING_H, UNSEEN
 from jax_selftrain.study.memorization_contrasts import CONTINUATIONS, make_control_continuations
-from jax_selftrain.study.proxies import corpus_proxies
 from jax_selftrain.study.study_model import StudyModel, estimate_cost, model_bytes
 
 _SMALL_BATCH = 24
@@ -92,6 +92,8 @@ class StageFactory:
         changes = shared_overrides(arm, SampleConfig)
         own = ("stop_ids",) if changes.keys() & {"start_id", "start_text"} else ("stop_ids", "start_id", "start_text")
         changes = {name: getattr(source.options, name) for name in own} | changes
+        if source.options.temperature is not None:
+            changes = {"temperature": source.options.temperature} | changes
         options = fill_options(config, config.sample, source.ref, source.options, seed=sample_seed, **changes)
         cost = estimate_cost(source, options.samples * options.max_tokens, options.max_tokens, passes=1)
         label = f"sample from {source.label}, seed {sample_seed}"
@@ -229,9 +231,9 @@ class StageFactory:
         label = f"{start.label} after {arm.name or 'its own text'}, seed {seed}"
         return replace(start, ref=str(self.folder(stage)), fingerprint=stage, label=label)
 
-    def score(self, model: StudyModel) -> Stage:
-        """Score a model on the study's tasks and texts."""
-        options = fill_options(self.config, self.config.score, model.ref, model.options)
+    def score(self, model: StudyModel, options: ScoreConfig | None = None) -> Stage:
+        """Score a model on the study's tasks and texts, or others."""
+        options = fill_options(self.config, options or self.config.score, model.ref, model.options)
         inputs = {**model.inputs, **self.hashes.tasks(options, options.num_fewshot)}
         return _make_stage("score", f"score {model.label}", evals.score, options, inputs)
 
@@ -323,23 +325,6 @@ class StageFactory:
             _window_options(options) | {"sequences": n, "start_token": options.start_token, "dtype": options.dtype},
             base.inputs | {"texts": self.hashes.reference(texts)},
             lambda out: make_control_continuations(options, texts, n, out),
-            needs_devices=True,
-        )
-
-    def measure_proxies(self, reader: StudyModel, corpus: Stage, embedder: str = "") -> Stage:
-        """Measure the proxies of a corpus under a model."""
-        options = fill_options(self.config, self.config.score, reader.ref, reader.options)
-        documents, vectors = self.config.proxy_sample_size, {}
-        if embedder:
-            opened = hub.open_model(embedder)
-            vectors = {"embedder": opened.fingerprint, "embedder_tokenizer": opened.tokenizer_fingerprint}
-        tasks = {f"task {n}": self.hashes.reference(path) for n, path in enumerate(options.tasks)}
-        return Stage(
-            "proxies",
-            f"proxies under {reader.label}: {corpus.label}",
-            {"documents": documents, "dtype": options.dtype, "limit": options.limit},
-            {"corpus": corpus, **reader.inputs, **tasks, **vectors},
-            lambda out: corpus_proxies(self.read_corpus(corpus), options, out, documents, embedder),
             needs_devices=True,
         )
 

@@ -2,6 +2,7 @@
 
 from jax_selftrain.training.checkpoints import best_step, read_curve
 from jax_selftrain.training.flops import flops_per_token
+from jax_selftrain.training.gradient_alignment import align_gradients
 from jax_selftrain.training.hooks import Hook, check_hooks
 from jax_selftrain.training.loop import check_train_config, train
 from jax_selftrain.training.step import abstract_train_step
@@ -9,6 +10,7 @@ from jax_selftrain.training.step import abstract_train_step
 __all__ = [
     "Hook",
     "abstract_train_step",
+    "align_gradients",
     "best_step",
     "check_hooks",
     "check_train_config",

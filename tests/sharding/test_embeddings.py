@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals import embed_texts
 from jax_selftrain.hub import load_model
-from jax_selftrain.study.proxies import semantic_similarity
+from jax_selftrain.study.proxies import semantic_similarities
 
 TEXTS = [*tiny_texts(6), "a", " ".join(tiny_texts(40, seed=1))]
 
@@ -57,11 +57,15 @@ def test_an_embedding_does_not_depend_on_the_other_texts(body: Path) -> None:
 
 def test_similarity_is_the_cosine_of_mean_embeddings(body: Path) -> None:
     model, others = load_model(body, "data=1"), list(tiny_texts(5, seed=9))
-    assert semantic_similarity(model, TEXTS, TEXTS[::-1]) == pytest.approx(1)
+    assert semantic_similarities(model, TEXTS, {"same": TEXTS[::-1]})[0] == pytest.approx(1)
     one, other = (embed_texts(model, side).astype(np.float64).mean(axis=0) for side in (TEXTS, others))
     cosine = one @ other / np.sqrt((one @ one) * (other @ other))
-    assert semantic_similarity(model, TEXTS, [*others, " "]) == pytest.approx(cosine, abs=1e-9)
-    assert semantic_similarity(model, ["  "], others) is None
+    whole, by_task = semantic_similarities(model, TEXTS, {"a": others[:2], "b": [*others[2:], " "], "none": []})
+    assert whole == pytest.approx(cosine, abs=1e-9)
+    first = embed_texts(model, others[:2]).astype(np.float64).sum(axis=0)
+    assert by_task["a"] == pytest.approx(one @ first / np.sqrt((one @ one) * (first @ first)), abs=1e-9)
+    assert by_task["none"] is None
+    assert semantic_similarities(model, ["  "], {"a": others}) == (None, {"a": None})
 
 
 def test_a_model_without_a_tokenizer_cannot_embed(body: Path, tmp_path: Path) -> None:

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jax_selftrain.study.proxies import SOURCES_FOR_ABSENCE, _interval, _permutation_test, judge_relations, reliability
+from jax_selftrain.study.proxy_relations import (
+    SOURCES_FOR_ABSENCE,
+    _interval,
+    _permutation_test,
+    judge_relations,
+    reliability,
+)
 
 
 def matrix(rng: np.random.Generator, students: int, sources: int, link: float) -> tuple[np.ndarray, np.ndarray]:

@@ -24,6 +24,7 @@ from jax_selftrain.config import (
 )
 from jax_selftrain.study import dag
 from jax_selftrain.study.dag import Stage
+from jax_selftrain.study.proxy_stages import measure_student
 from jax_selftrain.study.stage_factory import StageFactory
 from jax_selftrain.study.study_model import StudyModel
 from jax_selftrain.study.weight_changes import change_weights
@@ -46,7 +47,7 @@ GOLDEN = {
     "import_sequences": "474a3ab402931157",
     "merge": "b4f8d9952cad3981",
     "noise": "8491a20954261fd8",
-    "proxies": "3a27cb375588da07",
+    "proxies": "56c64dcdbaead30c",
     "retokenize": "729ebf21e23a7fe7",
     "sample": "39058e26a92153d5",
     "score": "b1549bbdee669e3d",
@@ -105,7 +106,7 @@ def all_stages(stages: StageFactory) -> dict[str, Stage]:
         stages.score(student),
         stages.extract(student, [corpus], base),
         stages.continue_unseen_text(base),
-        stages.measure_proxies(base, corpus),
+        measure_student(stages, base, corpus),
         stages.import_shown_half(base),
     ]
     return {stage.command: stage for stage in found if isinstance(stage, Stage)}
@@ -145,6 +146,45 @@ def test_prefixes_and_suffixes_for_evaluation_change_the_key_of_training(
             np.save(path, np.full((2, 4), token, np.int32))
         keys.add(all_stages(StageFactory(replace(config, train=evaluated)))["train"].key)
     assert len(keys) == 3
+
+
+def test_the_temperature_of_a_model_is_that_of_its_text(factory: Callable[..., StageFactory]) -> None:
+    stages = factory()
+    ref = stages.config.models[0].model
+    cool = StudyModel(ref, "f" * 64, "cool", "e" * 64, ref, ModelConfig("cool", ref, temperature=0.7))
+    base = replace(cool, options=ModelConfig("base", ref))
+    temperatures = {
+        name: stages.sample(model, arm, 100).identity["temperature"]
+        for name, model, arm in (
+            ("unset", base, ArmConfig()),
+            ("model", cool, ArmConfig()),
+            ("arm of another start", cool, ArmConfig(start_text="It")),
+            ("arm", cool, ArmConfig(temperature=1.2)),
+        )
+    }
+    assert temperatures == {"unset": 1.0, "model": 0.7, "arm of another start": 0.7, "arm": 1.2}
+    assert stages.sample(base, ArmConfig(temperature=0.7), 100).key == stages.sample(cool, ArmConfig(), 100).key
+    assert stages.score(base).key == stages.score(cool).key  # one model, scored once
+
+
+def test_what_decides_the_proxies_changes_their_keys_alone(factory: Callable[..., StageFactory]) -> None:
+    config = factory().config
+    alone = replace(config, score=replace(config.score, texts=()))
+    changed = [
+        config,
+        alone,
+        replace(config, train=replace(config.train, seq_len=16)),
+        replace(config, score=replace(config.score, text_limit=5)),
+        replace(config, proxy_sample_size=7),
+    ]
+    keys = [all_stages(StageFactory(one))["proxies"].key for one in changed]
+    assert len(set(keys)) == len(keys)
+    # Without texts no gradient is measured, and the recipe of training does not matter.
+    assert all_stages(StageFactory(replace(alone, train=changed[2].train)))["proxies"].key == keys[1]
+    probed = all_stages(StageFactory(replace(config, proxy_steps=3)))
+    assert {command: stage.key for command, stage in probed.items()} == {
+        command: stage.key for command, stage in all_stages(factory()).items()
+    }
 
 
 def test_a_short_training_has_nothing_of_the_recipes_evaluation(factory: Callable[..., StageFactory]) -> None:

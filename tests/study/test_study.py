@@ -37,17 +37,20 @@ from jax_selftrain.config import (
 from jax_selftrain.corpus import Corpus, Sample, open_corpus
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals import embed_texts, held_out_half, sequences_fingerprint
+from jax_selftrain.evals.item_results import load_score_result
+from jax_selftrain.hub import open_model
 from jax_selftrain.report import write_report
 from jax_selftrain.study import run_study
 from jax_selftrain.study.contrasts import Pairs
 from jax_selftrain.study.dag import Stage, is_done, run_all
 from jax_selftrain.study.design import Design, expand_revisions, make_design
-from jax_selftrain.study.proxies import hash_sample, task_questions
+from jax_selftrain.study.proxies import hash_sample, questions_by_task
 from jax_selftrain.study.registration import Registration
 from jax_selftrain.study.results import collect_study, relation_effects
 from jax_selftrain.study.run_study import check_study
 from jax_selftrain.study.stage_factory import StageFactory
 from jax_selftrain.study.weight_changes import add_matching_noise, search_weight
+from jax_selftrain.training import align_gradients
 
 Make = Callable[..., StudyConfig]
 
@@ -135,7 +138,8 @@ def finished_study(
         relearn_steps=(1,),
     )
     train = replace(config.train, eval_every=1, eval_limit=8)
-    folder = run_study(replace(config, train=train, memorization=probes, embedding_model=config.models[0].model))
+    proxies = {"embedding_model": config.models[0].model, "proxy_steps": 1}
+    folder = run_study(replace(config, train=train, memorization=probes, **proxies))
     write_report(folder)
     return folder
 
@@ -195,7 +199,8 @@ def test_cells_share_what_they_have_in_common(finished_study: Path):
     assert kinds.count("proxies") == 2 * 2 + 2
     assert (kinds.count("noise"), kinds.count("merge")) == (2, sum(arm.kind == "extrapolate" for arm in arms))
     cells = len(read_cells(finished_study)) - 1  # the first generation is self-training
-    assert kinds.count("score") == 2 + cells  # two bases and every cell
+    # Two bases, every cell, and the texts alone before and after a few steps on the main corpora.
+    assert kinds.count("score") == 2 + cells + 2 + 2 * 2
     # Five times each: the sequences, two formats, continuations, after relearning; and two A/A repeats of both bases.
     assert kinds.count("extract") == 5 * (2 + cells) + 2 * 2
     assert (kinds.count("continue"), kinds.count("decontaminate"), kinds.count("size_matched")) == (2, 1, 1)
@@ -415,6 +420,9 @@ def test_killed_shared_and_grown_studies_end_with_the_same_tables(make: Make, tm
         ({"models": (ModelConfig("a"),)}, "each needs `name` and `model`"),
         ({"claims": (ClaimConfig("x", "source llama"),)}, "`student` is required"),
         ({"claims": (ClaimConfig("x", margin=-1.0),)}, "claims: x: margin -1.0: must be a finite number above 0"),
+        ({"proxy_steps": 3, "proxy_sample_size": 0}, "proxy_steps 3: needs several sources"),
+        ({"proxy_steps": 3, "sources": ("llama",)}, "proxy_steps 3: needs several sources"),
+        ({"proxy_steps": 3, "score": ScoreConfig(tasks=("piqa",))}, "proxy_steps 3: needs several sources"),
         ({"positive_controls": ("real",)}, "positive_controls: 'real' is unknown"),
         ({"arms": (ArmConfig(),)}, "arms: each needs a `name`"),
         ({"students": ("lama",)}, "students: 'lama' is unknown; did you mean `llama`"),
@@ -711,7 +719,41 @@ def test_proxies_equal_those_from_plain_logits(finished_study: Path):
             corpus = open_corpus(design.folder(cell.corpus))
             chosen = set(hash_sample(len(corpus), 256, 0))
             texts = [one.text for one in corpus.iter_samples() if one.sample_id in chosen and one.text.strip()]
-            sides = (texts, task_questions(config.score))
+            (questions,) = questions_by_task(config.score).values()
+            sides = (texts, questions)
             one, other = (embed_texts(embedder, side).mean(axis=0) for side in sides)
             cosine = one @ other / np.linalg.norm(one) / np.linalg.norm(other)
             assert proxies["semantic_similarity"] == pytest.approx(float(cosine), abs=1e-5)
+
+
+def test_proxies_of_held_out_text_are_of_dev_documents(finished_study: Path):
+    config = yaml_io.load(StudyConfig, finished_study / "config.yaml")
+    design, cells = make_design(config), read_cells(finished_study)
+    (texts,) = evals.load_texts(config.score.texts)
+    dev = list(evals.select_split(texts, "dev").documents)
+    assert 0 < len(dev) < len(texts.documents)
+    matrix = [cell for cell in design.cells if cell.proxies is not None]
+    assert len(matrix) == 4
+    for cell in matrix:
+        assert cell.corpus is not None
+        found = cells[cell.student, cell.treatment, cell.seed]
+        assert found["task_proxies"]["animals"]["similarity"] == found["proxies"]["similarity"]  # of one task
+        scored = [load_score_result(str(design.folder(stage) / "score.json")) for stage in cell.proxies[2:]]
+        assert not scored[0].result["tasks"]
+        rates = []
+        for one in scored:
+            items = one.items["stories"].select("dev")
+            assert items.count == len(dev)
+            rates.append(-items.loglikelihood.sum() / np.log(2) / sum(len(text.encode()) for text in dev))
+        assert found["proxies"]["probe_gain"] == pytest.approx(rates[0] - rates[1], abs=1e-12)
+    # The gradient of a corpus of the student's own, from the dev documents and samples as the corpus has them.
+    (cell,) = (cell for cell in matrix if cell.student == cell.source == "llama")
+    corpus = open_corpus(design.folder(cell.corpus))
+    chosen = set(hash_sample(len(corpus), 256, 0))
+    samples = [[corpus.start_id, *one.tokens.tolist()] for one in corpus.iter_samples() if one.sample_id in chosen]
+    opened = open_model(design.models["llama"].model)
+    rows = [[corpus.start_id, *opened.tokenizer.encode(text, add_special_tokens=False)] for text in dev]
+    recipe = replace(config.train, model=design.models["llama"].model, mesh="data=1", batch_size=8)
+    expected = align_gradients(recipe, samples, rows)
+    proxies = cells["llama", "source llama", 100]["proxies"]
+    assert proxies["gradient_alignment"] == pytest.approx(expected, abs=1e-5)

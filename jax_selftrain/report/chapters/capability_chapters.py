@@ -181,7 +181,7 @@ def _list_settings(results: Results) -> list[Record]:
             continue
         own = {name: value for name, value in models[student].items() if value is not None}
         if changed.keys() & {"start_id", "start_text"}:
-            own = {"learning_rate": own["learning_rate"]} if "learning_rate" in own else {}
+            own = {name: value for name, value in own.items() if name not in ("start_id", "start_text")}
         settings = {**config["sample"], **config["train"], **own, **changed}
         records.append({**effect, **{name: settings.get(name) for name in _FACTORS}})
     return records
@@ -195,7 +195,8 @@ def write_proxies(results: Results) -> Chapter | None:
     measure, reliability = proxies["measure"], proxies["reliability"]
     scale, digits = display_scale(measure), fmt.get_decimals(measure)
     chapter = Chapter("Prediction of the gain by proxies")
-    chapter.add_table(_make_relation_table(proxies["relations"], scale, digits))
+    caption = "Proxies and the gain"
+    chapter.add_table(_make_relation_table("proxies", caption, proxies["relations"], scale, digits))
     reliable = (
         "With one seed the reliability of the gains is unknown."
         if reliability is None
@@ -208,8 +209,20 @@ def write_proxies(results: Results) -> Chapter | None:
         f"{reliable} Rank correlations with the change of {fmt.format_measure(measure)}, centered within students; p "
         "from permutations of the sources, adjusted by Benjamini and Hochberg's method. The 90 % interval counts the "
         "sources. Regret is the loss from choosing each student's source by the proxy instead of the best one. "
-        f"Similarity is of TF-IDF vectors{semantic}. Likelihood per token is not comparable across tokenizers."
+        f"Similarity is of TF-IDF vectors{semantic}. Likelihood per token is not comparable across tokenizers. "
+        "Gradient alignment is the cosine of the mean gradients of the corpus and of dev documents; probe gain is the "
+        "fall of their bits per byte after a few steps on the corpus."
     )
+    if by_task := proxies.get("by_task"):
+        records = [{**one, "task": part["task"]} for part in by_task for one in part["relations"]]
+        records += [{**one, "task": "all tasks"} for one in proxies["over_tasks"]]
+        caption = "Similarity to the questions of a task and the gain on this task, by benchmark"
+        chapter.add_table(_make_relation_table("proxies_by_task", caption, records, 100, 2, "task"))
+        chapter.add_note(
+            "Rank correlations with the change of the accuracy of one task, of students whose base is eligible for it. "
+            "The p-values are adjusted over all tasks and proxies. The rows of “all tasks” are students × tasks, with "
+            "one permutation of the sources for all rows; its p-values are adjusted over the proxies."
+        )
     columns = [
         *(*make_columns("student", "source"), Column("seed", convert=str)),
         *(Column(one["name"], path=("proxies", one["name"])) for one in proxies["relations"]),
@@ -223,8 +236,9 @@ def write_proxies(results: Results) -> Chapter | None:
     return chapter
 
 
-def _make_relation_table(relations: Records, scale: float, digits: int) -> Table:
+def _make_relation_table(name: str, caption: str, relations: Records, scale: float, digits: int, *first: str) -> Table:
     columns = [
+        *make_columns(*first),
         Column("proxy", path=("name",), convert=lambda name: name.replace("_", " ")),
         *make_columns("verdict", "reason"),
         Column("correlation", "correlation [90 % interval]", 2, signed=True),
@@ -243,4 +257,4 @@ def _make_relation_table(relations: Records, scale: float, digits: int) -> Table
         else one
         for one in relations
     ]
-    return Table("proxies", "Proxies and the gain", columns, records)
+    return Table(name, caption, columns, records)
