@@ -60,6 +60,20 @@ class Likelihood(NamedTuple):
     """Length of the continuation."""
 
 
+class TokenScores(NamedTuple):
+    """Scores of each of the n tokens of a continuation."""
+
+    logprobs: np.ndarray
+    """[n] float32, nats."""
+    is_greedy: np.ndarray
+    """[n] bool: True if the token is the most probable one at its position."""
+
+    def sum(self) -> Likelihood:
+        """Return the score of the whole continuation."""
+        total = float(np.sum(self.logprobs, dtype=np.float64))
+        return Likelihood(total, bool(self.is_greedy.all()), len(self.logprobs))
+
+
 Unit = TypeVar("Unit")
 Requests = Sequence[LoglikelihoodRequest | tuple[Sequence[int], Sequence[int]]]
 LoglikelihoodFn = Callable[[Sequence[LoglikelihoodRequest]], list[Likelihood]]
@@ -96,7 +110,7 @@ def deduplicate(config: DecoderConfig, requests: Requests) -> tuple[list[Tokeniz
 
 def run_batches(
     model: hub.LoadedModel, units: Iterable[WorkUnit], batch_tokens: int | None
-) -> Iterator[tuple[WorkUnit, dict[int, Likelihood]]]:
+) -> Iterator[tuple[WorkUnit, dict[int, TokenScores]]]:
     """Score units; dispatch the next before yielding the last.
 
     Args:
@@ -105,7 +119,7 @@ def run_batches(
       batch_tokens: the value that the units were planned with.
 
     Yields:
-      A unit, and the likelihoods of its requests by request id.
+      A unit, and the scores of its requests by request id.
     """
     rules, config = model.sharding_rules, model.config
     shape = (rules.data_parallelism, buffer_size(rules, config.max_positions, batch_tokens), config.hidden_size)
@@ -118,10 +132,10 @@ def run_batches(
             precomputed = _precompute(model, precomputed, unit)
             buffer, scores = _dispatch(model, buffer, precomputed, unit)
         if running is not None:
-            yield running[0], _gather_likelihoods(*running)
+            yield running[0], _gather_scores(*running)
         running = unit, scores
     if running is not None:
-        yield running[0], _gather_likelihoods(*running)
+        yield running[0], _gather_scores(*running)
 
 
 def scoring_program(config: ScoreConfig, mesh: Mesh) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
@@ -236,17 +250,16 @@ def _row_slots(batch: BatchSpec, filled: list[int]) -> Iterator[tuple[PackedTrie
         filled[device] += len(row.query_positions)
 
 
-def _gather_likelihoods(unit: WorkUnit, scores: tuple[jax.Array, jax.Array]) -> dict[int, Likelihood]:
-    """Wait for the scores of a unit, and sum them by request."""
+def _gather_scores(unit: WorkUnit, scores: tuple[jax.Array, jax.Array]) -> dict[int, TokenScores]:
+    """Wait for the scores of a unit, and divide them by request."""
     logprobs, greedy = map(np.asarray, scores)
     filled, found = [0] * len(logprobs), {}
     for batch in unit.batches:
         for row, device, begin in _row_slots(batch, filled):
             for request_id, index in zip(row.request_ids, row.target_index, strict=True):
                 query, column = index.T
-                total = float(np.sum(logprobs[device, begin + query, column], dtype=np.float64))
-                is_greedy = np.array_equal(greedy[device, begin + query], row.targets[query, column])
-                found[request_id] = Likelihood(total, is_greedy, len(index))
+                is_greedy = greedy[device, begin + query] == row.targets[query, column]
+                found[request_id] = TokenScores(logprobs[device, begin + query, column], is_greedy)
     return found
 
 

@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jax.sharding import Mesh
@@ -31,11 +32,13 @@ from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import hash_json
 from jax_selftrain.io.work_queue import run_missing
 from jax_selftrain.likelihood.batching import default_batch_tokens, plan_units
-from jax_selftrain.likelihood.engine import Likelihood, Requests, deduplicate, run_batches, with_progress
+from jax_selftrain.likelihood.engine import Likelihood, Requests, TokenScores, deduplicate, run_batches, with_progress
 from jax_selftrain.version import versions
 
 POLL_SECONDS = 0.5
 """Interval between checks of the units that other processes compute."""
+
+Score = TypeVar("Score", Likelihood, TokenScores)
 
 _PROCESS = b"process"
 """Metadata key of the process that computed a file."""
@@ -100,12 +103,39 @@ def loglikelihoods(
       InputError: a request is empty, has ids outside the vocabulary, or a continuation longer than the model; or a file
         of `parts` is damaged.
     """
+    return _score_requests(model, requests, batch_tokens, parts, {}, TokenScores.sum, Likelihood)
+
+
+def token_scores(
+    model: hub.LoadedModel, requests: Requests, *, batch_tokens: int | None = None, parts: PartialResults | None = None
+) -> list[TokenScores]:
+    """Score each token of each continuation, as `loglikelihoods`."""
+
+    def make(logprobs: list[float], is_greedy: list[bool]) -> TokenScores:
+        return TokenScores(np.array(logprobs, np.float32), np.array(is_greedy, bool))
+
+    return _score_requests(model, requests, batch_tokens, parts, {"scores": "tokens"}, lambda scores: scores, make)
+
+
+def _score_requests(
+    model: hub.LoadedModel,
+    requests: Requests,
+    batch_tokens: int | None,
+    parts: PartialResults | None,
+    kind: Mapping[str, str],
+    convert: Callable[[TokenScores], Score],
+    make: Callable[..., Score],
+) -> list[Score]:
+    """Score requests, and keep what `convert` returns in `parts`.
+
+    `make` takes its fields as Python values. `kind` distinguishes the partial results of different conversions.
+    """
     unique, index = deduplicate(model.config, requests)
     units = plan_units(model.sharding_rules, model.config, unique, batch_tokens)
-    found: dict[int, Likelihood] = {}
+    found: dict[int, Score] = {}
     if parts is None:
-        for _, likelihoods in run_batches(model, with_progress(units), batch_tokens):
-            found |= likelihoods
+        for _, scores in run_batches(model, with_progress(units), batch_tokens):
+            found |= {i: convert(one) for i, one in scores.items()}
         return [found[i] for i in index]
     parts.requests += len(requests)
     parts.unique_requests += len(unique)
@@ -118,16 +148,18 @@ def loglikelihoods(
     inputs = {
         "requests": digest.hexdigest(),
         "batch_tokens": batch_tokens or default_batch_tokens(model.sharding_rules),
+        **kind,
     }
 
     def compute(indices: Iterable[int]) -> Iterator[tuple[int, pa.Table]]:
-        for unit, likelihoods in run_batches(model, (units[i] for i in indices), batch_tokens):
-            columns = zip(*(likelihoods[i] for i in unit.request_ids), strict=True)
-            yield unit.index, pa.table(dict(zip(Likelihood._fields, map(list, columns), strict=True)))
+        for unit, scores in run_batches(model, (units[i] for i in indices), batch_tokens):
+            converted = [convert(scores[i]) for i in unit.request_ids]
+            columns = zip(converted[0]._fields, zip(*converted, strict=True), strict=True)
+            yield unit.index, pa.table({name: list(values) for name, values in columns})
 
     table = compute_units(model, parts, inputs, [unit.request_ids for unit in units], compute)
-    columns = (table[name].to_pylist() for name in Likelihood._fields)
-    found |= zip(table["item"].to_pylist(), map(Likelihood, *columns), strict=True)
+    items, *columns = (table[name].to_pylist() for name in table.column_names)
+    found |= zip(items, map(make, *columns), strict=True)
     return [found[i] for i in index]
 
 
