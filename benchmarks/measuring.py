@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +33,22 @@ class Case:
         if shape not in SHAPES or not rows.isdigit() or not tokens.isdigit():
             raise SystemExit(f"{text}: not SHAPE:ROWSxTOKENS with a shape of {', '.join(SHAPES)}")
         return cls(shape, int(rows), int(tokens))
+
+
+@dataclass(frozen=True)
+class CpuTime:
+    """Seconds of a call."""
+
+    wall: float
+    user: float
+    """Seconds of all cores in user mode."""
+
+
+def spend(run: Callable[[], Any]) -> tuple[CpuTime, Any]:
+    """Measure a call, and return its result."""
+    began, user = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
+    result = run()
+    return CpuTime(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_utime - user), result
 
 
 def alternate(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:

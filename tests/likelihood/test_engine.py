@@ -24,7 +24,7 @@ from jax_selftrain import hub
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.distributed.sharding import make_sharding_rules
 from jax_selftrain.errors import InputError
-from jax_selftrain.likelihood import LoglikelihoodRequest, loglikelihoods
+from jax_selftrain.likelihood import LoglikelihoodRequest, loglikelihoods, token_scores
 from jax_selftrain.likelihood.batching import (
     BUFFER_BATCHES,
     PROJECTION_CHUNK,
@@ -45,6 +45,7 @@ from jax_selftrain.likelihood.prefix_trie import (
     pack_trie,
     round_up_to_bucket,
 )
+from jax_selftrain.likelihood.resumable import PartialResults
 from jax_selftrain.models import axis_sizes, forward, unembed
 
 FAMILIES = ("gpt_neox", "llama")
@@ -125,6 +126,21 @@ def test_scores_do_not_depend_on_order_and_up_to_rounding_on_other_requests(load
             assert alone.loglikelihood == pytest.approx(among.loglikelihood, abs=1e-4)
             assert alone.is_greedy == among.is_greedy
     assert loglikelihoods(load(), [], batch_tokens=BATCH) == []
+
+
+def test_scores_of_tokens_sum_to_those_of_requests_and_are_kept_apart(load, tmp_path):
+    requests = [*random_requests(30, 512, 64), *questions(5)]
+    whole = loglikelihoods(load(), requests, batch_tokens=BATCH)
+    found = token_scores(load(), requests, batch_tokens=BATCH)
+    assert [scores.sum() for scores in found] == whole
+    assert any(scores.is_greedy.any() and not scores.is_greedy.all() for scores in found)
+    parts = PartialResults(tmp_path / "parts")
+    assert loglikelihoods(load(), requests, batch_tokens=BATCH, parts=parts) == whole
+    for _ in range(2):  # computed, then read
+        for kept, scores in zip(token_scores(load(), requests, batch_tokens=BATCH, parts=parts), found, strict=True):
+            np.testing.assert_array_equal(kept.logprobs, scores.logprobs)
+            np.testing.assert_array_equal(kept.is_greedy, scores.is_greedy)
+    assert parts.computed_requests == 2 * parts.unique_requests / 3
 
 
 # ---------------------------------------------------------------- shared prefixes
