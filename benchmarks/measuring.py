@@ -35,6 +35,22 @@ class Case:
         return cls(shape, int(rows), int(tokens))
 
 
+@dataclass(frozen=True)
+class CpuTime:
+    """Seconds of a call."""
+
+    wall: float
+    user: float
+    """Seconds of all cores in user mode."""
+
+
+def spend(run: Callable[[], Any]) -> tuple[CpuTime, Any]:
+    """Measure a call, and return its result."""
+    began, user = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
+    result = run()
+    return CpuTime(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_utime - user), result
+
+
 def alternate(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Measure the seconds of each contestant in each round."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}

@@ -17,13 +17,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import shutil
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +30,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
 import numpy as np
-from measuring import describe_run
+from measuring import CpuTime, describe_run, spend
 from shapes import SHAPES, write_config
 
 from jax_selftrain import hub
@@ -48,13 +45,6 @@ from jax_selftrain.models import forward
 TRIAL = 20
 Texts = Sequence[tuple[str, str]]
 Answers = list[tuple[float, bool]]
-
-
-@dataclass(frozen=True)
-class CpuTime:
-    wall: float
-    user: float
-    """Seconds of all cores in user mode."""
 
 
 def model_folder(shape: str, tokenizer: Path) -> str:
@@ -124,12 +114,6 @@ def plain(model: hub.LoadedModel, texts: Texts, batch_tokens: int | None) -> tup
         f"{targets:,} targets at {queries:,} query positions"
     )
     return passes, description
-
-
-def spend(run: Callable[[], Any]) -> tuple[CpuTime, Any]:
-    began, user = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
-    result = run()
-    return CpuTime(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_utime - user), result
 
 
 def best_batch_size(folder: str, texts: Texts, sizes: Sequence[int]) -> tuple[int, str]:

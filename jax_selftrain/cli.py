@@ -57,6 +57,7 @@ COMMANDS: dict[str, Command] = {
         config.CompareConfig, "jax_selftrain.study:compare", {"BASE.json": "base", "STUDENT.json": "student"}
     ),
     "extract": Command(config.ExtractConfig, "jax_selftrain.evals:extract"),
+    "extract-windows": Command(config.ExtractWindowsConfig, "jax_selftrain.report:extract_windows"),
     "subset": Command(config.SubsetConfig, "jax_selftrain.corpus:draw_subset", {"CORPUS": "corpus", "OUT": "out"}),
     "decontaminate": Command(
         config.DecontaminateConfig, "jax_selftrain.evals:decontaminate", {"CORPUS": "corpus", "OUT": "out"}
@@ -71,7 +72,7 @@ COMMANDS: dict[str, Command] = {
     "report": Command(config.ReportConfig, "jax_selftrain.report:write_report", {"DIR": "folder"}),
 }
 
-DISTRIBUTED_COMMANDS = ("convert", "sample", "train", "merge", "score", "extract", "run", "study")
+DISTRIBUTED_COMMANDS = ("convert", "sample", "train", "merge", "score", "extract", "extract-windows", "run", "study")
 """Commands that several processes can run together; they also take the flags of `DistributedConfig`."""
 
 CONFIG_FILE = "config"
@@ -359,6 +360,10 @@ def summary(name: str, options: Any, result: Any) -> str:
         groups = ("held_out", "partial", "seen", "controls", "baseline")
         parts = {"all": result, **{part: result[part] for part in groups if part in result}}
         lines = [_format_metrics(part, {key: numbers.get(key) for key in shown}) for part, numbers in parts.items()]
+    elif name == "extract-windows":
+        parts = {"all": result, **result["texts"], **({"base": result["base"]} if "base" in result else {})}
+        means = ("n", "pz", "pz_stderr", "logprob", "logprob_stderr", "exact_match", "exact_match_stderr")
+        lines = [_format_metrics(part, {key: numbers.get(key) for key in means}) for part, numbers in parts.items()]
     elif name == "decontaminate":
         lines = [import_module("jax_selftrain.evals.decontamination").describe_report(result)]
     elif name == "leakage":

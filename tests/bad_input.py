@@ -116,6 +116,10 @@ class Workspace:
         lengths = () if "--prefix" in more else ("--prefix", 8, "--suffix", 8)
         return ["extract", *where, *lengths, *more]
 
+    def extract_windows(self, *more: object) -> list[object]:
+        texts = () if "--texts" in more else ("--texts", self.valid.texts)
+        return ["extract-windows", "--model", self.valid.model, *texts, "--out", self.out, *more]
+
     def leakage(self, texts: Path, *more: object) -> list[object]:
         return ["leakage", "--corpus", self.valid.corpus, "--texts", texts, "--out", self.out, *more]
 

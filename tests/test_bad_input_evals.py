@@ -229,6 +229,53 @@ def missing_suffix_file(p: Workspace) -> Case:
 
 
 @case
+def windows_longer_than_the_model(p: Workspace) -> Case:
+    return p.extract_windows("--window", 60, "--prefix", 5), "--prefix 5 and --window 60 are longer"
+
+
+@case
+def windows_longer_than_the_model_behind_bos(p: Workspace) -> Case:
+    words = ("--window", 32, "--prefix", 32, "--start-token", "bos")
+    return p.extract_windows(*words), "after the start token"
+
+
+@case
+def windows_longer_than_every_document(p: Workspace) -> Case:
+    return p.extract_windows("--window", 30, "--prefix", 30), "no document has the 60 tokens"
+
+
+@case
+def windows_without_a_stride(p: Workspace) -> Case:
+    return p.extract_windows("--stride", 0), "--stride 0"
+
+
+@case
+def windows_of_sequences(p: Workspace) -> Case:
+    return p.extract_windows("--sequences", p.valid.task), "unknown option `--sequences`"
+
+
+@case
+def windows_with_a_maximum_below_the_minimum(p: Workspace) -> Case:
+    return p.extract_windows("--window", 8, "--prefix", 8, "--max-prefix", 7), "--max-prefix 7 is shorter"
+
+
+@case
+def windows_with_a_base_of_another_tokenizer(p: Workspace) -> Case:
+    return p.extract_windows("--window", 8, "--prefix", 8, "--base", p.valid.other), "--base"
+
+
+@case
+def windows_of_two_files_of_one_name(p: Workspace) -> Case:
+    words = ("--window", 4, "--prefix", 4, "--texts", p.valid.texts, p.valid.texts)
+    return p.extract_windows(*words), "two files to score are named 'texts'"
+
+
+@case
+def windows_of_a_missing_file(p: Workspace) -> Case:
+    return p.extract_windows("--window", 4, "--prefix", 4, "--texts", p.folder / "gone.jsonl"), "gone.jsonl"
+
+
+@case
 def leakage_of_text_without_a_tokenizer(p: Workspace) -> Case:
     return p.leakage(p.valid.texts), "--tokenizer"
 

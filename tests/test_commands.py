@@ -64,6 +64,9 @@ def test_extract_and_leakage(folder: Path, tmp_path: Path):
     sequences = ("--sequences", folder / "sequences.npy", *lengths, "--corpus", folder / "corpus")
     run("extract", "--model", folder / "student", *sequences, "--out", tmp_path / "extracted.json")
     assert json.loads((tmp_path / "extracted.json").read_text())["n"] == 6
+    windows = ("--window", 4, "--prefix", 4, "--texts", folder / "texts.jsonl", "--base", folder / "model")
+    run("extract-windows", "--model", folder / "student", *windows, "--out", tmp_path / "windows.json")
+    assert json.loads((tmp_path / "windows.json").read_text())["documents"] == 12
     texts = ("--texts", folder / "texts.jsonl", "--tokenizer", folder / "model", "--min-match", 8)
     run("leakage", "--corpus", folder / "corpus", *texts, "--out", tmp_path / "leakage.json")
     assert json.loads((tmp_path / "leakage.json").read_text())["samples"] == 12

@@ -22,6 +22,7 @@ PYTHON_FILES = [
 ]
 OTHER_FLAGS = {"--help", "--version", "--implicit-dirs", "--gpus-per-task"}
 """Flags in the package that are not options of a command."""
+NAME = r"[a-z]+(?:-[a-z]+)*"
 FLAG = r"(?<![\w-])--[a-z][\w.-]*\w"
 
 
@@ -40,7 +41,9 @@ ALL_FLAGS = set[str]().union(*FLAGS.values())
 def commands(text: str) -> Iterator[tuple[str, set[str]]]:
     """Yield the name and the flags of each command in a text."""
     for line in text.replace("\\\n", " ").splitlines():
-        for name, words in re.findall(r"(?:jax-selftrain +|`)([a-z]+)\b((?:(?!jax-selftrain)[^`|#;])*)", line):
+        for name, words in re.findall(
+            r"(?:jax-selftrain +|`)([a-z]+(?:-[a-z]+)*)\b((?:(?!jax-selftrain)[^`|#;])*)", line
+        ):
             if name in COMMANDS:
                 yield name, set(re.findall(FLAG, words))
 

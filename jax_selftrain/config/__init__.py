@@ -7,6 +7,7 @@ a YAML file. Nothing here imports JAX, so that `jax-selftrain --help` is fast.
 from jax_selftrain.config.commands import CompareConfig as CompareConfig
 from jax_selftrain.config.commands import ConvertConfig as ConvertConfig
 from jax_selftrain.config.commands import ExtractConfig as ExtractConfig
+from jax_selftrain.config.commands import ExtractWindowsConfig as ExtractWindowsConfig
 from jax_selftrain.config.commands import MergeConfig as MergeConfig
 from jax_selftrain.config.commands import Packing as Packing
 from jax_selftrain.config.commands import PushConfig as PushConfig

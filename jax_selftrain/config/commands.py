@@ -349,3 +349,37 @@ class ExtractConfig:
     """Sharding of parameters."""
     dtype: DType = "float32"
     """Type of parameters and matrix products."""
+
+
+@dataclass(frozen=True)
+class ExtractWindowsConfig:
+    """Measure verbatim memorization in windows over whole documents."""
+
+    model: Required[Input[str]] = ""
+    """Model to examine."""
+    texts: Required[Input[tuple[str, ...]]] = ()
+    """JSONL files with a `text` field: each text is a document."""
+    out: Required[OutputFile[str]] = ""
+    """JSON file to write, with `FILE.windows.parquet` and the heat map `FILE.windows.svg`."""
+    window: AtLeastOne[int] = 50
+    """Length of a window in tokens: the suffix."""
+    stride: AtLeastOne[int] = 10
+    """Tokens from the first token of a window to that of the next."""
+    prefix: AtLeastOne[int] = 50
+    """Minimum number of tokens before a window that the model reads."""
+    max_prefix: AtLeastOne[int | None] = None
+    """Maximum number of tokens before a window; unset: the model's positions; equal to `prefix`: fixed prefixes."""
+    start_token: Literal["none", "bos"] = "none"
+    """Token before the prefix: none, or BOS."""
+    base: Input[str] = ""
+    """Model to compare with, measured on the same windows."""
+    limit: AtLeastOne[int | None] = None
+    """Number of documents of each text file; unset: all."""
+    batch_tokens: Execution[AtLeastOne[int | None]] = None
+    """Tokens of one batch, over the mesh; unset: 512 on each replica of CPUs, else 8192."""
+    mesh: Execution[str] = ""
+    """Device mesh, for instance `data=4,model=2`; unset: all devices on `data`."""
+    preset: Execution[Preset] = "tensor"
+    """Sharding of parameters."""
+    dtype: DType = "float32"
+    """Type of parameters and matrix products."""

@@ -25,7 +25,7 @@ import pyarrow as pa
 from jax.sharding import Mesh
 
 from jax_selftrain import hub
-from jax_selftrain.config import ExtractConfig, yaml_io
+from jax_selftrain.config import ExtractConfig, ExtractWindowsConfig, yaml_io
 from jax_selftrain.corpus import Corpus, LazilyTokenized, RaggedTokens, TokenSource, longest_overlaps, open_corpus
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.exact_match import extraction_metrics
@@ -225,7 +225,7 @@ def load_extraction_sets(config: ExtractConfig) -> tuple[ExtractionSet, Extracti
     return sequences, load(config.control_sequences) if config.control_sequences else None
 
 
-def find_start_tokens(config: ExtractConfig) -> list[int]:
+def find_start_tokens(config: ExtractConfig | ExtractWindowsConfig) -> list[int]:
     """Return the tokens that are prepended to each prefix: none or one."""
     if config.start_token == "none":
         return []

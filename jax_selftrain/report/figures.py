@@ -63,7 +63,7 @@ def plot_before_and_after(
         right.set_xlabel("change (points)")
         left.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=3, borderaxespad=0.1, handletextpad=0.3)
 
-    return _render_svg(name, 0.95 + 0.36 * len(entries), draw)
+    return render_svg(name, 0.95 + 0.36 * len(entries), draw)
 
 
 def plot_effects(name: str, entries: Mapping[str, Record], measure: str) -> Svg:
@@ -80,7 +80,7 @@ def plot_effects(name: str, entries: Mapping[str, Record], measure: str) -> Svg:
         _label_rows(axes, rows, list(entries))
         axes.set_xlabel(f"change: {format_measure(measure)}")
 
-    return _render_svg(name, 0.8 + 0.34 * len(entries), draw)
+    return render_svg(name, 0.8 + 0.34 * len(entries), draw)
 
 
 def plot_panels(name: str, panels: Sequence[Panel], draw: Callable[..., None]) -> Svg:
@@ -100,7 +100,7 @@ def plot_panels(name: str, panels: Sequence[Panel], draw: Callable[..., None]) -
             handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=7.5)
 
-    return _render_svg(name, 2.8 + 0.18 * -(-min(len(labels), 18) // 3), draw_all)
+    return render_svg(name, 2.8 + 0.18 * -(-min(len(labels), 18) // 3), draw_all)
 
 
 def draw_curves(axes: Axes, lines: Mapping[str, Line], styles: Mapping[str, Mapping[str, Any]]) -> None:
@@ -156,7 +156,7 @@ def draw_discoverability(axes: Axes, lines: Mapping[str, Line], styles: Mapping[
     axes.set_ylim(bottom=0)
 
 
-def _render_svg(name: str, height: float, draw: Callable[[Figure], None]) -> Svg:
+def render_svg(name: str, height: float, draw: Callable[[Figure], None]) -> Svg:
     """Render a figure (height in inches) in the report's style alone."""
     from matplotlib import style
     from matplotlib.backends.backend_svg import FigureCanvasSVG
