@@ -359,9 +359,9 @@ def summary(name: str, options: Any, result: Any) -> str:
         parts = {"all": result, **{part: result[part] for part in groups if part in result}}
         lines = [_format_metrics(part, {key: numbers.get(key) for key in shown}) for part, numbers in parts.items()]
     elif name == "extract-windows":
-        shown = ("n", "pz", "pz_stderr", "logprob", "logprob_stderr", "exact_match", "exact_match_stderr")
         parts = {"all": result, **result["texts"], **({"base": result["base"]} if "base" in result else {})}
-        lines = [_format_metrics(part, {key: numbers.get(key) for key in shown}) for part, numbers in parts.items()]
+        means = ("n", "pz", "pz_stderr", "logprob", "logprob_stderr", "exact_match", "exact_match_stderr")
+        lines = [_format_metrics(part, {key: numbers.get(key) for key in means}) for part, numbers in parts.items()]
     elif name == "decontaminate":
         lines = [import_module("jax_selftrain.evals.decontamination").describe_report(result)]
     elif name == "leakage":

@@ -245,8 +245,9 @@ def window_metrics(
             edges = np.flatnonzero(np.diff(prefixes, prepend=-1)) if len(begins) else np.zeros(0, np.int64)
             for first, end in pairwise([*edges.tolist(), len(begins)]):
                 block, begin = begins[first:end], int(begins[first])
-                context = np.concatenate([np.array(start, np.int32), tokens[prefixes[first] : begin]])
-                requests.append(LoglikelihoodRequest(context, tokens[begin : int(block[-1]) + layout.window]))
+                context = [*start, *tokens[prefixes[first] : begin].tolist()]
+                continuation = tokens[begin : int(block[-1]) + layout.window].tolist()
+                requests.append(LoglikelihoodRequest(context, continuation))
                 offsets.append(block - begin)
             labels += [f"text {text.name}, document {document}, token {begin}" for begin in begins]
     scores = token_scores(model, requests, batch_tokens=batch_tokens, parts=parts)
