@@ -354,6 +354,9 @@ class DemoConfig:
     """Run the crossover study of six models; takes much longer."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the study."""
+    temperatures: tuple[float, ...] = ()
+    """Further temperatures of the six sources of the study, to relate proxies to the gain over many sources; without
+    arms and claims."""
 
 
 def fill_options(

@@ -18,14 +18,17 @@ from jax_selftrain.experiments.microworld.microworld_study import (
     ONE_MODEL_SCALE,
     MicroScale,
     ModelSpec,
+    add_temperatures,
     make_study,
     make_worlds,
     write_worlds,
 )
 from jax_selftrain.hub import open_model
 from jax_selftrain.io import atomic
+from jax_selftrain.study.design import make_design
 from jax_selftrain.study.run_study import run_study
 
+_GENERATIONS = (", generation 1", ", generation 2", ", generation 3", "")
 SMALL = WorldConfig(
     people=16, probe_copies=(1, 8), probes_per_level=3, agreement_lines=300, sum_lines=300, items_per_task=30,
     heldout_documents=30, two_hop=True,
@@ -118,11 +121,30 @@ def test_the_claims_of_the_crossover_study_can_be_tested(tmp_path: Path) -> None
     run_study(study)
     assert {arm.name for arm in study.arms if arm.students} == {
         *("real text of world A", "real text of world B"),
+        *("half real text of world A", "half real text of world B"),
+        *("four generations", "four generations of all corpora"),
         *("pretraining corpus of world A", "goldfish loss on the corpus of world A"),
     }
     assert study.positive_controls == ("real text of world A", "real text of world B")
     with pytest.raises(InputError, match="cannot be estimated"):
         run_study(replace(study, sources=("A1", "B1", "C1")))
+
+
+def test_every_model_at_six_temperatures_is_36_sources(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="add --study"):
+        demo(DemoConfig(out=str(tmp_path / "out"), temperatures=(0.7,)))
+    scale = add_temperatures(replace(CROSSOVER_SCALE, world=SMALL, vocab_size=400), (0.7, 0.85, 1.15, 1.3, 1.5))
+    write_worlds(tmp_path / "world", scale)
+    untrained = {model.name: tmp_path / "world" / "untrained" / model.name for model in scale.models}
+    study = make_study(tmp_path, scale, (200,), untrained)
+    run_study(replace(study, dry_run=True))
+    assert len(study.sources) == 36
+    assert {model.temperature for model in study.models} == {None, 0.7, 0.85, 1.15, 1.3, 1.5}
+    design = make_design(replace(study, dry_run=True))
+    assert set(design.score_base) == {model.name for model in scale.models}
+    assert {one.identity["temperature"] for one in design.ordered_stages if one.command == "sample"} == {
+        *(0.7, 0.85, 1.0, 1.15, 1.3, 1.5)
+    }
 
 
 @pytest.mark.nightly
@@ -142,6 +164,9 @@ def test_the_crossover_study_ends_with_a_report(tmp_path: Path) -> None:
             "temperature 1.25",
             "many epochs at temperature 1.25",
             "real text of world A",
+            "half real text of world A",
+            *(f"four generations{which}" for which in _GENERATIONS),
+            *(f"four generations of all corpora{which}" for which in _GENERATIONS),
             "pretraining corpus of world A",
             "goldfish loss on the corpus of world A",
         ),

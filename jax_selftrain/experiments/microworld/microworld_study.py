@@ -67,6 +67,8 @@ class MicroScale:
     study: StudyConfig = field(default_factory=StudyConfig)
     """The study, without models and files; the `text` of an arm is a file of each world's folder."""
     vocab_size: int = 640
+    temperatures: tuple[float, ...] = ()
+    """Further temperatures of each source, as sources of their own."""
 
     @property
     def world_ids(self) -> str:
@@ -92,16 +94,34 @@ def demo(config: DemoConfig, scale: MicroScale | None = None) -> Path:
         config: the demo; `config.study` selects the crossover study of six models.
         scale: sizes for tests.
 
-    Returns the path of the report. Raises InputError if the folder has other content, or cannot be written.
+    Returns the path of the report. Raises InputError if options conflict, or the folder has other content or cannot be
+    written.
     """
+    if config.temperatures and not config.study:
+        raise InputError("--temperatures adds sources to the study of six models; add --study")
     scale = scale or (CROSSOVER_SCALE if config.study else ONE_MODEL_SCALE)
     scale = replace(scale, world=replace(scale.world, seed=config.seed))
     if sys.stderr.isatty():
         count = len(scale.models)
         text = f"jax-selftrain demo: writing a micro-world and pretraining {count} model{'s' * (count > 1)}"
         print(text, file=sys.stderr, flush=True)
+    if config.temperatures:
+        scale = add_temperatures(scale, config.temperatures)
     study = _prepare_study(Path(config.out), scale, config.seeds if config.study else (config.seed,))
     return write_report(run_study(study))
+
+
+def add_temperatures(scale: MicroScale, temperatures: Sequence[float]) -> MicroScale:
+    """Add each source at other temperatures, without arms and claims."""
+    names = scale.study.sources
+    sources = (*names, *(format_source(name, one) for name in names for one in temperatures))
+    study = replace(scale.study, sources=sources, arms=(), claims=(), negative_controls=())
+    return replace(scale, study=study, temperatures=tuple(temperatures))
+
+
+def format_source(model: str, temperature: float) -> str:
+    """Return the name of a model at another temperature."""
+    return f"{model} at {temperature:g}"
 
 
 def _prepare_study(out: Path, scale: MicroScale, seeds: Sequence[int]) -> StudyConfig:
@@ -130,6 +150,11 @@ def make_study(out: Path, scale: MicroScale, seeds: Sequence[int], bases: Mappin
             size=f"D {model.width}, L {model.layers}",
         )
         for model in scale.models
+    )
+    models += tuple(
+        replace(model, name=format_source(model.name, one), temperature=one, score=False)
+        for model in models
+        for one in scale.temperatures
     )
     arms = tuple(_fill_worlds(scale, folder))
     return replace(
