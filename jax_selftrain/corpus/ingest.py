@@ -88,9 +88,10 @@ def _choose_id(model: ModelRef, name: str, flag: int | None, default: int | None
     value = default if flag is None else flag
     if value is None:
         raise InputError(f"{model.ref}: names neither BOS nor EOS; choose a token with {yaml_io.flag(name)}")
-    if not 0 <= value < len(model.tokenizer):
+    special = model.special_tokens
+    if not 0 <= value < (special.tokenizer_length or 0) or value in special.unused_ids:
         raise InputError(
-            f"{yaml_io.flag(name)} {value}: the tokenizer of {model.ref} has only {len(model.tokenizer)} tokens"
+            f"{yaml_io.flag(name)} {value}: is no token of {model.ref}, whose ids are below {special.tokenizer_length}"
         )
     return value
 

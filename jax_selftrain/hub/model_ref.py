@@ -31,6 +31,7 @@ from jax_selftrain.hub.tokenizer import (
     read_tokenizer,
     resolve_special_tokens,
     tokenizer_hash,
+    vocabulary_range,
 )
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import hash_json, read_manifest, sha256_file, verify_checksums
@@ -97,7 +98,7 @@ class ModelRef:
     @cached_property
     def tokenizer_fingerprint(self) -> str:
         """SHA-256 (hex) of what turns text into ids, see `tokenizer_hash`."""
-        return tokenizer_hash(self.folder)
+        return tokenizer_hash(self.folder, self.tokenizer)
 
     @cached_property
     def special_tokens(self) -> SpecialTokens:
@@ -108,7 +109,7 @@ class ModelRef:
             raise InputError(f"{path}: is not a JSON object; download it again")
         tokenizer = self.tokenizer if self.has_tokenizer else None
         raw: Mapping[str, Any] = {}
-        size = len(tokenizer or ())
+        size = 0 if tokenizer is None else vocabulary_range(tokenizer)[0]
         if tokenizer is None or (self.folder / CONFIG).is_file():
             raw, size = self.raw_config, self.config.vocab_size
         return resolve_special_tokens(raw, generation, tokenizer, vocab_size=size, where=str(self.folder))

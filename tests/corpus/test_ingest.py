@@ -258,7 +258,7 @@ def test_a_malformed_line_is_named_and_nothing_is_written(tmp_path, model, line,
         ({"limit": 0}, "--limit 0: must be at least 1"),
         ({"max_tokens": 0}, "--max-tokens 0: must be at least 1"),
         ({"samples_per_shard": 0}, "--samples-per-shard 0: must be at least 1"),
-        ({"stop_id": 512}, "--stop-id 512: the tokenizer of .* has only 512 tokens"),
+        ({"stop_id": 512}, "--stop-id 512: is no token of .*, whose ids are below 512"),
         ({"source": "blank.jsonl"}, "holds no text"),
     ],
 )
