@@ -225,8 +225,8 @@ def _check(question: Question, where: str) -> None:
 
 
 def _join_context(context: str, choices: Sequence[str], answer: int, delimiter: str = " ") -> Question:
-    if isinstance(choices, str) or len(choices) < 2:
-        raise ValueError("choices must be a list of at least two strings")
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise ValueError("choices must be a list of at least two strings, not " + type(choices).__name__)
     return Question(context, tuple(delimiter + choice for choice in choices), answer, tuple(map(len, choices)))
 
 

@@ -142,6 +142,21 @@ def options_for(tmp_path, tiny_model, local, **changes):
     return ScoreConfig(**(options | changes))
 
 
+def test_perplexities_beyond_float64_are_none(tmp_path, tiny_model):
+    rolling = [
+        {"metric": f"{unit}_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}
+        for unit in ("word", "byte")
+    ]
+    rows = [{"text": "从前有一个小女孩" * 20}, {"text": "住在森林旁边的小木屋里" * 20}]
+    columns = {"doc_to_text": "", "doc_to_target": "{{text}}", "metric_list": rolling}
+    spec = task("one_word", write_jsonl(tmp_path / "cjk.jsonl", rows), "loglikelihood_rolling", columns)
+    options = options_for(tmp_path, tiny_model, {"files": {"choices": "", "texts": ""}, "folder": ""})
+    folder = str(write_tasks(tmp_path / "tasks", [spec]))
+    found = score(dataclasses.replace(options, tasks=("one_word",), texts=(), task_folder=folder))["tasks"]["one_word"]
+    assert found["word_perplexity"] is None
+    assert 1 < found["byte_perplexity"] < 1e6
+
+
 def test_named_tasks_and_local_files_are_in_one_result(tmp_path, tiny_model, local):
     options = options_for(tmp_path, tiny_model, local)
     result = score(options)

@@ -122,6 +122,20 @@ def test_last_word_perplexity_is_exp_of_the_mean_and_its_error_follows(tmp_path)
     assert metrics["perplexity_stderr"] == pytest.approx(math.exp(2.5) * values.std(ddof=1) / math.sqrt(3))
 
 
+def test_perplexities_beyond_float64_are_none(tmp_path):
+    (task,) = load_tasks([write(tmp_path / "w.jsonl", *[{"context": "a", "continuation": " b"}] * 2)])
+    metrics = compute_metrics(task, [likelihoods(-800.0), likelihoods(-900.0)])
+    assert metrics == {"n": 2, "acc": 0, "acc_stderr": 0, "perplexity": None, "perplexity_stderr": None}
+
+
+@pytest.mark.parametrize("name", ["context", "query"])
+def test_a_mapping_of_choices_is_no_list_of_choices(tmp_path, name):
+    choices = {"text": [" mat", " moon", " sun"], "label": ["A", "B", "C"]}
+    file = write(tmp_path / "t.jsonl", {name: "The cat sat on the", "choices": choices, "answer": 0})
+    with pytest.raises(InputError, match=r"t.jsonl:1: .* choices must be a list of at least two strings, not dict"):
+        load_tasks([file])
+
+
 def test_one_question_has_no_standard_error(tmp_path):
     (task,) = load_tasks([write(tmp_path / "w.jsonl", {"context": "a", "continuation": " b"})])
     assert compute_metrics(task, [likelihoods(-1.0)])["acc_stderr"] is None
