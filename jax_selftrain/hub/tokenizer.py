@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ TOKENIZER_FILES = (
     *("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json"),
 )
 """Files of a tokenizer; never code."""
+_SENTENCEPIECE = ("tokenizer.model", "spiece.model")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 GENERATION_CONFIG = "generation_config.json"
 
@@ -47,6 +49,12 @@ def read_tokenizer(folder: Path) -> Any:
     settings = folder / "tokenizer_config.json"
     if settings.is_file() and "auto_map" in atomic.read_json(settings):
         raise InputError(f"{settings}: auto_map names code, which is never run here; save it as tokenizer.json")
+    is_sentencepiece = any((folder / name).is_file() for name in _SENTENCEPIECE)
+    if is_sentencepiece and not (folder / "tokenizer.json").is_file() and find_spec("sentencepiece") is None:
+        raise InputError(
+            f"{folder}: has {_SENTENCEPIECE[0]} without tokenizer.json, which needs the package sentencepiece; "
+            "pip install 'jax-selftrain[sentencepiece]'"
+        )
     with block_torch_import():
         from transformers import AutoTokenizer
 

@@ -241,7 +241,7 @@ def _correct_multiplicity(entries: Sequence[dict[str, Any]], primary: Sequence[s
 
 
 def _withdraw_preserved(rule: dict[str, Any]) -> None:
-    """Change verdicts on a task that the base cannot do: no loss can show there."""
+    """Change verdicts on a task that the base cannot do."""
     for key in ("verdict", "verdict_adjusted"):
         if rule[key] == "preserved":
             rule[key] = "cannot tell"
