@@ -24,7 +24,7 @@ from jax_selftrain.corpus.schema import Sample
 from jax_selftrain.corpus.shards import CorpusWriter
 from jax_selftrain.corpus.token_source import encode_texts, tokenize_batch
 from jax_selftrain.errors import InputError
-from jax_selftrain.io.jsonl import read_jsonl
+from jax_selftrain.io.jsonl import check_text, read_jsonl
 
 if TYPE_CHECKING:
     from jax_selftrain.hub import ModelRef
@@ -107,15 +107,7 @@ def _hash_texts(texts: Iterable[str], digest: hashlib._Hash) -> Iterator[str]:
 def _valid_texts(texts: TextStream, limit: int | None) -> Iterator[str]:
     """Yield the first `limit` valid, non-blank texts of the source."""
 
-    def check(where: str, value: object) -> str:
-        if not isinstance(value, str | bytes):
-            raise InputError(f"{where}: the text field holds {type(value).__name__}, not text; fix or remove it")
-        try:
-            return value.decode() if isinstance(value, bytes) else value.encode().decode()
-        except UnicodeError as error:  # half a surrogate pair, for instance
-            raise InputError(f"{where}: the text is not valid UTF-8 ({error}); fix or remove it") from None
-
-    checked = (check(where, value) for where, value in texts())
+    checked = (check_text(value, where) for where, value in texts())
     return islice((text for text in checked if text.strip()), limit)
 
 

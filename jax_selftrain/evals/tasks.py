@@ -25,7 +25,7 @@ import numpy as np
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.item_results import ItemResults, Kind, Split, dev_test_split, item_hash
 from jax_selftrain.evals.result_files import describe_mean, is_text, with_stderr
-from jax_selftrain.io.jsonl import read_jsonl
+from jax_selftrain.io.jsonl import check_text, read_jsonl
 from jax_selftrain.stats.estimators import exp_and_stderr, mean_and_stderr, ratio_and_stderr
 
 JsonRow = dict[str, Any]
@@ -84,13 +84,13 @@ def load_texts(paths: Sequence[str], limit: int | None = None) -> list[Task]:
     for path in map(Path, paths):
         questions = []
         for where, row in read_jsonl(path, limit):
-            if not is_text(row.get("text")):
+            if "text" not in row:
                 raise InputError(f"{where}: no text under `text`")
-            if row["text"].strip():
+            if check_text(row["text"], where).strip():
                 questions.append(Question("", (row["text"],), 0, (len(row["text"]),)))
         if not questions:
             raise InputError(f"{path}: no texts in it")
-        tasks.append(Task(path.name.removesuffix(".jsonl"), path, "text", tuple(questions)))
+        tasks.append(Task(_name(path), path, "text", tuple(questions)))
     return tasks
 
 
@@ -155,10 +155,16 @@ def task_metrics(results: ItemResults, texts: Sequence[str] = ()) -> dict[str, A
     return metrics | describe_mean("acc_norm", results.acc_norm) | {"chance": results.chance_accuracy}
 
 
+def split_format(reference: str) -> tuple[str | None, str]:
+    """Split `FORMAT:FILE`; a path may hold other colons."""
+    prefix, colon, rest = reference.partition(":")
+    return (prefix, rest) if colon and prefix in _PUBLISHED else (None, reference)
+
+
 def _resolve(reference: str) -> list[tuple[Path, str | None]]:
     """Return the files of a reference, and the format that it names."""
-    prefix, colon, rest = reference.partition(":")
-    format, path = (prefix, Path(rest)) if colon and prefix in _PUBLISHED else (None, Path(reference))
+    format, file = split_format(reference)
+    path = Path(file)
     if path.is_dir():
         files = sorted(path.glob("*.jsonl"))
         if not files:
@@ -191,7 +197,12 @@ def _load_task(path: Path, format: str | None, limit: int | None) -> Task:
         _check(question, where)
         questions.append(question)
     kind: Kind = "last_word" if format in ("last_word", "lambada") else "choice"
-    return Task(path.name.removesuffix(".jsonl"), path, kind, tuple(questions))
+    return Task(_name(path), path, kind, tuple(questions))
+
+
+def _name(path: Path) -> str:
+    """Return the name of a file without `.jsonl` or `.jsonl.gz`."""
+    return path.name.removesuffix(".gz").removesuffix(".jsonl")
 
 
 def _detect_format(path: Path, row: JsonRow) -> str:

@@ -68,7 +68,7 @@ def test_invalid_lora_options_are_refused(change: dict, message: str, options: O
 
 def test_targets_that_the_model_has_not_are_refused(tiny_model: Callable[..., Path], options: Options):
     model = str(tiny_model("gpt_neox"))  # its MLP has no gate
-    with pytest.raises(InputError, match="--lora-targets gate: .* has no such matrix; choose from q, k, v, o, up"):
+    with pytest.raises(InputError, match=r"--lora-targets gate: .* has no such matrix; choose from q, k, v, o, up"):
         train(options(model=model, lora_rank=2, lora_targets=("gate",)))
 
 

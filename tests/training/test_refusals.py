@@ -30,7 +30,7 @@ def test_a_model_without_tokenizer_is_trained_on_its_own_corpus_alone(
     small_model: Path, corpus_folder: Path, options: Callable[..., TrainConfig], tmp_path: Path
 ):
     bare = shutil.copytree(small_model, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*", "vocab*"))
-    with pytest.raises(InputError, match="bare: holds no tokenizer, but .* was made with one"):
+    with pytest.raises(InputError, match=r"bare: holds no tokenizer, but .* was made with one"):
         train(options(model=str(bare)))
     own = str(tmp_path / "own")
     sample(SampleConfig(model=str(bare), out=own, samples=8, max_tokens=16, batch_size=8, mesh="data=1"))
