@@ -210,7 +210,14 @@ def load_extraction_sets(config: ExtractConfig) -> tuple[ExtractionSet, Extracti
         tokenizer=lambda: models["model"].tokenizer,
     )
     sequences = load(config.sequences, duplicates=config.duplicate_counts)
-    return sequences, load(config.control_sequences) if config.control_sequences else None
+    controls = load(config.control_sequences) if config.control_sequences else None
+    for one in (sequences, controls) if start else ():
+        if one is not None and (doubled := int((one.tokens[:, 0] == start[0]).sum())):
+            raise InputError(
+                f"--start-token {config.start_token}: {doubled:,} of {len(one.tokens):,} prefixes begin with token "
+                f"{start[0]} already; drop --start-token, or set --offset 1"
+            )
+    return sequences, controls
 
 
 def find_start_tokens(config: ExtractConfig) -> list[int]:

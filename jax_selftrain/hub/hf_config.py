@@ -41,6 +41,7 @@ _IGNORED = {
         forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
         begin_suppress_tokens max_new_tokens prefix""",
 }
+_MAX_LAYERS = 10_000
 _IGNORED_KEYS = frozenset(key for keys in _IGNORED.values() for key in keys.split())
 
 _DISABLED_VALUES: dict[str, tuple[Any, ...]] = {
@@ -79,6 +80,8 @@ def _decoder_config(keys: Keys, schema: ConfigSchema) -> DecoderConfig:
         return switch if isinstance(switch, bool) else keys.pop(switch[0], bool, switch[1])
 
     hidden_size, layers, heads = map(keys.size, ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+    if layers > _MAX_LAYERS:
+        keys.refuse("num_hidden_layers", f"is more than {_MAX_LAYERS:,} layers; the file is damaged")
     kv_heads, head_dim = heads, schema.head_dim
     if schema.has_head_keys:
         # Qwen's classes default to 32 key/value heads, which fits only models that say so; absent means all heads.

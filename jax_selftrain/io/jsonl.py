@@ -69,6 +69,8 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def _open_lines(path: Path) -> IO[bytes]:
     """Open a file; decompress gzip; refuse other formats by name."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"{path}: is no regular file (a pipe or a device), and is read more than once; write a file")
     file = open(path, "rb")  # noqa: SIM115
     start = file.peek(6)[:6]
     if start.startswith(b"\x1f\x8b"):

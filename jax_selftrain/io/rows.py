@@ -1,4 +1,4 @@
-"""Rows of the files that users have: JSON Lines, JSON arrays, Parquet, plain text."""
+"""Rows of files: JSON Lines, JSON arrays, Parquet, plain text."""
 
 import json
 from collections.abc import Iterator

@@ -251,6 +251,13 @@ REFUSED: dict[str, tuple[Family, dict[str, Any], list[str]]] = {
         },
         ["rope_scaling", "contradicts rope_parameters in rope_theta"],
     ),
+    "layers of a damaged file": ("llama", {"num_hidden_layers": 10**9}, ["num_hidden_layers", "10,000"]),
+    "theta beyond float64": (
+        "llama",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e999}},
+        ["rope_theta"],
+    ),
+    "kinds that are no text": ("qwen2", {"layer_types": [{}, {}]}, ["layer_types"]),
     "unknown rope": ("qwen2", {"rope_scaling": {"type": "mrope", "mrope_section": [1]}}, ["'mrope'"]),
     "stray rope key": ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0, "alpha": 1}}, ["alpha"]),
     "rope without factor": ("llama", {"rope_scaling": {"type": "linear"}}, ["factor", "None"]),
