@@ -14,6 +14,7 @@ Token rows are used as given. A start token is prepended only on request: a form
 forgetting.
 """
 
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -212,11 +213,15 @@ def load_extraction_sets(config: ExtractConfig) -> tuple[ExtractionSet, Extracti
     sequences = load(config.sequences, duplicates=config.duplicate_counts)
     controls = load(config.control_sequences) if config.control_sequences else None
     for one in (sequences, controls) if start else ():
-        if one is not None and (doubled := int((one.tokens[:, 0] == start[0]).sum())):
-            raise InputError(
+        doubled = 0 if one is None else int((one.tokens[:, 0] == start[0]).sum())
+        if doubled and one is not None:
+            text = (
                 f"--start-token {config.start_token}: {doubled:,} of {len(one.tokens):,} prefixes begin with token "
-                f"{start[0]} already; drop --start-token, or set --offset 1"
+                f"{start[0]} already"
             )
+            if 2 * doubled >= len(one.tokens):
+                raise InputError(f"{text}; drop --start-token, or set --offset 1")
+            print(f"{text}, and have it twice", file=sys.stderr)
     return sequences, controls
 
 

@@ -124,6 +124,13 @@ def test_sampled_generation_follows_the_seed_and_refuses_what_it_cannot_do(tiny_
     assert texts == lm.generate_until(requests) != other.generate_until(requests)
     with pytest.raises(InputError, match=r"generation with num_beams is not supported; possible are do_sample"):
         lm.generate_until(instances("generate_until", [("a", {"until": [], "num_beams": 4})]))
+    neutral = {"until": [], "max_gen_toks": 4, "do_sample": False, "repetition_penalty": 1.0, "num_beams": 1}
+    (plain,) = lm.generate_until(instances("generate_until", [("a", {**neutral})]))
+    assert plain == lm.generate_until(instances("generate_until", [("a", {"max_gen_toks": 4, "until": []})]))[0]
+    with pytest.raises(InputError, match="trust_remote_code: code of models is never run"):
+        our_backend(tiny_model(), trust_remote_code=True)
+    with pytest.raises(InputError, match="nowhere@step1: no such"):
+        our_backend("./nowhere", revision="step1", trust_remote_code=False)
     with pytest.raises(InputError, match=r"--temperature 0\.0: must be a finite number above 0"):
         lm.generate_until(instances("generate_until", [("a", {"do_sample": True, "temperature": 0.0})]))
     with pytest.raises(InputError, match="1024 tokens to generate must be fewer than the model's 1024 positions"):
