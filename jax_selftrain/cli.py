@@ -122,15 +122,25 @@ def _main(argv: list[str]) -> int:
                     import_module("jax_selftrain.report").write_report(options.out)
             text = restore_uris(summary(name, options, result)) if _is_first_process() else ""
         if text:
-            print(text)
+            print(_escape_controls(text))
         return 0
     except SelftrainError as error:
         text = " ".join(str(error).split())
-        print(f"{program}: error: {text if error.shows_local_paths else restore_uris(text)}", file=sys.stderr)
+        text = _escape_controls(text if error.shows_local_paths else restore_uris(text))
+        print(f"{program}: error: {text}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return _INTERRUPTED
+
+
+def _escape_controls(text: str) -> str:
+    """Escape characters of names and files that a terminal obeys."""
+    return re.sub(
+        r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
+        lambda match: match[0].encode("unicode_escape").decode(),
+        text,
+    )
 
 
 def _enable_compilation_cache() -> None:

@@ -45,6 +45,8 @@ def load(cls: type[Config], path: atomic.PathLike) -> Config:
         raise InputError(f"{path}: {reason}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except (RecursionError, ValueError) as error:  # deep nesting; dates and numbers that Python cannot hold
+        raise InputError(f"{path}: {' '.join(str(error).split())}; correct the value") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark is not None else ""

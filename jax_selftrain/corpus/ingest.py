@@ -25,7 +25,8 @@ from jax_selftrain.corpus.schema import Sample
 from jax_selftrain.corpus.shards import CorpusWriter
 from jax_selftrain.corpus.token_source import encode_texts, tokenize_batch
 from jax_selftrain.errors import InputError
-from jax_selftrain.io.jsonl import read_jsonl
+from jax_selftrain.io.jsonl import check_text
+from jax_selftrain.io.rows import read_rows
 
 if TYPE_CHECKING:
     from jax_selftrain.hub import ModelRef
@@ -127,9 +128,10 @@ def _choose_id(model: ModelRef, name: str, flag: int | None, default: int | None
     value = default if flag is None else flag
     if value is None:
         raise InputError(f"{model.ref}: names neither BOS nor EOS; choose a token with {yaml_io.flag(name)}")
-    if not 0 <= value < len(model.tokenizer):
+    special = model.special_tokens
+    if not 0 <= value < (special.tokenizer_length or 0) or value in special.unused_ids:
         raise InputError(
-            f"{yaml_io.flag(name)} {value}: the tokenizer of {model.ref} has only {len(model.tokenizer)} tokens"
+            f"{yaml_io.flag(name)} {value}: is no token of {model.ref}, whose ids are below {special.tokenizer_length}"
         )
     return value
 
@@ -145,15 +147,7 @@ def _hash_texts(texts: Iterable[str], digest: hashlib._Hash) -> Iterator[str]:
 def _valid_texts(texts: TextStream, limit: int | None) -> Iterator[str]:
     """Yield the first `limit` valid, non-blank texts of the source."""
 
-    def check(where: str, value: object) -> str:
-        if not isinstance(value, str | bytes):
-            raise InputError(f"{where}: the text field holds {type(value).__name__}, not text; fix or remove it")
-        try:
-            return value.decode() if isinstance(value, bytes) else value.encode().decode()
-        except UnicodeError as error:  # half a surrogate pair, for instance
-            raise InputError(f"{where}: the text is not valid UTF-8 ({error}); fix or remove it") from None
-
-    checked = (check(where, value) for where, value in texts())
+    checked = (check_text(value, where) for where, value in texts())
     return islice((text for text in checked if text.strip()), limit)
 
 
@@ -184,10 +178,12 @@ def _open_source(config: ImportCorpusConfig) -> TextStream:
     elif kind == "datasets" or path.is_dir():
         values = _open_dataset(rest if kind == "datasets" else path, config)
     elif path.is_file():
-        return lambda: ((where, _field(row, config.text_field, where)) for where, row in read_jsonl(path))
+        _refuse_split(config, "train")
+        return lambda: ((where, _field(row, config.text_field, where)) for where, row in read_rows(path))
     else:
         raise InputError(
-            f"{path}: no such file or folder; give a JSONL file, a `save_to_disk` folder, tfds:FOLDER or datasets:NAME"
+            f"{path}: no such file or folder; give a JSONL, Parquet or text file, a `save_to_disk` folder, tfds:FOLDER "
+            "or datasets:NAME"
         )
     return lambda: ((f"{config.source} row {row}", value) for row, value in enumerate(values()))
 
@@ -199,6 +195,12 @@ def _field(entry: Mapping[str, object], text_field: str, where: str) -> object:
             f"{where}: has no field {text_field!r} (its fields: {names}); name the right one with --text-field"
         )
     return entry[text_field]
+
+
+def _refuse_split(config: ImportCorpusConfig, only: str) -> None:
+    """Refuse a split other than the only one of a source."""
+    if config.split not in ("train", only):
+        raise InputError(f"--split {config.split}: {config.source} has no splits; drop --split, or name another source")
 
 
 def _check_split(config: ImportCorpusConfig, split: str, found: Mapping[str, Any]) -> None:
@@ -225,11 +227,13 @@ def _open_dataset(name: str | Path, config: ImportCorpusConfig) -> Callable[[], 
         else:
             path, _, subset = name.partition(":")
             found = datasets.load_dataset(path, subset or None, split=config.split)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # damaged files raise nearly anything
         raise InputError(f"{config.source}: `datasets.{function}` cannot open it ({_first_line(error)})") from error
     if isinstance(found, datasets.DatasetDict):
         _check_split(config, config.split, found)
         found = found[config.split]
+    elif isinstance(name, Path):
+        _refuse_split(config, str(found.split))
     _field(dict.fromkeys(found.column_names), config.text_field, config.source)
     column = found.select_columns([config.text_field])
     return lambda: chain.from_iterable(batch[config.text_field] for batch in column.iter(batch_size=256))
@@ -244,18 +248,37 @@ def _open_tfds(folder: str, config: ImportCorpusConfig) -> Callable[[], Iterable
         ) from error
     if not Path(folder, "dataset_info.json").is_file():
         raise InputError(f"{config.source}: not a TFDS folder (no dataset_info.json); give the folder of one version")
-    builder = tfds.builder_from_directory(folder)
-    _check_split(config, config.split.partition("[")[0], builder.info.splits)
-    _field(dict.fromkeys(builder.info.features), config.text_field, config.source)
+    try:
+        builder = tfds.builder_from_directory(folder)
+        features = dict.fromkeys(builder.info.features)
+    except Exception as error:  # damaged files raise nearly anything; before version 4 there was no features.json
+        raise InputError(
+            f"{config.source}: tensorflow-datasets cannot open it ({_first_line(error)}); copy the folder again, or "
+            "prepare the data set with tensorflow-datasets 4 or later"
+        ) from error
+    for part in config.split.split("+"):
+        _check_split(config, part.partition("[")[0].strip(), builder.info.splits)
+    _field(features, config.text_field, config.source)
     try:
         rows = builder.as_data_source(split=config.split)
-    except (ImportError, NotImplementedError, ValueError) as error:
+    except Exception as error:
         raise InputError(
-            f"{config.source}: {builder.info.file_format.value} files cannot be read here ({_first_line(error)}); "
-            "prepare the data set with file_format array_record or parquet"
+            f"{config.source}: --split {config.split} of {builder.info.file_format.value} files cannot be read "
+            f"({_first_line(error)}); check the split, or prepare the data set with file_format array_record or parquet"
         ) from error
-    return lambda: (rows[row][config.text_field] for row in range(len(rows)))
+
+    def read() -> Iterator[object]:
+        for row in range(len(rows)):
+            try:
+                value = rows[row][config.text_field]
+            except Exception as error:
+                raise InputError(f"{config.source} row {row}: cannot be read ({_first_line(error)})") from error
+            if value is None:
+                raise InputError(f"{config.source} row {row}: is missing; its file is damaged, so copy it again")
+            yield value
+
+    return read
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{type(error).__name__}: {error}".strip(": \n").splitlines()[0][:300]

@@ -124,9 +124,14 @@ def open_corpus(ref: atomic.PathLike | Corpus, *, tokenizer_fingerprint: str | N
     """
     corpus = ref if isinstance(ref, Corpus) else Corpus(Path(ref), _read_manifest(Path(ref)))
     found = corpus.manifest["tokenizer_fingerprint"]
+    if tokenizer_fingerprint is not None and found is None:
+        raise InputError(
+            f"{corpus.folder}: was sampled from a model without a tokenizer, so its tokens have no text; add the "
+            "tokenizer to that model, and sample it again"
+        )
     if tokenizer_fingerprint is not None and found != tokenizer_fingerprint:
         raise InputError(
-            f"{corpus.folder}: its tokens come from another tokenizer (corpus {str(found)[:8]}…, model "
+            f"{corpus.folder}: its tokens come from another tokenizer (corpus {found[:8]}…, model "
             f"{tokenizer_fingerprint[:8]}…); retokenize it for the model, or import its text again"
         )
     return corpus

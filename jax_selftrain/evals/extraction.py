@@ -14,6 +14,7 @@ Token rows are used as given. A start token is prepended only on request: a form
 forgetting.
 """
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -222,7 +223,18 @@ def load_extraction_sets(config: ExtractConfig) -> tuple[ExtractionSet, Extracti
         tokenizer=lambda: models["model"].tokenizer,
     )
     sequences = load(config.sequences, duplicates=config.duplicate_counts)
-    return sequences, load(config.control_sequences) if config.control_sequences else None
+    controls = load(config.control_sequences) if config.control_sequences else None
+    for one in (sequences, controls) if start else ():
+        doubled = 0 if one is None else int((one.tokens[:, 0] == start[0]).sum())
+        if doubled and one is not None:
+            text = (
+                f"--start-token {config.start_token}: {doubled:,} of {len(one.tokens):,} prefixes begin with token "
+                f"{start[0]} already"
+            )
+            if 2 * doubled >= len(one.tokens):
+                raise InputError(f"{text}; drop --start-token, or set --offset 1")
+            print(f"{text}, and have it twice", file=sys.stderr)
+    return sequences, controls
 
 
 def find_start_tokens(config: ExtractConfig | ExtractWindowsConfig) -> list[int]:

@@ -28,10 +28,11 @@ from jax_selftrain.corpus import (
     open_corpus,
 )
 from jax_selftrain.errors import InputError
-from jax_selftrain.evals.result_files import describe_mean, is_text, output_paths, write_results
+from jax_selftrain.evals.result_files import describe_mean, output_paths, write_results
 from jax_selftrain.evals.sequences import load_npy
-from jax_selftrain.io.jsonl import read_jsonl
+from jax_selftrain.io.jsonl import check_text
 from jax_selftrain.io.manifest import sha256_file
+from jax_selftrain.io.rows import read_rows
 from jax_selftrain.stats.estimators import wilson_interval
 from jax_selftrain.version import versions
 
@@ -137,7 +138,7 @@ def _load_tokenizer(config: LeakageConfig, corpus: Corpus) -> Any:
 
 
 def _iter_texts(path: Path, field: str) -> Iterator[str]:
-    for where, row in read_jsonl(path):
-        if not is_text(row.get(field)):
+    for where, row in read_rows(path):
+        if field not in row:
             raise InputError(f"{where}: no text under {field!r}; name the right field with --text-field")
-        yield row[field]
+        yield check_text(row[field], where)

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 MAX_GEN_TOKS = 256
 """Default of `HFLM.max_gen_toks`."""
 _GENERATION = frozenset({"until", "max_gen_toks", "do_sample", *POLICY_FIELDS})
+_NEUTRAL = {"repetition_penalty": 1.0, "length_penalty": 1.0, "num_beams": 1, "no_repeat_ngram_size": 0}
+"""Other options of generation, and the values that change nothing."""
 
 
 class AnsweredInstance(NamedTuple):
@@ -72,6 +74,8 @@ class HarnessLM(TemplateLM):
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool | None = None,
         seed: int = 0,
         loglikelihood_fn: LoglikelihoodFn | None = None,
     ):
@@ -84,6 +88,8 @@ class HarnessLM(TemplateLM):
           batch_tokens: token positions in one device batch of the likelihood engine; None: its default.
           batch_size: rows per replica in generation; None or "auto": 64.
           max_batch_size, device: passed by the harness; `device` must be None.
+          revision: of a model of the hub.
+          trust_remote_code: must be unset or false; code of models is never run.
           seed: of generation with `do_sample`.
           loglikelihood_fn: replaces `likelihood.loglikelihoods`, for instance to resume after an interruption.
 
@@ -93,7 +99,10 @@ class HarnessLM(TemplateLM):
         super().__init__()
         if device is not None:
             raise InputError(f"device={device} cannot be chosen here: JAX_PLATFORMS chooses it, and mesh divides it")
+        if trust_remote_code not in (None, False, "False", "false"):
+            raise InputError("trust_remote_code: code of models is never run here; leave it out")
         if not isinstance(pretrained, hub.LoadedModel):
+            pretrained = f"{pretrained}@{revision}" if revision else pretrained
             pretrained = hub.load_model(str(pretrained), mesh.replace(":", ","), dtype, preset=preset)
         check_tokenizer(pretrained)
         self.model = pretrained
@@ -274,7 +283,7 @@ def _parse_batch_size(batch_size: int | str | None) -> int:
 
 def _sampling_params(model: hub.LoadedModel, options: Mapping[str, Any], where: str) -> SamplingParams:
     """Translate generation options; temperature 0 without `do_sample`."""
-    unknown = sorted(options.keys() - _GENERATION)
+    unknown = sorted(name for name in options.keys() - _GENERATION if options[name] != _NEUTRAL.get(name))
     if unknown:
         raise InputError(
             f"{where}: generation with {unknown[0]} is not supported"

@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from importlib import metadata
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -26,6 +27,7 @@ from jax_selftrain.evals.harness_index import make_task_manager, task_members
 from jax_selftrain.evals.item_results import ITEMS, REQUESTS, log_odds
 from jax_selftrain.io.manifest import hash_json
 from jax_selftrain.likelihood.engine import LoglikelihoodFn
+from jax_selftrain.stats.estimators import finite_exp
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -159,8 +161,10 @@ def evaluate_tasks(
       `requests` and `items` (`item_results.REQUESTS`, `ITEMS`), and `generations` if a task generates.
 
     Raises:
-      InputError: a request does not fit the model, or its log-likelihood is not a finite number.
+      InputError: a request does not fit the model, its log-likelihood is not a finite number, or a metric of a task
+        cannot be computed.
     """
+    from lm_eval.api import metrics as harness_metrics
     from lm_eval.evaluator import evaluate
 
     from jax_selftrain.evals.lm_eval_adapter import HarnessLM
@@ -169,14 +173,25 @@ def evaluate_tasks(
     _set_seeds()
     # The harness prints its progress to stdout. Its bootstrap would fork, which breaks JAX's threads.
     allow = {"DISABLE_MULTIPROC": "1", **({"HF_ALLOW_CODE_EVAL": "1"} if confirm_run_unsafe_code else {})}
-    with patch.dict(os.environ, allow), redirect_stdout(sys.stderr):
-        results = evaluate(
-            *(lm, tasks),
-            limit=limit,
-            bootstrap_iters=BOOTSTRAPS,
-            log_samples=True,
-            confirm_run_unsafe_code=confirm_run_unsafe_code,
-        )
+    # Its perplexities raise OverflowError beyond float64; infinity becomes None in `_metrics`.
+    safe_math = SimpleNamespace(**(vars(math) | {"exp": _exp_or_infinity}))
+    with (
+        patch.dict(os.environ, allow),
+        patch.object(harness_metrics, "math", safe_math),
+        np.errstate(invalid="ignore"),
+        redirect_stdout(sys.stderr),
+    ):
+        try:
+            results = evaluate(
+                *(lm, tasks),
+                limit=limit,
+                bootstrap_iters=BOOTSTRAPS,
+                log_samples=True,
+                confirm_run_unsafe_code=confirm_run_unsafe_code,
+            )
+        except ArithmeticError as error:  # a task may have its own function for a metric
+            names = ", ".join(tasks["tasks"])
+            raise InputError(f"a metric of {names} cannot be computed ({error}); remove it from the task") from error
     if results is None:
         raise AssertionError("the harness returns results on rank 0, which is the only one")
     order = {name: i for i, name in enumerate(tasks["tasks"])}
@@ -319,6 +334,11 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, Any]:
             label = metric if filter_name == "none" else f"{filter_name}/{metric}"
             metrics[label] = float(value) if is_number else None
     return metrics
+
+
+def _exp_or_infinity(value: float) -> float:
+    result = finite_exp(value)
+    return math.inf if result is None else result
 
 
 def _set_seeds() -> None:

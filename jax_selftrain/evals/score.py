@@ -193,7 +193,11 @@ def _task_requests(
     model: hub.LoadedModel | hub.ModelRef, task: Task
 ) -> Iterator[tuple[tuple[str, int, int], LoglikelihoodRequest]]:
     """Yield the index and the request of each choice."""
-    pairs = [(question.context, continuation) for question in task.questions for continuation in question.continuations]
+    pairs = [
+        (question.contexts[choice] if question.contexts else question.context, continuation)
+        for question in task.questions
+        for choice, continuation in enumerate(question.continuations)
+    ]
     requests = iter(encode_pairs(model.tokenizer, start_token(model), pairs))
     for doc, question in enumerate(task.questions):
         for choice, continuation in enumerate(question.continuations):

@@ -2,14 +2,15 @@
 
 A reference is `FILE.npy` (integers [N, T]), `PREFIX.npy:SUFFIX.npy` or the folder of the pair
 (lm-extraction-benchmark), `FILE.jsonl` (`tokens` or `text`), `FILE.parquet` or FOLDER[:SPLIT] with a column `tokens`
-(pythia-memorized-evals), or a `save_to_disk` folder of `datasets`. Optional columns are `index` (sequence id) and
+(pythia-memorized-evals), `input_ids` or `token_ids` (pretokenized Pile), or a `save_to_disk` folder of `datasets`.
+Special strings such as `</s>` in a text are plain text. Optional columns are `index` (sequence id) and
 `duplicates` (number of copies in the training data). Pickled object arrays are refused.
 """
 
 import functools
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,13 @@ import pyarrow.types as types
 from numpy.lib.stride_tricks import sliding_window_view
 
 from jax_selftrain.errors import InputError
-from jax_selftrain.io.jsonl import read_jsonl
+from jax_selftrain.io.jsonl import check_text, read_jsonl
 from jax_selftrain.io.manifest import hash_json, sha256_file
+from jax_selftrain.likelihood.tokenize import encode_text
 
 _SPLIT_FILE = re.compile(r"(?P<split>.+?)-\d+-of-\d+.*\.parquet")
+_TOKENS = ("tokens", "input_ids", "token_ids")
+"""Names of the column of tokens, in order of precedence."""
 _DATASET_FILES = ("state.json", "dataset_dict.json")
 
 
@@ -180,13 +184,50 @@ def _read(
         begin = window.offset + (width - window.prefix if len(files) == 2 else 0)
         return _to_table(arrays[0] if len(arrays) == 1 else np.hstack(arrays)), begin, []
     if files[0].suffix == ".parquet":
-        table = pa.concat_tables([_read_parquet(file) for file in files])
-    elif path.is_dir():
-        table = _read_dataset(path)
+        table = _concat_shards(reference, {file: _read_parquet(file) for file in files})
+    elif path.is_dir() or _split_folder(reference) is not None:
+        table = _read_dataset(_split_folder(reference) or path)
     else:
         table, labels = _read_jsonl_table(path, limit, tokenizer)
         return table, window.offset, labels
     return table.slice(0, limit), window.offset, []
+
+
+def _split_folder(reference: str) -> Path | None:
+    """Return the folder of a split of a `save_to_disk` data set, FOLDER:SPLIT."""
+    first, _, second = reference.rpartition(":")
+    folder = Path(first) / second
+    is_split = bool(first) and not Path(reference).exists() and (Path(first) / _DATASET_FILES[1]).is_file()
+    return folder if is_split and folder.is_dir() else None
+
+
+def _concat_shards(reference: str, shards: Mapping[Path, pa.Table]) -> pa.Table:
+    """Concatenate shards, whose integers may have unlike types."""
+    (first, head), *others = shards.items()
+    for file, table in others:
+        if {*table.column_names} != {*head.column_names}:
+            raise InputError(
+                f"{file}: has the columns {_names(table)}, but {first} has {_names(head)}; write all shards alike"
+            )
+    tables = [table.select(head.column_names) for table in shards.values()]
+    if any(table.schema.types != head.schema.types for table in tables):
+        for table in tables:
+            _flatten_tokens(reference, table)  # refuses what is no list of whole numbers
+        wide = {"tokens": pa.large_list(pa.int64()), "index": pa.int64(), "duplicates": pa.int64()}
+        schema = pa.schema([(name, wide[name]) for name in head.column_names])
+        try:
+            tables = [table.cast(schema) for table in tables]
+        except pa.ArrowException as error:
+            raise InputError(f"{reference}: its shards cannot be joined ({_one_line(error)})") from None
+    return pa.concat_tables(tables)
+
+
+def _names(table: pa.Table) -> str:
+    return ", ".join(table.column_names) or "none"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _to_table(array: np.ndarray) -> pa.Table:
@@ -201,14 +242,16 @@ def _files(reference: str) -> list[Path]:
     path = Path(reference)
     if path.is_file():
         return [path]
-    first, colon, second = reference.partition(":")
-    if second.endswith(".npy"):
-        pair = [Path(first), Path(second)]
+    if reference.endswith(".npy") and ".npy:" in reference:
+        pair = [Path(f"{name}.npy") for name in reference.removesuffix(".npy").split(".npy:", 1)]
         for file in pair:
             if not file.is_file():
                 raise InputError(f"{file}: no such file")
         return pair
-    folder, split = (Path(first), second) if colon else (path, "")
+    first, colon, second = reference.rpartition(":")
+    folder, split = (Path(first), second) if colon and not path.is_dir() else (path, "")
+    if (inner := _split_folder(reference)) is not None:
+        folder, split = inner, ""
     if not folder.is_dir():
         raise InputError(f"{reference}: no such file or folder")
     if any((folder / name).is_file() for name in _DATASET_FILES):
@@ -235,7 +278,7 @@ def _files(reference: str) -> list[Path]:
 def _flatten_tokens(where: str, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     """Return the concatenated tokens, and the length of each sequence."""
     if "tokens" not in table.column_names:
-        raise InputError(f"{where}: has no column `tokens` (its columns: {', '.join(table.column_names) or 'none'})")
+        raise InputError(f"{where}: has no column `tokens`, `input_ids` or `token_ids` (its columns: {_names(table)})")
     column = table["tokens"]
     lists = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which copies
     is_list = any(test(lists.type) for test in (types.is_list, types.is_large_list, types.is_fixed_size_list))
@@ -253,7 +296,16 @@ def _optional_column(where: str, table: pa.Table, name: str) -> np.ndarray | Non
     values = table[name]
     if not types.is_integer(values.type) or values.null_count:
         raise InputError(f"{where}: its column `{name}` must hold a whole number for every sequence")
-    return values.to_numpy().astype(np.int64)
+    return _check_numbers(where, name, values.to_numpy())
+
+
+def _check_numbers(where: str, name: str, values: np.ndarray) -> np.ndarray:
+    """Return int64; refuse larger numbers, and negative counts."""
+    if values.size and int(values.max()) >= 2**63:
+        raise InputError(f"{where}: `{name}` holds {int(values.max())}, which does not fit 64 bits with a sign")
+    if name == "duplicates" and values.size and int(values.min()) < 0:
+        raise InputError(f"{where}: `duplicates` holds {int(values.min())}; a number of copies is 0 or more")
+    return values.astype(np.int64)
 
 
 def _read_jsonl_table(path: Path, limit: int | None, tokenizer: Callable[[], Any]) -> tuple[pa.Table, list[str]]:
@@ -263,9 +315,12 @@ def _read_jsonl_table(path: Path, limit: int | None, tokenizer: Callable[[], Any
     optional: dict[str, list[int]] = {"index": [], "duplicates": []}
     tokenizer = functools.cache(tokenizer)
     for where, row in read_jsonl(path, limit):
-        if "tokens" not in row and not isinstance(row.get("text"), str):
-            raise InputError(f"{where}: neither `tokens` nor `text`")
-        tokens = row["tokens"] if "tokens" in row else tokenizer().encode(row["text"], add_special_tokens=False)
+        if "tokens" in row:
+            tokens = row["tokens"]
+        else:
+            if not isinstance(row.get("text"), str):
+                raise InputError(f"{where}: neither `tokens` nor `text`")
+            tokens = encode_text(tokenizer(), check_text(row["text"], where))[0]
         if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
             raise InputError(f"{where}: `tokens` must be a list of whole numbers")
         if any(abs(token) >= 2**31 for token in tokens):
@@ -312,16 +367,27 @@ def _read_duplicates(path: str, n: int, given: np.ndarray | None) -> np.ndarray:
     array = load_npy(path)
     if array.ndim != 1 or len(array) < n:
         raise InputError(f"{path}: must hold one number for each of {n} sequences, not {list(array.shape)}")
-    return np.asarray(array[:n], np.int64)
+    return _check_numbers(path, "duplicates", array[:n])
 
 
 def _read_parquet(path: Path) -> pa.Table:
     try:
         with pq.ParquetFile(path, memory_map=True) as file:
-            wanted = [name for name in ("tokens", "index", "duplicates") if name in file.schema_arrow.names]
-            return file.read(columns=wanted or None)
+            return _select_columns(file.schema_arrow.names, lambda names: file.read(columns=names))
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{path}: cannot be read as Parquet ({' '.join(str(error).split())[:200]})") from None
+
+
+def _select_columns(found: Sequence[str], read: Callable[[list[str]], pa.Table]) -> pa.Table:
+    """Read the known columns; the first of `_TOKENS` becomes `tokens`.
+
+    Without such a column, all are read, so that the error can name them.
+    """
+    tokens = next((name for name in _TOKENS if name in found), None)
+    if tokens is None:
+        return read(list(found))
+    table = read([tokens, *(name for name in ("index", "duplicates") if name in found)])
+    return table.rename_columns(["tokens", *table.column_names[1:]])
 
 
 def _read_dataset(folder: Path) -> pa.Table:
@@ -329,11 +395,13 @@ def _read_dataset(folder: Path) -> pa.Table:
 
     try:
         found = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(
-            f"{folder}: `datasets.load_from_disk` cannot open it ({' '.join(str(error).split())[:200]})"
-        ) from None
-    if isinstance(found, datasets.DatasetDict):
-        raise InputError(f"{folder}: holds the splits {', '.join(found)}; give the folder of one, as {folder}/SPLIT")
-    wanted = [name for name in ("tokens", "index", "duplicates") if name in found.column_names]
-    return found.select_columns(wanted).with_format("arrow")[:]
+        if isinstance(found, datasets.DatasetDict):
+            raise InputError(
+                f"{folder}: holds the splits {', '.join(found)}; give the folder of one, as {folder}:SPLIT"
+            )
+        columns = found.column_names
+        return _select_columns(columns, lambda names: found.select_columns(names).with_format("arrow")[:])
+    except InputError:
+        raise
+    except Exception as error:  # a damaged state.json raises nearly anything
+        raise InputError(f"{folder}: `datasets.load_from_disk` cannot open it ({_one_line(error)})") from None

@@ -1,9 +1,9 @@
 """Tasks from local JSONL files: multiple choice, last-word prediction, perplexity of texts.
 
 Our formats join context and continuation without a separator. Published formats are read as published, and prompted as
-in lm-evaluation-harness 0.4.13 (`blimp_*`, `arc_easy`, `piqa`, `lambada_openai`): one space between context and choice,
-also before a BLiMP sentence, whose context is empty. `FORMATS` lists the columns. Any row may have a `cluster`, a label
-(entity, template) that it shares with the questions that it depends on.
+in lm-evaluation-harness 0.4.13 (`blimp_*`, `arc_easy`, `piqa`, `lambada_openai`, `sciq`, `winogrande`): one space
+between context and choice, also before a BLiMP sentence, whose context is empty. `FORMATS` lists the columns. Any row
+may have a `cluster`, a label (entity, template) that it shares with the questions that it depends on.
 
 A text is scored as it would be sampled: start token, then its tokens, without an end token. (lm-evaluation-harness lets
 Llama-like tokenizers add a second BOS and scores its prediction.) The document is the unit of standard errors, because
@@ -25,7 +25,8 @@ import numpy as np
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.item_results import ItemResults, Kind, Split, dev_test_split, item_hash
 from jax_selftrain.evals.result_files import describe_mean, is_text, with_stderr
-from jax_selftrain.io.jsonl import read_jsonl
+from jax_selftrain.io.jsonl import check_text
+from jax_selftrain.io.rows import read_rows
 from jax_selftrain.stats.estimators import exp_and_stderr, mean_and_stderr, ratio_and_stderr
 
 JsonRow = dict[str, Any]
@@ -44,6 +45,8 @@ class Question:
     """Number of characters of each choice, for `acc_norm`."""
     cluster: str | None = None
     """Label of dependent questions (an entity, a template)."""
+    contexts: tuple[str, ...] = ()
+    """Context of each choice, if they differ (WinoGrande)."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def load_tasks(references: Sequence[str], limit: int | None = None) -> list[Task
 
 
 def load_texts(paths: Sequence[str], limit: int | None = None) -> list[Task]:
-    """Read the `text` field of JSONL files; skip blank texts.
+    """Read the `text` field of files (`read_rows`); skip blank texts.
 
     Raises:
       InputError: a file is missing or not JSONL, has a line without text, or has no texts.
@@ -83,14 +86,14 @@ def load_texts(paths: Sequence[str], limit: int | None = None) -> list[Task]:
     tasks = []
     for path in map(Path, paths):
         questions = []
-        for where, row in read_jsonl(path, limit):
-            if not is_text(row.get("text")):
+        for where, row in read_rows(path, limit):
+            if "text" not in row:
                 raise InputError(f"{where}: no text under `text`")
-            if row["text"].strip():
-                questions.append(Question("", (row["text"],), 0, (len(row["text"]),)))
+            if (text := check_text(row["text"], where)).strip():
+                questions.append(Question("", (text,), 0, (len(text),)))
         if not questions:
             raise InputError(f"{path}: no texts in it")
-        tasks.append(Task(path.name.removesuffix(".jsonl"), path, "text", tuple(questions)))
+        tasks.append(Task(_name(path), path, "text", tuple(questions)))
     return tasks
 
 
@@ -155,10 +158,16 @@ def task_metrics(results: ItemResults, texts: Sequence[str] = ()) -> dict[str, A
     return metrics | describe_mean("acc_norm", results.acc_norm) | {"chance": results.chance_accuracy}
 
 
+def split_format(reference: str) -> tuple[str | None, str]:
+    """Split `FORMAT:FILE`; a path may hold other colons."""
+    prefix, colon, rest = reference.partition(":")
+    return (prefix, rest) if colon and prefix in _PUBLISHED else (None, reference)
+
+
 def _resolve(reference: str) -> list[tuple[Path, str | None]]:
     """Return the files of a reference, and the format that it names."""
-    prefix, colon, rest = reference.partition(":")
-    format, path = (prefix, Path(rest)) if colon and prefix in _PUBLISHED else (None, Path(reference))
+    format, file = split_format(reference)
+    path = Path(file)
     if path.is_dir():
         files = sorted(path.glob("*.jsonl"))
         if not files:
@@ -175,7 +184,7 @@ def _resolve(reference: str) -> list[tuple[Path, str | None]]:
 
 
 def _load_task(path: Path, format: str | None, limit: int | None) -> Task:
-    rows = list(read_jsonl(path, limit))
+    rows = list(read_rows(path, limit))
     if not rows:
         raise InputError(f"{path}: no questions in it")
     format = format or _detect_format(path, rows[0][1])
@@ -191,7 +200,12 @@ def _load_task(path: Path, format: str | None, limit: int | None) -> Task:
         _check(question, where)
         questions.append(question)
     kind: Kind = "last_word" if format in ("last_word", "lambada") else "choice"
-    return Task(path.name.removesuffix(".jsonl"), path, kind, tuple(questions))
+    return Task(_name(path), path, kind, tuple(questions))
+
+
+def _name(path: Path) -> str:
+    """Return the name of a file without `.jsonl` or `.jsonl.gz`."""
+    return path.name.removesuffix(".gz").removesuffix(".jsonl")
 
 
 def _detect_format(path: Path, row: JsonRow) -> str:
@@ -210,7 +224,7 @@ def _detect_format(path: Path, row: JsonRow) -> str:
 
 
 def _check(question: Question, where: str) -> None:
-    if not all(is_text(text) for text in (question.context, *question.continuations)):
+    if not all(is_text(text) for text in (question.context, *question.contexts, *question.continuations)):
         raise InputError(f"{where}: context, choices and continuation must be texts")
     if any(length == 0 for length in question.lengths):
         raise InputError(f"{where}: an empty choice or continuation has no likelihood")
@@ -225,8 +239,8 @@ def _check(question: Question, where: str) -> None:
 
 
 def _join_context(context: str, choices: Sequence[str], answer: int, delimiter: str = " ") -> Question:
-    if isinstance(choices, str) or len(choices) < 2:
-        raise ValueError("choices must be a list of at least two strings")
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise ValueError("choices must be a list of at least two strings, not " + type(choices).__name__)
     return Question(context, tuple(delimiter + choice for choice in choices), answer, tuple(map(len, choices)))
 
 
@@ -236,6 +250,27 @@ def _read_arc(row: JsonRow) -> Question:
         answer = choices["label"].index(row["answerKey"])
         return _join_context(f"Question: {row['question']}\nAnswer:", choices["text"], answer)
     return _join_context(row["query"], row["choices"], row["gold"] if "gold" in row else row["answer"])
+
+
+def _read_sciq(row: JsonRow) -> Question:
+    choices = [row["distractor1"], row["distractor2"], row["distractor3"], row["correct_answer"]]
+    context = f"{row.get('support', '').lstrip()}\nQuestion: {row['question']}\nAnswer:"
+    return _join_context(context, choices, 3)
+
+
+def _read_winogrande(row: JsonRow) -> Question:
+    """Read a sentence with a gap.
+
+    Each option ends a context; the rest of the sentence is scored.
+    """
+    before, gap, rest = row["sentence"].partition("_")
+    if not gap:
+        raise ValueError("the sentence must have a gap, _")
+    if str(row["answer"]) not in ("1", "2"):
+        raise ValueError(f"the answer must be 1 or 2, not {row['answer']!r}")
+    contexts = (before + row["option1"], before + row["option2"])
+    rest = rest.strip()
+    return Question(row["sentence"], (f" {rest}",) * 2, int(row["answer"]) - 1, (len(rest),) * 2, contexts=contexts)
 
 
 def _read_lambada(row: JsonRow) -> Question:
@@ -266,14 +301,18 @@ _READERS: dict[str, Callable[[JsonRow], Question]] = {
     "arc": _read_arc,
     "piqa": lambda row: _join_context(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], row["label"]),
     "lambada": _read_lambada,
+    "sciq": _read_sciq,
+    "winogrande": _read_winogrande,
 }
-_PUBLISHED = ("arc", "blimp", "lambada", "piqa")
+_PUBLISHED = ("arc", "blimp", "lambada", "piqa", "sciq", "winogrande")
 FORMATS: dict[str, list[set[str]]] = {
     "choices": [{"context", "choices", "answer"}],
     "last_word": [{"context", "continuation"}],
     "blimp": [{"sentence_good", "sentence_bad"}],
     "arc": [{"query", "choices", "gold"}, {"query", "choices", "answer"}, {"question", "choices", "answerKey"}],
     "piqa": [{"goal", "sol1", "sol2"}],
+    "sciq": [{"question", "distractor1", "distractor2", "distractor3", "correct_answer"}],
+    "winogrande": [{"sentence", "option1", "option2", "answer"}],
 }
 """Columns by which a format is detected. PIQA also needs `label` or the file `NAME-labels.lst`. LAMBADA (column `text`)
 must be named."""

@@ -35,7 +35,7 @@ class Keys:
         if value is None:
             return default
         kinds = kind if isinstance(kind, tuple) else (kind,)
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        if not isinstance(value, kinds) or (isinstance(value, bool) and not {bool, object} & {*kinds}):
             self.refuse(key, f"should be {' or '.join(k.__name__ for k in kinds)}")
         return value
 
@@ -62,11 +62,15 @@ class Keys:
     def finish(self, disabled: Mapping[str, tuple[Any, ...]] | None = None) -> None:
         """Raise InputError about any key that no reader read.
 
+        Null and false switch off a feature that the model does not have anyway.
+
         Args:
-          disabled: by key the values that switch off a feature.
+          disabled: by key the only values that switch off a feature.
         """
         remedy = "" if disabled is None else "; if it does not, drop it by `convert --ignore-config-keys`"
+        disabled = disabled or {}
         for key, value in self._raw.items():
-            if key not in self._known and value not in (disabled or {}).get(key, ()):
+            is_off = value in disabled[key] if key in disabled else value is None or value is False
+            if key not in self._known and not is_off:
                 why = f"is not supported: ignoring it could change the model's output{remedy}"
                 raise InputError(f"{self.path}: {key} = {value!r} {why}")

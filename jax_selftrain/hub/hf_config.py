@@ -26,7 +26,8 @@ _IGNORED = {
         attn_implementation _attn_implementation _attn_implementation_autoset _experts_implementation
         tie_last_hidden_states keys_to_ignore_at_inference chunk_size_feed_forward use_bfloat16 tf_legacy_loss
         is_llama_config transformers.js_config unsloth_fixed unsloth_version model_type
-        reorder_and_upcast_attn""",
+        reorder_and_upcast_attn custom_pipelines num_steps _flash_attn_2_enabled tokenizer_model_max_length
+        use_deepspeed_checkpointing dual_chunk_attention_config""",
     "lengths that old configs repeat": "max_sequence_length seq_length n_ctx",
     "token ids, which `resolve_special_tokens` reads": """
         bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id unk_token_id end_token_id""",
@@ -40,6 +41,7 @@ _IGNORED = {
         forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
         begin_suppress_tokens max_new_tokens prefix""",
 }
+_MAX_LAYERS = 10_000
 _IGNORED_KEYS = frozenset(key for keys in _IGNORED.values() for key in keys.split())
 
 _DISABLED_VALUES: dict[str, tuple[Any, ...]] = {
@@ -78,6 +80,8 @@ def _decoder_config(keys: Keys, schema: ConfigSchema) -> DecoderConfig:
         return switch if isinstance(switch, bool) else keys.pop(switch[0], bool, switch[1])
 
     hidden_size, layers, heads = map(keys.size, ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+    if layers > _MAX_LAYERS:
+        keys.refuse("num_hidden_layers", f"is more than {_MAX_LAYERS:,} layers; the file is damaged")
     kv_heads, head_dim = heads, schema.head_dim
     if schema.has_head_keys:
         # Qwen's classes default to 32 key/value heads, which fits only models that say so; absent means all heads.

@@ -100,14 +100,36 @@ def read_ropes(
         ropes = tuple(by_type[kind] for kind in kinds)
         return ropes[-1], ropes if len(set(ropes)) > 1 else None, 1.0
     scaling, parameters = keys.pop("rope_scaling", dict, None), keys.pop("rope_parameters", dict, None)
+    given = scaling or parameters or {}
     if scaling and parameters:
-        keys.refuse("rope_scaling", "is given together with rope_parameters; keep one of the two")
-    rope, fraction = _rope(
-        keys, scaling or parameters or {}, "rope_scaling" if scaling else "rope_parameters", positions, schema
-    )
+        given = _agreed_settings(keys, scaling, parameters, schema)
+    rope, fraction = _rope(keys, given, "rope_scaling" if scaling else "rope_parameters", positions, schema)
     if schema.ropes == "smollm3" and not all(rotated := _rotated_layers(keys, layers)):
         return rope, tuple(rope if flag else None for flag in rotated), fraction
     return rope, None, fraction
+
+
+def _agreed_settings(
+    keys: Keys, scaling: Mapping[str, Any], parameters: Mapping[str, Any], schema: ConfigSchema
+) -> dict[str, Any]:
+    """Merge the settings of both schemas, which must agree.
+
+    transformers reads `rope_scaling` alone; its theta and rotary fraction are those outside, or the defaults.
+    """
+    one, other = (
+        {"rope_type": "default"}
+        | {"rope_type" if key == "type" else key: value for key, value in given.items() if value is not None}
+        for given in (scaling, parameters)
+    )
+    outside = {"rope_theta": (schema.theta_key, schema.theta), "partial_rotary_factor": schema.rotary_fraction}
+    for name in sorted(one.keys() | other.keys()):
+        key, default = outside.get(name, ("", None))
+        expected = one.get(name, default)
+        if name in other and name not in one and (name in keys or key in keys):
+            continue  # `_agreed_number` compares it with the value outside
+        if name in other and other[name] != expected:
+            keys.refuse("rope_scaling", f"contradicts rope_parameters in {name}; keep one of the two")
+    return other | one
 
 
 def _olmo3_ropes(keys: Keys, positions: int, schema: ConfigSchema) -> dict[str, RopeConfig]:
@@ -166,6 +188,8 @@ def _llama3(rope: Keys) -> dict[str, Any]:
 
 
 def _yarn(rope: Keys, extension: float) -> dict[str, Any]:
+    for key in ("attn_factor", "finetuned"):  # of other implementations; transformers does not read them
+        rope.pop(key, object, None)
     factor = rope.number("factor", extension)
     scale: float | None = None if factor > 1 else 1.0
     numerator, denominator = (rope.pop(key, (int, float), None) for key in ("mscale", "mscale_all_dim"))

@@ -7,7 +7,7 @@ weights when they are loaded.
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from jax_selftrain.hub.safetensors_io import (
     TORCH_WEIGHTS,
     WEIGHTS,
     has_weight_files,
+    indexed_files,
     open_weights,
     weight_files,
 )
@@ -31,6 +32,7 @@ from jax_selftrain.hub.tokenizer import (
     read_tokenizer,
     resolve_special_tokens,
     tokenizer_hash,
+    vocabulary_range,
 )
 from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import hash_json, read_manifest, sha256_file, verify_checksums
@@ -38,6 +40,8 @@ from jax_selftrain.models import DecoderConfig
 
 CONFIG, MANIFEST, PARAMS, MODEL_CARD = "config.json", "selftrain.json", "params", "README.md"
 FORMAT, VERSION = "jax_selftrain.model", 3
+ADAPTER = "adapter_config.json"
+"""Config of a PEFT adapter, which transformers applies to the model of the folder."""
 OLD_MANIFEST = "model.json"
 """Manifest of versions 1 and 2, whose weights were an Orbax tree."""
 _FIX_HINT = f"restore the folder from a copy or make it again (if you changed it on purpose, delete its {MANIFEST})"
@@ -97,7 +101,7 @@ class ModelRef:
     @cached_property
     def tokenizer_fingerprint(self) -> str:
         """SHA-256 (hex) of what turns text into ids, see `tokenizer_hash`."""
-        return tokenizer_hash(self.folder)
+        return tokenizer_hash(self.folder, self.tokenizer)
 
     @cached_property
     def special_tokens(self) -> SpecialTokens:
@@ -108,7 +112,7 @@ class ModelRef:
             raise InputError(f"{path}: is not a JSON object; download it again")
         tokenizer = self.tokenizer if self.has_tokenizer else None
         raw: Mapping[str, Any] = {}
-        size = len(tokenizer or ())
+        size = 0 if tokenizer is None else vocabulary_range(tokenizer)[0]
         if tokenizer is None or (self.folder / CONFIG).is_file():
             raw, size = self.raw_config, self.config.vocab_size
         return resolve_special_tokens(raw, generation, tokenizer, vocab_size=size, where=str(self.folder))
@@ -220,6 +224,7 @@ def _resolve(ref: Ref) -> Path:
                 f"{folder}: has the model format of an earlier version; make it again, or convert it with the release "
                 f"that wrote it: jax-selftrain convert {folder} OUT --format hf"
             )
+    _refuse_adapter(path)
     if (path / CONFIG).is_file():
         return path
     if (path / "model" / CONFIG).is_file():
@@ -231,16 +236,27 @@ def _resolve(ref: Ref) -> Path:
     raise InputError(f"{ref}: holds no model ({CONFIG} is missing); name another folder")
 
 
+def _refuse_adapter(folder: Path) -> None:
+    if (folder / ADAPTER).is_file():
+        raise InputError(
+            f"{folder / ADAPTER}: adapters are not applied here; merge it into its base with peft's merge_and_unload "
+            "and save_pretrained, or move it to another folder to use the model without it"
+        )
+
+
 @lru_cache(maxsize=32)
 def _download(ref: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = ref.partition("@")
-    small = [CONFIG, MANIFEST, MODEL_CARD, GENERATION_CONFIG, *TOKENIZER_FILES]
+    small = [CONFIG, MANIFEST, MODEL_CARD, GENERATION_CONFIG, ADAPTER, *TOKENIZER_FILES]
     try:
-        for weights in ((WEIGHTS, INDEX, "model-*.safetensors"), (TORCH_WEIGHTS, TORCH_INDEX, "pytorch_model-*.bin")):
-            folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=[*small, *weights]))
+        fetch = partial(snapshot_download, name, revision=revision or None)
+        for file, index in ((WEIGHTS, INDEX), (TORCH_WEIGHTS, TORCH_INDEX)):
+            folder = Path(fetch(allow_patterns=[*small, file, index]))
+            if (folder / index).is_file():
+                fetch(allow_patterns=indexed_files(folder, index))
             if has_weight_files(folder):
                 break
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
@@ -251,4 +267,5 @@ def _download(ref: str) -> Path:
         ) from error
     if not (folder / CONFIG).is_file():
         raise InputError(f"{ref}: the Hugging Face hub has no {CONFIG} for it; check the name")
+    _refuse_adapter(folder)
     return folder

@@ -5,7 +5,7 @@ memory-mapped files. The host holds no more than one device's shard of one array
 output file at a time.
 
 Every tensor of a file must be in the family's table or a legacy buffer, have the right shape, be fp32, bf16 or fp16,
-and be finite. PyTorch files are read without executing anything (`torch_weights`).
+and be finite; fp64 is read as fp32. PyTorch files are read without executing anything (`torch_weights`).
 """
 
 import json
@@ -28,7 +28,14 @@ from jax_selftrain.distributed.sharding import ShardingRules
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub.families import Family, Pattern, pattern_sizes
 from jax_selftrain.hub.torch_weights import open_torch_file
-from jax_selftrain.hub.weight_mapping import DTYPES, ParamSource, StoredTensor, map_tensors, param_sources
+from jax_selftrain.hub.weight_mapping import (
+    DTYPES,
+    ParamSource,
+    StoredTensor,
+    canonical_tensors,
+    map_tensors,
+    param_sources,
+)
 from jax_selftrain.io import atomic
 from jax_selftrain.models import DecoderConfig, Params, abstract_params
 
@@ -56,7 +63,13 @@ def weight_files(folder: Path) -> list[str]:
         if (folder / file).is_file():
             return [file]
         if (folder / index).is_file():
-            return _indexed_files(folder, index)
+            files = indexed_files(folder, index)
+            for file in files:
+                if not (folder / file).is_file():
+                    raise InputError(
+                        f"{folder / file}: the index names this file, but it is not there; download it again"
+                    )
+            return files
     if pickled := sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern)):
         raise InputError(
             f"{folder / pickled[0]}: is not read; weights are {WEIGHTS} or {TORCH_WEIGHTS}, or several files with "
@@ -65,14 +78,14 @@ def weight_files(folder: Path) -> list[str]:
     raise InputError(f"{folder}: holds no weights ({WEIGHTS} or {TORCH_WEIGHTS}); name another folder or revision")
 
 
-def _indexed_files(folder: Path, name: str) -> list[str]:
+def indexed_files(folder: Path, name: str) -> list[str]:
+    """List the files that an index names, present or not."""
     index = atomic.read_json(folder / name)
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or not files or not all(isinstance(f, str) for f in files.values()):
         raise InputError(f"{folder / name}: has no weight_map of tensor names to files; download it again")
-    for file in files.values():
-        if Path(file).name != file or not (folder / file).is_file():
-            raise InputError(f"{folder / file}: the index names this file, but it is not there; download it again")
+    if outside := [file for file in files.values() if Path(file).name != file]:
+        raise InputError(f"{folder / name}: the index names {outside[0]}, which is not there; download it again")
     return sorted(set(files.values()))
 
 
@@ -125,9 +138,10 @@ def load_params(
     Raises:
       InputError: the checkpoint does not fit the config (see `map_tensors`), or a weight is NaN or infinite.
     """
-    tensors = open_weights(folder)
+    tensors = canonical_tensors(open_weights(folder), family, config)
     leaves, dropped = map_tensors(folder, tensors, family, config)
-    dtypes = {name: DTYPES[tensors[name].dtype].name for leaf in leaves for name in leaf.names}
+    stored_dtypes = {name: DTYPES[tensors[name].dtype].name for leaf in leaves for name in leaf.names}
+    dtypes = {name: "float32" if stored == "float64" else stored for name, stored in stored_dtypes.items()}
     sizes, abstract = pattern_sizes(config), flatten_dict(abstract_params(config, rules=rules), sep="/")
     loaded = {}
     for leaf in leaves:
@@ -152,11 +166,12 @@ def _load_leaf(
     for bounds, devices in holders.items():
         box = tuple(slice(*b) for b in bounds)
         host = _empty_aligned([b.stop - b.start for b in box], dtype)
-        if leaf.is_stacked:
-            for row, name in zip(host, leaf.names[box[0]], strict=True):
-                row[...] = read_box(name, tensors[name], leaf.pattern, box[1:], sizes)
-        else:
-            host[...] = read_box(leaf.names[0], tensors[leaf.names[0]], leaf.pattern, box, sizes)
+        with np.errstate(over="ignore"):  # `convert` refuses weights that overflow in a narrower type
+            if leaf.is_stacked:
+                for row, name in zip(host, leaf.names[box[0]], strict=True):
+                    row[...] = read_box(name, tensors[name], leaf.pattern, box[1:], sizes)
+            else:
+                host[...] = read_box(leaf.names[0], tensors[leaf.names[0]], leaf.pattern, box, sizes)
         # To a CPU device this is zero-copy (hence a new buffer each time); waiting bounds the number of buffers.
         arrays += jax.block_until_ready([jax.device_put(host, device) for device in devices])
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
@@ -175,6 +190,9 @@ def read_box(
 ) -> np.ndarray:
     """Copy the part of a tensor that fills a box; refuse NaN."""
     data = np.array(pattern.view(tensor.array, sizes)[box])
+    if data.dtype == np.float64:
+        with np.errstate(over="ignore"):
+            data = data.astype(np.float32)
     if not np.isfinite(data).all():
         raise InputError(f"{tensor.file}: tensor {name} holds NaN or infinity; use another checkpoint")
     return data

@@ -1,7 +1,9 @@
 """Tokenizers, and the rule for start and stop ids."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ TOKENIZER_FILES = (
     *("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json"),
 )
 """Files of a tokenizer; never code."""
+_SENTENCEPIECE = ("tokenizer.model", "spiece.model")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 GENERATION_CONFIG = "generation_config.json"
 
@@ -31,6 +34,8 @@ class SpecialTokens:
     """Stop ids: the union of EOS of tokenizer, config and generation config, ascending."""
     tokenizer_length: int | None
     """Ids from here on are padding rows of the embedding and are never sampled; None without a tokenizer."""
+    unused_ids: tuple[int, ...] = ()
+    """Smaller ids that are no token, ascending; they are never sampled either."""
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -44,6 +49,12 @@ def read_tokenizer(folder: Path) -> Any:
     settings = folder / "tokenizer_config.json"
     if settings.is_file() and "auto_map" in atomic.read_json(settings):
         raise InputError(f"{settings}: auto_map names code, which is never run here; save it as tokenizer.json")
+    is_sentencepiece = any((folder / name).is_file() for name in _SENTENCEPIECE)
+    if is_sentencepiece and not (folder / "tokenizer.json").is_file() and find_spec("sentencepiece") is None:
+        raise InputError(
+            f"{folder}: has {_SENTENCEPIECE[0]} without tokenizer.json, which needs the package sentencepiece; "
+            "pip install 'jax-selftrain[sentencepiece]'"
+        )
     with block_torch_import():
         from transformers import AutoTokenizer
 
@@ -54,20 +65,65 @@ def read_tokenizer(folder: Path) -> Any:
         raise InputError(f"{folder}: its tokenizer cannot be opened ({reason}); download its files again") from error
 
 
-def tokenizer_hash(folder: Path) -> str:
+def tokenizer_hash(folder: Path, tokenizer: Any) -> str:
     """Compute the SHA-256 (hex) of what turns text into ids and back.
 
-    Settings that do not change ids are ignored: padding, truncation, `tokenizer_config.json`. Start and stop ids are
-    recorded with a corpus.
+    The hash is that of the opened tokenizer, without settings that do not change ids (`canonical_pipeline`). It is the
+    same whichever version or class of transformers saved the files. Start and stop ids are recorded with a corpus.
     """
-    _require_tokenizer(folder)
-    if (folder / "tokenizer.json").is_file():
-        content = atomic.read_json(folder / "tokenizer.json")
-        if not isinstance(content, dict):
-            raise InputError(f"{folder / 'tokenizer.json'}: is not a tokenizer; download it again")
-        return hash_json({k: v for k, v in content.items() if k not in ("padding", "truncation")})
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return hash_json(canonical_pipeline(json.loads(backend.to_str())))
     names = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
     return hash_json({n: sha256_file(folder / n) for n in names if (folder / n).is_file()})
+
+
+def canonical_pipeline(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Reduce the content of a tokenizer.json to what determines ids.
+
+    Padding, truncation and offsets are dropped. Merges become pairs, empty affixes null, and sequences flat lists.
+    """
+    model = dict(content["model"])
+    if "merges" in model:
+        model["merges"] = [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in model["merges"]]
+    for affix in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if affix in model:
+            model[affix] = model[affix] or None
+    special = [step for step in map(_template_ids, _flatten_steps(content.get("post_processor"))) if step]
+    return {
+        "model": model,
+        "added_tokens": sorted(content.get("added_tokens") or (), key=lambda token: token["id"]),
+        "normalizer": _flatten_steps(content.get("normalizer")),
+        "pre_tokenizer": _flatten_steps(content.get("pre_tokenizer")),
+        "post_processor": special,
+        "decoder": [
+            {"type": "ByteLevel"} if step["type"] == "ByteLevel" else step
+            for step in _flatten_steps(content.get("decoder"))
+        ],
+    }
+
+
+def _flatten_steps(step: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """List the steps of a sequence, without `trim_offsets`."""
+    if not step:
+        return []
+    if step["type"] == "Sequence":
+        (nested,) = (value for value in step.values() if isinstance(value, list))
+        return [flat for inner in nested for flat in _flatten_steps(inner)]
+    return [{key: value for key, value in step.items() if key != "trim_offsets"}]
+
+
+def _template_ids(step: Mapping[str, Any]) -> Any:
+    """Return the template of a text in ids; other steps unchanged."""
+    if step["type"] == "ByteLevel":  # changes offsets alone
+        return None
+    if step["type"] != "TemplateProcessing":
+        return step
+    template = [
+        step["special_tokens"][piece["SpecialToken"]["id"]]["ids"] if "SpecialToken" in piece else "text"
+        for piece in step["single"]
+    ]
+    return None if template == ["text"] else template
 
 
 def _require_tokenizer(folder: Path) -> None:
@@ -96,8 +152,19 @@ def resolve_special_tokens(
                 f"{where}: id {token} is not below {vocab_size}; tokenizer and model do not belong together"
             )
     end = getattr(tokenizer, "eos_token_id", None)
-    length = None if tokenizer is None else len(tokenizer)
-    return SpecialTokens(start, min(stops, default=None) if end is None else end, tuple(sorted(set(stops))), length)
+    end = min(stops, default=None) if end is None else end
+    length, unused = (None, ()) if tokenizer is None else vocabulary_range(tokenizer)
+    return SpecialTokens(start, end, tuple(sorted(set(stops))), length, unused)
+
+
+def vocabulary_range(tokenizer: Any) -> tuple[int, tuple[int, ...]]:
+    """Return the largest id + 1, and the unused ids below it.
+
+    `len(tokenizer)` counts tokens, which is less if the ids have holes.
+    """
+    ids = set(tokenizer.get_vocab().values())
+    length = max(ids, default=-1) + 1
+    return length, tuple(sorted(set(range(length)) - ids))
 
 
 def _ids(value: Any, where: str) -> list[int]:

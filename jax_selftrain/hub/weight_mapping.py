@@ -20,8 +20,11 @@ DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
+    "F64": np.dtype(np.float64),
 }
-"""Supported dtypes by their code in safetensors."""
+"""Supported dtypes by their code in safetensors. Double precision is read as single."""
+_WRAPPERS = ("_orig_mod.", "module.")
+"""Prefixes that wrappers of torch add to the names of all tensors."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,27 @@ def _choose(rule: TensorRule, prefix: str, layer: int, known: Collection[str]) -
     # Embedding models hold the body alone, without the body's prefix, and so do GPT-2's files.
     names += [name.removeprefix(prefix) for name in names]
     return next((name for name in names if name in known), names[0])
+
+
+def canonical_tensors(
+    found: Mapping[str, StoredTensor], family: Family, config: DecoderConfig
+) -> dict[str, StoredTensor]:
+    """Give tensors the names that `save_pretrained` gives them.
+
+    Wrappers of torch add a prefix to all names (`torch.compile`, data parallelism). Files of tied models may hold the
+    head alone (`safetensors.torch.save_model`), which then is the embedding.
+    """
+    tensors = dict(found)
+    for prefix in _WRAPPERS * 2:  # one around the other
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    if config.tie_word_embeddings:
+        row = next(row for row in family.rows if row.path == "embed/embedding")
+        names = {*row.names, *(name.removeprefix(family.prefix) for name in row.names)}
+        head = next((name for name in family.tied_head if name in tensors), None)
+        if head is not None and not names & tensors.keys():
+            tensors[row.names[0]] = tensors.pop(head)
+    return tensors
 
 
 def map_tensors(

@@ -137,7 +137,7 @@ def read_json(path: PathLike) -> Any:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise InputError(f"{path}: not valid JSON ({error}); the file is damaged or of another kind") from error
 
 

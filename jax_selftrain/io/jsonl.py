@@ -1,25 +1,37 @@
 """JSON Lines: one JSON object a line."""
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from jax_selftrain.errors import InputError
+
+_FORMATS = {
+    b"PAR1": "a Parquet file",
+    b"PK\x03\x04": "a ZIP archive (.npz, .pt, .zip)",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"\xfd7zXZ": "compressed with xz",
+    b"BZh": "compressed with bzip2",
+    b"\x93NUMPY": "a NumPy array",
+}
+"""First bytes of formats that are taken for JSON Lines by mistake."""
 
 
 def read_jsonl(path: Path, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (`FILE:LINE`, object) for each line; blank lines are skipped.
 
     Args:
-      path: the file, in UTF-8, with or without a byte order mark.
+      path: the file, in UTF-8, with or without a byte order mark; gzip is decompressed.
       limit: the number of objects to read; the lines after them are not checked.
 
     Raises:
       InputError: the file cannot be read, or a line is not a JSON object.
     """
     try:
-        with open(path, "rb") as lines:
+        with _open_lines(path) as lines:
             count = 0
             for number, line in enumerate(lines, start=1):
                 if count == limit:
@@ -29,8 +41,22 @@ def read_jsonl(path: Path, limit: int | None = None) -> Iterator[tuple[str, dict
                     yield f"{path}:{number}", _parse(line, f"{path}:{number}")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+
+def check_text(value: Any, where: str) -> str:
+    """Return a text, decoded from UTF-8 if it is bytes.
+
+    Raises:
+      InputError: it is no text, or no valid UTF-8 (half a surrogate pair, for instance).
+    """
+    if not isinstance(value, str | bytes):
+        raise InputError(f"{where}: the text field holds {type(value).__name__}, not text; fix or remove it")
+    try:
+        return value.decode() if isinstance(value, bytes) else value.encode().decode()
+    except UnicodeError as error:
+        raise InputError(f"{where}: the text is not valid UTF-8 ({error}); fix or remove it") from None
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -39,6 +65,21 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _open_lines(path: Path) -> IO[bytes]:
+    """Open a file; decompress gzip; refuse other formats by name."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"{path}: is no regular file (a pipe or a device), and is read more than once; write a file")
+    file = open(path, "rb")  # noqa: SIM115
+    start = file.peek(6)[:6]
+    if start.startswith(b"\x1f\x8b"):
+        return gzip.open(file)
+    for magic, name in _FORMATS.items():
+        if start.startswith(magic):
+            file.close()
+            raise InputError(f"{path}: is {name}, not JSON Lines; decompress or convert it first")
+    return file
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:

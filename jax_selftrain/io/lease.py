@@ -85,12 +85,10 @@ def wait_for_lease(path: PathLike, *, resource: str = "") -> Iterator[None]:
 def _acquire(path: Path, content: bytes, stale_after: float) -> bool:
     fresh = temp_path(path, "tmp")
     with os_errors_as_input_errors(path, fresh), _lock_folder(path.parent):
+        _create(fresh, content)
         try:
-            _create(path, content)
-            return True
-        except FileExistsError:
-            _create(fresh, content)
-        try:
+            if _publish(fresh, path, content):
+                return True
             if not _is_stale(path, now=fresh.stat().st_mtime, stale_after=stale_after):
                 return False
             os.replace(fresh, path)
@@ -115,6 +113,23 @@ def _is_stale(path: Path, *, now: float, stale_after: float) -> bool:
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False  # just released, being written, or truncated by a crash: only its age counts
     return is_alive(holder) is False
+
+
+def _publish(fresh: Path, path: Path, content: bytes) -> bool:
+    """Give a written file the lease's name unless it is taken.
+
+    A hard link has its content at once, so that a process that dies here leaves no lease without a holder.
+    """
+    try:
+        os.link(fresh, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        with suppress(FileExistsError):
+            _create(path, content)
+            return True
+        return False
+    return True
 
 
 def _create(path: Path, content: bytes) -> None:

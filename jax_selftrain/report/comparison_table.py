@@ -22,6 +22,8 @@ def format_comparison(result: Record) -> str:
         if i == 0 and (ineligible := [task for task in pair["tasks"] if task["not_eligible"]]):
             reasons = "; ".join(f"{task['name']}: {task['not_eligible']}" for task in ineligible)
             parts[-1] += f"\nnot in the macro average: {reasons}"
+    if left_out := result["not_compared"]:
+        parts.append("not compared: " + "; ".join(f"{name}: {reason}" for name, reason in left_out.items()))
     parts.append(result["pairs"][0]["scope"])
     if recipe := result["recipe"]:
         head = ("", "seeds", "", "", *_HEAD[4:])

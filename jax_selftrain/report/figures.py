@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import io
 import re
+import unicodedata
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,12 +26,19 @@ if TYPE_CHECKING:
 _PALETTE = ("#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#24303a")
 BEFORE, AFTER, ACCENT, INK, RULE = "#6b7680", "#0072b2", "#d55e00", "#24303a", "#d5dbe0"
 _MARKS = ("o", "s", "^", "D", "v", "P")
+_MAX_LABEL = 48
 Line = tuple[Sequence[float], ...]
 """Points of a line: horizontal, vertical."""
 Panel = tuple[str, str, Mapping[str, Line]]
 """Labels of both axes, and lines by label."""
 Svg = tuple[str, str]
 """Name of a figure, and its text."""
+
+
+def clean_label(label: str) -> str:
+    """Remove control characters, which SVG excludes; shorten a long label."""
+    label = "".join(" " if unicodedata.category(character) in ("Cc", "Cs", "Cn") else character for character in label)
+    return label if len(label) <= _MAX_LABEL else f"{label[: _MAX_LABEL - 21]}…{label[-20:]}"
 
 
 def plot_before_and_after(
@@ -57,7 +66,7 @@ def plot_before_and_after(
         if points:
             left.scatter(*zip(*points, strict=True), marker="|", s=90, color=ACCENT, label="chance", zorder=1)
         _label_rows(left, rows, list(entries))
-        left.set_xlabel(label)
+        left.set_xlabel(clean_label(label))
         right.axvline(0, color=ACCENT, linewidth=1, zorder=0)
         right.tick_params(axis="y", length=0)
         right.set_xlabel("change (points)")
@@ -78,13 +87,15 @@ def plot_effects(name: str, entries: Mapping[str, Record], measure: str) -> Svg:
             _draw_estimate(axes, parse_estimate(entry["change"], measure), row, AFTER, filled=True)
         axes.axvline(0, color=ACCENT, linewidth=1, zorder=0)
         _label_rows(axes, rows, list(entries))
-        axes.set_xlabel(f"change: {format_measure(measure)}")
+        axes.set_xlabel(clean_label(f"change: {format_measure(measure)}"))
 
     return render_svg(name, 0.8 + 0.34 * len(entries), draw)
 
 
 def plot_panels(name: str, panels: Sequence[Panel], draw: Callable[..., None]) -> Svg:
     """Plot panels with one legend; `draw` is one of the functions below."""
+    # matplotlib leaves labels that begin with an underscore out of legends.
+    panels = [(x, y, {f" {key}" if key[:1] == "_" else key: line for key, line in p.items()}) for x, y, p in panels]
     labels = dict.fromkeys(label for _, _, lines in panels for label in lines)
     styles = {
         label: {"color": _PALETTE[i % len(_PALETTE)], "marker": _MARKS[i // len(_PALETTE) % len(_MARKS)]}
@@ -96,9 +107,9 @@ def plot_panels(name: str, panels: Sequence[Panel], draw: Callable[..., None]) -
         (row,) = figure.subplots(1, len(panels), squeeze=False)
         for axes, (x_label, y_label, lines) in zip(row, panels, strict=True):
             draw(axes, lines, styles)
-            axes.set(xlabel=x_label, ylabel=y_label)
+            axes.set(xlabel=clean_label(x_label), ylabel=clean_label(y_label))
             handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=7.5)
+        figure.legend(handles.values(), map(clean_label, handles), loc="outside lower center", ncols=3, fontsize=7.5)
 
     return render_svg(name, 2.8 + 0.18 * -(-min(len(labels), 18) // 3), draw_all)
 
@@ -167,7 +178,9 @@ def render_svg(name: str, height: float, draw: Callable[[Figure], None]) -> Svg:
         FigureCanvasSVG(figure)
         draw(figure)
         text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        with warnings.catch_warnings():  # the reader's browser chooses the fonts
+            warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+            figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     return name, re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", svg).strip() + "\n"
@@ -183,6 +196,6 @@ def _draw_estimate(
 
 
 def _label_rows(axes: Axes, rows: Sequence[float], labels: Sequence[str]) -> None:
-    axes.set_yticks(rows, labels)
+    axes.set_yticks(rows, list(map(clean_label, labels)))
     axes.set_ylim(rows[-1] - 0.6, 0.6)
     axes.tick_params(axis="y", length=0)

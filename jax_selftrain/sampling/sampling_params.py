@@ -5,7 +5,8 @@ min-p, each applied to the result of the one before. Two rules are our own:
 
 * *Ties.* Tokens with exactly equal logits are kept or dropped together. transformers does the same for top-k and
   min-p; its top-p cuts through a tie in the order of its sort.
-* *Padding.* Ids past the tokenizer's length (GPT-NeoX pads its vocabulary) are excluded first: they have no text.
+* *Padding.* Ids that are no token (GPT-NeoX pads its vocabulary; some have holes) are excluded first: they have no
+  text.
 """
 
 from collections.abc import Callable
@@ -50,6 +51,8 @@ class SamplingParams:
     """0: off."""
     num_valid_ids: int | None = None
     """Only smaller ids may be drawn; None: all."""
+    unused_ids: tuple[int, ...] = ()
+    """Ids below that are no token and may not be drawn either."""
 
     @property
     def changes_distribution(self) -> bool:
@@ -116,6 +119,7 @@ def make_sampling_params(
         stop_ids=tuple(sorted(set(stops))),
         max_tokens=config.max_tokens,
         num_valid_ids=valid if valid < model.vocab_size else None,
+        unused_ids=special.unused_ids,
         **{name: getattr(config, name) for name in POLICY_FIELDS},
     )
 
@@ -161,8 +165,12 @@ def warp_logits(
         logits = jnp.where(is_stop & (length < sampling_params.min_tokens)[:, None], -jnp.inf, logits)
     if sampling_params.num_valid_ids is not None:
         logits = jnp.where(jnp.arange(logits.shape[1]) < sampling_params.num_valid_ids, logits, -jnp.inf)
+    if sampling_params.unused_ids:
+        logits = jnp.where(np.isin(np.arange(logits.shape[1]), sampling_params.unused_ids), -jnp.inf, logits)
     if sampling_params.temperature != 1.0:
-        logits = logits / np.float32(sampling_params.temperature)
+        # Differences to the maximum stay exact at any temperature; the limits keep 1 / temperature a normal float32.
+        temperature = np.float32(np.clip(sampling_params.temperature, 1e-37, 1e37))
+        logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
     if 0 < sampling_params.top_k < logits.shape[1]:
         k = sampling_params.top_k
         logits = _threshold_search(logits, lambda kept: jnp.sum(kept, -1, keepdims=True, dtype=jnp.int32) >= k)
@@ -192,6 +200,8 @@ def full_logsumexp(
     """
     num_valid_ids = sampling_params.num_valid_ids
     if sampling_params.changes_distribution:
+        return jax.nn.logsumexp(logits, axis=-1)
+    if sampling_params.unused_ids:
         return jax.nn.logsumexp(logits, axis=-1)
     if num_valid_ids is None or num_valid_ids >= logits.shape[1]:
         return warped_logsumexp

@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike
 from jax_selftrain.io.rng import make_rng
 
 CONFIDENCE_LEVEL = 0.95
+_LOG_MAX = math.log(np.finfo(np.float64).max)
 BOOTSTRAP_ELEMENTS = 2**21
 """Numbers that are resampled in one batch: 16 MiB an array."""
 _ROUNDING = 1e-12
@@ -125,10 +126,22 @@ def ratio_and_stderr(numerators: ArrayLike, denominators: ArrayLike) -> tuple[fl
     return ratio, float(math.sqrt(y.size / (y.size - 1) * np.sum(residuals**2)) / x.sum())
 
 
-def exp_and_stderr(value: float, stderr: float | None) -> tuple[float, float | None]:
-    """Return exp of an estimate and its standard error (delta method)."""
-    result = math.exp(value)
-    return result, None if stderr is None else result * stderr
+def finite_exp(value: float | None) -> float | None:
+    """Return exp of a number; None for None, and if it overflows.
+
+    The perplexity of a word may be beyond float64 where words are not separated by white space.
+    """
+    return None if value is None or value > _LOG_MAX else math.exp(value)
+
+
+def exp_and_stderr(value: float, stderr: float | None) -> tuple[float | None, float | None]:
+    """Return exp of an estimate and its standard error (delta method).
+
+    Each is None if it overflows.
+    """
+    result = finite_exp(value)
+    error = None if result is None or stderr is None else result * stderr
+    return result, None if error is None or math.isinf(error) else error
 
 
 def wilson_interval(outcomes: ArrayLike) -> list[float]:

@@ -38,6 +38,7 @@ SCOPE_RECIPE = (
     "Differences are paired by seed; intervals and p-values are Student's t over seeds. A verdict needs five seeds, an "
     "exploration three. Every seed needs its own corpus and order."
 )
+NO_ITEMS = "it has no results by item, since a document has no single right answer, or a metric that is not 0 or 1"
 
 Pairs = Mapping[str, Pair]
 """Tasks and texts of a base and a student, by name."""
@@ -56,7 +57,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     pairs = [paired_results.pair_results(base, student) for base, student in scored]
     for base, _ in scored[1:]:
         paired_results.pair_results(scored[0][0], base)
-    _check_names(config, pairs[0])
+    _check_names(config, pairs[0], _tasks_without_items(scored))
     path, config_file = output_paths(config.out, "config.yaml")
     models = [[one.fingerprint("model") for one in both] for both in scored]
     result: dict[str, Any] = {
@@ -67,6 +68,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
             {"base": _summarize(base), "student": _summarize(student), **_compare_pair(config, pair)}
             for (base, student), pair in zip(scored, pairs, strict=True)
         ],
+        "not_compared": dict.fromkeys(_tasks_without_items(scored), NO_ITEMS),
         "recipe": _compare_seeds(config, pairs) if len(pairs) > 1 else None,
         "versions": versions(),
     }
@@ -96,11 +98,18 @@ def _load(config: CompareConfig) -> list[tuple[ScoreResult, ScoreResult]]:
     return scored
 
 
-def _check_names(config: CompareConfig, pairs: Pairs) -> None:
+def _tasks_without_items(scored: Sequence[tuple[ScoreResult, ScoreResult]]) -> list[str]:
+    """Return the scored tasks that have no results by item."""
+    return sorted({name for both in scored for one in both for name in one.result["tasks"].keys() - one.items.keys()})
+
+
+def _check_names(config: CompareConfig, pairs: Pairs, without_items: Sequence[str]) -> None:
     tasks = [name for name, pair in pairs.items() if pair.base.kind != "text"]
     for pair in pairs.values():
         pair.part(config.split)
     for name in config.primary_tasks:
+        if name in without_items:
+            raise InputError(f"--primary-tasks {name}: cannot be compared: {NO_ITEMS}")
         if name not in tasks:
             known = f"; scored were {', '.join(tasks)}" if tasks else "; no task was scored"
             raise InputError(
@@ -156,6 +165,9 @@ def _compare_pair(config: CompareConfig, whole: Pairs) -> dict[str, Any]:
         for name, reason in reasons.items()
     ]
     _correct_multiplicity(entries, config.primary_tasks)
+    for entry in entries:
+        if entry["not_eligible"] == paired_results.AT_CHANCE and not identical:
+            _withdraw_preserved(entry["non_inferiority"])
     eligible = {name: pairs[name] for name, reason in reasons.items() if reason is None}
     return {
         "identical": identical,
@@ -201,11 +213,16 @@ def _text(pair: Pair, bootstrap: Interval) -> dict[str, Any]:
 
 
 def _perplexity(nats: Mapping[str, Any], sign: float) -> dict[str, Any]:
-    """Return exp(sign · nats) before and after, and their ratio."""
+    """Return exp(sign · nats) before and after, and their ratio.
+
+    A number that overflows is None.
+    """
     change = nats["change"]
     ends = ("low", "high") if sign > 0 else ("high", "low")
-    value, low, high = (None if change[end] is None else float(np.exp(sign * change[end])) for end in ("value", *ends))
-    levels = {side: float(np.exp(sign * nats[side]["value"])) for side in ("before", "after")}
+    value, low, high = (
+        estimators.finite_exp(None if change[end] is None else sign * change[end]) for end in ("value", *ends)
+    )
+    levels = {side: estimators.finite_exp(sign * nats[side]["value"]) for side in ("before", "after")}
     return levels | {"ratio": {"value": value, "low": low, "high": high, "n": change["n"]}}
 
 
@@ -221,6 +238,13 @@ def _correct_multiplicity(entries: Sequence[dict[str, Any]], primary: Sequence[s
             record[f"{key}_adjusted"] = p
     for rule in rules:
         rule["verdict_adjusted"] = decide(rule["p_preserved_adjusted"], rule["p_degraded_adjusted"])
+
+
+def _withdraw_preserved(rule: dict[str, Any]) -> None:
+    """Change verdicts on a task that the base cannot do."""
+    for key in ("verdict", "verdict_adjusted"):
+        if rule[key] == "preserved":
+            rule[key] = "cannot tell"
 
 
 def _macro(pairs: Pairs, effects: Mapping[str, Effect], margin: float) -> dict[str, Any]:
@@ -259,6 +283,10 @@ def _compare_seeds(config: CompareConfig, whole: Sequence[Pairs]) -> dict[str, A
         {"name": name, **_over_seeds(values, config.margin_task / 100, steps[name])} for name, values in changes.items()
     ]
     _correct_multiplicity(tasks, config.primary_tasks)
+    for entry in tasks:
+        at_chance = any(one[entry["name"]] == paired_results.AT_CHANCE for one in reasons)
+        if at_chance and entry["non_inferiority"] and not same:
+            _withdraw_preserved(entry["non_inferiority"])
     eligible = [name for name in changes if not any(one[name] for one in reasons)]
     macro: dict[str, Any] | None = None
     if eligible:

@@ -9,6 +9,7 @@ from jax_selftrain.config import DecontaminateConfig, ScoreConfig, StudyConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.lm_eval_tasks import hash_lm_eval_tasks, load_lm_eval_tasks
 from jax_selftrain.evals.task_names import split_names
+from jax_selftrain.evals.tasks import split_format
 from jax_selftrain.io.manifest import hash_json, sha256_file
 
 
@@ -22,7 +23,9 @@ class InputHashes:
 
     def reference(self, reference: str) -> str:
         """Hash a file, `LAYOUT:FILE` or folder; return a task name."""
-        path = Path(reference.partition(":")[2] if ":" in reference else reference)
+        path = Path(split_format(reference)[1])
+        if not path.exists() and reference.startswith(("tfds:", "datasets:")):
+            path = Path(reference.partition(":")[2])
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.suffix in (".jsonl", ".yaml", ".yml", ".py"))
             return hash_json([self.file(str(file)) for file in files])

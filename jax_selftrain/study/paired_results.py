@@ -21,6 +21,8 @@ Interval = Callable[[np.ndarray, OptionalArray, OptionalArray], Estimate]
 
 ABOVE_CHANCE, CEILING = 4.0, 0.95
 """A task is eligible for the macro average if the base is more than 4 standard errors above chance and below 95 %."""
+AT_CHANCE = "the base is not 4 standard errors above chance"
+"""Reason of a task that the base cannot do, so that no loss can show."""
 
 
 class Pair(NamedTuple):
@@ -145,7 +147,7 @@ def ineligibility_reason(pair: Pair) -> str | None:
         clustered = ratio_and_stderr(sums, sizes)[1]
         error = None if clustered is None else max(error, clustered)
     if error is None or value <= pair.chance + ABOVE_CHANCE * error:
-        return "the base is not 4 standard errors above chance"
+        return AT_CHANCE
     return "the base is at 95 % or above" if value >= CEILING else None
 
 

@@ -44,6 +44,17 @@ def check_lora(config: TrainConfig) -> None:
         raise InputError(f"--lora-rank {config.lora_rank}: needs a trained model, not --init scratch")
 
 
+def check_lora_targets(config: TrainConfig, model: DecoderConfig) -> None:
+    """Refuse LoRA targets if the model has none of them."""
+    layers = abstract_params(model)["layers"]
+    present = [name for group, name in NUM_OUTPUT_DIMS if name in layers[group]]
+    if config.lora_rank and not {*config.lora_targets} & {*present}:
+        targets = " ".join(config.lora_targets)
+        raise InputError(
+            f"--lora-targets {targets}: {config.model} has no such matrix; choose from {', '.join(present)}"
+        )
+
+
 def init_adapters(config: TrainConfig, model: DecoderConfig, rules: ShardingRules) -> Params:
     """Initialize float32 adapters for `config.lora_targets`.
 

@@ -29,6 +29,7 @@ from jax_selftrain.io import atomic, lease
 from jax_selftrain.io.manifest import hash_json
 from jax_selftrain.io.remote_paths import restore_uris
 from jax_selftrain.models import axis_sizes
+from jax_selftrain.training.lora import check_lora_targets
 from jax_selftrain.training.step import abstract_batch
 from jax_selftrain.version import versions
 
@@ -46,7 +47,7 @@ class TrainInputs:
     """The corpus, followed by the corpora of `--mixture`."""
     mixture_weights: tuple[Fraction, ...]
     """Share of the rows of each corpus."""
-    fingerprints: dict[str, str]
+    fingerprints: dict[str, str | None]
     """Keys: `model` (weights, or config for `--init scratch`), `tokenizer`, `corpus`, `mixture`, `evaluation`."""
     evaluation: Sequence[Mapping[str, Any]] = ()
     """Descriptions of the evaluations (`Hook.measured`)."""
@@ -71,11 +72,12 @@ def load_inputs(config: TrainConfig, evaluation: Sequence[Mapping[str, Any]] = (
     """Open everything that a run reads; refuse what does not fit."""
     source = hub.open_model(config.model)
     model = source.config
+    check_lora_targets(config, model)
     rules = make_sharding_rules(config.preset, make_mesh(config.mesh), axis_sizes(model))
     abstract_batch(config, rules)  # raises if the batch does not divide
     if config.seq_len > model.max_positions:
         raise InputError(f"--seq-len {config.seq_len}: {config.model} has only {model.max_positions} positions")
-    tokenizer = source.tokenizer_fingerprint
+    tokenizer = source.tokenizer_fingerprint if source.has_tokenizer else None
     mixture = parse_mixture(config.mixture)
     folders = [config.corpus, *(folder for folder, _ in mixture)]
     corpora = tuple(_open_corpus(config, folder, tokenizer, model.vocab_size) for folder in folders)
@@ -240,13 +242,18 @@ def _refuse_other_run(folder: Path, inputs: TrainInputs) -> None:
             raise InputError(f"{folder}: was started with {yaml_io.flag(name)} {old}, not {new}; {remedy}")
     for name, old in hashes.items():
         if old != found[name]:
-            values = f"fingerprint {str(old)[:8]}…, now {found[name][:8]}…"
+            values = f"fingerprint {str(old)[:8]}…, now {str(found[name])[:8]}…"
             raise InputError(f"{folder}: was started with another {name} ({values}); {remedy}")
 
 
-def _open_corpus(config: TrainConfig, folder: str, tokenizer: str, vocab_size: int) -> Corpus:
-    """Open a corpus; check its tokenizer and token ids."""
+def _open_corpus(config: TrainConfig, folder: str, tokenizer: str | None, vocab_size: int) -> Corpus:
+    """Open a corpus; check its tokenizer and token ids.
+
+    Without a tokenizer, both the model and the corpus must have none.
+    """
     corpus = open_corpus(folder, tokenizer_fingerprint=tokenizer)
+    if tokenizer is None and corpus.manifest["tokenizer_fingerprint"] is not None:
+        raise InputError(f"{config.model}: holds no tokenizer, but {folder} was made with one; copy its files there")
     tokens, offsets, _ = corpus.token_arrays()
     if corpus.start_id >= vocab_size:
         raise InputError(f"{folder}: its start id {corpus.start_id} is not a token of {config.model} ({vocab_size})")

@@ -130,6 +130,10 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         yaml_io.load(Recipe, tmp_path / "nowhere.yaml")
     with pytest.raises(InputError, match="cannot be read"):
         yaml_io.load(Recipe, tmp_path)
+    for number, text in enumerate(("name: " + "[" * 5000, "name: 2026-02-30", "name: " + "1" * 5000)):
+        (tmp_path / f"odd{number}.yaml").write_text(text)
+        with pytest.raises(InputError, match=rf"odd{number}\.yaml: "):
+            yaml_io.load(Recipe, tmp_path / f"odd{number}.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match=r"binary\.yaml: not UTF-8 text"):
         yaml_io.load(Recipe, tmp_path / "binary.yaml")

@@ -1,6 +1,8 @@
 """Other libraries read an exported corpus completely and in order."""
 
 import json
+import re
+import shutil
 import sys
 from dataclasses import replace
 from typing import Any
@@ -38,6 +40,7 @@ def test_tfds_opens_the_exported_folder_without_tensorflow(tmp_path, corpus):
 def test_exporting_twice_in_one_process_gives_the_same_bytes(tmp_path, corpus, capsys):
     pytest.importorskip("tensorflow_datasets")
     pytest.importorskip("array_record")
+    pytest.importorskip("array_record")
     files = []
     for name in ("a", "b"):
         out = export_corpus(ExportConfig(str(corpus.folder), str(tmp_path / name), "tfds"))
@@ -46,8 +49,33 @@ def test_exporting_twice_in_one_process_gives_the_same_bytes(tmp_path, corpus, c
     assert capsys.readouterr().out == ""
 
 
+def test_damaged_tfds_folders_are_one_sentence(tmp_path, corpus, tiny_model):
+    pytest.importorskip("tensorflow_datasets")
+    pytest.importorskip("array_record")
+    whole = export_corpus(ExportConfig(str(corpus.folder), str(tmp_path / "whole"), "tfds"))
+
+    def refused(split: str = "train") -> str:
+        source, model = f"tfds:{tmp_path / 'cut'}", str(tiny_model("llama"))
+        config = ImportCorpusConfig(source, model, str(tmp_path / "c"), split=split)
+        with pytest.raises(InputError) as caught:
+            import_text(config)
+        shutil.rmtree(tmp_path / "cut")
+        return str(caught.value)
+
+    for name in ("features.json", "dataset_info.json"):
+        path = shutil.copytree(whole, tmp_path / "cut") / name
+        path.write_bytes(path.read_bytes()[:20])
+        assert "tensorflow-datasets cannot open it" in refused()
+    shutil.copytree(whole, tmp_path / "cut")
+    assert "--split train[zz]" in refused("train[zz]")
+    record = next(shutil.copytree(whole, tmp_path / "cut").glob("*array_record*"))
+    record.write_bytes(record.read_bytes()[: record.stat().st_size // 2])
+    assert re.search(r"cannot be read|is missing", refused())
+
+
 def test_text_goes_out_by_tfds_and_comes_back(tmp_path, corpus, tiny_model):
     pytest.importorskip("tensorflow_datasets")
+    pytest.importorskip("array_record")
     pytest.importorskip("array_record")
     export_corpus(ExportConfig(str(corpus.folder), str(tmp_path / "out"), "tfds"))
     source = f"tfds:{tmp_path / 'out'}"

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from launcher import launch_code
 from models_factory import BOS_ID, EOS_ID, tiny_texts
@@ -213,6 +215,35 @@ def test_a_saved_data_set_is_read(tmp_path, model):
         import_text(ImportCorpusConfig(str(tmp_path / "both"), model, str(tmp_path / "e"), split="dev"))
 
 
+def test_a_split_of_a_source_without_splits_is_refused(tmp_path, model):
+    datasets = pytest.importorskip("datasets")
+    write_jsonl(tmp_path / "t.jsonl", [{"text": "one"}])
+    datasets.Dataset.from_dict({"text": ["one"]}).save_to_disk(tmp_path / "saved")
+    for name in ("t.jsonl", "saved"):
+        config = ImportCorpusConfig(str(tmp_path / name), model, str(tmp_path / "c"), split="test")
+        with pytest.raises(InputError, match=r"--split test: .* has no splits"):
+            import_text(config)
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("file", ["state.json", "dataset_info.json"])
+def test_damaged_saved_data_sets_are_one_sentence(tmp_path, model, file):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"text": ["one"]}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / file).write_text("[]")
+    with pytest.raises(InputError, match="cannot open it"):
+        import_text(ImportCorpusConfig(str(tmp_path / "saved"), model, str(tmp_path / "c")))
+
+
+def test_texts_of_other_formats_are_read(tmp_path, model):
+    texts = stories(3)
+    pq.write_table(pa.table({"text": texts}), tmp_path / "t.parquet")
+    (tmp_path / "t.txt").write_text(texts[0])
+    for name, expected in (("t.parquet", texts), ("t.txt", texts[:1])):
+        corpus = import_text(ImportCorpusConfig(str(tmp_path / name), model, str(tmp_path / f"c-{name}")))
+        assert [sample.text for sample in corpus.iter_samples()] == expected
+
+
 def test_a_named_data_set_is_read(tmp_path, model, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -258,7 +289,7 @@ def test_a_malformed_line_is_named_and_nothing_is_written(tmp_path, model, line,
         ({"limit": 0}, "--limit 0: must be at least 1"),
         ({"max_tokens": 0}, "--max-tokens 0: must be at least 1"),
         ({"samples_per_shard": 0}, "--samples-per-shard 0: must be at least 1"),
-        ({"stop_id": 512}, "--stop-id 512: the tokenizer of .* has only 512 tokens"),
+        ({"stop_id": 512}, "--stop-id 512: is no token of .*, whose ids are below 512"),
         ({"source": "blank.jsonl"}, "holds no text"),
     ],
 )

@@ -124,6 +124,13 @@ def test_sampled_generation_follows_the_seed_and_refuses_what_it_cannot_do(tiny_
     assert texts == lm.generate_until(requests) != other.generate_until(requests)
     with pytest.raises(InputError, match=r"generation with num_beams is not supported; possible are do_sample"):
         lm.generate_until(instances("generate_until", [("a", {"until": [], "num_beams": 4})]))
+    neutral = {"until": [], "max_gen_toks": 4, "do_sample": False, "repetition_penalty": 1.0, "num_beams": 1}
+    (plain,) = lm.generate_until(instances("generate_until", [("a", {**neutral})]))
+    assert plain == lm.generate_until(instances("generate_until", [("a", {"max_gen_toks": 4, "until": []})]))[0]
+    with pytest.raises(InputError, match="trust_remote_code: code of models is never run"):
+        our_backend(tiny_model(), trust_remote_code=True)
+    with pytest.raises(InputError, match="nowhere@step1: no such"):
+        our_backend("./nowhere", revision="step1", trust_remote_code=False)
     with pytest.raises(InputError, match=r"--temperature 0\.0: must be a finite number above 0"):
         lm.generate_until(instances("generate_until", [("a", {"do_sample": True, "temperature": 0.0})]))
     with pytest.raises(InputError, match="1024 tokens to generate must be fewer than the model's 1024 positions"):
@@ -140,6 +147,21 @@ def options_for(tmp_path, tiny_model, local, **changes):
         "mesh": "data=1",
     }
     return ScoreConfig(**(options | changes))
+
+
+def test_perplexities_beyond_float64_are_none(tmp_path, tiny_model):
+    rolling = [
+        {"metric": f"{unit}_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}
+        for unit in ("word", "byte")
+    ]
+    rows = [{"text": "从前有一个小女孩" * 20}, {"text": "住在森林旁边的小木屋里" * 20}]
+    columns = {"doc_to_text": "", "doc_to_target": "{{text}}", "metric_list": rolling}
+    spec = task("one_word", write_jsonl(tmp_path / "cjk.jsonl", rows), "loglikelihood_rolling", columns)
+    options = options_for(tmp_path, tiny_model, {"files": {"choices": "", "texts": ""}, "folder": ""})
+    folder = str(write_tasks(tmp_path / "tasks", [spec]))
+    found = score(dataclasses.replace(options, tasks=("one_word",), texts=(), task_folder=folder))["tasks"]["one_word"]
+    assert found["word_perplexity"] is None
+    assert 1 < found["byte_perplexity"] < 1e6
 
 
 def test_named_tasks_and_local_files_are_in_one_result(tmp_path, tiny_model, local):

@@ -53,6 +53,89 @@ def test_every_format_gives_the_same_tokens(tmp_path):
     assert load(tmp_path / "rows.parquet", limit=2).sequence_id.tolist() == [100, 101]
 
 
+def test_shards_of_unlike_integers_are_joined_and_other_columns_are_refused(tmp_path):
+    first, second = table(ROWS[:4]), table(ROWS[4:])
+    narrow = second.cast(pa.schema([("index", pa.int32()), ("tokens", pa.list_(pa.uint16()))]))
+    pq.write_table(first, tmp_path / "train-00000-of-00002.parquet")
+    pq.write_table(narrow, tmp_path / "train-00001-of-00002.parquet")
+    found = load(tmp_path)
+    np.testing.assert_array_equal(found.tokens, ROWS[:, :32])
+    assert found.sequence_id.tolist() == [100, 101, 102, 103, 100, 101]
+    pq.write_table(second.select(["tokens"]), tmp_path / "train-00001-of-00002.parquet")
+    with pytest.raises(InputError, match=r"00001-of-00002.parquet: has the columns tokens, but .* has tokens, index"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["input_ids", "token_ids"])
+def test_columns_of_pretokenized_data_are_tokens(tmp_path, name):
+    datasets = pytest.importorskip("datasets")
+    pq.write_table(table().select(["tokens"]).rename_columns([name]), tmp_path / "rows.parquet")
+    np.testing.assert_array_equal(load(tmp_path / "rows.parquet").tokens, ROWS[:, :32])
+    datasets.Dataset.from_dict({name: ROWS.tolist()}).save_to_disk(tmp_path / "saved")
+    np.testing.assert_array_equal(load(tmp_path / "saved").tokens, ROWS[:, :32])
+
+
+def test_a_split_of_a_saved_data_set_is_named(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    part = datasets.Dataset.from_dict({"tokens": ROWS.tolist()})
+    datasets.DatasetDict({"train": part, "test": part.select([0])}).save_to_disk(tmp_path / "10:30" / "both")
+    folder = tmp_path / "10:30" / "both"
+    np.testing.assert_array_equal(load(f"{folder}:train").tokens, ROWS[:, :32])
+    assert sequences_fingerprint(f"{folder}:train") == sequences_fingerprint(folder / "train")
+    with pytest.raises(InputError, match=r"both: holds the splits train, test; .* as .*both:SPLIT"):
+        load(folder)
+
+
+@pytest.mark.parametrize("damage", ["{}", "[]", "{"])
+@pytest.mark.parametrize("file", ["state.json", "dataset_info.json"])
+def test_damaged_saved_data_sets_are_one_sentence(tmp_path, file, damage):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"tokens": ROWS.tolist()}).save_to_disk(tmp_path)
+    (tmp_path / file).write_text(damage)
+    if (file, damage) == ("dataset_info.json", "{}"):
+        assert len(load(tmp_path).tokens) == len(ROWS)  # nothing that is needed is missing
+        return
+    with pytest.raises(InputError, match="cannot open it"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("duplicates", [-1] * 6, "`duplicates` holds -1"),
+        ("index", [2**63] * 6, "`index` holds 9223372036854775808, which does not fit"),
+    ],
+)
+def test_numbers_that_would_vanish_or_wrap_are_refused(tmp_path, column, values, message):
+    array = pa.array(values, pa.uint64() if values[0] > 0 else pa.int64())
+    columns = table().select(["tokens"]).append_column(column, array)
+    pq.write_table(columns, tmp_path / "rows.parquet")
+    with pytest.raises(InputError, match=message):
+        load(tmp_path / "rows.parquet")
+
+
+def test_negative_duplicates_are_refused_in_every_form(tmp_path):
+    rows = [{"tokens": row.tolist(), "duplicates": -3} for row in ROWS]
+    with pytest.raises(InputError, match="`duplicates` holds -3"):
+        load(lines(tmp_path / "rows.jsonl", rows))
+    np.save(tmp_path / "counts.npy", np.full(6, -2))
+    np.save(tmp_path / "rows.npy", ROWS)
+    with pytest.raises(InputError, match="`duplicates` holds -2"):
+        load(tmp_path / "rows.npy", duplicates=str(tmp_path / "counts.npy"))
+
+
+def test_special_strings_and_damaged_text(tmp_path, tiny_model):
+    tokenizer = hub.open_model(tiny_model("llama")).tokenizer
+    text = "the lamp </s> and the river " * 4
+    found = load(lines(tmp_path / "a.jsonl", [{"text": text}]), PromptWindow(4, 8), tokenizer=lambda: tokenizer)
+    expected = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    assert 2 not in expected
+    assert found.tokens[0].tolist() == expected[:12]
+    (tmp_path / "b.jsonl").write_text('{"text": "a \\ud83d b"}\n')
+    with pytest.raises(InputError, match=r"b.jsonl:1: the text is not valid UTF-8"):
+        load(tmp_path / "b.jsonl", tokenizer=lambda: tokenizer)
+
+
 def test_a_folder_of_parquet_is_read_in_the_order_of_its_files_split_by_split(tmp_path):
     pq.write_table(table(ROWS[:4]), tmp_path / "duped.70m-00000-of-00002-a1b2.parquet")
     pq.write_table(table(ROWS[4:]), tmp_path / "duped.70m-00001-of-00002-c3d4.parquet")

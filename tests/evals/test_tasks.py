@@ -1,11 +1,13 @@
 """Task files: prompts of each format, metrics, refused files."""
 
+import gzip
 import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jax_selftrain.errors import InputError
@@ -120,6 +122,67 @@ def test_last_word_perplexity_is_exp_of_the_mean_and_its_error_follows(tmp_path)
     assert metrics["acc"] == pytest.approx(1 / 3)
     assert metrics["perplexity"] == pytest.approx(math.exp(2.5))
     assert metrics["perplexity_stderr"] == pytest.approx(math.exp(2.5) * values.std(ddof=1) / math.sqrt(3))
+
+
+def test_winogrande_is_prompted_as_in_the_harness(tmp_path):
+    harness = pytest.importorskip("lm_eval.tasks.winogrande.preprocess_winogrande")
+    row = {
+        "sentence": "The lamp fits the box: the _ is small .",
+        "option1": "lamp",
+        "option2": "box",
+        "answer": "1",
+    }
+    (question,) = questions(write(tmp_path / "dev.jsonl", row | {"qID": "3"}))
+    assert list(question.contexts) == harness.doc_to_choice(row)
+    assert set(question.continuations) == {" " + harness.doc_to_target(row)}
+    assert question.answer == harness.doc_to_text(row)
+    with pytest.raises(InputError, match="the answer must be 1 or 2, not ''"):
+        questions(write(tmp_path / "test.jsonl", row | {"answer": ""}))
+
+
+def test_sciq_is_read_as_published_and_prompted_as_in_the_harness(tmp_path):
+    row = {
+        "question": "What do lamps need?",
+        "distractor3": "rain",
+        "distractor1": "snow",
+        "distractor2": "wind",
+        "correct_answer": "oil",
+        "support": " Lamps burn oil.",
+    }
+    (tmp_path / "sciq.json").write_text(json.dumps([row, row | {"support": ""}], indent=1))
+    first, second = questions(str(tmp_path / "sciq.json"))
+    assert first.context == "Lamps burn oil.\nQuestion: What do lamps need?\nAnswer:"
+    assert (first.continuations, first.answer) == ((" snow", " wind", " rain", " oil"), 3)
+    assert second.context == "\nQuestion: What do lamps need?\nAnswer:"
+
+
+def test_texts_are_read_from_every_format(tmp_path):
+    texts = ["One lamp.\n", "Two lamps.\n"]
+    rows = [{"text": text} for text in texts]
+    plain = write(tmp_path / "a.jsonl", *rows)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(Path(plain).read_bytes()))
+    (tmp_path / "c.json").write_text(json.dumps(rows))
+    pq.write_table(pa.table({"text": texts, "id": [1, 2]}), tmp_path / "d.parquet")
+    for name in ("a.jsonl", "b.jsonl.gz", "c.json", "d.parquet"):
+        (task,) = load_texts([str(tmp_path / name)])
+        assert task.documents == texts
+    (tmp_path / "wiki.test.raw").write_text("".join(texts))
+    (task,) = load_texts([str(tmp_path / "wiki.test.raw")])
+    assert (task.name, task.documents) == ("wiki.test.raw", ["".join(texts)])
+
+
+def test_perplexities_beyond_float64_are_none(tmp_path):
+    (task,) = load_tasks([write(tmp_path / "w.jsonl", *[{"context": "a", "continuation": " b"}] * 2)])
+    metrics = compute_metrics(task, [likelihoods(-800.0), likelihoods(-900.0)])
+    assert metrics == {"n": 2, "acc": 0, "acc_stderr": 0, "perplexity": None, "perplexity_stderr": None}
+
+
+@pytest.mark.parametrize("name", ["context", "query"])
+def test_a_mapping_of_choices_is_no_list_of_choices(tmp_path, name):
+    choices = {"text": [" mat", " moon", " sun"], "label": ["A", "B", "C"]}
+    file = write(tmp_path / "t.jsonl", {name: "The cat sat on the", "choices": choices, "answer": 0})
+    with pytest.raises(InputError, match=r"t.jsonl:1: .* choices must be a list of at least two strings, not dict"):
+        load_tasks([file])
 
 
 def test_one_question_has_no_standard_error(tmp_path):

@@ -235,6 +235,29 @@ REFUSED: dict[str, tuple[Family, dict[str, Any], list[str]]] = {
     "unknown key": ("llama", {"logit_softcapping": 30.0}, ["logit_softcapping", "30.0"]),
     "dynamic NTK": ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["'dynamic'", "NTK"]),
     "longrope": ("llama", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, ["'longrope'"]),
+    "schemas that disagree": (
+        "llama",
+        {
+            "rope_scaling": {"rope_type": "linear", "factor": 2},
+            "rope_parameters": {"rope_type": "linear", "factor": 4},
+        },
+        ["rope_scaling", "contradicts rope_parameters in factor"],
+    ),
+    "theta in one schema": (
+        "llama",
+        {
+            "rope_scaling": {"rope_type": "linear", "factor": 2},
+            "rope_parameters": {"rope_type": "linear", "factor": 2, "rope_theta": 5e5},
+        },
+        ["rope_scaling", "contradicts rope_parameters in rope_theta"],
+    ),
+    "layers of a damaged file": ("llama", {"num_hidden_layers": 10**9}, ["num_hidden_layers", "10,000"]),
+    "theta beyond float64": (
+        "llama",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e999}},
+        ["rope_theta"],
+    ),
+    "kinds that are no text": ("qwen2", {"layer_types": [{}, {}]}, ["layer_types"]),
     "unknown rope": ("qwen2", {"rope_scaling": {"type": "mrope", "mrope_section": [1]}}, ["'mrope'"]),
     "stray rope key": ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0, "alpha": 1}}, ["alpha"]),
     "rope without factor": ("llama", {"rope_scaling": {"type": "linear"}}, ["factor", "None"]),
@@ -301,6 +324,52 @@ def test_what_is_not_understood_is_refused_by_name(case: str):
     for word in words:
         assert word in message
     assert "\n" not in message
+
+
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+AS_FOUND: dict[str, tuple[Family, dict[str, Any]]] = {
+    "both schemas": (
+        "llama",
+        {"rope_theta": 5e5, "rope_scaling": _LLAMA3, "rope_parameters": {**_LLAMA3, "rope_theta": 5e5}},
+    ),
+    "both schemas, old name of the type": (
+        "qwen2",
+        {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+    ),
+    "attn_factor": ("qwen3", {"rope_theta": 1e6, "rope_scaling": {**_YARN, "attn_factor": 0.878}}),
+    "finetuned": ("llama", {"rope_scaling": {**_YARN, "finetuned": True}}),
+    "keys of other programs": (
+        "gpt_neox",
+        {"custom_pipelines": {"text-generation": {}}, "num_steps": "global_step301000", "_flash_attn_2_enabled": True},
+    ),
+    "more keys of other programs": (
+        "llama",
+        {"tokenizer_model_max_length": 2048, "use_deepspeed_checkpointing": True},
+    ),
+    "unread long-context settings": ("qwen2", {"dual_chunk_attention_config": {"chunk_size": 262144}}),
+    "null and false": ("llama", {"sliding_window": None, "use_sliding_window": False, "bias": False}),
+}
+
+
+@pytest.mark.parametrize("case", AS_FOUND)
+def test_configs_as_found_mean_what_transformers_reads(case: str, tmp_path: Path):
+    from transformers import AutoConfig
+
+    family, overrides = AS_FOUND[case]
+    raw = tiny_config(family, **overrides)
+    read = AutoConfig.for_model(**json.loads(json.dumps(raw)))
+    rope = dict(read.rope_parameters)
+    for unread in ("attn_factor", "finetuned"):
+        rope.pop(unread, None)
+    expected = tiny_config(family, rope_parameters=rope)
+    assert parse_config(raw, "found") == parse_config(expected, "transformers")
 
 
 def test_features_switched_off_are_accepted():

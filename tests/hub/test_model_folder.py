@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 from model_params import hash_params
-from models_factory import EOS_ID, tiny_config, write_tiny_hf_model, write_tiny_tokenizer
+from models_factory import BOS, BOS_ID, EOS_ID, tiny_config, tiny_texts, write_tiny_hf_model, write_tiny_tokenizer
 from parity_cases import transformers_logits
 
 from jax_selftrain import hub
@@ -159,10 +160,94 @@ def test_tokenizer_fingerprint_depends_on_what_makes_ids(
     write_tiny_tokenizer(folder, 512)
     assert hub.open_model(folder).tokenizer_fingerprint == expected  # a folder with nothing but a tokenizer
     content = read_json(folder / "tokenizer.json")
-    (folder / "tokenizer.json").write_text(json.dumps(content | {"truncation": {"max_length": 3}}))
+    truncation = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    (folder / "tokenizer.json").write_text(json.dumps(content | {"truncation": truncation}))
     assert hub.open_model(folder).tokenizer_fingerprint == expected
     write_tiny_tokenizer(folder, 400)
     assert hub.open_model(folder).tokenizer_fingerprint != expected
+
+
+def as_saved_long_ago(content: dict) -> None:
+    """Write merges as text and leave out defaults, as tokenizers did before version 0.20."""
+    content["model"]["merges"] = [" ".join(merge) for merge in content["model"]["merges"]]
+    for step in ("pre_tokenizer", "decoder"):
+        del content[step]["use_regex"]
+
+
+def swap_merges(content: dict) -> None:
+    merges = content["model"]["merges"]
+    merges[0], merges[1] = merges[1], merges[0]
+
+
+def add_token(content: dict) -> None:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    content["added_tokens"].append({"id": 512, "content": "<new>", **flags})
+
+
+def add_prefix_space(content: dict) -> None:
+    content["pre_tokenizer"]["add_prefix_space"] = True
+
+
+def add_bos(content: dict) -> None:
+    bos = {"id": BOS, "ids": [BOS_ID], "tokens": [BOS]}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    single = [{"SpecialToken": {"id": BOS, "type_id": 0}}, text]
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {BOS: bos},
+    }
+
+
+def without_special_tokens(content: dict) -> None:
+    add_bos(content)
+    content["post_processor"]["single"] = content["post_processor"]["single"][1:]
+    content["post_processor"] = {"type": "Sequence", "processors": [content["post_processor"]]}
+
+
+@pytest.mark.parametrize("change", [as_saved_long_ago, without_special_tokens])
+def test_a_tokenizer_saved_otherwise_keeps_its_fingerprint(change: Callable[[dict], None], tmp_path: Path):
+    assert _changed_fingerprint(change, tmp_path) == hub.open_model(tmp_path / "original").tokenizer_fingerprint
+
+
+@pytest.mark.parametrize("change", [swap_merges, add_token, add_prefix_space, add_bos])
+def test_a_tokenizer_of_other_ids_has_another_fingerprint(change: Callable[[dict], None], tmp_path: Path):
+    assert _changed_fingerprint(change, tmp_path) != hub.open_model(tmp_path / "original").tokenizer_fingerprint
+
+
+def _changed_fingerprint(change: Callable[[dict], None], folder: Path) -> str:
+    for name in ("original", "changed"):
+        (folder / name).mkdir()
+        write_tiny_tokenizer(folder / name, 512)
+    content = read_json(folder / "original" / "tokenizer.json")
+    change(content)
+    (folder / "changed" / "tokenizer.json").write_text(json.dumps(content))
+    return hub.open_model(folder / "changed").tokenizer_fingerprint
+
+
+@pytest.mark.parametrize(
+    "name", ["AutoTokenizer", "PreTrainedTokenizerFast", "GPTNeoXTokenizerFast", "GPTNeoXTokenizer"]
+)
+def test_the_tokenizer_of_pythia_saved_by_transformers_keeps_its_fingerprint(name: str, data_dir: Path, tmp_path: Path):
+    source = data_dir / "pythia-tokenizer"
+    getattr(transformers, name).from_pretrained(source).save_pretrained(tmp_path)
+    saved = hub.open_model(tmp_path)
+    assert saved.tokenizer_fingerprint == hub.open_model(source).tokenizer_fingerprint
+    texts = list(tiny_texts(200))
+    assert saved.tokenizer(texts)["input_ids"] == hub.open_model(source).tokenizer(texts)["input_ids"]
+
+
+def test_ids_without_a_token_are_listed(tmp_path: Path):
+    """Embeddings may have more rows than tokens, and vocabularies may have holes (camembert-base)."""
+    model = write_tiny_hf_model(tmp_path, "llama", tokenizer_size=400)
+    content = read_json(model / "tokenizer.json")
+    vocabulary = content["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.get)] = 402
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    (model / "generation_config.json").write_text('{"eos_token_id": [2, 402]}')
+    found = special_tokens(model)
+    assert (found.tokenizer_length, found.unused_ids, found.eos_token_ids) == (403, (399, 400, 401), (2, 402))
 
 
 def special_tokens(model: Path) -> hub.SpecialTokens:

@@ -4,10 +4,12 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+from model_params import hash_params
 from models_factory import write_safetensors, write_tiny_hf_model
 from safetensors.numpy import load_file
 
@@ -92,12 +94,57 @@ def test_unknown_missing_and_misshapen_tensors(folder: Path):
     assert_refused(folder, "model.norm.weight", "(63,)", "(64,)")
 
 
-@pytest.mark.parametrize(
-    ("dtype", "code"), [(np.int8, "I8"), (np.float64, "F64"), (ml_dtypes.float8_e4m3fn, "F8_E4M3")]
-)
+@pytest.mark.parametrize(("dtype", "code"), [(np.int8, "I8"), (ml_dtypes.float8_e4m3fn, "F8_E4M3")])
 def test_other_types_are_refused(folder: Path, dtype, code: str):
     rewrite(folder, lambda w: w.update({"model.norm.weight": w["model.norm.weight"].astype(dtype)}))
     assert_refused(folder, "model.norm.weight", code)
+
+
+def test_double_precision_is_read_as_single(folder: Path):
+    name, expected = "model.norm.weight", load_file(folder / "model.safetensors")["model.norm.weight"]
+    rewrite(folder, lambda w: w.update({name: w[name].astype(np.float64)}))
+    model = hub.load_model(folder, "data=1")
+    np.testing.assert_array_equal(model.params["final_norm"]["scale"], expected)
+    assert model.export is not None
+    assert model.export.tensors[name] == "float32"
+    rewrite(folder, lambda w: w.update({name: w[name].astype(np.float64) * 1e300}))
+    assert_refused(folder, name, "NaN or infinity")
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_wrappers_are_dropped(folder: Path, tmp_path: Path, prefix: str):
+    expected = hub.load_model(folder, "data=1").params
+    weights = {f"{prefix}{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    write_safetensors(folder, weights)
+    model = hub.load_model(folder, "data=1")
+    assert hash_params(model.params) == hash_params(expected)
+    written = load_file(model.save_pretrained(tmp_path / "out") / "model.safetensors")
+    assert {f"{prefix}{name}" for name in written} == weights.keys()
+
+
+@pytest.mark.parametrize(
+    ("family", "embedding", "head"),
+    [
+        ("llama", "model.embed_tokens.weight", "lm_head.weight"),
+        ("gpt_neox", "gpt_neox.embed_in.weight", "embed_out.weight"),
+        ("gpt2", "transformer.wte.weight", "lm_head.weight"),
+    ],
+)
+def test_a_tied_model_may_hold_the_head_alone(tmp_path: Path, family: Any, embedding: str, head: str):
+    """`safetensors.torch.save_model` keeps one of two names of a shared tensor."""
+    folder = write_tiny_hf_model(tmp_path / "tied", family, tie_word_embeddings=True, tokenizer=False)
+    expected = hub.load_model(folder, "data=1").params
+    rewrite(folder, lambda w: w.update({head: w.pop(embedding)}))
+    model = hub.load_model(folder, "data=1")
+    assert hash_params(model.params) == hash_params(expected)
+    assert embedding in load_file(model.save_pretrained(tmp_path / "out") / "model.safetensors")
+
+
+def test_an_adapter_is_not_ignored(folder: Path):
+    (folder / "adapter_config.json").write_text("{}")
+    assert_refused(folder, "adapter_config.json", "merge_and_unload")
+    (folder / "config.json").unlink()
+    assert_refused(folder, "adapter_config.json", "merge_and_unload")
 
 
 def test_tied_embeddings_that_differ(tmp_path: Path):

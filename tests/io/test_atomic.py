@@ -425,6 +425,33 @@ def test_the_lease_of_another_machine_counts_until_its_heartbeat_is_old(tmp_path
         assert held
 
 
+def test_a_process_that_dies_while_it_writes_a_lease_leaves_none(tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path; from jax_selftrain.io import lease\n"
+        "create = lease._create\n"
+        "def die(path, content):\n"
+        "    create(path, content[:5])\n"
+        "    os._exit(9)\n"
+        "lease._create = die\n"
+        f"with lease.lease(Path({str(tmp_path / 'shard.lease')!r})): pass\n"
+    )
+    process = start(code)
+    process.communicate()
+    assert process.returncode == 9
+    assert not (tmp_path / "shard.lease").exists()
+    with lease.lease(tmp_path / "shard.lease") as held:
+        assert held
+
+
+@pytest.mark.parametrize("error", [PermissionError, OSError])
+def test_leases_work_without_hard_links(tmp_path, monkeypatch, error):
+    def refuse(*_: object) -> None:
+        raise error("no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    test_a_lease_has_one_holder_and_is_given_back(tmp_path)
+
+
 def test_a_lease_cut_short_by_a_crash_is_taken_over_when_old(tmp_path):
     path = tmp_path / "shard.lease"
     path.write_bytes(b"")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 
 import pytest
 
 from jax_selftrain.errors import InputError
-from jax_selftrain.io.jsonl import read_jsonl, write_jsonl
+from jax_selftrain.io.jsonl import check_text, read_jsonl, write_jsonl
 
 
 def test_what_is_written_is_read_back_with_file_and_line(tmp_path):
@@ -49,6 +50,28 @@ def test_a_damaged_line_is_named(tmp_path, line, message):
     path.write_bytes(b"{}\n\n" + line + b"\n{}\n")
     with pytest.raises(InputError, match=re.escape(f"{path}:3: {message}")):
         list(read_jsonl(path))
+
+
+def test_gzip_is_decompressed_and_other_formats_are_named(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"a": 1}\n{"a": 2}\n'))
+    assert list(read_jsonl(path)) == [(f"{path}:1", {"a": 1}), (f"{path}:2", {"a": 2})]
+    path.write_bytes(gzip.compress(b'{"a": 1}\n' * 1000)[:-20])
+    with pytest.raises(InputError, match=r"rows.jsonl.gz: cannot be read"):
+        list(read_jsonl(path))
+    for start, name in ((b"PAR1", "a Parquet file"), (b"PK\x03\x04", "a ZIP archive"), (b"BZh9", "bzip2")):
+        path.write_bytes(start + bytes(100))
+        with pytest.raises(InputError, match=rf"rows.jsonl.gz: is .*{name}.*, not JSON Lines"):
+            list(read_jsonl(path))
+
+
+def test_texts_are_valid_utf8():
+    assert check_text("é", "f:1") == check_text("é".encode(), "f:1") == "é"
+    for value in ("\ud83d", b"\xff"):
+        with pytest.raises(InputError, match="f:1: the text is not valid UTF-8"):
+            check_text(value, "f:1")
+    with pytest.raises(InputError, match="f:1: the text field holds int, not text"):
+        check_text(3, "f:1")
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):

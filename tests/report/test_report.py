@@ -10,6 +10,7 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -17,6 +18,7 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.report import write_report
 from jax_selftrain.report.chapters import design_chapters
+from jax_selftrain.report.figures import clean_label
 from jax_selftrain.report.formatting import format_interval, format_number, parse_estimate
 from jax_selftrain.stats.estimators import Estimate
 
@@ -196,6 +198,41 @@ def test_sampled_text_is_escaped(results: dict[str, Any], tmp_path: Path) -> Non
     assert page.open == []
     assert not page.tags & {"script", "b", "i"}
     assert '<script>alert("x")</script> & <b>' in page.text
+
+
+HOSTILE = [
+    "<img src=x onerror=alert(1)>",
+    "US$ and C$",
+    r"$\frac$",
+    "a$b_$c",
+    "_hidden",
+    "</title><script>alert(1)</script>",
+    "x" * 200,
+    "tab\there\x1b[31m\x00",
+    "日本語 שלום",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_are_text_in_page_and_figures(results: dict[str, Any], tmp_path: Path, name: str) -> None:
+    (cell,) = results["cells"]
+    names = {*(one["name"] for one in (*cell["tasks"], *cell["texts"])), *results["design"]["students"]}
+    text = json.dumps(results)
+    for old in names:  # longer names may contain it: they change too
+        text = text.replace(json.dumps(old)[1:-1], json.dumps(f"{name}{len(old)}")[1:-1])
+    changed = json.loads(text)
+    atomic.write_json(tmp_path / "results.json", changed)
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert page.open == []
+    assert not page.tags & {"script", "img"}
+    shown = re.sub(r"[\x00-\x1f]", "", name)
+    assert shown[:20] in re.sub(r"[\x00-\x1f]", "", page.text)
+    figures = list((tmp_path / "figures").iterdir())
+    assert figures
+    for figure in figures:
+        ElementTree.parse(figure)  # raises if it is not well-formed
+    labels = [element.text for figure in figures for element in ElementTree.parse(figure).iter() if element.text]
+    assert any(clean_label(name)[:20].strip() in label for label in labels)
 
 
 def test_several_treatments_are_compared_in_one_page(results: dict[str, Any], tmp_path: Path) -> None:

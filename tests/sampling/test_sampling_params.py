@@ -1,5 +1,6 @@
 """Sampling parameters: transformers' truncation, and invalid options."""
 
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,10 @@ from sampling_reference import random_logits
 from jax_selftrain.config import SampleConfig, yaml_io
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import SpecialTokens
+from jax_selftrain.sampling.categorical import categorical, level_sizes
 from jax_selftrain.sampling.sampling_params import (
     SamplingParams,
+    full_logsumexp,
     make_sampling_params,
     warp_logits,
 )
@@ -51,6 +54,7 @@ def test_truncation_is_that_of_transformers(options):
         "min_p": hf.MinPLogitsWarper,
     }
     logits = random_logits(32, 200, 2.0)
+    logits -= logits.max(axis=-1, keepdims=True)  # as `warp_logits` does before it divides
     scores = torch.from_numpy(logits.copy())
     for name, warper in warpers.items():
         if name in options:
@@ -76,6 +80,36 @@ def test_padding_ids_are_excluded_before_truncation():
     expected = np.asarray(warp_logits(jnp.asarray(logits[:, :150]), replace(sampling_params, num_valid_ids=None)))
     assert np.isneginf(got[:, 150:]).all()
     np.testing.assert_array_equal(got[:, :150], expected)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-9, 1e-12, 1e-30, 1e-50])
+def test_low_temperatures_are_greedy(temperature: float):
+    logits = random_logits(32, 200, 2.0) + np.float32(60)
+    draw = jax.jit(lambda rows: categorical(warp_logits(rows, replace(PLAIN, temperature=temperature)), bits))
+    bits = jnp.full((32, len(level_sizes(200))), np.uint32(2**32 - 1))
+    token, logsumexp = draw(jnp.asarray(logits))
+    np.testing.assert_array_equal(token, logits.argmax(axis=-1))
+    warped = np.asarray(warp_logits(jnp.asarray(logits), replace(PLAIN, temperature=temperature)))
+    np.testing.assert_array_equal(np.take_along_axis(warped, np.asarray(token)[:, None], 1)[:, 0] - logsumexp, 0.0)
+
+
+def test_high_temperatures_are_uniform():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sampling_params = replace(PLAIN, temperature=1e39, num_valid_ids=150)
+        warped = np.asarray(warp_logits(jnp.asarray(random_logits(4, 200, 2.0)), sampling_params))
+    np.testing.assert_allclose(warped[:, :150], 0.0, atol=1e-30)
+    assert np.isneginf(warped[:, 150:]).all()
+
+
+def test_ids_that_are_no_token_are_excluded():
+    logits = random_logits(4, 200, 2.0)
+    sampling_params = replace(PLAIN, num_valid_ids=150, unused_ids=(3, 149))
+    excluded = np.isneginf(np.asarray(warp_logits(jnp.asarray(logits), sampling_params)))
+    assert np.flatnonzero(excluded[0]).tolist() == [3, 149, *range(150, 200)]
+    warped = warp_logits(jnp.asarray(logits), sampling_params)
+    whole = full_logsumexp(jnp.asarray(logits), sampling_params, jax.nn.logsumexp(warped, axis=-1))
+    np.testing.assert_allclose(whole, np.log(np.exp(logits.astype(np.float64)).sum(axis=-1)), rtol=1e-6)
 
 
 def test_disabled_steps_compile_to_nothing():

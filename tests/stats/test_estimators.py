@@ -186,6 +186,8 @@ def test_ratio_of_sums_not_mean_of_ratios():
 def test_exp_carries_the_error_over():
     assert exp_and_stderr(math.log(3.0), 0.1) == pytest.approx((3.0, 0.3))
     assert exp_and_stderr(0.0, None) == (1.0, None)
+    assert exp_and_stderr(1e4, 0.1) == (None, None)  # a text without white space is one word of 10,000 nats
+    assert exp_and_stderr(709.0, 1e9) == (pytest.approx(math.exp(709)), None)
 
 
 def test_wilson_stays_inside_and_has_width_at_the_ends():

@@ -208,6 +208,43 @@ def test_the_same_comparison_gives_the_same_bytes(score_folder: Path, run: Any, 
 # ------------------------------------------------------------------ results whose truth is known
 
 
+def test_a_task_that_the_base_cannot_do_is_not_preserved(fabricate: Fabricate, run: Any) -> None:
+    base = fabricate("base", guessed=answers(2000, 1010), known=answers(2000, 1400))
+    students = [
+        fabricate(f"student{i}", guessed=answers(2000, 1010, i, 5), known=answers(2000, 1400, 5, i)) for i in range(5)
+    ]
+    result = run(base, students)
+    for pair in result["pairs"]:
+        verdicts = {task["name"]: task["non_inferiority"]["verdict_adjusted"] for task in pair["tasks"]}
+        assert verdicts == {"guessed": "cannot tell", "known": "preserved"}
+    assert {task["name"]: task["verdict"] for task in result["recipe"]["tasks"]} == verdicts
+
+
+def test_tasks_without_results_by_item_are_named(fabricate: Fabricate, run: Any) -> None:
+    files = [fabricate(name, known=answers(200, 140)) for name in ("base", "student")]
+    for file in files:
+        result = atomic.read_json(file)
+        result["tasks"]["several_answers"] = {"n": 4, "acc": 0.5}
+        result["fingerprints"]["files"]["several_answers"] = hash_json("several_answers")
+        atomic.write_json(file, result)
+    compared = run(*files)
+    assert "no single right answer" in compared["not_compared"]["several_answers"]
+    assert "not compared: several_answers" in format_comparison(compared)
+    with pytest.raises(InputError, match="--primary-tasks several_answers: cannot be compared"):
+        run(*files, primary_tasks=("several_answers",))
+
+
+def test_a_perplexity_beyond_float64_is_none(fabricate: Fabricate, run: Any) -> None:
+    files = [fabricate(name, text=np.array([nats, nats + 1]), tokens=1) for name, nats in (("a", 1000), ("b", 3000))]
+    (text,) = run(*files)["pairs"][0]["texts"]
+    assert text["perplexity"] == {
+        "before": None,
+        "after": None,
+        "ratio": {"value": None, "low": None, "high": None, "n": 2},
+    }
+    assert text["nll"]["after"]["value"] == 3000.5
+
+
 def test_the_three_verdicts_and_the_macro_average(fabricate: Fabricate, run: Any) -> None:
     base = fabricate(
         "base",

@@ -66,6 +66,12 @@ def test_invalid_lora_options_are_refused(change: dict, message: str, options: O
         check_lora(options(lora_rank=2, **change))
 
 
+def test_targets_that_the_model_has_not_are_refused(tiny_model: Callable[..., Path], options: Options):
+    model = str(tiny_model("gpt_neox"))  # its MLP has no gate
+    with pytest.raises(InputError, match=r"--lora-targets gate: .* has no such matrix; choose from q, k, v, o, up"):
+        train(options(model=model, lora_rank=2, lora_targets=("gate",)))
+
+
 def test_interrupted_lora_run_ends_with_the_same_bits(options: Options, tmp_path: Path):
     whole = train(options(lora_rank=2, out=str(tmp_path / "whole")))
     with pytest.raises(Interruption):

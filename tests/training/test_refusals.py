@@ -12,17 +12,31 @@ from models_factory import tiny_texts
 from safetensors.numpy import load_file, save_file
 from training_runs import Interruption, run_options
 
-from jax_selftrain.config import ImportCorpusConfig, TrainConfig
+from jax_selftrain.config import ImportCorpusConfig, SampleConfig, TrainConfig
 from jax_selftrain.corpus import import_text
 from jax_selftrain.errors import InputError, UnavailableError
 from jax_selftrain.hub import LoadedModel
 from jax_selftrain.io.manifest import folder_manifest
+from jax_selftrain.sampling import sample
 from jax_selftrain.training import Hook, train
 
 
 def test_corpus_of_another_tokenizer_is_refused(tiny_model, options: Callable[..., TrainConfig]):
     with pytest.raises(InputError, match="another tokenizer"):
         train(options(model=str(tiny_model("llama", vocab_size=400, hidden_size=32))))
+
+
+def test_a_model_without_tokenizer_is_trained_on_its_own_corpus_alone(
+    small_model: Path, corpus_folder: Path, options: Callable[..., TrainConfig], tmp_path: Path
+):
+    bare = shutil.copytree(small_model, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*", "vocab*"))
+    with pytest.raises(InputError, match=r"bare: holds no tokenizer, but .* was made with one"):
+        train(options(model=str(bare)))
+    own = str(tmp_path / "own")
+    sample(SampleConfig(model=str(bare), out=own, samples=8, max_tokens=16, batch_size=8, mesh="data=1"))
+    with pytest.raises(InputError, match="own: was sampled from a model without a tokenizer"):
+        train(options(corpus=own))
+    assert (train(options(model=str(bare), corpus=own, steps=1)) / "model" / "config.json").is_file()
 
 
 def test_token_ids_beyond_the_model_are_refused(tiny_model, options: Callable[..., TrainConfig], tmp_path: Path):

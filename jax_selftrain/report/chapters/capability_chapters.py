@@ -1,13 +1,12 @@
 """Chapters on tasks, texts, the matrix of sources, and proxies."""
 
-import math
 from dataclasses import asdict
 
 from jax_selftrain.config import ArmConfig
 from jax_selftrain.report import figures
 from jax_selftrain.report import formatting as fmt
 from jax_selftrain.report.formatting import Chapter, Column, Record, Records, Results, Table, make_columns
-from jax_selftrain.stats.estimators import Estimate
+from jax_selftrain.stats.estimators import Estimate, finite_exp
 from jax_selftrain.study.measure_names import (
     MAIN_EFFECT,
     common_measures,
@@ -100,9 +99,11 @@ def write_perplexity(results: Results) -> Chapter | None:
     return chapter
 
 
-def _exponentiate(entry: Record) -> Estimate:
-    low, high = (None if entry[end] is None else math.exp(entry[end]) for end in ("low", "high"))
-    return Estimate(math.exp(entry["value"]), low, high, entry["n"])
+def _exponentiate(entry: Record) -> Estimate | None:
+    value, low, high = (finite_exp(entry[end]) for end in ("value", "low", "high"))
+    if high is None:
+        low = None
+    return None if value is None else Estimate(value, low, high, entry["n"])
 
 
 def write_source_matrix(results: Results) -> Chapter | None:
