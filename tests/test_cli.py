@@ -363,3 +363,12 @@ def test_the_users_cache_folder_is_kept_and_a_read_only_home_is_not_an_error(tmp
     (tmp_path / "cache").write_text("a file where the folder should be")
     cli._enable_compilation_cache()
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+
+
+def test_control_characters_of_names_do_not_reach_the_terminal(tmp_path, capsys):
+    name = "\x1b[31m\u202egnp.exe"
+    assert cli.main(["report", str(tmp_path / name)]) == 2
+    error = capsys.readouterr().err
+    assert "\x1b" not in error
+    assert "\u202e" not in error
+    assert r"\x1b[31m\u202egnp.exe" in error

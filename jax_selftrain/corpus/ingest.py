@@ -128,11 +128,11 @@ def _choose_id(model: ModelRef, name: str, flag: int | None, default: int | None
     value = default if flag is None else flag
     if value is None:
         raise InputError(f"{model.ref}: names neither BOS nor EOS; choose a token with {yaml_io.flag(name)}")
-    special = model.special_tokens
-    if not 0 <= value < (special.tokenizer_length or 0) or value in special.unused_ids:
-        raise InputError(
-            f"{yaml_io.flag(name)} {value}: is no token of {model.ref}, whose ids are below {special.tokenizer_length}"
-        )
+    from jax_selftrain.hub.tokenizer import vocabulary_range
+
+    length, unused = vocabulary_range(model.tokenizer)
+    if not 0 <= value < length or value in unused:
+        raise InputError(f"{yaml_io.flag(name)} {value}: is no token of {model.ref}, whose ids are below {length}")
     return value
 
 

@@ -27,7 +27,7 @@ _IGNORED = {
         tie_last_hidden_states keys_to_ignore_at_inference chunk_size_feed_forward use_bfloat16 tf_legacy_loss
         is_llama_config transformers.js_config unsloth_fixed unsloth_version model_type
         reorder_and_upcast_attn custom_pipelines num_steps _flash_attn_2_enabled tokenizer_model_max_length
-        use_deepspeed_checkpointing dual_chunk_attention_config""",
+        tokenizer_padding_side use_deepspeed_checkpointing dual_chunk_attention_config""",
     "lengths that old configs repeat": "max_sequence_length seq_length n_ctx",
     "token ids, which `resolve_special_tokens` reads": """
         bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id unk_token_id end_token_id""",

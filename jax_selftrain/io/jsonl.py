@@ -1,11 +1,12 @@
 """JSON Lines: one JSON object a line."""
 
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from jax_selftrain.errors import InputError
 
@@ -67,7 +68,7 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _open_lines(path: Path) -> IO[bytes]:
+def _open_lines(path: Path) -> gzip.GzipFile | io.BufferedReader:
     """Open a file; decompress gzip; refuse other formats by name."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise InputError(f"{path}: is no regular file (a pipe or a device), and is read more than once; write a file")

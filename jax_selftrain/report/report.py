@@ -58,7 +58,13 @@ def write_report(folder: atomic.PathLike) -> Path:
         reason = "is not finished" if (folder / "config.yaml").exists() else "is not the folder of a run or study"
         raise InputError(f"{folder}: {reason} (it has no results.json); run `jax-selftrain run` or `study` first")
     results = load_results(path)
-    chapters = [chapter for write in CHAPTERS if (chapter := write(results)) is not None]
+    try:
+        chapters = [chapter for write in CHAPTERS if (chapter := write(results)) is not None]
+        summary = _write_summary(results)
+    except KeyError as error:
+        raise InputError(
+            f"{path}: {error} is missing, so it is damaged; run the study again in a new folder"
+        ) from error
     figures = {f"{name}.svg": svg for chapter in chapters for name, svg in chapter.figures.items()}
     tables = {f"{table.name}.csv": table.to_csv() for chapter in chapters for table in chapter.tables}
     for name, texts in (("figures", figures), ("tables", tables)):
@@ -66,7 +72,7 @@ def write_report(folder: atomic.PathLike) -> Path:
             for file, text in texts.items():
                 (temporary / file).write_text(text, encoding="utf-8")
     page = folder / "report.html"
-    atomic.write_text(page, _render_page(results["title"], _write_summary(results), chapters))
+    atomic.write_text(page, _render_page(results["title"], summary, chapters))
     if (folder / "model" / MANIFEST).is_file():
         atomic.write_text(folder / "model" / MODEL_CARD, describe_model(hub.open_model(folder / "model")))
     return page

@@ -25,7 +25,7 @@ from jax_selftrain.config import ExtractConfig, ImportCorpusConfig, SampleConfig
 from jax_selftrain.corpus import Sample, import_text, open_corpus
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals import extract, extraction_metrics, make_window
-from jax_selftrain.evals.extraction import classify, summarize
+from jax_selftrain.evals.extraction import classify, load_extraction_sets, summarize
 from jax_selftrain.sampling import generate, sample
 
 CLASSES = ("held_out", "partial", "seen")
@@ -237,6 +237,16 @@ def test_results_are_grouped_by_number_of_duplicates(tmp_path, options, greedy_p
         "0": (1, 0.0), "1": (2, 0.5), "2": (1, 0.0), "3-4": (2, 1.0), "9-16": (1, 1.0), "257-512": (1, 0.0),
     }  # fmt: skip
     assert result["duplicates"]["1"]["sampling_policies"]["temperature=1,top-k=40"]["pz"] is not None
+
+
+def test_a_start_token_is_not_doubled_in_silence(options, greedy_paths, capsys):
+    with_bos = greedy_paths.copy()
+    with_bos[:20, 0] = 1  # BOS
+    with pytest.raises(InputError, match="--start-token bos: 20 of 32 prefixes begin with token 1 already"):
+        load_extraction_sets(options(with_bos, start_token="bos"))
+    with_bos[2:, 0] = 9
+    load_extraction_sets(options(with_bos, start_token="bos"))
+    assert "2 of 32 prefixes begin with token 1 already, and have it twice" in capsys.readouterr().err
 
 
 def test_a_start_token_and_an_offset_move_the_window(tmp_path, options, model, greedy_paths):

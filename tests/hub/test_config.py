@@ -351,7 +351,7 @@ AS_FOUND: dict[str, tuple[Family, dict[str, Any]]] = {
     ),
     "more keys of other programs": (
         "llama",
-        {"tokenizer_model_max_length": 2048, "use_deepspeed_checkpointing": True},
+        {"tokenizer_model_max_length": 2048, "tokenizer_padding_side": "right", "use_deepspeed_checkpointing": True},
     ),
     "unread long-context settings": ("qwen2", {"dual_chunk_attention_config": {"chunk_size": 262144}}),
     "null and false": ("llama", {"sliding_window": None, "use_sliding_window": False, "bias": False}),

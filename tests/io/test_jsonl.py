@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import re
 
 import pytest
@@ -63,6 +64,12 @@ def test_gzip_is_decompressed_and_other_formats_are_named(tmp_path):
         path.write_bytes(start + bytes(100))
         with pytest.raises(InputError, match=rf"rows.jsonl.gz: is .*{name}.*, not JSON Lines"):
             list(read_jsonl(path))
+
+
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(InputError, match=r"pipe.jsonl: is no regular file"):
+        list(read_jsonl(tmp_path / "pipe.jsonl"))
 
 
 def test_texts_are_valid_utf8():

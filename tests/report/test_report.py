@@ -250,6 +250,14 @@ def test_several_treatments_are_compared_in_one_page(results: dict[str, Any], tm
     assert {row["treatment"] for row in rows(tmp_path, "tasks")} == {"source llama", "weight noise"}
 
 
+@pytest.mark.parametrize("section", ["cells", "effects", "claims", "corpora", "design", "title"])
+def test_results_without_a_section_are_refused(results: dict[str, Any], tmp_path: Path, section: str) -> None:
+    atomic.write_json(tmp_path / "results.json", {name: value for name, value in results.items() if name != section})
+    with pytest.raises(InputError, match=f"results.json: '{section}' is missing"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_folders_without_results_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder"):
         write_report(tmp_path / "nothing")
