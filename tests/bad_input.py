@@ -144,7 +144,7 @@ def assert_one_error_sentence(case: CaseFunction, workspace: Workspace, capsys: 
     assert code == 2, error
     assert len(error.splitlines()) == 1, error
     assert "error: " in error
-    assert cause in error
+    assert cause in error, error
     assert {path: path.stat().st_mtime_ns for path in workspace.folder.rglob("*") if path in before} == before
     assert not workspace.out.exists(), sorted(workspace.out.rglob("*"))
 

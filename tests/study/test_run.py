@@ -241,12 +241,12 @@ def test_a_run_may_measure_texts_alone(options: Options, tmp_path: Path) -> None
 
 
 def test_another_source_is_sampled(options: Options, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    config = options(tmp_path / "out", source=str(tiny_model("qwen2")))
+    config = options(tmp_path / "out", source=str(tiny_model("llama", seed=1)))
     config = without_extraction(replace(config, score=replace(config.score, tasks=())))
     run(config)
     results = atomic.read_json(tmp_path / "out" / "results.json")
-    assert results["title"] == "llama, trained on text by qwen2"
-    assert (results["design"]["students"], results["design"]["sources"]) == (["llama"], ["qwen2"])
+    assert results["title"] == "llama, trained on text by llama (source)"
+    assert (results["design"]["students"], results["design"]["sources"]) == (["llama"], ["llama (source)"])
     assert len({model["fingerprint"] for model in results["design"]["models"]}) == 2
     (cell,) = run_design(config).cells
     assert cell.corpus.command == "sample"

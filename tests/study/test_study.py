@@ -616,7 +616,7 @@ def test_the_results_may_be_of_one_split(finished_study: Path):
 def test_a_dry_run_counts_and_writes_nothing(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run_study(make(tmp_path / "out", arms=ARMS, dry_run=True))
     printed = capsys.readouterr().out
-    assert "32 cells" in printed  # four main cells and twelve arms, each with two seeds
+    assert "34 cells" in printed  # four main cells, twelve arms and a first generation, each with two seeds
     assert not (tmp_path / "out").exists()
 
 
