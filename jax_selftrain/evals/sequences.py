@@ -3,8 +3,8 @@
 A reference is `FILE.npy` (integers [N, T]), `PREFIX.npy:SUFFIX.npy` or the folder of the pair
 (lm-extraction-benchmark), `FILE.jsonl` (`tokens` or `text`), `FILE.parquet` or FOLDER[:SPLIT] with a column `tokens`
 (pythia-memorized-evals), `input_ids` or `token_ids` (pretokenized Pile), or a `save_to_disk` folder of `datasets`.
-Special strings such as `</s>` in a text are plain text. Optional columns are `index` (sequence id) and
-`duplicates` (number of copies in the training data). Pickled object arrays are refused.
+Special strings such as `</s>` in a text are special tokens, so that a prefix can begin with BOS. Optional columns are
+`index` (sequence id) and `duplicates` (number of copies in the training data). Pickled object arrays are refused.
 """
 
 import functools
@@ -25,7 +25,6 @@ from numpy.lib.stride_tricks import sliding_window_view
 from jax_selftrain.errors import InputError
 from jax_selftrain.io.jsonl import check_text, read_jsonl
 from jax_selftrain.io.manifest import hash_json, sha256_file
-from jax_selftrain.likelihood.tokenize import encode_text
 
 _SPLIT_FILE = re.compile(r"(?P<split>.+?)-\d+-of-\d+.*\.parquet")
 _TOKENS = ("tokens", "input_ids", "token_ids")
@@ -297,7 +296,7 @@ def _read_jsonl_table(path: Path, limit: int | None, tokenizer: Callable[[], Any
         else:
             if not isinstance(row.get("text"), str):
                 raise InputError(f"{where}: neither `tokens` nor `text`")
-            tokens = encode_text(tokenizer(), check_text(row["text"], where))[0]
+            tokens = tokenizer().encode(check_text(row["text"], where), add_special_tokens=False)
         if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
             raise InputError(f"{where}: `tokens` must be a list of whole numbers")
         if any(abs(token) >= 2**31 for token in tokens):
