@@ -4,6 +4,9 @@ An error that the user can correct is an `InputError`; its message is one senten
 do. Any other exception is a bug and keeps its traceback (exit code 1).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class SelftrainError(Exception):
     """Base of the exceptions that the command line reports in one line."""
@@ -29,3 +32,22 @@ class Preempted(SelftrainError):
     """Clean stop on SIGTERM, with all work saved; exit code 143."""
 
     exit_code = 143
+
+
+@contextmanager
+def library_errors_as_input_errors(problem: str, remedy: str = "") -> Iterator[None]:
+    """Turn what a library raises about a foreign file into an InputError.
+
+    Libraries raise nearly anything for a damaged file. Only calls that read such a file belong inside.
+    """
+    try:
+        yield
+    except SelftrainError:
+        raise
+    except Exception as error:
+        raise InputError(f"{problem} ({summarize_error(error)})" + (remedy and f"; {remedy}")) from error
+
+
+def summarize_error(error: Exception) -> str:
+    """Return type and message of an exception in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")[:300]

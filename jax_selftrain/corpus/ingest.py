@@ -24,7 +24,7 @@ from jax_selftrain.corpus.reader import Corpus
 from jax_selftrain.corpus.schema import Sample
 from jax_selftrain.corpus.shards import CorpusWriter
 from jax_selftrain.corpus.token_source import encode_texts, tokenize_batch
-from jax_selftrain.errors import InputError
+from jax_selftrain.errors import InputError, library_errors_as_input_errors
 from jax_selftrain.io.jsonl import check_text
 from jax_selftrain.io.rows import read_rows
 
@@ -221,14 +221,12 @@ def _open_dataset(name: str | Path, config: ImportCorpusConfig) -> Callable[[], 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     function = "load_from_disk" if isinstance(name, Path) else "load_dataset"
-    try:
+    with library_errors_as_input_errors(f"{config.source}: `datasets.{function}` cannot open it"):
         if isinstance(name, Path):
             found: Any = datasets.load_from_disk(str(name))
         else:
             path, _, subset = name.partition(":")
             found = datasets.load_dataset(path, subset or None, split=config.split)
-    except Exception as error:  # damaged files raise nearly anything
-        raise InputError(f"{config.source}: `datasets.{function}` cannot open it ({_first_line(error)})") from error
     if isinstance(found, datasets.DatasetDict):
         _check_split(config, config.split, found)
         found = found[config.split]
@@ -248,37 +246,27 @@ def _open_tfds(folder: str, config: ImportCorpusConfig) -> Callable[[], Iterable
         ) from error
     if not Path(folder, "dataset_info.json").is_file():
         raise InputError(f"{config.source}: not a TFDS folder (no dataset_info.json); give the folder of one version")
-    try:
+    with library_errors_as_input_errors(  # before version 4 there was no features.json
+        f"{config.source}: tensorflow-datasets cannot open it",
+        "copy the folder again, or prepare the data set with tensorflow-datasets 4 or later",
+    ):
         builder = tfds.builder_from_directory(folder)
         features = dict.fromkeys(builder.info.features)
-    except Exception as error:  # damaged files raise nearly anything; before version 4 there was no features.json
-        raise InputError(
-            f"{config.source}: tensorflow-datasets cannot open it ({_first_line(error)}); copy the folder again, or "
-            "prepare the data set with tensorflow-datasets 4 or later"
-        ) from error
     for part in config.split.split("+"):
         _check_split(config, part.partition("[")[0].strip(), builder.info.splits)
     _field(features, config.text_field, config.source)
-    try:
+    with library_errors_as_input_errors(
+        f"{config.source}: --split {config.split} of {builder.info.file_format.value} files cannot be read",
+        "check the split, or prepare the data set with file_format array_record or parquet",
+    ):
         rows = builder.as_data_source(split=config.split)
-    except Exception as error:
-        raise InputError(
-            f"{config.source}: --split {config.split} of {builder.info.file_format.value} files cannot be read "
-            f"({_first_line(error)}); check the split, or prepare the data set with file_format array_record or parquet"
-        ) from error
 
     def read() -> Iterator[object]:
         for row in range(len(rows)):
-            try:
+            with library_errors_as_input_errors(f"{config.source} row {row}: cannot be read"):
                 value = rows[row][config.text_field]
-            except Exception as error:
-                raise InputError(f"{config.source} row {row}: cannot be read ({_first_line(error)})") from error
             if value is None:
                 raise InputError(f"{config.source} row {row}: is missing; its file is damaged, so copy it again")
             yield value
 
     return read
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".strip(": \n").splitlines()[0][:300]

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pyarrow.types as types
 from numpy.lib.stride_tricks import sliding_window_view
 
-from jax_selftrain.errors import InputError
+from jax_selftrain.errors import InputError, library_errors_as_input_errors, summarize_error
 from jax_selftrain.io.jsonl import check_text, read_jsonl
 from jax_selftrain.io.manifest import hash_json, sha256_file
 
@@ -194,16 +194,12 @@ def _concat_shards(reference: str, shards: Mapping[Path, pa.Table]) -> pa.Table:
         try:
             tables = [table.cast(schema) for table in tables]
         except pa.ArrowException as error:
-            raise InputError(f"{reference}: its shards cannot be joined ({_one_line(error)})") from None
+            raise InputError(f"{reference}: its shards cannot be joined ({summarize_error(error)})") from None
     return pa.concat_tables(tables)
 
 
 def _names(table: pa.Table) -> str:
     return ", ".join(table.column_names) or "none"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _to_table(array: np.ndarray) -> pa.Table:
@@ -369,15 +365,12 @@ def _select_columns(found: Sequence[str], read: Callable[[list[str]], pa.Table])
 def _read_dataset(folder: Path) -> pa.Table:
     import datasets
 
-    try:
+    with library_errors_as_input_errors(f"{folder}: `datasets.load_from_disk` cannot open it"):
         found = datasets.load_from_disk(str(folder))
         if isinstance(found, datasets.DatasetDict):
             raise InputError(
                 f"{folder}: holds the splits {', '.join(found)}; give the folder of one, as {folder}:SPLIT"
             )
         columns = found.column_names
-        return _select_columns(columns, lambda names: found.select_columns(names).with_format("arrow")[:])
-    except InputError:
-        raise
-    except Exception as error:  # a damaged state.json raises nearly anything
-        raise InputError(f"{folder}: `datasets.load_from_disk` cannot open it ({_one_line(error)})") from None
+        table = _select_columns(columns, lambda names: found.select_columns(names).with_format("arrow")[:])
+    return table

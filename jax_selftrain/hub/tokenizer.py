@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from jax_selftrain.errors import InputError
+from jax_selftrain.errors import InputError, library_errors_as_input_errors
 from jax_selftrain.io import atomic
 from jax_selftrain.io.import_guard import block_torch_import
 from jax_selftrain.io.manifest import hash_json, sha256_file
@@ -58,11 +58,9 @@ def read_tokenizer(folder: Path) -> Any:
     with block_torch_import():
         from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises bare Exception for a damaged file, transformers nearly anything
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{folder}: its tokenizer cannot be opened ({reason}); download its files again") from error
+    with library_errors_as_input_errors(f"{folder}: its tokenizer cannot be opened", "download its files again"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return tokenizer
 
 
 def tokenizer_hash(folder: Path, tokenizer: Any) -> str:

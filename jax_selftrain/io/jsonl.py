@@ -72,15 +72,12 @@ def _open_lines(path: Path) -> gzip.GzipFile | io.BufferedReader:
     """Open a file; decompress gzip; refuse other formats by name."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise InputError(f"{path}: is no regular file (a pipe or a device), and is read more than once; write a file")
-    file = open(path, "rb")  # noqa: SIM115
-    start = file.peek(6)[:6]
-    if start.startswith(b"\x1f\x8b"):
-        return gzip.open(file)
+    with open(path, "rb") as file:
+        start = file.read(6)
     for magic, name in _FORMATS.items():
         if start.startswith(magic):
-            file.close()
             raise InputError(f"{path}: is {name}, not JSON Lines; decompress or convert it first")
-    return file
+    return gzip.open(path) if start.startswith(b"\x1f\x8b") else open(path, "rb")
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
