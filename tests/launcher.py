@@ -7,6 +7,7 @@ devices.
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -62,6 +63,13 @@ class CommandProcess:
         with suppress(ProcessLookupError):  # it has ended: the exit code tells
             if self.poll() is None:
                 os.kill(self.pid, number)
+
+    def dump_stacks(self) -> str:
+        """Return standard error with the Python stacks of all threads, of a process that still runs."""
+        self.send_signal(signal.SIGUSR2)
+        with suppress(subprocess.TimeoutExpired):
+            self.wait(1.0)
+        return self._files[1].read_text(encoding="utf-8", errors="replace")
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
@@ -119,6 +127,7 @@ def _run_command(argv: list[str], environment: dict[str, str], code: str, out: P
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, number)
         os.close(descriptor)
+    faulthandler.register(signal.SIGUSR2)
     _apply_to_jax(environment)
     sys.argv = ["jax-selftrain", *argv]
     exec(code or COMMAND, {"__name__": "__main__"})

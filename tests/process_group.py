@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
 from launcher import CommandProcess, launch
 
 import jax_selftrain
@@ -43,12 +45,17 @@ def start_processes(args: Sequence[object], processes: int, *flags: object, devi
 
 
 def wait_for_all(processes: Sequence[CommandProcess], seconds: float = 300.0) -> tuple[list[int], list[str]]:
-    """Wait for all processes; return (exit codes, standard error of each)."""
+    """Wait for all processes; return (exit codes, standard error of each).
+
+    After `seconds`, the test fails with the stacks of their threads.
+    """
     deadline = time.monotonic() + seconds
     errors = []
     try:
         for process in processes:
             errors.append(process.communicate(timeout=max(1.0, deadline - time.monotonic()))[1])
+    except subprocess.TimeoutExpired:
+        pytest.fail("\n\n".join(process.dump_stacks() for process in processes))
     finally:
         for process in processes:
             process.kill()

@@ -253,6 +253,7 @@ def _to_host(array: jax.Array | np.ndarray, layer: int | None) -> np.ndarray | N
         mesh = cast(NamedSharding, array.sharding).mesh
         with mesh_context(mesh):
             gathered = _all_gather_layer(array, layer, NamedSharding(mesh, PartitionSpec()))
+        gathered.block_until_ready()  # collectives of a process that runs ahead deadlock on CPUs (JAX 0.10.2)
         return None if jax.process_index() else np.asarray(gathered.addressable_data(0))
     host = np.empty(array.shape if layer is None else array.shape[1:], array.dtype)
     with jax.set_mesh(Mesh(np.empty((), object), ())):  # a caller's mesh does not hold for the shards of one device
