@@ -109,7 +109,7 @@ def evaluation_hooks(config: TrainConfig) -> list[Hook]:
 
 
 def with_default_evals(train: TrainConfig, score: ScoreConfig, extract: ExtractConfig) -> TrainConfig:
-    """Fill in the files of `score` and `extract` if `train` names none."""
+    """Fill in the files and the limit of `score` and `extract` if `train` names no files."""
     is_evaluated = train.eval_every is not None or train.epochs is not None
     if not is_evaluated or train.eval_texts or train.eval_tasks or train.eval_sequences:
         return train
@@ -122,6 +122,7 @@ def with_default_evals(train: TrainConfig, score: ScoreConfig, extract: ExtractC
         eval_prefix=window.prefix,
         eval_suffix=window.suffix,
         eval_min_overlap=extract.min_overlap,
+        eval_limit=score.limit if train.eval_limit is None else train.eval_limit,
     )
 
 

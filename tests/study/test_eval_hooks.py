@@ -28,7 +28,7 @@ from jax_selftrain.io import atomic
 from jax_selftrain.io.manifest import hash_json
 from jax_selftrain.sampling import SamplingParams, generate
 from jax_selftrain.study import run, train_with_evals
-from jax_selftrain.study.eval_hooks import evaluation_hooks, summarize_curve
+from jax_selftrain.study.eval_hooks import evaluation_hooks, summarize_curve, with_default_evals
 from jax_selftrain.training import Hook
 
 MEASURES = ("stories/nll", "animals/acc", "words/acc", "sequences/exact_match", "sequences/log_pz", "sequences/pz")
@@ -284,6 +284,16 @@ def test_a_run_refuses_bad_evaluation_before_sampling(options: Callable[..., Run
         with pytest.raises(InputError, match=message):
             run(changed)
         assert not Path(config.out).exists()
+
+
+def test_the_limit_of_the_benchmarks_holds_during_training() -> None:
+    score, extraction = ScoreConfig(texts=("texts.jsonl",), limit=500), ExtractConfig(sequences="sequences.npy")
+    train = TrainConfig(epochs=3)
+    assert with_default_evals(train, score, extraction).eval_limit == 500
+    assert with_default_evals(replace(train, eval_limit=50), score, extraction).eval_limit == 50
+    named = replace(train, eval_texts=("others.jsonl",))
+    assert with_default_evals(named, score, extraction) == named
+    assert with_default_evals(TrainConfig(steps=5), score, extraction) == TrainConfig(steps=5)
 
 
 def test_evaluations_may_be_on_the_items_of_a_split(training: TrainConfig) -> None:
