@@ -6,11 +6,10 @@ Values of flags are converted as in a YAML file (`config.yaml_io`), with the sam
 
 import dataclasses
 import gc
-import hashlib
 import logging
 import os
-import platform
 import re
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -25,6 +24,7 @@ from jax_selftrain.config.metadata import Role, fields_with_role, roles
 from jax_selftrain.distributed import peers, sync
 from jax_selftrain.distributed.cluster import DistributedConfig
 from jax_selftrain.errors import InputError, SelftrainError
+from jax_selftrain.io.compilation_cache import enable_compilation_cache
 from jax_selftrain.io.import_guard import mark_cli_process
 from jax_selftrain.io.lease import wait_for_lease
 from jax_selftrain.io.remote_paths import restore_uris
@@ -87,7 +87,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is None:
         mark_cli_process()
-    code = _main(list(sys.argv[1:] if argv is None else argv))
+    try:
+        code = _main(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _is_stdout_closed():
+            raise
+        code = 128 + signal.SIGPIPE  # as a shell says of a program whose reader has ended
     sync.hard_exit(code)
     if argv is None:
         gc.freeze()  # the final garbage collection over all imported modules takes long
@@ -110,7 +116,7 @@ def _main(argv: list[str]) -> int:
         name = argv[0]
         program = f"jax-selftrain {name}"
         options, processes = parse_command_line(name, argv[1:])
-        _enable_compilation_cache()
+        enable_compilation_cache()
         module, function = COMMANDS[name].function.split(":")
         with ExitStack() as stack:
             if name in DISTRIBUTED_COMMANDS:
@@ -134,6 +140,16 @@ def _main(argv: list[str]) -> int:
         return _INTERRUPTED
 
 
+def _is_stdout_closed() -> bool:
+    """Return True, and discard what follows, if standard output has no reader."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
 def _escape_controls(text: str) -> str:
     """Escape characters of names and files that a terminal obeys."""
     return re.sub(
@@ -141,33 +157,6 @@ def _escape_controls(text: str) -> str:
         lambda match: match[0].encode("unicode_escape").decode(),
         text,
     )
-
-
-def _enable_compilation_cache() -> None:
-    """Keep compiled programs in the user's cache folder, by default.
-
-    A home folder can be shared by machines of several kinds: each kind of processor has its own folder.
-    """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "jax_selftrain" / f"compiled-{_cpu_model()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return  # a read-only home folder
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 << 30))
-
-
-def _cpu_model() -> str:
-    """Hash the processor's model and instruction sets."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    kind = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
-    return hashlib.sha256("\n".join([platform.machine(), *kind]).encode()).hexdigest()[:8]
 
 
 def _is_first_process() -> bool:

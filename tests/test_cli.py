@@ -17,6 +17,7 @@ import jax_selftrain
 from jax_selftrain import cli, config, errors, hub
 from jax_selftrain.config import RunConfig, SampleConfig, yaml_io
 from jax_selftrain.config.metadata import Role, roles
+from jax_selftrain.io.compilation_cache import enable_compilation_cache
 
 pytestmark = pytest.mark.compat
 
@@ -291,6 +292,15 @@ def test_ctrl_c_has_no_traceback():
     assert run.stderr == "jax-selftrain sample: interrupted\n"
 
 
+@pytest.mark.parametrize("words", [["--help"], ["study", "--help"], ["--version"]], ids=" ".join)
+def test_a_reader_that_ends_is_no_error(words):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "jax_selftrain", *words], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 def test_each_result_is_one_line_of_the_summary():
     measured = {"acc": 0.5125, "acc_stderr": 0.0112, "acc_norm": 0.25, "n": 1234, "interval": [0.1, 0.2]}
     text = cli.summary("score", config.ScoreConfig(out="s.json"), {"tasks": {"blimp": measured}, "texts": {}})
@@ -349,19 +359,19 @@ def test_the_cache_of_compiled_programs_is_below_the_cache_folder_of_the_user(tm
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "0")
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    cli._enable_compilation_cache()
+    enable_compilation_cache()
     assert Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).parent == tmp_path / "cache" / "jax_selftrain"
 
 
 def test_the_users_cache_folder_is_kept_and_a_read_only_home_is_not_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "chosen")
-    cli._enable_compilation_cache()
+    enable_compilation_cache()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "chosen"
     assert not (tmp_path / "cache").exists()
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     (tmp_path / "cache").write_text("a file where the folder should be")
-    cli._enable_compilation_cache()
+    enable_compilation_cache()
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
 
 
