@@ -303,6 +303,8 @@ class ExtractConfig:
     sequences: Required[Input[str]] = ""
     """Extraction set: `.npy` [N, ≥prefix+suffix], JSONL or Parquet (`tokens`, `text`), a `save_to_disk` folder, or
     P.npy:S.npy."""
+    column: OmitDefault[str] = ""
+    """Column of tokens or text of the sequences; unset: `tokens`, `input_ids`, `token_ids` or `text`."""
     out: Required[SetByStudy[OutputFile[str]]] = ""
     """JSON file to write."""
     protocol: Literal["pythia", "lm-extraction"] | None = None
@@ -324,7 +326,8 @@ class ExtractConfig:
     sampling_policies: tuple[str, ...] = ("temperature=1,top-k=40",)
     """Sampling parameters for the probability of the suffix, in addition to temperature 1."""
     duplicate_counts: Input[str] = ""
-    """`.npy` integers: copies of each sequence in the training data (or a column `duplicates` of the set)."""
+    """Copies of each sequence in the training data, unless the set has a column `duplicates`: `.npy` integers, or
+    Parquet, CSV or JSONL with `index` and `duplicates`, joined by the set's `index`."""
     corpus: SetByStudy[Input[str]] = ""
     """Training corpus: divides the sequences into held-out, partial and seen."""
     mixed_corpora: SetByStudy[Input[tuple[str, ...]]] = ()
@@ -340,7 +343,9 @@ class ExtractConfig:
     base: Input[str] = ""
     """Base model of `verify`; unset: the model itself."""
     limit: AtLeastOne[int | None] = None
-    """Number of sequences; unset: all."""
+    """Number of sequences, from the first; unset: all."""
+    subsample: OmitDefault[AtLeastOne[int | None]] = None
+    """Number of sequences, those with the smallest hashes of their `index`; unset: all."""
     batch_tokens: Execution[AtLeastOne[int]] = 8192
     """Tokens of one batch."""
     mesh: Execution[str] = ""

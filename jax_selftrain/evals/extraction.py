@@ -220,6 +220,8 @@ def load_extraction_sets(config: ExtractConfig) -> tuple[ExtractionSet, Extracti
         window=window,
         vocab_size=min(model.config.vocab_size for model in models.values()),
         limit=config.limit,
+        subsample=config.subsample,
+        column=config.column,
         tokenizer=lambda: models["model"].tokenizer,
     )
     sequences = load(config.sequences, duplicates=config.duplicate_counts)

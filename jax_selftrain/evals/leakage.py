@@ -29,7 +29,7 @@ from jax_selftrain.corpus import (
 )
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.result_files import describe_mean, output_paths, write_results
-from jax_selftrain.evals.sequences import load_npy
+from jax_selftrain.evals.sequence_files import load_npy
 from jax_selftrain.io.jsonl import check_text
 from jax_selftrain.io.manifest import sha256_file
 from jax_selftrain.io.rows import read_rows

@@ -1,9 +1,11 @@
 """Extraction sets give the same tokens in every format; errors are named."""
 
+import hashlib
 import json
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
@@ -216,8 +218,75 @@ def test_duplicates_come_from_one_place(tmp_path):
     with pytest.raises(InputError, match="one number for each of 6 sequences"):
         load(tmp_path / "rows.npy", duplicates=str(tmp_path / "few.npy"))
     rows = [{"tokens": row.tolist(), "duplicates": 1} for row in ROWS]
-    with pytest.raises(InputError, match="have a column `duplicates`"):
+    with pytest.raises(InputError, match="has a column `duplicates`"):
         load(lines(tmp_path / "set.jsonl", rows), duplicates=str(tmp_path / "copies.npy"))
+
+
+def test_duplicates_are_joined_by_index(tmp_path):
+    """The files of copies of the Pile are in another order, and hold more sequences."""
+    ids = [70, 3, 12, 5, 44, 9]
+    pq.write_table(pa.table({"tokens": ROWS.tolist(), "index": ids}), tmp_path / "rows.parquet")
+    copies = {i: i % 7 for i in range(99, -1, -1)}
+    known = pa.table({"index": list(copies), "duplicates": list(copies.values())})
+    pq.write_table(known, tmp_path / "copies.parquet")
+    pyarrow.csv.write_csv(known, tmp_path / "copies.csv")
+    lines(tmp_path / "copies.jsonl", known.to_pylist())
+    for suffix in ("parquet", "csv", "jsonl"):
+        found = load(tmp_path / "rows.parquet", duplicates=str(tmp_path / f"copies.{suffix}")).duplicates
+        assert found is not None
+        assert found.tolist() == [i % 7 for i in ids]
+    for content, message in (
+        (known.slice(50), "no row for 1 of 6 sequences, such as index 70"),
+        (known.slice(0, 0), "no row for 6 of 6"),
+        (pa.concat_tables([known, known.slice(0, 2)]), "2 rows repeat an `index`"),
+        (known.rename_columns(["index", "count"]), "needs the columns `index` and `duplicates`"),
+    ):
+        pq.write_table(content, tmp_path / "wrong.parquet")
+        with pytest.raises(InputError, match=message):
+            load(tmp_path / "rows.parquet", duplicates=str(tmp_path / "wrong.parquet"))
+    for name, message in (("gone.csv", "no such file"), ("rows.parquet", "needs the columns")):
+        with pytest.raises(InputError, match=message):
+            load(tmp_path / "rows.parquet", duplicates=str(tmp_path / name))
+
+
+def test_a_subsample_is_drawn_by_hash_of_the_id(tmp_path):
+    """It does not depend on the order, and a larger subsample holds the smaller."""
+    rows = np.random.default_rng(2).integers(3, 512, (2000, 40))
+    ids = np.arange(10_000, 12_000)
+    pq.write_table(pa.table({"tokens": rows.tolist(), "index": ids}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"tokens": rows[::-1].tolist(), "index": ids[::-1]}), tmp_path / "b.parquet")
+    small, large, other = (
+        load(tmp_path / name, subsample=n) for name, n in (("a.parquet", 100), ("a.parquet", 300), ("b.parquet", 100))
+    )
+    chosen = small.sequence_id.tolist()
+    expected = sorted(ids.tolist(), key=lambda i: hashlib.sha256(f"subsample {i}".encode()).digest())[:100]
+    assert chosen == sorted(expected)
+    assert other.sequence_id.tolist() == chosen[::-1]
+    assert set(chosen) < set(large.sequence_id.tolist())
+    np.testing.assert_array_equal(small.tokens, rows[small.sequence_id - 10_000, :32])
+    assert len(load(tmp_path / "a.parquet", subsample=5000).tokens) == 2000
+
+
+def test_a_column_is_named(tmp_path, tiny_model):
+    tokenizer = hub.open_model(tiny_model("llama")).tokenizer
+    texts = ["the lamp and the river " * 6, "a stone in the river " * 6]
+    expected = [tokenizer.encode(text, add_special_tokens=False)[:12] for text in texts]
+    window, encode = PromptWindow(4, 8), lambda: tokenizer
+    pq.write_table(pa.table({"story": texts, "ids": ROWS[:2].tolist()}), tmp_path / "a.parquet")
+    lines(tmp_path / "a.jsonl", [{"story": t, "ids": r.tolist()} for t, r in zip(texts, ROWS[:2], strict=True)])
+    for name in ("a.parquet", "a.jsonl"):
+        assert load(tmp_path / name, window, column="story", tokenizer=encode).tokens.tolist() == expected
+        np.testing.assert_array_equal(load(tmp_path / name, column="ids").tokens, ROWS[:2, :32])
+        with pytest.raises(InputError, match=r"no (column|field) `gone`"):
+            load(tmp_path / name, column="gone")
+    pq.write_table(pa.table({"text": texts}), tmp_path / "b.parquet")
+    assert load(tmp_path / "b.parquet", window, tokenizer=encode).tokens.tolist() == expected
+    pq.write_table(pa.table({"text": [texts[0], None]}), tmp_path / "b.parquet")
+    with pytest.raises(InputError, match=r"b.parquet: row 1: has no text"):
+        load(tmp_path / "b.parquet", window, tokenizer=encode)
+    np.save(tmp_path / "rows.npy", ROWS)
+    with pytest.raises(InputError, match="has no columns; drop --column ids"):
+        load(tmp_path / "rows.npy", column="ids")
 
 
 @pytest.mark.parametrize(
