@@ -53,6 +53,8 @@ class Effect:
     dof: float
     """Degrees of freedom of Student's t; infinite for the normal distribution."""
     n: int
+    limits: tuple[float, float] = (-math.inf, math.inf)
+    """Smallest and largest possible value; intervals end there."""
 
     def bounds(self, confidence: float = CONFIDENCE_LEVEL) -> tuple[float, float]:
         """Return the ends of the two-sided interval."""
@@ -60,7 +62,7 @@ class Effect:
         quantile = (1 + confidence) / 2
         z = scipy.special.ndtri(quantile) if math.isinf(self.dof) else scipy.special.stdtrit(self.dof, quantile)
         half = float(z) * self.stderr
-        return self.adjusted_value - half, self.adjusted_value + half
+        return max(self.adjusted_value - half, self.limits[0]), min(self.adjusted_value + half, self.limits[1])
 
     def p_greater(self, threshold: float) -> float:
         """Return the one-sided p-value of a true change ≤ `threshold`."""
@@ -171,9 +173,21 @@ def ratio_of_sums(numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
     return _make_effect(*ratio_and_stderr(above, below), above.size).estimate()
 
 
-def macro_mean(groups: Sequence[ArrayLike]) -> Estimate:
-    """Return the unweighted mean over groups; see `macro_effect`."""
-    return macro_effect([mean_effect(group) for group in groups]).estimate()
+def macro_mean(groups: Sequence[ArrayLike], limits: Sequence[tuple[float, float]] = ()) -> Estimate:
+    """Return the unweighted mean over groups; see `macro_effect`.
+
+    `limits` are the smallest and largest possible value of each group; default: none.
+    """
+    effects = [mean_effect(group) for group in groups]
+    if limits:
+        effects = [replace(effect, limits=ends) for effect, ends in zip(effects, limits, strict=True)]
+    return macro_effect(effects).estimate()
+
+
+def clip_proportion(estimate: Estimate) -> Estimate:
+    """End the interval of a proportion at 0 and 1."""
+    low, high = estimate.low, estimate.high
+    return replace(estimate, low=None if low is None else max(low, 0.0), high=None if high is None else min(high, 1.0))
 
 
 def paired_proportion_effect(before: ArrayLike, after: ArrayLike, clusters: ArrayLike | None = None) -> Effect:
@@ -194,7 +208,7 @@ def paired_proportion_effect(before: ArrayLike, after: ArrayLike, clusters: Arra
         clustered = ratio_and_stderr(sums, sum_by_cluster(np.ones(moved.n), clusters))[1]
         error = math.inf if clustered is None else max(error, clustered)
         degrees = max(sums.size - 1, 1)
-    return Effect((moved.gained - moved.lost) / moved.n, gained - lost, error, degrees, moved.n)
+    return Effect((moved.gained - moved.lost) / moved.n, gained - lost, error, degrees, moved.n, (-1.0, 1.0))
 
 
 def macro_effect(effects: Sequence[Effect], scales: ArrayLike | None = None) -> Effect:
@@ -209,12 +223,14 @@ def macro_effect(effects: Sequence[Effect], scales: ArrayLike | None = None) -> 
         raise ValueError("the mean over no groups is undefined")
     factors = np.ones(len(effects)) if scales is None else np.asarray(scales, np.float64)
     errors = np.array([effect.stderr for effect in effects])
+    lower, upper = factors @ np.array([effect.limits for effect in effects]) / len(effects)
     return Effect(
         float(np.mean([factor * effect.value for factor, effect in zip(factors, effects, strict=True)])),
         float(np.mean(factors * [effect.adjusted_value for effect in effects])),
         float(np.sqrt(np.sum(np.square(factors * errors)))) / len(effects),
         min(effect.dof for effect in effects),
         sum(effect.n for effect in effects),
+        (float(lower), float(upper)),
     )
 
 

@@ -207,8 +207,14 @@ def average_tasks(pairs: Sequence[Pair]) -> dict[str, Any] | None:
     return {
         "tasks": len(pairs),
         "n": sum(pair.base.count for pair in pairs),
-        "accuracy": _macro_sides([pair.right for pair in pairs], estimators.macro_effect(effects).estimate()),
-        "chance_normalized": _macro_sides(normalized, estimators.macro_effect(effects, scales).estimate()),
+        "accuracy": _macro_sides(
+            [pair.right for pair in pairs], estimators.macro_effect(effects).estimate(), [(0.0, 1.0)] * len(pairs)
+        ),
+        "chance_normalized": _macro_sides(
+            normalized,
+            estimators.macro_effect(effects, scales).estimate(),
+            [(-pair.chance / (1 - pair.chance), 1.0) for pair in pairs],
+        ),
         "log_odds": _macro_sides(odds, estimators.macro_mean([new - old for old, new in odds])) if odds else None,
     }
 
@@ -216,7 +222,9 @@ def average_tasks(pairs: Sequence[Pair]) -> dict[str, Any] | None:
 def paired_proportions(before: np.ndarray, after: np.ndarray, clusters: OptionalArray = None) -> dict[str, Any]:
     """Estimate a proportion before and after, and its change."""
     levels = [
-        estimators.proportion(side) if clusters is None else _ratio(side.astype(np.float64), None, clusters)
+        estimators.proportion(side)
+        if clusters is None
+        else estimators.clip_proportion(_ratio(side.astype(np.float64), None, clusters))
         for side in (before, after)
     ]
     return _sides(levels, estimators.paired_proportion_effect(before, after, clusters).estimate())
@@ -244,8 +252,10 @@ def _ratio(numerators: np.ndarray, denominators: OptionalArray, clusters: Option
     return estimators.ratio_of_sums(*sums)
 
 
-def _macro_sides(tasks: Sequence[Sequence[np.ndarray]], change: Estimate) -> dict[str, Any]:
-    return _sides((estimators.macro_mean(side) for side in zip(*tasks, strict=True)), change)
+def _macro_sides(
+    tasks: Sequence[Sequence[np.ndarray]], change: Estimate, limits: Sequence[tuple[float, float]] = ()
+) -> dict[str, Any]:
+    return _sides((estimators.macro_mean(side, limits) for side in zip(*tasks, strict=True)), change)
 
 
 def _sides(levels: Iterable[Estimate], change: Estimate) -> dict[str, Any]:

@@ -139,6 +139,20 @@ def test_one_group_is_its_own_macro() -> None:
     assert (macro.value, macro.low, macro.high) == pytest.approx((mean.value, mean.low, mean.high))
 
 
+def test_intervals_end_at_what_is_possible() -> None:
+    """Of few items, t and Bonett and Price's intervals are wider than the range."""
+    lost = estimators.paired_proportion_effect([True], [False])
+    assert lost.stderr * 1.96 > lost.adjusted_value + 1
+    assert lost.estimate() == estimators.Estimate(
+        -1.0, -1.0, pytest.approx(-1 / 3 + 1.959964 * math.sqrt((1 - 1 / 9) / 3), abs=1e-6), 1
+    )
+    assert macro_change([([True], [False]), ([True] * 2, [True] * 2)], [2.0, 4.0]).low >= -3.0
+    right = [np.array([True, False, True]), np.array([True, True])]
+    assert estimators.macro_mean(right).high > 1
+    assert estimators.macro_mean(right, [(0.0, 1.0)] * 2).high == 1
+    assert estimators.clip_proportion(estimators.Estimate(0.5, -0.2, 1.3, 3)) == estimators.Estimate(0.5, 0.0, 1.0, 3)
+
+
 def test_one_value_has_no_interval() -> None:
     assert estimators.mean([3.0]) == Estimate(3.0, None, None, 1)
     assert estimators.ratio_of_sums([3.0], [2.0]) == Estimate(1.5, None, None, 1)
