@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from harness_sets import (
     CHOICE,
     TOLERANCE,
@@ -22,7 +24,7 @@ from harness_sets import (
     write_tasks,
 )
 from launcher import run_code, run_command
-from models_factory import tiny_texts
+from models_factory import tiny_texts, write_tiny_hf_model
 
 from jax_selftrain import cli, hub
 from jax_selftrain.config import CompareConfig, ScoreConfig
@@ -32,7 +34,7 @@ from jax_selftrain.evals.item_results import REQUESTS, load_score_result
 from jax_selftrain.evals.task_names import SUITES, split_names
 from jax_selftrain.study import compare
 
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -401,3 +403,46 @@ def test_local_scoring_and_help_never_import_the_harness(tmp_path, tiny_model, l
     )
     done = run_code(code)
     assert done.returncode == 0, done.stderr
+
+
+def test_sciq_and_winogrande_as_published_get_the_answers_of_the_hf_backend(tmp_path):
+    """`score` reads the published files; the harness reads them with its own templates."""
+    from lm_eval.tasks.winogrande import preprocess_winogrande as winogrande
+
+    stories = list(tiny_texts(40, seed=6))
+    sciq = [
+        {
+            "question": f"{text[:30]}?",
+            **{f"distractor{n}": text[20 * n : 20 * n + 9].strip() for n in (1, 2, 3)},
+            "correct_answer": text[90:99].strip(),
+            "support": " " * (i % 2) + text[40:80] * (i % 3),
+        }
+        for i, text in enumerate(stories[:20])
+    ]
+    gaps = [
+        {"sentence": f"{text[:30]} _ {text[30:60]}.", "option1": text[60:66], "option2": text[70:79], "answer": answer}
+        for text, answer in zip(stories[20:], "12" * 10, strict=True)
+    ]
+    templates = yaml.safe_load((Path(lm_eval.__file__).parent / "tasks/sciq/sciq.yaml").read_text())
+    columns = {
+        "sciq": {name: value for name, value in templates.items() if name.startswith("doc_to_")},
+        "winogrande": {name: getattr(winogrande, name) for name in ("doc_to_text", "doc_to_target", "doc_to_choice")},
+    }
+    files = {
+        name: write_jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in (("sciq", sciq), ("winogrande", gaps))
+    }
+    specs = [task(name, file, "multiple_choice", columns[name]) for name, file in files.items()]
+    folder = write_tiny_hf_model(tmp_path / "model", "llama")
+    expected, metrics = answers(hf_backend(folder, batch_size=4), specs)
+    out = tmp_path / "score.json"
+    found = score(ScoreConfig(model=str(folder), tasks=tuple(map(str, files.values())), out=str(out)))["tasks"]
+    rows = pq.read_table(out.with_name("score.requests.parquet")).to_pylist()
+    assert {(row["task"], row["doc"], row["choice"]) for row in rows} == expected.keys()
+    for row in rows:
+        loglikelihood, is_greedy = expected[row["task"], row["doc"], row["choice"]]
+        assert row["loglikelihood"] == pytest.approx(loglikelihood, abs=TOLERANCE)
+        assert row["is_greedy"] == is_greedy
+    for name in files:
+        assert [found[name][metric] for metric in ("acc", "acc_norm")] == [
+            metrics[name][f"{metric},none"] for metric in ("acc", "acc_norm")
+        ]
