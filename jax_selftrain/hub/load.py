@@ -168,7 +168,7 @@ def read_params(source: ModelRef, rules: ShardingRules, dtype: np.dtype | None) 
     if not source.is_orbax:
         source.verify_weights()
         family = FAMILIES[source.raw_config["model_type"]]
-        params, tensors, dropped = load_params(source.folder, family, source.config, rules, dtype)
+        params, tensors, dropped = load_params(source.weights_folder, family, source.config, rules, dtype)
         return params, ExportSpec(source.raw_config, tensors, dropped)
     stored = orbax_io.read_tree_manifest(source.folder / PARAMS)["arrays"]
     abstract = flatten_dict(abstract_params(source.config, rules=rules), sep="/")

@@ -5,9 +5,9 @@ weights when they are loaded.
 """
 
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,8 @@ class ModelRef:
     """The reference as given."""
     folder: Path
     """The folder with config.json, or with nothing but a tokenizer."""
+    hub_id: str = ""
+    """Repository of a snapshot of the hub, whose weights are downloaded on first use; empty for other folders."""
 
     @cached_property
     def manifest(self) -> Mapping[str, Any]:
@@ -118,6 +120,13 @@ class ModelRef:
         return resolve_special_tokens(raw, generation, tokenizer, vocab_size=size, where=str(self.folder))
 
     @property
+    def weights_folder(self) -> Path:
+        """The folder, with the weights."""
+        if self.hub_id:
+            _download_weights(self.ref, self.hub_id, self.folder)
+        return self.folder
+
+    @property
     def is_orbax(self) -> bool:
         """Return True if the weights are an Orbax tree rather than safetensors."""
         return self.manifest.get("weights") == "orbax"
@@ -125,19 +134,19 @@ class ModelRef:
     @property
     def has_weights(self) -> bool:
         """Return True if the folder holds weights, not only an architecture."""
-        return self.is_orbax or has_weight_files(self.folder)
+        return self.is_orbax or has_weight_files(self.weights_folder)
 
     @cached_property
     def tensor_names(self) -> frozenset[str]:
         """Hugging Face names of the tensors (embed_out or lm_head)."""
         if self.manifest:
             return frozenset(self.manifest["tensors"])
-        return frozenset(open_weights(self.folder) if self.has_weights else ())
+        return frozenset(open_weights(self.weights_folder) if self.has_weights else ())
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of config and weight files, from the manifest if any."""
-        names = [f"{PARAMS}/{orbax_io.MANIFEST}"] if self.is_orbax else weight_files(self.folder)
+        names = [f"{PARAMS}/{orbax_io.MANIFEST}"] if self.is_orbax else weight_files(self.weights_folder)
         listed = self.manifest.get("files", {})
         weights = {n: listed[n]["sha256"] if n in listed else sha256_file(self.folder / n) for n in names}
         return hash_json({"config": self.raw_config, "weights": weights})
@@ -170,7 +179,7 @@ class ModelRef:
         """Return the model without some keys of config.json, which must be there."""
         if missing := [key for key in keys if key not in self.raw_config]:
             raise InputError(f"--ignore-config-keys {missing[0]}: is not in {self.folder / CONFIG}")
-        model = ModelRef(self.ref, self.folder)
+        model = replace(self)
         model.__dict__["raw_config"] = {key: value for key, value in self.raw_config.items() if key not in keys}
         return model
 
@@ -188,32 +197,33 @@ class ModelRef:
 def open_model(ref: Ref | ModelRef) -> ModelRef:
     """Resolve a model reference; the same object until a file changes.
 
-    A RUN folder means its final `model`. A hub id is downloaded, or taken from the local cache. A folder may also hold
-    nothing but a tokenizer.
+    A RUN folder means its final `model`. A hub id is downloaded, or taken from the local cache: config and tokenizer
+    at once, weights on first use. A folder may also hold nothing but a tokenizer.
 
     Raises:
       InputError: there is no such folder, it holds no model, or the hub id cannot be downloaded.
     """
     if isinstance(ref, ModelRef):
         return ref
-    folder = _resolve(ref)
+    folder, hub_id = _resolve(ref)
     stats = {
         path.name: path.stat() for path in (*folder.iterdir(), folder / PARAMS / orbax_io.MANIFEST) if path.is_file()
     }
     files = tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()))
-    return _open(str(ref), folder, folder.absolute(), files)
+    return _open(str(ref), folder, hub_id, folder.absolute(), files)
 
 
 @lru_cache(maxsize=32)
-def _open(ref: str, folder: Path, _absolute: Path, _files: tuple[tuple[str, int, int], ...]) -> ModelRef:
-    return ModelRef(ref, folder)
+def _open(ref: str, folder: Path, hub_id: str, _absolute: Path, _files: tuple[tuple[str, int, int], ...]) -> ModelRef:
+    return ModelRef(ref, folder, hub_id)
 
 
-def _resolve(ref: Ref) -> Path:
+def _resolve(ref: Ref) -> tuple[Path, str]:
+    """Return the folder, and the hub id of a snapshot."""
     path = Path(ref)
     if not path.exists():
         if _HUB_ID.fullmatch(str(ref)) and not str(ref).startswith("."):
-            return _download(str(ref))
+            return _download(str(ref)), str(ref).partition("@")[0]
         raise InputError(f"{ref}: no such model folder; give a folder, or a Hugging Face id such as org/name")
     if not path.is_dir():
         raise InputError(f"{ref}: is a file; give the folder that holds the model's {CONFIG}")
@@ -226,13 +236,13 @@ def _resolve(ref: Ref) -> Path:
             )
     _refuse_adapter(path)
     if (path / CONFIG).is_file():
-        return path
+        return path, ""
     if (path / "model" / CONFIG).is_file():
-        return path / "model"
+        return path / "model", ""
     if (path / "run.json").is_file():
         raise InputError(f"{ref}: has no final model yet; run the same train command again, or name a checkpoint")
     if has_tokenizer(path):
-        return path
+        return path, ""
     raise InputError(f"{ref}: holds no model ({CONFIG} is missing); name another folder")
 
 
@@ -246,26 +256,39 @@ def _refuse_adapter(folder: Path) -> None:
 
 @lru_cache(maxsize=32)
 def _download(ref: str) -> Path:
+    """Return the snapshot of a hub id, with config, tokenizer and card."""
+    name, _, revision = ref.partition("@")
+    small = [CONFIG, MANIFEST, MODEL_CARD, GENERATION_CONFIG, ADAPTER, *TOKENIZER_FILES]
+    folder = _download_snapshot(ref, name, revision or None, small)
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"{ref}: the Hugging Face hub has no {CONFIG} for it; check the name")
+    _refuse_adapter(folder)
+    return folder
+
+
+@lru_cache(maxsize=32)
+def _download_weights(ref: str, name: str, folder: Path) -> None:
+    """Download the weights of a snapshot, if the hub has any.
+
+    An index names them, so that they can have any names. They are those of the snapshot's commit.
+    """
+    for file, index in ((WEIGHTS, INDEX), (TORCH_WEIGHTS, TORCH_INDEX)):
+        _download_snapshot(ref, name, folder.name, [file, index])
+        if (folder / index).is_file():
+            _download_snapshot(ref, name, folder.name, indexed_files(folder, index))
+        if has_weight_files(folder):
+            return
+
+
+def _download_snapshot(ref: str, name: str, revision: str | None, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    name, _, revision = ref.partition("@")
-    small = [CONFIG, MANIFEST, MODEL_CARD, GENERATION_CONFIG, ADAPTER, *TOKENIZER_FILES]
     try:
-        fetch = partial(snapshot_download, name, revision=revision or None)
-        for file, index in ((WEIGHTS, INDEX), (TORCH_WEIGHTS, TORCH_INDEX)):
-            folder = Path(fetch(allow_patterns=[*small, file, index]))
-            if (folder / index).is_file():
-                fetch(allow_patterns=indexed_files(folder, index))
-            if has_weight_files(folder):
-                break
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"{ref}: no such local folder, and the download from the Hugging Face hub failed ({reason}); check the "
             "name and the network, or give a local folder"
         ) from error
-    if not (folder / CONFIG).is_file():
-        raise InputError(f"{ref}: the Hugging Face hub has no {CONFIG} for it; check the name")
-    _refuse_adapter(folder)
-    return folder

@@ -13,14 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from corpus_factory import write_jsonl
 from hub_server import HubServer
-from models_factory import write_tiny_hf_model
+from model_params import load_tensors
+from models_factory import tiny_texts, write_tiny_hf_model
+from safetensors.numpy import save_file
 
 from jax_selftrain import hub
-from jax_selftrain.config import ModelConfig, RunConfig, StudyConfig
+from jax_selftrain.config import ModelConfig, RunConfig, ScoreConfig, StudyConfig
 from jax_selftrain.corpus import open_corpus
 from jax_selftrain.errors import InputError
-from jax_selftrain.hub.model_ref import _download
+from jax_selftrain.evals import score
+from jax_selftrain.hub.model_ref import _download, _download_weights
 from jax_selftrain.report import write_report
 from jax_selftrain.study import run_study
 
@@ -55,7 +59,7 @@ def cache(server: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("home") / "hub"
     refs = ["org/tiny", "org/tiny@step1000", "org/tiny@refs/pr/1", "org/empty"]
     with server.serve():
-        code = f"from jax_selftrain import hub\nfor ref in {refs}: hub.open_model(ref)"
+        code = f"from jax_selftrain import hub\nfor ref in {refs}: hub.open_model(ref).has_weights"
         finished = run_online(code, server, folder)
     assert finished.returncode == 0, finished.stderr
     return folder
@@ -65,6 +69,7 @@ def cache(server: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def offline(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     _download.cache_clear()
+    _download_weights.cache_clear()
     return cache
 
 
@@ -78,6 +83,40 @@ def test_each_revision_is_its_own_model_with_its_commit(offline: Path, server: H
         assert model.license == "apache-2.0"
         assert (model.folder / "model.safetensors").is_symlink()
     assert hub.open_model(f"org/tiny@{found['step1000'].commit}").fingerprint == found["step1000"].fingerprint
+
+
+def test_weights_are_downloaded_when_they_are_used(server: HubServer, tmp_path: Path):
+    """`import` and `plan` read config and tokenizer; the index names the weights, whatever their names."""
+    model, cache = write_tiny_hf_model(tmp_path / "model", "llama"), tmp_path / "home" / "hub"
+    tensors = load_tensors(model)
+    (model / "model.safetensors").unlink()
+    halves = {"part.a.safetensors": sorted(tensors)[::2], "b-weights.safetensors": sorted(tensors)[1::2]}
+    for name, keys in halves.items():
+        save_file({key: tensors[key] for key in keys}, model / name, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {key: name for name, keys in halves.items() for key in keys}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    server.add_folder("org/sharded", "main", model)
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in tiny_texts(5)])
+
+    commands = (
+        ["plan", "--model", "org/sharded", "--topology", "h100:8", "--stage", "sample"],
+        ["import", "--source", texts, "--model", "org/sharded", "--out", str(tmp_path / "corpus")],
+        ["score", "--model", "org/sharded", "--texts", texts, "--out", str(tmp_path / "score.json")],
+    )
+    code = (
+        f"import json, pathlib, sys\nfrom jax_selftrain.cli import main\nfor words in {commands}:\n"
+        "    assert main(words) == 0\n"
+        f"    found = pathlib.Path({str(cache)!r}).glob('models--org--sharded/snapshots/*/*')\n"
+        "    print(json.dumps([path.name for path in found]), file=sys.stderr)"
+    )
+    with server.serve():
+        finished = run_online(code, server, cache)
+    assert finished.returncode == 0, finished.stderr
+    *_, planned, imported, scored = (set(json.loads(line)) for line in finished.stderr.splitlines() if line[:1] == "[")
+    assert planned == imported == scored - {"model.safetensors.index.json", *halves}
+    assert not any("safetensors" in name for name in planned)
+    local = score(ScoreConfig(model=str(model), texts=(texts,), out=str(tmp_path / "local.json")))
+    assert json.loads((tmp_path / "score.json").read_text())["texts"] == local["texts"]
 
 
 def test_a_revision_that_is_not_in_the_cache_is_one_error_sentence(offline: Path):
