@@ -83,15 +83,20 @@ def encode_pairs(tokenizer: Any, prefix: int, pairs: Sequence[tuple[str, str]]) 
 def encode_text(tokenizer: Any, text: str, max_tokens: int | None = None) -> tuple[list[int], str]:
     """Tokenize a text without special tokens; truncate tokens and text.
 
-    Special strings such as `</s>` in a text are plain text.
+    Special strings such as `</s>` in a text are plain text. A character of several tokens is whole or not in the
+    truncated text, so that tokens and text have the same bytes.
     """
     encoding = tokenizer(
         text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
     )
-    tokens = encoding["input_ids"]
+    tokens, offsets = encoding["input_ids"], encoding["offset_mapping"]
     if max_tokens is None or len(tokens) <= max_tokens:
         return tokens, text
-    return tokens[:max_tokens], text[: encoding["offset_mapping"][max_tokens - 1][1]]
+    kept = max_tokens
+    while kept and offsets[kept][0] < offsets[kept - 1][1]:  # the next token is in the same character
+        kept -= 1
+    kept = kept or max_tokens  # a single character of more tokens
+    return tokens[:kept], text[: offsets[kept - 1][1]]
 
 
 def rolling_windows(tokens: Sequence[int], start: int, max_positions: int) -> Iterator[LoglikelihoodRequest]:

@@ -109,6 +109,20 @@ def test_text_is_truncated_by_tokens(plain):
     assert encode_text(plain, text, 4) == (tokens[:4], plain.decode(tokens[:4]))
 
 
+def test_a_character_of_several_tokens_is_kept_or_left_out(plain):
+    """Bytes of the text and of the tokens are the same, so that bits per byte are exact."""
+    text = "Kalo 🦊 and 日本 naméd 👩🏽‍🚀!"
+    tokens = ids(plain, text)
+    assert len(tokens) > len(text)  # some characters are several tokens
+    for length in range(1, len(tokens) + 1):
+        found, part = encode_text(plain, text, length)
+        assert found == tokens[: len(found)]
+        assert len(found) > length - 4
+        assert plain.decode(found) == part
+        assert text.startswith(part)
+    assert encode_text(plain, "🦊", 2) == (ids(plain, "🦊")[:2], "🦊")
+
+
 def test_special_strings_in_a_text_are_plain_text(plain):
     tokens, _ = encode_text(plain, "a fox</s><s>")
     assert not {BOS, EOS} & set(tokens)
