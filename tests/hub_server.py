@@ -78,11 +78,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _get(self, body: bool) -> None:
         path = unquote(urlparse(self.path).path)
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/(.+)", path):
+        if match := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/revision/(.+)", path):
             self._send_info(*match.groups())
-        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/(.+)", path):
+        elif match := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/tree/(.+)", path):
             self._send_tree(*match.groups())
-        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/(.+?)/([^/]+)", path):
+        elif match := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._send_file(*match.groups(), body=body)
         else:
             self._send(404, {"error": f"not served: {path}"})

@@ -13,6 +13,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pyarrow.types as types
 
+from jax_selftrain import hub
 from jax_selftrain.errors import InputError, library_errors_as_input_errors, summarize_error
 from jax_selftrain.io.jsonl import check_text, read_jsonl
 
@@ -21,6 +22,7 @@ _IDS = ("tokens", "input_ids", "token_ids")
 """Names of the column of token ids, in order of precedence."""
 _NUMBERS = ("index", "duplicates")
 _DATASET_FILES = ("state.json", "dataset_dict.json")
+_HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<split>[\w.-]+))?")
 
 
 def read_table(
@@ -57,6 +59,30 @@ def read_table(
         table, labels = _read_jsonl_table(path, limit, tokenizer, column)
         return table, None, labels
     return _encode_texts(reference, table.slice(0, limit), tokenizer), None, []
+
+
+@functools.lru_cache(maxsize=8)
+def download_sequences(reference: str) -> str:
+    """Resolve a data set of the hub, `org/name[@revision][:SPLIT]`.
+
+    Returns its local FOLDER[:SPLIT]; other references as they are.
+
+    Raises InputError if the download fails.
+    """
+    match = _HUB_ID.fullmatch(reference)
+    is_local = Path(reference).exists() or Path(reference.partition(":")[0]).exists() or _split_folder(reference)
+    if match is None or is_local or Path(match["name"]).suffix in (".npy", ".jsonl", ".parquet", ".json", ".gz"):
+        return reference
+    split = match["split"]
+    patterns = [f"{split}-*.parquet", f"*/{split}-*.parquet"] if split else ["*.parquet"]
+    folder = hub.download_snapshot(reference, match["name"], match["revision"], patterns, repo_type="dataset")
+    folders = sorted({path.parent for path in folder.rglob("*.parquet")})
+    if len(folders) != 1:
+        found = ", ".join(str(one.relative_to(folder)) for one in folders) or "none"
+        raise InputError(
+            f"{reference}: needs one folder of Parquet files{f' of {split}' if split else ''}, has {found}"
+        )
+    return f"{folders[0]}:{split}" if split else str(folders[0])
 
 
 def _encode_texts(where: str, table: pa.Table, tokenizer: Callable[[], Any]) -> pa.Table:

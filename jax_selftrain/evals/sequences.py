@@ -1,9 +1,9 @@
 """Extraction sets: sequences that are known training data, or known not.
 
 A reference is `FILE.npy` (integers [N, T]), `PREFIX.npy:SUFFIX.npy` or the folder of the pair
-(lm-extraction-benchmark), `FILE.jsonl`, `FILE.parquet`, FOLDER[:SPLIT] of Parquet files, or a `save_to_disk` folder of
-`datasets`. Their column is `tokens` (pythia-memorized-evals), `input_ids` or `token_ids` (pretokenized Pile), `text`,
-or another one by name.
+(lm-extraction-benchmark), `FILE.jsonl`, `FILE.parquet`, FOLDER[:SPLIT] of Parquet files, a `save_to_disk` folder of
+`datasets`, or a data set of the hub, `org/name[@revision][:SPLIT]`. Their column is `tokens` (pythia-memorized-evals),
+`input_ids` or `token_ids` (pretokenized Pile), `text`, or another one by name.
 Special strings such as `</s>` in a text are special tokens, so that a prefix can begin with BOS. Optional columns are
 `index` (sequence id) and `duplicates` (number of copies in the training data). Pickled object arrays are refused.
 """
@@ -19,6 +19,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.sequence_files import (
+    download_sequences,
     flatten_tokens,
     optional_column,
     read_duplicates,
@@ -86,7 +87,7 @@ def load_sequences(
     Raises:
       InputError: not readable, empty, pickled, not integers, too short, or ids outside the vocabulary.
     """
-    where = str(reference)
+    where = download_sequences(str(reference))
     table, prefix_width, labels = read_table(where, limit=limit, tokenizer=tokenizer, column=column)
     begin = window.offset
     if prefix_width is not None:
@@ -143,7 +144,7 @@ def sequences_fingerprint(reference: str | Path) -> str:
     Raises:
       InputError: a file is missing.
     """
-    files = sequence_files(str(reference))
+    files = sequence_files(download_sequences(str(reference)))
     if len(files) == 1:
         return sha256_file(files[0])
     return hash_json({path.name: sha256_file(path) for path in files})

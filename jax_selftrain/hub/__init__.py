@@ -7,5 +7,6 @@ from jax_selftrain.hub.merge import add_weight_noise as add_weight_noise
 from jax_selftrain.hub.merge import merge as merge
 from jax_selftrain.hub.model_folder import save_model as save_model
 from jax_selftrain.hub.model_ref import ModelRef as ModelRef
+from jax_selftrain.hub.model_ref import download_snapshot as download_snapshot
 from jax_selftrain.hub.model_ref import open_model as open_model
 from jax_selftrain.hub.tokenizer import SpecialTokens as SpecialTokens

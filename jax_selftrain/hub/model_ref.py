@@ -259,7 +259,7 @@ def _download(ref: str) -> Path:
     """Return the snapshot of a hub id, with config, tokenizer and card."""
     name, _, revision = ref.partition("@")
     small = [CONFIG, MANIFEST, MODEL_CARD, GENERATION_CONFIG, ADAPTER, *TOKENIZER_FILES]
-    folder = _download_snapshot(ref, name, revision or None, small)
+    folder = download_snapshot(ref, name, revision or None, small)
     if not (folder / CONFIG).is_file():
         raise InputError(f"{ref}: the Hugging Face hub has no {CONFIG} for it; check the name")
     _refuse_adapter(folder)
@@ -273,19 +273,32 @@ def _download_weights(ref: str, name: str, folder: Path) -> None:
     An index names them, so that they can have any names. They are those of the snapshot's commit.
     """
     for file, index in ((WEIGHTS, INDEX), (TORCH_WEIGHTS, TORCH_INDEX)):
-        _download_snapshot(ref, name, folder.name, [file, index])
+        download_snapshot(ref, name, folder.name, [file, index])
         if (folder / index).is_file():
-            _download_snapshot(ref, name, folder.name, indexed_files(folder, index))
+            download_snapshot(ref, name, folder.name, indexed_files(folder, index))
         if has_weight_files(folder):
             return
 
 
-def _download_snapshot(ref: str, name: str, revision: str | None, files: Sequence[str]) -> Path:
+def download_snapshot(
+    ref: str, name: str, revision: str | None, files: Sequence[str], *, repo_type: str = "model"
+) -> Path:
+    """Download files of the hub, or find them in the cache.
+
+    Args:
+      ref: the reference as given, for errors.
+      name: `org/name`.
+      revision: branch, tag or commit; None: the main branch.
+      files: names or patterns.
+      repo_type: `model` or `dataset`.
+
+    Returns the folder of the commit. Raises InputError if the download fails.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
+        return Path(snapshot_download(name, repo_type=repo_type, revision=revision, allow_patterns=list(files)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(

@@ -12,6 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from corpus_factory import write_jsonl
 from hub_server import HubServer
@@ -117,6 +120,34 @@ def test_weights_are_downloaded_when_they_are_used(server: HubServer, tmp_path: 
     assert not any("safetensors" in name for name in planned)
     local = score(ScoreConfig(model=str(model), texts=(texts,), out=str(tmp_path / "local.json")))
     assert json.loads((tmp_path / "score.json").read_text())["texts"] == local["texts"]
+
+
+def test_extraction_sets_are_read_from_the_hub(server: HubServer, tmp_path: Path):
+    """As EleutherAI/pythia-memorized-evals: a split for each model, in `data`."""
+    rows = np.random.default_rng(0).integers(3, 512, (20, 64))
+    for split, part in (("duped.70m", rows[:12]), ("duped.1.4b", rows[12:])):
+        (tmp_path / "repo" / "data").mkdir(parents=True, exist_ok=True)
+        table = pa.table({"index": np.arange(len(part)), "tokens": part.tolist()})
+        pq.write_table(table, tmp_path / "repo" / "data" / f"{split}-00000-of-00001-abc.parquet")
+    server.add_folder("org/memorized", "main", tmp_path / "repo")
+    code = (
+        "from jax_selftrain.evals.sequences import *\n"
+        "import sys\n"
+        "def load(name):\n"
+        "    return load_sequences(name, PromptWindow(32, 32), vocab_size=512, tokenizer=None)\n"
+        "for name in ('org/memorized:duped.1.4b', 'org/memorized@main:duped.70m', 'org/memorized', 'org/gone:a'):\n"
+        "    try:\n"
+        "        print(load(name).tokens.sum(), len(sequences_fingerprint(name)))\n"
+        "    except InputError as error:\n"
+        "        print(error)\n"
+    )
+    with server.serve():
+        finished = run_online(code, server, tmp_path / "home" / "hub")
+    assert finished.returncode == 0, finished.stderr
+    first, second, whole, gone = finished.stdout.splitlines()
+    assert (first, second) == (f"{rows[12:].sum()} 64", f"{rows[:12].sum()} 64")
+    assert "holds the splits duped.1.4b, duped.70m; name one of them" in whole
+    assert gone.startswith("org/gone:a: no such local folder, and the download from the Hugging Face hub failed")
 
 
 def test_a_revision_that_is_not_in_the_cache_is_one_error_sentence(offline: Path):
