@@ -15,6 +15,7 @@ import pyarrow.types as types
 
 from jax_selftrain import hub
 from jax_selftrain.errors import InputError, library_errors_as_input_errors, summarize_error
+from jax_selftrain.evals.megatron_dataset import read_megatron_dataset
 from jax_selftrain.io.jsonl import check_text, read_jsonl
 
 _SPLIT_FILE = re.compile(r"(?P<split>.+?)-\d+-of-\d+.*\.parquet")
@@ -22,6 +23,8 @@ _IDS = ("tokens", "input_ids", "token_ids")
 """Names of the column of token ids, in order of precedence."""
 _NUMBERS = ("index", "duplicates")
 _DATASET_FILES = ("state.json", "dataset_dict.json")
+_MEGATRON = (".bin", ".idx")
+_SUFFIXES = (".npy", ".jsonl", ".parquet", ".json", ".gz", *_MEGATRON)
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<split>[\w.-]+))?")
 
 
@@ -37,9 +40,9 @@ def read_table(
     Raises InputError.
     """
     files, path = sequence_files(reference), Path(reference)
+    if column and files[0].suffix in (".npy", *_MEGATRON):
+        raise InputError(f"{files[0]}: has no columns; drop --column {column}")
     if files[0].suffix == ".npy":
-        if column:
-            raise InputError(f"{files[0]}: has no columns; drop --column {column}")
         arrays = [load_npy(file)[:limit] for file in files]
         for file, array in zip(files, arrays, strict=True):
             if array.ndim != 2:
@@ -51,6 +54,8 @@ def read_table(
         if len(arrays) == 1:
             return _to_table(arrays[0]), None, []
         return _to_table(np.hstack(arrays)), arrays[0].shape[1], []
+    if files[0].suffix in _MEGATRON:
+        return read_megatron_dataset(files[0], limit), None, []
     if files[0].suffix == ".parquet":
         table = _concat_shards(reference, {file: _read_parquet(file, column) for file in files})
     elif path.is_dir() or _split_folder(reference) is not None:
@@ -71,7 +76,11 @@ def download_sequences(reference: str) -> str:
     """
     match = _HUB_ID.fullmatch(reference)
     is_local = Path(reference).exists() or Path(reference.partition(":")[0]).exists() or _split_folder(reference)
-    if match is None or is_local or Path(match["name"]).suffix in (".npy", ".jsonl", ".parquet", ".json", ".gz"):
+    if (
+        match is None
+        or is_local
+        or Path(match["name"]).suffix in (".npy", ".jsonl", ".parquet", ".json", ".gz", *_MEGATRON)
+    ):
         return reference
     split = match["split"]
     patterns = [f"{split}-*.parquet", f"*/{split}-*.parquet"] if split else ["*.parquet"]
@@ -155,7 +164,7 @@ def sequence_files(reference: str) -> list[Path]:
     """
     path = Path(reference)
     if path.is_file():
-        return [path]
+        return sorted({path.with_suffix(suffix) for suffix in _MEGATRON}) if path.suffix in _MEGATRON else [path]
     if reference.endswith(".npy") and ".npy:" in reference:
         pair = [Path(f"{name}.npy") for name in reference.removesuffix(".npy").split(".npy:", 1)]
         for file in pair:

@@ -1,9 +1,10 @@
 """Extraction sets: sequences that are known training data, or known not.
 
 A reference is `FILE.npy` (integers [N, T]), `PREFIX.npy:SUFFIX.npy` or the folder of the pair
-(lm-extraction-benchmark), `FILE.jsonl`, `FILE.parquet`, FOLDER[:SPLIT] of Parquet files, a `save_to_disk` folder of
-`datasets`, or a data set of the hub, `org/name[@revision][:SPLIT]`. Their column is `tokens` (pythia-memorized-evals),
-`input_ids` or `token_ids` (pretokenized Pile), `text`, or another one by name.
+(lm-extraction-benchmark), `NAME.bin` with `NAME.idx` (Megatron-LM), `FILE.jsonl`, `FILE.parquet`, FOLDER[:SPLIT] of
+Parquet files, a `save_to_disk` folder of `datasets`, or a data set of the hub, `org/name[@revision][:SPLIT]`. Their
+column is `tokens` (pythia-memorized-evals), `input_ids` or `token_ids` (pretokenized Pile), `text`, or another one by
+name.
 Special strings such as `</s>` in a text are special tokens, so that a prefix can begin with BOS. Optional columns are
 `index` (sequence id) and `duplicates` (number of copies in the training data). Pickled object arrays are refused.
 """

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import struct
 
 import numpy as np
 import pyarrow as pa
@@ -265,6 +266,55 @@ def test_a_subsample_is_drawn_by_hash_of_the_id(tmp_path):
     assert set(chosen) < set(large.sequence_id.tolist())
     np.testing.assert_array_equal(small.tokens, rows[small.sequence_id - 10_000, :32])
     assert len(load(tmp_path / "a.parquet", subsample=5000).tokens) == 2000
+
+
+def write_megatron(folder, rows, code=8, dtype="<u2"):
+    """Write the bytes that `IndexedDatasetBuilder` of Megatron-LM writes (core_v0.12), one document per sequence."""
+    lengths = np.array([len(row) for row in rows], "<i4")
+    itemsize = np.dtype(dtype).itemsize
+    pointers = (np.cumsum(lengths, dtype="<i8") - lengths) * itemsize
+    documents = np.arange(len(rows) + 1, dtype="<i8")
+    header = b"MMIDIDX\x00\x00" + struct.pack("<Q", 1) + struct.pack("<B", code)
+    header += struct.pack("<Q", len(rows)) + struct.pack("<Q", len(documents))
+    (folder / "pile.idx").write_bytes(header + lengths.tobytes() + pointers.tobytes() + documents.tobytes())
+    (folder / "pile.bin").write_bytes(b"".join(np.array(row, dtype).tobytes() for row in rows))
+    return folder / "pile.idx"
+
+
+@pytest.mark.parametrize(("code", "dtype"), [(8, "<u2"), (4, "<i4"), (5, "<i8")])
+def test_token_files_of_megatron_are_read(tmp_path, code, dtype):
+    rows = [[*row, 7, 8][: 33 + i] for i, row in enumerate(ROWS.tolist())]
+    path = write_megatron(tmp_path, rows, code, dtype)
+    for name in (path, tmp_path / "pile.bin"):
+        np.testing.assert_array_equal(load(name).tokens, ROWS[:, :32])
+    np.testing.assert_array_equal(load(path, limit=2).tokens, ROWS[:2, :32])
+    alone = sequences_fingerprint(path)
+    assert alone == sequences_fingerprint(tmp_path / "pile.bin")
+    write_megatron(tmp_path, rows[::-1], code, dtype)
+    assert sequences_fingerprint(path) != alone
+
+
+def test_damaged_token_files_of_megatron_are_named(tmp_path):
+    path, data = write_megatron(tmp_path, ROWS.tolist()), tmp_path / "pile.bin"
+    index, tokens = path.read_bytes(), data.read_bytes()
+    swapped = index[:58] + index[66:74] + index[58:66] + index[74:]  # two pointers
+    for content, message in (
+        (b"TNTIDX\x00\x00" + index[8:], "is no index"),
+        (index[:20], "is no index"),
+        (index[:60], "is truncated"),
+        (index[:17] + b"\x07" + index[18:], "dtype 7 is not supported"),
+        (swapped, "do not follow one another"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            load(path)
+    path.write_bytes(index)
+    data.write_bytes(tokens[:-1])
+    with pytest.raises(InputError, match=r"pile.bin: is shorter than pile.idx says"):
+        load(path)
+    data.unlink()
+    with pytest.raises(InputError, match=r"pile.bin: no such file"):
+        load(path)
 
 
 def test_a_column_is_named(tmp_path, tiny_model):
