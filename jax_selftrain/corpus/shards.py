@@ -251,6 +251,8 @@ class CorpusWriter:
         manifest["statistics"] = corpus_statistics(Corpus(self.folder, manifest), policy_logprobs)
         atomic.write_text(self.folder / "README.md", _CARD.format(**manifest))
         atomic.write_json(self.folder / MANIFEST, manifest)
+        for path in (self.folder / "records").glob("*.lease"):  # of a process that died after it wrote its shard
+            path.unlink(missing_ok=True)
         return Corpus(self.folder, manifest)
 
 

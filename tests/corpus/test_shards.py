@@ -98,6 +98,13 @@ def test_missing_shards_are_those_without_file_or_record(tmp_path):
     assert writer.missing() == [0, 1, 2]
 
 
+def test_a_complete_corpus_holds_no_lease_of_a_dead_process(tmp_path):
+    writer = write_all(tmp_path, [0, 1, 2])
+    (tmp_path / "records" / "shard-000001.lease").write_text("{}")
+    writer.finalize()
+    assert not list(tmp_path.rglob("*.lease"))
+
+
 def test_going_on_with_a_corpus_forgets_the_records_of_deleted_shards(tmp_path):
     write_all(tmp_path)
     (tmp_path / "shard-000001.parquet").unlink()
