@@ -219,7 +219,7 @@ def _treat(
 
 def _write_corpus(stages: StageFactory, base: StudyModel, writer: StudyModel, arm: ArmConfig, seed: int) -> Stage:
     if arm.kind == "text":
-        return stages.import_text(base, arm)
+        return stages.draw_subset(stages.import_text(base, arm), f"{arm.name} for {base.label}", seed)
     corpus = stages.sample_for(base, writer, arm, seed)
     if arm.kind == "shuffled":
         return stages.shuffle(base, corpus, seed)

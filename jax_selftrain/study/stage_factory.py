@@ -107,12 +107,16 @@ class StageFactory:
             inputs: Inputs = {"corpus": corpus, **self.hashes.tasks(audit)}
             label = f"remove benchmark overlap from {text}"
             corpus = _make_stage("decontaminate_tasks", label, evals.decontaminate, audit, inputs, is_collective=False)
-        if config.subset.tokens or config.subset.bytes:
-            subset = replace(config.subset, corpus=str(self.folder(corpus)), seed=first or 0, subset=seed)
-            corpus = _make_stage(
-                "subset", f"subset of {text}", corpora.draw_subset, subset, {"corpus": corpus}, is_collective=False
-            )
-        return corpus
+        return self.draw_subset(corpus, text, seed)
+
+    def draw_subset(self, corpus: Stage, text: str, seed: int) -> Stage:
+        """Draw the study's subset of a corpus, if it has any."""
+        options = self.config.subset
+        if not (options.tokens or options.bytes):
+            return corpus
+        options = replace(options, corpus=str(self.folder(corpus)), seed=self.config.sample_seed or 0, subset=seed)
+        inputs: Inputs = {"corpus": corpus}
+        return _make_stage("subset", f"subset of {text}", corpora.draw_subset, options, inputs, is_collective=False)
 
     def _find_shorter(self, stage: Stage) -> str:
         """Return the finished corpus that differs in fewer samples alone, or nothing."""

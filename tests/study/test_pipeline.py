@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from corpus_factory import write_jsonl
+from models_factory import tiny_texts
 
 from jax_selftrain.config import (
     ArmConfig,
@@ -24,6 +25,7 @@ from jax_selftrain.corpus import open_corpus
 from jax_selftrain.errors import InputError
 from jax_selftrain.report import write_report
 from jax_selftrain.study import run, run_study
+from jax_selftrain.study.dag import run_all
 from jax_selftrain.study.design import make_design
 
 
@@ -91,6 +93,22 @@ def test_seeds_share_the_samples_and_draw_their_own_subsets(finished: Path, conf
     results = json.loads((finished / "results.json").read_text())
     assert len(results["cells"]) == 2 * (len(config.sources) + len(config.arms))
     assert len({cell["corpus"] for cell in results["cells"]}) == 2 * corpora
+
+
+def test_real_text_has_the_budget_of_the_subsets(config: StudyConfig, tmp_path: Path):
+    """With epochs, the length of the text decides the number of steps, which controls share with their treatment."""
+    real = write_jsonl(tmp_path / "real.jsonl", [{"text": text} for text in tiny_texts(60)])
+    arms = (ArmConfig("real text", "text", text=real),)
+    design = make_design(replace(config, out=str(tmp_path / "out"), sources=("llama",), arms=arms))
+    subset, other = (cell.train.dependencies[-1] for cell in design.cells if cell.treatment == "real text")
+    (imported,) = subset.dependencies
+    assert (subset.command, imported.command) == ("subset", "import")
+    run_all(tmp_path / "out" / "stages", [imported, subset, other])
+    first, second, whole = (open_corpus(design.folder(stage)) for stage in (subset, other, imported))
+    assert whole.n_tokens > 600
+    assert 300 <= first.n_tokens < 300 + 64
+    assert 300 <= second.n_tokens < 300 + 64
+    assert list(first.iter_texts()) != list(second.iter_texts())
 
 
 def test_every_epoch_is_evaluated(finished: Path, config: StudyConfig):
