@@ -87,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is None:
         mark_cli_process()
+        _configure_log()
     try:
         code = _main(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -138,6 +139,15 @@ def _main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return _INTERRUPTED
+
+
+def _configure_log() -> None:
+    """Write the package's log to standard error, with times."""
+    handler, log = logging.StreamHandler(), logging.getLogger("jax_selftrain")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False  # other packages add handlers to the root
 
 
 def _is_stdout_closed() -> bool:

@@ -30,13 +30,13 @@ from jax_selftrain.corpus import Corpus, CorpusWriter, Sample
 from jax_selftrain.corpus.token_source import tokenize_batch
 from jax_selftrain.distributed import process_local, sigterm_event
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
-from jax_selftrain.distributed.progress import progress_bar
+from jax_selftrain.distributed.progress import log_line, progress_bar
 from jax_selftrain.distributed.sharding import make_sharding_rules
 from jax_selftrain.errors import InputError, Preempted
 from jax_selftrain.hub import LoadedModel, ModelRef
 from jax_selftrain.io import atomic
 from jax_selftrain.io.work_queue import run_missing
-from jax_selftrain.models import Params, abstract_params, axis_sizes
+from jax_selftrain.models import Params, abstract_params, axis_sizes, count_params
 from jax_selftrain.sampling.continuous_batching import DecodeState, RequestQueue, initial_state
 from jax_selftrain.sampling.counter_rng import per_sample_keys
 from jax_selftrain.sampling.decode import DecodeLoop, DecodeProgress, DecodeSpec, SampleBatch, decode_chunks
@@ -75,6 +75,10 @@ def _sample(config: SampleConfig) -> Corpus:
     if writer.missing():
         mesh = make_mesh(config.mesh, devices=jax.local_devices())
         model = hub.load_model(source, mesh, config.dtype, preset=config.preset)
+        log_line(
+            f"sampling from {config.model} ({count_params(source.config):,} parameters), {config.samples:,} samples of "
+            f"at most {config.max_tokens} tokens, on {mesh.size} × {mesh.devices.flat[0].device_kind}"
+        )
         with _remove_if_empty(out), sigterm_event() as stop, progress_bar("sampling", config.samples) as progress:
             _sample_missing(_SamplingRun(config, writer, sampling_params, model, stop, progress))
     return writer.finalize()

@@ -20,6 +20,7 @@ import jax
 
 from jax_selftrain.config import KeepModels
 from jax_selftrain.distributed import broadcast_one_to_all
+from jax_selftrain.distributed.progress import log_line
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.io.lease import lease
@@ -177,10 +178,12 @@ def run_all(root: Path, stages: Sequence[Stage], keep_models: KeepModels = "all"
             remove_weights((stage, *stage.dependencies))
             if sys.stderr.isatty() and jax.process_index() == 0:
                 print(f"jax-selftrain: {len(done)} of {len(stages)}: {stage.label}", file=sys.stderr, flush=True)
+            log_line(f"stage {len(done)} of {len(stages)} done: {stage.label}")
 
     def run_claimed(claims: Iterator[tuple[Stage, ExitStack]]) -> None:
         for stage, claim in claims:
             with claim:
+                log_line(f"stage begins: {stage.label}")
                 _make_removed_again(root, stage)
                 _run(root, stage)
             finish(stage)

@@ -18,10 +18,11 @@ import jax
 
 from jax_selftrain.config import yaml_io
 from jax_selftrain.config.metadata import Role
-from jax_selftrain.distributed.progress import progress_bar
+from jax_selftrain.distributed.progress import log_line, progress_bar
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.io.import_guard import block_torch_import
+from jax_selftrain.models import count_params
 from jax_selftrain.training.flops import measure_speed
 from jax_selftrain.training.run_folder import Run
 from jax_selftrain.version import versions
@@ -62,6 +63,11 @@ class MetricsWriter:
             "xla_flags": os.environ.get("XLA_FLAGS", ""),
         }
         self._append("launches.jsonl", launch)
+        config, model = run.config, run.inputs.source
+        log_line(
+            f"training {model.ref} ({count_params(model.config):,} parameters), steps {first:,} to {config.steps:,} of "
+            f"{config.batch_size} rows of {config.seq_len} tokens, on {mesh.size} × {launch['device']}"
+        )
         self._since, self._tokens, self._speed = time.perf_counter(), 0, ""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
