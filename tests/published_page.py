@@ -1,9 +1,10 @@
 """Render a page whose sentences and tables are computed from CSV files beside it.
 
-    python tests/published_page.py docs/micro-world
+    python tests/published_page.py docs/micro-world docs/micro-world/README.md
 
-writes `README.md` from `README.template.txt`. An expression in double braces is evaluated with the functions of `Page`;
-what it returns replaces it. A statement without a number has a `require`, which fails if the tables contradict it.
+writes the file from `page.template.txt` in the folder. An expression in
+double braces is evaluated with the functions of `Page` and those that a block in `{% %}` defines; its value replaces
+it. A sentence without a number has a `require`, which fails if the tables contradict it.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import re
 import sys
 from pathlib import Path
 
-TEMPLATE = "README.template.txt"
-EXPRESSION = re.compile(r"\{\{(.+?)\}\}", re.DOTALL)
+TEMPLATE = "page.template.txt"
+EXPRESSION, DEFINITIONS = re.compile(r"\{\{(.+?)\}\}", re.DOTALL), re.compile(r"\{%(.+?)%\}\n", re.DOTALL)
 
 Row = dict[str, str]
 
@@ -58,7 +59,10 @@ class Page:
             except Exception as error:
                 raise AssertionError(f"{TEMPLATE}: {match[1].strip()}: {type(error).__name__}: {error}") from error
 
-        return EXPRESSION.sub(evaluate, (self.folder / TEMPLATE).read_text(encoding="utf-8"))
+        text = (self.folder / TEMPLATE).read_text(encoding="utf-8")
+        for definitions in DEFINITIONS.findall(text):
+            exec(definitions, names)
+        return EXPRESSION.sub(evaluate, DEFINITIONS.sub("", text))
 
 
 def format_number(value: float, digits: int = 1, sign: bool = True) -> str:
@@ -77,5 +81,4 @@ def format_effect(row: Row, column: str, digits: int = 1, scale: float = 1.0) ->
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    (folder / "README.md").write_text(Page(folder).render(), encoding="utf-8")
+    Path(sys.argv[2]).write_text(Page(Path(sys.argv[1])).render(), encoding="utf-8")
