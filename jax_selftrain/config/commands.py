@@ -303,8 +303,6 @@ class ExtractConfig:
     sequences: Required[Input[str]] = ""
     """Extraction set: `.npy` [N, ≥prefix+suffix], JSONL or Parquet (`tokens`, `text`), a `save_to_disk` folder, or
     P.npy:S.npy."""
-    column: OmitDefault[str] = ""
-    """Column of tokens or text of the sequences; unset: `tokens`, `input_ids`, `token_ids` or `text`."""
     out: Required[SetByStudy[OutputFile[str]]] = ""
     """JSON file to write."""
     protocol: Literal["pythia", "lm-extraction"] | None = None
@@ -346,6 +344,8 @@ class ExtractConfig:
     """Number of sequences, from the first; unset: all."""
     subsample: OmitDefault[AtLeastOne[int | None]] = None
     """Number of sequences, those with the smallest hashes of their `index`; unset: all."""
+    column: OmitDefault[str] = ""
+    """Column of tokens or text of the sequences; unset: `tokens`, `input_ids`, `token_ids` or `text`."""
     batch_tokens: Execution[AtLeastOne[int]] = 8192
     """Tokens of one batch."""
     mesh: Execution[str] = ""

@@ -202,7 +202,21 @@ def _describe_cell(
     }
     if cell.proxies:
         found |= _describe_proxies(design, cell.proxies, corpora[found["corpus"]]["statistics"])
+    if found["identical"]:
+        found = _remove_widths(found)
     return found | {"measures": cell_measures(found)}
+
+
+def _remove_widths(node: Any) -> Any:
+    """End the intervals of changes at zero: the model is its base, whatever the items."""
+    if isinstance(node, list):
+        return [_remove_widths(one) for one in node]
+    if not isinstance(node, dict):
+        return node
+    changed = {name: _remove_widths(value) for name, value in node.items()}
+    if isinstance(change := node.get("change"), dict) and change.get("value") == 0:
+        changed["change"] = {**change, "low": 0.0, "high": 0.0}
+    return changed
 
 
 def _describe_proxies(design: Design, stages: ProxyStages, statistics: Mapping[str, Any]) -> dict[str, Any]:

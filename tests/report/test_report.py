@@ -13,6 +13,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from browser import load_pages
 
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
@@ -200,6 +201,7 @@ def test_sampled_text_is_escaped(results: dict[str, Any], tmp_path: Path) -> Non
     assert '<script>alert("x")</script> & <b>' in page.text
 
 
+SCRIPT = "window.executed=1"
 HOSTILE = [
     "<img src=x onerror=alert(1)>",
     "US$ and C$",
@@ -213,16 +215,43 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_names_are_text_in_page_and_figures(results: dict[str, Any], tmp_path: Path, name: str) -> None:
+def write_renamed_report(results: dict[str, Any], folder: Path, name: str) -> Path:
+    """Write the report of results in which files and models have names with `name`."""
     (cell,) = results["cells"]
     names = {*(one["name"] for one in (*cell["tasks"], *cell["texts"])), *results["design"]["students"]}
     text = json.dumps(results)
     for old in names:  # longer names may contain it: they change too
         text = text.replace(json.dumps(old)[1:-1], json.dumps(f"{name}{len(old)}")[1:-1])
-    changed = json.loads(text)
-    atomic.write_json(tmp_path / "results.json", changed)
-    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    folder.mkdir(exist_ok=True)
+    atomic.write_json(folder / "results.json", json.loads(text))
+    return write_report(folder)
+
+
+def test_names_are_text_in_a_browser(results: dict[str, Any], tmp_path: Path) -> None:
+    """No script of a name runs, nothing is requested, and no width of a screen overflows."""
+    scripts = [
+        f"<img src=x onerror={SCRIPT}>",
+        f"</title></svg><script>{SCRIPT}</script>",
+        f'" onmouseover="{SCRIPT}" x="',
+    ]
+    names = [*HOSTILE, *scripts]
+    pages = [write_renamed_report(results, tmp_path / str(i), name) for i, name in enumerate(names)]
+    for width in (1400, 400):
+        found = load_pages(pages, width)
+        assert len(found) == len(names)
+        for path, name, page in zip(pages, names, found, strict=True):
+            assert page["requests"] == [path.as_uri()]
+            assert page["messages"] == []
+            assert not page["executed"]
+            assert (page["scripts"], page["handlers"], page["brokenLinks"]) == (0, 0, 0)
+            assert page["overflow"] == 0, (name, width)
+            assert page["figures"]
+            assert 0 < min(page["figures"]) <= max(page["figures"]) <= width
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_are_text_in_page_and_figures(results: dict[str, Any], tmp_path: Path, name: str) -> None:
+    page = Page(write_renamed_report(results, tmp_path, name).read_text(encoding="utf-8"))
     assert page.open == []
     assert not page.tags & {"script", "img"}
     shown = re.sub(r"[\x00-\x1f]", "", name)

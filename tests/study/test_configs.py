@@ -134,9 +134,10 @@ def count_stages(printed: str) -> dict[str, int]:
 def test_the_paper_is_planned_from_configs_and_tokenizers_alone(plan: Callable[[str], str]) -> None:
     printed = plan("study-paper")
     assert "150 cells" in printed  # (2 students × (4 sources + 10 arms) + 2 starts) × 5 seeds
-    # Each seed draws its subset from shared samples: 4 sources, 4 further temperatures of both students, 2 starts.
+    # Each seed draws its subset from shared samples: 4 sources, 4 further temperatures of both students, 2 starts; and
+    # from the real text of both students.
     counts = count_stages(printed)
-    assert (counts["sample"], counts["decontaminate_tasks"], counts["subset"]) == (14, 14, 70)
+    assert (counts["sample"], counts["decontaminate_tasks"], counts["subset"]) == (14, 14, 80)
     flops = sum(float(line.split()[-2]) for line in printed.splitlines() if line.endswith("FLOPs"))
     (chip_hours,) = (line for line in printed.splitlines() if line.startswith("chip-hours at 40% of peak"))
     hours = re.search(r"([\d.,e+]+) \(H100\)", chip_hours)

@@ -162,7 +162,7 @@ def test_every_cell_is_measured_and_the_null_is_exactly_zero(finished_study: Pat
             before, after, change = (measure[side]["value"] for side in ("before", "after", "change"))
             assert change == pytest.approx(after - before, abs=1e-9)
             if treatment == "learning rate 0":
-                assert change == 0
+                assert [measure["change"][key] for key in ("value", "low", "high")] == [0, 0, 0]
     distinct = {cell["measures"]["log_pz"]["after"]["value"] for cell in cells.values()}
     # No two cells are the same model, with one exception: the text of a random model overlaps with no sequence, so
     # that the decontaminated corpus and the size-matched control are the whole corpus. The first generation is
