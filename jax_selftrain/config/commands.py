@@ -345,7 +345,7 @@ class ExtractConfig:
     subsample: OmitDefault[AtLeastOne[int | None]] = None
     """Number of sequences, those with the smallest hashes of their `index`; unset: all."""
     column: OmitDefault[str] = ""
-    """Column of tokens or text of the sequences; unset: `tokens`, `input_ids`, `token_ids` or `text`."""
+    """Column of tokens or text of `sequences`; unset: `tokens`, `input_ids`, `token_ids` or `text`."""
     batch_tokens: Execution[AtLeastOne[int]] = 8192
     """Tokens of one batch."""
     mesh: Execution[str] = ""

@@ -221,10 +221,9 @@ def load_extraction_sets(config: ExtractConfig) -> tuple[ExtractionSet, Extracti
         vocab_size=min(model.config.vocab_size for model in models.values()),
         limit=config.limit,
         subsample=config.subsample,
-        column=config.column,
         tokenizer=lambda: models["model"].tokenizer,
     )
-    sequences = load(config.sequences, duplicates=config.duplicate_counts)
+    sequences = load(config.sequences, duplicates=config.duplicate_counts, column=config.column)
     controls = load(config.control_sequences) if config.control_sequences else None
     for one in (sequences, controls) if start else ():
         doubled = 0 if one is None else int((one.tokens[:, 0] == start[0]).sum())

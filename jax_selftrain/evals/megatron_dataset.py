@@ -18,16 +18,13 @@ def read_megatron_dataset(path: Path, limit: int | None = None) -> pa.Table:
     """Memory-map the sequences of `NAME.bin`, a column `tokens` of lists of integers.
 
     Args:
-      path: `NAME.bin` or `NAME.idx`.
+      path: `NAME.bin` or `NAME.idx`; both are there.
       limit: maximum number of sequences.
 
     Raises:
-      InputError: a file is missing, truncated or of another format.
+      InputError: a file is truncated or of another format.
     """
     index, data = path.with_suffix(".idx"), path.with_suffix(".bin")
-    for file in (index, data):
-        if not file.is_file():
-            raise InputError(f"{file}: no such file; a Megatron data set is NAME.bin with NAME.idx")
     with index.open("rb") as opened:
         header = opened.read(_HEADER.size)
     if len(header) < _HEADER.size or not header.startswith(_MAGIC):

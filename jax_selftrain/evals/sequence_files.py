@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 import pyarrow.parquet as pq
 import pyarrow.types as types
 
@@ -21,11 +20,12 @@ from jax_selftrain.io.jsonl import check_text, read_jsonl
 _SPLIT_FILE = re.compile(r"(?P<split>.+?)-\d+-of-\d+.*\.parquet")
 _IDS = ("tokens", "input_ids", "token_ids")
 """Names of the column of token ids, in order of precedence."""
-_NUMBERS = ("index", "duplicates")
+NUMBERS = ("index", "duplicates")
+"""Names of the optional columns."""
 _DATASET_FILES = ("state.json", "dataset_dict.json")
 _MEGATRON = (".bin", ".idx")
 _SUFFIXES = (".npy", ".jsonl", ".parquet", ".json", ".gz", *_MEGATRON)
-_HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<split>[\w.-]+))?")
+_HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?:(?P<split>[\w.-]+)")
 
 
 def read_table(
@@ -68,9 +68,9 @@ def read_table(
 
 @functools.lru_cache(maxsize=8)
 def download_sequences(reference: str) -> str:
-    """Resolve a data set of the hub, `org/name[@revision][:SPLIT]`.
+    """Resolve a data set of the hub, `org/name[@revision]:SPLIT`.
 
-    Returns its local FOLDER[:SPLIT]; other references as they are.
+    Returns its local FOLDER:SPLIT; other references as they are.
 
     Raises InputError if the download fails.
     """
@@ -83,15 +83,31 @@ def download_sequences(reference: str) -> str:
     ):
         return reference
     split = match["split"]
-    patterns = [f"{split}-*.parquet", f"*/{split}-*.parquet"] if split else ["*.parquet"]
+    patterns = [f"{split}-*.parquet", f"*/{split}-*.parquet"]
     folder = hub.download_snapshot(reference, match["name"], match["revision"], patterns, repo_type="dataset")
-    folders = sorted({path.parent for path in folder.rglob("*.parquet")})
+    folders = sorted({path.parent for path in folder.rglob(f"{split}-*.parquet")})
     if len(folders) != 1:
         found = ", ".join(str(one.relative_to(folder)) for one in folders) or "none"
-        raise InputError(
-            f"{reference}: needs one folder of Parquet files{f' of {split}' if split else ''}, has {found}"
-        )
-    return f"{folders[0]}:{split}" if split else str(folders[0])
+        raise InputError(f"{reference}: needs one folder with Parquet files of this split, has {found}")
+    return f"{folders[0]}:{split}"
+
+
+def holds_text(reference: str, column: str = "") -> bool:
+    """Return True if a set has texts rather than token ids.
+
+    Raises InputError if it cannot be read.
+    """
+    reference = download_sequences(reference)
+    path = sequence_files(reference)[0]
+    if path.suffix in (".npy", *_MEGATRON):
+        return False
+    if path.suffix == ".parquet":
+        return "text" in _read_parquet(path, column).column_names
+    if Path(reference).is_dir() or _split_folder(reference) is not None:
+        return "text" in _read_dataset(_split_folder(reference) or Path(reference), column).column_names
+    _, row = next(iter(read_jsonl(path, 1)), ("", {}))
+    name = _column_of_tokens(list(row), column)
+    return name is not None and name not in _IDS and isinstance(row[name], str)
 
 
 def _encode_texts(where: str, table: pa.Table, tokenizer: Callable[[], Any]) -> pa.Table:
@@ -131,13 +147,15 @@ def _concat_shards(reference: str, shards: Mapping[Path, pa.Table]) -> pa.Table:
     for file, table in others:
         if {*table.column_names} != {*head.column_names}:
             raise InputError(
-                f"{file}: has the columns {_names(table)}, but {first} has {_names(head)}; write all shards alike"
+                f"{file}: has the columns {format_columns(table)}, but {first} has {format_columns(head)}; write all "
+                "shards alike"
             )
     tables = [table.select(head.column_names) for table in shards.values()]
     if any(table.schema.types != head.schema.types for table in tables):
         for table in tables:
-            flatten_tokens(reference, table)  # refuses what is no list of whole numbers
-        wide = {"tokens": pa.large_list(pa.int64()), "index": pa.int64(), "duplicates": pa.int64()}
+            if "tokens" in table.column_names:
+                flatten_tokens(reference, table)  # refuses what is no list of whole numbers
+        wide = {"tokens": pa.large_list(pa.int64()), "text": pa.large_string()} | dict.fromkeys(NUMBERS, pa.int64())
         schema = pa.schema([(name, wide[name]) for name in head.column_names])
         try:
             tables = [table.cast(schema) for table in tables]
@@ -146,7 +164,8 @@ def _concat_shards(reference: str, shards: Mapping[Path, pa.Table]) -> pa.Table:
     return pa.concat_tables(tables)
 
 
-def _names(table: pa.Table) -> str:
+def format_columns(table: pa.Table) -> str:
+    """Return the names of the columns for an error."""
     return ", ".join(table.column_names) or "none"
 
 
@@ -164,7 +183,13 @@ def sequence_files(reference: str) -> list[Path]:
     """
     path = Path(reference)
     if path.is_file():
-        return sorted({path.with_suffix(suffix) for suffix in _MEGATRON}) if path.suffix in _MEGATRON else [path]
+        if path.suffix not in _MEGATRON:
+            return [path]
+        pair = [path.with_suffix(suffix) for suffix in _MEGATRON]
+        for file in pair:
+            if not file.is_file():
+                raise InputError(f"{file}: no such file; a Megatron data set is NAME.bin with NAME.idx")
+        return pair
     if reference.endswith(".npy") and ".npy:" in reference:
         pair = [Path(f"{name}.npy") for name in reference.removesuffix(".npy").split(".npy:", 1)]
         for file in pair:
@@ -205,8 +230,8 @@ def flatten_tokens(where: str, table: pa.Table) -> tuple[np.ndarray, np.ndarray]
     """
     if "tokens" not in table.column_names:
         raise InputError(
-            f"{where}: has no column `tokens`, `input_ids`, `token_ids` or `text` (its columns: {_names(table)}); name "
-            "another one with --column"
+            f"{where}: has no column `tokens`, `input_ids`, `token_ids` or `text` (its columns: "
+            f"{format_columns(table)}); name another one with --column"
         )
     column = table["tokens"]
     lists = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which copies
@@ -229,11 +254,14 @@ def optional_column(where: str, table: pa.Table, name: str) -> np.ndarray | None
     values = table[name]
     if not types.is_integer(values.type) or values.null_count:
         raise InputError(f"{where}: its column `{name}` must hold a whole number for every sequence")
-    return _check_numbers(where, name, values.to_numpy())
+    return check_numbers(where, name, values.to_numpy())
 
 
-def _check_numbers(where: str, name: str, values: np.ndarray) -> np.ndarray:
-    """Return int64; refuse larger numbers, and negative counts."""
+def check_numbers(where: str, name: str, values: np.ndarray) -> np.ndarray:
+    """Return int64.
+
+    Raises InputError for larger numbers and negative counts.
+    """
     if values.size and int(values.max()) >= 2**63:
         raise InputError(f"{where}: `{name}` holds {int(values.max())}, which does not fit 64 bits with a sign")
     if name == "duplicates" and values.size and int(values.min()) < 0:
@@ -247,7 +275,7 @@ def _read_jsonl_table(
     """Return a table of the validated lines, and their labels."""
     labels: list[str] = []
     rows: list[list[int]] = []
-    optional: dict[str, list[int]] = {name: [] for name in _NUMBERS}
+    optional: dict[str, list[int]] = {name: [] for name in NUMBERS}
     tokenizer = functools.cache(tokenizer)
     for where, row in read_jsonl(path, limit):
         name = _column_of_tokens(list(row), column)
@@ -298,47 +326,6 @@ def load_npy(path: str | Path) -> np.ndarray:
     return array
 
 
-def read_duplicates(path: str, index: np.ndarray) -> np.ndarray:
-    """Read the number of copies of each sequence.
-
-    Args:
-      path: `.npy`, a number for each row; or Parquet, CSV or JSONL with `index` and `duplicates`.
-      index: sequence ids [N], with which the rows of a table are joined.
-
-    Raises:
-      InputError: not readable, a sequence has no number or two, or numbers are negative.
-    """
-    file = Path(path)
-    if file.suffix == ".npy":
-        array = load_npy(path)
-        if array.ndim != 1 or len(array) < len(index):
-            raise InputError(
-                f"{path}: must hold one number for each of {len(index)} sequences, not {list(array.shape)}"
-            )
-        return _check_numbers(path, "duplicates", array[: len(index)])
-    if not file.is_file():
-        raise InputError(f"{path}: no such file")
-    with library_errors_as_input_errors(f"{path}: cannot be read as a table"):
-        if file.suffix == ".parquet":
-            table = pq.read_table(file)
-        elif file.suffix == ".csv":
-            table = pyarrow.csv.read_csv(file)
-        else:
-            table = pa.Table.from_pylist([row for _, row in read_jsonl(file)])
-    ids, copies = (optional_column(path, table, name) for name in _NUMBERS)
-    if ids is None or copies is None:
-        raise InputError(f"{path}: needs the columns `index` and `duplicates` (its columns: {_names(table)})")
-    order = np.argsort(ids, kind="stable")
-    ids, copies = ids[order], copies[order]
-    if repeated := int((ids[1:] == ids[:-1]).sum()):
-        raise InputError(f"{path}: {repeated} rows repeat an `index`; each sequence has one number of copies")
-    positions = np.minimum(np.searchsorted(ids, index), max(len(ids) - 1, 0))
-    missing = index if not len(ids) else index[ids[positions] != index]
-    if len(missing):
-        raise InputError(f"{path}: has no row for {len(missing)} of {len(index)} sequences, such as index {missing[0]}")
-    return copies[positions]
-
-
 def _read_parquet(path: Path, column: str) -> pa.Table:
     try:
         with pq.ParquetFile(path, memory_map=True) as file:
@@ -352,12 +339,14 @@ def _select_columns(path: Path, found: Sequence[str], column: str, read: Callabl
 
     Without such a column, all are read, so that the error can name them.
     """
+    if repeated := [name for name in found if found.count(name) > 1]:
+        raise InputError(f"{path}: has {found.count(repeated[0])} columns `{repeated[0]}`; rename or drop one")
     tokens = _column_of_tokens(found, column)
     if tokens is None:
         if column:
             raise InputError(f"{path}: has no column `{column}` (its columns: {', '.join(found)})")
         return read(list(found))
-    table = read([tokens, *(name for name in _NUMBERS if name in found)])
+    table = read([tokens, *(name for name in NUMBERS if name in found)])
     is_text = tokens not in _IDS and _is_text(table[tokens].type)
     return table.rename_columns(["text" if is_text else "tokens", *table.column_names[1:]])
 

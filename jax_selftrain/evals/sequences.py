@@ -2,7 +2,7 @@
 
 A reference is `FILE.npy` (integers [N, T]), `PREFIX.npy:SUFFIX.npy` or the folder of the pair
 (lm-extraction-benchmark), `NAME.bin` with `NAME.idx` (Megatron-LM), `FILE.jsonl`, `FILE.parquet`, FOLDER[:SPLIT] of
-Parquet files, a `save_to_disk` folder of `datasets`, or a data set of the hub, `org/name[@revision][:SPLIT]`. Their
+Parquet files, a `save_to_disk` folder of `datasets`, or a data set of the hub, `org/name[@revision]:SPLIT`. Their
 column is `tokens` (pythia-memorized-evals), `input_ids` or `token_ids` (pretokenized Pile), `text`, or another one by
 name.
 Special strings such as `</s>` in a text are special tokens, so that a prefix can begin with BOS. Optional columns are
@@ -19,11 +19,11 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from jax_selftrain.errors import InputError
+from jax_selftrain.evals.duplicate_counts import read_duplicates
 from jax_selftrain.evals.sequence_files import (
     download_sequences,
     flatten_tokens,
     optional_column,
-    read_duplicates,
     read_table,
     sequence_files,
 )
@@ -101,6 +101,11 @@ def load_sequences(
     if duplicates:
         if copies is not None:
             raise InputError(f"--duplicate-counts {duplicates}: {where} has a column `duplicates`; drop one of the two")
+        if Path(duplicates).suffix != ".npy" and "index" not in table.column_names:
+            raise InputError(
+                f"--duplicate-counts {duplicates}: is joined by `index`, which {where} does not have; add it, or give "
+                "a number for each row as .npy"
+            )
         copies = read_duplicates(duplicates, index)
     long_enough = lengths >= begin + window.length
     if not window.offset and not long_enough.all():

@@ -136,6 +136,11 @@ class ModelRef:
         """Return True if the folder holds weights, not only an architecture."""
         return self.is_orbax or has_weight_files(self.weights_folder)
 
+    @property
+    def has_local_weights(self) -> bool:
+        """Return True if the folder holds weights, without a download."""
+        return self.is_orbax or has_weight_files(self.folder)
+
     @cached_property
     def tensor_names(self) -> frozenset[str]:
         """Hugging Face names of the tensors (embed_out or lm_head)."""
@@ -188,7 +193,7 @@ class ModelRef:
         if not self.manifest or "_is_verified" in self.__dict__:
             return
         listed = {name: entry for name, entry in self.manifest["files"].items() if name.endswith(".safetensors")}
-        verify_checksums(self.folder, listed, fix_hint=fix_hint)
+        verify_checksums(self.weights_folder, listed, fix_hint=fix_hint)
         if unknown := [name for name in weight_files(self.folder) if name not in listed]:
             raise InputError(f"{self.folder / unknown[0]}: is not in {MANIFEST}; {fix_hint}")
         self.__dict__["_is_verified"] = True

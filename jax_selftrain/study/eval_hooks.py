@@ -109,7 +109,10 @@ def evaluation_hooks(config: TrainConfig) -> list[Hook]:
 
 
 def with_default_evals(train: TrainConfig, score: ScoreConfig, extract: ExtractConfig) -> TrainConfig:
-    """Fill in the files and the limit of `score` and `extract`."""
+    """Fill in the files and the limit of `score` and `extract`.
+
+    Sequences by `column` or `subsample`, which training has not, are not measured.
+    """
     is_evaluated = train.eval_every is not None or train.epochs is not None
     if not is_evaluated or train.eval_texts or train.eval_tasks or train.eval_sequences:
         return train
@@ -118,7 +121,7 @@ def with_default_evals(train: TrainConfig, score: ScoreConfig, extract: ExtractC
         train,
         eval_texts=score.texts,
         eval_tasks=tuple(split_names(score.tasks)[0]),
-        eval_sequences=extract.sequences,
+        eval_sequences="" if extract.column or extract.subsample else extract.sequences,
         eval_prefix=window.prefix,
         eval_suffix=window.suffix,
         eval_min_overlap=extract.min_overlap,

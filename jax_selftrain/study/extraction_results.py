@@ -108,7 +108,7 @@ def cell_extraction(config: StudyConfig, design: Design, cell: StudyCell) -> dic
         parts[names.HELD_OUT] = evals.held_out_half(fingerprint, before["index"])
         if emitted is not None:
             parts[names.EMITTED] = parts[names.HELD_OUT] & (emitted != "held_out")
-    groups = np.array(duplicate_groups(config.extract, n))
+    groups = np.array(duplicate_groups(config.extract, before["index"]))
     old, new = (n_p_discoverable(side["logprob"]) for side in (before, after))
     extraction: dict[str, Any] = {
         "prefix": window.prefix,
@@ -169,15 +169,22 @@ def _self_trained_classes(design: Design, cell: StudyCell) -> np.ndarray | None:
     return None
 
 
-def duplicate_groups(config: ExtractConfig, n: int) -> list[str]:
-    """Return the `group` of each line of a JSONL set, or nothing."""
+def duplicate_groups(config: ExtractConfig, index: np.ndarray) -> list[str]:
+    """Return the `group` of sequences of a JSONL set, or nothing.
+
+    `index` has the ids of the sequences [N]: `index` of their lines, or the numbers of these.
+    """
     path = Path(config.sequences)
-    if not path.is_file() or path.suffix in (".npy", ".parquet") or config.offset:
+    if not path.is_file() or not path.name.endswith((".jsonl", ".jsonl.gz", ".json")):
         return []
-    groups = [row.get("group") for _, row in read_jsonl(path, config.limit)]
-    if len(groups) != n:
-        raise InputError(f"{path}: has changed since extraction; run the same command again")
-    return [str(group) for group in groups] if all(group is not None for group in groups) else []
+    rows = [row for _, row in read_jsonl(path, config.limit)]
+    groups = {row.get("index", i): row.get("group") for i, row in enumerate(rows)}
+    if len(groups) < len(rows):  # ids that are not unique name no line
+        return []
+    if missing := sorted({*index.tolist()} - groups.keys()):
+        raise InputError(f"{path}: has no sequence {missing[0]}, so it has changed; run the same command again")
+    found = [groups[i] for i in index.tolist()]
+    return [str(group) for group in found] if all(group is not None for group in found) else []
 
 
 def _select(table: Arrays, members: np.ndarray) -> Arrays:

@@ -8,8 +8,8 @@ from jax_selftrain import evals
 from jax_selftrain.config import ArmConfig, ExtractConfig, StudyConfig
 from jax_selftrain.config.metadata import applicable_kinds, shared_overrides
 from jax_selftrain.errors import InputError
+from jax_selftrain.evals.sequence_files import holds_text
 from jax_selftrain.evals.sequences import ExtractionSet
-from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.study.measure_names import AFTER_RELEARNING, MAIN_EFFECT, UNSEEN
 from jax_selftrain.study.preregistration import refuse_first
 
@@ -59,17 +59,15 @@ def check_memorization(config: StudyConfig) -> None:
         raise InputError(f"memorization.relearn_corpus {options.relearn_corpus}: no such file")
 
 
-def require_text(sequences: str) -> None:
+def require_text(extract: ExtractConfig) -> None:
     """Refuse token ids, which are different texts to different tokenizers.
 
     Raises InputError.
     """
-    path = Path(sequences)
-    rows = read_jsonl(path, 1) if path.suffix == ".jsonl" else ()
-    if not any("text" in row and "tokens" not in row for _, row in rows):
+    if not holds_text(extract.sequences, extract.column):
         raise InputError(
-            f"extract.sequences {sequences}: the students have different tokenizers, for which token ids are different "
-            "texts; give JSONL with `text`"
+            f"extract.sequences {extract.sequences}: the students have different tokenizers, for which token ids are "
+            "different texts; give a set with `text`"
         )
 
 

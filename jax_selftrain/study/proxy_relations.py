@@ -152,19 +152,21 @@ def _test_relations(
     found: Relations = []
     for name, values in proxies.items():
         whole = _permutation_test(values, mean)
-        partial = whole if base_ability is None else _permutation_test(values, mean, base_ability)
+        partial = (None, None) if base_ability is None else _permutation_test(values, mean, base_ability)
         others: tuple[float | None, float | None] = None, None
         if self_mask is not None:  # an own gain would spoil the null distribution of the other cells
             others = _permutation_test(np.where(self_mask, np.nan, values), np.where(self_mask, np.nan, mean))
+        known = np.isfinite(values) & np.isfinite(mean)
+        sources = int(known.any(axis=0).sum())
         columns = {
             ("correlation", "p"): whole,
             ("partial", "p_partial"): partial,
             ("without_own", "p_without_own"): others,
-            ("low", "high"): _interval(whole[0], mean.shape[1]),
+            ("low", "high"): _interval(whole[0], sources),
             ("regret", "random_regret"): _selection_regret(values, mean),
         }
-        cells = int(np.sum(np.isfinite(values) & np.isfinite(mean)))
-        found.append({"name": name, "cells": cells, "sources": mean.shape[1], "p_adjusted": None})
+        found.append({"name": name, "cells": int(known.sum()), "sources": sources, "p_adjusted": None})
+        found[-1]["has_ability"] = base_ability is not None
         for keys, pair in columns.items():
             found[-1] |= zip(keys, pair, strict=True)
     return found
@@ -265,20 +267,23 @@ def _centered_ranks(values: np.ndarray, valid: np.ndarray) -> np.ndarray:
 
 def _interval(r: float | None, sources: int) -> tuple[float | None, float | None]:
     """Return the 90 % interval of a correlation by Fisher's z."""
-    if r is None or sources < 4:
+    if r is None or sources < 4 or abs(r) > 1 - 1e-9:
         return None, None
-    center = math.atanh(max(-1 + 1e-9, min(1 - 1e-9, r)))
+    center = math.atanh(r)
     half = float(scipy.stats.norm.ppf(0.95)) / math.sqrt(sources - 3)
     return math.tanh(center - half), math.tanh(center + half)
 
 
 def _selection_regret(promise: np.ndarray, gain: np.ndarray) -> tuple[float | None, float | None]:
-    """Return the mean regret of choosing by the proxy, and at random."""
+    """Return the mean regret of choosing by the proxy, and at random.
+
+    Of sources with the same proxy, one is chosen at random.
+    """
     known = np.isfinite(promise) & np.isfinite(gain)
     rows = [(p[members], g[members]) for p, g, members in zip(promise, gain, known, strict=True) if members.any()]
     if not rows:
         return None, None
-    regret, random = zip(*((g.max() - g[np.argmax(p)], g.max() - g.mean()) for p, g in rows), strict=True)
+    regret, random = zip(*((g.max() - g[p == p.max()].mean(), g.max() - g.mean()) for p, g in rows), strict=True)
     return float(np.mean(regret)), float(np.mean(random))
 
 
@@ -288,19 +293,19 @@ def _judge(one: Mapping[str, Any], *, has_own: bool) -> tuple[str, str]:
     if one["p_adjusted"] <= ALPHA:
         problems = {
             "it correlates negatively with the gain.": one["correlation"] < 0,
-            "it correlates with the gain, but so does the base ability of the sources.": not _is_small(
-                one["p_partial"]
-            ),
+            "it correlates with the gain, but so does the base ability of the sources.": one["has_ability"]
+            and not _is_small(one["p_partial"]),
             "without the students' own texts it does not correlate with the gain.": has_own
             and not (_is_small(one["p_without_own"]) and one["without_own"] > 0),
         }
         for problem, is_present in problems.items():
             if is_present:
                 return INCONCLUSIVE, problem
-        return (
-            CONFIRMED,
-            "it correlates with the gain, also without own texts and at equal base ability of the sources.",
-        )
+        checks = [
+            *(["without own texts"] if has_own else []),
+            *(["at equal base ability of the sources"] if one["has_ability"] else []),
+        ]
+        return CONFIRMED, f"it correlates with the gain{', also ' if checks else ''}{' and '.join(checks)}."
     if one["low"] is not None and one["low"] > -MISSING and one["high"] < MISSING:
         return REJECTED, f"the 90 % interval is inside ±{MISSING:g}."
     return INCONCLUSIVE, f"{one['sources']} sources are too few for this correlation."

@@ -208,7 +208,7 @@ def _describe_cell(
 
 
 def _remove_widths(node: Any) -> Any:
-    """End the intervals of changes at zero: the model is its base, whatever the items."""
+    """End the intervals of changes at zero: the model is its base."""
     if isinstance(node, list):
         return [_remove_widths(one) for one in node]
     if not isinstance(node, dict):

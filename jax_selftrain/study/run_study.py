@@ -264,7 +264,7 @@ def check_study(config: StudyConfig, read_corpus: Callable[[str], Corpus] = open
         config.extract.sequences
         and len({hub.open_model(models[name].model).tokenizer_fingerprint for name in students}) > 1
     ):
-        require_text(config.extract.sequences)
+        require_text(config.extract)
     mixture = [read_corpus(folder) for folder, _ in parse_mixture(config.train.mixture)]
     for name in students:
         _check_student(config, models[name], mixture)

@@ -73,7 +73,7 @@ class StageFactory:
         model = self._models[name]
         opened, ref = hub.open_model(model.model), model.model
         # A plan needs no weights; revisions have the same config.
-        has_weights = opened.has_weights or not self.config.dry_run
+        has_weights = opened.has_local_weights or not self.config.dry_run
         fingerprint = opened.fingerprint if has_weights else hash_json([model.model, dict(opened.raw_config)])
         return StudyModel(ref, fingerprint, name, opened.tokenizer_fingerprint, ref, model)
 
@@ -364,4 +364,5 @@ def format_options(options: ExtractConfig, form: PromptFormat) -> dict[str, Any]
 
 
 def _window_options(options: ExtractConfig) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in _WINDOW}
+    chosen = {name: value for name in ("subsample", "column") if (value := getattr(options, name))}
+    return {name: getattr(options, name) for name in _WINDOW} | chosen

@@ -13,6 +13,7 @@ import pytest
 from jax_selftrain import hub
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals import held_out_half
+from jax_selftrain.evals.sequence_files import holds_text
 from jax_selftrain.evals.sequences import (
     ExtractionSet,
     PromptWindow,
@@ -245,9 +246,46 @@ def test_duplicates_are_joined_by_index(tmp_path):
         pq.write_table(content, tmp_path / "wrong.parquet")
         with pytest.raises(InputError, match=message):
             load(tmp_path / "rows.parquet", duplicates=str(tmp_path / "wrong.parquet"))
-    for name, message in (("gone.csv", "no such file"), ("rows.parquet", "needs the columns")):
+    (tmp_path / "twice.csv").write_text("index,duplicates,index\n3,1,3\n")
+    (tmp_path / "copies.tsv").write_text("index\tduplicates\n")
+    for name, message in (
+        ("gone.csv", "no such file"),
+        ("rows.parquet", "needs the columns"),
+        ("twice.csv", "two of its columns have one name"),
+        ("copies.tsv", "none of .npy, .parquet, .csv and .jsonl"),
+    ):
         with pytest.raises(InputError, match=message):
             load(tmp_path / "rows.parquet", duplicates=str(tmp_path / name))
+
+
+def test_row_numbers_are_not_joined_with_a_table_of_copies(tmp_path):
+    """The ids of the Pile's table begin with 0, 1, 2 as the row numbers of any set do."""
+    np.save(tmp_path / "rows.npy", ROWS)
+    pq.write_table(pa.table({"index": range(9), "duplicates": range(9)}), tmp_path / "copies.parquet")
+    with pytest.raises(InputError, match=r"is joined by `index`, which .*rows.npy does not have"):
+        load(tmp_path / "rows.npy", duplicates=str(tmp_path / "copies.parquet"))
+
+
+def test_shards_of_texts_are_joined(tmp_path, tiny_model):
+    tokenizer = hub.open_model(tiny_model("llama")).tokenizer
+    texts = ["the lamp and the river " * 6, "a stone in the river " * 6]
+    for i, (text, dtype) in enumerate(zip(texts, (pa.int32(), pa.int64()), strict=True)):
+        table = pa.table({"text": [text], "index": pa.array([i], dtype)})
+        pq.write_table(table, tmp_path / f"shard-{i}.parquet")
+    found = load(tmp_path, PromptWindow(4, 8), tokenizer=lambda: tokenizer)
+    assert found.tokens.tolist() == [tokenizer.encode(text, add_special_tokens=False)[:12] for text in texts]
+    assert found.sequence_id.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "content", [{"text": "a b"}, {"story": "a b"}, {"tokens": [1]}, {"text": "a", "input_ids": [1]}]
+)
+def test_a_set_holds_texts_or_ids(tmp_path, content):
+    lines(tmp_path / "a.jsonl", [content])
+    pq.write_table(pa.table({name: [value] for name, value in content.items()}), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        assert holds_text(str(tmp_path / name)) == (content == {"text": "a b"})
+        assert holds_text(str(tmp_path / name), "story") == ("story" in content) if "story" in content else True
 
 
 def test_a_subsample_is_drawn_by_hash_of_the_id(tmp_path):

@@ -291,6 +291,8 @@ def test_the_limit_of_the_benchmarks_holds_during_training() -> None:
     train = TrainConfig(epochs=3)
     assert with_default_evals(train, score, extraction).eval_limit == 500
     assert with_default_evals(replace(train, eval_limit=50), score, extraction).eval_limit == 50
+    for changed in (replace(extraction, column="story"), replace(extraction, subsample=9)):  # training has neither
+        assert with_default_evals(train, score, changed).eval_sequences == ""
     named = replace(train, eval_texts=("others.jsonl",))
     assert with_default_evals(named, score, extraction) == named
     assert with_default_evals(TrainConfig(steps=5), score, extraction) == TrainConfig(steps=5)

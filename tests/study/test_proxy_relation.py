@@ -12,6 +12,7 @@ from jax_selftrain.study.proxy_relations import (
     SOURCES_FOR_ABSENCE,
     _interval,
     _permutation_test,
+    _selection_regret,
     judge_relations,
     reliability,
 )
@@ -140,3 +141,30 @@ def test_reliability_is_of_the_mean_over_seeds() -> None:
     expected = np.corrcoef(*((one.mean(0) - one.mean((0, 2))[:, None]).ravel() for one in noisy))[0, 1]
     assert reliability(noisy[0]) == pytest.approx(expected, abs=0.05)
     assert reliability(noisy[0][:1]) is None
+
+
+def test_a_proxy_that_says_nothing_chooses_at_random() -> None:
+    """The order of the sources does not matter."""
+    gains = np.array([[9.0, 1.0, 2.0, 3.0]])
+    assert _selection_regret(np.ones((1, 4)), gains) == (5.25, 5.25)
+    assert _selection_regret(np.array([[2.0, 2.0, 1.0, 0.0]]), gains) == (4.0, 5.25)
+
+
+def test_a_verdict_names_the_checks_that_were_made() -> None:
+    gains = np.tile(np.arange(8.0), (2, 3, 1))
+    (found,) = judge_relations({"x": np.tile(np.arange(8.0), (3, 1))}, gains)
+    assert found["reason"] == "it correlates with the gain."
+    assert (found["partial"], found["p_partial"]) == (None, None)
+    (found,) = judge_relations({"x": np.tile(np.arange(8.0), (3, 1))}, gains, self_mask=np.eye(3, 8, dtype=bool))
+    assert found["reason"] == "it correlates with the gain, also without own texts."
+
+
+def test_sources_without_data_do_not_narrow_an_interval() -> None:
+    rng = np.random.default_rng(4)
+    values, gains = rng.normal(size=(2, 40)), rng.normal(size=(1, 2, 40))
+    values[:, 4:] = np.nan
+    (found,) = judge_relations({"x": values}, gains)
+    assert (found["cells"], found["sources"]) == (8, 4)
+    assert found["verdict"] == "cannot tell"
+    values[:, 2:] = np.nan
+    assert judge_relations({"x": values}, gains)[0]["low"] is None
