@@ -9,7 +9,10 @@ import pytest
 from published_page import EXPRESSION, TEMPLATE, Page
 
 ROOT = Path(__file__).parents[1]
-PAGES = {ROOT / "docs/smollm2": ROOT / "docs/smollm2.md"}
+PAGES = {
+    ROOT / "docs/smollm2": ROOT / "docs/smollm2.md",
+    ROOT / "docs/micro-world": ROOT / "docs/micro-world/README.md",
+}
 
 
 @pytest.mark.parametrize("folder", PAGES, ids=lambda folder: folder.name)

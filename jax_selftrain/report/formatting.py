@@ -316,3 +316,14 @@ def make_cell_table(
     keys = ("student", "treatment", "seed")
     full = [{**record, **{key: str(cell[key]) for key in keys}} for cell, record in pairs]
     return Table(name, caption, [*make_columns(*keys), *columns], full)
+
+
+def average_curves(curves: Sequence[Sequence[float]]) -> list[float]:
+    """Average curves of several seeds, aligned at both ends.
+
+    With epochs, seeds have other numbers of steps: the average has the length of the shortest, and ends at the mean of
+    the ends.
+    """
+    shortest = min(map(len, curves))
+    aligned = [[*curve[: shortest - 1], curve[-1]] for curve in curves]
+    return [sum(values) / len(values) for values in zip(*aligned, strict=True)]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from jax_selftrain.report.formatting import Column, Level, Table, format_number, make_cell_table
+from jax_selftrain.report.formatting import Column, Level, Table, average_curves, format_number, make_cell_table
 from jax_selftrain.stats.estimators import Estimate
 
 
@@ -59,3 +59,9 @@ def test_a_column_finds_its_value_in_a_record() -> None:
     assert column.find({"task": {"change": entry}}) == Estimate(50.0, 25.0, None, 8)
     assert column.find({"task": None}) is None
     assert Column("controls").find({"controls": ["noise", "text"]}) == "noise, text"
+
+
+def test_curves_of_unequal_lengths_are_averaged_at_both_ends() -> None:
+    """With epochs, seeds have other numbers of steps."""
+    assert average_curves([[0.0, 1.0, 4.0], [2.0, 3.0, 5.0, 8.0]]) == [1.0, 2.0, 6.0]
+    assert average_curves([[3.0]]) == [3.0]

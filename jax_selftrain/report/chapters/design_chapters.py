@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from html import escape
-from statistics import fmean
 from typing import Any
 
 import yaml
@@ -193,7 +192,10 @@ def _add_class_curves(chapter: Chapter, cells: Records, curves: Records) -> None
             panels = []
             for part, label in CLASSES.items():
                 lines = {
-                    treatment: (seeds[0][0], [scale * fmean(at) for at in zip(*(v for _, v in seeds), strict=True)])
+                    treatment: (
+                        fmt.average_curves([steps for steps, _ in seeds]),
+                        [scale * value for value in fmt.average_curves([values for _, values in seeds])],
+                    )
                     for treatment, seeds in found.get((metric, part), {}).items()
                 }
                 panels += [("optimizer step", f"{label}: {title}", lines)] if lines else []

@@ -158,7 +158,7 @@ def _add_trajectories(chapter: Chapter, student: str, cells: Records) -> None:
 
     def average(treatment: str, names: Sequence[str], scale: float) -> list[float]:
         values = [curve[name] for curve in curves[treatment] for name in names]
-        return [scale * sum(at) / len(at) for at in zip(*values, strict=True)]
+        return [scale * value for value in fmt.average_curves(values)]
 
     reference = sorted(select("nll"), key=lambda name: first[name][0])[:1]
     panels = []
