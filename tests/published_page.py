@@ -1,4 +1,4 @@
-"""Render a page whose sentences and tables are computed from CSV files beside it.
+"""Render a page whose sentences and tables are computed from CSV files.
 
     python tests/published_page.py docs/micro-world docs/micro-world/README.md
 
@@ -54,10 +54,8 @@ class Page:
         names |= {"format_number": format_number, "format_effect": format_effect}
 
         def evaluate(match: re.Match[str]) -> str:
-            try:
-                return str(eval(match[1], names))
-            except Exception as error:
-                raise AssertionError(f"{TEMPLATE}: {match[1].strip()}: {type(error).__name__}: {error}") from error
+            expression = match[1].strip()
+            return str(eval(compile(expression, f"{TEMPLATE}: {expression}", "eval"), names))  # the traceback shows it
 
         text = (self.folder / TEMPLATE).read_text(encoding="utf-8")
         for definitions in DEFINITIONS.findall(text):

@@ -12,24 +12,31 @@ from jax_selftrain.evals.sequence_files import NUMBERS, check_numbers, format_co
 from jax_selftrain.io.jsonl import read_jsonl
 
 
-def read_duplicates(path: str, index: np.ndarray) -> np.ndarray:
+def read_duplicates(path: str, n: int, index: np.ndarray | None) -> np.ndarray:
     """Read the number of copies of each sequence.
 
     Args:
       path: `.npy`, a number for each row; or Parquet, CSV or JSONL with `index` and `duplicates`.
-      index: sequence ids [N], with which the rows of a table are joined.
+      n: number of sequences.
+      index: sequence ids [n], with which the rows of a table are joined; None: the set has no column `index`.
+
+    Returns int64 [n].
 
     Raises:
-      InputError: not readable, a sequence has no number or two, or numbers are negative.
+      InputError: not readable, a table for a set without `index`, a sequence has no number or two, or numbers are
+        negative.
     """
     file = Path(path)
     if file.suffix == ".npy":
         array = load_npy(path)
-        if array.ndim != 1 or len(array) < len(index):
-            raise InputError(
-                f"{path}: must hold one number for each of {len(index)} sequences, not {list(array.shape)}"
-            )
-        return check_numbers(path, "duplicates", array[: len(index)])
+        if array.ndim != 1 or len(array) < n:
+            raise InputError(f"{path}: must hold one number for each of {n} sequences, not {list(array.shape)}")
+        return check_numbers(path, "duplicates", array[:n])
+    if index is None:
+        raise InputError(
+            f"--duplicate-counts {path}: a table is joined by `index`, which the sequences do not have; add it, or "
+            "give a number for each sequence as .npy"
+        )
     if not file.is_file():
         raise InputError(f"{path}: no such file")
     with library_errors_as_input_errors(f"{path}: cannot be read as a table"):
@@ -53,5 +60,5 @@ def read_duplicates(path: str, index: np.ndarray) -> np.ndarray:
     positions = np.minimum(np.searchsorted(ids, index), max(len(ids) - 1, 0))
     missing = index if not len(ids) else index[ids[positions] != index]
     if len(missing):
-        raise InputError(f"{path}: has no row for {len(missing)} of {len(index)} sequences, such as index {missing[0]}")
+        raise InputError(f"{path}: has no row for {len(missing)} of {n} sequences, such as index {missing[0]}")
     return copies[positions]

@@ -24,7 +24,7 @@ NUMBERS = ("index", "duplicates")
 """Names of the optional columns."""
 _DATASET_FILES = ("state.json", "dataset_dict.json")
 _MEGATRON = (".bin", ".idx")
-_SUFFIXES = (".npy", ".jsonl", ".parquet", ".json", ".gz", *_MEGATRON)
+_FILE_SUFFIXES = (".npy", ".jsonl", ".parquet", ".json", ".gz", *_MEGATRON)
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?:(?P<split>[\w.-]+)")
 
 
@@ -39,7 +39,7 @@ def read_table(
 
     Raises InputError.
     """
-    files, path = sequence_files(reference), Path(reference)
+    files = sequence_files(reference)
     if column and files[0].suffix in (".npy", *_MEGATRON):
         raise InputError(f"{files[0]}: has no columns; drop --column {column}")
     if files[0].suffix == ".npy":
@@ -56,14 +56,18 @@ def read_table(
         return _to_table(np.hstack(arrays)), arrays[0].shape[1], []
     if files[0].suffix in _MEGATRON:
         return read_megatron_dataset(files[0], limit), None, []
+    if (columns := _read_columns(reference, column)) is not None:
+        return _encode_texts(reference, columns.slice(0, limit), tokenizer), None, []
+    table, labels = _read_jsonl_table(Path(reference), limit, tokenizer, column)
+    return table, None, labels
+
+
+def _read_columns(reference: str, column: str) -> pa.Table | None:
+    """Read Parquet files or a saved data set; None for JSON Lines."""
+    files, folder = sequence_files(reference), _split_folder(reference) or Path(reference)
     if files[0].suffix == ".parquet":
-        table = _concat_shards(reference, {file: _read_parquet(file, column) for file in files})
-    elif path.is_dir() or _split_folder(reference) is not None:
-        table = _read_dataset(_split_folder(reference) or path, column)
-    else:
-        table, labels = _read_jsonl_table(path, limit, tokenizer, column)
-        return table, None, labels
-    return _encode_texts(reference, table.slice(0, limit), tokenizer), None, []
+        return _concat_shards(reference, {file: _read_parquet(file, column) for file in files})
+    return _read_dataset(folder, column) if folder.is_dir() else None
 
 
 @functools.lru_cache(maxsize=8)
@@ -76,11 +80,7 @@ def download_sequences(reference: str) -> str:
     """
     match = _HUB_ID.fullmatch(reference)
     is_local = Path(reference).exists() or Path(reference.partition(":")[0]).exists() or _split_folder(reference)
-    if (
-        match is None
-        or is_local
-        or Path(match["name"]).suffix in (".npy", ".jsonl", ".parquet", ".json", ".gz", *_MEGATRON)
-    ):
+    if match is None or is_local or Path(match["name"]).suffix in _FILE_SUFFIXES:
         return reference
     split = match["split"]
     patterns = [f"{split}-*.parquet", f"*/{split}-*.parquet"]
@@ -98,14 +98,11 @@ def holds_text(reference: str, column: str = "") -> bool:
     Raises InputError if it cannot be read.
     """
     reference = download_sequences(reference)
-    path = sequence_files(reference)[0]
-    if path.suffix in (".npy", *_MEGATRON):
+    if sequence_files(reference)[0].suffix in (".npy", *_MEGATRON):
         return False
-    if path.suffix == ".parquet":
-        return "text" in _read_parquet(path, column).column_names
-    if Path(reference).is_dir() or _split_folder(reference) is not None:
-        return "text" in _read_dataset(_split_folder(reference) or Path(reference), column).column_names
-    _, row = next(iter(read_jsonl(path, 1)), ("", {}))
+    if (columns := _read_columns(reference, column)) is not None:
+        return "text" in columns.column_names
+    _, row = next(iter(read_jsonl(Path(reference), 1)), ("", {}))
     name = _column_of_tokens(list(row), column)
     return name is not None and name not in _IDS and isinstance(row[name], str)
 
@@ -280,7 +277,8 @@ def _read_jsonl_table(
     for where, row in read_jsonl(path, limit):
         name = _column_of_tokens(list(row), column)
         if name is None:
-            raise InputError(f"{where}: " + (f"no field `{column}`" if column else "neither `tokens` nor `text`"))
+            known = f"`{column}`" if column else "`tokens`, `input_ids`, `token_ids` or `text`"
+            raise InputError(f"{where}: has no field {known}")
         tokens = row[name]
         if isinstance(tokens, str) and name not in _IDS:
             tokens = tokenizer().encode(check_text(tokens, where), add_special_tokens=False)
@@ -365,8 +363,6 @@ def _read_dataset(folder: Path, column: str) -> pa.Table:
             raise InputError(
                 f"{folder}: holds the splits {', '.join(found)}; give the folder of one, as {folder}:SPLIT"
             )
-        columns = found.column_names
-        table = _select_columns(
-            folder, columns, column, lambda names: found.select_columns(names).with_format("arrow")[:]
-        )
+        names = found.column_names
+        table = _select_columns(folder, names, column, lambda some: found.select_columns(some).with_format("arrow")[:])
     return table

@@ -97,16 +97,11 @@ def load_sequences(
         begin += prefix_width - window.prefix
     tokens, lengths = flatten_tokens(where, table)
     index, copies = optional_column(where, table, "index"), optional_column(where, table, "duplicates")
-    index = np.arange(len(lengths), dtype=np.int64) if index is None else index
     if duplicates:
         if copies is not None:
             raise InputError(f"--duplicate-counts {duplicates}: {where} has a column `duplicates`; drop one of the two")
-        if Path(duplicates).suffix != ".npy" and "index" not in table.column_names:
-            raise InputError(
-                f"--duplicate-counts {duplicates}: is joined by `index`, which {where} does not have; add it, or give "
-                "a number for each row as .npy"
-            )
-        copies = read_duplicates(duplicates, index)
+        copies = read_duplicates(duplicates, len(lengths), index)
+    index = np.arange(len(lengths), dtype=np.int64) if index is None else index
     long_enough = lengths >= begin + window.length
     if not window.offset and not long_enough.all():
         first = int(np.argmin(long_enough))

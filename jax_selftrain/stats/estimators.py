@@ -184,12 +184,6 @@ def macro_mean(groups: Sequence[ArrayLike], limits: Sequence[tuple[float, float]
     return macro_effect(effects).estimate()
 
 
-def clip_proportion(estimate: Estimate) -> Estimate:
-    """End the interval of a proportion at 0 and 1."""
-    low, high = estimate.low, estimate.high
-    return replace(estimate, low=None if low is None else max(low, 0.0), high=None if high is None else min(high, 1.0))
-
-
 def paired_proportion_effect(before: ArrayLike, after: ArrayLike, clusters: ArrayLike | None = None) -> Effect:
     """Return Bonett and Price's paired change of a proportion.
 

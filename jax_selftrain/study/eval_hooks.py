@@ -111,7 +111,7 @@ def evaluation_hooks(config: TrainConfig) -> list[Hook]:
 def with_default_evals(train: TrainConfig, score: ScoreConfig, extract: ExtractConfig) -> TrainConfig:
     """Fill in the files and the limit of `score` and `extract`.
 
-    Sequences by `column` or `subsample`, which training has not, are not measured.
+    Sequences selected by `column` or `subsample` are not measured: `TrainConfig` has no such options.
     """
     is_evaluated = train.eval_every is not None or train.epochs is not None
     if not is_evaluated or train.eval_texts or train.eval_tasks or train.eval_sequences:

@@ -4,7 +4,7 @@ Studies use Student's t and linearized ratios for intervals of means; `compare` 
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -222,12 +222,24 @@ def average_tasks(pairs: Sequence[Pair]) -> dict[str, Any] | None:
 def paired_proportions(before: np.ndarray, after: np.ndarray, clusters: OptionalArray = None) -> dict[str, Any]:
     """Estimate a proportion before and after, and its change."""
     levels = [
-        estimators.proportion(side)
-        if clusters is None
-        else estimators.clip_proportion(_ratio(side.astype(np.float64), None, clusters))
+        estimators.proportion(side) if clusters is None else clustered_proportion(side, clusters)
         for side in (before, after)
     ]
     return _sides(levels, estimators.paired_proportion_effect(before, after, clusters).estimate())
+
+
+def clustered_proportion(outcomes: np.ndarray, clusters: np.ndarray) -> Estimate:
+    """Estimate a proportion over clusters of items.
+
+    The interval ends at 0 and 1. Where all outcomes agree, it is Wilson's for as many outcomes as clusters.
+    """
+    found = _ratio(outcomes.astype(np.float64), None, clusters)
+    if outcomes.all() or not outcomes.any():
+        low, high = estimators.wilson_interval(np.full(found.n, outcomes[0]))
+        return replace(found, low=low, high=high)
+    if found.low is None or found.high is None:
+        return found
+    return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
 
 
 def paired_means(

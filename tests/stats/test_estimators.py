@@ -16,6 +16,7 @@ from jax_selftrain.stats.estimators import (
     ratio_and_stderr,
     wilson_interval,
 )
+from jax_selftrain.study.paired_results import clustered_proportion
 
 
 def macro_change(groups, scales=None) -> Estimate:
@@ -150,7 +151,22 @@ def test_intervals_end_at_what_is_possible() -> None:
     right = [np.array([True, False, True]), np.array([True, True])]
     assert estimators.macro_mean(right).high > 1
     assert estimators.macro_mean(right, [(0.0, 1.0)] * 2).high == 1
-    assert estimators.clip_proportion(estimators.Estimate(0.5, -0.2, 1.3, 3)) == estimators.Estimate(0.5, 0.0, 1.0, 3)
+    mixed = clustered_proportion(np.array([True, True, False]), np.array([0, 0, 1]))
+    assert (mixed.low, mixed.high, mixed.n) == (0.0, 1.0, 2)
+
+
+def test_clusters_that_agree_have_a_width() -> None:
+    """Five clusters of two items are as five items."""
+    clusters = np.repeat(np.arange(5), 2)
+    for outcome in (True, False):
+        found = clustered_proportion(np.array([outcome] * 10), clusters)
+        assert (found.low, found.high) == tuple(wilson_interval([outcome] * 5))
+        assert found.n == 5
+    rng = np.random.default_rng(0)
+    labels, outcomes = rng.integers(0, 40, 400), rng.random(400) < 0.6
+    found = clustered_proportion(outcomes, labels)
+    sums = [estimators.sum_by_cluster(one, labels) for one in (outcomes, np.ones(400))]
+    assert found == estimators.ratio_of_sums(*sums)  # far from 0 and 1, and with both outcomes
 
 
 def test_one_value_has_no_interval() -> None:
