@@ -23,7 +23,7 @@ from jax_selftrain.config import yaml_io
 from jax_selftrain.config.metadata import Role, fields_with_role, roles
 from jax_selftrain.distributed import peers, sync
 from jax_selftrain.distributed.cluster import DistributedConfig
-from jax_selftrain.errors import InputError, SelftrainError
+from jax_selftrain.errors import InputError, SelftrainError, library_panics_as_input_errors
 from jax_selftrain.io.compilation_cache import enable_compilation_cache
 from jax_selftrain.io.import_guard import mark_cli_process
 from jax_selftrain.io.lease import wait_for_lease
@@ -123,7 +123,8 @@ def _main(argv: list[str]) -> int:
             if name in DISTRIBUTED_COMMANDS:
                 stack.enter_context(sync.distributed_context(processes, program=program))
             options = stack.enter_context(localize_uris(options, exclusive=peers.current() is None))
-            result = getattr(import_module(module), function)(options.folder if name == "report" else options)
+            with library_panics_as_input_errors("the tokenizer cannot read a text"):
+                result = getattr(import_module(module), function)(options.folder if name == "report" else options)
             if name in ("run", "study") and not getattr(options, "dry_run", False) and _is_first_process():
                 with wait_for_lease(Path(options.out) / ".report.lease"):  # processes that share the folder
                     import_module("jax_selftrain.report").write_report(options.out)

@@ -41,13 +41,28 @@ def library_errors_as_input_errors(problem: str, remedy: str = "") -> Iterator[N
     Libraries raise nearly anything for a damaged file. Only calls that read such a file belong inside.
     """
     try:
-        yield
+        with library_panics_as_input_errors(problem):
+            yield
     except SelftrainError:
         raise
     except Exception as error:
         raise InputError(f"{problem} ({summarize_error(error)})" + (remedy and f"; {remedy}")) from error
 
 
-def summarize_error(error: Exception) -> str:
+@contextmanager
+def library_panics_as_input_errors(problem: str) -> Iterator[None]:
+    """Turn a panic of Rust code (no `Exception`) into an InputError.
+
+    The tokenizers library panics on some texts, for instance when a regular expression backtracks without end.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"{problem} ({summarize_error(error)})") from error
+
+
+def summarize_error(error: BaseException) -> str:
     """Return type and message of an exception in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")[:300]

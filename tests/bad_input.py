@@ -16,6 +16,7 @@ from models_factory import write_tiny_hf_model
 from safetensors.numpy import load_file, save_file
 
 from jax_selftrain import cli
+from jax_selftrain.io import json_files
 
 
 class ValidInput:
@@ -150,9 +151,9 @@ def assert_one_error_sentence(case: CaseFunction, workspace: Workspace, capsys: 
 
 
 def rewrite_json(path: Path, change: Callable[[dict], object]) -> None:
-    content = json.loads(path.read_text())
+    content = json_files.read_json(path)
     change(content)
-    path.write_text(json.dumps(content))
+    json_files.write_json(path, content, checksum=path.name not in ("config.json", "generation_config.json"))
 
 
 def change_weights(model: Path, change: Callable[[dict[str, np.ndarray]], object]) -> Path:

@@ -1,6 +1,5 @@
 """Helpers of the training tests: options and losses of small runs."""
 
-import json
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 
 from jax_selftrain.config import TrainConfig
 from jax_selftrain.hub import LoadedModel
+from jax_selftrain.io.jsonl import read_log
 from jax_selftrain.training import Hook
 
 EVALUATED: dict[str, Any] = {"eval_every": 2, "eval_texts": ("of a hook.jsonl",)}
@@ -61,20 +61,16 @@ def measuring(function: Callable[[int, LoadedModel], Mapping[str, float]], **cha
 
 def losses(run: Path) -> list[float]:
     """Return the loss of every logged step."""
-    return [line["loss"] for line in _read_jsonl(run / "metrics.jsonl")]
+    return [line["loss"] for line in read_log(run / "metrics.jsonl")]
 
 
 def curve(run: Path) -> list[dict[str, float]]:
     """Return the evaluations during training."""
-    return _read_jsonl(run / "curve.jsonl")
+    return read_log(run / "curve.jsonl")
 
 
 def count_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def _read_jsonl(path: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _hash_weights(step: int, model: LoadedModel) -> dict[str, float]:

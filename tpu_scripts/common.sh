@@ -48,6 +48,9 @@ parse() { # parse the flags of all scripts; store the other arguments in REST
 read_config() { # read KEY=value lines; nothing in them is executed
   [[ -f $CONFIG ]] || die "$CONFIG: no such file; copy $(dirname "$0")/pod.env.example and edit it"
   local line key number=0
+  for key in $KEYS; do # the file alone configures the scripts, not the environment of the shell
+    unset "$key"
+  done
   while IFS= read -r line || [[ -n $line ]]; do
     number=$((number + 1))
     [[ $line =~ ^[[:space:]]*(#|$) ]] && continue
@@ -67,7 +70,9 @@ read_config() { # read KEY=value lines; nothing in them is executed
   INSTALL=${INSTALL:-'python3 -m venv $HOME/selftrain/venv && $HOME/selftrain/venv/bin/pip install -q "jax-selftrain[tpu]"'}
   [[ $NAME =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || die "$CONFIG: NAME is $NAME; it must have only lowercase letters, digits and dashes"
   [[ $TIER =~ ^(spot|reserved|on-demand)$ ]] || die "$CONFIG: TIER is $TIER; it must be spot, reserved or on-demand"
-  [[ -z $BUCKET || $BUCKET == gs://* ]] || die "$CONFIG: BUCKET is $BUCKET; it must begin with gs://"
+  [[ -z $BUCKET || $BUCKET =~ ^gs://[a-z0-9][-_.a-z0-9]*(/[-_.A-Za-z0-9/]*)?$ ]] ||
+    die "$CONFIG: BUCKET is $BUCKET; it must be gs://BUCKET or gs://BUCKET/FOLDER of letters, digits, dots and dashes"
+  [[ $POLL_SECONDS =~ ^[0-9.]+$ ]] || die "$CONFIG: POLL_SECONDS is $POLL_SECONDS; it must be a number"
   # shellcheck disable=SC2034 # read by run and resume
   JOB=$(dirname "$CONFIG")/.$NAME.job
 }

@@ -13,7 +13,7 @@ from jax_selftrain.config import ExportConfig, yaml_io
 from jax_selftrain.corpus.reader import Corpus, open_corpus
 from jax_selftrain.corpus.schema import SCHEMA
 from jax_selftrain.errors import InputError
-from jax_selftrain.io import atomic
+from jax_selftrain.io import atomic, json_files
 from jax_selftrain.io.jsonl import write_jsonl
 from jax_selftrain.version import versions
 
@@ -40,7 +40,7 @@ def export_corpus(config: ExportConfig) -> Path:
         writers[config.format](corpus, aside)
         yaml_io.save(aside / "config.yaml", config)
         facts = {"corpus": corpus.manifest, "fingerprint": corpus.fingerprint, "versions": versions()}
-        atomic.write_json(aside / "export.json", facts)
+        json_files.write_json(aside / "export.json", facts)
     return out
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from jax_selftrain.config import Packing
 from jax_selftrain.corpus.reader import Corpus
 from jax_selftrain.errors import InputError
-from jax_selftrain.io import atomic
+from jax_selftrain.io import atomic, json_files
 from jax_selftrain.io.manifest import folder_manifest, verify_checksums
 
 _ARRAYS = {"tokens": np.int32, "segments": np.int32, "positions": np.int32, "weights": np.float32}
@@ -82,15 +82,15 @@ def build_packed_rows(corpus: Corpus, folder: atomic.PathLike, seq_len: int, pac
         with atomic.commit_folder(folder, overwrite=True) as temp:
             _write_arrays(make_rows, temp, statistics["rows"], seq_len)
             facts = {**wanted, "statistics": statistics, "files": folder_manifest(temp)}
-            atomic.write_json(temp / "rows.json", facts)
+            json_files.write_json(temp / "rows.json", facts)
     maps = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
-    return PackedRows(**maps, statistics=atomic.read_json(folder / "rows.json")["statistics"])
+    return PackedRows(**maps, statistics=json_files.read_json(folder / "rows.json")["statistics"])
 
 
 def _is_current(folder: Path, wanted: Mapping[str, Any]) -> bool:
     """Return True if the rows are undamaged and up to date."""
     try:
-        found = atomic.read_json(folder / "rows.json")
+        found = json_files.read_json(folder / "rows.json")
         if not isinstance(found, dict) or any(found.get(key) != value for key, value in wanted.items()):
             return False
         verify_checksums(folder, {f"{name}.npy": found["files"][f"{name}.npy"] for name in _ARRAYS})

@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 
 from jax_selftrain.corpus.schema import FINISH_REASONS, SCHEMA, Sample, to_samples
 from jax_selftrain.errors import InputError
-from jax_selftrain.io import atomic
-from jax_selftrain.io.manifest import hash_json, read_manifest, verify_checksums
+from jax_selftrain.io import atomic, json_files
+from jax_selftrain.io.json_files import hash_json
+from jax_selftrain.io.manifest import read_manifest, verify_checksums
 
 FORMAT, VERSION = "jax-selftrain corpus", 2
 MANIFEST, REQUEST = "corpus.json", "request.json"
@@ -36,6 +37,7 @@ SHARD_KEYS = ("file", "sha256", "bytes", "rows", "tokens", "mismatches")
 
 _COMPLETE = "run the command that created it again to complete it"
 _BATCH_ROWS = 1024
+_MAX_SHARDS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,11 @@ def open_corpus(ref: atomic.PathLike | Corpus, *, tokenizer_fingerprint: str | N
 
 def shard_names(samples: int, samples_per_shard: int) -> list[str]:
     """Return the file names of the shards of a corpus."""
+    if (count := math.ceil(samples / samples_per_shard)) > _MAX_SHARDS:
+        raise InputError(
+            f"--samples {samples}: makes {count:,} shards of {samples_per_shard:,}, more than {_MAX_SHARDS:,}; use "
+            "fewer samples, or a larger --samples-per-shard"
+        )
     return [f"shard-{index:06d}.parquet" for index in range(math.ceil(samples / samples_per_shard))]
 
 
@@ -159,7 +166,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         if not (folder / REQUEST).exists():
             raise InputError(f"{folder}: not a corpus folder (it has no {MANIFEST}); give the folder that was sampled")
-        request = atomic.read_json(folder / REQUEST)
+        request = json_files.read_json(folder / REQUEST)
         check_shards_exist(folder, shard_names(request["samples"], request["samples_per_shard"]))
         raise InputError(f"{folder}: incomplete corpus, {MANIFEST} is missing; {_COMPLETE}")
     remedy = f"delete {path.name} and run the command that created it again"

@@ -30,7 +30,7 @@ from jax_selftrain.corpus.reader import (
 from jax_selftrain.corpus.schema import Sample, to_table
 from jax_selftrain.corpus.statistics import corpus_statistics
 from jax_selftrain.errors import InputError
-from jax_selftrain.io import atomic
+from jax_selftrain.io import atomic, json_files
 from jax_selftrain.io.manifest import sha256_file, verify_checksums
 from jax_selftrain.version import versions
 
@@ -75,7 +75,7 @@ class CorpusWriter:
             if has_shards:
                 raise InputError(f"{folder}: holds shards but no {REQUEST}; choose another folder")
             return cls(folder, dict(request))
-        before = atomic.read_json(folder / REQUEST)
+        before = json_files.read_json(folder / REQUEST)
         if difference := first_mismatch(before, dict(request)):
             raise InputError(
                 f"{folder}: was created with {difference[0]} = {difference[1]!r}, this command has "
@@ -130,7 +130,7 @@ class CorpusWriter:
             raise ValueError(f"shard {index}: its samples should have the ids {self.sample_ids(index)}")
         self.open(self.folder, self.request)
         if not (self.folder / REQUEST).exists():
-            atomic.write_json(self.folder / REQUEST, self.request)
+            json_files.write_json(self.folder / REQUEST, self.request)
         path = self.folder / self.shards[index]
         self.record_path(index).unlink(missing_ok=True)  # the old record does not describe the new bytes
         with atomic.commit_file(path) as aside:
@@ -154,7 +154,7 @@ class CorpusWriter:
             "tokens": sum(len(sample.tokens) for sample in samples),
             "first_sample_id": samples[0].sample_id,
         }
-        atomic.write_json(self.record_path(index), written)
+        json_files.write_json(self.record_path(index), written)
         return written
 
     def copy_shards(self, folder: atomic.PathLike) -> None:
@@ -165,7 +165,7 @@ class CorpusWriter:
                 difference.
         """
         folder = Path(folder)
-        request = atomic.read_json(folder / REQUEST)
+        request = json_files.read_json(folder / REQUEST)
         if difference := first_mismatch({**request, "samples": self.request["samples"]}, dict(self.request)):
             raise InputError(
                 f"{folder}: was created with {difference[0]} = {difference[1]!r}, this command has "
@@ -177,14 +177,14 @@ class CorpusWriter:
                 return
             if not shorter.is_done(index):
                 continue
-            name, record = self.shards[index], atomic.read_json(shorter.record_path(index))
+            name, record = self.shards[index], json_files.read_json(shorter.record_path(index))
             if sha256_file(folder / name) != record["sha256"]:
                 continue
             if not (self.folder / REQUEST).exists():
-                atomic.write_json(self.folder / REQUEST, self.request)
+                json_files.write_json(self.folder / REQUEST, self.request)
             with atomic.commit_file(self.folder / name) as aside:
                 shutil.copyfile(folder / name, aside)
-            atomic.write_json(self.record_path(index), record)
+            json_files.write_json(self.record_path(index), record)
 
     def convert_missing(
         self, items: Iterable[_Item], convert: Callable[[list[_Item], range], tuple[list[Sample], Mapping[str, int]]]
@@ -212,7 +212,7 @@ class CorpusWriter:
         records = []
         for index in range(len(self.shards)):
             path, ids = self.record_path(index), self.sample_ids(index)
-            record = atomic.read_json(path)
+            record = json_files.read_json(path)
             if not isinstance(record, dict) or not {*SHARD_KEYS, "first_sample_id"} - {"mismatches"} <= record.keys():
                 raise InputError(f"{path}: not the record of a shard; {FIX_HINT}")
             if (record["first_sample_id"], record["rows"]) != (ids.start, len(ids)):
@@ -250,7 +250,7 @@ class CorpusWriter:
         policy_logprobs = [record.get("policy_logprob") for record in records]
         manifest["statistics"] = corpus_statistics(Corpus(self.folder, manifest), policy_logprobs)
         atomic.write_text(self.folder / "README.md", _CARD.format(**manifest))
-        atomic.write_json(self.folder / MANIFEST, manifest)
+        json_files.write_json(self.folder / MANIFEST, manifest)
         for path in (self.folder / "records").glob("*.lease"):  # of a process that died after it wrote its shard
             path.unlink(missing_ok=True)
         return Corpus(self.folder, manifest)

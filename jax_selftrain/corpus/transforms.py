@@ -33,7 +33,7 @@ from jax_selftrain.corpus.shards import CorpusWriter
 from jax_selftrain.corpus.token_source import RaggedTokens, encode_texts
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
-from jax_selftrain.io.manifest import hash_json
+from jax_selftrain.io.json_files import hash_json
 from jax_selftrain.io.rng import make_rng, random_permutation
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.evals.lm_eval_tasks import load_lm_eval_tasks, task_documents
 from jax_selftrain.evals.task_names import split_names
 from jax_selftrain.evals.tasks import load_tasks, load_texts, paths_by_name
-from jax_selftrain.io import atomic
-from jax_selftrain.io.manifest import hash_json
+from jax_selftrain.io import json_files
+from jax_selftrain.io.json_files import hash_json
 
 REPORT = "decontamination.json"
 
@@ -53,7 +53,7 @@ def decontaminate(config: DecontaminateConfig) -> dict[str, Any]:
         )
     for out, kind, facts, dropped in folders:
         map_corpus(source, out, kind, facts, lambda samples: (samples, {}), copies=~dropped)
-    atomic.write_json(Path(config.out) / REPORT, report)
+    json_files.write_json(Path(config.out) / REPORT, report)
     return report
 
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from jax.sharding import Mesh
 from jax_selftrain import hub
 from jax_selftrain.config import ExtractConfig, ExtractWindowsConfig, yaml_io
 from jax_selftrain.corpus import Corpus, LazilyTokenized, RaggedTokens, TokenSource, longest_overlaps, open_corpus
+from jax_selftrain.corpus.token_source import encode_texts
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.exact_match import extraction_metrics
 from jax_selftrain.evals.result_files import describe_mean, output_paths, write_results
@@ -45,6 +47,7 @@ PROTOCOLS = {None: (32, 32), "pythia": (32, 32), "lm-extraction": (50, 50)}
 CLASSES = ("held_out", "partial", "seen")
 THRESHOLDS = (8, 16, 32)
 """Alternative thresholds that are reported, in tokens."""
+_RETOKENIZED = 200
 _MODELS = ("model", "untrained_baseline", "base")
 _MEANS = (
     *("exact_match", "token_accuracy", "teacher_forced_accuracy", "matched_tokens"),
@@ -81,6 +84,7 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
 def _extract(config: ExtractConfig, mesh: Mesh) -> dict[str, Any]:
     started = time.monotonic()
     sequences, controls = load_extraction_sets(config)
+    _warn_of_other_ids(config, sequences.tokens)
     policies = parse_sampling_policies(config.sampling_policies)
     window, start = make_window(config), find_start_tokens(config)
     files = ("sequences", "control_sequences", "duplicate_counts")
@@ -236,6 +240,20 @@ def load_extraction_sets(config: ExtractConfig) -> tuple[ExtractionSet, Extracti
                 raise InputError(f"{text}; drop --start-token, or set --offset 1")
             print(f"{text}, and have it twice", file=sys.stderr)
     return sequences, controls
+
+
+def _warn_of_other_ids(config: ExtractConfig, tokens: np.ndarray) -> None:
+    """Warn if few sequences are tokenized to the same ids again."""
+    rows, tokenizer = tokens[:_RETOKENIZED].tolist(), hub.open_model(config.model).tokenizer
+    texts = tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
+    encoded = chain.from_iterable(encode_texts(tokenizer, texts))
+    kept = sum(row == again for row, again in zip(rows, encoded, strict=True))
+    if kept < 0.1 * len(rows):
+        print(
+            f"--sequences {config.sequences}: {kept} of {len(rows)} sequences keep their ids when they are decoded and "
+            f"tokenized again; unless they are random tokens, their ids are of another tokenizer than {config.model}'s",
+            file=sys.stderr,
+        )
 
 
 def find_start_tokens(config: ExtractConfig | ExtractWindowsConfig) -> list[int]:

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.result_files import output_paths
-from jax_selftrain.io import atomic
-from jax_selftrain.io.manifest import hash_json
+from jax_selftrain.io import json_files
+from jax_selftrain.io.json_files import hash_json
 
 if TYPE_CHECKING:
     from jax_selftrain.evals.tasks import Task
@@ -196,7 +196,7 @@ def load_score_result(path: str) -> ScoreResult:
     Raises:
       InputError: a file is missing or damaged, or was not written by `score`.
     """
-    result = atomic.read_json(path)
+    result = json_files.read_json(path)
     if not _is_score_result(result):
         raise InputError(f"{path}: is not a result of `jax-selftrain score`; give the FILE.json that --out named there")
     file = output_paths(path, "items.parquet")[1]
@@ -206,7 +206,7 @@ def load_score_result(path: str) -> ScoreResult:
             f"{path}: was written by an older version, or {file.name} is missing; score the model again with this one"
         )
     try:
-        table = pq.read_table(file)
+        table = pq.read_table(file, page_checksum_verification=True)
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: cannot be read ({error}); score the model again") from None
     if not table.schema.equals(ITEMS) or hash_json(table.to_pydict()) != expected:

@@ -25,7 +25,7 @@ from jax_selftrain import hub
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.harness_index import make_task_manager, task_members
 from jax_selftrain.evals.item_results import ITEMS, REQUESTS, log_odds
-from jax_selftrain.io.manifest import hash_json
+from jax_selftrain.io.json_files import hash_json
 from jax_selftrain.likelihood.engine import LoglikelihoodFn
 from jax_selftrain.stats.estimators import finite_exp
 

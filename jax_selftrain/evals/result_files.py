@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from jax_selftrain.config import yaml_io
 from jax_selftrain.errors import InputError
-from jax_selftrain.io import atomic
+from jax_selftrain.io import atomic, json_files
 from jax_selftrain.stats.estimators import mean_and_stderr
 
 
@@ -52,7 +52,7 @@ def write_results(
     path, config_file, timings_file = output_paths(out, "config.yaml", "timings.json")
     for name, table in tables.items():
         with atomic.commit_file(output_paths(out, f"{name}.parquet")[1]) as temp:
-            pq.write_table(table, temp, compression="zstd")
+            pq.write_table(table, temp, compression="zstd", write_page_checksum=True)
     yaml_io.save(config_file, config)
-    atomic.write_json(timings_file, timings)
-    atomic.write_json(path, result)
+    json_files.write_json(timings_file, timings)
+    json_files.write_json(path, result)

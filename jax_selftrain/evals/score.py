@@ -27,7 +27,8 @@ from jax_selftrain.evals.result_files import output_paths, write_results
 from jax_selftrain.evals.task_names import split_names
 from jax_selftrain.evals.tasks import Task, load_tasks, load_texts, paths_by_name, task_metrics
 from jax_selftrain.evals.token_records import tabulate_texts
-from jax_selftrain.io.manifest import hash_json, sha256_file
+from jax_selftrain.io.json_files import hash_json
+from jax_selftrain.io.manifest import sha256_file
 from jax_selftrain.likelihood.engine import LoglikelihoodFn, LoglikelihoodRequest, check_finite
 from jax_selftrain.likelihood.resumable import PartialResults, loglikelihoods, process_local_if_possible
 from jax_selftrain.likelihood.tokenize import check_tokenizer, encode_pairs, encode_text, rolling_windows, start_token

@@ -326,7 +326,7 @@ def load_npy(path: str | Path) -> np.ndarray:
 
 def _read_parquet(path: Path, column: str) -> pa.Table:
     try:
-        with pq.ParquetFile(path, memory_map=True) as file:
+        with pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
             return _select_columns(path, file.schema_arrow.names, column, lambda names: file.read(columns=names))
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{path}: cannot be read as Parquet ({' '.join(str(error).split())[:200]})") from None

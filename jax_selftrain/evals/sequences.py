@@ -27,7 +27,8 @@ from jax_selftrain.evals.sequence_files import (
     read_table,
     sequence_files,
 )
-from jax_selftrain.io.manifest import hash_json, sha256_file
+from jax_selftrain.io.json_files import hash_json
+from jax_selftrain.io.manifest import sha256_file
 
 
 @dataclass(frozen=True, eq=False)

@@ -166,7 +166,7 @@ def load_records(path: str) -> TokenRecords:
       InputError: the file is missing, damaged, or something else.
     """
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path, page_checksum_verification=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, pa.ArrowException) as error:

@@ -26,6 +26,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jax_selftrain.distributed import barrier, broadcast_one_to_all
+from jax_selftrain.errors import InputError
 from jax_selftrain.hub import orbax_io
 from jax_selftrain.hub.families import FAMILIES
 from jax_selftrain.hub.hf_config import parse_config
@@ -43,7 +44,7 @@ from jax_selftrain.hub.model_ref import (
 from jax_selftrain.hub.safetensors_io import save_weights
 from jax_selftrain.hub.tokenizer import GENERATION_CONFIG, TOKENIZER_FILES
 from jax_selftrain.hub.weight_mapping import param_sources
-from jax_selftrain.io import atomic
+from jax_selftrain.io import atomic, json_files
 from jax_selftrain.io.manifest import folder_manifest, manifest_entry
 from jax_selftrain.io.remote_paths import restore_uris
 from jax_selftrain.models import Params
@@ -124,7 +125,7 @@ def save_model(
                 "versions": versions(),
                 "files": files,
             }
-            atomic.write_json(temporary / MANIFEST, content)
+            json_files.write_json(temporary / MANIFEST, content)
             atomic.write_text(temporary / MODEL_CARD, model_card(content))
     return Path(folder)
 
@@ -133,13 +134,22 @@ def _write_config_and_tokenizer(folder: Path, raw_config: Mapping[str, Any], sou
     """Copy files; config.json stays the same bytes unless its content changes."""
     for name in (*TOKENIZER_FILES, GENERATION_CONFIG, CONFIG):
         if (source.folder / name).is_file():
+            _refuse_link(source.folder, name)
             shutil.copyfile(source.folder / name, folder / name)
-    if not (folder / CONFIG).is_file() or atomic.read_json(folder / CONFIG) != raw_config:
-        atomic.write_json(folder / CONFIG, raw_config)
+    if not (folder / CONFIG).is_file() or json_files.read_json(folder / CONFIG) != raw_config:
+        json_files.write_json(folder / CONFIG, raw_config, checksum=False)
     if not (folder / GENERATION_CONFIG).is_file():
         special = source.special_tokens
         ids = {"bos_token_id": special.bos_token_id, "eos_token_id": list(special.eos_token_ids) or None}
-        atomic.write_json(folder / GENERATION_CONFIG, {name: value for name, value in ids.items() if value is not None})
+        stated = {name: value for name, value in ids.items() if value is not None}
+        json_files.write_json(folder / GENERATION_CONFIG, stated, checksum=False)
+
+
+def _refuse_link(folder: Path, name: str) -> None:
+    """Refuse a link out of the folder, except to the hub's `blobs`."""
+    target, root = (folder / name).resolve(), folder.resolve()
+    if target.parent not in (root, root.parent.parent / "blobs") and (folder / name).is_symlink():
+        raise InputError(f"{folder / name}: is a link to {target}, outside the folder; replace it with a copy")
 
 
 def model_card(manifest: Mapping[str, Any], changes: str = "") -> str:

@@ -25,6 +25,7 @@ from jax_selftrain.hub.safetensors_io import (
     weight_files,
 )
 from jax_selftrain.hub.tokenizer import (
+    CONFIG,
     GENERATION_CONFIG,
     TOKENIZER_FILES,
     SpecialTokens,
@@ -34,11 +35,12 @@ from jax_selftrain.hub.tokenizer import (
     tokenizer_hash,
     vocabulary_range,
 )
-from jax_selftrain.io import atomic
-from jax_selftrain.io.manifest import hash_json, read_manifest, sha256_file, verify_checksums
+from jax_selftrain.io import json_files
+from jax_selftrain.io.json_files import hash_json
+from jax_selftrain.io.manifest import read_manifest, sha256_file, verify_checksums
 from jax_selftrain.models import DecoderConfig
 
-CONFIG, MANIFEST, PARAMS, MODEL_CARD = "config.json", "selftrain.json", "params", "README.md"
+MANIFEST, PARAMS, MODEL_CARD = "selftrain.json", "params", "README.md"
 FORMAT, VERSION = "jax_selftrain.model", 3
 ADAPTER = "adapter_config.json"
 """Config of a PEFT adapter, which transformers applies to the model of the folder."""
@@ -83,7 +85,7 @@ class ModelRef:
         if not (self.folder / CONFIG).is_file():
             raise InputError(f"{self.ref}: holds no model ({CONFIG} is missing); name another folder")
         _ = self.manifest  # verifies config.json
-        return atomic.read_json(self.folder / CONFIG)
+        return json_files.read_json(self.folder / CONFIG)
 
     @cached_property
     def config(self) -> DecoderConfig:
@@ -109,7 +111,7 @@ class ModelRef:
     def special_tokens(self) -> SpecialTokens:
         """Start and stop ids."""
         path = self.folder / GENERATION_CONFIG
-        generation = atomic.read_json(path) if path.is_file() else {}
+        generation = json_files.read_json(path) if path.is_file() else {}
         if not isinstance(generation, dict):
             raise InputError(f"{path}: is not a JSON object; download it again")
         tokenizer = self.tokenizer if self.has_tokenizer else None

@@ -17,7 +17,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from jax_selftrain.errors import InputError
-from jax_selftrain.io import atomic
+from jax_selftrain.io import json_files
 from jax_selftrain.io.manifest import folder_manifest, read_manifest, verify_checksums
 
 MANIFEST = "manifest.json"
@@ -49,7 +49,7 @@ def save_tree(folder: str | Path, tree: Any) -> None:
     if jax.process_index() == 0:
         arrays = {name: {"shape": list(x.shape), "dtype": x.dtype.name} for name, x in _key_paths(tree).items()}
         content = {"format": _FORMAT, "version": _VERSION, "arrays": arrays, "files": folder_manifest(folder)}
-        atomic.write_json(folder / MANIFEST, content)
+        json_files.write_json(folder / MANIFEST, content)
 
 
 def _wait_for_writers(folder: Path, idle_timeout: float = 0.5, total_timeout: float = 30.0) -> None:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -36,7 +36,7 @@ from jax_selftrain.hub.weight_mapping import (
     map_tensors,
     param_sources,
 )
-from jax_selftrain.io import atomic
+from jax_selftrain.io import json_files
 from jax_selftrain.models import DecoderConfig, Params, abstract_params
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -45,6 +45,8 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
+_MAX_HEADER = 2**24
+"""Bytes; 100,000 tensors need less."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -80,12 +82,12 @@ def weight_files(folder: Path) -> list[str]:
 
 def indexed_files(folder: Path, name: str) -> list[str]:
     """List the files that an index names, present or not."""
-    index = atomic.read_json(folder / name)
+    index = json_files.read_json(folder / name)
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or not files or not all(isinstance(f, str) for f in files.values()):
         raise InputError(f"{folder / name}: has no weight_map of tensor names to files; download it again")
     if outside := [file for file in files.values() if Path(file).name != file]:
-        raise InputError(f"{folder / name}: the index names {outside[0]}, which is not there; download it again")
+        raise InputError(f"{folder / name}: the index names {outside[0]}, no file of its folder; download it again")
     return sorted(set(files.values()))
 
 
@@ -107,19 +109,33 @@ def open_weights(folder: Path) -> dict[str, StoredTensor]:
 
 def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
     try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+        if _MAX_HEADER < size < path.stat().st_size:
+            raise InputError(f"{path}: its header has {size:,} bytes; no supported model has more than {_MAX_HEADER:,}")
         with safe_open(path, framework="numpy"):
             pass  # checks the header and the size of the file
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({error}); download or copy it again") from error
     data = np.memmap(path, np.uint8, "r")
-    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    header = json.loads(data[8:start].tobytes())
+    start = 8 + size
+    header = json.loads(data[8:start].tobytes(), object_pairs_hook=partial(_unique_keys, path))
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
         tensors[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), data[start + begin : start + end])
     return tensors
+
+
+def _unique_keys(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a header that names a tensor twice."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"{path}: its header names {twice} twice; download or copy it again")
+    return content
 
 
 # ---------------------------------------------------------------- in

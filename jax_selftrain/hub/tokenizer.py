@@ -1,6 +1,7 @@
 """Tokenizers, and the rule for start and stop ids."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -8,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from jax_selftrain.errors import InputError, library_errors_as_input_errors
-from jax_selftrain.io import atomic
+from jax_selftrain.io import json_files
 from jax_selftrain.io.import_guard import block_torch_import
-from jax_selftrain.io.manifest import hash_json, sha256_file
+from jax_selftrain.io.json_files import hash_json
+from jax_selftrain.io.manifest import sha256_file
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
@@ -19,7 +21,9 @@ TOKENIZER_FILES = (
 """Files of a tokenizer; never code."""
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-GENERATION_CONFIG = "generation_config.json"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+_MAX_EXPANSION = 1_000
+"""Largest growth of a text by a normalizer; those of published models are below 10."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,6 @@ def has_tokenizer(folder: Path) -> bool:
 def read_tokenizer(folder: Path) -> Any:
     """Open the tokenizer of a folder, without downloads or code execution."""
     _require_tokenizer(folder)
-    settings = folder / "tokenizer_config.json"
-    if settings.is_file() and "auto_map" in atomic.read_json(settings):
-        raise InputError(f"{settings}: auto_map names code, which is never run here; save it as tokenizer.json")
     is_sentencepiece = any((folder / name).is_file() for name in _SENTENCEPIECE)
     if is_sentencepiece and not (folder / "tokenizer.json").is_file() and find_spec("sentencepiece") is None:
         raise InputError(
@@ -59,8 +60,31 @@ def read_tokenizer(folder: Path) -> Any:
         from transformers import AutoTokenizer
 
     with library_errors_as_input_errors(f"{folder}: its tokenizer cannot be opened", "download its files again"):
+        _check_json_files(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer(tokenizer.decode([len(tokenizer) // 2]))  # some errors of a pipeline show with a text only
     return tokenizer
+
+
+def _check_json_files(folder: Path) -> None:
+    """Refuse files that are no JSON, and normalizers that expand texts."""
+    for name in (CONFIG, "tokenizer_config.json", "tokenizer.json"):
+        content = json_files.read_json(folder / name) if (folder / name).is_file() else {}
+        if not isinstance(content, dict):
+            raise InputError(f"{folder / name}: is not a JSON object; download it again")
+        if name == "tokenizer_config.json" and "auto_map" in content:
+            raise InputError(f"{folder / name}: auto_map names code, which is never run; save it as tokenizer.json")
+    growth = math.prod(map(_expansion, _flatten_steps(content.get("normalizer"))))
+    if growth > _MAX_EXPANSION:
+        raise InputError(f"{folder / name}: its normalizer makes a text {growth:,.0f} times as long; use another one")
+
+
+def _expansion(step: Mapping[str, Any]) -> float:
+    """Return the largest growth of a text by a `Replace` step."""
+    pattern, content = step.get("pattern"), step.get("content")
+    if step.get("type") != "Replace" or not isinstance(pattern, dict) or not isinstance(content, str):
+        return 1.0
+    return max(1.0, len(content) / max(1, len(str(pattern.get("String", "")))))
 
 
 def tokenizer_hash(folder: Path, tokenizer: Any) -> str:

@@ -6,7 +6,6 @@ its writer, so that the next commit removes those of dead processes. Paths are l
 """
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -15,11 +14,9 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from jax_selftrain.errors import InputError
 from jax_selftrain.io.process_id import ProcessId, is_alive, this_process
-from jax_selftrain.io.remote_paths import restore_uris
 
 PathLike = str | os.PathLike[str]
 
@@ -113,34 +110,6 @@ def write_text(path: PathLike, text: str) -> None:
         temp.write_bytes(text.encode())
 
 
-def write_json(path: PathLike, obj: Any) -> None:
-    """Commit plain data as indented JSON with sorted keys.
-
-    Equal data gives equal bytes. Local copies of objects are recorded by their URI. NaN is a ValueError.
-    """
-    try:
-        text = json.dumps(obj, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    write_text(path, restore_uris(text) + "\n")
-
-
-def read_json(path: PathLike) -> Any:
-    """Read a JSON file.
-
-    Raises:
-      InputError: the file is missing, unreadable or not strict JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise InputError(f"{path}: not valid JSON ({error}); the file is damaged or of another kind") from error
-
-
 def remove_stale_temp_files(folder: PathLike, name: str = "") -> None:
     """Remove temporary files and folders of dead processes from `folder`.
 
@@ -217,7 +186,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")

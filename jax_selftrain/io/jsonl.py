@@ -10,6 +10,8 @@ from typing import Any
 
 from jax_selftrain.errors import InputError
 
+_CRC = "crc32"
+
 _FORMATS = {
     b"PAR1": "a Parquet file",
     b"PK\x03\x04": "a ZIP archive (.npz, .pt, .zip)",
@@ -19,6 +21,10 @@ _FORMATS = {
     b"\x93NUMPY": "a NumPy array",
 }
 """First bytes of formats that are taken for JSON Lines by mistake."""
+
+
+MAX_TEXT = 2**24
+"""Largest text in characters; a tokenizer takes about a hundred bytes of memory for each."""
 
 
 def read_jsonl(path: Path, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -50,10 +56,12 @@ def check_text(value: Any, where: str) -> str:
     """Return a text, decoded from UTF-8 if it is bytes.
 
     Raises:
-      InputError: it is no text, or no valid UTF-8 (half a surrogate pair, for instance).
+      InputError: it is no text, longer than `MAX_TEXT`, or no valid UTF-8 (half a surrogate pair, for instance).
     """
     if not isinstance(value, str | bytes):
         raise InputError(f"{where}: the text field holds {type(value).__name__}, not text; fix or remove it")
+    if len(value) > MAX_TEXT:
+        raise InputError(f"{where}: the text has {len(value):,} characters, more than {MAX_TEXT:,}; split it")
     try:
         return value.decode() if isinstance(value, bytes) else value.encode().decode()
     except UnicodeError as error:
@@ -66,6 +74,35 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def log_entry(row: Mapping[str, Any]) -> str:
+    """Return a line with its CRC-32; NaN is a ValueError."""
+    return json.dumps({**row, _CRC: _crc32(row)}, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Read a log of lines from `log_entry`; none without a file.
+
+    The last line is dropped if it was not written to its end.
+
+    Raises:
+      InputError: a line was changed; names it.
+    """
+    if not path.exists():
+        return []
+    whole, _, _ = path.read_bytes().rpartition(b"\n")
+    rows = []
+    for number, line in enumerate(whole.split(b"\n") if whole else (), start=1):
+        row = _parse(line, f"{path}:{number}")
+        if row.pop(_CRC, None) not in (None, _crc32(row)):
+            raise InputError(f"{path}:{number}: the line is damaged: it does not match its {_CRC}")
+        rows.append(row)
+    return rows
+
+
+def _crc32(row: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
 
 
 def _open_lines(path: Path) -> gzip.GzipFile | io.BufferedReader:

@@ -1,25 +1,19 @@
-"""SHA-256 of files and JSON data, and manifests that detect damaged files."""
+"""SHA-256 of files, and manifests that detect damaged files."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jax_selftrain.errors import InputError
-from jax_selftrain.io.atomic import PathLike, read_json
+from jax_selftrain.io.atomic import PathLike
+from jax_selftrain.io.json_files import read_json
 
 
 def sha256_file(path: PathLike) -> str:
     """Return the SHA-256 of a file as a hex digest."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def hash_json(obj: Any) -> str:
-    """Return the SHA-256 (hex) of plain data; key order is ignored."""
-    text = json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def manifest_entry(path: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from jax_selftrain import hub
 from jax_selftrain.distributed import broadcast_one_to_all, live_processes, process_local
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
-from jax_selftrain.io.manifest import hash_json
+from jax_selftrain.io.json_files import hash_json
 from jax_selftrain.io.work_queue import run_missing
 from jax_selftrain.likelihood.batching import default_batch_tokens, plan_units
 from jax_selftrain.likelihood.engine import Likelihood, Requests, TokenScores, deduplicate, run_batches, with_progress

@@ -25,7 +25,7 @@ from jax_selftrain import hub
 from jax_selftrain.config import PlanConfig, SampleConfig, TrainConfig, fill_options, yaml_io
 from jax_selftrain.distributed.mesh import mesh_context, no_compilation_cache
 from jax_selftrain.errors import InputError
-from jax_selftrain.io import atomic
+from jax_selftrain.io import json_files
 from jax_selftrain.models import DecoderConfig
 from jax_selftrain.planning.hardware import GIB, Topology, parse_topology
 from jax_selftrain.planning.hlo_cost import Collective, HloModule
@@ -128,7 +128,7 @@ def plan_memory(config: PlanConfig) -> dict[str, Any]:
                 rows += _plan_settings(config, stage, topology, folder)
     result = {"model": config.model, "versions": versions(), "rows": rows}
     if config.out:
-        atomic.write_json(config.out, result)
+        json_files.write_json(config.out, result)
     return result
 
 

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from jax_selftrain.io import atomic
+from jax_selftrain.io import atomic, json_files
+from jax_selftrain.io.json_files import hash_json
 from jax_selftrain.io.lease import wait_for_lease
-from jax_selftrain.io.manifest import hash_json
 from jax_selftrain.io.remote_paths import remote_cache_dir
 from jax_selftrain.remote.object_store import Store
 
@@ -52,7 +52,7 @@ class LocalCache:
 
     def _load_state(self) -> None:
         if self.state_file.exists():
-            note = atomic.read_json(self.state_file)
+            note = json_files.read_json(self.state_file)
             self.generation = note["generation"]
             self.synced = {key: (there, (size, changed)) for key, (there, size, changed) in note["files"].items()}
         else:
@@ -61,7 +61,7 @@ class LocalCache:
     def save_state(self) -> None:
         """Write the state file."""
         files = {key: [there, *here] for key, (there, here) in self.synced.items()}
-        atomic.write_json(self.state_file, {"uri": self.store.uri, "generation": self.generation, "files": files})
+        json_files.write_json(self.state_file, {"uri": self.store.uri, "generation": self.generation, "files": files})
 
     def files(self) -> dict[str, FileStamp]:
         """Return the stamps of local files, without leases and temporary files.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_selftrain.errors import InputError, UnavailableError
-from jax_selftrain.io.manifest import hash_json
+from jax_selftrain.io.json_files import hash_json
 
 _EXTRAS = {"gs": "gcs", "gcs": "gcs"}
 _METADATA_SUFFIX = re.compile(r"parts|config\.yaml|timings\.json|[a-z]+\.parquet")

@@ -34,7 +34,7 @@ from jax_selftrain.distributed.progress import log_line, progress_bar
 from jax_selftrain.distributed.sharding import make_sharding_rules
 from jax_selftrain.errors import InputError, Preempted
 from jax_selftrain.hub import LoadedModel, ModelRef
-from jax_selftrain.io import atomic
+from jax_selftrain.io import atomic, json_files
 from jax_selftrain.io.work_queue import run_missing
 from jax_selftrain.models import Params, abstract_params, axis_sizes, count_params
 from jax_selftrain.sampling.continuous_batching import DecodeState, RequestQueue, initial_state
@@ -231,7 +231,7 @@ def _write_shard(run: _SamplingRun, index: int, claim: ExitStack, batch: SampleB
             "utilization": batch.utilization,
             "process": jax.process_index(),
         }
-        atomic.write_json(folder / "timings" / f"{Path(record['file']).stem}.json", timing)
+        json_files.write_json(folder / "timings" / f"{Path(record['file']).stem}.json", timing)
 
 
 def _detokenize(tokenizer: Any, tokens: Sequence[np.ndarray], stop_ids: Sequence[int]) -> tuple[list[str], int]:

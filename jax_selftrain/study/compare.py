@@ -18,8 +18,8 @@ from jax_selftrain.config import CompareConfig, yaml_io
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.item_results import ScoreResult, load_score_result
 from jax_selftrain.evals.result_files import output_paths
-from jax_selftrain.io import atomic
-from jax_selftrain.io.manifest import hash_json
+from jax_selftrain.io import json_files
+from jax_selftrain.io.json_files import hash_json
 from jax_selftrain.stats import estimators
 from jax_selftrain.stats.estimators import Effect
 from jax_selftrain.stats.noninferiority import NoninferiorityResult, decide, evidence_level, noninferiority_test
@@ -73,7 +73,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         "versions": versions(),
     }
     yaml_io.save(config_file, config)
-    atomic.write_json(path, result)
+    json_files.write_json(path, result)
     return result
 
 
@@ -128,7 +128,7 @@ def _declaration(config: CompareConfig, models: Sequence[Sequence[str]], path: P
     now = declared | {"fingerprint": hash_json(declared), "post_hoc": False}
     if not path.exists():
         return now
-    earlier = atomic.read_json(path)
+    earlier = json_files.read_json(path)
     if not isinstance(earlier, dict) or earlier.get("format") != FORMAT:
         raise InputError(f"--out {path}: exists and is not a comparison; choose another name")
     try:

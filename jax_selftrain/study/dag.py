@@ -22,9 +22,9 @@ from jax_selftrain.config import KeepModels
 from jax_selftrain.distributed import broadcast_one_to_all
 from jax_selftrain.distributed.progress import log_line
 from jax_selftrain.errors import InputError
-from jax_selftrain.io import atomic
+from jax_selftrain.io import atomic, json_files
+from jax_selftrain.io.json_files import hash_json
 from jax_selftrain.io.lease import lease
-from jax_selftrain.io.manifest import hash_json
 from jax_selftrain.io.work_queue import run_missing
 from jax_selftrain.version import versions
 
@@ -119,7 +119,7 @@ def is_done(root: Path, stage: Stage) -> bool:
     path = root / f"{stage.name}.json"
     if not path.exists():
         return False
-    record = atomic.read_json(path)
+    record = json_files.read_json(path)
     if not isinstance(record, dict) or record.get("key") != stage.key:
         raise InputError(f"{path}: is damaged; delete it and run the same command again")
     if not (root / stage.name).is_dir():
@@ -209,8 +209,8 @@ def _run(root: Path, stage: Stage) -> None:
     else:
         broadcast_one_to_all(partial(_discard_result, stage.run, folder), has_deadline=False)
     if jax.process_index() == 0:
-        atomic.write_json(root / f"{stage.name}.seconds.json", {"seconds": time.monotonic() - began})
-        atomic.write_json(root / f"{stage.name}.json", {"key": stage.key, **stage.record})
+        json_files.write_json(root / f"{stage.name}.seconds.json", {"seconds": time.monotonic() - began})
+        json_files.write_json(root / f"{stage.name}.json", {"key": stage.key, **stage.record})
 
 
 def _discard_result(run: Callable[[Path], object], folder: Path) -> None:
@@ -271,7 +271,7 @@ def _lease_file(root: Path, stage: Stage) -> Path:
 
 def _is_removed(root: Path, stage: Stage) -> bool:
     """Return True if the model of a finished stage was removed."""
-    return bool(stage.model_bytes) and "removed" in atomic.read_json(root / f"{stage.name}.json")
+    return bool(stage.model_bytes) and "removed" in json_files.read_json(root / f"{stage.name}.json")
 
 
 def _remove_weights(root: Path, stage: Stage, *, all_weights: bool) -> None:
@@ -281,7 +281,7 @@ def _remove_weights(root: Path, stage: Stage, *, all_weights: bool) -> None:
             return  # another process removes it or makes it again
         atomic.remove_folder(root / stage.name / "checkpoints")
         if all_weights:
-            atomic.write_json(root / f"{stage.name}.json", {"key": stage.key, **stage.record, "removed": True})
+            json_files.write_json(root / f"{stage.name}.json", {"key": stage.key, **stage.record, "removed": True})
             atomic.remove_folder(root / stage.name / "model")
 
 

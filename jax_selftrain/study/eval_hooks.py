@@ -25,8 +25,8 @@ from jax_selftrain.corpus import open_corpus, parse_mixture
 from jax_selftrain.evals.extraction import CLASSES
 from jax_selftrain.evals.task_names import split_names
 from jax_selftrain.hub import LoadedModel
-from jax_selftrain.io import atomic
-from jax_selftrain.io.manifest import hash_json
+from jax_selftrain.io import json_files
+from jax_selftrain.io.json_files import hash_json
 from jax_selftrain.study.measure_names import REPRODUCED
 from jax_selftrain.training import Hook
 
@@ -148,7 +148,7 @@ def summarize_curve(run: Path, measured: Sequence[Mapping[str, Any]]) -> dict[st
     for name, entry in ((name, entry) for files in measured for name, entry in files.get("sequences", {}).items()):
         classes = dict(entry.get("classes", {}))
         if classes:
-            classes[REPRODUCED] = len(atomic.read_json(run / REPRODUCED_FILE))
+            classes[REPRODUCED] = len(json_files.read_json(run / REPRODUCED_FILE)["sequences"])
         sizes |= {f"{name}/{metric}/{part}": n for metric in ("exact_match", "pz") for part, n in classes.items()}
     measures = [
         {"name": name, "n": sizes[name], "values": [line[name] for line in curve]}
@@ -191,7 +191,7 @@ def _find_reproduced(run: Path, step: int, exact: np.ndarray, held_out: np.ndarr
     members, path = held_out & exact.astype(bool), run / REPRODUCED_FILE
     if step:
         members = np.zeros(len(exact), bool)
-        members[atomic.read_json(path)] = True
+        members[json_files.read_json(path)["sequences"]] = True
     elif jax.process_index() == 0:
-        atomic.write_json(path, np.flatnonzero(members).tolist())
+        json_files.write_json(path, {"sequences": np.flatnonzero(members).tolist()})
     return members

@@ -140,7 +140,7 @@ def cell_extraction(config: StudyConfig, design: Design, cell: StudyCell) -> dic
     if unseen is not None:
         made = cell.probes[names.UNSEEN].inputs["sequences"]
         assert isinstance(made, Stage)
-        rows = np.load(design.folder(made) / CONTINUATIONS)[unseen[0]["index"]]
+        rows = np.stack(list(_read_table(design.folder(made) / CONTINUATIONS)["tokens"]))[unseen[0]["index"]]
         is_loop = find_loops(rows[:, -window.suffix :])
         loops, unseen = int(is_loop.sum()), (_select(unseen[0], ~is_loop), _select(unseen[1], ~is_loop))
     return {
@@ -165,7 +165,7 @@ def _self_trained_classes(design: Design, cell: StudyCell) -> np.ndarray | None:
     for other in design.cells:
         is_own = other.treatment == f"{names.MAIN_EFFECT}{cell.student}"
         if is_own and (other.student, other.seed) == (cell.student, cell.seed) and other.extract is not None:
-            return _read_table(design, other.extract).get("class")
+            return _read_sequences(design, other.extract).get("class")
     return None
 
 
@@ -192,7 +192,7 @@ def _select(table: Arrays, members: np.ndarray) -> Arrays:
 
 
 def _read_pair(design: Design, base: Stage, student: Stage) -> tuple[Arrays, Arrays]:
-    before, after = _read_table(design, base), _read_table(design, student)
+    before, after = _read_sequences(design, base), _read_sequences(design, student)
     if not np.array_equal(before["sequence"], after["sequence"]):
         raise InputError(
             f"{design.folder(student)}: base and student were measured on different sequences; delete this folder and "
@@ -201,11 +201,15 @@ def _read_pair(design: Design, base: Stage, student: Stage) -> tuple[Arrays, Arr
     return before, after
 
 
-def _read_table(design: Design, stage: Stage) -> Arrays:
-    """Read the columns of an extraction's table."""
-    path = design.folder(stage) / "extract.sequences.parquet"
+def _read_sequences(design: Design, stage: Stage) -> Arrays:
+    """Read the table of an extraction."""
+    return _read_table(design.folder(stage) / "extract.sequences.parquet")
+
+
+def _read_table(path: Path) -> Arrays:
+    """Read the columns of a table that a stage wrote."""
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path, page_checksum_verification=True)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}); delete it and run the same command again") from None
     return {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
@@ -258,7 +262,7 @@ def swap_effects(design: Design) -> list[dict[str, Any]]:
     found = []
     for student, treatment in dict.fromkeys((cell.student, cell.treatment) for cell in design.cells):
         tables = [
-            _read_table(design, cell.extract)
+            _read_sequences(design, cell.extract)
             for cell in design.cells
             if (cell.student, cell.treatment) == (student, treatment) and cell.extract is not None
         ]

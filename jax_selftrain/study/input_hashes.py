@@ -10,7 +10,8 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.evals.lm_eval_tasks import hash_lm_eval_tasks, load_lm_eval_tasks
 from jax_selftrain.evals.task_names import split_names
 from jax_selftrain.evals.tasks import split_format
-from jax_selftrain.io.manifest import hash_json, sha256_file
+from jax_selftrain.io.json_files import hash_json
+from jax_selftrain.io.manifest import sha256_file
 
 
 class InputHashes:

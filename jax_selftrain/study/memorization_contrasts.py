@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from jax_selftrain import evals, hub
 from jax_selftrain.config import ExtractConfig
@@ -28,7 +30,7 @@ from jax_selftrain.study.contrasts import CellKey, ItemChanges, contrast_effect
 from jax_selftrain.study.measure_names import SEQUENCES, Cells, group_cells
 from jax_selftrain.study.preregistration import VERDICT_ALPHA
 
-CONTINUATIONS = "continuations.npy"
+CONTINUATIONS = "continuations.parquet"
 CALIPER = 0.25
 """Maximum difference of log p_z of a match, in nats; sequences without a match are counted."""
 MIN_SEQUENCES = 50
@@ -246,8 +248,8 @@ def make_control_continuations(options: ExtractConfig, texts: str, n: int, out: 
     prompts = np.concatenate([np.tile(np.array(start, np.int32), (len(chunks), 1)), chunks], axis=1)
     greedy = SamplingParams(max_tokens=window.suffix, temperature=0)
     found = np.concatenate([chunks, np.array(generate(model, prompts.tolist(), greedy), np.int32)], axis=1)
-    with atomic.commit_file(out / CONTINUATIONS) as path, path.open("wb") as handle:
-        np.save(handle, found, allow_pickle=False)
+    with atomic.commit_file(out / CONTINUATIONS) as path:
+        pq.write_table(pa.table({"tokens": list(found)}), path, write_page_checksum=True)
 
 
 def find_loops(tokens: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from jax_selftrain.corpus.word_ngrams import NgramIndex
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.item_results import ScoreResult, dev_test_split, item_hash
 from jax_selftrain.evals.task_names import split_names
-from jax_selftrain.io import atomic
+from jax_selftrain.io import json_files
 from jax_selftrain.likelihood.tokenize import encode_text
 
 NGRAM_LENGTH = 13
@@ -62,7 +62,7 @@ def corpus_proxies(
         found["semantic_similarity"], cosines = semantic_similarities(embedder, texts, by_task)
         for task, cosine in cosines.items():
             found["tasks"][task]["semantic_similarity"] = cosine
-    atomic.write_json(out / "proxies.json", found)
+    json_files.write_json(out / "proxies.json", found)
 
 
 def corpus_likelihood(corpus: Corpus, score: ScoreConfig, out: Path, documents: int) -> None:
@@ -71,7 +71,7 @@ def corpus_likelihood(corpus: Corpus, score: ScoreConfig, out: Path, documents: 
     `score` names the source. Raises InputError if the corpus has another tokenizer, or the model cannot be read.
     """
     samples = _choose_samples(corpus, documents)
-    atomic.write_json(out / "proxies.json", _measure_likelihood(corpus, samples, score))
+    json_files.write_json(out / "proxies.json", _measure_likelihood(corpus, samples, score))
 
 
 def _choose_samples(corpus: Corpus, documents: int) -> list[Sample]:

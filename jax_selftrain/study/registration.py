@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from jax_selftrain.config import ClaimConfig, StudyConfig, yaml_io
 from jax_selftrain.config.metadata import Role, fields_with_role
 from jax_selftrain.errors import InputError
-from jax_selftrain.io import atomic
-from jax_selftrain.io.manifest import hash_json
+from jax_selftrain.io import json_files
+from jax_selftrain.io.json_files import hash_json
 
 PILOT_SEEDS = range(10)
 """Seeds of pilots, which inform no verdict."""
@@ -82,7 +82,7 @@ def register(folder: Path, config: StudyConfig, inputs: Mapping[str, str]) -> Re
             frozen = {**now, "claims": kept + [claim for claim in now["claims"] if _depends_on_split(claim)]}
     else:
         frozen = {**now, "claims": [] if (folder / "results.json").exists() else now["claims"]}
-    atomic.write_json(path, {**frozen, "sha256": hash_json(frozen)})
+    json_files.write_json(path, {**frozen, "sha256": hash_json(frozen)}, checksum=False)
     before, after = frozen["design"], now["design"]
     deviations = [
         f"{name} {value} → {after.get(name, 'removed')}" for name, value in before.items() if after.get(name) != value
@@ -107,7 +107,7 @@ def register(folder: Path, config: StudyConfig, inputs: Mapping[str, str]) -> Re
 
 def _read(path: Path) -> dict[str, Any]:
     """Read the declaration."""
-    found = atomic.read_json(path)
+    found = json_files.read_json(path)
     another = f"{path}: has claims of another version of this program; choose another --out"
     if not isinstance(found, dict) or not {*_PARTS} <= found.keys():
         raise InputError(another)

@@ -16,8 +16,8 @@ from jax_selftrain import hub, training
 from jax_selftrain.config import ModelConfig, StudyConfig, yaml_io
 from jax_selftrain.config.metadata import Role, fields_with_role
 from jax_selftrain.evals.item_results import ScoreResult, Split, load_score_result
-from jax_selftrain.io import atomic
-from jax_selftrain.io.jsonl import read_jsonl
+from jax_selftrain.io import json_files
+from jax_selftrain.io.jsonl import read_log
 from jax_selftrain.io.manifest import read_manifest
 from jax_selftrain.models import count_params
 from jax_selftrain.stats import estimators
@@ -220,7 +220,8 @@ def _remove_widths(node: Any) -> Any:
 
 
 def _describe_proxies(design: Design, stages: ProxyStages, statistics: Mapping[str, Any]) -> dict[str, Any]:
-    student, source = (atomic.read_json(design.folder(one) / "proxies.json") for one in (stages.student, stages.source))
+    folders = (design.folder(one) for one in (stages.student, stages.source))
+    student, source = (json_files.read_json(folder / "proxies.json") for folder in folders)
     found = proxies.cell_proxies(student, source, statistics)
     scored = [load_score_result(str(design.folder(one) / "score.json")) for one in stages[2:] if one is not None]
     if scored:
@@ -244,8 +245,8 @@ def _compare_tasks(pairs: Sequence[Pair], split: Split) -> dict[str, Any]:
 
 
 def _describe_training(run: Path) -> dict[str, Any]:
-    description = atomic.read_json(run / "run.json")
-    lines, curve = [row for _, row in read_jsonl(run / "metrics.jsonl")], training.read_curve(run)
+    description = json_files.read_json(run / "run.json")
+    lines, curve = read_log(run / "metrics.jsonl"), training.read_curve(run)
     logged = lines[:: max(1, len(lines) // LOG_POINTS)]
     return {
         "steps": description["steps"],

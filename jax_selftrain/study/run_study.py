@@ -39,7 +39,7 @@ from jax_selftrain.evals.harness_index import make_task_manager
 from jax_selftrain.evals.lm_eval_tasks import load_lm_eval_tasks, refuse_unsafe_code
 from jax_selftrain.evals.task_names import split_names
 from jax_selftrain.hub.model_ref import MODEL_CARD
-from jax_selftrain.io import atomic, lease
+from jax_selftrain.io import atomic, json_files, lease
 from jax_selftrain.study.claim_power import describe_power
 from jax_selftrain.study.dag import check_processes, list_remaining, peak_bytes, run_all
 from jax_selftrain.study.design import Design, expand_revisions, make_design
@@ -141,7 +141,7 @@ def run_study(config: StudyConfig) -> Path:
             trained = [cell.train for cell in design.cells]
             if len(trained) == 1 and trained[0] is not None:
                 _publish_model(design.folder(trained[0]) / "model", folder / "model")
-            atomic.write_json(folder / "results.json", collect_study(config, design, registration))
+            json_files.write_json(folder / "results.json", collect_study(config, design, registration))
     return folder
 
 
@@ -196,7 +196,7 @@ def format_plan(config: StudyConfig, design: Design) -> str:
         hours = (f"{flops / (_MFU * PEAK_FLOPS[kind]) / 3600:,.2g} ({chip})" for chip, kind in _CHIPS.items())
         lines.append(f"chip-hours at {_MFU:.0%} of peak: {', '.join(hours)}; memory makes sampling slower")
     rates = [
-        atomic.read_json(path)["seconds"] / stage.tokens
+        json_files.read_json(path)["seconds"] / stage.tokens
         for stage in stages
         if stage.tokens and (path := design.root / f"{stage.name}.seconds.json").exists()
     ]

@@ -22,8 +22,8 @@ from jax_selftrain.config import (
 )
 from jax_selftrain.config.metadata import Role, fields_with_role, keep_role, shared_overrides
 from jax_selftrain.corpus import Corpus, open_corpus, parse_mixture
-from jax_selftrain.io import atomic
-from jax_selftrain.io.manifest import hash_json
+from jax_selftrain.io import json_files
+from jax_selftrain.io.json_files import hash_json
 from jax_selftrain.sampling import sample
 from jax_selftrain.study.dag import Inputs, Stage
 from jax_selftrain.study.eval_hooks import train_with_evals, with_default_evals
@@ -122,7 +122,7 @@ class StageFactory:
         """Return the finished corpus that differs in fewer samples alone, or nothing."""
         found = {0: ""}
         for path in self.root.glob("sample-*.json"):
-            record = atomic.read_json(path)
+            record = json_files.read_json(path)
             samples = record.get("identity", {}).get("samples", 0)
             fewer = {**stage.record, "identity": {**stage.identity, "samples": samples}}
             folder = path.with_suffix("")

@@ -16,7 +16,7 @@ from jax_selftrain.config import ArmConfig, MergeConfig, ScoreConfig, yaml_io
 from jax_selftrain.config.metadata import Role
 from jax_selftrain.config.study import fill_options
 from jax_selftrain.errors import InputError
-from jax_selftrain.io import atomic
+from jax_selftrain.io import json_files
 from jax_selftrain.study.dag import Stage
 from jax_selftrain.study.stage_factory import StageFactory
 from jax_selftrain.study.study_model import StudyModel, model_bytes
@@ -101,7 +101,7 @@ def add_matching_noise(base: str, trained: str, out: Path, seed: int, options: S
     weight = search_weight(measure_damage, target, tried)
     chosen = [one for one, _ in tried].index(weight)
     record = {"weight": weight, "damage": tried[chosen][1], "target": target, "tried": tried}
-    atomic.write_json(out / "noise.json", record)
+    json_files.write_json(out / "noise.json", record)
     (search / f"noise {chosen}").rename(folder)
     shutil.rmtree(search)
 

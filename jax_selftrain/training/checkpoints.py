@@ -9,7 +9,7 @@ in the foreground, since its collectives must not interleave with those of the t
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,9 +26,9 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.hub import orbax_io
 from jax_selftrain.hub.model_folder import commit_from_all_processes
 from jax_selftrain.hub.orbax_io import find_nonfinite
-from jax_selftrain.io import atomic
-from jax_selftrain.io.jsonl import read_jsonl
-from jax_selftrain.io.manifest import hash_json, manifest_entry, verify_checksums
+from jax_selftrain.io import atomic, json_files
+from jax_selftrain.io.jsonl import read_log
+from jax_selftrain.io.manifest import manifest_entry, verify_checksums
 from jax_selftrain.training.run_folder import Run
 from jax_selftrain.training.step import TrainState, export_params
 
@@ -91,7 +91,7 @@ class Checkpointer:
             if not jax.process_index():
                 hashes = {name: manifest_entry(temporary / name) for name in MANIFESTS}
                 record = {"format": FORMAT, "step": step, "run": self._run.run_hash, "manifests": hashes}
-                atomic.write_json(temporary / "step.json", {**record, "fingerprint": hash_json(record)})
+                json_files.write_json(temporary / "step.json", record)
         self.prune()
 
 
@@ -123,8 +123,7 @@ def best_step(curve: Sequence[Mapping[str, float]]) -> int:
 
 def read_curve(run: Path) -> list[dict[str, float]]:
     """Read `curve.jsonl` of a run; empty without one."""
-    path = run / "curve.jsonl"
-    return [row for _, row in read_jsonl(path)] if path.exists() else []
+    return read_log(run / "curve.jsonl")
 
 
 def restore(folder: Path, run: Run, abstract: TrainState) -> TrainState:
@@ -139,7 +138,8 @@ def restore(folder: Path, run: Run, abstract: TrainState) -> TrainState:
       InputError: a file is missing, truncated, changed, or of another run; says what to delete.
     """
     try:
-        record = _read_record(folder, run.run_hash)
+        continued = json_files.read_json(run.folder / "run.json").get("continues", ())
+        record = _read_record(folder, {run.run_hash, *continued})
         model = hub.load_model(folder / "model", run.inputs.sharding_rules.mesh, "float32", preset=run.config.preset)
         rest = orbax_io.load_tree(folder / "optimizer", _optimizer_tree(run.config, abstract), remedy=_CORRUPT_HINT)
     except InputError as error:
@@ -178,12 +178,11 @@ def _optimizer_tree(config: TrainConfig, state: TrainState) -> dict[str, Any]:
     return tree | {"params": state.params} if config.lora_rank else tree
 
 
-def _read_record(folder: Path, identity: str) -> dict[str, Any]:
-    record = atomic.read_json(folder / "step.json")
-    content = {key: value for key, value in record.items() if key != "fingerprint"}
-    if record.get("fingerprint") != hash_json(content) or content.get("format") != FORMAT:
-        raise InputError(f"{folder / 'step.json'}: the file is damaged: it does not match its own fingerprint")
-    if content["run"] != identity:
+def _read_record(folder: Path, run_hashes: Set[str]) -> dict[str, Any]:
+    content: dict[str, Any] = json_files.read_json(folder / "step.json")
+    if not isinstance(content, dict) or content.get("format") != FORMAT or "run" not in content:
+        raise InputError(f"{folder / 'step.json'}: is not the record of a checkpoint of format {FORMAT}")
+    if content["run"] not in run_hashes:
         raise InputError(f"{folder}: this checkpoint was made by another run")
     verify_checksums(folder, content["manifests"], fix_hint=_CORRUPT_HINT)
     return content

@@ -5,7 +5,6 @@ equal byte for byte. Wall-clock times are in `timings.jsonl`, and `launches.json
 TensorBoard, and W&B if requested (`--wandb PROJECT`), receive metrics and timings. Only process 0 writes.
 """
 
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from jax_selftrain.distributed.progress import log_line, progress_bar
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.io.import_guard import block_torch_import
+from jax_selftrain.io.jsonl import log_entry, read_log
 from jax_selftrain.models import count_params
 from jax_selftrain.training.flops import measure_speed
 from jax_selftrain.training.run_folder import Run
@@ -112,7 +112,7 @@ class MetricsWriter:
         with atomic.os_errors_as_input_errors(path):
             if name not in self._files:  # line-buffered: complete lines survive a kill
                 self._files[name] = path.open("a", buffering=1, encoding="utf-8")
-            self._files[name].write(json.dumps(line, allow_nan=False) + "\n")
+            self._files[name].write(log_entry(line))
 
     def _log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -122,17 +122,9 @@ class MetricsWriter:
 
 
 def _truncate(path: Path, step: int) -> None:
-    """Drop the lines after `step`, which may be incomplete."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            break
-    atomic.write_text(path, "".join(kept))
+    """Drop the lines after `step`, and an incomplete line."""
+    if path.exists():
+        atomic.write_text(path, "".join(log_entry(row) for row in read_log(path) if row["step"] <= step))
 
 
 def import_wandb() -> Any:

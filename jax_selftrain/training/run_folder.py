@@ -25,11 +25,12 @@ from jax_selftrain.distributed import barrier
 from jax_selftrain.distributed.mesh import make_mesh
 from jax_selftrain.distributed.sharding import ShardingRules, make_sharding_rules
 from jax_selftrain.errors import InputError, UnavailableError
-from jax_selftrain.io import atomic, lease
-from jax_selftrain.io.manifest import hash_json
+from jax_selftrain.io import atomic, json_files, lease
+from jax_selftrain.io.json_files import hash_json
 from jax_selftrain.io.remote_paths import restore_uris
 from jax_selftrain.models import axis_sizes
 from jax_selftrain.training.lora import check_lora_targets
+from jax_selftrain.training.optimizer import learning_rates
 from jax_selftrain.training.step import abstract_batch
 from jax_selftrain.version import versions
 
@@ -116,13 +117,18 @@ def acquire_run_folder(inputs: TrainInputs) -> Iterator[Run]:
     with lease.lease(folder / ".lease") as is_acquired:
         if not is_acquired:
             raise UnavailableError(f"{folder}: another process is training there; wait for it, or choose another --out")
-        is_new = not (folder / "run.json").exists()
-        if not is_new:
-            _refuse_other_run(folder, inputs)
+        record = json_files.read_json(folder / "run.json") if (folder / "run.json").exists() else None
+        if record is not None:
+            _refuse_other_run(folder, record, inputs)
         run = _prepare_run(folder, inputs)
-        if is_new:
+        description = _describe_run(run)
+        if record is not None and description["steps"] > record["steps"]:
+            atomic.remove_folder(folder / "model")  # the last checkpoint holds it, too
+            description["continues"] = [*record.get("continues", ()), record["identity"]]
+            record = None
+        if record is None:
             yaml_io.save(folder / "config.yaml", run.config)
-            atomic.write_json(folder / "run.json", _describe_run(run))
+            json_files.write_json(folder / "run.json", description)
         barrier("run folder is acquired")
         yield run
 
@@ -213,9 +219,19 @@ def _refuse_foreign(folder: Path) -> None:
         raise InputError(f"--out {folder}: holds {foreign[0]} and is not a run folder; choose another")
 
 
-def _refuse_other_run(folder: Path, inputs: TrainInputs) -> None:
-    """Refuse a folder whose `run.json` has other options or fingerprints."""
-    record, remedy = atomic.read_json(folder / "run.json"), "repeat its options, or choose another --out"
+def _can_continue(config: TrainConfig, before: int | None) -> bool:
+    """Return True if more steps leave the first `before` unchanged."""
+    if config.steps is None or before is None or config.steps <= before:
+        return False
+    return np.array_equal(learning_rates(config, config.steps)[:before], learning_rates(config, before))
+
+
+def _refuse_other_run(folder: Path, record: Any, inputs: TrainInputs) -> None:
+    """Refuse a folder whose `run.json` has other options or fingerprints.
+
+    More steps are accepted if the learning rates of the earlier steps stay the same.
+    """
+    remedy = "repeat its options, or choose another --out"
     try:
         if record["format"] != FORMAT:
             raise InputError(f"{folder}: has run format {record['format']}, not {FORMAT}; choose another --out")
@@ -230,6 +246,8 @@ def _refuse_other_run(folder: Path, inputs: TrainInputs) -> None:
     now, found = yaml_io.to_dict(inputs.config, Role.IDENTITY), dict(inputs.fingerprints)
     if inputs.config.steps is None:
         now["steps"] = before.get("steps")  # epochs, corpus, packing and batch size imply it
+    elif _can_continue(inputs.config, before.get("steps")):
+        now["steps"] = before["steps"]
     components = zip(inputs.corpora, inputs.mixture_weights, strict=True)
     other = [(restore_uris(str(corpus.folder)), share, corpus.fingerprint) for corpus, share in components][1:]
     if [entry[1:] for entry in mixture] != [entry[1:] for entry in other]:  # a corpus may have moved
@@ -239,6 +257,8 @@ def _refuse_other_run(folder: Path, inputs: TrainInputs) -> None:
     for name in sorted(now.keys() | before.keys()):
         old, new = before.get(name), now.get(name)
         if old != new:
+            if name == "steps" and old is not None and new is not None and old < new:
+                remedy += "; more steps need --schedule constant and --warmup-ratio 0 from the start"
             raise InputError(f"{folder}: was started with {yaml_io.flag(name)} {old}, not {new}; {remedy}")
     for name, old in hashes.items():
         if old != found[name]:

@@ -11,6 +11,7 @@ from bad_input import flip_byte
 from jax_selftrain.corpus import open_corpus
 from jax_selftrain.corpus.schema import FINISH_REASONS
 from jax_selftrain.errors import InputError
+from jax_selftrain.io import json_files
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def test_a_deleted_shard_is_counted_and_named(corpus):
 def test_an_unfinished_corpus_says_how_much_is_missing(corpus):
     (corpus.folder / "corpus.json").unlink()
     begun = {key: corpus.manifest[key] for key in ("samples", "samples_per_shard")}
-    (corpus.folder / "request.json").write_text(json.dumps(begun))
+    json_files.write_json(corpus.folder / "request.json", begun)
     with pytest.raises(InputError, match=r"incomplete corpus, corpus.json is missing"):
         open_corpus(corpus.folder)
     (corpus.folder / "shard-000001.parquet").unlink()
@@ -119,15 +120,15 @@ def test_a_missing_or_foreign_folder_is_refused(tmp_path):
 )
 def test_a_damaged_manifest_is_refused(corpus, change, message):
     path = corpus.folder / "corpus.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    json_files.write_json(path, {**json_files.read_json(path), **change})
     with pytest.raises(InputError, match=message):
         open_corpus(corpus.folder)
 
 
 def test_a_manifest_without_a_key_or_without_json_is_refused(corpus):
     path = corpus.folder / "corpus.json"
-    manifest = json.loads(path.read_text())
-    path.write_text(json.dumps({key: value for key, value in manifest.items() if key != "start_id"}))
+    manifest = json_files.read_json(path)
+    json_files.write_json(path, {key: value for key, value in manifest.items() if key != "start_id"})
     with pytest.raises(InputError, match="'start_id' is missing"):
         open_corpus(corpus.folder)
     path.write_text(json.dumps(manifest)[:-20])
@@ -139,9 +140,9 @@ def test_a_manifest_cannot_point_outside_its_folder(tmp_path, corpus):
     outside = tmp_path / "outside.parquet"
     outside.write_bytes(Path(corpus.folder, "shard-000000.parquet").read_bytes())
     path = corpus.folder / "corpus.json"
-    manifest = json.loads(path.read_text())
+    manifest = json_files.read_json(path)
     manifest["shards"][0]["file"] = "../outside.parquet"
-    path.write_text(json.dumps(manifest))
+    json_files.write_json(path, manifest)
     with pytest.raises(InputError, match="outside the folder"):
         open_corpus(corpus.folder)
 

@@ -21,6 +21,7 @@ from jax_selftrain import hub
 from jax_selftrain.config import ImportCorpusConfig
 from jax_selftrain.corpus import Corpus, CorpusWriter, Sample, import_text, open_corpus
 from jax_selftrain.corpus.statistics import RARE_FREQUENCY, corpus_statistics, tail_statistics
+from jax_selftrain.io import json_files
 
 MANIFEST = {
     "kind": "sampled",
@@ -98,7 +99,7 @@ def test_a_corpus_small_enough_to_count_on_paper(tmp_path):
     ]
     samples = [sample(i, *document) for i, document in enumerate(documents)]
     write(tmp_path, samples, per_shard=2, policy_logprob=-3.25)
-    assert json.loads((tmp_path / "corpus.json").read_text())["statistics"] == {
+    assert json_files.read_json(tmp_path / "corpus.json")["statistics"] == {
         "length": {"mean": 3.25, "std": 0.829156, "min": 2, "median": 3.5, "max": 4},  # std = √(11/16)
         "stopped": 0.5,
         "nll_per_token": 0.923077,  # 12/13
@@ -202,9 +203,9 @@ def test_shards_of_other_sizes_hold_a_corpus_of_the_same_statistics(tmp_path):
 
 def test_a_corpus_made_before_there_were_statistics_opens_and_can_be_measured(tmp_path, make_corpus, documents):
     corpus = make_corpus(tmp_path, documents)
-    manifest = json.loads((tmp_path / "corpus.json").read_text())
+    manifest = json_files.read_json(tmp_path / "corpus.json")
     expected = manifest.pop("statistics")
-    (tmp_path / "corpus.json").write_text(json.dumps(manifest))
+    json_files.write_json(tmp_path / "corpus.json", manifest)
     old = open_corpus(tmp_path)
     assert len(old) == len(corpus)
     assert corpus_statistics(old) == expected

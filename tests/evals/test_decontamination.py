@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import unicodedata
 from collections import Counter, defaultdict
@@ -18,6 +17,7 @@ from jax_selftrain.config import DecontaminateConfig
 from jax_selftrain.corpus import Corpus, Sample, open_corpus
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals import decontaminate
+from jax_selftrain.io import json_files
 
 WORDS = [f"{a}{b}" for a in "bdfgklmnprst" for b in ("ano", "ela", "iru", "oké", "uf")]
 BENCHMARKS = ("birds", "fish")
@@ -106,7 +106,7 @@ def test_removed_samples_and_shared_ngrams_are_those_of_plain_python(planted, do
         assert [entry["samples"] for entry in task["ngrams"]] == sorted(counts[name].values(), reverse=True)
     kept, controlled = (open_corpus(folder) for folder in (tmp_path / "out", control))
     assert list(kept.iter_texts()) == [text for i, text in enumerate(planted.iter_texts()) if i not in removed]
-    assert json.loads((tmp_path / "out" / "decontamination.json").read_text()) == report
+    assert json_files.read_json(tmp_path / "out" / "decontamination.json") == report
     assert len(controlled) == len(kept)
     left = set(controlled.iter_texts())
     assert all(text in left for i, text in enumerate(planted.iter_texts()) if i in removed)

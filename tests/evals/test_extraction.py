@@ -26,6 +26,7 @@ from jax_selftrain.corpus import Sample, import_text, open_corpus
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals import extract, extraction_metrics, make_window
 from jax_selftrain.evals.extraction import classify, load_extraction_sets, summarize
+from jax_selftrain.io import json_files
 from jax_selftrain.sampling import generate, sample
 
 CLASSES = ("held_out", "partial", "seen")
@@ -292,7 +293,7 @@ def test_extract_writes_what_it_returns_and_again_the_same_bytes(tmp_path, optio
     config = options(random_sequences)
     result = extract(config)
     folder = tmp_path / "out"
-    assert json.loads((folder / "extraction.json").read_text()) == result
+    assert json_files.read_json(folder / "extraction.json") == result
     names = [name for name in sorted(path.name for path in folder.iterdir()) if "timings" not in name]
     assert names == ["extraction.config.yaml", "extraction.json", "extraction.sequences.parquet"]
     before = [(folder / name).read_bytes() for name in names]

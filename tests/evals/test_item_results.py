@@ -1,6 +1,5 @@
 """Table of items: expected rows, dev/test split, refusal of damaged results."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from jax_selftrain.evals.item_results import (
     load_score_result,
     tabulate_items,
 )
-from jax_selftrain.io import atomic
+from jax_selftrain.io import json_files
 
 
 def requests(*rows: tuple) -> pa.Table:
@@ -124,7 +123,7 @@ def test_loaded_items_reproduce_the_metrics(result_file):
     found = load_score_result(str(result_file))
     assert list(found.items) == ["task", "a_word", "stories"]
     task, words, stories = found.items.values()
-    result = atomic.read_json(result_file)
+    result = json_files.read_json(result_file)
     assert (task.kind, words.kind, stories.kind) == ("choice", "last_word", "text")
     assert task.acc.mean() == pytest.approx(result["tasks"]["task"]["acc"])
     assert task.acc_norm.mean() == pytest.approx(result["tasks"]["task"]["acc_norm"])
@@ -142,9 +141,9 @@ def test_loaded_items_reproduce_the_metrics(result_file):
 
 
 def rewrite(path: Path, **marks: object) -> None:
-    result = json.loads(path.read_text())
+    result = json_files.read_json(path)
     result["fingerprints"] |= marks
-    path.write_text(json.dumps(result))
+    json_files.write_json(path, result)
 
 
 def replace_json(folder: Path) -> None:

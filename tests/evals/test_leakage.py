@@ -13,6 +13,7 @@ from jax_selftrain.config import ImportCorpusConfig, LeakageConfig
 from jax_selftrain.corpus import Sample, import_text, overlap
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals import measure_leakage
+from jax_selftrain.io import json_files
 from jax_selftrain.stats.estimators import wilson_interval
 
 
@@ -43,7 +44,7 @@ def test_planted_matches_are_found_and_only_those(tmp_path, planted_corpus, bloc
     np.save(tmp_path / "training.npy", training)
     out = tmp_path / "leaks.json"
     result = measure_leakage(LeakageConfig(corpus=corpus, texts=str(tmp_path / "training.npy"), out=str(out)))
-    assert json.loads(out.read_text()) == result
+    assert json_files.read_json(out) == result
     assert (result["samples"], result["leaking_samples"], result["leak_rate"]) == (20, 3, 0.15)
     assert result["leak_rate_interval"] == wilson_interval([True] * 3 + [False] * 17)
     assert (result["longest"], result["covered_tokens"], result["tokens"]) == (80, 180, 2400)
@@ -87,7 +88,7 @@ def test_a_training_text_as_text_as_a_corpus_and_in_another_tokenizer(tmp_path, 
         out = tmp_path / f"{source.name}.json"
         words = ["--corpus", corpus, "--texts", str(source), "--out", str(out), "--min-match", str(length)]
         assert cli.main(["leakage", *words, "--tokenizer", str(model)]) == 0
-        found.append(json.loads(out.read_text()))
+        found.append(json_files.read_json(out))
         rows = pq.read_table(tmp_path / f"{source.name}.samples.parquet")
         assert [row["document"] for row in rows.to_pylist()][1::2] == [1, 2, 3]
     assert [result["leaking_samples"] for result in found] == [found[0]["leaking_samples"]] * 3

@@ -32,6 +32,7 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.evals import score
 from jax_selftrain.evals.item_results import REQUESTS, load_score_result
 from jax_selftrain.evals.task_names import SUITES, split_names
+from jax_selftrain.io import json_files
 from jax_selftrain.study import compare
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
@@ -170,7 +171,7 @@ def test_named_tasks_and_local_files_are_in_one_result(tmp_path, tiny_model, loc
     options = options_for(tmp_path, tiny_model, local)
     result = score(options)
     folder = tmp_path / "out"
-    assert json.loads((folder / "scores.json").read_text()) == result
+    assert json_files.read_json(folder / "scores.json") == result
     assert set(result["tasks"]) == {"local_choices", "my_choices", "my_words", "my_texts", "my_prompts"}
     own, named = result["tasks"]["local_choices"], result["tasks"]["my_choices"]
     for metric in ("n", "acc", "acc_norm"):

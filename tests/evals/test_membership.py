@@ -19,6 +19,7 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.evals import extract, measure_membership, score
 from jax_selftrain.evals.membership import score_membership
 from jax_selftrain.evals.token_records import load_records
+from jax_selftrain.io import json_files
 from jax_selftrain.stats.roc import roc_auc, stratified_bootstrap, tpr_at_low_fpr
 
 VOCAB, LENGTH = 128, 17
@@ -45,7 +46,7 @@ def test_scores_of_each_document_equal_the_formulas_of_the_papers(tmp_path, opti
     own = {name: [one | {"logprob": one["logprob"] - rng.random()} for one in rows] for name, rows in sets.items()}
     reference = write_records(tmp_path / "b.parquet", own, "another")
     result = measure_membership(options(records=str(records), reference=str(reference), k=30.0))
-    assert json.loads((tmp_path / "m.json").read_text()) == result
+    assert json_files.read_json(tmp_path / "m.json") == result
     assert [result[side]["documents"] for side in ("members", "nonmembers")] == [20, 30]
     rows = pq.read_table(tmp_path / "m.documents.parquet").to_pylist()
     assert [row["is_member"] for row in rows] == [True] * 20 + [False] * 30
@@ -149,7 +150,7 @@ def write_bigram_model(folder: Path, table: np.ndarray) -> Path:
     weights["model.norm.weight"][:] = 1
     weights["lm_head.weight"] = np.ascontiguousarray(table.T / np.sqrt(VOCAB), np.float32)
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
+    json_files.write_json(folder / "config.json", config, checksum=False)
     write_safetensors(folder, weights)
     write_tiny_tokenizer(folder, VOCAB)
     return folder

@@ -21,6 +21,7 @@ from jax_selftrain.config import ScoreConfig, yaml_io
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals import build_requests, load_tasks, load_texts, score, score_requests
 from jax_selftrain.evals.item_results import REQUESTS
+from jax_selftrain.io import json_files
 from jax_selftrain.likelihood import loglikelihoods
 
 
@@ -60,7 +61,7 @@ def test_score_writes_what_it_returns_and_again_the_same_bytes(tmp_path, tiny_mo
     names = {"scores.json", "scores.config.yaml", "scores.timings.json"}
     names |= {"scores.requests.parquet", "scores.items.parquet"}
     assert {path.name for path in folder.iterdir()} == names
-    assert json.loads((folder / "scores.json").read_text()) == result
+    assert json_files.read_json(folder / "scores.json") == result
     assert result["model"] == options.model
     assert set(result["fingerprints"]["files"]) == {"choices", "words", "stories"}
     assert result["tasks"]["choices"]["n"] == 8
@@ -172,6 +173,7 @@ def test_out_must_not_be_a_folder(tmp_path, tiny_model, files):
 SCORE_LATE = """
 import os, sys, time
 from pathlib import Path
+from jax_selftrain.io import json_files
 from jax_selftrain import cli, evals
 score = evals.score
 def score_late(config):
@@ -211,7 +213,7 @@ def results(options: ScoreConfig) -> list[bytes]:
 
 
 def timings(options: ScoreConfig) -> dict[str, Any]:
-    return json.loads(Path(options.out).with_suffix(".timings.json").read_text())
+    return json_files.read_json(Path(options.out).with_suffix(".timings.json"))
 
 
 def kill_after_first_unit(options: ScoreConfig) -> list[Path]:

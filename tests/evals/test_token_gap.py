@@ -1,6 +1,5 @@
 """Token classes, differences and their errors on hand-made records."""
 
-import json
 from functools import partial
 
 import numpy as np
@@ -12,6 +11,7 @@ from jax_selftrain.config import TokenGapConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals import measure_token_gap
 from jax_selftrain.evals.token_gap import TOKEN_CLASSES, classify_tokens
+from jax_selftrain.io import json_files
 
 STORY = (
     *("Tom", " met", " An", "na", " and", " 3", "rd", " dogs", ".", " She", " said", ",", ' "', "Come", ",", " Tom"),
@@ -73,7 +73,7 @@ def test_differences_and_errors_by_document(tmp_path, options):
             side["a" if i < 5 else "b"].append({"pieces": pieces, "logprob": values.astype(np.float32)})
     files = [str(write_records(tmp_path / f"{i}.parquet", side, str(i))) for i, side in enumerate(sets)]
     result = measure_token_gap(options(base=files[0], student=files[1], top=4))
-    assert json.loads((tmp_path / "g.json").read_text()) == result
+    assert json_files.read_json(tmp_path / "g.json") == result
     assert result["fingerprints"]["student_model"] == "1"
     for name, members in (("a", range(5)), ("b", range(5, 8))):
         found = result["sets"][name]

@@ -27,6 +27,7 @@ from jax_selftrain.evals.windows import (
     window_index,
     window_metrics,
 )
+from jax_selftrain.io import json_files
 from jax_selftrain.likelihood.resumable import PartialResults
 from jax_selftrain.report import extract_windows
 from jax_selftrain.sampling import SamplingParams, generate
@@ -170,7 +171,7 @@ def options(tmp_path, tiny_model):
 def test_extract_windows_writes_what_it_returns_and_again_the_same_bytes(tmp_path, options):
     result = extract_windows(options())
     folder = tmp_path / "out"
-    assert json.loads((folder / "found.json").read_text()) == result
+    assert json_files.read_json(folder / "found.json") == result
     names = sorted(path.name for path in folder.iterdir() if "timings" not in path.name)
     assert names == ["found.config.yaml", "found.json", "found.windows.parquet", "found.windows.svg"]
     assert (result["prefix"], result["max_prefix"], result["stride"]) == (PREFIX, POSITIONS - WINDOW, 10)
@@ -245,7 +246,7 @@ def test_a_killed_command_resumes_and_writes_the_same_bytes(tmp_path, options):
     assert not Path(broken.out).exists()
     kept = sum(pq.read_metadata(file).num_rows for file in parts.glob("*/*.parquet"))
     extract_windows(broken)
-    spent = json.loads(Path(broken.out).with_suffix(".timings.json").read_text())
+    spent = json_files.read_json(Path(broken.out).with_suffix(".timings.json"))
     assert spent["computed_requests"] == spent["unique_requests"] - kept
     assert 0 < kept < spent["unique_requests"]
     for suffix in (".json", ".windows.parquet", ".windows.svg"):

@@ -21,7 +21,7 @@ from jax_selftrain.experiments.microworld import demo
 from jax_selftrain.experiments.microworld.lines_and_questions import WorldConfig
 from jax_selftrain.experiments.microworld.microworld_study import ONE_MODEL_SCALE, ModelSpec, write_worlds
 from jax_selftrain.hub import open_model
-from jax_selftrain.io import atomic
+from jax_selftrain.io import json_files
 from jax_selftrain.io.manifest import folder_manifest
 from jax_selftrain.study.design import make_design
 
@@ -58,7 +58,7 @@ def only(folder: Path, pattern: str) -> Path:
 
 
 def test_the_demo_reports_all_arms(made: Path) -> None:
-    results = atomic.read_json(made / "results.json")
+    results = json_files.read_json(made / "results.json")
     treatments = [cell["treatment"] for cell in results["cells"]]
     assert treatments[:3] == ["source A1", "learning rate 0", "shuffled tokens"]
     assert treatments[3:] == ["weight noise", "matched noise", "weight noise ×4", "real text of world A"]
@@ -79,7 +79,7 @@ def test_the_demo_reports_all_arms(made: Path) -> None:
 def test_overlap_classes_of_the_configured_threshold_are_in_the_threshold_table(made: Path) -> None:
     """A suffix of eight tokens has one threshold, which is the demo's."""
     assert EXTRACT.min_overlap == EXTRACT.suffix == 8
-    for cell in atomic.read_json(made / "results.json")["cells"]:
+    for cell in json_files.read_json(made / "results.json")["cells"]:
         if cell["corpus"]:
             found = {part["class"]: part["n"] for part in cell["extraction"]["thresholds"]}
             assert {part["threshold"] for part in cell["extraction"]["thresholds"]} == {8}
@@ -88,7 +88,7 @@ def test_overlap_classes_of_the_configured_threshold_are_in_the_threshold_table(
 
 
 def test_learning_rate_0_changes_nothing(made: Path) -> None:
-    cells = {cell["treatment"]: cell for cell in atomic.read_json(made / "results.json")["cells"]}
+    cells = {cell["treatment"]: cell for cell in json_files.read_json(made / "results.json")["cells"]}
     assert [name for name, cell in cells.items() if cell["identical"]] == ["learning rate 0"]
     assert {measure["change"]["value"] for measure in cells["learning rate 0"]["measures"].values()} == {0.0}
 
@@ -183,7 +183,7 @@ def test_overlap_classes_and_p_z_equal_plain_python_and_transformers(made: Path,
 
 def test_log_odds_are_means_over_questions(made: Path) -> None:
     design = make_design(yaml_io.load(StudyConfig, made / "config.yaml"))
-    cells = atomic.read_json(made / "results.json")["cells"]
+    cells = json_files.read_json(made / "results.json")["cells"]
     for stages, cell in zip(design.cells, cells, strict=True):
         assert stages.score is not None
         table = pq.read_table(design.folder(stages.score) / "score.items.parquet").to_pandas()
@@ -203,7 +203,7 @@ def test_the_goldfish_loss_makes_a_model_forget_and_keeps_its_capability(tmp_pat
     goldfish = replace(arm, name="goldfish loss", goldfish_k=2)
     study = replace(ONE_MODEL_SCALE.study, arms=(arm, goldfish), negative_controls=(), mesh="data=1")
     demo(DemoConfig(out=str(tmp_path / "out"), seed=0), replace(ONE_MODEL_SCALE, study=study))
-    results = atomic.read_json(tmp_path / "out" / "results.json")
+    results = json_files.read_json(tmp_path / "out" / "results.json")
     changes = {
         effect["treatment"].removesuffix(" of world A"): {
             name: effect["measures"][name]["change"]["value"] for name in ("exact_match", "accuracy")

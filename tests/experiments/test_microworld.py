@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,8 @@ from jax_selftrain.experiments.microworld.microworld_study import (
     write_worlds,
 )
 from jax_selftrain.hub import open_model
-from jax_selftrain.io import atomic
+from jax_selftrain.io import json_files
+from jax_selftrain.io.jsonl import read_log
 from jax_selftrain.study.design import make_design
 from jax_selftrain.study.run_study import run_study
 
@@ -151,7 +151,7 @@ def test_every_model_at_six_temperatures_is_36_sources(tmp_path: Path) -> None:
 def test_the_crossover_study_ends_with_a_report(tmp_path: Path) -> None:
     config = DemoConfig(out=str(tmp_path / "out"), study=True, seeds=(0,))
     assert demo(config, TINY) == tmp_path / "out" / "report.html"
-    results = atomic.read_json(tmp_path / "out" / "results.json")
+    results = json_files.read_json(tmp_path / "out" / "results.json")
     assert {cell["treatment"] for cell in results["cells"]} == {
         *("source A1", "source C1"),
         *(
@@ -199,7 +199,7 @@ def test_the_suffix_is_in_the_probe_and_the_prefix_identifies_it(scale: MicroSca
     prefix, suffix = scale.study.extract.prefix, scale.study.extract.suffix
     assert prefix
     assert suffix
-    rows = [json.loads(line) for line in (tmp_path / "world" / "probes.jsonl").read_text().splitlines()]
+    rows = read_log(tmp_path / "world" / "probes.jsonl")
     assert len(rows) == 2 * len(scale.world_ids) * 8 * scale.world.probes_per_level
     for model in {model.tokenizer: model for model in scale.models}.values():
         tokenizer = open_model(tmp_path / "world" / "untrained" / model.name).tokenizer

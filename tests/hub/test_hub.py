@@ -28,6 +28,7 @@ from jax_selftrain.corpus import open_corpus
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals import score
 from jax_selftrain.hub.model_ref import _download, _download_weights
+from jax_selftrain.io import json_files
 from jax_selftrain.report import write_report
 from jax_selftrain.study import run_study
 
@@ -97,7 +98,7 @@ def test_weights_are_downloaded_when_they_are_used(server: HubServer, tmp_path: 
     for name, keys in halves.items():
         save_file({key: tensors[key] for key in keys}, model / name, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": {key: name for name, keys in halves.items() for key in keys}}
-    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    json_files.write_json(model / "model.safetensors.index.json", index, checksum=False)
     server.add_folder("org/sharded", "main", model)
     texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in tiny_texts(5)])
 
@@ -119,7 +120,7 @@ def test_weights_are_downloaded_when_they_are_used(server: HubServer, tmp_path: 
     assert planned == imported == scored - {"model.safetensors.index.json", *halves}
     assert not any("safetensors" in name for name in planned)
     local = score(ScoreConfig(model=str(model), texts=(texts,), out=str(tmp_path / "local.json")))
-    assert json.loads((tmp_path / "score.json").read_text())["texts"] == local["texts"]
+    assert json_files.read_json(tmp_path / "score.json")["texts"] == local["texts"]
 
 
 def test_a_model_with_a_manifest_is_loaded_from_the_hub(server: HubServer, finished_run: Path, tmp_path: Path):
@@ -190,7 +191,7 @@ def test_a_study_over_revisions_runs_offline(offline: Path, options: Callable[..
     cards = [path.read_text() for path in folder.glob("stages/train-*/model/README.md")]
     assert len(cards) == 4
     assert all("base_model: org/tiny\n" in card and "license: apache-2.0\n" in card for card in cards)
-    results = json.loads((folder / "results.json").read_text())
+    results = json_files.read_json(folder / "results.json")
     models = results["design"]["models"]
     assert {entry["name"]: len(entry["commit"]) for entry in models} == {"tiny@step1000": 40, "tiny@main": 40}
     assert len(results["cells"]) == 4
@@ -198,6 +199,7 @@ def test_a_study_over_revisions_runs_offline(offline: Path, options: Callable[..
 
 PUSH = """
 import json, sys
+from jax_selftrain.io import json_files
 from jax_selftrain.cli import main
 sys.exit(main(json.loads({arguments!r})))
 """
@@ -222,7 +224,7 @@ def test_a_run_is_uploaded_with_its_measured_changes(
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     card = files["README.md"].decode()
-    results = json.loads((finished_run / "results.json").read_text())
+    results = json_files.read_json(finished_run / "results.json")
     assert all(f"| {name} | " in card for name in results["cells"][0]["measures"])
     assert hub.open_model(tmp_path).fingerprint == hub.open_model(model).fingerprint
     hub.open_model(tmp_path).verify_weights()
@@ -278,10 +280,10 @@ def test_a_damaged_model_is_not_uploaded(server: HubServer, cache: Path, finishe
 def test_results_without_the_model_of_a_cell_make_a_card_without_changes(finished_run: Path, tmp_path: Path):
     folder = tmp_path / "run"
     shutil.copytree(finished_run, folder)
-    results = json.loads((folder / "results.json").read_text())
+    results = json_files.read_json(folder / "results.json")
     for cell in results["cells"]:
         del cell["model"]
-    (folder / "results.json").write_text(json.dumps(results))
+    json_files.write_json(folder / "results.json", results)
     write_report(folder)
     assert "Measured changes" not in (folder / "model" / "README.md").read_text()
     assert "Measured changes" in (finished_run / "model" / "README.md").read_text()

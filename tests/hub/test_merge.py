@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from jax_selftrain import cli, hub
 from jax_selftrain.config import ConvertConfig, MergeConfig
 from jax_selftrain.errors import InputError
-from jax_selftrain.io import atomic
+from jax_selftrain.io import json_files
 from jax_selftrain.io.manifest import folder_manifest
 
 
@@ -87,7 +87,7 @@ def test_weight_is_a_coordinate_on_the_line(models: tuple[Path, Path], merge_res
 
 def test_the_result_is_float32_and_its_manifest_names_both_models(models: tuple[Path, Path], merge_result: Path):
     local = {"commit": None, "license": None}
-    record = atomic.read_json(merge_result / "selftrain.json")
+    record = json_files.read_json(merge_result / "selftrain.json")
     assert record["metadata"] == {
         "made_by": "merge",
         "weight": -0.5,
@@ -103,7 +103,7 @@ def test_narrow_models_give_a_float32_result(tmp_path: Path):
     at = write_model_pair(tmp_path, "gpt_neox", dtype="float16", torch_dtype="float16", tokenizer=False)
     out = hub.merge(options(at, tmp_path / "out", 0.5))
     assert {value.dtype for value in load_file(out / "model.safetensors").values()} == {np.dtype(np.float32)}
-    assert atomic.read_json(out / "config.json")["torch_dtype"] == "float32"
+    assert json_files.read_json(out / "config.json")["torch_dtype"] == "float32"
 
 
 def test_orbax_trees_and_safetensors_merge_alike(models: tuple[Path, Path], merge_result: Path, tmp_path: Path):

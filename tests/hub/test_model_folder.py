@@ -17,7 +17,7 @@ from jax_selftrain import hub
 from jax_selftrain.config import ConvertConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub.model_folder import MODEL_CARD
-from jax_selftrain.io.atomic import read_json
+from jax_selftrain.io.json_files import read_json
 
 
 @pytest.fixture(scope="module")

@@ -177,7 +177,7 @@ def test_damaged_indexes(tmp_path: Path):
     escaping = json.loads(content)
     escaping["weight_map"] = dict.fromkeys(escaping["weight_map"], "../../etc/passwd")
     index.write_text(json.dumps(escaping))
-    assert_refused(folder, "passwd", "not there")
+    assert_refused(folder, "passwd", "no file of its folder")
 
 
 @pytest.mark.parametrize("format_", ["flax", "hf"])
@@ -241,3 +241,33 @@ def test_an_unknown_key_is_dropped_by_convert_alone_and_on_request(folder: Path,
         assert hub.open_model(out).manifest["metadata"]["ignored_config_keys"] == ["harmless"]
     with pytest.raises(InputError, match="--ignore-config-keys absent: is not in"):
         hub.convert(ConvertConfig(source=str(folder), out=str(tmp_path / "no"), ignore_config_keys=("absent",)))
+
+
+def rewrite_header(folder: Path, change: Callable[[str], str]) -> None:
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = change(content[8:start].decode().rstrip()).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[start:])
+
+
+def test_a_header_that_names_a_tensor_twice(folder: Path):
+    name = "model.norm.weight"
+    rewrite_header(
+        folder, lambda header: f"{header[:-1]}, {json.dumps(name)}: {json.dumps(json.loads(header)[name])}}}"
+    )
+    assert_refused(folder, "model.safetensors", "its header names", "twice")
+
+
+def test_a_header_that_is_too_large_to_read(folder: Path):
+    rewrite_header(folder, lambda header: header + " " * 2**24)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes() + bytes(2**24))
+    assert_refused(folder, "model.safetensors", "no supported model has more than 16,777,216")
+
+
+def test_a_file_outside_the_folder_is_not_read(folder: Path, tmp_path: Path):
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    for name in ("../outside.safetensors", str(tmp_path / "outside.safetensors")):
+        index = {"weight_map": dict.fromkeys(load_file(tmp_path / "outside.safetensors"), name)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert_refused(folder, name, "no file of its folder")

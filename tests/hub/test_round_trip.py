@@ -17,7 +17,7 @@ from jax_selftrain.config import ConvertConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import safetensors_io
 from jax_selftrain.hub.families import FAMILIES as TABLES
-from jax_selftrain.io.atomic import read_json
+from jax_selftrain.io.json_files import read_json
 
 
 def convert_twice(source: Path, tmp_path: Path) -> Path:

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from jax_selftrain.errors import InputError
-from jax_selftrain.io import atomic, lease
-from jax_selftrain.io.manifest import folder_manifest, hash_json, sha256_file, verify_checksums
+from jax_selftrain.io import atomic, json_files, lease
+from jax_selftrain.io.json_files import hash_json
+from jax_selftrain.io.manifest import folder_manifest, sha256_file, verify_checksums
 
 
 def start(code: str, *args: object, **popen) -> subprocess.Popen[str]:
@@ -246,7 +247,7 @@ def test_a_really_full_disk(tmp_path):
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "plain").write_text("a file, not a folder")
     with pytest.raises(InputError, match=r"plain/x\.json: cannot be written"):
-        atomic.write_json(tmp_path / "plain" / "x.json", {})
+        json_files.write_json(tmp_path / "plain" / "x.json", {})
     with pytest.raises(InputError, match=r"gs://bucket/x: is a URI"):
         atomic.write_text("gs://bucket/x", "")
 
@@ -269,12 +270,12 @@ def test_fingerprint_depends_on_the_data_alone():
 
 
 def test_json_is_the_same_bytes_for_the_same_data(tmp_path):
-    atomic.write_json(tmp_path / "a", {"x": 1, "a": {"c": [1, 2.5], "b": "é"}})
-    atomic.write_json(tmp_path / "b", {"a": {"b": "é", "c": [1, 2.5]}, "x": 1})
+    json_files.write_json(tmp_path / "a", {"x": 1, "a": {"c": [1, 2.5], "b": "é"}})
+    json_files.write_json(tmp_path / "b", {"a": {"b": "é", "c": [1, 2.5]}, "x": 1})
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert atomic.read_json(tmp_path / "a") == {"x": 1, "a": {"c": [1, 2.5], "b": "é"}}
+    assert json_files.read_json(tmp_path / "a") == {"x": 1, "a": {"c": [1, 2.5], "b": "é"}}
     with pytest.raises(ValueError, match="nan"):
-        atomic.write_json(tmp_path / "nan.json", {"loss": float("nan")})
+        json_files.write_json(tmp_path / "nan.json", {"loss": float("nan")})
     assert not (tmp_path / "nan.json").exists()
 
 
@@ -282,9 +283,9 @@ def test_json_is_the_same_bytes_for_the_same_data(tmp_path):
 def test_damaged_json_is_named(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(InputError, match=r"x\.json: not valid JSON"):
-        atomic.read_json(tmp_path / "x.json")
+        json_files.read_json(tmp_path / "x.json")
     with pytest.raises(InputError, match=r"y\.json: no such file"):
-        atomic.read_json(tmp_path / "y.json")
+        json_files.read_json(tmp_path / "y.json")
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import pytest
 from browser import load_pages
 
 from jax_selftrain.errors import InputError
-from jax_selftrain.io import atomic
+from jax_selftrain.io import json_files
 from jax_selftrain.report import write_report
 from jax_selftrain.report.chapters import design_chapters
 from jax_selftrain.report.figures import clean_label
@@ -62,7 +62,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def results(finished_run: Path) -> dict[str, Any]:
-    return atomic.read_json(finished_run / "results.json")
+    return json_files.read_json(finished_run / "results.json")
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +194,7 @@ def test_sampled_text_is_escaped(results: dict[str, Any], tmp_path: Path) -> Non
     (corpus,) = results["corpora"].values()
     corpus["examples"][0]["text"] = '</p><script>alert("x")</script> & <b>'
     results["title"] = "<i>title</i>"
-    atomic.write_json(tmp_path / "results.json", results)
+    json_files.write_json(tmp_path / "results.json", results)
     page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
     assert page.open == []
     assert not page.tags & {"script", "b", "i"}
@@ -223,7 +223,7 @@ def write_renamed_report(results: dict[str, Any], folder: Path, name: str) -> Pa
     for old in names:  # longer names may contain it: they change too
         text = text.replace(json.dumps(old)[1:-1], json.dumps(f"{name}{len(old)}")[1:-1])
     folder.mkdir(exist_ok=True)
-    atomic.write_json(folder / "results.json", json.loads(text))
+    json_files.write_json(folder / "results.json", json.loads(text))
     return write_report(folder)
 
 
@@ -268,7 +268,7 @@ def test_several_treatments_are_compared_in_one_page(results: dict[str, Any], tm
     results = copy.deepcopy(results)
     for name in ("cells", "effects"):
         results[name].append({**copy.deepcopy(results[name][0]), "treatment": "weight noise"})
-    atomic.write_json(tmp_path / "results.json", results)
+    json_files.write_json(tmp_path / "results.json", results)
     page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
     assert page.open == []
     assert "details" in page.tags
@@ -281,7 +281,9 @@ def test_several_treatments_are_compared_in_one_page(results: dict[str, Any], tm
 
 @pytest.mark.parametrize("section", ["cells", "effects", "claims", "corpora", "design", "title"])
 def test_results_without_a_section_are_refused(results: dict[str, Any], tmp_path: Path, section: str) -> None:
-    atomic.write_json(tmp_path / "results.json", {name: value for name, value in results.items() if name != section})
+    json_files.write_json(
+        tmp_path / "results.json", {name: value for name, value in results.items() if name != section}
+    )
     with pytest.raises(InputError, match=f"results.json: '{section}' is missing"):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()

@@ -20,7 +20,7 @@ from jax_selftrain.distributed.sharding import make_sharding_rules
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import safetensors_io
 from jax_selftrain.hub.families import FAMILIES as TABLES
-from jax_selftrain.io.atomic import read_json
+from jax_selftrain.io.json_files import read_json
 from jax_selftrain.models import abstract_params, axis_sizes
 
 

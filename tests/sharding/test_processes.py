@@ -9,7 +9,7 @@ from process_group import free_port, wait_for_all
 
 from jax_selftrain import hub
 from jax_selftrain.config import ConvertConfig, MergeConfig
-from jax_selftrain.io.atomic import read_json
+from jax_selftrain.io.json_files import read_json
 from jax_selftrain.io.manifest import sha256_file
 
 TWO_PROCESSES = """

@@ -9,7 +9,7 @@ from models_factory import write_tiny_hf_model
 
 from jax_selftrain import hub
 from jax_selftrain.distributed.mesh import mesh_context
-from jax_selftrain.io.atomic import read_json
+from jax_selftrain.io.json_files import read_json
 
 
 def test_trained_weights_are_exported_in_fp32(tmp_path: Path):

@@ -20,7 +20,7 @@ from jax_selftrain.config import SampleConfig, yaml_io
 from jax_selftrain.corpus import open_corpus
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.errors import InputError, Preempted
-from jax_selftrain.io import atomic
+from jax_selftrain.io import json_files
 from jax_selftrain.io.manifest import sha256_file
 from jax_selftrain.sampling import abstract_program, sample
 
@@ -91,12 +91,12 @@ def test_text_is_decoded_and_mismatches_are_counted(config, reference):
 def test_the_folder_records_config_and_environment(config, reference):
     resolved = yaml_io.load(SampleConfig, reference.folder / "config.yaml")
     assert resolved == replace(config, out=str(reference.folder), start_id=1, stop_ids=(2,))
-    record = atomic.read_json(reference.folder / "records" / "shard-000001.json")
+    record = json_files.read_json(reference.folder / "records" / "shard-000001.json")
     assert record["mesh"] == {"data": 1, "model": 1}
     assert record["slots_per_replica"] == 8
     assert record["xla_flags"].get("XLA_FLAGS", "") == os.environ.get("XLA_FLAGS", "")
     assert record["versions"]["jax"] == jax.__version__
-    assert atomic.read_json(reference.folder / "timings" / "shard-000001.json")["seconds"] > 0
+    assert json_files.read_json(reference.folder / "timings" / "shard-000001.json")["seconds"] > 0
 
 
 def test_a_model_without_tokenizer_gives_empty_text(config, tiny_model, tmp_path):
@@ -223,7 +223,7 @@ def test_a_moved_model_and_another_mesh_and_batch_size_are_allowed(config, refer
     again = sample(replace(config, model=str(moved), out=str(folder), mesh="data=2,model=1", batch_size=4))
     assert again.manifest["source"] == reference.manifest["source"]
     assert [
-        atomic.read_json(folder / "records" / f"shard-00000{i}.json")["slots_per_replica"] for i in range(SHARDS)
+        json_files.read_json(folder / "records" / f"shard-00000{i}.json")["slots_per_replica"] for i in range(SHARDS)
     ] == [8, 8, 4]
 
 

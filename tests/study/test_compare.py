@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.evals import score
 from jax_selftrain.evals.item_results import ITEMS, dev_test_split, item_hash
 from jax_selftrain.evals.result_files import output_paths
-from jax_selftrain.io import atomic
-from jax_selftrain.io.manifest import hash_json
+from jax_selftrain.io import json_files
+from jax_selftrain.io.json_files import hash_json
 from jax_selftrain.io.rng import make_rng
 from jax_selftrain.report import format_comparison
 from jax_selftrain.stats import estimators
@@ -71,7 +70,7 @@ def fabricate(tmp_path: Path) -> Fabricate:
             },
             "versions": {},
         }
-        atomic.write_json(path, result)
+        json_files.write_json(path, result)
         return str(path)
 
     return make
@@ -122,7 +121,7 @@ def test_two_models_by_hand(score_folder: Path, capsys: pytest.CaptureFixture[st
     words = ["compare", score_folder / "base.json", score_folder / "student.json", "--out", out, "--resamples", 500]
     assert cli.main([str(word) for word in words]) == 0
     shown = capsys.readouterr().out
-    result = atomic.read_json(out)
+    result = json_files.read_json(out)
     (pair,) = result["pairs"]
     choices, word = pair["tasks"]
     (stories,) = pair["texts"]
@@ -153,7 +152,7 @@ def test_two_models_by_hand(score_folder: Path, capsys: pytest.CaptureFixture[st
         word["perplexity"]["ratio"]["low"] < word["perplexity"]["ratio"]["value"] < word["perplexity"]["ratio"]["high"]
     )
 
-    measured = [atomic.read_json(score_folder / f"{who}.json")["texts"]["stories"] for who in ("base", "student")]
+    measured = [json_files.read_json(score_folder / f"{who}.json")["texts"]["stories"] for who in ("base", "student")]
     assert stories["nll"]["before"]["value"] == pytest.approx(measured[0]["nll"])
     change = measured[1]["bits_per_byte"] - measured[0]["bits_per_byte"]
     assert stories["bits_per_byte"]["change"]["value"] == pytest.approx(change)
@@ -223,10 +222,10 @@ def test_a_task_that_the_base_cannot_do_is_not_preserved(fabricate: Fabricate, r
 def test_tasks_without_results_by_item_are_named(fabricate: Fabricate, run: Any) -> None:
     files = [fabricate(name, known=answers(200, 140)) for name in ("base", "student")]
     for file in files:
-        result = atomic.read_json(file)
+        result = json_files.read_json(file)
         result["tasks"]["several_answers"] = {"n": 4, "acc": 0.5}
         result["fingerprints"]["files"]["several_answers"] = hash_json("several_answers")
-        atomic.write_json(file, result)
+        json_files.write_json(file, result)
     compared = run(*files)
     assert "no single right answer" in compared["not_compared"]["several_answers"]
     assert "not compared: several_answers" in format_comparison(compared)
@@ -401,7 +400,7 @@ def test_five_seeds_speak_of_the_recipe(seeds: Any, run: Any) -> None:
 
 def test_equal_seeds_do_not_give_certainty(seeds: Any, run: Any) -> None:
     base, students = seeds([5, 5, 5, 5, 5])
-    names = [json.loads(Path(student).read_text()) for student in students]
+    names = [json_files.read_json(Path(student)) for student in students]
     assert len({one["fingerprints"]["model"] for one in names}) == 5
     task = run(base, students)["recipe"]["tasks"][0]
     assert task["changes"] == [0.0] * 5
@@ -469,9 +468,9 @@ def test_models_scored_on_different_documents_are_refused(fabricate: Fabricate, 
     with pytest.raises(InputError, match=r"base\.json: u was not scored, but it was in .*more\.json"):
         run(base, fabricate("more", t=answers(500, 350), u=answers(5, 3)))
     other = Path(fabricate("other", t=answers(500, 350)))
-    result = json.loads(other.read_text())
+    result = json_files.read_json(other)
     result["fingerprints"]["files"]["t"] = "0" * 64
-    other.write_text(json.dumps(result))
+    json_files.write_json(other, result)
     with pytest.raises(InputError, match=r"t differs \(.*00000000….*\); score both on the same file"):
         run(base, str(other))
 

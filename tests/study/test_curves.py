@@ -14,7 +14,7 @@ import pytest
 from jax_selftrain.config import ArmConfig, MemorizationConfig, ModelConfig, RunConfig, StudyConfig, yaml_io
 from jax_selftrain.corpus import open_corpus
 from jax_selftrain.evals import relearned_halves, sequences_fingerprint
-from jax_selftrain.io import atomic
+from jax_selftrain.io import json_files
 from jax_selftrain.io.jsonl import read_jsonl
 from jax_selftrain.report import write_report
 from jax_selftrain.study import run_study
@@ -63,7 +63,7 @@ def design(folder: Path) -> Design:
 
 @pytest.fixture(scope="module")
 def cells(folder: Path) -> dict[str, dict[str, Any]]:
-    return {cell["treatment"]: cell for cell in atomic.read_json(folder / "results.json")["cells"]}
+    return {cell["treatment"]: cell for cell in json_files.read_json(folder / "results.json")["cells"]}
 
 
 def table(design: Design, stage: Stage) -> dict[str, np.ndarray]:
@@ -135,12 +135,12 @@ def test_a_mixture_has_its_share_of_real_text_and_its_classes_know_it(
     design = make_design(config)
     (cell,) = (cell for cell in design.cells if cell.treatment == "half")
     run_all(design.root, [cell.extract])
-    training = atomic.read_json(design.folder(cell.train) / "run.json")
+    training = json_files.read_json(design.folder(cell.train) / "run.json")
     assert training["mixture"][0]["share"] == "1/4"
     assert training["mixture"][0]["samples"] == 30
     assert training["steps"] == config.train.steps
     assert training["corpus"]["ref"] == str(design.folder(cell.corpus))
-    found = atomic.read_json(design.folder(cell.extract) / "extract.json")
+    found = json_files.read_json(design.folder(cell.extract) / "extract.json")
     assert found["seen"]["n"] == 30, "the sequences are in the real text"
     assert table(design, cell.extract)["document"].min() >= training["corpus"]["samples"]
     other = make_design(replace(config, arms=(replace(config.arms[0], share=0.5),)))

@@ -24,8 +24,8 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.evals import extract, score
 from jax_selftrain.evals.extraction import CLASSES
 from jax_selftrain.evals.item_results import dev_test_split, item_hash
-from jax_selftrain.io import atomic
-from jax_selftrain.io.manifest import hash_json
+from jax_selftrain.io import json_files
+from jax_selftrain.io.json_files import hash_json
 from jax_selftrain.sampling import SamplingParams, generate
 from jax_selftrain.study import run, train_with_evals
 from jax_selftrain.study.eval_hooks import evaluation_hooks, summarize_curve, with_default_evals
@@ -155,7 +155,7 @@ def test_classes_along_training_are_those_of_extract_also_after_a_stop(training:
             exact, pz = table["exact_match"][members], np.exp(table["logprob"][members])
             assert line[f"planted/exact_match/{name}"] == exact.mean()
             assert line[f"planted/pz/{name}"] == pytest.approx(pz.mean(), rel=1e-5)
-    summary = summarize_curve(run_folder, atomic.read_json(run_folder / "run.json")["evaluation"]["measured"])
+    summary = summarize_curve(run_folder, json_files.read_json(run_folder / "run.json")["evaluation"]["measured"])
     assert summary is not None
     sizes = {measure["name"]: measure["n"] for measure in summary["measures"]}
     assert sizes["planted/exact_match"] == 12
@@ -165,13 +165,13 @@ def test_classes_along_training_are_those_of_extract_also_after_a_stop(training:
 def test_training_by_epochs_is_evaluated_after_each(training: TrainConfig, tmp_path: Path) -> None:
     config = replace(training, steps=None, epochs=2, eval_every=None, eval_sequences="", out=str(tmp_path / "run"))
     folder = train_with_evals(config)
-    steps = json.loads((folder / "run.json").read_text())["steps"]
+    steps = json_files.read_json(folder / "run.json")["steps"]
     assert [line["step"] for line in curve(folder)] == [0, steps // 2 + steps % 2, steps]
     assert {"animals/acc", "stories/nll"} < curve(folder)[1].keys()
 
 
 def test_the_run_records_what_was_measured(run_folder: Path) -> None:
-    (measured,) = atomic.read_json(run_folder / "run.json")["evaluation"]["measured"]
+    (measured,) = json_files.read_json(run_folder / "run.json")["evaluation"]["measured"]
     assert {kind: {name: entry["n"] for name, entry in files.items()} for kind, files in measured.items()} == {
         "texts": {"stories": 20},
         "tasks": {"animals": 20, "words": 20},
@@ -260,14 +260,14 @@ def test_a_run_evaluates_during_training_what_it_measures_before_and_after(
         (lines[-1], cell.score, cell.extract),
     )
     for line, score_stage, extract_stage in measured:
-        scores = atomic.read_json(design.folder(score_stage) / "score.json")
-        extracted = atomic.read_json(design.folder(extract_stage) / "extract.json")
+        scores = json_files.read_json(design.folder(score_stage) / "score.json")
+        extracted = json_files.read_json(design.folder(extract_stage) / "extract.json")
         # Training has another sharding and another batch size: rounding.
         assert line["stories/nll"] == pytest.approx(scores["texts"]["stories"]["nll"], rel=1e-5)
         assert line["sequences/log_pz"] == pytest.approx(extracted["logprob"], rel=1e-5)
         assert line["sequences/exact_match"] == extracted["exact_match"]
     assert lines[-1]["sequences/pz/held_out"] == pytest.approx(extracted["held_out"]["pz"], rel=1e-5)
-    found = atomic.read_json(folder / "results.json")["cells"][0]["training"]["evaluations"]
+    found = json_files.read_json(folder / "results.json")["cells"][0]["training"]["evaluations"]
     assert found["step"] == [line["step"] for line in lines]
     assert [measure["name"] for measure in found["measures"]] == [*MEASURES, *HELD_OUT]
     assert found["measures"][0]["values"] == [line["stories/nll"] for line in lines]

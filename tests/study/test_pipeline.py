@@ -23,6 +23,7 @@ from jax_selftrain.config import (
 )
 from jax_selftrain.corpus import open_corpus
 from jax_selftrain.errors import InputError
+from jax_selftrain.io.jsonl import read_log
 from jax_selftrain.report import write_report
 from jax_selftrain.study import run, run_study
 from jax_selftrain.study.dag import run_all
@@ -116,7 +117,7 @@ def test_every_epoch_is_evaluated(finished: Path, config: StudyConfig):
         epochs = 1 if "one epoch" in cell.treatment else 3
         folder = finished / "stages" / cell.train.name
         steps = json.loads((folder / "run.json").read_text())["steps"]
-        lines = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+        lines = read_log(folder / "curve.jsonl")
         assert [line["step"] for line in lines][-1] == steps
         assert len(lines) == 1 + epochs
         assert "animals/acc" in lines[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from claims_factory import KEEPS, OWN, RAISES, SEEDS, make_cells, make_study
 
 from jax_selftrain.config import ArmConfig, ClaimConfig, StudyConfig, TrainConfig
 from jax_selftrain.errors import InputError
+from jax_selftrain.io import json_files
 from jax_selftrain.study.preregistration import claim_contrasts, judge_claims
 from jax_selftrain.study.registration import Registration, register
 
@@ -76,7 +76,8 @@ def test_claims_of_another_version_are_refused(tmp_path: Path) -> None:
     """The first version wrote claims and their hash alone; its tables are in the history of docs/micro-world."""
     claim = {"against": "", "direction": "raises", "margin": None, "measure": "accuracy", "name": "its own kind's text"}
     claim |= {"primary": True, "student": "", "treatment": "home - away"}
-    (tmp_path / "claims.json").write_text(json.dumps({"claims": [claim], "sha256": "d3b8ca9e66c03660"}))
+    old = {"claims": [claim], "sha256": "d3b8ca9e66c03660"}
+    json_files.write_json(tmp_path / "claims.json", old, checksum=False)
     with pytest.raises(InputError, match="another version"):
         freeze(tmp_path, [KEEPS])
 
@@ -84,7 +85,7 @@ def test_claims_of_another_version_are_refused(tmp_path: Path) -> None:
 def test_claims_after_the_first_results_are_post_hoc(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("{}")
     assert freeze(tmp_path, [KEEPS]) == ["keeps"]
-    assert json.loads((tmp_path / "claims.json").read_text())["claims"] == []
+    assert json_files.read_json(tmp_path / "claims.json")["claims"] == []
 
 
 # ---------------------------------------------------------------- gaming

@@ -19,7 +19,7 @@ from jax_selftrain import load_model
 from jax_selftrain.config import ImportCorpusConfig, RunConfig, StudyConfig, yaml_io
 from jax_selftrain.corpus import import_text, open_corpus
 from jax_selftrain.errors import InputError
-from jax_selftrain.io import atomic
+from jax_selftrain.io import json_files
 from jax_selftrain.report import write_report
 from jax_selftrain.study import run, run_study
 from jax_selftrain.study.run_study import one_cell_study
@@ -32,7 +32,7 @@ def snapshot(folder: Path) -> bytes:
 
 
 def read_cell(folder: Path) -> dict[str, Any]:
-    (cell,) = atomic.read_json(folder / "results.json")["cells"]
+    (cell,) = json_files.read_json(folder / "results.json")["cells"]
     return cell
 
 
@@ -65,7 +65,7 @@ def test_a_run_folder_is_a_reference_to_its_trained_model(finished_run: Path, op
 def test_the_student_is_trained_on_the_sampled_tokens_for_one_pass(finished_run: Path, options: Options) -> None:
     (cell,) = run_design(options(finished_run)).cells
     assert cell.corpus.command == "sample"
-    description = atomic.read_json(finished_run / "stages" / cell.train.name / "run.json")
+    description = json_files.read_json(finished_run / "stages" / cell.train.name / "run.json")
     assert description["steps"] == description["rows"] // 4
     assert read_cell(finished_run)["training"]["steps"] == description["steps"]
 
@@ -75,7 +75,7 @@ def test_results_equal_the_measurements_of_the_stages(finished_run: Path, option
     (cell,), found = design.cells, read_cell(finished_run)
     scores = {"before": design.score_base["llama"], "after": cell.score}
     for side, stage in scores.items():
-        measured = atomic.read_json(design.folder(stage) / "score.json")
+        measured = json_files.read_json(design.folder(stage) / "score.json")
         for task in found["tasks"]:
             assert task["accuracy"][side]["value"] == pytest.approx(measured["tasks"][task["name"]]["acc"])
             assert task["n"] == measured["tasks"][task["name"]]["n"]
@@ -83,7 +83,7 @@ def test_results_equal_the_measurements_of_the_stages(finished_run: Path, option
             assert text["nll"][side]["value"] == pytest.approx(measured["texts"][text["name"]]["nll"])
     extracted = {"before": design.extract_base["llama"], "after": cell.extract}
     for side, stage in extracted.items():
-        measured = atomic.read_json(design.folder(stage) / "extract.json")
+        measured = json_files.read_json(design.folder(stage) / "extract.json")
         part = found["extraction"]["classes"]["all"]
         assert part["n"] == measured["n"]
         assert part["exact_match"][side]["value"] == pytest.approx(measured["exact_match"])
@@ -132,7 +132,7 @@ def test_training_changed_something(finished_run: Path) -> None:
 
 def test_the_corpus_is_described(finished_run: Path, options: Options) -> None:
     (cell,) = run_design(options(finished_run)).cells
-    described = atomic.read_json(finished_run / "results.json")["corpora"][cell.corpus.key]
+    described = json_files.read_json(finished_run / "results.json")["corpora"][cell.corpus.key]
     samples = {
         sample.sample_id: sample for sample in open_corpus(finished_run / "stages" / cell.corpus.name).iter_samples()
     }
@@ -215,7 +215,7 @@ def test_a_mixed_corpus_counts_by_content(options: Options, inputs: dict[str, st
     import_text(text)
     run(config)
     (cell,) = run_design(config).cells
-    description = atomic.read_json(tmp_path / "out" / "stages" / cell.train.name / "run.json")
+    description = json_files.read_json(tmp_path / "out" / "stages" / cell.train.name / "run.json")
     assert description["mixture"][0]["share"] == "1/5"
     shutil.rmtree(mixed)
     import_text(replace(text, limit=3))
@@ -244,7 +244,7 @@ def test_another_source_is_sampled(options: Options, tiny_model: Callable[..., P
     config = options(tmp_path / "out", source=str(tiny_model("llama", seed=1)))
     config = without_extraction(replace(config, score=replace(config.score, tasks=())))
     run(config)
-    results = atomic.read_json(tmp_path / "out" / "results.json")
+    results = json_files.read_json(tmp_path / "out" / "results.json")
     assert results["title"] == "llama, trained on text by llama (source)"
     assert (results["design"]["students"], results["design"]["sources"]) == (["llama"], ["llama (source)"])
     assert len({model["fingerprint"] for model in results["design"]["models"]}) == 2

@@ -28,7 +28,7 @@ from jax_selftrain.config import (
     SubsetConfig,
     yaml_io,
 )
-from jax_selftrain.io import atomic
+from jax_selftrain.io import json_files
 from jax_selftrain.study.design import make_design
 
 Words = Callable[[Path], list[object]]
@@ -121,7 +121,7 @@ def test_a_run_of_several_processes_gives_the_results_of_one(
         for name in names:
             assert (out / "stages" / stage.name / name).read_bytes() == (design.folder(stage) / name).read_bytes()
     (run,) = stage_folders(out, "train")
-    assert atomic.read_json(run / "launches.jsonl")["processes"] == processes
+    assert json_files.read_json(run / "launches.jsonl")["processes"] == processes
     assert len(list(out.rglob("report.html"))) == 1
     assert not list(out.rglob(".*"))
     assert not list(out.rglob("*.parts"))
@@ -221,7 +221,7 @@ def test_the_other_processes_complete_scoring_after_a_kill(
     assert out.read_bytes() == (tmp_path / "undisturbed.json").read_bytes()
     if stage == "score":
         assert (
-            atomic.read_json(tmp_path / "undisturbed.timings.json")["units_by_process"]["0"] > 4
+            json_files.read_json(tmp_path / "undisturbed.timings.json")["units_by_process"]["0"] > 4
         )  # work for two processes
 
 

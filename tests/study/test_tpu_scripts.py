@@ -206,7 +206,10 @@ def test_a_dry_run_prints_the_calls_without_making_them(cloud: Cloud, tmp_path: 
         ("NAME=Pod 1", "only lowercase letters, digits and dashes"),
         ("TYPE=gpu-8", "unknown TYPE gpu-8"),
         ("TIER=cheap", "it must be spot, reserved or on-demand"),
-        ("BUCKET=my-bucket", "it must begin with gs://"),
+        ("BUCKET=my-bucket", "it must be gs://BUCKET"),
+        ("BUCKET=gs://bucket/a; rm -rf x", "of letters, digits, dots and dashes"),
+        ("BUCKET=gs://bucket/$(id)", "of letters, digits, dots and dashes"),
+        ("POLL_SECONDS=1; id", "it must be a number"),
         ("PROJECT=", "PROJECT is missing"),
     ],
 )
@@ -229,6 +232,18 @@ def test_missing_arguments_are_reported_and_configs_are_not_executed(cloud: Clou
     assert "expected one argument: the folder to copy to" in cloud.script("fetch").stderr
     cloud.config.unlink()
     assert "no such file; copy" in cloud.script("create").stderr
+
+
+def test_the_environment_does_not_configure_a_script(cloud: Cloud) -> None:
+    """A NAME in the shell must not decide which slice is deleted."""
+    cloud.environment |= {"NAME": "other", "BUCKET": "gs://other/x"}
+    called = cloud.script("delete", "--dry-run").stdout
+    assert "pod-1" in called
+    assert "other" not in called
+    cloud.config.write_text(cloud.config.read_text().replace("NAME=pod-1\n", ""))
+    refused = cloud.script("delete", "--dry-run")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "NAME is missing" in refused.stderr
 
 
 @pytest.mark.parametrize("name", SCRIPT_NAMES)

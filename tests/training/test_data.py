@@ -21,7 +21,7 @@ from jax_selftrain.corpus import Mixture, import_text, open_corpus
 from jax_selftrain.distributed.mesh import make_mesh, mesh_context
 from jax_selftrain.distributed.sharding import make_sharding_rules
 from jax_selftrain.errors import InputError
-from jax_selftrain.io import atomic
+from jax_selftrain.io import json_files
 from jax_selftrain.io.manifest import folder_manifest
 from jax_selftrain.training import Hook, train
 from jax_selftrain.training.data import goldfish_mask, load_batch, random_signs
@@ -103,7 +103,7 @@ def test_goldfish_drops_targets_by_the_tokens_before_them(mixture: Mixture, opti
 
 def test_run_folder_records_the_mixture(reference_run: Path, corpus_folder: Path, other_corpus: Path):
     main, other = (pack_corpus(open_corpus(folder), 48, "masked") for folder in (corpus_folder, other_corpus))
-    record = atomic.read_json(reference_run / "run.json")
+    record = json_files.read_json(reference_run / "run.json")
     (mixed,) = record["mixture"]
     assert mixed == {
         "ref": str(other_corpus),
@@ -118,7 +118,7 @@ def test_run_folder_records_the_mixture(reference_run: Path, corpus_folder: Path
     assert record["rows"] == record["corpus"]["rows"] == len(main)
     for place, rows in (("rows", main), ("rows-1", other)):
         np.testing.assert_array_equal(np.load(reference_run / place / "tokens.npy"), rows.tokens)
-    metadata = atomic.read_json(reference_run / "model" / "selftrain.json")["metadata"]
+    metadata = json_files.read_json(reference_run / "model" / "selftrain.json")["metadata"]
     assert metadata["fingerprints"].keys() == {"model", "tokenizer", "corpus", "mixture"}
 
 
@@ -128,8 +128,8 @@ def test_mixing_changes_the_result_and_a_run_without_it_does_not_record_it(
     alone = train(options())
     assert param_bytes(alone) != param_bytes(reference_run)
     assert not (alone / "rows-1").exists()
-    assert atomic.read_json(alone / "run.json")["mixture"] == []
-    metadata = atomic.read_json(alone / "model" / "selftrain.json")["metadata"]
+    assert json_files.read_json(alone / "run.json")["mixture"] == []
+    metadata = json_files.read_json(alone / "model" / "selftrain.json")["metadata"]
     assert metadata["fingerprints"].keys() == {"model", "tokenizer", "corpus"}
 
 
@@ -170,7 +170,7 @@ def test_run_resumes_after_corpora_moved_and_packed_rows_were_deleted(
 
 def test_steps_default_to_one_pass_over_the_main_corpus(mixed_options: Callable[..., TrainConfig], mixture: Mixture):
     run = train(mixed_options(steps=None, checkpoint_every=None))
-    record = atomic.read_json(run / "run.json")
+    record = json_files.read_json(run / "run.json")
     assert record["steps"] == -(-len(mixture.components[0]) * 4 // 3 // 8)
     assert record["corpus"]["epochs"] >= 1 > record["corpus"]["epochs"] * (record["steps"] - 1) / record["steps"]
     assert train(mixed_options(steps=None, checkpoint_every=None)) == run, "found finished"
@@ -194,7 +194,7 @@ def test_more_epochs_than_allowed_are_refused_with_the_steps_that_are_allowed(
     with pytest.raises(InputError, match=f"at most --steps {steps}"):
         train(dataclasses.replace(config, steps=int(steps) + 1))
     run = train(dataclasses.replace(config, steps=int(steps)))
-    (entry,) = atomic.read_json(run / "run.json")["mixture"]
+    (entry,) = json_files.read_json(run / "run.json")["mixture"]
     assert 2.5 - 3 / size < entry["epochs"] <= 2.5, "a step has two rows of it, more or less one"
 
 

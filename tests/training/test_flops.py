@@ -1,6 +1,5 @@
 """FLOPs per token of two small models, counted by hand, and MFU."""
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +8,7 @@ import pytest
 
 from jax_selftrain.config import TrainConfig
 from jax_selftrain.distributed.mesh import make_mesh
+from jax_selftrain.io.jsonl import read_log
 from jax_selftrain.models import DecoderConfig
 from jax_selftrain.models.config import RopeConfig
 from jax_selftrain.training import train
@@ -55,7 +55,7 @@ def test_timings_of_a_run_have_its_throughput(options: Callable[..., TrainConfig
     for dtype, keys in (("float32", {"flops_per_second"}), ("bfloat16", {"flops_per_second", "mfu"})):
         monkeypatch.setitem(PEAK_FLOPS, device.device_kind, 1e12)
         run = train(replace(config, dtype=dtype, out=f"{config.out}-{dtype}"))
-        lines = [json.loads(line) for line in (run / "timings.jsonl").read_text().splitlines()]
+        lines = read_log(run / "timings.jsonl")
         assert [line["step"] for line in lines] == [1, 2, 3]
         for line in lines:
             assert set(line) == {"step", "time", "seconds", "tokens_per_second", *keys}

@@ -11,7 +11,7 @@ from training_runs import EVALUATED, Interruption, curve, first_scale, interrupt
 from jax_selftrain.config import TrainConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import LoadedModel
-from jax_selftrain.io import atomic
+from jax_selftrain.io import json_files
 from jax_selftrain.training import Hook, train
 from jax_selftrain.training.checkpoints import steps_to_keep
 
@@ -27,7 +27,7 @@ def test_the_curve_has_a_line_before_the_first_step_every_eval_and_after_the_las
     assert [line["step"] for line in curve(run)] == [0, 2, 4, 5]
     assert {tuple(line) for line in curve(run)} == {("step", "probe/nll")}
     assert len({line["probe/nll"] for line in curve(run)}) == 4, "each from the model of its own step"
-    assert atomic.read_json(run / "run.json")["evaluation"]["measured"] == [{"probe": "as it is"}]
+    assert json_files.read_json(run / "run.json")["evaluation"]["measured"] == [{"probe": "as it is"}]
 
 
 def test_a_run_by_epochs_evaluates_and_saves_at_the_end_of_each(options: Options):
@@ -36,7 +36,7 @@ def test_a_run_by_epochs_evaluates_and_saves_at_the_end_of_each(options: Options
     hook = measuring(first_scale, every=None, each_epoch=True)
     whole = options(**by_epochs, batch_size=3)
     run = train(whole, hooks=[hook])
-    record = atomic.read_json(run / "run.json")
+    record = json_files.read_json(run / "run.json")
     ends = [-(-record["rows"] * (epoch + 1) // 3) for epoch in range(3)]
     assert ends[1] - ends[0] > 2
     assert (record["steps"], record["corpus"]["epochs"]) == (ends[-1], pytest.approx(3, abs=3 / record["rows"]))
@@ -82,7 +82,7 @@ def test_the_best_epoch_on_dev_items_may_be_the_result(options: Options, best: i
         train(config, hooks=[hook, Hook(interrupt, steps=(ends[best - 1] + 3,))])
     run = train(config, hooks=[hook])
     assert set(list_saved_steps(run)) == {ends[best - 1], ends[-1]}
-    assert atomic.read_json(run / "model" / "selftrain.json")["metadata"]["step"] == ends[best - 1]
+    assert json_files.read_json(run / "model" / "selftrain.json")["metadata"]["step"] == ends[best - 1]
     assert param_bytes(run) == param_bytes(whole / "checkpoints" / f"{ends[best - 1]:06d}" / "model")
     assert param_bytes(run) != param_bytes(whole)
 

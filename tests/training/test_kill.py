@@ -1,6 +1,5 @@
 """Killed training processes: a resumed run ends with the same bits."""
 
-import json
 import os
 import random
 import signal
@@ -16,6 +15,7 @@ from training_runs import count_lines, probe, run_options
 
 from jax_selftrain.config import TrainConfig, yaml_io
 from jax_selftrain.errors import Preempted
+from jax_selftrain.io.jsonl import read_log
 from jax_selftrain.training import checkpoints, train
 
 TRAIN_WITH_PROBE = """
@@ -24,6 +24,8 @@ from training_runs import probe
 from jax_selftrain.config import TrainConfig, yaml_io
 from jax_selftrain.errors import Preempted
 from jax_selftrain.training import train
+from jax_selftrain.io.jsonl import read_log
+from jax_selftrain.io.jsonl import read_log
 try:
     train(yaml_io.load(TrainConfig, sys.argv[1]), hooks=[probe(2)])
 except Preempted as error:
@@ -114,7 +116,7 @@ def test_sigterm_saves_and_the_next_launch_resumes_exactly(
     assert not (run / "model").exists()
 
     train(config)
-    first, second = (json.loads(line) for line in (run / "launches.jsonl").read_text().splitlines())
+    first, second = read_log(run / "launches.jsonl")
     assert (first["from_step"], second["from_step"]) == (0, int(checkpoint.name))
     assert param_bytes(run) == param_bytes(long_run)
     assert (run / "metrics.jsonl").read_bytes() == (long_run / "metrics.jsonl").read_bytes()

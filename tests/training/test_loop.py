@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from jax_selftrain.config import ConvertConfig, ImportCorpusConfig, TrainConfig,
 from jax_selftrain.corpus import import_text
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import LoadedModel, convert, load_model
-from jax_selftrain.io import atomic
+from jax_selftrain.io import json_files
+from jax_selftrain.io.jsonl import read_log
 from jax_selftrain.io.manifest import folder_manifest, sha256_file
 from jax_selftrain.training import Hook, train
 
@@ -49,10 +51,10 @@ def test_run_folder_holds_model_checkpoints_and_records(reference_run: Path, sma
     last = param_bytes(reference_run / "checkpoints" / "000006" / "model")
     assert param_bytes(reference_run) == last != param_bytes(small_model)
     assert yaml_io.load(TrainConfig, reference_run / "config.yaml").steps == 6
-    record = atomic.read_json(reference_run / "run.json")
+    record = json_files.read_json(reference_run / "run.json")
     assert {"jax", "optax", "python"} <= record["versions"].keys()
     assert len(record["model"]["fingerprint"]) == len(record["corpus"]["fingerprint"]) == 64
-    lines = [json.loads(line) for line in (reference_run / "metrics.jsonl").read_text().splitlines()]
+    lines = read_log(reference_run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert {tuple(line) for line in lines} == {("step", "loss", "grad_norm", "learning_rate", "tokens")}
     assert all(
@@ -92,7 +94,7 @@ def test_missing_final_model_is_rewritten_from_the_last_checkpoint(options: Call
         ({"learning_rate": 2e-3}, r"started with --learning-rate 0\.001, not 0\.002"),
         ({"seed": 1}, "started with --seed 0, not 1"),
         ({"packing": "single"}, "started with --packing masked, not single"),
-        ({"steps": 7}, "started with --steps 6, not 7"),
+        ({"steps": 5}, "started with --steps 6, not 5"),
     ],
 )
 def test_other_options_in_the_same_folder_are_refused(
@@ -102,6 +104,25 @@ def test_other_options_in_the_same_folder_are_refused(
     with pytest.raises(InputError, match=message):
         train(options(out=str(reference_run), **change))
     assert folder_manifest(reference_run) == before
+
+
+def test_more_steps_continue_a_run_to_the_bits_of_a_long_run(options: Callable[..., TrainConfig], tmp_path: Path):
+    constant = partial(options, schedule="constant", warmup_ratio=0.0, checkpoint_every=3, keep=2)
+    whole = train(constant(steps=8, out=str(tmp_path / "whole")))
+    train(constant(steps=4))
+    with pytest.raises(Interruption):
+        train(constant(steps=6), hooks=[Hook(interrupt, steps=(5,))])
+    train(constant(steps=6))
+    run = train(constant(steps=8))
+    assert param_bytes(run) == param_bytes(whole)
+    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert len(json_files.read_json(run / "run.json")["continues"]) == 2
+    with pytest.raises(InputError, match="started with --steps 8, not 7"):
+        train(constant(steps=7))
+    cosine = partial(options, schedule="cosine", out=str(tmp_path / "cosine"))
+    train(cosine(steps=2))
+    with pytest.raises(InputError, match="started with --steps 2, not 3.* more steps need --schedule constant"):
+        train(cosine(steps=3))
 
 
 def test_other_model_or_corpus_in_the_same_folder_is_refused(
@@ -153,7 +174,7 @@ def test_steps_default_to_one_epoch_and_a_small_corpus_is_repeated_within_a_batc
     import_text(ImportCorpusConfig(source=str(source), model=str(small_model), out=str(tmp_path / "few")))
     config = options(steps=None, checkpoint_every=None, corpus=str(tmp_path / "few"), packing="single")
     run = train(config)
-    record = atomic.read_json(run / "run.json")
+    record = json_files.read_json(run / "run.json")
     assert (record["rows"], record["steps"], len(losses(run))) == (2, 1, 1), "two rows fill the eight of a step"
     assert train(config) == run, "found finished"
 

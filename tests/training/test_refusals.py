@@ -16,6 +16,7 @@ from jax_selftrain.config import ImportCorpusConfig, SampleConfig, TrainConfig
 from jax_selftrain.corpus import import_text
 from jax_selftrain.errors import InputError, UnavailableError
 from jax_selftrain.hub import LoadedModel
+from jax_selftrain.io.jsonl import read_log
 from jax_selftrain.io.manifest import folder_manifest
 from jax_selftrain.sampling import sample
 from jax_selftrain.training import Hook, train
@@ -79,7 +80,7 @@ def test_diverging_run_stops_and_keeps_earlier_records(options: Callable[..., Tr
         train(config)
     assert "nothing of it was saved" in str(caught.value)
     run = Path(config.out)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = read_log(run / "metrics.jsonl")
     assert all(np.isfinite(line["loss"]) for line in lines)
     assert not (run / "model").exists()
     with pytest.raises(InputError, match="nothing of it was saved"):
@@ -147,7 +148,7 @@ def test_after_deleting_the_damaged_checkpoint_the_run_falls_back(
 ):
     shutil.rmtree(interrupted_copy / "checkpoints" / "000004")
     run = train(options())
-    launches = [json.loads(line) for line in (run / "launches.jsonl").read_text().splitlines()]
+    launches = read_log(run / "launches.jsonl")
     assert [launch["from_step"] for launch in launches] == [0, 2]
 
 

@@ -13,7 +13,7 @@ from jax_selftrain import cli
 from jax_selftrain.config import TrainConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.hub import LoadedModel
-from jax_selftrain.io import atomic
+from jax_selftrain.io import json_files
 from jax_selftrain.training import Hook, train
 
 
@@ -61,7 +61,7 @@ def test_a_resumed_run_keeps_its_id_and_logs_metrics_and_measures(
         train(config, hooks=[probe(3), Hook(interrupt, steps=(5,))])
     folder = train(config, hooks=[probe(3)])
     first, second = runs
-    identity = atomic.read_json(folder / "run.json")["identity"]
+    identity = json_files.read_json(folder / "run.json")["identity"]
     for run in runs:
         assert run.options["project"] == "project"
         assert run.options["id"] == identity[:32]

@@ -27,7 +27,7 @@ from jax_selftrain.corpus import import_text, open_corpus
 from jax_selftrain.errors import InputError
 from jax_selftrain.experiments.microworld.lines_and_questions import World, WorldConfig
 from jax_selftrain.experiments.microworld.world import BOS_TOKEN, make_world, train_tokenizer, write_untrained_model
-from jax_selftrain.io import atomic
+from jax_selftrain.io import atomic, json_files
 from jax_selftrain.io.jsonl import write_jsonl
 from jax_selftrain.io.manifest import sha256_file
 from jax_selftrain.report import write_report
@@ -216,7 +216,7 @@ def write_worlds(folder: Path, scale: MicroScale) -> None:
         if not (folder / "world.json").exists():
             raise InputError(f"{folder}: exists but is not a micro-world; choose another --out")
         # A JSON round trip turns tuples into lists.
-        if atomic.read_json(folder / "world.json") != json.loads(json.dumps(spec)):
+        if json_files.read_json(folder / "world.json") != json.loads(json.dumps(spec)):
             raise InputError(f"{folder}: is another micro-world (another seed or version); choose another --out")
         return
     worlds = {name: world for name, world in make_worlds(scale.world).items() if name in scale.world_ids}
@@ -243,7 +243,7 @@ def write_worlds(folder: Path, scale: MicroScale) -> None:
                 positions=positions,
                 **{key: getattr(model, key) for key in ("family", "width", "layers", "heads")},
             )
-        atomic.write_json(temporary / "world.json", spec)
+        json_files.write_json(temporary / "world.json", spec)
 
 
 def _rows(texts: Iterable[str]) -> Iterator[Mapping[str, Any]]:

@@ -12,7 +12,7 @@ import pytest
 from run_factory import output_times, refusal
 
 from jax_selftrain.config import RunConfig
-from jax_selftrain.io import atomic
+from jax_selftrain.io import json_files
 from jax_selftrain.study import run
 
 Options = Callable[..., RunConfig]
@@ -25,7 +25,7 @@ def test_title_mesh_and_sampling_batch_make_no_new_stages(finished_run: Path, op
     config = options(folder, title="A better title", mesh="data=2")
     run(replace(config, sample=replace(config.sample, batch_size=4)))
     assert output_times(folder) == before
-    assert atomic.read_json(folder / "results.json")["title"] == "A better title"
+    assert json_files.read_json(folder / "results.json")["title"] == "A better title"
 
 
 @pytest.mark.parametrize(

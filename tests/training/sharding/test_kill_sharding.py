@@ -1,6 +1,5 @@
 """Tests of `kill` on several devices."""
 
-import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from training_runs import count_lines, losses
 
 from jax_selftrain.config import TrainConfig, yaml_io
 from jax_selftrain.errors import Preempted
+from jax_selftrain.io.jsonl import read_log
 from jax_selftrain.training import train
 
 
@@ -32,7 +32,7 @@ def test_sigterm_to_one_of_two_processes_stops_both_and_one_process_can_resume(
     assert all(f"stopped and saved after step {int(checkpoint.name)} of 300" in text for text in errors)
 
     train(config)  # here, on two simulated devices
-    launches = [json.loads(line) for line in (run / "launches.jsonl").read_text().splitlines()]
+    launches = read_log(run / "launches.jsonl")
     assert [(launch["from_step"], launch["processes"]) for launch in launches] == [(0, 2), (int(checkpoint.name), 1)]
     # Gloo adds in another order than one process does; three hundred Adam steps amplify the rounding.
     np.testing.assert_allclose(losses(run), losses(long_run), rtol=1e-3)

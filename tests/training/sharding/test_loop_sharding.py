@@ -1,6 +1,5 @@
 """Tests of `loop` on several devices."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 from training_runs import Interruption, interrupt, losses
 
 from jax_selftrain.config import TrainConfig
+from jax_selftrain.io.jsonl import read_log
 from jax_selftrain.training import Hook, train
 
 
@@ -19,7 +19,7 @@ def test_interrupted_run_resumes_on_another_mesh(tmp_path: Path, options: Callab
     run = train(options(mesh="data=2,model=2"))
     # fp32 sums in another order from step 3 on.
     np.testing.assert_allclose(losses(run), losses(reference), rtol=1e-5)
-    launches = [json.loads(line) for line in (run / "launches.jsonl").read_text().splitlines()]
+    launches = read_log(run / "launches.jsonl")
     assert [(launch["from_step"], launch["mesh"]) for launch in launches] == [
         (0, {"data": 1, "model": 1}),
         (2, {"data": 2, "model": 2}),
