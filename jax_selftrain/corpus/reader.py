@@ -63,8 +63,13 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the manifest, which holds the checksum of every shard."""
-        return hash_json(self.manifest)
+        """SHA-256 of the manifest, which holds the checksum of every shard.
+
+        The path or name of the source does not count; its fingerprint does.
+        """
+        source = self.manifest["source"]
+        content = {key: value for key, value in source.items() if key != "ref"} if isinstance(source, dict) else source
+        return hash_json({**self.manifest, "source": content})
 
     def iter_samples(self) -> Iterator[Sample]:
         """Yield the samples in order of their ids."""

@@ -40,6 +40,7 @@ from jax_selftrain.evals.lm_eval_tasks import load_lm_eval_tasks, refuse_unsafe_
 from jax_selftrain.evals.task_names import split_names
 from jax_selftrain.hub.model_ref import MODEL_CARD
 from jax_selftrain.io import atomic, json_files, lease
+from jax_selftrain.io.remote_paths import paths_relative_to
 from jax_selftrain.study.claim_power import describe_power
 from jax_selftrain.study.dag import check_processes, list_remaining, peak_bytes, run_all
 from jax_selftrain.study.design import Design, expand_revisions, make_design
@@ -135,7 +136,8 @@ def run_study(config: StudyConfig) -> Path:
         print("\n".join([format_plan(config, design), *power]))
         return folder
     registration = Registration(*broadcast_one_to_all(lambda: _start(config, design, folder)))
-    run_all(design.root, design.ordered_stages, config.keep_models)
+    with paths_relative_to(design.root.parent):
+        run_all(design.root, design.ordered_stages, config.keep_models)
     if jax.process_index() == 0:
         with lease.wait_for_lease(folder / ".results.lease"):  # other processes write the same bytes
             trained = [cell.train for cell in design.cells]

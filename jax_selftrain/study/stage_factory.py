@@ -53,7 +53,7 @@ class StageFactory:
 
     def __init__(self, config: StudyConfig, read_corpus: Callable[[str], Corpus] | None = None) -> None:
         self.config = config
-        self.root = Path(config.out) / "stages"
+        self.root = Path(config.out).absolute() / "stages"
         self._read_corpus = read_corpus or cache(open_corpus)
         self.hashes = InputHashes(dry_run=config.dry_run)
         self._hash_inputs: dict[str, Callable[[str], str]] = {

@@ -6,8 +6,6 @@ import json
 import random
 from pathlib import Path
 
-import pytest
-
 from jax_selftrain.errors import InputError
 from jax_selftrain.io.json_files import CHECKSUM, hash_json, read_json, write_json
 from jax_selftrain.io.jsonl import log_entry, read_log

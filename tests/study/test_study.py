@@ -39,6 +39,7 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.evals import embed_texts, held_out_half, sequences_fingerprint
 from jax_selftrain.evals.item_results import load_score_result
 from jax_selftrain.hub import open_model
+from jax_selftrain.io.manifest import folder_manifest
 from jax_selftrain.report import write_report
 from jax_selftrain.study import run_study
 from jax_selftrain.study.contrasts import Pairs
@@ -757,3 +758,31 @@ def test_proxies_of_held_out_text_are_of_dev_documents(finished_study: Path):
     expected = align_gradients(recipe, samples, rows)
     proxies = cells["llama", "source llama", 100]["proxies"]
     assert proxies["gradient_alignment"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_study_that_moved_goes_on_to_the_same_bytes(finished_study: Path, tmp_path: Path):
+    """Only checkpoints (Orbax writes times into them), timings and the folder's own name differ."""
+    differ = re.compile(
+        r"(.*/checkpoints/|.*timings|.*\.seconds\.json|.*/launches\.jsonl|.*/tensorboard/|config\.yaml).*"
+    )
+    moved = shutil.copytree(finished_study, tmp_path / "another place")
+    records = sorted(path for path in (moved / "stages").glob("*.json") if "seconds" not in path.name)
+    for record in records[::3]:
+        record.unlink()
+        shutil.rmtree(record.with_suffix(""))
+    config = yaml_io.load(StudyConfig, finished_study / "config.yaml")
+    assert run_study(replace(config, out=str(moved))) == moved
+    write_report(moved)
+    before, after = (
+        {
+            name: one
+            for name, one in folder_manifest(folder, exclude="config.yaml").items()
+            if not any(part in name for part in names)
+        }
+        for folder in (finished_study, moved)
+    )
+    assert len(before) > 300
+    assert after == before
+    text = "".join(path.read_text() for path in (moved / "stages").glob("*/*.json"))
+    assert str(moved) not in text
+    assert str(finished_study) not in text

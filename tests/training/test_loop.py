@@ -121,7 +121,7 @@ def test_more_steps_continue_a_run_to_the_bits_of_a_long_run(options: Callable[.
         train(constant(steps=7))
     cosine = partial(options, schedule="cosine", out=str(tmp_path / "cosine"))
     train(cosine(steps=2))
-    with pytest.raises(InputError, match="started with --steps 2, not 3.* more steps need --schedule constant"):
+    with pytest.raises(InputError, match=r"started with --steps 2, not 3.* more steps need --schedule constant"):
         train(cosine(steps=3))
 
 
