@@ -7,7 +7,6 @@ Values of flags are converted as in a YAML file (`config.yaml_io`), with the sam
 import dataclasses
 import gc
 import logging
-import os
 import re
 import signal
 import sys
@@ -21,6 +20,7 @@ from typing import Annotated, Any, get_type_hints
 from jax_selftrain import config
 from jax_selftrain.config import yaml_io
 from jax_selftrain.config.metadata import Role, fields_with_role, roles
+from jax_selftrain.console import configure_log, escape_controls, is_stdout_closed
 from jax_selftrain.distributed import peers, sync
 from jax_selftrain.distributed.cluster import DistributedConfig
 from jax_selftrain.errors import InputError, SelftrainError, library_panics_as_input_errors
@@ -87,12 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is None:
         mark_cli_process()
-        _configure_log()
+        configure_log()
     try:
         code = _main(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except BrokenPipeError:
-        if not _is_stdout_closed():
+        if not is_stdout_closed():
             raise
         code = 128 + signal.SIGPIPE  # as a shell says of a program whose reader has ended
     sync.hard_exit(code)
@@ -130,44 +130,16 @@ def _main(argv: list[str]) -> int:
                     import_module("jax_selftrain.report").write_report(options.out)
             text = restore_uris(summary(name, options, result)) if _is_first_process() else ""
         if text:
-            print(_escape_controls(text))
+            print(escape_controls(text))
         return 0
     except SelftrainError as error:
         text = " ".join(str(error).split())
-        text = _escape_controls(text if error.shows_local_paths else restore_uris(text))
+        text = escape_controls(text if error.shows_local_paths else restore_uris(text))
         print(f"{program}: error: {text}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return _INTERRUPTED
-
-
-def _configure_log() -> None:
-    """Write the package's log to standard error, with times."""
-    handler, log = logging.StreamHandler(), logging.getLogger("jax_selftrain")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False  # other packages add handlers to the root
-
-
-def _is_stdout_closed() -> bool:
-    """Return True, and discard what follows, if standard output has no reader."""
-    try:
-        print(flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
-
-
-def _escape_controls(text: str) -> str:
-    """Escape characters of names and files that a terminal obeys."""
-    return re.sub(
-        r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
-        lambda match: match[0].encode("unicode_escape").decode(),
-        text,
-    )
 
 
 def _is_first_process() -> bool:

@@ -33,10 +33,10 @@ BRITISH = re.compile(
 )
 MAX_SUMMARY_WORDS = 12
 MAX_FILE_LINES = 400
-MAX_PACKAGE_LINES = 29_342
+MAX_PACKAGE_LINES = 29_352
 
 LAYERS = (
-    ("errors", "version"),
+    ("console", "errors", "version"),
     ("io",),
     ("stats",),
     ("config",),

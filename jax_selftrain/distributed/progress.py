@@ -18,11 +18,11 @@ _logger = logging.getLogger("jax_selftrain")
 
 
 def log_line(text: str) -> None:
-    """Log a line on process 0, unless a terminal shows bars.
+    """Log a line on process 0.
 
     The logger is `jax_selftrain`, at INFO; commands write it to standard error.
     """
-    if not jax.process_index() and not sys.stderr.isatty():
+    if not jax.process_index():
         _logger.info(text)
 
 

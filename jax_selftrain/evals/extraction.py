@@ -14,7 +14,7 @@ Token rows are used as given. A start token is prepended only on request: a form
 forgetting.
 """
 
-import sys
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -48,6 +48,7 @@ CLASSES = ("held_out", "partial", "seen")
 THRESHOLDS = (8, 16, 32)
 """Alternative thresholds that are reported, in tokens."""
 _RETOKENIZED = 200
+_logger = logging.getLogger(__name__)
 _MODELS = ("model", "untrained_baseline", "base")
 _MEANS = (
     *("exact_match", "token_accuracy", "teacher_forced_accuracy", "matched_tokens"),
@@ -238,7 +239,7 @@ def load_extraction_sets(config: ExtractConfig) -> tuple[ExtractionSet, Extracti
             )
             if 2 * doubled >= len(one.tokens):
                 raise InputError(f"{text}; drop --start-token, or set --offset 1")
-            print(f"{text}, and have it twice", file=sys.stderr)
+            _logger.warning("%s, and have it twice", text)
     return sequences, controls
 
 
@@ -249,10 +250,10 @@ def _warn_of_other_ids(config: ExtractConfig, tokens: np.ndarray) -> None:
     encoded = chain.from_iterable(encode_texts(tokenizer, texts))
     kept = sum(row == again for row, again in zip(rows, encoded, strict=True))
     if kept < 0.1 * len(rows):
-        print(
-            f"--sequences {config.sequences}: {kept} of {len(rows)} sequences keep their ids when they are decoded and "
-            f"tokenized again; unless they are random tokens, their ids are of another tokenizer than {config.model}'s",
-            file=sys.stderr,
+        _logger.warning(
+            "--sequences %s: %d of %d sequences keep their ids when they are decoded and tokenized again; unless they "
+            "are random tokens, their ids are of another tokenizer than %s's",
+            *(config.sequences, kept, len(rows), config.model),
         )
 
 

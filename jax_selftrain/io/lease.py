@@ -7,8 +7,8 @@ duplicate work; correctness does not depend on it.
 import errno
 import fcntl
 import json
+import logging
 import os
-import sys
 import threading
 import time
 import uuid
@@ -19,6 +19,8 @@ from pathlib import Path
 
 from jax_selftrain.io.atomic import PathLike, os_errors_as_input_errors, temp_path
 from jax_selftrain.io.process_id import ProcessId, is_alive, this_process
+
+_logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -77,7 +79,7 @@ def wait_for_lease(path: PathLike, *, resource: str = "") -> Iterator[None]:
                 yield
                 return
         if resource and not is_waiting:
-            print(f"waiting for another process that uses {resource}", file=sys.stderr)
+            _logger.info("waiting for another process that uses %s", resource)
         is_waiting = True
         time.sleep(0.5)
 

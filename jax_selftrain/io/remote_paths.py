@@ -1,4 +1,4 @@
-"""Paths in records: URIs instead of local copies, and relative paths inside a study.
+"""Paths in records: URIs instead of local copies, relative paths in studies.
 
 Separate from `remote`, so that records do not name folders of one machine.
 """

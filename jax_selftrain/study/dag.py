@@ -7,7 +7,6 @@ stage that is ready. An interrupted stage leaves an unfinished folder, which the
 """
 
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -176,8 +175,6 @@ def run_all(root: Path, stages: Sequence[Stage], keep_models: KeepModels = "all"
         if stage.key not in done:
             done.add(stage.key)
             remove_weights((stage, *stage.dependencies))
-            if sys.stderr.isatty() and jax.process_index() == 0:
-                print(f"jax-selftrain: {len(done)} of {len(stages)}: {stage.label}", file=sys.stderr, flush=True)
             log_line(f"stage {len(done)} of {len(stages)} done: {stage.label}")
 
     def run_claimed(claims: Iterator[tuple[Stage, ExitStack]]) -> None:

@@ -240,14 +240,14 @@ def test_results_are_grouped_by_number_of_duplicates(tmp_path, options, greedy_p
     assert result["duplicates"]["1"]["sampling_policies"]["temperature=1,top-k=40"]["pz"] is not None
 
 
-def test_a_start_token_is_not_doubled_in_silence(options, greedy_paths, capsys):
+def test_a_start_token_is_not_doubled_in_silence(options, greedy_paths, caplog):
     with_bos = greedy_paths.copy()
     with_bos[:20, 0] = 1  # BOS
     with pytest.raises(InputError, match="--start-token bos: 20 of 32 prefixes begin with token 1 already"):
         load_extraction_sets(options(with_bos, start_token="bos"))
     with_bos[2:, 0] = 9
     load_extraction_sets(options(with_bos, start_token="bos"))
-    assert "2 of 32 prefixes begin with token 1 already, and have it twice" in capsys.readouterr().err
+    assert "2 of 32 prefixes begin with token 1 already, and have it twice" in caplog.text
 
 
 def test_a_start_token_and_an_offset_move_the_window(tmp_path, options, model, greedy_paths):

@@ -7,7 +7,6 @@ is a study with control arms. All parts resume like any study.
 import itertools
 import json
 import random
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from jax_selftrain.config import (
     yaml_io,
 )
 from jax_selftrain.corpus import import_text, open_corpus
+from jax_selftrain.distributed.progress import log_line
 from jax_selftrain.errors import InputError
 from jax_selftrain.experiments.microworld.lines_and_questions import World, WorldConfig
 from jax_selftrain.experiments.microworld.world import BOS_TOKEN, make_world, train_tokenizer, write_untrained_model
@@ -101,10 +101,8 @@ def demo(config: DemoConfig, scale: MicroScale | None = None) -> Path:
         raise InputError("--temperatures adds sources to the study of six models; add --study")
     scale = scale or (CROSSOVER_SCALE if config.study else ONE_MODEL_SCALE)
     scale = replace(scale, world=replace(scale.world, seed=config.seed))
-    if sys.stderr.isatty():
-        count = len(scale.models)
-        text = f"jax-selftrain demo: writing a micro-world and pretraining {count} model{'s' * (count > 1)}"
-        print(text, file=sys.stderr, flush=True)
+    count = len(scale.models)
+    log_line(f"writing a micro-world and pretraining {count} model{'s' * (count > 1)}")
     if config.temperatures:
         scale = add_temperatures(scale, config.temperatures)
     study = _prepare_study(Path(config.out), scale, config.seeds if config.study else (config.seed,))
