@@ -1,4 +1,4 @@
-"""Standard output and error of a command: the log, and names that a terminal must not obey."""
+"""Standard output and error of a command: log and escapes."""
 
 import logging
 import os
