@@ -21,7 +21,19 @@ PROBE = """
 (() => {
   const elements = [...document.querySelectorAll('*')];
   const width = document.documentElement.clientWidth, links = [...document.querySelectorAll('a[href^="#"]')];
+  const filters = [];  // what each choice of the explorer shows, and what it says
+  for (const select of document.querySelectorAll('.explorer select')) {
+    for (const option of select.options) {
+      select.value = option.value;
+      select.dispatchEvent(new Event('change'));
+      const box = select.closest('.explorer'), shown = [...box.querySelectorAll('.item')].filter(e => e.offsetHeight);
+      filters.push([select.name, option.value, shown.length, Number(box.querySelector('output').textContent)]);
+    }
+    select.value = '';
+    select.dispatchEvent(new Event('change'));
+  }
   return {
+    filters,
     title: document.title,
     executed: typeof window.executed !== 'undefined',
     scripts: document.querySelectorAll('script, img, iframe, object, embed').length,

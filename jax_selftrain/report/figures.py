@@ -8,14 +8,16 @@ and after a filled blue one, which works in black and white; colors are from Oka
 from __future__ import annotations
 
 import io
+import itertools
+import math
 import re
 import unicodedata
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jax_selftrain.report.formatting import Record, format_measure, parse_estimate
+from jax_selftrain.report.formatting import Record, format_measure, format_number, parse_change, parse_estimate
 from jax_selftrain.stats.estimators import Estimate
 from jax_selftrain.study.measure_names import display_scale
 
@@ -23,22 +25,27 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_PALETTE = ("#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#24303a")
+_PALETTE = ("#0072b2", "#b34700", "#00795a", "#9c4f86", "#8a6500", "#5b4fb0", "#24303a")
+"""Okabe and Ito's colors, darkened: each has a contrast of at least 4.5 to white."""
 BEFORE, AFTER, ACCENT, INK, RULE = "#6b7680", "#0072b2", "#d55e00", "#24303a", "#d5dbe0"
 _MARKS = ("o", "s", "^", "D", "v", "P")
+_LEVELS = ("base", "before")
+"""Labels of the model before training."""
 _MAX_LABEL = 48
 Line = tuple[Sequence[float], ...]
 """Points of a line: horizontal, vertical."""
 Panel = tuple[str, str, Mapping[str, Line]]
 """Labels of both axes, and lines by label."""
+Styles = Mapping[str, Mapping[str, str]]
+"""Color and mark of each label."""
 Svg = tuple[str, str]
 """Name of a figure, and its text."""
 
 
-def clean_label(label: str) -> str:
+def clean_label(label: str, longest: int = _MAX_LABEL) -> str:
     """Remove control characters, which SVG excludes; shorten a long label."""
     label = "".join(" " if unicodedata.category(character) in ("Cc", "Cs", "Cn") else character for character in label)
-    return label if len(label) <= _MAX_LABEL else f"{label[: _MAX_LABEL - 21]}…{label[-20:]}"
+    return label if len(label) <= longest else f"{label[: longest - 21]}…{label[-20:]}"
 
 
 def plot_before_and_after(
@@ -75,32 +82,73 @@ def plot_before_and_after(
     return render_svg(name, 0.95 + 0.36 * len(entries), draw)
 
 
-def plot_effects(name: str, entries: Mapping[str, Record], measure: str) -> Svg:
-    """Plot mean change, interval and seeds for each label."""
+def plot_effects(name: str, entries: Mapping[str, Record], measure: str, styles: Styles) -> Svg:
+    """Plot mean change, interval and seeds for each label.
+
+    With one seed, the interval is over items. Changes that are much larger than the others are on a symmetric
+    logarithmic scale.
+    """
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         rows = [-float(i) for i in range(len(entries))]
-        for entry, row in zip(entries.values(), rows, strict=True):
+        for (label, entry), row in zip(entries.items(), rows, strict=True):
             values = [display_scale(measure) * value for value in entry["seeds"]]
-            axes.plot(values, [row - 0.22] * len(values), "o", color=BEFORE, markersize=3.5, alpha=0.8)
-            _draw_estimate(axes, parse_estimate(entry["change"], measure), row, AFTER, filled=True)
+            if len(values) > 1:
+                axes.plot(values, [row - 0.24] * len(values), "o", color=BEFORE, markersize=3.5, alpha=0.8)
+            change = parse_change(entry, measure)
+            _draw_estimate(axes, change, row, styles[label]["color"], filled=True)
         axes.axvline(0, color=ACCENT, linewidth=1, zorder=0)
+        sizes = sorted(abs(parse_change(entry, measure).value) for entry in entries.values())
+        median, title = sizes[len(sizes) // 2], f"change: {format_measure(measure)}"
+        if sizes[-1] > 6 * median > 0:
+            low, high = axes.get_xlim()
+            axes.set_xscale("symlog", linthresh=2 * median)
+            ticks = [tick for tick in _signed_round_numbers(median, sizes[-1]) if low <= tick <= high]
+            axes.set_xticks(ticks, [format_number(tick, 0 if median > 1 else 2, signed=True) for tick in ticks])
+            axes.set_xlim(low, high)
+            axes.minorticks_off()
+            title += f", logarithmic beyond ±{2 * median:.2g}"
         _label_rows(axes, rows, list(entries))
-        axes.set_xlabel(clean_label(f"change: {format_measure(measure)}"))
+        axes.set_xlabel(clean_label(title, 2 * _MAX_LABEL))
 
     return render_svg(name, 0.8 + 0.34 * len(entries), draw)
 
 
-def plot_panels(name: str, panels: Sequence[Panel], draw: Callable[..., None]) -> Svg:
+def _signed_round_numbers(smallest: float, largest: float) -> list[float]:
+    """Return 0 and ±1, ±3, ±10, ±30, … between two sizes."""
+    powers = range(math.floor(math.log10(smallest)), math.ceil(math.log10(largest)) + 1)
+    sizes = [factor * 10.0**power for power in powers for factor in (1, 3)]
+    sizes = [size for size in sizes if smallest <= size <= largest]
+    return [*(-size for size in reversed(sizes)), 0.0, *sizes]
+
+
+def assign_styles(labels: Iterable[str], treatments: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Return color and mark of each label, the same in all figures.
+
+    Args:
+      labels: treatments, or labels that begin or end with one.
+      treatments: all treatments of the study, in order.
+    """
+    styles, others = {}, itertools.count(len(treatments))
+    by_length = sorted(enumerate(treatments), key=lambda one: -len(one[1]))
+    for label in labels:
+        if label in _LEVELS:
+            styles[label] = {"color": INK, "marker": "X"}
+            continue
+        found = (i for i, name in by_length if label.startswith(name) or label.endswith(f" {name}"))
+        i = next(found, None)
+        i = next(others) if i is None else i
+        styles[label] = {"color": _PALETTE[i % len(_PALETTE)], "marker": _MARKS[i // len(_PALETTE) % len(_MARKS)]}
+    return styles
+
+
+def plot_panels(name: str, panels: Sequence[Panel], draw: Callable[..., None], treatments: Sequence[str] = ()) -> Svg:
     """Plot panels with one legend; `draw` is one of the functions below."""
     # matplotlib leaves labels that begin with an underscore out of legends.
     panels = [(x, y, {f" {key}" if key[:1] == "_" else key: line for key, line in p.items()}) for x, y, p in panels]
     labels = dict.fromkeys(label for _, _, lines in panels for label in lines)
-    styles = {
-        label: {"color": _PALETTE[i % len(_PALETTE)], "marker": _MARKS[i // len(_PALETTE) % len(_MARKS)]}
-        for i, label in enumerate(labels)
-    }
+    styles = assign_styles(labels, treatments)
 
     def draw_all(figure: Figure) -> None:
         handles: dict[str, Any] = {}
@@ -128,13 +176,25 @@ def draw_curves(axes: Axes, lines: Mapping[str, Line], styles: Mapping[str, Mapp
 
 def draw_damage(axes: Axes, lines: Mapping[str, Line], styles: Mapping[str, Mapping[str, Any]]) -> None:
     """Draw points; the line "base" is a cross with a horizontal rule."""
+    start = 0.0
     for label, (x, y) in lines.items():
         if label == "base":
             axes.axhline(y[0], color=RULE, linewidth=1, zorder=0)
             axes.plot(x, y, "X", color=INK, markersize=8, zorder=3, label=label)
+            start = x[0]
         else:
             axes.plot(x, y, **styles[label], linestyle="", markersize=6, label=label)
+    away = sorted(abs(x[0] - start) for label, (x, _) in lines.items() if label != "base")
+    if away[-1] > 6 * (near := away[len(away) // 2]) > 0:  # one treatment would squeeze the others
+        axes.set_xscale("function", functions=_stretch_around(start, near))
     axes.locator_params(axis="x", nbins=5)
+
+
+def _stretch_around(center: float, unit: float) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """Return a scale, logarithmic far from a center, and its inverse."""
+    import numpy as np
+
+    return lambda x: np.arcsinh((x - center) / unit), lambda y: center + unit * np.sinh(y)
 
 
 def draw_trajectories(axes: Axes, lines: Mapping[str, Line], styles: Mapping[str, Mapping[str, Any]]) -> None:

@@ -16,8 +16,10 @@ from typing import Any
 import yaml
 
 from jax_selftrain.stats.estimators import Estimate
-from jax_selftrain.study.measure_names import display_scale
+from jax_selftrain.study.measure_names import MAIN_EFFECT, display_scale
 
+WIDE, SHOWN, LONG = 9, 7, 30
+"""Columns beyond which a table is folded, columns that are shown then, and rows beyond which all is folded."""
 Results = Mapping[str, Any]
 Record = Mapping[str, Any]
 Records = Sequence[Record]
@@ -122,22 +124,27 @@ class Table:
         """Cells of each row."""
         return [[column.find(record) for column in self.columns] for record in self.records]
 
-    def to_html(self) -> str:
-        """Return an HTML element; estimates have their interval below."""
-        rows = self.rows
-        is_text = [any(isinstance(row[i], str) for row in rows) for i in range(len(self.columns))]
+    def to_html(self, limit: int | None = None) -> str:
+        """Return an HTML element; estimates have their interval below.
+
+        `limit` is the number of columns to show, from the first.
+        """
+        rows = [row[:limit] for row in self.rows]
+        columns = self.columns[:limit]
+        is_text = [any(isinstance(row[i], str) for row in rows) for i in range(len(columns))]
         kinds = [' class="text"' if text else "" for text in is_text]
         head = "".join(
-            f"<th{kind}>{escape(c.title or c.key.replace('_', ' '))}</th>"
-            for c, kind in zip(self.columns, kinds, strict=True)
+            f'<th scope="col"{kind}>{escape(c.title or c.key.replace("_", " "))}</th>'
+            for c, kind in zip(columns, kinds, strict=True)
         )
-        lines = [f'<div class="scroll"><table><caption>{escape(self.caption)}</caption>']
+        width = " wide" * (len(columns) > WIDE)
+        lines = [f'<div class="scroll{width}" tabindex="0"><table><caption>{escape(self.caption)}</caption>']
         lines.append(f"<thead><tr>{head}</tr></thead>")
         for i, row in enumerate(rows):
             lines.append('<tr class="total">' if i < self.totals else "<tr>")
             lines += [
                 f"<td{kind}>{_cell_html(cell, column)}</td>"
-                for cell, column, kind in zip(row, self.columns, kinds, strict=True)
+                for cell, column, kind in zip(row, columns, kinds, strict=True)
             ]
             lines.append("</tr>")
         return "\n".join([*lines, "</table></div>"])
@@ -195,6 +202,13 @@ def _csv_cells(cell: Cell, *, wide: bool) -> Sequence[str | int | float]:
     return ["" if cell is None else cell, *(["", ""] if wide else [])]
 
 
+def figure_html(figure: tuple[str, str], caption: str) -> str:
+    """Return an HTML element; the caption is also the alternative text."""
+    text = escape(caption)
+    image = f'<div role="img" aria-label="{text}">\n{figure[1]}</div>'
+    return f"<figure>\n{image}\n<figcaption>{text}</figcaption>\n</figure>"
+
+
 @dataclass
 class Chapter:
     """One chapter of the page, filled in the order of its parts."""
@@ -205,22 +219,45 @@ class Chapter:
     figures: dict[str, str] = field(default_factory=dict)
     """SVG text by name."""
 
+    @property
+    def anchor(self) -> str:
+        """Id of its element in the page."""
+        return slugify(self.title.lower())
+
     def add_table(self, table: Table, *, folded: bool = False) -> None:
-        """Add a table unless it is empty; a click opens folded ones."""
-        if table.records:
-            self.tables.append(table)
-            html, caption = table.to_html(), escape(table.caption)
-            self.html.append(f"<details><summary>{caption}</summary>\n{html}\n</details>" if folded else html)
+        """Add a table unless it is empty; a click opens folded ones.
+
+        Of a wide table, the first columns are shown, and all of them are folded.
+        """
+        if not table.records:
+            return
+        self.tables.append(table)
+        summary, size = escape(table.caption), len(table.columns)
+        folded = folded or len(table.records) > LONG
+        if size > WIDE and not folded:
+            self.html.append(table.to_html(SHOWN))
+            summary, folded = f"{summary}: all {size} columns", True
+        html = table.to_html()
+        self.html.append(f'<details class="table"><summary>{summary}</summary>\n{html}\n</details>' if folded else html)
 
     def add_figure(self, figure: tuple[str, str], caption: str) -> None:
         """Add a figure, as (name, SVG), with its caption (plain text)."""
-        name, svg = figure
-        self.figures[name] = svg
-        self.html.append(f"<figure>\n{svg}<figcaption>{escape(caption)}</figcaption>\n</figure>")
+        self.figures[figure[0]] = figure[1]
+        self.html.append(figure_html(figure, caption))
 
     def add_note(self, text: str) -> None:
         """Add a paragraph in small print (plain text)."""
         self.html.append(f'<p class="note">{escape(text)}</p>')
+
+
+def select_matrix(results: Results) -> list[Record]:
+    """Return the effects of all sources on all students."""
+    return [one for one in results["effects"] if one["treatment"] == f"{MAIN_EFFECT}{one['source']}"]
+
+
+def list_treatments(results: Results) -> list[str]:
+    """Return all treatments, in order."""
+    return list(dict.fromkeys(one["treatment"] for one in results["effects"]))
 
 
 def get_decimals(measure: str) -> int:

@@ -35,6 +35,7 @@ from jax_selftrain.study.contrasts import (
 )
 from jax_selftrain.study.design import Design, StudyCell
 from jax_selftrain.study.eval_hooks import summarize_curve
+from jax_selftrain.study.flipped_items import collect_flips
 from jax_selftrain.study.generations import measure_tails
 from jax_selftrain.study.memorization_contrasts import judge_decoupling
 from jax_selftrain.study.paired_results import Pair
@@ -104,6 +105,7 @@ def collect_study(config: StudyConfig, design: Design, registration: Registratio
         "decoupling": judge_decoupling(cells, noise, damage_texts, items, classes),
         "proxies": relate_proxies(cells, design.models, design.students, design.sources, bases),
         "corpora": corpora,
+        "flips": collect_flips(config, design, bases),
         "stages": [{"label": stage.label, "key": stage.key} for stage in design.ordered_stages],
         "versions": versions(),
     }

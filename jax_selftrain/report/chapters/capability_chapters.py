@@ -27,7 +27,7 @@ def write_capability(results: Results) -> Chapter | None:
     chapter, several = Chapter("Capability"), len(cells) > 1
     if several:
         for student in results["design"]["students"]:
-            _add_effects(chapter, student, [one for one in results["effects"] if one["student"] == student])
+            _add_effects(chapter, results, [one for one in results["effects"] if one["student"] == student])
     else:
         tasks = cells[0]["tasks"]
         chance = [None if task["chance"] is None else 100 * task["chance"] for task in tasks]
@@ -39,12 +39,13 @@ def write_capability(results: Results) -> Chapter | None:
     return chapter
 
 
-def _add_effects(chapter: Chapter, student: str, effects: Records) -> None:
-    names, key = common_measures(effects), fmt.slugify(student)
-    if "accuracy" in names:
+def _add_effects(chapter: Chapter, results: Results, effects: Records) -> None:
+    names, student, treatments = common_measures(effects), effects[0]["student"], fmt.list_treatments(results)
+    if "accuracy" in names and len(fmt.select_matrix(results)) > 1:  # else it is on the first screen
         entries = {one["treatment"]: one["measures"]["accuracy"] for one in effects}
-        figure = figures.plot_effects(f"capability_{key}", entries, "accuracy")
-        chapter.add_figure(figure, f"{student}: all treatments, with a dot for each seed.")
+        styles = figures.assign_styles(entries, treatments)
+        figure = figures.plot_effects(f"capability_{fmt.slugify(student)}", entries, "accuracy", styles)
+        chapter.add_figure(figure, f"{student}: change of accuracy by treatment, with a dot for each seed.")
     accuracies = [name for name in names if name.startswith(("accuracy", "task/"))]
     odds = [name for name in names if name.startswith("log_odds")]
     fmt.add_effect_table(chapter, "capability", student, "accuracy by task", effects, accuracies)
@@ -108,14 +109,11 @@ def _exponentiate(entry: Record) -> Estimate | None:
 
 def write_source_matrix(results: Results) -> Chapter | None:
     """Return the chapter on sources; None for one pair of models."""
-    matrix = [one for one in results["effects"] if one["treatment"] == f"{MAIN_EFFECT}{one['source']}"]
+    matrix = fmt.select_matrix(results)
     if len(matrix) < 2:
         return None
-    chapter, main = Chapter("Which source's text a student can learn from"), main_measure(results)
+    chapter = Chapter("Which source's text a student can learn from")
     names = [name for name in common_measures(matrix) if is_primary_format(name)]
-    entries = {f"{one['student']}, {one['treatment']}": one["measures"][main] for one in matrix}
-    figure = figures.plot_effects("matrix", entries, main)
-    chapter.add_figure(figure, "Mean over seeds with its 95 % interval (Student's t); a dot for each seed.")
     chapter.add_note(fmt.NOTES["relations" if results["relations"] else "no_relations"])
     if results["relations"]:
         columns = [

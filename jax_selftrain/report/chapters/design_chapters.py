@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-import yaml
-
 from jax_selftrain.report import figures
 from jax_selftrain.report import formatting as fmt
 from jax_selftrain.report.formatting import Chapter, Column, Record, Records, Results, Table, make_columns
@@ -119,14 +117,16 @@ def write_training(results: Results) -> Chapter | None:
         ("optimizer step", title, {name: (log["step"], log[key]) for name, log in logs.items()})
         for key, title in (("loss", "training loss (nats per token)"), ("learning_rate", "learning rate"))
     ]
-    chapter.add_figure(figures.plot_panels("training", panels, figures.draw_curves), "Each logged step.")
+    chapter.add_figure(
+        figures.plot_panels("training", panels, figures.draw_curves, fmt.list_treatments(results)), "Each logged step."
+    )
     records = [(cell, record) for cell in cells for record in _list_steps(cell["training"]["log"], LOG_KEYS)]
     columns = [Column(key, digits=6) for key in LOG_KEYS]
     chapter.add_table(fmt.make_cell_table("training", "Training log", columns, records), folded=True)
     chapter.add_note(fmt.NOTES["training"])
     if any(cell["training"].get("best_step") for cell in cells):
         chapter.add_note(fmt.NOTES["best_epoch"])
-    _add_evaluations(chapter, [cell for cell in cells if cell["training"]["evaluations"]])
+    _add_evaluations(chapter, results, [cell for cell in cells if cell["training"]["evaluations"]])
     return chapter
 
 
@@ -135,7 +135,7 @@ def _list_steps(series: Record, keys: Sequence[str]) -> list[dict[str, Any]]:
     return [dict(zip(keys, values, strict=True)) for values in zip(*(series[key] for key in keys), strict=True)]
 
 
-def _add_evaluations(chapter: Chapter, cells: Records) -> None:
+def _add_evaluations(chapter: Chapter, results: Results, cells: Records) -> None:
     if not cells:
         return
     first = cells[0]["training"]["evaluations"]
@@ -156,7 +156,7 @@ def _add_evaluations(chapter: Chapter, cells: Records) -> None:
         for i in range(0, len(panels), 3):
             figure = figures.plot_panels(f"evaluations_{i // 3}", panels[i : i + 3], figures.draw_curves)
             chapter.add_figure(figure, "Evaluations by optimizer step.")
-    _add_class_curves(chapter, cells, curves)
+    _add_class_curves(chapter, results, cells, curves)
     columns = [Column("step"), *(Column(name, name, 4) for name in names)]
     records = [
         (cell, record)  # the cells have different overlap classes
@@ -179,7 +179,7 @@ def _parse_class(name: str) -> tuple[str, str] | None:
     return (metric, part) if part in CLASSES else None
 
 
-def _add_class_curves(chapter: Chapter, cells: Records, curves: Records) -> None:
+def _add_class_curves(chapter: Chapter, results: Results, cells: Records, curves: Records) -> None:
     """Plot each overlap class during training, averaged over seeds."""
     for student in dict.fromkeys(cell["student"] for cell in cells):
         found: dict[tuple[str, str], dict[str, list[tuple[Any, Any]]]] = {}
@@ -201,7 +201,7 @@ def _add_class_curves(chapter: Chapter, cells: Records, curves: Records) -> None
                 panels += [("optimizer step", f"{label}: {title}", lines)] if lines else []
             name = f"class_curves_{metric}_{fmt.slugify(student)}"
             chapter.add_figure(
-                figures.plot_panels(name, panels, figures.draw_trajectories),
+                figures.plot_panels(name, panels, figures.draw_trajectories, fmt.list_treatments(results)),
                 f"{student}: {title.partition(' (')[0]} by overlap with the training corpora, during training (means "
                 "over seeds). Sequences that the base reproduces are those of step 0.",
             )
@@ -240,53 +240,3 @@ def _make_corpus_record(corpus: Record) -> Record:
         "changed": changes.get("changed", corpus["retokenization_mismatches"]),
         "tokens_per_byte": corpus["tokens"] / text_bytes if text_bytes else None,
     }
-
-
-def write_samples(results: Results) -> Chapter:
-    """Return the chapter on random samples."""
-    chapter = Chapter("Random samples")
-    chapter.add_note("Chosen by a hash of the seed and the sample ids.")
-    for corpus in results["corpora"].values():
-        chapter.html.append(f"<h3>{escape(corpus['label'])}</h3>")
-        chapter.html += [
-            f'<div class="sample"><p class="label">{_describe_sample(sample)}</p>\n'
-            f'<p class="words">{escape(sample["text"]) or "<em>(no text)</em>"}</p></div>'
-            for sample in corpus["examples"]
-        ]
-    return chapter
-
-
-def _describe_sample(sample: Record) -> str:
-    parts = [f"sample {sample['sample_id']:,}", f"{sample['tokens']:,} tokens"]
-    if sample["finish_reason"]:
-        parts.append("ended by a stop token" if sample["finish_reason"] == "stop" else "cut at the length limit")
-    if sample["logprob"] is not None and sample["tokens"]:
-        parts.append(f"{fmt.format_number(-sample['logprob'] / sample['tokens'])} nats per token")
-    return " · ".join(parts)
-
-
-def write_limits(results: Results) -> Chapter:
-    """Return the chapter on what the results cannot show."""
-    applies = {
-        "always": True,
-        "one_seed": len(results["config"]["seeds"]) == 1,
-        "one_treatment": len(results["effects"]) == 1,
-        "extraction": bool(results["cells"][0]["extraction"]),
-    }
-    sentences = [sentence for name, members in fmt.NOTES["limits"].items() if applies[name] for sentence in members]
-    items = "\n".join(f"<li>{sentence}</li>" for sentence in sentences)
-    return Chapter("What this cannot show", [f"<ul>\n{items}\n</ul>"])
-
-
-def write_provenance(results: Results) -> Chapter:
-    """Return the chapter on configuration, models, stages and versions."""
-    options = {key: value for key, value in results["config"].items() if key != "models"}
-    config = yaml.safe_dump(options, sort_keys=False, allow_unicode=True, width=100)
-    chapter = Chapter("Provenance", [f"<h3>Configuration</h3>\n<pre>{escape(config)}</pre>"])
-    versions = [{"package": name, "version": version} for name, version in results["versions"].items()]
-    chapter.add_table(Table("versions", "Versions", make_columns("package", "version"), versions))
-    columns = [Column("model", path=("name",)), Column("sha256", "SHA-256", path=("fingerprint",))]
-    chapter.add_table(Table("fingerprints", "Models", columns, results["design"]["models"]))
-    columns = [Column("stage", path=("label",)), Column("key")]
-    chapter.add_table(Table("stages", "Stages and their keys", columns, results["stages"]), folded=True)
-    return chapter

@@ -111,8 +111,8 @@ def write_decoupling(results: Results) -> Chapter | None:
         effects, cells = ([o for o in results[key] if o["student"] == student] for key in ("effects", "cells"))
         loss = f"text/{results['damage_texts'][student]}"
         if len(effects) > 1 and loss in effects[0]["measures"]:
-            _add_damage(chapter, student, effects, loss)
-        _add_trajectories(chapter, student, cells)
+            _add_damage(chapter, results, effects, loss)
+        _add_trajectories(chapter, results, cells)
     if not chapter.figures:
         return None
     for name, (caption, columns) in DECOUPLING_TABLES.items():
@@ -121,7 +121,8 @@ def write_decoupling(results: Results) -> Chapter | None:
     return chapter
 
 
-def _add_damage(chapter: Chapter, student: str, effects: Records, loss: str) -> None:
+def _add_damage(chapter: Chapter, results: Results, effects: Records, loss: str) -> None:
+    student, treatments = effects[0]["student"], fmt.list_treatments(results)
     measures = effects[0]["measures"]
     base = {name: entry["before"] for name, entry in measures.items()}
     levels = {
@@ -137,15 +138,16 @@ def _add_damage(chapter: Chapter, student: str, effects: Records, loss: str) -> 
         lines = {label: (select(loss, at), select(name, at)) for label, at in levels.items()}
         panels.append((fmt.format_measure(loss), fmt.format_measure(name), lines))
     chapter.add_figure(
-        figures.plot_panels(f"damage_{fmt.slugify(student)}", panels, figures.draw_damage),
+        figures.plot_panels(f"damage_{fmt.slugify(student)}", panels, figures.draw_damage, treatments),
         f"{student}: memorization against loss on {loss.removeprefix('text/')} after each treatment (means over "
         f"seeds); the cross is the base. n = {measures['exact_match']['items']:,} sequences.",
     )
 
 
-def _add_trajectories(chapter: Chapter, student: str, cells: Records) -> None:
+def _add_trajectories(chapter: Chapter, results: Results, cells: Records) -> None:
     """Plot evaluations during training, averaged over seeds."""
     curves: dict[str, list[Mapping[str, Sequence[float]]]] = {}
+    student, treatments = cells[0]["student"], fmt.list_treatments(results)
     for cell in cells:
         if cell["training"] and (found := cell["training"]["evaluations"]):
             curves.setdefault(cell["treatment"], []).append({one["name"]: one["values"] for one in found["measures"]})
@@ -170,7 +172,9 @@ def _add_trajectories(chapter: Chapter, student: str, cells: Records) -> None:
                 panels.append((x_label, y_label, lines))
     if panels:
         chapter.add_figure(
-            figures.plot_panels(f"trajectories_{fmt.slugify(student)}", panels[:3], figures.draw_trajectories),
+            figures.plot_panels(
+                f"trajectories_{fmt.slugify(student)}", panels[:3], figures.draw_trajectories, treatments
+            ),
             f"{student}: training trajectories (means over seeds), from before the first step (hollow) to the end.",
         )
 
@@ -185,8 +189,8 @@ def write_memorization(results: Results) -> Chapter | None:
     for student in results["design"]["students"]:
         if several:
             _add_effects(chapter, student, [one for one in results["effects"] if one["student"] == student])
-        _add_relearning(chapter, student, [one for one in results["effects"] if one["student"] == student])
-        _add_discoverability(chapter, student, [cell for cell in cells if cell["student"] == student])
+        _add_relearning(chapter, results, [one for one in results["effects"] if one["student"] == student])
+        _add_discoverability(chapter, results, [cell for cell in cells if cell["student"] == student])
     if not several:
         parts = {name: part["exact_match"] for name, part in _list_parts(first) if part["n"]}
         figure = figures.plot_before_and_after("extraction", parts, "exact_match", "exact match (%)")
@@ -209,9 +213,9 @@ def _add_effects(chapter: Chapter, student: str, effects: Records) -> None:
     fmt.add_effect_table(chapter, "formats", student, "other prompt formats, and after relearning", effects, formats)
 
 
-def _add_relearning(chapter: Chapter, student: str, effects: Records) -> None:
+def _add_relearning(chapter: Chapter, results: Results, effects: Records) -> None:
     """Plot exact match by the number of relearning steps, averaged over seeds."""
-    panels = []
+    student, panels = effects[0]["student"], []
     for name, start, title in (
         (AFTER_RELEARNING, "exact_match", "unrelated text"),
         (AFTER_RELEARNING_H, f"exact_match/{NOT_SHOWN}", "the other half of H"),
@@ -229,7 +233,9 @@ def _add_relearning(chapter: Chapter, student: str, effects: Records) -> None:
         panels.append((f"steps on {title}", "exact match (%)", lines))
     if panels:
         chapter.add_figure(
-            figures.plot_panels(f"relearning_{fmt.slugify(student)}", panels, figures.draw_trajectories),
+            figures.plot_panels(
+                f"relearning_{fmt.slugify(student)}", panels, figures.draw_trajectories, fmt.list_treatments(results)
+            ),
             f"{student}: exact match after short trainings (means over seeds), from before them (hollow). Text that "
             "returns without being shown was not forgotten. The base is trained in the same way.",
         )
@@ -241,7 +247,7 @@ def _list_parts(extraction: Record) -> list[tuple[str, Record]]:
     return classes + [(f"group {part['name']}", part) for part in extraction["groups"]]
 
 
-def _add_discoverability(chapter: Chapter, student: str, cells: Records) -> None:
+def _add_discoverability(chapter: Chapter, results: Results, cells: Records) -> None:
     """Plot (n, p)-discoverable extraction, means over seeds."""
 
     def average(members: Records, p: float, side: str) -> tuple[list[int], list[float]]:
@@ -249,14 +255,19 @@ def _add_discoverability(chapter: Chapter, student: str, cells: Records) -> None
         values = [[100 * entry[side]["value"] for entry in curve] for curve in curves]
         return [entry["draws"] for entry in curves[0]], [sum(at) / len(at) for at in zip(*values, strict=True)]
 
-    panels = []
+    student, panels = cells[0]["student"], []
     for p in dict.fromkeys(entry["p"] for entry in cells[0]["extraction"]["discoverable"]):
         lines = {"before": average(cells[:1], p, "before")}
         for (_, treatment), members in measure_names.group_cells(cells).items():
             lines[treatment] = average(members, p, "after")
         panels.append((f"samples n, p ≥ {p:g}", "% of sequences", lines))
     chapter.add_figure(
-        figures.plot_panels(f"discoverability_{fmt.slugify(student)}", panels, figures.draw_discoverability),
+        figures.plot_panels(
+            f"discoverability_{fmt.slugify(student)}",
+            panels,
+            figures.draw_discoverability,
+            fmt.list_treatments(results),
+        ),
         f"{student}: (n, p)-discoverable extraction, the share of {cells[0]['extraction']['n']:,} sequences that n "
         "samples at temperature 1 contain with probability p or more (means over seeds).",
     )
