@@ -278,7 +278,7 @@ def test_the_explorer_filters_in_a_browser(results: dict[str, Any], finished_run
     (page,) = load_pages([finished_run / "report.html"], 1400)
     assert page["messages"] == []
     chosen = {name for name, *_ in page["filters"]}
-    assert chosen == {"task", "change"}
+    assert chosen == {name for name in ("task", "change") if len({one[name] for one in flips}) > 1}
     for name, value, shown, said in page["filters"]:
         assert shown == said == sum(value in ("", one[name]) for one in flips)
 
