@@ -330,7 +330,10 @@ def summary(name: str, options: Any, result: Any) -> str:
     if name == "study" and options.dry_run:
         return f"nothing was run; without --dry-run, the study is written to {options.out}"
     if name in ("demo", "run", "study", "report"):
-        return f"report: {Path(options.folder if name == 'report' else options.out) / 'report.html'}"
+        folder = Path(options.folder if name == "report" else options.out)
+        results = import_module("jax_selftrain.study.results").load_results(folder / "results.json")
+        effects = import_module("jax_selftrain.report").format_effects(results)
+        return f"{effects}\nreport: {folder / 'report.html'}"
     if name in ("compare", "plan"):
         package, function = {"compare": ("report", "format_comparison"), "plan": ("planning", "table")}[name]
         lines = [getattr(import_module(f"jax_selftrain.{package}"), function)(result)]

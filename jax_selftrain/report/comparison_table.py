@@ -1,12 +1,21 @@
-"""Comparisons as text for the terminal."""
+"""Comparisons and effects as text for the terminal."""
 
 from collections.abc import Iterator, Sequence
 
-from jax_selftrain.report.formatting import Record, format_interval, format_number
+from jax_selftrain.report.formatting import (
+    Record,
+    format_interval,
+    format_measure,
+    format_number,
+    get_decimals,
+    parse_change,
+)
 from jax_selftrain.stats.estimators import Estimate
+from jax_selftrain.study.measure_names import common_measures, main_measure
 
 EVIDENCE_LEVELS = {"none": "too few for a result", "exploration": "exploration, no verdict", "headline": "headline"}
 
+_MAX_EFFECTS = 40
 _HEAD = ("", "n", "before", "after", "change, 95 %", "lower limit", "margin", "p", "verdict")
 
 
@@ -33,6 +42,26 @@ def format_comparison(result: Record) -> str:
     if result["declaration"]["post_hoc"]:
         parts.append("Post hoc: this file already held a comparison of these models with other margins or tasks.")
     return "\n\n".join(parts)
+
+
+def format_effects(results: Record) -> str:
+    """Format the main effects of a study, with one line per treatment, and the verdicts."""
+    effects = results["effects"]
+    texts = [name for name in common_measures(effects) if name.startswith("text/")][:1]
+    chosen = [main_measure(results), "exact_match", *texts]
+    measures = [name for name in dict.fromkeys(chosen) if name in common_measures(effects)]
+    rows = [["student", "treatment", "seeds", *map(format_measure, measures), ""]]
+    for effect in effects[:_MAX_EFFECTS]:
+        cells = [effect["student"], effect["treatment"], f"{len(effect['seeds'])}"]
+        for name in measures:
+            change, digits = parse_change(effect["measures"][name], name), get_decimals(name)
+            number = format_number(change.value, digits, signed=True)
+            cells.append(f"{number} {format_interval(change, digits, signed=True)}")
+        rows.append([*cells, ""])
+    lines = ["change after training, 95 % interval", _align(rows, 2)]
+    if len(effects) > _MAX_EFFECTS:
+        lines.append(f"and {len(effects) - _MAX_EFFECTS} more in the report")
+    return "\n".join([*lines, *(f"{claim['verdict']}: {claim['name']}" for claim in results["claims"])])
 
 
 def _pair_rows(pair: Record) -> Iterator[Sequence[str]]:
@@ -84,11 +113,14 @@ def _format_estimate(entry: Record, digits: int, scale: float) -> str:
     return f"{format_number(entry['value'], digits, scale=scale, signed=True)} {ends}"
 
 
-def _align(rows: Sequence[Sequence[str]]) -> str:
+def _align(rows: Sequence[Sequence[str]], names: int = 1) -> str:
+    """Align columns, of which the first `names` are names."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        cells[0], cells[-1] = row[0].ljust(widths[0]), row[-1]
+        for i in range(names):
+            cells[i] = row[i].ljust(widths[i])
+        cells[-1] = row[-1]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)

@@ -187,7 +187,7 @@ def draw_damage(axes: Axes, lines: Mapping[str, Line], styles: Mapping[str, Mapp
     away = sorted(abs(x[0] - start) for label, (x, _) in lines.items() if label != "base")
     if away[-1] > 6 * (near := away[len(away) // 2]) > 0:  # one treatment would squeeze the others
         axes.set_xscale("function", functions=_stretch_around(start, near))
-    axes.locator_params(axis="x", nbins=5)
+    axes.locator_params(axis="x", nbins=4)
 
 
 def _stretch_around(center: float, unit: float) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
@@ -224,6 +224,7 @@ def draw_discoverability(axes: Axes, lines: Mapping[str, Line], styles: Mapping[
     for label, (x, y) in lines.items():
         axes.plot(x, y, **styles[label], markersize=3.5, linewidth=1, label=label)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:,.0f}")  # the default is TeX
     axes.set_ylim(bottom=0)
 
 

@@ -138,7 +138,10 @@ class Table:
             for c, kind in zip(columns, kinds, strict=True)
         )
         width = " wide" * (len(columns) > WIDE)
-        lines = [f'<div class="scroll{width}" tabindex="0"><table><caption>{escape(self.caption)}</caption>']
+        caption = escape(self.caption)
+        lines = [
+            f'<p class="caption">{caption}</p>\n<div class="scroll{width}" tabindex="0"><table aria-label="{caption}">'
+        ]
         lines.append(f"<thead><tr>{head}</tr></thead>")
         for i, row in enumerate(rows):
             lines.append('<tr class="total">' if i < self.totals else "<tr>")

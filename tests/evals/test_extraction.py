@@ -361,3 +361,15 @@ def test_on_the_real_model_classes_and_p_z_are_those_of_plain_python_and_transfo
     logprobs, exact = compute_log_pz(stories260k, rows, 16)
     np.testing.assert_allclose(table["logprob"], logprobs, atol=1e-3)
     np.testing.assert_array_equal(table["exact_match"], exact)
+
+
+def test_ids_of_another_tokenizer_are_told(tmp_path, tiny_model, options, caplog):
+    """Text keeps its ids when it is decoded and tokenized again; the same ids shifted by a few do not."""
+    tokenizer = hub.open_model(tiny_model()).tokenizer
+    encoded = [tokenizer.encode("<s>" + text, add_special_tokens=False) for text in tiny_texts(60)]
+    rows = np.array([row[: PREFIX + SUFFIX] for row in encoded if len(row) >= PREFIX + SUFFIX], np.int32)
+    assert len(rows) > 20
+    extract(options(rows))
+    assert "another tokenizer" not in caplog.text
+    extract(options(3 + (rows + 90) % 500, out=str(tmp_path / "other.json")))
+    assert "sequences keep their ids when they are decoded and tokenized again" in caplog.text

@@ -421,3 +421,11 @@ def test_costs_are_those_of_the_stages(finished_run: Path, page: Page) -> None:
     assert train["tokens_per_second"] > 0
     assert "Time of the finished stages" in page.text
     assert "device: cpu" in page.text
+
+
+def test_no_label_of_a_figure_is_markup(finished_run: Path) -> None:
+    """Labels are plain text: matplotlib does not read them as TeX, nor does it write any."""
+    for path in (finished_run / "figures").iterdir():
+        labels = [element.text for element in ElementTree.parse(path).iter() if element.text and element.text.strip()]
+        assert labels
+        assert not [label for label in labels if "\\" in label or "mathdefault" in label]

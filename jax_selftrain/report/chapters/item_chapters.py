@@ -53,19 +53,20 @@ def _describe_flip(flip: Record) -> str:
 def write_samples(results: Results) -> Chapter:
     """Return the chapter on random samples; own text comes first."""
     own = {
-        cell["corpus"]: 0 if cell["treatment"] == f"{MAIN_EFFECT}{cell['student']}" else 1
-        for cell in reversed(results["cells"])
+        cell["corpus"]: f"Written by {cell['student']}, seed {cell['seed']}"
+        for cell in results["cells"]
+        if cell["treatment"] == f"{MAIN_EFFECT}{cell['student']}"
     }
-    corpora = sorted(results["corpora"].items(), key=lambda one: own.get(one[0], 1))
+    corpora = sorted(results["corpora"].items(), key=lambda one: one[0] not in own)
     chapter = Chapter("Random samples")
     chapter.add_note("Chosen by a hash of the seed and the sample ids.")
-    for number, (_, corpus) in enumerate(corpora):
+    for number, (key, corpus) in enumerate(corpora):
         texts = "\n".join(
             f'<div class="sample"><p class="label">{_describe_sample(sample)}</p>\n'
             f'<p class="words">{escape(sample["text"]) or "<em>(no text)</em>"}</p></div>'
             for sample in corpus["examples"]
         )
-        label = escape(corpus["label"])
+        label = escape(own.get(key, corpus["label"]))
         if number:
             chapter.html.append(f"<details><summary>{label}</summary>\n{texts}\n</details>")
         else:
