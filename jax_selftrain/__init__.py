@@ -12,22 +12,47 @@ from typing import TYPE_CHECKING, Any
 from jax_selftrain.version import __version__
 
 if TYPE_CHECKING:
+    from jax_selftrain.corpus import import_text, open_corpus
     from jax_selftrain.evals import extract
     from jax_selftrain.evals.score import score
-    from jax_selftrain.hub import load_model
-    from jax_selftrain.sampling import sample
+    from jax_selftrain.hub import convert, load_model, merge
+    from jax_selftrain.likelihood import loglikelihoods
+    from jax_selftrain.report import write_report
+    from jax_selftrain.sampling import generate, sample
     from jax_selftrain.study import run
     from jax_selftrain.study import train_with_evals as train
 
-__all__ = ["__version__", "extract", "load_model", "run", "sample", "score", "train"]
+__all__ = [
+    "__version__",
+    "convert",
+    "extract",
+    "generate",
+    "import_text",
+    "load_model",
+    "loglikelihoods",
+    "merge",
+    "open_corpus",
+    "run",
+    "sample",
+    "score",
+    "train",
+    "write_report",
+]
 
 _LAZY_FUNCTIONS = {
+    "convert": "hub:convert",
     "extract": "evals:extract",
+    "generate": "sampling:generate",
+    "import_text": "corpus:import_text",
     "load_model": "hub:load_model",
+    "loglikelihoods": "likelihood:loglikelihoods",
+    "merge": "hub:merge",
+    "open_corpus": "corpus:open_corpus",
     "run": "study:run",
     "sample": "sampling:sample",
     "score": "evals:score",
     "train": "study:train_with_evals",
+    "write_report": "report:write_report",
 }
 
 

@@ -96,7 +96,7 @@ def save(path: atomic.PathLike, obj: Any) -> None:
 
 
 def require(config: Any, *names: str) -> None:
-    """Refuse unset fields, named or required, and numbers out of range."""
+    """Refuse unset fields, named or required, wrong types and numbers out of range."""
     types = option_types(type(config))
     for name in names or fields_with_role(type(config), Role.REQUIRED):
         if getattr(config, name) in (None, "", ()):
@@ -106,12 +106,15 @@ def require(config: Any, *names: str) -> None:
 
 
 def check_ranges(config: Any, prefix: str = "--") -> None:
-    """Refuse numbers out of range, also in sections and lists of sections."""
+    """Refuse wrong types and numbers out of range, also in sections and lists of sections."""
     cls: type = type(config)
+    hints = typing.get_type_hints(cls)
     for name, value in vars(config).items():
         option, valid = prefix + name.replace("_", "-"), ranges(cls).get(name)
         if dataclasses.is_dataclass(value):
             check_ranges(value, f"{option}.")
+        elif not has_sections(hints[name]):
+            _convert(hints[name], os.fspath(value) if isinstance(value, os.PathLike) else value, where=option)
         for number in value if isinstance(value, tuple) else (value,):
             if valid is not None and number is not None and not valid.is_valid(number):
                 raise InputError(f"{option} {number}: must be {valid.text}")

@@ -2,14 +2,15 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jax_selftrain import config
-from jax_selftrain.config import yaml_io
+from jax_selftrain.config import SampleConfig, yaml_io
 from jax_selftrain.errors import InputError
 
 pytestmark = pytest.mark.compat
@@ -225,3 +226,24 @@ def test_few_shot_counts_may_be_sections(read):
     for entry in ("{name: piqa}", "{name: piqa, fewshot: 3}", "{}"):
         with pytest.raises(InputError, match=r"`tasks`: an entry is text, or a section with `name` and `num_fewshot`"):
             read(f"tasks: [{entry}]", config.ScoreConfig)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samples": "10"}, "--samples: expected a whole number, found '10'"),
+        ({"samples": True}, "--samples: expected a whole number"),
+        ({"temperature": float("nan")}, "--temperature: expected a finite number"),
+        ({"stop_ids": 2}, "--stop-ids: expected a list"),
+        ({"stop_ids": ["2"]}, r"--stop-ids\[0\]: expected a whole number"),
+        ({"dtype": "bf16"}, "--dtype: expected one of"),
+    ],
+)
+def test_configs_made_in_python_are_checked_with_the_same_sentences(changes: dict[str, Any], message: str) -> None:
+    config = SampleConfig(model="m", out="o", **changes)
+    with pytest.raises(InputError, match=message):
+        yaml_io.require(config)
+
+
+def test_paths_are_accepted_in_python(tmp_path: Path) -> None:
+    yaml_io.require(SampleConfig(model=tmp_path, out=tmp_path / "o", stop_ids=[2]))  # type: ignore[arg-type]
