@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jax_selftrain.hub import convert, load_model, merge
     from jax_selftrain.likelihood import loglikelihoods
     from jax_selftrain.report import write_report
-    from jax_selftrain.sampling import generate, sample
+    from jax_selftrain.sampling import sample
     from jax_selftrain.study import run
     from jax_selftrain.study import train_with_evals as train
 
@@ -26,7 +26,6 @@ __all__ = [
     "__version__",
     "convert",
     "extract",
-    "generate",
     "import_text",
     "load_model",
     "loglikelihoods",
@@ -42,7 +41,6 @@ __all__ = [
 _LAZY_FUNCTIONS = {
     "convert": "hub:convert",
     "extract": "evals:extract",
-    "generate": "sampling:generate",
     "import_text": "corpus:import_text",
     "load_model": "hub:load_model",
     "loglikelihoods": "likelihood:loglikelihoods",

@@ -316,7 +316,6 @@ def test_each_result_is_one_line_of_the_summary():
         ["written:", "e.json"],
     ]
     assert cli.summary("train", config.TrainConfig(out="r"), Path("r")) == "model: r/model"
-    assert cli.summary("report", config.ReportConfig(folder="r"), None) == "report: r/report.html"
     assert cli.summary("export", config.ExportConfig(out="x"), Path("x")) == "written: x"
 
 

@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 from browser import load_pages
 
+from jax_selftrain import cli
+from jax_selftrain.config import ReportConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.item_results import load_score_result
 from jax_selftrain.io import json_files
-from jax_selftrain.report import write_report
+from jax_selftrain.report import format_effects, write_report
 from jax_selftrain.report.chapters import design_chapters
 from jax_selftrain.report.figures import assign_styles, clean_label
 from jax_selftrain.report.formatting import (
@@ -429,3 +431,16 @@ def test_no_label_of_a_figure_is_markup(finished_run: Path) -> None:
         labels = [element.text for element in ElementTree.parse(path).iter() if element.text and element.text.strip()]
         assert labels
         assert not [label for label in labels if "\\" in label or "mathdefault" in label]
+
+
+def test_a_command_prints_the_effects_and_the_verdicts(results: dict[str, Any], finished_run: Path) -> None:
+    printed = cli.summary("report", ReportConfig(folder=str(finished_run)), None).splitlines()
+    assert printed[-1] == f"report: {finished_run / 'report.html'}"
+    (effect,) = results["effects"]
+    texts = effect["measures"]["text/stories"]
+    assert printed[2].startswith(f"{effect['student']}")
+    assert format_number(texts["change"]["value"], 4, signed=True) in printed[2]
+    many = results | {"effects": [effect] * 43, "claims": [{"name": "a claim", "verdict": "supported"}]}
+    lines = format_effects(many).splitlines()
+    assert lines[-2:] == ["and 3 more in the report", "supported: a claim"]
+    assert len(lines) == 44
