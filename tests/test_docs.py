@@ -20,7 +20,7 @@ MODULES = sorted((ROOT / "jax_selftrain").rglob("*.py"))
 PYTHON_FILES = [
     str(file) for folder in ("jax_selftrain", "tests", "benchmarks") for file in (ROOT / folder).rglob("*.py")
 ]
-OTHER_FLAGS = {"--help", "--version", "--implicit-dirs", "--gpus-per-task"}
+OTHER_FLAGS = {"--help", "--version", "--implicit-dirs", "--gpus-per-task", "--repo-type"}
 """Flags in the package that are not options of a command."""
 NAME = r"[a-z]+(?:-[a-z]+)*"
 FLAG = r"(?<![\w-])--[a-z][\w.-]*\w"
