@@ -16,6 +16,7 @@ from jax_selftrain.distributed.cluster import DistributedConfig
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = [*PAGES, *sorted((ROOT / "configs").glob("*.yaml")), *sorted((ROOT / "tpu_scripts").iterdir())]
+TEXTS += [ROOT / "Dockerfile", ROOT / "sky.yaml", ROOT / "SECURITY.md"]
 MODULES = sorted((ROOT / "jax_selftrain").rglob("*.py"))
 PYTHON_FILES = [
     str(file) for folder in ("jax_selftrain", "tests", "benchmarks") for file in (ROOT / folder).rglob("*.py")
