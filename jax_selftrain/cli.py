@@ -46,6 +46,11 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(config.DemoConfig, "jax_selftrain.experiments.microworld:demo"),
+    "configs": Command(
+        config.ConfigsConfig,
+        "jax_selftrain.config.ready_configs:list_or_copy_configs",
+        {"list|copy": "action", "NAME": "name", "DEST": "destination"},
+    ),
     "convert": Command(config.ConvertConfig, "jax_selftrain.hub:convert", {"SRC": "source", "DST": "out"}),
     "import": Command(config.ImportCorpusConfig, "jax_selftrain.corpus:import_text", {"SRC": "source"}),
     "export": Command(config.ExportConfig, "jax_selftrain.corpus:export_corpus", {"CORPUS": "corpus", "DST": "out"}),
@@ -325,6 +330,8 @@ def summary(name: str, options: Any, result: Any) -> str:
     """Summarize the result of a command in a few lines."""
     if name in ("sample", "import", "subset"):
         return f"{options.out}: {len(result):,} documents, {result.manifest['tokens']:,} tokens"
+    if name == "configs":
+        return str(result)
     if name == "train":
         return f"model: {Path(result) / 'model'}"
     if name == "study" and options.dry_run:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -61,6 +64,15 @@ def commit_of(repo: str, revision: str, files: Files) -> str:
     """Return 40 hex digits that identify the content of a revision."""
     listed = [[name, hashlib.sha256(content).hexdigest()] for name, content in sorted(files.items())]
     return hashlib.sha1(json.dumps([repo, revision, listed]).encode()).hexdigest()
+
+
+def run_online(code: str, server: HubServer, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process for which the server is the hub (huggingface_hub reads variables when imported)."""
+    variables = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
+    variables |= {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(cache.parent), "HF_HUB_CACHE": str(cache)}
+    variables |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=variables | environment, capture_output=True, text=True, check=False)
 
 
 class _Handler(BaseHTTPRequestHandler):

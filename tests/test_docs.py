@@ -16,11 +16,12 @@ from jax_selftrain.distributed.cluster import DistributedConfig
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = [*PAGES, *sorted((ROOT / "configs").glob("*.yaml")), *sorted((ROOT / "tpu_scripts").iterdir())]
+TEXTS += [ROOT / "Dockerfile", ROOT / "sky.yaml", ROOT / "SECURITY.md"]
 MODULES = sorted((ROOT / "jax_selftrain").rglob("*.py"))
 PYTHON_FILES = [
     str(file) for folder in ("jax_selftrain", "tests", "benchmarks") for file in (ROOT / folder).rglob("*.py")
 ]
-OTHER_FLAGS = {"--help", "--version", "--implicit-dirs", "--gpus-per-task"}
+OTHER_FLAGS = {"--help", "--version", "--implicit-dirs", "--gpus-per-task", "--repo-type"}
 """Flags in the package that are not options of a command."""
 NAME = r"[a-z]+(?:-[a-z]+)*"
 FLAG = r"(?<![\w-])--[a-z][\w.-]*\w"

@@ -67,7 +67,7 @@ read_config() { # read KEY=value lines; nothing in them is executed
   POLL_SECONDS=${POLL_SECONDS:-30}
   BUCKET=${BUCKET:-}
   # shellcheck disable=SC2016 # expanded on the workers
-  INSTALL=${INSTALL:-'python3 -m venv $HOME/selftrain/venv && $HOME/selftrain/venv/bin/pip install -q "jax-selftrain[tpu]"'}
+  INSTALL=${INSTALL:-'python3 -m venv $HOME/selftrain/venv && wheel=$(ls $HOME/selftrain/out/jax_selftrain-*.whl | tail -n 1) && $HOME/selftrain/venv/bin/pip install -q "$wheel[tpu,harness]"'}
   [[ $NAME =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || die "$CONFIG: NAME is $NAME; it must have only lowercase letters, digits and dashes"
   [[ $TIER =~ ^(spot|reserved|on-demand)$ ]] || die "$CONFIG: TIER is $TIER; it must be spot, reserved or on-demand"
   [[ -z $BUCKET || $BUCKET =~ ^gs://[a-z0-9][-_.a-z0-9]*(/[-_.A-Za-z0-9/]*)?$ ]] ||

@@ -20,6 +20,7 @@ from jax_selftrain.config.corpus_commands import ExportConfig as ExportConfig
 from jax_selftrain.config.corpus_commands import ImportCorpusConfig as ImportCorpusConfig
 from jax_selftrain.config.corpus_commands import LeakageConfig as LeakageConfig
 from jax_selftrain.config.corpus_commands import SubsetConfig as SubsetConfig
+from jax_selftrain.config.ready_configs import ConfigsConfig as ConfigsConfig
 from jax_selftrain.config.record_commands import MembershipConfig as MembershipConfig
 from jax_selftrain.config.record_commands import TokenGapConfig as TokenGapConfig
 from jax_selftrain.config.study import ArmConfig as ArmConfig

@@ -209,7 +209,8 @@ class TrainConfig:
     """Steps between evaluations (`eval_texts`, `eval_tasks`, `eval_sequences`), written to `curve.jsonl`; unset with
     `epochs`: each epoch."""
     eval_texts: Evaluation[Input[tuple[str, ...]]] = ()
-    """JSONL files with a `text` field to measure the loss on (`NAME/nll`, with the name of the file)."""
+    """Files with a `text` field, or data sets of the hub (`org/name:SPLIT`), to measure the loss on (`NAME/nll`, with
+    the name of the file)."""
     eval_tasks: Evaluation[Input[tuple[str, ...]]] = ()
     """Task files to measure the accuracy on (`NAME/acc`), as in `score`."""
     eval_sequences: Evaluation[Input[str]] = ""
@@ -249,7 +250,8 @@ class ScoreConfig:
     confirm_run_unsafe_code: Execution[bool] = False
     """Run lm-evaluation-harness tasks that execute code which the model writes (HumanEval)."""
     texts: Input[tuple[str, ...]] = ()
-    """JSONL files with a `text` field to measure the perplexity of."""
+    """Files with a `text` field (JSONL, Parquet), or data sets of the hub (`org/name:SPLIT`, `org/name/FOLDER:SPLIT`),
+    to measure the perplexity of."""
     out: Required[SetByStudy[OutputFile[str]]] = ""
     """JSON file to write, with `FILE.requests.parquet` and `FILE.items.parquet`."""
     limit: AtLeastOne[int | None] = None
@@ -363,7 +365,7 @@ class ExtractWindowsConfig:
     model: Required[Input[str]] = ""
     """Model to examine."""
     texts: Required[Input[tuple[str, ...]]] = ()
-    """JSONL files with a `text` field: each text is a document."""
+    """Files with a `text` field, or data sets of the hub (`org/name:SPLIT`): each text is a document."""
     out: Required[OutputFile[str]] = ""
     """JSON file to write, with `FILE.windows.parquet` and the heat map `FILE.windows.svg`."""
     window: AtLeastOne[int] = 50

@@ -20,7 +20,8 @@ class ImportCorpusConfig:
     """Import real text from JSONL, `datasets` or TFDS as a corpus."""
 
     source: Required[Input[str]] = ""
-    """`FILE.jsonl`, `tfds:FOLDER`, `datasets:NAME[:SUBSET]`, or a folder for `datasets.load_from_disk`."""
+    """`FILE.jsonl`, `org/name:SPLIT` of the Hugging Face hub, `tfds:FOLDER`, `datasets:NAME[:SUBSET]`, or a folder for
+    `datasets.load_from_disk`."""
     model: Required[Input[str]] = ""
     """Model or tokenizer folder whose tokenizer is used."""
     out: Required[OutputFolder[str]] = ""
@@ -84,7 +85,7 @@ class DecontaminateConfig:
     tasks: TaskNames[Input[tuple[str, ...]]] = ()
     """Benchmarks: tasks of lm-evaluation-harness (all splits), or task files as for `score`."""
     texts: Input[tuple[str, ...]] = ()
-    """JSONL files with `text`, as for `score`."""
+    """Files with `text`, or data sets of the hub, as for `score`."""
     ngram: AtLeastOne[int] = 8
     """Number of consecutive words that a sample and a benchmark document share."""
     control: SetByStudy[OutputFolder[str]] = ""
@@ -102,7 +103,8 @@ class LeakageConfig:
     corpus: Required[Input[str]] = ""
     """Corpus folder to examine."""
     texts: Required[Input[str]] = ""
-    """Training text: JSONL with `text`, `.npy` token ids ([tokens] or [documents, tokens]), or a corpus folder."""
+    """Training text: a file with `text`, a data set of the hub (`org/name:SPLIT`), `.npy` token ids ([tokens] or
+    [documents, tokens]), or a corpus folder."""
     out: Required[OutputFile[str]] = ""
     """JSON file to write, with `FILE.samples.parquet`."""
     min_match: AtLeastOne[int] = 50

@@ -244,7 +244,8 @@ class MemorizationConfig:
     formats: tuple[PromptFormat, ...] = ()
     """Further prompt formats: a loss in one format only is not forgetting."""
     unseen_text: Input[str] = ""
-    """JSONL with `text` outside all training data; the base's greedy continuations of it are control sequences."""
+    """File with `text`, or `org/name:SPLIT` of the hub, outside all training data; the base's greedy
+    continuations of it are control sequences."""
     max_continuations: AtLeastOne[int] = 1000
     """Maximum number of continuations."""
     relearn_corpus: Input[str] = ""

@@ -3,7 +3,7 @@
 The annotations of a dataclass are the schema. Unknown keys, duplicate keys and values of a wrong type are errors with
 their position and the nearest valid key. YAML 1.1 reads `1e-4` as text (here: a number, if the field is a number) and
 `no` as a boolean (here: an error, if the field is text). `${NAME}` in a value is replaced by an environment variable;
-`$${` is a literal `${`.
+`$${` is a literal `${`. A comment `# NAME: …` says in the error what an unset variable is for.
 """
 
 import dataclasses
@@ -345,6 +345,8 @@ def _expand(match: re.Match[str], node: yaml.ScalarNode) -> str:
     if escaped:
         return f"${{{name}}}"
     if name not in os.environ:
-        problem = f"the environment variable {name} is not set; export it first"
+        head = re.search(rf"^# {re.escape(name)}: (.+(?:\n#  .+)*)", node.start_mark.buffer or "", re.MULTILINE)
+        meaning = " (" + re.sub(r"\n# *", " ", head[1]).rstrip(".") + ")" if head else ""
+        problem = f"the environment variable {name} is not set; export it first{meaning}"
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
     return os.environ[name]

@@ -171,19 +171,25 @@ def _tokenize(
 
 
 def _open_source(config: ImportCorpusConfig) -> TextStream:
+    from jax_selftrain import hub
+
     kind, _, rest = config.source.partition(":")
     path = Path(config.source)
     if kind == "tfds":
         values = _open_tfds(rest, config)
     elif kind == "datasets" or path.is_dir():
         values = _open_dataset(rest if kind == "datasets" else path, config)
-    elif path.is_file():
+    elif path.is_file() or hub.parse_dataset_split(config.source) is not None:
         _refuse_split(config, "train")
-        return lambda: ((where, _field(row, config.text_field, where)) for where, row in read_rows(path))
+        return lambda: (
+            (where, _field(row, config.text_field, where))
+            for file in hub.text_files(config.source)
+            for where, row in read_rows(file)
+        )
     else:
         raise InputError(
-            f"{path}: no such file or folder; give a JSONL, Parquet or text file, a `save_to_disk` folder, tfds:FOLDER "
-            "or datasets:NAME"
+            f"{path}: no such file or folder; give a JSONL, Parquet or text file, org/name:SPLIT of the Hugging Face "
+            "hub, a `save_to_disk` folder, tfds:FOLDER or datasets:NAME"
         )
     return lambda: ((f"{config.source} row {row}", value) for row, value in enumerate(values()))
 

@@ -21,5 +21,6 @@ from jax_selftrain.evals.tasks import load_tasks as load_tasks
 from jax_selftrain.evals.tasks import load_texts as load_texts
 from jax_selftrain.evals.tasks import paths_by_name as paths_by_name
 from jax_selftrain.evals.tasks import select_split as select_split
+from jax_selftrain.evals.tasks import text_name as text_name
 from jax_selftrain.evals.token_gap import measure_token_gap as measure_token_gap
 from jax_selftrain.evals.windows import measure_windows as measure_windows

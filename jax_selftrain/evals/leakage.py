@@ -9,7 +9,8 @@ block and one piece of text. Text that must be tokenized first takes four bytes 
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,10 @@ def _open_text(config: LeakageConfig, corpus: Corpus, folder: Path) -> tuple[Tok
             return other, {"documents": len(other), "tokens": other.n_tokens}, other.fingerprint
         tokenized = LazilyTokenized(other.iter_texts, _load_tokenizer(config, corpus))
         documents, fingerprint = memmap_tokens(tokenized, folder), other.fingerprint
-    elif path.is_file():
-        tokenized = LazilyTokenized(lambda: _iter_texts(path, config.text_field), _load_tokenizer(config, corpus))
-        documents, fingerprint = memmap_tokens(tokenized, folder), sha256_file(path)
+    elif path.is_file() or hub.parse_dataset_split(config.texts) is not None:
+        files = tuple(hub.text_files(config.texts))
+        tokenized = LazilyTokenized(lambda: _iter_texts(files, config.text_field), _load_tokenizer(config, corpus))
+        documents, fingerprint = memmap_tokens(tokenized, folder), hub.hash_files(files)
     else:
         raise InputError(f"--texts {path}: no such file or folder")
     return documents, {"documents": len(documents.offsets) - 1, "tokens": len(documents.tokens)}, fingerprint
@@ -137,8 +139,8 @@ def _load_tokenizer(config: LeakageConfig, corpus: Corpus) -> Any:
     return model.tokenizer
 
 
-def _iter_texts(path: Path, field: str) -> Iterator[str]:
-    for where, row in read_rows(path):
+def _iter_texts(files: Sequence[Path], field: str) -> Iterator[str]:
+    for where, row in chain.from_iterable(map(read_rows, files)):
         if field not in row:
             raise InputError(f"{where}: no text under {field!r}; name the right field with --text-field")
         yield check_text(row[field], where)

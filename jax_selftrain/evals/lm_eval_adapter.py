@@ -36,7 +36,7 @@ except ModuleNotFoundError as missing:
     if (missing.name or "").partition(".")[0] != "lm_eval":
         raise
     raise InputError(
-        "tasks of lm-evaluation-harness need the package lm-eval: pip install 'jax-selftrain[harness]'"
+        "tasks of lm-evaluation-harness need the package lm-eval: pip install 'lm-eval>=0.4.13,<0.5'"
     ) from missing
 
 if TYPE_CHECKING:

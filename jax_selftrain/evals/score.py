@@ -28,7 +28,6 @@ from jax_selftrain.evals.task_names import split_names
 from jax_selftrain.evals.tasks import Task, load_tasks, load_texts, paths_by_name, task_metrics
 from jax_selftrain.evals.token_records import tabulate_texts
 from jax_selftrain.io.json_files import hash_json
-from jax_selftrain.io.manifest import sha256_file
 from jax_selftrain.likelihood.engine import LoglikelihoodFn, LoglikelihoodRequest, check_finite
 from jax_selftrain.likelihood.resumable import PartialResults, loglikelihoods, process_local_if_possible
 from jax_selftrain.likelihood.tokenize import check_tokenizer, encode_pairs, encode_text, rolling_windows, start_token
@@ -80,7 +79,7 @@ def _score(config: ScoreConfig, mesh: Mesh) -> dict[str, Any]:
         named_tasks = load_lm_eval_tasks(names, files, folder=config.task_folder, num_fewshot=config.num_fewshot)
         if not config.confirm_run_unsafe_code:
             refuse_unsafe_code(named_tasks)
-    hashes = {name: sha256_file(path) for name, path in files.items()}
+    hashes = {task.name: task.fingerprint for task in tasks}
     model = hub.load_model(config.model, mesh, config.dtype, preset=config.preset)
     check_tokenizer(model)
     loaded = time.monotonic()

@@ -24,8 +24,6 @@ NUMBERS = ("index", "duplicates")
 """Names of the optional columns."""
 _DATASET_FILES = ("state.json", "dataset_dict.json")
 _MEGATRON = (".bin", ".idx")
-_FILE_SUFFIXES = (".npy", ".jsonl", ".parquet", ".json", ".gz", *_MEGATRON)
-_HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?:(?P<split>[\w.-]+)")
 
 
 def read_table(
@@ -70,26 +68,18 @@ def _read_columns(reference: str, column: str) -> pa.Table | None:
     return _read_dataset(folder, column) if folder.is_dir() else None
 
 
-@functools.lru_cache(maxsize=8)
 def download_sequences(reference: str) -> str:
-    """Resolve a data set of the hub, `org/name[@revision]:SPLIT`.
+    """Resolve a data set of the hub (`hub.dataset_split`).
 
     Returns its local FOLDER:SPLIT; other references as they are.
 
     Raises InputError if the download fails.
     """
-    match = _HUB_ID.fullmatch(reference)
-    is_local = Path(reference).exists() or Path(reference.partition(":")[0]).exists() or _split_folder(reference)
-    if match is None or is_local or Path(match["name"]).suffix in _FILE_SUFFIXES:
+    found = None if _split_folder(reference) else hub.parse_dataset_split(reference)
+    if found is None:
         return reference
-    split = match["split"]
-    patterns = [f"{split}-*.parquet", f"*/{split}-*.parquet"]
-    folder = hub.download_snapshot(reference, match["name"], match["revision"], patterns, repo_type="dataset")
-    folders = sorted({path.parent for path in folder.rglob(f"{split}-*.parquet")})
-    if len(folders) != 1:
-        found = ", ".join(str(one.relative_to(folder)) for one in folders) or "none"
-        raise InputError(f"{reference}: needs one folder with Parquet files of this split, has {found}")
-    return f"{folders[0]}:{split}"
+    first, *_ = found.files()  # downloads all
+    return f"{first.parent}:{found.split}"
 
 
 def holds_text(reference: str, column: str = "") -> bool:

@@ -17,11 +17,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jax_selftrain import hub
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.item_results import ItemResults, Kind, Split, dev_test_split, item_hash
 from jax_selftrain.evals.result_files import describe_mean, is_text, with_stderr
@@ -51,17 +53,25 @@ class Question:
 
 @dataclass(frozen=True)
 class Task:
-    """Questions or texts of one file."""
+    """Questions or texts of one file or split."""
 
     name: str
     path: Path
+    """The file, or the reference of the split."""
     kind: Kind
     questions: tuple[Question, ...]
+    files: tuple[Path, ...] = ()
+    """The files, if they are several."""
 
     @property
     def documents(self) -> list[str]:
         """The texts, or the first choice of each question."""
         return [question.continuations[0] for question in self.questions]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the content of the files."""
+        return hub.hash_files(self.files or (self.path,))
 
 
 def load_tasks(references: Sequence[str], limit: int | None = None) -> list[Task]:
@@ -77,24 +87,35 @@ def load_tasks(references: Sequence[str], limit: int | None = None) -> list[Task
     return [_load_task(path, format, limit) for reference in references for path, format in _resolve(reference)]
 
 
-def load_texts(paths: Sequence[str], limit: int | None = None) -> list[Task]:
+def load_texts(references: Sequence[str], limit: int | None = None) -> list[Task]:
     """Read the `text` field of files (`read_rows`); skip blank texts.
 
+    Args:
+      references: files, or splits of data sets of the Hugging Face hub (`hub.dataset_split`).
+      limit: maximum number of rows of each.
+
     Raises:
-      InputError: a file is missing or not JSONL, has a line without text, or has no texts.
+      InputError: a file is missing or not JSONL, has a line without text, or has no texts; a download fails.
     """
     tasks = []
-    for path in map(Path, paths):
-        questions = []
-        for where, row in read_rows(path, limit):
+    for reference in references:
+        path, questions = Path(reference), []
+        files = tuple(hub.text_files(reference, limit))
+        for where, row in islice(chain.from_iterable(read_rows(file, limit) for file in files), limit):
             if "text" not in row:
                 raise InputError(f"{where}: no text under `text`")
             if (text := check_text(row["text"], where)).strip():
                 questions.append(Question("", (text,), 0, (len(text),)))
         if not questions:
             raise InputError(f"{path}: no texts in it")
-        tasks.append(Task(_name(path), path, "text", tuple(questions)))
+        tasks.append(Task(text_name(reference), path, "text", tuple(questions), files))
     return tasks
+
+
+def text_name(reference: str) -> str:
+    """Return the name of a text file or split in results."""
+    split = hub.parse_dataset_split(reference)
+    return _name(Path(reference)) if split is None else split.label
 
 
 def select_split(task: Task, split: Split) -> Task:

@@ -29,7 +29,6 @@ from jax_selftrain.evals.result_files import describe_mean, output_paths, write_
 from jax_selftrain.evals.score import scoring_mesh
 from jax_selftrain.evals.tasks import load_texts, paths_by_name
 from jax_selftrain.io import atomic
-from jax_selftrain.io.manifest import sha256_file
 from jax_selftrain.likelihood import LoglikelihoodRequest, loglikelihoods
 from jax_selftrain.likelihood.engine import check_finite
 from jax_selftrain.likelihood.resumable import PartialResults, process_local_if_possible
@@ -101,7 +100,8 @@ def _measure(config: ExtractWindowsConfig, mesh: Mesh, plot: Plot) -> dict[str, 
     started = time.monotonic()
     layout, start = make_layout(config), find_start_tokens(config)
     tasks = load_texts(config.texts, config.limit)
-    files, tokenizer = paths_by_name(tasks), hub.open_model(config.model).tokenizer
+    paths_by_name(tasks)  # names are unique
+    tokenizer = hub.open_model(config.model).tokenizer
     texts = [
         TokenizedText(task.name, tuple(np.array(encode_text(tokenizer, one)[0], np.int32) for one in task.documents))
         for task in tasks
@@ -115,7 +115,7 @@ def _measure(config: ExtractWindowsConfig, mesh: Mesh, plot: Plot) -> dict[str, 
     fingerprints = {
         **{name: model.fingerprint for name, model in models.items()},
         "tokenizer": models["model"].tokenizer_fingerprint,
-        "files": {name: sha256_file(path) for name, path in files.items()},
+        "files": {task.name: task.fingerprint for task in tasks},
     }
     prepared = time.monotonic()
     parts = PartialResults(output_paths(config.out, "parts")[1])

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from jax_selftrain.errors import InputError
@@ -288,7 +289,13 @@ def _download_weights(ref: str, name: str, folder: Path) -> None:
 
 
 def download_snapshot(
-    ref: str, name: str, revision: str | None, files: Sequence[str], *, repo_type: str = "model"
+    ref: str,
+    name: str,
+    revision: str | None,
+    files: Sequence[str],
+    *,
+    repo_type: str = "model",
+    cached_only: bool = False,
 ) -> Path:
     """Download files of the hub, or find them in the cache.
 
@@ -298,17 +305,26 @@ def download_snapshot(
       revision: branch, tag or commit; None: the main branch.
       files: names or patterns.
       repo_type: `model` or `dataset`.
+      cached_only: download nothing.
 
     Returns the folder of the commit. Raises InputError if the download fails.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.file_download import repo_folder_name
 
     try:
-        return Path(snapshot_download(name, repo_type=repo_type, revision=revision, allow_patterns=list(files)))
+        patterns: dict[str, Any] = {"allow_patterns": list(files), "local_files_only": cached_only}
+        return Path(snapshot_download(name, repo_type=repo_type, revision=revision, **patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = shorten(str(error), 200, placeholder=" …")
+        if isinstance(error, LocalEntryNotFoundError):
+            reason = "it cannot be reached, and its cache has no copy"
+        kind = "" if repo_type == "model" else f" --repo-type {repo_type}"
+        cached = Path(HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=repo_type))
         raise InputError(
             f"{ref}: no such local folder, and the download from the Hugging Face hub failed ({reason}); check the "
-            "name and the network, or give a local folder"
+            f"name and the network; without a network, run `hf download {name}{kind}` on another machine and copy its "
+            f"cache to {cached}"
         ) from error

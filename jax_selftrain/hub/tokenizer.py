@@ -54,7 +54,7 @@ def read_tokenizer(folder: Path) -> Any:
     if is_sentencepiece and not (folder / "tokenizer.json").is_file() and find_spec("sentencepiece") is None:
         raise InputError(
             f"{folder}: has {_SENTENCEPIECE[0]} without tokenizer.json, which needs the package sentencepiece; "
-            "pip install 'jax-selftrain[sentencepiece]'"
+            "pip install sentencepiece protobuf"
         )
     with block_torch_import():
         from transformers import AutoTokenizer

@@ -129,7 +129,7 @@ def topology_devices(topology: Topology) -> Sequence[Any]:
     except RuntimeError as error:
         if "not installed" in str(error):
             raise InputError(
-                "compiling for a TPU needs libtpu: pip install 'jax-selftrain[tpu]' (no TPU is needed), or use "
+                "compiling for a TPU needs libtpu: pip install 'jax[tpu]' (no TPU is needed), or use "
                 "--no-compile to plan by formula"
             ) from error
         raise InputError(

@@ -10,7 +10,6 @@ from typing import Any
 from jax_selftrain.errors import InputError, UnavailableError
 from jax_selftrain.io.json_files import hash_json
 
-_EXTRAS = {"gs": "gcs", "gcs": "gcs"}
 _METADATA_SUFFIX = re.compile(r"parts|config\.yaml|timings\.json|[a-z]+\.parquet")
 """Suffixes of the companions of a result `FILE.json` (`evals.result_files`)."""
 _RECORD_KEYS = {
@@ -35,8 +34,7 @@ class Store:
         try:
             self.files, path = url_to_fs(self.uri, **({"auto_mkdir": True} if self.scheme == "file" else {}))
         except ImportError as error:
-            extra = _EXTRAS.get(self.scheme)
-            how = f"pip install 'jax-selftrain[{extra}]'" if extra else first_line(error)
+            how = "pip install gcsfs" if self.scheme in ("gs", "gcs") else first_line(error)
             raise InputError(f"{uri}: the package for {self.scheme}:// is not installed; {how}") from error
         except ValueError as error:
             raise InputError(f"{uri}: cannot be opened ({first_line(error)})") from error

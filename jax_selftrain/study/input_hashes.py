@@ -1,6 +1,7 @@
 """Fingerprints of the files that stages read, each computed once."""
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ class InputHashes:
 
     def __init__(self, *, dry_run: bool = False) -> None:
         self.file, self.sequences = cache(sha256_file), cache(evals.sequences_fingerprint)
+        self._split = cache(partial(hub.DatasetSplit.fingerprint, cached_only=dry_run))
         self._harness = cache(self._hash_harness)
         self._dry_run = dry_run
 
@@ -32,10 +34,21 @@ class InputHashes:
             return hash_json([self.file(str(file)) for file in files])
         return self.file(str(path)) if path.is_file() else reference
 
+    def texts(self, reference: str, limit: int | None = None) -> str:
+        """Hash the first `limit` rows of a split, or a file.
+
+        A dry run downloads nothing.
+        """
+        split = hub.parse_dataset_split(reference)
+        return self.reference(reference) if split is None else self._unless_dry_run(partial(self._split, split, limit))
+
     def tasks(self, options: ScoreConfig | DecontaminateConfig, num_fewshot: int | None = None) -> dict[str, str]:
         """Hash tasks and texts, by name."""
-        references = (*options.tasks, *options.texts, *([options.task_folder] if options.task_folder else []))
-        found = {f"{n}: {Path(path).name}": self.reference(path) for n, path in enumerate(references)}
+        limit = options.text_limit if isinstance(options, ScoreConfig) else None
+        hashes = [(path, self.reference(path)) for path in options.tasks]
+        hashes += [(path, self.texts(path, limit)) for path in options.texts]
+        hashes += [(path, self.reference(path)) for path in [options.task_folder] if path]
+        found = {f"{n}: {Path(path).name}": value for n, (path, value) in enumerate(hashes)}
         if names := split_names(options.tasks)[1]:
             found["lm-evaluation-harness"] = self._harness(tuple(names.items()), options.task_folder, num_fewshot)
         return found
@@ -47,7 +60,7 @@ class InputHashes:
         references |= {
             f"memorization.{name}": getattr(memorization, name) for name in ("unseen_text", "relearn_corpus")
         }
-        found = {option: self.reference(value) for option, value in references.items() if value}
+        found = {option: self.texts(value) for option, value in references.items() if value}
         found |= {f"models.{model.name}.model": hub.open_model(model.model).fingerprint for model in config.models}
         for section in ("score", "decontaminate"):
             options = getattr(config, section)
@@ -59,9 +72,15 @@ class InputHashes:
         return found
 
     def _hash_harness(self, names: Any, folder: str, num_fewshot: int | None) -> str:
-        """Hash harness tasks with their data; a dry run does without data."""
+        """Hash harness tasks with their data."""
+        return self._unless_dry_run(
+            lambda: hash_lm_eval_tasks(load_lm_eval_tasks(dict(names), folder=folder, num_fewshot=num_fewshot))
+        )
+
+    def _unless_dry_run(self, hash_data: Callable[[], str]) -> str:
+        """Hash data that a dry run may not have."""
         try:
-            return hash_lm_eval_tasks(load_lm_eval_tasks(dict(names), folder=folder, num_fewshot=num_fewshot))
+            return hash_data()
         except InputError:
             if self._dry_run:
                 return "unknown"

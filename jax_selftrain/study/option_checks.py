@@ -1,10 +1,11 @@
 """Checks of arms and of memorization measurements before a study starts."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from jax_selftrain import evals
+from jax_selftrain import evals, hub
 from jax_selftrain.config import ArmConfig, ExtractConfig, StudyConfig
 from jax_selftrain.config.metadata import applicable_kinds, shared_overrides
 from jax_selftrain.errors import InputError
@@ -51,12 +52,16 @@ def check_memorization(config: StudyConfig) -> None:
         if not shared_overrides(form, ExtractConfig):
             changeable = ", ".join(field.name for field in fields(form) if field.name != "name")
             raise InputError(f"memorization.formats: {form.name}: changes nothing; set one of {changeable}")
-    if options.unseen_text:
-        evals.load_texts([options.unseen_text])
+    evals.load_texts(readable_texts(config, [options.unseen_text] if options.unseen_text else []))
     if not options.relearn_steps or len({*options.relearn_steps}) < len(options.relearn_steps):
         raise InputError(f"memorization.relearn_steps {list(options.relearn_steps)}: give each number of steps once")
     if options.relearn_corpus.endswith(".jsonl") and not Path(options.relearn_corpus).is_file():
         raise InputError(f"memorization.relearn_corpus {options.relearn_corpus}: no such file")
+
+
+def readable_texts(config: StudyConfig, texts: Sequence[str]) -> list[str]:
+    """Return the texts to check: a dry run downloads no data sets."""
+    return [text for text in texts if not (config.dry_run and hub.parse_dataset_split(text))]
 
 
 def require_text(extract: ExtractConfig) -> None:

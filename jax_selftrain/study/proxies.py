@@ -26,6 +26,7 @@ from jax_selftrain.evals.item_results import ScoreResult, dev_test_split, item_h
 from jax_selftrain.evals.task_names import split_names
 from jax_selftrain.io import json_files
 from jax_selftrain.likelihood.tokenize import encode_text
+from jax_selftrain.study.option_checks import readable_texts
 
 NGRAM_LENGTH = 13
 _OPTIONAL = ("gradient_alignment", "similarity", "semantic_similarity")
@@ -96,7 +97,8 @@ def check_proxies(config: StudyConfig) -> None:
     """Refuse `proxy_steps` that cannot be measured. Raises InputError."""
     sources = config.sources or config.students or config.models
     is_measured = config.proxy_sample_size > 0 and len(sources) > 1
-    if config.proxy_steps and not (is_measured and _list_dev_documents(config.score)):
+    is_unread = readable_texts(config, config.score.texts) != [*config.score.texts]
+    if config.proxy_steps and not (is_measured and (is_unread or _list_dev_documents(config.score))):
         raise InputError(
             f"proxy_steps {config.proxy_steps}: needs several sources, proxy_sample_size, and score.texts with a "
             "document in the dev split (30 %); set these, or remove it"

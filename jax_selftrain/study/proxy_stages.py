@@ -53,7 +53,7 @@ def measure_student(stages: StageFactory, student: StudyModel, corpus: Stage) ->
     identity = _make_identity(stages, score) | {"limit": score.limit, "by_task": True}
     inputs = {f"task {n}": stages.hashes.reference(path) for n, path in enumerate(score.tasks)}
     if train is not None:
-        inputs |= {f"text {n}": stages.hashes.reference(path) for n, path in enumerate(score.texts)}
+        inputs |= {f"text {n}": stages.hashes.texts(one, score.text_limit) for n, one in enumerate(score.texts)}
         identity |= {name: getattr(score, name) for name in ("text_limit", "text_max_tokens")}
         identity |= {f"train_{name}": getattr(train, name) for name in ("seq_len", "dtype")}
     if embedder := config.embedding_model:

@@ -46,7 +46,13 @@ from jax_selftrain.study.dag import check_processes, list_remaining, peak_bytes,
 from jax_selftrain.study.design import Design, expand_revisions, make_design
 from jax_selftrain.study.eval_hooks import evaluation_hooks, with_default_evals
 from jax_selftrain.study.measure_names import expand_generations
-from jax_selftrain.study.option_checks import check_arm, check_memorization, check_relearned_half, require_text
+from jax_selftrain.study.option_checks import (
+    check_arm,
+    check_memorization,
+    check_relearned_half,
+    readable_texts,
+    require_text,
+)
 from jax_selftrain.study.preregistration import check_claims, check_contrasts
 from jax_selftrain.study.proxies import check_proxies
 from jax_selftrain.study.registration import Registration, register
@@ -246,11 +252,11 @@ def check_study(config: StudyConfig, read_corpus: Callable[[str], Corpus] = open
     if config.subset.tokens or config.subset.bytes:
         check_subset(config.subset)
     score, audit = config.score, config.decontaminate
-    texts = evals.load_texts(score.texts, score.text_limit)
-    _check_known("models: damage_text", filter(None, (m.damage_text for m in config.models)), [t.name for t in texts])
-    for options, limit, loaded in ((score, score.limit, texts), (audit, None, evals.load_texts(audit.texts))):
+    known = [evals.text_name(text) for text in score.texts]
+    _check_known("models: damage_text", filter(None, (m.damage_text for m in config.models)), known)
+    for options, limit, text_limit in ((score, score.limit, score.text_limit), (audit, None, None)):
         files, names = split_names(options.tasks, options)
-        loaded = [*evals.load_tasks(files, limit), *loaded]
+        loaded = [*evals.load_tasks(files, limit), *evals.load_texts(readable_texts(config, options.texts), text_limit)]
         paths = evals.paths_by_name(loaded)
         for task in loaded if options is score else ():
             evals.select_split(task, config.split)
@@ -313,7 +319,8 @@ def _check_student(config: StudyConfig, model: ModelConfig, mixture: Iterable[Co
     training.check_train_config(options)
     for corpus in mixture:
         open_corpus(corpus, tokenizer_fingerprint=opened.tokenizer_fingerprint)
-    training.check_hooks(options, evaluation_hooks(options))
+    if len(readable_texts(config, options.eval_texts)) == len(options.eval_texts):
+        training.check_hooks(options, evaluation_hooks(options))
     if config.extract.sequences:
         sequences = fill_options(config, config.extract, model.model, model)
         check_relearned_half(config, evals.load_extraction_sets(sequences)[0])

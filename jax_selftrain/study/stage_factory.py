@@ -150,7 +150,8 @@ class StageFactory:
     def import_text(self, student: StudyModel, arm: ArmConfig) -> Stage:
         """Tokenize real text for a student."""
         options = ImportCorpusConfig(source=arm.text, model=student.tokenizer_ref, stop_id=student.stop_id)
-        text = self.hashes.file(arm.text) if Path(arm.text).is_file() else arm.text  # else the name of a data set
+        is_hashed = Path(arm.text).is_file() or hub.parse_dataset_split(arm.text) is not None
+        text = self.hashes.texts(arm.text) if is_hashed else arm.text  # the name of a data set
         return Stage(
             "import",
             f"import {Path(arm.text).name} for {student.label}",
@@ -214,7 +215,8 @@ class StageFactory:
         mixed = (f"{self.folder(one)}={share:.9f}" for one, share in zip(on[:-1], shares, strict=True))
         changes["mixture"] = (*mixed, *recipe.mixture)
         options = fill_options(self.config, recipe, start.ref, start.options, **changes)
-        evaluated = [self.hashes.reference(file) for file in (*options.eval_texts, *options.eval_tasks)]
+        evaluated = [self.hashes.texts(one, options.eval_limit) for one in options.eval_texts]
+        evaluated += [self.hashes.reference(file) for file in options.eval_tasks]
         if options.eval_sequences:
             evaluated.append(self.hashes.sequences(options.eval_sequences))
         sampled, subset = self.config.sample, self.config.subset
@@ -327,7 +329,7 @@ class StageFactory:
             "continue",
             f"continue {Path(texts).name} by {base.label}",
             _window_options(options) | {"sequences": n, "start_token": options.start_token, "dtype": options.dtype},
-            base.inputs | {"texts": self.hashes.reference(texts)},
+            base.inputs | {"texts": self.hashes.texts(texts)},
             lambda out: make_control_continuations(options, texts, n, out),
             needs_devices=True,
         )

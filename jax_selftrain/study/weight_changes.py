@@ -45,7 +45,7 @@ def change_weights(
     if arm.match_damage:
         label = f"{base.label} with noise as damaging as {trained.label}, seed {seed}"
         identity = {"seed": seed, "match_damage": yaml_io.to_dict(options, Role.IDENTITY)}
-        inputs |= {"text": stages.hashes.reference(options.texts[0]), "tokenizer": base.tokenizer}
+        inputs |= {"text": stages.hashes.texts(options.texts[0], options.text_limit), "tokenizer": base.tokenizer}
 
     def make(out: Path) -> None:
         folder = out / "model"
@@ -64,11 +64,11 @@ def change_weights(
 def _damage_options(stages: StageFactory, base: StudyModel) -> ScoreConfig:
     """Return the options of a score of the damage text alone."""
     score = stages.config.score
-    paths = evals.paths_by_name(evals.load_texts(score.texts, score.text_limit))
-    path = paths.get(base.options.damage_text) or (next(iter(paths.values())) if len(paths) == 1 else None)
-    if path is None:
+    texts = {evals.text_name(text): text for text in score.texts}
+    text = texts.get(base.options.damage_text) or (score.texts[0] if len(texts) == 1 else None)
+    if text is None:
         raise InputError(f"arms: `match_damage` needs the `damage_text` of {base.options.name}")
-    return replace(fill_options(stages.config, score, base.ref, base.options), tasks=(), texts=(str(path),))
+    return replace(fill_options(stages.config, score, base.ref, base.options), tasks=(), texts=(text,))
 
 
 def add_matching_noise(base: str, trained: str, out: Path, seed: int, options: ScoreConfig) -> None:

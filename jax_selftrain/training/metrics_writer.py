@@ -132,7 +132,7 @@ def import_wandb() -> Any:
     try:
         return import_module("wandb")
     except ImportError as error:
-        raise InputError("--wandb needs the package wandb: pip install 'jax-selftrain[wandb]'") from error
+        raise InputError("--wandb needs the package wandb: pip install wandb") from error
 
 
 def _start_wandb(run: Run) -> Any:

@@ -392,7 +392,7 @@ def test_without_the_harness_one_sentence_says_what_to_install(tmp_path, tiny_mo
     monkeypatch.delitem(sys.modules, "jax_selftrain.evals.lm_eval_adapter", raising=False)
     words = ["score", "--model", str(tiny_model()), "--tasks", "piqa", "--out", str(tmp_path / "scores.json")]
     assert cli.main(words) == 2
-    assert "pip install 'jax-selftrain[harness]'" in capsys.readouterr().err
+    assert "pip install 'lm-eval>=0.4.13,<0.5'" in capsys.readouterr().err
 
 
 def test_local_scoring_and_help_never_import_the_harness(tmp_path, tiny_model, local):

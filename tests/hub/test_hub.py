@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from corpus_factory import write_jsonl
-from hub_server import HubServer
+from hub_server import HubServer, run_online
 from model_params import load_tensors
 from models_factory import tiny_texts, write_tiny_hf_model
 from safetensors.numpy import save_file
@@ -33,15 +30,6 @@ from jax_selftrain.report import write_report
 from jax_selftrain.study import run_study
 
 CARD = "---\nlicense: apache-2.0\n---\nA model.\n"
-
-
-def run_online(code: str, server: HubServer, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run Python code in a process for which the server is the hub (huggingface_hub reads variables when imported)."""
-    variables = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
-    variables |= {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(cache.parent), "HF_HUB_CACHE": str(cache)}
-    variables |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, env=variables | environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")

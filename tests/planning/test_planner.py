@@ -24,7 +24,7 @@ from jax_selftrain.planning.planner import config_only_folder
 from jax_selftrain.planning.stage_programs import StageProgram, collective_bytes, hbm_traffic, stage_program
 
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'jax-selftrain[tpu]'"
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'jax[tpu]'"
 )
 SAMPLE = SampleConfig(samples=256, max_tokens=64, batch_size=8, dtype="bfloat16")
 TRAIN = TrainConfig(batch_size=16, seq_len=128, steps=10, dtype="bfloat16", remat="full")

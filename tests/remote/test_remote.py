@@ -478,7 +478,7 @@ def test_a_whole_bucket_is_no_output():
 
 @pytest.mark.skipif(find_spec("gcsfs") is not None, reason="gcsfs is installed")
 def test_what_is_not_installed_is_named():
-    with pytest.raises(InputError, match=r"gs:// is not installed; pip install 'jax-selftrain\[gcs\]'"):
+    with pytest.raises(InputError, match=r"gs:// is not installed; pip install gcsfs"):
         remote.download("gs://bucket/x")
 
 

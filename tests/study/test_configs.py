@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 from models_factory import tiny_config
 
+from jax_selftrain import hub
 from jax_selftrain.config import RunConfig, StudyConfig, yaml_io
 from jax_selftrain.distributed.sharding import make_sharding_rules
 from jax_selftrain.errors import InputError
+from jax_selftrain.evals.task_names import SUITES, split_names
 from jax_selftrain.hub.hf_config import parse_config
 from jax_selftrain.models import axis_sizes
 from jax_selftrain.study import run_study
@@ -97,7 +99,7 @@ def plan(
     """`plan(name)`: the dry run of a study with shapes of the published models, without weights."""
 
     def run(name: str) -> str:
-        monkeypatch.setenv("JAX_SELFTRAIN_DATA", str(data_dir))
+        monkeypatch.delenv("JAX_SELFTRAIN_DATA", raising=False)
         config = expand_revisions(yaml_io.load(StudyConfig, FOLDER / f"{name}.yaml"))
         models = []
         for model in config.models:
@@ -184,7 +186,14 @@ def test_a_config_loads_and_is_consistent(path: Path, monkeypatch: pytest.Monkey
     assert config.train.batch_size % 4 == 0
     assert config.score.tasks
     assert config.score.texts
-    assert all("/data/" in file for file in (*config.score.tasks, *config.score.texts))
+    files, names = split_names(config.score.tasks)
+    if path.stem == "stories260k":
+        assert all("/data/" in file for file in (*files, *config.score.texts))
+        assert not names
+    else:  # nothing but the hub and lm-evaluation-harness
+        assert not files
+        assert set(names) <= {*SUITES["pythia"]}
+        assert all(hub.parse_dataset_split(text) for text in config.score.texts)
 
 
 @pytest.mark.parametrize("size", PYTHIA)
@@ -227,8 +236,20 @@ def test_the_stories_run_is_documented(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.extract.sequences == "/data/tinystories/train.jsonl"
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_an_unset_data_folder_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+NEEDS_DATA = sorted(path for path in (*CONFIGS, *STUDIES) if "${" in path.read_text())
+
+
+def test_pythia_and_the_paper_need_no_data_folder() -> None:
+    assert not [path.stem for path in NEEDS_DATA if "stories260k" not in path.stem and "smollm2" not in path.stem]
+
+
+@pytest.mark.parametrize("path", NEEDS_DATA, ids=lambda path: path.stem)
+def test_an_unset_data_folder_is_named_with_its_files(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JAX_SELFTRAIN_DATA", raising=False)
-    with pytest.raises(InputError, match="JAX_SELFTRAIN_DATA"):
-        yaml_io.load(RunConfig, path)
+    monkeypatch.setenv("CANARIES", "/canaries")
+    with pytest.raises(InputError, match="JAX_SELFTRAIN_DATA is not set; export it first \\(a folder with ") as error:
+        yaml_io.load(RunConfig if path in CONFIGS else StudyConfig, path)
+    files = set(re.findall(r"\$\{JAX_SELFTRAIN_DATA\}/([\w./-]+)", path.read_text()))
+    assert files
+    named = re.sub(r"blimp/\w+", "blimp/*", " ".join(sorted(files)))
+    assert {file for file in named.split() if file not in str(error.value)} == set()
