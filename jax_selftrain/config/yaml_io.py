@@ -96,7 +96,7 @@ def save(path: atomic.PathLike, obj: Any) -> None:
 
 
 def require(config: Any, *names: str) -> None:
-    """Refuse unset fields, named or required, wrong types and numbers out of range."""
+    """Refuse unset fields (named or required) and values of wrong type or range."""
     types = option_types(type(config))
     for name in names or fields_with_role(type(config), Role.REQUIRED):
         if getattr(config, name) in (None, "", ()):
@@ -106,7 +106,7 @@ def require(config: Any, *names: str) -> None:
 
 
 def check_ranges(config: Any, prefix: str = "--") -> None:
-    """Refuse wrong types and numbers out of range, also in sections and lists of sections."""
+    """Refuse values of wrong type or range, also in sections."""
     cls: type = type(config)
     hints = typing.get_type_hints(cls)
     for name, value in vars(config).items():

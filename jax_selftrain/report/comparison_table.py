@@ -45,7 +45,7 @@ def format_comparison(result: Record) -> str:
 
 
 def format_effects(results: Record) -> str:
-    """Format the main effects of a study, with one line per treatment, and the verdicts."""
+    """Format the effects of a study by treatment, and its verdicts."""
     effects = results["effects"]
     texts = [name for name in common_measures(effects) if name.startswith("text/")][:1]
     chosen = [main_measure(results), "exact_match", *texts]
@@ -114,7 +114,7 @@ def _format_estimate(entry: Record, digits: int, scale: float) -> str:
 
 
 def _align(rows: Sequence[Sequence[str]], names: int = 1) -> str:
-    """Align columns, of which the first `names` are names."""
+    """Align columns; the first `names` to the left."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
