@@ -96,7 +96,7 @@ def save(path: atomic.PathLike, obj: Any) -> None:
 
 
 def require(config: Any, *names: str) -> None:
-    """Refuse unset fields (named or required) and values of wrong type or range."""
+    """Refuse unset fields and values of wrong type or range."""
     types = option_types(type(config))
     for name in names or fields_with_role(type(config), Role.REQUIRED):
         if getattr(config, name) in (None, "", ()):
