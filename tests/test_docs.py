@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from jax_selftrain.cli import COMMANDS, CONFIG_FILE, DISTRIBUTED_COMMANDS
+from jax_selftrain.cli import parse_command_line
+from jax_selftrain.command_table import COMMANDS, CONFIG_FILE, DISTRIBUTED_COMMANDS, LOG_LEVEL
 from jax_selftrain.config import StudyConfig, yaml_io
 from jax_selftrain.distributed.cluster import DistributedConfig
 
@@ -21,14 +22,14 @@ MODULES = sorted((ROOT / "jax_selftrain").rglob("*.py"))
 PYTHON_FILES = [
     str(file) for folder in ("jax_selftrain", "tests", "benchmarks") for file in (ROOT / folder).rglob("*.py")
 ]
-OTHER_FLAGS = {"--help", "--version", "--implicit-dirs", "--gpus-per-task", "--repo-type"}
+OTHER_FLAGS = {"--help", "--version", "--implicit-dirs", "--gpus-per-task", "--repo-type", "--tyro-print-completion"}
 """Flags in the package that are not options of a command."""
 NAME = r"[a-z]+(?:-[a-z]+)*"
 FLAG = r"(?<![\w-])--[a-z][\w.-]*\w"
 
 
 def flags(command: str) -> set[str]:
-    types = yaml_io.option_types(COMMANDS[command].config_class) | {CONFIG_FILE: str}
+    types = yaml_io.option_types(COMMANDS[command].config_class) | {CONFIG_FILE: str, LOG_LEVEL: str}
     if command in DISTRIBUTED_COMMANDS:
         types |= yaml_io.option_types(DistributedConfig)
     negated = {yaml_io.negated_flag(name) for name, tp in types.items() if tp is bool}
@@ -56,6 +57,14 @@ def test_commands_have_the_options_that_a_text_names(path: Path) -> None:
     if path in PAGES:
         unknown |= {("", flag) for flag in re.findall(rf"`({FLAG})", text) if flag not in ALL_FLAGS}
     assert not unknown
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_are_parsed_and_pages_name_the_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    parse_command_line(name, COMMANDS[name].example.split())
+    page = (ROOT / COMMANDS[name].page).read_text(encoding="utf-8")
+    assert re.search(rf"jax-selftrain +{name}\b|`{name}\b", page)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)

@@ -51,6 +51,8 @@ LAYERS = (
     ("study",),
     ("report", "planning"),
     ("experiments",),
+    ("command_table",),
+    ("command_help",),
     ("cli",),
     ("__init__", "__main__"),
 )

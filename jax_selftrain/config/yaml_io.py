@@ -108,8 +108,12 @@ def require(config: Any, *names: str) -> None:
 def check_ranges(config: Any, prefix: str = "--") -> None:
     """Refuse numbers out of range, also in sections and lists of sections."""
     cls: type = type(config)
+    types = typing.get_type_hints(cls)
     for name, value in vars(config).items():
         option, valid = prefix + name.replace("_", "-"), ranges(cls).get(name)
+        inner = _strip_none(types[name])
+        if isinstance(value, str) and inner is not str and value not in get_args(inner):  # from Python
+            raise InputError(f"{option}: expected {type_name(inner)}, found {_format_value(value)}")
         if dataclasses.is_dataclass(value):
             check_ranges(value, f"{option}.")
         for number in value if isinstance(value, tuple) else (value,):
