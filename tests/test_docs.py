@@ -89,3 +89,21 @@ def test_links_and_files_of_a_page_exist(path: Path) -> None:
     assert [link for link in links if "://" not in link and not (path.parent / link).exists()] == []
     named = {file for span in re.findall(r"`([^`\n]+)`", text) for file in re.findall(r"[\w./-]+\.py\b", span)}
     assert {file for file in named if not any(name.endswith(f"/{file}") for name in PYTHON_FILES)} == set()
+
+
+def test_sentences_of_troubleshooting_exist() -> None:
+    sources = ["".join(re.split(r'"\s*f?"', re.sub(r"\{[^{}]*\}", "…", path.read_text()))) for path in MODULES]
+    table = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    sentences = [
+        span for row in re.findall(r"^\| (`.*?) \| ", table, re.MULTILINE) for span in re.findall(r"`([^`]+)`", row)
+    ]
+    assert len(sentences) >= 10
+    parts = {part.strip() for one in sentences if one != "RESOURCE_EXHAUSTED" for part in re.split("…,? ?", one)}
+    assert {part for part in parts if part and not any(part in text for text in sources)} <= {"not", ":", ": needs"}
+
+
+def test_the_site_has_every_page() -> None:
+    listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text().partition("nav:")[2]))
+    assert listed == {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")} | {
+        "index.md"
+    }
