@@ -12,14 +12,16 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Any
 
-from jax_selftrain import config
+from jax_selftrain.command_help import COMPLETION, LogLevel, overview, print_completion, print_help
+from jax_selftrain.command_table import COMMANDS as COMMANDS
+from jax_selftrain.command_table import CONFIG_FILE as CONFIG_FILE
+from jax_selftrain.command_table import DISTRIBUTED_COMMANDS as DISTRIBUTED_COMMANDS
+from jax_selftrain.command_table import LOG_LEVEL
 from jax_selftrain.config import yaml_io
-from jax_selftrain.config.metadata import Role, fields_with_role, roles
 from jax_selftrain.console import configure_log, escape_controls, is_stdout_closed
 from jax_selftrain.distributed import peers, sync
 from jax_selftrain.distributed.cluster import DistributedConfig
@@ -31,58 +33,23 @@ from jax_selftrain.io.remote_paths import restore_uris
 from jax_selftrain.remote import download, localize_uris
 from jax_selftrain.version import __version__
 
-
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """A subcommand of `jax-selftrain`."""
-
-    config_class: type
-    """Dataclass of its options."""
-    function: str
-    """`module:name` of the function that takes them."""
-    positionals: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Name in the help and field of each option that can be given without a flag, in order."""
-
-
-COMMANDS: dict[str, Command] = {
-    "demo": Command(config.DemoConfig, "jax_selftrain.experiments.microworld:demo"),
-    "configs": Command(
-        config.ConfigsConfig,
-        "jax_selftrain.config.ready_configs:list_or_copy_configs",
-        {"list|copy": "action", "NAME": "name", "DEST": "destination"},
-    ),
-    "convert": Command(config.ConvertConfig, "jax_selftrain.hub:convert", {"SRC": "source", "DST": "out"}),
-    "import": Command(config.ImportCorpusConfig, "jax_selftrain.corpus:import_text", {"SRC": "source"}),
-    "export": Command(config.ExportConfig, "jax_selftrain.corpus:export_corpus", {"CORPUS": "corpus", "DST": "out"}),
-    "sample": Command(config.SampleConfig, "jax_selftrain.sampling:sample"),
-    "train": Command(config.TrainConfig, "jax_selftrain.study:train_with_evals"),
-    "merge": Command(config.MergeConfig, "jax_selftrain.hub:merge"),
-    "score": Command(config.ScoreConfig, "jax_selftrain.evals:score"),
-    "compare": Command(
-        config.CompareConfig, "jax_selftrain.study:compare", {"BASE.json": "base", "STUDENT.json": "student"}
-    ),
-    "extract": Command(config.ExtractConfig, "jax_selftrain.evals:extract"),
-    "extract-windows": Command(config.ExtractWindowsConfig, "jax_selftrain.report:extract_windows"),
-    "subset": Command(config.SubsetConfig, "jax_selftrain.corpus:draw_subset", {"CORPUS": "corpus", "OUT": "out"}),
-    "decontaminate": Command(
-        config.DecontaminateConfig, "jax_selftrain.evals:decontaminate", {"CORPUS": "corpus", "OUT": "out"}
-    ),
-    "leakage": Command(config.LeakageConfig, "jax_selftrain.evals:measure_leakage"),
-    "membership": Command(config.MembershipConfig, "jax_selftrain.evals:measure_membership"),
-    "token-gap": Command(config.TokenGapConfig, "jax_selftrain.evals:measure_token_gap"),
-    "run": Command(config.RunConfig, "jax_selftrain.study:run"),
-    "study": Command(config.StudyConfig, "jax_selftrain.study:run_study"),
-    "plan": Command(config.PlanConfig, "jax_selftrain.planning:plan_memory"),
-    "push": Command(config.PushConfig, "jax_selftrain.report:push", {"FOLDER": "folder", "ORG/NAME": "repo"}),
-    "report": Command(config.ReportConfig, "jax_selftrain.report:write_report", {"DIR": "folder"}),
-}
-
-DISTRIBUTED_COMMANDS = ("convert", "sample", "train", "merge", "score", "extract", "extract-windows", "run", "study")
-"""Commands that several processes can run together; they also take the flags of `DistributedConfig`."""
-
-CONFIG_FILE = "config"
 _INTERRUPTED = 130  # the exit code of a shell for a program ended by Ctrl-C
 _HELP = frozenset({"-h", "--help"})
+_ALIASES = {
+    **dict.fromkeys(("m", "model-name-or-path"), "model"),
+    **dict.fromkeys(("o", "output", "output-dir"), "out"),
+    **dict.fromkeys(("c", "cfg"), "config"),
+    **dict.fromkeys(("lr", "learningrate"), "learning-rate"),
+    **dict.fromkeys(("bs", "b", "batch", "batchsize"), "batch-size"),
+    **dict.fromkeys(("epoch", "num-epochs", "num-train-epochs"), "epochs"),
+    **dict.fromkeys(("max-steps", "num-steps"), "steps"),
+    **dict.fromkeys(("n", "num-samples"), "samples"),
+    **dict.fromkeys(("t", "temp"), "temperature"),
+    **dict.fromkeys(("max-new-tokens", "max-length"), "max-tokens"),
+    **dict.fromkeys(("max-seq-length", "block-size"), "seq-len"),
+    "wd": "weight-decay",
+}
+"""Names of options in other programs, for hints."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,21 +74,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    program = "jax-selftrain"
+    program, options = "jax-selftrain", None
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traceback of an error that it also raises
     try:
+        if argv[:1] == ["help"]:
+            argv = [*argv[1:], "--help"]
         if not argv or argv[0] in _HELP:
-            print(_overview(), file=sys.stdout if argv else sys.stderr)
+            print(overview(), file=sys.stdout if argv else sys.stderr)
             return 0 if argv else InputError.exit_code
         if argv[0] == "--version":
             print(f"jax-selftrain {__version__}")
             return 0
+        if argv[0] == COMPLETION:
+            print_completion(argv)
         if argv[0] not in COMMANDS:
             hint = yaml_io.did_you_mean(argv[0], COMMANDS) or f"; the commands are {', '.join(COMMANDS)}"
             raise InputError(f"unknown command `{argv[0]}`{hint}")
         name = argv[0]
         program = f"jax-selftrain {name}"
         options, processes = parse_command_line(name, argv[1:])
+        logging.getLogger("jax_selftrain").debug("%s", options)
         enable_compilation_cache()
         module, function = COMMANDS[name].function.split(":")
         with ExitStack() as stack:
@@ -142,9 +114,20 @@ def _main(argv: list[str]) -> int:
         text = escape_controls(text if error.shows_local_paths else restore_uris(text))
         print(f"{program}: error: {text}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if not _is_about(error, getattr(options, "out", "")):
+            raise
+        print(f"{program}: error: {error.filename}: cannot be written ({error.strerror})", file=sys.stderr)
+        return InputError.exit_code
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return _INTERRUPTED
+
+
+def _is_about(error: OSError, out: str) -> bool:
+    """Return True if an error names the output or its parents."""
+    path = Path(str(error.filename or ""))
+    return bool(out and error.filename) and (path.is_relative_to(out) or Path(out).is_relative_to(path))
 
 
 def _is_first_process() -> bool:
@@ -172,10 +155,12 @@ def parse_command_line(name: str, words: Sequence[str]) -> tuple[Any, Distribute
     command = COMMANDS[name]
     shared = yaml_io.option_types(DistributedConfig) if name in DISTRIBUTED_COMMANDS else {}
     own = {key: tp for key, tp in yaml_io.option_types(command.config_class).items() if not yaml_io.has_sections(tp)}
-    types = {**own, **shared, CONFIG_FILE: str}
+    types = {**own, **shared, CONFIG_FILE: str, LOG_LEVEL: LogLevel}
     needs_help = not _HELP.isdisjoint(words)
     values = _parse_words([word for word in words if word not in _HELP], types, command.positionals)
     options, processes = command.config_class(), DistributedConfig()
+    if level := values.pop(LOG_LEVEL, ""):
+        logging.getLogger("jax_selftrain").setLevel(level)
     if file := values.pop(CONFIG_FILE, ""):
         options = yaml_io.load(command.config_class, download(file) if "://" in file else file)
     for key, value in values.items():
@@ -184,7 +169,7 @@ def parse_command_line(name: str, words: Sequence[str]) -> tuple[Any, Distribute
         else:
             options = _replace(options, key.split("."), value)
     if needs_help:
-        _print_help(name, options)
+        print_help(name, options)
     yaml_io.require(options)
     return options, processes
 
@@ -205,7 +190,10 @@ def _parse_words(words: Sequence[str], types: Mapping[str, Any], positionals: Ma
             flag, equals, value = word.partition("=")
             flag = flag.replace("_", "-")
             if flag not in flags:
-                hint = yaml_io.did_you_mean(flag, flags) or "; --help lists all options"
+                alias = _ALIASES.get(flag.lstrip("-"), "")
+                meant = next((known for known in flags if alias and known.endswith(("-" + alias, "." + alias))), "")
+                hint = f"; did you mean `{meant}`?" if meant else yaml_io.did_you_mean(flag, flags)
+                hint = hint or "; --help lists all options"
                 raise InputError(f"unknown option `{flag}`{hint}")
             name, is_true = flags[flag]
             if name in given:
@@ -244,83 +232,6 @@ def _takes_word(tp: Any, given: Sequence[str], word: str) -> bool:
 def _replace(options: Any, path: Sequence[str], value: Any) -> Any:
     name, *rest = path
     return dataclasses.replace(options, **{name: _replace(getattr(options, name), rest, value) if rest else value})
-
-
-# ---------------------------------------------------------------- help
-
-
-def _overview() -> str:
-    summaries = {name: (command.config_class.__doc__ or "").splitlines()[0] for name, command in COMMANDS.items()}
-    lines = "\n".join(f"  {name:<{max(map(len, COMMANDS)) + 2}}{text}" for name, text in summaries.items())
-    return (
-        "usage: jax-selftrain COMMAND [options]\n\n"
-        "Can a language model improve from text that it samples from itself, or from text of another model?\n\n"
-        f"commands:\n{lines}\n\n"
-        "`jax-selftrain COMMAND --help` lists the options; a YAML file given by --config can set each of them."
-    )
-
-
-_HELP_GROUPS = {
-    Role.EVALUATION: "Evaluation during training.",
-    Role.EXECUTION: "Speed, memory and bookkeeping; the result is the same, except for rounding.",
-}
-
-
-def _print_help(name: str, options: Any) -> None:
-    """Print the options with their docstrings, grouped by role, and exit."""
-    import tyro
-
-    conf: Any = tyro.conf
-    command = COMMANDS[name]
-    cls: Any = type(options)
-    main, views = set(roles(cls)), {}
-    if not any(map(dataclasses.is_dataclass, get_type_hints(cls).values())):
-        for role, doc in _HELP_GROUPS.items():
-            if members := set(fields_with_role(cls, role)):
-                main -= members
-                views[str(role.name).lower()] = _select_fields(options, members, doc)
-    if name in DISTRIBUTED_COMMANDS:
-        views["distributed"] = _select_fields(DistributedConfig(), set(roles(DistributedConfig)), "Several processes.")
-    note = conf.arg(metavar="FILE.yaml", help="Read options from this file; flags override it.", help_behavior_hint="")
-    extra: list[tuple[str, Any, Any]] = [(CONFIG_FILE, Annotated[str, note], "")]
-    for title, view in views.items():
-        extra.append((title, conf.OmitArgPrefixes[view], dataclasses.field(default_factory=view)))
-    usage = " ".join(["jax-selftrain", name, *(f"[{shown}]" for shown in command.positionals)])
-    tyro.cli(_select_fields(options, main, cls.__doc__ or "", extra), prog=usage, args=["--help"])
-
-
-def _select_fields(options: Any, names: set[str], doc: str, extra: Sequence[tuple[str, Any, Any]] = ()) -> Any:
-    """Return a subclass for tyro, with defaults from `options`.
-
-    Its help shows only the named fields.
-    """
-    import tyro
-
-    conf: Any = tyro.conf
-    cls: Any = type(options)
-    fields = []
-    for name, hint in get_type_hints(cls).items():
-        default = partial(getattr, options, name)
-        if name not in names:
-            shown = conf.Suppress[conf.Fixed[hint]]
-        elif dataclasses.is_dataclass(hint):
-            section: Any = hint
-            hidden = set(fields_with_role(section, Role.SET_BY_STUDY))
-            if not issubclass(cls, config.StudyConfig):  # a run has the seeds and special tokens of its stages
-                hidden &= set(fields_with_role(section, Role.INPUT | Role.OUTPUT))
-            shown = default = _select_fields(default(), set(roles(section)) - hidden, name)
-        else:
-            is_required = Role.REQUIRED in roles(cls)[name]
-            shown = Annotated[hint, conf.arg(help_behavior_hint=partial(_default_hint, required=is_required))]
-        fields.append((name, shown, dataclasses.field(default_factory=default)))
-    namespace = {"__doc__": doc}
-    return dataclasses.make_dataclass(cls.__name__, [*fields, *extra], bases=(cls,), frozen=True, namespace=namespace)
-
-
-def _default_hint(default: str, *, required: bool) -> str:
-    if default in ("''", "", "None", "()"):
-        return "(required)" if required else "(default: unset)"
-    return f"(default: {default})"
 
 
 # ---------------------------------------------------------------- summaries

@@ -77,6 +77,11 @@ class Workspace:
     def out(self) -> Path:
         return self.folder / "out"
 
+    @property
+    def result(self) -> Path:
+        """The JSON file that a command would write."""
+        return self.folder / "out.json"
+
     def model(self) -> Path:
         """A copy of the model, to be damaged."""
         return Path(shutil.copytree(self.valid.model, self.folder / "model"))
@@ -103,26 +108,26 @@ class Workspace:
         return ["merge", "--base", self.valid.model, "--student", student, "--weight", weight, "--out", self.out]
 
     def score(self, *more: object) -> list[object]:
-        return ["score", "--model", self.valid.model, "--out", self.out, *more]
+        return ["score", "--model", self.valid.model, "--out", self.result, *more]
 
     def scores(self) -> Path:
         """A copy of two results of `score`, to be damaged."""
         return Path(shutil.copytree(self.valid.scores, self.folder / "scores"))
 
     def compare(self, scores: Path, *more: object, student: str = "student.json") -> list[object]:
-        return ["compare", scores / "base.json", scores / student, "--out", self.out, *more]
+        return ["compare", scores / "base.json", scores / student, "--out", self.result, *more]
 
     def extract(self, sequences: Path, *more: object) -> list[object]:
-        where = ("--model", self.valid.model, "--sequences", sequences, "--out", self.out)
+        where = ("--model", self.valid.model, "--sequences", sequences, "--out", self.result)
         lengths = () if "--prefix" in more else ("--prefix", 8, "--suffix", 8)
         return ["extract", *where, *lengths, *more]
 
     def extract_windows(self, *more: object) -> list[object]:
         texts = () if "--texts" in more else ("--texts", self.valid.texts)
-        return ["extract-windows", "--model", self.valid.model, *texts, "--out", self.out, *more]
+        return ["extract-windows", "--model", self.valid.model, *texts, "--out", self.result, *more]
 
     def leakage(self, texts: Path, *more: object) -> list[object]:
-        return ["leakage", "--corpus", self.valid.corpus, "--texts", texts, "--out", self.out, *more]
+        return ["leakage", "--corpus", self.valid.corpus, "--texts", texts, "--out", self.result, *more]
 
 
 Case = tuple[list[object], str]
@@ -148,6 +153,7 @@ def assert_one_error_sentence(case: CaseFunction, workspace: Workspace, capsys: 
     assert cause in error, error
     assert {path: path.stat().st_mtime_ns for path in workspace.folder.rglob("*") if path in before} == before
     assert not workspace.out.exists(), sorted(workspace.out.rglob("*"))
+    assert not workspace.result.exists()
 
 
 def rewrite_json(path: Path, change: Callable[[dict], object]) -> None:

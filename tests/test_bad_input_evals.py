@@ -106,7 +106,7 @@ def comparison_with_an_unknown_primary_task(p: Workspace) -> Case:
 def comparison_with_unpaired_files(p: Workspace) -> Case:
     files = [p.valid.scores / "base.json"] * 2
     students = [p.valid.scores / "student.json"] * 3
-    return ["compare", "--base", *files, "--student", *students, "--out", p.out], "cannot be paired"
+    return ["compare", "--base", *files, "--student", *students, "--out", p.result], "cannot be paired"
 
 
 @case
@@ -118,7 +118,7 @@ def comparison_of_one_student_twice(p: Workspace) -> Case:
         "--student",
         *students,
         "--out",
-        p.out,
+        p.result,
     ], "one checkpoint is one seed"
 
 
@@ -314,12 +314,22 @@ def leakage_of_pickled_tokens(p: Workspace) -> Case:
 @case
 def membership_of_a_table_without_records(p: Workspace) -> Case:
     table = p.valid.scores / "base.items.parquet"
-    return ["membership", "--records", table, "--members", "a", "--nonmembers", "b", "--out", p.out], "--token-records"
+    return [
+        "membership",
+        "--records",
+        table,
+        "--members",
+        "a",
+        "--nonmembers",
+        "b",
+        "--out",
+        p.result,
+    ], "--token-records"
 
 
 @case
 def token_gap_of_a_missing_file(p: Workspace) -> Case:
-    return ["token-gap", "--base", p.folder / "gone.parquet", "--student", "x", "--out", p.out], "gone.parquet"
+    return ["token-gap", "--base", p.folder / "gone.parquet", "--student", "x", "--out", p.result], "gone.parquet"
 
 
 @case

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from jax_selftrain.cli import COMMANDS, CONFIG_FILE, DISTRIBUTED_COMMANDS
+from jax_selftrain.cli import parse_command_line
+from jax_selftrain.command_table import COMMANDS, CONFIG_FILE, DISTRIBUTED_COMMANDS, LOG_LEVEL
 from jax_selftrain.config import StudyConfig, yaml_io
 from jax_selftrain.distributed.cluster import DistributedConfig
 
@@ -21,14 +22,14 @@ MODULES = sorted((ROOT / "jax_selftrain").rglob("*.py"))
 PYTHON_FILES = [
     str(file) for folder in ("jax_selftrain", "tests", "benchmarks") for file in (ROOT / folder).rglob("*.py")
 ]
-OTHER_FLAGS = {"--help", "--version", "--implicit-dirs", "--gpus-per-task", "--repo-type"}
+OTHER_FLAGS = {"--help", "--version", "--implicit-dirs", "--gpus-per-task", "--repo-type", "--tyro-print-completion"}
 """Flags in the package that are not options of a command."""
 NAME = r"[a-z]+(?:-[a-z]+)*"
 FLAG = r"(?<![\w-])--[a-z][\w.-]*\w"
 
 
 def flags(command: str) -> set[str]:
-    types = yaml_io.option_types(COMMANDS[command].config_class) | {CONFIG_FILE: str}
+    types = yaml_io.option_types(COMMANDS[command].config_class) | {CONFIG_FILE: str, LOG_LEVEL: str}
     if command in DISTRIBUTED_COMMANDS:
         types |= yaml_io.option_types(DistributedConfig)
     negated = {yaml_io.negated_flag(name) for name, tp in types.items() if tp is bool}
@@ -58,6 +59,14 @@ def test_commands_have_the_options_that_a_text_names(path: Path) -> None:
     assert not unknown
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_are_parsed_and_pages_name_the_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    parse_command_line(name, COMMANDS[name].example.split())
+    page = (ROOT / COMMANDS[name].page).read_text(encoding="utf-8")
+    assert re.search(rf"jax-selftrain +{name}\b|`{name}\b", page)
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
 def test_messages_and_docstrings_name_existing_options(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -80,3 +89,21 @@ def test_links_and_files_of_a_page_exist(path: Path) -> None:
     assert [link for link in links if "://" not in link and not (path.parent / link).exists()] == []
     named = {file for span in re.findall(r"`([^`\n]+)`", text) for file in re.findall(r"[\w./-]+\.py\b", span)}
     assert {file for file in named if not any(name.endswith(f"/{file}") for name in PYTHON_FILES)} == set()
+
+
+def test_sentences_of_troubleshooting_exist() -> None:
+    sources = ["".join(re.split(r'"\s*f?"', re.sub(r"\{[^{}]*\}", "…", path.read_text()))) for path in MODULES]
+    table = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    sentences = [
+        span for row in re.findall(r"^\| (`.*?) \| ", table, re.MULTILINE) for span in re.findall(r"`([^`]+)`", row)
+    ]
+    assert len(sentences) >= 10
+    parts = {part.strip() for one in sentences if one != "RESOURCE_EXHAUSTED" for part in re.split("…,? ?", one)}
+    assert {part for part in parts if part and not any(part in text for text in sources)} <= {"not", ":", ": needs"}
+
+
+def test_the_site_has_every_page() -> None:
+    listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text().partition("nav:")[2]))
+    assert listed == {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")} | {
+        "index.md"
+    }

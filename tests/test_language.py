@@ -33,7 +33,7 @@ BRITISH = re.compile(
 )
 MAX_SUMMARY_WORDS = 12
 MAX_FILE_LINES = 400
-MAX_PACKAGE_LINES = 30_175
+MAX_PACKAGE_LINES = 30_396
 
 LAYERS = (
     ("console", "errors", "version"),
@@ -51,6 +51,8 @@ LAYERS = (
     ("study",),
     ("report", "planning"),
     ("experiments",),
+    ("command_table",),
+    ("command_help",),
     ("cli",),
     ("__init__", "__main__"),
 )

@@ -111,6 +111,9 @@ def check_ranges(config: Any, prefix: str = "--") -> None:
     hints = typing.get_type_hints(cls)
     for name, value in vars(config).items():
         option, valid = prefix + name.replace("_", "-"), ranges(cls).get(name)
+        inner = _strip_none(hints[name])
+        if isinstance(value, str) and inner is float:  # in YAML, 1e-4 is text
+            raise InputError(f"{option}: expected {type_name(inner)}, found {_format_value(value)}")
         if dataclasses.is_dataclass(value):
             check_ranges(value, f"{option}.")
         elif not has_sections(hints[name]):

@@ -170,8 +170,13 @@ def check_shards_exist(folder: Path, shards: Sequence[str]) -> None:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
+    if folder.is_file():
+        raise InputError(
+            f"{folder}: is a file, not a corpus folder; make a corpus of it with `jax-selftrain import {folder} "
+            "--model MODEL --out CORPUS`"
+        )
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such corpus folder; make it with `jax-selftrain sample`")
+        raise InputError(f"{folder}: no such corpus folder; make it with `jax-selftrain sample` or `import`")
     if not path.is_file():
         if not (folder / REQUEST).exists():
             raise InputError(f"{folder}: not a corpus folder (it has no {MANIFEST}); give the folder that was sampled")

@@ -17,6 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -198,9 +199,14 @@ def _resolve(reference: str) -> list[tuple[Path, str | None]]:
         return [(path, format)]
     if format is None and "/" not in reference and not path.suffix:
         raise InputError(
-            f"task {reference!r} is not a file: only `score` accepts names of lm-evaluation-harness tasks; give a "
-            "local JSONL file (the columns of BLiMP, ARC, PIQA and LAMBADA can be read)"
+            f"task {reference!r} is not a file: evaluation during training accepts no names of lm-evaluation-harness "
+            "tasks; give a local JSONL file (the columns of BLiMP, ARC, PIQA and LAMBADA can be read)"
         )
+    prefix, _, rest = reference.partition(":")
+    if rest and Path(rest).exists():
+        near = get_close_matches(prefix, _PUBLISHED, 1)
+        hint = f"did you mean `{near[0]}:`?" if near else f"the formats are {', '.join(_PUBLISHED)}"
+        raise InputError(f"task {reference}: unknown format `{prefix}`; {hint}")
     raise InputError(f"task {reference}: no such file")
 
 

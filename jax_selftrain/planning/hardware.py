@@ -93,6 +93,14 @@ def parse_topology(name: str) -> Topology:
     """
     generation, separator, shape = name.partition(":")
     known = {**TPUS, **GPUS}
+    slice_type = re.fullmatch(r"(v\d\w*)-\d+", name)
+    if slice_type:  # of Google Cloud
+        generation = {"v5litepod": "v5e"}.get(slice_type[1], slice_type[1])
+        examples = [one for one in EXAMPLES.split(", ") if one.startswith(f"{generation}:")] or [EXAMPLES]
+        raise InputError(
+            f"--topology {name}: is an accelerator type of Google Cloud; give generation and shape of the slice, for "
+            f"instance {examples[0].split()[0]}"
+        )
     if generation not in known:
         hint = yaml_io.did_you_mean(generation, known) or f"; for instance {EXAMPLES}"
         raise InputError(f"--topology {name}: unknown machine `{generation}`{hint}")
@@ -100,7 +108,8 @@ def parse_topology(name: str) -> Topology:
     dimensions = (HOST_SHAPES[generation][4].count("x") + 1,) if generation in TPUS else (1, 2)
     if not separator or len(sizes) not in dimensions:
         raise InputError(
-            f"--topology {name}: {shape or 'nothing'} is not a shape of {generation}; for instance {EXAMPLES}"
+            f"--topology {name}: {f'`{shape}` is not a' if shape else 'needs a'} shape of {generation}; for instance "
+            f"{EXAMPLES}"
         )
     chips = math.prod(sizes)
     if generation in TPUS:  # hosts of larger slices have four chips each

@@ -48,9 +48,9 @@ def localize_uris(options: Options, *, exclusive: bool = True) -> Iterator[Optio
     """
     given = {name: getattr(options, name) for name in fields_with_role(type(options), Role.OUTPUT)}
     written = {name: text for name, text in given.items() if isinstance(text, str) and _URI.match(text)}
-    for name, uri in written.items():
-        if Role.OUTPUT_FILE in roles(type(options))[name] and not uri.endswith(".json"):
-            raise InputError(f"--{name} {uri}: give the name of a file that ends in .json")
+    for name, path in given.items():
+        if path and Role.OUTPUT_FILE in roles(type(options))[name] and not path.endswith(".json"):
+            raise InputError(f"--{name} {path}: give the name of a file that ends in .json")
 
     def stop() -> None:
         raise Preempted("stopped; finished work is kept, run the same command again to resume")

@@ -167,7 +167,7 @@ def _compare_pair(config: CompareConfig, whole: Pairs) -> dict[str, Any]:
     _correct_multiplicity(entries, config.primary_tasks)
     for entry in entries:
         if entry["not_eligible"] == paired_results.AT_CHANCE and not identical:
-            _withdraw_preserved(entry["non_inferiority"])
+            _withdraw_verdicts(entry["non_inferiority"])
     eligible = {name: pairs[name] for name, reason in reasons.items() if reason is None}
     return {
         "identical": identical,
@@ -240,11 +240,9 @@ def _correct_multiplicity(entries: Sequence[dict[str, Any]], primary: Sequence[s
         rule["verdict_adjusted"] = decide(rule["p_preserved_adjusted"], rule["p_degraded_adjusted"])
 
 
-def _withdraw_preserved(rule: dict[str, Any]) -> None:
-    """Change verdicts on a task that the base cannot do."""
-    for key in ("verdict", "verdict_adjusted"):
-        if rule[key] == "preserved":
-            rule[key] = "cannot tell"
+def _withdraw_verdicts(rule: dict[str, Any]) -> None:
+    """Remove the verdicts on a task that the base cannot do."""
+    rule |= dict.fromkeys(("verdict", "verdict_adjusted"), "not eligible")
 
 
 def _macro(pairs: Pairs, effects: Mapping[str, Effect], margin: float) -> dict[str, Any]:
@@ -286,7 +284,7 @@ def _compare_seeds(config: CompareConfig, whole: Sequence[Pairs]) -> dict[str, A
     for entry in tasks:
         at_chance = any(one[entry["name"]] == paired_results.AT_CHANCE for one in reasons)
         if at_chance and entry["non_inferiority"] and not same:
-            _withdraw_preserved(entry["non_inferiority"])
+            _withdraw_verdicts(entry["non_inferiority"])
     eligible = [name for name in changes if not any(one[name] for one in reasons)]
     macro: dict[str, Any] | None = None
     if eligible:

@@ -220,7 +220,7 @@ def test_a_later_line_of_another_format_is_named(tmp_path):
 
 
 def test_missing_files_and_harness_task_names_are_distinguished(tmp_path):
-    with pytest.raises(InputError, match="only `score` accepts names of lm-evaluation-harness tasks"):
+    with pytest.raises(InputError, match="evaluation during training accepts no names of lm-evaluation"):
         load_tasks(["arc_easy"])
     with pytest.raises(InputError, match="no such file"):
         load_tasks([str(tmp_path / "nothing.jsonl")])

@@ -45,7 +45,7 @@ def test_names_of_topologies_decide_chips_and_hosts():
     [
         ({"topology": ("v5x:4x4",)}, "v5x"),
         ({"topology": ("v5e:4x4x4",)}, "is not a shape of v5e"),
-        ({"topology": ("v5e",)}, "is not a shape of v5e"),
+        ({"topology": ("v5e",)}, "needs a shape of v5e"),
         ({"topology": ("h100:12",)}, "not a multiple of"),
         ({"model": "pythia-1.5b"}, "did you mean `pythia-1.4b`|pythia-1b"),
         ({"mesh": "data=8,model=1", "stage": ("sample",)}, "one host of v5e:4x4 has 4"),

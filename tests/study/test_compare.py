@@ -215,8 +215,11 @@ def test_a_task_that_the_base_cannot_do_is_not_preserved(fabricate: Fabricate, r
     result = run(base, students)
     for pair in result["pairs"]:
         verdicts = {task["name"]: task["non_inferiority"]["verdict_adjusted"] for task in pair["tasks"]}
-        assert verdicts == {"guessed": "cannot tell", "known": "preserved"}
+        assert verdicts == {"guessed": "not eligible", "known": "preserved"}
     assert {task["name"]: task["verdict"] for task in result["recipe"]["tasks"]} == verdicts
+    rows = [line.split() for line in format_comparison(result).splitlines() if line.startswith("guessed ")]
+    assert rows
+    assert {tuple(row[-2:]) for row in rows} == {("not", "eligible")}
 
 
 def test_tasks_without_results_by_item_are_named(fabricate: Fabricate, run: Any) -> None:
