@@ -82,7 +82,7 @@ class Corpus:
             yield from batch.column("text").to_pylist()
 
     def to_pandas(self) -> Any:
-        """Return a DataFrame with a row for each sample and the columns of `SCHEMA`."""
+        """Return a DataFrame with a row for each sample."""
         return pa.Table.from_batches(self.batches(SCHEMA.names), SCHEMA).to_pandas()
 
     def token_arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
