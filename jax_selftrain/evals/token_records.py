@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from jax_selftrain import hub
 from jax_selftrain.errors import InputError
-from jax_selftrain.io.tables import read_table
+from jax_selftrain.io.tables import load_table
 from jax_selftrain.likelihood.engine import Likelihood, LoglikelihoodRequest, TokenScores
 from jax_selftrain.likelihood.resumable import split_lists
 
@@ -165,7 +165,7 @@ def load_records(path: str) -> TokenRecords:
     Raises:
       InputError: the file is missing, damaged, or something else.
     """
-    table = read_table(Path(path), remedy="write it again")
+    table = load_table(Path(path), remedy="write it again")
     metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
     if not table.schema.equals(RECORDS) or not metadata.keys() >= set(_FINGERPRINTS):
         raise InputError(

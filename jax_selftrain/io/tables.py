@@ -28,7 +28,7 @@ def write_table(path: Path, table: pa.Table, *, compression: str = "snappy") -> 
         pq.write_table(table, temp, compression=compression, write_page_checksum=True)
 
 
-def read_table(path: Path, *, remedy: str) -> pa.Table:
+def load_table(path: Path, *, remedy: str) -> pa.Table:
     """Read a table, and verify its checksum if it has one.
 
     Raises:

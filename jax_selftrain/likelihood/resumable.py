@@ -30,7 +30,7 @@ from jax_selftrain.distributed import broadcast_one_to_all, live_processes, proc
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.io.json_files import hash_json
-from jax_selftrain.io.tables import read_table, write_table
+from jax_selftrain.io.tables import load_table, write_table
 from jax_selftrain.io.work_queue import run_missing
 from jax_selftrain.likelihood.batching import default_batch_tokens, plan_units
 from jax_selftrain.likelihood.engine import Likelihood, Requests, TokenScores, deduplicate, run_batches, with_progress
@@ -268,7 +268,7 @@ def _load(path: Path, items: Sequence[int], parts: PartialResults) -> pa.Table:
     """Read the results of a unit, and count it for its process."""
     remedy = "delete it and run the same command again to recompute it"
     try:
-        table = read_table(path, remedy=remedy)
+        table = load_table(path, remedy=remedy)
     except InputError as error:
         raise DamagedUnitError(str(error)) from error
     metadata = table.schema.metadata or {}

@@ -199,7 +199,7 @@ def _find_reproduced(run: Path, step: int, exact: np.ndarray, held_out: np.ndarr
 
 
 def _read_reproduced(path: Path) -> list[int]:
-    """Read the indices of the sequences that the model of step 0 reproduces."""
+    """Read the sequences that the model of step 0 reproduces."""
     content = json_files.read_json(path)
     if not isinstance(content, dict) or content.keys() != {"sequences"}:
         raise InputError(f"{path}: does not list sequences, so it is damaged; train again into another folder")

