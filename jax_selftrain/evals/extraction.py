@@ -118,15 +118,12 @@ def _extract(config: ExtractConfig, mesh: Mesh) -> dict[str, Any]:
             for one in sets
         ]
 
-    try:
+    with parts.discard_on_error():
         sets = {"sequences": sequences, **({"controls": controls} if controls else {})}
         results = measure(config.model, *sets.values(), token_scores=config.token_records)
         measured, *control_results = results
         baseline = measure(config.untrained_baseline, sequences)[0] if config.untrained_baseline else None
         verified = measure(config.base, sequences)[0]["exact_match"] if config.base else measured["exact_match"]
-    except InputError:  # a model cannot be measured, so the partial results are useless
-        parts.finish()
-        raise
     tables = _tabulate_tokens(config.model, window, sets, results) if config.token_records else {}
     result: dict[str, Any] = {
         "model": config.model,

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals.result_files import output_paths
 from jax_selftrain.io import json_files
 from jax_selftrain.io.json_files import hash_json
+from jax_selftrain.io.tables import load_table
 
 if TYPE_CHECKING:
     from jax_selftrain.evals.tasks import Task
@@ -205,10 +205,7 @@ def load_score_result(path: str) -> ScoreResult:
         raise InputError(
             f"{path}: was written by an older version, or {file.name} is missing; score the model again with this one"
         )
-    try:
-        table = pq.read_table(file, page_checksum_verification=True)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read ({error}); score the model again") from None
+    table = load_table(file, remedy="score the model again")
     if not table.schema.equals(ITEMS) or hash_json(table.to_pydict()) != expected:
         raise InputError(f"{file}: does not match {Path(path).name}; score the model again")
     names = table["task"].unique().to_pylist()  # in the order of scoring; the keys of the JSON are sorted

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from jax_selftrain.config import yaml_io
 from jax_selftrain.errors import InputError
-from jax_selftrain.io import atomic, json_files
+from jax_selftrain.io import json_files
+from jax_selftrain.io.tables import write_table
 from jax_selftrain.stats.estimators import mean_and_stderr
 
 
@@ -51,8 +51,7 @@ def write_results(
     """
     path, config_file, timings_file = output_paths(out, "config.yaml", "timings.json")
     for name, table in tables.items():
-        with atomic.commit_file(output_paths(out, f"{name}.parquet")[1]) as temp:
-            pq.write_table(table, temp, compression="zstd", write_page_checksum=True)
+        write_table(output_paths(out, f"{name}.parquet")[1], table, compression="zstd")
     yaml_io.save(config_file, config)
     json_files.write_json(timings_file, timings)
     json_files.write_json(path, result)

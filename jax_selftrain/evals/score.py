@@ -85,7 +85,7 @@ def _score(config: ScoreConfig, mesh: Mesh) -> dict[str, Any]:
     loaded = time.monotonic()
     parts = PartialResults(output_paths(config.out, "parts")[1])
     loglikelihood_fn = partial(loglikelihoods, model, parts=parts, batch_tokens=config.batch_tokens)
-    try:
+    with parts.discard_on_error():
         request_set = build_requests(model, tasks, text_max_tokens=config.text_max_tokens)
         likelihoods = loglikelihood_fn(request_set.requests, token_scores=config.token_records)
         entries, tables = score_requests(request_set, lambda _: likelihoods)
@@ -103,9 +103,6 @@ def _score(config: ScoreConfig, mesh: Mesh) -> dict[str, Any]:
             hashes |= {name: task["requests"] for name, task in named["harness"]["tasks"].items()}
             for name, table in named_tables.items():
                 tables[name] = pa.concat_tables([tables[name], table]) if name in tables else table
-    except InputError:  # the model cannot be scored, so its partial results are useless
-        parts.finish()
-        raise
     source = model.source
     fingerprints = {"model": source.fingerprint, "tokenizer": source.tokenizer_fingerprint, "files": hashes}
     fingerprints["items"] = hash_json(tables["items"].to_pydict())

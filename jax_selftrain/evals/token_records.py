@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from jax_selftrain import hub
 from jax_selftrain.errors import InputError
+from jax_selftrain.io.tables import load_table
 from jax_selftrain.likelihood.engine import Likelihood, LoglikelihoodRequest, TokenScores
 from jax_selftrain.likelihood.resumable import split_lists
 
@@ -165,12 +165,7 @@ def load_records(path: str) -> TokenRecords:
     Raises:
       InputError: the file is missing, damaged, or something else.
     """
-    try:
-        table = pq.read_table(path, page_checksum_verification=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path}: cannot be read as Parquet ({' '.join(str(error).split())[:200]})") from None
+    table = load_table(Path(path), remedy="write it again")
     metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
     if not table.schema.equals(RECORDS) or not metadata.keys() >= set(_FINGERPRINTS):
         raise InputError(

@@ -125,13 +125,10 @@ def _measure(config: ExtractWindowsConfig, mesh: Mesh, plot: Plot) -> dict[str, 
         model = hub.load_model(ref, mesh, config.dtype, preset=config.preset)
         return window_metrics(model, texts, layout, start, batch_tokens=config.batch_tokens, parts=parts)
 
-    try:
+    with parts.discard_on_error():
         columns = window_index(texts, layout) | measure(config.model)
         if config.base:
             columns |= {f"base {name}": values for name, values in measure(config.base).items()}
-    except InputError:  # a model cannot be measured, so the partial results are useless
-        parts.finish()
-        raise
     summarize_text = partial(summarize_windows, columns, texts, layout, tokenizer)
     result: dict[str, Any] = {
         "model": config.model,

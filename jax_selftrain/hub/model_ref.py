@@ -101,6 +101,7 @@ class ModelRef:
     @cached_property
     def tokenizer(self) -> Any:
         """The transformers tokenizer, shared by all users of the model."""
+        _ = self.manifest  # verifies the tokenizer's files
         return read_tokenizer(self.folder)
 
     @cached_property

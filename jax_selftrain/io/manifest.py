@@ -9,6 +9,8 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.io.atomic import PathLike
 from jax_selftrain.io.json_files import read_json
 
+_BLOCK_BYTES = 1 << 20
+
 
 def sha256_file(path: PathLike) -> str:
     """Return the SHA-256 of a file as a hex digest."""
@@ -19,6 +21,25 @@ def sha256_file(path: PathLike) -> str:
 def manifest_entry(path: Path) -> dict[str, Any]:
     """Return the checksum and the size in bytes of a file."""
     return {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+
+
+def verify_beginning(path: Path, entry: Mapping[str, Any], *, fix_hint: str) -> None:
+    """Compare the beginning of a file that has grown with its `manifest_entry`.
+
+    Raises:
+      InputError: the file is missing, shorter or changed; ends with `fix_hint`.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: the file is missing; {fix_hint}")
+    digest, left = hashlib.sha256(), int(entry["bytes"])
+    with open(path, "rb") as stream:
+        while left and (block := stream.read(min(left, _BLOCK_BYTES))):
+            digest.update(block)
+            left -= len(block)
+    if left:
+        raise InputError(f"{path}: the file is truncated ({left} bytes are missing); {fix_hint}")
+    if digest.hexdigest() != entry["sha256"]:
+        raise InputError(f"{path}: its first {entry['bytes']} bytes were changed; {fix_hint}")
 
 
 def folder_manifest(folder: PathLike, *, exclude: str | None = None) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from jax.sharding import Mesh
 
 from jax_selftrain import hub
@@ -31,6 +30,7 @@ from jax_selftrain.distributed import broadcast_one_to_all, live_processes, proc
 from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.io.json_files import hash_json
+from jax_selftrain.io.tables import load_table, write_table
 from jax_selftrain.io.work_queue import run_missing
 from jax_selftrain.likelihood.batching import default_batch_tokens, plan_units
 from jax_selftrain.likelihood.engine import Likelihood, Requests, TokenScores, deduplicate, run_batches, with_progress
@@ -40,8 +40,12 @@ POLL_SECONDS = 0.5
 """Interval between checks of the units that other processes compute."""
 
 _SUMS = tuple(name for name in Likelihood._fields if name != "token_scores")
-_PROCESS = b"process"
-"""Metadata key of the process that computed a file."""
+_PROCESS, _INPUTS = b"process", b"inputs"
+"""Metadata keys of the process that computed a file, and of the hash of its inputs."""
+
+
+class DamagedUnitError(InputError):
+    """A file of partial results that cannot be used."""
 
 
 @dataclass
@@ -78,6 +82,20 @@ class PartialResults:
             time.sleep(POLL_SECONDS)
         write()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    @contextmanager
+    def discard_on_error(self) -> Iterator[None]:
+        """Remove the folder if a model is refused inside.
+
+        Partial results of such a model are useless. A damaged unit costs only itself.
+        """
+        try:
+            yield
+        except DamagedUnitError:
+            raise
+        except InputError:
+            self.finish()
+            raise
 
     def ready_file(self, process: int) -> Path:
         """Return the file that marks a process as done reading."""
@@ -207,7 +225,7 @@ def compute_units(
     parts.ready_file(jax.process_index()).unlink(missing_ok=True)
     files = [folder / f"unit-{i:06d}.parquet" for i in range(len(units))]
     is_shared = spans_processes(rules.mesh)
-    process = {_PROCESS: str(jax.process_index()).encode()}
+    metadata = {_PROCESS: str(jax.process_index()).encode(), _INPUTS: folder.name.encode()}
 
     def run_claimed(claims: Iterator[tuple[int, ExitStack]]) -> None:
         held: dict[int, ExitStack] = {}
@@ -222,8 +240,7 @@ def compute_units(
                 parts.computed_requests += len(units[i])
                 if not is_shared or jax.process_index() == 0:
                     table = table.add_column(0, "item", pa.array(units[i], pa.int64()))
-                    with atomic.commit_file(files[i]) as temp:
-                        pq.write_table(table.replace_schema_metadata(process), temp, write_page_checksum=True)
+                    write_table(files[i], table.replace_schema_metadata(metadata))
 
     run_missing(
         range(len(units)),
@@ -251,10 +268,12 @@ def _load(path: Path, items: Sequence[int], parts: PartialResults) -> pa.Table:
     """Read the results of a unit, and count it for its process."""
     remedy = "delete it and run the same command again to recompute it"
     try:
-        table = pq.read_table(path, page_checksum_verification=True)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())}); {remedy}") from error
-    if "item" not in table.column_names or table["item"].to_pylist() != list(items):
-        raise InputError(f"{path}: does not hold the results of its unit; {remedy}")
-    parts.units_by_process[(table.schema.metadata or {}).get(_PROCESS, b"?").decode()] += 1
+        table = load_table(path, remedy=remedy)
+    except InputError as error:
+        raise DamagedUnitError(str(error)) from error
+    metadata = table.schema.metadata or {}
+    is_own = metadata.get(_INPUTS) == path.parent.name.encode() and "item" in table.column_names
+    if not is_own or table["item"].to_pylist() != list(items):
+        raise DamagedUnitError(f"{path}: does not hold the results of its unit; {remedy}")
+    parts.units_by_process[metadata.get(_PROCESS, b"?").decode()] += 1
     return table.replace_schema_metadata(None)

@@ -1,12 +1,14 @@
 """Stages of a study, named by everything that decides the output.
 
 Keys are known before any work is done. Cells with the same corpus or base scores therefore share the stage, and a study
-whose configuration grows keeps its finished stages. `STUDY/stages/COMMAND-KEY/` holds the output of a stage,
-`COMMAND-KEY.json` records that it is done. Several processes may work in one folder: each claims by lease the first
-stage that is ready. An interrupted stage leaves an unfinished folder, which the next process completes.
+whose configuration grows keeps its finished stages. `STUDY/stages/COMMAND-KEY/` holds the output of a stage, `COMMAND-
+KEY.json` records that it is done, with the checksums of its results. Several processes may work in one folder: each
+claims by lease the first stage that is ready. An interrupted stage leaves an unfinished folder, which the next process
+completes.
 """
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -24,6 +26,7 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic, json_files
 from jax_selftrain.io.json_files import hash_json
 from jax_selftrain.io.lease import lease
+from jax_selftrain.io.manifest import manifest_entry, verify_checksums
 from jax_selftrain.io.work_queue import run_missing
 from jax_selftrain.version import versions
 
@@ -32,6 +35,9 @@ STAGE_FORMAT = 3
 
 _FLAGS_WITHOUT_EFFECT = ("--xla_dump", "--xla_force_host_platform_device_count")
 """Beginnings of XLA flags that do not change numbers."""
+
+_RESULTS = re.compile(r"(?!shard-|launches\.|(.*\.)?timings\.)[^.].*\.(json|jsonl|parquet)")
+"""Files that studies read, of those at the top of a stage's folder; the checksums of shards are in `corpus.json`."""
 
 _JAX_OPTIONS = (
     "jax_default_matmul_precision",
@@ -207,7 +213,26 @@ def _run(root: Path, stage: Stage) -> None:
         broadcast_one_to_all(partial(_discard_result, stage.run, folder), has_deadline=False)
     if jax.process_index() == 0:
         json_files.write_json(root / f"{stage.name}.seconds.json", {"seconds": time.monotonic() - began})
-        json_files.write_json(root / f"{stage.name}.json", {"key": stage.key, **stage.record})
+        record = {"key": stage.key, **stage.record, "files": _describe_results(folder)}
+        json_files.write_json(root / f"{stage.name}.json", record)
+
+
+def _describe_results(folder: Path) -> dict[str, Any]:
+    """Return checksum and size of the results of a stage."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and _RESULTS.fullmatch(path.name))
+    return {path.name: manifest_entry(path) for path in paths}
+
+
+def verify_results(root: Path, stages: Iterable[Stage]) -> None:
+    """Compare the results of finished stages with their records.
+
+    Raises InputError if a file is missing, changed, or of another stage.
+    """
+    for stage in stages:
+        path = root / f"{stage.name}.json"
+        files = json_files.read_json(path).get("files", {})
+        hint = f"delete {root / stage.name} and {path.name}, and run the same command again"
+        verify_checksums(root / stage.name, files, fix_hint=hint)
 
 
 def _discard_result(run: Callable[[Path], object], folder: Path) -> None:
@@ -278,7 +303,8 @@ def _remove_weights(root: Path, stage: Stage, *, all_weights: bool) -> None:
             return  # another process removes it or makes it again
         atomic.remove_folder(root / stage.name / "checkpoints")
         if all_weights:
-            json_files.write_json(root / f"{stage.name}.json", {"key": stage.key, **stage.record, "removed": True})
+            path = root / f"{stage.name}.json"
+            json_files.write_json(path, {**json_files.read_json(path), "removed": True})
             atomic.remove_folder(root / stage.name / "model")
 
 

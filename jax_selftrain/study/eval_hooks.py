@@ -22,6 +22,7 @@ import numpy as np
 from jax_selftrain import evals, hub, likelihood, training
 from jax_selftrain.config import ExtractConfig, ScoreConfig, TrainConfig, yaml_io
 from jax_selftrain.corpus import open_corpus, parse_mixture
+from jax_selftrain.errors import InputError
 from jax_selftrain.evals.extraction import CLASSES
 from jax_selftrain.evals.task_names import split_names
 from jax_selftrain.hub import LoadedModel
@@ -148,7 +149,7 @@ def summarize_curve(run: Path, measured: Sequence[Mapping[str, Any]]) -> dict[st
     for name, entry in ((name, entry) for files in measured for name, entry in files.get("sequences", {}).items()):
         classes = dict(entry.get("classes", {}))
         if classes:
-            classes[REPRODUCED] = len(json_files.read_json(run / REPRODUCED_FILE)["sequences"])
+            classes[REPRODUCED] = len(_read_reproduced(run / REPRODUCED_FILE))
         sizes |= {f"{name}/{metric}/{part}": n for metric in ("exact_match", "pz") for part, n in classes.items()}
     measures = [
         {"name": name, "n": sizes[name], "values": [line[name] for line in curve]}
@@ -191,7 +192,15 @@ def _find_reproduced(run: Path, step: int, exact: np.ndarray, held_out: np.ndarr
     members, path = held_out & exact.astype(bool), run / REPRODUCED_FILE
     if step:
         members = np.zeros(len(exact), bool)
-        members[json_files.read_json(path)["sequences"]] = True
+        members[_read_reproduced(path)] = True
     elif jax.process_index() == 0:
         json_files.write_json(path, {"sequences": np.flatnonzero(members).tolist()})
     return members
+
+
+def _read_reproduced(path: Path) -> list[int]:
+    """Read the sequences that the model of step 0 reproduces."""
+    content = json_files.read_json(path)
+    if not isinstance(content, dict) or content.keys() != {"sequences"}:
+        raise InputError(f"{path}: does not list sequences, so it is damaged; train again into another folder")
+    return content["sequences"]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from jax_selftrain import evals
 from jax_selftrain.config import ExtractConfig, StudyConfig
@@ -18,6 +17,7 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.evals.extraction import CLASSES, THRESHOLDS, classify
 from jax_selftrain.evals.suffix_probability import n_p_discoverable
 from jax_selftrain.io.jsonl import read_jsonl
+from jax_selftrain.io.tables import load_table
 from jax_selftrain.stats import estimators
 from jax_selftrain.study import measure_names as names
 from jax_selftrain.study.dag import Stage
@@ -208,10 +208,7 @@ def _read_sequences(design: Design, stage: Stage) -> Arrays:
 
 def _read_table(path: Path) -> Arrays:
     """Read the columns of a table that a stage wrote."""
-    try:
-        table = pq.read_table(path, page_checksum_verification=True)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); delete it and run the same command again") from None
+    table = load_table(path, remedy="delete it and run the same command again")
     return {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
 
 

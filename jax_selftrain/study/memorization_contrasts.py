@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from jax_selftrain import evals, hub
 from jax_selftrain.config import ExtractConfig
 from jax_selftrain.corpus import LazilyTokenized
 from jax_selftrain.errors import InputError
-from jax_selftrain.io import atomic
+from jax_selftrain.io.tables import write_table
 from jax_selftrain.sampling import SamplingParams, generate
 from jax_selftrain.stats import estimators
 from jax_selftrain.stats.estimators import Effect, Estimate
@@ -248,8 +247,7 @@ def make_control_continuations(options: ExtractConfig, texts: str, n: int, out: 
     prompts = np.concatenate([np.tile(np.array(start, np.int32), (len(chunks), 1)), chunks], axis=1)
     greedy = SamplingParams(max_tokens=window.suffix, temperature=0)
     found = np.concatenate([chunks, np.array(generate(model, prompts.tolist(), greedy), np.int32)], axis=1)
-    with atomic.commit_file(out / CONTINUATIONS) as path:
-        pq.write_table(pa.table({"tokens": list(found)}), path, write_page_checksum=True)
+    write_table(out / CONTINUATIONS, pa.table({"tokens": list(found)}))
 
 
 def find_loops(tokens: np.ndarray) -> np.ndarray:

@@ -66,7 +66,7 @@ def register(folder: Path, config: StudyConfig, inputs: Mapping[str, str]) -> Re
     claims about tasks and texts, may change until test items are requested, and not after another change of the split.
     New arms and options are no deviation.
 
-    Raises InputError if the declaration was changed, or another version wrote it.
+    Raises InputError if the declaration was changed or is missing, or another version wrote it.
     """
     path = folder / "claims.json"
     now: dict[str, Any] = {
@@ -80,8 +80,13 @@ def register(folder: Path, config: StudyConfig, inputs: Mapping[str, str]) -> Re
         if frozen["split"] == "dev" and config.split in ("dev", "test"):
             kept = [claim for claim in frozen["claims"] if not _depends_on_split(claim)]
             frozen = {**now, "claims": kept + [claim for claim in now["claims"] if _depends_on_split(claim)]}
+    elif (folder / "results.json").exists():
+        raise InputError(
+            f"{path}: is missing, but the study has results, so what was declared before them is unknown; restore it, "
+            "or choose another --out"
+        )
     else:
-        frozen = {**now, "claims": [] if (folder / "results.json").exists() else now["claims"]}
+        frozen = now
     json_files.write_json(path, {**frozen, "sha256": hash_json(frozen)}, checksum=False)
     before, after = frozen["design"], now["design"]
     deviations = [

@@ -42,7 +42,7 @@ from jax_selftrain.hub.model_ref import MODEL_CARD
 from jax_selftrain.io import atomic, json_files, lease
 from jax_selftrain.io.remote_paths import paths_relative_to
 from jax_selftrain.study.claim_power import describe_power
-from jax_selftrain.study.dag import check_processes, list_remaining, peak_bytes, run_all
+from jax_selftrain.study.dag import check_processes, list_remaining, peak_bytes, run_all, verify_results
 from jax_selftrain.study.design import Design, expand_revisions, make_design
 from jax_selftrain.study.eval_hooks import evaluation_hooks, with_default_evals
 from jax_selftrain.study.measure_names import expand_generations
@@ -146,6 +146,7 @@ def run_study(config: StudyConfig) -> Path:
         run_all(design.root, design.ordered_stages, config.keep_models)
     if jax.process_index() == 0:
         with lease.wait_for_lease(folder / ".results.lease"):  # other processes write the same bytes
+            verify_results(design.root, design.ordered_stages)
             trained = [cell.train for cell in design.cells]
             if len(trained) == 1 and trained[0] is not None:
                 _publish_model(design.folder(trained[0]) / "model", folder / "model")
@@ -177,6 +178,7 @@ def _publish_model(source: Path, target: Path) -> None:
     same = (filecmp.cmp(source / file, target / file) for file in files if file.name != MODEL_CARD)  # the report's own
     if published == files and all(same):
         return
+    hub.open_model(source).verify_weights()  # a damaged model does not replace its whole copy
     with atomic.commit_folder(target, overwrite=True) as folder:
         for file in files:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
 """Checkpoints of a run: `checkpoints/NNNNNN/{model/, optimizer/, step.json}`.
 
 A checkpoint is committed by one rename. `step.json` holds the hashes of two manifests, which hold the hashes of every
-file; Orbax by itself restores flipped bytes without an error. A damaged checkpoint is an error, not skipped: the user
-decides about the fallback.
+file; Orbax by itself restores flipped bytes without an error. It also holds the hashes of the run's logs up to the
+step, so that a resumed run continues whole logs. A damaged checkpoint is an error, not skipped: the user decides about
+the fallback.
 
 A background thread writes and hashes the host copy of the state. With several processes, saving is collective and stays
 in the foreground, since its collectives must not interleave with those of the training step.
@@ -28,7 +29,7 @@ from jax_selftrain.hub.model_folder import commit_from_all_processes
 from jax_selftrain.hub.orbax_io import find_nonfinite
 from jax_selftrain.io import atomic, json_files
 from jax_selftrain.io.jsonl import read_log
-from jax_selftrain.io.manifest import manifest_entry, verify_checksums
+from jax_selftrain.io.manifest import manifest_entry, verify_beginning, verify_checksums
 from jax_selftrain.training.run_folder import Run
 from jax_selftrain.training.step import TrainState, export_params
 
@@ -48,8 +49,12 @@ class Checkpointer:
         self._pending: Future[None] | None = None
         stack.callback(self.wait)
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, logs: Mapping[str, Any]) -> None:
         """Copy the state to the host and save it in the background.
+
+        Args:
+          state: the state after a step.
+          logs: from `MetricsWriter.sync` after that step.
 
         Raises:
           InputError: a value of the state is not finite; it is not saved.
@@ -62,9 +67,9 @@ class Checkpointer:
         if broken is not None:
             raise InputError(f"{self._folder}: {broken} holds NaN or infinity at step {step}; nothing of it was saved")
         if jax.process_count() > 1:
-            self._write(step, *trees)
+            self._write(step, logs, *trees)
         else:
-            self._pending = self._executor.submit(self._write, step, *map(_copy_to_host, trees))
+            self._pending = self._executor.submit(self._write, step, logs, *map(_copy_to_host, trees))
 
     def wait(self) -> None:
         """Wait for the latest save; raise its error if it failed."""
@@ -84,13 +89,13 @@ class Checkpointer:
         for step in folders.keys() - kept:
             atomic.remove_folder(folders[step])
 
-    def _write(self, step: int, params: Any, rest: dict[str, Any]) -> None:
+    def _write(self, step: int, logs: Mapping[str, Any], params: Any, rest: dict[str, Any]) -> None:
         with commit_from_all_processes(self._folder / f"{step:06d}") as temporary:
             save_run_model(self._run, temporary / "model", params, step, "flax")
             orbax_io.save_tree(temporary / "optimizer", rest)
             if not jax.process_index():
                 hashes = {name: manifest_entry(temporary / name) for name in MANIFESTS}
-                record = {"format": FORMAT, "step": step, "run": self._run.run_hash, "manifests": hashes}
+                record = {"format": FORMAT, "step": step, "run": self._run.run_hash, "manifests": hashes, "logs": logs}
                 json_files.write_json(temporary / "step.json", record)
         self.prune()
 
@@ -140,6 +145,8 @@ def restore(folder: Path, run: Run, abstract: TrainState) -> TrainState:
     try:
         continued = json_files.read_json(run.folder / "run.json").get("continues", ())
         record = _read_record(folder, {run.run_hash, *continued})
+        for name, entry in record.get("logs", {}).items():
+            verify_beginning(run.folder / name, entry, fix_hint="restore it from a copy")
         model = hub.load_model(folder / "model", run.inputs.sharding_rules.mesh, "float32", preset=run.config.preset)
         rest = orbax_io.load_tree(folder / "optimizer", _optimizer_tree(run.config, abstract), remedy=_CORRUPT_HINT)
     except InputError as error:

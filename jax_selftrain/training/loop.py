@@ -110,9 +110,7 @@ def _train(run: Run, rates: np.ndarray, hooks: Sequence[Hook]) -> None:
             if is_hook_due:
                 evaluate(step, state)
             if is_save_due:
-                if writer is not None:
-                    writer.sync()
-                checkpointer.save(state)
+                checkpointer.save(state, {} if writer is None else writer.sync())
             if stop:
                 checkpointer.wait()
                 raise Preempted(f"{run.folder}: stopped and saved after step {step} of {steps}; run again to resume")

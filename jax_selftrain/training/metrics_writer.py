@@ -22,6 +22,7 @@ from jax_selftrain.errors import InputError
 from jax_selftrain.io import atomic
 from jax_selftrain.io.import_guard import block_torch_import
 from jax_selftrain.io.jsonl import log_entry, read_log
+from jax_selftrain.io.manifest import manifest_entry
 from jax_selftrain.models import count_params
 from jax_selftrain.training.flops import measure_speed
 from jax_selftrain.training.run_folder import Run
@@ -29,6 +30,8 @@ from jax_selftrain.version import versions
 
 METRICS = ("loss", "grad_norm", "learning_rate", "tokens")
 """Fields of `metrics.jsonl`: nats per target, gradient norm before clipping, learning rate, number of targets."""
+
+LOGS = ("metrics.jsonl", "curve.jsonl")
 
 NO_STEP = -1
 """Value of `last_step` for a run without records."""
@@ -43,7 +46,7 @@ class MetricsWriter:
 
         self._run, self._files = run, dict[str, IO[str]]()
         stack.callback(self._close)
-        for name in ("metrics.jsonl", "curve.jsonl"):
+        for name in LOGS:
             _truncate(run.folder / name, last_step)
         self._tensorboard = SummaryWriter(str(run.folder / "tensorboard"), purge_step=last_step + 1)
         stack.callback(self._tensorboard.close)
@@ -94,13 +97,18 @@ class MetricsWriter:
         self._append("curve.jsonl", {"step": step, **metrics})
         self._log(step, metrics)
 
-    def sync(self) -> None:
-        """Flush all records to disk, before a checkpoint that implies them."""
+    def sync(self) -> dict[str, dict[str, Any]]:
+        """Flush all records to disk, before a checkpoint that implies them.
+
+        Returns checksum and size of each log that a resumed run continues.
+        """
         for name, file in self._files.items():
             with atomic.os_errors_as_input_errors(self._run.folder / name):
                 file.flush()
                 os.fsync(file.fileno())
         self._tensorboard.flush()
+        paths = [self._run.folder / name for name in LOGS]
+        return {path.name: manifest_entry(path) for path in paths if path.exists()}
 
     def _close(self) -> None:
         for name, file in self._files.items():
@@ -124,7 +132,10 @@ class MetricsWriter:
 def _truncate(path: Path, step: int) -> None:
     """Drop the lines after `step`, and an incomplete line."""
     if path.exists():
-        atomic.write_text(path, "".join(log_entry(row) for row in read_log(path) if row["step"] <= step))
+        rows = [] if step == NO_STEP else read_log(path)
+        if not all(isinstance(row.get("step"), int) for row in rows):
+            raise InputError(f"{path}: has a line without a step, so it is another file; restore it from a copy")
+        atomic.write_text(path, "".join(log_entry(row) for row in rows if row["step"] <= step))
 
 
 def import_wandb() -> Any:

@@ -83,9 +83,18 @@ def test_claims_of_another_version_are_refused(tmp_path: Path) -> None:
 
 
 def test_claims_after_the_first_results_are_post_hoc(tmp_path: Path) -> None:
+    assert freeze(tmp_path, []) == []
     (tmp_path / "results.json").write_text("{}")
     assert freeze(tmp_path, [KEEPS]) == ["keeps"]
     assert json_files.read_json(tmp_path / "claims.json")["claims"] == []
+
+
+def test_results_without_their_declaration_are_refused(tmp_path: Path) -> None:
+    freeze(tmp_path, [KEEPS])
+    (tmp_path / "results.json").write_text("{}")
+    (tmp_path / "claims.json").unlink()
+    with pytest.raises(InputError, match="is missing, but the study has results"):
+        freeze(tmp_path, [KEEPS])
 
 
 # ---------------------------------------------------------------- gaming
