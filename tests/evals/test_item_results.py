@@ -22,6 +22,7 @@ from jax_selftrain.evals.item_results import (
     tabulate_items,
 )
 from jax_selftrain.io import json_files
+from jax_selftrain.io.tables import load_table, write_table
 
 
 def requests(*rows: tuple) -> pa.Table:
@@ -159,6 +160,12 @@ def truncate(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def exchange(folder: Path) -> None:
+    """Replace the items by others, in a whole file."""
+    path = folder / "result.items.parquet"
+    write_table(path, load_table(path, remedy="").slice(1))
+
+
 def change(folder: Path) -> None:
     file = folder / "result.items.parquet"
     table = pq.read_table(file)
@@ -176,7 +183,8 @@ def make_older(folder: Path) -> None:
         (replace_json, r"result\.json: is not a result of `jax-selftrain score`"),
         (delete, r"result\.items\.parquet is missing; score the model again"),
         (truncate, r"result\.items\.parquet: cannot be read"),
-        (change, r"result\.items\.parquet: does not match result\.json"),
+        (change, r"result\.items\.parquet: the file is damaged: it does not match its checksum"),
+        (exchange, r"result\.items\.parquet: does not match result\.json"),
         (make_older, "was written by an older version"),
     ],
 )
