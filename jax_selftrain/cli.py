@@ -117,7 +117,8 @@ def _main(argv: list[str]) -> int:
     except OSError as error:
         if not _is_about(error, getattr(options, "out", "")):
             raise
-        print(f"{program}: error: {error.filename}: cannot be written ({error.strerror})", file=sys.stderr)
+        name = escape_controls(str(error.filename))
+        print(f"{program}: error: {name}: cannot be written ({error.strerror})", file=sys.stderr)
         return InputError.exit_code
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
