@@ -65,31 +65,36 @@ def _with_length(data: bytes) -> bytes:
 
 
 def _hash_column(chunks: Sequence[pa.Array], type: Any) -> bytes:
+    if pa.types.is_dictionary(type):
+        return _hash_column([chunk.dictionary_decode() for chunk in chunks], type.value_type)
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk.is_valid().to_numpy(zero_copy_only=False).tobytes())
-    if pa.types.is_list(type) or pa.types.is_fixed_size_list(type):
+    if pa.types.is_list(type) or pa.types.is_large_list(type) or pa.types.is_fixed_size_list(type):
         for chunk in chunks:
             digest.update(pc.list_value_length(chunk).fill_null(0).to_numpy().tobytes())
         digest.update(_hash_column([chunk.flatten() for chunk in chunks], type.value_type))
         return digest.digest()
     digest.update(str(type).encode())
-    if pa.types.is_string(type):
-        chunks = [chunk.fill_null("") for chunk in chunks]
+    if type in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
+        chunks = [chunk.cast(pa.large_binary()).fill_null(b"") for chunk in chunks]
         for chunk in chunks:
             digest.update(pc.binary_length(chunk).to_numpy().tobytes())
         for chunk in chunks:
-            digest.update(_string_bytes(chunk))
+            digest.update(_joined_bytes(chunk))
     elif not pa.types.is_null(type):
         for chunk in chunks:
-            digest.update(chunk.fill_null(False if pa.types.is_boolean(type) else 0).to_numpy(False).tobytes())
+            values = chunk.fill_null(False if pa.types.is_boolean(type) else 0).to_numpy(False)
+            if values.dtype == object:
+                raise TypeError(f"a column of type {type} has no checksum")
+            digest.update(values.tobytes())
     return digest.digest()
 
 
-def _string_bytes(chunk: pa.StringArray) -> memoryview:
-    """Return the text of all strings of an array in UTF-8."""
+def _joined_bytes(chunk: pa.LargeBinaryArray) -> memoryview:
+    """Return the bytes of all values of an array."""
     _, offsets, data = chunk.buffers()
     if data is None or not len(chunk):
         return memoryview(b"")
-    bounds = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+    bounds = np.frombuffer(offsets, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
     return memoryview(data)[bounds[0] : bounds[-1]]

@@ -14,6 +14,9 @@ TABLE = pa.table(
         "value": [-1.5, 2.0, None, float("nan"), 0.25, -0.0],
         "is_right": [True, False, None, True, True, False],
         "text": ["", "é", None, "long text", "a", "b"],
+        "bytes": [b"\xff", b"", None, b"a", b"bc", b"d"],
+        "label": pa.array(["a", None, "bc", "", "d", "e"], pa.large_string()),
+        "class": pa.array(["seen", "held_out", None, "seen", "seen", "partial"]).dictionary_encode(),
         "tokens": pa.array([[1, 2], [], None, [3], [4, 5, 6], [7]], pa.list_(pa.int32())),
         "pieces": [["a", "bc"], [], None, ["d"], ["", None, "e"], ["f"]],
         "pair": pa.array([[1.0, 2.0]] * 6, pa.list_(pa.float32(), 2)),
@@ -35,7 +38,7 @@ def test_the_hash_depends_on_values_and_not_on_chunks():
     assert chunked["text"].num_chunks == 3
     assert hash_table(chunked) == hash_table(TABLE)
     others = [TABLE.slice(1), TABLE.replace_schema_metadata({"model": "n"}), TABLE.drop_columns("pair")]
-    moved = TABLE.set_column(5, "pieces", [[["a", "b"], ["c"], None, ["d"], ["", None, "e"], ["f"]]])
+    moved = TABLE.set_column(8, "pieces", [[["a", "b"], ["c"], None, ["d"], ["", None, "e"], ["f"]]])
     assert len({hash_table(table) for table in (TABLE, moved, *others)}) == 5
 
 
