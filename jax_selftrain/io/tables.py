@@ -75,7 +75,7 @@ def _hash_column(chunks: Sequence[pa.Array], type: Any) -> bytes:
             digest.update(pc.list_value_length(chunk).fill_null(0).to_numpy().tobytes())
         digest.update(_hash_column([chunk.flatten() for chunk in chunks], type.value_type))
         return digest.digest()
-    digest.update(str(type).encode())
+    digest.update(str(type).removeprefix("large_").encode())
     if type in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
         chunks = [chunk.cast(pa.large_binary()).fill_null(b"") for chunk in chunks]
         for chunk in chunks:
