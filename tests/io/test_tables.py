@@ -45,12 +45,11 @@ def test_the_hash_depends_on_values_and_not_on_chunks():
 def test_flipped_bits_are_refused_or_harmless(tmp_path):
     """Without the checksum of the content, flips in the headers of pages change values silently.
 
-    A flip can remove the checksum, or all metadata; it has then changed nothing else.
+    A flip can remove all metadata, which hold the checksum and the types of Arrow; it has then changed no value.
     """
     path = tmp_path / "t.parquet"
     write_table(path, TABLE)
     content = path.read_bytes()
-    expected = hash_table(TABLE.replace_schema_metadata(None))
     messages = []
     for position in range(0, len(content), 3):
         damaged = bytearray(content)
@@ -61,7 +60,7 @@ def test_flipped_bits_are_refused_or_harmless(tmp_path):
         except InputError as error:
             messages.append(str(error))
         else:
-            assert hash_table(found.replace_schema_metadata(None)) == expected, position
+            assert repr(found.to_pydict()) == repr(TABLE.to_pydict()), position
     assert len(messages) > len(content) / 9
     assert all(str(path) in message and message.endswith(REMEDY) for message in messages)
 
