@@ -32,8 +32,6 @@ def export_corpus(config: ExportConfig) -> Path:
     """
     yaml_io.require(config)
     writers = {"tfds": _export_tfds, "jsonl": _export_jsonl}
-    if config.format not in writers:
-        raise InputError(f"--format {config.format}: choose one of {', '.join(writers)}")
     corpus = open_corpus(config.corpus)
     out = Path(config.out)
     with atomic.commit_folder(out) as aside:

@@ -122,6 +122,6 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path, corpus)
     with pytest.raises(InputError, match="no such corpus"):
         export_corpus(ExportConfig(str(tmp_path / "nowhere"), str(tmp_path / "out"), "jsonl"))
     unknown: dict[str, Any] = {"format": "csv"}
-    with pytest.raises(InputError, match="--format csv: choose one of tfds, jsonl"):
+    with pytest.raises(InputError, match="--format: expected one of tfds, jsonl"):
         export_corpus(replace(ExportConfig(str(corpus.folder), str(tmp_path / "out")), **unknown))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus", "taken"]

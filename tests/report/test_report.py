@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from browser import load_pages
+from report_page import without_costs
 
 from jax_selftrain import cli
 from jax_selftrain.config import ReportConfig
@@ -89,12 +90,6 @@ def page(finished_run: Path) -> Page:
 def cell(results: dict[str, Any]) -> dict[str, Any]:
     (one,) = results["cells"]
     return one
-
-
-def without_costs(path: Path) -> str:
-    """Return a file; of a page, all but what its stages recorded about time."""
-    text = re.sub(r'<section id="cost">.*?</section>\n', "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
-    return text.replace('<li><a href="#cost">Cost</a></li>\n', "")
 
 
 def rows(finished_run: Path, name: str) -> list[dict[str, str]]:
