@@ -191,7 +191,7 @@ def test_results_that_are_not_finite_are_refused_by_name(models: tuple[Path, Pat
     with pytest.raises(InputError, match=r"with weight 3e\+38, embed/embedding would be infinite"):
         hub.merge(options(models, tmp_path / "out", 3e38))
     for weight in (1e39, float("nan"), float("-inf")):
-        with pytest.raises(InputError, match="(expected|must be) a finite number"):
+        with pytest.raises(InputError, match=r"(expected|must be) a finite number"):
             hub.merge(options(models, tmp_path / "out", weight))
     with pytest.raises(InputError, match="`weight` is required"):
         hub.merge(dataclasses.replace(options(models, tmp_path / "out", 0.5), weight=None))
