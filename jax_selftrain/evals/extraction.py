@@ -35,6 +35,7 @@ from jax_selftrain.evals.score import scoring_mesh
 from jax_selftrain.evals.sequences import ExtractionSet, PromptWindow, load_sequences, sequences_fingerprint
 from jax_selftrain.evals.suffix_probability import parse_sampling_policies, summarize_suffix_probability
 from jax_selftrain.evals.token_records import tabulate_records
+from jax_selftrain.io.tables import hash_table
 from jax_selftrain.likelihood.engine import TokenScores
 from jax_selftrain.likelihood.resumable import PartialResults, process_local_if_possible
 from jax_selftrain.stats.estimators import mcnemar_table, wilson_interval
@@ -125,6 +126,7 @@ def _extract(config: ExtractConfig, mesh: Mesh) -> dict[str, Any]:
         baseline = measure(config.untrained_baseline, sequences)[0] if config.untrained_baseline else None
         verified = measure(config.base, sequences)[0]["exact_match"] if config.base else measured["exact_match"]
     tables = _tabulate_tokens(config.model, window, sets, results) if config.token_records else {}
+    fingerprints |= {name: hash_table(table) for name, table in tables.items()}
     result: dict[str, Any] = {
         "model": config.model,
         "commit": hub.open_model(config.model).commit,

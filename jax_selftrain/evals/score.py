@@ -28,6 +28,11 @@ from jax_selftrain.evals.task_names import split_names
 from jax_selftrain.evals.tasks import Task, load_tasks, load_texts, paths_by_name, task_metrics
 from jax_selftrain.evals.token_records import tabulate_texts
 from jax_selftrain.io.json_files import hash_json
+<<<<<<< HEAD
+=======
+from jax_selftrain.io.manifest import sha256_file
+from jax_selftrain.io.tables import hash_table
+>>>>>>> damage
 from jax_selftrain.likelihood.engine import LoglikelihoodFn, LoglikelihoodRequest, check_finite
 from jax_selftrain.likelihood.resumable import PartialResults, loglikelihoods, process_local_if_possible
 from jax_selftrain.likelihood.tokenize import check_tokenizer, encode_pairs, encode_text, rolling_windows, start_token
@@ -106,6 +111,8 @@ def _score(config: ScoreConfig, mesh: Mesh) -> dict[str, Any]:
     source = model.source
     fingerprints = {"model": source.fingerprint, "tokenizer": source.tokenizer_fingerprint, "files": hashes}
     fingerprints["items"] = hash_json(tables["items"].to_pydict())
+    if config.token_records:
+        fingerprints["tokens"] = hash_table(tables["tokens"])
     result = {
         "model": config.model,
         "commit": source.commit,

@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 
 from jax_selftrain import hub
 from jax_selftrain.errors import InputError
-from jax_selftrain.io.tables import load_table
+from jax_selftrain.io import json_files
+from jax_selftrain.io.tables import hash_table, load_table
 from jax_selftrain.likelihood.engine import Likelihood, LoglikelihoodRequest, TokenScores
 from jax_selftrain.likelihood.resumable import split_lists
 
@@ -163,7 +164,7 @@ def load_records(path: str) -> TokenRecords:
     """Read a file of token records.
 
     Raises:
-      InputError: the file is missing, damaged, or something else.
+      InputError: the file is missing, damaged, something else, or of another result than the FILE.json next to it.
     """
     table = load_table(Path(path), remedy="write it again")
     metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
@@ -176,6 +177,12 @@ def load_records(path: str) -> TokenRecords:
     are_aligned = all(pc.list_value_length(table[name]).equals(sizes) for name in RECORDS.names[3:])
     if not are_aligned or not all(np.isfinite(pc.list_flatten(table[name])).all() for name in RECORDS.names[5:]):
         raise InputError(f"{path}: is damaged (a token without a score, or one that is not finite); write it again")
+    result_file = Path(path.removesuffix(".tokens.parquet") + ".json")
+    result = json_files.read_json(result_file) if result_file.is_file() else None
+    fingerprints = result.get("fingerprints") if isinstance(result, dict) else None
+    expected = fingerprints.get("tokens") if isinstance(fingerprints, dict) else None
+    if expected not in (None, hash_table(table)):
+        raise InputError(f"{path}: does not match {result_file.name}; write it again")
     return TokenRecords(Path(path), table, {name: metadata[name] for name in _FINGERPRINTS})
 
 

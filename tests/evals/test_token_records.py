@@ -1,6 +1,7 @@
 """Token records equal what all logits give; near-verbatim measures equal plain Python."""
 
 import json
+import shutil
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from jax_selftrain.config import ExtractConfig, ScoreConfig
 from jax_selftrain.errors import InputError
 from jax_selftrain.evals import extract, extraction_metrics, score
 from jax_selftrain.evals.token_records import RECORDS, decode_pieces, load_records
+from jax_selftrain.io.json_files import write_json
 from jax_selftrain.likelihood import loglikelihoods
 from jax_selftrain.likelihood.resumable import PartialResults
 from jax_selftrain.likelihood.tokenize import rolling_windows
@@ -120,7 +122,12 @@ def test_records_of_sequences_and_controls_equal_those_of_all_logits(tmp_path, t
         start_token="bos",
     )
     results = [extract(config(out=str(tmp_path / f"{flag}.json"), token_records=flag)) for flag in (True, False)]
+    assert len(results[0]["fingerprints"].pop("tokens")) == 64  # the only entry that records add
     assert results[0] == results[1]
+    shutil.copy(tmp_path / "True.tokens.parquet", tmp_path / "moved.tokens.parquet")
+    write_json(tmp_path / "moved.json", {"fingerprints": {"tokens": "0" * 64}})
+    with pytest.raises(InputError, match=r"moved\.tokens\.parquet: does not match moved\.json"):
+        load_records(str(tmp_path / "moved.tokens.parquet"))
     tables = [pq.read_table(tmp_path / f"{flag}.sequences.parquet") for flag in (True, False)]
     assert tables[0].equals(tables[1])
     assert not (tmp_path / "False.tokens.parquet").exists()
