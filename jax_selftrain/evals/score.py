@@ -28,11 +28,7 @@ from jax_selftrain.evals.task_names import split_names
 from jax_selftrain.evals.tasks import Task, load_tasks, load_texts, paths_by_name, task_metrics
 from jax_selftrain.evals.token_records import tabulate_texts
 from jax_selftrain.io.json_files import hash_json
-<<<<<<< HEAD
-=======
-from jax_selftrain.io.manifest import sha256_file
 from jax_selftrain.io.tables import hash_table
->>>>>>> damage
 from jax_selftrain.likelihood.engine import LoglikelihoodFn, LoglikelihoodRequest, check_finite
 from jax_selftrain.likelihood.resumable import PartialResults, loglikelihoods, process_local_if_possible
 from jax_selftrain.likelihood.tokenize import check_tokenizer, encode_pairs, encode_text, rolling_windows, start_token
