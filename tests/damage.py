@@ -105,7 +105,7 @@ def tally(subject: Subject, n: int, work: Path, seed: int = 0) -> Tally:
             detail = _difference(expected, outcome) if reaction == "silent" else ""
         except SelftrainError:
             reaction, detail = "refused", ""
-        except Exception:
+        except Exception:  # any other exception is the defect that is counted here, and fails the test
             reaction, detail = "traceback", traceback.format_exc(limit=-4)
         found.counts[reaction] += 1
         if reaction in ("silent", "traceback"):

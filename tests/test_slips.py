@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,12 +78,15 @@ def test_a_result_is_a_json_file(refuse: Callable[..., str], tiny_model, tmp_pat
 
 def test_options_of_a_wrong_type_from_python_are_named(tiny_model, tmp_path: Path):
     model = str(tiny_model())
+    wrong: dict[str, Any] = {"tasks": "blimp:x"}
     with pytest.raises(InputError, match=r"--tasks: expected a list, each entry text, found 'blimp:x'"):
-        score(ScoreConfig(model=model, tasks="blimp:x", out=str(tmp_path / "s.json")))  # type: ignore[arg-type]
+        score(ScoreConfig(model=model, out=str(tmp_path / "s.json"), **wrong))
+    wrong = {"samples": "10"}
     with pytest.raises(InputError, match=r"--samples: expected a whole number, found '10'"):
-        sample(SampleConfig(model=model, samples="10", out=str(tmp_path / "c")))  # type: ignore[arg-type]
+        sample(SampleConfig(model=model, out=str(tmp_path / "c"), **wrong))
+    wrong = {"dtype": "bf16"}
     with pytest.raises(InputError, match=r"--dtype: expected one of float32, bfloat16, found 'bf16'"):
-        sample(SampleConfig(model=model, dtype="bf16", out=str(tmp_path / "c")))  # type: ignore[arg-type]
+        sample(SampleConfig(model=model, out=str(tmp_path / "c"), **wrong))
 
 
 def test_help_is_a_command_and_ends_with_an_example(capsys: pytest.CaptureFixture[str]):
@@ -112,7 +116,7 @@ def test_bash_completes_commands_and_options(tmp_path: Path):
     command = [sys.executable, "-m", "jax_selftrain", "--tyro-print-completion", "bash"]
     script = tmp_path / "completion"
     script.write_text(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
-    ask = """
+    complete_in_bash = """
         source "$1"; shift
         function=$(complete -p jax-selftrain | sed 's/.*-F \\([^ ]*\\) .*/\\1/')
         COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMP_LINE="$*"; COMP_POINT=${#COMP_LINE}
@@ -121,8 +125,8 @@ def test_bash_completes_commands_and_options(tmp_path: Path):
     """
 
     def complete(*words: str) -> set[str]:
-        asked = ["bash", "-c", ask, "bash", str(script), "jax-selftrain", *words]
-        return {*subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()}
+        command = ["bash", "-c", complete_in_bash, "bash", str(script), "jax-selftrain", *words]
+        return {*subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()}
 
     assert complete("sam") == {"sample"}
     assert {"score", "study", "subset"} <= complete("s")

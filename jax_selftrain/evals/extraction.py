@@ -35,6 +35,7 @@ from jax_selftrain.evals.score import scoring_mesh
 from jax_selftrain.evals.sequences import ExtractionSet, PromptWindow, load_sequences, sequences_fingerprint
 from jax_selftrain.evals.suffix_probability import parse_sampling_policies, summarize_suffix_probability
 from jax_selftrain.evals.token_records import tabulate_records
+from jax_selftrain.io.json_files import hash_json
 from jax_selftrain.io.tables import hash_table
 from jax_selftrain.likelihood.engine import TokenScores
 from jax_selftrain.likelihood.resumable import PartialResults, process_local_if_possible
@@ -47,6 +48,8 @@ CLASSES = ("held_out", "partial", "seen")
 THRESHOLDS = (8, 16, 32)
 """Alternative thresholds that are reported, in tokens."""
 _RETOKENIZED = 200
+_checked: set[str] = set()
+"""Hashes of sequences and tokenizer that this process has checked for ids of another tokenizer."""
 _logger = logging.getLogger(__name__)
 _MODELS = ("model", "untrained_baseline", "base")
 _MEANS = (
@@ -242,7 +245,11 @@ def load_extraction_sets(config: ExtractConfig) -> tuple[ExtractionSet, Extracti
 
 def _warn_of_other_ids(config: ExtractConfig, tokens: np.ndarray) -> None:
     """Warn if few sequences are tokenized to the same ids again."""
-    rows, tokenizer = tokens[:_RETOKENIZED].tolist(), hub.open_model(config.model).tokenizer
+    model = hub.open_model(config.model)
+    rows, tokenizer = tokens[:_RETOKENIZED].tolist(), model.tokenizer
+    if (key := hash_json([rows, model.tokenizer_fingerprint])) in _checked:
+        return  # a study extracts the same sequences from many models
+    _checked.add(key)
     texts = tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     kept = sum(row == again for row, again in zip(rows, encoded, strict=True))

@@ -1,5 +1,5 @@
 
-// Filter of the items that changed, and folded tables on paper. The page is whole without it.
+// Filter of the items that changed, and folded tables on paper. The page is complete without it.
 for (const box of document.querySelectorAll(".explorer")) {
   const selects = [...box.querySelectorAll("select")], count = box.querySelector("output");
   const apply = () => {

@@ -103,7 +103,7 @@ def _describe_outcomes(results: Results) -> Iterator[str]:
         measures = own.pop(f"{MAIN_EFFECT}{student}", None)
         if measures is None:
             continue
-        unit = " points of accuracy, where 0 is guessing and 100 is all right" if main == "accuracy" else " nats"
+        unit = " points of accuracy, where 0 is chance and 100 is all correct" if main == "accuracy" else " nats"
         text = f"Trained on its own text, <strong>{escape(student)}</strong> changed by {_tell(measures, main)}{unit}"
         if "exact_match" in measures:
             items = measures["exact_match"]["items"]

@@ -3,7 +3,6 @@
 They are no part of `results.json`, which is the same on every machine.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,21 +14,21 @@ from jax_selftrain.io.jsonl import read_log
 def collect_costs(folder: Path) -> list[dict[str, Any]]:
     """Sum the time of the finished stages of a study by command.
 
-    Returns records with `stage`, `runs`, `hours`, `chip_hours`; for training also the means of `tokens_per_second` and
+    Returns records with `stage`, `runs`, `hours`, `chip_hours` (of all devices of the program); for training also the means of `tokens_per_second` and
     `mfu` (None on a device whose peak is unknown). The first record is the total.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted((folder / "stages").glob("*.seconds.json")):
         stage = path.name.removesuffix(".seconds.json")
-        hours = json_files.read_json(path)["seconds"] / 3600
-        run = folder / "stages" / stage
-        launches, timings = (read_log(run / name) for name in ("launches.jsonl", "timings.jsonl"))
-        chips = _count_chips(launches[-1]) if launches else 1
+        record = json_files.read_json(path)
+        hours, timings = record["seconds"] / 3600, read_log(folder / "stages" / stage / "timings.jsonl")
         speeds = {
             name: [line[name] for line in timings[1:] if name in line] for name in ("tokens_per_second", "mfu")
         }  # the first line includes compilation
         means = {name: fmean(values) for name, values in speeds.items() if values}
-        found.setdefault(stage.rpartition("-")[0], []).append({"hours": hours, "chip_hours": hours * chips} | means)
+        found.setdefault(stage.rpartition("-")[0], []).append(
+            {"hours": hours, "chip_hours": hours * record.get("devices", 1)} | means
+        )
     records = [
         {
             "stage": command,
@@ -56,10 +55,3 @@ def read_machine(folder: Path) -> dict[str, str]:
     last = max(launches, key=lambda launch: float(launch["time"]))
     mesh = ", ".join(f"{name} {size}" for name, size in last["mesh"].items())
     return {"device": str(last["device"]), "mesh": mesh, "processes": str(last["processes"])}
-
-
-def _count_chips(launch: Mapping[str, Any]) -> int:
-    chips = 1
-    for size in launch["mesh"].values():
-        chips *= size
-    return chips

@@ -1,10 +1,10 @@
 """Stages of a study, named by everything that decides the output.
 
 Keys are known before any work is done. Cells with the same corpus or base scores therefore share the stage, and a study
-whose configuration grows keeps its finished stages. `STUDY/stages/COMMAND-KEY/` holds the output of a stage, `COMMAND-
-KEY.json` records that it is done, with the checksums of its results. Several processes may work in one folder: each
-claims by lease the first stage that is ready. An interrupted stage leaves an unfinished folder, which the next process
-completes.
+whose configuration grows keeps its finished stages. `STUDY/stages/COMMAND-KEY/` holds the output of a stage. Its
+record `COMMAND-KEY.json`, written when it is done, has the checksums of its results. Several processes may work in one
+folder: each claims by lease the first stage that is ready. An interrupted stage leaves an unfinished folder, which the
+next process completes.
 """
 
 import os
@@ -212,7 +212,8 @@ def _run(root: Path, stage: Stage) -> None:
     else:
         broadcast_one_to_all(partial(_discard_result, stage.run, folder), has_deadline=False)
     if jax.process_index() == 0:
-        json_files.write_json(root / f"{stage.name}.seconds.json", {"seconds": time.monotonic() - began})
+        spent = {"seconds": time.monotonic() - began, "devices": jax.device_count()}
+        json_files.write_json(root / f"{stage.name}.seconds.json", spent)
         record = {"key": stage.key, **stage.record, "files": _describe_results(folder)}
         json_files.write_json(root / f"{stage.name}.json", record)
 

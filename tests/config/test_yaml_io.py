@@ -246,4 +246,5 @@ def test_configs_made_in_python_are_checked_with_the_same_sentences(changes: dic
 
 
 def test_paths_are_accepted_in_python(tmp_path: Path) -> None:
-    yaml_io.require(SampleConfig(model=tmp_path, out=tmp_path / "o", stop_ids=[2]))  # type: ignore[arg-type]
+    options: dict[str, Any] = {"model": tmp_path, "out": tmp_path / "o", "stop_ids": [2]}
+    yaml_io.require(SampleConfig(**options))

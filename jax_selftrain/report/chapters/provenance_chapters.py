@@ -81,7 +81,7 @@ def write_costs(folder: Path) -> Iterator[Chapter]:
     ]
     chapter.add_table(Table("cost", "Time of the finished stages", columns, records))
     machine = "; ".join(f"{name}: {value}" for name, value in read_machine(folder).items())
-    chapter.add_note(f"{fmt.NOTES['cost']} {machine}.")
+    chapter.add_note(fmt.NOTES["cost"] + (f" Last training: {machine}." if machine else ""))
     chapter.tables.clear()  # no CSV: it would differ between equal studies
     yield chapter
 
