@@ -14,8 +14,8 @@ from jax_selftrain.io.jsonl import read_log
 def collect_costs(folder: Path) -> list[dict[str, Any]]:
     """Sum the time of the finished stages of a study by command.
 
-    Returns records with `stage`, `runs`, `hours`, `chip_hours` (of all devices of the program); for training also the means of `tokens_per_second` and
-    `mfu` (None on a device whose peak is unknown). The first record is the total.
+    Returns records with `stage`, `runs`, `hours`, `chip_hours` (of all devices of the program); for training also the
+    means of `tokens_per_second` and `mfu` (None on a device whose peak is unknown). The first record is the total.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted((folder / "stages").glob("*.seconds.json")):
